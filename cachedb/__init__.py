@@ -1,0 +1,77 @@
+"""A local cache of container images that many processes share, with an index in SQL.
+
+    from cachedb import Cache
+
+    with Cache.open() as cache:
+        cache.cache_from_tar("app.tar")
+        for image in cache.list_manifests():
+            print(image.name, image.size)
+
+`Cache` has every operation; what it raises is under `CacheError`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from cachedb.errors import (
+    CacheError,
+    DigestMismatch,
+    IncompleteImage,
+    InvalidArchive,
+    InvalidDigest,
+    InvalidManifest,
+    InvalidName,
+    NotACache,
+    NotInCache,
+    SchemaMismatch,
+    StorageError,
+)
+
+if TYPE_CHECKING:
+    from cachedb.cache import Cache, Stats
+    from cachedb.collection import Collected
+    from cachedb.images import BlobInfo, ImageInfo
+    from cachedb.reference import Digest, Name
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlobInfo",
+    "Cache",
+    "CacheError",
+    "Collected",
+    "Digest",
+    "DigestMismatch",
+    "ImageInfo",
+    "IncompleteImage",
+    "InvalidArchive",
+    "InvalidDigest",
+    "InvalidManifest",
+    "InvalidName",
+    "Name",
+    "NotACache",
+    "NotInCache",
+    "SchemaMismatch",
+    "Stats",
+    "StorageError",
+    "__version__",
+]
+
+# Imported when first asked for: `cachedb --help` must not wait for SQLAlchemy.
+_HOMES = {
+    "BlobInfo": "cachedb.images",
+    "Cache": "cachedb.cache",
+    "Collected": "cachedb.collection",
+    "Digest": "cachedb.reference",
+    "ImageInfo": "cachedb.images",
+    "Name": "cachedb.reference",
+    "Stats": "cachedb.cache",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

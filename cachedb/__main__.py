@@ -1,0 +1,5 @@
+"""``python -m cachedb``."""
+
+from cachedb.cli import main
+
+main()

@@ -1,0 +1,274 @@
+"""Blobs on disk: received under ``ingest/``, published into ``blobs/``, read from there.
+
+What is hashed is what is written: the same buffers, each read once. A blob's name never appears in
+``blobs/`` before all of it is there and on disk, and its row never says "stored" before its name is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+from sqlalchemy import Connection, insert, select, update
+
+from cachedb.database import Database
+from cachedb.errors import DigestMismatch, NotInCache, os_errors
+from cachedb.models import Blob
+from cachedb.reference import Digest, parse_digest, split_digest
+from cachedb.sessions import Session, received_digest, sync_folder
+
+__all__ = ["Received", "blob_path", "open_blob", "publish", "receive", "retract", "stored"]
+
+CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
+_BUFFERS = 4  # chunks under way in one blob: one read and written while others are hashed
+BATCH = 500  # digests in one statement
+
+
+class Readable(Protocol):
+    """Where bytes come from."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill the front of the buffer and return how many bytes there were; 0 is the end."""
+
+
+class Hasher(Protocol):
+    """What looks at every chunk on its way."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Take the next chunk."""
+
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes done since the last call, from any thread."""
+
+
+class Received(NamedTuple):
+    """A blob whose content was verified; its file is None where the cache had it already."""
+
+    digest: Digest
+    size: int  # bytes
+    path: Path | None
+
+
+def blob_path(directory: Path, digest: Digest) -> Path:
+    """Return where a blob lies, if it is stored."""
+    algorithm, encoded = split_digest(digest)
+    return directory / "blobs" / algorithm / encoded
+
+
+def receive(
+    session: Session,
+    source: Readable,
+    *,
+    digest: Digest | None = None,
+    size: int | None = None,
+    algorithm: str = "sha256",
+    write: bool = True,
+    also: Hasher | None = None,
+    progress: Progress | None = None,
+    what: str = "the content",
+) -> Received:
+    """Read a blob to its end, verify it, and write it to the session's folder, durably.
+
+    Args:
+        session: whose folder to write to.
+        source: where the bytes come from.
+        digest: the digest it must have, if that is known.
+        size: the size in bytes it must have, if that is known.
+        algorithm: to compute the digest with, if none is known.
+        write: False to verify only: the cache has the blob, and a lease on it.
+        also: is shown every chunk as well.
+        progress: is told of every chunk.
+        what: how to call the blob in an error.
+
+    Raises:
+        DigestMismatch: if the content has another digest or size.
+        StorageError: if it cannot be written.
+    """
+    hasher = hashlib.new(split_digest(digest)[0] if digest else algorithm)
+    hashers: list[Hasher] = [hasher, also] if also else [hasher]
+    path = session.new_path() if write else None
+    try:
+        with os_errors("write to the cache"):
+            target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) if path else None
+        try:
+            length = _copy(source, target, hashers, size, progress)
+            if size is not None and length != size:
+                more = "more" if length > size else f"{length} bytes"
+                raise DigestMismatch(f"{what} should be {size} bytes, and is {more}")
+            actual = parse_digest(f"{hasher.name}:{hasher.hexdigest()}")
+            if digest is not None and actual != digest:
+                raise DigestMismatch(f"{what} should have digest {digest}, and has {actual}")
+            if target is None or path is None:
+                return Received(actual, length, None)
+            with os_errors("write to the cache"):
+                os.fchmod(target, 0o444)
+                os.fsync(target)
+        finally:
+            if target is not None:
+                os.close(target)
+        named = session.new_path(actual)
+        with os_errors("write to the cache"):
+            path.rename(named)
+        return Received(actual, length, named)
+    except BaseException:
+        if path:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _copy(
+    source: Readable,
+    target: int | None,
+    hashers: Sequence[Hasher],
+    limit: int | None,
+    progress: Progress | None,
+) -> int:
+    """Copy to the end, or until ``limit`` bytes are exceeded; return the bytes read.
+
+    Chunks are hashed in a second thread, in their order, while this one reads and writes: all of it without
+    the interpreter's lock.
+    """
+
+    def hash_chunk(chunk: memoryview) -> None:
+        for hasher in hashers:
+            hasher.update(chunk)
+
+    length = 0
+    buffers: list[memoryview] = []
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as hashing:  # begins a thread at the first full chunk, so not for small blobs
+        while True:
+            if len(buffers) < _BUFFERS:
+                buffer = memoryview(bytearray(CHUNK))
+                buffers.append(buffer)
+            else:
+                pending.pop(0).result()  # its buffer is free again
+                buffer = buffers[0]
+                buffers.append(buffers.pop(0))
+            chunk = _fill(source, buffer)
+            length += len(chunk)
+            if limit is not None and length > limit:
+                return length
+            last = len(chunk) < CHUNK
+            if last:
+                for future in pending:
+                    future.result()
+                hash_chunk(chunk)
+            else:
+                pending.append(hashing.submit(hash_chunk, chunk))
+            if target is not None:
+                _write(target, chunk)
+            if progress is not None:
+                progress(len(chunk))
+            if last:
+                return length
+
+
+def _fill(source: Readable, buffer: memoryview) -> memoryview:
+    filled = 0
+    while filled < len(buffer):
+        count = source.readinto(buffer[filled:])
+        if not count:
+            break
+        filled += count
+    return buffer[:filled]
+
+
+def _write(target: int, chunk: memoryview) -> None:
+    with os_errors("write to the cache"):
+        while chunk:
+            chunk = chunk[os.write(target, chunk) :]
+
+
+@contextmanager
+def publish(database: Database, session: Session, received: Iterable[Received]) -> Iterator[Connection]:
+    """Store received blobs in one write transaction, in which the block may do more.
+
+    Either all of it is done or nothing. Order keeps that true through a crash: a file in the session's folder
+    that is named by its digest, a second name in ``blobs/``, the row. Whoever finds the first without the
+    last takes the second away (`retract`).
+    """
+    files = {blob.path: blob for blob in received if blob.path is not None}
+    if files:
+        with os_errors("write to the cache"):
+            sync_folder(session.folder)
+    try:
+        with database.write() as connection:
+            known = stored(connection, [blob.digest for blob in files.values()])
+            new = {blob.digest: (path, blob) for path, blob in files.items() if blob.digest not in known}
+            targets = {digest: blob_path(database.directory, digest) for digest in new}
+            for digest, target in targets.items():
+                # A file that no row knows is a forgotten blob's, on its way to the trash: ours takes its place.
+                target.unlink(missing_ok=True)
+                os.link(new[digest][0], target)
+            for folder in {target.parent for target in targets.values()}:
+                sync_folder(folder)
+            _set_stored(connection, [blob for _, blob in new.values()])
+            yield connection
+    except BaseException:
+        if files:
+            retract(database, session.folder, [path.name for path in files])
+        raise
+    for path in files:
+        path.unlink(missing_ok=True)
+
+
+def _set_stored(connection: Connection, blobs: list[Received]) -> None:
+    now = datetime.now(UTC)
+    for blob in blobs:
+        values = {"size": blob.size, "stored_at": now}
+        if not connection.execute(update(Blob).where(Blob.digest == blob.digest).values(values)).rowcount:
+            connection.execute(insert(Blob).values(digest=blob.digest, **values))
+
+
+def retract(database: Database, folder: Path, names: Iterable[str]) -> None:
+    """Take back a publication that did not come to its commit, and the received files with it.
+
+    Args:
+        database: of the cache.
+        folder: a session's, under ``ingest/``.
+        names: the files in it.
+    """
+    published = {name: digest for name in names if (digest := received_digest(name))}
+    if published:
+        with database.write() as connection:
+            known = stored(connection, published.values())
+            orphans = {blob_path(database.directory, digest) for digest in published.values() if digest not in known}
+            for path in orphans:
+                path.unlink(missing_ok=True)
+            for parent in {path.parent for path in orphans}:
+                sync_folder(parent)
+    for name in published:
+        (folder / name).unlink(missing_ok=True)
+
+
+def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
+    """Return which of the digests are stored, with their sizes in bytes."""
+    wanted = list(digests)
+    found: dict[Digest, int] = {}
+    for start in range(0, len(wanted), BATCH):
+        query = select(Blob.digest, Blob.size).where(
+            Blob.digest.in_(wanted[start : start + BATCH]), Blob.stored_at.is_not(None)
+        )
+        found.update((Digest(digest), size) for digest, size in connection.execute(query))
+    return found
+
+
+def open_blob(directory: Path, digest: Digest) -> BinaryIO:
+    """Open a stored blob's file; the stream stays good even if the blob is collected meanwhile.
+
+    Raises:
+        NotInCache: if there is no such file.
+    """
+    with os_errors("read a blob"):
+        try:
+            return blob_path(directory, digest).open("rb")
+        except FileNotFoundError:
+            raise NotInCache(f"{digest} is not in the cache") from None

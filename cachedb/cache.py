@@ -1,0 +1,617 @@
+"""`Cache`: every operation on a cache, as a method. The command line parses, calls one of them, and prints."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
+
+from sqlalchemy import func, select, update
+
+from cachedb import blobs, collection, images, oci, schema
+from cachedb.blobs import Received
+from cachedb.collection import Collected
+from cachedb.database import Database, default_directory
+from cachedb.errors import CacheError, InvalidArchive, InvalidManifest, NotInCache, os_errors
+from cachedb.images import BlobInfo, ImageInfo
+from cachedb.models import Blob, Image
+from cachedb.oci import Descriptor
+from cachedb.reference import Digest, Name, parse_digest, shorten
+from cachedb.sessions import NO_HOLD, Hold, Session
+
+if TYPE_CHECKING:
+    from cachedb import archive
+
+__all__ = ["Cache", "Progress", "Stats"]
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done so far and the bytes in all; from any thread, one call at a time."""
+
+Data = bytes | BinaryIO | str | os.PathLike[str]
+"""A blob's content: bytes, a file open for reading in binary, or the path of a file."""
+
+
+class Stats(NamedTuple):
+    """Totals of a cache."""
+
+    manifest_count: int  # images: names, each of which points to a manifest or an index
+    blob_count: int  # stored blobs: layers, configs, manifests and indexes
+    total_size: int  # bytes of the stored blobs
+    incomplete_count: int  # images of which a blob is not stored
+    reclaimable_blobs: int  # stored blobs that a collection would free now
+    reclaimable_size: int  # bytes of those
+
+
+class Cache:
+    """A cache of container images in a directory that many processes share.
+
+    Open one with `Cache.open`, use it as a context manager or `close` it. It may be used from several threads at
+    once, and by a child that is forked. A name is a string, ``repository[:tag]`` or ``repository@digest``, or a
+    `Name`; a digest is ``sha256:...`` or ``sha512:...``, or bare hexadecimal for sha256. All methods raise
+    `InvalidName` or `InvalidDigest` for one that is neither, and `StorageError` when the file system fails.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._session = Session(database)
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str] | None = None, *, upgrade: bool = False) -> Self:
+        """Open a cache, or create it; clean up after processes that died while they worked with it.
+
+        Args:
+            directory: the cache directory; by default ``CACHEDB_DIR``, else the user's cache directory.
+            upgrade: bring the index to the newest schema if it has an older one.
+
+        Raises:
+            NotACache: if the directory is something else.
+            SchemaMismatch: if the index has a newer schema, or an older one and ``upgrade`` is false.
+            StorageError: if the directory cannot be made or written to.
+        """
+        database = Database(Path(directory).absolute() if directory is not None else default_directory().absolute())
+        try:
+            schema.prepare(database, upgrade=upgrade)
+            collection.recover(database)
+        except BaseException:
+            database.close()
+            raise
+        return cls(database)
+
+    def close(self) -> None:
+        """End the session with the cache: what was stored and not associated may be collected from now on."""
+        self._session.close()
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def directory(self) -> Path:
+        """The cache directory."""
+        return self._database.directory
+
+    # Blobs
+
+    def save_blob(self, digest: str, data: Data) -> Digest:
+        """Store a blob whose digest is known.
+
+        It is kept from collection until it is associated with an image, or this cache is closed.
+
+        Args:
+            digest: that the content must have.
+            data: the content.
+
+        Returns:
+            The digest, in full.
+
+        Raises:
+            DigestMismatch: if the content has another digest.
+        """
+        return self._store(data, digest=parse_digest(digest)).digest
+
+    def add_blob(self, data: Data, *, algorithm: str = "sha256") -> Digest:
+        """Store a blob and return its digest, computed with ``sha256`` or ``sha512``; else as `save_blob`."""
+        if algorithm not in ("sha256", "sha512"):
+            raise CacheError(f"{shorten(algorithm)} is not an algorithm of digests: use sha256 or sha512")
+        return self._store(data, algorithm=algorithm).digest
+
+    def _store(self, data: Data, *, digest: Digest | None = None, algorithm: str = "sha256") -> Received:
+        with _opened(data) as source:
+            hold = self._hold_stored([digest] if digest else [])
+            write = digest not in hold.digests
+            try:
+                received = blobs.receive(self._session, source, digest=digest, algorithm=algorithm, write=write)
+            except BaseException:
+                self._release(hold)
+                raise
+            if write:
+                with images.publish(self._database, self._session, [received]) as connection:
+                    hold = self._session.lease(connection, [received.digest])
+            self._session.keep_until_saved(hold)
+        return received
+
+    def _hold_stored(self, digests: Iterable[Digest]) -> Hold:
+        """Hold those of the digests that are stored."""
+        wanted = list(digests)
+        with self._database.read() as connection:
+            there = blobs.stored(connection, wanted)
+        if there:
+            with self._database.write() as connection:
+                return self._session.lease(connection, blobs.stored(connection, there))
+        return NO_HOLD
+
+    def has_blob(self, digest: str) -> bool:
+        """Say whether a blob is stored."""
+        wanted = parse_digest(digest)
+        with self._database.read() as connection:
+            return wanted in blobs.stored(connection, [wanted])
+
+    def list_blobs(self, prefix: str = "") -> list[Digest]:
+        """Return the stored blobs whose digest begins with ``prefix``, in order."""
+        query = select(Blob.digest).where(Blob.stored_at.is_not(None)).order_by(Blob.digest)
+        with self._database.read() as connection:
+            if prefix:
+                query = query.where(Blob.digest >= prefix, Blob.digest < f"{prefix}~")
+            return [Digest(digest) for digest in connection.execute(query).scalars()]
+
+    def get_blob_size(self, digest: str) -> int:
+        """Return a stored blob's size in bytes.
+
+        Raises:
+            NotInCache: if it is not stored.
+        """
+        wanted = parse_digest(digest)
+        with self._database.read() as connection:
+            size = blobs.stored(connection, [wanted]).get(wanted)
+        if size is None:
+            raise NotInCache(f"{wanted} is not in the cache")
+        return size
+
+    def get_blob_path(self, digest: str) -> Path:
+        """Return the path of a stored blob's file; `hold` the blob to keep the path valid. Never write to it.
+
+        Raises:
+            NotInCache: if it is not stored.
+        """
+        self.get_blob_size(digest)
+        return blobs.blob_path(self.directory, parse_digest(digest))
+
+    def open_blob(self, digest: str) -> BinaryIO:
+        """Open a stored blob for reading; the stream stays good whatever happens to the blob.
+
+        Raises:
+            NotInCache: if it is not stored.
+        """
+        self.get_blob_size(digest)
+        return blobs.open_blob(self.directory, parse_digest(digest))
+
+    def get_blob(self, digest: str) -> bytes:
+        """Return a stored blob's content, all of it in memory: for a config or manifest; see `open_blob`.
+
+        Raises:
+            NotInCache: if it is not stored.
+        """
+        with self.open_blob(digest) as file, os_errors("read a blob"):
+            return file.read()
+
+    @contextmanager
+    def hold(self, *names_or_digests: str | Name) -> Iterator[None]:
+        """Keep blobs from collection inside the block, so that their paths stay valid.
+
+        Args:
+            names_or_digests: images, of which all blobs are held, and blobs.
+
+        Raises:
+            NotInCache: if one of them is not in the cache.
+        """
+        with self._database.write() as connection:
+            digests: set[Digest] = set()
+            for wanted in names_or_digests:
+                if isinstance(wanted, str) and (digest := _as_digest(wanted)):
+                    if digest not in blobs.stored(connection, [digest]):
+                        raise NotInCache(f"{digest} is not in the cache")
+                    digests.add(digest)
+                else:
+                    image = images.find(connection, Name.parse(wanted))
+                    closure = images.image_blobs(connection, self.directory, image.id)
+                    digests.update(blob.digest for blob in closure)
+                    now = datetime.now(UTC)
+                    connection.execute(update(Image).where(Image.id == image.id).values(last_used_at=now))
+            hold = self._session.lease(connection, digests)
+        try:
+            yield
+        finally:
+            self._release(hold)
+
+    def _release(self, hold: Hold) -> None:
+        if hold.digests:
+            with self._database.write() as connection:
+                self._session.release(connection, hold)
+
+    # Images
+
+    def save_manifest(self, name: str | Name, manifest: bytes, media_type: str | None = None) -> ImageInfo:
+        """Store a manifest or index under a name; its config and layers are associated at once, stored or not.
+
+        What the name pointed to before is let go, in the same transaction.
+
+        Args:
+            name: of the image; one by digest must name the manifest's.
+            manifest: its exact bytes.
+            media_type: what it is, if that is known from elsewhere; else its own ``mediaType`` or shape tells.
+
+        Raises:
+            InvalidManifest: if it is no manifest or index.
+        """
+        parsed = Name.parse(name)
+        media_type = oci.manifest_media_type(manifest, media_type)
+        oci.descriptors(manifest, media_type)
+        algorithm = parsed.digest.partition(":")[0] if parsed.digest else "sha256"
+        received = blobs.receive(self._session, io.BytesIO(manifest), algorithm=algorithm)
+        with images.publish(self._database, self._session, [received]) as connection:
+            image_id = images.save(connection, self.directory, parsed, received.digest, media_type)
+            closure = images.image_blobs(connection, self.directory, image_id)
+            self._session.release_saved(connection, [blob.digest for blob in closure])
+            return images.images(connection, image_id)[0]
+
+    def get_manifest(self, name: str | Name) -> bytes:
+        """Return the exact bytes of an image's manifest or index.
+
+        Raises:
+            NotInCache: if there is no such image.
+        """
+        with self._database.read() as connection:
+            digest = images.find(connection, Name.parse(name)).digest
+            with blobs.open_blob(self.directory, digest) as file, os_errors("read a manifest"):
+                return file.read()
+
+    def get_image(self, name: str | Name) -> ImageInfo:
+        """Return an image.
+
+        Raises:
+            NotInCache: if there is no such image.
+        """
+        with self._database.read() as connection:
+            return images.images(connection, images.find(connection, Name.parse(name)).id)[0]
+
+    def list_manifests(self) -> list[ImageInfo]:
+        """Return all images, in the order of their names."""
+        with self._database.read() as connection:
+            return images.images(connection)
+
+    def get_image_blobs(self, name: str | Name) -> list[BlobInfo]:
+        """Return an image's blobs in the order of their positions: the manifest, the config, the layers.
+
+        Raises:
+            NotInCache: if there is no such image.
+        """
+        with self._database.read() as connection:
+            image = images.find(connection, Name.parse(name))
+            return images.image_blobs(connection, self.directory, image.id)
+
+    def is_image_complete(self, name: str | Name) -> bool:
+        """Say whether an image is in the cache with its manifest and all its blobs; False if it is not there."""
+        try:
+            return self.get_image(name).complete
+        except NotInCache:
+            return False
+
+    def associate_blob_with_image(
+        self, name: str | Name, digest: str, role: str = "other", media_type: str = "application/octet-stream"
+    ) -> None:
+        """Attach a stored blob to an image: it stays as long as the image does.
+
+        Args:
+            name: of the image.
+            digest: of the blob.
+            role: ``manifest``, ``index``, ``config``, ``layer`` or ``other``.
+            media_type: of the blob.
+
+        Raises:
+            NotInCache: if the image is not there, or the blob is not stored.
+            InvalidManifest: if the role or the media type is none.
+        """
+        if role not in oci.ROLES:
+            raise InvalidManifest(f"{shorten(role)} is not a role: use one of {', '.join(oci.ROLES)}")
+        oci.check_media_type(media_type, "the blob")
+        blob = parse_digest(digest)
+        with self._database.write() as connection:
+            images.attach(connection, Name.parse(name), blob, role, media_type)
+            self._session.release_saved(connection, [blob])
+
+    def tag(self, source: str | Name, target: str | Name) -> ImageInfo:
+        """Give an image a second name; what the target pointed to before is let go.
+
+        Raises:
+            NotInCache: if there is no source.
+        """
+        with self._database.write() as connection:
+            image_id = images.tag(connection, Name.parse(source), Name.parse(target))
+            return images.images(connection, image_id)[0]
+
+    def remove_manifest(self, *names: str | Name, dry_run: bool = False) -> Collected:
+        """Remove images, all of them or none, and free what only they used.
+
+        Args:
+            names: of the images.
+            dry_run: remove nothing, and return what would be freed.
+
+        Returns:
+            The blobs and bytes freed.
+
+        Raises:
+            NotInCache: if one of them is not there.
+        """
+        parsed = [Name.parse(name) for name in names]
+        with self._database.write() as connection:
+            freed = collection.forget(connection, images.remove(connection, parsed))
+            if dry_run:
+                connection.rollback()
+        if not dry_run:
+            collection.empty_trash(self._database)
+        return freed
+
+    def collect_garbage(self, *, dry_run: bool = False) -> Collected:
+        """Free every blob that no image is associated with and no session works with.
+
+        Args:
+            dry_run: free nothing, and return what would be freed.
+
+        Returns:
+            The blobs and bytes freed.
+        """
+        if not dry_run:
+            return collection.collect(self._database)
+        with self._database.read() as connection:
+            return collection.unreferenced(connection)
+
+    def get_stats(self) -> Stats:
+        """Return the cache's totals."""
+        with self._database.read() as connection:
+            stored = select(func.count(), func.coalesce(func.sum(Blob.size), 0)).where(Blob.stored_at.is_not(None))
+            blob_count, total_size = connection.execute(stored).one()
+            return Stats(
+                manifest_count=connection.execute(select(func.count()).select_from(Image)).scalar_one(),
+                blob_count=blob_count,
+                total_size=total_size,
+                incomplete_count=images.count_incomplete(connection),
+                reclaimable_blobs=(reclaimable := collection.unreferenced(connection)).blobs,
+                reclaimable_size=reclaimable.bytes,
+            )
+
+    # Archives
+
+    def cache_from_tar(
+        self,
+        source: str | os.PathLike[str] | BinaryIO,
+        name: str | Name | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[ImageInfo]:
+        """Import the images of a docker-archive, an OCI archive or an OCI image layout folder.
+
+        All of them are saved in one transaction, or none. Every blob is verified, also one that is stored already.
+
+        Args:
+            source: a path, or a file open for reading in binary, which need not be seekable.
+            name: instead of the names in the archive, where it holds one image.
+            progress: is told how far the reading is.
+
+        Returns:
+            The images, one for each name.
+
+        Raises:
+            InvalidArchive: if it is no such archive, or something is wrong with it, or it gives an image no name.
+            InvalidManifest: if a manifest in it is invalid.
+            DigestMismatch: if content in it has another digest or size than it should.
+        """
+        from cachedb import archive
+
+        parsed = Name.parse(name) if name is not None else None
+        opened = Path(source) if isinstance(source, (str, os.PathLike)) else source
+        with archive.open_files(opened, self._session.new_path()) as files:
+            found = archive.read_images(files)
+            if parsed is not None:
+                if len(found) > 1:
+                    raise InvalidArchive(f"the archive holds {len(found)} images, and one NAME was given; leave it out")
+                found = [found[0]._replace(names=[parsed])]
+            for image in found:
+                if not image.names:
+                    which = f" ({image.root.digest})" if image.root and len(found) > 1 else ""
+                    raise InvalidArchive(
+                        f"an image in the archive has no name{which}; give one, as in: cachedb import SOURCE NAME"
+                    )
+            return self._import(found, progress)
+
+    def _import(self, found: list[archive.ArchivedImage], progress: Progress | None) -> list[ImageInfo]:
+        # Several images may share content: by its digest, or by its place in the archive.
+        wanted = {content.key: content for image in found for content in image.contents}
+        hold = self._hold_stored({content.digest for content in wanted.values() if content.digest})
+        received: dict[object, Received] = {}
+        try:
+            self._receive(wanted, hold, received, progress)
+            roots = [self._root(image, received) for image in found]
+            with images.publish(self._database, self._session, received.values()) as connection:
+                ids = [
+                    images.save(connection, self.directory, name, digest, media_type)
+                    for image, (digest, media_type) in zip(found, roots, strict=True)
+                    for name in image.names
+                ]
+                self._session.release(connection, hold)
+                return [images.images(connection, image_id)[0] for image_id in dict.fromkeys(ids)]
+        except BaseException:
+            for blob in received.values():
+                if blob.path is not None:
+                    blob.path.unlink(missing_ok=True)
+            self._release(hold)
+            raise
+
+    def _receive(
+        self,
+        wanted: dict[object, archive.Content],
+        hold: Hold,
+        received: dict[object, Received],
+        progress: Progress | None,
+    ) -> None:
+        """Receive an archive's contents, several at once; what is held is verified only."""
+        from cachedb import archive
+
+        add = _summed(sum(content.size for content in wanted.values()), progress)
+
+        def receive(content: archive.Content) -> None:
+            diff_id = archive.DiffId(*content.diff_id, content.what) if content.diff_id else None
+            received[content.key] = blobs.receive(
+                self._session,
+                content.section.again(),
+                digest=content.digest,
+                size=content.size,
+                write=content.digest not in hold.digests,
+                also=diff_id,
+                progress=add,
+                what=content.what,
+            )
+            if diff_id:
+                diff_id.check()
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # The large ones first, so that all threads come to their end together.
+            order = sorted(wanted.values(), key=lambda content: -content.size)
+            work = [pool.submit(receive, content) for content in order]
+            try:
+                for future in work:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _root(self, image: archive.ArchivedImage, received: dict[object, Received]) -> tuple[Digest, str]:
+        """Return an image's manifest; for one that came without, make it and put it among the received."""
+        if image.root:
+            return image.root.digest, image.root.media_type
+        manifest = image.manifest([received[content.key].digest for content in image.contents])
+        made = blobs.receive(self._session, io.BytesIO(manifest))
+        # Two names for one image may stand apart in the archive, and then its manifest is made twice.
+        received[made.path] = made
+        return made.digest, oci.OCI_MANIFEST
+
+    def export(
+        self,
+        name: str | Name,
+        destination: str | os.PathLike[str] | BinaryIO,
+        *,
+        format: str = "docker",
+        platform: str | None = None,
+        link: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write an image to an archive or a folder; the same image gives the same bytes.
+
+        A file appears under its name when all of it is there.
+
+        Args:
+            name: of the image.
+            destination: a path; or a file open for writing in binary, for every format but ``oci-dir``.
+            format: ``docker`` for an OCI archive that ``docker load`` takes too, ``docker-archive``,
+                ``oci-archive``, or ``oci-dir`` for an image layout folder, which may exist: then the image is added.
+            platform: ``os/architecture[/variant]``, to export one platform of an index as an image of its own.
+            link: in an ``oci-dir``, make hard links to the cache's files where the file system can.
+            progress: is told how far the writing is.
+
+        Raises:
+            NotInCache: if there is no such image, or it is not for that platform.
+            IncompleteImage: if a blob of it is not stored.
+        """
+        from cachedb import export
+
+        if format not in export.FORMATS:
+            raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(export.FORMATS)}")
+        if link and format != "oci-dir":
+            raise CacheError("links are made in a folder: use the format oci-dir")
+        path = Path(destination) if isinstance(destination, (str, os.PathLike)) else destination
+        parsed = Name.parse(name)
+        with self.hold(parsed):
+            info = self.get_image(parsed)
+            if not info.complete:
+                raise images.incomplete(parsed, self.get_image_blobs(parsed))
+            manifests: dict[Digest, bytes] = {}
+
+            def read(blob: Descriptor) -> bytes:
+                manifests[blob.digest] = self.get_blob(blob.digest)
+                return manifests[blob.digest]
+
+            size = self.get_blob_size(info.digest)
+            root = Descriptor(info.digest, size, info.media_type, oci.role_of(info.media_type))
+            closure = list(oci.walk(root, read))
+            if platform is not None or format == "docker-archive":
+                root = export.choose_platform(parsed, root, manifests, platform)
+                closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
+            files = export.entries(parsed, root, format, manifests, closure)
+            add = _summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
+            if format != "oci-dir":
+                export.write_tar(self.directory, files, path, add)
+            elif isinstance(path, Path):
+                export.write_folder(self.directory, files, path, link=link, progress=add)
+            else:
+                raise CacheError("an oci-dir is a folder: name its path")
+
+
+def _as_digest(text: str) -> Digest | None:
+    try:
+        return parse_digest(text)
+    except CacheError:
+        return None
+
+
+@contextmanager
+def _opened(data: Data) -> Iterator[blobs.Readable]:
+    if isinstance(data, (str, os.PathLike)):
+        with os_errors("read the content"):
+            file = Path(data).open("rb", buffering=0)
+        with file:
+            yield _Reader(file)
+    elif isinstance(data, (bytes, bytearray, memoryview)):
+        yield io.BytesIO(data)
+    else:
+        yield _Reader(data)
+
+
+class _Reader:
+    """A file that others opened, of which we know only that it can `read`."""
+
+    def __init__(self, file: BinaryIO | io.RawIOBase) -> None:
+        self._file = file
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        with os_errors("read the content"):
+            if hasattr(self._file, "readinto"):
+                return self._file.readinto(buffer) or 0
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _summed(total: int, progress: Progress | None) -> Callable[[int], None] | None:
+    """Turn the chunks that threads report into one call at a time with the sum."""
+    if progress is None:
+        return None
+    report, guard, done = progress, threading.Lock(), 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        with guard:
+            done += count
+            report(done, total)
+
+    return add

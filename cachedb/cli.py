@@ -1,0 +1,541 @@
+"""The command line: each command parses, calls one method of `Cache`, and prints.
+
+Only click is imported here; what a command needs beyond that, it imports when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+import click
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class
+
+from cachedb import __version__
+from cachedb.errors import CacheError, InvalidDigest, InvalidName, NotInCache
+
+if TYPE_CHECKING:
+    from cachedb.cache import Cache, Progress
+    from cachedb.collection import Collected
+    from cachedb.images import ImageInfo
+
+    _Parameter = click.ParamType[str]
+else:
+    _Parameter = click.ParamType
+
+__all__ = ["cli", "main"]
+
+_EXPORT_FORMATS = ("docker", "docker-archive", "oci-archive", "oci-dir")  # export.FORMATS, without its import
+
+
+def main() -> NoReturn:
+    """Run the command line; errors are one line on stderr, and exit codes as the README lists them."""
+    import signal
+
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        sys.exit(cli.main(prog_name="cachedb", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "cachedb"
+        _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 1)
+    except NotInCache as error:
+        _fail(str(error), 3)
+    except (InvalidName, InvalidDigest) as error:
+        _fail(str(error), 2)
+    except CacheError as error:
+        _fail(str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing may be flushed into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.strerror or error}" + (f": {error.filename!r}" if error.filename else ""), 1)
+
+
+def _terminated(_signal: int, _frame: object) -> NoReturn:
+    sys.exit(143)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+    print(f"cachedb: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@contextmanager
+def _opened() -> Iterator[Cache]:
+    from cachedb.cache import Cache
+
+    with Cache.open(click.get_current_context().find_root().params["directory"]) as cache:
+        yield cache
+
+
+# Parameters
+
+
+def _candidates(ctx: click.Context, incomplete: str, *, names: bool, digests: bool) -> list[CompletionItem]:
+    """Return what is in the cache and begins as typed. Never fails, and never makes a cache."""
+    from cachedb.cache import Cache
+    from cachedb.database import default_directory
+
+    directory = ctx.find_root().params.get("directory") or default_directory()
+    if not os.path.exists(os.path.join(directory, "index.db")):
+        return []
+    try:
+        with Cache.open(directory) as cache:
+            found = [str(image.name) for image in cache.list_manifests()] if names else []
+            found += cache.list_blobs(incomplete) if digests else []
+    except CacheError:
+        return []
+    return [CompletionItem(value) for value in found if value.startswith(incomplete)]
+
+
+class _Name(_Parameter):
+    name = "name"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return _candidates(ctx, incomplete, names=True, digests=False)
+
+
+class _Digest(_Parameter):
+    name = "digest"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return _candidates(ctx, incomplete, names=False, digests=True)
+
+
+class _NameOrDigest(_Parameter):
+    name = "name or digest"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return _candidates(ctx, incomplete, names=True, digests=True)
+
+
+_format = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="How to print the result.",
+)
+_dry_run = click.option("--dry-run", is_flag=True, help="Remove nothing; say what would be freed.")
+
+
+def _quiet(what: str) -> Callable[[Any], Any]:
+    return click.option("-q", "--quiet", is_flag=True, help=f"Print {what} alone.")
+
+
+# Printing
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=2, default=_plain))
+
+
+def _plain(value: object) -> str:
+    from datetime import datetime
+
+    return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else str(value)
+
+
+def _print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], right: Iterable[str] = ()) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    # Into a pipe or a file, lines are as long as they are.
+    Console(width=None if sys.stdout.isatty() else 4096, highlight=False).print(table, crop=False)
+
+
+def _human(size: float) -> str:
+    """Return a size as Docker prints it, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+
+
+def _ago(time: Any) -> str:  # noqa: ANN401
+    from datetime import UTC, datetime
+
+    seconds = max(0, (datetime.now(UTC) - time).total_seconds())
+    for unit, length in (("year", 31_557_600), ("month", 2_629_800), ("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+def _short(digest: str) -> str:
+    algorithm, _, encoded = digest.partition(":")
+    return f"{algorithm}:{encoded[:12]}"
+
+
+def _print_images(found: list[ImageInfo], form: str, *, quiet: bool) -> None:
+    if quiet:
+        for image in found:
+            click.echo(str(image.name))
+    elif form == "json":
+        _print_json([image._asdict() for image in found])
+    else:
+        rows = (
+            (
+                str(image.name),
+                _short(image.digest),
+                _human(image.size),
+                _ago(image.created_at),
+                "complete" if image.complete else "incomplete",
+            )
+            for image in found
+        )
+        _print_table(("NAME", "DIGEST", "SIZE", "CREATED", "STATE"), rows, right=("SIZE",))
+
+
+def _print_collected(freed: Collected, form: str, *, dry_run: bool) -> None:
+    if form == "json":
+        _print_json(freed._asdict())
+    else:
+        blobs = f"{freed.blobs} blob{'' if freed.blobs == 1 else 's'}"
+        click.echo(f"{'would free' if dry_run else 'freed'} {blobs}, {_human(freed.bytes)}")
+
+
+@contextmanager
+def _progress(action: str, *, quiet: bool = False) -> Iterator[Progress | None]:
+    """Show a bar on stderr, if that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(action, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# Commands
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_examples("cachedb import app.tar", "cachedb ls", "docker save app:1 | cachedb import -"),
+)
+@click.option(
+    "--dir",
+    "directory",
+    metavar="DIR",
+    type=click.Path(),
+    envvar="CACHEDB_DIR",
+    help="The cache directory.  [default: $CACHEDB_DIR, else the user's cache directory]",
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli(directory: str | None) -> None:
+    """Keep container images in a local cache that many processes share.
+
+    Exit codes: 0 done; 1 failed, or problems found; 2 wrong usage; 3 not in the cache.
+    """
+
+
+@cli.command(
+    "import",
+    epilog=_examples(
+        "cachedb import app.tar",
+        "cachedb import layout/ team/app:2",
+        "docker save app:1 | cachedb import -",
+    ),
+)
+@click.argument("source", type=click.Path())
+@click.argument("name", required=False, type=_Name())
+@_format
+@_quiet("the images' names")
+def import_(source: str, name: str | None, form: str, quiet: bool) -> None:
+    """Import the images of an archive, under their names in it.
+
+    SOURCE is a docker-archive or an OCI archive, compressed or not, an OCI image layout folder, or - for stdin.
+    NAME is instead of the name in the archive, where it holds one image.
+    """
+    opened: str | IO[bytes] = source
+    if source == "-":
+        if sys.stdin.isatty():
+            raise click.UsageError("stdin is a terminal: send an archive to it, or name a file")
+        opened = sys.stdin.buffer
+    with _opened() as cache, _progress("importing", quiet=quiet) as progress:
+        found = cache.cache_from_tar(opened, name, progress=progress)  # type: ignore[arg-type]
+    _print_images(found, form, quiet=quiet)
+
+
+@cli.command(
+    epilog=_examples(
+        "cachedb export app:1 app.tar",
+        "cachedb export app:1 - | docker load",
+        "cachedb export --format oci-dir --link app:1 layout/",
+    )
+)
+@click.argument("name", type=_Name())
+@click.argument("destination", metavar="DEST", type=click.Path())
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(_EXPORT_FORMATS),
+    default="docker",
+    show_default=True,
+    help="docker: an OCI archive that `docker load` takes too.",
+)
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Export one platform of an image that has several.")
+@click.option("--link", is_flag=True, help="In an oci-dir, make hard links where the file system can.")
+def export(name: str, destination: str, form: str, platform: str | None, link: bool) -> None:
+    """Write an image to an archive or a folder; the same image gives the same bytes.
+
+    DEST is a file, a folder for oci-dir, or - for stdout. An existing file is replaced when the new one is whole; to
+    an existing image layout the image is added.
+    """
+    opened: str | IO[bytes] = destination
+    if destination == "-" and form != "oci-dir":
+        if sys.stdout.isatty():
+            raise click.UsageError("stdout is a terminal: redirect it, or name a file")
+        opened = sys.stdout.buffer
+    with _opened() as cache, _progress("exporting") as progress:
+        cache.export(name, opened, format=form, platform=platform, link=link, progress=progress)  # type: ignore[arg-type]
+
+
+@cli.command(epilog=_examples("cachedb ls", "cachedb ls -q", "cachedb ls --format json"))
+@_format
+@_quiet("the images' names")
+def ls(form: str, quiet: bool) -> None:
+    """List the images in the cache."""
+    with _opened() as cache:
+        found = cache.list_manifests()
+    _print_images(found, form, quiet=quiet)
+
+
+@cli.command(epilog=_examples("cachedb show app:1", "cachedb show --format json app:1"))
+@click.argument("name", type=_Name())
+@_format
+@_quiet("the blobs' digests")
+def show(name: str, form: str, quiet: bool) -> None:
+    """Show an image and its blobs."""
+    with _opened() as cache:
+        image, blobs = cache.get_image(name), cache.get_image_blobs(name)
+    if quiet:
+        for blob in blobs:
+            click.echo(blob.digest)
+    elif form == "json":
+        _print_json({**image._asdict(), "blobs": [blob._asdict() for blob in blobs]})
+    else:
+        _print_images([image], form, quiet=False)
+        click.echo()
+        rows = (
+            (
+                str(blob.position),
+                blob.role,
+                _short(blob.digest),
+                _human(blob.size),
+                "stored" if blob.stored else "missing",
+                blob.media_type,
+            )
+            for blob in blobs
+        )
+        _print_table(("#", "ROLE", "DIGEST", "SIZE", "STATE", "MEDIA TYPE"), rows, right=("#", "SIZE"))
+
+
+@cli.command(epilog=_examples("cachedb manifest app:1 | jq .layers"))
+@click.argument("name", type=_Name())
+def manifest(name: str) -> None:
+    """Print the exact bytes of an image's manifest or index."""
+    with _opened() as cache:
+        data = cache.get_manifest(name)
+    sys.stdout.buffer.write(data)
+
+
+@cli.command(epilog=_examples("cachedb exists app:1 || cachedb import app.tar"))
+@click.argument("name", metavar="NAME|DIGEST", type=_NameOrDigest())
+def exists(name: str) -> None:
+    """Say by the exit code whether an image is here with all its blobs, or a blob is: 0 if so, 3 if not."""
+    with _opened() as cache:
+        try:
+            here = cache.has_blob(name)
+        except InvalidDigest:
+            here = cache.is_image_complete(name)
+    if not here:
+        click.get_current_context().exit(3)
+
+
+@cli.command(epilog=_examples("cachedb tag app:1 app:stable"))
+@click.argument("source", type=_Name())
+@click.argument("target", type=_Name())
+def tag(source: str, target: str) -> None:
+    """Give an image a second name; what TARGET pointed to before is let go."""
+    with _opened() as cache:
+        cache.tag(source, target)
+
+
+@cli.command(epilog=_examples("cachedb rm app:1", "cachedb rm --dry-run app:1 app:2"))
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_Name())
+@_dry_run
+@_format
+@_quiet("the removed images' names")
+def rm(names: tuple[str, ...], dry_run: bool, form: str, quiet: bool) -> None:
+    """Remove images, all of them or none, and free what only they used."""
+    with _opened() as cache:
+        freed = cache.remove_manifest(*names, dry_run=dry_run)
+    if quiet:
+        for name in names:
+            click.echo(name)
+    else:
+        _print_collected(freed, form, dry_run=dry_run)
+
+
+@cli.command(epilog=_examples("cachedb gc", "cachedb gc --dry-run --format json"))
+@_dry_run
+@_format
+@_quiet("the number of bytes")
+def gc(dry_run: bool, form: str, quiet: bool) -> None:
+    """Free every blob that no image uses and no process works with."""
+    with _opened() as cache:
+        freed = cache.collect_garbage(dry_run=dry_run)
+    if quiet:
+        click.echo(freed.bytes)
+    else:
+        _print_collected(freed, form, dry_run=dry_run)
+
+
+@cli.command(epilog=_examples("cachedb stats", "cachedb stats --format json | jq .total_size"))
+@_format
+def stats(form: str) -> None:
+    """Print the cache's totals."""
+    with _opened() as cache:
+        totals = cache.get_stats()
+    if form == "json":
+        _print_json(totals._asdict())
+        return
+    rows = [
+        ("images", str(totals.manifest_count)),
+        ("  incomplete", str(totals.incomplete_count)),
+        ("blobs", str(totals.blob_count)),
+        ("  reclaimable", str(totals.reclaimable_blobs)),
+        ("size", _human(totals.total_size)),
+        ("  reclaimable", _human(totals.reclaimable_size)),
+    ]
+    _print_table(("", "TOTAL"), rows, right=("TOTAL",))
+
+
+@cli.group()
+def blob() -> None:
+    """Store and read single blobs."""
+
+
+@blob.command(
+    "add",
+    epilog=_examples("cachedb blob add layer.tar", "cachedb blob add --digest sha256:9f86d081884c... layer.tar"),
+)
+@click.argument("file", type=click.Path())
+@click.option("--digest", help="The digest that the content must have.  [default: computed]")
+@click.option(
+    "--algorithm", type=click.Choice(["sha256", "sha512"]), default="sha256", help="To compute the digest with."
+)
+def blob_add(file: str, digest: str | None, algorithm: str) -> None:
+    """Store a file, or - for stdin, and print its digest.
+
+    A blob that no image uses is freed by the next `cachedb gc`.
+    """
+    data: str | IO[bytes] = sys.stdin.buffer if file == "-" else file
+    with _opened() as cache:
+        if digest:
+            click.echo(cache.save_blob(digest, data))  # type: ignore[arg-type]
+        else:
+            click.echo(cache.add_blob(data, algorithm=algorithm))  # type: ignore[arg-type]
+
+
+@blob.command("cat", epilog=_examples("cachedb blob cat sha256:9f86d081884c... | tar t"))
+@click.argument("digest", type=_Digest())
+def blob_cat(digest: str) -> None:
+    """Write a blob's content to stdout."""
+    import shutil
+
+    with _opened() as cache, cache.open_blob(digest) as file:
+        shutil.copyfileobj(file, sys.stdout.buffer, 1024 * 1024)
+
+
+@blob.command("path", epilog=_examples('tar tf "$(cachedb blob path sha256:9f86d081884c...)"'))
+@click.argument("digest", type=_Digest())
+def blob_path(digest: str) -> None:
+    """Print the path of a blob's file, to be read only; it is valid until the blob is collected."""
+    with _opened() as cache:
+        click.echo(str(cache.get_blob_path(digest)))
+
+
+@cli.command(
+    epilog=_examples(
+        'eval "$(cachedb completion bash)"',
+        'eval "$(cachedb completion zsh)"',
+        "cachedb completion fish > ~/.config/fish/completions/cachedb.fish",
+    )
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for a shell: of commands, options, names and digests."""
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(cli, {}, "cachedb", "_CACHEDB_COMPLETE").source())
+
+
+class _Bash(BashComplete):
+    """Completion for bash, which takes words apart at colons; names and digests have them."""
+
+    source_template = """\
+%(complete_func)s() {
+    local line="${COMP_LINE:0:COMP_POINT}" word kept item type value
+    word="${line##* }"
+    # What bash takes for finished already, and will not replace.
+    [[ "$COMP_WORDBREAKS" == *:* && "$word" == *:* ]] && kept="${word%%:*}:"
+    while IFS=, read -r type value; do
+        case "$type" in
+            dir) compopt -o dirnames ;;
+            file) compopt -o default ;;
+            plain) COMPREPLY+=("${value#"$kept"}") ;;
+        esac
+    done < <(COMP_WORDS="$line" COMP_CWORD=0 %(complete_var)s=bash_complete $1)
+}
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+
+    @staticmethod
+    def _check_version() -> None:
+        """Any bash from 4.4 on will do, and asking costs a process."""
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """Return the words before the cursor, and the one at it."""
+        from click.shell_completion import split_arg_string
+
+        line = os.environ["COMP_WORDS"]
+        words = split_arg_string(line)
+        return (words[1:], "") if line.endswith((" ", "\t")) else (words[1:-1], words[-1])
+
+
+add_completion_class(_Bash, "bash")

@@ -1,0 +1,128 @@
+"""Collection: what nothing refers to leaves the index, then ``blobs/``, then the disk; in that order.
+
+A blob is forgotten and noted in ``trash`` by one transaction. Its file is renamed into ``trash/`` by a
+second, which looks again whether the blob was stored anew meanwhile, and unlinked after that. So a crash
+at any point leaves something that `recover` can finish, and never a stored row without its file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from sqlalchemy import Connection, delete, func, insert, select
+
+from cachedb.blobs import BATCH, blob_path, retract, stored
+from cachedb.database import Database
+from cachedb.errors import os_errors
+from cachedb.models import Blob, ImageBlob, Lease, Trash
+from cachedb.reference import Digest
+from cachedb.sessions import dead_sessions, sync_folder
+
+__all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "unreferenced"]
+
+
+class Collected(NamedTuple):
+    """What was taken from the disk, or would be: a number of blobs, and their bytes."""
+
+    blobs: int
+    bytes: int
+
+
+# The reference count is zero, and no session works with it.
+_UNREFERENCED = (
+    ~select(ImageBlob.blob_id).where(ImageBlob.blob_id == Blob.id).exists(),
+    ~select(Lease.digest).where(Lease.digest == Blob.digest).exists(),
+)
+
+
+def unreferenced(connection: Connection) -> Collected:
+    """Return what a full collection would free now."""
+    totals = select(func.count(), func.coalesce(func.sum(Blob.size), 0)).where(
+        *_UNREFERENCED, Blob.stored_at.is_not(None)
+    )
+    return Collected(*connection.execute(totals).one())
+
+
+def forget(connection: Connection, blob_ids: Iterable[int]) -> Collected:
+    """Forget those of the blobs that nothing refers to, and note their files for the trash."""
+    ids = sorted(blob_ids)
+    blobs = size = 0
+    for start in range(0, len(ids), BATCH):
+        statement = (
+            delete(Blob)
+            .where(*_UNREFERENCED, Blob.id.in_(ids[start : start + BATCH]))
+            .returning(Blob.digest, Blob.size, Blob.stored_at)
+        )
+        files = [row for row in connection.execute(statement).all() if row.stored_at is not None]
+        if files:
+            digests = [row.digest for row in files]
+            connection.execute(delete(Trash).where(Trash.digest.in_(digests)))
+            connection.execute(insert(Trash), [{"digest": row.digest, "size": row.size} for row in files])
+        blobs += len(files)
+        size += sum(row.size for row in files)
+    return Collected(blobs, size)
+
+
+def collect(database: Database) -> Collected:
+    """Take everything unreferenced from the index and from the disk.
+
+    The candidates are found without the lock; each is looked at again under it, by the same condition.
+    """
+    recover(database)
+    with database.read() as connection:
+        candidates = list(connection.execute(select(Blob.id).where(*_UNREFERENCED)).scalars())
+    blobs = size = 0
+    for start in range(0, len(candidates), BATCH):
+        with database.write() as connection:
+            part = forget(connection, candidates[start : start + BATCH])
+        empty_trash(database)
+        blobs += part.blobs
+        size += part.bytes
+    empty_trash(database)
+    return Collected(blobs, size)
+
+
+def empty_trash(database: Database) -> None:
+    """Move the files of forgotten blobs out of ``blobs/`` and unlink them."""
+    trash = database.directory / "trash"
+    while True:
+        with database.read() as connection:
+            if connection.execute(select(Trash.digest).limit(1)).first() is None:
+                break
+        with database.write() as connection:
+            digests = [Digest(row) for row in connection.execute(select(Trash.digest).limit(BATCH)).scalars()]
+            again = stored(connection, digests)
+            paths = {digest: blob_path(database.directory, digest) for digest in digests if digest not in again}
+            for digest, path in paths.items():
+                try:
+                    path.rename(trash / digest.replace(":", "-"))
+                except FileNotFoundError:
+                    continue  # moved before a crash that undid the rest
+            for folder in {path.parent for path in paths.values()}:
+                sync_folder(folder)
+            connection.execute(delete(Trash).where(Trash.digest.in_(digests)))
+    with os_errors("empty the trash"):
+        for name in os.listdir(trash):
+            (trash / name).unlink(missing_ok=True)
+
+
+def recover(database: Database) -> None:
+    """Clean up after sessions whose process is gone: what they received, their leases, half-done trash."""
+    with database.read() as connection:
+        leased = list(connection.execute(select(Lease.session).distinct()).scalars())
+    found = False
+    with os_errors("clean up after a dead session"):
+        for session in dead_sessions(database, leased):
+            found = True
+            folder = database.directory / "ingest" / session
+            if folder.is_dir():
+                retract(database, folder, os.listdir(folder))
+                shutil.rmtree(folder, ignore_errors=True)
+            if session in leased:
+                with database.write() as connection:
+                    connection.execute(delete(Lease).where(Lease.session == session))
+    if found:
+        empty_trash(database)

@@ -1,0 +1,103 @@
+"""Every error that cachedb raises on purpose, under one root.
+
+CacheError
+├── InvalidName          a name is not ``repository[:tag]`` or ``repository@digest``
+├── InvalidDigest        a digest is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``
+├── NotInCache           the image or blob that was asked for is not here
+├── InvalidManifest      a manifest, index or config cannot be used
+├── InvalidArchive       an archive or image layout cannot be used
+├── DigestMismatch       content differs from the digest or size it was said to have
+├── IncompleteImage      a blob that the operation needs is not stored
+├── NotACache            the directory is not a cache and cannot become one
+├── SchemaMismatch       the index has another schema than this release works with
+└── StorageError         the operating system or SQLite could not do what was asked
+
+A message is one line that says what is wrong and, where there is something to do about it, what.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = [
+    "CacheError",
+    "DigestMismatch",
+    "IncompleteImage",
+    "InvalidArchive",
+    "InvalidDigest",
+    "InvalidManifest",
+    "InvalidName",
+    "NotACache",
+    "NotInCache",
+    "SchemaMismatch",
+    "StorageError",
+]
+
+
+class CacheError(Exception):
+    """The root of all errors that cachedb raises on purpose."""
+
+
+class InvalidName(CacheError):
+    """A name is not ``repository[:tag]`` or ``repository@digest``."""
+
+
+class InvalidDigest(CacheError):
+    """A digest is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``."""
+
+
+class NotInCache(CacheError):
+    """The image or blob that was asked for is not in the cache."""
+
+
+class InvalidManifest(CacheError):
+    """A manifest, index or config cannot be used."""
+
+
+class InvalidArchive(CacheError):
+    """An archive or image layout cannot be used."""
+
+
+class DigestMismatch(CacheError):
+    """Content differs from the digest or size it was said to have."""
+
+
+class IncompleteImage(CacheError):
+    """A blob that the operation needs is not stored."""
+
+
+class NotACache(CacheError):
+    """The directory is not a cache and cannot become one."""
+
+
+class SchemaMismatch(CacheError):
+    """The index has another schema than this release works with."""
+
+
+class StorageError(CacheError):
+    """The operating system or SQLite could not do what was asked."""
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space (`cachedb gc` may help) and try again",
+    errno.EDQUOT: "the disk quota is used up: free some space and try again",
+    errno.EACCES: "check the owner and mode of the directory",
+    errno.EPERM: "check the owner and mode of the directory",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
+}
+
+
+@contextmanager
+def os_errors(action: str) -> Iterator[None]:
+    """Turn an `OSError` in the block into a `StorageError`: "cannot ACTION: reason: file; advice"."""
+    try:
+        yield
+    except OSError as error:
+        parts = [f"cannot {action}", error.strerror or str(error)]
+        if error.filename is not None:
+            parts.append(repr(error.filename))
+        advice = _ADVICE.get(error.errno or 0)
+        raise StorageError(": ".join(parts) + (f"; {advice}" if advice else "")) from error

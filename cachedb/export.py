@@ -1,0 +1,314 @@
+"""Writing image archives: one tar for Docker and OCI tools, docker-archive, OCI archive, OCI layout folder.
+
+The same image gives the same bytes: entries are in a fixed order, and times, owners and modes are fixed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import secrets
+import stat
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple
+
+from cachedb import oci
+from cachedb.archive import CONTAINERD_NAME, REF_NAME, layout_path
+from cachedb.blobs import Progress, blob_path, open_blob
+from cachedb.errors import CacheError, NotInCache, os_errors
+from cachedb.oci import Descriptor
+from cachedb.reference import Digest, Name, split_digest
+from cachedb.sessions import sync_folder
+
+__all__ = ["FORMATS", "Entry", "choose_platform", "entries", "write_folder", "write_tar"]
+
+FORMATS: Final = ("docker", "docker-archive", "oci-archive", "oci-dir")
+"""What an image can be exported as; the first, the default, is an OCI archive that `docker load` takes too."""
+
+_COPY = 16 * 1024 * 1024  # bytes handed to the kernel at a time, between two calls of the progress
+
+
+class Entry(NamedTuple):
+    """A file of an archive: its path in it, and its content, or the blob whose content it has."""
+
+    path: str
+    size: int  # bytes
+    content: bytes | Digest
+
+
+def entries(
+    name: Name, root: Descriptor, format: str, manifests: dict[Digest, bytes], closure: Iterable[Descriptor]
+) -> list[Entry]:
+    """Return the files that an export consists of, in their order.
+
+    Args:
+        name: the image's.
+        root: its manifest or index.
+        format: one of `FORMATS`.
+        manifests: the bytes of the manifests and indexes of the closure, by digest.
+        closure: all that is exported.
+
+    Raises:
+        NotInCache: if a docker-archive is asked for and the image is not one of one platform.
+    """
+    blobs = {blob.digest: Entry(layout_path(blob.digest), blob.size, blob.digest) for blob in closure}
+    if format == "docker-archive":
+        image = _only_image(root, manifests)
+        if image is None:
+            raise NotInCache(f"{name} has several platforms, and a docker-archive holds one: choose with --platform")
+        config, *layers = oci.descriptors(manifests[image.digest], image.media_type)
+        config_path = f"{split_digest(config.digest)[1]}.json"
+        paths = {layer.digest: f"{split_digest(layer.digest)[1]}{_suffix(layer.media_type)}" for layer in layers}
+        return [
+            _manifest_json(name, config_path, [paths[layer.digest] for layer in layers]),
+            Entry(config_path, config.size, config.digest),
+            *(blobs[digest]._replace(path=path) for digest, path in paths.items()),
+        ]
+    found = [_json("oci-layout", {"imageLayoutVersion": "1.0.0"}), _json("index.json", _index(name, root))]
+    if format == "docker" and (image := _only_image(root, manifests)):
+        config, *layers = oci.descriptors(manifests[image.digest], image.media_type)
+        found.append(_manifest_json(name, layout_path(config.digest), [layout_path(layer.digest) for layer in layers]))
+    # Small documents first: a reader of a stream knows early what it has.
+    return found + sorted(blobs.values(), key=lambda entry: (entry.content not in manifests, entry.path))
+
+
+def _json(path: str, document: object) -> Entry:
+    content = json.dumps(document, separators=(",", ":")).encode()
+    return Entry(path, len(content), content)
+
+
+def _manifest_json(name: Name, config: str, layers: list[str]) -> Entry:
+    tags = None if name.digest else [str(name)]
+    return _json("manifest.json", [{"Config": config, "RepoTags": tags, "Layers": layers}])
+
+
+def _suffix(media_type: str) -> str:
+    if media_type.endswith("gzip"):
+        return ".tar.gz"
+    return ".tar.zst" if media_type.endswith("zstd") else ".tar"
+
+
+def _index(name: Name, root: Descriptor) -> dict[str, Any]:
+    return {
+        "schemaVersion": 2,
+        "mediaType": oci.OCI_INDEX,
+        "manifests": [
+            {
+                "mediaType": root.media_type,
+                "digest": root.digest,
+                "size": root.size,
+                "annotations": {CONTAINERD_NAME: name.qualified(), REF_NAME: str(name)},
+            }
+        ],
+    }
+
+
+def _platforms(root: Descriptor, manifests: dict[Digest, bytes]) -> list[Descriptor]:
+    """Return the image manifests below a manifest or index; attestations, of unknown/unknown, are none."""
+    if root.role == "manifest":
+        return [root]
+    children = oci.descriptors(manifests[root.digest], root.media_type)
+    found = [
+        image
+        for blob in children
+        if blob.role in ("manifest", "index") and blob.digest in manifests and blob.platform != "unknown/unknown"
+        for image in ([blob] if blob.role == "manifest" else _platforms(blob, manifests))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _only_image(root: Descriptor, manifests: dict[Digest, bytes]) -> Descriptor | None:
+    images = _platforms(root, manifests)
+    return images[0] if len(images) == 1 else None
+
+
+def choose_platform(name: Name, root: Descriptor, manifests: dict[Digest, bytes], wanted: str | None) -> Descriptor:
+    """Return the manifest of one platform of an image.
+
+    Args:
+        name: the image's.
+        root: its manifest or index.
+        manifests: the bytes of the manifests and indexes of the closure, by digest.
+        wanted: ``os/architecture[/variant]``; None for the host's.
+
+    Raises:
+        NotInCache: if the image is not for that platform.
+    """
+    images = _platforms(root, manifests)
+    if wanted is None and len(images) == 1:
+        return images[0]
+    machine = platform.machine().lower()
+    asked = wanted or f"linux/{ {'x86_64': 'amd64', 'aarch64': 'arm64'}.get(machine, machine) }"
+    for image in images:
+        if image.platform and (image.platform == asked or image.platform.startswith(f"{asked}/")):
+            return image
+    there = ", ".join(sorted(image.platform or "unknown" for image in images))
+    raise NotInCache(f"{name} is not for platform {asked}, but for {there}: choose one with --platform")
+
+
+def write_tar(
+    directory: Path, files: list[Entry], destination: Path | BinaryIO, progress: Progress | None = None
+) -> None:
+    """Write a tar to a stream, or to a file that appears when all of it is there and on disk."""
+    if not isinstance(destination, Path):
+        destination.flush()
+        _write_members(directory, files, destination.fileno(), progress)
+    elif destination.exists() and not destination.is_file():
+        with os_errors("write the export"), destination.open("wb") as file:
+            _write_members(directory, files, file.fileno(), progress)
+    else:
+        with _appearing(destination) as descriptor:
+            _write_members(directory, files, descriptor, progress)
+
+
+def _write_members(directory: Path, files: list[Entry], target: int, progress: Progress | None) -> None:
+    with os_errors("write the export"):
+        for entry in files:
+            member = tarfile.TarInfo(entry.path)
+            member.size, member.mode = entry.size, 0o644
+            _write(target, member.tobuf(tarfile.PAX_FORMAT))
+            _write_content(directory, entry, target, progress)
+            _write(target, bytes(-entry.size % tarfile.BLOCKSIZE))
+        _write(target, bytes(2 * tarfile.BLOCKSIZE))
+
+
+def _write_content(directory: Path, entry: Entry, target: int, progress: Progress | None) -> None:
+    if isinstance(entry.content, bytes):
+        _write(target, entry.content)
+        return
+    with open_blob(directory, entry.content) as blob:
+        source, left = blob.fileno(), os.fstat(blob.fileno()).st_size
+        if left != entry.size:
+            raise CacheError(
+                f"the file of {entry.content} is {left} bytes, and should be {entry.size}: "
+                "remove the image and import it again"
+            )
+        regular = stat.S_ISREG(os.fstat(target).st_mode)
+        while left:
+            count = _copy_some(source, target, min(left, _COPY), regular=regular)
+            if not count:
+                raise CacheError(f"the file of {entry.content} was cut short while it was read")
+            left -= count
+            if progress is not None:
+                progress(count)
+
+
+def _copy_some(source: int, target: int, count: int, *, regular: bool) -> int:
+    """Have the kernel copy, by reference where the file system can; else go through our memory."""
+    if regular:
+        with suppress(OSError):
+            return os.copy_file_range(source, target, count)
+    with suppress(OSError):
+        return os.sendfile(target, source, None, count)
+    chunk = os.read(source, min(count, 1024 * 1024))
+    _write(target, chunk)
+    return len(chunk)
+
+
+def _write(target: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[int]:
+    """Write a file beside its final name, which it gets when it is whole and on disk."""
+    path = path.resolve()
+    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    with os_errors("write the export"):
+        try:
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                yield descriptor
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            part.rename(path)
+            sync_folder(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_folder(
+    directory: Path,
+    files: list[Entry],
+    destination: Path,
+    *,
+    link: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write an image layout folder, or add to the one that is there; ``index.json`` is written last.
+
+    Args:
+        directory: of the cache.
+        files: as `entries` gives them.
+        destination: the folder; its parent must exist.
+        link: make hard links to the cache's files where the file system can.
+        progress: is told of the bytes written or linked.
+
+    Raises:
+        StorageError: if it cannot be written.
+        CacheError: if the folder holds something else.
+    """
+    with os_errors("write the export"):
+        destination.mkdir(exist_ok=True)
+        if any(destination.iterdir()) and not (destination / "oci-layout").is_file():
+            raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout")
+        # Two exports into one layout take turns, for each rewrites its index.
+        lock = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            folders = {destination}
+            for entry in sorted(files, key=lambda entry: entry.path == "index.json"):
+                path = destination / entry.path
+                folders.add(path.parent)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if entry.path == "index.json":
+                    for folder in folders:
+                        sync_folder(folder)
+                    entry = _merged(path, entry)
+                if link and not isinstance(entry.content, bytes) and _link(directory, entry.content, path):
+                    if progress is not None:
+                        progress(entry.size)
+                    continue
+                with _appearing(path) as descriptor:
+                    _write_content(directory, entry, descriptor, progress)
+        finally:
+            os.close(lock)
+
+
+def _link(directory: Path, digest: Digest, path: Path) -> bool:
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        os.link(blob_path(directory, digest), part)
+    except OSError:
+        return False  # another file system, or one without links: copy
+    part.rename(path)
+    part.unlink(missing_ok=True)  # a rename over another link of the same file does nothing
+    return True
+
+
+def _merged(path: Path, entry: Entry) -> Entry:
+    """Return the index with the image in it, in place of another of its name."""
+    assert isinstance(entry.content, bytes)
+    try:
+        old = oci.load_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return entry
+    new = json.loads(entry.content)
+    if not isinstance(old, dict) or not isinstance(old.get("manifests"), list):
+        raise CacheError(f"{str(path)!r} is not an image index")
+
+    def ref_name(descriptor: object) -> object:
+        annotations = descriptor.get("annotations") if isinstance(descriptor, dict) else None
+        return annotations.get(REF_NAME) if isinstance(annotations, dict) else None
+
+    name = ref_name(new["manifests"][0])
+    kept = [descriptor for descriptor in old["manifests"] if ref_name(descriptor) != name]
+    return _json("index.json", {**old, "manifests": kept + new["manifests"]})

@@ -1,0 +1,370 @@
+"""Images in the index: names, what they point to, and the closure each is associated with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy import Connection, delete, func, insert, literal, select, update
+
+from cachedb import blobs
+from cachedb.database import Database
+from cachedb.errors import IncompleteImage, InvalidManifest, InvalidName, NotInCache
+from cachedb.models import Blob, Image, ImageBlob
+from cachedb.oci import DOCUMENT_LIMIT, Descriptor, is_compressed, role_of, walk
+from cachedb.reference import Digest, Name
+from cachedb.sessions import Session
+
+__all__ = [
+    "BlobInfo",
+    "ImageInfo",
+    "attach",
+    "count_incomplete",
+    "find",
+    "image_blobs",
+    "images",
+    "incomplete",
+    "publish",
+    "remove",
+    "save",
+    "tag",
+]
+
+
+class ImageInfo(NamedTuple):
+    """An image in the cache."""
+
+    repository: str
+    reference: str  # a tag or a digest
+    digest: Digest  # of the manifest or index
+    media_type: str  # of the manifest or index
+    size: int  # bytes of the closure, a blob that occurs twice counted once
+    complete: bool  # whether every blob of the closure is stored
+    created_at: datetime  # UTC; when the name came to point to this manifest
+    last_used_at: datetime  # UTC
+
+    @property
+    def name(self) -> Name:
+        """The image's name."""
+        return Name(self.repository, self.reference)
+
+
+class BlobInfo(NamedTuple):
+    """A blob of an image."""
+
+    digest: Digest
+    size: int  # bytes
+    role: str  # manifest, index, config, layer or other
+    media_type: str
+    position: int  # in the image; the manifest or index is at 0
+    stored: bool
+    compressed: bool
+    path: Path | None  # of the file, if it is stored; hold the image to keep it valid
+
+    @property
+    def is_config(self) -> bool:
+        """Whether the blob is an image's config."""
+        return self.role == "config"
+
+
+class Found(NamedTuple):
+    """An image's row."""
+
+    id: int
+    manifest_id: int
+    digest: Digest
+    media_type: str
+
+
+def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
+    """Return an image's row. A digest also finds what a tag of the same repository points to, unless ``exact``.
+
+    Raises:
+        NotInCache: if there is none.
+    """
+    query = (
+        select(Image.id, Image.manifest_id, Blob.digest, Image.media_type)
+        .join(Blob, Blob.id == Image.manifest_id)
+        .where(Image.repository == name.repository)
+    )
+    row = connection.execute(query.where(Image.reference == name.reference)).first()
+    if row is None and name.digest and not exact:
+        row = connection.execute(query.where(Blob.digest == name.digest).limit(1)).first()
+    if row is None:
+        raise NotInCache(f"{name} is not in the cache; `cachedb ls` lists what is")
+    return Found(row.id, row.manifest_id, Digest(row.digest), row.media_type)
+
+
+def images(connection: Connection, image_id: int | None = None) -> list[ImageInfo]:
+    """Return all images, or one, in the order of their names."""
+    once = select(ImageBlob.image_id, ImageBlob.blob_id).distinct()
+    if image_id is not None:
+        once = once.where(ImageBlob.image_id == image_id)
+    closure = once.subquery()
+    totals = (
+        select(
+            closure.c.image_id,
+            func.sum(Blob.size).label("size"),
+            (func.count() == func.count(Blob.stored_at)).label("complete"),
+        )
+        .join(Blob, Blob.id == closure.c.blob_id)
+        .group_by(closure.c.image_id)
+        .subquery()
+    )
+    query = (
+        select(
+            Image.repository,
+            Image.reference,
+            Blob.digest,
+            Image.media_type,
+            totals.c.size,
+            totals.c.complete,
+            Image.created_at,
+            Image.last_used_at,
+        )
+        .join(Blob, Blob.id == Image.manifest_id)
+        .join(totals, totals.c.image_id == Image.id)
+        .order_by(Image.repository, Image.reference)
+    )
+    return [
+        ImageInfo(row[0], row[1], Digest(row[2]), row[3], int(row[4]), bool(row[5]), row[6], row[7])
+        for row in connection.execute(query)
+    ]
+
+
+def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[BlobInfo]:
+    """Return an image's blobs in the order of their positions."""
+    query = (
+        select(Blob.digest, Blob.size, ImageBlob.role, ImageBlob.media_type, ImageBlob.position, Blob.stored_at)
+        .join(Blob, Blob.id == ImageBlob.blob_id)
+        .where(ImageBlob.image_id == image_id)
+        .order_by(ImageBlob.position)
+    )
+    return [
+        BlobInfo(
+            Digest(digest),
+            size,
+            role,
+            media_type,
+            position,
+            stored_at is not None,
+            is_compressed(media_type),
+            blobs.blob_path(directory, Digest(digest)) if stored_at is not None else None,
+        )
+        for digest, size, role, media_type, position, stored_at in connection.execute(query)
+    ]
+
+
+@contextmanager
+def publish(database: Database, session: Session, received: Iterable[blobs.Received]) -> Iterator[Connection]:
+    """Store received blobs as `blobs.publish` does; images that waited for one of them learn what it names."""
+    received = list(received)
+    with blobs.publish(database, session, received) as connection:
+        yield connection
+        digests = [blob.digest for blob in received if blob.path is not None and blob.size <= DOCUMENT_LIMIT]
+        for image_id in _waiting(connection, digests):
+            row = connection.execute(
+                select(Blob.digest, Blob.size, Image.media_type)
+                .join(Blob, Blob.id == Image.manifest_id)
+                .where(Image.id == image_id)
+            ).one()
+            root = Descriptor(Digest(row.digest), row.size, row.media_type, role_of(row.media_type))
+            try:
+                _associate(connection, database.directory, image_id, root)
+            except InvalidManifest:
+                continue  # it is what its digest says, and not what the index said: a blob like any other
+
+
+def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
+    """Return the images that have one of these as a child manifest."""
+    found: set[int] = set()
+    for start in range(0, len(digests), blobs.BATCH):
+        query = (
+            select(ImageBlob.image_id)
+            .join(Blob, Blob.id == ImageBlob.blob_id)
+            .where(
+                Blob.digest.in_(digests[start : start + blobs.BATCH]),
+                ImageBlob.role.in_(("manifest", "index")),
+                ImageBlob.position > 0,
+            )
+        )
+        found.update(connection.execute(query).scalars())
+    return sorted(found)
+
+
+def save(connection: Connection, directory: Path, name: Name, digest: Digest, media_type: str) -> int:
+    """Point a name to a stored manifest or index and associate its closure; return the image's id.
+
+    What the name pointed to before is let go. Blobs that were attached to the same manifest stay attached.
+
+    Raises:
+        InvalidName: if the name is by another digest.
+        InvalidManifest: if a manifest of the closure is invalid.
+    """
+    if name.digest not in (None, digest):
+        raise InvalidName(f"{name} cannot be the name of {digest}: its digest is another")
+    manifest = connection.execute(select(Blob.id, Blob.size).where(Blob.digest == digest)).one()
+    image_id = _point(connection, name, manifest.id, media_type)
+    root = Descriptor(digest, manifest.size, media_type, role_of(media_type))
+    _associate(connection, directory, image_id, root)
+    return image_id
+
+
+def _point(connection: Connection, name: Name, manifest_id: int, media_type: str) -> int:
+    """Make a name point to a manifest, with no associations left of another one; return the image's id."""
+    now = datetime.now(UTC)
+    values = {"manifest_id": manifest_id, "media_type": media_type, "last_used_at": now}
+    row = connection.execute(
+        select(Image.id, Image.manifest_id).where(
+            Image.repository == name.repository, Image.reference == name.reference
+        )
+    ).first()
+    if row is None:
+        new = insert(Image).values(repository=name.repository, reference=name.reference, created_at=now, **values)
+        return int(connection.execute(new.returning(Image.id)).scalar_one())
+    if row.manifest_id != manifest_id:
+        values["created_at"] = now
+        connection.execute(delete(ImageBlob).where(ImageBlob.image_id == row.id))
+    connection.execute(update(Image).where(Image.id == row.id).values(values))
+    return int(row.id)
+
+
+def _associate(connection: Connection, directory: Path, image_id: int, root: Descriptor) -> None:
+    """Associate an image with the closure of its manifest, in front of what was attached to it."""
+
+    def read(blob: Descriptor) -> bytes | None:
+        size = blobs.stored(connection, [blob.digest]).get(blob.digest)
+        if size is None:
+            return None
+        if size > DOCUMENT_LIMIT:
+            raise InvalidManifest(f"manifest {blob.digest} is {size} bytes; {DOCUMENT_LIMIT} at most are read")
+        with blobs.open_blob(directory, blob.digest) as file:
+            return file.read()
+
+    closure = list(walk(root, read))
+    ids = _blob_ids(connection, closure)
+    wanted = [(ids[blob.digest], blob.role, blob.media_type) for blob in closure]
+    old = connection.execute(
+        select(ImageBlob.blob_id, ImageBlob.role, ImageBlob.media_type)
+        .where(ImageBlob.image_id == image_id)
+        .order_by(ImageBlob.position)
+    ).all()
+    reached = set(ids.values())
+    wanted += [(row.blob_id, row.role, row.media_type) for row in old if row.blob_id not in reached]
+    if wanted != [tuple(row) for row in old]:
+        connection.execute(delete(ImageBlob).where(ImageBlob.image_id == image_id))
+        columns = ("image_id", "position", "blob_id", "role", "media_type")
+        rows = [dict(zip(columns, (image_id, position, *row), strict=True)) for position, row in enumerate(wanted)]
+        connection.execute(insert(ImageBlob), rows)
+
+
+def _blob_ids(connection: Connection, closure: list[Descriptor]) -> dict[Digest, int]:
+    """Return the ids of the blobs, of which some may be new to the index."""
+    wanted = {blob.digest: blob for blob in closure}
+    ids: dict[Digest, int] = {}
+    digests = list(wanted)
+    for start in range(0, len(digests), blobs.BATCH):
+        part = digests[start : start + blobs.BATCH]
+        query = select(Blob.id, Blob.digest, Blob.size, Blob.stored_at).where(Blob.digest.in_(part))
+        for row in connection.execute(query):
+            if row.stored_at is not None and row.size != wanted[row.digest].size:
+                raise InvalidManifest(
+                    f"the manifest says that {row.digest} is {wanted[row.digest].size} bytes; it is {row.size}"
+                )
+            ids[row.digest] = row.id
+        new = [{"digest": digest, "size": wanted[digest].size} for digest in part if digest not in ids]
+        if new:
+            connection.execute(insert(Blob), new)
+            rows = connection.execute(
+                select(Blob.digest, Blob.id).where(Blob.digest.in_([row["digest"] for row in new]))
+            )
+            ids.update((Digest(digest), blob_id) for digest, blob_id in rows)
+    return ids
+
+
+def tag(connection: Connection, source: Name, target: Name) -> int:
+    """Give an image a second name; what the target pointed to before is let go. Return the target's id.
+
+    Raises:
+        NotInCache: if there is no source.
+        InvalidName: if the target is by another digest.
+    """
+    image = find(connection, source)
+    if target.digest not in (None, image.digest):
+        raise InvalidName(f"{target} cannot be a name of {source}: its digest is {image.digest}")
+    target_id = _point(connection, target, image.manifest_id, image.media_type)
+    if target_id == image.id:
+        return target_id
+    connection.execute(delete(ImageBlob).where(ImageBlob.image_id == target_id))
+    columns = (ImageBlob.position, ImageBlob.blob_id, ImageBlob.role, ImageBlob.media_type)
+    connection.execute(
+        insert(ImageBlob).from_select(
+            ["image_id", "position", "blob_id", "role", "media_type"],
+            select(literal(target_id), *columns).where(ImageBlob.image_id == image.id),
+        )
+    )
+    return target_id
+
+
+def attach(connection: Connection, name: Name, digest: Digest, role: str, media_type: str) -> None:
+    """Attach a stored blob to an image, at the last position; one that is there already is not repeated.
+
+    Raises:
+        NotInCache: if there is no such image, or the blob is not stored.
+    """
+    image = find(connection, name)
+    blob_id = connection.execute(select(Blob.id).where(Blob.digest == digest, Blob.stored_at.is_not(None))).scalar()
+    if blob_id is None:
+        raise NotInCache(f"{digest} is not in the cache; store it first")
+    there = select(ImageBlob.position).where(
+        ImageBlob.image_id == image.id, ImageBlob.blob_id == blob_id, ImageBlob.role == role
+    )
+    if connection.execute(there).first() is not None:
+        return
+    position = select(func.max(ImageBlob.position) + 1).where(ImageBlob.image_id == image.id)
+    connection.execute(
+        insert(ImageBlob).values(
+            image_id=image.id,
+            position=connection.execute(position).scalar_one(),
+            blob_id=blob_id,
+            role=role,
+            media_type=media_type,
+        )
+    )
+
+
+def remove(connection: Connection, names: Iterable[Name]) -> set[int]:
+    """Remove images, all or none; return the ids of the blobs that they were associated with.
+
+    Raises:
+        NotInCache: if one of them is not there.
+    """
+    found = {find(connection, name, exact=True).id for name in names}
+    touched: set[int] = set()
+    for image_id in found:
+        query = select(ImageBlob.blob_id).where(ImageBlob.image_id == image_id)
+        touched.update(connection.execute(query).scalars())
+        connection.execute(delete(Image).where(Image.id == image_id))
+    return touched
+
+
+def incomplete(name: Name, closure: Iterable[BlobInfo]) -> IncompleteImage:
+    """Return the error that says what an image lacks."""
+    missing = [blob for blob in closure if not blob.stored]
+    more = f", nor are {len(missing) - 1} more blobs" if len(missing) > 1 else ""
+    return IncompleteImage(
+        f"{name} is incomplete: {missing[0].role} {missing[0].digest} is not in the cache{more}; import it again"
+    )
+
+
+def count_incomplete(connection: Connection) -> int:
+    """Return the number of images of which a blob is not stored."""
+    query = (
+        select(func.count(ImageBlob.image_id.distinct()))
+        .join(Blob, Blob.id == ImageBlob.blob_id)
+        .where(Blob.stored_at.is_(None))
+    )
+    return connection.execute(query).scalar_one()

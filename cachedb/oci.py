@@ -1,0 +1,223 @@
+"""Manifests and indexes: what they say, which blobs they reach, and how one is made.
+
+After the OCI image specification v1.1 (manifest.md, image-index.md, descriptor.md) and Docker's image
+manifest version 2, schema 2. Everything here comes from strangers, so it is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+from cachedb.errors import CacheError, InvalidDigest, InvalidManifest
+from cachedb.reference import Digest, parse_digest, shorten
+
+__all__ = [
+    "Descriptor",
+    "build_manifest",
+    "child",
+    "descriptors",
+    "is_compressed",
+    "load_json",
+    "manifest_media_type",
+    "walk",
+]
+
+OCI_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX: Final = "application/vnd.oci.image.index.v1+json"
+OCI_CONFIG: Final = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER: Final = "application/vnd.oci.image.layer.v1.tar"
+DOCKER_MANIFEST: Final = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST: Final = "application/vnd.docker.distribution.manifest.list.v2+json"
+
+MANIFEST_TYPES: Final = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
+INDEX_TYPES: Final = frozenset({OCI_INDEX, DOCKER_LIST})
+
+ROLES: Final = ("manifest", "index", "config", "layer", "other")
+"""What a blob is to an image."""
+
+DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
+"""The size in bytes over which a manifest, index or config is refused, as registries do."""
+
+_SIZE_LIMIT = 2**63 - 1
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
+
+
+class Descriptor(NamedTuple):
+    """What a manifest or index says of a blob (image specification, descriptor.md), and its role there."""
+
+    digest: Digest
+    size: int  # bytes
+    media_type: str
+    role: str
+    platform: str | None = None  # os/architecture[/variant], of an index's child that has one
+
+
+def load_json(data: bytes, what: str, error: type[CacheError] = InvalidManifest) -> Any:  # noqa: ANN401
+    """Parse JSON that a stranger wrote.
+
+    Args:
+        data: the document's bytes.
+        what: how to call the document in an error.
+        error: the class to raise.
+
+    Raises:
+        error: if the document is over 4 MiB, or is not JSON as RFC 8259 has it.
+    """
+    if len(data) > DOCUMENT_LIMIT:
+        raise error(f"{what} is {len(data)} bytes; more than {DOCUMENT_LIMIT} are refused")
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise error(f"{what} is nested too deep") from None
+    except ValueError as problem:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
+        raise error(f"{what} is not JSON: {shorten(str(problem))}") from problem
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def check_media_type(value: object, what: str) -> str:
+    """Return ``value`` if it is a media type (RFC 6838, section 4.2), else raise `InvalidManifest`."""
+    if not isinstance(value, str) or not _MEDIA_TYPE.fullmatch(value):
+        raise InvalidManifest(f"{what} has {shorten(value)} as its media type")
+    return value
+
+
+def is_compressed(media_type: str) -> bool:
+    """Say whether a layer of this media type is compressed."""
+    return media_type.endswith(("gzip", "zstd"))
+
+
+def role_of(media_type: str) -> str:
+    """Return the role that a blob of this media type has where an index or an archive names it."""
+    if media_type in INDEX_TYPES:
+        return "index"
+    return "manifest" if media_type in MANIFEST_TYPES else "other"
+
+
+def manifest_media_type(data: bytes, declared: str | None = None) -> str:
+    """Return the media type of a manifest or index.
+
+    Args:
+        data: the manifest's exact bytes.
+        declared: what a descriptor, a header or a caller says it is, if anything does.
+
+    Raises:
+        InvalidManifest: if it is neither an image manifest nor an index, or says something else of itself.
+    """
+    document = load_json(data, "the manifest")
+    if not isinstance(document, dict):
+        raise InvalidManifest("the manifest is not a JSON object")
+    own = document.get("mediaType")
+    if own is not None and declared is not None and own != declared:
+        raise InvalidManifest(f"the manifest says it is {shorten(own)}, and was said to be {shorten(declared)}")
+    # OCI leaves the field optional; then the shape tells (manifest.md and image-index.md, "mediaType").
+    kind = own or declared or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
+    if kind not in MANIFEST_TYPES | INDEX_TYPES:
+        raise InvalidManifest(
+            f"{shorten(kind)} is not a manifest that can be kept: "
+            "OCI manifests and indexes and Docker's schema 2 are; convert it, with skopeo for instance"
+        )
+    return str(kind)
+
+
+def descriptors(data: bytes, media_type: str, what: str = "the manifest") -> list[Descriptor]:
+    """Return what a manifest or index names, in its order: the config first, then the layers.
+
+    Args:
+        data: the manifest's exact bytes.
+        media_type: what it is, as `manifest_media_type` has it.
+        what: how to call it in an error.
+
+    Raises:
+        InvalidManifest: if it is not what its media type says.
+    """
+    document = load_json(data, what)
+    if not isinstance(document, dict) or document.get("schemaVersion") != 2:
+        raise InvalidManifest(f"{what} is not an object with schemaVersion 2")
+    if media_type in INDEX_TYPES:
+        if "config" in document or "layers" in document:
+            raise InvalidManifest(f"{what} is an index, and has a manifest's config or layers")
+        return [child(entry, what) for entry in _list(document, "manifests", what)]
+    if "manifests" in document:
+        raise InvalidManifest(f"{what} is an image manifest, and has an index's manifests")
+    config = _descriptor(document.get("config"), "config", f"the config in {what}")
+    return [
+        config,
+        *(_descriptor(layer, "layer", f"a layer in {what}") for layer in _list(document, "layers", what)),
+    ]
+
+
+def _list(document: dict[str, Any], key: str, what: str) -> list[Any]:
+    value = document.get(key)
+    if not isinstance(value, list):
+        raise InvalidManifest(f"{what} has no list of {key}")
+    return value
+
+
+def _descriptor(value: object, role: str, what: str) -> Descriptor:
+    if not isinstance(value, dict):
+        raise InvalidManifest(f"{what} is not a descriptor")
+    size = value.get("size")
+    if type(size) is not int or not 0 <= size <= _SIZE_LIMIT:
+        raise InvalidManifest(f"{what} has {shorten(size)} as its size")
+    try:
+        digest = parse_digest(value.get("digest", ""))
+    except InvalidDigest as error:
+        raise InvalidManifest(f"{what}: {error}") from error
+    return Descriptor(digest, size, check_media_type(value.get("mediaType"), what), role)
+
+
+def child(value: object, what: str) -> Descriptor:
+    """Return an entry of an index as a descriptor, with the platform it is for (image-index.md)."""
+    child = _descriptor(value, "other", f"an entry of {what}")
+    assert isinstance(value, dict)
+    platform = value.get("platform")
+    label = None
+    if isinstance(platform, dict):
+        parts = [platform.get(key) for key in ("os", "architecture", "variant")]
+        label = "/".join(part for part in parts if isinstance(part, str) and part) or None
+    return child._replace(role=role_of(child.media_type), platform=label)
+
+
+def walk(root: Descriptor, read: Callable[[Descriptor], bytes | None]) -> Iterator[Descriptor]:
+    """Yield the closure of a manifest or index: itself, then all it reaches, each manifest once expanded.
+
+    Args:
+        root: the manifest to begin with.
+        read: returns a manifest's bytes, or None where they are not at hand; what it names is then left out.
+
+    Raises:
+        InvalidManifest: if one of the manifests is not what its media type says.
+    """
+    stack, expanded = [root], set[Digest]()
+    while stack:
+        blob = stack.pop()
+        yield blob
+        if blob.role not in ("manifest", "index") or blob.digest in expanded:
+            continue
+        expanded.add(blob.digest)
+        data = read(blob)
+        if data is not None:
+            what = f"manifest {blob.digest}"
+            manifest_media_type(data, blob.media_type)
+            stack.extend(reversed(descriptors(data, blob.media_type, what)))
+
+
+def build_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:
+    """Make the manifest of an image that came without one; the same image gives the same bytes, always."""
+
+    def entry(blob: Descriptor) -> dict[str, object]:
+        return {"mediaType": blob.media_type, "digest": blob.digest, "size": blob.size}
+
+    document = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": entry(config),
+        "layers": [entry(layer) for layer in layers],
+    }
+    return json.dumps(document, separators=(",", ":")).encode()

@@ -1,0 +1,175 @@
+"""Sessions: a process's claim on what it is working with, that ends when the process does.
+
+A session has a lock file, which the kernel lets go of however the process dies; a folder in ``ingest/``;
+and leases, which keep digests from collection. It begins when the first of them is needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy import Connection, delete, insert
+
+from cachedb import locks
+from cachedb.database import Database
+from cachedb.errors import CacheError, os_errors
+from cachedb.models import Lease
+from cachedb.reference import Digest, parse_digest
+
+__all__ = ["Hold", "Session", "received_digest", "sync_folder"]
+
+_SUFFIX = ".session"
+
+
+class Hold(NamedTuple):
+    """One set of leases: of which session, its number there, and the digests."""
+
+    session: str
+    number: int
+    digests: frozenset[Digest]
+
+
+NO_HOLD = Hold("", 0, frozenset())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_path(directory: Path, session: str) -> Path:
+    """Return a session's lock file."""
+    return directory / "locks" / f"{session}{_SUFFIX}"
+
+
+def locked_sessions(directory: Path) -> set[str]:
+    """Return the sessions that have a lock file, alive or not."""
+    return {name.removesuffix(_SUFFIX) for name in os.listdir(directory / "locks") if name.endswith(_SUFFIX)}
+
+
+def received_digest(name: str) -> Digest | None:
+    """Return the digest in the name of a file in a session's folder, once all of it is there."""
+    _, _, encoded = name.partition(".")
+    return parse_digest(encoded.replace("-", ":")) if encoded else None
+
+
+class Session:
+    """The session of one open cache. Usable from several threads; a forked child begins one of its own."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        locks.after_fork(self)
+        self.forked()
+
+    def forked(self) -> None:
+        """Be a new session, that has not begun."""
+        self._guard = threading.Lock()
+        self._id: str | None = None
+        self._lock: int | None = None
+        self._numbers = itertools.count(1)
+        self._leased = False
+        self._unsaved: dict[Digest, list[Hold]] = {}
+
+    @property
+    def id(self) -> str:
+        """The session's name. Asking for it begins the session."""
+        with self._guard:
+            if self._id is None:
+                name = f"{os.getpid()}-{secrets.token_hex(6)}"
+                with os_errors("begin a session in the cache"):
+                    # The lock comes first: what belongs to a session without one is swept away.
+                    self._lock = locks.acquire(lock_path(self._database.directory, name))
+                    (self._database.directory / "ingest" / name).mkdir(mode=0o700)
+                    sync_folder(self._database.directory / "ingest")
+                self._id = name
+            return self._id
+
+    @property
+    def folder(self) -> Path:
+        """Where this session writes what it receives."""
+        return self._database.directory / "ingest" / self.id
+
+    def new_path(self, digest: Digest | None = None) -> Path:
+        """Return a new path in the folder; with a digest, it tells the next open what was being published."""
+        name = str(next(self._numbers))
+        return self.folder / (f"{name}.{digest.replace(':', '-')}" if digest else name)
+
+    def lease(self, connection: Connection, digests: Iterable[Digest]) -> Hold:
+        """Keep digests from collection, from the connection's commit on until `release`."""
+        hold = Hold(self.id, next(self._numbers), frozenset(digests))
+        if hold.digests:
+            self._leased = True
+            rows = [{"digest": digest, "session": hold.session, "hold": hold.number} for digest in hold.digests]
+            connection.execute(insert(Lease), rows)
+        return hold
+
+    def release(self, connection: Connection, hold: Hold) -> None:
+        """Let go of a hold; one that a parent process took is left to it."""
+        if hold.session == self._id:
+            connection.execute(delete(Lease).where(Lease.session == hold.session, Lease.hold == hold.number))
+
+    def keep_until_saved(self, hold: Hold) -> None:
+        """Keep a blob that was just stored until an image of this session is associated with it."""
+        with self._guard:
+            for digest in hold.digests:
+                self._unsaved.setdefault(digest, []).append(hold)
+
+    def release_saved(self, connection: Connection, digests: Iterable[Digest]) -> None:
+        """Let go of what `keep_until_saved` keeps, in the transaction that associates it.
+
+        Of each digest once: another thread may have stored the same blob for an image that it has yet to save.
+        """
+        with self._guard:
+            holds = [held.pop() for digest in set(digests) if (held := self._unsaved.get(digest))]
+        for hold in holds:
+            self.release(connection, hold)
+
+    def close(self) -> None:
+        """End the session: its folder, its leases and its lock file go."""
+        if self._id is None or self._lock is None:
+            return
+        try:
+            # A file named by its digest is a publication that failed half way: the next open sees to it.
+            if not any(received_digest(name) for name in os.listdir(self.folder)):
+                shutil.rmtree(self.folder)
+                if self._leased:
+                    with self._database.write() as connection:
+                        connection.execute(delete(Lease).where(Lease.session == self._id))
+                lock_path(self._database.directory, self._id).unlink()
+        except (CacheError, OSError):
+            pass  # what is left is a dead session's, which the next open sweeps away
+        finally:
+            locks.release(self._lock)
+            self.forked()
+
+
+def dead_sessions(database: Database, leased: Iterable[str]) -> Iterator[str]:
+    """Yield the sessions that left something behind and whose process is gone; each is locked meanwhile.
+
+    Args:
+        database: of the cache.
+        leased: the sessions that have leases in the index.
+    """
+    directory = database.directory
+    for session in sorted(locked_sessions(directory) | set(os.listdir(directory / "ingest")) | set(leased)):
+        path = lock_path(directory, session)
+        lock = locks.acquire(path, create=False, wait=False)
+        if lock is None and path.exists():
+            continue
+        try:
+            yield session
+            path.unlink(missing_ok=True)
+        finally:
+            if lock is not None:
+                locks.release(lock)

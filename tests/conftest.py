@@ -1,0 +1,96 @@
+"""What the tests share: a cache, what is on its disk, and the peers that may be installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachedb import Cache
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def cache(directory: Path) -> Iterator[Cache]:
+    with Cache.open(directory) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def _no_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test may touch the cache of whoever runs it."""
+    monkeypatch.setenv("CACHEDB_DIR", str(tmp_path / "default-cache"))
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def cachedb(directory: Path) -> Run:
+    """Run the command line in a process of its own."""
+
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cachedb", "--dir", str(directory), *map(str, arguments)]
+        options = {"text": True, "capture_output": True, "timeout": 120, **options}
+        return subprocess.run(command, check=False, **options)
+
+    return run
+
+
+@pytest.fixture
+def peer() -> Callable[[str], str]:
+    """Return a peer's program; without it, skip, or fail where CACHEDB_REQUIRE_PEERS says that it must be there."""
+
+    def find(program: str) -> str:
+        path = shutil.which(program)
+        if path is None:
+            message = f"{program} is not installed: apt-get install {program}"
+            if os.environ.get("CACHEDB_REQUIRE_PEERS"):
+                pytest.fail(message)
+            pytest.skip(message)
+        return path
+
+    return find
+
+
+def files_of(directory: Path) -> dict[str, int]:
+    """The blobs on disk: size by digest."""
+    found = {}
+    for folder in (directory / "blobs").iterdir():
+        for path in folder.iterdir():
+            found[f"{folder.name}:{path.name}"] = path.stat().st_size
+    return found
+
+
+def stored_rows(directory: Path) -> dict[str, int]:
+    """The blobs that the index says are stored: size by digest."""
+    connection = sqlite3.connect(directory / "index.db")
+    try:
+        return dict(connection.execute("SELECT digest, size FROM blobs WHERE stored_at IS NOT NULL"))
+    finally:
+        connection.close()
+
+
+def snapshot(directory: Path) -> dict[str, object]:
+    """All that a failed operation must leave as it was."""
+    connection = sqlite3.connect(directory / "index.db")
+    try:
+        tables = {
+            table: sorted(connection.execute(f"SELECT * FROM {table}"), key=repr)
+            for table in ("images", "blobs", "image_blobs", "leases", "trash")
+        }
+    finally:
+        connection.close()
+    folders = {name: sorted(os.listdir(directory / name)) for name in ("trash", "locks", "ingest")}
+    return {"files": files_of(directory), **tables, **folders}

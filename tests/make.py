@@ -1,0 +1,164 @@
+"""Images and archives for the tests, made from nothing: real formats, a few kB, the same bytes every time."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cachedb.oci import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+
+REF_NAME = "org.opencontainers.image.ref.name"
+
+
+def digest_of(data: bytes, algorithm: str = "sha256") -> str:
+    return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
+
+
+def hex_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def random_bytes(size: int, seed: int) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    """A tar with these files, in this order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def layer(seed: int, size: int = 1000) -> bytes:
+    """An uncompressed layer with one file of random content."""
+    return tar_of({f"file-{seed}": random_bytes(size, seed)})
+
+
+def gzipped(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)
+
+
+def zstd_compressed(data: bytes) -> bytes:
+    import sys
+
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd.compress(data)
+
+
+def descriptor(data: bytes, media_type: str, **more: Any) -> dict[str, Any]:
+    return {"mediaType": media_type, "digest": digest_of(data), "size": len(data), **more}
+
+
+class Made(NamedTuple):
+    """An image: its manifest, its config, its layers as they are stored, and what the layers are before compression."""
+
+    manifest: bytes
+    config: bytes
+    layers: list[bytes]
+    plain_layers: list[bytes]
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.manifest)
+
+    @property
+    def blobs(self) -> dict[str, bytes]:
+        return {digest_of(data): data for data in (self.manifest, self.config, *self.layers)}
+
+
+def image(*seeds: int, compression: str = "", architecture: str = "amd64", size: int = 1000) -> Made:
+    """An OCI image with a layer for each seed; the same seed gives the same layer."""
+    plain = [layer(seed, size) for seed in seeds]
+    compress = {"": lambda data: data, "gzip": gzipped, "zstd": zstd_compressed}[compression]
+    layers = [compress(data) for data in plain]
+    config = json.dumps(
+        {
+            "architecture": architecture,
+            "os": "linux",
+            "config": {"Cmd": ["/bin/sh"]},
+            "rootfs": {"type": "layers", "diff_ids": [digest_of(data) for data in plain]},
+            "history": [{"created": "2026-01-01T00:00:00Z", "created_by": f"layer {seed}"} for seed in seeds],
+        }
+    ).encode()
+    kind = OCI_LAYER + (f"+{compression}" if compression else "")
+    manifest = json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": descriptor(config, OCI_CONFIG),
+            "layers": [descriptor(data, kind) for data in layers],
+        }
+    ).encode()
+    return Made(manifest, config, layers, plain)
+
+
+def index(*children: Made, platforms: list[dict[str, str]] | None = None) -> bytes:
+    """An index over images."""
+    platforms = platforms or [{"os": "linux", "architecture": arch} for arch in ("amd64", "arm64", "s390x")]
+    return json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": OCI_INDEX,
+            "manifests": [
+                descriptor(child.manifest, OCI_MANIFEST, platform=platform)
+                for child, platform in zip(children, platforms, strict=False)
+            ],
+        }
+    ).encode()
+
+
+def docker_files(images: dict[str, Made]) -> dict[str, bytes]:
+    """The files of a docker-archive, by their names in it; an image's name may be empty, for none."""
+    files: dict[str, bytes] = {}
+    entries = []
+    for name, made in images.items():
+        paths = []
+        for data in made.layers:
+            paths.append(f"{hex_of(data)}/layer.tar")
+            files[paths[-1]] = data
+        config = f"{hex_of(made.config)}.json"
+        files[config] = made.config
+        entries.append({"Config": config, "RepoTags": [name] if name else None, "Layers": paths})
+    return {**files, "manifest.json": json.dumps(entries).encode()}
+
+
+def oci_files(images: dict[str, Made], roots: dict[str, bytes] | None = None) -> dict[str, bytes]:
+    """The files of an OCI image layout; ``roots`` are indexes by name, whose children are in ``images``."""
+    files = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}'}
+    entries = []
+    for made in images.values():
+        for digest, data in made.blobs.items():
+            files[f"blobs/{digest.replace(':', '/')}"] = data
+    for name, made in images.items():
+        if roots is None:
+            annotations = {REF_NAME: name} if name else {}
+            entries.append(descriptor(made.manifest, OCI_MANIFEST, annotations=annotations))
+    for name, data in (roots or {}).items():
+        files[f"blobs/sha256/{hex_of(data)}"] = data
+        entries.append(descriptor(data, OCI_INDEX, annotations={REF_NAME: name}))
+    files["index.json"] = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).encode()
+    return files
+
+
+def write(path: Path, files: dict[str, bytes]) -> Path:
+    """Write files as a tar, or, to a path without a suffix, as a folder."""
+    if path.suffix:
+        path.write_bytes(tar_of(files))
+    else:
+        for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+    return path
