@@ -8,12 +8,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select
 
 from cachedb import blobs, collection, images, oci, schema
 from cachedb.blobs import Received
@@ -216,6 +215,13 @@ class Cache:
         Raises:
             NotInCache: if one of them is not in the cache.
         """
+        with self._held(*names_or_digests):
+            yield
+
+    @contextmanager
+    def _held(self, *names_or_digests: str | Name) -> Iterator[list[ImageInfo]]:
+        """Hold, and yield the images as they were at that moment: a name may move on meanwhile."""
+        found: list[ImageInfo] = []
         with self._database.write() as connection:
             digests: set[Digest] = set()
             for wanted in names_or_digests:
@@ -227,11 +233,11 @@ class Cache:
                     image = images.find(connection, Name.parse(wanted))
                     closure = images.image_blobs(connection, self.directory, image.id)
                     digests.update(blob.digest for blob in closure)
-                    now = datetime.now(UTC)
-                    connection.execute(update(Image).where(Image.id == image.id).values(last_used_at=now))
+                    images.touch(connection, image.id)
+                    found += images.images(connection, image.id)
             hold = self._session.lease(connection, digests)
         try:
-            yield
+            yield found
         finally:
             self._release(hold)
 
@@ -468,7 +474,13 @@ class Cache:
         """Receive an archive's contents, several at once; what is held is verified only."""
         from cachedb import archive
 
-        add = _summed(sum(content.size for content in wanted.values()), progress)
+        report = _summed(sum(content.size for content in wanted.values()), progress)
+        stopped = threading.Event()
+
+        def add(count: int) -> None:
+            if stopped.is_set():
+                raise CacheError("the import was stopped")
+            report(count)
 
         def receive(content: archive.Content) -> None:
             diff_id = archive.DiffId(*content.diff_id, content.what) if content.diff_id else None
@@ -493,6 +505,7 @@ class Cache:
                 for future in work:
                     future.result()
             except BaseException:
+                stopped.set()  # the others need not go on to the end of their layers
                 pool.shutdown(cancel_futures=True)
                 raise
 
@@ -541,8 +554,7 @@ class Cache:
             raise CacheError("links are made in a folder: use the format oci-dir")
         path = Path(destination) if isinstance(destination, (str, os.PathLike)) else destination
         parsed = Name.parse(name)
-        with self.hold(parsed):
-            info = self.get_image(parsed)
+        with self._held(parsed) as (info,):
             if not info.complete:
                 raise images.incomplete(parsed, self.get_image_blobs(parsed))
             manifests: dict[Digest, bytes] = {}
@@ -578,7 +590,7 @@ def _as_digest(text: str) -> Digest | None:
 def _opened(data: Data) -> Iterator[blobs.Readable]:
     if isinstance(data, (str, os.PathLike)):
         with os_errors("read the content"):
-            file = Path(data).open("rb", buffering=0)
+            file = Path(data).open("rb", buffering=0)  # noqa: SIM115 - the caller closes it
         with file:
             yield _Reader(file)
     elif isinstance(data, (bytes, bytearray, memoryview)):
@@ -602,16 +614,15 @@ class _Reader:
         return len(data)
 
 
-def _summed(total: int, progress: Progress | None) -> Callable[[int], None] | None:
+def _summed(total: int, progress: Progress | None) -> Callable[[int], None]:
     """Turn the chunks that threads report into one call at a time with the sum."""
-    if progress is None:
-        return None
-    report, guard, done = progress, threading.Lock(), 0
+    guard, done = threading.Lock(), 0
 
     def add(count: int) -> None:
         nonlocal done
-        with guard:
-            done += count
-            report(done, total)
+        if progress is not None:
+            with guard:
+                done += count
+                progress(done, total)
 
     return add

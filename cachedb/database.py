@@ -22,7 +22,7 @@ from cachedb import locks
 from cachedb.errors import NotACache, SchemaMismatch, StorageError, os_errors
 from cachedb.models import REVISION
 
-__all__ = ["Database", "default_directory"]
+__all__ = ["Database", "default_directory", "sync_folder"]
 
 APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
 FOLDERS = ("blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
@@ -40,14 +40,28 @@ def default_directory() -> Path:
     return Path(platformdirs.user_cache_dir("cachedb"))
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Database:
-    """The ``index.db`` of a cache directory. Usable from several threads, and in a forked child."""
+    """The ``index.db`` of a cache directory. Usable from several threads, and in a forked child.
+
+    SQLite notes in memory which locks its process holds on a file. A child that is forked while a connection
+    is open inherits the note and not the locks, and what it commits is lost when its parent closes. So a
+    fork waits until no other thread is in a transaction, and all connections are closed before it.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.path = directory / "index.db"
         self._engine = self._connect()
-        locks.after_fork(self)
+        locks.before_fork(self)
 
     def _connect(self) -> Engine:
         url = URL.create("sqlite", database=str(self.path))
@@ -66,8 +80,11 @@ class Database:
             StorageError: if it cannot be made or read.
         """
         with os_errors("use the cache directory"):
+            missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not self.path.exists():
+            for folder in missing:
+                sync_folder(folder.parent)
+            if self._is_new():
                 strange = {entry.name for entry in self.directory.iterdir()} - _OURS
                 strange = {name for name in strange if not name.startswith("index.db")}
                 if strange:
@@ -75,9 +92,16 @@ class Database:
                         f"{str(self.directory)!r} is not a cache, and not empty (it holds {min(strange)!r}): "
                         "name another directory"
                     )
-            self.revision()
-            for folder in FOLDERS:
-                (self.directory / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+            revision = self.revision()
+            for name in FOLDERS:
+                (self.directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            if revision is None:
+                sync_folder(self.directory / "blobs")
+                sync_folder(self.directory)
+
+    def _is_new(self) -> bool:
+        # An empty file is one that its creator, under the write lock, is about to switch to WAL.
+        return not self.path.exists() or not self.path.stat().st_size
 
     def revision(self) -> str | None:
         """Return the schema's revision, or None if the database has no schema yet.
@@ -85,8 +109,7 @@ class Database:
         Raises:
             NotACache: if the database is somebody else's.
         """
-        # An empty file is one that its creator, under the write lock, is about to switch to WAL: keep away.
-        if not self.path.exists() or not self.path.stat().st_size:
+        if self._is_new():
             return None
         with self.read() as connection:
             mark = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
@@ -97,7 +120,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A read transaction: all its statements see the index at one moment."""
-        with self._engine.connect() as connection, connection.begin():
+        with locks.unforked(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -125,6 +148,7 @@ class Database:
     def _locked(self, *, schema: bool = False) -> Iterator[Connection]:
         with (
             os_errors("write to the cache"),
+            locks.unforked(),
             locks.held(self.directory / "locks" / "write.lock"),
             self._engine.connect() as connection,
         ):
@@ -143,13 +167,8 @@ class Database:
                     connection.invalidate()
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections that are not in use; they are opened again when they are needed."""
         self._engine.dispose()
-
-    def forked(self) -> None:
-        """Leave the parent's connections alone, in a child: SQLite allows no use of them, not even closing."""
-        _inherited.append(self._engine)
-        self._engine = self._connect()
 
 
 def mismatch(directory: Path, revision: str | None) -> SchemaMismatch:
@@ -216,6 +235,3 @@ def _translated(error: sqlite3.DatabaseError) -> StorageError | NotACache:
         sqlite3.SQLITE_CORRUPT: "restore it from a backup",
     }.get(code)
     return StorageError(f"the index failed: {error}" + (f"; {advice}" if advice else ""))
-
-
-_inherited: list[Engine] = []  # a parent's; kept, so that the child never closes them

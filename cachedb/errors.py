@@ -95,6 +95,8 @@ def os_errors(action: str) -> Iterator[None]:
     """Turn an `OSError` in the block into a `StorageError`: "cannot ACTION: reason: file; advice"."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever read from us went away: nothing failed
     except OSError as error:
         parts = [f"cannot {action}", error.strerror or str(error)]
         if error.filename is not None:

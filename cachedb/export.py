@@ -6,11 +6,11 @@ The same image gives the same bytes: entries are in a fixed order, and times, ow
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import platform
 import secrets
-import stat
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -56,6 +56,8 @@ def entries(
     Raises:
         NotInCache: if a docker-archive is asked for and the image is not one of one platform.
     """
+    if name.digest:
+        name = Name(name.repository, root.digest)  # one platform has another digest than the index it is from
     blobs = {blob.digest: Entry(layout_path(blob.digest), blob.size, blob.digest) for blob in closure}
     if format == "docker-archive":
         image = _only_image(root, manifests)
@@ -154,32 +156,40 @@ def choose_platform(name: Name, root: Descriptor, manifests: dict[Digest, bytes]
 def write_tar(
     directory: Path, files: list[Entry], destination: Path | BinaryIO, progress: Progress | None = None
 ) -> None:
-    """Write a tar to a stream, or to a file that appears when all of it is there and on disk."""
-    if not isinstance(destination, Path):
-        destination.flush()
-        _write_members(directory, files, destination.fileno(), progress)
-    elif destination.exists() and not destination.is_file():
-        with os_errors("write the export"), destination.open("wb") as file:
-            _write_members(directory, files, file.fileno(), progress)
-    else:
-        with _appearing(destination) as descriptor:
-            _write_members(directory, files, descriptor, progress)
+    """Write a tar to a stream, or to a file that appears when all of it is there and on disk.
 
-
-def _write_members(directory: Path, files: list[Entry], target: int, progress: Progress | None) -> None:
+    Raises:
+        StorageError: if it cannot be written.
+    """
     with os_errors("write the export"):
-        for entry in files:
-            member = tarfile.TarInfo(entry.path)
-            member.size, member.mode = entry.size, 0o644
-            _write(target, member.tobuf(tarfile.PAX_FORMAT))
-            _write_content(directory, entry, target, progress)
-            _write(target, bytes(-entry.size % tarfile.BLOCKSIZE))
-        _write(target, bytes(2 * tarfile.BLOCKSIZE))
+        if not isinstance(destination, Path):
+            destination.flush()
+            unbuffered = destination.raw if type(destination) is io.BufferedWriter else destination
+            _write_members(directory, files, unbuffered, progress)
+            destination.flush()
+        elif destination.exists() and not destination.is_file():  # a device or a fifo
+            with destination.open("wb", buffering=0) as stream:
+                _write_members(directory, files, stream, progress)
+        else:
+            path = destination.resolve()
+            with _appearing(path) as file:
+                _write_members(directory, files, file, progress)
+            sync_folder(path.parent)
 
 
-def _write_content(directory: Path, entry: Entry, target: int, progress: Progress | None) -> None:
+def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progress: Progress | None) -> None:
+    for entry in files:
+        member = tarfile.TarInfo(entry.path)
+        member.size, member.mode = entry.size, 0o644
+        _write(stream, member.tobuf(tarfile.PAX_FORMAT))
+        _write_content(directory, entry, stream, progress)
+        _write(stream, bytes(-entry.size % tarfile.BLOCKSIZE))
+    _write(stream, bytes(2 * tarfile.BLOCKSIZE))
+
+
+def _write_content(directory: Path, entry: Entry, stream: BinaryIO, progress: Progress | None) -> None:
     if isinstance(entry.content, bytes):
-        _write(target, entry.content)
+        _write(stream, entry.content)
         return
     with open_blob(directory, entry.content) as blob:
         source, left = blob.fileno(), os.fstat(blob.fileno()).st_size
@@ -188,9 +198,8 @@ def _write_content(directory: Path, entry: Entry, target: int, progress: Progres
                 f"the file of {entry.content} is {left} bytes, and should be {entry.size}: "
                 "remove the image and import it again"
             )
-        regular = stat.S_ISREG(os.fstat(target).st_mode)
         while left:
-            count = _copy_some(source, target, min(left, _COPY), regular=regular)
+            count = _copy_some(source, stream, min(left, _COPY))
             if not count:
                 raise CacheError(f"the file of {entry.content} was cut short while it was read")
             left -= count
@@ -198,41 +207,41 @@ def _write_content(directory: Path, entry: Entry, target: int, progress: Progres
                 progress(count)
 
 
-def _copy_some(source: int, target: int, count: int, *, regular: bool) -> int:
+def _copy_some(source: int, stream: BinaryIO, count: int) -> int:
     """Have the kernel copy, by reference where the file system can; else go through our memory."""
-    if regular:
+    if type(stream) is io.FileIO:  # any other may compress, say, though it has a descriptor too
+        # An error may only mean "not between these two files"; if not, the write below meets it again.
         with suppress(OSError):
-            return os.copy_file_range(source, target, count)
-    with suppress(OSError):
-        return os.sendfile(target, source, None, count)
+            if copied := os.copy_file_range(source, stream.fileno(), count):
+                return copied
+        with suppress(OSError):
+            return os.sendfile(stream.fileno(), source, None, count)
     chunk = os.read(source, min(count, 1024 * 1024))
-    _write(target, chunk)
+    _write(stream, chunk)
     return len(chunk)
 
 
-def _write(target: int, data: bytes) -> None:
+def _write(stream: BinaryIO, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(target, view) :]
+        view = view[stream.write(view) or 0 :]  # None of a full pipe that does not block
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[int]:
-    """Write a file beside its final name, which it gets when it is whole and on disk."""
-    path = path.resolve()
-    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
-    with os_errors("write the export"):
-        try:
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                yield descriptor
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            part.rename(path)
-            sync_folder(path.parent)
-        finally:
-            part.unlink(missing_ok=True)
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file beside its final name, which it gets when its content is whole and on disk."""
+    part = _part(path)
+    try:
+        with part.open("xb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".cachedb-{secrets.token_hex(8)}.part")
 
 
 def write_folder(
@@ -257,40 +266,52 @@ def write_folder(
         CacheError: if the folder holds something else.
     """
     with os_errors("write the export"):
-        destination.mkdir(exist_ok=True)
-        if any(destination.iterdir()) and not (destination / "oci-layout").is_file():
-            raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout")
+        folders = {destination}
+        with suppress(FileExistsError):
+            destination.mkdir()
+            folders.add(destination.parent)
         # Two exports into one layout take turns, for each rewrites its index.
         lock = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            folders = {destination}
-            for entry in sorted(files, key=lambda entry: entry.path == "index.json"):
+            if any(destination.iterdir()) and not (destination / "oci-layout").is_file():
+                raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout")
+            *others, index = sorted(files, key=lambda entry: entry.path == "index.json")
+            for entry in others:
                 path = destination / entry.path
-                folders.add(path.parent)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if entry.path == "index.json":
-                    for folder in folders:
-                        sync_folder(folder)
-                    entry = _merged(path, entry)
-                if link and not isinstance(entry.content, bytes) and _link(directory, entry.content, path):
-                    if progress is not None:
-                        progress(entry.size)
-                    continue
-                with _appearing(path) as descriptor:
-                    _write_content(directory, entry, descriptor, progress)
+                folders.update(destination / parent for parent in Path(entry.path).parents)
+                if not (link and _link(directory, entry, path, progress)):
+                    _write_file(directory, entry, path, progress)
+            for folder in folders:
+                sync_folder(folder)
+            # All that it names is on disk now.
+            path = destination / index.path
+            _write_file(directory, _merged(path, index), path, None)
+            sync_folder(destination)
         finally:
             os.close(lock)
 
 
-def _link(directory: Path, digest: Digest, path: Path) -> bool:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+def _write_file(directory: Path, entry: Entry, path: Path, progress: Progress | None) -> None:
+    with _appearing(path) as file:
+        _write_content(directory, entry, file, progress)
+
+
+def _link(directory: Path, entry: Entry, path: Path, progress: Progress | None) -> bool:
+    if isinstance(entry.content, bytes):
+        return False
+    part = _part(path)
     try:
-        os.link(blob_path(directory, digest), part)
+        os.link(blob_path(directory, entry.content), part)
     except OSError:
         return False  # another file system, or one without links: copy
-    part.rename(path)
-    part.unlink(missing_ok=True)  # a rename over another link of the same file does nothing
+    try:
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)  # a rename over another link of the same file does nothing
+    if progress is not None:
+        progress(entry.size)
     return True
 
 

@@ -285,6 +285,11 @@ def _blob_ids(connection: Connection, closure: list[Descriptor]) -> dict[Digest,
     return ids
 
 
+def touch(connection: Connection, image_id: int) -> None:
+    """Note that an image is used now."""
+    connection.execute(update(Image).where(Image.id == image_id).values(last_used_at=datetime.now(UTC)))
+
+
 def tag(connection: Connection, source: Name, target: Name) -> int:
     """Give an image a second name; what the target pointed to before is let go. Return the target's id.
 

@@ -1,7 +1,8 @@
-"""Lock files: `flock`, which goes with the process however it dies.
+"""Lock files, and what a fork does to them.
 
-A lock belongs to the open file, and a forked child inherits open files: the child closes its copies at
-once, so that it neither keeps its parent's locks alive nor lets go of them.
+A `flock` goes with the process however it dies. It belongs to the open file, and a forked child inherits
+open files: the child closes its copies at once, so that it neither keeps its parent's locks alive nor lets
+go of them.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import fcntl
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["acquire", "after_fork", "held", "release"]
+__all__ = ["acquire", "after_fork", "before_fork", "held", "release", "unforked"]
 
 
 class Forkable(Protocol):
@@ -25,55 +28,85 @@ class Forkable(Protocol):
         """Put aside what belongs to the parent."""
 
 
-_descriptors: set[int] = set()
-_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
+class Closable(Protocol):
+    """An object that no child may inherit open."""
+
+    def close(self) -> None:
+        """Close what is open; it is opened again when it is needed."""
+
+
+_files: set[FileIO] = set()
 _guard = threading.Lock()  # no fork falls between opening a lock file and noting it
+_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
+_closable: weakref.WeakSet[Closable] = weakref.WeakSet()
+_changed = threading.Condition()  # guards the two below, and is held during a fork
+_unforked: Counter[int] = Counter()  # threads, by the number of `unforked` blocks that each is in
+_forking = False
 
 
-def acquire(path: Path, *, create: bool = True, wait: bool = True) -> int | None:
-    """Lock a file exclusively and return its descriptor, for `release`.
+def acquire(path: Path, *, wait: bool = True) -> FileIO | None:
+    """Lock a file exclusively, creating it if need be, and return it, for `release`.
 
-    Returns None if another holds the lock and ``wait`` is false, or if there is no such file and ``create``
-    is false. A file that was unlinked while we waited for it is not the one that others lock: we try again.
+    Returns None if another holds the lock and ``wait`` is false. A file that was unlinked while we waited for
+    it is not the one that others lock: we try again.
     """
     while True:
         with _guard:
-            try:
-                descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
-            except FileNotFoundError:
-                if create:
-                    raise
-                return None
-            _descriptors.add(descriptor)
+            file = FileIO(path, "r+", opener=_create)
+            _files.add(file)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            _close(descriptor)
+            _close(file)
             return None
         except BaseException:
-            _close(descriptor)
+            _close(file)
             raise
-        if os.fstat(descriptor).st_nlink:
-            return descriptor
-        _close(descriptor)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        _close(file)
 
 
-def release(descriptor: int) -> None:
+def release(file: FileIO) -> None:
     """Let go of a lock; one that a fork has already taken from this process is passed over."""
-    if descriptor in _descriptors:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        _close(descriptor)
+    if not file.closed:
+        fcntl.flock(file, fcntl.LOCK_UN)
+        _close(file)
 
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
     """Hold a lock in a block, waiting for it as long as it takes."""
-    descriptor = acquire(path)
-    assert descriptor is not None
+    file = acquire(path)
+    assert file is not None
     try:
         yield
     finally:
-        release(descriptor)
+        release(file)
+
+
+@contextmanager
+def unforked() -> Iterator[None]:
+    """Have the forks of other threads wait until the end of the block; blocks begun meanwhile wait for the fork."""
+    thread = threading.get_ident()
+    with _changed:
+        while _forking and thread not in _unforked:
+            _changed.wait()
+        _unforked[thread] += 1
+    try:
+        yield
+    finally:
+        with _changed:
+            _unforked[thread] -= 1
+            if not _unforked[thread]:
+                del _unforked[thread]
+            _changed.notify_all()
+
+
+def before_fork(closable: Closable) -> None:
+    """Have an object's `close` called before every fork while it lives."""
+    with _changed:
+        _closable.add(closable)
 
 
 def after_fork(forkable: Forkable) -> None:
@@ -81,17 +114,40 @@ def after_fork(forkable: Forkable) -> None:
     _forkable.add(forkable)
 
 
-def _close(descriptor: int) -> None:
-    _descriptors.discard(descriptor)
-    os.close(descriptor)
+def _create(path: str, _flags: int) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+
+
+def _close(file: FileIO) -> None:
+    _files.discard(file)
+    file.close()
+
+
+def _before() -> None:
+    global _forking
+    _changed.acquire()
+    while _unforked.keys() - {threading.get_ident()}:
+        _forking = True
+        _changed.wait()
+    for closable in list(_closable):
+        closable.close()
+    _guard.acquire()  # last: a thread in an `unforked` block may be waiting for it
+
+
+def _after() -> None:
+    global _forking
+    _guard.release()
+    _forking = False
+    _changed.notify_all()
+    _changed.release()
 
 
 def _in_child() -> None:
-    for descriptor in list(_descriptors):
-        _close(descriptor)
-    _guard.release()
+    for file in list(_files):
+        _close(file)
+    _after()
     for forkable in list(_forkable):
         forkable.forked()
 
 
-os.register_at_fork(before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_in_child)
+os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_in_child)

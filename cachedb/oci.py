@@ -41,8 +41,9 @@ ROLES: Final = ("manifest", "index", "config", "layer", "other")
 DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 """The size in bytes over which a manifest, index or config is refused, as registries do."""
 
-_SIZE_LIMIT = 2**63 - 1
+_SIZE_LIMIT = 16 * 1024**4  # bytes: no file is larger, and the sizes of all that an image names can be summed
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
+_PLATFORM_PART = re.compile(r"[A-Za-z0-9._-]{0,64}")  # it ends up in messages and beside a name
 
 
 class Descriptor(NamedTuple):
@@ -113,16 +114,18 @@ def manifest_media_type(data: bytes, declared: str | None = None) -> str:
     if not isinstance(document, dict):
         raise InvalidManifest("the manifest is not a JSON object")
     own = document.get("mediaType")
+    if own is not None and not isinstance(own, str):
+        raise InvalidManifest(f"the manifest has {shorten(own)} as its media type")
     if own is not None and declared is not None and own != declared:
         raise InvalidManifest(f"the manifest says it is {shorten(own)}, and was said to be {shorten(declared)}")
     # OCI leaves the field optional; then the shape tells (manifest.md and image-index.md, "mediaType").
-    kind = own or declared or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
+    kind = own if own is not None else declared or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
     if kind not in MANIFEST_TYPES | INDEX_TYPES:
         raise InvalidManifest(
             f"{shorten(kind)} is not a manifest that can be kept: "
             "OCI manifests and indexes and Docker's schema 2 are; convert it, with skopeo for instance"
         )
-    return str(kind)
+    return kind
 
 
 def descriptors(data: bytes, media_type: str, what: str = "the manifest") -> list[Descriptor]:
@@ -179,8 +182,9 @@ def child(value: object, what: str) -> Descriptor:
     platform = value.get("platform")
     label = None
     if isinstance(platform, dict):
-        parts = [platform.get(key) for key in ("os", "architecture", "variant")]
-        label = "/".join(part for part in parts if isinstance(part, str) and part) or None
+        parts = [platform.get(key) or "" for key in ("os", "architecture", "variant")]
+        if all(isinstance(part, str) and _PLATFORM_PART.fullmatch(part) for part in parts):
+            label = "/".join(part for part in parts if part) or None
     return child._replace(role=role_of(child.media_type), platform=label)
 
 

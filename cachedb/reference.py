@@ -49,6 +49,8 @@ def split_digest(digest: Digest) -> tuple[str, str]:
 
 def shorten(value: object) -> str:
     """Quote what a stranger sent for an error message: on one line, and of a readable length."""
+    if isinstance(value, (dict, list)):  # nested so deep, maybe, that it cannot be written out
+        return "{...}" if isinstance(value, dict) else "[...]"
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text) - 2} characters)"
 

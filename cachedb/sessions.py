@@ -12,14 +12,15 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, insert
 
 from cachedb import locks
-from cachedb.database import Database
-from cachedb.errors import CacheError, os_errors
+from cachedb.database import Database, sync_folder
+from cachedb.errors import CacheError, InvalidDigest, os_errors
 from cachedb.models import Lease
 from cachedb.reference import Digest, parse_digest
 
@@ -39,15 +40,6 @@ class Hold(NamedTuple):
 NO_HOLD = Hold("", 0, frozenset())
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def lock_path(directory: Path, session: str) -> Path:
     """Return a session's lock file."""
     return directory / "locks" / f"{session}{_SUFFIX}"
@@ -60,8 +52,10 @@ def locked_sessions(directory: Path) -> set[str]:
 
 def received_digest(name: str) -> Digest | None:
     """Return the digest in the name of a file in a session's folder, once all of it is there."""
-    _, _, encoded = name.partition(".")
-    return parse_digest(encoded.replace("-", ":")) if encoded else None
+    try:
+        return parse_digest(name.partition(".")[2].replace("-", ":"))
+    except InvalidDigest:
+        return None
 
 
 class Session:
@@ -76,7 +70,7 @@ class Session:
         """Be a new session, that has not begun."""
         self._guard = threading.Lock()
         self._id: str | None = None
-        self._lock: int | None = None
+        self._lock: FileIO | None = None
         self._numbers = itertools.count(1)
         self._leased = False
         self._unsaved: dict[Digest, list[Hold]] = {}
@@ -89,10 +83,15 @@ class Session:
                 name = f"{os.getpid()}-{secrets.token_hex(6)}"
                 with os_errors("begin a session in the cache"):
                     # The lock comes first: what belongs to a session without one is swept away.
-                    self._lock = locks.acquire(lock_path(self._database.directory, name))
-                    (self._database.directory / "ingest" / name).mkdir(mode=0o700)
-                    sync_folder(self._database.directory / "ingest")
-                self._id = name
+                    lock = locks.acquire(lock_path(self._database.directory, name))
+                    assert lock is not None
+                    try:
+                        (self._database.directory / "ingest" / name).mkdir(mode=0o700)
+                        sync_folder(self._database.directory / "ingest")
+                    except BaseException:
+                        locks.release(lock)
+                        raise
+                self._id, self._lock = name, lock
             return self._id
 
     @property
@@ -164,12 +163,12 @@ def dead_sessions(database: Database, leased: Iterable[str]) -> Iterator[str]:
     directory = database.directory
     for session in sorted(locked_sessions(directory) | set(os.listdir(directory / "ingest")) | set(leased)):
         path = lock_path(directory, session)
-        lock = locks.acquire(path, create=False, wait=False)
-        if lock is None and path.exists():
+        # Made if it is not there: of several who come to sweep a session away, one does.
+        lock = locks.acquire(path, wait=False)
+        if lock is None:
             continue
         try:
             yield session
             path.unlink(missing_ok=True)
         finally:
-            if lock is not None:
-                locks.release(lock)
+            locks.release(lock)

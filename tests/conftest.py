@@ -7,7 +7,9 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,14 @@ def _no_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("CACHEDB_DIR", str(tmp_path / "default-cache"))
 
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Run = Callable[..., subprocess.CompletedProcess[Any]]
 
 
 @pytest.fixture
 def cachedb(directory: Path) -> Run:
     """Run the command line in a process of its own."""
 
-    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[Any]:
         command = [sys.executable, "-m", "cachedb", "--dir", str(directory), *map(str, arguments)]
         options = {"text": True, "capture_output": True, "timeout": 120, **options}
         return subprocess.run(command, check=False, **options)
@@ -94,3 +96,35 @@ def snapshot(directory: Path) -> dict[str, object]:
         connection.close()
     folders = {name: sorted(os.listdir(directory / name)) for name in ("trash", "locks", "ingest")}
     return {"files": files_of(directory), **tables, **folders}
+
+
+def start_python(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start Python on a script, with pipes to its input and from its output."""
+    # A script forks on purpose, also with threads about, of which newer Pythons warn.
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(script)]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+def run_python(script: str, *arguments: object) -> str:
+    """Run a script to its end, which must be a good one, and return what it printed."""
+    with start_python(script, *arguments) as process:
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
+@contextmanager
+def running(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a script beside the block, which begins when the script has printed a line; killed at the end."""
+    with start_python(script, *arguments) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+            yield process
+        finally:
+            process.kill()

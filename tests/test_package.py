@@ -1,0 +1,80 @@
+"""The package: what it exports, and that each way to install it carries all it needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import cachedb
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_all_names_what_there_is() -> None:
+    assert sorted(set(cachedb.__all__)) == sorted(cachedb.__all__)
+    for name in cachedb.__all__:
+        assert getattr(cachedb, name) is not None
+    with pytest.raises(AttributeError):
+        cachedb.nope  # noqa: B018
+
+
+def test_every_error_is_under_one_root_and_drawn_in_the_tree() -> None:
+    from cachedb import errors
+
+    assert errors.__doc__ is not None
+    for name in errors.__all__:
+        assert issubclass(getattr(errors, name), cachedb.CacheError)
+        assert name in errors.__doc__
+        assert name in cachedb.__all__
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git has, to build from."""
+    path = tmp_path_factory.mktemp("checkout") / "cachedb"
+    kept = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "dist", "build")
+    shutil.copytree(ROOT, path, ignore=kept)
+    return path
+
+
+@pytest.fixture(scope="module")
+def distributions(checkout: Path) -> dict[str, Path]:
+    """The sdist, and the wheel that is built from it."""
+    out = checkout.parent / "dist"
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(checkout)]
+    subprocess.run(command, check=True, capture_output=True)
+    return {"wheel": next(out.glob("*.whl")), "sdist": next(out.glob("*.tar.gz"))}
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
+def test_an_installed_package_makes_a_cache(
+    kind: str, checkout: Path, distributions: dict[str, Path], tmp_path: Path
+) -> None:
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    # The dependencies are those of the tests' own environment.
+    purelib = sysconfig.get_path("purelib", vars={"base": str(environment)})
+    (Path(purelib) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    source = ["-e", str(checkout)] if kind == "editable" else [str(distributions[kind])]
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--force-reinstall", *source], check=True, capture_output=True)
+
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    where = "import cachedb, cachedb.schema as s; print(cachedb.__file__); print(s.migrations_directory())"
+    result = subprocess.run([python, "-c", where], cwd=tmp_path, env=clean, check=True, capture_output=True, text=True)
+    package, migrations = map(Path, result.stdout.split())
+    expected = checkout if kind == "editable" else environment
+    assert package.is_relative_to(expected)
+    assert migrations.is_relative_to(expected)
+    assert (package.parent / "py.typed").is_file()
+    program, archive = environment / "bin" / "cachedb", ROOT / "examples" / "hello.oci.tar"
+    command = [str(program), "--dir", "cache", "import", "-q", str(archive)]
+    result = subprocess.run(command, cwd=tmp_path, env=clean, check=True, capture_output=True, text=True)
+    assert result.stdout == "hello:1\n"
