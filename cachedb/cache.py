@@ -567,7 +567,7 @@ class Cache:
             root = Descriptor(info.digest, size, info.media_type, oci.role_of(info.media_type))
             closure = list(oci.walk(root, read))
             if platform is not None or format == "docker-archive":
-                root = export.choose_platform(parsed, root, manifests, platform)
+                root = export.choose_platform(parsed, root, manifests, self.get_blob, platform)
                 closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
             files = export.entries(parsed, root, format, manifests, closure)
             add = _summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)

@@ -326,6 +326,8 @@ def export(name: str, destination: str, form: str, platform: str | None, link: b
     DEST is a file, a folder for oci-dir, or - for stdout. An existing file is replaced when the new one is whole; to
     an existing image layout the image is added.
     """
+    if link and form != "oci-dir":
+        raise click.UsageError("--link is for --format oci-dir")
     opened: str | IO[bytes] = destination
     if destination == "-" and form != "oci-dir":
         if sys.stdout.isatty():

@@ -19,7 +19,7 @@ from cachedb.database import Database
 from cachedb.errors import os_errors
 from cachedb.models import Blob, ImageBlob, Lease, Trash
 from cachedb.reference import Digest
-from cachedb.sessions import dead_sessions, sync_folder
+from cachedb.sessions import dead_sessions, locked_sessions, sync_folder
 
 __all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "unreferenced"]
 
@@ -112,17 +112,19 @@ def empty_trash(database: Database) -> None:
 def recover(database: Database) -> None:
     """Clean up after sessions whose process is gone: what they received, their leases, half-done trash."""
     with database.read() as connection:
-        leased = list(connection.execute(select(Lease.session).distinct()).scalars())
+        leased = set(connection.execute(select(Lease.session).distinct()).scalars())
     found = False
     with os_errors("clean up after a dead session"):
-        for session in dead_sessions(database, leased):
+        for session in dead_sessions(database.directory):
             found = True
             folder = database.directory / "ingest" / session
             if folder.is_dir():
                 retract(database, folder, os.listdir(folder))
                 shutil.rmtree(folder, ignore_errors=True)
-            if session in leased:
-                with database.write() as connection:
-                    connection.execute(delete(Lease).where(Lease.session == session))
+        # A session has its lock file before its first lease, and until its last is gone.
+        gone = leased - locked_sessions(database.directory)
+    if gone:
+        with database.write() as connection:
+            connection.execute(delete(Lease).where(Lease.session.in_(gone)))
     if found:
         empty_trash(database)

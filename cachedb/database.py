@@ -25,7 +25,7 @@ from cachedb.models import REVISION
 __all__ = ["Database", "default_directory", "sync_folder"]
 
 APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
-FOLDERS = ("blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
+FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
 _OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "lost+found"}
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60_000  # milliseconds
@@ -94,7 +94,7 @@ class Database:
                     )
             revision = self.revision()
             for name in FOLDERS:
-                (self.directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+                (self.directory / name).mkdir(mode=0o700, exist_ok=True)
             if revision is None:
                 sync_folder(self.directory / "blobs")
                 sync_folder(self.directory)

@@ -9,10 +9,9 @@ import fcntl
 import io
 import json
 import os
-import platform
 import secrets
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -22,7 +21,7 @@ from cachedb.archive import CONTAINERD_NAME, REF_NAME, layout_path
 from cachedb.blobs import Progress, blob_path, open_blob
 from cachedb.errors import CacheError, NotInCache, os_errors
 from cachedb.oci import Descriptor
-from cachedb.reference import Digest, Name, split_digest
+from cachedb.reference import Digest, Name, shorten, split_digest
 from cachedb.sessions import sync_folder
 
 __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "write_folder", "write_tar"]
@@ -30,6 +29,7 @@ __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "write_folder", "wr
 FORMATS: Final = ("docker", "docker-archive", "oci-archive", "oci-dir")
 """What an image can be exported as; the first, the default, is an OCI archive that `docker load` takes too."""
 
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # the kernel's words in Go's, which images use
 _COPY = 16 * 1024 * 1024  # bytes handed to the kernel at a time, between two calls of the progress
 
 
@@ -48,22 +48,16 @@ def entries(
 
     Args:
         name: the image's.
-        root: its manifest or index.
+        root: its manifest or index; for a docker-archive, a manifest.
         format: one of `FORMATS`.
         manifests: the bytes of the manifests and indexes of the closure, by digest.
         closure: all that is exported.
-
-    Raises:
-        NotInCache: if a docker-archive is asked for and the image is not one of one platform.
     """
     if name.digest:
         name = Name(name.repository, root.digest)  # one platform has another digest than the index it is from
     blobs = {blob.digest: Entry(layout_path(blob.digest), blob.size, blob.digest) for blob in closure}
     if format == "docker-archive":
-        image = _only_image(root, manifests)
-        if image is None:
-            raise NotInCache(f"{name} has several platforms, and a docker-archive holds one: choose with --platform")
-        config, *layers = oci.descriptors(manifests[image.digest], image.media_type)
+        config, *layers = oci.descriptors(manifests[root.digest], root.media_type)
         config_path = f"{split_digest(config.digest)[1]}.json"
         paths = {layer.digest: f"{split_digest(layer.digest)[1]}{_suffix(layer.media_type)}" for layer in layers}
         return [
@@ -129,13 +123,20 @@ def _only_image(root: Descriptor, manifests: dict[Digest, bytes]) -> Descriptor 
     return images[0] if len(images) == 1 else None
 
 
-def choose_platform(name: Name, root: Descriptor, manifests: dict[Digest, bytes], wanted: str | None) -> Descriptor:
+def choose_platform(
+    name: Name,
+    root: Descriptor,
+    manifests: dict[Digest, bytes],
+    read: Callable[[Digest], bytes],
+    wanted: str | None,
+) -> Descriptor:
     """Return the manifest of one platform of an image.
 
     Args:
         name: the image's.
         root: its manifest or index.
         manifests: the bytes of the manifests and indexes of the closure, by digest.
+        read: returns a blob's bytes: of a config, which tells the platform where no index does.
         wanted: ``os/architecture[/variant]``; None for the host's.
 
     Raises:
@@ -144,13 +145,22 @@ def choose_platform(name: Name, root: Descriptor, manifests: dict[Digest, bytes]
     images = _platforms(root, manifests)
     if wanted is None and len(images) == 1:
         return images[0]
-    machine = platform.machine().lower()
-    asked = wanted or f"linux/{ {'x86_64': 'amd64', 'aarch64': 'arm64'}.get(machine, machine) }"
-    for image in images:
-        if image.platform and (image.platform == asked or image.platform.startswith(f"{asked}/")):
+    machine = os.uname().machine.lower()
+    asked = wanted or f"linux/{_ARCHITECTURES.get(machine, machine)}"
+    there = {image: image.platform or _platform_of_config(image, manifests, read) for image in images}
+    for image, platform in there.items():
+        # The variant may be left out, and v8 is arm64's own.
+        if f"{platform}/".startswith(f"{asked.removesuffix('/v8')}/"):
             return image
-    there = ", ".join(sorted(image.platform or "unknown" for image in images))
-    raise NotInCache(f"{name} is not for platform {asked}, but for {there}: choose one with --platform")
+    known = ", ".join(sorted(there.values()))
+    raise NotInCache(f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform")
+
+
+def _platform_of_config(image: Descriptor, manifests: dict[Digest, bytes], read: Callable[[Digest], bytes]) -> str:
+    config = oci.descriptors(manifests[image.digest], image.media_type)[0]
+    if config.size > oci.DOCUMENT_LIMIT:
+        return "unknown"
+    return oci.platform_label(oci.load_json(read(config.digest), f"config {config.digest}")) or "unknown"
 
 
 def write_tar(

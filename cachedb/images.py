@@ -94,8 +94,18 @@ def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
     if row is None and name.digest and not exact:
         row = connection.execute(query.where(Blob.digest == name.digest).limit(1)).first()
     if row is None:
-        raise NotInCache(f"{name} is not in the cache; `cachedb ls` lists what is")
+        raise NotInCache(f"{name} is not in the cache; {_near(connection, name) or '`cachedb ls` lists what is'}")
     return Found(row.id, row.manifest_id, Digest(row.digest), row.media_type)
+
+
+def _near(connection: Connection, name: Name) -> str | None:
+    """Say which image other tools would have meant, for they put a registry in front of a short name."""
+    fronts = ("docker.io/library/", "docker.io/", "localhost/")
+    query = select(Image.repository).where(
+        Image.repository.in_([front + name.repository for front in fronts]), Image.reference == name.reference
+    )
+    repository = connection.execute(query.limit(1)).scalar()
+    return repository and f"{Name(repository, name.reference)} is"
 
 
 def images(connection: Connection, image_id: int | None = None) -> list[ImageInfo]:

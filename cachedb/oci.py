@@ -22,6 +22,7 @@ __all__ = [
     "is_compressed",
     "load_json",
     "manifest_media_type",
+    "platform_label",
     "walk",
 ]
 
@@ -179,13 +180,17 @@ def child(value: object, what: str) -> Descriptor:
     """Return an entry of an index as a descriptor, with the platform it is for (image-index.md)."""
     child = _descriptor(value, "other", f"an entry of {what}")
     assert isinstance(value, dict)
-    platform = value.get("platform")
-    label = None
-    if isinstance(platform, dict):
-        parts = [platform.get(key) or "" for key in ("os", "architecture", "variant")]
-        if all(isinstance(part, str) and _PLATFORM_PART.fullmatch(part) for part in parts):
-            label = "/".join(part for part in parts if part) or None
-    return child._replace(role=role_of(child.media_type), platform=label)
+    return child._replace(role=role_of(child.media_type), platform=platform_label(value.get("platform")))
+
+
+def platform_label(platform: object) -> str | None:
+    """Return ``os/architecture[/variant]`` of an index's platform, or of a config, which has the same fields."""
+    if not isinstance(platform, dict):
+        return None
+    parts = [platform.get(key) or "" for key in ("os", "architecture", "variant")]
+    if not all(isinstance(part, str) and _PLATFORM_PART.fullmatch(part) for part in parts):
+        return None
+    return "/".join(part for part in parts if part) or None
 
 
 def walk(root: Descriptor, read: Callable[[Descriptor], bytes | None]) -> Iterator[Descriptor]:

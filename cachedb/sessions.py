@@ -24,7 +24,7 @@ from cachedb.errors import CacheError, InvalidDigest, os_errors
 from cachedb.models import Lease
 from cachedb.reference import Digest, parse_digest
 
-__all__ = ["Hold", "Session", "received_digest", "sync_folder"]
+__all__ = ["Hold", "Session", "dead_sessions", "locked_sessions", "received_digest", "sync_folder"]
 
 _SUFFIX = ".session"
 
@@ -153,15 +153,9 @@ class Session:
             self.forked()
 
 
-def dead_sessions(database: Database, leased: Iterable[str]) -> Iterator[str]:
-    """Yield the sessions that left something behind and whose process is gone; each is locked meanwhile.
-
-    Args:
-        database: of the cache.
-        leased: the sessions that have leases in the index.
-    """
-    directory = database.directory
-    for session in sorted(locked_sessions(directory) | set(os.listdir(directory / "ingest")) | set(leased)):
+def dead_sessions(directory: Path) -> Iterator[str]:
+    """Yield the sessions of a cache that left files behind and whose process is gone; each is locked meanwhile."""
+    for session in sorted(locked_sessions(directory) | set(os.listdir(directory / "ingest"))):
         path = lock_path(directory, session)
         # Made if it is not there: of several who come to sweep a session away, one does.
         lock = locks.acquire(path, wait=False)

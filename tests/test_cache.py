@@ -275,6 +275,22 @@ def test_what_is_not_here_is_said_to_be_not_here(cache: Cache) -> None:
         pass
 
 
+def test_a_short_name_that_is_not_here_points_to_the_long_one_that_is(cache: Cache) -> None:
+    save(cache, "docker.io/library/app:1", make.image(1))
+    with pytest.raises(NotInCache, match=r"^app:1 is not in the cache; docker.io/library/app:1 is$"):
+        cache.get_image("app:1")
+
+
+def test_an_image_of_one_platform_is_exported_by_it_and_by_no_other(cache: Cache, tmp_path: Path) -> None:
+    save(cache, "app", make.image(1, architecture="arm64"))
+    for platform in ("linux/arm64", "linux/arm64/v8"):
+        cache.export("app", tmp_path / "out.tar", platform=platform)
+    for platform in ("linux/amd64", "linux/arm", "windows/arm64", "x\ny"):
+        with pytest.raises(NotInCache, match="linux/arm64") as caught:
+            cache.export("app", tmp_path / "out.tar", platform=platform)
+        assert "\n" not in str(caught.value)
+
+
 def test_held_blobs_outlive_their_image_until_the_block_ends(cache: Cache, directory: Path) -> None:
     made = make.image(1)
     save(cache, "app", made)

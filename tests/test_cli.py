@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -167,6 +168,7 @@ ABSENT = "sha256:" + "0" * 64
         (["frobnicate"], 2),
         (["ls", "--format", "xml"], 2),
         (["ls", "--nope"], 2),
+        (["export", "--link", "app", "out.tar"], 2),
         (["import", "/does/not/exist"], 1),
         (["import", "/dev/null"], 1),
         (["blob", "add", "/does/not/exist"], 1),
@@ -298,6 +300,32 @@ def test_an_interrupted_import_leaves_the_cache_as_it_was(
     assert process.returncode == code
     assert b"Traceback" not in stderr
     assert snapshot(directory) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted: run as root")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_full_disk_stops_an_import_and_changes_nothing(
+    cachedb: Run, small_disk: Path, archive: Path, tmp_path: Path
+) -> None:
+    directory = small_disk / "cache"
+    assert cachedb("--dir", directory, "import", archive).returncode == 0
+    before = snapshot(directory)
+    large = make.write(tmp_path / "large.tar", make.docker_files({"large": make.image(3, 4, size=5_000_000)}))
+    result = cachedb("--dir", directory, "import", large)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(r"cachedb: .*No space left on device.*free some space.*\n", result.stderr)
+    assert snapshot(directory) == before
+    assert cachedb("--dir", directory, "rm", "app:1").returncode == 0
 
 
 COMPLETE = """

@@ -1,0 +1,428 @@
+"""The database: transactions of many processes and threads, forks, and directories that are not ours."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import insert, select
+
+from cachedb import Cache, NotACache, SchemaMismatch, StorageError, database, locks
+from cachedb.database import APPLICATION_ID, Database
+from cachedb.models import Trash
+from tests.conftest import run_python, running, stored_rows
+from tests.make import digest_of
+from tests.test_locks import open_files
+
+
+@pytest.fixture
+def index(cache: Cache) -> Iterator[Database]:
+    """The database of a new cache."""
+    database = Database(cache.directory)
+    yield database
+    database.close()
+
+
+def note(data: bytes) -> dict[str, object]:
+    """A row of the simplest table."""
+    return {"digest": digest_of(data), "size": len(data)}
+
+
+def noted(directory: Path) -> int:
+    connection = sqlite3.connect(directory / "index.db")
+    try:
+        return int(connection.execute("SELECT count(*) FROM trash").fetchone()[0])
+    finally:
+        connection.close()
+
+
+def content(directory: Path) -> dict[str, bytes | None]:
+    """Every file and folder below a directory, with its bytes."""
+    paths = sorted(directory.rglob("*"))
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+# Transactions
+
+
+def test_a_write_transaction_is_committed_at_the_end_and_rolled_back_on_an_error(index: Database) -> None:
+    with index.write() as connection:
+        connection.execute(insert(Trash), [note(b"kept")])
+    with pytest.raises(KeyError), index.write() as connection:  # noqa: PT012
+        connection.execute(insert(Trash), [note(b"undone")])
+        raise KeyError
+    assert noted(index.directory) == 1
+
+
+def test_a_write_waits_at_the_lock_file(index: Database) -> None:
+    entered = threading.Event()
+
+    def write() -> None:
+        with index.write():
+            entered.set()
+
+    with locks.held(index.directory / "locks" / "write.lock"):
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert not entered.wait(0.2)
+    writer.join(10)
+    assert entered.is_set()
+
+
+def test_a_write_waits_for_a_writer_that_knows_nothing_of_the_lock_file(index: Database) -> None:
+    entered = threading.Event()
+
+    def write() -> None:
+        with index.write() as connection:
+            entered.set()
+            connection.execute(insert(Trash), [note(b"ours")])
+
+    shell = sqlite3.connect(index.path, isolation_level=None)
+    shell.execute("BEGIN IMMEDIATE")
+    writer = threading.Thread(target=write)
+    writer.start()
+    # Before it does anything: what it reads in its transaction must be what it changes.
+    assert not entered.wait(0.2)
+    shell.execute("INSERT INTO trash VALUES (?, 1)", (digest_of(b"theirs"),))
+    shell.execute("COMMIT")
+    shell.close()
+    writer.join(10)
+    assert noted(index.directory) == 2
+
+
+def test_readers_take_no_lock_and_see_one_moment(index: Database) -> None:
+    with index.read() as reader:
+        assert reader.execute(select(Trash.digest)).all() == []
+        with index.write() as connection:
+            connection.execute(insert(Trash), [note(b"new")])
+            with index.read() as other:
+                assert other.execute(select(Trash.digest)).all() == []
+        assert reader.execute(select(Trash.digest)).all() == []
+    with index.read() as reader:
+        assert len(reader.execute(select(Trash.digest)).all()) == 1
+
+
+def test_the_transaction_and_the_lock_of_a_writer_that_is_killed_go_with_it(index: Database) -> None:
+    script = """
+        import sys, time
+        from pathlib import Path
+        from cachedb.database import Database
+        with Database(Path(sys.argv[1])).write() as connection:
+            connection.exec_driver_sql("INSERT INTO trash VALUES (?, 1)", (sys.argv[2],))
+            print("written", flush=True)
+            time.sleep(60)
+    """
+    with running(script, index.directory, digest_of(b"half")) as writer:
+        writer.kill()
+        writer.wait()
+        with index.write() as connection:
+            connection.execute(insert(Trash), [note(b"whole")])
+    assert noted(index.directory) == 1
+
+
+def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -> None:
+    output = run_python(
+        """
+        import hashlib, os, sys, time
+        from pathlib import Path
+        from cachedb.database import Database
+
+        index = Database(Path(sys.argv[1]))
+        counter = Path(sys.argv[1]) / "ingest" / "counter"
+        counter.write_text("0")
+
+        def write(number):
+            longest = 0.0
+            for turn in range(25):
+                began = time.monotonic()
+                with index.write() as connection:
+                    longest = max(longest, time.monotonic() - began)
+                    digest = hashlib.sha256(f"{number} {turn}".encode()).hexdigest()
+                    connection.exec_driver_sql("INSERT INTO trash VALUES (?, 1)", (f"sha256:{digest}",))
+                    count = int(counter.read_text())
+                    time.sleep(0.002)
+                    counter.write_text(str(count + 1))
+            return longest
+
+        with index.read() as connection:  # a reader stays all the while
+            connection.exec_driver_sql("SELECT * FROM trash")
+            children = []
+            if (writers := os.fork()) == 0:
+                for number in range(16):
+                    if (child := os.fork()) == 0:
+                        os._exit(0 if write(number) < 5 else 1)
+                    children.append(child)
+                os._exit(max(os.waitpid(child, 0)[1] for child in children) != 0)
+            assert os.waitpid(writers, 0)[1] == 0
+        print(counter.read_text())
+        """,
+        index.directory,
+    )
+    assert output == "400\n"
+    assert noted(index.directory) == 400
+
+
+def test_as_many_threads_as_there_are_may_be_in_a_transaction(index: Database) -> None:
+    together = threading.Barrier(24)
+    done = []
+
+    def read() -> None:
+        with index.read() as connection:
+            together.wait(10)
+            done.append(connection.execute(select(Trash.digest)).all())
+
+    threads = [threading.Thread(target=read) for _ in range(together.parties)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(done) == together.parties
+
+
+@pytest.mark.parametrize(("revision", "advice"), [("0000", "upgrade=True"), ("9999", "newer release")])
+def test_a_write_in_another_schema_is_refused_before_its_block(index: Database, revision: str, advice: str) -> None:
+    shell = sqlite3.connect(index.path)
+    shell.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    shell.commit()
+    shell.close()
+    with pytest.raises(SchemaMismatch, match=advice), index.write():
+        pytest.fail("the block was begun")
+
+
+def test_every_connection_is_durable_and_holds_to_foreign_keys(index: Database) -> None:
+    with index.read() as first, index.read() as second, index.write() as third:
+        for connection in (first, second, third):
+            pragmas = ("synchronous", "foreign_keys", "journal_mode", "application_id")
+            values = [connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() for pragma in pragmas]
+            assert values == [2, 1, "wal", APPLICATION_ID]
+
+
+def test_foreign_keys_hold_again_after_a_migration(index: Database) -> None:
+    with index.write_schema() as connection:
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 0
+    with index.write() as connection:
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+
+
+def test_a_migration_that_fails_leaves_no_trace(tmp_path: Path) -> None:
+    index = Database(tmp_path / "new")
+    index.prepare()
+    with pytest.raises(KeyError), index.write_schema() as connection:  # noqa: PT012
+        connection.exec_driver_sql("CREATE TABLE half (done)")
+        raise KeyError
+    assert index.revision() is None
+    shell = sqlite3.connect(index.path)
+    assert shell.execute("SELECT * FROM sqlite_master").fetchall() == []
+    shell.close()
+
+
+def test_a_full_disk_is_said_to_be_full_and_undoes_the_transaction(index: Database) -> None:
+    with pytest.raises(StorageError, match="full; free some space"), index.write() as connection:  # noqa: PT012
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")
+        connection.execute(insert(Trash), [note(b"%d" % number) for number in range(1000)])
+    index.close()
+    assert noted(index.directory) == 0
+    with index.write() as connection:
+        connection.execute(insert(Trash), [note(b"later")])
+
+
+def test_a_cache_that_is_opened_and_closed_leaves_no_file_open(directory: Path, tmp_path: Path) -> None:
+    def use() -> None:
+        with Cache.open(directory) as cache:
+            cache.add_blob(b"data")
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / "index.db").write_text("dear diary " * 100)
+        with pytest.raises(NotACache):
+            Cache.open(tmp_path / "text")
+
+    use()
+    before = open_files()
+    for _ in range(3):
+        use()
+    assert open_files() == before
+
+
+# Forks
+
+
+def test_what_a_child_stores_outlives_its_parents_close(directory: Path) -> None:
+    output = run_python(
+        """
+        import os, sys
+        from cachedb import Cache
+
+        closed, tell = os.pipe()
+        stored, told = os.pipe()
+        cache = Cache.open(sys.argv[1])
+        cache.add_blob(b"parent")
+        if (child := os.fork()) == 0:
+            cache.add_blob(b"one")
+            os.write(told, b"x")
+            os.read(closed, 1)
+            cache.add_blob(b"two")
+            cache.close()
+            os._exit(0)
+        os.read(stored, 1)
+        cache.add_blob(b"parent again")
+        cache.close()
+        os.write(tell, b"x")
+        assert os.waitpid(child, 0)[1] == 0
+        print("done")
+        """,
+        directory,
+    )
+    assert output == "done\n"
+    wanted = (b"parent", b"one", b"two", b"parent again")
+    assert stored_rows(directory) == {digest_of(data): len(data) for data in wanted}
+
+
+def test_a_child_works_though_other_threads_were_in_transactions(directory: Path) -> None:
+    output = run_python(
+        """
+        import os, sys, threading
+        from cachedb import Cache
+
+        cache = Cache.open(sys.argv[1])
+        stop = threading.Event()
+
+        def work(number):
+            turn = 0
+            while not stop.is_set():
+                digest = cache.add_blob(b"%d %d" % (number, turn))
+                assert cache.has_blob(digest)
+                turn += 1
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        children = []
+        for number in range(12):
+            if (child := os.fork()) == 0:
+                for turn in range(5):
+                    digest = cache.add_blob(b"child %d %d" % (number, turn))
+                    assert cache.has_blob(digest)
+                cache.close()
+                os._exit(0)
+            children.append(child)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        cache.close()
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 12
+        print("done")
+        """,
+        directory,
+    )
+    assert output == "done\n"
+    expected = {digest_of(b"child %d %d" % (number, turn)) for number in range(12) for turn in range(5)}
+    assert expected <= stored_rows(directory).keys()
+    with Cache.open(directory) as cache:
+        cache.collect_garbage()
+    assert stored_rows(directory) == {}
+
+
+def test_a_cache_works_in_workers_of_multiprocessing(directory: Path) -> None:
+    output = run_python(
+        """
+        import multiprocessing, sys
+        from cachedb import Cache
+        from tests.make import digest_of
+
+        with Cache.open(sys.argv[1]) as cache:
+            cache.add_blob(b"parent")
+            fork = multiprocessing.get_context("fork")
+            workers = [fork.Process(target=cache.add_blob, args=(b"fork %d" % number,)) for number in range(3)]
+            spawn = multiprocessing.get_context("spawn")
+            workers += [spawn.Process(target=Cache.open, args=(sys.argv[1],))]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            assert [worker.exitcode for worker in workers] == [0] * 4
+            assert cache.get_stats().blob_count == 4
+            assert cache.collect_garbage().blobs == 0 or cache.has_blob(digest_of(b"parent"))
+        print("done")
+        """,
+        directory,
+    )
+    assert output == "done\n"
+
+
+# Directories
+
+
+def test_a_new_directory_and_its_folders_are_on_disk_before_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(database, "sync_folder", synced.append)
+    directory = tmp_path / "a" / "b"
+    Database(directory).prepare()
+    assert {tmp_path, tmp_path / "a", directory, directory / "blobs"} <= set(synced)
+    assert not (directory / "index.db").exists()
+
+
+def test_a_cache_is_for_its_owner_alone(cache: Cache) -> None:
+    paths = [cache.directory, *(path for path in cache.directory.iterdir() if path.is_dir())]
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o700}
+
+
+def test_an_index_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "index.db").write_text("dear diary " * 100)
+    before = content(tmp_path)
+    with pytest.raises(NotACache, match="not an SQLite database: name another directory"):
+        Cache.open(tmp_path)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("journal", ["delete", "wal"])
+def test_another_programs_database_is_refused_and_left_alone(tmp_path: Path, journal: str) -> None:
+    shell = sqlite3.connect(tmp_path / "index.db")
+    shell.execute(f"PRAGMA journal_mode = {journal}")
+    shell.execute("CREATE TABLE diary (entry TEXT)")
+    shell.commit()
+    shell.close()
+    before = content(tmp_path)
+    for upgrade in (False, True):
+        with pytest.raises(NotACache, match="another program's database: name another directory"):
+            Cache.open(tmp_path, upgrade=upgrade)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("index", [None, b""])
+def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path: Path, index: bytes | None) -> None:
+    (tmp_path / "thesis.txt").write_text("chapter one")
+    if index is not None:
+        (tmp_path / "index.db").write_bytes(index)
+    before = content(tmp_path)
+    with pytest.raises(NotACache, match=r"not empty \(it holds 'thesis.txt'\): name another directory"):
+        Cache.open(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_a_file_is_no_cache_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("data")
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StorageError, match=f"cannot use the cache directory: .*'{directory}'"):
+            Cache.open(directory)
+    assert (tmp_path / "file").read_text() == "data"
+
+
+def test_a_place_where_nothing_can_be_made_is_refused() -> None:
+    with pytest.raises(StorageError, match=r"cannot use the cache directory: .*'/proc/cachedb'"):
+        Cache.open("/proc/cachedb")
+
+
+def test_a_damaged_index_is_said_to_be_damaged(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        cache.add_blob(b"data")
+    with (directory / "index.db").open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(4096)
+        file.write(b"\xff" * (size - 4096))
+    with pytest.raises(StorageError, match="restore it from a backup"), Cache.open(directory) as cache:
+        cache.list_manifests()

@@ -1,0 +1,375 @@
+"""The schema: creating a cache, alone and in a crowd; upgrades, downgrades, refusals; what no row may be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from cachedb import Cache, NotACache, SchemaMismatch, schema
+from cachedb.database import APPLICATION_ID, Database
+from cachedb.models import REVISION, Base
+from tests.conftest import run_python, snapshot, stored_rows
+from tests.make import digest_of, image
+from tests.test_database import content
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+TABLES = {"alembic_version", "images", "blobs", "image_blobs", "leases", "trash"}
+
+
+def alembic(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the `alembic` command in the checkout, with its `alembic.ini`."""
+    return subprocess.run(
+        [sys.executable, "-m", "alembic", *arguments],
+        cwd=CHECKOUT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def tables(directory: Path) -> set[str]:
+    shell = sqlite3.connect(directory / "index.db")
+    try:
+        return {name for (name,) in shell.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    finally:
+        shell.close()
+
+
+def change(directory: Path, sql: str) -> None:
+    shell = sqlite3.connect(directory / "index.db")
+    with shell:
+        shell.execute(sql)
+    shell.close()
+
+
+# Creation
+
+
+def test_a_new_cache_has_the_newest_schema_and_our_mark(directory: Path) -> None:
+    Cache.open(directory).close()
+    assert tables(directory) == TABLES
+    shell = sqlite3.connect(directory / "index.db")
+    assert shell.execute("SELECT version_num FROM alembic_version").fetchall() == [(REVISION,)]
+    assert shell.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+    assert shell.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    shell.close()
+
+
+@pytest.mark.parametrize("killed", [0, 16])
+def test_64_processes_that_come_to_a_new_directory_at_once_all_work_with_it(directory: Path, killed: int) -> None:
+    output = run_python(
+        """
+        import os, random, signal, sys
+        from cachedb import Cache
+
+        directory, killed = sys.argv[1], int(sys.argv[2])
+        gate, open_gate = os.pipe()
+        children = []
+        for number in range(64):
+            if (child := os.fork()) == 0:
+                os.close(open_gate)
+                os.read(gate, 1)  # until the parent closes the other end
+                if number < killed:
+                    signal.setitimer(signal.ITIMER_REAL, random.Random(number).uniform(0.001, 0.6))
+                with Cache.open(directory) as cache:
+                    digest = cache.add_blob(b"%d" % number)
+                    assert cache.has_blob(digest)
+                os._exit(0)
+            children.append(child)
+        os.close(open_gate)
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+        print(statuses[killed:], sum(status == signal.SIGALRM for status in statuses))
+        """,
+        directory,
+        killed,
+    )
+    assert output.startswith(str([0] * (64 - killed)))
+    assert {digest_of(b"%d" % number) for number in range(killed, 64)} <= stored_rows(directory).keys()
+    with Cache.open(directory) as cache:
+        cache.collect_garbage()
+    left = snapshot(directory)
+    assert left == {name: type(left[name])() for name in left} | {"locks": ["write.lock"]}
+
+
+def test_what_a_creation_that_was_killed_left_is_completed(directory: Path) -> None:
+    stages = directory.parent
+    Database(stages / "folders").prepare()
+    Database(stages / "empty file").prepare()
+    (stages / "empty file" / "index.db").touch()
+    wal = Database(stages / "wal")
+    wal.prepare()
+    sqlite3.connect(wal.path).execute("PRAGMA journal_mode = WAL").close()
+    assert wal.path.stat().st_size
+    for stage in ("folders", "empty file", "wal"):
+        Cache.open(stages / stage).close()
+        assert tables(stages / stage) == TABLES
+
+
+def test_a_cache_that_lost_its_index_is_refused_and_its_blobs_left_alone(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        digest = cache.add_blob(b"data")
+        path = cache.get_blob_path(digest)
+    (directory / "index.db").rename(directory.parent / "backup.db")
+    for upgrade in (False, True):
+        with pytest.raises(NotACache, match=r"lost its index.db, but not its blobs: restore"):
+            Cache.open(directory, upgrade=upgrade)
+        assert path.read_bytes() == b"data"
+    shutil.copy(directory.parent / "backup.db", directory / "index.db")
+    with Cache.open(directory) as cache:
+        assert cache.get_blob(digest) == b"data"
+
+
+def test_a_cache_that_lost_its_index_and_had_no_blobs_begins_anew(directory: Path) -> None:
+    Cache.open(directory).close()
+    (directory / "index.db").unlink()
+    Cache.open(directory).close()
+    assert tables(directory) == TABLES
+
+
+# Other schemas
+
+
+@pytest.mark.parametrize("upgrade", [False, True])
+def test_a_schema_from_the_future_is_refused_before_anything_is_written(directory: Path, upgrade: bool) -> None:
+    with Cache.open(directory) as cache:
+        cache.add_blob(b"data")
+    change(directory, "UPDATE alembic_version SET version_num = '9999'")
+    before = content(directory)
+    with pytest.raises(SchemaMismatch, match=f"schema 9999, and this release knows {REVISION} at most: use a newer"):
+        Cache.open(directory, upgrade=upgrade)
+    assert content(directory) == before
+
+
+def test_a_cache_that_is_upgraded_while_it_is_open_is_not_written_to(cache: Cache, directory: Path) -> None:
+    digest = cache.add_blob(b"data")
+    change(directory, "UPDATE alembic_version SET version_num = '9999'")
+    before = snapshot(directory)
+    for write in (
+        lambda: cache.add_blob(b"more"),
+        lambda: cache.save_manifest("app", image(1).manifest),
+        lambda: cache.remove_manifest("app"),
+        lambda: cache.associate_blob_with_image("app", digest),
+        lambda: cache.tag("app", "other"),
+        cache.hold(digest).__enter__,
+    ):
+        with pytest.raises(SchemaMismatch):
+            write()
+    after = snapshot(directory)
+    del before["ingest"], after["ingest"]
+    assert after == before
+    change(directory, f"UPDATE alembic_version SET version_num = '{REVISION}'")
+
+
+def test_an_older_schema_is_upgraded_only_when_asked(directory: Path) -> None:
+    Cache.open(directory).close()
+    assert alembic("downgrade", "base", CACHEDB_DIR=str(directory)).returncode == 0
+    assert tables(directory) == {"alembic_version"}
+    before = content(directory)
+    with pytest.raises(SchemaMismatch, match=r"schema none, .* needs 0001: open it with Cache.open\(upgrade=True\)"):
+        Cache.open(directory)
+    assert content(directory) == before
+    with Cache.open(directory, upgrade=True) as cache:
+        cache.add_blob(b"data")
+    assert tables(directory) == TABLES
+
+
+# Migrations
+
+
+def test_the_models_name_the_newest_migration() -> None:
+    assert ScriptDirectory.from_config(schema.alembic_config()).get_heads() == [REVISION]
+
+
+def test_the_migrations_make_what_the_models_describe(cache: Cache) -> None:
+    with Database(cache.directory).read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+
+
+def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path) -> None:
+    """Alembic does not compare CHECK constraints, nor STRICT."""
+
+    def definitions(path: Path) -> dict[str, list[str]]:
+        shell = sqlite3.connect(path)
+        rows = shell.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name != 'alembic_version'")
+        found = {name: sorted(line.strip(" ,\t") for line in sql.splitlines()) for name, sql in rows}
+        shell.close()
+        return found
+
+    other = Database(tmp_path / "models")
+    other.prepare()
+    with other.write_schema() as connection:
+        Base.metadata.create_all(connection)
+    assert definitions(cache.directory / "index.db") == definitions(other.path)
+
+
+def test_every_migration_goes_down_and_up_again(directory: Path) -> None:
+    database = Database(directory)
+    schema.prepare(database)
+
+    def migrate(to: str) -> None:
+        config = schema.alembic_config()
+        with database.write_schema() as connection:
+            config.attributes["connection"] = connection
+            (command.downgrade if to.endswith("-1") else command.upgrade)(config, to)
+
+    for _ in ScriptDirectory.from_config(schema.alembic_config()).walk_revisions():
+        migrate("-1")
+    assert tables(directory) == {"alembic_version"}
+    migrate("head")
+    assert tables(directory) == TABLES
+    assert database.revision() == REVISION
+
+
+@pytest.mark.parametrize("how", ["CACHEDB_DIR", "-x"])
+def test_the_alembic_command_works_on_the_cache_it_is_told(directory: Path, how: str) -> None:
+    chosen = ["-x", f"dir={directory}"] if how == "-x" else []
+    environment = {"CACHEDB_DIR": str(directory if how == "CACHEDB_DIR" else directory.parent / "other")}
+    done = alembic(*chosen, "upgrade", "head", **environment)
+    assert done.returncode == 0, done.stderr
+    assert tables(directory) == TABLES
+    done = alembic(*chosen, "check", **environment)
+    assert done.returncode == 0, done.stderr
+    assert "No new upgrade operations detected" in done.stdout
+    with Cache.open(directory) as cache:
+        cache.add_blob(b"data")
+    assert not (directory.parent / "other").exists()
+
+
+def test_alembic_leaves_another_programs_database_alone(tmp_path: Path) -> None:
+    change(tmp_path, "CREATE TABLE diary (entry TEXT)")
+    before = content(tmp_path)
+    done = alembic("upgrade", "head", CACHEDB_DIR=str(tmp_path))
+    assert done.returncode == 1
+    assert "another program's database" in done.stderr
+    assert content(tmp_path) == before
+
+
+# Rows
+
+DIGEST = f"sha256:{'ab' * 32}"
+TIME = "2026-01-31T23:59:59.123456Z"
+BLOB = {"id": 7, "digest": f"sha256:{'cd' * 32}", "size": 1, "stored_at": TIME}
+IMAGE = {
+    "id": 7,
+    "repository": "app",
+    "reference": "1",
+    "manifest_id": 1,
+    "media_type": "application/json",
+    "created_at": TIME,
+    "last_used_at": TIME,
+}
+ASSOCIATION = {"image_id": 1, "position": 7, "blob_id": 1, "role": "layer", "media_type": "application/json"}
+LEASE = {"digest": DIGEST, "session": "1-abc", "hold": 1}
+TRASH = {"digest": DIGEST, "size": 0}
+GOOD = {"blobs": BLOB, "images": IMAGE, "image_blobs": ASSOCIATION, "leases": LEASE, "trash": TRASH}
+
+NO_DIGESTS = [
+    "",
+    "ab" * 32,
+    f"sha256:{'ab' * 31}",
+    f"sha256:{'ab' * 33}",
+    f"sha256:{'AB' * 32}",
+    f"sha256:{'xy' * 32}",
+    f"sha256:{'ab' * 31}/.",
+    f"sha256:../{'a' * 61}",
+    f"sha512:{'ab' * 32}",
+    f"sha256:{'ab' * 64}",
+    f"md5:{'ab' * 16}",
+    f" {DIGEST}",
+    f"{DIGEST}\n",
+    None,
+    7,
+    b"x" * 71,
+]
+NO_TIMES = [
+    "",
+    "2026-01-31",
+    "2026-01-31 23:59:59.123456Z",
+    "2026-01-31T23:59:59Z",
+    "2026-01-31T23:59:59.123456+00:00",
+    "2026-01-31T23:59:59.12345xZ",
+    7,
+    1769903999.5,
+]
+NO_TYPES = ["", "json", "/json", "application/", None]
+WRONG = [
+    *((table, "digest", value) for table in ("blobs", "leases", "trash") for value in NO_DIGESTS),
+    *((table, "size", value) for table in ("blobs", "trash") for value in (-1, None, 1.5, "many")),
+    *(("blobs", "stored_at", value) for value in NO_TIMES),
+    *(("images", column, value) for column in ("created_at", "last_used_at") for value in [*NO_TIMES, None]),
+    *((table, "media_type", value) for table in ("images", "image_blobs") for value in NO_TYPES),
+    *(("images", "repository", value) for value in ("", "a" * 256, None)),
+    *(("images", "reference", value) for value in ("", "a" * 136, None)),
+    *(("images", "manifest_id", value) for value in (99, None, "x")),
+    *(("image_blobs", "role", value) for value in ("", "Layer", "blob", None)),
+    *(("image_blobs", "position", value) for value in (-1, None, "first")),
+    *(("image_blobs", column, value) for column in ("image_id", "blob_id") for value in (99, None)),
+    *(("leases", column, None) for column in ("session", "hold")),
+]
+
+
+def put(shell: sqlite3.Connection, table: str, row: dict[str, object]) -> None:
+    marks = ", ".join("?" * len(row))
+    shell.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", [*row.values()])
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> sqlite3.Connection:
+    """A cache's index as a person with an SQL shell sees it, with a blob and an image in it."""
+    directory = tmp_path_factory.mktemp("rows")
+    Cache.open(directory).close()
+    connection = sqlite3.connect(directory / "index.db", isolation_level=None)
+    connection.execute("PRAGMA foreign_keys = ON")
+    put(connection, "blobs", {"id": 1, "digest": f"sha512:{'ef' * 64}", "size": 0, "stored_at": None})
+    put(connection, "images", {**IMAGE, "id": 1, "reference": "latest"})
+    return connection
+
+
+@pytest.mark.parametrize("table", GOOD)
+def test_a_good_row_can_be_written(shell: sqlite3.Connection, table: str) -> None:
+    shell.execute("BEGIN")
+    put(shell, table, GOOD[table])
+    shell.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize(("table", "column", "value"), WRONG)
+def test_a_wrong_value_cannot_be_written(shell: sqlite3.Connection, table: str, column: str, value: object) -> None:
+    shell.execute("BEGIN")
+    with pytest.raises(sqlite3.IntegrityError):
+        put(shell, table, {**GOOD[table], column: value})
+    shell.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("table", GOOD)
+def test_a_row_cannot_be_written_twice(shell: sqlite3.Connection, table: str) -> None:
+    shell.execute("BEGIN")
+    put(shell, table, GOOD[table])
+    row = {column: value for column, value in GOOD[table].items() if column != "id"}
+    with pytest.raises(sqlite3.IntegrityError):
+        put(shell, table, row)
+    shell.execute("ROLLBACK")
+
+
+def test_what_is_referred_to_cannot_be_deleted_and_associations_go_with_their_image(shell: sqlite3.Connection) -> None:
+    shell.execute("BEGIN")
+    with pytest.raises(sqlite3.IntegrityError):
+        shell.execute("DELETE FROM blobs WHERE id = 1")
+    put(shell, "blobs", BLOB)
+    put(shell, "image_blobs", {**ASSOCIATION, "blob_id": BLOB["id"]})
+    with pytest.raises(sqlite3.IntegrityError):
+        shell.execute("DELETE FROM blobs WHERE id = 7")
+    shell.execute("DELETE FROM images WHERE id = 1")
+    assert shell.execute("SELECT * FROM image_blobs").fetchall() == []
+    shell.execute("DELETE FROM blobs")
+    shell.execute("ROLLBACK")
