@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import platform
 import secrets
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -145,12 +146,12 @@ def choose_platform(
     images = _platforms(root, manifests)
     if wanted is None and len(images) == 1:
         return images[0]
-    machine = os.uname().machine.lower()
+    machine = platform.machine().lower()
     asked = wanted or f"linux/{_ARCHITECTURES.get(machine, machine)}"
     there = {image: image.platform or _platform_of_config(image, manifests, read) for image in images}
-    for image, platform in there.items():
+    for image, label in there.items():
         # The variant may be left out, and v8 is arm64's own.
-        if f"{platform}/".startswith(f"{asked.removesuffix('/v8')}/"):
+        if f"{label}/".startswith(f"{asked.removesuffix('/v8')}/"):
             return image
     known = ", ".join(sorted(there.values()))
     raise NotInCache(f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform")
