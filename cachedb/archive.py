@@ -1,4 +1,4 @@
-"""Reading image archives: docker-archive, OCI archive, and OCI image layout folder.
+"""Images in archives: docker-archive, OCI archive, and OCI image layout folder.
 
 A reader finds what is in an archive without copying anything: images with their names, and for each the
 content it needs, as sections of files. Nothing here writes to the cache. Archives come from strangers: every
@@ -8,413 +8,22 @@ name, link, size and document is checked, and an archive with anything odd in it
 from __future__ import annotations
 
 import hashlib
-import os
-import posixpath
-import stat
-import sys
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from io import RawIOBase
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from cachedb import oci
-from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName, os_errors
+from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName
+from cachedb.files import MAGIC_LENGTH, Decompressor, Files, Section, compression_of
 from cachedb.oci import Descriptor, load_json
 from cachedb.reference import Digest, Name, parse_digest, shorten, split_digest
 
-__all__ = ["ArchivedImage", "Content", "Decompressor", "DiffId", "layout_path", "open_files", "read_images"]
+__all__ = ["ArchivedImage", "Content", "DiffId", "layout_path", "read_images"]
 
 REF_NAME = "org.opencontainers.image.ref.name"  # image specification, annotations.md
 CONTAINERD_NAME = "io.containerd.image.name"  # containerd's and Docker's: the full name
 
-_MEMBERS_LIMIT = 100_000
-_NAME_LIMIT = 4096  # bytes, a path's limit on Linux
-_LINKS_LIMIT = 40  # links followed from one name, as many as Linux follows
-_HEADER_LIMIT = 1024 * 1024  # bytes: of a tar's extended header
-_HEADERS_LIMIT = 64 * _HEADER_LIMIT  # bytes: of all of them
 _ROWS_LIMIT = 100_000  # blobs in an archive's images, counted once for each name that an image has
 _IMAGES_LIMIT = 1000
-_BLOCK = 512  # bytes, of a tar
-_SLICE = 64 * 1024  # bytes that a decompressor is given at a time, of which it may hand most back
-_PART = 1024 * 1024  # bytes that are decompressed at a time
-_MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
-# Longer than "BZh", with which a file's name can begin, and so an uncompressed layer.
-_MAGIC.update({b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)})
-_MAGIC_LENGTH = max(map(len, _MAGIC))
-
-
-class Section:
-    """Consecutive bytes of a file; several may be read at once, for each keeps its own place."""
-
-    def __init__(self, file: int | Path, offset: int, size: int) -> None:
-        self._file, self._offset, self.size = file, offset, size
-        self._done = 0
-
-    @property
-    def place(self) -> tuple[int | Path, int]:
-        """What tells it from others: the file and where it begins there."""
-        return self._file, self._offset
-
-    def again(self) -> Section:
-        """Return the same section, to be read from its beginning."""
-        return Section(self._file, self._offset, self.size)
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        """Fill the front of the buffer; return the number of bytes, 0 at the end."""
-        count = min(len(buffer), self.size - self._done)
-        if count == 0:
-            return 0
-        with os_errors("read the archive"), _descriptor(self._file) as descriptor:
-            read = os.preadv(descriptor, [buffer[:count]], self._offset + self._done)
-        if read == 0:
-            raise InvalidArchive("the archive is cut short")
-        self._done += read
-        return read
-
-    def head(self, count: int) -> bytes:
-        """Return the first bytes, without moving on."""
-        buffer = bytearray(min(count, self.size))
-        section = self.again()
-        view = memoryview(buffer)
-        while view:
-            view = view[section.readinto(view) :]
-        return bytes(buffer)
-
-
-@contextmanager
-def _descriptor(file: int | Path) -> Iterator[int]:
-    """Open a file that is not open: a folder may hold more of them than a process may have open."""
-    if isinstance(file, int):
-        yield file
-        return
-    # Not blocking: a fifo in the folder must not hold us up.
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-class Files(Protocol):
-    """The files of an archive or a folder."""
-
-    def find(self, name: str) -> Section | None:
-        """Return a file's content, or None if there is no such file."""
-
-
-class Folder:
-    """The files below a folder, such as an OCI image layout."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def find(self, name: str) -> Section | None:
-        """Return a file's content, or None if there is no such file."""
-        path = self._path / _safe(name)
-        with os_errors("read the image layout"):
-            try:
-                with _descriptor(path) as descriptor:
-                    status = os.fstat(descriptor)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidArchive(f"{shorten(name)} in the image layout is not a file")
-        return Section(path, 0, status.st_size)
-
-
-class Tar:
-    """The files in a tar, found by one pass over its headers."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._files: dict[str, tuple[int, int]] = {}
-        self._links: dict[str, str] = {}
-        names_length = 0
-        for member in _members(descriptor):
-            names_length += len(member.name) + len(member.link)
-            if len(self._files) + len(self._links) > _MEMBERS_LIMIT or names_length > 16 * 1024 * 1024:
-                raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: not an image")
-            self._add(member)
-        for name in self._links:
-            self._resolve(name)
-
-    def find(self, name: str) -> Section | None:
-        """Return a file's content, or None if there is no such file; links are followed."""
-        place = self._files.get(self._resolve(_safe(name)))
-        return None if place is None else Section(self._descriptor, *place)
-
-    def _resolve(self, name: str) -> str:
-        for _ in range(_LINKS_LIMIT):
-            if name not in self._links:
-                return name
-            name = self._links[name]
-        raise InvalidArchive(f"links in the archive go in a circle at {shorten(name)}")
-
-    def _add(self, member: _Member) -> None:
-        name = _safe(member.name)
-        self._files.pop(name, None)  # of two members of one name, the later is meant
-        self._links.pop(name, None)
-        if member.kind == b"2":
-            self._links[name] = _safe(posixpath.join(posixpath.dirname(name), member.link), link=name)
-        elif member.kind == b"1":
-            self._links[name] = _safe(member.link, link=name)
-        elif member.kind in _REGULAR:
-            self._files[name] = (member.offset, member.size)
-        elif member.kind != b"5":
-            raise InvalidArchive(f"{shorten(member.name)} in the archive is a device, a fifo, or of an odd kind")
-
-
-_REGULAR = (b"0", b"\0", b"7")
-
-
-class _Member(NamedTuple):
-    """A file, folder or link in a tar."""
-
-    name: str
-    kind: bytes  # the header's type flag
-    link: str
-    offset: int  # of the content
-    size: int  # bytes
-
-
-def _members(descriptor: int) -> Iterator[_Member]:
-    """Yield the members of a tar (POSIX.1-2017, "pax", with GNU's long names), without reading their content.
-
-    The standard library's `tarfile` would do for honest archives. Of a stranger's headers, releases of it that are
-    still in use read some in time and memory that grow with the square of their size.
-    """
-    total = os.fstat(descriptor).st_size
-    offset = extended_length = 0
-    extended: dict[bytes, bytes] = {}
-    while any(block := os.pread(descriptor, _BLOCK, offset)):
-        _check_header(block, offset)
-        kind, size, start = block[156:157], _number(block[124:136], offset), offset + _BLOCK
-        if kind in (b"x", b"X", b"g", b"L", b"K"):
-            extended_length += size + _BLOCK
-            if size > _HEADER_LIMIT or extended_length > _HEADERS_LIMIT:
-                raise InvalidArchive("the archive has a header of over 1 MiB, or too many: not an image")
-            data = os.pread(descriptor, size, start)
-            if len(data) < size:
-                raise InvalidArchive(f"the archive is cut short at byte {start + len(data)}")
-            extended.update(_extended(kind, data, offset))
-            offset = start + _padded(size)
-            continue
-        member = _member(block, extended, offset)
-        if start + member.size > total:
-            raise InvalidArchive(f"the archive is cut short in {shorten(member.name)}")
-        yield member
-        extended = {}
-        offset = start + _padded(member.size)
-    # Two blocks of zeros end every tar; without them the rest of it may be lost.
-    if not offset:
-        raise InvalidArchive("the archive is not a tar")
-    if extended or os.pread(descriptor, 2 * _BLOCK, offset) != bytes(2 * _BLOCK):
-        raise InvalidArchive(f"the archive is cut short, or not a tar, at byte {offset}")
-
-
-def _check_header(block: bytes, offset: int) -> None:
-    if len(block) < _BLOCK:
-        raise InvalidArchive(f"the archive is cut short at byte {offset + len(block)}" if offset else _NOT_A_TAR)
-    others = block[:148] + b" " * 8 + block[156:]
-    # Old tools summed signed bytes.
-    if _octal(block[148:156]) not in (sum(others), sum(others) - 256 * sum(byte > 127 for byte in others)):
-        raise InvalidArchive(f"the archive is damaged at byte {offset}" if offset else _NOT_A_TAR)
-
-
-_NOT_A_TAR = "the archive is not a tar"
-
-
-def _member(block: bytes, extended: dict[bytes, bytes], offset: int) -> _Member:
-    """Return what a header and the extended headers before it say."""
-    if any(key.startswith(b"GNU.sparse.") for key in extended):
-        raise InvalidArchive(f"the archive has a sparse file at byte {offset}: not an image")
-    name, link, kind = block[:100], block[157:257], block[156:157]
-    if block[257:263] == b"ustar\0" and block[345]:
-        name = _string(block[345:500]) + b"/" + _string(name)
-    name = extended.get(b"path") or _string(name)
-    link = extended.get(b"linkpath") or _string(link)
-    if kind == b"\0" and name.endswith(b"/"):
-        kind = b"5"  # as tars older than POSIX have it
-    size = 0  # of all but regular files the field means nothing
-    if kind in _REGULAR:
-        size = _decimal(extended[b"size"], offset) if b"size" in extended else _number(block[124:136], offset)
-    return _Member(os.fsdecode(name), kind, os.fsdecode(link), offset + _BLOCK, size)
-
-
-def _extended(kind: bytes, data: bytes, offset: int) -> dict[bytes, bytes]:
-    """Return what an extended header says of the member after it."""
-    if kind in (b"L", b"K"):
-        return {b"path" if kind == b"L" else b"linkpath": _string(data)}
-    found: dict[bytes, bytes] = {}
-    position = 0
-    while position < len(data):  # records of "length key=value\n", the length that of all of it
-        space = data.find(b" ", position, position + 20)
-        end = position + _decimal(data[position : max(space, position)], offset)
-        key, equals, value = data[space + 1 : end].partition(b"=")
-        if not equals or end > len(data) or not value.endswith(b"\n"):
-            raise InvalidArchive(f"the archive is damaged at byte {offset}")
-        if key in (b"path", b"linkpath", b"size") or key.startswith(b"GNU.sparse."):
-            found[key] = value[:-1]
-        position = end
-    if kind == b"g" and found:
-        raise InvalidArchive(f"the archive has one name or size for all members at byte {offset}")
-    return {key: value for key, value in found.items() if value}
-
-
-def _string(field: bytes) -> bytes:
-    return field.partition(b"\0")[0]
-
-
-def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
-
-
-def _decimal(digits: bytes, offset: int) -> int:
-    if not digits.isdigit() or len(digits) > 19:
-        raise InvalidArchive(f"the archive is damaged at byte {offset}")
-    return int(digits)
-
-
-def _number(field: bytes, offset: int) -> int:
-    """Return a header's number: octal, or, with the first bit set, base 256."""
-    number = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)
-    if number is None:  # or negative, in base 256
-        raise InvalidArchive(f"the archive is damaged at byte {offset}")
-    return number
-
-
-def _octal(field: bytes) -> int | None:
-    digits = field.strip(b" \0") or b"0"
-    return None if digits.strip(b"01234567") else int(digits, 8)
-
-
-def _safe(name: str, link: str | None = None) -> str:
-    """Return a member's name in its plain form; refuse one that leaves the archive."""
-    what = f"{shorten(name)} in the archive" if link is None else f"the link {shorten(link)} in the archive"
-    if len(os.fsencode(name)) > _NAME_LIMIT or "\0" in name:
-        raise InvalidArchive(f"{what} has a name that no file can have")
-    plain = posixpath.normpath(name)
-    # A link may climb as long as it stays inside, a name may not climb at all.
-    climbs = plain.startswith("../") or plain == ".." if link else ".." in name.split("/")
-    if posixpath.isabs(name) or climbs:
-        raise InvalidArchive(f"{what} leads out of it")
-    return plain
-
-
-@contextmanager
-def open_files(source: Path | BinaryIO, spool: Path) -> Iterator[Files]:
-    """Open an archive or a folder for reading.
-
-    Args:
-        source: a path, or a stream, which need not be seekable.
-        spool: a path at which a stream, or what a compressed archive holds, is kept meanwhile.
-
-    Raises:
-        InvalidArchive: if it is neither.
-        StorageError: if it cannot be read, or not be spooled.
-    """
-    with ExitStack() as stack:
-        with os_errors("read the archive"):
-            if isinstance(source, Path) and source.is_dir():
-                files: Files = Folder(source)
-            else:
-                file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
-                if not _is_regular(file) or _compression(os.pread(file.fileno(), _MAGIC_LENGTH, 0)):
-                    stack.callback(spool.unlink, missing_ok=True)
-                    # Not buffered: closing must not fail a second time on a full disk.
-                    spooled = stack.enter_context(spool.open("wb+", buffering=0))
-                    _copy_decompressed(file, spooled)
-                    file = spooled
-                files = Tar(file.fileno())
-        yield files
-
-
-def _is_regular(file: BinaryIO) -> bool:
-    try:
-        return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.tell() == 0
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _copy_decompressed(source: BinaryIO, target: RawIOBase) -> None:
-    chunk = b""
-    while len(chunk) < _MAGIC_LENGTH and (more := source.read(1024 * 1024)):
-        chunk += more  # a pipe may give a few bytes at first
-    compression = _compression(chunk)
-    unpack = Decompressor(compression) if compression else None
-    while chunk:
-        for part in unpack.feed(chunk) if unpack else (chunk,):
-            view = memoryview(part)
-            while view:
-                view = view[target.write(view) :]
-        chunk = source.read(1024 * 1024)
-    if unpack and not unpack.ended:
-        raise InvalidArchive(f"the {compression} compressed archive is cut short")
-
-
-def _compression(head: bytes) -> str | None:
-    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
-
-
-class Decompressor:
-    """Decompresses a stream in parts of bounded size, over as many members or frames as it has."""
-
-    def __init__(self, compression: str) -> None:
-        self._compression = compression
-        self._stream: Any = None
-        self.ended = False
-        """Whether the stream is at the end of a member: it may end here."""
-
-    def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
-        """Take compressed bytes and yield what they hold.
-
-        Raises:
-            InvalidArchive: if they are damaged.
-        """
-        for start in range(0, len(data), _SLICE):
-            yield from self._feed(bytes(data[start : start + _SLICE]))
-
-    def _feed(self, pending: bytes) -> Iterator[bytes]:
-        try:
-            while True:
-                if self._stream is None or self.ended:
-                    if not pending.lstrip(b"\0"):  # tapes and tools pad with zeros
-                        return
-                    self._stream, self.ended = self._begin(), False
-                part = self._stream.decompress(pending, _PART)
-                self.ended = self._stream.eof
-                pending = self._stream.unused_data if self.ended else self._unconsumed()
-                if part:
-                    yield part
-                if not self.ended and not pending and len(part) < _PART:
-                    return
-        except InvalidArchive:
-            raise
-        except Exception as error:  # each library has an error of its own, and one of them none in common
-            raise InvalidArchive(f"{self._compression} data in the archive is damaged: {error}") from error
-
-    def _begin(self) -> Any:  # noqa: ANN401
-        if self._compression == "gzip":
-            return zlib.decompressobj(zlib.MAX_WBITS | 16)
-        if self._compression == "xz":
-            import lzma
-
-            return lzma.LZMADecompressor(memlimit=96 * 1024 * 1024)
-        if self._compression == "bzip2":
-            import bz2
-
-            return bz2.BZ2Decompressor()
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-        return zstd.ZstdDecompressor()
-
-    def _unconsumed(self) -> bytes:
-        # zlib hands back what it did not come to; the others keep it.
-        return bytes(self._stream.unconsumed_tail) if self._compression == "gzip" else b""
 
 
 class DiffId:
@@ -489,7 +98,8 @@ def read_images(files: Files, name: Name | None = None) -> list[ArchivedImage]:
         name: instead of the names in it, of which none need be valid then.
 
     Raises:
-        InvalidArchive: if it is no image archive, or lacks something; if it holds several images and a name is given.
+        InvalidArchive: if it is no image archive, or lacks something; if it holds several images and a name is
+            given, or none is and an image in it has none.
         InvalidManifest: if a manifest in it is invalid.
         DigestMismatch: if a manifest in it has another digest or size than it should.
     """
@@ -515,6 +125,11 @@ def read_images(files: Files, name: Name | None = None) -> list[ArchivedImage]:
 def _check_names(images: list[ArchivedImage]) -> None:
     named: dict[Name, object] = {}
     for image in images:
+        if not image.names:
+            which = f" ({image.root.digest})" if image.root and len(images) > 1 else ""
+            raise InvalidArchive(
+                f"an image in the archive has no name{which}; give one, as in: cachedb import SOURCE NAME"
+            )
         for name in image.names:
             # Of two, one would be stored and lost at once.
             if named.setdefault(name, image.identity) != image.identity:
@@ -695,7 +310,7 @@ def _read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
         except CacheError as error:
             raise InvalidArchive(f"the config's diff id {error}") from error
         layer, what = _required(files, name), f"layer {shorten(name)}"
-        compression = _compression(layer.head(_MAGIC_LENGTH))
+        compression = compression_of(layer.head(MAGIC_LENGTH))
         if compression is None:
             contents.append(Content(layer, what, layer.size, expected, oci.OCI_LAYER))
         elif compression in ("gzip", "zstd"):

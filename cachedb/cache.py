@@ -18,7 +18,7 @@ from cachedb import blobs, collection, images, oci, schema
 from cachedb.blobs import Received
 from cachedb.collection import Collected
 from cachedb.database import Database, default_directory
-from cachedb.errors import CacheError, InvalidArchive, InvalidManifest, NotInCache, os_errors
+from cachedb.errors import CacheError, InvalidManifest, NotInCache, os_errors
 from cachedb.images import BlobInfo, ImageInfo
 from cachedb.models import Blob, Image
 from cachedb.oci import Descriptor
@@ -423,23 +423,12 @@ class Cache:
             InvalidManifest: if a manifest in it is invalid.
             DigestMismatch: if content in it has another digest or size than it should.
         """
-        from cachedb import archive
+        from cachedb import archive, files
 
         parsed = Name.parse(name) if name is not None else None
         opened = Path(source) if isinstance(source, (str, os.PathLike)) else source
-        with archive.open_files(opened, self._session.new_path()) as files:
-            found = archive.read_images(files)
-            if parsed is not None:
-                if len(found) > 1:
-                    raise InvalidArchive(f"the archive holds {len(found)} images, and one NAME was given; leave it out")
-                found = [found[0]._replace(names=[parsed])]
-            for image in found:
-                if not image.names:
-                    which = f" ({image.root.digest})" if image.root and len(found) > 1 else ""
-                    raise InvalidArchive(
-                        f"an image in the archive has no name{which}; give one, as in: cachedb import SOURCE NAME"
-                    )
-            return self._import(found, progress)
+        with files.open_files(opened, self._session.new_path()) as opened_files:
+            return self._import(archive.read_images(opened_files, parsed), progress)
 
     def _import(self, found: list[archive.ArchivedImage], progress: Progress | None) -> list[ImageInfo]:
         # Several images may share content: by its digest, or by its place in the archive.

@@ -78,7 +78,6 @@ def collect(database: Database) -> Collected:
     for start in range(0, len(candidates), BATCH):
         with database.write() as connection:
             part = forget(connection, candidates[start : start + BATCH])
-        empty_trash(database)
         blobs += part.blobs
         size += part.bytes
     empty_trash(database)

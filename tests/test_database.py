@@ -249,7 +249,8 @@ def test_a_cache_that_is_opened_and_closed_leaves_no_file_open(directory: Path, 
 # Forks
 
 
-def test_what_a_child_stores_outlives_its_parents_close(directory: Path) -> None:
+@pytest.mark.parametrize("end", ["close", "exit"])
+def test_what_a_child_stores_outlives_its_parents_close(directory: Path, end: str) -> None:
     output = run_python(
         """
         import os, sys
@@ -264,7 +265,8 @@ def test_what_a_child_stores_outlives_its_parents_close(directory: Path) -> None
             os.write(told, b"x")
             os.read(closed, 1)
             cache.add_blob(b"two")
-            cache.close()
+            if sys.argv[2] == "close":
+                cache.close()
             os._exit(0)
         os.read(stored, 1)
         cache.add_blob(b"parent again")
@@ -274,10 +276,42 @@ def test_what_a_child_stores_outlives_its_parents_close(directory: Path) -> None
         print("done")
         """,
         directory,
+        end,
     )
     assert output == "done\n"
     wanted = (b"parent", b"one", b"two", b"parent again")
     assert stored_rows(directory) == {digest_of(data): len(data) for data in wanted}
+
+
+@pytest.mark.parametrize("transaction", ["read", "write", "write_schema"])
+def test_a_fork_waits_for_the_transactions_of_other_threads(index: Database, transaction: str) -> None:
+    output = run_python(
+        """
+        import os, sys, threading
+        from pathlib import Path
+        from cachedb.database import Database
+
+        index = Database(Path(sys.argv[1]))
+        forked = threading.Event()
+
+        def fork():
+            if (child := os.fork()) == 0:
+                os._exit(0)
+            forked.set()
+            os.waitpid(child, 0)
+
+        with getattr(index, sys.argv[2])():
+            forker = threading.Thread(target=fork)
+            forker.start()
+            assert not forked.wait(0.2)
+        forker.join(10)
+        assert forked.is_set()
+        print("done")
+        """,
+        index.directory,
+        transaction,
+    )
+    assert output == "done\n"
 
 
 def test_a_child_works_though_other_threads_were_in_transactions(directory: Path) -> None:

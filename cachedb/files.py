@@ -1,0 +1,283 @@
+"""The files in an archive or a folder, however it is packed: found by their names, read in parts.
+
+A tar is not unpacked: its files are sections of it. What cannot be sought in, or is compressed, is spooled first.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import RawIOBase
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from cachedb import tar
+from cachedb.errors import InvalidArchive, os_errors
+from cachedb.reference import shorten
+
+__all__ = ["MAGIC_LENGTH", "Decompressor", "Files", "Section", "compression_of", "open_files"]
+
+_MEMBERS_LIMIT = 100_000
+_NAME_LIMIT = 4096  # bytes, a path's limit on Linux
+_LINKS_LIMIT = 40  # links followed from one name, as many as Linux follows
+_SLICE = 64 * 1024  # bytes that a decompressor is given at a time, of which it may hand most back
+_PART = 1024 * 1024  # bytes that are decompressed at a time
+_MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
+# Longer than "BZh", with which a file's name can begin, and so an uncompressed layer.
+_MAGIC.update({b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)})
+MAGIC_LENGTH = max(map(len, _MAGIC))
+"""How many of the first bytes `compression_of` needs."""
+
+
+class Section:
+    """Consecutive bytes of a file; several may be read at once, for each keeps its own place."""
+
+    def __init__(self, file: int | Path, offset: int, size: int) -> None:
+        self._file, self._offset, self.size = file, offset, size
+        self._done = 0
+
+    @property
+    def place(self) -> tuple[int | Path, int]:
+        """What tells it from others: the file and where it begins there."""
+        return self._file, self._offset
+
+    def again(self) -> Section:
+        """Return the same section, to be read from its beginning."""
+        return Section(self._file, self._offset, self.size)
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill the front of the buffer; return the number of bytes, 0 at the end."""
+        count = min(len(buffer), self.size - self._done)
+        if count == 0:
+            return 0
+        with os_errors("read the archive"), _descriptor(self._file) as descriptor:
+            read = os.preadv(descriptor, [buffer[:count]], self._offset + self._done)
+        if read == 0:
+            raise InvalidArchive("the archive is cut short")
+        self._done += read
+        return read
+
+    def head(self, count: int) -> bytes:
+        """Return the first bytes, without moving on."""
+        buffer = bytearray(min(count, self.size))
+        section = self.again()
+        view = memoryview(buffer)
+        while view:
+            view = view[section.readinto(view) :]
+        return bytes(buffer)
+
+
+@contextmanager
+def _descriptor(file: int | Path) -> Iterator[int]:
+    """Open a file that is not open: a folder may hold more of them than a process may have open."""
+    if isinstance(file, int):
+        yield file
+        return
+    # Not blocking: a fifo in the folder must not hold us up.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class Files(Protocol):
+    """The files of an archive or a folder."""
+
+    def find(self, name: str) -> Section | None:
+        """Return a file's content, or None if there is no such file."""
+
+
+class Folder:
+    """The files below a folder, such as an OCI image layout."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def find(self, name: str) -> Section | None:
+        """Return a file's content, or None if there is no such file."""
+        path = self._path / _safe(name)
+        with os_errors("read the image layout"):
+            try:
+                with _descriptor(path) as descriptor:
+                    status = os.fstat(descriptor)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidArchive(f"{shorten(name)} in the image layout is not a file")
+        return Section(path, 0, status.st_size)
+
+
+class Tar:
+    """The files in a tar, found by one pass over its headers."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._files: dict[str, tuple[int, int]] = {}
+        self._links: dict[str, str] = {}
+        names_length = 0
+        for member in tar.members(descriptor):
+            names_length += len(member.name) + len(member.link)
+            if len(self._files) + len(self._links) > _MEMBERS_LIMIT or names_length > 16 * 1024 * 1024:
+                raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: not an image")
+            self._add(member)
+        for name in self._links:
+            self._resolve(name)
+
+    def find(self, name: str) -> Section | None:
+        """Return a file's content, or None if there is no such file; links are followed."""
+        place = self._files.get(self._resolve(_safe(name)))
+        return None if place is None else Section(self._descriptor, *place)
+
+    def _resolve(self, name: str) -> str:
+        for _ in range(_LINKS_LIMIT):
+            if name not in self._links:
+                return name
+            name = self._links[name]
+        raise InvalidArchive(f"links in the archive go in a circle at {shorten(name)}")
+
+    def _add(self, member: tar.Member) -> None:
+        name = _safe(member.name)
+        self._files.pop(name, None)  # of two members of one name, the later is meant
+        self._links.pop(name, None)
+        if member.kind == tar.SYMBOLIC_LINK:
+            self._links[name] = _safe(posixpath.join(posixpath.dirname(name), member.link), link=name)
+        elif member.kind == tar.HARD_LINK:
+            self._links[name] = _safe(member.link, link=name)
+        elif member.kind in tar.REGULAR:
+            self._files[name] = (member.offset, member.size)
+        elif member.kind != tar.FOLDER:
+            raise InvalidArchive(f"{shorten(member.name)} in the archive is a device, a fifo, or of an odd kind")
+
+
+def _safe(name: str, link: str | None = None) -> str:
+    """Return a member's name in its plain form; refuse one that leaves the archive."""
+    what = f"{shorten(name)} in the archive" if link is None else f"the link {shorten(link)} in the archive"
+    if len(os.fsencode(name)) > _NAME_LIMIT or "\0" in name:
+        raise InvalidArchive(f"{what} has a name that no file can have")
+    plain = posixpath.normpath(name)
+    # A link may climb as long as it stays inside, a name may not climb at all.
+    climbs = plain.startswith("../") or plain == ".." if link else ".." in name.split("/")
+    if posixpath.isabs(name) or climbs:
+        raise InvalidArchive(f"{what} leads out of it")
+    return plain
+
+
+@contextmanager
+def open_files(source: Path | BinaryIO, spool: Path) -> Iterator[Files]:
+    """Open an archive or a folder for reading.
+
+    Args:
+        source: a path, or a stream, which need not be seekable.
+        spool: a path at which a stream, or what a compressed archive holds, is kept meanwhile.
+
+    Raises:
+        InvalidArchive: if it is neither.
+        StorageError: if it cannot be read, or not be spooled.
+    """
+    with ExitStack() as stack:
+        with os_errors("read the archive"):
+            if isinstance(source, Path) and source.is_dir():
+                files: Files = Folder(source)
+            else:
+                file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
+                if not _is_regular(file) or compression_of(os.pread(file.fileno(), MAGIC_LENGTH, 0)):
+                    stack.callback(spool.unlink, missing_ok=True)
+                    # Not buffered: closing must not fail a second time on a full disk.
+                    spooled = stack.enter_context(spool.open("wb+", buffering=0))
+                    _copy_decompressed(file, spooled)
+                    file = spooled
+                files = Tar(file.fileno())
+        yield files
+
+
+def _is_regular(file: BinaryIO) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.tell() == 0
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _copy_decompressed(source: BinaryIO, target: RawIOBase) -> None:
+    chunk = b""
+    while len(chunk) < MAGIC_LENGTH and (more := source.read(1024 * 1024)):
+        chunk += more  # a pipe may give a few bytes at first
+    compression = compression_of(chunk)
+    unpack = Decompressor(compression) if compression else None
+    while chunk:
+        for part in unpack.feed(chunk) if unpack else (chunk,):
+            view = memoryview(part)
+            while view:
+                view = view[target.write(view) :]
+        chunk = source.read(1024 * 1024)
+    if unpack and not unpack.ended:
+        raise InvalidArchive(f"the {compression} compressed archive is cut short")
+
+
+def compression_of(head: bytes) -> str | None:
+    """Return what compression content of these first bytes has: ``gzip``, ``zstd``, ``xz``, ``bzip2``, or None."""
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+
+
+class Decompressor:
+    """Decompresses a stream in parts of bounded size, over as many members or frames as it has."""
+
+    def __init__(self, compression: str) -> None:
+        self._compression = compression
+        self._stream: Any = None
+        self.ended = False
+        """Whether the stream is at the end of a member: it may end here."""
+
+    def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
+        """Take compressed bytes and yield what they hold.
+
+        Raises:
+            InvalidArchive: if they are damaged.
+        """
+        for start in range(0, len(data), _SLICE):
+            yield from self._feed(bytes(data[start : start + _SLICE]))
+
+    def _feed(self, pending: bytes) -> Iterator[bytes]:
+        try:
+            while True:
+                if self._stream is None or self.ended:
+                    if not pending.lstrip(b"\0"):  # tapes and tools pad with zeros
+                        return
+                    self._stream, self.ended = self._begin(), False
+                part = self._stream.decompress(pending, _PART)
+                self.ended = self._stream.eof
+                pending = self._stream.unused_data if self.ended else self._unconsumed()
+                if part:
+                    yield part
+                if not self.ended and not pending and len(part) < _PART:
+                    return
+        except InvalidArchive:
+            raise
+        except Exception as error:  # each library has an error of its own, and one of them none in common
+            raise InvalidArchive(f"{self._compression} data in the archive is damaged: {error}") from error
+
+    def _begin(self) -> Any:  # noqa: ANN401
+        if self._compression == "gzip":
+            return zlib.decompressobj(zlib.MAX_WBITS | 16)
+        if self._compression == "xz":
+            import lzma
+
+            return lzma.LZMADecompressor(memlimit=96 * 1024 * 1024)
+        if self._compression == "bzip2":
+            import bz2
+
+            return bz2.BZ2Decompressor()
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+        return zstd.ZstdDecompressor()
+
+    def _unconsumed(self) -> bytes:
+        # zlib hands back what it did not come to; the others keep it.
+        return bytes(self._stream.unconsumed_tail) if self._compression == "gzip" else b""
