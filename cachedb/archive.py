@@ -72,8 +72,8 @@ class ArchivedImage(NamedTuple):
 
     @property
     def identity(self) -> object:
-        """What is the same for the same image: the manifest's digest, or the config's where there is none."""
-        return self.contents[0].digest
+        """What is the same for the same image: the manifest's digest; where there is none, all contents."""
+        return self.root.digest if self.root else tuple(content.key for content in self.contents)
 
     def manifest(self, digests: list[Digest]) -> bytes:
         """Make the manifest that a docker-archive lacks, from its contents' digests."""
@@ -205,13 +205,35 @@ def _read_layout(files: Files, section: Section, tags: dict[Digest, list[object]
         closure = _closure(files, root)
         rows += len(closure)
         _check_rows(rows)
-        configs = {blob.digest for blob in closure if blob.role == "config"}
-        tagged = [name for config, given in tags.items() if config in configs for name in given]
         contents = [_layout_content(files, blob) for blob in dict.fromkeys(closure)]
-        found.append((tagged or names.get(root.digest, []), ArchivedImage([], root, contents)))
+        found.append(([], ArchivedImage([], root, contents)))
+    found = [(_names_of(image, names, tags, [other for _, other in found]), image) for _, image in found]
     # Some tools list the platforms of an index beside it: without a name they are no images of their own.
     below = {content.digest for _, image in found for content in image.contents[1:]}
     return [(texts, image) for texts, image in found if texts or image.identity not in below]
+
+
+def _names_of(
+    image: ArchivedImage,
+    annotated: dict[Digest, list[object]],
+    tags: dict[Digest, list[object]],
+    images: list[ArchivedImage],
+) -> list[object]:
+    """Return an image's names: as manifest.json has them, if it is clear which image it means, else as index.json."""
+    configs = [content.digest for content in image.contents if content.digest in tags]
+    if configs and not any(
+        content.digest in configs for other in images if other is not image for content in other.contents
+    ):
+        return [text for config in dict.fromkeys(configs) if config for text in tags[config]]
+    short = {_qualified(text): text for texts in tags.values() for text in texts}
+    return [short.get(_qualified(text), text) for text in annotated.get(image.contents[0].digest or Digest(""), [])]
+
+
+def _qualified(text: object) -> object:
+    try:
+        return Name.parse(text).qualified()  # type: ignore[arg-type]
+    except InvalidName:
+        return text
 
 
 def _annotated_name(annotations: dict[str, Any]) -> object:

@@ -10,20 +10,20 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from sqlalchemy import Connection, insert, select, update
 
-from cachedb.database import Database
+from cachedb.database import Database, sync_folder
 from cachedb.errors import DigestMismatch, NotInCache, os_errors
 from cachedb.models import Blob
 from cachedb.reference import Digest, parse_digest, split_digest
-from cachedb.sessions import Session, received_digest, sync_folder
+from cachedb.sessions import Session, received_digest
 
-__all__ = ["Received", "blob_path", "open_blob", "publish", "receive", "retract", "stored"]
+__all__ = ["Advance", "Received", "blob_path", "intact", "open_blob", "publish", "receive", "retract", "stored"]
 
 CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
 _BUFFERS = 4  # chunks under way in one blob: one read and written while others are hashed
@@ -44,7 +44,7 @@ class Hasher(Protocol):
         """Take the next chunk."""
 
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]
 """Called with the number of bytes done since the last call, from any thread."""
 
 
@@ -71,7 +71,7 @@ def receive(
     algorithm: str = "sha256",
     write: bool = True,
     also: Hasher | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     what: str = "the content",
 ) -> Received:
     """Read a blob to its end, verify it, and write it to the session's folder, durably.
@@ -128,7 +128,7 @@ def _copy(
     target: int | None,
     hashers: Sequence[Hasher],
     limit: int | None,
-    progress: Progress | None,
+    progress: Advance | None,
 ) -> int:
     """Copy to the end, or until ``limit`` bytes are exceeded; return the bytes read.
 
@@ -201,11 +201,12 @@ def publish(database: Database, session: Session, received: Iterable[Received]) 
             sync_folder(session.folder)
     try:
         with database.write() as connection:
-            known = stored(connection, [blob.digest for blob in files.values()])
+            known = intact(connection, database.directory, [blob.digest for blob in files.values()])
             new = {blob.digest: (path, blob) for path, blob in files.items() if blob.digest not in known}
             targets = {digest: blob_path(database.directory, digest) for digest in new}
             for digest, target in targets.items():
-                # A file that no row knows is a forgotten blob's, on its way to the trash: ours takes its place.
+                # A file that no row knows is a forgotten blob's, on its way to the trash, and one of another size
+                # is damaged: ours takes its place.
                 target.unlink(missing_ok=True)
                 os.link(new[digest][0], target)
             for folder in {target.parent for target in targets.values()}:
@@ -258,6 +259,16 @@ def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, in
             Blob.digest.in_(wanted[start : start + BATCH]), Blob.stored_at.is_not(None)
         )
         found.update((Digest(digest), size) for digest, size in connection.execute(query))
+    return found
+
+
+def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -> dict[Digest, int]:
+    """Return those of the stored blobs whose files are there, of the right size; the others can be brought anew."""
+    found = {}
+    for digest, size in stored(connection, digests).items():
+        with suppress(FileNotFoundError):
+            if blob_path(directory, digest).stat().st_size == size:
+                found[digest] = size
     return found
 
 

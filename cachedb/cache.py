@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -18,7 +19,7 @@ from cachedb import blobs, collection, images, oci, schema
 from cachedb.blobs import Received
 from cachedb.collection import Collected
 from cachedb.database import Database, default_directory
-from cachedb.errors import CacheError, InvalidManifest, NotInCache, os_errors
+from cachedb.errors import CacheError, InvalidManifest, NotACache, NotInCache, os_errors
 from cachedb.images import BlobInfo, ImageInfo
 from cachedb.models import Blob, Image
 from cachedb.oci import Descriptor
@@ -74,6 +75,8 @@ class Cache:
             SchemaMismatch: if the index has a newer schema, or an older one and ``upgrade`` is false.
             StorageError: if the directory cannot be made or written to.
         """
+        if directory is not None and not os.fspath(directory):
+            raise NotACache("the name of the cache directory is empty")
         database = Database(Path(directory).absolute() if directory is not None else default_directory().absolute())
         try:
             schema.prepare(database, upgrade=upgrade)
@@ -106,7 +109,8 @@ class Cache:
     def save_blob(self, digest: str, data: Data) -> Digest:
         """Store a blob whose digest is known.
 
-        It is kept from collection until it is associated with an image, or this cache is closed.
+        It is kept from collection until an image that is saved is associated with it, or this cache is closed. One that
+        an image was waiting for, its manifest saved before, is that image's at once.
 
         Args:
             digest: that the content must have.
@@ -121,7 +125,15 @@ class Cache:
         return self._store(data, digest=parse_digest(digest)).digest
 
     def add_blob(self, data: Data, *, algorithm: str = "sha256") -> Digest:
-        """Store a blob and return its digest, computed with ``sha256`` or ``sha512``; else as `save_blob`."""
+        """Store a blob, as `save_blob` does, and compute its digest.
+
+        Args:
+            data: the content.
+            algorithm: ``sha256`` or ``sha512``.
+
+        Returns:
+            The digest.
+        """
         if algorithm not in ("sha256", "sha512"):
             raise CacheError(f"{shorten(algorithm)} is not an algorithm of digests: use sha256 or sha512")
         return self._store(data, algorithm=algorithm).digest
@@ -136,8 +148,11 @@ class Cache:
                 self._release(hold)
                 raise
             if write:
+                with self._database.read() as connection:
+                    awaited = images.is_awaited(connection, received.digest)
                 with images.publish(self._database, self._session, [received]) as connection:
-                    hold = self._session.lease(connection, [received.digest])
+                    if not awaited:
+                        hold = self._session.lease(connection, [received.digest])
             self._session.keep_until_saved(hold)
         return received
 
@@ -148,11 +163,11 @@ class Cache:
             there = blobs.stored(connection, wanted)
         if there:
             with self._database.write() as connection:
-                return self._session.lease(connection, blobs.stored(connection, there))
+                return self._session.lease(connection, blobs.intact(connection, self.directory, there))
         return NO_HOLD
 
     def has_blob(self, digest: str) -> bool:
-        """Say whether a blob is stored."""
+        """Say whether the blob of a digest is stored."""
         wanted = parse_digest(digest)
         with self._database.read() as connection:
             return wanted in blobs.stored(connection, [wanted])
@@ -209,6 +224,8 @@ class Cache:
     def hold(self, *names_or_digests: str | Name) -> Iterator[None]:
         """Keep blobs from collection inside the block, so that their paths stay valid.
 
+        What an image gets later, because its name moves or a blob of it arrives, is not held.
+
         Args:
             names_or_digests: images, of which all blobs are held, and blobs.
 
@@ -219,9 +236,9 @@ class Cache:
             yield
 
     @contextmanager
-    def _held(self, *names_or_digests: str | Name) -> Iterator[list[ImageInfo]]:
-        """Hold, and yield the images as they were at that moment: a name may move on meanwhile."""
-        found: list[ImageInfo] = []
+    def _held(self, *names_or_digests: str | Name) -> Iterator[list[tuple[ImageInfo, list[BlobInfo]]]]:
+        """Hold, and yield the images and their blobs as they were at that moment: a name may move on meanwhile."""
+        found: list[tuple[ImageInfo, list[BlobInfo]]] = []
         with self._database.write() as connection:
             digests: set[Digest] = set()
             for wanted in names_or_digests:
@@ -234,7 +251,7 @@ class Cache:
                     closure = images.image_blobs(connection, self.directory, image.id)
                     digests.update(blob.digest for blob in closure)
                     images.touch(connection, image.id)
-                    found += images.images(connection, image.id)
+                    found.append((images.images(connection, image.id)[0], closure))
             hold = self._session.lease(connection, digests)
         try:
             yield found
@@ -260,6 +277,7 @@ class Cache:
 
         Raises:
             InvalidManifest: if it is no manifest or index.
+            InvalidName: if the name is by another digest than the manifest's.
         """
         parsed = Name.parse(name)
         media_type = oci.manifest_media_type(manifest, media_type)
@@ -278,10 +296,18 @@ class Cache:
         Raises:
             NotInCache: if there is no such image.
         """
-        with self._database.read() as connection:
-            digest = images.find(connection, Name.parse(name)).digest
-            with blobs.open_blob(self.directory, digest) as file, os_errors("read a manifest"):
-                return file.read()
+        parsed, tried = Name.parse(name), None
+        while True:
+            with self._database.read() as connection:
+                digest = images.find(connection, parsed).digest
+            try:
+                with blobs.open_blob(self.directory, digest) as file, os_errors("read a manifest"):
+                    return file.read()
+            except NotInCache:
+                # The name may have moved, and the manifest been collected, since we looked.
+                if digest == tried:
+                    raise
+                tried = digest
 
     def get_image(self, name: str | Name) -> ImageInfo:
         """Return an image.
@@ -340,8 +366,13 @@ class Cache:
     def tag(self, source: str | Name, target: str | Name) -> ImageInfo:
         """Give an image a second name; what the target pointed to before is let go.
 
+        Args:
+            source: a name of the image.
+            target: its second name; one by digest must name the image's.
+
         Raises:
             NotInCache: if there is no source.
+            InvalidName: if the target is by another digest.
         """
         with self._database.write() as connection:
             image_id = images.tag(connection, Name.parse(source), Name.parse(target))
@@ -436,8 +467,15 @@ class Cache:
         hold = self._hold_stored({content.digest for content in wanted.values() if content.digest})
         received: dict[object, Received] = {}
         try:
-            self._receive(wanted, hold, received, progress)
-            roots = [self._root(image, received) for image in found]
+            try:
+                self._receive(wanted, hold, received, progress)
+                roots = [self._root(image, received) for image in found]
+            except BaseException:
+                for blob in received.values():
+                    if blob.path is not None:
+                        blob.path.unlink(missing_ok=True)
+                raise
+            # From here on the files are the record of what is being published.
             with images.publish(self._database, self._session, received.values()) as connection:
                 ids = [
                     images.save(connection, self.directory, name, digest, media_type)
@@ -447,9 +485,6 @@ class Cache:
                 self._session.release(connection, hold)
                 return [images.images(connection, image_id)[0] for image_id in dict.fromkeys(ids)]
         except BaseException:
-            for blob in received.values():
-                if blob.path is not None:
-                    blob.path.unlink(missing_ok=True)
             self._release(hold)
             raise
 
@@ -543,9 +578,9 @@ class Cache:
             raise CacheError("links are made in a folder: use the format oci-dir")
         path = Path(destination) if isinstance(destination, (str, os.PathLike)) else destination
         parsed = Name.parse(name)
-        with self._held(parsed) as (info,):
+        with self._held(parsed) as ((info, held),):
             if not info.complete:
-                raise images.incomplete(parsed, self.get_image_blobs(parsed))
+                raise images.incomplete(parsed, held)
             manifests: dict[Digest, bytes] = {}
 
             def read(blob: Descriptor) -> bytes:
@@ -597,7 +632,10 @@ class _Reader:
     def readinto(self, buffer: memoryview, /) -> int:
         with os_errors("read the content"):
             if hasattr(self._file, "readinto"):
-                return self._file.readinto(buffer) or 0
+                count = self._file.readinto(buffer)
+                if count is None:
+                    raise BlockingIOError(errno.EAGAIN, "it has nothing to read yet, and does not wait")
+                return int(count)
             data = self._file.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)

@@ -15,7 +15,7 @@ import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from cachedb import __version__
-from cachedb.errors import CacheError, InvalidDigest, InvalidName, NotInCache
+from cachedb.errors import CacheError, InvalidDigest, InvalidName, NotInCache, explain
 
 if TYPE_CHECKING:
     from cachedb.cache import Cache, Progress
@@ -59,7 +59,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except OSError as error:
-        _fail(f"{error.strerror or error}" + (f": {error.filename!r}" if error.filename else ""), 1)
+        _fail(f"cannot print the result: {explain(error)}", 1)
 
 
 def _terminated(_signal: int, _frame: object) -> NoReturn:
@@ -328,8 +328,10 @@ def export(name: str, destination: str, form: str, platform: str | None, link: b
     """
     if link and form != "oci-dir":
         raise click.UsageError("--link is for --format oci-dir")
+    if destination == "-" and form == "oci-dir":
+        raise click.UsageError("an oci-dir is a folder, and cannot go to stdout: name the folder")
     opened: str | IO[bytes] = destination
-    if destination == "-" and form != "oci-dir":
+    if destination == "-":
         if sys.stdout.isatty():
             raise click.UsageError("stdout is a terminal: redirect it, or name a file")
         opened = sys.stdout.buffer
@@ -427,15 +429,11 @@ def rm(names: tuple[str, ...], dry_run: bool, form: str, quiet: bool) -> None:
 @cli.command(epilog=_examples("cachedb gc", "cachedb gc --dry-run --format json"))
 @_dry_run
 @_format
-@_quiet("the number of bytes")
-def gc(dry_run: bool, form: str, quiet: bool) -> None:
+def gc(dry_run: bool, form: str) -> None:
     """Free every blob that no image uses and no process works with."""
     with _opened() as cache:
         freed = cache.collect_garbage(dry_run=dry_run)
-    if quiet:
-        click.echo(freed.bytes)
-    else:
-        _print_collected(freed, form, dry_run=dry_run)
+    _print_collected(freed, form, dry_run=dry_run)
 
 
 @cli.command(epilog=_examples("cachedb stats", "cachedb stats --format json | jq .total_size"))

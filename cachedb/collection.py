@@ -15,11 +15,11 @@ from typing import NamedTuple
 from sqlalchemy import Connection, delete, func, insert, select
 
 from cachedb.blobs import BATCH, blob_path, retract, stored
-from cachedb.database import Database
+from cachedb.database import Database, sync_folder
 from cachedb.errors import os_errors
 from cachedb.models import Blob, ImageBlob, Lease, Trash
 from cachedb.reference import Digest
-from cachedb.sessions import dead_sessions, locked_sessions, sync_folder
+from cachedb.sessions import dead_sessions, locked_sessions
 
 __all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "unreferenced"]
 
@@ -78,9 +78,9 @@ def collect(database: Database) -> Collected:
     for start in range(0, len(candidates), BATCH):
         with database.write() as connection:
             part = forget(connection, candidates[start : start + BATCH])
+        empty_trash(database)  # now, so that a large collection gives back space as it goes
         blobs += part.blobs
         size += part.bytes
-    empty_trash(database)
     return Collected(blobs, size)
 
 
@@ -109,13 +109,11 @@ def empty_trash(database: Database) -> None:
 
 
 def recover(database: Database) -> None:
-    """Clean up after sessions whose process is gone: what they received, their leases, half-done trash."""
+    """Clean up after processes that are gone: what their sessions received, their leases, half-done trash."""
     with database.read() as connection:
         leased = set(connection.execute(select(Lease.session).distinct()).scalars())
-    found = False
     with os_errors("clean up after a dead session"):
         for session in dead_sessions(database.directory):
-            found = True
             folder = database.directory / "ingest" / session
             if folder.is_dir():
                 retract(database, folder, os.listdir(folder))
@@ -125,5 +123,4 @@ def recover(database: Database) -> None:
     if gone:
         with database.write() as connection:
             connection.execute(delete(Lease).where(Lease.session.in_(gone)))
-    if found:
-        empty_trash(database)
+    empty_trash(database)

@@ -232,6 +232,7 @@ def _translated(error: sqlite3.DatabaseError) -> StorageError | NotACache:
         sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
         sqlite3.SQLITE_CANTOPEN: "check the owner and mode of the cache directory",
         sqlite3.SQLITE_BUSY: "another program holds the database in a transaction; end it and try again",
+        sqlite3.SQLITE_IOERR: "the disk may be full, or failing",
         sqlite3.SQLITE_CORRUPT: "restore it from a backup",
     }.get(code)
     return StorageError(f"the index failed: {error}" + (f"; {advice}" if advice else ""))

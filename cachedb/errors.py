@@ -98,8 +98,12 @@ def os_errors(action: str) -> Iterator[None]:
     except BrokenPipeError:
         raise  # whoever read from us went away: nothing failed
     except OSError as error:
-        parts = [f"cannot {action}", error.strerror or str(error)]
-        if error.filename is not None:
-            parts.append(repr(error.filename))
-        advice = _ADVICE.get(error.errno or 0)
-        raise StorageError(": ".join(parts) + (f"; {advice}" if advice else "")) from error
+        raise StorageError(f"cannot {action}: {explain(error)}") from error
+
+
+def explain(error: OSError) -> str:
+    """Return what the operating system says, with the file it is about, and what to do."""
+    reason = error.strerror or str(error)
+    file = "" if error.filename is None else f": {error.filename!r}"
+    advice = _ADVICE.get(error.errno or 0)
+    return f"{reason}{file}" + (f"; {advice}" if advice else "")

@@ -5,6 +5,7 @@ The same image gives the same bytes: entries are in a fixed order, and times, ow
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -19,11 +20,11 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from cachedb import oci
 from cachedb.archive import CONTAINERD_NAME, REF_NAME, layout_path
-from cachedb.blobs import Progress, blob_path, open_blob
+from cachedb.blobs import Advance, blob_path, open_blob
+from cachedb.database import sync_folder
 from cachedb.errors import CacheError, NotInCache, os_errors
 from cachedb.oci import Descriptor
 from cachedb.reference import Digest, Name, shorten, split_digest
-from cachedb.sessions import sync_folder
 
 __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "write_folder", "write_tar"]
 
@@ -165,7 +166,7 @@ def _platform_of_config(image: Descriptor, manifests: dict[Digest, bytes], read:
 
 
 def write_tar(
-    directory: Path, files: list[Entry], destination: Path | BinaryIO, progress: Progress | None = None
+    directory: Path, files: list[Entry], destination: Path | BinaryIO, progress: Advance | None = None
 ) -> None:
     """Write a tar to a stream, or to a file that appears when all of it is there and on disk.
 
@@ -183,12 +184,14 @@ def write_tar(
                 _write_members(directory, files, stream, progress)
         else:
             path = destination.resolve()
+            if not path.parent.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
             with _appearing(path) as file:
                 _write_members(directory, files, file, progress)
             sync_folder(path.parent)
 
 
-def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progress: Progress | None) -> None:
+def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progress: Advance | None) -> None:
     for entry in files:
         member = tarfile.TarInfo(entry.path)
         member.size, member.mode = entry.size, 0o644
@@ -198,7 +201,7 @@ def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progre
     _write(stream, bytes(2 * tarfile.BLOCKSIZE))
 
 
-def _write_content(directory: Path, entry: Entry, stream: BinaryIO, progress: Progress | None) -> None:
+def _write_content(directory: Path, entry: Entry, stream: BinaryIO, progress: Advance | None) -> None:
     if isinstance(entry.content, bytes):
         _write(stream, entry.content)
         return
@@ -206,8 +209,8 @@ def _write_content(directory: Path, entry: Entry, stream: BinaryIO, progress: Pr
         source, left = blob.fileno(), os.fstat(blob.fileno()).st_size
         if left != entry.size:
             raise CacheError(
-                f"the file of {entry.content} is {left} bytes, and should be {entry.size}: "
-                "remove the image and import it again"
+                f"{entry.content} is {left} bytes, and its manifest says {entry.size}: "
+                "import the image again, from a sound source"
             )
         while left:
             count = _copy_some(source, stream, min(left, _COPY))
@@ -261,7 +264,7 @@ def write_folder(
     destination: Path,
     *,
     link: bool = False,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> None:
     """Write an image layout folder, or add to the one that is there; ``index.json`` is written last.
 
@@ -304,12 +307,12 @@ def write_folder(
             os.close(lock)
 
 
-def _write_file(directory: Path, entry: Entry, path: Path, progress: Progress | None) -> None:
+def _write_file(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> None:
     with _appearing(path) as file:
         _write_content(directory, entry, file, progress)
 
 
-def _link(directory: Path, entry: Entry, path: Path, progress: Progress | None) -> bool:
+def _link(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> bool:
     if isinstance(entry.content, bytes):
         return False
     part = _part(path)

@@ -14,7 +14,15 @@ from cachedb import blobs
 from cachedb.database import Database
 from cachedb.errors import IncompleteImage, InvalidManifest, InvalidName, NotInCache
 from cachedb.models import Blob, Image, ImageBlob
-from cachedb.oci import DOCUMENT_LIMIT, Descriptor, is_compressed, role_of, walk
+from cachedb.oci import (
+    DOCUMENT_LIMIT,
+    Descriptor,
+    descriptors,
+    is_compressed,
+    manifest_media_type,
+    role_of,
+    walk,
+)
 from cachedb.reference import Digest, Name
 from cachedb.sessions import Session
 
@@ -27,6 +35,7 @@ __all__ = [
     "image_blobs",
     "images",
     "incomplete",
+    "is_awaited",
     "publish",
     "remove",
     "save",
@@ -182,10 +191,7 @@ def publish(database: Database, session: Session, received: Iterable[blobs.Recei
                 .where(Image.id == image_id)
             ).one()
             root = Descriptor(Digest(row.digest), row.size, row.media_type, role_of(row.media_type))
-            try:
-                _associate(connection, database.directory, image_id, root)
-            except InvalidManifest:
-                continue  # it is what its digest says, and not what the index said: a blob like any other
+            _associate(connection, database.directory, image_id, root, strict=False)
 
 
 def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
@@ -242,17 +248,32 @@ def _point(connection: Connection, name: Name, manifest_id: int, media_type: str
     return int(row.id)
 
 
-def _associate(connection: Connection, directory: Path, image_id: int, root: Descriptor) -> None:
-    """Associate an image with the closure of its manifest, in front of what was attached to it."""
+def _associate(
+    connection: Connection, directory: Path, image_id: int, root: Descriptor, *, strict: bool = True
+) -> None:
+    """Associate an image with the closure of its manifest, in front of what was attached to it.
+
+    A child that is what its digest says, and no manifest as the index said, is refused or, if not ``strict``, a
+    blob like any other.
+    """
 
     def read(blob: Descriptor) -> bytes | None:
         size = blobs.stored(connection, [blob.digest]).get(blob.digest)
         if size is None:
             return None
+        if size > DOCUMENT_LIMIT and not strict:
+            return None
         if size > DOCUMENT_LIMIT:
             raise InvalidManifest(f"manifest {blob.digest} is {size} bytes; {DOCUMENT_LIMIT} at most are read")
         with blobs.open_blob(directory, blob.digest) as file:
-            return file.read()
+            data = file.read()
+        try:
+            descriptors(data, manifest_media_type(data, blob.media_type))
+        except InvalidManifest:
+            if strict:
+                raise
+            return None
+        return data
 
     closure = list(walk(root, read))
     ids = _blob_ids(connection, closure)
@@ -322,6 +343,16 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
         )
     )
     return target_id
+
+
+def is_awaited(connection: Connection, digest: Digest) -> bool:
+    """Say whether an image is associated with a blob that is not stored."""
+    query = (
+        select(ImageBlob.image_id)
+        .join(Blob, Blob.id == ImageBlob.blob_id)
+        .where(Blob.digest == digest, Blob.stored_at.is_(None))
+    )
+    return connection.execute(query.limit(1)).first() is not None
 
 
 def attach(connection: Connection, name: Name, digest: Digest, role: str, media_type: str) -> None:

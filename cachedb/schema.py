@@ -71,6 +71,6 @@ def _refuse_lost_index(directory: Path) -> None:
     for folder in (directory / "blobs").iterdir():
         if any(folder.iterdir()):
             raise NotACache(
-                f"{str(directory)!r} has lost its index.db, but not its blobs: restore index.db from "
-                "backups/, or move blobs/ away to begin anew"
+                f"{str(directory)!r} has lost its index.db, but not its blobs: restore index.db "
+                "from a backup, or move blobs/ away to begin anew"
             )

@@ -24,7 +24,7 @@ from cachedb.errors import CacheError, InvalidDigest, os_errors
 from cachedb.models import Lease
 from cachedb.reference import Digest, parse_digest
 
-__all__ = ["Hold", "Session", "dead_sessions", "locked_sessions", "received_digest", "sync_folder"]
+__all__ = ["Hold", "Session", "dead_sessions", "locked_sessions", "received_digest"]
 
 _SUFFIX = ".session"
 

@@ -1166,3 +1166,26 @@ def test_reading_a_damaged_archive_raises_nothing_but_our_errors(
         images_in(io.BytesIO(data), tmp_path_factory.getbasetemp())
     except CacheError as error:
         assert str(error).isprintable()  # noqa: PT017
+
+
+def test_of_two_images_with_one_config_each_keeps_the_name_it_has_in_the_index(cache: Cache, tmp_path: Path) -> None:
+    plain, compressed = make.image(1), make.image(1, compression="gzip")
+    assert plain.config == compressed.config
+    files = make.oci_files({"docker.io/library/a:1": plain, "b:1": compressed})
+    config, layer = (f"blobs/sha256/{make.hex_of(data)}" for data in (plain.config, plain.layers[0]))
+    entry = {"Config": config, "RepoTags": ["a:1", "b:1"], "Layers": [layer]}
+    files["manifest.json"] = json.dumps([entry]).encode()
+    found = cache.cache_from_tar(make.write(tmp_path / "made.tar", files))
+    assert {str(image.name): image.digest for image in found} == {"a:1": plain.digest, "b:1": compressed.digest}
+
+
+def test_a_platform_listed_beside_its_index_is_no_image_of_its_own(cache: Cache, tmp_path: Path) -> None:
+    one, two = make.image(1), make.image(2, architecture="arm64")
+    files = make.oci_files({"1": one, "2": two}, roots={"multi:1": make.index(one, two)})
+    index = json.loads(files["index.json"])
+    index["manifests"].append(make.descriptor(one.manifest, OCI_MANIFEST))
+    files["index.json"] = json.dumps(index).encode()
+    entry = {"Config": f"blobs/sha256/{make.hex_of(one.config)}", "RepoTags": ["multi:1"], "Layers": []}
+    files["manifest.json"] = json.dumps([entry]).encode()
+    (image,) = cache.cache_from_tar(make.write(tmp_path / "made.tar", files))
+    assert (str(image.name), image.media_type) == ("multi:1", OCI_INDEX)

@@ -7,6 +7,7 @@ import json
 import sqlite3
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -14,6 +15,7 @@ from cachedb import (
     Cache,
     CacheError,
     Collected,
+    Digest,
     DigestMismatch,
     IncompleteImage,
     InvalidArchive,
@@ -21,7 +23,9 @@ from cachedb import (
     InvalidManifest,
     InvalidName,
     Name,
+    NotACache,
     NotInCache,
+    blobs,
 )
 from cachedb.oci import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from tests import make
@@ -320,6 +324,86 @@ def test_a_blob_that_was_stored_is_kept_for_its_image_and_collectable_once_the_c
         assert cache.has_blob(digest)
     with Cache.open(directory) as again:
         assert again.collect_garbage() == Collected(1, 21)
+
+
+def test_a_blob_that_an_image_waits_for_is_that_images_at_once(cache: Cache, directory: Path) -> None:
+    made = make.image(1)
+    cache.save_manifest("app", made.manifest)
+    cache.save_blob(make.digest_of(made.config), made.config)
+    cache.add_blob(made.layers[0])
+    assert cache.is_image_complete("app")
+    cache.remove_manifest("app")
+    assert files_of(directory) == {}, "no lease of this session keeps it"
+
+
+def test_a_file_that_was_lost_or_cut_comes_back_with_the_next_import(cache: Cache, tmp_path: Path) -> None:
+    made = make.image(1)
+    archive = make.write(tmp_path / "a.tar", make.oci_files({"app": made}))
+    cache.cache_from_tar(archive)
+    config, layer = (cache.get_blob_path(make.digest_of(data)) for data in (made.config, made.layers[0]))
+    config.unlink()
+    layer.chmod(0o644)
+    layer.write_bytes(b"cut")
+    cache.cache_from_tar(archive)
+    assert (config.read_bytes(), layer.read_bytes()) == (made.config, made.layers[0])
+
+
+def test_an_interrupted_import_keeps_the_record_of_what_it_published(directory: Path, tmp_path: Path) -> None:
+    archive = make.write(tmp_path / "a.tar", make.oci_files({"app": make.image(1)}))
+    with pytest.MonkeyPatch.context() as patch, Cache.open(directory) as cache:
+
+        def interrupted(*_arguments: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("cachedb.images.save", interrupted)
+        patch.setattr("cachedb.blobs.retract", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.cache_from_tar(archive)
+    Cache.open(directory).close()
+    assert files_of(directory) == stored_rows(directory) == {}
+
+
+def test_what_a_killed_removal_left_is_cleaned_at_the_next_open(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app", make.image(1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cachedb.collection.empty_trash", lambda _database: None)
+            cache.remove_manifest("app")
+        assert len(files_of(directory)) == 3
+    Cache.open(directory).close()
+    assert files_of(directory) == {}
+
+
+def test_a_manifest_that_moves_while_it_is_read_is_the_new_one(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = make.image(1), make.image(2)
+    save(cache, "app", old)
+    opened = blobs.open_blob
+
+    def moved(directory: Path, digest: Digest) -> BinaryIO:
+        if digest == old.digest and cache.get_image("app").digest == old.digest:
+            save(cache, "app", new)
+            cache.collect_garbage()
+        return opened(directory, digest)
+
+    monkeypatch.setattr("cachedb.blobs.open_blob", moved)
+    assert cache.get_manifest("app") == new.manifest
+
+
+def test_a_late_child_that_is_no_manifest_does_not_hide_its_siblings(cache: Cache) -> None:
+    good, bad = make.image(1), make.Made(b"no manifest", b"", [], [])
+    cache.save_manifest("multi", make.index(bad, good))
+    cache.add_blob(bad.manifest)
+    cache.add_blob(good.manifest)
+    assert [blob.role for blob in cache.get_image_blobs("multi")] == [
+        "index", "manifest", "manifest", "config", "layer",
+    ]  # fmt: skip
+
+
+def test_an_empty_directory_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotACache):
+        Cache.open("")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_threads_that_store_one_blob_for_two_images_do_not_let_go_of_each_others(cache: Cache, directory: Path) -> None:

@@ -169,6 +169,7 @@ ABSENT = "sha256:" + "0" * 64
         (["ls", "--format", "xml"], 2),
         (["ls", "--nope"], 2),
         (["export", "--link", "app", "out.tar"], 2),
+        (["export", "--format", "oci-dir", "app", "-"], 2),
         (["import", "/does/not/exist"], 1),
         (["import", "/dev/null"], 1),
         (["blob", "add", "/does/not/exist"], 1),

@@ -11,10 +11,9 @@ import pytest
 from sqlalchemy import Connection, Engine, event, select
 
 from cachedb import Cache, StorageError, blobs, collection
-from cachedb.database import Database
+from cachedb.database import Database, sync_folder
 from cachedb.models import Blob
 from cachedb.reference import Digest
-from cachedb.sessions import sync_folder
 from tests.conftest import files_of, running, snapshot, stored_rows
 from tests.make import Made, digest_of, image, oci_files, write
 from tests.test_locks import is_free
