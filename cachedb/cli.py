@@ -5,6 +5,7 @@ Only click is imported here; what a command needs beyond that, it imports when i
 
 from __future__ import annotations
 
+import gc as gc_
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -12,12 +13,13 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
-from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from cachedb import __version__
 from cachedb.errors import CacheError, InvalidDigest, InvalidName, NotInCache, explain
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from cachedb.cache import Cache, Progress
     from cachedb.collection import Collected
     from cachedb.images import ImageInfo
@@ -28,6 +30,7 @@ else:
 
 __all__ = ["cli", "main"]
 
+_COMPLETE = "_CACHEDB_COMPLETE"  # the variable by which a shell asks for completion
 _EXPORT_FORMATS = ("docker", "docker-archive", "oci-archive", "oci-dir")  # export.FORMATS, without its import
 
 
@@ -35,8 +38,12 @@ def main() -> NoReturn:
     """Run the command line; errors are one line on stderr, and exit codes as the README lists them."""
     import signal
 
+    # The collector would look through all that SQLAlchemy makes while it is imported, and find nothing.
+    gc_.disable()
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        if _COMPLETE in os.environ:
+            import cachedb.completion  # noqa: F401 - click takes the bash script from there
         sys.exit(cli.main(prog_name="cachedb", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -80,6 +87,8 @@ def _examples(*lines: str) -> str:
 def _opened() -> Iterator[Cache]:
     from cachedb.cache import Cache
 
+    gc_.freeze()
+    gc_.enable()
     with Cache.open(click.get_current_context().find_root().params["directory"]) as cache:
         yield cache
 
@@ -87,42 +96,31 @@ def _opened() -> Iterator[Cache]:
 # Parameters
 
 
-def _candidates(ctx: click.Context, incomplete: str, *, names: bool, digests: bool) -> list[CompletionItem]:
-    """Return what is in the cache and begins as typed. Never fails, and never makes a cache."""
-    from cachedb.cache import Cache
-    from cachedb.database import default_directory
-
-    directory = ctx.find_root().params.get("directory") or default_directory()
-    if not os.path.exists(os.path.join(directory, "index.db")):
-        return []
-    try:
-        with Cache.open(directory) as cache:
-            found = [str(image.name) for image in cache.list_manifests()] if names else []
-            found += cache.list_blobs(incomplete) if digests else []
-    except CacheError:
-        return []
-    return [CompletionItem(value) for value in found if value.startswith(incomplete)]
-
-
 class _Name(_Parameter):
     name = "name"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return _candidates(ctx, incomplete, names=True, digests=False)
+        from cachedb.completion import candidates
+
+        return candidates(ctx, incomplete, names=True, digests=False)
 
 
 class _Digest(_Parameter):
     name = "digest"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return _candidates(ctx, incomplete, names=False, digests=True)
+        from cachedb.completion import candidates
+
+        return candidates(ctx, incomplete, names=False, digests=True)
 
 
 class _NameOrDigest(_Parameter):
     name = "name or digest"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return _candidates(ctx, incomplete, names=True, digests=True)
+        from cachedb.completion import candidates
+
+        return candidates(ctx, incomplete, names=True, digests=True)
 
 
 _format = click.option(
@@ -511,44 +509,6 @@ def blob_path(digest: str) -> None:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script for a shell: of commands, options, names and digests."""
-    from click.shell_completion import get_completion_class
+    from cachedb.completion import script
 
-    found = get_completion_class(shell)
-    assert found is not None
-    click.echo(found(cli, {}, "cachedb", "_CACHEDB_COMPLETE").source())
-
-
-class _Bash(BashComplete):
-    """Completion for bash, which takes words apart at colons; names and digests have them."""
-
-    source_template = """\
-%(complete_func)s() {
-    local line="${COMP_LINE:0:COMP_POINT}" word kept item type value
-    word="${line##* }"
-    # What bash takes for finished already, and will not replace.
-    [[ "$COMP_WORDBREAKS" == *:* && "$word" == *:* ]] && kept="${word%%:*}:"
-    while IFS=, read -r type value; do
-        case "$type" in
-            dir) compopt -o dirnames ;;
-            file) compopt -o default ;;
-            plain) COMPREPLY+=("${value#"$kept"}") ;;
-        esac
-    done < <(COMP_WORDS="$line" COMP_CWORD=0 %(complete_var)s=bash_complete $1)
-}
-complete -o nosort -F %(complete_func)s %(prog_name)s
-"""
-
-    @staticmethod
-    def _check_version() -> None:
-        """Any bash from 4.4 on will do, and asking costs a process."""
-
-    def get_completion_args(self) -> tuple[list[str], str]:
-        """Return the words before the cursor, and the one at it."""
-        from click.shell_completion import split_arg_string
-
-        line = os.environ["COMP_WORDS"]
-        words = split_arg_string(line)
-        return (words[1:], "") if line.endswith((" ", "\t")) else (words[1:-1], words[-1])
-
-
-add_completion_class(_Bash, "bash")
+    click.echo(script(cli, shell))
