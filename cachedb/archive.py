@@ -221,10 +221,10 @@ def _names_of(
 ) -> list[object]:
     """Return an image's names: as manifest.json has them, if it is clear which image it means, else as index.json."""
     configs = [content.digest for content in image.contents if content.digest in tags]
-    if configs and not any(
-        content.digest in configs for other in images if other is not image for content in other.contents
-    ):
-        return [text for config in dict.fromkeys(configs) if config for text in tags[config]]
+    others = {content.digest for other in images if other is not image for content in other.contents}
+    tagged = [text for config in dict.fromkeys(configs) if config for text in tags[config]]
+    if tagged and others.isdisjoint(configs):
+        return tagged
     short = {_qualified(text): text for texts in tags.values() for text in texts}
     return [short.get(_qualified(text), text) for text in annotated.get(image.contents[0].digest or Digest(""), [])]
 

@@ -185,7 +185,7 @@ def write_tar(
         else:
             path = destination.resolve()
             if not path.parent.is_dir():
-                raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
             with _appearing(path) as file:
                 _write_members(directory, files, file, progress)
             sync_folder(path.parent)
@@ -209,8 +209,8 @@ def _write_content(directory: Path, entry: Entry, stream: BinaryIO, progress: Ad
         source, left = blob.fileno(), os.fstat(blob.fileno()).st_size
         if left != entry.size:
             raise CacheError(
-                f"{entry.content} is {left} bytes, and its manifest says {entry.size}: "
-                "import the image again, from a sound source"
+                f"the file of {entry.content} is {left} bytes, and should be {entry.size} by its manifest: "
+                "import the image again"
             )
         while left:
             count = _copy_some(source, stream, min(left, _COPY))
