@@ -211,6 +211,8 @@ def _copy_decompressed(source: BinaryIO, target: RawIOBase) -> None:
     unpack = Decompressor(compression) if compression else None
     while chunk:
         for part in unpack.feed(chunk) if unpack else (chunk,):
+            if target.tell() == 0 and len(part) >= tar.BLOCK:
+                tar.check_header(part[: tar.BLOCK], 0)  # or an endless stream of something else would fill the disk
             view = memoryview(part)
             while view:
                 view = view[target.write(view) :]

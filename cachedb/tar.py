@@ -14,14 +14,14 @@ from typing import NamedTuple
 from cachedb.errors import InvalidArchive
 from cachedb.reference import shorten
 
-__all__ = ["FOLDER", "HARD_LINK", "REGULAR", "SYMBOLIC_LINK", "Member", "members"]
+__all__ = ["BLOCK", "FOLDER", "HARD_LINK", "REGULAR", "SYMBOLIC_LINK", "Member", "check_header", "members"]
 
+BLOCK = 512  # bytes
 HARD_LINK, SYMBOLIC_LINK, FOLDER = b"1", b"2", b"5"
 REGULAR = (b"0", b"\0", b"7")
 
 _HEADER_LIMIT = 1024 * 1024  # bytes: of an extended header
 _HEADERS_LIMIT = 64 * _HEADER_LIMIT  # bytes: of all of them
-_BLOCK = 512  # bytes
 _NOT_A_TAR = "the archive is not a tar"
 
 
@@ -44,11 +44,11 @@ def members(descriptor: int) -> Iterator[Member]:
     total = os.fstat(descriptor).st_size
     offset = extended_length = 0
     extended: dict[bytes, bytes] = {}
-    while any(block := os.pread(descriptor, _BLOCK, offset)):
-        _check_header(block, offset)
-        kind, size, start = block[156:157], _number(block[124:136], offset), offset + _BLOCK
+    while any(block := os.pread(descriptor, BLOCK, offset)):
+        check_header(block, offset)
+        kind, size, start = block[156:157], _number(block[124:136], offset), offset + BLOCK
         if kind in (b"x", b"X", b"g", b"L", b"K"):
-            extended_length += size + _BLOCK
+            extended_length += size + BLOCK
             if size > _HEADER_LIMIT or extended_length > _HEADERS_LIMIT:
                 raise InvalidArchive("the archive has a header of over 1 MiB, or too many: not an image")
             data = os.pread(descriptor, size, start)
@@ -66,12 +66,13 @@ def members(descriptor: int) -> Iterator[Member]:
     # Two blocks of zeros end every tar; without them the rest of it may be lost.
     if not offset:
         raise InvalidArchive("the archive is not a tar")
-    if extended or os.pread(descriptor, 2 * _BLOCK, offset) != bytes(2 * _BLOCK):
+    if extended or os.pread(descriptor, 2 * BLOCK, offset) != bytes(2 * BLOCK):
         raise InvalidArchive(f"the archive is cut short, or not a tar, at byte {offset}")
 
 
-def _check_header(block: bytes, offset: int) -> None:
-    if len(block) < _BLOCK:
+def check_header(block: bytes, offset: int) -> None:
+    """Raise `InvalidArchive` unless this is a member's header, by its checksum."""
+    if len(block) < BLOCK:
         raise InvalidArchive(f"the archive is cut short at byte {offset + len(block)}" if offset else _NOT_A_TAR)
     others = block[:148] + b" " * 8 + block[156:]
     # Old tools summed signed bytes.
@@ -93,7 +94,7 @@ def _member(block: bytes, extended: dict[bytes, bytes], offset: int) -> Member:
     size = 0  # of all but regular files the field means nothing
     if kind in REGULAR:
         size = _decimal(extended[b"size"], offset) if b"size" in extended else _number(block[124:136], offset)
-    return Member(os.fsdecode(name), kind, os.fsdecode(link), offset + _BLOCK, size)
+    return Member(os.fsdecode(name), kind, os.fsdecode(link), offset + BLOCK, size)
 
 
 def _extended(kind: bytes, data: bytes, offset: int) -> dict[bytes, bytes]:
@@ -121,7 +122,7 @@ def _string(field: bytes) -> bytes:
 
 
 def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
+    return -(-size // BLOCK) * BLOCK
 
 
 def _decimal(digits: bytes, offset: int) -> int:

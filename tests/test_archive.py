@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cachedb import Cache, archive
+from cachedb import Cache, archive, blobs
 from cachedb import files as files_module
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName, StorageError
 from cachedb.oci import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
@@ -1189,3 +1189,28 @@ def test_a_platform_listed_beside_its_index_is_no_image_of_its_own(cache: Cache,
     files["manifest.json"] = json.dumps([entry]).encode()
     (image,) = cache.cache_from_tar(make.write(tmp_path / "made.tar", files))
     assert (str(image.name), image.media_type) == ("multi:1", OCI_INDEX)
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/urandom"])
+def test_an_endless_stream_of_something_else_is_refused_at_its_beginning(cache: Cache, device: str) -> None:
+    with pytest.raises(InvalidArchive, match="not a tar"):
+        cache.cache_from_tar(device)
+
+
+def test_what_is_stored_is_verified_and_not_written_again(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make.write(tmp_path / "made.tar", make.oci_files({"app:1": make.image(1, 2)}))
+    written: list[int] = []
+    write = blobs._write
+
+    def counted(target: int, chunk: memoryview) -> None:
+        written.append(len(chunk))
+        write(target, chunk)
+
+    monkeypatch.setattr(blobs, "_write", counted)
+    cache.cache_from_tar(source)
+    assert sum(written) == cache.get_stats().total_size
+    written.clear()
+    cache.cache_from_tar(source)
+    assert written == []

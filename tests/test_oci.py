@@ -178,6 +178,14 @@ def test_what_is_not_at_hand_is_named_and_not_expanded() -> None:
     assert found == {make.digest_of(index), amd.digest, *arm.blobs}
 
 
+def test_a_child_that_says_something_else_of_itself_than_its_index_is_refused() -> None:
+    manifest = encoded({"schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "config": entry(1), "layers": []})
+    index = encoded({"schemaVersion": 2, "manifests": [make.descriptor(manifest, OCI_MANIFEST)]})
+    there = {make.digest_of(data): data for data in (manifest, index)}
+    with pytest.raises(InvalidManifest, match="was said to be"):
+        list(oci.walk(described(index, OCI_INDEX), lambda blob: there.get(blob.digest)))
+
+
 def test_indexes_that_list_the_next_one_twice_are_expanded_once() -> None:
     data = make.image(1).manifest
     there = {make.digest_of(data): data}
