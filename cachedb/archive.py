@@ -8,6 +8,7 @@ name, link, size and document is checked, and an archive with anything odd in it
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -199,34 +200,36 @@ def _read_layout(files: Files, section: Section, tags: dict[Digest, list[object]
         annotations = entry.get("annotations")
         if isinstance(annotations, dict) and (name := _annotated_name(annotations)):
             names.setdefault(root.digest, []).append(name)
-    found: list[_Found] = []
+    images = []
     rows = 0
     for root in roots.values():
         closure = _closure(files, root)
         rows += len(closure)
         _check_rows(rows)
         contents = [_layout_content(files, blob) for blob in dict.fromkeys(closure)]
-        found.append(([], ArchivedImage([], root, contents)))
-    found = [(_names_of(image, names, tags, [other for _, other in found]), image) for _, image in found]
+        images.append(ArchivedImage([], root, contents))
     # Some tools list the platforms of an index beside it: without a name they are no images of their own.
-    below = {content.digest for _, image in found for content in image.contents[1:]}
-    return [(texts, image) for texts, image in found if texts or image.identity not in below]
+    below = {content.digest for image in images for content in image.contents[1:]}
+    named = zip(_names_of(images, names, tags), images, strict=True)
+    return [(texts, image) for texts, image in named if texts or image.identity not in below]
 
 
 def _names_of(
-    image: ArchivedImage,
-    annotated: dict[Digest, list[object]],
-    tags: dict[Digest, list[object]],
-    images: list[ArchivedImage],
-) -> list[object]:
-    """Return an image's names: as manifest.json has them, if it is clear which image it means, else as index.json."""
-    configs = [content.digest for content in image.contents if content.digest in tags]
-    others = {content.digest for other in images if other is not image for content in other.contents}
-    tagged = [text for config in dict.fromkeys(configs) if config for text in tags[config]]
-    if tagged and others.isdisjoint(configs):
-        return tagged
+    images: list[ArchivedImage], annotated: dict[Digest, list[object]], tags: dict[Digest, list[object]]
+) -> list[list[object]]:
+    """Return each image's names: as manifest.json has them, if it is clear which it means, else as index.json."""
+    reached = Counter(digest for image in images for digest in {content.digest for content in image.contents})
     short = {_qualified(text): text for texts in tags.values() for text in texts}
-    return [short.get(_qualified(text), text) for text in annotated.get(image.contents[0].digest or Digest(""), [])]
+    found = []
+    for image in images:
+        digests = [content.digest for content in image.contents if content.digest]
+        configs = [digest for digest in dict.fromkeys(digests) if digest in tags]
+        tagged = [text for config in configs for text in tags[config]]
+        if tagged and all(reached[config] == 1 for config in configs):
+            found.append(tagged)
+        else:
+            found.append([short.get(_qualified(text), text) for text in annotated.get(digests[0], [])])
+    return found
 
 
 def _qualified(text: object) -> object:

@@ -511,4 +511,4 @@ def completion(shell: str) -> None:
     """Print the completion script for a shell: of commands, options, names and digests."""
     from cachedb.completion import script
 
-    click.echo(script(cli, shell))
+    click.echo(script(cli, shell, _COMPLETE))

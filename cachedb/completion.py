@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Final
 
 import click
 from click.shell_completion import (
@@ -20,8 +19,6 @@ from cachedb.errors import CacheError
 
 __all__ = ["candidates", "script"]
 
-_VARIABLE: Final = "_CACHEDB_COMPLETE"
-
 
 def candidates(ctx: click.Context, incomplete: str, *, names: bool, digests: bool) -> list[CompletionItem]:
     """Return what is in the cache and begins as typed. Never fails, and never makes a cache."""
@@ -37,11 +34,11 @@ def candidates(ctx: click.Context, incomplete: str, *, names: bool, digests: boo
     return [CompletionItem(value) for value in found if value.startswith(incomplete)]
 
 
-def script(command: click.Command, shell: str) -> str:
-    """Return the script that makes ``bash``, ``zsh`` or ``fish`` complete a command."""
+def script(command: click.Command, shell: str, variable: str) -> str:
+    """Return the script that makes ``bash``, ``zsh`` or ``fish`` ask a command for completion by a variable."""
     found = get_completion_class(shell)
     assert found is not None
-    return found(command, {}, "cachedb", _VARIABLE).source()
+    return found(command, {}, "cachedb", variable).source()
 
 
 class _Bash(BashComplete):
