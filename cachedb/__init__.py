@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from cachedb.errors import (
     CacheError,
+    DamagedIndex,
     DigestMismatch,
     IncompleteImage,
     InvalidArchive,
@@ -32,8 +33,10 @@ from cachedb.errors import (
 if TYPE_CHECKING:
     from cachedb.cache import Cache, Stats
     from cachedb.collection import Collected
+    from cachedb.holds import HoldInfo
     from cachedb.images import BlobInfo, ImageInfo
     from cachedb.reference import Digest, Name
+    from cachedb.verify import Problem, Verification
 
 __version__ = "0.1.0"
 
@@ -42,8 +45,10 @@ __all__ = [
     "Cache",
     "CacheError",
     "Collected",
+    "DamagedIndex",
     "Digest",
     "DigestMismatch",
+    "HoldInfo",
     "ImageInfo",
     "IncompleteImage",
     "InvalidArchive",
@@ -53,9 +58,11 @@ __all__ = [
     "Name",
     "NotACache",
     "NotInCache",
+    "Problem",
     "SchemaMismatch",
     "Stats",
     "StorageError",
+    "Verification",
     "__version__",
 ]
 
@@ -65,9 +72,12 @@ _HOMES = {
     "Cache": "cachedb.cache",
     "Collected": "cachedb.collection",
     "Digest": "cachedb.reference",
+    "HoldInfo": "cachedb.holds",
     "ImageInfo": "cachedb.images",
     "Name": "cachedb.reference",
+    "Problem": "cachedb.verify",
     "Stats": "cachedb.cache",
+    "Verification": "cachedb.verify",
 }
 
 

@@ -18,12 +18,25 @@ from typing import BinaryIO, NamedTuple, Protocol
 from sqlalchemy import Connection, insert, select, update
 
 from cachedb.database import Database, sync_folder
-from cachedb.errors import DigestMismatch, NotInCache, os_errors
+from cachedb.errors import CacheError, DigestMismatch, InvalidDigest, NotInCache, os_errors
 from cachedb.models import Blob
 from cachedb.reference import Digest, parse_digest, split_digest
 from cachedb.sessions import Session, received_digest
 
-__all__ = ["Advance", "Received", "blob_path", "intact", "open_blob", "publish", "receive", "retract", "stored"]
+__all__ = [
+    "Advance",
+    "Received",
+    "blob_path",
+    "discard",
+    "intact",
+    "on_disk",
+    "open_blob",
+    "publish",
+    "receive",
+    "retract",
+    "set_stored",
+    "stored",
+]
 
 CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
 _BUFFERS = 4  # chunks under way in one blob: one read and written while others are hashed
@@ -118,9 +131,15 @@ def receive(
             path.rename(named)
         return Received(actual, length, named)
     except BaseException:
-        if path:
-            path.unlink(missing_ok=True)
+        discard(path)
         raise
+
+
+def discard(path: Path | None) -> None:
+    """Remove a received file. Where that fails the next open does it, and what failed before is what to speak of."""
+    if path is not None:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _copy(
@@ -205,23 +224,29 @@ def publish(database: Database, session: Session, received: Iterable[Received]) 
             new = {blob.digest: (path, blob) for path, blob in files.items() if blob.digest not in known}
             targets = {digest: blob_path(database.directory, digest) for digest in new}
             for digest, target in targets.items():
-                # A file that no row knows is a forgotten blob's, on its way to the trash, and one of another size
-                # is damaged: ours takes its place.
-                target.unlink(missing_ok=True)
-                os.link(new[digest][0], target)
+                try:
+                    os.link(new[digest][0], target)
+                except FileExistsError:
+                    # A file that no row knows is a forgotten blob's, on its way to the trash, and one of another
+                    # size is damaged: ours takes its place.
+                    second = session.new_path()
+                    os.link(new[digest][0], second)
+                    second.rename(target)
             for folder in {target.parent for target in targets.values()}:
                 sync_folder(folder)
-            _set_stored(connection, [blob for _, blob in new.values()])
+            set_stored(connection, [blob for _, blob in new.values()])
             yield connection
     except BaseException:
         if files:
-            retract(database, session.folder, [path.name for path in files])
+            with suppress(CacheError):  # what is left is for the next open, and it is the first error that counts
+                retract(database, session.folder, [path.name for path in files])
         raise
     for path in files:
-        path.unlink(missing_ok=True)
+        discard(path)
 
 
-def _set_stored(connection: Connection, blobs: list[Received]) -> None:
+def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
+    """Note that the files of these blobs are in ``blobs/``."""
     now = datetime.now(UTC)
     for blob in blobs:
         values = {"size": blob.size, "stored_at": now}
@@ -247,7 +272,7 @@ def retract(database: Database, folder: Path, names: Iterable[str]) -> None:
             for parent in {path.parent for path in orphans}:
                 sync_folder(parent)
     for name in published:
-        (folder / name).unlink(missing_ok=True)
+        discard(folder / name)
 
 
 def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
@@ -270,6 +295,30 @@ def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -
             if blob_path(directory, digest).stat().st_size == size:
                 found[digest] = size
     return found
+
+
+def on_disk(directory: Path) -> tuple[dict[Digest, int], list[Path]]:
+    """Return the blobs on disk with their sizes, and what is no blob and lies among them."""
+    found: dict[Digest, int] = {}
+    strays: list[Path] = []
+    with os_errors("read the cache"):
+        for folder in os.scandir(directory / "blobs"):
+            if folder.name not in ("sha256", "sha512") or not folder.is_dir(follow_symlinks=False):
+                strays.append(Path(folder.path))
+                continue
+            for entry in os.scandir(folder.path):
+                try:
+                    digest = parse_digest(f"{folder.name}:{entry.name}")
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue  # collected since
+                except InvalidDigest:
+                    digest = None
+                if digest and entry.is_file(follow_symlinks=False):
+                    found[digest] = status.st_size
+                else:
+                    strays.append(Path(entry.path))
+    return found, strays
 
 
 def open_blob(directory: Path, digest: Digest) -> BinaryIO:

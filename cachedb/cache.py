@@ -8,18 +8,19 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 
-from cachedb import blobs, collection, images, oci, schema
+from cachedb import blobs, collection, holds, images, oci, producing, schema
 from cachedb.blobs import Received
 from cachedb.collection import Collected
 from cachedb.database import Database, default_directory
-from cachedb.errors import CacheError, InvalidManifest, NotACache, NotInCache, os_errors
+from cachedb.errors import CacheError, DamagedIndex, InvalidManifest, NotACache, NotInCache, os_errors
+from cachedb.holds import HoldInfo
 from cachedb.images import BlobInfo, ImageInfo
 from cachedb.models import Blob, Image
 from cachedb.oci import Descriptor
@@ -28,6 +29,7 @@ from cachedb.sessions import NO_HOLD, Hold, Session
 
 if TYPE_CHECKING:
     from cachedb import archive
+    from cachedb.verify import Verification
 
 __all__ = ["Cache", "Progress", "Stats"]
 
@@ -63,33 +65,55 @@ class Cache:
         self._session = Session(database)
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str] | None = None, *, upgrade: bool = False) -> Self:
+    def open(
+        cls, directory: str | os.PathLike[str] | None = None, *, upgrade: bool = False, damaged: bool = False
+    ) -> Self:
         """Open a cache, or create it; clean up after processes that died while they worked with it.
 
         Args:
             directory: the cache directory; by default ``CACHEDB_DIR``, else the user's cache directory.
-            upgrade: bring the index to the newest schema if it has an older one.
+            upgrade: bring the index to the newest schema if it has an older one, as ``CACHEDB_AUTO_UPGRADE=1`` in the
+                environment does.
+            damaged: open a cache whose index is lost or damaged too, to `verify` it; nothing else will work.
 
         Raises:
             NotACache: if the directory is something else.
+            DamagedIndex: if the index is lost or damaged, and ``damaged`` is false.
             SchemaMismatch: if the index has a newer schema, or an older one and ``upgrade`` is false.
-            StorageError: if the directory cannot be made or written to.
+            StorageError: if the directory cannot be made or read, or is on a file system that several hosts share.
         """
         if directory is not None and not os.fspath(directory):
             raise NotACache("the name of the cache directory is empty")
         database = Database(Path(directory).absolute() if directory is not None else default_directory().absolute())
-        try:
+
+        upgrade = upgrade or os.environ.get("CACHEDB_AUTO_UPGRADE") == "1"
+
+        def prepare() -> None:
             schema.prepare(database, upgrade=upgrade)
-            collection.recover(database)
+            if not database.read_only:
+                collection.recover(database)
+                database.keep_reserve()
+
+        try:
+            database.with_reserve(prepare)
+        except DamagedIndex:
+            if not damaged:
+                database.close()
+                raise
         except BaseException:
             database.close()
             raise
         return cls(database)
 
+    def __reduce__(self) -> tuple[Callable[[str], Cache], tuple[str]]:
+        """Open the same cache where this one is sent, in a session of its own; it is for the receiver to close."""
+        return type(self).open, (str(self.directory),)
+
     def close(self) -> None:
         """End the session with the cache: what was stored and not associated may be collected from now on."""
         self._session.close()
         self._database.close()
+        self._database.keep_reserve()
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +134,7 @@ class Cache:
         """Store a blob whose digest is known.
 
         It is kept from collection until an image that is saved is associated with it, or this cache is closed. One that
-        an image was waiting for, its manifest saved before, is that image's at once.
+        an image saved before is waiting for is that image's at once.
 
         Args:
             digest: that the content must have.
@@ -145,14 +169,19 @@ class Cache:
             try:
                 received = blobs.receive(self._session, source, digest=digest, algorithm=algorithm, write=write)
             except BaseException:
-                self._release(hold)
+                self._let_go(hold)
                 raise
+            expected = self._session.expects(received.digest)
             if write:
-                with self._database.read() as connection:
-                    awaited = images.is_awaited(connection, received.digest)
                 with images.publish(self._database, self._session, [received]) as connection:
-                    if not awaited:
+                    # Another's image that waits for it may be removed before ours is saved.
+                    if not (expected and images.is_associated(connection, received.digest)):
                         hold = self._session.lease(connection, [received.digest])
+            elif expected:
+                with self._database.write() as connection:
+                    if images.is_associated(connection, received.digest):
+                        self._session.release(connection, hold)
+                        hold = NO_HOLD
             self._session.keep_until_saved(hold)
         return received
 
@@ -235,27 +264,132 @@ class Cache:
         with self._held(*names_or_digests):
             yield
 
+    def add_hold(self, *names_or_digests: str | Name, seconds: float | None = None) -> list[HoldInfo]:
+        """Keep blobs from collection beyond the life of this process.
+
+        Args:
+            names_or_digests: images, of which all blobs are held as they are now, and blobs.
+            seconds: how long, by the clock of the host; None until `release_hold`.
+
+        Returns:
+            The holds, one for each name or digest.
+
+        Raises:
+            NotInCache: if one of them is not in the cache.
+            CacheError: if the time is none at all, negative or endless.
+        """
+        with self._database.write() as connection:
+            made = []
+            for wanted in names_or_digests:
+                there = self._find(connection, wanted)
+                if isinstance(there, str):
+                    name, digests = str(there), {there}
+                else:
+                    contents = images.image_blobs(connection, self.directory, there)
+                    name, digests = str(Name.parse(wanted)), {blob.digest for blob in contents}
+                made.append(holds.add(connection, name, digests, seconds))
+            return [hold for hold in holds.holds(connection) if hold.id in made]
+
+    def list_holds(self) -> list[HoldInfo]:
+        """Return the holds that outlive their process, the oldest first."""
+        with self._database.read() as connection:
+            return holds.holds(connection)
+
+    def release_hold(self, *holds_or_names: str | Name) -> int:
+        """End holds that were made by `add_hold`; all of them or none.
+
+        Args:
+            holds_or_names: ids of holds, or what was held: a name or a digest, all holds of which end.
+
+        Returns:
+            The number of holds that ended.
+
+        Raises:
+            NotInCache: if there is no such hold.
+        """
+        with self._database.write() as connection:
+            return holds.release(connection, *map(_held_name, holds_or_names))
+
+    @contextmanager
+    def producing(self, name: str | Name) -> Iterator[ImageInfo | None]:
+        """Have one process on the host make an image that several want.
+
+        The block gets the image if it is in the cache and complete. Otherwise it gets None, and with it the right to
+        make the image under this name: whoever else asks for it waits until the block ends, and then gets the image, or
+        the right if there is none still. The right ends with the process that has it, too.
+
+            with cache.producing("app:1") as image:
+                if image is None:
+                    image = build_and_save("app:1")
+
+        Args:
+            name: of the image.
+
+        Raises:
+            CacheError: if this thread is in such a block for the same name already.
+        """
+        wanted = Name.parse(name)
+
+        def find() -> ImageInfo | None:
+            try:
+                image = self.get_image(wanted)
+            except NotInCache:
+                return None
+            return image if image.complete else None
+
+        with producing.once(self.directory, str(wanted), find) as found:
+            yield found
+
+    @contextmanager
+    def producing_blob(self, digest: str) -> Iterator[bool]:
+        """Have one process on the host bring a blob that several want; as `producing` does for an image.
+
+        The block gets whether the blob is stored; if it is not, it is this block's to store it.
+
+        Args:
+            digest: of the blob.
+        """
+        wanted = parse_digest(digest)
+        with producing.once(self.directory, wanted, lambda: self.has_blob(wanted) or None) as found:
+            yield bool(found)
+
+    def _find(self, connection: Connection, wanted: str | Name) -> int | Digest:
+        """Return an image's id, or the digest of a stored blob."""
+        if not (isinstance(wanted, str) and (digest := _as_digest(wanted))):
+            return images.find(connection, Name.parse(wanted)).id
+        if digest not in blobs.stored(connection, [digest]):
+            raise NotInCache(f"{digest} is not in the cache")
+        return digest
+
     @contextmanager
     def _held(self, *names_or_digests: str | Name) -> Iterator[list[tuple[ImageInfo, list[BlobInfo]]]]:
         """Hold, and yield the images and their blobs as they were at that moment: a name may move on meanwhile."""
         found: list[tuple[ImageInfo, list[BlobInfo]]] = []
-        with self._database.write() as connection:
+        # Where nothing can be written nothing can be leased, nor collected.
+        read_only = self._database.read_only
+        with self._database.read() if read_only else self._database.write() as connection:
             digests: set[Digest] = set()
             for wanted in names_or_digests:
-                if isinstance(wanted, str) and (digest := _as_digest(wanted)):
-                    if digest not in blobs.stored(connection, [digest]):
-                        raise NotInCache(f"{digest} is not in the cache")
-                    digests.add(digest)
-                else:
-                    image = images.find(connection, Name.parse(wanted))
-                    closure = images.image_blobs(connection, self.directory, image.id)
-                    digests.update(blob.digest for blob in closure)
-                    images.touch(connection, image.id)
-                    found.append((images.images(connection, image.id)[0], closure))
-            hold = self._session.lease(connection, digests)
+                there = self._find(connection, wanted)
+                if isinstance(there, str):
+                    digests.add(there)
+                    continue
+                if not read_only:
+                    images.touch(connection, there)
+                info, contents = images.image(connection, self.directory, there)
+                digests.update(blob.digest for blob in contents)
+                found.append((info, contents))
+            hold = NO_HOLD if read_only else self._session.lease(connection, digests)
         try:
             yield found
-        finally:
+        except BaseException:
+            self._let_go(hold)
+            raise
+        self._release(hold)
+
+    def _let_go(self, hold: Hold) -> None:
+        """Release a hold after an error, of which is to be told; where that fails, it goes with the session."""
+        with suppress(CacheError):
             self._release(hold)
 
     def _release(self, hold: Hold) -> None:
@@ -286,9 +420,10 @@ class Cache:
         received = blobs.receive(self._session, io.BytesIO(manifest), algorithm=algorithm)
         with images.publish(self._database, self._session, [received]) as connection:
             image_id = images.save(connection, self.directory, parsed, received.digest, media_type)
-            closure = images.image_blobs(connection, self.directory, image_id)
-            self._session.release_saved(connection, [blob.digest for blob in closure])
-            return images.images(connection, image_id)[0]
+            info, contents = images.image(connection, self.directory, image_id)
+            self._session.release_saved(connection, [blob.digest for blob in contents])
+            self._session.expect(blob.digest for blob in contents if not blob.stored)
+            return info
 
     def get_manifest(self, name: str | Name) -> bytes:
         """Return the exact bytes of an image's manifest or index.
@@ -316,7 +451,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return images.images(connection, images.find(connection, Name.parse(name)).id)[0]
+            return images.image(connection, self.directory, images.find(connection, Name.parse(name)).id)[0]
 
     def list_manifests(self) -> list[ImageInfo]:
         """Return all images, in the order of their names."""
@@ -376,7 +511,7 @@ class Cache:
         """
         with self._database.write() as connection:
             image_id = images.tag(connection, Name.parse(source), Name.parse(target))
-            return images.images(connection, image_id)[0]
+            return images.image(connection, self.directory, image_id)[0]
 
     def remove_manifest(self, *names: str | Name, dry_run: bool = False) -> Collected:
         """Remove images, all of them or none, and free what only they used.
@@ -392,12 +527,17 @@ class Cache:
             NotInCache: if one of them is not there.
         """
         parsed = [Name.parse(name) for name in names]
-        with self._database.write() as connection:
-            freed = collection.forget(connection, images.remove(connection, parsed))
-            if dry_run:
-                connection.rollback()
+
+        def forget() -> Collected:
+            with self._database.write() as connection:
+                freed = collection.forget(connection, images.remove(connection, parsed))
+                if dry_run:
+                    connection.rollback()
+                return freed
+
+        freed = self._database.with_reserve(forget)
         if not dry_run:
-            collection.empty_trash(self._database)
+            self._database.with_reserve(lambda: collection.empty_trash(self._database))
         return freed
 
     def collect_garbage(self, *, dry_run: bool = False) -> Collected:
@@ -410,7 +550,12 @@ class Cache:
             The blobs and bytes freed.
         """
         if not dry_run:
-            return collection.collect(self._database)
+            freed: list[Collected] = []
+            self._database.with_reserve(
+                lambda: freed.extend(collection.collect(self._database)),
+                lambda: freed.extend(collection.collect(self._database, batch=collection.SMALL_BATCH)),
+            )
+            return Collected(sum(part.blobs for part in freed), sum(part.bytes for part in freed))
         with self._database.read() as connection:
             return collection.unreferenced(connection)
 
@@ -427,6 +572,25 @@ class Cache:
                 reclaimable_blobs=(reclaimable := collection.unreferenced(connection)).blobs,
                 reclaimable_size=reclaimable.bytes,
             )
+
+    def verify(self, *, quick: bool = False, repair: bool = False, progress: Progress | None = None) -> Verification:
+        """Check that every file is what its name says, the index is sound, and the two agree.
+
+        Other processes may work meanwhile, but for the time in which a lost or damaged index is rebuilt.
+
+        Args:
+            quick: look at the presence and size of files, and not into them.
+            repair: put right what can be: a file that is not what its name says is moved to ``quarantine/`` and its
+                images are incomplete until they are imported or pulled again; a good file that the index does not know
+                becomes a blob of the cache; an index that is lost or damaged is rebuilt.
+            progress: is told how far the reading is.
+
+        Returns:
+            How many files there are, and the problems, with what was done about each.
+        """
+        from cachedb.verify import verify
+
+        return verify(self._database, self._session, quick=quick, repair=repair, progress=progress)
 
     # Archives
 
@@ -472,8 +636,7 @@ class Cache:
                 roots = [self._root(image, received) for image in found]
             except BaseException:
                 for blob in received.values():
-                    if blob.path is not None:
-                        blob.path.unlink(missing_ok=True)
+                    blobs.discard(blob.path)
                 raise
             # From here on the files are the record of what is being published.
             with images.publish(self._database, self._session, received.values()) as connection:
@@ -483,9 +646,9 @@ class Cache:
                     for name in image.names
                 ]
                 self._session.release(connection, hold)
-                return [images.images(connection, image_id)[0] for image_id in dict.fromkeys(ids)]
+                return [images.image(connection, self.directory, image_id)[0] for image_id in dict.fromkeys(ids)]
         except BaseException:
-            self._release(hold)
+            self._let_go(hold)
             raise
 
     def _receive(
@@ -601,6 +764,15 @@ class Cache:
                 export.write_folder(self.directory, files, path, link=link, progress=add)
             else:
                 raise CacheError("an oci-dir is a folder: name its path")
+
+
+def _held_name(wanted: str | Name) -> str:
+    """Return a hold's id as it is, and a name or a digest in full, as it was noted."""
+    if isinstance(wanted, Name):
+        return str(wanted)
+    if holds.is_id(wanted):
+        return wanted
+    return _as_digest(wanted) or str(Name.parse(wanted))
 
 
 def _as_digest(text: str) -> Digest | None:

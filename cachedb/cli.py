@@ -9,7 +9,7 @@ import gc as gc_
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from cachedb.cache import Cache, Progress
     from cachedb.collection import Collected
+    from cachedb.holds import HoldInfo
     from cachedb.images import ImageInfo
 
     _Parameter = click.ParamType[str]
@@ -74,9 +75,13 @@ def _terminated(_signal: int, _frame: object) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-    print(f"cachedb: {line}", file=sys.stderr)
+    print(f"cachedb: {_printable(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _printable(text: str) -> str:
+    """Write out what a stranger may have put into a text to move a terminal's cursor, or to end a line."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _examples(*lines: str) -> str:
@@ -84,12 +89,12 @@ def _examples(*lines: str) -> str:
 
 
 @contextmanager
-def _opened() -> Iterator[Cache]:
+def _opened(*, damaged: bool = False) -> Iterator[Cache]:
     from cachedb.cache import Cache
 
     gc_.freeze()
     gc_.enable()
-    with Cache.open(click.get_current_context().find_root().params["directory"]) as cache:
+    with Cache.open(click.get_current_context().find_root().params["directory"], damaged=damaged) as cache:
         yield cache
 
 
@@ -112,6 +117,15 @@ class _Digest(_Parameter):
         from cachedb.completion import candidates
 
         return candidates(ctx, incomplete, names=False, digests=True)
+
+
+class _Held(_Parameter):
+    name = "hold"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from cachedb.completion import held
+
+        return held(ctx, incomplete)
 
 
 class _NameOrDigest(_Parameter):
@@ -154,8 +168,9 @@ def _plain(value: object) -> str:
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()) -> None:
+    rows = [[_printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        _print_columns(columns, list(rows), right)
+        _print_columns(columns, rows, right)
         return
     from rich.console import Console
     from rich.table import Table
@@ -231,6 +246,27 @@ def _print_collected(freed: Collected, form: str, *, dry_run: bool) -> None:
     else:
         blobs = f"{freed.blobs} blob{'' if freed.blobs == 1 else 's'}"
         click.echo(f"{'would free' if dry_run else 'freed'} {blobs}, {_human(freed.bytes)}")
+
+
+def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
+    if quiet:
+        for hold in found:
+            click.echo(hold.id)
+    elif form == "json":
+        _print_json([hold._asdict() for hold in found])
+    else:
+        rows = (
+            (
+                hold.id,
+                hold.name,
+                str(hold.blobs),
+                _human(hold.size),
+                _ago(hold.created_at),
+                f"{hold.expires_at:%Y-%m-%d %H:%M:%S} UTC" if hold.expires_at else "when released",
+            )
+            for hold in found
+        )
+        _print_table(("HOLD", "NAME", "BLOBS", "SIZE", "CREATED", "ENDS"), rows, right=("BLOBS", "SIZE"))
 
 
 @contextmanager
@@ -432,6 +468,134 @@ def gc(dry_run: bool, form: str) -> None:
     with _opened() as cache:
         freed = cache.collect_garbage(dry_run=dry_run)
     _print_collected(freed, form, dry_run=dry_run)
+
+
+@cli.command(epilog=_examples("cachedb verify", "cachedb verify --quick --format json", "cachedb verify --repair"))
+@click.option("--quick", is_flag=True, help="Look at the presence and size of files only, not into them.")
+@click.option("--repair", is_flag=True, help="Put right what can be; what is damaged is moved to quarantine/.")
+@_format
+@_quiet("the digests of damaged blobs")
+def verify(quick: bool, repair: bool, form: str, quiet: bool) -> None:
+    """Check that every file is what its name says, the index is sound, and the two agree.
+
+    The exit code is 1 if there are problems, also if they were repaired. An image that lost a blob is incomplete
+    until it is imported or pulled again. A lost or damaged index is rebuilt from what can be read of it, the newest
+    backup, and the blobs.
+    """
+    with _opened(damaged=True) as cache, _progress("verifying", quiet=quiet) as progress:
+        found = cache.verify(quick=quick, repair=repair, progress=progress)
+    if quiet:
+        for digest in dict.fromkeys(problem.digest for problem in found.problems if problem.digest):
+            click.echo(digest)
+    elif form == "json":
+        problems = [problem._asdict() for problem in found.problems]
+        _print_json({"checked": found.checked, "problems": problems})
+    else:
+        rows = [
+            (problem.kind, problem.digest or str(problem.path), problem.detail, problem.repair or "-")
+            for problem in found.problems
+        ]
+        if rows:
+            _print_table(("KIND", "WHAT", "DETAIL", "REPAIR"), rows)
+        files = f"{found.checked} file{'' if found.checked == 1 else 's'} checked"
+        click.echo(f"{files}, {len(rows) or 'no'} problem{'' if len(rows) == 1 else 's'}")
+    if found.problems:
+        click.get_current_context().exit(1)
+
+
+class _Duration(_Parameter):
+    """A time such as 90s, 30m, 2h, 7d, or 1h30m, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        import re
+
+        units = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+        if not re.fullmatch(r"(\d{1,9}[smhdw])+", value):
+            self.fail(f"{value!r} is not a time such as 90s, 30m, 2h, 7d or 1h30m", param, ctx)
+        return sum(int(count) * units[unit] for count, unit in re.findall(r"(\d+)([smhdw])", value))
+
+
+@cli.command(epilog=_examples("cachedb hold app:1 --for 2h", "cachedb hold app:1", "cachedb release app:1"))
+@click.argument("names", metavar="NAME|DIGEST...", nargs=-1, required=True, type=_NameOrDigest())
+@click.option(
+    "--for", "seconds", metavar="TIME", type=_Duration(), help="Such as 30m, 2h or 7d.  [default: until released]"
+)
+@_format
+@_quiet("the holds' ids")
+def hold(names: tuple[str, ...], seconds: float | None, form: str, quiet: bool) -> None:
+    """Keep the blobs of images from collection, whatever becomes of the names.
+
+    What the images are now is held. A hold lasts for a time, or until `cachedb release`; no process need live for it.
+    """
+    with _opened() as cache:
+        made = cache.add_hold(*names, seconds=seconds)
+    _print_holds(made, form, quiet=quiet)
+
+
+@cli.command(epilog=_examples("cachedb holds", "cachedb release $(cachedb holds -q)"))
+@_format
+@_quiet("the holds' ids")
+def holds(form: str, quiet: bool) -> None:
+    """List the holds that keep blobs from collection."""
+    with _opened() as cache:
+        found = cache.list_holds()
+    _print_holds(found, form, quiet=quiet)
+
+
+@cli.command(epilog=_examples("cachedb release app:1", "cachedb release hold-3f2a90c1d4e5"))
+@click.argument("names", metavar="HOLD|NAME|DIGEST...", nargs=-1, required=True, type=_Held())
+def release(names: tuple[str, ...]) -> None:
+    """End holds, all of them or none: single ones by their ids, or all that were taken on a name or digest.
+
+    What nothing needs any more is freed by the next `cachedb gc`.
+    """
+    with _opened() as cache:
+        cache.release_hold(*names)
+
+
+@cli.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog=_examples("cachedb produce app:1 -- sh -c 'docker save app:1 | cachedb import -'"),
+)
+@click.argument("name", type=_Name())
+@click.argument("command", metavar="COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
+def produce(name: str, command: tuple[str, ...]) -> None:
+    """Run a command that brings an image into the cache, unless it is there and complete.
+
+    Of all who want the image at once on this host one runs its command, and the others wait; if that fails or is
+    killed, the next one's turn has come. The command has the cache directory in CACHEDB_DIR. The exit code is the
+    command's.
+    """
+    import subprocess
+
+    command = command[command[0] == "--" :]
+    if not command:
+        raise click.UsageError("name the command to run")
+    if name in os.environ.get("CACHEDB_PRODUCING", "").split():
+        raise CacheError(f"{name} is being made by a command that has begun this one, which would wait for itself")
+    with _opened() as cache, cache.producing(name) as image:
+        if image is not None:
+            return
+        making = f"{os.environ.get('CACHEDB_PRODUCING', '')} {name}"
+        environment = {**os.environ, "CACHEDB_DIR": str(cache.directory), "CACHEDB_PRODUCING": making}
+        try:
+            process = subprocess.Popen(command, env=environment)  # noqa: S603 - it is the user's
+        except OSError as error:
+            raise click.UsageError(f"cannot run {command[0]!r}: {error.strerror}") from error
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            process.kill()
+            raise
+        if code:
+            click.get_current_context().exit(code if code > 0 else 128 - code)
+        if not cache.is_image_complete(name):
+            raise CacheError(f"the command ended well, and {name} is not in the cache, or is incomplete")
 
 
 @cli.command(epilog=_examples("cachedb stats", "cachedb stats --format json | jq .total_size"))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, func, insert, select
 
+from cachedb import holds, producing
 from cachedb.blobs import BATCH, blob_path, retract, stored
 from cachedb.database import Database, sync_folder
 from cachedb.errors import os_errors
@@ -22,6 +23,9 @@ from cachedb.reference import Digest
 from cachedb.sessions import dead_sessions, locked_sessions
 
 __all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "unreferenced"]
+
+
+SMALL_BATCH = 16  # blobs, where there is little space to work in
 
 
 class Collected(NamedTuple):
@@ -66,22 +70,19 @@ def forget(connection: Connection, blob_ids: Iterable[int]) -> Collected:
     return Collected(blobs, size)
 
 
-def collect(database: Database) -> Collected:
-    """Take everything unreferenced from the index and from the disk.
+def collect(database: Database, *, batch: int = BATCH) -> Iterator[Collected]:
+    """Take everything unreferenced from the index and from the disk, so many blobs at a time; yield what was taken.
 
     The candidates are found without the lock; each is looked at again under it, by the same condition.
     """
     recover(database)
     with database.read() as connection:
         candidates = list(connection.execute(select(Blob.id).where(*_UNREFERENCED)).scalars())
-    blobs = size = 0
-    for start in range(0, len(candidates), BATCH):
+    for start in range(0, len(candidates), batch):
         with database.write() as connection:
-            part = forget(connection, candidates[start : start + BATCH])
+            part = forget(connection, candidates[start : start + batch])
+        yield part
         empty_trash(database)  # now, so that a large collection gives back space as it goes
-        blobs += part.blobs
-        size += part.bytes
-    return Collected(blobs, size)
 
 
 def empty_trash(database: Database) -> None:
@@ -109,10 +110,11 @@ def empty_trash(database: Database) -> None:
 
 
 def recover(database: Database) -> None:
-    """Clean up after processes that are gone: what their sessions received, their leases, half-done trash."""
+    """Clean up what is over: what dead sessions received, their leases, holds past their time, half-done trash."""
     with database.read() as connection:
-        leased = set(connection.execute(select(Lease.session).distinct()).scalars())
+        leased = holds.lapsed(connection)
     with os_errors("clean up after a dead session"):
+        producing.sweep(database.directory)
         for session in dead_sessions(database.directory):
             folder = database.directory / "ingest" / session
             if folder.is_dir():
@@ -122,5 +124,5 @@ def recover(database: Database) -> None:
         gone = leased - locked_sessions(database.directory)
     if gone:
         with database.write() as connection:
-            connection.execute(delete(Lease).where(Lease.session.in_(gone)))
+            holds.forget(connection, gone)
     empty_trash(database)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import click
 from click.shell_completion import (
@@ -17,21 +18,35 @@ from cachedb.cache import Cache
 from cachedb.database import default_directory
 from cachedb.errors import CacheError
 
-__all__ = ["candidates", "script"]
+__all__ = ["candidates", "held", "script"]
 
 
 def candidates(ctx: click.Context, incomplete: str, *, names: bool, digests: bool) -> list[CompletionItem]:
-    """Return what is in the cache and begins as typed. Never fails, and never makes a cache."""
+    """Return the names and digests in the cache that begin as typed."""
+
+    def find(cache: Cache) -> list[str]:
+        found = [str(image.name) for image in cache.list_manifests()] if names else []
+        return [*found, *cache.list_blobs(incomplete)] if digests else found
+
+    return _completed(ctx, incomplete, find)
+
+
+def held(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    """Return the holds, and what they hold, that begin as typed."""
+    return _completed(ctx, incomplete, lambda cache: [text for hold in cache.list_holds() for text in hold[:2]])
+
+
+def _completed(ctx: click.Context, incomplete: str, find: Callable[[Cache], list[str]]) -> list[CompletionItem]:
+    """Never fails, and never makes a cache."""
     directory = ctx.find_root().params.get("directory") or default_directory()
     if not os.path.exists(os.path.join(directory, "index.db")):
         return []
     try:
         with Cache.open(directory) as cache:
-            found = [str(image.name) for image in cache.list_manifests()] if names else []
-            found += cache.list_blobs(incomplete) if digests else []
+            found = find(cache)
     except CacheError:
         return []
-    return [CompletionItem(value) for value in found if value.startswith(incomplete)]
+    return [CompletionItem(value) for value in dict.fromkeys(found) if value.startswith(incomplete)]
 
 
 def script(command: click.Command, shell: str, variable: str) -> str:

@@ -4,31 +4,42 @@ One write lock serialises every change of the index and every rename into or out
 lock file and not SQLite's own lock, for waiting at the file is fair and bounded, while SQLite's busy
 handler starves; and it keeps all our writers and checkpoints apart, which closes the WAL-reset bug of
 SQLite 3.7.0 to 3.51.2. Readers take no lock: they see the last commit.
+
+The file may be replaced, by a repair, while others have it open. So no connection is used again before a look
+at whether its file is still the one that has the name.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event, select
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DisconnectionError
 
 from cachedb import locks
-from cachedb.errors import NotACache, SchemaMismatch, StorageError, os_errors
-from cachedb.models import REVISION
+from cachedb.errors import DamagedIndex, NotACache, SchemaMismatch, StorageError, os_errors
+from cachedb.models import REVISION, Base
+from cachedb.mounts import refuse_shared
 
-__all__ = ["Database", "default_directory", "sync_folder"]
+__all__ = ["Database", "default_directory", "quarantine_path", "sync_folder"]
+
+T = TypeVar("T")
 
 APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
 FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
-_OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "lost+found"}
+_OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "reserve", "lost+found"}
+_RESERVE = 1024 * 1024  # bytes
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
-_BUSY_TIMEOUT = 60_000  # milliseconds
+_BUSY_TIMEOUT = 60  # seconds
+_DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
+_REBUILD = "`cachedb verify --repair` rebuilds it from the newest backup and from the blobs"
 
 
 def default_directory() -> Path:
@@ -49,6 +60,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def quarantine_path(directory: Path, name: str, *, beside: tuple[str, ...] = ()) -> Path:
+    """Return a free path in ``quarantine/``, a folder that is made when it is first needed.
+
+    Args:
+        directory: of the cache.
+        name: of what is put there.
+        beside: what is put at the path with these suffixes, where it is free too.
+    """
+    folder = directory / "quarantine"
+    if not folder.exists():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(directory)
+    path, number = folder / name, 0
+    while any(os.path.lexists(f"{path}{suffix}") for suffix in ("", *beside)):
+        number += 1
+        path = folder / f"{name}.{number}"
+    return path
+
+
 class Database:
     """The ``index.db`` of a cache directory. Usable from several threads, and in a forked child.
 
@@ -57,20 +87,69 @@ class Database:
     fork waits until no other thread is in a transaction, and all connections are closed before it.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.path = directory / "index.db"
+    def __init__(self, directory: Path, path: Path | None = None) -> None:
+        """Name the index of a cache directory, or another one: a backup."""
+        self.directory = directory.absolute()
+        self.path = (path or directory / "index.db").absolute()
+        self.write_lock = self.directory / "locks" / "write.lock"
+        with os_errors("use the cache directory"):
+            self.read_only = self.path.exists() and not os.access(directory, os.W_OK)
         self._engine = self._connect()
         locks.before_fork(self)
 
     def _connect(self) -> Engine:
         url = URL.create("sqlite", database=str(self.path))
         # As many connections as there are threads: a thread that finds none free must not fail.
-        engine = create_engine(url, max_overflow=-1)
-        event.listen(engine, "connect", _on_connect)
+        engine = create_engine(url, max_overflow=-1, creator=self._open)
+        event.listen(engine, "checkout", self._check_out)
         event.listen(engine, "begin", _on_begin)
-        event.listen(engine, "handle_error", _on_error)
+        event.listen(engine, "handle_error", self._on_error)
         return engine
+
+    def _open(self) -> sqlite3.Connection:
+        """Open a connection to the file that has the name; it is made in `write_schema` and nowhere else."""
+        while True:
+            file = self._file()
+            with self._sqlite_errors():
+                connection = sqlite3.connect(
+                    f"{self.path.as_uri()}?{file[2]}",
+                    uri=True,
+                    timeout=_BUSY_TIMEOUT,
+                    check_same_thread=False,
+                    isolation_level=None,  # the driver begins no transactions of its own: we do, DDL included
+                    factory=_Connection,
+                )
+                connection.file = file
+                if "vfs=" in file[2]:
+                    connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the WAL's index in our own memory
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute("PRAGMA foreign_keys = ON")
+            if self._file() == file:
+                return connection
+            connection.close()
+
+    def _file(self) -> tuple[int, int, str]:
+        """Return what tells ``index.db`` from another file of that name, and how it is to be opened."""
+        wal = self.path.with_name(f"{self.path.name}-wal")
+        with os_errors("open the index"):
+            try:
+                status = self.path.stat()
+            except FileNotFoundError:
+                raise lost(self.directory) from None
+            mode = "mode=rw"
+            if self.read_only:
+                # One at rest, beside which SQLite may not make the files it shares memory by, is read as what
+                # cannot change; one with a WAL and no such file has no process either, and is read without locks.
+                mode = "mode=ro" if wal.exists() and wal.stat().st_size else "mode=ro&immutable=1"
+                if mode == "mode=ro" and not self.path.with_name(f"{self.path.name}-shm").exists():
+                    mode = "mode=ro&vfs=unix-none"
+        if "immutable" in mode:
+            mode += f"&changed={status.st_mtime_ns}.{status.st_size}"  # which SQLite passes over
+        return status.st_dev, status.st_ino, mode
+
+    def _check_out(self, connection: Any, _record: object, _proxy: object) -> None:  # noqa: ANN401
+        if connection.file != self._file():
+            raise DisconnectionError  # the pool opens another
 
     def prepare(self) -> None:
         """Make the directory and its folders, unless they are there; refuse what is not ours.
@@ -79,6 +158,10 @@ class Database:
             NotACache: if the directory holds something else.
             StorageError: if it cannot be made or read.
         """
+        if reason := refuse_shared(self.directory):
+            raise StorageError(reason)
+        if self.read_only:
+            return
         with os_errors("use the cache directory"):
             missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -92,12 +175,17 @@ class Database:
                         f"{str(self.directory)!r} is not a cache, and not empty (it holds {min(strange)!r}): "
                         "name another directory"
                     )
+            if is_ours(self.directory):
+                self._make_folders()  # before the index is looked at: it may be damaged, and they lost
             revision = self.revision()
-            for name in FOLDERS:
-                (self.directory / name).mkdir(mode=0o700, exist_ok=True)
+            self._make_folders()
             if revision is None:
                 sync_folder(self.directory / "blobs")
                 sync_folder(self.directory)
+
+    def _make_folders(self) -> None:
+        for name in FOLDERS:
+            (self.directory / name).mkdir(mode=0o700, exist_ok=True)
 
     def _is_new(self) -> bool:
         # An empty file is one that its creator, under the write lock, is about to switch to WAL.
@@ -114,8 +202,36 @@ class Database:
         with self.read() as connection:
             mark = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
             if mark != APPLICATION_ID and not (mark == 0 and is_empty(connection)):
+                if is_ours(self.directory):
+                    raise DamagedIndex(f"{str(self.path)!r} has lost its mark; {_REBUILD}")
                 raise NotACache(f"{str(self.path)!r} is another program's database: name another directory")
             return read_revision(connection)
+
+    def faults(self, *, quick: bool = False) -> list[str]:
+        """Return what is wrong with the database itself, a line each; the first hundred at most.
+
+        Args:
+            quick: do not compare the indexes with their tables.
+        """
+        if self._is_new():
+            return ["it is lost"]
+        try:
+            if (revision := self.revision()) != REVISION:
+                raise mismatch(self.directory, revision)
+            with self.read() as connection:
+                check = f"PRAGMA {'quick_check' if quick else 'integrity_check'}(100)"
+                found = [str(line) for line in connection.exec_driver_sql(check).scalars() if line != "ok"]
+                for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(100):
+                    found.append(f"row {row} of {table} refers to a row of {parent} that is not there")
+                for table in Base.metadata.sorted_tables:
+                    # Text that is no text, and a time that is none, are within all constraints.
+                    for _ in connection.execute(select(table).limit(0 if quick else None)):
+                        pass
+                return found
+        except DamagedIndex as error:
+            return [str(error)]
+        except ValueError as error:
+            return [f"a row cannot be read: {error}"]
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -132,7 +248,7 @@ class Database:
             StorageError: if the file system or SQLite fails.
         """
         with self._locked() as connection:
-            revision = read_revision(connection)
+            revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
             if revision != REVISION:
                 raise mismatch(self.directory, revision)
             yield connection
@@ -145,38 +261,164 @@ class Database:
             connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
 
     @contextmanager
+    def alone(self) -> Iterator[locks.Turn]:
+        """Hold the write lock, and no transaction."""
+        with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
+            yield turn
+
+    @contextmanager
     def _locked(self, *, schema: bool = False) -> Iterator[Connection]:
-        with (
-            os_errors("write to the cache"),
-            locks.unforked(),
-            locks.held(self.directory / "locks" / "write.lock"),
-            self._engine.connect() as connection,
-        ):
+        with self.alone() as turn:
             if schema:
-                # Neither can be changed in a transaction; the first stays with the file.
-                driver = connection.connection.driver_connection
-                assert isinstance(driver, sqlite3.Connection)
-                with _sqlite_errors():
-                    driver.execute("PRAGMA journal_mode = WAL")
-                    driver.execute("PRAGMA foreign_keys = OFF")
-            try:
-                with connection.execution_options(cachedb_begin="BEGIN IMMEDIATE").begin():
-                    yield connection
-            finally:
+                self._create()
+            with self._engine.connect() as connection:
                 if schema:
-                    connection.invalidate()
+                    # Neither can be changed in a transaction; the first stays with the file.
+                    driver = connection.connection.driver_connection
+                    assert isinstance(driver, sqlite3.Connection)
+                    with self._sqlite_errors():
+                        driver.execute("PRAGMA journal_mode = WAL")
+                        driver.execute("PRAGMA foreign_keys = OFF")
+                try:
+                    with self._transaction(connection.execution_options(cachedb_begin="BEGIN IMMEDIATE"), turn):
+                        yield connection
+                finally:
+                    if schema:
+                        connection.invalidate()
+
+    @contextmanager
+    def _transaction(self, connection: Connection, turn: locks.Turn) -> Iterator[None]:
+        """Commit what the block does, or roll it back; and first of all make sure of how the last commit ended.
+
+        Who is killed in a commit, or cannot sync it, may leave all of it in the WAL and yet unseen: when all processes
+        are gone, SQLite finds it there. By then we may have taken its files away. A commit of our own puts an end to
+        that, for it is written over it.
+        """
+        if turn.marked:
+            with connection.begin():
+                if (read_revision(connection) or "") <= REVISION:  # a newer schema is for newer releases to write to
+                    connection.exec_driver_sql("PRAGMA user_version = 0")  # is written even if it is that already
+        turn.mark()
+        transaction = connection.begin()
+        try:
+            yield
+        except BaseException:
+            transaction.rollback()
+            turn.unmark()
+            raise
+        if transaction.is_active:
+            try:
+                transaction.commit()
+            except BaseException:
+                transaction.rollback()
+                raise
+        turn.unmark()
+
+    def _create(self) -> None:
+        # An existing file is not opened: to close it again would let go of SQLite's locks on it.
+        if not self.path.exists():
+            if has_blobs(self.directory):
+                raise lost(self.directory)
+            self.path.touch(mode=0o600)
+
+    def _on_error(self, context: ExceptionContext) -> None:
+        error = context.original_exception
+        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.IntegrityError):
+            raise self._translated(error) from error
+
+    @contextmanager
+    def _sqlite_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: sqlite3.DatabaseError) -> StorageError | NotACache:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(_DAMAGED)
+        if damaged and is_ours(self.directory):
+            return DamagedIndex(f"the index is damaged: {error}; {_REBUILD}")
+        if code == sqlite3.SQLITE_NOTADB:
+            return NotACache("index.db is not an SQLite database: name another directory")
+        advice = {
+            sqlite3.SQLITE_FULL: "free some space and try again",
+            sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
+            sqlite3.SQLITE_CANTOPEN: "check the owner and mode of the cache directory, and the limit on open files",
+            sqlite3.SQLITE_BUSY: "another program holds the database in a transaction; end it and try again",
+            sqlite3.SQLITE_IOERR: "the disk may be full, or failing",
+        }.get(code)
+        return StorageError(f"the index failed: {error}" + (f"; {advice}" if advice else ""))
+
+    def keep_reserve(self) -> None:
+        """Set some space aside for `with_reserve`, if there is none yet and the disk has it."""
+        path = self.directory / "reserve"
+        if self.read_only:
+            return
+        with suppress(OSError):
+            if path.exists() and path.stat().st_size >= _RESERVE:
+                return
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, _RESERVE)
+            except OSError:
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+    def with_reserve(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
+        """Do some work; on a full disk do it again, or other work, in the space that was set aside.
+
+        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without.
+        """
+        try:
+            return work()
+        except StorageError as error:
+            if not _is_full(error):
+                raise
+            try:
+                (self.directory / "reserve").unlink()
+            except OSError:
+                pass
+            else:
+                return (again or work)()
+            raise
 
     def close(self) -> None:
         """Close all connections that are not in use; they are opened again when they are needed."""
         self._engine.dispose()
 
 
-def mismatch(directory: Path, revision: str | None) -> SchemaMismatch:
-    """Return the error for a schema that is older or newer than ours."""
-    if revision is None or revision < REVISION:
+def lost(directory: Path) -> DamagedIndex:
+    """Return the error for a cache that has its blobs, and no index."""
+    return DamagedIndex(f"{str(directory)!r} has lost its index.db, but not its blobs; {_REBUILD}")
+
+
+def has_blobs(directory: Path) -> bool:
+    """Say whether there is anything in ``blobs/``."""
+    return any(any(folder.iterdir()) for folder in (directory / "blobs").iterdir() if folder.is_dir())
+
+
+def is_ours(directory: Path) -> bool:
+    """Say whether a directory has been a cache, whatever has become of its index."""
+    return all((directory / name).is_dir() for name in ("blobs", "ingest", "trash"))
+
+
+def _is_full(error: StorageError) -> bool:
+    """Say whether the disk is full; what SQLite says of that is vague where it has no space for its shared memory."""
+    cause = error.__cause__
+    if isinstance(cause, sqlite3.DatabaseError):
+        return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def mismatch(directory: Path, revision: str | None) -> SchemaMismatch | DamagedIndex:
+    """Return the error for a schema that is older or newer than ours, or lost."""
+    if revision is None:
+        return DamagedIndex(f"the index in {str(directory)!r} has lost its schema; {_REBUILD}")
+    if revision < REVISION:
         return SchemaMismatch(
-            f"the index in {str(directory)!r} has schema {revision or 'none'}, and this release needs {REVISION}: "
-            "open it with Cache.open(upgrade=True) to upgrade it"
+            f"the index in {str(directory)!r} has schema {revision}, and this release needs {REVISION}: "
+            "set CACHEDB_AUTO_UPGRADE=1 once, or open it with Cache.open(upgrade=True), to upgrade it"
         )
     return SchemaMismatch(
         f"the index in {str(directory)!r} has schema {revision}, and this release knows {REVISION} at most: "
@@ -198,41 +440,11 @@ def read_revision(connection: Connection) -> str | None:
     return None if revision is None else str(revision)
 
 
-def _on_connect(connection: Any, _record: object) -> None:  # noqa: ANN401
-    connection.isolation_level = None  # the driver begins no transactions of its own: we do, DDL included
-    connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT}")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
+class _Connection(sqlite3.Connection):
+    """A connection that knows which file it is to."""
+
+    file: tuple[int, int, str]
 
 
 def _on_begin(connection: Connection) -> None:
     connection.exec_driver_sql(connection.get_execution_options().get("cachedb_begin", "BEGIN"))
-
-
-def _on_error(context: ExceptionContext) -> None:
-    error = context.original_exception
-    if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.IntegrityError):
-        raise _translated(error) from error
-
-
-@contextmanager
-def _sqlite_errors() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        raise _translated(error) from error
-
-
-def _translated(error: sqlite3.DatabaseError) -> StorageError | NotACache:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_NOTADB:
-        return NotACache("index.db is not an SQLite database: name another directory")
-    advice = {
-        sqlite3.SQLITE_FULL: "free some space and try again",
-        sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
-        sqlite3.SQLITE_CANTOPEN: "check the owner and mode of the cache directory",
-        sqlite3.SQLITE_BUSY: "another program holds the database in a transaction; end it and try again",
-        sqlite3.SQLITE_IOERR: "the disk may be full, or failing",
-        sqlite3.SQLITE_CORRUPT: "restore it from a backup",
-    }.get(code)
-    return StorageError(f"the index failed: {error}" + (f"; {advice}" if advice else ""))

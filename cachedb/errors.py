@@ -11,6 +11,7 @@ CacheError
 ├── NotACache            the directory is not a cache and cannot become one
 ├── SchemaMismatch       the index has another schema than this release works with
 └── StorageError         the operating system or SQLite could not do what was asked
+    └── DamagedIndex     index.db is lost or damaged; it can be rebuilt
 
 A message is one line that says what is wrong and, where there is something to do about it, what.
 """
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 
 __all__ = [
     "CacheError",
+    "DamagedIndex",
     "DigestMismatch",
     "IncompleteImage",
     "InvalidArchive",
@@ -78,6 +80,10 @@ class SchemaMismatch(CacheError):
 
 class StorageError(CacheError):
     """The operating system or SQLite could not do what was asked."""
+
+
+class DamagedIndex(StorageError):
+    """``index.db`` is lost or damaged; `Cache.verify` can rebuild it."""
 
 
 _ADVICE = {

@@ -254,8 +254,11 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+_PARTS = ".cachedb-*.part"
+
+
 def _part(path: Path) -> Path:
-    return path.with_name(f".cachedb-{secrets.token_hex(8)}.part")
+    return path.with_name(_PARTS.replace("*", secrets.token_hex(8)))
 
 
 def write_folder(
@@ -288,9 +291,14 @@ def write_folder(
         lock = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if any(destination.iterdir()) and not (destination / "oci-layout").is_file():
+            left = [*destination.glob(_PARTS), *destination.glob(f"blobs/*/{_PARTS}")]
+            if set(destination.iterdir()) - set(left) and not (destination / "oci-layout").is_file():
                 raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout")
-            *others, index = sorted(files, key=lambda entry: entry.path == "index.json")
+            for part in left:
+                part.unlink()  # of an export that was killed: whoever writes a layout has the lock
+            # The first says what the folder is, should this be cut off; the last names what is there by then.
+            order = {"oci-layout": 0, "index.json": 2}
+            *others, index = sorted(files, key=lambda entry: order.get(entry.path, 1))
             for entry in others:
                 path = destination / entry.path
                 path.parent.mkdir(parents=True, exist_ok=True)

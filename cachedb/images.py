@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, delete, func, insert, literal, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, literal, select, update
 
 from cachedb import blobs
 from cachedb.database import Database
-from cachedb.errors import IncompleteImage, InvalidManifest, InvalidName, NotInCache
+from cachedb.errors import (
+    DamagedIndex,
+    IncompleteImage,
+    InvalidManifest,
+    InvalidName,
+    NotInCache,
+    StorageError,
+    os_errors,
+)
 from cachedb.models import Blob, Image, ImageBlob
 from cachedb.oci import (
     DOCUMENT_LIMIT,
@@ -29,18 +38,28 @@ from cachedb.sessions import Session
 __all__ = [
     "BlobInfo",
     "ImageInfo",
+    "SavedImage",
+    "associate_waiting",
     "attach",
+    "closure",
     "count_incomplete",
     "find",
+    "image",
     "image_blobs",
     "images",
     "incomplete",
-    "is_awaited",
+    "is_associated",
     "publish",
+    "reassociate",
     "remove",
+    "restore",
+    "root_of",
     "save",
     "tag",
 ]
+
+
+_ASSOCIATION = ("image_id", "position", "blob_id", "role", "media_type")
 
 
 class ImageInfo(NamedTuple):
@@ -77,6 +96,16 @@ class BlobInfo(NamedTuple):
     def is_config(self) -> bool:
         """Whether the blob is an image's config."""
         return self.role == "config"
+
+
+class SavedImage(NamedTuple):
+    """What a name pointed to, as another index has it."""
+
+    digest: Digest
+    media_type: str
+    created_at: datetime  # UTC
+    last_used_at: datetime  # UTC
+    contents: list[Descriptor]  # in the order of their positions
 
 
 class Found(NamedTuple):
@@ -117,20 +146,17 @@ def _near(connection: Connection, name: Name) -> str | None:
     return repository and f"{Name(repository, name.reference)} is"
 
 
-def images(connection: Connection, image_id: int | None = None) -> list[ImageInfo]:
-    """Return all images, or one, in the order of their names."""
-    once = select(ImageBlob.image_id, ImageBlob.blob_id).distinct()
-    if image_id is not None:
-        once = once.where(ImageBlob.image_id == image_id)
-    closure = once.subquery()
+def images(connection: Connection) -> list[ImageInfo]:
+    """Return all images, in the order of their names."""
+    contents = select(ImageBlob.image_id, ImageBlob.blob_id).distinct().subquery()
     totals = (
         select(
-            closure.c.image_id,
+            contents.c.image_id,
             func.sum(Blob.size).label("size"),
             (func.count() == func.count(Blob.stored_at)).label("complete"),
         )
-        .join(Blob, Blob.id == closure.c.blob_id)
-        .group_by(closure.c.image_id)
+        .join(Blob, Blob.id == contents.c.blob_id)
+        .group_by(contents.c.image_id)
         .subquery()
     )
     query = (
@@ -154,14 +180,43 @@ def images(connection: Connection, image_id: int | None = None) -> list[ImageInf
     ]
 
 
-def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[BlobInfo]:
-    """Return an image's blobs in the order of their positions."""
-    query = (
-        select(Blob.digest, Blob.size, ImageBlob.role, ImageBlob.media_type, ImageBlob.position, Blob.stored_at)
+def image(connection: Connection, directory: Path, image_id: int) -> tuple[ImageInfo, list[BlobInfo]]:
+    """Return an image, and its blobs in the order of their positions.
+
+    Raises:
+        DamagedIndex: if it has none.
+    """
+    row = connection.execute(_one_image(), {"of": image_id}).one()
+    contents = image_blobs(connection, directory, image_id)
+    if not contents:
+        raise DamagedIndex("an image has no blobs in the index; `cachedb verify --repair` finds them")
+    size = sum({blob.digest: blob.size for blob in contents}.values())
+    complete = all(blob.stored for blob in contents)
+    return ImageInfo(row[0], row[1], Digest(row[2]), row[3], size, complete, row[4], row[5]), contents
+
+
+# To put a statement together takes longer than to execute it, and these two are executed under the write lock.
+
+
+@cache
+def _one_image() -> Select[Any, Any, Any, Any, Any, Any]:
+    columns = (Image.repository, Image.reference, Blob.digest, Image.media_type, Image.created_at, Image.last_used_at)
+    return select(*columns).join(Blob, Blob.id == Image.manifest_id).where(Image.id == bindparam("of"))
+
+
+@cache
+def _contents_of_one() -> Select[Any, Any, Any, Any, Any, Any]:
+    columns = (Blob.digest, Blob.size, ImageBlob.role, ImageBlob.media_type, ImageBlob.position, Blob.stored_at)
+    return (
+        select(*columns)
         .join(Blob, Blob.id == ImageBlob.blob_id)
-        .where(ImageBlob.image_id == image_id)
+        .where(ImageBlob.image_id == bindparam("of"))
         .order_by(ImageBlob.position)
     )
+
+
+def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[BlobInfo]:
+    """Return an image's blobs in the order of their positions."""
     return [
         BlobInfo(
             Digest(digest),
@@ -173,7 +228,9 @@ def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[
             is_compressed(media_type),
             blobs.blob_path(directory, Digest(digest)) if stored_at is not None else None,
         )
-        for digest, size, role, media_type, position, stored_at in connection.execute(query)
+        for digest, size, role, media_type, position, stored_at in connection.execute(
+            _contents_of_one(), {"of": image_id}
+        )
     ]
 
 
@@ -183,15 +240,46 @@ def publish(database: Database, session: Session, received: Iterable[blobs.Recei
     received = list(received)
     with blobs.publish(database, session, received) as connection:
         yield connection
-        digests = [blob.digest for blob in received if blob.path is not None and blob.size <= DOCUMENT_LIMIT]
-        for image_id in _waiting(connection, digests):
-            row = connection.execute(
-                select(Blob.digest, Blob.size, Image.media_type)
-                .join(Blob, Blob.id == Image.manifest_id)
-                .where(Image.id == image_id)
-            ).one()
-            root = Descriptor(Digest(row.digest), row.size, row.media_type, role_of(row.media_type))
-            _associate(connection, database.directory, image_id, root, strict=False)
+        documents = [blob.digest for blob in received if blob.path is not None and blob.size <= DOCUMENT_LIMIT]
+        associate_waiting(connection, database.directory, documents)
+
+
+def associate_waiting(connection: Connection, directory: Path, digests: list[Digest]) -> None:
+    """Associate images that have one of the stored blobs as a child manifest with what it names."""
+    for image_id in _waiting(connection, digests):
+        reassociate(connection, directory, image_id)
+
+
+def reassociate(connection: Connection, directory: Path, image_id: int) -> None:
+    """Associate an image anew with the closure of its manifest, as far as that is stored."""
+    said = root_of(connection, image_id)
+    root = _as_it_is(connection, directory, said)
+    if root != said:
+        connection.execute(update(Image).where(Image.id == image_id).values(media_type=root.media_type))
+    _associate(connection, directory, image_id, root, strict=False)
+
+
+def _as_it_is(connection: Connection, directory: Path, root: Descriptor) -> Descriptor:
+    """Return a manifest with the media type that it has by its own word, where the index's cannot be right."""
+    if blobs.stored(connection, [root.digest]).get(root.digest, DOCUMENT_LIMIT + 1) > DOCUMENT_LIMIT:
+        return root
+    with suppress(InvalidManifest, NotInCache, StorageError):
+        with blobs.open_blob(directory, root.digest) as file, os_errors("read a manifest"):
+            data = file.read()
+        with suppress(InvalidManifest):
+            descriptors(data, manifest_media_type(data, root.media_type))
+            return root
+        media_type = manifest_media_type(data)
+        descriptors(data, media_type)
+        return root._replace(media_type=media_type, role=role_of(media_type))
+    return root
+
+
+def root_of(connection: Connection, image_id: int) -> Descriptor:
+    """Return the manifest or index that an image points to."""
+    query = select(Blob.digest, Blob.size, Image.media_type).join(Blob, Blob.id == Image.manifest_id)
+    row = connection.execute(query.where(Image.id == image_id)).one()
+    return Descriptor(Digest(row.digest), row.size, row.media_type, role_of(row.media_type))
 
 
 def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
@@ -248,13 +336,14 @@ def _point(connection: Connection, name: Name, manifest_id: int, media_type: str
     return int(row.id)
 
 
-def _associate(
-    connection: Connection, directory: Path, image_id: int, root: Descriptor, *, strict: bool = True
-) -> None:
-    """Associate an image with the closure of its manifest, in front of what was attached to it.
+def closure(connection: Connection, directory: Path, root: Descriptor, *, strict: bool = True) -> list[Descriptor]:
+    """Return what a manifest reaches, as far as its children are stored.
 
     A child that is what its digest says, and no manifest as the index said, is refused or, if not ``strict``, a
-    blob like any other.
+    blob like any other; so is one whose file is gone or cannot be read.
+
+    Raises:
+        InvalidManifest: if a manifest of the closure is invalid, and ``strict``.
     """
 
     def read(blob: Descriptor) -> bytes | None:
@@ -265,19 +354,26 @@ def _associate(
             return None
         if size > DOCUMENT_LIMIT:
             raise InvalidManifest(f"manifest {blob.digest} is {size} bytes; {DOCUMENT_LIMIT} at most are read")
-        with blobs.open_blob(directory, blob.digest) as file:
-            data = file.read()
         try:
+            with blobs.open_blob(directory, blob.digest) as file, os_errors("read a manifest"):
+                data = file.read()
             descriptors(data, manifest_media_type(data, blob.media_type))
-        except InvalidManifest:
+        except (InvalidManifest, NotInCache, StorageError):
             if strict:
                 raise
             return None
         return data
 
-    closure = list(walk(root, read))
-    ids = _blob_ids(connection, closure)
-    wanted = [(ids[blob.digest], blob.role, blob.media_type) for blob in closure]
+    return list(walk(root, read))
+
+
+def _associate(
+    connection: Connection, directory: Path, image_id: int, root: Descriptor, *, strict: bool = True
+) -> None:
+    """Associate an image with the closure of its manifest, in front of what was attached to it."""
+    found = closure(connection, directory, root, strict=strict)
+    ids = _blob_ids(connection, found, strict=strict)
+    wanted = [(ids[blob.digest], blob.role, blob.media_type) for blob in found]
     old = connection.execute(
         select(ImageBlob.blob_id, ImageBlob.role, ImageBlob.media_type)
         .where(ImageBlob.image_id == image_id)
@@ -287,21 +383,20 @@ def _associate(
     wanted += [(row.blob_id, row.role, row.media_type) for row in old if row.blob_id not in reached]
     if wanted != [tuple(row) for row in old]:
         connection.execute(delete(ImageBlob).where(ImageBlob.image_id == image_id))
-        columns = ("image_id", "position", "blob_id", "role", "media_type")
-        rows = [dict(zip(columns, (image_id, position, *row), strict=True)) for position, row in enumerate(wanted)]
+        rows = [dict(zip(_ASSOCIATION, (image_id, position, *row), strict=True)) for position, row in enumerate(wanted)]
         connection.execute(insert(ImageBlob), rows)
 
 
-def _blob_ids(connection: Connection, closure: list[Descriptor]) -> dict[Digest, int]:
-    """Return the ids of the blobs, of which some may be new to the index."""
-    wanted = {blob.digest: blob for blob in closure}
+def _blob_ids(connection: Connection, found: list[Descriptor], *, strict: bool) -> dict[Digest, int]:
+    """Return the ids of the blobs, of which some may be new to the index; a size that is a lie is refused if strict."""
+    wanted = {blob.digest: blob for blob in found}
     ids: dict[Digest, int] = {}
     digests = list(wanted)
     for start in range(0, len(digests), blobs.BATCH):
         part = digests[start : start + blobs.BATCH]
         query = select(Blob.id, Blob.digest, Blob.size, Blob.stored_at).where(Blob.digest.in_(part))
         for row in connection.execute(query):
-            if row.stored_at is not None and row.size != wanted[row.digest].size:
+            if strict and row.stored_at is not None and row.size != wanted[row.digest].size:
                 raise InvalidManifest(
                     f"the manifest says that {row.digest} is {wanted[row.digest].size} bytes; it is {row.size}"
                 )
@@ -314,6 +409,28 @@ def _blob_ids(connection: Connection, closure: list[Descriptor]) -> dict[Digest,
             )
             ids.update((Digest(digest), blob_id) for digest, blob_id in rows)
     return ids
+
+
+def restore(connection: Connection, directory: Path, name: Name, saved: SavedImage) -> None:
+    """Write an image as another index has it, and associate it with what its manifest reaches, if that is stored."""
+    size = next((blob.size for blob in saved.contents if blob.digest == saved.digest), 0)
+    root = Descriptor(saved.digest, size, saved.media_type, role_of(saved.media_type))
+    contents = saved.contents or [root]
+    ids = _blob_ids(connection, [root, *contents], strict=False)
+    new = insert(Image).values(
+        repository=name.repository,
+        reference=name.reference,
+        manifest_id=ids[saved.digest],
+        media_type=saved.media_type,
+        created_at=saved.created_at,
+        last_used_at=saved.last_used_at,
+    )
+    image_id = connection.execute(new.returning(Image.id)).scalar_one()
+    rows = [
+        (image_id, position, ids[blob.digest], blob.role, blob.media_type) for position, blob in enumerate(contents)
+    ]
+    connection.execute(insert(ImageBlob), [dict(zip(_ASSOCIATION, row, strict=True)) for row in rows])
+    reassociate(connection, directory, image_id)
 
 
 def touch(connection: Connection, image_id: int) -> None:
@@ -338,20 +455,16 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     columns = (ImageBlob.position, ImageBlob.blob_id, ImageBlob.role, ImageBlob.media_type)
     connection.execute(
         insert(ImageBlob).from_select(
-            ["image_id", "position", "blob_id", "role", "media_type"],
+            _ASSOCIATION,
             select(literal(target_id), *columns).where(ImageBlob.image_id == image.id),
         )
     )
     return target_id
 
 
-def is_awaited(connection: Connection, digest: Digest) -> bool:
-    """Say whether an image is associated with a blob that is not stored."""
-    query = (
-        select(ImageBlob.image_id)
-        .join(Blob, Blob.id == ImageBlob.blob_id)
-        .where(Blob.digest == digest, Blob.stored_at.is_(None))
-    )
+def is_associated(connection: Connection, digest: Digest) -> bool:
+    """Say whether an image is associated with a blob."""
+    query = select(ImageBlob.image_id).join(Blob, Blob.id == ImageBlob.blob_id).where(Blob.digest == digest)
     return connection.execute(query.limit(1)).first() is not None
 
 
@@ -397,9 +510,9 @@ def remove(connection: Connection, names: Iterable[Name]) -> set[int]:
     return touched
 
 
-def incomplete(name: Name, closure: Iterable[BlobInfo]) -> IncompleteImage:
+def incomplete(name: Name, contents: Iterable[BlobInfo]) -> IncompleteImage:
     """Return the error that says what an image lacks."""
-    missing = [blob for blob in closure if not blob.stored]
+    missing = [blob for blob in contents if not blob.stored]
     more = f", nor are {len(missing) - 1} more blobs" if len(missing) > 1 else ""
     return IncompleteImage(
         f"{name} is incomplete: {missing[0].role} {missing[0].digest} is not in the cache{more}; import it again"

@@ -3,6 +3,10 @@
 A `flock` goes with the process however it dies. It belongs to the open file, and a forked child inherits
 open files: the child closes its copies at once, so that it neither keeps its parent's locks alive nor lets
 go of them.
+
+Of many who wait for a `flock` the kernel wakes all, and whoever is quickest has it: with 64 processes one was seen
+to wait 4.5 seconds, a hundred times the mean. `in_turn` has them take numbers first, as at a counter. The numbers
+are for order alone; what keeps two apart is the lock, whatever becomes of those who wait.
 """
 
 from __future__ import annotations
@@ -10,15 +14,16 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["acquire", "after_fork", "before_fork", "held", "release", "unforked"]
+__all__ = ["Turn", "acquire", "after_fork", "before_fork", "held", "in_turn", "release", "unforked"]
 
 
 class Forkable(Protocol):
@@ -75,14 +80,91 @@ def release(file: FileIO) -> None:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def held(path: Path) -> Iterator[FileIO]:
     """Hold a lock in a block, waiting for it as long as it takes."""
     file = acquire(path)
     assert file is not None
     try:
-        yield
+        yield file
     finally:
         release(file)
+
+
+class Turn:
+    """A lock that is held in turn, and a mark in its file that outlives whoever dies with it."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+
+    @property
+    def marked(self) -> bool:
+        """Whether the last to hold the lock left its mark."""
+        return os.pread(self._file.fileno(), 1, 0) == b"!"
+
+    def mark(self) -> None:
+        """Say that something has begun that must not be taken for finished."""
+        os.pwrite(self._file.fileno(), b"!", 0)
+
+    def unmark(self) -> None:
+        """Say that it is finished."""
+        os.pwrite(self._file.fileno(), b".", 0)
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[Turn]:
+    """Hold a lock in a block, in the order of asking; to be called in an `unforked` block."""
+    queue = acquire(path.with_suffix(".queue"))
+    assert queue is not None
+    try:
+        last, served = _read(queue, _LAST), _read(queue, _SERVED)
+        if not 0 <= last - served <= _WAITING or last > _NUMBERS:
+            # Nobody has written that: a power cut may have left it. Who waits sees that numbers begin anew.
+            last = 0
+            _write(queue, _SERVED, 0)
+        number = last + 1
+        _write(queue, _LAST, number)
+        fcntl.flock(queue, fcntl.LOCK_UN)
+        _await_turn(queue, path, number)
+        with held(path) as file:
+            _write(queue, _SERVED, max(number, _read(queue, _SERVED)))
+            yield Turn(file)
+    finally:
+        _close(queue)
+
+
+_LAST, _SERVED = 0, 8  # where a queue's file has the last number that was taken, and the number whose turn it is
+_PATIENCE = 0.01  # seconds that a lock may be free before whose turn it is has lost it
+_NAP = 0.0005  # seconds, for each of those before us
+_WAITING = 100_000  # more do not wait
+_NUMBERS = 1 << 62  # more are not taken
+
+
+def _await_turn(queue: FileIO, path: Path, number: int) -> None:
+    """Wait until nobody with a lower number is waiting, but for the one who has the lock."""
+    served, since = -1, 0.0
+    while (ahead := number - 1 - (now_served := _read(queue, _SERVED))) > 0:
+        if number > _read(queue, _LAST):
+            return  # the numbers have begun anew, or are lost
+        now = time.monotonic()
+        if now_served != served:
+            served, since = now_served, now
+        elif now - since > _PATIENCE:
+            # Is it that the lock is held for long, or has the next one died, or been stopped?
+            lock = acquire(path, wait=False)
+            if lock is not None:
+                if _read(queue, _SERVED) == served:
+                    _write(queue, _SERVED, served + 1)
+                release(lock)
+            since = now
+        time.sleep(min(ahead * _NAP, _PATIENCE))
+
+
+def _read(queue: FileIO, place: int) -> int:
+    return int.from_bytes(os.pread(queue.fileno(), 8, place), "little")
+
+
+def _write(queue: FileIO, place: int, number: int) -> None:
+    os.pwrite(queue.fileno(), number.to_bytes(8, "little"), place)
 
 
 @contextmanager
@@ -130,7 +212,8 @@ def _before() -> None:
         _forking = True
         _changed.wait()
     for closable in list(_closable):
-        closable.close()
+        with suppress(Exception):  # whatever it is, the fork must come to its end
+            closable.close()
     _guard.acquire()  # last: a thread in an `unforked` block may be waiting for it
 
 

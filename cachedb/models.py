@@ -24,12 +24,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from cachedb.errors import DamagedIndex
 from cachedb.oci import ROLES
 from cachedb.reference import HEX_LENGTH
 
-__all__ = ["REVISION", "Base", "Blob", "Image", "ImageBlob", "Lease", "Trash", "UtcTime"]
+__all__ = ["REVISION", "Base", "Blob", "Hold", "Image", "ImageBlob", "Lease", "Trash", "UtcTime"]
 
-REVISION = "0001"
+REVISION = "0002"
 """The newest migration: the schema that these models describe."""
 
 # SQLite's STRICT tables know INTEGER (of 64 bits), and no BIGINT.
@@ -50,7 +51,10 @@ class UtcTime(TypeDecorator[datetime]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
         """Read the text back as an aware time."""
-        return None if value is None else datetime.fromisoformat(value)
+        try:
+            return None if value is None else datetime.fromisoformat(value)
+        except ValueError as error:
+            raise DamagedIndex(f"the index has {value!r} for a time; `cachedb verify --repair` rebuilds it") from error
 
 
 def _is_digest(column: str) -> str:
@@ -157,17 +161,36 @@ class ImageBlob(Base):
 
 
 class Lease(Base):
-    """A digest that a session works with: it is not collected while the session lives and holds it."""
+    """A digest that is not collected while the session that works with it lives, or the hold it belongs to lasts."""
 
     __tablename__ = "leases"
 
     digest: Mapped[str] = mapped_column(primary_key=True)
-    session: Mapped[str] = mapped_column(primary_key=True)
+    session: Mapped[str] = mapped_column(primary_key=True)  # or the id of a row in holds
     hold: Mapped[int] = mapped_column(primary_key=True)  # tells apart the holds of one session
 
     __table_args__ = (
         Index(None, "session", "hold"),
         CheckConstraint(_is_digest("digest"), "digest"),
+        {"sqlite_strict": True, "sqlite_with_rowid": False},
+    )
+
+
+class Hold(Base):
+    """A hold that outlives the process that took it: until its time, or until it is released."""
+
+    __tablename__ = "holds"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  # what its leases have for a session
+    name: Mapped[str]  # the image or digest that was named
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        CheckConstraint("id LIKE 'hold-____________'", "id"),
+        CheckConstraint("length(name) BETWEEN 1 AND 400", "name"),
+        CheckConstraint(_is_time("created_at"), "created_at"),
+        CheckConstraint(f"expires_at IS NULL OR ({_is_time('expires_at')})", "expires_at"),
         {"sqlite_strict": True, "sqlite_with_rowid": False},
     )
 

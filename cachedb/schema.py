@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachedb.database import Database, is_empty, mismatch, read_revision
-from cachedb.errors import NotACache
+from cachedb.database import Database, has_blobs, is_empty, lost, mismatch, read_revision
 from cachedb.models import REVISION
 
 if TYPE_CHECKING:
@@ -45,32 +44,28 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
 
     Raises:
         NotACache: if the directory is something else.
+        DamagedIndex: if it has blobs, and no index or a damaged one.
         SchemaMismatch: if the schema is newer than this release, or older and ``upgrade`` is false.
     """
     database.prepare()
-    if database.revision() == REVISION:
+    revision = database.revision()
+    if revision == REVISION:
         return
+    if revision is not None and (not upgrade or revision > REVISION):
+        raise mismatch(database.directory, revision)
     with database.write_schema() as connection:
         # Of many processes that come to a new directory at once, the first has done it for the others.
         revision = read_revision(connection)
         if revision == REVISION:
             return
         if is_empty(connection):
-            _refuse_lost_index(database.directory)
-        elif not upgrade or (revision is not None and revision > REVISION):
+            # A new index would make orphans of what is there, and the next collection would delete it.
+            if has_blobs(database.directory):
+                raise lost(database.directory)
+        elif revision is None or revision > REVISION:
             raise mismatch(database.directory, revision)
         from alembic import command
 
         config = alembic_config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
-
-
-def _refuse_lost_index(directory: Path) -> None:
-    # A new index would make orphans of what is there, and the next collection would delete it.
-    for folder in (directory / "blobs").iterdir():
-        if any(folder.iterdir()):
-            raise NotACache(
-                f"{str(directory)!r} has lost its index.db, but not its blobs: restore index.db "
-                "from a backup, or move blobs/ away to begin anew"
-            )

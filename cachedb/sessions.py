@@ -74,6 +74,7 @@ class Session:
         self._numbers = itertools.count(1)
         self._leased = False
         self._unsaved: dict[Digest, list[Hold]] = {}
+        self._expected: set[Digest] = set()
 
     @property
     def id(self) -> str:
@@ -131,8 +132,20 @@ class Session:
         """
         with self._guard:
             holds = [held.pop() for digest in set(digests) if (held := self._unsaved.get(digest))]
-        for hold in holds:
-            self.release(connection, hold)
+        # One that a parent process took is left to it, as `release` has it.
+        numbers = [hold.number for hold in holds if hold.session == self._id]
+        if numbers:
+            connection.execute(delete(Lease).where(Lease.session == self._id, Lease.hold.in_(numbers)))
+
+    def expect(self, digests: Iterable[Digest]) -> None:
+        """Note what an image that this session has saved is still waiting for."""
+        with self._guard:
+            self._expected.update(digests)
+
+    def expects(self, digest: Digest) -> bool:
+        """Say whether an image that this session has saved waits for a blob, or did."""
+        with self._guard:
+            return digest in self._expected
 
     def close(self) -> None:
         """End the session: its folder, its leases and its lock file go."""

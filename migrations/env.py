@@ -1,4 +1,4 @@
-"""How Alembic reaches a cache's index: under the cache's own write lock, in one transaction."""
+"""How Alembic reaches a cache's index: under the cache's own write lock, in its one transaction for all of it."""
 
 from typing import Literal
 
@@ -18,8 +18,6 @@ def run(connection: Connection) -> None:
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
-        # SQLite can do it; Alembic assumes that its driver cannot. A killed migration leaves no trace.
-        transactional_ddl=True,
         render_as_batch=True,
         render_item=render_item,
         compare_type=True,

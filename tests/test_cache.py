@@ -30,12 +30,7 @@ from cachedb import (
 from cachedb.oci import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from tests import make
 from tests.conftest import files_of, snapshot, stored_rows
-
-
-def save(cache: Cache, name: str, made: make.Made) -> None:
-    for digest, data in made.blobs.items():
-        cache.save_blob(digest, data)
-    cache.save_manifest(name, made.manifest)
+from tests.victims import save
 
 
 def test_an_image_is_saved_and_read_back(cache: Cache) -> None:

@@ -289,7 +289,13 @@ def test_an_interrupted_import_leaves_the_cache_as_it_was(
     Cache.open(directory).close()
     before = snapshot(directory)
     command = [sys.executable, "-m", "cachedb", "--dir", str(directory), "import", "-"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Whoever runs the tests in a shell's background has SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stdin is not None
     process.stdin.write(archive.read_bytes()[:1024])
     process.stdin.flush()

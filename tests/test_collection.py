@@ -15,9 +15,10 @@ from cachedb.database import Database, sync_folder
 from cachedb.models import Blob
 from cachedb.reference import Digest
 from tests.conftest import files_of, running, snapshot, stored_rows
-from tests.make import Made, digest_of, image, oci_files, write
+from tests.make import digest_of, image, oci_files, write
 from tests.test_locks import is_free
 from tests.test_sessions import LIVING
+from tests.victims import save
 
 
 @pytest.fixture
@@ -25,12 +26,6 @@ def index(cache: Cache) -> Iterator[Database]:
     database = Database(cache.directory)
     yield database
     database.close()
-
-
-def save(cache: Cache, name: str, made: Made) -> None:
-    for digest, data in made.blobs.items():
-        cache.save_blob(digest, data)
-    cache.save_manifest(name, made.manifest)
 
 
 def abandon(cache: Cache, *contents: bytes) -> None:
@@ -132,7 +127,7 @@ def test_a_blob_that_is_taken_up_after_the_candidates_were_found_stays(
 
     monkeypatch.setattr(Database, "write", write_after)
     monkeypatch.setattr(collection, "forget", taken_up_meanwhile)
-    assert collection.collect(index) == (1, len(b"nobody's"))
+    assert list(collection.collect(index)) == [(1, len(b"nobody's"))]
     assert cache.is_image_complete("app")
     assert files_of(cache.directory).keys() == kept.blobs.keys()
 
@@ -169,7 +164,7 @@ def test_a_blob_is_forgotten_then_moved_then_unlinked(
     monkeypatch.setattr(collection, "sync_folder", sync)
     event.listen(Engine, "commit", committed)
     try:
-        collection.collect(index)
+        list(collection.collect(index))
     finally:
         event.remove(Engine, "commit", committed)
     assert happened == ["commit", "rename blobs", "sync sha256", "commit", "unlink trash"]
@@ -191,7 +186,7 @@ def test_files_are_moved_under_the_lock_and_unlinked_outside_it(
             return call(path, *arguments, **options)
 
         monkeypatch.setattr(os, name, replacement)
-    collection.collect(index)
+    list(collection.collect(index))
     assert free == {"rename": False, "unlink": True}
 
 
@@ -271,7 +266,7 @@ def test_many_that_store_remove_and_collect_leave_nothing_behind(cache: Cache, t
     assert failures == []
     cache.collect_garbage()
     left = snapshot(cache.directory)
-    assert left == {name: type(left[name])() for name in left} | {"locks": ["write.lock"]}
+    assert left == {name: type(left[name])() for name in left} | {"locks": ["write.lock", "write.queue"]}
 
 
 # Cost

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from sqlalchemy import insert, select
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError, database, locks
 from cachedb.database import APPLICATION_ID, Database
 from cachedb.models import Trash
-from tests.conftest import run_python, running, stored_rows
+from tests.conftest import files_of, run_python, running, stored_rows
 from tests.make import digest_of
 from tests.test_locks import open_files
 
@@ -41,8 +42,8 @@ def noted(directory: Path) -> int:
 
 
 def content(directory: Path) -> dict[str, bytes | None]:
-    """Every file and folder below a directory, with its bytes."""
-    paths = sorted(directory.rglob("*"))
+    """Every file and folder below a directory, with its bytes; but for whose turn it is to write."""
+    paths = sorted(path for path in directory.rglob("*") if path.name != "write.queue")
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
@@ -164,6 +165,82 @@ def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -
     )
     assert output == "400\n"
     assert noted(index.directory) == 400
+
+
+def test_a_writer_that_is_killed_leaves_its_mark_and_the_next_one_commits_before_anything_else(index: Database) -> None:
+    script = """
+        import sys, time
+        from pathlib import Path
+        from cachedb.database import Database
+        with Database(Path(sys.argv[1])).write():
+            print("in it", flush=True)
+            time.sleep(60)
+    """
+
+    def wal_size() -> int:
+        return index.path.with_name("index.db-wal").stat().st_size
+
+    with index.read() as reader:  # which keeps the WAL from beginning anew
+        reader.exec_driver_sql("SELECT * FROM trash")
+        for end, grown in (("well", False), ("killed", True), ("well", False)):
+            if end == "killed":
+                with running(script, index.directory) as writer:
+                    writer.kill()
+                    writer.wait()
+            before = wal_size()
+            with index.write():
+                assert (wal_size() > before) is grown, end
+    with pytest.raises(KeyError), index.write():
+        raise KeyError
+    with index.alone() as turn:
+        assert not turn.marked, "what was rolled back leaves no mark"
+
+
+def test_a_commit_that_nobody_saw_does_not_come_back(
+    directory: Path, peer: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Killed in the sync of its commit, a writer leaves all of it in the WAL, unseen while others have it open.
+
+    The next open takes the blob's file away. When all are gone, SQLite reads the WAL to its end.
+    """
+    Cache.open(directory).close()
+    bystander = """
+        import sys
+        from cachedb import Cache
+        with Cache.open(sys.argv[1]) as cache:
+            cache.list_blobs()
+            print("open", flush=True)
+            sys.stdin.read()
+    """
+    writer = """
+        import ctypes, sys
+        from cachedb import Cache
+        ctypes.CDLL(None).prctl(0x59616d61, -1, 0, 0, 0)  # let strace, a sister, trace this one
+        with Cache.open(sys.argv[1]) as cache:
+            print("open", flush=True)
+            sys.stdin.readline()
+            cache.add_blob(b"data")
+    """
+    for sync in (1, 2, 3):  # one of them is of the commit that stores
+        path = tmp_path / str(sync)
+        Cache.open(path).close()
+        with running(bystander, path) as first, running(writer, path) as victim:
+            inject = f"inject=fdatasync:signal=SIGKILL:when={sync}"
+            command = [peer("strace"), "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", inject, "-p"]
+            with subprocess.Popen([*command, str(victim.pid)], stderr=subprocess.PIPE, text=True) as strace:
+                assert strace.stderr is not None
+                attached = strace.stderr.readline()
+                if "attached" not in attached:
+                    pytest.skip(f"strace cannot trace here: {attached.strip()}")
+                print(file=victim.stdin)
+                victim.wait(20)
+                strace.stderr.read()
+            with running(bystander, path) as second:
+                second.kill()
+                second.wait()
+            first.kill()
+        with Cache.open(path):
+            assert stored_rows(path) == files_of(path), sync
 
 
 def test_as_many_threads_as_there_are_may_be_in_a_transaction(index: Database) -> None:
@@ -458,5 +535,5 @@ def test_a_damaged_index_is_said_to_be_damaged(directory: Path) -> None:
         size = file.seek(0, os.SEEK_END)
         file.seek(4096)
         file.write(b"\xff" * (size - 4096))
-    with pytest.raises(StorageError, match="restore it from a backup"), Cache.open(directory) as cache:
+    with pytest.raises(StorageError, match="`cachedb verify --repair` rebuilds it"), Cache.open(directory) as cache:
         cache.list_manifests()

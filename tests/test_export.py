@@ -518,6 +518,7 @@ def stop(done, total):
     time.sleep(60)
 import signal
 signal.signal(signal.SIGTERM, cli._terminated)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which the background of a shell ignores
 with Cache.open({str(directory)!r}) as cache:
     cache.export("app:1", {str(tmp_path / "sub" / "out")!r}, format={form!r}, progress=stop)
 """
@@ -867,3 +868,17 @@ def test_the_file_system_s_errors_are_errors_of_the_storage(cache: Cache, tmp_pa
             cache.export("app:1", tmp_path / "file" / "out", format=form)
         with pytest.raises(StorageError, match="cannot write the export"):
             cache.export("app:1", tmp_path / ("x" * 300), format=form)
+
+
+def test_a_folder_that_is_no_layout_keeps_all_its_files(cache: Cache, tmp_path: Path) -> None:
+    made = make.image(1)
+    for digest, data in made.blobs.items():
+        cache.save_blob(digest, data)
+    cache.save_manifest("app:1", made.manifest)
+    others = [tmp_path / "out" / ".cachedb-0123.part", tmp_path / "out" / "other" / ".cachedb-0123.part"]
+    others[1].parent.mkdir(parents=True)
+    for path in others:
+        path.touch()
+    with pytest.raises(CacheError, match="neither empty nor an OCI image layout"):
+        cache.export("app:1", tmp_path / "out", format="oci-dir")
+    assert all(path.exists() for path in others)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -239,3 +242,185 @@ def test_threads_that_lock_and_threads_that_fork_do_not_deadlock(tmp_path: Path)
         assert run_python(script, tmp_path) == "done\n"
     except subprocess.TimeoutExpired:
         pytest.fail("deadlock")
+
+
+# In turn
+
+
+class Queue:
+    """Processes that ask for a lock one after the other, and note their names when they have it."""
+
+    SCRIPT = """
+        import os, sys, time
+        from pathlib import Path
+        from cachedb import locks
+        folder = Path(sys.argv[1])
+        locks._PATIENCE = 0.05  # on a busy machine nobody's turn is over because of that
+        print("ready", flush=True)
+        for name in sys.stdin:
+            if (child := os.fork()):
+                print(child, flush=True)
+                continue
+            with locks.unforked(), locks.in_turn(folder / "lock"):
+                with (folder / "order").open("a") as file:
+                    file.write(name)
+                time.sleep(0.005)
+            os._exit(0)
+    """
+
+    def __init__(self, folder: Path, process: subprocess.Popen[str]) -> None:
+        self.file = folder / "lock.queue"
+        self._order, self._process = folder / "order", process
+
+    @property
+    def last(self) -> int:
+        """The last number that was taken."""
+        return int.from_bytes(self.file.read_bytes()[:8], "little")
+
+    @property
+    def order(self) -> str:
+        """Who has had the lock, in order."""
+        return self._order.read_text().replace("\n", "") if self._order.exists() else ""
+
+    def ask(self, name: str, *, wait: bool = True) -> int:
+        """Have a process ask; return its id once it has a number."""
+        assert self._process.stdout is not None
+        before = self.last
+        print(name, file=self._process.stdin, flush=True)
+        child = int(self._process.stdout.readline())
+        assert not wait or eventually(lambda: self.last == before + 1)
+        return child
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[Queue]:
+    with running(Queue.SCRIPT, tmp_path) as process:
+        yield Queue(tmp_path, process)
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[locks.Turn]:
+    with locks.unforked(), locks.in_turn(folder / "lock") as held:
+        yield held
+
+
+def test_a_lock_is_had_in_the_order_of_asking(queue: Queue, tmp_path: Path) -> None:
+    with turn(tmp_path):
+        for name in "abcdefgh":
+            queue.ask(name)
+        time.sleep(0.2)  # longer than anybody's patience
+        assert queue.order == ""
+    assert eventually(lambda: queue.order == "abcdefgh"), queue.order
+
+
+def test_who_dies_waiting_or_is_stopped_does_not_hold_up_the_rest(queue: Queue, tmp_path: Path) -> None:
+    with turn(tmp_path):
+        waiting = {name: queue.ask(name) for name in "abcdefghijkl"}
+        for name in "adefk":
+            os.kill(waiting[name], signal.SIGKILL)
+        for name in "bh":
+            os.kill(waiting[name], signal.SIGSTOP)
+    assert eventually(lambda: queue.order == "cgijl", 10), queue.order
+    os.kill(waiting["h"], signal.SIGCONT)
+    assert eventually(lambda: queue.order == "cgijlh", 10), "one that is continued has its turn"
+    queue.ask("m")
+    assert eventually(lambda: queue.order == "cgijlhm", 10)
+    os.kill(waiting["b"], signal.SIGCONT)
+    assert eventually(lambda: queue.order == "cgijlhmb", 10)
+    with turn(tmp_path):
+        for name in "no":
+            queue.ask(name)
+        time.sleep(0.05)
+        assert queue.order == "cgijlhmb", "who was late has not put the numbers back"
+    assert eventually(lambda: queue.order == "cgijlhmbno", 10)
+
+
+def test_who_is_served_late_does_not_put_the_numbers_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pass_over(queue: Any, path: Path, number: int) -> None:
+        locks._write(queue, locks._LAST, number + 3)
+        locks._write(queue, locks._SERVED, number + 2)
+
+    with turn(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(locks, "held", lambda path: (tmp_path / "other").open("w"))
+        patch.setattr(locks, "_await_turn", pass_over)
+        with turn(tmp_path):
+            assert int.from_bytes((tmp_path / "lock.queue").read_bytes()[8:], "little") == 4
+
+
+def test_numbers_go_on_when_all_have_died(queue: Queue, tmp_path: Path) -> None:
+    with turn(tmp_path):
+        for child in [queue.ask(name) for name in "abcde"]:
+            os.kill(child, signal.SIGKILL)
+    began = time.monotonic()
+    with turn(tmp_path):
+        assert time.monotonic() - began < 5
+        assert queue.last == 7
+        queue.ask("f")
+        queue.ask("g")
+    assert eventually(lambda: queue.order == "fg")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\2",
+        b"\xff" * 16,
+        b"\0" * 8 + b"\xff" * 8,
+        b"\xff" * 8 + b"\0" * 8,
+        b"\xff" * 7 + b"\x7f" + b"\xff" * 7 + b"\x7f",
+        (10**6).to_bytes(8, "little"),
+        b"garbage " * 1000,
+    ],
+)
+@pytest.mark.parametrize("while_waiting", [False, True])
+def test_a_queue_that_holds_garbage_holds_nobody_up(
+    queue: Queue, tmp_path: Path, content: bytes, while_waiting: bool
+) -> None:
+    """A power cut may leave anything: the file is never synced."""
+    with turn(tmp_path):
+        if while_waiting:
+            for name in "ab":
+                queue.ask(name)
+        queue.file.write_bytes(content)
+    assert eventually(lambda: len(queue.order) == (2 if while_waiting else 0), 1)
+    began = time.monotonic()
+    with turn(tmp_path):
+        assert time.monotonic() - began < 5
+        for name in "cdefg":
+            queue.ask(name)
+    assert eventually(lambda: queue.order[-5:] == "cdefg", 1), f"and there is an order again: {queue.order}"
+
+
+def test_a_queue_that_is_lost_while_some_wait_holds_nobody_up(queue: Queue, tmp_path: Path) -> None:
+    with turn(tmp_path):
+        first = [queue.ask(name) for name in "abc"]
+        queue.file.unlink()
+        queue.file.touch()
+        for name in "de":
+            queue.ask(name)
+        os.kill(first[0], signal.SIGKILL)
+    assert eventually(lambda: sorted(queue.order) == list("bcde"), 1), queue.order
+    assert queue.order.index("b") < queue.order.index("c")
+    assert queue.order.index("d") < queue.order.index("e")
+
+
+def test_a_mark_outlives_the_holder_that_is_killed_with_it(tmp_path: Path) -> None:
+    script = """
+        import sys, time
+        from pathlib import Path
+        from cachedb import locks
+        with locks.unforked(), locks.in_turn(Path(sys.argv[1]) / "lock") as turn:
+            assert not turn.marked
+            turn.mark()
+            print("marked", flush=True)
+            time.sleep(60)
+    """
+    with running(script, tmp_path) as holder:
+        holder.kill()
+        holder.wait()
+    with turn(tmp_path) as mine:
+        assert mine.marked
+        mine.unmark()
+    with turn(tmp_path) as mine:
+        assert not mine.marked

@@ -43,7 +43,8 @@ def test_the_tour_prints_what_the_readme_shows() -> None:
         result = subprocess.run(
             command, shell=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        assert result.stdout == expected, command
+        pattern = re.escape(expected).replace("…", "[^\n]+")  # what differs from one run to the next
+        assert re.fullmatch(pattern, result.stdout), f"{command}\n{result.stdout}"
 
 
 def test_the_library_example_runs(place: Path) -> None:
@@ -87,6 +88,6 @@ def test_the_tables_of_the_readme_are_those_of_the_index() -> None:
 
     (section,) = re.findall(r"\| table \|.*?\n((?:\|.*\n)+)", README)
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [
-        "images", "blobs", "image_blobs", "leases", "trash",
+        "images", "blobs", "image_blobs", "leases", "holds", "trash",
     ]  # fmt: skip
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(Base.metadata.tables)

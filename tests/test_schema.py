@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
@@ -15,7 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from cachedb import Cache, NotACache, SchemaMismatch, schema
+from cachedb import Cache, DamagedIndex, SchemaMismatch, schema
 from cachedb.database import APPLICATION_ID, Database
 from cachedb.models import REVISION, Base
 from tests.conftest import run_python, snapshot, stored_rows
@@ -23,7 +24,7 @@ from tests.make import digest_of, image
 from tests.test_database import content
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-TABLES = {"alembic_version", "images", "blobs", "image_blobs", "leases", "trash"}
+TABLES = {"alembic_version", "images", "blobs", "image_blobs", "holds", "leases", "trash"}
 
 
 def alembic(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -42,6 +43,16 @@ def tables(directory: Path) -> set[str]:
     shell = sqlite3.connect(directory / "index.db")
     try:
         return {name for (name,) in shell.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    finally:
+        shell.close()
+
+
+def rows(directory: Path) -> dict[str, list[tuple[object, ...]]]:
+    """All rows of all tables but Alembic's."""
+    names = tables(directory) - {"alembic_version"}
+    shell = sqlite3.connect(directory / "index.db")
+    try:
+        return {name: sorted(shell.execute(f"SELECT * FROM {name}"), key=repr) for name in names}
     finally:
         shell.close()
 
@@ -99,7 +110,7 @@ def test_64_processes_that_come_to_a_new_directory_at_once_all_work_with_it(dire
     with Cache.open(directory) as cache:
         cache.collect_garbage()
     left = snapshot(directory)
-    assert left == {name: type(left[name])() for name in left} | {"locks": ["write.lock"]}
+    assert left == {name: type(left[name])() for name in left} | {"locks": ["write.lock", "write.queue"]}
 
 
 def test_what_a_creation_that_was_killed_left_is_completed(directory: Path) -> None:
@@ -122,7 +133,7 @@ def test_a_cache_that_lost_its_index_is_refused_and_its_blobs_left_alone(directo
         path = cache.get_blob_path(digest)
     (directory / "index.db").rename(directory.parent / "backup.db")
     for upgrade in (False, True):
-        with pytest.raises(NotACache, match=r"lost its index.db, but not its blobs: restore"):
+        with pytest.raises(DamagedIndex, match=r"lost its index.db, but not its blobs; `cachedb verify --repair`"):
             Cache.open(directory, upgrade=upgrade)
         assert path.read_bytes() == b"data"
     shutil.copy(directory.parent / "backup.db", directory / "index.db")
@@ -173,15 +184,34 @@ def test_a_cache_that_is_upgraded_while_it_is_open_is_not_written_to(cache: Cach
 
 def test_an_older_schema_is_upgraded_only_when_asked(directory: Path) -> None:
     Cache.open(directory).close()
-    assert alembic("downgrade", "base", CACHEDB_DIR=str(directory)).returncode == 0
-    assert tables(directory) == {"alembic_version"}
+    assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
+    assert tables(directory) == TABLES - {"holds"}
     before = content(directory)
-    with pytest.raises(SchemaMismatch, match=r"schema none, .* needs 0001: open it with Cache.open\(upgrade=True\)"):
+    with pytest.raises(SchemaMismatch, match=r"schema 0001, .* needs 0002: set CACHEDB_AUTO_UPGRADE=1 once, or open"):
         Cache.open(directory)
     assert content(directory) == before
     with Cache.open(directory, upgrade=True) as cache:
         cache.add_blob(b"data")
     assert tables(directory) == TABLES
+
+
+def test_an_older_schema_is_upgraded_where_the_environment_asks_for_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cache.open(directory).close()
+    assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
+    monkeypatch.setenv("CACHEDB_AUTO_UPGRADE", "1")
+    with Cache.open(directory) as cache:
+        cache.add_blob(b"data")
+    assert tables(directory) == TABLES
+
+
+def test_an_index_without_a_schema_is_damaged(directory: Path) -> None:
+    Cache.open(directory).close()
+    assert alembic("downgrade", "base", CACHEDB_DIR=str(directory)).returncode == 0
+    for upgrade in (False, True):
+        with pytest.raises(DamagedIndex, match="lost its schema"):
+            Cache.open(directory, upgrade=upgrade)
 
 
 # Migrations
@@ -231,9 +261,32 @@ def test_every_migration_goes_down_and_up_again(directory: Path) -> None:
     assert database.revision() == REVISION
 
 
-@pytest.mark.parametrize("how", ["CACHEDB_DIR", "-x"])
+def test_0002_carries_a_cache_up_and_down(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        made = image(1, 2)
+        for digest, data in made.blobs.items():
+            cache.save_blob(digest, data)
+        cache.save_manifest("app:1", made.manifest)
+        lease = cache.add_blob(b"leased")
+        assert [row[0] for row in rows(directory)["leases"]] == [lease]
+        before = {name: table for name, table in rows(directory).items() if name != "holds"}
+        assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
+        assert rows(directory) == before
+        assert alembic("upgrade", "0002", CACHEDB_DIR=str(directory)).returncode == 0
+        assert rows(directory) == {**before, "holds": []}
+        cache.add_hold("app:1")
+        assert len(rows(directory)["leases"]) == 1 + len(made.blobs)
+        assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
+        assert rows(directory) == before, "a hold goes with its leases, and nothing else"
+        assert alembic("upgrade", "head", CACHEDB_DIR=str(directory)).returncode == 0
+    with Cache.open(directory) as cache:
+        assert cache.is_image_complete("app:1")
+
+
+@pytest.mark.parametrize("how", ["CACHEDB_DIR", "-x", "-x, relative"])
 def test_the_alembic_command_works_on_the_cache_it_is_told(directory: Path, how: str) -> None:
-    chosen = ["-x", f"dir={directory}"] if how == "-x" else []
+    named = os.path.relpath(directory, CHECKOUT) if "relative" in how else str(directory)
+    chosen = ["-x", f"dir={named}"] if "-x" in how else []
     environment = {"CACHEDB_DIR": str(directory if how == "CACHEDB_DIR" else directory.parent / "other")}
     done = alembic(*chosen, "upgrade", "head", **environment)
     assert done.returncode == 0, done.stderr
@@ -272,7 +325,10 @@ IMAGE = {
 ASSOCIATION = {"image_id": 1, "position": 7, "blob_id": 1, "role": "layer", "media_type": "application/json"}
 LEASE = {"digest": DIGEST, "session": "1-abc", "hold": 1}
 TRASH = {"digest": DIGEST, "size": 0}
-GOOD = {"blobs": BLOB, "images": IMAGE, "image_blobs": ASSOCIATION, "leases": LEASE, "trash": TRASH}
+HOLD = {"id": "hold-0123456789ab", "name": "app:1", "created_at": TIME, "expires_at": None}
+GOOD: dict[str, dict[str, Any]] = {
+    "blobs": BLOB, "images": IMAGE, "image_blobs": ASSOCIATION, "leases": LEASE, "holds": HOLD, "trash": TRASH
+}  # fmt: skip
 
 NO_DIGESTS = [
     "",
@@ -316,6 +372,10 @@ WRONG = [
     *(("image_blobs", "position", value) for value in (-1, None, "first")),
     *(("image_blobs", column, value) for column in ("image_id", "blob_id") for value in (99, None)),
     *(("leases", column, None) for column in ("session", "hold")),
+    *(("holds", "id", value) for value in ("", "hold-", "hold-0123456789abc", "1-abc", None)),
+    *(("holds", "name", value) for value in ("", "a" * 401, None)),
+    *(("holds", "created_at", value) for value in [*NO_TIMES, None]),
+    *(("holds", "expires_at", value) for value in NO_TIMES),
 ]
 
 

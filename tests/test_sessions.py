@@ -53,11 +53,11 @@ def traces(directory: Path) -> dict[str, object]:
 
 def test_a_session_begins_when_it_is_needed(cache: Cache, index: Database) -> None:
     cache.list_manifests()
-    assert traces(cache.directory) == {"leases": [], "ingest": [], "locks": ["write.lock"]}
+    assert traces(cache.directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
     cache.add_blob(b"data")
     left = traces(cache.directory)
     assert left["ingest"] == leases(index)
-    assert left["locks"] == [f"{leases(index)[0]}.session", "write.lock"]
+    assert left["locks"] == [f"{leases(index)[0]}.session", "write.lock", "write.queue"]
     assert not is_free(lock_path(cache.directory, leases(index)[0]))
 
 
@@ -66,7 +66,7 @@ def test_a_session_that_is_closed_leaves_nothing(directory: Path) -> None:
     for _ in range(2):
         with Cache.open(directory) as cache:
             cache.add_blob(b"data")
-        assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock"]}
+        assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
         assert before in (None, open_files())
         before = open_files()
 
@@ -80,14 +80,14 @@ def test_a_dead_session_is_swept_at_the_next_open_and_a_living_one_never(directo
             left = traces(directory)
             (session,) = os.listdir(directory / "ingest")
             assert session.startswith(f"{living.pid}-")
-            assert left["locks"] == [f"{session}.session", "write.lock"]
+            assert left["locks"] == [f"{session}.session", "write.lock", "write.queue"]
             assert {row[1] for row in left["leases"]} == {session}  # type: ignore[attr-defined]
             assert cache.collect_garbage().blobs == 0
             assert cache.has_blob(DIGEST)
         living.kill()
         living.wait()
         with Cache.open(directory) as cache:
-            assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock"]}
+            assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
             assert cache.collect_garbage().blobs == 1
 
 
@@ -106,7 +106,7 @@ def test_what_a_dead_session_left_is_swept_whatever_part_of_it_is_there(cache: C
     with index.write() as connection:
         connection.execute(Lease.__table__.insert().values(digest=DIGEST, session="1-lease", hold=1))  # type: ignore[attr-defined]
     Cache.open(cache.directory).close()
-    assert traces(cache.directory) == {"leases": [], "ingest": [], "locks": ["write.lock"]}
+    assert traces(cache.directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
 
 
 @pytest.mark.parametrize("session", ["", ".", "..", "../..", "../outside", "a/b"])
@@ -188,7 +188,7 @@ def test_a_session_is_locked_while_it_is_swept(index: Database) -> None:
     (index.directory / "ingest" / "2-folder").mkdir()
     for session in dead_sessions(index.directory):
         assert not is_free(lock_path(index.directory, session))
-    assert os.listdir(index.directory / "locks") == ["write.lock"]
+    assert sorted(os.listdir(index.directory / "locks")) == ["write.lock", "write.queue"]
 
 
 def test_sessions_begin_and_end_while_others_sweep(directory: Path) -> None:
@@ -214,7 +214,7 @@ def test_sessions_begin_and_end_while_others_sweep(directory: Path) -> None:
         directory,
     )
     assert output == f"{[0] * 6}\n"
-    assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock"]}
+    assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
 
 
 def test_a_session_that_cannot_begin_leaves_no_file_open(cache: Cache) -> None:
@@ -276,7 +276,7 @@ def test_a_childs_exit_ends_neither_the_session_nor_the_holds_of_its_parent(dire
     )
     first, second = output.split()
     assert first != second
-    assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock"]}
+    assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
 
 
 def test_a_hold_that_a_child_leaves_stays_its_parents(directory: Path) -> None:
@@ -321,6 +321,6 @@ def test_a_session_dies_with_its_process_though_a_child_lives(directory: Path) -
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()
         with Cache.open(directory) as cache:
-            assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock"]}
-            assert collection.collect(Database(directory)).blobs == 1
+            assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
+            assert [part.blobs for part in collection.collect(Database(directory))] == [1]
             assert not cache.has_blob(DIGEST)

@@ -1,4 +1,4 @@
-"""Processes that do one thing to a cache each, to be killed at it: `python -m tests.victims`.
+"""Processes that do one thing to a cache each, to be killed at it or to have a call fail: `python -m tests.victims`.
 
 For each line ``OPERATION DIRECTORY`` a child is forked, so that nothing is imported again. Its number is
 printed, it does the operation once it is told to go, and its exit status is printed.
@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import sqlite3
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from cachedb import Cache
+from cachedb import Cache, CacheError, schema
+from cachedb.database import Database
 from tests import make
 
 KEPT = make.image(1, 2)
@@ -21,6 +26,10 @@ GONE = make.image(2, 3)
 """Saved before, as gone:1; shares a layer with the one that is kept."""
 NEW = make.image(2, 4)
 LARGE = make.random_bytes(3 * 1024 * 1024 + 1, 5)
+LOOSE = b"nothing refers to this"
+
+DONE, FAILED, GAVE_UP, RECOVERED = 0, 1, 3, 4
+"""How a victim ends: the operation was done; it failed with what is no `CacheError`; twice with one; once with one."""
 
 
 def save(cache: Cache, name: str, image: make.Made) -> None:
@@ -29,17 +38,92 @@ def save(cache: Cache, name: str, image: make.Made) -> None:
     cache.save_manifest(name, image.manifest)
 
 
-def prepare(directory: Path) -> None:
-    """Make what every operation finds: two images that share a layer, a blob that nothing refers to, an archive."""
+def file_of(directory: Path, data: bytes) -> Path:
+    return directory / "cache" / "blobs" / "sha256" / make.hex_of(data)
+
+
+# What an operation finds
+
+
+def nothing(_directory: Path) -> None:
+    pass
+
+
+def cache(directory: Path) -> None:
+    """Two images that share a layer, a blob that nothing refers to, an archive."""
     with Cache.open(directory / "cache") as cache:
         save(cache, "kept:1", KEPT)
         save(cache, "gone:1", GONE)
-        cache.add_blob(b"nothing refers to this")
+        cache.add_blob(LOOSE)
     make.write(directory / "new.tar", make.oci_files({"new:1": NEW}))
 
 
-def open_anew(directory: Path) -> None:
-    Cache.open(directory / "new-cache").close()
+def old_cache(directory: Path) -> None:
+    """A cache as the first release left it."""
+    from alembic import command
+
+    cache(directory)
+    database = Database(directory / "cache")
+    config = schema.alembic_config()
+    with database.write_schema() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+    database.close()
+
+
+def damaged_cache(directory: Path) -> None:
+    """One blob of each kind of damage: altered, truncated, missing, unknown, and no blob at all."""
+    cache(directory)
+    for layer, change in zip((GONE.layers[1], GONE.config), (b"x" * len(GONE.layers[1]), b"x"), strict=True):
+        path = file_of(directory, layer)
+        path.chmod(0o600)
+        path.write_bytes(change)
+    file_of(directory, LOOSE).unlink()
+    file_of(directory, b"orphan").write_bytes(b"orphan")
+    (directory / "cache" / "blobs" / "notes.txt").write_text("not a blob")
+
+
+def lost_index(directory: Path) -> None:
+    """A cache whose index is gone, with a backup of it."""
+    cache(directory)
+    index = directory / "cache" / "index.db"
+    index.rename(directory / "cache" / "backups" / "000001-0002.db")
+
+
+def damaged_index(directory: Path) -> None:
+    """An index with a row that refers to none."""
+    cache(directory)
+    shell = sqlite3.connect(directory / "cache" / "index.db")
+    shell.execute("INSERT INTO image_blobs VALUES (1, 99, 99, 'layer', 'text/plain')")
+    shell.commit()
+    shell.close()
+
+
+def dead_sessions(directory: Path) -> None:
+    """What a process left that was killed while it published, and one that was killed while it collected."""
+    cache(directory)
+    folder = directory / "cache" / "ingest" / "1-abcdef"
+    folder.mkdir()
+    published = folder / f"2.{make.digest_of(b'orphan').replace(':', '-')}"
+    published.write_bytes(b"orphan")
+    os.link(published, file_of(directory, b"orphan"))
+    (folder / "3").write_bytes(b"half of someth")
+    for name in ("1-abcdef.session", f"{'ab' * 32}.producing"):
+        (directory / "cache" / "locks" / name).touch()
+    shell = sqlite3.connect(directory / "cache" / "index.db")
+    shell.execute("INSERT INTO leases VALUES (?, '1-abcdef', 1)", (make.digest_of(LOOSE),))
+    shell.execute("INSERT INTO trash VALUES (?, 6)", (make.digest_of(b"trashed"),))
+    shell.commit()
+    shell.close()
+    file_of(directory, b"trashed").write_bytes(b"trashed")
+    (directory / "cache" / "trash" / f"sha256-{make.hex_of(b'renamed')}").write_bytes(b"renamed")
+
+
+# Operations
+
+
+def open_cache(directory: Path) -> None:
+    Cache.open(directory / "cache").close()
 
 
 def save_blob(directory: Path) -> None:
@@ -57,6 +141,11 @@ def import_archive(directory: Path) -> None:
         cache.cache_from_tar(directory / "new.tar")
 
 
+def tag(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.tag("kept:1", "gone:1")
+
+
 def remove(directory: Path) -> None:
     with Cache.open(directory / "cache") as cache:
         if any(image.repository == "gone" for image in cache.list_manifests()):
@@ -68,33 +157,93 @@ def collect(directory: Path) -> None:
         cache.collect_garbage()
 
 
-OPERATIONS: dict[str, Callable[[Path], None]] = {
-    "open_anew": open_anew,
-    "save_blob": save_blob,
-    "save_manifest": save_manifest,
-    "import_archive": import_archive,
-    "remove": remove,
-    "collect": collect,
+def hold(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        for found in cache.list_holds():
+            cache.release_hold(found.id)
+        cache.add_hold("kept:1", seconds=3600)
+
+
+def export(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.export("kept:1", directory / "kept.tar")
+
+
+def export_folder(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.export("kept:1", directory / "layout", format="oci-dir", link=True)
+
+
+def upgrade(directory: Path) -> None:
+    Cache.open(directory / "cache", upgrade=True).close()
+
+
+def repair(directory: Path) -> None:
+    with Cache.open(directory / "cache", damaged=True) as cache:
+        cache.verify(repair=True)
+
+
+class Operation(NamedTuple):
+    """Something to be cut off in the middle."""
+
+    prepare: Callable[[Path], None]
+    do: Callable[[Path], None]  # may be done again, whatever came of it before
+
+
+OPERATIONS = {
+    "open anew": Operation(nothing, open_cache),
+    "open after a crash": Operation(dead_sessions, open_cache),
+    "save a blob": Operation(cache, save_blob),
+    "save a manifest": Operation(cache, save_manifest),
+    "import": Operation(cache, import_archive),
+    "tag": Operation(cache, tag),
+    "remove": Operation(cache, remove),
+    "collect": Operation(cache, collect),
+    "hold": Operation(cache, hold),
+    "export": Operation(cache, export),
+    "export a folder": Operation(cache, export_folder),
+    "upgrade": Operation(old_cache, upgrade),
+    "repair": Operation(damaged_cache, repair),
+    "rebuild from a backup": Operation(lost_index, repair),
+    "rebuild": Operation(damaged_index, repair),
 }
 _SET_PTRACER, _ANY = 0x59616D61, -1
 
 
+def attempt(operation: str, directory: Path) -> int:
+    """Do an operation; if it fails as it may, do it again in the same process."""
+    for code in (DONE, RECOVERED):
+        try:
+            OPERATIONS[operation].do(directory)
+        except CacheError:
+            continue
+        except Exception:
+            (directory / "traceback").write_text(traceback.format_exc())
+            return FAILED
+        return code
+    return GAVE_UP
+
+
 def main() -> None:
-    import alembic.command
-    import alembic.config  # noqa: F401
 
-    import cachedb.archive  # noqa: F401
+    import cachedb.archive
+    import cachedb.export
+    import cachedb.verify  # noqa: F401
 
+    # What is imported late is imported now, and Alembic's migrations are compiled.
+    warm = Path(sys.argv[1]) / "warm"
+    with Cache.open(warm):
+        pass
+    shutil.rmtree(warm)
     for line in sys.stdin:
-        operation, directory = line.split()
+        operation, directory = line.rstrip("\n").split("\t")
         child = os.fork()
         if child == 0:
             # Where the kernel allows tracing only to parents, let strace, a sister, be one.
             ctypes.CDLL(None).prctl(_SET_PTRACER, _ANY, 0, 0, 0)
             print(os.getpid(), flush=True)
             os.read(0, 1)
-            OPERATIONS[operation](Path(directory))
-            os._exit(0)
+            os._exit(attempt(operation, Path(directory)))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

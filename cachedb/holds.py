@@ -1,0 +1,115 @@
+"""Holds that outlive the process that takes them: until their time is over, or until they are released.
+
+The leases of such a hold have its id where others have their session. Nothing but the clock of the host says
+when it is over: one that is set back keeps the blobs longer, one that is set forward less long.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select
+
+from cachedb.errors import CacheError, NotInCache
+from cachedb.models import Blob, Hold, Lease
+from cachedb.reference import Digest, shorten
+
+__all__ = ["HoldInfo", "add", "forget", "holds", "is_id", "lapsed", "release"]
+
+_LIMIT = timedelta(days=36_525)
+_BATCH = 500  # ids in one statement, of which SQLite takes so many
+
+
+class HoldInfo(NamedTuple):
+    """A hold that outlives the process that took it."""
+
+    id: str
+    name: str  # the image or digest that was named
+    blobs: int
+    size: int  # bytes of the blobs
+    created_at: datetime  # UTC
+    expires_at: datetime | None  # UTC; None for one that lasts until it is released
+
+
+def add(connection: Connection, name: str, digests: Iterable[Digest], seconds: float | None) -> str:
+    """Hold digests for a number of seconds, or until they are released; return the hold's id.
+
+    Raises:
+        CacheError: if the time is over at once, or more than a hundred years.
+    """
+    now = datetime.now(UTC)
+    # Compared as a number: a timedelta of the largest float there is cannot be made.
+    if seconds is not None and not 0 < seconds <= _LIMIT.total_seconds():
+        raise CacheError(f"{seconds:g} seconds is no time to hold anything for: leave it out to hold until released")
+    expires_at = None if seconds is None else now + timedelta(seconds=seconds)
+    hold = f"hold-{secrets.token_hex(6)}"
+    connection.execute(insert(Hold).values(id=hold, name=name, created_at=now, expires_at=expires_at))
+    rows = [{"digest": digest, "session": hold, "hold": 0} for digest in digests]
+    if rows:
+        connection.execute(insert(Lease), rows)
+    return hold
+
+
+def is_id(text: str) -> bool:
+    """Say whether a text has the form of a hold's id."""
+    return re.fullmatch("hold-[0-9a-f]{12}", text) is not None
+
+
+def holds(connection: Connection) -> list[HoldInfo]:
+    """Return the holds that last, the oldest first."""
+    query = (
+        select(
+            Hold.id,
+            Hold.name,
+            func.count(Lease.digest),
+            func.coalesce(func.sum(Blob.size), 0),
+            Hold.created_at,
+            Hold.expires_at,
+        )
+        .outerjoin(Lease, Lease.session == Hold.id)
+        .outerjoin(Blob, Blob.digest == Lease.digest)
+        .where(_lasts())
+        .group_by(Hold.id)
+        .order_by(Hold.created_at, Hold.id)
+    )
+    return [HoldInfo(*row) for row in connection.execute(query)]
+
+
+def release(connection: Connection, *wanted: str) -> int:
+    """End holds by their ids, or all holds of names; return how many there were.
+
+    Raises:
+        NotInCache: if there is none of an id or a name.
+    """
+    found: set[str] = set()
+    for text in wanted:
+        column = Hold.id if is_id(text) else Hold.name
+        ids = set(connection.execute(select(Hold.id).where(_lasts(), column == text)).scalars())
+        if not ids:
+            raise NotInCache(f"{shorten(text)} is neither a hold nor held; `cachedb holds` lists what is")
+        found |= ids
+    forget(connection, found)
+    return len(found)
+
+
+def lapsed(connection: Connection) -> set[str]:
+    """Return what has leases and is no hold that lasts: sessions, alive or not, and holds whose time is over."""
+    lasting = select(Hold.id).where(Hold.id == Lease.session, _lasts()).exists()
+    return set(connection.execute(select(Lease.session).where(~lasting).distinct()).scalars())
+
+
+def forget(connection: Connection, sessions: Iterable[str]) -> None:
+    """Delete the leases of sessions and holds, and the holds."""
+    gone = list(sessions)
+    for start in range(0, len(gone), _BATCH):
+        part = gone[start : start + _BATCH]
+        connection.execute(delete(Lease).where(Lease.session.in_(part)))
+        connection.execute(delete(Hold).where(Hold.id.in_(part)))
+
+
+def _lasts() -> ColumnElement[bool]:
+    return or_(Hold.expires_at.is_(None), Hold.expires_at > datetime.now(UTC))

@@ -1,0 +1,73 @@
+"""Single flight: of all on this host who want the same thing made, one makes it and the others wait for it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from cachedb import locks
+from cachedb.errors import CacheError, os_errors
+
+__all__ = ["once", "sweep"]
+
+T = TypeVar("T")
+
+_SUFFIX = ".producing"
+_mine = threading.local()
+os.register_at_fork(after_in_child=lambda: _mine.__dict__.clear())  # what its parent makes is not its own
+
+
+@contextmanager
+def once(directory: Path, key: str, find: Callable[[], T | None]) -> Iterator[T | None]:
+    """Give the block what ``find`` returns, or None and the right to make it; who else wants it waits for the block.
+
+    The right is a lock, which the kernel takes from a process that dies.
+
+    Args:
+        directory: of the cache.
+        key: what is wanted.
+        find: returns it, or None if it is not there.
+
+    Raises:
+        CacheError: if this thread has the right already: it would wait for itself.
+    """
+    found = find()
+    if found is not None:
+        yield found
+        return
+    path = directory / "locks" / f"{hashlib.sha256(key.encode()).hexdigest()}{_SUFFIX}"
+    making: set[Path] = _mine.__dict__.setdefault("making", set())
+    if path in making:
+        raise CacheError(f"{key} is being made by this thread already, which would wait for itself")
+    with os_errors(f"wait for whoever makes {key}"):
+        lock = locks.acquire(path)
+        assert lock is not None
+    try:
+        found = find()
+        if found is None:
+            making.add(path)
+            yield None
+            return
+    finally:
+        making.discard(path)
+        if not lock.closed:  # in a forked child it is, and the right is its parent's
+            with suppress(OSError):  # the next open removes it
+                path.unlink()
+            locks.release(lock)
+    yield found
+
+
+def sweep(directory: Path) -> None:
+    """Remove what processes that were killed while they made something have left."""
+    for name in os.listdir(directory / "locks"):
+        if name.endswith(_SUFFIX):
+            path = directory / "locks" / name
+            lock = locks.acquire(path, wait=False)
+            if lock is not None:
+                path.unlink(missing_ok=True)
+                locks.release(lock)

@@ -1,0 +1,378 @@
+"""Verification: is the index sound, are the files what their names say, do the two agree; and repair of all three.
+
+What looks wrong without the write lock may only be on its way from one right state to another, so each blob that is
+suspected is looked at again under the lock before it is reported, and all else before it is repaired. Repair destroys
+nothing: what is not what its name says is moved to ``quarantine/``, and a good file that no row knows becomes a blob of
+the cache; a manifest among them becomes an image, and the rest is for `gc` to take.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from cachedb import collection, images, rebuild
+from cachedb.blobs import BATCH, CHUNK, Received, blob_path, on_disk, set_stored, stored
+from cachedb.database import Database, quarantine_path, sync_folder
+from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
+from cachedb.models import Blob, Image, Trash
+from cachedb.oci import DOCUMENT_LIMIT
+from cachedb.reference import Digest, Name, split_digest
+from cachedb.sessions import Session
+
+__all__ = ["KINDS", "Problem", "Verification", "verify"]
+
+KINDS = ("missing", "corrupt", "wrong_size", "orphan", "index")
+"""A stored blob has no file; a file has another content than its name says; a file has another size than its row;
+a file has no row; the index is damaged, or says something else than a manifest."""
+
+_TOGETHER = 64  # files, of which none is large, that one thread hashes in one go
+
+
+class Problem(NamedTuple):
+    """Something wrong, and what was done about it."""
+
+    kind: str  # one of KINDS
+    digest: Digest | None  # of the blob, where it is about one
+    path: Path | None  # of the file, where it is about one
+    detail: str
+    repair: str | None  # what was done; None if nothing was, or can be
+
+
+class Verification(NamedTuple):
+    """What a verification found."""
+
+    checked: int  # files
+    problems: list[Problem]
+
+
+class Content(NamedTuple):
+    """What reading a file gave, and which file that was."""
+
+    file: tuple[int, int]  # inode, and time of its last change in ns
+    size: int  # bytes
+    digest: Digest | None  # None where it could not be read
+    detail: str
+
+
+Progress = Callable[[int, int], None]
+
+
+def verify(
+    database: Database, session: Session, *, quick: bool, repair: bool, progress: Progress | None = None
+) -> Verification:
+    """Check a cache, and repair it if asked to.
+
+    Args:
+        database: of the cache.
+        session: to work in.
+        quick: look at the presence and size of the files only, and not into them.
+        repair: put right what can be.
+        progress: is told how far the reading is, in bytes; from any thread, one call at a time.
+
+    Raises:
+        StorageError: if the cache cannot be read or, to repair it, written to.
+    """
+    if repair and database.read_only:
+        raise StorageError("cannot repair the cache: it can only be read")
+    problems = [Problem("index", None, database.path, fault, None) for fault in database.faults(quick=quick)]
+    if problems and repair:
+        lost = rebuild.rebuild(database, session.new_path())
+        problems = [problem._replace(repair="the index was rebuilt") for problem in problems]
+        problems += [Problem("index", None, database.path, line, None) for line in lost]
+    files, strays = on_disk(database.directory)
+    if problems and not repair:
+        # Nothing the index says can be relied on; the names of the files still say what is in them.
+        contents = {} if quick else _read(database.directory, files, progress)
+        return Verification(len(files), problems + list(_altered(database.directory, contents)))
+    rows = _rows(database)
+    odd = {digest for digest in files.keys() | rows.keys() if files.get(digest) != rows.get(digest)}
+    # What repair moves or adopts it has read: a row may have the wrong size, and the file be good.
+    wanted = files.keys() if not quick else files.keys() & odd if repair else set()
+    contents = _read(database.directory, {digest: files[digest] for digest in wanted}, progress)
+    odd.update(digest for digest, content in contents.items() if content.digest != digest)
+    problems += _settle_strays(database, strays, repair=repair)
+    suspects = sorted(odd)
+    for start in range(0, len(suspects), BATCH):
+        part = {digest: contents.get(digest) for digest in suspects[start : start + BATCH]}
+        problems += _settle(database, part, repair=repair)
+    if repair and suspects:
+        collection.empty_trash(database)
+        adopted = {problem.digest for problem in problems if problem.kind == "orphan" and problem.repair}
+        with database.write() as connection:
+            orphans = {digest: files[digest] for digest in adopted if digest in files}
+            named = {name.digest: name for name in rebuild.name_unnamed(connection, database.directory, orphans)}
+        problems = [
+            problem._replace(repair=f"it is {named[problem.digest]} now") if problem.digest in named else problem
+            for problem in problems
+        ]
+    if not quick:
+        bad = {problem.digest for problem in problems if problem.kind != "orphan" and problem.digest}
+        problems += _settle_images(database, bad, repair=repair)
+    return Verification(len(files), problems)
+
+
+def _altered(directory: Path, contents: dict[Digest, Content]) -> Iterator[Problem]:
+    for digest, content in contents.items():
+        if content.digest != digest:
+            yield Problem("corrupt", digest, blob_path(directory, digest), content.detail, None)
+
+
+def _rows(database: Database) -> dict[Digest, int]:
+    with database.read() as connection:
+        query = select(Blob.digest, Blob.size).where(Blob.stored_at.is_not(None))
+        return {Digest(digest): size for digest, size in connection.execute(query)}
+
+
+def _read(directory: Path, files: dict[Digest, int], progress: Progress | None) -> dict[Digest, Content]:
+    """Read files, several at once; those that are gone meanwhile are left out."""
+    total, done, guard = sum(files.values()), 0, threading.Lock()
+    stopped = threading.Event()
+
+    def add(count: int) -> None:
+        nonlocal done
+        if stopped.is_set():
+            raise CacheError("the verification was stopped")
+        if progress is not None:
+            with guard:
+                done += count
+                progress(done, total)
+
+    def read(digests: list[Digest]) -> list[tuple[Digest, Content]]:
+        buffer = memoryview(bytearray(CHUNK))
+        found = ((digest, _content(blob_path(directory, digest), digest, buffer, add)) for digest in digests)
+        return [(digest, content) for digest, content in found if content]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            work = [pool.submit(read, part) for part in _parts(files)]
+            return {digest: content for future in work for digest, content in future.result()}
+        except BaseException:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _parts(files: dict[Digest, int]) -> Iterator[list[Digest]]:
+    """Divide files into what is read in one go: the large ones first and alone, so that all threads end together."""
+    part: list[Digest] = []
+    for digest in sorted(files, key=lambda digest: -files[digest]):
+        part.append(digest)
+        if len(part) == _TOGETHER or files[digest] > CHUNK:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _content(path: Path, digest: Digest, buffer: memoryview, add: Callable[[int], None]) -> Content | None:
+    """Read a file to its end; None if there is none."""
+    algorithm, _ = split_digest(digest)
+    hasher, size = hashlib.new(algorithm), 0
+    identity = (0, 0)
+    try:
+        identity = _identity(path.lstat())  # also of a file that cannot be opened
+        with path.open("rb", buffering=0) as file:
+            identity = _identity(os.fstat(file.fileno()))
+            while count := file.readinto(buffer):
+                hasher.update(buffer[:count])
+                size += count
+                add(count)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise StorageError(f"cannot read a blob: {explain(error)}") from error  # that says nothing of the file
+        return Content(identity, size, None, f"it cannot be read: {explain(error)}")
+    found = Digest(f"{algorithm}:{hasher.hexdigest()}")
+    return Content(identity, size, found, f"its content has digest {found}")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_ino, status.st_mtime_ns
+
+
+def _settle(database: Database, suspects: dict[Digest, Content | None], *, repair: bool) -> list[Problem]:
+    """Look at blobs again, under the lock if there can be writers; report what is wrong indeed, and repair it."""
+    problems = []
+    with database.read() if database.read_only else database.write() as connection:
+        rows = stored(connection, suspects)
+        leaving = set(connection.execute(select(Trash.digest).where(Trash.digest.in_(suspects))).scalars())
+        for digest, content in suspects.items():
+            path = blob_path(database.directory, digest)
+            status = _status(path)
+            if content and (status is None or content.file != _identity(status)):
+                content = None  # another file is there now
+            if digest in leaving and digest not in rows:
+                continue  # it is being collected
+            kind, detail = _judge(digest, rows.get(digest), status, content)
+            if kind:
+                done = _REPAIRS[kind](connection, database.directory, digest, content) if repair else None
+                problems.append(Problem(kind, digest, path, detail, done))
+    return problems
+
+
+def _judge(digest: Digest, size: int | None, status: os.stat_result | None, content: Content | None) -> tuple[str, str]:
+    """Return the kind and detail of what is wrong with a blob: its size in the index, its file, what was read of it."""
+    if size is not None and status is None:
+        return "missing", "the index says that it is stored, and there is no file"
+    if size is not None and status and status.st_size != size:
+        return "wrong_size", f"the file has {status.st_size} bytes, and should have {size}"
+    if content and content.digest != digest:
+        return "corrupt", content.detail
+    if size is None and status:
+        return "orphan", "the index does not know this file"
+    return "", ""
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _adopt(connection: Connection, directory: Path, digest: Digest, content: Content | None) -> str | None:
+    if content is None:
+        return None  # it came since: another look will tell
+    path = blob_path(directory, digest)
+    path.chmod(0o444)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
+    set_stored(connection, [Received(digest, content.size, None)])
+    if content.size <= DOCUMENT_LIMIT:
+        images.associate_waiting(connection, directory, [digest])
+    return "it is a blob of the cache now"
+
+
+def _unstore(connection: Connection, _directory: Path, digest: Digest, _content: Content | None = None) -> str:
+    connection.execute(update(Blob).where(Blob.digest == digest).values(stored_at=None))
+    return "it is not called stored any more: import or pull it again"
+
+
+def _put_aside(connection: Connection, directory: Path, digest: Digest, _content: Content | None) -> str:
+    path = blob_path(directory, digest)
+    kept = quarantine_path(directory, digest.replace(":", "-"))
+    if digest not in stored(connection, [digest]):
+        path.rename(kept)
+        sync_folder(path.parent)
+        sync_folder(kept.parent)
+    else:
+        # A second name; the first goes by way of the trash, once the row is gone for good.
+        os.link(path, kept)
+        sync_folder(kept.parent)
+        connection.execute(delete(Trash).where(Trash.digest == digest))
+        connection.execute(insert(Trash).values(digest=digest, size=path.stat().st_size))
+        _unstore(connection, directory, digest)
+    return f"moved to quarantine/{kept.name}: import or pull it again"
+
+
+def _resize(connection: Connection, directory: Path, digest: Digest, content: Content | None) -> str | None:
+    if content is None:
+        return None  # it came since: another look will tell
+    if content.digest != digest:
+        return _put_aside(connection, directory, digest, content)
+    set_stored(connection, [Received(digest, content.size, None)])
+    return "the file is good, and the index says its size now"
+
+
+_REPAIRS: dict[str, Callable[[Connection, Path, Digest, Content | None], str | None]] = {
+    "missing": _unstore,
+    "corrupt": _put_aside,
+    "wrong_size": _resize,
+    "orphan": _adopt,
+}
+
+
+def _settle_strays(database: Database, strays: Iterable[Path], *, repair: bool) -> Iterator[Problem]:
+    """Report what is no blob and lies in ``blobs/``, and move it away."""
+    for path in strays:
+        done = None
+        if repair:
+            with database.write():
+                if not os.path.lexists(path):
+                    continue
+                kept = quarantine_path(database.directory, path.name)
+                path.rename(kept)
+                sync_folder(path.parent)
+                sync_folder(kept.parent)
+            done = f"moved to quarantine/{kept.name}"
+        yield Problem("orphan", None, path, "it is no blob: its name is not a digest's, or it is no file", done)
+
+
+def _settle_images(database: Database, bad: set[Digest], *, repair: bool) -> Iterator[Problem]:
+    """Report where the index says something else of an image than its manifests, but for those known to be bad."""
+    with database.read() as connection:
+        ids = list(connection.execute(select(Image.id).order_by(Image.id)).scalars())
+    for image_id in ids:
+        with database.read() as connection:
+            spoiled = bool(bad) and _is_spoiled(connection, database.directory, image_id, bad)
+            found = [] if spoiled else _contradictions(connection, database.directory, image_id, bad)
+        if not repair or not (found or spoiled):
+            yield from found
+            continue
+        with database.write() as connection:
+            found = _contradictions(connection, database.directory, image_id, bad)
+            if found:
+                images.reassociate(connection, database.directory, image_id)
+                left = _contradictions(connection, database.directory, image_id, bad)
+                done = "the index says what the manifest says now"
+                found = [problem if problem in left else problem._replace(repair=done) for problem in found]
+                if spoiled:
+                    found = left  # that the index says more than the manifests that are left is no fault of its own
+        yield from found
+
+
+def _is_spoiled(connection: Connection, directory: Path, image_id: int, bad: set[Digest]) -> bool:
+    contents = images.image_blobs(connection, directory, image_id)
+    return any(blob.digest in bad and blob.role in ("manifest", "index") for blob in contents)
+
+
+def _contradictions(connection: Connection, directory: Path, image_id: int, bad: set[Digest]) -> list[Problem]:
+    """Compare what the index says of an image with its manifests."""
+    name = connection.execute(select(Image.repository, Image.reference).where(Image.id == image_id)).first()
+    if name is None:
+        return []  # removed since
+    image = Name(*name)
+    root = images.root_of(connection, image_id)
+    if root.digest not in stored(connection, [root.digest]):
+        return []  # there is nothing to compare with
+
+    def problem(digest: Digest, detail: str) -> Problem:
+        return Problem("index", digest, blob_path(directory, digest), f"{image}: {detail}", None)
+
+    problems = []
+    try:
+        closure = images.closure(connection, directory, root)
+    except NotInCache:
+        return []  # its file is missing, or was collected since
+    except InvalidManifest as error:
+        problems.append(problem(root.digest, str(error)))
+        try:
+            closure = images.closure(connection, directory, root, strict=False)
+        except CacheError:
+            return problems
+    contents = images.image_blobs(connection, directory, image_id)
+    said = [(blob.digest, blob.role, blob.media_type) for blob in contents[: len(closure)]]
+    if said != [(blob.digest, blob.role, blob.media_type) for blob in closure]:
+        problems.append(problem(root.digest, "it is not associated with the blobs that its manifest names"))
+    sizes = {blob.digest: blob.size for blob in contents if blob.stored and blob.digest not in bad}
+    for blob in closure:
+        if sizes.get(blob.digest, blob.size) != blob.size:
+            lie = f"its manifest says that {blob.digest} is {blob.size} bytes; it is {sizes[blob.digest]}"
+            problems.append(problem(blob.digest, lie))
+    return problems

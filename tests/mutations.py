@@ -1,0 +1,154 @@
+"""Take out one line that keeps a promise, and see that a test fails: `python -m tests.mutations`.
+
+Each mutation is made in a copy of the checkout, and the tests that should notice are run there. One that nothing
+notices is a gap in the tests, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+TIMEOUT = 600  # seconds
+
+
+class Mutation(NamedTuple):
+    """A protection, and what is there without it."""
+
+    what: str
+    file: str
+    line: str  # as it is; must occur once
+    without: str
+    tests: str  # that should fail: pytest's arguments
+
+
+POWER = "tests/test_powercuts.py"
+MUTATIONS = [
+    # Blobs
+    Mutation("content is verified", "cachedb/blobs.py", "if digest is not None and actual != digest:", "if False:", "tests/test_blobs.py"),
+    Mutation("content is synced before it has its name", "cachedb/blobs.py", "                os.fsync(target)\n", "", POWER),
+    Mutation("the record in ingest/ is synced before blobs/ changes", "cachedb/blobs.py", "            sync_folder(session.folder)\n", "            pass\n", POWER),
+    Mutation("names in blobs/ are synced before their rows", "cachedb/blobs.py", "            for folder in {target.parent for target in targets.values()}:\n                sync_folder(folder)\n", "", POWER),
+    Mutation("a publication that failed is taken back", "cachedb/blobs.py", "            retract(database, session.folder, [path.name for path in files])\n", "            pass\n", "tests/test_blobs.py tests/test_cache.py"),
+    Mutation("only what is not stored is published", "cachedb/blobs.py", "known = intact(connection, database.directory, [blob.digest for blob in files.values()])", "known = {}", "tests/test_blobs.py tests/test_interleavings.py"),
+    Mutation("a damaged file is replaced", "cachedb/blobs.py", "known = intact(connection, database.directory, [blob.digest for blob in files.values()])", "known = stored(connection, [blob.digest for blob in files.values()])", "tests/test_blobs.py tests/test_cache.py"),
+    Mutation("a retraction is synced", "cachedb/blobs.py", "            for parent in {path.parent for path in orphans}:\n                sync_folder(parent)\n", "", POWER),
+    Mutation("a retraction passes over what is stored", "cachedb/blobs.py", "            known = stored(connection, published.values())\n", "            known = {}\n", "tests/test_blobs.py tests/test_sessions.py tests/test_collection.py tests/test_crashes.py"),
+    # Collection
+    Mutation("what is leased is not collected", "cachedb/collection.py", "    ~select(Lease.digest).where(Lease.digest == Blob.digest).exists(),\n", "", "tests/test_collection.py"),
+    Mutation("what is referred to is not collected", "cachedb/collection.py", "    ~select(ImageBlob.blob_id).where(ImageBlob.blob_id == Blob.id).exists(),\n", "", "tests/test_collection.py"),
+    Mutation("what was stored again is not moved to the trash", "cachedb/collection.py", "            again = stored(connection, digests)\n", "            again = {}\n", "tests/test_collection.py tests/test_interleavings.py"),
+    Mutation("the removal from blobs/ is synced before the note of it goes", "cachedb/collection.py", "            for folder in {path.parent for path in paths.values()}:\n                sync_folder(folder)\n", "", POWER),
+    Mutation("a file is noted in the trash before it is unlinked", "cachedb/collection.py", '            connection.execute(insert(Trash), [{"digest": row.digest, "size": row.size} for row in files])\n', "            pass\n", "tests/test_collection.py"),
+    Mutation("the commit that forgets comes before the unlinking", "cachedb/collection.py", "        files = [row for row in connection.execute(statement).all() if row.stored_at is not None]\n", "        files = [row for row in connection.execute(statement).all() if row.stored_at is not None]\n        for row in files:\n            blob_path(__import__('pathlib').Path(connection.engine.url.database).parent, Digest(row.digest)).unlink(missing_ok=True)\n", "tests/test_crashes.py tests/test_interleavings.py"),
+    Mutation("dead sessions' leases are swept", "cachedb/collection.py", "            holds.forget(connection, gone)\n", "            pass\n", "tests/test_collection.py tests/test_sessions.py"),
+    Mutation("dead sessions' publications are taken back", "cachedb/collection.py", "                retract(database, folder, os.listdir(folder))\n", "", "tests/test_collection.py tests/test_crashes.py"),
+    # Sessions
+    Mutation("a session's folder is synced", "cachedb/sessions.py", '                        sync_folder(self._database.directory / "ingest")\n', "", POWER),
+    Mutation("a live session is not swept away", "cachedb/sessions.py", "        if lock is None:\n            continue\n", "        if lock is None:\n            lock = locks.acquire(path.with_suffix('.x'))\n            assert lock\n", "tests/test_sessions.py tests/test_collection.py"),
+    # The database
+    Mutation("writers queue at a lock file", "cachedb/database.py", "locks.in_turn(self.write_lock) as turn:", "locks.in_turn(self.write_lock.with_suffix(f'.{os.getpid()}')) as turn:", "tests/test_database.py"),
+    Mutation("a write transaction is one from its beginning", "cachedb/database.py", 'cachedb_begin="BEGIN IMMEDIATE"', 'cachedb_begin="BEGIN"', "tests/test_database.py tests/test_locks.py"),
+    Mutation("commits are synced", "cachedb/database.py", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = NORMAL"', POWER),
+    Mutation("foreign keys are enforced", "cachedb/database.py", '            connection.execute("PRAGMA foreign_keys = ON")\n', "", "tests/test_database.py tests/test_schema.py"),
+    Mutation("a newer schema is not written to", "cachedb/database.py", "            if revision != REVISION:\n", "            if False:\n", "tests/test_schema.py"),
+    Mutation("a new cache's folders are synced", "cachedb/database.py", '                sync_folder(self.directory / "blobs")\n                sync_folder(self.directory)\n', "                pass\n", POWER),
+    Mutation("a commit that was cut off is made sure of", "cachedb/database.py", "        if turn.marked:\n", "        if False:\n", "tests/test_database.py tests/test_locks.py"),
+    Mutation("a commit is marked before it begins", "cachedb/database.py", "        turn.mark()\n", "", "tests/test_database.py tests/test_locks.py"),
+    Mutation("an index that was replaced is not written to", "cachedb/database.py", "        if connection.file != self._file():\n", "        if False:\n", "tests/test_rebuild.py tests/test_verify.py"),
+    # Locks
+    Mutation("a lock file that was unlinked is not the lock", "cachedb/locks.py", "        if os.fstat(file.fileno()).st_nlink:\n", "        if True:\n", "tests/test_locks.py tests/test_sessions.py"),
+    Mutation("connections are closed before a fork", "cachedb/locks.py", "            closable.close()\n", "            pass\n", "tests/test_database.py tests/test_locks.py tests/test_processes.py"),
+    Mutation("a forked child lets go of its parent's locks", "cachedb/locks.py", "    for file in list(_files):\n        _close(file)\n", "", "tests/test_locks.py tests/test_sessions.py"),
+    Mutation("who asked first is first", "cachedb/locks.py", "        _await_turn(queue, path, number)\n", "", "tests/test_locks.py"),
+    Mutation("who is stopped while waiting is passed over", "cachedb/locks.py", "                    _write(queue, _SERVED, served + 1)\n", "                    pass\n", "tests/test_locks.py"),
+    Mutation("who is served late does not put the numbers back", "cachedb/locks.py", "max(number, _read(queue, _SERVED))", "number", "tests/test_locks.py"),
+    Mutation("a full disk has a reserve", "cachedb/database.py", "                return (again or work)()\n", "                pass\n", "tests/test_limits.py"),
+    # What callers see
+    Mutation("what is imported and stored is held", "cachedb/cache.py", "                return self._session.lease(connection, blobs.intact(connection, self.directory, there))\n", "                return Hold('', 0, frozenset(blobs.intact(connection, self.directory, there)))\n", "tests/test_cache.py tests/test_interleavings.py tests/test_sessions.py"),
+    Mutation("a blob is leased until its image is saved", "cachedb/cache.py", "                        hold = self._session.lease(connection, [received.digest])\n", "                        pass\n", "tests/test_cache.py tests/test_sessions.py"),
+    Mutation("what is exported is held", "cachedb/cache.py", "            hold = NO_HOLD if read_only else self._session.lease(connection, digests)\n", "            hold = NO_HOLD\n", "tests/test_cache.py tests/test_interleavings.py"),
+    Mutation("one of many makes an image", "cachedb/producing.py", "        found = find()\n        if found is None:\n            making.add(path)\n", "        found = None\n        if found is None:\n            making.add(path)\n", "tests/test_producing.py"),
+    Mutation("an export is synced before it has its name", "cachedb/export.py", "            os.fsync(file.fileno())\n", "            pass\n", "tests/test_export.py"),
+    # Verification
+    Mutation("an interrupt stops the threads", "cachedb/verify.py", "            stopped.set()\n", "", "tests/test_verify.py"),
+    Mutation("what was found without the lock is looked at again", "cachedb/verify.py", "            if content and (status is None or content.file != _identity(status)):\n", "            if False:\n", "tests/test_verify.py"),
+    Mutation("what is being collected is no orphan", "cachedb/verify.py", "            if digest in leaving and digest not in rows:\n", "            if False:\n", "tests/test_verify.py"),
+    Mutation("a damaged file is kept in quarantine/", "cachedb/verify.py", "        os.link(path, kept)\n", "", "tests/test_verify.py tests/test_crashes.py"),
+    Mutation("an old WAL is not applied to a new index", "cachedb/rebuild.py", '    for suffix in ("", "-wal"):\n', '    for suffix in ("",):\n', "tests/test_rebuild.py"),
+    Mutation("an old index's shared memory is not the new one's", "cachedb/rebuild.py", '    database.path.with_name("index.db-shm").unlink(missing_ok=True)\n', "", "tests/test_rebuild.py"),
+    Mutation("a new index is among the backups before the old one goes", "cachedb/rebuild.py", "    new.rename(backup)\n", "    backup = new\n", "tests/test_rebuild.py tests/test_crashes.py"),
+]  # fmt: skip
+
+
+def survived(mutation: Mutation, scratch: Path) -> tuple[str | None, float]:
+    """Return the test that noticed, or None; and the seconds it took."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        Path(name).chmod(0o755)  # some tests are another user for a while
+        copy = Path(name) / "checkout"
+        ignored = shutil.ignore_patterns(".git", ".venv", "*_cache", "__pycache__", ".hypothesis")
+        shutil.copytree(CHECKOUT, copy, ignore=ignored)
+        file = copy / mutation.file
+        text = file.read_text()
+        if text.count(mutation.line) != 1:
+            raise SystemExit(f"{mutation.what}: {mutation.file} has this line {text.count(mutation.line)} times")
+        file.write_text(text.replace(mutation.line, mutation.without))
+        # The copy comes before an installed package, in each process that a test starts as well.
+        environment = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": name}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
+        try:
+            done = subprocess.run(
+                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return "a test that did not come to its end", time.monotonic() - began
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{mutation.what}: pytest failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return (found[1] if found else "a test") if done.returncode else None, time.monotonic() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.partition(":")[0])
+    parser.add_argument("words", nargs="*", help="only mutations that have one of these words")
+    parser.add_argument("--every", type=int, default=1, help="only every so-manieth mutation (1)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutations at a time")
+    parser.add_argument("--control", action="store_true", help="first see that the tests pass with nothing taken out")
+    options = parser.parse_args()
+    chosen = [
+        mutation
+        for mutation in MUTATIONS[:: options.every]
+        if not options.words or any(word in f"{mutation.what} {mutation.file}" for word in options.words)
+    ]
+    gaps = 0
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
+        Path(scratch).chmod(0o755)
+        if options.control:
+            tests = " ".join(sorted({test for mutation in chosen for test in mutation.tests.split()}))
+            control = Mutation("nothing", "README.md", "# cachedb\n", "# cachedb\n", tests)
+            failed, seconds = survived(control, Path(scratch))
+            print(f"{'nothing':64} {seconds:4.0f} s  {failed or 'all tests pass'}", flush=True)
+            if failed:
+                return 1
+        for mutation, (test, seconds) in zip(
+            chosen, pool.map(lambda mutation: survived(mutation, Path(scratch)), chosen), strict=True
+        ):
+            gaps += test is None
+            print(f"{mutation.what:64} {seconds:4.0f} s  {test or 'NOTHING NOTICED'}", flush=True)
+    print(f"{len(chosen)} mutations, {gaps} that nothing noticed")
+    return 1 if gaps else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
