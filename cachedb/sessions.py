@@ -12,6 +12,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from cachedb.errors import CacheError, InvalidDigest, os_errors
 from cachedb.models import Lease
 from cachedb.reference import Digest, parse_digest
 
-__all__ = ["Hold", "Session", "dead_sessions", "locked_sessions", "received_digest"]
+__all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "received_digest"]
 
 _SUFFIX = ".session"
 
@@ -56,6 +57,16 @@ def received_digest(name: str) -> Digest | None:
         return parse_digest(name.partition(".")[2].replace("-", ":"))
     except InvalidDigest:
         return None
+
+
+def half_published(directory: Path) -> set[Digest]:
+    """Return the digests in all sessions' folders: what a process that died in a publication has left is among them."""
+    folders = [entry.path for entry in os.scandir(directory / "ingest") if entry.is_dir(follow_symlinks=False)]
+    found: set[Digest] = set()
+    for folder in folders:
+        with suppress(FileNotFoundError):
+            found.update(digest for name in os.listdir(folder) if (digest := received_digest(name)))
+    return found
 
 
 class Session:

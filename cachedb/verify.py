@@ -27,7 +27,7 @@ from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError
 from cachedb.models import Blob, Image, Trash
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.reference import Digest, Name, split_digest
-from cachedb.sessions import Session
+from cachedb.sessions import Session, half_published
 
 __all__ = ["KINDS", "Problem", "Verification", "verify"]
 
@@ -206,14 +206,17 @@ def _settle(database: Database, suspects: dict[Digest, Content | None], *, repai
     problems = []
     with database.read() if database.read_only else database.write() as connection:
         rows = stored(connection, suspects)
-        leaving = set(connection.execute(select(Trash.digest).where(Trash.digest.in_(suspects))).scalars())
+        # Files without a row, and no orphans: they are being collected, or the next open takes them back.
+        passing = half_published(database.directory)
+        leaving = select(Trash.digest).where(Trash.digest.in_(suspects))
+        passing.update(map(Digest, connection.execute(leaving).scalars()))
         for digest, content in suspects.items():
             path = blob_path(database.directory, digest)
             status = _status(path)
             if content and (status is None or content.file != _identity(status)):
                 content = None  # another file is there now
-            if digest in leaving and digest not in rows:
-                continue  # it is being collected
+            if digest in passing and digest not in rows:
+                continue
             kind, detail = _judge(digest, rows.get(digest), status, content)
             if kind:
                 done = _REPAIRS[kind](connection, database.directory, digest, content) if repair else None

@@ -168,8 +168,13 @@ def main() -> int:
     interval = 3 if sys.stdout.isatty() else 60
     printed = time.monotonic()
 
+    seen: set[str] = set()
+
     def progress(result: soak.Result) -> None:
         nonlocal printed
+        for text in result.violations.keys() - seen:
+            seen.add(text)
+            print(f"violation: {text}", flush=True)
         if time.monotonic() - printed >= interval:
             printed = time.monotonic()
             done = sum(result.operations.values())

@@ -399,6 +399,21 @@ def test_a_file_that_is_being_published_is_no_orphan(
 
 
 @pytest.mark.parametrize("repair", [False, True])
+def test_a_file_whose_publication_was_killed_is_no_orphan_but_the_next_opens(cache: Cache, repair: bool) -> None:
+    folder = cache.directory / "ingest" / "1-abcdef"
+    folder.mkdir()
+    (cache.directory / "locks" / "1-abcdef.session").touch()
+    published = folder / f"2.{digest_of(b'half').replace(':', '-')}"
+    published.write_bytes(b"half")
+    os.link(published, path_of(cache, digest_of(b"half")))
+    assert cache.verify(repair=repair).problems == []
+    assert path_of(cache, digest_of(b"half")).exists()
+    Cache.open(cache.directory).close()
+    assert not path_of(cache, digest_of(b"half")).exists()
+    sound(cache)
+
+
+@pytest.mark.parametrize("repair", [False, True])
 def test_a_forgotten_blob_whose_file_is_still_there_is_no_orphan(cache: Cache, repair: bool) -> None:
     digest = add_orphan(cache, b"forgotten")
     shell(cache.directory, f"INSERT INTO trash VALUES ('{digest}', 9)")
