@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from sqlalchemy import Connection, func, select
 
-from cachedb import blobs, collection, holds, images, oci, producing, schema
+from cachedb import blobs, collection, configs, holds, images, oci, producing, schema
 from cachedb.blobs import Received
 from cachedb.collection import Collected
 from cachedb.database import Database, default_directory
@@ -558,6 +558,15 @@ class Cache:
             return Collected(sum(part.blobs for part in freed), sum(part.bytes for part in freed))
         with self._database.read() as connection:
             return collection.unreferenced(connection)
+
+    def get_labels(self, name: str | Name) -> dict[str, str]:
+        """Return an image's labels, as its config says; of an image for several platforms, those that all of them have.
+
+        Raises:
+            NotInCache: if there is no such image.
+        """
+        with self._database.read() as connection:
+            return configs.labels(connection, images.find(connection, Name.parse(name)).id)
 
     def get_stats(self) -> Stats:
         """Return the cache's totals."""

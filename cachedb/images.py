@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, bindparam, delete, func, insert, literal, select, update
+from sqlalchemy import Connection, Select, and_, bindparam, delete, func, insert, literal, or_, select, update
 
-from cachedb import blobs
+from cachedb import blobs, configs
 from cachedb.database import Database
 from cachedb.errors import (
     DamagedIndex,
@@ -24,6 +24,7 @@ from cachedb.errors import (
 )
 from cachedb.models import Blob, Image, ImageBlob
 from cachedb.oci import (
+    CONFIG_TYPES,
     DOCUMENT_LIMIT,
     Descriptor,
     descriptors,
@@ -73,11 +74,29 @@ class ImageInfo(NamedTuple):
     complete: bool  # whether every blob of the closure is stored
     created_at: datetime  # UTC; when the name came to point to this manifest
     last_used_at: datetime  # UTC
+    # As its config says; of an image for several platforms, what all of them have in common.
+    architecture: str | None
+    os: str | None
+    variant: str | None
+    created: datetime | None  # UTC; when it was built
+    author: str | None
 
     @property
     def name(self) -> Name:
         """The image's name."""
         return Name(self.repository, self.reference)
+
+
+_TOLD = (
+    Image.created_at,
+    Image.last_used_at,
+    Image.architecture,
+    Image.os,
+    Image.variant,
+    Image.created,
+    Image.author,
+)
+"""The columns at the end of an `ImageInfo`."""
 
 
 class BlobInfo(NamedTuple):
@@ -91,6 +110,8 @@ class BlobInfo(NamedTuple):
     stored: bool
     compressed: bool
     path: Path | None  # of the file, if it is stored; hold the image to keep it valid
+    diff_id: Digest | None  # of a layer: the digest before compression, as the config says
+    created_by: str | None  # of a layer: the command that made it, as the config says
 
     @property
     def is_config(self) -> bool:
@@ -167,15 +188,14 @@ def images(connection: Connection) -> list[ImageInfo]:
             Image.media_type,
             totals.c.size,
             totals.c.complete,
-            Image.created_at,
-            Image.last_used_at,
+            *_TOLD,
         )
         .join(Blob, Blob.id == Image.manifest_id)
         .join(totals, totals.c.image_id == Image.id)
         .order_by(Image.repository, Image.reference)
     )
     return [
-        ImageInfo(row[0], row[1], Digest(row[2]), row[3], int(row[4]), bool(row[5]), row[6], row[7])
+        ImageInfo(row[0], row[1], Digest(row[2]), row[3], int(row[4]), bool(row[5]), *row[6:])
         for row in connection.execute(query)
     ]
 
@@ -192,23 +212,23 @@ def image(connection: Connection, directory: Path, image_id: int) -> tuple[Image
         raise DamagedIndex("an image has no blobs in the index; `cachedb verify --repair` finds them")
     size = sum({blob.digest: blob.size for blob in contents}.values())
     complete = all(blob.stored for blob in contents)
-    return ImageInfo(row[0], row[1], Digest(row[2]), row[3], size, complete, row[4], row[5]), contents
+    return ImageInfo(row[0], row[1], Digest(row[2]), row[3], size, complete, *row[4:]), contents
 
 
 # To put a statement together takes longer than to execute it, and these two are executed under the write lock.
 
 
 @cache
-def _one_image() -> Select[Any, Any, Any, Any, Any, Any]:
-    columns = (Image.repository, Image.reference, Blob.digest, Image.media_type, Image.created_at, Image.last_used_at)
-    return select(*columns).join(Blob, Blob.id == Image.manifest_id).where(Image.id == bindparam("of"))
+def _one_image() -> Select[*tuple[Any, ...]]:
+    columns = (Image.repository, Image.reference, Blob.digest, Image.media_type)
+    return select(*columns, *_TOLD).join(Blob, Blob.id == Image.manifest_id).where(Image.id == bindparam("of"))
 
 
 @cache
-def _contents_of_one() -> Select[Any, Any, Any, Any, Any, Any]:
+def _contents_of_one() -> Select[*tuple[Any, ...]]:
     columns = (Blob.digest, Blob.size, ImageBlob.role, ImageBlob.media_type, ImageBlob.position, Blob.stored_at)
     return (
-        select(*columns)
+        select(*columns, ImageBlob.diff_id, ImageBlob.created_by)
         .join(Blob, Blob.id == ImageBlob.blob_id)
         .where(ImageBlob.image_id == bindparam("of"))
         .order_by(ImageBlob.position)
@@ -227,8 +247,10 @@ def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[
             stored_at is not None,
             is_compressed(media_type),
             blobs.blob_path(directory, Digest(digest)) if stored_at is not None else None,
+            diff_id,
+            created_by,
         )
-        for digest, size, role, media_type, position, stored_at in connection.execute(
+        for digest, size, role, media_type, position, stored_at, diff_id, created_by in connection.execute(
             _contents_of_one(), {"of": image_id}
         )
     ]
@@ -239,13 +261,13 @@ def publish(database: Database, session: Session, received: Iterable[blobs.Recei
     """Store received blobs as `blobs.publish` does; images that waited for one of them learn what it names."""
     received = list(received)
     with blobs.publish(database, session, received) as connection:
-        yield connection
         documents = [blob.digest for blob in received if blob.path is not None and blob.size <= DOCUMENT_LIMIT]
         associate_waiting(connection, database.directory, documents)
+        yield connection
 
 
 def associate_waiting(connection: Connection, directory: Path, digests: list[Digest]) -> None:
-    """Associate images that have one of the stored blobs as a child manifest with what it names."""
+    """Associate images that have one of the stored blobs as a child manifest, or a config, with what it says."""
     for image_id in _waiting(connection, digests):
         reassociate(connection, directory, image_id)
 
@@ -283,7 +305,7 @@ def root_of(connection: Connection, image_id: int) -> Descriptor:
 
 
 def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
-    """Return the images that have one of these as a child manifest."""
+    """Return the images that have one of these as a child manifest, or as a config."""
     found: set[int] = set()
     for start in range(0, len(digests), blobs.BATCH):
         query = (
@@ -291,8 +313,11 @@ def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
             .join(Blob, Blob.id == ImageBlob.blob_id)
             .where(
                 Blob.digest.in_(digests[start : start + blobs.BATCH]),
-                ImageBlob.role.in_(("manifest", "index")),
                 ImageBlob.position > 0,
+                or_(
+                    ImageBlob.role.in_(("manifest", "index")),
+                    and_(ImageBlob.role == "config", ImageBlob.media_type.in_(CONFIG_TYPES)),
+                ),
             )
         )
         found.update(connection.execute(query).scalars())
@@ -385,6 +410,7 @@ def _associate(
         connection.execute(delete(ImageBlob).where(ImageBlob.image_id == image_id))
         rows = [dict(zip(_ASSOCIATION, (image_id, position, *row), strict=True)) for position, row in enumerate(wanted)]
         connection.execute(insert(ImageBlob), rows)
+    configs.describe(connection, directory, image_id)
 
 
 def _blob_ids(connection: Connection, found: list[Descriptor], *, strict: bool) -> dict[Digest, int]:
@@ -452,13 +478,11 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     if target_id == image.id:
         return target_id
     connection.execute(delete(ImageBlob).where(ImageBlob.image_id == target_id))
-    columns = (ImageBlob.position, ImageBlob.blob_id, ImageBlob.role, ImageBlob.media_type)
-    connection.execute(
-        insert(ImageBlob).from_select(
-            _ASSOCIATION,
-            select(literal(target_id), *columns).where(ImageBlob.image_id == image.id),
-        )
-    )
+    copied = (*_ASSOCIATION[1:], "diff_id", "created_by")
+    columns = [getattr(ImageBlob, name) for name in copied]
+    query = select(literal(target_id), *columns).where(ImageBlob.image_id == image.id)
+    connection.execute(insert(ImageBlob).from_select(["image_id", *copied], query))
+    configs.copy(connection, image.id, target_id)
     return target_id
 
 

@@ -8,7 +8,7 @@ constraints a wrong value, whoever writes it.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sqlalchemy import (
     BigInteger,
@@ -28,10 +28,26 @@ from cachedb.errors import DamagedIndex
 from cachedb.oci import ROLES
 from cachedb.reference import HEX_LENGTH
 
-__all__ = ["REVISION", "Base", "Blob", "Hold", "Image", "ImageBlob", "Lease", "Trash", "UtcTime"]
+__all__ = [
+    "REVISION",
+    "TEXT_LIMIT",
+    "Backfill",
+    "Base",
+    "Blob",
+    "Hold",
+    "Image",
+    "ImageBlob",
+    "ImageLabel",
+    "Lease",
+    "Trash",
+    "UtcTime",
+]
 
-REVISION = "0002"
+REVISION = "0003"
 """The newest migration: the schema that these models describe."""
+
+TEXT_LIMIT = 65536
+"""Characters of a text that an image's config brings; a longer one is in the config alone."""
 
 # SQLite's STRICT tables know INTEGER (of 64 bits), and no BIGINT.
 _Integer = BigInteger().with_variant(Integer(), "sqlite")
@@ -69,6 +85,11 @@ def _is_digest(column: str) -> str:
 
 def _is_time(column: str) -> str:
     return f"{column} LIKE '____-__-__T__:__:__.______Z' AND ltrim({column}, '0123456789-T:.Z') = ''"
+
+
+def _checked(column: str, condition: str) -> Mapped[Any]:
+    """A column with its constraint beside it, as it is where it was added to a table."""
+    return mapped_column(CheckConstraint(condition, name=column))
 
 
 class Base(DeclarativeBase):
@@ -119,6 +140,12 @@ class Image(Base):
     media_type: Mapped[str]
     created_at: Mapped[datetime]  # when the name came to point to this manifest
     last_used_at: Mapped[datetime]
+    # What the configs of all its platforms agree on; empty where they do not, or are not stored.
+    architecture: Mapped[str | None] = _checked("architecture", "length(architecture) BETWEEN 1 AND 64")
+    os: Mapped[str | None] = _checked("os", "length(os) BETWEEN 1 AND 64")
+    variant: Mapped[str | None] = _checked("variant", "length(variant) BETWEEN 1 AND 64")
+    created: Mapped[datetime | None] = _checked("created", _is_time("created"))  # when it was built, it says
+    author: Mapped[str | None] = _checked("author", f"length(author) BETWEEN 1 AND {TEXT_LIMIT}")
 
     manifest: Mapped[Blob] = relationship(viewonly=True)
     associations: Mapped[list[ImageBlob]] = relationship(
@@ -147,6 +174,9 @@ class ImageBlob(Base):
     blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id", ondelete="RESTRICT"))
     role: Mapped[str]
     media_type: Mapped[str]
+    # Of a layer, as the config says: the digest before compression, and the command that made it.
+    diff_id: Mapped[str | None] = _checked("diff_id", _is_digest("diff_id"))
+    created_by: Mapped[str | None] = _checked("created_by", f"length(created_by) BETWEEN 1 AND {TEXT_LIMIT}")
 
     image: Mapped[Image] = relationship(back_populates="associations", viewonly=True)
     blob: Mapped[Blob] = relationship(back_populates="associations", viewonly=True)
@@ -156,6 +186,23 @@ class ImageBlob(Base):
         CheckConstraint("position >= 0", "position"),
         CheckConstraint(f"role IN {ROLES}", "role"),
         CheckConstraint("media_type LIKE '_%/_%'", "media_type"),
+        {"sqlite_strict": True, "sqlite_with_rowid": False},
+    )
+
+
+class ImageLabel(Base):
+    """A label that an image's config has; of several platforms, one that all of them have."""
+
+    __tablename__ = "image_labels"
+
+    image_id: Mapped[int] = mapped_column(ForeignKey("images.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+    __table_args__ = (
+        Index(None, "key"),
+        CheckConstraint(f"length(key) <= {TEXT_LIMIT}", "key"),
+        CheckConstraint(f"length(value) <= {TEXT_LIMIT}", "value"),
         {"sqlite_strict": True, "sqlite_with_rowid": False},
     )
 
@@ -208,3 +255,14 @@ class Trash(Base):
         CheckConstraint("size >= 0", "size"),
         {"sqlite_strict": True, "sqlite_with_rowid": False},
     )
+
+
+class Backfill(Base):
+    """Work that a migration has left to be done in batches: its images up to this one are done."""
+
+    __tablename__ = "backfills"
+
+    revision: Mapped[str] = mapped_column(primary_key=True)
+    image_id: Mapped[int]
+
+    __table_args__ = ({"sqlite_strict": True, "sqlite_with_rowid": False},)

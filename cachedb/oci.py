@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 from cachedb.errors import CacheError, InvalidDigest, InvalidManifest
@@ -16,12 +17,14 @@ from cachedb.reference import Digest, parse_digest, shorten
 
 __all__ = [
     "Descriptor",
+    "ImageConfig",
     "build_manifest",
     "child",
     "descriptors",
     "is_compressed",
     "load_json",
     "manifest_media_type",
+    "parse_config",
     "platform_label",
     "walk",
 ]
@@ -30,9 +33,11 @@ OCI_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX: Final = "application/vnd.oci.image.index.v1+json"
 OCI_CONFIG: Final = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER: Final = "application/vnd.oci.image.layer.v1.tar"
+DOCKER_CONFIG: Final = "application/vnd.docker.container.image.v1+json"
 DOCKER_MANIFEST: Final = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST: Final = "application/vnd.docker.distribution.manifest.list.v2+json"
 
+CONFIG_TYPES: Final = frozenset({OCI_CONFIG, DOCKER_CONFIG})
 MANIFEST_TYPES: Final = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
 INDEX_TYPES: Final = frozenset({OCI_INDEX, DOCKER_LIST})
 
@@ -44,6 +49,7 @@ DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 
 _SIZE_LIMIT = 16 * 1024**4  # bytes: no file is larger, and the sizes of all that an image names can be summed
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,20})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)  # RFC 3339, 5.6
 _PLATFORM_PART = re.compile(r"[A-Za-z0-9._-]{0,64}")  # it ends up in messages and beside a name
 
 
@@ -55,6 +61,18 @@ class Descriptor(NamedTuple):
     media_type: str
     role: str
     platform: str | None = None  # os/architecture[/variant], of an index's child that has one
+
+
+class ImageConfig(NamedTuple):
+    """What an image's config says (image specification, config.md), as far as it can be understood."""
+
+    architecture: str | None
+    os: str | None
+    variant: str | None
+    created: datetime | None  # UTC
+    author: str | None
+    labels: dict[str, str]
+    layers: list[tuple[Digest | None, str | None]]  # of each layer its diff id, and the command that made it
 
 
 def load_json(data: bytes, what: str, error: type[CacheError] = InvalidManifest) -> Any:  # noqa: ANN401
@@ -215,6 +233,77 @@ def walk(root: Descriptor, read: Callable[[Descriptor], bytes | None]) -> Iterat
             what = f"manifest {blob.digest}"
             manifest_media_type(data, blob.media_type)
             stack.extend(reversed(descriptors(data, blob.media_type, what)))
+
+
+def parse_config(data: bytes, text_limit: int) -> ImageConfig:
+    """Return what an image's config says; what is not as the specification has it is left out.
+
+    Args:
+        data: the config's bytes.
+        text_limit: the number of characters over which a text is left out.
+
+    Raises:
+        InvalidManifest: if it is not a JSON object.
+    """
+    document = load_json(data, "the config")
+    if not isinstance(document, dict):
+        raise InvalidManifest("the config is not a JSON object")
+
+    def text(value: object, limit: int = text_limit) -> str | None:
+        # JSON can spell half a character, and SQL's text ends at a NUL.
+        if not isinstance(value, str) or not 0 < len(value) <= limit or "\0" in value:
+            return None
+        return None if any("\ud800" <= char <= "\udfff" for char in value) else value
+
+    def platform_part(key: str) -> str | None:
+        value = document.get(key)
+        return value if isinstance(value, str) and value and _PLATFORM_PART.fullmatch(value) else None
+
+    labels = _object(_object(document.get("config")).get("Labels"))
+    diff_ids = [_diff_id(value) for value in _entries(_object(document.get("rootfs")).get("diff_ids"))]
+    history = [_object(entry) for entry in _entries(document.get("history"))]
+    commands = [text(entry.get("created_by")) for entry in history if entry.get("empty_layer") is not True]
+    if len(commands) != len(diff_ids):
+        commands = [None] * len(diff_ids)  # it is not known which made which
+    return ImageConfig(
+        architecture=platform_part("architecture"),
+        os=platform_part("os"),
+        variant=platform_part("variant"),
+        created=_time(document.get("created")),
+        author=text(document.get("author")),
+        labels={
+            key: value
+            for key, value in labels.items()
+            if text(key) and (value == "" or text(value)) and isinstance(value, str)
+        },
+        layers=list(zip(diff_ids, commands, strict=True)),
+    )
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _entries(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _diff_id(value: object) -> Digest | None:
+    try:
+        return parse_digest(value)  # type: ignore[arg-type]
+    except InvalidDigest:
+        return None
+
+
+def _time(value: object) -> datetime | None:
+    """Return a time of RFC 3339 in UTC; the year 1 is what Go writes for none."""
+    if not isinstance(value, str) or not _TIME.fullmatch(value):
+        return None
+    try:
+        time = datetime.fromisoformat(value.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+    return time if time.year > 1 else None
 
 
 def build_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:

@@ -1,0 +1,116 @@
+"""What images' configs say, in the index: platform, time of building, author, labels, and of layers how they were made.
+
+An image is described when it is saved, and again when a config that it waited for arrives. An index's image has
+what the configs of all its platforms agree on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, bindparam, delete, insert, literal, select, update
+
+from cachedb import blobs
+from cachedb.errors import CacheError, os_errors
+from cachedb.models import TEXT_LIMIT, Blob, Image, ImageBlob, ImageLabel
+from cachedb.oci import CONFIG_TYPES, DOCUMENT_LIMIT, ImageConfig, parse_config
+from cachedb.reference import Digest
+
+__all__ = ["Unreadable", "copy", "describe", "labels"]
+
+_ATTRIBUTES = ("architecture", "os", "variant", "created", "author")
+
+
+class Unreadable(NamedTuple):
+    """A stored config that cannot be read."""
+
+    digest: Digest
+    detail: str
+
+
+class _Association(NamedTuple):
+    position: int
+    role: str
+    media_type: str
+    digest: Digest
+    stored: bool
+
+
+def describe(connection: Connection, directory: Path, image_id: int) -> list[Unreadable]:
+    """Write to an image's rows what its configs say, as far as they are stored; return those that cannot be read."""
+    query = (
+        select(ImageBlob.position, ImageBlob.role, ImageBlob.media_type, Blob.digest, Blob.stored_at.is_not(None))
+        .join(Blob, Blob.id == ImageBlob.blob_id)
+        .where(ImageBlob.image_id == image_id)
+        .order_by(ImageBlob.position)
+    )
+    contents = [_Association(row[0], row[1], row[2], Digest(row[3]), row[4]) for row in connection.execute(query)]
+    found: list[ImageConfig] = []
+    layers: list[dict[str, Any]] = []
+    unreadable: list[Unreadable] = []
+    for config, positions in _configs(contents):
+        try:
+            read = _read(directory, config.digest)
+        except CacheError as error:
+            unreadable.append(Unreadable(config.digest, str(error)))
+            continue
+        if read.os != "unknown":  # as builders call it for what describes an image, and is none
+            found.append(read)
+        if len(read.layers) <= len(positions):  # what is attached to an image follows its layers
+            layers += [
+                {"at": position, "diff_id": diff_id, "created_by": command}
+                for position, (diff_id, command) in zip(positions, read.layers, strict=False)
+            ]
+    values = {name: _agreed([getattr(config, name) for config in found]) for name in _ATTRIBUTES}
+    connection.execute(update(Image).where(Image.id == image_id).values(values))
+    connection.execute(delete(ImageLabel).where(ImageLabel.image_id == image_id))
+    common = set.intersection(*(set(config.labels.items()) for config in found)) if found else set()
+    if common:
+        rows = [{"image_id": image_id, "key": key, "value": value} for key, value in sorted(common)]
+        connection.execute(insert(ImageLabel), rows)
+    if layers:
+        one = update(ImageBlob).where(ImageBlob.image_id == image_id, ImageBlob.position == bindparam("at"))
+        connection.execute(one.values(diff_id=bindparam("diff_id"), created_by=bindparam("created_by")), layers)
+    return unreadable
+
+
+def _configs(contents: list[_Association]) -> Iterator[tuple[_Association, list[int]]]:
+    """Yield each stored config of an image or a platform of it, with the positions of its layers, which follow it."""
+    for place, config in enumerate(contents):
+        if config.role != "config" or not config.stored or config.media_type not in CONFIG_TYPES:
+            continue
+        positions = []
+        for blob in contents[place + 1 :]:
+            if blob.role != "layer":
+                break
+            positions.append(blob.position)
+        yield config, positions
+
+
+def _read(directory: Path, digest: Digest) -> ImageConfig:
+    with blobs.open_blob(directory, digest) as file, os_errors("read a config"):
+        data = file.read(DOCUMENT_LIMIT + 1)
+    return parse_config(data, TEXT_LIMIT)
+
+
+def _agreed(values: list[Any]) -> Any:  # noqa: ANN401
+    return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def copy(connection: Connection, source_id: int, target_id: int) -> None:
+    """Describe an image as another is that has the same manifest; its associations have been copied already."""
+    row = connection.execute(
+        select(*(getattr(Image, name) for name in _ATTRIBUTES)).where(Image.id == source_id)
+    ).one()
+    connection.execute(update(Image).where(Image.id == target_id).values(row._asdict()))
+    connection.execute(delete(ImageLabel).where(ImageLabel.image_id == target_id))
+    query = select(literal(target_id), ImageLabel.key, ImageLabel.value).where(ImageLabel.image_id == source_id)
+    connection.execute(insert(ImageLabel).from_select(["image_id", "key", "value"], query))
+
+
+def labels(connection: Connection, image_id: int) -> dict[str, str]:
+    """Return an image's labels, in the order of their keys."""
+    query = select(ImageLabel.key, ImageLabel.value).where(ImageLabel.image_id == image_id).order_by(ImageLabel.key)
+    return {key: value for key, value in connection.execute(query)}
