@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from cachedb.collection import Collected
     from cachedb.holds import HoldInfo
     from cachedb.images import ImageInfo
+    from cachedb.schema import Change
 
     _Parameter = click.ParamType[str]
 else:
@@ -215,6 +217,10 @@ def _ago(time: Any) -> str:  # noqa: ANN401
     return "just now"
 
 
+def _cut(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def _short(digest: str) -> str:
     algorithm, _, encoded = digest.partition(":")
     return f"{algorithm}:{encoded[:12]}"
@@ -390,15 +396,22 @@ def ls(form: str, quiet: bool) -> None:
 def show(name: str, form: str, quiet: bool) -> None:
     """Show an image and its blobs."""
     with _opened() as cache:
-        image, blobs = cache.get_image(name), cache.get_image_blobs(name)
+        image, blobs, labels = cache.get_image(name), cache.get_image_blobs(name), cache.get_labels(name)
     if quiet:
         for blob in blobs:
             click.echo(blob.digest)
     elif form == "json":
-        _print_json({**image._asdict(), "blobs": [blob._asdict() for blob in blobs]})
+        _print_json({**image._asdict(), "labels": labels, "blobs": [blob._asdict() for blob in blobs]})
     else:
         _print_images([image], form, quiet=False)
         click.echo()
+        platform = "/".join(filter(None, (image.os, image.architecture, image.variant)))
+        created = f"{image.created:%Y-%m-%d %H:%M:%S} UTC" if image.created else ""
+        said = [("platform", platform), ("built", created), ("author", image.author or "")]
+        said += [("label", f"{key}={value}") for key, value in labels.items()]
+        if said := [(what, value) for what, value in said if value]:
+            _print_table(("CONFIG", "SAYS"), said)
+            click.echo()
         rows = (
             (
                 str(blob.position),
@@ -407,10 +420,11 @@ def show(name: str, form: str, quiet: bool) -> None:
                 _human(blob.size),
                 "stored" if blob.stored else "missing",
                 blob.media_type,
+                _cut(blob.created_by or ""),
             )
             for blob in blobs
         )
-        _print_table(("#", "ROLE", "DIGEST", "SIZE", "STATE", "MEDIA TYPE"), rows, right=("#", "SIZE"))
+        _print_table(("#", "ROLE", "DIGEST", "SIZE", "STATE", "MEDIA TYPE", "CREATED BY"), rows, right=("#", "SIZE"))
 
 
 @cli.command(epilog=_examples("cachedb manifest app:1 | jq .layers"))
@@ -616,6 +630,187 @@ def stats(form: str) -> None:
         ("  reclaimable", _human(totals.reclaimable_size)),
     ]
     _print_table(("", "TOTAL"), rows, right=("TOTAL",))
+
+
+@cli.group()
+def db() -> None:
+    """Look at the index's schema, upgrade it, back it up and restore it."""
+
+
+def _directory() -> Path:
+    from cachedb.database import default_directory
+
+    directory = click.get_current_context().find_root().params["directory"]
+    return (Path(directory) if directory else default_directory()).absolute()
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a bar for each thing that is done, on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+@db.command("current", epilog=_examples("cachedb db current", "cachedb db current --format json | jq -r .revision"))
+@_format
+def db_current(form: str) -> None:
+    """Say which schema the cache has, and which one this release works with."""
+    from cachedb import schema
+
+    found = schema.current(_directory())
+    if form == "json":
+        _print_json(found._asdict())
+    elif found.revision is None:
+        click.echo(f"no cache yet; this release makes one with schema {found.newest}")
+    elif found.pending:
+        click.echo(f"{found.revision}; the configs of {found.pending} images are to be read: run `cachedb db upgrade`")
+    elif found.revision == found.newest:
+        click.echo(f"{found.revision}, the newest")
+    elif found.revision < found.newest:
+        click.echo(f"{found.revision}; this release works with {found.newest}: run `cachedb db upgrade`")
+    else:
+        can = "and can work with this one" if found.usable else "at most: use a newer release"
+        click.echo(f"{found.revision}; this release knows {found.newest} {can}")
+
+
+@db.command("history", epilog=_examples("cachedb db history"))
+@_format
+def db_history(form: str) -> None:
+    """List the schemas that this release knows, the newest first.
+
+    OLDEST is the oldest schema whose releases can still read and write a cache after the upgrade.
+    """
+    from cachedb import schema
+
+    found = schema.history(_directory())
+    if form == "json":
+        _print_json([revision._asdict() for revision in found])
+        return
+    rows = [
+        (revision.revision, revision.oldest, "current" if revision.current else "", revision.message.splitlines()[0])
+        for revision in found
+    ]
+    _print_table(("REVISION", "OLDEST", "", "WHAT IT BRINGS"), rows)
+
+
+def _print_change(change: Change, form: str) -> None:
+    if form == "json":
+        unread = [{"name": str(name), "digest": digest, "detail": detail} for name, digest, detail in change.unread]
+        _print_json({**change._asdict(), "unread": unread})
+        return
+    for name, digest, detail in change.unread:
+        click.echo(f"skipped the config {digest} of {name}: {_printable(detail)}", err=True)
+    if change.backup is None:
+        click.echo(f"the cache has schema {change.after} already")
+    else:
+        click.echo(f"from schema {change.before} to {change.after}; the index as it was is {change.backup}")
+
+
+@db.command("upgrade", epilog=_examples("cachedb db upgrade", "cachedb db upgrade 0002"))
+@click.argument("revision", default="head")
+@_format
+def db_upgrade(revision: str, form: str) -> None:
+    """Bring the cache to a newer schema, the newest by default, also while other processes use it.
+
+    The index is backed up first. A config that cannot be read is skipped and reported.
+    """
+    from cachedb import schema
+
+    with _stages() as progress:
+        change = schema.upgrade(_directory(), revision, progress=progress)
+    _print_change(change, form)
+
+
+@db.command(
+    "downgrade",
+    context_settings={"ignore_unknown_options": True},
+    epilog=_examples("cachedb db downgrade 0002", "cachedb db downgrade -1"),
+)
+@click.argument("revision")
+@_format
+def db_downgrade(revision: str, form: str) -> None:
+    """Take the cache back to an older schema, for an older release; this one refuses it then.
+
+    The index is backed up first.
+    """
+    from cachedb import schema
+
+    with _stages() as progress:
+        change = schema.downgrade(_directory(), revision, progress=progress)
+    _print_change(change, form)
+
+
+@db.command("check", epilog=_examples("cachedb db check", "cachedb db check --format json"))
+@_format
+def db_check(form: str) -> None:
+    """Compare the database with what this release would make: tables, columns, indexes, triggers, views.
+
+    The exit code is 1 if there is a difference. `cachedb verify` looks at what is in the tables.
+    """
+    from cachedb import schema
+
+    found = schema.check(_directory())
+    if form == "json":
+        _print_json([drift._asdict() for drift in found])
+    elif found:
+        _print_table(("KIND", "NAME", "DETAIL"), found)
+    else:
+        click.echo("no differences")
+    if found:
+        click.get_current_context().exit(1)
+
+
+@db.command("backup", epilog=_examples("cachedb db backup", "cachedb db backup /mnt/usb/index.db"))
+@click.argument("file", required=False, type=click.Path())
+@_format
+def db_backup(file: str | None, form: str) -> None:
+    """Copy the index, also while other processes write to it, and print where the copy is.
+
+    Without FILE it goes to the folder backups/ of the cache, where `cachedb verify --repair` looks for one, and stays.
+    Blobs are not copied.
+    """
+    from cachedb import schema
+
+    with _stages() as progress:
+        path = schema.back_up(_directory(), Path(file).absolute() if file else None, progress=progress)
+    if form == "json":
+        _print_json({"path": path, "size": path.stat().st_size})
+    else:
+        click.echo(str(path))
+
+
+@db.command("restore", epilog=_examples("cachedb db restore ~/.cache/cachedb/backups/000003-0003.db"))
+@click.argument("file", type=click.Path())
+@_format
+def db_restore(file: str, form: str) -> None:
+    """Put a backup in the place of the index, at the newest schema, also while other processes use the cache.
+
+    Images are as they were then, as far as their blobs are still there. What came since and no image of the backup
+    uses is freed by the next `cachedb gc`. The index that was there is kept in quarantine/.
+    """
+    from cachedb.rebuild import restore
+
+    found = restore(_directory(), Path(file).absolute())
+    if form == "json":
+        _print_json(found._asdict())
+        return
+    click.echo(f"{found.images} images, {found.incomplete} of them incomplete; {found.unused} blobs that no image uses")
+    if found.old:
+        click.echo(f"the index as it was is {found.old}")
 
 
 @cli.group()

@@ -101,9 +101,7 @@ def _agreed(values: list[Any]) -> Any:  # noqa: ANN401
 
 def copy(connection: Connection, source_id: int, target_id: int) -> None:
     """Describe an image as another is that has the same manifest; its associations have been copied already."""
-    row = connection.execute(
-        select(*(getattr(Image, name) for name in _ATTRIBUTES)).where(Image.id == source_id)
-    ).one()
+    row = connection.execute(select(*(getattr(Image, name) for name in _ATTRIBUTES)).where(Image.id == source_id)).one()
     connection.execute(update(Image).where(Image.id == target_id).values(row._asdict()))
     connection.execute(delete(ImageLabel).where(ImageLabel.image_id == target_id))
     query = select(literal(target_id), ImageLabel.key, ImageLabel.value).where(ImageLabel.image_id == source_id)
@@ -113,4 +111,4 @@ def copy(connection: Connection, source_id: int, target_id: int) -> None:
 def labels(connection: Connection, image_id: int) -> dict[str, str]:
     """Return an image's labels, in the order of their keys."""
     query = select(ImageLabel.key, ImageLabel.value).where(ImageLabel.image_id == image_id).order_by(ImageLabel.key)
-    return {key: value for key, value in connection.execute(query)}
+    return {row.key: row.value for row in connection.execute(query)}

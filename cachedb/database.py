@@ -15,7 +15,7 @@ import errno
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,7 +199,7 @@ class Database:
         """
         if self._is_new():
             return None
-        with self.read() as connection:
+        with self.look() as connection:
             mark = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
             if mark != APPLICATION_ID and not (mark == 0 and is_empty(connection)):
                 if is_ours(self.directory):
@@ -216,8 +216,7 @@ class Database:
         if self._is_new():
             return ["it is lost"]
         try:
-            if (revision := self.revision()) != REVISION:
-                raise mismatch(self.directory, revision)
+            self.revision()
             with self.read() as connection:
                 check = f"PRAGMA {'quick_check' if quick else 'integrity_check'}(100)"
                 found = [str(line) for line in connection.exec_driver_sql(check).scalars() if line != "ok"]
@@ -235,7 +234,18 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A read transaction: all its statements see the index at one moment."""
+        """A read transaction: all its statements see the index at one moment.
+
+        Raises:
+            SchemaMismatch: if the schema is not one that this release works with.
+        """
+        with self.look() as connection:
+            self._check_schema(connection)
+            yield connection
+
+    @contextmanager
+    def look(self) -> Iterator[Connection]:
+        """A read transaction, whatever the schema."""
         with locks.unforked(), self._engine.connect() as connection, connection.begin():
             yield connection
 
@@ -244,19 +254,30 @@ class Database:
         """A write transaction under the write lock; committed at the end of the block, rolled back on an error.
 
         Raises:
-            SchemaMismatch: before anything is written, if the schema is not the one this release works with.
+            SchemaMismatch: before anything is written, if the schema is not one that this release works with.
             StorageError: if the file system or SQLite fails.
         """
         with self._locked() as connection:
-            revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-            if revision != REVISION:
-                raise mismatch(self.directory, revision)
+            self._check_schema(connection)
             yield connection
 
+    def _check_schema(self, connection: Connection) -> None:
+        # Every transaction begins with this one: by the driver, for which it takes a tenth of SQLAlchemy's time.
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, sqlite3.Connection)
+        with self._sqlite_errors():
+            row = driver.execute("SELECT version_num FROM alembic_version").fetchone()
+        if row != (REVISION,) and not is_compatible(connection):
+            raise mismatch(self.directory, row and row[0])
+
     @contextmanager
-    def write_schema(self) -> Iterator[Connection]:
-        """A write transaction for a migration: whatever the schema, with foreign keys not enforced meanwhile."""
-        with self._locked(schema=True) as connection:
+    def write_schema(self, before: Callable[[sqlite3.Connection], None] | None = None) -> Iterator[Connection]:
+        """A write transaction for a migration: whatever the schema, with foreign keys not enforced meanwhile.
+
+        Args:
+            before: is called under the write lock before the transaction begins.
+        """
+        with self._locked(schema=True, before=before) as connection:
             yield connection
             connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
 
@@ -267,7 +288,15 @@ class Database:
             yield turn
 
     @contextmanager
-    def _locked(self, *, schema: bool = False) -> Iterator[Connection]:
+    def raw(self) -> Iterator[sqlite3.Connection]:
+        """The driver's own connection, in no transaction: for what SQLite does in none."""
+        with locks.unforked(), self._sqlite_errors(), closing(self._open()) as connection:
+            yield connection
+
+    @contextmanager
+    def _locked(
+        self, *, schema: bool = False, before: Callable[[sqlite3.Connection], None] | None = None
+    ) -> Iterator[Connection]:
         with self.alone() as turn:
             if schema:
                 self._create()
@@ -279,6 +308,8 @@ class Database:
                     with self._sqlite_errors():
                         driver.execute("PRAGMA journal_mode = WAL")
                         driver.execute("PRAGMA foreign_keys = OFF")
+                        if before:
+                            before(driver)
                 try:
                     with self._transaction(connection.execution_options(cachedb_begin="BEGIN IMMEDIATE"), turn):
                         yield connection
@@ -296,8 +327,10 @@ class Database:
         """
         if turn.marked:
             with connection.begin():
-                if (read_revision(connection) or "") <= REVISION:  # a newer schema is for newer releases to write to
-                    connection.exec_driver_sql("PRAGMA user_version = 0")  # is written even if it is that already
+                # A newer schema is for newer releases to write to.
+                if (read_revision(connection) or "") <= REVISION or is_compatible(connection):
+                    # It is written even if it is that already.
+                    connection.exec_driver_sql(f"PRAGMA user_version = {read_oldest(connection)}")
         turn.mark()
         transaction = connection.begin()
         try:
@@ -418,7 +451,7 @@ def mismatch(directory: Path, revision: str | None) -> SchemaMismatch | DamagedI
     if revision < REVISION:
         return SchemaMismatch(
             f"the index in {str(directory)!r} has schema {revision}, and this release needs {REVISION}: "
-            "set CACHEDB_AUTO_UPGRADE=1 once, or open it with Cache.open(upgrade=True), to upgrade it"
+            "run `cachedb db upgrade`, or set CACHEDB_AUTO_UPGRADE=1 or open it with Cache.open(upgrade=True) once"
         )
     return SchemaMismatch(
         f"the index in {str(directory)!r} has schema {revision}, and this release knows {REVISION} at most: "
@@ -438,6 +471,20 @@ def read_revision(connection: Connection) -> str | None:
         return None
     revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
     return None if revision is None else str(revision)
+
+
+def read_oldest(connection: Connection) -> int:
+    """Return the oldest schema whose releases can work with this one too, as its migration says; 0 if none does.
+
+    It is SQLite's ``user_version``, which is as free for the use of programs as the ``application_id``.
+    """
+    return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+
+
+def is_compatible(connection: Connection) -> bool:
+    """Say whether this release can work with the schema: it is ours, or a newer one that says so."""
+    revision = read_revision(connection) or ""
+    return revision == REVISION or (revision > REVISION and 0 < read_oldest(connection) <= int(REVISION))
 
 
 class _Connection(sqlite3.Connection):

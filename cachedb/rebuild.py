@@ -14,22 +14,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Table, Text, func, insert, select, type_coerce
+from sqlalchemy import Column, Connection, Table, Text, bindparam, delete, func, insert, select, type_coerce, update
 from sqlalchemy.exc import IntegrityError
 
-from cachedb import blobs, images, schema
-from cachedb.database import Database, quarantine_path, sync_folder
-from cachedb.errors import CacheError, InvalidManifest, StorageError, os_errors
-from cachedb.models import Base, Blob, Image, ImageBlob, UtcTime
+from cachedb import backups, blobs, images, schema
+from cachedb.database import APPLICATION_ID, Database, is_ours
+from cachedb.errors import CacheError, DamagedIndex, InvalidManifest, NotACache, NotInCache, StorageError, os_errors
+from cachedb.models import Base, Blob, Hold, Image, ImageBlob, Lease, Trash, UtcTime
 from cachedb.oci import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, descriptors, manifest_media_type
 from cachedb.reference import Digest, Name, parse_digest, split_digest
+from cachedb.sessions import Session
 
-__all__ = ["name_unnamed", "rebuild"]
+__all__ = ["Restored", "name_unnamed", "rebuild", "restore"]
 
 RECOVERED = "recovered"
 """The repository of images whose names are lost."""
 
 
+_TABLES = ("blobs", "images", "image_blobs", "holds", "leases")  # what else there is the blobs say
 _PARTIAL = {"image_blobs": "blobs that were attached to images", "holds": "holds", "leases": "leases of holds"}
 
 
@@ -65,8 +67,107 @@ def rebuild(database: Database, folder: Path) -> list[str]:
         new.close()
         if new.path.with_name("index.db-wal").exists():
             raise StorageError("the new index is not whole: its WAL could not be written back to it")
-        _replace(database, new.path)
+        backups.put_in_place(database, new.path)
     return notes
+
+
+def restore(directory: Path, file: Path) -> Restored:
+    """Put a backup in the place of the index, at the newest schema, and have it agree with the blobs there are now.
+
+    The write lock is held from the moment the backup has been copied. What has come since the backup was made, and
+    belongs to no image in it, are blobs that no image uses. Holds and the leases of live processes stay.
+
+    Args:
+        directory: of the cache; its index may be lost or damaged.
+        file: the backup.
+
+    Raises:
+        NotACache: if the directory, or the file, is something else.
+        DamagedIndex: if the backup is damaged.
+        SchemaMismatch: if it has a schema that is too new for this release.
+        StorageError: if it cannot be read, or nothing can be written.
+    """
+    database = Database(directory)
+    if not is_ours(database.directory):
+        raise NotACache(f"{str(directory)!r} is not a cache: restore a backup into the directory it was made of")
+    if file.resolve() == database.path.resolve():
+        raise NotACache(f"{str(file)!r} is the index itself: name a backup")
+    session = Session(database)
+    try:
+        new = Database(session.new_path())
+        _take(new, file)
+        schema.migrate(new)
+        if faults := new.faults():
+            raise DamagedIndex(f"{str(file)!r} is damaged, and was not restored: {faults[0]}")
+        with os_errors("restore the index"), database.alone():
+            with new.write() as connection:
+                restored = _agree(connection, database)
+            new.close()
+            restored = restored._replace(old=backups.put_in_place(database, new.path))
+        schema.upgrade(directory)  # what it leaves to be read of the blobs
+        return restored
+    finally:
+        session.close()
+        database.close()
+
+
+class Restored(NamedTuple):
+    """What a backup brought back."""
+
+    images: int
+    incomplete: int  # images of which a blob is gone
+    unused: int  # blobs that no image uses: they came after the backup
+    old: Path | None  # where the index is that was there before
+
+
+def _take(new: Database, file: Path) -> None:
+    """Copy a backup, whatever else its folder has, and check that it is one."""
+    for folder in ("blobs", "ingest", "trash", "locks", "backups"):
+        (new.directory / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not file.is_file():
+        raise NotInCache(f"there is no backup {str(file)!r}; `ls` the folder `backups` of the cache")
+    source = Database(new.directory, file)
+    try:
+        with source.raw() as connection:
+            (mark,) = connection.execute("PRAGMA application_id").fetchone()
+            if mark != APPLICATION_ID:
+                raise NotACache(f"{str(file)!r} is no backup of a cache's index")
+            connection.execute("VACUUM INTO ?", (str(new.path),))
+    except DamagedIndex as error:
+        raise DamagedIndex(f"{str(file)!r} is damaged, and was not restored: {error.__cause__ or error}") from error
+    finally:
+        source.close()
+
+
+def _agree(connection: Connection, database: Database) -> Restored:
+    """Have a restored index say what is on disk."""
+    directory = database.directory
+    files, _ = blobs.on_disk(directory)
+    rows = {
+        Digest(digest): size
+        for digest, size in connection.execute(select(Blob.digest, Blob.size).where(Blob.stored_at.is_not(None)))
+    }
+    gone = [{"gone": digest} for digest, size in rows.items() if files.get(digest) != size]
+    if gone:
+        connection.execute(update(Blob).where(Blob.digest == bindparam("gone")).values(stored_at=None), gone)
+    come = [blobs.Received(digest, size, None) for digest, size in files.items() if rows.get(digest) != size]
+    blobs.set_stored(connection, come)
+    images.associate_waiting(connection, directory, [blob.digest for blob in come if blob.size <= DOCUMENT_LIMIT])
+    connection.execute(delete(Trash))  # what was on its way there is a blob again
+    connection.execute(delete(Lease))
+    connection.execute(delete(Hold))
+    for name in ("holds", "leases"):
+        found, _ = _rows(database, Base.metadata.tables[name])
+        _insert(connection, name, found)
+    database.close()
+    used = select(ImageBlob.blob_id).where(ImageBlob.blob_id == Blob.id).exists()
+    unused = select(func.count()).select_from(Blob).where(Blob.stored_at.is_not(None), ~used)
+    return Restored(
+        images=connection.execute(select(func.count()).select_from(Image)).scalar_one(),
+        incomplete=images.count_incomplete(connection),
+        unused=connection.execute(unused).scalar_one(),
+        old=None,
+    )
 
 
 def _salvage(database: Database) -> tuple[Salvage, list[str]]:
@@ -77,7 +178,7 @@ def _salvage(database: Database) -> tuple[Salvage, list[str]]:
         notes = [f"not all {lost} could be read of the index, and some may be lost" for lost in found.partial]
     if found.whole:
         return found, notes
-    for path in sorted((database.directory / "backups").glob("*.db"), key=_number, reverse=True):
+    for path in backups.newest_first(database.directory):
         backup = _read(Database(database.directory, path))
         if backup.whole:
             note = f"what could not be read of the index is as in the backup {path.name}"
@@ -88,7 +189,7 @@ def _salvage(database: Database) -> tuple[Salvage, list[str]]:
 
 
 def _read(database: Database) -> Salvage:
-    found = {table.name: _rows(database, table) for table in Base.metadata.sorted_tables}
+    found = {name: _rows(database, Base.metadata.tables[name]) for name in _TABLES}
     database.close()
     rows, whole = found["images"]
     stored = {row["id"]: row for row in found["blobs"][0]}
@@ -113,7 +214,7 @@ def _read(database: Database) -> Salvage:
         except (CacheError, KeyError, TypeError, ValueError):
             whole = False  # it is this row that is damaged
     # A damaged page may read as one with no rows, and raise nothing.
-    with suppress(CacheError), database.read() as connection:
+    with suppress(CacheError), database.look() as connection:
         whole = whole and connection.execute(select(func.count()).select_from(Image)).scalar_one() <= len(rows)
     database.close()
     partial = [what for name, what in _PARTIAL.items() if not found[name][1]]
@@ -126,17 +227,26 @@ def _as_number(value: object) -> int:
 
 def _rows(database: Database, table: Table) -> tuple[list[dict[str, Any]], bool]:
     """Read a table from its beginning, and where that comes to damage, from its end as well."""
+    there = _columns(database, table)
     # As text, whatever is there: a damaged time must not cost the row's neighbours.
-    columns = [type_coerce(c, Text).label(c.name) if isinstance(c.type, UtcTime) else c for c in table.columns]
+    columns = [type_coerce(c, Text).label(c.name) if isinstance(c.type, UtcTime) else c for c in there]
     key = list(table.primary_key)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for order in ([column.asc() for column in key], [column.desc() for column in key]):
-        with suppress(CacheError), database.read() as connection:
+        with suppress(CacheError), database.look() as connection:
             result = connection.execute(select(*columns).order_by(*order)).mappings()
             while (row := result.fetchone()) is not None:
                 found[tuple(row[column.name] for column in key)] = dict(row)
             return list(found.values()), True
     return list(found.values()), False
+
+
+def _columns(database: Database, table: Table) -> list[Column[Any]]:
+    """Return the columns that a table has in this index, which may have an older schema."""
+    with suppress(CacheError), database.look() as connection:
+        names = {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table.name})")}
+        return [column for column in table.columns if column.name in names] or list(table.columns)
+    return list(table.columns)
 
 
 def _fill(connection: Connection, directory: Path, files: dict[Digest, int], salvage: Salvage) -> Iterator[str]:
@@ -159,15 +269,19 @@ def _fill(connection: Connection, directory: Path, files: dict[Digest, int], sal
         if image.digest not in files:
             yield f"{name} has lost its manifest {image.digest}: import or pull it again"
     for table, rows in salvage.rows.items():
-        for row in rows:
-            with suppress(IntegrityError), connection.begin_nested():
-                # As they were read: the times are text still.
-                columns = {column: type_coerce(value, Text) for column, value in row.items() if column.endswith("_at")}
-                connection.execute(insert(Base.metadata.tables[table]).values({**row, **columns}))
+        _insert(connection, table, rows)
     if whole:
         return
     for name in name_unnamed(connection, directory, files):
         yield f"the name of an image could not be restored: it is {name} now; `cachedb tag` gives it another"
+
+
+def _insert(connection: Connection, table: str, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        with suppress(IntegrityError), connection.begin_nested():
+            # As they were read: the times are text still.
+            columns = {column: type_coerce(value, Text) for column, value in row.items() if column.endswith("_at")}
+            connection.execute(insert(Base.metadata.tables[table]).values({**row, **columns}))
 
 
 def name_unnamed(connection: Connection, directory: Path, files: dict[Digest, int]) -> list[Name]:
@@ -226,35 +340,3 @@ def _unnamed(connection: Connection, directory: Path, files: dict[Digest, int]) 
             children.update(child.digest for child in descriptors(data, media_type))
             found[digest] = media_type
     return [(digest, media_type) for digest, media_type in found.items() if digest not in children]
-
-
-def _replace(database: Database, new: Path) -> None:
-    """Put a new index in the place of the old one."""
-    backups = database.directory / "backups"
-    backup = backups / f"{_next_number(backups):06}-rebuilt.db"
-    new.rename(backup)
-    sync_folder(backups)
-    database.close()
-    old = quarantine_path(database.directory, "index.db", beside=("-wal",))
-    # SQLite would apply a WAL that it finds to whatever database lies beside it.
-    for suffix in ("", "-wal"):
-        with suppress(FileNotFoundError):
-            database.path.with_name(f"index.db{suffix}").rename(old.with_name(f"{old.name}{suffix}"))
-    database.path.with_name("index.db-shm").unlink(missing_ok=True)
-    sync_folder(old.parent)
-    sync_folder(database.directory)
-    backup.rename(database.path)
-    sync_folder(database.directory)
-    for earlier in backups.glob("*-rebuilt.db"):
-        earlier.unlink()  # of a rebuilding that was cut off, from which this one began
-
-
-def _next_number(backups: Path) -> int:
-    """Return a number above those that the backups have: a clock that is set back must not make an old one newest."""
-    return 1 + max((_number(path)[0] for path in backups.glob("*-*.db")), default=0)
-
-
-def _number(path: Path) -> tuple[int, str]:
-    """Return what backups are sorted by: the number in front; one without is older than all others."""
-    number = path.name.partition("-")[0]
-    return int(number) if number.isdecimal() else 0, path.name

@@ -1,20 +1,97 @@
-"""The schema: bringing a cache's index to the newest revision with the Alembic migrations.
+"""The schema: which one a cache has, and bringing it to another with the Alembic migrations.
 
-Alembic is imported only when there is something to migrate.
+Alembic is imported only when there is something to migrate or to compare.
+
+A migration says in ``oldest`` which releases can still work with the schema after it: those made for that schema or
+a newer one. Those before it refuse the cache as soon as it is migrated, before they write anything.
 """
 
 from __future__ import annotations
 
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cachedb.database import Database, has_blobs, is_empty, lost, mismatch, read_revision
-from cachedb.models import REVISION
+from sqlalchemy import Connection, create_engine, delete, func, select, update
+
+from cachedb import backups, configs
+from cachedb.database import Database, has_blobs, is_compatible, is_empty, lost, mismatch, read_oldest, read_revision
+from cachedb.errors import CacheError, DamagedIndex, NotInCache, SchemaMismatch
+from cachedb.models import REVISION, Backfill, Base, Image
+from cachedb.reference import Digest, Name
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-__all__ = ["alembic_config", "migrations_directory", "prepare"]
+__all__ = [
+    "Change",
+    "Drift",
+    "Progress",
+    "Revision",
+    "State",
+    "Unread",
+    "alembic_config",
+    "back_up",
+    "check",
+    "current",
+    "downgrade",
+    "history",
+    "migrate",
+    "migrations_directory",
+    "prepare",
+    "upgrade",
+]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is, and how much there is: bytes, migrations or images."""
+
+_BATCH = 200  # images whose configs are read in one transaction
+
+
+class State(NamedTuple):
+    """The schema of a cache."""
+
+    revision: str | None  # None: there is no cache yet
+    newest: str  # that this release knows, and works with
+    usable: bool  # whether this release works with the cache as it is
+    pending: int  # images whose configs are still to be read for the columns of a newer schema
+
+
+class Revision(NamedTuple):
+    """A migration."""
+
+    revision: str
+    down_revision: str | None
+    message: str
+    oldest: str  # the oldest schema whose releases can still read and write after it
+    current: bool  # whether the cache has this schema
+
+
+class Unread(NamedTuple):
+    """A config that could not be read for the columns of a newer schema."""
+
+    name: Name  # of the image
+    digest: Digest  # of the config
+    detail: str
+
+
+class Change(NamedTuple):
+    """What an upgrade or a downgrade has done."""
+
+    before: str | None
+    after: str
+    backup: Path | None  # of the index as it was; None if nothing was changed
+    unread: list[Unread]
+
+
+class Drift(NamedTuple):
+    """A difference between the database and what this release would have made."""
+
+    kind: str  # table, column, index, trigger, view, ... as Alembic or SQLite calls it
+    name: str
+    detail: str
 
 
 def migrations_directory() -> Path:
@@ -45,27 +122,352 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
     Raises:
         NotACache: if the directory is something else.
         DamagedIndex: if it has blobs, and no index or a damaged one.
-        SchemaMismatch: if the schema is newer than this release, or older and ``upgrade`` is false.
+        SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false.
     """
     database.prepare()
     revision = database.revision()
     if revision == REVISION:
+        if upgrade:
+            _backfill(database, None)
         return
-    if revision is not None and (not upgrade or revision > REVISION):
-        raise mismatch(database.directory, revision)
-    with database.write_schema() as connection:
-        # Of many processes that come to a new directory at once, the first has done it for the others.
-        revision = read_revision(connection)
-        if revision == REVISION:
+    if revision is not None and revision > REVISION:
+        with database.read():  # it says whether it is too new
             return
+    if revision is not None and not upgrade:
+        raise mismatch(database.directory, revision)
+    migrate(database)
+    if upgrade:
+        _backfill(database, None)
+
+
+def current(directory: Path) -> State:
+    """Return which schema a cache has; nothing is written, nor made.
+
+    Args:
+        directory: of the cache.
+
+    Raises:
+        NotACache: if the directory is something else.
+        DamagedIndex: if the index is damaged.
+    """
+    database = Database(directory)
+    revision = database.revision()
+    if revision is None:
+        return State(None, REVISION, usable=False, pending=0)
+    try:
+        with database.look() as connection:
+            return State(revision, REVISION, usable=is_compatible(connection), pending=_pending(connection))
+    finally:
+        database.close()
+
+
+def history(directory: Path) -> list[Revision]:
+    """Return all migrations that this release knows, the newest first.
+
+    Args:
+        directory: of a cache, which need not be there.
+    """
+    from alembic.script import ScriptDirectory
+
+    database = Database(directory)
+    revision = database.revision()
+    database.close()
+    return [
+        Revision(script.revision, _one(script.down_revision), script.doc, _oldest(script), script.revision == revision)
+        for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()
+    ]
+
+
+def upgrade(directory: Path, revision: str = "head", *, progress: Progress | None = None) -> Change:
+    """Bring a cache to a newer schema, also while other processes use it.
+
+    A backup of the index is made first. All migrations are one transaction; then, in batches beside the other
+    processes, what they need to know of images that are there is read from their configs. An upgrade that was cut off
+    there goes on with the next one.
+
+    Args:
+        directory: of the cache; there must be one.
+        revision: to come to; ``head`` is the newest.
+        progress: is told what is being done.
+
+    Raises:
+        NotInCache: if there is no cache.
+        SchemaMismatch: if there is no such revision, or the cache has a newer one.
+        StorageError: if the disk is too full, before anything is changed.
+    """
+    database = _existing(directory)
+    try:
+        target = _resolve(revision)
+        found = database.revision() or ""
+        if found > target:
+            raise SchemaMismatch(
+                f"the cache has schema {found}, which is newer than {target}"
+                + ("; use a newer release of cachedb" if found > REVISION else f": use `cachedb db downgrade {target}`")
+            )
+        before, backup = migrate(database, target, progress)
+        return Change(before, target, backup, _backfill(database, progress) if target == REVISION else [])
+    finally:
+        database.close()
+
+
+def downgrade(directory: Path, revision: str, *, progress: Progress | None = None) -> Change:
+    """Take a cache back to an older schema, for an older release; this one will not work with it then.
+
+    Args:
+        directory: of the cache.
+        revision: to come to; ``-1`` is the one before the cache's.
+        progress: is told what is being done.
+
+    Raises:
+        NotInCache: if there is no cache.
+        SchemaMismatch: if there is no such revision, or the cache has an older one, or one that this release does
+            not know.
+        StorageError: if the disk is too full, before anything is changed.
+    """
+    database = _existing(directory)
+    try:
+        found = database.revision() or ""
+        if found > REVISION:
+            raise mismatch(database.directory, found)
+        target = _resolve(revision, found)
+        if found < target:
+            raise SchemaMismatch(
+                f"the cache has schema {found}, older than {target}: use `cachedb db upgrade {target}`"
+            )
+        before, backup = migrate(database, target, progress, down=True)
+        return Change(before, target, backup, [])
+    finally:
+        database.close()
+
+
+def back_up(directory: Path, file: Path | None = None, *, progress: Progress | None = None) -> Path:
+    """Make a copy of the index, also while other processes write to it; what it has is of one moment.
+
+    Args:
+        directory: of the cache.
+        file: where to; by default a new one in ``backups/``, which is kept until a person deletes it.
+        progress: is told how far it is, in bytes.
+
+    Returns:
+        Where the copy is.
+
+    Raises:
+        NotInCache: if there is no cache.
+        CacheError: if the file is there already.
+        StorageError: if it cannot be written.
+    """
+    database = _existing(directory)
+    if file is not None and file.exists():
+        raise CacheError(f"{str(file)!r} exists: name another file")
+    try:
+        revision = str(database.revision())
+        with database.raw() as connection:
+            return backups.back_up(
+                connection, database.directory, revision, path=file, progress=_stage("backing up", progress)
+            )
+    finally:
+        database.close()
+
+
+def check(directory: Path) -> list[Drift]:
+    """Compare the database with the models and with what the migrations make: tables, indexes, triggers and views.
+
+    Args:
+        directory: of the cache.
+
+    Raises:
+        NotInCache: if there is no cache.
+        SchemaMismatch: if it has not the schema of this release.
+    """
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    database = _existing(directory)
+    try:
+        with database.look() as connection:
+            revision = read_revision(connection)
+            if revision != REVISION:
+                raise mismatch(database.directory, revision)
+            options = {"compare_type": True, "compare_server_default": True}
+            context = MigrationContext.configure(connection, opts=options)
+            found = list(_described(compare_metadata(context, Base.metadata)))
+            there, oldest, pending = _objects(connection), read_oldest(connection), _pending(connection)
+    finally:
+        database.close()
+    engine = create_engine("sqlite://")
+    with engine.begin() as connection:
+        _run(connection, REVISION)
+        expected, stated = _objects(connection), read_oldest(connection)
+    engine.dispose()
+    for kind, name in sorted(expected.keys() | there.keys()):
+        if there.get((kind, name)) == expected.get((kind, name)):
+            continue
+        if (kind, name) not in there:
+            found.append(Drift(kind, name, "it is missing"))
+        elif (kind, name) not in expected:
+            found.append(Drift(kind, name, "no migration makes it"))
+        else:
+            found.append(Drift(kind, name, f"it is defined as {there[kind, name]!r}"))
+    if oldest != stated:
+        found.append(Drift("pragma", "user_version", f"it is {oldest}, and should be {stated}"))
+    if pending:
+        found.append(Drift("backfill", REVISION, f"{pending} images are still to be read: run `cachedb db upgrade`"))
+    return found
+
+
+def _objects(connection: Connection) -> dict[tuple[str, str], str]:
+    """Return what SQLite knows by kind and name, each as the SQL that made it, without the layout."""
+    query = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+    return {(kind, name): " ".join(str(sql).split()) for kind, name, sql in connection.exec_driver_sql(query)}
+
+
+def _described(differences: list[Any]) -> Iterator[Drift]:
+    for difference in differences:
+        if isinstance(difference, list):  # of one column
+            yield from _described(difference)
+            continue
+        action, *about = difference
+        kind = action.partition("_")[2]
+        if action.startswith("modify"):
+            _, table, column, _, old, new = about
+            yield Drift("column", f"{table}.{column}", f"{kind}: it is {old!r}, and should be {new!r}")
+            continue
+        item = about[-1]
+        name = getattr(item, "name", item)
+        name = f"{about[-2]}.{name}" if kind == "column" else str(name)
+        yield Drift(kind, name, "it is missing" if action.startswith("add") else "the models do not have it")
+
+
+def _existing(directory: Path) -> Database:
+    database = Database(directory)
+    if not database.path.exists():
+        if directory.is_dir() and (directory / "blobs").is_dir() and has_blobs(directory):
+            raise lost(directory)
+        raise NotInCache(f"there is no cache in {str(directory)!r}")
+    if database.revision() is None:
+        raise mismatch(database.directory, None)
+    return database
+
+
+def _resolve(revision: str, base: str | None = None) -> str:
+    """Return the revision that is meant by a beginning of it, ``head``, or ``-N`` before another."""
+    from alembic.script import ScriptDirectory
+
+    known = sorted(script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions())
+    if revision == "head":
+        return known[-1]
+    if base and revision.startswith("-") and revision[1:].isdecimal():
+        place = known.index(base) - int(revision[1:])
+        found = known[place : place + 1] if place >= 0 else []
+    else:
+        found = [revision] if revision in known else [one for one in known if revision and one.startswith(revision)]
+    if len(found) != 1:
+        raise SchemaMismatch(f"{revision!r} is not one of the revisions {', '.join(known)}; see `cachedb db history`")
+    return found[0]
+
+
+def _one(down_revision: object) -> str | None:
+    return down_revision if isinstance(down_revision, str) else None
+
+
+def _oldest(script: Any) -> str:  # noqa: ANN401
+    return str(getattr(script.module, "oldest", script.revision))
+
+
+def migrate(
+    database: Database, target: str = REVISION, progress: Progress | None = None, *, down: bool = False
+) -> tuple[str | None, Path | None]:
+    """Bring a database to a revision, or make it; return which it had, and the backup of it.
+
+    What the migrations leave to be done in batches is left.
+    """
+    backup: Path | None = None
+
+    def before(connection: sqlite3.Connection) -> None:
+        nonlocal backup
+        found = _revision_of(connection)
+        # Of many processes that come at once, the first has done it for the others.
+        if found is None or not (target < found if down else found < target):
+            return
+        told = _stage("backing up", progress)
+        backup = backups.before_change(connection, database.directory, found, target, told)
+
+    with database.write_schema(before) as connection:
+        found = read_revision(connection)
         if is_empty(connection):
             # A new index would make orphans of what is there, and the next collection would delete it.
             if has_blobs(database.directory):
                 raise lost(database.directory)
-        elif revision is None or revision > REVISION:
-            raise mismatch(database.directory, revision)
-        from alembic import command
+        elif found is None or (found > REVISION and not is_compatible(connection)):
+            raise mismatch(database.directory, found)
+        if found is not None and not (target < found if down else found < target):
+            return found, None
+        broken = Counter(_broken(connection))
+        _run(connection, target, progress, down=down)
+        if new := Counter(_broken(connection)) - broken:
+            raise DamagedIndex(f"the schema was not changed: {new.total()} rows would refer to none: {min(new)}")
+    if backup:
+        backups.keep_newest(database.directory)
+    return found, backup
 
-        config = alembic_config()
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+
+def _broken(connection: Connection) -> Iterator[str]:
+    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+        yield f"{table} {row} to {parent}"
+
+
+def _run(connection: Connection, target: str, progress: Progress | None = None, *, down: bool = False) -> None:
+    from alembic import command
+
+    config = alembic_config()
+    config.attributes.update(connection=connection, progress=progress)
+    (command.downgrade if down else command.upgrade)(config, target)
+
+
+def _revision_of(connection: sqlite3.Connection) -> str | None:
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone() is None:
+        return None
+    row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    return row and str(row[0])
+
+
+def _stage(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(what, done, total)
+
+
+def _pending(connection: Connection) -> int:
+    """Return the number of images whose configs a migration has left to be read."""
+    exists = "SELECT 1 FROM sqlite_master WHERE name = 'backfills'"
+    if connection.exec_driver_sql(exists).first() is None:
+        return 0
+    done = select(Backfill.image_id).where(Backfill.revision == "0003").scalar_subquery()
+    return connection.execute(select(func.count()).where(Image.id > done)).scalar_one()
+
+
+def _backfill(database: Database, progress: Progress | None) -> list[Unread]:
+    """Read the configs of the images that were there before 0003, beside other processes, from where it was left."""
+    unread: list[Unread] = []
+    with database.read() as connection:
+        total = _pending(connection)
+        if connection.execute(select(Backfill.revision)).first() is None:
+            return unread
+    done = 0
+    while True:
+        with database.write() as connection:
+            begin = connection.execute(select(Backfill.image_id).where(Backfill.revision == "0003")).scalar()
+            if begin is None:
+                return unread  # another process came to the end of it
+            query = select(Image.id, Image.repository, Image.reference).where(Image.id > begin).order_by(Image.id)
+            rows = connection.execute(query.limit(_BATCH)).all()
+            for image_id, repository, reference in rows:
+                for digest, detail in configs.describe(connection, database.directory, image_id):
+                    unread.append(Unread(Name(repository, reference), digest, detail))
+            if rows:
+                connection.execute(update(Backfill).values(image_id=rows[-1].id))
+            else:
+                connection.execute(delete(Backfill))
+        done += len(rows)
+        if progress:
+            progress("reading configs", done, max(done, total))
+        if not rows:
+            return unread

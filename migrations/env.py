@@ -1,9 +1,10 @@
 """How Alembic reaches a cache's index: under the cache's own write lock, in its one transaction for all of it."""
 
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 from alembic import context
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from cachedb.database import Database, default_directory
 from cachedb.models import Base, UtcTime
@@ -14,6 +15,17 @@ def render_item(kind: str, item: object, _context: object) -> str | Literal[Fals
     return "sa.Text()" if kind == "type" and isinstance(item, UtcTime) else False
 
 
+def say_oldest(ctx: object, step: object, heads: Collection[Any], run_args: object) -> None:
+    """Note which releases can work with the schema from now on, and say how far the migrations are."""
+    for head in heads:
+        script = context.script.get_revision(head)
+        assert script is not None
+        context.execute(f"PRAGMA user_version = {int(getattr(script.module, 'oldest', head))}")
+    if progress := context.config.attributes.get("progress"):
+        number, known = int(max(heads, default="0")), len(list(context.script.walk_revisions()))
+        progress("migrating", number, known)
+
+
 def run(connection: Connection) -> None:
     context.configure(
         connection=connection,
@@ -22,6 +34,7 @@ def run(connection: Connection) -> None:
         render_item=render_item,
         compare_type=True,
         compare_server_default=True,
+        on_version_apply=say_oldest,
     )
     with context.begin_transaction():
         context.run_migrations()
@@ -34,11 +47,16 @@ def main() -> None:
             target_metadata=Base.metadata,
             literal_binds=True,
             dialect_opts={"paramstyle": "named"},
+            on_version_apply=say_oldest,
         )
         with context.begin_transaction():
             context.run_migrations()
         return
     connection = context.config.attributes.get("connection")
+    if isinstance(connection, Engine):  # as other tools of Alembic's have it
+        with connection.begin() as begun:
+            run(begun)
+        return
     if connection is not None:
         run(connection)
         return

@@ -1,0 +1,163 @@
+"""Backups of the index: copies in ``backups/``, numbered in the order they were made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from cachedb import locks
+from cachedb.database import Database, quarantine_path, sync_folder
+from cachedb.errors import StorageError, os_errors
+
+__all__ = ["back_up", "before_change", "keep_newest", "newest_first", "put_in_place", "size_of"]
+
+KEPT = 3
+"""Backups from before changes of the schema that are kept; those that a person asked for all are."""
+
+_HALF = ".half"  # the suffix of one that is being written
+_BEFORE = "-before-"
+_CHANGE = 1024 * 1024  # bytes that a change of the schema takes, whatever the size of the index
+_OPCODES = 1000  # of SQLite's, between two looks at how far it is
+
+
+def newest_first(directory: Path) -> list[Path]:
+    """Return a cache's backups by the numbers in front of their names; those without one are older than all others."""
+    return sorted((directory / "backups").glob("*.db"), key=_number, reverse=True)
+
+
+def back_up(
+    connection: sqlite3.Connection,
+    directory: Path,
+    label: str,
+    *,
+    path: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Copy an index, durably; the copy has its name when all of it is there. One backup is made at a time.
+
+    Args:
+        connection: to the index, in no transaction.
+        directory: of the cache.
+        label: what to call it, after its number.
+        path: of the copy, instead of a numbered one in ``backups/``.
+        progress: is told how far it is, in bytes.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    size = size_of(connection)
+    with os_errors("make a backup of the index"), locks.held(directory / "backups" / ".lock"):
+        for half in (directory / "backups").glob(f"*{_HALF}"):
+            half.unlink()  # of one that was killed
+        path = path or _free(directory, label)
+        half = path.with_name(f"{path.name}{_HALF}")
+
+        def look() -> None:
+            if progress is not None and half.exists():
+                progress(min(half.stat().st_size, size), size)
+
+        try:
+            connection.set_progress_handler(look, _OPCODES)
+            try:
+                connection.execute("VACUUM INTO ?", (str(half),))
+            finally:
+                connection.set_progress_handler(None, 0)
+            half.chmod(0o600)
+            descriptor = os.open(half, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            half.rename(path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                half.unlink()
+            raise
+    return path
+
+
+def before_change(
+    connection: sqlite3.Connection,
+    directory: Path,
+    old: str,
+    new: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Make the backup from before the schema is changed, as `back_up` does, if there is space for both.
+
+    Raises:
+        StorageError: if the disk has too little space left, or the backup cannot be written.
+    """
+    # The change is in the WAL before it is in the index.
+    needed = 2 * size_of(connection) + _CHANGE
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise StorageError(
+            f"the schema was not changed: a backup of the index and the change take up to {needed} bytes of disk, "
+            f"and {free} are free; free some space (`cachedb gc` may help) and try again"
+        )
+    return back_up(connection, directory, f"{old}{_BEFORE}{new}", progress=progress)
+
+
+def keep_newest(directory: Path) -> None:
+    """Delete all but the newest of the backups from before changes of the schema."""
+    for path in [path for path in newest_first(directory) if _BEFORE in path.name][KEPT:]:
+        path.unlink(missing_ok=True)
+
+
+def size_of(connection: sqlite3.Connection) -> int:
+    """Return the size in bytes of an index."""
+    (pages,), (size,) = (connection.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
+    return int(pages) * int(size)
+
+
+def put_in_place(database: Database, new: Path) -> Path | None:
+    """Put a new index in the place of the old one, under the write lock.
+
+    It is put among the backups first, so that a crash after the old one was taken away loses nothing.
+
+    Args:
+        database: whose index it is to be.
+        new: a closed one, in one file.
+
+    Returns:
+        Where the old one is now, if there was one.
+    """
+    waiting = _free(database.directory, "rebuilt")
+    new.rename(waiting)
+    sync_folder(waiting.parent)
+    database.close()
+    old = quarantine_path(database.directory, "index.db", beside=("-wal",))
+    found = database.path.exists()
+    # SQLite would apply a WAL that it finds to whatever database lies beside it.
+    for suffix in ("", "-wal"):
+        with suppress(FileNotFoundError):
+            database.path.with_name(f"index.db{suffix}").rename(old.with_name(f"{old.name}{suffix}"))
+    database.path.with_name("index.db-shm").unlink(missing_ok=True)
+    sync_folder(old.parent)
+    sync_folder(database.directory)
+    waiting.rename(database.path)
+    sync_folder(database.directory)
+    for earlier in waiting.parent.glob("*-rebuilt.db"):
+        earlier.unlink()  # of one that was cut off, from which this one began
+    return old if found else None
+
+
+def _free(directory: Path, label: str) -> Path:
+    """Return a path with the next number: a clock that is set back must not make an old backup the newest."""
+    folder = directory / "backups"
+    number = 1 + max((_number(path)[0] for path in folder.glob("*-*.db")), default=0)
+    return folder / f"{number:06}-{label}.db"
+
+
+def _number(path: Path) -> tuple[int, str]:
+    number = path.name.partition("-")[0]
+    return int(number) if number.isdecimal() else 0, path.name
