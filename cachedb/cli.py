@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -19,12 +18,15 @@ from cachedb import __version__
 from cachedb.errors import CacheError, InvalidDigest, InvalidName, NotInCache, explain
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from click.shell_completion import CompletionItem
 
     from cachedb.cache import Cache, Progress
     from cachedb.collection import Collected
     from cachedb.holds import HoldInfo
     from cachedb.images import ImageInfo
+    from cachedb.schema import Change
     from cachedb.schema import Change
 
     _Parameter = click.ParamType[str]
@@ -638,6 +640,8 @@ def db() -> None:
 
 
 def _directory() -> Path:
+    from pathlib import Path
+
     from cachedb.database import default_directory
 
     directory = click.get_current_context().find_root().params["directory"]
@@ -783,6 +787,8 @@ def db_backup(file: str | None, form: str) -> None:
     Without FILE it goes to the folder backups/ of the cache, where `cachedb verify --repair` looks for one, and stays.
     Blobs are not copied.
     """
+    from pathlib import Path
+
     from cachedb import schema
 
     with _stages() as progress:
@@ -802,6 +808,8 @@ def db_restore(file: str, form: str) -> None:
     Images are as they were then, as far as their blobs are still there. What came since and no image of the backup
     uses is freed by the next `cachedb gc`. The index that was there is kept in quarantine/.
     """
+    from pathlib import Path
+
     from cachedb.rebuild import restore
 
     found = restore(_directory(), Path(file).absolute())

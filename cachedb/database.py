@@ -39,6 +39,7 @@ _RESERVE = 1024 * 1024  # bytes
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60  # seconds
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
+_FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)  # the second where a message quotes what is damaged
 _REBUILD = "`cachedb verify --repair` rebuilds it from the newest backup and from the blobs"
 
 
@@ -356,19 +357,20 @@ class Database:
 
     def _on_error(self, context: ExceptionContext) -> None:
         error = context.original_exception
-        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.IntegrityError):
+        if isinstance(error, _FAILURES) and not isinstance(error, sqlite3.IntegrityError):
             raise self._translated(error) from error
 
     @contextmanager
     def _sqlite_errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as error:
+        except _FAILURES as error:
             raise self._translated(error) from error
 
-    def _translated(self, error: sqlite3.DatabaseError) -> StorageError | NotACache:
+    def _translated(self, error: sqlite3.DatabaseError | UnicodeDecodeError) -> StorageError | NotACache:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(_DAMAGED)
+        damaged = damaged or isinstance(error, UnicodeDecodeError)
         if damaged and is_ours(self.directory):
             return DamagedIndex(f"the index is damaged: {error}; {_REBUILD}")
         if code == sqlite3.SQLITE_NOTADB:

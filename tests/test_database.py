@@ -264,6 +264,7 @@ def test_as_many_threads_as_there_are_may_be_in_a_transaction(index: Database) -
 def test_a_write_in_another_schema_is_refused_before_its_block(index: Database, revision: str, advice: str) -> None:
     shell = sqlite3.connect(index.path)
     shell.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    shell.execute(f"PRAGMA user_version = {int(revision)}")
     shell.commit()
     shell.close()
     with pytest.raises(SchemaMismatch, match=advice), index.write():

@@ -285,7 +285,7 @@ def test_a_byte_of_the_header(made: Path, place: int) -> None:
         "DROP TABLE leases",
         "DROP TABLE holds",
         "PRAGMA application_id = 77",
-        "INSERT INTO images SELECT 999, 'broken', 'x', 99999, media_type, created_at, last_used_at FROM images LIMIT 1",
+        "INSERT INTO images SELECT 999, 'broken', 'x', 99999, media_type, created_at, last_used_at, NULL, NULL, NULL, NULL, NULL FROM images LIMIT 1",
         "DELETE FROM blobs WHERE id = (SELECT manifest_id FROM images WHERE repository = 'many')",
         "UPDATE images SET manifest_id = 99999 WHERE repository = 'many'",
     ],
@@ -605,7 +605,7 @@ def crash_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
         step()
         sync(folder)
 
-    for module in (database, rebuild, verify):
+    for module in (backups, database, verify):
         patch.setattr(module, "sync_folder", synced)
     event.listen(Engine, "commit", step)
     try:
@@ -783,6 +783,7 @@ def test_an_index_of_a_newer_schema_is_not_taken_for_a_damaged_one(made: Path) -
     with Cache.open(made) as cache:
         change(made, "ALTER TABLE holds RENAME COLUMN name TO names")
         change(made, "UPDATE alembic_version SET version_num = '9999'")
+        change(made, "PRAGMA user_version = 9999")
         with pytest.raises(SchemaMismatch, match="newer release"):
             cache.verify(repair=True)
     assert (made / "index.db").stat().st_ino == status.st_ino

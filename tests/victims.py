@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachedb import Cache, CacheError, schema
-from cachedb.database import Database
 from tests import make
 
 KEPT = make.image(1, 2)
@@ -60,15 +59,10 @@ def cache(directory: Path) -> None:
 
 def old_cache(directory: Path) -> None:
     """A cache as the first release left it."""
-    from alembic import command
-
     cache(directory)
-    database = Database(directory / "cache")
-    config = schema.alembic_config()
-    with database.write_schema() as connection:
-        config.attributes["connection"] = connection
-        command.downgrade(config, "0001")
-    database.close()
+    schema.downgrade(directory / "cache", "0001")
+    for backup in (directory / "cache" / "backups").glob("*.db"):
+        backup.unlink()
 
 
 def damaged_cache(directory: Path) -> None:
@@ -94,7 +88,7 @@ def damaged_index(directory: Path) -> None:
     """An index with a row that refers to none."""
     cache(directory)
     shell = sqlite3.connect(directory / "cache" / "index.db")
-    shell.execute("INSERT INTO image_blobs VALUES (1, 99, 99, 'layer', 'text/plain')")
+    shell.execute("INSERT INTO image_blobs VALUES (1, 99, 99, 'layer', 'text/plain', NULL, NULL)")
     shell.commit()
     shell.close()
 
