@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, event
 
-from cachedb import Cache, DamagedIndex, NotACache, SchemaMismatch, database, rebuild, schema, verify
+from cachedb import Cache, DamagedIndex, NotACache, SchemaMismatch, backups, database, rebuild, schema, verify
 from cachedb.blobs import blob_path
 from cachedb.database import Database
 from cachedb.reference import Digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -24,7 +25,10 @@ from tests.make import digest_of, image
 from tests.test_database import content
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-TABLES = {"alembic_version", "images", "blobs", "image_blobs", "holds", "leases", "trash"}
+TABLES = {
+    "alembic_version", "images", "blobs", "image_blobs", "image_labels", "holds", "leases", "trash", "backfills"
+}  # fmt: skip
+FIRST = TABLES - {"holds", "image_labels", "backfills"}
 
 
 def alembic(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -156,6 +160,7 @@ def test_a_schema_from_the_future_is_refused_before_anything_is_written(director
     with Cache.open(directory) as cache:
         cache.add_blob(b"data")
     change(directory, "UPDATE alembic_version SET version_num = '9999'")
+    change(directory, "PRAGMA user_version = 9999")
     before = content(directory)
     with pytest.raises(SchemaMismatch, match=f"schema 9999, and this release knows {REVISION} at most: use a newer"):
         Cache.open(directory, upgrade=upgrade)
@@ -165,6 +170,7 @@ def test_a_schema_from_the_future_is_refused_before_anything_is_written(director
 def test_a_cache_that_is_upgraded_while_it_is_open_is_not_written_to(cache: Cache, directory: Path) -> None:
     digest = cache.add_blob(b"data")
     change(directory, "UPDATE alembic_version SET version_num = '9999'")
+    change(directory, "PRAGMA user_version = 9999")
     before = snapshot(directory)
     for write in (
         lambda: cache.add_blob(b"more"),
@@ -185,9 +191,9 @@ def test_a_cache_that_is_upgraded_while_it_is_open_is_not_written_to(cache: Cach
 def test_an_older_schema_is_upgraded_only_when_asked(directory: Path) -> None:
     Cache.open(directory).close()
     assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
-    assert tables(directory) == TABLES - {"holds"}
+    assert tables(directory) == FIRST
     before = content(directory)
-    with pytest.raises(SchemaMismatch, match=r"schema 0001, .* needs 0002: set CACHEDB_AUTO_UPGRADE=1 once, or open"):
+    with pytest.raises(SchemaMismatch, match=r"schema 0001, .* needs 0003: run `cachedb db upgrade`, or set"):
         Cache.open(directory)
     assert content(directory) == before
     with Cache.open(directory, upgrade=True) as cache:
@@ -232,7 +238,9 @@ def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path)
     def definitions(path: Path) -> dict[str, list[str]]:
         shell = sqlite3.connect(path)
         rows = shell.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name != 'alembic_version'")
-        found = {name: sorted(line.strip(" ,\t") for line in sql.splitlines()) for name, sql in rows}
+        # What was added to a table later is written on one line.
+        lines = {name: re.split(r"\n|, (?=[a-z_]+ [A-Z])", sql) for name, sql in rows}
+        found = {name: sorted(line.strip(" ,\t") for line in split) for name, split in lines.items()}
         shell.close()
         return found
 
@@ -269,11 +277,13 @@ def test_0002_carries_a_cache_up_and_down(directory: Path) -> None:
         cache.save_manifest("app:1", made.manifest)
         lease = cache.add_blob(b"leased")
         assert [row[0] for row in rows(directory)["leases"]] == [lease]
+        assert alembic("downgrade", "0002", CACHEDB_DIR=str(directory)).returncode == 0
         before = {name: table for name, table in rows(directory).items() if name != "holds"}
         assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
         assert rows(directory) == before
         assert alembic("upgrade", "0002", CACHEDB_DIR=str(directory)).returncode == 0
         assert rows(directory) == {**before, "holds": []}
+        assert alembic("upgrade", "head", CACHEDB_DIR=str(directory)).returncode == 0
         cache.add_hold("app:1")
         assert len(rows(directory)["leases"]) == 1 + len(made.blobs)
         assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
@@ -322,12 +332,14 @@ IMAGE = {
     "created_at": TIME,
     "last_used_at": TIME,
 }
+LABEL = {"image_id": 1, "key": "version", "value": ""}
 ASSOCIATION = {"image_id": 1, "position": 7, "blob_id": 1, "role": "layer", "media_type": "application/json"}
 LEASE = {"digest": DIGEST, "session": "1-abc", "hold": 1}
 TRASH = {"digest": DIGEST, "size": 0}
 HOLD = {"id": "hold-0123456789ab", "name": "app:1", "created_at": TIME, "expires_at": None}
 GOOD: dict[str, dict[str, Any]] = {
-    "blobs": BLOB, "images": IMAGE, "image_blobs": ASSOCIATION, "leases": LEASE, "holds": HOLD, "trash": TRASH
+    "blobs": BLOB, "images": IMAGE, "image_blobs": ASSOCIATION, "image_labels": LABEL, "leases": LEASE, "holds": HOLD,
+    "trash": TRASH
 }  # fmt: skip
 
 NO_DIGESTS = [
@@ -376,6 +388,13 @@ WRONG = [
     *(("holds", "name", value) for value in ("", "a" * 401, None)),
     *(("holds", "created_at", value) for value in [*NO_TIMES, None]),
     *(("holds", "expires_at", value) for value in NO_TIMES),
+    *(("images", column, value) for column in ("architecture", "os", "variant") for value in ("", "a" * 65, b"x")),
+    *(("images", "created", value) for value in NO_TIMES),
+    *(("images", "author", value) for value in ("", "a" * 65537)),
+    *(("image_blobs", "diff_id", value) for value in NO_DIGESTS if value is not None),
+    *(("image_blobs", "created_by", value) for value in ("", "a" * 65537)),
+    *(("image_labels", column, value) for column in ("key", "value") for value in (None, "a" * 65537)),
+    *(("image_labels", "image_id", value) for value in (99, None)),
 ]
 
 

@@ -1,0 +1,786 @@
+"""Changes of the schema: up and down with real data, beside others at work, cut off, on a full disk; backups; drift."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_alembic import Config, runner
+from pytest_alembic.tests import (
+    test_model_definitions_match_ddl,
+    test_single_head_revision,
+    test_up_down_consistency,
+    test_upgrade,
+)
+from sqlalchemy import Engine, create_engine, event
+
+from cachedb import (
+    Cache,
+    CacheError,
+    DamagedIndex,
+    NotACache,
+    NotInCache,
+    SchemaMismatch,
+    StorageError,
+    backups,
+    rebuild,
+    schema,
+)
+from cachedb.database import Database
+from cachedb.models import REVISION
+from tests.conftest import Run, files_of, run_python
+from tests.make import image, index
+from tests.promises import check
+from tests.test_database import content
+from tests.test_schema import change, rows, tables
+from tests.victims import save
+
+FROZEN = Path(__file__).parent / "frozen"
+REVISIONS = [f"{number:04}" for number in range(1, int(REVISION) + 1)]
+ADDED = {"architecture", "os", "variant", "created", "author", "diff_id", "created_by"}
+
+
+# What pytest-alembic asks of all migrations. Its plugin does not work with pytest 9, its tests do.
+
+__all__ = [
+    "test_model_definitions_match_ddl",
+    "test_single_head_revision",
+    "test_up_down_consistency",
+    "test_upgrade",
+]
+
+
+@pytest.fixture
+def alembic_runner(tmp_path: Path) -> Iterator[Any]:
+    engine = create_engine(f"sqlite:///{tmp_path / 'migrated.db'}")
+    options = {"script_location": str(schema.migrations_directory()), "path_separator": "os"}
+    with runner(Config(config_options=options), engine) as running:
+        yield running
+    engine.dispose()
+
+
+# Every revision that ever landed
+
+
+def frozen(revision: str, directory: Path) -> Path:
+    """The cache that the release of a revision has made."""
+    directory.mkdir()
+    with tarfile.open(FROZEN / f"{revision}.tar.xz") as tar:
+        tar.extractall(directory, filter="data")
+    for name in ("ingest", "trash", "locks", "backups"):
+        (directory / name).mkdir()
+    return directory
+
+
+def known(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """All rows, without the columns and tables that came later than the first revision."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    shell = sqlite3.connect(directory / "index.db")
+    shell.row_factory = sqlite3.Row
+    for table in ("images", "blobs", "image_blobs", "leases", "trash"):
+        entries = [dict(row) for row in shell.execute(f"SELECT * FROM {table}")]
+        kept = [{key: value for key, value in entry.items() if key not in ADDED} for entry in entries]
+        found[table] = sorted(kept, key=repr)
+    shell.close()
+    return found
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row_and_blob(
+    revision: str, tmp_path: Path
+) -> None:
+    directory = frozen(revision, tmp_path / "cache")
+    before, all_rows, files = known(directory), rows(directory), files_of(directory)
+    assert len(before["images"]) == 7
+    changed = schema.upgrade(directory)
+    assert (changed.before, changed.after) == (revision, REVISION)
+    assert known(directory) == before
+    assert schema.check(directory) == []
+    with Cache.open(directory) as cache:
+        assert cache.get_image("frozen:2").author == cache.get_image("team/frozen:stable").author == "A. Author"
+        assert cache.get_labels("docker:2")["org.opencontainers.image.title"] == "frozen"
+        assert [blob.created_by for blob in cache.get_image_blobs("several:1") if blob.role == "layer"] == [
+            "layer 1",
+            "layer 2",
+            "layer 1",
+            "layer 3",
+        ]
+        assert all(blob.diff_id for blob in cache.get_image_blobs("frozen:2") if blob.role == "layer")
+        cache.export("frozen:2", tmp_path / "frozen.tar")
+    after = known(directory)
+    schema.downgrade(directory, revision)
+    assert {name: known(directory)[name] for name in ("blobs", "image_blobs")} == {
+        name: after[name] for name in ("blobs", "image_blobs")
+    }
+    assert tables(directory) - {"alembic_version"} == all_rows.keys()
+    assert files_of(directory) == files
+    schema.upgrade(directory)
+    check(directory)
+
+
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+def test_a_downgrade_takes_away_what_the_upgrade_brought_and_nothing_else(revision: str, tmp_path: Path) -> None:
+    directory = frozen(revision, tmp_path / "cache")
+    before = rows(directory)
+    schema.upgrade(directory)
+    schema.downgrade(directory, revision)
+    assert rows(directory) == before
+
+
+def test_a_config_that_cannot_be_read_is_skipped_and_reported(tmp_path: Path) -> None:
+    directory = frozen("0001", tmp_path / "cache")
+    with Cache.open(frozen(REVISION, tmp_path / "newest")) as cache:
+        lost = next(blob.path for blob in cache.get_image_blobs("hello:1") if blob.is_config)
+    assert lost is not None
+    (directory / lost.relative_to(tmp_path / "newest")).unlink()
+    found = {str(name): detail for name, _, detail in schema.upgrade(directory).unread}
+    assert found.keys() == {"broken:1", "hello:1"}
+    assert "not JSON" in found["broken:1"]
+    assert "is not in the cache" in found["hello:1"]
+    with Cache.open(directory) as cache:
+        assert cache.get_image("hello:1").os is None
+        assert cache.get_image("frozen:2").os == "linux"
+
+
+# Upgrades
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    return frozen("0001", tmp_path / "old")
+
+
+def backups_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "backups").iterdir() if path.name != ".lock")
+
+
+def test_an_upgrade_makes_a_backup_from_which_all_comes_back(old: Path) -> None:
+    before = rows(old)
+    changed = schema.upgrade(old)
+    assert changed.backup == old / "backups" / "000001-0001-before-0003.db"
+    assert changed.backup.stat().st_mode & 0o777 == 0o600
+    shutil.copy(changed.backup, old.parent / "index.db")
+    assert rows(old.parent) == before
+    assert schema.upgrade(old) == (REVISION, REVISION, None, [])
+    assert backups_in(old) == ["000001-0001-before-0003.db"]
+
+
+def test_the_last_few_backups_from_before_changes_are_kept_and_all_that_a_person_made(old: Path) -> None:
+    asked = schema.back_up(old)
+    for _ in range(3):
+        schema.upgrade(old)
+        schema.downgrade(old, "0001")
+    assert backups_in(old) == [
+        asked.name,
+        "000005-0003-before-0001.db",
+        "000006-0001-before-0003.db",
+        "000007-0003-before-0001.db",
+    ]
+
+
+@pytest.mark.parametrize("step", ["0002", "head"])
+def test_an_upgrade_comes_to_the_revision_that_is_asked_for(old: Path, step: str) -> None:
+    after = schema.upgrade(old, step).after
+    assert Database(old).revision() == after == {"0002": "0002", "head": REVISION}[step]
+
+
+def test_an_upgrade_that_needs_no_other_process_to_stop_says_so_to_those_who_have_the_cache_open(
+    directory: Path,
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+        schema.downgrade(directory, "-1")
+        for call in (cache.list_manifests, lambda: cache.add_blob(b"x"), lambda: cache.get_image("app:1")):
+            with pytest.raises(SchemaMismatch, match=r"has schema 0002, .* run `cachedb db upgrade`"):
+                call()
+        schema.upgrade(directory)
+        assert cache.get_image("app:1").architecture == "amd64"
+        cache.add_blob(b"x")
+
+
+def test_a_newer_schema_that_says_so_can_be_worked_with(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+        change(directory, "ALTER TABLE images ADD COLUMN stars INTEGER")
+        change(directory, "UPDATE alembic_version SET version_num = '0099'")
+        change(directory, f"PRAGMA user_version = {int(REVISION)}")
+        cache.tag("app:1", "app:2")
+    with Cache.open(directory) as cache:
+        assert [image.reference for image in cache.list_manifests()] == ["1", "2"]
+        assert cache.verify().problems == []
+    assert schema.current(directory) == ("0099", REVISION, True, 0)
+    for call in (schema.upgrade, schema.check, lambda path: schema.downgrade(path, "0001")):
+        with pytest.raises(SchemaMismatch, match="newer"):
+            call(directory)
+    change(directory, "PRAGMA user_version = 99")
+    with pytest.raises(SchemaMismatch, match="use a newer release"):
+        Cache.open(directory)
+
+
+def test_every_migration_states_the_oldest_release_that_can_work_after_it(directory: Path) -> None:
+    Cache.open(directory).close()
+    for revision in reversed(schema.history(directory)):
+        assert revision.oldest <= revision.revision
+        if Database(directory).revision() != revision.revision:
+            schema.downgrade(directory, revision.revision)
+        shell = sqlite3.connect(directory / "index.db")
+        assert shell.execute("PRAGMA user_version").fetchone() == (int(revision.oldest),)
+        shell.close()
+        schema.upgrade(directory)
+
+
+def test_of_many_who_upgrade_at_once_one_does_and_all_go_on(old: Path) -> None:
+    output = run_python(
+        """
+        import os, sys
+        from cachedb import Cache
+
+        gate, open_gate = os.pipe()
+        children = []
+        for number in range(16):
+            if (child := os.fork()) == 0:
+                os.close(open_gate)
+                os.read(gate, 1)
+                with Cache.open(sys.argv[1], upgrade=True) as cache:
+                    cache.add_blob(b"%d" % number)
+                    assert cache.get_image("frozen:2").os == "linux"
+                os._exit(0)
+            children.append(child)
+        os.close(open_gate)
+        print({os.waitpid(child, 0)[1] for child in children})
+        """,
+        old,
+    )
+    assert output == "{0}\n"
+    assert backups_in(old) == ["000001-0001-before-0003.db"]
+    check(old)
+
+
+SECONDS = float(os.environ.get("CACHEDB_UPGRADE_SECONDS", "4"))
+
+
+def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_lost(directory: Path) -> None:
+    Cache.open(directory).close()
+    output = run_python(
+        """
+        import os, random, sys, time, traceback
+        from pathlib import Path
+        from cachedb import Cache, SchemaMismatch, schema
+        from tests.make import image
+        from tests.victims import save
+
+        directory, until = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
+
+        def work(number):
+            refused, done = 0, 0
+            cache = None
+            while time.monotonic() < until or not done:
+                try:
+                    cache = cache or Cache.open(directory, upgrade=number % 8 == 0)
+                    made = image(number, 100 + done % 5)
+                    save(cache, f"app{number}:{done}", made)
+                    assert cache.is_image_complete(f"app{number}:{done}")
+                    done += 1
+                    if done > 2:
+                        cache.remove_manifest(f"app{number}:{done - 3}")
+                    if done % 10 == 0:
+                        cache.close()
+                        cache = None
+                except SchemaMismatch as error:
+                    assert "cachedb db upgrade" in str(error)
+                    refused += 1
+                    time.sleep(random.random() / 20)
+            return refused, done
+
+        children = {}
+        for number in range(32):
+            reader, writer = os.pipe()
+            if (child := os.fork()) == 0:
+                try:
+                    text = "{} {}".format(*work(number))
+                except BaseException:
+                    text = traceback.format_exc()
+                os.write(writer, text.encode())
+                os._exit(0)
+            os.close(writer)
+            children[number] = child, reader
+        changes = 0
+        while time.monotonic() < until:
+            schema.downgrade(directory, ("0001", "0002")[changes % 2])
+            schema.upgrade(directory)
+            changes += 1
+        schema.upgrade(directory)
+        refused = 0
+        with Cache.open(directory, upgrade=True) as cache:
+            for number, (child, reader) in children.items():
+                os.waitpid(child, 0)
+                text = os.read(reader, 1 << 16).decode()
+                assert text.replace(" ", "").isdecimal(), text
+                refused, done = refused + int(text.split()[0]), int(text.split()[1])
+                for last in range(max(0, done - 2), done):
+                    assert cache.is_image_complete(f"app{number}:{last}")
+                    assert cache.get_image(f"app{number}:{last}").architecture == "amd64"
+        assert changes and refused
+        print("all there")
+        """,
+        directory,
+        SECONDS,
+    )
+    assert output == "all there\n"
+    check(directory)
+
+
+@pytest.mark.parametrize("how", ["upgrade", "downgrade"])
+def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_new_one(
+    how: str, tmp_path: Path
+) -> None:
+    made = frozen("0001" if how == "upgrade" else REVISION, tmp_path / "made")
+    before = known(made)
+    output = run_python(
+        """
+        import os, shutil, sys
+        from pathlib import Path
+        from sqlalchemy import Engine, event
+        import alembic.command
+        from cachedb import schema
+
+        made, how = Path(sys.argv[1]), sys.argv[2]
+        schema._BATCH = 2
+        number, status = 0, 1
+        while status:
+            number += 1
+            directory = made.with_name(str(number))
+            shutil.copytree(made, directory)
+            if (child := os.fork()) == 0:
+                seen = 0
+
+                def step(*_):
+                    global seen
+                    seen += 1
+                    if seen == number:
+                        os.kill(os.getpid(), 9)
+
+                seen = 0
+                event.listen(Engine, "before_cursor_execute", step)
+                event.listen(Engine, "commit", step)
+                schema.upgrade(directory) if how == "upgrade" else schema.downgrade(directory, "0001")
+                os._exit(0)
+            status = os.waitpid(child, 0)[1]
+        print(number)
+        """,
+        made,
+        how,
+    )
+    assert int(output) > 30
+    found = set()
+    for number in range(1, int(output) + 1):
+        directory = tmp_path / str(number)
+        database = Database(directory)
+        found.add(database.revision())
+        database.close()
+        assert known(directory) == before or how == "downgrade"
+        assert [row["repository"] for row in known(directory)["images"]] == [
+            row["repository"] for row in before["images"]
+        ]
+        if number % 5 == 0:
+            schema.upgrade(directory)
+            assert schema.check(directory) == []
+            with Cache.open(directory) as cache:
+                assert cache.get_image("frozen:2").os == "linux"
+            check(directory)
+            assert not list((directory / "backups").glob("*.half")) or directory.name
+    assert found == {"0001", REVISION}
+
+
+def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "_BATCH", 2)
+    told: list[tuple[str, int, int]] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+        if (what, done) == ("reading configs", 4):
+            raise Stop
+
+    with pytest.raises(Stop):
+        schema.upgrade(old, progress=stop)
+    assert {what for what, _, _ in told} >= {"migrating", "reading configs"}
+    assert schema.current(old) == (REVISION, REVISION, True, 3)
+    assert [drift.kind for drift in schema.check(old)] == ["backfill"]
+    with Cache.open(old) as cache:
+        assert cache.get_image("docker:2").os == "linux"  # what is read is there, and the cache can be used
+    again: list[tuple[str, int, int]] = []
+    schema.upgrade(old, progress=lambda *step: again.append(step))
+    assert again == [("reading configs", 2, 3), ("reading configs", 3, 3), ("reading configs", 3, 3)]
+    assert schema.check(old) == []
+
+
+def test_a_disk_that_is_too_full_is_said_so_before_anything_is_changed(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(old)
+    usage = shutil.disk_usage(old)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(StorageError, match=r"was not changed: .* and 1000000 are free; free some space"):
+        schema.upgrade(old)
+    monkeypatch.undo()
+    left = content(old)
+    assert {name: data for name, data in left.items() if "locks" not in str(name)} == {
+        name: data for name, data in before.items() if "locks" not in str(name)
+    } | {name: data for name, data in left.items() if ".lock" in str(name) and "locks" not in str(name)}
+    schema.upgrade(old)
+
+
+def test_a_backup_that_cannot_be_written_stops_the_upgrade(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="cannot make a backup of the index: No space left"):
+        schema.upgrade(old)
+    monkeypatch.undo()
+    assert Database(old).revision() == "0001"
+    assert backups_in(old) == []
+
+
+def test_a_change_that_would_leave_rows_that_refer_to_none_is_not_made(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = schema._run
+
+    def broken(connection: Any, *arguments: Any, **options: Any) -> None:
+        real(connection, *arguments, **options)
+        connection.exec_driver_sql("UPDATE images SET manifest_id = 999 WHERE id = 1")
+
+    monkeypatch.setattr(schema, "_run", broken)
+    with pytest.raises(DamagedIndex, match=r"was not changed: 1 rows would refer to none: images 1 to blobs"):
+        schema.upgrade(old)
+    assert Database(old).revision() == "0001"
+
+
+@pytest.mark.parametrize("call", ["upgrade", "downgrade", "check", "back_up"])
+def test_what_is_no_cache_is_left_alone(call: str, tmp_path: Path) -> None:
+    def run(directory: Path) -> object:
+        arguments = ("0001",) if call == "downgrade" else ()
+        return getattr(schema, call)(directory, *arguments)
+
+    with pytest.raises(NotInCache, match="there is no cache in"):
+        run(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    (tmp_path / "diary").mkdir()
+    change(tmp_path / "diary", "CREATE TABLE diary (entry TEXT)")
+    before = content(tmp_path / "diary")
+    with pytest.raises(NotACache, match="another program's database"):
+        run(tmp_path / "diary")
+    assert content(tmp_path / "diary") == before
+    half = frozen("0001", tmp_path / "half")
+    data = (half / "index.db").read_bytes()
+    (half / "index.db").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DamagedIndex):
+        run(half)
+    lost = frozen("0001", tmp_path / "lost")
+    (lost / "index.db").unlink()
+    with pytest.raises(DamagedIndex, match="lost its index"):
+        run(lost)
+
+
+@pytest.mark.parametrize("revision", ["0009", "x", "", "-9", "base", "-x", "000"])
+def test_a_revision_that_is_none_is_refused(directory: Path, revision: str) -> None:
+    Cache.open(directory).close()
+    for call in (schema.upgrade, schema.downgrade):
+        with pytest.raises(SchemaMismatch, match="is not one of the revisions 0001, "):
+            call(directory, revision)
+    assert Database(directory).revision() == REVISION
+
+
+def test_up_is_not_down(directory: Path) -> None:
+    Cache.open(directory).close()
+    with pytest.raises(SchemaMismatch, match=r"newer than 0001: use `cachedb db downgrade 0001`"):
+        schema.upgrade(directory, "0001")
+    schema.downgrade(directory, "0001")
+    with pytest.raises(SchemaMismatch, match=r"older than 0002: run `cachedb db upgrade`"):
+        schema.downgrade(directory, "0002")
+
+
+# Drift
+
+
+@pytest.mark.parametrize(
+    ("sql", "kind", "name"),
+    [
+        ("CREATE TABLE diary (entry TEXT)", "table", "diary"),
+        ("DROP TABLE image_labels", "table", "image_labels"),
+        ("DROP INDEX ix_image_blobs_blob_id", "index", "ix_image_blobs_blob_id"),
+        ("CREATE INDEX mine ON blobs (size)", "index", "mine"),
+        ("CREATE TRIGGER mine AFTER INSERT ON images BEGIN SELECT 1; END", "trigger", "mine"),
+        ("CREATE VIEW mine AS SELECT 1", "view", "mine"),
+        ("ALTER TABLE blobs ADD COLUMN colour TEXT", "column", "blobs.colour"),
+        ("ALTER TABLE images DROP COLUMN author", "column", "images.author"),
+        ("PRAGMA user_version = 1", "pragma", "user_version"),
+    ],
+)
+def test_drift_is_found(directory: Path, sql: str, kind: str, name: str) -> None:
+    Cache.open(directory).close()
+    assert schema.check(directory) == []
+    change(directory, sql)
+    assert (kind, name) in [drift[:2] for drift in schema.check(directory)]
+
+
+def test_a_constraint_that_is_not_ours_is_drift(directory: Path) -> None:
+    Cache.open(directory).close()
+    shell = sqlite3.connect(directory / "index.db")
+    shell.execute("PRAGMA writable_schema = ON")
+    shell.execute("UPDATE sqlite_master SET sql = replace(sql, 'size >= 0', 'size >= 9') WHERE name = 'blobs'")
+    shell.commit()
+    shell.close()
+    (drift,) = schema.check(directory)
+    assert drift[:2] == ("table", "blobs")
+    assert "size >= 9" in drift.detail
+
+
+# Backups and restoring them
+
+
+def test_a_backup_is_of_one_moment_while_others_write(cache: Cache, tmp_path: Path) -> None:
+    save(cache, "app:1", image(1))
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            save(cache, f"busy:{number}", image(2, 100 + number))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        copies = [schema.back_up(cache.directory, tmp_path / f"{number}.db") for number in range(5)]
+    finally:
+        stop.set()
+        thread.join()
+    for copy in copies:
+        shell = sqlite3.connect(copy)
+        assert shell.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert shell.execute("PRAGMA foreign_key_check").fetchall() == []
+        shell.close()
+    with pytest.raises(CacheError, match="exists: name another file"):
+        schema.back_up(cache.directory, copies[0])
+
+
+def test_a_restored_backup_has_its_images_and_agrees_with_the_blobs(cache: Cache) -> None:
+    save(cache, "kept:1", image(1))
+    save(cache, "gone:1", image(2))
+    gone = cache.get_image_blobs("gone:1")
+    leased = cache.add_blob(b"leased by a live session")
+    backup = schema.back_up(cache.directory)
+    cache.remove_manifest("gone:1")
+    save(cache, "late:1", image(3))
+    cache.tag("late:1", "kept:1")
+    found = rebuild.restore(cache.directory, backup)
+    assert found[:3] == (2, 1, 5)
+    assert found.old is not None
+    assert sqlite3.connect(found.old).execute("SELECT count(*) FROM images").fetchone() == (2,)
+    assert [str(one.name) for one in cache.list_manifests()] == ["gone:1", "kept:1"]
+    assert cache.get_image("kept:1").digest == image(1).digest
+    assert not cache.is_image_complete("gone:1")
+    assert cache.collect_garbage().blobs == 3  # of the late image, and not what is leased
+    assert cache.has_blob(leased)
+    save(cache, "gone:1", image(2))
+    assert cache.get_image_blobs("gone:1") == gone
+    cache.close()
+    check(cache.directory)
+
+
+def test_a_restored_backup_keeps_the_holds_of_today(cache: Cache) -> None:
+    save(cache, "app:1", image(1))
+    backup = schema.back_up(cache.directory)
+    (hold,) = cache.add_hold("app:1")
+    rebuild.restore(cache.directory, backup)
+    assert cache.list_holds() == [hold]
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_a_backup_of_any_schema_can_be_restored(revision: str, tmp_path: Path) -> None:
+    directory = frozen(REVISION, tmp_path / "cache")
+    old = frozen(revision, tmp_path / "old")
+    before = [row["repository"] for row in known(old)["images"]]
+    rebuild.restore(directory, old / "index.db")
+    assert [row["repository"] for row in known(directory)["images"]] == before
+    assert schema.check(directory) == []
+    with Cache.open(directory) as cache:
+        assert cache.get_image("hello:1").os == "linux"
+    check(directory)
+
+
+@pytest.mark.parametrize("damage", ["lost", "garbage"])
+def test_a_backup_takes_the_place_of_an_index_that_is_lost_or_damaged(directory: Path, damage: str) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    backup = schema.back_up(directory)
+    (directory / "index.db").unlink()
+    if damage == "garbage":
+        (directory / "index.db").write_bytes(b"garbage" * 1000)
+    assert rebuild.restore(directory, backup)[:3] == (1, 0, 0)
+    with Cache.open(directory) as cache:
+        assert cache.is_image_complete("app:1")
+    check(directory)
+
+
+def test_a_child_that_came_after_the_backup_brings_what_it_names(cache: Cache) -> None:
+    child = image(1)
+    cache.save_manifest("several:1", index(child))
+    backup = schema.back_up(cache.directory)
+    for digest, data in child.blobs.items():
+        cache.save_blob(digest, data)
+    rebuild.restore(cache.directory, backup)
+    assert cache.is_image_complete("several:1")
+
+
+def test_what_is_no_backup_is_refused_and_nothing_is_changed(cache: Cache, tmp_path: Path) -> None:
+    save(cache, "app:1", image(1))
+    backup = schema.back_up(cache.directory, tmp_path / "backup.db")
+    data = backup.read_bytes()
+    (tmp_path / "half.db").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.db").write_text("no database" * 1000)
+    (tmp_path / "empty.db").touch()
+    change(tmp_path, "CREATE TABLE diary (entry TEXT)")
+    (tmp_path / "link.db").symlink_to(cache.directory / "index.db")
+    future = shutil.copy(backup, tmp_path / "future.db")
+    shell = sqlite3.connect(future)
+    shell.execute("UPDATE alembic_version SET version_num = '9999'")
+    shell.execute("PRAGMA user_version = 9999")
+    shell.commit()
+    shell.close()
+    before = rows(cache.directory)
+    for name, error, text in (
+        ("nothing.db", NotInCache, "there is no backup"),
+        ("half.db", DamagedIndex, "is damaged, and was not restored"),
+        ("text.db", DamagedIndex, "is damaged, and was not restored"),
+        ("empty.db", NotACache, "is no backup"),
+        ("index.db", NotACache, "is no backup"),
+        ("link.db", NotACache, "is the index itself"),
+        ("future.db", SchemaMismatch, "use a newer release"),
+    ):
+        with pytest.raises(error, match=text):
+            rebuild.restore(cache.directory, tmp_path / name)
+        assert rows(cache.directory) == before
+    with pytest.raises(NotACache, match="is not a cache"):
+        rebuild.restore(tmp_path, backup)
+    check(cache.directory)
+
+
+def test_a_rebuilding_takes_names_from_a_backup_of_an_older_schema(tmp_path: Path) -> None:
+    directory = frozen("0001", tmp_path / "cache")
+    schema.upgrade(directory)
+    (directory / "index.db").write_bytes(b"garbage" * 1000)
+    with Cache.open(directory, damaged=True) as cache:
+        cache.verify(repair=True)
+    with Cache.open(directory) as cache:
+        assert {one.repository for one in cache.list_manifests()} == {
+            "broken",
+            "docker",
+            "frozen",
+            "hello",
+            "incomplete",
+            "several",
+            "team/frozen",
+        }
+        assert cache.get_image("frozen:2").author == "A. Author"
+
+
+def test_backups_are_numbered_whatever_the_clock_says(cache: Cache) -> None:
+    (cache.directory / "backups" / "000041-mine.db").touch()
+    (cache.directory / "backups" / "notes.db").touch()
+    (cache.directory / "backups" / "000044-0003.db.half").touch()  # of one that was killed
+    assert schema.back_up(cache.directory).name == f"000042-{REVISION}.db"
+    assert [path.name for path in backups.newest_first(cache.directory)] == [
+        f"000042-{REVISION}.db",
+        "000041-mine.db",
+        "notes.db",
+    ]
+    assert not list((cache.directory / "backups").glob("*.half"))
+
+
+def test_an_upgrade_says_how_far_its_backup_is(old: Path) -> None:
+    shell = sqlite3.connect(old / "index.db")
+    shell.executemany(
+        "INSERT INTO blobs (digest, size) VALUES (?, 1)", [(f"sha256:{number:064x}",) for number in range(20_000)]
+    )
+    shell.commit()
+    shell.close()
+    told: list[tuple[str, int, int]] = []
+    schema.upgrade(old, progress=lambda *step: told.append(step))
+    parts = [done for what, done, _ in told if what == "backing up"]
+    assert len(parts) > 3
+    assert parts == sorted(parts)
+
+
+# The command line
+
+
+def test_the_command_line_goes_up_and_down_and_says_so(cachedb: Run, old: Path) -> None:
+    def run(*arguments: str, code: int = 0) -> Any:
+        done = cachedb("--dir", old, "db", *arguments, "--format", "json")
+        assert done.returncode == code, done.stderr
+        return json.loads(done.stdout) if done.stdout else done.stderr
+
+    assert run("current") == {"revision": "0001", "newest": REVISION, "usable": False, "pending": 0}
+    assert [(entry["revision"], entry["current"]) for entry in run("history")][-1] == ("0001", True)
+    assert "run `cachedb db upgrade`" in run("check", code=1)
+    changed = run("upgrade")
+    assert changed["backup"] == str(old / "backups" / "000001-0001-before-0003.db")
+    assert [entry["name"] for entry in changed["unread"]] == ["broken:1"]
+    assert run("check") == []
+    assert run("backup")["size"] > 0
+    assert run("downgrade", "-1")["after"] == "0002"
+    assert cachedb("--dir", old, "ls").returncode == 1
+    restored = run("restore", str(old / "backups" / f"000002-{REVISION}.db"))
+    assert (restored["images"], restored["incomplete"]) == (7, 1)
+    change(old, "DROP INDEX ix_image_blobs_blob_id")
+    assert run("check", code=1)[0]["name"] == "ix_image_blobs_blob_id"
+    assert run("restore", str(old / "none.db"), code=3).startswith("cachedb: there is no backup")
+
+
+def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        done = cachedb("--dir", old, "db", *arguments)
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    assert "run `cachedb db upgrade`" in run("current")
+    assert "holds that outlive a process" in run("history")
+    done = cachedb("--dir", old, "db", "upgrade")
+    assert done.stdout.startswith("from schema 0001 to 0003; the index as it was is ")
+    assert "skipped the config" in done.stderr
+    assert run("upgrade") == "the cache has schema 0003 already\n"
+    assert run("current") == "0003, the newest\n"
+    assert run("check") == "no differences\n"
+    path = run("backup").strip()
+    assert "7 images, 1 of them incomplete" in run("restore", path)
+    assert "no cache yet" in cachedb("--dir", tmp_path / "new", "db", "current").stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_open_cache_at_the_newest_schema_costs_no_alembic_and_no_statement_but_one(directory: Path) -> None:
+    Cache.open(directory).close()
+    seen: list[str] = []
+
+    def note(_c: object, _d: object, statement: str, *_: object) -> None:
+        seen.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        schema.prepare(Database(directory))
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert sum("version_num" in statement for statement in seen) == 1
