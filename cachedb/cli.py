@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cachedb.holds import HoldInfo
     from cachedb.images import ImageInfo
     from cachedb.schema import Change
-    from cachedb.schema import Change
 
     _Parameter = click.ParamType[str]
 else:

@@ -152,8 +152,11 @@ class Database:
         if connection.file != self._file():
             raise DisconnectionError  # the pool opens another
 
-    def prepare(self) -> None:
+    def prepare(self) -> str | None:
         """Make the directory and its folders, unless they are there; refuse what is not ours.
+
+        Returns:
+            The schema's revision, as `revision` does.
 
         Raises:
             NotACache: if the directory holds something else.
@@ -162,7 +165,7 @@ class Database:
         if reason := refuse_shared(self.directory):
             raise StorageError(reason)
         if self.read_only:
-            return
+            return self.revision()
         with os_errors("use the cache directory"):
             missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -183,6 +186,7 @@ class Database:
             if revision is None:
                 sync_folder(self.directory / "blobs")
                 sync_folder(self.directory)
+            return revision
 
     def _make_folders(self) -> None:
         for name in FOLDERS:

@@ -124,8 +124,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
         DamagedIndex: if it has blobs, and no index or a damaged one.
         SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false.
     """
-    database.prepare()
-    revision = database.revision()
+    revision = database.prepare()
     if revision == REVISION:
         if upgrade:
             _backfill(database, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -62,7 +63,7 @@ def said(cache: Cache, name: str) -> tuple[Any, ...]:
 
 
 SAID = ("linux", "arm", "v7", BUILT, "A. Author <a@example.org>", {"empty": "", "version": "1"})
-NOTHING = (None, None, None, None, None, {})
+NOTHING: tuple[Any, ...] = (None, None, None, None, None, {})
 
 
 @pytest.mark.parametrize("kind", [OCI_CONFIG, DOCKER_CONFIG])
@@ -245,10 +246,8 @@ def test_no_config_is_too_odd_to_read(document: dict[str, Any], data: bytes) -> 
     for entry in ("Labels", "diff_ids"):
         nested = {"config": {entry: document}, "rootfs": {entry: [document]}, "history": [document]}
         parse_config(json.dumps(nested).encode(), 100)
-    try:
+    with suppress(CacheError):
         parse_config(data, 100)
-    except CacheError:
-        pass
 
 
 def test_a_config_is_read_in_a_command_that_lists_nothing_of_alembic(cache: Cache) -> None:

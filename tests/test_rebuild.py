@@ -285,7 +285,8 @@ def test_a_byte_of_the_header(made: Path, place: int) -> None:
         "DROP TABLE leases",
         "DROP TABLE holds",
         "PRAGMA application_id = 77",
-        "INSERT INTO images SELECT 999, 'broken', 'x', 99999, media_type, created_at, last_used_at, NULL, NULL, NULL, NULL, NULL FROM images LIMIT 1",
+        "INSERT INTO images (id, repository, reference, manifest_id, media_type, created_at, last_used_at) "
+        "SELECT 999, 'broken', 'x', 99999, media_type, created_at, last_used_at FROM images LIMIT 1",
         "DELETE FROM blobs WHERE id = (SELECT manifest_id FROM images WHERE repository = 'many')",
         "UPDATE images SET manifest_id = 99999 WHERE repository = 'many'",
     ],

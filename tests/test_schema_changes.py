@@ -106,7 +106,7 @@ def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row
     assert schema.check(directory) == []
     with Cache.open(directory) as cache:
         assert cache.get_image("frozen:2").author == cache.get_image("team/frozen:stable").author == "A. Author"
-        assert cache.get_labels("docker:2")["org.opencontainers.image.title"] == "frozen"
+        assert cache.get_labels("docker.io/library/docker:2")["org.opencontainers.image.title"] == "frozen"
         assert [blob.created_by for blob in cache.get_image_blobs("several:1") if blob.role == "layer"] == [
             "layer 1",
             "layer 2",
@@ -386,17 +386,14 @@ def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_n
         database = Database(directory)
         found.add(database.revision())
         database.close()
-        assert known(directory) == before or how == "downgrade"
-        assert [row["repository"] for row in known(directory)["images"]] == [
-            row["repository"] for row in before["images"]
-        ]
+        kept = {name: table for name, table in known(directory).items() if name != "leases"}
+        assert kept == {name: table for name, table in before.items() if name != "leases"}
         if number % 5 == 0:
             schema.upgrade(directory)
             assert schema.check(directory) == []
             with Cache.open(directory) as cache:
                 assert cache.get_image("frozen:2").os == "linux"
             check(directory)
-            assert not list((directory / "backups").glob("*.half")) or directory.name
     assert found == {"0001", REVISION}
 
 
@@ -418,7 +415,9 @@ def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch
     assert schema.current(old) == (REVISION, REVISION, True, 3)
     assert [drift.kind for drift in schema.check(old)] == ["backfill"]
     with Cache.open(old) as cache:
-        assert cache.get_image("docker:2").os == "linux"  # what is read is there, and the cache can be used
+        assert (
+            cache.get_image("docker.io/library/docker:2").os == "linux"
+        )  # what is read is there, and the cache can be used
     again: list[tuple[str, int, int]] = []
     schema.upgrade(old, progress=lambda *step: again.append(step))
     assert again == [("reading configs", 2, 3), ("reading configs", 3, 3), ("reading configs", 3, 3)]
@@ -508,7 +507,7 @@ def test_up_is_not_down(directory: Path) -> None:
     with pytest.raises(SchemaMismatch, match=r"newer than 0001: use `cachedb db downgrade 0001`"):
         schema.upgrade(directory, "0001")
     schema.downgrade(directory, "0001")
-    with pytest.raises(SchemaMismatch, match=r"older than 0002: run `cachedb db upgrade`"):
+    with pytest.raises(SchemaMismatch, match=r"older than 0002: use `cachedb db upgrade 0002`"):
         schema.downgrade(directory, "0002")
 
 
@@ -587,7 +586,7 @@ def test_a_restored_backup_has_its_images_and_agrees_with_the_blobs(cache: Cache
     save(cache, "late:1", image(3))
     cache.tag("late:1", "kept:1")
     found = rebuild.restore(cache.directory, backup)
-    assert found[:3] == (2, 1, 5)
+    assert found[:3] == (2, 1, 4)
     assert found.old is not None
     assert sqlite3.connect(found.old).execute("SELECT count(*) FROM images").fetchone() == (2,)
     assert [str(one.name) for one in cache.list_manifests()] == ["gone:1", "kept:1"]
@@ -676,6 +675,7 @@ def test_what_is_no_backup_is_refused_and_nothing_is_changed(cache: Cache, tmp_p
         assert rows(cache.directory) == before
     with pytest.raises(NotACache, match="is not a cache"):
         rebuild.restore(tmp_path, backup)
+    cache.close()
     check(cache.directory)
 
 
@@ -688,7 +688,7 @@ def test_a_rebuilding_takes_names_from_a_backup_of_an_older_schema(tmp_path: Pat
     with Cache.open(directory) as cache:
         assert {one.repository for one in cache.list_manifests()} == {
             "broken",
-            "docker",
+            "docker.io/library/docker",
             "frozen",
             "hello",
             "incomplete",
@@ -771,7 +771,7 @@ def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> No
     assert not (tmp_path / "new").exists()
 
 
-def test_an_open_cache_at_the_newest_schema_costs_no_alembic_and_no_statement_but_one(directory: Path) -> None:
+def test_one_statement_says_that_a_cache_has_the_newest_schema(directory: Path) -> None:
     Cache.open(directory).close()
     seen: list[str] = []
 

@@ -802,7 +802,8 @@ def test_an_extra_row_is_kept_as_an_attachment(cache: Cache) -> None:
     """Whether somebody attached it cannot be told, and to keep it costs little."""
     shell(
         cache.directory,
-        f"INSERT INTO image_blobs SELECT {id_of(cache, 'app')}, 9, blob_id, role, media_type, NULL, NULL FROM image_blobs "
+        f"INSERT INTO image_blobs SELECT {id_of(cache, 'app')}, 9, blob_id, role, media_type, NULL, NULL "
+        "FROM image_blobs "
         f"WHERE image_id = {id_of(cache, 'other')} AND position = 3",
     )
     assert cache.verify(repair=True).problems == []

@@ -1,7 +1,7 @@
 """Make the frozen cache of a release, in a checkout of it: `PYTHONPATH=CHECKOUT python tests/frozen/make.py`.
 
-For each revision of the schema there is a cache that its own release has made, with images of buildah's, skopeo's and our
-own. One that has landed is never made again.
+For each revision of the schema there is a cache that its own release has made, with images of buildah's, skopeo's and
+our own. One that has landed is never made again.
 """
 
 from __future__ import annotations
