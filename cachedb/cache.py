@@ -644,7 +644,7 @@ class Cache:
                 self._receive(wanted, hold, received, progress)
                 roots = [self._root(image, received) for image in found]
             except BaseException:
-                for blob in received.values():
+                for blob in list(received.values()):  # a second signal may end the waiting for their threads
                     blobs.discard(blob.path)
                 raise
             # From here on the files are the record of what is being published.
@@ -696,9 +696,8 @@ class Cache:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # The large ones first, so that all threads come to their end together.
             order = sorted(wanted.values(), key=lambda content: -content.size)
-            work = [pool.submit(receive, content) for content in order]
             try:
-                for future in work:
+                for future in [pool.submit(receive, content) for content in order]:
                     future.result()
             except BaseException:
                 stopped.set()  # the others need not go on to the end of their layers

@@ -815,7 +815,7 @@ def db_restore(file: str, form: str) -> None:
     if form == "json":
         _print_json(found._asdict())
         return
-    click.echo(f"{found.images} images, {found.incomplete} of them incomplete; {found.unused} blobs that no image uses")
+    click.echo(f"images: {found.images}, incomplete: {found.incomplete}; blobs that no image uses: {found.unused}")
     if found.old:
         click.echo(f"the index as it was is {found.old}")
 

@@ -141,21 +141,22 @@ _NUMBERS = 1 << 62  # more are not taken
 
 def _await_turn(queue: FileIO, path: Path, number: int) -> None:
     """Wait until nobody with a lower number is waiting, but for the one who has the lock."""
-    served, since = -1, 0.0
+    served, since, free = -1, 0.0, False
     while (ahead := number - 1 - (now_served := _read(queue, _SERVED))) > 0:
         if number > _read(queue, _LAST):
             return  # the numbers have begun anew, or are lost
         now = time.monotonic()
         if now_served != served:
-            served, since = now_served, now
+            served, since, free = now_served, now, False
         elif now - since > _PATIENCE:
             # Is it that the lock is held for long, or has the next one died, or been stopped?
             lock = acquire(path, wait=False)
             if lock is not None:
-                if _read(queue, _SERVED) == served:
+                # At two looks: before the first it may have been let go of, and the next one not be awake yet.
+                if free and _read(queue, _SERVED) == served:
                     _write(queue, _SERVED, served + 1)
                 release(lock)
-            since = now
+            since, free = now, lock is not None
         time.sleep(min(ahead * _NAP, _PATIENCE))
 
 

@@ -335,6 +335,24 @@ def test_who_dies_waiting_or_is_stopped_does_not_hold_up_the_rest(queue: Queue, 
     assert eventually(lambda: queue.order == "cgijlhmbno", 10)
 
 
+def test_who_is_next_and_not_awake_yet_keeps_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [True, False, True, True]  # whether the lock is found free
+    acquire = locks.acquire
+
+    def look(path: Path, *, wait: bool = True) -> Any:
+        if path.name != "lock" or wait:
+            return acquire(path, wait=wait)
+        assert locks._read(numbers, locks._SERVED) == 0
+        return acquire(tmp_path / "free") if looks.pop(0) else None
+
+    monkeypatch.setattr(locks, "acquire", look)
+    with locks.held(tmp_path / "lock.queue") as numbers:
+        locks._write(numbers, locks._LAST, 2)
+        locks._await_turn(numbers, tmp_path / "lock", 2)
+        assert locks._read(numbers, locks._SERVED) == 1
+    assert looks == []
+
+
 def test_who_is_served_late_does_not_put_the_numbers_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pass_over(queue: Any, path: Path, number: int) -> None:
         locks._write(queue, locks._LAST, number + 3)

@@ -88,6 +88,6 @@ def test_the_tables_of_the_readme_are_those_of_the_index() -> None:
 
     (section,) = re.findall(r"\| table \|.*?\n((?:\|.*\n)+)", README)
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [
-        "images", "blobs", "image_blobs", "leases", "holds", "trash",
+        "images", "blobs", "image_blobs", "image_labels", "leases", "holds", "trash", "backfills",
     ]  # fmt: skip
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(Base.metadata.tables)
