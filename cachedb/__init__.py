@@ -31,6 +31,7 @@ from cachedb.errors import (
 )
 
 if TYPE_CHECKING:
+    from cachedb.adopt import Adoption, LeftOut
     from cachedb.cache import Cache, Stats
     from cachedb.collection import Collected
     from cachedb.holds import HoldInfo
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adoption",
     "BlobInfo",
     "Cache",
     "CacheError",
@@ -55,6 +57,7 @@ __all__ = [
     "InvalidDigest",
     "InvalidManifest",
     "InvalidName",
+    "LeftOut",
     "Name",
     "NotACache",
     "NotInCache",
@@ -68,12 +71,14 @@ __all__ = [
 
 # Imported when first asked for: `cachedb --help` must not wait for SQLAlchemy.
 _HOMES = {
+    "Adoption": "cachedb.adopt",
     "BlobInfo": "cachedb.images",
     "Cache": "cachedb.cache",
     "Collected": "cachedb.collection",
     "Digest": "cachedb.reference",
     "HoldInfo": "cachedb.holds",
     "ImageInfo": "cachedb.images",
+    "LeftOut": "cachedb.adopt",
     "Name": "cachedb.reference",
     "Problem": "cachedb.verify",
     "Stats": "cachedb.cache",

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, insert, select, update
 
 from cachedb.database import Database, sync_folder
 from cachedb.errors import CacheError, DigestMismatch, InvalidDigest, NotInCache, os_errors
 from cachedb.models import Blob
+from cachedb.parallel import Advance
 from cachedb.reference import Digest, parse_digest, split_digest
-from cachedb.sessions import Session, received_digest
+from cachedb.sessions import NO_HOLD, Hold, Session, received_digest
 
 __all__ = [
-    "Advance",
     "Received",
+    "batched",
     "blob_path",
     "discard",
+    "hold_stored",
     "intact",
     "on_disk",
     "open_blob",
@@ -42,6 +45,8 @@ CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
 _BUFFERS = 4  # chunks under way in one blob: one read and written while others are hashed
 BATCH = 500  # digests in one statement
 
+T = TypeVar("T")
+
 
 class Readable(Protocol):
     """Where bytes come from."""
@@ -55,10 +60,6 @@ class Hasher(Protocol):
 
     def update(self, data: memoryview, /) -> None:
         """Take the next chunk."""
-
-
-Advance = Callable[[int], None]
-"""Called with the number of bytes done since the last call, from any thread."""
 
 
 class Received(NamedTuple):
@@ -247,11 +248,17 @@ def publish(database: Database, session: Session, received: Iterable[Received]) 
 
 def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
     """Note that the files of these blobs are in ``blobs/``."""
-    now = datetime.now(UTC)
-    for blob in blobs:
-        values = {"size": blob.size, "stored_at": now}
-        if not connection.execute(update(Blob).where(Blob.digest == blob.digest).values(values)).rowcount:
-            connection.execute(insert(Blob).values(digest=blob.digest, **values))
+    now, sizes = datetime.now(UTC), {blob.digest: blob.size for blob in blobs}
+    known: set[str] = set()
+    for part in batched(sizes):
+        known.update(connection.execute(select(Blob.digest).where(Blob.digest.in_(part))).scalars())
+    rows = [{"of": digest, "bytes": size} for digest, size in sizes.items() if digest in known]
+    if rows:
+        values = {"size": bindparam("bytes"), "stored_at": now}
+        connection.execute(update(Blob).where(Blob.digest == bindparam("of")).values(values), rows)
+    new = [{"digest": digest, "size": size, "stored_at": now} for digest, size in sizes.items() if digest not in known]
+    if new:
+        connection.execute(insert(Blob), new)
 
 
 def retract(database: Database, folder: Path, names: Iterable[str]) -> None:
@@ -277,14 +284,23 @@ def retract(database: Database, folder: Path, names: Iterable[str]) -> None:
 
 def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
     """Return which of the digests are stored, with their sizes in bytes."""
-    wanted = list(digests)
     found: dict[Digest, int] = {}
-    for start in range(0, len(wanted), BATCH):
-        query = select(Blob.digest, Blob.size).where(
-            Blob.digest.in_(wanted[start : start + BATCH]), Blob.stored_at.is_not(None)
-        )
-        found.update((Digest(digest), size) for digest, size in connection.execute(query))
+    for part in batched(digests):
+        found.update((Digest(digest), size) for digest, size in connection.execute(_stored(), {"digests": part}))
     return found
+
+
+@cache
+def _stored() -> Select[*tuple[Any, ...]]:
+    these = Blob.digest.in_(bindparam("digests", expanding=True))
+    return select(Blob.digest, Blob.size).where(these, Blob.stored_at.is_not(None))
+
+
+def batched(items: Iterable[T]) -> Iterator[list[T]]:
+    """Divide items into lists of as many as one statement may name."""
+    rest = list(items)
+    for start in range(0, len(rest), BATCH):
+        yield rest[start : start + BATCH]
 
 
 def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -> dict[Digest, int]:
@@ -295,6 +311,17 @@ def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -
             if blob_path(directory, digest).stat().st_size == size:
                 found[digest] = size
     return found
+
+
+def hold_stored(database: Database, session: Session, digests: Iterable[Digest]) -> Hold:
+    """Hold those of the digests that are stored, their files being there."""
+    wanted = list(digests)
+    with database.read() as connection:
+        there = stored(connection, wanted)
+    if there:
+        with database.write() as connection:
+            return session.lease(connection, intact(connection, database.directory, there))
+    return NO_HOLD
 
 
 def on_disk(directory: Path) -> tuple[dict[Digest, int], list[Path]]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,17 +22,16 @@ from cachedb.holds import HoldInfo
 from cachedb.images import BlobInfo, ImageInfo
 from cachedb.models import Blob, Image
 from cachedb.oci import Descriptor
+from cachedb.parallel import Advance, Progress, in_threads, summed
 from cachedb.reference import Digest, Name, parse_digest, shorten
 from cachedb.sessions import NO_HOLD, Hold, Session
 
 if TYPE_CHECKING:
     from cachedb import archive
+    from cachedb.adopt import Adoption
     from cachedb.verify import Verification
 
 __all__ = ["Cache", "Progress", "Stats"]
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done so far and the bytes in all; from any thread, one call at a time."""
 
 Data = bytes | BinaryIO | str | os.PathLike[str]
 """A blob's content: bytes, a file open for reading in binary, or the path of a file."""
@@ -164,7 +161,7 @@ class Cache:
 
     def _store(self, data: Data, *, digest: Digest | None = None, algorithm: str = "sha256") -> Received:
         with _opened(data) as source:
-            hold = self._hold_stored([digest] if digest else [])
+            hold = blobs.hold_stored(self._database, self._session, [digest] if digest else [])
             write = digest not in hold.digests
             try:
                 received = blobs.receive(self._session, source, digest=digest, algorithm=algorithm, write=write)
@@ -184,16 +181,6 @@ class Cache:
                         hold = NO_HOLD
             self._session.keep_until_saved(hold)
         return received
-
-    def _hold_stored(self, digests: Iterable[Digest]) -> Hold:
-        """Hold those of the digests that are stored."""
-        wanted = list(digests)
-        with self._database.read() as connection:
-            there = blobs.stored(connection, wanted)
-        if there:
-            with self._database.write() as connection:
-                return self._session.lease(connection, blobs.intact(connection, self.directory, there))
-        return NO_HOLD
 
     def has_blob(self, digest: str) -> bool:
         """Say whether the blob of a digest is stored."""
@@ -385,17 +372,12 @@ class Cache:
         except BaseException:
             self._let_go(hold)
             raise
-        self._release(hold)
+        images.let_go(self._database, self._session, hold)
 
     def _let_go(self, hold: Hold) -> None:
         """Release a hold after an error, of which is to be told; where that fails, it goes with the session."""
         with suppress(CacheError):
-            self._release(hold)
-
-    def _release(self, hold: Hold) -> None:
-        if hold.digests:
-            with self._database.write() as connection:
-                self._session.release(connection, hold)
+            images.let_go(self._database, self._session, hold)
 
     # Images
 
@@ -601,6 +583,30 @@ class Cache:
 
         return verify(self._database, self._session, quick=quick, repair=repair, progress=progress)
 
+    def adopt(
+        self, directory: str | os.PathLike[str], *, how: str = "copy", progress: Progress | None = None
+    ) -> Adoption:
+        """Take over a cache whose index is one ``index.json``: images with their names, and their blobs.
+
+        What is good is taken, in transactions of some images each, and the rest is told. Every blob is verified. An
+        image that lacks a blob is incomplete here. A name that is another image's here is not touched. Doing it again
+        changes nothing.
+
+        Args:
+            directory: of the other cache.
+            how: ``copy``; ``link`` for hard links where the file system can, after which nobody may write to the other
+                cache; or ``move``, which takes away from it what is in this cache, once all of it is.
+            progress: is told how far the reading is.
+
+        Raises:
+            NotACache: if the directory is no such cache.
+        """
+        from cachedb.adopt import HOWS, adopt
+
+        if how not in HOWS:
+            raise CacheError(f"{shorten(how)} is not a way to adopt: use one of {', '.join(HOWS)}")
+        return adopt(self._database, self._session, Path(directory).absolute(), how=how, progress=progress)
+
     # Archives
 
     def cache_from_tar(
@@ -637,28 +643,22 @@ class Cache:
     def _import(self, found: list[archive.ArchivedImage], progress: Progress | None) -> list[ImageInfo]:
         # Several images may share content: by its digest, or by its place in the archive.
         wanted = {content.key: content for image in found for content in image.contents}
-        hold = self._hold_stored({content.digest for content in wanted.values() if content.digest})
-        received: dict[object, Received] = {}
-        try:
-            try:
-                self._receive(wanted, hold, received, progress)
-                roots = [self._root(image, received) for image in found]
-            except BaseException:
-                for blob in list(received.values()):  # a second signal may end the waiting for their threads
-                    blobs.discard(blob.path)
-                raise
-            # From here on the files are the record of what is being published.
-            with images.publish(self._database, self._session, received.values()) as connection:
-                ids = [
-                    images.save(connection, self.directory, name, digest, media_type)
-                    for image, (digest, media_type) in zip(found, roots, strict=True)
-                    for name in image.names
-                ]
-                self._session.release(connection, hold)
-                return [images.image(connection, self.directory, image_id)[0] for image_id in dict.fromkeys(ids)]
-        except BaseException:
-            self._let_go(hold)
-            raise
+        digests = {content.digest for content in wanted.values() if content.digest}
+        roots: list[tuple[Digest, str]] = []
+
+        def receive(hold: Hold, received: dict[object, Received]) -> None:
+            self._receive(wanted, hold, received, progress)
+            roots.extend(self._root(image, received) for image in found)
+
+        def save(connection: Connection) -> list[ImageInfo]:
+            ids = [
+                images.save(connection, self.directory, name, digest, media_type)
+                for image, (digest, media_type) in zip(found, roots, strict=True)
+                for name in image.names
+            ]
+            return [images.image(connection, self.directory, image_id)[0] for image_id in dict.fromkeys(ids)]
+
+        return images.bring(self._database, self._session, digests, receive, save)
 
     def _receive(
         self,
@@ -670,15 +670,7 @@ class Cache:
         """Receive an archive's contents, several at once; what is held is verified only."""
         from cachedb import archive
 
-        report = _summed(sum(content.size for content in wanted.values()), progress)
-        stopped = threading.Event()
-
-        def add(count: int) -> None:
-            if stopped.is_set():
-                raise CacheError("the import was stopped")
-            report(count)
-
-        def receive(content: archive.Content) -> None:
+        def receive(content: archive.Content, add: Advance) -> None:
             diff_id = archive.DiffId(*content.diff_id, content.what) if content.diff_id else None
             received[content.key] = blobs.receive(
                 self._session,
@@ -693,16 +685,9 @@ class Cache:
             if diff_id:
                 diff_id.check()
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            # The large ones first, so that all threads come to their end together.
-            order = sorted(wanted.values(), key=lambda content: -content.size)
-            try:
-                for future in [pool.submit(receive, content) for content in order]:
-                    future.result()
-            except BaseException:
-                stopped.set()  # the others need not go on to the end of their layers
-                pool.shutdown(cancel_futures=True)
-                raise
+        # The large ones first, so that all threads come to their end together.
+        order = sorted(wanted.values(), key=lambda content: -content.size)
+        in_threads(receive, order, summed(sum(content.size for content in order), progress))
 
     def _root(self, image: archive.ArchivedImage, received: dict[object, Received]) -> tuple[Digest, str]:
         """Return an image's manifest; for one that came without, make it and put it among the received."""
@@ -765,7 +750,7 @@ class Cache:
                 root = export.choose_platform(parsed, root, manifests, self.get_blob, platform)
                 closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
             files = export.entries(parsed, root, format, manifests, closure)
-            add = _summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
+            add = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
             if format != "oci-dir":
                 export.write_tar(self.directory, files, path, add)
             elif isinstance(path, Path):
@@ -819,17 +804,3 @@ class _Reader:
             data = self._file.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
-
-
-def _summed(total: int, progress: Progress | None) -> Callable[[int], None]:
-    """Turn the chunks that threads report into one call at a time with the sum."""
-    guard, done = threading.Lock(), 0
-
-    def add(count: int) -> None:
-        nonlocal done
-        if progress is not None:
-            with guard:
-                done += count
-                progress(done, total)
-
-    return add

@@ -343,6 +343,46 @@ def import_(source: str, name: str | None, form: str, quiet: bool) -> None:
 
 
 @cli.command(
+    epilog=_examples("cachedb adopt ~/old/.cache", "cachedb adopt --link ~/old/.cache", "cachedb adopt --move .cache")
+)
+@click.argument("directory", metavar="DIR", type=click.Path())
+@click.option("--link", is_flag=True, help="Make hard links where the file system can; nothing may write to DIR then.")
+@click.option("--move", is_flag=True, help="Delete from DIR what is in the cache, once all of it is.")
+@_format
+@_quiet("the images' names")
+def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> None:
+    """Take over a cache whose index is one index.json.
+
+    DIR has manifests/REPOSITORY/REFERENCE, blobs/sha256/HEX and index.json, which need not be whole. What is good is
+    adopted; the rest is listed, and the exit code is 1. DIR is not changed, unless by --move. A name that is another
+    image's in this cache stays that image's. Doing it again changes nothing.
+    """
+    if link and move:
+        raise click.UsageError("--link and --move exclude each other")
+    with _opened() as cache, _progress("adopting", quiet=quiet) as progress:
+        found = cache.adopt(directory, how="link" if link else "move" if move else "copy", progress=progress)
+    if form == "json":
+        left_out = [item._asdict() for item in found.left_out]
+        _print_json({**found._asdict(), "images": [image._asdict() for image in found.images], "left_out": left_out})
+    elif quiet:
+        _print_images(found.images, form, quiet=True)
+    else:
+        if found.left_out:
+            rows = [
+                (item.kind, item.name or "-", item.digest or (str(item.path) if item.path else "-"), item.detail)
+                for item in found.left_out
+            ]
+            _print_table(("LEFT OUT", "NAME", "WHAT", "DETAIL"), rows)
+            click.echo()
+        unused = f", {found.unused} of them used by no image" if found.unused else ""
+        click.echo(f"images: {len(found.images)}; new blobs: {found.blobs}{unused}, {_human(found.bytes)}")
+    if found.index_damage and form != "json":
+        click.echo(f"index.json was not used: {_printable(found.index_damage)}", err=True)
+    if found.left_out:
+        click.get_current_context().exit(1)
+
+
+@cli.command(
     epilog=_examples(
         "cachedb export app:1 app.tar",
         "cachedb export app:1 - | docker load",

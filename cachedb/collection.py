@@ -15,7 +15,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, delete, func, insert, select
 
 from cachedb import holds, producing
-from cachedb.blobs import BATCH, blob_path, retract, stored
+from cachedb.blobs import BATCH, batched, blob_path, retract, stored
 from cachedb.database import Database, sync_folder
 from cachedb.errors import os_errors
 from cachedb.models import Blob, ImageBlob, Lease, Trash
@@ -52,13 +52,10 @@ def unreferenced(connection: Connection) -> Collected:
 
 def forget(connection: Connection, blob_ids: Iterable[int]) -> Collected:
     """Forget those of the blobs that nothing refers to, and note their files for the trash."""
-    ids = sorted(blob_ids)
     blobs = size = 0
-    for start in range(0, len(ids), BATCH):
+    for part in batched(sorted(blob_ids)):
         statement = (
-            delete(Blob)
-            .where(*_UNREFERENCED, Blob.id.in_(ids[start : start + BATCH]))
-            .returning(Blob.digest, Blob.size, Blob.stored_at)
+            delete(Blob).where(*_UNREFERENCED, Blob.id.in_(part)).returning(Blob.digest, Blob.size, Blob.stored_at)
         )
         files = [row for row in connection.execute(statement).all() if row.stored_at is not None]
         if files:

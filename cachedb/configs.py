@@ -7,10 +7,11 @@ what the configs of all its platforms agree on.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, insert, literal, select, update
+from sqlalchemy import Connection, Delete, Select, Update, bindparam, delete, insert, literal, select, update
 
 from cachedb import blobs
 from cachedb.errors import CacheError, os_errors
@@ -40,13 +41,10 @@ class _Association(NamedTuple):
 
 def describe(connection: Connection, directory: Path, image_id: int) -> list[Unreadable]:
     """Write to an image's rows what its configs say, as far as they are stored; return those that cannot be read."""
-    query = (
-        select(ImageBlob.position, ImageBlob.role, ImageBlob.media_type, Blob.digest, Blob.stored_at.is_not(None))
-        .join(Blob, Blob.id == ImageBlob.blob_id)
-        .where(ImageBlob.image_id == image_id)
-        .order_by(ImageBlob.position)
-    )
-    contents = [_Association(row[0], row[1], row[2], Digest(row[3]), row[4]) for row in connection.execute(query)]
+    rows = connection.execute(_contents_of(), {"of": image_id})
+    contents = [
+        _Association(position, role, kind, Digest(digest), stored) for position, role, kind, digest, stored in rows
+    ]
     found: list[ImageConfig] = []
     layers: list[dict[str, Any]] = []
     unreadable: list[Unreadable] = []
@@ -60,20 +58,45 @@ def describe(connection: Connection, directory: Path, image_id: int) -> list[Unr
             found.append(read)
         if len(read.layers) <= len(positions):  # what is attached to an image follows its layers
             layers += [
-                {"at": position, "diff_id": diff_id, "created_by": command}
+                {"of": image_id, "at": position, "diff_id": diff_id, "created_by": command}
                 for position, (diff_id, command) in zip(positions, read.layers, strict=False)
             ]
     values = {name: _agreed([getattr(config, name) for config in found]) for name in _ATTRIBUTES}
-    connection.execute(update(Image).where(Image.id == image_id).values(values))
-    connection.execute(delete(ImageLabel).where(ImageLabel.image_id == image_id))
+    connection.execute(_described(), {"of": image_id, **values})
+    connection.execute(_without_labels(), {"of": image_id})
     common = set.intersection(*(set(config.labels.items()) for config in found)) if found else set()
     if common:
-        rows = [{"image_id": image_id, "key": key, "value": value} for key, value in sorted(common)]
-        connection.execute(insert(ImageLabel), rows)
+        labelled = [{"image_id": image_id, "key": key, "value": value} for key, value in sorted(common)]
+        connection.execute(insert(ImageLabel), labelled)
     if layers:
-        one = update(ImageBlob).where(ImageBlob.image_id == image_id, ImageBlob.position == bindparam("at"))
-        connection.execute(one.values(diff_id=bindparam("diff_id"), created_by=bindparam("created_by")), layers)
+        connection.execute(_described_layer(), layers)
     return unreadable
+
+
+# As in `images`: put together once.
+
+
+@cache
+def _contents_of() -> Select[*tuple[Any, ...]]:
+    columns = (ImageBlob.position, ImageBlob.role, ImageBlob.media_type, Blob.digest, Blob.stored_at.is_not(None))
+    joined = select(*columns).join(Blob, Blob.id == ImageBlob.blob_id)
+    return joined.where(ImageBlob.image_id == bindparam("of")).order_by(ImageBlob.position)
+
+
+@cache
+def _described() -> Update:
+    return update(Image).where(Image.id == bindparam("of")).values({name: bindparam(name) for name in _ATTRIBUTES})
+
+
+@cache
+def _without_labels() -> Delete:
+    return delete(ImageLabel).where(ImageLabel.image_id == bindparam("of"))
+
+
+@cache
+def _described_layer() -> Update:
+    one = update(ImageBlob).where(ImageBlob.image_id == bindparam("of"), ImageBlob.position == bindparam("at"))
+    return one.values(diff_id=bindparam("diff_id"), created_by=bindparam("created_by"))
 
 
 def _configs(contents: list[_Association]) -> Iterator[tuple[_Association, list[int]]]:
@@ -103,7 +126,7 @@ def copy(connection: Connection, source_id: int, target_id: int) -> None:
     """Describe an image as another is that has the same manifest; its associations have been copied already."""
     row = connection.execute(select(*(getattr(Image, name) for name in _ATTRIBUTES)).where(Image.id == source_id)).one()
     connection.execute(update(Image).where(Image.id == target_id).values(row._asdict()))
-    connection.execute(delete(ImageLabel).where(ImageLabel.image_id == target_id))
+    connection.execute(_without_labels(), {"of": target_id})
     query = select(literal(target_id), ImageLabel.key, ImageLabel.value).where(ImageLabel.image_id == source_id)
     connection.execute(insert(ImageLabel).from_select(["image_id", "key", "value"], query))
 

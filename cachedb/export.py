@@ -20,10 +20,11 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from cachedb import oci
 from cachedb.archive import CONTAINERD_NAME, REF_NAME, layout_path
-from cachedb.blobs import Advance, blob_path, open_blob
+from cachedb.blobs import blob_path, open_blob
 from cachedb.database import sync_folder
 from cachedb.errors import CacheError, NotInCache, os_errors
 from cachedb.oci import Descriptor
+from cachedb.parallel import Advance
 from cachedb.reference import Digest, Name, shorten, split_digest
 
 __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "write_folder", "write_tar"]

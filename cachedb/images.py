@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, Select, and_, bindparam, delete, func, insert, literal, or_, select, update
+from sqlalchemy import Connection, Delete, Select, and_, bindparam, delete, func, insert, literal, or_, select, update
+from sqlalchemy.sql.dml import ReturningInsert
 
 from cachedb import blobs, configs
 from cachedb.database import Database
 from cachedb.errors import (
+    CacheError,
     DamagedIndex,
     IncompleteImage,
     InvalidManifest,
@@ -34,7 +36,7 @@ from cachedb.oci import (
     walk,
 )
 from cachedb.reference import Digest, Name
-from cachedb.sessions import Session
+from cachedb.sessions import Hold, Session
 
 __all__ = [
     "BlobInfo",
@@ -42,6 +44,7 @@ __all__ = [
     "SavedImage",
     "associate_waiting",
     "attach",
+    "bring",
     "closure",
     "count_incomplete",
     "find",
@@ -50,6 +53,8 @@ __all__ = [
     "images",
     "incomplete",
     "is_associated",
+    "let_go",
+    "look_up",
     "publish",
     "reassociate",
     "remove",
@@ -59,6 +64,8 @@ __all__ = [
     "tag",
 ]
 
+
+T = TypeVar("T")
 
 _ASSOCIATION = ("image_id", "position", "blob_id", "role", "media_type")
 
@@ -144,17 +151,20 @@ def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
     Raises:
         NotInCache: if there is none.
     """
-    query = (
-        select(Image.id, Image.manifest_id, Blob.digest, Image.media_type)
-        .join(Blob, Blob.id == Image.manifest_id)
-        .where(Image.repository == name.repository)
-    )
-    row = connection.execute(query.where(Image.reference == name.reference)).first()
-    if row is None and name.digest and not exact:
-        row = connection.execute(query.where(Blob.digest == name.digest).limit(1)).first()
-    if row is None:
+    found = look_up(connection, name)
+    if found is None and name.digest and not exact:
+        values = {"repository": name.repository, "digest": name.digest}
+        row = connection.execute(_with_manifest(), values).first()
+        found = None if row is None else Found(*row)
+    if found is None:
         raise NotInCache(f"{name} is not in the cache; {_near(connection, name) or '`cachedb ls` lists what is'}")
-    return Found(row.id, row.manifest_id, Digest(row.digest), row.media_type)
+    return found
+
+
+def look_up(connection: Connection, name: Name) -> Found | None:
+    """Return the row of the image that has exactly this name, if there is one."""
+    row = connection.execute(_named(), name._asdict()).first()
+    return None if row is None else Found(*row)
 
 
 def _near(connection: Connection, name: Name) -> str | None:
@@ -215,7 +225,46 @@ def image(connection: Connection, directory: Path, image_id: int) -> tuple[Image
     return ImageInfo(row[0], row[1], Digest(row[2]), row[3], size, complete, *row[4:]), contents
 
 
-# To put a statement together takes longer than to execute it, and these two are executed under the write lock.
+# To put a statement together takes longer than to execute it, and these are executed for every image that is saved.
+
+
+@cache
+def _of_repository() -> Select[*tuple[Any, ...]]:
+    columns = (Image.id, Image.manifest_id, Blob.digest, Image.media_type)
+    joined = select(*columns).join(Blob, Blob.id == Image.manifest_id)
+    return joined.where(Image.repository == bindparam("repository"))
+
+
+@cache
+def _named() -> Select[*tuple[Any, ...]]:
+    return _of_repository().where(Image.reference == bindparam("reference"))
+
+
+@cache
+def _with_manifest() -> Select[*tuple[Any, ...]]:
+    return _of_repository().where(Blob.digest == bindparam("digest")).limit(1)
+
+
+@cache
+def _new_image() -> ReturningInsert[*tuple[Any, ...]]:
+    return insert(Image).returning(Image.id)
+
+
+@cache
+def _associations_of() -> Select[*tuple[Any, ...]]:
+    columns = (ImageBlob.blob_id, ImageBlob.role, ImageBlob.media_type)
+    return select(*columns).where(ImageBlob.image_id == bindparam("of")).order_by(ImageBlob.position)
+
+
+@cache
+def _without_associations() -> Delete:
+    return delete(ImageBlob).where(ImageBlob.image_id == bindparam("of"))
+
+
+@cache
+def _blobs_with() -> Select[*tuple[Any, ...]]:
+    columns = (Blob.id, Blob.digest, Blob.size, Blob.stored_at)
+    return select(*columns).where(Blob.digest.in_(bindparam("digests", expanding=True)))
 
 
 @cache
@@ -266,6 +315,52 @@ def publish(database: Database, session: Session, received: Iterable[blobs.Recei
         yield connection
 
 
+def bring(
+    database: Database,
+    session: Session,
+    digests: Iterable[Digest],
+    receive: Callable[[Hold, dict[object, blobs.Received]], None],
+    save: Callable[[Connection], T],
+) -> T:
+    """Receive blobs and save the images that need them: all of it, or nothing.
+
+    Args:
+        database: of the cache.
+        session: to work in.
+        digests: that are wanted; those that are stored are held, and need only be associated.
+        receive: is called with that hold, and puts what it receives into the dictionary, under any key.
+        save: is called in the transaction in which what was received is stored, and saves the images.
+
+    Returns:
+        What ``save`` returns.
+    """
+    hold = blobs.hold_stored(database, session, digests)
+    received: dict[object, blobs.Received] = {}
+    try:
+        try:
+            receive(hold, received)
+        except BaseException:
+            for blob in list(received.values()):  # a second signal may end the waiting for the threads that add to it
+                blobs.discard(blob.path)
+            raise
+        # From here on the files are the record of what is being published.
+        with publish(database, session, received.values()) as connection:
+            result = save(connection)
+            session.release(connection, hold)
+            return result
+    except BaseException:
+        with suppress(CacheError):  # where that fails, it goes with the session
+            let_go(database, session, hold)
+        raise
+
+
+def let_go(database: Database, session: Session, hold: Hold) -> None:
+    """Release a hold, in a transaction of its own."""
+    if hold.digests:
+        with database.write() as connection:
+            session.release(connection, hold)
+
+
 def associate_waiting(connection: Connection, directory: Path, digests: list[Digest]) -> None:
     """Associate images that have one of the stored blobs as a child manifest, or a config, with what it says."""
     for image_id in _waiting(connection, digests):
@@ -307,12 +402,12 @@ def root_of(connection: Connection, image_id: int) -> Descriptor:
 def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
     """Return the images that have one of these as a child manifest, or as a config."""
     found: set[int] = set()
-    for start in range(0, len(digests), blobs.BATCH):
+    for part in blobs.batched(digests):
         query = (
             select(ImageBlob.image_id)
             .join(Blob, Blob.id == ImageBlob.blob_id)
             .where(
-                Blob.digest.in_(digests[start : start + blobs.BATCH]),
+                Blob.digest.in_(part),
                 ImageBlob.position > 0,
                 or_(
                     ImageBlob.role.in_(("manifest", "index")),
@@ -335,7 +430,7 @@ def save(connection: Connection, directory: Path, name: Name, digest: Digest, me
     """
     if name.digest not in (None, digest):
         raise InvalidName(f"{name} cannot be the name of {digest}: its digest is another")
-    manifest = connection.execute(select(Blob.id, Blob.size).where(Blob.digest == digest)).one()
+    manifest = connection.execute(_blobs_with(), {"digests": [digest]}).one()
     image_id = _point(connection, name, manifest.id, media_type)
     root = Descriptor(digest, manifest.size, media_type, role_of(media_type))
     _associate(connection, directory, image_id, root)
@@ -346,14 +441,9 @@ def _point(connection: Connection, name: Name, manifest_id: int, media_type: str
     """Make a name point to a manifest, with no associations left of another one; return the image's id."""
     now = datetime.now(UTC)
     values = {"manifest_id": manifest_id, "media_type": media_type, "last_used_at": now}
-    row = connection.execute(
-        select(Image.id, Image.manifest_id).where(
-            Image.repository == name.repository, Image.reference == name.reference
-        )
-    ).first()
+    row = look_up(connection, name)
     if row is None:
-        new = insert(Image).values(repository=name.repository, reference=name.reference, created_at=now, **values)
-        return int(connection.execute(new.returning(Image.id)).scalar_one())
+        return int(connection.execute(_new_image(), {**name._asdict(), **values, "created_at": now}).scalar_one())
     if row.manifest_id != manifest_id:
         values["created_at"] = now
         connection.execute(delete(ImageBlob).where(ImageBlob.image_id == row.id))
@@ -382,7 +472,8 @@ def closure(connection: Connection, directory: Path, root: Descriptor, *, strict
         try:
             with blobs.open_blob(directory, blob.digest) as file, os_errors("read a manifest"):
                 data = file.read()
-            descriptors(data, manifest_media_type(data, blob.media_type))
+            if not strict:
+                descriptors(data, manifest_media_type(data, blob.media_type))
         except (InvalidManifest, NotInCache, StorageError):
             if strict:
                 raise
@@ -399,15 +490,12 @@ def _associate(
     found = closure(connection, directory, root, strict=strict)
     ids = _blob_ids(connection, found, strict=strict)
     wanted = [(ids[blob.digest], blob.role, blob.media_type) for blob in found]
-    old = connection.execute(
-        select(ImageBlob.blob_id, ImageBlob.role, ImageBlob.media_type)
-        .where(ImageBlob.image_id == image_id)
-        .order_by(ImageBlob.position)
-    ).all()
+    old = connection.execute(_associations_of(), {"of": image_id}).all()
     reached = set(ids.values())
     wanted += [(row.blob_id, row.role, row.media_type) for row in old if row.blob_id not in reached]
     if wanted != [tuple(row) for row in old]:
-        connection.execute(delete(ImageBlob).where(ImageBlob.image_id == image_id))
+        if old:
+            connection.execute(_without_associations(), {"of": image_id})
         rows = [dict(zip(_ASSOCIATION, (image_id, position, *row), strict=True)) for position, row in enumerate(wanted)]
         connection.execute(insert(ImageBlob), rows)
     configs.describe(connection, directory, image_id)
@@ -417,11 +505,8 @@ def _blob_ids(connection: Connection, found: list[Descriptor], *, strict: bool) 
     """Return the ids of the blobs, of which some may be new to the index; a size that is a lie is refused if strict."""
     wanted = {blob.digest: blob for blob in found}
     ids: dict[Digest, int] = {}
-    digests = list(wanted)
-    for start in range(0, len(digests), blobs.BATCH):
-        part = digests[start : start + blobs.BATCH]
-        query = select(Blob.id, Blob.digest, Blob.size, Blob.stored_at).where(Blob.digest.in_(part))
-        for row in connection.execute(query):
+    for part in blobs.batched(wanted):
+        for row in connection.execute(_blobs_with(), {"digests": part}):
             if strict and row.stored_at is not None and row.size != wanted[row.digest].size:
                 raise InvalidManifest(
                     f"the manifest says that {row.digest} is {wanted[row.digest].size} bytes; it is {row.size}"
@@ -430,10 +515,8 @@ def _blob_ids(connection: Connection, found: list[Descriptor], *, strict: bool) 
         new = [{"digest": digest, "size": wanted[digest].size} for digest in part if digest not in ids]
         if new:
             connection.execute(insert(Blob), new)
-            rows = connection.execute(
-                select(Blob.digest, Blob.id).where(Blob.digest.in_([row["digest"] for row in new]))
-            )
-            ids.update((Digest(digest), blob_id) for digest, blob_id in rows)
+            rows = connection.execute(_blobs_with(), {"digests": [row["digest"] for row in new]})
+            ids.update((Digest(row.digest), row.id) for row in rows)
     return ids
 
 

@@ -12,20 +12,19 @@ import errno
 import hashlib
 import os
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select, update
 
 from cachedb import collection, images, rebuild
-from cachedb.blobs import BATCH, CHUNK, Received, blob_path, on_disk, set_stored, stored
+from cachedb.blobs import CHUNK, Received, batched, blob_path, on_disk, set_stored, stored
 from cachedb.database import Database, quarantine_path, sync_folder
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
 from cachedb.models import Blob, Image, Trash
 from cachedb.oci import DOCUMENT_LIMIT
+from cachedb.parallel import Advance, Progress, in_threads, summed
 from cachedb.reference import Digest, Name, split_digest
 from cachedb.sessions import Session, half_published
 
@@ -64,9 +63,6 @@ class Content(NamedTuple):
     detail: str
 
 
-Progress = Callable[[int, int], None]
-
-
 def verify(
     database: Database, session: Session, *, quick: bool, repair: bool, progress: Progress | None = None
 ) -> Verification:
@@ -101,11 +97,9 @@ def verify(
     contents = _read(database.directory, {digest: files[digest] for digest in wanted}, progress)
     odd.update(digest for digest, content in contents.items() if content.digest != digest)
     problems += _settle_strays(database, strays, repair=repair)
-    suspects = sorted(odd)
-    for start in range(0, len(suspects), BATCH):
-        part = {digest: contents.get(digest) for digest in suspects[start : start + BATCH]}
-        problems += _settle(database, part, repair=repair)
-    if repair and suspects:
+    for part in batched(sorted(odd)):
+        problems += _settle(database, {digest: contents.get(digest) for digest in part}, repair=repair)
+    if repair and odd:
         collection.empty_trash(database)
         adopted = {problem.digest for problem in problems if problem.kind == "orphan" and problem.repair}
         with database.write() as connection:
@@ -135,31 +129,14 @@ def _rows(database: Database) -> dict[Digest, int]:
 
 def _read(directory: Path, files: dict[Digest, int], progress: Progress | None) -> dict[Digest, Content]:
     """Read files, several at once; those that are gone meanwhile are left out."""
-    total, done, guard = sum(files.values()), 0, threading.Lock()
-    stopped = threading.Event()
 
-    def add(count: int) -> None:
-        nonlocal done
-        if stopped.is_set():
-            raise CacheError("the verification was stopped")
-        if progress is not None:
-            with guard:
-                done += count
-                progress(done, total)
-
-    def read(digests: list[Digest]) -> list[tuple[Digest, Content]]:
+    def read(digests: list[Digest], add: Advance) -> list[tuple[Digest, Content]]:
         buffer = memoryview(bytearray(CHUNK))
         found = ((digest, _content(blob_path(directory, digest), digest, buffer, add)) for digest in digests)
         return [(digest, content) for digest, content in found if content]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            work = [pool.submit(read, part) for part in _parts(files)]
-            return {digest: content for future in work for digest, content in future.result()}
-        except BaseException:
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    parts = in_threads(read, _parts(files), summed(sum(files.values()), progress))
+    return {digest: content for part in parts for digest, content in part}
 
 
 def _parts(files: dict[Digest, int]) -> Iterator[list[Digest]]:
@@ -174,7 +151,7 @@ def _parts(files: dict[Digest, int]) -> Iterator[list[Digest]]:
         yield part
 
 
-def _content(path: Path, digest: Digest, buffer: memoryview, add: Callable[[int], None]) -> Content | None:
+def _content(path: Path, digest: Digest, buffer: memoryview, add: Advance) -> Content | None:
     """Read a file to its end; None if there is none."""
     algorithm, _ = split_digest(digest)
     hasher, size = hashlib.new(algorithm), 0

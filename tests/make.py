@@ -162,3 +162,40 @@ def write(path: Path, files: dict[str, bytes]) -> Path:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_bytes(data)
     return path
+
+
+def json_cache(path: Path, images: dict[str, Made], *, writer: str = ".cache") -> dict[str, dict[str, Any]]:
+    """Write a cache whose index is one ``index.json``, as it was written in ``writer``; return that index.
+
+    Names are ``repository/reference``, as its keys are.
+    """
+    document: dict[str, dict[str, Any]] = {}
+    for name, made in images.items():
+        repository, _, reference = name.rpartition("/")
+        files = {f"blobs/sha256/{hex_of(data)}": data for data in (made.config, *made.layers)}
+        write(path, {**files, f"manifests/{name}": made.manifest})
+        document[name] = {
+            "repository": repository,
+            "reference": reference,
+            "manifest_path": f"{writer}/manifests/{name}",
+            "config_digest": digest_of(made.config),
+            "blobs": {digest_of(data): json_blob(data, made, writer) for data in (made.config, *made.layers)},
+        }
+    write_index(path, document)
+    return document
+
+
+def json_blob(data: bytes, made: Made | None = None, writer: str = ".cache") -> dict[str, Any]:
+    """What an ``index.json`` has of a blob."""
+    return {
+        "digest": digest_of(data),
+        "size": len(data),
+        "path": f"{writer}/blobs/sha256/{hex_of(data)}",
+        "is_config": bool(made and data == made.config),
+        "compressed": bool(made and data != made.config),
+        "media_type": "",
+    }
+
+
+def write_index(path: Path, document: object) -> None:
+    (path / "index.json").write_text(json.dumps(document, indent=2))

@@ -76,13 +76,13 @@ MUTATIONS = [
     Mutation("who is served late does not put the numbers back", "cachedb/locks.py", "max(number, _read(queue, _SERVED))", "number", "tests/test_locks.py"),
     Mutation("a full disk has a reserve", "cachedb/database.py", "                return (again or work)()\n", "                pass\n", "tests/test_limits.py"),
     # What callers see
-    Mutation("what is imported and stored is held", "cachedb/cache.py", "                return self._session.lease(connection, blobs.intact(connection, self.directory, there))\n", "                return Hold('', 0, frozenset(blobs.intact(connection, self.directory, there)))\n", "tests/test_cache.py tests/test_interleavings.py tests/test_sessions.py"),
+    Mutation("what is imported and stored is held", "cachedb/blobs.py", "            return session.lease(connection, intact(connection, database.directory, there))\n", "            return Hold('', 0, frozenset(intact(connection, database.directory, there)))\n", "tests/test_cache.py tests/test_interleavings.py tests/test_sessions.py"),
     Mutation("a blob is leased until its image is saved", "cachedb/cache.py", "                        hold = self._session.lease(connection, [received.digest])\n", "                        pass\n", "tests/test_cache.py tests/test_sessions.py"),
     Mutation("what is exported is held", "cachedb/cache.py", "            hold = NO_HOLD if read_only else self._session.lease(connection, digests)\n", "            hold = NO_HOLD\n", "tests/test_cache.py tests/test_interleavings.py"),
     Mutation("one of many makes an image", "cachedb/producing.py", "        found = find()\n        if found is None:\n            making.add(path)\n", "        found = None\n        if found is None:\n            making.add(path)\n", "tests/test_producing.py"),
     Mutation("an export is synced before it has its name", "cachedb/export.py", "            os.fsync(file.fileno())\n", "            pass\n", "tests/test_export.py"),
     # Verification
-    Mutation("an interrupt stops the threads", "cachedb/verify.py", "            stopped.set()\n", "", "tests/test_verify.py"),
+    Mutation("an interrupt stops the threads", "cachedb/parallel.py", "            stopped.set()\n", "", "tests/test_verify.py"),
     Mutation("what was found without the lock is looked at again", "cachedb/verify.py", "            if content and (status is None or content.file != _identity(status)):\n", "            if False:\n", "tests/test_verify.py"),
     Mutation("what is being collected is no orphan", "cachedb/verify.py", "        passing.update(map(Digest, connection.execute(leaving).scalars()))\n", "", "tests/test_verify.py"),
     Mutation("a damaged file is kept in quarantine/", "cachedb/verify.py", "        os.link(path, kept)\n", "", "tests/test_verify.py tests/test_crashes.py"),

@@ -67,6 +67,12 @@ def recover_from(operation: str, directory: Path) -> None:
     if operation == "export":
         with tarfile.open(directory / "kept.tar") as tar:
             assert len(tar.getnames()) > len(victims.KEPT.blobs)
+    if operation.startswith("adopt"):
+        with Cache.open(cache) as opened:
+            for name, image in (("team/new:1", victims.NEW), ("app:2", make.image(1, 6))):
+                assert opened.is_image_complete(name)
+                assert {blob.digest for blob in opened.get_image_blobs(name)} == set(image.blobs)
+            assert not opened.is_image_complete("app:3")
     if operation == "export a folder":
         files = {path.name for path in (directory / "layout").rglob("*") if path.is_file()}
         assert files == {"oci-layout", "index.json", *(make.hex_of(data) for data in victims.KEPT.blobs.values())}

@@ -177,6 +177,23 @@ def repair(directory: Path) -> None:
         cache.verify(repair=True)
 
 
+def json_cache(directory: Path) -> None:
+    """A cache, and one whose index is an `index.json`, with an image that lacks a blob."""
+    cache(directory)
+    make.json_cache(directory / "old", {"team/new/1": NEW, "app/2": make.image(1, 6), "app/3": make.image(7)})
+    (directory / "old" / "blobs" / "sha256" / make.hex_of(make.image(7).layers[0])).unlink()
+
+
+def adopt(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.adopt(directory / "old")
+
+
+def adopt_by_moving(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.adopt(directory / "old", how="move")
+
+
 class Operation(NamedTuple):
     """Something to be cut off in the middle."""
 
@@ -196,6 +213,8 @@ OPERATIONS = {
     "hold": Operation(cache, hold),
     "export": Operation(cache, export),
     "export a folder": Operation(cache, export_folder),
+    "adopt": Operation(json_cache, adopt),
+    "adopt by moving": Operation(json_cache, adopt_by_moving),
     "upgrade": Operation(old_cache, upgrade),
     "repair": Operation(damaged_cache, repair),
     "rebuild from a backup": Operation(lost_index, repair),
@@ -220,6 +239,7 @@ def attempt(operation: str, directory: Path) -> int:
 
 def main() -> None:
 
+    import cachedb.adopt
     import cachedb.archive
     import cachedb.export
     import cachedb.verify  # noqa: F401

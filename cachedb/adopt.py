@@ -1,0 +1,534 @@
+"""Taking over a cache whose index is one ``index.json``.
+
+    DIR/manifests/{repository}/{reference}   the manifest's bytes
+    DIR/blobs/sha256/{hex}                   a blob
+    DIR/index.json                           what the cache said of them, by "{repository}/{reference}"
+
+The files come before the index, which was often cut short or out of date: an image's name is where its manifest lies,
+its blobs are what its manifest names, and a blob is what its content says. The index adds blobs that were attached to
+an image, and what lies elsewhere in DIR. All of it comes from strangers, and nothing outside DIR is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection
+
+from cachedb import blobs, images, oci
+from cachedb.blobs import Received
+from cachedb.database import Database
+from cachedb.errors import (
+    CacheError,
+    DigestMismatch,
+    InvalidDigest,
+    InvalidManifest,
+    InvalidName,
+    NotACache,
+    StorageError,
+    explain,
+    os_errors,
+)
+from cachedb.images import ImageInfo
+from cachedb.oci import DOCUMENT_LIMIT, Descriptor
+from cachedb.parallel import Advance, Progress, in_threads, summed
+from cachedb.reference import Digest, Name, parse_digest, shorten, split_digest
+from cachedb.sessions import Hold, Session
+
+__all__ = ["HOWS", "KINDS", "Adoption", "LeftOut", "adopt"]
+
+HOWS = ("copy", "link", "move")
+"""How blobs come: as copies; as hard links, where the file system can; or so that the other cache has them no more."""
+
+KINDS = ("name", "manifest", "missing", "corrupt", "unreadable", "exists", "stray")
+"""What is left out: a file in ``manifests/`` whose path is no name; a manifest that is none; an image lacks a manifest
+or blob that is not there; content has another digest than it should; a file cannot be read; the name is another
+image's in this cache; what lies in ``blobs/`` is no blob."""
+
+_TOGETHER = 200  # blobs that are brought before the images that need them are saved in one transaction,
+_BYTES_TOGETHER = 1024**3  # or bytes
+_INDEX_LIMIT = 1024**3  # bytes
+_NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
+
+
+class LeftOut(NamedTuple):
+    """Something that could not be taken over."""
+
+    kind: str  # one of KINDS
+    name: str | None  # of the image that is not there for it, or is incomplete
+    digest: Digest | None  # of the blob, where it is about one
+    path: Path | None  # of the file, where there is one
+    detail: str
+
+
+class Adoption(NamedTuple):
+    """What was taken over."""
+
+    images: list[ImageInfo]  # those in both caches now, also if they were before
+    blobs: int  # that this cache did not have
+    bytes: int  # of those
+    unused: int  # of those, the ones that no image uses: `gc` frees them
+    index_damage: str | None  # what is wrong with index.json, if it could not be used
+    left_out: list[LeftOut]
+
+
+def adopt(
+    database: Database, session: Session, directory: Path, *, how: str = "copy", progress: Progress | None = None
+) -> Adoption:
+    """Take over a cache whose index is one ``index.json``; what is here already is not read again.
+
+    Args:
+        database: of this cache.
+        session: to work in.
+        directory: of the other.
+        how: one of `HOWS`. ``move`` takes away from the directory what is in this cache once all of it is.
+        progress: is told how far it is, in bytes of blobs.
+
+    Raises:
+        NotACache: if the directory is no such cache.
+        StorageError: if it cannot be listed, or nothing can be written.
+    """
+    return _Adopter(database, session, _OldCache(directory, database.directory), how, progress).run()
+
+
+class _Unreadable(CacheError):
+    """A file of the other cache cannot be read."""
+
+
+class _OldCache:
+    """The other cache: what lies in its folders, and what its index says."""
+
+    def __init__(self, directory: Path, ours: Path) -> None:
+        self.directory = directory
+        if not any((directory / name).exists() for name in ("manifests", "blobs", "index.json")):
+            raise NotACache(f"{str(directory)!r} has no manifests, blobs or index.json: there is nothing to adopt")
+        if (directory / "index.db").exists() or directory.resolve() == ours.resolve():
+            raise NotACache(f"{str(directory)!r} is a cache of this kind already: use it with --dir")
+        if (directory / "oci-layout").exists():
+            raise NotACache(f"{str(directory)!r} is an OCI image layout: use `cachedb import`")
+        self.left_out: list[LeftOut] = []
+        self.damage: str | None = None
+        self.entries = self._read_index()
+        self.blobs, strays = blobs.on_disk(directory) if (directory / "blobs").exists() else ({}, [])
+        self.left_out += [LeftOut("stray", None, None, path, "it is no blob") for path in strays]
+        self.paths = {digest: blobs.blob_path(directory, digest) for digest in self.blobs}
+        self.manifests = dict(self._find_manifests())
+        for name, entry in self.entries.items():
+            if name not in self.manifests and (path := self._inside(entry.get("manifest_path"))):
+                self.manifests[name] = path
+            for digest, said in _blobs_of(entry).items():
+                if digest not in self.paths and (path := self._inside(said.get("path"))):
+                    self.paths[digest] = path
+
+    def _read_index(self) -> dict[Name, dict[str, Any]]:
+        """Return the index's entries by name; where it is damaged, none."""
+        path = self.directory / "index.json"
+        try:
+            document = json.loads(_read(path, _INDEX_LIMIT))
+        except (CacheError, ValueError, RecursionError) as error:
+            self.damage = str(error)
+            return {}
+        if not isinstance(document, dict):
+            self.damage = "it is not a JSON object"
+            return {}
+        entries = {}
+        for key, value in document.items():
+            entry = value if isinstance(value, dict) else {}
+            repository, _, reference = key.rpartition("/")
+            try:
+                name = _name(entry.get("repository", repository), entry.get("reference", reference))
+            except InvalidName as error:
+                self.left_out.append(LeftOut("name", key, None, path, str(error)))
+            else:
+                entries[name] = entry
+        return entries
+
+    def _find_manifests(self) -> Iterator[tuple[Name, Path]]:
+        top = self.directory / "manifests"
+
+        def leave(kind: str, path: Path, detail: str) -> None:
+            self.left_out.append(LeftOut(kind, path.relative_to(top).as_posix(), None, path, detail))
+
+        def failed(error: OSError) -> None:
+            if top.exists():
+                leave("unreadable", Path(error.filename), explain(error))
+
+        for folder, folders, files in os.walk(top, onerror=failed):
+            folders.sort()
+            for path in (path for name in folders if (path := Path(folder, name)).is_symlink()):
+                leave("stray", path, "it is a link, which is not followed")
+            for path in (Path(folder, name) for name in sorted(files)):
+                try:
+                    yield _name(path.parent.relative_to(top).as_posix(), path.name), path
+                except InvalidName as error:
+                    leave("name", path, str(error))
+
+    def _inside(self, said: object) -> Path | None:
+        """Return the file that is meant by a path, absolute or relative to where its writer ran, if it is in DIR."""
+        if not isinstance(said, str) or "\0" in said:
+            return None
+        parts = PurePosixPath(said).parts
+        tails = [parts[parts.index(top) :] for top in ("manifests", "blobs") if top in parts]
+        for path in (self.directory.parent / said, *(self.directory.joinpath(*tail) for tail in tails)):
+            with suppress(OSError):
+                inside = path.resolve().is_relative_to(self.directory.resolve())
+                if inside and stat.S_ISREG(path.lstat().st_mode):
+                    return path
+        return None
+
+    @cached_property
+    def _manifests_by_digest(self) -> dict[Digest, Path]:
+        found = {}
+        for path in self.manifests.values():
+            with suppress(CacheError):
+                found[_digest_of(_read(path))] = path
+        return found
+
+    def child(self, blob: Descriptor) -> bytes | None:
+        """Return what a child of an index has, if it is there and good; it may lie among the manifests only."""
+        path = self.paths.get(blob.digest) or self._manifests_by_digest.get(blob.digest)
+        if path is None:
+            return None
+        self.paths[blob.digest] = path
+        with suppress(CacheError):
+            data = _read(path)
+            if _digest_of(data, blob.digest) == blob.digest:
+                oci.descriptors(data, oci.manifest_media_type(data, blob.media_type))
+                return data
+        return None
+
+    def image(self, name: Name) -> _Image:
+        """Return an image, with as much of its closure as is known.
+
+        Raises:
+            _Unreadable: if its manifest cannot be read.
+            DigestMismatch: if the name is by another digest.
+            InvalidManifest: if it is no manifest.
+        """
+        data = _read(self.manifests[name])
+        digest = _digest_of(data, name.digest)
+        if name.digest not in (None, digest):
+            raise DigestMismatch(f"the manifest should have digest {name.digest}, and has {digest}")
+        media_type = oci.manifest_media_type(data)
+        root = Descriptor(digest, len(data), media_type, oci.role_of(media_type))
+        closure = list(oci.walk(root, lambda blob: data if blob is root else self.child(blob)))
+        attached = _blobs_of(self.entries.get(name, {}))
+        for blob in closure:
+            attached.pop(blob.digest, None)
+        wanted = dict.fromkeys([*(blob.digest for blob in closure if blob.digest != digest), *attached])
+        return _Image(name, data, digest, media_type, list(wanted), attached)
+
+
+class _Image(NamedTuple):
+    """An image of the other cache."""
+
+    name: Name
+    manifest: bytes
+    digest: Digest
+    media_type: str
+    wanted: list[Digest]  # the blobs of it, but for the manifest
+    attached: dict[Digest, dict[str, Any]]  # those of them that no manifest names, as the index has them
+
+
+class _Adopter:
+    """One adoption: what has come of it so far."""
+
+    def __init__(
+        self, database: Database, session: Session, old: _OldCache, how: str, progress: Progress | None
+    ) -> None:
+        self._database, self._session, self._old, self._how = database, session, old, how
+        self._advance = summed(sum(old.blobs.values()), progress)
+        self._left_out = old.left_out
+        self._here: set[Digest] = set()  # blobs that this cache had, or was brought
+        self._bad: dict[Digest, tuple[str, str]] = {}  # blobs that are of no use: kind and detail
+        self._unwanted: set[Digest] = set()  # blobs of images that are left out
+        self._new: dict[Digest, int] = {}
+        self._names: set[Name] = set()  # of images that are in both caches now
+
+    def run(self) -> Adoption:
+        for part in self._parts():
+            self._take(part)
+        used = len(self._new)
+        done = self._here | self._bad.keys() | self._unwanted
+        rest = [digest for digest in self._old.blobs if digest not in done]
+        for start in range(0, len(rest), _TOGETHER):
+            self._take([], rest[start : start + _TOGETHER])
+        told = {item.digest for item in self._left_out}
+        for digest, (kind, detail) in self._bad.items():
+            if digest not in told:
+                self._leave(kind, None, detail, digest)
+        self._look_for_lost()
+        with self._database.read() as connection:
+            found = [image for image in images.images(connection) if image.name in self._names]
+        if self._how == "move":
+            self._take_away()
+        unused = len(self._new) - used
+        return Adoption(found, len(self._new), sum(self._new.values()), unused, self._old.damage, self._left_out)
+
+    def _leave(self, kind: str, name: Name | None, detail: str, digest: Digest | None = None) -> None:
+        path = self._old.paths.get(digest) if digest else self._old.manifests.get(name) if name else None
+        self._left_out.append(LeftOut(kind, name and str(name), digest, path, detail))
+
+    def _parts(self) -> Iterator[list[_Image]]:
+        """Divide the images that are not here into what is taken together."""
+        part: list[_Image] = []
+        wanted: dict[Digest, int] = {}
+        for name in self._old.manifests:
+            try:
+                image = self._old.image(name)
+            except (_Unreadable, DigestMismatch, InvalidManifest) as error:
+                kind = {_Unreadable: "unreadable", DigestMismatch: "corrupt"}.get(type(error), "manifest")
+                self._leave(kind, name, str(error))
+                continue
+            with self._database.read() as connection:
+                if self._is_settled(connection, image):
+                    continue
+            part.append(image)
+            wanted.update(
+                (digest, self._old.blobs.get(digest, 0)) for digest in image.wanted if digest not in self._here
+            )
+            if len(part) + len(wanted) >= _TOGETHER or sum(wanted.values()) >= _BYTES_TOGETHER:
+                yield part
+                part, wanted = [], {}
+        if part:
+            yield part
+
+    def _is_settled(self, connection: Connection, image: _Image) -> bool:
+        """Say whether an image is here with all its blobs; or another of its name, which is not replaced."""
+        found = images.look_up(connection, image.name)
+        if found is None:
+            return False
+        if found.digest != image.digest:
+            detail = f"it is {found.digest} in this cache: `cachedb rm` that first, or `cachedb tag` it"
+            self._leave("exists", image.name, detail)
+            self._unwanted.update(image.wanted)
+            return True
+        contents = images.image_blobs(connection, self._database.directory, found.id)
+        if not {blob.digest for blob in contents if blob.stored}.issuperset([image.digest, *image.wanted]):
+            return False
+        self._names.add(image.name)
+        self._pass(image.wanted)
+        return True
+
+    def _pass(self, digests: Iterable[Digest]) -> None:
+        """Note blobs that are here."""
+        for digest in digests:
+            if digest not in self._here:
+                self._here.add(digest)
+                self._advance(self._old.blobs.get(digest, 0))
+
+    def _take(self, part: list[_Image], more: Iterable[Digest] = ()) -> None:
+        """Bring images and their blobs, or blobs that belong to none, in one transaction."""
+        wanted = dict.fromkeys([*(digest for image in part for digest in image.wanted), *more])
+        manifests = {image.digest: image.manifest for image in part}
+
+        def receive(hold: Hold, received: dict[object, Received]) -> None:
+            self._pass(hold.digests)
+            here = hold.digests | self._bad.keys()
+            rest = [digest for digest in [*wanted, *manifests] if digest not in here]
+
+            def receive_one(digest: Digest, advance: Advance) -> None:
+                if digest in manifests:
+                    received[digest] = blobs.receive(self._session, BytesIO(manifests[digest]), digest=digest)
+                else:
+                    self._receive(received, digest, advance)
+
+            in_threads(receive_one, rest, self._advance)
+            self._here.update(blob.digest for blob in received.values())
+            self._new.update({blob.digest: blob.size for blob in received.values()})
+
+        def save(connection: Connection) -> None:
+            for image in part:
+                self._save(connection, image)
+
+        images.bring(self._database, self._session, [*wanted, *manifests], receive, save)
+
+    def _receive(self, received: dict[object, Received], digest: Digest, advance: Advance) -> None:
+        """Receive a blob, or note what is wrong with it."""
+        path = self._old.paths.get(digest)
+        if path is None:
+            return
+        try:
+            with _opened(path) as file:
+                if self._how == "copy":
+                    received[digest] = blobs.receive(self._session, _Source(file), digest=digest, progress=advance)
+                    return
+                verified = blobs.receive(self._session, _Source(file), digest=digest, write=False, progress=advance)
+                linked = self._link(path, file, digest)
+                if linked is None:  # the file system cannot
+                    os.lseek(file, 0, os.SEEK_SET)
+                    received[digest] = blobs.receive(self._session, _Source(file), digest=digest)
+                else:
+                    received[digest] = verified._replace(path=linked)
+        except _Unreadable as error:
+            self._bad[digest] = ("unreadable", str(error))
+        except DigestMismatch as error:
+            self._bad[digest] = ("corrupt", str(error))
+
+    def _link(self, path: Path, file: int, digest: Digest) -> Path | None:
+        """Link a file that was verified into the session's folder, durably."""
+        named = self._session.new_path(digest)
+        with os_errors("link to a blob"):
+            if self._how == "move":
+                with suppress(OSError):  # it may be somebody else's
+                    os.fchmod(file, 0o444)
+            os.fsync(file)
+            try:
+                os.link(path, named, follow_symlinks=False)
+            except OSError as error:
+                if error.errno in _NOT_LINKABLE:
+                    return None
+                raise
+            if not os.path.samestat(os.fstat(file), named.lstat()):
+                named.unlink()
+                raise _Unreadable("it was replaced while it was read")
+        return named
+
+    def _save(self, connection: Connection, image: _Image) -> None:
+        """Save an image, and say what it lacks."""
+        if self._is_settled(connection, image):  # by another process, meanwhile
+            return
+        try:
+            with connection.begin_nested():
+                images.save(connection, self._database.directory, image.name, image.digest, image.media_type)
+                for digest, said in image.attached.items():
+                    if digest in self._here:
+                        images.attach(connection, image.name, digest, *_role_and_media_type(said))
+        except InvalidManifest as error:
+            self._leave("manifest", image.name, str(error))
+            return
+        self._names.add(image.name)
+        for digest in image.wanted:
+            if digest not in self._here:
+                kind, detail = self._bad.get(digest, ("missing", "it is not there"))
+                self._leave(kind, image.name, detail, digest)
+
+    def _look_for_lost(self) -> None:
+        """Leave out what the index has and the folders have not, unless it is here from an earlier adoption."""
+        path = self._old.directory / "index.json"
+        for name, entry in self._old.entries.items():
+            if name in self._old.manifests:
+                continue
+            with self._database.read() as connection:
+                found = images.look_up(connection, name)
+                contents = images.image_blobs(connection, self._database.directory, found.id) if found else []
+                if found and {blob.digest for blob in contents if blob.stored}.issuperset(_blobs_of(entry)):
+                    self._names.add(name)
+                    continue
+            detail = "index.json names it, and its manifest is not there"
+            self._left_out.append(LeftOut("missing", str(name), None, path, detail))
+
+    def _take_away(self) -> None:
+        """Delete from the other cache what is in this one: also what an adoption that was cut off has left."""
+        ours = self._database.directory
+        with self._database.read() as connection:
+            stored = blobs.intact(connection, ours, self._old.paths)
+        with os_errors("take away what was adopted"):
+            for digest in stored:
+                if digest in self._new or _is_good(ours, digest):
+                    self._old.paths[digest].unlink(missing_ok=True)
+            for name, path in self._old.manifests.items():
+                if name in self._names:
+                    path.unlink(missing_ok=True)
+            for folder, _, _ in os.walk(self._old.directory / "manifests", topdown=False):
+                if Path(folder) != self._old.directory / "manifests":
+                    with suppress(OSError):
+                        os.rmdir(folder)
+            if not self._left_out:
+                (self._old.directory / "index.json").unlink(missing_ok=True)
+
+
+class _Source:
+    """A file of the other cache that is being read."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill the front of the buffer and return how many bytes there were; 0 is the end."""
+        with _reading():
+            return os.readv(self._file, [buffer])
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise StorageError(f"cannot read the cache to adopt: {explain(error)}") from error
+        raise _Unreadable(explain(error)) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Open a regular file, and no link to one. A fifo must not hold us up."""
+    with _reading():
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise _Unreadable("it is no file")
+        yield file
+    finally:
+        os.close(file)
+
+
+def _read(path: Path, limit: int = DOCUMENT_LIMIT) -> bytes:
+    """Return what a small file has."""
+    with _opened(path) as file:
+        if (size := os.fstat(file).st_size) > limit:
+            raise InvalidManifest(f"it is {size} bytes; more than {limit} are refused")
+        with _reading():
+            return os.pread(file, size, 0)
+
+
+def _digest_of(data: bytes, like: Digest | None = None) -> Digest:
+    """Return content's digest, by the algorithm of another one."""
+    algorithm = split_digest(like)[0] if like else "sha256"
+    return Digest(f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
+
+
+def _is_good(directory: Path, digest: Digest) -> bool:
+    """Read a blob of this cache, and say whether it is what its name says."""
+    hasher = hashlib.new(split_digest(digest)[0])
+    try:
+        with blobs.open_blob(directory, digest) as file, os_errors("read a blob"):
+            while chunk := file.read(blobs.CHUNK):
+                hasher.update(chunk)
+    except CacheError:
+        return False
+    return f"{hasher.name}:{hasher.hexdigest()}" == digest
+
+
+def _name(repository: object, reference: object) -> Name:
+    if not isinstance(repository, str) or not isinstance(reference, str):
+        raise InvalidName(f"{shorten(repository)} and {shorten(reference)} are no name")
+    return Name.parse(Name(repository, reference))
+
+
+def _blobs_of(entry: dict[str, Any]) -> dict[Digest, dict[str, Any]]:
+    """Return the blobs that an entry of the index has, by their digests."""
+    found = {}
+    said = entry.get("blobs")
+    for digest, blob in said.items() if isinstance(said, dict) else ():
+        with suppress(InvalidDigest):
+            found[parse_digest(digest)] = blob if isinstance(blob, dict) else {}
+    return found
+
+
+def _role_and_media_type(said: dict[str, Any]) -> tuple[str, str]:
+    """Return what the index says of a blob that no manifest names."""
+    media_type = said.get("media_type") or "application/octet-stream"
+    with suppress(InvalidManifest):
+        return "config" if said.get("is_config") is True else "other", oci.check_media_type(media_type, "a blob")
+    return "other", "application/octet-stream"
