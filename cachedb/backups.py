@@ -122,30 +122,25 @@ def size_of(connection: sqlite3.Connection) -> int:
 def put_in_place(database: Database, new: Path) -> Path | None:
     """Put a new index in the place of the old one, under the write lock.
 
-    It is put among the backups first, so that a crash after the old one was taken away loses nothing.
+    It is put among the backups first, so that a crash after the old one's WAL was taken away loses nothing.
 
     Args:
         database: whose index it is to be.
         new: a closed one, in one file.
 
     Returns:
-        Where the old one is now, if there was one.
+        Where a copy of the old one is, if there was one.
+
+    Raises:
+        StorageError: if the new one has a WAL still, for it could not be written back.
     """
+    if new.with_name(f"{new.name}-wal").exists():
+        raise StorageError("the new index is not whole: its WAL could not be written back to it; try again")
     waiting = _free(database.directory, "rebuilt")
     new.rename(waiting)
     sync_folder(waiting.parent)
-    database.close()
     old = quarantine_path(database.directory, "index.db", beside=("-wal",))
-    found = database.path.exists()
-    # SQLite would apply a WAL that it finds to whatever database lies beside it.
-    for suffix in ("", "-wal"):
-        with suppress(FileNotFoundError):
-            database.path.with_name(f"index.db{suffix}").rename(old.with_name(f"{old.name}{suffix}"))
-    database.path.with_name("index.db-shm").unlink(missing_ok=True)
-    sync_folder(old.parent)
-    sync_folder(database.directory)
-    waiting.rename(database.path)
-    sync_folder(database.directory)
+    found = database.replace(waiting, old)
     for earlier in waiting.parent.glob("*-rebuilt.db"):
         earlier.unlink()  # of one that was cut off, from which this one began
     return old if found else None

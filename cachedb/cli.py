@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cachedb.collection import Collected
     from cachedb.holds import HoldInfo
     from cachedb.images import ImageInfo
+    from cachedb.rebuild import Restored
     from cachedb.schema import Change
 
     _Parameter = click.ParamType[str]
@@ -750,13 +751,20 @@ def db_history(form: str) -> None:
     _print_table(("REVISION", "OLDEST", "", "WHAT IT BRINGS"), rows)
 
 
-def _print_change(change: Change, form: str) -> None:
+def _print_unread(done: Change | Restored, form: str) -> None:
+    """Print all of it as JSON, or the configs that were skipped as lines."""
     if form == "json":
-        unread = [{"name": str(name), "digest": digest, "detail": detail} for name, digest, detail in change.unread]
-        _print_json({**change._asdict(), "unread": unread})
+        unread = [{**config._asdict(), "name": str(config.name)} for config in done.unread]
+        _print_json({**done._asdict(), "unread": unread})
         return
-    for name, digest, detail in change.unread:
+    for name, digest, detail in done.unread:
         click.echo(f"skipped the config {digest} of {name}: {_printable(detail)}", err=True)
+
+
+def _print_change(change: Change, form: str) -> None:
+    _print_unread(change, form)
+    if form == "json":
+        return
     if change.backup is None:
         click.echo(f"the cache has schema {change.after} already")
     else:
@@ -852,8 +860,8 @@ def db_restore(file: str, form: str) -> None:
     from cachedb.rebuild import restore
 
     found = restore(_directory(), Path(file).absolute())
+    _print_unread(found, form)
     if form == "json":
-        _print_json(found._asdict())
         return
     click.echo(f"images: {found.images}, incomplete: {found.incomplete}; blobs that no image uses: {found.unused}")
     if found.old:

@@ -5,14 +5,17 @@ lock file and not SQLite's own lock, for waiting at the file is fair and bounded
 handler starves; and it keeps all our writers and checkpoints apart, which closes the WAL-reset bug of
 SQLite 3.7.0 to 3.51.2. Readers take no lock: they see the last commit.
 
-The file may be replaced, by a repair, while others have it open. So no connection is used again before a look
-at whether its file is still the one that has the name.
+The file may be replaced, by a repair or a restored backup, while others have it open. So no connection is used
+again before a look at whether its file is still the one that has the name; and none is opened meanwhile, for it would
+share the WAL of the one with the other.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -38,6 +41,7 @@ _OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "reserve"
 _RESERVE = 1024 * 1024  # bytes
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60  # seconds
+_READING = 10  # seconds that others may go on reading an index that is to be replaced
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
 _FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)  # the second where a message quotes what is damaged
 _REBUILD = "`cachedb verify --repair` rebuilds it from the newest backup and from the blobs"
@@ -55,6 +59,14 @@ def default_directory() -> Path:
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -109,7 +121,7 @@ class Database:
 
     def _open(self) -> sqlite3.Connection:
         """Open a connection to the file that has the name; it is made in `write_schema` and nowhere else."""
-        while True:
+        with self._unreplaced():
             file = self._file()
             with self._sqlite_errors():
                 connection = sqlite3.connect(
@@ -125,9 +137,69 @@ class Database:
                     connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the WAL's index in our own memory
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("PRAGMA foreign_keys = ON")
-            if self._file() == file:
-                return connection
-            connection.close()
+                connection.execute("PRAGMA schema_version")  # it opens the WAL, which belongs to this file
+            return connection
+
+    @contextmanager
+    def _unreplaced(self, *, replacing: bool = False) -> Iterator[None]:
+        """A block in which nobody replaces the file or, the other way round, nobody opens it."""
+        if self.read_only:
+            yield
+            return
+        with os_errors("open the index"):
+            folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with os_errors("open the index"):
+                fcntl.flock(folder, fcntl.LOCK_EX if replacing else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(folder)
+
+    def replace(self, new: Path, old: Path) -> bool:
+        """Have another index under the name, which is never without one; under the write lock.
+
+        Args:
+            new: the other, in one file.
+            old: where to keep a copy of the one that is there.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            StorageError: if somebody has been reading for so long that the old WAL cannot be written back.
+        """
+        found, wal = self.path.exists(), self.path.with_name("index.db-wal")
+        if found:
+            with suppress(DamagedIndex, NotACache):
+                self._write_back()
+        self.close()
+        with self._unreplaced(replacing=True):
+            if found:
+                shutil.copyfile(self.path, old)
+                old.chmod(0o600)
+                _sync(old)
+            # SQLite would apply a WAL that it finds to whatever database lies beside it.
+            if wal.exists():
+                kept = old.with_name(f"{old.name}-wal")
+                wal.rename(kept)
+                if not kept.stat().st_size:
+                    kept.unlink()
+            self.path.with_name("index.db-shm").unlink(missing_ok=True)
+            sync_folder(old.parent)
+            sync_folder(self.directory)
+            new.rename(self.path)
+            sync_folder(self.directory)
+        return found
+
+    def _write_back(self) -> None:
+        """Write the WAL back to the index, which is all there in one file then."""
+        with self.raw() as connection:
+            connection.execute(f"PRAGMA busy_timeout = {_READING * 1000}")
+            busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise StorageError(
+                    "the index cannot be replaced: another program has been reading it for long; end it and try again"
+                )
 
     def _file(self) -> tuple[int, int, str]:
         """Return what tells ``index.db`` from another file of that name, and how it is to be opened."""

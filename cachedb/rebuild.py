@@ -8,6 +8,7 @@ An image whose name is in neither is kept under a name by its digest, in the rep
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -18,9 +19,17 @@ from sqlalchemy import Column, Connection, Table, Text, bindparam, delete, func,
 from sqlalchemy.exc import IntegrityError
 
 from cachedb import backups, blobs, images, schema
-from cachedb.database import APPLICATION_ID, Database, is_ours
-from cachedb.errors import CacheError, DamagedIndex, InvalidManifest, NotACache, NotInCache, StorageError, os_errors
-from cachedb.models import Base, Blob, Hold, Image, ImageBlob, Lease, Trash, UtcTime
+from cachedb.database import APPLICATION_ID, Database, is_compatible, is_ours, mismatch, read_revision
+from cachedb.errors import (
+    CacheError,
+    DamagedIndex,
+    InvalidManifest,
+    NotACache,
+    NotInCache,
+    SchemaMismatch,
+    os_errors,
+)
+from cachedb.models import REVISION, Base, Blob, Hold, Image, ImageBlob, Lease, Trash, UtcTime
 from cachedb.oci import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, descriptors, manifest_media_type
 from cachedb.reference import Digest, Name, parse_digest, split_digest
 from cachedb.sessions import Session
@@ -65,8 +74,6 @@ def rebuild(database: Database, folder: Path) -> list[str]:
         with new.write() as connection:
             notes += _fill(connection, database.directory, files, salvage)
         new.close()
-        if new.path.with_name("index.db-wal").exists():
-            raise StorageError("the new index is not whole: its WAL could not be written back to it")
         backups.put_in_place(database, new.path)
     return notes
 
@@ -90,21 +97,23 @@ def restore(directory: Path, file: Path) -> Restored:
     database = Database(directory)
     if not is_ours(database.directory):
         raise NotACache(f"{str(directory)!r} is not a cache: restore a backup into the directory it was made of")
-    if file.resolve() == database.path.resolve():
-        raise NotACache(f"{str(file)!r} is the index itself: name a backup")
+    with os_errors("read the backup"):
+        if not file.is_file():
+            raise NotInCache(f"there is no backup {str(file)!r}; `ls` the folder `backups` of the cache")
+        if database.path.exists() and file.samefile(database.path):
+            raise NotACache(f"{str(file)!r} is the index itself: name a backup")
     session = Session(database)
     try:
         new = Database(session.new_path())
         _take(new, file)
-        schema.migrate(new)
-        if faults := new.faults():
-            raise DamagedIndex(f"{str(file)!r} is damaged, and was not restored: {faults[0]}")
         with os_errors("restore the index"), database.alone():
+            _refuse_newer(database)
             with new.write() as connection:
                 restored = _agree(connection, database)
             new.close()
             restored = restored._replace(old=backups.put_in_place(database, new.path))
-        schema.upgrade(directory)  # what it leaves to be read of the blobs
+        with suppress(SchemaMismatch):  # another process has taken it to another schema since
+            restored = restored._replace(unread=schema.backfill(database))
         return restored
     finally:
         session.close()
@@ -117,26 +126,40 @@ class Restored(NamedTuple):
     images: int
     incomplete: int  # images of which a blob is gone
     unused: int  # blobs that no image uses: they came after the backup
-    old: Path | None  # where the index is that was there before
+    old: Path | None  # where a copy of the index is that was there before
+    unread: list[schema.Unread]  # configs that could not be read, of a backup that had an older schema
 
 
 def _take(new: Database, file: Path) -> None:
-    """Copy a backup, whatever else its folder has, and check that it is one."""
-    for folder in ("blobs", "ingest", "trash", "locks", "backups"):
-        (new.directory / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not file.is_file():
-        raise NotInCache(f"there is no backup {str(file)!r}; `ls` the folder `backups` of the cache")
-    source = Database(new.directory, file)
+    """Copy a backup, whatever else its folder has; check that it is one, and bring it to the newest schema."""
+    with os_errors("copy the backup"):
+        for folder in ("blobs", "ingest", "trash", "locks", "backups"):
+            (new.directory / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.copyfile(file, new.path)
+        new.path.chmod(0o600)
+        with suppress(FileNotFoundError):  # of a copy that was made while it was in use
+            shutil.copyfile(f"{file}-wal", f"{new.path}-wal")
     try:
-        with source.raw() as connection:
+        with new.raw() as connection:
             (mark,) = connection.execute("PRAGMA application_id").fetchone()
-            if mark != APPLICATION_ID:
-                raise NotACache(f"{str(file)!r} is no backup of a cache's index")
-            connection.execute("VACUUM INTO ?", (str(new.path),))
+        if mark != APPLICATION_ID:
+            raise NotACache(f"{str(file)!r} is no backup of a cache's index")
+        schema.migrate(new)
+        faults = new.faults()
     except DamagedIndex as error:
-        raise DamagedIndex(f"{str(file)!r} is damaged, and was not restored: {error.__cause__ or error}") from error
-    finally:
-        source.close()
+        faults = [str(error.__cause__ or "it has lost its schema")]
+    except SchemaMismatch as error:
+        raise SchemaMismatch(f"{str(file)!r} is for newer releases: use a newer release of cachedb") from error
+    if faults:
+        raise DamagedIndex(f"{str(file)!r} is damaged, and was not restored: {faults[0]}")
+
+
+def _refuse_newer(database: Database) -> None:
+    """An index that a newer release has taken over is for newer releases to replace."""
+    with suppress(DamagedIndex), database.look() as connection:
+        revision = read_revision(connection) or ""
+        if revision > REVISION and not is_compatible(connection):
+            raise mismatch(database.directory, revision)
 
 
 def _agree(connection: Connection, database: Database) -> Restored:
@@ -167,6 +190,7 @@ def _agree(connection: Connection, database: Database) -> Restored:
         incomplete=images.count_incomplete(connection),
         unused=connection.execute(unused).scalar_one(),
         old=None,
+        unread=[],
     )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "Unread",
     "alembic_config",
     "back_up",
+    "backfill",
     "check",
     "current",
     "downgrade",
@@ -127,7 +128,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
     revision = database.prepare()
     if revision == REVISION:
         if upgrade:
-            _backfill(database, None)
+            backfill(database)
         return
     if revision is not None and revision > REVISION:
         with database.read():  # it says whether it is too new
@@ -136,7 +137,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
         raise mismatch(database.directory, revision)
     migrate(database)
     if upgrade:
-        _backfill(database, None)
+        backfill(database)
 
 
 def current(directory: Path) -> State:
@@ -204,7 +205,7 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
                 + ("; use a newer release of cachedb" if found > REVISION else f": use `cachedb db downgrade {target}`")
             )
         before, backup = migrate(database, target, progress)
-        return Change(before, target, backup, _backfill(database, progress) if target == REVISION else [])
+        return Change(before, target, backup, backfill(database, progress) if target == REVISION else [])
     finally:
         database.close()
 
@@ -443,7 +444,7 @@ def _pending(connection: Connection) -> int:
     return connection.execute(select(func.count()).where(Image.id > done)).scalar_one()
 
 
-def _backfill(database: Database, progress: Progress | None) -> list[Unread]:
+def backfill(database: Database, progress: Progress | None = None) -> list[Unread]:
     """Read the configs of the images that were there before 0003, beside other processes, from where it was left."""
     unread: list[Unread] = []
     with database.read() as connection:

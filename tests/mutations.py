@@ -86,8 +86,12 @@ MUTATIONS = [
     Mutation("what was found without the lock is looked at again", "cachedb/verify.py", "            if content and (status is None or content.file != _identity(status)):\n", "            if False:\n", "tests/test_verify.py"),
     Mutation("what is being collected is no orphan", "cachedb/verify.py", "        passing.update(map(Digest, connection.execute(leaving).scalars()))\n", "", "tests/test_verify.py"),
     Mutation("a damaged file is kept in quarantine/", "cachedb/verify.py", "        os.link(path, kept)\n", "", "tests/test_verify.py tests/test_crashes.py"),
-    Mutation("an old WAL is not applied to a new index", "cachedb/backups.py", '    for suffix in ("", "-wal"):\n', '    for suffix in ("",):\n', "tests/test_rebuild.py"),
-    Mutation("an old index's shared memory is not the new one's", "cachedb/backups.py", '    database.path.with_name("index.db-shm").unlink(missing_ok=True)\n', "", "tests/test_rebuild.py"),
+    Mutation("an old WAL is not applied to a new index", "cachedb/database.py", "                wal.rename(kept)\n", "                kept.touch()\n", "tests/test_rebuild.py"),
+    Mutation("an old index's shared memory is not the new one's", "cachedb/database.py", '            self.path.with_name("index.db-shm").unlink(missing_ok=True)\n', "", "tests/test_rebuild.py"),
+    Mutation("nobody opens an index that is being replaced", "cachedb/database.py", "fcntl.LOCK_EX if replacing else fcntl.LOCK_SH", "fcntl.LOCK_SH", "tests/test_database.py"),
+    Mutation("an index that is replaced has its WAL written back", "cachedb/database.py", "                self._write_back()\n", "                pass\n", "tests/test_database.py tests/test_crashes.py tests/test_schema_changes.py"),
+    Mutation("a new index is whole before it has the name", "cachedb/backups.py", '    if new.with_name(f"{new.name}-wal").exists():\n', "    if False:\n", "tests/test_rebuild.py tests/test_database.py"),
+    Mutation("a newer release's index is not replaced", "cachedb/rebuild.py", "            _refuse_newer(database)\n", "", "tests/test_schema_changes.py"),
     Mutation("a new index is among the backups before the old one goes", "cachedb/backups.py", "    new.rename(waiting)\n", "    waiting = new\n", "tests/test_rebuild.py tests/test_crashes.py"),
 ]  # fmt: skip
 

@@ -538,3 +538,72 @@ def test_a_damaged_index_is_said_to_be_damaged(directory: Path) -> None:
         file.write(b"\xff" * (size - 4096))
     with pytest.raises(StorageError, match="`cachedb verify --repair` rebuilds it"), Cache.open(directory) as cache:
         cache.list_manifests()
+
+
+# Replaced
+
+
+@pytest.fixture
+def new(index: Database) -> Path:
+    """Another index, to be put in the place of the first."""
+    path = index.directory / "backups" / "new.db"
+    with index.raw() as connection:
+        connection.execute("VACUUM INTO ?", (str(path),))
+    (index.directory / "quarantine").mkdir()
+    return path
+
+
+def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_name(
+    index: Database, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, sync = threading.Event(), database.sync_folder
+    threads: list[threading.Thread] = []
+
+    def open_it() -> None:
+        Database(index.directory).revision()
+        opened.set()
+
+    def look(folder: Path) -> None:
+        sync(folder)
+        assert index.path.exists()
+        if not threads:
+            threads.append(threading.Thread(target=open_it))
+            threads[0].start()
+        if new.exists():
+            assert not opened.wait(0.2)
+
+    with index.alone(), monkeypatch.context() as patch:
+        patch.setattr(database, "sync_folder", look)
+        assert index.replace(new, index.directory / "quarantine" / "old.db")
+    assert opened.wait(10)
+    threads[0].join()
+
+
+def test_an_index_that_is_replaced_has_all_that_was_in_its_wal(index: Database, new: Path, cache: Cache) -> None:
+    cache.add_blob(b"in the WAL")
+    wal = index.path.with_name("index.db-wal")
+    assert wal.stat().st_size
+    old = index.directory / "quarantine" / "old.db"
+    with index.alone():
+        assert index.replace(new, old)
+    shell = sqlite3.connect(old)
+    assert shell.execute("SELECT count(*) FROM blobs").fetchone() == (1,)
+    shell.close()
+
+
+def test_an_index_that_somebody_reads_for_long_is_not_replaced(
+    index: Database, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_READING", 0)
+    shell = sqlite3.connect(index.path, isolation_level=None)
+    shell.execute("BEGIN")
+    shell.execute("SELECT * FROM images").fetchall()
+    with index.write() as connection:
+        connection.execute(insert(Trash), [note(b"written meanwhile")])
+    before, old = index.path.stat().st_ino, index.directory / "quarantine" / "old.db"
+    with index.alone(), pytest.raises(StorageError, match="another program has been reading it"):
+        index.replace(new, old)
+    assert index.path.stat().st_ino == before
+    shell.close()
+    with index.alone():
+        assert index.replace(new, old)

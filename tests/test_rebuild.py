@@ -19,7 +19,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, event
 
-from cachedb import Cache, DamagedIndex, NotACache, SchemaMismatch, backups, database, rebuild, schema, verify
+from cachedb import (
+    Cache,
+    DamagedIndex,
+    NotACache,
+    SchemaMismatch,
+    StorageError,
+    backups,
+    database,
+    rebuild,
+    schema,
+    verify,
+)
 from cachedb.blobs import blob_path
 from cachedb.database import Database
 from cachedb.reference import Digest
@@ -803,3 +814,13 @@ def test_a_time_that_is_none_is_damage(made: Path) -> None:
         cache.list_manifests()
     repaired(made)
     check(made)
+
+
+def test_a_new_index_that_has_a_wal_still_is_not_put_in_place(made: Path) -> None:
+    new, index = made / "ingest" / "new.db", Database(made)
+    new.write_bytes(b"new")
+    new.with_name("new.db-wal").write_bytes(b"what could not be written back")
+    before = (made / "index.db").read_bytes()
+    with index.alone(), pytest.raises(StorageError, match="not whole"):
+        backups.put_in_place(index, new)
+    assert (made / "index.db").read_bytes() == before

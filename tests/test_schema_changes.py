@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -36,7 +37,7 @@ from cachedb import (
 )
 from cachedb.database import Database
 from cachedb.models import REVISION
-from tests.conftest import Run, files_of, run_python
+from tests.conftest import Run, files_of, run_python, running
 from tests.make import image, index
 from tests.promises import check
 from tests.test_database import content
@@ -677,6 +678,89 @@ def test_what_is_no_backup_is_refused_and_nothing_is_changed(cache: Cache, tmp_p
         rebuild.restore(tmp_path, backup)
     cache.close()
     check(cache.directory)
+
+
+def test_an_index_that_a_newer_release_has_taken_over_is_not_replaced(directory: Path, tmp_path: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    backup = schema.back_up(directory, tmp_path / "backup.db")
+    change(directory, "UPDATE alembic_version SET version_num = '9999'")
+    change(directory, "PRAGMA user_version = 9999")
+    before = content(directory)
+    with pytest.raises(SchemaMismatch, match="use a newer release"):
+        rebuild.restore(directory, backup)
+    assert content(directory) == before
+    change(directory, f"PRAGMA user_version = {int(REVISION)}")  # it says now that we can work with it
+    assert rebuild.restore(directory, backup).images == 1
+    assert schema.current(directory).revision == REVISION
+
+
+def test_a_backup_of_a_newer_schema_that_we_can_work_with_is_restored(directory: Path, tmp_path: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    backup = schema.back_up(directory, tmp_path / "index.db")
+    change(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
+    change(tmp_path, f"PRAGMA user_version = {int(REVISION)}")
+    assert rebuild.restore(directory, backup).images == 1
+    assert schema.current(directory).revision == "9999"
+
+
+def test_a_backup_that_is_restored_is_only_read(directory: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+        for name in ("index.db", "index.db-wal"):  # as somebody might who copies files
+            shutil.copy(directory / name, copy / name)
+            assert (copy / name).stat().st_size
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    assert rebuild.restore(directory, copy / "index.db").images == 1
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert (directory / "index.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_config_that_cannot_be_read_is_told_by_a_restoration_too(directory: Path, tmp_path: Path) -> None:
+    old = frozen("0001", tmp_path / "old")
+    with Cache.open(directory):
+        pass
+    for path in old.glob("blobs/sha256/*"):
+        shutil.copy(path, directory / "blobs" / "sha256" / path.name)
+    unread = rebuild.restore(directory, old / "index.db").unread
+    assert {str(config.name) for config in unread} == {"broken:1"}
+
+
+def test_nobody_notices_that_a_backup_is_restored(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "kept:1", image(1))
+    backup = schema.back_up(directory)
+    script = """
+        import sys
+        from pathlib import Path
+        from cachedb import Cache
+        directory, number = Path(sys.argv[1]), int(sys.argv[2])
+        print("begun", flush=True)
+        with Cache.open(directory) as cache:
+            done = 0
+            while not (directory / "enough").exists() or not done:
+                assert cache.is_image_complete("kept:1")
+                cache.add_blob(b"%d %d" % (number, done))
+                with Cache.open(directory) as other:
+                    assert str(other.list_manifests()[0].name) == "kept:1"
+                done += 1
+        print("done", done, flush=True)
+    """
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(running(script, directory, number)) for number in range(4)]
+        for _ in range(12):
+            assert rebuild.restore(directory, backup).images == 1
+        (directory / "enough").touch()
+        for process in others:
+            assert process.stdout is not None
+            said = process.stdout.read()
+            assert said.startswith("done "), said
+            assert process.wait(60) == 0
+    (directory / "enough").unlink()
+    check(directory)
 
 
 def test_a_rebuilding_takes_names_from_a_backup_of_an_older_schema(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cachedb import Cache, CacheError, schema
+from cachedb import Cache, CacheError, rebuild, schema
 from tests import make
 
 KEPT = make.image(1, 2)
@@ -194,6 +194,18 @@ def adopt_by_moving(directory: Path) -> None:
         cache.adopt(directory / "old", how="move")
 
 
+def backed_up(directory: Path) -> None:
+    """A cache that has changed since its backup."""
+    with Cache.open(directory / "cache") as opened:
+        save(opened, "kept:1", KEPT)
+        schema.back_up(directory / "cache", directory / "backup.db")
+        save(opened, "gone:1", GONE)
+
+
+def restore(directory: Path) -> None:
+    rebuild.restore(directory / "cache", directory / "backup.db")
+
+
 class Operation(NamedTuple):
     """Something to be cut off in the middle."""
 
@@ -216,6 +228,7 @@ OPERATIONS = {
     "adopt": Operation(json_cache, adopt),
     "adopt by moving": Operation(json_cache, adopt_by_moving),
     "upgrade": Operation(old_cache, upgrade),
+    "restore a backup": Operation(backed_up, restore),
     "repair": Operation(damaged_cache, repair),
     "rebuild from a backup": Operation(lost_index, repair),
     "rebuild": Operation(damaged_index, repair),
