@@ -6,8 +6,10 @@ What is hashed is what is written: the same buffers, each read once. A blob's na
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -353,9 +355,19 @@ def open_blob(directory: Path, digest: Digest) -> BinaryIO:
 
     Raises:
         NotInCache: if there is no such file.
+        StorageError: if it cannot be opened, or is no regular file.
     """
     with os_errors("read a blob"):
         try:
-            return blob_path(directory, digest).open("rb")
+            return open(blob_path(directory, digest), "rb", opener=_open_regular)
         except FileNotFoundError:
             raise NotInCache(f"{digest} is not in the cache") from None
+
+
+def _open_regular(path: str, flags: int) -> int:
+    # A pipe without a writer would be waited for, maybe under the write lock.
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is no regular file", path)

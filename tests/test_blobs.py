@@ -19,7 +19,7 @@ from cachedb.blobs import Received
 from cachedb.database import Database
 from cachedb.reference import Digest
 from cachedb.sessions import Session
-from tests.conftest import files_of, snapshot, stored_rows
+from tests.conftest import Run, files_of, snapshot, stored_rows
 from tests.make import digest_of, image, random_bytes
 
 MIB = 1024 * 1024
@@ -396,3 +396,16 @@ def test_many_digests_are_looked_up_in_batches(index: Database) -> None:
         connection.exec_driver_sql(insert, [(digest,) for digest in wanted])
         connection.exec_driver_sql("INSERT INTO blobs (digest, size) VALUES (?, 1)", (digest_of(b"unstored"),))
         assert blobs.stored(connection, [*wanted, Digest(digest_of(b"unstored"))]).keys() == set(wanted)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_in_the_place_of_a_blob_is_refused_and_not_waited_for(
+    cache: Cache, cachedb: Run, make: Callable[[Path], None]
+) -> None:
+    digest = cache.add_blob(b"a file")
+    path = blobs.blob_path(cache.directory, digest)
+    path.unlink()
+    make(path)
+    done = cachedb("blob", "cat", digest, timeout=20)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"cachedb: cannot read a blob: it is no regular file: {str(path)!r}\n"
