@@ -6,6 +6,8 @@ what the configs of all its platforms agree on.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,13 +16,14 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Delete, Select, Update, bindparam, delete, insert, literal, select, update
 
 from cachedb import blobs
-from cachedb.errors import CacheError, os_errors
+from cachedb.errors import CacheError, DigestMismatch, os_errors
 from cachedb.models import TEXT_LIMIT, Blob, Image, ImageBlob, ImageLabel
 from cachedb.oci import CONFIG_TYPES, DOCUMENT_LIMIT, ImageConfig, parse_config
-from cachedb.reference import Digest
+from cachedb.reference import Digest, split_digest
 
 __all__ = ["Unreadable", "copy", "describe", "labels"]
 
+_OUR_OWN = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # these say nothing of the file
 _ATTRIBUTES = ("architecture", "os", "variant", "created", "author")
 
 
@@ -40,7 +43,11 @@ class _Association(NamedTuple):
 
 
 def describe(connection: Connection, directory: Path, image_id: int) -> list[Unreadable]:
-    """Write to an image's rows what its configs say, as far as they are stored; return those that cannot be read."""
+    """Write to an image's rows what its configs say, as far as they are stored; return those that cannot be read.
+
+    Raises:
+        StorageError: if this process lacks what it needs to read them.
+    """
     rows = connection.execute(_contents_of(), {"of": image_id})
     contents = [
         _Association(position, role, kind, Digest(digest), stored) for position, role, kind, digest, stored in rows
@@ -52,6 +59,8 @@ def describe(connection: Connection, directory: Path, image_id: int) -> list[Unr
         try:
             read = _read(directory, config.digest)
         except CacheError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OUR_OWN:
+                raise
             unreadable.append(Unreadable(config.digest, str(error)))
             continue
         if read.os != "unknown":  # as builders call it for what describes an image, and is none
@@ -115,6 +124,9 @@ def _configs(contents: list[_Association]) -> Iterator[tuple[_Association, list[
 def _read(directory: Path, digest: Digest) -> ImageConfig:
     with blobs.open_blob(directory, digest) as file, os_errors("read a config"):
         data = file.read(DOCUMENT_LIMIT + 1)
+    algorithm, encoded = split_digest(digest)
+    if len(data) <= DOCUMENT_LIMIT and hashlib.new(algorithm, data).hexdigest() != encoded:
+        raise DigestMismatch("its file has another content: run `cachedb verify`")
     return parse_config(data, TEXT_LIMIT)
 
 

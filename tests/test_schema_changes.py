@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from cachedb import (
     SchemaMismatch,
     StorageError,
     backups,
+    blobs,
     rebuild,
     schema,
 )
@@ -149,6 +151,45 @@ def test_a_config_that_cannot_be_read_is_skipped_and_reported(tmp_path: Path) ->
     with Cache.open(directory) as cache:
         assert cache.get_image("hello:1").os is None
         assert cache.get_image("frozen:2").os == "linux"
+
+
+def config_of(directory: Path, name: str) -> Path:
+    """The file of an image's config, in a cache of any schema."""
+    shell = sqlite3.connect(directory / "index.db")
+    query = (
+        "SELECT digest FROM images JOIN image_blobs ON image_id = images.id JOIN blobs ON blobs.id = blob_id "
+        "WHERE role = 'config' AND repository || ':' || reference = ?"
+    )
+    ((digest,),) = shell.execute(query, (name,)).fetchall()
+    shell.close()
+    return directory / "blobs" / str(digest).replace(":", "/")
+
+
+def test_a_config_that_is_not_what_its_digest_says_is_skipped_and_reported(tmp_path: Path) -> None:
+    directory = frozen("0001", tmp_path / "cache")
+    path = config_of(directory, "hello:1")
+    path.chmod(0o600)
+    path.write_text(json.dumps({"os": "plan9"}))
+    found = {str(name): detail for name, _, detail in schema.upgrade(directory).unread}
+    assert "another content: run `cachedb verify`" in found["hello:1"]
+    with Cache.open(directory) as cache:
+        assert cache.get_image("hello:1").os is None
+
+
+def test_who_has_not_enough_to_read_configs_with_stops_and_skips_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = frozen("0001", tmp_path / "cache")
+
+    def open_none(path: str, _flags: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    monkeypatch.setattr(blobs, "_open_regular", open_none)
+    with pytest.raises(StorageError, match="raise the limit on open files"):
+        schema.upgrade(directory)
+    assert schema.current(directory).pending == 7
+    monkeypatch.undo()
+    assert {str(name) for name, _, _ in schema.upgrade(directory).unread} == {"broken:1"}
 
 
 # Upgrades
