@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import compress
 from typing import Any, Final, NamedTuple
 
 from cachedb.errors import CacheError, InvalidDigest, InvalidManifest
@@ -46,6 +47,12 @@ ROLES: Final = ("manifest", "index", "config", "layer", "other")
 
 DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 """The size in bytes over which a manifest, index or config is refused, as registries do."""
+
+CONFIG_LIMIT: Final = 256 * 1024
+"""Characters that the labels of one config, keys and values, may have in all, and so may its commands.
+
+Of each, in the config's order, what does not fit beside what came before it is left out.
+"""
 
 _SIZE_LIMIT = 16 * 1024**4  # bytes: no file is larger, and the sizes of all that an image names can be summed
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
@@ -236,7 +243,7 @@ def walk(root: Descriptor, read: Callable[[Descriptor], bytes | None]) -> Iterat
 
 
 def parse_config(data: bytes, text_limit: int) -> ImageConfig:
-    """Return what an image's config says; what is not as the specification has it is left out.
+    """Return what an image's config says; what is not as the specification has it, or over `CONFIG_LIMIT`, is left out.
 
     Args:
         data: the config's bytes.
@@ -259,25 +266,36 @@ def parse_config(data: bytes, text_limit: int) -> ImageConfig:
         value = document.get(key)
         return value if isinstance(value, str) and value and _PLATFORM_PART.fullmatch(value) else None
 
-    labels = _object(_object(document.get("config")).get("Labels"))
+    labels = [
+        (key, value)
+        for key, value in _object(_object(document.get("config")).get("Labels")).items()
+        if text(key) and (value == "" or text(value)) and isinstance(value, str)
+    ]
     diff_ids = [_diff_id(value) for value in _entries(_object(document.get("rootfs")).get("diff_ids"))]
     history = [_object(entry) for entry in _entries(document.get("history"))]
     commands = [text(entry.get("created_by")) for entry in history if entry.get("empty_layer") is not True]
     if len(commands) != len(diff_ids):
         commands = [None] * len(diff_ids)  # it is not known which made which
+    fitting = _fitting(len(command or "") for command in commands)
+    commands = [command if fits else None for command, fits in zip(commands, fitting, strict=True)]
     return ImageConfig(
         architecture=platform_part("architecture"),
         os=platform_part("os"),
         variant=platform_part("variant"),
         created=_time(document.get("created")),
         author=text(document.get("author")),
-        labels={
-            key: value
-            for key, value in labels.items()
-            if text(key) and (value == "" or text(value)) and isinstance(value, str)
-        },
+        labels=dict(compress(labels, _fitting(len(key) + len(value) for key, value in labels))),
         layers=list(zip(diff_ids, commands, strict=True)),
     )
+
+
+def _fitting(lengths: Iterable[int]) -> Iterator[bool]:
+    """Say of each text whether it is within `CONFIG_LIMIT` together with those before it that are."""
+    left = CONFIG_LIMIT
+    for length in lengths:
+        yield length <= left
+        if length <= left:
+            left -= length
 
 
 def _object(value: object) -> dict[str, Any]:

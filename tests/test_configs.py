@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cachedb import Cache, CacheError
 from cachedb.models import TEXT_LIMIT
-from cachedb.oci import DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, parse_config
+from cachedb.oci import CONFIG_LIMIT, DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, parse_config
 from tests.conftest import run_python
 from tests.make import Made, descriptor, digest_of, docker_files, image, index, layer, write
 from tests.promises import check
@@ -211,6 +211,25 @@ def test_labels_that_are_none_are_left_out(cache: Cache) -> None:
     labels = {"a": "1", "": "2", "b": 3, "c": "x" * (TEXT_LIMIT + 1), "d\0": "4", "e": "\udc00", "f": None}
     save(cache, "app:1", made_of(config(1, config={"Labels": labels}), 1))
     assert cache.get_labels("app:1") == {"a": "1"}
+
+
+def test_labels_that_do_not_fit_beside_those_before_them_are_left_out(cache: Cache) -> None:
+    sizes = {"b": 60_000, "c": 60_000, "a": 60_000, "d": 60_000, "large": 30_000, "e": 20_000, "more": 3_000, "last": 2}
+    labels = {key: "x" * size for key, size in sizes.items()}
+    save(cache, "app:1", made_of(config(1, config={"Labels": labels}), 1))
+    kept = cache.get_labels("app:1")
+    assert list(kept) == ["a", "b", "c", "d", "e", "last"]
+    assert sum(len(key) + len(value) for key, value in kept.items()) <= CONFIG_LIMIT
+
+
+def test_commands_that_do_not_fit_beside_those_before_them_are_left_out(cache: Cache) -> None:
+    seeds = range(1, 8)
+    sizes = [60_000] * 4 + [30_000, 20_000, 3_000]
+    history = [{"created_by": "x" * size} for size in sizes]
+    save(cache, "app:1", made_of(config(*seeds, history=history), *seeds))
+    found = [(len(blob.created_by or ""), blob.diff_id) for blob in cache.get_image_blobs("app:1")[2:]]
+    kept = [60_000] * 4 + [0, 20_000, 0]
+    assert found == [(size, digest_of(layer(seed))) for size, seed in zip(kept, seeds, strict=True)]
 
 
 @pytest.mark.parametrize(
