@@ -48,6 +48,7 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is, and how much there is: bytes, migrations or images."""
 
+_OURS = Backfill.revision == "0003"  # the one backfill that there is; a newer schema may have more
 _BATCH = 200  # images whose configs are read in one transaction
 
 
@@ -440,7 +441,7 @@ def _pending(connection: Connection) -> int:
     exists = "SELECT 1 FROM sqlite_master WHERE name = 'backfills'"
     if connection.exec_driver_sql(exists).first() is None:
         return 0
-    done = select(Backfill.image_id).where(Backfill.revision == "0003").scalar_subquery()
+    done = select(Backfill.image_id).where(_OURS).scalar_subquery()
     return connection.execute(select(func.count()).where(Image.id > done)).scalar_one()
 
 
@@ -449,12 +450,12 @@ def backfill(database: Database, progress: Progress | None = None) -> list[Unrea
     unread: list[Unread] = []
     with database.read() as connection:
         total = _pending(connection)
-        if connection.execute(select(Backfill.revision)).first() is None:
+        if connection.execute(select(Backfill).where(_OURS)).first() is None:
             return unread
     done = 0
     while True:
         with database.write() as connection:
-            begin = connection.execute(select(Backfill.image_id).where(Backfill.revision == "0003")).scalar()
+            begin = connection.execute(select(Backfill.image_id).where(_OURS)).scalar()
             if begin is None:
                 return unread  # another process came to the end of it
             query = select(Image.id, Image.repository, Image.reference).where(Image.id > begin).order_by(Image.id)
@@ -463,9 +464,9 @@ def backfill(database: Database, progress: Progress | None = None) -> list[Unrea
                 for digest, detail in configs.describe(connection, database.directory, image_id):
                     unread.append(Unread(Name(repository, reference), digest, detail))
             if rows:
-                connection.execute(update(Backfill).values(image_id=rows[-1].id))
+                connection.execute(update(Backfill).where(_OURS).values(image_id=rows[-1].id))
             else:
-                connection.execute(delete(Backfill))
+                connection.execute(delete(Backfill).where(_OURS))
         done += len(rows)
         if progress:
             progress("reading configs", done, max(done, total))

@@ -466,6 +466,20 @@ def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch
     assert schema.check(old) == []
 
 
+@pytest.mark.parametrize("pending", [True, False])
+def test_what_another_migration_has_left_to_be_done_is_left_alone(old: Path, pending: bool) -> None:
+    schema.upgrade(old)
+    change(old, "INSERT INTO backfills VALUES ('0004', 3)")
+    if pending:
+        change(old, "INSERT INTO backfills VALUES ('0003', 1)")
+    told: list[tuple[str, int, int]] = []
+    schema.upgrade(old, progress=lambda *step: told.append(step))
+    assert told == ([("reading configs", 6, 6), ("reading configs", 6, 6)] if pending else [])
+    shell = sqlite3.connect(old / "index.db")
+    assert shell.execute("SELECT * FROM backfills").fetchall() == [("0004", 3)]
+    shell.close()
+
+
 def test_a_disk_that_is_too_full_is_said_so_before_anything_is_changed(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
