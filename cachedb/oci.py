@@ -57,6 +57,7 @@ Of each, in the config's order, what does not fit beside what came before it is 
 _SIZE_LIMIT = 16 * 1024**4  # bytes: no file is larger, and the sizes of all that an image names can be summed
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,20})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)  # RFC 3339, 5.6
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # JSON can spell half a character, and SQL's text ends at a NUL
 _PLATFORM_PART = re.compile(r"[A-Za-z0-9._-]{0,64}")  # it ends up in messages and beside a name
 
 
@@ -257,10 +258,9 @@ def parse_config(data: bytes, text_limit: int) -> ImageConfig:
         raise InvalidManifest("the config is not a JSON object")
 
     def text(value: object, limit: int = text_limit) -> str | None:
-        # JSON can spell half a character, and SQL's text ends at a NUL.
-        if not isinstance(value, str) or not 0 < len(value) <= limit or "\0" in value:
+        if not isinstance(value, str) or not 0 < len(value) <= limit or _NO_TEXT.search(value):
             return None
-        return None if any("\ud800" <= char <= "\udfff" for char in value) else value
+        return value
 
     def platform_part(key: str) -> str | None:
         value = document.get(key)
