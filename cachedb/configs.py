@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Delete, Select, Update, bindparam, delete, insert, literal, select, update
 
 from cachedb import blobs
-from cachedb.errors import CacheError, DigestMismatch, os_errors
+from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, os_errors
 from cachedb.models import TEXT_LIMIT, Blob, Image, ImageBlob, ImageLabel
 from cachedb.oci import CONFIG_TYPES, DOCUMENT_LIMIT, ImageConfig, parse_config
 from cachedb.reference import Digest, split_digest
 
-__all__ = ["Unreadable", "copy", "describe", "labels"]
+__all__ = ["BACKFILL", "Unreadable", "copy", "describe", "labels", "read_ahead", "stored"]
+
+BACKFILL: Final = "0003"
+"""The migration that leaves the configs of the images that are there to be read."""
 
 _OUR_OWN = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # these say nothing of the file
 _ATTRIBUTES = ("architecture", "os", "variant", "created", "author")
@@ -39,29 +42,50 @@ class _Association(NamedTuple):
     role: str
     media_type: str
     digest: Digest
+    size: int
     stored: bool
 
 
-def describe(connection: Connection, directory: Path, image_id: int) -> list[Unreadable]:
-    """Write to an image's rows what its configs say, as far as they are stored; return those that cannot be read.
+def stored(connection: Connection, image_id: int) -> dict[Digest, int]:
+    """Return the configs that describe an image, as far as they are stored, with their sizes in bytes."""
+    return {config.digest: config.size for config, _ in _configs(_contents(connection, image_id))}
+
+
+def read_ahead(directory: Path, digests: Iterable[Digest]) -> dict[Digest, ImageConfig | InvalidManifest]:
+    """Read configs for `describe`, without the write lock; return what can be said of them once and for all.
 
     Raises:
         StorageError: if this process lacks what it needs to read them.
     """
-    rows = connection.execute(_contents_of(), {"of": image_id})
-    contents = [
-        _Association(position, role, kind, Digest(digest), stored) for position, role, kind, digest, stored in rows
-    ]
+    found = {digest: _read(directory, digest) for digest in digests}
+    return {digest: read for digest, read in found.items() if isinstance(read, ImageConfig | InvalidManifest)}
+
+
+def describe(
+    connection: Connection,
+    directory: Path,
+    image_id: int,
+    known: Mapping[Digest, ImageConfig | InvalidManifest] | None = None,
+) -> list[Unreadable]:
+    """Write to an image's rows what its configs say, as far as they are stored; return those that cannot be read.
+
+    Args:
+        connection: in a write transaction.
+        directory: of the cache.
+        image_id: of the image.
+        known: configs that were read before; the image need not have them any more.
+
+    Raises:
+        StorageError: if this process lacks what it needs to read them.
+    """
+    contents = _contents(connection, image_id)
     found: list[ImageConfig] = []
     layers: list[dict[str, Any]] = []
     unreadable: list[Unreadable] = []
     for config, positions in _configs(contents):
-        try:
-            read = _read(directory, config.digest)
-        except CacheError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OUR_OWN:
-                raise
-            unreadable.append(Unreadable(config.digest, str(error)))
+        read = (known or {}).get(config.digest) or _read(directory, config.digest)
+        if isinstance(read, CacheError):
+            unreadable.append(Unreadable(config.digest, str(read)))
             continue
         if read.os != "unknown":  # as builders call it for what describes an image, and is none
             found.append(read)
@@ -87,8 +111,8 @@ def describe(connection: Connection, directory: Path, image_id: int) -> list[Unr
 
 @cache
 def _contents_of() -> Select[*tuple[Any, ...]]:
-    columns = (ImageBlob.position, ImageBlob.role, ImageBlob.media_type, Blob.digest, Blob.stored_at.is_not(None))
-    joined = select(*columns).join(Blob, Blob.id == ImageBlob.blob_id)
+    columns = (ImageBlob.position, ImageBlob.role, ImageBlob.media_type, Blob.digest, Blob.size)
+    joined = select(*columns, Blob.stored_at.is_not(None)).join(Blob, Blob.id == ImageBlob.blob_id)
     return joined.where(ImageBlob.image_id == bindparam("of")).order_by(ImageBlob.position)
 
 
@@ -121,13 +145,27 @@ def _configs(contents: list[_Association]) -> Iterator[tuple[_Association, list[
         yield config, positions
 
 
-def _read(directory: Path, digest: Digest) -> ImageConfig:
-    with blobs.open_blob(directory, digest) as file, os_errors("read a config"):
-        data = file.read(DOCUMENT_LIMIT + 1)
-    algorithm, encoded = split_digest(digest)
-    if len(data) <= DOCUMENT_LIMIT and hashlib.new(algorithm, data).hexdigest() != encoded:
-        raise DigestMismatch("its file has another content: run `cachedb verify`")
-    return parse_config(data, TEXT_LIMIT)
+def _contents(connection: Connection, image_id: int) -> list[_Association]:
+    rows = connection.execute(_contents_of(), {"of": image_id})
+    return [
+        _Association(position, role, kind, Digest(digest), size, stored)
+        for position, role, kind, digest, size, stored in rows
+    ]
+
+
+def _read(directory: Path, digest: Digest) -> ImageConfig | CacheError:
+    """Return what a config says, or why it cannot be read."""
+    try:
+        with blobs.open_blob(directory, digest) as file, os_errors("read a config"):
+            data = file.read(DOCUMENT_LIMIT + 1)
+        algorithm, encoded = split_digest(digest)
+        if len(data) <= DOCUMENT_LIMIT and hashlib.new(algorithm, data).hexdigest() != encoded:
+            return DigestMismatch("its file has another content: run `cachedb verify`")
+        return parse_config(data, TEXT_LIMIT)
+    except CacheError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OUR_OWN:
+            raise
+        return error
 
 
 def _agreed(values: list[Any]) -> Any:  # noqa: ANN401

@@ -48,8 +48,10 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is, and how much there is: bytes, migrations or images."""
 
-_OURS = Backfill.revision == "0003"  # the one backfill that there is; a newer schema may have more
-_BATCH = 200  # images whose configs are read in one transaction
+# A transaction has as many images as take a few hundredths of a second of the write lock.
+_BATCH = 50  # images
+_BATCH_SIZE = 1024 * 1024  # bytes of configs
+_OURS = Backfill.revision == configs.BACKFILL  # a newer schema may have others
 
 
 class State(NamedTuple):
@@ -446,29 +448,53 @@ def _pending(connection: Connection) -> int:
 
 
 def backfill(database: Database, progress: Progress | None = None) -> list[Unread]:
-    """Read the configs of the images that were there before 0003, beside other processes, from where it was left."""
+    """Read the configs of the images that were there before, beside other processes, from where it was left.
+
+    They are read without the write lock. What an image has by the time that the lock is there is looked at under it.
+    """
     unread: list[Unread] = []
     with database.read() as connection:
         total = _pending(connection)
-        if connection.execute(select(Backfill).where(_OURS)).first() is None:
-            return unread
-    done = 0
-    while True:
-        with database.write() as connection:
-            begin = connection.execute(select(Backfill.image_id).where(_OURS)).scalar()
+    done, finished = 0, False
+    while not finished:
+        with database.read() as connection:
+            begin = _filled(connection)
             if begin is None:
-                return unread  # another process came to the end of it
-            query = select(Image.id, Image.repository, Image.reference).where(Image.id > begin).order_by(Image.id)
-            rows = connection.execute(query.limit(_BATCH)).all()
+                break  # maybe another process came to the end of it
+            last, digests = _next_batch(connection, begin)
+        known = configs.read_ahead(database.directory, digests)
+        with database.write() as connection:
+            if _filled(connection) != begin:
+                continue  # another process has done these
+            query = select(Image.id, Image.repository, Image.reference).where(Image.id > begin, Image.id <= last)
+            rows = connection.execute(query.order_by(Image.id)).all()
             for image_id, repository, reference in rows:
-                for digest, detail in configs.describe(connection, database.directory, image_id):
+                for digest, detail in configs.describe(connection, database.directory, image_id, known):
                     unread.append(Unread(Name(repository, reference), digest, detail))
-            if rows:
-                connection.execute(update(Backfill).where(_OURS).values(image_id=rows[-1].id))
-            else:
+            connection.execute(update(Backfill).where(_OURS).values(image_id=last))
+            finished = last == begin and not _pending(connection)
+            if finished:
                 connection.execute(delete(Backfill).where(_OURS))
         done += len(rows)
         if progress:
             progress("reading configs", done, max(done, total))
-        if not rows:
-            return unread
+    return unread
+
+
+def _filled(connection: Connection) -> int | None:
+    """Return the last image whose configs were read, or None if there are none to be read."""
+    return connection.execute(select(Backfill.image_id).where(_OURS)).scalar()
+
+
+def _next_batch(connection: Connection, begin: int) -> tuple[int, set[Digest]]:
+    """Return the last of the images that are next, or ``begin`` if there are none, and what configs they have."""
+    query = select(Image.id).where(Image.id > begin).order_by(Image.id).limit(_BATCH)
+    last, digests, size = begin, set[Digest](), 0
+    for image_id in connection.execute(query).scalars().all():
+        found = configs.stored(connection, image_id)
+        size += sum(found.values())
+        if size > _BATCH_SIZE and last > begin:
+            break
+        last = image_id
+        digests.update(found)
+    return last, digests

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
 import sqlite3
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ from cachedb import (
     StorageError,
     backups,
     blobs,
+    configs,
     rebuild,
     schema,
 )
 from cachedb.database import Database
 from cachedb.models import REVISION
+from cachedb.oci import ImageConfig, parse_config
 from tests.conftest import Run, files_of, run_python, running
 from tests.make import image, index
 from tests.promises import check
@@ -478,6 +481,77 @@ def test_what_another_migration_has_left_to_be_done_is_left_alone(old: Path, pen
     shell = sqlite3.connect(old / "index.db")
     assert shell.execute("SELECT * FROM backfills").fetchall() == [("0004", 3)]
     shell.close()
+
+
+def test_configs_are_read_without_the_write_lock(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse_unlocked(data: bytes, limit: int) -> ImageConfig:
+        with (old / "locks" / "write.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return parse_config(data, limit)
+
+    monkeypatch.setattr(configs, "parse_config", parse_unlocked)
+    schema.upgrade(old)
+    with Cache.open(old) as cache:
+        assert cache.get_image("frozen:2").os == "linux"
+
+
+def test_large_configs_are_written_in_transactions_of_their_own(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "_BATCH_SIZE", 1)
+    told: list[int] = []
+    schema.upgrade(old, progress=lambda what, done, _: told.append(done) if what == "reading configs" else None)
+    assert told == [1, 2, 3, 4, 5, 6, 7, 7]
+    assert schema.check(old) == []
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Have something done between the reading of the first configs and the writing of what they say."""
+    read = configs.read_ahead
+
+    def read_and_work(*arguments: Any) -> Any:
+        found = read(*arguments)
+        monkeypatch.setattr(configs, "read_ahead", read)
+        work()
+        return found
+
+    monkeypatch.setattr(configs, "read_ahead", read_and_work)
+
+
+def test_an_image_that_changes_while_its_config_is_read_is_described_as_it_is_then(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        with Cache.open(old) as cache:
+            save(cache, "frozen:2", image(7, architecture="riscv64"))
+            cache.remove_manifest("hello:1")
+
+    meanwhile(monkeypatch, work)
+    schema.upgrade(old)
+    with Cache.open(old) as cache:
+        assert cache.get_image("frozen:2").architecture == "riscv64"
+        assert cache.get_image("team/frozen:stable").author == "A. Author"
+    check(old)
+
+
+def test_a_config_that_comes_back_while_the_others_are_read_is_not_missed(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_of(old, "hello:1")
+    aside = path.rename(old.parent / "aside")
+    meanwhile(monkeypatch, lambda: aside.rename(path))
+    assert {str(name) for name, _, _ in schema.upgrade(old).unread} == {"broken:1"}
+    with Cache.open(old) as cache:
+        assert cache.get_image("hello:1").os == "linux"
+
+
+def test_what_another_has_read_meanwhile_is_not_written_again(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "_BATCH", 2)
+    found: list[schema.Unread] = []
+    meanwhile(monkeypatch, lambda: found.extend(schema.upgrade(old).unread))
+    told: list[str] = []
+    assert schema.upgrade(old, progress=lambda what, *_: told.append(what)).unread == []
+    assert "reading configs" not in told
+    assert [str(unread.name) for unread in found] == ["broken:1"]
+    assert schema.check(old) == []
 
 
 def test_a_disk_that_is_too_full_is_said_so_before_anything_is_changed(
