@@ -403,7 +403,8 @@ class _Adopter:
                 images.save(connection, self._database.directory, image.name, image.digest, image.media_type)
                 for digest, said in image.attached.items():
                     if digest in self._here:
-                        images.attach(connection, image.name, digest, *_role_and_media_type(said))
+                        attached = (image.name, digest, *_role_and_media_type(said))
+                        images.attach(connection, self._database.directory, *attached)
         except InvalidManifest as error:
             self._leave("manifest", image.name, str(error))
             return

@@ -477,7 +477,7 @@ class Cache:
         oci.check_media_type(media_type, "the blob")
         blob = parse_digest(digest)
         with self._database.write() as connection:
-            images.attach(connection, Name.parse(name), blob, role, media_type)
+            images.attach(connection, self.directory, Name.parse(name), blob, role, media_type)
             self._session.release_saved(connection, [blob])
 
     def tag(self, source: str | Name, target: str | Name) -> ImageInfo:

@@ -17,11 +17,11 @@ from sqlalchemy import Connection, Delete, Select, Update, bindparam, delete, in
 
 from cachedb import blobs
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, os_errors
-from cachedb.models import TEXT_LIMIT, Blob, Image, ImageBlob, ImageLabel
+from cachedb.models import TEXT_LIMIT, Backfill, Blob, Image, ImageBlob, ImageLabel
 from cachedb.oci import CONFIG_TYPES, DOCUMENT_LIMIT, ImageConfig, parse_config
 from cachedb.reference import Digest, split_digest
 
-__all__ = ["BACKFILL", "Unreadable", "copy", "describe", "labels", "read_ahead", "stored"]
+__all__ = ["BACKFILL", "Unreadable", "agrees", "backfilled", "copy", "describe", "labels", "read_ahead", "stored"]
 
 BACKFILL: Final = "0003"
 """The migration that leaves the configs of the images that are there to be read."""
@@ -44,6 +44,13 @@ class _Association(NamedTuple):
     digest: Digest
     size: int
     stored: bool
+
+
+class _Description(NamedTuple):
+    values: dict[str, Any]  # of the image, by column
+    labels: dict[str, str]
+    layers: dict[int, tuple[Digest | None, str | None]]  # diff id and command, by position
+    unreadable: dict[Digest, CacheError]
 
 
 def stored(connection: Connection, image_id: int) -> dict[Digest, int]:
@@ -78,32 +85,71 @@ def describe(
     Raises:
         StorageError: if this process lacks what it needs to read them.
     """
+    said = _said(directory, _contents(connection, image_id), known or {})
+    connection.execute(_described(), {"of": image_id, **said.values})
+    connection.execute(_without_labels(), {"of": image_id})
+    if said.labels:
+        rows = [{"image_id": image_id, "key": key, "value": value} for key, value in sorted(said.labels.items())]
+        connection.execute(insert(ImageLabel), rows)
+    if said.layers:
+        layers = [
+            {"of": image_id, "at": position, "diff_id": diff_id, "created_by": command}
+            for position, (diff_id, command) in said.layers.items()
+        ]
+        connection.execute(_described_layer(), layers)
+    return [Unreadable(digest, str(error)) for digest, error in said.unreadable.items()]
+
+
+def agrees(connection: Connection, directory: Path, image_id: int) -> bool:
+    """Say whether the index has of an image what its configs say; also where that cannot be told, or not yet.
+
+    Raises:
+        StorageError: if this process lacks what it needs to read them.
+    """
+    begin = backfilled(connection)
     contents = _contents(connection, image_id)
+    wanted = [blob for blob in contents if blob.role == "config" and blob.media_type in CONFIG_TYPES]
+    if (begin is not None and image_id > begin) or not wanted or not all(blob.stored for blob in wanted):
+        return True
+    said = _said(directory, contents, {})
+    if not all(isinstance(error, InvalidManifest) for error in said.unreadable.values()):
+        return True  # it may have been read before
+    row = connection.execute(select(*(getattr(Image, name) for name in _ATTRIBUTES)).where(Image.id == image_id)).one()
+    columns = (ImageBlob.position, ImageBlob.diff_id, ImageBlob.created_by)
+    layers = {
+        at: tuple(rest) for at, *rest in connection.execute(select(*columns).where(ImageBlob.image_id == image_id))
+    }
+    return (
+        row._asdict() == said.values
+        and labels(connection, image_id) == said.labels
+        and all(layers[position] == layer for position, layer in said.layers.items())
+    )
+
+
+def backfilled(connection: Connection) -> int | None:
+    """Return the last of the images whose configs a backfill has read so far; None if it has come to its end."""
+    return connection.execute(select(Backfill.image_id).where(Backfill.revision == BACKFILL)).scalar()
+
+
+def _said(
+    directory: Path, contents: list[_Association], known: Mapping[Digest, ImageConfig | InvalidManifest]
+) -> _Description:
+    """Return what the configs of an image with these contents say."""
     found: list[ImageConfig] = []
-    layers: list[dict[str, Any]] = []
-    unreadable: list[Unreadable] = []
+    layers: dict[int, tuple[Digest | None, str | None]] = {}
+    unreadable: dict[Digest, CacheError] = {}
     for config, positions in _configs(contents):
-        read = (known or {}).get(config.digest) or _read(directory, config.digest)
+        read = known.get(config.digest) or _read(directory, config.digest)
         if isinstance(read, CacheError):
-            unreadable.append(Unreadable(config.digest, str(read)))
+            unreadable[config.digest] = read
             continue
         if read.os != "unknown":  # as builders call it for what describes an image, and is none
             found.append(read)
         if len(read.layers) <= len(positions):  # what is attached to an image follows its layers
-            layers += [
-                {"of": image_id, "at": position, "diff_id": diff_id, "created_by": command}
-                for position, (diff_id, command) in zip(positions, read.layers, strict=False)
-            ]
+            layers.update(zip(positions, read.layers, strict=False))
     values = {name: _agreed([getattr(config, name) for config in found]) for name in _ATTRIBUTES}
-    connection.execute(_described(), {"of": image_id, **values})
-    connection.execute(_without_labels(), {"of": image_id})
     common = set.intersection(*(set(config.labels.items()) for config in found)) if found else set()
-    if common:
-        labelled = [{"image_id": image_id, "key": key, "value": value} for key, value in sorted(common)]
-        connection.execute(insert(ImageLabel), labelled)
-    if layers:
-        connection.execute(_described_layer(), layers)
-    return unreadable
+    return _Description(values, dict(common), layers, unreadable)
 
 
 # As in `images`: put together once.

@@ -575,7 +575,7 @@ def is_associated(connection: Connection, digest: Digest) -> bool:
     return connection.execute(query.limit(1)).first() is not None
 
 
-def attach(connection: Connection, name: Name, digest: Digest, role: str, media_type: str) -> None:
+def attach(connection: Connection, directory: Path, name: Name, digest: Digest, role: str, media_type: str) -> None:
     """Attach a stored blob to an image, at the last position; one that is there already is not repeated.
 
     Raises:
@@ -600,6 +600,8 @@ def attach(connection: Connection, name: Name, digest: Digest, role: str, media_
             media_type=media_type,
         )
     )
+    if role == "config":
+        configs.describe(connection, directory, image.id)
 
 
 def remove(connection: Connection, names: Iterable[Name]) -> set[int]:

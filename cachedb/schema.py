@@ -458,13 +458,13 @@ def backfill(database: Database, progress: Progress | None = None) -> list[Unrea
     done, finished = 0, False
     while not finished:
         with database.read() as connection:
-            begin = _filled(connection)
+            begin = configs.backfilled(connection)
             if begin is None:
                 break  # maybe another process came to the end of it
             last, digests = _next_batch(connection, begin)
         known = configs.read_ahead(database.directory, digests)
         with database.write() as connection:
-            if _filled(connection) != begin:
+            if configs.backfilled(connection) != begin:
                 continue  # another process has done these
             query = select(Image.id, Image.repository, Image.reference).where(Image.id > begin, Image.id <= last)
             rows = connection.execute(query.order_by(Image.id)).all()
@@ -479,11 +479,6 @@ def backfill(database: Database, progress: Progress | None = None) -> list[Unrea
         if progress:
             progress("reading configs", done, max(done, total))
     return unread
-
-
-def _filled(connection: Connection) -> int | None:
-    """Return the last image whose configs were read, or None if there are none to be read."""
-    return connection.execute(select(Backfill.image_id).where(_OURS)).scalar()
 
 
 def _next_batch(connection: Connection, begin: int) -> tuple[int, set[Digest]]:

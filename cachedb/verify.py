@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from cachedb import collection, images, rebuild
+from cachedb import collection, configs, images, rebuild
 from cachedb.blobs import CHUNK, Received, batched, blob_path, on_disk, set_stored, stored
 from cachedb.database import Database, quarantine_path, sync_folder
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
@@ -32,7 +32,7 @@ __all__ = ["KINDS", "Problem", "Verification", "verify"]
 
 KINDS = ("missing", "corrupt", "wrong_size", "orphan", "index")
 """A stored blob has no file; a file has another content than its name says; a file has another size than its row;
-a file has no row; the index is damaged, or says something else than a manifest."""
+a file has no row; the index is damaged, or says something else than a manifest or a config."""
 
 _TOGETHER = 64  # files, of which none is large, that one thread hashes in one go
 
@@ -323,7 +323,7 @@ def _is_spoiled(connection: Connection, directory: Path, image_id: int, bad: set
 
 
 def _contradictions(connection: Connection, directory: Path, image_id: int, bad: set[Digest]) -> list[Problem]:
-    """Compare what the index says of an image with its manifests."""
+    """Compare what the index says of an image with its manifests and configs."""
     name = connection.execute(select(Image.repository, Image.reference).where(Image.id == image_id)).first()
     if name is None:
         return []  # removed since
@@ -355,4 +355,6 @@ def _contradictions(connection: Connection, directory: Path, image_id: int, bad:
         if sizes.get(blob.digest, blob.size) != blob.size:
             lie = f"its manifest says that {blob.digest} is {blob.size} bytes; it is {sizes[blob.digest]}"
             problems.append(problem(blob.digest, lie))
+    if not configs.agrees(connection, directory, image_id):
+        problems.append(problem(root.digest, "it is not described as its config describes it"))
     return problems

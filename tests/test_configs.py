@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachedb import Cache, CacheError
+from cachedb import Cache, CacheError, StorageError, blobs
 from cachedb.models import TEXT_LIMIT
 from cachedb.oci import CONFIG_LIMIT, DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, parse_config
+from cachedb.reference import Digest
 from tests.conftest import run_python
 from tests.make import Made, descriptor, digest_of, docker_files, image, index, layer, write
 from tests.promises import check
+from tests.test_schema import change
 
 BUILT = datetime(2026, 2, 3, 4, 5, 6, 789012, tzinfo=UTC)
 
@@ -267,6 +270,72 @@ def test_no_config_is_too_odd_to_read(document: dict[str, Any], data: bytes) -> 
         parse_config(json.dumps(nested).encode(), 100)
     with suppress(CacheError):
         parse_config(data, 100)
+
+
+def test_a_config_that_could_not_be_read_is_found_by_verify_once_it_can(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = made_of(config(1), 1)
+    for digest, data in made.blobs.items():
+        cache.save_blob(digest, data)
+    opened = blobs.open_blob
+
+    def fail(directory: Path, digest: Digest) -> BinaryIO:
+        if digest == digest_of(made.config):
+            raise StorageError("cannot read a blob: Input/output error")
+        return opened(directory, digest)
+
+    monkeypatch.setattr(blobs, "open_blob", fail)
+    cache.save_manifest("app:1", made.manifest)
+    assert cache.verify().problems == []  # as long as it cannot be read there is nothing to compare with
+    monkeypatch.undo()
+    assert said(cache, "app:1") == NOTHING
+    (problem,) = cache.verify().problems
+    assert (problem.kind, problem.digest) == ("index", made.digest)
+    assert problem.detail == "app:1: it is not described as its config describes it"
+    assert cache.verify(repair=True).problems[0].repair
+    assert said(cache, "app:1") == SAID
+    assert cache.verify().problems == []
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE images SET author = 'B'",
+        "UPDATE image_labels SET value = '2' WHERE key = 'version'",
+        "DELETE FROM image_labels",
+        "UPDATE image_blobs SET created_by = NULL",
+        "UPDATE image_blobs SET diff_id = NULL",
+    ],
+)
+def test_what_the_index_says_otherwise_than_a_config_is_found_and_repaired(cache: Cache, sql: str) -> None:
+    save(cache, "app:1", made_of(config(1), 1))
+    contents = cache.get_image_blobs("app:1")
+    change(cache.directory, sql)
+    assert [problem.kind for problem in cache.verify().problems] == ["index"]
+    cache.verify(repair=True)
+    assert (said(cache, "app:1"), cache.get_image_blobs("app:1")) == (SAID, contents)
+    assert cache.verify().problems == []
+
+
+def test_verify_waits_for_a_backfill_to_come_to_an_image(cache: Cache) -> None:
+    save(cache, "app:1", made_of(config(1), 1))
+    change(cache.directory, "UPDATE images SET author = NULL")
+    change(cache.directory, "INSERT INTO backfills VALUES ('0003', 0)")
+    assert cache.verify().problems == []
+    change(cache.directory, "UPDATE backfills SET image_id = 1")
+    assert [problem.kind for problem in cache.verify().problems] == ["index"]
+
+
+def test_an_attached_config_describes_at_once_as_it_does_when_the_image_is_saved_again(cache: Cache) -> None:
+    save(cache, "app:1", made_of(config(1), 1))
+    other = cache.add_blob(json.dumps(config(author="B", config={})).encode())
+    cache.associate_blob_with_image("app:1", other, role="config", media_type=OCI_CONFIG)
+    assert cache.verify().problems == []
+    found = said(cache, "app:1")
+    assert found == (*SAID[:4], None, {})
+    cache.save_manifest("app:1", made_of(config(1), 1).manifest)
+    assert said(cache, "app:1") == found
 
 
 def test_a_config_is_read_in_a_command_that_lists_nothing_of_alembic(cache: Cache) -> None:
