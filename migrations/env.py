@@ -1,9 +1,11 @@
 """How Alembic reaches a cache's index: under the cache's own write lock, in its one transaction for all of it."""
 
+import re
 from collections.abc import Collection
 from typing import Any, Literal
 
 from alembic import context
+from alembic.operations.ops import MigrationScript
 from sqlalchemy import Connection, Engine
 
 from cachedb.database import Database, default_directory
@@ -13,6 +15,14 @@ from cachedb.models import Base, UtcTime
 def render_item(kind: str, item: object, _context: object) -> str | Literal[False]:
     # A migration is frozen, so it names no type of ours: what is stored is text.
     return "sa.Text()" if kind == "type" and isinstance(item, UtcTime) else False
+
+
+def number(_context: object, _revision: object, scripts: list[MigrationScript]) -> None:
+    """Give a new revision the next number: schemas are compared by theirs. One that was chosen stands."""
+    for script in scripts:
+        if not re.fullmatch(r"[0-9]{4}", script.rev_id or ""):
+            newest = max((int(known.revision) for known in context.script.walk_revisions()), default=0)
+            script.rev_id = f"{newest + 1:04}"
 
 
 def say_oldest(ctx: object, step: object, heads: Collection[Any], run_args: object) -> None:
@@ -34,6 +44,7 @@ def run(connection: Connection) -> None:
         render_item=render_item,
         compare_type=True,
         compare_server_default=True,
+        process_revision_directives=number,
         on_version_apply=say_oldest,
     )
     with context.begin_transaction():

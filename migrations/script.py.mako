@@ -12,6 +12,11 @@ revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
+# The oldest schema whose releases can still read and write a cache after this migration.
+oldest = ${repr(up_revision)}
+
+# Not written by Alembic: the CHECK constraints of a column that is added. And a batch copies the table and words its
+# definition anew, which `cachedb db check` reports: op.add_column and op.drop_column do neither, as in 0003.
 
 
 def upgrade() -> None:

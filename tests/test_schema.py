@@ -31,11 +31,11 @@ TABLES = {
 FIRST = TABLES - {"holds", "image_labels", "backfills"}
 
 
-def alembic(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the `alembic` command in the checkout, with its `alembic.ini`."""
+def alembic(*arguments: str, checkout: Path = CHECKOUT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the `alembic` command in a checkout, with its `alembic.ini`."""
     return subprocess.run(
         [sys.executable, "-m", "alembic", *arguments],
-        cwd=CHECKOUT,
+        cwd=checkout,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -297,16 +297,48 @@ def test_0002_carries_a_cache_up_and_down(directory: Path) -> None:
 def test_the_alembic_command_works_on_the_cache_it_is_told(directory: Path, how: str) -> None:
     named = os.path.relpath(directory, CHECKOUT) if "relative" in how else str(directory)
     chosen = ["-x", f"dir={named}"] if "-x" in how else []
-    environment = {"CACHEDB_DIR": str(directory if how == "CACHEDB_DIR" else directory.parent / "other")}
-    done = alembic(*chosen, "upgrade", "head", **environment)
+    default = str(directory if how == "CACHEDB_DIR" else directory.parent / "other")
+    done = alembic(*chosen, "upgrade", "head", CACHEDB_DIR=default)
     assert done.returncode == 0, done.stderr
     assert tables(directory) == TABLES
-    done = alembic(*chosen, "check", **environment)
+    done = alembic(*chosen, "check", CACHEDB_DIR=default)
     assert done.returncode == 0, done.stderr
     assert "No new upgrade operations detected" in done.stdout
     with Cache.open(directory) as cache:
         cache.add_blob(b"data")
     assert not (directory.parent / "other").exists()
+
+
+def test_a_revision_that_alembic_makes_has_the_next_number_and_goes_up_and_down(directory: Path) -> None:
+    copy = directory.parent / "checkout"
+    for name in ("cachedb", "migrations"):
+        shutil.copytree(CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(CHECKOUT / "alembic.ini", copy)
+    with (copy / "cachedb" / "models.py").open("a") as file:
+        file.write("\nfrom sqlalchemy import Column\nImage.__table__.append_column(Column('stars', Text()))\n")
+
+    def run(*arguments: str) -> str:
+        done = alembic(*arguments, checkout=copy, CACHEDB_DIR=str(directory))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    number = int(REVISION)
+    run("upgrade", "head")
+    run("revision", "--autogenerate", "-m", "stars")
+    (made,) = (copy / "migrations" / "versions").glob(f"{number + 1:04}_stars.py")
+    assert f"\noldest = '{number + 1:04}'\n" in made.read_text()
+    run("upgrade", "head")
+    run("check")
+    run("downgrade", "-1")
+    assert Database(directory).revision() == REVISION
+    run("revision", "-m", "by hand")
+    run("revision", "-m", "chosen", "--rev-id", f"{number + 7:04}")
+    run("revision", "-m", "after it")
+    run("upgrade", "head")
+    assert Database(directory).revision() == f"{number + 8:04}"
+    assert [line.split()[2].rstrip(",") for line in run("history").splitlines()] == [
+        f"{number + step:04}" for step in (8, 7, 2, 1)
+    ] + [f"{earlier:04}" for earlier in range(number, 0, -1)]
 
 
 def test_alembic_leaves_another_programs_database_alone(tmp_path: Path) -> None:
