@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import click
 
 from cachedb import __version__
-from cachedb.errors import CacheError, InvalidDigest, InvalidName, NotInCache, explain
+from cachedb.errors import CacheError, InvalidDigest, InvalidName, NotACache, NotInCache, explain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -685,6 +685,8 @@ def _directory() -> Path:
     from cachedb.database import default_directory
 
     directory = click.get_current_context().find_root().params["directory"]
+    if directory == "":
+        raise NotACache("the name of the cache directory is empty")
     return (Path(directory) if directory else default_directory()).absolute()
 
 

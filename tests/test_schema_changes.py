@@ -984,6 +984,12 @@ def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> No
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("command", ["current", "history", "upgrade", "downgrade", "check", "backup", "restore"])
+def test_an_empty_name_of_a_directory_is_not_the_users_own_cache(cachedb: Run, command: str) -> None:
+    done = cachedb("--dir", "", "db", command, *(["0001"] if command in ("downgrade", "restore") else []))
+    assert (done.returncode, done.stderr) == (1, "cachedb: the name of the cache directory is empty\n")
+
+
 def test_one_statement_says_that_a_cache_has_the_newest_schema(directory: Path) -> None:
     Cache.open(directory).close()
     seen: list[str] = []
