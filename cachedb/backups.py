@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,8 @@ __all__ = ["back_up", "before_change", "keep_newest", "newest_first", "put_in_pl
 KEPT = 3
 """Backups from before changes of the schema that are kept; those that a person asked for all are."""
 
-_HALF = ".half"  # the suffix of one that is being written
+_HALF = ".backup-"  # how the name of one that is being written begins; the rest is by chance, and no person's
+_JOURNAL = "-journal"  # SQLite's, beside it
 _BEFORE = "-before-"
 _CHANGE = 1024 * 1024  # bytes that a change of the schema takes, whatever the size of the index
 _OPCODES = 1000  # of SQLite's, between two looks at how far it is
@@ -52,36 +54,48 @@ def back_up(
     Raises:
         StorageError: if it cannot be written.
     """
-    size = size_of(connection)
     with os_errors("make a backup of the index"), locks.held(directory / "backups" / ".lock"):
-        for half in (directory / "backups").glob(f"*{_HALF}"):
-            half.unlink()  # of one that was killed
+        for half in (directory / "backups").glob(f"{_HALF}*"):
+            half.unlink()  # of one that was killed, as is its journal
         path = path or _free(directory, label)
-        half = path.with_name(f"{path.name}{_HALF}")
-
-        def look() -> None:
-            if progress is not None and half.exists():
-                progress(min(half.stat().st_size, size), size)
-
+        half = _new_half(path)
         try:
-            connection.set_progress_handler(look, _OPCODES)
-            try:
-                connection.execute("VACUUM INTO ?", (str(half),))
-            finally:
-                connection.set_progress_handler(None, 0)
-            half.chmod(0o600)
-            descriptor = os.open(half, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _copy(connection, half, progress)
             half.rename(path)
             sync_folder(path.parent)
         except BaseException:
-            with suppress(OSError):
-                half.unlink()
+            for made in (half, half.with_name(half.name + _JOURNAL)):
+                with suppress(OSError):
+                    made.unlink()
             raise
     return path
+
+
+def _new_half(path: Path) -> Path:
+    """Make the empty file that is to become a backup, which SQLite writes into as into none."""
+    descriptor, name = tempfile.mkstemp(prefix=_HALF, dir=path.parent)
+    os.close(descriptor)
+    return Path(name)
+
+
+def _copy(connection: sqlite3.Connection, half: Path, progress: Callable[[int, int], None] | None) -> None:
+    size = size_of(connection)
+
+    def look() -> None:
+        if progress is not None:
+            progress(min(half.stat().st_size, size), size)
+
+    connection.set_progress_handler(look, _OPCODES)
+    try:
+        # As a URI, for a path need not be text.
+        connection.execute("VACUUM INTO ?", (half.as_uri(),))
+    finally:
+        connection.set_progress_handler(None, 0)
+    descriptor = os.open(half, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def before_change(

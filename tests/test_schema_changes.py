@@ -42,7 +42,7 @@ from cachedb import (
 from cachedb.database import Database
 from cachedb.models import REVISION
 from cachedb.oci import ImageConfig, parse_config
-from tests.conftest import Run, files_of, run_python, running
+from tests.conftest import Run, files_of, run_python, running, start_python
 from tests.make import image, index
 from tests.promises import check
 from tests.test_database import content
@@ -914,14 +914,44 @@ def test_a_rebuilding_takes_names_from_a_backup_of_an_older_schema(tmp_path: Pat
 def test_backups_are_numbered_whatever_the_clock_says(cache: Cache) -> None:
     (cache.directory / "backups" / "000041-mine.db").touch()
     (cache.directory / "backups" / "notes.db").touch()
-    (cache.directory / "backups" / "000044-0003.db.half").touch()  # of one that was killed
     assert schema.back_up(cache.directory).name == f"000042-{REVISION}.db"
     assert [path.name for path in backups.newest_first(cache.directory)] == [
         f"000042-{REVISION}.db",
         "000041-mine.db",
         "notes.db",
     ]
-    assert not list((cache.directory / "backups").glob("*.half"))
+
+
+def test_a_backup_leaves_the_files_of_others_alone_and_takes_away_what_a_killed_one_left(
+    cache: Cache, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.db.half").write_text("mine")
+    (tmp_path / "mine.db.half-journal").write_text("mine")
+    assert schema.back_up(cache.directory, tmp_path / "mine.db") == tmp_path / "mine.db"
+    mine = sorted(path.name for path in tmp_path.iterdir() if path != cache.directory)
+    assert mine == ["mine.db", "mine.db.half", "mine.db.half-journal"]
+    script = """
+        import os, sys
+        from pathlib import Path
+        from cachedb import backups, schema
+
+        backups._OPCODES = 10
+        schema.back_up(Path(sys.argv[1]), Path(sys.argv[2]), progress=lambda *_: os.kill(os.getpid(), 9))
+        """
+    for folder in (tmp_path, cache.directory / "backups"):
+        with start_python(script, cache.directory, folder / "killed.db") as process:
+            assert process.wait() == -9
+        (half,) = (path for path in folder.glob(".backup-*") if not path.name.endswith("-journal"))
+        half.with_name(f"{half.name}-journal").touch()
+        schema.back_up(cache.directory, folder / "killed.db")
+    assert backups_in(cache.directory) == ["killed.db"]
+    assert (tmp_path / "mine.db.half").read_text() == "mine"
+
+
+def test_a_cache_and_a_backup_whose_paths_are_not_text_are_as_good_as_others(tmp_path: Path) -> None:
+    old = frozen("0001", Path(f"{tmp_path}/old\udcff"))
+    assert schema.upgrade(old).after == REVISION
+    assert schema.back_up(old, Path(f"{tmp_path}/copy\udcff")).exists()
 
 
 def test_an_upgrade_says_how_far_its_backup_is(old: Path) -> None:
