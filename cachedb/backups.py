@@ -118,12 +118,14 @@ def before_change(
             f"the schema was not changed: a backup of the index and the change take up to {needed} bytes of disk, "
             f"and {free} are free; free some space (`cachedb gc` may help) and try again"
         )
-    return back_up(connection, directory, f"{old}{_BEFORE}{new}", progress=progress)
+    path = back_up(connection, directory, f"{old}{_BEFORE}{new}", progress=progress)
+    keep_newest(directory, KEPT + 1)  # those there were, until the change is made
+    return path
 
 
-def keep_newest(directory: Path) -> None:
+def keep_newest(directory: Path, count: int = KEPT) -> None:
     """Delete all but the newest of the backups from before changes of the schema."""
-    for path in [path for path in newest_first(directory) if _BEFORE in path.name][KEPT:]:
+    for path in [path for path in newest_first(directory) if _BEFORE in path.name][count:]:
         path.unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -396,19 +397,26 @@ def migrate(
         backup = backups.before_change(connection, database.directory, found, target, told)
 
     with database.write_schema(before) as connection:
-        found = read_revision(connection)
-        if is_empty(connection):
-            # A new index would make orphans of what is there, and the next collection would delete it.
-            if has_blobs(database.directory):
-                raise lost(database.directory)
-        elif found is None or (found > REVISION and not is_compatible(connection)):
-            raise mismatch(database.directory, found)
-        if found is not None and not (target < found if down else found < target):
-            return found, None
-        broken = Counter(_broken(connection))
-        _run(connection, target, progress, down=down)
-        if new := Counter(_broken(connection)) - broken:
-            raise DamagedIndex(f"the schema was not changed: {new.total()} rows would refer to none: {min(new)}")
+        try:
+            found = read_revision(connection)
+            if is_empty(connection):
+                # A new index would make orphans of what is there, and the next collection would delete it.
+                if has_blobs(database.directory):
+                    raise lost(database.directory)
+            elif found is None or (found > REVISION and not is_compatible(connection)):
+                raise mismatch(database.directory, found)
+            if found is not None and not (target < found if down else found < target):
+                return found, None
+            broken = Counter(_broken(connection))
+            _run(connection, target, progress, down=down)
+            if new := Counter(_broken(connection)) - broken:
+                raise DamagedIndex(f"the schema was not changed: {new.total()} rows would refer to none: {min(new)}")
+        except BaseException:
+            # What was not committed is rolled back: nothing has become of what the backup is of.
+            if backup:
+                with suppress(OSError):
+                    backup.unlink()
+            raise
     if backup:
         backups.keep_newest(database.directory)
     return found, backup

@@ -231,6 +231,36 @@ def test_the_last_few_backups_from_before_changes_are_kept_and_all_that_a_person
     ]
 
 
+def test_changes_that_fail_or_are_killed_do_not_pile_up_backups(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema.upgrade(old)
+    schema.downgrade(old, "0001")
+    before = backups_in(old)
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "_run", fail)
+        for _ in range(5):
+            with pytest.raises(KeyboardInterrupt):
+                schema.upgrade(old)
+            assert backups_in(old) == before
+    script = """
+        import os, sys
+        from pathlib import Path
+        from cachedb import schema
+
+        schema._run = lambda *_, **__: os.kill(os.getpid(), 9)
+        schema.upgrade(Path(sys.argv[1]))
+        """
+    for _ in range(5):
+        with start_python(script, old) as process:
+            assert process.wait() == -9
+    assert len(backups_in(old)) == backups.KEPT + 1
+    schema.upgrade(old)
+    assert len(backups_in(old)) == backups.KEPT
+
+
 @pytest.mark.parametrize("step", ["0002", "head"])
 def test_an_upgrade_comes_to_the_revision_that_is_asked_for(old: Path, step: str) -> None:
     after = schema.upgrade(old, step).after
