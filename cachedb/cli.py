@@ -845,7 +845,7 @@ def db_backup(file: str | None, form: str) -> None:
     if form == "json":
         _print_json({"path": path, "size": path.stat().st_size})
     else:
-        click.echo(str(path))
+        click.echo(bytes(path))  # which need not be text
 
 
 @db.command("restore", epilog=_examples("cachedb db restore ~/.cache/cachedb/backups/000003-0003.db"))

@@ -9,6 +9,7 @@ a newer one. Those before it refuse the cache as soon as it is migrated, before 
 from __future__ import annotations
 
 import sqlite3
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Connection, create_engine, delete, func, select, update
+from sqlalchemy.exc import IntegrityError, SAWarning
 
 from cachedb import backups, configs
 from cachedb.database import Database, has_blobs, is_compatible, is_empty, lost, mismatch, read_oldest, read_revision
-from cachedb.errors import CacheError, DamagedIndex, NotInCache, SchemaMismatch
+from cachedb.errors import CacheError, DamagedIndex, NotInCache, SchemaMismatch, StorageError
 from cachedb.models import REVISION, Backfill, Base, Image
 from cachedb.reference import Digest, Name
 
@@ -132,7 +134,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
     revision = database.prepare()
     if revision == REVISION:
         if upgrade:
-            backfill(database)
+            _read_configs(database)
         return
     if revision is not None and revision > REVISION:
         with database.read():  # it says whether it is too new
@@ -141,7 +143,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
         raise mismatch(database.directory, revision)
     migrate(database)
     if upgrade:
-        backfill(database)
+        _read_configs(database)
 
 
 def current(directory: Path) -> State:
@@ -202,14 +204,14 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
     database = _existing(directory)
     try:
         target = _resolve(revision)
-        found = database.revision() or ""
+        found = _known(database, database.revision())
         if found > target:
             raise SchemaMismatch(
                 f"the cache has schema {found}, which is newer than {target}"
                 + ("; use a newer release of cachedb" if found > REVISION else f": use `cachedb db downgrade {target}`")
             )
         before, backup = migrate(database, target, progress)
-        return Change(before, target, backup, backfill(database, progress) if target == REVISION else [])
+        return Change(before, target, backup, _read_configs(database, progress) if target == REVISION else [])
     finally:
         database.close()
 
@@ -230,7 +232,7 @@ def downgrade(directory: Path, revision: str, *, progress: Progress | None = Non
     """
     database = _existing(directory)
     try:
-        found = database.revision() or ""
+        found = _known(database, database.revision())
         if found > REVISION:
             raise mismatch(database.directory, found)
         target = _resolve(revision, found)
@@ -294,7 +296,10 @@ def check(directory: Path) -> list[Drift]:
                 raise mismatch(database.directory, revision)
             options = {"compare_type": True, "compare_server_default": True}
             context = MigrationContext.configure(connection, opts=options)
-            found = list(_described(compare_metadata(context, Base.metadata)))
+            with warnings.catch_warnings():
+                # Of indexes over expressions, which SQLAlchemy does not look at: we do.
+                warnings.simplefilter("ignore", SAWarning)
+                found = list(_described(compare_metadata(context, Base.metadata)))
             there, oldest, pending = _objects(connection), read_oldest(connection), _pending(connection)
     finally:
         database.close()
@@ -353,11 +358,27 @@ def _existing(directory: Path) -> Database:
     return database
 
 
-def _resolve(revision: str, base: str | None = None) -> str:
-    """Return the revision that is meant by a beginning of it, ``head``, or ``-N`` before another."""
+def _revisions() -> list[str]:
     from alembic.script import ScriptDirectory
 
-    known = sorted(script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions())
+    return sorted(script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions())
+
+
+def _known(database: Database, found: str | None) -> str:
+    """Return the revision that was found in a cache; refuse one that is not newer than ours, and yet none of ours."""
+    if not found:
+        raise mismatch(database.directory, None)
+    if found <= REVISION and found not in _revisions():
+        raise SchemaMismatch(
+            f"the index in {str(database.directory)!r} has schema {found!r}, which no release of cachedb makes: "
+            "`cachedb db restore` puts a backup in its place"
+        )
+    return found
+
+
+def _resolve(revision: str, base: str | None = None) -> str:
+    """Return the revision that is meant by a beginning of it, ``head``, or ``-N`` before another."""
+    known = _revisions()
     if revision == "head":
         return known[-1]
     if base and revision.startswith("-") and revision[1:].isdecimal():
@@ -393,6 +414,7 @@ def migrate(
         # Of many processes that come at once, the first has done it for the others.
         if found is None or not (target < found if down else found < target):
             return
+        _known(database, found)
         told = _stage("backing up", progress)
         backup = backups.before_change(connection, database.directory, found, target, told)
 
@@ -403,7 +425,7 @@ def migrate(
                 # A new index would make orphans of what is there, and the next collection would delete it.
                 if has_blobs(database.directory):
                     raise lost(database.directory)
-            elif found is None or (found > REVISION and not is_compatible(connection)):
+            elif found != REVISION and _known(database, found) > REVISION and not is_compatible(connection):
                 raise mismatch(database.directory, found)
             if found is not None and not (target < found if down else found < target):
                 return found, None
@@ -411,11 +433,13 @@ def migrate(
             _run(connection, target, progress, down=down)
             if new := Counter(_broken(connection)) - broken:
                 raise DamagedIndex(f"the schema was not changed: {new.total()} rows would refer to none: {min(new)}")
-        except BaseException:
+        except BaseException as error:
             # What was not committed is rolled back: nothing has become of what the backup is of.
             if backup:
                 with suppress(OSError):
                     backup.unlink()
+            if isinstance(error, IntegrityError):
+                raise StorageError(f"the schema was not changed, for SQLite refused a row: {error.orig}") from error
             raise
     if backup:
         backups.keep_newest(database.directory)
@@ -444,6 +468,17 @@ def _revision_of(connection: sqlite3.Connection) -> str | None:
 
 def _stage(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:
     return None if progress is None else lambda done, total: progress(what, done, total)
+
+
+def _read_configs(database: Database, progress: Progress | None = None) -> list[Unread]:
+    """Do what the migrations have left to be done in batches."""
+    try:
+        return backfill(database, progress)
+    except IntegrityError as error:
+        raise StorageError(
+            f"the schema is {REVISION}, but not all configs are read, for SQLite refused a row: {error.orig}; "
+            "`cachedb db upgrade` goes on with them"
+        ) from error
 
 
 def _pending(connection: Connection) -> int:

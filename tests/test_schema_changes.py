@@ -662,6 +662,50 @@ def test_a_revision_that_is_none_is_refused(directory: Path, revision: str) -> N
     assert Database(directory).revision() == REVISION
 
 
+@pytest.mark.parametrize("revision", ["0000", "00025", "0002a", "", None])
+def test_a_cache_of_a_schema_that_no_release_makes_is_left_alone(directory: Path, revision: str | None) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy = schema.back_up(directory)
+    if revision is None:
+        change(directory, "DELETE FROM alembic_version")
+    else:
+        change(directory, f"UPDATE alembic_version SET version_num = '{revision}'")
+    before, kept = rows(directory), backups_in(directory)
+    for call in (
+        schema.upgrade,
+        lambda path: schema.upgrade(path, "0001"),
+        lambda path: schema.downgrade(path, "0001"),
+        lambda path: schema.downgrade(path, "-1"),
+        lambda path: schema.migrate(Database(path)),
+        lambda path: schema.migrate(Database(path), "0001", down=True),
+    ):
+        with pytest.raises(SchemaMismatch if revision else DamagedIndex, match=r"no release of|lost its schema"):
+            call(directory)
+    assert (rows(directory), backups_in(directory)) == (before, kept)
+    rebuild.restore(directory, copy)
+    check(directory)
+
+
+def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> None:
+    refuse = "BEGIN SELECT RAISE({}, 'not on a Friday'); END"
+    for how in ("ABORT", "FAIL", "ROLLBACK"):
+        change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON alembic_version {refuse.format(how)}")
+        done = cachedb("--dir", old, "db", "upgrade")
+        expected = "cachedb: the schema was not changed, for SQLite refused a row: not on a Friday\n"
+        assert (done.returncode, done.stderr) == (1, expected)
+        assert (Database(old).revision(), backups_in(old)) == ("0001", [])
+        change(old, "DROP TRIGGER mine")
+    change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON images {refuse.format('ABORT')}")
+    with pytest.raises(StorageError, match=r"schema is 0003, but .* not on a Friday; `cachedb db upgrade` goes on"):
+        schema.upgrade(old)
+    with pytest.raises(StorageError, match="not on a Friday"):
+        Cache.open(old, upgrade=True)
+    change(old, "DROP TRIGGER mine")
+    schema.upgrade(old)
+    assert schema.check(old) == []
+
+
 def test_up_is_not_down(directory: Path) -> None:
     Cache.open(directory).close()
     with pytest.raises(SchemaMismatch, match=r"newer than 0001: use `cachedb db downgrade 0001`"):
@@ -693,6 +737,14 @@ def test_drift_is_found(directory: Path, sql: str, kind: str, name: str) -> None
     assert schema.check(directory) == []
     change(directory, sql)
     assert (kind, name) in [drift[:2] for drift in schema.check(directory)]
+
+
+def test_an_index_over_an_expression_is_drift_and_no_warning(cachedb: Run, directory: Path) -> None:
+    Cache.open(directory).close()
+    change(directory, "CREATE INDEX mine ON blobs (size + 1)")
+    done = cachedb("db", "check", "--format", "json")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert [(drift["kind"], drift["name"]) for drift in json.loads(done.stdout)] == [("index", "mine")]
 
 
 def test_a_constraint_that_is_not_ours_is_drift(directory: Path) -> None:
@@ -978,10 +1030,13 @@ def test_a_backup_leaves_the_files_of_others_alone_and_takes_away_what_a_killed_
     assert (tmp_path / "mine.db.half").read_text() == "mine"
 
 
-def test_a_cache_and_a_backup_whose_paths_are_not_text_are_as_good_as_others(tmp_path: Path) -> None:
+def test_a_cache_and_a_backup_whose_paths_are_not_text_are_as_good_as_others(cachedb: Run, tmp_path: Path) -> None:
     old = frozen("0001", Path(f"{tmp_path}/old\udcff"))
     assert schema.upgrade(old).after == REVISION
-    assert schema.back_up(old, Path(f"{tmp_path}/copy\udcff")).exists()
+    copy = Path(f"{tmp_path}/copy\udcff")
+    done = cachedb("--dir", old, "db", "backup", copy, text=False)
+    assert (done.returncode, done.stdout) == (0, bytes(copy) + b"\n"), done.stderr
+    assert copy.exists()
 
 
 def test_an_upgrade_says_how_far_its_backup_is(old: Path) -> None:
