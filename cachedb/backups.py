@@ -6,7 +6,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -79,18 +79,39 @@ def _new_half(path: Path) -> Path:
 
 
 def _copy(connection: sqlite3.Connection, half: Path, progress: Callable[[int, int], None] | None) -> None:
-    size = size_of(connection)
+    size, raised = size_of(connection), list[BaseException]()
 
-    def look() -> None:
-        if progress is not None:
-            progress(min(half.stat().st_size, size), size)
+    def looks() -> Iterator[int]:
+        """Yield 0 for SQLite to go on, and 1 for it to stop.
 
-    connection.set_progress_handler(look, _OPCODES)
+        SQLite drops what is raised here, so it is kept. A signal's handler runs at the first instruction of ours:
+        a function's is before its ``try``, a generator's that goes on is in it.
+        """
+        try:
+            while True:
+                yield 0
+                if progress is not None:
+                    progress(min(half.stat().st_size, size), size)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            raised.append(error)
+        while True:
+            yield 1
+
+    handler = looks()
+    next(handler)
+    connection.set_progress_handler(handler.__next__, _OPCODES)
     try:
         # As a URI, for a path need not be text.
         connection.execute("VACUUM INTO ?", (half.as_uri(),))
+    except sqlite3.OperationalError:
+        if not raised:
+            raise
     finally:
         connection.set_progress_handler(None, 0)
+    if raised:
+        raise raised[0]
     descriptor = os.open(half, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,7 +8,10 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -1097,6 +1100,30 @@ def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> No
     assert "7 images, 1 of them incomplete" in run("restore", path)
     assert "no cache yet" in cachedb("--dir", tmp_path / "new", "db", "current").stdout
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["backup", "upgrade"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_a_backup_ends_it_with_the_exit_code_of_the_signal(
+    old: Path, command: str, number: signal.Signals, code: int
+) -> None:
+    shell = sqlite3.connect(old / "index.db")
+    shell.execute(
+        "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 300000)"
+        " INSERT INTO blobs (digest, size) SELECT printf('sha256:%064x', n), 1 FROM n"
+    )
+    shell.commit()
+    shell.close()
+    command_line = [sys.executable, "-m", "cachedb", "--dir", str(old), "db", command]
+    with subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True) as process:
+        while not (begun := [path for path in (old / "backups").glob(".backup-*") if path.stat().st_size]):
+            assert process.poll() is None
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert begun
+    assert (process.returncode, stderr.strip()) == (code, "cachedb: interrupted" if code == 130 else "")
+    assert backups_in(old) == []
+    assert Database(old).revision() == "0001"
 
 
 @pytest.mark.parametrize("command", ["current", "history", "upgrade", "downgrade", "check", "backup", "restore"])
