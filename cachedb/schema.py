@@ -157,10 +157,12 @@ def current(directory: Path) -> State:
         DamagedIndex: if the index is damaged.
     """
     database = Database(directory)
-    revision = database.revision()
-    if revision is None:
-        return State(None, REVISION, usable=False, pending=0)
     try:
+        revision = database.revision()
+        if revision is None:
+            if error := _lost(database):
+                raise error
+            return State(None, REVISION, usable=False, pending=0)
         with database.look() as connection:
             return State(revision, REVISION, usable=is_compatible(connection), pending=_pending(connection))
     finally:
@@ -349,13 +351,20 @@ def _described(differences: list[Any]) -> Iterator[Drift]:
 
 def _existing(directory: Path) -> Database:
     database = Database(directory)
-    if not database.path.exists():
-        if directory.is_dir() and (directory / "blobs").is_dir() and has_blobs(directory):
-            raise lost(directory)
-        raise NotInCache(f"there is no cache in {str(directory)!r}")
     if database.revision() is None:
-        raise mismatch(database.directory, None)
+        raise _lost(database) or NotInCache(f"there is no cache in {str(directory)!r}")
     return database
+
+
+def _lost(database: Database) -> CacheError | None:
+    """Return the error for a cache that has lost its index, or the schema in it; None if there is no cache yet."""
+    if database.path.exists() and database.path.stat().st_size:
+        with database.look() as connection:
+            if not is_empty(connection):
+                return mismatch(database.directory, None)
+    if (database.directory / "blobs").is_dir() and has_blobs(database.directory):
+        return lost(database.directory)
+    return None
 
 
 def _revisions() -> list[str]:

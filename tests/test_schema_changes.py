@@ -42,7 +42,7 @@ from cachedb import (
     rebuild,
     schema,
 )
-from cachedb.database import Database
+from cachedb.database import APPLICATION_ID, Database
 from cachedb.models import REVISION
 from cachedb.oci import ImageConfig, parse_config
 from tests.conftest import Run, files_of, run_python, running, start_python
@@ -654,6 +654,36 @@ def test_what_is_no_cache_is_left_alone(call: str, tmp_path: Path) -> None:
     (lost / "index.db").unlink()
     with pytest.raises(DamagedIndex, match="lost its index"):
         run(lost)
+
+
+@pytest.mark.parametrize("call", ["current", "upgrade", "downgrade", "check", "back_up"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "no tables", "no schema"])
+def test_a_cache_that_has_lost_its_index_is_told_from_one_that_is_not_there_yet(
+    directory: Path, damage: str, call: str
+) -> None:
+    def run() -> object:
+        return getattr(schema, call)(directory, *(("0001",) if call == "downgrade" else ()))
+
+    Cache.open(directory).close()
+    (directory / "index.db").unlink()
+    if damage == "empty":
+        (directory / "index.db").touch()
+    elif damage == "no tables":
+        change(directory, "PRAGMA journal_mode = WAL")
+    elif damage == "no schema":
+        change(directory, "CREATE TABLE alembic_version (version_num TEXT)")
+        change(directory, f"PRAGMA application_id = {APPLICATION_ID}")
+        with pytest.raises(DamagedIndex, match="has lost its schema"):
+            run()
+        return
+    if call == "current":
+        assert run() == (None, REVISION, False, 0)
+    else:
+        with pytest.raises(NotInCache, match="there is no cache"):
+            run()
+    (directory / "blobs" / "sha256" / ("0" * 64)).touch()
+    with pytest.raises(DamagedIndex, match=r"lost its index.db, but not its blobs"):
+        run()
 
 
 @pytest.mark.parametrize("revision", ["0009", "x", "", "-9", "base", "-x", "000"])
