@@ -350,9 +350,16 @@ def _described(differences: list[Any]) -> Iterator[Drift]:
 
 
 def _existing(directory: Path) -> Database:
+    """Return the database of a cache, and bring back the folders that it may have lost."""
     database = Database(directory)
-    if database.revision() is None:
-        raise _lost(database) or NotInCache(f"there is no cache in {str(directory)!r}")
+    try:
+        there = database.path.exists() and database.path.stat().st_size
+        # What is no cache is left alone.
+        if not there or database.prepare() is None:
+            raise _lost(database) or NotInCache(f"there is no cache in {str(directory)!r}")
+    except BaseException:
+        database.close()
+        raise
     return database
 
 

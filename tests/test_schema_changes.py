@@ -39,6 +39,7 @@ from cachedb import (
     backups,
     blobs,
     configs,
+    database,
     rebuild,
     schema,
 )
@@ -684,6 +685,27 @@ def test_a_cache_that_has_lost_its_index_is_told_from_one_that_is_not_there_yet(
     (directory / "blobs" / "sha256" / ("0" * 64)).touch()
     with pytest.raises(DamagedIndex, match=r"lost its index.db, but not its blobs"):
         run()
+
+
+@pytest.mark.parametrize("call", ["upgrade", "downgrade", "check", "back_up"])
+def test_folders_that_are_gone_are_brought_back(old: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if call == "check":
+        schema.upgrade(old)
+        shutil.rmtree(old / "backups")
+    elif call == "downgrade":
+        schema.upgrade(old, "0002")
+        shutil.rmtree(old / "backups")
+    else:
+        (old / "backups").rmdir()
+    for name in ("locks", "trash", "ingest"):
+        shutil.rmtree(old / name)
+    run = getattr(schema, call)
+    arguments = ("0001",) if call == "downgrade" else ()
+    run(old, *arguments)
+    assert {path.name for path in old.iterdir() if path.is_dir()} >= {"backups", "locks", "trash", "ingest"}
+    monkeypatch.setattr(database, "refuse_shared", lambda _: "it is on nfs")
+    with pytest.raises(StorageError, match="it is on nfs"):
+        run(old, *arguments)
 
 
 @pytest.mark.parametrize("revision", ["0009", "x", "", "-9", "base", "-x", "000"])
