@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from cachedb import locks
@@ -39,7 +39,7 @@ def back_up(
     path: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Copy an index, durably; the copy has its name when all of it is there. One backup is made at a time.
+    """Copy an index, durably; the copy has its name when all of it is there. In ``backups/``, one is made at a time.
 
     Args:
         connection: to the index, in no transaction.
@@ -54,9 +54,12 @@ def back_up(
     Raises:
         StorageError: if it cannot be written.
     """
-    with os_errors("make a backup of the index"), locks.held(directory / "backups" / ".lock"):
-        for half in (directory / "backups").glob(f"{_HALF}*"):
-            half.unlink()  # of one that was killed, as is its journal
+    folder = directory / "backups"
+    with os_errors("make a backup of the index"), ExitStack() as stack:
+        if path is None or path.parent.resolve() == folder.resolve():
+            stack.enter_context(locks.held(folder / ".lock"))
+            for half in folder.glob(f"{_HALF}*"):
+                half.unlink()  # of one that was killed, as is its journal
         path = path or _free(directory, label)
         half = _new_half(path)
         try:

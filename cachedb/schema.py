@@ -133,7 +133,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
     """
     revision = database.prepare()
     if revision == REVISION:
-        if upgrade:
+        if upgrade and not database.read_only:
             _read_configs(database)
         return
     if revision is not None and revision > REVISION:

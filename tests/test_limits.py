@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, StorageError, images, mounts
+from cachedb import Cache, StorageError, images, mounts, schema
 from cachedb.database import Database
 from cachedb.errors import os_errors
+from cachedb.models import REVISION
 from cachedb.oci import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
 from tests import make
 from tests.conftest import Run, run_python
@@ -136,6 +138,12 @@ def check_read_only(cachedb: Run, path: Path, tmp_path: Path, *, blobs: int = 5)
         ):
             with pytest.raises(StorageError, match=r"ead-only|read only|Permission denied|readonly|can only be read"):
                 write()
+    assert schema.check(path) == []
+    copy = sqlite3.connect(schema.back_up(path, tmp_path / "copy.db"))
+    assert copy.execute("SELECT repository FROM images").fetchall() == [("app",)]
+    copy.close()
+    with pytest.raises(StorageError, match="ead-only"):
+        schema.back_up(path)
     for command in (["ls", "-q"], ["gc"]):
         result = cachedb("--dir", path, *command)
         assert (result.returncode, result.stdout) == ((0, "app:1\n") if command[0] == "ls" else (1, "")), result
@@ -168,6 +176,20 @@ def test_a_cache_on_a_read_only_file_system_is_read(cachedb: Run, disk: Path, tm
             (path / "index.db-shm").unlink()
     mounted("-o", "remount,ro", disk)
     check_read_only(cachedb, path, tmp_path)
+
+
+def test_a_read_only_cache_whose_configs_are_still_to_be_read_can_be_opened_by_who_would_upgrade_it(disk: Path) -> None:
+    with Cache.open(disk / "cache") as cache:
+        save(cache, "app:1", MADE)
+    shell = sqlite3.connect(disk / "cache" / "index.db")
+    shell.execute(f"INSERT INTO backfills VALUES ('{REVISION}', 0)")
+    shell.commit()
+    shell.close()
+    mounted("-o", "remount,ro", disk)
+    with Cache.open(disk / "cache", upgrade=True) as cache:
+        assert cache.is_image_complete("app:1")
+    with pytest.raises(StorageError, match="ead-only"):
+        schema.upgrade(disk / "cache")
 
 
 def test_a_read_only_view_of_a_cache_that_others_write_to_shows_what_they_do(
