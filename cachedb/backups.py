@@ -76,7 +76,10 @@ def back_up(
 
 def _new_half(path: Path) -> Path:
     """Make the empty file that is to become a backup, which SQLite writes into as into none."""
-    descriptor, name = tempfile.mkstemp(prefix=_HALF, dir=path.parent)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=_HALF, dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # by the name that somebody has asked for
     os.close(descriptor)
     return Path(name)
 

@@ -8,6 +8,7 @@ a newer one. Those before it refuse the cache as soon as it is migrated, before 
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import warnings
 from collections import Counter
@@ -21,7 +22,7 @@ from sqlalchemy.exc import IntegrityError, SAWarning
 
 from cachedb import backups, configs
 from cachedb.database import Database, has_blobs, is_compatible, is_empty, lost, mismatch, read_oldest, read_revision
-from cachedb.errors import CacheError, DamagedIndex, NotInCache, SchemaMismatch, StorageError
+from cachedb.errors import CacheError, DamagedIndex, NotInCache, SchemaMismatch, StorageError, os_errors
 from cachedb.models import REVISION, Backfill, Base, Image
 from cachedb.reference import Digest, Name
 
@@ -51,6 +52,7 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is, and how much there is: bytes, migrations or images."""
 
+_IN_THE_WAY = re.compile(r"error in (index|trigger|view) (.+?)(?: after [a-z ]+)?: (.+)")
 # A transaction has as many images as take a few hundredths of a second of the write lock.
 _BATCH = 50  # images
 _BATCH_SIZE = 1024 * 1024  # bytes of configs
@@ -261,13 +263,14 @@ def back_up(directory: Path, file: Path | None = None, *, progress: Progress | N
 
     Raises:
         NotInCache: if there is no cache.
-        CacheError: if the file is there already.
+        CacheError: if the file is there already, or its folder is not, or is one of the cache's and not ``backups/``.
         StorageError: if it cannot be written.
     """
     database = _existing(directory)
-    if file is not None and file.exists():
-        raise CacheError(f"{str(file)!r} exists: name another file")
     try:
+        if file is not None:
+            file = file.absolute()
+            _check_place(database.directory, file)
         revision = str(database.revision())
         with database.raw() as connection:
             return backups.back_up(
@@ -275,6 +278,18 @@ def back_up(directory: Path, file: Path | None = None, *, progress: Progress | N
             )
     finally:
         database.close()
+
+
+def _check_place(directory: Path, file: Path) -> None:
+    with os_errors("make a backup of the index"):
+        with suppress(FileNotFoundError):
+            file.lstat()
+            raise CacheError(f"{str(file)!r} exists: name another file")
+        if not file.parent.exists():
+            raise CacheError(f"there is no folder for {str(file)!r}: make {str(file.parent)!r} first")
+        folder, cache = file.parent.resolve(), directory.resolve()
+        if folder.is_relative_to(cache) and folder != (cache / "backups").resolve():
+            raise CacheError(f"{str(file)!r} is inside the cache: name a file elsewhere, or in its folder backups/")
 
 
 def check(directory: Path) -> list[Drift]:
@@ -454,12 +469,22 @@ def migrate(
             if backup:
                 with suppress(OSError):
                     backup.unlink()
-            if isinstance(error, IntegrityError):
-                raise StorageError(f"the schema was not changed, for SQLite refused a row: {error.orig}") from error
+            if reason := _refused(error):
+                raise StorageError(f"the schema was not changed, for {reason}") from error
             raise
     if backup:
         backups.keep_newest(database.directory)
     return found, backup
+
+
+def _refused(error: BaseException) -> str | None:
+    """Return what SQLite says, if it is of something that a person has put into the index."""
+    if isinstance(error, IntegrityError):
+        return f"SQLite refused a row: {error.orig}"
+    if isinstance(error, StorageError) and (found := _IN_THE_WAY.fullmatch(str(error.__cause__))):
+        kind, name, reason = found.groups()
+        return f"the {kind} {name!r} is over what it takes away ({reason}): drop it first"
+    return None
 
 
 def _broken(connection: Connection) -> Iterator[str]:

@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -761,6 +762,30 @@ def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> N
     assert schema.check(old) == []
 
 
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("CREATE INDEX mine ON images (author)", "the index 'mine' is over what it takes away (no such column"),
+        (
+            "CREATE VIEW [my view] AS SELECT author FROM images",
+            "the view 'my view' is over what it takes away (no such",
+        ),
+        ("CREATE VIEW mine AS SELECT * FROM image_labels", "the view 'mine' is over what it takes away (no such table"),
+        (
+            "CREATE TRIGGER mine AFTER INSERT ON blobs BEGIN SELECT author FROM images; END",
+            "the trigger 'mine' is over what it takes away (no such column",
+        ),
+    ],
+)
+def test_what_is_over_a_column_that_goes_is_to_be_dropped_first(directory: Path, sql: str, said: str) -> None:
+    Cache.open(directory).close()
+    change(directory, sql)
+    with pytest.raises(StorageError, match=r"^the schema was not changed, for .*: drop it first$") as caught:
+        schema.downgrade(directory, "-1")
+    assert said in str(caught.value)
+    assert (Database(directory).revision(), backups_in(directory)) == (REVISION, [])
+
+
 def test_up_is_not_down(directory: Path) -> None:
     Cache.open(directory).close()
     with pytest.raises(SchemaMismatch, match=r"newer than 0001: use `cachedb db downgrade 0001`"):
@@ -1092,6 +1117,49 @@ def test_a_cache_and_a_backup_whose_paths_are_not_text_are_as_good_as_others(cac
     done = cachedb("--dir", old, "db", "backup", copy, text=False)
     assert (done.returncode, done.stdout) == (0, bytes(copy) + b"\n"), done.stderr
     assert copy.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("nowhere/x.db", 1, "there is no folder for '{path}': make '{path.parent}' first"),
+        ("file/x.db", 1, "cannot make a backup of the index: Not a directory: '{path}'"),
+        ("x" * 252, 0, ""),
+        ("x" * 256, 1, "cannot make a backup of the index: File name too long: '{path}'"),
+        (
+            "cache/blobs/sha256/x.db",
+            1,
+            "'{path}' is inside the cache: name a file elsewhere, or in its folder backups/",
+        ),
+        ("cache/x.db", 1, "'{path}' is inside the cache: name a file elsewhere, or in its folder backups/"),
+        ("link/x.db", 1, "'{path}' is inside the cache: name a file elsewhere, or in its folder backups/"),
+        ("cache/backups/x.db", 0, ""),
+    ],
+)
+def test_a_backup_goes_to_where_one_can_be_and_no_other_path_is_spoken_of(
+    cachedb: Run, directory: Path, tmp_path: Path, name: str, code: int, said: str
+) -> None:
+    Cache.open(directory).close()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(directory / "blobs")
+    path = tmp_path / name
+    done = cachedb("db", "backup", path)
+    assert done.stderr == (f"cachedb: {said.format(path=path)}\n" if said else "")
+    assert done.returncode == code
+    assert os.path.lexists(tmp_path / "cache" / "backups" / "x.db") == (name == "cache/backups/x.db")
+
+
+def test_a_folder_that_may_not_be_written_to_is_an_error_of_the_file_that_was_named(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**_: object) -> None:
+        raise PermissionError(13, "Permission denied", "a name by chance")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refused)
+    with pytest.raises(StorageError) as caught:
+        schema.back_up(cache.directory, tmp_path / "x.db")
+    said = f"cannot make a backup of the index: Permission denied: '{tmp_path / 'x.db'}'; check the owner and mode of"
+    assert str(caught.value).startswith(said)
 
 
 def test_an_upgrade_says_how_far_its_backup_is(old: Path) -> None:
