@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import click
 
 from cachedb import __version__
-from cachedb.errors import CacheError, InvalidDigest, InvalidName, NotACache, NotInCache, explain
+from cachedb.errors import CacheError, InvalidDigest, InvalidName, InvalidRevision, NotACache, NotInCache, explain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,7 @@ def main() -> NoReturn:
         _fail(error.format_message(), 1)
     except NotInCache as error:
         _fail(str(error), 3)
-    except (InvalidName, InvalidDigest) as error:
+    except (InvalidName, InvalidDigest, InvalidRevision) as error:
         _fail(str(error), 2)
     except CacheError as error:
         _fail(str(error), 1)
@@ -840,6 +840,10 @@ def db_backup(file: str | None, form: str) -> None:
 
     from cachedb import schema
 
+    if file == "":
+        raise click.UsageError("the name of the file is empty")
+    if file and os.path.lexists(file):
+        raise click.UsageError(f"{file!r} exists: name another file")
     with _stages() as progress:
         path = schema.back_up(_directory(), Path(file).absolute() if file else None, progress=progress)
     if form == "json":

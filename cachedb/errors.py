@@ -10,6 +10,7 @@ CacheError
 ├── IncompleteImage      a blob that the operation needs is not stored
 ├── NotACache            the directory is not a cache and cannot become one
 ├── SchemaMismatch       the index has another schema than this release works with
+│   └── InvalidRevision  a revision that was asked for is none
 └── StorageError         the operating system or SQLite could not do what was asked
     └── DamagedIndex     index.db is lost or damaged; it can be rebuilt
 
@@ -31,6 +32,7 @@ __all__ = [
     "InvalidDigest",
     "InvalidManifest",
     "InvalidName",
+    "InvalidRevision",
     "NotACache",
     "NotInCache",
     "SchemaMismatch",
@@ -76,6 +78,10 @@ class NotACache(CacheError):
 
 class SchemaMismatch(CacheError):
     """The index has another schema than this release works with."""
+
+
+class InvalidRevision(SchemaMismatch):
+    """A revision that was asked for is not one of those that this release knows."""
 
 
 class StorageError(CacheError):

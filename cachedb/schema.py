@@ -22,7 +22,15 @@ from sqlalchemy.exc import IntegrityError, SAWarning
 
 from cachedb import backups, configs
 from cachedb.database import Database, has_blobs, is_compatible, is_empty, lost, mismatch, read_oldest, read_revision
-from cachedb.errors import CacheError, DamagedIndex, NotInCache, SchemaMismatch, StorageError, os_errors
+from cachedb.errors import (
+    CacheError,
+    DamagedIndex,
+    InvalidRevision,
+    NotInCache,
+    SchemaMismatch,
+    StorageError,
+    os_errors,
+)
 from cachedb.models import REVISION, Backfill, Base, Image
 from cachedb.reference import Digest, Name
 
@@ -202,7 +210,8 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
 
     Raises:
         NotInCache: if there is no cache.
-        SchemaMismatch: if there is no such revision, or the cache has a newer one.
+        InvalidRevision: if there is no such revision.
+        SchemaMismatch: if the cache has a newer one.
         StorageError: if the disk is too full, before anything is changed.
     """
     database = _existing(directory)
@@ -230,8 +239,8 @@ def downgrade(directory: Path, revision: str, *, progress: Progress | None = Non
 
     Raises:
         NotInCache: if there is no cache.
-        SchemaMismatch: if there is no such revision, or the cache has an older one, or one that this release does
-            not know.
+        InvalidRevision: if there is no such revision.
+        SchemaMismatch: if the cache has an older one, or one that this release does not know.
         StorageError: if the disk is too full, before anything is changed.
     """
     database = _existing(directory)
@@ -308,9 +317,9 @@ def check(directory: Path) -> list[Drift]:
     database = _existing(directory)
     try:
         with database.look() as connection:
-            revision = read_revision(connection)
-            if revision != REVISION:
-                raise mismatch(database.directory, revision)
+            versions = _versions(connection)
+            if REVISION not in versions:
+                raise mismatch(database.directory, read_revision(connection))
             options = {"compare_type": True, "compare_server_default": True}
             context = MigrationContext.configure(connection, opts=options)
             with warnings.catch_warnings():
@@ -334,6 +343,8 @@ def check(directory: Path) -> list[Drift]:
             found.append(Drift(kind, name, "no migration makes it"))
         else:
             found.append(Drift(kind, name, f"it is defined as {there[kind, name]!r}"))
+    for version in sorted(versions - {REVISION}):
+        found.append(Drift("row", "alembic_version", f"it says {version!r} too"))
     if oldest != stated:
         found.append(Drift("pragma", "user_version", f"it is {oldest}, and should be {stated}"))
     if pending:
@@ -418,7 +429,7 @@ def _resolve(revision: str, base: str | None = None) -> str:
     else:
         found = [revision] if revision in known else [one for one in known if revision and one.startswith(revision)]
     if len(found) != 1:
-        raise SchemaMismatch(f"{revision!r} is not one of the revisions {', '.join(known)}; see `cachedb db history`")
+        raise InvalidRevision(f"{revision!r} is not one of the revisions {', '.join(known)}; see `cachedb db history`")
     return found[0]
 
 
@@ -460,6 +471,8 @@ def migrate(
                 raise mismatch(database.directory, found)
             if found is not None and not (target < found if down else found < target):
                 return found, None
+            if found is not None and len(rows := _versions(connection)) > 1:
+                raise SchemaMismatch(f"the table alembic_version has {len(rows)} rows: delete those that are wrong")
             broken = Counter(_broken(connection))
             _run(connection, target, progress, down=down)
             if new := Counter(_broken(connection)) - broken:
@@ -505,6 +518,10 @@ def _revision_of(connection: sqlite3.Connection) -> str | None:
         return None
     row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     return row and str(row[0])
+
+
+def _versions(connection: Connection) -> set[str]:
+    return set(map(str, connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars()))
 
 
 def _stage(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:

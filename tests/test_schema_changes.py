@@ -33,6 +33,7 @@ from cachedb import (
     Cache,
     CacheError,
     DamagedIndex,
+    InvalidRevision,
     NotACache,
     NotInCache,
     SchemaMismatch,
@@ -713,7 +714,7 @@ def test_folders_that_are_gone_are_brought_back(old: Path, call: str, monkeypatc
 def test_a_revision_that_is_none_is_refused(directory: Path, revision: str) -> None:
     Cache.open(directory).close()
     for call in (schema.upgrade, schema.downgrade):
-        with pytest.raises(SchemaMismatch, match="is not one of the revisions 0001, "):
+        with pytest.raises(InvalidRevision, match="is not one of the revisions 0001, "):
             call(directory, revision)
     assert Database(directory).revision() == REVISION
 
@@ -825,6 +826,21 @@ def test_an_index_over_an_expression_is_drift_and_no_warning(cachedb: Run, direc
     done = cachedb("db", "check", "--format", "json")
     assert (done.returncode, done.stderr) == (1, "")
     assert [(drift["kind"], drift["name"]) for drift in json.loads(done.stdout)] == [("index", "mine")]
+
+
+@pytest.mark.parametrize("version", ["0002", "0009", "mine"])
+def test_a_second_version_is_drift_and_stops_a_change(directory: Path, version: str) -> None:
+    Cache.open(directory).close()
+    change(directory, f"INSERT INTO alembic_version VALUES ('{version}')")
+    assert [drift[:2] for drift in schema.check(directory)] == [("row", "alembic_version")]
+    if version == "0002":
+        change(directory, "DELETE FROM alembic_version WHERE version_num = '0003'")
+        change(directory, "INSERT INTO alembic_version VALUES ('0003')")
+        with pytest.raises(SchemaMismatch, match="2 rows"):
+            schema.upgrade(directory)
+    with pytest.raises(SchemaMismatch, match="2 rows"):
+        schema.downgrade(directory, "0001")
+    assert backups_in(directory) == []
 
 
 def test_a_constraint_that_is_not_ours_is_drift(directory: Path) -> None:
@@ -1220,6 +1236,27 @@ def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> No
     assert run("restore", path).startswith("images: 7, incomplete: 1; ")
     assert "no cache yet" in cachedb("--dir", tmp_path / "new", "db", "current").stdout
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("upgrade", "nonsense"), "'nonsense' is not one of the revisions"),
+        (("downgrade", "nonsense"), "'nonsense' is not one of the revisions"),
+        (("downgrade", "-9"), "'-9' is not one of the revisions"),
+        (("backup", ""), "the name of the file is empty"),
+        (("backup", "/"), "'/' exists: name another file"),
+        (("backup", __file__), f"{__file__!r} exists: name another file"),
+    ],
+)
+def test_wrong_usage_has_a_code_of_its_own(
+    cachedb: Run, directory: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    Cache.open(directory).close()
+    done = cachedb("db", *arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"cachedb: {said}")
+    assert backups_in(directory) == []
 
 
 @pytest.mark.parametrize("command", ["backup", "upgrade"])
