@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cachedb
+from cachedb.models import REVISION
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +56,7 @@ def distributions(checkout: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
-def test_an_installed_package_makes_a_cache(
+def test_an_installed_package_makes_a_cache_and_changes_its_schema(
     kind: str, checkout: Path, distributions: dict[str, Path], tmp_path: Path
 ) -> None:
     environment = tmp_path / "venv"
@@ -78,3 +81,18 @@ def test_an_installed_package_makes_a_cache(
     command = [str(program), "--dir", "cache", "import", "-q", str(archive)]
     result = subprocess.run(command, cwd=tmp_path, env=clean, check=True, capture_output=True, text=True)
     assert result.stdout == "hello:1\n"
+
+    def db(*arguments: str) -> Any:
+        command = [str(program), "--dir", "cache", "db", *arguments, "--format", "json"]
+        done = subprocess.run(command, cwd=tmp_path, env=clean, check=False, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        return json.loads(done.stdout)
+
+    assert db("history")[0]["revision"] == REVISION
+    assert db("downgrade", "0001")["after"] == "0001"
+    assert db("current")["revision"] == "0001"
+    backup = db("backup")["path"]
+    assert db("upgrade")["after"] == REVISION
+    assert db("check") == []
+    assert db("restore", backup)["images"] == 1
+    assert db("current") == {"revision": REVISION, "newest": REVISION, "usable": True, "pending": 0}
