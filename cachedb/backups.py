@@ -152,8 +152,9 @@ def before_change(
 
 def keep_newest(directory: Path, count: int = KEPT) -> None:
     """Delete all but the newest of the backups from before changes of the schema."""
-    for path in [path for path in newest_first(directory) if _BEFORE in path.name][count:]:
-        path.unlink(missing_ok=True)
+    with os_errors("delete an old backup"):
+        for path in [path for path in newest_first(directory) if _BEFORE in path.name][count:]:
+            path.unlink(missing_ok=True)
 
 
 def size_of(connection: sqlite3.Connection) -> int:

@@ -169,7 +169,7 @@ def current(directory: Path) -> State:
     database = Database(directory)
     try:
         revision = database.revision()
-        if revision is None:
+        if not revision:
             if error := _lost(database):
                 raise error
             return State(None, REVISION, usable=False, pending=0)
@@ -381,7 +381,7 @@ def _existing(directory: Path) -> Database:
     try:
         there = database.path.exists() and database.path.stat().st_size
         # What is no cache is left alone.
-        if not there or database.prepare() is None:
+        if not there or not database.prepare():
             raise _lost(database) or NotInCache(f"there is no cache in {str(directory)!r}")
     except BaseException:
         database.close()

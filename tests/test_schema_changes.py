@@ -267,6 +267,23 @@ def test_changes_that_fail_or_are_killed_do_not_pile_up_backups(old: Path, monke
     assert len(backups_in(old)) == backups.KEPT
 
 
+def test_an_old_backup_that_cannot_be_deleted_is_an_error_of_one_line(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(backups.KEPT):
+        (old / "backups" / f"{number + 1:06}-0001-before-0003.db").touch()
+    real = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".db":
+            raise PermissionError(1, "Operation not permitted", str(path))
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(StorageError, match=r"cannot delete an old backup: Operation not permitted: '.*000001-"):
+        schema.upgrade(old)
+
+
 @pytest.mark.parametrize("step", ["0002", "head"])
 def test_an_upgrade_comes_to_the_revision_that_is_asked_for(old: Path, step: str) -> None:
     after = schema.upgrade(old, step).after
@@ -729,6 +746,10 @@ def test_a_cache_of_a_schema_that_no_release_makes_is_left_alone(directory: Path
     else:
         change(directory, f"UPDATE alembic_version SET version_num = '{revision}'")
     before, kept = rows(directory), backups_in(directory)
+    if not revision:
+        for look in (schema.current, schema.check):
+            with pytest.raises(DamagedIndex, match="lost its schema"):
+                look(directory)
     for call in (
         schema.upgrade,
         lambda path: schema.upgrade(path, "0001"),
