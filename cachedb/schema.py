@@ -144,7 +144,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
     revision = database.prepare()
     if revision == REVISION:
         if upgrade and not database.read_only:
-            _read_configs(database)
+            backfill(database)
         return
     if revision is not None and revision > REVISION:
         with database.read():  # it says whether it is too new
@@ -153,7 +153,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
         raise mismatch(database.directory, revision)
     migrate(database)
     if upgrade:
-        _read_configs(database)
+        backfill(database)
 
 
 def current(directory: Path) -> State:
@@ -224,7 +224,7 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
                 + ("; use a newer release of cachedb" if found > REVISION else f": use `cachedb db downgrade {target}`")
             )
         before, backup = migrate(database, target, progress)
-        return Change(before, target, backup, _read_configs(database, progress) if target == REVISION else [])
+        return Change(before, target, backup, backfill(database, progress) if target == REVISION else [])
     finally:
         database.close()
 
@@ -528,10 +528,10 @@ def _stage(what: str, progress: Progress | None) -> Callable[[int, int], None] |
     return None if progress is None else lambda done, total: progress(what, done, total)
 
 
-def _read_configs(database: Database, progress: Progress | None = None) -> list[Unread]:
-    """Do what the migrations have left to be done in batches."""
+def backfill(database: Database, progress: Progress | None = None) -> list[Unread]:
+    """Do what the migrations have left to be done in batches; return the configs that could not be read."""
     try:
-        return backfill(database, progress)
+        return _read_configs(database, progress)
     except IntegrityError as error:
         raise StorageError(
             f"the schema is {REVISION}, but not all configs are read, for SQLite refused a row: {error.orig}; "
@@ -548,7 +548,7 @@ def _pending(connection: Connection) -> int:
     return connection.execute(select(func.count()).where(Image.id > done)).scalar_one()
 
 
-def backfill(database: Database, progress: Progress | None = None) -> list[Unread]:
+def _read_configs(database: Database, progress: Progress | None) -> list[Unread]:
     """Read the configs of the images that were there before, beside other processes, from where it was left.
 
     They are read without the write lock. What an image has by the time that the lock is there is looked at under it.
