@@ -524,7 +524,7 @@ def _is_full(error: StorageError) -> bool:
 
 def mismatch(directory: Path, revision: str | None) -> SchemaMismatch | DamagedIndex:
     """Return the error for a schema that is older or newer than ours, or lost."""
-    if revision is None:
+    if not revision:
         return DamagedIndex(f"the index in {str(directory)!r} has lost its schema; {_REBUILD}")
     if revision < REVISION:
         return SchemaMismatch(

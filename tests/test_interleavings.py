@@ -245,7 +245,7 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         # A session's by its inode: its lock file may be unlinked, and made anew.
         lock = path.name if path.name == WRITE_LOCK else str(os.fstat(descriptor).st_ino)
-        if path.name == "write.queue":
+        if path.name == "write.queue" or operation == fcntl.LOCK_SH:  # who opens the index waits for nobody here
             flock(file, operation)
         elif operation == fcntl.LOCK_UN:
             flock(file, operation)
@@ -277,6 +277,8 @@ def stop_at_files(patch: pytest.MonkeyPatch, steps: Steps, directory: Path) -> N
             if isinstance(path, (str, os.PathLike)) and Path(path).is_relative_to(directory):
                 inside = Path(path).relative_to(directory).parts[1:]
                 kind = kinds.get(inside[0], "") if inside else ""
+                if only and len(inside) < 3:
+                    kind = ""  # a folder, to be synced
                 if kind and kind == (only or kind):
                     steps.step("open" if only else kind, f"{name} {'/'.join(part[:12] for part in inside)}")
             return call(*arguments, **options)
@@ -286,7 +288,7 @@ def stop_at_files(patch: pytest.MonkeyPatch, steps: Steps, directory: Path) -> N
     stop_before(os, "link", 1)
     for name in ("rename", "unlink", "rmdir", "listdir"):
         stop_before(os, name)
-    stop_before(io, "open", only="blobs")
+    stop_before(os, "open", only="blobs")
 
     receive = blobs.receive
 
