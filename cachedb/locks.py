@@ -148,7 +148,7 @@ def _await_turn(queue: FileIO, path: Path, number: int) -> None:
         now = time.monotonic()
         if now_served != served:
             served, since, free = now_served, now, False
-        elif now - since > _PATIENCE:
+        elif now - since > _PATIENCE / 2:
             # Is it that the lock is held for long, or has the next one died, or been stopped?
             lock = acquire(path, wait=False)
             if lock is not None:

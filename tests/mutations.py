@@ -75,6 +75,18 @@ MUTATIONS = [
     Mutation("who is stopped while waiting is passed over", "cachedb/locks.py", "                    _write(queue, _SERVED, served + 1)\n", "                    pass\n", "tests/test_locks.py"),
     Mutation("who is served late does not put the numbers back", "cachedb/locks.py", "max(number, _read(queue, _SERVED))", "number", "tests/test_locks.py"),
     Mutation("a full disk has a reserve", "cachedb/database.py", "                return (again or work)()\n", "                pass\n", "tests/test_limits.py"),
+    # Changes of the schema
+    Mutation("a backup is synced before it has its name", "cachedb/backups.py", "        os.fsync(descriptor)\n", "        pass\n", "tests/test_schema_changes.py"),
+    Mutation("a disk that is too full is said so before", "cachedb/backups.py", "    if free < needed:\n", "    if False:\n", "tests/test_schema_changes.py"),
+    Mutation("a change that breaks references is not made", "cachedb/schema.py", "            if new := Counter(_broken(connection)) - broken:\n", "            if new := Counter[str]():\n", "tests/test_schema_changes.py"),
+    Mutation("a backfill that another has done is not done again", "cachedb/schema.py", "            if configs.backfilled(connection) != begin:\n", "            if False:\n", "tests/test_schema_changes.py"),
+    Mutation("a config is held to its digest", "cachedb/configs.py", "if len(data) <= DOCUMENT_LIMIT and hashlib.new(algorithm, data).hexdigest() != encoded:", "if False:", "tests/test_configs.py tests/test_schema_changes.py"),
+    # Adoption
+    Mutation("what is linked is what was verified", "cachedb/adopt.py", "            if not os.path.samestat(os.fstat(file), named.lstat()):\n", "            if False:\n", "tests/test_adopt.py"),
+    Mutation("nothing outside the other cache is read", "cachedb/adopt.py", "if inside and stat.S_ISREG(path.lstat().st_mode):", "if stat.S_ISREG(path.lstat().st_mode):", "tests/test_adopt.py"),
+    Mutation("a move leaves what is bad in this cache", "cachedb/adopt.py", "if digest in self._new or _is_good(ours, digest):", "if True:", "tests/test_adopt.py"),
+    Mutation("a move takes away what is stored and nothing else", "cachedb/adopt.py", "            stored = blobs.intact(connection, ours, self._old.paths)\n", "            stored = dict.fromkeys(self._old.paths)\n", "tests/test_adopt.py"),
+    Mutation("a name that is taken meanwhile is not adopted", "cachedb/adopt.py", "        if self._is_settled(connection, image):  # by another process, meanwhile\n            return\n", "", "tests/test_adopt.py"),
     # What callers see
     Mutation("what is imported and stored is held", "cachedb/blobs.py", "            return session.lease(connection, intact(connection, database.directory, there))\n", "            return Hold('', 0, frozenset(intact(connection, database.directory, there)))\n", "tests/test_cache.py tests/test_interleavings.py tests/test_sessions.py"),
     Mutation("a blob is leased until its image is saved", "cachedb/cache.py", "                        hold = self._session.lease(connection, [received.digest])\n", "                        pass\n", "tests/test_cache.py tests/test_sessions.py"),

@@ -224,6 +224,25 @@ def test_an_upgrade_makes_a_backup_from_which_all_comes_back(old: Path) -> None:
     assert backups_in(old) == ["000001-0001-before-0003.db"]
 
 
+def test_a_backup_is_on_disk_before_it_has_its_name(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        calls.append(("sync", os.fstat(descriptor).st_ino))
+
+    def renamed(path: Path, target: Path) -> Path:
+        calls.append(("name", path.stat().st_ino))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    backup = schema.back_up(cache.directory)
+    file, folder = backup.stat().st_ino, backup.parent.stat().st_ino
+    assert calls == [("sync", file), ("name", file), ("sync", folder)]
+
+
 def test_the_last_few_backups_from_before_changes_are_kept_and_all_that_a_person_made(old: Path) -> None:
     asked = schema.back_up(old)
     for _ in range(3):
