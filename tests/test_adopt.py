@@ -174,6 +174,16 @@ def test_a_move_takes_nothing_away_of_which_the_copy_here_is_bad(cache: Cache, o
     assert not blob_of(old, FIRST.config).exists()
 
 
+def test_a_move_takes_nothing_away_that_is_not_here_any_more(
+    cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adopt._Adopter, "_look_for_lost", lambda self: cache.remove_manifest("app:1"))
+    cache.adopt(old, how="move")
+    own = FIRST.layers[1]  # which no other image has
+    assert blob_of(old, own).read_bytes() == own
+    assert not blob_of(old, FIRST.layers[0]).exists()
+
+
 @pytest.mark.parametrize("how", adopt.HOWS[:2])
 def test_doing_it_again_changes_nothing_and_reads_no_blob(
     cache: Cache, old: Path, how: str, monkeypatch: pytest.MonkeyPatch
