@@ -116,8 +116,9 @@ def copied_before_each_call(directory: Path, copies: Path, monkeypatch: pytest.M
 
     def watched(call: Callable[..., object]) -> Callable[..., object]:
         def replacement(*arguments: object, **options: object) -> object:
-            copy()
-            return call(*arguments, **options)
+            with guard:  # no other thread may take away what is being copied
+                copy()
+                return call(*arguments, **options)
 
         return replacement
 

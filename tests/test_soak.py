@@ -336,7 +336,7 @@ def test_nothing_is_found_in_a_store_that_is_right(tmp_path: Path) -> None:
         (DeletesWhatIsHeld, "FileNotFoundError"),
         (DeletesWhatIsShared, "incomplete|is not stored|is missing|is gone"),
         (AcknowledgesTooEarly, "an acknowledged image|a canary is|was removed|was never stored"),
-        (WritesInPlace, "another content|problems"),
+        (WritesInPlace, "another content|problems|was never stored|is broken"),
         (LosesAName, "is image [0-9]+, and was image"),
         (SaysLocked, "OSError: database is locked"),
         (LeavesAtOnce, "a worker died: 3"),
