@@ -58,7 +58,7 @@ def rebuild(database: Database, folder: Path) -> list[str]:
 
     Files are taken for what their names say; a verification that follows looks into them.
     The write lock is held throughout. The old index is kept in ``quarantine/``. The new one is put among the
-    backups first, so that a crash after the old one was taken away loses nothing.
+    backups first, so that a crash after the old one's WAL was taken away loses nothing.
 
     Args:
         database: of the cache.
