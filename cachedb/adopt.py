@@ -399,15 +399,14 @@ class _Adopter:
         if self._is_settled(connection, image):  # by another process, meanwhile
             return
         try:
-            with connection.begin_nested():
-                images.save(connection, self._database.directory, image.name, image.digest, image.media_type)
-                for digest, said in image.attached.items():
-                    if digest in self._here:
-                        attached = (image.name, digest, *_role_and_media_type(said))
-                        images.attach(connection, self._database.directory, *attached)
+            images.save(connection, self._database.directory, image.name, image.digest, image.media_type)
         except InvalidManifest as error:
             self._leave("manifest", image.name, str(error))
             return
+        for digest, said in image.attached.items():
+            if digest in self._here:
+                attached = (image.name, digest, *_role_and_media_type(said))
+                images.attach(connection, self._database.directory, *attached)
         self._names.add(image.name)
         for digest in image.wanted:
             if digest not in self._here:

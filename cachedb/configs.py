@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Delete, Select, Update, bindparam, delete, insert, literal, select, update
+from sqlalchemy import Connection, Delete, Insert, Select, Update, bindparam, delete, insert, literal, select, update
 
 from cachedb import blobs
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, os_errors
@@ -21,7 +21,22 @@ from cachedb.models import TEXT_LIMIT, Backfill, Blob, Image, ImageBlob, ImageLa
 from cachedb.oci import CONFIG_TYPES, DOCUMENT_LIMIT, ImageConfig, parse_config
 from cachedb.reference import Digest, split_digest
 
-__all__ = ["BACKFILL", "Unreadable", "agrees", "backfilled", "copy", "describe", "labels", "read_ahead", "stored"]
+__all__ = [
+    "BACKFILL",
+    "Association",
+    "Description",
+    "Unreadable",
+    "agrees",
+    "associations",
+    "backfilled",
+    "copy",
+    "describe",
+    "description",
+    "labels",
+    "read_ahead",
+    "stored",
+    "write",
+]
 
 BACKFILL: Final = "0003"
 """The migration that leaves the configs of the images that are there to be read."""
@@ -37,16 +52,23 @@ class Unreadable(NamedTuple):
     detail: str
 
 
-class _Association(NamedTuple):
+class Association(NamedTuple):
+    """An image's association with a blob, as it is in the index."""
+
     position: int
     role: str
     media_type: str
+    blob_id: int
     digest: Digest
-    size: int
+    size: int  # bytes
     stored: bool
+    diff_id: Digest | None = None
+    created_by: str | None = None
 
 
-class _Description(NamedTuple):
+class Description(NamedTuple):
+    """What the configs of an image say."""
+
     values: dict[str, Any]  # of the image, by column
     labels: dict[str, str]
     layers: dict[int, tuple[Digest | None, str | None]]  # diff id and command, by position
@@ -55,7 +77,7 @@ class _Description(NamedTuple):
 
 def stored(connection: Connection, image_id: int) -> dict[Digest, int]:
     """Return the configs that describe an image, as far as they are stored, with their sizes in bytes."""
-    return {config.digest: config.size for config, _ in _configs(_contents(connection, image_id))}
+    return {config.digest: config.size for config, _ in _configs(associations(connection, image_id))}
 
 
 def read_ahead(directory: Path, digests: Iterable[Digest]) -> dict[Digest, ImageConfig | InvalidManifest]:
@@ -85,12 +107,8 @@ def describe(
     Raises:
         StorageError: if this process lacks what it needs to read them.
     """
-    said = _said(directory, _contents(connection, image_id), known or {})
-    connection.execute(_described(), {"of": image_id, **said.values})
-    connection.execute(_without_labels(), {"of": image_id})
-    if said.labels:
-        rows = [{"image_id": image_id, "key": key, "value": value} for key, value in sorted(said.labels.items())]
-        connection.execute(insert(ImageLabel), rows)
+    said = description(directory, associations(connection, image_id), known)
+    write(connection, image_id, said)
     if said.layers:
         layers = [
             {"of": image_id, "at": position, "diff_id": diff_id, "created_by": command}
@@ -100,6 +118,16 @@ def describe(
     return [Unreadable(digest, str(error)) for digest, error in said.unreadable.items()]
 
 
+def write(connection: Connection, image_id: int, said: Description, *, new: bool = False) -> None:
+    """Write to an image's row, and to its labels, what was said of it; a new one has no labels yet."""
+    connection.execute(_described(), {"of": image_id, **said.values})
+    if not new:
+        connection.execute(_without_labels(), {"of": image_id})
+    if said.labels:
+        rows = [{"image_id": image_id, "key": key, "value": value} for key, value in sorted(said.labels.items())]
+        connection.execute(_new_labels(), rows)
+
+
 def agrees(connection: Connection, directory: Path, image_id: int) -> bool:
     """Say whether the index has of an image what its configs say; also where that cannot be told, or not yet.
 
@@ -107,18 +135,15 @@ def agrees(connection: Connection, directory: Path, image_id: int) -> bool:
         StorageError: if this process lacks what it needs to read them.
     """
     begin = backfilled(connection)
-    contents = _contents(connection, image_id)
+    contents = associations(connection, image_id)
     wanted = [blob for blob in contents if blob.role == "config" and blob.media_type in CONFIG_TYPES]
     if (begin is not None and image_id > begin) or not wanted or not all(blob.stored for blob in wanted):
         return True
-    said = _said(directory, contents, {})
+    said = description(directory, contents)
     if not all(isinstance(error, InvalidManifest) for error in said.unreadable.values()):
         return True  # it may have been read before
     row = connection.execute(select(*(getattr(Image, name) for name in _ATTRIBUTES)).where(Image.id == image_id)).one()
-    columns = (ImageBlob.position, ImageBlob.diff_id, ImageBlob.created_by)
-    layers = {
-        at: tuple(rest) for at, *rest in connection.execute(select(*columns).where(ImageBlob.image_id == image_id))
-    }
+    layers = {blob.position: (blob.diff_id, blob.created_by) for blob in contents}
     return (
         row._asdict() == said.values
         and labels(connection, image_id) == said.labels
@@ -131,15 +156,26 @@ def backfilled(connection: Connection) -> int | None:
     return connection.execute(select(Backfill.image_id).where(Backfill.revision == BACKFILL)).scalar()
 
 
-def _said(
-    directory: Path, contents: list[_Association], known: Mapping[Digest, ImageConfig | InvalidManifest]
-) -> _Description:
-    """Return what the configs of an image with these contents say."""
+def description(
+    directory: Path,
+    contents: list[Association],
+    known: Mapping[Digest, ImageConfig | InvalidManifest] | None = None,
+) -> Description:
+    """Return what the configs of an image with these contents say, as far as they are stored.
+
+    Args:
+        directory: of the cache.
+        contents: the image's associations, in the order of their positions.
+        known: configs that were read before.
+
+    Raises:
+        StorageError: if this process lacks what it needs to read them.
+    """
     found: list[ImageConfig] = []
     layers: dict[int, tuple[Digest | None, str | None]] = {}
     unreadable: dict[Digest, CacheError] = {}
     for config, positions in _configs(contents):
-        read = known.get(config.digest) or _read(directory, config.digest)
+        read = (known or {}).get(config.digest) or _read(directory, config.digest)
         if isinstance(read, CacheError):
             unreadable[config.digest] = read
             continue
@@ -149,7 +185,7 @@ def _said(
             layers.update(zip(positions, read.layers, strict=False))
     values = {name: _agreed([getattr(config, name) for config in found]) for name in _ATTRIBUTES}
     common = set.intersection(*(set(config.labels.items()) for config in found)) if found else set()
-    return _Description(values, dict(common), layers, unreadable)
+    return Description(values, dict(common), layers, unreadable)
 
 
 # As in `images`: put together once.
@@ -157,8 +193,9 @@ def _said(
 
 @cache
 def _contents_of() -> Select[*tuple[Any, ...]]:
-    columns = (ImageBlob.position, ImageBlob.role, ImageBlob.media_type, Blob.digest, Blob.size)
-    joined = select(*columns, Blob.stored_at.is_not(None)).join(Blob, Blob.id == ImageBlob.blob_id)
+    columns = (ImageBlob.position, ImageBlob.role, ImageBlob.media_type, Blob.id, Blob.digest, Blob.size)
+    said = (ImageBlob.diff_id, ImageBlob.created_by)
+    joined = select(*columns, Blob.stored_at.is_not(None), *said).join(Blob, Blob.id == ImageBlob.blob_id)
     return joined.where(ImageBlob.image_id == bindparam("of")).order_by(ImageBlob.position)
 
 
@@ -173,12 +210,17 @@ def _without_labels() -> Delete:
 
 
 @cache
+def _new_labels() -> Insert:
+    return insert(ImageLabel)
+
+
+@cache
 def _described_layer() -> Update:
     one = update(ImageBlob).where(ImageBlob.image_id == bindparam("of"), ImageBlob.position == bindparam("at"))
     return one.values(diff_id=bindparam("diff_id"), created_by=bindparam("created_by"))
 
 
-def _configs(contents: list[_Association]) -> Iterator[tuple[_Association, list[int]]]:
+def _configs(contents: list[Association]) -> Iterator[tuple[Association, list[int]]]:
     """Yield each stored config of an image or a platform of it, with the positions of its layers, which follow it."""
     for place, config in enumerate(contents):
         if config.role != "config" or not config.stored or config.media_type not in CONFIG_TYPES:
@@ -191,12 +233,9 @@ def _configs(contents: list[_Association]) -> Iterator[tuple[_Association, list[
         yield config, positions
 
 
-def _contents(connection: Connection, image_id: int) -> list[_Association]:
-    rows = connection.execute(_contents_of(), {"of": image_id})
-    return [
-        _Association(position, role, kind, Digest(digest), size, stored)
-        for position, role, kind, digest, size, stored in rows
-    ]
+def associations(connection: Connection, image_id: int) -> list[Association]:
+    """Return an image's associations, in the order of their positions."""
+    return [Association(*row) for row in connection.execute(_contents_of(), {"of": image_id})]
 
 
 def _read(directory: Path, digest: Digest) -> ImageConfig | CacheError:

@@ -9,7 +9,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, Delete, Select, and_, bindparam, delete, func, insert, literal, or_, select, update
+from sqlalchemy import (
+    Connection,
+    Delete,
+    Insert,
+    Select,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.sql.dml import ReturningInsert
 
 from cachedb import blobs, configs
@@ -67,7 +81,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-_ASSOCIATION = ("image_id", "position", "blob_id", "role", "media_type")
+_ASSOCIATION = ("position", "blob_id", "role", "media_type", "diff_id", "created_by")
 
 
 class ImageInfo(NamedTuple):
@@ -134,6 +148,14 @@ class SavedImage(NamedTuple):
     created_at: datetime  # UTC
     last_used_at: datetime  # UTC
     contents: list[Descriptor]  # in the order of their positions
+
+
+class _BlobRow(NamedTuple):
+    """A blob's row."""
+
+    id: int
+    size: int  # bytes
+    stored: bool
 
 
 class Found(NamedTuple):
@@ -251,9 +273,8 @@ def _new_image() -> ReturningInsert[*tuple[Any, ...]]:
 
 
 @cache
-def _associations_of() -> Select[*tuple[Any, ...]]:
-    columns = (ImageBlob.blob_id, ImageBlob.role, ImageBlob.media_type)
-    return select(*columns).where(ImageBlob.image_id == bindparam("of")).order_by(ImageBlob.position)
+def _new_associations() -> Insert:
+    return insert(ImageBlob)
 
 
 @cache
@@ -263,7 +284,7 @@ def _without_associations() -> Delete:
 
 @cache
 def _blobs_with() -> Select[*tuple[Any, ...]]:
-    columns = (Blob.id, Blob.digest, Blob.size, Blob.stored_at)
+    columns = (Blob.digest, Blob.id, Blob.size, Blob.stored_at.is_not(None))
     return select(*columns).where(Blob.digest.in_(bindparam("digests", expanding=True)))
 
 
@@ -373,7 +394,10 @@ def reassociate(connection: Connection, directory: Path, image_id: int) -> None:
     root = _as_it_is(connection, directory, said)
     if root != said:
         connection.execute(update(Image).where(Image.id == image_id).values(media_type=root.media_type))
-    _associate(connection, directory, image_id, root, strict=False)
+    known: dict[Digest, _BlobRow] = {}
+    found = closure(connection, directory, root, strict=False, known=known)
+    _complete(connection, found, known, strict=False)
+    _associate(connection, directory, image_id, found, known)
 
 
 def _as_it_is(connection: Connection, directory: Path, root: Descriptor) -> Descriptor:
@@ -425,50 +449,65 @@ def save(connection: Connection, directory: Path, name: Name, digest: Digest, me
     What the name pointed to before is let go. Blobs that were attached to the same manifest stay attached.
 
     Raises:
-        InvalidName: if the name is by another digest.
-        InvalidManifest: if a manifest of the closure is invalid.
+        InvalidName: if the name is by another digest; nothing is written then.
+        InvalidManifest: if a manifest of the closure is invalid; nor is anything then.
     """
     if name.digest not in (None, digest):
         raise InvalidName(f"{name} cannot be the name of {digest}: its digest is another")
-    manifest = connection.execute(_blobs_with(), {"digests": [digest]}).one()
-    image_id = _point(connection, name, manifest.id, media_type)
-    root = Descriptor(digest, manifest.size, media_type, role_of(media_type))
-    _associate(connection, directory, image_id, root)
+    known = _rows(connection, [digest])
+    root = Descriptor(digest, known[digest].size, media_type, role_of(media_type))
+    found = closure(connection, directory, root, known=known)
+    _complete(connection, found, known)
+    image_id, new = _point(connection, name, known[digest].id, media_type)
+    _associate(connection, directory, image_id, found, known, new=new)
     return image_id
 
 
-def _point(connection: Connection, name: Name, manifest_id: int, media_type: str) -> int:
-    """Make a name point to a manifest, with no associations left of another one; return the image's id."""
+def _point(connection: Connection, name: Name, manifest_id: int, media_type: str) -> tuple[int, bool]:
+    """Make a name point to a manifest, with no associations left of another one; return the image's id, and if new."""
     now = datetime.now(UTC)
     values = {"manifest_id": manifest_id, "media_type": media_type, "last_used_at": now}
     row = look_up(connection, name)
     if row is None:
-        return int(connection.execute(_new_image(), {**name._asdict(), **values, "created_at": now}).scalar_one())
+        image_id = connection.execute(_new_image(), {**name._asdict(), **values, "created_at": now}).scalar_one()
+        return int(image_id), True
     if row.manifest_id != manifest_id:
         values["created_at"] = now
         connection.execute(delete(ImageBlob).where(ImageBlob.image_id == row.id))
     connection.execute(update(Image).where(Image.id == row.id).values(values))
-    return int(row.id)
+    return int(row.id), False
 
 
-def closure(connection: Connection, directory: Path, root: Descriptor, *, strict: bool = True) -> list[Descriptor]:
+def closure(
+    connection: Connection,
+    directory: Path,
+    root: Descriptor,
+    *,
+    strict: bool = True,
+    known: dict[Digest, _BlobRow] | None = None,
+) -> list[Descriptor]:
     """Return what a manifest reaches, as far as its children are stored.
 
     A child that is what its digest says, and no manifest as the index said, is refused or, if not ``strict``, a
-    blob like any other; so is one whose file is gone or cannot be read.
+    blob like any other; so is one whose file is gone or cannot be read. The rows that are looked at go to ``known``,
+    and those that are there already are not looked up.
 
     Raises:
         InvalidManifest: if a manifest of the closure is invalid, and ``strict``.
     """
 
+    rows = {} if known is None else known
+
     def read(blob: Descriptor) -> bytes | None:
-        size = blobs.stored(connection, [blob.digest]).get(blob.digest)
-        if size is None:
+        if blob.digest not in rows:
+            rows.update(_rows(connection, [blob.digest]))
+        row = rows.get(blob.digest)
+        if row is None or not row.stored:
             return None
-        if size > DOCUMENT_LIMIT and not strict:
+        if row.size > DOCUMENT_LIMIT and not strict:
             return None
-        if size > DOCUMENT_LIMIT:
-            raise InvalidManifest(f"manifest {blob.digest} is {size} bytes; {DOCUMENT_LIMIT} at most are read")
+        if row.size > DOCUMENT_LIMIT:
+            raise InvalidManifest(f"manifest {blob.digest} is {row.size} bytes; {DOCUMENT_LIMIT} at most are read")
         try:
             with blobs.open_blob(directory, blob.digest) as file, os_errors("read a manifest"):
                 data = file.read()
@@ -483,41 +522,67 @@ def closure(connection: Connection, directory: Path, root: Descriptor, *, strict
     return list(walk(root, read))
 
 
-def _associate(
-    connection: Connection, directory: Path, image_id: int, root: Descriptor, *, strict: bool = True
+def _rows(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, _BlobRow]:
+    """Return the rows of those of the blobs that have one."""
+    found: dict[Digest, _BlobRow] = {}
+    for part in blobs.batched(digests):
+        for digest, *row in connection.execute(_blobs_with(), {"digests": part}):
+            found[Digest(digest)] = _BlobRow(*row)
+    return found
+
+
+def _complete(
+    connection: Connection, found: list[Descriptor], known: dict[Digest, _BlobRow], *, strict: bool = True
 ) -> None:
-    """Associate an image with the closure of its manifest, in front of what was attached to it."""
-    found = closure(connection, directory, root, strict=strict)
-    ids = _blob_ids(connection, found, strict=strict)
-    wanted = [(ids[blob.digest], blob.role, blob.media_type) for blob in found]
-    old = connection.execute(_associations_of(), {"of": image_id}).all()
-    reached = set(ids.values())
-    wanted += [(row.blob_id, row.role, row.media_type) for row in old if row.blob_id not in reached]
-    if wanted != [tuple(row) for row in old]:
+    """Have a row of every blob, and all of them in ``known``; a size that is a lie is refused if strict."""
+    wanted = {blob.digest: blob for blob in found}
+    known.update(_rows(connection, [digest for digest in wanted if digest not in known]))
+    for digest, blob in wanted.items():
+        row = known.get(digest)
+        if strict and row is not None and row.stored and row.size != blob.size:
+            raise InvalidManifest(f"the manifest says that {digest} is {blob.size} bytes; it is {row.size}")
+    new = {digest: blob.size for digest, blob in wanted.items() if digest not in known}
+    if new:
+        connection.execute(insert(Blob), [{"digest": digest, "size": size} for digest, size in new.items()])
+        known.update(_rows(connection, new))
+
+
+def _associate(
+    connection: Connection,
+    directory: Path,
+    image_id: int,
+    found: list[Descriptor],
+    known: dict[Digest, _BlobRow],
+    *,
+    new: bool = False,
+) -> None:
+    """Associate an image with a closure, in front of what was attached to it; and with what its configs say."""
+    old = [] if new else configs.associations(connection, image_id)
+    reached = _associations(found, known)
+    attached = [blob._replace(diff_id=None, created_by=None) for blob in old if blob.digest not in known]
+    wanted = [blob._replace(position=position) for position, blob in enumerate([*reached, *attached])]
+    said = configs.description(directory, wanted)
+    for position, (diff_id, created_by) in said.layers.items():
+        wanted[position] = wanted[position]._replace(diff_id=diff_id, created_by=created_by)
+    if wanted != old:
         if old:
             connection.execute(_without_associations(), {"of": image_id})
-        rows = [dict(zip(_ASSOCIATION, (image_id, position, *row), strict=True)) for position, row in enumerate(wanted)]
-        connection.execute(insert(ImageBlob), rows)
-    configs.describe(connection, directory, image_id)
+        _insert(connection, image_id, wanted)
+    configs.write(connection, image_id, said, new=new)
 
 
-def _blob_ids(connection: Connection, found: list[Descriptor], *, strict: bool) -> dict[Digest, int]:
-    """Return the ids of the blobs, of which some may be new to the index; a size that is a lie is refused if strict."""
-    wanted = {blob.digest: blob for blob in found}
-    ids: dict[Digest, int] = {}
-    for part in blobs.batched(wanted):
-        for row in connection.execute(_blobs_with(), {"digests": part}):
-            if strict and row.stored_at is not None and row.size != wanted[row.digest].size:
-                raise InvalidManifest(
-                    f"the manifest says that {row.digest} is {wanted[row.digest].size} bytes; it is {row.size}"
-                )
-            ids[row.digest] = row.id
-        new = [{"digest": digest, "size": wanted[digest].size} for digest in part if digest not in ids]
-        if new:
-            connection.execute(insert(Blob), new)
-            rows = connection.execute(_blobs_with(), {"digests": [row["digest"] for row in new]})
-            ids.update((Digest(row.digest), row.id) for row in rows)
-    return ids
+def _associations(contents: list[Descriptor], known: dict[Digest, _BlobRow]) -> list[configs.Association]:
+    """Return the associations with a closure, without what configs say."""
+    return [
+        configs.Association(position, blob.role, blob.media_type, row.id, blob.digest, row.size, row.stored)
+        for position, blob in enumerate(contents)
+        for row in [known[blob.digest]]
+    ]
+
+
+def _insert(connection: Connection, image_id: int, wanted: list[configs.Association]) -> None:
+    rows = [{"image_id": image_id, **{name: getattr(blob, name) for name in _ASSOCIATION}} for blob in wanted]
+    connection.execute(_new_associations(), rows)
 
 
 def restore(connection: Connection, directory: Path, name: Name, saved: SavedImage) -> None:
@@ -525,20 +590,17 @@ def restore(connection: Connection, directory: Path, name: Name, saved: SavedIma
     size = next((blob.size for blob in saved.contents if blob.digest == saved.digest), 0)
     root = Descriptor(saved.digest, size, saved.media_type, role_of(saved.media_type))
     contents = saved.contents or [root]
-    ids = _blob_ids(connection, [root, *contents], strict=False)
-    new = insert(Image).values(
-        repository=name.repository,
-        reference=name.reference,
-        manifest_id=ids[saved.digest],
-        media_type=saved.media_type,
-        created_at=saved.created_at,
-        last_used_at=saved.last_used_at,
-    )
-    image_id = connection.execute(new.returning(Image.id)).scalar_one()
-    rows = [
-        (image_id, position, ids[blob.digest], blob.role, blob.media_type) for position, blob in enumerate(contents)
-    ]
-    connection.execute(insert(ImageBlob), [dict(zip(_ASSOCIATION, row, strict=True)) for row in rows])
+    known: dict[Digest, _BlobRow] = {}
+    _complete(connection, [root, *contents], known, strict=False)
+    values = {
+        **name._asdict(),
+        "manifest_id": known[saved.digest].id,
+        "media_type": saved.media_type,
+        "created_at": saved.created_at,
+        "last_used_at": saved.last_used_at,
+    }
+    image_id = connection.execute(_new_image(), values).scalar_one()
+    _insert(connection, image_id, _associations(contents, known))
     reassociate(connection, directory, image_id)
 
 
@@ -557,14 +619,13 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     image = find(connection, source)
     if target.digest not in (None, image.digest):
         raise InvalidName(f"{target} cannot be a name of {source}: its digest is {image.digest}")
-    target_id = _point(connection, target, image.manifest_id, image.media_type)
+    target_id, _ = _point(connection, target, image.manifest_id, image.media_type)
     if target_id == image.id:
         return target_id
     connection.execute(delete(ImageBlob).where(ImageBlob.image_id == target_id))
-    copied = (*_ASSOCIATION[1:], "diff_id", "created_by")
-    columns = [getattr(ImageBlob, name) for name in copied]
+    columns = [getattr(ImageBlob, name) for name in _ASSOCIATION]
     query = select(literal(target_id), *columns).where(ImageBlob.image_id == image.id)
-    connection.execute(insert(ImageBlob).from_select(["image_id", *copied], query))
+    connection.execute(insert(ImageBlob).from_select(["image_id", *_ASSOCIATION], query))
     configs.copy(connection, image.id, target_id)
     return target_id
 
