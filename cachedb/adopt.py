@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -79,7 +80,7 @@ class Adoption(NamedTuple):
     bytes: int  # of those
     unused: int  # of those, the ones that no image uses: `gc` frees them
     index_damage: str | None  # what is wrong with index.json, if it could not be used
-    left_out: list[LeftOut]
+    left_out: list[LeftOut]  # by name, then digest; last what belongs to no image
 
 
 def adopt(
@@ -248,6 +249,8 @@ class _Adopter:
     ) -> None:
         self._database, self._session, self._old, self._how = database, session, old, how
         self._advance = summed(sum(old.blobs.values()), progress)
+        self._guard = threading.Lock()
+        self._counted: set[Digest] = set()  # blobs that are in what `_advance` was told, once each
         self._left_out = old.left_out
         self._here: set[Digest] = set()  # blobs that this cache had, or was brought
         self._bad: dict[Digest, tuple[str, str]] = {}  # blobs that are of no use: kind and detail
@@ -256,13 +259,13 @@ class _Adopter:
         self._names: set[Name] = set()  # of images that are in both caches now
 
     def run(self) -> Adoption:
-        for part in self._parts():
-            self._take(part)
+        # While one part is saved another is read; more would only wait for the write lock.
+        in_threads(self._bring, self._parts(), self._advance, threads=2)
         used = len(self._new)
         done = self._here | self._bad.keys() | self._unwanted
         rest = [digest for digest in self._old.blobs if digest not in done]
         for start in range(0, len(rest), _TOGETHER):
-            self._take([], rest[start : start + _TOGETHER])
+            self._bring([], self._advance, rest[start : start + _TOGETHER])
         told = {item.digest for item in self._left_out}
         for digest, (kind, detail) in self._bad.items():
             if digest not in told:
@@ -273,7 +276,8 @@ class _Adopter:
         if self._how == "move":
             self._take_away()
         unused = len(self._new) - used
-        return Adoption(found, len(self._new), sum(self._new.values()), unused, self._old.damage, self._left_out)
+        left_out = sorted(self._left_out, key=lambda item: (not item.name, item.name, item.digest or "", str(item.path)))
+        return Adoption(found, len(self._new), sum(self._new.values()), unused, self._old.damage, left_out)
 
     def _leave(self, kind: str, name: Name | None, detail: str, digest: Digest | None = None) -> None:
         path = self._old.paths.get(digest) if digest else self._old.manifests.get(name) if name else None
@@ -323,27 +327,35 @@ class _Adopter:
     def _pass(self, digests: Iterable[Digest]) -> None:
         """Note blobs that are here."""
         for digest in digests:
-            if digest not in self._here:
-                self._here.add(digest)
+            self._here.add(digest)
+            if self._is_first(digest):
                 self._advance(self._old.blobs.get(digest, 0))
 
-    def _take(self, part: list[_Image], more: Iterable[Digest] = ()) -> None:
+    def _is_first(self, digest: Digest) -> bool:
+        """Say whether a blob is to be counted: both of two parts may read one that is in both."""
+        with self._guard:
+            known = digest in self._counted
+            self._counted.add(digest)
+            return not known
+
+    def _bring(self, part: list[_Image], advance: Advance, more: Iterable[Digest] = ()) -> None:
         """Bring images and their blobs, or blobs that belong to none, in one transaction."""
         wanted = dict.fromkeys([*(digest for image in part for digest in image.wanted), *more])
         manifests = {image.digest: image.manifest for image in part}
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
             self._pass(hold.digests)
-            here = hold.digests | self._bad.keys()
-            rest = [digest for digest in [*wanted, *manifests] if digest not in here]
+            everything = dict.fromkeys([*wanted, *manifests])
+            rest = [digest for digest in everything if digest not in hold.digests and digest not in self._bad]
 
             def receive_one(digest: Digest, advance: Advance) -> None:
                 if digest in manifests:
                     received[digest] = blobs.receive(self._session, BytesIO(manifests[digest]), digest=digest)
                 else:
-                    self._receive(received, digest, advance)
+                    counted = self._is_first(digest)
+                    self._receive(received, digest, lambda count: advance(count if counted else 0))
 
-            in_threads(receive_one, rest, self._advance)
+            in_threads(receive_one, rest, advance)
             self._here.update(blob.digest for blob in received.values())
             self._new.update({blob.digest: blob.size for blob in received.values()})
 

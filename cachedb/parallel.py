@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sized
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 from cachedb.errors import CacheError
@@ -36,7 +36,9 @@ def summed(total: int, progress: Progress | None) -> Advance:
     return add
 
 
-def in_threads(work: Callable[[T, Advance], R], items: Iterable[T], advance: Advance) -> list[R]:
+def in_threads(
+    work: Callable[[T, Advance], R], items: Iterable[T], advance: Advance, *, threads: int | None = None
+) -> list[R]:
     """Do work on each item, several at once, and return what it gave, in order.
 
     When one fails, or an interrupt comes, the others stop where they next say how far they are, and those that have
@@ -44,20 +46,36 @@ def in_threads(work: Callable[[T, Advance], R], items: Iterable[T], advance: Adv
 
     Args:
         work: is called with an item, and with what it is to tell of the bytes it has done.
-        items: begun in this order.
+        items: begun in this order, and asked for when a thread is free, by one of them at a time.
         advance: is told of the bytes that all of them have done.
+        threads: that work at once; as many as there are cores unless given.
     """
-    stopped = threading.Event()
+    count = threads or os.cpu_count() or 1
+    if isinstance(items, Sized):
+        count = min(count, len(items))
+    rest, guard, stopped = enumerate(items), threading.Lock(), threading.Event()
+    done: dict[int, R] = {}
 
     def told(count: int) -> None:
         if stopped.is_set():
             raise CacheError("it was stopped, for other work beside it failed")
         advance(count)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    def run() -> None:
+        # Each takes what is next by itself: to be handed it would cost more than a small blob does.
+        while not stopped.is_set():
+            with guard:
+                try:
+                    number, item = next(rest)
+                except StopIteration:
+                    return
+            done[number] = work(item, told)
+
+    with ThreadPoolExecutor(max(count, 1)) as pool:
         try:
-            return [future.result() for future in [pool.submit(work, item, told) for item in items]]
+            for future in as_completed([pool.submit(run) for _ in range(count)]):
+                future.result()
         except BaseException:
             stopped.set()
-            pool.shutdown(cancel_futures=True)
             raise
+    return [done[number] for number in sorted(done)]

@@ -437,7 +437,7 @@ def test_what_is_no_blob_is_told(cache: Cache, old: Path) -> None:
 def test_a_fifo_holds_nobody_up(cache: Cache, old: Path) -> None:
     os.mkfifo(old / "manifests" / "app" / "fifo")
     os.mkfifo(blob_of(old, b"fifo"))
-    assert told(cache.adopt(old)) == [("stray", None), ("unreadable", "app:fifo")]
+    assert told(cache.adopt(old)) == [("unreadable", "app:fifo"), ("stray", None)]
 
 
 def test_what_cannot_be_read_is_told(cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +456,7 @@ def test_what_cannot_be_read_is_told(cache: Cache, old: Path, monkeypatch: pytes
         patch.setattr(os, "open", refused(os.open))
         patch.setattr(os, "scandir", refused(os.scandir))
         found = cache.adopt(old)
-    assert told(found) == [("unreadable", "locked"), ("unreadable", "app:2"), ("unreadable", "app:1")]
+    assert told(found) == [("unreadable", "app:1"), ("unreadable", "app:2"), ("unreadable", "locked")]
     assert all("Permission denied" in item.detail for item in found.left_out)
 
 
@@ -513,15 +513,15 @@ def test_what_is_removed_and_collected_meanwhile_comes_again(
             later.append("app:1")
 
     later: list[str] = []
-    take = adopt._Adopter._take
+    bring = adopt._Adopter._bring
 
-    def take_and_remove(self: Any, part: Any, more: Any = ()) -> None:
-        take(self, part, more)
+    def bring_and_remove(self: Any, *arguments: Any) -> None:
+        bring(self, *arguments)
         while later:
             cache.remove_manifest(later.pop())
 
     monkeypatch.setattr(adopt._Adopter, "_save", removed)
-    monkeypatch.setattr(adopt._Adopter, "_take", take_and_remove)
+    monkeypatch.setattr(adopt._Adopter, "_bring", bring_and_remove)
     cache.adopt(old)
     assert_is_here(cache, "app:2", IMAGES["app/2"])  # which shares a layer with the one that was removed
 
@@ -530,15 +530,20 @@ def test_a_failure_leaves_what_was_done_and_nothing_half_done(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adopt, "_TOGETHER", 1)
-    receive, calls = adopt._Adopter._receive, []
+    receive, bring, first = adopt._Adopter._receive, adopt._Adopter._bring, threading.Event()
 
-    def full(self: Any, *arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) == 6:
+    def brought(self: Any, part: Any, *arguments: Any) -> None:
+        bring(self, part, *arguments)
+        if [str(image.name) for image in part] == ["app:1"]:
+            first.set()
+
+    def full(self: Any, received: Any, digest: Any, advance: Any) -> None:
+        if digest not in FIRST.blobs and first.wait(10):
             raise StorageError("no space left")
-        receive(self, *arguments)
+        receive(self, received, digest, advance)
 
     with monkeypatch.context() as patch:
+        patch.setattr(adopt._Adopter, "_bring", brought)
         patch.setattr(adopt._Adopter, "_receive", full)
         with pytest.raises(StorageError, match="no space"):
             cache.adopt(old)
@@ -553,6 +558,26 @@ def test_progress_comes_to_the_bytes_of_all_blobs(cache: Cache, old: Path) -> No
         cache.adopt(old, progress=lambda done, total, calls=calls: calls.append((done, total)))  # type: ignore[misc]
         total = sum(path.stat().st_size for path in (old / "blobs" / "sha256").iterdir())
         assert calls[-1] == (total, total)
+
+
+def test_a_blob_that_two_parts_read_at_once_counts_once(
+    cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adopt, "_TOGETHER", 1)
+    receive, both = adopt._Adopter._receive, threading.Barrier(2, timeout=10)
+    shared = make.digest_of(FIRST.layers[0])
+
+    def meet(self: Any, received: Any, digest: Any, advance: Any) -> None:
+        if digest == shared:
+            both.wait()
+        receive(self, received, digest, advance)
+
+    monkeypatch.setattr(adopt._Adopter, "_receive", meet)
+    calls: list[tuple[int, int]] = []
+    found = cache.adopt(old, progress=lambda done, total: calls.append((done, total)))
+    total = sum(path.stat().st_size for path in (old / "blobs" / "sha256").iterdir())
+    assert calls[-1] == (total, total)
+    assert (found.blobs, found.bytes) == (len(files_of(cache.directory)), sum(files_of(cache.directory).values()))
 
 
 @settings(

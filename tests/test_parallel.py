@@ -1,0 +1,78 @@
+"""Work in several threads: order, what is asked for and when, and how it stops."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from cachedb.parallel import Advance, in_threads, summed
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    second = threading.Event()
+
+    def work(item: int, _: Advance) -> int:
+        if item == 0:
+            assert second.wait(10)
+        elif item == 1:
+            second.set()
+        return -item
+
+    assert in_threads(work, range(50), summed(0, None), threads=2) == [-item for item in range(50)]
+    assert in_threads(work, [], summed(0, None)) == []
+
+
+def test_items_are_asked_for_when_a_thread_is_free() -> None:
+    asked: list[int] = []
+    done: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            assert len(asked) - len(done) < 3
+            asked.append(item)
+            yield item
+
+    def work(item: int, _: Advance) -> None:
+        done.append(item)
+
+    in_threads(work, items(), summed(0, None), threads=3)
+    assert sorted(done) == asked == list(range(20))
+
+
+def test_the_first_failure_is_raised_and_the_others_stop_where_they_say_how_far_they_are() -> None:
+    begun = threading.Event()
+    stopped: list[BaseException] = []
+
+    def work(item: int, advance: Advance) -> None:
+        if item:
+            assert begun.wait(10)
+            raise KeyError(item)
+        begun.set()
+        try:
+            while True:
+                advance(1)
+        except BaseException as error:
+            stopped.append(error)
+            raise
+
+    with pytest.raises(KeyError):
+        in_threads(work, range(10), summed(0, None), threads=2)
+    assert "stopped" in str(stopped[0])
+
+
+def test_what_fails_to_give_the_next_item_is_raised() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError, match="no more"):
+        in_threads(lambda item, _: item, items(), summed(0, None))
+
+
+def test_progress_is_the_sum_of_what_all_have_done() -> None:
+    told: list[tuple[int, int]] = []
+    in_threads(lambda item, advance: advance(item), [1, 2, 3, 4], summed(10, lambda *now: told.append(now)), threads=2)
+    assert told[-1] == (10, 10)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
