@@ -276,7 +276,9 @@ class _Adopter:
         if self._how == "move":
             self._take_away()
         unused = len(self._new) - used
-        left_out = sorted(self._left_out, key=lambda item: (not item.name, item.name, item.digest or "", str(item.path)))
+        left_out = sorted(
+            self._left_out, key=lambda item: (not item.name, item.name, item.digest or "", str(item.path))
+        )
         return Adoption(found, len(self._new), sum(self._new.values()), unused, self._old.damage, left_out)
 
     def _leave(self, kind: str, name: Name | None, detail: str, digest: Digest | None = None) -> None:
