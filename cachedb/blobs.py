@@ -18,7 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
-from sqlalchemy import Connection, Select, bindparam, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, select
+from sqlalchemy.dialects.sqlite import Insert, insert
 
 from cachedb.database import Database, sync_folder
 from cachedb.errors import CacheError, DigestMismatch, InvalidDigest, NotInCache, os_errors
@@ -250,17 +251,18 @@ def publish(database: Database, session: Session, received: Iterable[Received]) 
 
 def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
     """Note that the files of these blobs are in ``blobs/``."""
-    now, sizes = datetime.now(UTC), {blob.digest: blob.size for blob in blobs}
-    known: set[str] = set()
-    for part in batched(sizes):
-        known.update(connection.execute(select(Blob.digest).where(Blob.digest.in_(part))).scalars())
-    rows = [{"of": digest, "bytes": size} for digest, size in sizes.items() if digest in known]
+    now = datetime.now(UTC)
+    rows = [{"digest": blob.digest, "size": blob.size, "stored_at": now} for blob in blobs]
     if rows:
-        values = {"size": bindparam("bytes"), "stored_at": now}
-        connection.execute(update(Blob).where(Blob.digest == bindparam("of")).values(values), rows)
-    new = [{"digest": digest, "size": size, "stored_at": now} for digest, size in sizes.items() if digest not in known]
-    if new:
-        connection.execute(insert(Blob), new)
+        connection.execute(_now_stored(), rows)
+
+
+@cache
+def _now_stored() -> Insert:
+    new = insert(Blob)
+    return new.on_conflict_do_update(
+        index_elements=[Blob.digest], set_={"size": new.excluded.size, "stored_at": new.excluded.stored_at}
+    )
 
 
 def retract(database: Database, folder: Path, names: Iterable[str]) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, Delete, Insert, Select, bindparam, delete, func, insert, select
+from sqlalchemy.sql.dml import ReturningDelete
 
 from cachedb import holds, producing
 from cachedb.blobs import BATCH, batched, blob_path, retract, stored
@@ -42,6 +44,30 @@ _UNREFERENCED = (
 )
 
 
+# To put a statement together takes longer than to execute it.
+
+
+@cache
+def _forgotten() -> ReturningDelete[*tuple[Any, ...]]:
+    these = Blob.id.in_(bindparam("ids", expanding=True))
+    return delete(Blob).where(*_UNREFERENCED, these).returning(Blob.digest, Blob.size, Blob.stored_at)
+
+
+@cache
+def _new_trash() -> Insert:
+    return insert(Trash)
+
+
+@cache
+def _some_trash() -> Select[*tuple[Any, ...]]:
+    return select(Trash.digest).limit(BATCH)
+
+
+@cache
+def _without_trash() -> Delete:
+    return delete(Trash).where(Trash.digest.in_(bindparam("digests", expanding=True)))
+
+
 def unreferenced(connection: Connection) -> Collected:
     """Return what a full collection would free now."""
     totals = select(func.count(), func.coalesce(func.sum(Blob.size), 0)).where(
@@ -54,14 +80,11 @@ def forget(connection: Connection, blob_ids: Iterable[int]) -> Collected:
     """Forget those of the blobs that nothing refers to, and note their files for the trash."""
     blobs = size = 0
     for part in batched(sorted(blob_ids)):
-        statement = (
-            delete(Blob).where(*_UNREFERENCED, Blob.id.in_(part)).returning(Blob.digest, Blob.size, Blob.stored_at)
-        )
-        files = [row for row in connection.execute(statement).all() if row.stored_at is not None]
+        rows = connection.execute(_forgotten(), {"ids": part}).all()
+        files = [row for row in rows if row.stored_at is not None]
         if files:
-            digests = [row.digest for row in files]
-            connection.execute(delete(Trash).where(Trash.digest.in_(digests)))
-            connection.execute(insert(Trash), [{"digest": row.digest, "size": row.size} for row in files])
+            connection.execute(_without_trash(), {"digests": [row.digest for row in files]})
+            connection.execute(_new_trash(), [{"digest": row.digest, "size": row.size} for row in files])
         blobs += len(files)
         size += sum(row.size for row in files)
     return Collected(blobs, size)
@@ -87,10 +110,10 @@ def empty_trash(database: Database) -> None:
     trash = database.directory / "trash"
     while True:
         with database.read() as connection:
-            if connection.execute(select(Trash.digest).limit(1)).first() is None:
+            if connection.execute(_some_trash()).first() is None:
                 break
         with database.write() as connection:
-            digests = [Digest(row) for row in connection.execute(select(Trash.digest).limit(BATCH)).scalars()]
+            digests = [Digest(row) for row in connection.execute(_some_trash()).scalars()]
             again = stored(connection, digests)
             paths = {digest: blob_path(database.directory, digest) for digest in digests if digest not in again}
             for digest, path in paths.items():
@@ -100,7 +123,7 @@ def empty_trash(database: Database) -> None:
                     continue  # moved before a crash that undid the rest
             for folder in {path.parent for path in paths.values()}:
                 sync_folder(folder)
-            connection.execute(delete(Trash).where(Trash.digest.in_(digests)))
+            connection.execute(_without_trash(), {"digests": digests})
     with os_errors("empty the trash"):
         for name in os.listdir(trash):
             (trash / name).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Delete, Insert, Select, Update, bindparam, delete, insert, literal, select, update
+from sqlalchemy import Connection, Delete, Insert, Select, Update, bindparam, delete, insert, select, update
 
 from cachedb import blobs
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, os_errors
@@ -142,7 +142,7 @@ def agrees(connection: Connection, directory: Path, image_id: int) -> bool:
     said = description(directory, contents)
     if not all(isinstance(error, InvalidManifest) for error in said.unreadable.values()):
         return True  # it may have been read before
-    row = connection.execute(select(*(getattr(Image, name) for name in _ATTRIBUTES)).where(Image.id == image_id)).one()
+    row = connection.execute(_attributes(), {"of": image_id}).one()
     layers = {blob.position: (blob.diff_id, blob.created_by) for blob in contents}
     return (
         row._asdict() == said.values
@@ -210,6 +210,17 @@ def _without_labels() -> Delete:
 
 
 @cache
+def _attributes() -> Select[*tuple[Any, ...]]:
+    return select(*(getattr(Image, name) for name in _ATTRIBUTES)).where(Image.id == bindparam("of"))
+
+
+@cache
+def _labels_of() -> Select[*tuple[Any, ...]]:
+    query = select(ImageLabel.key, ImageLabel.value).where(ImageLabel.image_id == bindparam("of"))
+    return query.order_by(ImageLabel.key)
+
+
+@cache
 def _new_labels() -> Insert:
     return insert(ImageLabel)
 
@@ -259,14 +270,10 @@ def _agreed(values: list[Any]) -> Any:  # noqa: ANN401
 
 def copy(connection: Connection, source_id: int, target_id: int) -> None:
     """Describe an image as another is that has the same manifest; its associations have been copied already."""
-    row = connection.execute(select(*(getattr(Image, name) for name in _ATTRIBUTES)).where(Image.id == source_id)).one()
-    connection.execute(update(Image).where(Image.id == target_id).values(row._asdict()))
-    connection.execute(_without_labels(), {"of": target_id})
-    query = select(literal(target_id), ImageLabel.key, ImageLabel.value).where(ImageLabel.image_id == source_id)
-    connection.execute(insert(ImageLabel).from_select(["image_id", "key", "value"], query))
+    row = connection.execute(_attributes(), {"of": source_id}).one()
+    write(connection, target_id, Description(row._asdict(), labels(connection, source_id), {}, {}))
 
 
 def labels(connection: Connection, image_id: int) -> dict[str, str]:
     """Return an image's labels, in the order of their keys."""
-    query = select(ImageLabel.key, ImageLabel.value).where(ImageLabel.image_id == image_id).order_by(ImageLabel.key)
-    return {row.key: row.value for row in connection.execute(query)}
+    return {row.key: row.value for row in connection.execute(_labels_of(), {"of": image_id})}

@@ -13,13 +13,15 @@ from sqlalchemy import (
     Connection,
     Delete,
     Insert,
+    Integer,
     Select,
+    Update,
     and_,
     bindparam,
+    case,
     delete,
     func,
     insert,
-    literal,
     or_,
     select,
     update,
@@ -38,7 +40,7 @@ from cachedb.errors import (
     StorageError,
     os_errors,
 )
-from cachedb.models import Blob, Image, ImageBlob
+from cachedb.models import Blob, Image, ImageBlob, UtcTime
 from cachedb.oci import (
     CONFIG_TYPES,
     DOCUMENT_LIMIT,
@@ -283,6 +285,49 @@ def _without_associations() -> Delete:
 
 
 @cache
+def _without_image() -> Delete:
+    return delete(Image).where(Image.id == bindparam("of"))
+
+
+@cache
+def _pointed_anew() -> Update:
+    manifest_id, now = bindparam("manifest_id", type_=Integer), bindparam("created_at", type_=UtcTime)
+    return (
+        update(Image)
+        .where(Image.id == bindparam("of"))
+        .values(
+            manifest_id=manifest_id,
+            media_type=bindparam("media_type"),
+            created_at=case((Image.manifest_id == manifest_id, Image.created_at), else_=now),
+            last_used_at=bindparam("last_used_at"),
+        )
+    )
+
+
+@cache
+def _copied_associations() -> Insert:
+    columns = [getattr(ImageBlob, name) for name in _ASSOCIATION]
+    target = bindparam("target", type_=Integer)
+    return insert(ImageBlob).from_select(
+        ["image_id", *_ASSOCIATION], select(target, *columns).where(ImageBlob.image_id == bindparam("of"))
+    )
+
+
+@cache
+def _blobs_of() -> Select[*tuple[Any, ...]]:
+    return select(ImageBlob.blob_id).where(ImageBlob.image_id == bindparam("of"))
+
+
+@cache
+def _waiting_for() -> Select[*tuple[Any, ...]]:
+    is_manifest = ImageBlob.role.in_(("manifest", "index"))
+    is_config = and_(ImageBlob.role == "config", ImageBlob.media_type.in_(CONFIG_TYPES))
+    joined = select(ImageBlob.image_id).join(Blob, Blob.id == ImageBlob.blob_id)
+    these = Blob.digest.in_(bindparam("digests", expanding=True))
+    return joined.where(these, ImageBlob.position > 0, or_(is_manifest, is_config))
+
+
+@cache
 def _blobs_with() -> Select[*tuple[Any, ...]]:
     columns = (Blob.digest, Blob.id, Blob.size, Blob.stored_at.is_not(None))
     return select(*columns).where(Blob.digest.in_(bindparam("digests", expanding=True)))
@@ -427,19 +472,7 @@ def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
     """Return the images that have one of these as a child manifest, or as a config."""
     found: set[int] = set()
     for part in blobs.batched(digests):
-        query = (
-            select(ImageBlob.image_id)
-            .join(Blob, Blob.id == ImageBlob.blob_id)
-            .where(
-                Blob.digest.in_(part),
-                ImageBlob.position > 0,
-                or_(
-                    ImageBlob.role.in_(("manifest", "index")),
-                    and_(ImageBlob.role == "config", ImageBlob.media_type.in_(CONFIG_TYPES)),
-                ),
-            )
-        )
-        found.update(connection.execute(query).scalars())
+        found.update(connection.execute(_waiting_for(), {"digests": part}).scalars())
     return sorted(found)
 
 
@@ -466,15 +499,13 @@ def save(connection: Connection, directory: Path, name: Name, digest: Digest, me
 def _point(connection: Connection, name: Name, manifest_id: int, media_type: str) -> tuple[int, bool]:
     """Make a name point to a manifest, with no associations left of another one; return the image's id, and if new."""
     now = datetime.now(UTC)
-    values = {"manifest_id": manifest_id, "media_type": media_type, "last_used_at": now}
+    values = {"manifest_id": manifest_id, "media_type": media_type, "created_at": now, "last_used_at": now}
     row = look_up(connection, name)
     if row is None:
-        image_id = connection.execute(_new_image(), {**name._asdict(), **values, "created_at": now}).scalar_one()
-        return int(image_id), True
+        return int(connection.execute(_new_image(), {**name._asdict(), **values}).scalar_one()), True
     if row.manifest_id != manifest_id:
-        values["created_at"] = now
-        connection.execute(delete(ImageBlob).where(ImageBlob.image_id == row.id))
-    connection.execute(update(Image).where(Image.id == row.id).values(values))
+        connection.execute(_without_associations(), {"of": row.id})
+    connection.execute(_pointed_anew(), {"of": row.id, **values})
     return int(row.id), False
 
 
@@ -622,10 +653,8 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     target_id, _ = _point(connection, target, image.manifest_id, image.media_type)
     if target_id == image.id:
         return target_id
-    connection.execute(delete(ImageBlob).where(ImageBlob.image_id == target_id))
-    columns = [getattr(ImageBlob, name) for name in _ASSOCIATION]
-    query = select(literal(target_id), *columns).where(ImageBlob.image_id == image.id)
-    connection.execute(insert(ImageBlob).from_select(["image_id", *_ASSOCIATION], query))
+    connection.execute(_without_associations(), {"of": target_id})
+    connection.execute(_copied_associations(), {"of": image.id, "target": target_id})
     configs.copy(connection, image.id, target_id)
     return target_id
 
@@ -674,9 +703,8 @@ def remove(connection: Connection, names: Iterable[Name]) -> set[int]:
     found = {find(connection, name, exact=True).id for name in names}
     touched: set[int] = set()
     for image_id in found:
-        query = select(ImageBlob.blob_id).where(ImageBlob.image_id == image_id)
-        touched.update(connection.execute(query).scalars())
-        connection.execute(delete(Image).where(Image.id == image_id))
+        touched.update(connection.execute(_blobs_of(), {"of": image_id}).scalars())
+        connection.execute(_without_image(), {"of": image_id})
     return touched
 
 

@@ -13,11 +13,12 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import Connection, delete, insert
+from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
 from cachedb import locks
 from cachedb.database import Database, sync_folder
@@ -122,13 +123,13 @@ class Session:
         if hold.digests:
             self._leased = True
             rows = [{"digest": digest, "session": hold.session, "hold": hold.number} for digest in hold.digests]
-            connection.execute(insert(Lease), rows)
+            connection.execute(_new_leases(), rows)
         return hold
 
     def release(self, connection: Connection, hold: Hold) -> None:
         """Let go of a hold; one that a parent process took is left to it."""
         if hold.session == self._id:
-            connection.execute(delete(Lease).where(Lease.session == hold.session, Lease.hold == hold.number))
+            connection.execute(_without_holds(), {"of": hold.session, "numbers": [hold.number]})
 
     def keep_until_saved(self, hold: Hold) -> None:
         """Keep a blob that was just stored until an image of this session is associated with it."""
@@ -146,7 +147,7 @@ class Session:
         # One that a parent process took is left to it, as `release` has it.
         numbers = [hold.number for hold in holds if hold.session == self._id]
         if numbers:
-            connection.execute(delete(Lease).where(Lease.session == self._id, Lease.hold.in_(numbers)))
+            connection.execute(_without_holds(), {"of": self._id, "numbers": numbers})
 
     def expect(self, digests: Iterable[Digest]) -> None:
         """Note what an image that this session has saved is still waiting for."""
@@ -175,6 +176,16 @@ class Session:
         finally:
             locks.release(self._lock)
             self.forked()
+
+
+@cache
+def _new_leases() -> Insert:
+    return insert(Lease)
+
+
+@cache
+def _without_holds() -> Delete:
+    return delete(Lease).where(Lease.session == bindparam("of"), Lease.hold.in_(bindparam("numbers", expanding=True)))
 
 
 def dead_sessions(directory: Path) -> Iterator[str]:
