@@ -49,8 +49,8 @@ MUTATIONS = [
     Mutation("what is referred to is not collected", "cachedb/collection.py", "    ~select(ImageBlob.blob_id).where(ImageBlob.blob_id == Blob.id).exists(),\n", "", "tests/test_collection.py"),
     Mutation("what was stored again is not moved to the trash", "cachedb/collection.py", "            again = stored(connection, digests)\n", "            again = {}\n", "tests/test_collection.py tests/test_interleavings.py"),
     Mutation("the removal from blobs/ is synced before the note of it goes", "cachedb/collection.py", "            for folder in {path.parent for path in paths.values()}:\n                sync_folder(folder)\n", "", POWER),
-    Mutation("a file is noted in the trash before it is unlinked", "cachedb/collection.py", '            connection.execute(insert(Trash), [{"digest": row.digest, "size": row.size} for row in files])\n', "            pass\n", "tests/test_collection.py"),
-    Mutation("the commit that forgets comes before the unlinking", "cachedb/collection.py", "        files = [row for row in connection.execute(statement).all() if row.stored_at is not None]\n", "        files = [row for row in connection.execute(statement).all() if row.stored_at is not None]\n        for row in files:\n            blob_path(__import__('pathlib').Path(connection.engine.url.database).parent, Digest(row.digest)).unlink(missing_ok=True)\n", "tests/test_crashes.py tests/test_interleavings.py"),
+    Mutation("a file is noted in the trash before it is unlinked", "cachedb/collection.py", '            connection.execute(_new_trash(), [{"digest": row.digest, "size": row.size} for row in files])\n', "            pass\n", "tests/test_collection.py"),
+    Mutation("the commit that forgets comes before the unlinking", "cachedb/collection.py", "        files = [row for row in rows if row.stored_at is not None]\n", "        files = [row for row in rows if row.stored_at is not None]\n        for row in files:\n            blob_path(__import__('pathlib').Path(connection.engine.url.database).parent, Digest(row.digest)).unlink(missing_ok=True)\n", "tests/test_crashes.py tests/test_interleavings.py"),
     Mutation("dead sessions' leases are swept", "cachedb/collection.py", "            holds.forget(connection, gone)\n", "            pass\n", "tests/test_collection.py tests/test_sessions.py"),
     Mutation("dead sessions' publications are taken back", "cachedb/collection.py", "                retract(database, folder, os.listdir(folder))\n", "", "tests/test_collection.py tests/test_crashes.py"),
     # Sessions
@@ -87,6 +87,7 @@ MUTATIONS = [
     Mutation("a move leaves what is bad in this cache", "cachedb/adopt.py", "if digest in self._new or _is_good(ours, digest):", "if True:", "tests/test_adopt.py"),
     Mutation("a move takes away what is stored and nothing else", "cachedb/adopt.py", "            stored = blobs.intact(connection, ours, self._old.paths)\n", "            stored = dict.fromkeys(self._old.paths)\n", "tests/test_adopt.py"),
     Mutation("a name that is taken meanwhile is not adopted", "cachedb/adopt.py", "        if self._is_settled(connection, image):  # by another process, meanwhile\n            return\n", "", "tests/test_adopt.py"),
+    Mutation("a blob that two parts read counts once", "cachedb/adopt.py", "counted = self._is_first(digest)\n", "counted = True\n", "tests/test_adopt.py"),
     # What callers see
     Mutation("what is imported and stored is held", "cachedb/blobs.py", "            return session.lease(connection, intact(connection, database.directory, there))\n", "            return Hold('', 0, frozenset(intact(connection, database.directory, there)))\n", "tests/test_cache.py tests/test_interleavings.py tests/test_sessions.py"),
     Mutation("a blob is leased until its image is saved", "cachedb/cache.py", "                        hold = self._session.lease(connection, [received.digest])\n", "                        pass\n", "tests/test_cache.py tests/test_sessions.py"),
@@ -94,7 +95,7 @@ MUTATIONS = [
     Mutation("one of many makes an image", "cachedb/producing.py", "        found = find()\n        if found is None:\n            making.add(path)\n", "        found = None\n        if found is None:\n            making.add(path)\n", "tests/test_producing.py"),
     Mutation("an export is synced before it has its name", "cachedb/export.py", "            os.fsync(file.fileno())\n", "            pass\n", "tests/test_export.py"),
     # Verification
-    Mutation("an interrupt stops the threads", "cachedb/parallel.py", "            stopped.set()\n", "", "tests/test_verify.py"),
+    Mutation("an interrupt stops the threads", "cachedb/parallel.py", "            stopped.set()\n", "", "tests/test_parallel.py tests/test_verify.py"),
     Mutation("what was found without the lock is looked at again", "cachedb/verify.py", "            if content and (status is None or content.file != _identity(status)):\n", "            if False:\n", "tests/test_verify.py"),
     Mutation("what is being collected is no orphan", "cachedb/verify.py", "        passing.update(map(Digest, connection.execute(leaving).scalars()))\n", "", "tests/test_verify.py"),
     Mutation("a damaged file is kept in quarantine/", "cachedb/verify.py", "        os.link(path, kept)\n", "", "tests/test_verify.py tests/test_crashes.py"),

@@ -15,6 +15,7 @@ import pytest
 
 import cachedb
 from cachedb.models import REVISION
+from tests.mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +36,11 @@ def test_every_error_is_under_one_root_and_drawn_in_the_tree() -> None:
         assert issubclass(getattr(errors, name), cachedb.CacheError)
         assert name in errors.__doc__
         assert name in cachedb.__all__
+
+
+def test_every_line_that_a_mutation_takes_out_is_there_once() -> None:
+    lines = {mutation: (ROOT / mutation.file).read_text().count(mutation.line) for mutation in MUTATIONS}
+    assert {mutation.what: count for mutation, count in lines.items() if count != 1} == {}
 
 
 @pytest.fixture(scope="module")
