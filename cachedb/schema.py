@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import Connection, create_engine, delete, func, select, update
 from sqlalchemy.exc import IntegrityError, SAWarning
 
-from cachedb import backups, configs
+from cachedb import backups, configs, producing
 from cachedb.database import Database, has_blobs, is_compatible, is_empty, lost, mismatch, read_oldest, read_revision
 from cachedb.errors import (
     CacheError,
@@ -151,7 +151,15 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
             return
     if revision is not None and not upgrade:
         raise mismatch(database.directory, revision)
-    migrate(database)
+
+    def find() -> str | None:
+        found = database.revision()
+        return found if found == REVISION else None
+
+    # Of many that come at once the first does it, and the others hold up nobody who writes by then.
+    with producing.once(database.directory, "schema", find) as found:
+        if found is None:
+            migrate(database)
     if upgrade:
         backfill(database)
 
@@ -311,6 +319,7 @@ def check(directory: Path) -> list[Drift]:
         NotInCache: if there is no cache.
         SchemaMismatch: if it has not the schema of this release.
     """
+    from alembic import command
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
@@ -331,7 +340,7 @@ def check(directory: Path) -> list[Drift]:
         database.close()
     engine = create_engine("sqlite://")
     with engine.begin() as connection:
-        _run(connection, REVISION)
+        _run(command.upgrade, connection, REVISION)
         expected, stated = _objects(connection), read_oldest(connection)
     engine.dispose()
     for kind, name in sorted(expected.keys() | there.keys()):
@@ -448,6 +457,9 @@ def migrate(
 
     What the migrations leave to be done in batches is left.
     """
+    from alembic import command  # now, and not under the lock
+
+    change = command.downgrade if down else command.upgrade
     backup: Path | None = None
 
     def before(connection: sqlite3.Connection) -> None:
@@ -474,7 +486,7 @@ def migrate(
             if found is not None and len(rows := _versions(connection)) > 1:
                 raise SchemaMismatch(f"the table alembic_version has {len(rows)} rows: delete those that are wrong")
             broken = Counter(_broken(connection))
-            _run(connection, target, progress, down=down)
+            _run(change, connection, target, progress)
             if new := Counter(_broken(connection)) - broken:
                 raise DamagedIndex(f"the schema was not changed: {new.total()} rows would refer to none: {min(new)}")
         except BaseException as error:
@@ -505,12 +517,12 @@ def _broken(connection: Connection) -> Iterator[str]:
         yield f"{table} {row} to {parent}"
 
 
-def _run(connection: Connection, target: str, progress: Progress | None = None, *, down: bool = False) -> None:
-    from alembic import command
-
+def _run(
+    change: Callable[[Config, str], None], connection: Connection, target: str, progress: Progress | None = None
+) -> None:
     config = alembic_config()
     config.attributes.update(connection=connection, progress=progress)
-    (command.downgrade if down else command.upgrade)(config, target)
+    change(config, target)
 
 
 def _revision_of(connection: sqlite3.Connection) -> str | None:
