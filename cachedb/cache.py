@@ -745,11 +745,15 @@ class Cache:
 
             size = self.get_blob_size(info.digest)
             root = Descriptor(info.digest, size, info.media_type, oci.role_of(info.media_type))
-            closure = list(oci.walk(root, read))
+            here = {blob.digest for blob in held}
+            closure = list(oci.walk(root, read, oci.among(here)))
+            made: dict[Digest, bytes] = {}
             if platform is not None or format == "docker-archive":
                 root = export.choose_platform(parsed, root, manifests, self.get_blob, platform)
-                closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
-            files = export.entries(parsed, root, format, manifests, closure)
+            else:
+                root, made = export.without_absent(root, manifests, here)
+            closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
+            files = export.entries(parsed, root, format, manifests, closure, made)
             add = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
             if format != "oci-dir":
                 export.write_tar(self.directory, files, path, add)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
-import platform
 import secrets
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -27,12 +27,11 @@ from cachedb.oci import Descriptor
 from cachedb.parallel import Advance
 from cachedb.reference import Digest, Name, shorten, split_digest
 
-__all__ = ["FORMATS", "Entry", "choose_platform", "entries", "write_folder", "write_tar"]
+__all__ = ["FORMATS", "Entry", "choose_platform", "entries", "without_absent", "write_folder", "write_tar"]
 
 FORMATS: Final = ("docker", "docker-archive", "oci-archive", "oci-dir")
 """What an image can be exported as; the first, the default, is an OCI archive that `docker load` takes too."""
 
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # the kernel's words in Go's, which images use
 _COPY = 16 * 1024 * 1024  # bytes handed to the kernel at a time, between two calls of the progress
 
 
@@ -45,7 +44,12 @@ class Entry(NamedTuple):
 
 
 def entries(
-    name: Name, root: Descriptor, format: str, manifests: dict[Digest, bytes], closure: Iterable[Descriptor]
+    name: Name,
+    root: Descriptor,
+    format: str,
+    manifests: dict[Digest, bytes],
+    closure: Iterable[Descriptor],
+    made: Mapping[Digest, bytes],
 ) -> list[Entry]:
     """Return the files that an export consists of, in their order.
 
@@ -55,10 +59,13 @@ def entries(
         format: one of `FORMATS`.
         manifests: the bytes of the manifests and indexes of the closure, by digest.
         closure: all that is exported.
+        made: what of it is not in the cache, for `without_absent` made it.
     """
     if name.digest:
         name = Name(name.repository, root.digest)  # one platform has another digest than the index it is from
-    blobs = {blob.digest: Entry(layout_path(blob.digest), blob.size, blob.digest) for blob in closure}
+    blobs = {
+        blob.digest: Entry(layout_path(blob.digest), blob.size, made.get(blob.digest, blob.digest)) for blob in closure
+    }
     if format == "docker-archive":
         config, *layers = oci.descriptors(manifests[root.digest], root.media_type)
         config_path = f"{split_digest(config.digest)[1]}.json"
@@ -73,7 +80,8 @@ def entries(
         config, *layers = oci.descriptors(manifests[image.digest], image.media_type)
         found.append(_manifest_json(name, layout_path(config.digest), [layout_path(layer.digest) for layer in layers]))
     # Small documents first: a reader of a stream knows early what it has.
-    return found + sorted(blobs.values(), key=lambda entry: (entry.content not in manifests, entry.path))
+    documents = {layout_path(digest) for digest in manifests}
+    return found + sorted(blobs.values(), key=lambda entry: (entry.path not in documents, entry.path))
 
 
 def _json(path: str, document: object) -> Entry:
@@ -105,6 +113,34 @@ def _index(name: Name, root: Descriptor) -> dict[str, Any]:
             }
         ],
     }
+
+
+def without_absent(
+    root: Descriptor, manifests: dict[Digest, bytes], here: Container[Digest]
+) -> tuple[Descriptor, dict[Digest, bytes]]:
+    """Return an index that names what is here and no more, and what was made for it; as it is, if all of it is here.
+
+    Args:
+        root: the index, or a manifest.
+        manifests: the bytes of the manifests and indexes of the closure; what is made is put among them.
+        here: what the image has in the cache.
+    """
+    if root.role != "index":
+        return root, {}
+    made: dict[Digest, bytes] = {}
+    entries, document = [], oci.load_json(manifests[root.digest], "the index")
+    for entry in document["manifests"]:
+        child = oci.child(entry, "the index")
+        if child.digest in here:
+            new, more = without_absent(child, manifests, here)
+            made |= more
+            entries.append({**entry, "digest": new.digest, "size": new.size})
+    if entries == document["manifests"]:
+        return root, {}
+    data = json.dumps({**document, "manifests": entries}, separators=(",", ":")).encode()
+    digest = Digest(f"sha256:{hashlib.sha256(data).hexdigest()}")
+    made[digest] = manifests[digest] = data
+    return root._replace(digest=digest, size=len(data)), made
 
 
 def _platforms(root: Descriptor, manifests: dict[Digest, bytes]) -> list[Descriptor]:
@@ -148,12 +184,10 @@ def choose_platform(
     images = _platforms(root, manifests)
     if wanted is None and len(images) == 1:
         return images[0]
-    machine = platform.machine().lower()
-    asked = wanted or f"linux/{_ARCHITECTURES.get(machine, machine)}"
+    asked = wanted or oci.host_platform()
     there = {image: image.platform or _platform_of_config(image, manifests, read) for image in images}
     for image, label in there.items():
-        # The variant may be left out, and v8 is arm64's own.
-        if f"{label}/".startswith(f"{asked.removesuffix('/v8')}/"):
+        if oci.is_for(label, asked):
             return image
     known = ", ".join(sorted(there.values()))
     raise NotInCache(f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform")

@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.dml import ReturningInsert
 
-from cachedb import blobs, configs
+from cachedb import blobs, configs, oci
 from cachedb.database import Database
 from cachedb.errors import (
     CacheError,
@@ -49,7 +49,6 @@ from cachedb.oci import (
     is_compressed,
     manifest_media_type,
     role_of,
-    walk,
 )
 from cachedb.reference import Digest, Name
 from cachedb.sessions import Hold, Session
@@ -82,6 +81,9 @@ __all__ = [
 
 
 T = TypeVar("T")
+
+Choice = Callable[[list[Descriptor]], list[Descriptor]]
+"""Returns those of an index's children that are in an image's closure."""
 
 _ASSOCIATION = ("position", "blob_id", "role", "media_type", "diff_id", "created_by")
 
@@ -434,13 +436,17 @@ def associate_waiting(connection: Connection, directory: Path, digests: list[Dig
 
 
 def reassociate(connection: Connection, directory: Path, image_id: int) -> None:
-    """Associate an image anew with the closure of its manifest, as far as that is stored."""
+    """Associate an image anew with the closure of its manifest, as far as that is stored.
+
+    Of an index, those platforms are in it that were before; all of them if none was.
+    """
     said = root_of(connection, image_id)
     root = _as_it_is(connection, directory, said)
     if root != said:
         connection.execute(update(Image).where(Image.id == image_id).values(media_type=root.media_type))
     known: dict[Digest, _BlobRow] = {}
-    found = closure(connection, directory, root, strict=False, known=known)
+    there = {blob.digest for blob in configs.associations(connection, image_id)}
+    found = closure(connection, directory, root, oci.among(there), strict=False, known=known)
     _complete(connection, found, known, strict=False)
     _associate(connection, directory, image_id, found, known)
 
@@ -476,10 +482,20 @@ def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
     return sorted(found)
 
 
-def save(connection: Connection, directory: Path, name: Name, digest: Digest, media_type: str) -> int:
+def save(
+    connection: Connection, directory: Path, name: Name, digest: Digest, media_type: str, choose: Choice | None = None
+) -> int:
     """Point a name to a stored manifest or index and associate its closure; return the image's id.
 
     What the name pointed to before is let go. Blobs that were attached to the same manifest stay attached.
+
+    Args:
+        connection: in a write transaction.
+        directory: of the cache.
+        name: of the image.
+        digest: of the manifest.
+        media_type: of the manifest.
+        choose: returns those of an index's children that are in the closure; all of them unless given.
 
     Raises:
         InvalidName: if the name is by another digest; nothing is written then.
@@ -489,7 +505,7 @@ def save(connection: Connection, directory: Path, name: Name, digest: Digest, me
         raise InvalidName(f"{name} cannot be the name of {digest}: its digest is another")
     known = _rows(connection, [digest])
     root = Descriptor(digest, known[digest].size, media_type, role_of(media_type))
-    found = closure(connection, directory, root, known=known)
+    found = closure(connection, directory, root, choose, known=known)
     _complete(connection, found, known)
     image_id, new = _point(connection, name, known[digest].id, media_type)
     _associate(connection, directory, image_id, found, known, new=new)
@@ -513,6 +529,7 @@ def closure(
     connection: Connection,
     directory: Path,
     root: Descriptor,
+    choose: Choice | None = None,
     *,
     strict: bool = True,
     known: dict[Digest, _BlobRow] | None = None,
@@ -550,7 +567,7 @@ def closure(
             return None
         return data
 
-    return list(walk(root, read))
+    return list(oci.walk(root, read, choose))
 
 
 def _rows(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, _BlobRow]:

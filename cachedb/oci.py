@@ -7,8 +7,9 @@ manifest version 2, schema 2. Everything here comes from strangers, so it is che
 from __future__ import annotations
 
 import json
+import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import compress
 from typing import Any, Final, NamedTuple
@@ -19,10 +20,14 @@ from cachedb.reference import Digest, parse_digest, shorten
 __all__ = [
     "Descriptor",
     "ImageConfig",
+    "among",
     "build_manifest",
     "child",
+    "choose",
     "descriptors",
+    "host_platform",
     "is_compressed",
+    "is_for",
     "load_json",
     "manifest_media_type",
     "parse_config",
@@ -54,6 +59,7 @@ CONFIG_LIMIT: Final = 256 * 1024
 Of each, in the config's order, what does not fit beside what came before it is left out.
 """
 
+_ARCHITECTURES = {"x86_64": "amd64", "i686": "386", "aarch64": "arm64", "armv7l": "arm/v7", "armv6l": "arm/v6"}
 _SIZE_LIMIT = 16 * 1024**4  # bytes: no file is larger, and the sizes of all that an image names can be summed
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,20})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)  # RFC 3339, 5.6
@@ -209,22 +215,44 @@ def child(value: object, what: str) -> Descriptor:
     return child._replace(role=role_of(child.media_type), platform=platform_label(value.get("platform")))
 
 
-def platform_label(platform: object) -> str | None:
+def platform_label(said: object) -> str | None:
     """Return ``os/architecture[/variant]`` of an index's platform, or of a config, which has the same fields."""
-    if not isinstance(platform, dict):
+    if not isinstance(said, dict):
         return None
-    parts = [platform.get(key) or "" for key in ("os", "architecture", "variant")]
+    parts = [said.get(key) or "" for key in ("os", "architecture", "variant")]
     if not all(isinstance(part, str) and _PLATFORM_PART.fullmatch(part) for part in parts):
         return None
     return "/".join(part for part in parts if part) or None
 
 
-def walk(root: Descriptor, read: Callable[[Descriptor], bytes | None]) -> Iterator[Descriptor]:
+def host_platform() -> str:
+    """Return the host's platform in the words of images, which are Go's."""
+    machine = platform.machine().lower()
+    return f"linux/{_ARCHITECTURES.get(machine, machine)}"
+
+
+def is_for(label: str | None, wanted: str) -> bool:
+    """Say whether a platform is the one asked for; the variant may be left out, and v8 is arm64's own."""
+    return f"{label}/".startswith(f"{wanted.removesuffix('/v8')}/")
+
+
+def choose(children: list[Descriptor], wanted: str) -> list[Descriptor]:
+    """Return the first of an index's children that is for a platform; if none is, those that do not say what for."""
+    first = next((child for child in children if is_for(child.platform, wanted)), None)
+    return [child for child in children if child is first or (first is None and child.platform is None)]
+
+
+def walk(
+    root: Descriptor,
+    read: Callable[[Descriptor], bytes | None],
+    choose: Callable[[list[Descriptor]], list[Descriptor]] | None = None,
+) -> Iterator[Descriptor]:
     """Yield the closure of a manifest or index: itself, then all it reaches, each manifest once expanded.
 
     Args:
         root: the manifest to begin with.
         read: returns a manifest's bytes, or None where they are not at hand; what it names is then left out.
+        choose: returns those of an index's children that are wanted; all of them unless given.
 
     Raises:
         InvalidManifest: if one of the manifests is not what its media type says.
@@ -240,7 +268,13 @@ def walk(root: Descriptor, read: Callable[[Descriptor], bytes | None]) -> Iterat
         if data is not None:
             what = f"manifest {blob.digest}"
             manifest_media_type(data, blob.media_type)
-            stack.extend(reversed(descriptors(data, blob.media_type, what)))
+            named = descriptors(data, blob.media_type, what)
+            stack.extend(reversed(choose(named) if choose and blob.role == "index" else named))
+
+
+def among(digests: Container[Digest]) -> Callable[[list[Descriptor]], list[Descriptor]]:
+    """Return a choice for `walk`: of an index's children those that are among the digests, or all if none is."""
+    return lambda children: [child for child in children if child.digest in digests] or children
 
 
 def parse_config(data: bytes, text_limit: int) -> ImageConfig:

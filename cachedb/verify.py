@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from cachedb import collection, configs, images, rebuild
+from cachedb import collection, configs, images, oci, rebuild
 from cachedb.blobs import CHUNK, Received, batched, blob_path, on_disk, set_stored, stored
 from cachedb.database import Database, quarantine_path, sync_folder
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
@@ -336,17 +336,18 @@ def _contradictions(connection: Connection, directory: Path, image_id: int, bad:
         return Problem("index", digest, blob_path(directory, digest), f"{image}: {detail}", None)
 
     problems = []
+    contents = images.image_blobs(connection, directory, image_id)
+    choose = oci.among({blob.digest for blob in contents})
     try:
-        closure = images.closure(connection, directory, root)
+        closure = images.closure(connection, directory, root, choose)
     except NotInCache:
         return []  # its file is missing, or was collected since
     except InvalidManifest as error:
         problems.append(problem(root.digest, str(error)))
         try:
-            closure = images.closure(connection, directory, root, strict=False)
+            closure = images.closure(connection, directory, root, choose, strict=False)
         except CacheError:
             return problems
-    contents = images.image_blobs(connection, directory, image_id)
     said = [(blob.digest, blob.role, blob.media_type) for blob in contents[: len(closure)]]
     if said != [(blob.digest, blob.role, blob.media_type) for blob in closure]:
         problems.append(problem(root.digest, "it is not associated with the blobs that its manifest names"))
