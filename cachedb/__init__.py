@@ -27,6 +27,8 @@ from cachedb.errors import (
     InvalidRevision,
     NotACache,
     NotInCache,
+    RegistryError,
+    RegistryUnavailable,
     SchemaMismatch,
     StorageError,
 )
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from cachedb.collection import Collected
     from cachedb.holds import HoldInfo
     from cachedb.images import BlobInfo, ImageInfo
+    from cachedb.pull import Pulled
     from cachedb.reference import Digest, Name
     from cachedb.verify import Problem, Verification
 
@@ -64,6 +67,9 @@ __all__ = [
     "NotACache",
     "NotInCache",
     "Problem",
+    "Pulled",
+    "RegistryError",
+    "RegistryUnavailable",
     "SchemaMismatch",
     "Stats",
     "StorageError",
@@ -83,6 +89,7 @@ _HOMES = {
     "LeftOut": "cachedb.adopt",
     "Name": "cachedb.reference",
     "Problem": "cachedb.verify",
+    "Pulled": "cachedb.pull",
     "Stats": "cachedb.cache",
     "Verification": "cachedb.verify",
 }

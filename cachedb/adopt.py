@@ -43,7 +43,7 @@ from cachedb.errors import (
 from cachedb.images import ImageInfo
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, Progress, in_threads, summed
-from cachedb.reference import Digest, Name, parse_digest, shorten, split_digest
+from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 from cachedb.sessions import Hold, Session
 
 __all__ = ["HOWS", "KINDS", "Adoption", "LeftOut", "adopt"]
@@ -192,7 +192,7 @@ class _OldCache:
         found = {}
         for path in self.manifests.values():
             with suppress(CacheError):
-                found[_digest_of(_read(path))] = path
+                found[digest_of(_read(path))] = path
         return found
 
     def child(self, blob: Descriptor) -> bytes | None:
@@ -203,7 +203,7 @@ class _OldCache:
         self.paths[blob.digest] = path
         with suppress(CacheError):
             data = _read(path)
-            if _digest_of(data, blob.digest) == blob.digest:
+            if digest_of(data, blob.digest) == blob.digest:
                 oci.descriptors(data, oci.manifest_media_type(data, blob.media_type))
                 return data
         return None
@@ -217,7 +217,7 @@ class _OldCache:
             InvalidManifest: if it is no manifest.
         """
         data = _read(self.manifests[name])
-        digest = _digest_of(data, name.digest)
+        digest = digest_of(data, name.digest)
         if name.digest not in (None, digest):
             raise DigestMismatch(f"the manifest should have digest {name.digest}, and has {digest}")
         media_type = oci.manifest_media_type(data)
@@ -504,12 +504,6 @@ def _read(path: Path, limit: int = DOCUMENT_LIMIT) -> bytes:
             raise InvalidManifest(f"it is {size} bytes; more than {limit} are refused")
         with _reading():
             return os.pread(file, size, 0)
-
-
-def _digest_of(data: bytes, like: Digest | None = None) -> Digest:
-    """Return content's digest, by the algorithm of another one."""
-    algorithm = split_digest(like)[0] if like else "sha256"
-    return Digest(f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
 
 
 def _is_good(directory: Path, digest: Digest) -> bool:

@@ -88,6 +88,7 @@ def receive(
     algorithm: str = "sha256",
     write: bool = True,
     also: Hasher | None = None,
+    partial: Path | None = None,
     progress: Advance | None = None,
     what: str = "the content",
 ) -> Received:
@@ -101,6 +102,7 @@ def receive(
         algorithm: to compute the digest with, if none is known.
         write: False to verify only: the cache has the blob, and a lease on it.
         also: is shown every chunk as well.
+        partial: a file that has what came of it before, which ``source`` goes on from; it is kept if that is cut off.
         progress: is told of every chunk.
         what: how to call the blob in an error.
 
@@ -110,12 +112,14 @@ def receive(
     """
     hasher = hashlib.new(split_digest(digest)[0] if digest else algorithm)
     hashers: list[Hasher] = [hasher, also] if also else [hasher]
-    path = session.new_path() if write else None
+    path = (partial or session.new_path()) if write else None
     try:
         with os_errors("write to the cache"):
-            target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) if path else None
+            target = os.open(path, os.O_RDWR | os.O_CREAT | (0 if partial else os.O_EXCL), 0o600) if path else None
         try:
-            length = _copy(source, target, hashers, size, progress)
+            begun = _hash(target, hashers) if partial and target is not None else 0
+            rest = None if size is None else size - begun
+            length = begun + _copy(source, target, hashers, rest, progress)
             if size is not None and length != size:
                 more = "more" if length > size else f"{length} bytes"
                 raise DigestMismatch(f"{what} should be {size} bytes, and is {more}")
@@ -134,9 +138,21 @@ def receive(
         with os_errors("write to the cache"):
             path.rename(named)
         return Received(actual, length, named)
-    except BaseException:
-        discard(path)
+    except BaseException as error:
+        if partial is None or isinstance(error, DigestMismatch):
+            discard(path)
         raise
+
+
+def _hash(file: int, hashers: Sequence[Hasher]) -> int:
+    """Show the hashers what a file has; return how many bytes that is, and leave the file at its end."""
+    buffer, length = memoryview(bytearray(CHUNK)), 0
+    with os_errors("read from the cache"):
+        while count := os.readv(file, [buffer]):
+            length += count
+            for hasher in hashers:
+                hasher.update(buffer[:count])
+    return length
 
 
 def discard(path: Path | None) -> None:

@@ -6,7 +6,7 @@ import errno
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
@@ -29,6 +29,7 @@ from cachedb.sessions import NO_HOLD, Hold, Session
 if TYPE_CHECKING:
     from cachedb import archive
     from cachedb.adopt import Adoption
+    from cachedb.pull import Pulled
     from cachedb.verify import Verification
 
 __all__ = ["Cache", "Progress", "Stats"]
@@ -606,6 +607,61 @@ class Cache:
         if how not in HOWS:
             raise CacheError(f"{shorten(how)} is not a way to adopt: use one of {', '.join(HOWS)}")
         return adopt(self._database, self._session, Path(directory).absolute(), how=how, progress=progress)
+
+    # Registries
+
+    def pull(
+        self,
+        name: str | Name,
+        *,
+        platform: str | None = None,
+        all_platforms: bool = False,
+        if_missing: bool = False,
+        allow_stale: bool = False,
+        plain_http: bool | None = None,
+        authfile: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Pulled:
+        """Bring an image from its registry: what is not here of it, verified, and resumed where it was cut off.
+
+        It appears in one transaction when it is complete. Of several processes that want the same image, or images
+        that share layers, one downloads what the others wait for.
+
+        Args:
+            name: of the image; where it is on the wire is as Docker has it, and the name is kept as it is given.
+            platform: ``os/architecture[/variant]``; the host's unless given. An index is kept whole, and what it names
+                for other platforms is not part of the image until it is pulled.
+            all_platforms: bring all that an index names.
+            if_missing: ask no registry if the image is here and complete, whatever its tag points to by now.
+            allow_stale: where no registry can be reached, take the image that is here.
+            plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
+            authfile: to take credentials from, instead of the files that podman and Docker keep.
+            progress: is told how far the download is.
+
+        Raises:
+            RegistryError: if it cannot be had.
+            NotInCache: if it is not for that platform.
+            InvalidManifest: if a manifest of it is invalid.
+            DigestMismatch: if what comes has another digest or size than it should.
+        """
+        from cachedb.pull import pull
+        from cachedb.registry import Repository, mirrors, place
+
+        parsed = Name.parse(name)
+        places = [*mirrors(parsed), place(parsed, plain_http=plain_http)]
+        with ExitStack() as opened:
+            repositories = [opened.enter_context(closing(Repository(where, authfile=authfile))) for where in places]
+            return pull(
+                self._database,
+                self._session,
+                parsed,
+                repositories,
+                platform=platform,
+                all_platforms=all_platforms,
+                if_missing=if_missing,
+                allow_stale=allow_stale,
+                progress=progress,
+            )
 
     # Archives
 

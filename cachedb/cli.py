@@ -344,6 +344,61 @@ def import_(source: str, name: str | None, form: str, quiet: bool) -> None:
 
 
 @cli.command(
+    epilog=_examples(
+        "cachedb pull alpine:3.20",
+        "cachedb pull --platform linux/arm64 ghcr.io/team/app:1",
+        "cachedb pull --if-missing registry.example.org:5000/team/app:1",
+    )
+)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_Name())
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Of an image that has several.  [default: the host's]")
+@click.option("--all-platforms", is_flag=True, help="Bring all platforms of an image.")
+@click.option("--if-missing", is_flag=True, help="Ask no registry for an image that is here and complete.")
+@click.option("--allow-stale", is_flag=True, help="If the registry cannot be reached, take the image that is here.")
+@click.option("--plain-http/--tls", "plain_http", default=None, help="Speak HTTP, or HTTPS with this host too.")
+@click.option("--authfile", type=click.Path(), help="Credentials.  [default: as podman and Docker keep them]")
+@_format
+@_quiet("the images' names")
+def pull(
+    names: tuple[str, ...],
+    platform: str | None,
+    all_platforms: bool,
+    if_missing: bool,
+    allow_stale: bool,
+    plain_http: bool | None,
+    authfile: str | None,
+    form: str,
+    quiet: bool,
+) -> None:
+    """Bring images from their registries: what is not here of them.
+
+    A NAME without a registry is Docker Hub's, as Docker has it; with localhost HTTP is spoken. The image keeps the name
+    as it is given. Of an image for several platforms the host's is brought, and another when it is asked for.
+    CACHEDB_MIRRORS="REGISTRY=[http://]HOST[:PORT][/PREFIX] ..." says where to look first.
+    """
+    if platform and all_platforms:
+        raise click.UsageError("--platform and --all-platforms exclude each other")
+    found = []
+    with _opened() as cache:
+        for name in names:
+            with _progress(f"pulling {name}", quiet=quiet) as progress:
+                pulled = cache.pull(
+                    name,
+                    platform=platform,
+                    all_platforms=all_platforms,
+                    if_missing=if_missing,
+                    allow_stale=allow_stale,
+                    plain_http=plain_http,
+                    authfile=authfile,
+                    progress=progress,
+                )
+            found.append(pulled.image)
+            if pulled.stale:
+                click.echo(f"cachedb: {name} may be out of date: {_printable(pulled.stale)}", err=True)
+    _print_images(found, form, quiet=quiet)
+
+
+@cli.command(
     epilog=_examples("cachedb adopt ~/old/.cache", "cachedb adopt --link ~/old/.cache", "cachedb adopt --move .cache")
 )
 @click.argument("directory", metavar="DIR", type=click.Path())

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Delete, Insert, Select, bindparam, delete, func, insert, select
 from sqlalchemy.sql.dml import ReturningDelete
 
-from cachedb import holds, producing
+from cachedb import holds, partial, producing
 from cachedb.blobs import BATCH, batched, blob_path, retract, stored
 from cachedb.database import Database, sync_folder
 from cachedb.errors import os_errors
@@ -96,6 +96,7 @@ def collect(database: Database, *, batch: int = BATCH) -> Iterator[Collected]:
     The candidates are found without the lock; each is looked at again under it, by the same condition.
     """
     recover(database)
+    partial.sweep(database.directory)
     with database.read() as connection:
         candidates = list(connection.execute(select(Blob.id).where(*_UNREFERENCED)).scalars())
     for start in range(0, len(candidates), batch):

@@ -9,6 +9,8 @@ CacheError
 ├── DigestMismatch       content differs from the digest or size it was said to have
 ├── IncompleteImage      a blob that the operation needs is not stored
 ├── NotACache            the directory is not a cache and cannot become one
+├── RegistryError        a registry, or the way to it, failed or refused
+│   └── RegistryUnavailable  it cannot be reached now, or is overloaded: another time it may do
 ├── SchemaMismatch       the index has another schema than this release works with
 │   └── InvalidRevision  a revision that was asked for is none
 └── StorageError         the operating system or SQLite could not do what was asked
@@ -35,6 +37,8 @@ __all__ = [
     "InvalidRevision",
     "NotACache",
     "NotInCache",
+    "RegistryError",
+    "RegistryUnavailable",
     "SchemaMismatch",
     "StorageError",
 ]
@@ -74,6 +78,14 @@ class IncompleteImage(CacheError):
 
 class NotACache(CacheError):
     """The directory is not a cache and cannot become one."""
+
+
+class RegistryError(CacheError):
+    """A registry, or the way to it, failed or refused."""
+
+
+class RegistryUnavailable(RegistryError):
+    """A registry cannot be reached now, or is overloaded: another time it may do."""
 
 
 class SchemaMismatch(CacheError):

@@ -151,6 +151,7 @@ class SavedImage(NamedTuple):
     media_type: str
     created_at: datetime  # UTC
     last_used_at: datetime  # UTC
+    some_platforms: int | None  # 1 if not all of its index's are in its closure
     contents: list[Descriptor]  # in the order of their positions
 
 
@@ -300,6 +301,7 @@ def _pointed_anew() -> Update:
         .values(
             manifest_id=manifest_id,
             media_type=bindparam("media_type"),
+            some_platforms=bindparam("some_platforms"),
             created_at=case((Image.manifest_id == manifest_id, Image.created_at), else_=now),
             last_used_at=bindparam("last_used_at"),
         )
@@ -438,17 +440,25 @@ def associate_waiting(connection: Connection, directory: Path, digests: list[Dig
 def reassociate(connection: Connection, directory: Path, image_id: int) -> None:
     """Associate an image anew with the closure of its manifest, as far as that is stored.
 
-    Of an index, those platforms are in it that were before; all of them if none was.
+    Of an index, those platforms are in it that were before, where not all of them are.
     """
     said = root_of(connection, image_id)
     root = _as_it_is(connection, directory, said)
     if root != said:
         connection.execute(update(Image).where(Image.id == image_id).values(media_type=root.media_type))
     known: dict[Digest, _BlobRow] = {}
-    there = {blob.digest for blob in configs.associations(connection, image_id)}
-    found = closure(connection, directory, root, oci.among(there), strict=False, known=known)
+    choose = choice(connection, image_id)
+    found = closure(connection, directory, root, choose, strict=False, known=known)
     _complete(connection, found, known, strict=False)
     _associate(connection, directory, image_id, found, known)
+
+
+def choice(connection: Connection, image_id: int) -> Choice | None:
+    """Return what chooses those children of an index that are in an image's closure; None if all are."""
+    query = select(Image.some_platforms).where(Image.id == image_id)
+    if connection.execute(query).scalar_one() is None:
+        return None
+    return oci.among({blob.digest for blob in configs.associations(connection, image_id)})
 
 
 def _as_it_is(connection: Connection, directory: Path, root: Descriptor) -> Descriptor:
@@ -507,15 +517,23 @@ def save(
     root = Descriptor(digest, known[digest].size, media_type, role_of(media_type))
     found = closure(connection, directory, root, choose, known=known)
     _complete(connection, found, known)
-    image_id, new = _point(connection, name, known[digest].id, media_type)
+    image_id, new = _point(connection, name, known[digest].id, media_type, 1 if choose else None)
     _associate(connection, directory, image_id, found, known, new=new)
     return image_id
 
 
-def _point(connection: Connection, name: Name, manifest_id: int, media_type: str) -> tuple[int, bool]:
+def _point(
+    connection: Connection, name: Name, manifest_id: int, media_type: str, some_platforms: int | None
+) -> tuple[int, bool]:
     """Make a name point to a manifest, with no associations left of another one; return the image's id, and if new."""
     now = datetime.now(UTC)
-    values = {"manifest_id": manifest_id, "media_type": media_type, "created_at": now, "last_used_at": now}
+    values = {
+        "manifest_id": manifest_id,
+        "media_type": media_type,
+        "some_platforms": some_platforms,
+        "created_at": now,
+        "last_used_at": now,
+    }
     row = look_up(connection, name)
     if row is None:
         return int(connection.execute(_new_image(), {**name._asdict(), **values}).scalar_one()), True
@@ -644,6 +662,7 @@ def restore(connection: Connection, directory: Path, name: Name, saved: SavedIma
         **name._asdict(),
         "manifest_id": known[saved.digest].id,
         "media_type": saved.media_type,
+        "some_platforms": saved.some_platforms,
         "created_at": saved.created_at,
         "last_used_at": saved.last_used_at,
     }
@@ -667,7 +686,9 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     image = find(connection, source)
     if target.digest not in (None, image.digest):
         raise InvalidName(f"{target} cannot be a name of {source}: its digest is {image.digest}")
-    target_id, _ = _point(connection, target, image.manifest_id, image.media_type)
+    query = select(Image.some_platforms).where(Image.id == image.id)
+    some_platforms = connection.execute(query).scalar_one()
+    target_id, _ = _point(connection, target, image.manifest_id, image.media_type, some_platforms)
     if target_id == image.id:
         return target_id
     connection.execute(_without_associations(), {"of": target_id})

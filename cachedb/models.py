@@ -43,7 +43,7 @@ __all__ = [
     "UtcTime",
 ]
 
-REVISION = "0003"
+REVISION = "0004"
 """The newest migration: the schema that these models describe."""
 
 TEXT_LIMIT = 65536
@@ -140,6 +140,7 @@ class Image(Base):
     media_type: Mapped[str]
     created_at: Mapped[datetime]  # when the name came to point to this manifest
     last_used_at: Mapped[datetime]
+    some_platforms: Mapped[int | None] = _checked("some_platforms", "some_platforms = 1")  # else all of its index
     # What the configs of all its platforms agree on; empty where they do not, or are not stored.
     architecture: Mapped[str | None] = _checked("architecture", "length(architecture) BETWEEN 1 AND 64")
     os: Mapped[str | None] = _checked("os", "length(os) BETWEEN 1 AND 64")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,17 +14,24 @@ from typing import TypeVar
 from cachedb import locks
 from cachedb.errors import CacheError, os_errors
 
-__all__ = ["once", "sweep"]
+__all__ = ["once", "sweep", "unless_made"]
 
 T = TypeVar("T")
 
 _SUFFIX = ".producing"
+_NAP = 0.02  # seconds between two looks
 _mine = threading.local()
 os.register_at_fork(after_in_child=lambda: _mine.__dict__.clear())  # what its parent makes is not its own
 
 
+def _path(directory: Path, key: str) -> Path:
+    return directory / "locks" / f"{hashlib.sha256(key.encode()).hexdigest()}{_SUFFIX}"
+
+
 @contextmanager
-def once(directory: Path, key: str, find: Callable[[], T | None]) -> Iterator[T | None]:
+def once(
+    directory: Path, key: str, find: Callable[[], T | None], waiting: Callable[[], None] | None = None
+) -> Iterator[T | None]:
     """Give the block what ``find`` returns, or None and the right to make it; who else wants it waits for the block.
 
     The right is a lock, which the kernel takes from a process that dies.
@@ -32,6 +40,7 @@ def once(directory: Path, key: str, find: Callable[[], T | None]) -> Iterator[T 
         directory: of the cache.
         key: what is wanted.
         find: returns it, or None if it is not there.
+        waiting: is called now and then while another makes it, and may raise to stop the waiting.
 
     Raises:
         CacheError: if this thread has the right already: it would wait for itself.
@@ -40,13 +49,15 @@ def once(directory: Path, key: str, find: Callable[[], T | None]) -> Iterator[T 
     if found is not None:
         yield found
         return
-    path = directory / "locks" / f"{hashlib.sha256(key.encode()).hexdigest()}{_SUFFIX}"
+    path = _path(directory, key)
     making: set[Path] = _mine.__dict__.setdefault("making", set())
     if path in making:
         raise CacheError(f"{key} is being made by this thread already, which would wait for itself")
     with os_errors(f"wait for whoever makes {key}"):
-        lock = locks.acquire(path)
-        assert lock is not None
+        while (lock := locks.acquire(path, wait=waiting is None)) is None:
+            if waiting:
+                waiting()
+            time.sleep(_NAP)
     try:
         found = find()
         if found is None:
@@ -60,6 +71,20 @@ def once(directory: Path, key: str, find: Callable[[], T | None]) -> Iterator[T 
                 path.unlink()
             locks.release(lock)
     yield found
+
+
+@contextmanager
+def unless_made(directory: Path, key: str) -> Iterator[bool]:
+    """Give the block whether nobody is making something; nobody begins to in the block then."""
+    path = _path(directory, key)
+    lock = locks.acquire(path, wait=False)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            with suppress(OSError):
+                path.unlink()
+            locks.release(lock)
 
 
 def sweep(directory: Path) -> None:

@@ -233,6 +233,7 @@ def _read(database: Database) -> Salvage:
                 row["media_type"],
                 datetime.fromisoformat(row["created_at"]),
                 datetime.fromisoformat(row["last_used_at"]),
+                row.get("some_platforms"),
                 contents.get(row["id"], []),
             )
         except (CacheError, KeyError, TypeError, ValueError):
@@ -319,7 +320,7 @@ def name_unnamed(connection: Connection, directory: Path, files: dict[Digest, in
     now, names = datetime.now(UTC), []
     for digest, media_type in _unnamed(connection, directory, files):
         names.append(Name(RECOVERED, digest))
-        images.restore(connection, directory, names[-1], images.SavedImage(digest, media_type, now, now, []))
+        images.restore(connection, directory, names[-1], images.SavedImage(digest, media_type, now, now, None, []))
     return names
 
 

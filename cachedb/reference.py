@@ -7,12 +7,13 @@ The grammar is the OCI distribution specification's (v1.1, "Pulling manifests"),
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import NamedTuple, NewType
 
 from cachedb.errors import InvalidDigest, InvalidName
 
-__all__ = ["Digest", "Name", "parse_digest", "split_digest"]
+__all__ = ["Digest", "Name", "digest_of", "parse_digest", "split_digest"]
 
 Digest = NewType("Digest", str)
 """A digest that has passed `parse_digest`: safe in a path and in SQL."""
@@ -45,6 +46,12 @@ def split_digest(digest: Digest) -> tuple[str, str]:
     """Return a digest's algorithm and its hexadecimal part."""
     algorithm, _, encoded = digest.partition(":")
     return algorithm, encoded
+
+
+def digest_of(data: bytes, like: Digest | None = None) -> Digest:
+    """Return content's digest, by the algorithm of another one; by sha256 unless that is given."""
+    algorithm = split_digest(like)[0] if like else "sha256"
+    return Digest(f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
 
 
 def shorten(value: object) -> str:

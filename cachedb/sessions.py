@@ -29,6 +29,7 @@ from cachedb.reference import Digest, parse_digest
 __all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "received_digest"]
 
 _SUFFIX = ".session"
+PARTIAL = "partial"  # the folder in ingest/ that is no session's: downloads to be gone on with
 
 
 class Hold(NamedTuple):
@@ -190,7 +191,7 @@ def _without_holds() -> Delete:
 
 def dead_sessions(directory: Path) -> Iterator[str]:
     """Yield the sessions of a cache that left files behind and whose process is gone; each is locked meanwhile."""
-    for session in sorted(locked_sessions(directory) | set(os.listdir(directory / "ingest"))):
+    for session in sorted((locked_sessions(directory) | set(os.listdir(directory / "ingest"))) - {PARTIAL}):
         path = lock_path(directory, session)
         # Made if it is not there: of several who come to sweep a session away, one does.
         lock = locks.acquire(path, wait=False)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from cachedb import collection, configs, images, oci, rebuild
+from cachedb import collection, configs, images, rebuild
 from cachedb.blobs import CHUNK, Received, batched, blob_path, on_disk, set_stored, stored
 from cachedb.database import Database, quarantine_path, sync_folder
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
@@ -337,7 +337,7 @@ def _contradictions(connection: Connection, directory: Path, image_id: int, bad:
 
     problems = []
     contents = images.image_blobs(connection, directory, image_id)
-    choose = oci.among({blob.digest for blob in contents})
+    choose = images.choice(connection, image_id)
     try:
         closure = images.closure(connection, directory, root, choose)
     except NotInCache:

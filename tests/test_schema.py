@@ -193,7 +193,7 @@ def test_an_older_schema_is_upgraded_only_when_asked(directory: Path) -> None:
     assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
     assert tables(directory) == FIRST
     before = content(directory)
-    with pytest.raises(SchemaMismatch, match=r"schema 0001, .* needs 0003: run `cachedb db upgrade`, or set"):
+    with pytest.raises(SchemaMismatch, match=r"schema 0001, .* needs 0004: run `cachedb db upgrade`, or set"):
         Cache.open(directory)
     assert content(directory) == before
     with Cache.open(directory, upgrade=True) as cache:

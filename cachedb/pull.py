@@ -1,0 +1,317 @@
+"""Pulling: an image comes from a registry, and of it what is not here.
+
+Each blob is stored as soon as it is all there, so that others who wait for it have it, and one that was cut off goes
+on where it stopped. The image appears when it is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from sqlalchemy import Connection
+
+from cachedb import blobs, images, oci, partial, producing
+from cachedb.blobs import Received
+from cachedb.database import Database
+from cachedb.errors import (
+    CacheError,
+    DigestMismatch,
+    InvalidManifest,
+    NotInCache,
+    RegistryError,
+    RegistryUnavailable,
+    os_errors,
+)
+from cachedb.images import ImageInfo
+from cachedb.oci import DOCUMENT_LIMIT, Descriptor
+from cachedb.parallel import Advance, Progress, in_threads, summed
+from cachedb.reference import Digest, Name, digest_of, shorten
+from cachedb.registry import Fetched, Repository
+from cachedb.sessions import Hold, Session
+
+__all__ = ["Pulled", "pull"]
+
+T = TypeVar("T")
+
+
+class Pulled(NamedTuple):
+    """What a pull has come to."""
+
+    image: ImageInfo
+    blobs: int  # that were downloaded, or received from another process's download
+    bytes: int  # of those
+    stale: str | None  # why the registry was not asked, where a copy from before is what there is
+
+
+class _Root(NamedTuple):
+    digest: Digest
+    media_type: str
+    data: bytes
+
+
+def pull(
+    database: Database,
+    session: Session,
+    name: Name,
+    repositories: Sequence[Repository],
+    *,
+    platform: str | None = None,
+    all_platforms: bool = False,
+    if_missing: bool = False,
+    allow_stale: bool = False,
+    progress: Progress | None = None,
+) -> Pulled:
+    """Bring an image from a registry; of several processes that want the same one, one does and the others wait.
+
+    Args:
+        database: of the cache.
+        session: to work in.
+        name: of the image.
+        repositories: to ask, in this order, until one answers: mirrors, and the one that the name says.
+        platform: ``os/architecture[/variant]``; the host's unless given.
+        all_platforms: of an index, bring all that it names.
+        if_missing: ask no registry if the image is here and complete, whatever its tag points to by now.
+        allow_stale: where no registry can be reached, take what is here.
+        progress: is told how far it is, in bytes.
+
+    Raises:
+        RegistryError: if it cannot be had.
+        NotInCache: if it is not for that platform.
+        InvalidManifest: if a manifest of it is invalid.
+        DigestMismatch: if what comes has another digest or size than it should.
+    """
+    wanted = None if all_platforms else (platform or oci.host_platform())
+    with producing.once(database.directory, f"pull {name}", lambda: None, waiting=lambda: None):
+        return _Pull(database, session, name, repositories, wanted, progress).run(if_missing, allow_stale)
+
+
+class _Pull:
+    """One pull: what it has learned so far."""
+
+    def __init__(
+        self,
+        database: Database,
+        session: Session,
+        name: Name,
+        repositories: Sequence[Repository],
+        wanted: str | None,
+        progress: Progress | None,
+    ) -> None:
+        self._database, self._session, self._name = database, session, name
+        self._repositories, self._wanted, self._progress = repositories, wanted, progress
+        self._documents: dict[Digest, bytes] = {}  # manifests and indexes of the closure
+        self._holds: list[Hold] = []  # of blobs that were stored on the way
+        self._come: dict[Digest, int] = {}
+
+    def run(self, if_missing: bool, allow_stale: bool) -> Pulled:
+        here = self._here()
+        if here and (if_missing or self._name.digest):
+            return Pulled(here, 0, 0, None)
+        try:
+            said = self._name.digest or self._ask(lambda repository: repository.digest(self._name.reference))
+            if here and here.digest == said:
+                return Pulled(here, 0, 0, None)
+            root = self._root(said)
+        except RegistryUnavailable as error:
+            if here and allow_stale:
+                return Pulled(here, 0, 0, str(error))
+            raise
+        return self._bring(root)
+
+    def _here(self) -> ImageInfo | None:
+        """Return the image, if it is here with all that is wanted of it."""
+        with self._database.read() as connection:
+            found = images.look_up(connection, self._name)
+            if found is None:
+                return None
+            info, contents = images.image(connection, self._database.directory, found.id)
+            root = images.root_of(connection, found.id)
+            known = {blob.digest for blob in contents if blob.stored}
+            with suppress(InvalidManifest, NotInCache):
+                closure = images.closure(connection, self._database.directory, root, self._choose)
+                return info if known.issuperset(blob.digest for blob in closure) else None
+        return None
+
+    def _choose(self, children: list[Descriptor]) -> list[Descriptor]:
+        if self._wanted is None:
+            return children
+        chosen = oci.choose(children, self._wanted)
+        if not chosen:
+            known = ", ".join(sorted({child.platform or "unknown" for child in children})) or "none"
+            raise NotInCache(
+                f"{self._name} is not for platform {shorten(self._wanted)}, but for {known}: choose one with --platform"
+            )
+        return chosen
+
+    def _ask(self, call: Callable[[Repository], T]) -> T:
+        """Ask one repository after the other, until one has an answer."""
+        for repository in self._repositories[:-1]:
+            with suppress(RegistryError):
+                return call(repository)
+        return call(self._repositories[-1])
+
+    def _root(self, said: Digest | None) -> _Root:
+        """Return the manifest or index that the name points to."""
+        if said is not None and (data := self._stored(said)) is not None:
+            return _Root(said, oci.manifest_media_type(data), data)
+
+        def fetch(repository: Repository) -> Fetched:
+            fetched = repository.manifest(said or self._name.reference)
+            like = said or fetched.digest
+            digest = digest_of(fetched.data, like)
+            if like not in (None, digest):
+                raise DigestMismatch(f"{self._name} should have digest {like}, and what comes has {digest}")
+            return fetched._replace(digest=digest)
+
+        fetched = self._ask(fetch)
+        assert fetched.digest is not None
+        return _Root(fetched.digest, oci.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
+
+    def _stored(self, digest: Digest) -> bytes | None:
+        """Return a document that is in the cache already, if it is good."""
+        with self._database.read() as connection:
+            size = blobs.stored(connection, [digest]).get(digest, DOCUMENT_LIMIT + 1)
+        if size > DOCUMENT_LIMIT:
+            return None
+        with suppress(CacheError), blobs.open_blob(self._database.directory, digest) as file, os_errors("read a blob"):
+            data = file.read()
+            return data if digest_of(data, digest) == digest else None
+        return None
+
+    def _child(self, blob: Descriptor) -> bytes:
+        """Return a manifest that an index names."""
+        if blob.size > DOCUMENT_LIMIT:
+            raise InvalidManifest(f"manifest {blob.digest} is {blob.size} bytes; {DOCUMENT_LIMIT} at most are read")
+        data = self._stored(blob.digest)
+        if data is None:
+            data = self._ask(lambda repository: repository.manifest(blob.digest).data)
+        if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
+            raise DigestMismatch(f"manifest {blob.digest} should be {blob.size} bytes of that digest, and is not")
+        self._documents[blob.digest] = data
+        return data
+
+    def _bring(self, root: _Root) -> Pulled:
+        self._documents[root.digest] = root.data
+        top = Descriptor(root.digest, len(root.data), root.media_type, oci.role_of(root.media_type))
+        chosen: set[Digest] = set()
+
+        def choose(children: list[Descriptor]) -> list[Descriptor]:
+            found = self._choose(children)
+            chosen.update(child.digest for child in found)
+            return found
+
+        closure = list(oci.walk(top, lambda blob: root.data if blob is top else self._child(blob), choose))
+        wanted = {blob.digest: blob for blob in closure}
+
+        def receive(hold: Hold, received: dict[object, Received]) -> None:
+            for digest, data in self._documents.items():
+                if digest not in hold.digests:
+                    received[digest] = blobs.receive(self._session, BytesIO(data), digest=digest)
+            rest = [blob for digest, blob in wanted.items() if digest not in hold.digests | self._documents.keys()]
+            rest.sort(key=lambda blob: -blob.size)
+            in_threads(self._fetch, rest, summed(sum(blob.size for blob in rest), self._progress))
+
+        def save(connection: Connection) -> ImageInfo:
+            for hold in self._holds:
+                self._session.release(connection, hold)
+            among = chosen | self._before(connection, root.digest) if self._wanted else None
+            image_id = images.save(
+                connection,
+                self._database.directory,
+                self._name,
+                root.digest,
+                root.media_type,
+                oci.among(among) if among and top.role == "index" else None,
+            )
+            return images.image(connection, self._database.directory, image_id)[0]
+
+        try:
+            info = images.bring(self._database, self._session, wanted, receive, save)
+        except BaseException:
+            for hold in self._holds:
+                with suppress(CacheError):  # where that fails, it goes with the session
+                    images.let_go(self._database, self._session, hold)
+            raise
+        return Pulled(info, len(self._come), sum(self._come.values()), None)
+
+    def _before(self, connection: Connection, digest: Digest) -> set[Digest]:
+        """Return what of an index was here already: another platform, pulled before."""
+        found = images.look_up(connection, self._name)
+        if found is None or found.digest != digest:
+            return set()
+        contents = images.image_blobs(connection, self._database.directory, found.id)
+        return {blob.digest for blob in contents if blob.stored}
+
+    def _fetch(self, blob: Descriptor, advance: Advance) -> None:
+        """Download a blob, or wait for another process that does, and hold it."""
+        directory = self._database.directory
+
+        def find() -> Hold | None:
+            hold = blobs.hold_stored(self._database, self._session, [blob.digest])
+            return hold if hold.digests else None
+
+        with producing.once(directory, partial.key_of(blob.digest), find, waiting=lambda: advance(0)) as held:
+            if held is not None:
+                self._holds.append(held)
+                advance(blob.size)
+            else:
+                received = self._download(blob, advance)
+                with images.publish(self._database, self._session, [received]) as connection:
+                    self._holds.append(self._session.lease(connection, [blob.digest]))
+        self._come[blob.digest] = blob.size
+
+    def _download(self, blob: Descriptor, advance: Advance) -> Received:
+        """Receive a blob from the first repository that has it, from where another download of it was cut off."""
+        path = partial.path_of(self._database.directory, blob.digest)
+        with os_errors("write to the cache"):
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+
+        def download(repository: Repository) -> Received:
+            begun = _size(path)
+            if begun > blob.size:
+                blobs.discard(path)
+                begun = 0
+            advance(begun)
+            done = begun
+
+            def told(count: int) -> None:
+                nonlocal done
+                done += count
+                advance(count)
+
+            source = repository.blob(blob.digest, blob.size, begun)
+            try:
+                return blobs.receive(
+                    self._session,
+                    source,
+                    digest=blob.digest,
+                    size=blob.size,
+                    partial=path,
+                    progress=told,
+                    what=f"blob {blob.digest}",
+                )
+            except RegistryError:
+                advance(-done)  # the next one is asked from the beginning
+                raise
+            finally:
+                source.close()
+
+        begun = _size(path)
+        try:
+            return self._ask(download)
+        except DigestMismatch:
+            if not begun:
+                raise
+            return self._ask(download)  # it may have been the part that was here: a power cut can spoil it
+
+
+def _size(path: Path) -> int:
+    with os_errors("read the cache"):
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            return 0
