@@ -89,13 +89,12 @@ def _load(file: str) -> dict[str, Any] | None:
         advice = "make it readable, or name another file in REGISTRY_AUTH_FILE"
         raise RegistryError(f"cannot read the credentials in {file!r}: {error.strerror}; {advice}") from error
     document = _json_object(data) if len(data) <= _FILE_LIMIT else None
-    if document is None:
-        what = f"{file!r} is not a JSON object of at most {_FILE_LIMIT} bytes"
+    if document is None or not all(isinstance(document.get(name) or {}, dict) for name in ("auths", "credHelpers")):
+        what = f"{file!r} is not a JSON object of at most {_FILE_LIMIT} bytes whose auths and credHelpers are objects"
         raise RegistryError(f"{what}: repair it, or remove it and log in again")
     if os.path.basename(file) == ".dockercfg":  # the old form: entries alone, whose keys are hosts with any path
-        document = {
-            "auths": {key if "://" in key or "/" not in key else f"https://{key}": document[key] for key in document}
-        }
+        urls = {key if "://" in key or "/" not in key else f"https://{key}": document[key] for key in document}
+        return {"auths": urls}
     return document
 
 
@@ -110,23 +109,15 @@ def _json_object(data: bytes) -> dict[str, Any] | None:
 
 def _look_up(document: dict[str, Any], registry: str, repository: str, file: str) -> Credentials | None:
     """Return what one file, and the helpers that it names, have: a registry's own, the one for all, the entries."""
-    helper = _entry(_table(document, "credHelpers", file), registry)
+    helper = _entry(document.get("credHelpers") or {}, registry)
     if helper:  # and if it has none, neither Docker nor containers/image looks at the entries
         return _ask(helper, registry, file)
     store = document.get("credsStore")
-    if store and helper is None:  # "" as a registry's own says: not the one for all
-        found = _ask(store, registry, file)
-        if found is not None:
-            return found
-    entry = _entry(_table(document, "auths", file), registry, repository)
+    found = _ask(store, registry, file) if store and helper is None else None  # its own being "" says: not this one
+    if found is not None:
+        return found
+    entry = _entry(document.get("auths") or {}, registry, repository)
     return _decode(entry, registry, file) if entry else None
-
-
-def _table(document: dict[str, Any], name: str, file: str) -> dict[str, Any]:
-    table = document.get(name) or {}
-    if not isinstance(table, dict):
-        raise RegistryError(f"{name!r} in {file!r} is not a JSON object: repair it, or remove it and log in again")
-    return table
 
 
 def _entry(table: dict[str, Any], registry: str, repository: str = "") -> Any:  # noqa: ANN401 - anything JSON has

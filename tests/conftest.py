@@ -50,20 +50,20 @@ def cachedb(directory: Path) -> Run:
     return run
 
 
+def find_peer(program: str) -> str:
+    """Return a peer's program; without it, skip, or fail where CACHEDB_REQUIRE_PEERS says that it must be there."""
+    path = shutil.which(program)
+    if path is None:
+        message = f"{program} is not installed: apt-get install {program}"
+        if os.environ.get("CACHEDB_REQUIRE_PEERS"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
 @pytest.fixture
 def peer() -> Callable[[str], str]:
-    """Return a peer's program; without it, skip, or fail where CACHEDB_REQUIRE_PEERS says that it must be there."""
-
-    def find(program: str) -> str:
-        path = shutil.which(program)
-        if path is None:
-            message = f"{program} is not installed: apt-get install {program}"
-            if os.environ.get("CACHEDB_REQUIRE_PEERS"):
-                pytest.fail(message)
-            pytest.skip(message)
-        return path
-
-    return find
+    return find_peer
 
 
 def files_of(directory: Path) -> dict[str, int]:

@@ -423,6 +423,7 @@ WRONG = [
     *(("images", column, value) for column in ("architecture", "os", "variant") for value in ("", "a" * 65, b"x")),
     *(("images", "created", value) for value in NO_TIMES),
     *(("images", "author", value) for value in ("", "a" * 65537)),
+    *(("images", "some_platforms", value) for value in (0, 2, "all")),
     *(("image_blobs", "diff_id", value) for value in NO_DIGESTS if value is not None),
     *(("image_blobs", "created_by", value) for value in ("", "a" * 65537)),
     *(("image_labels", column, value) for column in ("key", "value") for value in (None, "a" * 65537)),

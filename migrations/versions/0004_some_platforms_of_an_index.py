@@ -23,4 +23,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    # To an older release it is an image of all platforms that is not associated with all of them; `verify` says so.
     op.drop_column("images", "some_platforms")

@@ -19,6 +19,7 @@ from cachedb import Cache
 from cachedb.models import REVISION
 from cachedb.oci import OCI_CONFIG, OCI_MANIFEST
 from tests import make
+from tests.registries import Registry
 
 HERE = Path(__file__).resolve().parent
 
@@ -65,6 +66,12 @@ def main() -> None:
             cache.add_blob(b"{not json")
             cache.save_manifest("broken:1", json.dumps(broken).encode())
             cache.add_blob(b"nothing refers to this")
+            if hasattr(cache, "pull"):
+                with Registry() as registry:
+                    name = registry.add_index(make.index(*children), "some", "1", children)
+                    cache.pull(name, platform="linux/arm64")
+                cache.tag(name, "some:1")
+                cache.remove_manifest(name)
             if hasattr(cache, "add_hold"):
                 cache.add_hold("hello:1")
         with tarfile.open(HERE / f"{REVISION}.tar.xz", "w:xz") as tar:

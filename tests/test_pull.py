@@ -1,0 +1,496 @@
+"""Pulling: what comes from a registry, how often it is asked, and what happens when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cachedb import Cache, DigestMismatch, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable, registry
+from cachedb.reference import Name
+from tests import make
+from tests.conftest import Run
+from tests.faults import answer, changed, closed, corrupt, endless, redirect, retry_later, without
+from tests.promises import check
+from tests.registries import PASSWORD, USER, Registry
+
+FIRST = make.image(1, 2, compression="gzip")
+SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first
+LARGE = make.image(4, size=3_000_000)
+ARM = make.image(1, 5, architecture="arm64")
+ODD = make.image(6, architecture="riscv64")
+
+
+@pytest.fixture
+def cache(directory: Path) -> Iterator[Cache]:
+    with Cache.open(directory) as opened:
+        yield opened
+    check(directory)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No credentials, mirrors or proxies of the user's; and pauses are not waited for."""
+    for name in [*os.environ]:
+        if name.lower().endswith("_proxy") or name.startswith(("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    patient = SimpleNamespace(sleep=PAUSES.append, time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr(registry, "time", patient)
+    PAUSES.clear()
+
+
+PAUSES: list[float] = []
+
+
+@pytest.fixture
+def remote() -> Iterator[Registry]:
+    with Registry() as made:
+        made.add(FIRST, "app", "1")
+        made.add(SECOND, "app", "2")
+        made.add(LARGE, "large", "1")
+        yield made
+
+
+def asked(remote: Registry) -> list[tuple[str, str]]:
+    """What the registry was asked for, without `/v2/`; and forget it."""
+    found = [(request.method, request.path.removeprefix("/v2/")) for request in remote.requests]
+    remote.requests.clear()
+    return found
+
+
+def blobs_of(remote: Registry) -> list[str]:
+    return [path.rpartition("/")[2] for method, path in asked(remote) if method == "GET" and "/blobs/" in path]
+
+
+def assert_is_here(cache: Cache, name: str, image: make.Made) -> None:
+    assert cache.is_image_complete(name)
+    assert cache.get_manifest(name) == image.manifest
+    for digest, data in image.blobs.items():
+        assert cache.get_blob(digest) == data
+
+
+# What comes, and what is asked
+
+
+def test_an_image_comes_whole_under_the_name_that_was_given(cache: Cache, remote: Registry) -> None:
+    pulled = cache.pull(f"{remote.host}/app:1")
+    assert str(pulled.image.name) == f"{remote.host}/app:1"
+    assert (pulled.image.digest, pulled.image.complete, pulled.stale) == (FIRST.digest, True, None)
+    assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+
+
+def test_a_tag_that_has_not_moved_costs_one_request(cache: Cache, remote: Registry) -> None:
+    cache.pull(f"{remote.host}/app:1")
+    asked(remote)
+    pulled = cache.pull(f"{remote.host}/app:1")
+    assert asked(remote) == [("HEAD", "app/manifests/1")]
+    assert (pulled.blobs, pulled.bytes, pulled.image.digest) == (0, 0, FIRST.digest)
+
+
+def test_a_tag_that_has_moved_is_followed(cache: Cache, remote: Registry) -> None:
+    cache.pull(f"{remote.host}/app:1")
+    remote.add(SECOND, "app", "1")
+    cache.pull(f"{remote.host}/app:1")
+    assert_is_here(cache, f"{remote.host}/app:1", SECOND)
+
+
+def test_only_what_is_not_here_is_downloaded(cache: Cache, remote: Registry) -> None:
+    cache.pull(f"{remote.host}/app:1")
+    asked(remote)
+    pulled = cache.pull(f"{remote.host}/app:2")
+    new = SECOND.blobs.keys() - FIRST.blobs.keys() - {SECOND.digest}
+    assert sorted(blobs_of(remote)) == sorted(new)
+    assert (pulled.blobs, pulled.bytes) == (len(new), sum(len(SECOND.blobs[digest]) for digest in new))
+
+
+def test_what_is_named_by_digest_and_here_is_not_asked_for(cache: Cache, remote: Registry) -> None:
+    name = f"{remote.host}/app@{FIRST.digest}"
+    cache.pull(name)
+    assert_is_here(cache, name, FIRST)
+    asked(remote)
+    cache.pull(name)
+    assert asked(remote) == []
+
+
+def test_if_missing_asks_nobody_for_what_is_here(cache: Cache, remote: Registry) -> None:
+    cache.pull(f"{remote.host}/app:1", if_missing=True)
+    remote.add(SECOND, "app", "1")
+    asked(remote)
+    assert cache.pull(f"{remote.host}/app:1", if_missing=True).image.digest == FIRST.digest
+    assert asked(remote) == []
+
+
+def test_an_image_that_lacks_a_blob_is_made_whole(cache: Cache, remote: Registry) -> None:
+    name = f"{remote.host}/app:1"
+    cache.save_manifest(name, FIRST.manifest)
+    assert not cache.is_image_complete(name)
+    cache.pull(name, if_missing=True)
+    assert_is_here(cache, name, FIRST)
+
+
+def test_a_registry_that_says_no_digest_is_asked_for_the_manifest(cache: Cache, remote: Registry) -> None:
+    remote.fault(answer(405), method="HEAD", times=9)
+    for _ in range(2):
+        cache.pull(f"{remote.host}/app:1")
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+
+
+# Platforms
+
+
+@pytest.fixture
+def several(remote: Registry, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    children = FIRST, ARM, ODD
+    platforms = [{"os": "linux", "architecture": name} for name in ("amd64", "arm64", "riscv64")]
+    remote.add_index(make.index(*children, platforms=platforms), "several", "1", children)
+    return f"{remote.host}/several:1"
+
+
+def test_the_hosts_platform_comes_and_the_index_is_kept(cache: Cache, several: str) -> None:
+    pulled = cache.pull(several)
+    assert pulled.image.complete
+    assert pulled.image.architecture == "amd64"
+    digests = {blob.digest for blob in cache.get_image_blobs(several)}
+    assert digests == {pulled.image.digest, *FIRST.blobs}
+    assert cache.verify().problems == []
+
+
+def test_another_platform_comes_to_those_that_are_here(cache: Cache, several: str, remote: Registry) -> None:
+    index = cache.pull(several).image.digest
+    asked(remote)
+    assert cache.pull(several, platform="linux/arm64").image.complete
+    assert set(blobs_of(remote)) == ARM.blobs.keys() - FIRST.blobs.keys() - {ARM.digest}
+    digests = {blob.digest for blob in cache.get_image_blobs(several)}
+    assert digests == {index, *FIRST.blobs, *ARM.blobs}
+    cache.pull(several)
+    cache.pull(several, platform="linux/arm64/v8")
+    assert asked(remote) == [("HEAD", "several/manifests/1")] * 2
+    cache.tag(several, "mine:1")
+    assert {blob.digest for blob in cache.get_image_blobs("mine:1")} == digests
+    assert cache.verify().problems == []
+
+
+def test_all_platforms_come_if_asked_for(cache: Cache, several: str) -> None:
+    cache.pull(several)
+    pulled = cache.pull(several, all_platforms=True)
+    assert pulled.image.complete
+    digests = {blob.digest for blob in cache.get_image_blobs(several)}
+    assert digests == {pulled.image.digest, *FIRST.blobs, *ARM.blobs, *ODD.blobs}
+
+
+def test_a_platform_that_there_is_not_is_an_error_that_names_those_there_are(cache: Cache, several: str) -> None:
+    with pytest.raises(NotInCache, match=r"not for platform 'linux/s390x', but for linux/amd64, linux/arm64, linux/r"):
+        cache.pull(several, platform="linux/s390x")
+    assert cache.list_manifests() == []
+
+
+def test_a_blob_that_comes_later_adds_no_platform(cache: Cache, several: str) -> None:
+    cache.pull(several)
+    before = cache.get_image_blobs(several)
+    cache.add_blob(ARM.manifest)
+    assert cache.get_image_blobs(several) == before
+
+
+def test_an_export_names_no_platform_that_is_not_here(cache: Cache, several: str, tmp_path: Path) -> None:
+    cache.pull(several)
+    cache.export(several, tmp_path / "layout", format="oci-dir")
+    cache.export(several, tmp_path / "image.tar")
+    with Cache.open(tmp_path / "other") as other:
+        for source in ("layout", "image.tar"):
+            (image,) = other.cache_from_tar(tmp_path / source, f"{source.partition('.')[0]}:1")
+            assert image.complete
+            assert {blob.digest for blob in other.get_image_blobs(str(image.name))} == {image.digest, *FIRST.blobs}
+    cache.pull(several, all_platforms=True)
+    cache.export(several, tmp_path / "all", format="oci-dir")
+    index = json.loads((tmp_path / "all" / "index.json").read_bytes())
+    assert index["manifests"][0]["digest"] == cache.get_image(several).digest
+
+
+# Cut off, and gone on with
+
+
+def test_a_layer_that_is_cut_off_is_gone_on_with(cache: Cache, remote: Registry) -> None:
+    layer = make.digest_of(LARGE.layers[0])
+    remote.fault(changed(cut=1_000_000), method="GET", path=layer)
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    first, second = (request for request in remote.requests if request.path.endswith(layer))
+    assert "range" not in first.headers
+    assert second.headers["range"].startswith("bytes=")
+    assert second.headers["range"] != "bytes=0-"
+
+
+def test_a_killed_pull_is_gone_on_with_where_it_stopped(directory: Path, remote: Registry) -> None:
+    name, layer = f"{remote.host}/large:1", make.digest_of(LARGE.layers[0])
+    code = (
+        "import os, sys; from cachedb import Cache\n"
+        "def told(done, total):\n"
+        "    if done > 1_500_000: os.kill(os.getpid(), 9)\n"
+        f"Cache.open({str(directory)!r}).pull({name!r}, progress=told)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    asked(remote)
+    with Cache.open(directory) as cache:
+        assert cache.list_manifests() == []
+        assert cache.collect_garbage().blobs < 3  # which leaves what is being downloaded alone
+        cache.pull(name)
+        assert_is_here(cache, name, LARGE)
+    (request,) = (request for request in remote.requests if request.path.endswith(layer))
+    assert int(request.headers["range"].removeprefix("bytes=").removesuffix("-")) > 1_000_000
+    check(directory)
+
+
+def partial(cache: Cache, data: bytes, content: bytes) -> Path:
+    path = cache.directory / "ingest" / "partial" / make.digest_of(data).replace(":", "-")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("content", [b"x" * 1000, LARGE.layers[0][:-1] + b"!", LARGE.layers[0] + b"!", LARGE.layers[0]])
+def test_what_is_left_of_a_download_is_not_trusted(cache: Cache, remote: Registry, content: bytes) -> None:
+    path = partial(cache, LARGE.layers[0], content)
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    assert not path.exists()
+
+
+def test_what_nobody_goes_on_with_for_a_day_is_collected(cache: Cache) -> None:
+    old, new = partial(cache, b"old", b"o"), partial(cache, b"new", b"n")
+    os.utime(old, (time.time() - 100_000,) * 2)
+    cache.collect_garbage()
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_a_registry_that_knows_no_ranges_sends_it_all_again(cache: Cache, remote: Registry) -> None:
+    partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
+    remote.fault(without(header="range"), method="GET", path=make.digest_of(LARGE.layers[0]))
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+
+
+def test_progress_comes_to_the_bytes_that_are_downloaded(cache: Cache, remote: Registry) -> None:
+    partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
+    calls: list[tuple[int, int]] = []
+    pulled = cache.pull(f"{remote.host}/large:1", progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (pulled.bytes, pulled.bytes)
+
+
+# Many at once
+
+
+def test_many_who_want_one_image_download_it_once(directory: Path, remote: Registry) -> None:
+    name = f"{remote.host}/large:1"
+    code = f"from cachedb import Cache\nwith Cache.open({str(directory)!r}) as cache: cache.pull({name!r})"
+    remote.fault(changed(delay=0.5), method="GET", path=make.digest_of(LARGE.layers[0]))
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(6)]
+    assert [process.wait(60) for process in running] == [0] * 6
+    found = blobs_of(remote)
+    assert len(found) == len(set(found)) == 2
+    with Cache.open(directory) as cache:
+        assert_is_here(cache, name, LARGE)
+
+
+def test_images_that_share_a_layer_and_are_pulled_at_once_download_it_once(directory: Path, remote: Registry) -> None:
+    shared = make.digest_of(FIRST.layers[0])
+    remote.fault(changed(delay=0.5), method="GET", path=shared)
+    with Cache.open(directory) as cache:
+        threads = [threading.Thread(target=cache.pull, args=(f"{remote.host}/app:{tag}",)) for tag in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+        assert_is_here(cache, f"{remote.host}/app:2", SECOND)
+    assert blobs_of(remote).count(shared) == 1
+    check(directory)
+
+
+# Registries that lie or fail
+
+
+def refused(cache: Cache, name: str, data: bytes, match: str) -> None:
+    with pytest.raises(DigestMismatch, match=match):
+        cache.pull(name)
+    assert cache.list_manifests() == []
+    assert not list(cache.directory.glob(f"ingest/partial/*{make.hex_of(data)}"))
+
+
+def test_content_of_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
+    remote.fault(corrupt(), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
+    refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "should have digest")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_content_without_an_end_is_refused(cache: Cache, remote: Registry, chunked: bool) -> None:
+    remote.fault(endless(chunked=chunked), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
+    refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "bytes, and is more")
+
+
+def test_a_manifest_of_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
+    remote.fault(answer(405), method="HEAD", times=9)
+    remote.fault(corrupt(30), method="GET", path="manifests", times=9)
+    with pytest.raises((DigestMismatch, InvalidManifest)):
+        cache.pull(f"{remote.host}/app:1")
+    with pytest.raises(DigestMismatch, match=FIRST.digest):
+        cache.pull(f"{remote.host}/app@{FIRST.digest}")
+
+
+def test_a_manifest_of_many_megabytes_is_refused(cache: Cache, remote: Registry) -> None:
+    remote.add_manifest(FIRST.manifest + b" " * 5_000_000, "app", "huge")
+    with pytest.raises(RegistryError, match="over 4194304 bytes"):
+        cache.pull(f"{remote.host}/app:huge")
+
+
+def test_what_there_is_not_is_an_error_that_says_so(cache: Cache, remote: Registry) -> None:
+    with pytest.raises(RegistryError, match=rf"{remote.host} has no app:9 \(404"):
+        cache.pull(f"{remote.host}/app:9")
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_failure_that_passes_is_waited_for(cache: Cache, remote: Registry, status: int) -> None:
+    remote.fault(retry_later(7, status), method="GET", times=2)
+    cache.pull(f"{remote.host}/app:1")
+    assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+    assert len(PAUSES) == 2
+    assert min(PAUSES) >= 7
+
+
+def test_a_registry_that_wants_an_hour_is_unavailable(cache: Cache, remote: Registry) -> None:
+    remote.fault(retry_later(3600), method="HEAD", times=9)
+    with pytest.raises(RegistryUnavailable, match=r"overloaded, or failing \(429"):
+        cache.pull(f"{remote.host}/app:1")
+    assert PAUSES == []
+
+
+def test_the_copy_that_is_here_is_taken_only_if_asked_for(cache: Cache, remote: Registry) -> None:
+    name = f"{remote.host}/app:1"
+    with pytest.raises(RegistryUnavailable):
+        cache.pull("127.0.0.1:1/app:1", allow_stale=True)
+    cache.pull(name)
+    remote.fault(answer(429), method="HEAD", times=99)
+    with pytest.raises(RegistryUnavailable):
+        cache.pull(name)
+    pulled = cache.pull(name, allow_stale=True)
+    assert "429" in (pulled.stale or "")
+    assert pulled.image.digest == FIRST.digest
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_connection_that_is_closed_before_an_answer_is_tried_again(
+    cache: Cache, remote: Registry, reset: bool
+) -> None:
+    remote.fault(closed(reset=reset), times=3)
+    cache.pull(f"{remote.host}/app:1")
+    assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+
+
+def test_a_registry_that_drips_is_given_up(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_MINUTE", 0.2)
+    remote.fault(changed(drip=0.05), method="GET", path=make.digest_of(LARGE.layers[0]), times=99)
+    with pytest.raises(RegistryUnavailable, match="less than 1024 bytes a second"):
+        cache.pull(f"{remote.host}/large:1")
+
+
+# Where to, and with which credentials
+
+
+def test_a_name_is_on_the_wire_where_docker_has_it() -> None:
+    def where(name: str, plain: bool | None = None) -> tuple[str, str]:
+        found = registry.place(Name.parse(name), plain_http=plain)
+        return found.url, found.repository
+
+    assert where("alpine") == ("https://registry-1.docker.io", "library/alpine")
+    assert where("team/app:1") == ("https://registry-1.docker.io", "team/app")
+    assert where("docker.io/library/alpine:3") == ("https://registry-1.docker.io", "library/alpine")
+    assert where("ghcr.io/team/app@sha256:" + "0" * 64) == ("https://ghcr.io", "team/app")
+    assert where("localhost/app") == ("http://localhost", "app")
+    assert where("127.0.0.1:5000/app") == ("http://127.0.0.1:5000", "app")
+    assert where("registry:5000/app") == ("https://registry:5000", "app")
+    assert where("registry:5000/app", plain=True) == ("http://registry:5000", "app")
+    assert where("localhost:5000/app", plain=False) == ("https://localhost:5000", "app")
+
+
+def test_mirrors_are_asked_first_and_the_registry_in_the_end(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Registry() as mirror:
+        mirror.add(FIRST, "mirrored/app", "1")
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"docker.io=unused {remote.host}={mirror.host}/mirrored")
+        cache.pull(f"{remote.host}/app:1")
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+        assert asked(remote) == []
+        cache.pull(f"{remote.host}/app:2")  # which the mirror has not
+        assert_is_here(cache, f"{remote.host}/app:2", SECOND)
+
+
+def login(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> Path:
+    auth = {"username": user, "password": password}
+    path.write_text(json.dumps({"auths": {host: auth}}))
+    return path
+
+
+@pytest.mark.parametrize("auth", ["basic", "bearer"])
+def test_credentials_are_shown_to_the_registry_that_asks(cache: Cache, tmp_path: Path, auth: str) -> None:
+    with Registry(auth=auth) as remote:
+        remote.add(FIRST, "app", "1")
+        with pytest.raises(RegistryError, match=r"refuses .*log in with `skopeo login") as error:
+            cache.pull(
+                f"{remote.host}/app:1", authfile=login(tmp_path / "wrong.json", remote.host, password="wrong-word")
+            )
+        assert "wrong-word" not in str(error.value)
+        cache.pull(f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+
+
+def test_a_token_that_expires_on_the_way_is_replaced(cache: Cache, tmp_path: Path) -> None:
+    with Registry(auth="bearer") as remote:
+        remote.expires_in = 1
+        remote.add(LARGE, "large", "1")
+        remote.fault(changed(delay=1.5), method="GET", path="manifests")
+        cache.pull(f"{remote.host}/large:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+
+
+def test_credentials_do_not_go_along_a_redirect(cache: Cache, tmp_path: Path) -> None:
+    with Registry() as storage, Registry(auth="basic") as remote:
+        remote.add(FIRST, "app", "1")
+        storage.add(FIRST, "app", "1")
+        remote.fault(redirect(storage.url), method="GET", path="/blobs/", times=99)
+        cache.pull(f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+        assert storage.requests
+        assert all("authorization" not in request.headers for request in storage.requests)
+
+
+# The command line
+
+
+def test_pull_prints_the_images_as_import_does(cachedb: Run, remote: Registry) -> None:
+    name = f"{remote.host}/app:1"
+    (image,) = json.loads(cachedb("pull", "--format", "json", name).stdout)
+    assert (image["repository"], image["reference"], image["digest"]) == (f"{remote.host}/app", "1", FIRST.digest)
+    assert cachedb("pull", "-q", name).stdout == f"{name}\n"
+    failed = cachedb("pull", f"{remote.host}/app:9")
+    assert (failed.returncode, failed.stderr.startswith(f"cachedb: {remote.host} has no app:9")) == (1, True)
+    assert cachedb("pull", "--platform", "linux/arm64", "--all-platforms", name).returncode == 2
+
+
+def test_a_copy_that_may_be_out_of_date_is_told(cachedb: Run) -> None:
+    with Registry() as remote:
+        name = remote.add(FIRST, "app", "1")
+        cachedb("pull", name)
+    assert cachedb("pull", name).returncode == 1
+    done = cachedb("pull", "--allow-stale", "-q", name)
+    assert done.stdout == f"{name}\n"
+    assert "may be out of date" in done.stderr
