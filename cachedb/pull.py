@@ -84,9 +84,14 @@ def pull(
         InvalidManifest: if a manifest of it is invalid.
         DigestMismatch: if what comes has another digest or size than it should.
     """
-    wanted = None if all_platforms else (platform or oci.host_platform())
-    with producing.once(database.directory, f"pull {name}", lambda: None, waiting=lambda: None):
-        return _Pull(database, session, name, repositories, wanted, progress).run(if_missing, allow_stale)
+    work = _Pull(database, session, name, repositories, platform, all_platforms, progress)
+
+    def find() -> Pulled | None:
+        here = work.here() if if_missing or name.digest else None
+        return here and Pulled(here, 0, 0, None)
+
+    with producing.once(database.directory, f"pull {name}", find, waiting=lambda: None) as found:
+        return found or work.run(allow_stale)
 
 
 class _Pull:
@@ -98,19 +103,20 @@ class _Pull:
         session: Session,
         name: Name,
         repositories: Sequence[Repository],
-        wanted: str | None,
+        platform: str | None,
+        all_platforms: bool,
         progress: Progress | None,
     ) -> None:
         self._database, self._session, self._name = database, session, name
-        self._repositories, self._wanted, self._progress = repositories, wanted, progress
+        self._repositories, self._progress = repositories, progress
+        self._platform = platform  # as it was asked for
+        self._wanted = None if all_platforms else (platform or oci.host_platform())
         self._documents: dict[Digest, bytes] = {}  # manifests and indexes of the closure
         self._holds: list[Hold] = []  # of blobs that were stored on the way
         self._come: dict[Digest, int] = {}
 
-    def run(self, if_missing: bool, allow_stale: bool) -> Pulled:
-        here = self._here()
-        if here and (if_missing or self._name.digest):
-            return Pulled(here, 0, 0, None)
+    def run(self, allow_stale: bool) -> Pulled:
+        here = self.here()
         try:
             said = self._name.digest or self._ask(lambda repository: repository.digest(self._name.reference))
             if here and here.digest == said:
@@ -122,7 +128,7 @@ class _Pull:
             raise
         return self._bring(root)
 
-    def _here(self) -> ImageInfo | None:
+    def here(self) -> ImageInfo | None:
         """Return the image, if it is here with all that is wanted of it."""
         with self._database.read() as connection:
             found = images.look_up(connection, self._name)
@@ -211,8 +217,10 @@ class _Pull:
             for digest, data in self._documents.items():
                 if digest not in hold.digests:
                     received[digest] = blobs.receive(self._session, BytesIO(data), digest=digest)
-            rest = [blob for digest, blob in wanted.items() if digest not in hold.digests | self._documents.keys()]
-            rest.sort(key=lambda blob: -blob.size)
+            there = hold.digests | self._documents.keys()
+            rest = sorted(
+                (blob for digest, blob in wanted.items() if digest not in there), key=lambda blob: -blob.size
+            )  # the large ones first, so that all threads come to their end together
             in_threads(self._fetch, rest, summed(sum(blob.size for blob in rest), self._progress))
 
         def save(connection: Connection) -> ImageInfo:
@@ -227,7 +235,10 @@ class _Pull:
                 root.media_type,
                 oci.among(among) if among and top.role == "index" else None,
             )
-            return images.image(connection, self._database.directory, image_id)[0]
+            info = images.image(connection, self._database.directory, image_id)[0]
+            if self._platform and top.role == "manifest":
+                self._check_platform(info)
+            return info
 
         try:
             info = images.bring(self._database, self._session, wanted, receive, save)
@@ -237,6 +248,12 @@ class _Pull:
                     images.let_go(self._database, self._session, hold)
             raise
         return Pulled(info, len(self._come), sum(self._come.values()), None)
+
+    def _check_platform(self, info: ImageInfo) -> None:
+        """Refuse an image of another platform than was asked for, as far as its config says."""
+        label = "/".join(part for part in (info.os, info.architecture, info.variant) if part)
+        if label and not oci.is_for(label, self._platform or ""):
+            raise NotInCache(f"{self._name} is not for platform {shorten(self._platform)}, but for {label}")
 
     def _before(self, connection: Connection, digest: Digest) -> set[Digest]:
         """Return what of an index was here already: another platform, pulled before."""

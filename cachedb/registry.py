@@ -6,6 +6,7 @@ credentials go to the registry they are for and to the token server it names; ne
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import json
 import os
@@ -54,12 +55,6 @@ class Place(NamedTuple):
     url: str  # of the registry: scheme and host, with a prefix for some mirrors
     registry: str  # host[:port] as credentials know it; docker.io for Docker Hub
     repository: str
-
-    @property
-    def origin(self) -> tuple[str | None, str | None, int | None]:
-        """What has to be the same for credentials to be sent."""
-        parts = urlsplit(self.url)
-        return parts.scheme, parts.hostname, parts.port
 
 
 class Fetched(NamedTuple):
@@ -120,7 +115,7 @@ class Repository:
         self.place = where
         self._authfile = authfile
         self._guard, self._authorizing = threading.Lock(), threading.Lock()
-        self._pools: dict[tuple[bool, str | None], urllib3.PoolManager] = {}
+        self._pools: dict[tuple[bool, str | None, str | None], urllib3.PoolManager] = {}
         self._authorization = ""
 
     def close(self) -> None:
@@ -135,7 +130,8 @@ class Repository:
             RegistryError: if there is none, or it cannot be had.
         """
         headers = {"Accept": _accepted()}
-        with self._request("HEAD", f"manifests/{reference}", self._named(reference), headers, (200, 405)) as response:
+        url = self._url(f"manifests/{reference}")
+        with self._request("HEAD", url, self._named(reference), headers, good=(200, 405)) as response:
             return _said_digest(response.headers) if response.status == 200 else None
 
     def manifest(self, reference: str) -> Fetched:
@@ -145,7 +141,7 @@ class Repository:
             RegistryError: if there is none, or it cannot be had.
         """
         headers = {"Accept": _accepted()}
-        with self._request("GET", f"manifests/{reference}", self._named(reference), headers) as response:
+        with self._request("GET", self._url(f"manifests/{reference}"), self._named(reference), headers) as response:
             data = _read(response, DOCUMENT_LIMIT, f"manifest {reference} at {self.place.registry}")
             kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
             return Fetched(_said_digest(response.headers), kind if kind in _manifest_types() else None, data)
@@ -161,7 +157,7 @@ class Repository:
             RegistryError: if there is none, or it cannot be had.
         """
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        response = self._request("GET", f"blobs/{digest}", f"blob {digest}", headers, (200, 206))
+        response = self._request("GET", self._url(f"blobs/{digest}"), f"blob {digest}", headers, good=(200, 206))
         if response.status == 200:
             return response, 0
         begins = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range", ""))
@@ -172,37 +168,47 @@ class Repository:
             )
         return response, offset
 
+    def _url(self, path: str) -> str:
+        return f"{self.place.url}/v2/{self.place.repository}/{path}"
+
     def _named(self, reference: str) -> str:
         return str(Name(self.place.repository, reference))
 
     def _request(
-        self, method: str, path: str, what: str, headers: Mapping[str, str], good: tuple[int, ...] = (200,)
+        self,
+        method: str,
+        url: str,
+        what: str,
+        headers: Mapping[str, str],
+        *,
+        good: tuple[int, ...] = (200,),
+        token: bool = False,
+        body: str | None = None,
     ) -> urllib3.BaseHTTPResponse:
         """Send a request until it is answered, with a pause after each failure that may pass.
 
         Args:
             method: of HTTP.
-            path: in the repository.
+            url: in the repository, or of a token server.
             what: how to call in an error what is asked for.
             headers: of the request.
             good: the statuses hoped for.
+            token: it is for a token: it has credentials of its own, which go nowhere else.
+            body: of the request.
 
         Raises:
             RegistryUnavailable: if the registry cannot be reached, or is overloaded.
             RegistryError: if it refuses, or has no such thing.
         """
-        url = f"{self.place.url}/v2/{self.place.repository}/{path}"
-        tries, asked = 0, False
+        tries, asked = 0, token
         while True:
             tries += 1
             sent = self._authorization
             try:
-                response = self._send(method, url, headers, sent)
+                response = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
             except (SSLError, NewConnectionError, HTTPError) as error:
                 if tries == _TRIES or isinstance(error, (SSLError, NewConnectionError)):
-                    raise self._unreachable(
-                        error
-                    ) from None  # urllib3's error has the request, and what it was sent with
+                    raise self._unreachable(error) from None  # what urllib3 raised may have what was sent
                 _pause(tries, None)
                 continue
             if response.status in good:
@@ -216,27 +222,37 @@ class Repository:
                 if response.status not in _AGAIN or tries == _TRIES or not _pause(tries, response):
                     raise self._refusal(what, response)
 
-    def _send(self, method: str, url: str, headers: Mapping[str, str], authorization: str) -> urllib3.BaseHTTPResponse:
+    def _send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        authorization: str,
+        body: str | None,
+        *,
+        redirects: bool,
+    ) -> urllib3.BaseHTTPResponse:
         """Send a request, and follow redirects to where they lead."""
         for _ in range(_REDIRECTS + 1):
-            parts = urlsplit(url)
-            ours = (parts.scheme, parts.hostname, parts.port) == self.place.origin
+            origin = _origin(url)
+            ours = origin == _origin(self.place.url)
             secret = {"Authorization": authorization} if authorization and ours else {}
             response = self._pool(url, ours=ours).request(
                 method,
                 url,
-                headers={**_headers(), **headers, **secret},
+                body=body,
+                headers={"User-Agent": "cachedb", "Accept-Encoding": "identity", **headers, **secret},
                 redirect=False,
                 retries=False,
                 timeout=_TIMEOUT,
                 preload_content=False,
             )
             location = response.get_redirect_location()
-            if not location:
+            if not location or not redirects:
                 return response
             response.close()
             url = urljoin(url, location)
-            if urlsplit(url).scheme not in ({"https"} if parts.scheme == "https" else {"http", "https"}):
+            if _origin(url)[0] not in ({"https"} if origin[0] == "https" else {"http", "https"}):
                 raise RegistryError(f"{self.place.registry} redirects to what is not HTTPS")
         raise RegistryError(f"{self.place.registry} redirects more than {_REDIRECTS} times")
 
@@ -244,7 +260,7 @@ class Repository:
         """Return the connections for a URL: through a proxy if the environment says so."""
         parts = parse_url(url)
         proxy = None if proxy_bypass(parts.host or "") else getproxies().get(parts.scheme or "")
-        key = ours, proxy
+        key = ours, parts.scheme, proxy
         with self._guard:
             if key not in self._pools:
                 context = _tls(self.place.registry if ours else None) if parts.scheme == "https" else None
@@ -280,43 +296,30 @@ class Repository:
     def _token(self, said: Mapping[str, str]) -> str:
         """Get a token where the registry says (distribution's token and OAuth2 specifications)."""
         realm = said.get("realm", "")
-        parts = urlsplit(realm)
-        if parts.scheme not in ("http", "https") or (self.place.url.startswith("https:") and parts.scheme != "https"):
+        scheme, host, _ = _origin(realm)
+        if scheme not in ("http", "https") or (self.place.url.startswith("https:") and scheme != "https"):
             raise RegistryError(f"{self.place.registry} names {shorten(realm)} for tokens, which is not HTTPS")
         asked = {"service": said.get("service", "")}
         asked["scope"] = said.get("scope") or f"repository:{self.place.repository}:pull"
-        login = self._login()
-        ours = (parts.scheme, parts.hostname, parts.port) == self.place.origin
-        pool = self._pool(realm, ours=ours)
-        headers = _headers()
-        try:
-            if login and login.identity_token:
-                form = {**asked, "grant_type": "refresh_token", "client_id": "cachedb"}
-                body = urlencode({**form, "refresh_token": login.identity_token})
-                headers["Content-Type"] = "application/x-www-form-urlencoded"
-                response = pool.request(
-                    "POST", realm, body=body, headers=headers, redirect=False, timeout=_TIMEOUT, preload_content=False
-                )
-            else:
-                if login:
-                    headers["Authorization"] = _basic(login)
-                url = f"{realm}{'&' if parts.query else '?'}{urlencode(asked)}"
-                response = pool.request(
-                    "GET", url, headers=headers, redirect=False, timeout=_TIMEOUT, preload_content=False
-                )
-        except HTTPError as error:
-            raise self._unreachable(error) from None
-        with response:
-            if response.status != 200:
-                raise self._refusal(f"a token for {self.place.repository}", response)
-            data = _read(response, _TOKEN_LIMIT, f"the token of {parts.hostname}")
+        login, headers, body = self._login(), {}, None
+        if login and login.identity_token:
+            form = {**asked, "grant_type": "refresh_token", "client_id": "cachedb"}
+            body = urlencode({**form, "refresh_token": login.identity_token})
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+        else:
+            realm = f"{realm}{'&' if '?' in realm else '?'}{urlencode(asked)}"
+            if login:
+                headers["Authorization"] = _basic(login)
+        what = f"a token for {self.place.repository}"
+        with self._request("POST" if body else "GET", realm, what, headers, token=True, body=body) as response:
+            data = _read(response, _TOKEN_LIMIT, f"the token of {host}")
         try:
             document = json.loads(data)
             token = document.get("token") or document.get("access_token")
         except (ValueError, AttributeError, RecursionError):
             token = None
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
-            raise RegistryError(f"{parts.hostname} gives no token that can be used") from None
+            raise RegistryError(f"{host} gives no token that can be used") from None
         return token
 
     def _unreachable(self, error: HTTPError) -> RegistryError:
@@ -413,6 +416,19 @@ class Blob:
 _CHUNK = 1024 * 1024  # bytes
 
 
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    """Return what has to be the same for credentials to be sent.
+
+    Raises:
+        RegistryError: if it is no URL. It is not quoted, for there may be a secret in it.
+    """
+    try:
+        parts = urlsplit(url)
+        return parts.scheme, parts.hostname, parts.port
+    except ValueError:
+        raise RegistryError("a registry sends us to what is no URL") from None
+
+
 def _manifest_types() -> frozenset[str]:
     return MANIFEST_TYPES | INDEX_TYPES
 
@@ -421,12 +437,8 @@ def _accepted() -> str:
     return ", ".join(sorted(_manifest_types()))
 
 
-def _headers() -> dict[str, str]:
-    return {"User-Agent": "cachedb", "Accept-Encoding": "identity"}
-
-
 def _basic(login: credentials.Credentials) -> str:
-    return make_headers(basic_auth=f"{login.username}:{login.password}")["authorization"]
+    return "Basic " + base64.b64encode(f"{login.username}:{login.password}".encode()).decode()
 
 
 def _proxy_headers(proxy: str) -> dict[str, str]:

@@ -88,6 +88,13 @@ MUTATIONS = [
     Mutation("a move takes away what is stored and nothing else", "cachedb/adopt.py", "            stored = blobs.intact(connection, ours, self._old.paths)\n", "            stored = dict.fromkeys(self._old.paths)\n", "tests/test_adopt.py"),
     Mutation("a name that is taken meanwhile is not adopted", "cachedb/adopt.py", "        if self._is_settled(connection, image):  # by another process, meanwhile\n            return\n", "", "tests/test_adopt.py"),
     Mutation("a blob that two parts read counts once", "cachedb/adopt.py", "counted = self._is_first(digest)\n", "counted = True\n", "tests/test_adopt.py"),
+    # Registries
+    Mutation("credentials do not go along a redirect", "cachedb/registry.py", 'if authorization and ours else {}', 'if authorization else {}', "tests/test_pull.py"),
+    Mutation("what was HTTPS stays HTTPS", "cachedb/registry.py", 'not in ({"https"} if origin[0] == "https" else {"http", "https"})', 'not in {"http", "https"}', "tests/test_pull.py"),
+    Mutation("a blob is downloaded once a host", "cachedb/pull.py", "with producing.once(directory, partial.key_of(blob.digest), find, waiting", 'with producing.once(directory, str(id(blob)), find, waiting', "tests/test_pull.py"),
+    Mutation("what is left of a download is not trusted", "cachedb/pull.py", "            if not begun:\n", "            if True:\n", "tests/test_pull.py"),
+    Mutation("a manifest from a registry is verified", "cachedb/pull.py", "if like not in (None, digest):", "if False:", "tests/test_pull.py"),
+    Mutation("what was chosen of an index stays chosen", "cachedb/images.py", "    choose = choice(connection, image_id)\n", "    choose = None\n", "tests/test_pull.py"),
     # What callers see
     Mutation("what is imported and stored is held", "cachedb/blobs.py", "            return session.lease(connection, intact(connection, database.directory, there))\n", "            return Hold('', 0, frozenset(intact(connection, database.directory, there)))\n", "tests/test_cache.py tests/test_interleavings.py tests/test_sessions.py"),
     Mutation("a blob is leased until its image is saved", "cachedb/cache.py", "                        hold = self._session.lease(connection, [received.digest])\n", "                        pass\n", "tests/test_cache.py tests/test_sessions.py"),

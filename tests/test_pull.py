@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from tests import make
 from tests.conftest import Run
 from tests.faults import answer, changed, closed, corrupt, endless, redirect, retry_later, without
 from tests.promises import check
-from tests.registries import PASSWORD, USER, Registry
+from tests.registries import HTPASSWD, PASSWORD, REFRESH_TOKEN, USER, Registry, certificate, docker_registry
 
 FIRST = make.image(1, 2, compression="gzip")
 SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first
@@ -471,6 +471,103 @@ def test_credentials_do_not_go_along_a_redirect(cache: Cache, tmp_path: Path) ->
         assert_is_here(cache, f"{remote.host}/app:1", FIRST)
         assert storage.requests
         assert all("authorization" not in request.headers for request in storage.requests)
+
+
+def test_nothing_that_was_https_goes_on_without(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    with Registry() as other, Registry(auth="bearer", tls=(certified, key)) as remote:
+        name, authfile = remote.add(FIRST, "app", "1"), login(tmp_path / "auth.json", remote.host)
+        remote.realm = f"{other.url}/token"
+        with pytest.raises(RegistryError, match="for tokens, which is not HTTPS"):
+            cache.pull(name, plain_http=False, authfile=authfile)
+        remote.realm = f"{remote.url}/token"
+        remote.fault(redirect(other.url), method="GET", path="/blobs/", times=99)
+        with pytest.raises(RegistryError, match="redirects to what is not HTTPS"):
+            cache.pull(name, plain_http=False, authfile=authfile)
+        assert other.requests == []
+
+
+def test_a_redirect_without_an_end_is_given_up(cache: Cache, remote: Registry) -> None:
+    remote.fault(redirect(remote.url), method="GET", path="/blobs/", times=99)
+    with pytest.raises(RegistryError, match="redirects more than 5 times"):
+        cache.pull(f"{remote.host}/app:1")
+
+
+@pytest.mark.parametrize("location", ["http://host:99999999/", "http://[bad", "file:///etc/passwd", "ftp://host/x"])
+def test_a_redirect_to_what_is_no_url_of_the_web_is_refused(cache: Cache, remote: Registry, location: str) -> None:
+    remote.fault(answer(307, {"Location": location}), method="GET", path="/blobs/", times=99)
+    with pytest.raises(RegistryError):
+        cache.pull(f"{remote.host}/app:1")
+
+
+def test_an_identity_token_is_exchanged_and_shown_to_nobody_else(cache: Cache, tmp_path: Path) -> None:
+    with Registry(auth="bearer") as remote:
+        name = remote.add(FIRST, "app", "1")
+        path = tmp_path / "auth.json"
+        path.write_text(json.dumps({"auths": {remote.host: {"identitytoken": REFRESH_TOKEN}}}))
+        cache.pull(name, authfile=path)
+        assert_is_here(cache, name, FIRST)
+        assert {request.method for request in remote.requests if request.path == "/token"} == {"POST"}
+
+
+def test_an_image_of_another_platform_than_was_asked_for_is_refused(cache: Cache, remote: Registry) -> None:
+    with pytest.raises(NotInCache, match=r"not for platform 'linux/arm64', but for linux/amd64"):
+        cache.pull(f"{remote.host}/app:1", platform="linux/arm64")
+    assert cache.list_manifests() == []
+    assert cache.pull(f"{remote.host}/app:1", platform="linux/amd64").image.complete
+
+
+def test_what_is_here_needs_no_right_to_write(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.pull(f"{remote.host}/app:1")
+
+    def denied(*_: object, **__: object) -> None:
+        raise AssertionError("it took a lock")
+
+    monkeypatch.setattr("cachedb.locks.acquire", denied)
+    assert cache.pull(f"{remote.host}/app:1", if_missing=True).image.complete
+
+
+# Debian's registry, and images that skopeo pushed
+
+
+def push(peer: Callable[[str], str], host: str, *options: str) -> str:
+    """Push the example with skopeo, and return the digest that it has then."""
+    skopeo, image = peer("skopeo"), f"docker://{host}/hello:1"
+    source = f"oci-archive:{Path(__file__).parent.parent}/examples/hello.oci.tar"
+    command = [skopeo, "copy", "-q", *(f"--dest-{option}" for option in options), source, image]
+    subprocess.run(command, check=True, capture_output=True)
+    raw = subprocess.run(
+        [skopeo, "inspect", "--raw", *(f"--{option}" for option in options), image], check=True, capture_output=True
+    )
+    return make.digest_of(raw.stdout)
+
+
+def test_what_skopeo_pushed_has_its_digest(cache: Cache, tmp_path: Path, peer: Callable[[str], str]) -> None:
+    with docker_registry(tmp_path, htpasswd=HTPASSWD) as host:
+        digest = push(peer, host, "tls-verify=false", f"creds={USER}:{PASSWORD}")
+        with pytest.raises(RegistryError, match="log in"):
+            cache.pull(f"{host}/hello:1")
+        pulled = cache.pull(f"{host}/hello:1", authfile=login(tmp_path / "auth.json", host))
+    assert (pulled.image.digest, pulled.image.complete) == (digest, True)
+    assert cache.verify().problems == []
+
+
+def test_a_certificate_is_looked_at(
+    cache: Cache, tmp_path: Path, peer: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
+    with docker_registry(tmp_path, tls=(certified, key)) as host:
+        digest = push(peer, host, f"cert-dir={ca.parent}")
+        with pytest.raises(RegistryError, match=r"cannot be trusted: .*certs\.d/"):
+            cache.pull(f"{host}/hello:1", plain_http=False)
+        monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+        assert cache.pull(f"{host}/hello:1", plain_http=False).image.digest == digest
+        monkeypatch.delenv("SSL_CERT_FILE")
+        (tmp_path / "certs.d" / host).mkdir(parents=True)
+        (tmp_path / "certs.d" / host / "ca.crt").write_bytes(ca.read_bytes())
+        monkeypatch.setattr(registry, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
+        assert cache.pull(f"{host}/hello:1", plain_http=False).image.digest == digest
 
 
 # The command line
