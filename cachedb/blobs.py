@@ -76,7 +76,7 @@ class Received(NamedTuple):
 def blob_path(directory: Path, digest: Digest) -> Path:
     """Return where a blob lies, if it is stored."""
     algorithm, encoded = split_digest(digest)
-    return directory / "blobs" / algorithm / encoded
+    return Path(f"{directory}/blobs/{algorithm}/{encoded}")  # quicker than three slashes, and often asked for
 
 
 def receive(

@@ -67,9 +67,11 @@ def once(
     finally:
         making.discard(path)
         if not lock.closed:  # in a forked child it is, and the right is its parent's
-            with suppress(OSError):  # the next open removes it
-                path.unlink()
-            locks.release(lock)
+            try:
+                with suppress(OSError):  # the next open removes it
+                    path.unlink()
+            finally:
+                locks.release(lock)
     yield found
 
 
@@ -82,9 +84,11 @@ def unless_made(directory: Path, key: str) -> Iterator[bool]:
         yield lock is not None
     finally:
         if lock is not None:
-            with suppress(OSError):
-                path.unlink()
-            locks.release(lock)
+            try:
+                with suppress(OSError):
+                    path.unlink()
+            finally:
+                locks.release(lock)
 
 
 def sweep(directory: Path) -> None:

@@ -111,12 +111,12 @@ class Session:
     @property
     def folder(self) -> Path:
         """Where this session writes what it receives."""
-        return self._database.directory / "ingest" / self.id
+        return Path(f"{self._database.directory}/ingest/{self.id}")
 
     def new_path(self, digest: Digest | None = None) -> Path:
         """Return a new path in the folder; with a digest, it tells the next open what was being published."""
         name = str(next(self._numbers))
-        return self.folder / (f"{name}.{digest.replace(':', '-')}" if digest else name)
+        return Path(f"{self.folder}/{name}.{digest.replace(':', '-')}" if digest else f"{self.folder}/{name}")
 
     def lease(self, connection: Connection, digests: Iterable[Digest]) -> Hold:
         """Keep digests from collection, from the connection's commit on until `release`."""
