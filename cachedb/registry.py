@@ -251,7 +251,7 @@ class Repository:
             if not location or not redirects:
                 return response
             response.close()
-            url = urljoin(url, location)
+            url = _joined(url, location)
             if _origin(url)[0] not in ({"https"} if origin[0] == "https" else {"http", "https"}):
                 raise RegistryError(f"{self.place.registry} redirects to what is not HTTPS")
         raise RegistryError(f"{self.place.registry} redirects more than {_REDIRECTS} times")
@@ -414,6 +414,18 @@ class Blob:
 
 
 _CHUNK = 1024 * 1024  # bytes
+
+
+def _joined(url: str, location: str) -> str:
+    """Return where a redirect leads.
+
+    Raises:
+        RegistryError: if that is no URL.
+    """
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise RegistryError("a registry redirects to what is no URL") from None
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

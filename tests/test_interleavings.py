@@ -257,6 +257,9 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
         elif lock == WRITE_LOCK:
             steps.wants(lock, "wait for the write lock")
             flock(file, operation)
+        elif path.suffix == ".producing":
+            steps.wants(lock, "wait for whoever makes it")
+            flock(file, operation)
         elif "session" in steps.kinds:
             steps.wants(lock, "wait for the lock of a session")
             flock(file, operation)

@@ -524,8 +524,9 @@ def test_what_is_here_needs_no_right_to_write(cache: Cache, remote: Registry, mo
     def denied(*_: object, **__: object) -> None:
         raise AssertionError("it took a lock")
 
-    monkeypatch.setattr("cachedb.locks.acquire", denied)
-    assert cache.pull(f"{remote.host}/app:1", if_missing=True).image.complete
+    with monkeypatch.context() as patch:
+        patch.setattr("cachedb.locks.acquire", denied)
+        assert cache.pull(f"{remote.host}/app:1", if_missing=True).image.complete
 
 
 # Debian's registry, and images that skopeo pushed

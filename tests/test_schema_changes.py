@@ -661,8 +661,8 @@ def test_a_change_that_would_leave_rows_that_refer_to_none_is_not_made(
 ) -> None:
     real = schema._run
 
-    def broken(connection: Any, *arguments: Any, **options: Any) -> None:
-        real(connection, *arguments, **options)
+    def broken(change: Any, connection: Any, *arguments: Any) -> None:
+        real(change, connection, *arguments)
         connection.exec_driver_sql("UPDATE images SET manifest_id = 999 WHERE id = 1")
 
     monkeypatch.setattr(schema, "_run", broken)
