@@ -21,6 +21,7 @@ from tests.conftest import Run
 from tests.faults import answer, changed, closed, corrupt, endless, redirect, retry_later, without
 from tests.promises import check
 from tests.registries import HTPASSWD, PASSWORD, REFRESH_TOKEN, USER, Registry, certificate, docker_registry
+from tests.test_schema import change
 
 FIRST = make.image(1, 2, compression="gzip")
 SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first
@@ -198,6 +199,14 @@ def test_a_blob_that_comes_later_adds_no_platform(cache: Cache, several: str) ->
     cache.pull(several)
     before = cache.get_image_blobs(several)
     cache.add_blob(ARM.manifest)
+    assert cache.get_image_blobs(several) == before
+
+
+def test_a_repair_adds_no_platform(cache: Cache, several: str) -> None:
+    cache.pull(several)
+    before = cache.get_image_blobs(several)
+    change(cache.directory, "UPDATE image_blobs SET role = 'other' WHERE position = 2")
+    assert [problem.kind for problem in cache.verify(repair=True).problems] == ["index"]
     assert cache.get_image_blobs(several) == before
 
 
