@@ -94,10 +94,14 @@ def _examples(*lines: str) -> str:
 
 @contextmanager
 def _opened(*, damaged: bool = False) -> Iterator[Cache]:
+    import logging
+
     from cachedb.cache import Cache
 
     gc_.freeze()
     gc_.enable()
+    # SQLAlchemy logs an interrupt that comes while it closes a connection, with a traceback, and raises it as well.
+    logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
     with Cache.open(click.get_current_context().find_root().params["directory"], damaged=damaged) as cache:
         yield cache
 

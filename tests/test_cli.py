@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -377,3 +378,22 @@ def test_bash_completes_commands_names_and_digests(
     assert complete(f"cachedb blob cat {prefix}") == [MADE.digest.partition(":")[2]]
     assert complete(f"cachedb --dir {tmp_path}/absent show ") == []
     assert not (tmp_path / "absent").exists()
+
+
+def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) -> None:
+    script = """
+    import sys
+    from cachedb import cli, database
+
+    close = database._Connection.close
+
+    def interrupted(self):
+        database._Connection.close = close
+        raise KeyboardInterrupt
+
+    database._Connection.close = interrupted
+    cli.main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), "--dir", str(directory), "ls"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (130, "cachedb: interrupted")
