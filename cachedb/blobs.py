@@ -24,8 +24,9 @@ from sqlalchemy.dialects.sqlite import Insert, insert
 from cachedb.database import Database, sync_folder
 from cachedb.errors import CacheError, DigestMismatch, InvalidDigest, NotInCache, os_errors
 from cachedb.models import Blob
+from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance
-from cachedb.reference import Digest, parse_digest, split_digest
+from cachedb.reference import Digest, digest_of, parse_digest, split_digest
 from cachedb.sessions import NO_HOLD, Hold, Session, received_digest
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "batched",
     "blob_path",
     "discard",
+    "document",
     "hold_stored",
     "intact",
     "on_disk",
@@ -380,6 +382,16 @@ def open_blob(directory: Path, digest: Digest) -> BinaryIO:
             return open(blob_path(directory, digest), "rb", opener=_open_regular)
         except FileNotFoundError:
             raise NotInCache(f"{digest} is not in the cache") from None
+
+
+def document(directory: Path, digest: Digest, size: int) -> bytes | None:
+    """Return what a small blob has, if it can be read and is what its name says."""
+    if size > DOCUMENT_LIMIT:
+        return None
+    with suppress(CacheError), open_blob(directory, digest) as file, os_errors("read a blob"):
+        data = file.read(DOCUMENT_LIMIT + 1)
+        return data if digest_of(data, digest) == digest else None
+    return None
 
 
 def _open_regular(path: str, flags: int) -> int:

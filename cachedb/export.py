@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -25,7 +24,7 @@ from cachedb.database import sync_folder
 from cachedb.errors import CacheError, NotInCache, os_errors
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance
-from cachedb.reference import Digest, Name, shorten, split_digest
+from cachedb.reference import Digest, Name, digest_of, shorten, split_digest
 
 __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "without_absent", "write_folder", "write_tar"]
 
@@ -138,7 +137,7 @@ def without_absent(
     if entries == document["manifests"]:
         return root, {}
     data = json.dumps({**document, "manifests": entries}, separators=(",", ":")).encode()
-    digest = Digest(f"sha256:{hashlib.sha256(data).hexdigest()}")
+    digest = digest_of(data)
     made[digest] = manifests[digest] = data
     return root._replace(digest=digest, size=len(data)), made
 

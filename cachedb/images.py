@@ -60,6 +60,7 @@ __all__ = [
     "associate_waiting",
     "attach",
     "bring",
+    "choice",
     "closure",
     "count_incomplete",
     "find",

@@ -139,7 +139,7 @@ class _Pull:
             known = {blob.digest for blob in contents if blob.stored}
             with suppress(InvalidManifest, NotInCache):
                 closure = images.closure(connection, self._database.directory, root, self._choose)
-                return info if known.issuperset(blob.digest for blob in closure) else None
+                return info if known.issuperset(blob.digest for blob in closure) and self._fits(root, info) else None
         return None
 
     def _choose(self, children: list[Descriptor]) -> list[Descriptor]:
@@ -180,13 +180,8 @@ class _Pull:
     def _stored(self, digest: Digest) -> bytes | None:
         """Return a document that is in the cache already, if it is good."""
         with self._database.read() as connection:
-            size = blobs.stored(connection, [digest]).get(digest, DOCUMENT_LIMIT + 1)
-        if size > DOCUMENT_LIMIT:
-            return None
-        with suppress(CacheError), blobs.open_blob(self._database.directory, digest) as file, os_errors("read a blob"):
-            data = file.read()
-            return data if digest_of(data, digest) == digest else None
-        return None
+            size = blobs.stored(connection, [digest]).get(digest)
+        return None if size is None else blobs.document(self._database.directory, digest, size)
 
     def _child(self, blob: Descriptor) -> bytes:
         """Return a manifest that an index names."""
@@ -236,8 +231,9 @@ class _Pull:
                 oci.among(among) if among and top.role == "index" else None,
             )
             info = images.image(connection, self._database.directory, image_id)[0]
-            if self._platform and top.role == "manifest":
-                self._check_platform(info)
+            if not self._fits(top, info):
+                label = _platform_of(info)
+                raise NotInCache(f"{self._name} is not for platform {shorten(self._platform)}, but for {label}")
             return info
 
         try:
@@ -249,11 +245,10 @@ class _Pull:
             raise
         return Pulled(info, len(self._come), sum(self._come.values()), None)
 
-    def _check_platform(self, info: ImageInfo) -> None:
-        """Refuse an image of another platform than was asked for, as far as its config says."""
-        label = "/".join(part for part in (info.os, info.architecture, info.variant) if part)
-        if label and not oci.is_for(label, self._platform or ""):
-            raise NotInCache(f"{self._name} is not for platform {shorten(self._platform)}, but for {label}")
+    def _fits(self, root: Descriptor, info: ImageInfo) -> bool:
+        """Say whether an image without an index is of the platform that was asked for, as far as its config says."""
+        label = _platform_of(info)
+        return not (self._platform and root.role == "manifest" and label and not oci.is_for(label, self._platform))
 
     def _before(self, connection: Connection, digest: Digest) -> set[Digest]:
         """Return what of an index was here already: another platform, pulled before."""
@@ -324,6 +319,10 @@ class _Pull:
             if not begun:
                 raise
             return self._ask(download)  # it may have been the part that was here: a power cut can spoil it
+
+
+def _platform_of(info: ImageInfo) -> str:
+    return "/".join(part for part in (info.os, info.architecture, info.variant) if part)
 
 
 def _size(path: Path) -> int:

@@ -7,7 +7,6 @@ An image whose name is in neither is kept under a name by its digest, in the rep
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -31,7 +30,7 @@ from cachedb.errors import (
 )
 from cachedb.models import REVISION, Base, Blob, Hold, Image, ImageBlob, Lease, Trash, UtcTime
 from cachedb.oci import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, descriptors, manifest_media_type
-from cachedb.reference import Digest, Name, parse_digest, split_digest
+from cachedb.reference import Digest, Name, parse_digest
 from cachedb.sessions import Session
 
 __all__ = ["Restored", "name_unnamed", "rebuild", "restore"]
@@ -330,23 +329,11 @@ def _check_manifest(directory: Path, digest: Digest, size: int) -> None:
     Raises:
         InvalidManifest: if it is none.
     """
-    data = _good(directory, digest, size)
+    data = blobs.document(directory, digest, size)
     if data is not None:
         descriptors(data, manifest_media_type(data))
     elif size > DOCUMENT_LIMIT:
         raise InvalidManifest(f"{digest} is too large for a manifest")
-
-
-def _good(directory: Path, digest: Digest, size: int) -> bytes | None:
-    """Return what a small blob has, if that is what its name says."""
-    algorithm, encoded = split_digest(digest)
-    if size > DOCUMENT_LIMIT:
-        return None
-    try:
-        data = blobs.blob_path(directory, digest).read_bytes()
-    except OSError:
-        return None  # the verification that follows says so
-    return data if hashlib.new(algorithm, data).hexdigest() == encoded else None
 
 
 def _unnamed(connection: Connection, directory: Path, files: dict[Digest, int]) -> list[tuple[Digest, str]]:
@@ -357,7 +344,7 @@ def _unnamed(connection: Connection, directory: Path, files: dict[Digest, int]) 
     for digest, size in files.items():
         if digest in used:
             continue
-        data = _good(directory, digest, size)
+        data = blobs.document(directory, digest, size)
         if data is None or not data.lstrip().startswith(b"{"):
             continue
         with suppress(InvalidManifest):

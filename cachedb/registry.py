@@ -206,7 +206,7 @@ class Repository:
             sent = self._authorization
             try:
                 response = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
-            except (SSLError, NewConnectionError, HTTPError) as error:
+            except HTTPError as error:
                 if tries == _TRIES or isinstance(error, (SSLError, NewConnectionError)):
                     raise self._unreachable(error) from None  # what urllib3 raised may have what was sent
                 _pause(tries, None)

@@ -525,6 +525,9 @@ def test_an_image_of_another_platform_than_was_asked_for_is_refused(cache: Cache
         cache.pull(f"{remote.host}/app:1", platform="linux/arm64")
     assert cache.list_manifests() == []
     assert cache.pull(f"{remote.host}/app:1", platform="linux/amd64").image.complete
+    with pytest.raises(NotInCache, match=r"not for platform 'linux/arm64', but for linux/amd64"):
+        cache.pull(f"{remote.host}/app:1", platform="linux/arm64", if_missing=True)  # which is here, and does not do
+    assert cache.is_image_complete(f"{remote.host}/app:1")
 
 
 def test_what_is_here_needs_no_right_to_write(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

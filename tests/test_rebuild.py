@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
@@ -667,8 +669,16 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_rebuilding(made: Path, mon
 
     (made / "index.db").unlink()
     digest = IMAGES[NAMES[4]].digest
+    path = blob_path(made, Digest(digest))
+
+    def refused(file: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(file) == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return open(file, *arguments, **options)
+
     with monkeypatch.context() as patch:
-        fail_reading(patch, blob_path(made, Digest(digest)), "open")
+        fail_reading(patch, path, "open")
+        patch.setattr("cachedb.blobs.open", refused, raising=False)
         with Cache.open(made, damaged=True) as cache:
             found = cache.verify(repair=True).problems
     assert ("corrupt", digest) in [(problem.kind, problem.digest) for problem in found]
