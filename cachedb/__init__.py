@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from cachedb.cache import Cache, Stats
     from cachedb.collection import Collected
     from cachedb.holds import HoldInfo
-    from cachedb.images import BlobInfo, ImageInfo
+    from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
     from cachedb.pull import Pulled
+    from cachedb.push import Pushed
     from cachedb.reference import Digest, Name
     from cachedb.verify import Problem, Verification
 
@@ -66,8 +67,10 @@ __all__ = [
     "Name",
     "NotACache",
     "NotInCache",
+    "PlatformInfo",
     "Problem",
     "Pulled",
+    "Pushed",
     "RegistryError",
     "RegistryUnavailable",
     "SchemaMismatch",
@@ -88,8 +91,10 @@ _HOMES = {
     "ImageInfo": "cachedb.images",
     "LeftOut": "cachedb.adopt",
     "Name": "cachedb.reference",
+    "PlatformInfo": "cachedb.images",
     "Problem": "cachedb.verify",
     "Pulled": "cachedb.pull",
+    "Pushed": "cachedb.push",
     "Stats": "cachedb.cache",
     "Verification": "cachedb.verify",
 }

@@ -17,12 +17,12 @@ from cachedb import blobs, collection, configs, holds, images, oci, producing, s
 from cachedb.blobs import Received
 from cachedb.collection import Collected
 from cachedb.database import Database, default_directory
-from cachedb.errors import CacheError, DamagedIndex, InvalidManifest, NotACache, NotInCache, os_errors
+from cachedb.errors import CacheError, DamagedIndex, InvalidManifest, InvalidName, NotACache, NotInCache, os_errors
 from cachedb.holds import HoldInfo
-from cachedb.images import BlobInfo, ImageInfo
+from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
 from cachedb.models import Blob, Image
 from cachedb.oci import Descriptor
-from cachedb.parallel import Advance, Progress, in_threads, summed
+from cachedb.parallel import Advance, Each, Progress, in_threads, summed
 from cachedb.reference import Digest, Name, parse_digest, shorten
 from cachedb.sessions import NO_HOLD, Hold, Session
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from cachedb import archive
     from cachedb.adopt import Adoption
     from cachedb.pull import Pulled
+    from cachedb.push import Pushed
+    from cachedb.registry import Repository
     from cachedb.verify import Verification
 
 __all__ = ["Cache", "Progress", "Stats"]
@@ -451,6 +453,15 @@ class Cache:
             image = images.find(connection, Name.parse(name))
             return images.image_blobs(connection, self.directory, image.id)
 
+    def get_platforms(self, name: str | Name) -> list[PlatformInfo]:
+        """Return what an image's index names, and which of that is here; nothing for an image that has no index.
+
+        Raises:
+            NotInCache: if there is no such image.
+        """
+        with self._database.read() as connection:
+            return images.platforms(connection, self.directory, images.find(connection, Name.parse(name)).id)
+
     def is_image_complete(self, name: str | Name) -> bool:
         """Say whether an image is in the cache with its manifest and all its blobs; False if it is not there."""
         try:
@@ -618,9 +629,11 @@ class Cache:
         all_platforms: bool = False,
         if_missing: bool = False,
         allow_stale: bool = False,
+        referrers: bool = False,
         plain_http: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
+        each: Each | None = None,
     ) -> Pulled:
         """Bring an image from its registry: what is not here of it, verified, and resumed where it was cut off.
 
@@ -634,9 +647,13 @@ class Cache:
             all_platforms: bring all that an index names.
             if_missing: ask no registry if the image is here and complete, whatever its tag points to by now.
             allow_stale: where no registry can be reached, take the image that is here.
+            referrers: attach to the image what the registry lists as referring to it: signatures, SBOMs, attestations
+                (distribution specification, "Listing Referrers"). They are asked for each time, also if the image is
+                here, but for ``if_missing``.
             plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
             authfile: to take credentials from, instead of the files that podman and Docker keep.
             progress: is told how far the download is.
+            each: is told how far each blob is.
 
         Raises:
             RegistryError: if it cannot be had.
@@ -660,8 +677,141 @@ class Cache:
                 all_platforms=all_platforms,
                 if_missing=if_missing,
                 allow_stale=allow_stale,
+                referrers=referrers,
                 progress=progress,
+                each=each,
             )
+
+    def push(
+        self,
+        name: str | Name,
+        target: str | Name | None = None,
+        *,
+        platform: str | None = None,
+        plain_http: bool | None = None,
+        authfile: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
+        each: Each | None = None,
+    ) -> Pushed:
+        """Send an image to a registry: what is not there of it, and what refers to it; it has the same digest there.
+
+        Its name points to it there when all of it has come.
+
+        Args:
+            name: of the image.
+            target: the name to push it to, unless that is its own; where it is on the wire is as Docker has it.
+            platform: ``os/architecture[/variant]``, to push one platform of an index as an image of its own.
+            plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
+            authfile: to take credentials from, instead of the files that podman and Docker keep.
+            progress: is told how far the upload is.
+            each: is told how far each blob is.
+
+        Raises:
+            NotInCache: if there is no such image, or it is not for that platform.
+            IncompleteImage: if a blob of it is not stored, or a platform is neither here nor at the registry.
+            InvalidName: if the target is by another digest.
+            RegistryError: if the registry does not take it.
+        """
+        from cachedb.registry import Repository, place
+
+        source = Name.parse(name)
+        there = Name.parse(target) if target is not None else source
+        with closing(Repository(place(there, plain_http=plain_http), authfile=authfile)) as repository:
+            return self._push(source, there, repository, set(), platform, progress, each)
+
+    def push_tags(
+        self,
+        repository: str,
+        target: str | None = None,
+        *,
+        plain_http: bool | None = None,
+        authfile: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
+        each: Each | None = None,
+    ) -> list[Pushed]:
+        """Send all images that a repository has by tag, one after the other, as `push` does.
+
+        Args:
+            repository: a name without a tag.
+            target: the repository to push them to, under their tags, unless that is their own.
+            plain_http: as for `push`.
+            authfile: as for `push`.
+            progress: is told how far the upload of an image is.
+            each: is told how far each blob is.
+
+        Raises:
+            NotInCache: if there is none.
+            InvalidName: if a name has a tag or a digest.
+            IncompleteImage: as for `push`.
+            RegistryError: as for `push`.
+        """
+        from cachedb.registry import Repository, place
+
+        for named in filter(None, (repository, target)):
+            if Name.parse(named).repository != named:
+                raise InvalidName(f"{shorten(named)} has a tag or a digest: name the repository alone")
+        with self._database.read() as connection:
+            names = images.tags(connection, repository)
+        if not names:
+            raise NotInCache(f"{repository} has no tags in the cache; `cachedb ls` lists what is")
+        where = place(Name(target or repository, names[0].reference), plain_http=plain_http)
+        there: set[Digest] = set()
+        with closing(Repository(where, authfile=authfile)) as opened:
+            return [
+                self._push(name, name._replace(repository=target or repository), opened, there, None, progress, each)
+                for name in names
+            ]
+
+    def _push(
+        self,
+        source: Name,
+        target: Name,
+        repository: Repository,
+        there: set[Digest],
+        platform: str | None,
+        progress: Progress | None,
+        each: Each | None,
+    ) -> Pushed:
+        from cachedb import export
+        from cachedb.push import push
+
+        with self._held(source) as ((info, held),):
+            root, manifests = self._manifests(source, info, held)
+            if platform is not None:
+                root = export.choose_platform(source, root, manifests, self.get_blob, platform)
+            return push(
+                self._database,
+                target,
+                repository,
+                root,
+                manifests,
+                held,
+                self.get_blob,
+                there,
+                progress=progress,
+                each=each,
+            )
+
+    def _manifests(self, name: Name, info: ImageInfo, held: list[BlobInfo]) -> tuple[Descriptor, dict[Digest, bytes]]:
+        """Return what an image points to, and the manifests that it reaches and has here.
+
+        Raises:
+            IncompleteImage: if a blob of it is not stored.
+        """
+        if not info.complete:
+            raise images.incomplete(name, held)
+        manifests: dict[Digest, bytes] = {}
+
+        def read(blob: Descriptor) -> bytes:
+            manifests[blob.digest] = self.get_blob(blob.digest)
+            return manifests[blob.digest]
+
+        size = self.get_blob_size(info.digest)
+        root = Descriptor(info.digest, size, info.media_type, oci.role_of(info.media_type))
+        here = {blob.digest for blob in held}
+        for _ in oci.walk(root, read, oci.among(here)):
+            pass
+        return root, manifests
 
     # Archives
 
@@ -791,23 +941,12 @@ class Cache:
         path = Path(destination) if isinstance(destination, (str, os.PathLike)) else destination
         parsed = Name.parse(name)
         with self._held(parsed) as ((info, held),):
-            if not info.complete:
-                raise images.incomplete(parsed, held)
-            manifests: dict[Digest, bytes] = {}
-
-            def read(blob: Descriptor) -> bytes:
-                manifests[blob.digest] = self.get_blob(blob.digest)
-                return manifests[blob.digest]
-
-            size = self.get_blob_size(info.digest)
-            root = Descriptor(info.digest, size, info.media_type, oci.role_of(info.media_type))
-            here = {blob.digest for blob in held}
-            closure = list(oci.walk(root, read, oci.among(here)))
+            root, manifests = self._manifests(parsed, info, held)
             made: dict[Digest, bytes] = {}
             if platform is not None or format == "docker-archive":
                 root = export.choose_platform(parsed, root, manifests, self.get_blob, platform)
             else:
-                root, made = export.without_absent(root, manifests, here)
+                root, made = export.without_absent(root, manifests, {blob.digest for blob in held})
             closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
             files = export.entries(parsed, root, format, manifests, closure, made)
             add = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)

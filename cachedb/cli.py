@@ -153,6 +153,12 @@ _format = click.option(
     show_default=True,
     help="How to print the result.",
 )
+_plain_http = click.option(
+    "--plain-http/--tls", "plain_http", default=None, help="Speak HTTP, or HTTPS with this host too."
+)
+_authfile = click.option(
+    "--authfile", type=click.Path(), help="Credentials.  [default: as podman and Docker keep them]"
+)
 _dry_run = click.option("--dry-run", is_flag=True, help="Remove nothing; say what would be freed.")
 
 
@@ -282,6 +288,28 @@ def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
 
 
 @contextmanager
+def _transfer(action: str, *, quiet: bool) -> Iterator[dict[str, Any]]:
+    """Show a bar for the whole and one for each blob that is on its way, on stderr, if that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield {}
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        whole = bar.add_task(action, total=None)
+        tasks: dict[str, Any] = {}
+
+        def each(digest: str, done: int, total: int) -> None:
+            if digest not in tasks:
+                tasks[digest] = bar.add_task(f"  {_short(digest)}", total=total)
+            bar.update(tasks[digest], completed=done, visible=done < total)
+
+        yield {"progress": lambda done, total: bar.update(whole, completed=done, total=total), "each": each}
+
+
+@contextmanager
 def _progress(action: str, *, quiet: bool = False) -> Iterator[Progress | None]:
     """Show a bar on stderr, if that is a terminal."""
     if quiet or not sys.stderr.isatty():
@@ -352,6 +380,7 @@ def import_(source: str, name: str | None, form: str, quiet: bool) -> None:
         "cachedb pull alpine:3.20",
         "cachedb pull --platform linux/arm64 ghcr.io/team/app:1",
         "cachedb pull --if-missing registry.example.org:5000/team/app:1",
+        "cachedb pull --referrers ghcr.io/team/app:1",
     )
 )
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_Name())
@@ -359,8 +388,9 @@ def import_(source: str, name: str | None, form: str, quiet: bool) -> None:
 @click.option("--all-platforms", is_flag=True, help="Bring all platforms of an image.")
 @click.option("--if-missing", is_flag=True, help="Ask no registry for an image that is here and complete.")
 @click.option("--allow-stale", is_flag=True, help="If the registry cannot be reached, take the image that is here.")
-@click.option("--plain-http/--tls", "plain_http", default=None, help="Speak HTTP, or HTTPS with this host too.")
-@click.option("--authfile", type=click.Path(), help="Credentials.  [default: as podman and Docker keep them]")
+@click.option("--referrers", is_flag=True, help="Bring signatures, SBOMs and what else refers to the images, too.")
+@_plain_http
+@_authfile
 @_format
 @_quiet("the images' names")
 def pull(
@@ -369,6 +399,7 @@ def pull(
     all_platforms: bool,
     if_missing: bool,
     allow_stale: bool,
+    referrers: bool,
     plain_http: bool | None,
     authfile: str | None,
     form: str,
@@ -385,21 +416,80 @@ def pull(
     found = []
     with _opened() as cache:
         for name in names:
-            with _progress(f"pulling {name}", quiet=quiet) as progress:
+            with _transfer(f"pulling {name}", quiet=quiet) as told:
                 pulled = cache.pull(
                     name,
                     platform=platform,
                     all_platforms=all_platforms,
                     if_missing=if_missing,
                     allow_stale=allow_stale,
+                    referrers=referrers,
                     plain_http=plain_http,
                     authfile=authfile,
-                    progress=progress,
+                    **told,
                 )
             found.append(pulled.image)
             if pulled.stale:
                 click.echo(f"cachedb: {name} may be out of date: {_printable(pulled.stale)}", err=True)
     _print_images(found, form, quiet=quiet)
+
+
+@cli.command(
+    epilog=_examples(
+        "cachedb push registry.example.org:5000/team/app:1",
+        "cachedb push app:1 registry.example.org:5000/team/app:1",
+        "cachedb push --all-tags app localhost:5000/app",
+    )
+)
+@click.argument("name", type=_Name())
+@click.argument("target", required=False, type=_Name())
+@click.option("-a", "--all-tags", is_flag=True, help="Push all tags of NAME, a repository, to TARGET, another.")
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Push one platform of an image that has several.")
+@_plain_http
+@_authfile
+@_format
+@_quiet("the pushed images' names, by digest,")
+def push(
+    name: str,
+    target: str | None,
+    all_tags: bool,
+    platform: str | None,
+    plain_http: bool | None,
+    authfile: str | None,
+    form: str,
+    quiet: bool,
+) -> None:
+    """Send an image to a registry, under its name or as TARGET: what is not there of it.
+
+    It has the same digest there. What refers to it, brought by `cachedb pull --referrers`, goes with it. A name
+    without a registry is Docker Hub's, as Docker has it; with localhost HTTP is spoken.
+    """
+    if all_tags and platform:
+        raise click.UsageError("--all-tags and --platform exclude each other")
+    with _opened() as cache, _transfer(f"pushing {name}", quiet=quiet) as told:
+        options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile, **told}
+        if all_tags:
+            found = cache.push_tags(name, target, **options)
+        else:
+            found = [cache.push(name, target, platform=platform, **options)]
+    if quiet:
+        for pushed in found:
+            click.echo(f"{pushed.name.repository}@{pushed.digest}")
+    elif form == "json":
+        _print_json([{**pushed._asdict(), "name": str(pushed.name)} for pushed in found])
+    else:
+        rows = [
+            (
+                str(pushed.name),
+                _short(pushed.digest),
+                f"{pushed.blobs} ({_human(pushed.bytes)})" if pushed.blobs else "-",
+                str(pushed.mounted or "-"),
+                str(pushed.there or "-"),
+            )
+            for pushed in found
+        ]
+        counts = ("UPLOADED", "MOUNTED", "WERE THERE")
+        _print_table(("NAME", "DIGEST", *counts), rows, right=counts)
 
 
 @cli.command(
@@ -498,11 +588,13 @@ def show(name: str, form: str, quiet: bool) -> None:
     """Show an image and its blobs."""
     with _opened() as cache:
         image, blobs, labels = cache.get_image(name), cache.get_image_blobs(name), cache.get_labels(name)
+        platforms = cache.get_platforms(name)
     if quiet:
         for blob in blobs:
             click.echo(blob.digest)
     elif form == "json":
-        _print_json({**image._asdict(), "labels": labels, "blobs": [blob._asdict() for blob in blobs]})
+        found = {"platforms": [platform._asdict() for platform in platforms]}
+        _print_json({**image._asdict(), "labels": labels, **found, "blobs": [blob._asdict() for blob in blobs]})
     else:
         _print_images([image], form, quiet=False)
         click.echo()
@@ -512,6 +604,18 @@ def show(name: str, form: str, quiet: bool) -> None:
         said += [("label", f"{key}={value}") for key, value in labels.items()]
         if said := [(what, value) for what, value in said if value]:
             _print_table(("CONFIG", "SAYS"), said)
+            click.echo()
+        if platforms:
+            here = {blob.digest for blob in blobs if blob.stored}
+            states = [
+                "complete" if child.complete else "incomplete" if child.digest in here else "not here"
+                for child in platforms
+            ]
+            lines = [
+                (child.platform or "-", _short(child.digest), state)
+                for child, state in zip(platforms, states, strict=True)
+            ]
+            _print_table(("PLATFORM", "DIGEST", "STATE"), lines)
             click.echo()
         rows = (
             (

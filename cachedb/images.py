@@ -56,6 +56,7 @@ from cachedb.sessions import Hold, Session
 __all__ = [
     "BlobInfo",
     "ImageInfo",
+    "PlatformInfo",
     "SavedImage",
     "associate_waiting",
     "attach",
@@ -74,10 +75,12 @@ __all__ = [
     "publish",
     "reassociate",
     "remove",
+    "repositories_with",
     "restore",
     "root_of",
     "save",
     "tag",
+    "tags",
 ]
 
 
@@ -143,6 +146,14 @@ class BlobInfo(NamedTuple):
     def is_config(self) -> bool:
         """Whether the blob is an image's config."""
         return self.role == "config"
+
+
+class PlatformInfo(NamedTuple):
+    """What an image's index names."""
+
+    platform: str | None  # os/architecture[/variant], if the index says
+    digest: Digest  # of the manifest, or of an index in the index
+    complete: bool  # whether it is here with all its blobs
 
 
 class SavedImage(NamedTuple):
@@ -702,6 +713,41 @@ def is_associated(connection: Connection, digest: Digest) -> bool:
     """Say whether an image is associated with a blob."""
     query = select(ImageBlob.image_id).join(Blob, Blob.id == ImageBlob.blob_id).where(Blob.digest == digest)
     return connection.execute(query.limit(1)).first() is not None
+
+
+def platforms(connection: Connection, directory: Path, image_id: int) -> list[PlatformInfo]:
+    """Return what an image's index names, in its order, and which of that is here; nothing, if it has none."""
+    root = root_of(connection, image_id)
+    if root.role != "index":
+        return []
+    stored = {blob.digest for blob in image_blobs(connection, directory, image_id) if blob.stored}
+
+    def here(child: Descriptor) -> bool:
+        return stored.issuperset(blob.digest for blob in closure(connection, directory, child, strict=False))
+
+    data = blobs.document(directory, root.digest, root.size)
+    children = [] if data is None else descriptors(data, root.media_type)
+    return [PlatformInfo(child.platform, child.digest, here(child)) for child in children]
+
+
+def tags(connection: Connection, repository: str) -> list[Name]:
+    """Return the names that a repository's images have by tag, in order."""
+    query = select(Image.reference).where(Image.repository == repository).order_by(Image.reference)
+    names = [Name(repository, reference) for reference in connection.execute(query).scalars()]
+    return [name for name in names if not name.digest]
+
+
+def repositories_with(connection: Connection, digest: Digest) -> list[str]:
+    """Return the repositories of the images that are associated with a blob, in order."""
+    query = (
+        select(Image.repository)
+        .join(ImageBlob, ImageBlob.image_id == Image.id)
+        .join(Blob, Blob.id == ImageBlob.blob_id)
+        .where(Blob.digest == digest)
+        .distinct()
+        .order_by(Image.repository)
+    )
+    return list(connection.execute(query).scalars())
 
 
 def attach(connection: Connection, directory: Path, name: Name, digest: Digest, role: str, media_type: str) -> None:

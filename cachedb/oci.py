@@ -32,6 +32,7 @@ __all__ = [
     "manifest_media_type",
     "parse_config",
     "platform_label",
+    "subject_of",
     "walk",
 ]
 
@@ -213,6 +214,14 @@ def child(value: object, what: str) -> Descriptor:
     child = _descriptor(value, "other", f"an entry of {what}")
     assert isinstance(value, dict)
     return child._replace(role=role_of(child.media_type), platform=platform_label(value.get("platform")))
+
+
+def subject_of(data: bytes) -> Digest | None:
+    """Return the digest of the manifest that a manifest or index refers to as its subject (manifest.md, "subject")."""
+    try:
+        return parse_digest(load_json(data, "the manifest")["subject"]["digest"])
+    except (InvalidManifest, InvalidDigest, LookupError, TypeError):
+        return None
 
 
 def platform_label(said: object) -> str | None:

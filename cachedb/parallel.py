@@ -10,13 +10,16 @@ from typing import TypeVar
 
 from cachedb.errors import CacheError
 
-__all__ = ["Advance", "Progress", "in_threads", "summed"]
+__all__ = ["Advance", "Each", "Progress", "in_threads", "summed", "told"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and the bytes in all; from any thread, one call at a time."""
+
+Each = Callable[[str, int, int], None]
+"""Called with what is being worked on, such as a blob's digest, the bytes of it done so far and those in all."""
 
 Advance = Callable[[int], None]
 """Called with the number of bytes done since the last call, from any thread."""
@@ -32,6 +35,20 @@ def summed(total: int, progress: Progress | None) -> Advance:
             with guard:
                 done += count
                 progress(done, total)
+
+    return add
+
+
+def told(what: str, total: int, each: Each | None, advance: Advance) -> Advance:
+    """Turn the bytes that are reported of one thing into calls with their sum, and report them on."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        if each is not None:
+            each(what, done, total)
+        advance(count)
 
     return add
 

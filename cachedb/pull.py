@@ -28,12 +28,14 @@ from cachedb.errors import (
 )
 from cachedb.images import ImageInfo
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
-from cachedb.parallel import Advance, Progress, in_threads, summed
+from cachedb.parallel import Advance, Each, Progress, in_threads, summed, told
 from cachedb.reference import Digest, Name, digest_of, shorten
 from cachedb.registry import Fetched, Repository
 from cachedb.sessions import Hold, Session
 
 __all__ = ["Pulled", "pull"]
+
+_MANIFESTS = 1000  # that an image may have with all that refers to it
 
 T = TypeVar("T")
 
@@ -63,7 +65,9 @@ def pull(
     all_platforms: bool = False,
     if_missing: bool = False,
     allow_stale: bool = False,
+    referrers: bool = False,
     progress: Progress | None = None,
+    each: Each | None = None,
 ) -> Pulled:
     """Bring an image from a registry; of several processes that want the same one, one does and the others wait.
 
@@ -76,7 +80,9 @@ def pull(
         all_platforms: of an index, bring all that it names.
         if_missing: ask no registry if the image is here and complete, whatever its tag points to by now.
         allow_stale: where no registry can be reached, take what is here.
+        referrers: attach to the image what the registry lists as referring to it.
         progress: is told how far it is, in bytes.
+        each: is told how far it is with each blob.
 
     Raises:
         RegistryError: if it cannot be had.
@@ -84,7 +90,7 @@ def pull(
         InvalidManifest: if a manifest of it is invalid.
         DigestMismatch: if what comes has another digest or size than it should.
     """
-    work = _Pull(database, session, name, repositories, platform, all_platforms, progress)
+    work = _Pull(database, session, name, repositories, platform, all_platforms, referrers, progress, each)
 
     def find() -> Pulled | None:
         here = work.here() if if_missing or name.digest else None
@@ -105,10 +111,13 @@ class _Pull:
         repositories: Sequence[Repository],
         platform: str | None,
         all_platforms: bool,
+        referrers: bool,
         progress: Progress | None,
+        each: Each | None,
     ) -> None:
         self._database, self._session, self._name = database, session, name
-        self._repositories, self._progress = repositories, progress
+        self._repositories, self._referrers = repositories, referrers
+        self._progress, self._each = progress, each
         self._platform = platform  # as it was asked for
         self._wanted = None if all_platforms else (platform or oci.host_platform())
         self._documents: dict[Digest, bytes] = {}  # manifests and indexes of the closure
@@ -119,7 +128,7 @@ class _Pull:
         here = self.here()
         try:
             said = self._name.digest or self._ask(lambda repository: repository.digest(self._name.reference))
-            if here and here.digest == said:
+            if here and here.digest == said and not self._referrers:
                 return Pulled(here, 0, 0, None)
             root = self._root(said)
         except RegistryUnavailable as error:
@@ -206,7 +215,8 @@ class _Pull:
             return found
 
         closure = list(oci.walk(top, lambda blob: root.data if blob is top else self._child(blob), choose))
-        wanted = {blob.digest: blob for blob in closure}
+        attached = self._referring(closure) if self._referrers else []
+        wanted = {blob.digest: blob for blob in [*closure, *attached]}
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
             for digest, data in self._documents.items():
@@ -230,6 +240,9 @@ class _Pull:
                 root.media_type,
                 oci.among(among) if among and top.role == "index" else None,
             )
+            for blob in attached:
+                role = blob.role if blob.role in ("manifest", "index") else "other"
+                images.attach(connection, self._database.directory, self._name, blob.digest, role, blob.media_type)
             info = images.image(connection, self._database.directory, image_id)[0]
             if not self._fits(top, info):
                 label = _platform_of(info)
@@ -244,6 +257,27 @@ class _Pull:
                     images.let_go(self._database, self._session, hold)
             raise
         return Pulled(info, len(self._come), sum(self._come.values()), None)
+
+    def _referring(self, closure: list[Descriptor]) -> list[Descriptor]:
+        """Return what refers to the manifests of a closure, and to that in turn: signatures, SBOMs, attestations."""
+        found: list[Descriptor] = []
+        asked = [blob for blob in closure if blob.role in ("manifest", "index")]
+        known = {blob.digest for blob in asked}
+        while asked:
+            subject = asked.pop().digest
+            for root in self._listed(subject):
+                # An image has no need of what is for another one, or is none that can be kept.
+                if root.digest in known or root.role == "other" or oci.subject_of(self._child(root)) != subject:
+                    continue
+                if len(known) >= _MANIFESTS:
+                    raise RegistryError(f"{self._name} has more than {_MANIFESTS} manifests that refer to it")
+                known.add(root.digest)
+                asked.append(root)
+                found += oci.walk(root, self._child)
+        return found
+
+    def _listed(self, subject: Digest) -> list[Descriptor]:
+        return self._ask(lambda repository: repository.referrers(subject))
 
     def _fits(self, root: Descriptor, info: ImageInfo) -> bool:
         """Say whether an image without an index is of the platform that was asked for, as far as its config says."""
@@ -260,7 +294,7 @@ class _Pull:
 
     def _fetch(self, blob: Descriptor, advance: Advance) -> None:
         """Download a blob, or wait for another process that does, and hold it."""
-        directory = self._database.directory
+        directory, advance = self._database.directory, told(blob.digest, blob.size, self._each, advance)
 
         def find() -> Hold | None:
             hold = blobs.hold_stored(self._database, self._session, [blob.digest])
@@ -290,10 +324,10 @@ class _Pull:
             advance(begun)
             done = begun
 
-            def told(count: int) -> None:
+            def count(new: int) -> None:
                 nonlocal done
-                done += count
-                advance(count)
+                done += new
+                advance(new)
 
             source = repository.blob(blob.digest, blob.size, begun)
             try:
@@ -303,7 +337,7 @@ class _Pull:
                     digest=blob.digest,
                     size=blob.size,
                     partial=path,
-                    progress=told,
+                    progress=count,
                     what=f"blob {blob.digest}",
                 )
             except RegistryError:

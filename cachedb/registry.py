@@ -1,60 +1,44 @@
-"""A registry, as a client sees it: the OCI distribution specification v1.1, which grew from Docker's registry API v2.
-
-What a registry says is a stranger's word. Bodies are read to a limit, content is verified by whoever receives it, and
-credentials go to the registry they are for and to the token server it names; never along a redirect, nor into an error.
-"""
+"""What a registry has and takes, after the OCI distribution specification v1.1 and the Docker registry API v2."""
 
 from __future__ import annotations
 
-import base64
-import email.utils
 import json
 import os
-import random
 import re
-import ssl
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Final, NamedTuple
-from urllib.parse import urlencode, urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from typing import BinaryIO, Final, NamedTuple
+from urllib.parse import urlencode
 
 import urllib3
-from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, SSLError
-from urllib3.util import Timeout, make_headers, parse_url
+from urllib3.exceptions import HTTPError
 
-from cachedb import credentials
-from cachedb.errors import InvalidDigest, InvalidName, RegistryError, RegistryUnavailable
-from cachedb.oci import DOCUMENT_LIMIT, INDEX_TYPES, MANIFEST_TYPES
-from cachedb.reference import Digest, Name, parse_digest, shorten
+from cachedb.client import CHUNK, TRIES, Client, Place, pause, plain, read
+from cachedb.errors import InvalidDigest, InvalidName, RegistryError, RegistryUnavailable, StorageError, os_errors
+from cachedb.oci import (
+    DOCUMENT_LIMIT,
+    INDEX_TYPES,
+    MANIFEST_TYPES,
+    OCI_INDEX,
+    Descriptor,
+    descriptors,
+    load_json,
+    subject_of,
+)
+from cachedb.parallel import Advance
+from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 
-__all__ = ["Blob", "Fetched", "Place", "Repository", "mirrors", "place"]
+__all__ = ["Blob", "Fetched", "Repository", "mirrors", "place"]
 
 _HUB: Final = "docker.io"
-_TIMEOUT = Timeout(connect=10, read=60)  # seconds; the second for each read from the socket
 _SLOWEST = 1024  # bytes a second, in each minute: who sends less has stalled
 _MINUTE = 60.0  # seconds
-_TRIES = 5
-_FIRST_PAUSE = 0.5  # seconds before the second try; it doubles, and Retry-After counts where there is one
-_LONGEST_PAUSE = 60.0  # seconds; a registry that wants more time is said to be unavailable
-_REDIRECTS = 5
-_CONNECTIONS = 16  # to one host, kept open
-_TOKEN_LIMIT = 1024 * 1024  # bytes
-_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-_CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d", "~/.config/containers/certs.d")
-_CHALLENGE = re.compile(r'(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
+_PART = 16 * 1024 * 1024  # bytes of a chunk of an upload
+_SENT = 256 * 1024  # bytes written at once: a slow network has a minute for them
+_REFERRERS = 1000  # that a registry may list for one manifest
+_NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')  # RFC 8288
 _LOOPBACK = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?")
-
-
-class Place(NamedTuple):
-    """Where a repository is on the wire."""
-
-    url: str  # of the registry: scheme and host, with a prefix for some mirrors
-    registry: str  # host[:port] as credentials know it; docker.io for Docker Hub
-    repository: str
 
 
 class Fetched(NamedTuple):
@@ -113,15 +97,11 @@ class Repository:
             authfile: to take credentials from, instead of the usual files.
         """
         self.place = where
-        self._authfile = authfile
-        self._guard, self._authorizing = threading.Lock(), threading.Lock()
-        self._pools: dict[tuple[bool, str | None, str | None], urllib3.PoolManager] = {}
-        self._authorization = ""
+        self._client = Client(where, authfile)
 
     def close(self) -> None:
         """Close all connections."""
-        for pool in self._pools.values():
-            pool.clear()
+        self._client.close()
 
     def digest(self, reference: str) -> Digest | None:
         """Return the digest of a manifest, by one request; None if the registry does not say.
@@ -131,7 +111,7 @@ class Repository:
         """
         headers = {"Accept": _accepted()}
         url = self._url(f"manifests/{reference}")
-        with self._request("HEAD", url, self._named(reference), headers, good=(200, 405)) as response:
+        with self._client.request("HEAD", url, self._named(reference), headers, good=(200, 405)) as response:
             return _said_digest(response.headers) if response.status == 200 else None
 
     def manifest(self, reference: str) -> Fetched:
@@ -141,8 +121,10 @@ class Repository:
             RegistryError: if there is none, or it cannot be had.
         """
         headers = {"Accept": _accepted()}
-        with self._request("GET", self._url(f"manifests/{reference}"), self._named(reference), headers) as response:
-            data = _read(response, DOCUMENT_LIMIT, f"manifest {reference} at {self.place.registry}")
+        with self._client.request(
+            "GET", self._url(f"manifests/{reference}"), self._named(reference), headers
+        ) as response:
+            data = read(response, DOCUMENT_LIMIT, f"manifest {reference} at {self.place.registry}")
             kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
             return Fetched(_said_digest(response.headers), kind if kind in _manifest_types() else None, data)
 
@@ -157,7 +139,7 @@ class Repository:
             RegistryError: if there is none, or it cannot be had.
         """
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        response = self._request("GET", self._url(f"blobs/{digest}"), f"blob {digest}", headers, good=(200, 206))
+        response = self._client.request("GET", self._url(f"blobs/{digest}"), f"blob {digest}", headers, good=(200, 206))
         if response.status == 200:
             return response, 0
         begins = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range", ""))
@@ -168,186 +150,167 @@ class Repository:
             )
         return response, offset
 
+    def referrers(self, digest: Digest) -> list[Descriptor]:
+        """Return the manifests that refer to one as their subject: signatures, SBOMs, attestations.
+
+        Asked as v1.1 has it ("Listing Referrers"), or where that is not known, by the tag that stands for it.
+
+        Raises:
+            RegistryError: if that cannot be had.
+            InvalidManifest: if it is no index.
+        """
+        what, found = f"referrers of {digest} at {self.place.registry}", list[Descriptor]()
+        url: str | None = self._url(f"referrers/{digest}")
+        while url:
+            # What a registry says that knows nothing of it varies.
+            with self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 400, 404, 405)) as response:
+                kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
+                if response.status != 200 or kind != OCI_INDEX:
+                    return descriptors(self._listed(digest), OCI_INDEX, what)
+                found += descriptors(read(response, DOCUMENT_LIMIT, what), OCI_INDEX, what)
+                following = _NEXT.search(response.headers.get("Link", ""))
+                url = self._client.follow(url, following[1]) if following and len(found) <= _REFERRERS else None
+        if len(found) > _REFERRERS:
+            raise RegistryError(f"{self.place.registry} lists more than {_REFERRERS} referrers of {digest}")
+        return found
+
+    def _listed(self, digest: Digest) -> bytes:
+        """Return the index that a tag points to, where a registry knows no referrers ("Referrers Tag Schema")."""
+        url, what = self._url(f"manifests/{_tag_of(digest)}"), f"referrers of {digest}"
+        with self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 404)) as response:
+            if response.status == 404:
+                return b'{"schemaVersion":2,"mediaType":"%s","manifests":[]}' % OCI_INDEX.encode()
+            return read(response, DOCUMENT_LIMIT, what)
+
+    def has(self, kind: str, digest: Digest) -> bool:
+        """Say whether there is a thing of a kind: ``blobs`` or ``manifests``.
+
+        Raises:
+            RegistryError: if that cannot be had.
+        """
+        headers = {"Accept": _accepted()} if kind == "manifests" else {}
+        what = f"{kind} of {self.place.repository}"
+        with self._client.request("HEAD", self._url(f"{kind}/{digest}"), what, headers, good=(200, 404)) as response:
+            return response.status == 200
+
+    def mount(self, digest: Digest, source: str) -> bool:
+        """Have the registry take a blob from another of its repositories ("Mounting a blob"); say whether it did."""
+        url = self._url(f"blobs/uploads/?{urlencode({'mount': digest, 'from': source})}")
+        with suppress(RegistryError):  # it may not be ours to read, nor an upload ours to end: then it is sent
+            with self._client.request("POST", url, f"blob {digest} of {source}", {}, good=(201, 202)) as response:
+                if response.status == 201:
+                    return True
+                upload = self._client.follow(url, response.headers.get("Location", ""))
+            self._client.request("DELETE", upload, "an upload", {}, good=(204,)).close()
+        return False
+
+    def put_blob(self, digest: Digest, size: int, file: BinaryIO, advance: Advance) -> None:
+        """Send a blob ("Pushing Blobs"): whole at first, and in chunks once that was cut off, or was too large.
+
+        Args:
+            digest: of the blob.
+            size: of the blob, in bytes.
+            file: that has it.
+            advance: is told of the bytes sent, and with a number below zero of those that are sent again.
+
+        Raises:
+            RegistryError: if the registry does not take it.
+        """
+        what = f"upload of blob {digest}"
+        location, sent, furthest, failed, whole, chunk = None, 0, 0, 0, True, _PART
+        while True:
+            if location is None:
+                advance(-sent)
+                (location, least), sent = self._begin_upload(), 0
+                chunk = max(chunk, least)
+            body = _Part(file, sent, size - sent if whole else min(chunk, size - sent), advance)
+            last = whole or not body.size
+            headers = {"Content-Type": "application/octet-stream", "Content-Length": str(body.size)}
+            if not last:
+                headers["Content-Range"] = f"{sent}-{sent + body.size - 1}"
+            method, url = ("PUT", _with_digest(location, digest)) if last else ("PATCH", location)
+            good = (201 if last else 202, 404, 413, 416)
+            try:
+                response = self._client.request(method, url, what, headers, good=good, body=body, failed=failed)
+            except RegistryUnavailable:
+                body.take_back()
+                failed, whole = failed + 1, False
+                if failed == TRIES:
+                    raise
+                before, (location, sent) = sent, self._upload_so_far(location, size)
+                advance(sent - before)
+                continue
+            with response:
+                if response.status == 201:
+                    return
+                if response.status == 202:
+                    location = self._client.follow(url, response.headers.get("Location", ""))
+                    sent += body.size
+                    if sent > furthest:
+                        furthest, failed = sent, 0
+                    continue
+                body.take_back()
+                if response.status == 413 and not whole:
+                    chunk //= 4
+                failed, whole, location = failed + 1, False, None  # the upload is lost, or it was too much at once
+                if failed == TRIES:
+                    raise self._client.refusal(what, response)
+
+    def _begin_upload(self) -> tuple[str, int]:
+        """Return where a blob is to be sent, and the bytes that a chunk of it must have."""
+        url = self._url("blobs/uploads/")
+        with self._client.request("POST", url, f"repository {self.place.repository}", {}, good=(202,)) as response:
+            least = response.headers.get("OCI-Chunk-Min-Length", "")
+            location = self._client.follow(url, response.headers.get("Location", ""))
+            return location, int(least[:12]) if least.isdigit() else 0
+
+    def _upload_so_far(self, location: str, size: int) -> tuple[str | None, int]:
+        """Return where an upload that was cut off goes on, and the bytes that are there; None if it must begin anew."""
+        with suppress(RegistryError), self._client.request("GET", location, "an upload", {}, good=(204,)) as response:
+            there = re.fullmatch(r"(?:bytes=)?0-(\d{1,18})", response.headers.get("Range", ""))
+            if there and 0 < int(there[1]) < size:  # of one byte it says what it says of none
+                return self._client.follow(location, response.headers.get("Location", location)), int(there[1]) + 1
+        return None, 0
+
+    def put_manifest(self, reference: str, media_type: str, data: bytes) -> None:
+        """Store a manifest or index, and have it listed as a referrer of its subject, if it has one.
+
+        Args:
+            reference: the tag, or the digest, to store it under.
+            media_type: of it.
+            data: its exact bytes.
+
+        Raises:
+            RegistryError: if the registry does not take it, or stores something else.
+        """
+        url, headers = self._url(f"manifests/{reference}"), {"Content-Type": media_type}
+        what = self._named(reference)
+        with self._client.request("PUT", url, what, headers, good=(200, 201, 202), body=data) as response:
+            said, listed = _said_digest(response.headers), "OCI-Subject" in response.headers
+        if said is not None and said != digest_of(data, said):
+            raise RegistryError(f"{self.place.registry} has stored {what} as {said}, which is not its digest")
+        if not listed and (subject := subject_of(data)):
+            self._list(subject, media_type, data)
+
+    def _list(self, subject: Digest, media_type: str, data: bytes) -> None:
+        """Add a manifest to the index of its subject's referrers, where the registry keeps none of its own."""
+        listed, document = self._listed(subject), load_json(data, "the manifest")
+        digest = digest_of(data)
+        if any(other.digest == digest for other in descriptors(listed, OCI_INDEX, f"referrers of {subject}")):
+            return
+        config = document.get("config")
+        kind = document.get("artifactType") or (config.get("mediaType") if isinstance(config, dict) else None)
+        entry = {"mediaType": media_type, "digest": digest, "size": len(data)}
+        more = {"artifactType": kind, "annotations": document.get("annotations")}
+        index = load_json(listed, "the index")
+        index["manifests"].append(entry | {key: value for key, value in more.items() if value})
+        self.put_manifest(_tag_of(subject), OCI_INDEX, json.dumps(index).encode())
+
     def _url(self, path: str) -> str:
         return f"{self.place.url}/v2/{self.place.repository}/{path}"
 
     def _named(self, reference: str) -> str:
         return str(Name(self.place.repository, reference))
-
-    def _request(
-        self,
-        method: str,
-        url: str,
-        what: str,
-        headers: Mapping[str, str],
-        *,
-        good: tuple[int, ...] = (200,),
-        token: bool = False,
-        body: str | None = None,
-    ) -> urllib3.BaseHTTPResponse:
-        """Send a request until it is answered, with a pause after each failure that may pass.
-
-        Args:
-            method: of HTTP.
-            url: in the repository, or of a token server.
-            what: how to call in an error what is asked for.
-            headers: of the request.
-            good: the statuses hoped for.
-            token: it is for a token: it has credentials of its own, which go nowhere else.
-            body: of the request.
-
-        Raises:
-            RegistryUnavailable: if the registry cannot be reached, or is overloaded.
-            RegistryError: if it refuses, or has no such thing.
-        """
-        tries, asked = 0, token
-        while True:
-            tries += 1
-            sent = self._authorization
-            try:
-                response = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
-            except HTTPError as error:
-                if tries == _TRIES or isinstance(error, (SSLError, NewConnectionError)):
-                    raise self._unreachable(error) from None  # what urllib3 raised may have what was sent
-                _pause(tries, None)
-                continue
-            if response.status in good:
-                return response
-            with response:
-                if response.status == 401 and not asked:
-                    asked = True
-                    self._authorize(response, sent)
-                    tries -= 1
-                    continue
-                if response.status not in _AGAIN or tries == _TRIES or not _pause(tries, response):
-                    raise self._refusal(what, response)
-
-    def _send(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        authorization: str,
-        body: str | None,
-        *,
-        redirects: bool,
-    ) -> urllib3.BaseHTTPResponse:
-        """Send a request, and follow redirects to where they lead."""
-        for _ in range(_REDIRECTS + 1):
-            origin = _origin(url)
-            ours = origin == _origin(self.place.url)
-            secret = {"Authorization": authorization} if authorization and ours else {}
-            response = self._pool(url, ours=ours).request(
-                method,
-                url,
-                body=body,
-                headers={"User-Agent": "cachedb", "Accept-Encoding": "identity", **headers, **secret},
-                redirect=False,
-                retries=False,
-                timeout=_TIMEOUT,
-                preload_content=False,
-            )
-            location = response.get_redirect_location()
-            if not location or not redirects:
-                return response
-            response.close()
-            url = _joined(url, location)
-            if _origin(url)[0] not in ({"https"} if origin[0] == "https" else {"http", "https"}):
-                raise RegistryError(f"{self.place.registry} redirects to what is not HTTPS")
-        raise RegistryError(f"{self.place.registry} redirects more than {_REDIRECTS} times")
-
-    def _pool(self, url: str, *, ours: bool) -> urllib3.PoolManager:
-        """Return the connections for a URL: through a proxy if the environment says so."""
-        parts = parse_url(url)
-        proxy = None if proxy_bypass(parts.host or "") else getproxies().get(parts.scheme or "")
-        key = ours, parts.scheme, proxy
-        with self._guard:
-            if key not in self._pools:
-                context = _tls(self.place.registry if ours else None) if parts.scheme == "https" else None
-                if proxy:
-                    login = _proxy_headers(proxy)
-                    pool: urllib3.PoolManager = urllib3.ProxyManager(
-                        proxy, proxy_headers=login, maxsize=_CONNECTIONS, ssl_context=context
-                    )
-                else:
-                    pool = urllib3.PoolManager(maxsize=_CONNECTIONS, ssl_context=context)
-                self._pools[key] = pool
-            return self._pools[key]
-
-    def _authorize(self, response: urllib3.BaseHTTPResponse, sent: str) -> None:
-        """Get what the registry asks for; of several threads that were refused the same, one does."""
-        challenges = [text.strip().partition(" ") for text in response.headers.getlist("WWW-Authenticate")]
-        known = {scheme.lower(): rest for scheme, _, rest in challenges}
-        with self._authorizing:
-            if self._authorization != sent:
-                return
-            if "bearer" in known:
-                said = {key.lower(): quoted or bare for key, quoted, bare in _CHALLENGE.findall(known["bearer"])}
-                self._authorization = f"Bearer {self._token(said)}"
-                return
-            login = self._login()
-            if "basic" not in known or login is None or not login.password:
-                raise self._refusal(self.place.repository, response)
-            self._authorization = _basic(login)
-
-    def _login(self) -> credentials.Credentials | None:
-        return credentials.find(self.place.registry, self.place.repository, self._authfile)
-
-    def _token(self, said: Mapping[str, str]) -> str:
-        """Get a token where the registry says (distribution's token and OAuth2 specifications)."""
-        realm = said.get("realm", "")
-        scheme, host, _ = _origin(realm)
-        if scheme not in ("http", "https") or (self.place.url.startswith("https:") and scheme != "https"):
-            raise RegistryError(f"{self.place.registry} names {shorten(realm)} for tokens, which is not HTTPS")
-        asked = {"service": said.get("service", "")}
-        asked["scope"] = said.get("scope") or f"repository:{self.place.repository}:pull"
-        login, headers, body = self._login(), {}, None
-        if login and login.identity_token:
-            form = {**asked, "grant_type": "refresh_token", "client_id": "cachedb"}
-            body = urlencode({**form, "refresh_token": login.identity_token})
-            headers["Content-Type"] = "application/x-www-form-urlencoded"
-        else:
-            realm = f"{realm}{'&' if '?' in realm else '?'}{urlencode(asked)}"
-            if login:
-                headers["Authorization"] = _basic(login)
-        what = f"a token for {self.place.repository}"
-        with self._request("POST" if body else "GET", realm, what, headers, token=True, body=body) as response:
-            data = _read(response, _TOKEN_LIMIT, f"the token of {host}")
-        try:
-            document = json.loads(data)
-            token = document.get("token") or document.get("access_token")
-        except (ValueError, AttributeError, RecursionError):
-            token = None
-        if not isinstance(token, str) or not token.isascii() or not token.isprintable():
-            raise RegistryError(f"{host} gives no token that can be used") from None
-        return token
-
-    def _unreachable(self, error: HTTPError) -> RegistryError:
-        """Return the error for a registry that did not answer."""
-        host = self.place.registry
-        reason = getattr(error, "reason", None) or error
-        if isinstance(error, SSLError):
-            return RegistryError(
-                f"{host} cannot be trusted: {_plain(reason)}; put the certificate of its authority into "
-                f"/etc/containers/certs.d/{host}/ca.crt or SSL_CERT_FILE, or use --plain-http if it speaks HTTP"
-            )
-        if isinstance(error, NameResolutionError):
-            return RegistryUnavailable(f"{host} is not known by that name; check it, and the network")
-        return RegistryUnavailable(f"{host} cannot be reached: {_plain(reason)}")
-
-    def _refusal(self, what: str, response: urllib3.BaseHTTPResponse) -> RegistryError:
-        """Return the error for an answer that is none of those hoped for."""
-        host, said = self.place.registry, f"{response.status}{_said(response)}"
-        if response.status in (401, 403):
-            return RegistryError(
-                f"{host} refuses {what} ({said}); log in with `skopeo login {host}` or `docker login {host}`, "
-                "or name a file of credentials with --authfile"
-            )
-        if response.status == 404:
-            return RegistryError(f"{host} has no {what} ({said})")
-        if response.status in _AGAIN:
-            return RegistryUnavailable(f"{host} is overloaded, or failing ({said}); try again later")
-        return RegistryError(f"{host} answers {said} to a request for {what}")
 
 
 class Blob:
@@ -384,11 +347,11 @@ class Blob:
             except HTTPError as error:
                 self.close()
                 self._failed += 1
-                if self._failed == _TRIES:
+                if self._failed == TRIES:
                     raise RegistryUnavailable(
-                        f"{self._repository.place.registry} sends {self._digest} in pieces: {_plain(error)}; try again"
+                        f"{self._repository.place.registry} sends {self._digest} in pieces: {plain(error)}; try again"
                     ) from None
-                _pause(self._failed, None)
+                pause(self._failed, None)
                 continue
             buffer[: len(data)] = data
             self._at += len(data)
@@ -397,7 +360,7 @@ class Blob:
     def _open(self) -> None:
         self._response, begins = self._repository.open_blob(self._digest, self._at)
         while begins < self._at:  # it knows no ranges: what we have comes again
-            data = self._response.read1(min(_CHUNK, self._at - begins), decode_content=False)
+            data = self._response.read1(min(CHUNK, self._at - begins), decode_content=False)
             if not data:
                 raise HTTPError("it ended too early")
             begins += len(data)
@@ -413,32 +376,39 @@ class Blob:
             raise HTTPError(f"less than {_SLOWEST} bytes a second came")
 
 
-_CHUNK = 1024 * 1024  # bytes
+class _Part:
+    """A part of a file that is sent: from its beginning each time it is iterated over."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int, advance: Advance) -> None:
+        self.size = size
+        self._file, self._start, self._advance, self._sent = file, start, advance, 0
+
+    def take_back(self) -> None:
+        """Tell that what was sent was for nothing."""
+        self._advance(-self._sent)
+        self._sent = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.take_back()
+        self._file.seek(self._start)
+        while self._sent < self.size:
+            with os_errors("read a blob"):
+                data = self._file.read(min(_SENT, self.size - self._sent))
+            if not data:
+                raise StorageError("the file of a blob was cut short: run `cachedb verify`")
+            yield data
+            self._sent += len(data)
+            self._advance(len(data))
 
 
-def _joined(url: str, location: str) -> str:
-    """Return where a redirect leads.
-
-    Raises:
-        RegistryError: if that is no URL.
-    """
-    try:
-        return urljoin(url, location)
-    except ValueError:
-        raise RegistryError("a registry redirects to what is no URL") from None
+def _with_digest(location: str, digest: Digest) -> str:
+    return f"{location}{'&' if '?' in location else '?'}{urlencode({'digest': digest})}"
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    """Return what has to be the same for credentials to be sent.
-
-    Raises:
-        RegistryError: if it is no URL. It is not quoted, for there may be a secret in it.
-    """
-    try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname, parts.port
-    except ValueError:
-        raise RegistryError("a registry sends us to what is no URL") from None
+def _tag_of(digest: Digest) -> str:
+    """Return the tag of the index that lists a manifest's referrers (distribution specification, same name)."""
+    algorithm, encoded = split_digest(digest)
+    return f"{algorithm}-{encoded[:64]}"
 
 
 def _manifest_types() -> frozenset[str]:
@@ -449,78 +419,8 @@ def _accepted() -> str:
     return ", ".join(sorted(_manifest_types()))
 
 
-def _basic(login: credentials.Credentials) -> str:
-    return "Basic " + base64.b64encode(f"{login.username}:{login.password}".encode()).decode()
-
-
-def _proxy_headers(proxy: str) -> dict[str, str]:
-    login = parse_url(proxy).auth
-    return make_headers(proxy_basic_auth=login) if login else {}
-
-
-def _tls(registry: str | None) -> ssl.SSLContext:
-    """Return what to trust: what the system does, and the files that podman and Docker keep for a registry."""
-    context = ssl.create_default_context()
-    for top in _CERTIFICATES if registry else ():
-        folder = Path(top).expanduser() / str(registry)
-        with suppress(OSError):
-            for path in sorted(folder.glob("*.crt")):
-                context.load_verify_locations(path)
-            for path in sorted(folder.glob("*.cert")):
-                context.load_cert_chain(path, path.with_suffix(".key"))
-    return context
-
-
-def _pause(tries: int, response: urllib3.BaseHTTPResponse | None) -> bool:
-    """Wait before the next try; say whether it is worth it: not if the registry wants more time than we have."""
-    seconds = _FIRST_PAUSE * 2 ** (tries - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - so that not all come at once
-    after = response.headers.get("Retry-After", "") if response else ""
-    if after.isdigit():
-        seconds = max(seconds, int(after[:9]))
-    elif after and (date := email.utils.parsedate_tz(after)):
-        seconds = max(seconds, email.utils.mktime_tz(date) - time.time())
-    if seconds > _LONGEST_PAUSE:
-        return False
-    time.sleep(seconds)
-    return True
-
-
-def _read(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
-    """Read a small body.
-
-    Raises:
-        RegistryError: if it is over the limit, or cut off.
-    """
-    try:
-        data = b""
-        while chunk := response.read(min(_CHUNK, limit + 1 - len(data)), decode_content=False):
-            data += chunk
-            if len(data) > limit:
-                raise RegistryError(f"{what} is over {limit} bytes")
-    except HTTPError as error:
-        raise RegistryUnavailable(f"{what} was cut off: {_plain(error)}; try again") from None
-    return data
-
-
 def _said_digest(headers: Mapping[str, str]) -> Digest | None:
     try:
         return parse_digest(headers.get("Docker-Content-Digest", ""))
     except InvalidDigest:
         return None
-
-
-def _said(response: urllib3.BaseHTTPResponse) -> str:
-    """Return what an answer says of itself (distribution specification, "Error Codes"), fit for one line."""
-    try:
-        document = json.loads(response.read(_TOKEN_LIMIT, decode_content=False))
-        error = document["errors"][0]
-        return f" {_plain(error['code'])}: {_plain(error.get('message', ''))}"
-    except (HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return ""
-
-
-def _plain(text: object) -> str:
-    """Return a stranger's text, short and on one line; urllib3's own begins with an object and its address."""
-    line = " ".join(str(text).rpartition(">: ")[2].split())
-    line = "".join(char if char.isprintable() else "?" for char in line)
-    return line if len(line) <= 200 else f"{line[:200]}..."

@@ -89,8 +89,8 @@ MUTATIONS = [
     Mutation("a name that is taken meanwhile is not adopted", "cachedb/adopt.py", "        if self._is_settled(connection, image):  # by another process, meanwhile\n            return\n", "", "tests/test_adopt.py"),
     Mutation("a blob that two parts read counts once", "cachedb/adopt.py", "counted = self._is_first(digest)\n", "counted = True\n", "tests/test_adopt.py"),
     # Registries
-    Mutation("credentials do not go along a redirect", "cachedb/registry.py", 'if authorization and ours else {}', 'if authorization else {}', "tests/test_pull.py"),
-    Mutation("what was HTTPS stays HTTPS", "cachedb/registry.py", 'not in ({"https"} if origin[0] == "https" else {"http", "https"})', 'not in {"http", "https"}', "tests/test_pull.py"),
+    Mutation("credentials do not go along a redirect", "cachedb/client.py", 'if authorization and ours else {}', 'if authorization else {}', "tests/test_pull.py"),
+    Mutation("what was HTTPS stays HTTPS", "cachedb/client.py", 'not in ({"https"} if _origin(url)[0] == "https" else {"http", "https"})', 'not in {"http", "https"}', "tests/test_pull.py"),
     Mutation("a blob is downloaded once a host", "cachedb/pull.py", "with producing.once(directory, partial.key_of(blob.digest), find, waiting", 'with producing.once(directory, str(id(blob)), find, waiting', "tests/test_pull.py"),
     Mutation("what is left of a download is not trusted", "cachedb/pull.py", "            if not begun:\n", "            if True:\n", "tests/test_pull.py"),
     Mutation("a manifest from a registry is verified", "cachedb/pull.py", "if like not in (None, digest):", "if False:", "tests/test_pull.py"),

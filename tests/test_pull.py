@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cachedb import Cache, DigestMismatch, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable, registry
+from cachedb import Cache, DigestMismatch, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable, client, registry
 from cachedb.reference import Name
 from tests import make
 from tests.conftest import Run
@@ -45,6 +45,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     patient = SimpleNamespace(sleep=PAUSES.append, time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr(client, "time", patient)
     monkeypatch.setattr(registry, "time", patient)
     PAUSES.clear()
 
@@ -492,7 +493,7 @@ def test_nothing_that_was_https_goes_on_without(cache: Cache, tmp_path: Path, mo
             cache.pull(name, plain_http=False, authfile=authfile)
         remote.realm = f"{remote.url}/token"
         remote.fault(redirect(other.url), method="GET", path="/blobs/", times=99)
-        with pytest.raises(RegistryError, match="redirects to what is not HTTPS"):
+        with pytest.raises(RegistryError, match="sends us to what is not HTTPS"):
             cache.pull(name, plain_http=False, authfile=authfile)
         assert other.requests == []
 
@@ -579,7 +580,7 @@ def test_a_certificate_is_looked_at(
         monkeypatch.delenv("SSL_CERT_FILE")
         (tmp_path / "certs.d" / host).mkdir(parents=True)
         (tmp_path / "certs.d" / host / "ca.crt").write_bytes(ca.read_bytes())
-        monkeypatch.setattr(registry, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
+        monkeypatch.setattr(client, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
         assert cache.pull(f"{host}/hello:1", plain_http=False).image.digest == digest
 
 
