@@ -710,6 +710,7 @@ class Cache:
             NotInCache: if there is no such image, or it is not for that platform.
             IncompleteImage: if a blob of it is not stored, or a platform is neither here nor at the registry.
             InvalidName: if the target is by another digest.
+            DigestMismatch: if a manifest's file is damaged.
             RegistryError: if the registry does not take it.
         """
         from cachedb.registry import Repository, place

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from cachedb import blobs, images, oci
 from cachedb.database import Database
-from cachedb.errors import IncompleteImage, InvalidName
+from cachedb.errors import DigestMismatch, IncompleteImage, InvalidName
 from cachedb.images import BlobInfo
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, Each, Progress, in_threads, summed, told
-from cachedb.reference import Digest, Name
+from cachedb.reference import Digest, Name, digest_of
 from cachedb.registry import Repository, place
 
 __all__ = ["Pushed", "push"]
@@ -67,11 +67,15 @@ def push(
     Raises:
         InvalidName: if the target is by another digest; nothing is sent then.
         IncompleteImage: if the index names what is neither here nor at the registry; nor then.
+        DigestMismatch: if a manifest is not what its digest says; nor then.
         RegistryError: if the registry does not take it.
     """
     if target.digest not in (None, root.digest):
         raise InvalidName(f"{target} cannot be the name of {root.digest}: its digest is another")
     closure, documents = _all(root, manifests, contents, read)
+    for digest, data in documents.items():
+        if digest_of(data, digest) != digest:
+            raise DigestMismatch(f"the file of manifest {digest} has another content: run `cachedb verify`")
     wanted = {blob.digest: blob for blob in closure}
     for blob in wanted.values():
         if _is_document(blob) and blob.digest not in documents and not repository.has("manifests", blob.digest):

@@ -229,7 +229,7 @@ class Repository:
             if not last:
                 headers["Content-Range"] = f"{sent}-{sent + body.size - 1}"
             method, url = ("PUT", _with_digest(location, digest)) if last else ("PATCH", location)
-            good = (201 if last else 202, 404, 413, 416)
+            good = (201 if last else 202, 400, 404, 413, 416)
             try:
                 response = self._client.request(method, url, what, headers, good=good, body=body, failed=failed)
             except RegistryUnavailable:
@@ -249,6 +249,9 @@ class Repository:
                     if sent > furthest:
                         furthest, failed = sent, 0
                     continue
+                if response.status == 400:
+                    refusal = self._client.refusal(what, response)
+                    raise RegistryError(f"{refusal}; `cachedb verify` says whether its file is what it should be")
                 body.take_back()
                 if response.status == 413 and not whole:
                     chunk //= 4

@@ -94,6 +94,12 @@ MUTATIONS = [
     Mutation("a blob is downloaded once a host", "cachedb/pull.py", "with producing.once(directory, partial.key_of(blob.digest), find, waiting", 'with producing.once(directory, str(id(blob)), find, waiting', "tests/test_pull.py"),
     Mutation("what is left of a download is not trusted", "cachedb/pull.py", "            if not begun:\n", "            if True:\n", "tests/test_pull.py"),
     Mutation("a manifest from a registry is verified", "cachedb/pull.py", "if like not in (None, digest):", "if False:", "tests/test_pull.py"),
+    Mutation("a manifest comes after what it names", "cachedb/push.py", "TopologicalSorter(named).static_order()", "reversed(list(TopologicalSorter(named).static_order()))", "tests/test_push.py"),
+    Mutation("a manifest that is pushed is verified", "cachedb/push.py", "        if digest_of(data, digest) != digest:\n", "        if False:\n", "tests/test_push.py"),
+    Mutation("an index goes only where all that it names is", "cachedb/push.py", 'and not repository.has("manifests", blob.digest):', "and False:", "tests/test_push.py"),
+    Mutation("what refers to another image is left", "cachedb/pull.py", " or oci.subject_of(self._child(root)) != subject:", ":", "tests/test_push.py"),
+    Mutation("an upload that gets no further ends", "cachedb/registry.py", "                    if sent > furthest:\n", "                    if True:\n", "tests/test_push.py"),
+    Mutation("a registry is told what it stored", "cachedb/registry.py", "        if said is not None and said != digest_of(data, said):\n", "        if False:\n", "tests/test_push.py"),
     Mutation("what was chosen of an index stays chosen", "cachedb/images.py", "    choose = choice(connection, image_id)\n", "    choose = None\n", "tests/test_pull.py"),
     # What callers see
     Mutation("what is imported and stored is held", "cachedb/blobs.py", "            return session.lease(connection, intact(connection, database.directory, there))\n", "            return Hold('', 0, frozenset(intact(connection, database.directory, there)))\n", "tests/test_cache.py tests/test_interleavings.py tests/test_sessions.py"),

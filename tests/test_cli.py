@@ -54,7 +54,7 @@ def test_the_main_job_from_import_to_an_empty_disk(cachedb: Run, archive: Path, 
     assert cachedb("ls", "-q").stdout == "app:1\n"
 
     shown = json.loads(cachedb("show", "app:1", "--format", "json").stdout)
-    assert list(shown) == [*IMAGE_KEYS, "labels", "blobs"]
+    assert list(shown) == [*IMAGE_KEYS, "labels", "platforms", "blobs"]
     assert [list(blob) for blob in shown["blobs"]] == [BLOB_KEYS] * 4
     assert [Path(blob["path"]).read_bytes() for blob in shown["blobs"]] == list(MADE.blobs.values())
     assert cachedb("show", "-q", "app:1").stdout.split() == list(MADE.blobs)

@@ -14,7 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from cachedb import Cache, DigestMismatch, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable, client, registry
+from cachedb import (
+    Cache,
+    DigestMismatch,
+    InvalidManifest,
+    NotInCache,
+    RegistryError,
+    RegistryUnavailable,
+    client,
+    registry,
+)
 from cachedb.reference import Name
 from tests import make
 from tests.conftest import Run
