@@ -123,6 +123,19 @@ def test_the_name_comes_last(cache: Cache, remote: Registry) -> None:
     assert remote.manifests["several", "1"] == (OCI_INDEX, index)
 
 
+def test_an_index_in_an_index_comes_before_it(cache: Cache, remote: Registry) -> None:
+    inner = keep_index(cache, "inner:1", FIRST, ARM)
+    child = make.descriptor(inner, OCI_INDEX)
+    outer = {
+        "schemaVersion": 2,
+        "mediaType": OCI_INDEX,
+        "manifests": [child, make.descriptor(SECOND.manifest, OCI_MANIFEST)],
+    }
+    cache.save_manifest("outer:1", json.dumps(outer).encode())
+    cache.push("outer:1", f"{remote.host}/outer:1")
+    assert remote.manifests["outer", make.digest_of(inner)] == (OCI_INDEX, inner)
+
+
 def test_only_what_is_not_there_is_sent(cache: Cache, remote: Registry) -> None:
     cache.push("app:1", f"{remote.host}/app:1")
     sent(remote)
