@@ -104,7 +104,8 @@ def receive(
         algorithm: to compute the digest with, if none is known.
         write: False to verify only: the cache has the blob, and a lease on it.
         also: is shown every chunk as well.
-        partial: a file that has what came of it before, which ``source`` goes on from; it is kept if that is cut off.
+        partial: a file that has what came of it before, which ``source`` goes on from. It is kept, also when all of it
+            has come: for the caller to remove once the blob is stored.
         progress: is told of every chunk.
         what: how to call the blob in an error.
 
@@ -138,7 +139,10 @@ def receive(
                 os.close(target)
         named = session.new_path(actual)
         with os_errors("write to the cache"):
-            path.rename(named)
+            if partial:
+                os.link(path, named)
+            else:
+                path.rename(named)
         return Received(actual, length, named)
     except BaseException as error:
         if partial is None or isinstance(error, DigestMismatch):

@@ -308,6 +308,7 @@ class _Pull:
                 received = self._download(blob, advance)
                 with images.publish(self._database, self._session, [received]) as connection:
                     self._holds.append(self._session.lease(connection, [blob.digest]))
+                blobs.discard(partial.path_of(directory, blob.digest))
         self._come[blob.digest] = blob.size
 
     def _download(self, blob: Descriptor, advance: Advance) -> Received:
@@ -317,10 +318,7 @@ class _Pull:
             path.parent.mkdir(mode=0o700, exist_ok=True)
 
         def download(repository: Repository) -> Received:
-            begun = _size(path)
-            if begun > blob.size:
-                blobs.discard(path)
-                begun = 0
+            begun = _begun(path, blob.size)
             advance(begun)
             done = begun
 
@@ -346,7 +344,7 @@ class _Pull:
             finally:
                 source.close()
 
-        begun = _size(path)
+        begun = _begun(path, blob.size)
         try:
             return self._ask(download)
         except DigestMismatch:
@@ -359,9 +357,15 @@ def _platform_of(info: ImageInfo) -> str:
     return "/".join(part for part in (info.os, info.architecture, info.variant) if part)
 
 
-def _size(path: Path) -> int:
-    with os_errors("read the cache"):
+def _begun(path: Path, size: int) -> int:
+    """Return how much of a blob is there to go on from, in a file that may be written to; another is removed."""
+    with os_errors("write to the cache"):
         try:
-            return path.stat().st_size
+            found = path.stat()
         except FileNotFoundError:
             return 0
+        if found.st_nlink > 1 or found.st_size > size:  # it has been stored, by one that was killed then
+            path.unlink()
+            return 0
+        path.chmod(0o600)
+        return found.st_size

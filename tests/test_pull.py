@@ -269,6 +269,40 @@ def test_a_killed_pull_is_gone_on_with_where_it_stopped(directory: Path, remote:
     check(directory)
 
 
+def test_a_pull_that_is_killed_when_a_layer_is_all_there_does_not_download_it_again(
+    directory: Path, remote: Registry
+) -> None:
+    name = f"{remote.host}/large:1"
+    code = (
+        "import os; from cachedb import Cache, images\n"
+        "images.publish = lambda *_: os.kill(os.getpid(), 9)\n"
+        f"Cache.open({str(directory)!r}).pull({name!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    asked(remote)
+    with Cache.open(directory) as cache:
+        cache.pull(name)
+        assert_is_here(cache, name, LARGE)
+    assert len(blobs_of(remote)) < 2
+    assert list(directory.glob("ingest/partial/*")) == []
+    check(directory)
+
+
+def test_what_is_left_of_a_download_that_was_stored_is_not_written_to(cache: Cache, remote: Registry) -> None:
+    cache.pull(f"{remote.host}/large:1")
+    data = LARGE.layers[0]
+    left, stored = partial(cache, data, b""), cache.get_blob_path(make.digest_of(data))
+    left.unlink()
+    os.link(stored, left)
+    change(cache.directory, f"UPDATE blobs SET stored_at = NULL WHERE digest = '{make.digest_of(data)}'")
+    stored.chmod(0o600)
+    stored.write_bytes(data[:1000])
+    before = stored.stat().st_ino
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    assert stored.stat().st_ino != before
+
+
 def partial(cache: Cache, data: bytes, content: bytes) -> Path:
     path = cache.directory / "ingest" / "partial" / make.digest_of(data).replace(":", "-")
     path.parent.mkdir(exist_ok=True)
