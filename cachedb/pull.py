@@ -35,6 +35,7 @@ from cachedb.sessions import Hold, Session
 
 __all__ = ["Pulled", "pull"]
 
+_AT_ONCE = 4  # blobs that are downloaded at the same time
 _MANIFESTS = 1000  # that an image may have with all that refers to it
 
 T = TypeVar("T")
@@ -226,7 +227,7 @@ class _Pull:
             rest = sorted(
                 (blob for digest, blob in wanted.items() if digest not in there), key=lambda blob: -blob.size
             )  # the large ones first, so that all threads come to their end together
-            in_threads(self._fetch, rest, summed(sum(blob.size for blob in rest), self._progress))
+            in_threads(self._fetch, rest, summed(sum(blob.size for blob in rest), self._progress), threads=_AT_ONCE)
 
         def save(connection: Connection) -> ImageInfo:
             for hold in self._holds:
