@@ -272,7 +272,9 @@ class Client:
             return RegistryError(f"{host} has no {what} ({said})")
         if response.status in _AGAIN:
             return RegistryUnavailable(f"{host} is overloaded, or failing ({said}); try again later")
-        return RegistryError(f"{host} answers {said} to a request for {what}")
+        # What speaks HTTPS says that of itself, and not as a registry does.
+        advice = "; if it speaks HTTPS, use --tls" if said == "400" and self.place.url.startswith("http:") else ""
+        return RegistryError(f"{host} answers {said} to a request for {what}{advice}")
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -541,6 +541,16 @@ def test_nothing_that_was_https_goes_on_without(cache: Cache, tmp_path: Path, mo
         assert other.requests == []
 
 
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_registry_that_speaks_https_where_http_is_usual_is_an_error_that_names_tls(
+    cache: Cache, remote: Registry, method: str
+) -> None:
+    # What Go's servers say on such a port; to a request for a body, with a line that is not JSON.
+    remote.fault(answer(400, body=b"Client sent an HTTP request to an HTTPS server.\n"), method=method, times=9)
+    with pytest.raises(RegistryError, match=r"answers 400 to a request for app[^ ]+; if it speaks HTTPS, use --tls$"):
+        cache.pull(f"{remote.host}/app:1")
+
+
 def test_a_redirect_without_an_end_is_given_up(cache: Cache, remote: Registry) -> None:
     remote.fault(redirect(remote.url), method="GET", path="/blobs/", times=99)
     with pytest.raises(RegistryError, match="redirects more than 5 times"):
