@@ -268,7 +268,7 @@ class _Pull:
             subject = asked.pop().digest
             for root in self._listed(subject):
                 # An image has no need of what is for another one, or is none that can be kept.
-                if root.digest in known or root.role == "other" or oci.subject_of(self._child(root)) != subject:
+                if root.digest in known or root.role == "other" or not self._refers(root, subject):
                     continue
                 if len(known) >= _MANIFESTS:
                     raise RegistryError(f"{self._name} has more than {_MANIFESTS} manifests that refer to it")
@@ -276,6 +276,15 @@ class _Pull:
                 asked.append(root)
                 found += oci.walk(root, self._child)
         return found
+
+    def _refers(self, root: Descriptor, subject: Digest) -> bool:
+        """Say whether what is listed as referring to a manifest does: not if it was deleted, and the list was not."""
+        try:
+            return oci.subject_of(self._child(root)) == subject
+        except RegistryError:
+            if self._repositories[-1].has("manifests", root.digest):
+                raise
+            return False
 
     def _listed(self, subject: Digest) -> list[Descriptor]:
         return self._ask(lambda repository: repository.referrers(subject))

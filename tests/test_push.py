@@ -296,6 +296,27 @@ def test_what_refers_to_another_image_is_left_where_it_is(cache: Cache, remote: 
     assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs}
 
 
+def list_by_tag(remote: Registry, repository: str, subject: make.Made, *artifacts: make.Made) -> None:
+    """Have a tag list what refers to an image, as where a registry knows no referrers."""
+    remote.referrers = False
+    entries = [make.descriptor(made.manifest, OCI_MANIFEST) for made in artifacts]
+    index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+    remote.add_manifest(json.dumps(index).encode(), repository, subject.digest.replace(":", "-"))
+
+
+def test_what_is_listed_and_was_deleted_is_passed_over(cache: Cache, remote: Registry) -> None:
+    name, deleted, signature = remote.add(FIRST, "app", "1"), referrer(FIRST.manifest, b"old"), referrer(FIRST.manifest)
+    remote.add(signature, "app")
+    list_by_tag(remote, "app", FIRST, deleted, signature)
+    cache.pull(name, referrers=True)
+    assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs, *signature.blobs}
+    cache.remove_manifest(name)
+    cache.collect_garbage()
+    remote.fault(answer(400), method="GET", path=signature.digest, times=9)  # which is there, and cannot be had
+    with pytest.raises(RegistryError, match="answers 400"):
+        cache.pull(name, referrers=True)
+
+
 def test_a_list_of_referrers_comes_in_pages(cache: Cache, remote: Registry) -> None:
     remote.page_size = 1
     name, made = remote.add(FIRST, "app", "1"), [referrer(FIRST.manifest, bytes([n])) for n in range(3)]
