@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 from urllib.parse import urlencode
 
 import urllib3
@@ -306,7 +306,17 @@ class Repository:
         entry = {"mediaType": media_type, "digest": digest, "size": len(data)}
         more = {"artifactType": kind, "annotations": document.get("annotations")}
         index = load_json(listed, "the index")
-        index["manifests"].append(entry | {key: value for key, value in more.items() if value})
+        entry |= {key: value for key, value in more.items() if value}
+        others = index["manifests"]
+        try:
+            self._put_list(subject, index | {"manifests": [*others, entry]})
+        except RegistryError:  # it may not take a list that names what was deleted
+            there = [other for other in others if self.has("manifests", other["digest"])]
+            if there == others:
+                raise
+            self._put_list(subject, index | {"manifests": [*there, entry]})
+
+    def _put_list(self, subject: Digest, index: dict[str, Any]) -> None:
         self.put_manifest(_tag_of(subject), OCI_INDEX, json.dumps(index).encode())
 
     def _url(self, path: str) -> str:

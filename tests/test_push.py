@@ -317,6 +317,21 @@ def test_what_is_listed_and_was_deleted_is_passed_over(cache: Cache, remote: Reg
         cache.pull(name, referrers=True)
 
 
+def test_a_list_that_names_what_was_deleted_is_added_to_without_that(cache: Cache, remote: Registry) -> None:
+    deleted, other, signature = (referrer(FIRST.manifest, what) for what in (b"old", b"other", b"new"))
+    remote.add(other, "app")
+    list_by_tag(remote, "app", FIRST, deleted, other)
+    keep(cache, "signature:1", signature)
+    cache.push("signature:1", f"{remote.host}/app:signature")
+    listed = json.loads(remote.manifests["app", FIRST.digest.replace(":", "-")][1])["manifests"]
+    assert [entry["digest"] for entry in listed] == [other.digest, signature.digest]
+    newer = referrer(FIRST.manifest, b"newer")
+    keep(cache, "signature:2", newer)
+    remote.fault(answer(400), method="PUT", path=FIRST.digest.replace(":", "-"))
+    with pytest.raises(RegistryError, match="answers 400"):
+        cache.push("signature:2", f"{remote.host}/app:newer")
+
+
 def test_a_list_of_referrers_comes_in_pages(cache: Cache, remote: Registry) -> None:
     remote.page_size = 1
     name, made = remote.add(FIRST, "app", "1"), [referrer(FIRST.manifest, bytes([n])) for n in range(3)]
