@@ -374,13 +374,19 @@ def certificate(directory: Path, host: str = "localhost") -> tuple[Path, Path, P
 
 @contextmanager
 def docker_registry(
-    tmp_path: Path, *, htpasswd: str | None = None, delete: bool = True, tls: tuple[Path, Path] | None = None
+    tmp_path: Path,
+    *,
+    htpasswd: str | None = None,
+    delete: bool = True,
+    tls: tuple[Path, Path] | None = None,
+    proxy: str | None = None,
 ) -> Iterator[str]:
     """Run Debian's docker-registry, and yield its host.
 
     Args:
         htpasswd: the content of such a file, with bcrypt's hashes: HTPASSWD.
         tls: paths of a certificate and its key.
+        proxy: the URL of another registry, of which it is a cache.
     """
     folder = tmp_path / "docker-registry"
     folder.mkdir(exist_ok=True)
@@ -394,6 +400,8 @@ def docker_registry(
         settings["auth"] = {"htpasswd": {"realm": "registry.test", "path": str(folder / "htpasswd")}}
     if tls is not None:
         settings["http"]["tls"] = {"certificate": str(tls[0]), "key": str(tls[1])}
+    if proxy is not None:
+        settings["proxy"] = {"remoteurl": proxy}
     (folder / "config.yml").write_text(json.dumps(settings))  # which is YAML, too
     command = [find_peer("docker-registry"), "serve", str(folder / "config.yml")]
     with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
