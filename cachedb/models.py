@@ -43,7 +43,7 @@ __all__ = [
     "UtcTime",
 ]
 
-REVISION = "0004"
+REVISION = "0005"
 """The newest migration: the schema that these models describe."""
 
 TEXT_LIMIT = 65536

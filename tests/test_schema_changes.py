@@ -216,12 +216,12 @@ def backups_in(directory: Path) -> list[str]:
 def test_an_upgrade_makes_a_backup_from_which_all_comes_back(old: Path) -> None:
     before = rows(old)
     changed = schema.upgrade(old)
-    assert changed.backup == old / "backups" / "000001-0001-before-0004.db"
+    assert changed.backup == old / "backups" / "000001-0001-before-0005.db"
     assert changed.backup.stat().st_mode & 0o777 == 0o600
     shutil.copy(changed.backup, old.parent / "index.db")
     assert rows(old.parent) == before
     assert schema.upgrade(old) == (REVISION, REVISION, None, [])
-    assert backups_in(old) == ["000001-0001-before-0004.db"]
+    assert backups_in(old) == ["000001-0001-before-0005.db"]
 
 
 def test_a_backup_is_on_disk_before_it_has_its_name(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,9 +250,9 @@ def test_the_last_few_backups_from_before_changes_are_kept_and_all_that_a_person
         schema.downgrade(old, "0001")
     assert backups_in(old) == [
         asked.name,
-        "000005-0004-before-0001.db",
-        "000006-0001-before-0004.db",
-        "000007-0004-before-0001.db",
+        "000005-0005-before-0001.db",
+        "000006-0001-before-0005.db",
+        "000007-0005-before-0001.db",
     ]
 
 
@@ -290,7 +290,7 @@ def test_an_old_backup_that_cannot_be_deleted_is_an_error_of_one_line(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(backups.KEPT):
-        (old / "backups" / f"{number + 1:06}-0001-before-0004.db").touch()
+        (old / "backups" / f"{number + 1:06}-0001-before-0005.db").touch()
     real = Path.unlink
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
@@ -377,7 +377,7 @@ def test_of_many_who_upgrade_at_once_one_does_and_all_go_on(old: Path) -> None:
         old,
     )
     assert output == "{0}\n"
-    assert backups_in(old) == ["000001-0001-before-0004.db"]
+    assert backups_in(old) == ["000001-0001-before-0005.db"]
     check(old)
 
 
@@ -796,7 +796,7 @@ def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> N
         assert (Database(old).revision(), backups_in(old)) == ("0001", [])
         change(old, "DROP TRIGGER mine")
     change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON images {refuse.format('ABORT')}")
-    with pytest.raises(StorageError, match=r"schema is 0004, but .* not on a Friday; `cachedb db upgrade` goes on"):
+    with pytest.raises(StorageError, match=r"schema is 0005, but .* not on a Friday; `cachedb db upgrade` goes on"):
         schema.upgrade(old)
     with pytest.raises(StorageError, match="not on a Friday"):
         Cache.open(old, upgrade=True)
@@ -876,8 +876,8 @@ def test_a_second_version_is_drift_and_stops_a_change(directory: Path, version: 
     change(directory, f"INSERT INTO alembic_version VALUES ('{version}')")
     assert [drift[:2] for drift in schema.check(directory)] == [("row", "alembic_version")]
     if version == "0002":
-        change(directory, "DELETE FROM alembic_version WHERE version_num = '0004'")
-        change(directory, "INSERT INTO alembic_version VALUES ('0004')")
+        change(directory, "DELETE FROM alembic_version WHERE version_num = '0005'")
+        change(directory, "INSERT INTO alembic_version VALUES ('0005')")
         with pytest.raises(SchemaMismatch, match="2 rows"):
             schema.upgrade(directory)
     with pytest.raises(SchemaMismatch, match="2 rows"):
@@ -1247,7 +1247,7 @@ def test_the_command_line_goes_up_and_down_and_says_so(cachedb: Run, old: Path) 
     assert [(entry["revision"], entry["current"]) for entry in run("history")][-1] == ("0001", True)
     assert "run `cachedb db upgrade`" in run("check", code=1)
     changed = run("upgrade")
-    assert changed["backup"] == str(old / "backups" / "000001-0001-before-0004.db")
+    assert changed["backup"] == str(old / "backups" / "000001-0001-before-0005.db")
     assert [entry["name"] for entry in changed["unread"]] == ["broken:1"]
     assert run("check") == []
     assert run("backup")["size"] > 0
@@ -1269,10 +1269,10 @@ def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> No
     assert "run `cachedb db upgrade`" in run("current")
     assert "holds that outlive a process" in run("history")
     done = cachedb("--dir", old, "db", "upgrade")
-    assert done.stdout.startswith("from schema 0001 to 0004; the index as it was is ")
+    assert done.stdout.startswith("from schema 0001 to 0005; the index as it was is ")
     assert "skipped the config" in done.stderr
-    assert run("upgrade") == "the cache has schema 0004 already\n"
-    assert run("current") == "0004, the newest\n"
+    assert run("upgrade") == "the cache has schema 0005 already\n"
+    assert run("current") == "0005, the newest\n"
     assert run("check") == "no differences\n"
     path = run("backup").strip()
     assert run("restore", path).startswith("images: 7, incomplete: 1; ")

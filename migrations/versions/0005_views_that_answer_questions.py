@@ -1,0 +1,217 @@
+"""views that answer questions
+
+Revision: 0005
+Revises: 0004
+Created: 2026-11-25 09:00:00
+"""
+
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+branch_labels = None
+depends_on = None
+# A release that does not know the views does not mind them.
+oldest = "0004"
+
+
+def name_of(image: str) -> str:
+    return f"{image}.repository || CASE WHEN instr({image}.reference, ':') THEN '@' ELSE ':' END || {image}.reference"
+
+
+# Subqueries for each row where one row is asked for as often as all, for SQLite leaves out those that nobody reads;
+# and groups over the index of image_blobs where all rows are what is asked for.
+STORED = "b.stored_at IS NOT NULL"
+BLOBS_OF_IMAGE = "b.id IN (SELECT o.blob_id FROM image_blobs AS o WHERE o.image_id = i.id)"
+IN_ANOTHER = "EXISTS (SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id AND o.image_id <> i.id)"
+BLOBS_OF_REPOSITORY = (
+    "b.id IN (SELECT o.blob_id FROM images AS i JOIN image_blobs AS o ON o.image_id = i.id "
+    "WHERE i.repository = r.repository)"
+)
+IN_ANOTHER_REPOSITORY = (
+    "EXISTS (SELECT 1 FROM image_blobs AS o JOIN images AS j ON j.id = o.image_id "
+    "WHERE o.blob_id = b.id AND j.repository <> r.repository)"
+)
+HELD = "EXISTS (SELECT 1 FROM leases AS l WHERE l.digest = b.digest)"
+MISSING = (
+    "EXISTS (SELECT 1 FROM image_blobs AS o JOIN blobs AS b ON b.id = o.blob_id "
+    f"WHERE o.image_id = i.id AND NOT {STORED})"
+)
+IS_LAYER = "EXISTS (SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer')"
+SHARED = (
+    "SELECT blob_id, count(DISTINCT image_id) AS images FROM image_blobs "
+    "GROUP BY blob_id HAVING min(image_id) <> max(image_id)"
+)
+
+
+def size_of(condition: str) -> str:
+    return f"(SELECT coalesce(sum(b.size), 0) FROM blobs AS b WHERE {condition})"
+
+
+VIEWS = {
+    "image_usage": f"""
+-- images: what they take, share, lack, and what removing one would free
+SELECT
+    {name_of("i")} AS name,
+    i.repository,
+    i.reference,
+    m.digest,
+    i.media_type,
+    i.os,
+    i.architecture,
+    i.variant,
+    i.author,
+    i.created,
+    i.created_at,
+    i.last_used_at,
+    NOT {MISSING} AS complete,
+    (SELECT count(DISTINCT o.blob_id) FROM image_blobs AS o WHERE o.image_id = i.id) AS blobs,
+    {size_of(BLOBS_OF_IMAGE)} AS size,
+    {size_of(f"{BLOBS_OF_IMAGE} AND NOT {STORED}")} AS missing_size,
+    {size_of(f"{BLOBS_OF_IMAGE} AND {STORED} AND NOT {IN_ANOTHER}")} AS unique_size,
+    {size_of(f"{BLOBS_OF_IMAGE} AND {STORED} AND {IN_ANOTHER}")} AS shared_size,
+    {size_of(f"{BLOBS_OF_IMAGE} AND {STORED} AND NOT {IN_ANOTHER} AND NOT {HELD}")} AS freed_size
+FROM images AS i JOIN blobs AS m ON m.id = i.manifest_id""",
+    "image_contents": f"""
+-- what images are made of, a row for each position
+SELECT
+    {name_of("i")} AS name,
+    o.position,
+    o.role,
+    b.digest,
+    b.size,
+    {STORED} AS stored,
+    o.media_type,
+    o.diff_id,
+    o.created_by
+FROM images AS i JOIN image_blobs AS o ON o.image_id = i.id JOIN blobs AS b ON b.id = o.blob_id""",
+    "labels": f"""
+-- labels of images
+SELECT {name_of("i")} AS name, l.key, l.value
+FROM images AS i JOIN image_labels AS l ON l.image_id = i.id""",
+    "image_ages": f"""
+-- how long ago images were built, added and used
+SELECT
+    {name_of("i")} AS name,
+    i.created,
+    i.created_at,
+    i.last_used_at,
+    julianday('now') - julianday(i.created) AS built_days,
+    julianday('now') - julianday(i.created_at) AS added_days,
+    julianday('now') - julianday(i.last_used_at) AS unused_days
+FROM images AS i""",
+    "image_bases": f"""
+-- the image that an image is built on: the largest whose layers are the first of its own
+WITH stacks AS MATERIALIZED (
+    SELECT image_id, min(position) AS first, count(*) AS layers, max(position) AS last
+    FROM image_blobs WHERE role = 'layer' GROUP BY image_id HAVING max(position) - min(position) = count(*) - 1
+), tops AS MATERIALIZED (
+    SELECT s.image_id, s.first, s.layers, o.blob_id
+    FROM stacks AS s JOIN image_blobs AS o ON o.image_id = s.image_id AND o.position = s.last
+    WHERE EXISTS (SELECT 1 FROM image_blobs AS p WHERE p.blob_id = o.blob_id AND p.image_id <> o.image_id)
+), found AS (
+    SELECT s.image_id, s.layers, t.image_id AS base_id, max(t.layers) AS base_layers
+    FROM tops AS t
+    CROSS JOIN image_blobs AS o ON o.blob_id = t.blob_id AND o.image_id <> t.image_id
+    CROSS JOIN stacks AS s
+        ON s.image_id = o.image_id AND s.layers > t.layers AND o.position = s.first + t.layers - 1
+    WHERE NOT EXISTS (
+        SELECT 1
+        FROM image_blobs AS x
+        JOIN image_blobs AS y ON y.image_id = s.image_id AND y.position = x.position - t.first + s.first
+        WHERE x.image_id = t.image_id AND x.position BETWEEN t.first AND t.first + t.layers - 2
+            AND x.blob_id <> y.blob_id
+    )
+    GROUP BY s.image_id
+)
+SELECT
+    {name_of("i")} AS name,
+    f.layers,
+    {name_of("j")} AS base,
+    m.digest AS base_digest,
+    f.base_layers
+FROM found AS f
+JOIN images AS i ON i.id = f.image_id
+JOIN images AS j ON j.id = f.base_id
+JOIN blobs AS m ON m.id = j.manifest_id""",
+    "blob_usage": f"""
+-- blobs: how many images use them, and whether something else holds them
+SELECT
+    b.digest,
+    b.size,
+    {STORED} AS stored,
+    b.stored_at,
+    (SELECT count(DISTINCT o.image_id) FROM image_blobs AS o WHERE o.blob_id = b.id) AS images,
+    {HELD} AS held
+FROM blobs AS b""",
+    "layers": f"""
+-- layers, and the command that made each
+SELECT
+    b.digest,
+    b.size,
+    {STORED} AS stored,
+    (SELECT count(DISTINCT o.image_id) FROM image_blobs AS o WHERE o.blob_id = b.id) AS images,
+    (SELECT min(o.created_by) FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer') AS created_by
+FROM blobs AS b
+WHERE {IS_LAYER}""",
+    "shared_layers": f"""
+-- layers that several images have, and the bytes saved by it
+SELECT
+    b.digest,
+    b.size,
+    s.images,
+    b.size * (s.images - 1) AS saved_size,
+    (SELECT min(o.created_by) FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer') AS created_by
+FROM ({SHARED}) AS s JOIN blobs AS b ON b.id = s.blob_id
+WHERE {STORED} AND {IS_LAYER}""",
+    "common_layers": f"""
+-- layers that two images have in common
+SELECT DISTINCT {name_of("i")} AS name, {name_of("j")} AS other, b.digest, b.size, {STORED} AS stored
+FROM images AS i
+CROSS JOIN image_blobs AS o ON o.image_id = i.id AND o.role = 'layer'
+CROSS JOIN image_blobs AS p ON p.blob_id = o.blob_id AND p.image_id <> i.id AND p.role = 'layer'
+CROSS JOIN images AS j ON j.id = p.image_id
+CROSS JOIN blobs AS b ON b.id = o.blob_id""",
+    "repository_usage": f"""
+-- repositories: what their images take together
+SELECT
+    r.repository,
+    r.images,
+    {size_of(f"{STORED} AND {BLOBS_OF_REPOSITORY}")} AS size,
+    {size_of(f"{STORED} AND {BLOBS_OF_REPOSITORY} AND NOT {IN_ANOTHER_REPOSITORY}")} AS unique_size
+FROM (SELECT repository, count(*) AS images FROM images GROUP BY repository) AS r""",
+    "missing_blobs": f"""
+-- what incomplete images lack
+SELECT {name_of("i")} AS name, o.position, o.role, b.digest, b.size
+FROM blobs AS b
+CROSS JOIN image_blobs AS o ON o.blob_id = b.id
+CROSS JOIN images AS i ON i.id = o.image_id
+WHERE NOT {STORED}""",
+    "garbage": f"""
+-- what `cachedb gc` would free
+SELECT b.digest, b.size, b.stored_at
+FROM blobs AS b
+WHERE {STORED}
+    AND NOT EXISTS (SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id)
+    AND NOT {HELD}""",
+    "growth": """
+-- what came on each day, and is still here
+SELECT day, sum(images) AS images, sum(blobs) AS blobs, sum(size) AS size
+FROM (
+    SELECT substr(stored_at, 1, 10) AS day, 0 AS images, count(*) AS blobs, sum(size) AS size
+    FROM blobs WHERE stored_at IS NOT NULL GROUP BY 1
+    UNION ALL
+    SELECT substr(created_at, 1, 10), count(*), 0, 0 FROM images GROUP BY 1
+)
+GROUP BY day""",
+}
+
+
+def upgrade() -> None:
+    for name, query in VIEWS.items():
+        op.execute(f"CREATE VIEW {name} AS{query}")
+
+
+def downgrade() -> None:
+    for name in VIEWS:
+        op.execute(f"DROP VIEW {name}")
