@@ -238,7 +238,8 @@ def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path)
     def definitions(path: Path) -> dict[str, list[str]]:
         shell = sqlite3.connect(path)
         rows = shell.execute(
-            "SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'index') AND sql IS NOT NULL AND name != 'alembic_version'"
+            "SELECT name, sql FROM sqlite_master "
+            "WHERE type IN ('table', 'index') AND sql IS NOT NULL AND name != 'alembic_version'"
         )
         # What was added to a table later is written on one line.
         lines = {name: re.split(r"\n|, (?=[a-z_]+ [A-Z])", sql) for name, sql in rows}
