@@ -24,6 +24,7 @@ from cachedb.errors import (
     InvalidDigest,
     InvalidManifest,
     InvalidName,
+    InvalidQuery,
     InvalidRevision,
     NotACache,
     NotInCache,
@@ -41,13 +42,16 @@ if TYPE_CHECKING:
     from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
     from cachedb.pull import Pulled
     from cachedb.push import Pushed
+    from cachedb.query import Answer, View
     from cachedb.reference import Digest, Name
+    from cachedb.usage import Share, Usage
     from cachedb.verify import Problem, Verification
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adoption",
+    "Answer",
     "BlobInfo",
     "Cache",
     "CacheError",
@@ -62,6 +66,7 @@ __all__ = [
     "InvalidDigest",
     "InvalidManifest",
     "InvalidName",
+    "InvalidQuery",
     "InvalidRevision",
     "LeftOut",
     "Name",
@@ -74,15 +79,19 @@ __all__ = [
     "RegistryError",
     "RegistryUnavailable",
     "SchemaMismatch",
+    "Share",
     "Stats",
     "StorageError",
+    "Usage",
     "Verification",
+    "View",
     "__version__",
 ]
 
 # Imported when first asked for: `cachedb --help` must not wait for SQLAlchemy.
 _HOMES = {
     "Adoption": "cachedb.adopt",
+    "Answer": "cachedb.query",
     "BlobInfo": "cachedb.images",
     "Cache": "cachedb.cache",
     "Collected": "cachedb.collection",
@@ -95,8 +104,11 @@ _HOMES = {
     "Problem": "cachedb.verify",
     "Pulled": "cachedb.pull",
     "Pushed": "cachedb.push",
+    "Share": "cachedb.usage",
     "Stats": "cachedb.cache",
+    "Usage": "cachedb.usage",
     "Verification": "cachedb.verify",
+    "View": "cachedb.query",
 }
 
 

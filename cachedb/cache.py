@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from cachedb.adopt import Adoption
     from cachedb.pull import Pulled
     from cachedb.push import Pushed
+    from cachedb.query import Answer, View
     from cachedb.registry import Repository
+    from cachedb.usage import Usage
     from cachedb.verify import Verification
 
 __all__ = ["Cache", "Progress", "Stats"]
@@ -561,6 +563,48 @@ class Cache:
         """
         with self._database.read() as connection:
             return configs.labels(connection, images.find(connection, Name.parse(name)).id)
+
+    @contextmanager
+    def sql(
+        self,
+        query: str,
+        parameters: Mapping[str, int | float | str | None] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Iterator[Answer]:
+        """Ask the index a question in SQL, of its tables and of the views that the README lists.
+
+            with cache.sql("SELECT name, unique_size FROM image_usage WHERE size > :size", {"size": 10**9}) as answer:
+                for name, unique_size in answer.rows:
+                    ...
+
+        It sees the index at one moment, and holds up no writer.
+
+        Args:
+            query: in SQLite's SQL, with the functions ``human(bytes)`` and ``ago(time)`` besides.
+            parameters: for what the query has as ``:name``.
+            timeout: seconds after which it is stopped.
+
+        Raises:
+            InvalidQuery: if it is no query, or would do something else than read.
+            CacheError: if it takes too long.
+        """
+        from cachedb.query import answer
+
+        with answer(self._database, query, parameters, timeout) as found:
+            yield found
+
+    def list_views(self) -> list[View]:
+        """Return the views of the index, which are there to be asked."""
+        from cachedb.query import views
+
+        return views(self._database)
+
+    def get_usage(self) -> Usage:
+        """Return what the cache takes on the disk: unique, shared, held, reclaimable."""
+        from cachedb.usage import usage
+
+        return usage(self._database)
 
     def get_stats(self) -> Stats:
         """Return the cache's totals."""

@@ -8,14 +8,25 @@ from __future__ import annotations
 import gc as gc_
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from cachedb import __version__
-from cachedb.errors import CacheError, InvalidDigest, InvalidName, InvalidRevision, NotACache, NotInCache, explain
+from cachedb.errors import (
+    CacheError,
+    InvalidDigest,
+    InvalidName,
+    InvalidQuery,
+    InvalidRevision,
+    NotACache,
+    NotInCache,
+    explain,
+)
+from cachedb.printing import ROW_FORMATS, cut, print_json, print_rows, print_table, printable, short
+from cachedb.units import ago, human
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +73,8 @@ def main() -> NoReturn:
         _fail(str(error), 3)
     except (InvalidName, InvalidDigest, InvalidRevision) as error:
         _fail(str(error), 2)
+    except InvalidQuery as error:
+        _fail(str(error), 2)
     except CacheError as error:
         _fail(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
@@ -79,13 +92,8 @@ def _terminated(_signal: int, _frame: object) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"cachedb: {_printable(message)}", file=sys.stderr)
+    print(f"cachedb: {printable(message)}", file=sys.stderr)
     sys.exit(code)
-
-
-def _printable(text: str) -> str:
-    """Write out what a stranger may have put into a text to move a terminal's cursor, or to end a line."""
-    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _examples(*lines: str) -> str:
@@ -169,101 +177,32 @@ def _quiet(what: str) -> Callable[[Any], Any]:
 # Printing
 
 
-def _print_json(value: object) -> None:
-    import json
-
-    click.echo(json.dumps(value, indent=2, default=_plain))
-
-
-def _plain(value: object) -> str:
-    from datetime import datetime
-
-    return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else str(value)
-
-
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()) -> None:
-    rows = [[_printable(cell) for cell in row] for row in rows]
-    if not sys.stdout.isatty():
-        _print_columns(columns, rows, right)
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
-
-
-def _print_columns(columns: Sequence[str], rows: list[Sequence[str]], right: Collection[str]) -> None:
-    """Print a table into a pipe or a file: a line a row, however long. rich would cost `ls` a tenth of its time."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        cells = (
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for cell, width, column in zip(row, widths, columns, strict=True)
-        )
-        click.echo("  ".join(cells).rstrip())
-
-
-def _human(size: float) -> str:
-    """Return a size as Docker prints it, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
-
-
-def _ago(time: Any) -> str:  # noqa: ANN401
-    from datetime import UTC, datetime
-
-    seconds = max(0, (datetime.now(UTC) - time).total_seconds())
-    for unit, length in (("year", 31_557_600), ("month", 2_629_800), ("day", 86_400), ("hour", 3_600), ("minute", 60)):
-        if seconds >= length:
-            count = int(seconds // length)
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return "just now"
-
-
-def _cut(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _short(digest: str) -> str:
-    algorithm, _, encoded = digest.partition(":")
-    return f"{algorithm}:{encoded[:12]}"
-
-
 def _print_images(found: list[ImageInfo], form: str, *, quiet: bool) -> None:
     if quiet:
         for image in found:
             click.echo(str(image.name))
     elif form == "json":
-        _print_json([image._asdict() for image in found])
+        print_json([image._asdict() for image in found])
     else:
         rows = (
             (
                 str(image.name),
-                _short(image.digest),
-                _human(image.size),
-                _ago(image.created_at),
+                short(image.digest),
+                human(image.size),
+                ago(image.created_at),
                 "complete" if image.complete else "incomplete",
             )
             for image in found
         )
-        _print_table(("NAME", "DIGEST", "SIZE", "CREATED", "STATE"), rows, right=("SIZE",))
+        print_table(("NAME", "DIGEST", "SIZE", "CREATED", "STATE"), rows, right=("SIZE",))
 
 
 def _print_collected(freed: Collected, form: str, *, dry_run: bool) -> None:
     if form == "json":
-        _print_json(freed._asdict())
+        print_json(freed._asdict())
     else:
         blobs = f"{freed.blobs} blob{'' if freed.blobs == 1 else 's'}"
-        click.echo(f"{'would free' if dry_run else 'freed'} {blobs}, {_human(freed.bytes)}")
+        click.echo(f"{'would free' if dry_run else 'freed'} {blobs}, {human(freed.bytes)}")
 
 
 def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
@@ -271,20 +210,20 @@ def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
         for hold in found:
             click.echo(hold.id)
     elif form == "json":
-        _print_json([hold._asdict() for hold in found])
+        print_json([hold._asdict() for hold in found])
     else:
         rows = (
             (
                 hold.id,
                 hold.name,
                 str(hold.blobs),
-                _human(hold.size),
-                _ago(hold.created_at),
+                human(hold.size),
+                ago(hold.created_at),
                 f"{hold.expires_at:%Y-%m-%d %H:%M:%S} UTC" if hold.expires_at else "when released",
             )
             for hold in found
         )
-        _print_table(("HOLD", "NAME", "BLOBS", "SIZE", "CREATED", "ENDS"), rows, right=("BLOBS", "SIZE"))
+        print_table(("HOLD", "NAME", "BLOBS", "SIZE", "CREATED", "ENDS"), rows, right=("BLOBS", "SIZE"))
 
 
 @contextmanager
@@ -303,7 +242,7 @@ def _transfer(action: str, *, quiet: bool) -> Iterator[dict[str, Any]]:
 
         def each(digest: str, done: int, total: int) -> None:
             if digest not in tasks:
-                tasks[digest] = bar.add_task(f"  {_short(digest)}", total=total)
+                tasks[digest] = bar.add_task(f"  {short(digest)}", total=total)
             bar.update(tasks[digest], completed=done, visible=done < total)
 
         yield {"progress": lambda done, total: bar.update(whole, completed=done, total=total), "each": each}
@@ -430,7 +369,7 @@ def pull(
                 )
             found.append(pulled.image)
             if pulled.stale:
-                click.echo(f"cachedb: {name} may be out of date: {_printable(pulled.stale)}", err=True)
+                click.echo(f"cachedb: {name} may be out of date: {printable(pulled.stale)}", err=True)
     _print_images(found, form, quiet=quiet)
 
 
@@ -476,20 +415,20 @@ def push(
         for pushed in found:
             click.echo(f"{pushed.name.repository}@{pushed.digest}")
     elif form == "json":
-        _print_json([{**pushed._asdict(), "name": str(pushed.name)} for pushed in found])
+        print_json([{**pushed._asdict(), "name": str(pushed.name)} for pushed in found])
     else:
         rows = [
             (
                 str(pushed.name),
-                _short(pushed.digest),
-                f"{pushed.blobs} ({_human(pushed.bytes)})" if pushed.blobs else "-",
+                short(pushed.digest),
+                f"{pushed.blobs} ({human(pushed.bytes)})" if pushed.blobs else "-",
                 str(pushed.mounted or "-"),
                 str(pushed.there or "-"),
             )
             for pushed in found
         ]
         counts = ("UPLOADED", "MOUNTED", "WERE THERE")
-        _print_table(("NAME", "DIGEST", *counts), rows, right=counts)
+        print_table(("NAME", "DIGEST", *counts), rows, right=counts)
 
 
 @cli.command(
@@ -513,7 +452,7 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
         found = cache.adopt(directory, how="link" if link else "move" if move else "copy", progress=progress)
     if form == "json":
         left_out = [item._asdict() for item in found.left_out]
-        _print_json({**found._asdict(), "images": [image._asdict() for image in found.images], "left_out": left_out})
+        print_json({**found._asdict(), "images": [image._asdict() for image in found.images], "left_out": left_out})
     elif quiet:
         _print_images(found.images, form, quiet=True)
     else:
@@ -522,12 +461,12 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
                 (item.kind, item.name or "-", item.digest or (str(item.path) if item.path else "-"), item.detail)
                 for item in found.left_out
             ]
-            _print_table(("LEFT OUT", "NAME", "WHAT", "DETAIL"), rows)
+            print_table(("LEFT OUT", "NAME", "WHAT", "DETAIL"), rows)
             click.echo()
         unused = f", {found.unused} of them used by no image" if found.unused else ""
-        click.echo(f"images: {len(found.images)}; new blobs: {found.blobs}{unused}, {_human(found.bytes)}")
+        click.echo(f"images: {len(found.images)}; new blobs: {found.blobs}{unused}, {human(found.bytes)}")
     if found.index_damage and form != "json":
-        click.echo(f"index.json was not used: {_printable(found.index_damage)}", err=True)
+        click.echo(f"index.json was not used: {printable(found.index_damage)}", err=True)
     if found.left_out:
         click.get_current_context().exit(1)
 
@@ -594,7 +533,7 @@ def show(name: str, form: str, quiet: bool) -> None:
             click.echo(blob.digest)
     elif form == "json":
         found = {"platforms": [platform._asdict() for platform in platforms]}
-        _print_json({**image._asdict(), "labels": labels, **found, "blobs": [blob._asdict() for blob in blobs]})
+        print_json({**image._asdict(), "labels": labels, **found, "blobs": [blob._asdict() for blob in blobs]})
     else:
         _print_images([image], form, quiet=False)
         click.echo()
@@ -603,7 +542,7 @@ def show(name: str, form: str, quiet: bool) -> None:
         said = [("platform", platform), ("built", created), ("author", image.author or "")]
         said += [("label", f"{key}={value}") for key, value in labels.items()]
         if said := [(what, value) for what, value in said if value]:
-            _print_table(("CONFIG", "SAYS"), said)
+            print_table(("CONFIG", "SAYS"), said)
             click.echo()
         if platforms:
             here = {blob.digest for blob in blobs if blob.stored}
@@ -612,24 +551,24 @@ def show(name: str, form: str, quiet: bool) -> None:
                 for child in platforms
             ]
             lines = [
-                (child.platform or "-", _short(child.digest), state)
+                (child.platform or "-", short(child.digest), state)
                 for child, state in zip(platforms, states, strict=True)
             ]
-            _print_table(("PLATFORM", "DIGEST", "STATE"), lines)
+            print_table(("PLATFORM", "DIGEST", "STATE"), lines)
             click.echo()
         rows = (
             (
                 str(blob.position),
                 blob.role,
-                _short(blob.digest),
-                _human(blob.size),
+                short(blob.digest),
+                human(blob.size),
                 "stored" if blob.stored else "missing",
                 blob.media_type,
-                _cut(blob.created_by or ""),
+                cut(blob.created_by or ""),
             )
             for blob in blobs
         )
-        _print_table(("#", "ROLE", "DIGEST", "SIZE", "STATE", "MEDIA TYPE", "CREATED BY"), rows, right=("#", "SIZE"))
+        print_table(("#", "ROLE", "DIGEST", "SIZE", "STATE", "MEDIA TYPE", "CREATED BY"), rows, right=("#", "SIZE"))
 
 
 @cli.command(epilog=_examples("cachedb manifest app:1 | jq .layers"))
@@ -708,14 +647,14 @@ def verify(quick: bool, repair: bool, form: str, quiet: bool) -> None:
             click.echo(digest)
     elif form == "json":
         problems = [problem._asdict() for problem in found.problems]
-        _print_json({"checked": found.checked, "problems": problems})
+        print_json({"checked": found.checked, "problems": problems})
     else:
         rows = [
             (problem.kind, problem.digest or str(problem.path), problem.detail, problem.repair or "-")
             for problem in found.problems
         ]
         if rows:
-            _print_table(("KIND", "WHAT", "DETAIL", "REPAIR"), rows)
+            print_table(("KIND", "WHAT", "DETAIL", "REPAIR"), rows)
         files = f"{found.checked} file{'' if found.checked == 1 else 's'} checked"
         click.echo(f"{files}, {len(rows) or 'no'} problem{'' if len(rows) == 1 else 's'}")
     if found.problems:
@@ -824,17 +763,183 @@ def stats(form: str) -> None:
     with _opened() as cache:
         totals = cache.get_stats()
     if form == "json":
-        _print_json(totals._asdict())
+        print_json(totals._asdict())
         return
     rows = [
         ("images", str(totals.manifest_count)),
         ("  incomplete", str(totals.incomplete_count)),
         ("blobs", str(totals.blob_count)),
         ("  reclaimable", str(totals.reclaimable_blobs)),
-        ("size", _human(totals.total_size)),
-        ("  reclaimable", _human(totals.reclaimable_size)),
+        ("size", human(totals.total_size)),
+        ("  reclaimable", human(totals.reclaimable_size)),
     ]
-    _print_table(("", "TOTAL"), rows, right=("TOTAL",))
+    print_table(("", "TOTAL"), rows, right=("TOTAL",))
+
+
+def _parameters(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    for text in given:
+        if "=" not in text:
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE")
+    return dict(text.split("=", 1) for text in given)
+
+
+_row_format = click.option(
+    "--format",
+    "form",
+    type=click.Choice(ROW_FORMATS),
+    default="table",
+    show_default=True,
+    help="How to print the rows; all but table and json a line each, as they come.",
+)
+_timeout = click.option(
+    "--timeout", "seconds", metavar="TIME", type=_Duration(), help="Stop it after a time such as 30s or 5m."
+)
+_values = click.option(
+    "-p", "parameters", metavar="NAME=VALUE", multiple=True, callback=_parameters, help="A value for :NAME; repeatable."
+)
+
+
+@cli.command(
+    epilog=_examples(
+        "cachedb sql",
+        "cachedb sql 'SELECT name, human(unique_size) FROM image_usage ORDER BY unique_size DESC LIMIT 5'",
+        "cachedb sql --format csv -p days=30 'SELECT name FROM image_ages WHERE unused_days > :days'",
+    )
+)
+@click.argument("query", required=False)
+@click.option("--file", type=click.Path(), help="Read the query from a file, or - for stdin.")
+@click.option("--schema", is_flag=True, help="Print the SQL of the tables, indexes and views.")
+@_values
+@_row_format
+@_timeout
+def sql(
+    query: str | None, file: str | None, schema: bool, parameters: dict[str, str], form: str, seconds: int | None
+) -> None:
+    """Ask the index a question in SQL; without one, list the views that there are to ask.
+
+    QUERY is SQLite's SQL, with the functions human(bytes) and ago(time) besides; - reads it from stdin. Nothing can be
+    changed by it, and no writer waits for it. The columns of each view are in the README's SQL reference.
+    """
+    from cachedb.report import number
+
+    if sum(map(bool, (query, file, schema))) > 1:
+        raise click.UsageError("give a query, or --file, or --schema")
+    if schema:
+        query = "SELECT sql || ';' AS sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type <> 'table', name"
+        with _opened() as cache, cache.sql(query) as found:
+            for (definition,) in found.rows:
+                click.echo(definition)
+        return
+    if query == "-" or file == "-":
+        query = sys.stdin.read()
+    elif file is not None:
+        query = _text_of(file)
+    if query is None:
+        with _opened() as cache:
+            views = cache.list_views()
+        if form == "table":
+            print_table(("VIEW", "WHAT IT HAS"), [(view.name, view.description) for view in views])
+        else:
+            rows = [(view.name, view.description, " ".join(view.columns)) for view in views]
+            print_rows(("view", "description", "columns"), rows, form)
+        return
+    _ask(query, {name: number(value) for name, value in parameters.items()}, form, seconds)
+
+
+def _text_of(file: str) -> str:
+    try:
+        with open(file, encoding="utf-8") as opened:
+            return opened.read()
+    except (OSError, UnicodeError) as error:
+        reason = explain(error) if isinstance(error, OSError) else "it is no text"
+        raise click.UsageError(f"cannot read {file!r}: {reason}") from error
+
+
+def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None, *, sizes: bool = False) -> None:
+    try:
+        with _opened() as cache, cache.sql(query, parameters, timeout=seconds) as found:
+            print_rows(found.columns, found.rows, form, sizes=sizes)
+            sys.stdout.flush()
+    except InvalidQuery as error:
+        if error.place is None:
+            raise
+        start, stop = error.place
+        line = query.count("\n", 0, start)
+        text = query.splitlines()[line] if query else ""
+        column = start - (query.rfind("\n", 0, start) + 1)
+        marked = f"  {printable(text)}\n  {' ' * len(printable(text[:column]))}{'^' * max(stop - start, 1)}"
+        print(f"cachedb: {printable(str(error))}, in line {line + 1}:\n{marked}", file=sys.stderr)
+        click.get_current_context().exit(2)
+
+
+@cli.command(
+    epilog=_examples(
+        "cachedb report --list",
+        "cachedb report largest-unique",
+        "cachedb report not-used -p days=90 --format json",
+        "cachedb report freed-by -p names='app:1 app:2'",
+    )
+)
+@click.argument("name", required=False)
+@click.option("--list", "list_", is_flag=True, help="List the reports, with their parameters.")
+@_values
+@_row_format
+@_timeout
+def report(name: str | None, list_: bool, parameters: dict[str, str], form: str, seconds: int | None) -> None:
+    """Answer a question that has a name.
+
+    A report is a file of SQL. Your own are in the folder of CACHEDB_REPORTS, by default reports/ in cachedb's folder
+    of the user's configuration, and go before those of the same name. A table has sizes for people, all else bytes.
+    """
+    from cachedb.report import load, reports
+
+    if bool(name) == list_:
+        raise click.UsageError("name a report, or use --list")
+    if list_:
+        found = reports()
+        if form == "table":
+            rows = [(one.name, " ".join(one.wanted()), one.description) for one in found]
+            print_table(("REPORT", "PARAMETERS", "WHAT IT SAYS"), rows)
+        else:
+            columns = ("report", "description", "parameters", "path")
+            print_rows(columns, [(one.name, one.description, one.parameters, one.path) for one in found], form)
+        return
+    chosen = load(name or "")
+    _ask(chosen.query, chosen.values(parameters), form, seconds, sizes=True)
+
+
+@cli.command(epilog=_examples("cachedb df", "cachedb df -v", "cachedb df --format json | jq .reclaimable.size"))
+@click.option("-v", "--verbose", is_flag=True, help="List the images too, with what is theirs alone.")
+@_format
+def df(verbose: bool, form: str) -> None:
+    """Show what the cache takes on the disk, true to the byte.
+
+    A blob is unique if one image has it, shared if several have, held if none has and a hold or a process keeps it,
+    and reclaimable by `cachedb gc` otherwise.
+    """
+    columns = ("name", "size", "unique_size", "shared_size", "freed_size", "complete", "last_used_at")
+    with _opened() as cache:
+        found = cache.get_usage()
+        images: list[Any] = []
+        if verbose:
+            with cache.sql(f"SELECT {', '.join(columns)} FROM image_usage ORDER BY unique_size DESC, name") as answer:  # noqa: S608
+                images = list(answer.rows)
+    if form == "json":
+        shares = {name: value._asdict() for name, value in found._asdict().items() if hasattr(value, "_asdict")}
+        listed = {"image_usage": [dict(zip(columns, row, strict=True)) for row in images]} if verbose else {}
+        print_json({**found._asdict(), **shares, **listed})
+        return
+    images_said = f"{found.images}, {found.incomplete} incomplete" if found.incomplete else str(found.images)
+    rows = [("images", images_said, "")]
+    for name in ("stored", "unique", "shared", "held", "reclaimable"):
+        share = getattr(found, name)
+        rows.append((f"  {name}" if name != "stored" else "blobs", str(share.blobs), human(share.size)))
+    rows += [("saved by sharing", "", human(found.saved_size)), ("index", "", human(found.index_size))]
+    rows += [(name, "", human(size)) for name, size in found.folder_sizes.items() if size]
+    print_table(("", "COUNT", "SIZE"), rows, right=("COUNT", "SIZE"))
+    if verbose:
+        click.echo()
+        print_rows(columns, images, "table", sizes=True)
 
 
 @cli.group()
@@ -882,7 +987,7 @@ def db_current(form: str) -> None:
 
     found = schema.current(_directory())
     if form == "json":
-        _print_json(found._asdict())
+        print_json(found._asdict())
     elif found.revision is None:
         click.echo(f"no cache yet; this release makes one with schema {found.newest}")
     elif found.pending:
@@ -907,23 +1012,23 @@ def db_history(form: str) -> None:
 
     found = schema.history(_directory())
     if form == "json":
-        _print_json([revision._asdict() for revision in found])
+        print_json([revision._asdict() for revision in found])
         return
     rows = [
         (revision.revision, revision.oldest, "current" if revision.current else "", revision.message.splitlines()[0])
         for revision in found
     ]
-    _print_table(("REVISION", "OLDEST", "", "WHAT IT BRINGS"), rows)
+    print_table(("REVISION", "OLDEST", "", "WHAT IT BRINGS"), rows)
 
 
 def _print_unread(done: Change | Restored, form: str) -> None:
     """Print all of it as JSON, or the configs that were skipped as lines."""
     if form == "json":
         unread = [{**config._asdict(), "name": str(config.name)} for config in done.unread]
-        _print_json({**done._asdict(), "unread": unread})
+        print_json({**done._asdict(), "unread": unread})
         return
     for name, digest, detail in done.unread:
-        click.echo(f"skipped the config {digest} of {name}: {_printable(detail)}", err=True)
+        click.echo(f"skipped the config {digest} of {name}: {printable(detail)}", err=True)
 
 
 def _print_change(change: Change, form: str) -> None:
@@ -981,9 +1086,9 @@ def db_check(form: str) -> None:
 
     found = schema.check(_directory())
     if form == "json":
-        _print_json([drift._asdict() for drift in found])
+        print_json([drift._asdict() for drift in found])
     elif found:
-        _print_table(("KIND", "NAME", "DETAIL"), found)
+        print_table(("KIND", "NAME", "DETAIL"), found)
     else:
         click.echo("no differences")
     if found:
@@ -1010,7 +1115,7 @@ def db_backup(file: str | None, form: str) -> None:
     with _stages() as progress:
         path = schema.back_up(_directory(), Path(file).absolute() if file else None, progress=progress)
     if form == "json":
-        _print_json({"path": path, "size": path.stat().st_size})
+        print_json({"path": path, "size": path.stat().st_size})
     else:
         click.echo(bytes(path))  # which need not be text
 

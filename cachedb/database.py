@@ -119,13 +119,14 @@ class Database:
         event.listen(engine, "handle_error", self._on_error)
         return engine
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, *, read_only: bool = False) -> sqlite3.Connection:
         """Open a connection to the file that has the name; it is made in `write_schema` and nowhere else."""
         with self._unreplaced():
             file = self._file()
             with self._sqlite_errors():
+                mode = file[2].replace("mode=rw", "mode=ro") if read_only else file[2]
                 connection = sqlite3.connect(
-                    f"{self.path.as_uri()}?{file[2]}",
+                    f"{self.path.as_uri()}?{mode}",
                     uri=True,
                     timeout=_BUSY_TIMEOUT,
                     check_same_thread=False,
@@ -365,9 +366,9 @@ class Database:
             yield turn
 
     @contextmanager
-    def raw(self) -> Iterator[sqlite3.Connection]:
+    def raw(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
         """The driver's own connection, in no transaction: for what SQLite does in none."""
-        with locks.unforked(), self._sqlite_errors(), closing(self._open()) as connection:
+        with locks.unforked(), self._sqlite_errors(), closing(self._open(read_only=read_only)) as connection:
             yield connection
 
     @contextmanager

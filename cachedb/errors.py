@@ -4,6 +4,7 @@ CacheError
 ├── InvalidName          a name is not ``repository[:tag]`` or ``repository@digest``
 ├── InvalidDigest        a digest is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``
 ├── NotInCache           the image or blob that was asked for is not here
+├── InvalidQuery         a question in SQL is none, or would do something else than read
 ├── InvalidManifest      a manifest, index or config cannot be used
 ├── InvalidArchive       an archive or image layout cannot be used
 ├── DigestMismatch       content differs from the digest or size it was said to have
@@ -34,6 +35,7 @@ __all__ = [
     "InvalidDigest",
     "InvalidManifest",
     "InvalidName",
+    "InvalidQuery",
     "InvalidRevision",
     "NotACache",
     "NotInCache",
@@ -54,6 +56,14 @@ class InvalidName(CacheError):
 
 class InvalidDigest(CacheError):
     """A digest is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``."""
+
+
+class InvalidQuery(CacheError):
+    """A question in SQL is none, or would do something else than read."""
+
+    def __init__(self, message: str, place: tuple[int, int] | None = None) -> None:
+        super().__init__(message)
+        self.place = place  # in the query, from one character to another, if that is known
 
 
 class NotInCache(CacheError):

@@ -1,0 +1,158 @@
+"""Questions in SQL, to an index that is in use: only to read, and not for longer than they are given."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+from cachedb.database import Database
+from cachedb.errors import CacheError, InvalidQuery
+from cachedb.units import ago, human
+
+__all__ = ["Answer", "View", "answer", "views"]
+
+Value = str | int | float | None
+"""What SQL has as a value."""
+
+_EVERY = 20_000  # steps of SQLite's machine between two looks at the clock, and at signals: a few milliseconds
+_ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION})
+# What only tells of the schema.
+_PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo"})
+_REFUSED = ("not authorized", "attempt to write a readonly database")
+_NAMED = re.compile(r'(?:no such (?:column|table|function)|ambiguous column name|near):? ("?)(.+?)\1(?:$|: syntax)')
+
+
+class Answer(NamedTuple):
+    """What a query gives."""
+
+    columns: tuple[str, ...]
+    rows: Iterator[tuple[Any, ...]]  # as they are found
+
+
+class View(NamedTuple):
+    """A view of the index, for people to ask."""
+
+    name: str
+    columns: tuple[str, ...]
+    description: str
+    definition: str  # SQL
+
+
+@contextmanager
+def answer(
+    database: Database, query: str, parameters: Mapping[str, Value] | None = None, timeout: float | None = None
+) -> Iterator[Answer]:
+    """Ask one question, of the index as it is at one moment; writers are not held up by it.
+
+    SQL has two functions more: ``human(bytes)``, as ``1.2 MB``, and ``ago(time)``, as ``3 days ago``.
+
+    Args:
+        database: to ask.
+        query: in SQLite's SQL.
+        parameters: for what the query has as ``:name``.
+        timeout: seconds after which it is stopped, also while its rows are read.
+
+    Raises:
+        InvalidQuery: if it is no query, or would do something else than read.
+        CacheError: if it takes too long.
+    """
+    with database.raw(read_only=True) as connection:
+        connection.execute("PRAGMA query_only = ON")
+        connection.create_function("human", 1, _human, deterministic=True)
+        connection.create_function("ago", 1, _ago)
+        end = None if timeout is None else time.monotonic() + timeout
+        # A call into Python is also when a signal is looked at.
+        connection.set_progress_handler(lambda: end is not None and time.monotonic() > end, _EVERY)
+        connection.set_authorizer(_authorize)
+
+        def rows(cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
+            with _errors(connection, query, end, timeout):
+                yield from cursor
+
+        with _errors(connection, query, end, timeout):
+            cursor = connection.execute(query, parameters or {})
+            if cursor.description is None:
+                raise InvalidQuery("there is no query: write one that begins with SELECT")
+        try:
+            yield Answer(tuple(column[0] for column in cursor.description), rows(cursor))
+        finally:
+            connection.set_progress_handler(None, 0)
+            cursor.close()
+
+
+@contextmanager
+def _errors(connection: sqlite3.Connection, query: str, end: float | None, timeout: float | None) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, sqlite3.Warning, UnicodeError, OverflowError, ValueError) as error:
+        message = str(error)
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_INTERRUPT:
+            if end is None or time.monotonic() < end:
+                raise KeyboardInterrupt from None  # what a signal raised in the handler, SQLite has swallowed
+            raise CacheError(f"the query took over {timeout:g} seconds: narrow it, or give it more time") from None
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
+            raise
+        if message.startswith(_REFUSED):
+            raise InvalidQuery("it would do something else than read: only questions can be asked") from None
+        if missing := re.search(r"binding(?: parameter)? :?(\w+)", message):
+            raise InvalidQuery(f"there is no value for :{missing[1]}: give one with -p {missing[1]}=VALUE") from None
+        connection.set_authorizer(None)
+        raise InvalidQuery(message, _place(connection, query, message)) from None
+
+
+def _authorize(action: int, first: str | None, second: str | None, *_: object) -> int:
+    if action in _ALLOWED and not (action == sqlite3.SQLITE_FUNCTION and second == "load_extension"):
+        return sqlite3.SQLITE_OK
+    if action == sqlite3.SQLITE_PRAGMA and (first or "").lower() in _PRAGMAS:
+        return sqlite3.SQLITE_OK
+    return sqlite3.SQLITE_DENY
+
+
+def _place(connection: sqlite3.Connection, query: str, message: str) -> tuple[int, int] | None:
+    """Return where in a query the error is: from one character to another; None if that cannot be told."""
+    named = _NAMED.match(message)
+    if named is None:
+        return (len(query.rstrip()), len(query.rstrip())) if message == "incomplete input" else None
+    word = named[2].rpartition(".")[2]
+    found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", query, re.IGNORECASE)]
+    if not found:
+        found = [match.span() for match in re.finditer(re.escape(word), query)]
+    if message.startswith("near"):
+        # SQLite does not say which it is: it is the one up to which the query is as wrong as all of it.
+        for start, stop in found:
+            try:
+                connection.execute(f"EXPLAIN {query[:stop]}").close()
+            except sqlite3.Error as error:
+                if str(error) == message:
+                    return start, stop
+    return found[0] if found else None
+
+
+def _human(size: Value) -> str | None:
+    return human(size) if isinstance(size, (int, float)) else None
+
+
+def _ago(time: Value) -> str | None:
+    try:
+        then = datetime.fromisoformat(time) if isinstance(time, str) else None
+    except ValueError:
+        return None
+    return None if then is None else ago(then if then.tzinfo else then.replace(tzinfo=UTC))
+
+
+def views(database: Database) -> list[View]:
+    """Return the views, in the order of their names, each with what is said of it in its SQL."""
+    found = []
+    with database.read() as connection:
+        rows = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE type = 'view' ORDER BY name")
+        for name, sql in rows.all():
+            said = re.search(r"^-- (.*)$", sql, re.MULTILINE)
+            info = connection.exec_driver_sql("SELECT name FROM pragma_table_info(?)", (name,))
+            found.append(View(name, tuple(info.scalars()), said[1] if said else "", sql))
+    return found

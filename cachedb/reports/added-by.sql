@@ -1,0 +1,7 @@
+-- What one image adds over another: the blobs of the first that the second does not have.
+-- :name
+-- :over
+SELECT role, digest, size, created_by
+FROM image_contents
+WHERE name = :name AND digest NOT IN (SELECT digest FROM image_contents WHERE name = :over)
+ORDER BY position

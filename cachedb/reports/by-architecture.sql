@@ -1,0 +1,3 @@
+-- Images by what they run on.
+SELECT os, architecture, variant, count(*) AS images
+FROM images GROUP BY os, architecture, variant ORDER BY images DESC

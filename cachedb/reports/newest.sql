@@ -1,0 +1,4 @@
+-- The images that were added last.
+-- :limit 20
+SELECT name, created_at AS added, created
+FROM image_ages ORDER BY created_at DESC, name LIMIT :limit

@@ -1,0 +1,97 @@
+"""What a cache takes on the disk, and for what: true to the byte."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from cachedb.database import Database
+from cachedb.errors import os_errors
+from cachedb.images import count_incomplete
+
+__all__ = ["Share", "Usage", "usage"]
+
+# One pass over the blobs, beside one over the index of the association.
+_SHARES = """
+WITH uses AS (
+    SELECT blob_id, count(DISTINCT image_id) AS images FROM image_blobs GROUP BY blob_id
+)
+SELECT
+    CASE
+        WHEN uses.images > 1 THEN 'shared'
+        WHEN uses.images = 1 THEN 'unique'
+        WHEN EXISTS (SELECT 1 FROM leases WHERE leases.digest = blobs.digest) THEN 'held'
+        ELSE 'reclaimable'
+    END AS share,
+    count(*),
+    sum(size),
+    sum(size * (coalesce(uses.images, 1) - 1))
+FROM blobs LEFT JOIN uses ON uses.blob_id = blobs.id
+WHERE stored_at IS NOT NULL
+GROUP BY share
+"""
+_FOLDERS = ("backups", "ingest", "quarantine", "trash")
+
+
+class Share(NamedTuple):
+    """Some of the stored blobs."""
+
+    blobs: int
+    size: int  # bytes
+
+
+class Usage(NamedTuple):
+    """What a cache takes; every stored blob is in one share."""
+
+    images: int
+    incomplete: int  # images that lack a blob
+    stored: Share
+    unique: Share  # that one image has
+    shared: Share  # that several images have
+    held: Share  # that no image has, and a hold or a process keeps
+    reclaimable: Share  # that no image has and nothing keeps: what a collection would free
+    saved_size: int  # bytes that shared blobs would take again, if each image had its own
+    index_size: int  # bytes of the index
+    folder_sizes: dict[str, int]  # bytes of files in backups, ingest (with downloads that were cut off), quarantine...
+
+
+def usage(database: Database) -> Usage:
+    """Return what a cache takes.
+
+    Raises:
+        StorageError: if a folder of it cannot be read.
+    """
+    with database.read() as connection:
+        rows = connection.exec_driver_sql(_SHARES).all()
+        images = int(connection.exec_driver_sql("SELECT count(*) FROM images").scalar_one())
+        incomplete = count_incomplete(connection)
+    found = {str(name): Share(blobs, size) for name, blobs, size, _ in rows}
+    none = Share(0, 0)
+    return Usage(
+        images,
+        incomplete,
+        Share(sum(share.blobs for share in found.values()), sum(share.size for share in found.values())),
+        found.get("unique", none),
+        found.get("shared", none),
+        found.get("held", none),
+        found.get("reclaimable", none),
+        sum(saved for *_, saved in rows),
+        sum(map(_size, database.directory.glob("index.db*"))),
+        {name: sum(map(_size, _files(database.directory / name))) for name in _FOLDERS},
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            yield Path(place, name)
+
+
+def _size(path: Path) -> int:
+    with os_errors("read the cache"):
+        try:
+            return path.lstat().st_size
+        except FileNotFoundError:
+            return 0
