@@ -23,8 +23,11 @@ _EVERY = 20_000  # steps of SQLite's machine between two looks at the clock, and
 _ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION})
 # What only tells of the schema.
 _PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo"})
-_REFUSED = ("not authorized", "attempt to write a readonly database")
-_NAMED = re.compile(r'(?:no such (?:column|table|function)|ambiguous column name|near):? ("?)(.+?)\1(?:$|: syntax)')
+_TABLES: Final = ("json_each", "json_tree", *(f"pragma_{name}" for name in sorted(_PRAGMAS)))
+_REFUSED = ("not authorized", "authorization denied", "attempt to write a readonly database")
+_NAMED = re.compile(
+    r'(?:no such (?:column|table|function)|ambiguous column name|unrecognized token|near):? ("?)(.+?)\1(?:$|: syntax)'
+)
 
 
 class Answer(NamedTuple):
@@ -68,11 +71,14 @@ def answer(
         end = None if timeout is None else time.monotonic() + timeout
         # A call into Python is also when a signal is looked at.
         connection.set_progress_handler(lambda: end is not None and time.monotonic() > end, _EVERY)
+        for table in _TABLES:  # SQLite makes them at their first use, which the next line would refuse
+            connection.execute(f"SELECT 1 FROM {table} LIMIT 0").close()  # noqa: S608
         connection.set_authorizer(_authorize)
 
         def rows(cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
             with _errors(connection, query, end, timeout):
-                yield from cursor
+                for row in cursor:  # noqa: UP028 - `yield from` would close the cursor of a connection that is closed
+                    yield row
 
         with _errors(connection, query, end, timeout):
             cursor = connection.execute(query, parameters or {})
@@ -95,7 +101,7 @@ def _errors(connection: sqlite3.Connection, query: str, end: float | None, timeo
         if code == sqlite3.SQLITE_INTERRUPT:
             if end is None or time.monotonic() < end:
                 raise KeyboardInterrupt from None  # what a signal raised in the handler, SQLite has swallowed
-            raise CacheError(f"the query took over {timeout:g} seconds: narrow it, or give it more time") from None
+            raise CacheError(f"the query took over {timeout:g} s: narrow it, or give it more time") from None
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
             raise
         if message.startswith(_REFUSED):

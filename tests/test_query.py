@@ -1,0 +1,271 @@
+"""Questions in SQL: what they see, what they may not do, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache, CacheError, InvalidQuery
+from tests import make
+from tests.conftest import Run
+from tests.promises import check
+
+IMAGE = make.image(1, 2)
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT {} FROM c"
+
+
+@pytest.fixture
+def cache(directory: Path) -> Iterator[Cache]:
+    with Cache.open(directory) as opened:
+        for data in (IMAGE.config, *IMAGE.layers):
+            opened.add_blob(data)
+        opened.save_manifest("app:1", IMAGE.manifest)
+        yield opened
+    check(directory)
+
+
+def rows(cache: Cache, query: str, **parameters: int | float | str | None) -> list[tuple[object, ...]]:
+    with cache.sql(query, parameters) as answer:
+        return list(answer.rows)
+
+
+def test_a_question_is_answered(cache: Cache) -> None:
+    with cache.sql("SELECT name, blobs AS n FROM image_usage WHERE blobs > :least", {"least": 3}) as answer:
+        assert answer.columns == ("name", "n")
+        assert list(answer.rows) == [("app:1", 4)]
+    assert rows(cache, "-- a comment\nSELECT value FROM json_each('[1, 2]');") == [(1,), (2,)]
+    assert ("name",) in rows(cache, "SELECT name FROM pragma_table_info('image_usage')")
+    assert rows(cache, "EXPLAIN QUERY PLAN SELECT 1")
+
+
+def test_sizes_and_times_can_be_read_by_people(cache: Cache) -> None:
+    assert rows(cache, "SELECT human(0), human(1234567), human(NULL), human('much')") == [
+        ("0 B", "1.23 MB", None, None)
+    ]
+    (row,) = rows(
+        cache, "SELECT ago(strftime('%Y-%m-%dT%H:%M:%SZ', 'now', '-50 hours')), ago('then'), ago(NULL), ago(1)"
+    )
+    assert row == ("2 days ago", None, None, None)
+    assert rows(cache, "SELECT ago(strftime('%Y-%m-%d %H:%M', 'now', '-90 minutes'))") == [("1 hour ago",)]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM images",
+        "INSERT INTO trash VALUES ('x', 1)",
+        "UPDATE blobs SET size = 0",
+        "DROP TABLE images",
+        "CREATE TEMP TABLE mine (x)",
+        "CREATE VIEW mine AS SELECT 1",
+        "ATTACH 'other.db' AS other",
+        "VACUUM INTO 'copy.db'",
+        "PRAGMA journal_mode = DELETE",
+        "PRAGMA query_only = OFF",
+        "PRAGMA writable_schema = ON",
+        "PRAGMA user_version = 7",
+        "BEGIN IMMEDIATE",
+        "SAVEPOINT a",
+        "REINDEX",
+        "ANALYZE",
+        "SELECT load_extension('evil')",
+        "WITH x AS (SELECT 1) DELETE FROM images",
+        "EXPLAIN DELETE FROM images",
+    ],
+)
+def test_nothing_can_be_changed(cache: Cache, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = (cache.directory / "index.db").read_bytes(), sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InvalidQuery, match="only questions can be asked"):
+        rows(cache, query)
+    assert ((cache.directory / "index.db").read_bytes(), sorted(path.name for path in tmp_path.iterdir())) == before
+    assert cache.is_image_complete("app:1")
+
+
+def test_the_file_is_open_only_to_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the authorizer to let something through."""
+    monkeypatch.setattr("cachedb.query._authorize", lambda *_: sqlite3.SQLITE_OK)
+    for query in ("DELETE FROM images", "PRAGMA user_version = 7"):
+        with pytest.raises(CacheError):
+            rows(cache, query)
+    assert cache.is_image_complete("app:1")
+
+
+@pytest.mark.parametrize(
+    ("query", "marked"),
+    [
+        ("SELECT name FORM images", "images"),
+        ("SELECT name FROM image_usage WHERE", None),
+        ("SELECT nme FROM image_usage", "nme"),
+        ("SELECT i.nme FROM image_usage AS i", "nme"),
+        ("SELECT 1\nFROM nowhere", "nowhere"),
+        ("SELECT 'from' FROM images WHERE ORDER BY from", "ORDER"),
+        ("SELECT hum(1)", "hum"),
+        ("SELECT digest FROM blobs, garbage", "digest"),
+        ("SELECT 1 ) FROM x", ")"),
+        ("SELECT 'abc", "'abc"),
+    ],
+)
+def test_an_error_says_where_it_is(cache: Cache, query: str, marked: str | None) -> None:
+    with pytest.raises(InvalidQuery) as caught:
+        rows(cache, query)
+    place = caught.value.place
+    if marked is None:
+        assert place == (len(query), len(query))
+    else:
+        assert place
+        assert query[slice(*place)] == marked
+
+
+@pytest.mark.parametrize("query", ["", "  \n", "-- nothing", ";"])
+def test_no_question_is_an_error(cache: Cache, query: str) -> None:
+    with pytest.raises(InvalidQuery, match="there is no query"):
+        rows(cache, query)
+
+
+def test_what_is_no_single_question_is_an_error(cache: Cache) -> None:
+    with pytest.raises(InvalidQuery, match="one statement at a time"):
+        rows(cache, "SELECT 1; SELECT 2")
+    with pytest.raises(InvalidQuery, match="no value for :least: give one with -p least=VALUE"):
+        rows(cache, "SELECT :least")
+    with pytest.raises(InvalidQuery):
+        rows(cache, "SELECT '\0'")
+    with pytest.raises(InvalidQuery):
+        rows(cache, "SELECT abs(-9223372036854775808)")
+
+
+@pytest.mark.parametrize("what", ["count(*)", "x"], ids=["before-a-row", "between-rows"])
+def test_a_question_is_given_so_long_and_no_longer(cache: Cache, what: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(CacheError, match=r"took over 0\.2 s"), cache.sql(ENDLESS.format(what), timeout=0.2) as answer:
+        for _ in answer.rows:
+            pass
+    assert time.monotonic() - start < 5
+
+
+def test_a_question_is_answered_from_one_moment_and_holds_up_no_writer(cache: Cache) -> None:
+    with cache.sql("SELECT name FROM image_usage, json_each('[1, 2, 3]')") as answer:
+        first = next(answer.rows)
+        with Cache.open(cache.directory) as other:
+            other.tag("app:1", "app:2")
+            other.remove_manifest("app:1")
+        assert [first, *answer.rows] == [("app:1",)] * 3
+    assert rows(cache, "SELECT name FROM image_usage") == [("app:2",)]
+
+
+def test_questions_are_asked_by_several_threads(cache: Cache) -> None:
+    found: list[list[tuple[object, ...]]] = []
+
+    def ask() -> None:
+        found.extend(rows(cache, "SELECT name FROM image_usage") for _ in range(20))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[("app:1",)]] * 80
+
+
+def test_a_cache_that_may_only_be_read_can_be_asked(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with Cache.open(cache.directory) as other:
+        assert rows(other, "SELECT name FROM image_usage") == [("app:1",)]
+
+
+def test_views_are_listed_with_what_they_have(cache: Cache) -> None:
+    found = {view.name: view for view in cache.list_views()}
+    assert found["garbage"].columns == ("digest", "size", "stored_at")
+    assert all(view.description and view.definition.startswith("CREATE VIEW") for view in found.values())
+
+
+# The command line
+
+PRINTED = {
+    "table": 'NAME    N  T\napp:1  12  a|"b,\\n\n',
+    "json": '[\n  {"name": "app:1", "n": 12, "t": "a|\\"b,\\n"}\n]\n',
+    "ndjson": '{"name": "app:1", "n": 12, "t": "a|\\"b,\\n"}\n',
+    "csv": 'name,n,t\napp:1,12,"a|""b,\n"\n',
+    "tsv": 'name\tn\tt\napp:1\t12\t"a|""b,\n"\n',
+    "markdown": '| name | n | t |\n| --- | --- | --- |\n| app:1 | 12 | a\\|"b,\\\\n |\n',
+}
+
+
+@pytest.mark.parametrize("form", PRINTED)
+def test_rows_are_printed_as_it_is_asked_for(cachedb: Run, cache: Cache, form: str) -> None:
+    query = "SELECT name, :n + 2 AS n, 'a|\"b,' || char(10) AS t FROM image_usage"
+    assert cachedb("sql", "--format", form, "-p", "n=10", query).stdout == PRINTED[form]
+
+
+@pytest.mark.parametrize("form", PRINTED)
+def test_no_rows_are_no_rows(cachedb: Run, cache: Cache, form: str) -> None:
+    done = cachedb("sql", "--format", form, "SELECT 1 AS one WHERE 0")
+    assert done.returncode == 0
+    if form == "json":
+        assert json.loads(done.stdout) == []
+    else:
+        assert done.stdout == {"table": "ONE\n", "ndjson": "", "markdown": "| one |\n| --- |\n"}.get(form, "one\n")
+
+
+def test_a_query_comes_from_a_file_or_from_stdin(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "query.sql").write_text("SELECT count(*) AS n FROM images")
+    assert cachedb("sql", "--file", str(tmp_path / "query.sql")).stdout == "N\n1\n"
+    assert cachedb("sql", "-", input="SELECT 2 AS n").stdout == "N\n2\n"
+    assert cachedb("sql", "--file", "-", input="SELECT 3 AS n").stdout == "N\n3\n"
+    failed = cachedb("sql", "--file", str(tmp_path / "nothing.sql"))
+    assert (failed.returncode, "cannot read" in failed.stderr) == (2, True)
+    assert cachedb("sql", "--schema", "SELECT 1").returncode == 2
+
+
+def test_sql_alone_lists_the_views_and_its_schema_makes_another_index(cachedb: Run, cache: Cache) -> None:
+    assert "image_usage  " in cachedb("sql").stdout
+    assert "image_usage" in [view["view"] for view in json.loads(cachedb("sql", "--format", "json").stdout)]
+    shell = sqlite3.connect(":memory:")
+    shell.executescript(cachedb("sql", "--schema").stdout)
+    assert shell.execute("SELECT count(*) FROM image_usage").fetchone() == (0,)
+    shell.close()
+
+
+def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
+    failed = cachedb("sql", "SELECT name\nFROM image_usge WHERE 1")
+    assert failed.returncode == 2
+    assert failed.stderr == (
+        "cachedb: no such table: image_usge, in line 2:\n  FROM image_usge WHERE 1\n       ^^^^^^^^^^\n"
+    )
+    failed = cachedb("sql", "DELETE FROM images")
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert cachedb("sql", "--timeout", "1s", ENDLESS.format("count(*)")).returncode == 1
+
+
+@pytest.mark.parametrize("form", ["table", "ndjson"])
+def test_an_interrupt_ends_a_query(cache: Cache, form: str) -> None:
+    command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format("count(*)")]
+    environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert (process.returncode, error) == (130, "\ncachedb: interrupted\n")
+
+
+def test_rows_come_while_there_are_more(cache: Cache) -> None:
+    command = [sys.executable, "-m", "cachedb", "sql", "--format", "csv", ENDLESS.format("x")]
+    environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"x\n"
+        assert process.stdout.readline() == b"1\n"
+        process.stdout.close()  # as `head` does
+        assert process.wait(timeout=20) == 1
+        assert process.stderr
+        assert process.stderr.read() == b""
