@@ -1,0 +1,192 @@
+"""Named questions: what each answers, and where they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache, InvalidQuery, NotInCache, report
+from tests import make
+from tests.conftest import Run
+from tests.test_schema import change
+
+BASE = make.image(1, 2)
+APP = make.image(1, 2, 3)
+OTHER = make.image(1, 2, 4, 5)
+
+
+def keep(cache: Cache, name: str, image: make.Made) -> None:
+    for data in (image.config, *image.layers):
+        cache.add_blob(data)
+    cache.save_manifest(name, image.manifest)
+
+
+@pytest.fixture
+def cache(directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cache]:
+    monkeypatch.setenv("CACHEDB_REPORTS", str(tmp_path / "reports"))
+    with Cache.open(directory) as opened:
+        keep(opened, "base:1", BASE)
+        keep(opened, "app:1", APP)
+        keep(opened, "app:2", OTHER)
+        opened.tag("app:1", "app:stable")
+        opened.save_manifest("lacking:1", make.image(9).manifest)
+        yield opened
+
+
+def ask(cache: Cache, which: str, /, **given: str) -> list[dict[str, object]]:
+    found = report.load(which)
+    with cache.sql(found.query, found.values(given)) as answer:
+        return [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
+
+
+def names(rows: list[dict[str, object]]) -> list[object]:
+    return [row["name"] for row in rows]
+
+
+def test_every_report_says_what_it_is_and_runs(cache: Cache) -> None:
+    found = report.reports()
+    assert len(found) >= 20
+    for one in found:
+        assert one.description.endswith(".")
+        given = dict.fromkeys((name for name, value in one.parameters.items() if value is None), "app:1")
+        ask(cache, one.name, **given)
+
+
+def test_images_are_listed_by_what_they_take(cache: Cache) -> None:
+    assert names(ask(cache, "largest-images", limit="2"))[0] == "app:2"
+    assert len(ask(cache, "largest-images", limit="2")) == 2
+    (first, *_) = ask(cache, "largest-unique")
+    own = [OTHER.manifest, OTHER.config, *OTHER.layers[2:]]
+    assert (first["name"], first["unique_size"]) == ("app:2", sum(map(len, own)))
+
+
+def test_what_sharing_saves_is_told(cache: Cache) -> None:
+    (first, *_) = ask(cache, "most-shared-layers")
+    assert first["images"] == 4
+    (saved,) = ask(cache, "saved-by-sharing")
+    layers = [len(layer) for layer in BASE.layers]
+    assert saved["saved_size"] == sum(3 * size for size in layers) + len(APP.layers[2])  # which app:stable has too
+    assert saved["size"] == cache.get_stats().total_size
+
+
+@pytest.mark.parametrize("chosen", [["app:2"], ["app:1"], ["app:1", "app:stable"], ["app:1", "app:stable", "app:2"]])
+def test_what_removing_images_together_frees_is_told_exactly(cache: Cache, chosen: list[str]) -> None:
+    (row,) = ask(cache, "freed-by", names=" ".join(chosen))
+    freed = cache.remove_manifest(*chosen, dry_run=True)
+    assert (row["blobs"], row["size"], row["images"]) == (freed.blobs, freed.bytes, len(chosen))
+
+
+def test_images_that_were_not_used_are_listed(cache: Cache) -> None:
+    assert ask(cache, "not-used") == []
+    change(cache.directory, "UPDATE images SET last_used_at = '2020-01-01T00:00:00.000000Z' WHERE repository = 'base'")
+    assert names(ask(cache, "not-used")) == ["base:1"]
+
+
+def test_names_of_one_manifest_are_listed_together(cache: Cache) -> None:
+    (row,) = ask(cache, "duplicates")
+    assert (row["digest"], row["names"], str(row["all_names"]).split()) == (APP.digest, 2, ["app:1", "app:stable"])
+    assert {str(row["repository"]): (row["tags"], row["images"]) for row in ask(cache, "tags-per-image")}["app"] == (
+        3,
+        2,
+    )
+
+
+def test_images_on_an_outdated_base_are_listed(cache: Cache) -> None:
+    assert ask(cache, "outdated-bases") == []
+    keep(cache, "base:2", make.image(1, 7))
+    change(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
+    change(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference = '2'")
+    found = ask(cache, "outdated-bases")
+    assert [(row["name"], row["base"], row["newer"]) for row in found] == [
+        ("app:1", "base:1", "base:2"),
+        ("app:2", "base:1", "base:2"),
+        ("app:stable", "base:1", "base:2"),
+    ]
+
+
+def test_images_are_counted_by_what_they_run_on_and_by_label(cache: Cache) -> None:
+    counts = {row["architecture"]: row["images"] for row in ask(cache, "by-architecture")}
+    assert counts == {"amd64": 4, None: 1}
+    assert ask(cache, "by-label", key="nothing") == []
+
+
+def test_what_is_missing_and_what_is_garbage_are_listed(cache: Cache) -> None:
+    assert {str(row["role"]) for row in ask(cache, "incomplete")} == {"config", "layer"}
+    assert set(names(ask(cache, "incomplete"))) == {"lacking:1"}
+    assert ask(cache, "garbage") == []
+    change(
+        cache.directory,
+        f"INSERT INTO blobs (digest, size, stored_at) VALUES ('sha256:{'0' * 64}', 7, '2026-01-01T00:00:00.000000Z')",
+    )
+    assert [row["size"] for row in ask(cache, "garbage")] == [7]
+
+
+def test_layers_are_listed_with_the_command_that_made_them(cache: Cache) -> None:
+    (first, *_) = ask(cache, "largest-layers")
+    assert str(first["created_by"]).startswith("layer ")
+    once = ask(cache, "layers-used-once")
+    assert {(row["digest"], row["name"]) for row in once} == {
+        (make.digest_of(layer), "app:2") for layer in OTHER.layers[2:]
+    }
+
+
+def test_what_one_image_adds_over_another_is_told(cache: Cache) -> None:
+    rows = ask(cache, "added-by", name="app:1", over="base:1")
+    assert [(row["role"], row["digest"]) for row in rows] == [
+        ("manifest", APP.digest),
+        ("config", make.digest_of(APP.config)),
+        ("layer", make.digest_of(APP.layers[2])),
+    ]
+
+
+def test_repositories_and_days_are_added_up(cache: Cache) -> None:
+    found = {row["repository"]: row["images"] for row in ask(cache, "by-repository")}
+    assert found == {"base": 1, "app": 3, "lacking": 1}
+    (today,) = ask(cache, "growth")
+    stats = cache.get_stats()
+    assert (today["images"], today["blobs"], today["size"]) == (5, stats.blob_count, stats.total_size)
+    assert names(ask(cache, "oldest", limit="1")) == ["base:1"] or ask(cache, "oldest")
+    assert names(ask(cache, "newest", limit="1")) == ["lacking:1"]
+
+
+# Where they come from
+
+
+def test_a_users_own_report_goes_before_one_of_its_name(cache: Cache, tmp_path: Path) -> None:
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    (folder / "mine.sql").write_text("-- Mine.\n-- :n 1\n-- :m\nSELECT :n + :m AS sum")
+    (folder / "garbage.sql").write_text("SELECT 'theirs' AS name")
+    found = {one.name: one for one in report.reports()}
+    assert (found["mine"].description, found["mine"].parameters) == ("Mine.", {"n": "1", "m": None})
+    assert ask(cache, "mine", m="2.5") == [{"sum": 3.5}]
+    assert names(ask(cache, "garbage")) == ["theirs"]
+    with pytest.raises(InvalidQuery, match="needs a value for m: give one with -p m=VALUE"):
+        ask(cache, "mine")
+    with pytest.raises(InvalidQuery, match="has no parameter k; it has n=1, m"):
+        ask(cache, "mine", k="1")
+
+
+@pytest.mark.parametrize("name", ["nothing", "../report", "/etc/passwd", "", "a/b"])
+def test_a_report_that_there_is_not_is_an_error(name: str) -> None:
+    with pytest.raises(NotInCache, match="`cachedb report --list`"):
+        report.load(name)
+
+
+def test_reports_are_printed(cachedb: Run, cache: Cache) -> None:
+    assert "largest-images      limit=20" in cachedb("report", "--list").stdout
+    listed = json.loads(cachedb("report", "--list", "--format", "json").stdout)
+    assert {"report", "description", "parameters", "path"} == set(listed[0])
+    printed = cachedb("report", "largest-unique", "-p", "limit=1").stdout.splitlines()
+    assert (printed[0].split(), len(printed)) == (["NAME", "UNIQUE_SIZE", "SIZE", "FREED_SIZE"], 2)
+    assert "kB" in printed[1]
+    (row,) = json.loads(cachedb("report", "largest-unique", "-p", "limit=1", "--format", "json").stdout)
+    assert isinstance(row["unique_size"], int)
+    assert cachedb("report", "nothing").returncode == 3
+    assert cachedb("report").returncode == 2
+    assert cachedb("report", "--list", "garbage").returncode == 2
+    assert cachedb("report", "garbage", "-p", "limit").returncode == 2
+    assert cachedb("report", "freed-by").returncode == 2
