@@ -144,7 +144,10 @@ def manifest_media_type(data: bytes, declared: str | None = None) -> str:
     Raises:
         InvalidManifest: if it is neither an image manifest nor an index, or says something else of itself.
     """
-    document = load_json(data, "the manifest")
+    return _media_type(load_json(data, "the manifest"), declared)
+
+
+def _media_type(document: object, declared: str | None) -> str:
     if not isinstance(document, dict):
         raise InvalidManifest("the manifest is not a JSON object")
     own = document.get("mediaType")
@@ -173,7 +176,10 @@ def descriptors(data: bytes, media_type: str, what: str = "the manifest") -> lis
     Raises:
         InvalidManifest: if it is not what its media type says.
     """
-    document = load_json(data, what)
+    return _descriptors(load_json(data, what), media_type, what)
+
+
+def _descriptors(document: object, media_type: str, what: str) -> list[Descriptor]:
     if not isinstance(document, dict) or document.get("schemaVersion") != 2:
         raise InvalidManifest(f"{what} is not an object with schemaVersion 2")
     if media_type in INDEX_TYPES:
@@ -275,9 +281,9 @@ def walk(
         expanded.add(blob.digest)
         data = read(blob)
         if data is not None:
-            what = f"manifest {blob.digest}"
-            manifest_media_type(data, blob.media_type)
-            named = descriptors(data, blob.media_type, what)
+            document = load_json(data, "the manifest")
+            _media_type(document, blob.media_type)
+            named = _descriptors(document, blob.media_type, f"manifest {blob.digest}")
             stack.extend(reversed(choose(named) if choose and blob.role == "index" else named))
 
 
