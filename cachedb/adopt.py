@@ -19,7 +19,7 @@ import stat
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -122,14 +122,14 @@ class _OldCache:
         self.entries = self._read_index()
         self.blobs, strays = blobs.on_disk(directory) if (directory / "blobs").exists() else ({}, [])
         self.left_out += [LeftOut("stray", None, None, path, "it is no blob") for path in strays]
-        self.paths = {digest: blobs.blob_path(directory, digest) for digest in self.blobs}
+        self.paths = {digest: blobs.blob_file(directory, digest) for digest in self.blobs}
         self.manifests = dict(self._find_manifests())
         for name, entry in self.entries.items():
             if name not in self.manifests and (path := self._inside(entry.get("manifest_path"))):
                 self.manifests[name] = path
             for digest, said in _blobs_of(entry).items():
                 if digest not in self.paths and (path := self._inside(said.get("path"))):
-                    self.paths[digest] = path
+                    self.paths[digest] = str(path)
 
     def _read_index(self) -> dict[Name, dict[str, Any]]:
         """Return the index's entries by name; where it is damaged, none."""
@@ -200,7 +200,7 @@ class _OldCache:
         path = self.paths.get(blob.digest) or self._manifests_by_digest.get(blob.digest)
         if path is None:
             return None
-        self.paths[blob.digest] = path
+        self.paths[blob.digest] = str(path)
         with suppress(CacheError):
             data = _read(path)
             if digest_of(data, blob.digest) == blob.digest:
@@ -283,7 +283,7 @@ class _Adopter:
 
     def _leave(self, kind: str, name: Name | None, detail: str, digest: Digest | None = None) -> None:
         path = self._old.paths.get(digest) if digest else self._old.manifests.get(name) if name else None
-        self._left_out.append(LeftOut(kind, name and str(name), digest, path, detail))
+        self._left_out.append(LeftOut(kind, name and str(name), digest, Path(path) if path else None, detail))
 
     def _parts(self) -> Iterator[list[_Image]]:
         """Divide the images that are not here into what is taken together."""
@@ -352,7 +352,8 @@ class _Adopter:
 
             def receive_one(digest: Digest, advance: Advance) -> None:
                 if digest in manifests:
-                    received[digest] = blobs.receive(self._session, BytesIO(manifests[digest]), digest=digest)
+                    data = manifests[digest]
+                    received[digest] = blobs.receive(self._session, BytesIO(data), digest=digest, size=len(data))
                 else:
                     counted = self._is_first(digest)
                     self._receive(received, digest, lambda count: advance(count if counted else 0))
@@ -374,14 +375,15 @@ class _Adopter:
             return
         try:
             with _opened(path) as file:
+                receive = partial(blobs.receive, self._session, digest=digest, size=os.fstat(file).st_size)
                 if self._how == "copy":
-                    received[digest] = blobs.receive(self._session, _Source(file), digest=digest, progress=advance)
+                    received[digest] = receive(_Source(file), progress=advance)
                     return
-                verified = blobs.receive(self._session, _Source(file), digest=digest, write=False, progress=advance)
+                verified = receive(_Source(file), write=False, progress=advance)
                 linked = self._link(path, file, digest)
                 if linked is None:  # the file system cannot
                     os.lseek(file, 0, os.SEEK_SET)
-                    received[digest] = blobs.receive(self._session, _Source(file), digest=digest)
+                    received[digest] = receive(_Source(file))
                 else:
                     received[digest] = verified._replace(path=linked)
         except _Unreadable as error:
@@ -389,7 +391,7 @@ class _Adopter:
         except DigestMismatch as error:
             self._bad[digest] = ("corrupt", str(error))
 
-    def _link(self, path: Path, file: int, digest: Digest) -> Path | None:
+    def _link(self, path: str, file: int, digest: Digest) -> Path | None:
         """Link a file that was verified into the session's folder, durably."""
         named = self._session.new_path(digest)
         with os_errors("link to a blob"):
@@ -450,7 +452,7 @@ class _Adopter:
         with os_errors("take away what was adopted"):
             for digest in stored:
                 if digest in self._new or _is_good(ours, digest):
-                    self._old.paths[digest].unlink(missing_ok=True)
+                    Path(self._old.paths[digest]).unlink(missing_ok=True)
             for name, path in self._old.manifests.items():
                 if name in self._names:
                     path.unlink(missing_ok=True)
@@ -485,7 +487,7 @@ def _reading() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: Path | str) -> Iterator[int]:
     """Open a regular file, and no link to one. A fifo must not hold us up."""
     with _reading():
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -497,7 +499,7 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(file)
 
 
-def _read(path: Path, limit: int = DOCUMENT_LIMIT) -> bytes:
+def _read(path: Path | str, limit: int = DOCUMENT_LIMIT) -> bytes:
     """Return what a small file has."""
     with _opened(path) as file:
         if (size := os.fstat(file).st_size) > limit:

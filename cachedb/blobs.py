@@ -32,6 +32,7 @@ from cachedb.sessions import NO_HOLD, Hold, Session, received_digest
 __all__ = [
     "Received",
     "batched",
+    "blob_file",
     "blob_path",
     "discard",
     "document",
@@ -77,8 +78,12 @@ class Received(NamedTuple):
 
 def blob_path(directory: Path, digest: Digest) -> Path:
     """Return where a blob lies, if it is stored."""
-    algorithm, encoded = split_digest(digest)
-    return Path(f"{directory}/blobs/{algorithm}/{encoded}")  # quicker than three slashes, and often asked for
+    return Path(blob_file(directory, digest))
+
+
+def blob_file(directory: Path, digest: Digest) -> str:
+    """Return the same as text: to make a `Path` for each of many blobs takes longer than what is done with it."""
+    return f"{directory}/blobs/{digest.replace(':', '/')}"
 
 
 def receive(
@@ -142,7 +147,7 @@ def receive(
             if partial:
                 os.link(path, named)
             else:
-                path.rename(named)
+                os.rename(path, named)  # `Path.rename` makes a third path
         return Received(actual, length, named)
     except BaseException as error:
         if partial is None or isinstance(error, DigestMismatch):
@@ -186,12 +191,14 @@ def _copy(
             hasher.update(chunk)
 
     length = 0
+    # To clear a buffer of a whole chunk takes longer than all else that is done with the bytes of most blobs.
+    chunk_size = CHUNK if limit is None else min(CHUNK, limit + 1)
     buffers: list[memoryview] = []
     pending: list[Future[None]] = []
     with ThreadPoolExecutor(1) as hashing:  # begins a thread at the first full chunk, so not for small blobs
         while True:
             if len(buffers) < _BUFFERS:
-                buffer = memoryview(bytearray(CHUNK))
+                buffer = memoryview(bytearray(chunk_size))
                 buffers.append(buffer)
             else:
                 pending.pop(0).result()  # its buffer is free again
@@ -201,7 +208,7 @@ def _copy(
             length += len(chunk)
             if limit is not None and length > limit:
                 return length
-            last = len(chunk) < CHUNK
+            last = len(chunk) < chunk_size
             if last:
                 for future in pending:
                     future.result()
@@ -248,7 +255,7 @@ def publish(database: Database, session: Session, received: Iterable[Received]) 
         with database.write() as connection:
             known = intact(connection, database.directory, [blob.digest for blob in files.values()])
             new = {blob.digest: (path, blob) for path, blob in files.items() if blob.digest not in known}
-            targets = {digest: blob_path(database.directory, digest) for digest in new}
+            targets = {digest: blob_file(database.directory, digest) for digest in new}
             for digest, target in targets.items():
                 try:
                     os.link(new[digest][0], target)
@@ -257,8 +264,8 @@ def publish(database: Database, session: Session, received: Iterable[Received]) 
                     # size is damaged: ours takes its place.
                     second = session.new_path()
                     os.link(new[digest][0], second)
-                    second.rename(target)
-            for folder in {target.parent for target in targets.values()}:
+                    os.rename(second, target)
+            for folder in {os.path.dirname(target) for target in targets.values()}:
                 sync_folder(folder)
             set_stored(connection, [blob for _, blob in new.values()])
             yield connection
@@ -334,7 +341,7 @@ def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -
     found = {}
     for digest, size in stored(connection, digests).items():
         with suppress(FileNotFoundError):
-            if blob_path(directory, digest).stat().st_size == size:
+            if os.stat(blob_file(directory, digest)).st_size == size:
                 found[digest] = size
     return found
 
@@ -383,7 +390,7 @@ def open_blob(directory: Path, digest: Digest) -> BinaryIO:
     """
     with os_errors("read a blob"):
         try:
-            return open(blob_path(directory, digest), "rb", opener=_open_regular)
+            return open(blob_file(directory, digest), "rb", opener=_open_regular)
         except FileNotFoundError:
             raise NotInCache(f"{digest} is not in the cache") from None
 

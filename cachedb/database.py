@@ -56,7 +56,7 @@ def default_directory() -> Path:
     return Path(platformdirs.user_cache_dir("cachedb"))
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path | str) -> None:
     """Make the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -115,8 +115,9 @@ class Session:
 
     def new_path(self, digest: Digest | None = None) -> Path:
         """Return a new path in the folder; with a digest, it tells the next open what was being published."""
-        name = str(next(self._numbers))
-        return Path(f"{self.folder}/{name}.{digest.replace(':', '-')}" if digest else f"{self.folder}/{name}")
+        number = next(self._numbers)
+        name = f"{number}.{digest.replace(':', '-')}" if digest else f"{number}"
+        return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # one path made, as `blobs.blob_path` has it
 
     def lease(self, connection: Connection, digests: Iterable[Digest]) -> Hold:
         """Keep digests from collection, from the connection's commit on until `release`."""

@@ -38,7 +38,7 @@ MUTATIONS = [
     Mutation("content is verified", "cachedb/blobs.py", "if digest is not None and actual != digest:", "if False:", "tests/test_blobs.py"),
     Mutation("content is synced before it has its name", "cachedb/blobs.py", "                os.fsync(target)\n", "", POWER),
     Mutation("the record in ingest/ is synced before blobs/ changes", "cachedb/blobs.py", "            sync_folder(session.folder)\n", "            pass\n", POWER),
-    Mutation("names in blobs/ are synced before their rows", "cachedb/blobs.py", "            for folder in {target.parent for target in targets.values()}:\n                sync_folder(folder)\n", "", POWER),
+    Mutation("names in blobs/ are synced before their rows", "cachedb/blobs.py", "            for folder in {os.path.dirname(target) for target in targets.values()}:\n                sync_folder(folder)\n", "", POWER),
     Mutation("a publication that failed is taken back", "cachedb/blobs.py", "            retract(database, session.folder, [path.name for path in files])\n", "            pass\n", "tests/test_blobs.py tests/test_cache.py"),
     Mutation("only what is not stored is published", "cachedb/blobs.py", "known = intact(connection, database.directory, [blob.digest for blob in files.values()])", "known = {}", "tests/test_blobs.py tests/test_interleavings.py"),
     Mutation("a damaged file is replaced", "cachedb/blobs.py", "known = intact(connection, database.directory, [blob.digest for blob in files.values()])", "known = stored(connection, [blob.digest for blob in files.values()])", "tests/test_blobs.py tests/test_cache.py"),
