@@ -40,7 +40,7 @@ from cachedb.errors import (
     explain,
     os_errors,
 )
-from cachedb.images import ImageInfo
+from cachedb.images import ImageInfo, NewImage
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, Progress, in_threads, summed
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
@@ -227,7 +227,7 @@ class _OldCache:
         for blob in closure:
             attached.pop(blob.digest, None)
         wanted = dict.fromkeys([*(blob.digest for blob in closure if blob.digest != digest), *attached])
-        return _Image(name, data, digest, media_type, list(wanted), attached)
+        return _Image(name, data, digest, media_type, closure, list(wanted), attached)
 
 
 class _Image(NamedTuple):
@@ -237,8 +237,14 @@ class _Image(NamedTuple):
     manifest: bytes
     digest: Digest
     media_type: str
+    closure: list[Descriptor]
     wanted: list[Digest]  # the blobs of it, but for the manifest
     attached: dict[Digest, dict[str, Any]]  # those of them that no manifest names, as the index has them
+
+    def as_new(self) -> NewImage:
+        """Return it as it is saved. How far an index reaches depends on which of its children are brought."""
+        contents = self.closure if oci.role_of(self.media_type) == "manifest" else None
+        return NewImage(self.name, self.digest, self.media_type, contents)
 
 
 class _Adopter:
@@ -289,16 +295,17 @@ class _Adopter:
         """Divide the images that are not here into what is taken together."""
         part: list[_Image] = []
         wanted: dict[Digest, int] = {}
-        for name in self._old.manifests:
+        for name, is_here in self._names_to_adopt():
             try:
                 image = self._old.image(name)
             except (_Unreadable, DigestMismatch, InvalidManifest) as error:
                 kind = {_Unreadable: "unreadable", DigestMismatch: "corrupt"}.get(type(error), "manifest")
                 self._leave(kind, name, str(error))
                 continue
-            with self._database.read() as connection:
-                if self._is_settled(connection, image):
-                    continue
+            if is_here:
+                with self._database.read() as connection:
+                    if self._is_settled(connection, image):
+                        continue
             part.append(image)
             wanted.update(
                 (digest, self._old.blobs.get(digest, 0)) for digest in image.wanted if digest not in self._here
@@ -308,6 +315,13 @@ class _Adopter:
                 part, wanted = [], {}
         if part:
             yield part
+
+    def _names_to_adopt(self) -> Iterator[tuple[Name, bool]]:
+        """Yield the names of the images, and whether one of that name is here; to ask for each would take longer."""
+        for names in blobs.batched(self._old.manifests):
+            with self._database.read() as connection:
+                here = images.look_up_all(connection, names)
+            yield from ((name, name in here) for name in names)
 
     def _is_settled(self, connection: Connection, image: _Image) -> bool:
         """Say whether an image is here with all its blobs; or another of its name, which is not replaced."""
@@ -362,11 +376,8 @@ class _Adopter:
             self._here.update(blob.digest for blob in received.values())
             self._new.update({blob.digest: blob.size for blob in received.values()})
 
-        def save(connection: Connection) -> None:
-            for image in part:
-                self._save(connection, image)
-
-        images.bring(self._database, self._session, [*wanted, *manifests], receive, save)
+        digests = [*wanted, *manifests]
+        images.bring(self._database, self._session, digests, receive, lambda connection: self._save(connection, part))
 
     def _receive(self, received: dict[object, Received], digest: Digest, advance: Advance) -> None:
         """Receive a blob, or note what is wrong with it."""
@@ -410,15 +421,25 @@ class _Adopter:
                 raise _Unreadable("it was replaced while it was read")
         return named
 
-    def _save(self, connection: Connection, image: _Image) -> None:
-        """Save an image, and say what it lacks."""
-        if self._is_settled(connection, image):  # by another process, meanwhile
-            return
-        try:
-            images.save(connection, self._database.directory, image.name, image.digest, image.media_type)
-        except InvalidManifest as error:
-            self._leave("manifest", image.name, str(error))
-            return
+    def _save(self, connection: Connection, part: list[_Image]) -> None:
+        """Save images, and say what they lack."""
+        ours = self._database.directory
+        here = images.look_up_all(connection, [image.name for image in part])
+        rest = [image for image in part if image.name not in here or not self._is_settled(connection, image)]
+        refused = images.save_new(connection, ours, [image.as_new() for image in rest if image.name not in here])
+        for image in rest:
+            if image.name in here:  # and incomplete
+                try:
+                    images.save(connection, ours, image.name, image.digest, image.media_type)
+                except InvalidManifest as error:
+                    refused[image.name] = error
+            if image.name in refused:
+                self._leave("manifest", image.name, str(refused[image.name]))
+            else:
+                self._complete(connection, image)
+
+    def _complete(self, connection: Connection, image: _Image) -> None:
+        """Attach to an image that was saved what no manifest names, and say what it lacks."""
         for digest, said in image.attached.items():
             if digest in self._here:
                 attached = (image.name, digest, *_role_and_media_type(said))

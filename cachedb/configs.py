@@ -26,6 +26,7 @@ __all__ = [
     "Association",
     "Description",
     "Unreadable",
+    "add_labels",
     "agrees",
     "associations",
     "backfilled",
@@ -123,8 +124,17 @@ def write(connection: Connection, image_id: int, said: Description, *, new: bool
     connection.execute(_described(), {"of": image_id, **said.values})
     if not new:
         connection.execute(_without_labels(), {"of": image_id})
-    if said.labels:
-        rows = [{"image_id": image_id, "key": key, "value": value} for key, value in sorted(said.labels.items())]
+    add_labels(connection, {image_id: said.labels})
+
+
+def add_labels(connection: Connection, labels: Mapping[int, Mapping[str, str]]) -> None:
+    """Write the labels of images that have none, by their ids."""
+    rows = [
+        {"image_id": image_id, "key": key, "value": value}
+        for image_id, said in labels.items()
+        for key, value in sorted(said.items())
+    ]
+    if rows:
         connection.execute(_new_labels(), rows)
 
 

@@ -56,6 +56,7 @@ from cachedb.sessions import Hold, Session
 __all__ = [
     "BlobInfo",
     "ImageInfo",
+    "NewImage",
     "PlatformInfo",
     "SavedImage",
     "associate_waiting",
@@ -72,6 +73,7 @@ __all__ = [
     "is_associated",
     "let_go",
     "look_up",
+    "look_up_all",
     "publish",
     "reassociate",
     "remove",
@@ -79,6 +81,7 @@ __all__ = [
     "restore",
     "root_of",
     "save",
+    "save_new",
     "tag",
     "tags",
 ]
@@ -167,6 +170,15 @@ class SavedImage(NamedTuple):
     contents: list[Descriptor]  # in the order of their positions
 
 
+class NewImage(NamedTuple):
+    """An image to save."""
+
+    name: Name
+    digest: Digest  # of the manifest or index, which is stored
+    media_type: str
+    contents: list[Descriptor] | None = None  # its closure, if that is known
+
+
 class _BlobRow(NamedTuple):
     """A blob's row."""
 
@@ -204,6 +216,21 @@ def look_up(connection: Connection, name: Name) -> Found | None:
     """Return the row of the image that has exactly this name, if there is one."""
     row = connection.execute(_named(), name._asdict()).first()
     return None if row is None else Found(*row)
+
+
+def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, Found]:
+    """Return the rows of those of the images that are there."""
+    wanted = set(names)
+    found: dict[Name, Found] = {}
+    for part in blobs.batched(wanted):
+        values = {
+            "repositories": list({name.repository for name in part}),
+            "references": list({name.reference for name in part}),
+        }
+        for repository, reference, *row in connection.execute(_all_named(), values):
+            if (name := Name(repository, reference)) in wanted:
+                found[name] = Found(*row)
+    return found
 
 
 def _near(connection: Connection, name: Name) -> str | None:
@@ -280,6 +307,15 @@ def _named() -> Select[*tuple[Any, ...]]:
 
 
 @cache
+def _all_named() -> Select[*tuple[Any, ...]]:
+    columns = (Image.repository, Image.reference, Image.id, Image.manifest_id, Blob.digest, Image.media_type)
+    # More than is wanted: SQLite finds pairs among others only by a look at each row.
+    repositories = Image.repository.in_(bindparam("repositories", expanding=True))
+    references = Image.reference.in_(bindparam("references", expanding=True))
+    return select(*columns).join(Blob, Blob.id == Image.manifest_id).where(repositories, references)
+
+
+@cache
 def _with_manifest() -> Select[*tuple[Any, ...]]:
     return _of_repository().where(Blob.digest == bindparam("digest")).limit(1)
 
@@ -287,6 +323,11 @@ def _with_manifest() -> Select[*tuple[Any, ...]]:
 @cache
 def _new_image() -> ReturningInsert[*tuple[Any, ...]]:
     return insert(Image).returning(Image.id)
+
+
+@cache
+def _new_images() -> Insert:
+    return insert(Image)
 
 
 @cache
@@ -534,6 +575,60 @@ def save(
     return image_id
 
 
+def save_new(connection: Connection, directory: Path, new: Iterable[NewImage]) -> dict[Name, InvalidManifest]:
+    """Save images of names that point to nothing yet, as `save` does, but in a few statements for all of them.
+
+    Args:
+        connection: in a write transaction.
+        directory: of the cache.
+        new: the images; where a name is by a digest, it is the image's.
+
+    Returns:
+        Why some were left out: a manifest of the closure is invalid.
+    """
+    wanted, refused = {image.name: image for image in new}, dict[Name, InvalidManifest]()
+    known = _rows(connection, {image.digest for image in wanted.values()})
+    contents: dict[Name, list[Descriptor]] = {}
+    for name, image in wanted.items():
+        root = Descriptor(image.digest, known[image.digest].size, image.media_type, role_of(image.media_type))
+        try:
+            contents[name] = image.contents or closure(connection, directory, root, known=known)
+        except InvalidManifest as error:
+            refused[name] = error
+    known.update(_rows(connection, {blob.digest for found in contents.values() for blob in found} - known.keys()))
+    for name, found in list(contents.items()):
+        try:
+            _check_sizes(found, known)
+        except InvalidManifest as error:
+            refused[name] = error
+            del contents[name]
+    if contents:
+        _add_rows(connection, (blob for found in contents.values() for blob in found), known)
+        _insert_new(connection, directory, [wanted[name] for name in contents], contents, known)
+    return refused
+
+
+def _insert_new(
+    connection: Connection,
+    directory: Path,
+    new: list[NewImage],
+    contents: dict[Name, list[Descriptor]],
+    known: dict[Digest, _BlobRow],
+) -> None:
+    now = datetime.now(UTC)
+    rows, wanted, labels = [], {}, {}
+    for image in new:
+        wanted[image.name] = _associations(contents[image.name], known)
+        said = _describe(directory, wanted[image.name])
+        values = {"manifest_id": known[image.digest].id, "media_type": image.media_type, **said.values}
+        rows.append({**image.name._asdict(), **values, "created_at": now, "last_used_at": now})
+        labels[image.name] = said.labels
+    connection.execute(_new_images(), rows)
+    ids = {name: row.id for name, row in look_up_all(connection, wanted).items()}
+    _insert(connection, {ids[name]: blobs for name, blobs in wanted.items()})
+    configs.add_labels(connection, {ids[name]: said for name, said in labels.items()})
+
+
 def _point(
     connection: Connection, name: Name, manifest_id: int, media_type: str, some_platforms: int | None
 ) -> tuple[int, bool]:
@@ -613,13 +708,23 @@ def _complete(
     connection: Connection, found: list[Descriptor], known: dict[Digest, _BlobRow], *, strict: bool = True
 ) -> None:
     """Have a row of every blob, and all of them in ``known``; a size that is a lie is refused if strict."""
-    wanted = {blob.digest: blob for blob in found}
-    known.update(_rows(connection, [digest for digest in wanted if digest not in known]))
-    for digest, blob in wanted.items():
+    known.update(_rows(connection, {blob.digest for blob in found} - known.keys()))
+    if strict:
+        _check_sizes(found, known)
+    _add_rows(connection, found, known)
+
+
+def _check_sizes(found: Iterable[Descriptor], known: dict[Digest, _BlobRow]) -> None:
+    """Refuse a size that is a lie."""
+    for digest, size in {blob.digest: blob.size for blob in found}.items():
         row = known.get(digest)
-        if strict and row is not None and row.stored and row.size != blob.size:
-            raise InvalidManifest(f"the manifest says that {digest} is {blob.size} bytes; it is {row.size}")
-    new = {digest: blob.size for digest, blob in wanted.items() if digest not in known}
+        if row is not None and row.stored and row.size != size:
+            raise InvalidManifest(f"the manifest says that {digest} is {size} bytes; it is {row.size}")
+
+
+def _add_rows(connection: Connection, found: Iterable[Descriptor], known: dict[Digest, _BlobRow]) -> None:
+    """Have a row of every blob."""
+    new = {blob.digest: blob.size for blob in found if blob.digest not in known}
     if new:
         connection.execute(insert(Blob), [{"digest": digest, "size": size} for digest, size in new.items()])
         known.update(_rows(connection, new))
@@ -639,13 +744,11 @@ def _associate(
     reached = _associations(found, known)
     attached = [blob._replace(diff_id=None, created_by=None) for blob in old if blob.digest not in known]
     wanted = [blob._replace(position=position) for position, blob in enumerate([*reached, *attached])]
-    said = configs.description(directory, wanted)
-    for position, (diff_id, created_by) in said.layers.items():
-        wanted[position] = wanted[position]._replace(diff_id=diff_id, created_by=created_by)
+    said = _describe(directory, wanted)
     if wanted != old:
         if old:
             connection.execute(_without_associations(), {"of": image_id})
-        _insert(connection, image_id, wanted)
+        _insert(connection, {image_id: wanted})
     configs.write(connection, image_id, said, new=new)
 
 
@@ -658,8 +761,21 @@ def _associations(contents: list[Descriptor], known: dict[Digest, _BlobRow]) -> 
     ]
 
 
-def _insert(connection: Connection, image_id: int, wanted: list[configs.Association]) -> None:
-    rows = [{"image_id": image_id, **{name: getattr(blob, name) for name in _ASSOCIATION}} for blob in wanted]
+def _describe(directory: Path, wanted: list[configs.Association]) -> configs.Description:
+    """Return what an image's configs say; what they say of layers is put into its associations."""
+    said = configs.description(directory, wanted)
+    for position, (diff_id, created_by) in said.layers.items():
+        wanted[position] = wanted[position]._replace(diff_id=diff_id, created_by=created_by)
+    return said
+
+
+def _insert(connection: Connection, wanted: dict[int, list[configs.Association]]) -> None:
+    """Associate images, by their ids."""
+    rows = [
+        {"image_id": image_id, **{name: getattr(blob, name) for name in _ASSOCIATION}}
+        for image_id, contents in wanted.items()
+        for blob in contents
+    ]
     connection.execute(_new_associations(), rows)
 
 
@@ -679,7 +795,7 @@ def restore(connection: Connection, directory: Path, name: Name, saved: SavedIma
         "last_used_at": saved.last_used_at,
     }
     image_id = connection.execute(_new_image(), values).scalar_one()
-    _insert(connection, image_id, _associations(contents, known))
+    _insert(connection, {image_id: _associations(contents, known)})
     reassociate(connection, directory, image_id)
 
 

@@ -507,9 +507,9 @@ def test_what_is_removed_and_collected_meanwhile_comes_again(
     monkeypatch.setattr(adopt, "_TOGETHER", 1)
     save = adopt._Adopter._save
 
-    def removed(self: Any, connection: Any, image: Any) -> None:
-        save(self, connection, image)
-        if str(image.name) == "app:1":
+    def removed(self: Any, connection: Any, part: Any) -> None:
+        save(self, connection, part)
+        if "app:1" in [str(image.name) for image in part]:
             later.append("app:1")
 
     later: list[str] = []
