@@ -120,7 +120,7 @@ def receive(
     """
     hasher = hashlib.new(split_digest(digest)[0] if digest else algorithm)
     hashers: list[Hasher] = [hasher, also] if also else [hasher]
-    path = (partial or session.new_path()) if write else None
+    path = (partial or session.new_path(digest)) if write else None
     try:
         with os_errors("write to the cache"):
             target = os.open(path, os.O_RDWR | os.O_CREAT | (0 if partial else os.O_EXCL), 0o600) if path else None
@@ -142,6 +142,8 @@ def receive(
         finally:
             if target is not None:
                 os.close(target)
+        if digest is not None and partial is None:
+            return Received(actual, length, path)  # it has its name already
         named = session.new_path(actual)
         with os_errors("write to the cache"):
             if partial:

@@ -54,7 +54,7 @@ def locked_sessions(directory: Path) -> set[str]:
 
 
 def received_digest(name: str) -> Digest | None:
-    """Return the digest in the name of a file in a session's folder, once all of it is there."""
+    """Return the digest in the name of a file in a session's folder: once all of it is there, or if it was known."""
     try:
         return parse_digest(name.partition(".")[2].replace("-", ":"))
     except InvalidDigest:
@@ -166,7 +166,7 @@ class Session:
         if self._id is None or self._lock is None:
             return
         try:
-            # A file named by its digest is a publication that failed half way: the next open sees to it.
+            # A file named by its digest may be a publication that failed half way: the next open sees to it.
             if not any(received_digest(name) for name in os.listdir(self.folder)):
                 shutil.rmtree(self.folder)
                 if self._leased:

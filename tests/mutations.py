@@ -93,7 +93,7 @@ MUTATIONS = [
     Mutation("what was HTTPS stays HTTPS", "cachedb/client.py", 'not in ({"https"} if _origin(url)[0] == "https" else {"http", "https"})', 'not in {"http", "https"}', "tests/test_pull.py"),
     Mutation("a blob is downloaded once a host", "cachedb/pull.py", "with producing.once(directory, partial.key_of(blob.digest), find, waiting", 'with producing.once(directory, str(id(blob)), find, waiting', "tests/test_pull.py"),
     Mutation("what is left of a download is not trusted", "cachedb/pull.py", "            if not begun:\n", "            if True:\n", "tests/test_pull.py"),
-    Mutation("a download is kept until it is stored", "cachedb/blobs.py", "            if partial:\n                os.link(path, named)\n            else:\n                path.rename(named)\n", "            path.rename(named)\n", "tests/test_pull.py"),
+    Mutation("a download is kept until it is stored", "cachedb/blobs.py", "            if partial:\n                os.link(path, named)\n            else:\n                os.rename(path, named)  # `Path.rename` makes a third path\n", "            os.rename(path, named)\n", "tests/test_pull.py"),
     Mutation("what is stored is not gone on with", "cachedb/pull.py", "        if found.st_nlink > 1 or found.st_size > size:", "        if found.st_size > size:", "tests/test_pull.py"),
     Mutation("a manifest from a registry is verified", "cachedb/pull.py", "if like not in (None, digest):", "if False:", "tests/test_pull.py"),
     Mutation("a manifest comes after what it names", "cachedb/push.py", "TopologicalSorter(named).static_order()", "reversed(list(TopologicalSorter(named).static_order()))", "tests/test_push.py"),
