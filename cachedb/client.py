@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import urlencode, urljoin
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
@@ -47,7 +47,7 @@ _CONNECTIONS = 16  # to one host, kept open
 _TOKEN_LIMIT = 1024 * 1024  # bytes
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d", "~/.config/containers/certs.d")
-_CHALLENGE = re.compile(r'(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
+_CHALLENGE = re.compile(r'\b(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
 
 Body = bytes | str | Iterable[bytes]
 """What is sent; from its beginning each time it is iterated over."""
@@ -118,7 +118,7 @@ class Client:
             try:
                 response = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
             except HTTPError as error:
-                if tries == TRIES or isinstance(error, (SSLError, NewConnectionError)):
+                if tries == TRIES or _is_final(error):
                     raise self._unreachable(error) from None  # what urllib3 raised may have what was sent
                 pause(tries, None)
                 if failed is not None:
@@ -251,7 +251,7 @@ class Client:
         """Return the error for a registry that did not answer."""
         host = self.place.registry
         reason = getattr(error, "reason", None) or error
-        if isinstance(error, SSLError):
+        if isinstance(error, SSLError) and _is_final(error):
             return RegistryError(
                 f"{host} cannot be trusted: {plain(reason)}; put the certificate of its authority into "
                 f"/etc/containers/certs.d/{host}/ca.crt or SSL_CERT_FILE, or use --plain-http if it speaks HTTP"
@@ -277,6 +277,13 @@ class Client:
         return RegistryError(f"{host} answers {said} to a request for {what}{advice}")
 
 
+def _is_final(error: HTTPError) -> bool:
+    """Say whether another try would fail as well. With TLS it need not: a connection that ends can be an SSLError."""
+    if isinstance(error, SSLError):
+        return not any(isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) for cause in error.args)
+    return isinstance(error, NewConnectionError)
+
+
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     """Return what has to be the same for credentials to be sent.
 
@@ -284,10 +291,12 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
         RegistryError: if it is no URL. It is not quoted, for there may be a secret in it.
     """
     try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname, parts.port
+        # As the connection is made: another parser may see another host.
+        parts = parse_url(url)
     except ValueError:
         raise RegistryError("a registry sends us to what is no URL") from None
+    scheme = parts.scheme or ""
+    return scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(scheme)
 
 
 def _basic(login: credentials.Credentials) -> str:
@@ -316,10 +325,12 @@ def pause(tries: int, response: urllib3.BaseHTTPResponse | None) -> bool:
     """Wait before the next try; say whether it is worth it: not if the registry wants more time than we have."""
     seconds = _FIRST_PAUSE * 2 ** (tries - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - so that not all come at once
     after = response.headers.get("Retry-After", "") if response else ""
-    if after.isdigit():
+    if after.isdecimal():
         seconds = max(seconds, int(after[:9]))
-    elif after and (date := email.utils.parsedate_tz(after)):
-        seconds = max(seconds, email.utils.mktime_tz(date) - time.time())
+    else:
+        with suppress(ValueError, OverflowError):  # of a year that no calendar has
+            if date := email.utils.parsedate_tz(after):
+                seconds = max(seconds, email.utils.mktime_tz(date) - time.time())
     if seconds > _LONGEST_PAUSE:
         return False
     time.sleep(seconds)
