@@ -170,8 +170,10 @@ class Client:
         """Return where an answer sends us.
 
         Raises:
-            RegistryError: if that is no URL, or is not HTTPS where we have been.
+            RegistryError: if that is nowhere, no URL, or is not HTTPS where we have been.
         """
+        if not location:
+            raise RegistryError(f"{self.place.registry} does not say where to go on: it is no registry, or is broken")
         try:
             following = urljoin(url, location)
         except ValueError:

@@ -37,7 +37,7 @@ _MINUTE = 60.0  # seconds
 _PART = 16 * 1024 * 1024  # bytes of a chunk of an upload
 _SENT = 256 * 1024  # bytes written at once: a slow network has a minute for them
 _REFERRERS = 1000  # that a registry may list for one manifest
-_NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')  # RFC 8288
+_NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')  # RFC 8288
 _LOOPBACK = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?")
 
 
@@ -159,9 +159,10 @@ class Repository:
             RegistryError: if that cannot be had.
             InvalidManifest: if it is no index.
         """
-        what, found = f"referrers of {digest} at {self.place.registry}", list[Descriptor]()
+        what, found, pages = f"referrers of {digest} at {self.place.registry}", list[Descriptor](), 0
         url: str | None = self._url(f"referrers/{digest}")
         while url:
+            pages += 1
             # What a registry says that knows nothing of it varies.
             with self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 400, 404, 405)) as response:
                 kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
@@ -169,9 +170,9 @@ class Repository:
                     return descriptors(self._listed(digest), OCI_INDEX, what)
                 found += descriptors(read(response, DOCUMENT_LIMIT, what), OCI_INDEX, what)
                 following = _NEXT.search(response.headers.get("Link", ""))
-                url = self._client.follow(url, following[1]) if following and len(found) <= _REFERRERS else None
-        if len(found) > _REFERRERS:
-            raise RegistryError(f"{self.place.registry} lists more than {_REFERRERS} referrers of {digest}")
+                url = self._client.follow(url, following[1]) if following else None
+            if max(len(found), pages) > _REFERRERS:
+                raise RegistryError(f"{self.place.registry} lists more than {_REFERRERS} referrers of {digest}")
         return found
 
     def _listed(self, digest: Digest) -> bytes:
@@ -244,7 +245,7 @@ class Repository:
                 if response.status == 201:
                     return
                 if response.status == 202:
-                    location = self._client.follow(url, response.headers.get("Location", ""))
+                    location = self._client.follow(url, response.headers.get("Location", location))
                     sent += body.size
                     if sent > furthest:
                         furthest, failed = sent, 0
@@ -265,7 +266,7 @@ class Repository:
         with self._client.request("POST", url, f"repository {self.place.repository}", {}, good=(202,)) as response:
             least = response.headers.get("OCI-Chunk-Min-Length", "")
             location = self._client.follow(url, response.headers.get("Location", ""))
-            return location, int(least[:12]) if least.isdigit() else 0
+            return location, int(least[:12]) if least.isdecimal() else 0
 
     def _upload_so_far(self, location: str, size: int) -> tuple[str | None, int]:
         """Return where an upload that was cut off goes on, and the bytes that are there; None if it must begin anew."""
@@ -286,19 +287,24 @@ class Repository:
         Raises:
             RegistryError: if the registry does not take it, or stores something else.
         """
+        if not self._put(reference, media_type, data) and (subject := subject_of(data)):
+            self._list(subject, Name(self.place.repository, reference).digest or digest_of(data), media_type, data)
+
+    def _put(self, reference: str, media_type: str, data: bytes) -> bool:
+        """Store a manifest or index; say whether the registry lists it as a referrer of its subject."""
         url, headers = self._url(f"manifests/{reference}"), {"Content-Type": media_type}
         what = self._named(reference)
         with self._client.request("PUT", url, what, headers, good=(200, 201, 202), body=data) as response:
             said, listed = _said_digest(response.headers), "OCI-Subject" in response.headers
+            if response.status == 200 and said is None:
+                raise self._client.refusal(what, response)  # so does a network that wants us to log in answer
         if said is not None and said != digest_of(data, said):
             raise RegistryError(f"{self.place.registry} has stored {what} as {said}, which is not its digest")
-        if not listed and (subject := subject_of(data)):
-            self._list(subject, media_type, data)
+        return listed
 
-    def _list(self, subject: Digest, media_type: str, data: bytes) -> None:
+    def _list(self, subject: Digest, digest: Digest, media_type: str, data: bytes) -> None:
         """Add a manifest to the index of its subject's referrers, where the registry keeps none of its own."""
         listed, document = self._listed(subject), load_json(data, "the manifest")
-        digest = digest_of(data)
         if any(other.digest == digest for other in descriptors(listed, OCI_INDEX, f"referrers of {subject}")):
             return
         config = document.get("config")
@@ -317,7 +323,8 @@ class Repository:
             self._put_list(subject, index | {"manifests": [*there, entry]})
 
     def _put_list(self, subject: Digest, index: dict[str, Any]) -> None:
-        self.put_manifest(_tag_of(subject), OCI_INDEX, json.dumps(index).encode())
+        # Not by put_manifest: a subject that somebody gave the index would have no end.
+        self._put(_tag_of(subject), OCI_INDEX, json.dumps(index).encode())
 
     def _url(self, path: str) -> str:
         return f"{self.place.url}/v2/{self.place.repository}/{path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, RegistryError, client
+from cachedb.oci import OCI_INDEX, OCI_MANIFEST
 from tests import make
-from tests.faults import answer, lost, redirect
+from tests.faults import answer, headers, html, lost, redirect
 from tests.promises import check
 from tests.registries import Registry, certificate
 from tests.test_pull import PAUSES, alone, login  # noqa: F401 - alone is a fixture
-from tests.test_push import FIRST, assert_has, keep
+from tests.test_push import FIRST, assert_has, keep, referrer
 
 
 @pytest.fixture
@@ -78,3 +80,64 @@ def test_a_long_challenge_costs_no_time() -> None:
     began = time.monotonic()
     assert client._CHALLENGE.findall("a" * 60_000) == []
     assert time.monotonic() - began < 2  # and a minute if it is tried from each letter on
+
+
+def test_an_answer_that_says_nothing_of_the_upload_is_told_of(cache: Cache, remote: Registry) -> None:
+    remote.fault(headers({"Location": None}), method="POST", times=99)
+    with pytest.raises(RegistryError, match="does not say where to go on"):
+        cache.push("app:1", f"{remote.host}/app:1")
+
+
+@pytest.mark.parametrize("least", ["²", "9" * 5000, "-1"])
+def test_the_least_size_of_a_chunk_may_be_nonsense(cache: Cache, remote: Registry, least: str) -> None:
+    remote.fault(headers({"OCI-Chunk-Min-Length": least}), method="POST", times=99)
+    remote.fault(lost(5), method="PUT", path="/blobs/")
+    cache.push("app:1", f"{remote.host}/app:1")
+    assert_has(remote, "app", "1", FIRST)
+
+
+def test_a_network_that_answers_everything_is_no_registry(cache: Cache, remote: Registry) -> None:
+    remote.fault(html(), times=99)
+    with pytest.raises(RegistryError, match="answers 200 to a request for app:1"):
+        cache.push("app:1", f"{remote.host}/app:1")
+
+
+# What refers to an image
+
+NONE = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}).encode()
+
+
+def test_pages_of_referrers_have_an_end(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachedb.registry._REFERRERS", 20)
+    name = remote.add(FIRST, "app", "1")
+    more = {"Content-Type": OCI_INDEX, "Link": f'</v2/app/referrers/{FIRST.digest}>; rel="next"'}
+    remote.fault(answer(200, more, NONE), path="/referrers/", times=100)
+    with pytest.raises(RegistryError, match="lists more than 20 referrers"):
+        cache.pull(name, referrers=True)
+
+
+def test_a_long_link_costs_no_time(cache: Cache, remote: Registry) -> None:
+    name = remote.add(FIRST, "app", "1")
+    remote.fault(answer(200, {"Content-Type": OCI_INDEX, "Link": "<" * 60_000}, NONE), path="/referrers/")
+    began = time.monotonic()
+    cache.pull(name, referrers=True)
+    assert time.monotonic() - began < 5  # and a quarter of a minute if it is read to its end from each of them on
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+def test_an_index_of_referrers_that_has_a_subject_is_no_referrer(
+    cache: Cache, remote: Registry, algorithm: str
+) -> None:
+    remote.referrers = False
+    made = referrer(FIRST.manifest)
+    tag = FIRST.digest.replace(":", "-")
+    own = json.loads(NONE) | {"subject": make.descriptor(FIRST.manifest, OCI_MANIFEST)}
+    remote.add_manifest(json.dumps(own).encode(), "app", tag)
+    for data in (made.config, *made.layers):
+        cache.add_blob(data)
+    name = f"signature@{make.digest_of(made.manifest, algorithm)}"
+    cache.save_manifest(name, made.manifest)
+    cache.push(name, f"{remote.host}/app@{name.partition('@')[2]}")
+    (entry,) = json.loads(remote.manifests["app", tag][1])["manifests"]
+    assert ("app", entry["digest"]) in remote.manifests
+    assert entry["digest"] == name.partition("@")[2]
