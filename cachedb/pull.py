@@ -37,6 +37,7 @@ __all__ = ["Pulled", "pull"]
 
 _AT_ONCE = 4  # blobs that are downloaded at the same time
 _MANIFESTS = 1000  # that an image may have with all that refers to it
+_BYTES = 64 * 1024 * 1024  # of manifests, which are all in memory: those of a thousand platforms have far less
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def pull(
     work = _Pull(database, session, name, repositories, platform, all_platforms, referrers, progress, each)
 
     def find() -> Pulled | None:
-        here = work.here() if if_missing or name.digest else None
+        here = work.here() if if_missing or (name.digest and not referrers) else None
         return here and Pulled(here, 0, 0, None)
 
     with producing.once(database.directory, f"pull {name}", find, waiting=lambda: None) as found:
@@ -197,7 +198,11 @@ class _Pull:
         """Return a manifest that an index names."""
         if blob.size > DOCUMENT_LIMIT:
             raise InvalidManifest(f"manifest {blob.digest} is {blob.size} bytes; {DOCUMENT_LIMIT} at most are read")
-        data = self._stored(blob.digest)
+        data = self._documents.get(blob.digest)
+        if data is None and sum(map(len, self._documents.values())) + blob.size > _BYTES:
+            raise InvalidManifest(f"{self._name} has manifests of more than {_BYTES} bytes in all")
+        if data is None:
+            data = self._stored(blob.digest)
         if data is None:
             data = self._ask(lambda repository: repository.manifest(blob.digest).data)
         if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
@@ -279,12 +284,16 @@ class _Pull:
 
     def _refers(self, root: Descriptor, subject: Digest) -> bool:
         """Say whether what is listed as referring to a manifest does: not if it was deleted, and the list was not."""
+        new = root.digest not in self._documents
         try:
-            return oci.subject_of(self._child(root)) == subject
+            refers = oci.subject_of(self._child(root)) == subject
         except RegistryError:
             if self._repositories[-1].has("manifests", root.digest):
                 raise
             return False
+        if new and not refers:
+            del self._documents[root.digest]  # what is there is stored
+        return refers
 
     def _listed(self, subject: Digest) -> list[Descriptor]:
         return self._ask(lambda repository: repository.referrers(subject))

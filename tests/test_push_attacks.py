@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, RegistryError, client
+from cachedb import Cache, InvalidManifest, RegistryError, client
 from cachedb.oci import OCI_INDEX, OCI_MANIFEST
 from tests import make
 from tests.faults import answer, headers, html, lost, redirect
@@ -141,3 +141,59 @@ def test_an_index_of_referrers_that_has_a_subject_is_no_referrer(
     (entry,) = json.loads(remote.manifests["app", tag][1])["manifests"]
     assert ("app", entry["digest"]) in remote.manifests
     assert entry["digest"] == name.partition("@")[2]
+
+
+def test_what_refers_to_an_image_by_digest_comes_to_one_that_is_here(cache: Cache, remote: Registry) -> None:
+    name = remote.add(FIRST, "app")
+    cache.pull(name)
+    remote.add(made := referrer(FIRST.manifest), "app")
+    cache.pull(name, referrers=True)
+    assert made.digest in {blob.digest for blob in cache.get_image_blobs(name)}
+    remote.requests.clear()
+    cache.pull(name, referrers=True, if_missing=True)
+    assert remote.requests == []
+
+
+def listing(remote: Registry, *others: make.Made) -> str:
+    """Have the registry list these as what refers to an image; return the image's name."""
+    name, entries = remote.add(FIRST, "app", "1"), []
+    for other in others:
+        remote.add(other, "app")
+        entries.append(make.descriptor(other.manifest, json.loads(other.manifest)["mediaType"]))
+    index = json.loads(NONE) | {"manifests": entries}
+    found = answer(200, {"Content-Type": OCI_INDEX}, json.dumps(index).encode())
+    remote.fault(found, path=f"/referrers/{FIRST.digest}", times=99)
+    return name
+
+
+def test_what_refers_to_another_image_leaves_nothing_behind(cache: Cache, remote: Registry) -> None:
+    cache.pull(listing(remote, referrer(b"another")), referrers=True)
+    assert cache.get_stats().reclaimable_blobs == 0
+
+
+def test_a_manifest_that_is_of_an_image_and_listed_falsely_stays(cache: Cache, remote: Registry) -> None:
+    inner = referrer(b"another")
+    index = json.loads(NONE) | {
+        "manifests": [make.descriptor(inner.manifest, OCI_MANIFEST)],
+        "subject": make.descriptor(FIRST.manifest, OCI_MANIFEST),
+    }
+    outer = make.Made(json.dumps(index).encode(), b"", [], [])
+    name = listing(remote, outer, inner)
+    cache.pull(name, referrers=True)
+    assert {outer.digest, inner.digest} <= {blob.digest for blob in cache.get_image_blobs(name)}
+
+
+def test_a_manifest_that_refers_is_asked_for_once(cache: Cache, remote: Registry) -> None:
+    made = referrer(FIRST.manifest)
+    cache.pull(listing(remote, made), referrers=True)
+    assert remote.count("GET", f"/manifests/{made.digest}") == 1
+
+
+def test_manifests_that_fill_the_memory_are_refused(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cachedb.pull._BYTES", 10_000)
+    name = listing(remote, *(referrer(FIRST.manifest, bytes([number])) for number in range(30)))
+    with pytest.raises(InvalidManifest, match="more than 10000 bytes in all"):
+        cache.pull(name, referrers=True)
+    assert cache.get_stats().reclaimable_blobs == 0
