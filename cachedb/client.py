@@ -12,25 +12,28 @@ import json
 import os
 import random
 import re
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import urlencode, urljoin
 from urllib.request import getproxies, proxy_bypass
+from weakref import WeakSet
 
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, SSLError
 from urllib3.util import Timeout, make_headers, parse_url
 
 from cachedb import credentials
-from cachedb.errors import RegistryError, RegistryUnavailable
+from cachedb.errors import CacheError, RegistryError, RegistryUnavailable
 from cachedb.reference import shorten
 
-__all__ = ["CHUNK", "TRIES", "Client", "Place", "pause", "plain", "read"]
+__all__ = ["CHUNK", "TRIES", "Client", "Place", "plain", "read"]
 
 CHUNK: Final = 1024 * 1024
 """Bytes that are read at once."""
@@ -76,11 +79,31 @@ class Client:
         self._guard, self._authorizing = threading.Lock(), threading.Lock()
         self._pools: dict[tuple[bool, str | None, str | None], urllib3.PoolManager] = {}
         self._authorization = ""
+        self._stopped = threading.Event()
+        self._connections: WeakSet[HTTPConnection] = WeakSet()
+        self._pool_classes = _pool_classes(self._connected)
 
     def close(self) -> None:
         """Close all connections."""
         for pool in self._pools.values():
             pool.clear()
+
+    def stop(self) -> None:
+        """End what other threads wait for, with an error each, and let them begin nothing more.
+
+        A registry may take ten minutes for an answer, and whoever wants us to stop has no such time.
+        """
+        self._stopped.set()
+        with self._guard:
+            connections = list(self._connections)
+        for connection in connections:
+            _wake(connection)
+
+    def _connected(self, connection: HTTPConnection) -> None:
+        with self._guard:
+            self._connections.add(connection)
+        if self._stopped.is_set():
+            _wake(connection)
 
     def request(
         self,
@@ -120,7 +143,7 @@ class Client:
             except HTTPError as error:
                 if tries == TRIES or _is_final(error):
                     raise self._unreachable(error) from None  # what urllib3 raised may have what was sent
-                pause(tries, None)
+                self.pause(tries, None)
                 if failed is not None:
                     raise self._unreachable(error) from None
                 continue
@@ -130,7 +153,7 @@ class Client:
                 if response.status == 401 and not asked and tries < TRIES:
                     asked = self._authorize(response, sent)
                     continue
-                if response.status not in _AGAIN or tries == TRIES or not pause(tries, response):
+                if response.status not in _AGAIN or tries == TRIES or not self.pause(tries, response):
                     raise self.refusal(what, response)
                 if failed is not None:
                     raise self.refusal(what, response)
@@ -147,6 +170,8 @@ class Client:
     ) -> urllib3.BaseHTTPResponse:
         """Send a request, and follow redirects to where they lead."""
         for _ in range(_REDIRECTS + 1):
+            if self._stopped.is_set():
+                raise CacheError("it was stopped, for other work beside it failed")
             ours = _origin(url) == _origin(self.place.url)
             secret = {"Authorization": authorization} if authorization and ours else {}
             response = self._pool(url, ours=ours).request(
@@ -182,6 +207,21 @@ class Client:
             raise RegistryError(f"{self.place.registry} sends us to what is not HTTPS")
         return following
 
+    def pause(self, tries: int, response: urllib3.BaseHTTPResponse | None) -> bool:
+        """Wait before the next try; say whether it is worth it: not if the registry wants more time than we have."""
+        seconds = _FIRST_PAUSE * 2 ** (tries - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - so that not all come at once
+        after = response.headers.get("Retry-After", "") if response else ""
+        if after.isdecimal():
+            seconds = max(seconds, int(after[:9]))
+        else:
+            with suppress(ValueError, OverflowError):  # of a year that no calendar has
+                if date := email.utils.parsedate_tz(after):
+                    seconds = max(seconds, email.utils.mktime_tz(date) - time.time())
+        if seconds > _LONGEST_PAUSE:
+            return False
+        _sleep(seconds, self._stopped)
+        return True
+
     def _pool(self, url: str, *, ours: bool) -> urllib3.PoolManager:
         """Return the connections for a URL: through a proxy if the environment says so."""
         parts = parse_url(url)
@@ -197,6 +237,7 @@ class Client:
                     )
                 else:
                     pool = urllib3.PoolManager(maxsize=_CONNECTIONS, ssl_context=context)
+                pool.pool_classes_by_scheme = self._pool_classes
                 self._pools[key] = pool
             return self._pools[key]
 
@@ -279,6 +320,39 @@ class Client:
         return RegistryError(f"{host} answers {said} to a request for {what}{advice}")
 
 
+def _pool_classes(connected: Callable[[HTTPConnection], None]) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    """Return what urllib3 makes connections with, by scheme, so that each is told of when it is open."""
+
+    class Plain(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            connected(self)
+
+    class Secure(HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            connected(self)
+
+    class PlainPool(urllib3.HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class SecurePool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = Secure
+
+    return {"http": PlainPool, "https": SecurePool}
+
+
+def _wake(connection: HTTPConnection) -> None:
+    """Have the thread that waits for a connection see its end."""
+    if isinstance(connection.sock, socket.socket):
+        with suppress(OSError):
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # TLS's own would take the thread's state away
+
+
+def _sleep(seconds: float, stopped: threading.Event) -> None:
+    stopped.wait(seconds)
+
+
 def _is_final(error: HTTPError) -> bool:
     """Say whether another try would fail as well. With TLS it need not: a connection that ends can be an SSLError."""
     if isinstance(error, SSLError):
@@ -321,22 +395,6 @@ def _tls(registry: str | None) -> ssl.SSLContext:
             for path in sorted(folder.glob("*.cert")):
                 context.load_cert_chain(path, path.with_suffix(".key"))
     return context
-
-
-def pause(tries: int, response: urllib3.BaseHTTPResponse | None) -> bool:
-    """Wait before the next try; say whether it is worth it: not if the registry wants more time than we have."""
-    seconds = _FIRST_PAUSE * 2 ** (tries - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - so that not all come at once
-    after = response.headers.get("Retry-After", "") if response else ""
-    if after.isdecimal():
-        seconds = max(seconds, int(after[:9]))
-    else:
-        with suppress(ValueError, OverflowError):  # of a year that no calendar has
-            if date := email.utils.parsedate_tz(after):
-                seconds = max(seconds, email.utils.mktime_tz(date) - time.time())
-    if seconds > _LONGEST_PAUSE:
-        return False
-    time.sleep(seconds)
-    return True
 
 
 def read(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:

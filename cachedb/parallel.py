@@ -54,7 +54,12 @@ def told(what: str, total: int, each: Each | None, advance: Advance) -> Advance:
 
 
 def in_threads(
-    work: Callable[[T, Advance], R], items: Iterable[T], advance: Advance, *, threads: int | None = None
+    work: Callable[[T, Advance], R],
+    items: Iterable[T],
+    advance: Advance,
+    *,
+    threads: int | None = None,
+    stop: Callable[[], None] | None = None,
 ) -> list[R]:
     """Do work on each item, several at once, and return what it gave, in order.
 
@@ -66,6 +71,7 @@ def in_threads(
         items: begun in this order, and asked for when a thread is free, by one of them at a time.
         advance: is told of the bytes that all of them have done.
         threads: that work at once; as many as there are cores unless given.
+        stop: is called when one has failed: it ends what the others wait for, if that can be long.
     """
     count = threads or os.cpu_count() or 1
     if isinstance(items, Sized):
@@ -94,5 +100,7 @@ def in_threads(
                 future.result()
         except BaseException:
             stopped.set()
+            if stop is not None:
+                stop()
             raise
     return [done[number] for number in sorted(done)]

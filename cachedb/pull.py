@@ -232,7 +232,8 @@ class _Pull:
             rest = sorted(
                 (blob for digest, blob in wanted.items() if digest not in there), key=lambda blob: -blob.size
             )  # the large ones first, so that all threads come to their end together
-            in_threads(self._fetch, rest, summed(sum(blob.size for blob in rest), self._progress), threads=_AT_ONCE)
+            advance = summed(sum(blob.size for blob in rest), self._progress)
+            in_threads(self._fetch, rest, advance, threads=_AT_ONCE, stop=self._stop)
 
         def save(connection: Connection) -> ImageInfo:
             for hold in self._holds:
@@ -329,6 +330,10 @@ class _Pull:
                     self._holds.append(self._session.lease(connection, [blob.digest]))
                 blobs.discard(partial.path_of(directory, blob.digest))
         self._come[blob.digest] = blob.size
+
+    def _stop(self) -> None:
+        for repository in self._repositories:
+            repository.stop()
 
     def _download(self, blob: Descriptor, advance: Advance) -> Received:
         """Receive a blob from the first repository that has it, from where another download of it was cut off."""

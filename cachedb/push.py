@@ -85,7 +85,8 @@ def push(
             )
     work = _Push(database, repository, there, each)
     rest = sorted((blob for blob in wanted.values() if not _is_document(blob)), key=lambda blob: -blob.size)
-    in_threads(work.send, rest, summed(sum(blob.size for blob in rest), progress), threads=_AT_ONCE)
+    advance = summed(sum(blob.size for blob in rest), progress)
+    in_threads(work.send, rest, advance, threads=_AT_ONCE, stop=repository.stop)
     named = {
         digest: [child.digest for child in oci.descriptors(data, wanted[digest].media_type)]
         for digest, data in documents.items()

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from cachedb.client import CHUNK, TRIES, Client, Place, pause, plain, read
+from cachedb.client import CHUNK, TRIES, Client, Place, plain, read
 from cachedb.errors import InvalidDigest, InvalidName, RegistryError, RegistryUnavailable, StorageError, os_errors
 from cachedb.oci import (
     DOCUMENT_LIMIT,
@@ -102,6 +102,14 @@ class Repository:
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
+
+    def stop(self) -> None:
+        """End what other threads ask for, and let them ask no more."""
+        self._client.stop()
+
+    def pause(self, tries: int) -> None:
+        """Wait before something is tried again."""
+        self._client.pause(tries, None)
 
     def digest(self, reference: str) -> Digest | None:
         """Return the digest of a manifest, by one request; None if the registry does not say.
@@ -371,7 +379,7 @@ class Blob:
                     raise RegistryUnavailable(
                         f"{self._repository.place.registry} sends {self._digest} in pieces: {plain(error)}; try again"
                     ) from None
-                pause(self._failed, None)
+                self._repository.pause(self._failed)
                 continue
             buffer[: len(data)] = data
             self._at += len(data)

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -53,9 +52,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.lower().endswith("_proxy") or name.startswith(("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    patient = SimpleNamespace(sleep=PAUSES.append, time=time.time, monotonic=time.monotonic)
-    monkeypatch.setattr(client, "time", patient)
-    monkeypatch.setattr(registry, "time", patient)
+    monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: PAUSES.append(seconds))
     PAUSES.clear()
 
 

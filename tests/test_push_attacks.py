@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ import pytest
 from cachedb import Cache, InvalidManifest, RegistryError, client
 from cachedb.oci import OCI_INDEX, OCI_MANIFEST
 from tests import make
-from tests.faults import answer, headers, html, lost, redirect
+from tests.faults import Answer, Call, answer, changed, headers, html, lost, redirect
 from tests.promises import check
 from tests.registries import Registry, certificate
 from tests.test_pull import PAUSES, alone, login  # noqa: F401 - alone is a fixture
@@ -100,6 +104,49 @@ def test_a_network_that_answers_everything_is_no_registry(cache: Cache, remote: 
     remote.fault(html(), times=99)
     with pytest.raises(RegistryError, match="answers 200 to a request for app:1"):
         cache.push("app:1", f"{remote.host}/app:1")
+
+
+# Nobody waits for a registry that does not answer, once it is for nothing
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_what_is_refused_does_not_wait_for_what_is_not_answered(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: bool
+) -> None:
+    ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    layer = make.digest_of(FIRST.layers[0])
+    with Registry(tls=(certified, key) if tls else None) as remote:
+        remote.fault(changed(delay=60), method="PUT", path=f"/blobs/.*{layer.partition(':')[2]}", times=99)
+        remote.fault(answer(403, delay=1), method="PUT", path="/blobs/", times=99)
+        began = time.monotonic()
+        with pytest.raises(RegistryError, match="refuses upload"):
+            cache.push("app:1", f"{remote.host}/app:1", plain_http=not tls)
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("command", ["push", "pull"])
+@pytest.mark.parametrize("do", [changed(delay=60), answer(503, {"Retry-After": "50"})], ids=["answer", "pause"])
+def test_an_interrupt_waits_for_no_registry(
+    cache: Cache, directory: Path, remote: Registry, command: str, do: Callable[[Call], Answer]
+) -> None:
+    name = remote.add(make.image(7, 8), "app", "1")
+    cache.tag("app:1", f"{remote.host}/app:2")
+    remote.fault(do, path="/blobs/", times=99)
+    arguments = [sys.executable, "-m", "cachedb", "--dir", str(directory), command]
+    arguments.append(name if command == "pull" else f"{remote.host}/app:2")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 30
+        while not (found := os.listdir(f"/proc/{process.pid}/task")) or len(found) < 3:  # its threads are at work
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, said = process.communicate(timeout=10)
+        finally:
+            process.kill()
+    assert (process.returncode, said.strip()) == (130, "cachedb: interrupted")
 
 
 # What refers to an image
