@@ -17,13 +17,23 @@ from cachedb import blobs, collection, configs, holds, images, oci, producing, s
 from cachedb.blobs import Received
 from cachedb.collection import Collected
 from cachedb.database import Database, default_directory
-from cachedb.errors import CacheError, DamagedIndex, InvalidManifest, InvalidName, NotACache, NotInCache, os_errors
+from cachedb.errors import (
+    CacheError,
+    DamagedIndex,
+    DigestMismatch,
+    InvalidManifest,
+    InvalidName,
+    NotACache,
+    NotInCache,
+    StorageError,
+    os_errors,
+)
 from cachedb.holds import HoldInfo
 from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
 from cachedb.models import Blob, Image
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, Each, Progress, in_threads, summed
-from cachedb.reference import Digest, Name, parse_digest, shorten
+from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten
 from cachedb.sessions import NO_HOLD, Hold, Session
 
 if TYPE_CHECKING:
@@ -755,13 +765,14 @@ class Cache:
             IncompleteImage: if a blob of it is not stored, or a platform is neither here nor at the registry.
             InvalidName: if the target is by another digest.
             DigestMismatch: if a manifest's file is damaged.
+            StorageError: if a blob's file is gone, or was cut short.
             RegistryError: if the registry does not take it.
         """
         from cachedb.registry import Repository, place
 
         source = Name.parse(name)
         there = Name.parse(target) if target is not None else source
-        with closing(Repository(place(there, plain_http=plain_http), authfile=authfile)) as repository:
+        with closing(Repository(place(there, plain_http=plain_http), authfile=authfile, push=True)) as repository:
             return self._push(source, there, repository, set(), platform, progress, each)
 
     def push_tags(
@@ -801,7 +812,7 @@ class Cache:
             raise NotInCache(f"{repository} has no tags in the cache; `cachedb ls` lists what is")
         where = place(Name(target or repository, names[0].reference), plain_http=plain_http)
         there: set[Digest] = set()
-        with closing(Repository(where, authfile=authfile)) as opened:
+        with closing(Repository(where, authfile=authfile, push=True)) as opened:
             return [
                 self._push(name, name._replace(repository=target or repository), opened, there, None, progress, each)
                 for name in names
@@ -823,7 +834,7 @@ class Cache:
         with self._held(source) as ((info, held),):
             root, manifests = self._manifests(source, info, held)
             if platform is not None:
-                root = export.choose_platform(source, root, manifests, self.get_blob, platform)
+                root = export.choose_platform(source, root, manifests, self._document, platform)
             return push(
                 self._database,
                 target,
@@ -831,7 +842,7 @@ class Cache:
                 root,
                 manifests,
                 held,
-                self.get_blob,
+                self._document,
                 there,
                 progress=progress,
                 each=each,
@@ -848,7 +859,7 @@ class Cache:
         manifests: dict[Digest, bytes] = {}
 
         def read(blob: Descriptor) -> bytes:
-            manifests[blob.digest] = self.get_blob(blob.digest)
+            manifests[blob.digest] = self._document(blob.digest)
             return manifests[blob.digest]
 
         size = self.get_blob_size(info.digest)
@@ -857,6 +868,21 @@ class Cache:
         for _ in oci.walk(root, read, oci.among(here)):
             pass
         return root, manifests
+
+    def _document(self, digest: Digest) -> bytes:
+        """Return a manifest or config of an image that is held.
+
+        Raises:
+            DigestMismatch: if its file is damaged.
+            StorageError: if its file is gone.
+        """
+        try:
+            data = self.get_blob(digest)
+        except NotInCache:
+            raise StorageError(f"the file of {digest} is gone: run `cachedb verify`") from None
+        if digest_of(data, digest) != digest:
+            raise DigestMismatch(f"the file of {digest} has another content: run `cachedb verify`")
+        return data
 
     # Archives
 

@@ -52,6 +52,8 @@ _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d", "~/.config/containers/certs.d")
 _CHALLENGE = re.compile(r'\b(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
 
+_OBJECT = re.compile(r"^(?:<.*>|\w+\(host=[^)]*\)): ")
+
 Body = bytes | str | Iterable[bytes]
 """What is sent; from its beginning each time it is iterated over."""
 
@@ -67,15 +69,16 @@ class Place(NamedTuple):
 class Client:
     """Who speaks with a registry about one repository. Usable from several threads."""
 
-    def __init__(self, where: Place, authfile: str | os.PathLike[str] | None) -> None:
+    def __init__(self, where: Place, authfile: str | os.PathLike[str] | None, *, push: bool = False) -> None:
         """Nothing is sent yet.
 
         Args:
             where: the repository is.
             authfile: to take credentials from; None for the usual files.
+            push: ask for tokens to write with at once.
         """
         self.place = where
-        self._authfile = authfile
+        self._authfile, self._push = authfile, push
         self._guard, self._authorizing = threading.Lock(), threading.Lock()
         self._pools: dict[tuple[bool, str | None, str | None], urllib3.PoolManager] = {}
         self._authorization = ""
@@ -268,7 +271,10 @@ class Client:
         if scheme not in ("http", "https") or (self.place.url.startswith("https:") and scheme != "https"):
             raise RegistryError(f"{self.place.registry} names {shorten(realm)} for tokens, which is not HTTPS")
         asked = {"service": said.get("service", "")}
-        asked["scope"] = said.get("scope") or f"repository:{self.place.repository}:pull"
+        ours = f"repository:{self.place.repository}:pull"
+        scopes = (said.get("scope") or ours).split()
+        # Some registries have no token to read what is not there yet, and make it for who asks to write.
+        asked["scope"] = " ".join(f"{ours},push" if self._push and scope == ours else scope for scope in scopes)
         login, headers, body = self._login(), {}, None
         if login and login.identity_token:
             form = {**asked, "grant_type": "refresh_token", "client_id": "cachedb"}
@@ -425,7 +431,7 @@ def _said(response: urllib3.BaseHTTPResponse) -> str:
 
 
 def plain(text: object) -> str:
-    """Return a stranger's text, short and on one line; urllib3's own begins with an object and its address."""
-    line = " ".join(str(text).rpartition(">: ")[2].split())
+    """Return a stranger's text, short and on one line; urllib3's own begins with an object."""
+    line = " ".join(_OBJECT.sub("", str(text), count=1).split())
     line = "".join(char if char.isprintable() else "?" for char in line)
     return line if len(line) <= 200 else f"{line[:200]}..."

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from cachedb import blobs, images, oci
 from cachedb.database import Database
-from cachedb.errors import DigestMismatch, IncompleteImage, InvalidName
+from cachedb.errors import IncompleteImage, InvalidName, NotInCache, StorageError
 from cachedb.images import BlobInfo
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, Each, Progress, in_threads, summed, told
-from cachedb.reference import Digest, Name, digest_of
+from cachedb.reference import Digest, Name
 from cachedb.registry import Repository, place
 
 __all__ = ["Pushed", "push"]
@@ -57,9 +57,9 @@ def push(
         target: the name that it gets.
         repository: of that name.
         root: its manifest or index.
-        manifests: the bytes of the manifests and indexes that it reaches, as far as they are here.
+        manifests: the bytes of the manifests and indexes that it reaches, as far as they are here; verified.
         contents: what the image is associated with; what refers to it among that goes with it.
-        read: returns a blob's bytes.
+        read: returns the bytes of a manifest, verified.
         there: blobs known to be in the repository; those that are found there or sent are added.
         progress: is told how far it is, in bytes.
         each: is told how far it is with each blob.
@@ -67,15 +67,13 @@ def push(
     Raises:
         InvalidName: if the target is by another digest; nothing is sent then.
         IncompleteImage: if the index names what is neither here nor at the registry; nor then.
-        DigestMismatch: if a manifest is not what its digest says; nor then.
+        DigestMismatch: if a manifest's file is damaged; nor then.
+        StorageError: if a blob's file is gone, or was cut short.
         RegistryError: if the registry does not take it.
     """
     if target.digest not in (None, root.digest):
         raise InvalidName(f"{target} cannot be the name of {root.digest}: its digest is another")
     closure, documents = _all(root, manifests, contents, read)
-    for digest, data in documents.items():
-        if digest_of(data, digest) != digest:
-            raise DigestMismatch(f"the file of manifest {digest} has another content: run `cachedb verify`")
     wanted = {blob.digest: blob for blob in closure}
     for blob in wanted.values():
         if _is_document(blob) and blob.digest not in documents and not repository.has("manifests", blob.digest):
@@ -146,7 +144,11 @@ class _Push:
             self.mounted += 1
             advance(blob.size)
         else:
-            with blobs.open_blob(self._database.directory, blob.digest) as file:
+            try:
+                file = blobs.open_blob(self._database.directory, blob.digest)
+            except NotInCache:
+                raise StorageError(f"the file of {blob.digest} is gone: run `cachedb verify`") from None
+            with file:
                 self._repository.put_blob(blob.digest, blob.size, file, advance)
             self.uploaded.append(blob.size)
         self._there.add(blob.digest)

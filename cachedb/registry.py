@@ -89,15 +89,16 @@ def mirrors(name: Name) -> list[Place]:
 class Repository:
     """A repository at a registry. Usable from several threads."""
 
-    def __init__(self, where: Place, *, authfile: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, where: Place, *, authfile: str | os.PathLike[str] | None = None, push: bool = False) -> None:
         """Nothing is sent yet.
 
         Args:
             where: it is.
             authfile: to take credentials from, instead of the usual files.
+            push: it is to be written to.
         """
         self.place = where
-        self._client = Client(where, authfile)
+        self._client = Client(where, authfile, push=push)
 
     def close(self) -> None:
         """Close all connections."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, InvalidManifest, RegistryError, client
+from cachedb import Cache, CacheError, InvalidManifest, NotInCache, RegistryError, client
 from cachedb.oci import OCI_INDEX, OCI_MANIFEST
 from tests import make
 from tests.faults import Answer, Call, answer, changed, headers, html, lost, redirect
@@ -104,6 +104,46 @@ def test_a_network_that_answers_everything_is_no_registry(cache: Cache, remote: 
     remote.fault(html(), times=99)
     with pytest.raises(RegistryError, match="answers 200 to a request for app:1"):
         cache.push("app:1", f"{remote.host}/app:1")
+
+
+def test_a_registry_that_makes_a_repository_for_who_may_write_is_asked_for_that(cache: Cache, tmp_path: Path) -> None:
+    def only_to_write(call: Call) -> Answer:
+        return call.serve() if "push" in call.query["scope"] else Answer(403)
+
+    with Registry(auth="bearer") as remote:
+        remote.fault(only_to_write, path="/token", times=99)
+        cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert_has(remote, "app", "1", FIRST)
+        assert remote.count(path="/token") == 1
+
+
+def test_who_is_not_there_is_told_of_without_our_objects(cache: Cache) -> None:
+    with pytest.raises(RegistryError) as raised:
+        cache.push("app:1", "127.0.0.1:1/app:1")
+    assert str(raised.value).startswith("127.0.0.1:1 cannot be reached: Failed to establish a new connection")
+
+
+@pytest.mark.parametrize("data", [b"no JSON", b"", None])
+@pytest.mark.parametrize("what", ["image", "referrer", "layer"])
+def test_a_file_that_is_damaged_or_gone_is_told_of(
+    directory: Path, cache: Cache, remote: Registry, what: str, data: bytes | None
+) -> None:
+    name, made = remote.add(FIRST, "app", "1"), referrer(FIRST.manifest)
+    remote.add(made, "app")
+    cache.pull(name, referrers=True)
+    digests = {"image": FIRST.digest, "referrer": made.digest, "layer": make.digest_of(FIRST.layers[0])}
+    path = cache.get_blob_path(digests[what])
+    kept = path.read_bytes()
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data if what != "layer" else data.ljust(len(kept) if data else 0))
+    with Registry() as other, pytest.raises(CacheError, match="`cachedb verify`") as raised:
+        cache.push(name, f"{other.host}/app:1")
+    assert not isinstance(raised.value, NotInCache)
+    assert not other.manifests
+    path.unlink(missing_ok=True)
+    path.write_bytes(kept)
+    path.chmod(0o444)
 
 
 # Nobody waits for a registry that does not answer, once it is for nothing
