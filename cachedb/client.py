@@ -142,7 +142,7 @@ class Client:
             tries += 1
             sent = self._authorization
             try:
-                response = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
+                response, ours = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
             except HTTPError as error:
                 if tries == TRIES or _is_final(error):
                     raise self._unreachable(error) from None  # what urllib3 raised may have what was sent
@@ -153,7 +153,8 @@ class Client:
             if response.status in good:
                 return response
             with response:
-                if response.status == 401 and not asked and tries < TRIES:
+                # Whoever it sent us to may not say where its credentials go.
+                if response.status == 401 and ours and not asked and tries < TRIES:
                     asked = self._authorize(response, sent)
                     continue
                 if response.status not in _AGAIN or tries == TRIES or not self.pause(tries, response):
@@ -170,8 +171,8 @@ class Client:
         body: Body | None,
         *,
         redirects: bool,
-    ) -> urllib3.BaseHTTPResponse:
-        """Send a request, and follow redirects to where they lead."""
+    ) -> tuple[urllib3.BaseHTTPResponse, bool]:
+        """Send a request, and follow redirects to where they lead; say whether that is the registry still."""
         for _ in range(_REDIRECTS + 1):
             if self._stopped.is_set():
                 raise CacheError("it was stopped, for other work beside it failed")
@@ -189,7 +190,7 @@ class Client:
             )
             location = response.get_redirect_location()
             if not location or not redirects:
-                return response
+                return response, ours
             response.close()
             url = self.follow(url, location)
         raise RegistryError(f"{self.place.registry} redirects more than {_REDIRECTS} times")

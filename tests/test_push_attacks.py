@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,23 @@ def test_credentials_go_where_the_connection_goes(cache: Cache, tmp_path: Path) 
         with pytest.raises(RegistryError):
             cache.pull(name, authfile=authfile)
         assert all("authorization" not in request.headers for request in [*storage.requests, *other.requests])
+
+
+@pytest.mark.parametrize("command", ["pull", "push"])
+def test_nobody_but_the_registry_says_who_gives_tokens(cache: Cache, tmp_path: Path, command: str) -> None:
+    with Registry(auth="bearer") as remote, Registry() as storage, Registry() as other:
+        name, authfile = remote.add(make.image(7), "app", "1"), login(tmp_path / "auth.json", remote.host)
+        if command == "pull":
+            remote.fault(redirect(storage.url), method="GET", path="/blobs/", times=99)
+        else:
+            remote.fault(headers({"Location": f"{storage.url}/upload"}), method="POST", path="/blobs/", times=99)
+        challenge = {"WWW-Authenticate": f'Bearer realm="{other.url}/token",service="x",scope="repository:app:pull"'}
+        storage.fault(answer(401, challenge), times=99)
+        call = cache.pull if command == "pull" else partial(cache.push, "app:1")
+        with pytest.raises(RegistryError, match="refuses"):
+            call(name, authfile=authfile)
+        assert storage.requests
+        assert other.requests == []
 
 
 @pytest.mark.parametrize("port", ["", ":443"])
