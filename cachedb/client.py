@@ -16,8 +16,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import urlencode, urljoin
@@ -33,7 +33,7 @@ from cachedb import credentials
 from cachedb.errors import CacheError, RegistryError, RegistryUnavailable
 from cachedb.reference import shorten
 
-__all__ = ["CHUNK", "TRIES", "Client", "Place", "plain", "read"]
+__all__ = ["CHUNK", "TRIES", "Client", "Place", "finished", "plain", "read"]
 
 CHUNK: Final = 1024 * 1024
 """Bytes that are read at once."""
@@ -402,6 +402,15 @@ def _tls(registry: str | None) -> ssl.SSLContext:
             for path in sorted(folder.glob("*.cert")):
                 context.load_cert_chain(path, path.with_suffix(".key"))
     return context
+
+
+@contextmanager
+def finished(response: urllib3.BaseHTTPResponse) -> Iterator[urllib3.BaseHTTPResponse]:
+    """Give the block an answer whose body is small, or not wanted: read to its end, its connection is used again."""
+    with response:
+        yield response
+        with suppress(HTTPError):
+            response.read1(CHUNK, decode_content=False)
 
 
 def read(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from cachedb.client import CHUNK, TRIES, Client, Place, plain, read
+from cachedb.client import CHUNK, TRIES, Client, Place, finished, plain, read
 from cachedb.errors import InvalidDigest, InvalidName, RegistryError, RegistryUnavailable, StorageError, os_errors
 from cachedb.oci import (
     DOCUMENT_LIMIT,
@@ -120,7 +120,7 @@ class Repository:
         """
         headers = {"Accept": _accepted()}
         url = self._url(f"manifests/{reference}")
-        with self._client.request("HEAD", url, self._named(reference), headers, good=(200, 405)) as response:
+        with finished(self._client.request("HEAD", url, self._named(reference), headers, good=(200, 405))) as response:
             return _said_digest(response.headers) if response.status == 200 else None
 
     def manifest(self, reference: str) -> Fetched:
@@ -130,8 +130,8 @@ class Repository:
             RegistryError: if there is none, or it cannot be had.
         """
         headers = {"Accept": _accepted()}
-        with self._client.request(
-            "GET", self._url(f"manifests/{reference}"), self._named(reference), headers
+        with finished(
+            self._client.request("GET", self._url(f"manifests/{reference}"), self._named(reference), headers)
         ) as response:
             data = read(response, DOCUMENT_LIMIT, f"manifest {reference} at {self.place.registry}")
             kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
@@ -173,7 +173,9 @@ class Repository:
         while url:
             pages += 1
             # What a registry says that knows nothing of it varies.
-            with self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 400, 404, 405)) as response:
+            with finished(
+                self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 400, 404, 405))
+            ) as response:
                 kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
                 if response.status != 200 or kind != OCI_INDEX:
                     return descriptors(self._listed(digest), OCI_INDEX, what)
@@ -187,7 +189,7 @@ class Repository:
     def _listed(self, digest: Digest) -> bytes:
         """Return the index that a tag points to, where a registry knows no referrers ("Referrers Tag Schema")."""
         url, what = self._url(f"manifests/{_tag_of(digest)}"), f"referrers of {digest}"
-        with self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 404)) as response:
+        with finished(self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 404))) as response:
             if response.status == 404:
                 return b'{"schemaVersion":2,"mediaType":"%s","manifests":[]}' % OCI_INDEX.encode()
             return read(response, DOCUMENT_LIMIT, what)
@@ -200,18 +202,23 @@ class Repository:
         """
         headers = {"Accept": _accepted()} if kind == "manifests" else {}
         what = f"{kind} of {self.place.repository}"
-        with self._client.request("HEAD", self._url(f"{kind}/{digest}"), what, headers, good=(200, 404)) as response:
+        with finished(
+            self._client.request("HEAD", self._url(f"{kind}/{digest}"), what, headers, good=(200, 404))
+        ) as response:
             return response.status == 200
 
     def mount(self, digest: Digest, source: str) -> bool:
         """Have the registry take a blob from another of its repositories ("Mounting a blob"); say whether it did."""
         url = self._url(f"blobs/uploads/?{urlencode({'mount': digest, 'from': source})}")
         with suppress(RegistryError):  # it may not be ours to read, nor an upload ours to end: then it is sent
-            with self._client.request("POST", url, f"blob {digest} of {source}", {}, good=(201, 202)) as response:
+            with finished(
+                self._client.request("POST", url, f"blob {digest} of {source}", {}, good=(201, 202))
+            ) as response:
                 if response.status == 201:
                     return True
                 upload = self._client.follow(url, response.headers.get("Location", ""))
-            self._client.request("DELETE", upload, "an upload", {}, good=(204,)).close()
+            with finished(self._client.request("DELETE", upload, "an upload", {}, good=(204,))):
+                pass
         return False
 
     def put_blob(self, digest: Digest, size: int, file: BinaryIO, advance: Advance) -> None:
@@ -250,7 +257,7 @@ class Repository:
                 before, (location, sent) = sent, self._upload_so_far(location, size)
                 advance(sent - before)
                 continue
-            with response:
+            with finished(response):
                 if response.status == 201:
                     return
                 if response.status == 202:
@@ -272,14 +279,19 @@ class Repository:
     def _begin_upload(self) -> tuple[str, int]:
         """Return where a blob is to be sent, and the bytes that a chunk of it must have."""
         url = self._url("blobs/uploads/")
-        with self._client.request("POST", url, f"repository {self.place.repository}", {}, good=(202,)) as response:
+        with finished(
+            self._client.request("POST", url, f"repository {self.place.repository}", {}, good=(202,))
+        ) as response:
             least = response.headers.get("OCI-Chunk-Min-Length", "")
             location = self._client.follow(url, response.headers.get("Location", ""))
             return location, int(least[:12]) if least.isdecimal() else 0
 
     def _upload_so_far(self, location: str, size: int) -> tuple[str | None, int]:
         """Return where an upload that was cut off goes on, and the bytes that are there; None if it must begin anew."""
-        with suppress(RegistryError), self._client.request("GET", location, "an upload", {}, good=(204,)) as response:
+        with (
+            suppress(RegistryError),
+            finished(self._client.request("GET", location, "an upload", {}, good=(204,))) as response,
+        ):
             there = re.fullmatch(r"(?:bytes=)?0-(\d{1,18})", response.headers.get("Range", ""))
             if there and 0 < int(there[1]) < size:  # of one byte it says what it says of none
                 return self._client.follow(location, response.headers.get("Location", location)), int(there[1]) + 1
@@ -303,7 +315,7 @@ class Repository:
         """Store a manifest or index; say whether the registry lists it as a referrer of its subject."""
         url, headers = self._url(f"manifests/{reference}"), {"Content-Type": media_type}
         what = self._named(reference)
-        with self._client.request("PUT", url, what, headers, good=(200, 201, 202), body=data) as response:
+        with finished(self._client.request("PUT", url, what, headers, good=(200, 201, 202), body=data)) as response:
             said, listed = _said_digest(response.headers), "OCI-Subject" in response.headers
             if response.status == 200 and said is None:
                 raise self._client.refusal(what, response)  # so does a network that wants us to log in answer

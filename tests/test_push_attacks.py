@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,6 +164,21 @@ def test_a_file_that_is_damaged_or_gone_is_told_of(
     path.unlink(missing_ok=True)
     path.write_bytes(kept)
     path.chmod(0o444)
+
+
+def test_a_connection_is_used_again(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    accept = remote._server.get_request
+
+    def counted() -> tuple[socket.socket, Any]:
+        made.append(1)
+        return accept()
+
+    monkeypatch.setattr(remote._server, "get_request", counted)
+    keep(cache, "many:1", make.image(*range(20)))
+    cache.push("many:1", f"{remote.host}/many:1")
+    assert len(remote.requests) > 60
+    assert len(made) <= 5
 
 
 # Nobody waits for a registry that does not answer, once it is for nothing
