@@ -74,15 +74,16 @@ def push(
     if target.digest not in (None, root.digest):
         raise InvalidName(f"{target} cannot be the name of {root.digest}: its digest is another")
     closure, documents = _all(root, manifests, contents, read)
-    wanted = {blob.digest: blob for blob in closure}
+    wanted = {blob.digest: blob for blob in closure if _is_document(blob)}
+    parts = {blob.digest: blob for blob in closure if not _is_document(blob)}  # a manifest can be some other's layer
     for blob in wanted.values():
-        if _is_document(blob) and blob.digest not in documents and not repository.has("manifests", blob.digest):
+        if blob.digest not in documents and not repository.has("manifests", blob.digest):
             raise IncompleteImage(
                 f"{target} is for {blob.platform or blob.digest} too, which is not here: pull it with --all-platforms, "
                 "or push one platform with --platform"
             )
     work = _Push(database, repository, there, each)
-    rest = sorted((blob for blob in wanted.values() if not _is_document(blob)), key=lambda blob: -blob.size)
+    rest = sorted(parts.values(), key=lambda blob: -blob.size)
     advance = summed(sum(blob.size for blob in rest), progress)
     in_threads(work.send, rest, advance, threads=_AT_ONCE, stop=repository.stop)
     named = {

@@ -23,7 +23,7 @@ from tests.faults import Answer, Call, answer, changed, headers, html, lost, red
 from tests.promises import check
 from tests.registries import Registry, certificate
 from tests.test_pull import PAUSES, alone, login  # noqa: F401 - alone is a fixture
-from tests.test_push import FIRST, assert_has, keep, referrer
+from tests.test_push import FIRST, assert_has, keep, keep_index, referrer
 
 
 @pytest.fixture
@@ -179,6 +179,17 @@ def test_a_connection_is_used_again(cache: Cache, remote: Registry, monkeypatch:
     cache.push("many:1", f"{remote.host}/many:1")
     assert len(remote.requests) > 60
     assert len(made) <= 5
+
+
+def test_a_manifest_that_is_a_layer_of_another_goes_as_both(cache: Cache, remote: Registry) -> None:
+    outer = make.image(9)
+    document = json.loads(outer.manifest)
+    document["layers"].append(make.descriptor(FIRST.manifest, "application/vnd.example.manifest+json"))
+    outer = outer._replace(manifest=json.dumps(document).encode(), layers=[*outer.layers, FIRST.manifest])
+    keep_index(cache, "both:1", FIRST, outer)
+    cache.push("both:1", f"{remote.host}/both:1")
+    assert_has(remote, "both", FIRST.digest, FIRST)
+    assert_has(remote, "both", outer.digest, outer)
 
 
 # Nobody waits for a registry that does not answer, once it is for nothing
