@@ -784,8 +784,8 @@ class Cache:
         authfile: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         each: Each | None = None,
-    ) -> list[Pushed]:
-        """Send all images that a repository has by tag, one after the other, as `push` does.
+    ) -> Iterator[Pushed]:
+        """Send all images that a repository has by tag, as `push` does, and yield each once it is there.
 
         Args:
             repository: a name without a tag.
@@ -813,10 +813,9 @@ class Cache:
         where = place(Name(target or repository, names[0].reference), plain_http=plain_http)
         there: set[Digest] = set()
         with closing(Repository(where, authfile=authfile, push=True)) as opened:
-            return [
-                self._push(name, name._replace(repository=target or repository), opened, there, None, progress, each)
-                for name in names
-            ]
+            for name in names:
+                there_as = name._replace(repository=target or repository)
+                yield self._push(name, there_as, opened, there, None, progress, each)
 
     def _push(
         self,

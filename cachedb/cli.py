@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cachedb.collection import Collected
     from cachedb.holds import HoldInfo
     from cachedb.images import ImageInfo
+    from cachedb.push import Pushed
     from cachedb.rebuild import Restored
     from cachedb.schema import Change
 
@@ -405,18 +406,25 @@ def push(
     """
     if all_tags and platform:
         raise click.UsageError("--all-tags and --platform exclude each other")
-    with _opened() as cache, _transfer(f"pushing {name}", quiet=quiet) as told:
-        options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile, **told}
-        if all_tags:
-            found = cache.push_tags(name, target, **options)
-        else:
-            found = [cache.push(name, target, platform=platform, **options)]
+    found: list[Pushed] = []
+    try:
+        with _opened() as cache, _transfer(f"pushing {name}", quiet=quiet) as told:
+            options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile, **told}
+            if all_tags:
+                found.extend(cache.push_tags(name, target, **options))
+            else:
+                found.append(cache.push(name, target, platform=platform, **options))
+    finally:  # of several tags those are there that were pushed before one could not be
+        _print_pushed(found, form, quiet=quiet)
+
+
+def _print_pushed(found: list[Pushed], form: str, *, quiet: bool) -> None:
     if quiet:
         for pushed in found:
             click.echo(f"{pushed.name.repository}@{pushed.digest}")
     elif form == "json":
         print_json([{**pushed._asdict(), "name": str(pushed.name)} for pushed in found])
-    else:
+    elif found:
         rows = [
             (
                 str(pushed.name),

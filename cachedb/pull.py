@@ -297,7 +297,12 @@ class _Pull:
         return refers
 
     def _listed(self, subject: Digest) -> list[Descriptor]:
-        return self._ask(lambda repository: repository.referrers(subject))
+        """Return what is listed as referring to a manifest; many a mirror has the images and not their referrers."""
+        for repository in self._repositories[:-1]:
+            with suppress(RegistryError):
+                if found := repository.referrers(subject):
+                    return found
+        return self._repositories[-1].referrers(subject)
 
     def _fits(self, root: Descriptor, info: ImageInfo) -> bool:
         """Say whether an image without an index is of the platform that was asked for, as far as its config says."""

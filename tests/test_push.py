@@ -173,16 +173,16 @@ def test_what_may_not_be_mounted_is_sent(cache: Cache, tmp_path: Path) -> None:
 def test_all_tags_of_a_repository_go(cache: Cache, remote: Registry) -> None:
     cache.tag("app:1", f"app@{FIRST.digest}")
     cache.tag("app:1", "other:1")
-    pushed = cache.push_tags("app", f"{remote.host}/team/app")
+    pushed = list(cache.push_tags("app", f"{remote.host}/team/app"))
     assert [str(done.name) for done in pushed] == [f"{remote.host}/team/app:1", f"{remote.host}/team/app:2"]
     assert_has(remote, "team/app", "1", FIRST)
     assert_has(remote, "team/app", "2", SECOND)
     asks = [request.path for request in remote.requests if request.method == "HEAD"]
     assert len(asks) == len(set(asks)) == 5  # a layer of both is asked for once
     with pytest.raises(InvalidName, match="'app:1' has a tag"):
-        cache.push_tags("app:1")
+        next(cache.push_tags("app:1"))
     with pytest.raises(NotInCache, match="no tags"):
-        cache.push_tags("nothing")
+        next(cache.push_tags("nothing"))
 
 
 def test_a_name_by_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
@@ -513,6 +513,15 @@ def test_push_prints_what_became_of_it(cachedb: Run, cache: Cache, remote: Regis
     assert cachedb("push", "app:1", "UPPER:1").returncode == 2
     assert cachedb("push", "-a", "--platform", "linux/amd64", "app", target).returncode == 2
     assert cachedb("push", "app:1", "127.0.0.1:1/app:1").returncode == 1
+
+
+def test_tags_that_were_pushed_before_one_could_not_be_are_printed(
+    cachedb: Run, cache: Cache, remote: Registry
+) -> None:
+    remote.fault(answer(400), method="PUT", path="/manifests/2", times=-1)
+    done = cachedb("push", "-q", "--all-tags", "app", f"{remote.host}/app")
+    assert (done.returncode, done.stdout) == (1, f"{remote.host}/app@{FIRST.digest}\n")
+    assert "400" in done.stderr
 
 
 def test_each_blob_is_told_of_until_it_is_done(cache: Cache, remote: Registry, directory: Path) -> None:
