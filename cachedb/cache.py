@@ -35,6 +35,7 @@ from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, Each, Progress, in_threads, summed
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten
 from cachedb.sessions import NO_HOLD, Hold, Session
+from cachedb.uses import Uses
 
 if TYPE_CHECKING:
     from cachedb import archive
@@ -75,6 +76,7 @@ class Cache:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._session = Session(database)
+        self._uses = Uses(database)
 
     @classmethod
     def open(
@@ -123,6 +125,7 @@ class Cache:
 
     def close(self) -> None:
         """End the session with the cache: what was stored and not associated may be collected from now on."""
+        self._uses.write()
         self._session.close()
         self._database.close()
         self._database.keep_reserve()
@@ -340,6 +343,8 @@ class Cache:
             return image if image.complete else None
 
         with producing.once(self.directory, str(wanted), find) as found:
+            if found:
+                self._uses.note(wanted)
             yield found
 
     @contextmanager
@@ -434,6 +439,7 @@ class Cache:
                 digest = images.find(connection, parsed).digest
             try:
                 with blobs.open_blob(self.directory, digest) as file, os_errors("read a manifest"):
+                    self._uses.note(parsed)
                     return file.read()
             except NotInCache:
                 # The name may have moved, and the manifest been collected, since we looked.
@@ -475,11 +481,18 @@ class Cache:
             return images.platforms(connection, self.directory, images.find(connection, Name.parse(name)).id)
 
     def is_image_complete(self, name: str | Name) -> bool:
-        """Say whether an image is in the cache with its manifest and all its blobs; False if it is not there."""
+        """Say whether an image is in the cache with its manifest and all its blobs; False if it is not there.
+
+        Like `get_manifest`, `hold`, `export`, `push` and `pull` it is a use of the image: ``last_used_at`` in the index
+        is true to five minutes.
+        """
         try:
-            return self.get_image(name).complete
+            complete = self.get_image(name).complete
         except NotInCache:
             return False
+        if complete:
+            self._uses.note(Name.parse(name))
+        return complete
 
     def associate_blob_with_image(
         self, name: str | Name, digest: str, role: str = "other", media_type: str = "application/octet-stream"
@@ -722,7 +735,7 @@ class Cache:
         places = [*mirrors(parsed), place(parsed, plain_http=plain_http)]
         with ExitStack() as opened:
             repositories = [opened.enter_context(closing(Repository(where, authfile=authfile))) for where in places]
-            return pull(
+            pulled = pull(
                 self._database,
                 self._session,
                 parsed,
@@ -735,6 +748,8 @@ class Cache:
                 progress=progress,
                 each=each,
             )
+        self._uses.note(parsed)
+        return pulled
 
     def push(
         self,

@@ -339,6 +339,21 @@ class Database:
             self._check_schema(connection)
             yield connection
 
+    @contextmanager
+    def write_at_once(self) -> Iterator[Connection | None]:
+        """A write transaction if the write lock is free; the block gets None if it is not."""
+        with os_errors("write to the cache"), locks.unforked():
+            file = locks.acquire(self.write_lock, wait=False)
+            if file is None:
+                yield None
+                return
+            try:
+                with self._engine.connect() as connection, self._transaction(_immediate(connection), locks.Turn(file)):
+                    self._check_schema(connection)
+                    yield connection
+            finally:
+                locks.release(file)
+
     def _check_schema(self, connection: Connection) -> None:
         # Every transaction begins with this one: by the driver, for which it takes a tenth of SQLAlchemy's time.
         driver = connection.connection.driver_connection
@@ -391,7 +406,7 @@ class Database:
                         if before:
                             before(driver)
                 try:
-                    with self._transaction(connection.execution_options(cachedb_begin="BEGIN IMMEDIATE"), turn):
+                    with self._transaction(_immediate(connection), turn):
                         yield connection
                 finally:
                     if schema:
@@ -572,6 +587,10 @@ class _Connection(sqlite3.Connection):
     """A connection that knows which file it is to."""
 
     file: tuple[int, int, str]
+
+
+def _immediate(connection: Connection) -> Connection:
+    return connection.execution_options(cachedb_begin="BEGIN IMMEDIATE")
 
 
 def _on_begin(connection: Connection) -> None:
