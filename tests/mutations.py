@@ -103,6 +103,9 @@ MUTATIONS = [
     Mutation("an upload that gets no further ends", "cachedb/registry.py", "                    if sent > furthest:\n", "                    if True:\n", "tests/test_push.py"),
     Mutation("a registry is told what it stored", "cachedb/registry.py", "        if said is not None and said != digest_of(data, said):\n", "        if False:\n", "tests/test_push.py"),
     Mutation("what was chosen of an index stays chosen", "cachedb/images.py", "    choose = choice(connection, image_id)\n", "    choose = None\n", "tests/test_pull.py"),
+    # Questions
+    Mutation("only questions can be asked", "cachedb/query.py", "        connection.set_authorizer(_authorize)\n", "", "tests/test_query.py"),
+    Mutation("nobody waits to note a use", "cachedb/database.py", "            file = locks.acquire(self.write_lock, wait=False)\n", "            file = locks.acquire(self.write_lock)\n", "tests/test_uses.py"),
     # What callers see
     Mutation("what is imported and stored is held", "cachedb/blobs.py", "            return session.lease(connection, intact(connection, database.directory, there))\n", "            return Hold('', 0, frozenset(intact(connection, database.directory, there)))\n", "tests/test_cache.py tests/test_interleavings.py tests/test_sessions.py"),
     Mutation("a blob is leased until its image is saved", "cachedb/cache.py", "                        hold = self._session.lease(connection, [received.digest])\n", "                        pass\n", "tests/test_cache.py tests/test_sessions.py"),
