@@ -83,6 +83,7 @@ def test_an_installed_package_makes_a_cache_and_changes_its_schema(
     assert package.is_relative_to(expected)
     assert migrations.is_relative_to(expected)
     assert (package.parent / "py.typed").is_file()
+    assert (package.parent / "page.html.j2").is_file()
     program, archive = environment / "bin" / "cachedb", ROOT / "examples" / "hello.oci.tar"
     command = [str(program), "--dir", "cache", "import", "-q", str(archive)]
     result = subprocess.run(command, cwd=tmp_path, env=clean, check=True, capture_output=True, text=True)
