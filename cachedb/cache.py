@@ -629,6 +629,13 @@ class Cache:
 
         return usage(self._database)
 
+    def get_page(self) -> str:
+        """Return a page of HTML that shows the cache, complete in itself: what is on the disk, and who shares it."""
+        from cachedb import page
+
+        with self._database.read() as connection:
+            return page.render(connection, self.directory)
+
     def get_stats(self) -> Stats:
         """Return the cache's totals."""
         with self._database.read() as connection:

@@ -883,6 +883,7 @@ def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None,
 @cli.command(
     epilog=_examples(
         "cachedb report --list",
+        "cachedb report --html cache.html",
         "cachedb report largest-unique",
         "cachedb report not-used -p days=90 --format json",
         "cachedb report freed-by -p names='app:1 app:2'",
@@ -890,19 +891,31 @@ def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None,
 )
 @click.argument("name", required=False)
 @click.option("--list", "list_", is_flag=True, help="List the reports, with their parameters.")
+@click.option("--html", "file", metavar="FILE", type=click.Path(), help="Write a page that shows the whole cache.")
 @_values
 @_row_format
 @_timeout
-def report(name: str | None, list_: bool, parameters: dict[str, str], form: str, seconds: int | None) -> None:
-    """Answer a question that has a name.
+def report(
+    name: str | None, list_: bool, file: str | None, parameters: dict[str, str], form: str, seconds: int | None
+) -> None:
+    """Answer a question that has a name; or show all of the cache on one page, which needs no network.
 
     A report is a file of SQL. Your own are in the folder of CACHEDB_REPORTS, by default reports/ in cachedb's folder
     of the user's configuration, and go before those of the same name. A table has sizes for people, all else bytes.
     """
     from cachedb.report import load, reports
 
-    if bool(name) == list_:
-        raise click.UsageError("name a report, or use --list")
+    if sum(map(bool, (name, list_, file))) != 1:
+        raise click.UsageError("name a report, or use --list, or --html")
+    if file:
+        with _opened() as cache:
+            page = cache.get_page()
+        try:
+            with click.open_file(file, "w", encoding="utf-8", atomic=file != "-") as opened:
+                opened.write(page)
+        except OSError as error:
+            raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
+        return
     if list_:
         found = reports()
         if form == "table":

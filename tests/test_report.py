@@ -176,6 +176,17 @@ def test_a_report_that_there_is_not_is_an_error(name: str) -> None:
         report.load(name)
 
 
+def test_the_whole_cache_is_shown_on_a_page(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    assert cachedb("report", "--html", str(tmp_path / "page.html")).returncode == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "app:stable" in page
+    assert cachedb("report", "--html", "-").stdout.startswith("<!doctype html>")
+    failed = cachedb("report", "--html", str(tmp_path / "nowhere" / "page.html"))
+    assert (failed.returncode, "cannot write" in failed.stderr) == (2, True)
+    assert cachedb("report", "--html", str(tmp_path / "x"), "garbage").returncode == 2
+
+
 def test_reports_are_printed(cachedb: Run, cache: Cache) -> None:
     assert "largest-images      limit=20" in cachedb("report", "--list").stdout
     listed = json.loads(cachedb("report", "--list", "--format", "json").stdout)
