@@ -38,6 +38,8 @@ MISSING = (
     f"WHERE o.image_id = i.id AND NOT {STORED})"
 )
 IS_LAYER = "EXISTS (SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer')"
+# The planner cannot know that a name stands for one image, and would look through all contents to find those of it.
+A_FEW = "likelihood(i.repository <> '', 0.0001)"
 SHARED = (
     "SELECT blob_id, count(DISTINCT image_id) AS images FROM image_blobs "
     "GROUP BY blob_id HAVING min(image_id) <> max(image_id)"
@@ -46,6 +48,15 @@ SHARED = (
 
 def size_of(condition: str) -> str:
     return f"(SELECT coalesce(sum(b.size), 0) FROM blobs AS b WHERE {condition})"
+
+
+def usage(own: str, others: str) -> str:
+    """What the blobs of something take, of which others have some."""
+    return f"""{size_of(own)} AS size,
+    {size_of(f"{own} AND NOT {STORED}")} AS missing_size,
+    {size_of(f"{own} AND {STORED} AND NOT {others}")} AS unique_size,
+    {size_of(f"{own} AND {STORED} AND {others}")} AS shared_size,
+    {size_of(f"{own} AND {STORED} AND NOT {others} AND NOT {HELD}")} AS freed_size"""
 
 
 VIEWS = {
@@ -66,11 +77,7 @@ SELECT
     i.last_used_at,
     NOT {MISSING} AS complete,
     (SELECT count(DISTINCT o.blob_id) FROM image_blobs AS o WHERE o.image_id = i.id) AS blobs,
-    {size_of(BLOBS_OF_IMAGE)} AS size,
-    {size_of(f"{BLOBS_OF_IMAGE} AND NOT {STORED}")} AS missing_size,
-    {size_of(f"{BLOBS_OF_IMAGE} AND {STORED} AND NOT {IN_ANOTHER}")} AS unique_size,
-    {size_of(f"{BLOBS_OF_IMAGE} AND {STORED} AND {IN_ANOTHER}")} AS shared_size,
-    {size_of(f"{BLOBS_OF_IMAGE} AND {STORED} AND NOT {IN_ANOTHER} AND NOT {HELD}")} AS freed_size
+    {usage(BLOBS_OF_IMAGE, IN_ANOTHER)}
 FROM images AS i JOIN blobs AS m ON m.id = i.manifest_id""",
     "image_contents": f"""
 -- what images are made of, a row for each position
@@ -84,11 +91,13 @@ SELECT
     o.media_type,
     o.diff_id,
     o.created_by
-FROM images AS i JOIN image_blobs AS o ON o.image_id = i.id JOIN blobs AS b ON b.id = o.blob_id""",
+FROM images AS i JOIN image_blobs AS o ON o.image_id = i.id JOIN blobs AS b ON b.id = o.blob_id
+WHERE {A_FEW}""",
     "labels": f"""
 -- labels of images
 SELECT {name_of("i")} AS name, l.key, l.value
-FROM images AS i JOIN image_labels AS l ON l.image_id = i.id""",
+FROM images AS i JOIN image_labels AS l ON l.image_id = i.id
+WHERE {A_FEW}""",
     "image_ages": f"""
 -- how long ago images were built, added and used
 SELECT
@@ -101,7 +110,7 @@ SELECT
     julianday('now') - julianday(i.last_used_at) AS unused_days
 FROM images AS i""",
     "image_bases": f"""
--- the image that an image is built on: the largest whose layers are the first of its own
+-- the image that an image is built on: that with the most layers, all of them the first of its own; the oldest such
 WITH stacks AS MATERIALIZED (
     SELECT image_id, min(position) AS first, count(*) AS layers, max(position) AS last
     FROM image_blobs WHERE role = 'layer' GROUP BY image_id HAVING max(position) - min(position) = count(*) - 1
@@ -110,7 +119,8 @@ WITH stacks AS MATERIALIZED (
     FROM stacks AS s JOIN image_blobs AS o ON o.image_id = s.image_id AND o.position = s.last
     WHERE EXISTS (SELECT 1 FROM image_blobs AS p WHERE p.blob_id = o.blob_id AND p.image_id <> o.image_id)
 ), found AS (
-    SELECT s.image_id, s.layers, t.image_id AS base_id, max(t.layers) AS base_layers
+    -- SQLite takes the other columns from the row with the maximum: most layers, then the smallest id.
+    SELECT s.image_id, s.layers, t.image_id AS base_id, t.layers AS base_layers, max((t.layers << 32) - t.image_id)
     FROM tops AS t
     CROSS JOIN image_blobs AS o ON o.blob_id = t.blob_id AND o.image_id <> t.image_id
     CROSS JOIN stacks AS s
@@ -173,12 +183,12 @@ CROSS JOIN image_blobs AS p ON p.blob_id = o.blob_id AND p.image_id <> i.id AND 
 CROSS JOIN images AS j ON j.id = p.image_id
 CROSS JOIN blobs AS b ON b.id = o.blob_id""",
     "repository_usage": f"""
--- repositories: what their images take together
+-- repositories: what their images take together, share with others, lack, and what removing them would free
 SELECT
     r.repository,
     r.images,
-    {size_of(f"{STORED} AND {BLOBS_OF_REPOSITORY}")} AS size,
-    {size_of(f"{STORED} AND {BLOBS_OF_REPOSITORY} AND NOT {IN_ANOTHER_REPOSITORY}")} AS unique_size
+    (SELECT count(*) FROM blobs AS b WHERE {BLOBS_OF_REPOSITORY}) AS blobs,
+    {usage(BLOBS_OF_REPOSITORY, IN_ANOTHER_REPOSITORY)}
 FROM (SELECT repository, count(*) AS images FROM images GROUP BY repository) AS r""",
     "missing_blobs": f"""
 -- what incomplete images lack
