@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -542,3 +543,33 @@ def compare(world: World, cache: Cache) -> None:
         assert row["freed_size"] == cache.remove_manifest(*of, dry_run=True).bytes
     (row,) = ask(directory, "SELECT count(*) AS blobs, coalesce(sum(size), 0) AS bytes FROM garbage")
     assert tuple(row.values()) == cache.collect_garbage(dry_run=True)
+
+
+# The reference.
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+REFERENCE = README.partition("\n## SQL reference\n")[2].partition("\n## ")[0]
+
+
+def test_the_reference_has_every_view_and_every_column_in_order_and_nothing_else(cache: Cache) -> None:
+    parts = re.split(r"^\*\*`(\w+)`\*\*", REFERENCE, flags=re.MULTILINE)[1:]
+    described = {
+        view: re.findall(r"^\| `(\w+)` \| \S.* \|$", text, re.MULTILINE)
+        for view, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+    with closing(sqlite3.connect(cache.directory / "index.db")) as shell:
+        views = [name for (name,) in shell.execute("SELECT name FROM sqlite_master WHERE type = 'view' ORDER BY rowid")]
+        there = {view: [column[0] for column in shell.execute(f"SELECT * FROM {view}").description] for view in views}
+    assert list(described) == views
+    assert described == there
+    assert REFERENCE.count("\n| ") == sum(map(len, there.values())) + 2 * len(views)
+
+
+def test_the_questions_of_the_reference_can_be_asked(cache: Cache) -> None:
+    (questions,) = re.findall(r"```sql\n(.*?)```", REFERENCE, re.DOTALL)
+    statements = questions.strip().split(";\n\n")
+    assert len(statements) == 5
+    cache.save_manifest("debian:12", IMAGES[0].manifest)
+    cache.save_manifest("app:1", IMAGES[1].manifest)
+    found = [ask(cache.directory, statement.rstrip(";")) for statement in statements]
+    assert [len(rows) for rows in found] == [0, 0, 1, 2, 1]
