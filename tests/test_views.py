@@ -573,3 +573,62 @@ def test_the_questions_of_the_reference_can_be_asked(cache: Cache) -> None:
     cache.save_manifest("app:1", IMAGES[1].manifest)
     found = [ask(cache.directory, statement.rstrip(";")) for statement in statements]
     assert [len(rows) for rows in found] == [0, 0, 1, 2, 1]
+
+
+# How the views are computed.
+
+QUESTIONS = {
+    "image_usage": "name", "image_contents": "name", "labels": "name", "image_ages": "name", "blob_usage": "digest",
+    "layers": "digest", "shared_layers": "digest", "common_layers": "name", "repository_usage": "repository",
+    "garbage": "digest",
+}  # fmt: skip
+"""What one thing is asked of a view by. `image_bases`, `missing_blobs` and `growth` go through all there is."""
+
+
+@pytest.fixture
+def large(place: Path) -> Iterator[sqlite3.Connection]:
+    """The index of a cache of 300 images."""
+    directory = place / "empty"
+    with Cache.open(directory) as cache:
+        for number in (0, 1, 2, 11):
+            cache.save_manifest(f"base:{number}", IMAGES[number].manifest)
+    with closing(sqlite3.connect(directory / "index.db")) as shell:
+        with shell:
+            for number in range(296):
+                values = {"new": number + 10, "of": 1 + number % 4, "reference": str(number)}
+                shell.execute(
+                    "INSERT INTO images (id, repository, reference, manifest_id, media_type, created_at, last_used_at) "
+                    "SELECT :new, 'app', :reference, manifest_id, media_type, created_at, last_used_at "
+                    "FROM images WHERE id = :of",
+                    values,
+                )
+                shell.execute(
+                    "INSERT INTO image_blobs SELECT :new, position, blob_id, role, media_type, diff_id, created_by "
+                    "FROM image_blobs WHERE image_id = :of",
+                    values,
+                )
+        assert shell.execute("SELECT count(*) FROM image_usage").fetchone() == (300,)
+        yield shell
+
+
+def scans(shell: sqlite3.Connection, query: str) -> list[str]:
+    """What a query goes through from one end to the other; of the tables with a row for each blob."""
+    (sql,) = shell.execute("SELECT group_concat(sql, ' ') FROM sqlite_master WHERE type = 'view'").fetchone()
+    aliases = {"image_blobs", "blobs", *re.findall(r"\b(?:image_blobs|blobs) AS (\w+)", sql)}
+    plan = [row[3] for row in shell.execute(f"EXPLAIN QUERY PLAN {query}")]
+    return [step for step in plan if step.startswith("SCAN ") and step.split()[1] in aliases]
+
+
+@pytest.mark.parametrize(("view", "column"), QUESTIONS.items())
+def test_a_question_about_one_thing_goes_through_no_others_blobs(
+    large: sqlite3.Connection, view: str, column: str
+) -> None:
+    assert scans(large, f"SELECT * FROM {view} WHERE {column} = 'x'") == []
+
+
+def test_what_contains_a_blob_is_found_by_its_digest(large: sqlite3.Connection) -> None:
+    assert scans(large, "SELECT name FROM image_contents WHERE digest = 'x'") == []
+
+
+def test_bases_are_found_in_one_pass(large: sqlite3.Connection) -> None:
+    assert scans(large, "SELECT * FROM image_bases") == ["SCAN image_blobs"]

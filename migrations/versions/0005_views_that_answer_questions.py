@@ -19,8 +19,7 @@ def name_of(image: str) -> str:
     return f"{image}.repository || CASE WHEN instr({image}.reference, ':') THEN '@' ELSE ':' END || {image}.reference"
 
 
-# Subqueries for each row where one row is asked for as often as all, for SQLite leaves out those that nobody reads;
-# and groups over the index of image_blobs where all rows are what is asked for.
+# Subqueries for each row: SQLite does one row by its indexes, and leaves out those that nobody reads.
 STORED = "b.stored_at IS NOT NULL"
 BLOBS_OF_IMAGE = "b.id IN (SELECT o.blob_id FROM image_blobs AS o WHERE o.image_id = i.id)"
 IN_ANOTHER = "EXISTS (SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id AND o.image_id <> i.id)"
@@ -37,12 +36,14 @@ MISSING = (
     "EXISTS (SELECT 1 FROM image_blobs AS o JOIN blobs AS b ON b.id = o.blob_id "
     f"WHERE o.image_id = i.id AND NOT {STORED})"
 )
+IMAGES_OF_BLOB = "(SELECT count(DISTINCT o.image_id) FROM image_blobs AS o WHERE o.blob_id = b.id)"
+COMMAND = "(SELECT min(o.created_by) FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer')"
 IS_LAYER = "EXISTS (SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer')"
 # The planner cannot know that a name stands for one image, and would look through all contents to find those of it.
 A_FEW = "likelihood(i.repository <> '', 0.0001)"
-SHARED = (
-    "SELECT blob_id, count(DISTINCT image_id) AS images FROM image_blobs "
-    "GROUP BY blob_id HAVING min(image_id) <> max(image_id)"
+IS_SHARED = (
+    "EXISTS (SELECT 1 FROM image_blobs AS o JOIN image_blobs AS p ON p.blob_id = o.blob_id AND p.image_id > o.image_id "
+    "WHERE o.blob_id = b.id)"
 )
 
 
@@ -151,7 +152,7 @@ SELECT
     b.size,
     {STORED} AS stored,
     b.stored_at,
-    (SELECT count(DISTINCT o.image_id) FROM image_blobs AS o WHERE o.blob_id = b.id) AS images,
+    {IMAGES_OF_BLOB} AS images,
     {HELD} AS held
 FROM blobs AS b""",
     "layers": f"""
@@ -160,8 +161,8 @@ SELECT
     b.digest,
     b.size,
     {STORED} AS stored,
-    (SELECT count(DISTINCT o.image_id) FROM image_blobs AS o WHERE o.blob_id = b.id) AS images,
-    (SELECT min(o.created_by) FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer') AS created_by
+    {IMAGES_OF_BLOB} AS images,
+    {COMMAND} AS created_by
 FROM blobs AS b
 WHERE {IS_LAYER}""",
     "shared_layers": f"""
@@ -169,11 +170,11 @@ WHERE {IS_LAYER}""",
 SELECT
     b.digest,
     b.size,
-    s.images,
-    b.size * (s.images - 1) AS saved_size,
-    (SELECT min(o.created_by) FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer') AS created_by
-FROM ({SHARED}) AS s JOIN blobs AS b ON b.id = s.blob_id
-WHERE {STORED} AND {IS_LAYER}""",
+    {IMAGES_OF_BLOB} AS images,
+    b.size * ({IMAGES_OF_BLOB} - 1) AS saved_size,
+    {COMMAND} AS created_by
+FROM blobs AS b
+WHERE {STORED} AND {IS_SHARED} AND {IS_LAYER}""",
     "common_layers": f"""
 -- layers that two images have in common
 SELECT DISTINCT {name_of("i")} AS name, {name_of("j")} AS other, b.digest, b.size, {STORED} AS stored
