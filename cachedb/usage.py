@@ -13,23 +13,27 @@ from cachedb.images import count_incomplete
 
 __all__ = ["Share", "Usage", "usage"]
 
-# One pass over the blobs, beside one over the index of the association.
-_SHARES = """
-WITH uses AS (
-    SELECT blob_id, count(DISTINCT image_id) AS images FROM image_blobs GROUP BY blob_id
-)
+# Of what images use: in the order of the index of the association, which is that of the blobs.
+_USED = """
 SELECT
-    CASE
-        WHEN uses.images > 1 THEN 'shared'
-        WHEN uses.images = 1 THEN 'unique'
-        WHEN EXISTS (SELECT 1 FROM leases WHERE leases.digest = blobs.digest) THEN 'held'
-        ELSE 'reclaimable'
-    END AS share,
+    CASE WHEN images > 1 THEN 'shared' ELSE 'unique' END AS share,
     count(*),
     sum(size),
-    sum(size * (coalesce(uses.images, 1) - 1))
-FROM blobs LEFT JOIN uses ON uses.blob_id = blobs.id
+    sum(size * (images - 1))
+FROM (SELECT blob_id, count(DISTINCT image_id) AS images FROM image_blobs GROUP BY blob_id) AS uses
+CROSS JOIN blobs ON blobs.id = uses.blob_id
 WHERE stored_at IS NOT NULL
+GROUP BY share
+"""
+_UNUSED = """
+SELECT
+    CASE WHEN EXISTS (SELECT 1 FROM leases WHERE leases.digest = blobs.digest) THEN 'held'
+        ELSE 'reclaimable' END AS share,
+    count(*),
+    sum(size),
+    0
+FROM blobs
+WHERE stored_at IS NOT NULL AND NOT EXISTS (SELECT 1 FROM image_blobs WHERE image_blobs.blob_id = blobs.id)
 GROUP BY share
 """
 _FOLDERS = ("backups", "ingest", "quarantine", "trash")
@@ -64,7 +68,7 @@ def usage(database: Database) -> Usage:
         StorageError: if a folder of it cannot be read.
     """
     with database.read() as connection:
-        rows = connection.exec_driver_sql(_SHARES).all()
+        rows = [row for query in (_USED, _UNUSED) for row in connection.exec_driver_sql(query)]
         images = int(connection.exec_driver_sql("SELECT count(*) FROM images").scalar_one())
         incomplete = count_incomplete(connection)
     found = {str(name): Share(blobs, size) for name, blobs, size, _ in rows}

@@ -1,4 +1,8 @@
 -- The layers that most images have.
 -- :limit 20
-SELECT digest, images, size, saved_size, created_by
-FROM shared_layers ORDER BY images DESC, size DESC LIMIT :limit
+WITH shared AS MATERIALIZED (
+    SELECT blob_id FROM image_blobs GROUP BY blob_id HAVING min(image_id) <> max(image_id)
+)
+SELECT l.digest, l.images, l.size, l.saved_size, l.created_by
+FROM shared AS s CROSS JOIN blobs AS b ON b.id = s.blob_id CROSS JOIN shared_layers AS l ON l.digest = b.digest
+ORDER BY l.images DESC, l.size DESC LIMIT :limit

@@ -1,5 +1,9 @@
--- What all images would take if they shared no layers, and what sharing saves.
+-- What all blobs take, and what they would take more if images shared no layers.
+WITH shared AS MATERIALIZED (
+    SELECT blob_id FROM image_blobs GROUP BY blob_id HAVING min(image_id) <> max(image_id)
+)
 SELECT
     (SELECT coalesce(sum(size), 0) FROM blobs WHERE stored_at IS NOT NULL) AS size,
-    (SELECT count(*) FROM shared_layers) AS shared_layers,
-    (SELECT coalesce(sum(saved_size), 0) FROM shared_layers) AS saved_size
+    count(*) AS shared_layers,
+    coalesce(sum(l.saved_size), 0) AS saved_size
+FROM shared AS s CROSS JOIN blobs AS b ON b.id = s.blob_id CROSS JOIN shared_layers AS l ON l.digest = b.digest
