@@ -34,15 +34,18 @@ WRITER = """
 import sys, time
 from cachedb import Cache
 with Cache.open(sys.argv[1]) as cache:
-    end, count = time.monotonic() + float(sys.argv[3]), 0
+    begin, count = float(sys.argv[3]), 0
+    time.sleep(max(0, begin - time.monotonic()))  # until all of them are there
+    end = begin + float(sys.argv[4])
     while time.monotonic() < end:
         cache.tag("team/app-1:0", f"mine-{sys.argv[2]}:{count % 10}")
         count += 1
 print(count)
 """
 READER = """
-import sys
+import os, sys
 from cachedb import Cache, report
+os.nice(10)  # as the command line does
 given = {"freed-by": {"names": "team/app-1:0"}, "added-by": {"name": "team/app-1:0", "over": "base/1:1"}}
 with Cache.open(sys.argv[1]) as cache:
     while True:
@@ -109,9 +112,9 @@ def fill(directory: Path, count: int) -> int:
 
 def rate(directory: Path, writers: int, seconds: float) -> float:
     """Return how many times a second an image gets a second name."""
-    command = [sys.executable, "-c", WRITER, str(directory)]
+    command, begin = [sys.executable, "-c", WRITER, str(directory)], time.monotonic() + 1 + writers / 2
     running = [
-        subprocess.Popen([*command, str(number), str(seconds)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(number), str(begin), str(seconds)], stdout=subprocess.PIPE, text=True)
         for number in range(writers)
     ]
     return sum(int(process.communicate()[0]) for process in running) / seconds
