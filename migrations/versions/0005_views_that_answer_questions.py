@@ -19,7 +19,8 @@ def name_of(image: str) -> str:
     return f"{image}.repository || CASE WHEN instr({image}.reference, ':') THEN '@' ELSE ':' END || {image}.reference"
 
 
-# Subqueries for each row: SQLite does one row by its indexes, and leaves out those that nobody reads.
+# Subqueries for each row: SQLite does one row by its indexes, and leaves out those that nobody reads. A CROSS JOIN
+# keeps the order of its tables; it has no ON here, which SQLite takes, and DuckDB, that parses what it reads, does not.
 STORED = "b.stored_at IS NOT NULL"
 BLOBS_OF_IMAGE = "b.id IN (SELECT o.blob_id FROM image_blobs AS o WHERE o.image_id = i.id)"
 IN_ANOTHER = "EXISTS (SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id AND o.image_id <> i.id)"
@@ -38,13 +39,11 @@ MISSING = (
 )
 IMAGES_OF_BLOB = "(SELECT count(DISTINCT o.image_id) FROM image_blobs AS o WHERE o.blob_id = b.id)"
 COMMAND = "(SELECT min(o.created_by) FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer')"
-IS_LAYER = "EXISTS (SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer')"
+# Not EXISTS, which SQLite from 3.51 on turns into a join: what stands beside it is then computed for each row found.
+IS_LAYER = "(SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer' LIMIT 1) IS NOT NULL"
 # The planner cannot know that a name stands for one image, and would look through all contents to find those of it.
 A_FEW = "likelihood(i.repository <> '', 0.0001)"
-IS_SHARED = (
-    "EXISTS (SELECT 1 FROM image_blobs AS o JOIN image_blobs AS p ON p.blob_id = o.blob_id AND p.image_id > o.image_id "
-    "WHERE o.blob_id = b.id)"
-)
+IS_SHARED = "(SELECT min(o.image_id) <> max(o.image_id) FROM image_blobs AS o WHERE o.blob_id = b.id)"
 
 
 def size_of(condition: str) -> str:
@@ -113,8 +112,8 @@ FROM images AS i""",
     "image_bases": f"""
 -- the image that an image is built on: that with the most layers, all of them the first of its own; the oldest such
 WITH stacks AS MATERIALIZED (
-    SELECT image_id, min(position) AS first, count(*) AS layers, max(position) AS last
-    FROM image_blobs WHERE role = 'layer' GROUP BY image_id HAVING max(position) - min(position) = count(*) - 1
+    SELECT image_id, min(position) AS first, count(position) AS layers, max(position) AS last
+    FROM image_blobs WHERE role = 'layer' GROUP BY image_id HAVING max(position) - min(position) = count(position) - 1
 ), tops AS MATERIALIZED (
     SELECT s.image_id, s.first, s.layers, o.blob_id
     FROM stacks AS s JOIN image_blobs AS o ON o.image_id = s.image_id AND o.position = s.last
@@ -123,16 +122,17 @@ WITH stacks AS MATERIALIZED (
     -- SQLite takes the other columns from the row with the maximum: most layers, then the smallest id.
     SELECT s.image_id, s.layers, t.image_id AS base_id, t.layers AS base_layers, max((t.layers << 32) - t.image_id)
     FROM tops AS t
-    CROSS JOIN image_blobs AS o ON o.blob_id = t.blob_id AND o.image_id <> t.image_id
+    CROSS JOIN image_blobs AS o
     CROSS JOIN stacks AS s
-        ON s.image_id = o.image_id AND s.layers > t.layers AND o.position = s.first + t.layers - 1
-    WHERE NOT EXISTS (
-        SELECT 1
-        FROM image_blobs AS x
-        JOIN image_blobs AS y ON y.image_id = s.image_id AND y.position = x.position - t.first + s.first
-        WHERE x.image_id = t.image_id AND x.position BETWEEN t.first AND t.first + t.layers - 2
-            AND x.blob_id <> y.blob_id
-    )
+    WHERE o.blob_id = t.blob_id AND o.image_id <> t.image_id
+        AND s.image_id = o.image_id AND s.layers > t.layers AND o.position = s.first + t.layers - 1
+        AND NOT EXISTS (
+            SELECT 1
+            FROM image_blobs AS x
+            JOIN image_blobs AS y ON y.image_id = s.image_id AND y.position = x.position - t.first + s.first
+            WHERE x.image_id = t.image_id AND x.position BETWEEN t.first AND t.first + t.layers - 2
+                AND x.blob_id <> y.blob_id
+        )
     GROUP BY s.image_id
 )
 SELECT
@@ -179,10 +179,13 @@ WHERE {STORED} AND {IS_SHARED} AND {IS_LAYER}""",
 -- layers that two images have in common
 SELECT DISTINCT {name_of("i")} AS name, {name_of("j")} AS other, b.digest, b.size, {STORED} AS stored
 FROM images AS i
-CROSS JOIN image_blobs AS o ON o.image_id = i.id AND o.role = 'layer'
-CROSS JOIN image_blobs AS p ON p.blob_id = o.blob_id AND p.image_id <> i.id AND p.role = 'layer'
-CROSS JOIN images AS j ON j.id = p.image_id
-CROSS JOIN blobs AS b ON b.id = o.blob_id""",
+CROSS JOIN image_blobs AS o
+CROSS JOIN image_blobs AS p
+CROSS JOIN images AS j
+CROSS JOIN blobs AS b
+WHERE o.image_id = i.id AND o.role = 'layer'
+    AND p.blob_id = o.blob_id AND p.image_id <> i.id AND p.role = 'layer'
+    AND j.id = p.image_id AND b.id = o.blob_id""",
     "repository_usage": f"""
 -- repositories: what their images take together, share with others, lack, and what removing them would free
 SELECT
@@ -195,9 +198,9 @@ FROM (SELECT repository, count(*) AS images FROM images GROUP BY repository) AS 
 -- what incomplete images lack
 SELECT {name_of("i")} AS name, o.position, o.role, b.digest, b.size
 FROM blobs AS b
-CROSS JOIN image_blobs AS o ON o.blob_id = b.id
-CROSS JOIN images AS i ON i.id = o.image_id
-WHERE NOT {STORED}""",
+CROSS JOIN image_blobs AS o
+CROSS JOIN images AS i
+WHERE NOT {STORED} AND o.blob_id = b.id AND i.id = o.image_id""",
     "garbage": f"""
 -- what `cachedb gc` would free
 SELECT b.digest, b.size, b.stored_at
