@@ -50,11 +50,11 @@ def cachedb(directory: Path) -> Run:
     return run
 
 
-def find_peer(program: str) -> str:
+def find_peer(program: str, install: str = "") -> str:
     """Return a peer's program; without it, skip, or fail where CACHEDB_REQUIRE_PEERS says that it must be there."""
     path = shutil.which(program)
     if path is None:
-        message = f"{program} is not installed: apt-get install {program}"
+        message = f"{program} is not installed: {install or f'apt-get install {program}'}"
         if os.environ.get("CACHEDB_REQUIRE_PEERS"):
             pytest.fail(message)
         pytest.skip(message)
