@@ -864,6 +864,7 @@ def _text_of(file: str) -> str:
 
 
 def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None, *, sizes: bool = False) -> None:
+    os.nice(10)  # a question that goes through a large index gives way to those who work with the cache
     try:
         with _opened() as cache, cache.sql(query, parameters, timeout=seconds) as found:
             print_rows(found.columns, found.rows, form, sizes=sizes)

@@ -401,8 +401,6 @@ class Database:
                     with self._sqlite_errors():
                         driver.execute("PRAGMA journal_mode = WAL")
                         driver.execute("PRAGMA foreign_keys = OFF")
-                        # A table that Alembic makes anew is away for a moment, and the views over it are not.
-                        driver.execute("PRAGMA legacy_alter_table = ON")
                         if before:
                             before(driver)
                 try:

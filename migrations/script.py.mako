@@ -15,7 +15,8 @@ depends_on = ${repr(depends_on)}
 # The oldest schema whose releases can still read and write a cache after this migration.
 oldest = ${repr(up_revision)}
 
-# Not written by Alembic: the CHECK constraints of a column that is added. And a batch copies the table and words its
+# Not written by Alembic: the CHECK constraints of a column that is added; and views over what changes have to be dropped
+# before it and made again after it. And a batch copies the table and words its
 # definition anew, which `cachedb db check` reports: op.add_column and op.drop_column do neither, as in 0003.
 
 

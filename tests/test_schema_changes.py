@@ -851,7 +851,7 @@ def test_up_is_not_down(directory: Path) -> None:
         ("CREATE TRIGGER mine AFTER INSERT ON images BEGIN SELECT 1; END", "trigger", "mine"),
         ("CREATE VIEW mine AS SELECT 1", "view", "mine"),
         ("ALTER TABLE blobs ADD COLUMN colour TEXT", "column", "blobs.colour"),
-        ("ALTER TABLE images DROP COLUMN author", "column", "images.author"),
+        ("ALTER TABLE images DROP COLUMN some_platforms", "column", "images.some_platforms"),
         ("PRAGMA user_version = 1", "pragma", "user_version"),
     ],
 )
