@@ -102,11 +102,13 @@ def _examples(*lines: str) -> str:
 
 
 @contextmanager
-def _opened(*, damaged: bool = False) -> Iterator[Cache]:
+def _opened(*, damaged: bool = False, existing: bool = False) -> Iterator[Cache]:
     import logging
 
     from cachedb.cache import Cache
 
+    if existing and not any((_directory() / name).exists() for name in ("index.db", "blobs")):
+        raise NotInCache(f"there is no cache in {str(_directory())!r}")
     gc_.freeze()
     gc_.enable()
     # SQLAlchemy logs an interrupt that comes while it closes a connection, with a traceback, and raises it as well.
@@ -834,7 +836,7 @@ def sql(
         raise click.UsageError("give a query, or --file, or --schema")
     if schema:
         query = "SELECT sql || ';' AS sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type <> 'table', name"
-        with _opened() as cache, cache.sql(query) as found:
+        with _opened(existing=True) as cache, cache.sql(query) as found:
             for (definition,) in found.rows:
                 click.echo(definition)
         return
@@ -843,7 +845,7 @@ def sql(
     elif file is not None:
         query = _text_of(file)
     if query is None:
-        with _opened() as cache:
+        with _opened(existing=True) as cache:
             views = cache.list_views()
         if form == "table":
             print_table(("VIEW", "WHAT IT HAS"), [(view.name, view.description) for view in views])
@@ -866,7 +868,7 @@ def _text_of(file: str) -> str:
 def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None, *, sizes: bool = False) -> None:
     os.nice(10)  # a question that goes through a large index gives way to those who work with the cache
     try:
-        with _opened() as cache, cache.sql(query, parameters, timeout=seconds) as found:
+        with _opened(existing=True) as cache, cache.sql(query, parameters, timeout=seconds) as found:
             print_rows(found.columns, found.rows, form, sizes=sizes)
             sys.stdout.flush()
     except InvalidQuery as error:
@@ -909,7 +911,7 @@ def report(
     if sum(map(bool, (name, list_, file))) != 1:
         raise click.UsageError("name a report, or use --list, or --html")
     if file:
-        with _opened() as cache:
+        with _opened(existing=True) as cache:
             page = cache.get_page()
         try:
             with click.open_file(file, "w", encoding="utf-8", atomic=file != "-") as opened:
@@ -940,7 +942,7 @@ def df(verbose: bool, form: str) -> None:
     and reclaimable by `cachedb gc` otherwise.
     """
     columns = ("name", "size", "unique_size", "shared_size", "freed_size", "complete", "last_used_at")
-    with _opened() as cache:
+    with _opened(existing=True) as cache:
         found = cache.get_usage()
         images: list[Any] = []
         if verbose:

@@ -97,6 +97,8 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
 
 
 def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: bool) -> None:
+    if not rows and sys.stdout.isatty():
+        click.echo("no rows", err=True)
     numbers = [name for place, name in enumerate(columns) if all(_is_number(row[place]) for row in rows)]
     for_people = [sizes and (name == "size" or name.endswith("_size")) for name in columns]
 
@@ -104,7 +106,7 @@ def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: b
         return human(value) if size and isinstance(value, (int, float)) else _text(value)
 
     cells = [list(map(cell, row, for_people)) for row in rows]
-    print_table([name.upper() for name in columns], cells, right=[name.upper() for name in numbers])
+    print_table(columns, cells, right=numbers)
 
 
 def _is_number(value: object) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ _ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE
 # What only tells of the schema.
 _PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo"})
 _TABLES: Final = ("json_each", "json_tree", *(f"pragma_{name}" for name in sorted(_PRAGMAS)))
-_REFUSED = ("not authorized", "authorization denied", "attempt to write a readonly database")
+_REFUSED = re.compile(r"not authorized|authorization denied|attempt to write|cannot modify|.* may not be modified")
 _NAMED = re.compile(
     r'(?:no such (?:column|table|function)|ambiguous column name|unrecognized token|near):? ("?)(.+?)\1(?:$|: syntax)'
 )
@@ -80,6 +82,12 @@ def answer(
                 for row in cursor:  # noqa: UP028 - `yield from` would close the cursor of a connection that is closed
                     yield row
 
+        if sys.version_info >= (3, 12):  # a column that there is not is no text in double quotes
+            connection.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, False)
+        for name in parameters or {}:
+            if not re.search(rf"[:@$]{re.escape(name)}\b", query):
+                known = ", ".join(sorted(set(re.findall(r":\w+", query)))) or "none"
+                raise InvalidQuery(f"the query has no :{name}; it has {known}")
         with _errors(connection, query, end, timeout):
             cursor = connection.execute(query, parameters or {})
             if cursor.description is None:
@@ -104,12 +112,17 @@ def _errors(connection: sqlite3.Connection, query: str, end: float | None, timeo
             raise CacheError(f"the query took over {timeout:g} s: narrow it, or give it more time") from None
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
             raise
-        if message.startswith(_REFUSED):
+        if _REFUSED.match(message):
             raise InvalidQuery("it would do something else than read: only questions can be asked") from None
-        if missing := re.search(r"binding(?: parameter)? :?(\w+)", message):
+        if missing := re.search(r"binding parameter :?(\w+)", message):
             raise InvalidQuery(f"there is no value for :{missing[1]}: give one with -p {missing[1]}=VALUE") from None
+        if message.startswith("Binding "):
+            raise InvalidQuery("a ? has no name: write :NAME instead, and give it a value with -p NAME=VALUE") from None
+        if message.startswith("You can only execute one statement"):
+            raise InvalidQuery("only one question can be asked at a time") from None
         connection.set_authorizer(None)
-        raise InvalidQuery(message, _place(connection, query, message)) from None
+        place = _place(connection, query, message)
+        raise InvalidQuery(message + _suggestion(connection, query, message), place) from None
 
 
 def _authorize(action: int, first: str | None, second: str | None, *_: object) -> int:
@@ -150,6 +163,22 @@ def _ago(time: Value) -> str | None:
     except ValueError:
         return None
     return None if then is None else ago(then if then.tzinfo else then.replace(tzinfo=UTC))
+
+
+def _suggestion(connection: sqlite3.Connection, query: str, message: str) -> str:
+    """Say what may be meant by a name that there is not."""
+    named = re.match(r"no such (column|table): (?:\w+\.)?(\w+)", message)
+    if named is None:
+        return ""
+    tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'table')")]
+    if named[1] == "column":
+        columns = "SELECT name FROM pragma_table_info(?)"
+        asked = [name for name in tables if re.search(rf"\b{re.escape(name)}\b", query, re.IGNORECASE)]
+        known = {column for name in asked for (column,) in connection.execute(columns, (name,))}
+    else:
+        known = set(tables)
+    near = difflib.get_close_matches(named[2].lower(), sorted(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def views(database: Database) -> list[View]:

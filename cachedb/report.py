@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,12 +55,11 @@ class Report(NamedTuple):
 
 
 def number(text: str) -> int | float | str:
-    """Return a text as the number that it is, or as it is."""
+    """Return a text as the number that is written so, or as it is: a tag ``1.10`` or ``007`` is none."""
     for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+        with suppress(ValueError):
+            if repr(found := kind(text)) == text:
+                return found
     return text
 
 

@@ -81,6 +81,7 @@ def test_sizes_and_times_can_be_read_by_people(cache: Cache) -> None:
         "SELECT load_extension('evil')",
         "WITH x AS (SELECT 1) DELETE FROM images",
         "EXPLAIN DELETE FROM images",
+        "UPDATE labels SET value = ''",
     ],
 )
 def test_nothing_can_be_changed(cache: Cache, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +128,21 @@ def test_an_error_says_where_it_is(cache: Cache, query: str, marked: str | None)
         assert query[slice(*place)] == marked
 
 
+@pytest.mark.parametrize(
+    ("query", "meant"),
+    [
+        ("SELECT unique_sise FROM image_usage", "unique_size"),
+        ("SELECT g.sise FROM garbage AS g", "size"),
+        ("SELECT 1 FROM image_use", "image_usage"),
+        ("SELECT xyzzy FROM garbage", None),
+    ],
+)
+def test_an_error_says_what_may_be_meant(cache: Cache, query: str, meant: str | None) -> None:
+    with pytest.raises(InvalidQuery) as caught:
+        rows(cache, query)
+    assert str(caught.value).endswith(f"; did you mean {meant}?") is (meant is not None)
+
+
 @pytest.mark.parametrize("query", ["", "  \n", "-- nothing", ";"])
 def test_no_question_is_an_error(cache: Cache, query: str) -> None:
     with pytest.raises(InvalidQuery, match="there is no query"):
@@ -134,10 +150,14 @@ def test_no_question_is_an_error(cache: Cache, query: str) -> None:
 
 
 def test_what_is_no_single_question_is_an_error(cache: Cache) -> None:
-    with pytest.raises(InvalidQuery, match="one statement at a time"):
+    with pytest.raises(InvalidQuery, match="only one question can be asked at a time"):
         rows(cache, "SELECT 1; SELECT 2")
     with pytest.raises(InvalidQuery, match="no value for :least: give one with -p least=VALUE"):
         rows(cache, "SELECT :least")
+    with pytest.raises(InvalidQuery, match="write :NAME instead"):
+        rows(cache, "SELECT ?, :n", n=1)
+    with pytest.raises(InvalidQuery, match="the query has no :dyas; it has :days"):
+        rows(cache, "SELECT :days", dyas=1)
     with pytest.raises(InvalidQuery):
         rows(cache, "SELECT '\0'")
     with pytest.raises(InvalidQuery):
@@ -192,7 +212,7 @@ def test_views_are_listed_with_what_they_have(cache: Cache) -> None:
 # The command line
 
 PRINTED = {
-    "table": 'NAME    N  T\napp:1  12  a|"b,\\n\n',
+    "table": 'name    n  t\napp:1  12  a|"b,\\n\n',
     "json": '[\n  {"name": "app:1", "n": 12, "t": "a|\\"b,\\n"}\n]\n',
     "ndjson": '{"name": "app:1", "n": 12, "t": "a|\\"b,\\n"}\n',
     "csv": 'name,n,t\napp:1,12,"a|""b,\n"\n',
@@ -214,14 +234,34 @@ def test_no_rows_are_no_rows(cachedb: Run, cache: Cache, form: str) -> None:
     if form == "json":
         assert json.loads(done.stdout) == []
     else:
-        assert done.stdout == {"table": "ONE\n", "ndjson": "", "markdown": "| one |\n| --- |\n"}.get(form, "one\n")
+        assert done.stdout == {"table": "one\n", "ndjson": "", "markdown": "| one |\n| --- |\n"}.get(form, "one\n")
+
+
+def test_a_value_that_is_written_as_a_number_is_one(cachedb: Run, cache: Cache) -> None:
+    for text, kind in {
+        "10": "integer",
+        "-1.5": "real",
+        "1.10": "text",
+        "007": "text",
+        "1e3": "text",
+        "": "text",
+    }.items():
+        done = cachedb("sql", "--format", "csv", "-p", f"x={text}", "SELECT typeof(:x) AS t, :x || '' AS x")
+        assert done.stdout == f"t,x\n{kind},{text or ''}\n"
+
+
+@pytest.mark.parametrize("command", [["sql", "SELECT 1"], ["sql"], ["sql", "--schema"], ["report", "garbage"], ["df"]])
+def test_a_question_makes_no_cache(cachedb: Run, directory: Path, command: list[str]) -> None:
+    done = cachedb(*command)
+    assert (done.returncode, done.stderr) == (3, f"cachedb: there is no cache in {str(directory)!r}\n")
+    assert not directory.exists()
 
 
 def test_a_query_comes_from_a_file_or_from_stdin(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "query.sql").write_text("SELECT count(*) AS n FROM images")
-    assert cachedb("sql", "--file", str(tmp_path / "query.sql")).stdout == "N\n1\n"
-    assert cachedb("sql", "-", input="SELECT 2 AS n").stdout == "N\n2\n"
-    assert cachedb("sql", "--file", "-", input="SELECT 3 AS n").stdout == "N\n3\n"
+    assert cachedb("sql", "--file", str(tmp_path / "query.sql")).stdout == "n\n1\n"
+    assert cachedb("sql", "-", input="SELECT 2 AS n").stdout == "n\n2\n"
+    assert cachedb("sql", "--file", "-", input="SELECT 3 AS n").stdout == "n\n3\n"
     failed = cachedb("sql", "--file", str(tmp_path / "nothing.sql"))
     assert (failed.returncode, "cannot read" in failed.stderr) == (2, True)
     assert cachedb("sql", "--schema", "SELECT 1").returncode == 2
@@ -240,7 +280,8 @@ def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
     failed = cachedb("sql", "SELECT name\nFROM image_usge WHERE 1")
     assert failed.returncode == 2
     assert failed.stderr == (
-        "cachedb: no such table: image_usge, in line 2:\n  FROM image_usge WHERE 1\n       ^^^^^^^^^^\n"
+        "cachedb: no such table: image_usge; did you mean image_usage?, in line 2:\n"
+        "  FROM image_usge WHERE 1\n       ^^^^^^^^^^\n"
     )
     failed = cachedb("sql", "DELETE FROM images")
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)

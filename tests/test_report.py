@@ -192,7 +192,7 @@ def test_reports_are_printed(cachedb: Run, cache: Cache) -> None:
     listed = json.loads(cachedb("report", "--list", "--format", "json").stdout)
     assert {"report", "description", "parameters", "path"} == set(listed[0])
     printed = cachedb("report", "largest-unique", "-p", "limit=1").stdout.splitlines()
-    assert (printed[0].split(), len(printed)) == (["NAME", "UNIQUE_SIZE", "SIZE", "FREED_SIZE"], 2)
+    assert (printed[0].split(), len(printed)) == (["name", "unique_size", "size", "freed_size"], 2)
     assert "kB" in printed[1]
     (row,) = json.loads(cachedb("report", "largest-unique", "-p", "limit=1", "--format", "json").stdout)
     assert isinstance(row["unique_size"], int)
