@@ -572,7 +572,7 @@ def test_the_questions_of_the_reference_can_be_asked(cache: Cache) -> None:
     cache.save_manifest("debian:12", IMAGES[0].manifest)
     cache.save_manifest("app:1", IMAGES[1].manifest)
     found = [ask(cache.directory, statement.rstrip(";")) for statement in statements]
-    assert [len(rows) for rows in found] == [0, 0, 1, 2, 1]
+    assert [len(rows) for rows in found] == [0, 0, 1, 1, 2, 1]
 
 
 # How the views are computed.
