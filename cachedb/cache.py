@@ -32,7 +32,7 @@ from cachedb.holds import HoldInfo
 from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
 from cachedb.models import Blob, Image
 from cachedb.oci import Descriptor
-from cachedb.parallel import Advance, Each, Progress, in_threads, summed
+from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten
 from cachedb.sessions import NO_HOLD, Hold, Session
 from cachedb.uses import Uses
@@ -629,7 +629,7 @@ class Cache:
 
         return usage(self._database)
 
-    def get_page(self) -> str:
+    def get_html_report(self) -> str:
         """Return a page of HTML that shows the cache, complete in itself: what is on the disk, and who shares it."""
         from cachedb import page
 
@@ -707,7 +707,7 @@ class Cache:
         plain_http: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
-        each: Each | None = None,
+        blob_progress: BlobProgress | None = None,
     ) -> Pulled:
         """Bring an image from its registry: what is not here of it, verified, and resumed where it was cut off.
 
@@ -727,7 +727,7 @@ class Cache:
             plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
             authfile: to take credentials from, instead of the files that podman and Docker keep.
             progress: is told how far the download is.
-            each: is told how far each blob is.
+            blob_progress: is told how far each blob is.
 
         Raises:
             RegistryError: if it cannot be had.
@@ -753,7 +753,7 @@ class Cache:
                 allow_stale=allow_stale,
                 referrers=referrers,
                 progress=progress,
-                each=each,
+                blob_progress=blob_progress,
             )
         self._uses.note(parsed)
         return pulled
@@ -767,7 +767,7 @@ class Cache:
         plain_http: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
-        each: Each | None = None,
+        blob_progress: BlobProgress | None = None,
     ) -> Pushed:
         """Send an image to a registry: what is not there of it, and what refers to it; it has the same digest there.
 
@@ -780,7 +780,7 @@ class Cache:
             plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
             authfile: to take credentials from, instead of the files that podman and Docker keep.
             progress: is told how far the upload is.
-            each: is told how far each blob is.
+            blob_progress: is told how far each blob is.
 
         Raises:
             NotInCache: if there is no such image, or it is not for that platform.
@@ -795,7 +795,7 @@ class Cache:
         source = Name.parse(name)
         there = Name.parse(target) if target is not None else source
         with closing(Repository(place(there, plain_http=plain_http), authfile=authfile, push=True)) as repository:
-            return self._push(source, there, repository, set(), platform, progress, each)
+            return self._push(source, there, repository, set(), platform, progress, blob_progress)
 
     def push_tags(
         self,
@@ -805,7 +805,7 @@ class Cache:
         plain_http: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
-        each: Each | None = None,
+        blob_progress: BlobProgress | None = None,
     ) -> Iterator[Pushed]:
         """Send all images that a repository has by tag, as `push` does, and yield each once it is there.
 
@@ -815,7 +815,7 @@ class Cache:
             plain_http: as for `push`.
             authfile: as for `push`.
             progress: is told how far the upload of an image is.
-            each: is told how far each blob is.
+            blob_progress: is told how far each blob is.
 
         Raises:
             NotInCache: if there is none.
@@ -837,7 +837,7 @@ class Cache:
         with closing(Repository(where, authfile=authfile, push=True)) as opened:
             for name in names:
                 there_as = name._replace(repository=target or repository)
-                yield self._push(name, there_as, opened, there, None, progress, each)
+                yield self._push(name, there_as, opened, there, None, progress, blob_progress)
 
     def _push(
         self,
@@ -847,7 +847,7 @@ class Cache:
         there: set[Digest],
         platform: str | None,
         progress: Progress | None,
-        each: Each | None,
+        blob_progress: BlobProgress | None,
     ) -> Pushed:
         from cachedb import export
         from cachedb.push import push
@@ -866,7 +866,7 @@ class Cache:
                 self._document,
                 there,
                 progress=progress,
-                each=each,
+                blob_progress=blob_progress,
             )
 
     def _manifests(self, name: Name, info: ImageInfo, held: list[BlobInfo]) -> tuple[Descriptor, dict[Digest, bytes]]:

@@ -25,18 +25,20 @@ from cachedb.errors import (
     NotInCache,
     explain,
 )
-from cachedb.printing import ROW_FORMATS, cut, print_json, print_rows, print_table, printable, short
-from cachedb.units import ago, human
+from cachedb.printing import ROW_FORMATS, print_json, print_rows, print_table
+from cachedb.units import ago, cut, human, printable, short
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import rich.progress
     from click.shell_completion import CompletionItem
 
     from cachedb.cache import Cache, Progress
     from cachedb.collection import Collected
     from cachedb.holds import HoldInfo
     from cachedb.images import ImageInfo
+    from cachedb.parallel import BlobProgress
     from cachedb.push import Pushed
     from cachedb.rebuild import Restored
     from cachedb.schema import Change
@@ -230,30 +232,8 @@ def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
 
 
 @contextmanager
-def _transfer(action: str, *, quiet: bool) -> Iterator[dict[str, Any]]:
-    """Show a bar for the whole and one for each blob that is on its way, on stderr, if that is a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield {}
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        whole = bar.add_task(action, total=None)
-        tasks: dict[str, Any] = {}
-
-        def each(digest: str, done: int, total: int) -> None:
-            if digest not in tasks:
-                tasks[digest] = bar.add_task(f"  {short(digest)}", total=total)
-            bar.update(tasks[digest], completed=done, visible=done < total)
-
-        yield {"progress": lambda done, total: bar.update(whole, completed=done, total=total), "each": each}
-
-
-@contextmanager
-def _progress(action: str, *, quiet: bool = False) -> Iterator[Progress | None]:
-    """Show a bar on stderr, if that is a terminal."""
+def _bars(*, quiet: bool = False) -> Iterator[rich.progress.Progress | None]:
+    """Show bars of bytes on stderr, if that is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -261,9 +241,38 @@ def _progress(action: str, *, quiet: bool = False) -> Iterator[Progress | None]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(action, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+        yield bars
+
+
+@contextmanager
+def _progress(action: str, *, quiet: bool = False) -> Iterator[Progress | None]:
+    """Show a bar for the whole."""
+    with _bars(quiet=quiet) as bars:
+        yield _whole(bars, action) if bars else None
+
+
+@contextmanager
+def _transfer(action: str, *, quiet: bool) -> Iterator[dict[str, Any]]:
+    """Show a bar for the whole, and one for each blob that is on its way."""
+    with _bars(quiet=quiet) as bars:
+        yield {"progress": _whole(bars, action), "blob_progress": _each(bars)} if bars else {}
+
+
+def _whole(bars: rich.progress.Progress, action: str) -> Progress:
+    task = bars.add_task(action, total=None)
+    return lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _each(bars: rich.progress.Progress) -> BlobProgress:
+    tasks: dict[str, Any] = {}
+
+    def show(digest: str, done: int, total: int) -> None:
+        if digest not in tasks:
+            tasks[digest] = bars.add_task(f"  {short(digest)}", total=total)
+        bars.update(tasks[digest], completed=done, visible=done < total)
+
+    return show
 
 
 # Commands
@@ -433,11 +442,11 @@ def _print_pushed(found: list[Pushed], form: str, *, quiet: bool) -> None:
                 short(pushed.digest),
                 f"{pushed.blobs} ({human(pushed.bytes)})" if pushed.blobs else "-",
                 str(pushed.mounted or "-"),
-                str(pushed.there or "-"),
+                str(pushed.existing or "-"),
             )
             for pushed in found
         ]
-        counts = ("UPLOADED", "MOUNTED", "WERE THERE")
+        counts = ("UPLOADED", "MOUNTED", "EXISTING")
         print_table(("NAME", "DIGEST", *counts), rows, right=counts)
 
 
@@ -547,9 +556,8 @@ def show(name: str, form: str, quiet: bool) -> None:
     else:
         _print_images([image], form, quiet=False)
         click.echo()
-        platform = "/".join(filter(None, (image.os, image.architecture, image.variant)))
         created = f"{image.created:%Y-%m-%d %H:%M:%S} UTC" if image.created else ""
-        said = [("platform", platform), ("built", created), ("author", image.author or "")]
+        said = [("platform", image.platform), ("built", created), ("author", image.author or "")]
         said += [("label", f"{key}={value}") for key, value in labels.items()]
         if said := [(what, value) for what, value in said if value]:
             print_table(("CONFIG", "SAYS"), said)
@@ -912,7 +920,7 @@ def report(
         raise click.UsageError("name a report, or use --list, or --html")
     if file:
         with _opened(existing=True) as cache:
-            page = cache.get_page()
+            page = cache.get_html_report()
         try:
             with click.open_file(file, "w", encoding="utf-8", atomic=file != "-") as opened:
                 opened.write(page)

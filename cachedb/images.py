@@ -118,6 +118,11 @@ class ImageInfo(NamedTuple):
         """The image's name."""
         return Name(self.repository, self.reference)
 
+    @property
+    def platform(self) -> str:
+        """``os/architecture[/variant]``, as far as it is known."""
+        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+
 
 _TOLD = (
     Image.created_at,

@@ -18,7 +18,8 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from cachedb.units import human
+from cachedb import usage
+from cachedb.units import cut, human, printable, short
 
 __all__ = ["render"]
 
@@ -68,7 +69,7 @@ def render(connection: Connection, directory: Path) -> str:
         human=human,
         platform=_platform,
         policy=_policy,
-        short=_short,
+        short=short,
     )
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
     return template.render(
@@ -117,18 +118,22 @@ def _rows(connection: Connection, query: str, **parameters: object) -> Sequence[
 
 def _totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[Row]) -> dict[str, int]:
     """Return the sums: what is stored is unique, shared, held or garbage."""
+    found, _ = usage.shares(connection)
     totals = {
         "repositories": len(repositories),
         "images": sum(row.images for row in ages),
         "incomplete": sum(row.incomplete for row in ages),
-        "unique": sum(row.unique_size for row in ages),
+        "blobs": found["stored"].blobs,
+        "stored": found["stored"].size,
+        "unique": found["unique"].size,
+        "shared_blobs": found["shared"].blobs,
+        "shared": found["shared"].size,
+        "held_blobs": found["held"].blobs,
+        "held": found["held"].size,
+        "garbage_blobs": found["reclaimable"].blobs,
+        "garbage": found["reclaimable"].size,
     }
     for query in (
-        "SELECT count(*) AS blobs, coalesce(sum(size), 0) AS stored FROM blobs WHERE stored_at IS NOT NULL",
-        "SELECT count(*) AS shared_blobs, coalesce(sum(size), 0) AS shared FROM blob_usage WHERE stored AND images > 1",
-        "SELECT count(*) AS held_blobs, coalesce(sum(size), 0) AS held FROM blob_usage "
-        "WHERE stored AND images = 0 AND held",
-        "SELECT count(*) AS garbage_blobs, coalesce(sum(size), 0) AS garbage FROM garbage",
         "SELECT count(*) AS missing_blobs, coalesce(sum(size), 0) AS missing "
         "FROM (SELECT DISTINCT digest, size FROM missing_blobs) AS m",
         "SELECT coalesce(sum(saved_size), 0) AS saved FROM shared_layers",
@@ -233,7 +238,7 @@ def _treemap(
         if blob.repositories > 1:
             where += f" of {blob.repositories:,} repositories"
         detail = "\n".join(filter(None, (_clean(blob.created_by or ""), blob.digest, where)))
-        tile = Tile(_command(blob.created_by) or blob.role or _short(blob.digest), blob.size, "", detail)
+        tile = Tile(_command(blob.created_by) or blob.role or short(blob.digest), blob.size, "", detail)
         if blob.images == 1:
             of_image.setdefault((blob.repository, blob.reference), []).append(tile)
         elif blob.repositories == 1:
@@ -321,7 +326,7 @@ def _lay_out(tiles: list[Tile], width: float, height: float, scale: float, depth
         letters = int((box.width - 12) / (8 if depth == 1 else 6.6))
         needed = (22, 22 if box.y > 20 else 40, 60)[depth - 1]
         if letters >= min(len(tile.name), 6) and box.height >= needed:
-            tile.label = _cut(tile.name, letters)
+            tile.label = cut(tile.name, letters)
         _lay_out(tile.inside, box.width, box.height, scale, depth + 1)
 
 
@@ -464,12 +469,7 @@ def _count(number: int, noun: str, nouns: str = "") -> str:
 
 def _clean(words: str, length: int = _TEXT) -> str:
     """Cut a text that a stranger wrote, and write out what could change the direction or the order of what is read."""
-    words = _cut(words, length)
-    return words if words.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
-
-
-def _cut(words: str, length: int) -> str:
-    return words if len(words) <= length else f"{words[: length - 1]}…"
+    return printable(cut(words, length))
 
 
 def _command(created_by: str | None) -> str:
@@ -478,11 +478,6 @@ def _command(created_by: str | None) -> str:
     for prefix in ("RUN ", "/bin/sh -c ", "#(nop) "):
         words = words.removeprefix(prefix)
     return _clean(words.removesuffix("# buildkit").strip(), 80)
-
-
-def _short(digest: str) -> str:
-    algorithm, _, encoded = digest.partition(":")
-    return f"{algorithm}:{encoded[:12]}"
 
 
 def _platform(row: Row) -> str:

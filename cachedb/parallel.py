@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from cachedb.errors import CacheError
 
-__all__ = ["Advance", "Each", "Progress", "in_threads", "summed", "told"]
+__all__ = ["Advance", "BlobProgress", "Progress", "in_threads", "summed", "told"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -18,8 +18,8 @@ R = TypeVar("R")
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and the bytes in all; from any thread, one call at a time."""
 
-Each = Callable[[str, int, int], None]
-"""Called with what is being worked on, such as a blob's digest, the bytes of it done so far and those in all."""
+BlobProgress = Callable[[str, int, int], None]
+"""Called with a blob's digest, the bytes of it done so far and those in all."""
 
 Advance = Callable[[int], None]
 """Called with the number of bytes done since the last call, from any thread."""
@@ -39,15 +39,15 @@ def summed(total: int, progress: Progress | None) -> Advance:
     return add
 
 
-def told(what: str, total: int, each: Each | None, advance: Advance) -> Advance:
-    """Turn the bytes that are reported of one thing into calls with their sum, and report them on."""
+def told(digest: str, total: int, blob_progress: BlobProgress | None, advance: Advance) -> Advance:
+    """Turn the bytes that are reported of one blob into calls with their sum, and report them on."""
     done = 0
 
     def add(count: int) -> None:
         nonlocal done
         done += count
-        if each is not None:
-            each(what, done, total)
+        if blob_progress is not None:
+            blob_progress(digest, done, total)
         advance(count)
 
     return add

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import click
 
-from cachedb.units import human
+from cachedb.units import human, printable
 
-__all__ = ["ROW_FORMATS", "cut", "print_json", "print_rows", "print_table", "printable", "short"]
+__all__ = ["ROW_FORMATS", "print_json", "print_rows", "print_table"]
 
 ROW_FORMATS: Final = ("table", "json", "ndjson", "csv", "tsv", "markdown")
 """How the rows of a query can be printed."""
@@ -118,19 +118,3 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         value = round(value, 3)
     return "" if value is None else printable(str(value))
-
-
-def cut(text: str, length: int = 60) -> str:
-    """Return a text, or its beginning."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def short(digest: str) -> str:
-    """Return a digest with the first twelve digits."""
-    algorithm, _, encoded = digest.partition(":")
-    return f"{algorithm}:{encoded[:12]}"
-
-
-def printable(text: str) -> str:
-    """Write out what a stranger may have put into a text to move a terminal's cursor, or to end a line."""
-    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

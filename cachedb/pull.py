@@ -28,7 +28,7 @@ from cachedb.errors import (
 )
 from cachedb.images import ImageInfo
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
-from cachedb.parallel import Advance, Each, Progress, in_threads, summed, told
+from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed, told
 from cachedb.reference import Digest, Name, digest_of, shorten
 from cachedb.registry import Fetched, Repository
 from cachedb.sessions import Hold, Session
@@ -69,7 +69,7 @@ def pull(
     allow_stale: bool = False,
     referrers: bool = False,
     progress: Progress | None = None,
-    each: Each | None = None,
+    blob_progress: BlobProgress | None = None,
 ) -> Pulled:
     """Bring an image from a registry; of several processes that want the same one, one does and the others wait.
 
@@ -84,7 +84,7 @@ def pull(
         allow_stale: where no registry can be reached, take what is here.
         referrers: attach to the image what the registry lists as referring to it.
         progress: is told how far it is, in bytes.
-        each: is told how far it is with each blob.
+        blob_progress: is told how far it is with each blob.
 
     Raises:
         RegistryError: if it cannot be had.
@@ -92,7 +92,7 @@ def pull(
         InvalidManifest: if a manifest of it is invalid.
         DigestMismatch: if what comes has another digest or size than it should.
     """
-    work = _Pull(database, session, name, repositories, platform, all_platforms, referrers, progress, each)
+    work = _Pull(database, session, name, repositories, platform, all_platforms, referrers, progress, blob_progress)
 
     def find() -> Pulled | None:
         here = work.here() if if_missing or (name.digest and not referrers) else None
@@ -115,11 +115,11 @@ class _Pull:
         all_platforms: bool,
         referrers: bool,
         progress: Progress | None,
-        each: Each | None,
+        blob_progress: BlobProgress | None,
     ) -> None:
         self._database, self._session, self._name = database, session, name
         self._repositories, self._referrers = repositories, referrers
-        self._progress, self._each = progress, each
+        self._progress, self._blob_progress = progress, blob_progress
         self._platform = platform  # as it was asked for
         self._wanted = None if all_platforms else (platform or oci.host_platform())
         self._documents: dict[Digest, bytes] = {}  # manifests and indexes of the closure
@@ -252,8 +252,8 @@ class _Pull:
                 images.attach(connection, self._database.directory, self._name, blob.digest, role, blob.media_type)
             info = images.image(connection, self._database.directory, image_id)[0]
             if not self._fits(top, info):
-                label = _platform_of(info)
-                raise NotInCache(f"{self._name} is not for platform {shorten(self._platform)}, but for {label}")
+                asked = shorten(self._platform)
+                raise NotInCache(f"{self._name} is not for platform {asked}, but for {info.platform}")
             return info
 
         try:
@@ -306,7 +306,7 @@ class _Pull:
 
     def _fits(self, root: Descriptor, info: ImageInfo) -> bool:
         """Say whether an image without an index is of the platform that was asked for, as far as its config says."""
-        label = _platform_of(info)
+        label = info.platform
         return not (self._platform and root.role == "manifest" and label and not oci.is_for(label, self._platform))
 
     def _before(self, connection: Connection, digest: Digest) -> set[Digest]:
@@ -319,7 +319,7 @@ class _Pull:
 
     def _fetch(self, blob: Descriptor, advance: Advance) -> None:
         """Download a blob, or wait for another process that does, and hold it."""
-        directory, advance = self._database.directory, told(blob.digest, blob.size, self._each, advance)
+        directory, advance = self._database.directory, told(blob.digest, blob.size, self._blob_progress, advance)
 
         def find() -> Hold | None:
             hold = blobs.hold_stored(self._database, self._session, [blob.digest])
@@ -380,10 +380,6 @@ class _Pull:
             if not begun:
                 raise
             return self._ask(download)  # it may have been the part that was here: a power cut can spoil it
-
-
-def _platform_of(info: ImageInfo) -> str:
-    return "/".join(part for part in (info.os, info.architecture, info.variant) if part)
 
 
 def _begun(path: Path, size: int) -> int:

@@ -15,7 +15,7 @@ from cachedb.database import Database
 from cachedb.errors import IncompleteImage, InvalidName, NotInCache, StorageError
 from cachedb.images import BlobInfo
 from cachedb.oci import Descriptor
-from cachedb.parallel import Advance, Each, Progress, in_threads, summed, told
+from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed, told
 from cachedb.reference import Digest, Name
 from cachedb.registry import Repository, place
 
@@ -34,7 +34,7 @@ class Pushed(NamedTuple):
     blobs: int  # that were uploaded
     bytes: int  # of those
     mounted: int  # blobs that the registry took from another of its repositories
-    there: int  # blobs that it had
+    existing: int  # blobs that it had already
 
 
 def push(
@@ -48,7 +48,7 @@ def push(
     there: set[Digest],
     *,
     progress: Progress | None = None,
-    each: Each | None = None,
+    blob_progress: BlobProgress | None = None,
 ) -> Pushed:
     """Send an image that is held and complete.
 
@@ -62,7 +62,7 @@ def push(
         read: returns the bytes of a manifest, verified.
         there: blobs known to be in the repository; those that are found there or sent are added.
         progress: is told how far it is, in bytes.
-        each: is told how far it is with each blob.
+        blob_progress: is told how far it is with each blob.
 
     Raises:
         InvalidName: if the target is by another digest; nothing is sent then.
@@ -82,7 +82,7 @@ def push(
                 f"{target} is for {blob.platform or blob.digest} too, which is not here: pull it with --all-platforms, "
                 "or push one platform with --platform"
             )
-    work = _Push(database, repository, there, each)
+    work = _Push(database, repository, there, blob_progress)
     rest = sorted(parts.values(), key=lambda blob: -blob.size)
     advance = summed(sum(blob.size for blob in rest), progress)
     in_threads(work.send, rest, advance, threads=_AT_ONCE, stop=repository.stop)
@@ -130,14 +130,21 @@ def _all(
 class _Push:
     """The blobs of one push: which of them were sent so far."""
 
-    def __init__(self, database: Database, repository: Repository, there: set[Digest], each: Each | None) -> None:
-        self._database, self._repository, self._there, self._each = database, repository, there, each
+    def __init__(
+        self,
+        database: Database,
+        repository: Repository,
+        there: set[Digest],
+        blob_progress: BlobProgress | None,
+    ) -> None:
+        self._database, self._repository = database, repository
+        self._there, self._blob_progress = there, blob_progress
         self.uploaded: list[int] = []  # bytes of each
         self.mounted, self.found = 0, 0
 
     def send(self, blob: Descriptor, advance: Advance) -> None:
         """See to it that the registry has a blob."""
-        advance = told(blob.digest, blob.size, self._each, advance)
+        advance = told(blob.digest, blob.size, self._blob_progress, advance)
         if blob.digest in self._there or self._repository.has("blobs", blob.digest):
             self.found += 1
             advance(blob.size)

@@ -1,10 +1,10 @@
-"""Sizes and times as people read them."""
+"""Sizes, times, digests and texts as people read them."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
-__all__ = ["ago", "human"]
+__all__ = ["ago", "cut", "human", "printable", "short"]
 
 
 def human(size: float) -> str:
@@ -24,3 +24,19 @@ def ago(time: datetime) -> str:
             count = int(seconds // length)
             return f"{count} {unit}{'s' if count > 1 else ''} ago"
     return "just now"
+
+
+def cut(text: str, length: int = 60) -> str:
+    """Return a text, or its beginning."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def short(digest: str) -> str:
+    """Return a digest with the first twelve digits."""
+    algorithm, _, encoded = digest.partition(":")
+    return f"{algorithm}:{encoded[:12]}"
+
+
+def printable(text: str) -> str:
+    """Write out what a stranger may have put into a text to move a terminal's cursor, or to end a line."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

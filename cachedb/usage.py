@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from sqlalchemy import Connection
+
 from cachedb.database import Database
 from cachedb.errors import os_errors
 from cachedb.images import count_incomplete
 
-__all__ = ["Share", "Usage", "usage"]
+__all__ = ["Share", "Usage", "shares", "usage"]
 
 # Of what images use: in the order of the index of the association, which is that of the blobs.
 _USED = """
 SELECT
     CASE WHEN images > 1 THEN 'shared' ELSE 'unique' END AS share,
-    count(*),
-    sum(size),
-    sum(size * (images - 1))
+    count(*) AS blobs,
+    sum(size) AS size,
+    sum(size * (images - 1)) AS saved_size
 FROM (SELECT blob_id, count(DISTINCT image_id) AS images FROM image_blobs GROUP BY blob_id) AS uses
 CROSS JOIN blobs ON blobs.id = uses.blob_id
 WHERE stored_at IS NOT NULL
@@ -29,9 +31,9 @@ _UNUSED = """
 SELECT
     CASE WHEN EXISTS (SELECT 1 FROM leases WHERE leases.digest = blobs.digest) THEN 'held'
         ELSE 'reclaimable' END AS share,
-    count(*),
-    sum(size),
-    0
+    count(*) AS blobs,
+    sum(size) AS size,
+    0 AS saved_size
 FROM blobs
 WHERE stored_at IS NOT NULL AND NOT EXISTS (SELECT 1 FROM image_blobs WHERE image_blobs.blob_id = blobs.id)
 GROUP BY share
@@ -61,6 +63,15 @@ class Usage(NamedTuple):
     folder_sizes: dict[str, int]  # bytes of files in backups, ingest (with downloads that were cut off), quarantine...
 
 
+def shares(connection: Connection) -> tuple[dict[str, Share], int]:
+    """Return the stored blobs, all of them (``stored``) and by who needs them, and the bytes that sharing saves."""
+    rows = [row for query in (_USED, _UNUSED) for row in connection.exec_driver_sql(query)]
+    found = dict.fromkeys(("unique", "shared", "held", "reclaimable"), Share(0, 0))
+    found |= {row.share: Share(row.blobs, row.size) for row in rows}
+    found["stored"] = Share(sum(row.blobs for row in rows), sum(row.size for row in rows))
+    return found, sum(row.saved_size for row in rows)
+
+
 def usage(database: Database) -> Usage:
     """Return what a cache takes.
 
@@ -68,20 +79,18 @@ def usage(database: Database) -> Usage:
         StorageError: if a folder of it cannot be read.
     """
     with database.read() as connection:
-        rows = [row for query in (_USED, _UNUSED) for row in connection.exec_driver_sql(query)]
+        found, saved_size = shares(connection)
         images = int(connection.exec_driver_sql("SELECT count(*) FROM images").scalar_one())
         incomplete = count_incomplete(connection)
-    found = {str(name): Share(blobs, size) for name, blobs, size, _ in rows}
-    none = Share(0, 0)
     return Usage(
         images,
         incomplete,
-        Share(sum(share.blobs for share in found.values()), sum(share.size for share in found.values())),
-        found.get("unique", none),
-        found.get("shared", none),
-        found.get("held", none),
-        found.get("reclaimable", none),
-        sum(saved for *_, saved in rows),
+        found["stored"],
+        found["unique"],
+        found["shared"],
+        found["held"],
+        found["reclaimable"],
+        saved_size,
         sum(map(_size, database.directory.glob("index.db*"))),
         {name: sum(map(_size, _files(database.directory / name))) for name in _FOLDERS},
     )

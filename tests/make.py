@@ -9,9 +9,12 @@ import json
 import random
 import tarfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cachedb.oci import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+
+if TYPE_CHECKING:
+    from cachedb import Cache
 
 REF_NAME = "org.opencontainers.image.ref.name"
 
@@ -151,6 +154,13 @@ def oci_files(images: dict[str, Made], roots: dict[str, bytes] | None = None) ->
         entries.append(descriptor(data, OCI_INDEX, annotations={REF_NAME: name}))
     files["index.json"] = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).encode()
     return files
+
+
+def keep(cache: Cache, name: str, image: Made) -> None:
+    """Put an image into a cache, under a name."""
+    for data in (image.config, *image.layers):
+        cache.add_blob(data)
+    cache.save_manifest(name, image.manifest)
 
 
 def write(path: Path, files: dict[str, bytes]) -> Path:

@@ -54,7 +54,7 @@ def referrer(subject: bytes, what: bytes = b"a signature", media_type: str = OCI
 def cache(directory: Path) -> Iterator[Cache]:
     with Cache.open(directory) as opened:
         for name, image in (("app:1", FIRST), ("app:2", SECOND), ("large:1", LARGE)):
-            keep(opened, name, image)
+            make.keep(opened, name, image)
         yield opened
     check(directory)
 
@@ -63,12 +63,6 @@ def cache(directory: Path) -> Iterator[Cache]:
 def remote() -> Iterator[Registry]:
     with Registry() as made:
         yield made
-
-
-def keep(cache: Cache, name: str, image: make.Made) -> None:
-    for data in (image.config, *image.layers):
-        cache.add_blob(data)
-    cache.save_manifest(name, image.manifest)
 
 
 def keep_index(cache: Cache, name: str, *children: make.Made) -> bytes:
@@ -104,7 +98,7 @@ def test_an_image_goes_whole_and_keeps_its_digest(cache: Cache, remote: Registry
         FIRST.digest,
         OCI_MANIFEST,
     )
-    assert (pushed.blobs, pushed.mounted, pushed.there) == (3, 0, 0)
+    assert (pushed.blobs, pushed.mounted, pushed.existing) == (3, 0, 0)
     assert pushed.bytes == sum(len(data) for data in (FIRST.config, *FIRST.layers))
 
 
@@ -142,9 +136,9 @@ def test_only_what_is_not_there_is_sent(cache: Cache, remote: Registry) -> None:
     pushed = cache.push("app:2", f"{remote.host}/app:2")
     new = SECOND.blobs.keys() - FIRST.blobs.keys() - {SECOND.digest}
     assert sorted(sent(remote)) == sorted(new)
-    assert (pushed.blobs, pushed.there) == (2, 1)
+    assert (pushed.blobs, pushed.existing) == (2, 1)
     again = cache.push("app:2", f"{remote.host}/app:2")
-    assert (again.blobs, again.bytes, again.there) == (0, 0, 3)
+    assert (again.blobs, again.bytes, again.existing) == (0, 0, 3)
     assert sent(remote) == []
 
 
@@ -321,12 +315,12 @@ def test_a_list_that_names_what_was_deleted_is_added_to_without_that(cache: Cach
     deleted, other, signature = (referrer(FIRST.manifest, what) for what in (b"old", b"other", b"new"))
     remote.add(other, "app")
     list_by_tag(remote, "app", FIRST, deleted, other)
-    keep(cache, "signature:1", signature)
+    make.keep(cache, "signature:1", signature)
     cache.push("signature:1", f"{remote.host}/app:signature")
     listed = json.loads(remote.manifests["app", FIRST.digest.replace(":", "-")][1])["manifests"]
     assert [entry["digest"] for entry in listed] == [other.digest, signature.digest]
     newer = referrer(FIRST.manifest, b"newer")
-    keep(cache, "signature:2", newer)
+    make.keep(cache, "signature:2", newer)
     remote.fault(answer(400), method="PUT", path=FIRST.digest.replace(":", "-"))
     with pytest.raises(RegistryError, match="answers 400"):
         cache.push("signature:2", f"{remote.host}/app:newer")
@@ -503,12 +497,12 @@ def test_push_prints_what_became_of_it(cachedb: Run, cache: Cache, remote: Regis
         "blobs": 3,
         "bytes": 0,
         "mounted": 0,
-        "there": 0,
+        "existing": 0,
     }
     assert cachedb("push", "-q", "app:1", f"{target}:1").stdout == f"{target}@{FIRST.digest}\n"
     both = cachedb("push", "--all-tags", "-q", "app", target).stdout
     assert both == f"{target}@{FIRST.digest}\n{target}@{SECOND.digest}\n"
-    assert "WERE THERE" in cachedb("push", "app:1", f"{target}:1").stdout
+    assert "EXISTING" in cachedb("push", "app:1", f"{target}:1").stdout
     assert cachedb("push", "nothing:1", f"{target}:1").returncode == 3
     assert cachedb("push", "app:1", "UPPER:1").returncode == 2
     assert cachedb("push", "-a", "--platform", "linux/amd64", "app", target).returncode == 2
@@ -531,9 +525,9 @@ def test_each_blob_is_told_of_until_it_is_done(cache: Cache, remote: Registry, d
 
     expected = {make.digest_of(data): (len(data), len(data)) for data in (FIRST.config, *FIRST.layers)}
     found, each = bars()
-    cache.push("app:1", f"{remote.host}/app:1", each=each)
+    cache.push("app:1", f"{remote.host}/app:1", blob_progress=each)
     assert found == expected
     with Cache.open(directory.parent / "other") as other:
         found, each = bars()
-        other.pull(f"{remote.host}/app:1", each=each)
+        other.pull(f"{remote.host}/app:1", blob_progress=each)
         assert found == expected

@@ -20,10 +20,11 @@ from cachedb import Cache, CacheError, InvalidManifest, NotInCache, RegistryErro
 from cachedb.oci import OCI_INDEX, OCI_MANIFEST
 from tests import make
 from tests.faults import Answer, Call, answer, changed, headers, html, lost, redirect
+from tests.make import keep
 from tests.promises import check
 from tests.registries import Registry, certificate
 from tests.test_pull import PAUSES, alone, login  # noqa: F401 - alone is a fixture
-from tests.test_push import FIRST, assert_has, keep, keep_index, referrer
+from tests.test_push import FIRST, assert_has, keep_index, referrer
 
 
 @pytest.fixture

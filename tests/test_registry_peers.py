@@ -14,12 +14,12 @@ from cachedb import Cache, IncompleteImage, InvalidName, RegistryError, client
 from cachedb.oci import DOCKER_CONFIG, DOCKER_LIST, DOCKER_MANIFEST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from tests import make
 from tests.conftest import Run
-from tests.make import Made, descriptor, digest_of
+from tests.make import Made, descriptor, digest_of, keep
 from tests.promises import check
 from tests.registries import HTPASSWD, PASSWORD, USER, certificate, docker_registry
 from tests.test_peers import Tools
 from tests.test_pull import alone  # noqa: F401 - alone is a fixture
-from tests.test_push import keep, keep_index, referrer
+from tests.test_push import keep_index, referrer
 
 PLAIN = "--tls-verify=false"
 
@@ -142,7 +142,7 @@ def test_skopeo_copies_what_is_pushed_with_its_digest(
     image, name = IMAGES[kind], f"{host}/team/app:1"
     keep(cache, "app:1", image)
     pushed = cache.push("app:1", name)
-    assert (pushed.digest, pushed.blobs, pushed.mounted, pushed.there) == (image.digest, 3, 0, 0)
+    assert (pushed.digest, pushed.blobs, pushed.mounted, pushed.existing) == (image.digest, 3, 0, 0)
     assert pushed.bytes == sum(map(len, (image.config, *image.layers)))
     assert inspect(tools, name) == inspect(tools, f"{host}/team/app@{image.digest}") == image.digest
     tools("skopeo", "copy", "--src-tls-verify=false", "--preserve-digests", f"docker://{name}", f"dir:{tmp_path}/copy")
@@ -293,7 +293,7 @@ def test_a_registry_that_caches_another_is_a_mirror(
         for opened in (cache, fresh):
             opened.pull("registry.test/team/app:1")  # which is only there by its mirror
             assert_is_here(opened, "registry.test/team/app:1", FIRST.digest)
-        assert cache.push("registry.test/team/app:1", f"{host}/team/app:2").there == 3  # for a mirror takes nothing
+        assert cache.push("registry.test/team/app:1", f"{host}/team/app:2").existing == 3  # for a mirror takes nothing
 
 
 def put_multi(host: str, repository: str, tag: str) -> None:
@@ -334,7 +334,7 @@ def test_a_platform_that_is_not_here_need_not_be_if_the_registry_has_it(cache: C
     with pytest.raises(IncompleteImage, match="is for linux/amd64 too"):
         cache.push(f"{host}/multi:1", f"{host}/elsewhere:1")
     pushed = cache.push(f"{host}/multi:1", f"{host}/multi:2")
-    assert (pushed.blobs, pushed.mounted, pushed.there) == (0, 0, 3)
+    assert (pushed.blobs, pushed.mounted, pushed.existing) == (0, 0, 3)
     assert inspect(tools, f"{host}/multi:2") == digest_of(MULTI)
 
 
@@ -417,7 +417,7 @@ def test_a_manifest_that_is_deleted_there_is_not_found_until_it_is_pushed_again(
     cache.pull(name, if_missing=True)
     assert_is_here(cache, name, FIRST.digest)
     pushed = cache.push(name)
-    assert (pushed.blobs, pushed.there) == (0, 3)
+    assert (pushed.blobs, pushed.existing) == (0, 3)
     assert inspect(tools, name) == cache.pull(name).image.digest == FIRST.digest
 
 
@@ -429,7 +429,7 @@ def test_a_blob_that_is_deleted_there_is_sent_again_and_no_other(
     cache.push(name)
     assert ask(host, "DELETE", f"app/blobs/{digest_of(layer)}").status == 202
     pushed = cache.push(name)
-    assert (pushed.blobs, pushed.bytes, pushed.mounted, pushed.there) == (1, len(layer), 0, 2)
+    assert (pushed.blobs, pushed.bytes, pushed.mounted, pushed.existing) == (1, len(layer), 0, 2)
     tools("skopeo", "copy", "--src-tls-verify=false", f"docker://{name}", f"dir:{tmp_path}/copy")
     assert cache.push(name).blobs == 0
 
@@ -452,7 +452,7 @@ def test_what_another_repository_of_the_registry_has_is_mounted(cache: Cache, to
     assert cache.push(f"{host}/one/app:1").blobs == 3
     cache.tag(f"{host}/one/app:1", f"{host}/two/app:1")
     pushed = cache.push(f"{host}/two/app:1")
-    assert (pushed.blobs, pushed.bytes, pushed.mounted, pushed.there) == (0, 0, 3, 0)
+    assert (pushed.blobs, pushed.bytes, pushed.mounted, pushed.existing) == (0, 0, 3, 0)
     assert inspect(tools, f"{host}/two/app:1") == FIRST.digest
     keep(cache, f"{host}/two/app:2", SECOND)
     pushed = cache.push(f"{host}/two/app:2", f"{host}/three/app:2")
@@ -477,7 +477,7 @@ def test_all_tags_go_and_what_they_share_goes_once(cachedb: Run, cache: Cache, t
     cache.tag("app:1", f"app@{FIRST.digest}")
     done = cachedb("push", "--all-tags", "--format", "json", "app", f"{host}/team/app")
     assert (done.returncode, done.stderr) == (0, "")
-    told = {push["name"]: (push["digest"], push["blobs"], push["there"]) for push in json.loads(done.stdout)}
+    told = {push["name"]: (push["digest"], push["blobs"], push["existing"]) for push in json.loads(done.stdout)}
     assert told == {
         f"{host}/team/app:1": (FIRST.digest, 3, 0),
         f"{host}/team/app:2": (SECOND.digest, 2, 1),

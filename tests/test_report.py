@@ -18,19 +18,13 @@ APP = make.image(1, 2, 3)
 OTHER = make.image(1, 2, 4, 5)
 
 
-def keep(cache: Cache, name: str, image: make.Made) -> None:
-    for data in (image.config, *image.layers):
-        cache.add_blob(data)
-    cache.save_manifest(name, image.manifest)
-
-
 @pytest.fixture
 def cache(directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cache]:
     monkeypatch.setenv("CACHEDB_REPORTS", str(tmp_path / "reports"))
     with Cache.open(directory) as opened:
-        keep(opened, "base:1", BASE)
-        keep(opened, "app:1", APP)
-        keep(opened, "app:2", OTHER)
+        make.keep(opened, "base:1", BASE)
+        make.keep(opened, "app:1", APP)
+        make.keep(opened, "app:2", OTHER)
         opened.tag("app:1", "app:stable")
         opened.save_manifest("lacking:1", make.image(9).manifest)
         yield opened
@@ -96,7 +90,7 @@ def test_names_of_one_manifest_are_listed_together(cache: Cache) -> None:
 
 def test_images_on_an_outdated_base_are_listed(cache: Cache) -> None:
     assert ask(cache, "outdated-bases") == []
-    keep(cache, "base:2", make.image(1, 7))
+    make.keep(cache, "base:2", make.image(1, 7))
     change(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
     change(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference = '2'")
     found = ask(cache, "outdated-bases")
