@@ -96,6 +96,7 @@ MUTATIONS = [
     Mutation("a download is kept until it is stored", "cachedb/blobs.py", "            if partial:\n                os.link(path, named)\n            else:\n                os.rename(path, named)  # `Path.rename` makes a third path\n", "            os.rename(path, named)\n", "tests/test_pull.py"),
     Mutation("what is stored is not gone on with", "cachedb/pull.py", "        if found.st_nlink > 1 or found.st_size > size:", "        if found.st_size > size:", "tests/test_pull.py"),
     Mutation("a manifest from a registry is verified", "cachedb/pull.py", "if like not in (None, digest):", "if False:", "tests/test_pull.py"),
+    Mutation("what is pushed or exported is leased", "cachedb/cache.py", "            hold = NO_HOLD if read_only else self._session.lease(connection, digests)\n", "            hold = NO_HOLD\n", "tests/test_push.py"),
     Mutation("a manifest comes after what it names", "cachedb/push.py", "TopologicalSorter(named).static_order()", "reversed(list(TopologicalSorter(named).static_order()))", "tests/test_push.py"),
     Mutation("a manifest that is pushed is verified", "cachedb/cache.py", "        if digest_of(data, digest) != digest:\n", "        if False:\n", "tests/test_push.py"),
     Mutation("an index goes only where all that it names is", "cachedb/push.py", 'and not repository.has("manifests", blob.digest):', "and False:", "tests/test_push.py"),

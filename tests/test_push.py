@@ -473,15 +473,18 @@ def test_a_killed_push_is_gone_on_with(directory: Path, cache: Cache, remote: Re
 
 
 def test_an_image_that_is_removed_meanwhile_goes_whole(cache: Cache, remote: Registry) -> None:
+    many = make.image(*range(20, 32))  # more blobs than are sent at once, so that most are not open yet
+    make.keep(cache, "many:1", many)
+
     def told(done: int, total: int) -> None:
-        if cache.is_image_complete("large:1"):
-            cache.remove_manifest("large:1")
+        if cache.is_image_complete("many:1"):
+            cache.remove_manifest("many:1")
             cache.collect_garbage()
 
-    cache.push("large:1", f"{remote.host}/large:1", progress=told)
-    assert_has(remote, "large", "1", LARGE)
+    cache.push("many:1", f"{remote.host}/many:1", progress=told)
+    assert_has(remote, "many", "1", many)
     cache.collect_garbage()
-    assert not cache.has_blob(LARGE.digest)
+    assert not cache.has_blob(many.digest)
 
 
 # The command line
