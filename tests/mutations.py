@@ -95,6 +95,8 @@ MUTATIONS = [
     Mutation("what is left of a download is not trusted", "cachedb/pull.py", "            if not begun:\n", "            if True:\n", "tests/test_pull.py"),
     Mutation("a download is kept until it is stored", "cachedb/blobs.py", "            if partial:\n                os.link(path, named)\n            else:\n                os.rename(path, named)  # `Path.rename` makes a third path\n", "            os.rename(path, named)\n", "tests/test_pull.py"),
     Mutation("what is stored is not gone on with", "cachedb/pull.py", "        if found.st_nlink > 1 or found.st_size > size:", "        if found.st_size > size:", "tests/test_pull.py"),
+    Mutation("what was downloaded is leased until its image is saved", "cachedb/pull.py", "                    self._holds.append(self._session.lease(connection, [blob.digest]))\n", "                    pass\n", "tests/test_pull.py"),
+    Mutation("what is left of a download can be written to", "cachedb/pull.py", "        path.chmod(0o600)\n", "", "tests/test_pull.py"),
     Mutation("a manifest from a registry is verified", "cachedb/pull.py", "if like not in (None, digest):", "if False:", "tests/test_pull.py"),
     Mutation("what is pushed or exported is leased", "cachedb/cache.py", "            hold = NO_HOLD if read_only else self._session.lease(connection, digests)\n", "            hold = NO_HOLD\n", "tests/test_push.py"),
     Mutation("a manifest comes after what it names", "cachedb/push.py", "TopologicalSorter(named).static_order()", "reversed(list(TopologicalSorter(named).static_order()))", "tests/test_push.py"),
@@ -106,6 +108,7 @@ MUTATIONS = [
     Mutation("what was chosen of an index stays chosen", "cachedb/images.py", "    choose = choice(connection, image_id)\n", "    choose = None\n", "tests/test_pull.py"),
     # Questions
     Mutation("only questions can be asked", "cachedb/query.py", "        connection.set_authorizer(_authorize)\n", "", "tests/test_query.py"),
+    Mutation("a connection for questions changes nothing", "cachedb/query.py", '        connection.execute("PRAGMA query_only = ON")\n', "", "tests/test_query.py"),
     Mutation("nobody waits to note a use", "cachedb/database.py", "            file = locks.acquire(self.write_lock, wait=False)\n", "            file = locks.acquire(self.write_lock)\n", "tests/test_uses.py"),
     # What callers see
     Mutation("what is imported and stored is held", "cachedb/blobs.py", "            return session.lease(connection, intact(connection, database.directory, there))\n", "            return Hold('', 0, frozenset(intact(connection, database.directory, there)))\n", "tests/test_cache.py tests/test_interleavings.py tests/test_sessions.py"),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -336,7 +337,38 @@ def test_progress_comes_to_the_bytes_that_are_downloaded(cache: Cache, remote: R
     assert calls[-1] == (pulled.bytes, pulled.bytes)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else: run as root")
+def test_a_layer_that_is_all_there_is_gone_on_with_by_who_is_not_root(remote: Registry) -> None:
+    name, data = f"{remote.host}/large:1", LARGE.layers[0]
+    code = f"""if True:
+        import os
+        import encodings.idna, cachedb.pull, cachedb.registry  # while it can read them
+        from cachedb import Cache
+        from tests.test_pull import LARGE, partial
+        os.setuid(65534)
+        with Cache.open("cache") as cache:
+            partial(cache, LARGE.layers[0], LARGE.layers[0]).chmod(0o444)  # as it is left when it is being stored
+            assert cache.pull({name!r}).image.complete
+        """
+    # Not below pytest's own folders, which are for their owner alone.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+    assert make.digest_of(data) not in blobs_of(remote)
+
+
 # Many at once
+
+
+def test_what_has_come_is_not_collected_before_its_image_appears(
+    cache: Cache, remote: Registry, directory: Path
+) -> None:
+    many = make.image(*range(20, 32))
+    name = remote.add(many, "many", "1")
+    with Cache.open(directory) as other:
+        cache.pull(name, progress=lambda done, total: other.collect_garbage() and None)
+    assert_is_here(cache, name, many)
 
 
 def test_many_who_want_one_image_download_it_once(directory: Path, remote: Registry) -> None:
