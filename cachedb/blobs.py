@@ -23,11 +23,11 @@ from sqlalchemy.dialects.sqlite import Insert, insert
 
 from cachedb.database import Database, sync_folder
 from cachedb.errors import CacheError, DigestMismatch, InvalidDigest, NotInCache, os_errors
-from cachedb.models import Blob
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance
 from cachedb.reference import Digest, digest_of, parse_digest, split_digest
 from cachedb.sessions import NO_HOLD, Hold, Session, received_digest
+from cachedb.tables import BLOBS
 
 __all__ = [
     "Received",
@@ -290,9 +290,9 @@ def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
 
 @cache
 def _now_stored() -> Insert:
-    new = insert(Blob)
+    new = insert(BLOBS)
     return new.on_conflict_do_update(
-        index_elements=[Blob.digest], set_={"size": new.excluded.size, "stored_at": new.excluded.stored_at}
+        index_elements=[BLOBS.c.digest], set_={"size": new.excluded.size, "stored_at": new.excluded.stored_at}
     )
 
 
@@ -327,8 +327,8 @@ def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, in
 
 @cache
 def _stored() -> Select[*tuple[Any, ...]]:
-    these = Blob.digest.in_(bindparam("digests", expanding=True))
-    return select(Blob.digest, Blob.size).where(these, Blob.stored_at.is_not(None))
+    these = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
+    return select(BLOBS.c.digest, BLOBS.c.size).where(these, BLOBS.c.stored_at.is_not(None))
 
 
 def batched(items: Iterable[T]) -> Iterator[list[T]]:

@@ -30,11 +30,11 @@ from cachedb.errors import (
 )
 from cachedb.holds import HoldInfo
 from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
-from cachedb.models import Blob, Image
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten
 from cachedb.sessions import NO_HOLD, Hold, Session
+from cachedb.tables import BLOBS, IMAGES
 from cachedb.uses import Uses
 
 if TYPE_CHECKING:
@@ -208,10 +208,10 @@ class Cache:
 
     def list_blobs(self, prefix: str = "") -> list[Digest]:
         """Return the stored blobs whose digest begins with ``prefix``, in order."""
-        query = select(Blob.digest).where(Blob.stored_at.is_not(None)).order_by(Blob.digest)
+        query = select(BLOBS.c.digest).where(BLOBS.c.stored_at.is_not(None)).order_by(BLOBS.c.digest)
         with self._database.read() as connection:
             if prefix:
-                query = query.where(Blob.digest >= prefix, Blob.digest < f"{prefix}~")
+                query = query.where(BLOBS.c.digest >= prefix, BLOBS.c.digest < f"{prefix}~")
             return [Digest(digest) for digest in connection.execute(query).scalars()]
 
     def get_blob_size(self, digest: str) -> int:
@@ -639,10 +639,12 @@ class Cache:
     def get_stats(self) -> Stats:
         """Return the cache's totals."""
         with self._database.read() as connection:
-            stored = select(func.count(), func.coalesce(func.sum(Blob.size), 0)).where(Blob.stored_at.is_not(None))
+            stored = select(func.count(), func.coalesce(func.sum(BLOBS.c.size), 0)).where(
+                BLOBS.c.stored_at.is_not(None)
+            )
             blob_count, total_size = connection.execute(stored).one()
             return Stats(
-                manifest_count=connection.execute(select(func.count()).select_from(Image)).scalar_one(),
+                manifest_count=connection.execute(select(func.count()).select_from(IMAGES)).scalar_one(),
                 blob_count=blob_count,
                 total_size=total_size,
                 incomplete_count=images.count_incomplete(connection),

@@ -20,9 +20,9 @@ from cachedb import holds, partial, producing
 from cachedb.blobs import BATCH, batched, blob_path, retract, stored
 from cachedb.database import Database, sync_folder
 from cachedb.errors import os_errors
-from cachedb.models import Blob, ImageBlob, Lease, Trash
 from cachedb.reference import Digest
 from cachedb.sessions import dead_sessions, locked_sessions
+from cachedb.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 
 __all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "unreferenced"]
 
@@ -39,8 +39,8 @@ class Collected(NamedTuple):
 
 # The reference count is zero, and no session works with it.
 _UNREFERENCED = (
-    ~select(ImageBlob.blob_id).where(ImageBlob.blob_id == Blob.id).exists(),
-    ~select(Lease.digest).where(Lease.digest == Blob.digest).exists(),
+    ~select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.blob_id == BLOBS.c.id).exists(),
+    ~select(LEASES.c.digest).where(LEASES.c.digest == BLOBS.c.digest).exists(),
 )
 
 
@@ -49,29 +49,29 @@ _UNREFERENCED = (
 
 @cache
 def _forgotten() -> ReturningDelete[*tuple[Any, ...]]:
-    these = Blob.id.in_(bindparam("ids", expanding=True))
-    return delete(Blob).where(*_UNREFERENCED, these).returning(Blob.digest, Blob.size, Blob.stored_at)
+    these = BLOBS.c.id.in_(bindparam("ids", expanding=True))
+    return delete(BLOBS).where(*_UNREFERENCED, these).returning(BLOBS.c.digest, BLOBS.c.size, BLOBS.c.stored_at)
 
 
 @cache
 def _new_trash() -> Insert:
-    return insert(Trash)
+    return insert(TRASH)
 
 
 @cache
 def _some_trash() -> Select[*tuple[Any, ...]]:
-    return select(Trash.digest).limit(BATCH)
+    return select(TRASH.c.digest).limit(BATCH)
 
 
 @cache
 def _without_trash() -> Delete:
-    return delete(Trash).where(Trash.digest.in_(bindparam("digests", expanding=True)))
+    return delete(TRASH).where(TRASH.c.digest.in_(bindparam("digests", expanding=True)))
 
 
 def unreferenced(connection: Connection) -> Collected:
     """Return what a full collection would free now."""
-    totals = select(func.count(), func.coalesce(func.sum(Blob.size), 0)).where(
-        *_UNREFERENCED, Blob.stored_at.is_not(None)
+    totals = select(func.count(), func.coalesce(func.sum(BLOBS.c.size), 0)).where(
+        *_UNREFERENCED, BLOBS.c.stored_at.is_not(None)
     )
     return Collected(*connection.execute(totals).one())
 
@@ -98,7 +98,7 @@ def collect(database: Database, *, batch: int = BATCH) -> Iterator[Collected]:
     recover(database)
     partial.sweep(database.directory)
     with database.read() as connection:
-        candidates = list(connection.execute(select(Blob.id).where(*_UNREFERENCED)).scalars())
+        candidates = list(connection.execute(select(BLOBS.c.id).where(*_UNREFERENCED)).scalars())
     for start in range(0, len(candidates), batch):
         with database.write() as connection:
             part = forget(connection, candidates[start : start + batch])

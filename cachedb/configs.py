@@ -17,9 +17,9 @@ from sqlalchemy import Connection, Delete, Insert, Select, Update, bindparam, de
 
 from cachedb import blobs
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, os_errors
-from cachedb.models import TEXT_LIMIT, Backfill, Blob, Image, ImageBlob, ImageLabel
 from cachedb.oci import CONFIG_TYPES, DOCUMENT_LIMIT, ImageConfig, parse_config
 from cachedb.reference import Digest, split_digest
+from cachedb.tables import BACKFILLS, BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGES, TEXT_LIMIT
 
 __all__ = [
     "BACKFILL",
@@ -163,7 +163,7 @@ def agrees(connection: Connection, directory: Path, image_id: int) -> bool:
 
 def backfilled(connection: Connection) -> int | None:
     """Return the last of the images whose configs a backfill has read so far; None if it has come to its end."""
-    return connection.execute(select(Backfill.image_id).where(Backfill.revision == BACKFILL)).scalar()
+    return connection.execute(select(BACKFILLS.c.image_id).where(BACKFILLS.c.revision == BACKFILL)).scalar()
 
 
 def description(
@@ -203,41 +203,50 @@ def description(
 
 @cache
 def _contents_of() -> Select[*tuple[Any, ...]]:
-    columns = (ImageBlob.position, ImageBlob.role, ImageBlob.media_type, Blob.id, Blob.digest, Blob.size)
-    said = (ImageBlob.diff_id, ImageBlob.created_by)
-    joined = select(*columns, Blob.stored_at.is_not(None), *said).join(Blob, Blob.id == ImageBlob.blob_id)
-    return joined.where(ImageBlob.image_id == bindparam("of")).order_by(ImageBlob.position)
+    columns = (
+        IMAGE_BLOBS.c.position,
+        IMAGE_BLOBS.c.role,
+        IMAGE_BLOBS.c.media_type,
+        BLOBS.c.id,
+        BLOBS.c.digest,
+        BLOBS.c.size,
+    )
+    said = (IMAGE_BLOBS.c.diff_id, IMAGE_BLOBS.c.created_by)
+    joined = select(*columns, BLOBS.c.stored_at.is_not(None), *said).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+    return joined.where(IMAGE_BLOBS.c.image_id == bindparam("of")).order_by(IMAGE_BLOBS.c.position)
 
 
 @cache
 def _described() -> Update:
-    return update(Image).where(Image.id == bindparam("of")).values({name: bindparam(name) for name in _ATTRIBUTES})
+    return update(IMAGES).where(IMAGES.c.id == bindparam("of")).values({name: bindparam(name) for name in _ATTRIBUTES})
 
 
 @cache
 def _without_labels() -> Delete:
-    return delete(ImageLabel).where(ImageLabel.image_id == bindparam("of"))
+    return delete(IMAGE_LABELS).where(IMAGE_LABELS.c.image_id == bindparam("of"))
 
 
 @cache
 def _attributes() -> Select[*tuple[Any, ...]]:
-    return select(*(getattr(Image, name) for name in _ATTRIBUTES)).where(Image.id == bindparam("of"))
+    return select(*(IMAGES.c[name] for name in _ATTRIBUTES)).where(IMAGES.c.id == bindparam("of"))
 
 
 @cache
 def _labels_of() -> Select[*tuple[Any, ...]]:
-    query = select(ImageLabel.key, ImageLabel.value).where(ImageLabel.image_id == bindparam("of"))
-    return query.order_by(ImageLabel.key)
+    query = select(IMAGE_LABELS.c.key, IMAGE_LABELS.c.value).where(IMAGE_LABELS.c.image_id == bindparam("of"))
+    return query.order_by(IMAGE_LABELS.c.key)
 
 
 @cache
 def _new_labels() -> Insert:
-    return insert(ImageLabel)
+    return insert(IMAGE_LABELS)
 
 
 @cache
 def _described_layer() -> Update:
-    one = update(ImageBlob).where(ImageBlob.image_id == bindparam("of"), ImageBlob.position == bindparam("at"))
+    one = update(IMAGE_BLOBS).where(
+        IMAGE_BLOBS.c.image_id == bindparam("of"), IMAGE_BLOBS.c.position == bindparam("at")
+    )
     return one.values(diff_id=bindparam("diff_id"), created_by=bindparam("created_by"))
 
 

@@ -28,8 +28,8 @@ from sqlalchemy.exc import DisconnectionError
 
 from cachedb import locks
 from cachedb.errors import DamagedIndex, NotACache, SchemaMismatch, StorageError, os_errors
-from cachedb.models import REVISION, Base
 from cachedb.mounts import refuse_shared
+from cachedb.tables import METADATA, REVISION
 
 __all__ = ["Database", "default_directory", "quarantine_path", "sync_folder"]
 
@@ -300,7 +300,7 @@ class Database:
                 found = [str(line) for line in connection.exec_driver_sql(check).scalars() if line != "ok"]
                 for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(100):
                     found.append(f"row {row} of {table} refers to a row of {parent} that is not there")
-                for table in Base.metadata.sorted_tables:
+                for table in METADATA.sorted_tables:
                     # Text that is no text, and a time that is none, are within all constraints.
                     for _ in connection.execute(select(table).limit(0 if quick else None)):
                         pass

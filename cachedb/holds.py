@@ -15,8 +15,8 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select
 
 from cachedb.errors import CacheError, NotInCache
-from cachedb.models import Blob, Hold, Lease
 from cachedb.reference import Digest, shorten
+from cachedb.tables import BLOBS, HOLDS, LEASES
 
 __all__ = ["HoldInfo", "add", "forget", "holds", "is_id", "lapsed", "release"]
 
@@ -47,10 +47,10 @@ def add(connection: Connection, name: str, digests: Iterable[Digest], seconds: f
         raise CacheError(f"{seconds:g} seconds is no time to hold anything for: leave it out to hold until released")
     expires_at = None if seconds is None else now + timedelta(seconds=seconds)
     hold = f"hold-{secrets.token_hex(6)}"
-    connection.execute(insert(Hold).values(id=hold, name=name, created_at=now, expires_at=expires_at))
+    connection.execute(insert(HOLDS).values(id=hold, name=name, created_at=now, expires_at=expires_at))
     rows = [{"digest": digest, "session": hold, "hold": 0} for digest in digests]
     if rows:
-        connection.execute(insert(Lease), rows)
+        connection.execute(insert(LEASES), rows)
     return hold
 
 
@@ -63,18 +63,18 @@ def holds(connection: Connection) -> list[HoldInfo]:
     """Return the holds that last, the oldest first."""
     query = (
         select(
-            Hold.id,
-            Hold.name,
-            func.count(Lease.digest),
-            func.coalesce(func.sum(Blob.size), 0),
-            Hold.created_at,
-            Hold.expires_at,
+            HOLDS.c.id,
+            HOLDS.c.name,
+            func.count(LEASES.c.digest),
+            func.coalesce(func.sum(BLOBS.c.size), 0),
+            HOLDS.c.created_at,
+            HOLDS.c.expires_at,
         )
-        .outerjoin(Lease, Lease.session == Hold.id)
-        .outerjoin(Blob, Blob.digest == Lease.digest)
+        .outerjoin(LEASES, LEASES.c.session == HOLDS.c.id)
+        .outerjoin(BLOBS, BLOBS.c.digest == LEASES.c.digest)
         .where(_lasts())
-        .group_by(Hold.id)
-        .order_by(Hold.created_at, Hold.id)
+        .group_by(HOLDS.c.id)
+        .order_by(HOLDS.c.created_at, HOLDS.c.id)
     )
     return [HoldInfo(*row) for row in connection.execute(query)]
 
@@ -87,8 +87,8 @@ def release(connection: Connection, *wanted: str) -> int:
     """
     found: set[str] = set()
     for text in wanted:
-        column = Hold.id if is_id(text) else Hold.name
-        ids = set(connection.execute(select(Hold.id).where(_lasts(), column == text)).scalars())
+        column = HOLDS.c.id if is_id(text) else HOLDS.c.name
+        ids = set(connection.execute(select(HOLDS.c.id).where(_lasts(), column == text)).scalars())
         if not ids:
             raise NotInCache(f"{shorten(text)} is neither a hold nor held; `cachedb holds` lists what is")
         found |= ids
@@ -98,8 +98,8 @@ def release(connection: Connection, *wanted: str) -> int:
 
 def lapsed(connection: Connection) -> set[str]:
     """Return what has leases and is no hold that lasts: sessions, alive or not, and holds whose time is over."""
-    lasting = select(Hold.id).where(Hold.id == Lease.session, _lasts()).exists()
-    return set(connection.execute(select(Lease.session).where(~lasting).distinct()).scalars())
+    lasting = select(HOLDS.c.id).where(HOLDS.c.id == LEASES.c.session, _lasts()).exists()
+    return set(connection.execute(select(LEASES.c.session).where(~lasting).distinct()).scalars())
 
 
 def forget(connection: Connection, sessions: Iterable[str]) -> None:
@@ -107,9 +107,9 @@ def forget(connection: Connection, sessions: Iterable[str]) -> None:
     gone = list(sessions)
     for start in range(0, len(gone), _BATCH):
         part = gone[start : start + _BATCH]
-        connection.execute(delete(Lease).where(Lease.session.in_(part)))
-        connection.execute(delete(Hold).where(Hold.id.in_(part)))
+        connection.execute(delete(LEASES).where(LEASES.c.session.in_(part)))
+        connection.execute(delete(HOLDS).where(HOLDS.c.id.in_(part)))
 
 
 def _lasts() -> ColumnElement[bool]:
-    return or_(Hold.expires_at.is_(None), Hold.expires_at > datetime.now(UTC))
+    return or_(HOLDS.c.expires_at.is_(None), HOLDS.c.expires_at > datetime.now(UTC))

@@ -40,7 +40,6 @@ from cachedb.errors import (
     StorageError,
     os_errors,
 )
-from cachedb.models import Blob, Image, ImageBlob, UtcTime
 from cachedb.oci import (
     CONFIG_TYPES,
     DOCUMENT_LIMIT,
@@ -52,6 +51,7 @@ from cachedb.oci import (
 )
 from cachedb.reference import Digest, Name
 from cachedb.sessions import Hold, Session
+from cachedb.tables import BLOBS, IMAGE_BLOBS, IMAGES, UtcTime
 
 __all__ = [
     "BlobInfo",
@@ -125,13 +125,13 @@ class ImageInfo(NamedTuple):
 
 
 _TOLD = (
-    Image.created_at,
-    Image.last_used_at,
-    Image.architecture,
-    Image.os,
-    Image.variant,
-    Image.created,
-    Image.author,
+    IMAGES.c.created_at,
+    IMAGES.c.last_used_at,
+    IMAGES.c.architecture,
+    IMAGES.c.os,
+    IMAGES.c.variant,
+    IMAGES.c.created,
+    IMAGES.c.author,
 )
 """The columns at the end of an `ImageInfo`."""
 
@@ -241,8 +241,8 @@ def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, Fou
 def _near(connection: Connection, name: Name) -> str | None:
     """Say which image other tools would have meant, for they put a registry in front of a short name."""
     fronts = ("docker.io/library/", "docker.io/", "localhost/")
-    query = select(Image.repository).where(
-        Image.repository.in_([front + name.repository for front in fronts]), Image.reference == name.reference
+    query = select(IMAGES.c.repository).where(
+        IMAGES.c.repository.in_([front + name.repository for front in fronts]), IMAGES.c.reference == name.reference
     )
     repository = connection.execute(query.limit(1)).scalar()
     return repository and f"{Name(repository, name.reference)} is"
@@ -250,30 +250,30 @@ def _near(connection: Connection, name: Name) -> str | None:
 
 def images(connection: Connection) -> list[ImageInfo]:
     """Return all images, in the order of their names."""
-    contents = select(ImageBlob.image_id, ImageBlob.blob_id).distinct().subquery()
+    contents = select(IMAGE_BLOBS.c.image_id, IMAGE_BLOBS.c.blob_id).distinct().subquery()
     totals = (
         select(
             contents.c.image_id,
-            func.sum(Blob.size).label("size"),
-            (func.count() == func.count(Blob.stored_at)).label("complete"),
+            func.sum(BLOBS.c.size).label("size"),
+            (func.count() == func.count(BLOBS.c.stored_at)).label("complete"),
         )
-        .join(Blob, Blob.id == contents.c.blob_id)
+        .join(BLOBS, BLOBS.c.id == contents.c.blob_id)
         .group_by(contents.c.image_id)
         .subquery()
     )
     query = (
         select(
-            Image.repository,
-            Image.reference,
-            Blob.digest,
-            Image.media_type,
+            IMAGES.c.repository,
+            IMAGES.c.reference,
+            BLOBS.c.digest,
+            IMAGES.c.media_type,
             totals.c.size,
             totals.c.complete,
             *_TOLD,
         )
-        .join(Blob, Blob.id == Image.manifest_id)
-        .join(totals, totals.c.image_id == Image.id)
-        .order_by(Image.repository, Image.reference)
+        .join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
+        .join(totals, totals.c.image_id == IMAGES.c.id)
+        .order_by(IMAGES.c.repository, IMAGES.c.reference)
     )
     return [
         ImageInfo(row[0], row[1], Digest(row[2]), row[3], int(row[4]), bool(row[5]), *row[6:])
@@ -301,66 +301,73 @@ def image(connection: Connection, directory: Path, image_id: int) -> tuple[Image
 
 @cache
 def _of_repository() -> Select[*tuple[Any, ...]]:
-    columns = (Image.id, Image.manifest_id, Blob.digest, Image.media_type)
-    joined = select(*columns).join(Blob, Blob.id == Image.manifest_id)
-    return joined.where(Image.repository == bindparam("repository"))
+    columns = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type)
+    joined = select(*columns).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
+    return joined.where(IMAGES.c.repository == bindparam("repository"))
 
 
 @cache
 def _named() -> Select[*tuple[Any, ...]]:
-    return _of_repository().where(Image.reference == bindparam("reference"))
+    return _of_repository().where(IMAGES.c.reference == bindparam("reference"))
 
 
 @cache
 def _all_named() -> Select[*tuple[Any, ...]]:
-    columns = (Image.repository, Image.reference, Image.id, Image.manifest_id, Blob.digest, Image.media_type)
+    columns = (
+        IMAGES.c.repository,
+        IMAGES.c.reference,
+        IMAGES.c.id,
+        IMAGES.c.manifest_id,
+        BLOBS.c.digest,
+        IMAGES.c.media_type,
+    )
     # More than is wanted: SQLite finds pairs among others only by a look at each row.
-    repositories = Image.repository.in_(bindparam("repositories", expanding=True))
-    references = Image.reference.in_(bindparam("references", expanding=True))
-    return select(*columns).join(Blob, Blob.id == Image.manifest_id).where(repositories, references)
+    repositories = IMAGES.c.repository.in_(bindparam("repositories", expanding=True))
+    references = IMAGES.c.reference.in_(bindparam("references", expanding=True))
+    return select(*columns).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id).where(repositories, references)
 
 
 @cache
 def _with_manifest() -> Select[*tuple[Any, ...]]:
-    return _of_repository().where(Blob.digest == bindparam("digest")).limit(1)
+    return _of_repository().where(BLOBS.c.digest == bindparam("digest")).limit(1)
 
 
 @cache
 def _new_image() -> ReturningInsert[*tuple[Any, ...]]:
-    return insert(Image).returning(Image.id)
+    return insert(IMAGES).returning(IMAGES.c.id)
 
 
 @cache
 def _new_images() -> Insert:
-    return insert(Image)
+    return insert(IMAGES)
 
 
 @cache
 def _new_associations() -> Insert:
-    return insert(ImageBlob)
+    return insert(IMAGE_BLOBS)
 
 
 @cache
 def _without_associations() -> Delete:
-    return delete(ImageBlob).where(ImageBlob.image_id == bindparam("of"))
+    return delete(IMAGE_BLOBS).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
 
 
 @cache
 def _without_image() -> Delete:
-    return delete(Image).where(Image.id == bindparam("of"))
+    return delete(IMAGES).where(IMAGES.c.id == bindparam("of"))
 
 
 @cache
 def _pointed_anew() -> Update:
     manifest_id, now = bindparam("manifest_id", type_=Integer), bindparam("created_at", type_=UtcTime)
     return (
-        update(Image)
-        .where(Image.id == bindparam("of"))
+        update(IMAGES)
+        .where(IMAGES.c.id == bindparam("of"))
         .values(
             manifest_id=manifest_id,
             media_type=bindparam("media_type"),
             some_platforms=bindparam("some_platforms"),
-            created_at=case((Image.manifest_id == manifest_id, Image.created_at), else_=now),
+            created_at=case((IMAGES.c.manifest_id == manifest_id, IMAGES.c.created_at), else_=now),
             last_used_at=bindparam("last_used_at"),
         )
     )
@@ -368,47 +375,56 @@ def _pointed_anew() -> Update:
 
 @cache
 def _copied_associations() -> Insert:
-    columns = [getattr(ImageBlob, name) for name in _ASSOCIATION]
+    columns = [IMAGE_BLOBS.c[name] for name in _ASSOCIATION]
     target = bindparam("target", type_=Integer)
-    return insert(ImageBlob).from_select(
-        ["image_id", *_ASSOCIATION], select(target, *columns).where(ImageBlob.image_id == bindparam("of"))
+    return insert(IMAGE_BLOBS).from_select(
+        ["image_id", *_ASSOCIATION], select(target, *columns).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
     )
 
 
 @cache
 def _blobs_of() -> Select[*tuple[Any, ...]]:
-    return select(ImageBlob.blob_id).where(ImageBlob.image_id == bindparam("of"))
+    return select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
 
 
 @cache
 def _waiting_for() -> Select[*tuple[Any, ...]]:
-    is_manifest = ImageBlob.role.in_(("manifest", "index"))
-    is_config = and_(ImageBlob.role == "config", ImageBlob.media_type.in_(CONFIG_TYPES))
-    joined = select(ImageBlob.image_id).join(Blob, Blob.id == ImageBlob.blob_id)
-    these = Blob.digest.in_(bindparam("digests", expanding=True))
-    return joined.where(these, ImageBlob.position > 0, or_(is_manifest, is_config))
+    is_manifest = IMAGE_BLOBS.c.role.in_(("manifest", "index"))
+    is_config = and_(IMAGE_BLOBS.c.role == "config", IMAGE_BLOBS.c.media_type.in_(CONFIG_TYPES))
+    joined = select(IMAGE_BLOBS.c.image_id).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+    these = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
+    return joined.where(these, IMAGE_BLOBS.c.position > 0, or_(is_manifest, is_config))
 
 
 @cache
 def _blobs_with() -> Select[*tuple[Any, ...]]:
-    columns = (Blob.digest, Blob.id, Blob.size, Blob.stored_at.is_not(None))
-    return select(*columns).where(Blob.digest.in_(bindparam("digests", expanding=True)))
+    columns = (BLOBS.c.digest, BLOBS.c.id, BLOBS.c.size, BLOBS.c.stored_at.is_not(None))
+    return select(*columns).where(BLOBS.c.digest.in_(bindparam("digests", expanding=True)))
 
 
 @cache
 def _one_image() -> Select[*tuple[Any, ...]]:
-    columns = (Image.repository, Image.reference, Blob.digest, Image.media_type)
-    return select(*columns, *_TOLD).join(Blob, Blob.id == Image.manifest_id).where(Image.id == bindparam("of"))
+    columns = (IMAGES.c.repository, IMAGES.c.reference, BLOBS.c.digest, IMAGES.c.media_type)
+    return (
+        select(*columns, *_TOLD).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id).where(IMAGES.c.id == bindparam("of"))
+    )
 
 
 @cache
 def _contents_of_one() -> Select[*tuple[Any, ...]]:
-    columns = (Blob.digest, Blob.size, ImageBlob.role, ImageBlob.media_type, ImageBlob.position, Blob.stored_at)
+    columns = (
+        BLOBS.c.digest,
+        BLOBS.c.size,
+        IMAGE_BLOBS.c.role,
+        IMAGE_BLOBS.c.media_type,
+        IMAGE_BLOBS.c.position,
+        BLOBS.c.stored_at,
+    )
     return (
-        select(*columns, ImageBlob.diff_id, ImageBlob.created_by)
-        .join(Blob, Blob.id == ImageBlob.blob_id)
-        .where(ImageBlob.image_id == bindparam("of"))
-        .order_by(ImageBlob.position)
+        select(*columns, IMAGE_BLOBS.c.diff_id, IMAGE_BLOBS.c.created_by)
+        .join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+        .where(IMAGE_BLOBS.c.image_id == bindparam("of"))
+        .order_by(IMAGE_BLOBS.c.position)
     )
 
 
@@ -503,7 +519,7 @@ def reassociate(connection: Connection, directory: Path, image_id: int) -> None:
     said = root_of(connection, image_id)
     root = _as_it_is(connection, directory, said)
     if root != said:
-        connection.execute(update(Image).where(Image.id == image_id).values(media_type=root.media_type))
+        connection.execute(update(IMAGES).where(IMAGES.c.id == image_id).values(media_type=root.media_type))
     known: dict[Digest, _BlobRow] = {}
     choose = choice(connection, image_id)
     found = closure(connection, directory, root, choose, strict=False, known=known)
@@ -513,7 +529,7 @@ def reassociate(connection: Connection, directory: Path, image_id: int) -> None:
 
 def choice(connection: Connection, image_id: int) -> Choice | None:
     """Return what chooses those children of an index that are in an image's closure; None if all are."""
-    query = select(Image.some_platforms).where(Image.id == image_id)
+    query = select(IMAGES.c.some_platforms).where(IMAGES.c.id == image_id)
     if connection.execute(query).scalar_one() is None:
         return None
     return oci.among({blob.digest for blob in configs.associations(connection, image_id)})
@@ -537,8 +553,8 @@ def _as_it_is(connection: Connection, directory: Path, root: Descriptor) -> Desc
 
 def root_of(connection: Connection, image_id: int) -> Descriptor:
     """Return the manifest or index that an image points to."""
-    query = select(Blob.digest, Blob.size, Image.media_type).join(Blob, Blob.id == Image.manifest_id)
-    row = connection.execute(query.where(Image.id == image_id)).one()
+    query = select(BLOBS.c.digest, BLOBS.c.size, IMAGES.c.media_type).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
+    row = connection.execute(query.where(IMAGES.c.id == image_id)).one()
     return Descriptor(Digest(row.digest), row.size, row.media_type, role_of(row.media_type))
 
 
@@ -731,7 +747,7 @@ def _add_rows(connection: Connection, found: Iterable[Descriptor], known: dict[D
     """Have a row of every blob."""
     new = {blob.digest: blob.size for blob in found if blob.digest not in known}
     if new:
-        connection.execute(insert(Blob), [{"digest": digest, "size": size} for digest, size in new.items()])
+        connection.execute(insert(BLOBS), [{"digest": digest, "size": size} for digest, size in new.items()])
         known.update(_rows(connection, new))
 
 
@@ -806,7 +822,7 @@ def restore(connection: Connection, directory: Path, name: Name, saved: SavedIma
 
 def touch(connection: Connection, image_id: int) -> None:
     """Note that an image is used now."""
-    connection.execute(update(Image).where(Image.id == image_id).values(last_used_at=datetime.now(UTC)))
+    connection.execute(update(IMAGES).where(IMAGES.c.id == image_id).values(last_used_at=datetime.now(UTC)))
 
 
 def tag(connection: Connection, source: Name, target: Name) -> int:
@@ -819,7 +835,7 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     image = find(connection, source)
     if target.digest not in (None, image.digest):
         raise InvalidName(f"{target} cannot be a name of {source}: its digest is {image.digest}")
-    query = select(Image.some_platforms).where(Image.id == image.id)
+    query = select(IMAGES.c.some_platforms).where(IMAGES.c.id == image.id)
     some_platforms = connection.execute(query).scalar_one()
     target_id, _ = _point(connection, target, image.manifest_id, image.media_type, some_platforms)
     if target_id == image.id:
@@ -832,7 +848,9 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
 
 def is_associated(connection: Connection, digest: Digest) -> bool:
     """Say whether an image is associated with a blob."""
-    query = select(ImageBlob.image_id).join(Blob, Blob.id == ImageBlob.blob_id).where(Blob.digest == digest)
+    query = (
+        select(IMAGE_BLOBS.c.image_id).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id).where(BLOBS.c.digest == digest)
+    )
     return connection.execute(query.limit(1)).first() is not None
 
 
@@ -853,7 +871,7 @@ def platforms(connection: Connection, directory: Path, image_id: int) -> list[Pl
 
 def tags(connection: Connection, repository: str) -> list[Name]:
     """Return the names that a repository's images have by tag, in order."""
-    query = select(Image.reference).where(Image.repository == repository).order_by(Image.reference)
+    query = select(IMAGES.c.reference).where(IMAGES.c.repository == repository).order_by(IMAGES.c.reference)
     names = [Name(repository, reference) for reference in connection.execute(query).scalars()]
     return [name for name in names if not name.digest]
 
@@ -861,12 +879,12 @@ def tags(connection: Connection, repository: str) -> list[Name]:
 def repositories_with(connection: Connection, digest: Digest) -> list[str]:
     """Return the repositories of the images that are associated with a blob, in order."""
     query = (
-        select(Image.repository)
-        .join(ImageBlob, ImageBlob.image_id == Image.id)
-        .join(Blob, Blob.id == ImageBlob.blob_id)
-        .where(Blob.digest == digest)
+        select(IMAGES.c.repository)
+        .join(IMAGE_BLOBS, IMAGE_BLOBS.c.image_id == IMAGES.c.id)
+        .join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+        .where(BLOBS.c.digest == digest)
         .distinct()
-        .order_by(Image.repository)
+        .order_by(IMAGES.c.repository)
     )
     return list(connection.execute(query).scalars())
 
@@ -878,17 +896,19 @@ def attach(connection: Connection, directory: Path, name: Name, digest: Digest, 
         NotInCache: if there is no such image, or the blob is not stored.
     """
     image = find(connection, name)
-    blob_id = connection.execute(select(Blob.id).where(Blob.digest == digest, Blob.stored_at.is_not(None))).scalar()
+    blob_id = connection.execute(
+        select(BLOBS.c.id).where(BLOBS.c.digest == digest, BLOBS.c.stored_at.is_not(None))
+    ).scalar()
     if blob_id is None:
         raise NotInCache(f"{digest} is not in the cache; store it first")
-    there = select(ImageBlob.position).where(
-        ImageBlob.image_id == image.id, ImageBlob.blob_id == blob_id, ImageBlob.role == role
+    there = select(IMAGE_BLOBS.c.position).where(
+        IMAGE_BLOBS.c.image_id == image.id, IMAGE_BLOBS.c.blob_id == blob_id, IMAGE_BLOBS.c.role == role
     )
     if connection.execute(there).first() is not None:
         return
-    position = select(func.max(ImageBlob.position) + 1).where(ImageBlob.image_id == image.id)
+    position = select(func.max(IMAGE_BLOBS.c.position) + 1).where(IMAGE_BLOBS.c.image_id == image.id)
     connection.execute(
-        insert(ImageBlob).values(
+        insert(IMAGE_BLOBS).values(
             image_id=image.id,
             position=connection.execute(position).scalar_one(),
             blob_id=blob_id,
@@ -926,8 +946,8 @@ def incomplete(name: Name, contents: Iterable[BlobInfo]) -> IncompleteImage:
 def count_incomplete(connection: Connection) -> int:
     """Return the number of images of which a blob is not stored."""
     query = (
-        select(func.count(ImageBlob.image_id.distinct()))
-        .join(Blob, Blob.id == ImageBlob.blob_id)
-        .where(Blob.stored_at.is_(None))
+        select(func.count(IMAGE_BLOBS.c.image_id.distinct()))
+        .join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+        .where(BLOBS.c.stored_at.is_(None))
     )
     return connection.execute(query).scalar_one()

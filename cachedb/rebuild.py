@@ -28,10 +28,10 @@ from cachedb.errors import (
     SchemaMismatch,
     os_errors,
 )
-from cachedb.models import REVISION, Base, Blob, Hold, Image, ImageBlob, Lease, Trash, UtcTime
 from cachedb.oci import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, descriptors, manifest_media_type
 from cachedb.reference import Digest, Name, parse_digest
 from cachedb.sessions import Session
+from cachedb.tables import BLOBS, HOLDS, IMAGE_BLOBS, IMAGES, LEASES, METADATA, REVISION, TRASH, UtcTime
 
 __all__ = ["Restored", "name_unnamed", "rebuild", "restore"]
 
@@ -167,25 +167,27 @@ def _agree(connection: Connection, database: Database) -> Restored:
     files, _ = blobs.on_disk(directory)
     rows = {
         Digest(digest): size
-        for digest, size in connection.execute(select(Blob.digest, Blob.size).where(Blob.stored_at.is_not(None)))
+        for digest, size in connection.execute(
+            select(BLOBS.c.digest, BLOBS.c.size).where(BLOBS.c.stored_at.is_not(None))
+        )
     }
     gone = [{"gone": digest} for digest, size in rows.items() if files.get(digest) != size]
     if gone:
-        connection.execute(update(Blob).where(Blob.digest == bindparam("gone")).values(stored_at=None), gone)
+        connection.execute(update(BLOBS).where(BLOBS.c.digest == bindparam("gone")).values(stored_at=None), gone)
     come = [blobs.Received(digest, size, None) for digest, size in files.items() if rows.get(digest) != size]
     blobs.set_stored(connection, come)
     images.associate_waiting(connection, directory, [blob.digest for blob in come if blob.size <= DOCUMENT_LIMIT])
-    connection.execute(delete(Trash))  # what was on its way there is a blob again
-    connection.execute(delete(Lease))
-    connection.execute(delete(Hold))
+    connection.execute(delete(TRASH))  # what was on its way there is a blob again
+    connection.execute(delete(LEASES))
+    connection.execute(delete(HOLDS))
     for name in ("holds", "leases"):
-        found, _ = _rows(database, Base.metadata.tables[name])
+        found, _ = _rows(database, METADATA.tables[name])
         _insert(connection, name, found)
     database.close()
-    used = select(ImageBlob.blob_id).where(ImageBlob.blob_id == Blob.id).exists()
-    unused = select(func.count()).select_from(Blob).where(Blob.stored_at.is_not(None), ~used)
+    used = select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.blob_id == BLOBS.c.id).exists()
+    unused = select(func.count()).select_from(BLOBS).where(BLOBS.c.stored_at.is_not(None), ~used)
     return Restored(
-        images=connection.execute(select(func.count()).select_from(Image)).scalar_one(),
+        images=connection.execute(select(func.count()).select_from(IMAGES)).scalar_one(),
         incomplete=images.count_incomplete(connection),
         unused=connection.execute(unused).scalar_one(),
         old=None,
@@ -212,7 +214,7 @@ def _salvage(database: Database) -> tuple[Salvage, list[str]]:
 
 
 def _read(database: Database) -> Salvage:
-    found = {name: _rows(database, Base.metadata.tables[name]) for name in _TABLES}
+    found = {name: _rows(database, METADATA.tables[name]) for name in _TABLES}
     database.close()
     rows, whole = found["images"]
     stored = {row["id"]: row for row in found["blobs"][0]}
@@ -239,7 +241,7 @@ def _read(database: Database) -> Salvage:
             whole = False  # it is this row that is damaged
     # A damaged page may read as one with no rows, and raise nothing.
     with suppress(CacheError), database.look() as connection:
-        whole = whole and connection.execute(select(func.count()).select_from(Image)).scalar_one() <= len(rows)
+        whole = whole and connection.execute(select(func.count()).select_from(IMAGES)).scalar_one() <= len(rows)
     database.close()
     partial = [what for name, what in _PARTIAL.items() if not found[name][1]]
     return Salvage(saved, {name: found[name][0] for name in ("holds", "leases")}, whole, partial)
@@ -278,7 +280,7 @@ def _fill(connection: Connection, directory: Path, files: dict[Digest, int], sal
     now, whole = datetime.now(UTC), salvage.whole
     if files:
         rows = [{"digest": digest, "size": size, "stored_at": now} for digest, size in files.items()]
-        connection.execute(insert(Blob), rows)
+        connection.execute(insert(BLOBS), rows)
     for name, image in salvage.images.items():
         try:
             with connection.begin_nested():
@@ -305,7 +307,7 @@ def _insert(connection: Connection, table: str, rows: list[dict[str, Any]]) -> N
         with suppress(IntegrityError), connection.begin_nested():
             # As they were read: the times are text still.
             columns = {column: type_coerce(value, Text) for column, value in row.items() if column.endswith("_at")}
-            connection.execute(insert(Base.metadata.tables[table]).values({**row, **columns}))
+            connection.execute(insert(METADATA.tables[table]).values({**row, **columns}))
 
 
 def name_unnamed(connection: Connection, directory: Path, files: dict[Digest, int]) -> list[Name]:
@@ -338,7 +340,9 @@ def _check_manifest(directory: Path, digest: Digest, size: int) -> None:
 
 def _unnamed(connection: Connection, directory: Path, files: dict[Digest, int]) -> list[tuple[Digest, str]]:
     """Return the manifests that belong to no image, without those that another of them has as a child."""
-    used = set(connection.execute(select(Blob.digest).join(ImageBlob, ImageBlob.blob_id == Blob.id)).scalars())
+    used = set(
+        connection.execute(select(BLOBS.c.digest).join(IMAGE_BLOBS, IMAGE_BLOBS.c.blob_id == BLOBS.c.id)).scalars()
+    )
     found: dict[Digest, str] = {}
     children: set[Digest] = set()
     for digest, size in files.items():

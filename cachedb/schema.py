@@ -31,8 +31,8 @@ from cachedb.errors import (
     StorageError,
     os_errors,
 )
-from cachedb.models import REVISION, Backfill, Base, Image
 from cachedb.reference import Digest, Name
+from cachedb.tables import BACKFILLS, IMAGES, METADATA, REVISION
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -64,7 +64,7 @@ _IN_THE_WAY = re.compile(r"error in (index|trigger|view) (.+?)(?: after [a-z ]+)
 # A transaction has as many images as take a few hundredths of a second of the write lock.
 _BATCH = 50  # images
 _BATCH_SIZE = 1024 * 1024  # bytes of configs
-_OURS = Backfill.revision == configs.BACKFILL  # a newer schema may have others
+_OURS = BACKFILLS.c.revision == configs.BACKFILL  # a newer schema may have others
 
 
 class State(NamedTuple):
@@ -334,7 +334,7 @@ def check(directory: Path) -> list[Drift]:
             with warnings.catch_warnings():
                 # Of indexes over expressions, which SQLAlchemy does not look at: we do.
                 warnings.simplefilter("ignore", SAWarning)
-                found = list(_described(compare_metadata(context, Base.metadata)))
+                found = list(_described(compare_metadata(context, METADATA)))
             there, oldest, pending = _objects(connection), read_oldest(connection), _pending(connection)
     finally:
         database.close()
@@ -556,8 +556,8 @@ def _pending(connection: Connection) -> int:
     exists = "SELECT 1 FROM sqlite_master WHERE name = 'backfills'"
     if connection.exec_driver_sql(exists).first() is None:
         return 0
-    done = select(Backfill.image_id).where(_OURS).scalar_subquery()
-    return connection.execute(select(func.count()).where(Image.id > done)).scalar_one()
+    done = select(BACKFILLS.c.image_id).where(_OURS).scalar_subquery()
+    return connection.execute(select(func.count()).where(IMAGES.c.id > done)).scalar_one()
 
 
 def _read_configs(database: Database, progress: Progress | None) -> list[Unread]:
@@ -579,15 +579,17 @@ def _read_configs(database: Database, progress: Progress | None) -> list[Unread]
         with database.write() as connection:
             if configs.backfilled(connection) != begin:
                 continue  # another process has done these
-            query = select(Image.id, Image.repository, Image.reference).where(Image.id > begin, Image.id <= last)
-            rows = connection.execute(query.order_by(Image.id)).all()
+            query = select(IMAGES.c.id, IMAGES.c.repository, IMAGES.c.reference).where(
+                IMAGES.c.id > begin, IMAGES.c.id <= last
+            )
+            rows = connection.execute(query.order_by(IMAGES.c.id)).all()
             for image_id, repository, reference in rows:
                 for digest, detail in configs.describe(connection, database.directory, image_id, known):
                     unread.append(Unread(Name(repository, reference), digest, detail))
-            connection.execute(update(Backfill).where(_OURS).values(image_id=last))
+            connection.execute(update(BACKFILLS).where(_OURS).values(image_id=last))
             finished = last == begin and not _pending(connection)
             if finished:
-                connection.execute(delete(Backfill).where(_OURS))
+                connection.execute(delete(BACKFILLS).where(_OURS))
         done += len(rows)
         if progress:
             progress("reading configs", done, max(done, total))
@@ -596,7 +598,7 @@ def _read_configs(database: Database, progress: Progress | None) -> list[Unread]
 
 def _next_batch(connection: Connection, begin: int) -> tuple[int, set[Digest]]:
     """Return the last of the images that are next, or ``begin`` if there are none, and what configs they have."""
-    query = select(Image.id).where(Image.id > begin).order_by(Image.id).limit(_BATCH)
+    query = select(IMAGES.c.id).where(IMAGES.c.id > begin).order_by(IMAGES.c.id).limit(_BATCH)
     last, digests, size = begin, set[Digest](), 0
     for image_id in connection.execute(query).scalars().all():
         found = configs.stored(connection, image_id)

@@ -23,8 +23,8 @@ from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 from cachedb import locks
 from cachedb.database import Database, sync_folder
 from cachedb.errors import CacheError, InvalidDigest, os_errors
-from cachedb.models import Lease
 from cachedb.reference import Digest, parse_digest
+from cachedb.tables import LEASES
 
 __all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "received_digest"]
 
@@ -171,7 +171,7 @@ class Session:
                 shutil.rmtree(self.folder)
                 if self._leased:
                     with self._database.write() as connection:
-                        connection.execute(delete(Lease).where(Lease.session == self._id))
+                        connection.execute(delete(LEASES).where(LEASES.c.session == self._id))
                 lock_path(self._database.directory, self._id).unlink()
         except (CacheError, OSError):
             pass  # what is left is a dead session's, which the next open sweeps away
@@ -182,12 +182,14 @@ class Session:
 
 @cache
 def _new_leases() -> Insert:
-    return insert(Lease)
+    return insert(LEASES)
 
 
 @cache
 def _without_holds() -> Delete:
-    return delete(Lease).where(Lease.session == bindparam("of"), Lease.hold.in_(bindparam("numbers", expanding=True)))
+    return delete(LEASES).where(
+        LEASES.c.session == bindparam("of"), LEASES.c.hold.in_(bindparam("numbers", expanding=True))
+    )
 
 
 def dead_sessions(directory: Path) -> Iterator[str]:

@@ -16,8 +16,8 @@ from sqlalchemy import bindparam, select, update
 
 from cachedb.database import Database
 from cachedb.errors import CacheError
-from cachedb.models import Image, UtcTime
 from cachedb.reference import Name
+from cachedb.tables import IMAGES, UtcTime
 
 __all__ = ["RESOLUTION", "Uses"]
 
@@ -52,9 +52,9 @@ class Uses:
 
     def _write(self, names: Iterable[Name]) -> None:
         now = datetime.now(UTC)
-        old = Image.last_used_at < now - timedelta(seconds=RESOLUTION)
-        one = select(Image.id).where(
-            Image.repository == bindparam("repository"), Image.reference == bindparam("reference"), old
+        old = IMAGES.c.last_used_at < now - timedelta(seconds=RESOLUTION)
+        one = select(IMAGES.c.id).where(
+            IMAGES.c.repository == bindparam("repository"), IMAGES.c.reference == bindparam("reference"), old
         )
         with self._database.read() as connection:
             found = [connection.execute(one, name._asdict()).scalar() for name in names]
@@ -63,4 +63,4 @@ class Uses:
             values = {"last_used_at": bindparam("now", now, UtcTime)}
             with self._database.write_at_once() as writing:
                 if writing:
-                    writing.execute(update(Image).where(Image.id == bindparam("of"), old).values(values), rows)
+                    writing.execute(update(IMAGES).where(IMAGES.c.id == bindparam("of"), old).values(values), rows)

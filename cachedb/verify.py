@@ -22,11 +22,11 @@ from cachedb import collection, configs, images, rebuild
 from cachedb.blobs import CHUNK, Received, batched, blob_path, on_disk, set_stored, stored
 from cachedb.database import Database, quarantine_path, sync_folder
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
-from cachedb.models import Blob, Image, Trash
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance, Progress, in_threads, summed
 from cachedb.reference import Digest, Name, split_digest
 from cachedb.sessions import Session, half_published
+from cachedb.tables import BLOBS, IMAGES, TRASH
 
 __all__ = ["KINDS", "Problem", "Verification", "verify"]
 
@@ -123,7 +123,7 @@ def _altered(directory: Path, contents: dict[Digest, Content]) -> Iterator[Probl
 
 def _rows(database: Database) -> dict[Digest, int]:
     with database.read() as connection:
-        query = select(Blob.digest, Blob.size).where(Blob.stored_at.is_not(None))
+        query = select(BLOBS.c.digest, BLOBS.c.size).where(BLOBS.c.stored_at.is_not(None))
         return {Digest(digest): size for digest, size in connection.execute(query)}
 
 
@@ -185,7 +185,7 @@ def _settle(database: Database, suspects: dict[Digest, Content | None], *, repai
         rows = stored(connection, suspects)
         # Files without a row, and no orphans: they are being collected, or the next open takes them back.
         passing = half_published(database.directory)
-        leaving = select(Trash.digest).where(Trash.digest.in_(suspects))
+        leaving = select(TRASH.c.digest).where(TRASH.c.digest.in_(suspects))
         passing.update(map(Digest, connection.execute(leaving).scalars()))
         for digest, content in suspects.items():
             path = blob_path(database.directory, digest)
@@ -240,7 +240,7 @@ def _adopt(connection: Connection, directory: Path, digest: Digest, content: Con
 
 
 def _unstore(connection: Connection, _directory: Path, digest: Digest, _content: Content | None = None) -> str:
-    connection.execute(update(Blob).where(Blob.digest == digest).values(stored_at=None))
+    connection.execute(update(BLOBS).where(BLOBS.c.digest == digest).values(stored_at=None))
     return "it is not called stored any more: import or pull it again"
 
 
@@ -255,8 +255,8 @@ def _put_aside(connection: Connection, directory: Path, digest: Digest, _content
         # A second name; the first goes by way of the trash, once the row is gone for good.
         os.link(path, kept)
         sync_folder(kept.parent)
-        connection.execute(delete(Trash).where(Trash.digest == digest))
-        connection.execute(insert(Trash).values(digest=digest, size=path.stat().st_size))
+        connection.execute(delete(TRASH).where(TRASH.c.digest == digest))
+        connection.execute(insert(TRASH).values(digest=digest, size=path.stat().st_size))
         _unstore(connection, directory, digest)
     return f"moved to quarantine/{kept.name}: import or pull it again"
 
@@ -297,7 +297,7 @@ def _settle_strays(database: Database, strays: Iterable[Path], *, repair: bool) 
 def _settle_images(database: Database, bad: set[Digest], *, repair: bool) -> Iterator[Problem]:
     """Report where the index says something else of an image than its manifests, but for those known to be bad."""
     with database.read() as connection:
-        ids = list(connection.execute(select(Image.id).order_by(Image.id)).scalars())
+        ids = list(connection.execute(select(IMAGES.c.id).order_by(IMAGES.c.id)).scalars())
     for image_id in ids:
         with database.read() as connection:
             spoiled = bool(bad) and _is_spoiled(connection, database.directory, image_id, bad)
@@ -324,7 +324,7 @@ def _is_spoiled(connection: Connection, directory: Path, image_id: int, bad: set
 
 def _contradictions(connection: Connection, directory: Path, image_id: int, bad: set[Digest]) -> list[Problem]:
     """Compare what the index says of an image with its manifests and configs."""
-    name = connection.execute(select(Image.repository, Image.reference).where(Image.id == image_id)).first()
+    name = connection.execute(select(IMAGES.c.repository, IMAGES.c.reference).where(IMAGES.c.id == image_id)).first()
     if name is None:
         return []  # removed since
     image = Name(*name)

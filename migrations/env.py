@@ -9,7 +9,7 @@ from alembic.operations.ops import MigrationScript
 from sqlalchemy import Connection, Engine
 
 from cachedb.database import Database, default_directory
-from cachedb.models import Base, UtcTime
+from cachedb.tables import METADATA, UtcTime
 
 
 def render_item(kind: str, item: object, _context: object) -> str | Literal[False]:
@@ -39,7 +39,7 @@ def say_oldest(ctx: object, step: object, heads: Collection[Any], run_args: obje
 def run(connection: Connection) -> None:
     context.configure(
         connection=connection,
-        target_metadata=Base.metadata,
+        target_metadata=METADATA,
         render_as_batch=True,
         render_item=render_item,
         compare_type=True,
@@ -55,7 +55,7 @@ def main() -> None:
     if context.is_offline_mode():
         context.configure(
             dialect_name="sqlite",
-            target_metadata=Base.metadata,
+            target_metadata=METADATA,
             literal_binds=True,
             dialect_opts={"paramstyle": "named"},
             on_version_apply=say_oldest,

@@ -45,8 +45,8 @@ MUTATIONS = [
     Mutation("a retraction is synced", "cachedb/blobs.py", "            for parent in {path.parent for path in orphans}:\n                sync_folder(parent)\n", "", POWER),
     Mutation("a retraction passes over what is stored", "cachedb/blobs.py", "            known = stored(connection, published.values())\n", "            known = {}\n", "tests/test_blobs.py tests/test_sessions.py tests/test_collection.py tests/test_crashes.py"),
     # Collection
-    Mutation("what is leased is not collected", "cachedb/collection.py", "    ~select(Lease.digest).where(Lease.digest == Blob.digest).exists(),\n", "", "tests/test_collection.py"),
-    Mutation("what is referred to is not collected", "cachedb/collection.py", "    ~select(ImageBlob.blob_id).where(ImageBlob.blob_id == Blob.id).exists(),\n", "", "tests/test_collection.py"),
+    Mutation("what is leased is not collected", "cachedb/collection.py", "    ~select(LEASES.c.digest).where(LEASES.c.digest == BLOBS.c.digest).exists(),\n", "", "tests/test_collection.py"),
+    Mutation("what is referred to is not collected", "cachedb/collection.py", "    ~select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.blob_id == BLOBS.c.id).exists(),\n", "", "tests/test_collection.py"),
     Mutation("what was stored again is not moved to the trash", "cachedb/collection.py", "            again = stored(connection, digests)\n", "            again = {}\n", "tests/test_collection.py tests/test_interleavings.py"),
     Mutation("the removal from blobs/ is synced before the note of it goes", "cachedb/collection.py", "            for folder in {path.parent for path in paths.values()}:\n                sync_folder(folder)\n", "", POWER),
     Mutation("a file is noted in the trash before it is unlinked", "cachedb/collection.py", '            connection.execute(_new_trash(), [{"digest": row.digest, "size": row.size} for row in files])\n', "            pass\n", "tests/test_collection.py"),

@@ -12,8 +12,8 @@ from sqlalchemy import Connection, Engine, event, select
 
 from cachedb import Cache, StorageError, blobs, collection
 from cachedb.database import Database, sync_folder
-from cachedb.models import Blob
 from cachedb.reference import Digest
+from cachedb.tables import BLOBS
 from tests.conftest import files_of, running, snapshot, stored_rows
 from tests.make import digest_of, image, oci_files, write
 from tests.test_locks import is_free
@@ -213,7 +213,7 @@ def test_a_collection_that_was_cut_off_is_finished_by_the_next(
 def test_the_next_open_takes_out_what_a_dead_session_left_in_the_trash(cache: Cache, index: Database) -> None:
     abandon(cache, b"nobody's")
     with index.write() as connection:
-        ids = connection.execute(select(Blob.id)).scalars().all()
+        ids = connection.execute(select(BLOBS.c.id)).scalars().all()
         assert collection.forget(connection, ids) == (1, len(b"nobody's"))
     (cache.directory / "ingest" / "1-dead").mkdir()
     Cache.open(cache.directory).close()

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachedb import Cache, CacheError, StorageError, blobs
-from cachedb.models import TEXT_LIMIT
 from cachedb.oci import CONFIG_LIMIT, DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, parse_config
 from cachedb.reference import Digest
+from cachedb.tables import TEXT_LIMIT
 from tests.conftest import run_python
 from tests.make import Made, descriptor, digest_of, docker_files, image, index, layer, write
 from tests.promises import check

@@ -23,7 +23,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from cachedb import Cache
-from cachedb.models import REVISION
+from cachedb.tables import REVISION
 from tests import make, victims
 from tests.attack import strace
 from tests.promises import check

@@ -14,7 +14,7 @@ from sqlalchemy import insert, select
 
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError, database, locks
 from cachedb.database import APPLICATION_ID, Database
-from cachedb.models import Trash
+from cachedb.tables import TRASH
 from tests.conftest import files_of, run_python, running, stored_rows
 from tests.make import digest_of
 from tests.test_locks import open_files
@@ -52,9 +52,9 @@ def content(directory: Path) -> dict[str, bytes | None]:
 
 def test_a_write_transaction_is_committed_at_the_end_and_rolled_back_on_an_error(index: Database) -> None:
     with index.write() as connection:
-        connection.execute(insert(Trash), [note(b"kept")])
+        connection.execute(insert(TRASH), [note(b"kept")])
     with pytest.raises(KeyError), index.write() as connection:  # noqa: PT012
-        connection.execute(insert(Trash), [note(b"undone")])
+        connection.execute(insert(TRASH), [note(b"undone")])
         raise KeyError
     assert noted(index.directory) == 1
 
@@ -80,7 +80,7 @@ def test_a_write_waits_for_a_writer_that_knows_nothing_of_the_lock_file(index: D
     def write() -> None:
         with index.write() as connection:
             entered.set()
-            connection.execute(insert(Trash), [note(b"ours")])
+            connection.execute(insert(TRASH), [note(b"ours")])
 
     shell = sqlite3.connect(index.path, isolation_level=None)
     shell.execute("BEGIN IMMEDIATE")
@@ -97,14 +97,14 @@ def test_a_write_waits_for_a_writer_that_knows_nothing_of_the_lock_file(index: D
 
 def test_readers_take_no_lock_and_see_one_moment(index: Database) -> None:
     with index.read() as reader:
-        assert reader.execute(select(Trash.digest)).all() == []
+        assert reader.execute(select(TRASH.c.digest)).all() == []
         with index.write() as connection:
-            connection.execute(insert(Trash), [note(b"new")])
+            connection.execute(insert(TRASH), [note(b"new")])
             with index.read() as other:
-                assert other.execute(select(Trash.digest)).all() == []
-        assert reader.execute(select(Trash.digest)).all() == []
+                assert other.execute(select(TRASH.c.digest)).all() == []
+        assert reader.execute(select(TRASH.c.digest)).all() == []
     with index.read() as reader:
-        assert len(reader.execute(select(Trash.digest)).all()) == 1
+        assert len(reader.execute(select(TRASH.c.digest)).all()) == 1
 
 
 def test_the_transaction_and_the_lock_of_a_writer_that_is_killed_go_with_it(index: Database) -> None:
@@ -121,7 +121,7 @@ def test_the_transaction_and_the_lock_of_a_writer_that_is_killed_go_with_it(inde
         writer.kill()
         writer.wait()
         with index.write() as connection:
-            connection.execute(insert(Trash), [note(b"whole")])
+            connection.execute(insert(TRASH), [note(b"whole")])
     assert noted(index.directory) == 1
 
 
@@ -250,7 +250,7 @@ def test_as_many_threads_as_there_are_may_be_in_a_transaction(index: Database) -
     def read() -> None:
         with index.read() as connection:
             together.wait(10)
-            done.append(connection.execute(select(Trash.digest)).all())
+            done.append(connection.execute(select(TRASH.c.digest)).all())
 
     threads = [threading.Thread(target=read) for _ in range(together.parties)]
     for thread in threads:
@@ -301,11 +301,11 @@ def test_a_migration_that_fails_leaves_no_trace(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_to_be_full_and_undoes_the_transaction(index: Database) -> None:
     with pytest.raises(StorageError, match="full; free some space"), index.write() as connection:  # noqa: PT012
         connection.exec_driver_sql("PRAGMA max_page_count = 1")
-        connection.execute(insert(Trash), [note(b"%d" % number) for number in range(1000)])
+        connection.execute(insert(TRASH), [note(b"%d" % number) for number in range(1000)])
     index.close()
     assert noted(index.directory) == 0
     with index.write() as connection:
-        connection.execute(insert(Trash), [note(b"later")])
+        connection.execute(insert(TRASH), [note(b"later")])
 
 
 def test_a_cache_that_is_opened_and_closed_leaves_no_file_open(directory: Path, tmp_path: Path) -> None:
@@ -599,7 +599,7 @@ def test_an_index_that_somebody_reads_for_long_is_not_replaced(
     shell.execute("BEGIN")
     shell.execute("SELECT * FROM images").fetchall()
     with index.write() as connection:
-        connection.execute(insert(Trash), [note(b"written meanwhile")])
+        connection.execute(insert(TRASH), [note(b"written meanwhile")])
     before, old = index.path.stat().st_ino, index.directory / "quarantine" / "old.db"
     with index.alone(), pytest.raises(StorageError, match="another program has been reading it"):
         index.replace(new, old)

@@ -18,8 +18,8 @@ import pytest
 from cachedb import Cache, StorageError, images, mounts, schema
 from cachedb.database import Database
 from cachedb.errors import os_errors
-from cachedb.models import REVISION
 from cachedb.oci import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
+from cachedb.tables import REVISION
 from tests import make
 from tests.conftest import Run, run_python
 from tests.promises import check

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import cachedb
-from cachedb.models import REVISION
+from cachedb.tables import REVISION
 from tests.mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent

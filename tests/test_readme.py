@@ -84,10 +84,10 @@ def test_each_set_up_command_is_one_line() -> None:
 
 
 def test_the_tables_of_the_readme_are_those_of_the_index() -> None:
-    from cachedb.models import Base
+    from cachedb.tables import METADATA
 
     (section,) = re.findall(r"\| table \|.*?\n((?:\|.*\n)+)", README)
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [
         "images", "blobs", "image_blobs", "image_labels", "leases", "holds", "trash", "backfills",
     ]  # fmt: skip
-    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(Base.metadata.tables)
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(METADATA.tables)

@@ -19,7 +19,7 @@ from alembic.script import ScriptDirectory
 
 from cachedb import Cache, DamagedIndex, SchemaMismatch, schema
 from cachedb.database import APPLICATION_ID, Database
-from cachedb.models import REVISION, Base
+from cachedb.tables import METADATA, REVISION
 from tests.conftest import run_python, snapshot, stored_rows
 from tests.make import digest_of, image
 from tests.test_database import content
@@ -229,7 +229,7 @@ def test_the_models_name_the_newest_migration() -> None:
 
 def test_the_migrations_make_what_the_models_describe(cache: Cache) -> None:
     with Database(cache.directory).read() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
 
 
 def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path)
     other = Database(tmp_path / "models")
     other.prepare()
     with other.write_schema() as connection:
-        Base.metadata.create_all(connection)
+        METADATA.create_all(connection)
     assert definitions(cache.directory / "index.db") == definitions(other.path)
 
 
@@ -317,8 +317,8 @@ def test_a_revision_that_alembic_makes_has_the_next_number_and_goes_up_and_down(
     for name in ("cachedb", "migrations"):
         shutil.copytree(CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(CHECKOUT / "alembic.ini", copy)
-    with (copy / "cachedb" / "models.py").open("a") as file:
-        file.write("\nfrom sqlalchemy import Column\nImage.__table__.append_column(Column('stars', Text()))\n")
+    with (copy / "cachedb" / "tables.py").open("a") as file:
+        file.write("\nIMAGES.append_column(Column('stars', Text()))\n")
 
     def run(*arguments: str) -> str:
         done = alembic(*arguments, checkout=copy, CACHEDB_DIR=str(directory))

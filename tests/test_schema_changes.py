@@ -46,8 +46,8 @@ from cachedb import (
     schema,
 )
 from cachedb.database import APPLICATION_ID, Database
-from cachedb.models import REVISION
 from cachedb.oci import ImageConfig, parse_config
+from cachedb.tables import REVISION
 from tests.conftest import Run, files_of, run_python, running, start_python
 from tests.make import image, index
 from tests.promises import check

@@ -15,9 +15,9 @@ from sqlalchemy import select
 
 from cachedb import Cache, StorageError, collection
 from cachedb.database import Database
-from cachedb.models import Lease
 from cachedb.reference import Digest
 from cachedb.sessions import Session, dead_sessions, lock_path, received_digest
+from cachedb.tables import LEASES
 from tests.conftest import files_of, run_python, running, snapshot
 from tests.make import digest_of
 from tests.test_locks import is_free, open_files
@@ -42,7 +42,7 @@ def index(cache: Cache) -> Iterator[Database]:
 
 def leases(index: Database) -> list[str]:
     with index.read() as connection:
-        return list(connection.execute(select(Lease.session)).scalars())
+        return list(connection.execute(select(LEASES.c.session)).scalars())
 
 
 def traces(directory: Path) -> dict[str, object]:
@@ -104,7 +104,7 @@ def test_what_a_dead_session_left_is_swept_whatever_part_of_it_is_there(cache: C
     (cache.directory / "ingest" / "1-folder" / "1").write_bytes(b"half")
     lock_path(cache.directory, "1-lock").touch()
     with index.write() as connection:
-        connection.execute(Lease.__table__.insert().values(digest=DIGEST, session="1-lease", hold=1))  # type: ignore[attr-defined]
+        connection.execute(LEASES.insert().values(digest=DIGEST, session="1-lease", hold=1))
     Cache.open(cache.directory).close()
     assert traces(cache.directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
 
