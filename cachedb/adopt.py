@@ -29,6 +29,7 @@ from sqlalchemy import Connection
 from cachedb import blobs, images, oci
 from cachedb.blobs import Received
 from cachedb.database import Database
+from cachedb.directory import blob_file
 from cachedb.errors import (
     CacheError,
     DigestMismatch,
@@ -43,6 +44,7 @@ from cachedb.errors import (
 from cachedb.images import ImageInfo, NewImage
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, Progress, in_threads, summed
+from cachedb.receiving import CHUNK
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 from cachedb.sessions import Hold, Session
 
@@ -122,7 +124,7 @@ class _OldCache:
         self.entries = self._read_index()
         self.blobs, strays = blobs.on_disk(directory) if (directory / "blobs").exists() else ({}, [])
         self.left_out += [LeftOut("stray", None, None, path, "it is no blob") for path in strays]
-        self.paths = {digest: blobs.blob_file(directory, digest) for digest in self.blobs}
+        self.paths = {digest: blob_file(directory, digest) for digest in self.blobs}
         self.manifests = dict(self._find_manifests())
         for name, entry in self.entries.items():
             if name not in self.manifests and (path := self._inside(entry.get("manifest_path"))):
@@ -534,7 +536,7 @@ def _is_good(directory: Path, digest: Digest) -> bool:
     hasher = hashlib.new(split_digest(digest)[0])
     try:
         with blobs.open_blob(directory, digest) as file, os_errors("read a blob"):
-            while chunk := file.read(blobs.CHUNK):
+            while chunk := file.read(CHUNK):
                 hasher.update(chunk)
     except CacheError:
         return False

@@ -7,34 +7,32 @@ What is hashed is what is written: the same buffers, each read once. A blob's na
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Select, bindparam, select
 from sqlalchemy.dialects.sqlite import Insert, insert
 
+from cachedb import receiving
 from cachedb.database import Database, sync_folder
-from cachedb.errors import CacheError, DigestMismatch, InvalidDigest, NotInCache, os_errors
+from cachedb.directory import blob_file, blob_path
+from cachedb.errors import CacheError, InvalidDigest, NotInCache, os_errors
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance
-from cachedb.reference import Digest, digest_of, parse_digest, split_digest
+from cachedb.receiving import Content, Hasher, Readable, discard
+from cachedb.reference import Digest, digest_of, parse_digest
 from cachedb.sessions import NO_HOLD, Hold, Session, received_digest
 from cachedb.tables import BLOBS
 
 __all__ = [
     "Received",
     "batched",
-    "blob_file",
-    "blob_path",
-    "discard",
     "document",
     "hold_stored",
     "intact",
@@ -45,27 +43,12 @@ __all__ = [
     "retract",
     "set_stored",
     "stored",
+    "take",
 ]
 
-CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
-_BUFFERS = 4  # chunks under way in one blob: one read and written while others are hashed
 BATCH = 500  # digests in one statement
 
 T = TypeVar("T")
-
-
-class Readable(Protocol):
-    """Where bytes come from."""
-
-    def readinto(self, buffer: memoryview, /) -> int | None:
-        """Fill the front of the buffer and return how many bytes there were; 0 is the end."""
-
-
-class Hasher(Protocol):
-    """What looks at every chunk on its way."""
-
-    def update(self, data: memoryview, /) -> None:
-        """Take the next chunk."""
 
 
 class Received(NamedTuple):
@@ -74,16 +57,6 @@ class Received(NamedTuple):
     digest: Digest
     size: int  # bytes
     path: Path | None
-
-
-def blob_path(directory: Path, digest: Digest) -> Path:
-    """Return where a blob lies, if it is stored."""
-    return Path(blob_file(directory, digest))
-
-
-def blob_file(directory: Path, digest: Digest) -> str:
-    """Return the same as text: to make a `Path` for each of many blobs takes longer than what is done with it."""
-    return f"{directory}/blobs/{digest.replace(':', '/')}"
 
 
 def receive(
@@ -95,7 +68,6 @@ def receive(
     algorithm: str = "sha256",
     write: bool = True,
     also: Hasher | None = None,
-    partial: Path | None = None,
     progress: Advance | None = None,
     what: str = "the content",
 ) -> Received:
@@ -109,8 +81,6 @@ def receive(
         algorithm: to compute the digest with, if none is known.
         write: False to verify only: the cache has the blob, and a lease on it.
         also: is shown every chunk as well.
-        partial: a file that has what came of it before, which ``source`` goes on from. It is kept, also when all of it
-            has come: for the caller to remove once the blob is stored.
         progress: is told of every chunk.
         what: how to call the blob in an error.
 
@@ -118,127 +88,28 @@ def receive(
         DigestMismatch: if the content has another digest or size.
         StorageError: if it cannot be written.
     """
-    hasher = hashlib.new(split_digest(digest)[0] if digest else algorithm)
-    hashers: list[Hasher] = [hasher, also] if also else [hasher]
-    path = (partial or session.new_path(digest)) if write else None
+    path = session.new_path(digest) if write else None
     try:
+        content = receiving.receive(
+            source, path, digest=digest, size=size, algorithm=algorithm, also=also, progress=progress, what=what
+        )
+        if path is None or digest is not None:
+            return Received(*content, path)  # it has its name already
+        named = session.new_path(content.digest)
         with os_errors("write to the cache"):
-            target = os.open(path, os.O_RDWR | os.O_CREAT | (0 if partial else os.O_EXCL), 0o600) if path else None
-        try:
-            begun = _hash(target, hashers) if partial and target is not None else 0
-            rest = None if size is None else size - begun
-            length = begun + _copy(source, target, hashers, rest, progress)
-            if size is not None and length != size:
-                more = "more" if length > size else f"{length} bytes"
-                raise DigestMismatch(f"{what} should be {size} bytes, and is {more}")
-            actual = parse_digest(f"{hasher.name}:{hasher.hexdigest()}")
-            if digest is not None and actual != digest:
-                raise DigestMismatch(f"{what} should have digest {digest}, and has {actual}")
-            if target is None or path is None:
-                return Received(actual, length, None)
-            with os_errors("write to the cache"):
-                os.fchmod(target, 0o444)
-                os.fsync(target)
-        finally:
-            if target is not None:
-                os.close(target)
-        if digest is not None and partial is None:
-            return Received(actual, length, path)  # it has its name already
-        named = session.new_path(actual)
-        with os_errors("write to the cache"):
-            if partial:
-                os.link(path, named)
-            else:
-                os.rename(path, named)  # `Path.rename` makes a third path
-        return Received(actual, length, named)
-    except BaseException as error:
-        if partial is None or isinstance(error, DigestMismatch):
-            discard(path)
+            os.rename(path, named)  # `Path.rename` makes a third path
+        return Received(*content, named)
+    except BaseException:
+        discard(path)
         raise
 
 
-def _hash(file: int, hashers: Sequence[Hasher]) -> int:
-    """Show the hashers what a file has; return how many bytes that is, and leave the file at its end."""
-    buffer, length = memoryview(bytearray(CHUNK)), 0
-    with os_errors("read from the cache"):
-        while count := os.readv(file, [buffer]):
-            length += count
-            for hasher in hashers:
-                hasher.update(buffer[:count])
-    return length
-
-
-def discard(path: Path | None) -> None:
-    """Remove a received file. Where that fails the next open does it, and what failed before is what to speak of."""
-    if path is not None:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _copy(
-    source: Readable,
-    target: int | None,
-    hashers: Sequence[Hasher],
-    limit: int | None,
-    progress: Advance | None,
-) -> int:
-    """Copy to the end, or until ``limit`` bytes are exceeded; return the bytes read.
-
-    Chunks are hashed in a second thread, in their order, while this one reads and writes: all of it without
-    the interpreter's lock.
-    """
-
-    def hash_chunk(chunk: memoryview) -> None:
-        for hasher in hashers:
-            hasher.update(chunk)
-
-    length = 0
-    # To clear a buffer of a whole chunk takes longer than all else that is done with the bytes of most blobs.
-    chunk_size = CHUNK if limit is None else min(CHUNK, limit + 1)
-    buffers: list[memoryview] = []
-    pending: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as hashing:  # begins a thread at the first full chunk, so not for small blobs
-        while True:
-            if len(buffers) < _BUFFERS:
-                buffer = memoryview(bytearray(chunk_size))
-                buffers.append(buffer)
-            else:
-                pending.pop(0).result()  # its buffer is free again
-                buffer = buffers[0]
-                buffers.append(buffers.pop(0))
-            chunk = _fill(source, buffer)
-            length += len(chunk)
-            if limit is not None and length > limit:
-                return length
-            last = len(chunk) < chunk_size
-            if last:
-                for future in pending:
-                    future.result()
-                hash_chunk(chunk)
-            else:
-                pending.append(hashing.submit(hash_chunk, chunk))
-            if target is not None:
-                _write(target, chunk)
-            if progress is not None:
-                progress(len(chunk))
-            if last:
-                return length
-
-
-def _fill(source: Readable, buffer: memoryview) -> memoryview:
-    filled = 0
-    while filled < len(buffer):
-        count = source.readinto(buffer[filled:])
-        if not count:
-            break
-        filled += count
-    return buffer[:filled]
-
-
-def _write(target: int, chunk: memoryview) -> None:
+def take(session: Session, path: Path, content: Content) -> Received:
+    """Receive a blob that was downloaded, and verified: it keeps its name there, until it is stored."""
+    named = session.new_path(content.digest)
     with os_errors("write to the cache"):
-        while chunk:
-            chunk = chunk[os.write(target, chunk) :]
+        os.link(path, named)
+    return Received(*content, named)
 
 
 @contextmanager

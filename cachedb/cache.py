@@ -9,21 +9,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
 
 from sqlalchemy import Connection, func, select
 
 from cachedb import blobs, collection, configs, holds, images, oci, producing, schema
 from cachedb.blobs import Received
 from cachedb.collection import Collected
-from cachedb.database import Database, default_directory
+from cachedb.database import Database
+from cachedb.directory import blob_path, chosen
 from cachedb.errors import (
     CacheError,
     DamagedIndex,
     DigestMismatch,
     InvalidManifest,
     InvalidName,
-    NotACache,
     NotInCache,
     StorageError,
     os_errors,
@@ -32,6 +32,7 @@ from cachedb.holds import HoldInfo
 from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed
+from cachedb.receiving import Readable
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten
 from cachedb.sessions import NO_HOLD, Hold, Session
 from cachedb.tables import BLOBS, IMAGES
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from cachedb.push import Pushed
     from cachedb.query import Answer, View
     from cachedb.registry import Repository
+    from cachedb.source import Source
     from cachedb.usage import Usage
     from cachedb.verify import Verification
 
@@ -96,10 +98,7 @@ class Cache:
             SchemaMismatch: if the index has a newer schema, or an older one and ``upgrade`` is false.
             StorageError: if the directory cannot be made or read, or is on a file system that several hosts share.
         """
-        if directory is not None and not os.fspath(directory):
-            raise NotACache("the name of the cache directory is empty")
-        database = Database(Path(directory).absolute() if directory is not None else default_directory().absolute())
-
+        database = Database(chosen(directory))
         upgrade = upgrade or os.environ.get("CACHEDB_AUTO_UPGRADE") == "1"
 
         def prepare() -> None:
@@ -234,7 +233,7 @@ class Cache:
             NotInCache: if it is not stored.
         """
         self.get_blob_size(digest)
-        return blobs.blob_path(self.directory, parse_digest(digest))
+        return blob_path(self.directory, parse_digest(digest))
 
     def open_blob(self, digest: str) -> BinaryIO:
         """Open a stored blob for reading; the stream stays good whatever happens to the blob.
@@ -699,7 +698,7 @@ class Cache:
 
     def pull(
         self,
-        name: str | Name,
+        name: str | Name | Source,
         *,
         platform: str | None = None,
         all_platforms: bool = False,
@@ -717,7 +716,9 @@ class Cache:
         that share layers, one downloads what the others wait for.
 
         Args:
-            name: of the image; where it is on the wire is as Docker has it, and the name is kept as it is given.
+            name: of the image; where it is on the wire is as Docker has it, and the name is kept as it is given. A
+                `cachedb.source.Source` may have begun before the cache was open; ``all_platforms``, ``plain_http`` and
+                ``authfile`` are its own then.
             platform: ``os/architecture[/variant]``; the host's unless given. An index is kept whole, and what it names
                 for other platforms is not part of the image until it is pulled.
             all_platforms: bring all that an index names.
@@ -738,26 +739,28 @@ class Cache:
             DigestMismatch: if what comes has another digest or size than it should.
         """
         from cachedb.pull import pull
-        from cachedb.registry import Repository, mirrors, place
+        from cachedb.source import Source
 
-        parsed = Name.parse(name)
-        places = [*mirrors(parsed), place(parsed, plain_http=plain_http)]
         with ExitStack() as opened:
-            repositories = [opened.enter_context(closing(Repository(where, authfile=authfile))) for where in places]
+            if isinstance(name, Source):
+                source = name
+            else:
+                options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile}
+                parsed = Name.parse(name)
+                made = Source(self.directory, parsed, platform=platform, all_platforms=all_platforms, **options)
+                source = opened.enter_context(made)
             pulled = pull(
                 self._database,
                 self._session,
-                parsed,
-                repositories,
+                source,
                 platform=platform,
-                all_platforms=all_platforms,
                 if_missing=if_missing,
                 allow_stale=allow_stale,
                 referrers=referrers,
                 progress=progress,
                 blob_progress=blob_progress,
             )
-        self._uses.note(parsed)
+        self._uses.note(source.name)
         return pulled
 
     def push(
@@ -1069,7 +1072,7 @@ def _as_digest(text: str) -> Digest | None:
 
 
 @contextmanager
-def _opened(data: Data) -> Iterator[blobs.Readable]:
+def _opened(data: Data) -> Iterator[Readable]:
     if isinstance(data, (str, os.PathLike)):
         with os_errors("read the content"):
             file = Path(data).open("rb", buffering=0)  # noqa: SIM115 - the caller closes it

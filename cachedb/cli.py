@@ -9,7 +9,7 @@ import gc as gc_
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -21,7 +21,6 @@ from cachedb.errors import (
     InvalidName,
     InvalidQuery,
     InvalidRevision,
-    NotACache,
     NotInCache,
     explain,
 )
@@ -50,6 +49,7 @@ else:
 __all__ = ["cli", "main"]
 
 _COMPLETE = "_CACHEDB_COMPLETE"  # the variable by which a shell asks for completion
+_TURN = 0.0001  # seconds that a thread has the interpreter for, where another downloads
 _EXPORT_FORMATS = ("docker", "docker-archive", "oci-archive", "oci-dir")  # export.FORMATS, without its import
 
 
@@ -364,24 +364,42 @@ def pull(
     """
     if platform and all_platforms:
         raise click.UsageError("--platform and --all-platforms exclude each other")
+    from cachedb.reference import Name
+    from cachedb.source import Source
+
     found = []
-    with _opened() as cache:
-        for name in names:
-            with _transfer(f"pulling {name}", quiet=quiet) as told:
-                pulled = cache.pull(
-                    name,
+    with ExitStack() as opened:
+        sources = [
+            opened.enter_context(
+                Source(
+                    _directory(),
+                    Name.parse(name),
                     platform=platform,
                     all_platforms=all_platforms,
+                    plain_http=plain_http,
+                    authfile=authfile,
+                )
+            )
+            for name in names
+        ]
+        if not if_missing:
+            # It comes while SQLAlchemy is imported, which must not keep the interpreter for longer than a chunk takes.
+            sys.setswitchinterval(_TURN)
+            sources[0].begin()
+        cache = opened.enter_context(_opened())
+        for source in sources:
+            with _transfer(f"pulling {source.name}", quiet=quiet) as told:
+                pulled = cache.pull(
+                    source,
+                    platform=platform,
                     if_missing=if_missing,
                     allow_stale=allow_stale,
                     referrers=referrers,
-                    plain_http=plain_http,
-                    authfile=authfile,
                     **told,
                 )
             found.append(pulled.image)
             if pulled.stale:
-                click.echo(f"cachedb: {name} may be out of date: {printable(pulled.stale)}", err=True)
+                click.echo(f"cachedb: {source.name} may be out of date: {printable(pulled.stale)}", err=True)
     _print_images(found, form, quiet=quiet)
 
 
@@ -980,14 +998,9 @@ def db() -> None:
 
 
 def _directory() -> Path:
-    from pathlib import Path
+    from cachedb.directory import chosen
 
-    from cachedb.database import default_directory
-
-    directory = click.get_current_context().find_root().params["directory"]
-    if directory == "":
-        raise NotACache("the name of the cache directory is empty")
-    return (Path(directory) if directory else default_directory()).absolute()
+    return chosen(click.get_current_context().find_root().params["directory"])
 
 
 @contextmanager

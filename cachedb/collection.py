@@ -17,8 +17,9 @@ from sqlalchemy import Connection, Delete, Insert, Select, bindparam, delete, fu
 from sqlalchemy.sql.dml import ReturningDelete
 
 from cachedb import holds, partial, producing
-from cachedb.blobs import BATCH, batched, blob_path, retract, stored
+from cachedb.blobs import BATCH, batched, retract, stored
 from cachedb.database import Database, sync_folder
+from cachedb.directory import blob_path
 from cachedb.errors import os_errors
 from cachedb.reference import Digest
 from cachedb.sessions import dead_sessions, locked_sessions

@@ -15,7 +15,7 @@ from click.shell_completion import (
 )
 
 from cachedb.cache import Cache
-from cachedb.database import default_directory
+from cachedb.directory import default_directory
 from cachedb.errors import CacheError
 
 __all__ = ["candidates", "held", "script"]

@@ -31,7 +31,7 @@ from cachedb.errors import DamagedIndex, NotACache, SchemaMismatch, StorageError
 from cachedb.mounts import refuse_shared
 from cachedb.tables import METADATA, REVISION
 
-__all__ = ["Database", "default_directory", "quarantine_path", "sync_folder"]
+__all__ = ["Database", "quarantine_path", "sync_folder"]
 
 T = TypeVar("T")
 
@@ -45,15 +45,6 @@ _READING = 10  # seconds that others may go on reading an index that is to be re
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
 _FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)  # the second where a message quotes what is damaged
 _REBUILD = "`cachedb verify --repair` rebuilds it from the newest backup and from the blobs"
-
-
-def default_directory() -> Path:
-    """Return the cache directory: ``CACHEDB_DIR``, else the user's cache directory of the platform."""
-    if directory := os.environ.get("CACHEDB_DIR"):
-        return Path(directory)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("cachedb"))
 
 
 def sync_folder(folder: Path | str) -> None:

@@ -19,8 +19,9 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from cachedb import oci
 from cachedb.archive import CONTAINERD_NAME, REF_NAME, layout_path
-from cachedb.blobs import blob_path, open_blob
+from cachedb.blobs import open_blob
 from cachedb.database import sync_folder
+from cachedb.directory import blob_path
 from cachedb.errors import CacheError, NotInCache, os_errors
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance

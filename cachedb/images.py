@@ -30,6 +30,7 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from cachedb import blobs, configs, oci
 from cachedb.database import Database
+from cachedb.directory import blob_path
 from cachedb.errors import (
     CacheError,
     DamagedIndex,
@@ -49,6 +50,7 @@ from cachedb.oci import (
     manifest_media_type,
     role_of,
 )
+from cachedb.receiving import discard
 from cachedb.reference import Digest, Name
 from cachedb.sessions import Hold, Session
 from cachedb.tables import BLOBS, IMAGE_BLOBS, IMAGES, UtcTime
@@ -439,7 +441,7 @@ def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[
             position,
             stored_at is not None,
             is_compressed(media_type),
-            blobs.blob_path(directory, Digest(digest)) if stored_at is not None else None,
+            blob_path(directory, Digest(digest)) if stored_at is not None else None,
             diff_id,
             created_by,
         )
@@ -485,7 +487,7 @@ def bring(
             receive(hold, received)
         except BaseException:
             for blob in list(received.values()):  # a second signal may end the waiting for the threads that add to it
-                blobs.discard(blob.path)
+                discard(blob.path)
             raise
         # From here on the files are the record of what is being published.
         with publish(database, session, received.values()) as connection:

@@ -1,4 +1,4 @@
-"""Downloads that were cut off: what came of them is kept in ``ingest/partial/``, to be gone on with."""
+"""Downloads: they go to ``ingest/partial/``, where one that was cut off is gone on with, by whoever wants it next."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from cachedb import producing
+from cachedb.directory import partials
 from cachedb.errors import os_errors
 from cachedb.reference import Digest
-from cachedb.sessions import PARTIAL
 
-__all__ = ["key_of", "path_of", "sweep"]
+__all__ = ["begun", "key_of", "sweep"]
 
 _AGE = 24 * 60 * 60  # seconds after which nobody is expected to go on with one
-
-
-def path_of(directory: Path, digest: Digest) -> Path:
-    """Return where a blob lies that is not all there."""
-    return directory / "ingest" / PARTIAL / digest.replace(":", "-")
 
 
 def key_of(digest: Digest) -> str:
@@ -27,11 +22,25 @@ def key_of(digest: Digest) -> str:
     return f"blob {digest}"
 
 
+def begun(path: Path, size: int) -> int:
+    """Return how much of a blob is there to go on from, in a file that may be written to; another is removed."""
+    with os_errors("write to the cache"):
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return 0
+        if found.st_nlink > 1 or found.st_size > size:  # it has been stored, by one that was killed then
+            path.unlink()
+            return 0
+        path.chmod(0o600)
+        return found.st_size
+
+
 def sweep(directory: Path) -> None:
     """Remove what nobody has gone on with for a day."""
     with os_errors("clean up after a download"), suppress(FileNotFoundError):
-        for name in os.listdir(directory / "ingest" / PARTIAL):
-            path = directory / "ingest" / PARTIAL / name
+        for name in os.listdir(partials(directory)):
+            path = partials(directory) / name
             if time.time() - path.lstat().st_mtime > _AGE:
                 with producing.unless_made(directory, key_of(Digest(name.replace("-", ":")))) as nobody:
                     if nobody:

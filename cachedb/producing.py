@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +29,7 @@ def _path(directory: Path, key: str) -> Path:
 
 @contextmanager
 def once(
-    directory: Path, key: str, find: Callable[[], T | None], waiting: Callable[[], None] | None = None
+    directory: Path, key: str, find: Callable[[], T | None], waiting: Callable[[float], object] | None = None
 ) -> Iterator[T | None]:
     """Give the block what ``find`` returns, or None and the right to make it; who else wants it waits for the block.
 
@@ -40,7 +39,7 @@ def once(
         directory: of the cache.
         key: what is wanted.
         find: returns it, or None if it is not there.
-        waiting: is called now and then while another makes it, and may raise to stop the waiting.
+        waiting: is called while another makes it, to wait for so many seconds; it may raise, to wait no more.
 
     Raises:
         CacheError: if this thread has the right already: it would wait for itself.
@@ -56,8 +55,7 @@ def once(
     with os_errors(f"wait for whoever makes {key}"):
         while (lock := locks.acquire(path, wait=waiting is None)) is None:
             if waiting:
-                waiting()
-            time.sleep(_NAP)
+                waiting(_NAP)
     try:
         found = find()
         if found is None:

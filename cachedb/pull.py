@@ -6,40 +6,29 @@ on where it stopped. The image appears when it is complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
 from contextlib import suppress
 from io import BytesIO
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from sqlalchemy import Connection
 
 from cachedb import blobs, images, oci, partial, producing
 from cachedb.blobs import Received
 from cachedb.database import Database
-from cachedb.errors import (
-    CacheError,
-    DigestMismatch,
-    InvalidManifest,
-    NotInCache,
-    RegistryError,
-    RegistryUnavailable,
-    os_errors,
-)
+from cachedb.directory import partial_path
+from cachedb.errors import CacheError, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable
 from cachedb.images import ImageInfo
-from cachedb.oci import DOCUMENT_LIMIT, Descriptor
+from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed, told
-from cachedb.reference import Digest, Name, digest_of, shorten
-from cachedb.registry import Fetched, Repository
+from cachedb.receiving import discard
+from cachedb.reference import Digest, shorten
 from cachedb.sessions import Hold, Session
+from cachedb.source import AT_ONCE, Root, Source
 
 __all__ = ["Pulled", "pull"]
 
-_AT_ONCE = 4  # blobs that are downloaded at the same time
 _MANIFESTS = 1000  # that an image may have with all that refers to it
-_BYTES = 64 * 1024 * 1024  # of manifests, which are all in memory: those of a thousand platforms have far less
-
-T = TypeVar("T")
 
 
 class Pulled(NamedTuple):
@@ -51,20 +40,12 @@ class Pulled(NamedTuple):
     stale: str | None  # why the registry was not asked, where a copy from before is what there is
 
 
-class _Root(NamedTuple):
-    digest: Digest
-    media_type: str
-    data: bytes
-
-
 def pull(
     database: Database,
     session: Session,
-    name: Name,
-    repositories: Sequence[Repository],
+    source: Source,
     *,
     platform: str | None = None,
-    all_platforms: bool = False,
     if_missing: bool = False,
     allow_stale: bool = False,
     referrers: bool = False,
@@ -76,10 +57,8 @@ def pull(
     Args:
         database: of the cache.
         session: to work in.
-        name: of the image.
-        repositories: to ask, in this order, until one answers: mirrors, and the one that the name says.
-        platform: ``os/architecture[/variant]``; the host's unless given.
-        all_platforms: of an index, bring all that it names.
+        source: of the image.
+        platform: ``os/architecture[/variant]``, if one was asked for.
         if_missing: ask no registry if the image is here and complete, whatever its tag points to by now.
         allow_stale: where no registry can be reached, take what is here.
         referrers: attach to the image what the registry lists as referring to it.
@@ -92,13 +71,13 @@ def pull(
         InvalidManifest: if a manifest of it is invalid.
         DigestMismatch: if what comes has another digest or size than it should.
     """
-    work = _Pull(database, session, name, repositories, platform, all_platforms, referrers, progress, blob_progress)
+    work = _Pull(database, session, source, platform, referrers, progress, blob_progress)
 
     def find() -> Pulled | None:
-        here = work.here() if if_missing or (name.digest and not referrers) else None
+        here = work.here() if if_missing or (source.name.digest and not referrers) else None
         return here and Pulled(here, 0, 0, None)
 
-    with producing.once(database.directory, f"pull {name}", find, waiting=lambda: None) as found:
+    with producing.once(database.directory, f"pull {source.name}", find, waiting=time.sleep) as found:
         return found or work.run(allow_stale)
 
 
@@ -109,27 +88,22 @@ class _Pull:
         self,
         database: Database,
         session: Session,
-        name: Name,
-        repositories: Sequence[Repository],
+        source: Source,
         platform: str | None,
-        all_platforms: bool,
         referrers: bool,
         progress: Progress | None,
         blob_progress: BlobProgress | None,
     ) -> None:
-        self._database, self._session, self._name = database, session, name
-        self._repositories, self._referrers = repositories, referrers
+        self._database, self._session, self._source, self._name = database, session, source, source.name
+        self._platform, self._referrers = platform, referrers
         self._progress, self._blob_progress = progress, blob_progress
-        self._platform = platform  # as it was asked for
-        self._wanted = None if all_platforms else (platform or oci.host_platform())
-        self._documents: dict[Digest, bytes] = {}  # manifests and indexes of the closure
         self._holds: list[Hold] = []  # of blobs that were stored on the way
         self._come: dict[Digest, int] = {}
 
     def run(self, allow_stale: bool) -> Pulled:
         here = self.here()
         try:
-            said = self._name.digest or self._ask(lambda repository: repository.digest(self._name.reference))
+            said = self._source.digest()
             if here and here.digest == said and not self._referrers:
                 return Pulled(here, 0, 0, None)
             root = self._root(said)
@@ -149,44 +123,15 @@ class _Pull:
             root = images.root_of(connection, found.id)
             known = {blob.digest for blob in contents if blob.stored}
             with suppress(InvalidManifest, NotInCache):
-                closure = images.closure(connection, self._database.directory, root, self._choose)
+                closure = images.closure(connection, self._database.directory, root, self._source.choose)
                 return info if known.issuperset(blob.digest for blob in closure) and self._fits(root, info) else None
         return None
 
-    def _choose(self, children: list[Descriptor]) -> list[Descriptor]:
-        if self._wanted is None:
-            return children
-        chosen = oci.choose(children, self._wanted)
-        if not chosen:
-            known = ", ".join(sorted({child.platform or "unknown" for child in children})) or "none"
-            raise NotInCache(
-                f"{self._name} is not for platform {shorten(self._wanted)}, but for {known}: choose one with --platform"
-            )
-        return chosen
-
-    def _ask(self, call: Callable[[Repository], T]) -> T:
-        """Ask one repository after the other, until one has an answer."""
-        for repository in self._repositories[:-1]:
-            with suppress(RegistryError):
-                return call(repository)
-        return call(self._repositories[-1])
-
-    def _root(self, said: Digest | None) -> _Root:
+    def _root(self, said: Digest | None) -> Root:
         """Return the manifest or index that the name points to."""
         if said is not None and (data := self._stored(said)) is not None:
-            return _Root(said, oci.manifest_media_type(data), data)
-
-        def fetch(repository: Repository) -> Fetched:
-            fetched = repository.manifest(said or self._name.reference)
-            like = said or fetched.digest
-            digest = digest_of(fetched.data, like)
-            if like not in (None, digest):
-                raise DigestMismatch(f"{self._name} should have digest {like}, and what comes has {digest}")
-            return fetched._replace(digest=digest)
-
-        fetched = self._ask(fetch)
-        assert fetched.digest is not None
-        return _Root(fetched.digest, oci.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
+            return Root(said, oci.manifest_media_type(data), data)
+        return self._source.root(said)
 
     def _stored(self, digest: Digest) -> bytes | None:
         """Return a document that is in the cache already, if it is good."""
@@ -196,27 +141,15 @@ class _Pull:
 
     def _child(self, blob: Descriptor) -> bytes:
         """Return a manifest that an index names."""
-        if blob.size > DOCUMENT_LIMIT:
-            raise InvalidManifest(f"manifest {blob.digest} is {blob.size} bytes; {DOCUMENT_LIMIT} at most are read")
-        data = self._documents.get(blob.digest)
-        if data is None and sum(map(len, self._documents.values())) + blob.size > _BYTES:
-            raise InvalidManifest(f"{self._name} has manifests of more than {_BYTES} bytes in all")
-        if data is None:
-            data = self._stored(blob.digest)
-        if data is None:
-            data = self._ask(lambda repository: repository.manifest(blob.digest).data)
-        if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
-            raise DigestMismatch(f"manifest {blob.digest} should be {blob.size} bytes of that digest, and is not")
-        self._documents[blob.digest] = data
-        return data
+        return self._source.child(blob, self._stored)
 
-    def _bring(self, root: _Root) -> Pulled:
-        self._documents[root.digest] = root.data
-        top = Descriptor(root.digest, len(root.data), root.media_type, oci.role_of(root.media_type))
+    def _bring(self, root: Root) -> Pulled:
+        self._source.documents[root.digest] = root.data
+        top = root.descriptor
         chosen: set[Digest] = set()
 
         def choose(children: list[Descriptor]) -> list[Descriptor]:
-            found = self._choose(children)
+            found = self._source.choose(children)
             chosen.update(child.digest for child in found)
             return found
 
@@ -225,20 +158,20 @@ class _Pull:
         wanted = {blob.digest: blob for blob in [*closure, *attached]}
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
-            for digest, data in self._documents.items():
+            for digest, data in self._source.documents.items():
                 if digest not in hold.digests:
                     received[digest] = blobs.receive(self._session, BytesIO(data), digest=digest)
-            there = hold.digests | self._documents.keys()
+            there = hold.digests | self._source.documents.keys()
             rest = sorted(
                 (blob for digest, blob in wanted.items() if digest not in there), key=lambda blob: -blob.size
             )  # the large ones first, so that all threads come to their end together
             advance = summed(sum(blob.size for blob in rest), self._progress)
-            in_threads(self._fetch, rest, advance, threads=_AT_ONCE, stop=self._stop)
+            in_threads(self._fetch, rest, advance, threads=AT_ONCE, stop=self._source.stop)
 
         def save(connection: Connection) -> ImageInfo:
             for hold in self._holds:
                 self._session.release(connection, hold)
-            among = chosen | self._before(connection, root.digest) if self._wanted else None
+            among = chosen | self._before(connection, root.digest) if self._source.wanted else None
             image_id = images.save(
                 connection,
                 self._database.directory,
@@ -285,24 +218,24 @@ class _Pull:
 
     def _refers(self, root: Descriptor, subject: Digest) -> bool:
         """Say whether what is listed as referring to a manifest does: not if it was deleted, and the list was not."""
-        new = root.digest not in self._documents
+        new = root.digest not in self._source.documents
         try:
             refers = oci.subject_of(self._child(root)) == subject
         except RegistryError:
-            if self._repositories[-1].has("manifests", root.digest):
+            if self._source.repositories[-1].has("manifests", root.digest):
                 raise
             return False
         if new and not refers:
-            del self._documents[root.digest]  # what is there is stored
+            del self._source.documents[root.digest]  # what is there is stored
         return refers
 
     def _listed(self, subject: Digest) -> list[Descriptor]:
         """Return what is listed as referring to a manifest; many a mirror has the images and not their referrers."""
-        for repository in self._repositories[:-1]:
+        for repository in self._source.repositories[:-1]:
             with suppress(RegistryError):
                 if found := repository.referrers(subject):
                     return found
-        return self._repositories[-1].referrers(subject)
+        return self._source.repositories[-1].referrers(subject)
 
     def _fits(self, root: Descriptor, info: ImageInfo) -> bool:
         """Say whether an image without an index is of the platform that was asked for, as far as its config says."""
@@ -320,77 +253,27 @@ class _Pull:
     def _fetch(self, blob: Descriptor, advance: Advance) -> None:
         """Download a blob, or wait for another process that does, and hold it."""
         directory, advance = self._database.directory, told(blob.digest, blob.size, self._blob_progress, advance)
+        seen = 0
 
         def find() -> Hold | None:
             hold = blobs.hold_stored(self._database, self._session, [blob.digest])
             return hold if hold.digests else None
 
-        with producing.once(directory, partial.key_of(blob.digest), find, waiting=lambda: advance(0)) as held:
+        def waiting(seconds: float) -> None:
+            nonlocal seen
+            there = self._source.wait(blob, seconds)
+            advance(there - seen)
+            seen = there
+
+        with producing.once(directory, partial.key_of(blob.digest), find, waiting) as held:
+            advance(-seen)
             if held is not None:
                 self._holds.append(held)
                 advance(blob.size)
             else:
-                received = self._download(blob, advance)
+                path, content = partial_path(directory, blob.digest), self._source.download(blob, advance)
+                received = blobs.take(self._session, path, content)
                 with images.publish(self._database, self._session, [received]) as connection:
                     self._holds.append(self._session.lease(connection, [blob.digest]))
-                blobs.discard(partial.path_of(directory, blob.digest))
+                discard(path)
         self._come[blob.digest] = blob.size
-
-    def _stop(self) -> None:
-        for repository in self._repositories:
-            repository.stop()
-
-    def _download(self, blob: Descriptor, advance: Advance) -> Received:
-        """Receive a blob from the first repository that has it, from where another download of it was cut off."""
-        path = partial.path_of(self._database.directory, blob.digest)
-        with os_errors("write to the cache"):
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-
-        def download(repository: Repository) -> Received:
-            begun = _begun(path, blob.size)
-            advance(begun)
-            done = begun
-
-            def count(new: int) -> None:
-                nonlocal done
-                done += new
-                advance(new)
-
-            source = repository.blob(blob.digest, blob.size, begun)
-            try:
-                return blobs.receive(
-                    self._session,
-                    source,
-                    digest=blob.digest,
-                    size=blob.size,
-                    partial=path,
-                    progress=count,
-                    what=f"blob {blob.digest}",
-                )
-            except RegistryError:
-                advance(-done)  # the next one is asked from the beginning
-                raise
-            finally:
-                source.close()
-
-        begun = _begun(path, blob.size)
-        try:
-            return self._ask(download)
-        except DigestMismatch:
-            if not begun:
-                raise
-            return self._ask(download)  # it may have been the part that was here: a power cut can spoil it
-
-
-def _begun(path: Path, size: int) -> int:
-    """Return how much of a blob is there to go on from, in a file that may be written to; another is removed."""
-    with os_errors("write to the cache"):
-        try:
-            found = path.stat()
-        except FileNotFoundError:
-            return 0
-        if found.st_nlink > 1 or found.st_size > size:  # it has been stored, by one that was killed then
-            path.unlink()
-            return 0
-        path.chmod(0o600)
-        return found.st_size

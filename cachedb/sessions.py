@@ -22,6 +22,7 @@ from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
 from cachedb import locks
 from cachedb.database import Database, sync_folder
+from cachedb.directory import partials
 from cachedb.errors import CacheError, InvalidDigest, os_errors
 from cachedb.reference import Digest, parse_digest
 from cachedb.tables import LEASES
@@ -29,7 +30,6 @@ from cachedb.tables import LEASES
 __all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "received_digest"]
 
 _SUFFIX = ".session"
-PARTIAL = "partial"  # the folder in ingest/ that is no session's: downloads to be gone on with
 
 
 class Hold(NamedTuple):
@@ -117,7 +117,7 @@ class Session:
         """Return a new path in the folder; with a digest, it tells the next open what was being published."""
         number = next(self._numbers)
         name = f"{number}.{digest.replace(':', '-')}" if digest else f"{number}"
-        return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # one path made, as `blobs.blob_path` has it
+        return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # one path made: see `blob_file`
 
     def lease(self, connection: Connection, digests: Iterable[Digest]) -> Hold:
         """Keep digests from collection, from the connection's commit on until `release`."""
@@ -194,7 +194,8 @@ def _without_holds() -> Delete:
 
 def dead_sessions(directory: Path) -> Iterator[str]:
     """Yield the sessions of a cache that left files behind and whose process is gone; each is locked meanwhile."""
-    for session in sorted((locked_sessions(directory) | set(os.listdir(directory / "ingest"))) - {PARTIAL}):
+    folders = set(os.listdir(directory / "ingest")) - {partials(directory).name}
+    for session in sorted(locked_sessions(directory) | folders):
         path = lock_path(directory, session)
         # Made if it is not there: of several who come to sweep a session away, one does.
         lock = locks.acquire(path, wait=False)

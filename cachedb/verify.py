@@ -19,11 +19,13 @@ from typing import NamedTuple
 from sqlalchemy import Connection, delete, insert, select, update
 
 from cachedb import collection, configs, images, rebuild
-from cachedb.blobs import CHUNK, Received, batched, blob_path, on_disk, set_stored, stored
+from cachedb.blobs import Received, batched, on_disk, set_stored, stored
 from cachedb.database import Database, quarantine_path, sync_folder
+from cachedb.directory import blob_path
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance, Progress, in_threads, summed
+from cachedb.receiving import CHUNK
 from cachedb.reference import Digest, Name, split_digest
 from cachedb.sessions import Session, half_published
 from cachedb.tables import BLOBS, IMAGES, TRASH

@@ -8,7 +8,8 @@ from alembic import context
 from alembic.operations.ops import MigrationScript
 from sqlalchemy import Connection, Engine
 
-from cachedb.database import Database, default_directory
+from cachedb.database import Database
+from cachedb.directory import default_directory
 from cachedb.tables import METADATA, UtcTime
 
 

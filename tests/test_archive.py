@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cachedb import Cache, archive, blobs
+from cachedb import Cache, archive, receiving
 from cachedb import files as files_module
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName, StorageError
 from cachedb.oci import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
@@ -1202,13 +1202,13 @@ def test_what_is_stored_is_verified_and_not_written_again(
 ) -> None:
     source = make.write(tmp_path / "made.tar", make.oci_files({"app:1": make.image(1, 2)}))
     written: list[int] = []
-    write = blobs._write
+    write = receiving._write
 
     def counted(target: int, chunk: memoryview) -> None:
         written.append(len(chunk))
         write(target, chunk)
 
-    monkeypatch.setattr(blobs, "_write", counted)
+    monkeypatch.setattr(receiving, "_write", counted)
     cache.cache_from_tar(source)
     assert sum(written) == cache.get_stats().total_size
     written.clear()

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, event
 from cachedb import Cache, DigestMismatch, StorageError, blobs, collection
 from cachedb.blobs import Received
 from cachedb.database import Database
+from cachedb.directory import blob_path
 from cachedb.reference import Digest
 from cachedb.sessions import Session
 from tests.conftest import Run, files_of, snapshot, stored_rows
@@ -237,7 +238,7 @@ def test_data_is_on_disk_before_its_name_and_its_name_before_its_row(
 def test_a_publication_stores_what_is_new_once(index: Database, session: Session) -> None:
     with blobs.publish(index, session, [take(session, b"old")]):
         pass
-    inode = blobs.blob_path(index.directory, Digest(digest_of(b"old"))).stat().st_ino
+    inode = blob_path(index.directory, Digest(digest_of(b"old"))).stat().st_ino
     received = [take(session, data) for data in (b"old", b"new", b"new", b"")]
     received.append(take(session, b"held elsewhere", write=False))
     with blobs.publish(index, session, received) as connection:
@@ -246,7 +247,7 @@ def test_a_publication_stores_what_is_new_once(index: Database, session: Session
         }
     assert files_of(index.directory) == stored_rows(index.directory)
     assert files_of(index.directory) == {digest_of(data): len(data) for data in (b"old", b"new", b"")}
-    assert blobs.blob_path(index.directory, Digest(digest_of(b"old"))).stat().st_ino == inode
+    assert blob_path(index.directory, Digest(digest_of(b"old"))).stat().st_ino == inode
     assert os.listdir(session.folder) == []
 
 
@@ -338,7 +339,7 @@ def test_a_blob_that_is_forgotten_is_stored_anew_at_every_step_of_its_collection
     assert files_of(index.directory) == {digest: 4}
     assert not cache.has_blob(digest)
     # The file that no row knows is in the way, and may be another, that was cut short.
-    path = blobs.blob_path(index.directory, digest)
+    path = blob_path(index.directory, digest)
     path.unlink()
     path.write_bytes(b"da")
     cache.add_blob(data)
@@ -403,7 +404,7 @@ def test_what_is_no_file_in_the_place_of_a_blob_is_refused_and_not_waited_for(
     cache: Cache, cachedb: Run, make: Callable[[Path], None]
 ) -> None:
     digest = cache.add_blob(b"a file")
-    path = blobs.blob_path(cache.directory, digest)
+    path = blob_path(cache.directory, digest)
     path.unlink()
     make(path)
     done = cachedb("blob", "cat", digest, timeout=20)

@@ -33,8 +33,8 @@ from cachedb import (
     schema,
     verify,
 )
-from cachedb.blobs import blob_path
 from cachedb.database import Database
+from cachedb.directory import blob_path
 from cachedb.reference import Digest
 from cachedb.verify import Problem
 from tests import make

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache, CacheError, blobs, verify
-from cachedb.blobs import blob_path
+from cachedb.directory import blob_path
 from cachedb.errors import DamagedIndex, StorageError
 from cachedb.oci import OCI_INDEX, OCI_MANIFEST
 from cachedb.reference import Digest

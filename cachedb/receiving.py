@@ -1,0 +1,182 @@
+"""Receiving: bytes are hashed on their way to a file, and are on the disk when they are said to be there.
+
+What is hashed is what is written: the same buffers, each read once. Nothing here knows the index, so that a download
+need not wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from cachedb.errors import DigestMismatch, os_errors
+from cachedb.parallel import Advance
+from cachedb.reference import Digest, parse_digest, split_digest
+
+__all__ = ["CHUNK", "Content", "Hasher", "Readable", "discard", "receive"]
+
+CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
+_BUFFERS = 4  # chunks under way in one blob: one read and written while others are hashed
+
+
+class Readable(Protocol):
+    """Where bytes come from."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill the front of the buffer and return how many bytes there were; 0 is the end."""
+
+
+class Hasher(Protocol):
+    """What looks at every chunk on its way."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Take the next chunk."""
+
+
+class Content(NamedTuple):
+    """What was received, and verified."""
+
+    digest: Digest
+    size: int  # bytes
+
+
+def receive(
+    source: Readable,
+    path: Path | None,
+    *,
+    digest: Digest | None = None,
+    size: int | None = None,
+    algorithm: str = "sha256",
+    go_on: bool = False,
+    also: Hasher | None = None,
+    progress: Advance | None = None,
+    what: str = "the content",
+) -> Content:
+    """Read a blob to its end, verify it, and write it to a file, durably.
+
+    Args:
+        source: where the bytes come from.
+        path: of the file, which is new; None to verify only.
+        digest: the digest it must have, if that is known.
+        size: the size in bytes it must have, if that is known.
+        algorithm: to compute the digest with, if none is known.
+        go_on: the file may be there, with what came of the blob before, which ``source`` goes on from.
+        also: is shown every chunk as well.
+        progress: is told of every chunk.
+        what: how to call the blob in an error.
+
+    Raises:
+        DigestMismatch: if the content has another digest or size.
+        StorageError: if it cannot be written.
+    """
+    hasher = hashlib.new(split_digest(digest)[0] if digest else algorithm)
+    hashers: list[Hasher] = [hasher, also] if also else [hasher]
+    with os_errors("write to the cache"):
+        target = os.open(path, os.O_RDWR | os.O_CREAT | (0 if go_on else os.O_EXCL), 0o600) if path else None
+    try:
+        begun = _hash(target, hashers) if go_on and target is not None else 0
+        rest = None if size is None else size - begun
+        length = begun + _copy(source, target, hashers, rest, progress)
+        if size is not None and length != size:
+            more = "more" if length > size else f"{length} bytes"
+            raise DigestMismatch(f"{what} should be {size} bytes, and is {more}")
+        actual = parse_digest(f"{hasher.name}:{hasher.hexdigest()}")
+        if digest is not None and actual != digest:
+            raise DigestMismatch(f"{what} should have digest {digest}, and has {actual}")
+        if target is not None:
+            with os_errors("write to the cache"):
+                os.fchmod(target, 0o444)
+                os.fsync(target)
+        return Content(actual, length)
+    finally:
+        if target is not None:
+            os.close(target)
+
+
+def _hash(file: int, hashers: Sequence[Hasher]) -> int:
+    """Show the hashers what a file has; return how many bytes that is, and leave the file at its end."""
+    buffer, length = memoryview(bytearray(CHUNK)), 0
+    with os_errors("read from the cache"):
+        while count := os.readv(file, [buffer]):
+            length += count
+            for hasher in hashers:
+                hasher.update(buffer[:count])
+    return length
+
+
+def discard(path: Path | None) -> None:
+    """Remove a received file. Where that fails the next open does it, and what failed before is what to speak of."""
+    if path is not None:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _copy(
+    source: Readable,
+    target: int | None,
+    hashers: Sequence[Hasher],
+    limit: int | None,
+    progress: Advance | None,
+) -> int:
+    """Copy to the end, or until ``limit`` bytes are exceeded; return the bytes read.
+
+    Chunks are hashed in a second thread, in their order, while this one reads and writes: all of it without
+    the interpreter's lock.
+    """
+
+    def hash_chunk(chunk: memoryview) -> None:
+        for hasher in hashers:
+            hasher.update(chunk)
+
+    length = 0
+    # To clear a buffer of a whole chunk takes longer than all else that is done with the bytes of most blobs.
+    chunk_size = CHUNK if limit is None else min(CHUNK, limit + 1)
+    buffers: list[memoryview] = []
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as hashing:  # begins a thread at the first full chunk, so not for small blobs
+        while True:
+            if len(buffers) < _BUFFERS:
+                buffer = memoryview(bytearray(chunk_size))
+                buffers.append(buffer)
+            else:
+                pending.pop(0).result()  # its buffer is free again
+                buffer = buffers[0]
+                buffers.append(buffers.pop(0))
+            chunk = _fill(source, buffer)
+            length += len(chunk)
+            if limit is not None and length > limit:
+                return length
+            last = len(chunk) < chunk_size
+            if last:
+                for future in pending:
+                    future.result()
+                hash_chunk(chunk)
+            else:
+                pending.append(hashing.submit(hash_chunk, chunk))
+            if target is not None:
+                _write(target, chunk)
+            if progress is not None:
+                progress(len(chunk))
+            if last:
+                return length
+
+
+def _fill(source: Readable, buffer: memoryview) -> memoryview:
+    filled = 0
+    while filled < len(buffer):
+        count = source.readinto(buffer[filled:])
+        if not count:
+            break
+        filled += count
+    return buffer[:filled]
+
+
+def _write(target: int, chunk: memoryview) -> None:
+    with os_errors("write to the cache"):
+        while chunk:
+            chunk = chunk[os.write(target, chunk) :]

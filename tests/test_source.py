@@ -1,0 +1,215 @@
+"""What a pull begins before the index is open: it is asked for once, and trusted no more than any download."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache, NotInCache, RegistryError, partial, producing
+from cachedb.directory import partial_path
+from cachedb.reference import Digest, Name
+from cachedb.source import Source
+from tests import make
+from tests.conftest import Run
+from tests.faults import answer, changed
+from tests.promises import check
+from tests.registries import Registry
+from tests.test_pull import ARM, FIRST, LARGE, ODD, SECOND, alone, asked, assert_is_here, blobs_of  # noqa: F401
+
+LAYER = Digest(make.digest_of(LARGE.layers[0]))
+
+
+@pytest.fixture
+def remote() -> Iterator[Registry]:
+    with Registry() as made:
+        made.add(FIRST, "app", "1")
+        made.add(SECOND, "app", "2")
+        made.add(LARGE, "large", "1")
+        yield made
+
+
+@pytest.fixture
+def made(directory: Path) -> Path:
+    """A cache that is there, and that nobody has open."""
+    Cache.open(directory).close()
+    return directory
+
+
+def begun(directory: Path, name: str, **options: str) -> Source:
+    """A source whose thread has come to its end."""
+    source = Source(directory, Name.parse(name), **options)  # type: ignore[arg-type]
+    source.begin()
+    assert source._begun is not None
+    source._begun.join(60)
+    return source
+
+
+def downloaded(directory: Path) -> set[str]:
+    return {path.name.replace("-", ":") for path in directory.glob("ingest/partial/*")}
+
+
+def test_blobs_come_before_the_cache_is_open_and_are_asked_for_once(made: Path, remote: Registry) -> None:
+    name = f"{remote.host}/large:1"
+    with begun(made, name) as source:
+        assert downloaded(made) == LARGE.blobs.keys() - {LARGE.digest}
+        with Cache.open(made) as cache:
+            pulled = cache.pull(source)
+            assert (pulled.blobs, pulled.image.digest) == (2, LARGE.digest)
+            assert_is_here(cache, name, LARGE)
+    ways = sorted((method, path.rpartition("/")[0]) for method, path in asked(remote))
+    assert ways == [
+        ("GET", "large/blobs"),
+        ("GET", "large/blobs"),
+        ("GET", "large/manifests"),
+        ("HEAD", "large/manifests"),
+    ]
+    assert downloaded(made) == set()
+    check(made)
+
+
+def test_the_command_asks_for_each_thing_once(made: Path, remote: Registry, cachedb: Run) -> None:
+    for tag, image in (("1", FIRST), ("2", SECOND), ("2", SECOND)):
+        done = cachedb("pull", "-q", f"{remote.host}/app:{tag}")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{remote.host}/app:{tag}\n", "")
+        with Cache.open(made) as cache:
+            assert_is_here(cache, f"{remote.host}/app:{tag}", image)
+    found = asked(remote)
+    assert len(found) == len(set(found)) + 1
+    assert found[-1] == ("HEAD", "app/manifests/2")  # it has not moved
+
+
+def test_the_command_does_not_download_again_what_it_has_begun(made: Path, remote: Registry, cachedb: Run) -> None:
+    layer = make.digest_of(FIRST.layers[0])
+    remote.fault(changed(delay=1.5), method="GET", path=layer)  # longer than it takes to open the cache
+    assert cachedb("pull", f"{remote.host}/app:1").returncode == 0
+    assert blobs_of(remote).count(layer) == 1
+    with Cache.open(made) as cache:
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+
+
+def test_nothing_is_begun_where_there_is_no_cache_yet(directory: Path, remote: Registry) -> None:
+    with Source(directory, Name.parse(f"{remote.host}/app:1")) as source:
+        source.begin()
+        assert source._begun is None
+    assert (asked(remote), directory.exists()) == ([], False)
+
+
+def test_what_is_here_is_not_asked_for(made: Path, remote: Registry) -> None:
+    with Cache.open(made) as cache:
+        cache.pull(f"{remote.host}/app:1")
+    asked(remote)
+    begun(made, f"{remote.host}/app:1").__exit__(None, None, None)
+    assert asked(remote) == [("HEAD", "app/manifests/1")]
+    begun(made, f"{remote.host}/app@{FIRST.digest}").__exit__(None, None, None)
+    assert asked(remote) == []
+    begun(made, f"{remote.host}/app:2").__exit__(None, None, None)
+    assert set(blobs_of(remote)) == SECOND.blobs.keys() - FIRST.blobs.keys() - {SECOND.digest}
+
+
+def test_of_an_index_the_platform_comes_that_is_wanted(made: Path, remote: Registry) -> None:
+    children = FIRST, ARM, ODD
+    platforms = [{"os": "linux", "architecture": name} for name in ("amd64", "arm64", "riscv64")]
+    remote.add_index(make.index(*children, platforms=platforms), "several", "1", children)
+    name = f"{remote.host}/several:1"
+    with begun(made, name, platform="linux/arm64") as source:
+        assert downloaded(made) == ARM.blobs.keys() - {ARM.digest}
+        with Cache.open(made) as cache:
+            assert cache.pull(source, platform="linux/arm64").image.complete
+    found = asked(remote)
+    assert len(found) == len(set(found))
+    with (
+        begun(made, name, platform="linux/s390x") as source,
+        Cache.open(made) as cache,
+        pytest.raises(NotInCache, match="is not for platform 'linux/s390x'"),
+    ):
+        cache.pull(source, platform="linux/s390x")
+
+
+def test_an_error_is_the_same_and_costs_no_second_request(made: Path, remote: Registry) -> None:
+    remote.fault(answer(403), method="HEAD", times=9)
+    with (
+        begun(made, f"{remote.host}/app:1") as source,
+        Cache.open(made) as cache,
+        pytest.raises(RegistryError, match="refuses"),
+    ):
+        cache.pull(source)
+    assert len(asked(remote)) == 1
+    assert downloaded(made) == set()
+
+
+@pytest.mark.parametrize("content", [LARGE.layers[0][:-1] + b"!", LARGE.layers[0][:1000], None])
+def test_a_download_that_was_touched_since_is_not_trusted(made: Path, remote: Registry, content: bytes | None) -> None:
+    name = f"{remote.host}/large:1"
+    with begun(made, name) as source:
+        path = partial_path(made, LAYER)
+        path.chmod(0o600)
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        with Cache.open(made) as cache:
+            cache.pull(source)
+            assert_is_here(cache, name, LARGE)
+    check(made)
+
+
+def test_what_others_download_is_left_to_them(made: Path, remote: Registry) -> None:
+    with producing.once(made, partial.key_of(LAYER), lambda: None):
+        begun(made, f"{remote.host}/large:1").__exit__(None, None, None)
+    assert LAYER not in downloaded(made)
+    assert LAYER not in blobs_of(remote)
+
+
+def test_what_others_have_stored_meanwhile_is_not_downloaded(made: Path, remote: Registry) -> None:
+    with Cache.open(made) as cache:
+        cache.add_blob(LARGE.layers[0])
+        begun(made, f"{remote.host}/large:1").__exit__(None, None, None)
+    assert LAYER not in blobs_of(remote)
+
+
+def test_an_end_is_not_held_up_by_what_was_begun(made: Path, remote: Registry) -> None:
+    remote.fault(changed(drip=0.1), method="GET", path=LAYER)
+    before = time.monotonic()
+    with Source(made, Name.parse(f"{remote.host}/large:1")) as source:
+        source.begin()
+        while not partial_path(made, LAYER).exists():
+            time.sleep(0.01)
+    assert time.monotonic() - before < 20
+    assert not source._begun or not source._begun.is_alive()
+
+
+def test_what_was_begun_by_who_is_killed_is_gone_on_with(made: Path, remote: Registry) -> None:
+    name = f"{remote.host}/large:1"
+    code = f"""if True:
+        import os, pathlib, time
+        from cachedb.directory import partial_path
+        from cachedb.reference import Name
+        from cachedb.source import Source
+        directory = pathlib.Path({str(made)!r})
+        Source(directory, Name.parse({name!r})).begin()
+        path = partial_path(directory, {LAYER!r})
+        while not path.exists() or path.stat().st_size < 1_500_000:
+            time.sleep(0.001)
+        os.kill(os.getpid(), 9)
+        """
+    remote.fault(changed(cut=2_000_000), method="GET", path=LAYER)  # after which it waits, before it tries again
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == -9
+    asked(remote)
+    with Cache.open(made) as cache:
+        cache.pull(name)
+        assert_is_here(cache, name, LARGE)
+    (request,) = (request for request in remote.requests if request.path.endswith(LAYER))
+    assert int(request.headers["range"].removeprefix("bytes=").removesuffix("-")) >= 1_500_000
+    check(made)
+
+
+def test_nothing_of_sqlalchemy_is_imported_for_it() -> None:
+    code = "import sys, cachedb.source, cachedb.cli; print([name for name in sys.modules if name == 'sqlalchemy'])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ})
+    assert done.stdout == "[]\n"
