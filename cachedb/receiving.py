@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 from cachedb.errors import DigestMismatch, os_errors
@@ -123,47 +124,83 @@ def _copy(
     limit: int | None,
     progress: Advance | None,
 ) -> int:
-    """Copy to the end, or until ``limit`` bytes are exceeded; return the bytes read.
-
-    Chunks are hashed in a second thread, in their order, while this one reads and writes: all of it without
-    the interpreter's lock.
-    """
-
-    def hash_chunk(chunk: memoryview) -> None:
-        for hasher in hashers:
-            hasher.update(chunk)
-
+    """Copy to the end, or until ``limit`` bytes are exceeded; return the bytes read."""
     length = 0
     # To clear a buffer of a whole chunk takes longer than all else that is done with the bytes of most blobs.
     chunk_size = CHUNK if limit is None else min(CHUNK, limit + 1)
-    buffers: list[memoryview] = []
-    pending: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as hashing:  # begins a thread at the first full chunk, so not for small blobs
+    with _hashing(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
         while True:
-            if len(buffers) < _BUFFERS:
-                buffer = memoryview(bytearray(chunk_size))
-                buffers.append(buffer)
-            else:
-                pending.pop(0).result()  # its buffer is free again
-                buffer = buffers[0]
-                buffers.append(buffers.pop(0))
-            chunk = _fill(source, buffer)
+            chunk = _fill(source, next(buffers))
             length += len(chunk)
             if limit is not None and length > limit:
                 return length
-            last = len(chunk) < chunk_size
-            if last:
-                for future in pending:
-                    future.result()
-                hash_chunk(chunk)
-            else:
-                pending.append(hashing.submit(hash_chunk, chunk))
+            hash_chunk(chunk)
             if target is not None:
                 _write(target, chunk)
             if progress is not None:
                 progress(len(chunk))
-            if last:
+            if len(chunk) < chunk_size:
                 return length
+
+
+@contextmanager
+def _hashing(
+    hashers: Sequence[Hasher], size: int, *, beside: bool
+) -> Iterator[tuple[Iterator[memoryview], Callable[[memoryview], None]]]:
+    """Give the block buffers to fill, and what hashes them in their order; all are hashed when it ends.
+
+    Args:
+        hashers: that are shown each chunk.
+        size: of a buffer, in bytes.
+        beside: the block has other work to do with a chunk: full ones are hashed in a thread of their own meanwhile,
+            both of it without the interpreter's lock.
+    """
+    full, free = SimpleQueue[memoryview | None](), SimpleQueue[memoryview | BaseException]()
+    thread: threading.Thread | None = None
+
+    def hash_now(chunk: memoryview) -> None:
+        for hasher in hashers:
+            hasher.update(chunk)
+
+    def run() -> None:
+        try:
+            while (chunk := full.get()) is not None:
+                hash_now(chunk)
+                free.put(chunk)
+        except BaseException as error:
+            free.put(error)
+
+    def hash_chunk(chunk: memoryview) -> None:
+        nonlocal thread
+        if thread is None and (not beside or len(chunk) < size):
+            hash_now(chunk)
+            free.put(chunk)
+            return
+        if thread is None:
+            thread = threading.Thread(target=run)
+            thread.start()
+        full.put(chunk)
+
+    def buffers() -> Iterator[memoryview]:
+        for _ in range(_BUFFERS if beside else 1):
+            yield memoryview(bytearray(size))
+        while True:
+            yield finished(free.get())
+
+    def finished(chunk: memoryview | BaseException) -> memoryview:
+        if isinstance(chunk, BaseException):
+            raise chunk
+        return chunk
+
+    try:
+        yield buffers(), hash_chunk
+    finally:
+        full.put(None)
+        if thread is not None:
+            with suppress(RuntimeError):  # an interrupt came before it was begun
+                thread.join()
+    while not free.empty():
+        finished(free.get())
 
 
 def _fill(source: Readable, buffer: memoryview) -> memoryview:
