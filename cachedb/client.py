@@ -190,6 +190,8 @@ class Client:
             )
             location = response.get_redirect_location()
             if not location or not redirects:
+                with suppress(KeyError, ValueError):  # it is said by the URL that answers, not the one asked first
+                    response.headers["Location"] = urljoin(url, response.headers["Location"])
                 return response, ours
             response.close()
             url = self.follow(url, location)
@@ -322,6 +324,8 @@ class Client:
             return RegistryError(f"{host} has no {what} ({said})")
         if response.status in _AGAIN:
             return RegistryUnavailable(f"{host} is overloaded, or failing ({said}); try again later")
+        if response.status == 405:
+            return RegistryError(f"{host} does not take {what} ({said}); it is read-only, or only a mirror")
         # What speaks HTTPS says that of itself, and not as a registry does.
         advice = "; if it speaks HTTPS, use --tls" if said == "400" and self.place.url.startswith("http:") else ""
         return RegistryError(f"{host} answers {said} to a request for {what}{advice}")

@@ -24,7 +24,7 @@ from cachedb import (
 from cachedb.oci import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from tests import make
 from tests.conftest import Run
-from tests.faults import answer, changed, headers, lost, retry_later
+from tests.faults import answer, changed, headers, lost, redirect, retry_later
 from tests.promises import check
 from tests.registries import Registry
 from tests.test_pull import PAUSES, alone, asked, assert_is_here, login  # noqa: F401 - alone is a fixture
@@ -534,3 +534,28 @@ def test_each_blob_is_told_of_until_it_is_done(cache: Cache, remote: Registry, d
         found, each = bars()
         other.pull(f"{remote.host}/app:1", blob_progress=each)
         assert found == expected
+
+
+def test_an_upload_goes_on_where_a_redirect_has_led(cache: Cache, remote: Registry) -> None:
+    with Registry() as storage:
+        remote.fault(redirect(storage.url), method="POST", path="/blobs/uploads/", times=99)
+        storage.fault(
+            headers({"Location": "/v2/app/blobs/uploads/one"}), method="POST", path="/blobs/uploads/", times=99
+        )
+        with pytest.raises(RegistryError):
+            cache.push("app:1", f"{remote.host}/app:1")  # which has none of them in the end
+        assert storage.count("PUT", "/blobs/uploads/one")
+    assert not remote.count("PUT", "/blobs/uploads/")
+
+
+def test_a_registry_that_only_reads_is_said_to_be_one(cache: Cache, remote: Registry) -> None:
+    remote.fault(answer(405), method="POST", times=99)
+    with pytest.raises(RegistryError, match=r"does not take repository app \(405\); it is read-only, or only a mirror"):
+        cache.push("app:1", f"{remote.host}/app:1")
+
+
+def test_where_what_was_taken_is_said_to_be_does_not_matter(cache: Cache, remote: Registry) -> None:
+    for said in ("http://elsewhere.example/", "https://[", "ftp:x"):
+        remote.fault(headers({"Location": said}), method="PUT", path="/manifests/")
+        cache.push("app:1", f"{remote.host}/app:1")
+    assert_has(remote, "app", "1", FIRST)
