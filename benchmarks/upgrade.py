@@ -1,0 +1,4 @@
+from benchmarks.plan import Plan
+
+
+def upgrade(plan: Plan) -> None: ...
