@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,22 +44,23 @@ def main() -> None:
     """Parse, measure, print."""
     words = ", ".join(SECTIONS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller images and caches, three rounds")
+    parser.add_argument("--quick", action="store_true", help="smaller images and caches, and one round")
     parser.add_argument("--only", nargs="+", metavar="WORD", help=f"sections whose name has one of the words: {words}")
-    parser.add_argument("--rounds", type=int, help="how often each work is done (5; with --quick 3)")
-    parser.add_argument("--images", type=int, help="of the largest cache (100000; with --quick 2000)")
+    parser.add_argument("--rounds", type=int, help="how often each work is done (5; with --quick 1)")
+    parser.add_argument("--images", type=int, help="of the largest cache (100000; with --quick 1000)")
     parser.add_argument("--archive", type=Path, help="an image to measure with, instead of one that is made")
     parser.add_argument("--directory", type=Path, help="where to work; its file system is what is measured")
     options = parser.parse_args()
     chosen = [name for name in SECTIONS if not options.only or any(word in name for word in options.only)]
     if not chosen:
         parser.error(f"there is no section of that name: they are {words}")
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cachedb-benchmarks-", dir=options.directory) as folder:
         plan = Plan(
             place=Path(folder).resolve(),
             quick=options.quick,
-            rounds=options.rounds or (3 if options.quick else 5),
-            images=options.images or (2_000 if options.quick else 100_000),
+            rounds=options.rounds or (1 if options.quick else 5),
+            images=options.images or (1_000 if options.quick else 100_000),
             archive=options.archive,
         )
         print(f"`python -m benchmarks {' '.join(sys.argv[1:])}`\n")
@@ -66,6 +68,7 @@ def main() -> None:
         for name in chosen:
             print(f"## {name}\n", flush=True)
             SECTIONS[name](plan)
+        print(f"All of it took {(time.monotonic() - began) / 60:.0f} minutes.")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 from benchmarks.machine import has
 from benchmarks.measure import (
@@ -50,7 +51,7 @@ def import_image(directory: Path, source: Path, link: bool = False) -> Cost:
     """Import the image in an open process."""
     from cachedb import Cache
 
-    more = {"link": True} if link else {}
+    more: dict[str, Any] = {"link": True} if link else {}
     with Cache.open(directory) as cache:
         return cost(lambda: cache.cache_from_tar(source, NAME, **more))
 
@@ -229,7 +230,7 @@ def processes(plan: Plan) -> None:
     """Import eight images by eight processes at once, and by one, one after the other."""
     place = plan.folder("processes")
     archives = [place / f"{number}.tar" for number in range(TOGETHER)]
-    each = (100_000_000 if plan.quick else 1_000_000_000) // TOGETHER
+    each = plan.bytes // TOGETHER
     for number, archive in enumerate(archives):
         write_docker_archive(archive, f"image-{number}:1", [each // 2] * 2, seed=number + 1)
     cache, copied, count = place / "cache", place / "copied", sum(size(archive) for archive in archives)

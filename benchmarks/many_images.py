@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
@@ -49,7 +49,6 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 TIME = "2026-01-31T23:59:59.123456Z"
-OPERATIONS = 200  # of each kind, of which the median and the 99th percentile are told
 WRITER = """
 # Gives names in a loop until stdin is closed, and prints when each was begun and how long it took.
 import json, select, sys, time
@@ -69,7 +68,7 @@ print(json.dumps(waits))
 
 def sizes(plan: Plan) -> list[int]:
     """Return how many images the caches have."""
-    return sorted({100, plan.images // 10, plan.images}) if plan.images >= 10_000 else sorted({100, plan.images})
+    return sorted({100, plan.images // 10, plan.images}) if plan.images >= 20_000 else sorted({100, plan.images})
 
 
 def cache_of(plan: Plan, count: int) -> Path:
@@ -145,7 +144,7 @@ def add_and_remove(plan: Plan) -> None:
     calls: list[Calls] = []
     first: dict[str, Calls] = {}
     for count in sizes(plan):
-        ours = {one.what: one for one in in_child(_add_and_remove, cache_of(plan, count))}
+        ours = {one.what: one for one in in_child(_add_and_remove, cache_of(plan, count), plan.operations)}
         ours["remove"].wants = (0.005, 0.02)
         for what, one in ours.items():
             smallest = first.setdefault(what, one)
@@ -188,14 +187,14 @@ def _calls(what: str, runner: str, actions: Iterable[Callable[[], object]]) -> C
     return Calls(what, runner, each, total)
 
 
-def _add_and_remove(directory: Path) -> list[Calls]:
+def _add_and_remove(directory: Path, operations: int) -> list[Calls]:
     from cachedb import Cache
 
-    numbers = range(OPERATIONS)
-    images = [_image(number) for number in (*numbers, OPERATIONS)]
+    numbers = range(operations)
+    images = [_image(number) for number in (*numbers, operations)]
     layouts = directory.parent / "layouts"
     for number in numbers:
-        _write_layout(layouts / str(number), _image(OPERATIONS + 1 + number))
+        _write_layout(layouts / str(number), _image(operations + 1 + number))
     with Cache.open(directory) as cache:
 
         def add(number: int) -> None:
@@ -210,8 +209,8 @@ def _add_and_remove(directory: Path) -> list[Calls]:
         def remove(number: int) -> None:
             cache.remove_manifest(f"new/image:{number}")
 
-        add(OPERATIONS)  # the first of a process puts its statements together
-        remove(OPERATIONS)
+        add(operations)  # the first of a process puts its statements together
+        remove(operations)
         calls = [
             _calls("add", "cachedb, blob by blob", (partial(add, number) for number in numbers)),
             _calls("add from a layout", "cachedb", (partial(bring, number) for number in numbers)),
@@ -303,7 +302,7 @@ def _json_cache(directory: Path, count: int) -> list[Calls]:
         index[name] = json_entry(name, blobs)
     (directory / "index.json").write_text(json.dumps(index))
     cache = JsonCache(directory)
-    numbers = range(OPERATIONS if count <= 100 else 5)  # each takes long enough to be told from another
+    numbers = range(50 if count <= 100 else 5)  # each takes long enough to be told from another
     return [
         _calls("add", "a JSON file", (partial(cache.add, f"new/image:{number}", _image(number)) for number in numbers)),
         _calls("remove", "a JSON file", (partial(cache.remove, f"new/image:{number}") for number in numbers)),
@@ -320,7 +319,7 @@ def _umoci(directory: Path, count: int) -> Calls:
         for number in range(count)
     ]
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": named}))
-    costs = [run("umoci", "rm", "--image", f"{layout}:image-{number}") for number in range(20)]
+    costs = [run("umoci", "rm", "--image", f"{layout}:image-{number}") for number in range(10)]
     total = Cost(0, sum(one.cpu for one in costs), max(one.peak for one in costs))
     return Calls("remove", "umoci rm, whole process", [one.seconds for one in costs], total)
 
@@ -369,13 +368,13 @@ def _lookups(directory: Path) -> list[tuple[str, int, float, float]]:
         names = [name_of(chosen.randrange(count)) for _ in range(200)]
         shell = sqlite3.connect(directory / "index.db", isolation_level=None)
 
-        def has_blob(digest: str) -> None:
-            shell.execute("SELECT 1 FROM blobs WHERE digest = ? AND stored_at IS NOT NULL", (digest,)).fetchone()
+        def has_blob(digest: str) -> object:
+            return shell.execute("SELECT 1 FROM blobs WHERE digest = ? AND stored_at IS NOT NULL", (digest,)).fetchone()
 
-        def image_blobs(repository: str, reference: str) -> None:
+        def image_blobs(repository: str, reference: str) -> object:
             query = "SELECT id FROM images WHERE repository = ? AND reference = ?"
             (image,) = shell.execute(query, (repository, reference)).fetchone()
-            shell.execute(
+            return shell.execute(
                 "SELECT digest, size, role, media_type, position, stored_at, diff_id, created_by "
                 "FROM image_blobs JOIN blobs ON blobs.id = blob_id WHERE image_id = ? ORDER BY position",
                 (image,),
@@ -470,7 +469,8 @@ def collect(plan: Plan) -> None:
         directory = cache_of(plan, plan.images)
         # A quarter each time: with the writer, and without.
         in_child(_forget_images, directory, plan.images // 4)
-        with _writer(directory) if beside else nullcontext([]) as waits:
+        with ExitStack() as stack:
+            waits = stack.enter_context(_writer(directory)) if beside else []
             began = time.monotonic()
             freed, taken, holds = in_child(_collect, directory)
             ended = time.monotonic()

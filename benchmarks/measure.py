@@ -1,4 +1,4 @@
-"""Timing, in turns, of whole processes and of work in a process that is open already; and the tables that tell of it."""
+"""Timing, in turns, of whole processes and of work in one that is open already; and the tables that tell of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,234 @@
+"""How fast an image comes from a registry and goes to one, beside the peers, and how many bytes are moved for it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from benchmarks.archives import SKOPEO, size
+from benchmarks.machine import has
+from benchmarks.measure import (
+    Cost,
+    Failed,
+    Work,
+    as_fast_as,
+    cachedb,
+    cost,
+    empty,
+    in_child,
+    print_table,
+    print_works,
+    run,
+    take_turns,
+)
 from benchmarks.plan import Plan
+from benchmarks.real_images import TAG
 
 
-def registry(plan: Plan) -> None: ...
+@contextmanager
+def docker_registry(storage: Path) -> Iterator[str]:
+    """Run docker-registry, and yield its port."""
+    config = storage / "config.yml"
+    config.write_text(
+        f'{{"version": "0.1", "log": {{"level": "info"}}, "http": {{"addr": "0.0.0.0:0"}},'
+        f' "storage": {{"filesystem": {{"rootdirectory": "{storage}"}}}}}}'
+    )
+    with (
+        (storage / "log").open("wb") as log,
+        subprocess.Popen(["docker-registry", "serve", str(config)], stdout=log, stderr=log) as process,
+    ):
+        try:
+            while not (found := re.search(r'listening on \S*:(\d+)[",]', (storage / "log").read_text())):
+                if process.poll() is not None:
+                    raise Failed((storage / "log").read_text())
+                time.sleep(0.05)
+            yield found[1]
+        finally:
+            process.terminate()
+
+
+class Counter:
+    """A port that leads to a host, and counts what comes back from there."""
+
+    def __init__(self, host: str) -> None:
+        self.bytes = 0
+        self._to = host.rpartition(":")
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.host = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            client, _ = self._listening.accept()
+            server = socket.create_connection((self._to[0], int(self._to[2])))
+            threading.Thread(target=self._copy, args=(client, server, False), daemon=True).start()
+            threading.Thread(target=self._copy, args=(server, client, True), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        try:
+            while data := source.recv(1024 * 1024):
+                target.sendall(data)
+                self.bytes += len(data) if counted else 0
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+
+def registry(plan: Plan) -> None:
+    """Pull into a cache that has nothing, push to a repository that has nothing, and count what is moved."""
+    if not has("docker-registry", "skopeo"):
+        print("docker-registry and skopeo are needed for this.\n")
+        return
+    place, memory = plan.folder("registry"), "/dev/shm" if Path("/dev/shm").is_dir() else None
+    layout = plan.image.layout
+    with tempfile.TemporaryDirectory(dir=memory) as storage, docker_registry(Path(storage)) as port:
+        host = f"127.0.0.1:{port}"
+        run(*SKOPEO, "--dest-tls-verify=false", f"oci:{layout}:{TAG}", f"docker://{host}/image:1")
+        print_works(take_turns([*_pulls(place, host, layout), *_pushes(place, host, port, layout)], plan.rounds))
+        count = size(layout / "blobs")
+        moved = [[what, f"{number / count:.3f}"] for what, number in _moved(place, host)]
+        print_table(["what is moved from the registry", "bytes, divided by the image's"], moved)
+
+
+def _make(directory: Path) -> None:
+    from cachedb import Cache
+
+    Cache.open(directory).close()
+
+
+def _pull(directory: Path, source: str) -> Cost:
+    from cachedb import Cache
+
+    with Cache.open(directory) as cache:
+        return cost(lambda: cache.pull(source))
+
+
+def _push(directory: Path, source: str, target: str) -> Cost:
+    from cachedb import Cache
+
+    with Cache.open(directory) as cache:
+        return cost(lambda: cache.push(source, target))
+
+
+def _pulls(place: Path, host: str, layout: Path) -> list[Work]:
+    source, target, count = f"{host}/image:1", place / "target", size(layout / "blobs")
+
+    def new_cache() -> None:
+        empty(target)
+        in_child(_make, target)
+
+    peers = [("skopeo copy", [*SKOPEO, "--src-tls-verify=false", f"docker://{source}", f"oci:{target}:1"])]
+    if has("regctl"):
+        regctl = ["regctl", "image", "copy", "--host", f"reg={host},tls=disabled", source, f"ocidir://{target}:1"]
+        peers.append(("regctl image copy", regctl))
+    if has("oras"):
+        peers.append(("oras copy", ["oras", "copy", "--from-plain-http", source, "--to-oci-layout", f"{target}:1"]))
+    if has("crane"):
+        peers.append(("crane pull", ["crane", "pull", "--insecure", "--format", "oci", source, str(target)]))
+    works = [
+        Work("pull", runner, partial(run, *command), count, (), lambda: empty(target)) for runner, command in peers
+    ]
+    beside = [as_fast_as(works[0])]
+    whole = cachedb("--dir", target, "pull", source)
+    return [
+        Work("pull", "cachedb, open process", lambda: in_child(_pull, target, source), count, beside, new_cache),
+        Work("pull", "cachedb pull", lambda: run(*whole), count, beside, new_cache),
+        *works,
+    ]
+
+
+def _pushes(place: Path, host: str, port: str, layout: Path) -> list[Work]:
+    source, cache, count = f"{host}/image:1", place / "pushed", size(layout / "blobs")
+    in_child(_pull, cache, source)
+    turn = 0
+
+    def target(repository: str) -> str:
+        """Return a name that has never been: at another host, or blobs would be taken from repositories of before."""
+        nonlocal turn
+        turn += 1
+        return f"127.0.{turn // 250 + 1}.{turn % 250 + 1}:{port}/{repository}-{turn}/image:1"
+
+    def push_by(command: Callable[[str], list[str]]) -> Cost:
+        return run(*command(target("peer")))
+
+    def host_of(name: str) -> str:
+        return name.partition("/")[0]
+
+    peers: list[tuple[str, Callable[[str], list[str]]]] = [
+        ("skopeo copy", lambda to: [*SKOPEO, "--dest-tls-verify=false", f"oci:{layout}:{TAG}", f"docker://{to}"])
+    ]
+    if has("regctl"):
+        copy = ["regctl", "image", "copy", "--host"]
+        peers.append(
+            (
+                "regctl image copy",
+                lambda to: [*copy, f"reg={host_of(to)},tls=disabled", f"ocidir://{layout}:{TAG}", to],
+            )
+        )
+    if has("oras"):
+        oras = ["oras", "copy", "--from-oci-layout", f"{layout}:{TAG}", "--to-plain-http"]
+        peers.append(("oras copy", lambda to: [*oras, to]))
+    if has("crane"):
+        peers.append(("crane push", lambda to: ["crane", "push", "--insecure", str(layout), to]))
+    works = [Work("push", runner, partial(push_by, command), count) for runner, command in peers]
+    beside = [as_fast_as(works[0])]
+    return [
+        Work(
+            "push",
+            "cachedb, open process",
+            lambda: in_child(_push, cache, source, target("open")),
+            count,
+            beside,
+        ),
+        Work(
+            "push",
+            "cachedb push",
+            lambda: run(*cachedb("--dir", cache, "push", "--plain-http", source, target("whole"))),
+            count,
+            beside,
+        ),
+        *works,
+    ]
+
+
+def _moved(place: Path, host: str) -> Iterator[tuple[str, int]]:
+    """Yield what was done, and the bytes that came from the registry."""
+
+    def python(code: str) -> list[str]:
+        return [sys.executable, "-c", f"import os\nfrom cachedb import Cache\n{code}"]
+
+    def pull(source: str) -> Cost:
+        return in_child(_pull, place / "killed", source)
+
+    counter = Counter(host)
+    many = f"with Cache.open({str(place / 'many')!r}) as cache: cache.pull('{counter.host}/image:1')"
+    running = [subprocess.Popen(python(many)) for _ in range(8)]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise Failed("a pull failed")
+    yield "8 processes pull it at once", counter.bytes
+    counter = Counter(host)
+    source = f"{counter.host}/image:1"
+    killed = (
+        "def told(done, total):\n    if done >= total * 0.9: os.kill(os.getpid(), 9)\n"
+        f"Cache.open({str(place / 'killed')!r}).pull({source!r}, progress=told)"
+    )
+    subprocess.run(python(killed), check=False)
+    yield "a pull that is killed at 90 %", counter.bytes
+    counter.bytes = 0
+    pull(source)
+    yield "the pull after that", counter.bytes
+    counter.bytes = 0
+    pull(source)
+    yield "another, of a tag that has not moved", counter.bytes
+    shutil.rmtree(place)

@@ -1,4 +1,161 @@
+"""How long each report takes on a large index, and what writers lose while reports run without a pause.
+
+Each image has a manifest, a config and eight layers of its own, and four of one of 200 bases, which are images too.
+Rows are written and no files: reports read none. Each report is run twice, and the quicker run counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sqlite3
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from benchmarks.many_images import CONFIG, LAYER, MANIFEST
+from benchmarks.measure import in_child, print_table, seconds
 from benchmarks.plan import Plan
 
+BASES = 200
+WRITERS = 16
+GIVEN = {
+    "freed-by": {"names": "team/app-1:0 team/app-2:0"},
+    "added-by": {"name": "team/app-1:0", "over": "base/1:1"},
+    "by-label": {"key": "version"},
+}
+WRITER = """
+import sys, time
+from cachedb import Cache
+with Cache.open(sys.argv[1]) as cache:
+    begin, count = float(sys.argv[3]), 0
+    time.sleep(max(0, begin - time.monotonic()))  # until all of them are there
+    end = begin + float(sys.argv[4])
+    while time.monotonic() < end:
+        cache.tag("team/app-1:0", f"mine-{sys.argv[2]}:{count % 10}")
+        count += 1
+print(count)
+"""
+READER = """
+import os, sys
+from cachedb import Cache, report
+os.nice(10)  # as the command line does
+given = {"freed-by": {"names": "team/app-1:0"}, "added-by": {"name": "team/app-1:0", "over": "base/1:1"}}
+with Cache.open(sys.argv[1]) as cache:
+    while True:
+        for one in report.reports():
+            with cache.sql(one.query, one.values(given.get(one.name, {}))) as answer:
+                for _ in answer.rows:
+                    pass
+"""
 
-def reports(plan: Plan) -> None: ...
+
+def fill(directory: Path, count: int) -> int:
+    """Write the rows of so many images; return how many blobs there are."""
+    from cachedb import Cache
+
+    with Cache.open(directory):
+        pass
+    chosen = random.Random(1)
+    blobs: list[tuple[int, str, int, str]] = []
+    images: list[tuple[object, ...]] = []
+    contents: list[tuple[object, ...]] = []
+    labels: list[tuple[int, str, str]] = []
+
+    def moment() -> str:
+        return f"2026-{chosen.randrange(1, 12):02}-{chosen.randrange(1, 28):02}T23:59:59.123456Z"
+
+    def blob(size: int) -> int:
+        number = len(blobs) + 1
+        blobs.append((number, f"sha256:{hashlib.sha256(b'%d' % number).hexdigest()}", size, moment()))
+        return number
+
+    def image(repository: str, tag: int, layers: list[int]) -> None:
+        number, manifest, config = len(images) + 1, blob(1500), blob(3000)
+        images.append((number, repository, str(tag), manifest, MANIFEST, moment(), moment(), "amd64", moment()))
+        contents.append((number, 0, manifest, "manifest", MANIFEST, None))
+        contents.append((number, 1, config, "config", CONFIG, None))
+        for position, layer in enumerate(layers, 2):
+            contents.append((number, position, layer, "layer", LAYER, f"RUN make layer-{layer}"))
+        labels.extend([(number, "maintainer", "a@example.org"), (number, "version", str(tag))])
+
+    bases = [[blob(chosen.randrange(10**6, 10**8)) for _ in range(4)] for _ in range(BASES)]
+    for number, layers in enumerate(bases):
+        image(f"base/{number % 20}", number, layers)
+    for number in range(count - BASES):
+        base = bases[min(int(chosen.expovariate(1 / 30)), BASES - 1)]
+        image(f"team/app-{number % 1000}", number // 1000, [*base, *(blob(chosen.randrange(10**7)) for _ in range(8))])
+    for _ in range(1000):
+        blob(5000)  # garbage
+    shell = sqlite3.connect(directory / "index.db")
+    with shell:
+        shell.executemany("INSERT INTO blobs (id, digest, size, stored_at) VALUES (?, ?, ?, ?)", blobs)
+        shell.executemany(
+            "INSERT INTO images (id, repository, reference, manifest_id, media_type, created_at, last_used_at, "
+            "architecture, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            images,
+        )
+        shell.executemany(
+            "INSERT INTO image_blobs (image_id, position, blob_id, role, media_type, created_by) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            contents,
+        )
+        shell.executemany("INSERT INTO image_labels VALUES (?, ?, ?)", labels)
+    shell.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    shell.close()
+    return len(blobs)
+
+
+def rate(directory: Path, writers: int, length: float) -> float:
+    """Return how many times a second an image gets a second name."""
+    command, begin = [sys.executable, "-c", WRITER, str(directory)], time.monotonic() + 1 + writers / 2
+    running = [
+        subprocess.Popen([*command, str(number), str(begin), str(length)], stdout=subprocess.PIPE, text=True)
+        for number in range(writers)
+    ]
+    return sum(int(process.communicate()[0]) for process in running) / length
+
+
+def reports(plan: Plan) -> None:
+    """Run every report, `df` and the page, and have writers write alone and beside reports."""
+    directory = plan.folder("reports") / "cache"
+    blobs = in_child(fill, directory, plan.images)
+    print(f"{plan.images} images, {blobs} blobs.\n")
+    print_table(["report", "rows", "seconds"], in_child(_time_reports, directory))
+    length = 2 if plan.quick else 10
+    alone, beside = [], []
+    for _ in range(min(3, plan.rounds)):
+        alone.append(rate(directory, WRITERS, length))
+        with subprocess.Popen([sys.executable, "-c", READER, str(directory)]) as reader:
+            beside.append(rate(directory, WRITERS, length))
+            reader.kill()
+    rows = [
+        [what, f"{statistics.median(rates):.0f}", f"{min(rates):.0f} to {max(rates):.0f}", ratio]
+        for what, rates, ratio in (
+            ("alone", alone, ""),
+            ("beside reports", beside, f"{statistics.median(beside) / statistics.median(alone):.2f} of the rate alone"),
+        )
+    ]
+    print_table([f"{WRITERS} writers", "names a second, median", "min to max", "ratio"], rows)
+
+
+def _time_reports(directory: Path) -> list[list[str]]:
+    """Return a row for each report: its name, how many rows it has, and the quicker run of two."""
+    from cachedb import Cache, report
+
+    rows = []
+    with Cache.open(directory) as cache:
+
+        def ask(one: report.Report) -> int:
+            with cache.sql(one.query, one.values(GIVEN.get(one.name, {}))) as answer:
+                return sum(1 for _ in answer.rows)
+
+        for one in report.reports():
+            taken = [seconds(partial(ask, one)) for _ in range(2)]
+            rows.append([one.name, str(ask(one)), f"{min(taken):.2f}"])
+        rows.append(["`cachedb df`", "", f"{seconds(cache.get_usage):.2f}"])
+        rows.append(["`report --html`", "", f"{seconds(cache.get_html_report):.2f}"])
+    return rows
