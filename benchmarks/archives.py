@@ -144,9 +144,8 @@ def _importing_peers(form: str, source: Path, place: Path) -> list[Work]:
                 )
             )
         else:
-            works.append(
-                ("regctl image import", ["regctl", "image", "import", f"ocidir://{target}:1", str(source)], None)
-            )
+            command = ["regctl", "image", "import", f"ocidir://{target}:1", str(source)]
+            works.append(("regctl image import", command, 1 if form == "docker_archive" else None))
     if has("oras") and form != "docker_archive":
         copy = ["oras", "copy", "--from-oci-layout", f"{source}:{TAG}", "--to-oci-layout", f"{target}:1"]
         works.append(("oras copy", copy, None))

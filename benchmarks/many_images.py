@@ -464,7 +464,10 @@ def _writer(directory: Path) -> Iterator[list[tuple[float, float]]]:
 
 def collect(plan: Plan) -> None:
     """Take half of the images out of the largest cache, and collect their blobs, with a writer beside."""
-    rows = []
+    count = plan.images // 4 * BLOBS
+    bare = in_child(_unlink_files, plan.folder("unlinked"), count)
+    bare_row = [f"unlink of {count} files, a bare loop, the limit", f"{bare.seconds:.2f}"]
+    rows = [[*bare_row, f"{500_000 / count * bare.seconds:.1f}", f"{bare.cpu:.2f}", "", "", "", ""]]
     for beside in (False, True):
         directory = cache_of(plan, plan.images)
         # A quarter each time: with the writer, and without.
@@ -491,6 +494,19 @@ def collect(plan: Plan) -> None:
     print_table([*columns, "a writer's wait: median, longest ms"], rows)
     print("A hold is the time for which the write lock was seen in the same process's hands at each of many looks.\n")
     empty(plan.place / f"cache-{plan.images}")  # another section gets a whole one
+
+
+def _unlink_files(directory: Path, count: int) -> Cost:
+    (directory / "blobs" / "sha256").mkdir(parents=True)
+    _write_files(directory, range(1, count + 1))
+    os.sync()
+    folder = directory / "blobs" / "sha256"
+
+    def unlink() -> None:
+        for name in os.listdir(folder):
+            os.unlink(folder / name)
+
+    return cost(unlink)
 
 
 def _forget_images(directory: Path, count: int) -> None:

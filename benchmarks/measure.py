@@ -269,7 +269,7 @@ def _hash_parts(paths: list[Path]) -> Cost:
     import hashlib
     from concurrent.futures import ThreadPoolExecutor
 
-    part = 8 * 2**20
+    part = 128 * 1024  # larger ones are no longer in the processor's cache when they are hashed
 
     def hash_part(path: Path, start: int, end: int) -> None:
         digest, buffer = hashlib.sha256(), memoryview(bytearray(part))
