@@ -29,6 +29,7 @@ from benchmarks.measure import (
     run_together,
     send_file,
     take_turns,
+    together,
 )
 from benchmarks.plan import Plan
 from benchmarks.real_images import NAME, TAG, write_docker_archive
@@ -241,7 +242,7 @@ def processes(plan: Plan) -> None:
 
     def one_after_the_other() -> Cost:
         costs = [run(*command) for command in commands]
-        return Cost(sum(one.seconds for one in costs), sum(one.cpu for one in costs), max(one.peak for one in costs))
+        return together(costs, sum(one.seconds for one in costs))
 
     def clear() -> None:
         empty(cache)
@@ -291,7 +292,7 @@ def _import_by(count: int, cache: Path, archives: list[Path]) -> Cost:
     taken = time.perf_counter() - began
     for process in running:
         process.join()
-    return Cost(taken, sum(one.cpu for one in each), max(one.peak for one in each))
+    return together(each, taken)
 
 
 def _import_when_ready(cache: Path, archives: list[Path], ready: Barrier, costs: SimpleQueue[Cost]) -> None:

@@ -41,6 +41,7 @@ from benchmarks.measure import (
     run,
     seconds,
     take_turns,
+    together,
 )
 from benchmarks.plan import Plan
 
@@ -320,7 +321,7 @@ def _umoci(directory: Path, count: int) -> Calls:
     ]
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": named}))
     costs = [run("umoci", "rm", "--image", f"{layout}:image-{number}") for number in range(10)]
-    total = Cost(0, sum(one.cpu for one in costs), max(one.peak for one in costs))
+    total = together(costs, sum(one.seconds for one in costs))
     return Calls("remove", "umoci rm, whole process", [one.seconds for one in costs], total)
 
 

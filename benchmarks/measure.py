@@ -31,6 +31,7 @@ class Cost(NamedTuple):
     seconds: float
     cpu: float  # seconds, of all cores and of all children
     peak: int  # bytes of memory, of the largest process
+    written: int  # bytes, to the disk's cache
 
 
 class Failed(Exception):
@@ -73,14 +74,21 @@ def seconds(action: Callable[[], object]) -> float:
 
 def cost(action: Callable[[], object]) -> Cost:
     """Return what an action of this process took; of memory, what the process had at most."""
-    cpu = _cpu()
+    cpu, written = _used()
     taken = seconds(action)
-    return Cost(taken, _cpu() - cpu, peak_memory())
+    cpu_after, written_after = _used()
+    return Cost(taken, cpu_after - cpu, peak_memory(), written_after - written)
 
 
-def _cpu() -> float:
-    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+def together(costs: Sequence[Cost], taken: float) -> Cost:
+    """Return the cost of several processes that took so many seconds in all."""
+    cpu, written = sum(one.cpu for one in costs), sum(one.written for one in costs)
+    return Cost(taken, cpu, max(one.peak for one in costs), written)
+
+
+def _used() -> tuple[float, int]:
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in both), sum(one.ru_oublock * 512 for one in both)
 
 
 def peak_memory() -> int:
@@ -172,7 +180,7 @@ def print_works(works: Sequence[Work]) -> None:
     rows = []
     for work in works:
         if work.failure:
-            rows.append([work.what, work.runner, "failed: " + work.failure.splitlines()[-1], *[""] * 5])
+            rows.append([work.what, work.runner, "failed: " + work.failure.splitlines()[-1], *[""] * 6])
         elif work.costs:
             all_seconds = [cost.seconds for cost in work.costs]
             rows.append(
@@ -183,11 +191,14 @@ def print_works(works: Sequence[Work]) -> None:
                     f"{min(all_seconds):.3f} to {max(all_seconds):.3f}",
                     f"{statistics.median(cost.cpu for cost in work.costs):.2f}",
                     f"{max(cost.peak for cost in work.costs) / 2**20:.0f}",
+                    f"{statistics.median(cost.written for cost in work.costs) / 1e6:.1f}",
                     f"{work.size / work.median / 1e6:.0f}" if work.size else "",
                     "; ".join(told(work) for told in work.beside),
                 ]
             )
-    print_table(["work", "runner", "median s", "min to max s", "CPU s", "peak MiB", "MB/s", "ratio"], rows)
+    print_table(
+        ["work", "runner", "median s", "min to max s", "CPU s", "peak MiB", "MB written", "MB/s", "ratio"], rows
+    )
 
 
 @dataclass(eq=False)

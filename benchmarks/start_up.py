@@ -29,4 +29,4 @@ def start_up(plan: Plan) -> None:
         command = cachedb("--dir", place / "cache", *words)
         beside = [times(limit, want)]
         works.append(Work(" ".join(words[:2]), "cachedb", partial(run, *command), beside=beside))
-    print_works(take_turns(works, plan.rounds * 2))  # they are short
+    print_works(take_turns(works, plan.rounds if plan.quick else plan.rounds * 4))  # they are short
