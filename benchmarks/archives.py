@@ -86,10 +86,8 @@ def imports(plan: Plan) -> None:
 
 
 def _import_works(form: str, source: Path, place: Path) -> list[Work]:
-    count, opened, whole, linked, copied = (
-        size(source),
-        *(place / name for name in ("opened", "whole", "linked", "copied")),
-    )
+    opened, whole, linked, copied = (place / name for name in ("opened", "whole", "linked", "copied"))
+    count = size(source)
     hashing = Work("sha256, all cores", "limit", lambda: hash_on_all_cores(files(source)), count)
     copying = Work(
         "copy with fsync", "limit", lambda: copy_with_fsync(files(source), copied), count, before=lambda: empty(copied)
@@ -104,16 +102,30 @@ def _import_works(form: str, source: Path, place: Path) -> list[Work]:
     works = [
         hashing,
         copying,
-        Work("new", "cachedb, open process", lambda: import_image(opened, source), count, new, lambda: empty(opened)),
-        Work("again", "cachedb, open process", lambda: import_image(opened, source), count, again),
+        Work(
+            "new",
+            "cachedb, open process",
+            lambda: in_child(import_image, opened, source),
+            count,
+            new,
+            lambda: empty(opened),
+        ),
+        Work("again", "cachedb, open process", lambda: in_child(import_image, opened, source), count, again),
         Work("new", "cachedb import", lambda: run(*command), count, new, lambda: empty(whole)),
         Work("again", "cachedb import", lambda: run(*command), count, again),
     ]
     if form == "layout" and in_child(_can_link):
         link = "cachedb, open process, link"
         works += [
-            Work("new", link, lambda: import_image(linked, source, link=True), count, again, lambda: empty(linked)),
-            Work("again", link, lambda: import_image(linked, source, link=True), count, again),
+            Work(
+                "new",
+                link,
+                lambda: in_child(import_image, linked, source, link=True),
+                count,
+                again,
+                lambda: empty(linked),
+            ),
+            Work("again", link, lambda: in_child(import_image, linked, source, link=True), count, again),
         ]
     return works + peers
 
@@ -123,11 +135,8 @@ def _importing_peers(form: str, source: Path, place: Path) -> list[Work]:
     target, count = place / "peer", size(source)
     works: list[tuple[str, list[str], int | None]] = []
     if has("skopeo"):
-        of = (
-            f"docker-archive:{source}"
-            if form == "docker_archive"
-            else f"{form.replace('layout', 'oci').replace('_', '-')}:{source}"
-        )
+        transport = "oci" if form == "layout" else form.replace("_", "-")
+        of = f"{transport}:{source}"
         works.append(("skopeo copy to dir:", [*SKOPEO, of, f"dir:{target}"], None))
         if form != "docker_archive":  # from there skopeo compresses, which is another work
             works.append(("skopeo copy to oci:", [*SKOPEO, of, f"oci:{target}:real"], None))
@@ -137,13 +146,8 @@ def _importing_peers(form: str, source: Path, place: Path) -> list[Work]:
         works.append(("podman load (vfs)", ["podman", *storage, "load", "-q", "-i", str(source)], 1))
     if has("regctl"):
         if form == "layout":
-            works.append(
-                (
-                    "regctl image copy",
-                    ["regctl", "image", "copy", f"ocidir://{source}:{TAG}", f"ocidir://{target}:1"],
-                    None,
-                )
-            )
+            command = ["regctl", "image", "copy", f"ocidir://{source}:{TAG}", f"ocidir://{target}:1"]
+            works.append(("regctl image copy", command, None))
         else:
             command = ["regctl", "image", "import", f"ocidir://{target}:1", str(source)]
             works.append(("regctl image import", command, 1 if form == "docker_archive" else None))
@@ -173,9 +177,6 @@ def exports(plan: Plan) -> None:
 def _export_works(form: str, cache: Path, source: Path, layout: Path, place: Path) -> list[Work]:
     target, count = place / "target", size(source)
 
-    def work(what: str, runner: str, *command: str, beside: tuple[str, ...] = ()) -> Work:
-        return Work(what, runner, lambda: run(*command), count, (), lambda: empty(target))
-
     def clear() -> None:
         empty(target)
 
@@ -191,8 +192,10 @@ def _export_works(form: str, cache: Path, source: Path, layout: Path, place: Pat
         limits = [copying]
         link = "cachedb, open process, link"
         ours = [
-            Work("export", "cachedb, open process", lambda: export_image(cache, target, form), count, (), clear),
-            Work("export", link, lambda: export_image(cache, target, form, True), count, (), clear),
+            Work(
+                "export", "cachedb, open process", lambda: in_child(export_image, cache, target, form), count, (), clear
+            ),
+            Work("export", link, lambda: in_child(export_image, cache, target, form, True), count, (), clear),
             Work("export", "cachedb export --link", lambda: run(*whole, "--link"), count, (), clear),
         ]
     else:
@@ -203,12 +206,15 @@ def _export_works(form: str, cache: Path, source: Path, layout: Path, place: Pat
         )
         limits = [copying, sending, durable]
         ours = [
-            Work("export", "cachedb, open process", lambda: export_image(cache, target, form), count, (), clear),
+            Work(
+                "export", "cachedb, open process", lambda: in_child(export_image, cache, target, form), count, (), clear
+            ),
             Work("export", "cachedb export", lambda: run(*whole), count, (), clear),
         ]
     for one in ours:
         one.beside = [of_limit(copying, want=None if form == "oci-dir" else 0.9)]
-    return limits + ours + [work("export", runner, *command) for runner, command in peers]
+    others = [Work("export", runner, partial(run, *command), count, (), clear) for runner, command in peers]
+    return limits + ours + others
 
 
 def verify(plan: Plan) -> None:

@@ -272,7 +272,7 @@ def empty(*paths: Path) -> None:
 
 
 def hash_on_all_cores(paths: Sequence[Path]) -> Cost:
-    """Hash files: as many parts of them at once as there are cores, each a sha256 of its own."""
+    """Hash files in parts, as many at once as there are cores, each part a sha256 of its own."""
     return in_child(_hash_parts, list(paths))
 
 
@@ -290,11 +290,10 @@ def _hash_parts(paths: list[Path]) -> Cost:
                 digest.update(buffer[:count])
                 start += count
 
-    # Parts of equal size across all files: what a perfect division of the work would be.
+    share = 16 * 2**20  # of a file: small enough that all cores end at the same time
     parts = []
     for path in paths:
         size = path.stat().st_size
-        share = max(1, math.ceil(size / CORES)) if len(paths) < CORES else max(1, size)
         parts += [(path, start, min(size, start + share)) for start in range(0, size, share)]
     with ThreadPoolExecutor(CORES) as pool:
         return cost(lambda: list(pool.map(lambda arguments: hash_part(*arguments), parts)))
