@@ -11,6 +11,7 @@ images and caches.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -68,7 +69,9 @@ def main() -> None:
         for name in chosen:
             print(f"## {name}\n", flush=True)
             SECTIONS[name](plan)
-        print(f"All of it took {(time.monotonic() - began) / 60:.0f} minutes.")
+        print(
+            f"All of it took {(time.monotonic() - began) / 60:.0f} minutes; load at its end {os.getloadavg()[0]:.1f}."
+        )
 
 
 if __name__ == "__main__":

@@ -209,11 +209,13 @@ class Calls:
     runner: str
     each: list[float]  # seconds
     cost: Cost
-    wants: tuple[float | None, float | None] = (
-        None,
-        None,
-    )  # at most so many seconds, the median and the 99th percentile
+    wants: tuple[float | None, float | None] = (None, None)  # at most so many seconds: median, 99th percentile
     ratio: str = ""
+
+    def extend(self, more: Calls) -> None:
+        """Add calls that were made at another turn."""
+        self.each += more.each
+        self.cost = together([self.cost, more.cost], self.cost.seconds + more.cost.seconds)
 
     @property
     def median(self) -> float:
