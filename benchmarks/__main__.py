@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -55,6 +56,7 @@ def main() -> None:
     chosen = [name for name in SECTIONS if not options.only or any(word in name for word in options.only)]
     if not chosen:
         parser.error(f"there is no section of that name: they are {words}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the end of the block, that cleans up
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cachedb-benchmarks-", dir=options.directory) as folder:
         plan = Plan(

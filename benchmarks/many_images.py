@@ -510,6 +510,7 @@ def collect(plan: Plan) -> None:
                 _waits(during),
             ]
         )
+        note(f"  {rows[-1]}")
     columns = ["collect", "s", "s for 500,000", "CPU s", "peak MiB", "longest hold ms", "median hold ms"]
     print_table([*columns, "a writer's wait: median, longest ms"], rows)
     print("A hold is the time for which the write lock was seen in the same process's hands at each of many looks.\n")
