@@ -1,22 +1,10 @@
-"""How fast an image comes from a registry and goes to one, beside skopeo, and how many bytes are moved for it.
-
-    python benchmarks/registry.py ARCHIVE [--rounds 5] [--directory DIR]
-
-ARCHIVE is an OCI archive. docker-registry serves it on loopback, with its storage in memory where there is /dev/shm.
-In turns: `cachedb pull` into a cache that has nothing, and `skopeo copy docker://... oci:...`; `cachedb push` and
-`skopeo copy oci:... docker://...` to a repository that has nothing. Whole processes, from start to exit; and the same
-by a process that has the cache open. The figures are medians.
-"""
+"""How fast an image comes from a registry and goes to one, beside the peers, and how many bytes are moved for it."""
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
-import resource
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,11 +12,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from cachedb import Cache
-
-CACHEDB = [sys.executable, "-m", "cachedb"]
+from benchmarks.archives import SKOPEO, size
+from benchmarks.machine import has
+from benchmarks.measure import (
+    Cost,
+    Failed,
+    Work,
+    as_fast_as,
+    cachedb,
+    cost,
+    empty,
+    in_child,
+    print_table,
+    print_works,
+    run,
+    take_turns,
+)
+from benchmarks.plan import Plan
+from benchmarks.real_images import TAG
 
 
 @contextmanager
@@ -45,6 +49,8 @@ def docker_registry(storage: Path) -> Iterator[str]:
     ):
         try:
             while not (found := re.search(r'listening on \S*:(\d+)[",]', (storage / "log").read_text())):
+                if process.poll() is not None:
+                    raise Failed((storage / "log").read_text())
                 time.sleep(0.05)
             yield found[1]
         finally:
@@ -78,127 +84,151 @@ class Counter:
             pass
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Return how long an action took."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def registry(plan: Plan) -> None:
+    """Pull into a cache that has nothing, push to a repository that has nothing, and count what is moved."""
+    if not has("docker-registry", "skopeo"):
+        print("docker-registry and skopeo are needed for this.\n")
+        return
+    place, memory = plan.folder("registry"), "/dev/shm" if Path("/dev/shm").is_dir() else None
+    layout = plan.image.layout
+    with tempfile.TemporaryDirectory(dir=memory) as storage, docker_registry(Path(storage)) as port:
+        host = f"127.0.0.1:{port}"
+        run(*SKOPEO, "--dest-tls-verify=false", f"oci:{layout}:{TAG}", f"docker://{host}/image:1")
+        print_works(take_turns([*_pulls(place, host, layout), *_pushes(place, host, port, layout)], plan.rounds))
+        count = size(layout / "blobs")
+        moved = [[what, f"{number / count:.3f}"] for what, number in _moved(place, host)]
+        print_table(["what is moved from the registry", "bytes, divided by the image's"], moved)
 
 
-def run(*command: str) -> None:
-    """Run a command, quietly."""
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def _make(directory: Path) -> None:
+    from cachedb import Cache
+
+    Cache.open(directory).close()
 
 
-def python(code: str) -> list[str]:
-    """Return the command that runs code with Cache imported."""
-    return [sys.executable, "-c", f"import os\nfrom cachedb import Cache\n{code}"]
+def _pull(directory: Path, source: str) -> Cost:
+    from cachedb import Cache
+
+    with Cache.open(directory) as cache:
+        return cost(lambda: cache.pull(source))
 
 
-def main() -> None:
-    """Measure, and print two tables."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("archive", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, help="where to work; its file system is what is measured")
-    options = parser.parse_args()
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with (
-        tempfile.TemporaryDirectory(dir=options.directory) as folder,
-        tempfile.TemporaryDirectory(dir=memory) as storage,
-        docker_registry(Path(storage)) as port,
-    ):
-        place, host = Path(folder), f"127.0.0.1:{port}"
-        layout = f"oci:{place / 'layout'}:image"
-        run("skopeo", "--insecure-policy", "copy", "-q", f"oci-archive:{options.archive}", layout)
-        source = f"{host}/image:1"
-        run("skopeo", "--insecure-policy", "copy", "-q", "--dest-tls-verify=false", layout, f"docker://{source}")
-        times: dict[str, list[float]] = {}
-        for turn in range(options.rounds + 1):  # the first warms the page cache
-            # Another name for the host each time, or blobs would be taken from repositories of the turns before.
-            for name, taken in measure(place, host, f"127.0.1.{turn + 1}:{port}", layout):
-                if turn:
-                    times.setdefault(name, []).append(taken)
-        with Cache.open(place / "cache") as cache:
-            size = cache.get_image(source).size
-        print(f"{options.archive.name}, {size / 1e6:.0f} MB, {os.cpu_count()} cores, {options.rounds} rounds\n")
-        print("| work | median s | min to max s | MB/s | skopeo's time, divided by it |")
-        print("| --- | --- | --- | --- | --- |")
-        for name, runs in times.items():
-            median = statistics.median(runs)
-            peer = statistics.median(
-                times["skopeo copy, from" if "pull" in name or "from" in name else "skopeo copy, to"]
+def _push(directory: Path, source: str, target: str) -> Cost:
+    from cachedb import Cache
+
+    with Cache.open(directory) as cache:
+        return cost(lambda: cache.push(source, target))
+
+
+def _pulls(place: Path, host: str, layout: Path) -> list[Work]:
+    source, target, count = f"{host}/image:1", place / "target", size(layout / "blobs")
+
+    def new_cache() -> None:
+        empty(target)
+        in_child(_make, target)
+
+    peers = [("skopeo copy", [*SKOPEO, "--src-tls-verify=false", f"docker://{source}", f"oci:{target}:1"])]
+    if has("regctl"):
+        regctl = ["regctl", "image", "copy", "--host", f"reg={host},tls=disabled", source, f"ocidir://{target}:1"]
+        peers.append(("regctl image copy", regctl))
+    if has("oras"):
+        peers.append(("oras copy", ["oras", "copy", "--from-plain-http", source, "--to-oci-layout", f"{target}:1"]))
+    if has("crane"):
+        peers.append(("crane pull", ["crane", "pull", "--insecure", "--format", "oci", source, str(target)]))
+    works = [
+        Work("pull", runner, partial(run, *command), count, (), lambda: empty(target)) for runner, command in peers
+    ]
+    beside = [as_fast_as(works[0])]
+    whole = cachedb("--dir", target, "pull", source)
+    return [
+        Work("pull", "cachedb, open process", lambda: in_child(_pull, target, source), count, beside, new_cache),
+        Work("pull", "cachedb pull", lambda: run(*whole), count, beside, new_cache),
+        *works,
+    ]
+
+
+def _pushes(place: Path, host: str, port: str, layout: Path) -> list[Work]:
+    source, cache, count = f"{host}/image:1", place / "pushed", size(layout / "blobs")
+    in_child(_pull, cache, source)
+    turn = 0
+
+    def target(repository: str) -> str:
+        """Return a name that has never been: at another host, or blobs would be taken from repositories of before."""
+        nonlocal turn
+        turn += 1
+        return f"127.0.{turn // 250 + 1}.{turn % 250 + 1}:{port}/{repository}-{turn}/image:1"
+
+    def push_by(command: Callable[[str], list[str]]) -> Cost:
+        return run(*command(target("peer")))
+
+    def host_of(name: str) -> str:
+        return name.partition("/")[0]
+
+    peers: list[tuple[str, Callable[[str], list[str]]]] = [
+        ("skopeo copy", lambda to: [*SKOPEO, "--dest-tls-verify=false", f"oci:{layout}:{TAG}", f"docker://{to}"])
+    ]
+    if has("regctl"):
+        copy = ["regctl", "image", "copy", "--host"]
+        peers.append(
+            (
+                "regctl image copy",
+                lambda to: [*copy, f"reg={host_of(to)},tls=disabled", f"ocidir://{layout}:{TAG}", to],
             )
-            spread = f"{min(runs):.2f} to {max(runs):.2f}"
-            print(f"| {name} | {median:.2f} | {spread} | {size / median / 1e6:.0f} | {peer / median:.2f} |")
-        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(f"\nThe largest of these processes, skopeo's among them, used {largest:.0f} MiB of memory.\n")
-        print("| what is moved | bytes, divided by the image's |")
-        print("| --- | --- |")
-        for name, count in moved(place, host, size):
-            print(f"| {name} | {count / size:.3f} |")
+        )
+    if has("oras"):
+        oras = ["oras", "copy", "--from-oci-layout", f"{layout}:{TAG}", "--to-plain-http"]
+        peers.append(("oras copy", lambda to: [*oras, to]))
+    if has("crane"):
+        peers.append(("crane push", lambda to: ["crane", "push", "--insecure", str(layout), to]))
+    works = [Work("push", runner, partial(push_by, command), count) for runner, command in peers]
+    beside = [as_fast_as(works[0])]
+    return [
+        Work(
+            "push",
+            "cachedb, open process",
+            lambda: in_child(_push, cache, source, target("open")),
+            count,
+            beside,
+        ),
+        Work(
+            "push",
+            "cachedb push",
+            lambda: run(*cachedb("--dir", cache, "push", "--plain-http", source, target("whole"))),
+            count,
+            beside,
+        ),
+        *works,
+    ]
 
 
-def measure(place: Path, host: str, new: str, layout: str) -> Iterator[tuple[str, float]]:
-    """Yield what was done, and the seconds it took."""
-    source, cached, copied = f"{host}/image:1", place / "cache", place / "copied"
-    for path in (cached, copied, place / "open"):
-        shutil.rmtree(path, ignore_errors=True)
-    Cache.open(cached).close()
-    skopeo = ["skopeo", "--insecure-policy", "copy", "-q"]
-    yield "cachedb pull", seconds(lambda: run(*CACHEDB, "--dir", str(cached), "pull", source))
-    with Cache.open(place / "open") as cache:
-        yield "cachedb pull, in an open process", seconds(lambda: cache.pull(source))
-    yield (
-        "skopeo copy, from",
-        seconds(lambda: run(*skopeo, "--src-tls-verify=false", f"docker://{source}", f"oci:{copied}:image")),
-    )
-    turn = new.partition(":")[0]
-    target = f"{new}/cachedb-{turn}/image:1"
-    yield "cachedb push", seconds(lambda: run(*CACHEDB, "--dir", str(cached), "push", source, target))
-    with Cache.open(cached) as cache:
-        target = f"{new}/open-{turn}/image:1"
-        yield "cachedb push, in an open process", seconds(lambda: cache.push(source, target))
-    target = f"docker://{new}/skopeo-{turn}/image:1"
-    yield "skopeo copy, to", seconds(lambda: run(*skopeo, "--dest-tls-verify=false", layout, target))
-
-
-def moved(place: Path, host: str, size: int) -> Iterator[tuple[str, int]]:
+def _moved(place: Path, host: str) -> Iterator[tuple[str, int]]:
     """Yield what was done, and the bytes that came from the registry."""
 
-    def counted(name: str, action: Callable[[str], None]) -> tuple[str, int]:
-        counter = Counter(host)
-        action(f"{counter.host}/image:1")
-        return name, counter.bytes
+    def python(code: str) -> list[str]:
+        return [sys.executable, "-c", f"import os\nfrom cachedb import Cache\n{code}"]
 
-    def many(source: str) -> None:
-        code = f"with Cache.open({str(place / 'many')!r}) as cache: cache.pull({source!r})"
-        running = [subprocess.Popen(python(code)) for _ in range(8)]
-        if any(process.wait() for process in running):
-            raise SystemExit("a pull failed")
+    def pull(source: str) -> Cost:
+        return in_child(_pull, place / "killed", source)
 
-    def killed(source: str) -> None:
-        code = (
-            "def told(done, total):\n    if done >= total * 0.9: os.kill(os.getpid(), 9)\n"
-            f"Cache.open({str(place / 'killed')!r}).pull({source!r}, progress=told)"
-        )
-        subprocess.run(python(code), check=False)
-
-    def again(source: str) -> None:
-        with Cache.open(place / "killed") as cache:
-            cache.pull(source)
-
-    yield counted("8 processes pull it at once", many)
-    source = Counter(host)
-    killed(f"{source.host}/image:1")
-    before, source.bytes = source.bytes, 0
-    again(f"{source.host}/image:1")
-    yield "a pull that is killed at 90 %", before
-    yield "the pull after that", source.bytes
-    source.bytes = 0
-    again(f"{source.host}/image:1")
-    yield "another, of a tag that has not moved", source.bytes
-
-
-if __name__ == "__main__":
-    main()
+    counter = Counter(host)
+    many = f"with Cache.open({str(place / 'many')!r}) as cache: cache.pull('{counter.host}/image:1')"
+    running = [subprocess.Popen(python(many)) for _ in range(8)]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise Failed("a pull failed")
+    yield "8 processes pull it at once", counter.bytes
+    counter = Counter(host)
+    source = f"{counter.host}/image:1"
+    killed = (
+        "def told(done, total):\n    if done >= total * 0.9: os.kill(os.getpid(), 9)\n"
+        f"Cache.open({str(place / 'killed')!r}).pull({source!r}, progress=told)"
+    )
+    subprocess.run(python(killed), check=False)
+    yield "a pull that is killed at 90 %", counter.bytes
+    counter.bytes = 0
+    pull(source)
+    yield "the pull after that", counter.bytes
+    counter.bytes = 0
+    pull(source)
+    yield "another, of a tag that has not moved", counter.bytes
+    shutil.rmtree(place)

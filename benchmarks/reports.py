@@ -1,30 +1,27 @@
 """How long each report takes on a large index, and what writers lose while reports run without a pause.
 
-python benchmarks/reports.py [--images 100000] [--writers 16] [--seconds 10] [--directory DIR]
-
 Each image has a manifest, a config and eight layers of its own, and four of one of 200 bases, which are images too.
 Rows are written and no files: reports read none. Each report is run twice, and the quicker run counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import os
 import random
 import sqlite3
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from cachedb import Cache
-from cachedb.oci import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
-from cachedb.report import reports
+from benchmarks.many_images import CONFIG, LAYER, MANIFEST
+from benchmarks.measure import in_child, print_table, seconds
+from benchmarks.plan import Plan
 
 BASES = 200
+WRITERS = 16
 GIVEN = {
     "freed-by": {"names": "team/app-1:0 team/app-2:0"},
     "added-by": {"name": "team/app-1:0", "over": "base/1:1"},
@@ -58,6 +55,8 @@ with Cache.open(sys.argv[1]) as cache:
 
 def fill(directory: Path, count: int) -> int:
     """Write the rows of so many images; return how many blobs there are."""
+    from cachedb import Cache
+
     with Cache.open(directory):
         pass
     chosen = random.Random(1)
@@ -76,11 +75,11 @@ def fill(directory: Path, count: int) -> int:
 
     def image(repository: str, tag: int, layers: list[int]) -> None:
         number, manifest, config = len(images) + 1, blob(1500), blob(3000)
-        images.append((number, repository, str(tag), manifest, OCI_MANIFEST, moment(), moment(), "amd64", moment()))
-        contents.append((number, 0, manifest, "manifest", OCI_MANIFEST, None))
-        contents.append((number, 1, config, "config", OCI_CONFIG, None))
+        images.append((number, repository, str(tag), manifest, MANIFEST, moment(), moment(), "amd64", moment()))
+        contents.append((number, 0, manifest, "manifest", MANIFEST, None))
+        contents.append((number, 1, config, "config", CONFIG, None))
         for position, layer in enumerate(layers, 2):
-            contents.append((number, position, layer, "layer", OCI_LAYER, f"RUN make layer-{layer}"))
+            contents.append((number, position, layer, "layer", LAYER, f"RUN make layer-{layer}"))
         labels.extend([(number, "maintainer", "a@example.org"), (number, "version", str(tag))])
 
     bases = [[blob(chosen.randrange(10**6, 10**8)) for _ in range(4)] for _ in range(BASES)]
@@ -110,52 +109,53 @@ def fill(directory: Path, count: int) -> int:
     return len(blobs)
 
 
-def rate(directory: Path, writers: int, seconds: float) -> float:
+def rate(directory: Path, writers: int, length: float) -> float:
     """Return how many times a second an image gets a second name."""
     command, begin = [sys.executable, "-c", WRITER, str(directory)], time.monotonic() + 1 + writers / 2
     running = [
-        subprocess.Popen([*command, str(number), str(begin), str(seconds)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(number), str(begin), str(length)], stdout=subprocess.PIPE, text=True)
         for number in range(writers)
     ]
-    return sum(int(process.communicate()[0]) for process in running) / seconds
+    return sum(int(process.communicate()[0]) for process in running) / length
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--writers", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--directory", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-        directory = Path(folder) / "cache"
-        blobs = fill(directory, options.images)
-        print(f"{options.images} images, {blobs} blobs, {os.cpu_count()} cores, SQLite {sqlite3.sqlite_version}\n")
-        print("| report | rows | seconds |\n| --- | --- | --- |")
-        with Cache.open(directory) as cache:
-            for one in reports():
-                times, rows = [], 0
-                for _ in range(2):
-                    began = time.perf_counter()
-                    with cache.sql(one.query, one.values(GIVEN.get(one.name, {}))) as answer:
-                        rows = sum(1 for _ in answer.rows)
-                    times.append(time.perf_counter() - began)
-                print(f"| {one.name} | {rows} | {min(times):.2f} |", flush=True)
-            began = time.perf_counter()
-            cache.get_usage()
-            print(f"| `cachedb df` | | {time.perf_counter() - began:.2f} |")
-        alone, beside = [], []
-        for _ in range(3):
-            alone.append(rate(directory, options.writers, options.seconds))
-            with subprocess.Popen([sys.executable, "-c", READER, str(directory)]) as reader:
-                beside.append(rate(directory, options.writers, options.seconds))
-                reader.kill()
-        print(f"\n{options.writers} writers, names given a second, in turns:\n")
-        print("| | median | each time |\n| --- | --- | --- |")
-        for what, rates in (("alone", alone), ("beside reports", beside)):
-            print(f"| {what} | {statistics.median(rates):.0f} | {', '.join(f'{one:.0f}' for one in rates)} |")
-        print(f"\nBeside reports they have {statistics.median(beside) / statistics.median(alone):.1%} of their rate.")
+def reports(plan: Plan) -> None:
+    """Run every report, `df` and the page, and have writers write alone and beside reports."""
+    directory = plan.folder("reports") / "cache"
+    blobs = in_child(fill, directory, plan.images)
+    print(f"{plan.images} images, {blobs} blobs.\n")
+    print_table(["report", "rows", "seconds"], in_child(_time_reports, directory))
+    length = 2 if plan.quick else 10
+    alone, beside = [], []
+    for _ in range(min(3, plan.rounds)):
+        alone.append(rate(directory, WRITERS, length))
+        with subprocess.Popen([sys.executable, "-c", READER, str(directory)]) as reader:
+            beside.append(rate(directory, WRITERS, length))
+            reader.kill()
+    rows = [
+        [what, f"{statistics.median(rates):.0f}", f"{min(rates):.0f} to {max(rates):.0f}", ratio]
+        for what, rates, ratio in (
+            ("alone", alone, ""),
+            ("beside reports", beside, f"{statistics.median(beside) / statistics.median(alone):.2f} of the rate alone"),
+        )
+    ]
+    print_table([f"{WRITERS} writers", "names a second, median", "min to max", "ratio"], rows)
 
 
-if __name__ == "__main__":
-    main()
+def _time_reports(directory: Path) -> list[list[str]]:
+    """Return a row for each report: its name, how many rows it has, and the quicker run of two."""
+    from cachedb import Cache, report
+
+    rows = []
+    with Cache.open(directory) as cache:
+
+        def ask(one: report.Report) -> int:
+            with cache.sql(one.query, one.values(GIVEN.get(one.name, {}))) as answer:
+                return sum(1 for _ in answer.rows)
+
+        for one in report.reports():
+            taken = [seconds(partial(ask, one)) for _ in range(2)]
+            rows.append([one.name, str(ask(one)), f"{min(taken):.2f}"])
+        rows.append(["`cachedb df`", "", f"{seconds(cache.get_usage):.2f}"])
+        rows.append(["`report --html`", "", f"{seconds(cache.get_html_report):.2f}"])
+    return rows

@@ -1,0 +1,112 @@
+"""The adoption of an `index.json` cache, beside a bare loop that copies the same files, durably, and `cp`.
+
+Each image has a manifest, a config and two layers of its own, and eight layers of 200 that all images share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from benchmarks.archives import files, size
+from benchmarks.many_images import CONFIG, LAYER, MANIFEST, json_blob, json_entry
+from benchmarks.measure import Cost, Work, cost, in_child, print_works, run, take_turns, times
+from benchmarks.plan import Plan
+
+
+def adopt(plan: Plan) -> None:
+    """Adopt once in each way, after the loop: it is long, and what is moved is gone."""
+    place, images = plan.folder("adopt"), min(plan.images // 2, 10_000)
+    old = place / ".cache"
+    in_child(_make, old, images)
+    count = size(old)
+    print(f"{images} images, {len(files(old))} files, {count / 1e6:.0f} MB.\n")
+    bare = Work("the loop", "hash, write, fsync and rename", lambda: in_child(_loop, old, place / "loop"), count)
+
+    def work(what: str, runner: str, action: Callable[[], Cost]) -> Work:
+        return Work(what, runner, action, count, [times(bare)])
+
+    copy = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(old), str(place / "cp")]
+    works = [
+        bare,
+        work("copy", "cp -r, and sync", partial(run, *copy)),
+        work("adopt", "cachedb", partial(in_child, _adopt, old, place / "copied", "copy")),
+        work("adopt, again", "cachedb", partial(in_child, _adopt, old, place / "copied", "copy")),
+        work("adopt --link", "cachedb", partial(in_child, _adopt, old, place / "linked", "link")),
+        work("adopt --move", "cachedb", partial(in_child, _adopt, old, place / "moved", "move")),
+    ]
+    print_works(take_turns(works, 1, warm=False))
+    shutil.rmtree(place)
+
+
+def _make(directory: Path, images: int) -> None:
+    chosen = random.Random(1)
+    blobs = directory / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+
+    def blob(data: bytes, media_type: str) -> dict[str, object]:
+        name = hashlib.sha256(data).hexdigest()
+        (blobs / name).write_bytes(data)
+        return {"mediaType": media_type, "digest": f"sha256:{name}", "size": len(data)}
+
+    shared = [blob(chosen.randbytes(200_000), LAYER) for _ in range(200)]
+    index = {}
+    for number in range(images):
+        own = [blob(chosen.randbytes(chosen.randrange(1_000, 20_000)), LAYER) for _ in range(2)]
+        config = blob(json.dumps({"architecture": "amd64", "os": "linux", "number": number}).encode(), CONFIG)
+        layers = [*chosen.sample(shared, 8), *own]
+        manifest = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers}
+        repository, reference = f"registry.example.org/team-{number % 50}/app-{number // 50}", "1.0"
+        path = directory / "manifests" / repository / reference
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(json.dumps(manifest).encode())
+        entries = {
+            str(item["digest"]): json_blob(str(item["digest"]), len_of(item), item is config)
+            for item in (config, *layers)
+        }
+        index[f"{repository}/{reference}"] = {
+            **json_entry(f"{repository}:{reference}", entries),
+            "config_digest": config["digest"],
+        }
+    (directory / "index.json").write_text(json.dumps(index))
+
+
+def len_of(descriptor: dict[str, object]) -> int:
+    """Return the size that a descriptor has."""
+    found = descriptor["size"]
+    assert isinstance(found, int)
+    return found
+
+
+def _loop(source: Path, target: Path) -> Cost:
+    """Read, hash, write, fsync and rename each file, one after the other."""
+
+    def write() -> None:
+        for path in files(source):
+            data = path.read_bytes()
+            new = target / hashlib.sha256(data).hexdigest()
+            with new.with_suffix(".half").open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            new.with_suffix(".half").rename(new)
+
+    target.mkdir()
+    return cost(write)
+
+
+def _adopt(source: Path, target: Path, how: str) -> Cost:
+    from cachedb import Cache
+
+    def adopt_all() -> None:
+        with Cache.open(target) as cache:
+            found = cache.adopt(source, how=how)
+            assert not found.left_out, found.left_out[:3]
+
+    return cost(adopt_all)

@@ -1,0 +1,309 @@
+"""Archives and layouts: import, export, verify, and eight processes that import at once."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import has
+from benchmarks.measure import (
+    Cost,
+    Work,
+    as_fast_as,
+    cachedb,
+    copy_with_fsync,
+    copy_without_fsync,
+    cost,
+    empty,
+    hash_on_all_cores,
+    in_child,
+    of_limit,
+    print_works,
+    run,
+    run_together,
+    send_file,
+    take_turns,
+    together,
+)
+from benchmarks.plan import Plan
+from benchmarks.real_images import NAME, TAG, write_docker_archive
+
+SKOPEO = ["skopeo", "--insecure-policy", "copy", "-q"]
+TOGETHER = 8  # processes
+
+
+def files(source: Path) -> list[Path]:
+    """Return a file, or all files of a folder."""
+    return sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+
+
+def size(source: Path) -> int:
+    """Return the bytes of a file, or of all files of a folder."""
+    return sum(path.stat().st_size for path in files(source))
+
+
+def import_image(directory: Path, source: Path, link: bool = False) -> Cost:
+    """Import the image in an open process."""
+    from cachedb import Cache
+
+    more: dict[str, Any] = {"link": True} if link else {}
+    with Cache.open(directory) as cache:
+        return cost(lambda: cache.cache_from_tar(source, NAME, **more))
+
+
+def export_image(directory: Path, target: Path, form: str, link: bool = False) -> Cost:
+    """Export the image in an open process."""
+    from cachedb import Cache
+
+    with Cache.open(directory) as cache:
+        return cost(lambda: cache.export(NAME, target, format=form, link=link))
+
+
+def _verify_cache(directory: Path) -> Cost:
+    from cachedb import Cache
+
+    with Cache.open(directory) as cache:
+        return cost(cache.verify)
+
+
+def _can_link() -> bool:
+    from cachedb import Cache
+
+    return "link" in inspect.signature(Cache.cache_from_tar).parameters
+
+
+def imports(plan: Plan) -> None:
+    """Import the image from each of its forms, new and again."""
+    for form, source in plan.image._asdict().items():
+        print(f"### from {form.replace('_', ' ')}, {size(source) / 1e6:.0f} MB\n")
+        print_works(take_turns(_import_works(form, source, plan.folder("import")), plan.rounds))
+
+
+def _import_works(form: str, source: Path, place: Path) -> list[Work]:
+    opened, whole, linked, copied = (place / name for name in ("opened", "whole", "linked", "copied"))
+    count = size(source)
+    hashing = Work("sha256, all cores", "limit", lambda: hash_on_all_cores(files(source)), count)
+    copying = Work(
+        "copy with fsync", "limit", lambda: copy_with_fsync(files(source), copied), count, before=lambda: empty(copied)
+    )
+    peers = _importing_peers(form, source, place)
+    new = [of_limit(hashing, copying, want=0.9)]
+    new += [
+        as_fast_as(peer, 2.5 if form == "docker_archive" else None) for peer in peers if peer.runner.endswith("dir:")
+    ]
+    again = [of_limit(hashing, want=0.95)]
+    command = cachedb("--dir", whole, "import", source, NAME)
+    works = [
+        hashing,
+        copying,
+        Work(
+            "new",
+            "cachedb, open process",
+            lambda: in_child(import_image, opened, source),
+            count,
+            new,
+            lambda: empty(opened),
+        ),
+        Work("again", "cachedb, open process", lambda: in_child(import_image, opened, source), count, again),
+        Work("new", "cachedb import", lambda: run(*command), count, new, lambda: empty(whole)),
+        Work("again", "cachedb import", lambda: run(*command), count, again),
+    ]
+    if form == "layout" and in_child(_can_link):
+        link = "cachedb, open process, link"
+        works += [
+            Work(
+                "new",
+                link,
+                lambda: in_child(import_image, linked, source, link=True),
+                count,
+                again,
+                lambda: empty(linked),
+            ),
+            Work("again", link, lambda: in_child(import_image, linked, source, link=True), count, again),
+        ]
+    return works + peers
+
+
+def _importing_peers(form: str, source: Path, place: Path) -> list[Work]:
+    """Return what the peers that are here do with such a source that is most like an import."""
+    target, count = place / "peer", size(source)
+    works: list[tuple[str, list[str], int | None]] = []
+    if has("skopeo"):
+        transport = "oci" if form == "layout" else form.replace("_", "-")
+        of = f"{transport}:{source}"
+        works.append(("skopeo copy to dir:", [*SKOPEO, of, f"dir:{target}"], None))
+        if form != "docker_archive":  # from there skopeo compresses, which is another work
+            works.append(("skopeo copy to oci:", [*SKOPEO, of, f"oci:{target}:real"], None))
+    if has("podman") and form != "layout":
+        # Unpacks the layers, for images in podman's storage are folders.
+        storage = ["--root", f"{target}/root", "--runroot", f"{target}/run", "--storage-driver", "vfs"]
+        works.append(("podman load (vfs)", ["podman", *storage, "load", "-q", "-i", str(source)], 1))
+    if has("regctl"):
+        if form == "layout":
+            command = ["regctl", "image", "copy", f"ocidir://{source}:{TAG}", f"ocidir://{target}:1"]
+            works.append(("regctl image copy", command, None))
+        else:
+            command = ["regctl", "image", "import", f"ocidir://{target}:1", str(source)]
+            works.append(("regctl image import", command, 1 if form == "docker_archive" else None))
+    if has("oras") and form != "docker_archive":
+        copy = ["oras", "copy", "--from-oci-layout", f"{source}:{TAG}", "--to-oci-layout", f"{target}:1"]
+        works.append(("oras copy", copy, None))
+    return [
+        Work("new", runner, partial(run, *command), count, (), lambda: empty(target), most)
+        for runner, command, most in works
+    ]
+
+
+def exports(plan: Plan) -> None:
+    """Export the image in each form."""
+    place = plan.folder("export")
+    in_child(import_image, place / "cache", plan.image.docker_archive)
+    in_child(import_image, place / "compressed", plan.image.oci_archive)
+    for form, cache, source in (
+        ("docker-archive", place / "cache", plan.image.docker_archive),
+        ("oci-archive", place / "compressed", plan.image.oci_archive),
+        ("oci-dir", place / "compressed", plan.image.layout),
+    ):
+        print(f"### to {form}, {size(source) / 1e6:.0f} MB\n")
+        print_works(take_turns(_export_works(form, cache, source, plan.image.layout, place), plan.rounds))
+
+
+def _export_works(form: str, cache: Path, source: Path, layout: Path, place: Path) -> list[Work]:
+    target, count = place / "target", size(source)
+
+    def clear() -> None:
+        empty(target)
+
+    whole = cachedb("--dir", cache, "export", "--format", form, NAME, target)
+    peers: list[tuple[str, list[str]]] = []
+    if has("skopeo"):
+        to = {"docker-archive": f"docker-archive:{target}:{NAME}", "oci-archive": f"oci-archive:{target}:{NAME}"}
+        peers.append(("skopeo copy", [*SKOPEO, f"oci:{layout}:{TAG}", to.get(form, f"oci:{target}:{NAME}")]))
+    if has("regctl") and form == "oci-archive":
+        peers.append(("regctl image export", ["regctl", "image", "export", f"ocidir://{layout}:{TAG}", str(target)]))
+    if form == "oci-dir":
+        copying = Work("copy with fsync", "limit", lambda: copy_with_fsync(files(source), target), count, before=clear)
+        limits = [copying]
+        link = "cachedb, open process, link"
+        ours = [
+            Work(
+                "export", "cachedb, open process", lambda: in_child(export_image, cache, target, form), count, (), clear
+            ),
+            Work("export", link, lambda: in_child(export_image, cache, target, form, True), count, (), clear),
+            Work("export", "cachedb export --link", lambda: run(*whole, "--link"), count, (), clear),
+        ]
+    else:
+        copying = Work("copy_file_range", "limit", lambda: copy_without_fsync(source, target), count, before=clear)
+        sending = Work("sendfile", "limit", lambda: send_file(source, target), count, before=clear)
+        durable = Work(
+            "copy with fsync", "for comparison", lambda: copy_with_fsync([source], target), count, before=clear
+        )
+        limits = [copying, sending, durable]
+        ours = [
+            Work(
+                "export", "cachedb, open process", lambda: in_child(export_image, cache, target, form), count, (), clear
+            ),
+            Work("export", "cachedb export", lambda: run(*whole), count, (), clear),
+        ]
+    for one in ours:
+        one.beside = [of_limit(copying, want=None if form == "oci-dir" else 0.9)]
+    others = [Work("export", runner, partial(run, *command), count, (), clear) for runner, command in peers]
+    return limits + ours + others
+
+
+def verify(plan: Plan) -> None:
+    """Verify a cache that has the image."""
+    cache = plan.folder("verify") / "cache"
+    in_child(import_image, cache, plan.image.docker_archive)
+    count = size(cache / "blobs")
+    hashing = Work("sha256, all cores", "limit", lambda: hash_on_all_cores(files(cache / "blobs")), count)
+    limits = [of_limit(hashing, want=0.9)]
+    works = [
+        hashing,
+        Work("verify", "cachedb, open process", lambda: in_child(_verify_cache, cache), count, limits),
+        Work("verify", "cachedb verify", lambda: run(*cachedb("--dir", cache, "verify")), count, limits),
+    ]
+    print_works(take_turns(works, plan.rounds))
+
+
+def processes(plan: Plan) -> None:
+    """Import eight images by eight processes at once, and by one, one after the other."""
+    place = plan.folder("processes")
+    archives = [place / f"{number}.tar" for number in range(TOGETHER)]
+    each = plan.bytes // TOGETHER
+    for number, archive in enumerate(archives):
+        write_docker_archive(archive, f"image-{number}:1", [each // 2] * 2, seed=number + 1)
+    cache, copied, count = place / "cache", place / "copied", sum(size(archive) for archive in archives)
+    hashing = Work("sha256, all cores", "limit", lambda: hash_on_all_cores(archives), count)
+    copying = Work(
+        "copy with fsync", "limit", lambda: copy_with_fsync(archives, copied), count, before=lambda: empty(copied)
+    )
+    commands = [cachedb("--dir", cache, "import", archive) for archive in archives]
+
+    def one_after_the_other() -> Cost:
+        costs = [run(*command) for command in commands]
+        return together(costs, sum(one.seconds for one in costs))
+
+    def clear() -> None:
+        empty(cache)
+
+    limits = of_limit(hashing, copying)
+    one = Work("8 images", "one open process", lambda: _import_by(1, cache, archives), count, [limits], clear)
+    whole = Work("8 images", "cachedb import, one after the other", one_after_the_other, count, [limits], clear)
+    works = [
+        hashing,
+        copying,
+        one,
+        Work(
+            "8 images",
+            "8 open processes",
+            lambda: _import_by(TOGETHER, cache, archives),
+            count,
+            [as_fast_as(one, want=1.6), limits],
+            clear,
+        ),
+        whole,
+        Work(
+            "8 images",
+            "cachedb import, 8 at once",
+            lambda: run_together(commands),
+            count,
+            [as_fast_as(whole, want=1.6), limits],
+            clear,
+        ),
+    ]
+    print_works(take_turns(works, plan.rounds))
+
+
+def _import_by(count: int, cache: Path, archives: list[Path]) -> Cost:
+    """Have so many processes open the cache, and then import the archives, each its share of them."""
+    context = get_context("spawn")
+    ready = context.Barrier(count + 1)
+    costs: SimpleQueue[Cost] = context.SimpleQueue()
+    running = [
+        context.Process(target=_import_when_ready, args=(cache, archives[number::count], ready, costs))
+        for number in range(count)
+    ]
+    for process in running:
+        process.start()
+    ready.wait(60)
+    began = time.perf_counter()
+    each = [costs.get() for _ in running]
+    taken = time.perf_counter() - began
+    for process in running:
+        process.join()
+    return together(each, taken)
+
+
+def _import_when_ready(cache: Path, archives: list[Path], ready: Barrier, costs: SimpleQueue[Cost]) -> None:
+    from cachedb import Cache
+
+    with Cache.open(cache) as opened:
+        ready.wait(60)
+        costs.put(cost(lambda: [opened.cache_from_tar(archive) for archive in archives]))
