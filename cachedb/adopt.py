@@ -19,7 +19,7 @@ import stat
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -61,7 +61,6 @@ image's in this cache; what lies in ``blobs/`` is no blob."""
 _TOGETHER = 200  # blobs that are brought before the images that need them are saved in one transaction,
 _BYTES_TOGETHER = 1024**3  # or bytes
 _INDEX_LIMIT = 1024**3  # bytes
-_NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
 
 
 class LeftOut(NamedTuple):
@@ -388,40 +387,24 @@ class _Adopter:
             return
         try:
             with _opened(path) as file:
-                receive = partial(blobs.receive, self._session, digest=digest, size=os.fstat(file).st_size)
-                if self._how == "copy":
-                    received[digest] = receive(_Source(file), progress=advance)
-                    return
-                verified = receive(_Source(file), write=False, progress=advance)
-                linked = self._link(path, file, digest)
-                if linked is None:  # the file system cannot
+                size = os.fstat(file).st_size
+
+                def source() -> _Source:
                     os.lseek(file, 0, os.SEEK_SET)
-                    received[digest] = receive(_Source(file))
+                    return _Source(file)
+
+                if self._how == "copy":
+                    found = blobs.receive(self._session, source(), digest=digest, size=size, progress=advance)
                 else:
-                    received[digest] = verified._replace(path=linked)
-        except _Unreadable as error:
+                    move, session = self._how == "move", self._session
+                    found = blobs.receive_linked(
+                        session, source, file, path, digest=digest, size=size, read_only=move, progress=advance
+                    )
+                received[digest] = found
+        except (_Unreadable, blobs.Replaced) as error:
             self._bad[digest] = ("unreadable", str(error))
         except DigestMismatch as error:
             self._bad[digest] = ("corrupt", str(error))
-
-    def _link(self, path: str, file: int, digest: Digest) -> Path | None:
-        """Link a file that was verified into the session's folder, durably."""
-        named = self._session.new_path(digest)
-        with os_errors("link to a blob"):
-            if self._how == "move":
-                with suppress(OSError):  # it may be somebody else's
-                    os.fchmod(file, 0o444)
-            os.fsync(file)
-            try:
-                os.link(path, named, follow_symlinks=False)
-            except OSError as error:
-                if error.errno in _NOT_LINKABLE:
-                    return None
-                raise
-            if not os.path.samestat(os.fstat(file), named.lstat()):
-                named.unlink()
-                raise _Unreadable("it was replaced while it was read")
-        return named
 
     def _save(self, connection: Connection, part: list[_Image]) -> None:
         """Save images, and say what they lack."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -22,7 +22,7 @@ from sqlalchemy.dialects.sqlite import Insert, insert
 from cachedb import receiving
 from cachedb.database import Database, sync_folder
 from cachedb.directory import blob_file, blob_path
-from cachedb.errors import CacheError, InvalidDigest, NotInCache, os_errors
+from cachedb.errors import CacheError, InvalidDigest, NotInCache, StorageError, os_errors
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance
 from cachedb.receiving import Content, Hasher, Readable, discard
@@ -32,6 +32,7 @@ from cachedb.tables import BLOBS
 
 __all__ = [
     "Received",
+    "Replaced",
     "batched",
     "document",
     "hold_stored",
@@ -40,6 +41,7 @@ __all__ = [
     "open_blob",
     "publish",
     "receive",
+    "receive_linked",
     "retract",
     "set_stored",
     "stored",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 BATCH = 500  # digests in one statement
+_NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
 
 T = TypeVar("T")
 
@@ -102,6 +105,62 @@ def receive(
     except BaseException:
         discard(path)
         raise
+
+
+class Replaced(StorageError):
+    """Under the name of a file that was read there is another one by now."""
+
+
+def receive_linked(
+    session: Session,
+    source: Callable[[], Readable],
+    file: int,
+    path: str,
+    *,
+    digest: Digest,
+    size: int,
+    read_only: bool = False,
+    progress: Advance | None = None,
+    what: str = "the content",
+) -> Received:
+    """Verify a file, and receive it as a hard link to it; as a copy where the file system cannot.
+
+    Args:
+        session: as for `receive`.
+        source: returns what reads the file from its beginning.
+        file: its descriptor.
+        path: its name.
+        digest: as for `receive`.
+        size: as for `receive`.
+        read_only: nobody may write to it from now on, if it is ours.
+        progress: as for `receive`.
+        what: as for `receive`.
+
+    Raises:
+        DigestMismatch: as for `receive`.
+        Replaced: if the name is another file's by now.
+        StorageError: if it cannot be linked, for another reason, nor be copied.
+    """
+    verified = receive(session, source(), digest=digest, size=size, write=False, progress=progress, what=what)
+    named = session.new_path(digest)
+    with os_errors("link to a blob"):
+        if read_only:
+            with suppress(OSError):  # it may be somebody else's
+                os.fchmod(file, 0o444)
+        os.fsync(file)
+        try:
+            os.link(path, named, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in _NOT_LINKABLE:
+                return receive(session, source(), digest=digest, size=size, what=what)
+            raise
+        found = named.lstat()
+        if not os.path.samestat(os.fstat(file), found):
+            named.unlink()
+            if stat.S_ISLNK(found.st_mode):
+                return receive(session, source(), digest=digest, size=size, what=what)
+            raise Replaced("it was replaced while it was read")
+    return verified._replace(path=named)
 
 
 def take(session: Session, path: Path, content: Content) -> Received:

@@ -917,6 +917,7 @@ class Cache:
         source: str | os.PathLike[str] | BinaryIO,
         name: str | Name | None = None,
         *,
+        link: bool = False,
         progress: Progress | None = None,
     ) -> list[ImageInfo]:
         """Import the images of a docker-archive, an OCI archive or an OCI image layout folder.
@@ -926,6 +927,8 @@ class Cache:
         Args:
             source: a path, or a file open for reading in binary, which need not be seekable.
             name: instead of the names in the archive, where it holds one image.
+            link: of a layout folder, make hard links to its files where the file system can; nobody may write to them
+                from then on.
             progress: is told how far the reading is.
 
         Returns:
@@ -940,17 +943,19 @@ class Cache:
 
         parsed = Name.parse(name) if name is not None else None
         opened = Path(source) if isinstance(source, (str, os.PathLike)) else source
+        if link and not (isinstance(opened, Path) and opened.is_dir()):
+            raise CacheError("links are made to the files of an image layout folder: name one")
         with files.open_files(opened, self._session.new_path()) as opened_files:
-            return self._import(archive.read_images(opened_files, parsed), progress)
+            return self._import(archive.read_images(opened_files, parsed), progress, link=link)
 
-    def _import(self, found: list[archive.ArchivedImage], progress: Progress | None) -> list[ImageInfo]:
+    def _import(self, found: list[archive.ArchivedImage], progress: Progress | None, *, link: bool) -> list[ImageInfo]:
         # Several images may share content: by its digest, or by its place in the archive.
         wanted = {content.key: content for image in found for content in image.contents}
         digests = {content.digest for content in wanted.values() if content.digest}
         roots: list[tuple[Digest, str]] = []
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
-            self._receive(wanted, hold, received, progress)
+            self._receive(wanted, hold, received, progress, link=link)
             roots.extend(self._root(image, received) for image in found)
 
         def save(connection: Connection) -> list[ImageInfo]:
@@ -969,11 +974,29 @@ class Cache:
         hold: Hold,
         received: dict[object, Received],
         progress: Progress | None,
+        *,
+        link: bool,
     ) -> None:
         """Receive an archive's contents, several at once; what is held is verified only."""
-        from cachedb import archive
+        from cachedb import archive, files
+
+        def receive_linked(content: archive.Content, digest: Digest, path: Path, add: Advance) -> Received:
+            with os_errors("read the archive"), files.descriptor(path) as file:
+                return blobs.receive_linked(
+                    self._session,
+                    lambda: files.Section(file, 0, content.section.size),
+                    file,
+                    str(path),
+                    digest=digest,
+                    size=content.size,
+                    progress=add,
+                    what=content.what,
+                )
 
         def receive(content: archive.Content, add: Advance) -> None:
+            if link and content.digest and content.section.path and content.digest not in hold.digests:
+                received[content.key] = receive_linked(content, content.digest, content.section.path, add)
+                return
             diff_id = archive.DiffId(*content.diff_id, content.what) if content.diff_id else None
             received[content.key] = blobs.receive(
                 self._session,

@@ -303,14 +303,16 @@ def cli(directory: str | None) -> None:
     epilog=_examples(
         "cachedb import app.tar",
         "cachedb import layout/ team/app:2",
+        "cachedb import --link layout/",
         "docker save app:1 | cachedb import -",
     ),
 )
 @click.argument("source", type=click.Path())
 @click.argument("name", required=False, type=_Name())
+@click.option("--link", is_flag=True, help="Make hard links to a layout's files; nobody may write to them then.")
 @_format
 @_quiet("the images' names")
-def import_(source: str, name: str | None, form: str, quiet: bool) -> None:
+def import_(source: str, name: str | None, link: bool, form: str, quiet: bool) -> None:
     """Import the images of an archive, under their names in it.
 
     SOURCE is a docker-archive or an OCI archive, compressed or not, an OCI image layout folder, or - for stdin.
@@ -322,7 +324,7 @@ def import_(source: str, name: str | None, form: str, quiet: bool) -> None:
             raise click.UsageError("stdin is a terminal: send an archive to it, or name a file")
         opened = sys.stdin.buffer
     with _opened() as cache, _progress("importing", quiet=quiet) as progress:
-        found = cache.cache_from_tar(opened, name, progress=progress)  # type: ignore[arg-type]
+        found = cache.cache_from_tar(opened, name, link=link, progress=progress)  # type: ignore[arg-type]
     _print_images(found, form, quiet=quiet)
 
 

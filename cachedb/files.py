@@ -20,7 +20,7 @@ from cachedb import tar
 from cachedb.errors import InvalidArchive, os_errors
 from cachedb.reference import shorten
 
-__all__ = ["MAGIC_LENGTH", "Decompressor", "Files", "Section", "compression_of", "open_files"]
+__all__ = ["MAGIC_LENGTH", "Decompressor", "Files", "Section", "compression_of", "descriptor", "open_files"]
 
 _MEMBERS_LIMIT = 100_000
 _NAME_LIMIT = 4096  # bytes, a path's limit on Linux
@@ -46,6 +46,11 @@ class Section:
         """What tells it from others: the file and where it begins there."""
         return self._file, self._offset
 
+    @property
+    def path(self) -> Path | None:
+        """The file, if it is one of a folder."""
+        return self._file if isinstance(self._file, Path) else None
+
     def again(self) -> Section:
         """Return the same section, to be read from its beginning."""
         return Section(self._file, self._offset, self.size)
@@ -55,8 +60,8 @@ class Section:
         count = min(len(buffer), self.size - self._done)
         if count == 0:
             return 0
-        with os_errors("read the archive"), _descriptor(self._file) as descriptor:
-            read = os.preadv(descriptor, [buffer[:count]], self._offset + self._done)
+        with os_errors("read the archive"), descriptor(self._file) as file:
+            read = os.preadv(file, [buffer[:count]], self._offset + self._done)
         if read == 0:
             raise InvalidArchive("the archive is cut short")
         self._done += read
@@ -73,17 +78,17 @@ class Section:
 
 
 @contextmanager
-def _descriptor(file: int | Path) -> Iterator[int]:
+def descriptor(file: int | Path) -> Iterator[int]:
     """Open a file that is not open: a folder may hold more of them than a process may have open."""
     if isinstance(file, int):
         yield file
         return
     # Not blocking: a fifo in the folder must not hold us up.
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    opened = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        yield descriptor
+        yield opened
     finally:
-        os.close(descriptor)
+        os.close(opened)
 
 
 class Files(Protocol):
@@ -104,8 +109,8 @@ class Folder:
         path = self._path / _safe(name)
         with os_errors("read the image layout"):
             try:
-                with _descriptor(path) as descriptor:
-                    status = os.fstat(descriptor)
+                with descriptor(path) as file:
+                    status = os.fstat(file)
             except (FileNotFoundError, NotADirectoryError):
                 return None
         if not stat.S_ISREG(status.st_mode):

@@ -380,6 +380,80 @@ def test_digests_may_be_sha512(cache: Cache) -> None:
     assert_verified(cache)
 
 
+def layout_blob(folder: Path, data: bytes) -> Path:
+    return folder / "blobs" / "sha256" / hex_of(data)
+
+
+def test_a_layouts_files_are_linked_where_that_is_asked_for(cache: Cache, tmp_path: Path) -> None:
+    made = make.image(1, 2)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    cache.cache_from_tar(folder, link=True)
+    for digest, data in made.blobs.items():
+        assert cache.get_blob_path(digest).samefile(layout_blob(folder, data))
+    assert cache.verify().problems == []
+    cache.export("app:1", tmp_path / "again", format="oci-dir", link=True)
+    assert layout_blob(tmp_path / "again", made.manifest).samefile(layout_blob(folder, made.manifest))
+
+
+def test_what_cannot_be_linked_of_a_layout_is_copied(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, link = make.image(1, 2), os.link
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    behind = layout_blob(folder, made.config)
+    behind.rename(tmp_path / "config")
+    behind.symlink_to(tmp_path / "config")
+    far = layout_blob(folder, made.layers[0])
+
+    def across(source: str, target: Path, **options: Any) -> None:
+        if Path(source) == far:
+            raise OSError(18, "Invalid cross-device link")
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", across)
+    (image,) = cache.cache_from_tar(folder, link=True)
+    assert image.complete
+    for data, linked in ((made.config, False), (made.layers[0], False), (made.layers[1], True)):
+        path = cache.get_blob_path(digest_of(data))
+        assert path.samefile(layout_blob(folder, data)) is linked
+        assert not path.is_symlink()
+        assert path.read_bytes() == data
+
+
+def test_a_damaged_file_of_a_layout_is_not_linked(cache: Cache, tmp_path: Path) -> None:
+    made = make.image(1, 2)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    layout_blob(folder, made.layers[1]).write_bytes(made.layers[1][:-1] + b"!")
+    with pytest.raises(DigestMismatch):
+        cache.cache_from_tar(folder, link=True)
+    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+def test_a_file_of_a_layout_that_is_replaced_while_it_is_linked_is_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, link = make.image(1, 2), os.link
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    victim = layout_blob(folder, made.layers[1])
+
+    def replaced(source: str, target: Path, **options: Any) -> None:
+        if Path(source) == victim:
+            victim.unlink()
+            victim.write_bytes(b"something else")
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", replaced)
+    with pytest.raises(StorageError, match="replaced while it was read"):
+        cache.cache_from_tar(folder, link=True)
+    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+def test_an_archive_has_no_files_to_link(cache: Cache, tmp_path: Path) -> None:
+    source = make.write(tmp_path / "app.tar", make.oci_files({"app:1": make.image(1)}))
+    with pytest.raises(CacheError, match="name one"):
+        cache.cache_from_tar(source, link=True)
+
+
 def test_a_layout_may_hold_more_files_than_a_process_may_open(cache: Cache, tmp_path: Path) -> None:
     layers = [b"%d" % number for number in range(120)]
     entries = [make.descriptor(layer, OCI_LAYER) for layer in layers]
