@@ -528,6 +528,23 @@ NAMES_OF_BASES = ", ".join(
 ) + " FROM bases AS s"  # fmt: skip
 
 
+def bases_found(directory: Path) -> list[Row]:
+    """What the report that finds bases for itself finds."""
+    return in_order(ask(directory, f"{OUTDATED.partition(', newest AS')[0]} SELECT {NAMES_OF_BASES}"))
+
+
+def test_no_base_has_other_layers_below_or_is_found_below_several_platforms(place: Path) -> None:
+    with Cache.open(place / "empty") as cache:
+        for number, image in enumerate([make.image(1, 2), make.image(3, 2, 4), make.image(1, 2, 4), make.image(1)]):
+            cache.save_manifest(f"a:{number}", image.manifest)
+        for number in (1, 9):
+            cache.save_blob(digest_of(IMAGES[number].manifest), IMAGES[number].manifest)
+        cache.save_manifest("several:1", index_of(IMAGES[1].manifest, IMAGES[9].manifest))
+    found = bases_found(place / "empty")
+    assert [(row["name"], row["base"]) for row in found] == [("a:0", "a:3"), ("a:2", "a:0")]
+    assert found == in_order(ask(place / "empty", "SELECT name, base FROM image_bases"))
+
+
 def compare(world: World, cache: Cache) -> None:
     """Hold every view against what it should say, and what it foretells against what the cache foretells."""
     directory = world.directory
@@ -542,8 +559,9 @@ def compare(world: World, cache: Cache) -> None:
         assert in_order(found) == in_order(wanted), view
         assert all(list(row) == list(found[0]) for row in wanted[:1] if found), view
     # The report that finds bases for itself finds the same.
-    bases = ask(directory, f"{OUTDATED.partition(', newest AS')[0]} SELECT {NAMES_OF_BASES}")
-    assert in_order(bases) == in_order([{key: row[key] for key in ("name", "base")} for row in expected.image_bases()])
+    assert bases_found(directory) == in_order(
+        [{key: row[key] for key in ("name", "base")} for row in expected.image_bases()]
+    )
     for name in world.entries:
         (row,) = ask(directory, "SELECT freed_size FROM image_usage WHERE name = ?", name)
         assert row["freed_size"] == cache.remove_manifest(name, dry_run=True).bytes
