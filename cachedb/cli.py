@@ -856,7 +856,8 @@ def sql(
     """Ask the index a question in SQL; without one, list the views that there are to ask.
 
     QUERY is SQLite's SQL, with the functions human(bytes) and ago(time) besides; - reads it from stdin. Nothing can be
-    changed by it, and no writer waits for it. The columns of each view are in the README's SQL reference.
+    changed by it, no writer waits for it, and it has a processor when nobody else wants it. The columns of each view
+    are in the README's SQL reference.
     """
     from cachedb.report import number
 
@@ -893,10 +894,32 @@ def _text_of(file: str) -> str:
         raise click.UsageError(f"cannot read {file!r}: {reason}") from error
 
 
-def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None, *, sizes: bool = False) -> None:
-    os.nice(10)  # a question that goes through a large index gives way to those who work with the cache
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """A block that runs when those who work with the cache leave a processor free.
+
+    It is for what reads, in a cache that is open: opening it may take the write lock, and who has that must not wait.
+    """
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
-        with _opened(existing=True) as cache, cache.sql(query, parameters, timeout=seconds) as found:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:
+        os.nice(19)
+    try:
+        yield
+    finally:
+        # The last to close an index writes its WAL back, under a lock. Not everybody may have the priority back.
+        with suppress(OSError):
+            os.sched_setscheduler(0, policy, parameter)
+
+
+def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None, *, sizes: bool = False) -> None:
+    try:
+        with (
+            _opened(existing=True) as cache,
+            _giving_way(),
+            cache.sql(query, parameters, timeout=seconds) as found,
+        ):
             print_rows(found.columns, found.rows, form, sizes=sizes)
             sys.stdout.flush()
     except InvalidQuery as error:
@@ -933,13 +956,14 @@ def report(
 
     A report is a file of SQL. Your own are in the folder of CACHEDB_REPORTS, by default reports/ in cachedb's folder
     of the user's configuration, and go before those of the same name. A table has sizes for people, all else bytes.
+    A report has a processor when nobody else wants it.
     """
     from cachedb.report import load, reports
 
     if sum(map(bool, (name, list_, file))) != 1:
         raise click.UsageError("name a report, or use --list, or --html")
     if file:
-        with _opened(existing=True) as cache:
+        with _opened(existing=True) as cache, _giving_way():
             page = cache.get_html_report()
         try:
             with click.open_file(file, "w", encoding="utf-8", atomic=file != "-") as opened:

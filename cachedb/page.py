@@ -118,7 +118,7 @@ def _rows(connection: Connection, query: str, **parameters: object) -> Sequence[
 
 def _totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[Row]) -> dict[str, int]:
     """Return the sums: what is stored is unique, shared, held or garbage."""
-    found, _ = usage.shares(connection)
+    found, saved = usage.shares(connection)
     totals = {
         "repositories": len(repositories),
         "images": sum(row.images for row in ages),
@@ -128,6 +128,7 @@ def _totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[
         "unique": found["unique"].size,
         "shared_blobs": found["shared"].blobs,
         "shared": found["shared"].size,
+        "saved": saved,
         "held_blobs": found["held"].blobs,
         "held": found["held"].size,
         "garbage_blobs": found["reclaimable"].blobs,
@@ -136,7 +137,7 @@ def _totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[
     for query in (
         "SELECT count(*) AS missing_blobs, coalesce(sum(size), 0) AS missing "
         "FROM (SELECT DISTINCT digest, size FROM missing_blobs) AS m",
-        "SELECT coalesce(sum(saved_size), 0) AS saved FROM shared_layers",
+        "SELECT coalesce(sum(saved_size), 0) AS saved_by_layers FROM shared_layers",
         "SELECT count(DISTINCT blob_id) AS layers FROM image_blobs WHERE role = 'layer'",  # as many as the view has
     ):
         totals.update(connection.execute(text(query)).mappings().one())

@@ -15,28 +15,24 @@ from cachedb.images import count_incomplete
 
 __all__ = ["Share", "Usage", "shares", "usage"]
 
-# Of what images use: in the order of the index of the association, which is that of the blobs.
+# In the order of the index of the association, which is that of the blobs; in one row, for a GROUP BY would sort them.
 _USED = """
 SELECT
-    CASE WHEN images > 1 THEN 'shared' ELSE 'unique' END AS share,
+    sum(CASE images WHEN 1 THEN 1 ELSE 0 END) AS unique_blobs,
+    sum(CASE images WHEN 1 THEN size ELSE 0 END) AS unique_size,
     count(*) AS blobs,
     sum(size) AS size,
     sum(size * (images - 1)) AS saved_size
 FROM (SELECT blob_id, count(DISTINCT image_id) AS images FROM image_blobs GROUP BY blob_id) AS uses
 CROSS JOIN blobs ON blobs.id = uses.blob_id
 WHERE stored_at IS NOT NULL
-GROUP BY share
 """
-_UNUSED = """
-SELECT
-    CASE WHEN EXISTS (SELECT 1 FROM leases WHERE leases.digest = blobs.digest) THEN 'held'
-        ELSE 'reclaimable' END AS share,
-    count(*) AS blobs,
-    sum(size) AS size,
-    0 AS saved_size
-FROM blobs
+_STORED = "SELECT count(*) AS blobs, sum(size) AS size FROM blobs WHERE stored_at IS NOT NULL"
+_HELD = """
+SELECT count(*) AS blobs, sum(size) AS size
+FROM (SELECT DISTINCT digest FROM leases) AS held
+CROSS JOIN blobs ON blobs.digest = held.digest
 WHERE stored_at IS NOT NULL AND NOT EXISTS (SELECT 1 FROM image_blobs WHERE image_blobs.blob_id = blobs.id)
-GROUP BY share
 """
 _FOLDERS = ("backups", "ingest", "quarantine", "trash")
 
@@ -65,11 +61,24 @@ class Usage(NamedTuple):
 
 def shares(connection: Connection) -> tuple[dict[str, Share], int]:
     """Return the stored blobs, all of them (``stored``) and by who needs them, and the bytes that sharing saves."""
-    rows = [row for query in (_USED, _UNUSED) for row in connection.exec_driver_sql(query)]
-    found = dict.fromkeys(("unique", "shared", "held", "reclaimable"), Share(0, 0))
-    found |= {row.share: Share(row.blobs, row.size) for row in rows}
-    found["stored"] = Share(sum(row.blobs for row in rows), sum(row.size for row in rows))
-    return found, sum(row.saved_size for row in rows)
+    stored, used, held = (connection.exec_driver_sql(query).one() for query in (_STORED, _USED, _HELD))
+    found = {
+        "stored": _share(stored.blobs, stored.size),
+        "unique": _share(used.unique_blobs, used.unique_size),
+        "held": _share(held.blobs, held.size),
+    }
+    in_images = _share(used.blobs, used.size)
+    found["shared"] = _less(in_images, found["unique"])
+    found["reclaimable"] = _less(_less(found["stored"], in_images), found["held"])
+    return found, used.saved_size or 0
+
+
+def _share(blobs: int | None, size: int | None) -> Share:
+    return Share(blobs or 0, size or 0)  # the sum of no rows is NULL
+
+
+def _less(share: Share, other: Share) -> Share:
+    return Share(share.blobs - other.blobs, share.size - other.size)
 
 
 def usage(database: Database) -> Usage:

@@ -310,3 +310,49 @@ def test_rows_come_while_there_are_more(cache: Cache) -> None:
         assert process.wait(timeout=20) == 1
         assert process.stderr
         assert process.stderr.read() == b""
+
+
+GIVES_WAY = """
+import os, sys
+from cachedb import cache, cli
+def told(name):
+    method = getattr(cache.Cache, name)
+    def tell(*arguments, **options):
+        print(name, os.sched_getscheduler(0) == os.SCHED_IDLE, os.getpriority(os.PRIO_PROCESS, 0), file=sys.stderr)
+        return method(*arguments, **options)
+    setattr(cache.Cache, name, tell)
+for name in ("open", "sql", "get_html_report", "close"):
+    told(name)
+REFUSED
+cli.cli(sys.argv[1:])
+"""
+
+
+def priorities(directory: Path, *arguments: str, refused: str = "") -> dict[str, tuple[str, int]]:
+    """Whether the methods that a command calls run at the priority of what is idle, and how nice they are."""
+    command = [sys.executable, "-c", GIVES_WAY.replace("REFUSED", refused), "--dir", str(directory), *arguments]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {name: (idle, int(nice)) for name, idle, nice in map(str.split, said.splitlines())}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        (("sql", "SELECT 1"), "sql"),
+        (("report", "garbage"), "sql"),
+        (("report", "--html", "/dev/null"), "get_html_report"),
+    ],
+)
+def test_a_question_gives_way_once_the_cache_is_open(cache: Cache, arguments: tuple[str, ...], method: str) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    found = priorities(cache.directory, *arguments)
+    assert found["open"] == ("False", own)  # which may take the write lock
+    assert found[method] == ("True", own)
+    if os.geteuid() == 0:  # others may not have it back
+        assert found["close"] == ("False", own)
+
+
+def test_where_there_is_no_such_priority_a_question_is_nice(cache: Cache) -> None:
+    refused = "def refuse(*_): raise PermissionError\nos.sched_setscheduler = refuse"
+    found = priorities(cache.directory, "sql", "SELECT 1", refused=refused)
+    assert found["sql"] == ("False", 19)

@@ -127,6 +127,24 @@ def test_layers_are_listed_with_the_command_that_made_them(cache: Cache) -> None
     }
 
 
+@pytest.mark.parametrize("which", ["largest-layers", "layers-used-once"])
+@pytest.mark.parametrize("limit", ["0", "1", "2", "3", "20", "-1"])
+def test_the_largest_layers_are_found_among_larger_blobs(cache: Cache, which: str, limit: str) -> None:
+    once = "AND images = 1" if which == "layers-used-once" else ""
+    everything = f"SELECT digest FROM layers WHERE stored {once} ORDER BY size DESC, digest LIMIT {limit}"
+    with cache.sql(everything) as answer:
+        wanted = [digest for (digest,) in answer.rows]
+    assert [row["digest"] for row in ask(cache, which, limit=limit)] == wanted
+    # More than are looked at first, and no layers.
+    change(
+        cache.directory,
+        "INSERT INTO blobs (digest, size, stored_at) SELECT printf('sha256:%064d', value), 1000000000, "
+        "'2026-01-01T00:00:00.000000Z' FROM (WITH RECURSIVE n(value) AS (VALUES (1) UNION ALL "
+        "SELECT value + 1 FROM n LIMIT 10100) SELECT value FROM n)",
+    )
+    assert [row["digest"] for row in ask(cache, which, limit=limit)] == wanted
+
+
 def test_what_one_image_adds_over_another_is_told(cache: Cache) -> None:
     rows = ask(cache, "added-by", name="app:1", over="base:1")
     assert [(row["role"], row["digest"]) for row in rows] == [

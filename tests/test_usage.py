@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
-from cachedb import Cache
+from cachedb import Cache, usage
 from tests import make
 from tests.conftest import Run
 from tests.promises import check
@@ -53,15 +55,24 @@ def test_an_empty_cache_takes_nothing(directory: Path) -> None:
         assert cache.get_usage()[:8] == (0, 0, (0, 0), (0, 0), (0, 0), (0, 0), (0, 0), 0)
 
 
+def test_blobs_are_counted_in_the_order_they_are_found(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        fill(cache)
+    with closing(sqlite3.connect(directory / "index.db")) as shell:
+        plan = [row[3] for row in shell.execute(f"EXPLAIN QUERY PLAN {usage._USED}")]
+    assert "SCAN image_blobs USING COVERING INDEX ix_image_blobs_blob_id" in plan
+    assert "USE TEMP B-TREE FOR GROUP BY" not in plan
+
+
 def test_df_shows_it_and_with_v_the_images(cachedb: Run, directory: Path) -> None:
     with Cache.open(directory) as cache:
         fill(cache)
-        usage = cache.get_usage()
+        there = cache.get_usage()
     printed = cachedb("df").stdout
     assert "images            3, 1 incomplete" in printed
     assert "app:2" not in printed
     assert "app:2" in cachedb("df", "-v").stdout
     found = json.loads(cachedb("df", "-v", "--format", "json").stdout)
-    assert (found["stored"], found["shared"]) == (usage.stored._asdict(), usage.shared._asdict())
+    assert (found["stored"], found["shared"]) == (there.stored._asdict(), there.shared._asdict())
     assert {row["name"] for row in found["image_usage"]} == {"app:1", "app:2", "half:1"}
     assert "image_usage" not in json.loads(cachedb("df", "--format", "json").stdout)

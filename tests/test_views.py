@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachedb import Cache, images, oci
+from cachedb import Cache, images, oci, report
 from cachedb.database import Database
 from cachedb.oci import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from cachedb.reference import Digest, Name
@@ -521,6 +521,30 @@ def test_every_view_says_what_the_manifests_and_files_say(place: Path) -> None:
     whatever_was_done()
 
 
+OUTDATED = report.load("outdated-bases").query
+NAMES_OF_BASES = ", ".join(
+    f"(SELECT u.name FROM images AS i JOIN image_usage AS u USING (repository, reference) WHERE i.id = s.{of}) AS {key}"
+    for of, key in (("image_id", "name"), ("base_id", "base"))
+) + " FROM bases AS s"  # fmt: skip
+
+
+def bases_found(directory: Path) -> list[Row]:
+    """What the report that finds bases for itself finds."""
+    return in_order(ask(directory, f"{OUTDATED.partition(', newest AS')[0]} SELECT {NAMES_OF_BASES}"))
+
+
+def test_no_base_has_other_layers_below_or_is_found_below_several_platforms(place: Path) -> None:
+    with Cache.open(place / "empty") as cache:
+        for number, image in enumerate([make.image(1, 2), make.image(3, 2, 4), make.image(1, 2, 4), make.image(1)]):
+            cache.save_manifest(f"a:{number}", image.manifest)
+        for number in (1, 9):
+            cache.save_blob(digest_of(IMAGES[number].manifest), IMAGES[number].manifest)
+        cache.save_manifest("several:1", index_of(IMAGES[1].manifest, IMAGES[9].manifest))
+    found = bases_found(place / "empty")
+    assert [(row["name"], row["base"]) for row in found] == [("a:0", "a:3"), ("a:2", "a:0")]
+    assert found == in_order(ask(place / "empty", "SELECT name, base FROM image_bases"))
+
+
 def compare(world: World, cache: Cache) -> None:
     """Hold every view against what it should say, and what it foretells against what the cache foretells."""
     directory = world.directory
@@ -534,6 +558,10 @@ def compare(world: World, cache: Cache) -> None:
         wanted = list(rows())
         assert in_order(found) == in_order(wanted), view
         assert all(list(row) == list(found[0]) for row in wanted[:1] if found), view
+    # The report that finds bases for itself finds the same.
+    assert bases_found(directory) == in_order(
+        [{key: row[key] for key in ("name", "base")} for row in expected.image_bases()]
+    )
     for name in world.entries:
         (row,) = ask(directory, "SELECT freed_size FROM image_usage WHERE name = ?", name)
         assert row["freed_size"] == cache.remove_manifest(name, dry_run=True).bytes
@@ -632,3 +660,11 @@ def test_what_contains_a_blob_is_found_by_its_digest(large: sqlite3.Connection) 
 
 def test_bases_are_found_in_one_pass(large: sqlite3.Connection) -> None:
     assert scans(large, "SELECT * FROM image_bases") == ["SCAN image_blobs"]
+
+
+def test_outdated_bases_are_found_in_one_pass_in_the_order_of_layers(large: sqlite3.Connection) -> None:
+    assert scans(large, OUTDATED) == ["SCAN image_blobs"]
+    stacks = OUTDATED.partition(", tops AS")[0]
+    # Nothing is sorted: layers come as they stand in the image.
+    plan = [row[3] for row in large.execute(f"EXPLAIN QUERY PLAN {stacks} SELECT * FROM stacks")]
+    assert plan == ["MATERIALIZE stacks", "SCAN image_blobs", "SCAN stacks"]
