@@ -965,8 +965,9 @@ def report(
     if file:
         with _opened(existing=True) as cache, _giving_way():
             page = cache.get_html_report()
+        whole = not os.path.exists(file) or os.path.isfile(file)  # a device or a fifo is written to, and not replaced
         try:
-            with click.open_file(file, "w", encoding="utf-8", atomic=file != "-") as opened:
+            with click.open_file(file, "w", encoding="utf-8", atomic=whole and file != "-") as opened:
                 opened.write(page)
         except OSError as error:
             raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error

@@ -340,7 +340,7 @@ def priorities(directory: Path, *arguments: str, refused: str = "") -> dict[str,
     [
         (("sql", "SELECT 1"), "sql"),
         (("report", "garbage"), "sql"),
-        (("report", "--html", "/dev/null"), "get_html_report"),
+        (("report", "--html", "-"), "get_html_report"),
     ],
 )
 def test_a_question_gives_way_once_the_cache_is_open(cache: Cache, arguments: tuple[str, ...], method: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,3 +215,13 @@ def test_reports_are_printed(cachedb: Run, cache: Cache) -> None:
     assert cachedb("report", "--list", "garbage").returncode == 2
     assert cachedb("report", "garbage", "-p", "limit").returncode == 2
     assert cachedb("report", "freed-by").returncode == 2
+
+
+def test_a_page_goes_to_a_fifo_and_does_not_replace_it(cache: Cache, tmp_path: Path, cachedb: Run) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE, text=True) as reader:
+        assert cachedb("report", "--html", fifo).returncode == 0
+        page, _ = reader.communicate(timeout=60)
+    assert page.startswith("<!DOCTYPE html>")
+    assert fifo.is_fifo()
