@@ -116,6 +116,8 @@ MUTATIONS = [
     Mutation("a connection for questions changes nothing", "cachedb/query.py", '        connection.execute("PRAGMA query_only = ON")\n', "", "tests/test_query.py"),
     Mutation("nobody waits to note a use", "cachedb/database.py", "            file = locks.acquire(self.write_lock, wait=False)\n", "            file = locks.acquire(self.write_lock)\n", "tests/test_uses.py"),
     # What callers see
+    Mutation("what is of no use is counted", "cachedb/cache.py", "if used < known else Collected(0, 0)", "if False else Collected(0, 0)", "tests/test_cache.py"),
+    Mutation("what is incomplete is counted", "cachedb/cache.py", "if blob_count < known else 0", "if False else 0", "tests/test_cache.py"),
     Mutation("what is imported and stored is held", "cachedb/blobs.py", "            return session.lease(connection, intact(connection, database.directory, there))\n", "            return Hold('', 0, frozenset(intact(connection, database.directory, there)))\n", "tests/test_cache.py tests/test_interleavings.py tests/test_sessions.py"),
     Mutation("a blob is leased until its image is saved", "cachedb/cache.py", "                        hold = self._session.lease(connection, [received.digest])\n", "                        pass\n", "tests/test_cache.py tests/test_sessions.py"),
     Mutation("what is exported is held", "cachedb/cache.py", "            hold = NO_HOLD if read_only else self._session.lease(connection, digests)\n", "            hold = NO_HOLD\n", "tests/test_cache.py tests/test_interleavings.py"),
