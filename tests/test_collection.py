@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -205,6 +206,29 @@ def test_the_write_lock_is_let_go_of_where_renames_take_long(cache: Cache, monke
     assert len(turns) == 1 + 3
     assert files_of(cache.directory) == {}
     assert snapshot(cache.directory)["trash"] == []
+
+
+def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
+    cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {f"sha256-{number:064x}" for number in range(200)}
+    for name in names:
+        (cache.directory / "trash" / name).touch()
+    unlink, threads = os.unlink, set[int]()
+
+    def refuse_one(path: str) -> None:
+        threads.add(threading.get_ident())
+        if path.endswith("77"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse_one)
+        with pytest.raises(StorageError, match="Permission denied"):
+            collection.empty_trash(index)
+    assert len(threads) > 1
+    collection.empty_trash(index)
+    assert os.listdir(cache.directory / "trash") == []
 
 
 def test_what_is_in_work_is_no_candidate(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
