@@ -70,6 +70,7 @@ MUTATIONS = [
     Mutation("an index that was replaced is not written to", "cachedb/database.py", "        if connection.file != self._file():\n", "        if False:\n", "tests/test_rebuild.py tests/test_verify.py"),
     Mutation("an index that was replaced is not looked up in", "cachedb/database.py", "                if connection.file != file:\n", "                if False:\n", "tests/test_database.py"),
     Mutation("nothing is looked up in a schema that is not ours", "cachedb/database.py", "                ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)\n", "                ours = True\n", "tests/test_database.py"),
+    Mutation("a fork waits for look-ups", "cachedb/database.py", "        with locks.unforked(), self._sqlite_errors():\n            file = self._file()\n", "        with self._sqlite_errors():\n            file = self._file()\n", "tests/test_database.py -k look_up"),
     Mutation("what is looked up in is closed before a fork", "cachedb/database.py", "            self._idle.pop().close()\n", "            break\n", "tests/test_database.py"),
     # Locks
     Mutation("a lock file that was unlinked is not the lock", "cachedb/locks.py", "        if os.fstat(file.fileno()).st_nlink:\n", "        if True:\n", "tests/test_locks.py tests/test_sessions.py"),

@@ -333,6 +333,44 @@ def test_what_is_looked_up_in_is_closed_before_a_fork(index: Database) -> None:
     assert index.rows(DIGESTS, {}) == []
 
 
+def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
+    output = run_python(
+        """
+        import os, sys, threading
+        from pathlib import Path
+        from sqlalchemy import select
+        from cachedb import database
+        from cachedb.tables import TRASH
+
+        index = database.Database(Path(sys.argv[1]))
+        within, forked = threading.Event(), threading.Event()
+        compiled, seen = database._compiled, []
+
+        def fork():
+            within.wait()
+            if (child := os.fork()) == 0:
+                os._exit(0)
+            forked.set()
+            os.waitpid(child, 0)
+
+        def compile_slowly(statement):
+            within.set()
+            seen.append(forked.wait(0.2))
+            return compiled(statement)
+
+        database._compiled = compile_slowly
+        forker = threading.Thread(target=fork)
+        forker.start()
+        index.rows(select(TRASH.c.digest), {})
+        forker.join(10)
+        assert forked.is_set()
+        print(seen)
+        """,
+        index.directory,
+    )
+    assert output == "[False]\n"
+
+
 def test_many_threads_look_up_at_once(index: Database) -> None:
     with index.write() as connection:
         connection.execute(insert(TRASH), [note(b"there")])
