@@ -44,6 +44,7 @@ __all__ = [
     "receive_linked",
     "retract",
     "set_stored",
+    "size_of",
     "stored",
     "take",
 ]
@@ -253,6 +254,17 @@ def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, in
     for part in batched(digests):
         found.update((Digest(digest), size) for digest, size in connection.execute(_stored(), {"digests": part}))
     return found
+
+
+def size_of(database: Database, digest: Digest) -> int | None:
+    """Return a blob's size in bytes; None if it is not stored."""
+    rows = database.rows(_size_of(), {"digest": digest})
+    return rows[0][0] if rows else None
+
+
+@cache
+def _size_of() -> Select[*tuple[Any, ...]]:
+    return select(BLOBS.c.size).where(BLOBS.c.digest == bindparam("digest"), BLOBS.c.stored_at.is_not(None))
 
 
 @cache

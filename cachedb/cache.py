@@ -35,7 +35,7 @@ from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed
 from cachedb.receiving import Readable
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten
 from cachedb.sessions import NO_HOLD, Hold, Session
-from cachedb.tables import BLOBS, IMAGES
+from cachedb.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.uses import Uses
 
 if TYPE_CHECKING:
@@ -201,9 +201,7 @@ class Cache:
 
     def has_blob(self, digest: str) -> bool:
         """Say whether the blob of a digest is stored."""
-        wanted = parse_digest(digest)
-        with self._database.read() as connection:
-            return wanted in blobs.stored(connection, [wanted])
+        return blobs.size_of(self._database, parse_digest(digest)) is not None
 
     def list_blobs(self, prefix: str = "") -> list[Digest]:
         """Return the stored blobs whose digest begins with ``prefix``, in order."""
@@ -220,8 +218,7 @@ class Cache:
             NotInCache: if it is not stored.
         """
         wanted = parse_digest(digest)
-        with self._database.read() as connection:
-            size = blobs.stored(connection, [wanted]).get(wanted)
+        size = blobs.size_of(self._database, wanted)
         if size is None:
             raise NotInCache(f"{wanted} is not in the cache")
         return size
@@ -460,15 +457,22 @@ class Cache:
         with self._database.read() as connection:
             return images.images(connection)
 
+    def list_names(self) -> list[Name]:
+        """Return the names of all images, in order."""
+        return images.names(self._database)
+
     def get_image_blobs(self, name: str | Name) -> list[BlobInfo]:
         """Return an image's blobs in the order of their positions: the manifest, the config, the layers.
 
         Raises:
             NotInCache: if there is no such image.
         """
+        parsed = Name.parse(name)
+        found = images.blobs_of(self._database, parsed)
+        if found:
+            return found
         with self._database.read() as connection:
-            image = images.find(connection, Name.parse(name))
-            return images.image_blobs(connection, self.directory, image.id)
+            return images.image_blobs(connection, self.directory, images.find(connection, parsed).id)
 
     def get_platforms(self, name: str | Name) -> list[PlatformInfo]:
         """Return what an image's index names, and which of that is here; nothing for an image that has no index.
@@ -638,16 +642,18 @@ class Cache:
     def get_stats(self) -> Stats:
         """Return the cache's totals."""
         with self._database.read() as connection:
-            stored = select(func.count(), func.coalesce(func.sum(BLOBS.c.size), 0)).where(
-                BLOBS.c.stored_at.is_not(None)
-            )
-            blob_count, total_size = connection.execute(stored).one()
+            size = func.sum(BLOBS.c.size).filter(BLOBS.c.stored_at.is_not(None))
+            totals = select(func.count(), func.count(BLOBS.c.stored_at), func.coalesce(size, 0)).select_from(BLOBS)
+            known, blob_count, total_size = connection.execute(totals).one()
+            # To count what lacks something, or is of no use, takes longer than to see that there is nothing of it.
+            used = connection.execute(select(func.count(IMAGE_BLOBS.c.blob_id.distinct()))).scalar_one()
+            reclaimable = collection.unreferenced(connection) if used < known else Collected(0, 0)
             return Stats(
                 manifest_count=connection.execute(select(func.count()).select_from(IMAGES)).scalar_one(),
                 blob_count=blob_count,
                 total_size=total_size,
-                incomplete_count=images.count_incomplete(connection),
-                reclaimable_blobs=(reclaimable := collection.unreferenced(connection)).blobs,
+                incomplete_count=images.count_incomplete(connection) if blob_count < known else 0,
+                reclaimable_blobs=reclaimable.blobs,
                 reclaimable_size=reclaimable.bytes,
             )
 

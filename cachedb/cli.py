@@ -554,8 +554,11 @@ def export(name: str, destination: str, form: str, platform: str | None, link: b
 def ls(form: str, quiet: bool) -> None:
     """List the images in the cache."""
     with _opened() as cache:
+        if quiet:
+            click.echo("".join(f"{name}\n" for name in cache.list_names()), nl=False)
+            return
         found = cache.list_manifests()
-    _print_images(found, form, quiet=quiet)
+    _print_images(found, form, quiet=False)
 
 
 @cli.command(epilog=_examples("cachedb show app:1", "cachedb show --format json app:1"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -63,6 +63,7 @@ __all__ = [
     "SavedImage",
     "associate_waiting",
     "attach",
+    "blobs_of",
     "bring",
     "choice",
     "closure",
@@ -76,6 +77,7 @@ __all__ = [
     "let_go",
     "look_up",
     "look_up_all",
+    "names",
     "publish",
     "reassociate",
     "remove",
@@ -283,6 +285,16 @@ def images(connection: Connection) -> list[ImageInfo]:
     ]
 
 
+def names(database: Database) -> list[Name]:
+    """Return the names of all images, in order."""
+    return [Name(*row) for row in database.rows(_names(), {})]
+
+
+@cache
+def _names() -> Select[*tuple[Any, ...]]:
+    return select(IMAGES.c.repository, IMAGES.c.reference).order_by(IMAGES.c.repository, IMAGES.c.reference)
+
+
 def image(connection: Connection, directory: Path, image_id: int) -> tuple[ImageInfo, list[BlobInfo]]:
     """Return an image, and its blobs in the order of their positions.
 
@@ -413,25 +425,43 @@ def _one_image() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def _contents_of_one() -> Select[*tuple[Any, ...]]:
+def _contents() -> Select[*tuple[Any, ...]]:
     columns = (
         BLOBS.c.digest,
         BLOBS.c.size,
         IMAGE_BLOBS.c.role,
         IMAGE_BLOBS.c.media_type,
         IMAGE_BLOBS.c.position,
-        BLOBS.c.stored_at,
+        BLOBS.c.stored_at.is_not(None),
     )
-    return (
-        select(*columns, IMAGE_BLOBS.c.diff_id, IMAGE_BLOBS.c.created_by)
-        .join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
-        .where(IMAGE_BLOBS.c.image_id == bindparam("of"))
-        .order_by(IMAGE_BLOBS.c.position)
+    joined = select(*columns, IMAGE_BLOBS.c.diff_id, IMAGE_BLOBS.c.created_by).join(
+        BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id
     )
+    return joined.order_by(IMAGE_BLOBS.c.position)
+
+
+@cache
+def _contents_of_one() -> Select[*tuple[Any, ...]]:
+    return _contents().where(IMAGE_BLOBS.c.image_id == bindparam("of"))
+
+
+@cache
+def _contents_named() -> Select[*tuple[Any, ...]]:
+    joined = _contents().join(IMAGES, IMAGES.c.id == IMAGE_BLOBS.c.image_id)
+    return joined.where(IMAGES.c.repository == bindparam("repository"), IMAGES.c.reference == bindparam("reference"))
 
 
 def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[BlobInfo]:
     """Return an image's blobs in the order of their positions."""
+    return _blob_infos(directory, connection.execute(_contents_of_one(), {"of": image_id}))
+
+
+def blobs_of(database: Database, name: Name) -> list[BlobInfo]:
+    """Return the blobs of the image that has exactly this name, in the order of their positions; none if none has."""
+    return _blob_infos(database.directory, database.rows(_contents_named(), name._asdict()))
+
+
+def _blob_infos(directory: Path, rows: Iterable[Sequence[Any]]) -> list[BlobInfo]:
     return [
         BlobInfo(
             Digest(digest),
@@ -439,15 +469,13 @@ def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[
             role,
             media_type,
             position,
-            stored_at is not None,
+            bool(stored),
             is_compressed(media_type),
-            blob_path(directory, Digest(digest)) if stored_at is not None else None,
+            blob_path(directory, Digest(digest)) if stored else None,
             diff_id,
             created_by,
         )
-        for digest, size, role, media_type, position, stored_at, diff_id, created_by in connection.execute(
-            _contents_of_one(), {"of": image_id}
-        )
+        for digest, size, role, media_type, position, stored, diff_id, created_by in rows
     ]
 
 

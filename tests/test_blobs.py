@@ -10,6 +10,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, event
@@ -347,18 +348,19 @@ def test_a_blob_that_is_forgotten_is_stored_anew_at_every_step_of_its_collection
     assert cache.get_blob(digest) == data
 
     forget()  # between the look for trash and the lock
-    read = Database.read
+    rows = Database.rows
     stored: list[Digest] = []
 
-    def stored_meanwhile(self: Database) -> object:
+    def stored_meanwhile(self: Database, *arguments: Any) -> object:
         if self is index and not stored:
             stored.append(Digest("being stored"))
             stored.append(cache.add_blob(data))
-        return read(self)
+        return rows(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Database, "read", stored_meanwhile)
+        patch.setattr(Database, "rows", stored_meanwhile)
         collection.empty_trash(index)
+    assert stored == ["being stored", digest]
     assert cache.get_blob(digest) == data
 
     forget()  # forgotten, stored and forgotten once more, with the first note still in the trash

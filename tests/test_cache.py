@@ -445,6 +445,8 @@ def test_stats_count_images_blobs_bytes_and_what_is_reclaimable(cache: Cache, di
     cache.tag("two", "one")
     stats = cache.get_stats()
     assert (stats.manifest_count, stats.incomplete_count) == (3, 1)
+    assert stats.reclaimable_blobs > 0
+    assert cache.list_names() == [image.name for image in cache.list_manifests()]
     assert stats.blob_count == len(files_of(directory))
     assert stats.total_size == sum(files_of(directory).values())
     dry = cache.collect_garbage(dry_run=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -190,6 +191,52 @@ def test_files_are_moved_under_the_lock_and_unlinked_outside_it(
     assert free == {"rename": False, "unlink": True}
 
 
+def test_the_write_lock_is_let_go_of_where_renames_take_long(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    abandon(cache, b"one", b"two", b"three")
+    monkeypatch.setattr(collection, "_HOLD", 0)
+    turns: list[str] = []
+    alone = Database.alone
+
+    def counted(self: Database) -> object:
+        turns.append("turn")
+        return alone(self)
+
+    monkeypatch.setattr(Database, "alone", counted)
+    assert cache.collect_garbage() == (3, 11)
+    assert len(turns) == 1 + 3
+    assert files_of(cache.directory) == {}
+    assert snapshot(cache.directory)["trash"] == []
+
+
+def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
+    cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {f"sha256-{number:064x}" for number in range(200)}
+    for name in names:
+        (cache.directory / "trash" / name).touch()
+    unlink, threads = os.unlink, set[int]()
+
+    def refuse_one(path: str) -> None:
+        threads.add(threading.get_ident())
+        if path.endswith("77"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse_one)
+        with pytest.raises(StorageError, match="Permission denied"):
+            collection.empty_trash(index)
+    assert len(threads) > 1
+    collection.empty_trash(index)
+    assert os.listdir(cache.directory / "trash") == []
+
+
+def test_what_is_in_work_is_no_candidate(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.add_blob(b"in work")
+    monkeypatch.setattr(collection, "forget", lambda *_: pytest.fail("nothing is to be forgotten"))
+    assert cache.collect_garbage() == (0, 0)
+
+
 def test_a_collection_that_was_cut_off_is_finished_by_the_next(
     cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +352,14 @@ def test_forgetting_an_images_blobs_looks_at_those_alone(cache: Cache, index: Da
 def test_a_sweep_reads_the_blobs_once_and_looks_the_rest_up(index: Database) -> None:
     steps = plans(index, collection.unreferenced)
     assert [step for step in steps if "SCAN" in step] == ["SCAN blobs"]
+
+
+def test_candidates_are_found_in_one_pass_over_two_indexes(index: Database) -> None:
+    steps = plans(index, lambda connection: connection.execute(collection._candidates()))
+    assert steps.count("MERGE (EXCEPT)") == 2
+    scans = [step for step in steps if "SCAN" in step and "leases" not in step]
+    assert scans == ["SCAN blobs", "SCAN image_blobs USING COVERING INDEX ix_image_blobs_blob_id"]
+    assert not [step for step in steps if "TEMP B-TREE" in step and "ORDER BY" not in step]
 
 
 def test_sweeping_sessions_and_looking_up_what_is_stored_use_indexes(index: Database) -> None:

@@ -7,10 +7,11 @@ import sqlite3
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError, database, locks
 from cachedb.database import APPLICATION_ID, Database
@@ -45,6 +46,15 @@ def content(directory: Path) -> dict[str, bytes | None]:
     """Every file and folder below a directory, with its bytes; but for whose turn it is to write."""
     paths = sorted(path for path in directory.rglob("*") if path.name != "write.queue")
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def set_revision(index: Database, revision: str, oldest: int) -> None:
+    """Have the index say that it has another schema, and which releases can work with it."""
+    shell = sqlite3.connect(index.path)
+    shell.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    shell.execute(f"PRAGMA user_version = {oldest}")
+    shell.commit()
+    shell.close()
 
 
 # Transactions
@@ -262,13 +272,115 @@ def test_as_many_threads_as_there_are_may_be_in_a_transaction(index: Database) -
 
 @pytest.mark.parametrize(("revision", "advice"), [("0000", "upgrade=True"), ("9999", "newer release")])
 def test_a_write_in_another_schema_is_refused_before_its_block(index: Database, revision: str, advice: str) -> None:
-    shell = sqlite3.connect(index.path)
-    shell.execute("UPDATE alembic_version SET version_num = ?", (revision,))
-    shell.execute(f"PRAGMA user_version = {int(revision)}")
-    shell.commit()
-    shell.close()
+    set_revision(index, revision, int(revision))
     with pytest.raises(SchemaMismatch, match=advice), index.write():
         pytest.fail("the block was begun")
+
+
+# Look-ups
+
+DIGESTS = select(TRASH.c.digest)
+
+
+def test_a_look_up_takes_no_lock_and_sees_the_last_commit(index: Database) -> None:
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"new")])
+        assert index.rows(DIGESTS, {}) == []
+    assert index.rows(DIGESTS, {}) == [(digest_of(b"new"),)]
+    assert index.rows(DIGESTS.where(TRASH.c.size == bindparam("size")).limit(1), {"size": -1}) == []
+
+
+def test_a_look_up_is_in_the_index_that_has_the_name(index: Database, new: Path) -> None:
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"in the old one")])
+    other = Database(index.directory)
+    assert len(other.rows(DIGESTS, {})) == 1
+    with index.alone():
+        assert index.replace(new, index.directory / "quarantine" / "old.db")
+    assert other.rows(DIGESTS, {}) == []
+
+
+@pytest.mark.parametrize(("revision", "advice"), [("0000", "upgrade=True"), ("9999", "newer release")])
+def test_a_look_up_in_another_schema_is_refused(index: Database, revision: str, advice: str) -> None:
+    assert index.rows(DIGESTS, {}) == []
+    set_revision(index, revision, int(revision))
+    with pytest.raises(SchemaMismatch, match=advice):
+        index.rows(DIGESTS, {})
+
+
+def test_a_look_up_in_a_newer_schema_that_allows_it(index: Database) -> None:
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"kept")])
+    set_revision(index, "9999", 1)
+    assert index.rows(DIGESTS, {}) == [(digest_of(b"kept"),)]
+
+
+def test_a_look_up_that_fails_leaves_nothing_behind(index: Database) -> None:
+    index.rows(DIGESTS, {})
+    gone = select(Table("gone", MetaData(), Column("name", Text)))
+    with pytest.raises(StorageError, match="no such table: gone"):
+        index.rows(gone, {})
+    assert index._idle == []
+    assert index.rows(DIGESTS, {}) == []
+
+
+def test_what_is_looked_up_in_is_closed_before_a_fork(index: Database) -> None:
+    index.rows(DIGESTS, {})
+    assert len(index._idle) == 1
+    if (child := os.fork()) == 0:
+        os._exit(len(index._idle))
+    assert os.waitpid(child, 0)[1] == 0
+    assert index.rows(DIGESTS, {}) == []
+
+
+def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
+    output = run_python(
+        """
+        import os, sys, threading
+        from pathlib import Path
+        from sqlalchemy import select
+        from cachedb import database
+        from cachedb.tables import TRASH
+
+        index = database.Database(Path(sys.argv[1]))
+        within, forked = threading.Event(), threading.Event()
+        compiled, seen = database._compiled, []
+
+        def fork():
+            within.wait()
+            if (child := os.fork()) == 0:
+                os._exit(0)
+            forked.set()
+            os.waitpid(child, 0)
+
+        def compile_slowly(statement):
+            within.set()
+            seen.append(forked.wait(0.2))
+            return compiled(statement)
+
+        database._compiled = compile_slowly
+        forker = threading.Thread(target=fork)
+        forker.start()
+        index.rows(select(TRASH.c.digest), {})
+        forker.join(10)
+        assert forked.is_set()
+        print(seen)
+        """,
+        index.directory,
+    )
+    assert output == "[False]\n"
+
+
+def test_many_threads_look_up_at_once(index: Database) -> None:
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"there")])
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: index.rows(DIGESTS, {}), range(500)))
+    assert found == [[(digest_of(b"there"),)]] * 500
+    assert len(index._idle) <= 5
+
+
+# Connections
 
 
 def test_every_connection_is_durable_and_holds_to_foreign_keys(index: Database) -> None:

@@ -318,6 +318,13 @@ def stop_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> None:
         if "cachedb_begin" in connection.get_execution_options():
             steps.step("commit")
 
+    rows = Database.rows
+
+    def look_up(self: Database, *arguments: Any) -> object:
+        steps.step("read")
+        return rows(self, *arguments)
+
+    patch.setattr(Database, "rows", look_up)
     event.listen(Engine, "begin", begin)  # listeners of the class come before the engine's own
     event.listen(Engine, "commit", commit)
 
