@@ -32,10 +32,10 @@ def prepare(place: Path, size: int, archive: Path | None = None) -> RealImage:
     image = RealImage(place / "docker.tar", place / "oci.tar", place / "layout")
     if archive:
         note(f"preparing the image of {archive}")
-        in_child(_convert, archive, image, place / "converting")
-        return image
-    note(f"preparing a docker-archive of {size / 1e6:.0f} MB")
-    write_docker_archive(image.docker_archive, NAME, [size // 4] * 4)
+        in_child(_convert, archive, {"docker-archive": image.docker_archive}, place / "converting")
+    else:
+        note(f"preparing a docker-archive of {size / 1e6:.0f} MB")
+        write_docker_archive(image.docker_archive, NAME, [size // 4] * 4)
     if shutil.which("skopeo"):
         note("and its other forms, by skopeo")
         copy = ["skopeo", "--insecure-policy", "copy", "-q"]
@@ -43,19 +43,18 @@ def prepare(place: Path, size: int, archive: Path | None = None) -> RealImage:
         run(*copy, f"oci:{image.layout}:{TAG}", f"oci-archive:{image.oci_archive}:{TAG}")
     else:
         note("and its other forms, by cachedb")
-        in_child(_convert, image.docker_archive, image, place / "converting")
+        forms = {"oci-archive": image.oci_archive, "oci-dir": image.layout}
+        in_child(_convert, image.docker_archive, forms, place / "converting")
     return image
 
 
-def _convert(archive: Path, image: RealImage, place: Path) -> None:
+def _convert(archive: Path, forms: dict[str, Path], place: Path) -> None:
     from cachedb import Cache
 
     with Cache.open(place) as cache:
         cache.cache_from_tar(archive, NAME)
-        forms = {"docker-archive": image.docker_archive, "oci-archive": image.oci_archive, "oci-dir": image.layout}
         for form, path in forms.items():
-            if path != archive:
-                cache.export(NAME, path, format=form)
+            cache.export(NAME, path, format=form)
     empty(place)
 
 
