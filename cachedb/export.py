@@ -25,6 +25,7 @@ from cachedb.directory import blob_path
 from cachedb.errors import CacheError, NotInCache, os_errors
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance
+from cachedb.receiving import WRITTEN_BACK, write_back
 from cachedb.reference import Digest, Name, digest_of, shorten, split_digest
 
 __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "without_absent", "write_folder", "write_tar"]
@@ -32,7 +33,6 @@ __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "without_absent", "
 FORMATS: Final = ("docker", "docker-archive", "oci-archive", "oci-dir")
 """What an image can be exported as; the first, the default, is an OCI archive that `docker load` takes too."""
 
-_COPY = 16 * 1024 * 1024  # bytes handed to the kernel at a time, between two calls of the progress
 
 
 class Entry(NamedTuple):
@@ -248,7 +248,7 @@ def _write_content(directory: Path, entry: Entry, stream: BinaryIO, progress: Ad
                 "import the image again"
             )
         while left:
-            count = _copy_some(source, stream, min(left, _COPY))
+            count = _copy_some(source, stream, min(left, WRITTEN_BACK))
             if not count:
                 raise CacheError(f"the file of {entry.content} was cut short while it was read")
             left -= count
@@ -262,6 +262,7 @@ def _copy_some(source: int, stream: BinaryIO, count: int) -> int:
         # An error may only mean "not between these two files"; if not, the write below meets it again.
         with suppress(OSError):
             if copied := os.copy_file_range(source, stream.fileno(), count):
+                write_back(stream.fileno(), stream.tell() - copied, copied)
                 return copied
         with suppress(OSError):
             return os.sendfile(stream.fileno(), source, None, count)

@@ -19,9 +19,10 @@ from cachedb.errors import DigestMismatch, os_errors
 from cachedb.parallel import Advance
 from cachedb.reference import Digest, parse_digest, split_digest
 
-__all__ = ["CHUNK", "Content", "Hasher", "Readable", "discard", "receive"]
+__all__ = ["CHUNK", "WRITTEN_BACK", "Content", "Hasher", "Readable", "discard", "receive", "write_back"]
 
 CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
+WRITTEN_BACK = 8 * CHUNK  # bytes of which the disk is told at a time
 _BUFFERS = 4  # chunks under way in one blob: one read and written while others are hashed
 
 
@@ -125,7 +126,7 @@ def _copy(
     progress: Advance | None,
 ) -> int:
     """Copy to the end, or until ``limit`` bytes are exceeded; return the bytes read."""
-    length = 0
+    length = written = 0
     # To clear a buffer of a whole chunk takes longer than all else that is done with the bytes of most blobs.
     chunk_size = CHUNK if limit is None else min(CHUNK, limit + 1)
     with _hashing(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
@@ -137,6 +138,9 @@ def _copy(
             hash_chunk(chunk)
             if target is not None:
                 _write(target, chunk)
+                if length - written >= WRITTEN_BACK:
+                    write_back(target, written, length - written)
+                    written = length
             if progress is not None:
                 progress(len(chunk))
             if len(chunk) < chunk_size:
@@ -217,3 +221,12 @@ def _write(target: int, chunk: memoryview) -> None:
     with os_errors("write to the cache"):
         while chunk:
             chunk = chunk[os.write(target, chunk) :]
+
+
+def write_back(file: int, offset: int, length: int) -> None:
+    """Have the disk begin with what was written to a file, while more is; fsync would be waited for as long otherwise.
+
+    Linux does so when it is told that the pages are not needed. It does not drop them, for they are dirty.
+    """
+    with suppress(OSError):  # it is a hint, of which a file system may know nothing
+        os.posix_fadvise(file, offset, length, os.POSIX_FADV_DONTNEED)
