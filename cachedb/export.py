@@ -34,7 +34,6 @@ FORMATS: Final = ("docker", "docker-archive", "oci-archive", "oci-dir")
 """What an image can be exported as; the first, the default, is an OCI archive that `docker load` takes too."""
 
 
-
 class Entry(NamedTuple):
     """A file of an archive: its path in it, and its content, or the blob whose content it has."""
 
