@@ -859,7 +859,7 @@ def sql(
     """Ask the index a question in SQL; without one, list the views that there are to ask.
 
     QUERY is SQLite's SQL, with the functions human(bytes) and ago(time) besides; - reads it from stdin. Nothing can be
-    changed by it, no writer waits for it, and it has a processor when nobody else wants it. The columns of each view
+    changed by it, no writer waits for it, and it runs at the lowest priority. The columns of each view
     are in the README's SQL reference.
     """
     from cachedb.report import number
@@ -959,7 +959,7 @@ def report(
 
     A report is a file of SQL. Your own are in the folder of CACHEDB_REPORTS, by default reports/ in cachedb's folder
     of the user's configuration, and go before those of the same name. A table has sizes for people, all else bytes.
-    A report has a processor when nobody else wants it.
+    A report runs at the lowest priority.
     """
     from cachedb.report import load, reports
 
