@@ -57,6 +57,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"there is no section of that name: they are {words}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the end of the block, that cleans up
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode; a checkout gets it here
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cachedb-benchmarks-", dir=options.directory) as folder:
         plan = Plan(
