@@ -297,8 +297,9 @@ def _import_by(count: int, cache: Path, archives: list[Path]) -> Cost:
 
 
 def _import_when_ready(cache: Path, archives: list[Path], ready: Barrier, costs: SimpleQueue[Cost]) -> None:
-    from cachedb import Cache
+    from cachedb import Cache, archive
 
+    assert archive
     with Cache.open(cache) as opened:
         ready.wait(60)
-        costs.put(cost(lambda: [opened.cache_from_tar(archive) for archive in archives]))
+        costs.put(cost(lambda: [opened.cache_from_tar(path) for path in archives]))
