@@ -49,7 +49,7 @@ def stores(plan: Plan) -> None:
     ]
     if has("skopeo"):
         copy = [*SKOPEO, f"oci:{layout}:small", f"dir:{store}"]
-        works.append(Work("copy to dir: (no fsync)", "skopeo", lambda: run(*copy), total, before=lambda: empty(store)))
+        works.append(Work("copy to dir:", "skopeo", lambda: run(*copy), total, before=lambda: empty(store)))
     if importlib.util.find_spec("disk_objectstore"):
         works.append(work("loose objects", "disk-objectstore", _loose_objects))
         works.append(work("one pack", "disk-objectstore", _packed_objects))
