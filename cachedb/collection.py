@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,6 @@ from cachedb.blobs import BATCH, batched, retract, stored
 from cachedb.database import Database, sync_folder
 from cachedb.directory import blob_file
 from cachedb.errors import os_errors
-from cachedb.parallel import in_threads
 from cachedb.reference import Digest
 from cachedb.sessions import dead_sessions, locked_sessions
 from cachedb.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
@@ -128,15 +128,24 @@ def collect(database: Database, *, batch: int = BATCH) -> Iterator[Collected]:
     partial.sweep(database.directory)
     with database.read() as connection:
         candidates = list(connection.execute(_candidates()).scalars())
-    for start in range(0, len(candidates), batch):
-        with database.write() as connection:
-            part = forget(connection, candidates[start : start + batch])
-        yield part
-        empty_trash(database)  # now, so that a large collection gives back space as it goes
+    with _unlinking(database.directory) as unlink:
+        for start in range(0, len(candidates), batch):
+            with database.write() as connection:
+                part = forget(connection, candidates[start : start + batch])
+            yield part
+            _move_out(database)
+            unlink()  # now, so that a large collection gives back space as it goes
 
 
 def empty_trash(database: Database) -> None:
     """Move the files of forgotten blobs out of ``blobs/`` and unlink them."""
+    _move_out(database)
+    with _unlinking(database.directory) as unlink:
+        unlink()
+
+
+def _move_out(database: Database) -> None:
+    """Rename the files of forgotten blobs into ``trash/``."""
     trash = f"{database.directory}/trash"
     while database.rows(_some_trash(), {"most": 1}):
         with database.write() as connection:
@@ -160,20 +169,38 @@ def empty_trash(database: Database) -> None:
         if len(done) == len(digests) < BATCH:
             break
 
-    def unlink(names: list[str], _advance: object = None) -> None:
-        for name in names:
-            with suppress(FileNotFoundError):
-                os.unlink(f"{trash}/{name}")
 
-    with os_errors("empty the trash"):
-        names = os.listdir(trash)
+@contextmanager
+def _unlinking(directory: Path) -> Iterator[Callable[[], None]]:
+    """Give a block what begins to unlink all that is in ``trash/``; it is done at the block's end.
+
+    Where others sync, each unlinking waits for the file system's journal: several wait together, and beside the block.
+    """
+    trash = f"{directory}/trash"
+    begun: list[Future[None]] = []
+
+    def unlink(names: list[str]) -> None:
+        with os_errors("empty the trash"):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{trash}/{name}")
+
+    def finish() -> None:
+        while begun:
+            begun.pop().result()
+
+    def begin() -> None:
+        finish()
+        with os_errors("empty the trash"):
+            names = os.listdir(trash)
         if len(names) <= _FEW:
             unlink(names)
         else:
-            # Where others sync, each unlinking waits for the file system's journal; several wait together.
-            in_threads(
-                unlink, [names[start::_UNLINKING] for start in range(_UNLINKING)], lambda _: None, threads=_UNLINKING
-            )
+            begun.extend(threads.submit(unlink, names[start::_UNLINKING]) for start in range(_UNLINKING))
+
+    with ThreadPoolExecutor(_UNLINKING) as threads:
+        yield begin
+        finish()
 
 
 def recover(database: Database) -> None:

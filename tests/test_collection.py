@@ -214,10 +214,12 @@ def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
     names = {f"sha256-{number:064x}" for number in range(200)}
     for name in names:
         (cache.directory / "trash" / name).touch()
-    unlink, threads = os.unlink, set[int]()
+    unlink, threads, meeting = os.unlink, set[int](), threading.Barrier(collection._UNLINKING, timeout=60)
 
     def refuse_one(path: str) -> None:
-        threads.add(threading.get_ident())
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            meeting.wait()  # each is there, before any of them is through
         if path.endswith("77"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         unlink(path)
@@ -226,7 +228,7 @@ def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
         patch.setattr(os, "unlink", refuse_one)
         with pytest.raises(StorageError, match="Permission denied"):
             collection.empty_trash(index)
-    assert len(threads) > 1
+    assert len(threads) == collection._UNLINKING > 1
     collection.empty_trash(index)
     assert os.listdir(cache.directory / "trash") == []
 
