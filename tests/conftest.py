@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from typing import Any
 import pytest
 
 from cachedb import Cache
+
+# Whoever runs the tests in a shell's background has SIGINT ignored, and what they start would have it ignored too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
