@@ -25,7 +25,7 @@ from cachedb.directory import blob_file, blob_path
 from cachedb.errors import CacheError, InvalidDigest, NotInCache, StorageError, os_errors
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance
-from cachedb.receiving import Content, Hasher, Readable, discard
+from cachedb.receiving import Content, Hasher, Readable, discard, identity
 from cachedb.reference import Digest, digest_of, parse_digest
 from cachedb.sessions import NO_HOLD, Hold, Session, received_digest
 from cachedb.tables import BLOBS
@@ -109,7 +109,7 @@ def receive(
 
 
 class Replaced(StorageError):
-    """Under the name of a file that was read there is another one by now."""
+    """Under the name of a file that was read there is another one by now, or another content."""
 
 
 def receive_linked(
@@ -139,9 +139,10 @@ def receive_linked(
 
     Raises:
         DigestMismatch: as for `receive`.
-        Replaced: if the name is another file's by now.
+        Replaced: if the name is another file's by now, or somebody has written to it meanwhile.
         StorageError: if it cannot be linked, for another reason, nor be copied.
     """
+    before = os.fstat(file)
     verified = receive(session, source(), digest=digest, size=size, write=False, progress=progress, what=what)
     named = session.new_path(digest)
     with os_errors("link to a blob"):
@@ -156,11 +157,11 @@ def receive_linked(
                 return receive(session, source(), digest=digest, size=size, what=what)
             raise
         found = named.lstat()
-        if not os.path.samestat(os.fstat(file), found):
+        if identity(found) != identity(before):
             named.unlink()
             if stat.S_ISLNK(found.st_mode):
                 return receive(session, source(), digest=digest, size=size, what=what)
-            raise Replaced("it was replaced while it was read")
+            raise Replaced(f"{what} was replaced or written to while it was read")
     return verified._replace(path=named)
 
 

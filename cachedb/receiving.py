@@ -19,7 +19,7 @@ from cachedb.errors import DigestMismatch, os_errors
 from cachedb.parallel import Advance
 from cachedb.reference import Digest, parse_digest, split_digest
 
-__all__ = ["CHUNK", "WRITTEN_BACK", "Content", "Hasher", "Readable", "discard", "receive", "write_back"]
+__all__ = ["CHUNK", "WRITTEN_BACK", "Content", "Hasher", "Readable", "discard", "identity", "receive", "write_back"]
 
 CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
 WRITTEN_BACK = 8 * CHUNK  # bytes of which the disk is told at a time
@@ -116,6 +116,11 @@ def discard(path: Path | None) -> None:
     if path is not None:
         with suppress(OSError):
             path.unlink()
+
+
+def identity(status: os.stat_result) -> tuple[int, int, int]:
+    """Return what tells a file from another one, and from itself before it was written to."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _copy(

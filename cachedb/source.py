@@ -21,7 +21,7 @@ from cachedb.directory import blob_path, partial_path
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError, os_errors
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, in_threads
-from cachedb.receiving import Content, discard, receive
+from cachedb.receiving import Content, discard, identity, receive
 from cachedb.reference import Digest, Name, digest_of, shorten
 from cachedb.registry import Fetched, Repository, mirrors, place
 
@@ -311,9 +311,8 @@ class Source:
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:
-    """Return what tells a file from another of its name, and from itself after it was written to."""
+    """Return the identity of a file; None if there is none."""
     try:
-        found = path.stat()
+        return identity(path.stat())
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns

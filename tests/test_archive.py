@@ -443,9 +443,39 @@ def test_a_file_of_a_layout_that_is_replaced_while_it_is_linked_is_refused(
         link(source, target, **options)
 
     monkeypatch.setattr(os, "link", replaced)
-    with pytest.raises(StorageError, match="replaced while it was read"):
+    with pytest.raises(StorageError, match=f"layer {digest_of(made.layers[1])} was replaced"):
         cache.cache_from_tar(folder, link=True)
     assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+@pytest.mark.parametrize("change", ["grown", "changed"])
+def test_a_file_of_a_layout_that_is_written_to_while_it_is_linked_is_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    made, link = make.image(1, 2), os.link
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    victim = layout_blob(folder, made.layers[1])
+    os.utime(victim, (0, 0))  # what is written in one tick of the clock has one time
+
+    def written_to(source: str, target: Path, **options: Any) -> None:
+        if Path(source) == victim:
+            victim.write_bytes(made.layers[1] + b"!" if change == "grown" else made.layers[1][::-1])
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", written_to)
+    with pytest.raises(StorageError, match="written to while it was read"):
+        cache.cache_from_tar(folder, link=True)
+    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+def test_what_is_stored_of_a_layout_is_not_linked_again(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make.image(1, 2)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    cache.cache_from_tar(folder, link=True)
+    monkeypatch.delattr(os, "link")
+    assert cache.cache_from_tar(folder, "app:2", link=True)[0].complete
 
 
 def test_an_archive_has_no_files_to_link(cache: Cache, tmp_path: Path) -> None:
