@@ -28,6 +28,7 @@ from cachedb.registry import Fetched, Repository, mirrors, place
 __all__ = ["AT_ONCE", "Root", "Source"]
 
 AT_ONCE = 4  # blobs that are downloaded at the same time
+_PATIENCE = 2  # seconds; who is connecting cannot be stopped, and may take longer than whoever wants an end has time
 _BYTES = 64 * 1024 * 1024  # of manifests, which are all in memory: those of a thousand platforms have far less
 
 T = TypeVar("T")
@@ -89,7 +90,7 @@ class Source:
     ) -> None:
         if self._begun:
             self.stop()  # if all went well there is nothing to stop
-            self._begun.join()
+            self._begun.join(_PATIENCE)
         for repository in self.repositories:
             repository.close()
 
@@ -272,7 +273,7 @@ class Source:
     def begin(self) -> None:
         """Begin to ask and to download in a thread, if the cache is there; what fails, fails again for who wants it."""
         if (self._directory / "index.db").exists():
-            self._begun = threading.Thread(target=self._begin)
+            self._begun = threading.Thread(target=self._begin, daemon=True)
             self._begun.start()
 
     def _begin(self) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,28 @@ def test_an_end_is_not_held_up_by_what_was_begun(made: Path, remote: Registry) -
             time.sleep(0.01)
     assert time.monotonic() - before < 20
     assert not source._begun or not source._begun.is_alive()
+
+
+def test_an_end_is_not_held_up_by_a_registry_that_takes_no_connection(made: Path) -> None:
+    with ExitStack() as opened:
+        full = opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):
+            waiting = opened.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        before = time.monotonic()
+        with Source(made, Name.parse(f"127.0.0.1:{full.getsockname()[1]}/app:1")) as source:
+            source.begin()
+        assert time.monotonic() - before < 6  # it is given up after ten
+    assert source._begun
+    source._begun.join()
+
+
+def test_if_missing_asks_for_nothing_that_is_here(made: Path, remote: Registry, cachedb: Run) -> None:
+    assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
+    assert asked(remote)
+    assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
+    assert asked(remote) == []
 
 
 def test_what_was_begun_by_who_is_killed_is_gone_on_with(made: Path, remote: Registry) -> None:
