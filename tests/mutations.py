@@ -37,6 +37,8 @@ MUTATIONS = [
     # Blobs
     Mutation("content is verified", "cachedb/receiving.py", "if digest is not None and actual != digest:", "if False:", "tests/test_blobs.py"),
     Mutation("content is synced before it has its name", "cachedb/receiving.py", "                os.fsync(target)\n", "", POWER),
+    Mutation("who looks at content may refuse its end", "cachedb/receiving.py", "    while not free.empty():\n        finished(free.get())\n", "", "tests/test_blobs.py"),
+    Mutation("who looks at content may refuse it", "cachedb/receiving.py", "        if isinstance(chunk, BaseException):\n            raise chunk\n", "", "tests/test_blobs.py"),
     Mutation("the record in ingest/ is synced before blobs/ changes", "cachedb/blobs.py", "            sync_folder(session.folder)\n", "            pass\n", POWER),
     Mutation("names in blobs/ are synced before their rows", "cachedb/blobs.py", "            for folder in {os.path.dirname(target) for target in targets.values()}:\n                sync_folder(folder)\n", "", POWER),
     Mutation("a publication that failed is taken back", "cachedb/blobs.py", "            retract(database, session.folder, [path.name for path in files])\n", "            pass\n", "tests/test_blobs.py tests/test_cache.py"),
@@ -70,6 +72,7 @@ MUTATIONS = [
     Mutation("an index that was replaced is not written to", "cachedb/database.py", "        if connection.file != self._file():\n", "        if False:\n", "tests/test_rebuild.py tests/test_verify.py"),
     Mutation("an index that was replaced is not looked up in", "cachedb/database.py", "                if connection.file != file:\n", "                if False:\n", "tests/test_database.py"),
     Mutation("nothing is looked up in a schema that is not ours", "cachedb/database.py", "                ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)\n", "                ours = True\n", "tests/test_database.py"),
+    Mutation("a look-up is in the schema that was looked at", "cachedb/database.py", '                connection.execute("BEGIN")\n                ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)\n', '                ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)\n                connection.execute("BEGIN")\n', "tests/test_database.py"),
     Mutation("a fork waits for look-ups", "cachedb/database.py", "        with locks.unforked(), self._sqlite_errors():\n            file = self._file()\n", "        with self._sqlite_errors():\n            file = self._file()\n", "tests/test_database.py -k look_up"),
     Mutation("what is looked up in is closed before a fork", "cachedb/database.py", "            self._idle.pop().close()\n", "            break\n", "tests/test_database.py"),
     # Locks
@@ -104,6 +107,9 @@ MUTATIONS = [
     Mutation("what was begun is not downloaded again", "cachedb/source.py", "                    self._whole[blob.digest] = _mark(partial_path(self._directory, blob.digest))\n", "                    partial_path(self._directory, blob.digest).unlink()\n", "tests/test_source.py"),
     Mutation("what others download is not begun", "cachedb/source.py", "                if nobody and not self._has_file(blob.digest):", "                if not self._has_file(blob.digest):", "tests/test_source.py"),
     Mutation("what is here is not begun", "cachedb/source.py", "                if nobody and not self._has_file(blob.digest):", "                if nobody:", "tests/test_source.py"),
+    Mutation("what is here is not begun with if only what is missing is wanted", "cachedb/cli.py", "        if not if_missing:\n            # It comes", "        if True:\n            # It comes", "tests/test_source.py"),
+    Mutation("what was begun does not hold up an end", "cachedb/source.py", "            self._begun.join(_PATIENCE)\n", "            self._begun.join()\n", "tests/test_source.py"),
+    Mutation("what was begun ends with who wants it", "cachedb/source.py", "            self.stop()  # if all went well there is nothing to stop\n", "", "tests/test_source.py"),
     Mutation("what is asked for is asked for once", "cachedb/source.py", "            known = self._asked.get(what)\n            future = known or self._asked.setdefault(what, Future())", "            known, future = None, Future[object]()", "tests/test_source.py"),
     Mutation("what is stored is not gone on with", "cachedb/partial.py", "        if found.st_nlink > 1 or found.st_size > size:", "        if found.st_size > size:", "tests/test_pull.py"),
     Mutation("what was downloaded is leased until its image is saved", "cachedb/pull.py", "                    self._holds.append(self._session.lease(connection, [blob.digest]))\n", "                    pass\n", "tests/test_pull.py"),

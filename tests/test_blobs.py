@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event
 
-from cachedb import Cache, DigestMismatch, StorageError, blobs, collection
+from cachedb import Cache, DigestMismatch, InvalidArchive, StorageError, blobs, collection
 from cachedb.blobs import Received
 from cachedb.database import Database
 from cachedb.directory import blob_path
@@ -121,6 +121,21 @@ def test_a_source_that_fails_leaves_nothing(session: Session, write: bool) -> No
 
     with pytest.raises(KeyboardInterrupt):
         blobs.receive(session, Failing(), write=write)
+    assert os.listdir(session.folder) == []
+
+
+@pytest.mark.parametrize("failing", range(1, 8))
+def test_what_looks_at_content_on_its_way_may_refuse_it_at_any_chunk(session: Session, failing: int) -> None:
+    class Refusing:
+        seen = 0
+
+        def update(self, _data: memoryview, /) -> None:
+            self.seen += 1
+            if self.seen == failing:
+                raise InvalidArchive("refused")
+
+    with pytest.raises(InvalidArchive, match="refused"):
+        blobs.receive(session, io.BytesIO(bytes(6 * MIB)), also=Refusing())
     assert os.listdir(session.folder) == []
 
 
