@@ -102,6 +102,7 @@ MUTATIONS = [
     Mutation("a blob is downloaded once a host", "cachedb/pull.py", "with producing.once(directory, partial.key_of(blob.digest), find, waiting", 'with producing.once(directory, str(id(blob)), find, waiting', "tests/test_pull.py"),
     Mutation("what is left of a download is not trusted", "cachedb/source.py", "            if not begun:\n", "            if True:\n", "tests/test_pull.py"),
     Mutation("a download is kept until it is stored", "cachedb/blobs.py", "        os.link(path, named)\n    return Received(*content, named)", "        os.rename(path, named)\n    return Received(*content, named)", "tests/test_pull.py"),
+    Mutation("what is linked is synced before it has its name", "cachedb/blobs.py", "        os.fsync(file)\n", "", POWER),
     Mutation("what is linked is what was read", "cachedb/blobs.py", "        if identity(found) != identity(before):\n", "        if False:\n", "tests/test_archive.py tests/test_adopt.py"),
     Mutation("what was begun is not trusted once it was touched", "cachedb/source.py", "if (mark := self._whole.get(blob.digest)) and mark == _mark(path):", "if self._whole.get(blob.digest):", "tests/test_source.py"),
     Mutation("what was begun is not downloaded again", "cachedb/source.py", "                    self._whole[blob.digest] = _mark(partial_path(self._directory, blob.digest))\n", "                    partial_path(self._directory, blob.digest).unlink()\n", "tests/test_source.py"),
