@@ -1,7 +1,8 @@
 """Blobs on disk: received under ``ingest/``, published into ``blobs/``, read from there.
 
-What is hashed is what is written: the same buffers, each read once. A blob's name never appears in
-``blobs/`` before all of it is there and on disk, and its row never says "stored" before its name is.
+What is hashed is what is written: the same buffers, each read once; or what is linked, if nobody has written to it
+meanwhile. A blob's name never appears in ``blobs/`` before all of it is there and on disk, and its row never says
+"stored" before its name is.
 """
 
 from __future__ import annotations

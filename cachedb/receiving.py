@@ -144,7 +144,7 @@ def _copy(
             if target is not None:
                 _write(target, chunk)
                 if length - written >= WRITTEN_BACK:
-                    write_back(target, written, length - written)
+                    write_back(target, length - written)
                     written = length
             if progress is not None:
                 progress(len(chunk))
@@ -228,10 +228,11 @@ def _write(target: int, chunk: memoryview) -> None:
             chunk = chunk[os.write(target, chunk) :]
 
 
-def write_back(file: int, offset: int, length: int) -> None:
-    """Have the disk begin with what was written to a file, while more is; fsync would be waited for as long otherwise.
+def write_back(file: int, count: int) -> None:
+    """Have the disk begin with the bytes last written to a file, while more is; fsync would be waited for otherwise.
 
     Linux does so when it is told that the pages are not needed. It does not drop them, for they are dirty.
     """
     with suppress(OSError):  # it is a hint, of which a file system may know nothing
-        os.posix_fadvise(file, offset, length, os.POSIX_FADV_DONTNEED)
+        end = os.lseek(file, 0, os.SEEK_CUR)  # not how much we have read: a download may be gone on with
+        os.posix_fadvise(file, end - count, count, os.POSIX_FADV_DONTNEED)
