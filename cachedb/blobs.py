@@ -125,7 +125,7 @@ def receive_linked(
     progress: Advance | None = None,
     what: str = "the content",
 ) -> Received:
-    """Verify a file, and receive it as a hard link to it; as a copy where the file system cannot.
+    """Verify a file, and receive it as a hard link to it; as a copy where the file system cannot, or others may write.
 
     Args:
         session: as for `receive`.
@@ -134,7 +134,7 @@ def receive_linked(
         path: its name.
         digest: as for `receive`.
         size: as for `receive`.
-        read_only: nobody may write to it from now on, if it is ours.
+        read_only: nobody may write to it from now on, if it is linked.
         progress: as for `receive`.
         what: as for `receive`.
 
@@ -144,11 +144,14 @@ def receive_linked(
         StorageError: if it cannot be linked, for another reason, nor be copied.
     """
     before = os.fstat(file)
+    if before.st_uid != os.geteuid() or before.st_mode & stat.S_IWOTH:
+        # What other users write to is no blob. That its own user does not is for him to see to.
+        return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     verified = receive(session, source(), digest=digest, size=size, write=False, progress=progress, what=what)
     named = session.new_path(digest)
     with os_errors("link to a blob"):
         if read_only:
-            with suppress(OSError):  # it may be somebody else's
+            with suppress(OSError):  # it may be one that nobody can change, which cannot be linked either
                 os.fchmod(file, 0o444)
         os.fsync(file)
         try:

@@ -420,6 +420,23 @@ def test_what_cannot_be_linked_of_a_layout_is_copied(
         assert path.read_bytes() == data
 
 
+@pytest.mark.parametrize("whose", ["another user's", "everybody's"])
+def test_what_other_users_can_write_to_is_copied(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    made = make.image(1, 2)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    if whose == "everybody's":
+        layout_blob(folder, made.config).chmod(0o666)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    (image,) = cache.cache_from_tar(folder, link=True)
+    assert image.complete
+    path = cache.get_blob_path(digest_of(made.config))
+    assert not path.samefile(layout_blob(folder, made.config))
+    assert path.stat().st_mode & 0o777 == 0o444
+
+
 def test_a_damaged_file_of_a_layout_is_not_linked(cache: Cache, tmp_path: Path) -> None:
     made = make.image(1, 2)
     folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
