@@ -91,6 +91,10 @@ class Source:
         if self._begun:
             self.stop()  # if all went well there is nothing to stop
             self._begun.join(_PATIENCE)
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; who asks again opens others."""
         for repository in self.repositories:
             repository.close()
 

@@ -18,7 +18,7 @@ from cachedb.directory import partial_path
 from cachedb.reference import Digest, Name
 from cachedb.source import Source
 from tests import make
-from tests.conftest import Run
+from tests.conftest import Run, run_python
 from tests.faults import answer, changed
 from tests.promises import check
 from tests.registries import Registry
@@ -93,6 +93,24 @@ def test_the_command_does_not_download_again_what_it_has_begun(made: Path, remot
     assert blobs_of(remote).count(layer) == 1
     with Cache.open(made) as cache:
         assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+
+
+def test_many_images_are_pulled_with_the_connections_of_one(made: Path, remote: Registry) -> None:
+    for tag in range(60):
+        remote.add(FIRST, "many", str(tag))
+    names = [f"{remote.host}/many:{tag}" for tag in range(60)]
+    output = run_python(
+        """
+        import resource, sys
+        from cachedb.cli import main
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        sys.argv[1:] = ["--dir", sys.argv[1], "pull", "-q", *sys.argv[2:]]
+        main()
+        """,
+        made,
+        *names,
+    )
+    assert output.splitlines() == names
 
 
 def test_nothing_is_begun_where_there_is_no_cache_yet(directory: Path, remote: Registry) -> None:
