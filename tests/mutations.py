@@ -95,6 +95,7 @@ MUTATIONS = [
     Mutation("a move leaves what is bad in this cache", "cachedb/adopt.py", "if digest in self._new or _is_good(ours, digest):", "if True:", "tests/test_adopt.py"),
     Mutation("a move takes away what is stored and nothing else", "cachedb/adopt.py", "            stored = blobs.intact(connection, ours, self._old.paths)\n", "            stored = dict.fromkeys(self._old.paths)\n", "tests/test_adopt.py"),
     Mutation("a name that is taken meanwhile is not adopted", "cachedb/adopt.py", "image.name not in here or not self._is_settled(connection, image)]", "True]", "tests/test_adopt.py"),
+    Mutation("what is moved is written to by nobody", "cachedb/blobs.py", "                os.fchmod(file, 0o444)\n", "                pass\n", "tests/test_adopt.py"),
     Mutation("a blob that two parts read counts once", "cachedb/adopt.py", "counted = self._is_first(digest)\n", "counted = True\n", "tests/test_adopt.py"),
     # Registries
     Mutation("credentials do not go along a redirect", "cachedb/client.py", 'if authorization and ours else {}', 'if authorization else {}', "tests/test_pull.py"),
@@ -136,6 +137,7 @@ MUTATIONS = [
     Mutation("a blob is leased until its image is saved", "cachedb/cache.py", "                        hold = self._session.lease(connection, [received.digest])\n", "                        pass\n", "tests/test_cache.py tests/test_sessions.py"),
     Mutation("what is exported is held", "cachedb/cache.py", "            hold = NO_HOLD if read_only else self._session.lease(connection, digests)\n", "            hold = NO_HOLD\n", "tests/test_cache.py tests/test_interleavings.py"),
     Mutation("one of many makes an image", "cachedb/producing.py", "        found = find()\n        if found is None:\n            making.add(path)\n", "        found = None\n        if found is None:\n            making.add(path)\n", "tests/test_producing.py"),
+    Mutation("a file that is cut short while it is exported is noticed", "cachedb/export.py", "            if not count:\n                raise CacheError", "            if not count:\n                break\n            if not count:\n                raise CacheError", "tests/test_export.py -k short"),
     Mutation("an export is synced before it has its name", "cachedb/export.py", "            os.fsync(file.fileno())\n", "            pass\n", "tests/test_export.py"),
     # Verification
     Mutation("an interrupt stops the threads", "cachedb/parallel.py", "            stopped.set()\n", "", "tests/test_parallel.py tests/test_verify.py"),
