@@ -113,6 +113,7 @@ MUTATIONS = [
     Mutation("what is here is not begun with if only what is missing is wanted", "cachedb/cli.py", "        if not if_missing:\n            # It comes", "        if True:\n            # It comes", "tests/test_source.py"),
     Mutation("what was begun does not hold up an end", "cachedb/source.py", "            self._begun.join(_PATIENCE)\n", "            self._begun.join()\n", "tests/test_source.py"),
     Mutation("what was begun ends with who wants it", "cachedb/source.py", "            self.stop()  # if all went well there is nothing to stop\n", "", "tests/test_source.py"),
+    Mutation("manifests that are in memory are of a bounded size", "cachedb/source.py", "        if data is None and sum(map(len, self.documents.values())) + blob.size > _BYTES:\n", "        if False:\n", "tests/test_source.py -k memory"),
     Mutation("what is asked for is asked for once", "cachedb/source.py", "            known = self._asked.get(what)\n            future = known or self._asked.setdefault(what, Future())", "            known, future = None, Future[object]()", "tests/test_source.py"),
     Mutation("what is stored is not gone on with", "cachedb/partial.py", "        if found.st_nlink > 1 or found.st_size > size:", "        if found.st_size > size:", "tests/test_pull.py"),
     Mutation("what was downloaded is leased until its image is saved", "cachedb/pull.py", "                    self._holds.append(self._session.lease(connection, [blob.digest]))\n", "                    pass\n", "tests/test_pull.py"),

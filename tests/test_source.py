@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, NotInCache, RegistryError, partial, producing
+from cachedb import Cache, InvalidManifest, NotInCache, RegistryError, partial, producing
 from cachedb.directory import partial_path
 from cachedb.reference import Digest, Name
 from cachedb.source import Source
@@ -149,6 +149,17 @@ def test_of_an_index_the_platform_comes_that_is_wanted(made: Path, remote: Regis
         pytest.raises(NotInCache, match="is not for platform 'linux/s390x'"),
     ):
         cache.pull(source, platform="linux/s390x")
+
+
+def test_an_index_of_manifests_that_memory_has_no_room_for_is_refused(
+    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = FIRST, ARM, ODD
+    remote.add_index(make.index(*children), "several", "1", children)
+    name = f"{remote.host}/several:1"
+    monkeypatch.setattr("cachedb.source._BYTES", len(FIRST.manifest) + len(ARM.manifest))
+    with Cache.open(made) as cache, pytest.raises(InvalidManifest, match="has manifests of more than"):
+        cache.pull(name, all_platforms=True)
 
 
 def test_an_error_is_the_same_and_costs_no_second_request(made: Path, remote: Registry) -> None:
