@@ -990,7 +990,7 @@ class Cache:
             with os_errors("read the archive"), files.descriptor(path) as file:
                 return blobs.receive_linked(
                     self._session,
-                    lambda: files.Section(file, 0, content.section.size),
+                    lambda: files.Section(file, 0, os.fstat(file).st_size),  # it may have grown since it was found
                     file,
                     str(path),
                     digest=digest,

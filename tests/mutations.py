@@ -105,6 +105,7 @@ MUTATIONS = [
     Mutation("a download is kept until it is stored", "cachedb/blobs.py", "        os.link(path, named)\n    return Received(*content, named)", "        os.rename(path, named)\n    return Received(*content, named)", "tests/test_pull.py"),
     Mutation("what is linked is synced before it has its name", "cachedb/blobs.py", "        os.fsync(file)\n", "", POWER),
     Mutation("what others can write to is not linked", "cachedb/blobs.py", "    if before.st_uid != os.geteuid() or before.st_mode & stat.S_IWOTH:\n", "    if False:\n", "tests/test_archive.py"),
+    Mutation("all of what is linked is read", "cachedb/cache.py", "files.Section(file, 0, os.fstat(file).st_size)", "files.Section(file, 0, content.section.size)", "tests/test_archive.py -k grows"),
     Mutation("what is linked is what was read", "cachedb/blobs.py", "        if identity(found) != identity(before):\n", "        if False:\n", "tests/test_archive.py tests/test_adopt.py"),
     Mutation("what was begun is not trusted once it was touched", "cachedb/source.py", "if (mark := self._whole.get(blob.digest)) and mark == _mark(path):", "if self._whole.get(blob.digest):", "tests/test_source.py"),
     Mutation("what was begun is not downloaded again", "cachedb/source.py", "                    self._whole[blob.digest] = _mark(partial_path(self._directory, blob.digest))\n", "                    partial_path(self._directory, blob.digest).unlink()\n", "tests/test_source.py"),

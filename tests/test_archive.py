@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cachedb import Cache, archive, receiving
+from cachedb import Cache, archive, blobs, receiving
 from cachedb import files as files_module
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName, StorageError
 from cachedb.oci import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
@@ -481,6 +481,22 @@ def test_a_file_of_a_layout_that_is_written_to_while_it_is_linked_is_refused(
 
     monkeypatch.setattr(os, "link", written_to)
     with pytest.raises(StorageError, match="written to while it was read"):
+        cache.cache_from_tar(folder, link=True)
+    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+def test_a_file_of_a_layout_that_grows_before_it_is_linked_is_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, hold_stored = make.image(1, 2), blobs.hold_stored
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+
+    def grown_meanwhile(*arguments: Any) -> Any:
+        layout_blob(folder, made.layers[1]).write_bytes(made.layers[1] + b"!")
+        return hold_stored(*arguments)
+
+    monkeypatch.setattr(blobs, "hold_stored", grown_meanwhile)  # what is in the layout is known by then
+    with pytest.raises(DigestMismatch, match="should be 10240 bytes, and is more"):
         cache.cache_from_tar(folder, link=True)
     assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
 
