@@ -1,7 +1,8 @@
 """Blobs on disk: received under ``ingest/``, published into ``blobs/``, read from there.
 
-What is hashed is what is written: the same buffers, each read once. A blob's name never appears in
-``blobs/`` before all of it is there and on disk, and its row never says "stored" before its name is.
+What is hashed is what is written: the same buffers, each read once; or what is linked, if nobody has written to it
+meanwhile. A blob's name never appears in ``blobs/`` before all of it is there and on disk, and its row never says
+"stored" before its name is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cachedb.directory import blob_file, blob_path
 from cachedb.errors import CacheError, InvalidDigest, NotInCache, StorageError, os_errors
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance
-from cachedb.receiving import Content, Hasher, Readable, discard
+from cachedb.receiving import Content, Hasher, Readable, discard, identity
 from cachedb.reference import Digest, digest_of, parse_digest
 from cachedb.sessions import NO_HOLD, Hold, Session, received_digest
 from cachedb.tables import BLOBS
@@ -109,7 +110,7 @@ def receive(
 
 
 class Replaced(StorageError):
-    """Under the name of a file that was read there is another one by now."""
+    """Under the name of a file that was read there is another one by now, or another content."""
 
 
 def receive_linked(
@@ -124,7 +125,7 @@ def receive_linked(
     progress: Advance | None = None,
     what: str = "the content",
 ) -> Received:
-    """Verify a file, and receive it as a hard link to it; as a copy where the file system cannot.
+    """Verify a file, and receive it as a hard link to it; as a copy where the file system cannot, or others may write.
 
     Args:
         session: as for `receive`.
@@ -133,20 +134,24 @@ def receive_linked(
         path: its name.
         digest: as for `receive`.
         size: as for `receive`.
-        read_only: nobody may write to it from now on, if it is ours.
+        read_only: nobody may write to it from now on, if it is linked.
         progress: as for `receive`.
         what: as for `receive`.
 
     Raises:
         DigestMismatch: as for `receive`.
-        Replaced: if the name is another file's by now.
+        Replaced: if the name is another file's by now, or somebody has written to it meanwhile.
         StorageError: if it cannot be linked, for another reason, nor be copied.
     """
+    before = os.fstat(file)
+    if before.st_uid != os.geteuid() or before.st_mode & stat.S_IWOTH:
+        # What other users write to is no blob. That its own user does not is for him to see to.
+        return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     verified = receive(session, source(), digest=digest, size=size, write=False, progress=progress, what=what)
     named = session.new_path(digest)
     with os_errors("link to a blob"):
         if read_only:
-            with suppress(OSError):  # it may be somebody else's
+            with suppress(OSError):  # it may be one that nobody can change, which cannot be linked either
                 os.fchmod(file, 0o444)
         os.fsync(file)
         try:
@@ -156,11 +161,11 @@ def receive_linked(
                 return receive(session, source(), digest=digest, size=size, what=what)
             raise
         found = named.lstat()
-        if not os.path.samestat(os.fstat(file), found):
+        if identity(found) != identity(before):
             named.unlink()
             if stat.S_ISLNK(found.st_mode):
                 return receive(session, source(), digest=digest, size=size, what=what)
-            raise Replaced("it was replaced while it was read")
+            raise Replaced(f"{what} was replaced or written to while it was read")
     return verified._replace(path=named)
 
 

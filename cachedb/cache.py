@@ -933,8 +933,8 @@ class Cache:
         Args:
             source: a path, or a file open for reading in binary, which need not be seekable.
             name: instead of the names in the archive, where it holds one image.
-            link: of a layout folder, make hard links to its files where the file system can; nobody may write to them
-                from then on.
+            link: of a layout folder, make hard links to its files, where the file system can and no other user could
+                write to them. Nobody may from then on.
             progress: is told how far the reading is.
 
         Returns:
@@ -990,7 +990,7 @@ class Cache:
             with os_errors("read the archive"), files.descriptor(path) as file:
                 return blobs.receive_linked(
                     self._session,
-                    lambda: files.Section(file, 0, content.section.size),
+                    lambda: files.Section(file, 0, os.fstat(file).st_size),  # it may have grown since it was found
                     file,
                     str(path),
                     digest=digest,

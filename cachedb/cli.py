@@ -399,6 +399,7 @@ def pull(
                     referrers=referrers,
                     **told,
                 )
+            source.close()  # of hundreds of names, one has connections at a time
             found.append(pulled.image)
             if pulled.stale:
                 click.echo(f"cachedb: {source.name} may be out of date: {printable(pulled.stale)}", err=True)

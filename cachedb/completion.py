@@ -25,7 +25,7 @@ def candidates(ctx: click.Context, incomplete: str, *, names: bool, digests: boo
     """Return the names and digests in the cache that begin as typed."""
 
     def find(cache: Cache) -> list[str]:
-        found = [str(image.name) for image in cache.list_manifests()] if names else []
+        found = [str(name) for name in cache.list_names()] if names else []
         return [*found, *cache.list_blobs(incomplete)] if digests else found
 
     return _completed(ctx, incomplete, find)

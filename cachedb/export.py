@@ -261,7 +261,7 @@ def _copy_some(source: int, stream: BinaryIO, count: int) -> int:
         # An error may only mean "not between these two files"; if not, the write below meets it again.
         with suppress(OSError):
             if copied := os.copy_file_range(source, stream.fileno(), count):
-                write_back(stream.fileno(), stream.tell() - copied, copied)
+                write_back(stream.fileno(), copied)
                 return copied
         with suppress(OSError):
             return os.sendfile(stream.fileno(), source, None, count)

@@ -19,7 +19,7 @@ from cachedb.errors import DigestMismatch, os_errors
 from cachedb.parallel import Advance
 from cachedb.reference import Digest, parse_digest, split_digest
 
-__all__ = ["CHUNK", "WRITTEN_BACK", "Content", "Hasher", "Readable", "discard", "receive", "write_back"]
+__all__ = ["CHUNK", "WRITTEN_BACK", "Content", "Hasher", "Readable", "discard", "identity", "receive", "write_back"]
 
 CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
 WRITTEN_BACK = 8 * CHUNK  # bytes of which the disk is told at a time
@@ -118,6 +118,11 @@ def discard(path: Path | None) -> None:
             path.unlink()
 
 
+def identity(status: os.stat_result) -> tuple[int, int, int]:
+    """Return what tells a file from another one, and from itself before it was written to."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _copy(
     source: Readable,
     target: int | None,
@@ -139,7 +144,7 @@ def _copy(
             if target is not None:
                 _write(target, chunk)
                 if length - written >= WRITTEN_BACK:
-                    write_back(target, written, length - written)
+                    write_back(target, length - written)
                     written = length
             if progress is not None:
                 progress(len(chunk))
@@ -223,10 +228,11 @@ def _write(target: int, chunk: memoryview) -> None:
             chunk = chunk[os.write(target, chunk) :]
 
 
-def write_back(file: int, offset: int, length: int) -> None:
-    """Have the disk begin with what was written to a file, while more is; fsync would be waited for as long otherwise.
+def write_back(file: int, count: int) -> None:
+    """Have the disk begin with the bytes last written to a file, while more is; fsync would be waited for otherwise.
 
     Linux does so when it is told that the pages are not needed. It does not drop them, for they are dirty.
     """
     with suppress(OSError):  # it is a hint, of which a file system may know nothing
-        os.posix_fadvise(file, offset, length, os.POSIX_FADV_DONTNEED)
+        end = os.lseek(file, 0, os.SEEK_CUR)  # not how much we have read: a download may be gone on with
+        os.posix_fadvise(file, end - count, count, os.POSIX_FADV_DONTNEED)

@@ -21,13 +21,14 @@ from cachedb.directory import blob_path, partial_path
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError, os_errors
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, in_threads
-from cachedb.receiving import Content, discard, receive
+from cachedb.receiving import Content, discard, identity, receive
 from cachedb.reference import Digest, Name, digest_of, shorten
 from cachedb.registry import Fetched, Repository, mirrors, place
 
 __all__ = ["AT_ONCE", "Root", "Source"]
 
 AT_ONCE = 4  # blobs that are downloaded at the same time
+_PATIENCE = 2  # seconds; who is connecting cannot be stopped, and may take longer than whoever wants an end has time
 _BYTES = 64 * 1024 * 1024  # of manifests, which are all in memory: those of a thousand platforms have far less
 
 T = TypeVar("T")
@@ -89,7 +90,11 @@ class Source:
     ) -> None:
         if self._begun:
             self.stop()  # if all went well there is nothing to stop
-            self._begun.join()
+            self._begun.join(_PATIENCE)
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; who asks again opens others."""
         for repository in self.repositories:
             repository.close()
 
@@ -272,7 +277,7 @@ class Source:
     def begin(self) -> None:
         """Begin to ask and to download in a thread, if the cache is there; what fails, fails again for who wants it."""
         if (self._directory / "index.db").exists():
-            self._begun = threading.Thread(target=self._begin)
+            self._begun = threading.Thread(target=self._begin, daemon=True)
             self._begun.start()
 
     def _begin(self) -> None:
@@ -311,9 +316,8 @@ class Source:
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:
-    """Return what tells a file from another of its name, and from itself after it was written to."""
+    """Return the identity of a file; None if there is none."""
     try:
-        found = path.stat()
+        return identity(path.stat())
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns

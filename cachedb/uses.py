@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import bindparam, select, update
 
+from cachedb import locks
 from cachedb.database import Database
 from cachedb.errors import CacheError
 from cachedb.reference import Name
@@ -26,10 +27,15 @@ RESOLUTION = 5 * 60.0
 
 
 class Uses:
-    """The uses of images that this process has noted, and not written yet. Usable from several threads."""
+    """The uses of images that this process has noted, and not written yet. For several threads, and forked children."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        locks.after_fork(self)
+        self.forked()
+
+    def forked(self) -> None:
+        """Have nothing noted, for a parent process writes what it has; and no guard that a thread of it holds."""
         self._guard = threading.Lock()
         self._names: set[Name] = set()
         self._written = time.monotonic()

@@ -25,7 +25,7 @@ from cachedb.directory import blob_path
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance, Progress, in_threads, summed
-from cachedb.receiving import CHUNK
+from cachedb.receiving import CHUNK, identity
 from cachedb.reference import Digest, Name, split_digest
 from cachedb.sessions import Session, half_published
 from cachedb.tables import BLOBS, IMAGES, TRASH
@@ -59,7 +59,7 @@ class Verification(NamedTuple):
 class Content(NamedTuple):
     """What reading a file gave, and which file that was."""
 
-    file: tuple[int, int]  # inode, and time of its last change in ns
+    file: tuple[int, int, int]  # its identity
     size: int  # bytes
     digest: Digest | None  # None where it could not be read
     detail: str
@@ -157,11 +157,11 @@ def _content(path: Path, digest: Digest, buffer: memoryview, add: Advance) -> Co
     """Read a file to its end; None if there is none."""
     algorithm, _ = split_digest(digest)
     hasher, size = hashlib.new(algorithm), 0
-    identity = (0, 0)
+    read = (0, 0, 0)
     try:
-        identity = _identity(path.lstat())  # also of a file that cannot be opened
+        read = identity(path.lstat())  # also of a file that cannot be opened
         with path.open("rb", buffering=0) as file:
-            identity = _identity(os.fstat(file.fileno()))
+            read = identity(os.fstat(file.fileno()))
             while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
                 size += count
@@ -171,13 +171,9 @@ def _content(path: Path, digest: Digest, buffer: memoryview, add: Advance) -> Co
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise StorageError(f"cannot read a blob: {explain(error)}") from error  # that says nothing of the file
-        return Content(identity, size, None, f"it cannot be read: {explain(error)}")
+        return Content(read, size, None, f"it cannot be read: {explain(error)}")
     found = Digest(f"{algorithm}:{hasher.hexdigest()}")
-    return Content(identity, size, found, f"its content has digest {found}")
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_ino, status.st_mtime_ns
+    return Content(read, size, found, f"its content has digest {found}")
 
 
 def _settle(database: Database, suspects: dict[Digest, Content | None], *, repair: bool) -> list[Problem]:
@@ -192,7 +188,7 @@ def _settle(database: Database, suspects: dict[Digest, Content | None], *, repai
         for digest, content in suspects.items():
             path = blob_path(database.directory, digest)
             status = _status(path)
-            if content and (status is None or content.file != _identity(status)):
+            if content and (status is None or content.file != identity(status)):
                 content = None  # another file is there now
             if digest in passing and digest not in rows:
                 continue

@@ -153,6 +153,13 @@ class Opened:
     def importing(self, name: str) -> Callable[[], object]:
         return lambda: self.cache.cache_from_tar(self.archive(name))
 
+    def writing_layout(self, name: str, made: make.Made) -> Callable[[], object]:
+        """Another program does, and syncs nothing."""
+        return lambda: make.write(self._directory / "layout", make.oci_files({name: made}))
+
+    def linking(self) -> Callable[[], object]:
+        return lambda: self.cache.cache_from_tar(self._directory / "layout", link=True)
+
     def removing(self, name: str) -> Callable[[], object]:
         return lambda: self.cache.remove_manifest(name)
 
@@ -232,6 +239,8 @@ def new_cache(at: Opened) -> list[Lane]:
     lane.add(at.open)
     lane.add(at.collect)
     lane.add(at.importing("d"), images={"d:1": D})
+    lane.add(at.writing_layout("b:1", B))
+    lane.add(at.linking(), images={"b:1": B})
     lane.add(at.close)
     return [lane]
 

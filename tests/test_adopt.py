@@ -137,6 +137,13 @@ def test_a_file_that_is_replaced_while_it_is_linked_is_left_out(
     assert told(found) == [("unreadable", "app:1")]
 
 
+def test_what_is_moved_can_be_written_to_by_nobody(cache: Cache, old: Path) -> None:
+    assert blob_of(old, FIRST.config).stat().st_mode & 0o222
+    cache.adopt(old, how="move")
+    for digest in FIRST.blobs:
+        assert cache.get_blob_path(digest).stat().st_mode & 0o777 == 0o444
+
+
 def test_a_move_leaves_nothing_but_what_was_left_out(cache: Cache, old: Path) -> None:
     (old / "manifests" / "app" / "bad").write_bytes(b"no manifest")
     found = cache.adopt(old, how="move")

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cachedb import Cache, archive, receiving
+from cachedb import Cache, archive, blobs, receiving
 from cachedb import files as files_module
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName, StorageError
 from cachedb.oci import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
@@ -420,6 +420,23 @@ def test_what_cannot_be_linked_of_a_layout_is_copied(
         assert path.read_bytes() == data
 
 
+@pytest.mark.parametrize("whose", ["another user's", "everybody's"])
+def test_what_other_users_can_write_to_is_copied(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    made = make.image(1, 2)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    if whose == "everybody's":
+        layout_blob(folder, made.config).chmod(0o666)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    (image,) = cache.cache_from_tar(folder, link=True)
+    assert image.complete
+    path = cache.get_blob_path(digest_of(made.config))
+    assert not path.samefile(layout_blob(folder, made.config))
+    assert path.stat().st_mode & 0o777 == 0o444
+
+
 def test_a_damaged_file_of_a_layout_is_not_linked(cache: Cache, tmp_path: Path) -> None:
     made = make.image(1, 2)
     folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
@@ -443,9 +460,55 @@ def test_a_file_of_a_layout_that_is_replaced_while_it_is_linked_is_refused(
         link(source, target, **options)
 
     monkeypatch.setattr(os, "link", replaced)
-    with pytest.raises(StorageError, match="replaced while it was read"):
+    with pytest.raises(StorageError, match=f"layer {digest_of(made.layers[1])} was replaced"):
         cache.cache_from_tar(folder, link=True)
     assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+@pytest.mark.parametrize("change", ["grown", "changed"])
+def test_a_file_of_a_layout_that_is_written_to_while_it_is_linked_is_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    made, link = make.image(1, 2), os.link
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    victim = layout_blob(folder, made.layers[1])
+    os.utime(victim, (0, 0))  # what is written in one tick of the clock has one time
+
+    def written_to(source: str, target: Path, **options: Any) -> None:
+        if Path(source) == victim:
+            victim.write_bytes(made.layers[1] + b"!" if change == "grown" else made.layers[1][::-1])
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", written_to)
+    with pytest.raises(StorageError, match="written to while it was read"):
+        cache.cache_from_tar(folder, link=True)
+    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+def test_a_file_of_a_layout_that_grows_before_it_is_linked_is_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, hold_stored = make.image(1, 2), blobs.hold_stored
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+
+    def grown_meanwhile(*arguments: Any) -> Any:
+        layout_blob(folder, made.layers[1]).write_bytes(made.layers[1] + b"!")
+        return hold_stored(*arguments)
+
+    monkeypatch.setattr(blobs, "hold_stored", grown_meanwhile)  # what is in the layout is known by then
+    with pytest.raises(DigestMismatch, match="should be 10240 bytes, and is more"):
+        cache.cache_from_tar(folder, link=True)
+    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+def test_what_is_stored_of_a_layout_is_not_linked_again(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make.image(1, 2)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    cache.cache_from_tar(folder, link=True)
+    monkeypatch.delattr(os, "link")
+    assert cache.cache_from_tar(folder, "app:2", link=True)[0].complete
 
 
 def test_an_archive_has_no_files_to_link(cache: Cache, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event
 
-from cachedb import Cache, DigestMismatch, StorageError, blobs, collection
+from cachedb import Cache, DigestMismatch, InvalidArchive, StorageError, blobs, collection, receiving
 from cachedb.blobs import Received
 from cachedb.database import Database
 from cachedb.directory import blob_path
@@ -124,6 +124,21 @@ def test_a_source_that_fails_leaves_nothing(session: Session, write: bool) -> No
     assert os.listdir(session.folder) == []
 
 
+@pytest.mark.parametrize("failing", range(1, 8))
+def test_what_looks_at_content_on_its_way_may_refuse_it_at_any_chunk(session: Session, failing: int) -> None:
+    class Refusing:
+        seen = 0
+
+        def update(self, _data: memoryview, /) -> None:
+            self.seen += 1
+            if self.seen == failing:
+                raise InvalidArchive("refused")
+
+    with pytest.raises(InvalidArchive, match="refused"):
+        blobs.receive(session, io.BytesIO(bytes(6 * MIB)), also=Refusing())
+    assert os.listdir(session.folder) == []
+
+
 def test_content_that_is_here_already_can_be_verified_and_not_written(session: Session) -> None:
     data = random_bytes(2 * MIB + 1, seed=2)
     assert take(session, data, write=False) == (digest_of(data), len(data), None)
@@ -170,6 +185,18 @@ def test_a_write_that_writes_a_part_is_continued(session: Session, monkeypatch: 
     assert received.path is not None
     assert received.path.read_bytes() == data
     received.path.unlink()
+
+
+def test_the_disk_is_told_of_what_is_written_and_not_of_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _file, offset, length, _advice: told.append((offset, length)))
+    path = tmp_path / "partial"
+    path.write_bytes(bytes(3 * MIB))
+    receiving.receive(io.BytesIO(bytes(20 * MIB)), path, size=23 * MIB, go_on=True)
+    assert told == [(3 * MIB, 8 * MIB), (11 * MIB, 8 * MIB)]
+    assert path.stat().st_size == 23 * MIB
 
 
 def test_memory_does_not_depend_on_the_size(session: Session) -> None:

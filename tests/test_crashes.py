@@ -73,6 +73,11 @@ def recover_from(operation: str, directory: Path) -> None:
                 assert opened.is_image_complete(name)
                 assert {blob.digest for blob in opened.get_image_blobs(name)} == set(image.blobs)
             assert not opened.is_image_complete("app:3")
+    if operation == "import by linking":
+        with Cache.open(cache) as opened:
+            assert opened.is_image_complete("new:1")
+        for data in victims.NEW.blobs.values():
+            assert (directory / "layout" / "blobs" / "sha256" / make.hex_of(data)).read_bytes() == data
     if operation == "export a folder":
         files = {path.name for path in (directory / "layout").rglob("*") if path.is_file()}
         assert files == {"oci-layout", "index.json", *(make.hex_of(data) for data in victims.KEPT.blobs.values())}

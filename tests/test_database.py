@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
@@ -313,6 +314,18 @@ def test_a_look_up_in_a_newer_schema_that_allows_it(index: Database) -> None:
         connection.execute(insert(TRASH), [note(b"kept")])
     set_revision(index, "9999", 1)
     assert index.rows(DIGESTS, {}) == [(digest_of(b"kept"),)]
+
+
+def test_a_look_up_sees_the_index_at_the_moment_of_its_schema(index: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = database._compiled
+
+    def upgraded_meanwhile(statement: Any) -> Any:
+        with index.write() as connection:
+            connection.execute(insert(TRASH), [note(b"in another schema")])
+        return compiled(statement)
+
+    monkeypatch.setattr(database, "_compiled", upgraded_meanwhile)
+    assert index.rows(DIGESTS, {}) == []
 
 
 def test_a_look_up_that_fails_leaves_nothing_behind(index: Database) -> None:

@@ -456,6 +456,23 @@ def test_a_blob_that_lost_bytes_on_disk_is_not_exported(cache: Cache, tmp_path: 
     assert not (tmp_path / "out" / "index.json").exists()
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_that_is_cut_short_while_it_is_read_is_no_export(cache: Cache, tmp_path: Path, form: str) -> None:
+    large = make.image(1, size=20 * 1024 * 1024)
+    add(cache, tmp_path, large)
+    path = cache.get_blob_path(make.digest_of(large.layers[0]))
+    path.chmod(0o644)
+
+    def cut(done: int, _total: int) -> None:
+        if done > 8 * 1024 * 1024:  # some of it is written, and not all
+            os.truncate(path, 1024)
+
+    with pytest.raises(CacheError, match="was cut short while it was read"):
+        cache.export("app:1", tmp_path / "out", format=form, progress=cut)
+    assert not (tmp_path / "out").is_file()
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
 @pytest.mark.parametrize(
     ("form", "target"), [*((form, "out") for form in FORMATS), ("docker", "/dev/full"), ("docker-archive", "/dev/full")]
 )

@@ -63,7 +63,7 @@ OLD = make.image(1)
 SHARING = make.image(1, 2)
 """Saved before, as sharing:1; shares a layer with the old one."""
 GARBAGE = make.image(3)
-"""Its blobs are there, and nothing refers to them; in garbage.tar it is an image."""
+"""Its blobs are there, and nothing refers to them; in garbage.tar it is an image, and in the folder garbage."""
 HALF = make.layer(4)
 """A dead session has linked it, and not committed."""
 TRASHED = make.layer(5)
@@ -94,6 +94,14 @@ def import_old(directory: Path, steps: Steps) -> list[str]:
 def import_garbage(directory: Path, steps: Steps) -> list[str]:
     with opened(directory, steps) as cache:
         return [str(image.digest) for image in cache.cache_from_tar(directory / "garbage.tar")]
+
+
+def link_garbage(directory: Path, steps: Steps) -> list[str]:
+    with opened(directory, steps) as cache:
+        found = cache.cache_from_tar(directory / "garbage", link=True)
+    for data in GARBAGE.blobs.values():
+        assert (directory / "garbage" / "blobs" / "sha256" / make.hex_of(data)).read_bytes() == data
+    return [str(image.digest) for image in found]
 
 
 def import_left(directory: Path, steps: Steps) -> list[str]:
@@ -205,8 +213,8 @@ def create(directory: Path, steps: Steps) -> None:
 ACTORS: dict[str, Callable[[Path, Steps], object]] = {
     actor.__name__: actor
     for actor in (
-        import_old, import_garbage, import_left, remove_old, remove_sharing, collect, save_new, save_garbage, tag_old,
-        export_old, hold_old, move_old, read_old, open_and_close, visit, create,
+        import_old, import_garbage, link_garbage, import_left, remove_old, remove_sharing, collect, save_new,
+        save_garbage, tag_old, export_old, hold_old, move_old, read_old, open_and_close, visit, create,
     )
 }  # fmt: skip
 
@@ -372,6 +380,7 @@ def prepare(directory: Path) -> None:
         save(cache, "sharing:1", SHARING)
     make.write(directory / "old.tar", make.oci_files({"old:1": OLD}))
     make.write(directory / "garbage.tar", make.oci_files({"garbage:1": GARBAGE}))
+    make.write(directory / "garbage", make.oci_files({"garbage:1": GARBAGE}))
     make.write(directory / "left.tar", make.oci_files({"left:1": LEFT}))
 
 
@@ -418,6 +427,7 @@ class Pair(NamedTuple):
 PAIRS = [
     Pair("import_old", "remove_old", "plain", "read blobs* receive*"),
     Pair("import_garbage", "collect", "garbage", "commit read blobs*"),
+    Pair("link_garbage", "collect", "garbage", "commit read blobs*"),
     Pair("save_garbage", "collect", "garbage", "read blobs*"),
     Pair("save_new", "save_new", "plain", "commit read blobs receive*"),
     Pair("remove_old", "remove_sharing", "plain", "commit read blobs* trash*"),

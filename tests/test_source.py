@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, NotInCache, RegistryError, partial, producing
+from cachedb import Cache, InvalidManifest, NotInCache, RegistryError, partial, producing
 from cachedb.directory import partial_path
 from cachedb.reference import Digest, Name
 from cachedb.source import Source
 from tests import make
-from tests.conftest import Run
+from tests.conftest import Run, run_python
 from tests.faults import answer, changed
 from tests.promises import check
 from tests.registries import Registry
@@ -93,6 +95,24 @@ def test_the_command_does_not_download_again_what_it_has_begun(made: Path, remot
         assert_is_here(cache, f"{remote.host}/app:1", FIRST)
 
 
+def test_many_images_are_pulled_with_the_connections_of_one(made: Path, remote: Registry) -> None:
+    for tag in range(60):
+        remote.add(FIRST, "many", str(tag))
+    names = [f"{remote.host}/many:{tag}" for tag in range(60)]
+    output = run_python(
+        """
+        import resource, sys
+        from cachedb.cli import main
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        sys.argv[1:] = ["--dir", sys.argv[1], "pull", "-q", *sys.argv[2:]]
+        main()
+        """,
+        made,
+        *names,
+    )
+    assert output.splitlines() == names
+
+
 def test_nothing_is_begun_where_there_is_no_cache_yet(directory: Path, remote: Registry) -> None:
     with Source(directory, Name.parse(f"{remote.host}/app:1")) as source:
         source.begin()
@@ -129,6 +149,17 @@ def test_of_an_index_the_platform_comes_that_is_wanted(made: Path, remote: Regis
         pytest.raises(NotInCache, match="is not for platform 'linux/s390x'"),
     ):
         cache.pull(source, platform="linux/s390x")
+
+
+def test_an_index_of_manifests_that_memory_has_no_room_for_is_refused(
+    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = FIRST, ARM, ODD
+    remote.add_index(make.index(*children), "several", "1", children)
+    name = f"{remote.host}/several:1"
+    monkeypatch.setattr("cachedb.source._BYTES", len(FIRST.manifest) + len(ARM.manifest))
+    with Cache.open(made) as cache, pytest.raises(InvalidManifest, match="has manifests of more than"):
+        cache.pull(name, all_platforms=True)
 
 
 def test_an_error_is_the_same_and_costs_no_second_request(made: Path, remote: Registry) -> None:
@@ -182,6 +213,28 @@ def test_an_end_is_not_held_up_by_what_was_begun(made: Path, remote: Registry) -
             time.sleep(0.01)
     assert time.monotonic() - before < 20
     assert not source._begun or not source._begun.is_alive()
+
+
+def test_an_end_is_not_held_up_by_a_registry_that_takes_no_connection(made: Path) -> None:
+    with ExitStack() as opened:
+        full = opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):
+            waiting = opened.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        before = time.monotonic()
+        with Source(made, Name.parse(f"127.0.0.1:{full.getsockname()[1]}/app:1")) as source:
+            source.begin()
+        assert time.monotonic() - before < 6  # it is given up after ten
+    assert source._begun
+    source._begun.join()
+
+
+def test_if_missing_asks_for_nothing_that_is_here(made: Path, remote: Registry, cachedb: Run) -> None:
+    assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
+    assert asked(remote)
+    assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
+    assert asked(remote) == []
 
 
 def test_what_was_begun_by_who_is_killed_is_gone_on_with(made: Path, remote: Registry) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sqlite3
 import threading
 import time
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from cachedb import Cache, locks, uses
+from cachedb.reference import Name
 from tests import make
 from tests.conftest import Run
 from tests.test_schema import change
@@ -103,6 +106,17 @@ def test_a_read_takes_no_lock_and_a_use_within_five_minutes_writes_nothing(
         assert cache.get_manifest("app:1")
     assert taken == []
     assert last_use(old) == before
+
+
+def test_a_child_notes_uses_whatever_a_thread_of_its_parent_was_doing(old: Path) -> None:
+    with Cache.open(old) as cache:
+        assert cache.is_image_complete("app:1")
+        with cache._uses._guard:
+            if (child := os.fork()) == 0:
+                signal.alarm(30)
+                os._exit(not (cache.get_manifest("app:1") and cache._uses._names == {Name("app", "1")}))
+        assert os.waitpid(child, 0)[1] == 0
+    assert last_use(old) > "2026"
 
 
 def test_nobody_waits_for_a_writer_to_note_a_use(old: Path) -> None:

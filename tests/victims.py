@@ -194,6 +194,17 @@ def adopt_by_moving(directory: Path) -> None:
         cache.adopt(directory / "old", how="move")
 
 
+def layout(directory: Path) -> None:
+    """A cache, and an image layout folder, of which the cache has one layer."""
+    cache(directory)
+    make.write(directory / "layout", make.oci_files({"new:1": NEW}))
+
+
+def import_by_linking(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.cache_from_tar(directory / "layout", link=True)
+
+
 def backed_up(directory: Path) -> None:
     """A cache that has changed since its backup."""
     with Cache.open(directory / "cache") as opened:
@@ -232,6 +243,7 @@ OPERATIONS = {
     "repair": Operation(damaged_cache, repair),
     "rebuild from a backup": Operation(lost_index, repair),
     "rebuild": Operation(damaged_index, repair),
+    "import by linking": Operation(layout, import_by_linking),
 }
 _SET_PTRACER, _ANY = 0x59616D61, -1
 
