@@ -15,9 +15,9 @@ from sqlalchemy import Connection
 
 from cachedb import blobs, images, oci, partial, producing
 from cachedb.blobs import Received
-from cachedb.database import Database
+from cachedb.database import Database, is_full
 from cachedb.directory import partial_path
-from cachedb.errors import CacheError, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable
+from cachedb.errors import CacheError, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable, StorageError
 from cachedb.images import ImageInfo
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed, told
@@ -191,10 +191,13 @@ class _Pull:
 
         try:
             info = images.bring(self._database, self._session, wanted, receive, save)
-        except BaseException:
+        except BaseException as error:
             for hold in self._holds:
                 with suppress(CacheError):  # where that fails, it goes with the session
                     images.let_go(self._database, self._session, hold)
+            if isinstance(error, StorageError) and is_full(error):
+                with suppress(CacheError, OSError):
+                    partial.sweep(self._database.directory, age=0)  # there is more need of the space
             raise
         return Pulled(info, len(self._come), sum(self._come.values()), None)
 
