@@ -265,7 +265,7 @@ class Client:
             return True
 
     def _login(self) -> credentials.Credentials | None:
-        return credentials.find(self.place.registry, self.place.repository, self._authfile)
+        return credentials.find(self.place.registry, self.place.repository, self._authfile, stopped=self._stopped)
 
     def _token(self, said: Mapping[str, str]) -> str:
         """Get a token where the registry says (distribution's token and OAuth2 specifications)."""

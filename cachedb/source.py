@@ -28,6 +28,7 @@ from cachedb.registry import Fetched, Repository, mirrors, place
 __all__ = ["AT_ONCE", "Root", "Source"]
 
 AT_ONCE = 4  # blobs that are downloaded at the same time
+_PATIENCE = 1.0  # seconds for what was begun to end: who looks up a host, or connects to it, cannot be stopped
 _BYTES = 64 * 1024 * 1024  # of manifests, which are all in memory: those of a thousand platforms have far less
 
 T = TypeVar("T")
@@ -89,7 +90,8 @@ class Source:
     ) -> None:
         if self._begun:
             self.stop()  # if all went well there is nothing to stop
-            self._begun.join()
+            with suppress(RuntimeError):  # an interrupt came before it was begun
+                self._begun.join(_PATIENCE)
         for repository in self.repositories:
             repository.close()
 
@@ -271,8 +273,8 @@ class Source:
 
     def begin(self) -> None:
         """Begin to ask and to download in a thread, if the cache is there; what fails, fails again for who wants it."""
-        if (self._directory / "index.db").exists():
-            self._begun = threading.Thread(target=self._begin)
+        if os.path.exists(self._directory / "index.db"):  # which is false of what cannot be looked at
+            self._begun = threading.Thread(target=self._begin, daemon=True)
             self._begun.start()
 
     def _begin(self) -> None:
@@ -316,4 +318,4 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
         found = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_ctime_ns  # which is another, too, once it has a second name
