@@ -106,12 +106,11 @@ class _Pull:
             said = self._source.digest()
             if here and here.digest == said and not self._referrers:
                 return Pulled(here, 0, 0, None)
-            root = self._root(said)
+            return self._bring(self._root(said))
         except RegistryUnavailable as error:
             if here and allow_stale:
                 return Pulled(here, 0, 0, str(error))
             raise
-        return self._bring(root)
 
     def here(self) -> ImageInfo | None:
         """Return the image, if it is here with all that is wanted of it."""

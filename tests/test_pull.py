@@ -468,6 +468,21 @@ def test_the_copy_that_is_here_is_taken_only_if_asked_for(cache: Cache, remote: 
     assert pulled.image.digest == FIRST.digest
 
 
+def test_the_copy_that_is_here_is_taken_also_if_the_registry_goes_down_on_the_way(
+    cache: Cache, remote: Registry
+) -> None:
+    name = f"{remote.host}/app:1"
+    cache.pull(name)
+    remote.add(LARGE, "app", "1")
+    remote.fault(answer(503), path="/blobs/", times=99)
+    with pytest.raises(RegistryUnavailable):
+        cache.pull(name)
+    pulled = cache.pull(name, allow_stale=True)
+    assert "503" in (pulled.stale or "")
+    assert pulled.image.digest == FIRST.digest
+    assert_is_here(cache, name, FIRST)
+
+
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_connection_that_is_closed_before_an_answer_is_tried_again(
     cache: Cache, remote: Registry, reset: bool
