@@ -81,6 +81,7 @@ class Source:
         self._begun: threading.Thread | None = None
         self._ended: dict[Digest, threading.Event] = {}  # downloads that were begun before the index was open
         self._whole: dict[Digest, tuple[int, int, int] | None] = {}  # those that are all there, as `_mark` has them
+        self._failed: dict[Digest, CacheError] = {}  # those that cannot be had: who wants them next is told so
 
     def __enter__(self) -> Self:
         return self
@@ -214,6 +215,8 @@ class Source:
             StorageError: if it cannot be written.
         """
         path = partial_path(self._directory, blob.digest)
+        if failure := self._failed.pop(blob.digest, None):
+            raise failure
         if (mark := self._whole.get(blob.digest)) and mark == _mark(path):
             advance(blob.size)
             return Content(blob.digest, blob.size)
@@ -246,6 +249,8 @@ class Source:
                 raise
             except RegistryError:
                 advance(-done)  # the next one is asked from the beginning
+                if not done:
+                    discard(path)
                 raise
             finally:
                 source.close()
@@ -303,8 +308,11 @@ class Source:
                 producing.unless_made(self._directory, partial.key_of(blob.digest)) as nobody,
             ):
                 if nobody and not self._has_file(blob.digest):
-                    self.download(blob, advance)
-                    self._whole[blob.digest] = _mark(partial_path(self._directory, blob.digest))
+                    try:
+                        self.download(blob, advance)
+                        self._whole[blob.digest] = _mark(partial_path(self._directory, blob.digest))
+                    except (RegistryError, DigestMismatch) as error:
+                        self._failed[blob.digest] = error
         finally:
             ended.set()
 

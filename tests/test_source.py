@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, NotInCache, RegistryError, partial, producing
+from cachedb import Cache, CacheError, DigestMismatch, NotInCache, RegistryError, partial, producing
 from cachedb.directory import partial_path
 from cachedb.reference import Digest, Name
 from cachedb.source import Source
 from tests import make
 from tests.conftest import Run
-from tests.faults import answer, changed
+from tests.faults import Do, answer, changed, corrupt
 from tests.promises import check
 from tests.registries import Registry
 from tests.test_credentials import is_over
@@ -153,6 +153,18 @@ def test_an_error_is_the_same_and_costs_no_second_request(made: Path, remote: Re
         cache.pull(source)
     assert len(asked(remote)) == 1
     assert downloaded(made) == set()
+
+
+@pytest.mark.parametrize(("fault", "error"), [(answer(403), RegistryError), (corrupt(), DigestMismatch)])
+def test_a_blob_that_cannot_be_had_is_not_asked_for_again(
+    made: Path, remote: Registry, fault: Do, error: type[CacheError]
+) -> None:
+    remote.fault(fault, path=LAYER, times=9)
+    with begun(made, f"{remote.host}/large:1") as source, Cache.open(made) as cache, pytest.raises(error):
+        cache.pull(source)
+    assert blobs_of(remote).count(LAYER) == 1
+    assert LAYER not in downloaded(made)
+    check(made)
 
 
 def test_a_download_that_was_stored_since_is_not_stored_again(made: Path, remote: Registry) -> None:
