@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from urllib3.exceptions import SSLError
 
 from cachedb import (
     Cache,
@@ -679,6 +681,40 @@ def test_a_certificate_is_looked_at(
         (tmp_path / "certs.d" / host / "ca.crt").write_bytes(ca.read_bytes())
         monkeypatch.setattr(client, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
         assert cache.pull(f"{host}/hello:1", plain_http=False).image.digest == digest
+
+
+def test_what_is_wrong_with_tls_is_told_with_what_to_do(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: Registry
+) -> None:
+    ca, certified, key = certificate(tmp_path / "tls", "localhost")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    advice = r"cannot be trusted: .* mismatch.*; name it as its certificate does$"
+    with Registry(tls=(certified, key)) as other, pytest.raises(RegistryError, match=advice):
+        cache.pull(f"{other.host}/app:1", plain_http=False)
+    with pytest.raises(RegistryError, match=r"cannot be trusted: .*; use --plain-http if it speaks HTTP$"):
+        cache.pull(f"{remote.host}/app:1", plain_http=False)
+    out_of_date = ssl.SSLCertVerificationError("certificate has expired")
+    out_of_date.verify_code = 10
+    assert "clock" in client._tls_advice("registry:5000", SSLError(out_of_date))
+
+
+def test_a_proxy_and_a_broken_answer_are_told_of_without_our_objects(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote.fault(closed(), path="manifests/1", times=99)
+    with pytest.raises(RegistryError) as raised:
+        cache.pull(f"{remote.host}/app:1")
+    reason = "Connection aborted: Remote end closed connection without response"
+    assert str(raised.value) == f"{remote.host} cannot be reached: {reason}"
+    remote.fault(changed(cut=10), method="GET", path="/blobs/", times=99)
+    with pytest.raises(RegistryError, match=r"broken: IncompleteRead\(10 bytes read, \d+ more expected\); try"):
+        cache.pull(f"{remote.host}/app@{FIRST.digest}")
+    monkeypatch.setenv("https_proxy", "http://somebody:secret@127.0.0.1:1")
+    monkeypatch.setattr(client, "proxy_bypass", lambda host: False)
+    with pytest.raises(RegistryError) as raised:
+        cache.pull("registry.example.org/app:1")
+    reason = "Unable to connect to proxy: Failed to establish a new connection: [Errno 111] Connection refused"
+    assert str(raised.value) == f"registry.example.org cannot be reached: {reason}"
 
 
 # The command line
