@@ -77,7 +77,8 @@ def pull(
         here = work.here() if if_missing or (source.name.digest and not referrers) else None
         return here and Pulled(here, 0, 0, None)
 
-    with producing.once(database.directory, f"pull {source.name}", find, waiting=time.sleep) as found:
+    source.let_go()
+    with producing.once(database.directory, source.key, find, waiting=time.sleep) as found:
         return found or work.run(allow_stale)
 
 

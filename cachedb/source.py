@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
@@ -79,6 +79,7 @@ class Source:
         self._directory = directory
         self._guard, self._asked = threading.Lock(), dict[object, Future[object]]()
         self._begun: threading.Thread | None = None
+        self._right = ExitStack()  # to pull it, while the index is not open yet
         self._ended: dict[Digest, threading.Event] = {}  # downloads that were begun before the index was open
         self._whole: dict[Digest, tuple[int, int, int] | None] = {}  # those that are all there, as `_mark` has them
         self._failed: dict[Digest, CacheError] = {}  # those that cannot be had: who wants them next is told so
@@ -93,6 +94,7 @@ class Source:
             self.stop()  # if all went well there is nothing to stop
             with suppress(RuntimeError):  # an interrupt came before it was begun
                 self._begun.join(_PATIENCE)
+        self.let_go()
         for repository in self.repositories:
             repository.close()
 
@@ -277,10 +279,24 @@ class Source:
     # Before the index is open
 
     def begin(self) -> None:
-        """Begin to ask and to download in a thread, if the cache is there; what fails, fails again for who wants it."""
-        if os.path.exists(self._directory / "index.db"):  # which is false of what cannot be looked at
-            self._begun = threading.Thread(target=self._begin, daemon=True)
-            self._begun.start()
+        """Begin to ask and to download in a thread, if the cache is there and nobody else pulls the same.
+
+        What fails, fails again for who wants it.
+        """
+        with suppress(OSError):  # of what cannot be looked at, or written to
+            there = (self._directory / "index.db").exists()
+            if there and self._right.enter_context(producing.unless_made(self._directory, self.key)):
+                self._begun = threading.Thread(target=self._begin, daemon=True)
+                self._begun.start()
+
+    @property
+    def key(self) -> str:
+        """What `producing.once` knows the pull of the image by."""
+        return f"pull {self.name}"
+
+    def let_go(self) -> None:
+        """Leave the right to pull the image, which `begin` may have taken, to whoever pulls it."""
+        self._right.close()
 
     def _begin(self) -> None:
         with suppress(CacheError, OSError):

@@ -202,6 +202,19 @@ def test_what_others_download_is_left_to_them(made: Path, remote: Registry) -> N
     assert LAYER not in blobs_of(remote)
 
 
+def test_nothing_is_begun_while_others_pull_the_same(made: Path, remote: Registry) -> None:
+    name = f"{remote.host}/large:1"
+    with Source(made, Name.parse(name)) as first, Source(made, Name.parse(name)) as second:
+        first.begin()
+        second.begin()
+        assert second._begun is None
+        with Cache.open(made) as cache:
+            cache.pull(first)
+            cache.pull(second)
+    assert sorted(method for method, path in asked(remote) if "manifests" in path) == ["GET", "HEAD", "HEAD"]
+    check(made)
+
+
 def test_what_others_have_stored_meanwhile_is_not_downloaded(made: Path, remote: Registry) -> None:
     with Cache.open(made) as cache:
         cache.add_blob(LARGE.layers[0])
