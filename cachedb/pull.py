@@ -235,7 +235,7 @@ class _Pull:
     def _listed(self, subject: Digest) -> list[Descriptor]:
         """Return what is listed as referring to a manifest; many a mirror has the images and not their referrers."""
         for repository in self._source.repositories[:-1]:
-            with suppress(RegistryError):
+            with suppress(RegistryError, InvalidManifest):
                 if found := repository.referrers(subject):
                     return found
         return self._source.repositories[-1].referrers(subject)

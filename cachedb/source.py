@@ -23,7 +23,7 @@ from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, in_threads
 from cachedb.receiving import Content, discard, receive
 from cachedb.reference import Digest, Name, digest_of, shorten
-from cachedb.registry import Fetched, Repository, mirrors, place
+from cachedb.registry import Repository, mirrors, place
 
 __all__ = ["AT_ONCE", "Root", "Source"]
 
@@ -106,9 +106,9 @@ class Source:
     # What the registry says
 
     def ask(self, call: Callable[[Repository], T]) -> T:
-        """Ask one repository after the other, until one has an answer."""
+        """Ask one repository after the other, until one has an answer, and a good one."""
         for repository in self.repositories[:-1]:
-            with suppress(RegistryError):
+            with suppress(RegistryError, DigestMismatch, InvalidManifest):
                 return call(repository)
         return call(self.repositories[-1])
 
@@ -145,21 +145,15 @@ class Source:
             DigestMismatch: if what comes is something else.
         """
 
-        def fetch(repository: Repository) -> Fetched:
+        def fetch(repository: Repository) -> Root:
             fetched = repository.manifest(said or self.name.reference)
             like = said or fetched.digest
             digest = digest_of(fetched.data, like)
             if like not in (None, digest):
                 raise DigestMismatch(f"{self.name} should have digest {like}, and what comes has {digest}")
-            return fetched._replace(digest=digest)
+            return Root(digest, oci.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
 
-        def work() -> Root:
-            fetched = self.ask(fetch)
-            assert fetched.digest is not None
-            media_type = oci.manifest_media_type(fetched.data, fetched.media_type)
-            return Root(fetched.digest, media_type, fetched.data)
-
-        return self._once(("root", said), work)
+        return self._once(("root", said), lambda: self.ask(fetch))
 
     def child(self, blob: Descriptor, stored: Callable[[Digest], bytes | None]) -> bytes:
         """Return a manifest that an index names: the one that is here, or else the registry's.
@@ -181,11 +175,9 @@ class Source:
         if data is None:
             data = stored(blob.digest)
         if data is None:
-            fetch = lambda: self.ask(lambda repository: repository.manifest(blob.digest).data)  # noqa: E731
-            data = self._once(("child", blob.digest), fetch)
-        if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
-            raise DigestMismatch(f"manifest {blob.digest} should be {blob.size} bytes of that digest, and is not")
-        self.documents[blob.digest] = data
+            fetch = lambda repository: _verified(blob, repository.manifest(blob.digest).data)  # noqa: E731
+            data = self._once(("child", blob.digest), lambda: self.ask(fetch))
+        self.documents[blob.digest] = _verified(blob, data)
         return data
 
     def choose(self, children: list[Descriptor]) -> list[Descriptor]:
@@ -246,12 +238,9 @@ class Source:
                     progress=count,
                     what=f"blob {blob.digest}",
                 )
-            except DigestMismatch:
-                discard(path)
-                raise
-            except RegistryError:
+            except (RegistryError, DigestMismatch) as error:
                 advance(-done)  # the next one is asked from the beginning
-                if not done:
+                if not done or isinstance(error, DigestMismatch):
                     discard(path)
                 raise
             finally:
@@ -334,6 +323,13 @@ class Source:
 
     def _has_file(self, digest: Digest) -> bool:
         return blob_path(self._directory, digest).exists()
+
+
+def _verified(blob: Descriptor, data: bytes) -> bytes:
+    """Return a manifest, if it is what another names."""
+    if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
+        raise DigestMismatch(f"manifest {blob.digest} should be {blob.size} bytes of that digest, and is not")
+    return data
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

@@ -29,7 +29,7 @@ from cachedb import (
 from cachedb.reference import Name
 from tests import make
 from tests.conftest import Run
-from tests.faults import answer, changed, closed, corrupt, endless, redirect, retry_later, without
+from tests.faults import Do, answer, changed, closed, corrupt, endless, html, redirect, retry_later, without
 from tests.promises import check
 from tests.registries import HTPASSWD, PASSWORD, REFRESH_TOKEN, USER, Registry, certificate, docker_registry
 from tests.test_schema import change
@@ -531,6 +531,31 @@ def test_mirrors_are_asked_first_and_the_registry_in_the_end(
         assert asked(remote) == []
         cache.pull(f"{remote.host}/app:2")  # which the mirror has not
         assert_is_here(cache, f"{remote.host}/app:2", SECOND)
+
+
+@pytest.mark.parametrize(
+    ("fault", "path"),
+    [
+        (html(), ""),
+        (corrupt(30), "/manifests/sha256"),
+        (corrupt(30), f"/manifests/{ARM.digest}"),
+        (corrupt(), "/blobs/"),
+    ],
+)
+def test_a_mirror_that_has_something_else_is_passed_over(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, fault: Do, path: str
+) -> None:
+    seen: list[tuple[int, int]] = []
+    with Registry() as mirror:
+        for server in (remote, mirror):
+            server.add_index(make.index(FIRST, ARM), "several", "1", [FIRST, ARM])
+        mirror.fault(fault, path=path, times=99)
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"{remote.host}={mirror.host}")
+        name = f"{remote.host}/several:1"
+        cache.pull(name, all_platforms=True, referrers=True, progress=lambda *told: seen.append(told))
+        assert cache.is_image_complete(name)
+        assert all(cache.get_blob(digest) == data for digest, data in {**FIRST.blobs, **ARM.blobs}.items())
+    assert seen[-1][0] == seen[-1][1] == max(done for done, _ in seen)
 
 
 def login(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> Path:
