@@ -270,7 +270,7 @@ class Source:
     def begin(self) -> None:
         """Begin to ask and to download in a thread, if the cache is there and nobody else pulls the same.
 
-        What fails, fails again for who wants it.
+        What fails, fails again for who wants it. Others who pull the same wait until this is pulled, or is left.
         """
         with suppress(OSError):  # of what cannot be looked at, or written to
             there = (self._directory / "index.db").exists()

@@ -220,6 +220,17 @@ def test_a_repair_adds_no_platform(cache: Cache, several: str) -> None:
     assert cache.get_image_blobs(several) == before
 
 
+def test_a_platform_that_is_known_and_not_here_is_told_of(cache: Cache, several: str, tmp_path: Path) -> None:
+    cache.pull(several, platform="linux/arm64")
+    advice = "is not here for platform 'linux/amd64': pull it with --platform"
+    with pytest.raises(NotInCache, match=advice):
+        cache.push(several, platform="linux/amd64")
+    with pytest.raises(NotInCache, match=advice):
+        cache.export(several, tmp_path / "app.tar", format="docker", platform="linux/amd64")
+    with pytest.raises(NotInCache, match="is not for platform 'linux/s390x', but for linux/arm64"):
+        cache.push(several, platform="linux/s390x")
+
+
 def test_an_export_names_no_platform_that_is_not_here(cache: Cache, several: str, tmp_path: Path) -> None:
     cache.pull(several)
     cache.export(several, tmp_path / "layout", format="oci-dir")
