@@ -766,6 +766,14 @@ def test_pull_prints_the_images_as_import_does(cachedb: Run, remote: Registry) -
     assert cachedb("pull", "--platform", "linux/arm64", "--all-platforms", name).returncode == 2
 
 
+def test_what_came_is_printed_where_another_could_not_be_had(cachedb: Run, remote: Registry) -> None:
+    names = f"{remote.host}/app:1", f"{remote.host}/app:nope", f"{remote.host}/app:2"
+    done = cachedb("pull", "-q", *names)
+    assert (done.returncode, done.stdout) == (1, f"{names[0]}\n")
+    assert done.stderr == f"cachedb: {remote.host} has no app:nope (404)\n"
+    assert cachedb("pull", names[1]).stdout == ""
+
+
 def test_a_copy_that_may_be_out_of_date_is_told(cachedb: Run) -> None:
     with Registry() as remote:
         name = remote.add(FIRST, "app", "1")
