@@ -1,5 +1,22 @@
-"""``python -m cachedb``."""
+"""``cachedb`` and ``python -m cachedb``: an interrupt is one line also while modules are imported."""
 
-from cachedb.cli import main
+from __future__ import annotations
 
-main()
+import sys
+from typing import NoReturn
+
+__all__ = ["main"]
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    try:
+        from cachedb.cli import main as run
+    except KeyboardInterrupt:
+        print("cachedb: interrupted", file=sys.stderr)
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

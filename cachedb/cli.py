@@ -369,41 +369,45 @@ def pull(
     from cachedb.reference import Name
     from cachedb.source import Source
 
-    found = []
-    with ExitStack() as opened:
-        sources = [
-            opened.enter_context(
-                Source(
-                    _directory(),
-                    Name.parse(name),
-                    platform=platform,
-                    all_platforms=all_platforms,
-                    plain_http=plain_http,
-                    authfile=authfile,
+    found: list[ImageInfo] = []
+    try:
+        with ExitStack() as opened:
+            sources = [
+                opened.enter_context(
+                    Source(
+                        _directory(),
+                        Name.parse(name),
+                        platform=platform,
+                        all_platforms=all_platforms,
+                        plain_http=plain_http,
+                        authfile=authfile,
+                    )
                 )
-            )
-            for name in names
-        ]
-        if not if_missing:
-            # It comes while SQLAlchemy is imported, which must not keep the interpreter for longer than a chunk takes.
-            sys.setswitchinterval(_TURN)
-            sources[0].begin()
-        cache = opened.enter_context(_opened())
-        for source in sources:
-            with _transfer(f"pulling {source.name}", quiet=quiet) as told:
-                pulled = cache.pull(
-                    source,
-                    platform=platform,
-                    if_missing=if_missing,
-                    allow_stale=allow_stale,
-                    referrers=referrers,
-                    **told,
-                )
-            source.close()  # of hundreds of names, one has connections at a time
-            found.append(pulled.image)
-            if pulled.stale:
-                click.echo(f"cachedb: {source.name} may be out of date: {printable(pulled.stale)}", err=True)
-    _print_images(found, form, quiet=quiet)
+                for name in names
+            ]
+            if not if_missing:
+                # It comes while SQLAlchemy is imported, which must not keep the interpreter for longer than a chunk
+                # takes.
+                sys.setswitchinterval(_TURN)
+                sources[0].begin()
+            cache = opened.enter_context(_opened())
+            for source in sources:
+                with _transfer(f"pulling {source.name}", quiet=quiet) as told:
+                    pulled = cache.pull(
+                        source,
+                        platform=platform,
+                        if_missing=if_missing,
+                        allow_stale=allow_stale,
+                        referrers=referrers,
+                        **told,
+                    )
+                source.close()  # of hundreds of names, one has connections at a time
+                found.append(pulled.image)
+                if pulled.stale:
+                    click.echo(f"cachedb: {source.name} may be out of date: {printable(pulled.stale)}", err=True)
+    finally:  # those are here that came before one could not be had
+        if found:
+            _print_images(found, form, quiet=quiet)
 
 
 @cli.command(

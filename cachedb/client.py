@@ -26,7 +26,7 @@ from weakref import WeakSet
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, SSLError
+from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, ProtocolError, ProxyError, SSLError
 from urllib3.util import Timeout, make_headers, parse_url
 
 from cachedb import credentials
@@ -50,6 +50,7 @@ _CONNECTIONS = 16  # to one host, kept open
 _TOKEN_LIMIT = 1024 * 1024  # bytes
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d", "~/.config/containers/certs.d")
+_OTHER_HOST, _OUT_OF_DATE = (62, 64), (9, 10)  # what OpenSSL says of a certificate (x509_vfy.h)
 _CHALLENGE = re.compile(r'\b(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
 
 _OBJECT = re.compile(r"^(?:<.*>|\w+\(host=[^)]*\)): ")
@@ -265,7 +266,7 @@ class Client:
             return True
 
     def _login(self) -> credentials.Credentials | None:
-        return credentials.find(self.place.registry, self.place.repository, self._authfile)
+        return credentials.find(self.place.registry, self.place.repository, self._authfile, stopped=self._stopped)
 
     def _token(self, said: Mapping[str, str]) -> str:
         """Get a token where the registry says (distribution's token and OAuth2 specifications)."""
@@ -304,10 +305,7 @@ class Client:
         host = self.place.registry
         reason = getattr(error, "reason", None) or error
         if isinstance(error, SSLError) and _is_final(error):
-            return RegistryError(
-                f"{host} cannot be trusted: {plain(reason)}; put the certificate of its authority into "
-                f"/etc/containers/certs.d/{host}/ca.crt or SSL_CERT_FILE, or use --plain-http if it speaks HTTP"
-            )
+            return RegistryError(f"{host} cannot be trusted: {plain(reason)}; {_tls_advice(host, error)}")
         if isinstance(error, NameResolutionError):
             return RegistryUnavailable(f"{host} is not known by that name; check it, and the network")
         return RegistryUnavailable(f"{host} cannot be reached: {plain(reason)}")
@@ -369,6 +367,18 @@ def _is_final(error: HTTPError) -> bool:
     if isinstance(error, SSLError):
         return not any(isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) for cause in error.args)
     return isinstance(error, NewConnectionError)
+
+
+def _tls_advice(host: str, error: SSLError) -> str:
+    """Return what to do where a registry's certificate is not good, or none came."""
+    code = next((cause.verify_code for cause in error.args if isinstance(cause, ssl.SSLCertVerificationError)), None)
+    if code is None:
+        return "use --plain-http if it speaks HTTP"
+    if code in _OTHER_HOST:
+        return "name it as its certificate does"
+    if code in _OUT_OF_DATE:
+        return "its certificate has to be made anew, or the clock of this host set right"
+    return f"put the certificate of its authority into /etc/containers/certs.d/{host}/ca.crt or SSL_CERT_FILE"
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -445,7 +455,10 @@ def _said(response: urllib3.BaseHTTPResponse) -> str:
 
 
 def plain(text: object) -> str:
-    """Return a stranger's text, short and on one line; urllib3's own begins with an object."""
+    """Return a stranger's text, short and on one line; urllib3's own begins with an object, or has its cause as one."""
+    if isinstance(text, (ProtocolError, ProxyError)) and len(text.args) == 2:
+        what, cause = text.args
+        text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {plain(cause)}"
     line = " ".join(_OBJECT.sub("", str(text), count=1).split())
     line = "".join(char if char.isprintable() else "?" for char in line)
     return line if len(line) <= 200 else f"{line[:200]}..."

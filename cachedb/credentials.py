@@ -14,12 +14,13 @@ import re
 import selectors
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from cachedb.errors import RegistryError
+from cachedb.errors import CacheError, RegistryError
 from cachedb.reference import shorten
 
 __all__ = ["Credentials", "find"]
@@ -27,6 +28,7 @@ __all__ = ["Credentials", "find"]
 _FILE_LIMIT = 1024 * 1024  # bytes
 _ANSWER_LIMIT = 64 * 1024  # bytes that a helper may write: tokens are of some thousands
 _TIMEOUT = 30.0  # seconds that a helper may take
+_NAP = 0.1  # seconds between two looks at whether its answer is wanted still
 _HELPER = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _NOT_FOUND = b"credentials not found in native keychain"
 _HUB = "docker.io"
@@ -45,24 +47,31 @@ class Credentials(NamedTuple):
         return f"Credentials(username={self.username!r}, ...)"
 
 
-def find(registry: str, repository: str, authfile: str | os.PathLike[str] | None = None) -> Credentials | None:
+def find(
+    registry: str,
+    repository: str,
+    authfile: str | os.PathLike[str] | None = None,
+    *,
+    stopped: threading.Event | None = None,
+) -> Credentials | None:
     """Return the credentials for a repository, or None: it is asked for anonymously.
 
     Args:
         registry: its ``host[:port]``; Docker Hub is ``docker.io``.
         repository: in the registry, such as ``library/alpine``.
         authfile: the only file to look in; left out, ``$REGISTRY_AUTH_FILE`` is, or else the usual ones are.
+        stopped: is set when nobody wants them any more; a helper that still thinks is ended then.
 
     Raises:
         RegistryError: if a file cannot be used, one that was named is not there, or a helper fails.
     """
-    registry = _host(registry)
+    registry, stopped = _host(registry), stopped or threading.Event()
     named = authfile or os.environ.get("REGISTRY_AUTH_FILE")
     for file in [os.fspath(named)] if named else _usual_files():
         document = _load(file)
         if document is None and named:
             raise RegistryError(f"there is no file of credentials {file!r}: log in with it, or name another")
-        found = None if document is None else _look_up(document, registry, repository, file)
+        found = None if document is None else _look_up(document, registry, repository, file, stopped)
         if found is not None:
             return found
     return None
@@ -107,13 +116,16 @@ def _json_object(data: bytes) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _look_up(document: dict[str, Any], registry: str, repository: str, file: str) -> Credentials | None:
+def _look_up(
+    document: dict[str, Any], registry: str, repository: str, file: str, stopped: threading.Event
+) -> Credentials | None:
     """Return what one file, and the helpers that it names, have: a registry's own, the one for all, the entries."""
     helper = _entry(document.get("credHelpers") or {}, registry)
     if helper:  # and if it has none, neither Docker nor containers/image looks at the entries
-        return _ask(helper, registry, file)
+        return _ask(helper, registry, file, stopped)
     store = document.get("credsStore")
-    found = _ask(store, registry, file) if store and helper is None else None  # its own being "" says: not this one
+    # Its own being "" says: not the one for all.
+    found = _ask(store, registry, file, stopped) if store and helper is None else None
     if found is not None:
         return found
     entry = _entry(document.get("auths") or {}, registry, repository)
@@ -160,14 +172,14 @@ def _unless_empty(credentials: Credentials) -> Credentials | None:
     return credentials if any(credentials) else None
 
 
-def _ask(helper: object, registry: str, file: str) -> Credentials | None:
+def _ask(helper: object, registry: str, file: str, stopped: threading.Event) -> Credentials | None:
     """Return what a credential helper has for a registry, or None if it has nothing."""
     if not isinstance(helper, str) or not _HELPER.fullmatch(helper):
         what = f"{file!r} has {shorten(helper)} as a credential helper"
         raise RegistryError(f"{what}: it is what follows docker-credential- in a program's name")
     program = f"docker-credential-{helper}"
     server = _HUB_URL if registry == _HUB else registry
-    status, answer = _run(program, server, file)
+    status, answer = _run(program, server, file, stopped)
     if status != 0 and answer.strip() == _NOT_FOUND:
         return None
     if status != 0:
@@ -180,7 +192,7 @@ def _ask(helper: object, registry: str, file: str) -> Credentials | None:
     return _unless_empty(Credentials("", "", secret) if username == "<token>" else Credentials(username, secret, ""))
 
 
-def _run(program: str, server: str, file: str) -> tuple[int, bytes]:
+def _run(program: str, server: str, file: str, stopped: threading.Event) -> tuple[int, bytes]:
     """Give a helper the server on its input; return its exit code and its output."""
     deadline = time.monotonic() + _TIMEOUT
     pipe = subprocess.PIPE
@@ -201,8 +213,11 @@ def _run(program: str, server: str, file: str) -> tuple[int, bytes]:
             selector.register(process.stdout, selectors.EVENT_READ)
             answer = b""
             while len(answer) <= _ANSWER_LIMIT:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise subprocess.TimeoutExpired(program, _TIMEOUT)
+                while not selector.select(_NAP):
+                    if stopped.is_set():
+                        raise CacheError(f"{program} was stopped, for nobody waits for its answer")
+                    if time.monotonic() > deadline:
+                        raise subprocess.TimeoutExpired(program, _TIMEOUT)
                 chunk = process.stdout.read(_ANSWER_LIMIT)
                 if not chunk:
                     return process.wait(max(0.0, deadline - time.monotonic())), answer

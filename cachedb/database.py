@@ -28,12 +28,12 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb import locks
-from cachedb.errors import DamagedIndex, NotACache, SchemaMismatch, StorageError, os_errors
+from cachedb import locks, partial
+from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, StorageError, os_errors
 from cachedb.mounts import refuse_shared
 from cachedb.tables import METADATA, REVISION
 
-__all__ = ["Database", "quarantine_path", "sync_folder"]
+__all__ = ["Database", "is_full", "quarantine_path", "sync_folder"]
 
 T = TypeVar("T")
 
@@ -531,18 +531,21 @@ class Database:
     def with_reserve(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
         """Do some work; on a full disk do it again, or other work, in the space that was set aside.
 
-        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without.
+        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without. What is left of
+        downloads goes as well.
         """
         try:
             return work()
         except StorageError as error:
-            if not _is_full(error):
+            if not is_full(error):
                 raise
-            try:
+            freed = False
+            with suppress(CacheError, OSError):
+                freed = partial.sweep(self.directory, age=0)
+            with suppress(OSError):
                 (self.directory / "reserve").unlink()
-            except OSError:
-                pass
-            else:
+                freed = True
+            if freed:
                 return (again or work)()
             raise
 
@@ -568,7 +571,7 @@ def is_ours(directory: Path) -> bool:
     return all((directory / name).is_dir() for name in ("blobs", "ingest", "trash"))
 
 
-def _is_full(error: StorageError) -> bool:
+def is_full(error: StorageError) -> bool:
     """Say whether the disk is full; what SQLite says of that is vague where it has no space for its shared memory."""
     cause = error.__cause__
     if isinstance(cause, sqlite3.DatabaseError):

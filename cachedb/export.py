@@ -178,7 +178,7 @@ def choose_platform(
         wanted: ``os/architecture[/variant]``; None for the host's.
 
     Raises:
-        NotInCache: if the image is not for that platform.
+        NotInCache: if the image is not for that platform, or what it has for it is not here.
     """
     images = _platforms(root, manifests)
     if wanted is None and len(images) == 1:
@@ -188,6 +188,9 @@ def choose_platform(
     for image, label in there.items():
         if oci.is_for(label, asked):
             return image
+    for blob in oci.walk(root, lambda blob: manifests.get(blob.digest)):
+        if blob.role == "manifest" and blob.digest not in manifests and oci.is_for(blob.platform, asked):
+            raise NotInCache(f"{name} is not here for platform {shorten(asked)}: pull it with --platform")
     known = ", ".join(sorted(there.values()))
     raise NotInCache(f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform")
 

@@ -36,12 +36,15 @@ def begun(path: Path, size: int) -> int:
         return found.st_size
 
 
-def sweep(directory: Path) -> None:
-    """Remove what nobody has gone on with for a day."""
+def sweep(directory: Path, *, age: float = _AGE) -> bool:
+    """Remove what nobody has gone on with for a day, or for another time in seconds; say whether there was any."""
+    found = False
     with os_errors("clean up after a download"), suppress(FileNotFoundError):
         for name in os.listdir(partials(directory)):
             path = partials(directory) / name
-            if time.time() - path.lstat().st_mtime > _AGE:
+            if time.time() - path.lstat().st_mtime >= age:
                 with producing.unless_made(directory, key_of(Digest(name.replace("-", ":")))) as nobody:
                     if nobody:
                         path.unlink(missing_ok=True)
+                        found = True
+    return found

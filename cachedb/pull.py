@@ -15,9 +15,9 @@ from sqlalchemy import Connection
 
 from cachedb import blobs, images, oci, partial, producing
 from cachedb.blobs import Received
-from cachedb.database import Database
+from cachedb.database import Database, is_full
 from cachedb.directory import partial_path
-from cachedb.errors import CacheError, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable
+from cachedb.errors import CacheError, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable, StorageError
 from cachedb.images import ImageInfo
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed, told
@@ -77,7 +77,8 @@ def pull(
         here = work.here() if if_missing or (source.name.digest and not referrers) else None
         return here and Pulled(here, 0, 0, None)
 
-    with producing.once(database.directory, f"pull {source.name}", find, waiting=time.sleep) as found:
+    source.let_go()
+    with producing.once(database.directory, source.key, find, waiting=time.sleep) as found:
         return found or work.run(allow_stale)
 
 
@@ -106,12 +107,11 @@ class _Pull:
             said = self._source.digest()
             if here and here.digest == said and not self._referrers:
                 return Pulled(here, 0, 0, None)
-            root = self._root(said)
+            return self._bring(self._root(said))
         except RegistryUnavailable as error:
             if here and allow_stale:
                 return Pulled(here, 0, 0, str(error))
             raise
-        return self._bring(root)
 
     def here(self) -> ImageInfo | None:
         """Return the image, if it is here with all that is wanted of it."""
@@ -191,10 +191,13 @@ class _Pull:
 
         try:
             info = images.bring(self._database, self._session, wanted, receive, save)
-        except BaseException:
+        except BaseException as error:
             for hold in self._holds:
                 with suppress(CacheError):  # where that fails, it goes with the session
                     images.let_go(self._database, self._session, hold)
+            if isinstance(error, StorageError) and is_full(error):
+                with suppress(CacheError, OSError):
+                    partial.sweep(self._database.directory, age=0)  # there is more need of the space
             raise
         return Pulled(info, len(self._come), sum(self._come.values()), None)
 
@@ -232,7 +235,7 @@ class _Pull:
     def _listed(self, subject: Digest) -> list[Descriptor]:
         """Return what is listed as referring to a manifest; many a mirror has the images and not their referrers."""
         for repository in self._source.repositories[:-1]:
-            with suppress(RegistryError):
+            with suppress(RegistryError, InvalidManifest):
                 if found := repository.referrers(subject):
                     return found
         return self._source.repositories[-1].referrers(subject)

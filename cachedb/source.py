@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
@@ -21,14 +21,14 @@ from cachedb.directory import blob_path, partial_path
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError, os_errors
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, in_threads
-from cachedb.receiving import Content, discard, identity, receive
+from cachedb.receiving import Content, discard, receive
 from cachedb.reference import Digest, Name, digest_of, shorten
-from cachedb.registry import Fetched, Repository, mirrors, place
+from cachedb.registry import Repository, mirrors, place
 
 __all__ = ["AT_ONCE", "Root", "Source"]
 
 AT_ONCE = 4  # blobs that are downloaded at the same time
-_PATIENCE = 2  # seconds; who is connecting cannot be stopped, and may take longer than whoever wants an end has time
+_PATIENCE = 1.0  # seconds for what was begun to end: who looks up a host, or connects to it, cannot be stopped
 _BYTES = 64 * 1024 * 1024  # of manifests, which are all in memory: those of a thousand platforms have far less
 
 T = TypeVar("T")
@@ -79,8 +79,10 @@ class Source:
         self._directory = directory
         self._guard, self._asked = threading.Lock(), dict[object, Future[object]]()
         self._begun: threading.Thread | None = None
+        self._right = ExitStack()  # to pull it, while the index is not open yet
         self._ended: dict[Digest, threading.Event] = {}  # downloads that were begun before the index was open
         self._whole: dict[Digest, tuple[int, int, int] | None] = {}  # those that are all there, as `_mark` has them
+        self._failed: dict[Digest, CacheError] = {}  # those that cannot be had: who wants them next is told so
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +92,9 @@ class Source:
     ) -> None:
         if self._begun:
             self.stop()  # if all went well there is nothing to stop
-            self._begun.join(_PATIENCE)
+            with suppress(RuntimeError):  # an interrupt came before it was begun
+                self._begun.join(_PATIENCE)
+        self.let_go()
         self.close()
 
     def close(self) -> None:
@@ -106,9 +110,9 @@ class Source:
     # What the registry says
 
     def ask(self, call: Callable[[Repository], T]) -> T:
-        """Ask one repository after the other, until one has an answer."""
+        """Ask one repository after the other, until one has an answer, and a good one."""
         for repository in self.repositories[:-1]:
-            with suppress(RegistryError):
+            with suppress(RegistryError, DigestMismatch, InvalidManifest):
                 return call(repository)
         return call(self.repositories[-1])
 
@@ -145,21 +149,15 @@ class Source:
             DigestMismatch: if what comes is something else.
         """
 
-        def fetch(repository: Repository) -> Fetched:
+        def fetch(repository: Repository) -> Root:
             fetched = repository.manifest(said or self.name.reference)
             like = said or fetched.digest
             digest = digest_of(fetched.data, like)
             if like not in (None, digest):
                 raise DigestMismatch(f"{self.name} should have digest {like}, and what comes has {digest}")
-            return fetched._replace(digest=digest)
+            return Root(digest, oci.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
 
-        def work() -> Root:
-            fetched = self.ask(fetch)
-            assert fetched.digest is not None
-            media_type = oci.manifest_media_type(fetched.data, fetched.media_type)
-            return Root(fetched.digest, media_type, fetched.data)
-
-        return self._once(("root", said), work)
+        return self._once(("root", said), lambda: self.ask(fetch))
 
     def child(self, blob: Descriptor, stored: Callable[[Digest], bytes | None]) -> bytes:
         """Return a manifest that an index names: the one that is here, or else the registry's.
@@ -181,11 +179,9 @@ class Source:
         if data is None:
             data = stored(blob.digest)
         if data is None:
-            fetch = lambda: self.ask(lambda repository: repository.manifest(blob.digest).data)  # noqa: E731
-            data = self._once(("child", blob.digest), fetch)
-        if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
-            raise DigestMismatch(f"manifest {blob.digest} should be {blob.size} bytes of that digest, and is not")
-        self.documents[blob.digest] = data
+            fetch = lambda repository: _verified(blob, repository.manifest(blob.digest).data)  # noqa: E731
+            data = self._once(("child", blob.digest), lambda: self.ask(fetch))
+        self.documents[blob.digest] = _verified(blob, data)
         return data
 
     def choose(self, children: list[Descriptor]) -> list[Descriptor]:
@@ -217,6 +213,8 @@ class Source:
             StorageError: if it cannot be written.
         """
         path = partial_path(self._directory, blob.digest)
+        if failure := self._failed.pop(blob.digest, None):
+            raise failure
         if (mark := self._whole.get(blob.digest)) and mark == _mark(path):
             advance(blob.size)
             return Content(blob.digest, blob.size)
@@ -244,11 +242,10 @@ class Source:
                     progress=count,
                     what=f"blob {blob.digest}",
                 )
-            except DigestMismatch:
-                discard(path)
-                raise
-            except RegistryError:
+            except (RegistryError, DigestMismatch) as error:
                 advance(-done)  # the next one is asked from the beginning
+                if not done or isinstance(error, DigestMismatch):
+                    discard(path)
                 raise
             finally:
                 source.close()
@@ -275,10 +272,24 @@ class Source:
     # Before the index is open
 
     def begin(self) -> None:
-        """Begin to ask and to download in a thread, if the cache is there; what fails, fails again for who wants it."""
-        if (self._directory / "index.db").exists():
-            self._begun = threading.Thread(target=self._begin, daemon=True)
-            self._begun.start()
+        """Begin to ask and to download in a thread, if the cache is there and nobody else pulls the same.
+
+        What fails, fails again for who wants it. Others who pull the same wait until this is pulled, or is left.
+        """
+        with suppress(OSError):  # of what cannot be looked at, or written to
+            there = (self._directory / "index.db").exists()
+            if there and self._right.enter_context(producing.unless_made(self._directory, self.key)):
+                self._begun = threading.Thread(target=self._begin, daemon=True)
+                self._begun.start()
+
+    @property
+    def key(self) -> str:
+        """What `producing.once` knows the pull of the image by."""
+        return f"pull {self.name}"
+
+    def let_go(self) -> None:
+        """Leave the right to pull the image, which `begin` may have taken, to whoever pulls it."""
+        self._right.close()
 
     def _begin(self) -> None:
         with suppress(CacheError, OSError):
@@ -306,8 +317,11 @@ class Source:
                 producing.unless_made(self._directory, partial.key_of(blob.digest)) as nobody,
             ):
                 if nobody and not self._has_file(blob.digest):
-                    self.download(blob, advance)
-                    self._whole[blob.digest] = _mark(partial_path(self._directory, blob.digest))
+                    try:
+                        self.download(blob, advance)
+                        self._whole[blob.digest] = _mark(partial_path(self._directory, blob.digest))
+                    except (RegistryError, DigestMismatch) as error:
+                        self._failed[blob.digest] = error
         finally:
             ended.set()
 
@@ -315,9 +329,17 @@ class Source:
         return blob_path(self._directory, digest).exists()
 
 
+def _verified(blob: Descriptor, data: bytes) -> bytes:
+    """Return a manifest, if it is what another names."""
+    if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
+        raise DigestMismatch(f"manifest {blob.digest} should be {blob.size} bytes of that digest, and is not")
+    return data
+
+
 def _mark(path: Path) -> tuple[int, int, int] | None:
-    """Return the identity of a file; None if there is none."""
+    """Return what tells a file from another of its name, and from itself after it was written to."""
     try:
-        return identity(path.stat())
+        found = path.stat()
     except FileNotFoundError:
         return None
+    return found.st_ino, found.st_size, found.st_ctime_ns  # which is another, too, once it has a second name

@@ -397,3 +397,21 @@ def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) 
     command = [sys.executable, "-c", textwrap.dedent(script), "--dir", str(directory), "ls"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (130, "cachedb: interrupted")
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
+    script = """
+    import sys
+
+    class Interrupting:
+        def find_spec(self, name, path=None, target=None):
+            if name == "click":
+                raise KeyboardInterrupt
+
+    sys.meta_path.insert(0, Interrupting())
+    from cachedb.__main__ import main
+    main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "cachedb: interrupted\n")

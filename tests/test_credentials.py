@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 
 from cachedb import credentials
 from cachedb.credentials import Credentials, find
-from cachedb.errors import RegistryError
+from cachedb.errors import CacheError, RegistryError
 
 HUB = "https://index.docker.io/v1/"
 REGISTRY = "registry.example.org:5000"
@@ -370,6 +371,19 @@ def test_a_helper_that_hangs_is_ended_with_all_it_began(
     with pytest.raises(RegistryError, match="docker-credential-x gave no answer in 2 seconds"):
         find(REGISTRY, "app")
     assert time.monotonic() - began < 30
+    assert is_over(int(pid.read_text()))
+
+
+def test_a_helper_is_ended_when_nobody_wants_its_answer_any_more(home: Path, tmp_path: Path, helper: Helper) -> None:
+    pid, stopped = tmp_path / "pid", threading.Event()
+    helper("x", f"sleep 100 & echo $! > {pid}; wait")
+    docker(home, {"credsStore": "x"})
+    began = time.monotonic()
+    timer = threading.Timer(1, stopped.set)
+    timer.start()
+    with pytest.raises(CacheError, match="docker-credential-x was stopped"):
+        find(REGISTRY, "app", stopped=stopped)
+    assert time.monotonic() - began < 20
     assert is_over(int(pid.read_text()))
 
 

@@ -17,12 +17,15 @@ import pytest
 
 from cachedb import Cache, StorageError, images, mounts, schema
 from cachedb.database import Database
+from cachedb.directory import partial_path
 from cachedb.errors import os_errors
 from cachedb.oci import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
+from cachedb.reference import Digest
 from cachedb.tables import REVISION
 from tests import make
 from tests.conftest import Run, run_python
 from tests.promises import check
+from tests.registries import Registry
 from tests.test_database import content
 from tests.test_locks import open_files
 from tests.victims import save
@@ -383,6 +386,37 @@ def test_a_process_that_has_the_cache_open_frees_a_full_disk(full_disk: Path) ->
                 pass
         assert cache.remove_manifest("app:1").blobs == 4
         assert cache.collect_garbage().blobs == 600
+
+
+def test_a_pull_that_fills_the_disk_gives_the_space_back(cachedb: Run, disk: Path) -> None:
+    directory, small, large = disk / "cache", make.image(1), make.image(2, 3, size=12_000_000)
+    with Registry() as remote:
+        remote.add(small, "small", "1")
+        remote.add(large, "large", "1")
+        assert cachedb("--dir", directory, "stats").returncode == 0
+        before = shutil.disk_usage(disk).used
+        refused = cachedb("--dir", directory, "pull", f"{remote.host}/large:1")
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert "free some space" in refused.stderr
+        assert cachedb("--dir", directory, "gc").returncode == 0
+        assert shutil.disk_usage(disk).used - before < 100_000
+        assert cachedb("--dir", directory, "pull", f"{remote.host}/small:1").returncode == 0
+    check(directory)
+
+
+@pytest.mark.parametrize("reserve", [True, False])
+def test_what_is_left_of_downloads_goes_when_the_disk_is_full(cachedb: Run, full_disk: Path, reserve: bool) -> None:
+    left = partial_path(full_disk, Digest(MADE.digest))
+    left.parent.mkdir()
+    (full_disk.parent / "full").rename(left)
+    if not reserve:
+        (full_disk / "reserve").unlink()
+        with (full_disk.parent / "full").open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+    assert cachedb("--dir", full_disk, "gc").returncode == 0
+    assert not left.exists()
+    check(full_disk)
 
 
 def test_there_is_no_reserve_where_there_is_no_space(disk: Path) -> None:

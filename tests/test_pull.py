@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from urllib3.exceptions import SSLError
 
 from cachedb import (
     Cache,
@@ -27,7 +29,7 @@ from cachedb import (
 from cachedb.reference import Name
 from tests import make
 from tests.conftest import Run
-from tests.faults import answer, changed, closed, corrupt, endless, redirect, retry_later, without
+from tests.faults import Do, answer, changed, closed, corrupt, endless, html, redirect, retry_later, without
 from tests.promises import check
 from tests.registries import HTPASSWD, PASSWORD, REFRESH_TOKEN, USER, Registry, certificate, docker_registry
 from tests.test_schema import change
@@ -216,6 +218,17 @@ def test_a_repair_adds_no_platform(cache: Cache, several: str) -> None:
     change(cache.directory, "UPDATE image_blobs SET role = 'other' WHERE position = 2")
     assert [problem.kind for problem in cache.verify(repair=True).problems] == ["index"]
     assert cache.get_image_blobs(several) == before
+
+
+def test_a_platform_that_is_known_and_not_here_is_told_of(cache: Cache, several: str, tmp_path: Path) -> None:
+    cache.pull(several, platform="linux/arm64")
+    advice = "is not here for platform 'linux/amd64': pull it with --platform"
+    with pytest.raises(NotInCache, match=advice):
+        cache.push(several, platform="linux/amd64")
+    with pytest.raises(NotInCache, match=advice):
+        cache.export(several, tmp_path / "app.tar", format="docker", platform="linux/amd64")
+    with pytest.raises(NotInCache, match="is not for platform 'linux/s390x', but for linux/arm64"):
+        cache.push(several, platform="linux/s390x")
 
 
 def test_an_export_names_no_platform_that_is_not_here(cache: Cache, several: str, tmp_path: Path) -> None:
@@ -468,6 +481,21 @@ def test_the_copy_that_is_here_is_taken_only_if_asked_for(cache: Cache, remote: 
     assert pulled.image.digest == FIRST.digest
 
 
+def test_the_copy_that_is_here_is_taken_also_if_the_registry_goes_down_on_the_way(
+    cache: Cache, remote: Registry
+) -> None:
+    name = f"{remote.host}/app:1"
+    cache.pull(name)
+    remote.add(LARGE, "app", "1")
+    remote.fault(answer(503), path="/blobs/", times=99)
+    with pytest.raises(RegistryUnavailable):
+        cache.pull(name)
+    pulled = cache.pull(name, allow_stale=True)
+    assert "503" in (pulled.stale or "")
+    assert pulled.image.digest == FIRST.digest
+    assert_is_here(cache, name, FIRST)
+
+
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_connection_that_is_closed_before_an_answer_is_tried_again(
     cache: Cache, remote: Registry, reset: bool
@@ -514,6 +542,31 @@ def test_mirrors_are_asked_first_and_the_registry_in_the_end(
         assert asked(remote) == []
         cache.pull(f"{remote.host}/app:2")  # which the mirror has not
         assert_is_here(cache, f"{remote.host}/app:2", SECOND)
+
+
+@pytest.mark.parametrize(
+    ("fault", "path"),
+    [
+        (html(), ""),
+        (corrupt(30), "/manifests/sha256"),
+        (corrupt(30), f"/manifests/{ARM.digest}"),
+        (corrupt(), "/blobs/"),
+    ],
+)
+def test_a_mirror_that_has_something_else_is_passed_over(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, fault: Do, path: str
+) -> None:
+    seen: list[tuple[int, int]] = []
+    with Registry() as mirror:
+        for server in (remote, mirror):
+            server.add_index(make.index(FIRST, ARM), "several", "1", [FIRST, ARM])
+        mirror.fault(fault, path=path, times=99)
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"{remote.host}={mirror.host}")
+        name = f"{remote.host}/several:1"
+        cache.pull(name, all_platforms=True, referrers=True, progress=lambda *told: seen.append(told))
+        assert cache.is_image_complete(name)
+        assert all(cache.get_blob(digest) == data for digest, data in {**FIRST.blobs, **ARM.blobs}.items())
+    assert seen[-1][0] == seen[-1][1] == max(done for done, _ in seen)
 
 
 def login(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> Path:
@@ -666,6 +719,40 @@ def test_a_certificate_is_looked_at(
         assert cache.pull(f"{host}/hello:1", plain_http=False).image.digest == digest
 
 
+def test_what_is_wrong_with_tls_is_told_with_what_to_do(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: Registry
+) -> None:
+    ca, certified, key = certificate(tmp_path / "tls", "localhost")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    advice = r"cannot be trusted: .* mismatch.*; name it as its certificate does$"
+    with Registry(tls=(certified, key)) as other, pytest.raises(RegistryError, match=advice):
+        cache.pull(f"{other.host}/app:1", plain_http=False)
+    with pytest.raises(RegistryError, match=r"cannot be trusted: .*; use --plain-http if it speaks HTTP$"):
+        cache.pull(f"{remote.host}/app:1", plain_http=False)
+    out_of_date = ssl.SSLCertVerificationError("certificate has expired")
+    out_of_date.verify_code = 10
+    assert "clock" in client._tls_advice("registry:5000", SSLError(out_of_date))
+
+
+def test_a_proxy_and_a_broken_answer_are_told_of_without_our_objects(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote.fault(closed(), path="manifests/1", times=99)
+    with pytest.raises(RegistryError) as raised:
+        cache.pull(f"{remote.host}/app:1")
+    reason = "Connection aborted: Remote end closed connection without response"
+    assert str(raised.value) == f"{remote.host} cannot be reached: {reason}"
+    remote.fault(changed(cut=10), method="GET", path="/blobs/", times=99)
+    with pytest.raises(RegistryError, match=r"broken: IncompleteRead\(10 bytes read, \d+ more expected\); try"):
+        cache.pull(f"{remote.host}/app@{FIRST.digest}")
+    monkeypatch.setenv("https_proxy", "http://somebody:secret@127.0.0.1:1")
+    monkeypatch.setattr(client, "proxy_bypass", lambda host: False)
+    with pytest.raises(RegistryError) as raised:
+        cache.pull("registry.example.org/app:1")
+    reason = "Unable to connect to proxy: Failed to establish a new connection: [Errno 111] Connection refused"
+    assert str(raised.value) == f"registry.example.org cannot be reached: {reason}"
+
+
 # The command line
 
 
@@ -677,6 +764,14 @@ def test_pull_prints_the_images_as_import_does(cachedb: Run, remote: Registry) -
     failed = cachedb("pull", f"{remote.host}/app:9")
     assert (failed.returncode, failed.stderr.startswith(f"cachedb: {remote.host} has no app:9")) == (1, True)
     assert cachedb("pull", "--platform", "linux/arm64", "--all-platforms", name).returncode == 2
+
+
+def test_what_came_is_printed_where_another_could_not_be_had(cachedb: Run, remote: Registry) -> None:
+    names = f"{remote.host}/app:1", f"{remote.host}/app:nope", f"{remote.host}/app:2"
+    done = cachedb("pull", "-q", *names)
+    assert (done.returncode, done.stdout) == (1, f"{names[0]}\n")
+    assert done.stderr == f"cachedb: {remote.host} has no app:nope (404)\n"
+    assert cachedb("pull", names[1]).stdout == ""
 
 
 def test_a_copy_that_may_be_out_of_date_is_told(cachedb: Run) -> None:

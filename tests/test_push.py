@@ -221,7 +221,7 @@ def test_one_platform_goes_as_an_image_of_its_own(cache: Cache, partly: str, rem
     pushed = cache.push(partly, f"{remote.host}/target:1", platform="linux/amd64")
     assert pushed.digest == FIRST.digest
     assert_has(remote, "target", "1", FIRST)
-    with pytest.raises(NotInCache, match="not for platform"):
+    with pytest.raises(NotInCache, match="not here for platform"):
         cache.push(partly, f"{remote.host}/target:2", platform="linux/arm64")
 
 

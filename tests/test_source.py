@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, InvalidManifest, NotInCache, RegistryError, partial, producing
+from cachedb import Cache, CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError, partial, producing
 from cachedb.directory import partial_path
 from cachedb.reference import Digest, Name
 from cachedb.source import Source
 from tests import make
 from tests.conftest import Run, run_python
-from tests.faults import answer, changed
+from tests.faults import Do, answer, changed, corrupt
 from tests.promises import check
 from tests.registries import Registry
+from tests.test_credentials import is_over
 from tests.test_pull import ARM, FIRST, LARGE, ODD, SECOND, alone, asked, assert_is_here, blobs_of  # noqa: F401
 
 LAYER = Digest(make.digest_of(LARGE.layers[0]))
@@ -120,6 +124,12 @@ def test_nothing_is_begun_where_there_is_no_cache_yet(directory: Path, remote: R
     assert (asked(remote), directory.exists()) == ([], False)
 
 
+def test_a_directory_that_cannot_be_looked_at_is_told_as_by_any_command(cachedb: Run, remote: Registry) -> None:
+    name = "x" * 300
+    pulled = cachedb("--dir", name, "pull", f"{remote.host}/app:1")
+    assert (pulled.returncode, pulled.stderr) == (1, cachedb("--dir", name, "ls").stderr)
+
+
 def test_what_is_here_is_not_asked_for(made: Path, remote: Registry) -> None:
     with Cache.open(made) as cache:
         cache.pull(f"{remote.host}/app:1")
@@ -174,6 +184,30 @@ def test_an_error_is_the_same_and_costs_no_second_request(made: Path, remote: Re
     assert downloaded(made) == set()
 
 
+@pytest.mark.parametrize(("fault", "error"), [(answer(403), RegistryError), (corrupt(), DigestMismatch)])
+def test_a_blob_that_cannot_be_had_is_not_asked_for_again(
+    made: Path, remote: Registry, fault: Do, error: type[CacheError]
+) -> None:
+    remote.fault(fault, path=LAYER, times=9)
+    with begun(made, f"{remote.host}/large:1") as source, Cache.open(made) as cache, pytest.raises(error):
+        cache.pull(source)
+    assert blobs_of(remote).count(LAYER) == 1
+    assert LAYER not in downloaded(made)
+    check(made)
+
+
+def test_a_download_that_was_stored_since_is_not_stored_again(made: Path, remote: Registry) -> None:
+    name = f"{remote.host}/large:1"
+    with begun(made, name) as source:
+        os.link(partial_path(made, LAYER), made / "ingest" / "second")  # by who was killed then
+        with Cache.open(made) as cache:
+            cache.pull(source)
+            assert_is_here(cache, name, LARGE)
+            assert cache.get_blob_path(LAYER).stat().st_nlink == 1
+    (made / "ingest" / "second").unlink()
+    check(made)
+
+
 @pytest.mark.parametrize("content", [LARGE.layers[0][:-1] + b"!", LARGE.layers[0][:1000], None])
 def test_a_download_that_was_touched_since_is_not_trusted(made: Path, remote: Registry, content: bytes | None) -> None:
     name = f"{remote.host}/large:1"
@@ -197,6 +231,19 @@ def test_what_others_download_is_left_to_them(made: Path, remote: Registry) -> N
     assert LAYER not in blobs_of(remote)
 
 
+def test_nothing_is_begun_while_others_pull_the_same(made: Path, remote: Registry) -> None:
+    name = f"{remote.host}/large:1"
+    with Source(made, Name.parse(name)) as first, Source(made, Name.parse(name)) as second:
+        first.begin()
+        second.begin()
+        assert second._begun is None
+        with Cache.open(made) as cache:
+            cache.pull(first)
+            cache.pull(second)
+    assert sorted(method for method, path in asked(remote) if "manifests" in path) == ["GET", "HEAD", "HEAD"]
+    check(made)
+
+
 def test_what_others_have_stored_meanwhile_is_not_downloaded(made: Path, remote: Registry) -> None:
     with Cache.open(made) as cache:
         cache.add_blob(LARGE.layers[0])
@@ -215,26 +262,60 @@ def test_an_end_is_not_held_up_by_what_was_begun(made: Path, remote: Registry) -
     assert not source._begun or not source._begun.is_alive()
 
 
-def test_an_end_is_not_held_up_by_a_registry_that_takes_no_connection(made: Path) -> None:
-    with ExitStack() as opened:
-        full = opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(3):
-            waiting = opened.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        before = time.monotonic()
-        with Source(made, Name.parse(f"127.0.0.1:{full.getsockname()[1]}/app:1")) as source:
-            source.begin()
-        assert time.monotonic() - before < 6  # it is given up after ten
-    assert source._begun
-    source._begun.join()
-
-
 def test_if_missing_asks_for_nothing_that_is_here(made: Path, remote: Registry, cachedb: Run) -> None:
     assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
     assert asked(remote)
     assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
     assert asked(remote) == []
+
+
+@pytest.fixture
+def unreachable() -> Iterator[str]:
+    """A host to which no connection is made, nor refused."""
+    with closing(socket.create_server(("127.0.0.1", 0), backlog=0)) as server, ExitStack() as waiting:
+        for _ in range(3):  # as many as nobody will accept
+            connection = waiting.enter_context(closing(socket.socket()))
+            connection.setblocking(False)
+            connection.connect_ex(server.getsockname())
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("what", ["a host", "a helper"])
+def test_an_interrupt_waits_neither_for_a_host_nor_for_a_helper(
+    made: Path, unreachable: str, tmp_path: Path, what: str
+) -> None:
+    pid = tmp_path / "pid"
+    with Registry(auth="basic") as remote:
+        host = unreachable if what == "a host" else remote.host
+        (tmp_path / "auth.json").write_text(json.dumps({"credsStore": "slow"}))
+        (tmp_path / "docker-credential-slow").write_text(f"#!/bin/sh\necho $$ > {pid}; exec sleep 25\n")
+        (tmp_path / "docker-credential-slow").chmod(0o755)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cachedb", "--dir", made, "pull", "--authfile", tmp_path / "auth.json", f"{host}/a"],
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            stderr=subprocess.PIPE,
+            text=True,
+            # Whoever runs the tests in a shell's background has SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        time.sleep(2)
+        before = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert time.monotonic() - before < 5
+    assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
+    assert what == "a host" or is_over(int(pid.read_text()))
+
+
+def test_an_interrupt_before_its_thread_runs_is_no_other_error(
+    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), Source(made, Name.parse(f"{remote.host}/large:1")) as source:
+        source.begin()
 
 
 def test_what_was_begun_by_who_is_killed_is_gone_on_with(made: Path, remote: Registry) -> None:
