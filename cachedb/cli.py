@@ -60,6 +60,8 @@ def main() -> NoReturn:
     # The collector would look through all that SQLAlchemy makes while it is imported, and find nothing.
     gc_.disable()
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as behind `nohup`
+        signal.signal(signal.SIGINT, _interrupted)
     try:
         if _COMPLETE in os.environ:
             import cachedb.completion  # noqa: F401 - click takes the bash script from there
@@ -90,8 +92,17 @@ def main() -> NoReturn:
         _fail(f"cannot print the result: {explain(error)}", 1)
 
 
-def _terminated(_signal: int, _frame: object) -> NoReturn:
+_signals: list[int] = []  # that have come
+
+
+def _terminated(number: int, _frame: object) -> NoReturn:
+    _signals.append(number)
     sys.exit(143)
+
+
+def _interrupted(number: int, _frame: object) -> NoReturn:
+    _signals.append(number)
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -926,6 +937,8 @@ def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None,
             print_rows(found.columns, found.rows, form, sizes=sizes)
             sys.stdout.flush()
     except InvalidQuery as error:
+        if _signals:  # SQLite makes an error of its own of what a signal raises in `human` or `ago`
+            raise KeyboardInterrupt from None
         if error.place is None:
             raise
         start, stop = error.place

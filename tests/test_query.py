@@ -288,9 +288,10 @@ def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
     assert cachedb("sql", "--timeout", "1s", ENDLESS.format("count(*)")).returncode == 1
 
 
+@pytest.mark.parametrize("what", ["count(*)", "sum(length(human(x)))", "count(ago('2020-01-01'))"])
 @pytest.mark.parametrize("form", ["table", "ndjson"])
-def test_an_interrupt_ends_a_query(cache: Cache, form: str) -> None:
-    command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format("count(*)")]
+def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
+    command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format(what)]
     environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(1.5)
