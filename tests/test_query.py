@@ -227,6 +227,24 @@ def test_rows_are_printed_as_it_is_asked_for(cachedb: Run, cache: Cache, form: s
     assert cachedb("sql", "--format", form, "-p", "n=10", query).stdout == PRINTED[form]
 
 
+STRANGE = {
+    "table": "a\\nb  b     c  e       i  a\\nb\n   1  00ff     x\\ry  inf     2\n",
+    "json": '[\n  {"a\\nb": 1, "b": "00ff", "c": null, "e": "x\\ry", "i": null, "a\\nb_2": 2}\n]\n',
+    "ndjson": '{"a\\nb": 1, "b": "00ff", "c": null, "e": "x\\ry", "i": null, "a\\nb_2": 2}\n',
+    "csv": '"a\nb",b,c,e,i,"a\nb"\n1,00ff,,"x\ry",inf,2\n',
+    "tsv": '"a\nb"\tb\tc\te\ti\t"a\nb"\n1\t00ff\t\t"x\ry"\tinf\t2\n',
+    "markdown": "| a\\\\nb | b | c | e | i | a\\\\nb |\n| --- | --- | --- | --- | --- | --- |\n"
+    "| 1 | 00ff |  | x\\\\ry | inf | 2 |\n",
+}
+
+
+@pytest.mark.parametrize("form", STRANGE)
+def test_what_is_strange_is_printed_so_that_it_is_read_again(cachedb: Run, cache: Cache, form: str) -> None:
+    """A blob, a carriage return, infinity, and a column that is there twice and has two lines."""
+    query = "SELECT 1 AS 'a\nb', x'00ff' AS b, NULL AS c, 'x' || char(13) || 'y' AS e, 1e999 AS i, 2 AS 'a\nb'"
+    assert cachedb("sql", "--format", form, query, text=False).stdout.decode() == STRANGE[form]
+
+
 @pytest.mark.parametrize("form", PRINTED)
 def test_no_rows_are_no_rows(cachedb: Run, cache: Cache, form: str) -> None:
     done = cachedb("sql", "--format", form, "SELECT 1 AS one WHERE 0")
@@ -300,13 +318,17 @@ def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
     assert (process.returncode, error) == (130, "\ncachedb: interrupted\n")
 
 
-def test_rows_come_while_there_are_more(cache: Cache) -> None:
-    command = [sys.executable, "-m", "cachedb", "sql", "--format", "csv", ENDLESS.format("x")]
+FIRST = {"json": b"[\n", "ndjson": b'{"x": 1}\n', "csv": b"x\n1\n", "markdown": b"| x |\n| --- |\n| 1 |\n"}
+
+
+@pytest.mark.parametrize("form", FIRST)
+def test_rows_come_while_there_are_more(cache: Cache, form: str) -> None:
+    command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format("x")]
     environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
-        assert process.stdout.readline() == b"x\n"
-        assert process.stdout.readline() == b"1\n"
+        for line in FIRST[form].splitlines(keepends=True):
+            assert process.stdout.readline() == line
         process.stdout.close()  # as `head` does
         assert process.wait(timeout=20) == 1
         assert process.stderr
