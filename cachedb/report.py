@@ -55,10 +55,10 @@ class Report(NamedTuple):
 
 
 def number(text: str) -> int | float | str:
-    """Return a text as the number that is written so, or as it is: a tag ``1.10`` or ``007`` is none."""
+    """Return a text as the number that is written so, or as it is: a tag ``1.10``, ``007`` or ``nan`` is none."""
     for kind in (int, float):
         with suppress(ValueError):
-            if repr(found := kind(text)) == text:
+            if repr(found := kind(text)) == text and abs(found) < 1 << 63:  # as SQL has them
                 return found
     return text
 
