@@ -883,10 +883,8 @@ def sql(
             for (definition,) in found.rows:
                 click.echo(definition)
         return
-    if query == "-" or file == "-":
-        query = sys.stdin.read()
-    elif file is not None:
-        query = _text_of(file)
+    if query == "-" or file is not None:
+        query = _text_of("-" if file is None else file)
     if query is None:
         with _opened(existing=True) as cache:
             views = cache.list_views()
@@ -901,7 +899,7 @@ def sql(
 
 def _text_of(file: str) -> str:
     try:
-        with open(file, encoding="utf-8") as opened:
+        with open(0 if file == "-" else file, encoding="utf-8-sig") as opened:  # editors may begin it with a mark
             return opened.read()
     except (OSError, UnicodeError) as error:
         reason = explain(error) if isinstance(error, OSError) else "it is no text"
@@ -970,14 +968,17 @@ def report(
 ) -> None:
     """Answer a question that has a name; or show all of the cache on one page, which needs no network.
 
-    A report is a file of SQL. Your own are in the folder of CACHEDB_REPORTS, by default reports/ in cachedb's folder
-    of the user's configuration, and go before those of the same name. A table has sizes for people, all else bytes.
-    A report runs at the lowest priority.
+    A report is a file of SQL, NAME.sql. Your own are in the folder of CACHEDB_REPORTS, by default reports/ in
+    cachedb's folder of the user's configuration, and go before those of the same name. A file begins with comments:
+    lines that say what it answers, and for each :parameter of its query a line "-- :parameter", or one with its
+    default, "-- :parameter default". A table has sizes for people, all else bytes. It runs at the lowest priority.
     """
     from cachedb.report import load, reports
 
     if sum(map(bool, (name, list_, file))) != 1:
         raise click.UsageError("name a report, or use --list, or --html")
+    if not name and (parameters or seconds is not None):
+        raise click.UsageError("-p and --timeout are for a report that has a name")
     if file:
         with _opened(existing=True) as cache, _giving_way():
             page = cache.get_html_report()
@@ -995,7 +996,15 @@ def report(
             print_table(("REPORT", "PARAMETERS", "WHAT IT SAYS"), rows)
         else:
             columns = ("report", "description", "parameters", "path")
-            print_rows(columns, [(one.name, one.description, one.parameters, one.path) for one in found], form)
+            nested = form in ("json", "ndjson")
+            print_rows(
+                columns,
+                [
+                    (one.name, one.description, one.parameters if nested else " ".join(one.wanted()), one.path)
+                    for one in found
+                ],
+                form,
+            )
         return
     chosen = load(name or "")
     _ask(chosen.query, chosen.values(parameters), form, seconds, sizes=True)

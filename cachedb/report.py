@@ -78,7 +78,7 @@ def reports() -> list[Report]:
     Raises:
         StorageError: if a file cannot be read.
     """
-    paths = {path.stem: path for place in (_OURS, folder()) for path in place.glob("*.sql")}
+    paths = {path.stem: path for place in (_OURS, folder()) for path in place.glob("*.sql") if path.is_file()}
     return [_read(paths[name]) for name in sorted(paths)]
 
 
@@ -91,17 +91,17 @@ def load(name: str) -> Report:
     """
     for place in (folder(), _OURS):
         path = place / f"{name}.sql"
-        if re.fullmatch(r"[\w.-]+", name) and path.is_file():
+        if name and os.sep not in name and path.is_file():
             return _read(path)
     raise NotInCache(f"there is no report {name!r}; `cachedb report --list` lists those there are")
 
 
 def _read(path: Path) -> Report:
     with os_errors("read a report"):
-        query = path.read_text(errors="replace")
+        query = path.read_text(encoding="utf-8-sig", errors="replace")
     said: list[str] = []
     parameters: dict[str, str | None] = {}
-    for line in query.splitlines():
+    for line in query.lstrip().splitlines():
         if not line.startswith("--"):
             break
         if found := _PARAMETER.fullmatch(line.rstrip()):

@@ -287,6 +287,16 @@ def test_a_query_comes_from_a_file_or_from_stdin(cachedb: Run, cache: Cache, tmp
     assert cachedb("sql", "--file", str(tmp_path / "query.sql")).stdout == "n\n1\n"
     assert cachedb("sql", "-", input="SELECT 2 AS n").stdout == "n\n2\n"
     assert cachedb("sql", "--file", "-", input="SELECT 3 AS n").stdout == "n\n3\n"
+    (tmp_path / "query.sql").write_bytes(b"\xef\xbb\xbfSELECT\r\nnme FROM image_usage")
+    with (tmp_path / "query.sql").open("rb") as opened:
+        for arguments in (["--file", tmp_path / "query.sql"], ["-"]):
+            assert cachedb("sql", *arguments, stdin=opened).stderr.endswith(
+                "in line 2:\n  nme FROM image_usage\n  ^^^\n"
+            )
+    for encoding in ("utf-8:strict", "utf-8:surrogateescape"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        failed = cachedb("sql", "-", input=b"SELECT '\xff'", text=False, env=environment)
+        assert (failed.returncode, failed.stderr.count(b"\n"), b"it is no text" in failed.stderr) == (2, 1, True)
     failed = cachedb("sql", "--file", str(tmp_path / "nothing.sql"))
     assert (failed.returncode, "cannot read" in failed.stderr) == (2, True)
     assert cachedb("sql", "--schema", "SELECT 1").returncode == 2

@@ -184,6 +184,25 @@ def test_a_users_own_report_goes_before_one_of_its_name(cache: Cache, tmp_path: 
         ask(cache, "mine", k="1")
 
 
+def test_a_report_is_read_as_editors_write_it(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    said = "-- Sagt: \u00e9.\n-- :n 1\nSELECT :n AS n"
+    (folder / "with a mark.sql").write_bytes(b"\xef\xbb\xbf" + said.replace("\n", "\r\n").encode())
+    (folder / "late.sql").write_text(f"\n\n{said}", encoding="utf-8")
+    (folder / ".#late.sql").symlink_to("editor@host.1:2")  # as Emacs notes that it is at work
+    (folder / "folder.sql").mkdir()
+    found = {one.name: one for one in report.reports()}
+    for name in ("with a mark", "late"):
+        assert (found[name].description, found[name].parameters) == ("Sagt: \u00e9.", {"n": "1"})
+        assert ask(cache, name, n="2") == [{"n": 2}]
+        printed = cachedb("report", name, env={**os.environ, "PYTHONUTF8": "0", "LC_ALL": "POSIX"})
+        assert printed.stdout == "n\n1\n"
+    assert not {"folder", ".#late"} & found.keys()
+    failed = cachedb("report", "folder")
+    assert failed.returncode == 3
+
+
 @pytest.mark.parametrize("name", ["nothing", "../report", "/etc/passwd", "", "a/b"])
 def test_a_report_that_there_is_not_is_an_error(name: str) -> None:
     with pytest.raises(NotInCache, match="`cachedb report --list`"):
@@ -199,12 +218,14 @@ def test_the_whole_cache_is_shown_on_a_page(cachedb: Run, cache: Cache, tmp_path
     failed = cachedb("report", "--html", str(tmp_path / "nowhere" / "page.html"))
     assert (failed.returncode, "cannot write" in failed.stderr) == (2, True)
     assert cachedb("report", "--html", str(tmp_path / "x"), "garbage").returncode == 2
+    assert cachedb("report", "--html", str(tmp_path / "x"), "--timeout", "1s").returncode == 2
 
 
 def test_reports_are_printed(cachedb: Run, cache: Cache) -> None:
     assert "largest-images      limit=20" in cachedb("report", "--list").stdout
     listed = json.loads(cachedb("report", "--list", "--format", "json").stdout)
     assert {"report", "description", "parameters", "path"} == set(listed[0])
+    assert ",limit=20," in cachedb("report", "--list", "--format", "csv").stdout
     printed = cachedb("report", "largest-unique", "-p", "limit=1").stdout.splitlines()
     assert (printed[0].split(), len(printed)) == (["name", "unique_size", "size", "freed_size"], 2)
     assert "kB" in printed[1]
