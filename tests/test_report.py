@@ -75,6 +75,21 @@ def test_what_removing_images_together_frees_is_told_exactly(cache: Cache, chose
     assert (row["blobs"], row["size"], row["images"]) == (freed.blobs, freed.bytes, len(chosen))
 
 
+def test_names_are_given_to_a_report_as_to_a_command(cachedb: Run, cache: Cache) -> None:
+    cache.tag("app:1", "localhost:5000/app")
+    make.keep(cache, "app", make.image(20))
+    names = f"localhost:5000/app\n{cachedb('ls', '-q').stdout}"
+    (row,) = ask(cache, "freed-by", names=names)
+    freed = cache.remove_manifest(*names.split(), dry_run=True)
+    assert (row["blobs"], row["size"], row["images"]) == (freed.blobs, freed.bytes, 7)
+    (row,) = ask(cache, "freed-by", names="app  app localhost:5000/app ")
+    assert (row["size"], row["images"]) == (cache.remove_manifest("app", dry_run=True).bytes, 2)
+    for none in ("", " ", "5", 'a"b', "\\", "localhost:5000", "app:1:latest"):
+        assert ask(cache, "freed-by", names=none) == [{"blobs": 0, "size": 0, "images": 0}]
+    assert ask(cache, "added-by", name="app", over="base:1") == ask(cache, "added-by", name="app:latest", over="base:1")
+    assert len(ask(cache, "added-by", name="localhost:5000/app", over="app")) == 5
+
+
 def test_images_that_were_not_used_are_listed(cache: Cache) -> None:
     assert ask(cache, "not-used") == []
     change(cache.directory, "UPDATE images SET last_used_at = '2020-01-01T00:00:00.000000Z' WHERE repository = 'base'")
