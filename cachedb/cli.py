@@ -1037,7 +1037,8 @@ def df(verbose: bool, form: str) -> None:
         share = getattr(found, name)
         rows.append((f"  {name}" if name != "stored" else "blobs", str(share.blobs), human(share.size)))
     rows += [("saved by sharing", "", human(found.saved_size)), ("index", "", human(found.index_size))]
-    rows += [(name, "", human(size)) for name, size in found.folder_sizes.items() if size]
+    others = {**found.folder_sizes, "reserve": found.reserve_size}
+    rows += [(name, "", human(size)) for name, size in others.items() if size]
     print_table(("", "COUNT", "SIZE"), rows, right=("COUNT", "SIZE"))
     if verbose:
         click.echo()

@@ -50,6 +50,17 @@ def test_every_stored_byte_is_in_one_share(directory: Path) -> None:
     check(directory)
 
 
+def test_every_file_of_a_cache_is_counted(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        fill(cache)
+        cache.add_blob(b"of nobody")
+        (directory / "quarantine").mkdir()
+        (directory / "quarantine" / "x").write_bytes(b"put aside")
+        found = cache.get_usage()
+        others = found.index_size + sum(found.folder_sizes.values()) + found.reserve_size
+        assert found.stored.size + others == sizes(directory)
+
+
 def test_an_empty_cache_takes_nothing(directory: Path) -> None:
     with Cache.open(directory) as cache:
         assert cache.get_usage()[:8] == (0, 0, (0, 0), (0, 0), (0, 0), (0, 0), (0, 0), 0)
