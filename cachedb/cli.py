@@ -57,6 +57,9 @@ def main() -> NoReturn:
     """Run the command line; errors are one line on stderr, and exit codes as the README lists them."""
     import signal
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: no file of the cache may come to be in its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     # The collector would look through all that SQLAlchemy makes while it is imported, and find nothing.
     gc_.disable()
     signal.signal(signal.SIGTERM, _terminated)
@@ -88,6 +91,8 @@ def main() -> NoReturn:
         # Whoever read our output has seen enough; nothing may be flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except MemoryError:
+        _fail("there is not enough memory; a query needs less of it with --format csv", 1)
     except OSError as error:
         _fail(f"cannot print the result: {explain(error)}", 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -280,6 +281,20 @@ def test_a_question_makes_no_cache(cachedb: Run, directory: Path, command: list[
     done = cachedb(*command)
     assert (done.returncode, done.stderr) == (3, f"cachedb: there is no cache in {str(directory)!r}\n")
     assert not directory.exists()
+
+
+@pytest.mark.parametrize("arguments", [["sql", "SELECT 1"], ["sql", "--format", "csv", "SELECT 1"], ["df"], ["ls"]])
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_result_that_nobody_wants_is_no_error(cachedb: Run, cache: Cache, arguments: list[str], closed: int) -> None:
+    done = cachedb(*arguments, preexec_fn=lambda: os.close(closed))
+    assert (done.returncode, done.stderr, bool(done.stdout)) == (0, "", closed == 2)
+
+
+def test_a_question_for_which_there_is_no_memory_is_an_error(cachedb: Run, cache: Cache) -> None:
+    limit = (400 * 1024 * 1024,) * 2
+    query = "SELECT hex(zeroblob(400000000))"
+    failed = cachedb("sql", query, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
+    assert (failed.returncode, failed.stderr.count("\n"), "not enough memory" in failed.stderr) == (1, 1, True)
 
 
 def test_a_query_comes_from_a_file_or_from_stdin(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
