@@ -114,7 +114,7 @@ def _errors(connection: sqlite3.Connection, query: str, end: float | None, timeo
             raise
         if _REFUSED.match(message):
             raise InvalidQuery("it would do something else than read: only questions can be asked") from None
-        missing = re.search(r"binding parameter :?(\w+)", message)
+        missing = re.search(r"not supply a value for binding parameter :?(\w+)", message)
         if missing and f"?{missing[1]}" not in query:
             raise InvalidQuery(f"there is no value for :{missing[1]}: give one with -p {missing[1]}=VALUE") from None
         if missing or message.startswith("Binding "):

@@ -160,6 +160,8 @@ def test_what_is_no_single_question_is_an_error(cache: Cache) -> None:
     for query in ("SELECT ?, :n", "SELECT ?1, :n"):
         with pytest.raises(InvalidQuery, match="write :NAME instead"):
             rows(cache, query, n=1)
+    with pytest.raises(InvalidQuery, match="type 'list' is not supported"):
+        rows(cache, "SELECT :least", least=[1])  # type: ignore[arg-type]
     with pytest.raises(InvalidQuery, match="the query has no :dyas; it has :days"):
         rows(cache, "SELECT :days", dyas=1)
     with pytest.raises(InvalidQuery):
