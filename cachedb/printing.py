@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
+from shutil import get_terminal_size
 from typing import Any, Final
 
 import click
@@ -16,6 +17,8 @@ __all__ = ["ROW_FORMATS", "print_json", "print_rows", "print_table"]
 
 ROW_FORMATS: Final = ("table", "json", "ndjson", "csv", "tsv", "markdown")
 """How the rows of a query can be printed."""
+
+_LEAST: Final = 10  # characters that a column of a terminal must have room for, to be read
 
 
 def print_json(value: object) -> None:
@@ -130,7 +133,22 @@ def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: b
         return human(value) if size and isinstance(value, (int, float)) else _text(value)
 
     cells = [list(map(cell, row, for_people)) for row in rows]
-    print_table(columns, cells, right=numbers)
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    if rows and sys.stdout.isatty() and sum(min(width, _LEAST) + 2 for width in widths) > get_terminal_size().columns:
+        _print_upright(columns, cells)
+    else:
+        print_table(columns, cells, right=numbers)
+
+
+def _print_upright(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a line for each value, as there is no room for a row to be one."""
+    headings = list(map(printable, columns))
+    width = max(map(len, headings))
+    for number, row in enumerate(rows):
+        if number:
+            click.echo()
+        for heading, cell in zip(headings, row, strict=True):
+            click.echo(f"{heading:{width}}  {cell}".rstrip())
 
 
 def _is_number(value: object) -> bool:

@@ -20,6 +20,7 @@ from cachedb import Cache, CacheError, InvalidQuery
 from tests import make
 from tests.conftest import Run
 from tests.promises import check
+from tests.test_cli import on_a_terminal
 
 IMAGE = make.image(1, 2)
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT {} FROM c"
@@ -249,6 +250,19 @@ def test_what_is_strange_is_printed_so_that_it_is_read_again(cachedb: Run, cache
     """A blob, a carriage return, infinity, and a column that is there twice and has two lines."""
     query = "SELECT 1 AS 'a\nb', x'00ff' AS b, NULL AS c, 'x' || char(13) || 'y' AS e, 1e999 AS i, 2 AS 'a\nb'"
     assert cachedb("sql", "--format", form, query, text=False).stdout.decode() == STRANGE[form]
+
+
+def test_a_row_for_which_a_terminal_has_no_room_is_a_line_for_each_value(cache: Cache) -> None:
+    command = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), "sql"]
+    cache.tag("app:1", "app:2")
+    shown = on_a_terminal([*command, "SELECT * FROM image_usage"]).replace("\r\n", "\n").split("\n\n")
+    assert [image.splitlines()[0].split() for image in shown] == [["name", "app:1"], ["name", "app:2"]]
+    assert [line.split()[0] for line in shown[0].splitlines()[:4]] == ["name", "repository", "reference", "digest"]
+    assert (
+        "app:1"
+        not in on_a_terminal([*command, "SELECT name, created_at, blobs, size FROM image_usage"]).splitlines()[0]
+    )
+    assert on_a_terminal([*command, "SELECT * FROM image_usage WHERE 0"]).startswith("\x1b[1m")
 
 
 @pytest.mark.parametrize("form", PRINTED)
