@@ -1024,6 +1024,8 @@ def df(verbose: bool, form: str) -> None:
     A blob is unique if one image has it, shared if several have, held if none has and a hold or a process keeps it,
     and reclaimable by `cachedb gc` otherwise.
     """
+    from datetime import datetime
+
     columns = ("name", "size", "unique_size", "shared_size", "freed_size", "complete", "last_used_at")
     with _opened(existing=True) as cache:
         found = cache.get_usage()
@@ -1047,7 +1049,17 @@ def df(verbose: bool, form: str) -> None:
     print_table(("", "COUNT", "SIZE"), rows, right=("COUNT", "SIZE"))
     if verbose:
         click.echo()
-        print_rows(columns, images, "table", sizes=True)
+        listing = [
+            (
+                name,
+                *map(human, sizes),
+                "complete" if complete else "incomplete",
+                ago(datetime.fromisoformat(last_used_at)),
+            )
+            for name, *sizes, complete, last_used_at in images
+        ]
+        headings = ("NAME", "SIZE", "UNIQUE", "SHARED", "FREED", "STATE", "LAST USED")
+        print_table(headings, listing, right=headings[1:5])
 
 
 @cli.group()

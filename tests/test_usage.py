@@ -82,7 +82,10 @@ def test_df_shows_it_and_with_v_the_images(cachedb: Run, directory: Path) -> Non
     printed = cachedb("df").stdout
     assert "images            3, 1 incomplete" in printed
     assert "app:2" not in printed
-    assert "app:2" in cachedb("df", "-v").stdout
+    heading, *images = cachedb("df", "-v").stdout.splitlines()[-4:]
+    assert heading.split() == ["NAME", "SIZE", "UNIQUE", "SHARED", "FREED", "STATE", "LAST", "USED"]
+    assert {line.split()[0] for line in images} == {"app:1", "app:2", "half:1"}
+    assert {" ".join(line.split()[-3:]) for line in images} == {"complete just now", "incomplete just now"}
     found = json.loads(cachedb("df", "-v", "--format", "json").stdout)
     assert (found["stored"], found["shared"]) == (there.stored._asdict(), there.shared._asdict())
     assert {row["name"] for row in found["image_usage"]} == {"app:1", "app:2", "half:1"}
