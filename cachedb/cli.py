@@ -6,6 +6,7 @@ Only click is imported here; what a command needs beyond that, it imports when i
 from __future__ import annotations
 
 import gc as gc_
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -60,6 +61,8 @@ def main() -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by `>&-`: no file of the cache may come to be in its place
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # of what the user's encoding has not
     # The collector would look through all that SQLAlchemy makes while it is imported, and find nothing.
     gc_.disable()
     signal.signal(signal.SIGTERM, _terminated)

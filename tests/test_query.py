@@ -299,6 +299,14 @@ def test_a_question_makes_no_cache(cachedb: Run, directory: Path, command: list[
     assert not directory.exists()
 
 
+@pytest.mark.parametrize("form", ["csv", "markdown", "table"])
+def test_what_the_encoding_of_the_user_has_not_is_written_out(cachedb: Run, cache: Cache, form: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
+    done = cachedb("sql", "--format", form, "SELECT char(0xe9, 0x65e5) AS x", text=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\xe9\\u65e5" in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["sql", "SELECT 1"], ["sql", "--format", "csv", "SELECT 1"], ["df"], ["ls"]])
 @pytest.mark.parametrize("closed", [1, 2])
 def test_a_result_that_nobody_wants_is_no_error(cachedb: Run, cache: Cache, arguments: list[str], closed: int) -> None:
