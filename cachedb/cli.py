@@ -910,7 +910,7 @@ def _text_of(file: str) -> str:
         with open(0 if file == "-" else file, encoding="utf-8-sig") as opened:  # editors may begin it with a mark
             return opened.read()
     except (OSError, UnicodeError) as error:
-        reason = explain(error) if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise click.UsageError(f"cannot read {file!r}: {reason}") from error
 
 
@@ -990,11 +990,14 @@ def report(
     if file:
         with _opened(existing=True) as cache, _giving_way():
             page = cache.get_html_report()
-        whole = not os.path.exists(file) or os.path.isfile(file)  # a device or a fifo is written to, and not replaced
         try:
-            with click.open_file(file, "w", encoding="utf-8", atomic=whole and file != "-") as opened:
-                opened.write(page)
+            if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):
+                _replace(file, page)
+            else:  # a device, a fifo or stdout is written to, and not replaced
+                with click.open_file(file, "w", encoding="utf-8") as opened:
+                    opened.write(page)
         except OSError as error:
+            error.filename = None  # it may be that of the file which was to replace it
             raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
         return
     if list_:
@@ -1016,6 +1019,22 @@ def report(
         return
     chosen = load(name or "")
     _ask(chosen.query, chosen.values(parameters), form, seconds, sizes=True)
+
+
+def _replace(file: str, text: str) -> None:
+    """Write a file whole, or leave what is there as it is."""
+    from pathlib import Path
+
+    path = Path(os.path.realpath(file))
+    part = path.with_name(f".cachedb-{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        with suppress(FileNotFoundError):
+            part.chmod(path.stat().st_mode & 0o777)
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 @cli.command(epilog=_examples("cachedb df", "cachedb df -v", "cachedb df --format json | jq .reclaimable.size"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -261,3 +262,22 @@ def test_a_page_goes_to_a_fifo_and_does_not_replace_it(cache: Cache, tmp_path: P
         page, _ = reader.communicate(timeout=60)
     assert page.lower().lstrip().startswith("<!doctype html>")
     assert fifo.is_fifo()
+
+
+def test_a_page_that_cannot_be_written_whole_leaves_the_one_that_is_there(
+    cachedb: Run, cache: Cache, tmp_path: Path
+) -> None:
+    page, link = tmp_path / "pages" / "page.html", tmp_path / "link.html"
+    page.parent.mkdir()
+    page.write_text("as it was")
+    page.chmod(0o640)
+    link.symlink_to(page)
+    limit = (40_000, 40_000)  # bytes, as if the disk were full then
+    failed = cachedb("report", "--html", link, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert failed.stderr.startswith(f"cachedb: cannot write '{link}': File too large")
+    assert page.read_text() == "as it was"
+    assert cachedb("report", "--html", link).returncode == 0
+    assert page.read_text().endswith("</html>")
+    assert (link.is_symlink(), page.stat().st_mode & 0o777, list(page.parent.iterdir())) == (True, 0o640, [page])
+    assert "nowhere/page.html': No such file or directory;" in cachedb("report", "--html", "nowhere/page.html").stderr
