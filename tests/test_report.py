@@ -119,6 +119,15 @@ def test_images_on_an_outdated_base_are_listed(cache: Cache) -> None:
     ]
 
 
+def test_no_image_is_the_newer_one_of_its_own_base(cache: Cache) -> None:
+    cache.tag("app:2", "base:2")
+    cache.tag("app:2", "base:latest")
+    change(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
+    change(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference <> '1'")
+    newer = {(row["name"], row["base"], row["newer"]) for row in ask(cache, "outdated-bases")}
+    assert {name for name, _, _ in newer} == {"app:1", "app:stable"}
+
+
 def test_images_are_counted_by_what_they_run_on_and_by_label(cache: Cache) -> None:
     counts = {row["architecture"]: row["images"] for row in ask(cache, "by-architecture")}
     assert counts == {"amd64": 4, None: 1}
