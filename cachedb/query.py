@@ -28,7 +28,9 @@ _PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_l
 _TABLES: Final = ("json_each", "json_tree", *(f"pragma_{name}" for name in sorted(_PRAGMAS)))
 _REFUSED = re.compile(r"not authorized|authorization denied|attempt to write|cannot modify|.* may not be modified")
 _NAMED = re.compile(
-    r'(?:no such (?:column|table|function)|ambiguous column name|unrecognized token|near):? ("?)(.+?)\1(?:$|: syntax)'
+    r"(?:no such (?:column|table|function|window)|ambiguous column name|unrecognized token|near"
+    r"|wrong number of arguments to function|misuse of (?:aggregate|window)(?: function)?)"
+    r':? ("?)(.+?)\1(?:$|: syntax|\(\)$)'
 )
 
 

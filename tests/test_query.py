@@ -117,6 +117,10 @@ def test_the_file_is_open_only_to_read(cache: Cache, monkeypatch: pytest.MonkeyP
         ("SELECT digest FROM blobs, garbage", "digest"),
         ("SELECT 1 ) FROM x", ")"),
         ("SELECT 'abc", "'abc"),
+        ("SELECT name, human() FROM image_usage", "human"),
+        ("SELECT max(sum(size)) FROM blobs", "sum"),
+        ("SELECT name FROM image_usage WHERE count(*) > 1", "count"),
+        ("SELECT size, rank() OVER w FROM blobs", "w"),
         ("SELECT name -- nme\nFROM image_usage WHERE name = 'nme' AND nme = 1 /* nme */", "nme = "),
     ],
 )
