@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
-from shutil import get_terminal_size
 from typing import Any, Final
 
 import click
@@ -133,11 +132,18 @@ def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: b
         return human(value) if size and isinstance(value, (int, float)) else _text(value)
 
     cells = [list(map(cell, row, for_people)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    if rows and sys.stdout.isatty() and sum(min(width, _LEAST) + 2 for width in widths) > get_terminal_size().columns:
+    if rows and sys.stdout.isatty() and not _fits(columns, cells):
         _print_upright(columns, cells)
     else:
         print_table(columns, cells, right=numbers)
+
+
+def _fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+    """Tell whether a terminal has room for these columns, folded as they may be."""
+    from shutil import get_terminal_size
+
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    return sum(min(width, _LEAST) + 2 for width in widths) <= get_terminal_size().columns
 
 
 def _print_upright(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
