@@ -6,6 +6,7 @@ Only click is imported here; what a command needs beyond that, it imports when i
 from __future__ import annotations
 
 import gc as gc_
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -57,9 +58,16 @@ def main() -> NoReturn:
     """Run the command line; errors are one line on stderr, and exit codes as the README lists them."""
     import signal
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: no file of the cache may come to be in its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # of what the user's encoding has not
     # The collector would look through all that SQLAlchemy makes while it is imported, and find nothing.
     gc_.disable()
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as behind `nohup`
+        signal.signal(signal.SIGINT, _interrupted)
     try:
         if _COMPLETE in os.environ:
             import cachedb.completion  # noqa: F401 - click takes the bash script from there
@@ -86,12 +94,23 @@ def main() -> NoReturn:
         # Whoever read our output has seen enough; nothing may be flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except MemoryError:
+        _fail("there is not enough memory; a query needs less of it with --format csv", 1)
     except OSError as error:
         _fail(f"cannot print the result: {explain(error)}", 1)
 
 
-def _terminated(_signal: int, _frame: object) -> NoReturn:
+_signals: list[int] = []  # that have come
+
+
+def _terminated(number: int, _frame: object) -> NoReturn:
+    _signals.append(number)
     sys.exit(143)
+
+
+def _interrupted(number: int, _frame: object) -> NoReturn:
+    _signals.append(number)
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -877,10 +896,8 @@ def sql(
             for (definition,) in found.rows:
                 click.echo(definition)
         return
-    if query == "-" or file == "-":
-        query = sys.stdin.read()
-    elif file is not None:
-        query = _text_of(file)
+    if query == "-" or file is not None:
+        query = _text_of("-" if file is None else file)
     if query is None:
         with _opened(existing=True) as cache:
             views = cache.list_views()
@@ -895,10 +912,10 @@ def sql(
 
 def _text_of(file: str) -> str:
     try:
-        with open(file, encoding="utf-8") as opened:
+        with open(0 if file == "-" else file, encoding="utf-8-sig") as opened:  # editors may begin it with a mark
             return opened.read()
     except (OSError, UnicodeError) as error:
-        reason = explain(error) if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise click.UsageError(f"cannot read {file!r}: {reason}") from error
 
 
@@ -931,6 +948,8 @@ def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None,
             print_rows(found.columns, found.rows, form, sizes=sizes)
             sys.stdout.flush()
     except InvalidQuery as error:
+        if _signals:  # SQLite makes an error of its own of what a signal raises in `human` or `ago`
+            raise KeyboardInterrupt from None
         if error.place is None:
             raise
         start, stop = error.place
@@ -962,22 +981,28 @@ def report(
 ) -> None:
     """Answer a question that has a name; or show all of the cache on one page, which needs no network.
 
-    A report is a file of SQL. Your own are in the folder of CACHEDB_REPORTS, by default reports/ in cachedb's folder
-    of the user's configuration, and go before those of the same name. A table has sizes for people, all else bytes.
-    A report runs at the lowest priority.
+    A report is a file of SQL, NAME.sql. Your own are in the folder of CACHEDB_REPORTS, by default reports/ in
+    cachedb's folder of the user's configuration, and go before those of the same name. A file begins with comments:
+    lines that say what it answers, and for each :parameter of its query a line "-- :parameter", or one with its
+    default, "-- :parameter default". A table has sizes for people, all else bytes. It runs at the lowest priority.
     """
     from cachedb.report import load, reports
 
     if sum(map(bool, (name, list_, file))) != 1:
         raise click.UsageError("name a report, or use --list, or --html")
+    if not name and (parameters or seconds is not None):
+        raise click.UsageError("-p and --timeout are for a report that has a name")
     if file:
         with _opened(existing=True) as cache, _giving_way():
             page = cache.get_html_report()
-        whole = not os.path.exists(file) or os.path.isfile(file)  # a device or a fifo is written to, and not replaced
         try:
-            with click.open_file(file, "w", encoding="utf-8", atomic=whole and file != "-") as opened:
-                opened.write(page)
+            if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):
+                _replace(file, page)
+            else:  # a device, a fifo or stdout is written to, and not replaced
+                with click.open_file(file, "w", encoding="utf-8") as opened:
+                    opened.write(page)
         except OSError as error:
+            error.filename = None  # it may be that of the file which was to replace it
             raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
         return
     if list_:
@@ -987,10 +1012,34 @@ def report(
             print_table(("REPORT", "PARAMETERS", "WHAT IT SAYS"), rows)
         else:
             columns = ("report", "description", "parameters", "path")
-            print_rows(columns, [(one.name, one.description, one.parameters, one.path) for one in found], form)
+            nested = form in ("json", "ndjson")
+            print_rows(
+                columns,
+                [
+                    (one.name, one.description, one.parameters if nested else " ".join(one.wanted()), one.path)
+                    for one in found
+                ],
+                form,
+            )
         return
     chosen = load(name or "")
     _ask(chosen.query, chosen.values(parameters), form, seconds, sizes=True)
+
+
+def _replace(file: str, text: str) -> None:
+    """Write a file whole, or leave what is there as it is."""
+    from pathlib import Path
+
+    path = Path(os.path.realpath(file))
+    part = path.with_name(f".cachedb-{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        with suppress(FileNotFoundError):
+            part.chmod(path.stat().st_mode & 0o777)
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 @cli.command(epilog=_examples("cachedb df", "cachedb df -v", "cachedb df --format json | jq .reclaimable.size"))
@@ -1002,6 +1051,8 @@ def df(verbose: bool, form: str) -> None:
     A blob is unique if one image has it, shared if several have, held if none has and a hold or a process keeps it,
     and reclaimable by `cachedb gc` otherwise.
     """
+    from datetime import datetime
+
     columns = ("name", "size", "unique_size", "shared_size", "freed_size", "complete", "last_used_at")
     with _opened(existing=True) as cache:
         found = cache.get_usage()
@@ -1020,11 +1071,22 @@ def df(verbose: bool, form: str) -> None:
         share = getattr(found, name)
         rows.append((f"  {name}" if name != "stored" else "blobs", str(share.blobs), human(share.size)))
     rows += [("saved by sharing", "", human(found.saved_size)), ("index", "", human(found.index_size))]
-    rows += [(name, "", human(size)) for name, size in found.folder_sizes.items() if size]
+    others = {**found.folder_sizes, "reserve": found.reserve_size}
+    rows += [(name, "", human(size)) for name, size in others.items() if size]
     print_table(("", "COUNT", "SIZE"), rows, right=("COUNT", "SIZE"))
     if verbose:
         click.echo()
-        print_rows(columns, images, "table", sizes=True)
+        listing = [
+            (
+                name,
+                *map(human, sizes),
+                "complete" if complete else "incomplete",
+                ago(datetime.fromisoformat(last_used_at)),
+            )
+            for name, *sizes, complete, last_used_at in images
+        ]
+        headings = ("NAME", "SIZE", "UNIQUE", "SHARED", "FREED", "STATE", "LAST USED")
+        print_table(headings, listing, right=headings[1:5])
 
 
 @cli.group()

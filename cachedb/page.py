@@ -396,8 +396,8 @@ def _sharing(connection: Connection, totals: dict[str, int], repositories: Seque
         chosen = {row.name: {"repository": row.repository, "reference": row.reference} for row in images}
     else:
         of, same = "repositories", "i.repository = :repository"
-        most = sorted(repositories, key=lambda row: row.unique_size - row.size)[:_SHARING]
-        chosen = {row.repository: {"repository": row.repository} for row in most if row.size > row.unique_size}
+        most = sorted(repositories, key=lambda row: -row.shared_size)[:_SHARING]
+        chosen = {row.repository: {"repository": row.repository} for row in most if row.shared_size}
     query = f"""
         SELECT DISTINCT b.id, b.size
         FROM images AS i JOIN image_blobs AS o ON o.image_id = i.id JOIN blobs AS b ON b.id = o.blob_id

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from typing import Any, Final
 
 import click
@@ -14,6 +16,8 @@ __all__ = ["ROW_FORMATS", "print_json", "print_rows", "print_table"]
 
 ROW_FORMATS: Final = ("table", "json", "ndjson", "csv", "tsv", "markdown")
 """How the rows of a query can be printed."""
+
+_LEAST: Final = 10  # characters that a column of a terminal must have room for, to be read
 
 
 def print_json(value: object) -> None:
@@ -33,17 +37,18 @@ def _plain(value: object) -> str:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()) -> None:
     """Print a table, with those columns to the right."""
+    headings = list(map(printable, columns))
     rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        _print_columns(columns, rows, right)
+        _print_columns(headings, rows, list(map(printable, right)))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for column, heading in zip(columns, headings, strict=True):
+        table.add_column(Text(heading), justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     Console(highlight=False).print(table)
@@ -75,7 +80,10 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
     elif form in ("json", "ndjson"):
         import json
 
-        lines = (json.dumps(dict(zip(columns, row, strict=True)), default=_plain) for row in rows)
+        names = _distinct(columns)
+        # JSON has no number for infinity.
+        finite = ([None if value in (math.inf, -math.inf) else value for value in row] for row in rows)
+        lines = (json.dumps(dict(zip(names, row, strict=True)), default=_plain) for row in finite)
         if form == "ndjson":
             for line in lines:
                 write(f"{line}\n")
@@ -85,15 +93,33 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
             write(f"{',' if number else ''}\n  {line}")
         write("\n]\n")
     elif form == "markdown":
-        for row in (columns, ["---"] * len(columns), *rows):
+        for row in chain((columns, ["---"] * len(columns)), rows):
             cells = (_text(value).replace("\\", "\\\\").replace("|", "\\|") for value in row)
             write(f"| {' | '.join(cells)} |\n")
     else:
         import csv
+        import io
 
-        writer = csv.writer(sys.stdout, delimiter="," if form == "csv" else "\t", lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+        written = io.StringIO(newline="")
+        # Before Python 3.13 a carriage return, which readers take for the end of a line, is quoted only if it ends one.
+        writer = csv.writer(written, delimiter="," if form == "csv" else "\t", lineterminator="\r\n")
+        for row in chain([columns], rows):
+            writer.writerow([value.hex() if isinstance(value, bytes) else value for value in row])
+            write(written.getvalue().removesuffix("\r\n") + "\n")
+            written.seek(0)
+            written.truncate()
+
+
+def _distinct(columns: Sequence[str]) -> list[str]:
+    """Return names as keys: a join may have a column twice, and then the second is ``name_2``."""
+    names: list[str] = []
+    for column in columns:
+        name, number = column, 1
+        while name in names:
+            number += 1
+            name = f"{column}_{number}"
+        names.append(name)
+    return names
 
 
 def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: bool) -> None:
@@ -106,7 +132,29 @@ def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: b
         return human(value) if size and isinstance(value, (int, float)) else _text(value)
 
     cells = [list(map(cell, row, for_people)) for row in rows]
-    print_table(columns, cells, right=numbers)
+    if rows and sys.stdout.isatty() and not _fits(columns, cells):
+        _print_upright(columns, cells)
+    else:
+        print_table(columns, cells, right=numbers)
+
+
+def _fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+    """Tell whether a terminal has room for these columns, folded as they may be."""
+    from shutil import get_terminal_size
+
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    return sum(min(width, _LEAST) + 2 for width in widths) <= get_terminal_size().columns
+
+
+def _print_upright(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a line for each value, as there is no room for a row to be one."""
+    headings = list(map(printable, columns))
+    width = max(map(len, headings))
+    for number, row in enumerate(rows):
+        if number:
+            click.echo()
+        for heading, cell in zip(headings, row, strict=True):
+            click.echo(f"{heading:{width}}  {cell}".rstrip())
 
 
 def _is_number(value: object) -> bool:
@@ -115,6 +163,8 @@ def _is_number(value: object) -> bool:
 
 def _text(value: object) -> str:
     """Return a value on one line."""
+    if isinstance(value, bytes):
+        value = value.hex()
     if isinstance(value, float):
         value = round(value, 3)
     return "" if value is None else printable(str(value))

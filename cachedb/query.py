@@ -31,7 +31,9 @@ _PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_l
 _TABLES: Final = ("json_each", "json_tree", *(f"pragma_{name}" for name in sorted(_PRAGMAS)))
 _REFUSED = re.compile(r"not authorized|authorization denied|attempt to write|cannot modify|.* may not be modified")
 _NAMED = re.compile(
-    r'(?:no such (?:column|table|function)|ambiguous column name|unrecognized token|near):? ("?)(.+?)\1(?:$|: syntax)'
+    r"(?:no such (?:column|table|function|window)|ambiguous column name|unrecognized token|near"
+    r"|wrong number of arguments to function|misuse of (?:aggregate|window)(?: function)?)"
+    r':? ("?)(.+?)\1(?:$|: syntax|\(\)$)'
 )
 
 
@@ -140,9 +142,10 @@ def _errors(connection: sqlite3.Connection, query: str, end: float | None, timeo
             raise
         if _REFUSED.match(message):
             raise InvalidQuery("it would do something else than read: only questions can be asked") from None
-        if missing := re.search(r"binding parameter :?(\w+)", message):
+        missing = re.search(r"not supply a value for binding parameter :?(\w+)", message)
+        if missing and f"?{missing[1]}" not in query:
             raise InvalidQuery(f"there is no value for :{missing[1]}: give one with -p {missing[1]}=VALUE") from None
-        if message.startswith("Binding "):
+        if missing or message.startswith("Binding "):
             raise InvalidQuery("a ? has no name: write :NAME instead, and give it a value with -p NAME=VALUE") from None
         if message.startswith("You can only execute one statement"):
             raise InvalidQuery("only one question can be asked at a time") from None
@@ -165,7 +168,8 @@ def _place(connection: sqlite3.Connection, query: str, message: str) -> tuple[in
     if named is None:
         return (len(query.rstrip()), len(query.rstrip())) if message == "incomplete input" else None
     word = named[2].rpartition(".")[2]
-    found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", query, re.IGNORECASE)]
+    bare = re.sub(r"'[^']*'|--.*|/\*(?s:.*?)\*/", lambda match: " " * len(match[0]), query)  # no names are in those
+    found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", bare, re.IGNORECASE)]
     if not found:
         found = [match.span() for match in re.finditer(re.escape(word), query)]
     if message.startswith("near"):

@@ -55,10 +55,10 @@ class Report(NamedTuple):
 
 
 def number(text: str) -> int | float | str:
-    """Return a text as the number that is written so, or as it is: a tag ``1.10`` or ``007`` is none."""
+    """Return a text as the number that is written so, or as it is: a tag ``1.10``, ``007`` or ``nan`` is none."""
     for kind in (int, float):
         with suppress(ValueError):
-            if repr(found := kind(text)) == text:
+            if repr(found := kind(text)) == text and abs(found) < 1 << 63:  # as SQL has them
                 return found
     return text
 
@@ -78,7 +78,7 @@ def reports() -> list[Report]:
     Raises:
         StorageError: if a file cannot be read.
     """
-    paths = {path.stem: path for place in (_OURS, folder()) for path in place.glob("*.sql")}
+    paths = {path.stem: path for place in (_OURS, folder()) for path in place.glob("*.sql") if path.is_file()}
     return [_read(paths[name]) for name in sorted(paths)]
 
 
@@ -91,17 +91,17 @@ def load(name: str) -> Report:
     """
     for place in (folder(), _OURS):
         path = place / f"{name}.sql"
-        if re.fullmatch(r"[\w.-]+", name) and path.is_file():
+        if name and os.sep not in name and path.is_file():
             return _read(path)
     raise NotInCache(f"there is no report {name!r}; `cachedb report --list` lists those there are")
 
 
 def _read(path: Path) -> Report:
     with os_errors("read a report"):
-        query = path.read_text(errors="replace")
+        query = path.read_text(encoding="utf-8-sig", errors="replace")
     said: list[str] = []
     parameters: dict[str, str | None] = {}
-    for line in query.splitlines():
+    for line in query.lstrip().splitlines():
         if not line.startswith("--"):
             break
         if found := _PARAMETER.fullmatch(line.rstrip()):

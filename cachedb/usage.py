@@ -34,7 +34,7 @@ FROM (SELECT DISTINCT digest FROM leases) AS held
 CROSS JOIN blobs ON blobs.digest = held.digest
 WHERE stored_at IS NOT NULL AND NOT EXISTS (SELECT 1 FROM image_blobs WHERE image_blobs.blob_id = blobs.id)
 """
-_FOLDERS = ("backups", "ingest", "quarantine", "trash")
+_FOLDERS = ("backups", "ingest", "locks", "quarantine", "trash")
 
 
 class Share(NamedTuple):
@@ -57,6 +57,7 @@ class Usage(NamedTuple):
     saved_size: int  # bytes that shared blobs would take again, if each image had its own
     index_size: int  # bytes of the index
     folder_sizes: dict[str, int]  # bytes of files in backups, ingest (with downloads that were cut off), quarantine...
+    reserve_size: int  # bytes that a full disk is given back
 
 
 def shares(connection: Connection) -> tuple[dict[str, Share], int]:
@@ -102,6 +103,7 @@ def usage(database: Database) -> Usage:
         saved_size,
         sum(map(_size, database.directory.glob("index.db*"))),
         {name: sum(map(_size, _files(database.directory / name))) for name in _FOLDERS},
+        _size(database.directory / "reserve"),
     )
 
 

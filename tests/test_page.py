@@ -218,7 +218,7 @@ def test_figures_are_those_of_the_views(made: str, directory: Path) -> None:
     assert incomplete > 1
     for section, columns, query in (
         ("images", (2, 3, 4), "SELECT name, size, unique_size, shared_size FROM image_usage"),
-        ("repositories", (2, 3, 4), "SELECT repository, size, unique_size, size - unique_size FROM repository_usage"),
+        ("repositories", (2, 3, 4), "SELECT repository, size, unique_size, shared_size FROM repository_usage"),
     ):
         rows = [
             (text_of(only(cells[0], "bdi")), *(exact(cells[column].attrib["title"]) for column in columns))
@@ -333,6 +333,16 @@ def test_a_real_image_and_one_that_is_not_here(cache: Cache, directory: Path) ->
     assert [exact(cells[column].attrib["title"]) for column, cells in ((2, sharing[0]), (1, sharing[1]))] == [
         common
     ] * 2
+
+
+def test_what_a_repository_lacks_it_does_not_share(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "_SHARING", 2)
+    for name in ("app:1", "other:1"):
+        keep(cache, name, image(1))
+    cache.save_manifest("lost:1", image(2, 3).manifest)
+    html = render(cache.directory)
+    assert {text_of(cells[0])[2:] for cells in listed(html, "sharing")} == {"app", "other"}
+    assert {text_of(cells[0]): exact(cells[4].attrib["title"]) for cells in listed(html, "repositories")}["lost"] == 0
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -20,6 +21,7 @@ from cachedb import Cache, CacheError, InvalidQuery, locks
 from tests import make
 from tests.conftest import Run
 from tests.promises import check
+from tests.test_cli import on_a_terminal
 
 IMAGE = make.image(1, 2)
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT {} FROM c"
@@ -116,6 +118,11 @@ def test_the_file_is_open_only_to_read(cache: Cache, monkeypatch: pytest.MonkeyP
         ("SELECT digest FROM blobs, garbage", "digest"),
         ("SELECT 1 ) FROM x", ")"),
         ("SELECT 'abc", "'abc"),
+        ("SELECT name, human() FROM image_usage", "human"),
+        ("SELECT max(sum(size)) FROM blobs", "sum"),
+        ("SELECT name FROM image_usage WHERE count(*) > 1", "count"),
+        ("SELECT size, rank() OVER w FROM blobs", "w"),
+        ("SELECT name -- nme\nFROM image_usage WHERE name = 'nme' AND nme = 1 /* nme */", "nme = "),
     ],
 )
 def test_an_error_says_where_it_is(cache: Cache, query: str, marked: str | None) -> None:
@@ -126,7 +133,8 @@ def test_an_error_says_where_it_is(cache: Cache, query: str, marked: str | None)
         assert place == (len(query), len(query))
     else:
         assert place
-        assert query[slice(*place)] == marked
+        assert query[place[0] :].startswith(marked)
+        assert query[slice(*place)] == marked.split()[0]
 
 
 @pytest.mark.parametrize(
@@ -155,8 +163,11 @@ def test_what_is_no_single_question_is_an_error(cache: Cache) -> None:
         rows(cache, "SELECT 1; SELECT 2")
     with pytest.raises(InvalidQuery, match="no value for :least: give one with -p least=VALUE"):
         rows(cache, "SELECT :least")
-    with pytest.raises(InvalidQuery, match="write :NAME instead"):
-        rows(cache, "SELECT ?, :n", n=1)
+    for query in ("SELECT ?, :n", "SELECT ?1, :n"):
+        with pytest.raises(InvalidQuery, match="write :NAME instead"):
+            rows(cache, query, n=1)
+    with pytest.raises(InvalidQuery, match="type 'list' is not supported"):
+        rows(cache, "SELECT :least", least=[1])  # type: ignore[arg-type]
     with pytest.raises(InvalidQuery, match="the query has no :dyas; it has :days"):
         rows(cache, "SELECT :days", dyas=1)
     with pytest.raises(InvalidQuery):
@@ -228,6 +239,37 @@ def test_rows_are_printed_as_it_is_asked_for(cachedb: Run, cache: Cache, form: s
     assert cachedb("sql", "--format", form, "-p", "n=10", query).stdout == PRINTED[form]
 
 
+STRANGE = {
+    "table": "a\\nb  b     c  e       i  a\\nb\n   1  00ff     x\\ry  inf     2\n",
+    "json": '[\n  {"a\\nb": 1, "b": "00ff", "c": null, "e": "x\\ry", "i": null, "a\\nb_2": 2}\n]\n',
+    "ndjson": '{"a\\nb": 1, "b": "00ff", "c": null, "e": "x\\ry", "i": null, "a\\nb_2": 2}\n',
+    "csv": '"a\nb",b,c,e,i,"a\nb"\n1,00ff,,"x\ry",inf,2\n',
+    "tsv": '"a\nb"\tb\tc\te\ti\t"a\nb"\n1\t00ff\t\t"x\ry"\tinf\t2\n',
+    "markdown": "| a\\\\nb | b | c | e | i | a\\\\nb |\n| --- | --- | --- | --- | --- | --- |\n"
+    "| 1 | 00ff |  | x\\\\ry | inf | 2 |\n",
+}
+
+
+@pytest.mark.parametrize("form", STRANGE)
+def test_what_is_strange_is_printed_so_that_it_is_read_again(cachedb: Run, cache: Cache, form: str) -> None:
+    """A blob, a carriage return, infinity, and a column that is there twice and has two lines."""
+    query = "SELECT 1 AS 'a\nb', x'00ff' AS b, NULL AS c, 'x' || char(13) || 'y' AS e, 1e999 AS i, 2 AS 'a\nb'"
+    assert cachedb("sql", "--format", form, query, text=False).stdout.decode() == STRANGE[form]
+
+
+def test_a_row_for_which_a_terminal_has_no_room_is_a_line_for_each_value(cache: Cache) -> None:
+    command = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), "sql"]
+    cache.tag("app:1", "app:2")
+    shown = on_a_terminal([*command, "SELECT * FROM image_usage"]).replace("\r\n", "\n").split("\n\n")
+    assert [image.splitlines()[0].split() for image in shown] == [["name", "app:1"], ["name", "app:2"]]
+    assert [line.split()[0] for line in shown[0].splitlines()[:4]] == ["name", "repository", "reference", "digest"]
+    assert (
+        "app:1"
+        not in on_a_terminal([*command, "SELECT name, created_at, blobs, size FROM image_usage"]).splitlines()[0]
+    )
+    assert on_a_terminal([*command, "SELECT * FROM image_usage WHERE 0"]).startswith("\x1b[1m")
+
+
 @pytest.mark.parametrize("form", PRINTED)
 def test_no_rows_are_no_rows(cachedb: Run, cache: Cache, form: str) -> None:
     done = cachedb("sql", "--format", form, "SELECT 1 AS one WHERE 0")
@@ -245,6 +287,10 @@ def test_a_value_that_is_written_as_a_number_is_one(cachedb: Run, cache: Cache) 
         "1.10": "text",
         "007": "text",
         "1e3": "text",
+        "nan": "text",
+        "inf": "text",
+        "9223372036854775807": "integer",
+        "20261128171001123456": "text",
         "": "text",
     }.items():
         done = cachedb("sql", "--format", "csv", "-p", f"x={text}", "SELECT typeof(:x) AS t, :x || '' AS x")
@@ -258,11 +304,43 @@ def test_a_question_makes_no_cache(cachedb: Run, directory: Path, command: list[
     assert not directory.exists()
 
 
+@pytest.mark.parametrize("form", ["csv", "markdown", "table"])
+def test_what_the_encoding_of_the_user_has_not_is_written_out(cachedb: Run, cache: Cache, form: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
+    done = cachedb("sql", "--format", form, "SELECT char(0xe9, 0x65e5) AS x", text=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\xe9\\u65e5" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["sql", "SELECT 1"], ["sql", "--format", "csv", "SELECT 1"], ["df"], ["ls"]])
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_result_that_nobody_wants_is_no_error(cachedb: Run, cache: Cache, arguments: list[str], closed: int) -> None:
+    done = cachedb(*arguments, preexec_fn=lambda: os.close(closed))
+    assert (done.returncode, done.stderr, bool(done.stdout)) == (0, "", closed == 2)
+
+
+def test_a_question_for_which_there_is_no_memory_is_an_error(cachedb: Run, cache: Cache) -> None:
+    limit = (400 * 1024 * 1024,) * 2
+    query = "SELECT hex(zeroblob(400000000))"
+    failed = cachedb("sql", query, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
+    assert (failed.returncode, failed.stderr.count("\n"), "not enough memory" in failed.stderr) == (1, 1, True)
+
+
 def test_a_query_comes_from_a_file_or_from_stdin(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "query.sql").write_text("SELECT count(*) AS n FROM images")
     assert cachedb("sql", "--file", str(tmp_path / "query.sql")).stdout == "n\n1\n"
     assert cachedb("sql", "-", input="SELECT 2 AS n").stdout == "n\n2\n"
     assert cachedb("sql", "--file", "-", input="SELECT 3 AS n").stdout == "n\n3\n"
+    (tmp_path / "query.sql").write_bytes(b"\xef\xbb\xbfSELECT\r\nnme FROM image_usage")
+    with (tmp_path / "query.sql").open("rb") as opened:
+        for arguments in (["--file", tmp_path / "query.sql"], ["-"]):
+            assert cachedb("sql", *arguments, stdin=opened).stderr.endswith(
+                "in line 2:\n  nme FROM image_usage\n  ^^^\n"
+            )
+    for encoding in ("utf-8:strict", "utf-8:surrogateescape"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        failed = cachedb("sql", "-", input=b"SELECT '\xff'", text=False, env=environment)
+        assert (failed.returncode, failed.stderr.count(b"\n"), b"it is no text" in failed.stderr) == (2, 1, True)
     failed = cachedb("sql", "--file", str(tmp_path / "nothing.sql"))
     assert (failed.returncode, "cannot read" in failed.stderr) == (2, True)
     assert cachedb("sql", "--schema", "SELECT 1").returncode == 2
@@ -289,9 +367,10 @@ def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
     assert cachedb("sql", "--timeout", "1s", ENDLESS.format("count(*)")).returncode == 1
 
 
+@pytest.mark.parametrize("what", ["count(*)", "sum(length(human(x)))", "count(ago('2020-01-01'))"])
 @pytest.mark.parametrize("form", ["table", "ndjson"])
-def test_an_interrupt_ends_a_query(cache: Cache, form: str) -> None:
-    command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format("count(*)")]
+def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
+    command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format(what)]
     environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(1.5)
@@ -303,13 +382,17 @@ def test_an_interrupt_ends_a_query(cache: Cache, form: str) -> None:
     assert (process.returncode, error) == (130, "\ncachedb: interrupted\n")
 
 
-def test_rows_come_while_there_are_more(cache: Cache) -> None:
-    command = [sys.executable, "-m", "cachedb", "sql", "--format", "csv", ENDLESS.format("x")]
+FIRST = {"json": b"[\n", "ndjson": b'{"x": 1}\n', "csv": b"x\n1\n", "markdown": b"| x |\n| --- |\n| 1 |\n"}
+
+
+@pytest.mark.parametrize("form", FIRST)
+def test_rows_come_while_there_are_more(cache: Cache, form: str) -> None:
+    command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format("x")]
     environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
-        assert process.stdout.readline() == b"x\n"
-        assert process.stdout.readline() == b"1\n"
+        for line in FIRST[form].splitlines(keepends=True):
+            assert process.stdout.readline() == line
         process.stdout.close()  # as `head` does
         assert process.wait(timeout=20) == 1
         assert process.stderr

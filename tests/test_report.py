@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_what_removing_images_together_frees_is_told_exactly(cache: Cache, chose
     assert (row["blobs"], row["size"], row["images"]) == (freed.blobs, freed.bytes, len(chosen))
 
 
+def test_names_are_given_to_a_report_as_to_a_command(cachedb: Run, cache: Cache) -> None:
+    cache.tag("app:1", "localhost:5000/app")
+    make.keep(cache, "app", make.image(20))
+    names = f"localhost:5000/app\n{cachedb('ls', '-q').stdout}"
+    (row,) = ask(cache, "freed-by", names=names)
+    freed = cache.remove_manifest(*names.split(), dry_run=True)
+    assert (row["blobs"], row["size"], row["images"]) == (freed.blobs, freed.bytes, 7)
+    (row,) = ask(cache, "freed-by", names="app  app localhost:5000/app ")
+    assert (row["size"], row["images"]) == (cache.remove_manifest("app", dry_run=True).bytes, 2)
+    for none in ("", " ", "5", 'a"b', "\\", "localhost:5000", "app:1:latest"):
+        assert ask(cache, "freed-by", names=none) == [{"blobs": 0, "size": 0, "images": 0}]
+    assert ask(cache, "added-by", name="app", over="base:1") == ask(cache, "added-by", name="app:latest", over="base:1")
+    assert len(ask(cache, "added-by", name="localhost:5000/app", over="app")) == 5
+
+
 def test_images_that_were_not_used_are_listed(cache: Cache) -> None:
     assert ask(cache, "not-used") == []
     change(cache.directory, "UPDATE images SET last_used_at = '2020-01-01T00:00:00.000000Z' WHERE repository = 'base'")
@@ -101,6 +117,15 @@ def test_images_on_an_outdated_base_are_listed(cache: Cache) -> None:
         ("app:2", "base:1", "base:2"),
         ("app:stable", "base:1", "base:2"),
     ]
+
+
+def test_no_image_is_the_newer_one_of_its_own_base(cache: Cache) -> None:
+    cache.tag("app:2", "base:2")
+    cache.tag("app:2", "base:latest")
+    change(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
+    change(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference <> '1'")
+    newer = {(row["name"], row["base"], row["newer"]) for row in ask(cache, "outdated-bases")}
+    assert {name for name, _, _ in newer} == {"app:1", "app:stable"}
 
 
 def test_images_are_counted_by_what_they_run_on_and_by_label(cache: Cache) -> None:
@@ -184,6 +209,25 @@ def test_a_users_own_report_goes_before_one_of_its_name(cache: Cache, tmp_path: 
         ask(cache, "mine", k="1")
 
 
+def test_a_report_is_read_as_editors_write_it(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    said = "-- Sagt: \u00e9.\n-- :n 1\nSELECT :n AS n"
+    (folder / "with a mark.sql").write_bytes(b"\xef\xbb\xbf" + said.replace("\n", "\r\n").encode())
+    (folder / "late.sql").write_text(f"\n\n{said}", encoding="utf-8")
+    (folder / ".#late.sql").symlink_to("editor@host.1:2")  # as Emacs notes that it is at work
+    (folder / "folder.sql").mkdir()
+    found = {one.name: one for one in report.reports()}
+    for name in ("with a mark", "late"):
+        assert (found[name].description, found[name].parameters) == ("Sagt: \u00e9.", {"n": "1"})
+        assert ask(cache, name, n="2") == [{"n": 2}]
+        printed = cachedb("report", name, env={**os.environ, "PYTHONUTF8": "0", "LC_ALL": "POSIX"})
+        assert printed.stdout == "n\n1\n"
+    assert not {"folder", ".#late"} & found.keys()
+    failed = cachedb("report", "folder")
+    assert failed.returncode == 3
+
+
 @pytest.mark.parametrize("name", ["nothing", "../report", "/etc/passwd", "", "a/b"])
 def test_a_report_that_there_is_not_is_an_error(name: str) -> None:
     with pytest.raises(NotInCache, match="`cachedb report --list`"):
@@ -199,12 +243,14 @@ def test_the_whole_cache_is_shown_on_a_page(cachedb: Run, cache: Cache, tmp_path
     failed = cachedb("report", "--html", str(tmp_path / "nowhere" / "page.html"))
     assert (failed.returncode, "cannot write" in failed.stderr) == (2, True)
     assert cachedb("report", "--html", str(tmp_path / "x"), "garbage").returncode == 2
+    assert cachedb("report", "--html", str(tmp_path / "x"), "--timeout", "1s").returncode == 2
 
 
 def test_reports_are_printed(cachedb: Run, cache: Cache) -> None:
     assert "largest-images      limit=20" in cachedb("report", "--list").stdout
     listed = json.loads(cachedb("report", "--list", "--format", "json").stdout)
     assert {"report", "description", "parameters", "path"} == set(listed[0])
+    assert ",limit=20," in cachedb("report", "--list", "--format", "csv").stdout
     printed = cachedb("report", "largest-unique", "-p", "limit=1").stdout.splitlines()
     assert (printed[0].split(), len(printed)) == (["name", "unique_size", "size", "freed_size"], 2)
     assert "kB" in printed[1]
@@ -225,3 +271,22 @@ def test_a_page_goes_to_a_fifo_and_does_not_replace_it(cache: Cache, tmp_path: P
         page, _ = reader.communicate(timeout=60)
     assert page.lower().lstrip().startswith("<!doctype html>")
     assert fifo.is_fifo()
+
+
+def test_a_page_that_cannot_be_written_whole_leaves_the_one_that_is_there(
+    cachedb: Run, cache: Cache, tmp_path: Path
+) -> None:
+    page, link = tmp_path / "pages" / "page.html", tmp_path / "link.html"
+    page.parent.mkdir()
+    page.write_text("as it was")
+    page.chmod(0o640)
+    link.symlink_to(page)
+    limit = (40_000, 40_000)  # bytes, as if the disk were full then
+    failed = cachedb("report", "--html", link, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert failed.stderr.startswith(f"cachedb: cannot write '{link}': File too large")
+    assert page.read_text() == "as it was"
+    assert cachedb("report", "--html", link).returncode == 0
+    assert page.read_text().endswith("</html>")
+    assert (link.is_symlink(), page.stat().st_mode & 0o777, list(page.parent.iterdir())) == (True, 0o640, [page])
+    assert "nowhere/page.html': No such file or directory;" in cachedb("report", "--html", "nowhere/page.html").stderr

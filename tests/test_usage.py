@@ -50,6 +50,17 @@ def test_every_stored_byte_is_in_one_share(directory: Path) -> None:
     check(directory)
 
 
+def test_every_file_of_a_cache_is_counted(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        fill(cache)
+        cache.add_blob(b"of nobody")
+        (directory / "quarantine").mkdir()
+        (directory / "quarantine" / "x").write_bytes(b"put aside")
+        found = cache.get_usage()
+        others = found.index_size + sum(found.folder_sizes.values()) + found.reserve_size
+        assert found.stored.size + others == sizes(directory)
+
+
 def test_an_empty_cache_takes_nothing(directory: Path) -> None:
     with Cache.open(directory) as cache:
         assert cache.get_usage()[:8] == (0, 0, (0, 0), (0, 0), (0, 0), (0, 0), (0, 0), 0)
@@ -71,7 +82,10 @@ def test_df_shows_it_and_with_v_the_images(cachedb: Run, directory: Path) -> Non
     printed = cachedb("df").stdout
     assert "images            3, 1 incomplete" in printed
     assert "app:2" not in printed
-    assert "app:2" in cachedb("df", "-v").stdout
+    heading, *images = cachedb("df", "-v").stdout.splitlines()[-4:]
+    assert heading.split() == ["NAME", "SIZE", "UNIQUE", "SHARED", "FREED", "STATE", "LAST", "USED"]
+    assert {line.split()[0] for line in images} == {"app:1", "app:2", "half:1"}
+    assert {" ".join(line.split()[-3:]) for line in images} == {"complete just now", "incomplete just now"}
     found = json.loads(cachedb("df", "-v", "--format", "json").stdout)
     assert (found["stored"], found["shared"]) == (there.stored._asdict(), there.shared._asdict())
     assert {row["name"] for row in found["image_usage"]} == {"app:1", "app:2", "half:1"}

@@ -3,5 +3,6 @@
 -- :over
 SELECT role, digest, size, created_by
 FROM image_contents
-WHERE name = :name AND digest NOT IN (SELECT digest FROM image_contents WHERE name = :over)
+WHERE name IN (:name, :name || ':latest')
+    AND digest NOT IN (SELECT digest FROM image_contents WHERE name IN (:over, :over || ':latest'))
 ORDER BY position

@@ -15,12 +15,12 @@ WITH stacks AS MATERIALIZED (
     WHERE s.layers > t.layers AND substr(s.chain, 1, length(t.chain)) = t.chain
     GROUP BY s.image_id
 ), newest AS MATERIALIZED (
-    SELECT repository, reference, os, architecture, variant, max(created) AS created
+    SELECT repository, reference, manifest_id, os, architecture, variant, max(created) AS created
     FROM images WHERE created IS NOT NULL GROUP BY repository, os, architecture, variant
 ), outdated AS MATERIALIZED (
     SELECT b.id, b.repository || CASE WHEN instr(b.reference, ':') THEN '@' ELSE ':' END || b.reference AS base,
         n.repository || CASE WHEN instr(n.reference, ':') THEN '@' ELSE ':' END || n.reference AS newer,
-        b.created AS base_created, n.created AS newer_created
+        b.created AS base_created, n.created AS newer_created, n.manifest_id AS newer_manifest_id
     FROM (SELECT DISTINCT base_id FROM bases) AS d
     CROSS JOIN images AS b ON b.id = d.base_id
     JOIN newest AS n ON n.repository = b.repository
@@ -30,4 +30,5 @@ WITH stacks AS MATERIALIZED (
 SELECT i.repository || CASE WHEN instr(i.reference, ':') THEN '@' ELSE ':' END || i.reference AS name,
     o.base, o.newer, o.base_created, o.newer_created
 FROM bases AS s CROSS JOIN outdated AS o ON o.id = s.base_id CROSS JOIN images AS i ON i.id = s.image_id
+WHERE i.manifest_id <> o.newer_manifest_id -- an image on one of its own repository is not newer than itself
 ORDER BY o.base, name
