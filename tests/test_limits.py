@@ -398,6 +398,7 @@ def test_a_pull_that_fills_the_disk_gives_the_space_back(cachedb: Run, disk: Pat
         refused = cachedb("--dir", directory, "pull", f"{remote.host}/large:1")
         assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
         assert "free some space" in refused.stderr
+        assert os.listdir(partial_path(directory, Digest(large.digest)).parent) == []
         assert cachedb("--dir", directory, "gc").returncode == 0
         assert shutil.disk_usage(disk).used - before < 100_000
         assert cachedb("--dir", directory, "pull", f"{remote.host}/small:1").returncode == 0
