@@ -23,7 +23,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Turn", "acquire", "after_fork", "before_fork", "held", "in_turn", "release", "unforked", "waiting"]
+__all__ = ["Turn", "acquire", "after_fork", "before_fork", "held", "in_turn", "release", "unforked"]
 
 
 class Forkable(Protocol):
@@ -130,16 +130,6 @@ def in_turn(path: Path) -> Iterator[Turn]:
             yield Turn(file)
     finally:
         _close(queue)
-
-
-def waiting(path: Path) -> tuple[int, int]:
-    """Return how many wait for a lock that is held in turn, and the number of whose turn it is: a look, and no lock."""
-    try:
-        with FileIO(path.with_suffix(".queue")) as queue:
-            last, served = _read(queue, _LAST), _read(queue, _SERVED)
-    except OSError:  # nobody has ever held it
-        return 0, 0
-    return max(last - served, 0), served
 
 
 _LAST, _SERVED = 0, 8  # where a queue's file has the last number that was taken, and the number whose turn it is

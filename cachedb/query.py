@@ -7,12 +7,11 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
-from cachedb import locks
 from cachedb.database import Database
 from cachedb.errors import CacheError, InvalidQuery
 from cachedb.units import ago, human
@@ -23,8 +22,6 @@ Value = str | int | float | None
 """What SQL has as a value."""
 
 _EVERY = 20_000  # steps of SQLite's machine between two looks at the clock, and at signals: a few milliseconds
-_WORK = 0.005  # seconds of work between two looks at who waits for the write lock
-_PAUSE = 0.05  # seconds at most
 _ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION})
 # What only tells of the schema.
 _PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo"})
@@ -77,7 +74,7 @@ def answer(
         connection.create_function("ago", 1, _ago)
         end = None if timeout is None else time.monotonic() + timeout
         # A call into Python is also when a signal is looked at.
-        connection.set_progress_handler(_pausing(database, end), _EVERY)
+        connection.set_progress_handler(lambda: end is not None and time.monotonic() > end, _EVERY)
         for table in _TABLES:  # SQLite makes them at their first use, which the next line would refuse
             connection.execute(f"SELECT 1 FROM {table} LIMIT 0").close()  # noqa: S608
         connection.set_authorizer(_authorize)
@@ -102,29 +99,6 @@ def answer(
         finally:
             connection.set_progress_handler(None, 0)
             cursor.close()
-
-
-def _pausing(database: Database, end: float | None) -> Callable[[], bool]:
-    """Return what tells SQLite to stop when the time is over, and pauses while writers stand in a line.
-
-    They are not kept from their lock, but a processor that is busy, at whatever priority, makes them slower. So while
-    one after the other has it, and more wait, a question takes half of the time.
-    """
-    served, since = -1, time.monotonic()
-
-    def look() -> bool:
-        nonlocal served, since
-        now = time.monotonic()
-        if end is not None and now > end:
-            return True
-        if now - since > _WORK:
-            before, (line, served) = served, locks.waiting(database.write_lock)
-            if line and before not in (-1, served):  # and not one of whom all have died
-                time.sleep(min(now - since, _PAUSE))  # it may be whoever reads the rows that took the time
-            since = time.monotonic()
-        return False
-
-    return look
 
 
 @contextmanager

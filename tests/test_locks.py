@@ -313,17 +313,6 @@ def test_a_lock_is_had_in_the_order_of_asking(queue: Queue, tmp_path: Path) -> N
     assert eventually(lambda: queue.order == "abcdefgh"), queue.order
 
 
-def test_who_waits_can_be_counted_without_a_lock(queue: Queue, tmp_path: Path) -> None:
-    assert locks.waiting(tmp_path / "none") == (0, 0)
-    with turn(tmp_path):
-        mine = queue.last
-        assert locks.waiting(tmp_path / "lock") == (0, mine)
-        for name in "abc":
-            queue.ask(name)
-        assert locks.waiting(tmp_path / "lock") == (3, mine)
-    assert eventually(lambda: locks.waiting(tmp_path / "lock") == (0, mine + 3))
-
-
 def test_who_dies_waiting_or_is_stopped_does_not_hold_up_the_rest(queue: Queue, tmp_path: Path) -> None:
     with turn(tmp_path):
         waiting = {name: queue.ask(name) for name in "abcdefghijkl"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import resource
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, CacheError, InvalidQuery, locks
+from cachedb import Cache, CacheError, InvalidQuery
 from tests import make
 from tests.conftest import Run
 from tests.promises import check
@@ -397,23 +396,6 @@ def test_rows_come_while_there_are_more(cache: Cache, form: str) -> None:
         assert process.wait(timeout=20) == 1
         assert process.stderr
         assert process.stderr.read() == b""
-
-
-@pytest.mark.parametrize(
-    ("waiting", "moves", "pauses"),
-    [(2, True, True), (0, True, False), (2, False, False)],
-    ids=["a line", "one at a time", "a line of the dead"],
-)
-def test_a_question_pauses_while_writers_stand_in_a_line(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch, waiting: int, moves: bool, pauses: bool
-) -> None:
-    turns, slept = itertools.count(1), list[float]()
-    monkeypatch.setattr(locks, "waiting", lambda _: (waiting, next(turns) if moves else 7))
-    monkeypatch.setattr("cachedb.query._WORK", 0)
-    monkeypatch.setattr(time, "sleep", slept.append)
-    assert rows(cache, f"SELECT count(*) FROM ({ENDLESS.format('x')} LIMIT 200000)") == [(200000,)]
-    assert bool(slept) == pauses
-    assert not slept or 0 < max(slept) <= 0.05
 
 
 GIVES_WAY = """
