@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import sqlite3
 import statistics
 import subprocess
@@ -18,9 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.queues import SimpleQueue
-from multiprocessing.synchronize import Event
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -513,7 +510,7 @@ def collect(plan: Plan) -> None:
         note(f"  {rows[-1]}")
     columns = ["collect", "s", "s for 500,000", "CPU s", "peak MiB", "longest hold ms", "median hold ms"]
     print_table([*columns, "a writer's wait: median, longest ms"], rows)
-    print("A hold is the time for which the write lock was seen in the same process's hands at each of many looks.\n")
+    print("A hold is the time from having the write lock to letting go of it.\n")
     empty(plan.place / f"cache-{plan.images}")  # another section gets a whole one
 
 
@@ -542,14 +539,21 @@ def _forget_images(directory: Path, count: int) -> None:
 
 def _collect(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
     """Return how many blobs were freed, at what cost, and the longest and the median hold of the write lock."""
-    from cachedb import Cache
+    from cachedb import Cache, locks
 
-    looking = get_context("spawn")
-    done, told = looking.Event(), looking.SimpleQueue()
+    holds: list[float] = []
+    held = locks.held
+
+    @contextmanager
+    def timed(path: Path) -> Iterator[FileIO]:
+        with held(path) as file:
+            began = time.monotonic()
+            yield file
+            holds.append(time.monotonic() - began)
+
+    locks.held = timed
     with Cache.open(directory) as cache:
-        watcher = looking.Process(target=_watch_lock, args=(directory, os.getpid(), done, told))
-        watcher.start()
-        told.get()  # it watches
+        holds.clear()
         freed = 0
 
         def all_of_it() -> None:
@@ -557,29 +561,4 @@ def _collect(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
             freed = cache.collect_garbage().blobs
 
         taken = cost(all_of_it)
-        done.set()
-        holds = told.get()
-        watcher.join()
-    return freed, taken, holds
-
-
-def _watch_lock(directory: Path, process: int, done: Event, told: SimpleQueue[object]) -> None:
-    """Look at the kernel's list of locks again and again, and tell how long a process held the write lock."""
-    status = (directory / "locks" / "write.lock").stat()
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} "
-    wanted = re.compile(rf"^\d+: FLOCK +ADVISORY +WRITE {process} {re.escape(place)}", re.MULTILINE)
-    holds: list[float] = []
-    since = None
-    told.put("ready")
-    with open("/proc/locks") as file:
-        while not done.is_set():
-            file.seek(0)
-            held = wanted.search(file.read())
-            now = time.monotonic()
-            if held and since is None:
-                since = now
-            elif not held and since is not None:
-                holds.append(now - since)
-                since = None
-            time.sleep(0.0003)
-    told.put((max(holds, default=0.0), statistics.median(holds) if holds else 0.0))
+        return freed, taken, (max(holds), statistics.median(holds))

@@ -46,7 +46,7 @@ __all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "unrefere
 
 SMALL_BATCH = 16  # blobs, where there is little space to work in
 _FEW = 64  # files that are unlinked sooner than threads have begun
-_UNLINKING = 8  # threads
+_UNLINKING = 2  # threads
 _HOLD = 0.03  # seconds of renaming after which the write lock is let go of
 
 
