@@ -45,6 +45,7 @@ __all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "unrefere
 
 
 SMALL_BATCH = 16  # blobs, where there is little space to work in
+_LARGE_BATCH = 250  # more are forgotten in a time that a writer who waits would notice
 _FEW = 64  # files that are unlinked sooner than threads have begun
 _UNLINKING = 2  # threads
 _HOLD = 0.03  # seconds of renaming after which the write lock is let go of
@@ -119,7 +120,7 @@ def forget(connection: Connection, blob_ids: Iterable[int]) -> Collected:
     return Collected(blobs, size)
 
 
-def collect(database: Database, *, batch: int = BATCH) -> Iterator[Collected]:
+def collect(database: Database, *, batch: int = _LARGE_BATCH) -> Iterator[Collected]:
     """Take everything unreferenced from the index and from the disk, so many blobs at a time; yield what was taken.
 
     The candidates are found without the lock; each is looked at again under it, by the same condition.
