@@ -446,41 +446,25 @@ def test_a_damaged_file_of_a_layout_is_not_linked(cache: Cache, tmp_path: Path) 
     assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
 
 
-def test_a_file_of_a_layout_that_is_replaced_while_it_is_linked_is_refused(
-    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, link = make.image(1, 2), os.link
-    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
-    victim = layout_blob(folder, made.layers[1])
-
-    def replaced(source: str, target: Path, **options: Any) -> None:
-        if Path(source) == victim:
-            victim.unlink()
-            victim.write_bytes(b"something else")
-        link(source, target, **options)
-
-    monkeypatch.setattr(os, "link", replaced)
-    with pytest.raises(StorageError, match=f"layer {digest_of(made.layers[1])} was replaced"):
-        cache.cache_from_tar(folder, link=True)
-    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
-
-
-@pytest.mark.parametrize("change", ["grown", "changed"])
-def test_a_file_of_a_layout_that_is_written_to_while_it_is_linked_is_refused(
+@pytest.mark.parametrize("change", ["replaced", "grown", "changed"])
+def test_a_file_of_a_layout_that_is_replaced_or_written_to_while_it_is_linked_is_refused(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     made, link = make.image(1, 2), os.link
     folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
-    victim = layout_blob(folder, made.layers[1])
+    layer = made.layers[1]
+    victim = layout_blob(folder, layer)
     os.utime(victim, (0, 0))  # what is written in one tick of the clock has one time
 
-    def written_to(source: str, target: Path, **options: Any) -> None:
+    def changed_first(source: str, target: Path, **options: Any) -> None:
         if Path(source) == victim:
-            victim.write_bytes(made.layers[1] + b"!" if change == "grown" else made.layers[1][::-1])
+            if change == "replaced":
+                victim.unlink()
+            victim.write_bytes({"replaced": b"something else", "grown": layer + b"!", "changed": layer[::-1]}[change])
         link(source, target, **options)
 
-    monkeypatch.setattr(os, "link", written_to)
-    with pytest.raises(StorageError, match="written to while it was read"):
+    monkeypatch.setattr(os, "link", changed_first)
+    with pytest.raises(StorageError, match=f"layer {digest_of(layer)} was replaced or written to while it was read"):
         cache.cache_from_tar(folder, link=True)
     assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
 
