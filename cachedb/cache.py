@@ -949,8 +949,8 @@ class Cache:
 
         parsed = Name.parse(name) if name is not None else None
         opened = Path(source) if isinstance(source, (str, os.PathLike)) else source
-        if link and not (isinstance(opened, Path) and opened.is_dir()):
-            raise CacheError("links are made to the files of an image layout folder: name one")
+        if link and not (isinstance(opened, Path) and (opened.is_dir() or not opened.exists())):
+            raise CacheError("links are made to the files of an image layout folder, and this is none")
         with files.open_files(opened, self._session.new_path()) as opened_files:
             return self._import(archive.read_images(opened_files, parsed), progress, link=link)
 

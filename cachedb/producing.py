@@ -52,7 +52,7 @@ def once(
     making: set[Path] = _mine.__dict__.setdefault("making", set())
     if path in making:
         raise CacheError(f"{key} is being made by this thread already, which would wait for itself")
-    with os_errors(f"wait for whoever makes {key}"):
+    with os_errors(f"make a lock file for {key}"):
         while (lock := locks.acquire(path, wait=waiting is None)) is None:
             if waiting:
                 waiting(_NAP)
@@ -77,11 +77,15 @@ def once(
 def unless_made(directory: Path, key: str) -> Iterator[bool]:
     """Give the block whether nobody is making something; nobody begins to in the block then."""
     path = _path(directory, key)
+    making: set[Path] = _mine.__dict__.setdefault("making", set())  # of this thread, whichever ends the block
     lock = locks.acquire(path, wait=False)
     try:
+        if lock is not None:
+            making.add(path)
         yield lock is not None
     finally:
         if lock is not None:
+            making.discard(path)
             try:
                 with suppress(OSError):
                     path.unlink()

@@ -32,6 +32,7 @@ from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, sp
 __all__ = ["Blob", "Fetched", "Repository", "mirrors", "place"]
 
 _HUB: Final = "docker.io"
+_LAST_PORT: Final = 65535
 _SLOWEST = 1024  # bytes a second, in each minute: who sends less has stalled
 _MINUTE = 60.0  # seconds
 _PART = 16 * 1024 * 1024  # bytes of a chunk of an upload
@@ -55,12 +56,23 @@ def place(name: Name, *, plain_http: bool | None = None) -> Place:
     Args:
         name: of an image.
         plain_http: speak HTTP and not HTTPS; None for what is usual: HTTP with this host alone.
+
+    Raises:
+        InvalidName: if its registry has a port that cannot be.
     """
     registry, _, repository = str(Name.parse(name).qualified()).partition("/")
     repository = repository.removesuffix(f"{'@' if name.digest else ':'}{name.reference}")
     plain = bool(_LOOPBACK.fullmatch(registry)) if plain_http is None else plain_http
     host = "registry-1.docker.io" if registry in (_HUB, "index.docker.io") else registry
+    if not _has_port(host):
+        raise InvalidName(f"{shorten(host)} has a port above {_LAST_PORT}")
     return Place(f"{'http' if plain else 'https'}://{host}", registry, repository)
+
+
+def _has_port(host: str) -> bool:
+    """Say whether there can be such a port, if a host has one."""
+    port = host.rpartition(":")[2]
+    return not port.isdecimal() or (len(port) <= len(str(_LAST_PORT)) and int(port) <= _LAST_PORT)
 
 
 def mirrors(name: Name) -> list[Place]:
@@ -77,7 +89,7 @@ def mirrors(name: Name) -> list[Place]:
         registry, _, mirror = entry.partition("=")
         scheme, separator, rest = mirror.rpartition("://")
         host, _, prefix = rest.strip("/").partition("/")
-        if not registry or not host or (separator and scheme not in ("http", "https")):
+        if not registry or not host or not _has_port(host) or (separator and scheme not in ("http", "https")):
             raise InvalidName(f"CACHEDB_MIRRORS has {shorten(entry)}: expected REGISTRY=[http://]HOST[:PORT][/PREFIX]")
         if registry == origin.registry:
             scheme = scheme or ("http" if _LOOPBACK.fullmatch(host) else "https")

@@ -274,7 +274,8 @@ class Source:
     def begin(self) -> None:
         """Begin to ask and to download in a thread, if the cache is there and nobody else pulls the same.
 
-        What fails, fails again for who wants it. Others who pull the same wait until this is pulled, or is left.
+        What fails, fails again for who wants it. Others who pull the same wait until this is pulled, or is left; this
+        thread, which would wait for itself, is refused.
         """
         with suppress(OSError):  # of what cannot be looked at, or written to
             there = (self._directory / "index.db").exists()

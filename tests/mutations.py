@@ -7,6 +7,7 @@ notices is a gap in the tests, and the exit code is 1.
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -66,7 +67,7 @@ MUTATIONS = [
     Mutation("writers queue at a lock file", "cachedb/database.py", "locks.in_turn(self.write_lock) as turn:", "locks.in_turn(self.write_lock.with_suffix(f'.{os.getpid()}')) as turn:", "tests/test_database.py"),
     Mutation("a write transaction is one from its beginning", "cachedb/database.py", 'cachedb_begin="BEGIN IMMEDIATE"', 'cachedb_begin="BEGIN"', "tests/test_database.py tests/test_locks.py"),
     Mutation("commits are synced", "cachedb/database.py", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = NORMAL"', POWER),
-    Mutation("foreign keys are enforced", "cachedb/database.py", '            connection.execute("PRAGMA foreign_keys = ON")\n', "", "tests/test_database.py tests/test_schema.py"),
+    Mutation("foreign keys are enforced", "cachedb/database.py", '                connection.execute("PRAGMA foreign_keys = ON")\n', "", "tests/test_database.py tests/test_schema.py"),
     Mutation("a newer schema is not written to", "cachedb/database.py", "        if row != (REVISION,) and not is_compatible(connection):\n", "        if False:\n", "tests/test_schema.py"),
     Mutation("a new cache's folders are synced", "cachedb/database.py", '                sync_folder(self.directory / "blobs")\n                sync_folder(self.directory)\n', "                pass\n", POWER),
     Mutation("a commit that was cut off is made sure of", "cachedb/database.py", "        if turn.marked:\n", "        if False:\n", "tests/test_database.py tests/test_locks.py"),
@@ -162,6 +163,23 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+def mutated(mutation: Mutation) -> str:
+    """Return what the file is without the protection.
+
+    Raises:
+        ValueError: if it does not have the line once, or would be no Python.
+    """
+    text = (CHECKOUT / mutation.file).read_text()
+    if text.count(mutation.line) != 1:
+        raise ValueError(f"{mutation.what}: {mutation.file} has this line {text.count(mutation.line)} times")
+    changed = text.replace(mutation.line, mutation.without)
+    try:
+        ast.parse(changed)
+    except SyntaxError as error:
+        raise ValueError(f"{mutation.what}: {mutation.file} would be no Python: {error}") from None
+    return changed
+
+
 def survived(mutation: Mutation, scratch: Path) -> tuple[str | None, float]:
     """Return the test that noticed, or None; and the seconds it took."""
     began = time.monotonic()
@@ -170,11 +188,7 @@ def survived(mutation: Mutation, scratch: Path) -> tuple[str | None, float]:
         copy = Path(name) / "checkout"
         ignored = shutil.ignore_patterns(".git", ".venv", "*_cache", "__pycache__", ".hypothesis")
         shutil.copytree(CHECKOUT, copy, ignore=ignored)
-        file = copy / mutation.file
-        text = file.read_text()
-        if text.count(mutation.line) != 1:
-            raise SystemExit(f"{mutation.what}: {mutation.file} has this line {text.count(mutation.line)} times")
-        file.write_text(text.replace(mutation.line, mutation.without))
+        (copy / mutation.file).write_text(mutated(mutation))
         # The copy comes before an installed package, in each process that a test starts as well.
         environment = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": name}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
@@ -207,7 +221,8 @@ def main() -> int:
         Path(scratch).chmod(0o755)
         if options.control:
             tests = " ".join(sorted({test for mutation in chosen for test in mutation.tests.split()}))
-            control = Mutation("nothing", "README.md", "# cachedb\n", "# cachedb\n", tests)
+            docstring = '"""Errors'  # which stays as it is
+            control = Mutation("nothing", "cachedb/errors.py", docstring, docstring, tests)
             failed, seconds = survived(control, Path(scratch))
             print(f"{'nothing':64} {seconds:4.0f} s  {failed or 'all tests pass'}", flush=True)
             if failed:

@@ -497,8 +497,10 @@ def test_what_is_stored_of_a_layout_is_not_linked_again(
 
 def test_an_archive_has_no_files_to_link(cache: Cache, tmp_path: Path) -> None:
     source = make.write(tmp_path / "app.tar", make.oci_files({"app:1": make.image(1)}))
-    with pytest.raises(CacheError, match="name one"):
+    with pytest.raises(CacheError, match="this is none"):
         cache.cache_from_tar(source, link=True)
+    with pytest.raises(StorageError, match="No such file"):
+        cache.cache_from_tar(tmp_path / "nosuch", link=True)
 
 
 def test_a_layout_may_hold_more_files_than_a_process_may_open(cache: Cache, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from cachedb import (
     Cache,
     DigestMismatch,
     InvalidManifest,
+    InvalidName,
     NotInCache,
     RegistryError,
     RegistryUnavailable,
@@ -529,6 +530,16 @@ def test_a_name_is_on_the_wire_where_docker_has_it() -> None:
     assert where("registry:5000/app") == ("https://registry:5000", "app")
     assert where("registry:5000/app", plain=True) == ("http://registry:5000", "app")
     assert where("localhost:5000/app", plain=False) == ("https://localhost:5000", "app")
+
+
+@pytest.mark.parametrize("port", ["65536", "99999", "655350"])
+def test_a_port_that_cannot_be_is_named(cache: Cache, monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    if len(port) <= 5:
+        with pytest.raises(InvalidName, match=f"'localhost:{port}' has a port above 65535"):
+            cache.pull(f"localhost:{port}/app:1")
+    monkeypatch.setenv("CACHEDB_MIRRORS", f"docker.io=localhost:{port}")
+    with pytest.raises(InvalidName, match=f"CACHEDB_MIRRORS has 'docker.io=localhost:{port}'"):
+        cache.pull("alpine:3")
 
 
 def test_mirrors_are_asked_first_and_the_registry_in_the_end(

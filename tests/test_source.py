@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -242,6 +243,26 @@ def test_nothing_is_begun_while_others_pull_the_same(made: Path, remote: Registr
             cache.pull(second)
     assert sorted(method for method, path in asked(remote) if "manifests" in path) == ["GET", "HEAD", "HEAD"]
     check(made)
+
+
+def test_a_thread_that_has_begun_does_not_wait_for_itself(made: Path, remote: Registry) -> None:
+    name = f"{remote.host}/large:1"
+    with Source(made, Name.parse(name)) as source, Cache.open(made) as cache:
+        source.begin()
+        with pytest.raises(CacheError, match="being made by this thread already"):
+            cache.pull(name)
+        cache.pull(source)
+        cache.pull(name)
+    check(made)
+
+
+def test_the_right_may_be_left_by_another_thread(made: Path, remote: Registry) -> None:
+    name = f"{remote.host}/large:1"
+    with Cache.open(made) as cache, Source(made, Name.parse(name)) as source:
+        source.begin()
+        with ThreadPoolExecutor(1) as other:
+            other.submit(cache.pull, source).result()
+        cache.pull(name)
 
 
 def test_what_others_have_stored_meanwhile_is_not_downloaded(made: Path, remote: Registry) -> None:
