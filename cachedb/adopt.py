@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from cachedb import blobs, images, oci
+from cachedb import blobs, images, oci, reading
 from cachedb.blobs import Received
 from cachedb.database import Database
 from cachedb.directory import blob_file
@@ -518,7 +518,7 @@ def _is_good(directory: Path, digest: Digest) -> bool:
     """Read a blob of this cache, and say whether it is what its name says."""
     hasher = hashlib.new(split_digest(digest)[0])
     try:
-        with blobs.open_blob(directory, digest) as file, os_errors("read a blob"):
+        with reading.open_blob(directory, digest) as file, os_errors("read a blob"):
             while chunk := file.read(CHUNK):
                 hasher.update(chunk)
     except CacheError:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Select, bindparam, select
 from sqlalchemy.dialects.sqlite import Insert, insert
@@ -23,11 +23,10 @@ from sqlalchemy.dialects.sqlite import Insert, insert
 from cachedb import receiving
 from cachedb.database import Database, sync_folder
 from cachedb.directory import blob_file, blob_path
-from cachedb.errors import CacheError, InvalidDigest, NotInCache, StorageError, os_errors
-from cachedb.oci import DOCUMENT_LIMIT
+from cachedb.errors import CacheError, InvalidDigest, StorageError, os_errors
 from cachedb.parallel import Advance
 from cachedb.receiving import Content, Hasher, Readable, discard, identity
-from cachedb.reference import Digest, digest_of, parse_digest
+from cachedb.reference import Digest, parse_digest
 from cachedb.sessions import NO_HOLD, Hold, Session, received_digest
 from cachedb.tables import BLOBS
 
@@ -35,11 +34,9 @@ __all__ = [
     "Received",
     "Replaced",
     "batched",
-    "document",
     "hold_stored",
     "intact",
     "on_disk",
-    "open_blob",
     "publish",
     "receive",
     "receive_linked",
@@ -328,36 +325,3 @@ def on_disk(directory: Path) -> tuple[dict[Digest, int], list[Path]]:
                 else:
                     strays.append(Path(entry.path))
     return found, strays
-
-
-def open_blob(directory: Path, digest: Digest) -> BinaryIO:
-    """Open a stored blob's file; the stream stays good even if the blob is collected meanwhile.
-
-    Raises:
-        NotInCache: if there is no such file.
-        StorageError: if it cannot be opened, or is no regular file.
-    """
-    with os_errors("read a blob"):
-        try:
-            return open(blob_file(directory, digest), "rb", opener=_open_regular)
-        except FileNotFoundError:
-            raise NotInCache(f"{digest} is not in the cache") from None
-
-
-def document(directory: Path, digest: Digest, size: int) -> bytes | None:
-    """Return what a small blob has, if it can be read and is what its name says."""
-    if size > DOCUMENT_LIMIT:
-        return None
-    with suppress(CacheError), open_blob(directory, digest) as file, os_errors("read a blob"):
-        data = file.read(DOCUMENT_LIMIT + 1)
-        return data if digest_of(data, digest) == digest else None
-    return None
-
-
-def _open_regular(path: str, flags: int) -> int:
-    # A pipe without a writer would be waited for, maybe under the write lock.
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise OSError(errno.EINVAL, "it is no regular file", path)

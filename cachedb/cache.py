@@ -6,14 +6,14 @@ import errno
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
 
 from sqlalchemy import Connection, func, select
 
-from cachedb import blobs, collection, configs, holds, images, oci, producing, schema
+from cachedb import blobs, collection, configs, holds, images, oci, producing, reading, schema
 from cachedb.blobs import Received
 from cachedb.collection import Collected
 from cachedb.database import Database
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from cachedb.pull import Pulled
     from cachedb.push import Pushed
     from cachedb.query import Answer, View
-    from cachedb.registry import Repository
     from cachedb.source import Source
+    from cachedb.target import Target
     from cachedb.usage import Usage
     from cachedb.verify import Verification
 
@@ -239,7 +239,7 @@ class Cache:
             NotInCache: if it is not stored.
         """
         self.get_blob_size(digest)
-        return blobs.open_blob(self.directory, parse_digest(digest))
+        return reading.open_blob(self.directory, parse_digest(digest))
 
     def get_blob(self, digest: str) -> bytes:
         """Return a stored blob's content, all of it in memory: for a config or manifest; see `open_blob`.
@@ -434,7 +434,7 @@ class Cache:
             with self._database.read() as connection:
                 digest = images.find(connection, parsed).digest
             try:
-                with blobs.open_blob(self.directory, digest) as file, os_errors("read a manifest"):
+                with reading.open_blob(self.directory, digest) as file, os_errors("read a manifest"):
                     self._uses.note(parsed)
                     return file.read()
             except NotInCache:
@@ -772,7 +772,7 @@ class Cache:
     def push(
         self,
         name: str | Name,
-        target: str | Name | None = None,
+        target: str | Name | Target | None = None,
         *,
         platform: str | None = None,
         plain_http: bool | None = None,
@@ -786,7 +786,9 @@ class Cache:
 
         Args:
             name: of the image.
-            target: the name to push it to, unless that is its own; where it is on the wire is as Docker has it.
+            target: the name to push it to, unless that is its own; where it is on the wire is as Docker has it. A
+                `cachedb.target.Target` may have begun before the cache was open; ``plain_http`` and ``authfile`` are
+                its own then.
             platform: ``os/architecture[/variant]``, to push one platform of an index as an image of its own.
             plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
             authfile: to take credentials from, instead of the files that podman and Docker keep.
@@ -801,12 +803,16 @@ class Cache:
             StorageError: if a blob's file is gone, or was cut short.
             RegistryError: if the registry does not take it.
         """
-        from cachedb.registry import Repository, place
+        from cachedb.target import Target
 
         source = Name.parse(name)
-        there = Name.parse(target) if target is not None else source
-        with closing(Repository(place(there, plain_http=plain_http), authfile=authfile, push=True)) as repository:
-            return self._push(source, there, repository, set(), platform, progress, blob_progress)
+        with ExitStack() as opened:
+            if isinstance(target, Target):
+                there = target
+            else:
+                parsed = Name.parse(target) if target is not None else source
+                there = opened.enter_context(Target(self.directory, parsed, plain_http=plain_http, authfile=authfile))
+            return self._push(source, there, there.name, platform, progress, blob_progress)
 
     def push_tags(
         self,
@@ -834,7 +840,7 @@ class Cache:
             IncompleteImage: as for `push`.
             RegistryError: as for `push`.
         """
-        from cachedb.registry import Repository, place
+        from cachedb.target import Target
 
         for named in filter(None, (repository, target)):
             if Name.parse(named).repository != named:
@@ -843,19 +849,16 @@ class Cache:
             names = images.tags(connection, repository)
         if not names:
             raise NotInCache(f"{repository} has no tags in the cache; `cachedb ls` lists what is")
-        where = place(Name(target or repository, names[0].reference), plain_http=plain_http)
-        there: set[Digest] = set()
-        with closing(Repository(where, authfile=authfile, push=True)) as opened:
-            for name in names:
-                there_as = name._replace(repository=target or repository)
-                yield self._push(name, there_as, opened, there, None, progress, blob_progress)
+        theirs = [name._replace(repository=target or repository) for name in names]
+        with Target(self.directory, theirs[0], plain_http=plain_http, authfile=authfile) as there:
+            for name, called in zip(names, theirs, strict=True):
+                yield self._push(name, there, called, None, progress, blob_progress)
 
     def _push(
         self,
         source: Name,
-        target: Name,
-        repository: Repository,
-        there: set[Digest],
+        target: Target,
+        name: Name,
         platform: str | None,
         progress: Progress | None,
         blob_progress: BlobProgress | None,
@@ -870,12 +873,11 @@ class Cache:
             return push(
                 self._database,
                 target,
-                repository,
+                name,
                 root,
                 manifests,
                 held,
                 self._document,
-                there,
                 progress=progress,
                 blob_progress=blob_progress,
             )

@@ -461,14 +461,24 @@ def push(
     """
     if all_tags and platform:
         raise click.UsageError("--all-tags and --platform exclude each other")
+    from cachedb.reference import Name
+    from cachedb.target import Target
+
     found: list[Pushed] = []
     try:
-        with _opened() as cache, _transfer(f"pushing {name}", quiet=quiet) as told:
-            options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile, **told}
+        with ExitStack() as opened:
+            options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile}
+            if not all_tags:
+                there = opened.enter_context(Target(_directory(), Name.parse(target or name), **options))
+                if not platform:
+                    sys.setswitchinterval(_TURN)
+                    there.begin(Name.parse(name))
+            cache = opened.enter_context(_opened())
+            told = opened.enter_context(_transfer(f"pushing {name}", quiet=quiet))
             if all_tags:
-                found.extend(cache.push_tags(name, target, **options))
+                found.extend(cache.push_tags(name, target, **options, **told))
             else:
-                found.append(cache.push(name, target, platform=platform, **options))
+                found.append(cache.push(name, there, platform=platform, **told))
     finally:  # of several tags those are there that were pushed before one could not be
         _print_pushed(found, form, quiet=quiet)
 

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Delete, Insert, Select, Update, bindparam, delete, insert, select, update
 
-from cachedb import blobs
+from cachedb import reading
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, os_errors
 from cachedb.oci import CONFIG_TYPES, DOCUMENT_LIMIT, ImageConfig, parse_config
 from cachedb.reference import Digest, split_digest
@@ -271,7 +271,7 @@ def associations(connection: Connection, image_id: int) -> list[Association]:
 def _read(directory: Path, digest: Digest) -> ImageConfig | CacheError:
     """Return what a config says, or why it cannot be read."""
     try:
-        with blobs.open_blob(directory, digest) as file, os_errors("read a config"):
+        with reading.open_blob(directory, digest) as file, os_errors("read a config"):
             data = file.read(DOCUMENT_LIMIT + 1)
         algorithm, encoded = split_digest(digest)
         if len(data) <= DOCUMENT_LIMIT and hashlib.new(algorithm, data).hexdigest() != encoded:

@@ -19,12 +19,12 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from cachedb import oci
 from cachedb.archive import CONTAINERD_NAME, REF_NAME, layout_path
-from cachedb.blobs import open_blob
 from cachedb.database import sync_folder
 from cachedb.directory import blob_path
 from cachedb.errors import CacheError, NotInCache, os_errors
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance
+from cachedb.reading import open_blob
 from cachedb.receiving import WRITTEN_BACK, write_back
 from cachedb.reference import Digest, Name, digest_of, shorten, split_digest
 

@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.dml import ReturningInsert
 
-from cachedb import blobs, configs, oci
+from cachedb import blobs, configs, oci, reading
 from cachedb.database import Database
 from cachedb.directory import blob_path
 from cachedb.errors import (
@@ -570,7 +570,7 @@ def _as_it_is(connection: Connection, directory: Path, root: Descriptor) -> Desc
     if blobs.stored(connection, [root.digest]).get(root.digest, DOCUMENT_LIMIT + 1) > DOCUMENT_LIMIT:
         return root
     with suppress(InvalidManifest, NotInCache, StorageError):
-        with blobs.open_blob(directory, root.digest) as file, os_errors("read a manifest"):
+        with reading.open_blob(directory, root.digest) as file, os_errors("read a manifest"):
             data = file.read()
         with suppress(InvalidManifest):
             descriptors(data, manifest_media_type(data, root.media_type))
@@ -733,7 +733,7 @@ def closure(
         if row.size > DOCUMENT_LIMIT:
             raise InvalidManifest(f"manifest {blob.digest} is {row.size} bytes; {DOCUMENT_LIMIT} at most are read")
         try:
-            with blobs.open_blob(directory, blob.digest) as file, os_errors("read a manifest"):
+            with reading.open_blob(directory, blob.digest) as file, os_errors("read a manifest"):
                 data = file.read()
             if not strict:
                 descriptors(data, manifest_media_type(data, blob.media_type))
@@ -894,7 +894,7 @@ def platforms(connection: Connection, directory: Path, image_id: int) -> list[Pl
     def here(child: Descriptor) -> bool:
         return stored.issuperset(blob.digest for blob in closure(connection, directory, child, strict=False))
 
-    data = blobs.document(directory, root.digest, root.size)
+    data = reading.document(directory, root.digest, root.size)
     children = [] if data is None else descriptors(data, root.media_type)
     return [PlatformInfo(child.platform, child.digest, here(child)) for child in children]
 

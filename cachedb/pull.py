@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection
 
-from cachedb import blobs, images, oci, partial, producing
+from cachedb import blobs, images, oci, partial, producing, reading
 from cachedb.blobs import Received
 from cachedb.database import Database, is_full
 from cachedb.directory import partial_path
@@ -137,7 +137,7 @@ class _Pull:
         """Return a document that is in the cache already, if it is good."""
         with self._database.read() as connection:
             size = blobs.stored(connection, [digest]).get(digest)
-        return None if size is None else blobs.document(self._database.directory, digest, size)
+        return None if size is None else reading.document(self._database.directory, digest, size)
 
     def _child(self, blob: Descriptor) -> bytes:
         """Return a manifest that an index names."""

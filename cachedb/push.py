@@ -6,23 +6,21 @@ finds the name there finds all of the image.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
-from cachedb import blobs, images, oci
+from cachedb import images, oci
 from cachedb.database import Database
-from cachedb.errors import IncompleteImage, InvalidName, NotInCache, StorageError
+from cachedb.errors import IncompleteImage, InvalidName
 from cachedb.images import BlobInfo
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed, told
 from cachedb.reference import Digest, Name
-from cachedb.registry import Repository, place
+from cachedb.target import AT_ONCE, Outcome, Target
 
 __all__ = ["Pushed", "push"]
-
-_AT_ONCE = 4  # blobs that are asked for and sent at the same time
-_SOURCES = 3  # repositories that a blob is tried to be mounted from
 
 
 class Pushed(NamedTuple):
@@ -39,13 +37,12 @@ class Pushed(NamedTuple):
 
 def push(
     database: Database,
-    target: Name,
-    repository: Repository,
+    target: Target,
+    name: Name,
     root: Descriptor,
     manifests: dict[Digest, bytes],
     contents: Iterable[BlobInfo],
     read: Callable[[Digest], bytes],
-    there: set[Digest],
     *,
     progress: Progress | None = None,
     blob_progress: BlobProgress | None = None,
@@ -54,13 +51,12 @@ def push(
 
     Args:
         database: of the cache.
-        target: the name that it gets.
-        repository: of that name.
+        target: where it goes.
+        name: that it gets there.
         root: its manifest or index.
         manifests: the bytes of the manifests and indexes that it reaches, as far as they are here; verified.
         contents: what the image is associated with; what refers to it among that goes with it.
         read: returns the bytes of a manifest, verified.
-        there: blobs known to be in the repository; those that are found there or sent are added.
         progress: is told how far it is, in bytes.
         blob_progress: is told how far it is with each blob.
 
@@ -71,21 +67,29 @@ def push(
         StorageError: if a blob's file is gone, or was cut short.
         RegistryError: if the registry does not take it.
     """
-    if target.digest not in (None, root.digest):
-        raise InvalidName(f"{target} cannot be the name of {root.digest}: its digest is another")
+    if name.digest not in (None, root.digest):
+        raise InvalidName(f"{name} cannot be the name of {root.digest}: its digest is another")
+    repository = target.repository
     closure, documents = _all(root, manifests, contents, read)
     wanted = {blob.digest: blob for blob in closure if _is_document(blob)}
     parts = {blob.digest: blob for blob in closure if not _is_document(blob)}  # a manifest can be some other's layer
     for blob in wanted.values():
         if blob.digest not in documents and not repository.has("manifests", blob.digest):
             raise IncompleteImage(
-                f"{target} is for {blob.platform or blob.digest} too, which is not here: pull it with --all-platforms, "
+                f"{name} is for {blob.platform or blob.digest} too, which is not here: pull it with --all-platforms, "
                 "or push one platform with --platform"
             )
-    work = _Push(database, repository, there, blob_progress)
+
+    def repositories(digest: Digest) -> list[str]:
+        with database.read() as connection:
+            return images.repositories_with(connection, digest)
+
+    def send(blob: Descriptor, advance: Advance) -> tuple[Outcome, int]:
+        return target.send(blob, repositories, told(blob.digest, blob.size, blob_progress, advance)), blob.size
+
     rest = sorted(parts.values(), key=lambda blob: -blob.size)
     advance = summed(sum(blob.size for blob in rest), progress)
-    in_threads(work.send, rest, advance, threads=_AT_ONCE, stop=repository.stop)
+    done = in_threads(send, rest, advance, threads=AT_ONCE, stop=repository.stop)
     named = {
         digest: [child.digest for child in oci.descriptors(data, wanted[digest].media_type)]
         for digest, data in documents.items()
@@ -93,9 +97,18 @@ def push(
     for digest in TopologicalSorter(named).static_order():
         if digest in documents and digest != root.digest:
             repository.put_manifest(digest, wanted[digest].media_type, documents[digest])
-    repository.put_manifest(target.reference, root.media_type, documents[root.digest])
-    uploaded = work.uploaded
-    return Pushed(target, root.digest, root.media_type, len(uploaded), sum(uploaded), work.mounted, work.found)
+    repository.put_manifest(name.reference, root.media_type, documents[root.digest])
+    uploaded = [size for outcome, size in done if outcome == "uploaded"]
+    count = Counter(outcome for outcome, _ in done)
+    return Pushed(
+        name,
+        root.digest,
+        root.media_type,
+        len(uploaded),
+        sum(uploaded),
+        mounted=count["mounted"],
+        existing=count["existing"],
+    )
 
 
 def _is_document(blob: Descriptor) -> bool:
@@ -125,46 +138,3 @@ def _all(
             closure += reached
             documents |= {blob.digest: others[blob.digest] for blob in reached if blob.digest in others}
     return closure, documents
-
-
-class _Push:
-    """The blobs of one push: which of them were sent so far."""
-
-    def __init__(
-        self,
-        database: Database,
-        repository: Repository,
-        there: set[Digest],
-        blob_progress: BlobProgress | None,
-    ) -> None:
-        self._database, self._repository = database, repository
-        self._there, self._blob_progress = there, blob_progress
-        self.uploaded: list[int] = []  # bytes of each
-        self.mounted, self.found = 0, 0
-
-    def send(self, blob: Descriptor, advance: Advance) -> None:
-        """See to it that the registry has a blob."""
-        advance = told(blob.digest, blob.size, self._blob_progress, advance)
-        if blob.digest in self._there or self._repository.has("blobs", blob.digest):
-            self.found += 1
-            advance(blob.size)
-        elif any(self._repository.mount(blob.digest, source) for source in self._sources(blob.digest)):
-            self.mounted += 1
-            advance(blob.size)
-        else:
-            try:
-                file = blobs.open_blob(self._database.directory, blob.digest)
-            except NotInCache:
-                raise StorageError(f"the file of {blob.digest} is gone: run `cachedb verify`") from None
-            with file:
-                self._repository.put_blob(blob.digest, blob.size, file, advance)
-            self.uploaded.append(blob.size)
-        self._there.add(blob.digest)
-
-    def _sources(self, digest: Digest) -> list[str]:
-        """Return other repositories of the registry that have a blob, if they are what they were here."""
-        with self._database.read() as connection:
-            known = [place(Name(repository, "latest")) for repository in images.repositories_with(connection, digest)]
-        ours = self._repository.place
-        found = {other.repository for other in known if other.registry == ours.registry} - {ours.repository}
-        return sorted(found)[:_SOURCES]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Column, Connection, Table, Text, bindparam, delete, func, insert, select, type_coerce, update
 from sqlalchemy.exc import IntegrityError
 
-from cachedb import backups, blobs, images, schema
+from cachedb import backups, blobs, images, reading, schema
 from cachedb.database import APPLICATION_ID, Database, is_compatible, is_ours, mismatch, read_revision
 from cachedb.errors import (
     CacheError,
@@ -331,7 +331,7 @@ def _check_manifest(directory: Path, digest: Digest, size: int) -> None:
     Raises:
         InvalidManifest: if it is none.
     """
-    data = blobs.document(directory, digest, size)
+    data = reading.document(directory, digest, size)
     if data is not None:
         descriptors(data, manifest_media_type(data))
     elif size > DOCUMENT_LIMIT:
@@ -348,7 +348,7 @@ def _unnamed(connection: Connection, directory: Path, files: dict[Digest, int]) 
     for digest, size in files.items():
         if digest in used:
             continue
-        data = blobs.document(directory, digest, size)
+        data = reading.document(directory, digest, size)
         if data is None or not data.lstrip().startswith(b"{"):
             continue
         with suppress(InvalidManifest):

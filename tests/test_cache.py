@@ -25,7 +25,7 @@ from cachedb import (
     Name,
     NotACache,
     NotInCache,
-    blobs,
+    reading,
 )
 from cachedb.oci import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from tests import make
@@ -372,7 +372,7 @@ def test_what_a_killed_removal_left_is_cleaned_at_the_next_open(directory: Path)
 def test_a_manifest_that_moves_while_it_is_read_is_the_new_one(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = make.image(1), make.image(2)
     save(cache, "app", old)
-    opened = blobs.open_blob
+    opened = reading.open_blob
 
     def moved(directory: Path, digest: Digest) -> BinaryIO:
         if digest == old.digest and cache.get_image("app").digest == old.digest:
@@ -380,7 +380,7 @@ def test_a_manifest_that_moves_while_it_is_read_is_the_new_one(cache: Cache, mon
             cache.collect_garbage()
         return opened(directory, digest)
 
-    monkeypatch.setattr("cachedb.blobs.open_blob", moved)
+    monkeypatch.setattr("cachedb.reading.open_blob", moved)
     assert cache.get_manifest("app") == new.manifest
 
 

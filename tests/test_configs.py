@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachedb import Cache, CacheError, StorageError, blobs
+from cachedb import Cache, CacheError, StorageError, reading
 from cachedb.oci import CONFIG_LIMIT, DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, parse_config
 from cachedb.reference import Digest
 from cachedb.tables import TEXT_LIMIT
@@ -278,14 +278,14 @@ def test_a_config_that_could_not_be_read_is_found_by_verify_once_it_can(
     made = made_of(config(1), 1)
     for digest, data in made.blobs.items():
         cache.save_blob(digest, data)
-    opened = blobs.open_blob
+    opened = reading.open_blob
 
     def fail(directory: Path, digest: Digest) -> BinaryIO:
         if digest == digest_of(made.config):
             raise StorageError("cannot read a blob: Input/output error")
         return opened(directory, digest)
 
-    monkeypatch.setattr(blobs, "open_blob", fail)
+    monkeypatch.setattr(reading, "open_blob", fail)
     cache.save_manifest("app:1", made.manifest)
     assert cache.verify().problems == []  # as long as it cannot be read there is nothing to compare with
     monkeypatch.undo()

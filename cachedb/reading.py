@@ -1,0 +1,50 @@
+"""Reading: the file of a stored blob, opened with care. Nothing here knows the index."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from cachedb.directory import blob_file
+from cachedb.errors import CacheError, NotInCache, os_errors
+from cachedb.oci import DOCUMENT_LIMIT
+from cachedb.reference import Digest, digest_of
+
+__all__ = ["document", "open_blob"]
+
+
+def open_blob(directory: Path, digest: Digest) -> BinaryIO:
+    """Open a stored blob's file; the stream stays good even if the blob is collected meanwhile.
+
+    Raises:
+        NotInCache: if there is no such file.
+        StorageError: if it cannot be opened, or is no regular file.
+    """
+    with os_errors("read a blob"):
+        try:
+            return open(blob_file(directory, digest), "rb", opener=_open_regular)
+        except FileNotFoundError:
+            raise NotInCache(f"{digest} is not in the cache") from None
+
+
+def document(directory: Path, digest: Digest, size: int) -> bytes | None:
+    """Return what a small blob has, if it can be read and is what its name says."""
+    if size > DOCUMENT_LIMIT:
+        return None
+    with suppress(CacheError), open_blob(directory, digest) as file, os_errors("read a blob"):
+        data = file.read(DOCUMENT_LIMIT + 1)
+        return data if digest_of(data, digest) == digest else None
+    return None
+
+
+def _open_regular(path: str, flags: int) -> int:
+    # A pipe without a writer would be waited for, maybe under the write lock.
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is no regular file", path)

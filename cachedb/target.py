@@ -1,0 +1,251 @@
+"""Where images go: a repository at a registry, and the upload of what is not there.
+
+Nothing here needs SQLAlchemy. So a command begins to upload while that is imported and the cache is opened: what the
+image had a moment ago, if all of it was here. Until a manifest names it a blob is of nobody's image.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from contextlib import closing, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from cachedb import locks, oci
+from cachedb.errors import CacheError, IncompleteImage, InvalidName, NotInCache, StorageError
+from cachedb.oci import Descriptor
+from cachedb.parallel import Advance, in_threads
+from cachedb.reading import document, open_blob
+from cachedb.reference import Digest, Name
+from cachedb.registry import Repository, place
+
+__all__ = ["AT_ONCE", "Outcome", "Target"]
+
+Outcome = Literal["uploaded", "mounted", "existing"]
+"""How a blob came to be in a repository."""
+
+AT_ONCE = 4  # blobs that are asked for and sent at the same time
+_SOURCES = 3  # repositories that a blob is tried to be mounted from
+_NAP = 0.05  # seconds between two looks at how far another thread is
+_PATIENCE = 1.0  # seconds for what was begun to end: who looks up a host, or connects to it, cannot be stopped
+
+_CONTENTS = """
+SELECT root.digest, root.size, images.media_type, blobs.digest, blobs.stored_at IS NOT NULL
+FROM images JOIN blobs AS root ON root.id = images.manifest_id
+JOIN image_blobs ON image_blobs.image_id = images.id JOIN blobs ON blobs.id = image_blobs.blob_id
+WHERE images.repository = ? AND images.reference = ?
+"""
+_REPOSITORIES = """
+SELECT DISTINCT images.repository FROM blobs
+JOIN image_blobs ON image_blobs.blob_id = blobs.id JOIN images ON images.id = image_blobs.image_id
+WHERE blobs.digest = ?
+"""
+
+
+class Target:
+    """A repository that images are pushed to; a context manager. Usable from several threads."""
+
+    def __init__(
+        self,
+        directory: Path,
+        name: Name,
+        *,
+        plain_http: bool | None = None,
+        authfile: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            directory: of the cache.
+            name: that an image is to get.
+            plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
+            authfile: to take credentials from, instead of the files that podman and Docker keep.
+        """
+        self.name = name
+        self.repository = Repository(place(name, plain_http=plain_http), authfile=authfile, push=True)
+        self._directory = directory
+        self._guard = threading.Lock()
+        self._blobs: dict[Digest, Future[Outcome | None]] = {}  # that were asked for, and what came of it
+        self._sent: dict[Digest, int] = {}  # bytes of those that are on their way
+        self._told: set[Digest] = set()  # those of which somebody has been told what came of it
+        self._begun: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._begun:
+            self.repository.stop()  # if all went well there is nothing to stop
+            with suppress(RuntimeError):  # an interrupt came before it was begun
+                self._begun.join(_PATIENCE)
+        self.repository.close()
+
+    def send(self, blob: Descriptor, repositories: Callable[[Digest], Iterable[str]], advance: Advance) -> Outcome:
+        """See to it that the repository has a blob.
+
+        Args:
+            blob: of the cache.
+            repositories: returns those of images in the cache that have a blob: it may be there as well.
+            advance: is told of the bytes that are done.
+
+        Returns:
+            What was done for that; ``existing`` to all but the first who asks.
+
+        Raises:
+            RegistryError: if the registry does not take it.
+            StorageError: if its file is gone, or was cut short.
+        """
+        seen = 0
+
+        def sent(count: int) -> None:
+            nonlocal seen
+            seen += count
+            advance(count)
+
+        outcome = None
+        while outcome is None:
+            future, ours = self._claim(blob.digest)
+            if ours:
+                self._send(blob, lambda: self._mount(blob.digest, repositories(blob.digest)), future, sent)
+            while wait([future], _NAP).not_done:
+                sent(self._sent.get(blob.digest, 0) - seen)
+            outcome = future.result()
+        sent(blob.size - seen)
+        with self._guard:
+            known = blob.digest in self._told
+            self._told.add(blob.digest)
+        return "existing" if known else outcome
+
+    def _claim(self, digest: Digest) -> tuple[Future[Outcome | None], bool]:
+        """Return what comes of sending a blob, and whether it is the caller who sends it."""
+        with self._guard:
+            known = self._blobs.get(digest)
+            return known or self._blobs.setdefault(digest, Future()), known is None
+
+    def _send(
+        self, blob: Descriptor, mount: Callable[[], bool | None], future: Future[Outcome | None], advance: Advance
+    ) -> None:
+        """Ask for a blob, and send it if it is not there.
+
+        Args:
+            blob: to be sent.
+            mount: says whether the registry took it from elsewhere; None to leave it to who asks next.
+            future: is told what came of it: None if it was left.
+            advance: is told of the bytes sent.
+        """
+        try:
+            outcome: Outcome | None = "existing"
+            if not self.repository.has("blobs", blob.digest):
+                mounted = mount()
+                outcome = None if mounted is None else "mounted" if mounted else self._upload(blob, advance)
+        except BaseException as error:
+            self._forget(blob.digest)
+            future.set_exception(error)
+        else:
+            if outcome is None:
+                self._forget(blob.digest)
+            future.set_result(outcome)
+
+    def _forget(self, digest: Digest) -> None:
+        with self._guard:
+            del self._blobs[digest]
+
+    def _upload(self, blob: Descriptor, advance: Advance) -> Outcome:
+        try:
+            file = open_blob(self._directory, blob.digest)
+        except NotInCache:
+            raise StorageError(f"the file of {blob.digest} is gone: run `cachedb verify`") from None
+        with file:
+            self.repository.put_blob(blob.digest, blob.size, file, advance)
+        return "uploaded"
+
+    def _mount(self, digest: Digest, repositories: Iterable[str]) -> bool:
+        return any(self.repository.mount(digest, source) for source in self._elsewhere(repositories)[:_SOURCES])
+
+    def _elsewhere(self, repositories: Iterable[str]) -> list[str]:
+        """Return the other repositories of the registry that these are, if they are what they were here."""
+        ours, found = self.repository.place, set[str]()
+        for repository in repositories:
+            with suppress(InvalidName):  # a name for the cache alone
+                other = place(Name(repository, "latest"))
+                if other.registry == ours.registry:
+                    found.add(other.repository)
+        return sorted(found - {ours.repository})
+
+    # Before the index is open
+
+    def begin(self, source: Name) -> None:
+        """Begin to upload the blobs of an image in a thread, if all of it is here.
+
+        What fails, fails again for who pushes it. What may be mounted is left.
+
+        Args:
+            source: the image's name.
+        """
+        if (self._directory / "index.db").exists():
+            self._begun = threading.Thread(target=self._begin, args=(source,), daemon=True)
+            self._begun.start()
+
+    def _begin(self, source: Name) -> None:
+        with suppress(CacheError, OSError, sqlite3.Error, ValueError):
+            blobs = sorted(self._contents(source), key=lambda blob: -blob.size)
+            in_threads(self._begin_upload, blobs, lambda _: None, threads=AT_ONCE)
+
+    def _contents(self, source: Name) -> Iterable[Descriptor]:
+        """Return the configs and layers of an image.
+
+        Raises:
+            NotInCache: if there is no such image, or it cannot have the target's name.
+            IncompleteImage: if anything of it is not here.
+        """
+        rows = self._look(_CONTENTS, source.repository, source.reference)
+        if not rows or self.name.digest not in (None, rows[0][0]):
+            raise NotInCache(str(source))
+        held = {Digest(digest) for *_, digest, stored in rows if stored}
+
+        def read(blob: Descriptor) -> bytes:
+            data = document(self._directory, blob.digest, blob.size)
+            if data is None or len(held) < len({digest for *_, digest, _ in rows}):
+                raise IncompleteImage(str(source))
+            return data
+
+        def choose(children: list[Descriptor]) -> list[Descriptor]:
+            if not held.issuperset(child.digest for child in children):
+                raise IncompleteImage(str(source))
+            return children
+
+        digest, size, media_type, *_ = rows[0]
+        root = Descriptor(Digest(digest), size, media_type, oci.role_of(media_type))
+        closure = {blob.digest: blob for blob in oci.walk(root, read, choose)}
+        return [blob for blob in closure.values() if blob.role not in ("manifest", "index")]
+
+    def _begin_upload(self, blob: Descriptor, _advance: Advance) -> None:
+        future, ours = self._claim(blob.digest)
+        if not ours:
+            return
+        self._sent[blob.digest] = 0
+
+        def count(new: int) -> None:
+            self._sent[blob.digest] += new
+
+        def mount() -> bool | None:
+            with suppress(sqlite3.Error):
+                found = self._look(_REPOSITORIES, blob.digest)
+                return None if self._elsewhere(repository for (repository,) in found) else False
+            return None
+
+        self._send(blob, mount, future, count)
+
+    def _look(self, query: str, *values: str) -> list[tuple[Any, ...]]:
+        """Return what is in the index, by a connection that never writes to it."""
+        with locks.unforked():
+            uri = f"{(self._directory / 'index.db').absolute().as_uri()}?mode=ro"
+            with closing(sqlite3.connect(uri, uri=True)) as connection:
+                return connection.execute(query, values).fetchall()
