@@ -169,6 +169,7 @@ def test_all_tags_of_a_repository_go(cache: Cache, remote: Registry) -> None:
     cache.tag("app:1", "other:1")
     pushed = list(cache.push_tags("app", f"{remote.host}/team/app"))
     assert [str(done.name) for done in pushed] == [f"{remote.host}/team/app:1", f"{remote.host}/team/app:2"]
+    assert [(done.blobs, done.existing) for done in pushed] == [(3, 0), (2, 1)]
     assert_has(remote, "team/app", "1", FIRST)
     assert_has(remote, "team/app", "2", SECOND)
     asks = [request.path for request in remote.requests if request.method == "HEAD"]
