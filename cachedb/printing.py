@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final
 
 import click
@@ -17,6 +17,7 @@ __all__ = ["ROW_FORMATS", "print_json", "print_rows", "print_table"]
 ROW_FORMATS: Final = ("table", "json", "ndjson", "csv", "tsv", "markdown")
 """How the rows of a query can be printed."""
 
+_PARTS: Final = 10_000  # of a JSON text that are put together
 _LEAST: Final = 10  # characters that a column of a terminal must have room for, to be read
 
 
@@ -24,7 +25,11 @@ def print_json(value: object) -> None:
     """Print a value as JSON; times as they are in the index."""
     import json
 
-    click.echo(json.dumps(value, indent=2, default=_plain))
+    # Not as one text: of a hundred thousand images that takes more memory than they do.
+    parts = json.JSONEncoder(indent=2, default=_plain).iterencode(value)
+    while text := "".join(islice(parts, _PARTS)):
+        sys.stdout.write(text)
+    click.echo()
 
 
 def _plain(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -378,6 +379,23 @@ def test_bash_completes_commands_names_and_digests(
     assert complete(f"cachedb blob cat {prefix}") == [MADE.digest.partition(":")[2]]
     assert complete(f"cachedb --dir {tmp_path}/absent show ") == []
     assert not (tmp_path / "absent").exists()
+
+
+def test_a_long_json_is_not_put_together_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cachedb.printing import print_json
+
+    class Written(io.StringIO):
+        longest = 0
+
+        def write(self, text: str) -> int:
+            Written.longest = max(Written.longest, len(text))
+            return super().write(text)
+
+    value = [{"digest": MADE.digest, "size": number} for number in range(20_000)]
+    monkeypatch.setattr(sys, "stdout", written := Written())
+    print_json(value)
+    assert written.getvalue() == json.dumps(value, indent=2) + "\n"
+    assert Written.longest < len(written.getvalue()) / 4
 
 
 def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) -> None:
