@@ -102,9 +102,9 @@ def test_a_time_to_wait_that_is_none_is_not_waited_for(cache: Cache, remote: Reg
 
 
 def test_a_long_challenge_costs_no_time() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     assert client._CHALLENGE.findall("a" * 60_000) == []
-    assert time.monotonic() - began < 2  # and a minute if it is tried from each letter on
+    assert time.process_time() - began < 2  # and a minute if it is tried from each letter on
 
 
 def test_an_answer_that_says_nothing_of_the_upload_is_told_of(cache: Cache, remote: Registry) -> None:
@@ -250,9 +250,9 @@ def test_pages_of_referrers_have_an_end(cache: Cache, remote: Registry, monkeypa
 def test_a_long_link_costs_no_time(cache: Cache, remote: Registry) -> None:
     name = remote.add(FIRST, "app", "1")
     remote.fault(answer(200, {"Content-Type": OCI_INDEX, "Link": "<" * 60_000}, NONE), path="/referrers/")
-    began = time.monotonic()
+    began = time.process_time()
     cache.pull(name, referrers=True)
-    assert time.monotonic() - began < 5  # and a quarter of a minute if it is read to its end from each of them on
+    assert time.process_time() - began < 5  # and a quarter of a minute if it is read to its end from each of them on
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])

@@ -182,7 +182,7 @@ def test_a_question_is_given_so_long_and_no_longer(cache: Cache, what: str) -> N
     with pytest.raises(CacheError, match=r"took over 0\.2 s"), cache.sql(ENDLESS.format(what), timeout=0.2) as answer:
         for _ in answer.rows:
             pass
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 def test_a_question_is_answered_from_one_moment_and_holds_up_no_writer(cache: Cache) -> None:
