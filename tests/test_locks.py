@@ -376,6 +376,8 @@ def test_a_lock_is_had_in_the_order_of_asking(queue: Queue, tmp_path: Path) -> N
             queue.tick()
             time.sleep(0.02)
         assert queue.order == ""
+        assert eventually(lambda: waiting_for(tmp_path / "lock") > 0)
+        assert waiting_for(tmp_path / "lock") == 1, "the kernel knows of the first alone, and cannot choose another"
         os.kill(first, signal.SIGSTOP)
     time.sleep(0.2)
     assert queue.order == "", "as long as the patience of the others lasts"
