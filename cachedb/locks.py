@@ -11,7 +11,9 @@ are for order alone; what keeps two apart is the lock, whatever becomes of those
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 - its lock is one of those that come after ours, below
 import fcntl
+import logging  # noqa: F401 - as is this one's
 import os
 import threading
 import time
@@ -234,4 +236,6 @@ def _in_child() -> None:
         forkable.forked()
 
 
+# For a fork, the locks of `logging` and of pools of threads are taken as well: by what was registered last first, and
+# whoever we wait for may be waiting for them. So both modules are imported above, and what is ours is registered later.
 os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_in_child)

@@ -22,6 +22,14 @@ from cachedb import Cache
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure() -> None:
+    """How long an example takes, and the making of one, says something of the machine: no test fails of that."""
+    from hypothesis import HealthCheck, settings  # which no script of a test needs
+
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "cache"
@@ -115,7 +123,7 @@ def run_python(script: str, *arguments: object) -> str:
     """Run a script to its end, which must be a good one, and return what it printed."""
     with start_python(script, *arguments) as process:
         try:
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=300)
         finally:
             process.kill()
     assert process.returncode == 0, output

@@ -82,6 +82,8 @@ MUTATIONS = [
     Mutation("a lock file that was unlinked is not the lock", "cachedb/locks.py", "        if os.fstat(file.fileno()).st_nlink:\n", "        if True:\n", "tests/test_locks.py tests/test_sessions.py"),
     Mutation("connections are closed before a fork", "cachedb/locks.py", "            closable.close()\n", "            pass\n", "tests/test_database.py tests/test_locks.py tests/test_processes.py"),
     Mutation("a forked child lets go of its parent's locks", "cachedb/locks.py", "    for file in list(_files):\n        _close(file)\n", "", "tests/test_locks.py tests/test_sessions.py"),
+    Mutation("a fork waits before the lock of logging is taken for it", "cachedb/locks.py", "import concurrent.futures.thread  # noqa: F401 - its lock is one of those that come after ours, below\nimport fcntl\nimport logging  # noqa: F401 - as is this one's\n", "import fcntl\n", "tests/test_locks.py -k may_log"),
+    Mutation("a fork waits before the lock of pools of threads is taken for it", "cachedb/locks.py", "import concurrent.futures.thread  # noqa", "import concurrent.futures  # noqa", "tests/test_locks.py -k may_log"),
     Mutation("who asked first is first", "cachedb/locks.py", "        _await_turn(queue, path, number)\n", "", "tests/test_locks.py"),
     Mutation("who is next and not awake yet keeps its turn", "cachedb/locks.py", "if free and _read", "if _read", "tests/test_locks.py"),
     Mutation("who is stopped while waiting is passed over", "cachedb/locks.py", "                    _write(queue, _SERVED, served + 1)\n", "                    pass\n", "tests/test_locks.py"),

@@ -545,7 +545,7 @@ def test_a_failure_leaves_what_was_done_and_nothing_half_done(
             first.set()
 
     def full(self: Any, received: Any, digest: Any, advance: Any) -> None:
-        if digest not in FIRST.blobs and first.wait(10):
+        if digest not in FIRST.blobs and first.wait(60):
             raise StorageError("no space left")
         receive(self, received, digest, advance)
 
@@ -571,7 +571,7 @@ def test_a_blob_that_two_parts_read_at_once_counts_once(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adopt, "_TOGETHER", 1)
-    receive, both = adopt._Adopter._receive, threading.Barrier(2, timeout=10)
+    receive, both = adopt._Adopter._receive, threading.Barrier(2, timeout=60)
     shared = make.digest_of(FIRST.layers[0])
 
     def meet(self: Any, received: Any, digest: Any, advance: Any) -> None:

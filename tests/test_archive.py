@@ -699,9 +699,9 @@ def test_links_in_a_circle_are_refused(kept: Cache, kind: bytes) -> None:
 
 def test_a_chain_of_very_many_links_is_refused_at_once(kept: Cache) -> None:
     links = [header(f"l{number}", 0, b"2", f"l{number + 1}") for number in range(10_000)]
-    begin = time.monotonic()
+    begin = time.process_time()
     assert "circle" in refuse(kept, with_members(*links))
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_a_link_to_nothing_matters_only_where_it_is_needed(cache: Cache) -> None:
@@ -749,12 +749,12 @@ def test_a_header_of_gigabytes_is_refused_without_reading_it(kept: Cache, tmp_pa
 
 
 def test_thousands_of_chained_headers_are_refused_or_read_at_once(kept: Cache) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     assert "neither" in refuse(kept, with_members(pax(record("comment", "x")) * 5000, files={"a": b""}))
     big = pax(b" " * 1024 * 1024)
     refuse(kept, with_members(pax(record("comment", "x" * 1_000_000)) * 70))
     refuse(kept, with_members(big))
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize(
@@ -777,10 +777,10 @@ def test_thousands_of_chained_headers_are_refused_or_read_at_once(kept: Cache) -
     ids=short,
 )
 def test_damaged_pax_headers_are_refused_at_once(kept: Cache, records: bytes) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     with peak_below(16):
         assert "damaged" in refuse(kept, with_members(pax(records), header("a")))
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_a_global_header_may_comment_and_not_name(cache: Cache) -> None:
@@ -1026,11 +1026,11 @@ def test_a_gzip_bomb_is_checked_in_bounded_memory(kept: Cache) -> None:
 
 
 def test_very_many_gzip_members_are_unpacked_in_time_that_grows_with_their_number() -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     unpack = files_module.Decompressor("gzip")
     assert b"".join(unpack.feed(gzip.compress(b"") * 200_000)) == b""
     assert unpack.ended
-    assert time.monotonic() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 @pytest.mark.parametrize("compress", [lzma.compress, bz2.compress])
@@ -1131,9 +1131,9 @@ def test_indexes_that_list_the_next_one_twice_are_read_once_each(cache: Cache) -
         entries = [make.descriptor(data, media_type)] * 2
         data, media_type = json.dumps({"schemaVersion": 2, "manifests": entries}).encode(), OCI_INDEX
         blobs.append(data)
-    begin = time.monotonic()
+    begin = time.process_time()
     cache.cache_from_tar(tar_file(oci_of(data, *blobs, media_type=OCI_INDEX)))
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
     assert cache.is_image_complete("app:1")
 
 

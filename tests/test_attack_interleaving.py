@@ -86,7 +86,7 @@ def test_of_points_in_a_row_the_first_may_stand_for_all(zygote: Zygote, tmp_path
 def test_an_actor_that_comes_to_no_stop_is_a_failure_that_names_the_order(
     zygote: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, actor: str
 ) -> None:
-    monkeypatch.setattr(interleaving, "PATIENCE", 1.0)
+    monkeypatch.setattr(interleaving, "PATIENCE", 5.0)
     (tmp_path / "number").write_text("0")
     with pytest.raises(Failed, match=r"in the order AB: .*B at 'file read'"):
         run(zygote, ("plain", actor), tmp_path, ["file"], choose=lambda begun: "ABBB"[len(begun)])

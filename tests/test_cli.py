@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,6 +23,7 @@ from cachedb.cli import _EXPORT_FORMATS, cli
 from cachedb.export import FORMATS
 from tests import make
 from tests.conftest import Run, files_of, snapshot
+from tests.test_locks import eventually
 
 MADE = make.image(1, 2, compression="gzip")
 IMAGE_KEYS = [
@@ -303,11 +303,9 @@ def test_an_interrupted_import_leaves_the_cache_as_it_was(
     assert process.stdin is not None
     process.stdin.write(archive.read_bytes()[:1024])
     process.stdin.flush()
-    deadline = time.monotonic() + 20
-    while not any((directory / "ingest").glob("*/*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    assert eventually(lambda: any((directory / "ingest").glob("*/*")))
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert b"Traceback" not in stderr
     assert snapshot(directory) == before

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from cachedb import credentials
 from cachedb.credentials import Credentials, find
 from cachedb.errors import CacheError, RegistryError
+from tests.test_locks import eventually
 
 HUB = "https://index.docker.io/v1/"
 REGISTRY = "registry.example.org:5000"
@@ -359,18 +361,19 @@ def test_a_helper_that_fails_is_named_and_what_it_wrote_is_not_shown(
     assert SECRET not in shown
 
 
-@pytest.mark.parametrize("script", ["sleep 100 & echo $! > {}; wait", "exec >&-; sleep 100 & echo $! > {}; wait"])
+@pytest.mark.parametrize("script", ["sleep 100 & echo $! > {0}; wait", "sleep 100 >&- & echo $! > {0}; exec >&-; wait"])
 def test_a_helper_that_hangs_is_ended_with_all_it_began(
     script: str, home: Path, tmp_path: Path, helper: Helper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = tmp_path / "pid"
     helper("x", script.format(pid))
     docker(home, {"credsStore": "x"})
-    monkeypatch.setattr(credentials, "_TIMEOUT", 2.0)
     began = time.monotonic()
-    with pytest.raises(RegistryError, match="docker-credential-x gave no answer in 2 seconds"):
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + (30 if is_written(pid) else 0))
+    monkeypatch.setattr(credentials, "time", later)
+    with pytest.raises(RegistryError, match="docker-credential-x gave no answer in 30 seconds"):
         find(REGISTRY, "app")
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 80
     assert is_over(int(pid.read_text()))
 
 
@@ -378,26 +381,34 @@ def test_a_helper_is_ended_when_nobody_wants_its_answer_any_more(home: Path, tmp
     pid, stopped = tmp_path / "pid", threading.Event()
     helper("x", f"sleep 100 & echo $! > {pid}; wait")
     docker(home, {"credsStore": "x"})
-    began = time.monotonic()
-    timer = threading.Timer(1, stopped.set)
-    timer.start()
+
+    def stop() -> None:
+        if eventually(lambda: is_written(pid), 25):
+            stopped.set()
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
     with pytest.raises(CacheError, match="docker-credential-x was stopped"):
         find(REGISTRY, "app", stopped=stopped)
-    assert time.monotonic() - began < 20
+    stopper.join()
     assert is_over(int(pid.read_text()))
+
+
+def is_written(path: Path) -> bool:
+    """Whether a file has a whole line."""
+    return path.exists() and path.read_text().endswith("\n")
 
 
 def is_over(pid: int) -> bool:
     """Wait until a process has ended; one that nobody has waited for yet has, too."""
-    for _ in range(100):
+
+    def ended() -> bool:
         try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
         except (FileNotFoundError, ProcessLookupError):
             return True
-        if state in "ZX":
-            return True
-        time.sleep(0.05)
-    return False
+
+    return eventually(ended, 30)
 
 
 # What cannot be used

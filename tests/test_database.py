@@ -19,7 +19,7 @@ from cachedb.database import APPLICATION_ID, Database
 from cachedb.tables import TRASH
 from tests.conftest import files_of, run_python, running, stored_rows
 from tests.make import digest_of
-from tests.test_locks import open_files
+from tests.test_locks import eventually, open_files, waiting_for
 
 
 @pytest.fixture
@@ -77,11 +77,12 @@ def test_a_write_waits_at_the_lock_file(index: Database) -> None:
         with index.write():
             entered.set()
 
-    with locks.held(index.directory / "locks" / "write.lock"):
+    with locks.held(index.write_lock):
         writer = threading.Thread(target=write)
         writer.start()
-        assert not entered.wait(0.2)
-    writer.join(10)
+        assert eventually(lambda: entered.is_set() or waiting_for(index.write_lock) == 1)
+        assert not entered.is_set()
+    writer.join(60)
     assert entered.is_set()
 
 
@@ -102,7 +103,7 @@ def test_a_write_waits_for_a_writer_that_knows_nothing_of_the_lock_file(index: D
     shell.execute("INSERT INTO trash VALUES (?, 1)", (digest_of(b"theirs"),))
     shell.execute("COMMIT")
     shell.close()
-    writer.join(10)
+    writer.join(60)
     assert noted(index.directory) == 2
 
 
@@ -146,19 +147,23 @@ def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -
         index = Database(Path(sys.argv[1]))
         counter = Path(sys.argv[1]) / "ingest" / "counter"
         counter.write_text("0")
+        turns = counter.with_name("turns")  # a byte each, so that it can be read without the lock
+        turns.touch()
 
         def write(number):
-            longest = 0.0
+            most = 0  # turns that others have had while we waited for ours
             for turn in range(25):
-                began = time.monotonic()
+                before = turns.stat().st_size
                 with index.write() as connection:
-                    longest = max(longest, time.monotonic() - began)
                     digest = hashlib.sha256(f"{number} {turn}".encode()).hexdigest()
                     connection.exec_driver_sql("INSERT INTO trash VALUES (?, 1)", (f"sha256:{digest}",))
+                    most = max(most, turns.stat().st_size - before)
                     count = int(counter.read_text())
                     time.sleep(0.002)
                     counter.write_text(str(count + 1))
-            return longest
+                    with turns.open("ab") as file:
+                        file.write(b".")
+            return most
 
         with index.read() as connection:  # a reader stays all the while
             connection.exec_driver_sql("SELECT * FROM trash")
@@ -166,7 +171,7 @@ def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -
             if (writers := os.fork()) == 0:
                 for number in range(16):
                     if (child := os.fork()) == 0:
-                        os._exit(0 if write(number) < 5 else 1)
+                        os._exit(0 if write(number) < 100 else 1)  # 15, and more if one slept through its turn
                     children.append(child)
                 os._exit(max(os.waitpid(child, 0)[1] for child in children) != 0)
             assert os.waitpid(writers, 0)[1] == 0
@@ -244,7 +249,7 @@ def test_a_commit_that_nobody_saw_does_not_come_back(
                 if "attached" not in attached:
                     pytest.skip(f"strace cannot trace here: {attached.strip()}")
                 print(file=victim.stdin)
-                victim.wait(20)
+                victim.wait(60)
                 strace.stderr.read()
             with running(bystander, path) as second:
                 second.kill()
@@ -260,14 +265,14 @@ def test_as_many_threads_as_there_are_may_be_in_a_transaction(index: Database) -
 
     def read() -> None:
         with index.read() as connection:
-            together.wait(10)
+            together.wait(60)
             done.append(connection.execute(select(TRASH.c.digest)).all())
 
     threads = [threading.Thread(target=read) for _ in range(together.parties)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert len(done) == together.parties
 
 
@@ -349,10 +354,10 @@ def test_what_is_looked_up_in_is_closed_before_a_fork(index: Database) -> None:
 def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
     output = run_python(
         """
-        import os, sys, threading
+        import os, sys, threading, time
         from pathlib import Path
         from sqlalchemy import select
-        from cachedb import database
+        from cachedb import database, locks
         from cachedb.tables import TRASH
 
         index = database.Database(Path(sys.argv[1]))
@@ -368,14 +373,16 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
 
         def compile_slowly(statement):
             within.set()
-            seen.append(forked.wait(0.2))
+            while not (locks._forking or forked.is_set()):
+                time.sleep(0.001)
+            seen.append(forked.is_set())
             return compiled(statement)
 
         database._compiled = compile_slowly
         forker = threading.Thread(target=fork)
         forker.start()
         index.rows(select(TRASH.c.digest), {})
-        forker.join(10)
+        forker.join(50)
         assert forked.is_set()
         print(seen)
         """,
@@ -490,8 +497,9 @@ def test_what_a_child_stores_outlives_its_parents_close(directory: Path, end: st
 def test_a_fork_waits_for_the_transactions_of_other_threads(index: Database, transaction: str) -> None:
     output = run_python(
         """
-        import os, sys, threading
+        import os, sys, threading, time
         from pathlib import Path
+        from cachedb import locks
         from cachedb.database import Database
 
         index = Database(Path(sys.argv[1]))
@@ -506,8 +514,10 @@ def test_a_fork_waits_for_the_transactions_of_other_threads(index: Database, tra
         with getattr(index, sys.argv[2])():
             forker = threading.Thread(target=fork)
             forker.start()
-            assert not forked.wait(0.2)
-        forker.join(10)
+            while not (locks._forking or forked.is_set()):
+                time.sleep(0.001)
+            assert not forked.is_set()
+        forker.join(50)
         assert forked.is_set()
         print("done")
         """,
@@ -700,7 +710,7 @@ def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_
     with index.alone(), monkeypatch.context() as patch:
         patch.setattr(database, "sync_folder", look)
         assert index.replace(new, index.directory / "quarantine" / "old.db")
-    assert opened.wait(10)
+    assert opened.wait(60)
     threads[0].join()
 
 

@@ -193,10 +193,10 @@ def test_indexes_that_list_the_next_one_twice_are_expanded_once() -> None:
     for _ in range(200):
         data = encoded({"schemaVersion": 2, "manifests": [make.descriptor(data, media_type)] * 2})
         there[make.digest_of(data)], media_type = data, OCI_INDEX
-    begin = time.monotonic()
+    begin = time.process_time()
     closure = list(oci.walk(described(data, OCI_INDEX), lambda blob: there[blob.digest]))
     assert len(closure) == 1 + 2 * 200 + 2
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_a_made_manifest_is_one_and_always_the_same() -> None:

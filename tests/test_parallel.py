@@ -16,7 +16,7 @@ def test_results_come_in_the_order_of_the_items() -> None:
 
     def work(item: int, _: Advance) -> int:
         if item == 0:
-            assert second.wait(10)
+            assert second.wait(60)
         elif item == 1:
             second.set()
         return -item
@@ -48,10 +48,10 @@ def test_the_first_failure_is_raised_and_the_others_stop_where_they_say_how_far_
 
     def work(item: int, advance: Advance) -> None:
         if item:
-            assert begun.wait(10)
+            assert begun.wait(60)
             raise KeyError(item)
         begun.set()
-        end = time.monotonic() + 10  # it is to be stopped long before
+        end = time.monotonic() + 60  # it is to be stopped long before
         try:
             while time.monotonic() < end:
                 advance(1)

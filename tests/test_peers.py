@@ -54,7 +54,7 @@ class Tools:
             "BUILDAH_ISOLATION": "chroot",
         }
         line = [self._find(program), *arguments]
-        done = subprocess.run(line, input=stdin, capture_output=True, env=environment, check=False, timeout=60)
+        done = subprocess.run(line, input=stdin, capture_output=True, env=environment, check=False, timeout=300)
         assert done.returncode == 0, f"{line}: {done.stderr.decode()}"
         return done.stdout.decode().strip()
 

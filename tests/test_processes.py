@@ -171,15 +171,21 @@ CLI = """
     import os, signal, sys, threading
     import alembic.command, sqlalchemy, cachedb.archive, cachedb.cache, cachedb.export, cachedb.verify, cachedb.cli
     from cachedb.cli import main
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it ends a child that has not begun yet
     print("ready", flush=True)
     for line in sys.stdin:
         arguments = line.split()
         if (child := os.fork()) == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open(arguments.pop(0), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # that of a shell's `&` is to ignore it
             sys.argv = ["cachedb", *arguments]
-            main()
+            try:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                main()
+            except KeyboardInterrupt:
+                if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+                    raise  # it has begun, and lets nothing through
+                os._exit(130)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

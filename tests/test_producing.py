@@ -16,7 +16,7 @@ from cachedb import Cache, CacheError, locks
 from tests import make
 from tests.conftest import Run, run_python, running
 from tests.promises import check
-from tests.test_locks import eventually
+from tests.test_locks import eventually, waiting_for
 from tests.victims import save
 
 MADE = make.image(1)
@@ -46,8 +46,10 @@ def waiting(cache: Cache, name: str = "app:1") -> list[object]:
         with cache.producing(name) as image:
             got.append(image)
 
+    (lock,) = being_made(cache.directory)
+    before = waiting_for(cache.directory / "locks" / lock)
     threading.Thread(target=want, daemon=True).start()
-    time.sleep(0.1)
+    assert eventually(lambda: got != [] or waiting_for(cache.directory / "locks" / lock) > before)
     assert got == []
     return got
 
@@ -167,10 +169,11 @@ def test_a_blob_is_brought_once(cache: Cache) -> None:
         assert stored is False
         thread = threading.Thread(target=want)
         thread.start()
-        time.sleep(0.1)
+        (lock,) = being_made(cache.directory)
+        assert eventually(lambda: got != [] or waiting_for(cache.directory / "locks" / lock) == 1)
         assert got == []
         cache.save_blob(digest, b"data")
-    thread.join(10)
+    thread.join(60)
     assert got == [True]
     assert being_made(cache.directory) == []
 
@@ -263,10 +266,11 @@ def test_if_one_is_killed_in_its_command_the_next_one_takes_over(directory: Path
         assert killed.stdout is not None
         command = int(killed.stdout.readline())
         with producer(directory, "-c", BRING, tmp_path / "ran") as other:
-            time.sleep(0.5)
+            (lock,) = being_made(directory)
+            assert eventually(lambda: other.poll() is not None or waiting_for(directory / "locks" / lock) == 1)
             assert other.poll() is None
             killed.kill()
-            assert other.wait(30) == 0
+            assert other.wait(60) == 0
         os.kill(command, signal.SIGKILL)  # of a process that is killed so, nobody tells its children
     check(directory)
 
@@ -285,7 +289,7 @@ def test_a_signal_ends_the_command_too(directory: Path, number: signal.Signals, 
         assert process.stderr is not None
         command = int(process.stdout.readline())
         process.send_signal(number)
-        assert process.wait(20) == code
+        assert process.wait(60) == code
         assert "Traceback" not in process.stderr.read()
     assert eventually(lambda: not is_alive(command))
     assert being_made(directory) == []

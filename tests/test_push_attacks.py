@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from tests.faults import Answer, Call, answer, changed, headers, html, lost, red
 from tests.make import keep
 from tests.promises import check
 from tests.registries import Registry, certificate
+from tests.test_locks import eventually
 from tests.test_pull import PAUSES, alone, login  # noqa: F401 - alone is a fixture
 from tests.test_push import FIRST, assert_has, keep_index, referrer
 
@@ -102,9 +102,9 @@ def test_a_time_to_wait_that_is_none_is_not_waited_for(cache: Cache, remote: Reg
 
 
 def test_a_long_challenge_costs_no_time() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     assert client._CHALLENGE.findall("a" * 60_000) == []
-    assert time.monotonic() - began < 2  # and a minute if it is tried from each letter on
+    assert time.process_time() - began < 2  # and a minute if it is tried from each letter on
 
 
 def test_an_answer_that_says_nothing_of_the_upload_is_told_of(cache: Cache, remote: Registry) -> None:
@@ -209,7 +209,7 @@ def test_what_is_refused_does_not_wait_for_what_is_not_answered(
         began = time.monotonic()
         with pytest.raises(RegistryError, match="refuses upload"):
             cache.push("app:1", f"{remote.host}/app:1", plain_http=not tls)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("command", ["push", "pull"])
@@ -223,14 +223,11 @@ def test_an_interrupt_waits_for_no_registry(
     arguments = [sys.executable, "-m", "cachedb", "--dir", str(directory), command]
     arguments.append(name if command == "pull" else f"{remote.host}/app:2")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + 30
-        while not (found := os.listdir(f"/proc/{process.pid}/task")) or len(found) < 3:  # its threads are at work
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        time.sleep(0.5)
+        assert eventually(lambda: any("/blobs/" in request.path for request in remote.requests), 60)
+        time.sleep(0.2)  # as often as not it has the answer that it is to pause after
         process.send_signal(signal.SIGINT)
         try:
-            _, said = process.communicate(timeout=10)
+            _, said = process.communicate(timeout=30)
         finally:
             process.kill()
     assert (process.returncode, said.strip()) == (130, "cachedb: interrupted")
@@ -253,9 +250,9 @@ def test_pages_of_referrers_have_an_end(cache: Cache, remote: Registry, monkeypa
 def test_a_long_link_costs_no_time(cache: Cache, remote: Registry) -> None:
     name = remote.add(FIRST, "app", "1")
     remote.fault(answer(200, {"Content-Type": OCI_INDEX, "Link": "<" * 60_000}, NONE), path="/referrers/")
-    began = time.monotonic()
+    began = time.process_time()
     cache.pull(name, referrers=True)
-    assert time.monotonic() - began < 5  # and a quarter of a minute if it is read to its end from each of them on
+    assert time.process_time() - began < 5  # and a quarter of a minute if it is read to its end from each of them on
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])

@@ -21,6 +21,7 @@ from tests import make
 from tests.conftest import Run
 from tests.promises import check
 from tests.test_cli import on_a_terminal
+from tests.test_locks import eventually
 
 IMAGE = make.image(1, 2)
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT {} FROM c"
@@ -181,7 +182,7 @@ def test_a_question_is_given_so_long_and_no_longer(cache: Cache, what: str) -> N
     with pytest.raises(CacheError, match=r"took over 0\.2 s"), cache.sql(ENDLESS.format(what), timeout=0.2) as answer:
         for _ in answer.rows:
             pass
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 def test_a_question_is_answered_from_one_moment_and_holds_up_no_writer(cache: Cache) -> None:
@@ -366,16 +367,25 @@ def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
     assert cachedb("sql", "--timeout", "1s", ENDLESS.format("count(*)")).returncode == 1
 
 
+def cpu_time(pid: int) -> float:
+    """The seconds that a process has had of a processor."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.parametrize("what", ["count(*)", "sum(length(human(x)))", "count(ago('2020-01-01'))"])
 @pytest.mark.parametrize("form", ["table", "ndjson"])
 def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
     command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format(what)]
     environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(1.5)
+        # It asks at the priority of what is idle, so a busy machine gives it little of its time.
+        assert eventually(lambda: os.sched_getscheduler(process.pid) == os.SCHED_IDLE, 60)
+        begun = cpu_time(process.pid)
+        assert eventually(lambda: cpu_time(process.pid) >= begun + 0.1, 120)
         process.send_signal(signal.SIGINT)
         try:
-            _, error = process.communicate(timeout=20)
+            _, error = process.communicate(timeout=120)
         finally:
             process.kill()
     assert (process.returncode, error) == (130, "\ncachedb: interrupted\n")
@@ -393,7 +403,7 @@ def test_rows_come_while_there_are_more(cache: Cache, form: str) -> None:
         for line in FIRST[form].splitlines(keepends=True):
             assert process.stdout.readline() == line
         process.stdout.close()  # as `head` does
-        assert process.wait(timeout=20) == 1
+        assert process.wait(timeout=120) == 1
         assert process.stderr
         assert process.stderr.read() == b""
 

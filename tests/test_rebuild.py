@@ -407,7 +407,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("how", ["left", "deleted", "garbage", "cut"])
 def test_a_wal_that_a_killed_process_left(made: Path, how: str) -> None:
     with start_python(KILLED, made) as process:
-        assert process.wait(30) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
     wal = made / "index.db-wal"
     assert wal.stat().st_size
     if how == "deleted":
@@ -427,7 +427,7 @@ def test_a_wal_that_a_killed_process_left(made: Path, how: str) -> None:
 
 def test_the_old_wal_is_not_applied_to_the_new_index(made: Path) -> None:
     with start_python(KILLED, made) as process:
-        assert process.wait(30) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
     wal = (made / "index.db-wal").read_bytes()
     (made / "index.db").unlink()
     repaired(made)
@@ -498,7 +498,7 @@ def test_another_process_goes_on_with_the_new_index_and_may_close_last_or_first(
             assert cache.is_image_complete("after:1")
             save(cache, "mine:2", image(90))
             process.stdin.write("\n")
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0
             assert cache.is_image_complete("mine:2")
             save(cache, "mine:3", image(91))
     assert {"after:1", "mine:1", "mine:2", "mine:3"} <= set(names(made))

@@ -166,10 +166,10 @@ def test_an_invalid_name_is_told_what_is_wrong(text: str, hint: str) -> None:
 @pytest.mark.parametrize("part", ["a", "-", "a-", "a.", "a/", "a_", "__", ":", "a:", "@", "[", "[:", "A", "\n", "0.-"])
 def test_a_name_of_megabytes_is_answered_at_once(part: str) -> None:
     for text in (part * 1_000_000, part * (254 // len(part)) + "!", "a/" + part * (250 // len(part)) + "!"):
-        begin = time.monotonic()
+        begin = time.process_time()
         with pytest.raises(InvalidName) as caught:
             Name.parse(text)
-        assert time.monotonic() - begin < 1
+        assert time.process_time() - begin < 1
         assert len(str(caught.value)) < 500
 
 

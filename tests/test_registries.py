@@ -422,9 +422,11 @@ def test_a_fault_says_when_to_come_again(registry: Registry) -> None:
     registry.fault(faults.retry_later(3))
     registry.fault(faults.retry_later(30, 503, date=True))
     assert ask(registry, "GET", "/v2/").headers["Retry-After"] == "3"
+    before = time.time()
     later = ask(registry, "GET", "/v2/")
     assert later.status == 503
-    assert 25 < parsedate_to_datetime(later.headers["Retry-After"]).timestamp() - time.time() <= 30
+    when = parsedate_to_datetime(later.headers["Retry-After"]).timestamp()  # in whole seconds
+    assert before + 29 < when <= time.time() + 30
 
 
 @pytest.mark.parametrize(("cut", "reset"), [(100, False), (0, False), (100, True)])
@@ -500,7 +502,7 @@ def test_a_late_answer_does_not_hold_up_the_end() -> None:
         connection.sendall(b"GET /v2/ HTTP/1.1\r\n\r\n")
         while not registry.requests:
             time.sleep(0.01)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
 
 
 def test_bodies_lie(registry: Registry) -> None:

@@ -26,7 +26,8 @@ from tests.conftest import Run, run_python
 from tests.faults import Do, answer, changed, corrupt
 from tests.promises import check
 from tests.registries import Registry
-from tests.test_credentials import is_over
+from tests.test_credentials import is_over, is_written
+from tests.test_locks import eventually
 from tests.test_pull import ARM, FIRST, LARGE, ODD, SECOND, alone, asked, assert_is_here, blobs_of  # noqa: F401
 
 LAYER = Digest(make.digest_of(LARGE.layers[0]))
@@ -301,6 +302,12 @@ def unreachable() -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
+def connecting(host: str) -> int:
+    """How many connections to a host wait for its answer."""
+    waiting = f":{int(host.rpartition(':')[2]):04X} 02 "
+    return Path("/proc/net/tcp").read_text().count(waiting)
+
+
 @pytest.mark.parametrize("what", ["a host", "a helper"])
 def test_an_interrupt_waits_neither_for_a_host_nor_for_a_helper(
     made: Path, unreachable: str, tmp_path: Path, what: str
@@ -308,6 +315,7 @@ def test_an_interrupt_waits_neither_for_a_host_nor_for_a_helper(
     pid = tmp_path / "pid"
     with Registry(auth="basic") as remote:
         host = unreachable if what == "a host" else remote.host
+        others = connecting(unreachable)
         (tmp_path / "auth.json").write_text(json.dumps({"credsStore": "slow"}))
         (tmp_path / "docker-credential-slow").write_text(f"#!/bin/sh\necho $$ > {pid}; exec sleep 25\n")
         (tmp_path / "docker-credential-slow").chmod(0o755)
@@ -319,11 +327,14 @@ def test_an_interrupt_waits_neither_for_a_host_nor_for_a_helper(
             # Whoever runs the tests in a shell's background has SIGINT ignored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        time.sleep(2)
+        if what == "a host":
+            assert eventually(lambda: connecting(unreachable) > others, 60)
+        else:
+            assert eventually(lambda: is_written(pid), 60)
         before = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
-        assert time.monotonic() - before < 5
+        assert time.monotonic() - before < 8, "a host is waited for for 10 seconds, the helper sleeps for 25"
     assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
     assert what == "a host" or is_over(int(pid.read_text()))
 
