@@ -33,7 +33,7 @@ from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, 
 from cachedb.mounts import refuse_shared
 from cachedb.tables import METADATA, REVISION
 
-__all__ = ["Database", "is_full", "quarantine_path", "sync_folder"]
+__all__ = ["Database", "is_full", "quarantine_path", "sync_file", "sync_folder"]
 
 T = TypeVar("T")
 
@@ -60,7 +60,8 @@ def sync_folder(folder: Path | str) -> None:
         os.close(descriptor)
 
 
-def _sync(file: Path) -> None:
+def sync_file(file: Path) -> None:
+    """Make what a file has survive a power cut."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -175,7 +176,7 @@ class Database:
             if found:
                 shutil.copyfile(self.path, old)
                 old.chmod(0o600)
-                _sync(old)
+                sync_file(old)
             # SQLite would apply a WAL that it finds to whatever database lies beside it.
             if wal.exists():
                 kept = old.with_name(f"{old.name}-wal")

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from cachedb import collection, configs, images, rebuild
 from cachedb.blobs import Received, batched, on_disk, set_stored, stored
-from cachedb.database import Database, quarantine_path, sync_folder
+from cachedb.database import Database, quarantine_path, sync_file, sync_folder
 from cachedb.directory import blob_path
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
 from cachedb.oci import DOCUMENT_LIMIT
@@ -225,11 +225,7 @@ def _adopt(connection: Connection, directory: Path, digest: Digest, content: Con
         return None  # it came since: another look will tell
     path = blob_path(directory, digest)
     path.chmod(0o444)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(path)
     sync_folder(path.parent)
     set_stored(connection, [Received(digest, content.size, None)])
     if content.size <= DOCUMENT_LIMIT:

@@ -88,7 +88,7 @@ MUTATIONS = [
     Mutation("who is served late does not put the numbers back", "cachedb/locks.py", "max(number, _read(queue, _SERVED))", "number", "tests/test_locks.py"),
     Mutation("a full disk has a reserve", "cachedb/database.py", "                return (again or work)()\n", "                pass\n", "tests/test_limits.py"),
     # Changes of the schema
-    Mutation("a backup is synced before it has its name", "cachedb/backups.py", "        os.fsync(descriptor)\n", "        pass\n", "tests/test_schema_changes.py"),
+    Mutation("a backup is synced before it has its name", "cachedb/backups.py", "    sync_file(half)\n", "", "tests/test_schema_changes.py"),
     Mutation("a disk that is too full is said so before", "cachedb/backups.py", "    if free < needed:\n", "    if False:\n", "tests/test_schema_changes.py"),
     Mutation("a change that breaks references is not made", "cachedb/schema.py", "            if new := Counter(_broken(connection)) - broken:\n", "            if new := Counter[str]():\n", "tests/test_schema_changes.py"),
     Mutation("a backfill that another has done is not done again", "cachedb/schema.py", "            if configs.backfilled(connection) != begin:\n", "            if False:\n", "tests/test_schema_changes.py"),
