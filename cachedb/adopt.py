@@ -12,7 +12,6 @@ an image, and what lies elsewhere in DIR. All of it comes from strangers, and no
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import stat
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from cachedb import blobs, images, oci, reading
+from cachedb import blobs, images, oci, reading, receiving
 from cachedb.blobs import Received
 from cachedb.database import Database
 from cachedb.directory import blob_file
@@ -44,8 +43,7 @@ from cachedb.errors import (
 from cachedb.images import ImageInfo, NewImage
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, Progress, in_threads, summed
-from cachedb.receiving import CHUNK
-from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
+from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten
 from cachedb.sessions import Hold, Session
 
 __all__ = ["HOWS", "KINDS", "Adoption", "LeftOut", "adopt"]
@@ -516,14 +514,12 @@ def _read(path: Path | str, limit: int = DOCUMENT_LIMIT) -> bytes:
 
 def _is_good(directory: Path, digest: Digest) -> bool:
     """Read a blob of this cache, and say whether it is what its name says."""
-    hasher = hashlib.new(split_digest(digest)[0])
     try:
         with reading.open_blob(directory, digest) as file, os_errors("read a blob"):
-            while chunk := file.read(CHUNK):
-                hasher.update(chunk)
+            receiving.receive(file, None, digest=digest)
     except CacheError:
         return False
-    return f"{hasher.name}:{hasher.hexdigest()}" == digest
+    return True
 
 
 def _name(repository: object, reference: object) -> Name:

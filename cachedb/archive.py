@@ -16,7 +16,7 @@ from cachedb import oci
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName
 from cachedb.files import MAGIC_LENGTH, Decompressor, Files, Section, compression_of
 from cachedb.oci import Descriptor, load_json
-from cachedb.reference import Digest, Name, parse_digest, shorten, split_digest
+from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 
 __all__ = ["ArchivedImage", "Content", "DiffId", "layout_path", "read_images"]
 
@@ -256,8 +256,7 @@ def _closure(files: Files, root: Descriptor) -> list[Descriptor]:
         data = _read_small(section, what, InvalidManifest)
         if len(data) != blob.size:
             raise DigestMismatch(f"{what} should be {blob.size} bytes, and is {len(data)}")
-        algorithm, encoded = split_digest(blob.digest)
-        if hashlib.new(algorithm, data).hexdigest() != encoded:
+        if digest_of(data, blob.digest) != blob.digest:
             raise DigestMismatch(f"{what} in the archive has another digest")
         return data
 
@@ -306,8 +305,7 @@ def _repo_tags(files: Files, section: Section) -> dict[Digest, list[object]]:
     tags: dict[Digest, list[object]] = {}
     for entry in _entries(section):
         config = _read_small(_required(files, entry["Config"]), "the config", InvalidArchive)
-        digest = parse_digest(hashlib.sha256(config).hexdigest())
-        tags.setdefault(digest, []).extend(entry.get("RepoTags") or [])
+        tags.setdefault(digest_of(config), []).extend(entry.get("RepoTags") or [])
     return tags
 
 
@@ -321,10 +319,10 @@ def _read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
         diff_ids = []
     if not isinstance(diff_ids, list) or len(diff_ids) != len(entry["Layers"]):
         raise InvalidArchive("the config names another number of layers (rootfs.diff_ids) than manifest.json")
-    digest = parse_digest(hashlib.sha256(data).hexdigest())
+    digest = digest_of(data)
     # Docker names the config's file by its digest; what it says must hold.
     stem = entry["Config"].rpartition("/")[2].removesuffix(".json").removeprefix("sha256:")
-    if len(stem) == 64 and set(stem) <= set("0123456789abcdef") and stem != digest.partition(":")[2]:
+    if len(stem) == 64 and set(stem) <= set("0123456789abcdef") and stem != split_digest(digest)[1]:
         raise DigestMismatch(f"the config {shorten(entry['Config'])} has digest {digest}")
     contents = [Content(section, "the config", len(data), digest, oci.OCI_CONFIG)]
     for name, diff_id in zip(entry["Layers"], diff_ids, strict=True):

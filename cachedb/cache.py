@@ -33,7 +33,7 @@ from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed
 from cachedb.receiving import Readable
-from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten
+from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 from cachedb.sessions import NO_HOLD, Hold, Session
 from cachedb.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.uses import Uses
@@ -414,7 +414,7 @@ class Cache:
         parsed = Name.parse(name)
         media_type = oci.manifest_media_type(manifest, media_type)
         oci.descriptors(manifest, media_type)
-        algorithm = parsed.digest.partition(":")[0] if parsed.digest else "sha256"
+        algorithm = split_digest(parsed.digest)[0] if parsed.digest else "sha256"
         received = blobs.receive(self._session, io.BytesIO(manifest), algorithm=algorithm)
         with images.publish(self._database, self._session, [received]) as connection:
             image_id = images.save(connection, self.directory, parsed, received.digest, media_type)

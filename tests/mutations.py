@@ -92,7 +92,7 @@ MUTATIONS = [
     Mutation("a disk that is too full is said so before", "cachedb/backups.py", "    if free < needed:\n", "    if False:\n", "tests/test_schema_changes.py"),
     Mutation("a change that breaks references is not made", "cachedb/schema.py", "            if new := Counter(_broken(connection)) - broken:\n", "            if new := Counter[str]():\n", "tests/test_schema_changes.py"),
     Mutation("a backfill that another has done is not done again", "cachedb/schema.py", "            if configs.backfilled(connection) != begin:\n", "            if False:\n", "tests/test_schema_changes.py"),
-    Mutation("a config is held to its digest", "cachedb/configs.py", "if len(data) <= DOCUMENT_LIMIT and hashlib.new(algorithm, data).hexdigest() != encoded:", "if False:", "tests/test_configs.py tests/test_schema_changes.py"),
+    Mutation("a config is held to its digest", "cachedb/configs.py", "if len(data) <= DOCUMENT_LIMIT and digest_of(data, digest) != digest:", "if False:", "tests/test_configs.py tests/test_schema_changes.py"),
     # Adoption
     Mutation("nothing outside the other cache is read", "cachedb/adopt.py", "if inside and stat.S_ISREG(path.lstat().st_mode):", "if stat.S_ISREG(path.lstat().st_mode):", "tests/test_adopt.py"),
     Mutation("a move leaves what is bad in this cache", "cachedb/adopt.py", "if digest in self._new or _is_good(ours, digest):", "if True:", "tests/test_adopt.py"),
