@@ -27,7 +27,7 @@ from sqlalchemy import Connection
 
 from cachedb import blobs, images, oci, reading, receiving
 from cachedb.blobs import Received
-from cachedb.database import Database
+from cachedb.database import Database, batched
 from cachedb.directory import blob_file
 from cachedb.errors import (
     CacheError,
@@ -268,9 +268,9 @@ class _Adopter:
         in_threads(self._bring, self._parts(), self._advance, threads=2)
         used = len(self._new)
         done = self._here | self._bad.keys() | self._unwanted
-        rest = [digest for digest in self._old.blobs if digest not in done]
-        for start in range(0, len(rest), _TOGETHER):
-            self._bring([], self._advance, rest[start : start + _TOGETHER])
+        rest = (digest for digest in self._old.blobs if digest not in done)
+        for part in batched(rest, _TOGETHER):
+            self._bring([], self._advance, part)
         told = {item.digest for item in self._left_out}
         for digest, (kind, detail) in self._bad.items():
             if digest not in told:
@@ -317,7 +317,7 @@ class _Adopter:
 
     def _names_to_adopt(self) -> Iterator[tuple[Name, bool]]:
         """Yield the names of the images, and whether one of that name is here; to ask for each would take longer."""
-        for names in blobs.batched(self._old.manifests):
+        for names in batched(self._old.manifests):
             with self._database.read() as connection:
                 here = images.look_up_all(connection, names)
             yield from ((name, name in here) for name in names)

@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import ReturningInsert
 
 from cachedb import blobs, configs, oci, reading
-from cachedb.database import Database
+from cachedb.database import Database, batched
 from cachedb.directory import blob_path
 from cachedb.errors import (
     CacheError,
@@ -231,7 +231,7 @@ def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, Fou
     """Return the rows of those of the images that are there."""
     wanted = set(names)
     found: dict[Name, Found] = {}
-    for part in blobs.batched(wanted):
+    for part in batched(wanted):
         values = {
             "repositories": list({name.repository for name in part}),
             "references": list({name.reference for name in part}),
@@ -591,7 +591,7 @@ def root_of(connection: Connection, image_id: int) -> Descriptor:
 def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
     """Return the images that have one of these as a child manifest, or as a config."""
     found: set[int] = set()
-    for part in blobs.batched(digests):
+    for part in batched(digests):
         found.update(connection.execute(_waiting_for(), {"digests": part}).scalars())
     return sorted(found)
 
@@ -749,7 +749,7 @@ def closure(
 def _rows(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, _BlobRow]:
     """Return the rows of those of the blobs that have one."""
     found: dict[Digest, _BlobRow] = {}
-    for part in blobs.batched(digests):
+    for part in batched(digests):
         for digest, *row in connection.execute(_blobs_with(), {"digests": part}):
             found[Digest(digest)] = _BlobRow(*row)
     return found

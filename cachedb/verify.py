@@ -19,8 +19,8 @@ from typing import NamedTuple
 from sqlalchemy import Connection, delete, insert, select, update
 
 from cachedb import collection, configs, images, rebuild
-from cachedb.blobs import Received, batched, on_disk, set_stored, stored
-from cachedb.database import Database, quarantine_path, sync_file, sync_folder
+from cachedb.blobs import Received, on_disk, set_stored, stored
+from cachedb.database import Database, batched, quarantine_path, sync_file, sync_folder
 from cachedb.directory import blob_path
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
 from cachedb.oci import DOCUMENT_LIMIT
