@@ -108,7 +108,7 @@ MUTATIONS = [
     Mutation("a download is kept until it is stored", "cachedb/blobs.py", "        os.link(path, named)\n    return Received(*content, named)", "        os.rename(path, named)\n    return Received(*content, named)", "tests/test_pull.py"),
     Mutation("what is linked is synced before it has its name", "cachedb/blobs.py", "        os.fsync(file)\n", "", POWER),
     Mutation("what others can write to is not linked", "cachedb/blobs.py", "    if before.st_uid != os.geteuid() or before.st_mode & stat.S_IWOTH:\n", "    if False:\n", "tests/test_archive.py"),
-    Mutation("all of what is linked is read", "cachedb/cache.py", "files.Section(file, 0, os.fstat(file).st_size)", "files.Section(file, 0, content.section.size)", "tests/test_archive.py -k grows"),
+    Mutation("all of what is linked is read", "cachedb/cache.py", "files.Section(file, 0, os.fstat(file).st_size)", "files.Section(file, 0, blob.section.size)", "tests/test_archive.py -k grows"),
     Mutation("what is linked is what was read", "cachedb/blobs.py", "        if identity(found) != identity(before):\n", "        if False:\n", "tests/test_archive.py tests/test_adopt.py"),
     Mutation("what was begun is not trusted once it was touched", "cachedb/source.py", "if (mark := self._whole.get(blob.digest)) and mark == _mark(path):", "if self._whole.get(blob.digest):", "tests/test_source.py"),
     Mutation("what was begun is not downloaded again", "cachedb/source.py", "                    self._whole[blob.digest] = _mark(partial_path(self._directory, blob.digest))\n", "                    partial_path(self._directory, blob.digest).unlink()\n", "tests/test_source.py"),
@@ -150,7 +150,7 @@ MUTATIONS = [
     Mutation("an export is synced before it has its name", "cachedb/export.py", "            os.fsync(file.fileno())\n", "            pass\n", "tests/test_export.py"),
     # Verification
     Mutation("an interrupt stops the threads", "cachedb/parallel.py", "            stopped.set()\n", "", "tests/test_parallel.py tests/test_verify.py"),
-    Mutation("what was found without the lock is looked at again", "cachedb/verify.py", "            if content and (status is None or content.file != identity(status)):\n", "            if False:\n", "tests/test_verify.py"),
+    Mutation("what was found without the lock is looked at again", "cachedb/verify.py", "            if reading and (status is None or reading.file != identity(status)):\n", "            if False:\n", "tests/test_verify.py"),
     Mutation("what is being collected is no orphan", "cachedb/verify.py", "        passing.update(map(Digest, connection.execute(leaving).scalars()))\n", "", "tests/test_verify.py"),
     Mutation("a damaged file is kept in quarantine/", "cachedb/verify.py", "        os.link(path, kept)\n", "", "tests/test_verify.py tests/test_crashes.py"),
     Mutation("an old WAL is not applied to a new index", "cachedb/database.py", "                wal.rename(kept)\n", "                kept.touch()\n", "tests/test_rebuild.py"),

@@ -164,13 +164,13 @@ def test_several_files_are_read_at_once(cache: Cache, monkeypatch: pytest.Monkey
     monkeypatch.setattr(verify, "_TOGETHER", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     both = threading.Barrier(2, timeout=10)
-    content = verify._content
+    read_file = verify._read_file
 
     def together(*arguments: Any) -> object:
         both.wait()
-        return content(*arguments)
+        return read_file(*arguments)
 
-    monkeypatch.setattr(verify, "_content", together)
+    monkeypatch.setattr(verify, "_read_file", together)
     if len(files_of(cache.directory)) % 2:
         cache.add_blob(b"an even number")
     assert cache.verify().problems == []
