@@ -220,7 +220,7 @@ class _OldCache:
         if name.digest not in (None, digest):
             raise DigestMismatch(f"the manifest should have digest {name.digest}, and has {digest}")
         media_type = oci.manifest_media_type(data)
-        root = Descriptor(digest, len(data), media_type, oci.role_of(media_type))
+        root = oci.root(digest, len(data), media_type)
         closure = list(oci.walk(root, lambda blob: data if blob is root else self.child(blob)))
         attached = _blobs_of(self.entries.get(name, {}))
         for blob in closure:

@@ -896,8 +896,7 @@ class Cache:
             manifests[blob.digest] = self._document(blob.digest)
             return manifests[blob.digest]
 
-        size = self.get_blob_size(info.digest)
-        root = Descriptor(info.digest, size, info.media_type, oci.role_of(info.media_type))
+        root = oci.root(info.digest, self.get_blob_size(info.digest), info.media_type)
         here = {blob.digest for blob in held}
         for _ in oci.walk(root, read, oci.among(here)):
             pass

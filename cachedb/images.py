@@ -48,7 +48,6 @@ from cachedb.oci import (
     descriptors,
     is_compressed,
     manifest_media_type,
-    role_of,
 )
 from cachedb.receiving import discard
 from cachedb.reference import Digest, Name
@@ -577,7 +576,7 @@ def _as_it_is(connection: Connection, directory: Path, root: Descriptor) -> Desc
             return root
         media_type = manifest_media_type(data)
         descriptors(data, media_type)
-        return root._replace(media_type=media_type, role=role_of(media_type))
+        return oci.root(root.digest, root.size, media_type)
     return root
 
 
@@ -585,7 +584,7 @@ def root_of(connection: Connection, image_id: int) -> Descriptor:
     """Return the manifest or index that an image points to."""
     query = select(BLOBS.c.digest, BLOBS.c.size, IMAGES.c.media_type).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
     row = connection.execute(query.where(IMAGES.c.id == image_id)).one()
-    return Descriptor(Digest(row.digest), row.size, row.media_type, role_of(row.media_type))
+    return oci.root(Digest(row.digest), row.size, row.media_type)
 
 
 def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
@@ -618,7 +617,7 @@ def save(
     if name.digest not in (None, digest):
         raise InvalidName(f"{name} cannot be the name of {digest}: its digest is another")
     known = _rows(connection, [digest])
-    root = Descriptor(digest, known[digest].size, media_type, role_of(media_type))
+    root = oci.root(digest, known[digest].size, media_type)
     found = closure(connection, directory, root, choose, known=known)
     _complete(connection, found, known)
     image_id, new = _point(connection, name, known[digest].id, media_type, 1 if choose else None)
@@ -641,7 +640,7 @@ def save_new(connection: Connection, directory: Path, new: Iterable[NewImage]) -
     known = _rows(connection, {image.digest for image in wanted.values()})
     contents: dict[Name, list[Descriptor]] = {}
     for name, image in wanted.items():
-        root = Descriptor(image.digest, known[image.digest].size, image.media_type, role_of(image.media_type))
+        root = oci.root(image.digest, known[image.digest].size, image.media_type)
         try:
             contents[name] = image.contents or closure(connection, directory, root, known=known)
         except InvalidManifest as error:
@@ -833,7 +832,7 @@ def _insert(connection: Connection, wanted: dict[int, list[configs.Association]]
 def restore(connection: Connection, directory: Path, name: Name, saved: SavedImage) -> None:
     """Write an image as another index has it, and associate it with what its manifest reaches, if that is stored."""
     size = next((blob.size for blob in saved.contents if blob.digest == saved.digest), 0)
-    root = Descriptor(saved.digest, size, saved.media_type, role_of(saved.media_type))
+    root = oci.root(saved.digest, size, saved.media_type)
     contents = saved.contents or [root]
     known: dict[Digest, _BlobRow] = {}
     _complete(connection, [root, *contents], known, strict=False)

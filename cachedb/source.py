@@ -44,7 +44,7 @@ class Root(NamedTuple):
     @property
     def descriptor(self) -> Descriptor:
         """The same as a manifest would name it."""
-        return Descriptor(self.digest, len(self.data), self.media_type, oci.role_of(self.media_type))
+        return oci.root(self.digest, len(self.data), self.media_type)
 
 
 class Source:
