@@ -31,12 +31,10 @@ from urllib3.util import Timeout, make_headers, parse_url
 
 from cachedb import credentials
 from cachedb.errors import CacheError, RegistryError, RegistryUnavailable
+from cachedb.receiving import CHUNK
 from cachedb.reference import shorten
 
-__all__ = ["CHUNK", "TRIES", "Client", "Place", "finished", "plain", "read"]
-
-CHUNK: Final = 1024 * 1024
-"""Bytes that are read at once."""
+__all__ = ["TRIES", "Client", "Place", "finished", "plain", "read"]
 
 TRIES: Final = 5
 """How often something is tried that may succeed yet."""

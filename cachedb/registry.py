@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from cachedb.client import CHUNK, TRIES, Client, Place, finished, plain, read
+from cachedb.client import TRIES, Client, Place, finished, plain, read
 from cachedb.errors import InvalidDigest, InvalidName, RegistryError, RegistryUnavailable, StorageError, os_errors
 from cachedb.oci import (
     DOCUMENT_LIMIT,
@@ -27,6 +27,7 @@ from cachedb.oci import (
     subject_of,
 )
 from cachedb.parallel import Advance
+from cachedb.receiving import CHUNK
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 
 __all__ = ["Blob", "Fetched", "Repository", "mirrors", "place"]
@@ -39,6 +40,8 @@ _PART = 16 * 1024 * 1024  # bytes of a chunk of an upload
 _SENT = 256 * 1024  # bytes written at once: a slow network has a minute for them
 _REFERRERS = 1000  # that a registry may list for one manifest
 _NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')  # RFC 8288
+_TYPES = MANIFEST_TYPES | INDEX_TYPES
+_ACCEPTED = {"Accept": ", ".join(sorted(_TYPES))}
 _LOOPBACK = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?")
 
 
@@ -130,9 +133,10 @@ class Repository:
         Raises:
             RegistryError: if there is none, or it cannot be had.
         """
-        headers = {"Accept": _accepted()}
         url = self._url(f"manifests/{reference}")
-        with finished(self._client.request("HEAD", url, self._named(reference), headers, good=(200, 405))) as response:
+        with finished(
+            self._client.request("HEAD", url, self._named(reference), _ACCEPTED, good=(200, 405))
+        ) as response:
             return _said_digest(response.headers) if response.status == 200 else None
 
     def manifest(self, reference: str) -> Fetched:
@@ -141,13 +145,12 @@ class Repository:
         Raises:
             RegistryError: if there is none, or it cannot be had.
         """
-        headers = {"Accept": _accepted()}
         with finished(
-            self._client.request("GET", self._url(f"manifests/{reference}"), self._named(reference), headers)
+            self._client.request("GET", self._url(f"manifests/{reference}"), self._named(reference), _ACCEPTED)
         ) as response:
             data = read(response, DOCUMENT_LIMIT, f"manifest {reference} at {self.place.registry}")
-            kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
-            return Fetched(_said_digest(response.headers), kind if kind in _manifest_types() else None, data)
+            media_type = _said_media_type(response.headers)
+            return Fetched(_said_digest(response.headers), media_type if media_type in _TYPES else None, data)
 
     def blob(self, digest: Digest, size: int, offset: int = 0) -> Blob:
         """Return a blob's content from an offset on, as a stream that goes on by itself where it is cut off."""
@@ -188,8 +191,7 @@ class Repository:
             with finished(
                 self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 400, 404, 405))
             ) as response:
-                kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
-                if response.status != 200 or kind != OCI_INDEX:
+                if response.status != 200 or _said_media_type(response.headers) != OCI_INDEX:
                     return descriptors(self._listed(digest), OCI_INDEX, what)
                 found += descriptors(read(response, DOCUMENT_LIMIT, what), OCI_INDEX, what)
                 following = _NEXT.search(response.headers.get("Link", ""))
@@ -212,7 +214,7 @@ class Repository:
         Raises:
             RegistryError: if that cannot be had.
         """
-        headers = {"Accept": _accepted()} if kind == "manifests" else {}
+        headers = _ACCEPTED if kind == "manifests" else {}
         what = f"{kind} of {self.place.repository}"
         with finished(
             self._client.request("HEAD", self._url(f"{kind}/{digest}"), what, headers, good=(200, 404))
@@ -464,12 +466,8 @@ def _tag_of(digest: Digest) -> str:
     return f"{algorithm}-{encoded[:64]}"
 
 
-def _manifest_types() -> frozenset[str]:
-    return MANIFEST_TYPES | INDEX_TYPES
-
-
-def _accepted() -> str:
-    return ", ".join(sorted(_manifest_types()))
+def _said_media_type(headers: Mapping[str, str]) -> str:
+    return headers.get("Content-Type", "").partition(";")[0].strip()
 
 
 def _said_digest(headers: Mapping[str, str]) -> Digest | None:
