@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from sqlalchemy import Connection, func, select
 
@@ -751,10 +751,16 @@ class Cache:
             if isinstance(name, Source):
                 source = name
             else:
-                options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile}
-                parsed = Name.parse(name)
-                made = Source(self.directory, parsed, platform=platform, all_platforms=all_platforms, **options)
-                source = opened.enter_context(made)
+                source = opened.enter_context(
+                    Source(
+                        self.directory,
+                        Name.parse(name),
+                        platform=platform,
+                        all_platforms=all_platforms,
+                        plain_http=plain_http,
+                        authfile=authfile,
+                    )
+                )
             pulled = pull(
                 self._database,
                 self._session,
