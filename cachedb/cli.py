@@ -82,9 +82,7 @@ def main() -> NoReturn:
         _fail(error.format_message(), 1)
     except NotInCache as error:
         _fail(str(error), 3)
-    except (InvalidName, InvalidDigest, InvalidRevision) as error:
-        _fail(str(error), 2)
-    except InvalidQuery as error:
+    except (InvalidName, InvalidDigest, InvalidRevision, InvalidQuery) as error:
         _fail(str(error), 2)
     except CacheError as error:
         _fail(str(error), 1)
