@@ -139,22 +139,16 @@ def _opened(*, damaged: bool = False, existing: bool = False) -> Iterator[Cache]
 # Parameters
 
 
-class _Name(_Parameter):
-    name = "name"
+class _InCache(_Parameter):
+    """What a shell completes to the names in the cache, or the digests, or both."""
+
+    def __init__(self, name: str, *, names: bool = False, digests: bool = False) -> None:
+        self.name, self._names, self._digests = name, names, digests
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from cachedb.completion import candidates
 
-        return candidates(ctx, incomplete, names=True, digests=False)
-
-
-class _Digest(_Parameter):
-    name = "digest"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from cachedb.completion import candidates
-
-        return candidates(ctx, incomplete, names=False, digests=True)
+        return candidates(ctx, incomplete, names=self._names, digests=self._digests)
 
 
 class _Held(_Parameter):
@@ -166,15 +160,9 @@ class _Held(_Parameter):
         return held(ctx, incomplete)
 
 
-class _NameOrDigest(_Parameter):
-    name = "name or digest"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from cachedb.completion import candidates
-
-        return candidates(ctx, incomplete, names=True, digests=True)
-
-
+_NAME = _InCache("name", names=True)
+_DIGEST = _InCache("digest", digests=True)
+_NAME_OR_DIGEST = _InCache("name or digest", names=True, digests=True)
 _format = click.option(
     "--format",
     "form",
@@ -325,7 +313,7 @@ def cli(directory: str | None) -> None:
     ),
 )
 @click.argument("source", type=click.Path())
-@click.argument("name", required=False, type=_Name())
+@click.argument("name", required=False, type=_NAME)
 @click.option("--link", is_flag=True, help="Make hard links to a layout's files; nobody may write to them then.")
 @_format
 @_quiet("the images' names")
@@ -353,7 +341,7 @@ def import_(source: str, name: str | None, link: bool, form: str, quiet: bool) -
         "cachedb pull --referrers ghcr.io/team/app:1",
     )
 )
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_Name())
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_NAME)
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Of an image that has several.  [default: the host's]")
 @click.option("--all-platforms", is_flag=True, help="Bring all platforms of an image.")
 @click.option("--if-missing", is_flag=True, help="Ask no registry for an image that is here and complete.")
@@ -434,8 +422,8 @@ def pull(
         "cachedb push --all-tags app localhost:5000/app",
     )
 )
-@click.argument("name", type=_Name())
-@click.argument("target", required=False, type=_Name())
+@click.argument("name", type=_NAME)
+@click.argument("target", required=False, type=_NAME)
 @click.option("-a", "--all-tags", is_flag=True, help="Push all tags of NAME, a repository, to TARGET, another.")
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Push one platform of an image that has several.")
 @_plain_http
@@ -549,7 +537,7 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
         "cachedb export --format oci-dir --link app:1 layout/",
     )
 )
-@click.argument("name", type=_Name())
+@click.argument("name", type=_NAME)
 @click.argument("destination", metavar="DEST", type=click.Path())
 @click.option(
     "--format",
@@ -594,7 +582,7 @@ def ls(form: str, quiet: bool) -> None:
 
 
 @cli.command(epilog=_examples("cachedb show app:1", "cachedb show --format json app:1"))
-@click.argument("name", type=_Name())
+@click.argument("name", type=_NAME)
 @_format
 @_quiet("the blobs' digests")
 def show(name: str, form: str, quiet: bool) -> None:
@@ -645,7 +633,7 @@ def show(name: str, form: str, quiet: bool) -> None:
 
 
 @cli.command(epilog=_examples("cachedb manifest app:1 | jq .layers"))
-@click.argument("name", type=_Name())
+@click.argument("name", type=_NAME)
 def manifest(name: str) -> None:
     """Print the exact bytes of an image's manifest or index."""
     with _opened() as cache:
@@ -654,7 +642,7 @@ def manifest(name: str) -> None:
 
 
 @cli.command(epilog=_examples("cachedb exists app:1 || cachedb import app.tar"))
-@click.argument("name", metavar="NAME|DIGEST", type=_NameOrDigest())
+@click.argument("name", metavar="NAME|DIGEST", type=_NAME_OR_DIGEST)
 def exists(name: str) -> None:
     """Say by the exit code whether an image is here with all its blobs, or a blob is: 0 if so, 3 if not."""
     with _opened() as cache:
@@ -667,8 +655,8 @@ def exists(name: str) -> None:
 
 
 @cli.command(epilog=_examples("cachedb tag app:1 app:stable"))
-@click.argument("source", type=_Name())
-@click.argument("target", type=_Name())
+@click.argument("source", type=_NAME)
+@click.argument("target", type=_NAME)
 def tag(source: str, target: str) -> None:
     """Give an image a second name; what TARGET pointed to before is let go."""
     with _opened() as cache:
@@ -676,7 +664,7 @@ def tag(source: str, target: str) -> None:
 
 
 @cli.command(epilog=_examples("cachedb rm app:1", "cachedb rm --dry-run app:1 app:2"))
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_Name())
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_NAME)
 @_dry_run
 @_format
 @_quiet("the removed images' names")
@@ -749,7 +737,7 @@ class _Duration(_Parameter):
 
 
 @cli.command(epilog=_examples("cachedb hold app:1 --for 2h", "cachedb hold app:1", "cachedb release app:1"))
-@click.argument("names", metavar="NAME|DIGEST...", nargs=-1, required=True, type=_NameOrDigest())
+@click.argument("names", metavar="NAME|DIGEST...", nargs=-1, required=True, type=_NAME_OR_DIGEST)
 @click.option(
     "--for", "seconds", metavar="TIME", type=_Duration(), help="Such as 30m, 2h or 7d.  [default: until released]"
 )
@@ -790,7 +778,7 @@ def release(names: tuple[str, ...]) -> None:
     context_settings={"allow_interspersed_args": False},
     epilog=_examples("cachedb produce app:1 -- sh -c 'docker save app:1 | cachedb import -'"),
 )
-@click.argument("name", type=_Name())
+@click.argument("name", type=_NAME)
 @click.argument("command", metavar="COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
 def produce(name: str, command: tuple[str, ...]) -> None:
     """Run a command that brings an image into the cache, unless it is there and complete.
@@ -1320,7 +1308,7 @@ def blob_add(file: str, digest: str | None, algorithm: str) -> None:
 
 
 @blob.command("cat", epilog=_examples("cachedb blob cat sha256:9f86d081884c... | tar t"))
-@click.argument("digest", type=_Digest())
+@click.argument("digest", type=_DIGEST)
 def blob_cat(digest: str) -> None:
     """Write a blob's content to stdout."""
     import shutil
@@ -1330,7 +1318,7 @@ def blob_cat(digest: str) -> None:
 
 
 @blob.command("path", epilog=_examples('tar tf "$(cachedb blob path sha256:9f86d081884c...)"'))
-@click.argument("digest", type=_Digest())
+@click.argument("digest", type=_DIGEST)
 def blob_path(digest: str) -> None:
     """Print the path of a blob's file, to be read only; it is valid until the blob is collected."""
     with _opened() as cache:
