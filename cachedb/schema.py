@@ -343,15 +343,7 @@ def check(directory: Path) -> list[Drift]:
         _run(command.upgrade, connection, REVISION)
         expected, stated = _objects(connection), read_oldest(connection)
     engine.dispose()
-    for kind, name in sorted(expected.keys() | there.keys()):
-        if there.get((kind, name)) == expected.get((kind, name)):
-            continue
-        if (kind, name) not in there:
-            found.append(Drift(kind, name, "it is missing"))
-        elif (kind, name) not in expected:
-            found.append(Drift(kind, name, "no migration makes it"))
-        else:
-            found.append(Drift(kind, name, f"it is defined as {there[kind, name]!r}"))
+    found += _compared(there, expected)
     for version in sorted(versions - {REVISION}):
         found.append(Drift("row", "alembic_version", f"it says {version!r} too"))
     if oldest != stated:
@@ -365,6 +357,16 @@ def _objects(connection: Connection) -> dict[tuple[str, str], str]:
     """Return what SQLite knows by kind and name, each as the SQL that made it, without the layout."""
     query = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
     return {(kind, name): " ".join(str(sql).split()) for kind, name, sql in connection.exec_driver_sql(query)}
+
+
+def _compared(there: dict[tuple[str, str], str], expected: dict[tuple[str, str], str]) -> Iterator[Drift]:
+    for kind, name in sorted(expected.keys() | there.keys()):
+        if (kind, name) not in there:
+            yield Drift(kind, name, "it is missing")
+        elif (kind, name) not in expected:
+            yield Drift(kind, name, "no migration makes it")
+        elif there[kind, name] != expected[kind, name]:
+            yield Drift(kind, name, f"it is defined as {there[kind, name]!r}")
 
 
 def _described(differences: list[Any]) -> Iterator[Drift]:
@@ -462,11 +464,14 @@ def migrate(
     change = command.downgrade if down else command.upgrade
     backup: Path | None = None
 
+    def is_due(found: str) -> bool:
+        # Of many processes that come at once, the first has done it for the others.
+        return target < found if down else found < target
+
     def before(connection: sqlite3.Connection) -> None:
         nonlocal backup
         found = _revision_of(connection)
-        # Of many processes that come at once, the first has done it for the others.
-        if found is None or not (target < found if down else found < target):
+        if found is None or not is_due(found):
             return
         _known(database, found)
         told = _stage("backing up", progress)
@@ -481,7 +486,7 @@ def migrate(
                     raise lost(database.directory)
             elif found != REVISION and _known(database, found) > REVISION and not is_compatible(connection):
                 raise mismatch(database.directory, found)
-            if found is not None and not (target < found if down else found < target):
+            if found is not None and not is_due(found):
                 return found, None
             if found is not None and len(rows := _versions(connection)) > 1:
                 raise SchemaMismatch(f"the table alembic_version has {len(rows)} rows: delete those that are wrong")
