@@ -717,8 +717,9 @@ def closure(
 
     Raises:
         InvalidManifest: if a manifest of the closure is invalid, and ``strict``.
+        NotInCache: if the file of one is gone, and ``strict``.
+        StorageError: if it cannot be read, and ``strict``.
     """
-
     rows = {} if known is None else known
 
     def read(blob: Descriptor) -> bytes | None:
@@ -727,11 +728,9 @@ def closure(
         row = rows.get(blob.digest)
         if row is None or not row.stored:
             return None
-        if row.size > DOCUMENT_LIMIT and not strict:
-            return None
-        if row.size > DOCUMENT_LIMIT:
-            raise InvalidManifest(f"manifest {blob.digest} is {row.size} bytes; {DOCUMENT_LIMIT} at most are read")
         try:
+            if row.size > DOCUMENT_LIMIT:
+                raise InvalidManifest(f"manifest {blob.digest} is {row.size} bytes; {DOCUMENT_LIMIT} at most are read")
             with reading.open_blob(directory, blob.digest) as file, os_errors("read a manifest"):
                 data = file.read()
             if not strict:
