@@ -29,13 +29,6 @@ SIZES = [0, 1, MIB - 1, MIB, MIB + 1, 4 * MIB, 4 * MIB + 1, 9 * MIB]
 
 
 @pytest.fixture
-def index(cache: Cache) -> Iterator[Database]:
-    database = Database(cache.directory)
-    yield database
-    database.close()
-
-
-@pytest.fixture
 def session(index: Database) -> Iterator[Session]:
     session = Session(index)
     yield session
