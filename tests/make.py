@@ -156,11 +156,21 @@ def oci_files(images: dict[str, Made], roots: dict[str, bytes] | None = None) ->
     return files
 
 
-def keep(cache: Cache, name: str, image: Made) -> None:
+def save(cache: Cache, name: str, image: Made) -> None:
     """Put an image into a cache, under a name."""
-    for data in (image.config, *image.layers):
-        cache.add_blob(data)
+    for digest, data in image.blobs.items():
+        cache.save_blob(digest, data)
     cache.save_manifest(name, image.manifest)
+
+
+def save_index(cache: Cache, name: str, *children: Made) -> bytes:
+    """Put an index over images into a cache, and these; return the index."""
+    for child in children:
+        for digest, data in child.blobs.items():
+            cache.save_blob(digest, data)
+    found = index(*children)
+    cache.save_manifest(name, found)
+    return found
 
 
 def write(path: Path, files: dict[str, bytes]) -> Path:

@@ -30,7 +30,7 @@ from cachedb import (
 from cachedb.oci import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from tests import make
 from tests.conftest import files_of, snapshot, stored_rows
-from tests.victims import save
+from tests.make import save
 
 
 def test_an_image_is_saved_and_read_back(cache: Cache) -> None:

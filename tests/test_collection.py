@@ -16,10 +16,9 @@ from cachedb.database import Database, sync_folder
 from cachedb.reference import Digest
 from cachedb.tables import BLOBS
 from tests.conftest import files_of, running, snapshot, stored_rows
-from tests.make import digest_of, image, oci_files, write
+from tests.make import digest_of, image, oci_files, save, write
 from tests.test_locks import is_free
 from tests.test_sessions import LIVING
-from tests.victims import save
 
 
 def abandon(cache: Cache, *contents: bytes) -> None:

@@ -15,16 +15,16 @@ import pytest
 from cachedb import Cache, CacheError, locks
 from tests import make
 from tests.conftest import Run, run_python, running
+from tests.make import save
 from tests.promises import check
 from tests.test_locks import eventually
-from tests.victims import save
 
 MADE = make.image(1)
 MAKER = """
     import os, sys, time
     from cachedb import Cache
     from tests import make
-    from tests.victims import save
+    from tests.make import save
     with Cache.open(sys.argv[1]) as cache, cache.producing("app:1") as image:
         assert image is None
         print("making", flush=True)
@@ -58,7 +58,7 @@ def test_of_many_processes_one_makes_the_image_and_all_get_it(directory: Path) -
         import os, sys, time
         from cachedb import Cache
         from tests import make
-        from tests.victims import save
+        from tests.make import save
 
         def want():
             with Cache.open(sys.argv[1]) as cache, cache.producing("app:1") as image:
@@ -227,7 +227,7 @@ import sys, time
 from pathlib import Path
 from cachedb import Cache
 from tests import make
-from tests.victims import save
+from tests.make import save
 with Path(sys.argv[1]).open("a") as file:
     file.write("ran\\n")
 time.sleep(0.3)
