@@ -120,6 +120,12 @@ def _examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def _directory() -> Path:
+    from cachedb.directory import chosen
+
+    return chosen(click.get_current_context().find_root().params["directory"])
+
+
 @contextmanager
 def _opened(*, damaged: bool = False, existing: bool = False) -> Iterator[Cache]:
     import logging
@@ -132,7 +138,7 @@ def _opened(*, damaged: bool = False, existing: bool = False) -> Iterator[Cache]
     gc_.enable()
     # SQLAlchemy logs an interrupt that comes while it closes a connection, with a traceback, and raises it as well.
     logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
-    with Cache.open(click.get_current_context().find_root().params["directory"], damaged=damaged) as cache:
+    with Cache.open(_directory(), damaged=damaged) as cache:
         yield cache
 
 
@@ -1088,12 +1094,6 @@ def df(verbose: bool, form: str) -> None:
 @cli.group()
 def db() -> None:
     """Look at the index's schema, upgrade it, back it up and restore it."""
-
-
-def _directory() -> Path:
-    from cachedb.directory import chosen
-
-    return chosen(click.get_current_context().find_root().params["directory"])
 
 
 @contextmanager
