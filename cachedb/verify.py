@@ -103,14 +103,7 @@ def verify(
         problems += _settle(database, {digest: readings.get(digest) for digest in part}, repair=repair)
     if repair and odd:
         collection.empty_trash(database)
-        adopted = {problem.digest for problem in problems if problem.kind == "orphan" and problem.repair}
-        with database.write() as connection:
-            orphans = {digest: files[digest] for digest in adopted if digest in files}
-            named = {name.digest: name for name in rebuild.name_unnamed(connection, database.directory, orphans)}
-        problems = [
-            problem._replace(repair=f"it is {named[problem.digest]} now") if problem.digest in named else problem
-            for problem in problems
-        ]
+        problems = _name_adopted(database, files, problems)
     if not quick:
         bad = {problem.digest for problem in problems if problem.kind != "orphan" and problem.digest}
         problems += _settle_images(database, bad, repair=repair)
@@ -270,6 +263,18 @@ _REPAIRS: dict[str, Callable[[Connection, Path, Digest, Reading | None], str | N
     "wrong_size": _resize,
     "orphan": _adopt,
 }
+
+
+def _name_adopted(database: Database, files: dict[Digest, int], problems: list[Problem]) -> list[Problem]:
+    """Give names to the manifests among the blobs that were adopted, and say so."""
+    adopted = {problem.digest for problem in problems if problem.kind == "orphan" and problem.repair}
+    orphans = {digest: files[digest] for digest in adopted if digest in files}
+    with database.write() as connection:
+        named = {name.digest: name for name in rebuild.name_unnamed(connection, database.directory, orphans)}
+    return [
+        problem._replace(repair=f"it is {named[problem.digest]} now") if problem.digest in named else problem
+        for problem in problems
+    ]
 
 
 def _settle_strays(database: Database, strays: Iterable[Path], *, repair: bool) -> Iterator[Problem]:
