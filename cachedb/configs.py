@@ -209,9 +209,11 @@ def _contents_of() -> Select[*tuple[Any, ...]]:
         BLOBS.c.id,
         BLOBS.c.digest,
         BLOBS.c.size,
+        BLOBS.c.stored_at.is_not(None),
+        IMAGE_BLOBS.c.diff_id,
+        IMAGE_BLOBS.c.created_by,
     )
-    said = (IMAGE_BLOBS.c.diff_id, IMAGE_BLOBS.c.created_by)
-    joined = select(*columns, BLOBS.c.stored_at.is_not(None), *said).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+    joined = select(*columns).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
     return joined.where(IMAGE_BLOBS.c.image_id == bindparam("of")).order_by(IMAGE_BLOBS.c.position)
 
 

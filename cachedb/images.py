@@ -204,6 +204,10 @@ class Found(NamedTuple):
     media_type: str
 
 
+_FOUND = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type)
+"""The columns of a `Found`."""
+
+
 def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
     """Return an image's row. A digest also finds what a tag of the same repository points to, unless ``exact``.
 
@@ -314,8 +318,7 @@ def image(connection: Connection, directory: Path, image_id: int) -> tuple[Image
 
 @cache
 def _of_repository() -> Select[*tuple[Any, ...]]:
-    columns = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type)
-    joined = select(*columns).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
+    joined = select(*_FOUND).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
     return joined.where(IMAGES.c.repository == bindparam("repository"))
 
 
@@ -326,14 +329,7 @@ def _named() -> Select[*tuple[Any, ...]]:
 
 @cache
 def _all_named() -> Select[*tuple[Any, ...]]:
-    columns = (
-        IMAGES.c.repository,
-        IMAGES.c.reference,
-        IMAGES.c.id,
-        IMAGES.c.manifest_id,
-        BLOBS.c.digest,
-        IMAGES.c.media_type,
-    )
+    columns = (IMAGES.c.repository, IMAGES.c.reference, *_FOUND)
     # More than is wanted: SQLite finds pairs among others only by a look at each row.
     repositories = IMAGES.c.repository.in_(bindparam("repositories", expanding=True))
     references = IMAGES.c.reference.in_(bindparam("references", expanding=True))
@@ -432,10 +428,10 @@ def _contents() -> Select[*tuple[Any, ...]]:
         IMAGE_BLOBS.c.media_type,
         IMAGE_BLOBS.c.position,
         BLOBS.c.stored_at.is_not(None),
+        IMAGE_BLOBS.c.diff_id,
+        IMAGE_BLOBS.c.created_by,
     )
-    joined = select(*columns, IMAGE_BLOBS.c.diff_id, IMAGE_BLOBS.c.created_by).join(
-        BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id
-    )
+    joined = select(*columns).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
     return joined.order_by(IMAGE_BLOBS.c.position)
 
 
