@@ -355,13 +355,12 @@ class _Adopter:
 
     def _bring(self, part: list[_Image], advance: Advance, more: Iterable[Digest] = ()) -> None:
         """Bring images and their blobs, or blobs that belong to none, in one transaction."""
-        wanted = dict.fromkeys([*(digest for image in part for digest in image.wanted), *more])
         manifests = {image.digest: image.manifest for image in part}
+        wanted = dict.fromkeys([*(digest for image in part for digest in image.wanted), *more, *manifests])
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
             self._pass(hold.digests)
-            everything = dict.fromkeys([*wanted, *manifests])
-            rest = [digest for digest in everything if digest not in hold.digests and digest not in self._bad]
+            rest = [digest for digest in wanted if digest not in hold.digests and digest not in self._bad]
 
             def receive_one(digest: Digest, advance: Advance) -> None:
                 if digest in manifests:
@@ -375,8 +374,7 @@ class _Adopter:
             self._here.update(blob.digest for blob in received.values())
             self._new.update({blob.digest: blob.size for blob in received.values()})
 
-        digests = [*wanted, *manifests]
-        images.bring(self._database, self._session, digests, receive, lambda connection: self._save(connection, part))
+        images.bring(self._database, self._session, wanted, receive, lambda connection: self._save(connection, part))
 
     def _receive(self, received: dict[object, Received], digest: Digest, advance: Advance) -> None:
         """Receive a blob, or note what is wrong with it."""
