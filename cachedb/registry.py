@@ -9,12 +9,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, BinaryIO, Final, NamedTuple
-from urllib.parse import urlencode
 
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from cachedb.client import TRIES, Client, Place, finished, plain, read
+from cachedb.client import TRIES, Client, Place, finished, plain, read, with_query
 from cachedb.errors import InvalidDigest, InvalidName, RegistryError, RegistryUnavailable, StorageError, os_errors
 from cachedb.oci import (
     DOCUMENT_LIMIT,
@@ -223,7 +222,7 @@ class Repository:
 
     def mount(self, digest: Digest, source: str) -> bool:
         """Have the registry take a blob from another of its repositories ("Mounting a blob"); say whether it did."""
-        url = self._url(f"blobs/uploads/?{urlencode({'mount': digest, 'from': source})}")
+        url = with_query(self._url("blobs/uploads/"), {"mount": digest, "from": source})
         with suppress(RegistryError):  # it may not be ours to read, nor an upload ours to end: then it is sent
             with finished(
                 self._client.request("POST", url, f"blob {digest} of {source}", {}, good=(201, 202))
@@ -259,7 +258,7 @@ class Repository:
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(body.size)}
             if not last:
                 headers["Content-Range"] = f"{sent}-{sent + body.size - 1}"
-            method, url = ("PUT", _with_digest(location, digest)) if last else ("PATCH", location)
+            method, url = ("PUT", with_query(location, {"digest": digest})) if last else ("PATCH", location)
             good = (201 if last else 202, 400, 404, 413, 416)
             try:
                 response = self._client.request(method, url, what, headers, good=good, body=body, failed=failed)
@@ -454,10 +453,6 @@ class _Part:
             yield data
             self._sent += len(data)
             self._advance(len(data))
-
-
-def _with_digest(location: str, digest: Digest) -> str:
-    return f"{location}{'&' if '?' in location else '?'}{urlencode({'digest': digest})}"
 
 
 def _tag_of(digest: Digest) -> str:
