@@ -249,29 +249,23 @@ def _annotated_name(annotations: dict[str, Any]) -> object:
 
 def _closure(files: Files, root: Descriptor) -> list[Descriptor]:
     def read(blob: Descriptor) -> bytes:
-        section, what = _find_blob(files, blob)
-        data = _read_small(section, what, InvalidManifest)
+        found = _layout_blob(files, blob)
+        data = _read_small(found.section, found.what, InvalidManifest)
         if len(data) != blob.size:
-            raise DigestMismatch(f"{what} should be {blob.size} bytes, and is {len(data)}")
+            raise DigestMismatch(f"{found.what} should be {blob.size} bytes, and is {len(data)}")
         if digest_of(data, blob.digest) != blob.digest:
-            raise DigestMismatch(f"{what} in the archive has another digest")
+            raise DigestMismatch(f"{found.what} in the archive has another digest")
         return data
 
     return list(oci.walk(root, read))
 
 
 def _layout_blob(files: Files, blob: Descriptor) -> ArchivedBlob:
-    section, what = _find_blob(files, blob)
-    return ArchivedBlob(section, what, blob.size, blob.digest, blob.media_type)
-
-
-def _find_blob(files: Files, blob: Descriptor) -> tuple[Section, str]:
-    """Return a blob's content, and how to call it in an error."""
     what = f"{blob.role} {blob.digest}"
     section = files.find(layout_path(blob.digest))
     if section is None:
         raise InvalidArchive(f"{what} is named in the archive, and not there")
-    return section, what
+    return ArchivedBlob(section, what, blob.size, blob.digest, blob.media_type)
 
 
 # The docker side: manifest.json of `docker save`.
