@@ -9,7 +9,7 @@ import gc as gc_
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cachedb.cache import Cache, Progress
     from cachedb.collection import Collected
     from cachedb.holds import HoldInfo
-    from cachedb.images import ImageInfo
+    from cachedb.images import ImageInfo, PlatformInfo
     from cachedb.parallel import BlobProgress
     from cachedb.push import Pushed
     from cachedb.rebuild import Restored
@@ -605,24 +605,8 @@ def show(name: str, form: str, quiet: bool) -> None:
     else:
         _print_images([image], form, quiet=False)
         click.echo()
-        created = f"{image.created:%Y-%m-%d %H:%M:%S} UTC" if image.created else ""
-        said = [("platform", image.platform), ("built", created), ("author", image.author or "")]
-        said += [("label", f"{key}={value}") for key, value in labels.items()]
-        if said := [(what, value) for what, value in said if value]:
-            print_table(("CONFIG", "SAYS"), said)
-            click.echo()
-        if platforms:
-            here = {blob.digest for blob in blobs if blob.stored}
-            states = [
-                "complete" if child.complete else "incomplete" if child.digest in here else "not here"
-                for child in platforms
-            ]
-            lines = [
-                (child.platform or "-", short(child.digest), state)
-                for child, state in zip(platforms, states, strict=True)
-            ]
-            print_table(("PLATFORM", "DIGEST", "STATE"), lines)
-            click.echo()
+        _print_config(image, labels)
+        _print_platforms(platforms, {blob.digest for blob in blobs if blob.stored})
         rows = (
             (
                 str(blob.position),
@@ -636,6 +620,29 @@ def show(name: str, form: str, quiet: bool) -> None:
             for blob in blobs
         )
         print_table(("#", "ROLE", "DIGEST", "SIZE", "STATE", "MEDIA TYPE", "CREATED BY"), rows, right=("#", "SIZE"))
+
+
+def _print_config(image: ImageInfo, labels: dict[str, str]) -> None:
+    created = f"{image.created:%Y-%m-%d %H:%M:%S} UTC" if image.created else ""
+    said = [("platform", image.platform), ("built", created), ("author", image.author or "")]
+    said += [("label", f"{key}={value}") for key, value in labels.items()]
+    if said := [(what, value) for what, value in said if value]:
+        print_table(("CONFIG", "SAYS"), said)
+        click.echo()
+
+
+def _print_platforms(platforms: list[PlatformInfo], here: Container[str]) -> None:
+    rows = [
+        (
+            child.platform or "-",
+            short(child.digest),
+            "complete" if child.complete else "incomplete" if child.digest in here else "not here",
+        )
+        for child in platforms
+    ]
+    if rows:
+        print_table(("PLATFORM", "DIGEST", "STATE"), rows)
+        click.echo()
 
 
 @cli.command(epilog=_examples("cachedb manifest app:1 | jq .layers"))
@@ -988,44 +995,48 @@ def report(
     lines that say what it answers, and for each :parameter of its query a line "-- :parameter", or one with its
     default, "-- :parameter default". A table has sizes for people, all else bytes. It runs at the lowest priority.
     """
-    from cachedb.report import load, reports
-
     if sum(map(bool, (name, list_, file))) != 1:
         raise click.UsageError("name a report, or use --list, or --html")
     if not name and (parameters or seconds is not None):
         raise click.UsageError("-p and --timeout are for a report that has a name")
     if file:
-        with _opened(existing=True) as cache, _giving_way():
-            page = cache.get_html_report()
-        try:
-            if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):
-                _replace(file, page)
-            else:  # a device, a fifo or stdout is written to, and not replaced
-                with click.open_file(file, "w", encoding="utf-8") as opened:
-                    opened.write(page)
-        except OSError as error:
-            error.filename = None  # it may be that of the file which was to replace it
-            raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
+        _write_page(file)
+    elif list_:
+        _list_reports(form)
+    else:
+        from cachedb.report import load
+
+        chosen = load(name or "")
+        _ask(chosen.query, chosen.values(parameters), form, seconds, sizes=True)
+
+
+def _write_page(file: str) -> None:
+    with _opened(existing=True) as cache, _giving_way():
+        page = cache.get_html_report()
+    try:
+        if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):
+            _replace(file, page)
+        else:  # a device, a fifo or stdout is written to, and not replaced
+            with click.open_file(file, "w", encoding="utf-8") as opened:
+                opened.write(page)
+    except OSError as error:
+        error.filename = None  # it may be that of the file which was to replace it
+        raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
+
+
+def _list_reports(form: str) -> None:
+    from cachedb.report import reports
+
+    found = reports()
+    if form == "table":
+        said = [(one.name, " ".join(one.wanted()), one.description) for one in found]
+        print_table(("REPORT", "PARAMETERS", "WHAT IT SAYS"), said)
         return
-    if list_:
-        found = reports()
-        if form == "table":
-            rows = [(one.name, " ".join(one.wanted()), one.description) for one in found]
-            print_table(("REPORT", "PARAMETERS", "WHAT IT SAYS"), rows)
-        else:
-            columns = ("report", "description", "parameters", "path")
-            nested = form in ("json", "ndjson")
-            print_rows(
-                columns,
-                [
-                    (one.name, one.description, one.parameters if nested else " ".join(one.wanted()), one.path)
-                    for one in found
-                ],
-                form,
-            )
-        return
-    chosen = load(name or "")
-    _ask(chosen.query, chosen.values(parameters), form, seconds, sizes=True)
+    nested = form in ("json", "ndjson")
+    rows = [
+        (one.name, one.description, one.parameters if nested else " ".join(one.wanted()), one.path) for one in found
+    ]
+    print_rows(("report", "description", "parameters", "path"), rows, form)
 
 
 def _replace(file: str, text: str) -> None:
