@@ -802,16 +802,23 @@ def produce(name: str, command: tuple[str, ...]) -> None:
     """
     import subprocess
 
+    from cachedb.reference import Name
+
     command = command[command[0] == "--" :]
     if not command:
         raise click.UsageError("name the command to run")
-    if name in os.environ.get("CACHEDB_PRODUCING", "").split():
+    making = os.environ.get("CACHEDB_PRODUCING", "").split("\n")
+    wanted = f"{Name.parse(name)} in {os.path.realpath(_directory())}"  # however both were written
+    if wanted in making:
         raise CacheError(f"{name} is being made by a command that has begun this one, which would wait for itself")
     with _opened() as cache, cache.producing(name) as image:
         if image is not None:
             return
-        making = f"{os.environ.get('CACHEDB_PRODUCING', '')} {name}"
-        environment = {**os.environ, "CACHEDB_DIR": str(cache.directory), "CACHEDB_PRODUCING": making}
+        environment = {
+            **os.environ,
+            "CACHEDB_DIR": str(cache.directory),
+            "CACHEDB_PRODUCING": "\n".join([*making, wanted]),
+        }
         try:
             process = subprocess.Popen(command, env=environment)  # noqa: S603 - it is the user's
         except OSError as error:

@@ -313,8 +313,26 @@ def test_what_is_there_is_not_made_again_and_what_is_no_command_is_refused(cache
     assert cachedb("produce", "app:1", "--", "false").returncode == 0
 
 
-def test_a_command_that_would_wait_for_itself_is_refused(cachedb: Run, directory: Path) -> None:
-    inner = [sys.executable, "-m", "cachedb", "--dir", str(directory), "produce", "app:1", "true"]
-    result = cachedb("produce", "app:1", "--", *inner)
+@pytest.mark.parametrize(("outer", "inner"), [("app:1", "app:1"), ("app:latest", "app"), ("app", "app:latest")])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_command_that_would_wait_for_itself_is_refused(
+    cachedb: Run, directory: Path, outer: str, inner: str, linked: bool
+) -> None:
+    if linked:
+        (directory.parent / "link").symlink_to(directory)
+    place = directory.parent / "link" if linked else directory
+    command = [sys.executable, "-m", "cachedb", "--dir", str(place), "produce", inner, "true"]
+    result = cachedb("produce", outer, "--", *command, timeout=30)
     assert result.returncode == 1
-    assert "app:1 is being made by a command that has begun this one" in result.stderr
+    assert f"{inner} is being made by a command that has begun this one" in result.stderr
+
+
+def test_a_command_may_make_the_same_name_in_another_cache(cachedb: Run, directory: Path, tmp_path: Path) -> None:
+    archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
+    script = (
+        f'cachedb() {{ {sys.executable} -m cachedb --dir {tmp_path / "other"} "$@"; }}\n'
+        f"cachedb produce app:1 -- {sys.executable} -m cachedb import -q {archive}\n"
+        f"cachedb export app:1 - | {sys.executable} -m cachedb --dir {directory} import -q -"
+    )
+    result = cachedb("produce", "app:1", "--", "sh", "-ec", script)
+    assert (result.returncode, result.stderr) == (0, "")
