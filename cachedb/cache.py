@@ -6,7 +6,7 @@ import errno
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
@@ -183,7 +183,7 @@ class Cache:
             try:
                 received = blobs.receive(self._session, source, digest=digest, algorithm=algorithm, write=write)
             except BaseException:
-                self._let_go(hold)
+                images.give_up(self._database, self._session, hold)
                 raise
             expected = self._session.expects(received.digest)
             if write:
@@ -386,14 +386,9 @@ class Cache:
         try:
             yield found
         except BaseException:
-            self._let_go(hold)
+            images.give_up(self._database, self._session, hold)
             raise
         images.let_go(self._database, self._session, hold)
-
-    def _let_go(self, hold: Hold) -> None:
-        """Release a hold after an error, of which is to be told; where that fails, it goes with the session."""
-        with suppress(CacheError):
-            images.let_go(self._database, self._session, hold)
 
     # Images
 

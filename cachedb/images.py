@@ -68,6 +68,7 @@ __all__ = [
     "closure",
     "count_incomplete",
     "find",
+    "give_up",
     "image",
     "image_blobs",
     "images",
@@ -518,8 +519,7 @@ def bring(
             session.release(connection, hold)
             return result
     except BaseException:
-        with suppress(CacheError):  # where that fails, it goes with the session
-            let_go(database, session, hold)
+        give_up(database, session, hold)
         raise
 
 
@@ -528,6 +528,12 @@ def let_go(database: Database, session: Session, hold: Hold) -> None:
     if hold.digests:
         with database.write() as connection:
             session.release(connection, hold)
+
+
+def give_up(database: Database, session: Session, hold: Hold) -> None:
+    """Release a hold after an error, of which is to be told; where that fails, it goes with the session."""
+    with suppress(CacheError):
+        let_go(database, session, hold)
 
 
 def associate_waiting(connection: Connection, directory: Path, digests: list[Digest]) -> None:

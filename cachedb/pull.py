@@ -203,8 +203,7 @@ class _Pull:
     def _give_up(self, error: BaseException) -> None:
         """Let go of what was stored on the way; on a full disk, of what is left of downloads as well."""
         for hold in self._holds:
-            with suppress(CacheError):  # where that fails, it goes with the session
-                images.let_go(self._database, self._session, hold)
+            images.give_up(self._database, self._session, hold)
         if isinstance(error, StorageError) and is_full(error):
             with suppress(CacheError, OSError):
                 partial.sweep(self._database.directory, age=0)  # there is more need of the space
