@@ -66,12 +66,11 @@ def descriptor(data: bytes, media_type: str, **more: Any) -> dict[str, Any]:
 
 
 class Made(NamedTuple):
-    """An image: its manifest, its config, its layers as they are stored, and what the layers are before compression."""
+    """An image: its manifest, its config, and its layers as they are stored."""
 
     manifest: bytes
     config: bytes
     layers: list[bytes]
-    plain_layers: list[bytes]
 
     @property
     def digest(self) -> str:
@@ -105,7 +104,7 @@ def image(*seeds: int, compression: str = "", architecture: str = "amd64", size:
             "layers": [descriptor(data, kind) for data in layers],
         }
     ).encode()
-    return Made(manifest, config, layers, plain)
+    return Made(manifest, config, layers)
 
 
 def index(*children: Made, platforms: list[dict[str, str]] | None = None) -> bytes:

@@ -385,7 +385,7 @@ def test_a_manifest_that_moves_while_it_is_read_is_the_new_one(cache: Cache, mon
 
 
 def test_a_late_child_that_is_no_manifest_does_not_hide_its_siblings(cache: Cache) -> None:
-    good, bad = make.image(1), make.Made(b"no manifest", b"", [], [])
+    good, bad = make.image(1), make.Made(b"no manifest", b"", [])
     cache.save_manifest("multi", make.index(bad, good))
     cache.add_blob(bad.manifest)
     cache.add_blob(good.manifest)

@@ -51,7 +51,7 @@ def made_of(document: dict[str, Any] | bytes, *seeds: int, kind: str = OCI_CONFI
         "config": descriptor(data, kind),
         "layers": [descriptor(one, OCI_LAYER) for one in layers],
     }
-    return Made(json.dumps(manifest).encode(), data, layers, layers)
+    return Made(json.dumps(manifest).encode(), data, layers)
 
 
 def said(cache: Cache, name: str) -> tuple[Any, ...]:

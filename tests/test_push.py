@@ -47,7 +47,7 @@ def referrer(subject: bytes, what: bytes = b"a signature", media_type: str = OCI
         "subject": make.descriptor(subject, media_type),
         "annotations": {"org.example.by": "tests"},
     }
-    return make.Made(json.dumps(manifest).encode(), EMPTY, [what], [what])
+    return make.Made(json.dumps(manifest).encode(), EMPTY, [what])
 
 
 @pytest.fixture

@@ -311,7 +311,7 @@ def test_a_manifest_that_is_of_an_image_and_listed_falsely_stays(cache: Cache, r
         "manifests": [make.descriptor(inner.manifest, OCI_MANIFEST)],
         "subject": make.descriptor(FIRST.manifest, OCI_MANIFEST),
     }
-    outer = make.Made(json.dumps(index).encode(), b"", [], [])
+    outer = make.Made(json.dumps(index).encode(), b"", [])
     name = listing(remote, outer, inner)
     cache.pull(name, referrers=True)
     assert {outer.digest, inner.digest} <= {blob.digest for blob in cache.get_image_blobs(name)}
