@@ -681,7 +681,7 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_rebuilding(made: Path, mon
 
     with monkeypatch.context() as patch:
         fail_reading(patch, path, "open")
-        patch.setattr("cachedb.blobs.open", refused, raising=False)
+        patch.setattr("cachedb.reading.open", refused, raising=False)
         with Cache.open(made, damaged=True) as cache:
             found = cache.verify(repair=True).problems
     assert ("corrupt", digest) in [(problem.kind, problem.digest) for problem in found]
