@@ -12,7 +12,6 @@ an image, and what lies elsewhere in DIR. All of it comes from strangers, and no
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import stat
@@ -26,9 +25,9 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from cachedb import blobs, images, oci, reading
+from cachedb import blobs, images, oci, reading, receiving
 from cachedb.blobs import Received
-from cachedb.database import Database
+from cachedb.database import Database, batched
 from cachedb.directory import blob_file
 from cachedb.errors import (
     CacheError,
@@ -44,8 +43,7 @@ from cachedb.errors import (
 from cachedb.images import ImageInfo, NewImage
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, Progress, in_threads, summed
-from cachedb.receiving import CHUNK
-from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
+from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten
 from cachedb.sessions import Hold, Session
 
 __all__ = ["HOWS", "KINDS", "Adoption", "LeftOut", "adopt"]
@@ -222,7 +220,7 @@ class _OldCache:
         if name.digest not in (None, digest):
             raise DigestMismatch(f"the manifest should have digest {name.digest}, and has {digest}")
         media_type = oci.manifest_media_type(data)
-        root = Descriptor(digest, len(data), media_type, oci.role_of(media_type))
+        root = oci.root(digest, len(data), media_type)
         closure = list(oci.walk(root, lambda blob: data if blob is root else self.child(blob)))
         attached = _blobs_of(self.entries.get(name, {}))
         for blob in closure:
@@ -270,9 +268,9 @@ class _Adopter:
         in_threads(self._bring, self._parts(), self._advance, threads=2)
         used = len(self._new)
         done = self._here | self._bad.keys() | self._unwanted
-        rest = [digest for digest in self._old.blobs if digest not in done]
-        for start in range(0, len(rest), _TOGETHER):
-            self._bring([], self._advance, rest[start : start + _TOGETHER])
+        rest = (digest for digest in self._old.blobs if digest not in done)
+        for part in batched(rest, _TOGETHER):
+            self._bring([], self._advance, part)
         told = {item.digest for item in self._left_out}
         for digest, (kind, detail) in self._bad.items():
             if digest not in told:
@@ -319,7 +317,7 @@ class _Adopter:
 
     def _names_to_adopt(self) -> Iterator[tuple[Name, bool]]:
         """Yield the names of the images, and whether one of that name is here; to ask for each would take longer."""
-        for names in blobs.batched(self._old.manifests):
+        for names in batched(self._old.manifests):
             with self._database.read() as connection:
                 here = images.look_up_all(connection, names)
             yield from ((name, name in here) for name in names)
@@ -357,13 +355,12 @@ class _Adopter:
 
     def _bring(self, part: list[_Image], advance: Advance, more: Iterable[Digest] = ()) -> None:
         """Bring images and their blobs, or blobs that belong to none, in one transaction."""
-        wanted = dict.fromkeys([*(digest for image in part for digest in image.wanted), *more])
         manifests = {image.digest: image.manifest for image in part}
+        wanted = dict.fromkeys([*(digest for image in part for digest in image.wanted), *more, *manifests])
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
             self._pass(hold.digests)
-            everything = dict.fromkeys([*wanted, *manifests])
-            rest = [digest for digest in everything if digest not in hold.digests and digest not in self._bad]
+            rest = [digest for digest in wanted if digest not in hold.digests and digest not in self._bad]
 
             def receive_one(digest: Digest, advance: Advance) -> None:
                 if digest in manifests:
@@ -377,8 +374,7 @@ class _Adopter:
             self._here.update(blob.digest for blob in received.values())
             self._new.update({blob.digest: blob.size for blob in received.values()})
 
-        digests = [*wanted, *manifests]
-        images.bring(self._database, self._session, digests, receive, lambda connection: self._save(connection, part))
+        images.bring(self._database, self._session, wanted, receive, lambda connection: self._save(connection, part))
 
     def _receive(self, received: dict[object, Received], digest: Digest, advance: Advance) -> None:
         """Receive a blob, or note what is wrong with it."""
@@ -516,14 +512,12 @@ def _read(path: Path | str, limit: int = DOCUMENT_LIMIT) -> bytes:
 
 def _is_good(directory: Path, digest: Digest) -> bool:
     """Read a blob of this cache, and say whether it is what its name says."""
-    hasher = hashlib.new(split_digest(digest)[0])
     try:
         with reading.open_blob(directory, digest) as file, os_errors("read a blob"):
-            while chunk := file.read(CHUNK):
-                hasher.update(chunk)
+            receiving.receive(file, None, digest=digest)
     except CacheError:
         return False
-    return f"{hasher.name}:{hasher.hexdigest()}" == digest
+    return True
 
 
 def _name(repository: object, reference: object) -> Name:

@@ -16,9 +16,9 @@ from cachedb import oci
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName
 from cachedb.files import MAGIC_LENGTH, Decompressor, Files, Section, compression_of
 from cachedb.oci import Descriptor, load_json
-from cachedb.reference import Digest, Name, parse_digest, shorten, split_digest
+from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 
-__all__ = ["ArchivedImage", "Content", "DiffId", "layout_path", "read_images"]
+__all__ = ["ArchivedBlob", "ArchivedImage", "DiffId", "layout_path", "read_images"]
 
 REF_NAME = "org.opencontainers.image.ref.name"  # image specification, annotations.md
 CONTAINERD_NAME = "io.containerd.image.name"  # containerd's and Docker's: the full name
@@ -48,7 +48,7 @@ class DiffId:
             raise DigestMismatch(f"{self._what} does not hold what the config says, {self._expected}")
 
 
-class Content(NamedTuple):
+class ArchivedBlob(NamedTuple):
     """A blob in an archive."""
 
     section: Section
@@ -69,20 +69,20 @@ class ArchivedImage(NamedTuple):
 
     names: list[Name]
     root: Descriptor | None  # the manifest or index; None in a docker-archive, which has none
-    contents: list[Content]  # the closure; of a docker-archive the config, then the layers
+    blobs: list[ArchivedBlob]  # the closure; of a docker-archive the config, then the layers
 
     @property
     def identity(self) -> object:
-        """What is the same for the same image: the manifest's digest; where there is none, all contents."""
-        return self.root.digest if self.root else tuple(content.key for content in self.contents)
+        """What is the same for the same image: the manifest's digest; where there is none, all blobs."""
+        return self.root.digest if self.root else tuple(blob.key for blob in self.blobs)
 
     def manifest(self, digests: list[Digest]) -> bytes:
-        """Make the manifest that a docker-archive lacks, from its contents' digests."""
-        blobs = [
-            Descriptor(digest, content.size, content.media_type, "layer")
-            for content, digest in zip(self.contents, digests, strict=True)
-        ]
-        return oci.build_manifest(blobs[0], blobs[1:])
+        """Make the manifest that a docker-archive lacks, from its blobs' digests."""
+        config, *layers = (
+            Descriptor(digest, blob.size, blob.media_type, "layer")
+            for blob, digest in zip(self.blobs, digests, strict=True)
+        )
+        return oci.build_manifest(config, layers)
 
 
 def layout_path(digest: Digest) -> str:
@@ -135,7 +135,7 @@ def _check_names(images: list[ArchivedImage]) -> None:
             # Of two, one would be stored and lost at once.
             if named.setdefault(name, image.identity) != image.identity:
                 raise InvalidArchive(f"two images in the archive have the name {name}")
-    _check_rows(sum(len(image.names) * len(image.contents) for image in images))
+    _check_rows(sum(len(image.names) * len(image.blobs) for image in images))
 
 
 def _check_rows(count: int) -> None:
@@ -206,10 +206,10 @@ def _read_layout(files: Files, section: Section, tags: dict[Digest, list[object]
         closure = _closure(files, root)
         rows += len(closure)
         _check_rows(rows)
-        contents = [_layout_content(files, blob) for blob in dict.fromkeys(closure)]
-        images.append(ArchivedImage([], root, contents))
+        blobs = [_layout_blob(files, blob) for blob in dict.fromkeys(closure)]
+        images.append(ArchivedImage([], root, blobs))
     # Some tools list the platforms of an index beside it: without a name they are no images of their own.
-    below = {content.digest for image in images for content in image.contents[1:]}
+    below = {blob.digest for image in images for blob in image.blobs[1:]}
     named = zip(_names_of(images, names, tags), images, strict=True)
     return [(texts, image) for texts, image in named if texts or image.identity not in below]
 
@@ -218,11 +218,11 @@ def _names_of(
     images: list[ArchivedImage], annotated: dict[Digest, list[object]], tags: dict[Digest, list[object]]
 ) -> list[list[object]]:
     """Return each image's names: as manifest.json has them, if it is clear which it means, else as index.json."""
-    reached = Counter(digest for image in images for digest in {content.digest for content in image.contents})
+    reached = Counter(digest for image in images for digest in {blob.digest for blob in image.blobs})
     short = {_qualified(text): text for texts in tags.values() for text in texts}
     found = []
     for image in images:
-        digests = [content.digest for content in image.contents if content.digest]
+        digests = [blob.digest for blob in image.blobs if blob.digest]
         configs = [digest for digest in dict.fromkeys(digests) if digest in tags]
         tagged = [text for config in configs for text in tags[config]]
         if tagged and all(reached[config] == 1 for config in configs):
@@ -249,27 +249,23 @@ def _annotated_name(annotations: dict[str, Any]) -> object:
 
 def _closure(files: Files, root: Descriptor) -> list[Descriptor]:
     def read(blob: Descriptor) -> bytes:
-        what = f"{blob.role} {blob.digest}"
-        section = files.find(layout_path(blob.digest))
-        if section is None:
-            raise InvalidArchive(f"{what} is named in the archive, and not there")
-        data = _read_small(section, what, InvalidManifest)
+        found = _layout_blob(files, blob)
+        data = _read_small(found.section, found.what, InvalidManifest)
         if len(data) != blob.size:
-            raise DigestMismatch(f"{what} should be {blob.size} bytes, and is {len(data)}")
-        algorithm, encoded = split_digest(blob.digest)
-        if hashlib.new(algorithm, data).hexdigest() != encoded:
-            raise DigestMismatch(f"{what} in the archive has another digest")
+            raise DigestMismatch(f"{found.what} should be {blob.size} bytes, and is {len(data)}")
+        if digest_of(data, blob.digest) != blob.digest:
+            raise DigestMismatch(f"{found.what} in the archive has another digest")
         return data
 
     return list(oci.walk(root, read))
 
 
-def _layout_content(files: Files, blob: Descriptor) -> Content:
+def _layout_blob(files: Files, blob: Descriptor) -> ArchivedBlob:
     what = f"{blob.role} {blob.digest}"
     section = files.find(layout_path(blob.digest))
     if section is None:
         raise InvalidArchive(f"{what} is named in the archive, and not there")
-    return Content(section, what, blob.size, blob.digest, blob.media_type)
+    return ArchivedBlob(section, what, blob.size, blob.digest, blob.media_type)
 
 
 # The docker side: manifest.json of `docker save`.
@@ -306,8 +302,7 @@ def _repo_tags(files: Files, section: Section) -> dict[Digest, list[object]]:
     tags: dict[Digest, list[object]] = {}
     for entry in _entries(section):
         config = _read_small(_required(files, entry["Config"]), "the config", InvalidArchive)
-        digest = parse_digest(hashlib.sha256(config).hexdigest())
-        tags.setdefault(digest, []).extend(entry.get("RepoTags") or [])
+        tags.setdefault(digest_of(config), []).extend(entry.get("RepoTags") or [])
     return tags
 
 
@@ -321,12 +316,12 @@ def _read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
         diff_ids = []
     if not isinstance(diff_ids, list) or len(diff_ids) != len(entry["Layers"]):
         raise InvalidArchive("the config names another number of layers (rootfs.diff_ids) than manifest.json")
-    digest = parse_digest(hashlib.sha256(data).hexdigest())
+    digest = digest_of(data)
     # Docker names the config's file by its digest; what it says must hold.
     stem = entry["Config"].rpartition("/")[2].removesuffix(".json").removeprefix("sha256:")
-    if len(stem) == 64 and set(stem) <= set("0123456789abcdef") and stem != digest.partition(":")[2]:
+    if len(stem) == 64 and set(stem) <= set("0123456789abcdef") and stem != split_digest(digest)[1]:
         raise DigestMismatch(f"the config {shorten(entry['Config'])} has digest {digest}")
-    contents = [Content(section, "the config", len(data), digest, oci.OCI_CONFIG)]
+    blobs = [ArchivedBlob(section, "the config", len(data), digest, oci.OCI_CONFIG)]
     for name, diff_id in zip(entry["Layers"], diff_ids, strict=True):
         try:
             expected = parse_digest(diff_id)
@@ -335,10 +330,10 @@ def _read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
         layer, what = _required(files, name), f"layer {shorten(name)}"
         compression = compression_of(layer.head(MAGIC_LENGTH))
         if compression is None:
-            contents.append(Content(layer, what, layer.size, expected, oci.OCI_LAYER))
+            blobs.append(ArchivedBlob(layer, what, layer.size, expected, oci.OCI_LAYER))
         elif compression in ("gzip", "zstd"):
             media_type = f"{oci.OCI_LAYER}+{compression}"
-            contents.append(Content(layer, what, layer.size, None, media_type, (compression, expected)))
+            blobs.append(ArchivedBlob(layer, what, layer.size, None, media_type, (compression, expected)))
         else:
             raise InvalidArchive(f"{what} is compressed with {compression}, which no media type of a layer names")
-    return ArchivedImage([], None, contents)
+    return ArchivedImage([], None, blobs)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from cachedb import locks
-from cachedb.database import Database, quarantine_path, sync_folder
+from cachedb.database import Database, quarantine_path, sync_file, sync_folder
 from cachedb.errors import StorageError, os_errors
 
 __all__ = ["back_up", "before_change", "keep_newest", "newest_first", "put_in_place", "size_of"]
@@ -118,11 +118,7 @@ def _copy(connection: sqlite3.Connection, half: Path, progress: Callable[[int, i
         connection.set_progress_handler(None, 0)
     if raised:
         raise raised[0]
-    descriptor = os.open(half, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(half)
 
 
 def before_change(

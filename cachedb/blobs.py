@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, bindparam, select
 from sqlalchemy.dialects.sqlite import Insert, insert
 
 from cachedb import receiving
-from cachedb.database import Database, sync_folder
+from cachedb.database import Database, batched, sync_folder
 from cachedb.directory import blob_file, blob_path
 from cachedb.errors import CacheError, InvalidDigest, StorageError, os_errors
 from cachedb.parallel import Advance
@@ -33,7 +33,6 @@ from cachedb.tables import BLOBS
 __all__ = [
     "Received",
     "Replaced",
-    "batched",
     "hold_stored",
     "intact",
     "on_disk",
@@ -47,10 +46,7 @@ __all__ = [
     "take",
 ]
 
-BATCH = 500  # digests in one statement
 _NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
-
-T = TypeVar("T")
 
 
 class Received(NamedTuple):
@@ -273,13 +269,6 @@ def _size_of() -> Select[*tuple[Any, ...]]:
 def _stored() -> Select[*tuple[Any, ...]]:
     these = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
     return select(BLOBS.c.digest, BLOBS.c.size).where(these, BLOBS.c.stored_at.is_not(None))
-
-
-def batched(items: Iterable[T]) -> Iterator[list[T]]:
-    """Divide items into lists of as many as one statement may name."""
-    rest = list(items)
-    for start in range(0, len(rest), BATCH):
-        yield rest[start : start + BATCH]
 
 
 def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -> dict[Digest, int]:

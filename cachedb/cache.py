@@ -6,10 +6,10 @@ import errno
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from sqlalchemy import Connection, func, select
 
@@ -33,7 +33,7 @@ from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed
 from cachedb.receiving import Readable
-from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten
+from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 from cachedb.sessions import NO_HOLD, Hold, Session
 from cachedb.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.uses import Uses
@@ -183,7 +183,7 @@ class Cache:
             try:
                 received = blobs.receive(self._session, source, digest=digest, algorithm=algorithm, write=write)
             except BaseException:
-                self._let_go(hold)
+                images.give_up(self._database, self._session, hold)
                 raise
             expected = self._session.expects(received.digest)
             if write:
@@ -386,14 +386,9 @@ class Cache:
         try:
             yield found
         except BaseException:
-            self._let_go(hold)
+            images.give_up(self._database, self._session, hold)
             raise
         images.let_go(self._database, self._session, hold)
-
-    def _let_go(self, hold: Hold) -> None:
-        """Release a hold after an error, of which is to be told; where that fails, it goes with the session."""
-        with suppress(CacheError):
-            images.let_go(self._database, self._session, hold)
 
     # Images
 
@@ -414,7 +409,7 @@ class Cache:
         parsed = Name.parse(name)
         media_type = oci.manifest_media_type(manifest, media_type)
         oci.descriptors(manifest, media_type)
-        algorithm = parsed.digest.partition(":")[0] if parsed.digest else "sha256"
+        algorithm = split_digest(parsed.digest)[0] if parsed.digest else "sha256"
         received = blobs.receive(self._session, io.BytesIO(manifest), algorithm=algorithm)
         with images.publish(self._database, self._session, [received]) as connection:
             image_id = images.save(connection, self.directory, parsed, received.digest, media_type)
@@ -751,10 +746,16 @@ class Cache:
             if isinstance(name, Source):
                 source = name
             else:
-                options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile}
-                parsed = Name.parse(name)
-                made = Source(self.directory, parsed, platform=platform, all_platforms=all_platforms, **options)
-                source = opened.enter_context(made)
+                source = opened.enter_context(
+                    Source(
+                        self.directory,
+                        Name.parse(name),
+                        platform=platform,
+                        all_platforms=all_platforms,
+                        plain_http=plain_http,
+                        authfile=authfile,
+                    )
+                )
             pulled = pull(
                 self._database,
                 self._session,
@@ -896,8 +897,7 @@ class Cache:
             manifests[blob.digest] = self._document(blob.digest)
             return manifests[blob.digest]
 
-        size = self.get_blob_size(info.digest)
-        root = Descriptor(info.digest, size, info.media_type, oci.role_of(info.media_type))
+        root = oci.root(info.digest, self.get_blob_size(info.digest), info.media_type)
         here = {blob.digest for blob in held}
         for _ in oci.walk(root, read, oci.among(here)):
             pass
@@ -957,9 +957,9 @@ class Cache:
             return self._import(archive.read_images(opened_files, parsed), progress, link=link)
 
     def _import(self, found: list[archive.ArchivedImage], progress: Progress | None, *, link: bool) -> list[ImageInfo]:
-        # Several images may share content: by its digest, or by its place in the archive.
-        wanted = {content.key: content for image in found for content in image.contents}
-        digests = {content.digest for content in wanted.values() if content.digest}
+        # Several images may share a blob: by its digest, or by its place in the archive.
+        wanted = {blob.key: blob for image in found for blob in image.blobs}
+        digests = {blob.digest for blob in wanted.values() if blob.digest}
         roots: list[tuple[Digest, str]] = []
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
@@ -978,17 +978,17 @@ class Cache:
 
     def _receive(
         self,
-        wanted: dict[object, archive.Content],
+        wanted: dict[object, archive.ArchivedBlob],
         hold: Hold,
         received: dict[object, Received],
         progress: Progress | None,
         *,
         link: bool,
     ) -> None:
-        """Receive an archive's contents, several at once; what is held is verified only."""
+        """Receive an archive's blobs, several at once; what is held is verified only."""
         from cachedb import archive, files
 
-        def receive_linked(content: archive.Content, digest: Digest, path: Path, add: Advance) -> Received:
+        def receive_linked(blob: archive.ArchivedBlob, digest: Digest, path: Path, add: Advance) -> Received:
             with os_errors("read the archive"), files.descriptor(path) as file:
                 return blobs.receive_linked(
                     self._session,
@@ -996,38 +996,38 @@ class Cache:
                     file,
                     str(path),
                     digest=digest,
-                    size=content.size,
+                    size=blob.size,
                     progress=add,
-                    what=content.what,
+                    what=blob.what,
                 )
 
-        def receive(content: archive.Content, add: Advance) -> None:
-            if link and content.digest and content.section.path and content.digest not in hold.digests:
-                received[content.key] = receive_linked(content, content.digest, content.section.path, add)
+        def receive(blob: archive.ArchivedBlob, add: Advance) -> None:
+            if link and blob.digest and blob.section.path and blob.digest not in hold.digests:
+                received[blob.key] = receive_linked(blob, blob.digest, blob.section.path, add)
                 return
-            diff_id = archive.DiffId(*content.diff_id, content.what) if content.diff_id else None
-            received[content.key] = blobs.receive(
+            diff_id = archive.DiffId(*blob.diff_id, blob.what) if blob.diff_id else None
+            received[blob.key] = blobs.receive(
                 self._session,
-                content.section.again(),
-                digest=content.digest,
-                size=content.size,
-                write=content.digest not in hold.digests,
+                blob.section.again(),
+                digest=blob.digest,
+                size=blob.size,
+                write=blob.digest not in hold.digests,
                 also=diff_id,
                 progress=add,
-                what=content.what,
+                what=blob.what,
             )
             if diff_id:
                 diff_id.check()
 
         # The large ones first, so that all threads come to their end together.
-        order = sorted(wanted.values(), key=lambda content: -content.size)
-        in_threads(receive, order, summed(sum(content.size for content in order), progress))
+        order = sorted(wanted.values(), key=lambda blob: -blob.size)
+        in_threads(receive, order, summed(sum(blob.size for blob in order), progress))
 
     def _root(self, image: archive.ArchivedImage, received: dict[object, Received]) -> tuple[Digest, str]:
         """Return an image's manifest; for one that came without, make it and put it among the received."""
         if image.root:
             return image.root.digest, image.root.media_type
-        manifest = image.manifest([received[content.key].digest for content in image.contents])
+        manifest = image.manifest([received[blob.key].digest for blob in image.blobs])
         made = blobs.receive(self._session, io.BytesIO(manifest))
         # Two names for one image may stand apart in the archive, and then its manifest is made twice.
         received[made.path] = made

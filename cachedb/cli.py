@@ -9,7 +9,7 @@ import gc as gc_
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cachedb.cache import Cache, Progress
     from cachedb.collection import Collected
     from cachedb.holds import HoldInfo
-    from cachedb.images import ImageInfo
+    from cachedb.images import ImageInfo, PlatformInfo
     from cachedb.parallel import BlobProgress
     from cachedb.push import Pushed
     from cachedb.rebuild import Restored
@@ -82,9 +82,7 @@ def main() -> NoReturn:
         _fail(error.format_message(), 1)
     except NotInCache as error:
         _fail(str(error), 3)
-    except (InvalidName, InvalidDigest, InvalidRevision) as error:
-        _fail(str(error), 2)
-    except InvalidQuery as error:
+    except (InvalidName, InvalidDigest, InvalidRevision, InvalidQuery) as error:
         _fail(str(error), 2)
     except CacheError as error:
         _fail(str(error), 1)
@@ -122,6 +120,12 @@ def _examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def _directory() -> Path:
+    from cachedb.directory import chosen
+
+    return chosen(click.get_current_context().find_root().params["directory"])
+
+
 @contextmanager
 def _opened(*, damaged: bool = False, existing: bool = False) -> Iterator[Cache]:
     import logging
@@ -134,29 +138,23 @@ def _opened(*, damaged: bool = False, existing: bool = False) -> Iterator[Cache]
     gc_.enable()
     # SQLAlchemy logs an interrupt that comes while it closes a connection, with a traceback, and raises it as well.
     logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
-    with Cache.open(click.get_current_context().find_root().params["directory"], damaged=damaged) as cache:
+    with Cache.open(_directory(), damaged=damaged) as cache:
         yield cache
 
 
 # Parameters
 
 
-class _Name(_Parameter):
-    name = "name"
+class _InCache(_Parameter):
+    """What a shell completes to the names in the cache, or the digests, or both."""
+
+    def __init__(self, name: str, *, names: bool = False, digests: bool = False) -> None:
+        self.name, self._names, self._digests = name, names, digests
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from cachedb.completion import candidates
 
-        return candidates(ctx, incomplete, names=True, digests=False)
-
-
-class _Digest(_Parameter):
-    name = "digest"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from cachedb.completion import candidates
-
-        return candidates(ctx, incomplete, names=False, digests=True)
+        return candidates(ctx, incomplete, names=self._names, digests=self._digests)
 
 
 class _Held(_Parameter):
@@ -168,15 +166,9 @@ class _Held(_Parameter):
         return held(ctx, incomplete)
 
 
-class _NameOrDigest(_Parameter):
-    name = "name or digest"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from cachedb.completion import candidates
-
-        return candidates(ctx, incomplete, names=True, digests=True)
-
-
+_NAME = _InCache("name", names=True)
+_DIGEST = _InCache("digest", digests=True)
+_NAME_OR_DIGEST = _InCache("name or digest", names=True, digests=True)
 _format = click.option(
     "--format",
     "form",
@@ -327,7 +319,7 @@ def cli(directory: str | None) -> None:
     ),
 )
 @click.argument("source", type=click.Path())
-@click.argument("name", required=False, type=_Name())
+@click.argument("name", required=False, type=_NAME)
 @click.option("--link", is_flag=True, help="Make hard links to a layout's files; nobody may write to them then.")
 @_format
 @_quiet("the images' names")
@@ -355,7 +347,7 @@ def import_(source: str, name: str | None, link: bool, form: str, quiet: bool) -
         "cachedb pull --referrers ghcr.io/team/app:1",
     )
 )
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_Name())
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_NAME)
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Of an image that has several.  [default: the host's]")
 @click.option("--all-platforms", is_flag=True, help="Bring all platforms of an image.")
 @click.option("--if-missing", is_flag=True, help="Ask no registry for an image that is here and complete.")
@@ -436,8 +428,8 @@ def pull(
         "cachedb push --all-tags app localhost:5000/app",
     )
 )
-@click.argument("name", type=_Name())
-@click.argument("target", required=False, type=_Name())
+@click.argument("name", type=_NAME)
+@click.argument("target", required=False, type=_NAME)
 @click.option("-a", "--all-tags", is_flag=True, help="Push all tags of NAME, a repository, to TARGET, another.")
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Push one platform of an image that has several.")
 @_plain_http
@@ -551,7 +543,7 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
         "cachedb export --format oci-dir --link app:1 layout/",
     )
 )
-@click.argument("name", type=_Name())
+@click.argument("name", type=_NAME)
 @click.argument("destination", metavar="DEST", type=click.Path())
 @click.option(
     "--format",
@@ -596,7 +588,7 @@ def ls(form: str, quiet: bool) -> None:
 
 
 @cli.command(epilog=_examples("cachedb show app:1", "cachedb show --format json app:1"))
-@click.argument("name", type=_Name())
+@click.argument("name", type=_NAME)
 @_format
 @_quiet("the blobs' digests")
 def show(name: str, form: str, quiet: bool) -> None:
@@ -613,24 +605,8 @@ def show(name: str, form: str, quiet: bool) -> None:
     else:
         _print_images([image], form, quiet=False)
         click.echo()
-        created = f"{image.created:%Y-%m-%d %H:%M:%S} UTC" if image.created else ""
-        said = [("platform", image.platform), ("built", created), ("author", image.author or "")]
-        said += [("label", f"{key}={value}") for key, value in labels.items()]
-        if said := [(what, value) for what, value in said if value]:
-            print_table(("CONFIG", "SAYS"), said)
-            click.echo()
-        if platforms:
-            here = {blob.digest for blob in blobs if blob.stored}
-            states = [
-                "complete" if child.complete else "incomplete" if child.digest in here else "not here"
-                for child in platforms
-            ]
-            lines = [
-                (child.platform or "-", short(child.digest), state)
-                for child, state in zip(platforms, states, strict=True)
-            ]
-            print_table(("PLATFORM", "DIGEST", "STATE"), lines)
-            click.echo()
+        _print_config(image, labels)
+        _print_platforms(platforms, {blob.digest for blob in blobs if blob.stored})
         rows = (
             (
                 str(blob.position),
@@ -646,8 +622,31 @@ def show(name: str, form: str, quiet: bool) -> None:
         print_table(("#", "ROLE", "DIGEST", "SIZE", "STATE", "MEDIA TYPE", "CREATED BY"), rows, right=("#", "SIZE"))
 
 
+def _print_config(image: ImageInfo, labels: dict[str, str]) -> None:
+    created = f"{image.created:%Y-%m-%d %H:%M:%S} UTC" if image.created else ""
+    said = [("platform", image.platform), ("built", created), ("author", image.author or "")]
+    said += [("label", f"{key}={value}") for key, value in labels.items()]
+    if said := [(what, value) for what, value in said if value]:
+        print_table(("CONFIG", "SAYS"), said)
+        click.echo()
+
+
+def _print_platforms(platforms: list[PlatformInfo], here: Container[str]) -> None:
+    rows = [
+        (
+            child.platform or "-",
+            short(child.digest),
+            "complete" if child.complete else "incomplete" if child.digest in here else "not here",
+        )
+        for child in platforms
+    ]
+    if rows:
+        print_table(("PLATFORM", "DIGEST", "STATE"), rows)
+        click.echo()
+
+
 @cli.command(epilog=_examples("cachedb manifest app:1 | jq .layers"))
-@click.argument("name", type=_Name())
+@click.argument("name", type=_NAME)
 def manifest(name: str) -> None:
     """Print the exact bytes of an image's manifest or index."""
     with _opened() as cache:
@@ -656,7 +655,7 @@ def manifest(name: str) -> None:
 
 
 @cli.command(epilog=_examples("cachedb exists app:1 || cachedb import app.tar"))
-@click.argument("name", metavar="NAME|DIGEST", type=_NameOrDigest())
+@click.argument("name", metavar="NAME|DIGEST", type=_NAME_OR_DIGEST)
 def exists(name: str) -> None:
     """Say by the exit code whether an image is here with all its blobs, or a blob is: 0 if so, 3 if not."""
     with _opened() as cache:
@@ -669,8 +668,8 @@ def exists(name: str) -> None:
 
 
 @cli.command(epilog=_examples("cachedb tag app:1 app:stable"))
-@click.argument("source", type=_Name())
-@click.argument("target", type=_Name())
+@click.argument("source", type=_NAME)
+@click.argument("target", type=_NAME)
 def tag(source: str, target: str) -> None:
     """Give an image a second name; what TARGET pointed to before is let go."""
     with _opened() as cache:
@@ -678,7 +677,7 @@ def tag(source: str, target: str) -> None:
 
 
 @cli.command(epilog=_examples("cachedb rm app:1", "cachedb rm --dry-run app:1 app:2"))
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_Name())
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=_NAME)
 @_dry_run
 @_format
 @_quiet("the removed images' names")
@@ -751,7 +750,7 @@ class _Duration(_Parameter):
 
 
 @cli.command(epilog=_examples("cachedb hold app:1 --for 2h", "cachedb hold app:1", "cachedb release app:1"))
-@click.argument("names", metavar="NAME|DIGEST...", nargs=-1, required=True, type=_NameOrDigest())
+@click.argument("names", metavar="NAME|DIGEST...", nargs=-1, required=True, type=_NAME_OR_DIGEST)
 @click.option(
     "--for", "seconds", metavar="TIME", type=_Duration(), help="Such as 30m, 2h or 7d.  [default: until released]"
 )
@@ -792,7 +791,7 @@ def release(names: tuple[str, ...]) -> None:
     context_settings={"allow_interspersed_args": False},
     epilog=_examples("cachedb produce app:1 -- sh -c 'docker save app:1 | cachedb import -'"),
 )
-@click.argument("name", type=_Name())
+@click.argument("name", type=_NAME)
 @click.argument("command", metavar="COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
 def produce(name: str, command: tuple[str, ...]) -> None:
     """Run a command that brings an image into the cache, unless it is there and complete.
@@ -803,16 +802,23 @@ def produce(name: str, command: tuple[str, ...]) -> None:
     """
     import subprocess
 
+    from cachedb.reference import Name
+
     command = command[command[0] == "--" :]
     if not command:
         raise click.UsageError("name the command to run")
-    if name in os.environ.get("CACHEDB_PRODUCING", "").split():
+    making = os.environ.get("CACHEDB_PRODUCING", "").split("\n")
+    wanted = f"{Name.parse(name)} in {os.path.realpath(_directory())}"  # however both were written
+    if wanted in making:
         raise CacheError(f"{name} is being made by a command that has begun this one, which would wait for itself")
     with _opened() as cache, cache.producing(name) as image:
         if image is not None:
             return
-        making = f"{os.environ.get('CACHEDB_PRODUCING', '')} {name}"
-        environment = {**os.environ, "CACHEDB_DIR": str(cache.directory), "CACHEDB_PRODUCING": making}
+        environment = {
+            **os.environ,
+            "CACHEDB_DIR": str(cache.directory),
+            "CACHEDB_PRODUCING": "\n".join([*making, wanted]),
+        }
         try:
             process = subprocess.Popen(command, env=environment)  # noqa: S603 - it is the user's
         except OSError as error:
@@ -996,44 +1002,48 @@ def report(
     lines that say what it answers, and for each :parameter of its query a line "-- :parameter", or one with its
     default, "-- :parameter default". A table has sizes for people, all else bytes. It runs at the lowest priority.
     """
-    from cachedb.report import load, reports
-
     if sum(map(bool, (name, list_, file))) != 1:
         raise click.UsageError("name a report, or use --list, or --html")
     if not name and (parameters or seconds is not None):
         raise click.UsageError("-p and --timeout are for a report that has a name")
     if file:
-        with _opened(existing=True) as cache, _giving_way():
-            page = cache.get_html_report()
-        try:
-            if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):
-                _replace(file, page)
-            else:  # a device, a fifo or stdout is written to, and not replaced
-                with click.open_file(file, "w", encoding="utf-8") as opened:
-                    opened.write(page)
-        except OSError as error:
-            error.filename = None  # it may be that of the file which was to replace it
-            raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
+        _write_page(file)
+    elif list_:
+        _list_reports(form)
+    else:
+        from cachedb.report import load
+
+        chosen = load(name or "")
+        _ask(chosen.query, chosen.values(parameters), form, seconds, sizes=True)
+
+
+def _write_page(file: str) -> None:
+    with _opened(existing=True) as cache, _giving_way():
+        page = cache.get_html_report()
+    try:
+        if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):
+            _replace(file, page)
+        else:  # a device, a fifo or stdout is written to, and not replaced
+            with click.open_file(file, "w", encoding="utf-8") as opened:
+                opened.write(page)
+    except OSError as error:
+        error.filename = None  # it may be that of the file which was to replace it
+        raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
+
+
+def _list_reports(form: str) -> None:
+    from cachedb.report import reports
+
+    found = reports()
+    if form == "table":
+        said = [(one.name, " ".join(one.wanted()), one.description) for one in found]
+        print_table(("REPORT", "PARAMETERS", "WHAT IT SAYS"), said)
         return
-    if list_:
-        found = reports()
-        if form == "table":
-            rows = [(one.name, " ".join(one.wanted()), one.description) for one in found]
-            print_table(("REPORT", "PARAMETERS", "WHAT IT SAYS"), rows)
-        else:
-            columns = ("report", "description", "parameters", "path")
-            nested = form in ("json", "ndjson")
-            print_rows(
-                columns,
-                [
-                    (one.name, one.description, one.parameters if nested else " ".join(one.wanted()), one.path)
-                    for one in found
-                ],
-                form,
-            )
-        return
-    chosen = load(name or "")
-    _ask(chosen.query, chosen.values(parameters), form, seconds, sizes=True)
+    nested = form in ("json", "ndjson")
+    rows = [
+        (one.name, one.description, one.parameters if nested else " ".join(one.wanted()), one.path) for one in found
+    ]
+    print_rows(("report", "description", "parameters", "path"), rows, form)
 
 
 def _replace(file: str, text: str) -> None:
@@ -1102,12 +1112,6 @@ def df(verbose: bool, form: str) -> None:
 @cli.group()
 def db() -> None:
     """Look at the index's schema, upgrade it, back it up and restore it."""
-
-
-def _directory() -> Path:
-    from cachedb.directory import chosen
-
-    return chosen(click.get_current_context().find_root().params["directory"])
 
 
 @contextmanager
@@ -1322,7 +1326,7 @@ def blob_add(file: str, digest: str | None, algorithm: str) -> None:
 
 
 @blob.command("cat", epilog=_examples("cachedb blob cat sha256:9f86d081884c... | tar t"))
-@click.argument("digest", type=_Digest())
+@click.argument("digest", type=_DIGEST)
 def blob_cat(digest: str) -> None:
     """Write a blob's content to stdout."""
     import shutil
@@ -1332,7 +1336,7 @@ def blob_cat(digest: str) -> None:
 
 
 @blob.command("path", epilog=_examples('tar tf "$(cachedb blob path sha256:9f86d081884c...)"'))
-@click.argument("digest", type=_Digest())
+@click.argument("digest", type=_DIGEST)
 def blob_path(digest: str) -> None:
     """Print the path of a blob's file, to be read only; it is valid until the blob is collected."""
     with _opened() as cache:

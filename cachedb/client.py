@@ -31,12 +31,10 @@ from urllib3.util import Timeout, make_headers, parse_url
 
 from cachedb import credentials
 from cachedb.errors import CacheError, RegistryError, RegistryUnavailable
+from cachedb.receiving import CHUNK
 from cachedb.reference import shorten
 
-__all__ = ["CHUNK", "TRIES", "Client", "Place", "finished", "plain", "read"]
-
-CHUNK: Final = 1024 * 1024
-"""Bytes that are read at once."""
+__all__ = ["TRIES", "Client", "Place", "finished", "plain", "read", "with_query"]
 
 TRIES: Final = 5
 """How often something is tried that may succeed yet."""
@@ -285,7 +283,7 @@ class Client:
             body = urlencode({**form, "refresh_token": login.identity_token})
             headers["Content-Type"] = "application/x-www-form-urlencoded"
         else:
-            realm = f"{realm}{'&' if '?' in realm else '?'}{urlencode(asked)}"
+            realm = with_query(realm, asked)
             if login:
                 headers["Authorization"] = _basic(login)
         what = f"a token for {self.place.repository}"
@@ -394,6 +392,11 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
         raise RegistryError("a registry sends us to what is no URL") from None
     scheme = parts.scheme or ""
     return scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(scheme)
+
+
+def with_query(url: str, values: Mapping[str, str]) -> str:
+    """Return a URL with these values in its query, behind those that it has."""
+    return f"{url}{'&' if '?' in url else '?'}{urlencode(values)}"
 
 
 def _basic(login: credentials.Credentials) -> str:

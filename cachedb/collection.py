@@ -33,8 +33,8 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import ReturningDelete
 
 from cachedb import holds, partial, producing
-from cachedb.blobs import BATCH, batched, retract, stored
-from cachedb.database import Database, sync_folder
+from cachedb.blobs import retract, stored
+from cachedb.database import BATCH, Database, batched, sync_folder
 from cachedb.directory import blob_file
 from cachedb.errors import os_errors
 from cachedb.reference import Digest
@@ -128,11 +128,11 @@ def collect(database: Database, *, batch: int = _LARGE_BATCH) -> Iterator[Collec
     recover(database)
     partial.sweep(database.directory)
     with database.read() as connection:
-        candidates = list(connection.execute(_candidates()).scalars())
+        candidates = connection.execute(_candidates()).scalars().all()
     with _unlinking(database.directory) as unlink:
-        for start in range(0, len(candidates), batch):
+        for blob_ids in batched(candidates, batch):
             with database.write() as connection:
-                part = forget(connection, candidates[start : start + batch])
+                part = forget(connection, blob_ids)
             yield part
             _move_out(database)
             unlink()  # now, so that a large collection gives back space as it goes

@@ -7,7 +7,6 @@ what the configs of all its platforms agree on.
 from __future__ import annotations
 
 import errno
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from sqlalchemy import Connection, Delete, Insert, Select, Update, bindparam, de
 from cachedb import reading
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, os_errors
 from cachedb.oci import CONFIG_TYPES, DOCUMENT_LIMIT, ImageConfig, parse_config
-from cachedb.reference import Digest, split_digest
+from cachedb.reference import Digest, digest_of
 from cachedb.tables import BACKFILLS, BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGES, TEXT_LIMIT
 
 __all__ = [
@@ -210,9 +209,11 @@ def _contents_of() -> Select[*tuple[Any, ...]]:
         BLOBS.c.id,
         BLOBS.c.digest,
         BLOBS.c.size,
+        BLOBS.c.stored_at.is_not(None),
+        IMAGE_BLOBS.c.diff_id,
+        IMAGE_BLOBS.c.created_by,
     )
-    said = (IMAGE_BLOBS.c.diff_id, IMAGE_BLOBS.c.created_by)
-    joined = select(*columns, BLOBS.c.stored_at.is_not(None), *said).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+    joined = select(*columns).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
     return joined.where(IMAGE_BLOBS.c.image_id == bindparam("of")).order_by(IMAGE_BLOBS.c.position)
 
 
@@ -273,8 +274,7 @@ def _read(directory: Path, digest: Digest) -> ImageConfig | CacheError:
     try:
         with reading.open_blob(directory, digest) as file, os_errors("read a config"):
             data = file.read(DOCUMENT_LIMIT + 1)
-        algorithm, encoded = split_digest(digest)
-        if len(data) <= DOCUMENT_LIMIT and hashlib.new(algorithm, data).hexdigest() != encoded:
+        if len(data) <= DOCUMENT_LIMIT and digest_of(data, digest) != digest:
             return DigestMismatch("its file has another content: run `cachedb verify`")
         return parse_config(data, TEXT_LIMIT)
     except CacheError as error:

@@ -17,7 +17,7 @@ import fcntl
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -33,10 +33,11 @@ from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, 
 from cachedb.mounts import refuse_shared
 from cachedb.tables import METADATA, REVISION
 
-__all__ = ["Database", "is_full", "quarantine_path", "sync_folder"]
+__all__ = ["BATCH", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
 
 T = TypeVar("T")
 
+BATCH = 500  # values in one statement, of which SQLite takes so many
 APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
 FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
 _OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "reserve", "lost+found"}
@@ -60,7 +61,8 @@ def sync_folder(folder: Path | str) -> None:
         os.close(descriptor)
 
 
-def _sync(file: Path) -> None:
+def sync_file(file: Path) -> None:
+    """Make what a file has survive a power cut."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,6 +87,13 @@ def quarantine_path(directory: Path, name: str, *, beside: tuple[str, ...] = ())
         number += 1
         path = folder / f"{name}.{number}"
     return path
+
+
+def batched(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
+    """Divide items into lists of as many as one statement may name, or as are given."""
+    rest = list(items)
+    for start in range(0, len(rest), size):
+        yield rest[start : start + size]
 
 
 class Database:
@@ -175,7 +184,7 @@ class Database:
             if found:
                 shutil.copyfile(self.path, old)
                 old.chmod(0o600)
-                _sync(old)
+                sync_file(old)
             # SQLite would apply a WAL that it finds to whatever database lies beside it.
             if wal.exists():
                 kept = old.with_name(f"{old.name}-wal")

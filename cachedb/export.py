@@ -25,7 +25,7 @@ from cachedb.errors import CacheError, NotInCache, os_errors
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance
 from cachedb.reading import open_blob
-from cachedb.receiving import WRITTEN_BACK, write_back
+from cachedb.receiving import CHUNK, WRITTEN_BACK, write_back
 from cachedb.reference import Digest, Name, digest_of, shorten, split_digest
 
 __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "without_absent", "write_folder", "write_tar"]
@@ -268,7 +268,7 @@ def _copy_some(source: int, stream: BinaryIO, count: int) -> int:
                 return copied
         with suppress(OSError):
             return os.sendfile(stream.fileno(), source, None, count)
-    chunk = os.read(source, min(count, 1024 * 1024))
+    chunk = os.read(source, min(count, CHUNK))
     _write(stream, chunk)
     return len(chunk)
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 from cachedb import tar
 from cachedb.errors import InvalidArchive, os_errors
+from cachedb.receiving import CHUNK
 from cachedb.reference import shorten
 
 __all__ = ["MAGIC_LENGTH", "Decompressor", "Files", "Section", "compression_of", "descriptor", "open_files"]
@@ -26,7 +27,6 @@ _MEMBERS_LIMIT = 100_000
 _NAME_LIMIT = 4096  # bytes, a path's limit on Linux
 _LINKS_LIMIT = 40  # links followed from one name, as many as Linux follows
 _SLICE = 64 * 1024  # bytes that a decompressor is given at a time, of which it may hand most back
-_PART = 1024 * 1024  # bytes that are decompressed at a time
 _MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
 # Longer than "BZh", with which a file's name can begin, and so an uncompressed layer.
 _MAGIC.update({b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)})
@@ -210,7 +210,7 @@ def _is_regular(file: BinaryIO) -> bool:
 
 def _copy_decompressed(source: BinaryIO, target: RawIOBase) -> None:
     chunk = b""
-    while len(chunk) < MAGIC_LENGTH and (more := source.read(1024 * 1024)):
+    while len(chunk) < MAGIC_LENGTH and (more := source.read(CHUNK)):
         chunk += more  # a pipe may give a few bytes at first
     compression = compression_of(chunk)
     unpack = Decompressor(compression) if compression else None
@@ -221,7 +221,7 @@ def _copy_decompressed(source: BinaryIO, target: RawIOBase) -> None:
             view = memoryview(part)
             while view:
                 view = view[target.write(view) :]
-        chunk = source.read(1024 * 1024)
+        chunk = source.read(CHUNK)
     if unpack and not unpack.ended:
         raise InvalidArchive(f"the {compression} compressed archive is cut short")
 
@@ -256,12 +256,12 @@ class Decompressor:
                     if not pending.lstrip(b"\0"):  # tapes and tools pad with zeros
                         return
                     self._stream, self.ended = self._begin(), False
-                part = self._stream.decompress(pending, _PART)
+                part = self._stream.decompress(pending, CHUNK)
                 self.ended = self._stream.eof
                 pending = self._stream.unused_data if self.ended else self._unconsumed()
                 if part:
                     yield part
-                if not self.ended and not pending and len(part) < _PART:
+                if not self.ended and not pending and len(part) < CHUNK:
                     return
         except InvalidArchive:
             raise

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select
 
+from cachedb.database import batched
 from cachedb.errors import CacheError, NotInCache
 from cachedb.reference import Digest, shorten
 from cachedb.tables import BLOBS, HOLDS, LEASES
@@ -21,7 +22,6 @@ from cachedb.tables import BLOBS, HOLDS, LEASES
 __all__ = ["HoldInfo", "add", "forget", "holds", "is_id", "lapsed", "release"]
 
 _LIMIT = timedelta(days=36_525)
-_BATCH = 500  # ids in one statement, of which SQLite takes so many
 
 
 class HoldInfo(NamedTuple):
@@ -104,9 +104,7 @@ def lapsed(connection: Connection) -> set[str]:
 
 def forget(connection: Connection, sessions: Iterable[str]) -> None:
     """Delete the leases of sessions and holds, and the holds."""
-    gone = list(sessions)
-    for start in range(0, len(gone), _BATCH):
-        part = gone[start : start + _BATCH]
+    for part in batched(sessions):
         connection.execute(delete(LEASES).where(LEASES.c.session.in_(part)))
         connection.execute(delete(HOLDS).where(HOLDS.c.id.in_(part)))
 

@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import ReturningInsert
 
 from cachedb import blobs, configs, oci, reading
-from cachedb.database import Database
+from cachedb.database import Database, batched
 from cachedb.directory import blob_path
 from cachedb.errors import (
     CacheError,
@@ -48,7 +48,6 @@ from cachedb.oci import (
     descriptors,
     is_compressed,
     manifest_media_type,
-    role_of,
 )
 from cachedb.receiving import discard
 from cachedb.reference import Digest, Name
@@ -69,6 +68,7 @@ __all__ = [
     "closure",
     "count_incomplete",
     "find",
+    "give_up",
     "image",
     "image_blobs",
     "images",
@@ -205,6 +205,10 @@ class Found(NamedTuple):
     media_type: str
 
 
+_FOUND = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type)
+"""The columns of a `Found`."""
+
+
 def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
     """Return an image's row. A digest also finds what a tag of the same repository points to, unless ``exact``.
 
@@ -231,7 +235,7 @@ def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, Fou
     """Return the rows of those of the images that are there."""
     wanted = set(names)
     found: dict[Name, Found] = {}
-    for part in blobs.batched(wanted):
+    for part in batched(wanted):
         values = {
             "repositories": list({name.repository for name in part}),
             "references": list({name.reference for name in part}),
@@ -315,8 +319,7 @@ def image(connection: Connection, directory: Path, image_id: int) -> tuple[Image
 
 @cache
 def _of_repository() -> Select[*tuple[Any, ...]]:
-    columns = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type)
-    joined = select(*columns).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
+    joined = select(*_FOUND).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
     return joined.where(IMAGES.c.repository == bindparam("repository"))
 
 
@@ -327,14 +330,7 @@ def _named() -> Select[*tuple[Any, ...]]:
 
 @cache
 def _all_named() -> Select[*tuple[Any, ...]]:
-    columns = (
-        IMAGES.c.repository,
-        IMAGES.c.reference,
-        IMAGES.c.id,
-        IMAGES.c.manifest_id,
-        BLOBS.c.digest,
-        IMAGES.c.media_type,
-    )
+    columns = (IMAGES.c.repository, IMAGES.c.reference, *_FOUND)
     # More than is wanted: SQLite finds pairs among others only by a look at each row.
     repositories = IMAGES.c.repository.in_(bindparam("repositories", expanding=True))
     references = IMAGES.c.reference.in_(bindparam("references", expanding=True))
@@ -433,10 +429,10 @@ def _contents() -> Select[*tuple[Any, ...]]:
         IMAGE_BLOBS.c.media_type,
         IMAGE_BLOBS.c.position,
         BLOBS.c.stored_at.is_not(None),
+        IMAGE_BLOBS.c.diff_id,
+        IMAGE_BLOBS.c.created_by,
     )
-    joined = select(*columns, IMAGE_BLOBS.c.diff_id, IMAGE_BLOBS.c.created_by).join(
-        BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id
-    )
+    joined = select(*columns).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
     return joined.order_by(IMAGE_BLOBS.c.position)
 
 
@@ -523,8 +519,7 @@ def bring(
             session.release(connection, hold)
             return result
     except BaseException:
-        with suppress(CacheError):  # where that fails, it goes with the session
-            let_go(database, session, hold)
+        give_up(database, session, hold)
         raise
 
 
@@ -533,6 +528,12 @@ def let_go(database: Database, session: Session, hold: Hold) -> None:
     if hold.digests:
         with database.write() as connection:
             session.release(connection, hold)
+
+
+def give_up(database: Database, session: Session, hold: Hold) -> None:
+    """Release a hold after an error, of which is to be told; where that fails, it goes with the session."""
+    with suppress(CacheError):
+        let_go(database, session, hold)
 
 
 def associate_waiting(connection: Connection, directory: Path, digests: list[Digest]) -> None:
@@ -577,7 +578,7 @@ def _as_it_is(connection: Connection, directory: Path, root: Descriptor) -> Desc
             return root
         media_type = manifest_media_type(data)
         descriptors(data, media_type)
-        return root._replace(media_type=media_type, role=role_of(media_type))
+        return oci.root(root.digest, root.size, media_type)
     return root
 
 
@@ -585,13 +586,13 @@ def root_of(connection: Connection, image_id: int) -> Descriptor:
     """Return the manifest or index that an image points to."""
     query = select(BLOBS.c.digest, BLOBS.c.size, IMAGES.c.media_type).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
     row = connection.execute(query.where(IMAGES.c.id == image_id)).one()
-    return Descriptor(Digest(row.digest), row.size, row.media_type, role_of(row.media_type))
+    return oci.root(Digest(row.digest), row.size, row.media_type)
 
 
 def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
     """Return the images that have one of these as a child manifest, or as a config."""
     found: set[int] = set()
-    for part in blobs.batched(digests):
+    for part in batched(digests):
         found.update(connection.execute(_waiting_for(), {"digests": part}).scalars())
     return sorted(found)
 
@@ -618,7 +619,7 @@ def save(
     if name.digest not in (None, digest):
         raise InvalidName(f"{name} cannot be the name of {digest}: its digest is another")
     known = _rows(connection, [digest])
-    root = Descriptor(digest, known[digest].size, media_type, role_of(media_type))
+    root = oci.root(digest, known[digest].size, media_type)
     found = closure(connection, directory, root, choose, known=known)
     _complete(connection, found, known)
     image_id, new = _point(connection, name, known[digest].id, media_type, 1 if choose else None)
@@ -641,7 +642,7 @@ def save_new(connection: Connection, directory: Path, new: Iterable[NewImage]) -
     known = _rows(connection, {image.digest for image in wanted.values()})
     contents: dict[Name, list[Descriptor]] = {}
     for name, image in wanted.items():
-        root = Descriptor(image.digest, known[image.digest].size, image.media_type, role_of(image.media_type))
+        root = oci.root(image.digest, known[image.digest].size, image.media_type)
         try:
             contents[name] = image.contents or closure(connection, directory, root, known=known)
         except InvalidManifest as error:
@@ -718,8 +719,9 @@ def closure(
 
     Raises:
         InvalidManifest: if a manifest of the closure is invalid, and ``strict``.
+        NotInCache: if the file of one is gone, and ``strict``.
+        StorageError: if it cannot be read, and ``strict``.
     """
-
     rows = {} if known is None else known
 
     def read(blob: Descriptor) -> bytes | None:
@@ -728,11 +730,9 @@ def closure(
         row = rows.get(blob.digest)
         if row is None or not row.stored:
             return None
-        if row.size > DOCUMENT_LIMIT and not strict:
-            return None
-        if row.size > DOCUMENT_LIMIT:
-            raise InvalidManifest(f"manifest {blob.digest} is {row.size} bytes; {DOCUMENT_LIMIT} at most are read")
         try:
+            if row.size > DOCUMENT_LIMIT:
+                raise InvalidManifest(f"manifest {blob.digest} is {row.size} bytes; {DOCUMENT_LIMIT} at most are read")
             with reading.open_blob(directory, blob.digest) as file, os_errors("read a manifest"):
                 data = file.read()
             if not strict:
@@ -749,7 +749,7 @@ def closure(
 def _rows(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, _BlobRow]:
     """Return the rows of those of the blobs that have one."""
     found: dict[Digest, _BlobRow] = {}
-    for part in blobs.batched(digests):
+    for part in batched(digests):
         for digest, *row in connection.execute(_blobs_with(), {"digests": part}):
             found[Digest(digest)] = _BlobRow(*row)
     return found
@@ -833,7 +833,7 @@ def _insert(connection: Connection, wanted: dict[int, list[configs.Association]]
 def restore(connection: Connection, directory: Path, name: Name, saved: SavedImage) -> None:
     """Write an image as another index has it, and associate it with what its manifest reaches, if that is stored."""
     size = next((blob.size for blob in saved.contents if blob.digest == saved.digest), 0)
-    root = Descriptor(saved.digest, size, saved.media_type, role_of(saved.media_type))
+    root = oci.root(saved.digest, size, saved.media_type)
     contents = saved.contents or [root]
     known: dict[Digest, _BlobRow] = {}
     _complete(connection, [root, *contents], known, strict=False)

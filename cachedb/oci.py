@@ -32,6 +32,7 @@ __all__ = [
     "manifest_media_type",
     "parse_config",
     "platform_label",
+    "root",
     "subject_of",
     "walk",
 ]
@@ -220,6 +221,11 @@ def child(value: object, what: str) -> Descriptor:
     child = _descriptor(value, "other", f"an entry of {what}")
     assert isinstance(value, dict)
     return child._replace(role=role_of(child.media_type), platform=platform_label(value.get("platform")))
+
+
+def root(digest: Digest, size: int, media_type: str) -> Descriptor:
+    """Return a manifest or index as a descriptor, without one that names it."""
+    return Descriptor(digest, size, media_type, role_of(media_type))
 
 
 def subject_of(data: bytes) -> Digest | None:

@@ -10,16 +10,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sqlalchemy import Connection, text
 
 from cachedb import usage
 from cachedb.units import cut, human, printable, short
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 __all__ = ["render"]
 
@@ -45,8 +49,6 @@ def render(connection: Connection, directory: Path) -> str:
         connection: in a read transaction, so that all figures are of one moment.
         directory: the cache's, for the title.
     """
-    from jinja2 import Environment, StrictUndefined  # late: it is needed here alone
-
     now = datetime.now(UTC)
     repositories = _rows(connection, "SELECT * FROM repository_usage ORDER BY size DESC, repository")
     age, limits = _age_of("last_used_at", now)
@@ -60,19 +62,7 @@ def render(connection: Connection, directory: Path) -> str:
         **limits,
     )
     totals = _totals(connection, repositories, ages)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters.update(
-        clean=_clean,
-        count=_count,
-        exact=lambda size: f"{size:,} bytes",
-        grouped=lambda number: f"{number:,}",
-        human=human,
-        platform=_platform,
-        policy=_policy,
-        short=short,
-    )
-    template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    return _template().render(
         directory=str(directory),
         now=now,
         ages=_AGES,
@@ -110,6 +100,23 @@ def render(connection: Connection, directory: Path) -> str:
         ),
         repositories=repositories[:_ROWS],
     )
+
+
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined  # late: it is needed here alone
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters.update(
+        clean=_clean,
+        count=_count,
+        exact=lambda size: f"{size:,} bytes",
+        grouped=lambda number: f"{number:,}",
+        human=human,
+        platform=_platform,
+        policy=_policy,
+        short=short,
+    )
+    return environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
 
 
 def _rows(connection: Connection, query: str, **parameters: object) -> Sequence[Row]:
@@ -216,7 +223,27 @@ def _treemap(
     """
     # What is smaller is not read but is the rest of what it is in: so this is quick with millions of blobs.
     least = max(1, totals["stored"] // _TILES)
-    blobs = _rows(
+    blobs = _blob_tiles(connection, least)
+    images = _image_tiles(connection, blobs, ages, least, now)
+    small = [row.unique_size for row in repositories if row.unique_size < least]
+    in_several = totals["unique"] + totals["shared"] - sum(row.unique_size for row in repositories)
+    others = [
+        Tile(_count(len(small), "smaller repository", "smaller repositories"), sum(small), "rest"),
+        Tile("shared by several repositories", in_several, "shared", "each byte once", blobs[("shared",)]),
+        Tile("garbage", totals["garbage"], "garbage", "`cachedb gc` frees it", blobs[("garbage",)]),
+        Tile("held, in no image", totals["held"], "held", "by a hold, or a process at work", blobs[("held",)]),
+    ]
+    for tile in others:
+        _add_rest(tile, "smaller layers, configs and manifests", tile.kind)
+    tiles = _repository_tiles(repositories, blobs, images, ages, least)
+    tiles += [tile for tile in others if tile.size]
+    _lay_out(tiles, _WIDTH, _HEIGHT, _WIDTH * _HEIGHT / max(1, totals["stored"]), 1)
+    return tiles
+
+
+def _blob_tiles(connection: Connection, least: int) -> dict[tuple[str, ...], list[Tile]]:
+    """Return the blobs of at least a size, by what they are in: the kind of that, and the name where it has one."""
+    rows = _rows(
         connection,
         """
         SELECT b.digest, b.size, count(DISTINCT i.id) AS images, count(DISTINCT i.repository) AS repositories,
@@ -229,30 +256,35 @@ def _treemap(
         """,
         least=least,
     )
-    everywhere: list[Tile] = []
-    garbage: list[Tile] = []
-    held: list[Tile] = []
-    of_repository: dict[str, list[Tile]] = {}
-    of_image: dict[tuple[str, str], list[Tile]] = {}
-    for blob in blobs:
+    found: dict[tuple[str, ...], list[Tile]] = defaultdict(list)
+    for blob in rows:
+        place: tuple[str, ...]
+        if blob.images == 1:
+            place = "image", blob.repository, blob.reference
+        elif blob.repositories == 1:
+            place = "inner", blob.repository
+        elif blob.images:
+            place = ("shared",)
+        else:
+            place = ("held" if blob.held else "garbage",)
         where = f"in {blob.images:,} images" if blob.images > 1 else ""
         if blob.repositories > 1:
             where += f" of {blob.repositories:,} repositories"
         detail = "\n".join(filter(None, (_clean(blob.created_by or ""), blob.digest, where)))
-        tile = Tile(_command(blob.created_by) or blob.role or short(blob.digest), blob.size, "", detail)
-        if blob.images == 1:
-            of_image.setdefault((blob.repository, blob.reference), []).append(tile)
-        elif blob.repositories == 1:
-            tile.kind = "inner"
-            of_repository.setdefault(blob.repository, []).append(tile)
-        elif blob.images:
-            tile.kind = "shared"
-            everywhere.append(tile)
-        else:
-            tile.kind = "held" if blob.held else "garbage"
-            (held if blob.held else garbage).append(tile)
+        name = _command(blob.created_by) or blob.role or short(blob.digest)
+        found[place].append(Tile(name, blob.size, place[0], detail))
+    return found
 
-    images: dict[str, list[Tile]] = {}
+
+def _image_tiles(
+    connection: Connection,
+    blobs: dict[tuple[str, ...], list[Tile]],
+    ages: Sequence[Row],
+    least: int,
+    now: datetime,
+) -> dict[str, list[Tile]]:
+    """Return the images with what no other image has, by their repositories; in the colours of their ages."""
+    found: dict[str, list[Tile]] = defaultdict(list)
     for image in _rows(
         connection,
         "SELECT name, repository, reference, unique_size, last_used_at FROM image_usage WHERE unique_size >= :least",
@@ -260,51 +292,47 @@ def _treemap(
     ):
         kind = f"age{_age(image.last_used_at, now)}"
         detail = f"{_clean(image.name)}\nonly in this image\nlast used {image.last_used_at[:10]}"
-        layers = of_image.get((image.repository, image.reference), [])
+        layers = blobs["image", image.repository, image.reference]
         tile = Tile(_clean(image.reference), image.unique_size, kind, detail, layers)
         for layer in tile.inside:
             layer.kind = kind
         _add_rest(tile, "smaller layers, configs and manifests", kind)
-        images.setdefault(image.repository, []).append(tile)
+        found[image.repository].append(tile)
+    for age in ages:
+        kind = f"age{age.age}"
+        drawn = [tile for tile in found[age.repository] if tile.kind == kind]
+        # Many small images together still show how long ago they were used.
+        if (rest := age.unique_size - sum(tile.size for tile in drawn)) >= max(1, least // 4):
+            found[age.repository].append(Tile(_count(age.images - len(drawn), "smaller image"), rest, kind))
+    return found
+
+
+def _repository_tiles(
+    repositories: Sequence[Row],
+    blobs: dict[tuple[str, ...], list[Tile]],
+    images: dict[str, list[Tile]],
+    ages: Sequence[Row],
+    least: int,
+) -> list[Tile]:
+    """Return the repositories of at least a size, with their images and what several of those share."""
     inner = {row.repository: row.unique_size for row in repositories}
     for age in ages:
         inner[age.repository] -= age.unique_size
-        kind = f"age{age.age}"
-        inside = images.setdefault(age.repository, [])
-        drawn = [tile for tile in inside if tile.kind == kind]
-        # Many small images together still show how long ago they were used.
-        if (rest := age.unique_size - sum(tile.size for tile in drawn)) >= max(1, least // 4):
-            inside.append(Tile(_count(age.images - len(drawn), "smaller image"), rest, kind))
-
     tiles: list[Tile] = []
     for repository in repositories:
         name = repository.repository
         if repository.unique_size < least:
             continue  # one tile has all of these
+        inside = images[name]
         if inner[name] >= max(1, least // 4):
-            shared = Tile(
-                "shared in it", inner[name], "inner", "by images of this repository", of_repository.get(name, [])
-            )
+            detail = "by images of this repository"
+            shared = Tile("shared in it", inner[name], "inner", detail, blobs["inner", name])
             _add_rest(shared, "smaller layers", "inner")
-            images[name].append(shared)
+            inside.append(shared)
         detail = f"{_count(repository.images, 'image')}; not in other repositories"
-        tile = Tile(_clean(name), repository.unique_size, "repository", detail, images[name])
+        tile = Tile(_clean(name), repository.unique_size, "repository", detail, inside)
         _add_rest(tile, "smaller images", "rest")
         tiles.append(tile)
-
-    used = totals["unique"] + totals["shared"]
-    in_one = sum(row.unique_size for row in repositories)
-    small = [row.unique_size for row in repositories if row.unique_size < least]
-    others = [
-        Tile(_count(len(small), "smaller repository", "smaller repositories"), sum(small), "rest"),
-        Tile("shared by several repositories", used - in_one, "shared", "each byte once", everywhere),
-        Tile("garbage", totals["garbage"], "garbage", "`cachedb gc` frees it", garbage),
-        Tile("held, in no image", totals["held"], "held", "by a hold, or a process at work", held),
-    ]
-    for tile in others:
-        _add_rest(tile, "smaller layers, configs and manifests", tile.kind)
-    tiles = [tile for tile in (*tiles, *others) if tile.size]
-    _lay_out(tiles, _WIDTH, _HEIGHT, _WIDTH * _HEIGHT / max(1, totals["stored"]), 1)
     return tiles
 
 

@@ -79,7 +79,7 @@ def in_threads(
     rest, guard, stopped = enumerate(items), threading.Lock(), threading.Event()
     done: dict[int, R] = {}
 
-    def told(count: int) -> None:
+    def tell(count: int) -> None:
         if stopped.is_set():
             raise CacheError("it was stopped, for other work beside it failed")
         advance(count)
@@ -92,7 +92,7 @@ def in_threads(
                     number, item = next(rest)
                 except StopIteration:
                     return
-            done[number] = work(item, told)
+            done[number] = work(item, tell)
 
     with ThreadPoolExecutor(max(count, 1)) as pool:
         try:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,20 @@ os.register_at_fork(after_in_child=lambda: _mine.__dict__.clear())  # what its p
 
 def _path(directory: Path, key: str) -> Path:
     return directory / "locks" / f"{hashlib.sha256(key.encode()).hexdigest()}{_SUFFIX}"
+
+
+def _making() -> set[Path]:
+    """Return what this thread has the right to make."""
+    making: set[Path] = _mine.__dict__.setdefault("making", set())
+    return making
+
+
+def _let_go(path: Path, lock: FileIO) -> None:
+    try:
+        with suppress(OSError):  # the next open removes it
+            path.unlink()
+    finally:
+        locks.release(lock)
 
 
 @contextmanager
@@ -48,8 +63,7 @@ def once(
     if found is not None:
         yield found
         return
-    path = _path(directory, key)
-    making: set[Path] = _mine.__dict__.setdefault("making", set())
+    path, making = _path(directory, key), _making()
     if path in making:
         raise CacheError(f"{key} is being made by this thread already, which would wait for itself")
     with os_errors(f"make a lock file for {key}"):
@@ -65,19 +79,14 @@ def once(
     finally:
         making.discard(path)
         if not lock.closed:  # in a forked child it is, and the right is its parent's
-            try:
-                with suppress(OSError):  # the next open removes it
-                    path.unlink()
-            finally:
-                locks.release(lock)
+            _let_go(path, lock)
     yield found
 
 
 @contextmanager
 def unless_made(directory: Path, key: str) -> Iterator[bool]:
     """Give the block whether nobody is making something; nobody begins to in the block then."""
-    path = _path(directory, key)
-    making: set[Path] = _mine.__dict__.setdefault("making", set())  # of this thread, whichever ends the block
+    path, making = _path(directory, key), _making()  # of this thread, whichever ends the block
     lock = locks.acquire(path, wait=False)
     try:
         if lock is not None:
@@ -86,11 +95,7 @@ def unless_made(directory: Path, key: str) -> Iterator[bool]:
     finally:
         if lock is not None:
             making.discard(path)
-            try:
-                with suppress(OSError):
-                    path.unlink()
-            finally:
-                locks.release(lock)
+            _let_go(path, lock)
 
 
 def sweep(directory: Path) -> None:

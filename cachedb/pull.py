@@ -144,16 +144,8 @@ class _Pull:
         return self._source.child(blob, self._stored)
 
     def _bring(self, root: Root) -> Pulled:
-        self._source.documents[root.digest] = root.data
-        top = root.descriptor
-        chosen: set[Digest] = set()
-
-        def choose(children: list[Descriptor]) -> list[Descriptor]:
-            found = self._source.choose(children)
-            chosen.update(child.digest for child in found)
-            return found
-
-        closure = list(oci.walk(top, lambda blob: root.data if blob is top else self._child(blob), choose))
+        closure, chosen = self._closure(root)
+        top = closure[0]
         attached = self._referring(closure) if self._referrers else []
         wanted = {blob.digest: blob for blob in [*closure, *attached]}
 
@@ -192,14 +184,29 @@ class _Pull:
         try:
             info = images.bring(self._database, self._session, wanted, receive, save)
         except BaseException as error:
-            for hold in self._holds:
-                with suppress(CacheError):  # where that fails, it goes with the session
-                    images.let_go(self._database, self._session, hold)
-            if isinstance(error, StorageError) and is_full(error):
-                with suppress(CacheError, OSError):
-                    partial.sweep(self._database.directory, age=0)  # there is more need of the space
+            self._give_up(error)
             raise
         return Pulled(info, len(self._come), sum(self._come.values()), None)
+
+    def _closure(self, root: Root) -> tuple[list[Descriptor], set[Digest]]:
+        """Return what is wanted of an image, its root first, and which children of its indexes were chosen for that."""
+        self._source.documents[root.digest] = root.data
+        top, chosen = root.descriptor, set[Digest]()
+
+        def choose(children: list[Descriptor]) -> list[Descriptor]:
+            found = self._source.choose(children)
+            chosen.update(child.digest for child in found)
+            return found
+
+        return list(oci.walk(top, lambda blob: root.data if blob is top else self._child(blob), choose)), chosen
+
+    def _give_up(self, error: BaseException) -> None:
+        """Let go of what was stored on the way; on a full disk, of what is left of downloads as well."""
+        for hold in self._holds:
+            images.give_up(self._database, self._session, hold)
+        if isinstance(error, StorageError) and is_full(error):
+            with suppress(CacheError, OSError):
+                partial.sweep(self._database.directory, age=0)  # there is more need of the space
 
     def _referring(self, closure: list[Descriptor]) -> list[Descriptor]:
         """Return what refers to the manifests of a closure, and to that in turn: signatures, SBOMs, attestations."""

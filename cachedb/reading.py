@@ -6,8 +6,8 @@ import errno
 import os
 import stat
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from cachedb.directory import blob_file
 from cachedb.errors import CacheError, NotInCache, os_errors
@@ -17,7 +17,7 @@ from cachedb.reference import Digest, digest_of
 __all__ = ["document", "open_blob"]
 
 
-def open_blob(directory: Path, digest: Digest) -> BinaryIO:
+def open_blob(directory: Path, digest: Digest) -> BufferedReader:
     """Open a stored blob's file; the stream stays good even if the blob is collected meanwhile.
 
     Raises:

@@ -18,7 +18,7 @@ from sqlalchemy import Column, Connection, Table, Text, bindparam, delete, func,
 from sqlalchemy.exc import IntegrityError
 
 from cachedb import backups, blobs, images, reading, schema
-from cachedb.database import APPLICATION_ID, Database, is_compatible, is_ours, mismatch, read_revision
+from cachedb.database import APPLICATION_ID, FOLDERS, Database, is_compatible, is_ours, mismatch, read_revision
 from cachedb.errors import (
     CacheError,
     DamagedIndex,
@@ -132,7 +132,7 @@ class Restored(NamedTuple):
 def _take(new: Database, file: Path) -> None:
     """Copy a backup, whatever else its folder has; check that it is one, and bring it to the newest schema."""
     with os_errors("copy the backup"):
-        for folder in ("blobs", "ingest", "trash", "locks", "backups"):
+        for folder in FOLDERS:
             (new.directory / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.copyfile(file, new.path)
         new.path.chmod(0o600)

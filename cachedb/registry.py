@@ -9,12 +9,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, BinaryIO, Final, NamedTuple
-from urllib.parse import urlencode
 
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from cachedb.client import CHUNK, TRIES, Client, Place, finished, plain, read
+from cachedb.client import TRIES, Client, Place, finished, plain, read, with_query
 from cachedb.errors import InvalidDigest, InvalidName, RegistryError, RegistryUnavailable, StorageError, os_errors
 from cachedb.oci import (
     DOCUMENT_LIMIT,
@@ -27,6 +26,7 @@ from cachedb.oci import (
     subject_of,
 )
 from cachedb.parallel import Advance
+from cachedb.receiving import CHUNK
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 
 __all__ = ["Blob", "Fetched", "Repository", "mirrors", "place"]
@@ -39,6 +39,8 @@ _PART = 16 * 1024 * 1024  # bytes of a chunk of an upload
 _SENT = 256 * 1024  # bytes written at once: a slow network has a minute for them
 _REFERRERS = 1000  # that a registry may list for one manifest
 _NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')  # RFC 8288
+_TYPES = MANIFEST_TYPES | INDEX_TYPES
+_ACCEPTED = {"Accept": ", ".join(sorted(_TYPES))}
 _LOOPBACK = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?")
 
 
@@ -130,9 +132,10 @@ class Repository:
         Raises:
             RegistryError: if there is none, or it cannot be had.
         """
-        headers = {"Accept": _accepted()}
         url = self._url(f"manifests/{reference}")
-        with finished(self._client.request("HEAD", url, self._named(reference), headers, good=(200, 405))) as response:
+        with finished(
+            self._client.request("HEAD", url, self._named(reference), _ACCEPTED, good=(200, 405))
+        ) as response:
             return _said_digest(response.headers) if response.status == 200 else None
 
     def manifest(self, reference: str) -> Fetched:
@@ -141,13 +144,12 @@ class Repository:
         Raises:
             RegistryError: if there is none, or it cannot be had.
         """
-        headers = {"Accept": _accepted()}
         with finished(
-            self._client.request("GET", self._url(f"manifests/{reference}"), self._named(reference), headers)
+            self._client.request("GET", self._url(f"manifests/{reference}"), self._named(reference), _ACCEPTED)
         ) as response:
             data = read(response, DOCUMENT_LIMIT, f"manifest {reference} at {self.place.registry}")
-            kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
-            return Fetched(_said_digest(response.headers), kind if kind in _manifest_types() else None, data)
+            media_type = _said_media_type(response.headers)
+            return Fetched(_said_digest(response.headers), media_type if media_type in _TYPES else None, data)
 
     def blob(self, digest: Digest, size: int, offset: int = 0) -> Blob:
         """Return a blob's content from an offset on, as a stream that goes on by itself where it is cut off."""
@@ -188,8 +190,7 @@ class Repository:
             with finished(
                 self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 400, 404, 405))
             ) as response:
-                kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
-                if response.status != 200 or kind != OCI_INDEX:
+                if response.status != 200 or _said_media_type(response.headers) != OCI_INDEX:
                     return descriptors(self._listed(digest), OCI_INDEX, what)
                 found += descriptors(read(response, DOCUMENT_LIMIT, what), OCI_INDEX, what)
                 following = _NEXT.search(response.headers.get("Link", ""))
@@ -212,7 +213,7 @@ class Repository:
         Raises:
             RegistryError: if that cannot be had.
         """
-        headers = {"Accept": _accepted()} if kind == "manifests" else {}
+        headers = _ACCEPTED if kind == "manifests" else {}
         what = f"{kind} of {self.place.repository}"
         with finished(
             self._client.request("HEAD", self._url(f"{kind}/{digest}"), what, headers, good=(200, 404))
@@ -221,7 +222,7 @@ class Repository:
 
     def mount(self, digest: Digest, source: str) -> bool:
         """Have the registry take a blob from another of its repositories ("Mounting a blob"); say whether it did."""
-        url = self._url(f"blobs/uploads/?{urlencode({'mount': digest, 'from': source})}")
+        url = with_query(self._url("blobs/uploads/"), {"mount": digest, "from": source})
         with suppress(RegistryError):  # it may not be ours to read, nor an upload ours to end: then it is sent
             with finished(
                 self._client.request("POST", url, f"blob {digest} of {source}", {}, good=(201, 202))
@@ -257,7 +258,7 @@ class Repository:
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(body.size)}
             if not last:
                 headers["Content-Range"] = f"{sent}-{sent + body.size - 1}"
-            method, url = ("PUT", _with_digest(location, digest)) if last else ("PATCH", location)
+            method, url = ("PUT", with_query(location, {"digest": digest})) if last else ("PATCH", location)
             good = (201 if last else 202, 400, 404, 413, 416)
             try:
                 response = self._client.request(method, url, what, headers, good=good, body=body, failed=failed)
@@ -454,22 +455,14 @@ class _Part:
             self._advance(len(data))
 
 
-def _with_digest(location: str, digest: Digest) -> str:
-    return f"{location}{'&' if '?' in location else '?'}{urlencode({'digest': digest})}"
-
-
 def _tag_of(digest: Digest) -> str:
     """Return the tag of the index that lists a manifest's referrers (distribution specification, same name)."""
     algorithm, encoded = split_digest(digest)
     return f"{algorithm}-{encoded[:64]}"
 
 
-def _manifest_types() -> frozenset[str]:
-    return MANIFEST_TYPES | INDEX_TYPES
-
-
-def _accepted() -> str:
-    return ", ".join(sorted(_manifest_types()))
+def _said_media_type(headers: Mapping[str, str]) -> str:
+    return headers.get("Content-Type", "").partition(";")[0].strip()
 
 
 def _said_digest(headers: Mapping[str, str]) -> Digest | None:

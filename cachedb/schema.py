@@ -13,7 +13,7 @@ import sqlite3
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -174,8 +174,7 @@ def current(directory: Path) -> State:
         NotACache: if the directory is something else.
         DamagedIndex: if the index is damaged.
     """
-    database = Database(directory)
-    try:
+    with closing(Database(directory)) as database:
         revision = database.revision()
         if not revision:
             if error := _lost(database):
@@ -183,8 +182,6 @@ def current(directory: Path) -> State:
             return State(None, REVISION, usable=False, pending=0)
         with database.look() as connection:
             return State(revision, REVISION, usable=is_compatible(connection), pending=_pending(connection))
-    finally:
-        database.close()
 
 
 def history(directory: Path) -> list[Revision]:
@@ -195,9 +192,8 @@ def history(directory: Path) -> list[Revision]:
     """
     from alembic.script import ScriptDirectory
 
-    database = Database(directory)
-    revision = database.revision()
-    database.close()
+    with closing(Database(directory)) as database:
+        revision = database.revision()
     return [
         Revision(script.revision, _one(script.down_revision), script.doc, _oldest(script), script.revision == revision)
         for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()
@@ -222,8 +218,7 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
         SchemaMismatch: if the cache has a newer one.
         StorageError: if the disk is too full, before anything is changed.
     """
-    database = _existing(directory)
-    try:
+    with closing(_existing(directory)) as database:
         target = _resolve(revision)
         found = _known(database, database.revision())
         if found > target:
@@ -233,8 +228,6 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
             )
         before, backup = migrate(database, target, progress)
         return Change(before, target, backup, backfill(database, progress) if target == REVISION else [])
-    finally:
-        database.close()
 
 
 def downgrade(directory: Path, revision: str, *, progress: Progress | None = None) -> Change:
@@ -251,8 +244,7 @@ def downgrade(directory: Path, revision: str, *, progress: Progress | None = Non
         SchemaMismatch: if the cache has an older one, or one that this release does not know.
         StorageError: if the disk is too full, before anything is changed.
     """
-    database = _existing(directory)
-    try:
+    with closing(_existing(directory)) as database:
         found = _known(database, database.revision())
         if found > REVISION:
             raise mismatch(database.directory, found)
@@ -263,8 +255,6 @@ def downgrade(directory: Path, revision: str, *, progress: Progress | None = Non
             )
         before, backup = migrate(database, target, progress, down=True)
         return Change(before, target, backup, [])
-    finally:
-        database.close()
 
 
 def back_up(directory: Path, file: Path | None = None, *, progress: Progress | None = None) -> Path:
@@ -283,8 +273,7 @@ def back_up(directory: Path, file: Path | None = None, *, progress: Progress | N
         CacheError: if the file is there already, or its folder is not, or is one of the cache's and not ``backups/``.
         StorageError: if it cannot be written.
     """
-    database = _existing(directory)
-    try:
+    with closing(_existing(directory)) as database:
         if file is not None:
             file = file.absolute()
             _check_place(database.directory, file)
@@ -293,8 +282,6 @@ def back_up(directory: Path, file: Path | None = None, *, progress: Progress | N
             return backups.back_up(
                 connection, database.directory, revision, path=file, progress=_stage("backing up", progress)
             )
-    finally:
-        database.close()
 
 
 def _check_place(directory: Path, file: Path) -> None:
@@ -323,35 +310,23 @@ def check(directory: Path) -> list[Drift]:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    database = _existing(directory)
-    try:
-        with database.look() as connection:
-            versions = _versions(connection)
-            if REVISION not in versions:
-                raise mismatch(database.directory, read_revision(connection))
-            options = {"compare_type": True, "compare_server_default": True}
-            context = MigrationContext.configure(connection, opts=options)
-            with warnings.catch_warnings():
-                # Of indexes over expressions, which SQLAlchemy does not look at: we do.
-                warnings.simplefilter("ignore", SAWarning)
-                found = list(_described(compare_metadata(context, METADATA)))
-            there, oldest, pending = _objects(connection), read_oldest(connection), _pending(connection)
-    finally:
-        database.close()
+    with closing(_existing(directory)) as database, database.look() as connection:
+        versions = _versions(connection)
+        if REVISION not in versions:
+            raise mismatch(database.directory, read_revision(connection))
+        options = {"compare_type": True, "compare_server_default": True}
+        context = MigrationContext.configure(connection, opts=options)
+        with warnings.catch_warnings():
+            # Of indexes over expressions, which SQLAlchemy does not look at: we do.
+            warnings.simplefilter("ignore", SAWarning)
+            found = list(_described(compare_metadata(context, METADATA)))
+        there, oldest, pending = _objects(connection), read_oldest(connection), _pending(connection)
     engine = create_engine("sqlite://")
     with engine.begin() as connection:
         _run(command.upgrade, connection, REVISION)
         expected, stated = _objects(connection), read_oldest(connection)
     engine.dispose()
-    for kind, name in sorted(expected.keys() | there.keys()):
-        if there.get((kind, name)) == expected.get((kind, name)):
-            continue
-        if (kind, name) not in there:
-            found.append(Drift(kind, name, "it is missing"))
-        elif (kind, name) not in expected:
-            found.append(Drift(kind, name, "no migration makes it"))
-        else:
-            found.append(Drift(kind, name, f"it is defined as {there[kind, name]!r}"))
+    found += _compared(there, expected)
     for version in sorted(versions - {REVISION}):
         found.append(Drift("row", "alembic_version", f"it says {version!r} too"))
     if oldest != stated:
@@ -365,6 +340,16 @@ def _objects(connection: Connection) -> dict[tuple[str, str], str]:
     """Return what SQLite knows by kind and name, each as the SQL that made it, without the layout."""
     query = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
     return {(kind, name): " ".join(str(sql).split()) for kind, name, sql in connection.exec_driver_sql(query)}
+
+
+def _compared(there: dict[tuple[str, str], str], expected: dict[tuple[str, str], str]) -> Iterator[Drift]:
+    for kind, name in sorted(expected.keys() | there.keys()):
+        if (kind, name) not in there:
+            yield Drift(kind, name, "it is missing")
+        elif (kind, name) not in expected:
+            yield Drift(kind, name, "no migration makes it")
+        elif there[kind, name] != expected[kind, name]:
+            yield Drift(kind, name, f"it is defined as {there[kind, name]!r}")
 
 
 def _described(differences: list[Any]) -> Iterator[Drift]:
@@ -462,11 +447,14 @@ def migrate(
     change = command.downgrade if down else command.upgrade
     backup: Path | None = None
 
+    def is_due(found: str) -> bool:
+        # Of many processes that come at once, the first has done it for the others.
+        return target < found if down else found < target
+
     def before(connection: sqlite3.Connection) -> None:
         nonlocal backup
         found = _revision_of(connection)
-        # Of many processes that come at once, the first has done it for the others.
-        if found is None or not (target < found if down else found < target):
+        if found is None or not is_due(found):
             return
         _known(database, found)
         told = _stage("backing up", progress)
@@ -481,7 +469,7 @@ def migrate(
                     raise lost(database.directory)
             elif found != REVISION and _known(database, found) > REVISION and not is_compatible(connection):
                 raise mismatch(database.directory, found)
-            if found is not None and not (target < found if down else found < target):
+            if found is not None and not is_due(found):
                 return found, None
             if found is not None and len(rows := _versions(connection)) > 1:
                 raise SchemaMismatch(f"the table alembic_version has {len(rows)} rows: delete those that are wrong")

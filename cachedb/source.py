@@ -44,7 +44,7 @@ class Root(NamedTuple):
     @property
     def descriptor(self) -> Descriptor:
         """The same as a manifest would name it."""
-        return Descriptor(self.digest, len(self.data), self.media_type, oci.role_of(self.media_type))
+        return oci.root(self.digest, len(self.data), self.media_type)
 
 
 class Source:
@@ -221,42 +221,16 @@ class Source:
         with os_errors("write to the cache"):
             path.parent.mkdir(mode=0o700, exist_ok=True)
 
-        def download(repository: Repository) -> Content:
-            begun = partial.begun(path, blob.size)
-            advance(begun)
-            done = begun
-
-            def count(new: int) -> None:
-                nonlocal done
-                done += new
-                advance(new)
-
-            source = repository.blob(blob.digest, blob.size, begun)
-            try:
-                return receive(
-                    source,
-                    path,
-                    digest=blob.digest,
-                    size=blob.size,
-                    go_on=True,
-                    progress=count,
-                    what=f"blob {blob.digest}",
-                )
-            except (RegistryError, DigestMismatch) as error:
-                advance(-done)  # the next one is asked from the beginning
-                if not done or isinstance(error, DigestMismatch):
-                    discard(path)
-                raise
-            finally:
-                source.close()
+        def ask() -> Content:
+            return self.ask(lambda repository: _download(repository, blob, path, advance))
 
         begun = partial.begun(path, blob.size)
         try:
-            return self.ask(download)
+            return ask()
         except DigestMismatch:
             if not begun:
                 raise
-            return self.ask(download)  # it may have been the part that was here: a power cut can spoil it
+            return ask()  # it may have been the part that was here: a power cut can spoil it
 
     def wait(self, blob: Descriptor, seconds: float) -> int:
         """Wait for another thread or process that downloads a blob; return the bytes of it that are there by then."""
@@ -328,6 +302,29 @@ class Source:
 
     def _has_file(self, digest: Digest) -> bool:
         return blob_path(self._directory, digest).exists()
+
+
+def _download(repository: Repository, blob: Descriptor, path: Path, advance: Advance) -> Content:
+    """Download a blob from one repository, or what a file has not yet of it."""
+    done = partial.begun(path, blob.size)
+    advance(done)
+
+    def count(new: int) -> None:
+        nonlocal done
+        done += new
+        advance(new)
+
+    source = repository.blob(blob.digest, blob.size, done)
+    try:
+        what = f"blob {blob.digest}"
+        return receive(source, path, digest=blob.digest, size=blob.size, go_on=True, progress=count, what=what)
+    except (RegistryError, DigestMismatch) as error:
+        advance(-done)  # the next one is asked from the beginning
+        if not done or isinstance(error, DigestMismatch):
+            discard(path)
+        raise
+    finally:
+        source.close()
 
 
 def _verified(blob: Descriptor, data: bytes) -> bytes:

@@ -65,7 +65,7 @@ def members(descriptor: int) -> Iterator[Member]:
         offset = start + _padded(member.size)
     # Two blocks of zeros end every tar; without them the rest of it may be lost.
     if not offset:
-        raise InvalidArchive("the archive is not a tar")
+        raise InvalidArchive(_NOT_A_TAR)
     if extended or os.pread(descriptor, 2 * BLOCK, offset) != bytes(2 * BLOCK):
         raise InvalidArchive(f"the archive is cut short, or not a tar, at byte {offset}")
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 from sqlalchemy import Connection, delete, insert, select, update
 
 from cachedb import collection, configs, images, rebuild
-from cachedb.blobs import Received, batched, on_disk, set_stored, stored
-from cachedb.database import Database, quarantine_path, sync_folder
+from cachedb.blobs import Received, on_disk, set_stored, stored
+from cachedb.database import Database, batched, quarantine_path, sync_file, sync_folder
 from cachedb.directory import blob_path
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
 from cachedb.oci import DOCUMENT_LIMIT
@@ -56,7 +56,7 @@ class Verification(NamedTuple):
     problems: list[Problem]
 
 
-class Content(NamedTuple):
+class Reading(NamedTuple):
     """What reading a file gave, and which file that was."""
 
     file: tuple[int, int, int]  # its identity
@@ -90,37 +90,30 @@ def verify(
     files, strays = on_disk(database.directory)
     if problems and not repair:
         # Nothing the index says can be relied on; the names of the files still say what is in them.
-        contents = {} if quick else _read(database.directory, files, progress)
-        return Verification(len(files), problems + list(_altered(database.directory, contents)))
+        readings = {} if quick else _read(database.directory, files, progress)
+        return Verification(len(files), problems + list(_altered(database.directory, readings)))
     rows = _rows(database)
     odd = {digest for digest in files.keys() | rows.keys() if files.get(digest) != rows.get(digest)}
     # What repair moves or adopts it has read: a row may have the wrong size, and the file be good.
     wanted = files.keys() if not quick else files.keys() & odd if repair else set()
-    contents = _read(database.directory, {digest: files[digest] for digest in wanted}, progress)
-    odd.update(digest for digest, content in contents.items() if content.digest != digest)
+    readings = _read(database.directory, {digest: files[digest] for digest in wanted}, progress)
+    odd.update(digest for digest, reading in readings.items() if reading.digest != digest)
     problems += _settle_strays(database, strays, repair=repair)
     for part in batched(sorted(odd)):
-        problems += _settle(database, {digest: contents.get(digest) for digest in part}, repair=repair)
+        problems += _settle(database, {digest: readings.get(digest) for digest in part}, repair=repair)
     if repair and odd:
         collection.empty_trash(database)
-        adopted = {problem.digest for problem in problems if problem.kind == "orphan" and problem.repair}
-        with database.write() as connection:
-            orphans = {digest: files[digest] for digest in adopted if digest in files}
-            named = {name.digest: name for name in rebuild.name_unnamed(connection, database.directory, orphans)}
-        problems = [
-            problem._replace(repair=f"it is {named[problem.digest]} now") if problem.digest in named else problem
-            for problem in problems
-        ]
+        problems = _name_adopted(database, files, problems)
     if not quick:
         bad = {problem.digest for problem in problems if problem.kind != "orphan" and problem.digest}
         problems += _settle_images(database, bad, repair=repair)
     return Verification(len(files), problems)
 
 
-def _altered(directory: Path, contents: dict[Digest, Content]) -> Iterator[Problem]:
-    for digest, content in contents.items():
-        if content.digest != digest:
-            yield Problem("corrupt", digest, blob_path(directory, digest), content.detail, None)
+def _altered(directory: Path, readings: dict[Digest, Reading]) -> Iterator[Problem]:
+    for digest, reading in readings.items():
+        if reading.digest != digest:
+            yield Problem("corrupt", digest, blob_path(directory, digest), reading.detail, None)
 
 
 def _rows(database: Database) -> dict[Digest, int]:
@@ -129,16 +122,16 @@ def _rows(database: Database) -> dict[Digest, int]:
         return {Digest(digest): size for digest, size in connection.execute(query)}
 
 
-def _read(directory: Path, files: dict[Digest, int], progress: Progress | None) -> dict[Digest, Content]:
+def _read(directory: Path, files: dict[Digest, int], progress: Progress | None) -> dict[Digest, Reading]:
     """Read files, several at once; those that are gone meanwhile are left out."""
 
-    def read(digests: list[Digest], add: Advance) -> list[tuple[Digest, Content]]:
+    def read(digests: list[Digest], add: Advance) -> list[tuple[Digest, Reading]]:
         buffer = memoryview(bytearray(CHUNK))
-        found = ((digest, _content(blob_path(directory, digest), digest, buffer, add)) for digest in digests)
-        return [(digest, content) for digest, content in found if content]
+        found = ((digest, _read_file(blob_path(directory, digest), digest, buffer, add)) for digest in digests)
+        return [(digest, reading) for digest, reading in found if reading]
 
     parts = in_threads(read, _parts(files), summed(sum(files.values()), progress))
-    return {digest: content for part in parts for digest, content in part}
+    return {digest: reading for part in parts for digest, reading in part}
 
 
 def _parts(files: dict[Digest, int]) -> Iterator[list[Digest]]:
@@ -153,7 +146,7 @@ def _parts(files: dict[Digest, int]) -> Iterator[list[Digest]]:
         yield part
 
 
-def _content(path: Path, digest: Digest, buffer: memoryview, add: Advance) -> Content | None:
+def _read_file(path: Path, digest: Digest, buffer: memoryview, add: Advance) -> Reading | None:
     """Read a file to its end; None if there is none."""
     algorithm, _ = split_digest(digest)
     hasher, size = hashlib.new(algorithm), 0
@@ -171,12 +164,12 @@ def _content(path: Path, digest: Digest, buffer: memoryview, add: Advance) -> Co
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise StorageError(f"cannot read a blob: {explain(error)}") from error  # that says nothing of the file
-        return Content(read, size, None, f"it cannot be read: {explain(error)}")
+        return Reading(read, size, None, f"it cannot be read: {explain(error)}")
     found = Digest(f"{algorithm}:{hasher.hexdigest()}")
-    return Content(read, size, found, f"its content has digest {found}")
+    return Reading(read, size, found, f"its content has digest {found}")
 
 
-def _settle(database: Database, suspects: dict[Digest, Content | None], *, repair: bool) -> list[Problem]:
+def _settle(database: Database, suspects: dict[Digest, Reading | None], *, repair: bool) -> list[Problem]:
     """Look at blobs again, under the lock if there can be writers; report what is wrong indeed, and repair it."""
     problems = []
     with database.read() if database.read_only else database.write() as connection:
@@ -185,28 +178,28 @@ def _settle(database: Database, suspects: dict[Digest, Content | None], *, repai
         passing = half_published(database.directory)
         leaving = select(TRASH.c.digest).where(TRASH.c.digest.in_(suspects))
         passing.update(map(Digest, connection.execute(leaving).scalars()))
-        for digest, content in suspects.items():
+        for digest, reading in suspects.items():
             path = blob_path(database.directory, digest)
             status = _status(path)
-            if content and (status is None or content.file != identity(status)):
-                content = None  # another file is there now
+            if reading and (status is None or reading.file != identity(status)):
+                reading = None  # another file is there now
             if digest in passing and digest not in rows:
                 continue
-            kind, detail = _judge(digest, rows.get(digest), status, content)
+            kind, detail = _judge(digest, rows.get(digest), status, reading)
             if kind:
-                done = _REPAIRS[kind](connection, database.directory, digest, content) if repair else None
+                done = _REPAIRS[kind](connection, database.directory, digest, reading) if repair else None
                 problems.append(Problem(kind, digest, path, detail, done))
     return problems
 
 
-def _judge(digest: Digest, size: int | None, status: os.stat_result | None, content: Content | None) -> tuple[str, str]:
+def _judge(digest: Digest, size: int | None, status: os.stat_result | None, reading: Reading | None) -> tuple[str, str]:
     """Return the kind and detail of what is wrong with a blob: its size in the index, its file, what was read of it."""
     if size is not None and status is None:
         return "missing", "the index says that it is stored, and there is no file"
     if size is not None and status and status.st_size != size:
         return "wrong_size", f"the file has {status.st_size} bytes, and should have {size}"
-    if content and content.digest != digest:
-        return "corrupt", content.detail
+    if reading and reading.digest != digest:
+        return "corrupt", reading.detail
     if size is None and status:
         return "orphan", "the index does not know this file"
     return "", ""
@@ -220,29 +213,25 @@ def _status(path: Path) -> os.stat_result | None:
     return status if stat.S_ISREG(status.st_mode) else None
 
 
-def _adopt(connection: Connection, directory: Path, digest: Digest, content: Content | None) -> str | None:
-    if content is None:
+def _adopt(connection: Connection, directory: Path, digest: Digest, reading: Reading | None) -> str | None:
+    if reading is None:
         return None  # it came since: another look will tell
     path = blob_path(directory, digest)
     path.chmod(0o444)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(path)
     sync_folder(path.parent)
-    set_stored(connection, [Received(digest, content.size, None)])
-    if content.size <= DOCUMENT_LIMIT:
+    set_stored(connection, [Received(digest, reading.size, None)])
+    if reading.size <= DOCUMENT_LIMIT:
         images.associate_waiting(connection, directory, [digest])
     return "it is a blob of the cache now"
 
 
-def _unstore(connection: Connection, _directory: Path, digest: Digest, _content: Content | None = None) -> str:
+def _unstore(connection: Connection, _directory: Path, digest: Digest, _reading: Reading | None = None) -> str:
     connection.execute(update(BLOBS).where(BLOBS.c.digest == digest).values(stored_at=None))
     return "it is not called stored any more: import or pull it again"
 
 
-def _put_aside(connection: Connection, directory: Path, digest: Digest, _content: Content | None) -> str:
+def _put_aside(connection: Connection, directory: Path, digest: Digest, _reading: Reading | None) -> str:
     path = blob_path(directory, digest)
     kept = quarantine_path(directory, digest.replace(":", "-"))
     if digest not in stored(connection, [digest]):
@@ -259,21 +248,33 @@ def _put_aside(connection: Connection, directory: Path, digest: Digest, _content
     return f"moved to quarantine/{kept.name}: import or pull it again"
 
 
-def _resize(connection: Connection, directory: Path, digest: Digest, content: Content | None) -> str | None:
-    if content is None:
+def _resize(connection: Connection, directory: Path, digest: Digest, reading: Reading | None) -> str | None:
+    if reading is None:
         return None  # it came since: another look will tell
-    if content.digest != digest:
-        return _put_aside(connection, directory, digest, content)
-    set_stored(connection, [Received(digest, content.size, None)])
+    if reading.digest != digest:
+        return _put_aside(connection, directory, digest, reading)
+    set_stored(connection, [Received(digest, reading.size, None)])
     return "the file is good, and the index says its size now"
 
 
-_REPAIRS: dict[str, Callable[[Connection, Path, Digest, Content | None], str | None]] = {
+_REPAIRS: dict[str, Callable[[Connection, Path, Digest, Reading | None], str | None]] = {
     "missing": _unstore,
     "corrupt": _put_aside,
     "wrong_size": _resize,
     "orphan": _adopt,
 }
+
+
+def _name_adopted(database: Database, files: dict[Digest, int], problems: list[Problem]) -> list[Problem]:
+    """Give names to the manifests among the blobs that were adopted, and say so."""
+    adopted = {problem.digest for problem in problems if problem.kind == "orphan" and problem.repair}
+    orphans = {digest: files[digest] for digest in adopted if digest in files}
+    with database.write() as connection:
+        named = {name.digest: name for name in rebuild.name_unnamed(connection, database.directory, orphans)}
+    return [
+        problem._replace(repair=f"it is {named[problem.digest]} now") if problem.digest in named else problem
+        for problem in problems
+    ]
 
 
 def _settle_strays(database: Database, strays: Iterable[Path], *, repair: bool) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache
+from cachedb.database import Database
 
 # Whoever runs the tests in a shell's background has SIGINT ignored, and what they start would have it ignored too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,6 +40,14 @@ def directory(tmp_path: Path) -> Path:
 def cache(directory: Path) -> Iterator[Cache]:
     with Cache.open(directory) as opened:
         yield opened
+
+
+@pytest.fixture
+def index(cache: Cache) -> Iterator[Database]:
+    """The database of a new cache."""
+    database = Database(cache.directory)
+    yield database
+    database.close()
 
 
 @pytest.fixture(autouse=True)

@@ -66,12 +66,11 @@ def descriptor(data: bytes, media_type: str, **more: Any) -> dict[str, Any]:
 
 
 class Made(NamedTuple):
-    """An image: its manifest, its config, its layers as they are stored, and what the layers are before compression."""
+    """An image: its manifest, its config, and its layers as they are stored."""
 
     manifest: bytes
     config: bytes
     layers: list[bytes]
-    plain_layers: list[bytes]
 
     @property
     def digest(self) -> str:
@@ -105,7 +104,7 @@ def image(*seeds: int, compression: str = "", architecture: str = "amd64", size:
             "layers": [descriptor(data, kind) for data in layers],
         }
     ).encode()
-    return Made(manifest, config, layers, plain)
+    return Made(manifest, config, layers)
 
 
 def index(*children: Made, platforms: list[dict[str, str]] | None = None) -> bytes:
@@ -156,11 +155,21 @@ def oci_files(images: dict[str, Made], roots: dict[str, bytes] | None = None) ->
     return files
 
 
-def keep(cache: Cache, name: str, image: Made) -> None:
+def save(cache: Cache, name: str, image: Made) -> None:
     """Put an image into a cache, under a name."""
-    for data in (image.config, *image.layers):
-        cache.add_blob(data)
+    for digest, data in image.blobs.items():
+        cache.save_blob(digest, data)
     cache.save_manifest(name, image.manifest)
+
+
+def save_index(cache: Cache, name: str, *children: Made) -> bytes:
+    """Put an index over images into a cache, and these; return the index."""
+    for child in children:
+        for digest, data in child.blobs.items():
+            cache.save_blob(digest, data)
+    found = index(*children)
+    cache.save_manifest(name, found)
+    return found
 
 
 def write(path: Path, files: dict[str, bytes]) -> Path:

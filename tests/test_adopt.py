@@ -19,6 +19,7 @@ from cachedb.oci import OCI_MANIFEST
 from tests import make
 from tests.conftest import Run, files_of, stored_rows
 from tests.promises import check
+from tests.test_pull import assert_is_here
 
 IMAGES = {
     "app/1": make.image(1, 2, compression="gzip"),
@@ -58,13 +59,6 @@ def tree(path: Path) -> dict[str, tuple[bytes | None, int]]:
 
 def told(adoption: Adoption) -> list[tuple[str, str | None]]:
     return [(item.kind, item.name) for item in adoption.left_out]
-
-
-def assert_is_here(cache: Cache, name: str, image: make.Made) -> None:
-    assert cache.is_image_complete(name)
-    assert cache.get_manifest(name) == image.manifest
-    for digest, data in image.blobs.items():
-        assert cache.get_blob(digest) == data
 
 
 # What is good

@@ -1190,7 +1190,7 @@ def test_a_layout_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
         (image,) = archive.read_images(files)
         os.truncate(folder / f"blobs/sha256/{hex_of(b'x')}", 0)
         with pytest.raises(InvalidArchive, match="cut short"):
-            image.contents[-1].section.head(1)
+            image.blobs[-1].section.head(1)
 
 
 # The command line

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, event
 
 from cachedb import Cache, DigestMismatch, InvalidArchive, StorageError, blobs, collection, receiving
 from cachedb.blobs import Received
-from cachedb.database import Database
+from cachedb.database import BATCH, Database
 from cachedb.directory import blob_path
 from cachedb.reference import Digest
 from cachedb.sessions import Session
@@ -26,13 +26,6 @@ from tests.make import digest_of, image, random_bytes
 
 MIB = 1024 * 1024
 SIZES = [0, 1, MIB - 1, MIB, MIB + 1, 4 * MIB, 4 * MIB + 1, 9 * MIB]
-
-
-@pytest.fixture
-def index(cache: Cache) -> Iterator[Database]:
-    database = Database(cache.directory)
-    yield database
-    database.close()
 
 
 @pytest.fixture
@@ -420,7 +413,7 @@ def test_threads_that_store_the_same_blob_store_one(cache: Cache) -> None:
 
 
 def test_many_digests_are_looked_up_in_batches(index: Database) -> None:
-    wanted = [Digest(digest_of(b"%d" % number)) for number in range(2 * blobs.BATCH + 1)]
+    wanted = [Digest(digest_of(b"%d" % number)) for number in range(2 * BATCH + 1)]
     with index.write() as connection:
         insert = "INSERT INTO blobs (digest, size, stored_at) VALUES (?, 1, '2026-01-31T23:59:59.123456Z')"
         connection.exec_driver_sql(insert, [(digest,) for digest in wanted])

@@ -30,7 +30,7 @@ from cachedb import (
 from cachedb.oci import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from tests import make
 from tests.conftest import files_of, snapshot, stored_rows
-from tests.victims import save
+from tests.make import save
 
 
 def test_an_image_is_saved_and_read_back(cache: Cache) -> None:
@@ -385,7 +385,7 @@ def test_a_manifest_that_moves_while_it_is_read_is_the_new_one(cache: Cache, mon
 
 
 def test_a_late_child_that_is_no_manifest_does_not_hide_its_siblings(cache: Cache) -> None:
-    good, bad = make.image(1), make.Made(b"no manifest", b"", [], [])
+    good, bad = make.image(1), make.Made(b"no manifest", b"", [])
     cache.save_manifest("multi", make.index(bad, good))
     cache.add_blob(bad.manifest)
     cache.add_blob(good.manifest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,17 +16,9 @@ from cachedb.database import Database, sync_folder
 from cachedb.reference import Digest
 from cachedb.tables import BLOBS
 from tests.conftest import files_of, running, snapshot, stored_rows
-from tests.make import digest_of, image, oci_files, write
+from tests.make import digest_of, image, oci_files, save, write
 from tests.test_locks import is_free
 from tests.test_sessions import LIVING
-from tests.victims import save
-
-
-@pytest.fixture
-def index(cache: Cache) -> Iterator[Database]:
-    database = Database(cache.directory)
-    yield database
-    database.close()
 
 
 def abandon(cache: Cache, *contents: bytes) -> None:

@@ -17,7 +17,7 @@ from cachedb.oci import CONFIG_LIMIT, DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_
 from cachedb.reference import Digest
 from cachedb.tables import TEXT_LIMIT
 from tests.conftest import run_python
-from tests.make import Made, descriptor, digest_of, docker_files, image, index, layer, write
+from tests.make import Made, descriptor, digest_of, docker_files, image, index, layer, save, save_index, write
 from tests.promises import check
 from tests.test_schema import change
 
@@ -51,13 +51,7 @@ def made_of(document: dict[str, Any] | bytes, *seeds: int, kind: str = OCI_CONFI
         "config": descriptor(data, kind),
         "layers": [descriptor(one, OCI_LAYER) for one in layers],
     }
-    return Made(json.dumps(manifest).encode(), data, layers, layers)
-
-
-def save(cache: Cache, name: str, made: Made) -> None:
-    for digest, data in made.blobs.items():
-        cache.save_blob(digest, data)
-    cache.save_manifest(name, made.manifest)
+    return Made(json.dumps(manifest).encode(), data, layers)
 
 
 def said(cache: Cache, name: str) -> tuple[Any, ...]:
@@ -124,10 +118,7 @@ def test_labels_go_with_their_image(cache: Cache) -> None:
 def test_several_platforms_have_what_all_of_them_agree_on(cache: Cache) -> None:
     first = made_of(config(1, config={"Labels": {"version": "1", "tuned": "yes"}}), 1)
     second = made_of(config(2, architecture="amd64", config={"Labels": {"version": "1", "tuned": "no"}}), 2)
-    for child in (first, second):
-        for digest, data in child.blobs.items():
-            cache.save_blob(digest, data)
-    cache.save_manifest("app:1", index(first, second))
+    save_index(cache, "app:1", first, second)
     author = "A. Author <a@example.org>"
     assert said(cache, "app:1") == ("linux", None, "v7", BUILT, author, {"version": "1"})
     layers = [blob for blob in cache.get_image_blobs("app:1") if blob.role == "layer"]
@@ -146,10 +137,7 @@ def test_a_platform_that_comes_later_is_agreed_with_too(cache: Cache) -> None:
 def test_what_builders_put_beside_an_image_does_not_describe_it(cache: Cache) -> None:
     made = made_of(config(1), 1)
     attestation = made_of({"os": "unknown", "architecture": "unknown", "config": {}}, 9)
-    for child in (made, attestation):
-        for digest, data in child.blobs.items():
-            cache.save_blob(digest, data)
-    cache.save_manifest("app:1", index(made, attestation))
+    save_index(cache, "app:1", made, attestation)
     assert said(cache, "app:1") == SAID
 
 

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,6 @@ from cachedb.tables import TRASH
 from tests.conftest import files_of, run_python, running, stored_rows
 from tests.make import digest_of
 from tests.test_locks import eventually, open_files, waiting_for
-
-
-@pytest.fixture
-def index(cache: Cache) -> Iterator[Database]:
-    """The database of a new cache."""
-    database = Database(cache.directory)
-    yield database
-    database.close()
 
 
 def note(data: bytes) -> dict[str, object]:

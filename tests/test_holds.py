@@ -15,8 +15,8 @@ from cachedb import Cache, CacheError, Name, NotInCache
 from cachedb.database import Database
 from tests import make
 from tests.conftest import Run, files_of, run_python, snapshot
+from tests.make import save
 from tests.promises import check
-from tests.victims import save
 
 MADE = make.image(1, 2)
 OTHER = make.image(3)

@@ -49,8 +49,8 @@ from cachedb.database import Database
 from tests import make
 from tests.attack.interleaving import Choose, Failed, Order, Outcome, Steps, Zygote, every_order, run
 from tests.conftest import files_of, run_python
+from tests.make import save
 from tests.promises import check
-from tests.victims import save
 
 EVERY = bool(os.environ.get("CACHEDB_EVERY_ORDER"))
 ORDER = os.environ.get("CACHEDB_ORDER", "")

@@ -24,11 +24,11 @@ from cachedb.reference import Digest
 from cachedb.tables import REVISION
 from tests import make
 from tests.conftest import Run, run_python
+from tests.make import save
 from tests.promises import check
 from tests.registries import Registry
 from tests.test_database import content
 from tests.test_locks import open_files
-from tests.victims import save
 
 MADE = make.image(1, 2)
 
@@ -166,7 +166,8 @@ def test_a_cache_on_a_read_only_file_system_is_read(cachedb: Run, disk: Path, tm
             """
             import os, sys
             from cachedb import Cache
-            from tests.test_limits import MADE, save
+            from tests.make import save
+            from tests.test_limits import MADE
             cache = Cache.open(sys.argv[1])
             save(cache, "app:1", MADE)
             cache.add_blob(b"garbage")

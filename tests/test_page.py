@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from cachedb import Cache, page
 from cachedb.database import Database
 from cachedb.oci import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
-from tests.make import digest_of, image, keep
+from tests.make import digest_of, image, save
 
 HOSTILE = "</title></script><script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}\u202e\x07\n"
 
@@ -239,8 +239,8 @@ def test_figures_are_those_of_the_views(made: str, directory: Path) -> None:
 
 def test_what_sharing_saves_is_that_of_df_and_what_layers_save_is_named_apart(cache: Cache) -> None:
     for name in ("app:1", "app:2"):
-        keep(cache, name, image(1, 2))  # they share a manifest and a config too
-    keep(cache, "app:3", image(1, 3))
+        save(cache, name, image(1, 2))  # they share a manifest and a config too
+    save(cache, "app:3", image(1, 3))
     html = render(cache.directory)
     (several,) = (box for box in parse(html).findall(".//dl/div") if text_of(only(box, "dt")) == "In several")
     assert exact(only(several, "dd/small/span").attrib["title"]) == cache.get_usage().saved_size
@@ -338,7 +338,7 @@ def test_a_real_image_and_one_that_is_not_here(cache: Cache, directory: Path) ->
 def test_what_a_repository_lacks_it_does_not_share(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "_SHARING", 2)
     for name in ("app:1", "other:1"):
-        keep(cache, name, image(1))
+        save(cache, name, image(1))
     cache.save_manifest("lost:1", image(2, 3).manifest)
     html = render(cache.directory)
     assert {text_of(cells[0])[2:] for cells in listed(html, "sharing")} == {"app", "other"}

@@ -20,9 +20,9 @@ import pytest
 from cachedb import Cache, NotInCache
 from tests import make
 from tests.conftest import run_python, snapshot, start_python, stored_rows
+from tests.make import save
 from tests.promises import check
 from tests.test_locks import eventually
-from tests.victims import save
 
 METHODS = ("fork", "spawn", "forkserver")
 
@@ -141,7 +141,7 @@ def test_threads_of_a_pool_fork(directory: Path) -> None:
         from concurrent.futures import ThreadPoolExecutor
         from cachedb import Cache
         from tests import make
-        from tests.victims import save
+        from tests.make import save
 
         cache = Cache.open(sys.argv[1])
 

@@ -15,16 +15,16 @@ import pytest
 from cachedb import Cache, CacheError, locks
 from tests import make
 from tests.conftest import Run, run_python, running
+from tests.make import save
 from tests.promises import check
 from tests.test_locks import eventually, waiting_for
-from tests.victims import save
 
 MADE = make.image(1)
 MAKER = """
     import os, sys, time
     from cachedb import Cache
     from tests import make
-    from tests.victims import save
+    from tests.make import save
     with Cache.open(sys.argv[1]) as cache, cache.producing("app:1") as image:
         assert image is None
         print("making", flush=True)
@@ -60,7 +60,7 @@ def test_of_many_processes_one_makes_the_image_and_all_get_it(directory: Path) -
         import os, sys, time
         from cachedb import Cache
         from tests import make
-        from tests.victims import save
+        from tests.make import save
 
         def want():
             with Cache.open(sys.argv[1]) as cache, cache.producing("app:1") as image:
@@ -230,7 +230,7 @@ import sys, time
 from pathlib import Path
 from cachedb import Cache
 from tests import make
-from tests.victims import save
+from tests.make import save
 with Path(sys.argv[1]).open("a") as file:
     file.write("ran\\n")
 time.sleep(0.3)
@@ -317,8 +317,26 @@ def test_what_is_there_is_not_made_again_and_what_is_no_command_is_refused(cache
     assert cachedb("produce", "app:1", "--", "false").returncode == 0
 
 
-def test_a_command_that_would_wait_for_itself_is_refused(cachedb: Run, directory: Path) -> None:
-    inner = [sys.executable, "-m", "cachedb", "--dir", str(directory), "produce", "app:1", "true"]
-    result = cachedb("produce", "app:1", "--", *inner)
+@pytest.mark.parametrize(("outer", "inner"), [("app:1", "app:1"), ("app:latest", "app"), ("app", "app:latest")])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_command_that_would_wait_for_itself_is_refused(
+    cachedb: Run, directory: Path, outer: str, inner: str, linked: bool
+) -> None:
+    if linked:
+        (directory.parent / "link").symlink_to(directory)
+    place = directory.parent / "link" if linked else directory
+    command = [sys.executable, "-m", "cachedb", "--dir", str(place), "produce", inner, "true"]
+    result = cachedb("produce", outer, "--", *command, timeout=30)
     assert result.returncode == 1
-    assert "app:1 is being made by a command that has begun this one" in result.stderr
+    assert f"{inner} is being made by a command that has begun this one" in result.stderr
+
+
+def test_a_command_may_make_the_same_name_in_another_cache(cachedb: Run, directory: Path, tmp_path: Path) -> None:
+    archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
+    script = (
+        f'cachedb() {{ {sys.executable} -m cachedb --dir {tmp_path / "other"} "$@"; }}\n'
+        f"cachedb produce app:1 -- {sys.executable} -m cachedb import -q {archive}\n"
+        f"cachedb export app:1 - | {sys.executable} -m cachedb --dir {directory} import -q -"
+    )
+    result = cachedb("produce", "app:1", "--", "sh", "-ec", script)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -47,14 +47,14 @@ def referrer(subject: bytes, what: bytes = b"a signature", media_type: str = OCI
         "subject": make.descriptor(subject, media_type),
         "annotations": {"org.example.by": "tests"},
     }
-    return make.Made(json.dumps(manifest).encode(), EMPTY, [what], [what])
+    return make.Made(json.dumps(manifest).encode(), EMPTY, [what])
 
 
 @pytest.fixture
 def cache(directory: Path) -> Iterator[Cache]:
     with Cache.open(directory) as opened:
         for name, image in (("app:1", FIRST), ("app:2", SECOND), ("large:1", LARGE)):
-            make.keep(opened, name, image)
+            make.save(opened, name, image)
         yield opened
     check(directory)
 
@@ -63,15 +63,6 @@ def cache(directory: Path) -> Iterator[Cache]:
 def remote() -> Iterator[Registry]:
     with Registry() as made:
         yield made
-
-
-def keep_index(cache: Cache, name: str, *children: make.Made) -> bytes:
-    for child in children:
-        for data in (child.config, *child.layers, child.manifest):
-            cache.add_blob(data)
-    index = make.index(*children)
-    cache.save_manifest(name, index)
-    return index
 
 
 def assert_has(remote: Registry, repository: str, reference: str, image: make.Made) -> None:
@@ -109,7 +100,7 @@ def test_an_image_goes_to_where_its_name_is(cache: Cache, remote: Registry) -> N
 
 
 def test_the_name_comes_last(cache: Cache, remote: Registry) -> None:
-    index = keep_index(cache, "several:1", FIRST, ARM)
+    index = make.save_index(cache, "several:1", FIRST, ARM)
     cache.push("several:1", f"{remote.host}/several:1")
     puts = [request.path.rpartition("/")[2] for request in remote.requests if request.method == "PUT"]
     assert puts[-1] == "1"
@@ -118,7 +109,7 @@ def test_the_name_comes_last(cache: Cache, remote: Registry) -> None:
 
 
 def test_an_index_in_an_index_comes_before_it(cache: Cache, remote: Registry) -> None:
-    inner = keep_index(cache, "inner:1", FIRST, ARM)
+    inner = make.save_index(cache, "inner:1", FIRST, ARM)
     child = make.descriptor(inner, OCI_INDEX)
     outer = {
         "schemaVersion": 2,
@@ -316,12 +307,12 @@ def test_a_list_that_names_what_was_deleted_is_added_to_without_that(cache: Cach
     deleted, other, signature = (referrer(FIRST.manifest, what) for what in (b"old", b"other", b"new"))
     remote.add(other, "app")
     list_by_tag(remote, "app", FIRST, deleted, other)
-    make.keep(cache, "signature:1", signature)
+    make.save(cache, "signature:1", signature)
     cache.push("signature:1", f"{remote.host}/app:signature")
     listed = json.loads(remote.manifests["app", FIRST.digest.replace(":", "-")][1])["manifests"]
     assert [entry["digest"] for entry in listed] == [other.digest, signature.digest]
     newer = referrer(FIRST.manifest, b"newer")
-    make.keep(cache, "signature:2", newer)
+    make.save(cache, "signature:2", newer)
     remote.fault(answer(400), method="PUT", path=FIRST.digest.replace(":", "-"))
     with pytest.raises(RegistryError, match="answers 400"):
         cache.push("signature:2", f"{remote.host}/app:newer")
@@ -475,7 +466,7 @@ def test_a_killed_push_is_gone_on_with(directory: Path, cache: Cache, remote: Re
 
 def test_an_image_that_is_removed_meanwhile_goes_whole(cache: Cache, remote: Registry) -> None:
     many = make.image(*range(20, 32))  # more blobs than are sent at once, so that most are not open yet
-    make.keep(cache, "many:1", many)
+    make.save(cache, "many:1", many)
 
     def told(done: int, total: int) -> None:
         if cache.is_image_complete("many:1"):

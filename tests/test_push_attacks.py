@@ -19,18 +19,18 @@ from cachedb import Cache, CacheError, InvalidManifest, NotInCache, RegistryErro
 from cachedb.oci import OCI_INDEX, OCI_MANIFEST
 from tests import make
 from tests.faults import Answer, Call, answer, changed, headers, html, lost, redirect
-from tests.make import keep
+from tests.make import save, save_index
 from tests.promises import check
 from tests.registries import Registry, certificate
 from tests.test_locks import eventually
 from tests.test_pull import PAUSES, alone, login  # noqa: F401 - alone is a fixture
-from tests.test_push import FIRST, assert_has, keep_index, referrer
+from tests.test_push import FIRST, assert_has, referrer
 
 
 @pytest.fixture
 def cache(directory: Path) -> Iterator[Cache]:
     with Cache.open(directory) as opened:
-        keep(opened, "app:1", FIRST)
+        save(opened, "app:1", FIRST)
         yield opened
     check(directory)
 
@@ -47,7 +47,7 @@ def test_an_upload_that_is_cut_off_goes_on_over_tls_too(
     # What OpenSSL says of it is not that nobody is to be trusted.
     ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
     monkeypatch.setenv("SSL_CERT_FILE", str(ca))
-    keep(cache, "huge:1", huge := make.image(9, size=30_000_000))
+    save(cache, "huge:1", huge := make.image(9, size=30_000_000))
     with Registry(tls=(certified, key)) as remote:
         for _ in range(3):
             remote.fault(lost(3_000_000, reset=True), path="/blobs/uploads/.*state=")
@@ -176,7 +176,7 @@ def test_a_connection_is_used_again(cache: Cache, remote: Registry, monkeypatch:
         return accept()
 
     monkeypatch.setattr(remote._server, "get_request", counted)
-    keep(cache, "many:1", make.image(*range(20)))
+    save(cache, "many:1", make.image(*range(20)))
     cache.push("many:1", f"{remote.host}/many:1")
     assert len(remote.requests) > 60
     assert len(made) <= 5
@@ -187,7 +187,7 @@ def test_a_manifest_that_is_a_layer_of_another_goes_as_both(cache: Cache, remote
     document = json.loads(outer.manifest)
     document["layers"].append(make.descriptor(FIRST.manifest, "application/vnd.example.manifest+json"))
     outer = outer._replace(manifest=json.dumps(document).encode(), layers=[*outer.layers, FIRST.manifest])
-    keep_index(cache, "both:1", FIRST, outer)
+    save_index(cache, "both:1", FIRST, outer)
     cache.push("both:1", f"{remote.host}/both:1")
     assert_has(remote, "both", FIRST.digest, FIRST)
     assert_has(remote, "both", outer.digest, outer)
@@ -308,7 +308,7 @@ def test_a_manifest_that_is_of_an_image_and_listed_falsely_stays(cache: Cache, r
         "manifests": [make.descriptor(inner.manifest, OCI_MANIFEST)],
         "subject": make.descriptor(FIRST.manifest, OCI_MANIFEST),
     }
-    outer = make.Made(json.dumps(index).encode(), b"", [], [])
+    outer = make.Made(json.dumps(index).encode(), b"", [])
     name = listing(remote, outer, inner)
     cache.pull(name, referrers=True)
     assert {outer.digest, inner.digest} <= {blob.digest for blob in cache.get_image_blobs(name)}

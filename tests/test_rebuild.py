@@ -39,10 +39,9 @@ from cachedb.reference import Digest
 from cachedb.verify import Problem
 from tests import make
 from tests.conftest import Run, files_of, running, start_python
-from tests.make import digest_of, image
+from tests.make import digest_of, image, save
 from tests.promises import check
 from tests.test_schema import change
-from tests.victims import save
 
 EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "60")) // 3
 NAMES = [f"team/app-{number}:{'x' * 60}" for number in range(30)]
@@ -61,10 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with Cache.open(directory) as cache:
             for name, made in IMAGES.items():
                 save(cache, name, made)
-            for child in MANY:
-                for digest, data in child.blobs.items():
-                    cache.save_blob(digest, data)
-            cache.save_manifest("many:1", INDEX)
+            make.save_index(cache, "many:1", *MANY)
             signature = cache.add_blob(SIGNATURE)
             cache.associate_blob_with_image(NAMES[0], signature, media_type="text/x-signature")
             cache.add_hold(NAMES[1])
@@ -512,8 +508,7 @@ def test_another_process_that_has_written_to_the_old_wal_shares_no_memory_with_t
     script = """
         import sys
         from cachedb import Cache
-        from tests.make import image
-        from tests.test_rebuild import save
+        from tests.make import image, save
         with Cache.open(sys.argv[1]) as cache:
             for number in range(60, 70):
                 save(cache, f"old:{number}", image(number))
@@ -686,7 +681,7 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_rebuilding(made: Path, mon
 
     with monkeypatch.context() as patch:
         fail_reading(patch, path, "open")
-        patch.setattr("cachedb.blobs.open", refused, raising=False)
+        patch.setattr("cachedb.reading.open", refused, raising=False)
         with Cache.open(made, damaged=True) as cache:
             found = cache.verify(repair=True).problems
     assert ("corrupt", digest) in [(problem.kind, problem.digest) for problem in found]

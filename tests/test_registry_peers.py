@@ -14,12 +14,12 @@ from cachedb import Cache, IncompleteImage, InvalidName, RegistryError, client
 from cachedb.oci import DOCKER_CONFIG, DOCKER_LIST, DOCKER_MANIFEST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from tests import make
 from tests.conftest import Run
-from tests.make import Made, descriptor, digest_of, keep
+from tests.make import Made, descriptor, digest_of, save, save_index
 from tests.promises import check
 from tests.registries import HTPASSWD, PASSWORD, USER, certificate, docker_registry
 from tests.test_peers import Tools
 from tests.test_pull import alone  # noqa: F401 - alone is a fixture
-from tests.test_push import keep_index, referrer
+from tests.test_push import referrer
 
 PLAIN = "--tls-verify=false"
 
@@ -140,7 +140,7 @@ def test_skopeo_copies_what_is_pushed_with_its_digest(
     cache: Cache, tools: Tools, host: str, tmp_path: Path, kind: str
 ) -> None:
     image, name = IMAGES[kind], f"{host}/team/app:1"
-    keep(cache, "app:1", image)
+    save(cache, "app:1", image)
     pushed = cache.push("app:1", name)
     assert (pushed.digest, pushed.blobs, pushed.mounted, pushed.existing) == (image.digest, 3, 0, 0)
     assert pushed.bytes == sum(map(len, (image.config, *image.layers)))
@@ -151,7 +151,7 @@ def test_skopeo_copies_what_is_pushed_with_its_digest(
 
 
 def test_skopeo_makes_a_layout_of_what_is_pushed(cache: Cache, tools: Tools, host: str, tmp_path: Path) -> None:
-    keep(cache, f"{host}/app:1", FIRST)
+    save(cache, f"{host}/app:1", FIRST)
     cache.push(f"{host}/app:1")
     tools("skopeo", "copy", "--src-tls-verify=false", f"docker://{host}/app:1", f"oci:{tmp_path}/layout:app:1")
     (entry,) = json.loads((tmp_path / "layout" / "index.json").read_bytes())["manifests"]
@@ -162,7 +162,7 @@ def test_skopeo_makes_a_layout_of_what_is_pushed(cache: Cache, tools: Tools, hos
 @pytest.mark.parametrize("kind", IMAGES)
 def test_podman_pulls_what_is_pushed_with_its_digest(cache: Cache, tools: Tools, host: str, kind: str) -> None:
     image, name = IMAGES[kind], f"{host}/team/app:1"
-    keep(cache, name, image)
+    save(cache, name, image)
     cache.push(name)
     assert tools("podman", "pull", "--quiet", PLAIN, name) == make.hex_of(image.config)
     assert tools("podman", "image", "inspect", "--format", "{{.Digest}}", name) == image.digest
@@ -171,7 +171,7 @@ def test_podman_pulls_what_is_pushed_with_its_digest(cache: Cache, tools: Tools,
 @pytest.mark.parametrize("kind", IMAGES)
 def test_buildah_builds_from_what_is_pushed(cache: Cache, tools: Tools, host: str, kind: str) -> None:
     image, name = IMAGES[kind], f"{host}/team/app:1"
-    keep(cache, name, image)
+    save(cache, name, image)
     cache.push(name)
     container = tools("buildah", "from", PLAIN, name)
     assert tools("buildah", "inspect", "--format", "{{.FromImageDigest}}", container) == image.digest
@@ -181,7 +181,7 @@ def test_buildah_builds_from_what_is_pushed(cache: Cache, tools: Tools, host: st
 
 @pytest.mark.parametrize("arch", ["amd64", "arm64"])
 def test_podman_pulls_a_platform_of_an_index_that_is_pushed(cache: Cache, tools: Tools, host: str, arch: str) -> None:
-    keep_index(cache, "multi:1", FIRST, ARM)
+    save_index(cache, "multi:1", FIRST, ARM)
     pushed = cache.push("multi:1", f"{host}/multi:1")
     assert (pushed.digest, pushed.media_type) == (digest_of(MULTI), OCI_INDEX)
     assert inspect(tools, f"{host}/multi:1") == digest_of(MULTI)
@@ -275,7 +275,7 @@ def test_an_image_goes_from_one_registry_to_another_with_its_digest(
 
 
 def test_what_is_pushed_by_digest_has_no_tag(cache: Cache, tools: Tools, host: str) -> None:
-    keep(cache, "app:1", FIRST)
+    save(cache, "app:1", FIRST)
     cache.push("app:1", f"{host}/app@{FIRST.digest}")
     assert tools("skopeo", "inspect", "--raw", PLAIN, f"docker://{host}/app@{FIRST.digest}").encode() == FIRST.manifest
     assert ask(host, "GET", "app/tags/list").status == 404
@@ -345,7 +345,7 @@ def test_a_platform_that_is_not_here_need_not_be_if_the_registry_has_it(cache: C
 def test_credentials_that_a_tool_has_written_are_good_for_a_push(
     cachedb: Run, cache: Cache, tools: Tools, tmp_path: Path, tool: str
 ) -> None:
-    keep(cache, "app:1", FIRST)
+    save(cache, "app:1", FIRST)
     authfile = tmp_path / "auth.json"
     with docker_registry(tmp_path, htpasswd=HTPASSWD) as host:
         refused = cachedb("push", "app:1", f"{host}/app:1")
@@ -367,7 +367,7 @@ def test_credentials_that_a_tool_has_written_are_good_for_a_push(
 def test_the_file_that_podman_writes_by_itself_is_found(
     cache: Cache, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep(cache, "app:1", FIRST)
+    save(cache, "app:1", FIRST)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with docker_registry(tmp_path, htpasswd=HTPASSWD) as host:
         tools("podman", "login", PLAIN, "--username", USER, "--password", PASSWORD, host)
@@ -379,7 +379,7 @@ def test_an_authority_of_its_own_is_trusted_by_what_is_in_certs_d(
     cache: Cache, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authority, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
-    keep(cache, "app:1", FIRST)
+    save(cache, "app:1", FIRST)
     with docker_registry(tmp_path, tls=(certified, key), htpasswd=HTPASSWD) as host:
         authfile, trust = tmp_path / "auth.json", f"--cert-dir={authority.parent}"
         tools("skopeo", "login", trust, "--authfile", authfile, "--username", USER, "--password", PASSWORD, host)
@@ -425,7 +425,7 @@ def test_a_blob_that_is_deleted_there_is_sent_again_and_no_other(
     cache: Cache, tools: Tools, host: str, tmp_path: Path
 ) -> None:
     name, layer = f"{host}/app:1", FIRST.layers[1]
-    keep(cache, name, FIRST)
+    save(cache, name, FIRST)
     cache.push(name)
     assert ask(host, "DELETE", f"app/blobs/{digest_of(layer)}").status == 202
     pushed = cache.push(name)
@@ -448,13 +448,13 @@ def test_a_layer_that_is_gone_there_is_one_line(cachedb: Run, host: str) -> None
 
 
 def test_what_another_repository_of_the_registry_has_is_mounted(cache: Cache, tools: Tools, host: str) -> None:
-    keep(cache, f"{host}/one/app:1", FIRST)
+    save(cache, f"{host}/one/app:1", FIRST)
     assert cache.push(f"{host}/one/app:1").blobs == 3
     cache.tag(f"{host}/one/app:1", f"{host}/two/app:1")
     pushed = cache.push(f"{host}/two/app:1")
     assert (pushed.blobs, pushed.bytes, pushed.mounted, pushed.existing) == (0, 0, 3, 0)
     assert inspect(tools, f"{host}/two/app:1") == FIRST.digest
-    keep(cache, f"{host}/two/app:2", SECOND)
+    save(cache, f"{host}/two/app:2", SECOND)
     pushed = cache.push(f"{host}/two/app:2", f"{host}/three/app:2")
     assert (pushed.blobs, pushed.mounted) == (2, 1)
     assert inspect(tools, f"{host}/three/app:2") == SECOND.digest
@@ -462,7 +462,7 @@ def test_what_another_repository_of_the_registry_has_is_mounted(cache: Cache, to
 
 def test_what_is_to_be_mounted_and_is_gone_there_is_sent(cache: Cache, tools: Tools, host: str) -> None:
     layer = FIRST.layers[0]
-    keep(cache, f"{host}/one/app:1", FIRST)
+    save(cache, f"{host}/one/app:1", FIRST)
     cache.push(f"{host}/one/app:1")
     assert ask(host, "DELETE", f"one/app/blobs/{digest_of(layer)}").status == 202
     pushed = cache.push(f"{host}/one/app:1", f"{host}/two/app:1")
@@ -471,8 +471,8 @@ def test_what_is_to_be_mounted_and_is_gone_there_is_sent(cache: Cache, tools: To
 
 
 def test_all_tags_go_and_what_they_share_goes_once(cachedb: Run, cache: Cache, tools: Tools, host: str) -> None:
-    keep(cache, "app:1", FIRST)
-    keep(cache, "app:2", SECOND)
+    save(cache, "app:1", FIRST)
+    save(cache, "app:2", SECOND)
     cache.tag("app:1", "app:latest")
     cache.tag("app:1", f"app@{FIRST.digest}")
     done = cachedb("push", "--all-tags", "--format", "json", "app", f"{host}/team/app")
@@ -627,10 +627,10 @@ def test_what_is_listed_and_was_deleted_there_is_in_nobodys_way(cache: Cache, fr
     cache.pull(f"{host}/app:1", referrers=True)
     assert digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
     other = referrer(FIRST.manifest, b"another signature")
-    keep(cache, "signature:1", other)
+    save(cache, "signature:1", other)
     cache.push("signature:1", f"{host}/app:signature")
     assert referrers(host, "app", FIRST.manifest) == [entry(SIGNED), entry(other)]
-    keep(cache, "bill:1", BILL)
+    save(cache, "bill:1", BILL)
     cache.push("bill:1", f"{host}/app@{BILL.digest}")
     fresh.pull(f"{host}/app:1", referrers=True)
     assert digests(fresh, f"{host}/app:1") == closure(FIRST, SIGNED, other, BILL)

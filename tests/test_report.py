@@ -25,9 +25,9 @@ OTHER = make.image(1, 2, 4, 5)
 def cache(directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cache]:
     monkeypatch.setenv("CACHEDB_REPORTS", str(tmp_path / "reports"))
     with Cache.open(directory) as opened:
-        make.keep(opened, "base:1", BASE)
-        make.keep(opened, "app:1", APP)
-        make.keep(opened, "app:2", OTHER)
+        make.save(opened, "base:1", BASE)
+        make.save(opened, "app:1", APP)
+        make.save(opened, "app:2", OTHER)
         opened.tag("app:1", "app:stable")
         opened.save_manifest("lacking:1", make.image(9).manifest)
         yield opened
@@ -78,7 +78,7 @@ def test_what_removing_images_together_frees_is_told_exactly(cache: Cache, chose
 
 def test_names_are_given_to_a_report_as_to_a_command(cachedb: Run, cache: Cache) -> None:
     cache.tag("app:1", "localhost:5000/app")
-    make.keep(cache, "app", make.image(20))
+    make.save(cache, "app", make.image(20))
     names = f"localhost:5000/app\n{cachedb('ls', '-q').stdout}"
     (row,) = ask(cache, "freed-by", names=names)
     freed = cache.remove_manifest(*names.split(), dry_run=True)
@@ -108,7 +108,7 @@ def test_names_of_one_manifest_are_listed_together(cache: Cache) -> None:
 
 def test_images_on_an_outdated_base_are_listed(cache: Cache) -> None:
     assert ask(cache, "outdated-bases") == []
-    make.keep(cache, "base:2", make.image(1, 7))
+    make.save(cache, "base:2", make.image(1, 7))
     change(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
     change(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference = '2'")
     found = ask(cache, "outdated-bases")

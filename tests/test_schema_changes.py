@@ -49,11 +49,10 @@ from cachedb.database import APPLICATION_ID, Database
 from cachedb.oci import ImageConfig, parse_config
 from cachedb.tables import REVISION
 from tests.conftest import Run, files_of, run_python, running, start_python
-from tests.make import image, index
+from tests.make import image, index, save
 from tests.promises import check
 from tests.test_database import content
 from tests.test_schema import change, rows, tables
-from tests.victims import save
 
 FROZEN = Path(__file__).parent / "frozen"
 REVISIONS = [f"{number:04}" for number in range(1, int(REVISION) + 1)]
@@ -391,8 +390,7 @@ def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_los
         import mmap, os, random, sys, time, traceback
         from pathlib import Path
         from cachedb import Cache, SchemaMismatch, schema
-        from tests.make import image
-        from tests.victims import save
+        from tests.make import image, save
 
         directory, until = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
         some_refused = mmap.mmap(-1, 1)  # which all share

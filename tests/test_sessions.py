@@ -33,13 +33,6 @@ LIVING = """
 """
 
 
-@pytest.fixture
-def index(cache: Cache) -> Iterator[Database]:
-    database = Database(cache.directory)
-    yield database
-    database.close()
-
-
 def leases(index: Database) -> list[str]:
     with index.read() as connection:
         return list(connection.execute(select(LEASES.c.session)).scalars())

@@ -16,8 +16,7 @@ import pytest
 
 from cachedb import Cache
 from tests.conftest import find_peer, running
-from tests.make import image
-from tests.victims import save
+from tests.make import image, save
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 INSTALL = {name: f"pip install {name}" for name in ("datasette", "sqlite-utils")} | {"duckdb": "pip install duckdb-cli"}

@@ -21,7 +21,7 @@ from tests.faults import answer, changed
 from tests.promises import check
 from tests.registries import Registry
 from tests.test_pull import alone  # noqa: F401 - a fixture
-from tests.test_push import ARM, FIRST, LARGE, SECOND, assert_has, keep_index, referrer, sent
+from tests.test_push import ARM, FIRST, LARGE, SECOND, assert_has, referrer, sent
 
 OTHER = make.image(8, architecture="arm64")
 LAYER = make.digest_of(LARGE.layers[0])
@@ -32,8 +32,8 @@ def made(directory: Path) -> Path:
     """A cache that is there, and that nobody has open."""
     with Cache.open(directory) as cache:
         for name, image in (("app:1", FIRST), ("app:2", SECOND), ("large:1", LARGE)):
-            make.keep(cache, name, image)
-        keep_index(cache, "several:1", FIRST, ARM)
+            make.save(cache, name, image)
+        make.save_index(cache, "several:1", FIRST, ARM)
     return directory
 
 
@@ -114,7 +114,7 @@ def test_what_is_incomplete_or_cannot_be_sent_is_not_begun(made: Path, remote: R
             cache.add_blob(data)
         cache.save_manifest("lacking:1", make.image(1, 9).manifest)
         cache.save_manifest("partly:1", make.index(FIRST, make.image(7)))
-        make.keep(cache, "other:1", OTHER)  # and so it is here, but not of the index that names it
+        make.save(cache, "other:1", OTHER)  # and so it is here, but not of the index that names it
         one = remote.add_index(make.index(SECOND, OTHER), "one", "1", [SECOND])
         cache.pull(one, platform="linux/amd64")
     remote.requests.clear()
@@ -152,7 +152,7 @@ def test_an_index_that_cannot_be_read_begins_nothing_and_stays(
 def test_what_is_in_the_wal_alone_is_begun_and_stays_there(directory: Path, remote: Registry, tmp_path: Path) -> None:
     left = tmp_path / "left"  # as by a process that was killed
     with Cache.open(directory) as cache:
-        make.keep(cache, "app:1", FIRST)
+        make.save(cache, "app:1", FIRST)
         shutil.copytree(directory, left)
     before = {path.name: path.read_bytes() for path in left.glob("index.db*") if not path.name.endswith("-shm")}
     assert before["index.db-wal"]

@@ -25,13 +25,12 @@ from cachedb.reference import Digest
 from cachedb.verify import KINDS, Problem
 from tests import make
 from tests.conftest import Run, files_of, running, snapshot, stored_rows
-from tests.make import Made, digest_of, hex_of, image
+from tests.make import Made, digest_of, hex_of, image, save
 from tests.promises import check
-from tests.victims import save
 
 APP, OTHER = image(1, 2), image(2, 3)
-MANY = make.index(image(11), image(12, architecture="arm64"))
 CHILDREN = (image(11), image(12, architecture="arm64"))
+MANY = make.index(*CHILDREN)
 LAYER = digest_of(APP.layers[0])
 
 
@@ -42,10 +41,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
         save(cache, "other:1", OTHER)
-        for child in CHILDREN:
-            for digest, data in child.blobs.items():
-                cache.save_blob(digest, data)
-        cache.save_manifest("many:1", MANY)
+        make.save_index(cache, "many:1", *CHILDREN)
     return directory
 
 
@@ -164,13 +160,13 @@ def test_several_files_are_read_at_once(cache: Cache, monkeypatch: pytest.Monkey
     monkeypatch.setattr(verify, "_TOGETHER", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     both = threading.Barrier(2, timeout=60)
-    content = verify._content
+    read_file = verify._read_file
 
     def together(*arguments: Any) -> object:
         both.wait()
-        return content(*arguments)
+        return read_file(*arguments)
 
-    monkeypatch.setattr(verify, "_content", together)
+    monkeypatch.setattr(verify, "_read_file", together)
     if len(files_of(cache.directory)) % 2:
         cache.add_blob(b"an even number")
     assert cache.verify().problems == []
@@ -931,11 +927,7 @@ def test_the_help_names_the_options(cachedb: Run) -> None:
 
 def test_an_image_whose_index_is_gone_stops_neither_repair_nor_others(cache: Cache) -> None:
     children = (image(21), image(22, architecture="arm64"))
-    root = make.index(*children)
-    for child in children:
-        for data in child.blobs.values():
-            cache.save_blob(digest_of(data), data)
-    cache.save_manifest("lost:1", root)
+    root = make.save_index(cache, "lost:1", *children)
     path_of(cache, digest_of(root)).unlink()
     shell(cache.directory, f"UPDATE blobs SET stored_at = NULL WHERE digest = '{children[0].digest}'")
     cache.save_manifest("other:1", children[0].manifest)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from cachedb import Cache, CacheError, rebuild, schema
 from tests import make
+from tests.make import save
 
 KEPT = make.image(1, 2)
 """Saved before, as kept:1, and acknowledged."""
@@ -29,12 +30,6 @@ LOOSE = b"nothing refers to this"
 
 DONE, FAILED, GAVE_UP, RECOVERED = 0, 1, 3, 4
 """How a victim ends: the operation was done; it failed with what is no `CacheError`; twice with one; once with one."""
-
-
-def save(cache: Cache, name: str, image: make.Made) -> None:
-    for digest, data in image.blobs.items():
-        cache.save_blob(digest, data)
-    cache.save_manifest(name, image.manifest)
 
 
 def file_of(directory: Path, data: bytes) -> Path:
