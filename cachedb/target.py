@@ -24,10 +24,13 @@ from cachedb.reading import document, open_blob
 from cachedb.reference import Digest, Name
 from cachedb.registry import Repository, place
 
-__all__ = ["AT_ONCE", "Outcome", "Target"]
+__all__ = ["AT_ONCE", "Outcome", "Repositories", "Target"]
 
 Outcome = Literal["uploaded", "mounted", "existing"]
 """How a blob came to be in a repository."""
+
+Repositories = Callable[[Digest], Iterable[str]]
+"""Returns the repositories of images in the cache that have a blob."""
 
 AT_ONCE = 4  # blobs that are asked for and sent at the same time
 _SOURCES = 3  # repositories that a blob is tried to be mounted from
@@ -70,7 +73,7 @@ class Target:
         self.repository = Repository(place(name, plain_http=plain_http), authfile=authfile, push=True)
         self._directory = directory
         self._guard = threading.Lock()
-        self._blobs: dict[Digest, Future[Outcome | None]] = {}  # that were asked for, and what came of it
+        self._blobs: dict[Digest, Future[Outcome]] = {}  # that were asked for, and what came of it
         self._sent: dict[Digest, int] = {}  # bytes of those that are on their way
         self._told: set[Digest] = set()  # those of which somebody has been told what came of it
         self._begun: threading.Thread | None = None
@@ -87,12 +90,12 @@ class Target:
                 self._begun.join(_PATIENCE)
         self.repository.close()
 
-    def send(self, blob: Descriptor, repositories: Callable[[Digest], Iterable[str]], advance: Advance) -> Outcome:
+    def send(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Outcome:
         """See to it that the repository has a blob.
 
         Args:
             blob: of the cache.
-            repositories: returns those of images in the cache that have a blob: it may be there as well.
+            repositories: of images in the cache: where the registry has them, it may take the blob from there.
             advance: is told of the bytes that are done.
 
         Returns:
@@ -109,55 +112,36 @@ class Target:
             seen += count
             advance(count)
 
-        outcome = None
-        while outcome is None:
-            future, ours = self._claim(blob.digest)
-            if ours:
-                self._send(blob, lambda: self._mount(blob.digest, repositories(blob.digest)), future, sent)
-            while wait([future], _NAP).not_done:
-                sent(self._sent.get(blob.digest, 0) - seen)
-            outcome = future.result()
+        future = self._sending(blob, repositories, sent)
+        while wait([future], _NAP).not_done:
+            sent(self._sent.get(blob.digest, 0) - seen)
+        outcome = future.result()
         sent(blob.size - seen)
         with self._guard:
             known = blob.digest in self._told
             self._told.add(blob.digest)
         return "existing" if known else outcome
 
-    def _claim(self, digest: Digest) -> tuple[Future[Outcome | None], bool]:
-        """Return what comes of sending a blob, and whether it is the caller who sends it."""
+    def _sending(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Future[Outcome]:
+        """Send a blob, unless another thread does; return what comes of it."""
         with self._guard:
-            known = self._blobs.get(digest)
-            return known or self._blobs.setdefault(digest, Future()), known is None
+            known = self._blobs.get(blob.digest)
+            future = known or self._blobs.setdefault(blob.digest, Future())
+        if known is None:
+            try:
+                future.set_result(self._send(blob, repositories, advance))
+            except BaseException as error:
+                with self._guard:
+                    del self._blobs[blob.digest]  # who comes later tries again
+                future.set_exception(error)
+        return future
 
-    def _send(
-        self, blob: Descriptor, mount: Callable[[], bool | None], future: Future[Outcome | None], advance: Advance
-    ) -> None:
-        """Ask for a blob, and send it if it is not there.
-
-        Args:
-            blob: to be sent.
-            mount: says whether the registry took it from elsewhere; None to leave it to who asks next.
-            future: is told what came of it: None if it was left.
-            advance: is told of the bytes sent.
-        """
-        try:
-            outcome: Outcome | None = "existing"
-            if not self.repository.has("blobs", blob.digest):
-                mounted = mount()
-                outcome = None if mounted is None else "mounted" if mounted else self._upload(blob, advance)
-        except BaseException as error:
-            self._forget(blob.digest)
-            future.set_exception(error)
-        else:
-            if outcome is None:
-                self._forget(blob.digest)
-            future.set_result(outcome)
-
-    def _forget(self, digest: Digest) -> None:
-        with self._guard:
-            del self._blobs[digest]
-
-    def _upload(self, blob: Descriptor, advance: Advance) -> Outcome:
+    def _send(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Outcome:
+        if self.repository.has("blobs", blob.digest):
+            return "existing"
+        for source in self._elsewhere(repositories(blob.digest))[:_SOURCES]:
+            if self.repository.mount(blob.digest, source):
+                return "mounted"
         try:
             file = open_blob(self._directory, blob.digest)
         except NotInCache:
@@ -165,9 +149,6 @@ class Target:
         with file:
             self.repository.put_blob(blob.digest, blob.size, file, advance)
         return "uploaded"
-
-    def _mount(self, digest: Digest, repositories: Iterable[str]) -> bool:
-        return any(self.repository.mount(digest, source) for source in self._elsewhere(repositories)[:_SOURCES])
 
     def _elsewhere(self, repositories: Iterable[str]) -> list[str]:
         """Return the other repositories of the registry that these are, if they are what they were here."""
@@ -184,7 +165,7 @@ class Target:
     def begin(self, source: Name) -> None:
         """Begin to upload the blobs of an image in a thread, if all of it is here.
 
-        What fails, fails again for who pushes it. What may be mounted is left.
+        What fails is told to who waits for it, and tried again for who comes later.
 
         Args:
             source: the image's name.
@@ -227,21 +208,17 @@ class Target:
         return [blob for blob in closure.values() if blob.role not in ("manifest", "index")]
 
     def _begin_upload(self, blob: Descriptor, _advance: Advance) -> None:
-        future, ours = self._claim(blob.digest)
-        if not ours:
-            return
         self._sent[blob.digest] = 0
 
         def count(new: int) -> None:
             self._sent[blob.digest] += new
 
-        def mount() -> bool | None:
-            with suppress(sqlite3.Error):
-                found = self._look(_REPOSITORIES, blob.digest)
-                return None if self._elsewhere(repository for (repository,) in found) else False
-            return None
+        self._sending(blob, self._repositories, count)
 
-        self._send(blob, mount, future, count)
+    def _repositories(self, digest: Digest) -> list[str]:
+        with suppress(sqlite3.Error):
+            return [repository for (repository,) in self._look(_REPOSITORIES, digest)]
+        return []
 
     def _look(self, query: str, *values: str) -> list[tuple[Any, ...]]:
         """Return what is in the index, by a connection that never writes to it."""
