@@ -1,4 +1,4 @@
-"""``cachedb`` and ``python -m cachedb``: an interrupt is one line also while modules are imported."""
+"""``cachedb`` and ``python -m cachedb``: an interrupt is one line whenever it comes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ def main() -> NoReturn:
     """Run the command line."""
     try:
         from cachedb.cli import main as run
+
+        run()
     except KeyboardInterrupt:
         print("cachedb: interrupted", file=sys.stderr)
         sys.exit(130)
-    run()
 
 
 if __name__ == "__main__":

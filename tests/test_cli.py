@@ -415,19 +415,27 @@ def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) 
     assert (done.returncode, done.stderr.strip()) == (130, "cachedb: interrupted")
 
 
-def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
+@pytest.mark.parametrize("moment", ["click is imported", "the command line begins"])
+def test_an_interrupt_before_there_is_a_command_is_one_line(moment: str) -> None:
     script = """
     import sys
 
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    if sys.argv[1] == "the command line begins":
+        import signal
+        signal.getsignal = interrupted
+
     class Interrupting:
         def find_spec(self, name, path=None, target=None):
-            if name == "click":
-                raise KeyboardInterrupt
+            if name == sys.argv[1].partition(" ")[0]:
+                interrupted()
 
     sys.meta_path.insert(0, Interrupting())
     from cachedb.__main__ import main
     main()
     """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
+    command = [sys.executable, "-c", textwrap.dedent(script), moment]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "cachedb: interrupted\n")
