@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600  # seconds
+POWER_CUTS = "400"  # of each scenario: among fewer there may be none that notices
 
 
 class Mutation(NamedTuple):
@@ -201,7 +202,7 @@ def survived(mutation: Mutation, scratch: Path) -> tuple[str | None, float]:
         shutil.copytree(CHECKOUT, copy, ignore=ignored)
         (copy / mutation.file).write_text(mutated(mutation))
         # The copy comes before an installed package, in each process that a test starts as well.
-        environment = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": name}
+        environment = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": name, "CACHEDB_POWER_CUTS": POWER_CUTS}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
         try:
             done = subprocess.run(

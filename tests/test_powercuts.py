@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from tests.attack.powercut import (
 )
 from tests.make import hex_of
 
-STATES = 80  # of each scenario
+STATES = int(os.environ.get("CACHEDB_POWER_CUTS", "80"))  # of each scenario
 
 Recorded = Callable[[str], Recording]
 
