@@ -170,9 +170,10 @@ class Target:
         Args:
             source: the image's name.
         """
-        if (self._directory / "index.db").exists():
-            self._begun = threading.Thread(target=self._begin, args=(source,), daemon=True)
-            self._begun.start()
+        with suppress(OSError):  # of what cannot be looked at: who opens the cache says so
+            if (self._directory / "index.db").exists():
+                self._begun = threading.Thread(target=self._begin, args=(source,), daemon=True)
+                self._begun.start()
 
     def _begin(self, source: Name) -> None:
         with suppress(CacheError, OSError, sqlite3.Error, ValueError):

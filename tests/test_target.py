@@ -170,6 +170,11 @@ def test_nothing_is_begun_where_there_is_no_cache(directory: Path, remote: Regis
     assert not directory.exists()
 
 
+def test_a_directory_that_cannot_be_looked_at_is_the_caches_error(tmp_path: Path, cachedb: Run) -> None:
+    done = cachedb("--dir", tmp_path / ("long" * 100), "push", "app:1", "127.0.0.1:1/it:1")
+    assert (done.returncode, done.stderr[:40]) == (1, "cachedb: cannot use the cache directory:")
+
+
 def test_what_refers_to_an_image_goes_with_it_all_the_same(made: Path, remote: Registry) -> None:
     signature = referrer(FIRST.manifest)
     name = remote.add(FIRST, "app", "1")
