@@ -17,7 +17,15 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from cachedb import locks, oci
-from cachedb.errors import CacheError, IncompleteImage, InvalidName, NotInCache, StorageError
+from cachedb.errors import (
+    CacheError,
+    IncompleteImage,
+    InvalidName,
+    NotInCache,
+    RegistryError,
+    RegistryUnavailable,
+    StorageError,
+)
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, in_threads
 from cachedb.reading import document, open_blob
@@ -131,8 +139,9 @@ class Target:
             try:
                 future.set_result(self._send(blob, repositories, advance))
             except BaseException as error:
-                with self._guard:
-                    del self._blobs[blob.digest]  # who comes later tries again
+                if not isinstance(error, RegistryError) or isinstance(error, RegistryUnavailable):
+                    with self._guard:
+                        del self._blobs[blob.digest]  # who comes later tries again
                 future.set_exception(error)
         return future
 
@@ -165,7 +174,8 @@ class Target:
     def begin(self, source: Name) -> None:
         """Begin to upload the blobs of an image in a thread, if all of it is here.
 
-        What fails is told to who waits for it, and tried again for who comes later.
+        What fails is told to who waits for it, and tried again for who comes later; unless the registry refuses it: it
+        is asked once, with the same credentials.
 
         Args:
             source: the image's name.
@@ -214,7 +224,7 @@ class Target:
         def count(new: int) -> None:
             self._sent[blob.digest] += new
 
-        self._sending(blob, self._repositories, count)
+        self._sending(blob, self._repositories, count).result()  # after a failure the others need not be begun
 
     def _repositories(self, digest: Digest) -> list[str]:
         with suppress(sqlite3.Error):

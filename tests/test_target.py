@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import threading
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, RegistryError, target
-from cachedb.reference import Name
+from cachedb.directory import blob_path
+from cachedb.reference import Digest, Name
 from cachedb.target import Target
 from tests import make
 from tests.conftest import Run
@@ -190,9 +192,11 @@ def test_what_refers_to_an_image_goes_with_it_all_the_same(made: Path, remote: R
 def test_what_fails_is_told_to_who_waits_for_it_and_tried_again_for_who_comes_later(
     made: Path, remote: Registry
 ) -> None:
-    remote.fault(answer(403), method="POST", path="/blobs/", times=2)
+    file = blob_path(made, Digest(LAYER))
+    file.rename(made / "away")
     with begun(made, "large:1", f"{remote.host}/it:1") as there, Cache.open(made) as cache:
-        assert remote.blobs == {}
+        assert remote.count("PUT", "/blobs/") <= 1  # of the config
+        (made / "away").rename(file)
         assert cache.push("large:1", there).blobs == 2
     remote.fault(answer(403, delay=1), method="POST", path="/blobs/", times=2)
     with Target(made, Name.parse(f"{remote.host}/other:1")) as there, Cache.open(made) as cache:
@@ -201,7 +205,25 @@ def test_what_fails_is_told_to_who_waits_for_it_and_tried_again_for_who_comes_la
             time.sleep(0.001)
         with pytest.raises(RegistryError, match="refuses"):
             cache.push("large:1", there)
-    assert remote.count("POST") == 2 + 2 + 2
+    assert remote.count("POST") == 2 + 2
+
+
+def test_a_registry_that_refuses_is_asked_no_more(made: Path, tmp_path: Path) -> None:
+    with Cache.open(made) as cache:
+        make.save(cache, "many:1", make.image(*range(30)))
+    for program, answers in (("wrong", '{"Username":"user","Secret":"wrong"}'), ("broken", "")):
+        asked = tmp_path / "asked"
+        (tmp_path / f"docker-credential-{program}").write_text(f"#!/bin/sh\necho >>{asked}; echo '{answers}'\n")
+        (tmp_path / f"docker-credential-{program}").chmod(0o755)
+        (tmp_path / "auth.json").write_text(json.dumps({"credsStore": program}))
+        with Registry(auth="basic") as remote, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+            patch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+            there = begun(made, "many:1", f"{remote.host}/it:1")
+            with there, Cache.open(made) as cache, pytest.raises(RegistryError):
+                cache.push("many:1", there)
+        assert len(asked.read_text()) <= target.AT_ONCE
+        asked.unlink()
 
 
 def test_an_image_that_moves_on_meanwhile_goes_as_it_is_now(made: Path, remote: Registry) -> None:
