@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +25,10 @@ from tests.conftest import Run
 from tests.faults import answer, changed
 from tests.promises import check
 from tests.registries import Registry
+from tests.test_locks import eventually
 from tests.test_pull import alone  # noqa: F401 - a fixture
 from tests.test_push import ARM, FIRST, LARGE, SECOND, assert_has, referrer, sent
+from tests.test_source import connecting, unreachable  # noqa: F401 - the second is a fixture
 
 OTHER = make.image(8, architecture="arm64")
 LAYER = make.digest_of(LARGE.layers[0])
@@ -254,6 +259,28 @@ def test_an_interrupt_before_its_thread_runs_is_no_other_error(
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt), Target(made, Name.parse(f"{remote.host}/it:1")) as there:
         there.begin(Name.parse("app:1"))
+
+
+@pytest.mark.parametrize("options", [[], ["--platform", "linux/amd64"]], ids=["begun", "not begun"])
+def test_an_interrupt_does_not_wait_for_a_connection(
+    made: Path,
+    unreachable: str,  # noqa: F811 - the fixture
+    options: list[str],
+) -> None:
+    others = connecting(unreachable)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cachedb", "--dir", made, "push", *options, "several:1", f"{unreachable}/it:1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert eventually(lambda: connecting(unreachable) > others, 60)
+    time.sleep(0.5)  # for those that were begun to be waited for
+    before = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - before < 5, "a connection is waited for for 10 seconds"
+    assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
 
 
 def test_two_do_not_send_the_same_blob(made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
