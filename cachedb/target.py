@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from cachedb import locks, oci
+from cachedb.directory import REVISION
 from cachedb.errors import (
     CacheError,
     IncompleteImage,
@@ -49,7 +50,7 @@ _CONTENTS = """
 SELECT root.digest, root.size, images.media_type, blobs.digest, blobs.stored_at IS NOT NULL
 FROM images JOIN blobs AS root ON root.id = images.manifest_id
 JOIN image_blobs ON image_blobs.image_id = images.id JOIN blobs ON blobs.id = image_blobs.blob_id
-WHERE images.repository = ? AND images.reference = ?
+WHERE images.repository = ? AND images.reference = ? AND ? = (SELECT version_num FROM alembic_version)
 """
 _REPOSITORIES = """
 SELECT DISTINCT images.repository FROM blobs
@@ -197,7 +198,8 @@ class Target:
             NotInCache: if there is no such image, or it cannot have the target's name.
             IncompleteImage: if anything of it is not here.
         """
-        rows = self._look(_CONTENTS, source.repository, source.reference)
+        # In another schema it may be nothing to send: who opens the cache says what to do.
+        rows = self._look(_CONTENTS, source.repository, source.reference, REVISION)
         if not rows or self.name.digest not in (None, rows[0][0]):
             raise NotInCache(str(source))
         held = {Digest(digest) for *_, digest, stored in rows if stored}

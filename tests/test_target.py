@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,14 @@ def test_an_index_that_cannot_be_read_begins_nothing_and_stays(
     before = file.read_bytes()
     begun(tmp_path, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
     assert (remote.requests, file.read_bytes()) == ([], before)
+
+
+@pytest.mark.parametrize("revision", ["0004", "9999"])
+def test_what_has_another_schema_is_not_sent(made: Path, remote: Registry, revision: str) -> None:
+    with closing(sqlite3.connect(made / "index.db")) as index, index:
+        index.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    begun(made, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
+    assert remote.requests == []
 
 
 def test_what_is_in_the_wal_alone_is_begun_and_stays_there(directory: Path, remote: Registry, tmp_path: Path) -> None:
