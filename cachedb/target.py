@@ -236,6 +236,9 @@ class Target:
     def _look(self, query: str, *values: str) -> list[tuple[Any, ...]]:
         """Return what is in the index, by a connection that never writes to it."""
         with locks.unforked():
-            uri = f"{(self._directory / 'index.db').absolute().as_uri()}?mode=ro"
+            index = (self._directory / "index.db").absolute()
+            # Of one at rest SQLite would make the files that it shares memory by, and who only reads leaves them.
+            mode = "mode=ro" if index.with_name("index.db-wal").exists() else "mode=ro&immutable=1"
+            uri = f"{index.as_uri()}?{mode}"
             with closing(sqlite3.connect(uri, uri=True)) as connection:
                 return connection.execute(query, values).fetchall()

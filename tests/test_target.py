@@ -167,6 +167,12 @@ def test_what_has_another_schema_is_not_sent(made: Path, remote: Registry, revis
     assert remote.requests == []
 
 
+def test_of_an_index_at_rest_nothing_is_left(made: Path, remote: Registry) -> None:
+    with begun(made, "app:1", f"{remote.host}/it:1"):
+        assert {digest for _, digest in remote.blobs} == FIRST.blobs.keys() - {FIRST.digest}
+    assert [path.name for path in made.glob("index.db*")] == ["index.db"]
+
+
 def test_what_is_in_the_wal_alone_is_begun_and_stays_there(directory: Path, remote: Registry, tmp_path: Path) -> None:
     left = tmp_path / "left"  # as by a process that was killed
     with Cache.open(directory) as cache:
