@@ -238,7 +238,7 @@ class Target:
         with locks.unforked():
             index = (self._directory / "index.db").absolute()
             # Of one at rest SQLite would make the files that it shares memory by, and who only reads leaves them.
-            mode = "mode=ro" if index.with_name("index.db-wal").exists() else "mode=ro&immutable=1"
-            uri = f"{index.as_uri()}?{mode}"
+            immutable = "" if index.with_name("index.db-wal").exists() else "&immutable=1"
+            uri = f"{index.as_uri()}?mode=ro{immutable}"
             with closing(sqlite3.connect(uri, uri=True)) as connection:
                 return connection.execute(query, values).fetchall()
