@@ -19,7 +19,6 @@ from typing import Any, Literal, Self
 from cachedb import locks, oci
 from cachedb.directory import REVISION
 from cachedb.errors import (
-    CacheError,
     IncompleteImage,
     InvalidName,
     NotInCache,
@@ -187,7 +186,8 @@ class Target:
                 self._begun.start()
 
     def _begin(self, source: Name) -> None:
-        with suppress(CacheError, OSError, sqlite3.Error, ValueError):
+        # A damaged index has values of any type: who opens it says so. Of a blob that fails, who waits for it is told.
+        with suppress(Exception):
             blobs = sorted(self._contents(source), key=lambda blob: -blob.size)
             in_threads(self._begin_upload, blobs, lambda _: None, threads=AT_ONCE)
 

@@ -19,6 +19,7 @@ import pytest
 
 from cachedb import Cache, RegistryError, target
 from cachedb.directory import blob_path
+from cachedb.oci import OCI_MANIFEST
 from cachedb.reference import Digest, Name
 from cachedb.target import Target
 from tests import make
@@ -164,6 +165,14 @@ def test_what_has_another_schema_is_not_sent(made: Path, remote: Registry, revis
     with closing(sqlite3.connect(made / "index.db")) as index, index:
         index.execute("UPDATE alembic_version SET version_num = ?", (revision,))
     begun(made, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
+    assert remote.requests == []
+
+
+def test_an_index_that_has_values_of_other_types_begins_nothing(
+    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Target, "_look", lambda *_: [(FIRST.digest, "large", OCI_MANIFEST, FIRST.digest, 1)])
+    Target(made, Name.parse(f"{remote.host}/it:1"))._begin(Name.parse("app:1"))
     assert remote.requests == []
 
 
