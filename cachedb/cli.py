@@ -807,9 +807,9 @@ def produce(name: str, command: tuple[str, ...]) -> None:
     command = command[command[0] == "--" :]
     if not command:
         raise click.UsageError("name the command to run")
-    making = os.environ.get("CACHEDB_PRODUCING", "").split("\n")
-    wanted = f"{Name.parse(name)} in {os.path.realpath(_directory())}"  # however both were written
-    if wanted in making:
+    making = os.environ.get("CACHEDB_PRODUCING", "")
+    wanted = f"\n{Name.parse(name)} in {os.path.realpath(_directory())}\n"  # however both were written
+    if wanted in making:  # as text: a directory may have a newline in its name
         raise CacheError(f"{name} is being made by a command that has begun this one, which would wait for itself")
     with _opened() as cache, cache.producing(name) as image:
         if image is not None:
@@ -817,7 +817,7 @@ def produce(name: str, command: tuple[str, ...]) -> None:
         environment = {
             **os.environ,
             "CACHEDB_DIR": str(cache.directory),
-            "CACHEDB_PRODUCING": "\n".join([*making, wanted]),
+            "CACHEDB_PRODUCING": making + wanted,
         }
         try:
             process = subprocess.Popen(command, env=environment)  # noqa: S603 - it is the user's

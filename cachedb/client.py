@@ -17,6 +17,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -44,6 +45,7 @@ _STORING = Timeout(connect=60, read=600)  # for each write of a body, and for a 
 _FIRST_PAUSE = 0.5  # seconds before the second try; it doubles, and Retry-After counts where there is one
 _LONGEST_PAUSE = 60.0  # seconds; a registry that wants more time is said to be unavailable
 _REDIRECTS = 5
+_NAP = 0.05  # seconds between two looks at whether to wait on
 _CONNECTIONS = 16  # to one host, kept open
 _TOKEN_LIMIT = 1024 * 1024  # bytes
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
@@ -83,7 +85,7 @@ class Client:
         self._authorization = ""
         self._stopped = threading.Event()
         self._connections: WeakSet[HTTPConnection] = WeakSet()
-        self._pool_classes = _pool_classes(self._connected)
+        self._pool_classes = _pool_classes(self._connect)
 
     def close(self) -> None:
         """Close all connections."""
@@ -100,6 +102,24 @@ class Client:
             connections = list(self._connections)
         for connection in connections:
             _wake(connection)
+
+    def _connect(self, connection: HTTPConnection, connect: Callable[[], None]) -> None:
+        """Make a connection, in a thread that is left behind if there is a stop: nothing else ends its wait."""
+        future = Future[None]()
+
+        def run() -> None:
+            try:
+                connect()
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        while wait([future], _NAP).not_done:
+            if self._stopped.is_set():
+                raise CacheError("it was stopped, for other work beside it failed")
+        future.result()
+        self._connected(connection)
 
     def _connected(self, connection: HTTPConnection) -> None:
         with self._guard:
@@ -327,18 +347,18 @@ class Client:
         return RegistryError(f"{host} answers {said} to a request for {what}{advice}")
 
 
-def _pool_classes(connected: Callable[[HTTPConnection], None]) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return what urllib3 makes connections with, by scheme, so that each is told of when it is open."""
+def _pool_classes(
+    connect: Callable[[HTTPConnection, Callable[[], None]], None],
+) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    """Return what urllib3 makes connections with, by scheme: by what is given, with the connection and how it would."""
 
     class Plain(HTTPConnection):
         def connect(self) -> None:
-            super().connect()
-            connected(self)
+            connect(self, super().connect)
 
     class Secure(HTTPSConnection):
         def connect(self) -> None:
-            super().connect()
-            connected(self)
+            connect(self, super().connect)
 
     class PlainPool(urllib3.HTTPConnectionPool):
         ConnectionCls = Plain

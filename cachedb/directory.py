@@ -8,7 +8,10 @@ from pathlib import Path
 from cachedb.errors import NotACache
 from cachedb.reference import Digest
 
-__all__ = ["blob_file", "blob_path", "chosen", "default_directory", "partial_path", "partials"]
+__all__ = ["REVISION", "blob_file", "blob_path", "chosen", "default_directory", "partial_path", "partials"]
+
+REVISION = "0005"
+"""The newest migration: the schema that `cachedb.tables` describes; here for who reads without SQLAlchemy."""
 
 
 def default_directory() -> Path:

@@ -27,6 +27,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
+from cachedb.directory import REVISION
 from cachedb.errors import DamagedIndex
 from cachedb.oci import ROLES
 from cachedb.reference import HEX_LENGTH
@@ -45,9 +46,6 @@ __all__ = [
     "TRASH",
     "UtcTime",
 ]
-
-REVISION = "0005"
-"""The newest migration: the schema that these tables describe."""
 
 TEXT_LIMIT = 65536
 """Characters of a text that an image's config brings; a longer one is in the config alone."""

@@ -17,7 +17,15 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from cachedb import locks, oci
-from cachedb.errors import CacheError, IncompleteImage, InvalidName, NotInCache, StorageError
+from cachedb.directory import REVISION
+from cachedb.errors import (
+    IncompleteImage,
+    InvalidName,
+    NotInCache,
+    RegistryError,
+    RegistryUnavailable,
+    StorageError,
+)
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, in_threads
 from cachedb.reading import document, open_blob
@@ -41,7 +49,7 @@ _CONTENTS = """
 SELECT root.digest, root.size, images.media_type, blobs.digest, blobs.stored_at IS NOT NULL
 FROM images JOIN blobs AS root ON root.id = images.manifest_id
 JOIN image_blobs ON image_blobs.image_id = images.id JOIN blobs ON blobs.id = image_blobs.blob_id
-WHERE images.repository = ? AND images.reference = ?
+WHERE images.repository = ? AND images.reference = ? AND ? = (SELECT version_num FROM alembic_version)
 """
 _REPOSITORIES = """
 SELECT DISTINCT images.repository FROM blobs
@@ -131,8 +139,9 @@ class Target:
             try:
                 future.set_result(self._send(blob, repositories, advance))
             except BaseException as error:
-                with self._guard:
-                    del self._blobs[blob.digest]  # who comes later tries again
+                if not isinstance(error, RegistryError) or isinstance(error, RegistryUnavailable):
+                    with self._guard:
+                        del self._blobs[blob.digest]  # who comes later tries again
                 future.set_exception(error)
         return future
 
@@ -165,17 +174,20 @@ class Target:
     def begin(self, source: Name) -> None:
         """Begin to upload the blobs of an image in a thread, if all of it is here.
 
-        What fails is told to who waits for it, and tried again for who comes later.
+        What fails is told to who waits for it, and tried again for who comes later; unless the registry refuses it: it
+        is asked once, with the same credentials.
 
         Args:
             source: the image's name.
         """
-        if (self._directory / "index.db").exists():
-            self._begun = threading.Thread(target=self._begin, args=(source,), daemon=True)
-            self._begun.start()
+        with suppress(OSError):  # of what cannot be looked at: who opens the cache says so
+            if (self._directory / "index.db").exists():
+                self._begun = threading.Thread(target=self._begin, args=(source,), daemon=True)
+                self._begun.start()
 
     def _begin(self, source: Name) -> None:
-        with suppress(CacheError, OSError, sqlite3.Error, ValueError):
+        # A damaged index has values of any type: who opens it says so. Of a blob that fails, who waits for it is told.
+        with suppress(Exception):
             blobs = sorted(self._contents(source), key=lambda blob: -blob.size)
             in_threads(self._begin_upload, blobs, lambda _: None, threads=AT_ONCE)
 
@@ -186,7 +198,8 @@ class Target:
             NotInCache: if there is no such image, or it cannot have the target's name.
             IncompleteImage: if anything of it is not here.
         """
-        rows = self._look(_CONTENTS, source.repository, source.reference)
+        # In another schema it may be nothing to send: who opens the cache says what to do.
+        rows = self._look(_CONTENTS, source.repository, source.reference, REVISION)
         if not rows or self.name.digest not in (None, rows[0][0]):
             raise NotInCache(str(source))
         held = {Digest(digest) for *_, digest, stored in rows if stored}
@@ -213,7 +226,7 @@ class Target:
         def count(new: int) -> None:
             self._sent[blob.digest] += new
 
-        self._sending(blob, self._repositories, count)
+        self._sending(blob, self._repositories, count).result()  # after a failure the others need not be begun
 
     def _repositories(self, digest: Digest) -> list[str]:
         with suppress(sqlite3.Error):
@@ -223,6 +236,9 @@ class Target:
     def _look(self, query: str, *values: str) -> list[tuple[Any, ...]]:
         """Return what is in the index, by a connection that never writes to it."""
         with locks.unforked():
-            uri = f"{(self._directory / 'index.db').absolute().as_uri()}?mode=ro"
+            index = (self._directory / "index.db").absolute()
+            # Of one at rest SQLite would make the files that it shares memory by, and who only reads leaves them.
+            immutable = "" if index.with_name("index.db-wal").exists() else "&immutable=1"
+            uri = f"{index.as_uri()}?mode=ro{immutable}"
             with closing(sqlite3.connect(uri, uri=True)) as connection:
                 return connection.execute(query, values).fetchall()

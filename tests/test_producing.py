@@ -331,6 +331,13 @@ def test_a_command_that_would_wait_for_itself_is_refused(
     assert f"{inner} is being made by a command that has begun this one" in result.stderr
 
 
+def test_it_is_refused_in_a_directory_of_two_lines_as_well(cachedb: Run, tmp_path: Path) -> None:
+    place = ("--dir", str(tmp_path / "two\nlines"), "produce", "app:1", "--")
+    result = cachedb(*place, sys.executable, "-m", "cachedb", *place, "true", timeout=30)
+    assert result.returncode == 1
+    assert "is being made by a command that has begun this one" in result.stderr
+
+
 def test_a_command_may_make_the_same_name_in_another_cache(cachedb: Run, directory: Path, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
     script = (

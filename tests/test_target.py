@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from cachedb import Cache, RegistryError, target
-from cachedb.reference import Name
+from cachedb.directory import blob_path
+from cachedb.oci import OCI_MANIFEST
+from cachedb.reference import Digest, Name
 from cachedb.target import Target
 from tests import make
 from tests.conftest import Run
 from tests.faults import answer, changed
 from tests.promises import check
 from tests.registries import Registry
+from tests.test_locks import eventually
 from tests.test_pull import alone  # noqa: F401 - a fixture
 from tests.test_push import ARM, FIRST, LARGE, SECOND, assert_has, referrer, sent
+from tests.test_source import connecting, unreachable  # noqa: F401 - the second is a fixture
 
 OTHER = make.image(8, architecture="arm64")
 LAYER = make.digest_of(LARGE.layers[0])
@@ -151,6 +160,28 @@ def test_an_index_that_cannot_be_read_begins_nothing_and_stays(
     assert (remote.requests, file.read_bytes()) == ([], before)
 
 
+@pytest.mark.parametrize("revision", ["0004", "9999"])
+def test_what_has_another_schema_is_not_sent(made: Path, remote: Registry, revision: str) -> None:
+    with closing(sqlite3.connect(made / "index.db")) as index, index:
+        index.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    begun(made, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
+    assert remote.requests == []
+
+
+def test_an_index_that_has_values_of_other_types_begins_nothing(
+    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Target, "_look", lambda *_: [(FIRST.digest, "large", OCI_MANIFEST, FIRST.digest, 1)])
+    Target(made, Name.parse(f"{remote.host}/it:1"))._begin(Name.parse("app:1"))
+    assert remote.requests == []
+
+
+def test_of_an_index_at_rest_nothing_is_left(made: Path, remote: Registry) -> None:
+    with begun(made, "app:1", f"{remote.host}/it:1"):
+        assert {digest for _, digest in remote.blobs} == FIRST.blobs.keys() - {FIRST.digest}
+    assert [path.name for path in made.glob("index.db*")] == ["index.db"]
+
+
 def test_what_is_in_the_wal_alone_is_begun_and_stays_there(directory: Path, remote: Registry, tmp_path: Path) -> None:
     left = tmp_path / "left"  # as by a process that was killed
     with Cache.open(directory) as cache:
@@ -170,6 +201,11 @@ def test_nothing_is_begun_where_there_is_no_cache(directory: Path, remote: Regis
     assert not directory.exists()
 
 
+def test_a_directory_that_cannot_be_looked_at_is_the_caches_error(tmp_path: Path, cachedb: Run) -> None:
+    done = cachedb("--dir", tmp_path / ("long" * 100), "push", "app:1", "127.0.0.1:1/it:1")
+    assert (done.returncode, done.stderr[:40]) == (1, "cachedb: cannot use the cache directory:")
+
+
 def test_what_refers_to_an_image_goes_with_it_all_the_same(made: Path, remote: Registry) -> None:
     signature = referrer(FIRST.manifest)
     name = remote.add(FIRST, "app", "1")
@@ -185,9 +221,11 @@ def test_what_refers_to_an_image_goes_with_it_all_the_same(made: Path, remote: R
 def test_what_fails_is_told_to_who_waits_for_it_and_tried_again_for_who_comes_later(
     made: Path, remote: Registry
 ) -> None:
-    remote.fault(answer(403), method="POST", path="/blobs/", times=2)
+    file = blob_path(made, Digest(LAYER))
+    file.rename(made / "away")
     with begun(made, "large:1", f"{remote.host}/it:1") as there, Cache.open(made) as cache:
-        assert remote.blobs == {}
+        assert remote.count("PUT", "/blobs/") <= 1  # of the config
+        (made / "away").rename(file)
         assert cache.push("large:1", there).blobs == 2
     remote.fault(answer(403, delay=1), method="POST", path="/blobs/", times=2)
     with Target(made, Name.parse(f"{remote.host}/other:1")) as there, Cache.open(made) as cache:
@@ -196,7 +234,25 @@ def test_what_fails_is_told_to_who_waits_for_it_and_tried_again_for_who_comes_la
             time.sleep(0.001)
         with pytest.raises(RegistryError, match="refuses"):
             cache.push("large:1", there)
-    assert remote.count("POST") == 2 + 2 + 2
+    assert remote.count("POST") == 2 + 2
+
+
+def test_a_registry_that_refuses_is_asked_no_more(made: Path, tmp_path: Path) -> None:
+    with Cache.open(made) as cache:
+        make.save(cache, "many:1", make.image(*range(30)))
+    for program, answers in (("wrong", '{"Username":"user","Secret":"wrong"}'), ("broken", "")):
+        asked = tmp_path / "asked"
+        (tmp_path / f"docker-credential-{program}").write_text(f"#!/bin/sh\necho >>{asked}; echo '{answers}'\n")
+        (tmp_path / f"docker-credential-{program}").chmod(0o755)
+        (tmp_path / "auth.json").write_text(json.dumps({"credsStore": program}))
+        with Registry(auth="basic") as remote, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+            patch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+            there = begun(made, "many:1", f"{remote.host}/it:1")
+            with there, Cache.open(made) as cache, pytest.raises(RegistryError):
+                cache.push("many:1", there)
+        assert len(asked.read_text()) <= target.AT_ONCE
+        asked.unlink()
 
 
 def test_an_image_that_moves_on_meanwhile_goes_as_it_is_now(made: Path, remote: Registry) -> None:
@@ -227,6 +283,28 @@ def test_an_interrupt_before_its_thread_runs_is_no_other_error(
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt), Target(made, Name.parse(f"{remote.host}/it:1")) as there:
         there.begin(Name.parse("app:1"))
+
+
+@pytest.mark.parametrize("options", [[], ["--platform", "linux/amd64"]], ids=["begun", "not begun"])
+def test_an_interrupt_does_not_wait_for_a_connection(
+    made: Path,
+    unreachable: str,  # noqa: F811 - the fixture
+    options: list[str],
+) -> None:
+    others = connecting(unreachable)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cachedb", "--dir", made, "push", *options, "several:1", f"{unreachable}/it:1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert eventually(lambda: connecting(unreachable) > others, 60)
+    time.sleep(0.5)  # for those that were begun to be waited for
+    before = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - before < 5, "a connection is waited for for 10 seconds"
+    assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
 
 
 def test_two_do_not_send_the_same_blob(made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
