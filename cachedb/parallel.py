@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Sized
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from cachedb.errors import CacheError
 
-__all__ = ["Advance", "BlobProgress", "Progress", "in_threads", "summed", "told"]
+__all__ = ["Advance", "BlobProgress", "Once", "Progress", "end", "in_threads", "summed", "told"]
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_PATIENCE = 1.0  # seconds for what was begun to end: who looks up a host, or connects to it, cannot be stopped
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and the bytes in all; from any thread, one call at a time."""
@@ -104,3 +107,50 @@ def in_threads(
                 stop()
             raise
     return [done[number] for number in sorted(done)]
+
+
+class Once:
+    """What several threads may ask for: the first does it, and all get what comes of it."""
+
+    def __init__(self) -> None:
+        """Nothing was asked for yet."""
+        self._guard, self._asked = threading.Lock(), dict[object, Future[Any]]()
+
+    def ask(
+        self, what: object, work: Callable[[], T], *, again: Callable[[BaseException], bool] = lambda _: False
+    ) -> Future[T]:
+        """Do work, unless another thread does, or has.
+
+        Args:
+            what: it is known by.
+            work: returns what comes of it.
+            again: says of an error whether who asks later is to try again.
+
+        Returns:
+            What comes of it; there already if it was done here.
+        """
+        with self._guard:
+            known = self._asked.get(what)
+            future = known or self._asked.setdefault(what, Future())
+        if known is None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                if again(error):
+                    with self._guard:
+                        del self._asked[what]
+                future.set_exception(error)
+        return future
+
+
+def end(begun: threading.Thread | None, stop: Callable[[], None]) -> None:
+    """End what a thread has begun, and wait for it for a moment.
+
+    Args:
+        begun: the thread, if there is one.
+        stop: ends what it waits for.
+    """
+    if begun:
+        stop()  # if all went well there is nothing to stop
+        with suppress(RuntimeError):  # an interrupt came before it was begun
+            begun.join(_PATIENCE)

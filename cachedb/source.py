@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,7 @@ from cachedb import oci, partial, producing
 from cachedb.directory import blob_path, partial_path
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError, os_errors
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
-from cachedb.parallel import Advance, in_threads
+from cachedb.parallel import Advance, Once, end, in_threads
 from cachedb.receiving import Content, discard, receive
 from cachedb.reference import Digest, Name, digest_of, shorten
 from cachedb.registry import Repository, mirrors, place
@@ -28,7 +27,6 @@ from cachedb.registry import Repository, mirrors, place
 __all__ = ["AT_ONCE", "Root", "Source"]
 
 AT_ONCE = 4  # blobs that are downloaded at the same time
-_PATIENCE = 1.0  # seconds for what was begun to end: who looks up a host, or connects to it, cannot be stopped
 _BYTES = 64 * 1024 * 1024  # of manifests, which are all in memory: those of a thousand platforms have far less
 
 T = TypeVar("T")
@@ -77,7 +75,7 @@ class Source:
         places = [*mirrors(name), place(name, plain_http=plain_http)]
         self.repositories: Sequence[Repository] = [Repository(where, authfile=authfile) for where in places]
         self._directory = directory
-        self._guard, self._asked = threading.Lock(), dict[object, Future[object]]()
+        self._once = Once()  # what the registry says
         self._begun: threading.Thread | None = None
         self._right = ExitStack()  # to pull it, while the index is not open yet
         self._ended: dict[Digest, threading.Event] = {}  # downloads that were begun before the index was open
@@ -90,10 +88,7 @@ class Source:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._begun:
-            self.stop()  # if all went well there is nothing to stop
-            with suppress(RuntimeError):  # an interrupt came before it was begun
-                self._begun.join(_PATIENCE)
+        end(self._begun, self.stop)
         self.let_go()
         self.close()
 
@@ -116,27 +111,14 @@ class Source:
                 return call(repository)
         return call(self.repositories[-1])
 
-    def _once(self, what: object, work: Callable[[], T]) -> T:
-        """Do what two threads may ask for once, and give both what came of it."""
-        with self._guard:
-            known = self._asked.get(what)
-            future = known or self._asked.setdefault(what, Future())
-        if known is None:
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-        return future.result()  # type: ignore[return-value]
-
     def digest(self) -> Digest | None:
         """Return the digest that the name points to, by one request at most; None if no registry says.
 
         Raises:
             RegistryError: if that cannot be had.
         """
-        return self.name.digest or self._once(
-            "digest", lambda: self.ask(lambda repository: repository.digest(self.name.reference))
-        )
+        ask = lambda: self.ask(lambda repository: repository.digest(self.name.reference))  # noqa: E731
+        return self.name.digest or self._once.ask("digest", ask).result()
 
     def root(self, said: Digest | None) -> Root:
         """Return the manifest or index that the name points to, from the registry.
@@ -157,7 +139,7 @@ class Source:
                 raise DigestMismatch(f"{self.name} should have digest {like}, and what comes has {digest}")
             return Root(digest, oci.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
 
-        return self._once(("root", said), lambda: self.ask(fetch))
+        return self._once.ask(("root", said), lambda: self.ask(fetch)).result()
 
     def child(self, blob: Descriptor, stored: Callable[[Digest], bytes | None]) -> bytes:
         """Return a manifest that an index names: the one that is here, or else the registry's.
@@ -180,7 +162,7 @@ class Source:
             data = stored(blob.digest)
         if data is None:
             fetch = lambda repository: _verified(blob, repository.manifest(blob.digest).data)  # noqa: E731
-            data = self._once(("child", blob.digest), lambda: self.ask(fetch))
+            data = self._once.ask(("child", blob.digest), lambda: self.ask(fetch)).result()
         self.documents[blob.digest] = _verified(blob, data)
         return data
 

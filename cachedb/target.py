@@ -27,7 +27,7 @@ from cachedb.errors import (
     StorageError,
 )
 from cachedb.oci import Descriptor
-from cachedb.parallel import Advance, in_threads
+from cachedb.parallel import Advance, Once, end, in_threads
 from cachedb.reading import document, open_blob
 from cachedb.reference import Digest, Name
 from cachedb.registry import Repository, place
@@ -43,7 +43,6 @@ Repositories = Callable[[Digest], Iterable[str]]
 AT_ONCE = 4  # blobs that are asked for and sent at the same time
 _SOURCES = 3  # repositories that a blob is tried to be mounted from
 _NAP = 0.05  # seconds between two looks at how far another thread is
-_PATIENCE = 1.0  # seconds for what was begun to end: who looks up a host, or connects to it, cannot be stopped
 
 _CONTENTS = """
 SELECT root.digest, root.size, images.media_type, blobs.digest, blobs.stored_at IS NOT NULL
@@ -80,10 +79,9 @@ class Target:
         self.name = name
         self.repository = Repository(place(name, plain_http=plain_http), authfile=authfile, push=True)
         self._directory = directory
-        self._guard = threading.Lock()
-        self._blobs: dict[Digest, Future[Outcome]] = {}  # that were asked for, and what came of it
+        self._blobs = Once()
         self._sent: dict[Digest, int] = {}  # bytes of those that are on their way
-        self._told: set[Digest] = set()  # those of which somebody has been told what came of it
+        self._guard, self._told = threading.Lock(), set[Digest]()  # of which somebody has been told what came of it
         self._begun: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -92,10 +90,7 @@ class Target:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._begun:
-            self.repository.stop()  # if all went well there is nothing to stop
-            with suppress(RuntimeError):  # an interrupt came before it was begun
-                self._begun.join(_PATIENCE)
+        end(self._begun, self.repository.stop)
         self.repository.close()
 
     def send(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Outcome:
@@ -132,18 +127,7 @@ class Target:
 
     def _sending(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Future[Outcome]:
         """Send a blob, unless another thread does; return what comes of it."""
-        with self._guard:
-            known = self._blobs.get(blob.digest)
-            future = known or self._blobs.setdefault(blob.digest, Future())
-        if known is None:
-            try:
-                future.set_result(self._send(blob, repositories, advance))
-            except BaseException as error:
-                if not isinstance(error, RegistryError) or isinstance(error, RegistryUnavailable):
-                    with self._guard:
-                        del self._blobs[blob.digest]  # who comes later tries again
-                future.set_exception(error)
-        return future
+        return self._blobs.ask(blob.digest, lambda: self._send(blob, repositories, advance), again=_may_pass)
 
     def _send(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Outcome:
         if self.repository.has("blobs", blob.digest):
@@ -202,11 +186,13 @@ class Target:
         rows = self._look(_CONTENTS, source.repository, source.reference, REVISION)
         if not rows or self.name.digest not in (None, rows[0][0]):
             raise NotInCache(str(source))
-        held = {Digest(digest) for *_, digest, stored in rows if stored}
+        if not all(stored for *_, stored in rows):
+            raise IncompleteImage(str(source))
+        held = {Digest(digest) for *_, digest, _ in rows}
 
         def read(blob: Descriptor) -> bytes:
             data = document(self._directory, blob.digest, blob.size)
-            if data is None or len(held) < len({digest for *_, digest, _ in rows}):
+            if data is None:
                 raise IncompleteImage(str(source))
             return data
 
@@ -216,8 +202,7 @@ class Target:
             return children
 
         digest, size, media_type, *_ = rows[0]
-        root = Descriptor(Digest(digest), size, media_type, oci.role_of(media_type))
-        closure = {blob.digest: blob for blob in oci.walk(root, read, choose)}
+        closure = {blob.digest: blob for blob in oci.walk(oci.root(Digest(digest), size, media_type), read, choose)}
         return [blob for blob in closure.values() if blob.role not in ("manifest", "index")]
 
     def _begin_upload(self, blob: Descriptor, _advance: Advance) -> None:
@@ -242,3 +227,8 @@ class Target:
             uri = f"{index.as_uri()}?mode=ro{immutable}"
             with closing(sqlite3.connect(uri, uri=True)) as connection:
                 return connection.execute(query, values).fetchall()
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Say whether who comes later is to try again: not where the registry has refused."""
+    return not isinstance(error, RegistryError) or isinstance(error, RegistryUnavailable)

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -340,12 +339,8 @@ def test_an_interrupt_waits_neither_for_a_host_nor_for_a_helper(
 
 
 def test_an_interrupt_before_its_thread_runs_is_no_other_error(
-    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+    made: Path, remote: Registry, interrupted_start: None
 ) -> None:
-    def interrupted(_thread: threading.Thread) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt), Source(made, Name.parse(f"{remote.host}/large:1")) as source:
         source.begin()
 

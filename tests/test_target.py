@@ -230,7 +230,7 @@ def test_what_fails_is_told_to_who_waits_for_it_and_tried_again_for_who_comes_la
     remote.fault(answer(403, delay=1), method="POST", path="/blobs/", times=2)
     with Target(made, Name.parse(f"{remote.host}/other:1")) as there, Cache.open(made) as cache:
         there.begin(Name.parse("large:1"))
-        while not there._blobs:
+        while not there._sent:
             time.sleep(0.001)
         with pytest.raises(RegistryError, match="refuses"):
             cache.push("large:1", there)
@@ -275,12 +275,8 @@ def test_an_end_is_not_held_up_by_what_was_begun(made: Path, remote: Registry) -
 
 
 def test_an_interrupt_before_its_thread_runs_is_no_other_error(
-    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+    made: Path, remote: Registry, interrupted_start: None
 ) -> None:
-    def interrupted(_thread: threading.Thread) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt), Target(made, Name.parse(f"{remote.host}/it:1")) as there:
         there.begin(Name.parse("app:1"))
 
