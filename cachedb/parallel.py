@@ -16,7 +16,7 @@ __all__ = ["Advance", "BlobProgress", "Once", "Progress", "end", "in_threads", "
 T = TypeVar("T")
 R = TypeVar("R")
 
-_PATIENCE = 1.0  # seconds for what was begun to end: who looks up a host, or connects to it, cannot be stopped
+_PATIENCE = 1.0  # seconds for what was begun to end: who waits for a disk cannot be stopped
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and the bytes in all; from any thread, one call at a time."""

@@ -118,7 +118,7 @@ MUTATIONS = [
     Mutation("what others download is not begun", "cachedb/source.py", "                if nobody and not self._has_file(blob.digest):", "                if not self._has_file(blob.digest):", "tests/test_source.py"),
     Mutation("what is here is not begun", "cachedb/source.py", "                if nobody and not self._has_file(blob.digest):", "                if nobody:", "tests/test_source.py"),
     Mutation("what is here is not begun with if only what is missing is wanted", "cachedb/cli.py", "            if not if_missing:\n                # It comes", "            if True:\n                # It comes", "tests/test_source.py"),
-    Mutation("what was begun does not hold up an end", "cachedb/parallel.py", "            begun.join(_PATIENCE)\n", "            begun.join()\n", "tests/test_source.py"),
+    Mutation("what was begun does not hold up an end", "cachedb/parallel.py", "            begun.join(_PATIENCE)\n", "            begun.join()\n", "tests/test_parallel.py"),
     Mutation("what was begun ends with who wants it", "cachedb/parallel.py", "        stop()  # if all went well there is nothing to stop\n", "", "tests/test_source.py"),
     Mutation("manifests that are in memory are of a bounded size", "cachedb/source.py", "        if data is None and sum(map(len, self.documents.values())) + blob.size > _BYTES:\n", "        if False:\n", "tests/test_source.py -k memory"),
     Mutation("what others pull is not begun", "cachedb/source.py", "self._right.enter_context(producing.unless_made(self._directory, self.key)):", "True:", "tests/test_source.py"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cachedb.parallel import Advance, in_threads, summed
+from cachedb.parallel import Advance, end, in_threads, summed
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -78,3 +78,14 @@ def test_progress_is_the_sum_of_what_all_have_done() -> None:
     in_threads(lambda item, advance: advance(item), [1, 2, 3, 4], summed(10, lambda *now: told.append(now)), threads=2)
     assert told[-1] == (10, 10)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_what_cannot_be_stopped_does_not_hold_up_an_end() -> None:
+    asked, free = threading.Event(), threading.Event()
+    thread = threading.Thread(target=free.wait, args=(30,), daemon=True)
+    thread.start()
+    end(thread, asked.set)
+    assert asked.is_set()
+    assert thread.is_alive()
+    free.set()
+    thread.join(30)
