@@ -28,8 +28,17 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb import locks, partial
-from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, StorageError, os_errors
+from cachedb import locks, marker, partial
+from cachedb.errors import (
+    CacheError,
+    CacheReplaced,
+    DamagedIndex,
+    NotACache,
+    SchemaMismatch,
+    StorageError,
+    os_errors,
+)
+from cachedb.folders import FOLDERS, Folders, follow
 from cachedb.mounts import refuse_shared
 from cachedb.tables import METADATA, REVISION
 
@@ -39,8 +48,7 @@ T = TypeVar("T")
 
 BATCH = 500  # values in one statement, of which SQLite takes so many
 APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
-FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
-_OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "reserve", "lost+found"}
+_MARK = 68  # where an SQLite file has its application_id: https://sqlite.org/fileformat.html#application_id
 _RESERVE = 1024 * 1024  # bytes
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60  # seconds
@@ -78,10 +86,11 @@ def quarantine_path(directory: Path, name: str, *, beside: tuple[str, ...] = ())
         name: of what is put there.
         beside: what is put at the path with these suffixes, where it is free too.
     """
+    folders = Folders(directory)
+    folders.make("quarantine")
+    with folders.open("quarantine"):  # it is refused if it leads elsewhere
+        os.fsync(folders.root)
     folder = directory / "quarantine"
-    if not folder.exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
-        sync_folder(directory)
     path, number = folder / name, 0
     while any(os.path.lexists(f"{path}{suffix}") for suffix in ("", *beside)):
         number += 1
@@ -104,9 +113,17 @@ class Database:
     fork waits until no other thread is in a transaction, and all connections are closed before it.
     """
 
-    def __init__(self, directory: Path, path: Path | None = None) -> None:
-        """Name the index of a cache directory, or another one: a backup."""
+    def __init__(self, directory: Path, path: Path | None = None, *, trust: bool = False) -> None:
+        """Name the index of a cache directory, or another one: a backup.
+
+        Args:
+            directory: of the cache.
+            path: of the index, unless it is the directory's.
+            trust: work with a directory of another user.
+        """
         self.directory = directory.absolute()
+        self._trust = trust
+        self._folders: Folders | None = None
         self.path = (path or directory / "index.db").absolute()
         self._name = str(self.path)
         self.write_lock = self.directory / "locks" / "write.lock"
@@ -127,6 +144,8 @@ class Database:
 
     def _open(self, *, read_only: bool = False) -> _Connection:
         """Open a connection to the file that has the name; it is made in `write_schema` and nowhere else."""
+        if self._folders is not None:
+            self._folders.check()
         with self._unreplaced():
             file = self._file()
             with self._sqlite_errors():
@@ -214,6 +233,8 @@ class Database:
             try:
                 status = os.stat(self._name)
             except FileNotFoundError:
+                if self._folders is not None:
+                    self._folders.check()
                 raise lost(self.directory) from None
             mode = "mode=rw"
             if self.read_only:
@@ -231,6 +252,27 @@ class Database:
         if connection.file != self._file():
             raise DisconnectionError  # the pool opens another
 
+    @property
+    def folders(self) -> Folders:
+        """The open cache directory, to change something in it.
+
+        Raises:
+            NotOurs: if it is another user's, and neither shared nor trusted.
+            StorageError: if it cannot be opened, or only be read.
+        """
+        if self.read_only:
+            raise StorageError(
+                f"the cache {str(self.directory)!r} can only be read: check the owner and mode of the directory, and "
+                "whether its file system is mounted read-only"
+            )
+        if self._folders is None:
+            with os_errors("open the cache directory"):
+                folders = Folders(self.directory)
+                folders.check_owner(trust=self._trust)
+                folders.mark(new=False)
+            self._folders = folders
+        return self._folders
+
     def prepare(self) -> str | None:
         """Make the directory and its folders, unless they are there; refuse what is not ours.
 
@@ -239,6 +281,7 @@ class Database:
 
         Raises:
             NotACache: if the directory holds something else.
+            NotOurs: if it is another user's, or a folder in it leads elsewhere.
             StorageError: if it cannot be made or read.
         """
         if reason := refuse_shared(self.directory):
@@ -250,26 +293,42 @@ class Database:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in missing:
                 sync_folder(folder.parent)
-            if self._is_new():
-                strange = {entry.name for entry in self.directory.iterdir()} - _OURS
-                strange = {name for name in strange if not name.startswith("index.db")}
-                if strange:
-                    raise NotACache(
-                        f"{str(self.directory)!r} is not a cache, and not empty (it holds {min(strange)!r}): "
-                        "name another directory"
-                    )
-            if is_ours(self.directory):
-                self._make_folders()  # before the index is looked at: it may be damaged, and they lost
+            self._mark()
+            for name in FOLDERS:
+                self.folders.make(name)
+                with self.folders.open(name):
+                    pass  # a link to elsewhere is refused now, and again whenever something is changed in it
             revision = self.revision()
-            self._make_folders()
             if revision is None:
                 sync_folder(self.directory / "blobs")
                 sync_folder(self.directory)
             return revision
 
-    def _make_folders(self) -> None:
-        for name in FOLDERS:
-            (self.directory / name).mkdir(mode=0o700, exist_ok=True)
+    def _mark(self) -> None:
+        """Make sure that the directory is a cache, or may become one, and has a marker that says so.
+
+        Raises:
+            NotACache: if it holds something else.
+        """
+        if not self.folders.is_marked and not self._has_our_mark() and not _has_backup(self.directory):
+            strange = {name for name in os.listdir(self.folders.root) if not marker.UNFINISHED.fullmatch(name)}
+            strange -= {"lost+found"} | ({"index.db"} if self._is_new() else set())
+            # Another process may have marked it since we looked.
+            if strange and marker.read(self.folders.root) is None:
+                self.revision()  # it says so if the index is another program's
+                raise NotACache(
+                    f"{str(self.directory)!r} has no {marker.MARKER!r} and is not empty (it holds {min(strange)!r}): "
+                    "name another directory"
+                )
+        self.folders.mark(new=True)
+
+    def _has_our_mark(self) -> bool:
+        """Return whether the index has our application_id, as those of older releases have, which left no marker."""
+        if self._is_new():
+            return False
+        with suppress(CacheError), self.look() as connection:
+            return bool(connection.exec_driver_sql("PRAGMA application_id").scalar_one() == APPLICATION_ID)
+        return False
 
     def _is_new(self) -> bool:
         # An empty file is one that its creator, under the write lock, is about to switch to WAL.
@@ -393,6 +452,7 @@ class Database:
                 yield None
                 return
             try:
+                self.folders.check()
                 with self._engine.connect() as connection, self._transaction(_immediate(connection), locks.Turn(file)):
                     self._check_schema(connection)
                     yield connection
@@ -422,7 +482,9 @@ class Database:
     @contextmanager
     def alone(self) -> Iterator[locks.Turn]:
         """Hold the write lock, and no transaction."""
+        self.folders.check()
         with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
+            self.folders.check()  # again, for we may have waited long
             yield turn
 
     @contextmanager
@@ -477,6 +539,13 @@ class Database:
             transaction.rollback()
             turn.unmark()
             raise
+        if turn.is_lost:
+            transaction.rollback()
+            turn.unmark()
+            raise CacheReplaced(
+                f"{str(self.write_lock)!r} was removed while it was locked; nothing was written: try again, and keep "
+                "cleaners of old files out of the cache"
+            )
         if transaction.is_active:
             try:
                 transaction.commit()
@@ -490,7 +559,11 @@ class Database:
         if not self.path.exists():
             if has_blobs(self.directory):
                 raise lost(self.directory)
-            self.path.touch(mode=0o600)
+            file = os.open(self.path.name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self.folders.root)
+            try:
+                follow(file, self.folders.status)
+            finally:
+                os.close(file)
 
     def _on_error(self, context: ExceptionContext) -> None:
         error = context.original_exception
@@ -531,6 +604,7 @@ class Database:
                 return
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
+                follow(descriptor, self.folders.status)
                 os.posix_fallocate(descriptor, 0, _RESERVE)
             except OSError:
                 path.unlink()
@@ -550,9 +624,9 @@ class Database:
                 raise
             freed = False
             with suppress(CacheError, OSError):
-                freed = partial.sweep(self.directory, age=0)
+                freed = partial.sweep(self.folders, age=0)
             with suppress(OSError):
-                (self.directory / "reserve").unlink()
+                os.unlink("reserve", dir_fd=self.folders.root)
                 freed = True
             if freed:
                 return (again or work)()
@@ -576,8 +650,24 @@ def has_blobs(directory: Path) -> bool:
 
 
 def is_ours(directory: Path) -> bool:
-    """Say whether a directory has been a cache, whatever has become of its index."""
-    return all((directory / name).is_dir() for name in ("blobs", "ingest", "trash"))
+    """Return whether a directory is a cache, whatever has become of its index."""
+    with suppress(CacheError, OSError):
+        return marker.read(directory) is not None or _has_backup(directory)
+    return False
+
+
+def _has_backup(directory: Path) -> bool:
+    """Return whether a directory has a backup with our application_id: older releases left no marker."""
+    # Not so the index itself: closing it here would release SQLite's locks on it in this process.
+    for path in (directory / "backups").glob("*.db"):
+        with suppress(OSError):
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if os.pread(file, 4, _MARK) == APPLICATION_ID.to_bytes(4, "big"):
+                    return True
+            finally:
+                os.close(file)
+    return False
 
 
 def is_full(error: StorageError) -> bool:

@@ -10,11 +10,13 @@ CacheError
 ├── DigestMismatch       content differs from the digest or size it was said to have
 ├── IncompleteImage      a blob that the operation needs is not stored
 ├── NotACache            the directory is not a cache and cannot become one
+├── NotOurs              a directory or folder is another user's, or leads out of the cache
 ├── RegistryError        a registry, or the way to it, failed or refused
 │   └── RegistryUnavailable  it cannot be reached now, or is overloaded: another time it may do
 ├── SchemaMismatch       the index has another schema than this release works with
 │   └── InvalidRevision  a revision that was asked for is none
 └── StorageError         the operating system or SQLite could not do what was asked
+    ├── CacheReplaced    the cache directory was moved, removed or replaced while it was open
     └── DamagedIndex     index.db is lost or damaged; it can be rebuilt
 
 A message is one line that says what is wrong and, where there is something to do about it, what.
@@ -28,6 +30,7 @@ from contextlib import contextmanager
 
 __all__ = [
     "CacheError",
+    "CacheReplaced",
     "DamagedIndex",
     "DigestMismatch",
     "IncompleteImage",
@@ -39,6 +42,7 @@ __all__ = [
     "InvalidRevision",
     "NotACache",
     "NotInCache",
+    "NotOurs",
     "RegistryError",
     "RegistryUnavailable",
     "SchemaMismatch",
@@ -90,6 +94,10 @@ class NotACache(CacheError):
     """The directory is not a cache and cannot become one."""
 
 
+class NotOurs(CacheError):
+    """A directory or folder is another user's, or leads out of the cache: nothing in it is changed."""
+
+
 class RegistryError(CacheError):
     """A registry, or the way to it, failed or refused."""
 
@@ -108,6 +116,10 @@ class InvalidRevision(SchemaMismatch):
 
 class StorageError(CacheError):
     """The operating system or SQLite could not do what was asked."""
+
+
+class CacheReplaced(StorageError):
+    """The cache directory was moved, removed or replaced while it was open."""
 
 
 class DamagedIndex(StorageError):
