@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 from cachedb import tar
 from cachedb.errors import InvalidArchive, os_errors
-from cachedb.receiving import CHUNK
+from cachedb.receiving import CHUNK, discard
 from cachedb.reference import shorten
 
 __all__ = ["MAGIC_LENGTH", "Decompressor", "Files", "Section", "compression_of", "descriptor", "open_files"]
@@ -192,7 +192,7 @@ def open_files(source: Path | BinaryIO, spool: Path) -> Iterator[Files]:
             else:
                 file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
                 if not _is_regular(file) or compression_of(os.pread(file.fileno(), MAGIC_LENGTH, 0)):
-                    stack.callback(spool.unlink, missing_ok=True)
+                    stack.callback(discard, spool)
                     # Not buffered: closing must not fail a second time on a full disk.
                     spooled = stack.enter_context(spool.open("wb+", buffering=0))
                     _copy_decompressed(file, spooled)
