@@ -128,7 +128,7 @@ class Tar:
         names_length = 0
         for member in tar.members(descriptor):
             names_length += len(member.name) + len(member.link)
-            if len(self._files) + len(self._links) > _MEMBERS_LIMIT or names_length > 16 * 1024 * 1024:
+            if len(self._files) + len(self._links) >= _MEMBERS_LIMIT or names_length > 16 * 1024 * 1024:
                 raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: not an image")
             self._add(member)
         for name in self._links:
@@ -140,7 +140,7 @@ class Tar:
         return None if place is None else Section(self._descriptor, *place)
 
     def _resolve(self, name: str) -> str:
-        for _ in range(_LINKS_LIMIT):
+        for _ in range(_LINKS_LIMIT + 1):
             if name not in self._links:
                 return name
             name = self._links[name]

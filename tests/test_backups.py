@@ -6,7 +6,6 @@ import gc
 import os
 import sqlite3
 import threading
-import time
 from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from cachedb import Cache, CacheError, DamagedIndex, StorageError, backups, lock
 from tests import make
 from tests.make import save
 
-Free = namedtuple("Free", "free")  # noqa: PYI024 - stands in for what shutil has
+Free = namedtuple("Free", "free")
 
 
 def open_files() -> int:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, RegistryError, RegistryUnavailable, client, registry
-from cachedb.reference import Digest
+from cachedb import Cache, InvalidName, RegistryError, RegistryUnavailable, client, registry
+from cachedb.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
+from cachedb.reference import Digest, Name
 from tests import make
-from tests.faults import Answer, Call, answer, rewritten
+from tests.faults import Answer, Call, answer, closed, headers, redirect, retry_later, rewritten
 from tests.registries import PASSWORD, USER, Registry
 
 IMAGE = make.image(1, 2, 3, 4, 5)
@@ -27,7 +28,11 @@ def _no_pauses_and_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         if name.lower().endswith("_proxy") or name.startswith(("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: None)
+    monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: PAUSES.append(seconds))
+    PAUSES.clear()
+
+
+PAUSES: list[float] = []
 
 
 # A download
@@ -163,9 +168,7 @@ def test_a_request_that_is_refused_with_a_new_token_asks_for_no_other(
     assert guarded.count(path="/manifests/") == 2, "without a token, and with one"
 
 
-def test_requests_that_are_refused_together_ask_for_one_token(
-    cache: Cache, guarded: Registry, login: Path
-) -> None:
+def test_requests_that_are_refused_together_ask_for_one_token(cache: Cache, guarded: Registry, login: Path) -> None:
     """The token that the manifest was fetched with has expired when the blobs are asked for, all at once."""
     together = threading.Barrier(4, timeout=60)  # as many as are downloaded at a time
     refused = threading.Semaphore(4)
@@ -191,3 +194,134 @@ def test_a_token_of_the_largest_size_is_taken_and_no_larger_one(
     guarded.fault(rewritten(lambda data: data.ljust(2001)), path="/token")
     with pytest.raises(RegistryError, match="is over 2000 bytes"):
         cache.pull(f"{guarded.host}/app:1", authfile=login)
+
+
+# Requests
+
+
+@pytest.fixture
+def remote() -> Iterator[Registry]:
+    with Registry() as made:
+        made.add(IMAGE, "app", "1")
+        yield made
+
+
+def repository_at(remote: Registry) -> registry.Repository:
+    return registry.Repository(registry.place(Name.parse(f"{remote.host}/app:1")))
+
+
+def test_a_request_is_sent_five_times_and_not_more(remote: Registry) -> None:
+    repository = repository_at(remote)
+    remote.fault(closed(), times=4)
+    assert repository.digest("1") == IMAGE.digest
+    remote.fault(closed(), times=5)
+    with pytest.raises(RegistryUnavailable, match="cannot be reached"):
+        repository.digest("1")
+    assert remote.count() == 5 + 5
+    repository.close()
+
+
+def test_a_registry_that_wants_a_minute_has_it_and_no_longer(remote: Registry) -> None:
+    repository = repository_at(remote)
+    remote.fault(retry_later(60))
+    assert repository.digest("1") == IMAGE.digest
+    assert PAUSES == [60]
+    remote.fault(retry_later(61))
+    with pytest.raises(RegistryUnavailable, match="overloaded"):
+        repository.digest("1")
+    assert PAUSES == [60]
+    repository.close()
+
+
+def test_pauses_double(remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("random.uniform", lambda *_: 1.0)
+    repository = repository_at(remote)
+    remote.fault(closed(), times=4)
+    repository.digest("1")
+    assert PAUSES == [0.5, 1, 2, 4]
+    repository.close()
+
+
+def test_five_redirects_are_followed(remote: Registry) -> None:
+    repository = repository_at(remote)
+    remote.fault(redirect(remote.url), times=5)
+    assert repository.digest("1") == IMAGE.digest
+    remote.fault(redirect(remote.url), times=6)
+    with pytest.raises(RegistryError, match="redirects more than 5 times"):
+        repository.digest("1")
+    repository.close()
+
+
+def test_a_manifest_of_the_largest_size_is_taken(remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = repository_at(remote)
+    monkeypatch.setattr(registry, "DOCUMENT_LIMIT", len(IMAGE.manifest))
+    assert repository.manifest("1").data == IMAGE.manifest
+    monkeypatch.setattr(registry, "DOCUMENT_LIMIT", len(IMAGE.manifest) - 1)
+    with pytest.raises(RegistryError, match=f"is over {len(IMAGE.manifest) - 1} bytes"):
+        repository.manifest("1")
+    repository.close()
+
+
+def test_the_largest_port_is_one() -> None:
+    assert registry.place(Name.parse("localhost:65535/app:1")).registry == "localhost:65535"
+    with pytest.raises(InvalidName, match="above 65535"):
+        registry.place(Name.parse("localhost:65536/app:1"))
+
+
+def referrer(number: int) -> bytes:
+    config = b"{}"
+    return json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": make.descriptor(config, OCI_CONFIG),
+            "layers": [],
+            "subject": make.descriptor(IMAGE.manifest, OCI_MANIFEST),
+            "annotations": {"number": str(number)},
+        }
+    ).encode()
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_as_many_referrers_as_may_be_are_listed(remote: Registry, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(registry, "_REFERRERS", 3)
+    for number in range(count):
+        remote.add_manifest(referrer(number), "app")
+    repository = repository_at(remote)
+    if count == 3:
+        assert len(repository.referrers(Digest(IMAGE.digest))) == 3
+    else:
+        with pytest.raises(RegistryError, match="lists more than 3 referrers"):
+            repository.referrers(Digest(IMAGE.digest))
+    repository.close()
+
+
+@pytest.mark.parametrize("pages", [3, 4])
+def test_as_many_pages_of_referrers_as_may_be_are_read(
+    remote: Registry, monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
+    monkeypatch.setattr(registry, "_REFERRERS", 3)
+    more = {"Content-Type": OCI_INDEX, "Link": f'</v2/app/referrers/{IMAGE.digest}>; rel="next"'}
+    remote.fault(headers(dict(more)), path="/referrers/", times=pages - 1)
+    repository = repository_at(remote)
+    if pages == 3:
+        assert repository.referrers(Digest(IMAGE.digest)) == []
+    else:
+        with pytest.raises(RegistryError, match="lists more than 3 referrers"):
+            repository.referrers(Digest(IMAGE.digest))
+    repository.close()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_image_has_as_many_manifests_that_refer_to_it_as_may_be(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr("cachedb.pull._MANIFESTS", 3)
+    remote.blobs["app", make.digest_of(b"{}")] = b"{}"
+    for number in range(count):
+        remote.add_manifest(referrer(number), "app")
+    if count == 2:
+        cache.pull(f"{remote.host}/app:1", referrers=True)
+    else:
+        with pytest.raises(RegistryError, match="has more than 3 manifests that refer to it"):
+            cache.pull(f"{remote.host}/app:1", referrers=True)

@@ -16,7 +16,6 @@ from cachedb import (
     CacheError,
     InvalidArchive,
     StorageError,
-    backups,
     blobs,
     partial,
     producing,
@@ -93,9 +92,7 @@ def test_an_export_that_fails_and_cannot_be_taken_away(
         assert not list(tmp_path.rglob(".cachedb-*.part")), "the next export takes it away"
 
 
-def test_an_export_whose_link_cannot_be_renamed_nor_taken_away(
-    cache: Cache, fault: MakeFault, tmp_path: Path
-) -> None:
+def test_an_export_whose_link_cannot_be_renamed_nor_taken_away(cache: Cache, fault: MakeFault, tmp_path: Path) -> None:
     save(cache, "app:1", IMAGE)
     cache.export("app:1", tmp_path / "out", format="oci-dir", link=True)
     with (
@@ -143,7 +140,7 @@ def test_a_change_of_the_schema_that_fails_and_whose_backup_cannot_be_taken_away
         raise StorageError("the first error")
 
     monkeypatch.setattr(schema, "_run", broken)
-    with fault(Path, "unlink", errno.EIO, "-before-"), pytest.raises(StorageError, match="^the first error$"):
+    with fault(Path, "unlink", errno.EIO, "-before-"), pytest.raises(StorageError, match=r"^the first error$"):
         schema.downgrade(directory, "-1")
 
 
