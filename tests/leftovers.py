@@ -31,7 +31,9 @@ _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 def isolate_mounts() -> bool:
     """Give this process a mount namespace of its own; return whether it may have one, which takes root."""
     libc = ctypes.CDLL(None, use_errno=True)
-    return libc.unshare(_CLONE_NEWNS) == 0 and libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0
+    if libc.unshare(_CLONE_NEWNS):
+        return False
+    return bool(libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0)
 
 
 def watch() -> None:

@@ -155,7 +155,7 @@ MUTATIONS = [
     Mutation("what comes in a minute of a download is counted", "cachedb/registry.py", "        self._had += count\n", "", "tests/test_bounds.py -k download"),
     Mutation("a minute of a download is one", "cachedb/registry.py", "elif now - self._since > _MINUTE:", "elif now - self._since > 2 * _MINUTE:", "tests/test_bounds.py -k download"),
     Mutation("a try of a download begins a minute of its own", "cachedb/registry.py", "            self._since, self._had = now, 0\n            raise", "            raise", "tests/test_bounds.py -k download"),
-    Mutation("what a registry sends again is no stall", "cachedb/registry.py", "            self._since = time.monotonic()  # the time that this takes is no stall\n", "", "tests/test_bounds.py -k download"),
+    Mutation("what a registry sends again is no stall", "cachedb/registry.py", "            self._since = time.monotonic()  # the time that this takes is no stall\n", "", "tests/test_bounds.py -k stall"),
     Mutation("requests that are refused together ask for one token", "cachedb/client.py", "                return False  # and it may be for less than we need\n", "                pass\n", "tests/test_bounds.py -k token"),
     Mutation("who is refused with a new token asks for no other", "cachedb/client.py", "if response.status == 401 and ours and not asked and tries < TRIES:", "if response.status == 401 and ours and tries < TRIES:", "tests/test_bounds.py -k token"),
     Mutation("the last redirect that may be is followed", "cachedb/client.py", "        for _ in range(_REDIRECTS + 1):\n", "        for _ in range(_REDIRECTS):\n", "tests/test_bounds.py -k redirects"),

@@ -86,8 +86,11 @@ def test_a_run_that_is_killed_leaves_no_process_and_no_mount(tmp_path: Path, wor
         assert all(map(is_running, found["processes"]))
         assert is_mounted(found["place"]) == found["mounted"]
         run.send_signal(signal.SIGKILL)
-        wait_until(lambda: not any(map(is_running, found["processes"])), "a process is left")
-        wait_until(lambda: not is_mounted(found["place"]), "a mount is left")
+        try:
+            wait_until(lambda: not any(map(is_running, found["processes"])), "a process is left")
+            wait_until(lambda: not is_mounted(found["place"]), "a mount is left")
+        finally:  # where it is left, it must not be left by this test
+            subprocess.run(["umount", "--lazy", found["place"]], check=False, capture_output=True)
 
 
 def test_what_a_test_starts_is_marked_and_the_mark_of_a_run_within_is_added() -> None:

@@ -37,9 +37,8 @@ class Fault:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, code: int, when: Callable[[str], bool]
     ) -> None:
+        self._set: Callable[[Any], None] = lambda value: monkeypatch.setattr(where, name, value)
         self._real, self._code, self._when, self.fired = getattr(where, name), code, when, 0
-        self._patch = lambda: monkeypatch.setattr(where, name, lambda *args, **options: self._call(*args, **options))
-        self._restore = lambda: monkeypatch.setattr(where, name, self._real)
 
     def _call(self, *arguments: Any, **options: Any) -> Any:
         subject = arguments[0] if arguments else ""
@@ -51,10 +50,11 @@ class Fault:
         return self._real(*arguments, **options)
 
     def __enter__(self) -> None:
-        self._patch()
+        # A function, for a method gets its object only if it is one.
+        self._set(lambda *arguments, **options: self._call(*arguments, **options))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._restore()
+        self._set(self._real)
         assert kind or self.fired, "the fault did not fire"
 
 
