@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import leftovers
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600  # seconds
 POWER_CUTS = "400"  # of each scenario: among fewer there may be none that notices
@@ -298,4 +300,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    leftovers.watch()
     sys.exit(main())
