@@ -53,7 +53,7 @@ class SlowRepository:
 
     def __init__(self, clock: Clock, data: bytes, piece: int, cut: int | None = None) -> None:
         self._clock, self._data, self._piece, self._cut = clock, data, piece, cut
-        self.requests = 0
+        self.requests = self.pauses = 0
 
     def open_blob(self, digest: Digest, offset: int) -> tuple[Any, int]:
         self.requests += 1
@@ -71,7 +71,7 @@ class SlowRepository:
         return SimpleNamespace(read1=read1, close=lambda: None), offset
 
     def pause(self, tries: int) -> None:
-        pass
+        self.pauses += 1
 
 
 def downloaded(repository: SlowRepository, data: bytes) -> bytes:
@@ -86,6 +86,15 @@ def test_a_download_that_is_just_fast_enough_is_one_request(monkeypatch: pytest.
     data = make.random_bytes(1024 * 60 * 10, 1)  # ten minutes
     remote = SlowRepository(Clock(monkeypatch), data, 1024)
     assert downloaded(remote, data) == data
+    assert (remote.requests, remote.pauses) == (1, 0)
+
+
+def test_of_a_download_that_is_all_there_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = SlowRepository(Clock(monkeypatch), b"data", 1024)
+    digest, buffer = Digest(make.digest_of(b"data")), memoryview(bytearray(10))
+    assert registry.Blob(remote, digest, 4, 4).readinto(buffer) == 0  # type: ignore[arg-type]
+    assert remote.requests == 0
+    assert registry.Blob(remote, digest, 4, 3).readinto(buffer) == 1  # type: ignore[arg-type]
     assert remote.requests == 1
 
 
@@ -219,6 +228,39 @@ def test_a_request_is_sent_five_times_and_not_more(remote: Registry) -> None:
         repository.digest("1")
     assert remote.count() == 5 + 5
     repository.close()
+
+
+@pytest.mark.parametrize(("failures", "goes_on"), [(3, True), (4, False)])
+def test_a_token_is_asked_for_while_a_try_is_left_to_use_it(
+    guarded: Registry, login: Path, failures: int, goes_on: bool
+) -> None:
+    repository = registry.Repository(registry.place(Name.parse(f"{guarded.host}/app:1")), authfile=login)
+    guarded.fault(closed(), method="HEAD", times=failures, first=True)
+    if goes_on:
+        assert repository.digest("1") == IMAGE.digest
+    else:
+        with pytest.raises(RegistryError, match="refuses app:1"):
+            repository.digest("1")
+    assert guarded.count(path="/token") == goes_on
+    repository.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "there"), [("0-0", None), ("0-1", 2), ("0-8", 9), ("0-9", 10), ("0-10", None), ("1-5", None)]
+)
+def test_an_upload_goes_on_where_the_registry_has_more_than_a_byte_and_no_more_than_all(
+    remote: Registry, said: str, there: int | None
+) -> None:
+    repository = repository_at(remote)
+    remote.fault(answer(204, {"Range": said, "Location": f"{remote.url}/next"}), method="GET", path="/upload")
+    found = repository._upload_so_far(f"{remote.url}/upload", 10)
+    assert found == ((None, 0) if there is None else (f"{remote.url}/next", there))
+    repository.close()
+
+
+def test_what_a_stranger_says_is_quoted_to_200_characters() -> None:
+    assert client.plain("x" * 200) == "x" * 200
+    assert client.plain("x" * 201) == "x" * 200 + "..."
 
 
 def test_a_registry_that_wants_a_minute_has_it_and_no_longer(remote: Registry) -> None:
