@@ -115,7 +115,7 @@ def _hash(file: int, hashers: Sequence[Hasher]) -> int:
 
 
 def discard(path: Path | None) -> None:
-    """Remove a received file. Where that fails the next open does it, and what failed before is what to speak of."""
+    """Remove a file that is not needed any more. A failure is not raised: it would hide the error that came first."""
     if path is not None:
         with suppress(OSError):
             path.unlink()

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import leftovers
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600  # seconds
 POWER_CUTS = "400"  # of each scenario: among fewer there may be none that notices
@@ -177,6 +179,55 @@ MUTATIONS = [
     Mutation("an upload that gets no further ends", "cachedb/registry.py", "                    if sent > furthest:\n", "                    if True:\n", "tests/test_push.py"),
     Mutation("a registry is told what it stored", "cachedb/registry.py", "        if said is not None and said != digest_of(data, said):\n", "        if False:\n", "tests/test_push.py"),
     Mutation("what was chosen of an index stays chosen", "cachedb/images.py", "    choose = choice(connection, image_id)\n", "    choose = None\n", "tests/test_pull.py"),
+    # Limits
+    Mutation("what comes in a minute of a download is counted", "cachedb/registry.py", "        self._had += count\n", "", "tests/test_bounds.py -k download"),
+    Mutation("a minute of a download is one", "cachedb/registry.py", "elif now - self._since > _MINUTE:", "elif now - self._since > 2 * _MINUTE:", "tests/test_bounds.py -k download"),
+    Mutation("a try of a download begins a minute of its own", "cachedb/registry.py", "            self._since, self._had = now, 0\n            raise", "            raise", "tests/test_bounds.py -k download"),
+    Mutation("what a registry sends again is no stall", "cachedb/registry.py", "            self._since = time.monotonic()  # the time that this takes is no stall\n", "", "tests/test_bounds.py -k stall"),
+    Mutation("requests that are refused together ask for one token", "cachedb/client.py", "                return False  # and it may be for less than we need\n", "                pass\n", "tests/test_bounds.py -k token"),
+    Mutation("who is refused with a new token asks for no other", "cachedb/client.py", "if response.status == 401 and ours and not asked and tries < TRIES:", "if response.status == 401 and ours and tries < TRIES:", "tests/test_bounds.py -k token"),
+    Mutation("the last redirect that may be is followed", "cachedb/client.py", "        for _ in range(_REDIRECTS + 1):\n", "        for _ in range(_REDIRECTS):\n", "tests/test_bounds.py -k redirects"),
+    Mutation("the longest pause that may be is made", "cachedb/client.py", "        if seconds > _LONGEST_PAUSE:\n", "        if seconds >= _LONGEST_PAUSE:\n", "tests/test_bounds.py -k minute"),
+    Mutation("the largest body that may be is read", "cachedb/client.py", "            if len(data) > limit:\n", "            if len(data) >= limit:\n", "tests/test_bounds.py -k largest"),
+    Mutation("of a download that is all there nothing is asked for", "cachedb/registry.py", "if self._response is None and self._at >= self._size:", "if self._response is None and self._at > self._size:", "tests/test_bounds.py -k download"),
+    Mutation("the end of a download is no failure", "cachedb/registry.py", "if not data and self._at < self._size:", "if not data and self._at <= self._size:", "tests/test_bounds.py -k download"),
+    Mutation("an upload goes on behind all of it", "cachedb/registry.py", "if there and 0 < int(there[1]) < size:", "if there and 0 < int(there[1]) < size - 1:", "tests/test_bounds.py -k upload"),
+    Mutation("a token comes while there is a try to use it", "cachedb/client.py", "and not asked and tries < TRIES:", "and not asked and tries <= TRIES:", "tests/test_bounds.py -k token"),
+    Mutation("pages of referrers have an end", "cachedb/registry.py", "            pages += 1\n", "", "tests/test_bounds.py -k pages"),
+    Mutation("as many referrers as may be are listed", "cachedb/registry.py", "            if max(len(found), pages) > _REFERRERS:\n", "            if max(len(found), pages) >= _REFERRERS:\n", "tests/test_bounds.py -k referrers"),
+    Mutation("as many manifests as may be refer to an image", "cachedb/pull.py", "                if len(known) >= _MANIFESTS:\n", "                if len(known) > _MANIFESTS:\n", "tests/test_bounds.py -k refer"),
+    Mutation("backups are made one at a time", "cachedb/backups.py", '            stack.enter_context(locks.held(folder / ".lock"))\n', "", "tests/test_backups.py -k at_once"),
+    Mutation("a backup leaves no descriptor open", "cachedb/backups.py", "    os.close(descriptor)\n    return Path(name)\n", "    return Path(name)\n", "tests/test_backups.py -k descriptor"),
+    Mutation("a change of the schema that just fits is made", "cachedb/backups.py", "    if free < needed:", "    if free <= needed:", "tests/test_backups.py -k needs"),
+    Mutation("an archive has no more members than it may", "cachedb/files.py", ">= _MEMBERS_LIMIT or", "> _MEMBERS_LIMIT or", "tests/test_bounds_of_input.py -k members"),
+    Mutation("as many links are followed as Linux follows", "cachedb/files.py", "range(_LINKS_LIMIT + 1)", "range(_LINKS_LIMIT)", "tests/test_bounds_of_input.py -k links"),
+    Mutation("extended headers have a limit together", "cachedb/tar.py", "            extended_length += size + BLOCK\n", "", "tests/test_bounds_of_input.py -k headers"),
+    Mutation("the largest document is read", "cachedb/oci.py", "    if len(data) > DOCUMENT_LIMIT:", "    if len(data) >= DOCUMENT_LIMIT:", "tests/test_bounds_of_input.py -k largest"),
+    Mutation("the largest file of credentials is read", "cachedb/credentials.py", "if len(data) <= _FILE_LIMIT else None", "if len(data) < _FILE_LIMIT else None", "tests/test_bounds_of_input.py -k credentials"),
+    Mutation("the longest answer of a credential helper is taken", "cachedb/credentials.py", "while len(answer) <= _ANSWER_LIMIT:", "while len(answer) < _ANSWER_LIMIT:", "tests/test_bounds_of_input.py -k helper"),
+    Mutation("what is left of a download is kept for a day", "cachedb/partial.py", "_AGE = 24 * 60 * 60", "_AGE = 24 * 60 * 59", "tests/test_bounds_of_input.py -k download"),
+    Mutation("a download that only has to be verified is gone on with", "cachedb/partial.py", "found.st_size > size:", "found.st_size >= size:", "tests/test_bounds_of_input.py -k download"),
+    Mutation("a hold lasts as long as it may", "cachedb/holds.py", "not 0 < seconds <= _LIMIT.total_seconds():", "not 0 < seconds < _LIMIT.total_seconds():", "tests/test_bounds_of_input.py -k hold"),
+    Mutation("uses are not written all the time", "cachedb/uses.py", "- self._written > RESOLUTION", "- self._written >= RESOLUTION", "tests/test_bounds_of_input.py -k uses"),
+    Mutation("a size has the unit in which it is below a thousand", "cachedb/units.py", "if abs(size) < 999.5", "if abs(size) < 1000", "tests/test_bounds_of_input.py -k unit"),
+    Mutation("show names the author", "cachedb/cli.py", ', ("author", image.author or "")]', "]", "tests/test_bounds_of_input.py -k author"),
+    # Second failures
+    Mutation("an export that fails says what failed first", "cachedb/export.py", "        discard(part)\n", "        part.unlink(missing_ok=True)\n", "tests/test_second_failures.py -k export"),
+    Mutation("a link that fails says what failed first", "cachedb/export.py", "        discard(part)  #", "        part.unlink(missing_ok=True)  #", "tests/test_second_failures.py -k export"),
+    Mutation("an import that fails says what failed first", "cachedb/files.py", "stack.callback(discard, spool)", "stack.callback(spool.unlink, missing_ok=True)", "tests/test_second_failures.py -k spooled"),
+    Mutation("a backup that fails says what failed first", "cachedb/backups.py", "                with suppress(OSError):\n                    made.unlink()\n", "                made.unlink()\n", "tests/test_second_failures.py -k backup"),
+    Mutation("a blob that fails says what failed first", "cachedb/receiving.py", "        with suppress(OSError):\n            path.unlink()\n", "        path.unlink()\n", "tests/test_second_failures.py -k blob"),
+    Mutation("a change of the schema that fails says what failed first", "cachedb/schema.py", "                with suppress(OSError):\n                    backup.unlink()\n", "                backup.unlink()\n", "tests/test_second_failures.py -k schema"),
+    Mutation("a publication that fails says what failed first", "cachedb/blobs.py", "            with suppress(CacheError):  # what is left", "            if True:  # what is left", "tests/test_second_failures.py -k publication"),
+    Mutation("a pull that fails says what failed first", "cachedb/pull.py", "            with suppress(CacheError, OSError):\n", "            if True:\n", "tests/test_second_failures.py -k pull"),
+    Mutation("work that fails says what failed first", "cachedb/producing.py", "        with suppress(OSError):  # the next open removes it\n", "        if True:\n", "tests/test_second_failures.py -k work"),
+    Mutation("a damaged backup is refused with the damage", "cachedb/rebuild.py", "is damaged, and was not restored: {faults[0]}", "is damaged, and was not restored", "tests/test_backups.py -k damage"),
+    Mutation("a backup without a schema is said to have none", "cachedb/rebuild.py", 'or "it has lost its schema"', 'or "?"', "tests/test_backups.py -k damage"),
+    # The tests themselves
+    Mutation("what a test starts ends with the run", "tests/conftest.py", "    leftovers.watch()\n", "", "tests/test_leftovers.py"),
+    Mutation("a fork of a test run ends with the run", "tests/leftovers.py", '                if os.readlink(process / "fd" / file) == f"pipe:[{pipe}]":\n', "                if False:\n", "tests/test_leftovers.py"),
+    Mutation("a mount of a test goes with the run", "tests/conftest.py", "    leftovers.isolate_mounts()\n", "", "tests/test_leftovers.py"),
+    Mutation("a fault that no request meets fails its test", "tests/faults.py", "        assert kind or not missed, f", "        assert True, f", "tests/test_registries.py -k fault"),
     # Questions
     Mutation("only questions can be asked", "cachedb/query.py", "        connection.set_authorizer(_authorize)\n", "", "tests/test_query.py"),
     Mutation("a connection for questions changes nothing", "cachedb/query.py", '        connection.execute("PRAGMA query_only = ON")\n', "", "tests/test_query.py"),
@@ -279,4 +330,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    leftovers.watch()
     sys.exit(main())
