@@ -28,9 +28,9 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb import locks, partial
-from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, StorageError, os_errors
-from cachedb.mounts import refuse_shared
+from cachedb import locks, partial, space
+from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, StorageError, explain, os_errors
+from cachedb.mounts import refuse_shared, refuse_unable
 from cachedb.tables import METADATA, REVISION
 
 __all__ = ["BATCH", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
@@ -40,8 +40,11 @@ T = TypeVar("T")
 BATCH = 500  # values in one statement, of which SQLite takes so many
 APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
 FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
-_OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "reserve", "lost+found"}
+_OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "reserve", "reserve.inodes", "lost+found"}
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a file cannot be made or extended, and may be read
 _RESERVE = 1024 * 1024  # bytes
+# SQLite needs two for index.db-wal and index.db-shm, a session two, and locks the rest.
+_RESERVE_INODES = 8
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60  # seconds
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
@@ -114,6 +117,7 @@ class Database:
             self.read_only = self.path.exists() and not os.access(directory, os.W_OK)
         self._engine = self._connect()
         self._idle: list[_Connection] = []
+        self._shortage: StorageError | None = None
         locks.before_fork(self)
 
     def _connect(self) -> Engine:
@@ -258,6 +262,7 @@ class Database:
                         f"{str(self.directory)!r} is not a cache, and not empty (it holds {min(strange)!r}): "
                         "name another directory"
                     )
+                refuse_unable(self.directory)
             if is_ours(self.directory):
                 self._make_folders()  # before the index is looked at: it may be damaged, and they lost
             revision = self.revision()
@@ -422,6 +427,7 @@ class Database:
     @contextmanager
     def alone(self) -> Iterator[locks.Turn]:
         """Hold the write lock, and no transaction."""
+        self._check_shortage()
         with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
             yield turn
 
@@ -517,37 +523,99 @@ class Database:
             sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
             sqlite3.SQLITE_CANTOPEN: "check the owner and mode of the cache directory, and the limit on open files",
             sqlite3.SQLITE_BUSY: "another program holds the database in a transaction; end it and try again",
-            sqlite3.SQLITE_IOERR: "the disk may be full, or failing",
+            sqlite3.SQLITE_IOERR: "the disk may be failing: see the kernel's log",
         }.get(code)
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_NOMEM:
+            advice = "there is not enough memory"
+        elif code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            sizes = (_size(f"{self._name}{suffix}") for suffix in ("", "-wal", "-shm"))
+            if shortage := space.find_shortage(self.directory, _RESERVE, offset=max(sizes)):
+                return StorageError(f"the index failed: {error}: {explain(shortage)}", errno=shortage.errno)
         return StorageError(f"the index failed: {error}" + (f"; {advice}" if advice else ""))
 
+    def only_read(self, error: StorageError) -> bool:
+        """Read without new files from now on, if an error says that there is no room for any, and there is an index.
+
+        SQLite cannot share memory with other processes then; it is as if the directory could not be written to.
+
+        Returns:
+            Whether it is so. It ends with the shortage.
+        """
+        if error.errno not in _NO_ROOM or self._is_new():
+            return False
+        self.close()
+        self.read_only, self._shortage = True, error
+        return True
+
+    def _check_shortage(self) -> None:
+        """Raise what `only_read` was told while it lasts; else be as if it had not been called."""
+        if self._shortage is None:
+            return
+        if space.find_shortage(self.directory, _RESERVE):
+            raise StorageError(str(self._shortage), errno=self._shortage.errno) from self._shortage
+        self.read_only, self._shortage = False, None
+        self.close()
+
     def keep_reserve(self) -> None:
-        """Set some space aside for `with_reserve`, if there is none yet and the disk has it."""
-        path = self.directory / "reserve"
+        """Set space and inodes aside for `with_reserve`, where some are missing and the disk has them."""
         if self.read_only:
             return
+        self._keep_bytes()
+        with suppress(OSError):
+            self._keep_inodes()
+
+    def _keep_inodes(self) -> None:
+        folder = self.directory / "reserve.inodes"
+        if os.path.lexists(folder / str(_RESERVE_INODES)):  # the last that is made
+            return
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with _opened_folder(folder) as descriptor:
+            for number in range(1, _RESERVE_INODES + 1):
+                os.close(os.open(str(number), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=descriptor))
+
+    def give_up_inodes(self) -> bool:
+        """Give the inodes that were set aside back to the file system; return whether there is one now."""
+        found = False
+        with suppress(OSError), _opened_folder(self.directory / "reserve.inodes") as descriptor:
+            for number in range(_RESERVE_INODES, 0, -1):
+                with suppress(FileNotFoundError):
+                    os.unlink(str(number), dir_fd=descriptor)
+                    found = True
+        # Another process may have given them up just now.
+        return found or not space.find_shortage(self.directory, _RESERVE)
+
+    def _keep_bytes(self) -> None:
+        path = self.directory / "reserve"
         with suppress(OSError):
             if path.exists() and path.stat().st_size >= _RESERVE:
                 return
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
                 os.posix_fallocate(descriptor, 0, _RESERVE)
-            except OSError:
-                path.unlink()
+            except OSError as error:
+                # The limit on the size of our files says nothing of the disk.
+                if error.errno != errno.EFBIG or not os.fstat(descriptor).st_size:
+                    path.unlink()
             finally:
                 os.close(descriptor)
 
     def with_reserve(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
-        """Do some work; on a full disk do it again, or other work, in the space that was set aside.
+        """Do some work; on a full disk do it again, or other work, in the room that was set aside.
 
-        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without. What is left of
-        downloads goes as well.
+        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without. Inodes are given
+        up first, which may be all that it takes; then space, and what is left of downloads as well.
         """
         try:
             return work()
         except StorageError as error:
             if not is_full(error):
                 raise
+            if self.give_up_inodes():
+                try:
+                    return (again or work)()
+                except StorageError as still:
+                    if not is_full(still):
+                        raise
             freed = False
             with suppress(CacheError, OSError):
                 freed = partial.sweep(self.directory, age=0)
@@ -581,11 +649,26 @@ def is_ours(directory: Path) -> bool:
 
 
 def is_full(error: StorageError) -> bool:
-    """Say whether the disk is full; what SQLite says of that is vague where it has no space for its shared memory."""
-    cause = error.__cause__
-    if isinstance(cause, sqlite3.DatabaseError):
-        return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Return whether the file system has no space or no inode left, or the quota is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _size(path: str) -> int:
+    """Return the size of a file in bytes, 0 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+@contextmanager
+def _opened_folder(path: Path) -> Iterator[int]:
+    """Open a folder of ours for `dir_fd`; a symbolic link in its place is none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def mismatch(directory: Path, revision: str | None) -> SchemaMismatch | DamagedIndex:
