@@ -118,6 +118,7 @@ class Database:
         self._engine = self._connect()
         self._idle: list[_Connection] = []
         self._shortage: StorageError | None = None
+        self._gave_up = False
         locks.before_fork(self)
 
     def _connect(self) -> Engine:
@@ -580,7 +581,7 @@ class Database:
             for number in range(_RESERVE_INODES, 0, -1):
                 with suppress(FileNotFoundError):
                     os.unlink(str(number), dir_fd=descriptor)
-                    found = True
+                    found = self._gave_up = True
         # Another process may have given them up just now.
         return found or not space.find_shortage(self.directory, _RESERVE)
 
@@ -612,7 +613,7 @@ class Database:
                 raise
             if self.give_up_inodes():
                 try:
-                    return (again or work)()
+                    return again() if again else work()
                 except StorageError as still:
                     if not is_full(still):
                         raise
@@ -631,6 +632,9 @@ class Database:
         self._engine.dispose()
         while self._idle:
             self._idle.pop().close()
+        if self._gave_up:  # SQLite has given two back just now
+            self._gave_up = False
+            self.keep_reserve()
 
 
 def lost(directory: Path) -> DamagedIndex:

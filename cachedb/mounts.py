@@ -136,7 +136,7 @@ def _find_posix_lock_fault(ours: int, other: int) -> str | None:
         fcntl.lockf(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return f"files cannot be locked (fcntl): {error.strerror}"
-    # A process does not lock itself out; a lock of the open file is another owner's, and is refused as another process's.
+    # A process does not lock itself out. The lock of an open file has another owner, as another process's has.
     try:
         fcntl.fcntl(other, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except OSError:

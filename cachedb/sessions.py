@@ -106,20 +106,21 @@ class Session:
 
     def _begin(self, name: str) -> FileIO:
         """Make the session's lock file and its folder; return the lock."""
+        path = lock_path(self._database.directory, name)
+        # The lock comes first: what belongs to a session without one is swept away.
         with os_errors("begin a session in the cache"):
-            # The lock comes first: what belongs to a session without one is swept away.
-            path = lock_path(self._database.directory, name)
             lock = locks.acquire(path)
-            assert lock is not None
-            try:
+        assert lock is not None
+        try:
+            with os_errors("begin a session in the cache"):
                 (self._database.directory / "ingest" / name).mkdir(mode=0o700)
                 sync_folder(self._database.directory / "ingest")
-            except BaseException:
-                with suppress(OSError):
-                    path.unlink()
-                locks.release(lock)
-                raise
-            return lock
+        except BaseException:
+            with suppress(OSError):
+                path.unlink()
+            locks.release(lock)
+            raise
+        return lock
 
     @property
     def folder(self) -> Path:

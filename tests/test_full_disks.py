@@ -9,13 +9,14 @@ import os
 import resource
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cachedb import Cache, StorageError, mounts, space
+from cachedb import Cache, StorageError, mounts, schema, space
 from cachedb.database import Database, is_full
 from cachedb.directory import partial_path
 from cachedb.errors import os_errors
@@ -33,13 +34,9 @@ RESERVED = {str(number) for number in range(1, 9)}
 
 def fill_inodes(folder: Path) -> None:
     """Take all the inodes of a file system with empty files."""
-    folder.mkdir(exist_ok=True)
-    for number in count():
-        try:
+    with suppress(OSError):
+        for number in count():
             (folder / str(number)).touch(exist_ok=False)
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
-            return
 
 
 @pytest.fixture(params=["tmpfs", "ext4", "xfs"])
@@ -58,6 +55,8 @@ def full(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
             save(cache, "app:1", MADE)
             save(cache, "other:1", OTHER)
             cache.add_blob(b"garbage")
+        for folder in (disk / "small", disk / "more", disk / "cache" / "ingest" / "partial"):
+            folder.mkdir()
         if request.param == "xfs":
             fill_space(disk / "full")  # XFS makes inodes of free space
         fill_inodes(disk / "small")
@@ -85,19 +84,27 @@ def test_a_disk_on_which_no_file_can_be_made_is_read_and_freed(cachedb: Run, ful
         (["rm", "other:1"], "freed 3 blobs"),
         (["gc"], "freed 1 blob"),
         (["ls", "-q"], "app:1\napp:2\n"),
-        (["db", "current"], ""),
     ):
         result = cachedb("--dir", full, *command)
         assert (result.returncode, result.stderr) == (0, ""), command
         assert output.replace(" ", "") in result.stdout.replace(" ", "").replace("\n", "") or output in result.stdout
-    assert set(os.listdir(full / "reserve.inodes")) == RESERVED, "they are set aside again"
+    for path in (full.parent / "small").iterdir():
+        path.unlink()
+    (full.parent / "full").unlink(missing_ok=True)
     check(full)
+    assert set(os.listdir(full / "reserve.inodes")) == RESERVED
+    assert (full / "reserve").stat().st_size == 1024 * 1024
 
 
+@pytest.mark.parametrize("full", ["tmpfs", "ext4"], indirect=True)
+def test_what_was_given_up_is_set_aside_again_by_whatever_took_it(full: Path) -> None:
+    assert schema.current(full).usable
+    assert set(os.listdir(full / "reserve.inodes")) == RESERVED
+
+
+@pytest.mark.parametrize("full", ["tmpfs", "ext4"], indirect=True)
 def test_downloads_are_kept_where_inodes_are_all_that_it_takes(cachedb: Run, full: Path) -> None:
     left = partial_path(full, Digest(MADE.digest))
-    (full.parent / "small" / "0").unlink()
-    left.parent.mkdir()
     (full / "reserve").rename(left)
     fill_inodes(full.parent / "more")
     for command in (["ls", "-q"], ["rm", "other:1"], ["gc"]):
@@ -132,11 +139,10 @@ def test_a_cache_that_was_opened_in_a_shortage_is_written_to_when_it_is_over(wit
     check(without_reserve)
 
 
+@pytest.mark.parametrize("full", ["tmpfs", "ext4"], indirect=True)
 def test_an_inode_that_is_missing_is_named_in_the_error(full: Path) -> None:
     for path in (full / "reserve.inodes").iterdir():
         path.rename(full.parent / f"taken-{path.name}")
-    if not space.has_no_inodes(full):
-        pytest.skip("this file system says that there are inodes")
     with pytest.raises(StorageError, match=f"^cannot work: {NO_INODES}: '.*new'; delete some files"), os_errors("work"):
         (full / "new").touch()
 
@@ -159,6 +165,24 @@ def test_only_our_own_names_are_given_up(cache: Cache, directory: Path) -> None:
     assert os.listdir(folder) == ["mine"]
     cache._database.keep_reserve()
     assert set(os.listdir(folder)) == {*RESERVED, "mine"}
+
+
+@pytest.mark.parametrize("full", ["tmpfs", "ext4"], indirect=True)
+def test_a_session_begins_with_what_is_set_aside_or_leaves_nothing(full: Path) -> None:
+    with Cache.open(full) as cache, cache.hold("app:1"):
+        # SQLite has its files, and the session two of what was set aside.
+        for path in (full / "reserve.inodes").iterdir():
+            path.rename(full.parent / "small" / f"taken-{path.name}")
+        fill_inodes(full.parent / "more")
+        before = sorted(os.listdir(full / "locks"))
+        with Cache(Database(full)) as other:
+            (full.parent / "small" / "0").unlink()  # one is too few
+            with pytest.raises(StorageError, match=f"^cannot begin a session in the cache: {NO_INODES}"):
+                other.hold("app:1").__enter__()
+            assert sorted(os.listdir(full / "locks")) == before
+        (full.parent / "small" / "1").rename(full / "reserve.inodes" / "1")
+        with Cache(Database(full)) as other, other.hold("app:1"):
+            assert len(os.listdir(full / "locks")) == len(before) + 1
 
 
 # What is no full disk
