@@ -6,8 +6,9 @@ import errno
 import fcntl
 import mmap
 import os
-import resource
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
@@ -188,9 +189,18 @@ def test_a_session_begins_with_what_is_set_aside_or_leaves_nothing(full: Path) -
 # What is no full disk
 
 
-def limited(size: int) -> dict[str, Any]:
-    """Options of a process that may write files of so many bytes at most."""
-    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+LIMITED = """
+import resource, runpy, sys
+size = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+runpy.run_module("cachedb", run_name="__main__")
+"""
+
+
+def run_limited(size: int, directory: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process that may write files of so many bytes at most."""
+    command = [sys.executable, "-c", LIMITED, str(size), "--dir", str(directory), *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -206,17 +216,17 @@ def partial(cache: Cache, directory: Path) -> Path:
 
 @pytest.mark.parametrize("size", [0, 4096, 100 * 1024])
 def test_a_limit_on_the_size_of_files_is_named_and_nothing_is_deleted(
-    cachedb: Run, directory: Path, partial: Path, tmp_path: Path, size: int
+    directory: Path, partial: Path, tmp_path: Path, size: int
 ) -> None:
     (tmp_path / "large").write_bytes(bytes(3_000_000))
-    result = cachedb("blob", "add", tmp_path / "large", **limited(size))
+    result = run_limited(size, directory, "blob", "add", tmp_path / "large")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert f"this process may write files of {size} bytes at most: raise the limit (`ulimit -f`)" in result.stderr
     if size < 100 * 1024:
-        result = cachedb("rm", "app:1", **limited(size))
+        result = run_limited(size, directory, "rm", "app:1")
         assert (result.returncode, result.stderr.count("\n")) == (1, 1)
         assert "raise the limit (`ulimit -f`)" in result.stderr
-    assert cachedb("ls", "-q", **limited(size)).stdout == "app:1\n", "what reads needs to write no file"
+    assert run_limited(size, directory, "ls", "-q").stdout == "app:1\n", "what reads needs to write no file"
     assert partial.read_bytes() == b"begun"
     assert (directory / "reserve").stat().st_size == 1024 * 1024
     assert set(os.listdir(directory / "reserve.inodes")) == RESERVED
@@ -225,13 +235,13 @@ def test_a_limit_on_the_size_of_files_is_named_and_nothing_is_deleted(
 
 @pytest.mark.parametrize("before", [None, 0, 4096])
 def test_a_limit_on_the_size_of_files_leaves_the_reserve_as_it_is(
-    cachedb: Run, directory: Path, partial: Path, before: int | None
+    directory: Path, partial: Path, before: int | None
 ) -> None:
     reserve = directory / "reserve"
     reserve.unlink()
     if before is not None:
         reserve.write_bytes(bytes(before))
-    assert cachedb("ls", "-q", **limited(200 * 1024)).returncode == 0
+    assert run_limited(200 * 1024, directory, "ls", "-q").returncode == 0
     assert (reserve.stat().st_size if reserve.exists() else 0) == (before or 0)
 
 
@@ -384,7 +394,7 @@ def test_a_file_system_that_cannot_do_what_a_cache_needs_is_refused_when_the_cac
     directory: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, replacement: Any, expected: str
 ) -> None:
     monkeypatch.setattr(module, name, replacement)
-    with pytest.raises(StorageError, match=rf" is on \w+, where {expected}: name a directory on a local disk"):
+    with pytest.raises(StorageError, match=rf" is on [\w.]+, where {expected}: name a directory on a local disk"):
         Cache.open(directory)
     monkeypatch.undo()
     assert os.listdir(directory) == []
