@@ -126,6 +126,15 @@ class Cache:
             if not damaged:
                 database.close()
                 raise
+        except StorageError as error:
+            if not database.only_read(error):
+                database.close()
+                raise
+            try:
+                schema.prepare(database, upgrade=upgrade)
+            except BaseException:
+                database.close()
+                raise
         except BaseException:
             database.close()
             raise

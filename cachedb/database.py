@@ -28,7 +28,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb import locks, marker, partial
+from cachedb import locks, marker, partial, space
 from cachedb.errors import (
     CacheError,
     CacheReplaced,
@@ -36,10 +36,11 @@ from cachedb.errors import (
     NotACache,
     SchemaMismatch,
     StorageError,
+    explain,
     os_errors,
 )
 from cachedb.folders import FOLDERS, Folders, follow
-from cachedb.mounts import refuse_shared
+from cachedb.mounts import refuse_shared, refuse_unable
 from cachedb.tables import METADATA, REVISION
 
 __all__ = ["BATCH", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
@@ -49,7 +50,10 @@ T = TypeVar("T")
 BATCH = 500  # values in one statement, of which SQLite takes so many
 APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
 _MARK = 68  # where an SQLite file has its application_id: https://sqlite.org/fileformat.html#application_id
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a file cannot be made or extended, and may be read
 _RESERVE = 1024 * 1024  # bytes
+# SQLite needs two for index.db-wal and index.db-shm, a session two, and locks the rest.
+_RESERVE_INODES = 8
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60  # seconds
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
@@ -131,6 +135,8 @@ class Database:
             self.read_only = self.path.exists() and not os.access(directory, os.W_OK)
         self._engine = self._connect()
         self._idle: list[_Connection] = []
+        self._shortage: StorageError | None = None
+        self._gave_up = False
         locks.before_fork(self)
 
     def _connect(self) -> Engine:
@@ -294,6 +300,8 @@ class Database:
             for folder in missing:
                 sync_folder(folder.parent)
             self._mark()
+            if self._is_new():
+                refuse_unable(self.directory)
             for name in FOLDERS:
                 self.folders.make(name)
                 with self.folders.open(name):
@@ -482,6 +490,7 @@ class Database:
     @contextmanager
     def alone(self) -> Iterator[locks.Turn]:
         """Hold the write lock, and no transaction."""
+        self._check_shortage()
         self.folders.check()
         with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
             self.folders.check()  # again, for we may have waited long
@@ -590,38 +599,103 @@ class Database:
             sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
             sqlite3.SQLITE_CANTOPEN: "check the owner and mode of the cache directory, and the limit on open files",
             sqlite3.SQLITE_BUSY: "another program holds the database in a transaction; end it and try again",
-            sqlite3.SQLITE_IOERR: "the disk may be full, or failing",
+            sqlite3.SQLITE_IOERR: "the disk may be failing: see the kernel's log",
         }.get(code)
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_NOMEM:
+            advice = "there is not enough memory"
+        elif code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            sizes = (_size(f"{self._name}{suffix}") for suffix in ("", "-wal", "-shm"))
+            if shortage := space.find_shortage(self.directory, _RESERVE, offset=max(sizes)):
+                return StorageError(f"the index failed: {error}: {explain(shortage)}", errno=shortage.errno)
         return StorageError(f"the index failed: {error}" + (f"; {advice}" if advice else ""))
 
+    def only_read(self, error: StorageError) -> bool:
+        """Read without new files from now on, if an error says that there is no room for any, and there is an index.
+
+        SQLite cannot share memory with other processes then; it is as if the directory could not be written to.
+
+        Returns:
+            Whether it is so. It ends with the shortage.
+        """
+        if error.errno not in _NO_ROOM or self._is_new():
+            return False
+        self.close()
+        self.read_only, self._shortage = True, error
+        return True
+
+    def _check_shortage(self) -> None:
+        """Raise what `only_read` was told while it lasts; else be as if it had not been called."""
+        if self._shortage is None:
+            return
+        if space.find_shortage(self.directory, _RESERVE):
+            raise StorageError(str(self._shortage), errno=self._shortage.errno) from self._shortage
+        self.read_only, self._shortage = False, None
+        self.close()
+
     def keep_reserve(self) -> None:
-        """Set some space aside for `with_reserve`, if there is none yet and the disk has it."""
-        path = self.directory / "reserve"
+        """Set space and inodes aside for `with_reserve`, where some are missing and the disk has them."""
         if self.read_only:
             return
+        self._keep_bytes()
+        with suppress(OSError, CacheError):
+            self._keep_inodes()
+
+    def _keep_inodes(self) -> None:
+        if os.path.lexists(self.directory / "reserve.inodes" / str(_RESERVE_INODES)):  # the last that is made
+            return
+        self.folders.make("reserve.inodes")
+        with self.folders.open("reserve.inodes") as folder:
+            for number in range(1, _RESERVE_INODES + 1):
+                file = os.open(str(number), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+                try:
+                    follow(file, self.folders.status)
+                finally:
+                    os.close(file)
+
+    def give_up_inodes(self) -> bool:
+        """Give the inodes that were set aside back to the file system; return whether there is one now."""
+        found = False
+        with suppress(OSError, CacheError), self.folders.open("reserve.inodes") as folder:
+            for number in range(_RESERVE_INODES, 0, -1):
+                with suppress(FileNotFoundError):
+                    os.unlink(str(number), dir_fd=folder)
+                    found = self._gave_up = True
+        # Another process may have given them up just now.
+        return found or not space.find_shortage(self.directory, _RESERVE)
+
+    def _keep_bytes(self) -> None:
+        path = self.directory / "reserve"
         with suppress(OSError):
             if path.exists() and path.stat().st_size >= _RESERVE:
                 return
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            descriptor = os.open("reserve", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self.folders.root)
             try:
                 follow(descriptor, self.folders.status)
                 os.posix_fallocate(descriptor, 0, _RESERVE)
-            except OSError:
-                path.unlink()
+            except OSError as error:
+                # The limit on the size of our files says nothing of the disk.
+                if error.errno != errno.EFBIG or not os.fstat(descriptor).st_size:
+                    path.unlink()
             finally:
                 os.close(descriptor)
 
     def with_reserve(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
-        """Do some work; on a full disk do it again, or other work, in the space that was set aside.
+        """Do some work; on a full disk do it again, or other work, in the room that was set aside.
 
-        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without. What is left of
-        downloads goes as well.
+        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without. Inodes are given
+        up first, which may be all that it takes; then space, and what is left of downloads as well.
         """
         try:
             return work()
         except StorageError as error:
             if not is_full(error):
                 raise
+            if self.give_up_inodes():
+                try:
+                    return again() if again else work()
+                except StorageError as still:
+                    if not is_full(still):
+                        raise
             freed = False
             with suppress(CacheError, OSError):
                 freed = partial.sweep(self.folders, age=0)
@@ -637,6 +711,9 @@ class Database:
         self._engine.dispose()
         while self._idle:
             self._idle.pop().close()
+        if self._gave_up:  # SQLite has given two back just now
+            self._gave_up = False
+            self.keep_reserve()
 
 
 def lost(directory: Path) -> DamagedIndex:
@@ -671,11 +748,16 @@ def _has_backup(directory: Path) -> bool:
 
 
 def is_full(error: StorageError) -> bool:
-    """Say whether the disk is full; what SQLite says of that is vague where it has no space for its shared memory."""
-    cause = error.__cause__
-    if isinstance(cause, sqlite3.DatabaseError):
-        return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Return whether the file system has no space or no inode left, or the quota is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _size(path: str) -> int:
+    """Return the size of a file in bytes, 0 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def mismatch(directory: Path, revision: str | None) -> SchemaMismatch | DamagedIndex:

@@ -21,9 +21,9 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
 from cachedb import locks
-from cachedb.database import Database, sync_folder
+from cachedb.database import Database, is_full, sync_folder
 from cachedb.directory import is_received, is_session, lock_kind, received_digest
-from cachedb.errors import CacheError, CacheReplaced, explain, os_errors
+from cachedb.errors import CacheError, CacheReplaced, StorageError, explain, os_errors
 from cachedb.folders import Folders, Leftover
 from cachedb.reference import Digest
 from cachedb.tables import LEASES
@@ -88,18 +88,32 @@ class Session:
         with self._guard:
             if self._id is None:
                 name = f"{os.getpid()}-{secrets.token_hex(6)}"
-                with os_errors("begin a session in the cache"):
-                    # The lock comes first: what belongs to a session without one is swept away.
-                    lock = locks.acquire(lock_path(self._database.directory, name))
-                    assert lock is not None
-                    try:
-                        self._database.folders.make(f"ingest/{name}")
-                        sync_folder(self._database.directory / "ingest")
-                    except BaseException:
-                        locks.release(lock)
+                try:
+                    lock = self._begin(name)
+                except StorageError as error:
+                    if not is_full(error) or not self._database.give_up_inodes():
                         raise
+                    lock = self._begin(name)
                 self._id, self._lock = name, lock
             return self._id
+
+    def _begin(self, name: str) -> FileIO:
+        """Make the session's lock file and its folder; return the lock."""
+        path = lock_path(self._database.directory, name)
+        # The lock comes first: what belongs to a session without one is swept away.
+        with os_errors("begin a session in the cache"):
+            lock = locks.acquire(path)
+        assert lock is not None
+        try:
+            with os_errors("begin a session in the cache"):
+                self._database.folders.make(f"ingest/{name}")
+                sync_folder(self._database.directory / "ingest")
+        except BaseException:
+            with suppress(OSError):
+                path.unlink()
+            locks.release(lock)
+            raise
+        return lock
 
     @property
     def folder(self) -> Path:

@@ -30,6 +30,7 @@ from cachedb import (
     uses,
 )
 from cachedb.files import Section
+from cachedb.folders import Folders
 from cachedb.oci import DOCUMENT_LIMIT, OCI_MANIFEST
 from cachedb.reference import Name
 from cachedb.report import number
@@ -239,7 +240,7 @@ def test_what_is_left_of_a_download_is_kept_for_a_day(
     path.write_bytes(b"half")
     begun = path.stat().st_mtime
     monkeypatch.setattr(partial, "time", SimpleNamespace(time=lambda: begun + seconds))
-    assert partial.sweep(cache.directory) == gone
+    assert partial.sweep(Folders(cache.directory)) == gone
     assert path.exists() != gone
 
 
