@@ -137,8 +137,9 @@ def receive_linked(
         StorageError: if it cannot be linked, for another reason, nor be copied.
     """
     before = os.fstat(file)
-    if before.st_uid != os.geteuid() or before.st_mode & stat.S_IWOTH:
-        # What other users write to is no blob. That its own user does not is for him to see to.
+    # Where a file has an access control list, the bits of the group say what any other user may do at most.
+    if before.st_uid != os.geteuid() or before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        # What others may write to is no blob: its content could change. Its owner must take care not to write to it.
         return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     verified = receive(session, source(), digest=digest, size=size, write=False, progress=progress, what=what)
     named = session.new_path(digest)

@@ -159,6 +159,26 @@ class Cache:
     ) -> None:
         self.close()
 
+    def share(self, group: str | None = None) -> str:
+        """Share the cache with a group of users, who may all read and write it from now on.
+
+        Folders get the setgid bit, the index and the lock files can be written to by the group, and blobs by nobody;
+        what is made later follows, whatever the umask of its maker.
+
+        Args:
+            group: name or number of the group; by default the process's own.
+
+        Returns:
+            The name of the group.
+
+        Raises:
+            CacheError: if there is no such group.
+            StorageError: if this user does not own the cache, or is no member of the group.
+        """
+        from cachedb import sharing
+
+        return sharing.share(self._database.folders, group)
+
     @property
     def directory(self) -> Path:
         """The cache directory."""

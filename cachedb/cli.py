@@ -312,6 +312,25 @@ def cli(directory: str | None, trust: bool) -> None:
         os.environ["CACHEDB_TRUST"] = "1"  # for the commands that this one runs, too
 
 
+@cli.command(epilog=_examples("cachedb init", "cachedb --dir /srv/cache init --shared=builders"))
+@click.option(
+    "--shared",
+    metavar="[GROUP]",
+    is_flag=False,
+    flag_value="",
+    help="Let a group of users write to the cache, too.  [default: your own group]",
+)
+def init(shared: str | None) -> None:
+    """Make a cache, and share it with a group if asked to.
+
+    Every other command makes the cache as well, for its user alone. A cache that is there is kept as it is. Only the
+    owner can share a cache, with a group that he is a member of.
+    """
+    with _opened() as cache:
+        group = None if shared is None else cache.share(shared or None)
+        click.echo(f"{cache.directory}" + (f" is shared with group {group}" if group else " is a cache"))
+
+
 @cli.command(
     "import",
     epilog=_examples(
