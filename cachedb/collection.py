@@ -37,7 +37,7 @@ from cachedb.blobs import retract, stored
 from cachedb.database import BATCH, Database, batched, sync_folder
 from cachedb.directory import blob_file
 from cachedb.errors import os_errors
-from cachedb.reference import Digest
+from cachedb.reference import Digest, is_digest
 from cachedb.sessions import dead_sessions, locked_sessions
 from cachedb.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 
@@ -111,7 +111,7 @@ def forget(connection: Connection, blob_ids: Iterable[int]) -> Collected:
     blobs = size = 0
     for part in batched(sorted(blob_ids)):
         rows = connection.execute(_forgotten(), {"ids": part}).all()
-        files = [row for row in rows if row.stored_at is not None]
+        files = [row for row in rows if row.stored_at is not None and is_digest(row.digest)]
         if files:
             connection.execute(_without_trash(), {"digests": [row.digest for row in files]})
             connection.execute(_new_trash(), [{"digest": row.digest, "size": row.size} for row in files])
@@ -156,7 +156,8 @@ def _move_out(database: Database) -> None:
             done, folders = [], set()
             for digest in digests:
                 done.append(digest)
-                if digest in again:
+                # An index from elsewhere may name a path here, that leads out of the cache.
+                if digest in again or not is_digest(digest):
                     continue
                 path = blob_file(database.directory, digest)
                 folders.add(os.path.dirname(path))
