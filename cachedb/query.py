@@ -203,12 +203,12 @@ def _instr(text: Any, part: Any) -> int | None:  # noqa: ANN401
     return int(text.find(part)) + 1
 
 
-def _replace(text: Any, old: Any, new: Any) -> str | None:  # noqa: ANN401
+def _replace(text: Any, old: Any, new: Any) -> Any:  # noqa: ANN401
     if text is None or old is None or new is None:
         return None
     where, old, new = _as_text(text), _as_text(old), _as_text(new)
     if not old:
-        return where
+        return text  # of whatever type
     if len(where) + where.count(old) * (len(new) - len(old)) > _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH]:
         raise OverflowError  # before it takes the memory
     return where.replace(old, new)
