@@ -208,7 +208,7 @@ def _replace(text: Any, old: Any, new: Any) -> Any:  # noqa: ANN401
         return None
     where, old, new = _as_text(text), _as_text(old), _as_text(new)
     if not old:
-        return text  # of whatever type
+        return where if isinstance(text, bytes) else text  # as SQLite has it
     if len(where) + where.count(old) * (len(new) - len(old)) > _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH]:
         raise OverflowError  # before it takes the memory
     return where.replace(old, new)
