@@ -847,7 +847,7 @@ class Cache:
             NotInCache: if there is no such image, or it is not for that platform.
             IncompleteImage: if a blob of it is not stored, or a platform is neither here nor at the registry.
             InvalidName: if the target is by another digest.
-            DigestMismatch: if a manifest's file is damaged.
+            DigestMismatch: if the file of a manifest or of a blob that is sent is damaged.
             StorageError: if a blob's file is gone, or was cut short.
             RegistryError: if the registry does not take it.
         """
@@ -973,6 +973,7 @@ class Cache:
         name: str | Name | None = None,
         *,
         link: bool = False,
+        max_unpacked: int | None = None,
         progress: Progress | None = None,
     ) -> list[ImageInfo]:
         """Import the images of a docker-archive, an OCI archive or an OCI image layout folder.
@@ -984,13 +985,16 @@ class Cache:
             name: instead of the names in the archive, where it holds one image.
             link: of a layout folder, make hard links to its files, where the file system can and no other user could
                 write to them. Nobody may from then on.
+            max_unpacked: bytes that a compressed archive, or all compressed layers of a docker-archive, may unpack to.
+                Unless given ``CACHEDB_MAX_UNPACKED``, else 64 GiB and, beyond 256 MiB, 100 times the compressed size.
             progress: is told how far the reading is.
 
         Returns:
             The images, one for each name.
 
         Raises:
-            InvalidArchive: if it is no such archive, or something is wrong with it, or it gives an image no name.
+            InvalidArchive: if it is no such archive, or something is wrong with it, or it gives an image no name, or
+                it unpacks to more than may be.
             InvalidManifest: if a manifest in it is invalid.
             DigestMismatch: if content in it has another digest or size than it should.
         """
@@ -1000,17 +1004,20 @@ class Cache:
         opened = Path(source) if isinstance(source, (str, os.PathLike)) else source
         if link and not (isinstance(opened, Path) and (opened.is_dir() or not opened.exists())):
             raise CacheError("links are made to the files of an image layout folder, and this is none")
-        with files.open_files(opened, self._session.new_path()) as opened_files:
-            return self._import(archive.read_images(opened_files, parsed), progress, link=link)
+        most = files.max_unpacked() if max_unpacked is None else max_unpacked
+        with files.open_files(opened, self._session.new_path(), most) as opened_files:
+            return self._import(archive.read_images(opened_files, parsed), progress, most, link=link)
 
-    def _import(self, found: list[archive.ArchivedImage], progress: Progress | None, *, link: bool) -> list[ImageInfo]:
+    def _import(
+        self, found: list[archive.ArchivedImage], progress: Progress | None, most: int | None, *, link: bool
+    ) -> list[ImageInfo]:
         # Several images may share a blob: by its digest, or by its place in the archive.
         wanted = {blob.key: blob for image in found for blob in image.blobs}
         digests = {blob.digest for blob in wanted.values() if blob.digest}
         roots: list[tuple[Digest, str]] = []
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
-            self._receive(wanted, hold, received, progress, link=link)
+            self._receive(wanted, hold, received, progress, most, link=link)
             roots.extend(self._root(image, received) for image in found)
 
         def save(connection: Connection) -> list[ImageInfo]:
@@ -1029,11 +1036,15 @@ class Cache:
         hold: Hold,
         received: dict[object, Received],
         progress: Progress | None,
+        most: int | None,
         *,
         link: bool,
     ) -> None:
         """Receive an archive's blobs, several at once; what is held is verified only."""
         from cachedb import archive, files
+
+        compressed = sum(blob.size for blob in wanted.values() if blob.diff_id)
+        limit = files.UnpackLimit("the layers in the archive unpack", compressed, most)
 
         def receive_linked(blob: archive.ArchivedBlob, digest: Digest, path: Path, add: Advance) -> Received:
             with os_errors("read the archive"), files.descriptor(path) as file:
@@ -1052,7 +1063,7 @@ class Cache:
             if link and blob.digest and blob.section.path and blob.digest not in hold.digests:
                 received[blob.key] = receive_linked(blob, blob.digest, blob.section.path, add)
                 return
-            diff_id = archive.DiffId(*blob.diff_id, blob.what) if blob.diff_id else None
+            diff_id = archive.DiffId(*blob.diff_id, blob.what, limit) if blob.diff_id else None
             received[blob.key] = blobs.receive(
                 self._session,
                 blob.section.again(),
@@ -1092,7 +1103,7 @@ class Cache:
     ) -> None:
         """Write an image to an archive or a folder; the same image gives the same bytes.
 
-        A file appears under its name when all of it is there.
+        A file appears under its name when all of it is there, and every blob in it is verified.
 
         Args:
             name: of the image.
@@ -1106,6 +1117,7 @@ class Cache:
         Raises:
             NotInCache: if there is no such image, or it is not for that platform.
             IncompleteImage: if a blob of it is not stored.
+            DigestMismatch: if the file of a blob is damaged; then nothing is under the destination's name.
         """
         from cachedb import export
 
@@ -1119,7 +1131,7 @@ class Cache:
             root, manifests = self._manifests(parsed, info, held)
             made: dict[Digest, bytes] = {}
             if platform is not None or format == "docker-archive":
-                root = export.choose_platform(parsed, root, manifests, self.get_blob, platform)
+                root = export.choose_platform(parsed, root, manifests, self._document, platform)
             else:
                 root, made = export.without_absent(root, manifests, {blob.digest for blob in held})
             closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))

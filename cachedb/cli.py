@@ -26,7 +26,7 @@ from cachedb.errors import (
     explain,
 )
 from cachedb.printing import ROW_FORMATS, print_json, print_rows, print_table
-from cachedb.units import ago, cut, human, printable, short
+from cachedb.units import ago, cut, human, parse_size, printable, short
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -164,6 +164,18 @@ class _Held(_Parameter):
         from cachedb.completion import held
 
         return held(ctx, incomplete)
+
+
+class _Size(_Parameter):
+    """A number of bytes, such as 500MB or 64GiB."""
+
+    name = "size"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        size = parse_size(value)
+        if size is None:
+            self.fail(f"{value!r} is not a size such as 500MB or 64GiB", param, ctx)
+        return size
 
 
 _NAME = _InCache("name", names=True)
@@ -343,9 +355,15 @@ def init(shared: str | None) -> None:
 @click.argument("source", type=click.Path())
 @click.argument("name", required=False, type=_NAME)
 @click.option("--link", is_flag=True, help="Make hard links to a layout's files; nobody may write to them then.")
+@click.option(
+    "--max-unpacked",
+    metavar="SIZE",
+    type=_Size(),
+    help="Refuse what unpacks to more.  [default: $CACHEDB_MAX_UNPACKED, else 64GiB, and 100 times its size]",
+)
 @_format
 @_quiet("the images' names")
-def import_(source: str, name: str | None, link: bool, form: str, quiet: bool) -> None:
+def import_(source: str, name: str | None, link: bool, max_unpacked: int | None, form: str, quiet: bool) -> None:
     """Import the images of an archive, under their names in it.
 
     SOURCE is a docker-archive or an OCI archive, compressed or not, an OCI image layout folder, or - for stdin.
@@ -357,7 +375,13 @@ def import_(source: str, name: str | None, link: bool, form: str, quiet: bool) -
             raise click.UsageError("stdin is a terminal: send an archive to it, or name a file")
         opened = sys.stdin.buffer
     with _opened() as cache, _progress("importing", quiet=quiet) as progress:
-        found = cache.cache_from_tar(opened, name, link=link, progress=progress)  # type: ignore[arg-type]
+        found = cache.cache_from_tar(
+            opened,  # type: ignore[arg-type]
+            name,
+            link=link,
+            max_unpacked=max_unpacked,
+            progress=progress,
+        )
     _print_images(found, form, quiet=quiet)
 
 
@@ -892,7 +916,8 @@ _row_format = click.option(
     type=click.Choice(ROW_FORMATS),
     default="table",
     show_default=True,
-    help="How to print the rows; all but table and json a line each, as they come.",
+    help="How to print the rows; all but table and json a line each, as they come. In csv and tsv a text that a "
+    "spreadsheet would take for a formula has a ' in front.",
 )
 _timeout = click.option(
     "--timeout", "seconds", metavar="TIME", type=_Duration(), help="Stop it after a time such as 30s or 5m."

@@ -36,7 +36,7 @@ from cachedb.database import BATCH, Database, batched
 from cachedb.directory import trash_digest, trash_name
 from cachedb.errors import CacheError, StorageError, explain, os_errors
 from cachedb.folders import Folders, Leftover
-from cachedb.reference import Digest, split_digest
+from cachedb.reference import Digest, is_digest, split_digest
 from cachedb.sessions import dead_sessions, locked_sessions, remove_folder
 from cachedb.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 
@@ -110,7 +110,7 @@ def forget(connection: Connection, blob_ids: Iterable[int]) -> Collected:
     blobs = size = 0
     for part in batched(sorted(blob_ids)):
         rows = connection.execute(_forgotten(), {"ids": part}).all()
-        files = [row for row in rows if row.stored_at is not None]
+        files = [row for row in rows if row.stored_at is not None and is_digest(row.digest)]
         if files:
             connection.execute(_without_trash(), {"digests": [row.digest for row in files]})
             connection.execute(_new_trash(), [{"digest": row.digest, "size": row.size} for row in files])
@@ -167,7 +167,8 @@ def _move_out(database: Database) -> None:
                 sources: dict[str, int] = {}
                 for digest in digests:
                     done.append(digest)
-                    if digest in again:
+                    # An index from elsewhere may name a path here, that leads out of the cache.
+                    if digest in again or not is_digest(digest):
                         continue
                     algorithm, name = split_digest(digest)
                     if algorithm not in sources:

@@ -60,6 +60,7 @@ _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keep
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
 _SCHEMA = "SELECT version_num FROM alembic_version"
+_PATH_LIMIT = 512 - len("-journal")  # bytes: SQLite's MAX_PATHNAME, with the longest name that it makes beside a file
 _FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)  # the second where a message quotes what is damaged
 _REBUILD = "`cachedb verify --repair` rebuilds it from the newest backup and from the blobs"
 
@@ -290,7 +291,7 @@ class Database:
             NotOurs: if it is another user's, or a folder in it leads elsewhere.
             StorageError: if it cannot be made or read.
         """
-        if reason := refuse_shared(self.directory):
+        if reason := refuse_shared(self.directory) or _too_long(self.path):
             raise StorageError(reason)
         if self.read_only:
             return self.revision()
@@ -597,6 +598,8 @@ class Database:
             return DamagedIndex(f"the index is damaged: {error}; {_REBUILD}")
         if code == sqlite3.SQLITE_NOTADB:
             return NotACache("index.db is not an SQLite database: name another directory")
+        if code == sqlite3.SQLITE_CANTOPEN and (reason := _too_long(self.path)):
+            return StorageError(reason)
         advice = {
             sqlite3.SQLITE_FULL: "free some space and try again",
             sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
@@ -717,6 +720,17 @@ class Database:
         if self._gave_up:  # SQLite has given two back just now
             self._gave_up = False
             self.keep_reserve()
+
+
+def _too_long(path: Path) -> str | None:
+    """Return what to say of a path that is too long for SQLite, which follows its symbolic links; None for others."""
+    length = max(len(os.fsencode(path)), len(os.fsencode(os.path.realpath(path))))
+    if length <= _PATH_LIMIT:
+        return None
+    return (
+        f"the path of the index has {length} bytes, and SQLite takes {_PATH_LIMIT} at most: "
+        "choose a cache directory with a shorter path, by --dir or CACHEDB_DIR"
+    )
 
 
 def lost(directory: Path) -> DamagedIndex:

@@ -7,9 +7,10 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from cachedb.database import Database
@@ -21,7 +22,7 @@ __all__ = ["Answer", "View", "answer", "views"]
 Value = str | int | float | None
 """What SQL has as a value."""
 
-_EVERY = 20_000  # steps of SQLite's machine between two looks at the clock, and at signals: a few milliseconds
+_EVERY = 2_000  # steps of SQLite's machine between two looks at the clock, and at signals
 _NOT_OF_THE_QUERY = frozenset(
     {
         sqlite3.SQLITE_CORRUPT,
@@ -35,6 +36,32 @@ _ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE
 # What only tells of the schema.
 _PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo"})
 _TABLES: Final = ("json_each", "json_tree", *(f"pragma_{name}" for name in sorted(_PRAGMAS)))
+# What bounds a single step, during which nobody looks at the clock.
+_LIMITS: Final = {
+    sqlite3.SQLITE_LIMIT_LENGTH: 5 * 1024 * 1024,  # bytes of a value: a label has at most those of a document, 4 MiB
+    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 128,  # bytes: a step takes this many times the text's
+}
+_CALLS_LIMIT: Final = 200  # of functions that a query names: all of them may be called for one row
+_SLOW_CALL: Final = re.compile(r"\b(?:instr|replace|[lr]?trim)\b", re.IGNORECASE)
+_QUICK_CALL: Final = re.compile(r"\b(?:instr|[lr]?trim)\([\w.]+, ?'[^']{1,8}'\)")
+# Those of SQLite that neither change anything, nor reach out of the index, nor take more than time in proportion to
+# their arguments; of those that do, `_instr`, `_replace` and `_trim` are in the place. A later release may have others.
+_FUNCTIONS: Final = frozenset(
+    """
+    -> ->> abs acos acosh asin asinh atan atan2 atanh avg ceil ceiling changes char coalesce concat concat_ws cos cosh
+    count cume_dist current_date current_time current_timestamp date datetime degrees dense_rank exp first_value floor
+    format glob group_concat hex if ifnull iif instr json json_array json_array_length json_error_position json_extract
+    json_group_array json_group_object json_insert json_object json_pretty json_quote json_remove json_replace json_set
+    json_type json_valid jsonb jsonb_array jsonb_extract jsonb_group_array jsonb_group_object jsonb_insert jsonb_object
+    jsonb_remove jsonb_replace jsonb_set julianday lag last_insert_rowid last_value lead length like likelihood likely
+    ln log log10 log2 lower ltrim max median min mod nth_value ntile nullif octet_length percent_rank percentile
+    percentile_cont percentile_disc pi pow power printf quote radians random randomblob rank replace round row_number
+    rtrim sign sin sinh soundex sqlite_compileoption_get sqlite_compileoption_used sqlite_source_id sqlite_version sqrt
+    strftime string_agg substr substring subtype sum tan tanh time timediff total total_changes trim trunc typeof
+    unhex unicode unistr unistr_quote unixepoch unlikely upper zeroblob
+    ago human
+    """.split()  # noqa: SIM905
+)
 _REFUSED = re.compile(r"not authorized|authorization denied|attempt to write|cannot modify|.* may not be modified")
 _NAMED = re.compile(
     r"(?:no such (?:column|table|function|window)|ambiguous column name|unrecognized token|near"
@@ -81,12 +108,13 @@ def answer(
         connection.execute("PRAGMA query_only = ON")
         connection.create_function("human", 1, _human, deterministic=True)
         connection.create_function("ago", 1, _ago)
+        _bound(connection, query)
         end = None if timeout is None else time.monotonic() + timeout
         # A call into Python is also when a signal is looked at.
         connection.set_progress_handler(lambda: end is not None and time.monotonic() > end, _EVERY)
         for table in _TABLES:  # SQLite makes them at their first use, which the next line would refuse
             connection.execute(f"SELECT 1 FROM {table} LIMIT 0").close()  # noqa: S608
-        connection.set_authorizer(_authorize)
+        connection.set_authorizer(_authorizer())
 
         def rows(cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
             with _errors(connection, query, end, timeout):
@@ -123,6 +151,16 @@ def _errors(connection: sqlite3.Connection, query: str, end: float | None, timeo
             raise CacheError(f"the query took over {timeout:g} s: narrow it, or give it more time") from None
         if code in _NOT_OF_THE_QUERY:
             raise
+        if function := re.match("not authorized to use function: (.+)", message):
+            if function[1] in _FUNCTIONS:
+                raise InvalidQuery(f"the query has over {_CALLS_LIMIT} calls of functions: make it shorter") from None
+            raise InvalidQuery(f"the function {function[1]!r} is not allowed in a query: leave it out") from None
+        if code == sqlite3.SQLITE_TOOBIG and message.startswith("string or blob"):
+            most = human(_LIMITS[sqlite3.SQLITE_LIMIT_LENGTH])
+            raise InvalidQuery(f"a value in the query is over {most}: split it into rows") from None
+        if message.startswith("LIKE or GLOB pattern"):
+            limit = _LIMITS[sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH]
+            raise InvalidQuery(f"a pattern of LIKE or GLOB is over {limit} bytes: shorten it, or use instr()") from None
         if _REFUSED.match(message):
             raise InvalidQuery("it would do something else than read: only questions can be asked") from None
         missing = re.search(r"not supply a value for binding parameter :?(\w+)", message)
@@ -137,12 +175,63 @@ def _errors(connection: sqlite3.Connection, query: str, end: float | None, timeo
         raise InvalidQuery(message + _suggestion(connection, query, message), place) from None
 
 
-def _authorize(action: int, first: str | None, second: str | None, *_: object) -> int:
-    if action in _ALLOWED and not (action == sqlite3.SQLITE_FUNCTION and second == "load_extension"):
-        return sqlite3.SQLITE_OK
-    if action == sqlite3.SQLITE_PRAGMA and (first or "").lower() in _PRAGMAS:
-        return sqlite3.SQLITE_OK
-    return sqlite3.SQLITE_DENY
+def _bound(connection: sqlite3.Connection, query: str) -> None:
+    """See that no single step of a query takes long, for it could not be stopped."""
+    for limit, value in _LIMITS.items():
+        connection.setlimit(limit, value)
+    # SQLite's own take time in proportion to the product of both arguments' lengths; the views call them with short
+    # ones, and where those are enough they are quicker.
+    if _SLOW_CALL.search(_QUICK_CALL.sub("", query)):
+        connection.create_function("instr", 2, _instr, deterministic=True)
+        connection.create_function("replace", 3, _replace, deterministic=True)
+        for name, strip in (("trim", str.strip), ("ltrim", str.lstrip), ("rtrim", str.rstrip)):
+            connection.create_function(name, 2, partial(_trim, strip), deterministic=True)
+
+
+def _authorizer() -> Callable[..., int]:
+    """Return what allows one query to read, and to call so many functions that are harmless."""
+    calls = 0
+
+    def authorize(action: int, first: str | None, second: str | None, *_: object) -> int:
+        nonlocal calls
+        if action == sqlite3.SQLITE_FUNCTION:
+            calls += 1
+            return sqlite3.SQLITE_OK if second in _FUNCTIONS and calls <= _CALLS_LIMIT else sqlite3.SQLITE_DENY
+        if action in _ALLOWED or (action == sqlite3.SQLITE_PRAGMA and (first or "").lower() in _PRAGMAS):
+            return sqlite3.SQLITE_OK
+        return sqlite3.SQLITE_DENY
+
+    return authorize
+
+
+def _instr(text: Any, part: Any) -> int | None:  # noqa: ANN401
+    if text is None or part is None:
+        return None
+    if not (isinstance(text, bytes) and isinstance(part, bytes)):
+        text, part = _as_text(text), _as_text(part)
+    return int(text.find(part)) + 1
+
+
+def _replace(text: Any, old: Any, new: Any) -> Any:  # noqa: ANN401
+    if text is None or old is None or new is None:
+        return None
+    where, old, new = _as_text(text), _as_text(old), _as_text(new)
+    if not old:
+        return where if isinstance(text, bytes) else text  # as SQLite has it
+    if len(where) + where.count(old) * (len(new) - len(old)) > _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH]:
+        raise OverflowError  # before it takes the memory
+    return where.replace(old, new)
+
+
+def _trim(strip: Callable[[str, str], str], text: Any, characters: Any) -> str | None:  # noqa: ANN401
+    if text is None or characters is None:
+        return None
+    # Of each character of a string, `str.strip` looks at all.
+    return strip(_as_text(text), "".join(set(_as_text(characters))))
+
+
+def _as_text(value: Any) -> str:  # noqa: ANN401
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _place(connection: sqlite3.Connection, query: str, message: str) -> tuple[int, int] | None:

@@ -20,7 +20,18 @@ from cachedb.folders import give
 from cachedb.parallel import Advance
 from cachedb.reference import Digest, parse_digest, split_digest
 
-__all__ = ["CHUNK", "WRITTEN_BACK", "Content", "Hasher", "Readable", "discard", "identity", "receive", "write_back"]
+__all__ = [
+    "CHUNK",
+    "WRITTEN_BACK",
+    "Content",
+    "Hasher",
+    "Readable",
+    "discard",
+    "hashing",
+    "identity",
+    "receive",
+    "write_back",
+]
 
 CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
 WRITTEN_BACK = 8 * CHUNK  # bytes of which the disk is told at a time
@@ -137,7 +148,7 @@ def _copy(
     length = written = 0
     # To clear a buffer of a whole chunk takes longer than all else that is done with the bytes of most blobs.
     chunk_size = CHUNK if limit is None else min(CHUNK, limit + 1)
-    with _hashing(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
+    with hashing(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
         while True:
             chunk = _fill(source, next(buffers))
             length += len(chunk)
@@ -156,7 +167,7 @@ def _copy(
 
 
 @contextmanager
-def _hashing(
+def hashing(
     hashers: Sequence[Hasher], size: int, *, beside: bool
 ) -> Iterator[tuple[Iterator[memoryview], Callable[[memoryview], None]]]:
     """Give the block buffers to fill, and what hashes them in their order; all are hashed when it ends.
@@ -231,11 +242,12 @@ def _write(target: int, chunk: memoryview) -> None:
             chunk = chunk[os.write(target, chunk) :]
 
 
-def write_back(file: int, count: int) -> None:
+def write_back(file: int, count: int, end: int | None = None) -> None:
     """Have the disk begin with the bytes last written to a file, while more is; fsync would be waited for otherwise.
 
     Linux does so when it is told that the pages are not needed. It does not drop them, for they are dirty.
     """
     with suppress(OSError):  # it is a hint, of which a file system may know nothing
-        end = os.lseek(file, 0, os.SEEK_CUR)  # not how much we have read: a download may be gone on with
+        if end is None:
+            end = os.lseek(file, 0, os.SEEK_CUR)  # not how much we have read: a download may be gone on with
         os.posix_fadvise(file, end - count, count, os.POSIX_FADV_DONTNEED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from cachedb.oci import (
     subject_of,
 )
 from cachedb.parallel import Advance
+from cachedb.reading import damaged
 from cachedb.receiving import CHUNK
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 
@@ -244,16 +246,18 @@ class Repository:
             advance: is told of the bytes sent, and with a number below zero of those that are sent again.
 
         Raises:
+            DigestMismatch: if the file has another content; the last of it is not sent then.
             RegistryError: if the registry does not take it.
         """
         what = f"upload of blob {digest}"
+        checked = _Checked(file, digest, size)
         location, sent, furthest, failed, whole, chunk = None, 0, 0, 0, True, _PART
         while True:
             if location is None:
                 advance(-sent)
                 (location, least), sent = self._begin_upload(), 0
                 chunk = max(chunk, least)
-            body = _Part(file, sent, size - sent if whole else min(chunk, size - sent), advance)
+            body = _Part(checked, sent, size - sent if whole else min(chunk, size - sent), advance)
             last = whole or not body.size
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(body.size)}
             if not last:
@@ -280,8 +284,7 @@ class Repository:
                         furthest, failed = sent, 0
                     continue
                 if response.status == 400:
-                    refusal = self._client.refusal(what, response)
-                    raise RegistryError(f"{refusal}; `cachedb verify` says whether its file is what it should be")
+                    raise self._client.refusal(what, response)
                 body.take_back()
                 if response.status == 413 and not whole:
                     chunk //= 4
@@ -431,10 +434,51 @@ class Blob:
             raise HTTPError(f"less than {_SLOWEST} bytes a second came")
 
 
+class _Checked:
+    """The file of a blob, read in parts; the last bytes are given when the digest of all of it is verified."""
+
+    def __init__(self, file: BinaryIO, digest: Digest, size: int) -> None:
+        self._file, self._digest, self._size = file, digest, size
+        self._hasher, self._hashed = hashlib.new(split_digest(digest)[0]), 0
+        self._verify()
+
+    def read(self, start: int, count: int) -> bytes:
+        """Return bytes of the file, from an offset on.
+
+        Raises:
+            DigestMismatch: if they are the last, and the file has another content.
+            StorageError: if it cannot be read, or was cut short.
+        """
+        while self._hashed < start:  # a registry may say that it has more than we sent
+            self._hash(self._hashed, self._read(self._hashed, min(CHUNK, start - self._hashed)))
+        data = self._read(start, count)
+        self._hash(start, data)
+        return data
+
+    def _read(self, start: int, count: int) -> bytes:
+        with os_errors("read a blob"):
+            self._file.seek(start)
+            data = self._file.read(count)
+        if not data:
+            raise StorageError("the file of a blob was cut short: run `cachedb verify`")
+        return data
+
+    def _hash(self, start: int, data: bytes) -> None:
+        """Hash what was not hashed before: what is sent again is not."""
+        new = memoryview(data)[max(self._hashed - start, 0) :]
+        self._hasher.update(new)
+        self._hashed += len(new)
+        self._verify()
+
+    def _verify(self) -> None:
+        if self._hashed == self._size and f"{self._hasher.name}:{self._hasher.hexdigest()}" != self._digest:
+            raise damaged(self._digest)
+
+
 class _Part:
     """A part of a file that is sent: from its beginning each time it is iterated over."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int, advance: Advance) -> None:
+    def __init__(self, file: _Checked, start: int, size: int, advance: Advance) -> None:
         self.size = size
         self._file, self._start, self._advance, self._sent = file, start, advance, 0
 
@@ -445,12 +489,8 @@ class _Part:
 
     def __iter__(self) -> Iterator[bytes]:
         self.take_back()
-        self._file.seek(self._start)
         while self._sent < self.size:
-            with os_errors("read a blob"):
-                data = self._file.read(min(_SENT, self.size - self._sent))
-            if not data:
-                raise StorageError("the file of a blob was cut short: run `cachedb verify`")
+            data = self._file.read(self._start + self._sent, min(_SENT, self.size - self._sent))
             yield data
             self._sent += len(data)
             self._advance(len(data))

@@ -105,6 +105,7 @@ class Target:
             What was done for that; ``existing`` to all but the first who asks.
 
         Raises:
+            DigestMismatch: if its file has another content.
             RegistryError: if the registry does not take it.
             StorageError: if its file is gone, or was cut short.
         """

@@ -17,7 +17,7 @@ from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError, database, locks
 from cachedb.database import APPLICATION_ID, Database
 from cachedb.tables import TRASH
-from tests.conftest import files_of, run_python, running, stored_rows
+from tests.conftest import Run, files_of, run_python, running, stored_rows
 from tests.make import digest_of
 from tests.test_locks import eventually, open_files, waiting_for
 
@@ -734,3 +734,38 @@ def test_an_index_that_somebody_reads_for_long_is_not_replaced(
     shell.close()
     with index.alone():
         assert index.replace(new, old)
+
+
+def long_path(folder: Path, length: int) -> Path:
+    """A directory whose index has a path of so many bytes."""
+    while (left := length - len(os.fsencode(folder)) - len("/index.db")) > 101:
+        folder /= "x" * 100 if left > 202 else "x" * (left // 2)
+    return folder / ("y" * (left - 1))
+
+
+def test_a_path_that_is_too_long_for_sqlite_is_named(tmp_path: Path, cachedb: Run) -> None:
+    with Cache.open(long_path(tmp_path, 504)) as cache:
+        cache.add_blob(b"here")
+    long = long_path(tmp_path, 505)
+    with pytest.raises(StorageError, match="has 505 bytes, and SQLite takes 504 at most: choose a cache directory"):
+        Cache.open(long)
+    assert not long.exists()
+    done = cachedb("--dir", long, "ls")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "SQLite takes 504 at most" in done.stderr
+
+
+def test_a_backup_to_a_path_that_is_too_long_for_sqlite_is_an_error_of_one_line(tmp_path: Path, cachedb: Run) -> None:
+    (long := long_path(tmp_path, 520)).mkdir(parents=True)
+    cachedb("ls")
+    done = cachedb("db", "backup", long / "index.db")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_symbolic_link_does_not_make_a_path_shorter(tmp_path: Path) -> None:
+    long = long_path(tmp_path, 510)
+    long.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(long)
+    with pytest.raises(StorageError, match="has 510 bytes"):
+        Cache.open(tmp_path / "link")

@@ -192,7 +192,7 @@ def test_who_has_not_enough_to_read_configs_with_stops_and_skips_none(
     def open_none(path: str, _flags: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files", path)
 
-    monkeypatch.setattr(reading, "_open_regular", open_none)
+    monkeypatch.setattr(reading, "open_regular", open_none)
     with pytest.raises(StorageError, match="raise the limit on open files"):
         schema.upgrade(directory)
     assert schema.current(directory).pending == 7
