@@ -229,13 +229,28 @@ def write_tar(
 
 
 def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progress: Advance | None) -> None:
+    folders = {""}
     for entry in files:
+        # skopeo gives a folder that is no member to root, and fails where it may not.
+        for folder in _folders(entry.path, folders):
+            member = tarfile.TarInfo(folder)
+            member.type, member.mode = tarfile.DIRTYPE, 0o755
+            _write(stream, member.tobuf(tarfile.PAX_FORMAT))
         member = tarfile.TarInfo(entry.path)
         member.size, member.mode = entry.size, 0o644
         _write(stream, member.tobuf(tarfile.PAX_FORMAT))
         _write_content(directory, entry, stream, progress)
         _write(stream, bytes(-entry.size % tarfile.BLOCKSIZE))
     _write(stream, bytes(2 * tarfile.BLOCKSIZE))
+
+
+def _folders(path: str, known: set[str]) -> list[str]:
+    """Return the folders of a path that are not known yet, the outermost first; they are known from now on."""
+    new = []
+    while (path := os.path.dirname(path)) not in known:
+        known.add(path)
+        new.insert(0, path)
+    return new
 
 
 def _write_content(directory: Path, entry: Entry, stream: BinaryIO, progress: Advance | None) -> None:
