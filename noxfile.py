@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,13 +48,13 @@ def user(session: nox.Session) -> None:
     """Run the fast tests as a user without privileges, who is created if need be; needs root."""
     if os.geteuid():
         session.skip("run `nox -s tests` instead: only root can become another user")
-    if subprocess.run(["id", TEST_USER], capture_output=True, check=False).returncode:
+    if TEST_USER not in {entry.pw_name for entry in pwd.getpwall()}:
         session.run("useradd", "--create-home", TEST_USER, external=True)  # gives it the ids that podman needs too
-    home = Path(f"~{TEST_USER}").expanduser()
+    home = Path(pwd.getpwnam(TEST_USER).pw_dir)
     with copied_checkout(home) as checkout:
         python = make_environment(session, checkout, SYSTEM_PYTHON)
         (checkout / "run").mkdir(mode=0o700)
-        session.run("chown", "-R", f"{TEST_USER}:", str(checkout), external=True)
+        session.run("chown", "-R", f"{TEST_USER}:", str(checkout.parent), external=True)
         session.chdir(checkout)
         environment = [f"HOME={home}", f"TMPDIR={checkout.parent}", f"XDG_RUNTIME_DIR={checkout / 'run'}"]
         become = ["runuser", "-u", TEST_USER, "--", "env", *environment]

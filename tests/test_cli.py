@@ -282,7 +282,9 @@ def test_listing_imports_neither_alembic_nor_rich_nor_the_archive_reader(directo
 
 def test_a_reader_that_has_seen_enough_is_no_error(cachedb: Run, archive: Path, directory: Path) -> None:
     cachedb("import", archive)
-    command = f"{shlex.join([sys.executable, '-m', 'cachedb', '--dir', str(directory)])} export app:1 - | head -c 10 | wc -c"
+    command = (
+        f"{shlex.join([sys.executable, '-m', 'cachedb', '--dir', str(directory)])} export app:1 - | head -c 10 | wc -c"
+    )
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert (result.stdout.strip(), result.stderr) == ("10", "")
 

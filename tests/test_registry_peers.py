@@ -169,9 +169,7 @@ def test_podman_pulls_what_is_pushed_with_its_digest(cache: Cache, tools: Tools,
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_buildah_builds_from_what_is_pushed(
-    cache: Cache, tools: Tools, host: str, kind: str, tmp_path: Path
-) -> None:
+def test_buildah_builds_from_what_is_pushed(cache: Cache, tools: Tools, host: str, kind: str, tmp_path: Path) -> None:
     image, name = IMAGES[kind], f"{host}/team/app:1"
     save(cache, name, image)
     cache.push(name)
