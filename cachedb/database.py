@@ -165,12 +165,16 @@ class Database:
                     isolation_level=None,  # the driver begins no transactions of its own: we do, DDL included
                     factory=_Connection,
                 )
-                connection.file = file
-                if "vfs=" in file[2]:
-                    connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the WAL's index in our own memory
-                connection.execute("PRAGMA synchronous = FULL")
-                connection.execute("PRAGMA foreign_keys = ON")
-                connection.execute("PRAGMA schema_version")  # it opens the WAL, which belongs to this file
+                try:
+                    connection.file = file
+                    if "vfs=" in file[2]:
+                        connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the WAL's index in our own memory
+                    connection.execute("PRAGMA synchronous = FULL")
+                    connection.execute("PRAGMA foreign_keys = ON")
+                    connection.execute("PRAGMA schema_version")  # it opens the WAL, which belongs to this file
+                except BaseException:
+                    connection.close()
+                    raise
             return connection
 
     @contextmanager

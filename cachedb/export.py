@@ -238,8 +238,8 @@ def write_tar(
 
 def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progress: Advance | None) -> None:
     """Write a tar from its beginning to its end."""
-    for entry in files:
-        _write(stream, _header(entry))
+    for entry, header in _headers(files):
+        _write(stream, header)
         if isinstance(entry.content, bytes):
             _write(stream, entry.content)
         else:
@@ -252,8 +252,7 @@ def _write_members_at_once(directory: Path, files: list[Entry], file: int, progr
     """Write a tar to a new file, several blobs at once: to hash them takes longer than to copy them."""
     offsets: dict[Entry, int] = {}
     offset = 0
-    for entry in files:
-        header = _header(entry)
+    for entry, header in _headers(files):
         _write_at(file, offset, memoryview(header))
         offset += len(header)
         if isinstance(entry.content, bytes):
@@ -269,10 +268,28 @@ def _write_members_at_once(directory: Path, files: list[Entry], file: int, progr
     in_threads(write, _largest_first(offsets), progress or _tell_nobody)
 
 
-def _header(entry: Entry) -> bytes:
-    member = tarfile.TarInfo(entry.path)
-    member.size, member.mode = entry.size, 0o644
-    return member.tobuf(tarfile.PAX_FORMAT)
+def _headers(files: Iterable[Entry]) -> Iterator[tuple[Entry, bytes]]:
+    """Yield each entry with what stands before it in a tar: the folders that it is the first in, and its header."""
+    known = {""}
+    for entry in files:
+        headers = []
+        # skopeo gives a folder that is no member to root, and fails where it may not.
+        for folder in _folders(entry.path, known):
+            member = tarfile.TarInfo(folder)
+            member.type, member.mode = tarfile.DIRTYPE, 0o755
+            headers.append(member.tobuf(tarfile.PAX_FORMAT))
+        member = tarfile.TarInfo(entry.path)
+        member.size, member.mode = entry.size, 0o644
+        yield entry, b"".join([*headers, member.tobuf(tarfile.PAX_FORMAT)])
+
+
+def _folders(path: str, known: set[str]) -> list[str]:
+    """Return the folders of a path that are not known yet, the outermost first; they are known from now on."""
+    new: list[str] = []
+    while (path := os.path.dirname(path)) not in known:
+        known.add(path)
+        new.insert(0, path)
+    return new
 
 
 def _largest_first(files: Iterable[Entry]) -> list[Entry]:

@@ -322,10 +322,12 @@ def check(directory: Path) -> list[Drift]:
             found = list(_described(compare_metadata(context, METADATA)))
         there, oldest, pending = _objects(connection), read_oldest(connection), _pending(connection)
     engine = create_engine("sqlite://")
-    with engine.begin() as connection:
-        _run(command.upgrade, connection, REVISION)
-        expected, stated = _objects(connection), read_oldest(connection)
-    engine.dispose()
+    try:
+        with engine.begin() as connection:
+            _run(command.upgrade, connection, REVISION)
+            expected, stated = _objects(connection), read_oldest(connection)
+    finally:
+        engine.dispose()
     found += _compared(there, expected)
     for version in sorted(versions - {REVISION}):
         found.append(Drift("row", "alembic_version", f"it says {version!r} too"))

@@ -103,7 +103,7 @@ MUTATIONS = [
     Mutation("writers queue at a lock file", "cachedb/database.py", "locks.in_turn(self.write_lock) as turn:", "locks.in_turn(self.write_lock.with_suffix(f'.{os.getpid()}')) as turn:", "tests/test_database.py"),
     Mutation("a write transaction is one from its beginning", "cachedb/database.py", 'cachedb_begin="BEGIN IMMEDIATE"', 'cachedb_begin="BEGIN"', "tests/test_database.py tests/test_locks.py"),
     Mutation("commits are synced", "cachedb/database.py", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = NORMAL"', POWER),
-    Mutation("foreign keys are enforced", "cachedb/database.py", '                connection.execute("PRAGMA foreign_keys = ON")\n', "", "tests/test_database.py tests/test_schema.py"),
+    Mutation("foreign keys are enforced", "cachedb/database.py", '                    connection.execute("PRAGMA foreign_keys = ON")\n', "", "tests/test_database.py tests/test_schema.py"),
     Mutation("a newer schema is not written to", "cachedb/database.py", "        if row != (REVISION,) and not is_compatible(connection):\n", "        if False:\n", "tests/test_schema.py"),
     Mutation("a new cache's folders are synced", "cachedb/database.py", '                sync_folder(self.directory / "blobs")\n                sync_folder(self.directory)\n', "                pass\n", POWER),
     Mutation("a commit that was cut off is made sure of", "cachedb/database.py", "        if turn.marked:\n", "        if False:\n", "tests/test_database.py tests/test_locks.py"),
@@ -313,7 +313,13 @@ MUTATIONS = [
     Mutation("nobody opens an index that is being replaced", "cachedb/database.py", "fcntl.LOCK_EX if replacing else fcntl.LOCK_SH", "fcntl.LOCK_SH", "tests/test_database.py"),
     Mutation("an index that is replaced has its WAL written back", "cachedb/database.py", "                self._write_back()\n", "                pass\n", "tests/test_database.py tests/test_crashes.py tests/test_schema_changes.py"),
     Mutation("a new index is whole before it has the name", "cachedb/backups.py", '    if new.with_name(f"{new.name}-wal").exists():\n', "    if False:\n", "tests/test_rebuild.py tests/test_database.py"),
-    Mutation("a newer release's index is not replaced", "cachedb/rebuild.py", "            _refuse_newer(database)\n", "", "tests/test_schema_changes.py"),
+    Mutation("a folder in an archive is a member", "cachedb/export.py", "        for folder in _folders(entry.path, known):\n", "        for folder in ():\n", "tests/test_export.py"),
+    Mutation("a connection whose PRAGMA fails is closed", "cachedb/database.py", "                except BaseException:\n                    connection.close()\n                    raise\n            return connection\n", "                except BaseException:\n                    raise\n            return connection\n", "tests/test_leaks.py"),
+    Mutation("a failed rebuild closes its connections", "cachedb/rebuild.py", "        with closing(Database(folder)) as new:\n", "        if new := Database(folder):\n", "tests/test_leaks.py"),
+    Mutation("a failed restoration closes its connections", "cachedb/rebuild.py", "        with closing(Database(session.new_path())) as new:\n", "        if new := Database(session.new_path()):\n", "tests/test_leaks.py"),
+    Mutation("a failed check of the schema closes its connections", "cachedb/schema.py", "        engine.dispose()\n", "        pass\n", "tests/test_leaks.py"),
+    Mutation("a failed migration closes its connections", "migrations/env.py", "    with closing(Database(Path(directory) if directory else default_directory())) as database:\n", "    if database := Database(Path(directory) if directory else default_directory()):\n", "tests/test_leaks.py"),
+    Mutation("a newer release's index is not replaced", "cachedb/rebuild.py", "                _refuse_newer(database)\n", "", "tests/test_schema_changes.py"),
     Mutation("a new index is among the backups before the old one goes", "cachedb/backups.py", "    new.rename(waiting)\n", "    waiting = new\n", "tests/test_rebuild.py tests/test_crashes.py"),
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_sweep_and_a_removal_leave_the_same(tmp_path: Path) -> None:
             if how == "removal":
                 cache.remove_manifest("gone")
             else:
-                with Database(cache.directory).write() as connection:
+                with closing(Database(cache.directory)) as index, index.write() as connection:
                     connection.exec_driver_sql("DELETE FROM images WHERE repository = 'gone'")
                 cache.collect_garbage()
             left.append(files_of(cache.directory))

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError, database, locks
 from cachedb.database import APPLICATION_ID, Database
 from cachedb.tables import TRASH
-from tests.conftest import Run, files_of, run_python, running, stored_rows
+from tests.conftest import Run, files_of, revision_of, run_python, running, stored_rows
 from tests.make import digest_of
 from tests.test_locks import eventually, open_files, waiting_for
 
@@ -291,11 +292,11 @@ def test_a_look_up_takes_no_lock_and_sees_the_last_commit(index: Database) -> No
 def test_a_look_up_is_in_the_index_that_has_the_name(index: Database, new: Path) -> None:
     with index.write() as connection:
         connection.execute(insert(TRASH), [note(b"in the old one")])
-    other = Database(index.directory)
-    assert len(other.rows(DIGESTS, {})) == 1
-    with index.alone():
-        assert index.replace(new, index.directory / "quarantine" / "old.db")
-    assert other.rows(DIGESTS, {}) == []
+    with closing(Database(index.directory)) as other:
+        assert len(other.rows(DIGESTS, {})) == 1
+        with index.alone():
+            assert index.replace(new, index.directory / "quarantine" / "old.db")
+        assert other.rows(DIGESTS, {}) == []
 
 
 @pytest.mark.parametrize(("revision", "advice"), [("0000", "upgrade=True"), ("9999", "newer release")])
@@ -411,12 +412,12 @@ def test_foreign_keys_hold_again_after_a_migration(index: Database) -> None:
 
 
 def test_a_migration_that_fails_leaves_no_trace(tmp_path: Path) -> None:
-    index = Database(tmp_path / "new")
-    index.prepare()
-    with pytest.raises(KeyError), index.write_schema() as connection:  # noqa: PT012
-        connection.exec_driver_sql("CREATE TABLE half (done)")
-        raise KeyError
-    assert index.revision() is None
+    with closing(Database(tmp_path / "new")) as index:
+        index.prepare()
+        with pytest.raises(KeyError), index.write_schema() as connection:  # noqa: PT012
+            connection.exec_driver_sql("CREATE TABLE half (done)")
+            raise KeyError
+        assert index.revision() is None
     shell = sqlite3.connect(index.path)
     assert shell.execute("SELECT * FROM sqlite_master").fetchall() == []
     shell.close()
@@ -687,7 +688,7 @@ def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_
     threads: list[threading.Thread] = []
 
     def open_it() -> None:
-        Database(index.directory).revision()
+        revision_of(index.directory)
         opened.set()
 
     def look(folder: Path) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -46,7 +46,7 @@ def contents(path: Path) -> dict[str, bytes]:
     if path.is_dir():
         return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
     with tarfile.open(path) as tar:
-        return {member.name: read(tar, member) for member in tar}
+        return {member.name: read(tar, member) for member in tar if member.isfile()}
 
 
 def read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -127,6 +127,21 @@ def test_a_layer_that_occurs_twice_is_written_once(cache: Cache, tmp_path: Path)
         assert len(names) == len(set(names))
         cache.cache_from_tar(tmp_path / form, f"again:{form}")
         assert json.loads(cache.get_manifest(f"again:{form}"))["layers"] == json.loads(image.manifest)["layers"]
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+def test_a_folder_in_an_archive_is_a_member_before_its_files(cache: Cache, tmp_path: Path, form: str) -> None:
+    """Else skopeo makes it, gives it to root, and fails where it may not."""
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "out", format=form)
+    folders: list[str] = ["."]
+    with tarfile.open(tmp_path / "out") as tar:
+        for member in tar:
+            assert str(PurePosixPath(member.name).parent) in folders
+            if member.isdir():
+                folders.append(member.name)
+                assert member.mode == 0o755
+    assert len(folders) == len(set(folders))
 
 
 def test_the_documents_of_a_stream_come_before_its_layers(cache: Cache, tmp_path: Path) -> None:

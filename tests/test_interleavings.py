@@ -52,6 +52,8 @@ from tests.conftest import files_of, run_python
 from tests.make import save
 from tests.promises import check
 
+pytestmark = pytest.mark.attack
+
 EVERY = bool(os.environ.get("CACHEDB_EVERY_ORDER"))
 ORDER = os.environ.get("CACHEDB_ORDER", "")
 """A word from a failure, to run that order alone."""

@@ -341,9 +341,11 @@ def test_it_is_refused_in_a_directory_of_two_lines_as_well(cachedb: Run, tmp_pat
 def test_a_command_may_make_the_same_name_in_another_cache(cachedb: Run, directory: Path, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
     script = (
-        f'cachedb() {{ {sys.executable} -m cachedb --dir {tmp_path / "other"} "$@"; }}\n'
-        f"cachedb produce app:1 -- {sys.executable} -m cachedb import -q {archive}\n"
-        f"cachedb export app:1 - | {sys.executable} -m cachedb --dir {directory} import -q -"
+        "python=$1 archive=$2 here=$3 other=$4\n"
+        'cachedb() { "$python" -m cachedb --dir "$other" "$@"; }\n'
+        'cachedb produce app:1 -- "$python" -m cachedb import -q "$archive"\n'
+        'cachedb export app:1 - | "$python" -m cachedb --dir "$here" import -q -'
     )
-    result = cachedb("produce", "app:1", "--", "sh", "-ec", script)
+    places = (sys.executable, archive, directory, tmp_path / "other")
+    result = cachedb("produce", "app:1", "--", "sh", "-ec", script, "sh", *places)
     assert (result.returncode, result.stderr) == (0, "")
