@@ -17,8 +17,9 @@ import fcntl
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +45,7 @@ _OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "reserve"
 _RESERVE = 1024 * 1024  # bytes
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60  # seconds
+_POLL_SECONDS = 0.02
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
@@ -102,6 +104,7 @@ class Database:
     SQLite notes in memory which locks its process holds on a file. A child that is forked while a connection
     is open inherits the note and not the locks, and what it commits is lost when its parent closes. So a
     fork waits until no other thread is in a transaction, and all connections are closed before it.
+    A transaction waits for nobody, so a fork does not either: it waits for other processes before it begins.
     """
 
     def __init__(self, directory: Path, path: Path | None = None) -> None:
@@ -134,7 +137,7 @@ class Database:
                 connection = sqlite3.connect(
                     f"{self.path.as_uri()}?{mode}",
                     uri=True,
-                    timeout=_BUSY_TIMEOUT,
+                    timeout=0,  # we wait ourselves, where no fork waits for us: see `_entered`
                     check_same_thread=False,
                     isolation_level=None,  # the driver begins no transactions of its own: we do, DDL included
                     factory=_Connection,
@@ -149,7 +152,7 @@ class Database:
 
     @contextmanager
     def _unreplaced(self, *, replacing: bool = False) -> Iterator[None]:
-        """A block in which nobody replaces the file or, the other way round, nobody opens it."""
+        """A block in which nobody replaces the file or, the other way round, opens it; to be entered by `_entered`."""
         if self.read_only:
             yield
             return
@@ -157,7 +160,7 @@ class Database:
             folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             with os_errors("open the index"):
-                fcntl.flock(folder, fcntl.LOCK_EX if replacing else fcntl.LOCK_SH)
+                fcntl.flock(folder, (fcntl.LOCK_EX if replacing else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             yield
         finally:
             os.close(folder)
@@ -180,7 +183,7 @@ class Database:
             with suppress(DamagedIndex, NotACache):
                 self._write_back()
         self.close()
-        with self._unreplaced(replacing=True):
+        with self._entered(lambda stack: stack.enter_context(self._unreplaced(replacing=True))):
             if found:
                 shutil.copyfile(self.path, old)
                 old.chmod(0o600)
@@ -200,13 +203,17 @@ class Database:
 
     def _write_back(self) -> None:
         """Write the WAL back to the index, which is all there in one file then."""
-        with self.raw() as connection:
-            connection.execute(f"PRAGMA busy_timeout = {_READING * 1000}")
-            busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            if busy:
+        end = time.monotonic() + _READING
+        while True:
+            with self.raw() as connection:
+                busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not busy:
+                return
+            if time.monotonic() > end:
                 raise StorageError(
                     "the index cannot be replaced: another program has been reading it for long; end it and try again"
                 )
+            time.sleep(_POLL_SECONDS)
 
     def _file(self) -> tuple[int, int, str]:
         """Return what tells ``index.db`` from another file of that name, and how it is to be opened."""
@@ -323,15 +330,52 @@ class Database:
         Raises:
             SchemaMismatch: if the schema is not one that this release works with.
         """
-        with self.look() as connection:
+
+        def enter(stack: ExitStack) -> Connection:
+            connection = stack.enter_context(self._engine.connect())
+            stack.enter_context(connection.begin())
             self._check_schema(connection)
+            return connection
+
+        with self._entered(enter) as connection:
             yield connection
 
     @contextmanager
     def look(self) -> Iterator[Connection]:
         """A read transaction, whatever the schema."""
-        with locks.unforked(), self._engine.connect() as connection, connection.begin():
+
+        def enter(stack: ExitStack) -> Connection:
+            connection = stack.enter_context(self._engine.connect())
+            stack.enter_context(connection.begin())
+            connection.exec_driver_sql("PRAGMA schema_version")  # here it begins, or finds the index locked
+            return connection
+
+        with self._entered(enter) as connection:
             yield connection
+
+    @contextmanager
+    def _entered(self, enter: Callable[[ExitStack], T]) -> Iterator[T]:
+        """A block in which no other thread forks; while another process has the index locked, wait and enter again.
+
+        Args:
+            enter: enters what the block needs, and returns what to give to it. It waits for nobody.
+
+        Raises:
+            StorageError: if the index stays locked.
+        """
+        end = time.monotonic() + _BUSY_TIMEOUT
+        while True:
+            with ExitStack() as stack:
+                stack.enter_context(locks.unforked())
+                try:
+                    found = enter(stack)
+                except StorageError as error:
+                    if not _is_busy(error):
+                        raise
+                else:
+                    yield found
+                    return
+            _pause(end)
 
     def rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
         """Return what a statement finds in a read transaction of its own, as SQLite has it: times are text.
@@ -345,6 +389,22 @@ class Database:
         Raises:
             SchemaMismatch: if the schema is not one that this release works with.
         """
+        end = time.monotonic() + _BUSY_TIMEOUT
+        while True:
+            try:
+                found = self._rows(statement, values)
+                break
+            except StorageError as error:
+                if not _is_busy(error):
+                    raise
+            _pause(end)
+        if found is not None:
+            return found
+        with self.read() as other:
+            return [tuple(row) for row in other.execute(statement, values)]
+
+    def _rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]] | None:
+        """Return what `rows` does; None if the schema is not ours."""
         with locks.unforked(), self._sqlite_errors():
             file = self._file()
             try:
@@ -358,7 +418,7 @@ class Database:
                 connection.execute("BEGIN")
                 ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)
                 text, constants = _compiled(statement)
-                found = connection.execute(text, {**constants, **values}).fetchall() if ours else []
+                found = connection.execute(text, {**constants, **values}).fetchall() if ours else None
                 connection.execute("COMMIT")
             except BaseException:
                 connection.close()
@@ -367,10 +427,7 @@ class Database:
                 self._idle.append(connection)
             else:
                 connection.close()
-        if ours:
             return found
-        with self.read() as other:
-            return [tuple(row) for row in other.execute(statement, values)]
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -380,20 +437,20 @@ class Database:
             SchemaMismatch: before anything is written, if the schema is not one that this release works with.
             StorageError: if the file system or SQLite fails.
         """
-        with self._locked() as connection:
+        with self.alone() as turn, self._writing(turn) as connection:
             self._check_schema(connection)
             yield connection
 
     @contextmanager
     def write_at_once(self) -> Iterator[Connection | None]:
         """A write transaction if the write lock is free; the block gets None if it is not."""
-        with os_errors("write to the cache"), locks.unforked():
+        with os_errors("write to the cache"):
             file = locks.acquire(self.write_lock, wait=False)
             if file is None:
                 yield None
                 return
             try:
-                with self._engine.connect() as connection, self._transaction(_immediate(connection), locks.Turn(file)):
+                with self._writing(locks.Turn(file)) as connection:
                     self._check_schema(connection)
                     yield connection
             finally:
@@ -409,51 +466,72 @@ class Database:
             raise mismatch(self.directory, row and row[0])
 
     @contextmanager
-    def write_schema(self, before: Callable[[sqlite3.Connection], None] | None = None) -> Iterator[Connection]:
+    def write_schema(self, before: Callable[[], None] | None = None) -> Iterator[Connection]:
         """A write transaction for a migration: whatever the schema, with foreign keys not enforced meanwhile.
 
         Args:
             before: is called under the write lock before the transaction begins.
         """
-        with self._locked(schema=True, before=before) as connection:
-            yield connection
-            connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+        with self.alone() as turn:
+            self._create()
+            if before:
+                before()
+            with self._writing(turn, schema=True) as connection:
+                yield connection
+                connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
 
     @contextmanager
     def alone(self) -> Iterator[locks.Turn]:
         """Hold the write lock, and no transaction."""
-        with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
+        with os_errors("write to the cache"), locks.in_turn(self.write_lock) as turn:
             yield turn
 
     @contextmanager
     def raw(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
-        """The driver's own connection, in no transaction: for what SQLite does in none."""
-        with locks.unforked(), self._sqlite_errors(), closing(self._open(read_only=read_only)) as connection:
+        """The driver's own connection, in no transaction: for what SQLite does in none.
+
+        Args:
+            read_only: it is in a read transaction instead, that has begun.
+        """
+        with self.connected(read_only=read_only) as connection, closing(connection):
             yield connection
 
     @contextmanager
-    def _locked(
-        self, *, schema: bool = False, before: Callable[[sqlite3.Connection], None] | None = None
-    ) -> Iterator[Connection]:
-        with self.alone() as turn:
-            if schema:
-                self._create()
-            with self._engine.connect() as connection:
-                if schema:
-                    # Neither can be changed in a transaction; the first stays with the file.
-                    driver = connection.connection.driver_connection
-                    assert isinstance(driver, sqlite3.Connection)
+    def connected(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
+        """As `raw`, but the connection stays open after the block: it is to be closed before any fork."""
+
+        def enter(_: ExitStack) -> sqlite3.Connection:
+            with ExitStack() as on_error:
+                connection = on_error.enter_context(closing(self._open(read_only=read_only)))
+                if read_only:
                     with self._sqlite_errors():
-                        driver.execute("PRAGMA journal_mode = WAL")
-                        driver.execute("PRAGMA foreign_keys = OFF")
-                        if before:
-                            before(driver)
-                try:
-                    with self._transaction(_immediate(connection), turn):
-                        yield connection
-                finally:
-                    if schema:
-                        connection.invalidate()
+                        connection.execute("BEGIN")
+                        connection.execute("PRAGMA schema_version")
+                on_error.pop_all()
+            return connection
+
+        with self._entered(enter) as connection, self._sqlite_errors():
+            yield connection
+
+    @contextmanager
+    def _writing(self, turn: locks.Turn, *, schema: bool = False) -> Iterator[Connection]:
+        """A write transaction, under the write lock."""
+
+        def enter(stack: ExitStack) -> Connection:
+            connection = stack.enter_context(self._engine.connect())
+            if schema:
+                stack.callback(connection.invalidate)
+                # Neither can be changed in a transaction; the first stays with the file.
+                driver = connection.connection.driver_connection
+                assert isinstance(driver, sqlite3.Connection)
+                with self._sqlite_errors():
+                    driver.execute("PRAGMA journal_mode = WAL")
+                    driver.execute("PRAGMA foreign_keys = OFF")
+            stack.enter_context(self._transaction(_immediate(connection), turn))
+            return connection
+
+        with self._entered(enter) as connection:
+            yield connection
 
     @contextmanager
     def _transaction(self, connection: Connection, turn: locks.Turn) -> Iterator[None]:
@@ -469,9 +547,9 @@ class Database:
                 if (read_revision(connection) or "") <= REVISION or is_compatible(connection):
                     # It is written even if it is that already.
                     connection.exec_driver_sql(f"PRAGMA user_version = {read_oldest(connection)}")
-        turn.mark()
         transaction = connection.begin()
         try:
+            turn.mark()
             yield
         except BaseException:
             transaction.rollback()
@@ -560,9 +638,10 @@ class Database:
 
     def close(self) -> None:
         """Close all connections that are not in use; they are opened again when they are needed."""
-        self._engine.dispose()
-        while self._idle:
-            self._idle.pop().close()
+        with locks.unforked():
+            self._engine.dispose()
+            while self._idle:
+                self._idle.pop().close()
 
 
 def lost(directory: Path) -> DamagedIndex:
@@ -642,6 +721,23 @@ class _Connection(sqlite3.Connection):
     """A connection that knows which file it is to."""
 
     file: tuple[int, int, str]
+
+
+def _is_busy(error: StorageError) -> bool:
+    """Return whether another process has locked the index, or is replacing it."""
+    cause = error.__cause__
+    if isinstance(cause, sqlite3.DatabaseError):
+        return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    return isinstance(cause, BlockingIOError)
+
+
+def _pause(end: float) -> None:
+    """Wait before the index is tried again, until it has been locked for too long."""
+    if time.monotonic() > end:
+        raise StorageError(
+            f"another program has locked the index for {_BUSY_TIMEOUT} s: end its transaction and try again"
+        )
+    time.sleep(_POLL_SECONDS)
 
 
 def _immediate(connection: Connection) -> Connection:
