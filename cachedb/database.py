@@ -46,6 +46,7 @@ _RESERVE = 1024 * 1024  # bytes
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60  # seconds
 _POLL_SECONDS = 0.02
+_TICK_NANOSECONDS = 20_000_000  # the time of a file may stand still for so long
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
@@ -142,13 +143,38 @@ class Database:
                     isolation_level=None,  # the driver begins no transactions of its own: we do, DDL included
                     factory=_Connection,
                 )
-                connection.file = file
+                connection.file, connection.is_settled = file, not self.read_only or self._is_settled()
                 if "vfs=" in file[2]:
                     connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the WAL's index in our own memory
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("PRAGMA foreign_keys = ON")
                 connection.execute("PRAGMA schema_version")  # it opens the WAL, which belongs to this file
-            return connection
+            return self._snapshot(connection) if "changed=" in file[2] else connection
+
+    def _snapshot(self, connection: _Connection) -> _Connection:
+        """Return a copy in memory of an index that is read without locks, and close the connection to the file.
+
+        A process that begins to write to the file does not see that somebody reads it. So it is read all at once, and
+        looked at again after that.
+
+        Raises:
+            _Changed: if somebody wrote to the file meanwhile, or that cannot be told.
+        """
+        copy = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None, factory=_Connection)
+        copy.file = connection.file
+        try:
+            with closing(connection), self._sqlite_errors():
+                connection.backup(copy)
+                copy.execute("PRAGMA query_only = ON")
+        except BaseException as error:
+            copy.close()
+            if isinstance(error, StorageError) and self._file() != connection.file:
+                raise _changed() from error  # that is why it looks damaged
+            raise
+        if self._file() != connection.file or not connection.is_settled:
+            copy.close()
+            raise _changed()
+        return copy
 
     @contextmanager
     def _unreplaced(self, *, replacing: bool = False) -> Iterator[None]:
@@ -224,15 +250,21 @@ class Database:
                 raise lost(self.directory) from None
             mode = "mode=rw"
             if self.read_only:
-                wal = self.path.with_name(f"{self.path.name}-wal")
+                wal = _status(f"{self._name}-wal")
                 # One at rest, beside which SQLite may not make the files it shares memory by, is read as what
                 # cannot change; one with a WAL and no such file has no process either, and is read without locks.
-                mode = "mode=ro" if wal.exists() and wal.stat().st_size else "mode=ro&immutable=1"
-                if mode == "mode=ro" and not self.path.with_name(f"{self.path.name}-shm").exists():
+                mode = "mode=ro" if wal and wal.st_size else "mode=ro&immutable=1"
+                if mode == "mode=ro" and not os.path.exists(f"{self._name}-shm"):
                     mode = "mode=ro&vfs=unix-none"
-        if "immutable" in mode:
-            mode += f"&changed={status.st_mtime_ns}.{status.st_size}"  # which SQLite passes over
+                if mode != "mode=ro":
+                    mode += f"&changed={_mark(status)}.{_mark(wal)}"  # for us: SQLite passes over it
         return status.st_dev, status.st_ino, mode
+
+    def _is_settled(self) -> bool:
+        """Return whether a change of the index from now on shows in its time, which goes on in small steps."""
+        now = time.time_ns()
+        files = (_status(self._name), _status(f"{self._name}-wal"))
+        return not any(file and 0 <= now - file.st_mtime_ns < _TICK_NANOSECONDS for file in files)
 
     def _check_out(self, connection: Any, _record: object, _proxy: object) -> None:  # noqa: ANN401
         if connection.file != self._file():
@@ -372,10 +404,11 @@ class Database:
                 except StorageError as error:
                     if not _is_busy(error):
                         raise
+                    busy = error
                 else:
                     yield found
                     return
-            _pause(end)
+            _pause(end, busy)
 
     def rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
         """Return what a statement finds in a read transaction of its own, as SQLite has it: times are text.
@@ -397,7 +430,8 @@ class Database:
             except StorageError as error:
                 if not _is_busy(error):
                     raise
-            _pause(end)
+                busy = error
+            _pause(end, busy)
         if found is not None:
             return found
         with self.read() as other:
@@ -721,19 +755,42 @@ class _Connection(sqlite3.Connection):
     """A connection that knows which file it is to."""
 
     file: tuple[int, int, str]
+    is_settled: bool
+
+
+class _Changed(StorageError):
+    """Somebody has written to an index that was read without locks."""
+
+
+def _changed() -> _Changed:
+    return _Changed("the index changed while it was read: try again")
+
+
+def _status(path: str) -> os.stat_result | None:
+    with os_errors("open the index"), suppress(FileNotFoundError):
+        return os.stat(path)
+    return None
+
+
+def _mark(status: os.stat_result | None) -> str:
+    return f"{status.st_mtime_ns}.{status.st_size}" if status else ""
 
 
 def _is_busy(error: StorageError) -> bool:
-    """Return whether another process has locked the index, or is replacing it."""
+    """Return whether another process has locked the index, is replacing it, or has written to it meanwhile."""
     cause = error.__cause__
+    if isinstance(error, _Changed):
+        return True
     if isinstance(cause, sqlite3.DatabaseError):
         return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
     return isinstance(cause, BlockingIOError)
 
 
-def _pause(end: float) -> None:
-    """Wait before the index is tried again, until it has been locked for too long."""
+def _pause(end: float, error: StorageError) -> None:
+    """Wait before the index is tried again, until it has been tried for too long."""
     if time.monotonic() > end:
+        if isinstance(error, _Changed):
+            raise error
         raise StorageError(
             f"another program has locked the index for {_BUSY_TIMEOUT} s: end its transaction and try again"
         )
