@@ -15,6 +15,7 @@ from cachedb import locks
 from cachedb.database import Database, quarantine_path, sync_file, sync_folder
 from cachedb.errors import StorageError, os_errors
 from cachedb.folders import Folders, follow
+from cachedb.parallel import told_beside
 
 __all__ = ["back_up", "before_change", "keep_newest", "newest_first", "put_in_place", "size_of"]
 
@@ -37,8 +38,7 @@ def newest_first(directory: Path) -> list[Path]:
 
 
 def back_up(
-    connection: sqlite3.Connection,
-    directory: Path,
+    database: Database,
     label: str,
     *,
     path: Path | None = None,
@@ -47,8 +47,7 @@ def back_up(
     """Copy an index, durably; the copy has its name when all of it is there. In ``backups/``, one is made at a time.
 
     Args:
-        connection: to the index, in no transaction.
-        directory: of the cache.
+        database: of the cache.
         label: what to call it, after its number.
         path: of the copy, instead of a numbered one in ``backups/``.
         progress: is told how far it is, in bytes.
@@ -59,20 +58,21 @@ def back_up(
     Raises:
         StorageError: if it cannot be written.
     """
-    folder = directory / "backups"
+    folder = database.directory / "backups"
     with os_errors("make a backup of the index"), ExitStack() as stack:
         if path is None or path.parent.resolve() == folder.resolve():
             stack.enter_context(locks.held(folder / ".lock"))
-            folders = Folders(directory)
+            folders = Folders(database.directory)
             with folders.open("backups") as opened:
                 for name in filter(_UNFINISHED.fullmatch, os.listdir(opened)):
                     os.unlink(name, dir_fd=opened)  # of one that was killed, as is its journal
-        path = path or _free(directory, label)
+        path = path or _free(database.directory, label)
         half = _new_half(path)
         try:
-            _copy(connection, half, progress)
+            with told_beside(progress) as told, database.raw() as connection:
+                _copy(connection, half, told)
             if path.parent == folder:
-                _follow(half, directory)
+                _follow(half, database.directory)
             half.rename(path)
             sync_folder(path.parent)
         except BaseException:
@@ -140,8 +140,7 @@ def _copy(connection: sqlite3.Connection, half: Path, progress: Callable[[int, i
 
 
 def before_change(
-    connection: sqlite3.Connection,
-    directory: Path,
+    database: Database,
     old: str,
     new: str,
     progress: Callable[[int, int], None] | None = None,
@@ -152,15 +151,16 @@ def before_change(
         StorageError: if the disk has too little space left, or the backup cannot be written.
     """
     # The change is in the WAL before it is in the index.
-    needed = 2 * size_of(connection) + _CHANGE
-    free = shutil.disk_usage(directory).free
+    with database.raw() as connection:
+        needed = 2 * size_of(connection) + _CHANGE
+    free = shutil.disk_usage(database.directory).free
     if free < needed:
         raise StorageError(
             f"the schema was not changed: a backup of the index and the change take up to {needed} bytes of disk, "
             f"and {free} are free; free some space (`cachedb gc` may help) and try again"
         )
-    path = back_up(connection, directory, f"{old}{_BEFORE}{new}", progress=progress)
-    keep_newest(directory, KEPT + 1)  # those there were, until the change is made
+    path = back_up(database, f"{old}{_BEFORE}{new}", progress=progress)
+    keep_newest(database.directory, KEPT + 1)  # those there were, until the change is made
     return path
 
 

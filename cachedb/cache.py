@@ -634,6 +634,7 @@ class Cache:
         parameters: Mapping[str, int | float | str | None] | None = None,
         *,
         timeout: float | None = None,
+        stream: bool = False,
     ) -> Iterator[Answer]:
         """Ask the index a question in SQL, of its tables and of the views that the README lists.
 
@@ -641,12 +642,15 @@ class Cache:
                 for name, unique_size in answer.rows:
                     ...
 
-        It sees the index at one moment, and holds up no writer.
+        It sees the index at one moment, and holds up no writer. All rows are read before the block begins, and many are
+        kept in a temporary file: so no fork waits for the block.
 
         Args:
             query: in SQLite's SQL, with the functions ``human(bytes)`` and ``ago(time)`` besides.
             parameters: for what the query has as ``:name``.
             timeout: seconds after which it is stopped.
+            stream: give each row as soon as it is found, and keep none. A fork of this process ends the answer: the
+                next row is a CacheError then.
 
         Raises:
             InvalidQuery: if it is no query, or would do something else than read.
@@ -654,7 +658,7 @@ class Cache:
         """
         from cachedb.query import answer
 
-        with answer(self._database, query, parameters, timeout) as found:
+        with answer(self._database, query, parameters, timeout, stream=stream) as found:
             yield found
 
     def list_views(self) -> list[View]:

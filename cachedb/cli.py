@@ -1006,7 +1006,7 @@ def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None,
         with (
             _opened(existing=True) as cache,
             _giving_way(),
-            cache.sql(query, parameters, timeout=seconds) as found,
+            cache.sql(query, parameters, timeout=seconds, stream=True) as found,
         ):
             print_rows(found.columns, found.rows, form, sizes=sizes)
             sys.stdout.flush()

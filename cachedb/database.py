@@ -17,8 +17,9 @@ import fcntl
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +57,8 @@ _RESERVE = 1024 * 1024  # bytes
 _RESERVE_INODES = 8
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60  # seconds
+_POLL_SECONDS = 0.02
+_TICK_NANOSECONDS = 20_000_000  # the time of a file may stand still for so long
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
@@ -116,6 +119,7 @@ class Database:
     SQLite notes in memory which locks its process holds on a file. A child that is forked while a connection
     is open inherits the note and not the locks, and what it commits is lost when its parent closes. So a
     fork waits until no other thread is in a transaction, and all connections are closed before it.
+    A transaction waits for nobody, so a fork does not either: it waits for other processes before it begins.
     """
 
     def __init__(self, directory: Path, path: Path | None = None, *, trust: bool = False) -> None:
@@ -160,13 +164,13 @@ class Database:
                 connection = sqlite3.connect(
                     f"{self.path.as_uri()}?{mode}",
                     uri=True,
-                    timeout=_BUSY_TIMEOUT,
+                    timeout=0,  # we wait ourselves, where no fork waits for us: see `_entered`
                     check_same_thread=False,
                     isolation_level=None,  # the driver begins no transactions of its own: we do, DDL included
                     factory=_Connection,
                 )
                 try:
-                    connection.file = file
+                    connection.file, connection.is_settled = file, not self.read_only or self._is_settled()
                     if "vfs=" in file[2]:
                         connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the WAL's index in our own memory
                     connection.execute("PRAGMA synchronous = FULL")
@@ -175,11 +179,36 @@ class Database:
                 except BaseException:
                     connection.close()
                     raise
-            return connection
+            return self._snapshot(connection) if "changed=" in file[2] else connection
+
+    def _snapshot(self, connection: _Connection) -> _Connection:
+        """Return a copy in memory of an index that is read without locks, and close the connection to the file.
+
+        A process that begins to write to the file does not see that somebody reads it. So it is read all at once, and
+        looked at again after that.
+
+        Raises:
+            _Changed: if somebody wrote to the file meanwhile, or that cannot be told.
+        """
+        copy = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None, factory=_Connection)
+        copy.file = connection.file
+        try:
+            with closing(connection), self._sqlite_errors():
+                connection.backup(copy)
+                copy.execute("PRAGMA query_only = ON")
+        except BaseException as error:
+            copy.close()
+            if isinstance(error, StorageError) and self._file() != connection.file:
+                raise _changed() from error  # that is why it looks damaged
+            raise
+        if self._file() != connection.file or not connection.is_settled:
+            copy.close()
+            raise _changed()
+        return copy
 
     @contextmanager
     def _unreplaced(self, *, replacing: bool = False) -> Iterator[None]:
-        """A block in which nobody replaces the file or, the other way round, nobody opens it."""
+        """A block in which nobody replaces the file or, the other way round, opens it; to be entered by `_entered`."""
         if self.read_only:
             yield
             return
@@ -187,7 +216,7 @@ class Database:
             folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             with os_errors("open the index"):
-                fcntl.flock(folder, fcntl.LOCK_EX if replacing else fcntl.LOCK_SH)
+                fcntl.flock(folder, (fcntl.LOCK_EX if replacing else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             yield
         finally:
             os.close(folder)
@@ -210,7 +239,7 @@ class Database:
             with suppress(DamagedIndex, NotACache):
                 self._write_back()
         self.close()
-        with self._unreplaced(replacing=True):
+        with self._entered(lambda stack: stack.enter_context(self._unreplaced(replacing=True))):
             if found:
                 shutil.copyfile(self.path, old)
                 old.chmod(0o600)
@@ -230,13 +259,17 @@ class Database:
 
     def _write_back(self) -> None:
         """Write the WAL back to the index, which is all there in one file then."""
-        with self.raw() as connection:
-            connection.execute(f"PRAGMA busy_timeout = {_READING * 1000}")
-            busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            if busy:
+        end = time.monotonic() + _READING
+        while True:
+            with self.raw() as connection:
+                busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not busy:
+                return
+            if time.monotonic() > end:
                 raise StorageError(
                     "the index cannot be replaced: another program has been reading it for long; end it and try again"
                 )
+            time.sleep(_POLL_SECONDS)
 
     def _file(self) -> tuple[int, int, str]:
         """Return what tells ``index.db`` from another file of that name, and how it is to be opened."""
@@ -249,15 +282,21 @@ class Database:
                 raise lost(self.directory) from None
             mode = "mode=rw"
             if self.read_only:
-                wal = self.path.with_name(f"{self.path.name}-wal")
+                wal = _status(f"{self._name}-wal")
                 # One at rest, beside which SQLite may not make the files it shares memory by, is read as what
                 # cannot change; one with a WAL and no such file has no process either, and is read without locks.
-                mode = "mode=ro" if wal.exists() and wal.stat().st_size else "mode=ro&immutable=1"
-                if mode == "mode=ro" and not self.path.with_name(f"{self.path.name}-shm").exists():
+                mode = "mode=ro" if wal and wal.st_size else "mode=ro&immutable=1"
+                if mode == "mode=ro" and not os.path.exists(f"{self._name}-shm"):
                     mode = "mode=ro&vfs=unix-none"
-        if "immutable" in mode:
-            mode += f"&changed={status.st_mtime_ns}.{status.st_size}"  # which SQLite passes over
+                if mode != "mode=ro":
+                    mode += f"&changed={_mark(status)}.{_mark(wal)}"  # for us: SQLite passes over it
         return status.st_dev, status.st_ino, mode
+
+    def _is_settled(self) -> bool:
+        """Return whether a change of the index from now on shows in its time, which goes on in small steps."""
+        now = time.time_ns()
+        files = (_status(self._name), _status(f"{self._name}-wal"))
+        return not any(file and 0 <= now - file.st_mtime_ns < _TICK_NANOSECONDS for file in files)
 
     def _check_out(self, connection: Any, _record: object, _proxy: object) -> None:  # noqa: ANN401
         if connection.file != self._file():
@@ -391,22 +430,66 @@ class Database:
         except ValueError as error:
             return [f"a row cannot be read: {error}"]
 
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
+    def read(self) -> AbstractContextManager[Connection]:
         """A read transaction: all its statements see the index at one moment.
 
         Raises:
             SchemaMismatch: if the schema is not one that this release works with.
         """
-        with self.look() as connection:
-            self._check_schema(connection)
-            yield connection
+        return self._reading(self._check_schema)
+
+    def look(self) -> AbstractContextManager[Connection]:
+        """A read transaction, whatever the schema."""
+        return self._reading(_read_first)
 
     @contextmanager
-    def look(self) -> Iterator[Connection]:
-        """A read transaction, whatever the schema."""
-        with locks.unforked(), self._engine.connect() as connection, connection.begin():
-            yield connection
+    def _reading(self, first: Callable[[Connection], object]) -> Iterator[Connection]:
+        """A read transaction that begins with what ``first`` reads. As `_entered`, in half of the time."""
+        end = None
+        while True:
+            with locks.unforked():
+                connection = None
+                try:
+                    connection = self._engine.connect()
+                    transaction = connection.begin()
+                    first(connection)
+                except BaseException as error:
+                    if connection is not None:
+                        connection.close()
+                    if not isinstance(error, StorageError) or not _is_busy(error):
+                        raise
+                    busy = error
+                else:
+                    with connection, transaction:
+                        yield connection
+                    return
+            end = end or time.monotonic() + _BUSY_TIMEOUT
+            _pause(end, busy)
+
+    @contextmanager
+    def _entered(self, enter: Callable[[ExitStack], T]) -> Iterator[T]:
+        """A block in which no other thread forks; while another process has the index locked, wait and enter again.
+
+        Args:
+            enter: enters what the block needs, and returns what to give to it. It waits for nobody.
+
+        Raises:
+            StorageError: if the index stays locked.
+        """
+        end = time.monotonic() + _BUSY_TIMEOUT
+        while True:
+            with ExitStack() as stack:
+                stack.enter_context(locks.unforked())
+                try:
+                    found = enter(stack)
+                except StorageError as error:
+                    if not _is_busy(error):
+                        raise
+                    busy = error
+                else:
+                    yield found
+                    return
+            _pause(end, busy)
 
     def rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
         """Return what a statement finds in a read transaction of its own, as SQLite has it: times are text.
@@ -420,6 +503,24 @@ class Database:
         Raises:
             SchemaMismatch: if the schema is not one that this release works with.
         """
+        end = None
+        while True:
+            try:
+                found = self._rows(statement, values)
+                break
+            except StorageError as error:
+                if not _is_busy(error):
+                    raise
+                busy = error
+            end = end or time.monotonic() + _BUSY_TIMEOUT
+            _pause(end, busy)
+        if found is not None:
+            return found
+        with self.read() as other:
+            return [tuple(row) for row in other.execute(statement, values)]
+
+    def _rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]] | None:
+        """Return what `rows` does; None if the schema is not ours."""
         with locks.unforked(), self._sqlite_errors():
             file = self._file()
             try:
@@ -433,7 +534,7 @@ class Database:
                 connection.execute("BEGIN")
                 ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)
                 text, constants = _compiled(statement)
-                found = connection.execute(text, {**constants, **values}).fetchall() if ours else []
+                found = connection.execute(text, {**constants, **values}).fetchall() if ours else None
                 connection.execute("COMMIT")
             except BaseException:
                 connection.close()
@@ -442,10 +543,7 @@ class Database:
                 self._idle.append(connection)
             else:
                 connection.close()
-        if ours:
             return found
-        with self.read() as other:
-            return [tuple(row) for row in other.execute(statement, values)]
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -455,21 +553,21 @@ class Database:
             SchemaMismatch: before anything is written, if the schema is not one that this release works with.
             StorageError: if the file system or SQLite fails.
         """
-        with self._locked() as connection:
+        with self.alone() as turn, self._writing(turn) as connection:
             self._check_schema(connection)
             yield connection
 
     @contextmanager
     def write_at_once(self) -> Iterator[Connection | None]:
         """A write transaction if the write lock is free; the block gets None if it is not."""
-        with os_errors("write to the cache"), locks.unforked():
+        with os_errors("write to the cache"):
             file = locks.acquire(self.write_lock, wait=False)
             if file is None:
                 yield None
                 return
             try:
                 self.folders.check()
-                with self._engine.connect() as connection, self._transaction(_immediate(connection), locks.Turn(file)):
+                with self._writing(locks.Turn(file)) as connection:
                     self._check_schema(connection)
                     yield connection
             finally:
@@ -485,54 +583,75 @@ class Database:
             raise mismatch(self.directory, row and row[0])
 
     @contextmanager
-    def write_schema(self, before: Callable[[sqlite3.Connection], None] | None = None) -> Iterator[Connection]:
+    def write_schema(self, before: Callable[[], None] | None = None) -> Iterator[Connection]:
         """A write transaction for a migration: whatever the schema, with foreign keys not enforced meanwhile.
 
         Args:
             before: is called under the write lock before the transaction begins.
         """
-        with self._locked(schema=True, before=before) as connection:
-            yield connection
-            connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+        with self.alone() as turn:
+            self._create()
+            if before:
+                before()
+            with self._writing(turn, schema=True) as connection:
+                yield connection
+                connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
 
     @contextmanager
     def alone(self) -> Iterator[locks.Turn]:
         """Hold the write lock, and no transaction."""
         self._check_shortage()
         self.folders.check()
-        with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
+        with os_errors("write to the cache"), locks.in_turn(self.write_lock) as turn:
             self.folders.check()  # again, for we may have waited long
             yield turn
 
     @contextmanager
     def raw(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
-        """The driver's own connection, in no transaction: for what SQLite does in none."""
-        with locks.unforked(), self._sqlite_errors(), closing(self._open(read_only=read_only)) as connection:
+        """The driver's own connection, in no transaction: for what SQLite does in none.
+
+        Args:
+            read_only: it is in a read transaction instead, that has begun.
+        """
+        with self.connected(read_only=read_only) as connection, closing(connection):
             yield connection
 
     @contextmanager
-    def _locked(
-        self, *, schema: bool = False, before: Callable[[sqlite3.Connection], None] | None = None
-    ) -> Iterator[Connection]:
-        with self.alone() as turn:
-            if schema:
-                self._create()
-            with self._engine.connect() as connection:
-                if schema:
-                    # Neither can be changed in a transaction; the first stays with the file.
-                    driver = connection.connection.driver_connection
-                    assert isinstance(driver, sqlite3.Connection)
+    def connected(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
+        """As `raw`, but the connection stays open after the block: it is to be closed before any fork."""
+
+        def enter(_: ExitStack) -> sqlite3.Connection:
+            with ExitStack() as on_error:
+                connection = on_error.enter_context(closing(self._open(read_only=read_only)))
+                if read_only:
                     with self._sqlite_errors():
-                        driver.execute("PRAGMA journal_mode = WAL")
-                        driver.execute("PRAGMA foreign_keys = OFF")
-                        if before:
-                            before(driver)
-                try:
-                    with self._transaction(_immediate(connection), turn):
-                        yield connection
-                finally:
-                    if schema:
-                        connection.invalidate()
+                        connection.execute("BEGIN")
+                        connection.execute("PRAGMA schema_version")
+                on_error.pop_all()
+            return connection
+
+        with self._entered(enter) as connection, self._sqlite_errors():
+            yield connection
+
+    @contextmanager
+    def _writing(self, turn: locks.Turn, *, schema: bool = False) -> Iterator[Connection]:
+        """A write transaction, under the write lock."""
+
+        def enter(stack: ExitStack) -> Connection:
+            connection = stack.enter_context(self._engine.connect())
+            if schema:
+                stack.callback(connection.invalidate)
+                # Neither can be changed in a transaction; the first stays with the file.
+                driver = connection.connection.driver_connection
+                assert isinstance(driver, sqlite3.Connection)
+                with self._sqlite_errors():
+                    driver.execute("PRAGMA journal_mode = WAL")
+                    driver.execute("PRAGMA foreign_keys = OFF")
+            stack.enter_context(self._transaction(_immediate(connection), turn))
+            return connection
+
+        with self._entered(enter) as connection:
+            yield connection
 
     @contextmanager
     def _transaction(self, connection: Connection, turn: locks.Turn) -> Iterator[None]:
@@ -548,9 +667,9 @@ class Database:
                 if (read_revision(connection) or "") <= REVISION or is_compatible(connection):
                     # It is written even if it is that already.
                     connection.exec_driver_sql(f"PRAGMA user_version = {read_oldest(connection)}")
-        turn.mark()
         transaction = connection.begin()
         try:
+            turn.mark()
             yield
         except BaseException:
             transaction.rollback()
@@ -718,9 +837,10 @@ class Database:
 
     def close(self) -> None:
         """Close all connections that are not in use; they are opened again when they are needed."""
-        self._engine.dispose()
-        while self._idle:
-            self._idle.pop().close()
+        with locks.unforked():
+            self._engine.dispose()
+            while self._idle:
+                self._idle.pop().close()
         if self._gave_up:  # SQLite has given two back just now
             self._gave_up = False
             self.keep_reserve()
@@ -835,6 +955,50 @@ class _Connection(sqlite3.Connection):
     """A connection that knows which file it is to."""
 
     file: tuple[int, int, str]
+    is_settled: bool
+
+
+class _Changed(StorageError):
+    """Somebody has written to an index that was read without locks."""
+
+
+def _changed() -> _Changed:
+    return _Changed("the index changed while it was read: try again")
+
+
+def _status(path: str) -> os.stat_result | None:
+    with os_errors("open the index"), suppress(FileNotFoundError):
+        return os.stat(path)
+    return None
+
+
+def _mark(status: os.stat_result | None) -> str:
+    return f"{status.st_mtime_ns}.{status.st_size}" if status else ""
+
+
+def _is_busy(error: StorageError) -> bool:
+    """Return whether another process has locked the index, is replacing it, or has written to it meanwhile."""
+    cause = error.__cause__
+    if isinstance(error, _Changed):
+        return True
+    if isinstance(cause, sqlite3.DatabaseError):
+        return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    return isinstance(cause, BlockingIOError)
+
+
+def _pause(end: float, error: StorageError) -> None:
+    """Wait before the index is tried again, until it has been tried for too long."""
+    if time.monotonic() > end:
+        if isinstance(error, _Changed):
+            raise error
+        raise StorageError(
+            f"another program has locked the index for {_BUSY_TIMEOUT} s: end its transaction and try again"
+        )
+    time.sleep(_POLL_SECONDS)
+
+
+def _read_first(connection: Connection) -> None:
+    connection.exec_driver_sql("PRAGMA schema_version")  # here a transaction begins, or finds the index locked
 
 
 def _immediate(connection: Connection) -> Connection:

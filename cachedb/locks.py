@@ -27,7 +27,7 @@ from typing import Protocol
 
 from cachedb.folders import follow
 
-__all__ = ["Turn", "acquire", "after_fork", "before_fork", "held", "in_turn", "release", "unforked"]
+__all__ = ["Turn", "acquire", "after_fork", "before_fork", "held", "in_turn", "is_fork_waiting", "release", "unforked"]
 
 
 class Forkable(Protocol):
@@ -45,7 +45,7 @@ class Closable(Protocol):
 
 
 _files: set[FileIO] = set()
-_guard = threading.Lock()  # no fork falls between opening a lock file and noting it
+_guard = threading.RLock()  # no fork falls between opening a lock file and noting it; a signal's handler may fork
 _forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
 _closable: weakref.WeakSet[Closable] = weakref.WeakSet()
 _changed = threading.Condition()  # guards the two below, and is held during a fork
@@ -121,7 +121,7 @@ class Turn:
 
 @contextmanager
 def in_turn(path: Path) -> Iterator[Turn]:
-    """Hold a lock in a block, in the order of asking; to be called in an `unforked` block."""
+    """Hold a lock in a block, in the order of asking. Forks need not wait: a child closes its copies of the files."""
     queue = acquire(path.with_suffix(".queue"))
     assert queue is not None
     try:
@@ -138,7 +138,7 @@ def in_turn(path: Path) -> Iterator[Turn]:
             _write(queue, _SERVED, max(number, _read(queue, _SERVED)))
             yield Turn(file)
     finally:
-        _close(queue)
+        release(queue)  # a child that is forked now may have a copy still, which would keep the lock
 
 
 _LAST, _SERVED = 0, 8  # where a queue's file has the last number that was taken, and the number whose turn it is
@@ -146,6 +146,7 @@ _PATIENCE = 0.01  # seconds that a lock may be free before whose turn it is has 
 _NAP = 0.0005  # seconds, for each of those before us
 _WAITING = 100_000  # more do not wait
 _NUMBERS = 1 << 62  # more are not taken
+_NOTICE = 0.1  # seconds after which a fork looks again, if a signal's handler has ended the thread that was to tell it
 
 
 def _await_turn(queue: FileIO, path: Path, number: int) -> None:
@@ -179,20 +180,32 @@ def _write(queue: FileIO, place: int, number: int) -> None:
 
 @contextmanager
 def unforked() -> Iterator[None]:
-    """Have the forks of other threads wait until the end of the block; blocks begun meanwhile wait for the fork."""
-    thread = threading.get_ident()
-    with _changed:
-        while _forking and thread not in _unforked:
-            _changed.wait()
-        _unforked[thread] += 1
+    """Have the forks of other threads wait until the end of the block; blocks begun meanwhile wait for the fork.
+
+    The block is for work of our own that comes to its end whatever others do: it calls no function of a caller, and
+    waits neither for another process nor for another thread.
+    """
+    thread, counted = threading.get_ident(), False
     try:
+        with _changed:
+            while _forking and not _unforked.get(thread):
+                _changed.wait()
+            _unforked[thread] += 1
+            counted = True
         yield
     finally:
-        with _changed:
+        if counted:
+            # Before anything that a signal's handler could end: a fork would wait for ever.
             _unforked[thread] -= 1
-            if not _unforked[thread]:
-                del _unforked[thread]
-            _changed.notify_all()
+            with _changed:
+                if not _unforked[thread]:
+                    del _unforked[thread]
+                _changed.notify_all()
+
+
+def is_fork_waiting() -> bool:
+    """Return whether a fork of another thread waits for the end of an `unforked` block."""
+    return _forking
 
 
 def before_fork(closable: Closable) -> None:
@@ -223,13 +236,24 @@ def _close(file: FileIO) -> None:
 def _before() -> None:
     global _forking
     _changed.acquire()
-    while _unforked.keys() - {threading.get_ident()}:
+    thread = threading.get_ident()
+    raised: BaseException | None = None
+    while any(count for other, count in _unforked.items() if other != thread):
         _forking = True
-        _changed.wait()
+        try:
+            _changed.wait(_NOTICE)
+        except BaseException as error:  # of a signal's handler: Python forks nevertheless, and prints it
+            raised = error
+    _unforked[thread] += 1  # they may use `unforked` blocks
     for closable in list(_closable):
         with suppress(Exception):  # whatever it is, the fork must come to its end
             closable.close()
+    _unforked[thread] -= 1
+    if not _unforked[thread]:
+        del _unforked[thread]
     _guard.acquire()  # last: a thread in an `unforked` block may be waiting for it
+    if raised:
+        raise raised
 
 
 def _after() -> None:

@@ -113,7 +113,7 @@ MUTATIONS = [
     Mutation("nothing is looked up in a schema that is not ours", "cachedb/database.py", "                ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)\n", "                ours = True\n", "tests/test_database.py"),
     Mutation("a look-up is in the schema that was looked at", "cachedb/database.py", '                connection.execute("BEGIN")\n                ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)\n', '                ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)\n                connection.execute("BEGIN")\n', "tests/test_database.py"),
     Mutation("a fork waits for look-ups", "cachedb/database.py", "        with locks.unforked(), self._sqlite_errors():\n            file = self._file()\n", "        with self._sqlite_errors():\n            file = self._file()\n", "tests/test_database.py -k look_up"),
-    Mutation("what is looked up in is closed before a fork", "cachedb/database.py", "            self._idle.pop().close()\n", "            break\n", "tests/test_database.py"),
+    Mutation("what is looked up in is closed before a fork", "cachedb/database.py", "                self._idle.pop().close()\n", "                break\n", "tests/test_database.py"),
     # Locks
     Mutation("a lock file that was unlinked is not the lock", "cachedb/locks.py", "        if os.fstat(file.fileno()).st_nlink:\n", "        if True:\n", "tests/test_locks.py tests/test_sessions.py"),
     Mutation("connections are closed before a fork", "cachedb/locks.py", "            closable.close()\n", "            pass\n", "tests/test_database.py tests/test_locks.py tests/test_processes.py"),
@@ -154,6 +154,32 @@ MUTATIONS = [
     Mutation("a FUSE program is known by its source", "cachedb/mounts.py", "            named = kind == \"fuse\" and", "            named = False and", "tests/test_limits.py -k fuse"),
     Mutation("a file system between a machine and its host is shared", "cachedb/mounts.py", "    r\"|virtiofs|fakeowner|drvfs|fuse", "    r\"|fuse", "tests/test_limits.py -k before_anything"),
     Mutation("a full disk has a reserve", "cachedb/database.py", "                return (again or work)()\n", "                pass\n", "tests/test_limits.py"),
+    # Forks
+    Mutation("a fork waits for no reader of an answer", "cachedb/query.py", "            columns = _read(database, query, parameters or {}, end, timeout, rows, patience)\n            if columns is not None:\n                yield Answer(columns, iter(rows))\n                return\n", "            with database.raw(read_only=True):\n                columns = _read(database, query, parameters or {}, end, timeout, rows, patience)\n                if columns is not None:\n                    yield Answer(columns, iter(rows))\n                    return\n", "tests/test_forks.py -k answer"),
+    Mutation("a fork stops a long query", "cachedb/query.py", "            stopped = time.monotonic() - waiting > patience\n", "            pass\n", "tests/test_forks.py -k long_query"),
+    Mutation("a fork ends an answer that is streamed", "cachedb/query.py", "            locks.before_fork(self)\n", "", "tests/test_forks.py -k streamed"),
+    Mutation("a large answer lies in a file", "cachedb/query.py", "SpooledTemporaryFile(_IN_MEMORY_BYTES)", "SpooledTemporaryFile()", "tests/test_forks.py -k large"),
+    Mutation("a fork waits for no waiting at the write lock", "cachedb/database.py", 'with os_errors("write to the cache"), locks.in_turn(self.write_lock) as turn:', 'with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:', "tests/test_forks.py -k other_process"),
+    Mutation("a fork waits for no other program's transaction", "cachedb/database.py", "                    timeout=0,  # we wait", "                    timeout=60,  # we wait", "tests/test_forks.py -k other_process"),
+    Mutation("a fork waits for nobody who replaces the index", "cachedb/database.py", "(fcntl.LOCK_EX if replacing else fcntl.LOCK_SH) | fcntl.LOCK_NB", "fcntl.LOCK_EX if replacing else fcntl.LOCK_SH", "tests/test_forks.py -k other_process"),
+    Mutation("a transaction is tried again while another program has the index", "cachedb/database.py", "                    if not _is_busy(error):\n                        raise\n                    busy = error\n", "                    raise\n", "tests/test_database.py -k knows_nothing"),
+    Mutation("a read transaction is tried again while another program has the index", "cachedb/database.py", "not isinstance(error, StorageError) or not _is_busy(error):", "error:", "tests/test_forks.py -k other_process"),
+    Mutation("a look-up is tried again while another program has the index", "cachedb/database.py", "                if not _is_busy(error):\n                    raise\n                busy = error\n            end = end", "                raise\n            end = end", "tests/test_forks.py -k other_process"),
+    Mutation("a progress is told beside a migration", "cachedb/schema.py", "_run(change, connection, target, beside)", "_run(change, connection, target, progress)", "tests/test_forks.py -k upgrade"),
+    Mutation("a progress is told beside a backup", "cachedb/backups.py", "                _copy(connection, half, told)\n", "                _copy(connection, half, progress)\n", "tests/test_forks.py -k backup"),
+    Mutation("a progress is told after an adoption's transaction", "cachedb/adopt.py", "                with self._guard:\n                    self._passed += self._old.blobs.get(digest, 0)\n", "                self._advance(self._old.blobs.get(digest, 0))\n", "tests/test_forks.py -k adoption"),
+    Mutation("an interrupt at the end of a block leaves no fork waiting", "cachedb/locks.py", "            _unforked[thread] -= 1\n            with _changed:\n", "            with _changed:\n                _unforked[thread] -= 1\n", "tests/test_forks.py -k interrupt"),
+    Mutation("an interrupt while a fork waits is not the end of its waiting", "cachedb/locks.py", "            raised = error\n", "            raise\n", "tests/test_forks.py -k interrupt"),
+    Mutation("a signal's handler may fork while a lock file is opened", "cachedb/locks.py", "_guard = threading.RLock()", "_guard = threading.Lock()", "tests/test_forks.py -k signals"),
+    Mutation("who fails in the queue lets go of it", "cachedb/locks.py", "        release(queue)  #", "        _close(queue)  #", "tests/test_forks.py -k queue"),
+    Mutation("connections are closed where no thread forks", "cachedb/locks.py", "    _unforked[thread] += 1  # they may use `unforked` blocks\n", "    _unforked[thread] += 0\n", "tests/test_database.py -k before_a_fork"),
+    # Reading without locks
+    Mutation("what is read without locks is read all at once", "cachedb/database.py", 'return self._snapshot(connection) if "changed=" in file[2] else connection', "return connection", "tests/test_reading_at_rest.py"),
+    Mutation("what changed while it was read is read again", "cachedb/database.py", "        if self._file() != connection.file or not connection.is_settled:\n", "        if not connection.is_settled:\n", "tests/test_reading_at_rest.py"),
+    Mutation("what was written a moment ago is read again", "cachedb/database.py", " or not connection.is_settled:\n", ":\n", "tests/test_reading_at_rest.py"),
+    Mutation("what looks damaged because it changed is read again", "cachedb/database.py", "            if isinstance(error, StorageError) and self._file() != connection.file:\n", "            if False:\n", "tests/test_reading_at_rest.py"),
+    Mutation("nothing is written to a copy of the index", "cachedb/database.py", '                copy.execute("PRAGMA query_only = ON")\n', "", "tests/test_reading_at_rest.py"),
+    Mutation("what changed while it was looked up is not begun to be sent", "cachedb/target.py", "            if immutable and _state(index) != before:\n", "            if False:\n", "tests/test_target.py -k changes"),
     # Changes of the schema
     Mutation("a backup is synced before it has its name", "cachedb/backups.py", "    sync_file(half)\n", "", "tests/test_schema_changes.py"),
     Mutation("a disk that is too full is said so before", "cachedb/backups.py", "    if free < needed:\n", "    if False:\n", "tests/test_schema_changes.py"),
@@ -265,7 +291,7 @@ MUTATIONS = [
     Mutation("a mount of a test goes with the run", "tests/conftest.py", "    leftovers.isolate_mounts()\n", "", "tests/test_leftovers.py"),
     Mutation("a fault that no request meets fails its test", "tests/faults.py", "        assert kind or not missed, f", "        assert True, f", "tests/test_registries.py -k fault"),
     # Questions
-    Mutation("only questions can be asked", "cachedb/query.py", "        connection.set_authorizer(_authorizer())\n", "", "tests/test_query.py"),
+    Mutation("only questions can be asked", "cachedb/query.py", "    connection.set_authorizer(_authorizer())\n", "", "tests/test_query.py"),
     Mutation("only functions that are known to be harmless are called", "cachedb/query.py", "if second in _FUNCTIONS and calls", "if calls", "tests/test_query.py -k harmless"),
     Mutation("a query calls so many functions", "cachedb/query.py", " and calls <= _CALLS_LIMIT else", " else", "tests/test_query.py -k functions"),
     Mutation("a value in a query has a size", "cachedb/query.py", "        connection.setlimit(limit, value)\n", "        pass\n", "tests/test_query.py -k pattern"),
@@ -276,7 +302,7 @@ MUTATIONS = [
     Mutation("a number stays a number in a cell", "cachedb/printing.py", " and not _NUMBER.fullmatch(value):", ":", "tests/test_query.py -k number"),
     Mutation("a cell of Markdown is no HTML", "cachedb/printing.py", "html.escape(re.sub", "str(re.sub", "tests/test_query.py -k markdown"),
     Mutation("a terminal gets no escape sequence in a cell", "cachedb/printing.py", "return printable(value) if is_terminal else value", "return value", "tests/test_query.py -k terminal"),
-    Mutation("a connection for questions changes nothing", "cachedb/query.py", '        connection.execute("PRAGMA query_only = ON")\n', "", "tests/test_query.py"),
+    Mutation("a connection for questions changes nothing", "cachedb/query.py", '    connection.execute("PRAGMA query_only = ON")\n', "", "tests/test_query.py"),
     Mutation("nobody waits to note a use", "cachedb/database.py", "            file = locks.acquire(self.write_lock, wait=False)\n", "            file = locks.acquire(self.write_lock)\n", "tests/test_uses.py"),
     # What callers see
     Mutation("what is of no use is counted", "cachedb/cache.py", "if used < known else Collected(0, 0)", "if False else Collected(0, 0)", "tests/test_cache.py"),
@@ -314,7 +340,7 @@ MUTATIONS = [
     Mutation("an index that is replaced has its WAL written back", "cachedb/database.py", "                self._write_back()\n", "                pass\n", "tests/test_database.py tests/test_crashes.py tests/test_schema_changes.py"),
     Mutation("a new index is whole before it has the name", "cachedb/backups.py", '    if new.with_name(f"{new.name}-wal").exists():\n', "    if False:\n", "tests/test_rebuild.py tests/test_database.py"),
     Mutation("a folder in an archive is a member", "cachedb/export.py", "        for folder in _folders(entry.path, known):\n", "        for folder in ():\n", "tests/test_export.py"),
-    Mutation("a connection whose PRAGMA fails is closed", "cachedb/database.py", "                except BaseException:\n                    connection.close()\n                    raise\n            return connection\n", "                except BaseException:\n                    raise\n            return connection\n", "tests/test_leaks.py"),
+    Mutation("a connection whose PRAGMA fails is closed", "cachedb/database.py", "                except BaseException:\n                    connection.close()\n                    raise\n            return self", "                except BaseException:\n                    raise\n            return self", "tests/test_leaks.py"),
     Mutation("a failed rebuild closes its connections", "cachedb/rebuild.py", "        with closing(Database(folder)) as new:\n", "        if new := Database(folder):\n", "tests/test_leaks.py"),
     Mutation("a failed restoration closes its connections", "cachedb/rebuild.py", "        with closing(Database(session.new_path())) as new:\n", "        if new := Database(session.new_path()):\n", "tests/test_leaks.py"),
     Mutation("a failed check of the schema closes its connections", "cachedb/schema.py", "        engine.dispose()\n", "        pass\n", "tests/test_leaks.py"),
@@ -352,7 +378,7 @@ def survived(mutation: Mutation, scratch: Path) -> tuple[str | None, float]:
         (copy / mutation.file).write_text(mutated(mutation))
         # The copy comes before an installed package, in each process that a test starts as well.
         environment = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": name, "CACHEDB_POWER_CUTS": POWER_CUTS}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(mutation.tests)]
         try:
             done = subprocess.run(
                 command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
@@ -381,7 +407,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
         Path(scratch).chmod(0o755)
         if options.control:
-            tests = " ".join(sorted({test for mutation in chosen for test in mutation.tests.split()}))
+            tests = " ".join(sorted({test for mutation in chosen for test in shlex.split(mutation.tests)}))
             docstring = '"""Errors'  # which stays as it is
             control = Mutation("nothing", "cachedb/errors.py", docstring, docstring, tests)
             failed, seconds = survived(control, Path(scratch))
