@@ -545,8 +545,8 @@ def _collect(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
     held = locks.held
 
     @contextmanager
-    def timed(path: Path) -> Iterator[FileIO]:
-        with held(path) as file:
+    def timed(path: Path, *arguments: Any, **options: Any) -> Iterator[FileIO]:
+        with held(path, *arguments, **options) as file:
             began = time.monotonic()
             yield file
             holds.append(time.monotonic() - began)

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from cachedb.errors import (
+    Busy,
     CacheError,
     DamagedIndex,
     DigestMismatch,
@@ -53,6 +54,7 @@ __all__ = [
     "Adoption",
     "Answer",
     "BlobInfo",
+    "Busy",
     "Cache",
     "CacheError",
     "Collected",

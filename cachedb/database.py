@@ -17,21 +17,23 @@ import fcntl
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Select, create_engine, event, select
+from sqlalchemy import URL, Connection, Engine, RootTransaction, Select, create_engine, event, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb import locks, partial
-from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, StorageError, os_errors
+from cachedb import locks, partial, processes
+from cachedb.errors import Busy, CacheError, DamagedIndex, NotACache, SchemaMismatch, StorageError, os_errors
 from cachedb.mounts import refuse_shared
 from cachedb.tables import METADATA, REVISION
+from cachedb.waiting import Wait, chosen_seconds
 
 __all__ = ["BATCH", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
 
@@ -42,8 +44,12 @@ APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA applica
 FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
 _OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "reserve", "lost+found"}
 _RESERVE = 1024 * 1024  # bytes
-# Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
-_BUSY_TIMEOUT = 60  # seconds
+# Our own writers wait at the lock file. For another program that writes we wait without the lock, or all who want to
+# write would wait for each other as well.
+_OUTSIDER_SECONDS = 0.02  # that a writer waits with the lock
+_OUTSIDER_NAPS = (0.02, 0.25)  # seconds between two tries: at first, and at most
+_LONGEST_BUSY = 86_400.0  # seconds; SQLite has no number for endless
+_OLD_RELEASE_SECONDS, _OLD_RELEASE_NAP = 1.0, 0.01
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
@@ -104,8 +110,15 @@ class Database:
     fork waits until no other thread is in a transaction, and all connections are closed before it.
     """
 
-    def __init__(self, directory: Path, path: Path | None = None) -> None:
-        """Name the index of a cache directory, or another one: a backup."""
+    def __init__(self, directory: Path, path: Path | None = None, *, wait: float | None = None) -> None:
+        """Name the index of a cache directory, or another one: a backup.
+
+        Args:
+            directory: of the cache.
+            path: of another index.
+            wait: seconds to wait for a lock of another process; unless given, as `chosen_seconds` says.
+        """
+        self.wait_seconds = chosen_seconds(wait)
         self.directory = directory.absolute()
         self.path = (path or directory / "index.db").absolute()
         self._name = str(self.path)
@@ -134,7 +147,7 @@ class Database:
                 connection = sqlite3.connect(
                     f"{self.path.as_uri()}?{mode}",
                     uri=True,
-                    timeout=_BUSY_TIMEOUT,
+                    timeout=min(self.wait_seconds, _LONGEST_BUSY),
                     check_same_thread=False,
                     isolation_level=None,  # the driver begins no transactions of its own: we do, DDL included
                     factory=_Connection,
@@ -149,15 +162,40 @@ class Database:
 
     @contextmanager
     def _unreplaced(self, *, replacing: bool = False) -> Iterator[None]:
-        """A block in which nobody replaces the file or, the other way round, nobody opens it."""
+        """A block in which nobody replaces the file or, the other way round, nobody opens it.
+
+        Raises:
+            Busy: if a process is replacing it, or opening it, for longer than we wait.
+        """
         if self.read_only:
             yield
             return
-        with os_errors("open the index"):
-            folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with ExitStack() as stack:
+            with os_errors("open the index"), Wait("the index", self.wait_seconds) as wait:
+                if self.write_lock.parent.is_dir():  # another program's directory has none, and is not changed
+                    stack.enter_context(locks.held_folder(self.write_lock.parent, wait, shared=not replacing))
+                stack.enter_context(self._unreplaced_by_old(fcntl.LOCK_EX if replacing else fcntl.LOCK_SH))
+            yield
+
+    @contextmanager
+    def _unreplaced_by_old(self, operation: int) -> Iterator[None]:
+        """The same for releases before 0.2, which lock the directory itself: a block, that does not wait for long.
+
+        Scripts lock the directory as well, with flock(1), and may have begun this process.
+        """
+        folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with os_errors("open the index"):
-                fcntl.flock(folder, fcntl.LOCK_EX if replacing else fcntl.LOCK_SH)
+            end = time.monotonic() + _OLD_RELEASE_SECONDS
+            while True:
+                try:
+                    fcntl.flock(folder, operation | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    # An old release replaces the index under the write lock, where it leaves no name.
+                    old = locks.is_held(self.write_lock) and locks.holder_of(self.write_lock) is None
+                    if time.monotonic() > end or not (operation == fcntl.LOCK_EX or old):
+                        break
+                time.sleep(_OLD_RELEASE_NAP)
             yield
         finally:
             os.close(folder)
@@ -393,18 +431,22 @@ class Database:
                 yield None
                 return
             try:
-                with self._engine.connect() as connection, self._transaction(_immediate(connection), locks.Turn(file)):
-                    self._check_schema(connection)
-                    yield connection
+                turn = locks.Turn(file)
+                with self._engine.connect() as connection:
+                    transaction = self._begin(_immediate(connection), turn, seconds=0)
+                    if transaction is None:
+                        yield None
+                        return
+                    with self._transaction(transaction, turn):
+                        self._check_schema(connection)
+                        yield connection
             finally:
                 locks.release(file)
 
     def _check_schema(self, connection: Connection) -> None:
         # Every transaction begins with this one: by the driver, for which it takes a tenth of SQLAlchemy's time.
-        driver = connection.connection.driver_connection
-        assert isinstance(driver, sqlite3.Connection)
         with self._sqlite_errors():
-            row = driver.execute(_SCHEMA).fetchone()
+            row = _driver(connection).execute(_SCHEMA).fetchone()
         if row != (REVISION,) and not is_compatible(connection):
             raise mismatch(self.directory, row and row[0])
 
@@ -420,10 +462,32 @@ class Database:
             connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
 
     @contextmanager
-    def alone(self) -> Iterator[locks.Turn]:
-        """Hold the write lock, and no transaction."""
-        with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
-            yield turn
+    def alone(self, wait: Wait | None = None) -> Iterator[locks.Turn]:
+        """Hold the write lock, and no transaction.
+
+        Args:
+            wait: for the lock; unless given, one as long as this database waits.
+
+        Raises:
+            Busy: if the time to wait is over.
+        """
+        with ExitStack() as stack:
+            wait = wait or stack.enter_context(self._write_wait())
+            stack.enter_context(os_errors("write to the cache"))
+            stack.enter_context(locks.unforked())
+            yield stack.enter_context(locks.in_turn(self.write_lock, wait))
+
+    def _write_wait(self) -> Wait:
+        return Wait("the write lock", self.wait_seconds)
+
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        """A block in which no lock is waited for: what needs one that is held raises `Busy` at once."""
+        before, self.wait_seconds = self.wait_seconds, 0.0
+        try:
+            yield
+        finally:
+            self.wait_seconds = before
 
     @contextmanager
     def raw(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
@@ -435,42 +499,83 @@ class Database:
     def _locked(
         self, *, schema: bool = False, before: Callable[[sqlite3.Connection], None] | None = None
     ) -> Iterator[Connection]:
-        with self.alone() as turn:
-            if schema:
-                self._create()
-            with self._engine.connect() as connection:
-                if schema:
-                    # Neither can be changed in a transaction; the first stays with the file.
-                    driver = connection.connection.driver_connection
-                    assert isinstance(driver, sqlite3.Connection)
-                    with self._sqlite_errors():
-                        driver.execute("PRAGMA journal_mode = WAL")
-                        driver.execute("PRAGMA foreign_keys = OFF")
-                        if before:
-                            before(driver)
-                try:
-                    with self._transaction(_immediate(connection), turn):
+        with self._write_wait() as wait, Wait("the index", self.wait_seconds) as outside:
+            while True:
+                with ExitStack() as stack:
+                    turn = stack.enter_context(self.alone(wait))
+                    connection = stack.enter_context(self._connected(schema=schema))
+                    transaction = self._begin(connection, turn)
+                    if transaction is not None and before:
+                        transaction.rollback()  # it would take the lock of another program: now nobody is writing
+                        with self._sqlite_errors():
+                            before(_driver(connection))
+                        transaction = self._begin(connection, turn)
+                    if transaction is not None:
+                        stack.enter_context(self._transaction(transaction, turn))
                         yield connection
-                finally:
-                    if schema:
-                        connection.invalidate()
+                        return
+                shortest, longest = _OUTSIDER_NAPS
+                nap = min(max(outside.waited / 4, shortest), longest)
+                outside.nap(nap, lambda: processes.index_writer(self.path))
 
     @contextmanager
-    def _transaction(self, connection: Connection, turn: locks.Turn) -> Iterator[None]:
-        """Commit what the block does, or roll it back; and first of all make sure of how the last commit ended.
+    def _connected(self, *, schema: bool) -> Iterator[Connection]:
+        """A connection to write by, under the write lock."""
+        if schema:
+            self._create()
+        with self._engine.connect() as connection:
+            if schema:
+                # Neither can be changed in a transaction; the first stays with the file.
+                driver = _driver(connection)
+                with self._sqlite_errors():
+                    driver.execute("PRAGMA journal_mode = WAL")
+                    driver.execute("PRAGMA foreign_keys = OFF")
+            try:
+                yield _immediate(connection)
+            finally:
+                if schema:
+                    connection.invalidate()
 
-        Who is killed in a commit, or cannot sync it, may leave all of it in the WAL and yet unseen: when all processes
-        are gone, SQLite finds it there. By then we may have taken its files away. A commit of our own puts an end to
-        that, for it is written over it.
+    def _begin(
+        self, connection: Connection, turn: locks.Turn, *, seconds: float = _OUTSIDER_SECONDS
+    ) -> RootTransaction | None:
+        """Begin a write transaction; first of all make sure of how the last commit ended.
+
+        Whoever is killed in a commit, or cannot sync it, may leave all of it in the WAL and yet unseen: when all
+        processes are gone, SQLite finds it there. By then we may have taken its files away. A commit of our own puts
+        an end to that, for it is written over it.
+
+        Args:
+            connection: to begin it on.
+            turn: of the write lock.
+            seconds: to wait for another program that is writing.
+
+        Returns:
+            The transaction; None if another program is still writing.
         """
-        if turn.marked:
-            with connection.begin():
-                # A newer schema is for newer releases to write to.
-                if (read_revision(connection) or "") <= REVISION or is_compatible(connection):
-                    # It is written even if it is that already.
-                    connection.exec_driver_sql(f"PRAGMA user_version = {read_oldest(connection)}")
-        turn.mark()
-        transaction = connection.begin()
+        driver, marked = _driver(connection), turn.marked
+        driver.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
+        try:
+            if marked:
+                with connection.begin():
+                    # A newer schema is for newer releases to write to.
+                    if (read_revision(connection) or "") <= REVISION or is_compatible(connection):
+                        # It is written even if it is that already.
+                        connection.exec_driver_sql(f"PRAGMA user_version = {read_oldest(connection)}")
+                marked = False
+            turn.mark()
+            return connection.begin()
+        except Busy:
+            if not marked:
+                turn.unmark()
+            return None
+        finally:
+            with suppress(sqlite3.Error):  # it was closed
+                driver.execute(f"PRAGMA busy_timeout = {min(self.wait_seconds, _LONGEST_BUSY) * 1000:.0f}")
+
+    @contextmanager
+    def _transaction(self, transaction: RootTransaction, turn: locks.Turn) -> Iterator[None]:
+        """Commit what the block does, or roll it back."""
         try:
             yield
         except BaseException:
@@ -504,8 +609,11 @@ class Database:
         except _FAILURES as error:
             raise self._translated(error) from error
 
-    def _translated(self, error: sqlite3.DatabaseError | UnicodeDecodeError) -> StorageError | NotACache:
+    def _translated(self, error: sqlite3.DatabaseError | UnicodeDecodeError) -> StorageError | NotACache | Busy:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_BUSY:
+            holder = processes.index_writer(self.path)
+            return Busy(f"{holder} has locked the index in a transaction: end it, or try again later", holder)
         damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(_DAMAGED)
         damaged = damaged or isinstance(error, UnicodeDecodeError)
         if damaged and is_ours(self.directory):
@@ -516,7 +624,6 @@ class Database:
             sqlite3.SQLITE_FULL: "free some space and try again",
             sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
             sqlite3.SQLITE_CANTOPEN: "check the owner and mode of the cache directory, and the limit on open files",
-            sqlite3.SQLITE_BUSY: "another program holds the database in a transaction; end it and try again",
             sqlite3.SQLITE_IOERR: "the disk may be full, or failing",
         }.get(code)
         return StorageError(f"the index failed: {error}" + (f"; {advice}" if advice else ""))
@@ -636,6 +743,12 @@ def _compiled(statement: Select[*tuple[Any, ...]]) -> tuple[str, dict[str, Any]]
     """Return a statement as SQLite has it, and its parameters that have a value already."""
     compiled = statement.compile(dialect=sqlite.dialect(paramstyle="named"))
     return str(compiled), dict(compiled.params)
+
+
+def _driver(connection: Connection) -> sqlite3.Connection:
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, sqlite3.Connection)
+    return driver
 
 
 class _Connection(sqlite3.Connection):

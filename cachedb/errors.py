@@ -1,6 +1,7 @@
 """Every error that cachedb raises on purpose, under one root.
 
 CacheError
+├── Busy                 another process has what is needed, and the time to wait for it is over
 ├── InvalidName          a name is not ``repository[:tag]`` or ``repository@digest``
 ├── InvalidDigest        a digest is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``
 ├── NotInCache           the image or blob that was asked for is not here
@@ -27,6 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = [
+    "Busy",
     "CacheError",
     "DamagedIndex",
     "DigestMismatch",
@@ -48,6 +50,14 @@ __all__ = [
 
 class CacheError(Exception):
     """The root of all errors that cachedb raises on purpose."""
+
+
+class Busy(CacheError):
+    """Another process has what is needed, and the time to wait for it is over."""
+
+    def __init__(self, message: str, holder: str = "another process") -> None:
+        super().__init__(message)
+        self.holder = holder  # which process, as the message names it
 
 
 class InvalidName(CacheError):

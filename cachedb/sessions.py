@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
-from cachedb import locks
+from cachedb import locks, processes
 from cachedb.database import Database, sync_folder
 from cachedb.directory import partials
 from cachedb.errors import CacheError, InvalidDigest, os_errors
 from cachedb.reference import Digest, parse_digest
 from cachedb.tables import LEASES
+from cachedb.waiting import Wait
 
 __all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "received_digest"]
 
@@ -97,9 +98,11 @@ class Session:
                 name = f"{os.getpid()}-{secrets.token_hex(6)}"
                 with os_errors("begin a session in the cache"):
                     # The lock comes first: what belongs to a session without one is swept away.
-                    lock = locks.acquire(lock_path(self._database.directory, name))
+                    wait = Wait("the lock of a new session", self._database.wait_seconds)
+                    lock = locks.acquire(lock_path(self._database.directory, name), wait=wait)
                     assert lock is not None
                     try:
+                        processes.write_record(lock.fileno())
                         (self._database.directory / "ingest" / name).mkdir(mode=0o700)
                         sync_folder(self._database.directory / "ingest")
                     except BaseException:
