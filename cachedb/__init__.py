@@ -36,6 +36,7 @@ from cachedb.errors import (
 )
 
 if TYPE_CHECKING:
+    from cachedb.activity import Activity, SessionInfo
     from cachedb.adopt import Adoption, LeftOut
     from cachedb.cache import Cache, Stats
     from cachedb.collection import Collected
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activity",
     "Adoption",
     "Answer",
     "BlobInfo",
@@ -81,6 +83,7 @@ __all__ = [
     "RegistryError",
     "RegistryUnavailable",
     "SchemaMismatch",
+    "SessionInfo",
     "Share",
     "Stats",
     "StorageError",
@@ -92,6 +95,7 @@ __all__ = [
 
 # Imported when first asked for: `cachedb --help` must not wait for SQLAlchemy.
 _HOMES = {
+    "Activity": "cachedb.activity",
     "Adoption": "cachedb.adopt",
     "Answer": "cachedb.query",
     "BlobInfo": "cachedb.images",
@@ -106,6 +110,7 @@ _HOMES = {
     "Problem": "cachedb.verify",
     "Pulled": "cachedb.pull",
     "Pushed": "cachedb.push",
+    "SessionInfo": "cachedb.activity",
     "Share": "cachedb.usage",
     "Stats": "cachedb.cache",
     "Usage": "cachedb.usage",

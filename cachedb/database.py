@@ -499,7 +499,8 @@ class Database:
     def _locked(
         self, *, schema: bool = False, before: Callable[[sqlite3.Connection], None] | None = None
     ) -> Iterator[Connection]:
-        with self._write_wait() as wait, Wait("the index", self.wait_seconds) as outside:
+        with self._write_wait() as wait:
+            outside = 0.0  # seconds that another program has kept us waiting
             while True:
                 with ExitStack() as stack:
                     turn = stack.enter_context(self.alone(wait))
@@ -515,8 +516,9 @@ class Database:
                         yield connection
                         return
                 shortest, longest = _OUTSIDER_NAPS
-                nap = min(max(outside.waited / 4, shortest), longest)
-                outside.nap(nap, lambda: processes.index_writer(self.path))
+                nap = min(max(outside / 4, shortest), longest)
+                outside += nap
+                wait.nap(nap, lambda: processes.index_writer(self.path))
 
     @contextmanager
     def _connected(self, *, schema: bool) -> Iterator[Connection]:

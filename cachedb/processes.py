@@ -56,7 +56,7 @@ def _this_process(pid: int) -> Process:
     name, *arguments = getattr(sys, "argv", None) or [""]
     path = Path(name)
     name = path.parent.name if path.name == "__main__.py" else path.name
-    command = " ".join(["python" if name in ("", "-c", "-m") else name, *arguments])
+    command = " ".join(["python" if name in ("", "-", "-c", "-m") else name, *arguments])
     command = "".join(char if char.isprintable() else "?" for char in command)
     command = command if len(command) <= _COMMAND_LENGTH else f"{command[:_COMMAND_LENGTH]}..."
     return Process(pid, command, os.geteuid(), _start(pid), _namespace())

@@ -58,7 +58,8 @@ class Wait:
         self.on_begin: Callable[[], None] | None = None
         """Is called once, before the first nap."""
         self._what, self._seconds, self._progress = what, seconds, progress
-        self._seen: object = None
+        self.seen: object = None
+        """What ``progress`` has returned last."""
         self._began = self._moved = -math.inf
         self._next_word = _SILENT_SECONDS
         self._saying = ""
@@ -102,8 +103,8 @@ class Wait:
         if self.on_begin is not None:
             begin, self.on_begin = self.on_begin, None
             begin()
-        if self._progress is not None and (seen := self._progress()) != self._seen:
-            self._seen, self._moved = seen, now
+        if self._progress is not None and (seen := self._progress()) != self.seen:
+            self.seen, self._moved = seen, now
         left = self._moved + self._seconds - now
         if left <= 0:
             raise self._error(holder() or UNKNOWN)
@@ -120,12 +121,11 @@ class Wait:
         )
 
     def _say(self, holder: str, waited: float) -> None:
+        """Say for whom we wait; as a warning once, unless another thread has said the same."""
         self._next_word = math.floor(waited) + 1
-        level = logging.DEBUG
+        level = logging.DEBUG if self._saying or holder in _said else logging.WARNING
         if holder != self._saying:
             _said.discard(self._saying)
-            if holder not in _said:  # another thread has said it
-                level = logging.WARNING
             self._saying = holder
             _said.add(holder)
         LOG.log(level, "waiting for %s, %d s", holder, waited, extra={"wait": "on"})
