@@ -233,6 +233,8 @@ def in_turn(path: Path, wait: bool | Wait = True) -> Iterator[Turn]:
                 _write(queue[0], _SERVED, max(queue[1], _read(queue[0], _SERVED)))
             yield Turn(file)
     finally:
+        if isinstance(wait, Wait):
+            wait.on_begin = None
         if queue is not None:
             _close(queue[0])
 
