@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from cachedb.errors import (
     Busy,
     CacheError,
+    CacheReplaced,
     DamagedIndex,
     DigestMismatch,
     IncompleteImage,
@@ -29,6 +30,7 @@ from cachedb.errors import (
     InvalidRevision,
     NotACache,
     NotInCache,
+    NotOurs,
     RegistryError,
     RegistryUnavailable,
     SchemaMismatch,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from cachedb.adopt import Adoption, LeftOut
     from cachedb.cache import Cache, Stats
     from cachedb.collection import Collected
+    from cachedb.folders import Leftover
     from cachedb.holds import HoldInfo
     from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
     from cachedb.pull import Pulled
@@ -59,6 +62,7 @@ __all__ = [
     "Busy",
     "Cache",
     "CacheError",
+    "CacheReplaced",
     "Collected",
     "DamagedIndex",
     "Digest",
@@ -73,9 +77,11 @@ __all__ = [
     "InvalidQuery",
     "InvalidRevision",
     "LeftOut",
+    "Leftover",
     "Name",
     "NotACache",
     "NotInCache",
+    "NotOurs",
     "PlatformInfo",
     "Problem",
     "Pulled",
@@ -105,6 +111,7 @@ _HOMES = {
     "HoldInfo": "cachedb.holds",
     "ImageInfo": "cachedb.images",
     "LeftOut": "cachedb.adopt",
+    "Leftover": "cachedb.folders",
     "Name": "cachedb.reference",
     "PlatformInfo": "cachedb.images",
     "Problem": "cachedb.verify",

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, func, select
 from cachedb import blobs, collection, configs, holds, images, oci, producing, reading, schema
 from cachedb.blobs import Received
 from cachedb.collection import Collected
-from cachedb.database import Database, is_full
+from cachedb.database import Database
 from cachedb.directory import blob_path, chosen
 from cachedb.errors import (
     Busy,
@@ -26,12 +26,11 @@ from cachedb.errors import (
     DigestMismatch,
     InvalidManifest,
     InvalidName,
-    NotACache,
     NotInCache,
-    SchemaMismatch,
     StorageError,
     os_errors,
 )
+from cachedb.folders import Leftover
 from cachedb.holds import HoldInfo
 from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
 from cachedb.oci import Descriptor
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cache", "Progress", "Stats"]
 
+_RECOVERY_SECONDS = 1.0  # at most, when a cache is opened
 Data = bytes | BinaryIO | str | os.PathLike[str]
 """A blob's content: bytes, a file open for reading in binary, or the path of a file."""
 
@@ -85,6 +85,7 @@ class Cache:
         self._database = database
         self._session = Session(database)
         self._uses = Uses(database)
+        self._leftovers: list[Leftover] = []
 
     @classmethod
     def open(
@@ -94,6 +95,7 @@ class Cache:
         upgrade: bool = False,
         damaged: bool = False,
         wait: float | None = None,
+        trust: bool = False,
     ) -> Self:
         """Open a cache, or create it; clean up after processes that died while they worked with it.
 
@@ -107,32 +109,47 @@ class Cache:
                 ``CACHEDB_WAIT``, else 60. Then `Busy` is raised, which names the process. 0 is not to wait, and inf to
                 wait as long as it takes.
             damaged: open a cache whose index is lost or damaged too, to `verify` it; nothing else will work.
+            trust: write to a directory of another user, though it is not shared, as ``CACHEDB_TRUST=1`` in the
+                environment does.
 
         Raises:
             NotACache: if the directory is something else.
+            NotOurs: if it is another user's, or a folder in it leads elsewhere.
             DamagedIndex: if the index is lost or damaged, and ``damaged`` is false.
             SchemaMismatch: if the index has a newer schema, or an older one and ``upgrade`` is false.
             StorageError: if the directory cannot be made or read, or is on a file system that several hosts share.
         """
-        database = Database(chosen(directory), wait=wait)
+        database = Database(chosen(directory), wait=wait, trust=trust)
         upgrade = upgrade or os.environ.get("CACHEDB_AUTO_UPGRADE") == "1"
 
-        def prepare() -> None:
+        def prepare() -> list[Leftover]:
             schema.prepare(database, upgrade=upgrade)
-            if not database.read_only:
-                _recover_at_once(database)
-                database.keep_reserve()
+            if database.read_only:
+                return []
+            left = _recover_at_once(database)
+            database.keep_reserve()
+            return left
 
+        cache = cls(database)
         try:
-            database.with_reserve(prepare)
+            cache._leftovers = database.with_reserve(prepare)
         except DamagedIndex:
             if not damaged:
+                database.close()
+                raise
+        except StorageError as error:
+            if not database.only_read(error):
+                database.close()
+                raise
+            try:
+                schema.prepare(database, upgrade=upgrade)
+            except BaseException:
                 database.close()
                 raise
         except BaseException:
             database.close()
             raise
-        return cls(database)
+        return cache
 
     def __reduce__(self) -> tuple[Callable[[str], Cache], tuple[str]]:
         """Open the same cache where this one is sent, in a session of its own; it is for the receiver to close."""
@@ -654,6 +671,10 @@ class Cache:
 
         return views(self._database)
 
+    def get_leftovers(self) -> list[Leftover]:
+        """Return what dead processes left and could not be cleaned up when this cache was opened, and why not."""
+        return [leftover for leftover in self._leftovers if os.path.lexists(leftover.path)]
+
     def get_usage(self) -> Usage:
         """Return what the cache takes on the disk: unique, shared, held, reclaimable."""
         from cachedb.usage import usage
@@ -702,7 +723,8 @@ class Cache:
         """
         from cachedb.verify import verify
 
-        return verify(self._database, self._session, quick=quick, repair=repair, progress=progress)
+        left = self.get_leftovers()
+        return verify(self._database, self._session, quick=quick, repair=repair, left=left, progress=progress)
 
     def adopt(
         self, directory: str | os.PathLike[str], *, how: str = "copy", progress: Progress | None = None
@@ -1119,22 +1141,20 @@ class Cache:
                 raise CacheError("an oci-dir is a folder: name its path")
 
 
-def _recover_at_once(database: Database) -> None:
+def _recover_at_once(database: Database) -> list[Leftover]:
     """Clean up after dead processes, as far as that can be done at once; what is left is for the next to open.
 
     The command that opens the cache has no need of it.
+
+    Returns:
+        What cannot be cleaned up.
     """
     try:
         with database.without_waiting():
-            collection.recover(database)
+            return collection.recover(database, seconds=_RECOVERY_SECONDS)
     except Busy as error:
         LOG.info("left the cleaning up to the next who opens the cache: %s", error)
-    except (DamagedIndex, NotACache, SchemaMismatch):
-        raise
-    except CacheError as error:
-        if isinstance(error, StorageError) and is_full(error):
-            raise  # there is a reserve
-        LOG.warning("cannot clean up after processes that died: %s", error)
+        return []
 
 
 def _held_name(wanted: str | Name) -> str:

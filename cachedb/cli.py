@@ -313,9 +313,10 @@ def _each(bars: rich.progress.Progress) -> BlobProgress:
     envvar="CACHEDB_WAIT",
     help="How long to wait for another process; inf for no limit.  [default: $CACHEDB_WAIT, else 60]",
 )
+@click.option("--trust", is_flag=True, help="Write to a cache of another user, though it is not shared.")
 @click.option("--verbose", is_flag=True, help="Say on stderr what is being done.")
 @click.version_option(__version__, message="%(prog)s %(version)s")
-def cli(directory: str | None, wait: float | None, verbose: bool) -> None:
+def cli(directory: str | None, wait: float | None, trust: bool, verbose: bool) -> None:
     """Keep container images in a local cache that many processes share.
 
     Exit codes: 0 done; 1 failed, or problems found; 2 wrong usage; 3 not in the cache.
@@ -325,6 +326,8 @@ def cli(directory: str | None, wait: float | None, verbose: bool) -> None:
     from cachedb.logs import show_log
 
     show_log(verbose=verbose)
+    if trust:
+        os.environ["CACHEDB_TRUST"] = "1"  # for the commands that this one runs, too
 
 
 @cli.command(
@@ -1124,6 +1127,7 @@ def df(verbose: bool, form: str) -> None:
     columns = ("name", "size", "unique_size", "shared_size", "freed_size", "complete", "last_used_at")
     with _opened(existing=True) as cache:
         found = cache.get_usage()
+        left = cache.get_leftovers()
         images: list[Any] = []
         if verbose:
             with cache.sql(f"SELECT {', '.join(columns)} FROM image_usage ORDER BY unique_size DESC, name") as answer:  # noqa: S608
@@ -1131,7 +1135,7 @@ def df(verbose: bool, form: str) -> None:
     if form == "json":
         shares = {name: value._asdict() for name, value in found._asdict().items() if hasattr(value, "_asdict")}
         listed = {"image_usage": [dict(zip(columns, row, strict=True)) for row in images]} if verbose else {}
-        print_json({**found._asdict(), **shares, **listed})
+        print_json({**found._asdict(), **shares, "leftovers": [leftover._asdict() for leftover in left], **listed})
         return
     images_said = f"{found.images}, {found.incomplete} incomplete" if found.incomplete else str(found.images)
     rows = [("images", images_said, "")]
@@ -1141,6 +1145,9 @@ def df(verbose: bool, form: str) -> None:
     rows += [("saved by sharing", "", human(found.saved_size)), ("index", "", human(found.index_size))]
     others = {**found.folder_sizes, "reserve": found.reserve_size}
     rows += [(name, "", human(size)) for name, size in others.items() if size]
+    if left:
+        rows.append(("cannot be cleaned up", str(len(left)), ""))
+        click.echo("cachedb: `cachedb verify` names what dead processes left and cannot be cleaned up", err=True)
     print_table(("", "COUNT", "SIZE"), rows, right=("COUNT", "SIZE"))
     if verbose:
         click.echo()

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from cachedb import locks, processes
-from cachedb.errors import CacheError, os_errors
+from cachedb.directory import lock_kind
+from cachedb.errors import CacheError, explain, os_errors
+from cachedb.folders import Folders, Leftover
 from cachedb.processes import Process
 from cachedb.waiting import LOG, Wait, chosen_seconds
 
@@ -260,13 +262,18 @@ def claims(directory: Path) -> list[Claim]:
     return sorted(found, key=lambda claim: claim.since)
 
 
-def sweep(directory: Path) -> None:
-    """Remove what processes that were killed while they made something have left."""
-    for name in os.listdir(directory / "locks"):
-        if name.endswith(_SUFFIX):
-            path = directory / "locks" / name
-            lock = locks.acquire(path, wait=False)
-            if lock is not None:
-                with suppress(FileNotFoundError):
-                    _remove(path, lock)
-                locks.release(lock)
+def sweep(folders: Folders) -> Iterator[Leftover]:
+    """Remove what processes that were killed while they made something have left; yield what cannot be removed."""
+    with folders.open("locks") as folder:
+        for name in os.listdir(folder):
+            if lock_kind(name) != "producing":
+                continue
+            path = folders.directory / "locks" / name
+            try:
+                lock = locks.acquire(path, wait=False)
+                if lock is not None:
+                    with suppress(FileNotFoundError):
+                        _remove(path, lock)
+                    locks.release(lock)
+            except OSError as error:
+                yield Leftover(path, explain(error))

@@ -379,7 +379,12 @@ class Blob:
     """A blob's content at a registry, as it comes; where it is cut off, it goes on from there by another request."""
 
     def __init__(
-        self, repository: Repository, digest: Digest, size: int, offset: int, look: Callable[[bool], object]
+        self,
+        repository: Repository,
+        digest: Digest,
+        size: int,
+        offset: int,
+        look: Callable[[bool], object] = lambda _: None,
     ) -> None:
         self._repository, self._digest, self._size, self._at = repository, digest, size, offset
         self._look, self._looked, self._came = look, time.monotonic(), 0  # the bytes since the last look
@@ -429,6 +434,7 @@ class Blob:
             if not data:
                 raise HTTPError("it ended too early")
             begins += len(data)
+            self._since = time.monotonic()  # the time that this takes is no stall
 
     def _look_at_the_clock(self, count: int) -> None:
         """Count what came in the last minute: a failure after that much is another failure."""
