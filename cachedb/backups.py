@@ -16,6 +16,7 @@ from cachedb.database import Database, quarantine_path, sync_file, sync_folder
 from cachedb.errors import StorageError, os_errors
 from cachedb.folders import Folders, follow
 from cachedb.parallel import told_beside
+from cachedb.waiting import Wait, chosen_seconds
 
 __all__ = ["back_up", "before_change", "keep_newest", "newest_first", "put_in_place", "size_of"]
 
@@ -61,7 +62,8 @@ def back_up(
     folder = database.directory / "backups"
     with os_errors("make a backup of the index"), ExitStack() as stack:
         if path is None or path.parent.resolve() == folder.resolve():
-            stack.enter_context(locks.held(folder / ".lock"))
+            wait = stack.enter_context(Wait("the lock of backups", chosen_seconds(), lambda: _halves(folder)))
+            stack.enter_context(locks.held(folder / ".lock", wait))
             folders = Folders(database.directory)
             with folders.open("backups") as opened:
                 for name in filter(_UNFINISHED.fullmatch, os.listdir(opened)):
@@ -137,6 +139,15 @@ def _copy(connection: sqlite3.Connection, half: Path, progress: Callable[[int, i
     if raised:
         raise raised[0]
     sync_file(half)
+
+
+def _halves(folder: Path) -> list[tuple[str, int]]:
+    """Return the copies that are being written, with what changes while they are."""
+    found = []
+    for half in folder.glob(f"{_HALF}*"):
+        with suppress(FileNotFoundError):
+            found.append((half.name, half.stat().st_mtime_ns))
+    return found
 
 
 def before_change(

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
@@ -19,6 +20,7 @@ from cachedb.collection import Collected
 from cachedb.database import Database
 from cachedb.directory import blob_path, chosen
 from cachedb.errors import (
+    Busy,
     CacheError,
     DamagedIndex,
     DigestMismatch,
@@ -38,9 +40,11 @@ from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, sp
 from cachedb.sessions import NO_HOLD, Hold, Session
 from cachedb.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.uses import Uses
+from cachedb.waiting import LOG
 
 if TYPE_CHECKING:
     from cachedb import archive
+    from cachedb.activity import SessionInfo
     from cachedb.adopt import Adoption
     from cachedb.pull import Pulled
     from cachedb.push import Pushed
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cache", "Progress", "Stats"]
 
+_RECOVERY_SECONDS = 1.0  # at most, when a cache is opened
 Data = bytes | BinaryIO | str | os.PathLike[str]
 """A blob's content: bytes, a file open for reading in binary, or the path of a file."""
 
@@ -89,14 +94,20 @@ class Cache:
         *,
         upgrade: bool = False,
         damaged: bool = False,
+        wait: float | None = None,
         trust: bool = False,
     ) -> Self:
         """Open a cache, or create it; clean up after processes that died while they worked with it.
+
+        Nothing is cleaned up while another process writes to the cache, which is not waited for.
 
         Args:
             directory: the cache directory; by default ``CACHEDB_DIR``, else the user's cache directory.
             upgrade: bring the index to the newest schema if it has an older one, as ``CACHEDB_AUTO_UPGRADE=1`` in the
                 environment does.
+            wait: seconds to wait for what another process has, or for its work if that makes no progress; by default
+                ``CACHEDB_WAIT``, else 60. Then `Busy` is raised, which names the process. 0 is not to wait, and inf to
+                wait as long as it takes.
             damaged: open a cache whose index is lost or damaged too, to `verify` it; nothing else will work.
             trust: write to a directory of another user, though it is not shared, as ``CACHEDB_TRUST=1`` in the
                 environment does.
@@ -108,14 +119,14 @@ class Cache:
             SchemaMismatch: if the index has a newer schema, or an older one and ``upgrade`` is false.
             StorageError: if the directory cannot be made or read, or is on a file system that several hosts share.
         """
-        database = Database(chosen(directory), trust=trust)
+        database = Database(chosen(directory), wait=wait, trust=trust)
         upgrade = upgrade or os.environ.get("CACHEDB_AUTO_UPGRADE") == "1"
 
         def prepare() -> list[Leftover]:
             schema.prepare(database, upgrade=upgrade)
             if database.read_only:
                 return []
-            left = collection.recover(database)
+            left = _recover_at_once(database)
             database.keep_reserve()
             return left
 
@@ -142,7 +153,7 @@ class Cache:
 
     def __reduce__(self) -> tuple[Callable[[str], Cache], tuple[str]]:
         """Open the same cache where this one is sent, in a session of its own; it is for the receiver to close."""
-        return type(self).open, (str(self.directory),)
+        return partial(type(self).open, wait=self._database.wait_seconds), (str(self.directory),)
 
     def close(self) -> None:
         """End the session with the cache: what was stored and not associated may be collected from now on."""
@@ -353,8 +364,19 @@ class Cache:
         with self._database.write() as connection:
             return holds.release(connection, *map(_held_name, holds_or_names))
 
+    def sessions(self) -> list[SessionInfo]:
+        """Return the processes that work with the cache, and what each does or waits for, since when.
+
+        A process that only reads has no session, and is not among them.
+        """
+        from cachedb import activity
+
+        return activity.sessions(self.directory)
+
     @contextmanager
-    def producing(self, name: str | Name) -> Iterator[ImageInfo | None]:
+    def producing(
+        self, name: str | Name, *, is_working: Callable[[], bool] = lambda: True
+    ) -> Iterator[ImageInfo | None]:
         """Have one process on the host make an image that several want.
 
         The block gets the image if it is in the cache and complete. Otherwise it gets None, and with it the right to
@@ -367,8 +389,11 @@ class Cache:
 
         Args:
             name: of the image.
+            is_working: is asked every second, in a thread, whether the block makes progress. Others wait for as long
+                as it does, and for as long as `open` says once it does not.
 
         Raises:
+            Busy: if another process that makes the image makes no progress for as long as `open` says.
             CacheError: if this thread is in such a block for the same name already.
         """
         wanted = Name.parse(name)
@@ -380,7 +405,9 @@ class Cache:
                 return None
             return image if image.complete else None
 
-        with producing.once(self.directory, str(wanted), find) as found:
+        with producing.once(
+            self.directory, str(wanted), find, seconds=self._database.wait_seconds, is_working=is_working
+        ) as found:
             if found:
                 self._uses.note(wanted)
             yield found
@@ -395,7 +422,8 @@ class Cache:
             digest: of the blob.
         """
         wanted = parse_digest(digest)
-        with producing.once(self.directory, wanted, lambda: self.has_blob(wanted) or None) as found:
+        find = lambda: self.has_blob(wanted) or None  # noqa: E731
+        with producing.once(self.directory, wanted, find, seconds=self._database.wait_seconds) as found:
             yield bool(found)
 
     def _find(self, connection: Connection, wanted: str | Name) -> int | Digest:
@@ -1147,6 +1175,22 @@ class Cache:
                 export.write_folder(self.directory, files, path, link=link, progress=add)
             else:
                 raise CacheError("an oci-dir is a folder: name its path")
+
+
+def _recover_at_once(database: Database) -> list[Leftover]:
+    """Clean up after dead processes, as far as that can be done at once; what is left is for the next to open.
+
+    The command that opens the cache has no need of it.
+
+    Returns:
+        What cannot be cleaned up.
+    """
+    try:
+        with database.without_waiting():
+            return collection.recover(database, seconds=_RECOVERY_SECONDS)
+    except Busy as error:
+        LOG.info("left the cleaning up to the next who opens the cache: %s", error)
+        return []
 
 
 def _held_name(wanted: str | Name) -> str:

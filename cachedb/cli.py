@@ -263,8 +263,13 @@ def _bars(*, quiet: bool = False) -> Iterator[rich.progress.Progress | None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from cachedb.logs import log_above
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+    with (
+        Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars,
+        log_above(lambda line: bars.console.print(line, markup=False, highlight=False)),
+    ):
         yield bars
 
 
@@ -313,13 +318,26 @@ def _each(bars: rich.progress.Progress) -> BlobProgress:
     envvar="CACHEDB_DIR",
     help="The cache directory.  [default: $CACHEDB_DIR, else the user's cache directory]",
 )
+@click.option(
+    "--wait",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    envvar="CACHEDB_WAIT",
+    help="How long to wait for another process; inf for no limit.  [default: $CACHEDB_WAIT, else 60]",
+)
 @click.option("--trust", is_flag=True, help="Write to a cache of another user, though it is not shared.")
+@click.option("--verbose", is_flag=True, help="Say on stderr what is being done.")
 @click.version_option(__version__, message="%(prog)s %(version)s")
-def cli(directory: str | None, trust: bool) -> None:
+def cli(directory: str | None, wait: float | None, trust: bool, verbose: bool) -> None:
     """Keep container images in a local cache that many processes share.
 
     Exit codes: 0 done; 1 failed, or problems found; 2 wrong usage; 3 not in the cache.
     """
+    if wait is not None:
+        os.environ["CACHEDB_WAIT"] = f"{wait:g}"  # of all that this process begins, too
+    from cachedb.logs import show_log
+
+    show_log(verbose=verbose)
     if trust:
         os.environ["CACHEDB_TRUST"] = "1"  # for the commands that this one runs, too
 
@@ -857,7 +875,17 @@ def produce(name: str, command: tuple[str, ...]) -> None:
     wanted = f"\n{Name.parse(name)} in {os.path.realpath(_directory())}\n"  # however both were written
     if wanted in making:  # as text: a directory may have a newline in its name
         raise CacheError(f"{name} is being made by a command that has begun this one, which would wait for itself")
-    with _opened() as cache, cache.producing(name) as image:
+    process: subprocess.Popen[bytes] | None = None
+
+    def is_working() -> bool:
+        """Return whether the command is not stopped, as by ^Z."""
+        if process is None or process.returncode is not None:
+            return True
+        with suppress(ChildProcessError):
+            return os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None
+        return True
+
+    with _opened() as cache, cache.producing(name, is_working=is_working) as image:
         if image is not None:
             return
         environment = {
@@ -881,6 +909,26 @@ def produce(name: str, command: tuple[str, ...]) -> None:
             click.get_current_context().exit(code if code > 0 else 128 - code)
         if not cache.is_image_complete(name):
             raise CacheError(f"the command ended well, and {name} is not in the cache, or is incomplete")
+
+
+@cli.command(epilog=_examples("cachedb ps", "cachedb ps --format json | jq '.[].pid'"))
+@_format
+def ps(form: str) -> None:
+    """List the processes that work with the cache: who writes, who waits, and what is downloaded or produced.
+
+    A process that only reads is not listed.
+    """
+    with _opened() as cache:
+        found = cache.sessions()
+    if form == "json":
+        print_json([{**session._asdict(), "doing": [one._asdict() for one in session.doing]} for session in found])
+        return
+    rows = []
+    for session in found:
+        said = [(ago(one.since), f"{one.kind} {one.name}".rstrip()) for one in session.doing]
+        for since, doing in said or [(ago(session.started_at), "idle")]:
+            rows.append((str(session.pid or "?"), session.user or "?", since, doing, session.command or "?"))
+    print_table(("PID", "USER", "SINCE", "DOING", "COMMAND"), rows, right=("PID",))
 
 
 @cli.command(epilog=_examples("cachedb stats", "cachedb stats --format json | jq .total_size"))

@@ -7,6 +7,7 @@ at any point leaves something that `recover` can finish, and never a stored row 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +35,7 @@ from cachedb import holds, partial, producing
 from cachedb.blobs import retract, stored
 from cachedb.database import BATCH, Database, batched
 from cachedb.directory import trash_digest, trash_name
-from cachedb.errors import CacheError, StorageError, explain, os_errors
+from cachedb.errors import Busy, CacheError, StorageError, explain, os_errors
 from cachedb.folders import Folders, Leftover
 from cachedb.reference import Digest, is_digest, split_digest
 from cachedb.sessions import dead_sessions, locked_sessions, remove_folder
@@ -223,20 +224,29 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
         finish()
 
 
-def recover(database: Database) -> list[Leftover]:
+def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
     """Clean up what is over: what dead sessions received, their leases, holds past their time, half-done trash.
 
     What cannot be cleaned up is passed over, for it must not keep anybody from working.
 
+    Args:
+        database: of the cache.
+        seconds: after which no further session is cleaned up.
+
     Returns:
         What is left.
+
+    Raises:
+        Busy: if another process has the write lock for longer than the database waits.
     """
     with database.read() as connection:
         leased = holds.lapsed(connection)
-    folders, left = database.folders, list[Leftover]()
+    folders, left, end = database.folders, list[Leftover](), time.monotonic() + seconds
     with os_errors("clean up after a dead session"):
         left += producing.sweep(folders)
         for session in dead_sessions(folders, left):
+            if time.monotonic() > end:
+                break
             folder = database.directory / "ingest" / session
             if os.path.lexists(folder):
                 try:
@@ -244,6 +254,8 @@ def recover(database: Database) -> list[Leftover]:
                         names = os.listdir(descriptor)
                     retract(database, folder, names)
                     remove_folder(folders, session)
+                except Busy:
+                    raise
                 except (OSError, CacheError) as error:
                     left.append(Leftover(folder, explain(error) if isinstance(error, OSError) else str(error)))
         # A session has its lock file before its first lease, and until its last is gone.

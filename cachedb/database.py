@@ -29,8 +29,9 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb import locks, marker, partial, space
+from cachedb import locks, marker, partial, processes, space
 from cachedb.errors import (
+    Busy,
     CacheError,
     CacheReplaced,
     DamagedIndex,
@@ -43,6 +44,7 @@ from cachedb.errors import (
 from cachedb.folders import FOLDERS, Folders, follow
 from cachedb.mounts import refuse_shared, refuse_unable
 from cachedb.tables import METADATA, REVISION
+from cachedb.waiting import Wait, chosen_seconds
 
 __all__ = ["BATCH", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
 
@@ -55,9 +57,11 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a file cannot
 _RESERVE = 1024 * 1024  # bytes
 # SQLite needs two for index.db-wal and index.db-shm, a session two, and locks the rest.
 _RESERVE_INODES = 8
-# Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
-_BUSY_TIMEOUT = 60  # seconds
+# Our own writers wait at the lock file. For another program that writes we wait without the lock, or all who want to
+# write would wait for each other as well.
 _POLL_SECONDS = 0.02
+_OUTSIDER_NAPS = (0.02, 0.25)  # seconds between two tries: at first, and at most
+_OLD_RELEASE_SECONDS, _OLD_RELEASE_NAP = 1.0, 0.01
 _TICK_NANOSECONDS = 20_000_000  # the time of a file may stand still for so long
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
@@ -122,14 +126,18 @@ class Database:
     A transaction waits for nobody, so a fork does not either: it waits for other processes before it begins.
     """
 
-    def __init__(self, directory: Path, path: Path | None = None, *, trust: bool = False) -> None:
+    def __init__(
+        self, directory: Path, path: Path | None = None, *, trust: bool = False, wait: float | None = None
+    ) -> None:
         """Name the index of a cache directory, or another one: a backup.
 
         Args:
             directory: of the cache.
             path: of the index, unless it is the directory's.
             trust: work with a directory of another user.
+            wait: seconds to wait for a lock of another process; unless given, as `chosen_seconds` says.
         """
+        self.wait_seconds = chosen_seconds(wait)
         self.directory = directory.absolute()
         self._trust = trust
         self._folders: Folders | None = None
@@ -208,15 +216,40 @@ class Database:
 
     @contextmanager
     def _unreplaced(self, *, replacing: bool = False) -> Iterator[None]:
-        """A block in which nobody replaces the file or, the other way round, opens it; to be entered by `_entered`."""
+        """A block in which nobody replaces the file or, the other way round, opens it; to be entered by `_entered`.
+
+        Raises:
+            Busy: if a process is replacing it, or opening it. Nobody is waited for here.
+        """
         if self.read_only:
             yield
             return
-        with os_errors("open the index"):
-            folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with ExitStack() as stack:
+            with os_errors("open the index"), Wait("the index", 0) as wait:
+                if self.write_lock.parent.is_dir():  # another program's directory has none, and is not changed
+                    stack.enter_context(locks.held_folder(self.write_lock.parent, wait, shared=not replacing))
+                stack.enter_context(self._unreplaced_by_old(fcntl.LOCK_EX if replacing else fcntl.LOCK_SH))
+            yield
+
+    @contextmanager
+    def _unreplaced_by_old(self, operation: int) -> Iterator[None]:
+        """The same for releases before 0.2, which lock the directory itself: a block, that does not wait for long.
+
+        Scripts lock the directory as well, with flock(1), and may have begun this process.
+        """
+        folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with os_errors("open the index"):
-                fcntl.flock(folder, (fcntl.LOCK_EX if replacing else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            end = time.monotonic() + _OLD_RELEASE_SECONDS
+            while True:
+                try:
+                    fcntl.flock(folder, operation | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    # An old release replaces the index under the write lock, where it leaves no name.
+                    old = locks.is_held(self.write_lock) and locks.holder_of(self.write_lock) is None
+                    if time.monotonic() > end or not (operation == fcntl.LOCK_EX or old):
+                        break
+                time.sleep(_OLD_RELEASE_NAP)
             yield
         finally:
             os.close(folder)
@@ -445,7 +478,7 @@ class Database:
     @contextmanager
     def _reading(self, first: Callable[[Connection], object]) -> Iterator[Connection]:
         """A read transaction that begins with what ``first`` reads. As `_entered`, in half of the time."""
-        end = None
+        wait: Wait | None = None
         while True:
             with locks.unforked():
                 connection = None
@@ -456,15 +489,17 @@ class Database:
                 except BaseException as error:
                     if connection is not None:
                         connection.close()
-                    if not isinstance(error, StorageError) or not _is_busy(error):
+                    if not isinstance(error, (Busy, _Changed)):
                         raise
                     busy = error
                 else:
+                    if wait is not None:
+                        wait.end()
                     with connection, transaction:
                         yield connection
                     return
-            end = end or time.monotonic() + _BUSY_TIMEOUT
-            _pause(end, busy)
+            wait = wait or self._index_wait()
+            _pause(wait, busy)
 
     @contextmanager
     def _entered(self, enter: Callable[[ExitStack], T]) -> Iterator[T]:
@@ -476,20 +511,22 @@ class Database:
         Raises:
             StorageError: if the index stays locked.
         """
-        end = time.monotonic() + _BUSY_TIMEOUT
-        while True:
-            with ExitStack() as stack:
-                stack.enter_context(locks.unforked())
-                try:
-                    found = enter(stack)
-                except StorageError as error:
-                    if not _is_busy(error):
-                        raise
-                    busy = error
-                else:
-                    yield found
-                    return
-            _pause(end, busy)
+        with self._index_wait() as wait:
+            while True:
+                with ExitStack() as stack:
+                    stack.enter_context(locks.unforked())
+                    try:
+                        found = enter(stack)
+                    except (Busy, _Changed) as error:
+                        busy = error
+                    else:
+                        wait.end()
+                        yield found
+                        return
+                _pause(wait, busy)
+
+    def _index_wait(self) -> Wait:
+        return Wait("the index", self.wait_seconds)
 
     def rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
         """Return what a statement finds in a read transaction of its own, as SQLite has it: times are text.
@@ -503,21 +540,26 @@ class Database:
         Raises:
             SchemaMismatch: if the schema is not one that this release works with.
         """
-        end = None
-        while True:
-            try:
-                found = self._rows(statement, values)
-                break
-            except StorageError as error:
-                if not _is_busy(error):
-                    raise
-                busy = error
-            end = end or time.monotonic() + _BUSY_TIMEOUT
-            _pause(end, busy)
+        try:
+            found = self._rows(statement, values)
+        except (Busy, _Changed) as error:
+            found = self._rows_after(error, statement, values)
         if found is not None:
             return found
         with self.read() as other:
             return [tuple(row) for row in other.execute(statement, values)]
+
+    def _rows_after(
+        self, busy: Exception, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]
+    ) -> list[tuple[Any, ...]] | None:
+        """Return what `_rows` does, once the index is not locked any more."""
+        with self._index_wait() as wait:
+            while True:
+                _pause(wait, busy)
+                try:
+                    return self._rows(statement, values)
+                except (Busy, _Changed) as error:
+                    busy = error
 
     def _rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]] | None:
         """Return what `rows` does; None if the schema is not ours."""
@@ -553,7 +595,7 @@ class Database:
             SchemaMismatch: before anything is written, if the schema is not one that this release works with.
             StorageError: if the file system or SQLite fails.
         """
-        with self.alone() as turn, self._writing(turn) as connection:
+        with self._locked() as connection:
             self._check_schema(connection)
             yield connection
 
@@ -567,7 +609,12 @@ class Database:
                 return
             try:
                 self.folders.check()
-                with self._writing(locks.Turn(file)) as connection:
+                with ExitStack() as stack:
+                    try:
+                        connection = stack.enter_context(self._writing(locks.Turn(file)))
+                    except (Busy, _Changed):
+                        yield None  # another program is writing
+                        return
                     self._check_schema(connection)
                     yield connection
             finally:
@@ -575,10 +622,8 @@ class Database:
 
     def _check_schema(self, connection: Connection) -> None:
         # Every transaction begins with this one: by the driver, for which it takes a tenth of SQLAlchemy's time.
-        driver = connection.connection.driver_connection
-        assert isinstance(driver, sqlite3.Connection)
         with self._sqlite_errors():
-            row = driver.execute(_SCHEMA).fetchone()
+            row = _driver(connection).execute(_SCHEMA).fetchone()
         if row != (REVISION,) and not is_compatible(connection):
             raise mismatch(self.directory, row and row[0])
 
@@ -589,22 +634,40 @@ class Database:
         Args:
             before: is called under the write lock before the transaction begins.
         """
-        with self.alone() as turn:
-            self._create()
-            if before:
-                before()
-            with self._writing(turn, schema=True) as connection:
-                yield connection
-                connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+        with self._locked(schema=True, before=before) as connection:
+            yield connection
+            connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
 
     @contextmanager
-    def alone(self) -> Iterator[locks.Turn]:
-        """Hold the write lock, and no transaction."""
+    def alone(self, wait: Wait | None = None) -> Iterator[locks.Turn]:
+        """Hold the write lock, and no transaction.
+
+        Args:
+            wait: for the lock; unless given, one as long as this database waits.
+
+        Raises:
+            Busy: if the time to wait is over.
+        """
         self._check_shortage()
         self.folders.check()
-        with os_errors("write to the cache"), locks.in_turn(self.write_lock) as turn:
+        with ExitStack() as stack:
+            wait = wait or stack.enter_context(self._write_wait())
+            stack.enter_context(os_errors("write to the cache"))
+            turn = stack.enter_context(locks.in_turn(self.write_lock, wait))
             self.folders.check()  # again, for we may have waited long
             yield turn
+
+    def _write_wait(self) -> Wait:
+        return Wait("the write lock", self.wait_seconds)
+
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        """A block in which no lock is waited for: what needs one that is held raises `Busy` at once."""
+        before, self.wait_seconds = self.wait_seconds, 0.0
+        try:
+            yield
+        finally:
+            self.wait_seconds = before
 
     @contextmanager
     def raw(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
@@ -634,23 +697,48 @@ class Database:
             yield connection
 
     @contextmanager
-    def _writing(self, turn: locks.Turn, *, schema: bool = False) -> Iterator[Connection]:
-        """A write transaction, under the write lock."""
+    def _locked(self, *, schema: bool = False, before: Callable[[], None] | None = None) -> Iterator[Connection]:
+        """A write transaction under the write lock. For another program that is writing we wait without the lock."""
+        with self._write_wait() as wait:
+            outside = 0.0  # seconds that another program has kept us waiting
+            while True:
+                with ExitStack() as stack:
+                    turn = stack.enter_context(self.alone(wait))
+                    if schema:
+                        self._create()
+                    if before:
+                        before()
+                        before = None
+                    try:
+                        connection = stack.enter_context(self._writing(turn, schema=schema))
+                    except (Busy, _Changed):
+                        pass
+                    else:
+                        yield connection
+                        return
+                shortest, longest = _OUTSIDER_NAPS
+                nap = min(max(outside / 4, shortest), longest)
+                outside += nap
+                wait.nap(nap, lambda: processes.index_writer(self.path))
 
-        def enter(stack: ExitStack) -> Connection:
+    @contextmanager
+    def _writing(self, turn: locks.Turn, *, schema: bool = False) -> Iterator[Connection]:
+        """A write transaction, under the write lock.
+
+        Raises:
+            Busy: before the block, if another program is writing.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(locks.unforked())
             connection = stack.enter_context(self._engine.connect())
             if schema:
                 stack.callback(connection.invalidate)
                 # Neither can be changed in a transaction; the first stays with the file.
-                driver = connection.connection.driver_connection
-                assert isinstance(driver, sqlite3.Connection)
+                driver = _driver(connection)
                 with self._sqlite_errors():
                     driver.execute("PRAGMA journal_mode = WAL")
                     driver.execute("PRAGMA foreign_keys = OFF")
             stack.enter_context(self._transaction(_immediate(connection), turn))
-            return connection
-
-        with self._entered(enter) as connection:
             yield connection
 
     @contextmanager
@@ -713,8 +801,11 @@ class Database:
         except _FAILURES as error:
             raise self._translated(error) from error
 
-    def _translated(self, error: sqlite3.DatabaseError | UnicodeDecodeError) -> StorageError | NotACache:
+    def _translated(self, error: sqlite3.DatabaseError | UnicodeDecodeError) -> StorageError | NotACache | Busy:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_BUSY:
+            holder = processes.index_writer(self.path)
+            return Busy(f"{holder} has locked the index in a transaction: end it, or try again later", holder)
         damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(_DAMAGED)
         damaged = damaged or isinstance(error, UnicodeDecodeError)
         if damaged and is_ours(self.directory):
@@ -727,7 +818,6 @@ class Database:
             sqlite3.SQLITE_FULL: "free some space and try again",
             sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
             sqlite3.SQLITE_CANTOPEN: "check the owner and mode of the cache directory, and the limit on open files",
-            sqlite3.SQLITE_BUSY: "another program holds the database in a transaction; end it and try again",
             sqlite3.SQLITE_IOERR: "the disk may be failing: see the kernel's log",
         }.get(code)
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_NOMEM:
@@ -951,6 +1041,12 @@ def _compiled(statement: Select[*tuple[Any, ...]]) -> tuple[str, dict[str, Any]]
     return str(compiled), dict(compiled.params)
 
 
+def _driver(connection: Connection) -> sqlite3.Connection:
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, sqlite3.Connection)
+    return driver
+
+
 class _Connection(sqlite3.Connection):
     """A connection that knows which file it is to."""
 
@@ -976,25 +1072,15 @@ def _mark(status: os.stat_result | None) -> str:
     return f"{status.st_mtime_ns}.{status.st_size}" if status else ""
 
 
-def _is_busy(error: StorageError) -> bool:
-    """Return whether another process has locked the index, is replacing it, or has written to it meanwhile."""
-    cause = error.__cause__
-    if isinstance(error, _Changed):
-        return True
-    if isinstance(cause, sqlite3.DatabaseError):
-        return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-    return isinstance(cause, BlockingIOError)
-
-
-def _pause(end: float, error: StorageError) -> None:
+def _pause(wait: Wait, error: Exception) -> None:
     """Wait before the index is tried again, until it has been tried for too long."""
-    if time.monotonic() > end:
+    try:
+        wait.nap(_POLL_SECONDS, lambda: getattr(error, "holder", None))
+    except Busy:
+        wait.end()
         if isinstance(error, _Changed):
-            raise error
-        raise StorageError(
-            f"another program has locked the index for {_BUSY_TIMEOUT} s: end its transaction and try again"
-        )
-    time.sleep(_POLL_SECONDS)
+            raise error from None
+        raise
 
 
 def _read_first(connection: Connection) -> None:

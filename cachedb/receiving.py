@@ -6,6 +6,7 @@ need not wait for it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import threading
@@ -57,6 +58,7 @@ class Content(NamedTuple):
 
     digest: Digest
     size: int  # bytes
+    inode: int = 0  # of the file that it was written to
 
 
 def receive(
@@ -79,7 +81,8 @@ def receive(
         digest: the digest it must have, if that is known.
         size: the size in bytes it must have, if that is known.
         algorithm: to compute the digest with, if none is known.
-        go_on: the file may be there, with what came of the blob before, which ``source`` goes on from.
+        go_on: the file may be there, with what came of the blob before, which ``source`` goes on from. It is locked:
+            a process whose claim was taken over may have it open still.
         also: is shown every chunk as well.
         progress: is told of every chunk.
         what: how to call the blob in an error.
@@ -93,6 +96,9 @@ def receive(
     with os_errors("write to the cache"):
         target = os.open(path, os.O_RDWR | os.O_CREAT | (0 if go_on else os.O_EXCL), 0o600) if path else None
     try:
+        if go_on and target is not None:
+            with os_errors("write to a download that another process writes to"):
+                fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if target is not None and path is not None and os.geteuid() == 0:
             give(target, os.stat(os.path.dirname(path)))
         begun = _hash(target, hashers) if go_on and target is not None else 0
@@ -108,7 +114,7 @@ def receive(
             with os_errors("write to the cache"):
                 os.fchmod(target, 0o444)
                 os.fsync(target)
-        return Content(actual, length)
+        return Content(actual, length, os.fstat(target).st_ino if target is not None else 0)
     finally:
         if target is not None:
             os.close(target)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -37,6 +37,7 @@ _HUB: Final = "docker.io"
 _LAST_PORT: Final = 65535
 _SLOWEST = 1024  # bytes a second, in each minute: who sends less has stalled
 _MINUTE = 60.0  # seconds
+_LOOK_SECONDS = 5.0  # between two looks at how fast a blob comes
 _PART = 16 * 1024 * 1024  # bytes of a chunk of an upload
 _SENT = 256 * 1024  # bytes written at once: a slow network has a minute for them
 _REFERRERS = 1000  # that a registry may list for one manifest
@@ -153,9 +154,16 @@ class Repository:
             media_type = _said_media_type(response.headers)
             return Fetched(_said_digest(response.headers), media_type if media_type in _TYPES else None, data)
 
-    def blob(self, digest: Digest, size: int, offset: int = 0) -> Blob:
-        """Return a blob's content from an offset on, as a stream that goes on by itself where it is cut off."""
-        return Blob(self, digest, size, offset)
+    def blob(self, digest: Digest, size: int, offset: int = 0, look: Callable[[bool], object] = lambda _: None) -> Blob:
+        """Return a blob's content from an offset on, as a stream that goes on by itself where it is cut off.
+
+        Args:
+            digest: of the blob.
+            size: of the blob, in bytes.
+            offset: to begin at.
+            look: is called every few seconds, with whether the blob comes fast enough; it may raise, to end that.
+        """
+        return Blob(self, digest, size, offset, look)
 
     def open_blob(self, digest: Digest, offset: int) -> tuple[urllib3.BaseHTTPResponse, int]:
         """Ask for a blob's content; return the response, and where in the blob it begins.
@@ -373,8 +381,16 @@ class Repository:
 class Blob:
     """A blob's content at a registry, as it comes; where it is cut off, it goes on from there by another request."""
 
-    def __init__(self, repository: Repository, digest: Digest, size: int, offset: int) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        digest: Digest,
+        size: int,
+        offset: int,
+        look: Callable[[bool], object] = lambda _: None,
+    ) -> None:
         self._repository, self._digest, self._size, self._at = repository, digest, size, offset
+        self._look, self._looked, self._came = look, time.monotonic(), 0  # the bytes since the last look
         self._response: urllib3.BaseHTTPResponse | None = None
         self._failed, self._since, self._had = 0, time.monotonic(), 0
 
@@ -426,7 +442,12 @@ class Blob:
     def _look_at_the_clock(self, count: int) -> None:
         """Count what came in the last minute: a failure after that much is another failure."""
         self._had += count
+        self._came += count
         now = time.monotonic()
+        if now - self._looked >= _LOOK_SECONDS:
+            is_fast = self._came >= _SLOWEST * (now - self._looked)
+            self._looked, self._came = now, 0
+            self._look(is_fast)
         if self._had > _SLOWEST * _MINUTE:
             self._failed, self._since, self._had = 0, now, 0
         elif now - self._since > _MINUTE:

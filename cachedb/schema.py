@@ -158,7 +158,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
         return found if found == REVISION else None
 
     # Of many that come at once the first does it, and the others hold up nobody who writes by then.
-    with producing.once(database.directory, "schema", find) as found:
+    with producing.once(database.directory, "schema", find, seconds=database.wait_seconds) as found:
         if found is None:
             migrate(database)
     if upgrade:

@@ -20,7 +20,7 @@ from cachedb.database import APPLICATION_ID, Database
 from cachedb.tables import TRASH
 from tests.conftest import Run, files_of, revision_of, run_python, running, stored_rows
 from tests.make import digest_of
-from tests.test_locks import eventually, open_files, waiting_for
+from tests.test_locks import eventually, open_files
 
 
 def note(data: bytes) -> dict[str, object]:
@@ -73,7 +73,7 @@ def test_a_write_waits_at_the_lock_file(index: Database) -> None:
     with locks.held(index.write_lock):
         writer = threading.Thread(target=write)
         writer.start()
-        assert eventually(lambda: entered.is_set() or waiting_for(index.write_lock) == 1)
+        assert eventually(lambda: entered.is_set() or len(locks.waiters(index.write_lock)) == 1)
         assert not entered.is_set()
     writer.join(60)
     assert entered.is_set()
