@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,7 @@ from cachedb.blobs import retract, stored
 from cachedb.database import BATCH, Database, batched, sync_folder
 from cachedb.directory import blob_file
 from cachedb.errors import os_errors
+from cachedb.parallel import start
 from cachedb.reference import Digest
 from cachedb.sessions import dead_sessions, locked_sessions
 from cachedb.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
@@ -178,7 +179,8 @@ def _unlinking(directory: Path) -> Iterator[Callable[[], None]]:
     Where others sync, each unlinking waits for the file system's journal: several wait together, and beside the block.
     """
     trash = f"{directory}/trash"
-    begun: list[Future[None]] = []
+    begun: list[threading.Thread] = []
+    failures: list[BaseException] = []
 
     def unlink(names: list[str]) -> None:
         with os_errors("empty the trash"):
@@ -186,9 +188,22 @@ def _unlinking(directory: Path) -> Iterator[Callable[[], None]]:
                 with suppress(FileNotFoundError):
                     os.unlink(f"{trash}/{name}")
 
-    def finish() -> None:
+    def unlink_in_thread(names: list[str]) -> None:
+        try:
+            unlink(names)
+        except BaseException as error:
+            failures.append(error)
+
+    def join() -> None:
         while begun:
-            begun.pop().result()
+            with suppress(RuntimeError):  # an interrupt came before it was begun
+                begun[-1].join()
+            begun.pop()
+
+    def finish() -> None:
+        join()
+        if failures:
+            raise failures.pop()
 
     def begin() -> None:
         finish()
@@ -196,12 +211,19 @@ def _unlinking(directory: Path) -> Iterator[Callable[[], None]]:
             names = os.listdir(trash)
         if len(names) <= _FEW:
             unlink(names)
-        else:
-            begun.extend(threads.submit(unlink, names[start::_UNLINKING]) for start in range(_UNLINKING))
+            return
+        for first in range(_UNLINKING):
+            some = names[first::_UNLINKING]
+            begun.append(threading.Thread(target=unlink_in_thread, args=(some,)))
+            if not start(begun[-1]):
+                begun.pop()
+                unlink(some)
 
-    with ThreadPoolExecutor(_UNLINKING) as threads:
+    try:
         yield begin
         finish()
+    finally:
+        join()
 
 
 def recover(database: Database) -> None:
