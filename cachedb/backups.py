@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
 import sqlite3
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from cachedb import locks
+from cachedb.atomic import lock_part, remove_leftovers
+from cachedb.callbacks import Callbacks
 from cachedb.database import Database, quarantine_path, sync_file, sync_folder
-from cachedb.errors import StorageError, os_errors
+from cachedb.errors import StorageError, ignore_os_errors, os_errors
+from cachedb.mounts import refuse_shared
+from cachedb.reentry import not_reentered
 
 __all__ = ["back_up", "before_change", "keep_newest", "newest_first", "put_in_place", "size_of"]
 
@@ -20,6 +25,7 @@ KEPT = 3
 """Backups from before changes of the schema that are kept; those that a person asked for all are."""
 
 _HALF = ".backup-"  # how the name of one that is being written begins; the rest is by chance, and no person's
+_HALVES = re.compile(re.escape(_HALF) + "[0-9a-f]{32}")
 _JOURNAL = "-journal"  # SQLite's, beside it
 _BEFORE = "-before-"
 _CHANGE = 1024 * 1024  # bytes that a change of the schema takes, whatever the size of the index
@@ -54,70 +60,60 @@ def back_up(
     Raises:
         StorageError: if it cannot be written.
     """
-    folder = directory / "backups"
+    folder, lockable = directory / "backups", False
     with os_errors("make a backup of the index"), ExitStack() as stack:
         if path is None or path.parent.resolve() == folder.resolve():
-            stack.enter_context(locks.held(folder / ".lock"))
+            lock = folder / ".lock"
+            stack.enter_context(not_reentered(os.path.realpath(lock), "making a backup of the index"))
+            stack.enter_context(locks.held(lock))
             for half in folder.glob(f"{_HALF}*"):
                 half.unlink()  # of one that was killed, as is its journal
+        elif lockable := not refuse_shared(path.parent):
+            remove_leftovers(path.parent, _HALVES, beside=_JOURNAL)
         path = path or _free(directory, label)
-        half = _new_half(path)
+        half, file = _new_half(path)
+        stack.callback(os.close, file)  # after SQLite's own is closed, or SQLite would lose its locks
+        if lockable:
+            lock_part(file)
         try:
             _copy(connection, half, progress)
             half.rename(path)
             sync_folder(path.parent)
         except BaseException:
             for made in (half, half.with_name(half.name + _JOURNAL)):
-                with suppress(OSError):
+                with ignore_os_errors():
                     made.unlink()
             raise
     return path
 
 
-def _new_half(path: Path) -> Path:
-    """Make the empty file that is to become a backup, which SQLite writes into as into none."""
+def _new_half(path: Path) -> tuple[Path, int]:
+    """Make the empty file that is to become a backup, which SQLite writes into as into none; return it opened."""
+    half = path.with_name(f"{_HALF}{secrets.token_hex(16)}")
     try:
-        descriptor, name = tempfile.mkstemp(prefix=_HALF, dir=path.parent)
+        return half, os.open(half, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # by the name that somebody has asked for
-    os.close(descriptor)
-    return Path(name)
 
 
 def _copy(connection: sqlite3.Connection, half: Path, progress: Callable[[int, int], None] | None) -> None:
-    size, raised = size_of(connection), list[BaseException]()
+    size, callbacks = size_of(connection), Callbacks()
 
-    def looks() -> Iterator[int]:
-        """Yield 0 for SQLite to go on, and 1 for it to stop.
+    def report() -> bool:
+        if progress is not None:
+            progress(min(half.stat().st_size, size), size)
+        return False
 
-        SQLite drops what is raised here, so it is kept. A signal's handler runs at the first instruction of ours:
-        a function's is before its ``try``, a generator's that goes on is in it.
-        """
-        try:
-            while True:
-                yield 0
-                if progress is not None:
-                    progress(min(half.stat().st_size, size), size)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            raised.append(error)
-        while True:
-            yield 1
-
-    handler = looks()
-    next(handler)
-    connection.set_progress_handler(handler.__next__, _OPCODES)
+    connection.set_progress_handler(callbacks.progress_handler(report), _OPCODES)
     try:
         # As a URI, for a path need not be text.
         connection.execute("VACUUM INTO ?", (half.as_uri(),))
     except sqlite3.OperationalError:
-        if not raised:
-            raise
+        callbacks.raise_again()
+        raise
     finally:
         connection.set_progress_handler(None, 0)
-    if raised:
-        raise raised[0]
+    callbacks.raise_again()
     sync_file(half)
 
 

@@ -31,9 +31,10 @@ from sqlalchemy.exc import DisconnectionError
 from cachedb import locks, partial
 from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, StorageError, os_errors
 from cachedb.mounts import refuse_shared
+from cachedb.reentry import holding, is_held, not_reentered, refuse_reentry
 from cachedb.tables import METADATA, REVISION
 
-__all__ = ["BATCH", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
+__all__ = ["BATCH", "CLOSED", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ _RESERVE = 1024 * 1024  # bytes
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60  # seconds
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
+CLOSED = "this cache is closed: open it again with Cache.open"
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
 _SCHEMA = "SELECT version_num FROM alembic_version"
@@ -112,8 +114,10 @@ class Database:
         self.write_lock = self.directory / "locks" / "write.lock"
         with os_errors("use the cache directory"):
             self.read_only = self.path.exists() and not os.access(directory, os.W_OK)
+        self._resolved = os.path.realpath(self.directory)  # by which a thread knows what it holds
         self._engine = self._connect()
         self._idle: list[_Connection] = []
+        self.ended = False  # by `end`
         locks.before_fork(self)
 
     def _connect(self) -> Engine:
@@ -121,12 +125,15 @@ class Database:
         # As many connections as there are threads: a thread that finds none free must not fail.
         engine = create_engine(url, max_overflow=-1, creator=self._open)
         event.listen(engine, "checkout", self._check_out)
+        event.listen(engine, "checkin", self._check_in)
         event.listen(engine, "begin", _on_begin)
         event.listen(engine, "handle_error", self._on_error)
         return engine
 
     def _open(self, *, read_only: bool = False) -> _Connection:
         """Open a connection to the file that has the name; it is made in `write_schema` and nowhere else."""
+        if self.ended:
+            raise CacheError(CLOSED)
         with self._unreplaced():
             file = self._file()
             with self._sqlite_errors():
@@ -153,14 +160,19 @@ class Database:
         if self.read_only:
             yield
             return
-        with os_errors("open the index"):
-            folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        opened, replaced = f"{self._resolved} is opened", f"{self._resolved} is replaced"
+        refuse_reentry(replaced, f"replacing the index in {str(self.directory)!r}")
+        if replacing:
+            refuse_reentry(opened, f"opening the index in {str(self.directory)!r}")
+        with holding(replaced if replacing else opened):
             with os_errors("open the index"):
-                fcntl.flock(folder, fcntl.LOCK_EX if replacing else fcntl.LOCK_SH)
-            yield
-        finally:
-            os.close(folder)
+                folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                with os_errors("open the index"):
+                    fcntl.flock(folder, fcntl.LOCK_EX if replacing else fcntl.LOCK_SH)
+                yield
+            finally:
+                os.close(folder)
 
     def replace(self, new: Path, old: Path) -> bool:
         """Have another index under the name, which is never without one; under the write lock.
@@ -230,6 +242,10 @@ class Database:
     def _check_out(self, connection: Any, _record: object, _proxy: object) -> None:  # noqa: ANN401
         if connection.file != self._file():
             raise DisconnectionError  # the pool opens another
+
+    def _check_in(self, connection: Any, record: Any) -> None:  # noqa: ANN401
+        if self.ended and connection is not None:
+            record.close()  # the pool that it goes back to is nobody's
 
     def prepare(self) -> str | None:
         """Make the directory and its folders, unless they are there; refuse what is not ours.
@@ -367,6 +383,8 @@ class Database:
                 self._idle.append(connection)
             else:
                 connection.close()
+            if self.ended:
+                self._close_idle()
         if ours:
             return found
         with self.read() as other:
@@ -387,8 +405,10 @@ class Database:
     @contextmanager
     def write_at_once(self) -> Iterator[Connection | None]:
         """A write transaction if the write lock is free; the block gets None if it is not."""
-        with os_errors("write to the cache"), locks.unforked():
-            file = locks.acquire(self.write_lock, wait=False)
+        # This thread may hold the lock, or wait for it, in a call that was interrupted for this one.
+        interrupted = is_held(self._resolved)
+        with holding(self._resolved), os_errors("write to the cache"), locks.unforked():
+            file = None if interrupted else locks.acquire(self.write_lock, wait=False)
             if file is None:
                 yield None
                 return
@@ -422,7 +442,8 @@ class Database:
     @contextmanager
     def alone(self) -> Iterator[locks.Turn]:
         """Hold the write lock, and no transaction."""
-        with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
+        writing = not_reentered(self._resolved, f"writing to the cache in {str(self.directory)!r}")
+        with writing, os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
             yield turn
 
     @contextmanager
@@ -561,8 +582,17 @@ class Database:
     def close(self) -> None:
         """Close all connections that are not in use; they are opened again when they are needed."""
         self._engine.dispose()
+        self._close_idle()
+
+    def _close_idle(self) -> None:
         while self._idle:
-            self._idle.pop().close()
+            with suppress(IndexError):  # another thread closes them, too
+                self._idle.pop().close()
+
+    def end(self) -> None:
+        """Close all connections, and open no others: those that threads use now are closed when they are done."""
+        self.ended = True
+        self.close()
 
 
 def lost(directory: Path) -> DamagedIndex:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cachedb.arguments import check_paths
 from cachedb.errors import NotACache
 from cachedb.reference import Digest
 
@@ -29,6 +30,7 @@ def chosen(directory: str | os.PathLike[str] | None) -> Path:
     Raises:
         NotACache: if its name is empty.
     """
+    check_paths(directory=directory, optional=True)
     if directory is not None and not os.fspath(directory):
         raise NotACache("the name of the cache directory is empty")
     return (default_directory() if directory is None else Path(directory)).absolute()

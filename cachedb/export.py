@@ -10,22 +10,24 @@ import fcntl
 import io
 import json
 import os
-import secrets
+import re
 import tarfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from cachedb import oci
 from cachedb.archive import CONTAINERD_NAME, REF_NAME, layout_path
+from cachedb.atomic import PART, atomic_file, lock_part, part_path, remove_leftovers
 from cachedb.database import sync_folder
 from cachedb.directory import blob_path
-from cachedb.errors import CacheError, NotInCache, os_errors
+from cachedb.errors import CacheError, NotInCache, ignore_os_errors, is_callers, os_errors
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance
 from cachedb.reading import open_blob
 from cachedb.receiving import CHUNK, WRITTEN_BACK, write_back
+from cachedb.reentry import not_reentered
 from cachedb.reference import Digest, Name, digest_of, shorten, split_digest
 
 __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "without_absent", "write_folder", "write_tar"]
@@ -223,7 +225,8 @@ def write_tar(
             path = destination.resolve()
             if not path.parent.is_dir():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
-            with _appearing(path) as file:
+            remove_leftovers(path.parent)
+            with atomic_file(path) as file:
                 _write_members(directory, files, file, progress)
             sync_folder(path.parent)
 
@@ -262,11 +265,11 @@ def _copy_some(source: int, stream: BinaryIO, count: int) -> int:
     """Have the kernel copy, by reference where the file system can; else go through our memory."""
     if type(stream) is io.FileIO:  # any other may compress, say, though it has a descriptor too
         # An error may only mean "not between these two files"; if not, the write below meets it again.
-        with suppress(OSError):
+        with ignore_os_errors():
             if copied := os.copy_file_range(source, stream.fileno(), count):
                 write_back(stream.fileno(), copied)
                 return copied
-        with suppress(OSError):
+        with ignore_os_errors():
             return os.sendfile(stream.fileno(), source, None, count)
     chunk = os.read(source, min(count, CHUNK))
     _write(stream, chunk)
@@ -279,24 +282,7 @@ def _write(stream: BinaryIO, data: bytes) -> None:
         view = view[stream.write(view) or 0 :]  # None of a full pipe that does not block
 
 
-@contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside its final name, which it gets when its content is whole and on disk."""
-    part = _part(path)
-    try:
-        with part.open("xb", buffering=0) as file:
-            yield file
-            os.fsync(file.fileno())
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-_PARTS = ".cachedb-*.part"
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(_PARTS.replace("*", secrets.token_hex(8)))
+_OLD_PART = re.compile(r"\.cachedb-[0-9a-f]{16}\.part")  # of earlier releases
 
 
 def write_folder(
@@ -320,20 +306,22 @@ def write_folder(
         StorageError: if it cannot be written.
         CacheError: if the folder holds something else.
     """
-    with os_errors("write the export"):
+    with os_errors("write the export"), ExitStack() as stack:
         folders = {destination}
         with suppress(FileExistsError):
             destination.mkdir()
             folders.add(destination.parent)
         # Two exports into one layout take turns, for each rewrites its index.
+        stack.enter_context(not_reentered(f"export {destination.resolve()}", f"exporting to {str(destination)!r}"))
         lock = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            left = [*destination.glob(_PARTS), *destination.glob(f"blobs/*/{_PARTS}")]
-            if set(destination.iterdir()) - set(left) and not (destination / "oci-layout").is_file():
+            parts = re.compile(f"{PART.pattern}|{_OLD_PART.pattern}")
+            strange = [name for name in os.listdir(destination) if not parts.fullmatch(name)]
+            if strange and not (destination / "oci-layout").is_file():
                 raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout")
-            for part in left:
-                part.unlink()  # of an export that was killed: whoever writes a layout has the lock
+            for folder in (destination, *destination.glob("blobs/*")):
+                remove_leftovers(folder, parts)  # who writes a layout has its lock, in earlier releases too
             # The first says what the folder is, should this be cut off; the last names what is there by then.
             order = {"oci-layout": 0, "index.json": 2}
             *others, index = sorted(files, key=lambda entry: order.get(entry.path, 1))
@@ -354,22 +342,26 @@ def write_folder(
 
 
 def _write_file(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> None:
-    with _appearing(path) as file:
+    with atomic_file(path) as file:
         _write_content(directory, entry, file, progress)
 
 
 def _link(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> bool:
     if isinstance(entry.content, bytes):
         return False
-    part = _part(path)
-    try:
-        os.link(blob_path(directory, entry.content), part)
-    except OSError:
-        return False  # another file system, or one without links: copy
-    try:
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)  # a rename over another link of the same file does nothing
+    part = part_path(path.parent)
+    with open_blob(directory, entry.content) as blob:
+        lock_part(blob.fileno())
+        try:
+            os.link(blob_path(directory, entry.content), part)
+        except OSError as error:
+            if is_callers(error):
+                raise
+            return False  # another file system, or one without links: copy
+        try:
+            part.rename(path)
+        finally:
+            part.unlink(missing_ok=True)  # a rename over another link of the same file does nothing
     if progress is not None:
         progress(entry.size)
     return True

@@ -43,7 +43,7 @@ class Closable(Protocol):
 
 
 _files: set[FileIO] = set()
-_guard = threading.Lock()  # no fork falls between opening a lock file and noting it
+_guard = threading.RLock()  # no fork falls between opening a lock file and noting it
 _forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
 _closable: weakref.WeakSet[Closable] = weakref.WeakSet()
 _changed = threading.Condition()  # guards the two below, and is held during a fork

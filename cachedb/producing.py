@@ -6,13 +6,13 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
 from cachedb import locks
-from cachedb.errors import CacheError, os_errors
+from cachedb.errors import CacheError, ignore_os_errors, os_errors
 
 __all__ = ["once", "sweep", "unless_made"]
 
@@ -36,7 +36,7 @@ def _making() -> set[Path]:
 
 def _let_go(path: Path, lock: FileIO) -> None:
     try:
-        with suppress(OSError):  # the next open removes it
+        with ignore_os_errors():  # the next open removes it
             path.unlink()
     finally:
         locks.release(lock)
@@ -66,19 +66,20 @@ def once(
     path, making = _path(directory, key), _making()
     if path in making:
         raise CacheError(f"{key} is being made by this thread already, which would wait for itself")
-    with os_errors(f"make a lock file for {key}"):
-        while (lock := locks.acquire(path, wait=waiting is None)) is None:
-            if waiting:
-                waiting(_NAP)
+    lock = None
     try:
+        making.add(path)  # before the lock: a signal handler that asks for it meanwhile would wait for its own thread
+        with os_errors(f"make a lock file for {key}"):
+            while (lock := locks.acquire(path, wait=waiting is None)) is None:
+                if waiting:
+                    waiting(_NAP)
         found = find()
         if found is None:
-            making.add(path)
             yield None
             return
     finally:
         making.discard(path)
-        if not lock.closed:  # in a forked child it is, and the right is its parent's
+        if lock is not None and not lock.closed:  # in a forked child it is, and the right is its parent's
             _let_go(path, lock)
     yield found
 
@@ -87,14 +88,19 @@ def once(
 def unless_made(directory: Path, key: str) -> Iterator[bool]:
     """Give the block whether nobody is making something; nobody begins to in the block then."""
     path, making = _path(directory, key), _making()  # of this thread, whichever ends the block
-    lock = locks.acquire(path, wait=False)
+    if path in making:
+        yield False
+        return
+    lock = None
     try:
-        if lock is not None:
-            making.add(path)
+        making.add(path)
+        lock = locks.acquire(path, wait=False)
+        if lock is None:
+            making.discard(path)
         yield lock is not None
     finally:
+        making.discard(path)
         if lock is not None:
-            making.discard(path)
             _let_go(path, lock)
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
+from cachedb.callbacks import Callbacks
 from cachedb.database import Database
 from cachedb.errors import CacheError, InvalidQuery
 from cachedb.units import ago, human
@@ -70,17 +71,19 @@ def answer(
     """
     with database.raw(read_only=True) as connection:
         connection.execute("PRAGMA query_only = ON")
-        connection.create_function("human", 1, _human, deterministic=True)
-        connection.create_function("ago", 1, _ago)
+        callbacks = Callbacks()
+        connection.create_function("human", 1, callbacks.function(_human), deterministic=True)
+        connection.create_function("ago", 1, callbacks.function(_ago))
         end = None if timeout is None else time.monotonic() + timeout
         # A call into Python is also when a signal is looked at.
-        connection.set_progress_handler(lambda: end is not None and time.monotonic() > end, _EVERY)
+        over = callbacks.progress_handler(lambda: end is not None and time.monotonic() > end)
+        connection.set_progress_handler(over, _EVERY)
         for table in _TABLES:  # SQLite makes them at their first use, which the next line would refuse
             connection.execute(f"SELECT 1 FROM {table} LIMIT 0").close()  # noqa: S608
         connection.set_authorizer(_authorize)
 
         def rows(cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
-            with _errors(connection, query, end, timeout):
+            with _errors(connection, query, timeout, callbacks):
                 for row in cursor:  # noqa: UP028 - `yield from` would close the cursor of a connection that is closed
                     yield row
 
@@ -90,7 +93,7 @@ def answer(
             if not re.search(rf"[:@$]{re.escape(name)}\b", query):
                 known = ", ".join(sorted(set(re.findall(r":\w+", query)))) or "none"
                 raise InvalidQuery(f"the query has no :{name}; it has {known}")
-        with _errors(connection, query, end, timeout):
+        with _errors(connection, query, timeout, callbacks):
             cursor = connection.execute(query, parameters or {})
             if cursor.description is None:
                 raise InvalidQuery("there is no query: write one that begins with SELECT")
@@ -102,15 +105,14 @@ def answer(
 
 
 @contextmanager
-def _errors(connection: sqlite3.Connection, query: str, end: float | None, timeout: float | None) -> Iterator[None]:
+def _errors(connection: sqlite3.Connection, query: str, timeout: float | None, callbacks: Callbacks) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, sqlite3.Warning, UnicodeError, OverflowError, ValueError) as error:
+        callbacks.raise_again()
         message = str(error)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_INTERRUPT:
-            if end is None or time.monotonic() < end:
-                raise KeyboardInterrupt from None  # what a signal raised in the handler, SQLite has swallowed
             raise CacheError(f"the query took over {timeout:g} s: narrow it, or give it more time") from None
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
             raise

@@ -21,9 +21,10 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
 from cachedb import locks
-from cachedb.database import Database, sync_folder
+from cachedb.database import CLOSED, Database, sync_folder
 from cachedb.directory import partials
-from cachedb.errors import CacheError, InvalidDigest, os_errors
+from cachedb.errors import CacheError, InvalidDigest, is_callers, os_errors
+from cachedb.reentry import not_reentered
 from cachedb.reference import Digest, parse_digest
 from cachedb.tables import LEASES
 
@@ -76,12 +77,13 @@ class Session:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._closed = False
         locks.after_fork(self)
         self.forked()
 
     def forked(self) -> None:
         """Be a new session, that has not begun."""
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a signal handler may use the cache while its thread has it
         self._id: str | None = None
         self._lock: FileIO | None = None
         self._numbers = itertools.count(1)
@@ -93,9 +95,12 @@ class Session:
     def id(self) -> str:
         """The session's name. Asking for it begins the session."""
         with self._guard:
+            if self._closed:
+                raise CacheError(CLOSED)
             if self._id is None:
                 name = f"{os.getpid()}-{secrets.token_hex(6)}"
-                with os_errors("begin a session in the cache"):
+                beginning = not_reentered(f"session {id(self)}", "beginning to write to the cache")
+                with beginning, os_errors("begin a session in the cache"):
                     # The lock comes first: what belongs to a session without one is swept away.
                     lock = locks.acquire(lock_path(self._database.directory, name))
                     assert lock is not None
@@ -162,21 +167,27 @@ class Session:
             return digest in self._expected
 
     def close(self) -> None:
-        """End the session: its folder, its leases and its lock file go."""
-        if self._id is None or self._lock is None:
+        """End the session, and begin no other: its folder, its leases and its lock file go."""
+        with self._guard:
+            self._closed = True
+            session, lock = self._id, self._lock
+        if session is None or lock is None:
             return
+        folder = self._database.directory / "ingest" / session
         try:
             # A file named by its digest may be a publication that failed half way: the next open sees to it.
-            if not any(received_digest(name) for name in os.listdir(self.folder)):
-                shutil.rmtree(self.folder)
+            if not any(received_digest(name) for name in os.listdir(folder)):
+                shutil.rmtree(folder)
                 if self._leased:
                     with self._database.write() as connection:
-                        connection.execute(delete(LEASES).where(LEASES.c.session == self._id))
-                lock_path(self._database.directory, self._id).unlink()
-        except (CacheError, OSError):
-            pass  # what is left is a dead session's, which the next open sweeps away
+                        connection.execute(delete(LEASES).where(LEASES.c.session == session))
+                lock_path(self._database.directory, session).unlink()
+        except (CacheError, OSError) as error:
+            if is_callers(error):
+                raise
+            # What is left is a dead session's, which the next open sweeps away.
         finally:
-            locks.release(self._lock)
+            locks.release(lock)
             self.forked()
 
 
