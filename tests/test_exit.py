@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def test_many_files_are_unlinked_where_no_thread_can_be_started(directory: Path)
             cache.add_blob(b"%d" % number)
     with Cache.open(directory) as cache:
         assert cache.collect_garbage().blobs == 100
+        assert os.listdir(directory / "trash") == []
     assert files_of(directory) == {}
 
 
