@@ -103,10 +103,7 @@ _closed: set[str] = set()  # standard files that were closed when we began: "std
 
 def _open_standard_files() -> None:
     """Open the standard files that are closed, as by `>&-`: no file of the cache may come to be in their place."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    for name in ("stdin", "stdout", "stderr"):
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, of which each gets its own
         if getattr(sys, name) is None:
             _closed.add(name)
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115

@@ -22,9 +22,9 @@ def filled(cache: Cache) -> Cache:
 def run(cache: Cache, line: str, redirections: str) -> subprocess.CompletedProcess[str]:
     """Run a command line by a shell, which closes what is to be closed."""
     python = f"{os.fspath(sys.executable)!r} -m cachedb --dir {os.fspath(cache.directory)!r}"
-    return subprocess.run(
-        ["sh", "-c", f"{python} {line} {redirections}"], check=False, capture_output=True, text=True, timeout=120
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = ["sh", "-c", f"{python} {line} {redirections}"]
+    return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("line", ["import -", "import - name:1", "blob add -", "sql -", "sql --file -"])
