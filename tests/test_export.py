@@ -818,7 +818,7 @@ def test_where_links_cannot_be_made_blobs_are_copied(
 ) -> None:
     add(cache, tmp_path)
 
-    def link(source: object, target: object) -> None:
+    def link(source: object, target: object, **_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", link)
