@@ -15,7 +15,8 @@ def main() -> NoReturn:
 
         run()
     except KeyboardInterrupt:
-        print("cachedb: interrupted", file=sys.stderr)
+        if sys.stderr:  # it may be closed
+            print("cachedb: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

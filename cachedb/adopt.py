@@ -38,6 +38,8 @@ from cachedb.errors import (
     NotACache,
     StorageError,
     explain,
+    ignore_os_errors,
+    is_callers,
     os_errors,
 )
 from cachedb.folders import Folders
@@ -182,7 +184,7 @@ class _OldCache:
         parts = PurePosixPath(said).parts
         tails = [parts[parts.index(top) :] for top in ("manifests", "blobs") if top in parts]
         for path in (self.directory.parent / said, *(self.directory.joinpath(*tail) for tail in tails)):
-            with suppress(OSError):
+            with ignore_os_errors():
                 inside = path.resolve().is_relative_to(self.directory.resolve())
                 if inside and stat.S_ISREG(path.lstat().st_mode):
                     return path
@@ -500,7 +502,7 @@ class _Adopter:
                     self._old.remove(path)
             for folder, _, _ in os.walk(self._old.directory / "manifests", topdown=False):
                 if Path(folder) != self._old.directory / "manifests":
-                    with suppress(OSError):
+                    with ignore_os_errors():
                         os.rmdir(folder)
             if not self._left_out:
                 self._old.remove(self._old.directory / "index.json")
@@ -523,6 +525,8 @@ def _reading() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_callers(error):
+            raise
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise StorageError(f"cannot read the cache to adopt: {explain(error)}") from error
         raise _Unreadable(explain(error)) from error

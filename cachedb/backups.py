@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import sqlite3
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from cachedb import locks
+from cachedb.atomic import lock_part, remove_leftovers
+from cachedb.callbacks import Callbacks
 from cachedb.database import Database, quarantine_path, sync_file, sync_folder
-from cachedb.errors import StorageError, os_errors
+from cachedb.errors import StorageError, ignore_os_errors, os_errors
 from cachedb.folders import Folders, follow
+from cachedb.mounts import refuse_shared
 from cachedb.parallel import told_beside
+from cachedb.reentry import not_reentered
 from cachedb.waiting import Wait, chosen_seconds
 
 __all__ = ["back_up", "before_change", "keep_newest", "newest_first", "put_in_place", "size_of"]
@@ -24,8 +28,9 @@ KEPT = 3
 """Backups from before changes of the schema that are kept; those that a person asked for all are."""
 
 _HALF = ".backup-"  # how the name of one that is being written begins; the rest is by chance, and no person's
+_HALVES = re.compile(re.escape(_HALF) + "[0-9a-f]{32}")
 _JOURNAL = "-journal"  # SQLite's, beside it
-_UNFINISHED = re.compile(r"\.backup-[a-z0-9_]{8}(-journal)?")
+_UNFINISHED = re.compile(r"\.backup-([a-z0-9_]{8}|[0-9a-f]{32})(-journal)?")
 _BEFORE = "-before-"
 _BEFORE_CHANGE = re.compile(r"[0-9]{6,}-[0-9]{4}-before-[0-9]{4}\.db")
 _REBUILT = re.compile(r"[0-9]{6,}-rebuilt\.db")
@@ -59,27 +64,34 @@ def back_up(
     Raises:
         StorageError: if it cannot be written.
     """
-    folder = database.directory / "backups"
+    folder, lockable = database.directory / "backups", False
     with os_errors("make a backup of the index"), ExitStack() as stack:
         if path is None or path.parent.resolve() == folder.resolve():
+            lock = folder / ".lock"
+            stack.enter_context(not_reentered(os.path.realpath(lock), "making a backup of the index"))
             wait = stack.enter_context(Wait("the lock of backups", chosen_seconds(), lambda: _halves(folder)))
-            stack.enter_context(locks.held(folder / ".lock", wait))
+            stack.enter_context(locks.held(lock, wait))
             folders = Folders(database.directory)
             with folders.open("backups") as opened:
                 for name in filter(_UNFINISHED.fullmatch, os.listdir(opened)):
                     os.unlink(name, dir_fd=opened)  # of one that was killed, as is its journal
+        elif lockable := not refuse_shared(path.parent):
+            remove_leftovers(path.parent, _HALVES, beside=_JOURNAL)
         path = path or _free(database.directory, label)
-        half = _new_half(path)
+        half, file = _new_half(path)
+        stack.callback(os.close, file)  # after SQLite's own is closed, or SQLite would lose its locks
+        if lockable:
+            lock_part(file)
         try:
             with told_beside(progress) as told, database.raw() as connection:
                 _copy(connection, half, told)
             if path.parent == folder:
-                _follow(half, database.directory)
+                follow(file, os.stat(database.directory))
             half.rename(path)
             sync_folder(path.parent)
         except BaseException:
             for made in (half, half.with_name(half.name + _JOURNAL)):
-                with suppress(OSError):
+                with ignore_os_errors():
                     made.unlink()
             raise
     return path
@@ -94,50 +106,33 @@ def _follow(file: Path, directory: Path) -> None:
         os.close(descriptor)
 
 
-def _new_half(path: Path) -> Path:
-    """Make the empty file that is to become a backup, which SQLite writes into as into none."""
+def _new_half(path: Path) -> tuple[Path, int]:
+    """Make the empty file that is to become a backup, which SQLite writes into as into none; return it opened."""
+    half = path.with_name(f"{_HALF}{secrets.token_hex(16)}")
     try:
-        descriptor, name = tempfile.mkstemp(prefix=_HALF, dir=path.parent)
+        return half, os.open(half, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # by the name that somebody has asked for
-    os.close(descriptor)
-    return Path(name)
 
 
 def _copy(connection: sqlite3.Connection, half: Path, progress: Callable[[int, int], None] | None) -> None:
-    size, raised = size_of(connection), list[BaseException]()
+    size, callbacks = size_of(connection), Callbacks()
 
-    def looks() -> Iterator[int]:
-        """Yield 0 for SQLite to go on, and 1 for it to stop.
+    def report() -> bool:
+        if progress is not None:
+            progress(min(half.stat().st_size, size), size)
+        return False
 
-        SQLite drops what is raised here, so it is kept. A signal's handler runs at the first instruction of ours:
-        a function's is before its ``try``, a generator's that goes on is in it.
-        """
-        try:
-            while True:
-                yield 0
-                if progress is not None:
-                    progress(min(half.stat().st_size, size), size)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            raised.append(error)
-        while True:
-            yield 1
-
-    handler = looks()
-    next(handler)
-    connection.set_progress_handler(handler.__next__, _OPCODES)
+    connection.set_progress_handler(callbacks.progress_handler(report), _OPCODES)
     try:
         # As a URI, for a path need not be text.
         connection.execute("VACUUM INTO ?", (half.as_uri(),))
     except sqlite3.OperationalError:
-        if not raised:
-            raise
+        callbacks.raise_again()
+        raise
     finally:
         connection.set_progress_handler(None, 0)
-    if raised:
-        raise raised[0]
+    callbacks.raise_again()
     sync_file(half)
 
 

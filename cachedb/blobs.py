@@ -23,7 +23,7 @@ from sqlalchemy.dialects.sqlite import Insert, insert
 from cachedb import receiving
 from cachedb.database import Database, batched, sync_folder
 from cachedb.directory import blob_file, received_digest
-from cachedb.errors import CacheError, InvalidDigest, StorageError, os_errors
+from cachedb.errors import CacheError, InvalidDigest, StorageError, ignore_os_errors, os_errors
 from cachedb.parallel import Advance
 from cachedb.producing import ClaimLost
 from cachedb.receiving import Content, Hasher, Readable, discard, identity
@@ -146,7 +146,7 @@ def receive_linked(
     named = session.new_path(digest)
     with os_errors("link to a blob"):
         if read_only:
-            with suppress(OSError):  # it may be one that nobody can change, which cannot be linked either
+            with ignore_os_errors():  # it may be one that nobody can change, which cannot be linked either
                 os.fchmod(file, 0o444)
         os.fsync(file)
         try:

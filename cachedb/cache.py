@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 from sqlalchemy import Connection, func, select
 
 from cachedb import blobs, collection, configs, holds, images, oci, producing, reading, schema
+from cachedb.arguments import (
+    check_functions,
+    check_mapping,
+    check_numbers,
+    check_paths,
+    check_readable,
+    check_text,
+    check_writable,
+)
 from cachedb.blobs import Received
 from cachedb.collection import Collected
-from cachedb.database import Database
+from cachedb.database import CLOSED, Database
 from cachedb.directory import blob_path, chosen
 from cachedb.errors import (
     Busy,
@@ -82,10 +91,10 @@ class Cache:
     """
 
     def __init__(self, database: Database) -> None:
-        self._database = database
-        self._session = Session(database)
-        self._uses = Uses(database)
+        self._parts = database, Session(database), Uses(database)
         self._leftovers: list[Leftover] = []
+        self._closed = False
+        self._to_close = [self._parts]  # empty once somebody closes it: a thread, or a signal handler meanwhile
 
     @classmethod
     def open(
@@ -156,13 +165,45 @@ class Cache:
         return partial(type(self).open, wait=self._database.wait_seconds), (str(self.directory),)
 
     def close(self) -> None:
-        """End the session with the cache: what was stored and not associated may be collected from now on."""
-        self._uses.write()
-        self._session.close()
-        self._database.close()
-        self._database.keep_reserve()
+        """End the session with the cache: what was stored and not associated may be collected from now on.
+
+        All other methods raise `CacheError` then, also where another thread is in the middle of one. To close a cache
+        again does nothing.
+        """
+        self._closed = True
+        try:
+            database, session, uses = self._to_close.pop()
+        except IndexError:
+            return
+        with ExitStack() as ending:  # all of it, whatever fails
+            ending.callback(database.keep_reserve)
+            ending.callback(database.end)
+            ending.callback(session.close)
+            uses.write()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CacheError(CLOSED)
+
+    # Every method asks for one of these first.
+
+    @property
+    def _database(self) -> Database:
+        self._check_open()
+        return self._parts[0]
+
+    @property
+    def _session(self) -> Session:
+        self._check_open()
+        return self._parts[1]
+
+    @property
+    def _uses(self) -> Uses:
+        self._check_open()
+        return self._parts[2]
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(
@@ -193,7 +234,7 @@ class Cache:
     @property
     def directory(self) -> Path:
         """The cache directory."""
-        return self._database.directory
+        return self._parts[0].directory
 
     # Blobs
 
@@ -236,7 +277,7 @@ class Cache:
             try:
                 received = blobs.receive(self._session, source, digest=digest, algorithm=algorithm, write=write)
             except BaseException:
-                images.give_up(self._database, self._session, hold)
+                images.give_up(*self._parts[:2], hold)
                 raise
             expected = self._session.expects(received.digest)
             if write:
@@ -258,6 +299,7 @@ class Cache:
 
     def list_blobs(self, prefix: str = "") -> list[Digest]:
         """Return the stored blobs whose digest begins with ``prefix``, in order."""
+        check_text(prefix=prefix)
         query = select(BLOBS.c.digest).where(BLOBS.c.stored_at.is_not(None)).order_by(BLOBS.c.digest)
         with self._database.read() as connection:
             if prefix:
@@ -332,6 +374,7 @@ class Cache:
             NotInCache: if one of them is not in the cache.
             CacheError: if the time is none at all, negative or endless.
         """
+        check_numbers(seconds=seconds)
         with self._database.write() as connection:
             made = []
             for wanted in names_or_digests:
@@ -456,9 +499,10 @@ class Cache:
         try:
             yield found
         except BaseException:
-            images.give_up(self._database, self._session, hold)
+            images.give_up(*self._parts[:2], hold)
             raise
-        images.let_go(self._database, self._session, hold)
+        if not self._closed:  # or it went with the session
+            images.let_go(self._database, self._session, hold)
 
     # Images
 
@@ -477,6 +521,9 @@ class Cache:
             InvalidName: if the name is by another digest than the manifest's.
         """
         parsed = Name.parse(name)
+        if not isinstance(manifest, (bytes, bytearray)):
+            raise TypeError(f"manifest is of type {type(manifest).__name__!r}: give its bytes")
+        check_text(media_type=media_type, optional=True)
         media_type = oci.manifest_media_type(manifest, media_type)
         oci.descriptors(manifest, media_type)
         algorithm = split_digest(parsed.digest)[0] if parsed.digest else "sha256"
@@ -686,6 +733,9 @@ class Cache:
         """
         from cachedb.query import answer
 
+        check_text(query=query)
+        check_mapping(parameters=parameters)
+        check_numbers(timeout=timeout)
         with answer(self._database, query, parameters, timeout, stream=stream) as found:
             yield found
 
@@ -747,6 +797,7 @@ class Cache:
         """
         from cachedb.verify import verify
 
+        check_functions(progress=progress)
         left = self.get_leftovers()
         return verify(self._database, self._session, quick=quick, repair=repair, left=left, progress=progress)
 
@@ -770,6 +821,8 @@ class Cache:
         """
         from cachedb.adopt import HOWS, adopt
 
+        check_paths(directory=directory)
+        check_functions(progress=progress)
         if how not in HOWS:
             raise CacheError(f"{shorten(how)} is not a way to adopt: use one of {', '.join(HOWS)}")
         return adopt(self._database, self._session, Path(directory).absolute(), how=how, progress=progress)
@@ -821,6 +874,9 @@ class Cache:
         from cachedb.pull import pull
         from cachedb.source import Source
 
+        check_text(platform=platform, optional=True)
+        check_paths(authfile=authfile, optional=True)
+        check_functions(progress=progress, blob_progress=blob_progress)
         with ExitStack() as opened:
             if isinstance(name, Source):
                 source = name
@@ -885,6 +941,9 @@ class Cache:
         """
         from cachedb.target import Target
 
+        check_text(platform=platform, optional=True)
+        check_paths(authfile=authfile, optional=True)
+        check_functions(progress=progress, blob_progress=blob_progress)
         source = Name.parse(name)
         with ExitStack() as opened:
             if isinstance(target, Target):
@@ -922,6 +981,8 @@ class Cache:
         """
         from cachedb.target import Target
 
+        check_paths(authfile=authfile, optional=True)
+        check_functions(progress=progress, blob_progress=blob_progress)
         for named in filter(None, (repository, target)):
             if Name.parse(named).repository != named:
                 raise InvalidName(f"{shorten(named)} has a tag or a digest: name the repository alone")
@@ -1032,6 +1093,8 @@ class Cache:
         """
         from cachedb import archive, files
 
+        check_readable(source=source)
+        check_functions(progress=progress)
         parsed = Name.parse(name) if name is not None else None
         opened = Path(source) if isinstance(source, (str, os.PathLike)) else source
         if link and not (isinstance(opened, Path) and (opened.is_dir() or not opened.exists())):
@@ -1153,6 +1216,9 @@ class Cache:
         """
         from cachedb import export
 
+        check_writable(destination=destination)
+        check_text(platform=platform, optional=True)
+        check_functions(progress=progress)
         if format not in export.FORMATS:
             raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(export.FORMATS)}")
         if link and format != "oci-dir":
@@ -1195,8 +1261,8 @@ def _recover_at_once(database: Database) -> list[Leftover]:
 
 def _held_name(wanted: str | Name) -> str:
     """Return a hold's id as it is, and a name or a digest in full, as it was noted."""
-    if isinstance(wanted, Name):
-        return str(wanted)
+    if not isinstance(wanted, str):
+        return str(Name.parse(wanted))
     if holds.is_id(wanted):
         return wanted
     return _as_digest(wanted) or str(Name.parse(wanted))
@@ -1219,6 +1285,7 @@ def _opened(data: Data) -> Iterator[Readable]:
     elif isinstance(data, (bytes, bytearray, memoryview)):
         yield io.BytesIO(data)
     else:
+        check_readable(data=data)
         yield _Reader(data)
 
 

@@ -58,9 +58,7 @@ def main() -> NoReturn:
     """Run the command line; errors are one line on stderr, and exit codes as the README lists them."""
     import signal
 
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by `>&-`: no file of the cache may come to be in its place
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    _open_standard_files()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # of what the user's encoding has not
     # The collector would look through all that SQLAlchemy makes while it is imported, and find nothing.
@@ -71,7 +69,9 @@ def main() -> NoReturn:
     try:
         if _COMPLETE in os.environ:
             import cachedb.completion  # noqa: F401 - click takes the bash script from there
-        sys.exit(cli.main(prog_name="cachedb", standalone_mode=False) or 0)
+        code = cli.main(prog_name="cachedb", standalone_mode=False) or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
@@ -89,13 +89,47 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing may be flushed into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _discard_output(1)  # whoever read our output has seen enough
         sys.exit(1)
     except MemoryError:
         _fail("there is not enough memory; a query needs less of it with --format csv", 1)
     except OSError as error:
+        _discard_output(1)
         _fail(f"cannot print the result: {explain(error)}", 1)
+
+
+_closed: set[str] = set()  # standard files that were closed when we began: "stdin", "stdout", "stderr"
+
+
+def _open_standard_files() -> None:
+    """Open the standard files that are closed, as by `>&-`: no file of the cache may come to be in their place."""
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, of which each gets its own
+        if getattr(sys, name) is None:
+            _closed.add(name)
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def _discard_output(descriptor: int) -> None:
+    """Have nothing more be written to stdout or stderr, which cannot be: not what is flushed at exit either."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
+def _stdin() -> IO[bytes]:
+    """Return stdin, to read content from."""
+    if "stdin" in _closed:
+        raise click.UsageError("stdin is closed: send the content to it, or name a file")
+    if sys.stdin.isatty():
+        raise click.UsageError("stdin is a terminal: send the content to it, or name a file")
+    return sys.stdin.buffer
+
+
+def _stdout() -> IO[bytes]:
+    """Return stdout, to write content to."""
+    if "stdout" in _closed:
+        raise click.UsageError("stdout is closed: redirect it")
+    return sys.stdout.buffer
 
 
 _signals: list[int] = []  # that have come
@@ -112,7 +146,10 @@ def _interrupted(number: int, _frame: object) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"cachedb: {printable(message)}", file=sys.stderr)
+    try:
+        print(f"cachedb: {printable(message)}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard_output(2)  # the exit code still says that it failed
     sys.exit(code)
 
 
@@ -389,9 +426,7 @@ def import_(source: str, name: str | None, link: bool, max_unpacked: int | None,
     """
     opened: str | IO[bytes] = source
     if source == "-":
-        if sys.stdin.isatty():
-            raise click.UsageError("stdin is a terminal: send an archive to it, or name a file")
-        opened = sys.stdin.buffer
+        opened = _stdin()
     with _opened() as cache, _progress("importing", quiet=quiet) as progress:
         found = cache.cache_from_tar(
             opened,  # type: ignore[arg-type]
@@ -633,7 +668,7 @@ def export(name: str, destination: str, form: str, platform: str | None, link: b
     if destination == "-":
         if sys.stdout.isatty():
             raise click.UsageError("stdout is a terminal: redirect it, or name a file")
-        opened = sys.stdout.buffer
+        opened = _stdout()
     with _opened() as cache, _progress("exporting") as progress:
         cache.export(name, opened, format=form, platform=platform, link=link, progress=progress)  # type: ignore[arg-type]
 
@@ -713,9 +748,10 @@ def _print_platforms(platforms: list[PlatformInfo], here: Container[str]) -> Non
 @click.argument("name", type=_NAME)
 def manifest(name: str) -> None:
     """Print the exact bytes of an image's manifest or index."""
+    stdout = _stdout()
     with _opened() as cache:
         data = cache.get_manifest(name)
-    sys.stdout.buffer.write(data)
+    stdout.write(data)
 
 
 @cli.command(epilog=_examples("cachedb exists app:1 || cachedb import app.tar"))
@@ -1022,6 +1058,8 @@ def sql(
 
 
 def _text_of(file: str) -> str:
+    if file == "-" and "stdin" in _closed:
+        raise click.UsageError("stdin is closed: send the query to it, or name a file")
     try:
         with open(0 if file == "-" else file, encoding="utf-8-sig") as opened:  # editors may begin it with a mark
             return opened.read()
@@ -1113,6 +1151,8 @@ def report(
 
 
 def _write_page(file: str) -> None:
+    if file == "-":
+        _stdout()  # before the work is done: it may be closed
     with _opened(existing=True) as cache, _giving_way():
         page = cache.get_html_report()
     try:
@@ -1145,16 +1185,16 @@ def _replace(file: str, text: str) -> None:
     """Write a file whole, or leave what is there as it is."""
     from pathlib import Path
 
+    from cachedb.atomic import atomic_file, remove_leftovers
+
     path = Path(os.path.realpath(file))
-    part = path.with_name(f".cachedb-{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
+    remove_leftovers(path.parent)
+    with atomic_file(path) as new:
+        rest = memoryview(text.encode())
+        while rest:
+            rest = rest[new.write(rest) :]
         with suppress(FileNotFoundError):
-            part.chmod(path.stat().st_mode & 0o777)
-        part.replace(path)
-    finally:
-        with suppress(OSError):
-            part.unlink()
+            os.fchmod(new.fileno(), path.stat().st_mode & 0o777)
 
 
 @cli.command(epilog=_examples("cachedb df", "cachedb df -v", "cachedb df --format json | jq .reclaimable.size"))
@@ -1416,7 +1456,7 @@ def blob_add(file: str, digest: str | None, algorithm: str) -> None:
 
     A blob that no image uses is freed by the next `cachedb gc`.
     """
-    data: str | IO[bytes] = sys.stdin.buffer if file == "-" else file
+    data: str | IO[bytes] = _stdin() if file == "-" else file
     with _opened() as cache:
         if digest:
             click.echo(cache.save_blob(digest, data))  # type: ignore[arg-type]
@@ -1430,8 +1470,9 @@ def blob_cat(digest: str) -> None:
     """Write a blob's content to stdout."""
     import shutil
 
+    stdout = _stdout()
     with _opened() as cache, cache.open_blob(digest) as file:
-        shutil.copyfileobj(file, sys.stdout.buffer, 1024 * 1024)
+        shutil.copyfileobj(file, stdout, 1024 * 1024)
 
 
 @blob.command("path", epilog=_examples('tar tf "$(cachedb blob path sha256:9f86d081884c...)"'))

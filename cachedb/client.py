@@ -31,7 +31,8 @@ from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionErro
 from urllib3.util import Timeout, make_headers, parse_url
 
 from cachedb import credentials
-from cachedb.errors import CacheError, RegistryError, RegistryUnavailable
+from cachedb.errors import CacheError, RegistryError, RegistryUnavailable, ignore_os_errors
+from cachedb.parallel import start
 from cachedb.receiving import CHUNK
 from cachedb.reference import shorten
 
@@ -80,7 +81,7 @@ class Client:
         """
         self.place = where
         self._authfile, self._push = authfile, push
-        self._guard, self._authorizing = threading.Lock(), threading.Lock()
+        self._guard, self._authorizing = threading.RLock(), threading.RLock()
         self._pools: dict[tuple[bool, str | None, str | None], urllib3.PoolManager] = {}
         self._authorization = ""
         self._stopped = threading.Event()
@@ -114,7 +115,8 @@ class Client:
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=run, daemon=True).start()
+        if not start(threading.Thread(target=run, daemon=True)):
+            run()
         while wait([future], _NAP).not_done:
             if self._stopped.is_set():
                 raise CacheError("it was stopped, for other work beside it failed")
@@ -372,7 +374,7 @@ def _pool_classes(
 def _wake(connection: HTTPConnection) -> None:
     """Have the thread that waits for a connection see its end."""
     if isinstance(connection.sock, socket.socket):
-        with suppress(OSError):
+        with ignore_os_errors():
             socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # TLS's own would take the thread's state away
 
 
@@ -433,7 +435,7 @@ def _tls(registry: str | None) -> ssl.SSLContext:
     context = ssl.create_default_context()
     for top in _CERTIFICATES if registry else ():
         folder = Path(top).expanduser() / str(registry)
-        with suppress(OSError):
+        with ignore_os_errors():
             for path in sorted(folder.glob("*.crt")):
                 context.load_verify_locations(path)
             for path in sorted(folder.glob("*.cert")):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from cachedb.database import BATCH, Database, batched
 from cachedb.directory import trash_digest, trash_name
 from cachedb.errors import Busy, CacheError, StorageError, explain, os_errors
 from cachedb.folders import Folders, Leftover
+from cachedb.parallel import start
 from cachedb.reference import Digest, is_digest, split_digest
 from cachedb.sessions import dead_sessions, locked_sessions, remove_folder
 from cachedb.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
@@ -195,7 +196,8 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
         folders: of the cache.
         left: gets what cannot be unlinked.
     """
-    begun: list[Future[None]] = []
+    begun: list[threading.Thread] = []
+    failures: list[BaseException] = []
 
     def unlink(names: list[str]) -> None:
         for name in names:
@@ -206,9 +208,22 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
             except OSError as error:
                 left.append(Leftover(folders.directory / "trash" / name, explain(error)))
 
-    def finish() -> None:
+    def unlink_in_thread(names: list[str]) -> None:
+        try:
+            unlink(names)
+        except BaseException as error:
+            failures.append(error)
+
+    def join() -> None:
         while begun:
-            begun.pop().result()
+            with suppress(RuntimeError):  # an interrupt came before it was begun
+                begun[-1].join()
+            begun.pop()
+
+    def finish() -> None:
+        join()
+        if failures:
+            raise failures.pop()
 
     def begin() -> None:
         finish()
@@ -216,12 +231,20 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
         names = [name for name in os.listdir(trash) if trash_digest(name)]
         if len(names) <= _FEW:
             unlink(names)
-        else:
-            begun.extend(threads.submit(unlink, names[start::_UNLINKING]) for start in range(_UNLINKING))
+            return
+        for first in range(_UNLINKING):
+            some = names[first::_UNLINKING]
+            begun.append(threading.Thread(target=unlink_in_thread, args=(some,)))
+            if not start(begun[-1]):
+                begun.pop()
+                unlink(some)
 
-    with os_errors("empty the trash"), folders.open("trash") as trash, ThreadPoolExecutor(_UNLINKING) as threads:
-        yield begin
-        finish()
+    with os_errors("empty the trash"), folders.open("trash") as trash:
+        try:
+            yield begin
+            finish()
+        finally:
+            join()
 
 
 def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:

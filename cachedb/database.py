@@ -43,10 +43,11 @@ from cachedb.errors import (
 )
 from cachedb.folders import FOLDERS, Folders, follow
 from cachedb.mounts import refuse_shared, refuse_unable
+from cachedb.reentry import holding, is_held, not_reentered, refuse_reentry
 from cachedb.tables import METADATA, REVISION
 from cachedb.waiting import Wait, chosen_seconds
 
-__all__ = ["BATCH", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
+__all__ = ["BATCH", "CLOSED", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
 
 T = TypeVar("T")
 
@@ -64,6 +65,7 @@ _OUTSIDER_NAPS = (0.02, 0.25)  # seconds between two tries: at first, and at mos
 _OLD_RELEASE_SECONDS, _OLD_RELEASE_NAP = 1.0, 0.01
 _TICK_NANOSECONDS = 20_000_000  # the time of a file may stand still for so long
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
+CLOSED = "this cache is closed: open it again with Cache.open"
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
 _SCHEMA = "SELECT version_num FROM alembic_version"
@@ -146,10 +148,12 @@ class Database:
         self.write_lock = self.directory / "locks" / "write.lock"
         with os_errors("use the cache directory"):
             self.read_only = self.path.exists() and not os.access(directory, os.W_OK)
+        self._resolved = os.path.realpath(self.directory)  # by which a thread knows what it holds
         self._engine = self._connect()
         self._idle: list[_Connection] = []
         self._shortage: StorageError | None = None
         self._gave_up = False
+        self.ended = False  # by `end`
         locks.before_fork(self)
 
     def _connect(self) -> Engine:
@@ -157,12 +161,15 @@ class Database:
         # As many connections as there are threads: a thread that finds none free must not fail.
         engine = create_engine(url, max_overflow=-1, creator=self._open)
         event.listen(engine, "checkout", self._check_out)
+        event.listen(engine, "checkin", self._check_in)
         event.listen(engine, "begin", _on_begin)
         event.listen(engine, "handle_error", self._on_error)
         return engine
 
     def _open(self, *, read_only: bool = False) -> _Connection:
         """Open a connection to the file that has the name; it is made in `write_schema` and nowhere else."""
+        if self.ended:
+            raise CacheError(CLOSED)
         if self._folders is not None:
             self._folders.check()
         with self._unreplaced():
@@ -224,7 +231,12 @@ class Database:
         if self.read_only:
             yield
             return
+        opened, replaced = f"{self._resolved} is opened", f"{self._resolved} is replaced"
+        refuse_reentry(replaced, f"replacing the index in {str(self.directory)!r}")
+        if replacing:
+            refuse_reentry(opened, f"opening the index in {str(self.directory)!r}")
         with ExitStack() as stack:
+            stack.enter_context(holding(replaced if replacing else opened))
             with os_errors("open the index"), Wait("the index", 0) as wait:
                 if self.write_lock.parent.is_dir():  # another program's directory has none, and is not changed
                     stack.enter_context(locks.held_folder(self.write_lock.parent, wait, shared=not replacing))
@@ -355,6 +367,10 @@ class Database:
                 folders.mark(new=False)
             self._folders = folders
         return self._folders
+
+    def _check_in(self, connection: Any, record: Any) -> None:  # noqa: ANN401
+        if self.ended and connection is not None:
+            record.close()  # the pool that it goes back to is nobody's
 
     def prepare(self) -> str | None:
         """Make the directory and its folders, unless they are there; refuse what is not ours.
@@ -585,6 +601,8 @@ class Database:
                 self._idle.append(connection)
             else:
                 connection.close()
+            if self.ended:
+                self._close_idle()
             return found
 
     @contextmanager
@@ -602,8 +620,10 @@ class Database:
     @contextmanager
     def write_at_once(self) -> Iterator[Connection | None]:
         """A write transaction if the write lock is free; the block gets None if it is not."""
-        with os_errors("write to the cache"):
-            file = locks.acquire(self.write_lock, wait=False)
+        # This thread may hold the lock, or wait for it, in a call that was interrupted for this one.
+        interrupted = is_held(self._resolved)
+        with holding(self._resolved), os_errors("write to the cache"):
+            file = None if interrupted else locks.acquire(self.write_lock, wait=False)
             if file is None:
                 yield None
                 return
@@ -651,6 +671,7 @@ class Database:
         self._check_shortage()
         self.folders.check()
         with ExitStack() as stack:
+            stack.enter_context(not_reentered(self._resolved, f"writing to the cache in {str(self.directory)!r}"))
             wait = wait or stack.enter_context(self._write_wait())
             stack.enter_context(os_errors("write to the cache"))
             turn = stack.enter_context(locks.in_turn(self.write_lock, wait))
@@ -929,11 +950,20 @@ class Database:
         """Close all connections that are not in use; they are opened again when they are needed."""
         with locks.unforked():
             self._engine.dispose()
-            while self._idle:
-                self._idle.pop().close()
+            self._close_idle()
         if self._gave_up:  # SQLite has given two back just now
             self._gave_up = False
             self.keep_reserve()
+
+    def _close_idle(self) -> None:
+        while self._idle:
+            with suppress(IndexError):  # another thread closes them, too
+                self._idle.pop().close()
+
+    def end(self) -> None:
+        """Close all connections, and open no others: those that threads use now are closed when they are done."""
+        self.ended = True
+        self.close()
 
 
 def _too_long(path: Path) -> str | None:

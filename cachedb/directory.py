@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from cachedb.arguments import check_paths
 from cachedb.errors import DamagedIndex, InvalidDigest, NotACache
 from cachedb.reference import Digest, is_digest, parse_digest
 
@@ -45,6 +46,7 @@ def chosen(directory: str | os.PathLike[str] | None) -> Path:
     Raises:
         NotACache: if its name is empty.
     """
+    check_paths(directory=directory, optional=True)
     if directory is not None and not os.fspath(directory):
         raise NotACache("the name of the cache directory is empty")
     return (default_directory() if directory is None else Path(directory)).absolute()

@@ -12,6 +12,7 @@ CacheError
 ├── IncompleteImage      a blob that the operation needs is not stored
 ├── NotACache            the directory is not a cache and cannot become one
 ├── NotOurs              a directory or folder is another user's, or leads out of the cache
+├── ReentrantCall        a signal handler or callback needs what its own thread holds
 ├── RegistryError        a registry, or the way to it, failed or refused
 │   └── RegistryUnavailable  it cannot be reached now, or is overloaded: another time it may do
 ├── SchemaMismatch       the index has another schema than this release works with
@@ -26,8 +27,9 @@ A message is one line that says what is wrong and, where there is something to d
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 from cachedb import space
 
@@ -47,11 +49,18 @@ __all__ = [
     "NotACache",
     "NotInCache",
     "NotOurs",
+    "ReentrantCall",
     "RegistryError",
     "RegistryUnavailable",
     "SchemaMismatch",
     "StorageError",
 ]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_CALLERS = "_cachedb_callers_own"  # the mark
 
 
 class CacheError(Exception):
@@ -110,6 +119,10 @@ class NotOurs(CacheError):
     """A directory or folder is another user's, or leads out of the cache: nothing in it is changed."""
 
 
+class ReentrantCall(CacheError):
+    """A signal handler, a finalizer or a callback asks for what the call that it interrupts holds."""
+
+
 class RegistryError(CacheError):
     """A registry, or the way to it, failed or refused."""
 
@@ -160,13 +173,50 @@ _ADVICE = {
 
 @contextmanager
 def os_errors(action: str) -> Iterator[None]:
-    """Turn an `OSError` in the block into a `StorageError`: "cannot ACTION: reason: file; advice"."""
+    """Turn an `OSError` in the block into a `StorageError`: "cannot ACTION: reason: file; advice".
+
+    One that the caller's own code raises in the block passes unchanged; see `is_callers`.
+    """
     try:
         yield
     except BrokenPipeError:
         raise  # whoever read from us went away: nothing failed
     except OSError as error:
+        if is_callers(error):
+            raise
         raise StorageError(f"cannot {action}: {explain(error)}", errno=error.errno) from error
+
+
+def is_callers(error: BaseException) -> bool:
+    """Return whether an `OSError` is the caller's own, and none of the operating system.
+
+    It is if `callers_own` has marked it, or if it has no errno: a signal handler's `TimeoutError`, for instance.
+    """
+    return isinstance(error, OSError) and (error.errno is None or hasattr(error, _CALLERS))
+
+
+def callers_own(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function of the caller, a progress callback, whose errors `os_errors` passes unchanged."""
+
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return function(*arguments, **named)
+        except OSError as error:
+            setattr(error, _CALLERS, True)
+            raise
+
+    return call
+
+
+class ignore_os_errors:  # noqa: N801 - as `contextlib.suppress`
+    """Ignore an `OSError` of the operating system in the block; the caller's own passes."""
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        """End the block, and the error with it."""
+        return isinstance(error, OSError) and not is_callers(error)
 
 
 def explain(error: OSError) -> str:

@@ -11,23 +11,25 @@ import hashlib
 import io
 import json
 import os
-import secrets
+import re
 import tarfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from cachedb import oci
 from cachedb.archive import CONTAINERD_NAME, REF_NAME, layout_path
+from cachedb.atomic import PART, atomic_file, lock_part, part_path, remove_leftovers
 from cachedb.database import sync_folder
 from cachedb.directory import blob_path
-from cachedb.errors import CacheError, NotInCache, os_errors
+from cachedb.errors import CacheError, NotInCache, is_callers, os_errors
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, in_threads
 from cachedb.reading import damaged, open_blob, open_regular
 from cachedb.receiving import CHUNK, WRITTEN_BACK, discard, hashing, write_back
+from cachedb.reentry import not_reentered
 from cachedb.reference import Digest, Name, digest_of, shorten, split_digest
 
 __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "without_absent", "write_folder", "write_tar"]
@@ -231,7 +233,8 @@ def write_tar(
             path = destination.resolve()
             if not path.parent.is_dir():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
-            with _appearing(path) as file:
+            remove_leftovers(path.parent)
+            with atomic_file(path) as file:
                 _write_members_at_once(directory, files, file.fileno(), progress)
             sync_folder(path.parent)
 
@@ -369,24 +372,7 @@ def _write(stream: BinaryIO, data: bytes | memoryview) -> None:
         view = view[stream.write(view) or 0 :]  # None of a full pipe that does not block
 
 
-@contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside its final name, which it gets when its content is whole and on disk."""
-    part = _part(path)
-    try:
-        with part.open("xb+", buffering=0) as file:
-            yield file
-            os.fsync(file.fileno())
-        part.rename(path)
-    finally:
-        discard(part)
-
-
-_PARTS = ".cachedb-*.part"
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(_PARTS.replace("*", secrets.token_hex(8)))
+_OLD_PART = re.compile(r"\.cachedb-[0-9a-f]{16}\.part")  # of earlier releases
 
 
 def write_folder(
@@ -411,16 +397,22 @@ def write_folder(
         StorageError: if it cannot be written.
         CacheError: if the folder holds something else.
     """
-    with os_errors("write the export"):
+    with os_errors("write the export"), ExitStack() as stack:
+        # Two exports into one layout take turns, for each rewrites its index.
+        stack.enter_context(not_reentered(f"export {destination.resolve()}", f"exporting to {str(destination)!r}"))
         lock, is_new = _locked_folder(destination)
         made = [destination] if is_new else []
         folders = {destination, destination.parent} if is_new else {destination}
         try:
-            left = [*destination.glob(_PARTS), *destination.glob(f"blobs/*/{_PARTS}")]
-            if set(destination.iterdir()) - set(left) and not (destination / "oci-layout").is_file():
+            parts = re.compile(f"{PART.pattern}|{_OLD_PART.pattern}")
+            strange = [name for name in os.listdir(destination) if not parts.fullmatch(name)]
+            if strange and not (destination / "oci-layout").is_file():
                 raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout")
-            for part in left:
-                part.unlink()  # of an export that was killed: whoever writes a layout has the lock
+            for folder in (destination / "blobs", *destination.glob("blobs/*")):
+                if folder.is_symlink():
+                    raise CacheError(f"{str(folder)!r} is a symbolic link: name a layout whose folders are its own")
+            for folder in (destination, *destination.glob("blobs/*")):
+                remove_leftovers(folder, parts)  # who writes a layout has its lock, in earlier releases too
             # The first says what the folder is, should this be cut off; the last names what is there by then.
             order = {"oci-layout": 0, "index.json": 2}
             *others, index = sorted(files, key=lambda entry: order.get(entry.path, 1))
@@ -494,7 +486,7 @@ def _remove(made: list[Path]) -> None:
 
 
 def _write_file(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> None:
-    with _appearing(path) as file:
+    with atomic_file(path) as file:
         if isinstance(entry.content, bytes):
             _write(file, entry.content)
         elif not _clone(directory, entry, file.fileno(), progress):
@@ -508,7 +500,9 @@ def _clone(directory: Path, entry: Entry, target: int, progress: Advance | None)
         _check_size(entry, os.fstat(blob.fileno()).st_size)
         try:
             fcntl.ioctl(target, _FICLONE, blob.fileno())
-        except OSError:
+        except OSError as error:
+            if is_callers(error):
+                raise
             return False  # an error may only mean "not between these two files"; if not, a write meets it again
     _hash_blob(entry, target, None, progress)
     return True
@@ -517,15 +511,18 @@ def _clone(directory: Path, entry: Entry, target: int, progress: Advance | None)
 def _link(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> bool:
     """Make a hard link to a blob's file, where the file system can; it gets its name when it is verified."""
     assert isinstance(entry.content, str)
-    part = _part(path)
+    part = part_path(path.parent)
     try:
         os.link(blob_path(directory, entry.content), part)
-    except OSError:
+    except OSError as error:
+        if is_callers(error):
+            raise
         return False  # another file system, or one without links: copy
     try:
         with os_errors("read a blob"):
             file = open_regular(str(part), os.O_RDONLY | os.O_CLOEXEC)
         try:
+            lock_part(file)
             _check_size(entry, os.fstat(file).st_size)
             _hash_blob(entry, file, None, progress)
         finally:

@@ -1,18 +1,21 @@
-"""Long work done by several threads at once: it says how far it is, and stops as a whole."""
+"""Long work done by several threads at once: it says how far it is, and stops as a whole.
+
+All threads of cachedb begin in `start`. Where none can begin, as in a handler of `atexit`, the caller does the work.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from cachedb.errors import CacheError
+from cachedb.errors import CacheError, ReentrantCall, callers_own
 
-__all__ = ["Advance", "BlobProgress", "Once", "Progress", "end", "in_threads", "summed", "told", "told_beside"]
+__all__ = ["Advance", "BlobProgress", "Once", "Progress", "end", "in_threads", "start", "summed", "told", "told_beside"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,16 +33,29 @@ Advance = Callable[[int], None]
 """Called with the number of bytes done since the last call, from any thread."""
 
 
+def start(thread: threading.Thread) -> bool:
+    """Start a thread; return False where none can be started: while the interpreter exits, or at a limit.
+
+    The caller creates the thread, so that it has it to join if an interrupt comes meanwhile.
+    """
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
+
+
 def summed(total: int, progress: Progress | None) -> Advance:
     """Turn the bytes that threads report into one call at a time with their sum."""
     guard, done = threading.Lock(), 0
+    report = progress and callers_own(progress)
 
     def add(count: int) -> None:
         nonlocal done
-        if progress is not None:
+        if report is not None:
             with guard:
                 done += count
-                progress(done, total)
+                report(done, total)
 
     return add
 
@@ -47,12 +63,13 @@ def summed(total: int, progress: Progress | None) -> Advance:
 def told(digest: str, total: int, blob_progress: BlobProgress | None, advance: Advance) -> Advance:
     """Turn the bytes that are reported of one blob into calls with their sum, and report them on."""
     done = 0
+    report = blob_progress and callers_own(blob_progress)
 
     def add(count: int) -> None:
         nonlocal done
         done += count
-        if blob_progress is not None:
-            blob_progress(digest, done, total)
+        if report is not None:
+            report(digest, done, total)
         advance(count)
 
     return add
@@ -106,8 +123,8 @@ def in_threads(
 ) -> list[R]:
     """Do work on each item, several at once, and return what it gave, in order.
 
-    When one fails, or an interrupt comes, the others stop where they next say how far they are, and those that have
-    not begun do not.
+    The calling thread does all of it if no other can be started. When one fails, or an interrupt comes, the others stop
+    where they next say how far they are, and those that have not begun do not.
 
     Args:
         work: is called with an item, and with what it is to tell of the bytes it has done.
@@ -137,15 +154,39 @@ def in_threads(
                     return
             done[number] = work(item, tell)
 
-    with ThreadPoolExecutor(max(count, 1)) as pool:
+    failures, ended = list[BaseException](), SimpleQueue[None]()
+
+    def run_in_thread() -> None:
         try:
-            for future in as_completed([pool.submit(run) for _ in range(count)]):
-                future.result()
-        except BaseException:
-            stopped.set()
-            if stop is not None:
-                stop()
-            raise
+            run()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ended.put(None)
+
+    threads_begun: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=run_in_thread)
+            threads_begun.append(thread)
+            if not start(thread):
+                threads_begun.pop()
+                break
+        if not threads_begun:
+            run()
+        for _ in threads_begun:
+            ended.get()
+            if failures:
+                raise failures[0]
+    except BaseException:
+        stopped.set()
+        if stop is not None:
+            stop()
+        raise
+    finally:
+        for thread in threads_begun:
+            with suppress(RuntimeError):  # an interrupt came before it was begun
+                thread.join()
     return [done[number] for number in sorted(done)]
 
 
@@ -154,7 +195,8 @@ class Once:
 
     def __init__(self) -> None:
         """Nothing was asked for yet."""
-        self._guard, self._asked = threading.Lock(), dict[object, Future[Any]]()
+        self._guard, self._asked = threading.RLock(), dict[object, Future[Any]]()
+        self._working: dict[object, int] = {}  # the thread that does the work, or did
 
     def ask(
         self, what: object, work: Callable[[], T], *, again: Callable[[BaseException], bool] = lambda _: False
@@ -172,6 +214,10 @@ class Once:
         with self._guard:
             known = self._asked.get(what)
             future = known or self._asked.setdefault(what, Future())
+            if known is None:
+                self._working[what] = threading.get_ident()
+            elif not known.done() and self._working[what] == threading.get_ident():
+                raise ReentrantCall("this thread is already at this work: ask again after that, or from another thread")
         if known is None:
             try:
                 future.set_result(work())

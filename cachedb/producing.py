@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 
 from cachedb import locks, processes
 from cachedb.directory import lock_kind
-from cachedb.errors import CacheError, explain, os_errors
+from cachedb.errors import CacheError, explain, ignore_os_errors, os_errors
 from cachedb.folders import Folders, Leftover
 from cachedb.processes import Process
 from cachedb.waiting import LOG, Wait, chosen_seconds
@@ -69,7 +69,7 @@ def _let_go(path: Path, lock: FileIO) -> None:
     if _claims.get(path) is lock:
         del _claims[path]
     try:
-        with suppress(OSError):  # the next open removes it
+        with ignore_os_errors():  # the next open removes it
             _remove(path, lock)
     finally:
         locks.release(lock)
@@ -176,23 +176,25 @@ def once(
     path, making = _path(directory, key), _making()
     if path in making:
         raise CacheError(f"{key} is being made by this thread already, which would wait for itself")
-    with os_errors(f"make a lock file for {key}"), Wait(key, chosen_seconds(seconds), lambda: _progress(path)) as wait:
-        while (lock := _claim(path, key)) is None:
-            wait.nap(_NAP, lambda: locks.holder_of(path), sleep)
-            if may_take_over and wait.stalled >= _STALLED_SECONDS:
-                _take_over(path, key, wait.seen)
+    lock = None
     try:
+        making.add(path)  # before the lock: a signal handler that asks for it meanwhile would wait for its own thread
+        what = f"make a lock file for {key}"
+        with os_errors(what), Wait(key, chosen_seconds(seconds), lambda: _progress(path)) as wait:
+            while (lock := _claim(path, key)) is None:
+                wait.nap(_NAP, lambda: locks.holder_of(path), sleep)
+                if may_take_over and wait.stalled >= _STALLED_SECONDS:
+                    _take_over(path, key, wait.seen)
         with ExitStack() as block:
             found = find()
             if found is None:
-                making.add(path)
                 if is_working is not None:
                     block.enter_context(_beating(directory, key, is_working))
                 yield None
                 return
     finally:
         making.discard(path)
-        if not lock.closed:  # in a forked child it is, and the right is its parent's
+        if lock is not None and not lock.closed:  # in a forked child it is, and the right is its parent's
             _let_go(path, lock)
     yield found
 
@@ -227,16 +229,20 @@ def _take_over(path: Path, key: str, stalled: object) -> None:
 def unless_made(directory: Path, key: str) -> Iterator[bool]:
     """Give the block whether nobody is making something; nobody begins to in the block then."""
     path, making = _path(directory, key), _making()  # of this thread, whichever ends the block
-    lock = _claim(path, key)
+    if path in making:
+        yield False
+        return
+    lock = None
     try:
-        if lock is not None:
-            making.add(path)
+        making.add(path)
+        lock = _claim(path, key)
+        if lock is None:
+            making.discard(path)
         yield lock is not None
     finally:
-        if lock is not None:
-            making.discard(path)
-            if not lock.closed:
-                _let_go(path, lock)
+        making.discard(path)
+        if lock is not None and not lock.closed:
+            _let_go(path, lock)
 
 
 class Claim(NamedTuple):

@@ -16,7 +16,15 @@ from cachedb import blobs, images, oci, partial, producing, reading
 from cachedb.blobs import Received
 from cachedb.database import Database, is_full
 from cachedb.directory import partial_path
-from cachedb.errors import CacheError, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable, StorageError
+from cachedb.errors import (
+    CacheError,
+    InvalidManifest,
+    NotInCache,
+    RegistryError,
+    RegistryUnavailable,
+    StorageError,
+    ignore_os_errors,
+)
 from cachedb.images import ImageInfo
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed, told
@@ -208,7 +216,7 @@ class _Pull:
         for hold in self._holds:
             images.give_up(self._database, self._session, hold)
         if isinstance(error, StorageError) and is_full(error):
-            with suppress(CacheError, OSError):
+            with suppress(CacheError), ignore_os_errors():
                 partial.sweep(self._database.folders, age=0)  # there is more need of the space
 
     def _referring(self, closure: list[Descriptor]) -> list[Descriptor]:

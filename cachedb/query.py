@@ -16,6 +16,7 @@ from tempfile import SpooledTemporaryFile
 from typing import Any, Final, NamedTuple
 
 from cachedb import locks
+from cachedb.callbacks import Callbacks
 from cachedb.database import Database
 from cachedb.errors import CacheError, InvalidQuery, os_errors
 from cachedb.units import ago, human
@@ -160,8 +161,9 @@ def _read(
 
     with database.raw(read_only=True) as connection:
         try:
-            cursor = _begin(connection, query, parameters, end, timeout, gives_way)
-            with closing(cursor), _errors(connection, query, end, timeout, lambda: stopped):
+            callbacks = Callbacks()
+            cursor = _begin(connection, query, parameters, end, timeout, callbacks, gives_way)
+            with closing(cursor), _errors(connection, query, timeout, callbacks, lambda: stopped):
                 for row in cursor:
                     rows.add(row)
         except _Stopped:
@@ -177,15 +179,17 @@ def _begin(
     parameters: Mapping[str, Value],
     end: float | None,
     timeout: float | None,
+    callbacks: Callbacks,
     stops: Callable[[], bool] = lambda: False,
 ) -> sqlite3.Cursor:
     """Have a connection answer one question, and do nothing else; return the cursor, which is before the first row."""
     connection.execute("PRAGMA query_only = ON")
-    connection.create_function("human", 1, _human, deterministic=True)
-    connection.create_function("ago", 1, _ago)
+    connection.create_function("human", 1, callbacks.function(_human), deterministic=True)
+    connection.create_function("ago", 1, callbacks.function(_ago))
     _bound(connection, query)
     # A call into Python is also when a signal is looked at.
-    connection.set_progress_handler(lambda: stops() or (end is not None and time.monotonic() > end), _EVERY)
+    over = callbacks.progress_handler(lambda: stops() or (end is not None and time.monotonic() > end))
+    connection.set_progress_handler(over, _EVERY)
     for table in _TABLES:  # SQLite makes them at their first use, which the next line would refuse
         connection.execute(f"SELECT 1 FROM {table} LIMIT 0").close()  # noqa: S608
     connection.set_authorizer(_authorizer())
@@ -195,7 +199,7 @@ def _begin(
         if not re.search(rf"[:@$]{re.escape(name)}\b", query):
             known = ", ".join(sorted(set(re.findall(r":\w+", query)))) or "none"
             raise InvalidQuery(f"the query has no :{name}; it has {known}")
-    with _errors(connection, query, end, timeout, stops):
+    with _errors(connection, query, timeout, callbacks, stops):
         cursor = connection.execute(query, parameters)
         if cursor.description is None:
             raise InvalidQuery("there is no query: write one that begins with SELECT")
@@ -247,14 +251,14 @@ class _Stream:
         end: float | None,
         timeout: float | None,
     ) -> None:
-        self._query, self._end, self._timeout = query, end, timeout
+        self._query, self._timeout, self._callbacks = query, timeout, Callbacks()
         self._connection: sqlite3.Connection | None = None
         self._is_reading = False
         with database.connected(read_only=True) as connection:
             self._connection = connection
             locks.before_fork(self)
             try:
-                self._cursor = _begin(connection, query, parameters, end, timeout)
+                self._cursor = _begin(connection, query, parameters, end, timeout, self._callbacks)
             except BaseException:
                 self.close()
                 raise
@@ -268,7 +272,7 @@ class _Stream:
                     raise CacheError("a fork has ended the answer: ask again, and read all rows before the fork")
                 self._is_reading = True
                 try:
-                    with _errors(self._connection, self._query, self._end, self._timeout):
+                    with _errors(self._connection, self._query, self._timeout, self._callbacks):
                         row = next(self._cursor, None)
                 finally:
                     self._is_reading = False
@@ -293,20 +297,19 @@ class _Stopped(Exception):
 def _errors(
     connection: sqlite3.Connection,
     query: str,
-    end: float | None,
     timeout: float | None,
+    callbacks: Callbacks,
     stops: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, sqlite3.Warning, UnicodeError, OverflowError, ValueError) as error:
+        callbacks.raise_again()
         message = str(error)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_INTERRUPT:
             if stops():
                 raise _Stopped from None
-            if end is None or time.monotonic() < end:
-                raise KeyboardInterrupt from None  # what a signal raised in the handler, SQLite has swallowed
             raise CacheError(f"the query took over {timeout:g} s: narrow it, or give it more time") from None
         if code in _NOT_OF_THE_QUERY:
             raise

@@ -19,6 +19,7 @@ from sqlalchemy.exc import IntegrityError
 
 from cachedb import backups, blobs, images, reading, schema
 from cachedb.database import APPLICATION_ID, Database, is_compatible, is_ours, mismatch, read_revision
+from cachedb.directory import chosen
 from cachedb.errors import (
     CacheError,
     DamagedIndex,
@@ -93,7 +94,7 @@ def restore(directory: Path, file: Path) -> Restored:
         SchemaMismatch: if it has a schema that is too new for this release.
         StorageError: if it cannot be read, or nothing can be written.
     """
-    database = Database(directory)
+    database = Database(chosen(directory))
     if not is_ours(database.directory):
         raise NotACache(f"{str(directory)!r} is not a cache: restore a backup into the directory it was made of")
     with os_errors("read the backup"):

@@ -16,9 +16,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
-from cachedb.errors import DigestMismatch, os_errors
+from cachedb.errors import DigestMismatch, ignore_os_errors, os_errors
 from cachedb.folders import give
-from cachedb.parallel import Advance
+from cachedb.parallel import Advance, start
 from cachedb.reference import Digest, parse_digest, split_digest
 
 __all__ = [
@@ -134,7 +134,7 @@ def _hash(file: int, hashers: Sequence[Hasher]) -> int:
 def discard(path: Path | None) -> None:
     """Remove a file that is not needed any more. A failure is not raised: it would hide the error that came first."""
     if path is not None:
-        with suppress(OSError):
+        with ignore_os_errors():
             path.unlink()
 
 
@@ -200,15 +200,16 @@ def hashing(
             free.put(error)
 
     def hash_chunk(chunk: memoryview) -> None:
-        nonlocal thread
-        if thread is None and (not beside or len(chunk) < size):
+        nonlocal thread, beside
+        if thread is None and beside and len(chunk) == size:
+            thread = threading.Thread(target=run)
+            if not start(thread):
+                thread, beside = None, False
+        if thread is None:
             hash_now(chunk)
             free.put(chunk)
-            return
-        if thread is None:
-            thread = threading.Thread(target=run)
-            thread.start()
-        full.put(chunk)
+        else:
+            full.put(chunk)
 
     def buffers() -> Iterator[memoryview]:
         for _ in range(_BUFFERS if beside else 1):
@@ -253,7 +254,7 @@ def write_back(file: int, count: int, end: int | None = None) -> None:
 
     Linux does so when it is told that the pages are not needed. It does not drop them, for they are dirty.
     """
-    with suppress(OSError):  # it is a hint, of which a file system may know nothing
+    with ignore_os_errors():  # it is a hint, of which a file system may know nothing
         if end is None:
             end = os.lseek(file, 0, os.SEEK_CUR)  # not how much we have read: a download may be gone on with
         os.posix_fadvise(file, end - count, count, os.POSIX_FADV_DONTNEED)

@@ -21,7 +21,9 @@ from sqlalchemy import Connection, create_engine, delete, func, select, update
 from sqlalchemy.exc import IntegrityError, SAWarning
 
 from cachedb import backups, configs, producing
+from cachedb.arguments import check_functions
 from cachedb.database import Database, has_blobs, is_compatible, is_empty, lost, mismatch, read_oldest, read_revision
+from cachedb.directory import chosen
 from cachedb.errors import (
     CacheError,
     DamagedIndex,
@@ -29,6 +31,8 @@ from cachedb.errors import (
     NotInCache,
     SchemaMismatch,
     StorageError,
+    callers_own,
+    ignore_os_errors,
     os_errors,
 )
 from cachedb.parallel import told_beside
@@ -175,7 +179,7 @@ def current(directory: Path) -> State:
         NotACache: if the directory is something else.
         DamagedIndex: if the index is damaged.
     """
-    with closing(Database(directory)) as database:
+    with closing(Database(chosen(directory))) as database:
         revision = database.with_reserve(database.revision)
         if not revision:
             if error := _lost(database):
@@ -193,7 +197,7 @@ def history(directory: Path) -> list[Revision]:
     """
     from alembic.script import ScriptDirectory
 
-    with closing(Database(directory)) as database:
+    with closing(Database(chosen(directory))) as database:
         revision = database.with_reserve(database.revision)
     return [
         Revision(script.revision, _one(script.down_revision), script.doc, _oldest(script), script.revision == revision)
@@ -219,6 +223,8 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
         SchemaMismatch: if the cache has a newer one.
         StorageError: if the disk is too full, before anything is changed.
     """
+    check_functions(progress=progress)
+    progress = progress and callers_own(progress)
     with closing(_existing(directory)) as database:
         target = _resolve(revision)
         found = _known(database, database.revision())
@@ -245,6 +251,8 @@ def downgrade(directory: Path, revision: str, *, progress: Progress | None = Non
         SchemaMismatch: if the cache has an older one, or one that this release does not know.
         StorageError: if the disk is too full, before anything is changed.
     """
+    check_functions(progress=progress)
+    progress = progress and callers_own(progress)
     with closing(_existing(directory)) as database:
         found = _known(database, database.revision())
         if found > REVISION:
@@ -274,6 +282,8 @@ def back_up(directory: Path, file: Path | None = None, *, progress: Progress | N
         CacheError: if the file is there already, or its folder is not, or is one of the cache's and not ``backups/``.
         StorageError: if it cannot be written.
     """
+    check_functions(progress=progress)
+    progress = progress and callers_own(progress)
     with closing(_existing(directory)) as database:
         if file is not None:
             file = file.absolute()
@@ -371,7 +381,7 @@ def _described(differences: list[Any]) -> Iterator[Drift]:
 
 def _existing(directory: Path) -> Database:
     """Return the database of a cache, and bring back the folders that it may have lost."""
-    database = Database(directory)
+    database = Database(chosen(directory))
     try:
         there = database.path.exists() and database.path.stat().st_size
         # What is no cache is left alone.
@@ -481,7 +491,7 @@ def migrate(
         except BaseException as error:
             # What was not committed is rolled back: nothing has become of what the backup is of.
             if backup:
-                with suppress(OSError):
+                with ignore_os_errors():
                     backup.unlink()
             if reason := _refused(error):
                 raise StorageError(f"the schema was not changed, for {reason}") from error

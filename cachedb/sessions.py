@@ -21,10 +21,11 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
 from cachedb import locks, processes
-from cachedb.database import Database, is_full, sync_folder
+from cachedb.database import CLOSED, Database, is_full, sync_folder
 from cachedb.directory import is_received, is_session, lock_kind, received_digest
-from cachedb.errors import CacheError, CacheReplaced, StorageError, explain, os_errors
+from cachedb.errors import CacheError, CacheReplaced, StorageError, explain, is_callers, os_errors
 from cachedb.folders import Folders, Leftover
+from cachedb.reentry import not_reentered
 from cachedb.reference import Digest
 from cachedb.tables import LEASES
 from cachedb.waiting import Wait
@@ -70,12 +71,13 @@ class Session:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._closed = False
         locks.after_fork(self)
         self.forked()
 
     def forked(self) -> None:
         """Be a new session, that has not begun."""
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a signal handler may use the cache while its thread has it
         self._id: str | None = None
         self._lock: FileIO | None = None
         self._numbers = itertools.count(1)
@@ -87,14 +89,17 @@ class Session:
     def id(self) -> str:
         """The session's name. Asking for it begins the session."""
         with self._guard:
+            if self._closed:
+                raise CacheError(CLOSED)
             if self._id is None:
                 name = f"{os.getpid()}-{secrets.token_hex(6)}"
-                try:
-                    lock = self._begin(name)
-                except StorageError as error:
-                    if not is_full(error) or not self._database.give_up_inodes():
-                        raise
-                    lock = self._begin(name)
+                with not_reentered(f"session {id(self)}", "beginning to write to the cache"):
+                    try:
+                        lock = self._begin(name)
+                    except StorageError as error:
+                        if not is_full(error) or not self._database.give_up_inodes():
+                            raise
+                        lock = self._begin(name)
                 self._id, self._lock = name, lock
             return self._id
 
@@ -185,22 +190,28 @@ class Session:
             return digest in self._expected
 
     def close(self) -> None:
-        """End the session: its folder, its leases and its lock file go."""
-        if self._id is None or self._lock is None:
+        """End the session, and begin no other: its folder, its leases and its lock file go."""
+        with self._guard:
+            self._closed = True
+            session, lock = self._id, self._lock
+        if session is None or lock is None:
             return
+        folder = self._database.directory / "ingest" / session
         try:
             # A file named by its digest may be a publication that failed half way: the next open sees to it.
-            if not any(received_digest(name) for name in os.listdir(self.folder)):
-                remove_folder(self._database.folders, self._id)
+            if not any(received_digest(name) for name in os.listdir(folder)):
+                remove_folder(self._database.folders, session)
                 if self._leased:
                     with self._database.write() as connection:
-                        connection.execute(delete(LEASES).where(LEASES.c.session == self._id))
-                with self._database.folders.open("locks") as folder:
-                    os.unlink(f"{self._id}{_SUFFIX}", dir_fd=folder)
-        except (CacheError, OSError):
-            pass  # what is left is a dead session's, which the next open sweeps away
+                        connection.execute(delete(LEASES).where(LEASES.c.session == session))
+                with self._database.folders.open("locks") as locks_folder:
+                    os.unlink(f"{session}{_SUFFIX}", dir_fd=locks_folder)
+        except (CacheError, OSError) as error:
+            if is_callers(error):
+                raise
+            # What is left is a dead session's, which the next open sweeps away.
         finally:
-            locks.release(self._lock)
+            locks.release(lock)
             self.forked()
 
 

@@ -17,10 +17,18 @@ from typing import NamedTuple, Self, TypeVar
 
 from cachedb import marker, oci, partial, producing
 from cachedb.directory import blob_path, partial_path
-from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError, os_errors
+from cachedb.errors import (
+    CacheError,
+    DigestMismatch,
+    InvalidManifest,
+    NotInCache,
+    RegistryError,
+    ignore_os_errors,
+    os_errors,
+)
 from cachedb.folders import Folders
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
-from cachedb.parallel import Advance, Once, end, in_threads
+from cachedb.parallel import Advance, Once, end, in_threads, start
 from cachedb.receiving import Content, discard, receive
 from cachedb.reference import Digest, Name, digest_of, shorten
 from cachedb.registry import Repository, mirrors, place
@@ -235,7 +243,7 @@ class Source:
             time.sleep(seconds)
         else:
             ended.wait(seconds)
-        with suppress(OSError):
+        with ignore_os_errors():
             return min(partial_path(self._directory, blob.digest).stat().st_size, blob.size)
         return 0
 
@@ -255,14 +263,14 @@ class Source:
         What fails, fails again for who wants it. Others who pull the same wait until this is pulled, or is left; this
         thread, which would wait for itself, is refused.
         """
-        with suppress(OSError):  # of what cannot be looked at, or written to
+        with ignore_os_errors():  # of what cannot be looked at, or written to
             if (
                 (self._directory / "index.db").exists()
                 and self._is_ours()
                 and self._right.enter_context(producing.unless_made(self._directory, self.key))
             ):
                 self._begun = threading.Thread(target=self._begin, daemon=True)
-                self._begun.start()
+                start(self._begun)  # or all of it is for whoever wants it
 
     @property
     def key(self) -> str:

@@ -25,9 +25,10 @@ from cachedb.errors import (
     RegistryError,
     RegistryUnavailable,
     StorageError,
+    ignore_os_errors,
 )
 from cachedb.oci import Descriptor
-from cachedb.parallel import Advance, Once, end, in_threads
+from cachedb.parallel import Advance, Once, end, in_threads, start
 from cachedb.reading import document, open_blob
 from cachedb.reference import Digest, Name
 from cachedb.registry import Repository, place
@@ -81,7 +82,7 @@ class Target:
         self._directory = directory
         self._blobs = Once()
         self._sent: dict[Digest, int] = {}  # bytes of those that are on their way
-        self._guard, self._told = threading.Lock(), set[Digest]()  # of which somebody has been told what came of it
+        self._guard, self._told = threading.RLock(), set[Digest]()  # of which somebody has been told what came of it
         self._begun: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -165,10 +166,10 @@ class Target:
         Args:
             source: the image's name.
         """
-        with suppress(OSError):  # of what cannot be looked at: who opens the cache says so
+        with ignore_os_errors():  # of what cannot be looked at: who opens the cache says so
             if (self._directory / "index.db").exists():
                 self._begun = threading.Thread(target=self._begin, args=(source,), daemon=True)
-                self._begun.start()
+                start(self._begun)  # or all of it is for whoever wants it
 
     def _begin(self, source: Name) -> None:
         # A damaged index has values of any type: who opens it says so. Of a blob that fails, who waits for it is told.

@@ -36,7 +36,7 @@ class Uses:
 
     def forked(self) -> None:
         """Have nothing noted, for a parent process writes what it has; and no guard that a thread of it holds."""
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a signal handler may use the cache while its thread has it
         self._names: set[Name] = set()
         self._written = time.monotonic()
 

@@ -24,7 +24,7 @@ from cachedb import collection, configs, images, rebuild
 from cachedb.blobs import Received, on_disk, set_stored, stored
 from cachedb.database import Database, batched, quarantine_path, sync_file, sync_folder
 from cachedb.directory import blob_path, is_received, is_session, lock_kind, partial_digest, trash_digest
-from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
+from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers
 from cachedb.folders import Folders, Leftover
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance, Progress, in_threads, summed
@@ -174,6 +174,8 @@ def _read_file(path: Path, digest: Digest, buffer: memoryview, add: Advance) -> 
     except FileNotFoundError:
         return None
     except OSError as error:
+        if is_callers(error):
+            raise  # or a good file would be taken for a damaged one
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise StorageError(f"cannot read a blob: {explain(error)}") from error  # that says nothing of the file
         return Reading(read, size, None, f"it cannot be read: {explain(error)}")

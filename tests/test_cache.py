@@ -530,8 +530,9 @@ def test_a_name_is_for_an_archive_of_one_image(cache: Cache, tmp_path: Path, dir
         cache.cache_from_tar(one, "No Name")
     cache.close()
     assert snapshot(directory) == before
-    assert [str(image.name) for image in cache.cache_from_tar(one, Name("mine", "3"))] == ["mine:3"]
-    assert [str(image.name) for image in cache.cache_from_tar(nameless, "other")] == ["other:latest"]
+    with Cache.open(directory) as again:
+        assert [str(image.name) for image in again.cache_from_tar(one, Name("mine", "3"))] == ["mine:3"]
+        assert [str(image.name) for image in again.cache_from_tar(nameless, "other")] == ["other:latest"]
 
 
 def test_an_incomplete_image_is_not_exported(cache: Cache, tmp_path: Path) -> None:

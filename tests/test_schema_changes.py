@@ -13,7 +13,6 @@ import sqlite3
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -1217,10 +1216,14 @@ def test_a_backup_goes_to_where_one_can_be_and_no_other_path_is_spoken_of(
 def test_a_folder_that_may_not_be_written_to_is_an_error_of_the_file_that_was_named(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(**_: object) -> None:
-        raise PermissionError(13, "Permission denied", "a name by chance")
+    real = os.open
 
-    monkeypatch.setattr(tempfile, "mkstemp", refused)
+    def refused(path: Any, *arguments: Any, **options: Any) -> int:
+        if ".backup-" in str(path):
+            raise PermissionError(13, "Permission denied", "a name by chance")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refused)
     with pytest.raises(StorageError) as caught:
         schema.back_up(cache.directory, tmp_path / "x.db")
     said = f"cannot make a backup of the index: Permission denied: '{tmp_path / 'x.db'}'; check the owner and mode of"

@@ -139,7 +139,7 @@ def test_who_only_reads_is_told_of_another_program_in_our_own_words(full: Path) 
     shell.execute("PRAGMA locking_mode = EXCLUSIVE")
     shell.execute("BEGIN IMMEDIATE")
     database = Database(full, wait=0.1)
-    with pytest.raises(Busy, match="waited 0.1 s for the index"), database.read():
+    with pytest.raises(Busy, match=r"waited 0\.1 s for the index"), database.read():
         pass
     database.close()
     shell.close()

@@ -1,0 +1,92 @@
+"""Arguments of a wrong type: a `TypeError`, or an error of our own, before anything is done."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachedb import Cache, CacheError, Name, schema
+from tests import make
+from tests.conftest import snapshot
+from tests.test_closing import ARGUMENTS, call, methods
+
+WRONG: list[Any] = [None, 3, 1.5, True, b"app:1", ["app:1"], {"app": 1}, object(), io.StringIO("text")]
+# What a parameter takes of these.
+TAKEN: dict[str, tuple[Any, ...]] = {
+    "data": (bytes,),
+    "prefix": (str,),
+    "seconds": (type(None), int, float),
+    "timeout": (type(None), int, float),
+    "parameters": (type(None),),
+    "query": (),
+    "platform": (type(None),),
+    "authfile": (type(None), str),
+    "progress": (type(None),),
+    "blob_progress": (type(None),),
+    "name": (type(None),),  # of an archive
+    "target": (type(None),),
+    "media_type": (type(None),),
+}
+FLAGS = {"dry_run", "quick", "repair", "link", "all_platforms", "if_missing", "allow_stale", "referrers", "plain_http"}
+
+
+def cases() -> list[tuple[str, str]]:
+    found = []
+    for method in methods():
+        for parameter in list(inspect.signature(getattr(Cache, method)).parameters)[1:]:
+            if parameter not in FLAGS:  # a flag is true or false, as anything is
+                found.append((method, parameter))
+    return found
+
+
+@pytest.mark.parametrize(("method", "parameter"), cases())
+def test_an_argument_of_a_wrong_type_is_refused(cache: Cache, tmp_path: Path, method: str, parameter: str) -> None:
+    make.save(cache, "app:1", make.image(1))
+    signature = inspect.signature(getattr(Cache, method))
+    for wrong in WRONG:
+        is_bool = type(wrong) is bool and parameter in ("seconds", "timeout")
+        if isinstance(wrong, TAKEN.get(parameter, ())) and not is_bool:
+            continue
+        before = snapshot(cache.directory)
+        bound = signature.bind(cache, *ARGUMENTS[method])
+        if method == "export":
+            bound.arguments["destination"] = tmp_path / "out"
+        is_rest = signature.parameters[parameter].kind is inspect.Parameter.VAR_POSITIONAL
+        bound.arguments[parameter] = (wrong,) if is_rest else wrong
+        with pytest.raises((TypeError, CacheError)):
+            call(cache, method, *bound.args[1:], **bound.kwargs)
+        after = snapshot(cache.directory)
+        assert {**after, "locks": 0, "ingest": 0} == {**before, "locks": 0, "ingest": 0}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [3, b"/tmp", ["x"], object(), True])
+def test_a_directory_of_a_wrong_type_is_refused(wrong: Any) -> None:
+    for function in (Cache.open, schema.upgrade, schema.back_up, schema.check, schema.current, schema.history):
+        with pytest.raises(TypeError, match="directory is of type"):
+            function(wrong)
+    with pytest.raises(CacheError):
+        Name.parse(wrong)
+
+
+def test_a_progress_callback_that_is_none_is_refused_before_the_work(cache: Cache) -> None:
+    for function in (schema.upgrade, schema.back_up):
+        with pytest.raises(TypeError, match="progress is of type 'int': give a function, or None"):
+            function(cache.directory, progress=3)  # type: ignore[arg-type]
+
+
+def test_a_file_in_text_mode_is_refused(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", make.image(1))
+    with (tmp_path / "file").open("w+") as file:
+        for work in (cache.add_blob, cache.cache_from_tar, lambda data: cache.export("app:1", data)):
+            with pytest.raises(TypeError, match="a file that is open in binary mode"):
+                work(file)  # type: ignore[arg-type]
+
+
+def test_a_manifest_as_text_is_refused(cache: Cache) -> None:
+    with pytest.raises(TypeError, match="manifest is of type 'str': give its bytes"):
+        cache.save_manifest("app:1", make.image(1).manifest.decode())  # type: ignore[arg-type]

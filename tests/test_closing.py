@@ -1,0 +1,183 @@
+"""A cache that is closed: nothing works on it, whoever closes it and whatever others do meanwhile."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachedb import Cache, CacheError, DigestMismatch
+from tests import make
+from tests.conftest import files_of, run_python, stored_rows
+
+MADE = make.image(1)
+CLOSED = "this cache is closed: open it again with Cache.open"
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "save_blob": (MADE.digest, MADE.manifest),
+    "add_blob": (b"data",),
+    "has_blob": (MADE.digest,),
+    "get_blob": (MADE.digest,),
+    "get_blob_size": (MADE.digest,),
+    "get_blob_path": (MADE.digest,),
+    "open_blob": (MADE.digest,),
+    "producing_blob": (MADE.digest,),
+    "save_manifest": ("app:1", MADE.manifest),
+    "associate_blob_with_image": ("app:1", MADE.digest),
+    "tag": ("app:1", "app:2"),
+    "sql": ("SELECT 1",),
+    "adopt": ("/nowhere",),
+    "pull": ("localhost:1/app:1",),
+    "push": ("app:1", "localhost:1/app:1"),
+    "push_tags": ("app", "localhost:1/app"),
+    "cache_from_tar": ("/dev/null",),
+    "export": ("app:1", "/nowhere/out"),
+    "list_blobs": (),
+    "list_holds": (),
+    "list_manifests": (),
+    "list_names": (),
+    "list_views": (),
+    "collect_garbage": (),
+    "get_html_report": (),
+    "get_stats": (),
+    "get_usage": (),
+    "verify": (),
+    **dict.fromkeys(
+        ["hold", "add_hold", "release_hold", "producing", "get_manifest", "get_image", "get_image_blobs"], ("app:1",)
+    ),
+    **dict.fromkeys(["get_platforms", "is_image_complete", "remove_manifest", "get_labels"], ("app:1",)),
+}
+
+
+def methods() -> list[str]:
+    """The names of all public methods but those that end a cache, or begin one."""
+    found = [name for name, _ in inspect.getmembers(Cache, callable) if not name.startswith("_")]
+    return sorted(set(found) - {"open", "close"})
+
+
+def call(cache: Cache, method: str, *arguments: object, **named: object) -> object:
+    """Call a method, and go through what it gives."""
+    given = getattr(cache, method)(*arguments, **named)
+    if inspect.isgenerator(given):
+        return list(given)
+    if hasattr(given, "__enter__") and not hasattr(given, "read"):
+        with given as inner:
+            return inner
+    return given
+
+
+@pytest.mark.parametrize("method", methods())
+def test_a_method_of_a_closed_cache_is_refused(cache: Cache, directory: Path, method: str) -> None:
+    cache.close()
+    before = sorted(str(path) for path in directory.rglob("*"))
+    with pytest.raises(CacheError, match=CLOSED):
+        call(cache, method, *ARGUMENTS[method])
+    assert sorted(str(path) for path in directory.rglob("*")) == before
+
+
+def test_a_closed_cache_can_be_closed_again_and_not_be_entered(cache: Cache, directory: Path) -> None:
+    cache.close()
+    cache.close()
+    with pytest.raises(CacheError, match=CLOSED), cache:
+        pass
+    assert cache.directory == directory
+    with pickle.loads(pickle.dumps(cache)) as another:
+        assert another.list_names() == []
+
+
+def test_a_cache_can_be_closed_in_a_block_of_its_own(cache: Cache) -> None:
+    make.save(cache, "app:1", MADE)
+    with cache.hold("app:1"):
+        cache.close()
+
+
+def test_a_child_inherits_that_a_cache_is_closed_and_may_close_an_open_one(tmp_path: Path) -> None:
+    output = run_python(
+        """
+        import os, sys
+        from cachedb import Cache, CacheError
+        closed, opened = Cache.open(sys.argv[1]), Cache.open(sys.argv[1])
+        digest = opened.add_blob(b"data")
+        closed.close()
+        if not os.fork():
+            try:
+                closed.list_names()
+            except CacheError as error:
+                print(error, flush=True)
+            opened.close()
+            os._exit(0)
+        assert os.wait()[1] == 0
+        assert opened.collect_garbage().blobs == 0
+        print(opened.has_blob(digest))
+        opened.close()
+        """,
+        tmp_path / "cache",
+    )
+    assert output.splitlines() == [CLOSED, "True"]
+
+
+def test_threads_that_work_while_a_cache_is_closed_end_well_or_are_told(tmp_path: Path) -> None:
+    directory, archive = tmp_path / "cache", tmp_path / "app.tar"
+    make.write(archive, make.oci_files({"other:1": make.image(2, size=200_000)}))
+    for _ in range(5):
+        cache, failures, begun = Cache.open(directory), list[BaseException](), threading.Barrier(4)
+
+        def work(number: int, cache: Cache = cache, failures: list[Any] = failures, begun: Any = begun) -> None:
+            begun.wait(60)
+            try:
+                while True:
+                    cache.add_blob(os.urandom(1000))
+                    cache.cache_from_tar(archive, f"other:{number}")
+                    cache.get_stats()
+                    cache.has_blob(MADE.digest)
+                    with cache.sql("SELECT name FROM image_usage") as answer:
+                        list(answer.rows)
+            except BaseException as failure:
+                failures.append(failure)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        begun.wait(60)
+        cache.close()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        assert {isinstance(error, CacheError) and not isinstance(error, DigestMismatch) for error in failures} == {True}
+        assert cache._parts[0]._idle == []
+        assert [name for name in os.listdir("/proc/self/fd") if is_of(directory, name)] == []
+    with Cache.open(directory) as opened:
+        opened.collect_garbage()
+        assert opened.verify().problems == []
+        assert files_of(directory) == stored_rows(directory)
+        assert os.listdir(directory / "trash") == []
+    assert [name for name in os.listdir(directory / "locks") if name.endswith(".session")] == []
+
+
+def is_of(directory: Path, descriptor: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(directory))
+    except FileNotFoundError:
+        return False
+
+
+def test_a_connection_that_a_thread_uses_while_a_cache_is_closed_is_closed_when_it_is_done(cache: Cache) -> None:
+    database = cache._database
+    with database.read() as connection:
+        cache.close()
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1
+    assert [name for name in os.listdir("/proc/self/fd") if is_of(database.directory, name)] == []
+    with pytest.raises(CacheError, match=CLOSED), database.read():
+        pass
+
+
+def test_a_session_does_not_begin_after_its_end(cache: Cache) -> None:
+    session = cache._session
+    cache.close()
+    with pytest.raises(CacheError, match=CLOSED):
+        session.id  # noqa: B018
+    assert os.listdir(cache.directory / "ingest") == []

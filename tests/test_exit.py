@@ -1,0 +1,128 @@
+"""Work while the interpreter exits, when no thread can be started: the calling thread does it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache
+from cachedb.parallel import in_threads, start, summed
+from tests import make
+from tests.conftest import files_of, run_python
+
+CHUNK = 1024 * 1024
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread can be started, as at a limit on them, or while the interpreter exits."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_every_operation_works_in_a_handler_of_atexit(tmp_path: Path) -> None:
+    archive = tmp_path / "app.tar"
+    make.write(archive, make.oci_files({"app:1": make.image(1, size=2 * CHUNK)}))
+    output = run_python(
+        """
+        import atexit, sys
+        from pathlib import Path
+        from cachedb import Cache, CacheError
+        directory, archive = Path(sys.argv[1]), sys.argv[2]
+
+        def work():
+            with Cache.open(directory) as cache:
+                cache.cache_from_tar(archive)
+                cache.add_blob(bytes(3_000_000))
+                cache.export("app:1", directory.parent / "out.tar")
+                assert not cache.verify().problems
+                for form in ("docker-archive", "oci-dir"):
+                    cache.export("app:1", directory.parent / form, format=form)
+                for number in range(100):
+                    cache.add_blob(b"%d" % number)
+                for registry_call in (cache.pull, cache.push):
+                    try:
+                        registry_call("localhost:1/app:1" if registry_call == cache.pull else "app:1", **(
+                            {} if registry_call == cache.pull else {"target": "localhost:1/app:1"}))
+                    except CacheError as error:
+                        print(type(error).__name__)
+            with Cache.open(directory) as cache:
+                print(cache.collect_garbage().blobs)
+                cache.remove_manifest("app:1")
+            print("done")
+
+        Cache.open(directory).close()
+        atexit.register(work)
+        """,
+        tmp_path / "cache",
+        archive,
+    )
+    assert output.split() == ["RegistryUnavailable", "RegistryUnavailable", "101", "done"]
+    assert files_of(tmp_path / "cache") == {}
+
+
+def test_a_thread_that_outlives_the_main_thread_can_use_the_cache(tmp_path: Path) -> None:
+    archive = tmp_path / "app.tar"
+    make.write(archive, make.oci_files({"app:1": make.image(1)}))
+    output = run_python(
+        """
+        import sys, threading
+        from cachedb import Cache
+
+        def work():
+            threading.main_thread().join()
+            with Cache.open(sys.argv[1]) as cache:
+                cache.cache_from_tar(sys.argv[2])
+                print(len(cache.verify().problems))
+
+        threading.Thread(target=work).start()
+        """,
+        tmp_path / "cache",
+        archive,
+    )
+    assert output.split() == ["0"]
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_the_calling_thread_does_the_work_where_no_other_can_be_started() -> None:
+    threads = in_threads(lambda item, _: (item, threading.get_ident()), range(5), summed(0, None), threads=3)
+    assert threads == [(item, threading.get_ident()) for item in range(5)]
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_what_the_calling_thread_does_fails_as_a_whole() -> None:
+    stopped: list[bool] = []
+
+    def work(item: int, _: object) -> None:
+        raise KeyError(item)
+
+    with pytest.raises(KeyError, match="0"):
+        in_threads(work, range(5), summed(0, None), stop=lambda: stopped.append(True))
+    assert stopped == [True]
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_a_large_blob_is_hashed_where_no_thread_can_be_started(cache: Cache) -> None:
+    data = bytes(CHUNK) * 6 + b"end"
+    assert cache.get_blob(cache.add_blob(data)) == data
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_many_files_are_unlinked_where_no_thread_can_be_started(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        for number in range(100):
+            cache.add_blob(b"%d" % number)
+    with Cache.open(directory) as cache:
+        assert cache.collect_garbage().blobs == 100
+        assert os.listdir(directory / "trash") == []
+    assert files_of(directory) == {}
+
+
+def test_a_thread_that_was_started_is_told_from_one_that_was_not(no_threads: None) -> None:
+    assert not start(threading.Thread())

@@ -1,0 +1,371 @@
+"""Calls in the middle of another call of the same thread, and errors that are the caller's own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachedb import Cache, CacheError, ReentrantCall, StorageError, schema
+from cachedb.callbacks import Callbacks
+from cachedb.database import Database
+from cachedb.errors import callers_own, ignore_os_errors, os_errors
+from cachedb.locks import acquire, release
+from cachedb.parallel import Once
+from cachedb.sessions import Session
+from cachedb.uses import Uses
+from tests import make
+from tests.conftest import run_python
+
+
+@pytest.fixture
+def filled(cache: Cache) -> Cache:
+    made = make.image(1)
+    for digest, data in made.blobs.items():
+        cache.save_blob(digest, data)
+    cache.save_manifest("app:1", made.manifest)
+    return cache
+
+
+@pytest.fixture(autouse=True)
+def _an_end() -> Iterator[None]:
+    """A call that waits for itself ends by this signal, which is none of the tests' own."""
+
+    def over(*_: object) -> None:
+        pytest.fail("the thread waits for itself")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_write_in_the_middle_of_a_write_of_the_same_thread_is_refused_at_once(filled: Cache) -> None:
+    with filled._database.write(), pytest.raises(ReentrantCall, match="this thread is already writing to the cache in"):
+        filled.tag("app:1", "app:2")
+    with Cache.open(filled.directory) as other, filled._database.write(), pytest.raises(ReentrantCall):
+        other.tag("app:1", "app:2")
+    filled.tag("app:1", "app:2")
+
+
+def test_a_write_in_the_middle_of_one_that_does_not_wait_is_refused_at_once(filled: Cache) -> None:
+    with filled._database.write_at_once() as connection:
+        assert connection is not None
+        with pytest.raises(ReentrantCall):
+            filled.tag("app:1", "app:2")
+        with filled._database.write_at_once() as second:
+            assert second is None
+    filled.tag("app:1", "app:2")
+
+
+def test_what_is_only_read_can_be_read_in_the_middle_of_a_write(filled: Cache) -> None:
+    with filled._database.write():
+        assert filled.get_manifest("app:1")
+        assert filled.is_image_complete("app:1")
+        assert [str(name) for name in filled.list_names()] == ["app:1"]
+        with filled.sql("SELECT name FROM image_usage") as answer:
+            assert list(answer.rows) == [("app:1",)]
+
+
+def test_another_thread_writes_after_a_write(filled: Cache) -> None:
+    with filled._database.write():
+        thread = threading.Thread(target=filled.tag, args=("app:1", "app:2"))
+        thread.start()
+    thread.join(60)
+    assert len(filled.list_names()) == 2
+
+
+def test_a_signal_handler_can_use_the_cache_at_any_moment(tmp_path: Path) -> None:
+    output = run_python(
+        """
+        import signal, sys, time
+        from cachedb import Cache, ReentrantCall
+        refused = done = 0
+
+        def handler(*_):
+            global refused, done
+            try:
+                assert cache.get_manifest("app:1")
+                cache.tag("app:1", "tmp:1")
+                done += 1
+            except ReentrantCall:
+                refused += 1
+            signal.setitimer(signal.ITIMER_REAL, 0.003)
+
+        with Cache.open(sys.argv[1]) as cache:
+            config = cache.add_blob(b"{}")
+            cache.save_manifest("app:1", b'{"schemaVersion":2,"config":{"mediaType":'
+                b'"application/vnd.oci.image.config.v1+json","digest":"%s","size":2},"layers":[]}' % config.encode())
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.003)
+            end = time.monotonic() + 100
+            while not (refused and done > 5) and time.monotonic() < end:
+                cache.tag("app:1", "app:2")
+                cache.has_blob(config)
+                cache.add_blob(b"%d" % done)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            print(refused > 0, done > 5, len(cache.verify().problems))
+        """,
+        tmp_path / "cache",
+    )
+    assert output.split() == ["True", "True", "0"]
+
+
+def test_no_lock_of_a_moment_makes_a_thread_wait_for_itself(filled: Cache, tmp_path: Path) -> None:
+    from cachedb import locks
+
+    session, uses, once = filled._session, filled._uses, Once()
+    with locks._guard:
+        lock = acquire(tmp_path / "lock")
+        assert lock is not None
+        release(lock)
+    with session._guard:
+        assert session.id
+        assert not session.expects(filled.list_blobs()[0])
+    with uses._guard:
+        filled.get_manifest("app:1")
+        uses.write()
+    with once._guard:
+        assert once.ask("what", lambda: 1).result() == 1
+
+
+def test_a_task_that_asks_for_itself_is_refused() -> None:
+    once = Once()
+
+    def work() -> int:
+        with pytest.raises(ReentrantCall):
+            once.ask("what", lambda: 2)
+        return 1
+
+    assert once.ask("what", work).result() == 1
+    assert once.ask("what", lambda: 3).result() == 1
+
+
+def test_a_session_is_not_begun_in_the_middle_of_its_beginning(
+    index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, refused = Session(index), list[str]()
+    real = Path.mkdir
+
+    def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
+        with pytest.raises(ReentrantCall):
+            refused.append(session.id)
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert session.id
+    assert refused == []
+    monkeypatch.undo()
+    session.close()
+    assert [name for name in os.listdir(index.directory / "locks") if name.endswith(".session")] == []
+
+
+def test_an_image_that_is_looked_for_cannot_be_produced_by_the_same_thread(
+    filled: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, looks = Cache.get_image, [0]
+
+    def get_image(self: Cache, name: Any) -> Any:
+        looks[0] += 1
+        if looks[0] == 2:  # the right is taken by now
+            with pytest.raises(CacheError, match="by this thread already"), filled.producing("new:1"):
+                pass
+        return real(self, name)
+
+    monkeypatch.setattr(Cache, "get_image", get_image)
+    with filled.producing("new:1") as image:
+        assert image is None
+    assert looks[0] >= 2
+
+
+def test_a_backup_in_the_middle_of_a_backup_is_refused(filled: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cachedb import backups
+
+    refused: list[int] = []
+
+    def progress(*_: object) -> None:
+        with pytest.raises(ReentrantCall, match="making a backup"):
+            schema.back_up(filled.directory)
+        refused.append(1)
+
+    monkeypatch.setattr(backups, "_OPCODES", 10)
+    schema.back_up(filled.directory, progress=progress)
+    assert refused
+
+
+def test_an_export_to_a_layout_in_the_middle_of_one_is_refused(filled: Cache, tmp_path: Path) -> None:
+    def progress(*_: object) -> None:
+        filled.export("app:1", tmp_path / "layout", format="oci-dir")
+
+    with pytest.raises(ReentrantCall, match="exporting to"):
+        filled.export("app:1", tmp_path / "layout", format="oci-dir", progress=progress)
+
+
+def test_an_index_is_not_replaced_while_the_same_thread_opens_it_nor_opened_while_it_replaces_it(
+    index: Database,
+) -> None:
+    with (
+        index._unreplaced(),
+        pytest.raises(ReentrantCall, match="opening the index"),
+        index._unreplaced(replacing=True),
+    ):
+        pass
+    with index._unreplaced(replacing=True), pytest.raises(ReentrantCall, match="replacing the index"):
+        index.rows(schema_versions(), {})
+    with index._unreplaced(), index._unreplaced():
+        pass
+
+
+def schema_versions() -> Any:
+    from sqlalchemy import select
+
+    from cachedb.tables import IMAGES
+
+    return select(IMAGES.c.id)
+
+
+def test_a_progress_callback_can_use_the_cache(filled: Cache, tmp_path: Path) -> None:
+    archive, calls = tmp_path / "other.tar", [0]
+    make.write(archive, make.oci_files({"other:1": make.image(2)}))
+
+    def progress(*_: object) -> None:
+        calls[0] += 1
+        filled.tag("app:1", f"app:{2 + calls[0] % 3}")
+
+    filled.cache_from_tar(archive, progress=progress)
+    filled.verify(progress=progress)
+    filled.verify(repair=True, progress=progress)
+    filled.export("app:1", tmp_path / "out.tar", progress=progress)
+    assert calls[0] > 3
+
+
+# Errors of the caller's own
+
+
+def test_an_error_of_a_signal_handler_passes_unchanged(filled: Cache) -> None:
+    def handler(*_: object) -> None:
+        raise TimeoutError
+
+    other = acquire(filled.directory / "locks" / "write.lock")
+    assert other is not None
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(TimeoutError):
+            filled.tag("app:1", "app:2")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        release(other)
+    filled.tag("app:1", "app:2")
+
+
+def test_an_error_without_a_reason_of_the_operating_system_is_not_ignored_or_translated() -> None:
+    for block in (os_errors("work"), ignore_os_errors()):
+        with pytest.raises(TimeoutError), block:
+            raise TimeoutError
+    with ignore_os_errors():
+        raise OSError(errno.ENOSPC, "full")
+    with pytest.raises(StorageError, match="cannot work: full"), os_errors("work"):
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_an_error_of_a_callback_passes_unchanged() -> None:
+    @callers_own
+    def fail() -> None:
+        raise OSError(errno.EIO, "the caller's")
+
+    for block in (os_errors("work"), ignore_os_errors()):
+        with pytest.raises(OSError, match="the caller's"), block:
+            fail()
+
+
+@pytest.mark.parametrize("what", ["import", "verify", "repair", "export", "oci-dir", "link", "backup", "upgrade"])
+def test_an_error_of_a_progress_callback_is_the_callers(
+    filled: Cache, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cachedb import backups
+
+    monkeypatch.setattr(backups, "_OPCODES", 10)
+
+    def progress(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "the caller's")
+
+    archive = tmp_path / "other.tar"
+    make.write(archive, make.oci_files({"other:1": make.image(2)}))
+    schema.downgrade(filled.directory, "0004") if what == "upgrade" else None
+    calls: dict[str, Callable[[], object]] = {
+        "import": lambda: filled.cache_from_tar(archive, progress=progress),
+        "verify": lambda: filled.verify(progress=progress),
+        "repair": lambda: filled.verify(repair=True, progress=progress),
+        "export": lambda: filled.export("app:1", tmp_path / "out", progress=progress),
+        "oci-dir": lambda: filled.export("app:1", tmp_path / "out", format="oci-dir", progress=progress),
+        "link": lambda: filled.export("app:1", tmp_path / "out", format="oci-dir", link=True, progress=progress),
+        "backup": lambda: schema.back_up(filled.directory, progress=progress),
+        "upgrade": lambda: schema.upgrade(filled.directory, progress=progress),
+    }
+    with pytest.raises(PermissionError, match="the caller's"):
+        calls[what]()
+    if what != "upgrade":
+        assert filled.verify().problems == []
+        assert not (filled.directory / "quarantine").exists()
+
+
+def test_an_error_of_a_callback_of_sqlite_is_raised_again() -> None:
+    callbacks, connection = Callbacks(), sqlite3.connect(":memory:")
+    try:
+        calls = 0
+
+        def late() -> bool:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise TimeoutError
+            return False
+
+        connection.set_progress_handler(callbacks.progress_handler(late), 100)
+        endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+        with pytest.raises(sqlite3.OperationalError):
+            connection.execute(endless)
+        with pytest.raises(TimeoutError):
+            callbacks.raise_again()
+        assert calls == 3
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("query", ["SELECT count(*) FROM n", "SELECT human(i) FROM n"])
+def test_a_signal_handlers_error_ends_a_query(filled: Cache, query: str) -> None:
+    def handler(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, handler)
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+
+    def ask() -> None:
+        with filled.sql(endless + query) as answer:
+            for _ in answer.rows:
+                pass
+
+    began = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(TimeoutError):
+            ask()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    assert time.monotonic() - began < 50
+
+
+def test_uses_are_noted_in_the_middle_of_a_note(index: Database) -> None:
+    uses = Uses(index)
+    with uses._guard:
+        uses.write()
