@@ -246,7 +246,7 @@ def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progre
 
 def _folders(path: str, known: set[str]) -> list[str]:
     """Return the folders of a path that are not known yet, the outermost first; they are known from now on."""
-    new = []
+    new: list[str] = []
     while (path := os.path.dirname(path)) not in known:
         known.add(path)
         new.insert(0, path)
