@@ -45,7 +45,8 @@ def mount_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     """Make up what is mounted where: pairs of a place and a type."""
 
     def make_up(*mounted: tuple[object, str]) -> None:
-        lines = [f"{n} 1 0:{n} / {point} rw shared:1 - {kind} dev rw" for n, (point, kind) in enumerate(mounted)]
+        pairs = [(str(point).replace(" ", "\\040"), kind) for point, kind in mounted]
+        lines = [f"{n} 1 0:{n} / {point} rw shared:1 - {kind} dev rw" for n, (point, kind) in enumerate(pairs)]
         (tmp_path / "mountinfo").write_text("\n".join(lines) + "\nnonsense\n1 2 - x\n")
 
     monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "mountinfo")
@@ -93,7 +94,7 @@ def test_without_a_table_of_mounts_everything_is_welcome(
 
 
 def test_the_innermost_and_latest_mount_counts(mount_table: Callable[..., None], tmp_path: Path) -> None:
-    spaced = str(tmp_path / "with space").replace(" ", "\\040")
+    spaced = tmp_path / "with space"
     mount_table(
         ("/", "root"), (tmp_path, "outer"), (f"{tmp_path}/a", "under"), (f"{tmp_path}/a", "over"), (spaced, "s")
     )

@@ -222,10 +222,13 @@ def test_podman_loads_an_export_from_a_pipe(cachedb: Run, tools: Tools, made: Pa
 
 
 @pytest.mark.parametrize("form", ["docker", "oci-archive", "docker-archive", "oci-dir"])
-def test_buildah_builds_from_an_export(cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str) -> None:
+def test_buildah_builds_from_an_export(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
     cache.cache_from_tar(made / "gzip.oci.tar")
     transport = {"docker": "oci-archive", "oci-dir": "oci"}.get(form, form)
-    container = tools("buildah", "from", f"{transport}:{export(cache, tmp_path, form)}:app:1")
+    monkeypatch.chdir(tmp_path)  # buildah makes a name of the path of a layout, which may have no space
+    container = tools("buildah", "from", f"{transport}:{export(cache, tmp_path, form).name}:app:1")
     root = copy_rootfs(tools, container, tmp_path / "rootfs")
     assert sorted(path.name for path in root.iterdir() if path.is_file()) == ["base", "one"]
 
