@@ -162,7 +162,7 @@ class Cache:
 
     def __reduce__(self) -> tuple[Callable[[str], Cache], tuple[str]]:
         """Open the same cache where this one is sent, in a session of its own; it is for the receiver to close."""
-        return partial(type(self).open, wait=self._database.wait_seconds), (str(self.directory),)
+        return partial(type(self).open, wait=self._parts[0].wait_seconds), (str(self.directory),)
 
     def close(self) -> None:
         """End the session with the cache: what was stored and not associated may be collected from now on.
@@ -176,7 +176,6 @@ class Cache:
         except IndexError:
             return
         with ExitStack() as ending:  # all of it, whatever fails
-            ending.callback(database.keep_reserve)
             ending.callback(database.end)
             ending.callback(session.close)
             uses.write()
@@ -414,6 +413,7 @@ class Cache:
         """
         from cachedb import activity
 
+        self._check_open()
         return activity.sessions(self.directory)
 
     @contextmanager
@@ -747,6 +747,7 @@ class Cache:
 
     def get_leftovers(self) -> list[Leftover]:
         """Return what dead processes left and could not be cleaned up when this cache was opened, and why not."""
+        self._check_open()
         return [leftover for leftover in self._leftovers if os.path.lexists(leftover.path)]
 
     def get_usage(self) -> Usage:

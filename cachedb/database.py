@@ -355,6 +355,9 @@ class Database:
             NotOurs: if it is another user's, and neither shared nor trusted.
             StorageError: if it cannot be opened, or only be read.
         """
+        if self.ended and self._folders is None:
+            raise CacheError(CLOSED)
+        self._check_shortage()
         if self.read_only:
             raise StorageError(
                 f"the cache {str(self.directory)!r} can only be read: check the owner and mode of the directory, and "
@@ -964,6 +967,8 @@ class Database:
         """Close all connections, and open no others: those that threads use now are closed when they are done."""
         self.ended = True
         self.close()
+        self.keep_reserve()
+        self._folders = None  # whoever uses the directory now keeps it open until that is done
 
 
 def _too_long(path: Path) -> str | None:

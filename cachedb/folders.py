@@ -107,6 +107,8 @@ class Folders:
                 os.mkdir(inner, 0o700, dir_fd=parent)
             except FileExistsError:
                 return
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._path(name)) from error
         with self.open(name) as folder:
             follow(folder, self.status, is_folder=True)
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from cachedb.errors import CacheError, ReentrantCall, callers_own
+from cachedb.reentry import on_behalf_of
 
 __all__ = ["Advance", "BlobProgress", "Once", "Progress", "end", "in_threads", "start", "summed", "told", "told_beside"]
 
@@ -88,13 +89,16 @@ def told_beside(progress: Callable[..., object] | None) -> Iterator[Callable[...
     calls: SimpleQueue[tuple[object, ...] | None] = SimpleQueue()
     raised: list[BaseException] = []
 
+    caller = threading.get_ident()
+
     def work() -> None:
-        while (arguments := calls.get()) is not None:
-            try:
-                if not raised:
-                    progress(*arguments)
-            except BaseException as error:
-                raised.append(error)
+        with on_behalf_of(caller):
+            while (arguments := calls.get()) is not None:
+                try:
+                    if not raised:
+                        progress(*arguments)
+                except BaseException as error:
+                    raised.append(error)
 
     def tell(*arguments: object) -> None:
         if raised:
@@ -103,12 +107,15 @@ def told_beside(progress: Callable[..., object] | None) -> Iterator[Callable[...
             calls.put(arguments)
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    is_started = start(thread)
     try:
         yield tell
     finally:
         calls.put(None)
-        thread.join()
+        if is_started:
+            thread.join()
+        else:
+            work()
     if raised:
         raise raised[0]
 
@@ -154,11 +161,12 @@ def in_threads(
                     return
             done[number] = work(item, tell)
 
-    failures, ended = list[BaseException](), SimpleQueue[None]()
+    failures, ended, caller = list[BaseException](), SimpleQueue[None](), threading.get_ident()
 
     def run_in_thread() -> None:
         try:
-            run()
+            with on_behalf_of(caller):
+                run()
         except BaseException as error:
             failures.append(error)
         finally:

@@ -21,6 +21,7 @@ from cachedb import locks, processes
 from cachedb.directory import lock_kind
 from cachedb.errors import CacheError, explain, ignore_os_errors, os_errors
 from cachedb.folders import Folders, Leftover
+from cachedb.parallel import start
 from cachedb.processes import Process
 from cachedb.waiting import LOG, Wait, chosen_seconds
 
@@ -134,7 +135,7 @@ def _beating(directory: Path, key: str, is_working: Callable[[], bool]) -> Itera
                     show_progress(directory, key)
 
     thread = threading.Thread(target=beat, daemon=True, name="cachedb progress")
-    thread.start()
+    start(thread)  # where none can be, as while the interpreter exits, no progress is noted
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from cachedb.errors import (
     SchemaMismatch,
     os_errors,
 )
-from cachedb.folders import FOLDERS
+from cachedb.folders import FOLDERS, Folders
 from cachedb.oci import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, descriptors, manifest_media_type
 from cachedb.reference import Digest, Name, parse_digest
 from cachedb.sessions import Session
@@ -133,8 +133,11 @@ class Restored(NamedTuple):
 def _take(new: Database, file: Path) -> None:
     """Copy a backup, whatever else its folder has; check that it is one, and bring it to the newest schema."""
     with os_errors("copy the backup"):
+        new.directory.mkdir(mode=0o700)
+        folders = Folders(new.directory)
+        folders.mark(new=True)
         for folder in FOLDERS:
-            (new.directory / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+            folders.make(folder)
         shutil.copyfile(file, new.path)
         new.path.chmod(0o600)
         with suppress(FileNotFoundError):  # of a copy that was made while it was in use

@@ -12,15 +12,31 @@ from contextlib import contextmanager
 
 from cachedb.errors import ReentrantCall
 
-__all__ = ["holding", "is_held", "not_reentered", "refuse_reentry"]
+__all__ = ["holding", "is_held", "not_reentered", "on_behalf_of", "refuse_reentry"]
 
 _held: dict[tuple[int, str], int] = {}  # blocks that a thread is in, by thread and lock
+_principals: dict[int, int] = {}  # threads that work for another one, which waits for them
 os.register_at_fork(after_in_child=_held.clear)  # the locks are the parent's
 
 
 def is_held(lock: str) -> bool:
-    """Return whether this thread is in a block of `holding` for the lock."""
-    return _held.get((threading.get_ident(), lock), 0) > 0
+    """Return whether this thread, or one that it works for, is in a block of `holding` for the lock."""
+    thread: int | None = threading.get_ident()
+    while thread is not None:
+        if _held.get((thread, lock), 0) > 0:
+            return True
+        thread = _principals.get(thread)
+    return False
+
+
+@contextmanager
+def on_behalf_of(thread: int) -> Iterator[None]:
+    """Note that this thread works for another one until the end of the block; that one waits for it with its locks."""
+    _principals[threading.get_ident()] = thread
+    try:
+        yield
+    finally:
+        _principals.pop(threading.get_ident(), None)
 
 
 def refuse_reentry(lock: str, doing: str) -> None:

@@ -97,6 +97,7 @@ MUTATIONS = [
     Mutation("a signal handler may use the session", "cachedb/sessions.py", "threading.RLock()", "threading.Lock()", "tests/test_reentry.py -k of_a_moment"),
     Mutation("a signal handler may note a use", "cachedb/uses.py", "threading.RLock()", "threading.Lock()", "tests/test_reentry.py -k of_a_moment"),
     Mutation("a signal handler may lock a file", "cachedb/locks.py", "_guard = threading.RLock()", "_guard = threading.Lock()", "tests/test_reentry.py -k of_a_moment"),
+    Mutation("a thread that works for another does not wait for it", "cachedb/parallel.py", "            with on_behalf_of(caller):\n                run()\n", "            run()\n", "tests/test_reentry.py -k layout"),
     Mutation("a session is begun once", "cachedb/sessions.py", "                with not_reentered(f\"session {id(self)}\", \"beginning to write to the cache\"):\n", "                if True:\n", "tests/test_reentry.py -k beginning"),
     Mutation("who has the right to produce is known before the lock", "cachedb/producing.py", "        making.add(path)  # before", "        pass  # before", "tests/test_reentry.py -k looked_for"),
     Mutation("a task that asks for itself is refused", "cachedb/parallel.py", "            elif not known.done() and self._working[what] == threading.get_ident():\n", "            elif False:\n", "tests/test_reentry.py -k asks_for_itself"),

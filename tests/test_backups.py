@@ -35,10 +35,10 @@ def test_of_two_backups_at_once_the_second_waits_and_both_are_whole(
     held, asked, made = locks.held, threading.Event(), list[Path]()
 
     @contextmanager
-    def held_by_second(path: Path) -> Any:
+    def held_by_second(path: Path, *arguments: Any) -> Any:
         if threading.current_thread() is second:
             asked.set()
-        with held(path) as lock:
+        with held(path, *arguments) as lock:
             yield lock
 
     monkeypatch.setattr(locks, "held", held_by_second)

@@ -301,7 +301,7 @@ def test_a_full_disk_while_publishing_leaves_no_file_and_no_row(
     before = snapshot(cache.directory)
     full: list[OSError] = []
 
-    def fail_once(subject: object, *_: object) -> None:
+    def fail_once(subject: object, *_: object, **__: object) -> None:
         # Not of what comes before the publication, reads, and after it, which takes it back.
         before = isinstance(subject, Connection) and not subject.get_execution_options().get("cachedb_begin")
         if not full and not before and subject != cache._session.folder:
@@ -312,7 +312,14 @@ def test_a_full_disk_while_publishing_leaves_no_file_and_no_row(
         if step == "link":
             patch.setattr(os, "link", fail_once)
         elif step == "sync":
-            patch.setattr(blobs, "sync_folder", fail_once)
+            fsync = os.fsync
+
+            def sync(descriptor: int) -> None:
+                if os.readlink(f"/proc/self/fd/{descriptor}").endswith("blobs/sha256"):
+                    fail_once(descriptor)
+                fsync(descriptor)
+
+            patch.setattr(os, "fsync", sync)
         else:
             event.listen(Engine, "commit", fail_once)
         try:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -151,7 +152,8 @@ def test_an_inode_that_is_missing_is_named_in_the_error(full: Path) -> None:
 def test_what_is_set_aside_is_never_taken_from_behind_a_link(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "1").touch()
-    directory.mkdir()
+    Cache.open(directory).close()
+    shutil.rmtree(directory / "reserve.inodes")
     (directory / "reserve.inodes").symlink_to(tmp_path / "elsewhere")
     with Cache.open(directory) as cache:
         cache._database.give_up_inodes()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from cachedb import Cache, StorageError, database
+from cachedb import Cache, StorageError
 from cachedb.database import Database
 from cachedb.query import answer
 from cachedb.tables import TRASH
@@ -163,12 +163,11 @@ def test_an_index_that_looks_damaged_because_it_changes_is_read_again(
 @pytest.mark.usefixtures("only_read")
 @pytest.mark.parametrize("how", ["read", "rows", "sql"])
 def test_an_index_that_changes_all_the_time_is_an_error_that_says_so(
-    at_rest: Path, writers: Callable[[Callable[[], object], int], None], monkeypatch: pytest.MonkeyPatch, how: str
+    at_rest: Path, writers: Callable[[Callable[[], object], int], None], how: str
 ) -> None:
-    monkeypatch.setattr(database, "_BUSY_TIMEOUT", 0.1)
     times = iter(range(10**9, 10**10))
     writers(lambda: os.utime(at_rest / "index.db", ns=(next(times), next(times))), 10**6)
-    index = Database(at_rest)
+    index = Database(at_rest, wait=0.1)
     reads: dict[str, Callable[[], object]] = {
         "rows": lambda: index.rows(select(TRASH.c.size), {}),
         "read": index.revision,
