@@ -228,6 +228,7 @@ class Cache:
         """
         from cachedb import sharing
 
+        check_text(optional=True, group=group)
         return sharing.share(self._database.folders, group)
 
     @property
@@ -439,6 +440,7 @@ class Cache:
             Busy: if another process that makes the image makes no progress for as long as `open` says.
             CacheError: if this thread is in such a block for the same name already.
         """
+        check_functions(is_working=is_working)
         wanted = Name.parse(name)
 
         def find() -> ImageInfo | None:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import cache
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +57,7 @@ BATCH = 500  # values in one statement, of which SQLite takes so many
 APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
 _MARK = 68  # where an SQLite file has its application_id: https://sqlite.org/fileformat.html#application_id
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a file cannot be made or extended, and may be read
+_PASSING = re.compile(rf"{marker.UNFINISHED.pattern}|index\.db-test-.*")  # while another process makes the cache
 _RESERVE = 1024 * 1024  # bytes
 # SQLite needs two for index.db-wal and index.db-shm, a session two, and locks the rest.
 _RESERVE_INODES = 8
@@ -399,8 +402,6 @@ class Database:
             for folder in missing:
                 sync_folder(folder.parent)
             self._mark()
-            if self._is_new():
-                refuse_unable(self.directory)
             for name in FOLDERS:
                 self.folders.make(name)
                 with self.folders.open(name):
@@ -418,7 +419,7 @@ class Database:
             NotACache: if it holds something else.
         """
         if not self.folders.is_marked and not self._has_our_mark() and not _has_backup(self.directory):
-            strange = {name for name in os.listdir(self.folders.root) if not marker.UNFINISHED.fullmatch(name)}
+            strange = set(filterfalse(_PASSING.fullmatch, os.listdir(self.folders.root)))
             strange -= {"lost+found"} | ({"index.db"} if self._is_new() else set())
             # Another process may have marked it since we looked.
             if strange and marker.read(self.folders.root) is None:
@@ -427,6 +428,8 @@ class Database:
                     f"{str(self.directory)!r} has no {marker.MARKER!r} and is not empty (it holds {min(strange)!r}): "
                     "name another directory"
                 )
+        if self._is_new() and not self.folders.is_marked:
+            refuse_unable(self.directory)
         self.folders.mark(new=True)
 
     def _has_our_mark(self) -> bool:
@@ -671,7 +674,6 @@ class Database:
         Raises:
             Busy: if the time to wait is over.
         """
-        self._check_shortage()
         self.folders.check()
         with ExitStack() as stack:
             stack.enter_context(not_reentered(self._resolved, f"writing to the cache in {str(self.directory)!r}"))

@@ -182,7 +182,7 @@ MUTATIONS = [
     Mutation("a full file system without inodes lacks space", "cachedb/space.py", " and found.f_favail == 0 and found.f_bavail > 0", " and found.f_favail == 0", "tests/test_full_disks.py -k numbers"),
     Mutation("a file system may have no table of inodes", "cachedb/space.py", "or (found.f_files > 0 and found.f_favail == 0)", "or found.f_favail == 0", "tests/test_full_disks.py -k numbers"),
     Mutation("a file system that makes no unnamed file is asked for its numbers", "cachedb/space.py", "            _check_statistics(directory, size, offset)\n            return None\n", "            return None\n", "tests/test_full_disks.py -k numbers"),
-    Mutation("a new cache's file system is tested", "cachedb/database.py", "                refuse_unable(self.directory)\n", "                pass\n", "tests/test_full_disks.py -k refused"),
+    Mutation("a new cache's file system is tested", "cachedb/database.py", "            refuse_unable(self.directory)\n", "            pass\n", "tests/test_full_disks.py -k refused"),
     Mutation("a lock keeps two out", "cachedb/mounts.py", "            _find_flock_fault(ours, other)\n            or", "            None or", "tests/test_full_disks.py -k refused"),
     Mutation("a lock of SQLite keeps two out", "cachedb/mounts.py", "            or _find_posix_lock_fault(ours, other)\n", "", "tests/test_full_disks.py -k refused"),
     Mutation("memory is shared", "cachedb/mounts.py", "            or _find_mmap_fault(ours, other)\n", "", "tests/test_full_disks.py -k refused"),

@@ -29,9 +29,21 @@ TAKEN: dict[str, tuple[Any, ...]] = {
     "blob_progress": (type(None),),
     "name": (type(None),),  # of an archive
     "target": (type(None),),
+    "group": (type(None),),
     "media_type": (type(None),),
 }
-FLAGS = {"dry_run", "quick", "repair", "link", "all_platforms", "if_missing", "allow_stale", "referrers", "plain_http"}
+FLAGS = {
+    "stream",
+    "dry_run",
+    "quick",
+    "repair",
+    "link",
+    "all_platforms",
+    "if_missing",
+    "allow_stale",
+    "referrers",
+    "plain_http",
+}
 
 
 def cases() -> list[tuple[str, str]]:

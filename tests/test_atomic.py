@@ -103,7 +103,7 @@ def test_what_killed_exports_leave_goes_at_the_next_export_and_what_lives_stays(
     with exporting(filled, target, form, named=True) as process:
         process.kill()
     left = list(folder.rglob("*.part"))
-    assert len(left) == 1
+    assert len(left) in ((1,) if form == "docker" else (1, 2)), "a folder's files are written two at a time"
     if form == "oci-dir":
         filled.export("app:1", target, format=form)
     else:

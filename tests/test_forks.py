@@ -174,29 +174,23 @@ WAITING = {
         'cache.tag("app:1", "app:2")',
         "fcntl.flock(lock, fcntl.LOCK_UN)",
     ),
-    "its turn": (
-        'lock = open(directory / "locks" / "write.lock")\nfcntl.flock(lock, fcntl.LOCK_EX)\n'
-        'queue = (directory / "locks" / "write.queue").open("r+b"); os.pwrite(queue.fileno(), b"\\x0a", 0)\n'
-        "locks.time = type(sys)('time'); import time; locks.time.monotonic, locks.time.time = time.monotonic, time.time\n"
-        "locks.time.sleep = calls_when_waiting(time.sleep)",
-        'cache.tag("app:1", "app:2")',
-        "fcntl.flock(lock, fcntl.LOCK_UN)",
-    ),
     "a transaction of another program": (
         'shell = sqlite3.connect(directory / "index.db", isolation_level=None)\nshell.execute("BEGIN IMMEDIATE")\n'
-        "database._pause = calls_when_waiting(database._pause)",
+        "from cachedb.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
         'cache.tag("app:1", "app:2")',
         'shell.execute("COMMIT")',
     ),
     "the folder, to read": (
-        "folder = os.open(directory, os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\ncache.close()\n"
-        "database._pause = calls_when_waiting(database._pause)",
+        'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
+        "cache._database.close()\n"
+        "from cachedb.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
         "assert cache.list_names()",
         "fcntl.flock(folder, fcntl.LOCK_UN)",
     ),
     "the folder, to look up": (
-        "folder = os.open(directory, os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\ncache.close()\n"
-        "database._pause = calls_when_waiting(database._pause)",
+        'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
+        "cache._database.close()\n"
+        "from cachedb.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
         'assert not cache.has_blob("sha256:" + 64 * "0")',
         "fcntl.flock(folder, fcntl.LOCK_UN)",
     ),

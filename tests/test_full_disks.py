@@ -289,7 +289,6 @@ def failed(code: int, text: str = "disk I/O error") -> sqlite3.OperationalError:
         (sqlite3.SQLITE_CANTOPEN, None, "owner and mode", False),
         (sqlite3.SQLITE_FULL, errno.ENOSPC, "No space left on device", True),
         (sqlite3.SQLITE_FULL, None, "free some space", False),  # a query's temporary files are elsewhere
-        (sqlite3.SQLITE_BUSY, errno.ENOSPC, "another program holds", False),
     ],
 )
 def test_an_error_of_sqlite_is_full_if_the_disk_is(

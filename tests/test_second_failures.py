@@ -76,9 +76,10 @@ def test_a_fault_that_does_not_fire_fails_its_test(fault: MakeFault) -> None:
 
 @pytest.mark.parametrize("form", ["docker", "oci-dir"])
 def test_an_export_that_fails_and_cannot_be_taken_away(
-    cache: Cache, fault: MakeFault, tmp_path: Path, form: str
+    cache: Cache, fault: MakeFault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     save(cache, "app:1", IMAGE)
+    monkeypatch.setattr(os, "O_TMPFILE", 0)  # as on a file system that has no files without a name
     with (
         fault(os, "fsync", errno.ENOSPC, ".part"),
         fault(Path, "unlink", errno.EIO, ".part"),
