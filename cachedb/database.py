@@ -46,6 +46,8 @@ _RESERVE = 1024 * 1024  # bytes
 _BUSY_TIMEOUT = 60  # seconds
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
+_SWITCHING_SECONDS = 2  # that others may go on reading an index that is to be put back into WAL mode
+_IN_WAL_MODE = b"\x02\x02"  # at offset 18 of the file (https://sqlite.org/fileformat2.html, 1.3.3)
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
 _SCHEMA = "SELECT version_num FROM alembic_version"
 _FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)  # the second where a message quotes what is damaged
@@ -291,6 +293,15 @@ class Database:
                 raise NotACache(f"{str(self.path)!r} is another program's database: name another directory")
             return read_revision(connection)
 
+    def journal_mode(self) -> str:
+        """Return the journal mode that is stored in the index: ``wal``, unless an outside program switched it."""
+        with self.look() as connection:
+            mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
+        if "immutable" in self._file()[2]:  # SQLite does not look at the mode then, and holds no lock to lose
+            with os_errors("read the index"), self.path.open("rb") as file:
+                mode = "wal" if os.pread(file.fileno(), 2, 18) == _IN_WAL_MODE else "delete"
+        return mode
+
     def faults(self, *, quick: bool = False) -> list[str]:
         """Return what is wrong with the database itself, a line each; the first hundred at most.
 
@@ -444,7 +455,7 @@ class Database:
                     driver = connection.connection.driver_connection
                     assert isinstance(driver, sqlite3.Connection)
                     with self._sqlite_errors():
-                        driver.execute("PRAGMA journal_mode = WAL")
+                        self._ensure_wal(driver)
                         driver.execute("PRAGMA foreign_keys = OFF")
                         if before:
                             before(driver)
@@ -463,6 +474,9 @@ class Database:
         are gone, SQLite finds it there. By then we may have taken its files away. A commit of our own puts an end to
         that, for it is written over it.
         """
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, sqlite3.Connection)
+        self._ensure_wal(driver)
         if turn.marked:
             with connection.begin():
                 # A newer schema is for newer releases to write to.
@@ -484,6 +498,31 @@ class Database:
                 transaction.rollback()
                 raise
         turn.unmark()
+
+    def _ensure_wal(self, driver: sqlite3.Connection) -> None:
+        """Put the index back into WAL mode if an outside program switched it off; under the write lock.
+
+        The mode is stored in the file. Without it a reader blocks every writer, and a writer every reader.
+
+        Raises:
+            StorageError: if another program is reading, which the switch has to wait for.
+        """
+        with self._sqlite_errors():
+            if driver.execute("PRAGMA journal_mode").fetchone() == ("wal",):
+                return
+            # All writers are waiting behind us.
+            driver.execute(f"PRAGMA busy_timeout = {_SWITCHING_SECONDS * 1000}")
+            try:
+                driver.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                raise StorageError(
+                    "another program switched the index out of WAL mode, and a program is reading it now: "
+                    "end that program and try again"
+                ) from error
+            finally:
+                driver.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT * 1000}")
 
     def _create(self) -> None:
         # An existing file is not opened: to close it again would let go of SQLite's locks on it.
