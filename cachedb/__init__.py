@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cachedb.adopt import Adoption, LeftOut
     from cachedb.cache import Cache, Stats
     from cachedb.collection import Collected
+    from cachedb.copy_cache import Copied
     from cachedb.holds import HoldInfo
     from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
     from cachedb.pull import Pulled
@@ -56,6 +57,7 @@ __all__ = [
     "Cache",
     "CacheError",
     "Collected",
+    "Copied",
     "DamagedIndex",
     "Digest",
     "DigestMismatch",
@@ -95,6 +97,7 @@ _HOMES = {
     "BlobInfo": "cachedb.images",
     "Cache": "cachedb.cache",
     "Collected": "cachedb.collection",
+    "Copied": "cachedb.copy_cache",
     "Digest": "cachedb.reference",
     "HoldInfo": "cachedb.holds",
     "ImageInfo": "cachedb.images",

@@ -7,14 +7,23 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from cachedb import locks
 from cachedb.database import Database, quarantine_path, sync_file, sync_folder
 from cachedb.errors import StorageError, os_errors
 
-__all__ = ["back_up", "before_change", "keep_newest", "newest_first", "put_in_place", "size_of"]
+__all__ = [
+    "back_up",
+    "before_change",
+    "begin_snapshot",
+    "copy_snapshot",
+    "keep_newest",
+    "newest_first",
+    "put_in_place",
+    "size_of",
+]
 
 KEPT = 3
 """Backups from before changes of the schema that are kept; those that a person asked for all are."""
@@ -24,6 +33,7 @@ _JOURNAL = "-journal"  # SQLite's, beside it
 _BEFORE = "-before-"
 _CHANGE = 1024 * 1024  # bytes that a change of the schema takes, whatever the size of the index
 _OPCODES = 1000  # of SQLite's, between two looks at how far it is
+_PAGES = 1000  # copied between two looks for an interrupt
 
 
 def newest_first(directory: Path) -> list[Path]:
@@ -119,6 +129,20 @@ def _copy(connection: sqlite3.Connection, half: Path, progress: Callable[[int, i
     if raised:
         raise raised[0]
     sync_file(half)
+
+
+def begin_snapshot(connection: sqlite3.Connection) -> None:
+    """Begin a read transaction, which sees the index as it is now until its end."""
+    connection.execute("BEGIN")
+    connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()  # SQLite begins with the first statement
+
+
+def copy_snapshot(connection: sqlite3.Connection, path: Path) -> None:
+    """Copy an index to a new file as the connection's transaction sees it."""
+    path.touch(mode=0o600, exist_ok=False)
+    with closing(sqlite3.connect(path.as_uri(), uri=True, isolation_level=None)) as target:
+        # An interrupt is raised where Python runs: in the callback.
+        connection.backup(target, pages=_PAGES, progress=lambda _status, _left, _total: None)
 
 
 def before_change(

@@ -8,10 +8,22 @@ from pathlib import Path
 from cachedb.errors import NotACache
 from cachedb.reference import Digest
 
-__all__ = ["REVISION", "blob_file", "blob_path", "chosen", "default_directory", "partial_path", "partials"]
+__all__ = [
+    "REVISION",
+    "UNFINISHED",
+    "blob_file",
+    "blob_path",
+    "chosen",
+    "default_directory",
+    "partial_path",
+    "partials",
+]
 
 REVISION = "0005"
 """The newest migration: the schema that `cachedb.tables` describes; here for who reads without SQLAlchemy."""
+
+UNFINISHED = ".cachedb-copy"
+"""A file in a directory that `cachedb copy` has not come to the end of."""
 
 
 def default_directory() -> Path:
