@@ -138,8 +138,7 @@ def begin_snapshot(connection: sqlite3.Connection) -> None:
 
 
 def copy_snapshot(connection: sqlite3.Connection, path: Path) -> None:
-    """Copy an index to a new file as the connection's transaction sees it."""
-    path.touch(mode=0o600, exist_ok=False)
+    """Copy an index into an empty file as the connection's transaction sees it."""
     with closing(sqlite3.connect(path.as_uri(), uri=True, isolation_level=None)) as target:
         # An interrupt is raised where Python runs: in the callback.
         connection.backup(target, pages=_PAGES, progress=lambda _status, _left, _total: None)

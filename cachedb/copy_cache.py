@@ -1,8 +1,8 @@
 """Copy a cache into another directory as it is at one moment, also while other processes use it.
 
 All stored blobs are leased first, so that no collection takes one. The index is copied from one read transaction, which
-begins under the write lock. The destination becomes a cache at the end, when its ``index.db`` gets its name; until then
-the file `UNFINISHED` lies in it, and the next attempt deletes what an interrupted one left.
+begins under the write lock. Until all blobs are there it has the name `UNFINISHED` in the destination, which becomes a
+cache when it is renamed to ``index.db``. The next attempt deletes what an interrupted one left.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from cachedb.tables import BLOBS, HOLDS, IMAGES, LEASES, TRASH
 
 __all__ = ["Copied", "copy"]
 
-_STAGED = f"{UNFINISHED}.db"  # the index, until the blobs are there
-_FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "locks")  # the rest is made when the copy is opened
-_LOCKS = ("write.lock", "write.queue")
+_FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512")  # the others are made when the copy is opened
+_SUFFIXES = ("wal", "shm", "journal")  # of files that SQLite makes beside the index
 _LEASED_TOGETHER = 5000  # blobs: more would keep the write lock for longer than others notice
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
@@ -65,8 +64,8 @@ def copy(database: Database, session: Session, directory: Path, *, progress: Pro
         DigestMismatch: if a blob's content is not what its name says.
         StorageError: if a blob's file is missing or has another size, or the copy cannot be written.
     """
-    with os_errors("copy the cache"), _destination(directory, database.directory):
-        staged, leased = directory / _STAGED, list[Hold]()
+    with os_errors("copy the cache"), _destination(directory, database.directory) as staged:
+        leased = list[Hold]()
         try:
             if not database.read_only:  # where nothing can be written nothing can be leased
                 database.with_reserve(lambda: _lease(database, session, leased))
@@ -86,8 +85,11 @@ def copy(database: Database, session: Session, directory: Path, *, progress: Pro
 
 
 @contextmanager
-def _destination(directory: Path, source: Path) -> Iterator[None]:
-    """A block that fills a new or empty directory, which is as it was before if the block fails."""
+def _destination(directory: Path, source: Path) -> Iterator[Path]:
+    """A block that fills a new or empty directory, which is as it was before if the block fails.
+
+    The block gets an empty file, to make the index of and to rename in the end.
+    """
     if directory.resolve().is_relative_to(source.resolve()):
         raise NotACache(f"{str(directory)!r} is inside the cache: name a directory elsewhere")
     if reason := refuse_shared(directory):
@@ -97,8 +99,8 @@ def _destination(directory: Path, source: Path) -> Iterator[None]:
     for folder in made:
         sync_folder(folder.parent)
     _check_left(directory)
-    mark = directory / UNFINISHED
-    lock = locks.acquire(mark, wait=False)
+    staged = directory / UNFINISHED
+    lock = locks.acquire(staged, wait=False)
     if lock is None:
         raise CacheError(f"another process is copying into {str(directory)!r}: wait for it or name another directory")
     try:
@@ -106,23 +108,22 @@ def _destination(directory: Path, source: Path) -> Iterator[None]:
             _check_left(directory)  # again: another process may have come to its end meanwhile
         except NotACache:
             if (directory / "index.db").exists():
-                mark.unlink()
+                staged.unlink()
             raise
         try:
             _delete_left(directory)
             for name in _FOLDERS:
                 (directory / name).mkdir(mode=0o700)
             sync_folder(directory)
-            yield
+            yield staged
         except BaseException:
             with suppress(OSError, CacheError):
-                _delete_left(directory)
-                mark.unlink()
-                if directory in made:
-                    directory.rmdir()
+                if staged.exists():  # else the copy is complete, and only a sync failed
+                    _delete_left(directory)
+                    staged.unlink()
+                    for folder in made:
+                        folder.rmdir()
             raise
-        mark.unlink()
-        sync_folder(directory)
     finally:
         locks.release(lock)
 
@@ -138,11 +139,9 @@ def _check_left(directory: Path) -> None:
         raise NotACache(f"{str(directory)!r} is a cache already: name a new or empty directory")
     strange = set(there)
     if UNFINISHED in there and there[UNFINISHED].is_file(follow_symlinks=False):
-        strange -= {UNFINISHED, "blobs", "locks"}
-        strange -= {_STAGED, *(f"{_STAGED}-{suffix}" for suffix in ("wal", "shm", "journal"))}
-        for name in ("blobs", "locks"):
-            if name in there and not there[name].is_dir(follow_symlinks=False):
-                strange.add(name)
+        strange -= {UNFINISHED, *(f"{UNFINISHED}-{suffix}" for suffix in _SUFFIXES)}
+        if "blobs" in there and there["blobs"].is_dir(follow_symlinks=False):
+            strange.remove("blobs")
     if strange:
         raise NotACache(f"{str(directory)!r} is not empty (it holds {min(strange)!r}): name a new or empty directory")
 
@@ -153,16 +152,15 @@ def _delete_left(directory: Path) -> None:
     Raises:
         NotACache: if there is something among it that no copy makes.
     """
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        (directory / f"{_STAGED}{suffix}").unlink(missing_ok=True)
+    os.truncate(directory / UNFINISHED, 0)
+    for suffix in _SUFFIXES:
+        (directory / f"{UNFINISHED}-{suffix}").unlink(missing_ok=True)
     if (directory / "blobs").exists():
         found, strays = blobs.on_disk(directory)
         if strays:
             raise NotACache(f"{str(strays[0])!r} is no blob: name a new or empty directory")
         for digest in found:
             os.unlink(blob_file(directory, digest))
-    for name in _LOCKS:
-        (directory / "locks" / name).unlink(missing_ok=True)
     for name in reversed(_FOLDERS):
         with suppress(FileNotFoundError):
             (directory / name).rmdir()
@@ -205,7 +203,7 @@ def _take_over(copied: Database) -> tuple[dict[Digest, int], int]:
     try:
         if faults := copied.faults(quick=True):
             raise DamagedIndex(f"the index is damaged: {faults[0]}: run `cachedb verify --repair` and copy again")
-        with copied.write() as connection:
+        with copied.look() as connection:  # nobody else knows this index: it needs no write lock
             # The source's processes do not work with the copy. The leases of holds have no process.
             connection.execute(delete(LEASES).where(LEASES.c.session.not_in(select(HOLDS.c.id))))
             connection.execute(delete(TRASH))
@@ -213,7 +211,7 @@ def _take_over(copied: Database) -> tuple[dict[Digest, int], int]:
             image_count = connection.execute(select(func.count()).select_from(IMAGES)).scalar_one()
     finally:
         copied.close()
-    if copied.path.with_name(f"{_STAGED}-wal").exists():
+    if copied.path.with_name(f"{UNFINISHED}-wal").exists():
         raise StorageError(f"{str(copied.path)!r} is in use by another program: end it and copy again")
     sync_file(copied.path)
     return wanted, image_count

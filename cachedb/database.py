@@ -511,7 +511,7 @@ class Database:
             if driver.execute("PRAGMA journal_mode").fetchone() == ("wal",):
                 return
             # All writers are waiting behind us.
-            driver.execute(f"PRAGMA busy_timeout = {_SWITCHING_SECONDS * 1000}")
+            driver.execute(f"PRAGMA busy_timeout = {round(_SWITCHING_SECONDS * 1000)}")
             try:
                 driver.execute("PRAGMA journal_mode = WAL")
             except sqlite3.OperationalError as error:

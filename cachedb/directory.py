@@ -23,7 +23,7 @@ REVISION = "0005"
 """The newest migration: the schema that `cachedb.tables` describes; here for who reads without SQLAlchemy."""
 
 UNFINISHED = ".cachedb-copy"
-"""A file in a directory that `cachedb copy` has not come to the end of."""
+"""The name of the index in a directory that `cachedb copy` has not come to the end of."""
 
 
 def default_directory() -> Path:
