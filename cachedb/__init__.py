@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from cachedb.errors import (
     CacheError,
+    CacheReplaced,
     DamagedIndex,
     DigestMismatch,
     IncompleteImage,
@@ -28,6 +29,7 @@ from cachedb.errors import (
     InvalidRevision,
     NotACache,
     NotInCache,
+    NotOurs,
     RegistryError,
     RegistryUnavailable,
     SchemaMismatch,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from cachedb.cache import Cache, Stats
     from cachedb.collection import Collected
     from cachedb.copy_cache import Copied
+    from cachedb.folders import Leftover
     from cachedb.holds import HoldInfo
     from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
     from cachedb.pull import Pulled
@@ -56,6 +59,7 @@ __all__ = [
     "BlobInfo",
     "Cache",
     "CacheError",
+    "CacheReplaced",
     "Collected",
     "Copied",
     "DamagedIndex",
@@ -71,9 +75,11 @@ __all__ = [
     "InvalidQuery",
     "InvalidRevision",
     "LeftOut",
+    "Leftover",
     "Name",
     "NotACache",
     "NotInCache",
+    "NotOurs",
     "PlatformInfo",
     "Problem",
     "Pulled",
@@ -102,6 +108,7 @@ _HOMES = {
     "HoldInfo": "cachedb.holds",
     "ImageInfo": "cachedb.images",
     "LeftOut": "cachedb.adopt",
+    "Leftover": "cachedb.folders",
     "Name": "cachedb.reference",
     "PlatformInfo": "cachedb.images",
     "Problem": "cachedb.verify",

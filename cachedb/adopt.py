@@ -40,6 +40,7 @@ from cachedb.errors import (
     explain,
     os_errors,
 )
+from cachedb.folders import Folders
 from cachedb.images import ImageInfo, NewImage
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, Progress, in_threads, summed
@@ -96,6 +97,7 @@ def adopt(
 
     Raises:
         NotACache: if the directory is no such cache.
+        NotOurs: to move, if it is another user's, or a folder in it leads elsewhere.
         StorageError: if it cannot be listed, or nothing can be written.
     """
     return _Adopter(database, session, _OldCache(directory, database.directory), how, progress).run()
@@ -186,6 +188,29 @@ class _OldCache:
                     return path
         return None
 
+    def check_ours(self) -> None:
+        """Refuse to take away from a directory that may be something else, which has blobs as well.
+
+        Raises:
+            NotACache: if neither a manifest nor an entry of the index says that it is such a cache.
+            NotOurs: if it is another user's, or a folder in it leads elsewhere.
+        """
+        if self.paths and not self.manifests and not self.entries:
+            raise NotACache(
+                f"{str(self.directory)!r} has neither manifests nor a readable index.json, so nothing is moved out of "
+                "it: adopt it without --move"
+            )
+        with os_errors("open the cache to adopt"):
+            self._folders = Folders(self.directory)
+            self._folders.check_owner()
+            for name in ("blobs", "manifests"):
+                with suppress(FileNotFoundError), self._folders.open(name):
+                    pass
+
+    def remove(self, path: str | Path) -> None:
+        """Unlink a file of the cache, after `check_ours`."""
+        self._folders.remove(str(Path(path).resolve().relative_to(self.directory.resolve())))
+
     @cached_property
     def _manifests_by_digest(self) -> dict[Digest, Path]:
         found = {}
@@ -264,6 +289,8 @@ class _Adopter:
         self._names: set[Name] = set()  # of images that are in both caches now
 
     def run(self) -> Adoption:
+        if self._how == "move":
+            self._old.check_ours()
         # While one part is saved another is read; more would only wait for the write lock.
         in_threads(self._bring, self._parts(), self._advance, threads=2)
         used = len(self._new)
@@ -454,16 +481,16 @@ class _Adopter:
         with os_errors("take away what was adopted"):
             for digest in stored:
                 if digest in self._new or _is_good(ours, digest):
-                    Path(self._old.paths[digest]).unlink(missing_ok=True)
+                    self._old.remove(self._old.paths[digest])
             for name, path in self._old.manifests.items():
                 if name in self._names:
-                    path.unlink(missing_ok=True)
+                    self._old.remove(path)
             for folder, _, _ in os.walk(self._old.directory / "manifests", topdown=False):
                 if Path(folder) != self._old.directory / "manifests":
                     with suppress(OSError):
                         os.rmdir(folder)
             if not self._left_out:
-                (self._old.directory / "index.json").unlink(missing_ok=True)
+                self._old.remove(self._old.directory / "index.json")
 
 
 class _Source:

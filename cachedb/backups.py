@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from cachedb import locks
 from cachedb.database import Database, quarantine_path, sync_file, sync_folder
 from cachedb.errors import StorageError, os_errors
+from cachedb.folders import Folders, follow
 
 __all__ = [
     "back_up",
@@ -30,7 +32,10 @@ KEPT = 3
 
 _HALF = ".backup-"  # how the name of one that is being written begins; the rest is by chance, and no person's
 _JOURNAL = "-journal"  # SQLite's, beside it
+_UNFINISHED = re.compile(r"\.backup-[a-z0-9_]{8}(-journal)?")
 _BEFORE = "-before-"
+_BEFORE_CHANGE = re.compile(r"[0-9]{6,}-[0-9]{4}-before-[0-9]{4}\.db")
+_REBUILT = re.compile(r"[0-9]{6,}-rebuilt\.db")
 _CHANGE = 1024 * 1024  # bytes that a change of the schema takes, whatever the size of the index
 _OPCODES = 1000  # of SQLite's, between two looks at how far it is
 _PAGES = 1000  # copied between two looks for an interrupt
@@ -68,12 +73,16 @@ def back_up(
     with os_errors("make a backup of the index"), ExitStack() as stack:
         if path is None or path.parent.resolve() == folder.resolve():
             stack.enter_context(locks.held(folder / ".lock"))
-            for half in folder.glob(f"{_HALF}*"):
-                half.unlink()  # of one that was killed, as is its journal
+            folders = Folders(directory)
+            with folders.open("backups") as opened:
+                for name in filter(_UNFINISHED.fullmatch, os.listdir(opened)):
+                    os.unlink(name, dir_fd=opened)  # of one that was killed, as is its journal
         path = path or _free(directory, label)
         half = _new_half(path)
         try:
             _copy(connection, half, progress)
+            if path.parent == folder:
+                _follow(half, directory)
             half.rename(path)
             sync_folder(path.parent)
         except BaseException:
@@ -82,6 +91,15 @@ def back_up(
                     made.unlink()
             raise
     return path
+
+
+def _follow(file: Path, directory: Path) -> None:
+    """Give a new file the owner and mode that files of the cache have."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        follow(descriptor, os.stat(directory))
+    finally:
+        os.close(descriptor)
 
 
 def _new_half(path: Path) -> Path:
@@ -172,8 +190,9 @@ def before_change(
 def keep_newest(directory: Path, count: int = KEPT) -> None:
     """Delete all but the newest of the backups from before changes of the schema."""
     with os_errors("delete an old backup"):
-        for path in [path for path in newest_first(directory) if _BEFORE in path.name][count:]:
-            path.unlink(missing_ok=True)
+        folders = Folders(directory)
+        for path in [path for path in newest_first(directory) if _BEFORE_CHANGE.fullmatch(path.name)][count:]:
+            folders.remove(f"backups/{path.name}")
 
 
 def size_of(connection: sqlite3.Connection) -> int:
@@ -200,12 +219,13 @@ def put_in_place(database: Database, new: Path) -> Path | None:
     if new.with_name(f"{new.name}-wal").exists():
         raise StorageError("the new index is not whole: its WAL could not be written back to it; try again")
     waiting = _free(database.directory, "rebuilt")
+    _follow(new, database.directory)
     new.rename(waiting)
     sync_folder(waiting.parent)
     old = quarantine_path(database.directory, "index.db", beside=("-wal",))
     found = database.replace(waiting, old)
-    for earlier in waiting.parent.glob("*-rebuilt.db"):
-        earlier.unlink()  # of one that was cut off, from which this one began
+    for name in filter(_REBUILT.fullmatch, os.listdir(waiting.parent)):
+        database.folders.remove(f"backups/{name}")  # of one that was cut off, from which this one began
     return old if found else None
 
 

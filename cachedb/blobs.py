@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -22,12 +22,12 @@ from sqlalchemy.dialects.sqlite import Insert, insert
 
 from cachedb import receiving
 from cachedb.database import Database, batched, sync_folder
-from cachedb.directory import blob_file, blob_path
+from cachedb.directory import blob_file, received_digest
 from cachedb.errors import CacheError, InvalidDigest, StorageError, os_errors
 from cachedb.parallel import Advance
 from cachedb.receiving import Content, Hasher, Readable, discard, identity
-from cachedb.reference import Digest, parse_digest
-from cachedb.sessions import NO_HOLD, Hold, Session, received_digest
+from cachedb.reference import Digest, parse_digest, split_digest
+from cachedb.sessions import NO_HOLD, Hold, Session
 from cachedb.tables import BLOBS
 
 __all__ = [
@@ -186,18 +186,24 @@ def publish(database: Database, session: Session, received: Iterable[Received]) 
         with database.write() as connection:
             known = intact(connection, database.directory, [blob.digest for blob in files.values()])
             new = {blob.digest: (path, blob) for path, blob in files.items() if blob.digest not in known}
-            targets = {digest: blob_file(database.directory, digest) for digest in new}
-            for digest, target in targets.items():
-                try:
-                    os.link(new[digest][0], target)
-                except FileExistsError:
-                    # A file that no row knows is a forgotten blob's, on its way to the trash, and one of another
-                    # size is damaged: ours takes its place.
-                    second = session.new_path()
-                    os.link(new[digest][0], second)
-                    os.rename(second, target)
-            for folder in {os.path.dirname(target) for target in targets.values()}:
-                sync_folder(folder)
+            with ExitStack() as opened:
+                algorithms = {split_digest(digest)[0] for digest in new}
+                folders = {
+                    algorithm: opened.enter_context(database.folders.open(f"blobs/{algorithm}"))
+                    for algorithm in algorithms
+                }
+                for digest, (path, _) in new.items():
+                    algorithm, name = split_digest(digest)
+                    try:
+                        os.link(path, name, dst_dir_fd=folders[algorithm])
+                    except FileExistsError:
+                        # A file that no row knows is a forgotten blob's, on its way to the trash, and one of another
+                        # size is damaged: ours takes its place.
+                        second = session.new_path()
+                        os.link(path, second)
+                        os.rename(second, name, dst_dir_fd=folders[algorithm])
+                for folder in folders.values():
+                    os.fsync(folder)
             set_stored(connection, [blob for _, blob in new.values()])
             yield connection
     except BaseException:
@@ -237,11 +243,16 @@ def retract(database: Database, folder: Path, names: Iterable[str]) -> None:
     if published:
         with database.write() as connection:
             known = stored(connection, published.values())
-            orphans = {blob_path(database.directory, digest) for digest in published.values() if digest not in known}
-            for path in orphans:
-                path.unlink(missing_ok=True)
-            for parent in {path.parent for path in orphans}:
-                sync_folder(parent)
+            with ExitStack() as opened:
+                folders: dict[str, int] = {}
+                for digest in set(published.values()) - known.keys():
+                    algorithm, orphan = split_digest(digest)
+                    if algorithm not in folders:
+                        folders[algorithm] = opened.enter_context(database.folders.open(f"blobs/{algorithm}"))
+                    with suppress(FileNotFoundError):
+                        os.unlink(orphan, dir_fd=folders[algorithm])
+                for opened_folder in folders.values():
+                    os.fsync(opened_folder)
     for name in published:
         discard(folder / name)
 

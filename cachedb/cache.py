@@ -28,6 +28,7 @@ from cachedb.errors import (
     StorageError,
     os_errors,
 )
+from cachedb.folders import Leftover
 from cachedb.holds import HoldInfo
 from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
 from cachedb.oci import Descriptor
@@ -80,10 +81,16 @@ class Cache:
         self._database = database
         self._session = Session(database)
         self._uses = Uses(database)
+        self._leftovers: list[Leftover] = []
 
     @classmethod
     def open(
-        cls, directory: str | os.PathLike[str] | None = None, *, upgrade: bool = False, damaged: bool = False
+        cls,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        upgrade: bool = False,
+        damaged: bool = False,
+        trust: bool = False,
     ) -> Self:
         """Open a cache, or create it; clean up after processes that died while they worked with it.
 
@@ -92,32 +99,47 @@ class Cache:
             upgrade: bring the index to the newest schema if it has an older one, as ``CACHEDB_AUTO_UPGRADE=1`` in the
                 environment does.
             damaged: open a cache whose index is lost or damaged too, to `verify` it; nothing else will work.
+            trust: write to a directory of another user, though it is not shared, as ``CACHEDB_TRUST=1`` in the
+                environment does.
 
         Raises:
             NotACache: if the directory is something else.
+            NotOurs: if it is another user's, or a folder in it leads elsewhere.
             DamagedIndex: if the index is lost or damaged, and ``damaged`` is false.
             SchemaMismatch: if the index has a newer schema, or an older one and ``upgrade`` is false.
             StorageError: if the directory cannot be made or read, or is on a file system that several hosts share.
         """
-        database = Database(chosen(directory))
+        database = Database(chosen(directory), trust=trust)
         upgrade = upgrade or os.environ.get("CACHEDB_AUTO_UPGRADE") == "1"
 
-        def prepare() -> None:
+        def prepare() -> list[Leftover]:
             schema.prepare(database, upgrade=upgrade)
-            if not database.read_only:
-                collection.recover(database)
-                database.keep_reserve()
+            if database.read_only:
+                return []
+            left = collection.recover(database)
+            database.keep_reserve()
+            return left
 
+        cache = cls(database)
         try:
-            database.with_reserve(prepare)
+            cache._leftovers = database.with_reserve(prepare)
         except DamagedIndex:
             if not damaged:
+                database.close()
+                raise
+        except StorageError as error:
+            if not database.only_read(error):
+                database.close()
+                raise
+            try:
+                schema.prepare(database, upgrade=upgrade)
+            except BaseException:
                 database.close()
                 raise
         except BaseException:
             database.close()
             raise
-        return cls(database)
+        return cache
 
     def __reduce__(self) -> tuple[Callable[[str], Cache], tuple[str]]:
         """Open the same cache where this one is sent, in a session of its own; it is for the receiver to close."""
@@ -622,6 +644,10 @@ class Cache:
 
         return views(self._database)
 
+    def get_leftovers(self) -> list[Leftover]:
+        """Return what dead processes left and could not be cleaned up when this cache was opened, and why not."""
+        return [leftover for leftover in self._leftovers if os.path.lexists(leftover.path)]
+
     def get_usage(self) -> Usage:
         """Return what the cache takes on the disk: unique, shared, held, reclaimable."""
         from cachedb.usage import usage
@@ -670,7 +696,8 @@ class Cache:
         """
         from cachedb.verify import verify
 
-        return verify(self._database, self._session, quick=quick, repair=repair, progress=progress)
+        left = self.get_leftovers()
+        return verify(self._database, self._session, quick=quick, repair=repair, left=left, progress=progress)
 
     def adopt(
         self, directory: str | os.PathLike[str], *, how: str = "copy", progress: Progress | None = None

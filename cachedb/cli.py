@@ -301,12 +301,15 @@ def _each(bars: rich.progress.Progress) -> BlobProgress:
     envvar="CACHEDB_DIR",
     help="The cache directory.  [default: $CACHEDB_DIR, else the user's cache directory]",
 )
+@click.option("--trust", is_flag=True, help="Write to a cache of another user, though it is not shared.")
 @click.version_option(__version__, message="%(prog)s %(version)s")
-def cli(directory: str | None) -> None:
+def cli(directory: str | None, trust: bool) -> None:
     """Keep container images in a local cache that many processes share.
 
     Exit codes: 0 done; 1 failed, or problems found; 2 wrong usage; 3 not in the cache.
     """
+    if trust:
+        os.environ["CACHEDB_TRUST"] = "1"  # for the commands that this one runs, too
 
 
 @cli.command(
@@ -1107,6 +1110,7 @@ def df(verbose: bool, form: str) -> None:
     columns = ("name", "size", "unique_size", "shared_size", "freed_size", "complete", "last_used_at")
     with _opened(existing=True) as cache:
         found = cache.get_usage()
+        left = cache.get_leftovers()
         images: list[Any] = []
         if verbose:
             with cache.sql(f"SELECT {', '.join(columns)} FROM image_usage ORDER BY unique_size DESC, name") as answer:  # noqa: S608
@@ -1114,7 +1118,7 @@ def df(verbose: bool, form: str) -> None:
     if form == "json":
         shares = {name: value._asdict() for name, value in found._asdict().items() if hasattr(value, "_asdict")}
         listed = {"image_usage": [dict(zip(columns, row, strict=True)) for row in images]} if verbose else {}
-        print_json({**found._asdict(), **shares, **listed})
+        print_json({**found._asdict(), **shares, "leftovers": [leftover._asdict() for leftover in left], **listed})
         return
     images_said = f"{found.images}, {found.incomplete} incomplete" if found.incomplete else str(found.images)
     rows = [("images", images_said, "")]
@@ -1124,6 +1128,9 @@ def df(verbose: bool, form: str) -> None:
     rows += [("saved by sharing", "", human(found.saved_size)), ("index", "", human(found.index_size))]
     others = {**found.folder_sizes, "reserve": found.reserve_size}
     rows += [(name, "", human(size)) for name, size in others.items() if size]
+    if left:
+        rows.append(("cannot be cleaned up", str(len(left)), ""))
+        click.echo("cachedb: `cachedb verify` names what dead processes left and cannot be cleaned up", err=True)
     print_table(("", "COUNT", "SIZE"), rows, right=("COUNT", "SIZE"))
     if verbose:
         click.echo()

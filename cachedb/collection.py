@@ -8,13 +8,11 @@ at any point leaves something that `recover` can finish, and never a stored row 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -34,11 +32,12 @@ from sqlalchemy.sql.dml import ReturningDelete
 
 from cachedb import holds, partial, producing
 from cachedb.blobs import retract, stored
-from cachedb.database import BATCH, Database, batched, sync_folder
-from cachedb.directory import blob_file
-from cachedb.errors import os_errors
-from cachedb.reference import Digest
-from cachedb.sessions import dead_sessions, locked_sessions
+from cachedb.database import BATCH, Database, batched
+from cachedb.directory import trash_digest, trash_name
+from cachedb.errors import CacheError, StorageError, explain, os_errors
+from cachedb.folders import Folders, Leftover
+from cachedb.reference import Digest, split_digest
+from cachedb.sessions import dead_sessions, locked_sessions, remove_folder
 from cachedb.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 
 __all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "unreferenced"]
@@ -124,67 +123,86 @@ def collect(database: Database, *, batch: int = _LARGE_BATCH) -> Iterator[Collec
     """Take everything unreferenced from the index and from the disk, so many blobs at a time; yield what was taken.
 
     The candidates are found without the lock; each is looked at again under it, by the same condition.
+
+    Raises:
+        StorageError: when all else is done, if a file cannot be unlinked.
     """
     recover(database)
-    partial.sweep(database.directory)
+    partial.sweep(database.folders)
     with database.read() as connection:
         candidates = connection.execute(_candidates()).scalars().all()
-    with _unlinking(database.directory) as unlink:
+    left: list[Leftover] = []
+    with _unlinking(database.folders, left) as unlink:
         for blob_ids in batched(candidates, batch):
             with database.write() as connection:
                 part = forget(connection, blob_ids)
             yield part
             _move_out(database)
             unlink()  # now, so that a large collection gives back space as it goes
-
-
-def empty_trash(database: Database) -> None:
-    """Move the files of forgotten blobs out of ``blobs/`` and unlink them."""
-    _move_out(database)
-    with _unlinking(database.directory) as unlink:
         unlink()
+    if left:
+        path, reason = left[0]
+        raise StorageError(f"all was collected, but {str(path)!r} cannot be unlinked: {reason}")
+
+
+def empty_trash(database: Database) -> list[Leftover]:
+    """Move the files of forgotten blobs out of ``blobs/`` and unlink them; return what cannot be unlinked."""
+    _move_out(database)
+    left: list[Leftover] = []
+    with _unlinking(database.folders, left) as unlink:
+        unlink()
+    return left
 
 
 def _move_out(database: Database) -> None:
     """Rename the files of forgotten blobs into ``trash/``."""
-    trash = f"{database.directory}/trash"
     while database.rows(_some_trash(), {"most": 1}):
         with database.write() as connection:
             begun = time.monotonic()
             digests = [Digest(row) for row in connection.execute(_some_trash(), {"most": BATCH}).scalars()]
             again = stored(connection, digests)
-            done, folders = [], set()
-            for digest in digests:
-                done.append(digest)
-                if digest in again:
-                    continue
-                path = blob_file(database.directory, digest)
-                folders.add(os.path.dirname(path))
-                with suppress(FileNotFoundError):  # moved before a crash that undid the rest
-                    os.rename(path, f"{trash}/{digest.replace(':', '-')}")  # as text, as `blob_file` has it
-                if time.monotonic() - begun > _HOLD:
-                    break
-            for folder in folders:
-                sync_folder(Path(folder))
+            done = []
+            with ExitStack() as opened:
+                trash = opened.enter_context(database.folders.open("trash"))
+                sources: dict[str, int] = {}
+                for digest in digests:
+                    done.append(digest)
+                    if digest in again:
+                        continue
+                    algorithm, name = split_digest(digest)
+                    if algorithm not in sources:
+                        sources[algorithm] = opened.enter_context(database.folders.open(f"blobs/{algorithm}"))
+                    with suppress(FileNotFoundError):  # moved before a crash that undid the rest
+                        os.rename(name, trash_name(digest), src_dir_fd=sources[algorithm], dst_dir_fd=trash)
+                    if time.monotonic() - begun > _HOLD:
+                        break
+                for folder in sources.values():
+                    os.fsync(folder)
             connection.execute(_without_trash(), {"digests": done})
         if len(done) == len(digests) < BATCH:
             break
 
 
 @contextmanager
-def _unlinking(directory: Path) -> Iterator[Callable[[], None]]:
-    """Give a block what begins to unlink all that is in ``trash/``; it is done at the block's end.
+def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], None]]:
+    """Give a block what begins to unlink the blobs in ``trash/``; it is done at the block's end.
 
     Where others sync, each unlinking waits for the file system's journal: several wait together, and beside the block.
+
+    Args:
+        folders: of the cache.
+        left: gets what cannot be unlinked.
     """
-    trash = f"{directory}/trash"
     begun: list[Future[None]] = []
 
     def unlink(names: list[str]) -> None:
-        with os_errors("empty the trash"):
-            for name in names:
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{trash}/{name}")
+        for name in names:
+            try:
+                os.unlink(name, dir_fd=trash)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                left.append(Leftover(folders.directory / "trash" / name, explain(error)))
 
     def finish() -> None:
         while begun:
@@ -192,32 +210,44 @@ def _unlinking(directory: Path) -> Iterator[Callable[[], None]]:
 
     def begin() -> None:
         finish()
-        with os_errors("empty the trash"):
-            names = os.listdir(trash)
+        left.clear()  # what is still there is found again
+        names = [name for name in os.listdir(trash) if trash_digest(name)]
         if len(names) <= _FEW:
             unlink(names)
         else:
             begun.extend(threads.submit(unlink, names[start::_UNLINKING]) for start in range(_UNLINKING))
 
-    with ThreadPoolExecutor(_UNLINKING) as threads:
+    with os_errors("empty the trash"), folders.open("trash") as trash, ThreadPoolExecutor(_UNLINKING) as threads:
         yield begin
         finish()
 
 
-def recover(database: Database) -> None:
-    """Clean up what is over: what dead sessions received, their leases, holds past their time, half-done trash."""
+def recover(database: Database) -> list[Leftover]:
+    """Clean up what is over: what dead sessions received, their leases, holds past their time, half-done trash.
+
+    What cannot be cleaned up is passed over, for it must not keep anybody from working.
+
+    Returns:
+        What is left.
+    """
     with database.read() as connection:
         leased = holds.lapsed(connection)
+    folders, left = database.folders, list[Leftover]()
     with os_errors("clean up after a dead session"):
-        producing.sweep(database.directory)
-        for session in dead_sessions(database.directory):
+        left += producing.sweep(folders)
+        for session in dead_sessions(folders, left):
             folder = database.directory / "ingest" / session
-            if folder.is_dir():
-                retract(database, folder, os.listdir(folder))
-                shutil.rmtree(folder, ignore_errors=True)
+            if os.path.lexists(folder):
+                try:
+                    with folders.open(f"ingest/{session}") as descriptor:
+                        names = os.listdir(descriptor)
+                    retract(database, folder, names)
+                    remove_folder(folders, session)
+                except (OSError, CacheError) as error:
+                    left.append(Leftover(folder, explain(error) if isinstance(error, OSError) else str(error)))
         # A session has its lock file before its first lease, and until its last is gone.
         gone = leased - locked_sessions(database.directory)
     if gone:
         with database.write() as connection:
             holds.forget(connection, gone)
-    empty_trash(database)
+    return left + empty_trash(database)

@@ -28,9 +28,19 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb import locks, partial
-from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, StorageError, os_errors
-from cachedb.mounts import refuse_shared
+from cachedb import locks, marker, partial, space
+from cachedb.errors import (
+    CacheError,
+    CacheReplaced,
+    DamagedIndex,
+    NotACache,
+    SchemaMismatch,
+    StorageError,
+    explain,
+    os_errors,
+)
+from cachedb.folders import FOLDERS, Folders, follow
+from cachedb.mounts import refuse_shared, refuse_unable
 from cachedb.tables import METADATA, REVISION
 
 __all__ = ["BATCH", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
@@ -39,9 +49,11 @@ T = TypeVar("T")
 
 BATCH = 500  # values in one statement, of which SQLite takes so many
 APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
-FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
-_OURS = {"blobs", "ingest", "trash", "locks", "backups", "quarantine", "reserve", "lost+found"}
+_MARK = 68  # where an SQLite file has its application_id: https://sqlite.org/fileformat.html#application_id
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a file cannot be made or extended, and may be read
 _RESERVE = 1024 * 1024  # bytes
+# SQLite needs two for index.db-wal and index.db-shm, a session two, and locks the rest.
+_RESERVE_INODES = 8
 # Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
 _BUSY_TIMEOUT = 60  # seconds
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
@@ -80,10 +92,11 @@ def quarantine_path(directory: Path, name: str, *, beside: tuple[str, ...] = ())
         name: of what is put there.
         beside: what is put at the path with these suffixes, where it is free too.
     """
+    folders = Folders(directory)
+    folders.make("quarantine")
+    with folders.open("quarantine"):  # it is refused if it leads elsewhere
+        os.fsync(folders.root)
     folder = directory / "quarantine"
-    if not folder.exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
-        sync_folder(directory)
     path, number = folder / name, 0
     while any(os.path.lexists(f"{path}{suffix}") for suffix in ("", *beside)):
         number += 1
@@ -106,9 +119,17 @@ class Database:
     fork waits until no other thread is in a transaction, and all connections are closed before it.
     """
 
-    def __init__(self, directory: Path, path: Path | None = None) -> None:
-        """Name the index of a cache directory, or another one: a backup."""
+    def __init__(self, directory: Path, path: Path | None = None, *, trust: bool = False) -> None:
+        """Name the index of a cache directory, or another one: a backup.
+
+        Args:
+            directory: of the cache.
+            path: of the index, unless it is the directory's.
+            trust: work with a directory of another user.
+        """
         self.directory = directory.absolute()
+        self._trust = trust
+        self._folders: Folders | None = None
         self.path = (path or directory / "index.db").absolute()
         self._name = str(self.path)
         self.write_lock = self.directory / "locks" / "write.lock"
@@ -116,6 +137,8 @@ class Database:
             self.read_only = self.path.exists() and not os.access(directory, os.W_OK)
         self._engine = self._connect()
         self._idle: list[_Connection] = []
+        self._shortage: StorageError | None = None
+        self._gave_up = False
         locks.before_fork(self)
 
     def _connect(self) -> Engine:
@@ -129,6 +152,8 @@ class Database:
 
     def _open(self, *, read_only: bool = False) -> _Connection:
         """Open a connection to the file that has the name; it is made in `write_schema` and nowhere else."""
+        if self._folders is not None:
+            self._folders.check()
         with self._unreplaced():
             file = self._file()
             with self._sqlite_errors():
@@ -216,6 +241,8 @@ class Database:
             try:
                 status = os.stat(self._name)
             except FileNotFoundError:
+                if self._folders is not None:
+                    self._folders.check()
                 raise lost(self.directory) from None
             mode = "mode=rw"
             if self.read_only:
@@ -233,6 +260,27 @@ class Database:
         if connection.file != self._file():
             raise DisconnectionError  # the pool opens another
 
+    @property
+    def folders(self) -> Folders:
+        """The open cache directory, to change something in it.
+
+        Raises:
+            NotOurs: if it is another user's, and neither shared nor trusted.
+            StorageError: if it cannot be opened, or only be read.
+        """
+        if self.read_only:
+            raise StorageError(
+                f"the cache {str(self.directory)!r} can only be read: check the owner and mode of the directory, and "
+                "whether its file system is mounted read-only"
+            )
+        if self._folders is None:
+            with os_errors("open the cache directory"):
+                folders = Folders(self.directory)
+                folders.check_owner(trust=self._trust)
+                folders.mark(new=False)
+            self._folders = folders
+        return self._folders
+
     def prepare(self) -> str | None:
         """Make the directory and its folders, unless they are there; refuse what is not ours.
 
@@ -241,6 +289,7 @@ class Database:
 
         Raises:
             NotACache: if the directory holds something else.
+            NotOurs: if it is another user's, or a folder in it leads elsewhere.
             StorageError: if it cannot be made or read.
         """
         if reason := refuse_shared(self.directory):
@@ -252,26 +301,44 @@ class Database:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in missing:
                 sync_folder(folder.parent)
+            self._mark()
             if self._is_new():
-                strange = {entry.name for entry in self.directory.iterdir()} - _OURS
-                strange = {name for name in strange if not name.startswith("index.db")}
-                if strange:
-                    raise NotACache(
-                        f"{str(self.directory)!r} is not a cache, and not empty (it holds {min(strange)!r}): "
-                        "name another directory"
-                    )
-            if is_ours(self.directory):
-                self._make_folders()  # before the index is looked at: it may be damaged, and they lost
+                refuse_unable(self.directory)
+            for name in FOLDERS:
+                self.folders.make(name)
+                with self.folders.open(name):
+                    pass  # a link to elsewhere is refused now, and again whenever something is changed in it
             revision = self.revision()
-            self._make_folders()
             if revision is None:
                 sync_folder(self.directory / "blobs")
                 sync_folder(self.directory)
             return revision
 
-    def _make_folders(self) -> None:
-        for name in FOLDERS:
-            (self.directory / name).mkdir(mode=0o700, exist_ok=True)
+    def _mark(self) -> None:
+        """Make sure that the directory is a cache, or may become one, and has a marker that says so.
+
+        Raises:
+            NotACache: if it holds something else.
+        """
+        if not self.folders.is_marked and not self._has_our_mark() and not _has_backup(self.directory):
+            strange = {name for name in os.listdir(self.folders.root) if not marker.UNFINISHED.fullmatch(name)}
+            strange -= {"lost+found"} | ({"index.db"} if self._is_new() else set())
+            # Another process may have marked it since we looked.
+            if strange and marker.read(self.folders.root) is None:
+                self.revision()  # it says so if the index is another program's
+                raise NotACache(
+                    f"{str(self.directory)!r} has no {marker.MARKER!r} and is not empty (it holds {min(strange)!r}): "
+                    "name another directory"
+                )
+        self.folders.mark(new=True)
+
+    def _has_our_mark(self) -> bool:
+        """Return whether the index has our application_id, as those of older releases have, which left no marker."""
+        if self._is_new():
+            return False
+        with suppress(CacheError), self.look() as connection:
+            return bool(connection.exec_driver_sql("PRAGMA application_id").scalar_one() == APPLICATION_ID)
+        return False
 
     def _is_new(self) -> bool:
         # An empty file is one that its creator, under the write lock, is about to switch to WAL.
@@ -404,6 +471,7 @@ class Database:
                 yield None
                 return
             try:
+                self.folders.check()
                 with self._engine.connect() as connection, self._transaction(_immediate(connection), locks.Turn(file)):
                     self._check_schema(connection)
                     yield connection
@@ -433,7 +501,10 @@ class Database:
     @contextmanager
     def alone(self) -> Iterator[locks.Turn]:
         """Hold the write lock, and no transaction."""
+        self._check_shortage()
+        self.folders.check()
         with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
+            self.folders.check()  # again, for we may have waited long
             yield turn
 
     @contextmanager
@@ -491,6 +562,13 @@ class Database:
             transaction.rollback()
             turn.unmark()
             raise
+        if turn.is_lost:
+            transaction.rollback()
+            turn.unmark()
+            raise CacheReplaced(
+                f"{str(self.write_lock)!r} was removed while it was locked; nothing was written: try again, and keep "
+                "cleaners of old files out of the cache"
+            )
         if transaction.is_active:
             try:
                 transaction.commit()
@@ -529,7 +607,11 @@ class Database:
         if not self.path.exists():
             if has_blobs(self.directory):
                 raise lost(self.directory)
-            self.path.touch(mode=0o600)
+            file = os.open(self.path.name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self.folders.root)
+            try:
+                follow(file, self.folders.status)
+            finally:
+                os.close(file)
 
     def _on_error(self, context: ExceptionContext) -> None:
         error = context.original_exception
@@ -556,42 +638,108 @@ class Database:
             sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
             sqlite3.SQLITE_CANTOPEN: "check the owner and mode of the cache directory, and the limit on open files",
             sqlite3.SQLITE_BUSY: "another program holds the database in a transaction; end it and try again",
-            sqlite3.SQLITE_IOERR: "the disk may be full, or failing",
+            sqlite3.SQLITE_IOERR: "the disk may be failing: see the kernel's log",
         }.get(code)
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_NOMEM:
+            advice = "there is not enough memory"
+        elif code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            sizes = (_size(f"{self._name}{suffix}") for suffix in ("", "-wal", "-shm"))
+            if shortage := space.find_shortage(self.directory, _RESERVE, offset=max(sizes)):
+                return StorageError(f"the index failed: {error}: {explain(shortage)}", errno=shortage.errno)
         return StorageError(f"the index failed: {error}" + (f"; {advice}" if advice else ""))
 
+    def only_read(self, error: StorageError) -> bool:
+        """Read without new files from now on, if an error says that there is no room for any, and there is an index.
+
+        SQLite cannot share memory with other processes then; it is as if the directory could not be written to.
+
+        Returns:
+            Whether it is so. It ends with the shortage.
+        """
+        if error.errno not in _NO_ROOM or self._is_new():
+            return False
+        self.close()
+        self.read_only, self._shortage = True, error
+        return True
+
+    def _check_shortage(self) -> None:
+        """Raise what `only_read` was told while it lasts; else be as if it had not been called."""
+        if self._shortage is None:
+            return
+        if space.find_shortage(self.directory, _RESERVE):
+            raise StorageError(str(self._shortage), errno=self._shortage.errno) from self._shortage
+        self.read_only, self._shortage = False, None
+        self.close()
+
     def keep_reserve(self) -> None:
-        """Set some space aside for `with_reserve`, if there is none yet and the disk has it."""
-        path = self.directory / "reserve"
+        """Set space and inodes aside for `with_reserve`, where some are missing and the disk has them."""
         if self.read_only:
             return
+        self._keep_bytes()
+        with suppress(OSError, CacheError):
+            self._keep_inodes()
+
+    def _keep_inodes(self) -> None:
+        if os.path.lexists(self.directory / "reserve.inodes" / str(_RESERVE_INODES)):  # the last that is made
+            return
+        self.folders.make("reserve.inodes")
+        with self.folders.open("reserve.inodes") as folder:
+            for number in range(1, _RESERVE_INODES + 1):
+                file = os.open(str(number), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+                try:
+                    follow(file, self.folders.status)
+                finally:
+                    os.close(file)
+
+    def give_up_inodes(self) -> bool:
+        """Give the inodes that were set aside back to the file system; return whether there is one now."""
+        found = False
+        with suppress(OSError, CacheError), self.folders.open("reserve.inodes") as folder:
+            for number in range(_RESERVE_INODES, 0, -1):
+                with suppress(FileNotFoundError):
+                    os.unlink(str(number), dir_fd=folder)
+                    found = self._gave_up = True
+        # Another process may have given them up just now.
+        return found or not space.find_shortage(self.directory, _RESERVE)
+
+    def _keep_bytes(self) -> None:
+        path = self.directory / "reserve"
         with suppress(OSError):
             if path.exists() and path.stat().st_size >= _RESERVE:
                 return
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            descriptor = os.open("reserve", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self.folders.root)
             try:
+                follow(descriptor, self.folders.status)
                 os.posix_fallocate(descriptor, 0, _RESERVE)
-            except OSError:
-                path.unlink()
+            except OSError as error:
+                # The limit on the size of our files says nothing of the disk.
+                if error.errno != errno.EFBIG or not os.fstat(descriptor).st_size:
+                    path.unlink()
             finally:
                 os.close(descriptor)
 
     def with_reserve(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
-        """Do some work; on a full disk do it again, or other work, in the space that was set aside.
+        """Do some work; on a full disk do it again, or other work, in the room that was set aside.
 
-        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without. What is left of
-        downloads goes as well.
+        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without. Inodes are given
+        up first, which may be all that it takes; then space, and what is left of downloads as well.
         """
         try:
             return work()
         except StorageError as error:
             if not is_full(error):
                 raise
+            if self.give_up_inodes():
+                try:
+                    return again() if again else work()
+                except StorageError as still:
+                    if not is_full(still):
+                        raise
             freed = False
             with suppress(CacheError, OSError):
-                freed = partial.sweep(self.directory, age=0)
+                freed = partial.sweep(self.folders, age=0)
             with suppress(OSError):
-                (self.directory / "reserve").unlink()
+                os.unlink("reserve", dir_fd=self.folders.root)
                 freed = True
             if freed:
                 return (again or work)()
@@ -602,6 +750,9 @@ class Database:
         self._engine.dispose()
         while self._idle:
             self._idle.pop().close()
+        if self._gave_up:  # SQLite has given two back just now
+            self._gave_up = False
+            self.keep_reserve()
 
 
 def lost(directory: Path) -> DamagedIndex:
@@ -615,16 +766,37 @@ def has_blobs(directory: Path) -> bool:
 
 
 def is_ours(directory: Path) -> bool:
-    """Say whether a directory has been a cache, whatever has become of its index."""
-    return all((directory / name).is_dir() for name in ("blobs", "ingest", "trash"))
+    """Return whether a directory is a cache, whatever has become of its index."""
+    with suppress(CacheError, OSError):
+        return marker.read(directory) is not None or _has_backup(directory)
+    return False
+
+
+def _has_backup(directory: Path) -> bool:
+    """Return whether a directory has a backup with our application_id: older releases left no marker."""
+    # Not so the index itself: closing it here would release SQLite's locks on it in this process.
+    for path in (directory / "backups").glob("*.db"):
+        with suppress(OSError):
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if os.pread(file, 4, _MARK) == APPLICATION_ID.to_bytes(4, "big"):
+                    return True
+            finally:
+                os.close(file)
+    return False
 
 
 def is_full(error: StorageError) -> bool:
-    """Say whether the disk is full; what SQLite says of that is vague where it has no space for its shared memory."""
-    cause = error.__cause__
-    if isinstance(cause, sqlite3.DatabaseError):
-        return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Return whether the file system has no space or no inode left, or the quota is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _size(path: str) -> int:
+    """Return the size of a file in bytes, 0 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def mismatch(directory: Path, revision: str | None) -> SchemaMismatch | DamagedIndex:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from cachedb.errors import NotACache
-from cachedb.reference import Digest
+from cachedb.errors import InvalidDigest, NotACache
+from cachedb.reference import Digest, parse_digest
 
 __all__ = [
     "REVISION",
@@ -15,8 +16,15 @@ __all__ = [
     "blob_path",
     "chosen",
     "default_directory",
+    "is_received",
+    "is_session",
+    "lock_kind",
+    "partial_digest",
     "partial_path",
     "partials",
+    "received_digest",
+    "trash_digest",
+    "trash_name",
 ]
 
 REVISION = "0005"
@@ -64,3 +72,50 @@ def partials(directory: Path) -> Path:
 def partial_path(directory: Path, digest: Digest) -> Path:
     """Return where a blob lies that is being downloaded, or was until it was cut off."""
     return partials(directory) / digest.replace(":", "-")
+
+
+def trash_name(digest: Digest) -> str:
+    """Return the name that the file of a forgotten blob has in ``trash/``."""
+    return digest.replace(":", "-")
+
+
+def trash_digest(name: str) -> Digest | None:
+    """Return the digest of a forgotten blob from the name of its file in ``trash/``; None if the file is not ours."""
+    try:
+        digest = parse_digest(name.replace("-", ":", 1))
+    except InvalidDigest:
+        return None
+    return digest if trash_name(digest) == name else None
+
+
+partial_digest = trash_digest  # a download that was cut off is named in the same way
+
+
+def received_digest(name: str) -> Digest | None:
+    """Return the digest in the name of a file in a session's folder: once all of it is there, or if it was known."""
+    number, _, digest = name.partition(".")
+    return trash_digest(digest) if number.isdecimal() else None
+
+
+def is_received(name: str) -> bool:
+    """Return whether a name in a session's folder is of our form."""
+    return name.isdecimal() or received_digest(name) is not None
+
+
+def is_session(name: str) -> bool:
+    """Return whether a name is a session's."""
+    return _SESSION.fullmatch(name) is not None
+
+
+def lock_kind(name: str) -> str | None:
+    """Return what a file in ``locks/`` is for: ``session``, ``producing`` or ``write``; None if it is not ours."""
+    stem, _, suffix = name.rpartition(".")
+    if suffix == "session" and is_session(stem):
+        return "session"
+    if suffix == "producing" and _KEY.fullmatch(stem):
+        return "producing"
+    return "write" if name in ("write.lock", "write.queue") else None
+
+
+_SESSION = re.compile(r"[0-9]+-[0-9a-f]{12}")
+_KEY = re.compile(r"[0-9a-f]{64}")

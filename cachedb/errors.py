@@ -10,11 +10,13 @@ CacheError
 ├── DigestMismatch       content differs from the digest or size it was said to have
 ├── IncompleteImage      a blob that the operation needs is not stored
 ├── NotACache            the directory is not a cache and cannot become one
+├── NotOurs              a directory or folder is another user's, or leads out of the cache
 ├── RegistryError        a registry, or the way to it, failed or refused
 │   └── RegistryUnavailable  it cannot be reached now, or is overloaded: another time it may do
 ├── SchemaMismatch       the index has another schema than this release works with
 │   └── InvalidRevision  a revision that was asked for is none
 └── StorageError         the operating system or SQLite could not do what was asked
+    ├── CacheReplaced    the cache directory was moved, removed or replaced while it was open
     └── DamagedIndex     index.db is lost or damaged; it can be rebuilt
 
 A message is one line that says what is wrong and, where there is something to do about it, what.
@@ -26,8 +28,11 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cachedb import space
+
 __all__ = [
     "CacheError",
+    "CacheReplaced",
     "DamagedIndex",
     "DigestMismatch",
     "IncompleteImage",
@@ -39,6 +44,7 @@ __all__ = [
     "InvalidRevision",
     "NotACache",
     "NotInCache",
+    "NotOurs",
     "RegistryError",
     "RegistryUnavailable",
     "SchemaMismatch",
@@ -90,6 +96,10 @@ class NotACache(CacheError):
     """The directory is not a cache and cannot become one."""
 
 
+class NotOurs(CacheError):
+    """A directory or folder is another user's, or leads out of the cache: nothing in it is changed."""
+
+
 class RegistryError(CacheError):
     """A registry, or the way to it, failed or refused."""
 
@@ -107,7 +117,19 @@ class InvalidRevision(SchemaMismatch):
 
 
 class StorageError(CacheError):
-    """The operating system or SQLite could not do what was asked."""
+    """The operating system or SQLite could not do what was asked.
+
+    Attributes:
+        errno: the operating system's number for the cause, where it is known.
+    """
+
+    def __init__(self, *args: object, errno: int | None = None) -> None:
+        super().__init__(*args)
+        self.errno = errno
+
+
+class CacheReplaced(StorageError):
+    """The cache directory was moved, removed or replaced while it was open."""
 
 
 class DamagedIndex(StorageError):
@@ -121,6 +143,8 @@ _ADVICE = {
     errno.EPERM: "check the owner and mode of the directory",
     errno.EROFS: "the file system is mounted read-only",
     errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
+    errno.EFBIG: "the file system takes no file of that size",
+    errno.EIO: "the disk may be failing: see the kernel's log",
 }
 
 
@@ -132,7 +156,7 @@ def os_errors(action: str) -> Iterator[None]:
     except BrokenPipeError:
         raise  # whoever read from us went away: nothing failed
     except OSError as error:
-        raise StorageError(f"cannot {action}: {explain(error)}") from error
+        raise StorageError(f"cannot {action}: {explain(error)}", errno=error.errno) from error
 
 
 def explain(error: OSError) -> str:
@@ -140,4 +164,9 @@ def explain(error: OSError) -> str:
     reason = error.strerror or str(error)
     file = "" if error.filename is None else f": {error.filename!r}"
     advice = _ADVICE.get(error.errno or 0)
+    if error.errno == errno.ENOSPC and isinstance(error.filename, str) and space.has_no_inodes(error.filename):
+        reason = "the file system has no free inodes"
+        advice = "delete some files there (`cachedb gc` may help) and try again"
+    if error.errno == errno.EFBIG and (limit := space.file_size_limit()) is not None:
+        advice = f"this process may write files of {limit} bytes at most: raise the limit (`ulimit -f`)"
     return f"{reason}{file}" + (f"; {advice}" if advice else "")

@@ -25,7 +25,7 @@ from cachedb.errors import CacheError, NotInCache, os_errors
 from cachedb.oci import Descriptor
 from cachedb.parallel import Advance
 from cachedb.reading import open_blob
-from cachedb.receiving import CHUNK, WRITTEN_BACK, write_back
+from cachedb.receiving import CHUNK, WRITTEN_BACK, discard, write_back
 from cachedb.reference import Digest, Name, digest_of, shorten, split_digest
 
 __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "without_absent", "write_folder", "write_tar"]
@@ -289,7 +289,7 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         part.rename(path)
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
 
 
 _PARTS = ".cachedb-*.part"
@@ -369,7 +369,7 @@ def _link(directory: Path, entry: Entry, path: Path, progress: Advance | None) -
     try:
         part.rename(path)
     finally:
-        part.unlink(missing_ok=True)  # a rename over another link of the same file does nothing
+        discard(part)  # a rename over another link of the same file does nothing
     if progress is not None:
         progress(entry.size)
     return True

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 from cachedb import tar
 from cachedb.errors import InvalidArchive, os_errors
-from cachedb.receiving import CHUNK
+from cachedb.receiving import CHUNK, discard
 from cachedb.reference import shorten
 
 __all__ = ["MAGIC_LENGTH", "Decompressor", "Files", "Section", "compression_of", "descriptor", "open_files"]
@@ -128,7 +128,7 @@ class Tar:
         names_length = 0
         for member in tar.members(descriptor):
             names_length += len(member.name) + len(member.link)
-            if len(self._files) + len(self._links) > _MEMBERS_LIMIT or names_length > 16 * 1024 * 1024:
+            if len(self._files) + len(self._links) >= _MEMBERS_LIMIT or names_length > 16 * 1024 * 1024:
                 raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: not an image")
             self._add(member)
         for name in self._links:
@@ -140,7 +140,7 @@ class Tar:
         return None if place is None else Section(self._descriptor, *place)
 
     def _resolve(self, name: str) -> str:
-        for _ in range(_LINKS_LIMIT):
+        for _ in range(_LINKS_LIMIT + 1):
             if name not in self._links:
                 return name
             name = self._links[name]
@@ -192,7 +192,7 @@ def open_files(source: Path | BinaryIO, spool: Path) -> Iterator[Files]:
             else:
                 file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
                 if not _is_regular(file) or compression_of(os.pread(file.fileno(), MAGIC_LENGTH, 0)):
-                    stack.callback(spool.unlink, missing_ok=True)
+                    stack.callback(discard, spool)
                     # Not buffered: closing must not fail a second time on a full disk.
                     spooled = stack.enter_context(spool.open("wb+", buffering=0))
                     _copy_decompressed(file, spooled)

@@ -25,6 +25,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
+from cachedb.folders import follow
+
 __all__ = ["Turn", "acquire", "after_fork", "before_fork", "held", "in_turn", "release", "unforked"]
 
 
@@ -97,6 +99,11 @@ class Turn:
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the lock's file was removed, so that others lock another one."""
+        return os.fstat(self._file.fileno()).st_nlink == 0
 
     @property
     def marked(self) -> bool:
@@ -200,7 +207,12 @@ def after_fork(forkable: Forkable) -> None:
 
 
 def _create(path: str, _flags: int) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT, 0o600)
+    follow(file, os.stat(os.path.dirname(path)))
+    return file
 
 
 def _close(file: FileIO) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from cachedb import producing
-from cachedb.directory import partials
+from cachedb.directory import partial_digest
 from cachedb.errors import os_errors
+from cachedb.folders import Folders
 from cachedb.reference import Digest
 
 __all__ = ["begun", "key_of", "sweep"]
@@ -29,22 +31,28 @@ def begun(path: Path, size: int) -> int:
             found = path.stat()
         except FileNotFoundError:
             return 0
-        if found.st_nlink > 1 or found.st_size > size:  # it has been stored, by one that was killed then
+        # It was stored, by a process that was killed then; or it is another user's, who may write to it later.
+        if found.st_nlink > 1 or found.st_size > size or found.st_uid != os.geteuid():
             path.unlink()
             return 0
         path.chmod(0o600)
         return found.st_size
 
 
-def sweep(directory: Path, *, age: float = _AGE) -> bool:
+def sweep(folders: Folders, *, age: float = _AGE) -> bool:
     """Remove what nobody has gone on with for a day, or for another time in seconds; say whether there was any."""
     found = False
-    with os_errors("clean up after a download"), suppress(FileNotFoundError):
-        for name in os.listdir(partials(directory)):
-            path = partials(directory) / name
-            if time.time() - path.lstat().st_mtime >= age:
-                with producing.unless_made(directory, key_of(Digest(name.replace("-", ":")))) as nobody:
+    with os_errors("clean up after a download"), suppress(FileNotFoundError), folders.open("ingest/partial") as partial:
+        for name in os.listdir(partial):
+            digest = partial_digest(name)
+            if digest is None:
+                continue  # it is none of ours
+            with suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=partial, follow_symlinks=False)
+                if not stat.S_ISREG(status.st_mode) or time.time() - status.st_mtime < age:
+                    continue
+                with producing.unless_made(folders.directory, key_of(digest)) as nobody:
                     if nobody:
-                        path.unlink(missing_ok=True)
+                        os.unlink(name, dir_fd=partial)
                         found = True
     return found

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from cachedb import locks
-from cachedb.errors import CacheError, os_errors
+from cachedb.directory import lock_kind
+from cachedb.errors import CacheError, explain, os_errors
+from cachedb.folders import Folders, Leftover
 
 __all__ = ["once", "sweep", "unless_made"]
 
@@ -98,12 +100,18 @@ def unless_made(directory: Path, key: str) -> Iterator[bool]:
             _let_go(path, lock)
 
 
-def sweep(directory: Path) -> None:
-    """Remove what processes that were killed while they made something have left."""
-    for name in os.listdir(directory / "locks"):
-        if name.endswith(_SUFFIX):
-            path = directory / "locks" / name
-            lock = locks.acquire(path, wait=False)
-            if lock is not None:
-                path.unlink(missing_ok=True)
-                locks.release(lock)
+def sweep(folders: Folders) -> Iterator[Leftover]:
+    """Remove what processes that were killed while they made something have left; yield what cannot be removed."""
+    with folders.open("locks") as folder:
+        for name in os.listdir(folder):
+            if lock_kind(name) != "producing":
+                continue
+            path = folders.directory / "locks" / name
+            try:
+                lock = locks.acquire(path, wait=False)
+                if lock is not None:
+                    with suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=folder)
+                    locks.release(lock)
+            except OSError as error:
+                yield Leftover(path, explain(error))

@@ -206,7 +206,7 @@ class _Pull:
             images.give_up(self._database, self._session, hold)
         if isinstance(error, StorageError) and is_full(error):
             with suppress(CacheError, OSError):
-                partial.sweep(self._database.directory, age=0)  # there is more need of the space
+                partial.sweep(self._database.folders, age=0)  # there is more need of the space
 
     def _referring(self, closure: list[Descriptor]) -> list[Descriptor]:
         """Return what refers to the manifests of a closure, and to that in turn: signatures, SBOMs, attestations."""

@@ -22,6 +22,15 @@ Value = str | int | float | None
 """What SQL has as a value."""
 
 _EVERY = 20_000  # steps of SQLite's machine between two looks at the clock, and at signals: a few milliseconds
+_NOT_OF_THE_QUERY = frozenset(
+    {
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+)
 _ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION})
 # What only tells of the schema.
 _PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo"})
@@ -112,7 +121,7 @@ def _errors(connection: sqlite3.Connection, query: str, end: float | None, timeo
             if end is None or time.monotonic() < end:
                 raise KeyboardInterrupt from None  # what a signal raised in the handler, SQLite has swallowed
             raise CacheError(f"the query took over {timeout:g} s: narrow it, or give it more time") from None
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
+        if code in _NOT_OF_THE_QUERY:
             raise
         if _REFUSED.match(message):
             raise InvalidQuery("it would do something else than read: only questions can be asked") from None

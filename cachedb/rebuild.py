@@ -18,7 +18,7 @@ from sqlalchemy import Column, Connection, Table, Text, bindparam, delete, func,
 from sqlalchemy.exc import IntegrityError
 
 from cachedb import backups, blobs, images, reading, schema
-from cachedb.database import APPLICATION_ID, FOLDERS, Database, is_compatible, is_ours, mismatch, read_revision
+from cachedb.database import APPLICATION_ID, Database, is_compatible, is_ours, mismatch, read_revision
 from cachedb.errors import (
     CacheError,
     DamagedIndex,
@@ -28,6 +28,7 @@ from cachedb.errors import (
     SchemaMismatch,
     os_errors,
 )
+from cachedb.folders import FOLDERS
 from cachedb.oci import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, descriptors, manifest_media_type
 from cachedb.reference import Digest, Name, parse_digest
 from cachedb.sessions import Session

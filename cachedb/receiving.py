@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 from cachedb.errors import DigestMismatch, os_errors
+from cachedb.folders import give
 from cachedb.parallel import Advance
 from cachedb.reference import Digest, parse_digest, split_digest
 
@@ -81,6 +82,8 @@ def receive(
     with os_errors("write to the cache"):
         target = os.open(path, os.O_RDWR | os.O_CREAT | (0 if go_on else os.O_EXCL), 0o600) if path else None
     try:
+        if target is not None and path is not None and os.geteuid() == 0:
+            give(target, os.stat(os.path.dirname(path)))
         begun = _hash(target, hashers) if go_on and target is not None else 0
         rest = None if size is None else size - begun
         length = begun + _copy(source, target, hashers, rest, progress)
@@ -112,7 +115,7 @@ def _hash(file: int, hashers: Sequence[Hasher]) -> int:
 
 
 def discard(path: Path | None) -> None:
-    """Remove a received file. Where that fails the next open does it, and what failed before is what to speak of."""
+    """Remove a file that is not needed any more. A failure is not raised: it would hide the error that came first."""
     if path is not None:
         with suppress(OSError):
             path.unlink()

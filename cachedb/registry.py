@@ -418,6 +418,7 @@ class Blob:
             if not data:
                 raise HTTPError("it ended too early")
             begins += len(data)
+            self._since = time.monotonic()  # the time that this takes is no stall
 
     def _look_at_the_clock(self, count: int) -> None:
         """Count what came in the last minute: a failure after that much is another failure."""

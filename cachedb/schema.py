@@ -182,7 +182,7 @@ def current(directory: Path) -> State:
         DamagedIndex: if the index is damaged.
     """
     with closing(Database(directory)) as database:
-        revision = database.revision()
+        revision = database.with_reserve(database.revision)
         if not revision:
             if error := _lost(database):
                 raise error
@@ -200,7 +200,7 @@ def history(directory: Path) -> list[Revision]:
     from alembic.script import ScriptDirectory
 
     with closing(Database(directory)) as database:
-        revision = database.revision()
+        revision = database.with_reserve(database.revision)
     return [
         Revision(script.revision, _one(script.down_revision), script.doc, _oldest(script), script.revision == revision)
         for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()
@@ -414,7 +414,7 @@ def _existing(directory: Path) -> Database:
     try:
         there = database.path.exists() and database.path.stat().st_size
         # What is no cache is left alone.
-        if not there or not database.prepare():
+        if not there or not database.with_reserve(database.prepare):
             raise _lost(database) or NotInCache(f"there is no cache in {str(directory)!r}")
     except BaseException:
         database.close()

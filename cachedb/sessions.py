@@ -21,13 +21,14 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
 from cachedb import locks
-from cachedb.database import Database, sync_folder
-from cachedb.directory import partials
-from cachedb.errors import CacheError, InvalidDigest, os_errors
-from cachedb.reference import Digest, parse_digest
+from cachedb.database import Database, is_full, sync_folder
+from cachedb.directory import is_received, is_session, lock_kind, received_digest
+from cachedb.errors import CacheError, CacheReplaced, StorageError, explain, os_errors
+from cachedb.folders import Folders, Leftover
+from cachedb.reference import Digest
 from cachedb.tables import LEASES
 
-__all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "received_digest"]
+__all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "remove_folder"]
 
 _SUFFIX = ".session"
 
@@ -50,15 +51,7 @@ def lock_path(directory: Path, session: str) -> Path:
 
 def locked_sessions(directory: Path) -> set[str]:
     """Return the sessions that have a lock file, alive or not."""
-    return {name.removesuffix(_SUFFIX) for name in os.listdir(directory / "locks") if name.endswith(_SUFFIX)}
-
-
-def received_digest(name: str) -> Digest | None:
-    """Return the digest in the name of a file in a session's folder: once all of it is there, or if it was known."""
-    try:
-        return parse_digest(name.partition(".")[2].replace("-", ":"))
-    except InvalidDigest:
-        return None
+    return {name.removesuffix(_SUFFIX) for name in os.listdir(directory / "locks") if lock_kind(name) == "session"}
 
 
 def half_published(directory: Path) -> set[Digest]:
@@ -95,18 +88,32 @@ class Session:
         with self._guard:
             if self._id is None:
                 name = f"{os.getpid()}-{secrets.token_hex(6)}"
-                with os_errors("begin a session in the cache"):
-                    # The lock comes first: what belongs to a session without one is swept away.
-                    lock = locks.acquire(lock_path(self._database.directory, name))
-                    assert lock is not None
-                    try:
-                        (self._database.directory / "ingest" / name).mkdir(mode=0o700)
-                        sync_folder(self._database.directory / "ingest")
-                    except BaseException:
-                        locks.release(lock)
+                try:
+                    lock = self._begin(name)
+                except StorageError as error:
+                    if not is_full(error) or not self._database.give_up_inodes():
                         raise
+                    lock = self._begin(name)
                 self._id, self._lock = name, lock
             return self._id
+
+    def _begin(self, name: str) -> FileIO:
+        """Make the session's lock file and its folder; return the lock."""
+        path = lock_path(self._database.directory, name)
+        # The lock comes first: what belongs to a session without one is swept away.
+        with os_errors("begin a session in the cache"):
+            lock = locks.acquire(path)
+        assert lock is not None
+        try:
+            with os_errors("begin a session in the cache"):
+                self._database.folders.make(f"ingest/{name}")
+                sync_folder(self._database.directory / "ingest")
+        except BaseException:
+            with suppress(OSError):
+                path.unlink()
+            locks.release(lock)
+            raise
+        return lock
 
     @property
     def folder(self) -> Path:
@@ -123,6 +130,7 @@ class Session:
         """Keep digests from collection, from the connection's commit on until `release`."""
         hold = Hold(self.id, next(self._numbers), frozenset(digests))
         if hold.digests:
+            self._check_lock()
             self._leased = True
             rows = [{"digest": digest, "session": hold.session, "hold": hold.number} for digest in hold.digests]
             connection.execute(_new_leases(), rows)
@@ -131,7 +139,20 @@ class Session:
     def release(self, connection: Connection, hold: Hold) -> None:
         """Let go of a hold; one that a parent process took is left to it."""
         if hold.session == self._id:
+            self._check_lock()
             connection.execute(_without_holds(), {"of": hold.session, "numbers": [hold.number]})
+
+    def _check_lock(self) -> None:
+        """Make sure that other processes still see this session as alive: without its lock file its leases are swept.
+
+        Raises:
+            CacheReplaced: if the lock file was removed.
+        """
+        if self._lock is not None and os.fstat(self._lock.fileno()).st_nlink == 0:
+            raise CacheReplaced(
+                "the lock file of this session was removed, so what it holds may be collected: open the cache again, "
+                "and keep cleaners of old files out of it"
+            )
 
     def keep_until_saved(self, hold: Hold) -> None:
         """Keep a blob that was just stored until an image of this session is associated with it."""
@@ -168,11 +189,12 @@ class Session:
         try:
             # A file named by its digest may be a publication that failed half way: the next open sees to it.
             if not any(received_digest(name) for name in os.listdir(self.folder)):
-                shutil.rmtree(self.folder)
+                remove_folder(self._database.folders, self._id)
                 if self._leased:
                     with self._database.write() as connection:
                         connection.execute(delete(LEASES).where(LEASES.c.session == self._id))
-                lock_path(self._database.directory, self._id).unlink()
+                with self._database.folders.open("locks") as folder:
+                    os.unlink(f"{self._id}{_SUFFIX}", dir_fd=folder)
         except (CacheError, OSError):
             pass  # what is left is a dead session's, which the next open sweeps away
         finally:
@@ -192,17 +214,47 @@ def _without_holds() -> Delete:
     )
 
 
-def dead_sessions(directory: Path) -> Iterator[str]:
-    """Yield the sessions of a cache that left files behind and whose process is gone; each is locked meanwhile."""
-    folders = set(os.listdir(directory / "ingest")) - {partials(directory).name}
-    for session in sorted(locked_sessions(directory) | folders):
+def remove_folder(folders: Folders, session: str) -> None:
+    """Remove a session's folder in ``ingest/`` and what the session wrote there; anything else in it stays.
+
+    Raises:
+        OSError: if something cannot be removed, or is not ours.
+        NotOurs: if the folder leads elsewhere, or is another user's.
+    """
+    with folders.open("ingest") as ingest:
+        with folders.open(f"ingest/{session}") as folder:
+            for name in filter(is_received, os.listdir(folder)):
+                try:
+                    os.unlink(name, dir_fd=folder)
+                except IsADirectoryError:  # a new index was made there; no link in it is followed
+                    shutil.rmtree(name, dir_fd=folder)
+        os.rmdir(session, dir_fd=ingest)
+
+
+def dead_sessions(folders: Folders, left: list[Leftover]) -> Iterator[str]:
+    """Yield the sessions of a cache that left files behind and whose process is gone; each is locked meanwhile.
+
+    Args:
+        folders: of the cache.
+        left: gets the sessions that cannot be looked at: another user's, say.
+    """
+    directory = folders.directory
+    names = locked_sessions(directory) | set(filter(is_session, os.listdir(directory / "ingest")))
+    for session in sorted(names):
         path = lock_path(directory, session)
-        # Made if it is not there: of several who come to sweep a session away, one does.
-        lock = locks.acquire(path, wait=False)
+        try:
+            # Made if it is not there: of several who come to sweep a session away, one does.
+            lock = locks.acquire(path, wait=False)
+        except OSError as error:
+            left.append(Leftover(path, explain(error)))
+            continue
         if lock is None:
             continue
         try:
             yield session
-            path.unlink(missing_ok=True)
+            with folders.open("locks") as folder, suppress(FileNotFoundError):
+                os.unlink(path.name, dir_fd=folder)
+        except OSError as error:
+            left.append(Leftover(path, explain(error)))
         finally:
             locks.release(lock)

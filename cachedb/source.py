@@ -15,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
-from cachedb import oci, partial, producing
+from cachedb import marker, oci, partial, producing
 from cachedb.directory import blob_path, partial_path
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError, os_errors
+from cachedb.folders import Folders
 from cachedb.oci import DOCUMENT_LIMIT, Descriptor
 from cachedb.parallel import Advance, Once, end, in_threads
 from cachedb.receiving import Content, discard, receive
@@ -201,7 +202,10 @@ class Source:
             advance(blob.size)
             return Content(blob.digest, blob.size)
         with os_errors("write to the cache"):
-            path.parent.mkdir(mode=0o700, exist_ok=True)
+            folders = Folders(self._directory)
+            folders.make("ingest/partial")
+            with folders.open("ingest/partial"):
+                pass  # it is refused if it leads elsewhere
 
         def ask() -> Content:
             return self.ask(lambda repository: _download(repository, blob, path, advance))
@@ -227,6 +231,14 @@ class Source:
 
     # Before the index is open
 
+    def _is_ours(self) -> bool:
+        """Return whether the directory is a cache that this user may write to; else opening it says why not."""
+        with suppress(CacheError):
+            folders = Folders(self._directory)
+            folders.check_owner()
+            return marker.read(folders.root) is not None
+        return False
+
     def begin(self) -> None:
         """Begin to ask and to download in a thread, if the cache is there and nobody else pulls the same.
 
@@ -234,8 +246,11 @@ class Source:
         thread, which would wait for itself, is refused.
         """
         with suppress(OSError):  # of what cannot be looked at, or written to
-            there = (self._directory / "index.db").exists()
-            if there and self._right.enter_context(producing.unless_made(self._directory, self.key)):
+            if (
+                (self._directory / "index.db").exists()
+                and self._is_ours()
+                and self._right.enter_context(producing.unless_made(self._directory, self.key))
+            ):
                 self._begun = threading.Thread(target=self._begin, daemon=True)
                 self._begun.start()
 

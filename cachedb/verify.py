@@ -11,8 +11,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +23,9 @@ from sqlalchemy import Connection, delete, insert, select, update
 from cachedb import collection, configs, images, rebuild, schema
 from cachedb.blobs import Received, on_disk, set_stored, stored
 from cachedb.database import Database, batched, quarantine_path, sync_file, sync_folder
-from cachedb.directory import blob_path
+from cachedb.directory import blob_path, is_received, is_session, lock_kind, partial_digest, trash_digest
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain
+from cachedb.folders import Folders, Leftover
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.parallel import Advance, Progress, in_threads, summed
 from cachedb.receiving import CHUNK, identity
@@ -66,7 +69,13 @@ class Reading(NamedTuple):
 
 
 def verify(
-    database: Database, session: Session, *, quick: bool, repair: bool, progress: Progress | None = None
+    database: Database,
+    session: Session,
+    *,
+    quick: bool,
+    repair: bool,
+    left: Iterable[Leftover] = (),
+    progress: Progress | None = None,
 ) -> Verification:
     """Check a cache, and repair it if asked to.
 
@@ -75,6 +84,7 @@ def verify(
         session: to work in.
         quick: look at the presence and size of the files only, and not into them.
         repair: put right what can be.
+        left: what could not be cleaned up when the cache was opened.
         progress: is told how far the reading is, in bytes; from any thread, one call at a time.
 
     Raises:
@@ -100,6 +110,8 @@ def verify(
     readings = _read(database.directory, {digest: files[digest] for digest in wanted}, progress)
     odd.update(digest for digest, reading in readings.items() if reading.digest != digest)
     problems += _settle_strays(database, strays, repair=repair)
+    problems += _find_strange(database.directory)
+    problems += [Problem("orphan", None, path, f"it cannot be removed: {reason}", None) for path, reason in left]
     for part in batched(sorted(odd)):
         problems += _settle(database, {digest: readings.get(digest) for digest in part}, repair=repair)
     if repair and odd:
@@ -234,7 +246,8 @@ def _adopt(connection: Connection, directory: Path, digest: Digest, reading: Rea
     if reading is None:
         return None  # it came since: another look will tell
     path = blob_path(directory, digest)
-    path.chmod(0o444)
+    if path.stat().st_mode & 0o222:
+        path.chmod(0o444)
     sync_file(path)
     sync_folder(path.parent)
     set_stored(connection, [Received(digest, reading.size, None)])
@@ -252,17 +265,31 @@ def _put_aside(connection: Connection, directory: Path, digest: Digest, _reading
     path = blob_path(directory, digest)
     kept = quarantine_path(directory, digest.replace(":", "-"))
     if digest not in stored(connection, [digest]):
-        path.rename(kept)
-        sync_folder(path.parent)
-        sync_folder(kept.parent)
+        _move(directory, path, kept)
     else:
         # A second name; the first goes by way of the trash, once the row is gone for good.
-        os.link(path, kept)
+        try:
+            os.link(path, kept, follow_symlinks=False)
+        except PermissionError:  # it is another user's, which Linux does not let us link
+            shutil.copyfile(path, kept)
+            sync_file(kept)
         sync_folder(kept.parent)
         connection.execute(delete(TRASH).where(TRASH.c.digest == digest))
         connection.execute(insert(TRASH).values(digest=digest, size=path.stat().st_size))
         _unstore(connection, directory, digest)
     return f"moved to quarantine/{kept.name}: import or pull it again"
+
+
+def _move(directory: Path, path: Path, kept: Path) -> None:
+    """Move what lies in a folder of the cache to ``quarantine/``, for good; neither folder may lead elsewhere."""
+    folders = Folders(directory)
+    with (
+        folders.open(str(path.parent.relative_to(directory))) as source,
+        folders.open("quarantine") as quarantine,
+    ):
+        os.rename(path.name, kept.name, src_dir_fd=source, dst_dir_fd=quarantine)
+        os.fsync(source)
+        os.fsync(quarantine)
 
 
 def _resize(connection: Connection, directory: Path, digest: Digest, reading: Reading | None) -> str | None:
@@ -303,11 +330,30 @@ def _settle_strays(database: Database, strays: Iterable[Path], *, repair: bool) 
                 if not os.path.lexists(path):
                     continue
                 kept = quarantine_path(database.directory, path.name)
-                path.rename(kept)
-                sync_folder(path.parent)
-                sync_folder(kept.parent)
+                _move(database.directory, path, kept)
             done = f"moved to quarantine/{kept.name}"
         yield Problem("orphan", None, path, "it is no blob: its name is not a digest's, or it is no file", done)
+
+
+def _find_strange(directory: Path) -> Iterator[Problem]:
+    """Report what lies in the other folders and is not ours; it stays."""
+    detail = "it is not the cache's: nothing of that name is ever removed"
+    known: dict[str, Callable[[str], object]] = {
+        "ingest": lambda name: name == "partial" or is_session(name),
+        "ingest/partial": partial_digest,
+        "trash": trash_digest,
+        "locks": lock_kind,
+    }
+    for folder, is_known in known.items():
+        with suppress(FileNotFoundError):
+            for name in sorted(os.listdir(directory / folder)):
+                if not is_known(name):
+                    yield Problem("orphan", None, directory / folder / name, detail, None)
+    for session in sorted(filter(is_session, os.listdir(directory / "ingest"))):
+        with suppress(OSError):
+            for name in sorted(os.listdir(directory / "ingest" / session)):
+                if not is_received(name):
+                    yield Problem("orphan", None, directory / "ingest" / session / name, detail, None)
 
 
 def _settle_images(database: Database, bad: set[Digest], *, repair: bool) -> Iterator[Problem]:

@@ -19,13 +19,16 @@ import pytest
 
 from cachedb import Cache
 from cachedb.database import Database
+from tests import leftovers
 
 # Whoever runs the tests in a shell's background has SIGINT ignored, and what they start would have it ignored too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure() -> None:
-    """How long an example takes, and the making of one, says something of the machine: no test fails of that."""
+    """Have nothing left when the run ends, however it does. The speed of this machine makes no example fail."""
+    leftovers.isolate_mounts()
+    leftovers.watch()
     from hypothesis import HealthCheck, settings  # which no script of a test needs
 
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

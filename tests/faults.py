@@ -170,6 +170,8 @@ class Fault:
     times: int
     do: Do
     first: bool
+    optional: bool
+    fired: bool = False
 
 
 class Server:
@@ -201,18 +203,31 @@ class Server:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Raise the server's own error if there was one, and fail if a fault did not fire in a block that did well."""
         self._server.stop()
         self._thread.join()
         for error in self.errors:
             raise error
+        missed = [f"{fault.method} {fault.path.pattern}" for fault in self._faults if not fault.fired | fault.optional]
+        assert kind or not missed, f"no request met the fault for {missed}: nothing was tested"
 
-    def fault(self, do: Do, *, method: str = "", path: str = "", times: int = 1, first: bool = False) -> None:
+    def fault(
+        self,
+        do: Do,
+        *,
+        method: str = "",
+        path: str = "",
+        times: int = 1,
+        first: bool = False,
+        optional: bool = False,
+    ) -> None:
         """Do this with the next requests of a method, if one is given, to where a path (a pattern) is found.
 
-        Requests that are refused for want of authorization do not count, unless it is to come ``first``.
+        Requests that are refused for want of authorization do not count, unless it is to come ``first``. One request
+        at least must come, unless the fault is ``optional``.
         """
-        self._faults.append(Fault(method, re.compile(path), times, do, first))
+        self._faults.append(Fault(method, re.compile(path), times, do, first, optional))
 
     def count(self, method: str = "", path: str = "") -> int:
         """The requests so far of a method to where a path is found."""
@@ -238,6 +253,7 @@ class Server:
                 fits = fault.first == first and fault.method in ("", call.method) and fault.path.search(call.target)
                 if fault.times and fits:
                     fault.times -= fault.times > 0
+                    fault.fired = True
                     return fault.do
         return None
 

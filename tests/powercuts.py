@@ -193,7 +193,7 @@ def prepare_killed(directory: Path) -> None:
     """Be killed, and leave all that an open cleans up: trash, leases, received files, half a publication."""
     prepare_history(directory)
     cache = Cache.open(directory / "cache")
-    collection.empty_trash = lambda database: None
+    collection.empty_trash = lambda database: []
     cache.remove_manifest("gone:1")
     cache.save_blob(make.digest_of(OTHER), OTHER)
     links, link = 0, os.link

@@ -17,7 +17,7 @@ import cachedb.archive
 import cachedb.export  # noqa: F401 - imported once, before the workers are forked
 from cachedb import Cache, NotInCache
 from cachedb.database import Database
-from tests import promises
+from tests import leftovers, promises
 from tests.attack import soak
 
 WAITING = {"processes": 64, "seconds": 600.0}
@@ -198,4 +198,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    leftovers.watch()
     sys.exit(main())

@@ -100,15 +100,17 @@ def test_blobs_are_linked_where_that_is_asked_for_and_manifests_never_are(cache:
 
 @pytest.mark.parametrize("how", ["link", "move"])
 def test_what_cannot_be_linked_is_copied(cache: Cache, old: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    link = os.link
+    link, refused = os.link, set()
 
     def across(source: Path, target: Path, **options: Any) -> None:
         if Path(source).is_relative_to(old):
+            refused.add(Path(source))
             raise OSError(18, "Invalid cross-device link")
         link(source, target, **options)
 
     monkeypatch.setattr(os, "link", across)
     found = cache.adopt(old, how=how)
+    assert blob_of(old, FIRST.config) in refused
     assert not found.left_out
     assert_is_here(cache, "app:1", FIRST)
     if how == "link":
@@ -508,22 +510,25 @@ def test_what_is_removed_and_collected_meanwhile_comes_again(
     monkeypatch.setattr(adopt, "_TOGETHER", 1)
     save = adopt._Adopter._save
 
-    def removed(self: Any, connection: Any, part: Any) -> None:
+    def saved(self: Any, connection: Any, part: Any) -> None:
         save(self, connection, part)
         if "app:1" in [str(image.name) for image in part]:
             later.append("app:1")
 
     later: list[str] = []
+    removed: list[str] = []
     bring = adopt._Adopter._bring
 
     def bring_and_remove(self: Any, *arguments: Any) -> None:
         bring(self, *arguments)
         while later:
-            cache.remove_manifest(later.pop())
+            removed.append(later.pop())
+            cache.remove_manifest(removed[-1])
 
-    monkeypatch.setattr(adopt._Adopter, "_save", removed)
+    monkeypatch.setattr(adopt._Adopter, "_save", saved)
     monkeypatch.setattr(adopt._Adopter, "_bring", bring_and_remove)
     cache.adopt(old)
+    assert removed == ["app:1"]
     assert_is_here(cache, "app:2", IMAGES["app/2"])  # which shares a layer with the one that was removed
 
 

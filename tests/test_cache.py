@@ -362,7 +362,7 @@ def test_what_a_killed_removal_left_is_cleaned_at_the_next_open(directory: Path)
     with Cache.open(directory) as cache:
         save(cache, "app", make.image(1))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("cachedb.collection.empty_trash", lambda _database: None)
+            patch.setattr("cachedb.collection.empty_trash", lambda _database: [])
             cache.remove_manifest("app")
         assert len(files_of(directory)) == 3
     Cache.open(directory).close()

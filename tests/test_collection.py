@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event, select
 
 from cachedb import Cache, StorageError, blobs, collection
-from cachedb.database import Database, sync_folder
+from cachedb.database import Database
 from cachedb.reference import Digest
 from cachedb.tables import BLOBS
 from tests.conftest import files_of, running, snapshot, stored_rows
@@ -135,8 +135,9 @@ def test_a_blob_is_forgotten_then_moved_then_unlinked(
     def note(name: str) -> None:
         call: Callable[..., object] = getattr(os, name)
 
-        def replacement(path: object, *arguments: object, **options: object) -> object:
-            happened.append(f"{name} {Path(str(path)).relative_to(cache.directory).parts[0]}")
+        def replacement(path: object, *arguments: object, **options: int) -> object:
+            folder = os.readlink(f"/proc/self/fd/{options.get('src_dir_fd', options.get('dir_fd'))}")
+            happened.append(f"{name} {Path(folder).relative_to(cache.directory).parts[0]}")
             return call(path, *arguments, **options)
 
         monkeypatch.setattr(os, name, replacement)
@@ -150,11 +151,12 @@ def test_a_blob_is_forgotten_then_moved_then_unlinked(
     note("rename")
     note("unlink")
 
-    def sync(path: Path) -> None:
-        happened.append(f"sync {path.name}")
-        sync_folder(path)
+    def sync(descriptor: int) -> None:
+        happened.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
 
-    monkeypatch.setattr(collection, "sync_folder", sync)
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", sync)
     event.listen(Engine, "commit", committed)
     try:
         list(collection.collect(index))
@@ -208,20 +210,22 @@ def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
         (cache.directory / "trash" / name).touch()
     unlink, threads, meeting = os.unlink, set[int](), threading.Barrier(collection._UNLINKING, timeout=60)
 
-    def refuse_one(path: str) -> None:
+    def refuse_one(path: str, *, dir_fd: int) -> None:
         if threading.get_ident() not in threads:
             threads.add(threading.get_ident())
             meeting.wait()  # each is there, before any of them is through
         if path.endswith("77"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-        unlink(path)
+        unlink(path, dir_fd=dir_fd)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse_one)
-        with pytest.raises(StorageError, match="Permission denied"):
-            collection.empty_trash(index)
+        left = collection.empty_trash(index)
+        assert [(path.name, reason[:17]) for path, reason in left] == [(f"sha256-{0x77:064x}", "Permission denied")]
+        with pytest.raises(StorageError, match=r"all was collected, but '.*77' cannot be unlinked: Permission denied"):
+            cache.collect_garbage()
     assert len(threads) == collection._UNLINKING > 1
-    collection.empty_trash(index)
+    assert collection.empty_trash(index) == []
     assert os.listdir(cache.directory / "trash") == []
 
 
@@ -256,7 +260,7 @@ def test_the_next_open_takes_out_what_a_dead_session_left_in_the_trash(cache: Ca
     with index.write() as connection:
         ids = connection.execute(select(BLOBS.c.id)).scalars().all()
         assert collection.forget(connection, ids) == (1, len(b"nobody's"))
-    (cache.directory / "ingest" / "1-dead").mkdir()
+    (cache.directory / "ingest" / "1-00000000dead").mkdir()
     Cache.open(cache.directory).close()
     assert files_of(cache.directory) == {}
     assert os.listdir(cache.directory / "trash") == snapshot(cache.directory)["trash"] == []

@@ -36,6 +36,8 @@ MADE = make.image(1, 2)
 
 LOCAL = ["ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs", "fuse.fuse-overlayfs", "fuseblk"]
 SHARED = ["nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "fuse.glusterfs", "lustre"]
+SHARED += ["virtiofs", "fakeowner", "drvfs", "fuse.osxfs", "fuse.grpcfuse", "wekafs", "panfs", "fuse.seaweedfs"]
+SHARED += ["fuse.blobfuse", "fuse.blobfuse2", "fuse.mountpoint-s3", "fuse.geesefs", "fuse.alluxio-fuse", "fuse.cvmfs2"]
 
 
 @pytest.fixture
@@ -58,6 +60,22 @@ def test_a_file_system_that_hosts_share_is_refused_before_anything_is_made(
     with pytest.raises(StorageError, match=rf"is on {kind}, which other hosts may mount too, .*on a local disk"):
         Cache.open(tmp_path / "share" / "deep" / "cache")
     assert not (tmp_path / "share").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"), [("mountpoint-s3", "fuse.mountpoint-s3"), ("mfs#master:9421", "fuse.mfs"), ("/dev/fuse", None)]
+)
+def test_a_fuse_program_without_a_type_is_known_by_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, kind: str | None
+) -> None:
+    (tmp_path / "mountinfo").write_text(f"52 35 0:30 / {tmp_path} rw,nosuid - fuse {source} rw,user_id=0\n")
+    monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "mountinfo")
+    assert mounts.file_system(tmp_path) == (kind or "fuse")
+    if kind:
+        with pytest.raises(StorageError, match=f"is on {kind}, which other hosts may mount too"):
+            Cache.open(tmp_path / "cache")
+    else:
+        Cache.open(tmp_path / "cache").close()
 
 
 @pytest.mark.parametrize("kind", LOCAL)

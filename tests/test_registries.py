@@ -683,3 +683,23 @@ def test_docker_registry_deletes_if_it_may(tools: Tools, tmp_path: Path, delete:
         connection = http.client.HTTPConnection(host, timeout=10)
         assert ask_on(connection, "DELETE", BLOB).status == (202 if delete else 405)
         connection.close()
+
+
+def test_a_fault_that_no_request_meets_fails_its_test() -> None:
+    def never_met(**options: bool) -> None:
+        with Registry() as registry:
+            registry.fault(faults.answer(500), path="/nowhere", **options)  # type: ignore[arg-type]
+
+    with pytest.raises(AssertionError, match=r"no request met the fault for .*nowhere"):
+        never_met()
+    never_met(optional=True)
+
+
+def test_what_fails_in_the_block_comes_before_a_fault_that_was_not_met() -> None:
+    def fail() -> None:
+        with Registry() as registry:
+            registry.fault(faults.answer(500), path="/nowhere")
+            raise ValueError("in the block")
+
+    with pytest.raises(ValueError, match="in the block"):
+        fail()

@@ -15,8 +15,9 @@ from sqlalchemy import select
 
 from cachedb import Cache, StorageError, collection
 from cachedb.database import Database
+from cachedb.directory import received_digest
 from cachedb.reference import Digest
-from cachedb.sessions import Session, dead_sessions, lock_path, received_digest
+from cachedb.sessions import Session, dead_sessions, lock_path
 from cachedb.tables import LEASES
 from tests.conftest import files_of, run_python, running, snapshot
 from tests.make import digest_of
@@ -93,9 +94,9 @@ def test_a_collection_sweeps_dead_sessions_too(cache: Cache) -> None:
 
 
 def test_what_a_dead_session_left_is_swept_whatever_part_of_it_is_there(cache: Cache, index: Database) -> None:
-    (cache.directory / "ingest" / "1-folder").mkdir()
-    (cache.directory / "ingest" / "1-folder" / "1").write_bytes(b"half")
-    lock_path(cache.directory, "1-lock").touch()
+    (cache.directory / "ingest" / "1-0000000f01de").mkdir()
+    (cache.directory / "ingest" / "1-0000000f01de" / "1").write_bytes(b"half")
+    lock_path(cache.directory, "1-0000000010c4").touch()
     with index.write() as connection:
         connection.execute(LEASES.insert().values(digest=DIGEST, session="1-lease", hold=1))
     Cache.open(cache.directory).close()
@@ -118,18 +119,21 @@ def test_a_lease_of_a_strange_session_touches_no_file(cache: Cache, directory: P
     assert (directory.parent / "outside.session").exists()
 
 
-def test_strange_files_of_a_dead_session_are_swept(cache: Cache) -> None:
-    folder = cache.directory / "ingest" / "1-dead"
+def test_what_is_not_ours_in_the_folder_of_a_dead_session_stays(cache: Cache) -> None:
+    folder = cache.directory / "ingest" / "1-00000000dead"
     folder.mkdir()
-    for name in (".nfs0001", "1.sha256-xyz", "1.", "noise.txt"):
+    strange = [".nfs0001", "1.sha256-xyz", "1.", "noise.txt"]
+    for name in (*strange, "1", "2"):
         (folder / name).touch()
-        assert received_digest(name) is None
+    (folder / "3").mkdir()
+    (folder / "3" / "index.db").touch()
+    assert not any(received_digest(name) for name in strange)
     Cache.open(cache.directory).close()
-    assert traces(cache.directory)["ingest"] == []
+    assert sorted(path.name for path in folder.iterdir()) == sorted(strange)
 
 
 def test_a_publication_that_was_cut_off_is_taken_back_by_the_next_open(cache: Cache) -> None:
-    folder = cache.directory / "ingest" / "1-dead"
+    folder = cache.directory / "ingest" / "1-00000000dead"
     folder.mkdir()
     stored = cache.add_blob(b"stored")
     for data in (b"cut off", b"stored"):
@@ -144,11 +148,11 @@ def test_a_publication_that_was_cut_off_is_taken_back_by_the_next_open(cache: Ca
 
 
 def test_two_sweepers_do_not_sweep_one_session(index: Database) -> None:
-    lock_path(index.directory, "1-lock").touch()
-    (index.directory / "ingest" / "2-folder").mkdir()
-    first = dead_sessions(index.directory)
-    assert next(first) == "1-lock"
-    assert list(dead_sessions(index.directory)) == ["2-folder"]
+    lock_path(index.directory, "1-0000000010c4").touch()
+    (index.directory / "ingest" / "2-0000000f01de").mkdir()
+    first = dead_sessions(index.folders, [])
+    assert next(first) == "1-0000000010c4"
+    assert list(dead_sessions(index.folders, [])) == ["2-0000000f01de"]
 
 
 def test_a_session_that_begins_while_it_is_swept_begins_anew(index: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +163,7 @@ def test_a_session_that_begins_while_it_is_swept_begins_anew(index: Database, mo
     def swept_first(file: int, operation: int) -> None:
         # Two sweepers come between the making of the lock file and its locking.
         if not sweepers:
-            sweepers.extend([dead_sessions(index.directory), dead_sessions(index.directory)])
+            sweepers.extend([dead_sessions(index.folders, []), dead_sessions(index.folders, [])])
             swept.append(next(sweepers[0]))
             assert next(sweepers[1], None) is None
             assert next(sweepers[0], None) is None
@@ -171,15 +175,15 @@ def test_a_session_that_begins_while_it_is_swept_begins_anew(index: Database, mo
     assert swept == [session.id]
     assert session.folder.is_dir()
     assert not is_free(lock_path(index.directory, session.id))
-    assert list(dead_sessions(index.directory)) == []
+    assert list(dead_sessions(index.folders, [])) == []
     session.close()
 
 
 def test_a_session_is_locked_while_it_is_swept(index: Database) -> None:
     """Also one that had no lock file: one of its name that begins meanwhile must wait."""
-    lock_path(index.directory, "1-lock").touch()
-    (index.directory / "ingest" / "2-folder").mkdir()
-    for session in dead_sessions(index.directory):
+    lock_path(index.directory, "1-0000000010c4").touch()
+    (index.directory / "ingest" / "2-0000000f01de").mkdir()
+    for session in dead_sessions(index.folders, []):
         assert not is_free(lock_path(index.directory, session))
     assert sorted(os.listdir(index.directory / "locks")) == ["write.lock", "write.queue"]
 

@@ -402,9 +402,9 @@ def test_a_file_that_is_being_published_is_no_orphan(
 
 @pytest.mark.parametrize("repair", [False, True])
 def test_a_file_whose_publication_was_killed_is_no_orphan_but_the_next_opens(cache: Cache, repair: bool) -> None:
-    folder = cache.directory / "ingest" / "1-abcdef"
+    folder = cache.directory / "ingest" / "1-abcdefabcdef"
     folder.mkdir()
-    (cache.directory / "locks" / "1-abcdef.session").touch()
+    (cache.directory / "locks" / "1-abcdefabcdef.session").touch()
     published = folder / f"2.{digest_of(b'half').replace(':', '-')}"
     published.write_bytes(b"half")
     os.link(published, path_of(cache, digest_of(b"half")))

@@ -91,16 +91,16 @@ def damaged_index(directory: Path) -> None:
 def dead_sessions(directory: Path) -> None:
     """What a process left that was killed while it published, and one that was killed while it collected."""
     cache(directory)
-    folder = directory / "cache" / "ingest" / "1-abcdef"
+    folder = directory / "cache" / "ingest" / "1-abcdefabcdef"
     folder.mkdir()
     published = folder / f"2.{make.digest_of(b'orphan').replace(':', '-')}"
     published.write_bytes(b"orphan")
     os.link(published, file_of(directory, b"orphan"))
     (folder / "3").write_bytes(b"half of someth")
-    for name in ("1-abcdef.session", f"{'ab' * 32}.producing"):
+    for name in ("1-abcdefabcdef.session", f"{'ab' * 32}.producing"):
         (directory / "cache" / "locks" / name).touch()
     shell = sqlite3.connect(directory / "cache" / "index.db")
-    shell.execute("INSERT INTO leases VALUES (?, '1-abcdef', 1)", (make.digest_of(LOOSE),))
+    shell.execute("INSERT INTO leases VALUES (?, '1-abcdefabcdef', 1)", (make.digest_of(LOOSE),))
     shell.execute("INSERT INTO trash VALUES (?, 6)", (make.digest_of(b"trashed"),))
     shell.commit()
     shell.close()
