@@ -29,6 +29,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
 from cachedb import locks, marker, partial, space
+from cachedb.directory import blob_file
 from cachedb.errors import (
     CacheError,
     CacheReplaced,
@@ -41,6 +42,7 @@ from cachedb.errors import (
 )
 from cachedb.folders import FOLDERS, Folders, follow
 from cachedb.mounts import refuse_shared, refuse_unable
+from cachedb.reference import Digest
 from cachedb.tables import METADATA, REVISION
 
 __all__ = ["BATCH", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
@@ -295,7 +297,13 @@ class Database:
         if reason := refuse_shared(self.directory):
             raise StorageError(reason)
         if self.read_only:
-            return self.revision()
+            revision = self.revision()
+            with os_errors("use the cache directory"):
+                folders = Folders(self.directory)
+                folders.mark(new=False)
+                if folders.is_copy and revision is not None:
+                    self._check_copy()  # each time: that it is good cannot be noted
+            return revision
         with os_errors("use the cache directory"):
             missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -312,7 +320,52 @@ class Database:
             if revision is None:
                 sync_folder(self.directory / "blobs")
                 sync_folder(self.directory)
+            elif self.folders.is_copy:
+                self.accept_copy(check=True)
             return revision
+
+    def accept_copy(self, *, check: bool) -> None:
+        """Let a cache that was copied file by file be a cache of its own, unless it is one.
+
+        Args:
+            check: that the index is sound and has its files.
+
+        Raises:
+            DamagedIndex: if it is not, or has not.
+        """
+        with os_errors("use the cache directory"), locks.unforked(), locks.in_turn(self.write_lock):
+            self.folders.mark(new=False)  # another process may have done so meanwhile
+            if self.folders.is_copy:
+                if check:
+                    self._check_copy()
+                with suppress(OSError):  # of a full disk: the next open checks again
+                    self.folders.accept_copy()
+
+    def _check_copy(self) -> None:
+        """Refuse a copy whose files are not of one moment: of any schema, for it is not upgraded yet.
+
+        SQLite applies a WAL to whatever index lies beside it, also to one that was copied before a checkpoint.
+        """
+        with self.look() as connection:
+            found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+            faults = [] if found == "ok" else [str(found)]
+            for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(1):
+                faults.append(f"row {row} of {table} refers to a row of {parent} that is not there")
+            if not faults:
+                query = "SELECT digest, size FROM blobs WHERE stored_at IS NOT NULL"
+                for digest, size in connection.exec_driver_sql(query):
+                    try:
+                        is_there = os.stat(blob_file(self.directory, Digest(digest))).st_size == size
+                    except FileNotFoundError:
+                        is_there = False
+                    if not is_there:
+                        faults.append(f"{digest} is missing or has another size")
+                        break
+        if faults:
+            raise DamagedIndex(
+                f"{str(self.directory)!r} is a damaged copy of a cache ({faults[0]}): copy it again with "
+                "`cachedb copy`, or run `cachedb verify --repair` on it"
+            )
 
     def _mark(self) -> None:
         """Make sure that the directory is a cache, or may become one, and has a marker that says so.
@@ -330,7 +383,7 @@ class Database:
                     f"{str(self.directory)!r} has no {marker.MARKER!r} and is not empty (it holds {min(strange)!r}): "
                     "name another directory"
                 )
-        self.folders.mark(new=True)
+        self.folders.mark(new=True, is_sound=self._is_new())
 
     def _has_our_mark(self) -> bool:
         """Return whether the index has our application_id, as those of older releases have, which left no marker."""

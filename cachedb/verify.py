@@ -120,6 +120,8 @@ def verify(
     if not quick:
         bad = {problem.digest for problem in problems if problem.kind != "orphan" and problem.digest}
         problems += _settle_images(database, bad, repair=repair)
+    if repair:
+        database.accept_copy(check=False)  # what was torn by copying is put right now
     return Verification(len(files), problems)
 
 

@@ -181,6 +181,16 @@ MUTATIONS = [
     Mutation("what an interrupted copy left is not taken for blobs", "cachedb/copy_cache.py", "            raise NotACache(f\"{str(strays[0])!r} is no blob: name a new or empty directory\")\n", "            pass\n", "tests/test_copy.py -k killed"),
     Mutation("a failed copy leaves nothing", "cachedb/copy_cache.py", "                    _delete_left(directory)\n", "                    pass\n", "tests/test_copy.py -k interrupt_leaves"),
     Mutation("a copy releases its leases", "cachedb/copy_cache.py", "                images.give_up(database, session, hold)\n", "                pass\n", "tests/test_copy.py -k stay_behind"),
+    # Copies that other programs make
+    Mutation("a copy is noticed by its marker", "cachedb/folders.py", "        self.is_copy = found is None or status is None or found.inode != status[1]\n", "", "tests/test_copy.py -k torn_copy"),
+    Mutation("a copy without its marker is checked", "cachedb/database.py", "is_sound=self._is_new())", "is_sound=True)", "tests/test_copy.py -k torn_copy"),
+    Mutation("a copy is checked before it is opened", "cachedb/database.py", "                self.accept_copy(check=True)\n", "                self.accept_copy(check=False)\n", "tests/test_copy.py -k torn_copy"),
+    Mutation("a copy's index is sound", "cachedb/database.py", '            faults = [] if found == "ok" else [str(found)]\n', "            faults = list[str]()\n", "tests/test_copy.py -k torn_copy"),
+    Mutation("a copy has the files of its index", "cachedb/database.py", "                    if not is_there:\n", "                    if False:\n", "tests/test_copy.py -k lacks_a_blob"),
+    Mutation("a copy that was checked is known", "cachedb/database.py", "                    self.folders.accept_copy()\n", "                    pass\n", "tests/test_copy.py -k sound_copy"),
+    Mutation("one of many processes accepts a copy", "cachedb/database.py", "            self.folders.mark(new=False)  # another process may have done so meanwhile\n", "", "tests/test_copy.py -k accepted_once"),
+    Mutation("a copy that can only be read is checked", "cachedb/database.py", "                    self._check_copy()  # each time: that it is good cannot be noted\n", "                    pass\n", "tests/test_copy.py -k only_be_read"),
+    Mutation("a copy that was repaired is known", "cachedb/verify.py", "        database.accept_copy(check=False)  # what", "        pass  # what", "tests/test_copy.py -k repaired_copy_is_accepted"),
     # Adoption
     Mutation("nothing outside the other cache is read", "cachedb/adopt.py", "if inside and stat.S_ISREG(path.lstat().st_mode):", "if stat.S_ISREG(path.lstat().st_mode):", "tests/test_adopt.py"),
     Mutation("a move leaves what is bad in this cache", "cachedb/adopt.py", "if digest in self._new or _is_good(ours, digest):", "if True:", "tests/test_adopt.py"),

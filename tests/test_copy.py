@@ -25,11 +25,15 @@ from cachedb import (
     backups,
     copy_cache,
     locks,
+    marker,
     schema,
+    verify,
 )
+from cachedb.database import Database
 from cachedb.directory import UNFINISHED
+from cachedb.sessions import Session
 from tests import make
-from tests.conftest import Run, files_of, running, snapshot, stored_rows
+from tests.conftest import Run, files_of, running, snapshot, start_python, stored_rows
 from tests.make import image, save
 from tests.promises import check
 from tests.test_schema import change
@@ -468,3 +472,169 @@ def test_the_command_says_what_it_has_done(cachedb: Run, cache: Cache, tmp_path:
     assert cachedb("--dir", tmp_path / "none", "copy", tmp_path / "x").returncode == 3
     assert not (tmp_path / "x").exists()
     assert cachedb("--dir", target, "verify").returncode == 0
+
+
+# Copies that other programs make, file by file
+
+
+def copy_files(source: Path, target: Path, *, without: tuple[str, ...] = ()) -> None:
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*-shm", *without))
+
+
+def marker_of(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "cachedb.json").read_text()))
+
+
+def tear(source: Path, target: Path, *, without: tuple[str, ...] = ()) -> None:
+    """Copy a live cache with a pause between its index and the index's WAL, in which many images come and go."""
+    with Cache.open(source) as cache:
+        for number in range(60):
+            cache.tag("app:1", f"name-{number}:1")
+        copy_files(source, target, without=("index.db-wal", *without))
+        shell = sqlite3.connect(source / "index.db")
+        for number in range(60):
+            cache.remove_manifest(f"name-{number}:1")
+            cache.tag("app:1", f"other-{number * 7919 % 60}:1")
+        shell.execute("PRAGMA wal_checkpoint(RESTART)")
+        shell.close()
+        for number in range(30):
+            cache.tag("app:1", f"third-{number * 7919 % 60}:1")
+        shutil.copy(source / "index.db-wal", target / "index.db-wal")
+
+
+@pytest.mark.parametrize("without", [(), ("cachedb.json",)])
+def test_a_torn_copy_is_refused_until_it_is_repaired(
+    cachedb: Run, directory: Path, target: Path, without: tuple[str, ...]
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1, 2))
+    tear(directory, target, without=without)
+    for _ in range(2):
+        for command in ("ls", "gc", "stats", "db check", "db backup"):
+            done = cachedb("--dir", target, *command.split())
+            assert (done.returncode, done.stdout) == (1, "")
+            assert "damaged" in done.stderr
+            assert "`cachedb verify --repair`" in done.stderr
+    assert cachedb("--dir", target, "verify").returncode == 1
+    assert cachedb("--dir", target, "verify", "--repair").returncode == 1
+    assert cachedb("--dir", target, "ls").returncode == 0
+    check(target)
+    check(directory)
+
+
+def test_a_copy_that_lacks_a_blob_is_refused_until_it_is_repaired(cachedb: Run, directory: Path, target: Path) -> None:
+    made = image(1)
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", made)
+    copy_files(directory, target)
+    path_of(target, made.config).unlink()
+    with pytest.raises(DamagedIndex, match=r"is a damaged copy of a cache \(sha256:.* is missing or has"):
+        Cache.open(target)
+    assert cachedb("--dir", target, "verify", "--quick", "--repair").returncode == 1
+    with Cache.open(target) as cache:
+        assert not cache.is_image_complete("app:1")
+    path_of(directory, made.config).unlink()
+    with Cache.open(directory) as cache:  # it is no copy: what is left of it is of use
+        assert cache.has_blob(make.digest_of(made.layers[0]))
+
+
+def test_a_sound_copy_is_a_cache_with_an_id_of_its_own(
+    directory: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy_files(directory, target)
+    first = marker_of(directory)
+    checks = []
+    check_copy = Database._check_copy
+
+    def counted(database: Database) -> None:
+        checks.append(database.directory)
+        check_copy(database)
+
+    monkeypatch.setattr(Database, "_check_copy", counted)
+    for _ in range(2):
+        assert names(target) == {"app:1"}
+        assert names(directory) == {"app:1"}
+    assert checks == [target]
+    assert marker_of(directory) == first
+    assert marker_of(target)["id"] != first["id"]
+    assert marker_of(target)["inode"] == (target / "cachedb.json").stat().st_ino
+    target.rename(target.with_name("renamed"))
+    assert names(target.with_name("renamed")) == {"app:1"}
+    assert checks == [target], "a cache that was renamed is no copy"
+
+
+def test_a_copy_that_can_only_be_read_is_checked_each_time(
+    directory: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = image(1)
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", made)
+    copy_files(directory, target)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    before = marker_of(target)
+    for _ in range(2):
+        assert names(target) == {"app:1"}
+    assert marker_of(target) == before
+    path_of(target, made.config).unlink()
+    with pytest.raises(DamagedIndex, match="is a damaged copy"):
+        Cache.open(target)
+    assert names(directory) == {"app:1"}
+
+
+def test_a_copy_on_a_full_disk_can_be_read(directory: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy_files(directory, target)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(marker, "renew", full)
+    assert names(target) == {"app:1"}
+    monkeypatch.undo()
+    assert names(target) == {"app:1"}
+    assert marker_of(target)["id"] != marker_of(directory)["id"]
+
+
+def test_many_processes_open_a_copy_at_once(directory: Path, target: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy_files(directory, target)
+    script = (
+        "import sys; from cachedb import Cache\nwith Cache.open(sys.argv[1]) as cache: cache.tag('app:1', sys.argv[2])"
+    )
+    started = [start_python(script, target, f"app:{number}") for number in range(2, 8)]
+    for process in started:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    assert len(names(target)) == 7
+
+
+def test_a_copy_is_accepted_once(directory: Path, target: Path) -> None:
+    Cache.open(directory).close()
+    copy_files(directory, target)
+    first, second = Database(target), Database(target)
+    assert first.folders.is_copy
+    assert second.folders.is_copy
+    first.accept_copy(check=True)
+    accepted = marker_of(target)
+    second.accept_copy(check=True)
+    assert marker_of(target) == accepted, "to have another id would end the work of the first"
+    first.close()
+    second.close()
+
+
+def test_a_repaired_copy_is_accepted_with_what_cannot_be_repaired(directory: Path, target: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy_files(directory, target)
+    (target / "blobs" / "sha256" / ("0" * 64)).write_bytes(b"x")
+    database = Database(target)
+    assert database.folders.is_copy
+    session = Session(database)
+    verify.verify(database, session, quick=False, repair=True)
+    session.close()
+    database.close()
+    assert marker_of(target)["inode"] == (target / "cachedb.json").stat().st_ino
