@@ -93,7 +93,6 @@ def write(folder: int, settle: Callable[[int], object], *, is_sound: bool = True
         suppress(FileExistsError),
     ):  # the one who was first has chosen the id
         os.link(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
-    os.fsync(folder)
     found = read(folder)
     assert found is not None
     return found
@@ -110,12 +109,11 @@ def renew(folder: int, settle: Callable[[int], object]) -> None:
         second = f".cachedb-{secrets.token_hex(8)}.marker"
         os.link(part, second, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
         os.rename(second, MARKER, src_dir_fd=folder, dst_dir_fd=folder)
-    os.fsync(folder)
 
 
 @contextmanager
 def _written(folder: int, settle: Callable[[int], object], *, is_sound: bool) -> Iterator[str]:
-    """Give the block the name of a new marker, which is on disk and goes at its end."""
+    """Give the block the name of a new marker, which is on disk; what the block names it is as well at the end."""
     part = f".cachedb-{secrets.token_hex(8)}.marker"
     file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
@@ -133,6 +131,7 @@ def _written(folder: int, settle: Callable[[int], object], *, is_sound: bool) ->
         yield part
     finally:
         os.unlink(part, dir_fd=folder)
+    os.fsync(folder)
 
 
 def identity(folder: int) -> tuple[int, int, int] | None:

@@ -59,7 +59,7 @@ MUTATIONS = [
     Mutation("a directory without a marker is not taken for a cache", "cachedb/database.py", "            if strange and marker.read(self.folders.root) is None:", "            if False:", "tests/test_folders.py"),
     Mutation("the marker is synced before it has its name", "cachedb/marker.py", "            os.fsync(file)\n", "", "tests/test_folders.py"),
     Mutation("the marker's name is synced before anything else is made", "cachedb/marker.py", "    os.fsync(folder)\n", "", "tests/test_folders.py"),
-    Mutation("the first marker stays", "cachedb/marker.py", "            os.link(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)", "            os.replace(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder)", "tests/test_folders.py"),
+    Mutation("the first marker stays", "cachedb/marker.py", "        os.link(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)", "        os.replace(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder)", "tests/test_folders.py"),
     Mutation("a newer format of the directory is refused", "cachedb/marker.py", "    if marker.format > _FORMAT:", "    if False:", "tests/test_folders.py"),
     Mutation("what is not ours in trash/ stays", "cachedb/collection.py", "[name for name in os.listdir(trash) if trash_digest(name)]", "os.listdir(trash)", "tests/test_folders.py"),
     Mutation("what is not ours in a session's folder stays", "cachedb/sessions.py", "filter(is_received, os.listdir(folder))", "os.listdir(folder)", "tests/test_folders.py tests/test_sessions.py"),
