@@ -540,13 +540,14 @@ def _forget_images(directory: Path, count: int) -> None:
 def _collect(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
     """Return how many blobs were freed, at what cost, and the longest and the median hold of the write lock."""
     from cachedb import Cache, locks
+    from cachedb.waiting import Wait
 
     holds: list[float] = []
     held = locks.held
 
     @contextmanager
-    def timed(path: Path) -> Iterator[FileIO]:
-        with held(path) as file:
+    def timed(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
+        with held(path, wait) as file:
             began = time.monotonic()
             yield file
             holds.append(time.monotonic() - began)

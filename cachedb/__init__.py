@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from cachedb.errors import (
+    Busy,
     CacheError,
     CacheReplaced,
     DamagedIndex,
@@ -37,6 +38,7 @@ from cachedb.errors import (
 )
 
 if TYPE_CHECKING:
+    from cachedb.activity import Activity, SessionInfo
     from cachedb.adopt import Adoption, LeftOut
     from cachedb.cache import Cache, Stats
     from cachedb.collection import Collected
@@ -54,9 +56,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activity",
     "Adoption",
     "Answer",
     "BlobInfo",
+    "Busy",
     "Cache",
     "CacheError",
     "CacheReplaced",
@@ -87,6 +91,7 @@ __all__ = [
     "RegistryError",
     "RegistryUnavailable",
     "SchemaMismatch",
+    "SessionInfo",
     "Share",
     "Stats",
     "StorageError",
@@ -98,6 +103,7 @@ __all__ = [
 
 # Imported when first asked for: `cachedb --help` must not wait for SQLAlchemy.
 _HOMES = {
+    "Activity": "cachedb.activity",
     "Adoption": "cachedb.adopt",
     "Answer": "cachedb.query",
     "BlobInfo": "cachedb.images",
@@ -114,6 +120,7 @@ _HOMES = {
     "Problem": "cachedb.verify",
     "Pulled": "cachedb.pull",
     "Pushed": "cachedb.push",
+    "SessionInfo": "cachedb.activity",
     "Share": "cachedb.usage",
     "Stats": "cachedb.cache",
     "Usage": "cachedb.usage",

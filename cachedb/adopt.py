@@ -281,6 +281,7 @@ class _Adopter:
         self._advance = summed(sum(old.blobs.values()), progress)
         self._guard = threading.Lock()
         self._counted: set[Digest] = set()  # blobs that are in what `_advance` was told, once each
+        self._passed = 0  # bytes of blobs that are here, and that `_advance` is still to be told
         self._left_out = old.left_out
         self._here: set[Digest] = set()  # blobs that this cache had, or was brought
         self._bad: dict[Digest, tuple[str, str]] = {}  # blobs that are of no use: kind and detail
@@ -330,8 +331,10 @@ class _Adopter:
                 continue
             if is_here:
                 with self._database.read() as connection:
-                    if self._is_settled(connection, image):
-                        continue
+                    settled = self._is_settled(connection, image)
+                self._report_passed()
+                if settled:
+                    continue
             part.append(image)
             wanted.update(
                 (digest, self._old.blobs.get(digest, 0)) for digest in image.wanted if digest not in self._here
@@ -371,7 +374,15 @@ class _Adopter:
         for digest in digests:
             self._here.add(digest)
             if self._is_first(digest):
-                self._advance(self._old.blobs.get(digest, 0))
+                with self._guard:
+                    self._passed += self._old.blobs.get(digest, 0)
+
+    def _report_passed(self) -> None:
+        """Report the bytes of the blobs that are here; in no transaction, for it calls a function of our caller."""
+        with self._guard:
+            passed, self._passed = self._passed, 0
+        if passed:
+            self._advance(passed)
 
     def _is_first(self, digest: Digest) -> bool:
         """Say whether a blob is to be counted: both of two parts may read one that is in both."""
@@ -387,6 +398,7 @@ class _Adopter:
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
             self._pass(hold.digests)
+            self._report_passed()
             rest = [digest for digest in wanted if digest not in hold.digests and digest not in self._bad]
 
             def receive_one(digest: Digest, advance: Advance) -> None:
@@ -402,6 +414,7 @@ class _Adopter:
             self._new.update({blob.digest: blob.size for blob in received.values()})
 
         images.bring(self._database, self._session, wanted, receive, lambda connection: self._save(connection, part))
+        self._report_passed()
 
     def _receive(self, received: dict[object, Received], digest: Digest, advance: Advance) -> None:
         """Receive a blob, or note what is wrong with it."""

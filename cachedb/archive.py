@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from cachedb import oci
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName
-from cachedb.files import MAGIC_LENGTH, Decompressor, Files, Section, compression_of
+from cachedb.files import MAGIC_LENGTH, Decompressor, Files, Section, UnpackLimit, compression_of
 from cachedb.oci import Descriptor, load_json
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 
@@ -30,14 +30,15 @@ _IMAGES_LIMIT = 1000
 class DiffId:
     """Computes a compressed layer's diff id as its bytes pass: the digest of what they hold (config.md)."""
 
-    def __init__(self, compression: str, expected: Digest, what: str) -> None:
+    def __init__(self, compression: str, expected: Digest, what: str, limit: UnpackLimit) -> None:
         self._decompressor = Decompressor(compression)
         self._hasher = hashlib.new(split_digest(expected)[0])
-        self._expected, self._what = expected, what
+        self._expected, self._what, self._limit = expected, what, limit
 
     def update(self, data: memoryview, /) -> None:
         """Take the next compressed bytes."""
         for part in self._decompressor.feed(data):
+            self._limit.add(len(part))
             self._hasher.update(part)
 
     def check(self) -> None:

@@ -15,11 +15,12 @@ from cachedb import locks
 from cachedb.database import Database, quarantine_path, sync_file, sync_folder
 from cachedb.errors import StorageError, os_errors
 from cachedb.folders import Folders, follow
+from cachedb.parallel import told_beside
+from cachedb.waiting import Wait, chosen_seconds
 
 __all__ = [
     "back_up",
     "before_change",
-    "begin_snapshot",
     "copy_snapshot",
     "keep_newest",
     "newest_first",
@@ -47,8 +48,7 @@ def newest_first(directory: Path) -> list[Path]:
 
 
 def back_up(
-    connection: sqlite3.Connection,
-    directory: Path,
+    database: Database,
     label: str,
     *,
     path: Path | None = None,
@@ -57,8 +57,7 @@ def back_up(
     """Copy an index, durably; the copy has its name when all of it is there. In ``backups/``, one is made at a time.
 
     Args:
-        connection: to the index, in no transaction.
-        directory: of the cache.
+        database: of the cache.
         label: what to call it, after its number.
         path: of the copy, instead of a numbered one in ``backups/``.
         progress: is told how far it is, in bytes.
@@ -69,20 +68,22 @@ def back_up(
     Raises:
         StorageError: if it cannot be written.
     """
-    folder = directory / "backups"
+    folder = database.directory / "backups"
     with os_errors("make a backup of the index"), ExitStack() as stack:
         if path is None or path.parent.resolve() == folder.resolve():
-            stack.enter_context(locks.held(folder / ".lock"))
-            folders = Folders(directory)
+            wait = stack.enter_context(Wait("the lock of backups", chosen_seconds(), lambda: _halves(folder)))
+            stack.enter_context(locks.held(folder / ".lock", wait))
+            folders = Folders(database.directory)
             with folders.open("backups") as opened:
                 for name in filter(_UNFINISHED.fullmatch, os.listdir(opened)):
                     os.unlink(name, dir_fd=opened)  # of one that was killed, as is its journal
-        path = path or _free(directory, label)
+        path = path or _free(database.directory, label)
         half = _new_half(path)
         try:
-            _copy(connection, half, progress)
+            with told_beside(progress) as told, database.raw() as connection:
+                _copy(connection, half, told)
             if path.parent == folder:
-                _follow(half, directory)
+                _follow(half, database.directory)
             half.rename(path)
             sync_folder(path.parent)
         except BaseException:
@@ -149,10 +150,13 @@ def _copy(connection: sqlite3.Connection, half: Path, progress: Callable[[int, i
     sync_file(half)
 
 
-def begin_snapshot(connection: sqlite3.Connection) -> None:
-    """Begin a read transaction, which sees the index as it is now until its end."""
-    connection.execute("BEGIN")
-    connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()  # SQLite begins with the first statement
+def _halves(folder: Path) -> list[tuple[str, int]]:
+    """Return the copies that are being written, with what changes while they are."""
+    found = []
+    for half in folder.glob(f"{_HALF}*"):
+        with suppress(FileNotFoundError):
+            found.append((half.name, half.stat().st_mtime_ns))
+    return found
 
 
 def copy_snapshot(connection: sqlite3.Connection, path: Path) -> None:
@@ -163,8 +167,7 @@ def copy_snapshot(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def before_change(
-    connection: sqlite3.Connection,
-    directory: Path,
+    database: Database,
     old: str,
     new: str,
     progress: Callable[[int, int], None] | None = None,
@@ -175,15 +178,16 @@ def before_change(
         StorageError: if the disk has too little space left, or the backup cannot be written.
     """
     # The change is in the WAL before it is in the index.
-    needed = 2 * size_of(connection) + _CHANGE
-    free = shutil.disk_usage(directory).free
+    with database.raw() as connection:
+        needed = 2 * size_of(connection) + _CHANGE
+    free = shutil.disk_usage(database.directory).free
     if free < needed:
         raise StorageError(
             f"the schema was not changed: a backup of the index and the change take up to {needed} bytes of disk, "
             f"and {free} are free; free some space (`cachedb gc` may help) and try again"
         )
-    path = back_up(connection, directory, f"{old}{_BEFORE}{new}", progress=progress)
-    keep_newest(directory, KEPT + 1)  # those there were, until the change is made
+    path = back_up(database, f"{old}{_BEFORE}{new}", progress=progress)
+    keep_newest(database.directory, KEPT + 1)  # those there were, until the change is made
     return path
 
 

@@ -25,6 +25,7 @@ from cachedb.database import Database, batched, sync_folder
 from cachedb.directory import blob_file, received_digest
 from cachedb.errors import CacheError, InvalidDigest, StorageError, os_errors
 from cachedb.parallel import Advance
+from cachedb.producing import ClaimLost
 from cachedb.receiving import Content, Hasher, Readable, discard, identity
 from cachedb.reference import Digest, parse_digest, split_digest
 from cachedb.sessions import NO_HOLD, Hold, Session
@@ -92,11 +93,11 @@ def receive(
             source, path, digest=digest, size=size, algorithm=algorithm, also=also, progress=progress, what=what
         )
         if path is None or digest is not None:
-            return Received(*content, path)  # it has its name already
+            return Received(content.digest, content.size, path)  # it has its name already
         named = session.new_path(content.digest)
         with os_errors("write to the cache"):
             os.rename(path, named)  # `Path.rename` makes a third path
-        return Received(*content, named)
+        return Received(content.digest, content.size, named)
     except BaseException:
         discard(path)
         raise
@@ -137,8 +138,9 @@ def receive_linked(
         StorageError: if it cannot be linked, for another reason, nor be copied.
     """
     before = os.fstat(file)
-    if before.st_uid != os.geteuid() or before.st_mode & stat.S_IWOTH:
-        # What other users write to is no blob. That its own user does not is for him to see to.
+    # Where a file has an access control list, the bits of the group say what any other user may do at most.
+    if before.st_uid != os.geteuid() or before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        # What others may write to is no blob: its content could change. Its owner must take care not to write to it.
         return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     verified = receive(session, source(), digest=digest, size=size, write=False, progress=progress, what=what)
     named = session.new_path(digest)
@@ -163,11 +165,18 @@ def receive_linked(
 
 
 def take(session: Session, path: Path, content: Content) -> Received:
-    """Receive a blob that was downloaded, and verified: it keeps its name there, until it is stored."""
+    """Receive a blob that was downloaded, and verified: it keeps its name there, until it is stored.
+
+    Raises:
+        ClaimLost: if another process has put its own download there.
+    """
     named = session.new_path(content.digest)
     with os_errors("write to the cache"):
         os.link(path, named)
-    return Received(*content, named)
+        if named.stat().st_ino != content.inode:
+            named.unlink()
+            raise ClaimLost(f"the download of {content.digest} was replaced by another process")
+    return Received(content.digest, content.size, named)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
@@ -19,6 +20,7 @@ from cachedb.collection import Collected
 from cachedb.database import Database
 from cachedb.directory import blob_path, chosen
 from cachedb.errors import (
+    Busy,
     CacheError,
     DamagedIndex,
     DigestMismatch,
@@ -38,9 +40,11 @@ from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, sp
 from cachedb.sessions import NO_HOLD, Hold, Session
 from cachedb.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.uses import Uses
+from cachedb.waiting import LOG
 
 if TYPE_CHECKING:
     from cachedb import archive
+    from cachedb.activity import SessionInfo
     from cachedb.adopt import Adoption
     from cachedb.copy_cache import Copied
     from cachedb.pull import Pulled
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cache", "Progress", "Stats"]
 
+_RECOVERY_SECONDS = 1.0  # at most, when a cache is opened
 Data = bytes | BinaryIO | str | os.PathLike[str]
 """A blob's content: bytes, a file open for reading in binary, or the path of a file."""
 
@@ -90,14 +95,20 @@ class Cache:
         *,
         upgrade: bool = False,
         damaged: bool = False,
+        wait: float | None = None,
         trust: bool = False,
     ) -> Self:
         """Open a cache, or create it; clean up after processes that died while they worked with it.
+
+        Nothing is cleaned up while another process writes to the cache, which is not waited for.
 
         Args:
             directory: the cache directory; by default ``CACHEDB_DIR``, else the user's cache directory.
             upgrade: bring the index to the newest schema if it has an older one, as ``CACHEDB_AUTO_UPGRADE=1`` in the
                 environment does.
+            wait: seconds to wait for what another process has, or for its work if that makes no progress; by default
+                ``CACHEDB_WAIT``, else 60. Then `Busy` is raised, which names the process. 0 is not to wait, and inf to
+                wait as long as it takes.
             damaged: open a cache whose index is lost or damaged too, to `verify` it; nothing else will work.
             trust: write to a directory of another user, though it is not shared, as ``CACHEDB_TRUST=1`` in the
                 environment does.
@@ -109,14 +120,14 @@ class Cache:
             SchemaMismatch: if the index has a newer schema, or an older one and ``upgrade`` is false.
             StorageError: if the directory cannot be made or read, or is on a file system that several hosts share.
         """
-        database = Database(chosen(directory), trust=trust)
+        database = Database(chosen(directory), wait=wait, trust=trust)
         upgrade = upgrade or os.environ.get("CACHEDB_AUTO_UPGRADE") == "1"
 
         def prepare() -> list[Leftover]:
             schema.prepare(database, upgrade=upgrade)
             if database.read_only:
                 return []
-            left = collection.recover(database)
+            left = _recover_at_once(database)
             database.keep_reserve()
             return left
 
@@ -143,7 +154,7 @@ class Cache:
 
     def __reduce__(self) -> tuple[Callable[[str], Cache], tuple[str]]:
         """Open the same cache where this one is sent, in a session of its own; it is for the receiver to close."""
-        return type(self).open, (str(self.directory),)
+        return partial(type(self).open, wait=self._database.wait_seconds), (str(self.directory),)
 
     def close(self) -> None:
         """End the session with the cache: what was stored and not associated may be collected from now on."""
@@ -159,6 +170,26 @@ class Cache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def share(self, group: str | None = None) -> str:
+        """Share the cache with a group of users, who may all read and write it from now on.
+
+        Folders get the setgid bit, the index and the lock files can be written to by the group, and blobs by nobody;
+        what is made later follows, whatever the umask of its maker.
+
+        Args:
+            group: name or number of the group; by default the process's own.
+
+        Returns:
+            The name of the group.
+
+        Raises:
+            CacheError: if there is no such group.
+            StorageError: if this user does not own the cache, or is no member of the group.
+        """
+        from cachedb import sharing
+
+        return sharing.share(self._database.folders, group)
 
     @property
     def directory(self) -> Path:
@@ -334,8 +365,19 @@ class Cache:
         with self._database.write() as connection:
             return holds.release(connection, *map(_held_name, holds_or_names))
 
+    def sessions(self) -> list[SessionInfo]:
+        """Return the processes that work with the cache, and what each does or waits for, since when.
+
+        A process that only reads has no session, and is not among them.
+        """
+        from cachedb import activity
+
+        return activity.sessions(self.directory)
+
     @contextmanager
-    def producing(self, name: str | Name) -> Iterator[ImageInfo | None]:
+    def producing(
+        self, name: str | Name, *, is_working: Callable[[], bool] = lambda: True
+    ) -> Iterator[ImageInfo | None]:
         """Have one process on the host make an image that several want.
 
         The block gets the image if it is in the cache and complete. Otherwise it gets None, and with it the right to
@@ -348,8 +390,11 @@ class Cache:
 
         Args:
             name: of the image.
+            is_working: is asked every second, in a thread, whether the block makes progress. Others wait for as long
+                as it does, and for as long as `open` says once it does not.
 
         Raises:
+            Busy: if another process that makes the image makes no progress for as long as `open` says.
             CacheError: if this thread is in such a block for the same name already.
         """
         wanted = Name.parse(name)
@@ -361,7 +406,9 @@ class Cache:
                 return None
             return image if image.complete else None
 
-        with producing.once(self.directory, str(wanted), find) as found:
+        with producing.once(
+            self.directory, str(wanted), find, seconds=self._database.wait_seconds, is_working=is_working
+        ) as found:
             if found:
                 self._uses.note(wanted)
             yield found
@@ -376,7 +423,8 @@ class Cache:
             digest: of the blob.
         """
         wanted = parse_digest(digest)
-        with producing.once(self.directory, wanted, lambda: self.has_blob(wanted) or None) as found:
+        find = lambda: self.has_blob(wanted) or None  # noqa: E731
+        with producing.once(self.directory, wanted, find, seconds=self._database.wait_seconds) as found:
             yield bool(found)
 
     def _find(self, connection: Connection, wanted: str | Name) -> int | Digest:
@@ -615,6 +663,7 @@ class Cache:
         parameters: Mapping[str, int | float | str | None] | None = None,
         *,
         timeout: float | None = None,
+        stream: bool = False,
     ) -> Iterator[Answer]:
         """Ask the index a question in SQL, of its tables and of the views that the README lists.
 
@@ -622,12 +671,15 @@ class Cache:
                 for name, unique_size in answer.rows:
                     ...
 
-        It sees the index at one moment, and holds up no writer.
+        It sees the index at one moment, and holds up no writer. All rows are read before the block begins, and many are
+        kept in a temporary file: so no fork waits for the block.
 
         Args:
             query: in SQLite's SQL, with the functions ``human(bytes)`` and ``ago(time)`` besides.
             parameters: for what the query has as ``:name``.
             timeout: seconds after which it is stopped.
+            stream: give each row as soon as it is found, and keep none. A fork of this process ends the answer: the
+                next row is a CacheError then.
 
         Raises:
             InvalidQuery: if it is no query, or would do something else than read.
@@ -635,7 +687,7 @@ class Cache:
         """
         from cachedb.query import answer
 
-        with answer(self._database, query, parameters, timeout) as found:
+        with answer(self._database, query, parameters, timeout, stream=stream) as found:
             yield found
 
     def list_views(self) -> list[View]:
@@ -849,7 +901,7 @@ class Cache:
             NotInCache: if there is no such image, or it is not for that platform.
             IncompleteImage: if a blob of it is not stored, or a platform is neither here nor at the registry.
             InvalidName: if the target is by another digest.
-            DigestMismatch: if a manifest's file is damaged.
+            DigestMismatch: if the file of a manifest or of a blob that is sent is damaged.
             StorageError: if a blob's file is gone, or was cut short.
             RegistryError: if the registry does not take it.
         """
@@ -975,6 +1027,7 @@ class Cache:
         name: str | Name | None = None,
         *,
         link: bool = False,
+        max_unpacked: int | None = None,
         progress: Progress | None = None,
     ) -> list[ImageInfo]:
         """Import the images of a docker-archive, an OCI archive or an OCI image layout folder.
@@ -986,13 +1039,16 @@ class Cache:
             name: instead of the names in the archive, where it holds one image.
             link: of a layout folder, make hard links to its files, where the file system can and no other user could
                 write to them. Nobody may from then on.
+            max_unpacked: bytes that a compressed archive, or all compressed layers of a docker-archive, may unpack to.
+                Unless given ``CACHEDB_MAX_UNPACKED``, else 64 GiB and, beyond 256 MiB, 100 times the compressed size.
             progress: is told how far the reading is.
 
         Returns:
             The images, one for each name.
 
         Raises:
-            InvalidArchive: if it is no such archive, or something is wrong with it, or it gives an image no name.
+            InvalidArchive: if it is no such archive, or something is wrong with it, or it gives an image no name, or
+                it unpacks to more than may be.
             InvalidManifest: if a manifest in it is invalid.
             DigestMismatch: if content in it has another digest or size than it should.
         """
@@ -1002,17 +1058,20 @@ class Cache:
         opened = Path(source) if isinstance(source, (str, os.PathLike)) else source
         if link and not (isinstance(opened, Path) and (opened.is_dir() or not opened.exists())):
             raise CacheError("links are made to the files of an image layout folder, and this is none")
-        with files.open_files(opened, self._session.new_path()) as opened_files:
-            return self._import(archive.read_images(opened_files, parsed), progress, link=link)
+        most = files.max_unpacked() if max_unpacked is None else max_unpacked
+        with files.open_files(opened, self._session.new_path(), most) as opened_files:
+            return self._import(archive.read_images(opened_files, parsed), progress, most, link=link)
 
-    def _import(self, found: list[archive.ArchivedImage], progress: Progress | None, *, link: bool) -> list[ImageInfo]:
+    def _import(
+        self, found: list[archive.ArchivedImage], progress: Progress | None, most: int | None, *, link: bool
+    ) -> list[ImageInfo]:
         # Several images may share a blob: by its digest, or by its place in the archive.
         wanted = {blob.key: blob for image in found for blob in image.blobs}
         digests = {blob.digest for blob in wanted.values() if blob.digest}
         roots: list[tuple[Digest, str]] = []
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
-            self._receive(wanted, hold, received, progress, link=link)
+            self._receive(wanted, hold, received, progress, most, link=link)
             roots.extend(self._root(image, received) for image in found)
 
         def save(connection: Connection) -> list[ImageInfo]:
@@ -1031,11 +1090,15 @@ class Cache:
         hold: Hold,
         received: dict[object, Received],
         progress: Progress | None,
+        most: int | None,
         *,
         link: bool,
     ) -> None:
         """Receive an archive's blobs, several at once; what is held is verified only."""
         from cachedb import archive, files
+
+        compressed = sum(blob.size for blob in wanted.values() if blob.diff_id)
+        limit = files.UnpackLimit("the layers in the archive unpack", compressed, most)
 
         def receive_linked(blob: archive.ArchivedBlob, digest: Digest, path: Path, add: Advance) -> Received:
             with os_errors("read the archive"), files.descriptor(path) as file:
@@ -1054,7 +1117,7 @@ class Cache:
             if link and blob.digest and blob.section.path and blob.digest not in hold.digests:
                 received[blob.key] = receive_linked(blob, blob.digest, blob.section.path, add)
                 return
-            diff_id = archive.DiffId(*blob.diff_id, blob.what) if blob.diff_id else None
+            diff_id = archive.DiffId(*blob.diff_id, blob.what, limit) if blob.diff_id else None
             received[blob.key] = blobs.receive(
                 self._session,
                 blob.section.again(),
@@ -1094,7 +1157,7 @@ class Cache:
     ) -> None:
         """Write an image to an archive or a folder; the same image gives the same bytes.
 
-        A file appears under its name when all of it is there.
+        A file appears under its name when all of it is there, and every blob in it is verified.
 
         Args:
             name: of the image.
@@ -1108,6 +1171,7 @@ class Cache:
         Raises:
             NotInCache: if there is no such image, or it is not for that platform.
             IncompleteImage: if a blob of it is not stored.
+            DigestMismatch: if the file of a blob is damaged; then nothing is under the destination's name.
         """
         from cachedb import export
 
@@ -1121,7 +1185,7 @@ class Cache:
             root, manifests = self._manifests(parsed, info, held)
             made: dict[Digest, bytes] = {}
             if platform is not None or format == "docker-archive":
-                root = export.choose_platform(parsed, root, manifests, self.get_blob, platform)
+                root = export.choose_platform(parsed, root, manifests, self._document, platform)
             else:
                 root, made = export.without_absent(root, manifests, {blob.digest for blob in held})
             closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
@@ -1133,6 +1197,22 @@ class Cache:
                 export.write_folder(self.directory, files, path, link=link, progress=add)
             else:
                 raise CacheError("an oci-dir is a folder: name its path")
+
+
+def _recover_at_once(database: Database) -> list[Leftover]:
+    """Clean up after dead processes, as far as that can be done at once; what is left is for the next to open.
+
+    The command that opens the cache has no need of it.
+
+    Returns:
+        What cannot be cleaned up.
+    """
+    try:
+        with database.without_waiting():
+            return collection.recover(database, seconds=_RECOVERY_SECONDS)
+    except Busy as error:
+        LOG.info("left the cleaning up to the next who opens the cache: %s", error)
+        return []
 
 
 def _held_name(wanted: str | Name) -> str:

@@ -26,7 +26,7 @@ from cachedb.errors import (
     explain,
 )
 from cachedb.printing import ROW_FORMATS, print_json, print_rows, print_table
-from cachedb.units import ago, cut, human, printable, short
+from cachedb.units import ago, cut, human, parse_size, printable, short
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,6 +166,18 @@ class _Held(_Parameter):
         return held(ctx, incomplete)
 
 
+class _Size(_Parameter):
+    """A number of bytes, such as 500MB or 64GiB."""
+
+    name = "size"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        size = parse_size(value)
+        if size is None:
+            self.fail(f"{value!r} is not a size such as 500MB or 64GiB", param, ctx)
+        return size
+
+
 _NAME = _InCache("name", names=True)
 _DIGEST = _InCache("digest", digests=True)
 _NAME_OR_DIGEST = _InCache("name or digest", names=True, digests=True)
@@ -251,8 +263,13 @@ def _bars(*, quiet: bool = False) -> Iterator[rich.progress.Progress | None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from cachedb.logs import log_above
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+    with (
+        Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars,
+        log_above(lambda line: bars.console.print(line, markup=False, highlight=False)),
+    ):
         yield bars
 
 
@@ -301,15 +318,47 @@ def _each(bars: rich.progress.Progress) -> BlobProgress:
     envvar="CACHEDB_DIR",
     help="The cache directory.  [default: $CACHEDB_DIR, else the user's cache directory]",
 )
+@click.option(
+    "--wait",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    envvar="CACHEDB_WAIT",
+    help="How long to wait for another process; inf for no limit.  [default: $CACHEDB_WAIT, else 60]",
+)
 @click.option("--trust", is_flag=True, help="Write to a cache of another user, though it is not shared.")
+@click.option("--verbose", is_flag=True, help="Say on stderr what is being done.")
 @click.version_option(__version__, message="%(prog)s %(version)s")
-def cli(directory: str | None, trust: bool) -> None:
+def cli(directory: str | None, wait: float | None, trust: bool, verbose: bool) -> None:
     """Keep container images in a local cache that many processes share.
 
     Exit codes: 0 done; 1 failed, or problems found; 2 wrong usage; 3 not in the cache.
     """
+    if wait is not None:
+        os.environ["CACHEDB_WAIT"] = f"{wait:g}"  # of all that this process begins, too
+    from cachedb.logs import show_log
+
+    show_log(verbose=verbose)
     if trust:
         os.environ["CACHEDB_TRUST"] = "1"  # for the commands that this one runs, too
+
+
+@cli.command(epilog=_examples("cachedb init", "cachedb --dir /srv/cache init --shared=builders"))
+@click.option(
+    "--shared",
+    metavar="[GROUP]",
+    is_flag=False,
+    flag_value="",
+    help="Let a group of users write to the cache, too.  [default: your own group]",
+)
+def init(shared: str | None) -> None:
+    """Make a cache, and share it with a group if asked to.
+
+    Every other command makes the cache as well, for its user alone. A cache that is there is kept as it is. Only the
+    owner can share a cache, with a group that he is a member of.
+    """
+    with _opened() as cache:
+        group = None if shared is None else cache.share(shared or None)
+        click.echo(f"{cache.directory}" + (f" is shared with group {group}" if group else " is a cache"))
 
 
 @cli.command(
@@ -324,9 +373,15 @@ def cli(directory: str | None, trust: bool) -> None:
 @click.argument("source", type=click.Path())
 @click.argument("name", required=False, type=_NAME)
 @click.option("--link", is_flag=True, help="Make hard links to a layout's files; nobody may write to them then.")
+@click.option(
+    "--max-unpacked",
+    metavar="SIZE",
+    type=_Size(),
+    help="Refuse what unpacks to more.  [default: $CACHEDB_MAX_UNPACKED, else 64GiB, and 100 times its size]",
+)
 @_format
 @_quiet("the images' names")
-def import_(source: str, name: str | None, link: bool, form: str, quiet: bool) -> None:
+def import_(source: str, name: str | None, link: bool, max_unpacked: int | None, form: str, quiet: bool) -> None:
     """Import the images of an archive, under their names in it.
 
     SOURCE is a docker-archive or an OCI archive, compressed or not, an OCI image layout folder, or - for stdin.
@@ -338,7 +393,13 @@ def import_(source: str, name: str | None, link: bool, form: str, quiet: bool) -
             raise click.UsageError("stdin is a terminal: send an archive to it, or name a file")
         opened = sys.stdin.buffer
     with _opened() as cache, _progress("importing", quiet=quiet) as progress:
-        found = cache.cache_from_tar(opened, name, link=link, progress=progress)  # type: ignore[arg-type]
+        found = cache.cache_from_tar(
+            opened,  # type: ignore[arg-type]
+            name,
+            link=link,
+            max_unpacked=max_unpacked,
+            progress=progress,
+        )
     _print_images(found, form, quiet=quiet)
 
 
@@ -845,7 +906,17 @@ def produce(name: str, command: tuple[str, ...]) -> None:
     wanted = f"\n{Name.parse(name)} in {os.path.realpath(_directory())}\n"  # however both were written
     if wanted in making:  # as text: a directory may have a newline in its name
         raise CacheError(f"{name} is being made by a command that has begun this one, which would wait for itself")
-    with _opened() as cache, cache.producing(name) as image:
+    process: subprocess.Popen[bytes] | None = None
+
+    def is_working() -> bool:
+        """Return whether the command is not stopped, as by ^Z."""
+        if process is None or process.returncode is not None:
+            return True
+        with suppress(ChildProcessError):
+            return os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None
+        return True
+
+    with _opened() as cache, cache.producing(name, is_working=is_working) as image:
         if image is not None:
             return
         environment = {
@@ -869,6 +940,26 @@ def produce(name: str, command: tuple[str, ...]) -> None:
             click.get_current_context().exit(code if code > 0 else 128 - code)
         if not cache.is_image_complete(name):
             raise CacheError(f"the command ended well, and {name} is not in the cache, or is incomplete")
+
+
+@cli.command(epilog=_examples("cachedb ps", "cachedb ps --format json | jq '.[].pid'"))
+@_format
+def ps(form: str) -> None:
+    """List the processes that work with the cache: who writes, who waits, and what is downloaded or produced.
+
+    A process that only reads is not listed.
+    """
+    with _opened() as cache:
+        found = cache.sessions()
+    if form == "json":
+        print_json([{**session._asdict(), "doing": [one._asdict() for one in session.doing]} for session in found])
+        return
+    rows = []
+    for session in found:
+        said = [(ago(one.since), f"{one.kind} {one.name}".rstrip()) for one in session.doing]
+        for since, doing in said or [(ago(session.started_at), "idle")]:
+            rows.append((str(session.pid or "?"), session.user or "?", since, doing, session.command or "?"))
+    print_table(("PID", "USER", "SINCE", "DOING", "COMMAND"), rows, right=("PID",))
 
 
 @cli.command(epilog=_examples("cachedb stats", "cachedb stats --format json | jq .total_size"))
@@ -904,7 +995,8 @@ _row_format = click.option(
     type=click.Choice(ROW_FORMATS),
     default="table",
     show_default=True,
-    help="How to print the rows; all but table and json a line each, as they come.",
+    help="How to print the rows; all but table and json a line each, as they come. In csv and tsv a text that a "
+    "spreadsheet would take for a formula has a ' in front.",
 )
 _timeout = click.option(
     "--timeout", "seconds", metavar="TIME", type=_Duration(), help="Stop it after a time such as 30s or 5m."
@@ -993,7 +1085,7 @@ def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None,
         with (
             _opened(existing=True) as cache,
             _giving_way(),
-            cache.sql(query, parameters, timeout=seconds) as found,
+            cache.sql(query, parameters, timeout=seconds, stream=True) as found,
         ):
             print_rows(found.columns, found.rows, form, sizes=sizes)
             sys.stdout.flush()

@@ -7,6 +7,7 @@ at any point leaves something that `recover` can finish, and never a stored row 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,9 +35,9 @@ from cachedb import holds, partial, producing
 from cachedb.blobs import retract, stored
 from cachedb.database import BATCH, Database, batched
 from cachedb.directory import trash_digest, trash_name
-from cachedb.errors import CacheError, StorageError, explain, os_errors
+from cachedb.errors import Busy, CacheError, StorageError, explain, os_errors
 from cachedb.folders import Folders, Leftover
-from cachedb.reference import Digest, split_digest
+from cachedb.reference import Digest, is_digest, split_digest
 from cachedb.sessions import dead_sessions, locked_sessions, remove_folder
 from cachedb.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 
@@ -110,7 +111,7 @@ def forget(connection: Connection, blob_ids: Iterable[int]) -> Collected:
     blobs = size = 0
     for part in batched(sorted(blob_ids)):
         rows = connection.execute(_forgotten(), {"ids": part}).all()
-        files = [row for row in rows if row.stored_at is not None]
+        files = [row for row in rows if row.stored_at is not None and is_digest(row.digest)]
         if files:
             connection.execute(_without_trash(), {"digests": [row.digest for row in files]})
             connection.execute(_new_trash(), [{"digest": row.digest, "size": row.size} for row in files])
@@ -167,7 +168,8 @@ def _move_out(database: Database) -> None:
                 sources: dict[str, int] = {}
                 for digest in digests:
                     done.append(digest)
-                    if digest in again:
+                    # An index from elsewhere may name a path here, that leads out of the cache.
+                    if digest in again or not is_digest(digest):
                         continue
                     algorithm, name = split_digest(digest)
                     if algorithm not in sources:
@@ -222,20 +224,29 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
         finish()
 
 
-def recover(database: Database) -> list[Leftover]:
+def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
     """Clean up what is over: what dead sessions received, their leases, holds past their time, half-done trash.
 
     What cannot be cleaned up is passed over, for it must not keep anybody from working.
 
+    Args:
+        database: of the cache.
+        seconds: after which no further session is cleaned up.
+
     Returns:
         What is left.
+
+    Raises:
+        Busy: if another process has the write lock for longer than the database waits.
     """
     with database.read() as connection:
         leased = holds.lapsed(connection)
-    folders, left = database.folders, list[Leftover]()
+    folders, left, end = database.folders, list[Leftover](), time.monotonic() + seconds
     with os_errors("clean up after a dead session"):
         left += producing.sweep(folders)
         for session in dead_sessions(folders, left):
+            if time.monotonic() > end:
+                break
             folder = database.directory / "ingest" / session
             if os.path.lexists(folder):
                 try:
@@ -243,6 +254,8 @@ def recover(database: Database) -> list[Leftover]:
                         names = os.listdir(descriptor)
                     retract(database, folder, names)
                     remove_folder(folders, session)
+                except Busy:
+                    raise
                 except (OSError, CacheError) as error:
                     left.append(Leftover(folder, explain(error) if isinstance(error, OSError) else str(error)))
         # A session has its lock file before its first lease, and until its last is gone.

@@ -188,13 +188,11 @@ def _copy_index(database: Database, session: Session, staged: Path, leased: list
     """Copy the index as it is at one moment, from which on all blobs are leased that it calls stored."""
     with ExitStack() as stack:
         if database.read_only:
-            reader = stack.enter_context(database.raw())
-            backups.begin_snapshot(reader)
+            reader = stack.enter_context(database.raw(read_only=True))
         else:
             with database.write() as connection:
                 leased.append(session.lease(connection, _stored(connection).keys() - _digests(leased)))
-                reader = stack.enter_context(database.raw())  # now: the file could have been replaced before
-                backups.begin_snapshot(reader)
+                reader = stack.enter_context(database.raw(read_only=True))  # it begins to read before others may write
         backups.copy_snapshot(reader, staged)
 
 

@@ -17,8 +17,9 @@ import fcntl
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,9 +29,10 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb import locks, marker, partial, space
+from cachedb import locks, marker, partial, processes, space
 from cachedb.directory import blob_file
 from cachedb.errors import (
+    Busy,
     CacheError,
     CacheReplaced,
     DamagedIndex,
@@ -44,6 +46,7 @@ from cachedb.folders import FOLDERS, Folders, follow
 from cachedb.mounts import refuse_shared, refuse_unable
 from cachedb.reference import Digest
 from cachedb.tables import METADATA, REVISION
+from cachedb.waiting import Wait, chosen_seconds
 
 __all__ = ["BATCH", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
 
@@ -56,14 +59,18 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a file cannot
 _RESERVE = 1024 * 1024  # bytes
 # SQLite needs two for index.db-wal and index.db-shm, a session two, and locks the rest.
 _RESERVE_INODES = 8
-# Our own writers wait at the lock file; this is for a person with a SQL shell, and for recovery after a crash.
-_BUSY_TIMEOUT = 60  # seconds
+# Our own writers wait at the lock file. For another program that writes we wait without the lock, or all who want to
+# write would wait for each other as well.
+_POLL_SECONDS = 0.02
+_OUTSIDER_NAPS = (0.02, 0.25)  # seconds between two tries: at first, and at most
+_OLD_RELEASE_SECONDS, _OLD_RELEASE_NAP = 1.0, 0.01
+_TICK_NANOSECONDS = 20_000_000  # the time of a file may stand still for so long
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
-_SWITCHING_SECONDS = 2  # that others may go on reading an index that is to be put back into WAL mode
 _IN_WAL_MODE = b"\x02\x02"  # at offset 18 of the file (https://sqlite.org/fileformat2.html, 1.3.3)
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
 _SCHEMA = "SELECT version_num FROM alembic_version"
+_PATH_LIMIT = 512 - len("-journal")  # bytes: SQLite's MAX_PATHNAME, with the longest name that it makes beside a file
 _FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)  # the second where a message quotes what is damaged
 _REBUILD = "`cachedb verify --repair` rebuilds it from the newest backup and from the blobs"
 
@@ -119,16 +126,21 @@ class Database:
     SQLite notes in memory which locks its process holds on a file. A child that is forked while a connection
     is open inherits the note and not the locks, and what it commits is lost when its parent closes. So a
     fork waits until no other thread is in a transaction, and all connections are closed before it.
+    A transaction waits for nobody, so a fork does not either: it waits for other processes before it begins.
     """
 
-    def __init__(self, directory: Path, path: Path | None = None, *, trust: bool = False) -> None:
+    def __init__(
+        self, directory: Path, path: Path | None = None, *, trust: bool = False, wait: float | None = None
+    ) -> None:
         """Name the index of a cache directory, or another one: a backup.
 
         Args:
             directory: of the cache.
             path: of the index, unless it is the directory's.
             trust: work with a directory of another user.
+            wait: seconds to wait for a lock of another process; unless given, as `chosen_seconds` says.
         """
+        self.wait_seconds = chosen_seconds(wait)
         self.directory = directory.absolute()
         self._trust = trust
         self._folders: Folders | None = None
@@ -163,30 +175,84 @@ class Database:
                 connection = sqlite3.connect(
                     f"{self.path.as_uri()}?{mode}",
                     uri=True,
-                    timeout=_BUSY_TIMEOUT,
+                    timeout=0,  # we wait ourselves, where no fork waits for us: see `_entered`
                     check_same_thread=False,
                     isolation_level=None,  # the driver begins no transactions of its own: we do, DDL included
                     factory=_Connection,
                 )
-                connection.file = file
-                if "vfs=" in file[2]:
-                    connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the WAL's index in our own memory
-                connection.execute("PRAGMA synchronous = FULL")
-                connection.execute("PRAGMA foreign_keys = ON")
-                connection.execute("PRAGMA schema_version")  # it opens the WAL, which belongs to this file
-            return connection
+                try:
+                    connection.file, connection.is_settled = file, not self.read_only or self._is_settled()
+                    if "vfs=" in file[2]:
+                        connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the WAL's index in our own memory
+                    connection.execute("PRAGMA synchronous = FULL")
+                    connection.execute("PRAGMA foreign_keys = ON")
+                    connection.execute("PRAGMA schema_version")  # it opens the WAL, which belongs to this file
+                except BaseException:
+                    connection.close()
+                    raise
+            return self._snapshot(connection) if "changed=" in file[2] else connection
+
+    def _snapshot(self, connection: _Connection) -> _Connection:
+        """Return a copy in memory of an index that is read without locks, and close the connection to the file.
+
+        A process that begins to write to the file does not see that somebody reads it. So it is read all at once, and
+        looked at again after that.
+
+        Raises:
+            _Changed: if somebody wrote to the file meanwhile, or that cannot be told.
+        """
+        copy = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None, factory=_Connection)
+        copy.file = connection.file
+        try:
+            with closing(connection), self._sqlite_errors():
+                connection.backup(copy)
+                copy.execute("PRAGMA query_only = ON")
+        except BaseException as error:
+            copy.close()
+            if isinstance(error, StorageError) and self._file() != connection.file:
+                raise _changed() from error  # that is why it looks damaged
+            raise
+        if self._file() != connection.file or not connection.is_settled:
+            copy.close()
+            raise _changed()
+        return copy
 
     @contextmanager
     def _unreplaced(self, *, replacing: bool = False) -> Iterator[None]:
-        """A block in which nobody replaces the file or, the other way round, nobody opens it."""
+        """A block in which nobody replaces the file or, the other way round, opens it; to be entered by `_entered`.
+
+        Raises:
+            Busy: if a process is replacing it, or opening it. Nobody is waited for here.
+        """
         if self.read_only:
             yield
             return
-        with os_errors("open the index"):
-            folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with ExitStack() as stack:
+            with os_errors("open the index"), Wait("the index", 0) as wait:
+                if self.write_lock.parent.is_dir():  # another program's directory has none, and is not changed
+                    stack.enter_context(locks.held_folder(self.write_lock.parent, wait, shared=not replacing))
+                stack.enter_context(self._unreplaced_by_old(fcntl.LOCK_EX if replacing else fcntl.LOCK_SH))
+            yield
+
+    @contextmanager
+    def _unreplaced_by_old(self, operation: int) -> Iterator[None]:
+        """The same for releases before 0.2, which lock the directory itself: a block, that does not wait for long.
+
+        Scripts lock the directory as well, with flock(1), and may have begun this process.
+        """
+        folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with os_errors("open the index"):
-                fcntl.flock(folder, fcntl.LOCK_EX if replacing else fcntl.LOCK_SH)
+            end = time.monotonic() + _OLD_RELEASE_SECONDS
+            while True:
+                try:
+                    fcntl.flock(folder, operation | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    # An old release replaces the index under the write lock, where it leaves no name.
+                    old = locks.is_held(self.write_lock) and locks.holder_of(self.write_lock) is None
+                    if time.monotonic() > end or not (operation == fcntl.LOCK_EX or old):
+                        break
+                time.sleep(_OLD_RELEASE_NAP)
             yield
         finally:
             os.close(folder)
@@ -209,7 +275,7 @@ class Database:
             with suppress(DamagedIndex, NotACache):
                 self._write_back()
         self.close()
-        with self._unreplaced(replacing=True):
+        with self._entered(lambda stack: stack.enter_context(self._unreplaced(replacing=True))):
             if found:
                 shutil.copyfile(self.path, old)
                 old.chmod(0o600)
@@ -229,13 +295,17 @@ class Database:
 
     def _write_back(self) -> None:
         """Write the WAL back to the index, which is all there in one file then."""
-        with self.raw() as connection:
-            connection.execute(f"PRAGMA busy_timeout = {_READING * 1000}")
-            busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            if busy:
+        end = time.monotonic() + _READING
+        while True:
+            with self.raw() as connection:
+                busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not busy:
+                return
+            if time.monotonic() > end:
                 raise StorageError(
                     "the index cannot be replaced: another program has been reading it for long; end it and try again"
                 )
+            time.sleep(_POLL_SECONDS)
 
     def _file(self) -> tuple[int, int, str]:
         """Return what tells ``index.db`` from another file of that name, and how it is to be opened."""
@@ -248,15 +318,21 @@ class Database:
                 raise lost(self.directory) from None
             mode = "mode=rw"
             if self.read_only:
-                wal = self.path.with_name(f"{self.path.name}-wal")
+                wal = _status(f"{self._name}-wal")
                 # One at rest, beside which SQLite may not make the files it shares memory by, is read as what
                 # cannot change; one with a WAL and no such file has no process either, and is read without locks.
-                mode = "mode=ro" if wal.exists() and wal.stat().st_size else "mode=ro&immutable=1"
-                if mode == "mode=ro" and not self.path.with_name(f"{self.path.name}-shm").exists():
+                mode = "mode=ro" if wal and wal.st_size else "mode=ro&immutable=1"
+                if mode == "mode=ro" and not os.path.exists(f"{self._name}-shm"):
                     mode = "mode=ro&vfs=unix-none"
-        if "immutable" in mode:
-            mode += f"&changed={status.st_mtime_ns}.{status.st_size}"  # which SQLite passes over
+                if mode != "mode=ro":
+                    mode += f"&changed={_mark(status)}.{_mark(wal)}"  # for us: SQLite passes over it
         return status.st_dev, status.st_ino, mode
+
+    def _is_settled(self) -> bool:
+        """Return whether a change of the index from now on shows in its time, which goes on in small steps."""
+        now = time.time_ns()
+        files = (_status(self._name), _status(f"{self._name}-wal"))
+        return not any(file and 0 <= now - file.st_mtime_ns < _TICK_NANOSECONDS for file in files)
 
     def _check_out(self, connection: Any, _record: object, _proxy: object) -> None:  # noqa: ANN401
         if connection.file != self._file():
@@ -294,7 +370,7 @@ class Database:
             NotOurs: if it is another user's, or a folder in it leads elsewhere.
             StorageError: if it cannot be made or read.
         """
-        if reason := refuse_shared(self.directory):
+        if reason := refuse_shared(self.directory) or _too_long(self.path):
             raise StorageError(reason)
         if self.read_only:
             revision = self.revision()
@@ -306,7 +382,10 @@ class Database:
             return revision
         with os_errors("use the cache directory"):
             missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                self.directory.mkdir(mode=0o700)
+                self.directory.chmod(0o700)  # whatever the umask
             for folder in missing:
                 sync_folder(folder.parent)
             self._mark()
@@ -333,7 +412,11 @@ class Database:
         Raises:
             DamagedIndex: if it is not, or has not.
         """
-        with os_errors("use the cache directory"), locks.unforked(), locks.in_turn(self.write_lock):
+        with (
+            self._write_wait() as wait,
+            os_errors("use the cache directory"),
+            locks.in_turn(self.write_lock, wait=wait),
+        ):
             self.folders.mark(new=False)  # another process may have done so meanwhile
             if self.folders.is_copy:
                 if check:
@@ -447,22 +530,70 @@ class Database:
         except ValueError as error:
             return [f"a row cannot be read: {error}"]
 
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
+    def read(self) -> AbstractContextManager[Connection]:
         """A read transaction: all its statements see the index at one moment.
 
         Raises:
             SchemaMismatch: if the schema is not one that this release works with.
         """
-        with self.look() as connection:
-            self._check_schema(connection)
-            yield connection
+        return self._reading(self._check_schema)
+
+    def look(self) -> AbstractContextManager[Connection]:
+        """A read transaction, whatever the schema."""
+        return self._reading(_read_first)
 
     @contextmanager
-    def look(self) -> Iterator[Connection]:
-        """A read transaction, whatever the schema."""
-        with locks.unforked(), self._engine.connect() as connection, connection.begin():
-            yield connection
+    def _reading(self, first: Callable[[Connection], object]) -> Iterator[Connection]:
+        """A read transaction that begins with what ``first`` reads. As `_entered`, in half of the time."""
+        wait: Wait | None = None
+        while True:
+            with locks.unforked():
+                connection = None
+                try:
+                    connection = self._engine.connect()
+                    transaction = connection.begin()
+                    first(connection)
+                except BaseException as error:
+                    if connection is not None:
+                        connection.close()
+                    if not isinstance(error, (Busy, _Changed)):
+                        raise
+                    busy = error
+                else:
+                    if wait is not None:
+                        wait.end()
+                    with connection, transaction:
+                        yield connection
+                    return
+            wait = wait or self._index_wait()
+            _pause(wait, busy)
+
+    @contextmanager
+    def _entered(self, enter: Callable[[ExitStack], T]) -> Iterator[T]:
+        """A block in which no other thread forks; while another process has the index locked, wait and enter again.
+
+        Args:
+            enter: enters what the block needs, and returns what to give to it. It waits for nobody.
+
+        Raises:
+            StorageError: if the index stays locked.
+        """
+        with self._index_wait() as wait:
+            while True:
+                with ExitStack() as stack:
+                    stack.enter_context(locks.unforked())
+                    try:
+                        found = enter(stack)
+                    except (Busy, _Changed) as error:
+                        busy = error
+                    else:
+                        wait.end()
+                        yield found
+                        return
+                _pause(wait, busy)
+
+    def _index_wait(self) -> Wait:
+        return Wait("the index", self.wait_seconds)
 
     def rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
         """Return what a statement finds in a read transaction of its own, as SQLite has it: times are text.
@@ -476,6 +607,29 @@ class Database:
         Raises:
             SchemaMismatch: if the schema is not one that this release works with.
         """
+        try:
+            found = self._rows(statement, values)
+        except (Busy, _Changed) as error:
+            found = self._rows_after(error, statement, values)
+        if found is not None:
+            return found
+        with self.read() as other:
+            return [tuple(row) for row in other.execute(statement, values)]
+
+    def _rows_after(
+        self, busy: Exception, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]
+    ) -> list[tuple[Any, ...]] | None:
+        """Return what `_rows` does, once the index is not locked any more."""
+        with self._index_wait() as wait:
+            while True:
+                _pause(wait, busy)
+                try:
+                    return self._rows(statement, values)
+                except (Busy, _Changed) as error:
+                    busy = error
+
+    def _rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]] | None:
+        """Return what `rows` does; None if the schema is not ours."""
         with locks.unforked(), self._sqlite_errors():
             file = self._file()
             try:
@@ -489,7 +643,7 @@ class Database:
                 connection.execute("BEGIN")
                 ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)
                 text, constants = _compiled(statement)
-                found = connection.execute(text, {**constants, **values}).fetchall() if ours else []
+                found = connection.execute(text, {**constants, **values}).fetchall() if ours else None
                 connection.execute("COMMIT")
             except BaseException:
                 connection.close()
@@ -498,10 +652,7 @@ class Database:
                 self._idle.append(connection)
             else:
                 connection.close()
-        if ours:
             return found
-        with self.read() as other:
-            return [tuple(row) for row in other.execute(statement, values)]
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -518,14 +669,19 @@ class Database:
     @contextmanager
     def write_at_once(self) -> Iterator[Connection | None]:
         """A write transaction if the write lock is free; the block gets None if it is not."""
-        with os_errors("write to the cache"), locks.unforked():
+        with os_errors("write to the cache"):
             file = locks.acquire(self.write_lock, wait=False)
             if file is None:
                 yield None
                 return
             try:
                 self.folders.check()
-                with self._engine.connect() as connection, self._transaction(_immediate(connection), locks.Turn(file)):
+                with ExitStack() as stack:
+                    try:
+                        connection = stack.enter_context(self._writing(locks.Turn(file)))
+                    except (Busy, _Changed):
+                        yield None  # another program is writing
+                        return
                     self._check_schema(connection)
                     yield connection
             finally:
@@ -533,15 +689,13 @@ class Database:
 
     def _check_schema(self, connection: Connection) -> None:
         # Every transaction begins with this one: by the driver, for which it takes a tenth of SQLAlchemy's time.
-        driver = connection.connection.driver_connection
-        assert isinstance(driver, sqlite3.Connection)
         with self._sqlite_errors():
-            row = driver.execute(_SCHEMA).fetchone()
+            row = _driver(connection).execute(_SCHEMA).fetchone()
         if row != (REVISION,) and not is_compatible(connection):
             raise mismatch(self.directory, row and row[0])
 
     @contextmanager
-    def write_schema(self, before: Callable[[sqlite3.Connection], None] | None = None) -> Iterator[Connection]:
+    def write_schema(self, before: Callable[[], None] | None = None) -> Iterator[Connection]:
         """A write transaction for a migration: whatever the schema, with foreign keys not enforced meanwhile.
 
         Args:
@@ -552,43 +706,107 @@ class Database:
             connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
 
     @contextmanager
-    def alone(self) -> Iterator[locks.Turn]:
-        """Hold the write lock, and no transaction."""
+    def alone(self, wait: Wait | None = None) -> Iterator[locks.Turn]:
+        """Hold the write lock, and no transaction.
+
+        Args:
+            wait: for the lock; unless given, one as long as this database waits.
+
+        Raises:
+            Busy: if the time to wait is over.
+        """
         self._check_shortage()
         self.folders.check()
-        with os_errors("write to the cache"), locks.unforked(), locks.in_turn(self.write_lock) as turn:
+        with ExitStack() as stack:
+            wait = wait or stack.enter_context(self._write_wait())
+            stack.enter_context(os_errors("write to the cache"))
+            turn = stack.enter_context(locks.in_turn(self.write_lock, wait))
             self.folders.check()  # again, for we may have waited long
             yield turn
 
+    def _write_wait(self) -> Wait:
+        return Wait("the write lock", self.wait_seconds)
+
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        """A block in which no lock is waited for: what needs one that is held raises `Busy` at once."""
+        before, self.wait_seconds = self.wait_seconds, 0.0
+        try:
+            yield
+        finally:
+            self.wait_seconds = before
+
     @contextmanager
     def raw(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
-        """The driver's own connection, in no transaction: for what SQLite does in none."""
-        with locks.unforked(), self._sqlite_errors(), closing(self._open(read_only=read_only)) as connection:
+        """The driver's own connection, in no transaction: for what SQLite does in none.
+
+        Args:
+            read_only: it is in a read transaction instead, that has begun.
+        """
+        with self.connected(read_only=read_only) as connection, closing(connection):
             yield connection
 
     @contextmanager
-    def _locked(
-        self, *, schema: bool = False, before: Callable[[sqlite3.Connection], None] | None = None
-    ) -> Iterator[Connection]:
-        with self.alone() as turn:
-            if schema:
-                self._create()
-            with self._engine.connect() as connection:
-                if schema:
-                    # Neither can be changed in a transaction; the first stays with the file.
-                    driver = connection.connection.driver_connection
-                    assert isinstance(driver, sqlite3.Connection)
+    def connected(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
+        """As `raw`, but the connection stays open after the block: it is to be closed before any fork."""
+
+        def enter(_: ExitStack) -> sqlite3.Connection:
+            with ExitStack() as on_error:
+                connection = on_error.enter_context(closing(self._open(read_only=read_only)))
+                if read_only:
                     with self._sqlite_errors():
-                        self._ensure_wal(driver)
-                        driver.execute("PRAGMA foreign_keys = OFF")
-                        if before:
-                            before(driver)
-                try:
-                    with self._transaction(_immediate(connection), turn):
-                        yield connection
-                finally:
+                        connection.execute("BEGIN")
+                        connection.execute("PRAGMA schema_version")
+                on_error.pop_all()
+            return connection
+
+        with self._entered(enter) as connection, self._sqlite_errors():
+            yield connection
+
+    @contextmanager
+    def _locked(self, *, schema: bool = False, before: Callable[[], None] | None = None) -> Iterator[Connection]:
+        """A write transaction under the write lock. For another program that is writing we wait without the lock."""
+        with self._write_wait() as wait:
+            outside = 0.0  # seconds that another program has kept us waiting
+            while True:
+                with ExitStack() as stack:
+                    turn = stack.enter_context(self.alone(wait))
                     if schema:
-                        connection.invalidate()
+                        self._create()
+                    if before:
+                        before()
+                        before = None
+                    try:
+                        connection = stack.enter_context(self._writing(turn, schema=schema))
+                    except (Busy, _Changed):
+                        pass
+                    else:
+                        yield connection
+                        return
+                shortest, longest = _OUTSIDER_NAPS
+                nap = min(max(outside / 4, shortest), longest)
+                outside += nap
+                wait.nap(nap, lambda: processes.index_writer(self.path))
+
+    @contextmanager
+    def _writing(self, turn: locks.Turn, *, schema: bool = False) -> Iterator[Connection]:
+        """A write transaction, under the write lock.
+
+        Raises:
+            Busy: before the block, if another program is writing.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(locks.unforked())
+            connection = stack.enter_context(self._engine.connect())
+            if schema:
+                stack.callback(connection.invalidate)
+                # Neither can be changed in a transaction; the first stays with the file.
+                driver = _driver(connection)
+                with self._sqlite_errors():
+                    self._ensure_wal(driver)
+                    driver.execute("PRAGMA foreign_keys = OFF")
+            stack.enter_context(self._transaction(_immediate(connection), turn))
+            yield connection
 
     @contextmanager
     def _transaction(self, connection: Connection, turn: locks.Turn) -> Iterator[None]:
@@ -598,18 +816,16 @@ class Database:
         are gone, SQLite finds it there. By then we may have taken its files away. A commit of our own puts an end to
         that, for it is written over it.
         """
-        driver = connection.connection.driver_connection
-        assert isinstance(driver, sqlite3.Connection)
-        self._ensure_wal(driver)
+        self._ensure_wal(_driver(connection))
         if turn.marked:
             with connection.begin():
                 # A newer schema is for newer releases to write to.
                 if (read_revision(connection) or "") <= REVISION or is_compatible(connection):
                     # It is written even if it is that already.
                     connection.exec_driver_sql(f"PRAGMA user_version = {read_oldest(connection)}")
-        turn.mark()
         transaction = connection.begin()
         try:
+            turn.mark()
             yield
         except BaseException:
             transaction.rollback()
@@ -636,24 +852,11 @@ class Database:
         The mode is stored in the file. Without it a reader blocks every writer, and a writer every reader.
 
         Raises:
-            StorageError: if another program is reading, which the switch has to wait for.
+            Busy: if another program is reading, which the switch has to wait for.
         """
         with self._sqlite_errors():
-            if driver.execute("PRAGMA journal_mode").fetchone() == ("wal",):
-                return
-            # All writers are waiting behind us.
-            driver.execute(f"PRAGMA busy_timeout = {round(_SWITCHING_SECONDS * 1000)}")
-            try:
+            if driver.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 driver.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-                    raise
-                raise StorageError(
-                    "another program switched the index out of WAL mode, and a program is reading it now: "
-                    "end that program and try again"
-                ) from error
-            finally:
-                driver.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT * 1000}")
 
     def _create(self) -> None:
         # An existing file is not opened: to close it again would let go of SQLite's locks on it.
@@ -678,19 +881,23 @@ class Database:
         except _FAILURES as error:
             raise self._translated(error) from error
 
-    def _translated(self, error: sqlite3.DatabaseError | UnicodeDecodeError) -> StorageError | NotACache:
+    def _translated(self, error: sqlite3.DatabaseError | UnicodeDecodeError) -> StorageError | NotACache | Busy:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_BUSY:
+            holder = processes.index_writer(self.path)
+            return Busy(f"{holder} has locked the index in a transaction: end it, or try again later", holder)
         damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(_DAMAGED)
         damaged = damaged or isinstance(error, UnicodeDecodeError)
         if damaged and is_ours(self.directory):
             return DamagedIndex(f"the index is damaged: {error}; {_REBUILD}")
         if code == sqlite3.SQLITE_NOTADB:
             return NotACache("index.db is not an SQLite database: name another directory")
+        if code == sqlite3.SQLITE_CANTOPEN and (reason := _too_long(self.path)):
+            return StorageError(reason)
         advice = {
             sqlite3.SQLITE_FULL: "free some space and try again",
             sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
             sqlite3.SQLITE_CANTOPEN: "check the owner and mode of the cache directory, and the limit on open files",
-            sqlite3.SQLITE_BUSY: "another program holds the database in a transaction; end it and try again",
             sqlite3.SQLITE_IOERR: "the disk may be failing: see the kernel's log",
         }.get(code)
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_NOMEM:
@@ -800,12 +1007,24 @@ class Database:
 
     def close(self) -> None:
         """Close all connections that are not in use; they are opened again when they are needed."""
-        self._engine.dispose()
-        while self._idle:
-            self._idle.pop().close()
+        with locks.unforked():
+            self._engine.dispose()
+            while self._idle:
+                self._idle.pop().close()
         if self._gave_up:  # SQLite has given two back just now
             self._gave_up = False
             self.keep_reserve()
+
+
+def _too_long(path: Path) -> str | None:
+    """Return what to say of a path that is too long for SQLite, which follows its symbolic links; None for others."""
+    length = max(len(os.fsencode(path)), len(os.fsencode(os.path.realpath(path))))
+    if length <= _PATH_LIMIT:
+        return None
+    return (
+        f"the path of the index has {length} bytes, and SQLite takes {_PATH_LIMIT} at most: "
+        "choose a cache directory with a shorter path, by --dir or CACHEDB_DIR"
+    )
 
 
 def lost(directory: Path) -> DamagedIndex:
@@ -902,10 +1121,50 @@ def _compiled(statement: Select[*tuple[Any, ...]]) -> tuple[str, dict[str, Any]]
     return str(compiled), dict(compiled.params)
 
 
+def _driver(connection: Connection) -> sqlite3.Connection:
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, sqlite3.Connection)
+    return driver
+
+
 class _Connection(sqlite3.Connection):
     """A connection that knows which file it is to."""
 
     file: tuple[int, int, str]
+    is_settled: bool
+
+
+class _Changed(StorageError):
+    """Somebody has written to an index that was read without locks."""
+
+
+def _changed() -> _Changed:
+    return _Changed("the index changed while it was read: try again")
+
+
+def _status(path: str) -> os.stat_result | None:
+    with os_errors("open the index"), suppress(FileNotFoundError):
+        return os.stat(path)
+    return None
+
+
+def _mark(status: os.stat_result | None) -> str:
+    return f"{status.st_mtime_ns}.{status.st_size}" if status else ""
+
+
+def _pause(wait: Wait, error: Exception) -> None:
+    """Wait before the index is tried again, until it has been tried for too long."""
+    try:
+        wait.nap(_POLL_SECONDS, lambda: getattr(error, "holder", None))
+    except Busy:
+        wait.end()
+        if isinstance(error, _Changed):
+            raise error from None
+        raise
+
+
+def _read_first(connection: Connection) -> None:
+    connection.exec_driver_sql("PRAGMA schema_version")  # here a transaction begins, or finds the index locked
 
 
 def _immediate(connection: Connection) -> Connection:

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from cachedb.errors import InvalidDigest, NotACache
-from cachedb.reference import Digest, parse_digest
+from cachedb.errors import DamagedIndex, InvalidDigest, NotACache
+from cachedb.reference import Digest, is_digest, parse_digest
 
 __all__ = [
     "REVISION",
@@ -60,7 +60,15 @@ def blob_path(directory: Path, digest: Digest) -> Path:
 
 
 def blob_file(directory: Path, digest: Digest) -> str:
-    """Return the same as text: to make a `Path` for each of many blobs takes longer than what is done with it."""
+    """Return the same as text: to make a `Path` for each of many blobs takes longer than what is done with it.
+
+    Raises:
+        DamagedIndex: if it is no digest but a path, which an index from elsewhere may have.
+    """
+    if not is_digest(digest):
+        raise DamagedIndex(
+            f"the index is damaged, for it has {digest!r} as a digest: run `cachedb verify --repair`, which rebuilds it"
+        )
     return f"{directory}/blobs/{digest.replace(':', '/')}"
 
 

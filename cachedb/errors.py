@@ -1,6 +1,7 @@
 """Every error that cachedb raises on purpose, under one root.
 
 CacheError
+├── Busy                 another process has what is needed, and the time to wait for it is over
 ├── InvalidName          a name is not ``repository[:tag]`` or ``repository@digest``
 ├── InvalidDigest        a digest is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``
 ├── NotInCache           the image or blob that was asked for is not here
@@ -31,6 +32,7 @@ from contextlib import contextmanager
 from cachedb import space
 
 __all__ = [
+    "Busy",
     "CacheError",
     "CacheReplaced",
     "DamagedIndex",
@@ -54,6 +56,14 @@ __all__ = [
 
 class CacheError(Exception):
     """The root of all errors that cachedb raises on purpose."""
+
+
+class Busy(CacheError):
+    """Another process has what is needed, and the time to wait for it is over."""
+
+    def __init__(self, message: str, holder: str = "another process") -> None:
+        super().__init__(message)
+        self.holder = holder  # which process, as the message names it
 
 
 class InvalidName(CacheError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import secrets
 import tarfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -23,15 +25,18 @@ from cachedb.database import sync_folder
 from cachedb.directory import blob_path
 from cachedb.errors import CacheError, NotInCache, os_errors
 from cachedb.oci import Descriptor
-from cachedb.parallel import Advance
-from cachedb.reading import open_blob
-from cachedb.receiving import CHUNK, WRITTEN_BACK, discard, write_back
+from cachedb.parallel import Advance, in_threads
+from cachedb.reading import damaged, open_blob, open_regular
+from cachedb.receiving import CHUNK, WRITTEN_BACK, discard, hashing, write_back
 from cachedb.reference import Digest, Name, digest_of, shorten, split_digest
 
 __all__ = ["FORMATS", "Entry", "choose_platform", "entries", "without_absent", "write_folder", "write_tar"]
 
 FORMATS: Final = ("docker", "docker-archive", "oci-archive", "oci-dir")
 """What an image can be exported as; the first, the default, is an OCI archive that `docker load` takes too."""
+
+_END: Final = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
+_FICLONE: Final = 0x40049409  # ioctl_ficlone(2)
 
 
 class Entry(NamedTuple):
@@ -205,9 +210,12 @@ def _platform_of_config(image: Descriptor, manifests: dict[Digest, bytes], read:
 def write_tar(
     directory: Path, files: list[Entry], destination: Path | BinaryIO, progress: Advance | None = None
 ) -> None:
-    """Write a tar to a stream, or to a file that appears when all of it is there and on disk.
+    """Write a tar to a stream, or to a file that appears when all of it is verified and on disk.
+
+    A stream that gets a damaged blob never gets the end of the tar.
 
     Raises:
+        DigestMismatch: if a blob's file is damaged.
         StorageError: if it cannot be written.
     """
     with os_errors("write the export"):
@@ -224,56 +232,138 @@ def write_tar(
             if not path.parent.is_dir():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
             with _appearing(path) as file:
-                _write_members(directory, files, file, progress)
+                _write_members_at_once(directory, files, file.fileno(), progress)
             sync_folder(path.parent)
 
 
 def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progress: Advance | None) -> None:
+    """Write a tar from its beginning to its end."""
+    for entry, header in _headers(files):
+        _write(stream, header)
+        if isinstance(entry.content, bytes):
+            _write(stream, entry.content)
+        else:
+            _copy_blob(directory, entry, partial(_write, stream), progress)
+        _write(stream, bytes(-entry.size % tarfile.BLOCKSIZE))
+    _write(stream, _END)
+
+
+def _write_members_at_once(directory: Path, files: list[Entry], file: int, progress: Advance | None) -> None:
+    """Write a tar to a new file, several blobs at once: to hash them takes longer than to copy them."""
+    offsets: dict[Entry, int] = {}
+    offset = 0
+    for entry, header in _headers(files):
+        _write_at(file, offset, memoryview(header))
+        offset += len(header)
+        if isinstance(entry.content, bytes):
+            _write_at(file, offset, memoryview(entry.content))
+        else:
+            offsets[entry] = offset
+        offset += entry.size + -entry.size % tarfile.BLOCKSIZE  # what is not written of a file reads as zeros
+    _write_at(file, offset, memoryview(_END))
+
+    def write(entry: Entry, advance: Advance) -> None:
+        _copy_blob(directory, entry, _Writer(file, offsets[entry]).write, advance)
+
+    in_threads(write, _largest_first(offsets), progress or _tell_nobody)
+
+
+def _headers(files: Iterable[Entry]) -> Iterator[tuple[Entry, bytes]]:
+    """Yield each entry with what stands before it in a tar: the folders that it is the first in, and its header."""
+    known = {""}
     for entry in files:
+        headers = []
+        # skopeo gives a folder that is no member to root, and fails where it may not.
+        for folder in _folders(entry.path, known):
+            member = tarfile.TarInfo(folder)
+            member.type, member.mode = tarfile.DIRTYPE, 0o755
+            headers.append(member.tobuf(tarfile.PAX_FORMAT))
         member = tarfile.TarInfo(entry.path)
         member.size, member.mode = entry.size, 0o644
-        _write(stream, member.tobuf(tarfile.PAX_FORMAT))
-        _write_content(directory, entry, stream, progress)
-        _write(stream, bytes(-entry.size % tarfile.BLOCKSIZE))
-    _write(stream, bytes(2 * tarfile.BLOCKSIZE))
+        yield entry, b"".join([*headers, member.tobuf(tarfile.PAX_FORMAT)])
 
 
-def _write_content(directory: Path, entry: Entry, stream: BinaryIO, progress: Advance | None) -> None:
-    if isinstance(entry.content, bytes):
-        _write(stream, entry.content)
-        return
-    with open_blob(directory, entry.content) as blob:
-        source, left = blob.fileno(), os.fstat(blob.fileno()).st_size
-        if left != entry.size:
-            raise CacheError(
-                f"the file of {entry.content} is {left} bytes, and should be {entry.size} by its manifest: "
-                "import the image again"
-            )
-        while left:
-            count = _copy_some(source, stream, min(left, WRITTEN_BACK))
-            if not count:
-                raise CacheError(f"the file of {entry.content} was cut short while it was read")
-            left -= count
+def _folders(path: str, known: set[str]) -> list[str]:
+    """Return the folders of a path that are not known yet, the outermost first; they are known from now on."""
+    new: list[str] = []
+    while (path := os.path.dirname(path)) not in known:
+        known.add(path)
+        new.insert(0, path)
+    return new
+
+
+def _largest_first(files: Iterable[Entry]) -> list[Entry]:
+    """Order entries so that all threads come to their end together."""
+    return sorted(files, key=lambda entry: -entry.size)
+
+
+def _tell_nobody(_count: int) -> None:
+    """Take the place of an `Advance` where nobody asked for the progress."""
+
+
+class _Writer:
+    """Writes to a part of a file, and keeps its own place in it."""
+
+    def __init__(self, file: int, offset: int) -> None:
+        self._file, self._offset, self._unsaid = file, offset, 0
+
+    def write(self, data: memoryview) -> None:
+        _write_at(self._file, self._offset, data)
+        self._offset += len(data)
+        self._unsaid += len(data)
+        if self._unsaid >= WRITTEN_BACK:
+            write_back(self._file, self._unsaid, self._offset)
+            self._unsaid = 0
+
+
+def _write_at(file: int, offset: int, data: memoryview) -> None:
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _copy_blob(directory: Path, entry: Entry, write: Callable[[memoryview], None], progress: Advance | None) -> None:
+    """Write a blob, and verify the bytes that are written: the same buffers are hashed beside the writing."""
+    digest = entry.content
+    assert isinstance(digest, str)
+    with open_blob(directory, digest) as blob:
+        _check_size(entry, os.fstat(blob.fileno()).st_size)
+        _hash_blob(entry, blob.fileno(), write, progress)
+
+
+def _check_size(entry: Entry, size: int) -> None:
+    if size != entry.size:
+        raise CacheError(
+            f"the file of {entry.content!s} is {size} bytes, and should be {entry.size} by its manifest: "
+            "import the image again"
+        )
+
+
+def _hash_blob(entry: Entry, file: int, write: Callable[[memoryview], None] | None, progress: Advance | None) -> None:
+    """Read a blob's file to its end, have it written, and raise `DigestMismatch` unless it is the blob."""
+    digest = Digest(str(entry.content))
+    hasher, done, length = hashlib.new(split_digest(digest)[0]), 0, min(CHUNK, entry.size)
+    with hashing([hasher], length, beside=write is not None) as (buffers, hash_chunk):
+        while done < entry.size:
+            chunk = next(buffers)[: entry.size - done]
+            filled = 0
+            while filled < len(chunk):
+                with os_errors("read a blob"):
+                    count = os.preadv(file, [chunk[filled:]], done + filled)
+                if not count:
+                    raise CacheError(f"the file of {digest} was cut short while it was read: run `cachedb verify`")
+                filled += count
+            hash_chunk(chunk)
+            if write is not None:
+                write(chunk)
+            done += filled
             if progress is not None:
-                progress(count)
+                progress(filled)
+    if f"{hasher.name}:{hasher.hexdigest()}" != digest:
+        raise damaged(digest)
 
 
-def _copy_some(source: int, stream: BinaryIO, count: int) -> int:
-    """Have the kernel copy, by reference where the file system can; else go through our memory."""
-    if type(stream) is io.FileIO:  # any other may compress, say, though it has a descriptor too
-        # An error may only mean "not between these two files"; if not, the write below meets it again.
-        with suppress(OSError):
-            if copied := os.copy_file_range(source, stream.fileno(), count):
-                write_back(stream.fileno(), copied)
-                return copied
-        with suppress(OSError):
-            return os.sendfile(stream.fileno(), source, None, count)
-    chunk = os.read(source, min(count, CHUNK))
-    _write(stream, chunk)
-    return len(chunk)
-
-
-def _write(stream: BinaryIO, data: bytes) -> None:
+def _write(stream: BinaryIO, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[stream.write(view) or 0 :]  # None of a full pipe that does not block
@@ -284,7 +374,7 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
     """Write a file beside its final name, which it gets when its content is whole and on disk."""
     part = _part(path)
     try:
-        with part.open("xb", buffering=0) as file:
+        with part.open("xb+", buffering=0) as file:
             yield file
             os.fsync(file.fileno())
         part.rename(path)
@@ -314,21 +404,18 @@ def write_folder(
         files: as `entries` gives them.
         destination: the folder; its parent must exist.
         link: make hard links to the cache's files where the file system can.
-        progress: is told of the bytes written or linked.
+        progress: is told of the bytes written or verified.
 
     Raises:
+        DigestMismatch: if a blob's file is damaged; what was written of the image is removed then.
         StorageError: if it cannot be written.
         CacheError: if the folder holds something else.
     """
     with os_errors("write the export"):
-        folders = {destination}
-        with suppress(FileExistsError):
-            destination.mkdir()
-            folders.add(destination.parent)
-        # Two exports into one layout take turns, for each rewrites its index.
-        lock = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
+        lock, is_new = _locked_folder(destination)
+        made = [destination] if is_new else []
+        folders = {destination, destination.parent} if is_new else {destination}
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             left = [*destination.glob(_PARTS), *destination.glob(f"blobs/*/{_PARTS}")]
             if set(destination.iterdir()) - set(left) and not (destination / "oci-layout").is_file():
                 raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout")
@@ -337,41 +424,115 @@ def write_folder(
             # The first says what the folder is, should this be cut off; the last names what is there by then.
             order = {"oci-layout": 0, "index.json": 2}
             *others, index = sorted(files, key=lambda entry: order.get(entry.path, 1))
+            blobs = []
             for entry in others:
                 path = destination / entry.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                folders.update(destination / parent for parent in Path(entry.path).parents)
-                if not (link and _link(directory, entry, path, progress)):
-                    _write_file(directory, entry, path, progress)
+                for parent in reversed(Path(entry.path).parents):
+                    if not (destination / parent).is_dir():
+                        (destination / parent).mkdir()
+                        made.append(destination / parent)
+                    folders.add(destination / parent)
+                if not os.path.lexists(path):
+                    made.append(path)
+                if isinstance(entry.content, bytes):
+                    _write_file(directory, entry, path, None)
+                else:
+                    blobs.append(entry)
+
+            def write(entry: Entry, advance: Advance) -> None:
+                path = destination / entry.path
+                if not (link and _link(directory, entry, path, advance)):
+                    _write_file(directory, entry, path, advance)
+
+            in_threads(write, _largest_first(blobs), progress or _tell_nobody)
             for folder in folders:
                 sync_folder(folder)
             # All that it names is on disk now.
             path = destination / index.path
             _write_file(directory, _merged(path, index), path, None)
             sync_folder(destination)
+        except BaseException:
+            _remove(made)
+            raise
         finally:
             os.close(lock)
 
 
+def _locked_folder(destination: Path) -> tuple[int, bool]:
+    """Open and lock a folder, for exports into one layout take turns; also return whether it was made here."""
+    while True:
+        is_new = False
+        with suppress(FileExistsError):
+            destination.mkdir()
+            is_new = True
+        try:
+            lock = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            if destination.is_symlink():
+                raise
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # An export that fails while we wait removes the folder that it made.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), destination.stat()):
+                    return lock, is_new
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _remove(made: list[Path]) -> None:
+    """Remove what a failed export made: files, and folders that are empty then."""
+    for path in reversed(made):
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink()
+
+
 def _write_file(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> None:
     with _appearing(path) as file:
-        _write_content(directory, entry, file, progress)
+        if isinstance(entry.content, bytes):
+            _write(file, entry.content)
+        elif not _clone(directory, entry, file.fileno(), progress):
+            _copy_blob(directory, entry, _Writer(file.fileno(), 0).write, progress)
+
+
+def _clone(directory: Path, entry: Entry, target: int, progress: Advance | None) -> bool:
+    """Share a blob's bytes with a new file, where the file system can; and verify them there."""
+    assert isinstance(entry.content, str)
+    with open_blob(directory, entry.content) as blob:
+        _check_size(entry, os.fstat(blob.fileno()).st_size)
+        try:
+            fcntl.ioctl(target, _FICLONE, blob.fileno())
+        except OSError:
+            return False  # an error may only mean "not between these two files"; if not, a write meets it again
+    _hash_blob(entry, target, None, progress)
+    return True
 
 
 def _link(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> bool:
-    if isinstance(entry.content, bytes):
-        return False
+    """Make a hard link to a blob's file, where the file system can; it gets its name when it is verified."""
+    assert isinstance(entry.content, str)
     part = _part(path)
     try:
         os.link(blob_path(directory, entry.content), part)
     except OSError:
         return False  # another file system, or one without links: copy
     try:
+        with os_errors("read a blob"):
+            file = open_regular(str(part), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _check_size(entry, os.fstat(file).st_size)
+            _hash_blob(entry, file, None, progress)
+        finally:
+            os.close(file)
         part.rename(path)
     finally:
         discard(part)  # a rename over another link of the same file does nothing
-    if progress is not None:
-        progress(entry.size)
     return True
 
 

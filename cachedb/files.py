@@ -9,6 +9,7 @@ import os
 import posixpath
 import stat
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,15 +18,31 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from cachedb import tar
-from cachedb.errors import InvalidArchive, os_errors
+from cachedb.errors import CacheError, InvalidArchive, StorageError, os_errors
 from cachedb.receiving import CHUNK, discard
 from cachedb.reference import shorten
+from cachedb.units import human, parse_size
 
-__all__ = ["MAGIC_LENGTH", "Decompressor", "Files", "Section", "compression_of", "descriptor", "open_files"]
+__all__ = [
+    "MAGIC_LENGTH",
+    "Decompressor",
+    "Files",
+    "Section",
+    "UnpackLimit",
+    "compression_of",
+    "descriptor",
+    "max_unpacked",
+    "open_files",
+]
 
 _MEMBERS_LIMIT = 100_000
 _NAME_LIMIT = 4096  # bytes, a path's limit on Linux
 _LINKS_LIMIT = 40  # links followed from one name, as many as Linux follows
+_UNPACKED_LIMIT = 64 * 1024**3  # bytes that compressed content may hold
+_RATIO_LIMIT = 100  # times its compressed size
+_RATIO_FREE = 256 * 1024**2  # bytes that are no bomb, whatever the ratio
+_SPACE_LOOK = 8 * CHUNK  # bytes unpacked between two looks at the free space
+_SPACE_SHARE = 3  # times the space that is left, unpacked content may take
 _SLICE = 64 * 1024  # bytes that a decompressor is given at a time, of which it may hand most back
 _MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
 # Longer than "BZh", with which a file's name can begin, and so an uncompressed layer.
@@ -173,13 +190,71 @@ def _safe(name: str, link: str | None = None) -> str:
     return plain
 
 
+def max_unpacked() -> int | None:
+    """Return the bytes that ``CACHEDB_MAX_UNPACKED`` names; None if it is not set.
+
+    Raises:
+        CacheError: if it is no size.
+    """
+    text = os.environ.get("CACHEDB_MAX_UNPACKED")
+    if not text:
+        return None
+    size = parse_size(text)
+    if size is None:
+        raise CacheError(f"CACHEDB_MAX_UNPACKED is {text!r}: write a size such as 500MB or 64GiB")
+    return size
+
+
+class UnpackLimit:
+    """Caps what compressed content unpacks to; one for all that is unpacked together. Usable from several threads."""
+
+    def __init__(self, what: str, compressed: int, most: int | None) -> None:
+        """Cap at a number of bytes, or by default at 64 GiB and, beyond 256 MiB, at 100 times the compressed size.
+
+        Args:
+            what: how to call the content in an error.
+            compressed: its size in bytes, as far as that is known.
+            most: bytes that it may unpack to, whatever the ratio; None for the default.
+        """
+        self._what, self._compressed, self._most = what, compressed, most
+        self._guard, self._unpacked = threading.Lock(), 0
+
+    def read(self, count: int) -> None:
+        """Note that so many more bytes of compressed content have come, where it is not known how many there are."""
+        self._compressed += count
+
+    def add(self, count: int) -> None:
+        """Note that so many more bytes were unpacked.
+
+        Raises:
+            InvalidArchive: if that is more than may be.
+        """
+        with self._guard:
+            self._unpacked += count
+            unpacked = self._unpacked
+        by_ratio = max(_RATIO_FREE, _RATIO_LIMIT * self._compressed)
+        if self._most is not None or by_ratio > _UNPACKED_LIMIT:
+            cap = _UNPACKED_LIMIT if self._most is None else self._most
+            why = "the cap on unpacked bytes"
+        else:
+            cap, why = by_ratio, f"the cap of {_RATIO_LIMIT} times the compressed size"
+            if cap == _RATIO_FREE:
+                why = f"the cap on what is more than {_RATIO_LIMIT} times the compressed size"
+        if unpacked > cap:
+            raise InvalidArchive(
+                f"{self._what} to more than {human(cap)}, {why}: "
+                "if you trust it, raise the cap with --max-unpacked SIZE or CACHEDB_MAX_UNPACKED=SIZE"
+            )
+
+
 @contextmanager
-def open_files(source: Path | BinaryIO, spool: Path) -> Iterator[Files]:
+def open_files(source: Path | BinaryIO, spool: Path, most: int | None = None) -> Iterator[Files]:
     """Open an archive or a folder for reading.
 
     Args:
         source: a path, or a stream, which need not be seekable.
         spool: a path at which a stream, or what a compressed archive holds, is kept meanwhile.
+        most: bytes that a compressed archive may unpack to; None for the default of `UnpackLimit`.
 
     Raises:
         InvalidArchive: if it is neither.
@@ -195,35 +270,61 @@ def open_files(source: Path | BinaryIO, spool: Path) -> Iterator[Files]:
                     stack.callback(discard, spool)
                     # Not buffered: closing must not fail a second time on a full disk.
                     spooled = stack.enter_context(spool.open("wb+", buffering=0))
-                    _copy_decompressed(file, spooled)
+                    _copy_decompressed(file, spooled, most)
                     file = spooled
                 files = Tar(file.fileno())
         yield files
 
 
-def _is_regular(file: BinaryIO) -> bool:
+def _is_regular(file: BinaryIO, *, anywhere: bool = False) -> bool:
+    """Say whether this is a regular file, to be read from its beginning, or from anywhere."""
     try:
-        return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.tell() == 0
+        return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and (anywhere or file.tell() == 0)
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def _copy_decompressed(source: BinaryIO, target: RawIOBase) -> None:
+def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) -> None:
     chunk = b""
     while len(chunk) < MAGIC_LENGTH and (more := source.read(CHUNK)):
         chunk += more  # a pipe may give a few bytes at first
     compression = compression_of(chunk)
     unpack = Decompressor(compression) if compression else None
+    known = os.fstat(source.fileno()).st_size if _is_regular(source, anywhere=True) else 0
+    limit = UnpackLimit(f"the {compression} compressed archive unpacks", known, most)
+    looked = 0
     while chunk:
+        if not known:
+            limit.read(len(chunk))
         for part in unpack.feed(chunk) if unpack else (chunk,):
-            if target.tell() == 0 and len(part) >= tar.BLOCK:
+            written = target.tell()
+            if written == 0 and len(part) >= tar.BLOCK:
                 tar.check_header(part[: tar.BLOCK], 0)  # or an endless stream of something else would fill the disk
+            if unpack:
+                limit.add(len(part))
+                if written - looked >= _SPACE_LOOK:
+                    _leave_space(target.fileno(), written)
+                    looked = written
             view = memoryview(part)
             while view:
                 view = view[target.write(view) :]
         chunk = source.read(CHUNK)
     if unpack and not unpack.ended:
         raise InvalidArchive(f"the {compression} compressed archive is cut short")
+
+
+def _leave_space(file: int, written: int) -> None:
+    """Raise `StorageError` before unpacked content fills a file system, in which others need space too.
+
+    What it holds is to be written once more, as blobs: where that much is not left, the import would fail anyway.
+    """
+    status = os.fstatvfs(file)
+    left = status.f_bavail * status.f_frsize
+    if written > _SPACE_SHARE * left:
+        raise StorageError(
+            f"the archive unpacks to more than {human(written)}, and the file system of the cache has {human(left)} "
+            "left, the cap by free space: free some space, or unpack the archive elsewhere and import that"
+        )
 
 
 def compression_of(head: bytes) -> str | None:

@@ -203,6 +203,8 @@ def follow(file: int, folder: os.stat_result, *, is_folder: bool = False) -> Non
     if found.st_uid != os.geteuid():
         return  # another process has made it meanwhile
     give(file, folder)
+    if folder.st_mode & stat.S_ISGID and found.st_gid != folder.st_gid:
+        os.fchown(file, -1, folder.st_gid)  # it was made elsewhere
     mode = stat.S_IMODE(folder.st_mode) if is_folder else mode_in(folder)
     if stat.S_IMODE(found.st_mode) != mode:
         os.fchmod(file, mode)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from cachedb.errors import CacheError
 
-__all__ = ["Advance", "BlobProgress", "Once", "Progress", "end", "in_threads", "summed", "told"]
+__all__ = ["Advance", "BlobProgress", "Once", "Progress", "end", "in_threads", "summed", "told", "told_beside"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _PATIENCE = 1.0  # seconds for what was begun to end: who waits for a disk cannot be stopped
+_CALLS = 16  # of a function, that wait for it to return
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far and the bytes in all; from any thread, one call at a time."""
@@ -54,6 +56,44 @@ def told(digest: str, total: int, blob_progress: BlobProgress | None, advance: A
         advance(count)
 
     return add
+
+
+@contextmanager
+def told_beside(progress: Callable[..., object] | None) -> Iterator[Callable[..., None] | None]:
+    """Give the block a function that calls ``progress`` in another thread, and returns at once.
+
+    For a block that a caller's function must not hold up: a transaction. What ``progress`` raises, the next call of the
+    function raises, or else the end of the block. Of many calls while ``progress`` runs, some are left out.
+    """
+    if progress is None:
+        yield None
+        return
+    calls: SimpleQueue[tuple[object, ...] | None] = SimpleQueue()
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        while (arguments := calls.get()) is not None:
+            try:
+                if not raised:
+                    progress(*arguments)
+            except BaseException as error:
+                raised.append(error)
+
+    def tell(*arguments: object) -> None:
+        if raised:
+            raise raised[0]
+        if calls.qsize() < _CALLS:
+            calls.put(arguments)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        calls.put(None)
+        thread.join()
+    if raised:
+        raise raised[0]
 
 
 def in_threads(

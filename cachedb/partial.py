@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import time
@@ -25,11 +26,17 @@ def key_of(digest: Digest) -> str:
 
 
 def begun(path: Path, size: int) -> int:
-    """Return how much of a blob is there to go on from, in a file that may be written to; another is removed."""
+    """Return how much of a blob is there to go on from, in a file that may be written to; another is removed.
+
+    One that a process still writes to whose claim was taken over is another one: the process keeps it, without a name.
+    """
     with os_errors("write to the cache"):
         try:
             found = path.stat()
         except FileNotFoundError:
+            return 0
+        if _is_written_to(path):
+            path.unlink()
             return 0
         # It was stored, by a process that was killed then; or it is another user's, who may write to it later.
         if found.st_nlink > 1 or found.st_size > size or found.st_uid != os.geteuid():
@@ -37,6 +44,18 @@ def begun(path: Path, size: int) -> int:
             return 0
         path.chmod(0o600)
         return found.st_size
+
+
+def _is_written_to(path: Path) -> bool:
+    """Return whether `receive` has a file open, in whatever process."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def sweep(folders: Folders, *, age: float = _AGE) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain, islice
@@ -17,6 +19,9 @@ __all__ = ["ROW_FORMATS", "print_json", "print_rows", "print_table"]
 ROW_FORMATS: Final = ("table", "json", "ndjson", "csv", "tsv", "markdown")
 """How the rows of a query can be printed."""
 
+# How a cell begins that a spreadsheet executes; the last four are what East Asian ones take for the first.
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_NUMBER: Final = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _PARTS: Final = 10_000  # of a JSON text that are put together
 _LEAST: Final = 10  # characters that a column of a terminal must have room for, to be read
 
@@ -99,8 +104,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
         write("\n]\n")
     elif form == "markdown":
         for row in chain((columns, ["---"] * len(columns)), rows):
-            cells = (_text(value).replace("\\", "\\\\").replace("|", "\\|") for value in row)
-            write(f"| {' | '.join(cells)} |\n")
+            write(f"| {' | '.join(map(_markdown, row))} |\n")
     else:
         import csv
         import io
@@ -108,11 +112,28 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
         written = io.StringIO(newline="")
         # Before Python 3.13 a carriage return, which readers take for the end of a line, is quoted only if it ends one.
         writer = csv.writer(written, delimiter="," if form == "csv" else "\t", lineterminator="\r\n")
+        is_terminal = sys.stdout.isatty()
         for row in chain([columns], rows):
-            writer.writerow([value.hex() if isinstance(value, bytes) else value for value in row])
+            writer.writerow([_cell(value, is_terminal=is_terminal) for value in row])
             write(written.getvalue().removesuffix("\r\n") + "\n")
             written.seek(0)
             written.truncate()
+
+
+def _markdown(value: object) -> str:
+    """Return a value as Markdown shows it: what a stranger named is neither HTML, nor a link, an image or code."""
+    return html.escape(re.sub(r"([\\|`\[\]])", r"\\\1", _text(value)), quote=False)
+
+
+def _cell(value: object, *, is_terminal: bool) -> object:
+    """Return a value for CSV; a text that a spreadsheet takes for a formula gets a ``'`` in front."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if not isinstance(value, str):
+        return value
+    if value.startswith(_FORMULA) and not _NUMBER.fullmatch(value):
+        value = f"'{value}"
+    return printable(value) if is_terminal else value
 
 
 def _distinct(columns: Sequence[str]) -> list[str]:

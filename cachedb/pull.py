@@ -6,7 +6,6 @@ on where it stopped. The image appears when it is complete.
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from io import BytesIO
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from cachedb.receiving import discard
 from cachedb.reference import Digest, shorten
 from cachedb.sessions import Hold, Session
 from cachedb.source import AT_ONCE, Root, Source
+from cachedb.waiting import LOG
 
 __all__ = ["Pulled", "pull"]
 
@@ -78,7 +78,10 @@ def pull(
         return here and Pulled(here, 0, 0, None)
 
     source.let_go()
-    with producing.once(database.directory, source.key, find, waiting=time.sleep) as found:
+    # Whoever waits takes over from one that makes no progress: both go on, and wait for each other's blobs.
+    with producing.once(
+        database.directory, source.key, find, seconds=database.wait_seconds, may_take_over=True, is_working=None
+    ) as found:
         return found or work.run(allow_stale)
 
 
@@ -262,28 +265,62 @@ class _Pull:
 
     def _fetch(self, blob: Descriptor, advance: Advance) -> None:
         """Download a blob, or wait for another process that does, and hold it."""
-        directory, advance = self._database.directory, told(blob.digest, blob.size, self._blob_progress, advance)
-        seen = 0
+        advance = told(blob.digest, blob.size, self._blob_progress, advance)
+        while True:
+            try:
+                self._fetch_once(blob, advance)
+            except producing.ClaimLost as error:
+                LOG.warning("%s", error)  # now it is for us to wait
+            else:
+                break
+        self._come[blob.digest] = blob.size
+
+    def _fetch_once(self, blob: Descriptor, advance: Advance) -> None:
+        """Do the same.
+
+        Raises:
+            ClaimLost: if another process has taken the download over.
+        """
+        directory = self._database.directory
+        seen = done = 0
 
         def find() -> Hold | None:
             hold = blobs.hold_stored(self._database, self._session, [blob.digest])
             return hold if hold.digests else None
 
-        def waiting(seconds: float) -> None:
+        def sleep(seconds: float) -> None:
             nonlocal seen
             there = self._source.wait(blob, seconds)
             advance(there - seen)
             seen = there
 
-        with producing.once(directory, partial.key_of(blob.digest), find, waiting) as held:
+        def count(new: int) -> None:
+            nonlocal done
+            done += new
+            advance(new)
+
+        key = partial.key_of(blob.digest)
+        with producing.once(
+            directory,
+            key,
+            find,
+            sleep,
+            seconds=self._database.wait_seconds,
+            may_take_over=True,
+            is_working=None,
+        ) as held:
             advance(-seen)
             if held is not None:
                 self._holds.append(held)
                 advance(blob.size)
-            else:
-                path, content = partial_path(directory, blob.digest), self._source.download(blob, advance)
+                return
+            path, content = partial_path(directory, blob.digest), self._source.download(blob, count)
+            try:
+                producing.check_claim(directory, key)
                 received = blobs.take(self._session, path, content)
-                with images.publish(self._database, self._session, [received]) as connection:
-                    self._holds.append(self._session.lease(connection, [blob.digest]))
-                discard(path)
-        self._come[blob.digest] = blob.size
+            except producing.ClaimLost:
+                advance(-done)
+                raise
+            with images.publish(self._database, self._session, [received]) as connection:
+                self._holds.append(self._session.lease(connection, [blob.digest]))
+            discard(path)

@@ -63,7 +63,7 @@ def push(
     Raises:
         InvalidName: if the target is by another digest; nothing is sent then.
         IncompleteImage: if the index names what is neither here nor at the registry; nor then.
-        DigestMismatch: if a manifest's file is damaged; nor then.
+        DigestMismatch: if a manifest's file is damaged; nor then. If a blob's is, no manifest is sent.
         StorageError: if a blob's file is gone, or was cut short.
         RegistryError: if the registry does not take it.
     """

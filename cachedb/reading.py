@@ -10,11 +10,11 @@ from io import BufferedReader
 from pathlib import Path
 
 from cachedb.directory import blob_file
-from cachedb.errors import CacheError, NotInCache, os_errors
+from cachedb.errors import CacheError, DigestMismatch, NotInCache, os_errors
 from cachedb.oci import DOCUMENT_LIMIT
 from cachedb.reference import Digest, digest_of
 
-__all__ = ["document", "open_blob"]
+__all__ = ["damaged", "document", "open_blob", "open_regular"]
 
 
 def open_blob(directory: Path, digest: Digest) -> BufferedReader:
@@ -26,7 +26,7 @@ def open_blob(directory: Path, digest: Digest) -> BufferedReader:
     """
     with os_errors("read a blob"):
         try:
-            return open(blob_file(directory, digest), "rb", opener=_open_regular)
+            return open(blob_file(directory, digest), "rb", opener=open_regular)
         except FileNotFoundError:
             raise NotInCache(f"{digest} is not in the cache") from None
 
@@ -41,10 +41,24 @@ def document(directory: Path, digest: Digest, size: int) -> bytes | None:
     return None
 
 
-def _open_regular(path: str, flags: int) -> int:
-    # A pipe without a writer would be waited for, maybe under the write lock.
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
+def open_regular(path: str, flags: int) -> int:
+    """Open a regular file, for `open`; raise `OSError` for anything else, a symbolic link included."""
+    try:
+        # A pipe without a writer would be waited for, maybe under the write lock.
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.EINVAL, "it is a symbolic link, and no regular file", path) from None
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "it is no regular file", path)
+
+
+def damaged(digest: Digest) -> DigestMismatch:
+    """Return the error for a blob whose file has another content."""
+    return DigestMismatch(
+        f"the file of {digest} is damaged, its content has another digest: run `cachedb verify --repair`, "
+        "then import or pull the image again"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,11 +70,10 @@ def rebuild(database: Database, folder: Path) -> list[str]:
             return []
         files, _ = blobs.on_disk(database.directory)
         salvage, notes = _salvage(database)
-        new = Database(folder)
-        schema.prepare(new)
-        with new.write() as connection:
-            notes += _fill(connection, database.directory, files, salvage)
-        new.close()
+        with closing(Database(folder)) as new:
+            schema.prepare(new)
+            with new.write() as connection:
+                notes += _fill(connection, database.directory, files, salvage)
         backups.put_in_place(database, new.path)
     return notes
 
@@ -105,14 +104,14 @@ def restore(directory: Path, file: Path) -> Restored:
             raise NotACache(f"{str(file)!r} is the index itself: name a backup")
     session = Session(database)
     try:
-        new = Database(session.new_path())
-        _take(new, file)
-        with os_errors("restore the index"), database.alone():
-            _refuse_newer(database)
-            with new.write() as connection:
-                restored = _agree(connection, database)
-            new.close()
-            restored = restored._replace(old=backups.put_in_place(database, new.path))
+        with closing(Database(session.new_path())) as new:
+            _take(new, file)
+            with os_errors("restore the index"), database.alone():
+                _refuse_newer(database)
+                with new.write() as connection:
+                    restored = _agree(connection, database)
+                new.close()
+                restored = restored._replace(old=backups.put_in_place(database, new.path))
         with suppress(SchemaMismatch):  # another process has taken it to another schema since
             restored = restored._replace(unread=schema.backfill(database))
         return restored
@@ -223,7 +222,8 @@ def _salvage(database: Database) -> tuple[Salvage, list[str]]:
     if found.whole:
         return found, notes
     for path in backups.newest_first(database.directory):
-        backup = _read(Database(database.directory, path))
+        with closing(Database(database.directory, path)) as other:
+            backup = _read(other)
         if backup.whole:
             note = f"what could not be read of the index is as in the backup {path.name}"
             # A hold too many does no harm; and a rebuilding that was cut off has put its leases there.

@@ -6,6 +6,7 @@ need not wait for it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import threading
@@ -20,7 +21,18 @@ from cachedb.folders import give
 from cachedb.parallel import Advance
 from cachedb.reference import Digest, parse_digest, split_digest
 
-__all__ = ["CHUNK", "WRITTEN_BACK", "Content", "Hasher", "Readable", "discard", "identity", "receive", "write_back"]
+__all__ = [
+    "CHUNK",
+    "WRITTEN_BACK",
+    "Content",
+    "Hasher",
+    "Readable",
+    "discard",
+    "hashing",
+    "identity",
+    "receive",
+    "write_back",
+]
 
 CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
 WRITTEN_BACK = 8 * CHUNK  # bytes of which the disk is told at a time
@@ -46,6 +58,7 @@ class Content(NamedTuple):
 
     digest: Digest
     size: int  # bytes
+    inode: int = 0  # of the file that it was written to
 
 
 def receive(
@@ -68,7 +81,8 @@ def receive(
         digest: the digest it must have, if that is known.
         size: the size in bytes it must have, if that is known.
         algorithm: to compute the digest with, if none is known.
-        go_on: the file may be there, with what came of the blob before, which ``source`` goes on from.
+        go_on: the file may be there, with what came of the blob before, which ``source`` goes on from. It is locked:
+            a process whose claim was taken over may have it open still.
         also: is shown every chunk as well.
         progress: is told of every chunk.
         what: how to call the blob in an error.
@@ -82,6 +96,9 @@ def receive(
     with os_errors("write to the cache"):
         target = os.open(path, os.O_RDWR | os.O_CREAT | (0 if go_on else os.O_EXCL), 0o600) if path else None
     try:
+        if go_on and target is not None:
+            with os_errors("write to a download that another process writes to"):
+                fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if target is not None and path is not None and os.geteuid() == 0:
             give(target, os.stat(os.path.dirname(path)))
         begun = _hash(target, hashers) if go_on and target is not None else 0
@@ -97,7 +114,7 @@ def receive(
             with os_errors("write to the cache"):
                 os.fchmod(target, 0o444)
                 os.fsync(target)
-        return Content(actual, length)
+        return Content(actual, length, os.fstat(target).st_ino if target is not None else 0)
     finally:
         if target is not None:
             os.close(target)
@@ -137,7 +154,7 @@ def _copy(
     length = written = 0
     # To clear a buffer of a whole chunk takes longer than all else that is done with the bytes of most blobs.
     chunk_size = CHUNK if limit is None else min(CHUNK, limit + 1)
-    with _hashing(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
+    with hashing(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
         while True:
             chunk = _fill(source, next(buffers))
             length += len(chunk)
@@ -156,7 +173,7 @@ def _copy(
 
 
 @contextmanager
-def _hashing(
+def hashing(
     hashers: Sequence[Hasher], size: int, *, beside: bool
 ) -> Iterator[tuple[Iterator[memoryview], Callable[[memoryview], None]]]:
     """Give the block buffers to fill, and what hashes them in their order; all are hashed when it ends.
@@ -231,11 +248,12 @@ def _write(target: int, chunk: memoryview) -> None:
             chunk = chunk[os.write(target, chunk) :]
 
 
-def write_back(file: int, count: int) -> None:
+def write_back(file: int, count: int, end: int | None = None) -> None:
     """Have the disk begin with the bytes last written to a file, while more is; fsync would be waited for otherwise.
 
     Linux does so when it is told that the pages are not needed. It does not drop them, for they are dirty.
     """
     with suppress(OSError):  # it is a hint, of which a file system may know nothing
-        end = os.lseek(file, 0, os.SEEK_CUR)  # not how much we have read: a download may be gone on with
+        if end is None:
+            end = os.lseek(file, 0, os.SEEK_CUR)  # not how much we have read: a download may be gone on with
         os.posix_fadvise(file, end - count, count, os.POSIX_FADV_DONTNEED)

@@ -13,7 +13,7 @@ from typing import NamedTuple, NewType
 
 from cachedb.errors import InvalidDigest, InvalidName
 
-__all__ = ["Digest", "Name", "digest_of", "parse_digest", "split_digest"]
+__all__ = ["Digest", "Name", "digest_of", "is_digest", "parse_digest", "split_digest"]
 
 Digest = NewType("Digest", str)
 """A digest that has passed `parse_digest`: safe in a path and in SQL."""
@@ -40,6 +40,11 @@ def parse_digest(text: str) -> Digest:
             f"{shorten(text)} is not a digest: expected sha256: and 64, or sha512: and 128, digits of 0-9a-f"
         )
     return Digest(text if ":" in text else f"sha256:{text}")
+
+
+def is_digest(text: str) -> bool:
+    """Return whether ``text`` is a digest in full: what an index from elsewhere calls one may be a path."""
+    return ":" in text and _DIGEST.fullmatch(text) is not None
 
 
 def split_digest(digest: Digest) -> tuple[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -26,6 +27,7 @@ from cachedb.oci import (
     subject_of,
 )
 from cachedb.parallel import Advance
+from cachedb.reading import damaged
 from cachedb.receiving import CHUNK
 from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
 
@@ -35,6 +37,7 @@ _HUB: Final = "docker.io"
 _LAST_PORT: Final = 65535
 _SLOWEST = 1024  # bytes a second, in each minute: who sends less has stalled
 _MINUTE = 60.0  # seconds
+_LOOK_SECONDS = 5.0  # between two looks at how fast a blob comes
 _PART = 16 * 1024 * 1024  # bytes of a chunk of an upload
 _SENT = 256 * 1024  # bytes written at once: a slow network has a minute for them
 _REFERRERS = 1000  # that a registry may list for one manifest
@@ -151,9 +154,16 @@ class Repository:
             media_type = _said_media_type(response.headers)
             return Fetched(_said_digest(response.headers), media_type if media_type in _TYPES else None, data)
 
-    def blob(self, digest: Digest, size: int, offset: int = 0) -> Blob:
-        """Return a blob's content from an offset on, as a stream that goes on by itself where it is cut off."""
-        return Blob(self, digest, size, offset)
+    def blob(self, digest: Digest, size: int, offset: int = 0, look: Callable[[bool], object] = lambda _: None) -> Blob:
+        """Return a blob's content from an offset on, as a stream that goes on by itself where it is cut off.
+
+        Args:
+            digest: of the blob.
+            size: of the blob, in bytes.
+            offset: to begin at.
+            look: is called every few seconds, with whether the blob comes fast enough; it may raise, to end that.
+        """
+        return Blob(self, digest, size, offset, look)
 
     def open_blob(self, digest: Digest, offset: int) -> tuple[urllib3.BaseHTTPResponse, int]:
         """Ask for a blob's content; return the response, and where in the blob it begins.
@@ -244,16 +254,18 @@ class Repository:
             advance: is told of the bytes sent, and with a number below zero of those that are sent again.
 
         Raises:
+            DigestMismatch: if the file has another content; the last of it is not sent then.
             RegistryError: if the registry does not take it.
         """
         what = f"upload of blob {digest}"
+        checked = _Checked(file, digest, size)
         location, sent, furthest, failed, whole, chunk = None, 0, 0, 0, True, _PART
         while True:
             if location is None:
                 advance(-sent)
                 (location, least), sent = self._begin_upload(), 0
                 chunk = max(chunk, least)
-            body = _Part(file, sent, size - sent if whole else min(chunk, size - sent), advance)
+            body = _Part(checked, sent, size - sent if whole else min(chunk, size - sent), advance)
             last = whole or not body.size
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(body.size)}
             if not last:
@@ -280,8 +292,7 @@ class Repository:
                         furthest, failed = sent, 0
                     continue
                 if response.status == 400:
-                    refusal = self._client.refusal(what, response)
-                    raise RegistryError(f"{refusal}; `cachedb verify` says whether its file is what it should be")
+                    raise self._client.refusal(what, response)
                 body.take_back()
                 if response.status == 413 and not whole:
                     chunk //= 4
@@ -370,8 +381,16 @@ class Repository:
 class Blob:
     """A blob's content at a registry, as it comes; where it is cut off, it goes on from there by another request."""
 
-    def __init__(self, repository: Repository, digest: Digest, size: int, offset: int) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        digest: Digest,
+        size: int,
+        offset: int,
+        look: Callable[[bool], object] = lambda _: None,
+    ) -> None:
         self._repository, self._digest, self._size, self._at = repository, digest, size, offset
+        self._look, self._looked, self._came = look, time.monotonic(), 0  # the bytes since the last look
         self._response: urllib3.BaseHTTPResponse | None = None
         self._failed, self._since, self._had = 0, time.monotonic(), 0
 
@@ -423,7 +442,12 @@ class Blob:
     def _look_at_the_clock(self, count: int) -> None:
         """Count what came in the last minute: a failure after that much is another failure."""
         self._had += count
+        self._came += count
         now = time.monotonic()
+        if now - self._looked >= _LOOK_SECONDS:
+            is_fast = self._came >= _SLOWEST * (now - self._looked)
+            self._looked, self._came = now, 0
+            self._look(is_fast)
         if self._had > _SLOWEST * _MINUTE:
             self._failed, self._since, self._had = 0, now, 0
         elif now - self._since > _MINUTE:
@@ -431,10 +455,51 @@ class Blob:
             raise HTTPError(f"less than {_SLOWEST} bytes a second came")
 
 
+class _Checked:
+    """The file of a blob, read in parts; the last bytes are given when the digest of all of it is verified."""
+
+    def __init__(self, file: BinaryIO, digest: Digest, size: int) -> None:
+        self._file, self._digest, self._size = file, digest, size
+        self._hasher, self._hashed = hashlib.new(split_digest(digest)[0]), 0
+        self._verify()
+
+    def read(self, start: int, count: int) -> bytes:
+        """Return bytes of the file, from an offset on.
+
+        Raises:
+            DigestMismatch: if they are the last, and the file has another content.
+            StorageError: if it cannot be read, or was cut short.
+        """
+        while self._hashed < start:  # a registry may say that it has more than we sent
+            self._hash(self._hashed, self._read(self._hashed, min(CHUNK, start - self._hashed)))
+        data = self._read(start, count)
+        self._hash(start, data)
+        return data
+
+    def _read(self, start: int, count: int) -> bytes:
+        with os_errors("read a blob"):
+            self._file.seek(start)
+            data = self._file.read(count)
+        if not data:
+            raise StorageError("the file of a blob was cut short: run `cachedb verify`")
+        return data
+
+    def _hash(self, start: int, data: bytes) -> None:
+        """Hash what was not hashed before: what is sent again is not."""
+        new = memoryview(data)[max(self._hashed - start, 0) :]
+        self._hasher.update(new)
+        self._hashed += len(new)
+        self._verify()
+
+    def _verify(self) -> None:
+        if self._hashed == self._size and f"{self._hasher.name}:{self._hasher.hexdigest()}" != self._digest:
+            raise damaged(self._digest)
+
+
 class _Part:
     """A part of a file that is sent: from its beginning each time it is iterated over."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int, advance: Advance) -> None:
+    def __init__(self, file: _Checked, start: int, size: int, advance: Advance) -> None:
         self.size = size
         self._file, self._start, self._advance, self._sent = file, start, advance, 0
 
@@ -445,12 +510,8 @@ class _Part:
 
     def __iter__(self) -> Iterator[bytes]:
         self.take_back()
-        self._file.seek(self._start)
         while self._sent < self.size:
-            with os_errors("read a blob"):
-                data = self._file.read(min(_SENT, self.size - self._sent))
-            if not data:
-                raise StorageError("the file of a blob was cut short: run `cachedb verify`")
+            data = self._file.read(self._start + self._sent, min(_SENT, self.size - self._sent))
             yield data
             self._sent += len(data)
             self._advance(len(data))

@@ -31,6 +31,7 @@ from cachedb.errors import (
     StorageError,
     os_errors,
 )
+from cachedb.parallel import told_beside
 from cachedb.reference import Digest, Name
 from cachedb.tables import BACKFILLS, IMAGES, METADATA, REVISION
 
@@ -164,7 +165,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
         return found if found == REVISION else None
 
     # Of many that come at once the first does it, and the others hold up nobody who writes by then.
-    with producing.once(database.directory, "schema", find) as found:
+    with producing.once(database.directory, "schema", find, seconds=database.wait_seconds) as found:
         if found is None:
             migrate(database)
     if upgrade:
@@ -285,10 +286,7 @@ def back_up(directory: Path, file: Path | None = None, *, progress: Progress | N
             file = file.absolute()
             _check_place(database.directory, file)
         revision = str(database.revision())
-        with database.raw() as connection:
-            return backups.back_up(
-                connection, database.directory, revision, path=file, progress=_stage("backing up", progress)
-            )
+        return backups.back_up(database, revision, path=file, progress=_stage("backing up", progress))
 
 
 def _check_place(directory: Path, file: Path) -> None:
@@ -490,16 +488,17 @@ def migrate(
         # Of many processes that come at once, the first has done it for the others.
         return target < found if down else found < target
 
-    def before(connection: sqlite3.Connection) -> None:
+    def before() -> None:
         nonlocal backup
-        found = _revision_of(connection)
+        with database.raw() as connection:
+            found = _revision_of(connection)
         if found is None or not is_due(found):
             return
         _known(database, found)
         told = _stage("backing up", progress)
-        backup = backups.before_change(connection, database.directory, found, target, told)
+        backup = backups.before_change(database, found, target, told)
 
-    with database.write_schema(before) as connection:
+    with told_beside(progress) as beside, database.write_schema(before) as connection:
         try:
             found = read_revision(connection)
             if is_empty(connection):
@@ -513,7 +512,7 @@ def migrate(
             if found is not None and len(rows := _versions(connection)) > 1:
                 raise SchemaMismatch(f"the table alembic_version has {len(rows)} rows: delete those that are wrong")
             broken = Counter(_broken(connection))
-            _run(change, connection, target, progress)
+            _run(change, connection, target, beside)
             if new := Counter(_broken(connection)) - broken:
                 raise DamagedIndex(f"the schema was not changed: {new.total()} rows would refer to none: {min(new)}")
         except BaseException as error:

@@ -20,13 +20,14 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
-from cachedb import locks
+from cachedb import locks, processes
 from cachedb.database import Database, is_full, sync_folder
 from cachedb.directory import is_received, is_session, lock_kind, received_digest
 from cachedb.errors import CacheError, CacheReplaced, StorageError, explain, os_errors
 from cachedb.folders import Folders, Leftover
 from cachedb.reference import Digest
 from cachedb.tables import LEASES
+from cachedb.waiting import Wait
 
 __all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "remove_folder"]
 
@@ -102,9 +103,10 @@ class Session:
         path = lock_path(self._database.directory, name)
         # The lock comes first: what belongs to a session without one is swept away.
         with os_errors("begin a session in the cache"):
-            lock = locks.acquire(path)
+            lock = locks.acquire(path, wait=Wait("the lock of a new session", self._database.wait_seconds))
         assert lock is not None
         try:
+            processes.write_record(lock.fileno())
             with os_errors("begin a session in the cache"):
                 self._database.folders.make(f"ingest/{name}")
                 sync_folder(self._database.directory / "ingest")

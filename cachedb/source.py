@@ -194,21 +194,31 @@ class Source:
             RegistryError: if it cannot be had.
             DigestMismatch: if what comes has another digest or size.
             StorageError: if it cannot be written.
+            ClaimLost: if another process has taken the download over, as it came too slowly.
         """
-        path = partial_path(self._directory, blob.digest)
+        path, key = partial_path(self._directory, blob.digest), partial.key_of(blob.digest)
         if failure := self._failed.pop(blob.digest, None):
             raise failure
         if (mark := self._whole.get(blob.digest)) and mark == _mark(path):
             advance(blob.size)
-            return Content(blob.digest, blob.size)
+            return Content(blob.digest, blob.size, mark[0])
         with os_errors("write to the cache"):
             folders = Folders(self._directory)
             folders.make("ingest/partial")
             with folders.open("ingest/partial"):
                 pass  # it is refused if it leads elsewhere
 
+        def look(is_fast: bool) -> None:
+            if not is_fast:
+                producing.check_claim(self._directory, key)
+                return
+            with suppress(producing.ClaimLost):  # whoever pulls the same waits for our blobs
+                producing.show_progress(self._directory, self.key)
+            producing.show_progress(self._directory, key)
+
         def ask() -> Content:
-            return self.ask(lambda repository: _download(repository, blob, path, advance))
+            producing.check_claim(self._directory, key)
+            return self.ask(lambda repository: _download(repository, blob, path, advance, look))
 
         begun = partial.begun(path, blob.size)
         try:
@@ -301,8 +311,22 @@ class Source:
         return blob_path(self._directory, digest).exists()
 
 
-def _download(repository: Repository, blob: Descriptor, path: Path, advance: Advance) -> Content:
+class _Looking:
+    """What looks at every chunk of a download, those as well that were here before: they are read again."""
+
+    def __init__(self, look: Callable[[bool], None]) -> None:
+        self._look = look
+
+    def update(self, _data: memoryview, /) -> None:
+        """Note that a chunk came."""
+        self._look(True)
+
+
+def _download(
+    repository: Repository, blob: Descriptor, path: Path, advance: Advance, look: Callable[[bool], None]
+) -> Content:
     """Download a blob from one repository, or what a file has not yet of it."""
+    look(False)
     done = partial.begun(path, blob.size)
     advance(done)
 
@@ -311,10 +335,15 @@ def _download(repository: Repository, blob: Descriptor, path: Path, advance: Adv
         done += new
         advance(new)
 
-    source = repository.blob(blob.digest, blob.size, done)
+    source = repository.blob(blob.digest, blob.size, done, look)
     try:
-        what = f"blob {blob.digest}"
-        return receive(source, path, digest=blob.digest, size=blob.size, go_on=True, progress=count, what=what)
+        what, also = f"blob {blob.digest}", _Looking(look)
+        return receive(
+            source, path, digest=blob.digest, size=blob.size, go_on=True, also=also, progress=count, what=what
+        )
+    except producing.ClaimLost:
+        advance(-done)
+        raise
     except (RegistryError, DigestMismatch) as error:
         advance(-done)  # the next one is asked from the beginning
         if not done or isinstance(error, DigestMismatch):

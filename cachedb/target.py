@@ -14,7 +14,7 @@ from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from cachedb import locks, oci
 from cachedb.directory import REVISION
@@ -105,6 +105,7 @@ class Target:
             What was done for that; ``existing`` to all but the first who asks.
 
         Raises:
+            DigestMismatch: if its file has another content.
             RegistryError: if the registry does not take it.
             StorageError: if its file is gone, or was cut short.
         """
@@ -223,10 +224,27 @@ class Target:
         with locks.unforked():
             index = (self._directory / "index.db").absolute()
             # Of one at rest SQLite would make the files that it shares memory by, and who only reads leaves them.
-            immutable = "" if index.with_name("index.db-wal").exists() else "&immutable=1"
+            before = _state(index)
+            immutable = "" if before.has_wal else "&immutable=1"
             uri = f"{index.as_uri()}?mode=ro{immutable}"
-            with closing(sqlite3.connect(uri, uri=True)) as connection:
-                return connection.execute(query, values).fetchall()
+            with closing(sqlite3.connect(uri, uri=True, timeout=0)) as connection:
+                found = connection.execute(query, values).fetchall()
+            if immutable and _state(index) != before:
+                raise sqlite3.OperationalError("the index changed while it was read")
+            return found
+
+
+class _State(NamedTuple):
+    """What changes when somebody writes to an index."""
+
+    modified: int  # nanoseconds
+    size: int  # bytes
+    has_wal: bool
+
+
+def _state(index: Path) -> _State:
+    status = index.stat()
+    return _State(status.st_mtime_ns, status.st_size, index.with_name("index.db-wal").exists())
 
 
 def _may_pass(error: BaseException) -> bool:

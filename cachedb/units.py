@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 
-__all__ = ["ago", "cut", "human", "printable", "short"]
+__all__ = ["ago", "cut", "human", "parse_size", "printable", "short"]
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,3})?) ?(?:([kmgtp])(i?))?b?", re.IGNORECASE)
 
 
 def human(size: float) -> str:
@@ -14,6 +17,15 @@ def human(size: float) -> str:
             break
         size /= 1000
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+
+
+def parse_size(text: str) -> int | None:
+    """Return the bytes of a size such as ``500MB`` (powers of 1000) or ``64GiB`` (powers of 1024), or None."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        return None
+    power = " kmgtp".index((found[2] or " ").lower())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def ago(time: datetime) -> str:

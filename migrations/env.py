@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from contextlib import closing
 from typing import Any, Literal
 
 from alembic import context
@@ -76,13 +77,12 @@ def main() -> None:
     from pathlib import Path
 
     directory = context.get_x_argument(as_dictionary=True).get("dir")
-    database = Database(Path(directory) if directory else default_directory())
-    database.prepare()
-    with database.write_schema() as connection:
-        # A table that a batch makes anew is away for a moment, and the views over it are not.
-        connection.exec_driver_sql("PRAGMA legacy_alter_table = ON")
-        run(connection)
-    database.close()
+    with closing(Database(Path(directory) if directory else default_directory())) as database:
+        database.prepare()
+        with database.write_schema() as connection:
+            # A table that a batch makes anew is away for a moment, and the views over it are not.
+            connection.exec_driver_sql("PRAGMA legacy_alter_table = ON")
+            run(connection)
 
 
 main()

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,21 @@ def snapshot(directory: Path) -> dict[str, object]:
         connection.close()
     folders = {name: sorted(os.listdir(directory / name)) for name in ("trash", "locks", "ingest")}
     return {"files": files_of(directory), **tables, **folders}
+
+
+def revision_of(directory: Path) -> str | None:
+    """The schema of a cache's index."""
+    with closing(Database(directory)) as database:
+        return database.revision()
+
+
+def is_open(connection: sqlite3.Connection) -> bool:
+    """Whether a connection is open."""
+    try:
+        connection.total_changes  # noqa: B018 - a closed one raises
+    except sqlite3.ProgrammingError:
+        return False
+    return True
 
 
 def start_python(script: str, *arguments: object) -> subprocess.Popen[str]:

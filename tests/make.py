@@ -172,6 +172,12 @@ def save_index(cache: Cache, name: str, *children: Made) -> bytes:
     return found
 
 
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write a file, and return its path."""
+    path.write_bytes(data)
+    return path
+
+
 def write(path: Path, files: dict[str, bytes]) -> Path:
     """Write files as a tar, or, to a path without a suffix, as a folder."""
     if path.suffix:

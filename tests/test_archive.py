@@ -1025,6 +1025,87 @@ def test_a_gzip_bomb_is_checked_in_bounded_memory(kept: Cache) -> None:
         refuse(kept, tar_file(tiny_docker() | {"layer.tar": bomb}), DigestMismatch)
 
 
+BOMB = tar_of({"layer.tar": bytes(40 * 1024 * 1024)})
+LAYER_BOMB = tiny_docker(bytes(40 * 1024 * 1024))
+
+
+def layer_bomb(compress: Callable[[bytes], bytes]) -> bytes:
+    return tar_of(LAYER_BOMB | {"layer.tar": compress(LAYER_BOMB["layer.tar"])})
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, make.zstd_compressed, lzma.compress, bz2.compress])
+@pytest.mark.parametrize("piped", [False, True])
+def test_an_archive_that_unpacks_to_many_times_its_size_is_refused(
+    kept: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes], piped: bool
+) -> None:
+    monkeypatch.setattr(files_module, "_RATIO_FREE", 8 * 1024 * 1024)
+    data = compress(BOMB)
+    path = make.write_bytes(tmp_path / "bomb", data)
+    message = refuse(kept, io.BytesIO(data) if piped else path)
+    assert "unpacks to more than" in message
+    assert "100 times the compressed size" in message
+    assert "--max-unpacked SIZE or CACHEDB_MAX_UNPACKED=SIZE" in message
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, make.zstd_compressed])
+def test_layers_that_unpack_to_many_times_their_size_are_refused(
+    kept: Cache, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(files_module, "_RATIO_FREE", 8 * 1024 * 1024)
+    message = refuse(kept, io.BytesIO(layer_bomb(compress)))
+    assert message.startswith("the layers in the archive unpack to more than ")
+    assert "100 times the compressed size" in message
+
+
+def test_what_unpacks_to_much_in_all_is_refused(kept: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_UNPACKED_LIMIT", 1024 * 1024)
+    noise = make.random_bytes(2 * 1024 * 1024, 1)
+    message = refuse(kept, io.BytesIO(gzip.compress(tar_of({"layer.tar": noise}), 1)))
+    assert "unpacks to more than 1.05 MB, the cap on unpacked bytes" in message
+
+
+def test_the_layers_of_an_archive_have_one_cap(kept: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [bytes([number]) * 300_000 for number in range(4)]
+    config = json.dumps({"rootfs": {"diff_ids": [digest_of(layer) for layer in layers]}}).encode()
+    names = [f"{number}.tar" for number in range(4)]
+    entries = [{"Config": "config.json", "RepoTags": ["app:1"], "Layers": names}]
+    files = {"manifest.json": json.dumps(entries).encode(), "config.json": config}
+    files |= {name: gzip.compress(layer) for name, layer in zip(names, layers, strict=True)}
+    monkeypatch.setattr(files_module, "_RATIO_FREE", 1_000_000)
+    assert "unpack to more than 1 MB" in refuse(kept, tar_file(files))
+
+
+def test_who_trusts_an_archive_raises_the_cap(cachedb: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    archive = make.write_bytes(tmp_path / "bomb", gzip.compress(layer_bomb(gzip.compress)))
+    with Cache.open(tmp_path / "other") as cache:
+        with pytest.raises(InvalidArchive, match="to more than 20 MB, the cap on unpacked bytes"):
+            cache.cache_from_tar(archive, max_unpacked=20_000_000)
+        monkeypatch.setenv("CACHEDB_MAX_UNPACKED", "1MB")
+        assert cache.cache_from_tar(archive, max_unpacked=50_000_000)[0].complete
+    refused = cachedb("import", archive)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "to more than 1 MB, the cap on unpacked bytes" in refused.stderr
+    assert cachedb("import", "-q", "--max-unpacked", "50MiB", archive).stdout == "app:1\n"
+    assert cachedb("import", "--max-unpacked", "much", archive).returncode == 2
+    monkeypatch.setenv("CACHEDB_MAX_UNPACKED", "much")
+    assert "CACHEDB_MAX_UNPACKED is 'much': write a size such as" in cachedb("import", archive).stderr
+
+
+def test_an_honest_image_of_zeros_is_imported(cachedb: Run, tmp_path: Path) -> None:
+    archive = make.write_bytes(tmp_path / "zeros", gzip.compress(layer_bomb(gzip.compress)))
+    assert cachedb("import", "-q", archive).stdout == "app:1\n"
+
+
+def test_unpacking_leaves_others_space(kept: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = os.statvfs(tmp_path)
+    values = list(status)
+    values[0] = values[1] = 4096
+    values[4] = 5 * 1024 * 1024 // 4096  # f_bavail
+    monkeypatch.setattr(os, "fstatvfs", lambda _file: os.statvfs_result(values))
+    message = refuse(kept, make.write_bytes(tmp_path / "bomb", gzip.compress(BOMB)), StorageError)
+    assert "the file system of the cache has 5.24 MB left, the cap by free space: free some space" in message
+
+
 def test_very_many_gzip_members_are_unpacked_in_time_that_grows_with_their_number() -> None:
     begin = time.process_time()
     unpack = files_module.Decompressor("gzip")

@@ -13,6 +13,8 @@ import pytest
 from tests.attack import interleaving
 from tests.attack.interleaving import Failed, Order, Steps, Zygote, every_order, run
 
+pytestmark = pytest.mark.attack
+
 
 def act(actor: str, directory: Path, steps: Steps) -> object:
     """Add one to the number, in two steps; with the lock or without."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache, CacheError, DamagedIndex, StorageError, backups, locks, rebuild, schema
+from cachedb.database import Database
 from tests import make
 from tests.make import save
 
@@ -87,24 +88,21 @@ def test_a_backup_leaves_no_descriptor_open(cache: Cache, tmp_path: Path, monkey
 
 @pytest.mark.parametrize(("missing", "enough"), [(0, True), (1, False)])
 def test_a_change_of_the_schema_needs_twice_the_index_and_a_mebibyte(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch, missing: int, enough: bool
+    index: Database, monkeypatch: pytest.MonkeyPatch, missing: int, enough: bool
 ) -> None:
-    connection = sqlite3.connect(cache.directory / "index.db")
-    needed = 2 * backups.size_of(connection) + 1024 * 1024
+    with index.raw() as connection:
+        needed = 2 * backups.size_of(connection) + 1024 * 1024
     monkeypatch.setattr("shutil.disk_usage", lambda _: Free(needed - missing))
     if enough:
-        assert backups.before_change(connection, cache.directory, "a", "b").exists()
+        assert backups.before_change(index, "0004", "0005").exists()
     else:
         with pytest.raises(StorageError, match=f"take up to {needed} bytes of disk, and {needed - missing} are free"):
-            backups.before_change(connection, cache.directory, "a", "b")
-    connection.close()
+            backups.before_change(index, "0004", "0005")
 
 
-def test_while_the_schema_is_changed_one_backup_more_is_kept(cache: Cache) -> None:
-    connection = sqlite3.connect(cache.directory / "index.db")
+def test_while_the_schema_is_changed_one_backup_more_is_kept(cache: Cache, index: Database) -> None:
     for _ in range(backups.KEPT + 3):
-        backups.before_change(connection, cache.directory, "a", "b")
-    connection.close()
+        backups.before_change(index, "0004", "0005")
     assert len(backups.newest_first(cache.directory)) == backups.KEPT + 1
     backups.keep_newest(cache.directory)
     assert [path.name[:6] for path in backups.newest_first(cache.directory)] == ["000006", "000005", "000004"]

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -281,7 +282,9 @@ def test_listing_imports_neither_alembic_nor_rich_nor_the_archive_reader(directo
 
 def test_a_reader_that_has_seen_enough_is_no_error(cachedb: Run, archive: Path, directory: Path) -> None:
     cachedb("import", archive)
-    command = f"{sys.executable} -m cachedb --dir {directory} export app:1 - | head -c 10 | wc -c"
+    command = (
+        f"{shlex.join([sys.executable, '-m', 'cachedb', '--dir', str(directory)])} export app:1 - | head -c 10 | wc -c"
+    )
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert (result.stdout.strip(), result.stderr) == ("10", "")
 
@@ -356,7 +359,7 @@ def test_bash_completes_commands_names_and_digests(
     cachedb("tag", "app:1", "app:12")
     program = tmp_path / "bin" / "cachedb"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m cachedb "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m cachedb "$@"\n')
     program.chmod(0o755)
     environment = {
         **os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "CACHEDB_DIR": str(directory),
@@ -375,7 +378,7 @@ def test_bash_completes_commands_names_and_digests(
     assert complete("cachedb rm app:1 a") == ["app:1", "app:12"]
     prefix = MADE.digest[:12]
     assert complete(f"cachedb blob cat {prefix}") == [MADE.digest.partition(":")[2]]
-    assert complete(f"cachedb --dir {tmp_path}/absent show ") == []
+    assert complete(f"cachedb --dir {shlex.quote(str(tmp_path))}/absent show ") == []
     assert not (tmp_path / "absent").exists()
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, Engine, event, select
 
-from cachedb import Cache, StorageError, blobs, collection
+from cachedb import Cache, DamagedIndex, StorageError, blobs, collection
 from cachedb.database import Database
+from cachedb.directory import blob_path
 from cachedb.reference import Digest
 from cachedb.tables import BLOBS
 from tests.conftest import files_of, running, snapshot, stored_rows
@@ -79,7 +82,7 @@ def test_a_sweep_and_a_removal_leave_the_same(tmp_path: Path) -> None:
             if how == "removal":
                 cache.remove_manifest("gone")
             else:
-                with Database(cache.directory).write() as connection:
+                with closing(Database(cache.directory)) as index, index.write() as connection:
                     connection.exec_driver_sql("DELETE FROM images WHERE repository = 'gone'")
                 cache.collect_garbage()
             left.append(files_of(cache.directory))
@@ -374,3 +377,28 @@ def test_deleting_a_blob_looks_its_references_up_by_index(index: Database) -> No
         for table, column in (("image_blobs", "blob_id"), ("images", "manifest_id"), ("image_blobs", "image_id")):
             plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN SELECT 1 FROM {table} WHERE {column} = 1").all()
             assert "SCAN" not in plan[0][3]
+
+
+@pytest.mark.parametrize("table", ["trash", "blobs"])
+def test_an_index_that_names_a_path_moves_nothing_out_of_its_place(cache: Cache, table: str, tmp_path: Path) -> None:
+    victim = cache.directory.parent / "victim.txt"
+    victim.write_text("precious")
+    path = "..:..:victim.txt"  # once its colons are slashes, as those of a digest are in `blobs/`
+    connection = sqlite3.connect(cache.directory / "index.db", isolation_level=None)
+    connection.execute("PRAGMA ignore_check_constraints = 1")
+    stored_at = "'2026-01-01T00:00:00.000000Z'"
+    columns, values = (
+        ("digest, size", "?, 8") if table == "trash" else ("digest, size, stored_at", f"?, 8, {stored_at}")
+    )
+    connection.execute(f"INSERT INTO {table} ({columns}) VALUES ({values})", (path,))
+    connection.close()
+    cache.collect_garbage()
+    with Cache.open(cache.directory) as other:
+        assert other.verify(repair=True).problems == []
+    assert victim.read_text() == "precious"
+
+
+def test_an_index_that_names_a_path_is_damaged(cache: Cache, tmp_path: Path) -> None:
+    (cache.directory.parent / "victim.txt").write_text("precious")
+    with pytest.raises(DamagedIndex, match=r"'\.\.:\.\.:victim\.txt' as a digest: run `cachedb verify --repair`"):
+        blob_path(cache.directory, Digest("..:..:victim.txt"))

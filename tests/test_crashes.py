@@ -29,6 +29,8 @@ from tests import make, victims
 from tests.attack import strace
 from tests.promises import check
 
+pytestmark = pytest.mark.attack
+
 EVERYWHERE = bool(os.environ.get("CACHEDB_CRASH_EVERYWHERE"))
 COPY_STEP, KILL_STEP, FAULT_STEP = (1, 1, 1) if EVERYWHERE else (3, 17, 29)
 # A full disk stays full; a failing one fails now and then.

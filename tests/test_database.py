@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError, database, locks
 from cachedb.database import APPLICATION_ID, Database
 from cachedb.tables import TRASH
-from tests.conftest import files_of, run_python, running, stored_rows
+from tests.conftest import Run, files_of, revision_of, run_python, running, stored_rows
 from tests.make import digest_of
-from tests.test_locks import eventually, open_files, waiting_for
+from tests.test_locks import eventually, open_files
 
 
 def note(data: bytes) -> dict[str, object]:
@@ -72,7 +73,7 @@ def test_a_write_waits_at_the_lock_file(index: Database) -> None:
     with locks.held(index.write_lock):
         writer = threading.Thread(target=write)
         writer.start()
-        assert eventually(lambda: entered.is_set() or waiting_for(index.write_lock) == 1)
+        assert eventually(lambda: entered.is_set() or len(locks.waiters(index.write_lock)) == 1)
         assert not entered.is_set()
     writer.join(60)
     assert entered.is_set()
@@ -291,11 +292,11 @@ def test_a_look_up_takes_no_lock_and_sees_the_last_commit(index: Database) -> No
 def test_a_look_up_is_in_the_index_that_has_the_name(index: Database, new: Path) -> None:
     with index.write() as connection:
         connection.execute(insert(TRASH), [note(b"in the old one")])
-    other = Database(index.directory)
-    assert len(other.rows(DIGESTS, {})) == 1
-    with index.alone():
-        assert index.replace(new, index.directory / "quarantine" / "old.db")
-    assert other.rows(DIGESTS, {}) == []
+    with closing(Database(index.directory)) as other:
+        assert len(other.rows(DIGESTS, {})) == 1
+        with index.alone():
+            assert index.replace(new, index.directory / "quarantine" / "old.db")
+        assert other.rows(DIGESTS, {}) == []
 
 
 @pytest.mark.parametrize(("revision", "advice"), [("0000", "upgrade=True"), ("9999", "newer release")])
@@ -411,12 +412,12 @@ def test_foreign_keys_hold_again_after_a_migration(index: Database) -> None:
 
 
 def test_a_migration_that_fails_leaves_no_trace(tmp_path: Path) -> None:
-    index = Database(tmp_path / "new")
-    index.prepare()
-    with pytest.raises(KeyError), index.write_schema() as connection:  # noqa: PT012
-        connection.exec_driver_sql("CREATE TABLE half (done)")
-        raise KeyError
-    assert index.revision() is None
+    with closing(Database(tmp_path / "new")) as index:
+        index.prepare()
+        with pytest.raises(KeyError), index.write_schema() as connection:  # noqa: PT012
+            connection.exec_driver_sql("CREATE TABLE half (done)")
+            raise KeyError
+        assert index.revision() is None
     shell = sqlite3.connect(index.path)
     assert shell.execute("SELECT * FROM sqlite_master").fetchall() == []
     shell.close()
@@ -687,7 +688,7 @@ def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_
     threads: list[threading.Thread] = []
 
     def open_it() -> None:
-        Database(index.directory).revision()
+        revision_of(index.directory)
         opened.set()
 
     def look(folder: Path) -> None:
@@ -734,3 +735,38 @@ def test_an_index_that_somebody_reads_for_long_is_not_replaced(
     shell.close()
     with index.alone():
         assert index.replace(new, old)
+
+
+def long_path(folder: Path, length: int) -> Path:
+    """A directory whose index has a path of so many bytes."""
+    while (left := length - len(os.fsencode(folder)) - len("/index.db")) > 101:
+        folder /= "x" * 100 if left > 202 else "x" * (left // 2)
+    return folder / ("y" * (left - 1))
+
+
+def test_a_path_that_is_too_long_for_sqlite_is_named(tmp_path: Path, cachedb: Run) -> None:
+    with Cache.open(long_path(tmp_path, 504)) as cache:
+        cache.add_blob(b"here")
+    long = long_path(tmp_path, 505)
+    with pytest.raises(StorageError, match="has 505 bytes, and SQLite takes 504 at most: choose a cache directory"):
+        Cache.open(long)
+    assert not long.exists()
+    done = cachedb("--dir", long, "ls")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "SQLite takes 504 at most" in done.stderr
+
+
+def test_a_backup_to_a_path_that_is_too_long_for_sqlite_is_an_error_of_one_line(tmp_path: Path, cachedb: Run) -> None:
+    (long := long_path(tmp_path, 520)).mkdir(parents=True)
+    cachedb("ls")
+    done = cachedb("db", "backup", long / "index.db")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_symbolic_link_does_not_make_a_path_shorter(tmp_path: Path) -> None:
+    long = long_path(tmp_path, 510)
+    long.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(long)
+    with pytest.raises(StorageError, match="has 510 bytes"):
+        Cache.open(tmp_path / "link")

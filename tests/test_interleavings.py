@@ -52,6 +52,8 @@ from tests.conftest import files_of, run_python
 from tests.make import save
 from tests.promises import check
 
+pytestmark = pytest.mark.attack
+
 EVERY = bool(os.environ.get("CACHEDB_EVERY_ORDER"))
 ORDER = os.environ.get("CACHEDB_ORDER", "")
 """A word from a failure, to run that order alone."""
@@ -227,7 +229,7 @@ def act(actor: str, directory: Path, steps: Steps) -> object:
         stop_at_transactions(patch, steps)
         patch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here
         # Whose turn it is says the word, and not who asked first.
-        patch.setattr(locks, "_await_turn", lambda queue, path, number: None)
+        patch.setattr(locks, "_await_turn", lambda queue, path, number, wait: None)
         patch.setattr(os, "cpu_count", lambda: 1)  # an import's threads take no turns of their own
         return ACTORS[actor](directory, steps)
 
@@ -274,7 +276,12 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
         else:
             flock(file, operation)
 
+    def waited_for(file: Any, operation: int, wait: object) -> None:
+        """Wait in the kernel, which who is announced there does to the end."""
+        fcntl.flock(file, operation if wait else operation | fcntl.LOCK_NB)
+
     patch.setattr(fcntl, "flock", announced)
+    patch.setattr(locks, "_lock", waited_for)
 
 
 def stop_at_files(patch: pytest.MonkeyPatch, steps: Steps, directory: Path) -> None:

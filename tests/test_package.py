@@ -78,7 +78,7 @@ def test_an_installed_package_makes_a_cache_and_changes_its_schema(
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     where = "import cachedb, cachedb.schema as s; print(cachedb.__file__); print(s.migrations_directory())"
     result = subprocess.run([python, "-c", where], cwd=tmp_path, env=clean, check=True, capture_output=True, text=True)
-    package, migrations = map(Path, result.stdout.split())
+    package, migrations = map(Path, result.stdout.splitlines())
     expected = checkout if kind == "editable" else environment
     assert package.is_relative_to(expected)
     assert migrations.is_relative_to(expected)

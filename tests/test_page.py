@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from itertools import combinations
@@ -78,7 +78,7 @@ def fill(directory: Path, images: int, seed: int = 1) -> None:
 
 
 def render(directory: Path) -> str:
-    with Database(directory).read() as connection:
+    with closing(Database(directory)) as index, index.read() as connection:
         return page.render(connection, directory)
 
 

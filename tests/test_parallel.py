@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cachedb.parallel import Advance, end, in_threads, summed
+from cachedb.parallel import Advance, end, in_threads, summed, told_beside
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -89,3 +89,43 @@ def test_what_cannot_be_stopped_does_not_hold_up_an_end() -> None:
     assert thread.is_alive()
     free.set()
     thread.join(30)
+
+
+def test_what_is_told_beside_a_block_is_told_in_order_and_holds_up_nothing() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    told: list[int] = []
+
+    def progress(number: int) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        told.append(number)
+
+    with told_beside(progress) as tell:
+        assert tell
+        for number in range(1000):
+            tell(number)
+            begun.wait(60)
+        go_on.set()
+    assert told == sorted(told)
+    assert 1 < len(told) < 100
+    with told_beside(None) as tell:
+        assert tell is None
+
+
+@pytest.mark.parametrize("at", ["the next call", "the end"])
+def test_what_is_raised_beside_a_block_ends_it(at: str) -> None:
+    raised = threading.Event()
+
+    def progress() -> None:
+        raised.set()
+        raise KeyError
+
+    reached = False
+    with pytest.raises(KeyError), told_beside(progress) as tell:  # noqa: PT012
+        assert tell
+        tell()
+        assert raised.wait(60)
+        while at == "the next call":
+            tell()
+        reached = True
+    assert reached is (at == "the end")

@@ -33,6 +33,8 @@ from tests.attack.powercut import (
 )
 from tests.make import hex_of
 
+pytestmark = pytest.mark.attack
+
 STATES = int(os.environ.get("CACHEDB_POWER_CUTS", "80"))  # of each scenario
 
 Recorded = Callable[[str], Recording]

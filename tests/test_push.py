@@ -13,7 +13,7 @@ import pytest
 
 from cachedb import (
     Cache,
-    CacheError,
+    DigestMismatch,
     IncompleteImage,
     InvalidName,
     NotInCache,
@@ -444,9 +444,13 @@ def test_a_file_that_is_damaged_is_stored_nowhere(cache: Cache, remote: Registry
     path = cache.get_blob_path(make.digest_of(data))
     path.chmod(0o600)
     path.write_bytes(data.replace(b": 2", b" :2", 1) if data == LARGE.manifest else data[:-1] + b"!")
-    with pytest.raises(CacheError, match="`cachedb verify`"):
+    what = "has another content" if data == LARGE.manifest else f"the file of {make.digest_of(data)} is damaged"
+    with pytest.raises(DigestMismatch, match=f"{what}.*cachedb verify"):
         cache.push("large:1", f"{remote.host}/large:1")
     assert remote.manifests == {}
+    if data == LARGE.layers[0]:  # its end is not sent
+        assert ("large", make.digest_of(data)) not in remote.blobs
+        assert all(len(sent) < len(data) for _, sent in remote.uploads.values())
     path.write_bytes(data)
 
 

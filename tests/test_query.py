@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import resource
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, CacheError, InvalidQuery
+from cachedb.oci import DOCUMENT_LIMIT
 from tests import make
 from tests.conftest import Run
 from tests.promises import check
@@ -81,7 +84,6 @@ def test_sizes_and_times_can_be_read_by_people(cache: Cache) -> None:
         "SAVEPOINT a",
         "REINDEX",
         "ANALYZE",
-        "SELECT load_extension('evil')",
         "WITH x AS (SELECT 1) DELETE FROM images",
         "EXPLAIN DELETE FROM images",
         "UPDATE labels SET value = ''",
@@ -98,7 +100,7 @@ def test_nothing_can_be_changed(cache: Cache, query: str, tmp_path: Path, monkey
 
 def test_the_file_is_open_only_to_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the authorizer to let something through."""
-    monkeypatch.setattr("cachedb.query._authorize", lambda *_: sqlite3.SQLITE_OK)
+    monkeypatch.setattr("cachedb.query._authorizer", lambda: lambda *_: sqlite3.SQLITE_OK)
     for query in ("DELETE FROM images", "PRAGMA user_version = 7", "CREATE TEMP TABLE mine (x)"):
         with pytest.raises(InvalidQuery, match="only questions can be asked"):
             rows(cache, query)
@@ -221,6 +223,103 @@ def test_views_are_listed_with_what_they_have(cache: Cache) -> None:
     assert all(view.description and view.definition.startswith("CREATE VIEW") for view in found.values())
 
 
+# Functions and limits
+
+LONG = "printf('%.*c', 5000000, 'a')"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "fts3_tokenizer('simple')",
+        "fts3_tokenizer('simple', :pointer)",
+        "load_extension('x')",
+        "sqlite_log(1, 'x')",
+        "json_patch('{}', '{}')",
+        "\"FTS3_Tokenizer\"('simple')",
+    ],
+)
+def test_only_functions_that_are_known_to_be_harmless_are_called(cache: Cache, call: str) -> None:
+    parameters = {"pointer": "AAAAAAAA"} if ":pointer" in call else {}
+    with pytest.raises(InvalidQuery, match=r"^(the function '\w+' is not allowed in a query|no such function)"):
+        rows(cache, f"SELECT {call}", **parameters)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hex(zeroblob(499999999))",
+        "zeroblob(100000000)",
+        "randomblob(100000000)",
+        f"replace({LONG}, 'a', 'bb')",
+        f"{LONG} || {LONG}",
+        f"json_array({LONG}, {LONG})",
+        f"(SELECT group_concat(x) FROM (SELECT {LONG} AS x UNION ALL SELECT {LONG}))",
+    ],
+)
+def test_a_value_has_a_size_that_is_made_in_no_time(cache: Cache, value: str) -> None:
+    with pytest.raises(InvalidQuery, match=r"^a value in the query is over 5\.24 MB: "):
+        rows(cache, f"SELECT length({value})")
+
+
+def test_a_value_may_be_as_long_as_the_longest_document(cache: Cache) -> None:
+    assert rows(cache, "SELECT length(:x)", x="a" * DOCUMENT_LIMIT) == [(DOCUMENT_LIMIT,)]
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        (f"instr({LONG}, substr({LONG}, 2500000) || 'b')", 0),
+        (f"instr(CAST({LONG} AS BLOB), zeroblob(2500000))", 0),
+        (f"length(replace({LONG}, substr({LONG}, 2500000) || 'b', ''))", 5_000_000),
+        (f"length(trim({LONG}, replace(substr({LONG}, 2500000), 'a', 'b') || 'a'))", 0),
+    ],
+)
+def test_a_search_takes_time_that_grows_with_the_length(cache: Cache, call: str, result: int) -> None:
+    began = time.process_time()
+    assert rows(cache, f"SELECT {call}") == [(result,)]
+    assert time.process_time() - began < 20  # and not hours, as SQLite's own do
+
+
+def test_a_pattern_has_a_length(cache: Cache) -> None:
+    assert rows(cache, "SELECT 'app:1' LIKE :x", x="%" * 128) == [(1,)]
+    for operator in ("LIKE", "GLOB"):
+        with pytest.raises(InvalidQuery, match=r"^a pattern of LIKE or GLOB is over 128 bytes: "):
+            rows(cache, f"SELECT 'app:1' {operator} :x", x="%" * 129)
+
+
+def test_a_query_calls_so_many_functions(cache: Cache) -> None:
+    assert rows(cache, f"SELECT {' + '.join(['abs(1)'] * 200)}") == [(200,)]
+    with pytest.raises(InvalidQuery, match=r"^the query has over 200 calls of functions: "):
+        rows(cache, f"SELECT {' + '.join(['abs(1)'] * 201)}")
+
+
+def test_a_loop_of_long_steps_is_stopped(cache: Cache) -> None:
+    began = time.process_time()
+    with (
+        pytest.raises(CacheError, match=r"took over 0\.2 s"),
+        cache.sql(ENDLESS.format("sum(length(hex(zeroblob(1000000 + x % 2))))"), timeout=0.2) as answer,
+    ):
+        list(answer.rows)
+    assert time.process_time() - began < 20
+
+
+VALUES = ("'axbxc'", "'x'", "''", "NULL", "7", "1.5", "x'78'", "'é'", "'axbxcaxb'")
+
+
+@pytest.mark.parametrize("function", ["instr", "replace", "trim", "ltrim", "rtrim"])
+def test_a_function_in_place_of_one_of_sqlite_gives_the_same(cache: Cache, function: str) -> None:
+    plain = sqlite3.connect(":memory:")
+    for text in VALUES:
+        for part in VALUES:
+            call = f"{function}({text}, {part}{', 5' if function == 'replace' else ''})"
+            assert (
+                rows(cache, f"SELECT {call}, instr('a' || 'b', 'b')")[0][:1]
+                == plain.execute(f"SELECT {call}").fetchone()
+            ), call
+    plain.close()
+
+
 # The command line
 
 PRINTED = {
@@ -255,6 +354,55 @@ def test_what_is_strange_is_printed_so_that_it_is_read_again(cachedb: Run, cache
     """A blob, a carriage return, infinity, and a column that is there twice and has two lines."""
     query = "SELECT 1 AS 'a\nb', x'00ff' AS b, NULL AS c, 'x' || char(13) || 'y' AS e, 1e999 AS i, 2 AS 'a\nb'"
     assert cachedb("sql", "--format", form, query, text=False).stdout.decode() == STRANGE[form]
+
+
+FORMULAS = [
+    "=1+1",
+    "+1+1",
+    "-1+1",
+    "@SUM(1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "\uff1d1",
+    "\uff0b1",
+    "\uff0d1",
+    "\uff201",
+    "-",
+    "+1e",
+]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_no_cell_is_a_formula_of_a_spreadsheet(cachedb: Run, cache: Cache, form: str) -> None:
+    query = f"SELECT value FROM json_each({sqlite_text(json.dumps(FORMULAS))})"
+    printed = cachedb("sql", "--format", form, query, text=False).stdout.decode()
+    cells = [row[0] for row in csv.reader(io.StringIO(printed, newline=""), delimiter="," if form == "csv" else "\t")]
+    assert cells == ["value", *(f"'{text}" for text in FORMULAS)]
+
+
+def sqlite_text(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_a_number_stays_a_number_in_a_cell(cachedb: Run, cache: Cache, form: str) -> None:
+    query = "SELECT -1 UNION ALL SELECT -1.5 UNION ALL SELECT '-2' UNION ALL SELECT '+3.25e-7' UNION ALL SELECT 'a=1'"
+    assert cachedb("sql", "--format", form, query).stdout.splitlines()[1:] == ["-1", "-1.5", "-2", "+3.25e-7", "a=1"]
+
+
+def test_a_cell_of_markdown_is_no_html_and_no_link(cachedb: Run, cache: Cache) -> None:
+    text = "<img src=x onerror=alert(1)> & ![x](http://example.org/x) `code`"
+    printed = cachedb("sql", "--format", "markdown", f"SELECT '{text}' AS '<b>'").stdout.splitlines()
+    assert printed[0] == "| &lt;b&gt; |"
+    assert printed[2] == ("| &lt;img src=x onerror=alert(1)&gt; &amp; !\\[x\\](http://example.org/x) \\`code\\` |")
+
+
+def test_a_terminal_gets_no_escape_sequence_in_a_cell(cache: Cache) -> None:
+    command = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), "sql", "--format", "csv"]
+    shown = on_a_terminal([*command, "SELECT 'a' || char(27) || '[2J' AS x"])
+    assert "\x1b[2J" not in shown
+    assert "a\\x1b[2J" in shown
 
 
 def test_a_row_for_which_a_terminal_has_no_room_is_a_line_for_each_value(cache: Cache) -> None:
@@ -321,7 +469,7 @@ def test_a_result_that_nobody_wants_is_no_error(cachedb: Run, cache: Cache, argu
 
 def test_a_question_for_which_there_is_no_memory_is_an_error(cachedb: Run, cache: Cache) -> None:
     limit = (400 * 1024 * 1024,) * 2
-    query = "SELECT hex(zeroblob(400000000))"
+    query = ENDLESS.format("randomblob(4000000)")
     failed = cachedb("sql", query, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
     assert (failed.returncode, failed.stderr.count("\n"), "not enough memory" in failed.stderr) == (1, 1, True)
 

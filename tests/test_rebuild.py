@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -834,6 +834,6 @@ def test_a_new_index_that_has_a_wal_still_is_not_put_in_place(made: Path) -> Non
     new.write_bytes(b"new")
     new.with_name("new.db-wal").write_bytes(b"what could not be written back")
     before = (made / "index.db").read_bytes()
-    with index.alone(), pytest.raises(StorageError, match="not whole"):
+    with closing(index), index.alone(), pytest.raises(StorageError, match="not whole"):
         backups.put_in_place(index, new)
     assert (made / "index.db").read_bytes() == before

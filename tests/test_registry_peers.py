@@ -17,7 +17,7 @@ from tests.conftest import Run
 from tests.make import Made, descriptor, digest_of, save, save_index
 from tests.promises import check
 from tests.registries import HTPASSWD, PASSWORD, USER, certificate, docker_registry
-from tests.test_peers import Tools
+from tests.test_peers import Tools, copy_rootfs
 from tests.test_pull import alone  # noqa: F401 - alone is a fixture
 from tests.test_push import referrer
 
@@ -169,13 +169,13 @@ def test_podman_pulls_what_is_pushed_with_its_digest(cache: Cache, tools: Tools,
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_buildah_builds_from_what_is_pushed(cache: Cache, tools: Tools, host: str, kind: str) -> None:
+def test_buildah_builds_from_what_is_pushed(cache: Cache, tools: Tools, host: str, kind: str, tmp_path: Path) -> None:
     image, name = IMAGES[kind], f"{host}/team/app:1"
     save(cache, name, image)
     cache.push(name)
     container = tools("buildah", "from", PLAIN, name)
     assert tools("buildah", "inspect", "--format", "{{.FromImageDigest}}", container) == image.digest
-    root = Path(tools("buildah", "mount", container))
+    root = copy_rootfs(tools, container, tmp_path / "rootfs")
     assert (root / "file-2").read_bytes() == make.random_bytes(1000, 2)
 
 

@@ -8,6 +8,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from alembic.script import ScriptDirectory
 from cachedb import Cache, DamagedIndex, SchemaMismatch, schema
 from cachedb.database import APPLICATION_ID, Database
 from cachedb.tables import METADATA, REVISION
-from tests.conftest import run_python, snapshot, stored_rows
+from tests.conftest import revision_of, run_python, snapshot, stored_rows
 from tests.make import digest_of, image
 from tests.test_database import content
 
@@ -124,7 +126,8 @@ def test_what_a_creation_that_was_killed_left_is_completed(directory: Path) -> N
     (stages / "empty file" / "index.db").touch()
     wal = Database(stages / "wal")
     wal.prepare()
-    sqlite3.connect(wal.path).execute("PRAGMA journal_mode = WAL").close()
+    with closing(sqlite3.connect(wal.path)) as creator:
+        creator.execute("PRAGMA journal_mode = WAL")
     assert wal.path.stat().st_size
     for stage in ("folders", "empty file", "wal"):
         Cache.open(stages / stage).close()
@@ -228,7 +231,7 @@ def test_the_models_name_the_newest_migration() -> None:
 
 
 def test_the_migrations_make_what_the_models_describe(cache: Cache) -> None:
-    with Database(cache.directory).read() as connection:
+    with closing(Database(cache.directory)) as index, index.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
 
 
@@ -247,29 +250,29 @@ def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path)
         shell.close()
         return found
 
-    other = Database(tmp_path / "models")
-    other.prepare()
-    with other.write_schema() as connection:
-        METADATA.create_all(connection)
+    with closing(Database(tmp_path / "models")) as other:
+        other.prepare()
+        with other.write_schema() as connection:
+            METADATA.create_all(connection)
     assert definitions(cache.directory / "index.db") == definitions(other.path)
 
 
 def test_every_migration_goes_down_and_up_again(directory: Path) -> None:
-    database = Database(directory)
-    schema.prepare(database)
+    with closing(Database(directory)) as database:
+        schema.prepare(database)
 
-    def migrate(to: str) -> None:
-        config = schema.alembic_config()
-        with database.write_schema() as connection:
-            config.attributes["connection"] = connection
-            (command.downgrade if to.endswith("-1") else command.upgrade)(config, to)
+        def migrate(to: str) -> None:
+            config = schema.alembic_config()
+            with database.write_schema() as connection:
+                config.attributes["connection"] = connection
+                (command.downgrade if to.endswith("-1") else command.upgrade)(config, to)
 
-    for _ in ScriptDirectory.from_config(schema.alembic_config()).walk_revisions():
-        migrate("-1")
-    assert tables(directory) == {"alembic_version"}
-    migrate("head")
-    assert tables(directory) == TABLES
-    assert database.revision() == REVISION
+        for _ in ScriptDirectory.from_config(schema.alembic_config()).walk_revisions():
+            migrate("-1")
+        assert tables(directory) == {"alembic_version"}
+        migrate("head")
+        assert tables(directory) == TABLES
+        assert database.revision() == REVISION
 
 
 def test_0002_carries_a_cache_up_and_down(directory: Path) -> None:
@@ -333,12 +336,12 @@ def test_a_revision_that_alembic_makes_has_the_next_number_and_goes_up_and_down(
     run("upgrade", "head")
     run("check")
     run("downgrade", "-1")
-    assert Database(directory).revision() == REVISION
+    assert revision_of(directory) == REVISION
     run("revision", "-m", "by hand")
     run("revision", "-m", "chosen", "--rev-id", f"{number + 7:04}")
     run("revision", "-m", "after it")
     run("upgrade", "head")
-    assert Database(directory).revision() == f"{number + 8:04}"
+    assert revision_of(directory) == f"{number + 8:04}"
     assert [line.split()[2].rstrip(",") for line in run("history").splitlines()] == [
         f"{number + step:04}" for step in (8, 7, 2, 1)
     ] + [f"{earlier:04}" for earlier in range(number, 0, -1)]
@@ -440,7 +443,7 @@ def put(shell: sqlite3.Connection, table: str, row: dict[str, object]) -> None:
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> sqlite3.Connection:
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sqlite3.Connection]:
     """A cache's index as a person with an SQL shell sees it, with a blob and an image in it."""
     directory = tmp_path_factory.mktemp("rows")
     Cache.open(directory).close()
@@ -448,7 +451,8 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> sqlite3.Connection:
     connection.execute("PRAGMA foreign_keys = ON")
     put(connection, "blobs", {"id": 1, "digest": f"sha512:{'ef' * 64}", "size": 0, "stored_at": None})
     put(connection, "images", {**IMAGE, "id": 1, "reference": "latest"})
-    return connection
+    yield connection
+    connection.close()
 
 
 @pytest.mark.parametrize("table", GOOD)

@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from cachedb import (
 from cachedb.database import APPLICATION_ID, Database
 from cachedb.oci import ImageConfig, parse_config
 from cachedb.tables import REVISION
-from tests.conftest import Run, files_of, run_python, running, start_python
+from tests.conftest import Run, files_of, revision_of, run_python, running, start_python
 from tests.make import image, index, save
 from tests.promises import check
 from tests.test_database import content
@@ -192,7 +193,7 @@ def test_who_has_not_enough_to_read_configs_with_stops_and_skips_none(
     def open_none(path: str, _flags: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files", path)
 
-    monkeypatch.setattr(reading, "_open_regular", open_none)
+    monkeypatch.setattr(reading, "open_regular", open_none)
     with pytest.raises(StorageError, match="raise the limit on open files"):
         schema.upgrade(directory)
     assert schema.current(directory).pending == 7
@@ -305,7 +306,7 @@ def test_an_old_backup_that_cannot_be_deleted_is_an_error_of_one_line(
 @pytest.mark.parametrize("step", ["0002", "head"])
 def test_an_upgrade_comes_to_the_revision_that_is_asked_for(old: Path, step: str) -> None:
     after = schema.upgrade(old, step).after
-    assert Database(old).revision() == after == {"0002": "0002", "head": REVISION}[step]
+    assert revision_of(old) == after == {"0002": "0002", "head": REVISION}[step]
 
 
 def test_an_upgrade_that_needs_no_other_process_to_stop_says_so_to_those_who_have_the_cache_open(
@@ -345,7 +346,7 @@ def test_every_migration_states_the_oldest_release_that_can_work_after_it(direct
     Cache.open(directory).close()
     for revision in reversed(schema.history(directory)):
         assert revision.oldest <= revision.revision
-        if Database(directory).revision() != revision.revision:
+        if revision_of(directory) != revision.revision:
             schema.downgrade(directory, revision.revision)
         shell = sqlite3.connect(directory / "index.db")
         assert shell.execute("PRAGMA user_version").fetchone() == (int(revision.oldest),)
@@ -652,7 +653,7 @@ def test_a_backup_that_cannot_be_written_stops_the_upgrade(old: Path, monkeypatc
     with pytest.raises(StorageError, match="cannot make a backup of the index: No space left"):
         schema.upgrade(old)
     monkeypatch.undo()
-    assert Database(old).revision() == "0001"
+    assert revision_of(old) == "0001"
     assert backups_in(old) == []
 
 
@@ -668,7 +669,7 @@ def test_a_change_that_would_leave_rows_that_refer_to_none_is_not_made(
     monkeypatch.setattr(schema, "_run", broken)
     with pytest.raises(DamagedIndex, match=r"was not changed: 1 rows would refer to none: images 1 to blobs"):
         schema.upgrade(old)
-    assert Database(old).revision() == "0001"
+    assert revision_of(old) == "0001"
 
 
 @pytest.mark.parametrize("call", ["upgrade", "downgrade", "check", "back_up"])
@@ -754,7 +755,12 @@ def test_a_revision_that_is_none_is_refused(directory: Path, revision: str) -> N
     for call in (schema.upgrade, schema.downgrade):
         with pytest.raises(InvalidRevision, match="is not one of the revisions 0001, "):
             call(directory, revision)
-    assert Database(directory).revision() == REVISION
+    assert revision_of(directory) == REVISION
+
+
+def migrate(directory: Path, *arguments: Any, **options: Any) -> None:
+    with closing(Database(directory)) as index:
+        schema.migrate(index, *arguments, **options)
 
 
 @pytest.mark.parametrize("revision", ["0000", "00025", "0002a", "", None])
@@ -776,8 +782,8 @@ def test_a_cache_of_a_schema_that_no_release_makes_is_left_alone(directory: Path
         lambda path: schema.upgrade(path, "0001"),
         lambda path: schema.downgrade(path, "0001"),
         lambda path: schema.downgrade(path, "-1"),
-        lambda path: schema.migrate(Database(path)),
-        lambda path: schema.migrate(Database(path), "0001", down=True),
+        migrate,
+        lambda path: migrate(path, "0001", down=True),
     ):
         with pytest.raises(SchemaMismatch if revision else DamagedIndex, match=r"no release of|lost its schema"):
             call(directory)
@@ -793,7 +799,7 @@ def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> N
         done = cachedb("--dir", old, "db", "upgrade")
         expected = "cachedb: the schema was not changed, for SQLite refused a row: not on a Friday\n"
         assert (done.returncode, done.stderr) == (1, expected)
-        assert (Database(old).revision(), backups_in(old)) == ("0001", [])
+        assert (revision_of(old), backups_in(old)) == ("0001", [])
         change(old, "DROP TRIGGER mine")
     change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON images {refuse.format('ABORT')}")
     with pytest.raises(StorageError, match=r"schema is 0005, but .* not on a Friday; `cachedb db upgrade` goes on"):
@@ -826,7 +832,7 @@ def test_what_is_over_a_column_that_goes_is_to_be_dropped_first(directory: Path,
     with pytest.raises(StorageError, match=r"^the schema was not changed, for .*: drop it first$") as caught:
         schema.downgrade(directory, "0002")
     assert said in str(caught.value)
-    assert (Database(directory).revision(), backups_in(directory)) == (REVISION, [])
+    assert (revision_of(directory), backups_in(directory)) == (REVISION, [])
 
 
 def test_up_is_not_down(directory: Path) -> None:
@@ -939,7 +945,8 @@ def test_a_restored_backup_has_its_images_and_agrees_with_the_blobs(cache: Cache
     found = rebuild.restore(cache.directory, backup)
     assert found[:3] == (2, 1, 4)
     assert found.old is not None
-    assert sqlite3.connect(found.old).execute("SELECT count(*) FROM images").fetchone() == (2,)
+    with closing(sqlite3.connect(found.old)) as shell:
+        assert shell.execute("SELECT count(*) FROM images").fetchone() == (2,)
     assert [str(one.name) for one in cache.list_manifests()] == ["gone:1", "kept:1"]
     assert cache.get_image("kept:1").digest == image(1).digest
     assert not cache.is_image_complete("gone:1")
@@ -1443,7 +1450,7 @@ def test_a_signal_during_a_backup_ends_it_with_the_exit_code_of_the_signal(
         # The backup was whole before the signal came: that is another matter, so once more.
     assert (process.returncode, stderr.strip()) == (code, "cachedb: interrupted" if code == 130 else "")
     assert backups_in(directory) == []
-    assert Database(directory).revision() == "0001"
+    assert revision_of(directory) == "0001"
 
 
 @pytest.mark.parametrize("command", ["current", "history", "upgrade", "downgrade", "check", "backup", "restore"])
@@ -1461,7 +1468,8 @@ def test_one_statement_says_that_a_cache_has_the_newest_schema(directory: Path) 
 
     event.listen(Engine, "before_cursor_execute", note)
     try:
-        schema.prepare(Database(directory))
+        with closing(Database(directory)) as index:
+            schema.prepare(index)
     finally:
         event.remove(Engine, "before_cursor_execute", note)
     assert sum("version_num" in statement for statement in seen) == 1

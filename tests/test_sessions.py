@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -319,5 +320,6 @@ def test_a_session_dies_with_its_process_though_a_child_lives(directory: Path) -
         parent.wait()
         with Cache.open(directory) as cache:
             assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
-            assert [part.blobs for part in collection.collect(Database(directory))] == [1]
+            with closing(Database(directory)) as index:
+                assert [part.blobs for part in collection.collect(index)] == [1]
             assert not cache.has_blob(DIGEST)

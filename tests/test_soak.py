@@ -17,6 +17,8 @@ import pytest
 from tests.attack import soak
 from tests.conftest import run_python
 
+pytestmark = pytest.mark.attack
+
 
 def run_soak(directory: Path, *arguments: object) -> str:
     """Run the soak to its end, which must be a good one, and return what it printed."""

@@ -35,6 +35,8 @@ from tests import make
 from tests.conftest import files_of
 from tests.promises import check
 
+pytestmark = pytest.mark.attack
+
 EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "60"))
 STEPS = 25
 

@@ -321,3 +321,14 @@ def test_two_do_not_send_the_same_blob(made: Path, remote: Registry, monkeypatch
         assert there._begun
         there._begun.join(30)
     assert len(sent(remote)) == 2
+
+
+def test_an_index_at_rest_that_changes_while_it_is_looked_up_in_is_not_believed(
+    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = iter(range(9))
+    with Target(made, Name.parse(f"{remote.host}/it:1")) as there:
+        assert there._look("SELECT count(*) FROM images")
+        monkeypatch.setattr(target, "_state", lambda _: target._State(next(states), 0, has_wal=False))
+        with pytest.raises(sqlite3.OperationalError, match="changed while it was read"):
+            there._look("SELECT count(*) FROM images")

@@ -192,7 +192,7 @@ class Builder:
         children = [entry["digest"] for entry in json.loads(root)["manifests"]]
         wanted = {digest for place, digest in enumerate(children) if place in chosen} or {children[0]}
         # As a pull does it, that brings some platforms.
-        with Database(self.cache.directory).write() as connection:
+        with closing(Database(self.cache.directory)) as index, index.write() as connection:
             choose = oci.among({Digest(digest) for digest in wanted})
             parsed = Name.parse(name)
             images.save(connection, self.cache.directory, parsed, Digest(digest_of(root)), OCI_INDEX, choose)
