@@ -378,7 +378,7 @@ class Database:
                 folders = Folders(self.directory)
                 folders.mark(new=False)
                 if folders.is_copy and revision is not None:
-                    self._check_copy()  # each time: that it is good cannot be noted
+                    self._check_copy(folders)  # each time: that it is good cannot be noted
             return revision
         with os_errors("use the cache directory"):
             missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
@@ -420,21 +420,22 @@ class Database:
             self.folders.mark(new=False)  # another process may have done so meanwhile
             if self.folders.is_copy:
                 if check:
-                    self._check_copy()
+                    self._check_copy(self.folders)
                 with suppress(OSError):  # of a full disk: the next open checks again
                     self.folders.accept_copy()
 
-    def _check_copy(self) -> None:
+    def _check_copy(self, folders: Folders) -> None:
         """Refuse a copy whose files are not of one moment: of any schema, for it is not upgraded yet.
 
-        SQLite applies a WAL to whatever index lies beside it, also to one that was copied before a checkpoint.
+        SQLite applies a WAL to whatever index lies beside it, also to one that was copied before a checkpoint. Without
+        a marker it may be no copy but an older release's cache, which is of use also if a blob's file is lost.
         """
         with self.look() as connection:
             found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
             faults = [] if found == "ok" else [str(found)]
             for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(1):
                 faults.append(f"row {row} of {table} refers to a row of {parent} that is not there")
-            if not faults:
+            if not faults and folders.had_marker:
                 query = "SELECT digest, size FROM blobs WHERE stored_at IS NOT NULL"
                 for digest, size in connection.exec_driver_sql(query):
                     try:

@@ -49,6 +49,8 @@ class Folders:
         self._marker: tuple[tuple[int, int, int], str] | None = None
         self.is_copy = False
         """Whether the cache may have been copied file by file, and nobody has checked it since."""
+        self.had_marker = False
+        """Whether the directory had a marker before this release found it; those of older releases have none."""
 
     def check_owner(self, *, trust: bool = False) -> None:
         """Refuse another user's directory, unless it is shared, or trusted: ``CACHEDB_TRUST=1`` trusts any.
@@ -81,6 +83,7 @@ class Folders:
         status = marker.identity(self.root)
         if found is not None and status is not None:
             self._marker = (status, found.id)
+        self.had_marker = found is not None and found.inode is not None
         self.is_copy = found is None or status is None or found.inode != status[1]
 
     def accept_copy(self) -> None:

@@ -31,6 +31,7 @@ from cachedb import (
 )
 from cachedb.database import Database
 from cachedb.directory import UNFINISHED
+from cachedb.folders import Folders
 from cachedb.sessions import Session
 from tests import make
 from tests.conftest import Run, files_of, running, snapshot, start_python, stored_rows
@@ -548,9 +549,9 @@ def test_a_sound_copy_is_a_cache_with_an_id_of_its_own(
     checks = []
     check_copy = Database._check_copy
 
-    def counted(database: Database) -> None:
+    def counted(database: Database, folders: Folders) -> None:
         checks.append(database.directory)
-        check_copy(database)
+        check_copy(database, folders)
 
     monkeypatch.setattr(Database, "_check_copy", counted)
     for _ in range(2):
@@ -638,3 +639,13 @@ def test_a_repaired_copy_is_accepted_with_what_cannot_be_repaired(directory: Pat
     session.close()
     database.close()
     assert marker_of(target)["inode"] == (target / "cachedb.json").stat().st_ino
+
+
+def test_a_cache_of_an_older_release_that_lacks_a_blob_is_of_use(directory: Path) -> None:
+    made = image(1)
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", made)
+    path_of(directory, made.config).unlink()
+    (directory / "cachedb.json").unlink()
+    assert names(directory) == {"app:1"}
+    assert marker_of(directory)["inode"] == (directory / "cachedb.json").stat().st_ino
