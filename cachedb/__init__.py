@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cachedb.adopt import Adoption, LeftOut
     from cachedb.cache import Cache, Stats
     from cachedb.collection import Collected
+    from cachedb.copy_cache import Copied
     from cachedb.folders import Leftover
     from cachedb.holds import HoldInfo
     from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
@@ -65,6 +66,7 @@ __all__ = [
     "CacheError",
     "CacheReplaced",
     "Collected",
+    "Copied",
     "DamagedIndex",
     "Digest",
     "DigestMismatch",
@@ -109,6 +111,7 @@ _HOMES = {
     "BlobInfo": "cachedb.images",
     "Cache": "cachedb.cache",
     "Collected": "cachedb.collection",
+    "Copied": "cachedb.copy_cache",
     "Digest": "cachedb.reference",
     "HoldInfo": "cachedb.holds",
     "ImageInfo": "cachedb.images",

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import sqlite3
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from cachedb import locks
@@ -22,7 +22,15 @@ from cachedb.parallel import told_beside
 from cachedb.reentry import not_reentered
 from cachedb.waiting import Wait, chosen_seconds
 
-__all__ = ["back_up", "before_change", "keep_newest", "newest_first", "put_in_place", "size_of"]
+__all__ = [
+    "back_up",
+    "before_change",
+    "copy_snapshot",
+    "keep_newest",
+    "newest_first",
+    "put_in_place",
+    "size_of",
+]
 
 KEPT = 3
 """Backups from before changes of the schema that are kept; those that a person asked for all are."""
@@ -36,6 +44,7 @@ _BEFORE_CHANGE = re.compile(r"[0-9]{6,}-[0-9]{4}-before-[0-9]{4}\.db")
 _REBUILT = re.compile(r"[0-9]{6,}-rebuilt\.db")
 _CHANGE = 1024 * 1024  # bytes that a change of the schema takes, whatever the size of the index
 _OPCODES = 1000  # of SQLite's, between two looks at how far it is
+_PAGES = 1000  # copied between two looks for an interrupt
 
 
 def newest_first(directory: Path) -> list[Path]:
@@ -143,6 +152,13 @@ def _halves(folder: Path) -> list[tuple[str, int]]:
         with suppress(FileNotFoundError):
             found.append((half.name, half.stat().st_mtime_ns))
     return found
+
+
+def copy_snapshot(connection: sqlite3.Connection, path: Path) -> None:
+    """Copy an index into an empty file as the connection's transaction sees it."""
+    with closing(sqlite3.connect(path.as_uri(), uri=True, isolation_level=None)) as target:
+        # An interrupt is raised where Python runs: in the callback.
+        connection.backup(target, pages=_PAGES, progress=lambda _status, _left, _total: None)
 
 
 def before_change(

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from cachedb import archive
     from cachedb.activity import SessionInfo
     from cachedb.adopt import Adoption
+    from cachedb.copy_cache import Copied
     from cachedb.pull import Pulled
     from cachedb.push import Pushed
     from cachedb.query import Answer, View
@@ -829,6 +830,27 @@ class Cache:
         if how not in HOWS:
             raise CacheError(f"{shorten(how)} is not a way to adopt: use one of {', '.join(HOWS)}")
         return adopt(self._database, self._session, Path(directory).absolute(), how=how, progress=progress)
+
+    def copy(self, directory: str | os.PathLike[str], *, progress: Progress | None = None) -> Copied:
+        """Copy the cache into a new or empty directory as it is at one moment, also while other processes use it.
+
+        No process holds up another for it. Blobs come as reflinks where the file system can, else as hard links, else
+        as copies, whose digests are verified. The directory becomes a cache at the end: what an interrupted copy leaves
+        is no cache, and the next attempt deletes it. Holds are copied; ``quarantine/`` and ``backups/`` are not.
+
+        Args:
+            directory: of the copy; made if it is not there.
+            progress: is told how far it is.
+
+        Raises:
+            NotACache: if the directory is not empty, or is inside the cache.
+            DigestMismatch: if a blob's content is not what its name says.
+            StorageError: if a blob's file is missing or has another size, or the copy cannot be written.
+        """
+        from cachedb.copy_cache import copy
+
+        self._uses.write()
+        return copy(self._database, self._session, chosen(directory), progress=progress)
 
     # Registries
 

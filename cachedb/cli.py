@@ -637,6 +637,37 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
 
 @cli.command(
     epilog=_examples(
+        "cachedb copy /mnt/backup/cachedb",
+        "cachedb --dir /var/cache/images copy -q ./snapshot",
+        "cachedb copy new/ --format json | jq .bytes",
+    )
+)
+@click.argument("directory", metavar="DIR", type=click.Path())
+@_format
+@_quiet("the directory of the copy")
+def copy(directory: str, form: str, quiet: bool) -> None:
+    """Copy the cache into a new or empty directory as it is at one moment, also while other processes use it.
+
+    Blobs come as reflinks where the file system can, else as hard links, else as verified copies. DIR becomes a cache
+    at the end; after an interrupt, copy again. Holds are copied, quarantine/ and backups/ are not. rsync, cp and tar
+    make no consistent copy of a cache in use.
+    """
+    with _opened(existing=True) as cache, _progress("copying", quiet=quiet) as progress:
+        done = cache.copy(directory, progress=progress)
+    if quiet:
+        click.echo(bytes(done.directory))  # which need not be text
+    elif form == "json":
+        print_json(done._asdict())
+    else:
+        links = [f"{count} {kind}" for count, kind in ((done.reflinks, "reflinks"), (done.hard_links, "hard links"))]
+        shared = " and ".join(link for link in links if not link.startswith("0 "))
+        click.echo(
+            f"images: {done.images}; blobs: {done.blobs}, {human(done.bytes)}" + (f"; {shared}" if shared else "")
+        )
+
+
+@cli.command(
+    epilog=_examples(
         "cachedb export app:1 app.tar",
         "cachedb export app:1 - | docker load",
         "cachedb export --format oci-dir --link app:1 layout/",

@@ -32,6 +32,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
 from cachedb import locks, marker, partial, processes, space
+from cachedb.directory import blob_file
 from cachedb.errors import (
     Busy,
     CacheError,
@@ -46,6 +47,7 @@ from cachedb.errors import (
 from cachedb.folders import FOLDERS, Folders, follow
 from cachedb.mounts import refuse_shared, refuse_unable
 from cachedb.reentry import holding, is_held, not_reentered, refuse_reentry
+from cachedb.reference import Digest
 from cachedb.tables import METADATA, REVISION
 from cachedb.waiting import Wait, chosen_seconds
 
@@ -70,6 +72,7 @@ _TICK_NANOSECONDS = 20_000_000  # the time of a file may stand still for so long
 _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keeps
 CLOSED = "this cache is closed: open it again with Cache.open"
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
+_IN_WAL_MODE = b"\x02\x02"  # at offset 18 of the file (https://sqlite.org/fileformat2.html, 1.3.3)
 _DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
 _SCHEMA = "SELECT version_num FROM alembic_version"
 _PATH_LIMIT = 512 - len("-journal")  # bytes: SQLite's MAX_PATHNAME, with the longest name that it makes beside a file
@@ -392,7 +395,13 @@ class Database:
         if reason := refuse_shared(self.directory) or _too_long(self.path):
             raise StorageError(reason)
         if self.read_only:
-            return self.revision()
+            revision = self.revision()
+            with os_errors("use the cache directory"):
+                folders = Folders(self.directory)
+                folders.mark(new=False)
+                if folders.is_copy and revision is not None:
+                    self._check_copy(folders)  # each time: that it is good cannot be noted
+            return revision
         with os_errors("use the cache directory"):
             missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
             self.directory.parent.mkdir(parents=True, exist_ok=True)
@@ -410,7 +419,57 @@ class Database:
             if revision is None:
                 sync_folder(self.directory / "blobs")
                 sync_folder(self.directory)
+            elif self.folders.is_copy:
+                self.accept_copy(check=True)
             return revision
+
+    def accept_copy(self, *, check: bool) -> None:
+        """Let a cache that was copied file by file be a cache of its own, unless it is one.
+
+        Args:
+            check: that the index is sound and has its files.
+
+        Raises:
+            DamagedIndex: if it is not, or has not.
+        """
+        with (
+            self._write_wait() as wait,
+            os_errors("use the cache directory"),
+            locks.in_turn(self.write_lock, wait=wait),
+        ):
+            self.folders.mark(new=False)  # another process may have done so meanwhile
+            if self.folders.is_copy:
+                if check:
+                    self._check_copy(self.folders)
+                with suppress(OSError):  # of a full disk: the next open checks again
+                    self.folders.accept_copy()
+
+    def _check_copy(self, folders: Folders) -> None:
+        """Refuse a copy whose files are not of one moment: of any schema, for it is not upgraded yet.
+
+        SQLite applies a WAL to whatever index lies beside it, also to one that was copied before a checkpoint. Without
+        a marker it may be no copy but an older release's cache, which is of use also if a blob's file is lost.
+        """
+        with self.look() as connection:
+            found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+            faults = [] if found == "ok" else [str(found)]
+            for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(1):
+                faults.append(f"row {row} of {table} refers to a row of {parent} that is not there")
+            if not faults and folders.had_marker:
+                query = "SELECT digest, size FROM blobs WHERE stored_at IS NOT NULL"
+                for digest, size in connection.exec_driver_sql(query):
+                    try:
+                        is_there = os.stat(blob_file(self.directory, Digest(digest))).st_size == size
+                    except FileNotFoundError:
+                        is_there = False
+                    if not is_there:
+                        faults.append(f"{digest} is missing or has another size")
+                        break
+        if faults:
+            raise DamagedIndex(
+                f"{str(self.directory)!r} is a damaged copy of a cache ({faults[0]}): copy it again with "
+                "`cachedb copy`, or run `cachedb verify --repair` on it"
+            )
 
     def _mark(self) -> None:
         """Make sure that the directory is a cache, or may become one, and has a marker that says so.
@@ -430,7 +489,7 @@ class Database:
                 )
         if self._is_new() and not self.folders.is_marked:
             refuse_unable(self.directory)
-        self.folders.mark(new=True)
+        self.folders.mark(new=True, is_sound=self._is_new())
 
     def _has_our_mark(self) -> bool:
         """Return whether the index has our application_id, as those of older releases have, which left no marker."""
@@ -459,6 +518,15 @@ class Database:
                     raise DamagedIndex(f"{str(self.path)!r} has lost its mark; {_REBUILD}")
                 raise NotACache(f"{str(self.path)!r} is another program's database: name another directory")
             return read_revision(connection)
+
+    def journal_mode(self) -> str:
+        """Return the journal mode that is stored in the index: ``wal``, unless an outside program switched it."""
+        with self.look() as connection:
+            mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
+        if "immutable" in self._file()[2]:  # SQLite does not look at the mode then, and holds no lock to lose
+            with os_errors("read the index"), self.path.open("rb") as file:
+                mode = "wal" if os.pread(file.fileno(), 2, 18) == _IN_WAL_MODE else "delete"
+        return mode
 
     def faults(self, *, quick: bool = False) -> list[str]:
         """Return what is wrong with the database itself, a line each; the first hundred at most.
@@ -762,7 +830,7 @@ class Database:
                 # Neither can be changed in a transaction; the first stays with the file.
                 driver = _driver(connection)
                 with self._sqlite_errors():
-                    driver.execute("PRAGMA journal_mode = WAL")
+                    self._ensure_wal(driver)
                     driver.execute("PRAGMA foreign_keys = OFF")
             stack.enter_context(self._transaction(_immediate(connection), turn))
             yield connection
@@ -775,6 +843,7 @@ class Database:
         are gone, SQLite finds it there. By then we may have taken its files away. A commit of our own puts an end to
         that, for it is written over it.
         """
+        self._ensure_wal(_driver(connection))
         if turn.marked:
             with connection.begin():
                 # A newer schema is for newer releases to write to.
@@ -803,6 +872,18 @@ class Database:
                 transaction.rollback()
                 raise
         turn.unmark()
+
+    def _ensure_wal(self, driver: sqlite3.Connection) -> None:
+        """Put the index back into WAL mode if an outside program switched it off; under the write lock.
+
+        The mode is stored in the file. Without it a reader blocks every writer, and a writer every reader.
+
+        Raises:
+            Busy: if another program is reading, which the switch has to wait for.
+        """
+        with self._sqlite_errors():
+            if driver.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+                driver.execute("PRAGMA journal_mode = WAL")
 
     def _create(self) -> None:
         # An existing file is not opened: to close it again would let go of SQLite's locks on it.

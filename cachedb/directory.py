@@ -12,6 +12,7 @@ from cachedb.reference import Digest, is_digest, parse_digest
 
 __all__ = [
     "REVISION",
+    "UNFINISHED",
     "blob_file",
     "blob_path",
     "chosen",
@@ -29,6 +30,9 @@ __all__ = [
 
 REVISION = "0005"
 """The newest migration: the schema that `cachedb.tables` describes; here for who reads without SQLAlchemy."""
+
+UNFINISHED = ".cachedb-copy"
+"""The name of the index in a directory that `cachedb copy` has not come to the end of."""
 
 
 def default_directory() -> Path:

@@ -47,6 +47,10 @@ class Folders:
         weakref.finalize(self, os.close, self.root)
         self.status = os.fstat(self.root)
         self._marker: tuple[tuple[int, int, int], str] | None = None
+        self.is_copy = False
+        """Whether the cache may have been copied file by file, and nobody has checked it since."""
+        self.had_marker = False
+        """Whether the directory had a marker before this release found it; those of older releases have none."""
 
     def check_owner(self, *, trust: bool = False) -> None:
         """Refuse another user's directory, unless it is shared, or trusted: ``CACHEDB_TRUST=1`` trusts any.
@@ -66,14 +70,26 @@ class Folders:
         """Whether the directory had a marker when it was last looked at."""
         return self._marker is not None
 
-    def mark(self, *, new: bool) -> None:
-        """Note which cache this is, and write its marker first if it has none yet and is ``new``."""
+    def mark(self, *, new: bool, is_sound: bool = True) -> None:
+        """Note which cache this is, and write its marker first if it has none yet and is ``new``.
+
+        Args:
+            new: write the marker.
+            is_sound: as for `marker.write`.
+        """
         found = marker.read(self.root)
         if found is None and new:
-            found = marker.write(self.root, lambda file: follow(file, self.status))
+            found = marker.write(self.root, lambda file: follow(file, self.status), is_sound=is_sound)
         status = marker.identity(self.root)
         if found is not None and status is not None:
             self._marker = (status, found.id)
+        self.had_marker = found is not None and found.inode is not None
+        self.is_copy = found is None or status is None or found.inode != status[1]
+
+    def accept_copy(self) -> None:
+        """Give a copy that was checked an id of its own; under the write lock."""
+        marker.renew(self.root, lambda file: follow(file, self.status))
+        self.mark(new=False)
 
     def check(self) -> None:
         """Make sure that the path still leads to this cache: before each write.

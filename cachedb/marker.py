@@ -10,14 +10,14 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from cachedb.errors import NotACache, SchemaMismatch
 
-__all__ = ["MARKER", "UNFINISHED", "Marker", "identity", "read", "write"]
+__all__ = ["MARKER", "UNFINISHED", "Marker", "identity", "read", "renew", "write"]
 
 MARKER = "cachedb.json"
 """The name of the marker in the cache directory."""
@@ -35,6 +35,7 @@ class Marker(NamedTuple):
 
     format: int
     id: str  # 32 hexadecimal digits, chosen at random
+    inode: int | None  # of the marker when the cache was known to be sound: that of a copy differs
 
 
 def read(folder: int | Path) -> Marker | None:
@@ -67,9 +68,10 @@ def read(folder: int | Path) -> Marker | None:
 def _parsed(data: bytes) -> Marker:
     try:
         found = json.loads(data)
-        marker = Marker(found["format"], found["id"])
+        marker = Marker(found["format"], found["id"], found.get("inode"))
         is_valid = type(marker.format) is int and marker.format > 0 and bool(_ID.fullmatch(marker.id))
-    except (ValueError, KeyError, TypeError, RecursionError):
+        is_valid = is_valid and (marker.inode is None or type(marker.inode) is int)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_valid = False
     if not is_valid:
         raise NotACache(f"{MARKER!r} is not a marker of cachedb: delete it if the directory is a cache, and try again")
@@ -78,31 +80,58 @@ def _parsed(data: bytes) -> Marker:
     return marker
 
 
-def write(folder: int, settle: Callable[[int], object]) -> Marker:
+def write(folder: int, settle: Callable[[int], object], *, is_sound: bool = True) -> Marker:
     """Mark a directory as a cache, unless another process has done so; return the marker that it has then.
 
     Args:
         folder: a descriptor of the directory.
         settle: gives a new file its owner and mode.
+        is_sound: False if the directory has an index already, which may be part of a copy without its marker.
     """
-    content = json.dumps({"format": _FORMAT, "id": secrets.token_hex(16)}) + "\n"
+    with (
+        _written(folder, settle, is_sound=is_sound) as part,
+        suppress(FileExistsError),
+    ):  # the one who was first has chosen the id
+        os.link(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    found = read(folder)
+    assert found is not None
+    return found
+
+
+def renew(folder: int, settle: Callable[[int], object]) -> None:
+    """Replace the marker by one with an id and an inode of its own: what was a copy is a cache now.
+
+    Args:
+        folder: as for `write`.
+        settle: as for `write`.
+    """
+    with _written(folder, settle, is_sound=True) as part:
+        second = f".cachedb-{secrets.token_hex(8)}.marker"
+        os.link(part, second, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        os.rename(second, MARKER, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+@contextmanager
+def _written(folder: int, settle: Callable[[int], object], *, is_sound: bool) -> Iterator[str]:
+    """Give the block the name of a new marker, which is on disk; what the block names it is as well at the end."""
     part = f".cachedb-{secrets.token_hex(8)}.marker"
     file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
         try:
-            os.write(file, content.encode())
+            content = {
+                "format": _FORMAT,
+                "id": secrets.token_hex(16),
+                "inode": os.fstat(file).st_ino if is_sound else None,
+            }
+            os.write(file, f"{json.dumps(content)}\n".encode())
             settle(file)
             os.fsync(file)
         finally:
             os.close(file)
-        with suppress(FileExistsError):  # the one who was first has chosen the id
-            os.link(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        yield part
     finally:
         os.unlink(part, dir_fd=folder)
     os.fsync(folder)
-    found = read(folder)
-    assert found is not None
-    return found
 
 
 def identity(folder: int) -> tuple[int, int, int] | None:

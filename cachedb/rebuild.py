@@ -34,6 +34,7 @@ from cachedb.oci import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, des
 from cachedb.reference import Digest, Name, parse_digest
 from cachedb.sessions import Session
 from cachedb.tables import BLOBS, HOLDS, IMAGE_BLOBS, IMAGES, LEASES, METADATA, REVISION, TRASH, UtcTime
+from cachedb.units import cut
 
 __all__ = ["Restored", "name_unnamed", "rebuild", "restore"]
 
@@ -147,6 +148,7 @@ def _take(new: Database, file: Path) -> None:
             (mark,) = connection.execute("PRAGMA application_id").fetchone()
         if mark != APPLICATION_ID:
             raise NotACache(f"{str(file)!r} is no backup of a cache's index")
+        _refuse_foreign(new, file)  # before a trigger can take part in a migration
         schema.migrate(new)
         faults = new.faults()
     except DamagedIndex as error:
@@ -155,6 +157,22 @@ def _take(new: Database, file: Path) -> None:
         raise SchemaMismatch(f"{str(file)!r} is for newer releases: use a newer release of cachedb") from error
     if faults:
         raise DamagedIndex(f"{str(file)!r} is damaged, and was not restored: {faults[0]}")
+
+
+def _refuse_foreign(new: Database, file: Path) -> None:
+    """Refuse a backup with a trigger, view, table or index that no migration makes.
+
+    A trigger would change what cachedb writes from then on.
+    """
+    with new.look() as connection:
+        foreign = schema.foreign_objects(connection) if read_revision(connection) else []
+    if foreign:
+        found = ", ".join(f"{kind} {name!r}: {detail}" for kind, name, detail in foreign)
+        advice = "drop it from a copy of the backup" if {schema.UNKNOWN} == {drift.detail for drift in foreign} else ""
+        raise NotACache(
+            f"{str(file)!r} was changed by another program, and was not restored: {cut(found, 300)}: "
+            + (advice or "restore another backup")
+        )
 
 
 def _refuse_newer(database: Database) -> None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 __all__ = [
+    "UNKNOWN",
     "Change",
     "Drift",
     "Progress",
@@ -55,6 +56,8 @@ __all__ = [
     "check",
     "current",
     "downgrade",
+    "foreign_objects",
+    "foreign_triggers",
     "history",
     "migrate",
     "migrations_directory",
@@ -70,6 +73,10 @@ _IN_THE_WAY = re.compile(r"error in (index|trigger|view) (.+?)(?: after [a-z ]+)
 _BATCH = 50  # images
 _BATCH_SIZE = 1024 * 1024  # bytes of configs
 _OURS = BACKFILLS.c.revision == configs.BACKFILL  # a newer schema may have others
+
+
+UNKNOWN = "no migration makes it"
+"""The detail of a `Drift` that is an object of the database which cachedb does not know."""
 
 
 class State(NamedTuple):
@@ -314,7 +321,6 @@ def check(directory: Path) -> list[Drift]:
         NotInCache: if there is no cache.
         SchemaMismatch: if it has not the schema of this release.
     """
-    from alembic import command
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
@@ -329,16 +335,13 @@ def check(directory: Path) -> list[Drift]:
             warnings.simplefilter("ignore", SAWarning)
             found = list(_described(compare_metadata(context, METADATA)))
         there, oldest, pending = _objects(connection), read_oldest(connection), _pending(connection)
-    engine = create_engine("sqlite://")
-    try:
-        with engine.begin() as connection:
-            _run(command.upgrade, connection, REVISION)
-            expected, stated = _objects(connection), read_oldest(connection)
-    finally:
-        engine.dispose()
+        journal_mode = database.journal_mode()
+    expected, stated = _made(REVISION)
     found += _compared(there, expected)
     for version in sorted(versions - {REVISION}):
         found.append(Drift("row", "alembic_version", f"it says {version!r} too"))
+    if journal_mode != "wal":
+        found.append(Drift("pragma", "journal_mode", f"it is {journal_mode!r}, and should be 'wal'"))
     if oldest != stated:
         found.append(Drift("pragma", "user_version", f"it is {oldest}, and should be {stated}"))
     if pending:
@@ -346,9 +349,45 @@ def check(directory: Path) -> list[Drift]:
     return found
 
 
+def foreign_objects(connection: Connection) -> list[Drift]:
+    """Compare the tables, indexes, triggers and views of an index with what the migrations make at its revision.
+
+    Of a schema newer than ours, only triggers that this release does not know are returned: the rest is not known here.
+    """
+    revision, there = read_revision(connection) or "", _objects(connection)
+    if revision in _revisions():
+        return list(_compared(there, _made(revision)[0]))
+    return [Drift(kind, name, UNKNOWN) for kind, name in sorted(there) if kind == "trigger"]
+
+
+def foreign_triggers(database: Database) -> list[str]:
+    """Return the names of the triggers that no migration makes; none does up to our schema."""
+    with database.read() as connection:
+        if read_revision(connection) != REVISION:
+            return []
+        query = "SELECT name FROM sqlite_master WHERE type = 'trigger' ORDER BY name"
+        return [str(name) for name in connection.exec_driver_sql(query).scalars()]
+
+
+def _made(revision: str) -> tuple[dict[tuple[str, str], str], int]:
+    """Return what the migrations make up to a revision, and the oldest release that can work with it."""
+    from alembic import command
+
+    engine = create_engine("sqlite://")
+    try:
+        with engine.begin() as connection:
+            _run(command.upgrade, connection, revision)
+            return _objects(connection), read_oldest(connection)
+    finally:
+        engine.dispose()
+
+
 def _objects(connection: Connection) -> dict[tuple[str, str], str]:
     """Return what SQLite knows by kind and name, each as the SQL that made it, without the layout."""
-    query = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+    # SQLite makes an index for a constraint, and `ANALYZE` makes statistics. Other names that begin with `sqlite_` are
+    # forged: with `PRAGMA writable_schema` anything can have one.
+    query = """SELECT type, name, sql FROM sqlite_master WHERE NOT (type = 'index' AND sql IS NULL)
+        AND NOT (type = 'table' AND name IN ('sqlite_sequence', 'sqlite_stat1', 'sqlite_stat3', 'sqlite_stat4'))"""
     return {(kind, name): " ".join(str(sql).split()) for kind, name, sql in connection.exec_driver_sql(query)}
 
 
@@ -357,7 +396,7 @@ def _compared(there: dict[tuple[str, str], str], expected: dict[tuple[str, str],
         if (kind, name) not in there:
             yield Drift(kind, name, "it is missing")
         elif (kind, name) not in expected:
-            yield Drift(kind, name, "no migration makes it")
+            yield Drift(kind, name, UNKNOWN)
         elif there[kind, name] != expected[kind, name]:
             yield Drift(kind, name, f"it is defined as {there[kind, name]!r}")
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from cachedb import collection, configs, images, rebuild
+from cachedb import collection, configs, images, rebuild, schema
 from cachedb.blobs import Received, on_disk, set_stored, stored
 from cachedb.database import Database, batched, quarantine_path, sync_file, sync_folder
 from cachedb.directory import blob_path, is_received, is_session, lock_kind, partial_digest, trash_digest
@@ -102,6 +102,7 @@ def verify(
         # Nothing the index says can be relied on; the names of the files still say what is in them.
         readings = {} if quick else _read(database.directory, files, progress)
         return Verification(len(files), problems + list(_altered(database.directory, readings)))
+    problems += _settle_settings(database, repair=repair)
     rows = _rows(database)
     odd = {digest for digest in files.keys() | rows.keys() if files.get(digest) != rows.get(digest)}
     # What repair moves or adopts it has read: a row may have the wrong size, and the file be good.
@@ -119,7 +120,25 @@ def verify(
     if not quick:
         bad = {problem.digest for problem in problems if problem.kind != "orphan" and problem.digest}
         problems += _settle_images(database, bad, repair=repair)
+    if repair:
+        database.accept_copy(check=False)  # what was torn by copying is put right now
     return Verification(len(files), problems)
+
+
+def _settle_settings(database: Database, *, repair: bool) -> Iterator[Problem]:
+    """Report what an outside program changed in the index file beside its rows; put WAL mode back."""
+    mode = database.journal_mode()
+    if mode != "wal":
+        done = None
+        if repair:
+            with database.write():
+                done = "it is in WAL mode again"
+        detail = f"its journal mode is {mode!r}, not WAL: readers and writers block each other"
+        yield Problem("index", None, database.path, detail, done)
+    for trigger in schema.foreign_triggers(database):
+        # A person may want it, and to drop it may lose work.
+        detail = f"no migration makes the trigger {trigger!r}, which can change what is written: drop it"
+        yield Problem("index", None, database.path, detail, None)
 
 
 def _altered(directory: Path, readings: dict[Digest, Reading]) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from cachedb import Cache
+from cachedb.directory import UNFINISHED
 from cachedb.tables import REVISION
 from tests import make, victims
 from tests.attack import strace
@@ -80,6 +81,10 @@ def recover_from(operation: str, directory: Path) -> None:
             assert opened.is_image_complete("new:1")
         for data in victims.NEW.blobs.values():
             assert (directory / "layout" / "blobs" / "sha256" / make.hex_of(data)).read_bytes() == data
+    if operation == "copy":
+        check(directory / "copy")
+        check_kept(directory / "copy")
+        assert not (directory / "copy" / UNFINISHED).exists()
     if operation == "export a folder":
         files = {path.name for path in (directory / "layout").rglob("*") if path.is_file()}
         assert files == {"oci-layout", "index.json", *(make.hex_of(data) for data in victims.KEPT.blobs.values())}

@@ -858,6 +858,7 @@ def test_up_is_not_down(directory: Path) -> None:
         ("ALTER TABLE blobs ADD COLUMN colour TEXT", "column", "blobs.colour"),
         ("ALTER TABLE images DROP COLUMN some_platforms", "column", "images.some_platforms"),
         ("PRAGMA user_version = 1", "pragma", "user_version"),
+        ("PRAGMA journal_mode = DELETE", "pragma", "journal_mode"),
     ],
 )
 def test_drift_is_found(directory: Path, sql: str, kind: str, name: str) -> None:
@@ -1033,6 +1034,116 @@ def test_what_is_no_backup_is_refused_and_nothing_is_changed(cache: Cache, tmp_p
         rebuild.restore(tmp_path, backup)
     cache.close()
     check(cache.directory)
+
+
+TAMPERED = {
+    "trigger": "CREATE TRIGGER evil AFTER INSERT ON images BEGIN DELETE FROM image_blobs; END",
+    "view": "CREATE VIEW evil AS SELECT load_extension('x')",
+    "table": "CREATE TABLE evil (x)",
+    "index": "CREATE INDEX evil ON blobs (size)",
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_a_backup_with_what_no_migration_makes_is_refused(
+    revision: str, kind: str, directory: Path, tmp_path: Path
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    before = rows(directory)
+    old = frozen(revision, tmp_path / "old")
+    change(old, TAMPERED[kind])
+    said = (
+        rf"index\.db' was changed by another program, and was not restored: {kind} 'evil': no migration makes it: drop"
+    )
+    with pytest.raises(NotACache, match=said):
+        rebuild.restore(directory, old / "index.db")
+    assert rows(directory) == before
+    change(old, f"DROP {kind} evil")
+    rebuild.restore(directory, old / "index.db")
+    check(directory)
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        (
+            "UPDATE sqlite_master SET name = 'sqlite_evil', sql = replace(sql, 'evil', 'sqlite_evil') "
+            "WHERE name = 'evil'",
+            "trigger 'sqlite_evil': no migration",
+        ),
+        (
+            "UPDATE sqlite_master SET sql = replace(sql, 'size >= 0', 'size >= 9') WHERE name = 'blobs'",
+            "'blobs': it is",
+        ),
+        (
+            "DELETE FROM sqlite_master WHERE name = 'ix_image_blobs_blob_id'",
+            "'ix_image_blobs_blob_id': it is",
+        ),
+    ],
+)
+def test_a_backup_whose_schema_was_forged_is_refused(directory: Path, tmp_path: Path, sql: str, said: str) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    schema.back_up(directory, tmp_path / "index.db")
+    if "evil" in sql:
+        change(tmp_path, TAMPERED["trigger"])
+    shell = sqlite3.connect(tmp_path / "index.db")
+    shell.execute("PRAGMA writable_schema = ON")
+    shell.execute(sql)
+    shell.commit()
+    shell.close()
+    with pytest.raises(NotACache, match=said):
+        rebuild.restore(directory, tmp_path / "index.db")
+    assert names_in(directory) == ["app"]
+
+
+def names_in(directory: Path) -> list[str]:
+    with Cache.open(directory) as cache:
+        return [name.repository for name in cache.list_names()]
+
+
+def test_a_backup_of_a_newer_schema_with_a_trigger_is_refused(directory: Path, tmp_path: Path) -> None:
+    Cache.open(directory).close()
+    backup = schema.back_up(directory, tmp_path / "index.db")
+    change(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
+    change(tmp_path, f"PRAGMA user_version = {int(REVISION)}")
+    change(tmp_path, TAMPERED["trigger"])
+    with pytest.raises(NotACache, match="trigger 'evil': no migration makes it"):
+        rebuild.restore(directory, backup)
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_a_rebuilt_index_takes_nothing_but_rows_from_a_backup(kind: str, directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    backup = schema.back_up(directory)
+    shell = sqlite3.connect(backup)
+    shell.execute(TAMPERED[kind])
+    shell.commit()
+    shell.close()
+    (directory / "index.db").unlink()
+    with Cache.open(directory, damaged=True) as cache:
+        cache.verify(repair=True)
+    assert schema.check(directory) == []
+    check(directory)
+    assert names_in(directory) == ["app"]
+
+
+def test_statistics_and_other_pages_are_no_drift(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    shell = sqlite3.connect(directory / "index.db", isolation_level=None)
+    for sql in ("ANALYZE", "PRAGMA journal_mode = DELETE", "PRAGMA page_size = 8192", "PRAGMA auto_vacuum = FULL"):
+        shell.execute(sql)
+    for sql in ("PRAGMA encoding = 'UTF-16'", "VACUUM", "PRAGMA journal_mode = WAL"):
+        shell.execute(sql)
+    shell.close()
+    assert schema.check(directory) == []
+    backup = schema.back_up(directory)
+    assert rebuild.restore(directory, backup).images == 1
+    check(directory)
 
 
 def test_an_index_that_a_newer_release_has_taken_over_is_not_replaced(directory: Path, tmp_path: Path) -> None:

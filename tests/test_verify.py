@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from cachedb import Cache, CacheError, blobs, verify
+from cachedb.database import Database
 from cachedb.directory import blob_path
-from cachedb.errors import DamagedIndex, StorageError
+from cachedb.errors import Busy, DamagedIndex, StorageError
 from cachedb.oci import OCI_INDEX, OCI_MANIFEST
 from cachedb.reference import Digest
 from cachedb.verify import KINDS, Problem
@@ -27,6 +28,7 @@ from tests import make
 from tests.conftest import Run, files_of, running, snapshot, stored_rows
 from tests.make import Made, digest_of, hex_of, image, save
 from tests.promises import check
+from tests.test_schema import change
 
 APP, OTHER = image(1, 2), image(2, 3)
 CHILDREN = (image(11), image(12, architecture="arm64"))
@@ -952,3 +954,84 @@ def test_a_name_that_would_move_the_cursor_is_written_out(cache: Cache, cachedb:
     assert result.returncode == 1
     assert "\\x1b[31mred\\n" in result.stdout
     assert "\x1b" not in result.stdout
+
+
+# What outside programs change in the index file
+
+
+def journal_mode(directory: Path) -> str:
+    shell = sqlite3.connect(directory / "index.db")
+    try:
+        return str(shell.execute("PRAGMA journal_mode").fetchone()[0])
+    finally:
+        shell.close()
+
+
+def leave_wal_mode(directory: Path) -> None:
+    shell = sqlite3.connect(directory / "index.db")
+    assert shell.execute("PRAGMA journal_mode = DELETE").fetchone() == ("delete",)
+    shell.close()
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_lost_wal_mode_is_reported_and_put_back(directory: Path, read_only: bool) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    leave_wal_mode(directory)
+    with Cache.open(directory) as cache:
+        cache._database.read_only = read_only
+        (problem,) = cache.verify().problems
+        assert problem[:3] == ("index", None, directory / "index.db")
+        assert problem[3:] == ("its journal mode is 'delete', not WAL: readers and writers block each other", None)
+        cache._database.read_only = False
+        (problem,) = cache.verify(repair=True).problems
+        assert problem.repair == "it is in WAL mode again"
+        assert journal_mode(directory) == "wal"
+        cache._database.read_only = read_only
+        assert cache.verify().problems == []
+        cache._database.read_only = False
+    check(directory)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_writer_puts_wal_mode_back(directory: Path, at_once: bool) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    leave_wal_mode(directory)
+    database = Database(directory)
+    with database.write_at_once() if at_once else database.write() as connection:
+        assert connection is not None
+    database.close()
+    assert journal_mode(directory) == "wal"
+
+
+def test_a_writer_does_not_wait_without_end_for_a_program_that_reads_without_wal(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    leave_wal_mode(directory)
+    reader = sqlite3.connect(directory / "index.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM images").fetchall()
+    with Cache.open(directory, wait=0.2) as cache:
+        assert [str(name) for name in cache.list_names()] == ["app:1"]
+        with pytest.raises(Busy, match=r"another program"):
+            cache.tag("app:1", "app:2")
+        reader.execute("COMMIT")
+        cache.tag("app:1", "app:2")
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM images").fetchall()
+        cache.tag("app:1", "app:3")  # in WAL mode nobody is in the way
+    reader.close()
+    assert journal_mode(directory) == "wal"
+    check(directory)
+
+
+def test_a_trigger_is_reported_and_left(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    change(directory, "CREATE TRIGGER mine AFTER INSERT ON images BEGIN DELETE FROM image_blobs; END")
+    with Cache.open(directory) as cache:
+        for repair in (False, True):
+            (problem,) = cache.verify(repair=repair).problems
+            assert (problem.kind, problem.repair) == ("index", None)
+            assert problem.detail.startswith("no migration makes the trigger 'mine'")

@@ -212,6 +212,12 @@ def restore(directory: Path) -> None:
     rebuild.restore(directory / "cache", directory / "backup.db")
 
 
+def copy(directory: Path) -> None:
+    with Cache.open(directory / "cache") as opened:
+        if not (directory / "copy" / "index.db").exists():
+            opened.copy(directory / "copy")
+
+
 class Operation(NamedTuple):
     """Something to be cut off in the middle."""
 
@@ -235,6 +241,7 @@ OPERATIONS = {
     "adopt by moving": Operation(json_cache, adopt_by_moving),
     "upgrade": Operation(old_cache, upgrade),
     "restore a backup": Operation(backed_up, restore),
+    "copy": Operation(cache, copy),
     "repair": Operation(damaged_cache, repair),
     "rebuild from a backup": Operation(lost_index, repair),
     "rebuild": Operation(damaged_index, repair),
@@ -261,6 +268,7 @@ def main() -> None:
 
     import cachedb.adopt
     import cachedb.archive
+    import cachedb.copy_cache
     import cachedb.export
     import cachedb.verify  # noqa: F401
 
