@@ -850,6 +850,8 @@ class Cache:
         from cachedb.copy_cache import copy
 
         self._uses.write()
+        check_paths(directory=directory)
+        check_functions(progress=progress)
         return copy(self._database, self._session, chosen(directory), progress=progress)
 
     # Registries

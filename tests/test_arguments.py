@@ -30,6 +30,7 @@ TAKEN: dict[str, tuple[Any, ...]] = {
     "name": (type(None),),  # of an archive
     "target": (type(None),),
     "group": (type(None),),
+    "is_working": (type(None),),
     "media_type": (type(None),),
 }
 FLAGS = {

@@ -31,6 +31,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "tag": ("app:1", "app:2"),
     "sql": ("SELECT 1",),
     "adopt": ("/nowhere",),
+    "copy": ("/nowhere/copy",),
     "pull": ("localhost:1/app:1",),
     "push": ("app:1", "localhost:1/app:1"),
     "push_tags": ("app", "localhost:1/app"),
