@@ -272,7 +272,7 @@ MUTATIONS = [
     Mutation("a copy is noticed by its marker", "cachedb/folders.py", "        self.is_copy = found is None or status is None or found.inode != status[1]\n", "", "tests/test_copy.py -k torn_copy"),
     Mutation("a copy without its marker is checked", "cachedb/database.py", "is_sound=self._is_new())", "is_sound=True)", "tests/test_copy.py -k torn_copy"),
     Mutation("a copy is checked before it is opened", "cachedb/database.py", "                self.accept_copy(check=True)\n", "                self.accept_copy(check=False)\n", "tests/test_copy.py -k torn_copy"),
-    Mutation("a copy's index is sound", "cachedb/database.py", '            faults = [] if found == "ok" else [str(found)]\n', "            faults = list[str]()\n", "tests/test_copy.py -k torn_copy"),
+    Mutation("a copy's index is sound", "cachedb/database.py", '            faults = [] if found == "ok" else [str(found)]\n', "            faults = list[str]()\n", "tests/test_copy.py -k lacks_entries"),
     Mutation("a copy has the files of its index", "cachedb/database.py", "                    if not is_there:\n", "                    if False:\n", "tests/test_copy.py -k lacks_a_blob"),
     Mutation("a copy that was checked is known", "cachedb/database.py", "                    self.folders.accept_copy()\n", "                    pass\n", "tests/test_copy.py -k sound_copy"),
     Mutation("one of many processes accepts a copy", "cachedb/database.py", "            self.folders.mark(new=False)  # another process may have done so meanwhile\n", "", "tests/test_copy.py -k accepted_once"),

@@ -649,3 +649,21 @@ def test_a_cache_of_an_older_release_that_lacks_a_blob_is_of_use(directory: Path
     (directory / "cachedb.json").unlink()
     assert names(directory) == {"app:1"}
     assert marker_of(directory)["inode"] == (directory / "cachedb.json").stat().st_ino
+
+
+def test_a_copy_whose_index_lacks_entries_is_refused(directory: Path, target: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy_files(directory, target)
+    for sql in (
+        "UPDATE sqlite_master SET sql = sql || ' WHERE 0' WHERE name = 'ix_image_blobs_blob_id'",
+        "REINDEX ix_image_blobs_blob_id",
+        "UPDATE sqlite_master SET sql = replace(sql, ' WHERE 0', '') WHERE name = 'ix_image_blobs_blob_id'",
+    ):
+        shell = sqlite3.connect(target / "index.db", isolation_level=None)
+        shell.execute("PRAGMA writable_schema = ON")
+        shell.execute(sql)
+        shell.close()
+    for _ in range(2):
+        with pytest.raises(DamagedIndex, match=r"is a damaged copy of a cache \(.*ix_image_blobs_blob_id"):
+            Cache.open(target)
