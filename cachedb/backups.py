@@ -134,6 +134,7 @@ def _copy(connection: sqlite3.Connection, half: Path, progress: Callable[[int, i
 
     connection.set_progress_handler(callbacks.progress_handler(report), _OPCODES)
     try:
+        connection.execute("PRAGMA query_only = OFF")  # what is read without locks is a copy in memory, to be read only
         # As a URI, for a path need not be text.
         connection.execute("VACUUM INTO ?", (half.as_uri(),))
     except sqlite3.OperationalError:

@@ -523,7 +523,7 @@ class Database:
         """Return the journal mode that is stored in the index: ``wal``, unless an outside program switched it."""
         with self.look() as connection:
             mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
-        if "immutable" in self._file()[2]:  # SQLite does not look at the mode then, and holds no lock to lose
+        if "changed=" in self._file()[2]:  # a copy in memory was read; SQLite holds no lock to lose
             with os_errors("read the index"), self.path.open("rb") as file:
                 mode = "wal" if os.pread(file.fileno(), 2, 18) == _IN_WAL_MODE else "delete"
         return mode

@@ -448,8 +448,8 @@ def test_there_is_no_reserve_where_there_is_no_space(disk: Path) -> None:
 
 
 def test_a_reserve_that_was_cut_off_is_filled_again(directory: Path) -> None:
-    directory.mkdir()
-    (directory / "reserve").touch()
+    Cache.open(directory).close()
+    os.truncate(directory / "reserve", 0)
     Cache.open(directory).close()
     assert (directory / "reserve").stat().st_size == 1024 * 1024
 
