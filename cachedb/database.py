@@ -477,7 +477,7 @@ class Database:
         Raises:
             NotACache: if it holds something else.
         """
-        if not self.folders.is_marked and not self._has_our_mark() and not _has_backup(self.directory):
+        if not self.folders.is_marked and not self.has_our_mark() and not _has_backup(self.directory):
             strange = set(filterfalse(_PASSING.fullmatch, os.listdir(self.folders.root)))
             strange -= {"lost+found"} | ({"index.db"} if self._is_new() else set())
             # Another process may have marked it since we looked.
@@ -491,12 +491,21 @@ class Database:
             refuse_unable(self.directory)
         self.folders.mark(new=True, is_sound=self._is_new())
 
-    def _has_our_mark(self) -> bool:
+    def has_our_mark(self) -> bool:
         """Return whether the index has our application_id, as those of older releases have, which left no marker."""
         if self._is_new():
             return False
+        mark = "PRAGMA application_id"
         with suppress(CacheError), self.look() as connection:
-            return bool(connection.exec_driver_sql("PRAGMA application_id").scalar_one() == APPLICATION_ID)
+            return bool(connection.exec_driver_sql(mark).scalar_one() == APPLICATION_ID)
+        # A damaged one may have its header still. SQLite reads it, for to close the file ourselves would release
+        # SQLite's locks on it in this process.
+        with (
+            suppress(sqlite3.Error),
+            closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro&immutable=1", uri=True)) as damaged,
+        ):
+            damaged.execute("PRAGMA writable_schema = ON")  # else a file that was cut short is refused
+            return bool(damaged.execute(mark).fetchone() == (APPLICATION_ID,))
         return False
 
     def _is_new(self) -> bool:

@@ -96,8 +96,10 @@ def restore(directory: Path, file: Path) -> Restored:
         StorageError: if it cannot be read, or nothing can be written.
     """
     database = Database(chosen(directory))
-    if not is_ours(database.directory):
+    if not is_ours(database.directory) and not database.has_our_mark():
         raise NotACache(f"{str(directory)!r} is not a cache: restore a backup into the directory it was made of")
+    with os_errors("mark the cache"):
+        database.folders.mark(new=True, is_sound=False)
     with os_errors("read the backup"):
         if not file.is_file():
             raise NotInCache(f"there is no backup {str(file)!r}; `ls` the folder `backups` of the cache")

@@ -22,7 +22,17 @@ from sqlalchemy.exc import IntegrityError, SAWarning
 
 from cachedb import backups, configs, producing
 from cachedb.arguments import check_functions
-from cachedb.database import Database, has_blobs, is_compatible, is_empty, lost, mismatch, read_oldest, read_revision
+from cachedb.database import (
+    Database,
+    has_blobs,
+    is_compatible,
+    is_empty,
+    is_ours,
+    lost,
+    mismatch,
+    read_oldest,
+    read_revision,
+)
 from cachedb.directory import chosen
 from cachedb.errors import (
     CacheError,
@@ -438,7 +448,7 @@ def _lost(database: Database) -> CacheError | None:
         with database.look() as connection:
             if not is_empty(connection):
                 return mismatch(database.directory, None)
-    if (database.directory / "blobs").is_dir() and has_blobs(database.directory):
+    if is_ours(database.directory) and has_blobs(database.directory):
         return lost(database.directory)
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -325,7 +326,7 @@ def test_a_text_is_cut_where_it_is_too_long() -> None:
 def test_a_row_is_a_line_where_each_column_has_ten_characters_and_two_between(
     monkeypatch: pytest.MonkeyPatch, room: int, fits: bool
 ) -> None:
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: SimpleNamespace(columns=room, lines=99))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((room, 99)))
     assert printing._fits(["name", "digest", "x"], [["a" * 10, "b" * 100, "ccc"]]) == fits
 
 
