@@ -204,7 +204,7 @@ def publish(database: Database, session: Session, received: Iterable[Received]) 
                 for digest, (path, _) in new.items():
                     algorithm, name = split_digest(digest)
                     try:
-                        os.link(path, name, dst_dir_fd=folders[algorithm])
+                        os.link(path, name, dst_dir_fd=folders[algorithm], follow_symlinks=False)
                     except FileExistsError:
                         # A file that no row knows is a forgotten blob's, on its way to the trash, and one of another
                         # size is damaged: ours takes its place.

@@ -96,8 +96,8 @@ def refuse_unable(directory: Path) -> None:
 def _find_inability(directory: Path) -> str | None:
     """Return what a cache needs and files in a directory cannot do, or None if they can do all of it."""
     # The names look like those of SQLite: whoever makes the same cache beside us takes them for the index's.
-    path = f"{directory}/index.db-test-{secrets.token_hex(6)}"
-    second = f"{path}-2"
+    name = f"{directory}/index.db-test-{secrets.token_hex(6)}"
+    path, second = f"{name}.test", f"{name}-2.test"
     with ExitStack() as stack:
         for name in (path, second):
             stack.callback(_remove, name)

@@ -327,7 +327,7 @@ def record(scenario: str, folder: Path, strace: str = "strace") -> powercut.Reco
     prepared = subprocess.run([*command, "--prepare", scenario, str(directory)], env=env, check=False)
     assert prepared.returncode == (-signal.SIGKILL if scenario == "recovery" else 0)
     steps = [*command, "--run", scenario, str(directory)]
-    return powercut.record(steps, directory, strace=strace, leave_out=("-shm",), env=env)
+    return powercut.record(steps, directory, strace=strace, leave_out=("-shm", ".test"), env=env)
 
 
 # Checking
