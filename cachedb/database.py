@@ -404,9 +404,8 @@ class Database:
             return revision
         with os_errors("use the cache directory"):
             missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
-            self.directory.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
-                self.directory.mkdir(mode=0o700)
+                self.directory.mkdir(mode=0o700, parents=True)
                 self.directory.chmod(0o700)  # whatever the umask
             for folder in missing:
                 sync_folder(folder.parent)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cachedb import Cache, collection
 from tests import make
@@ -198,12 +198,12 @@ def prepare_killed(directory: Path) -> None:
     cache.save_blob(make.digest_of(OTHER), OTHER)
     links, link = 0, os.link
 
-    def killed_at_the_third(source: Path, target: Path) -> None:
+    def killed_at_the_third(source: Path, target: str, **options: Any) -> None:
         nonlocal links
         links += 1
         if links == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        link(source, target)
+        link(source, target, **options)
 
     os.link = killed_at_the_third  # type: ignore[assignment]
     cache.cache_from_tar(Opened(directory).archive("d"))

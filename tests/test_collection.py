@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, event, select
@@ -194,9 +195,9 @@ def test_the_write_lock_is_let_go_of_where_renames_take_long(cache: Cache, monke
     turns: list[str] = []
     alone = Database.alone
 
-    def counted(self: Database) -> object:
+    def counted(self: Database, *arguments: Any) -> object:
         turns.append("turn")
-        return alone(self)
+        return alone(self, *arguments)
 
     monkeypatch.setattr(Database, "alone", counted)
     assert cache.collect_garbage() == (3, 11)
@@ -213,8 +214,8 @@ def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
         (cache.directory / "trash" / name).touch()
     unlink, threads, meeting = os.unlink, set[int](), threading.Barrier(collection._UNLINKING, timeout=60)
 
-    def refuse_one(path: str, *, dir_fd: int) -> None:
-        if threading.get_ident() not in threads:
+    def refuse_one(path: str, *, dir_fd: int | None = None) -> None:
+        if threading.get_ident() not in threads and len(threads) < collection._UNLINKING:
             threads.add(threading.get_ident())
             meeting.wait()  # each is there, before any of them is through
         if path.endswith("77"):
@@ -243,7 +244,7 @@ def test_a_collection_that_was_cut_off_is_finished_by_the_next(
 ) -> None:
     abandon(cache, b"one", b"two")
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise StorageError("cut off")
 
     for place in ("rename", "unlink"):

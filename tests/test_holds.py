@@ -187,8 +187,8 @@ def test_more_holds_than_a_statement_has_variables_are_swept_and_released(
     """Else no open would succeed any more."""
     connect = Database._open
 
-    def limited(database: Database) -> sqlite3.Connection:
-        connection = connect(database)
+    def limited(database: Database, **options: bool) -> sqlite3.Connection:
+        connection = connect(database, **options)
         connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)  # what older releases of SQLite have
         return connection
 

@@ -372,8 +372,8 @@ if os.fork() == 0:
     opened.collect_garbage()
 os.wait()
 link = os.link
-def dying(*paths):
-    link(*paths)
+def dying(*paths, **options):
+    link(*paths, **options)
     os._exit(0)
 os.link = dying
 opened.add_blob(HALF)

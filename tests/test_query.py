@@ -212,9 +212,10 @@ def test_questions_are_asked_by_several_threads(cache: Cache) -> None:
 
 
 def test_a_cache_that_may_only_be_read_can_be_asked(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with Cache.open(cache.directory) as other:
-        assert rows(other, "SELECT name FROM image_usage") == [("app:1",)]
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        with Cache.open(cache.directory) as other:
+            assert rows(other, "SELECT name FROM image_usage") == [("app:1",)]
 
 
 def test_views_are_listed_with_what_they_have(cache: Cache) -> None:
