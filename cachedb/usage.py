@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 from cachedb.database import Database
 from cachedb.errors import os_errors
 from cachedb.images import count_incomplete
+from cachedb.marker import MARKER
 
 __all__ = ["Share", "Usage", "shares", "usage"]
 
@@ -55,7 +56,7 @@ class Usage(NamedTuple):
     held: Share  # that no image has, and a hold or a process keeps
     reclaimable: Share  # that no image has and nothing keeps: what a collection would free
     saved_size: int  # bytes that shared blobs would take again, if each image had its own
-    index_size: int  # bytes of the index
+    index_size: int  # bytes of the index, and of the marker
     folder_sizes: dict[str, int]  # bytes of files in backups, ingest (with downloads that were cut off), quarantine...
     reserve_size: int  # bytes that a full disk is given back
 
@@ -101,7 +102,7 @@ def usage(database: Database) -> Usage:
         found["held"],
         found["reclaimable"],
         saved_size,
-        sum(map(_size, database.directory.glob("index.db*"))),
+        sum(map(_size, [*database.directory.glob("index.db*"), database.directory / MARKER])),
         {name: sum(map(_size, _files(database.directory / name))) for name in _FOLDERS},
         _size(database.directory / "reserve"),
     )

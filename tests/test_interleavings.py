@@ -34,7 +34,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ from sqlalchemy.engine.default import DefaultDialect
 
 import cachedb.archive
 import cachedb.export  # noqa: F401 - for the zygote, so that no actor imports it
-from cachedb import Cache, CacheError, Name, blobs, collection, locks
+from cachedb import Cache, CacheError, Name, blobs, collection, locks, producing
 from cachedb.database import Database
 from tests import make
 from tests.attack.interleaving import Choose, Failed, Order, Outcome, Steps, Zygote, every_order, run
@@ -280,8 +280,25 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
         """Wait in the kernel, which who is announced there does to the end."""
         fcntl.flock(file, operation if wait else operation | fcntl.LOCK_NB)
 
+    def waited_for_maker(path: Path) -> None:
+        """Wait in the kernel for whoever makes something, where the product looks again and again."""
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
     patch.setattr(fcntl, "flock", announced)
     patch.setattr(locks, "_lock", waited_for)
+    patch.setattr(producing, "_progress", waited_for_maker)
+
+
+def full_path(path: Any, options: dict[str, Any], place: int) -> Path | None:
+    """Return the path that an argument means: of a descriptor, or within the folder that another option names."""
+    if isinstance(path, int):
+        return Path(os.readlink(f"/proc/self/fd/{path}"))
+    if not isinstance(path, (str, os.PathLike)):
+        return None
+    folder = options.get("dir_fd", options.get("dst_dir_fd" if place else "src_dir_fd"))
+    return Path(path) if folder is None else Path(os.readlink(f"/proc/self/fd/{folder}"), path)
 
 
 def stop_at_files(patch: pytest.MonkeyPatch, steps: Steps, directory: Path) -> None:
@@ -291,9 +308,9 @@ def stop_at_files(patch: pytest.MonkeyPatch, steps: Steps, directory: Path) -> N
         call = getattr(module, name)
 
         def stopped(*arguments: Any, **options: Any) -> Any:
-            path = arguments[place] if len(arguments) > place else None
-            if isinstance(path, (str, os.PathLike)) and Path(path).is_relative_to(directory):
-                inside = Path(path).relative_to(directory).parts[1:]
+            path = full_path(arguments[place], options, place) if len(arguments) > place else None
+            if path is not None and path.is_relative_to(directory):
+                inside = path.relative_to(directory).parts[1:]
                 kind = kinds.get(inside[0], "") if inside else ""
                 if only and len(inside) < 3:
                     kind = ""  # a folder, to be synced

@@ -29,7 +29,7 @@ def test_every_stored_byte_is_in_one_share(directory: Path) -> None:
         fill(cache)
         held = cache.add_blob(b"held by this process")
         (directory / "ingest" / "partial").mkdir()
-        (directory / "ingest" / "partial" / "x").write_bytes(b"cut off")
+        (directory / "ingest" / "partial" / held.replace(":", "-")).write_bytes(b"cut off")
         found = cache.get_usage()
         assert found.stored.size == sizes(directory / "blobs")
         assert found.stored.blobs == len(list((directory / "blobs").rglob("sha256/*")))
