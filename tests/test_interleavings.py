@@ -109,7 +109,7 @@ def link_garbage(directory: Path, steps: Steps) -> list[str]:
 def import_left(directory: Path, steps: Steps) -> list[str]:
     """Import what others left half done; this cache was open before they died, and has swept nothing away."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collection, "recover", lambda database: None)
+        patch.setattr(collection, "recover", lambda database, **_: [])
         cache = Cache.open(directory / "cache")
     with cache, steps.stepped():
         return [str(image.digest) for image in cache.cache_from_tar(directory / "left.tar")]
@@ -384,8 +384,8 @@ with Cache.open(sys.argv[1]) as opened:
 opened = Cache.open(sys.argv[1])
 opened.add_blob(b"leased by the dead")
 if os.fork() == 0:
-    collection.empty_trash = lambda database: os._exit(0)
-    collection.recover = lambda database: None
+    collection._move_out = lambda database: os._exit(0)
+    collection.recover = lambda database, **_: []
     opened.collect_garbage()
 os.wait()
 link = os.link
