@@ -24,6 +24,8 @@ PYTHONS = nox.project.python_versions(nox.project.load_toml(CHECKOUT / "pyprojec
 """Those that the classifiers name. One that is missing fails the run on CI, and is skipped elsewhere."""
 NEXT = ["3.14"]  # not claimed yet, as CI has none; tested where it is installed
 FAST = ("-m", "not attack")
+CORE = ("leaks", "database", "closing", "exit", "forks", "query", "locks", "blobs", "folders", "sharing")
+"""What differs from one Python or user to another: connections, threads, forks, signals, owners."""
 TEST_USER = "cachedb-ci"
 SYSTEM_PYTHON = "/usr/bin/python3"  # the others may be below a home directory that only its owner may enter
 
@@ -39,6 +41,12 @@ def run_pytest(session: nox.Session, *arguments: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests that take little time."""
     run_pytest(session, *FAST)
+
+
+@nox.session(python=PYTHONS)
+def core(session: nox.Session) -> None:
+    """Run the tests of what differs from one Python to another."""
+    run_pytest(session, *(f"tests/test_{name}.py" for name in CORE))
 
 
 @nox.session(python=PYTHONS)
