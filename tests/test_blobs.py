@@ -223,9 +223,9 @@ def test_data_is_on_disk_before_its_name_and_its_name_before_its_row(
     def note(what: str, name: str, path_of: Callable[..., Path]) -> None:
         call = getattr(os, name)
 
-        def replacement(*arguments: object, dst_dir_fd: int | None = None) -> object:
-            result = call(*arguments) if dst_dir_fd is None else call(*arguments, dst_dir_fd=dst_dir_fd)
-            folder = "/" if dst_dir_fd is None else os.readlink(f"/proc/self/fd/{dst_dir_fd}")
+        def replacement(*arguments: object, **options: Any) -> object:
+            result = call(*arguments, **options)
+            folder = os.readlink(f"/proc/self/fd/{options['dst_dir_fd']}") if "dst_dir_fd" in options else "/"
             path = folder / path_of(*arguments)
             happened.append(
                 f"{what} {folders[path]}" if path in folders else f"{what} a file in {folders[path.parent]}"
