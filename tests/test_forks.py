@@ -184,7 +184,7 @@ WAITING = {
         'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
         "cache._database.close()\n"
         "from cachedb.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
-        "assert cache.list_names()",
+        "assert cache.list_manifests()",
         "fcntl.flock(folder, fcntl.LOCK_UN)",
     ),
     "the folder, to look up": (
