@@ -187,6 +187,13 @@ WAITING = {
         "assert cache.list_manifests()",
         "fcntl.flock(folder, fcntl.LOCK_UN)",
     ),
+    "the folder, to ask": (
+        'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
+        "cache._database.close()\n"
+        "from cachedb.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        'with cache.sql("SELECT 1") as answer: assert list(answer.rows) == [(1,)]',
+        "fcntl.flock(folder, fcntl.LOCK_UN)",
+    ),
     "the folder, to look up": (
         'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
         "cache._database.close()\n"
