@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -340,9 +340,19 @@ def possible(scenario: str) -> list[list[Known]]:
     return [[lane.before, *(step.known for step in lane.steps)] for lane in lanes]
 
 
+def take_for_original(directory: Path) -> None:
+    """Have a directory that was written anew be taken for the one that the power cut has hit, and not for a copy."""
+    path = directory / "cachedb.json"
+    with suppress(FileNotFoundError, ValueError):
+        said = json.loads(path.read_text())
+        if said.get("inode") is not None:
+            path.write_text(json.dumps({**said, "inode": path.stat().st_ino}))
+
+
 def check_cut(scenario: str, directory: Path, acks: Iterable[int]) -> None:
     """Open what a power cut has left, and hold it to what was acknowledged, and to the promises."""
     acks = list(acks)
+    take_for_original(directory / "cache")
     with Cache.open(directory / "cache") as cache:
         rows, files = stored_rows(directory / "cache"), files_of(directory / "cache")
         assert rows.items() <= files.items(), "P1: a stored row has its file, of the right size"
