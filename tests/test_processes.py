@@ -245,7 +245,7 @@ def test_a_command_that_is_interrupted_leaves_the_cache_in_order(
         ended = signalled(command_line, number, rng.uniform(0.02, 0.12), errors, "--dir", directory, *command)
         said = errors.read_text()
         assert ended in (0, code, -number), said
-        words = [line for line in said.splitlines() if not line.startswith("cachedb: waiting for ")]
+        words = [line for line in said.splitlines() if line and not line.startswith("cachedb: waiting for ")]
         assert words in ([], ["cachedb: interrupted"]), said
         with Cache.open(directory) as cache:
             left = snapshot(directory)
