@@ -58,6 +58,7 @@ def main() -> NoReturn:
     """Run the command line; errors are one line on stderr, and exit codes as the README lists them."""
     import signal
 
+    _ended.clear()
     _open_standard_files()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # of what the user's encoding has not
@@ -96,6 +97,8 @@ def main() -> NoReturn:
     except OSError as error:
         _discard_output(1)
         _fail(f"cannot print the result: {explain(error)}", 1)
+    finally:
+        _ended.append(True)
 
 
 _closed: set[str] = set()  # standard files that were closed when we began: "stdin", "stdout", "stderr"
@@ -142,7 +145,12 @@ def _terminated(number: int, _frame: object) -> NoReturn:
 
 def _interrupted(number: int, _frame: object) -> NoReturn:
     _signals.append(number)
+    if _ended:
+        os._exit(130)  # all is done and printed: where the interpreter ends, an exception would only be printed
     raise KeyboardInterrupt
+
+
+_ended: list[bool] = []  # not empty once the command is over
 
 
 def _fail(message: str, code: int) -> NoReturn:
