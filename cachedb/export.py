@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -246,7 +246,7 @@ def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progre
         if isinstance(entry.content, bytes):
             _write(stream, entry.content)
         else:
-            _copy_blob(directory, entry, partial(_write, stream), progress)
+            _copy_blob(directory, entry, partial(_write, stream), progress, hash_beside=True)
         _write(stream, bytes(-entry.size % tarfile.BLOCKSIZE))
     _write(stream, _END)
 
@@ -265,8 +265,11 @@ def _write_members_at_once(directory: Path, files: list[Entry], file: int, progr
         offset += entry.size + -entry.size % tarfile.BLOCKSIZE  # what is not written of a file reads as zeros
     _write_at(file, offset, memoryview(_END))
 
+    hash_beside = _larger_than_a_share(offsets)
+
     def write(entry: Entry, advance: Advance) -> None:
-        _copy_blob(directory, entry, _Writer(file, offsets[entry]).write, advance)
+        writer = _Writer(file, offsets[entry])
+        _copy_blob(directory, entry, writer.write, advance, hash_beside=entry in hash_beside)
 
     in_threads(write, _largest_first(offsets), progress or _tell_nobody)
 
@@ -300,6 +303,15 @@ def _largest_first(files: Iterable[Entry]) -> list[Entry]:
     return sorted(files, key=lambda entry: -entry.size)
 
 
+def _larger_than_a_share(files: Collection[Entry]) -> set[Entry]:
+    """Return the entries that one core would still be busy with when the others have ended.
+
+    These are hashed in a second thread. For the others that costs more than it gains: every core has its own blob.
+    """
+    share = sum(entry.size for entry in files) / (os.cpu_count() or 1)
+    return {entry for entry in files if entry.size > share}
+
+
 def _tell_nobody(_count: int) -> None:
     """Take the place of an `Advance` where nobody asked for the progress."""
 
@@ -325,13 +337,20 @@ def _write_at(file: int, offset: int, data: memoryview) -> None:
         data, offset = data[count:], offset + count
 
 
-def _copy_blob(directory: Path, entry: Entry, write: Callable[[memoryview], None], progress: Advance | None) -> None:
-    """Write a blob, and verify the bytes that are written: the same buffers are hashed beside the writing."""
+def _copy_blob(
+    directory: Path,
+    entry: Entry,
+    write: Callable[[memoryview], None],
+    progress: Advance | None,
+    *,
+    hash_beside: bool,
+) -> None:
+    """Write a blob, and verify the bytes that are written: the same buffers are hashed."""
     digest = entry.content
     assert isinstance(digest, str)
     with open_blob(directory, digest) as blob:
         _check_size(entry, os.fstat(blob.fileno()).st_size)
-        _hash_blob(entry, blob.fileno(), write, progress)
+        _hash_blob(entry, blob.fileno(), write, progress, beside=hash_beside)
 
 
 def _check_size(entry: Entry, size: int) -> None:
@@ -342,11 +361,18 @@ def _check_size(entry: Entry, size: int) -> None:
         )
 
 
-def _hash_blob(entry: Entry, file: int, write: Callable[[memoryview], None] | None, progress: Advance | None) -> None:
+def _hash_blob(
+    entry: Entry,
+    file: int,
+    write: Callable[[memoryview], None] | None,
+    progress: Advance | None,
+    *,
+    beside: bool = False,
+) -> None:
     """Read a blob's file to its end, have it written, and raise `DigestMismatch` unless it is the blob."""
     digest = Digest(str(entry.content))
     hasher, done, length = hashlib.new(split_digest(digest)[0]), 0, min(CHUNK, entry.size)
-    with hashing([hasher], length, beside=write is not None) as (buffers, hash_chunk):
+    with hashing([hasher], length, beside=beside) as (buffers, hash_chunk):
         while done < entry.size:
             chunk = next(buffers)[: entry.size - done]
             filled = 0
@@ -431,10 +457,12 @@ def write_folder(
                 else:
                     blobs.append(entry)
 
+            hash_beside = _larger_than_a_share(blobs)
+
             def write(entry: Entry, advance: Advance) -> None:
                 path = destination / entry.path
                 if not (link and _link(directory, entry, path, advance)):
-                    _write_file(directory, entry, path, advance)
+                    _write_file(directory, entry, path, advance, hash_beside=entry in hash_beside)
 
             in_threads(write, _largest_first(blobs), progress or _tell_nobody)
             for folder in folders:
@@ -485,12 +513,14 @@ def _remove(made: list[Path]) -> None:
                 path.unlink()
 
 
-def _write_file(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> None:
+def _write_file(
+    directory: Path, entry: Entry, path: Path, progress: Advance | None, *, hash_beside: bool = False
+) -> None:
     with atomic_file(path) as file:
         if isinstance(entry.content, bytes):
             _write(file, entry.content)
         elif not _clone(directory, entry, file.fileno(), progress):
-            _copy_blob(directory, entry, _Writer(file.fileno(), 0).write, progress)
+            _copy_blob(directory, entry, _Writer(file.fileno(), 0).write, progress, hash_beside=hash_beside)
 
 
 def _clone(directory: Path, entry: Entry, target: int, progress: Advance | None) -> bool:
