@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import re
 import sys
@@ -122,6 +121,8 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
 
 def _markdown(value: object) -> str:
     """Return a value as Markdown shows it: what a stranger named is neither HTML, nor a link, an image or code."""
+    import html
+
     return html.escape(re.sub(r"([\\|`\[\]])", r"\\\1", _text(value)), quote=False)
 
 
