@@ -203,9 +203,10 @@ class Found(NamedTuple):
     manifest_id: int
     digest: Digest
     media_type: str
+    some_platforms: int | None  # 1 if not all of its index's platforms are in its closure
 
 
-_FOUND = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type)
+_FOUND = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type, IMAGES.c.some_platforms)
 """The columns of a `Found`."""
 
 
@@ -865,9 +866,7 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     image = find(connection, source)
     if target.digest not in (None, image.digest):
         raise InvalidName(f"{target} cannot be a name of {source}: its digest is {image.digest}")
-    query = select(IMAGES.c.some_platforms).where(IMAGES.c.id == image.id)
-    some_platforms = connection.execute(query).scalar_one()
-    target_id, _ = _point(connection, target, image.manifest_id, image.media_type, some_platforms)
+    target_id, _ = _point(connection, target, image.manifest_id, image.media_type, image.some_platforms)
     if target_id == image.id:
         return target_id
     connection.execute(_without_associations(), {"of": target_id})

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
@@ -152,8 +153,12 @@ def _copy(
 ) -> int:
     """Copy to the end, or until ``limit`` bytes are exceeded; return the bytes read."""
     length = written = 0
-    # To clear a buffer of a whole chunk takes longer than all else that is done with the bytes of most blobs.
-    chunk_size = CHUNK if limit is None else min(CHUNK, limit + 1)
+    # Clearing a buffer of a whole chunk takes longer than everything else that is done with a small blob's bytes.
+    if limit is None and isinstance(source, BytesIO):
+        expected = len(source.getbuffer())
+    else:
+        expected = CHUNK if limit is None else limit
+    chunk_size = min(CHUNK, expected + 1)
     with hashing(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
         while True:
             chunk = _fill(source, next(buffers))
