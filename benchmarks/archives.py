@@ -48,18 +48,20 @@ def size(source: Path) -> int:
 
 def import_image(directory: Path, source: Path, link: bool = False) -> Cost:
     """Import the image in an open process, which has imported what it needs of cachedb before."""
-    from cachedb import Cache, archive
+    from cachedb import Cache
+    from cachedb.transports.archive import read
 
-    assert archive
+    assert read
     with Cache.open(directory) as cache:
         return cost(lambda: cache.cache_from_tar(source, NAME, link=link))
 
 
 def export_image(directory: Path, target: Path, form: str, link: bool = False) -> Cost:
     """Export the image in an open process, which has imported what it needs of cachedb before."""
-    from cachedb import Cache, export
+    from cachedb import Cache
+    from cachedb.transports.archive import write
 
-    assert export
+    assert write
     with Cache.open(directory) as cache:
         return cost(lambda: cache.export(NAME, target, format=form, link=link))
 
@@ -297,9 +299,10 @@ def _import_by(count: int, cache: Path, archives: list[Path]) -> Cost:
 
 
 def _import_when_ready(cache: Path, archives: list[Path], ready: Barrier, costs: SimpleQueue[Cost]) -> None:
-    from cachedb import Cache, archive
+    from cachedb import Cache
+    from cachedb.transports.archive import read
 
-    assert archive
+    assert read
     with Cache.open(cache) as opened:
         ready.wait(60)
         costs.put(cost(lambda: [opened.cache_from_tar(path) for path in archives]))

@@ -539,8 +539,9 @@ def _forget_images(directory: Path, count: int) -> None:
 
 def _collect(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
     """Return how many blobs were freed, at what cost, and the longest and the median hold of the write lock."""
-    from cachedb import Cache, locks
-    from cachedb.waiting import Wait
+    from cachedb import Cache
+    from cachedb.disk import locks
+    from cachedb.disk.waiting import Wait
 
     holds: list[float] = []
     held = locks.held

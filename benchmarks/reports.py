@@ -47,12 +47,13 @@ while True:
 """
 READER = """
 import os, sys
-from cachedb import Cache, report
+from cachedb import Cache
+from cachedb.reports import named
 given = {"freed-by": {"names": "team/app-1:0"}, "added-by": {"name": "team/app-1:0", "over": "base/1:1"}}
 with Cache.open(sys.argv[1]) as cache:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # as the command line does
     while True:
-        for one in report.reports():
+        for one in named.reports():
             with cache.sql(one.query, one.values(given.get(one.name, {}))) as answer:
                 for _ in answer.rows:
                     pass
@@ -150,16 +151,17 @@ def reports(plan: Plan) -> None:
 
 def _time_reports(directory: Path) -> list[list[str]]:
     """Return a row for each report: its name, how many rows it has, and the quicker run of two."""
-    from cachedb import Cache, report
+    from cachedb import Cache
+    from cachedb.reports import named
 
     rows = []
     with Cache.open(directory) as cache:
 
-        def ask(one: report.Report) -> int:
+        def ask(one: named.Report) -> int:
             with cache.sql(one.query, one.values(GIVEN.get(one.name, {}))) as answer:
                 return sum(1 for _ in answer.rows)
 
-        for one in report.reports():
+        for one in named.reports():
             taken = [seconds(partial(ask, one)) for _ in range(2)]
             rows.append([one.name, str(ask(one)), f"{min(taken):.2f}"])
         rows.append(["`cachedb df`", "", f"{seconds(cache.get_usage):.2f}"])

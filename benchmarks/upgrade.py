@@ -41,7 +41,8 @@ def _config(number: int, layers: int) -> bytes:
 
 def _fill(directory: Path, images: int) -> None:
     """Write the rows, and of the files the configs: an upgrade reads no others."""
-    from cachedb import Cache, schema
+    from cachedb import Cache
+    from cachedb.index import schema
 
     with Cache.open(directory):
         pass
@@ -94,7 +95,7 @@ def _index_bytes(directory: Path) -> int:
 
 def _upgrade(place: Path, images: int) -> tuple[list[list[str]], str]:
     """Return the steps with their seconds, and what is to be said of disk and memory."""
-    from cachedb import schema
+    from cachedb.index import schema
 
     directory = place / "cache"
     in_child(_fill, directory, images)

@@ -39,20 +39,20 @@ from cachedb.errors import (
 )
 
 if TYPE_CHECKING:
-    from cachedb.activity import Activity, SessionInfo
-    from cachedb.adopt import Adoption, LeftOut
     from cachedb.cache import Cache, Stats
-    from cachedb.collection import Collected
-    from cachedb.copy_cache import Copied
-    from cachedb.folders import Leftover
-    from cachedb.holds import HoldInfo
-    from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
-    from cachedb.pull import Pulled
-    from cachedb.push import Pushed
-    from cachedb.query import Answer, View
-    from cachedb.reference import Digest, Name
-    from cachedb.usage import Share, Usage
-    from cachedb.verify import Problem, Verification
+    from cachedb.content.collect import Collected
+    from cachedb.content.save import BlobInfo, ImageInfo, PlatformInfo
+    from cachedb.disk.folders import Leftover
+    from cachedb.index.holds import HoldInfo
+    from cachedb.index.sqlite.query import Answer, View
+    from cachedb.oci.names import Digest, Name
+    from cachedb.operations.adopt import Adoption, LeftOut
+    from cachedb.operations.copy import Copied
+    from cachedb.operations.pull import Pulled
+    from cachedb.operations.push import Pushed
+    from cachedb.operations.verify import Problem, Verification
+    from cachedb.reports.sessions import Activity, SessionInfo
+    from cachedb.reports.usage import Share, Usage
 
 __version__ = "0.1.0"
 
@@ -105,29 +105,29 @@ __all__ = [
 
 # Imported when first asked for: `cachedb --help` must not wait for SQLAlchemy.
 _HOMES = {
-    "Activity": "cachedb.activity",
-    "Adoption": "cachedb.adopt",
-    "Answer": "cachedb.query",
-    "BlobInfo": "cachedb.images",
+    "Activity": "cachedb.reports.sessions",
+    "Adoption": "cachedb.operations.adopt",
+    "Answer": "cachedb.index.sqlite.query",
+    "BlobInfo": "cachedb.content.save",
     "Cache": "cachedb.cache",
-    "Collected": "cachedb.collection",
-    "Copied": "cachedb.copy_cache",
-    "Digest": "cachedb.reference",
-    "HoldInfo": "cachedb.holds",
-    "ImageInfo": "cachedb.images",
-    "LeftOut": "cachedb.adopt",
-    "Leftover": "cachedb.folders",
-    "Name": "cachedb.reference",
-    "PlatformInfo": "cachedb.images",
-    "Problem": "cachedb.verify",
-    "Pulled": "cachedb.pull",
-    "Pushed": "cachedb.push",
-    "SessionInfo": "cachedb.activity",
-    "Share": "cachedb.usage",
+    "Collected": "cachedb.content.collect",
+    "Copied": "cachedb.operations.copy",
+    "Digest": "cachedb.oci.names",
+    "HoldInfo": "cachedb.index.holds",
+    "ImageInfo": "cachedb.content.save",
+    "LeftOut": "cachedb.operations.adopt",
+    "Leftover": "cachedb.disk.folders",
+    "Name": "cachedb.oci.names",
+    "PlatformInfo": "cachedb.content.save",
+    "Problem": "cachedb.operations.verify",
+    "Pulled": "cachedb.operations.pull",
+    "Pushed": "cachedb.operations.push",
+    "SessionInfo": "cachedb.reports.sessions",
+    "Share": "cachedb.reports.usage",
     "Stats": "cachedb.cache",
-    "Usage": "cachedb.usage",
-    "Verification": "cachedb.verify",
-    "View": "cachedb.query",
+    "Usage": "cachedb.reports.usage",
+    "Verification": "cachedb.operations.verify",
+    "View": "cachedb.index.sqlite.query",
 }
 
 

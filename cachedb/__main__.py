@@ -11,7 +11,7 @@ __all__ = ["main"]
 def main() -> NoReturn:
     """Run the command line."""
     try:
-        from cachedb.cli import main as run
+        from cachedb.cli.main import main as run
 
         run()
     except KeyboardInterrupt:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from sqlalchemy import Connection, func, select
 
-from cachedb import blobs, collection, configs, holds, images, oci, producing, reading, schema
 from cachedb.arguments import (
     check_functions,
     check_mapping,
@@ -24,10 +23,18 @@ from cachedb.arguments import (
     check_text,
     check_writable,
 )
-from cachedb.blobs import Received
-from cachedb.collection import Collected
-from cachedb.database import CLOSED, Database
-from cachedb.directory import blob_path, chosen
+from cachedb.content import collect, describe, publish
+from cachedb.content import save as images
+from cachedb.content.collect import Collected
+from cachedb.content.last_used import Uses
+from cachedb.content.publish import Received
+from cachedb.content.save import BlobInfo, ImageInfo, PlatformInfo
+from cachedb.content.session import NO_HOLD, Hold, Session
+from cachedb.disk import reader, single_flight
+from cachedb.disk.folders import Leftover
+from cachedb.disk.layout import blob_path, chosen
+from cachedb.disk.waiting import LOG
+from cachedb.disk.writer import Readable
 from cachedb.errors import (
     Busy,
     CacheError,
@@ -39,30 +46,27 @@ from cachedb.errors import (
     StorageError,
     os_errors,
 )
-from cachedb.folders import Leftover
-from cachedb.holds import HoldInfo
-from cachedb.images import BlobInfo, ImageInfo, PlatformInfo
-from cachedb.oci import Descriptor
-from cachedb.parallel import Advance, BlobProgress, Progress, in_threads, summed
-from cachedb.receiving import Readable
-from cachedb.reference import Digest, Name, digest_of, parse_digest, shorten, split_digest
-from cachedb.sessions import NO_HOLD, Hold, Session
-from cachedb.tables import BLOBS, IMAGE_BLOBS, IMAGES
-from cachedb.uses import Uses
-from cachedb.waiting import LOG
+from cachedb.index import holds, schema
+from cachedb.index.holds import HoldInfo
+from cachedb.index.sqlite.database import CLOSED, Database
+from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
+from cachedb.oci import manifests as oci
+from cachedb.oci.manifests import Descriptor
+from cachedb.oci.names import Digest, Name, digest_of, parse_digest, shorten, split_digest
+from cachedb.threads import Advance, BlobProgress, Progress, in_threads, summed
 
 if TYPE_CHECKING:
-    from cachedb import archive
-    from cachedb.activity import SessionInfo
-    from cachedb.adopt import Adoption
-    from cachedb.copy_cache import Copied
-    from cachedb.pull import Pulled
-    from cachedb.push import Pushed
-    from cachedb.query import Answer, View
-    from cachedb.source import Source
-    from cachedb.target import Target
-    from cachedb.usage import Usage
-    from cachedb.verify import Verification
+    from cachedb.index.sqlite.query import Answer, View
+    from cachedb.operations.adopt import Adoption
+    from cachedb.operations.copy import Copied
+    from cachedb.operations.pull import Pulled
+    from cachedb.operations.pull_source import Source
+    from cachedb.operations.push import Pushed
+    from cachedb.operations.push_target import Target
+    from cachedb.operations.verify import Verification
+    from cachedb.reports.sessions import SessionInfo
+    from cachedb.reports.usage import Usage
+    from cachedb.transports.archive import read as archive
 
 __all__ = ["Cache", "Progress", "Stats"]
 
@@ -227,7 +231,7 @@ class Cache:
             CacheError: if there is no such group.
             StorageError: if this user does not own the cache, or is no member of the group.
         """
-        from cachedb import sharing
+        from cachedb.operations import share as sharing
 
         check_text(optional=True, group=group)
         return sharing.share(self._database.folders, group)
@@ -273,10 +277,10 @@ class Cache:
 
     def _store(self, data: Data, *, digest: Digest | None = None, algorithm: str = "sha256") -> Received:
         with _opened(data) as source:
-            hold = blobs.hold_stored(self._database, self._session, [digest] if digest else [])
+            hold = publish.hold_stored(self._database, self._session, [digest] if digest else [])
             write = digest not in hold.digests
             try:
-                received = blobs.receive(self._session, source, digest=digest, algorithm=algorithm, write=write)
+                received = publish.receive(self._session, source, digest=digest, algorithm=algorithm, write=write)
             except BaseException:
                 images.give_up(*self._parts[:2], hold)
                 raise
@@ -296,7 +300,7 @@ class Cache:
 
     def has_blob(self, digest: str) -> bool:
         """Say whether the blob of a digest is stored."""
-        return blobs.size_of(self._database, parse_digest(digest)) is not None
+        return publish.size_of(self._database, parse_digest(digest)) is not None
 
     def list_blobs(self, prefix: str = "") -> list[Digest]:
         """Return the stored blobs whose digest begins with ``prefix``, in order."""
@@ -314,7 +318,7 @@ class Cache:
             NotInCache: if it is not stored.
         """
         wanted = parse_digest(digest)
-        size = blobs.size_of(self._database, wanted)
+        size = publish.size_of(self._database, wanted)
         if size is None:
             raise NotInCache(f"{wanted} is not in the cache")
         return size
@@ -335,7 +339,7 @@ class Cache:
             NotInCache: if it is not stored.
         """
         self.get_blob_size(digest)
-        return reading.open_blob(self.directory, parse_digest(digest))
+        return reader.open_blob(self.directory, parse_digest(digest))
 
     def get_blob(self, digest: str) -> bytes:
         """Return a stored blob's content, all of it in memory: for a config or manifest; see `open_blob`.
@@ -413,7 +417,7 @@ class Cache:
 
         A process that only reads has no session, and is not among them.
         """
-        from cachedb import activity
+        from cachedb.reports import sessions as activity
 
         self._check_open()
         return activity.sessions(self.directory)
@@ -451,7 +455,7 @@ class Cache:
                 return None
             return image if image.complete else None
 
-        with producing.once(
+        with single_flight.once(
             self.directory, str(wanted), find, seconds=self._database.wait_seconds, is_working=is_working
         ) as found:
             if found:
@@ -469,14 +473,14 @@ class Cache:
         """
         wanted = parse_digest(digest)
         find = lambda: self.has_blob(wanted) or None  # noqa: E731
-        with producing.once(self.directory, wanted, find, seconds=self._database.wait_seconds) as found:
+        with single_flight.once(self.directory, wanted, find, seconds=self._database.wait_seconds) as found:
             yield bool(found)
 
     def _find(self, connection: Connection, wanted: str | Name) -> int | Digest:
         """Return an image's id, or the digest of a stored blob."""
         if not (isinstance(wanted, str) and (digest := _as_digest(wanted))):
             return images.find(connection, Name.parse(wanted)).id
-        if digest not in blobs.stored(connection, [digest]):
+        if digest not in publish.stored(connection, [digest]):
             raise NotInCache(f"{digest} is not in the cache")
         return digest
 
@@ -530,7 +534,7 @@ class Cache:
         media_type = oci.manifest_media_type(manifest, media_type)
         oci.descriptors(manifest, media_type)
         algorithm = split_digest(parsed.digest)[0] if parsed.digest else "sha256"
-        received = blobs.receive(self._session, io.BytesIO(manifest), algorithm=algorithm)
+        received = publish.receive(self._session, io.BytesIO(manifest), algorithm=algorithm)
         with images.publish(self._database, self._session, [received]) as connection:
             image_id = images.save(connection, self.directory, parsed, received.digest, media_type)
             info, contents = images.image(connection, self.directory, image_id)
@@ -549,7 +553,7 @@ class Cache:
             with self._database.read() as connection:
                 digest = images.find(connection, parsed).digest
             try:
-                with reading.open_blob(self.directory, digest) as file, os_errors("read a manifest"):
+                with reader.open_blob(self.directory, digest) as file, os_errors("read a manifest"):
                     self._uses.note(parsed)
                     return file.read()
             except NotInCache:
@@ -667,14 +671,14 @@ class Cache:
 
         def forget() -> Collected:
             with self._database.write() as connection:
-                freed = collection.forget(connection, images.remove(connection, parsed))
+                freed = collect.forget(connection, images.remove(connection, parsed))
                 if dry_run:
                     connection.rollback()
                 return freed
 
         freed = self._database.with_reserve(forget)
         if not dry_run:
-            self._database.with_reserve(lambda: collection.empty_trash(self._database))
+            self._database.with_reserve(lambda: collect.empty_trash(self._database))
         return freed
 
     def collect_garbage(self, *, dry_run: bool = False) -> Collected:
@@ -689,12 +693,12 @@ class Cache:
         if not dry_run:
             freed: list[Collected] = []
             self._database.with_reserve(
-                lambda: freed.extend(collection.collect(self._database)),
-                lambda: freed.extend(collection.collect(self._database, batch=collection.SMALL_BATCH)),
+                lambda: freed.extend(collect.collect(self._database)),
+                lambda: freed.extend(collect.collect(self._database, batch=collect.SMALL_BATCH)),
             )
             return Collected(sum(part.blobs for part in freed), sum(part.bytes for part in freed))
         with self._database.read() as connection:
-            return collection.unreferenced(connection)
+            return collect.unreferenced(connection)
 
     def get_labels(self, name: str | Name) -> dict[str, str]:
         """Return an image's labels, as its config says; of an image for several platforms, those that all of them have.
@@ -703,7 +707,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return configs.labels(connection, images.find(connection, Name.parse(name)).id)
+            return describe.labels(connection, images.find(connection, Name.parse(name)).id)
 
     @contextmanager
     def sql(
@@ -734,7 +738,7 @@ class Cache:
             InvalidQuery: if it is no query, or would do something else than read.
             CacheError: if it takes too long.
         """
-        from cachedb.query import answer
+        from cachedb.index.sqlite.query import answer
 
         check_text(query=query)
         check_mapping(parameters=parameters)
@@ -744,7 +748,7 @@ class Cache:
 
     def list_views(self) -> list[View]:
         """Return the views of the index, which are there to be asked."""
-        from cachedb.query import views
+        from cachedb.index.sqlite.query import views
 
         return views(self._database)
 
@@ -755,13 +759,13 @@ class Cache:
 
     def get_usage(self) -> Usage:
         """Return what the cache takes on the disk: unique, shared, held, reclaimable."""
-        from cachedb.usage import usage
+        from cachedb.reports.usage import usage
 
         return usage(self._database)
 
     def get_html_report(self) -> str:
         """Return a page of HTML that shows the cache, complete in itself: what is on the disk, and who shares it."""
-        from cachedb import page
+        from cachedb.reports import page
 
         with self._database.read() as connection:
             return page.render(connection, self.directory)
@@ -774,7 +778,7 @@ class Cache:
             known, blob_count, total_size = connection.execute(totals).one()
             # To count what lacks something, or is of no use, takes longer than to see that there is nothing of it.
             used = connection.execute(select(func.count(IMAGE_BLOBS.c.blob_id.distinct()))).scalar_one()
-            reclaimable = collection.unreferenced(connection) if used < known else Collected(0, 0)
+            reclaimable = collect.unreferenced(connection) if used < known else Collected(0, 0)
             return Stats(
                 manifest_count=connection.execute(select(func.count()).select_from(IMAGES)).scalar_one(),
                 blob_count=blob_count,
@@ -799,7 +803,7 @@ class Cache:
         Returns:
             How many files there are, and the problems, with what was done about each.
         """
-        from cachedb.verify import verify
+        from cachedb.operations.verify import verify
 
         check_functions(progress=progress)
         left = self.get_leftovers()
@@ -823,7 +827,7 @@ class Cache:
         Raises:
             NotACache: if the directory is no such cache.
         """
-        from cachedb.adopt import HOWS, adopt
+        from cachedb.operations.adopt import HOWS, adopt
 
         check_paths(directory=directory)
         check_functions(progress=progress)
@@ -847,7 +851,7 @@ class Cache:
             DigestMismatch: if a blob's content is not what its name says.
             StorageError: if a blob's file is missing or has another size, or the copy cannot be written.
         """
-        from cachedb.copy_cache import copy
+        from cachedb.operations.copy import copy
 
         self._uses.write()
         check_paths(directory=directory)
@@ -877,7 +881,7 @@ class Cache:
 
         Args:
             name: of the image; where it is on the wire is as Docker has it, and the name is kept as it is given. A
-                `cachedb.source.Source` may have begun before the cache was open; ``all_platforms``, ``plain_http`` and
+                `Source` may have begun before the cache was open; ``all_platforms``, ``plain_http`` and
                 ``authfile`` are its own then.
             platform: ``os/architecture[/variant]``; the host's unless given. An index is kept whole, and what it names
                 for other platforms is not part of the image until it is pulled.
@@ -898,8 +902,8 @@ class Cache:
             InvalidManifest: if a manifest of it is invalid.
             DigestMismatch: if what comes has another digest or size than it should.
         """
-        from cachedb.pull import pull
-        from cachedb.source import Source
+        from cachedb.operations.pull import pull
+        from cachedb.operations.pull_source import Source
 
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
@@ -950,8 +954,7 @@ class Cache:
         Args:
             name: of the image.
             target: the name to push it to, unless that is its own; where it is on the wire is as Docker has it. A
-                `cachedb.target.Target` may have begun before the cache was open; ``plain_http`` and ``authfile`` are
-                its own then.
+                `Target` may have begun before the cache was open; ``plain_http`` and ``authfile`` are its own then.
             platform: ``os/architecture[/variant]``, to push one platform of an index as an image of its own.
             plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
             authfile: to take credentials from, instead of the files that podman and Docker keep.
@@ -966,7 +969,7 @@ class Cache:
             StorageError: if a blob's file is gone, or was cut short.
             RegistryError: if the registry does not take it.
         """
-        from cachedb.target import Target
+        from cachedb.operations.push_target import Target
 
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
@@ -1006,7 +1009,7 @@ class Cache:
             IncompleteImage: as for `push`.
             RegistryError: as for `push`.
         """
-        from cachedb.target import Target
+        from cachedb.operations.push_target import Target
 
         check_paths(authfile=authfile, optional=True)
         check_functions(progress=progress, blob_progress=blob_progress)
@@ -1031,8 +1034,8 @@ class Cache:
         progress: Progress | None,
         blob_progress: BlobProgress | None,
     ) -> Pushed:
-        from cachedb import export
-        from cachedb.push import push
+        from cachedb.operations.push import push
+        from cachedb.transports.archive import write as export
 
         with self._held(source) as ((info, held),):
             root, manifests = self._manifests(source, info, held)
@@ -1118,7 +1121,8 @@ class Cache:
             InvalidManifest: if a manifest in it is invalid.
             DigestMismatch: if content in it has another digest or size than it should.
         """
-        from cachedb import archive, files
+        from cachedb.transports.archive import files
+        from cachedb.transports.archive import read as archive
 
         check_readable(source=source)
         check_functions(progress=progress)
@@ -1163,14 +1167,15 @@ class Cache:
         link: bool,
     ) -> None:
         """Receive an archive's blobs, several at once; what is held is verified only."""
-        from cachedb import archive, files
+        from cachedb.transports.archive import files
+        from cachedb.transports.archive import read as archive
 
         compressed = sum(blob.size for blob in wanted.values() if blob.diff_id)
         limit = files.UnpackLimit("the layers in the archive unpack", compressed, most)
 
         def receive_linked(blob: archive.ArchivedBlob, digest: Digest, path: Path, add: Advance) -> Received:
             with os_errors("read the archive"), files.descriptor(path) as file:
-                return blobs.receive_linked(
+                return publish.receive_linked(
                     self._session,
                     lambda: files.Section(file, 0, os.fstat(file).st_size),  # it may have grown since it was found
                     file,
@@ -1186,7 +1191,7 @@ class Cache:
                 received[blob.key] = receive_linked(blob, blob.digest, blob.section.path, add)
                 return
             diff_id = archive.DiffId(*blob.diff_id, blob.what, limit) if blob.diff_id else None
-            received[blob.key] = blobs.receive(
+            received[blob.key] = publish.receive(
                 self._session,
                 blob.section.again(),
                 digest=blob.digest,
@@ -1208,7 +1213,7 @@ class Cache:
         if image.root:
             return image.root.digest, image.root.media_type
         manifest = image.manifest([received[blob.key].digest for blob in image.blobs])
-        made = blobs.receive(self._session, io.BytesIO(manifest))
+        made = publish.receive(self._session, io.BytesIO(manifest))
         # Two names for one image may stand apart in the archive, and then its manifest is made twice.
         received[made.path] = made
         return made.digest, oci.OCI_MANIFEST
@@ -1241,7 +1246,7 @@ class Cache:
             IncompleteImage: if a blob of it is not stored.
             DigestMismatch: if the file of a blob is damaged; then nothing is under the destination's name.
         """
-        from cachedb import export
+        from cachedb.transports.archive import write as export
 
         check_writable(destination=destination)
         check_text(platform=platform, optional=True)
@@ -1280,7 +1285,7 @@ def _recover_at_once(database: Database) -> list[Leftover]:
     """
     try:
         with database.without_waiting():
-            return collection.recover(database, seconds=_RECOVERY_SECONDS)
+            return collect.recover(database, seconds=_RECOVERY_SECONDS)
     except Busy as error:
         LOG.info("left the cleaning up to the next who opens the cache: %s", error)
         return []

@@ -9,9 +9,9 @@ from alembic import context
 from alembic.operations.ops import MigrationScript
 from sqlalchemy import Connection, Engine
 
-from cachedb.database import Database
-from cachedb.directory import default_directory
-from cachedb.tables import METADATA, UtcTime
+from cachedb.disk.layout import default_directory
+from cachedb.index.sqlite.database import Database
+from cachedb.index.tables import METADATA, UtcTime
 
 
 def render_item(kind: str, item: object, _context: object) -> str | Literal[False]:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache
-from cachedb.database import Database
+from cachedb.index.sqlite.database import Database
 from tests import leftovers
 
 # Whoever runs the tests in a shell's background has SIGINT ignored, and what they start would have it ignored too.

@@ -11,7 +11,7 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cachedb.oci import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 
 if TYPE_CHECKING:
     from cachedb import Cache

@@ -24,7 +24,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cachedb import Cache, collection
+from cachedb import Cache
+from cachedb.content import collect as collection
 from tests import make
 from tests.attack import powercut
 from tests.conftest import files_of, stored_rows

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from cachedb.oci import OCI_INDEX
+from cachedb.oci.manifests import OCI_INDEX
 from tests.conftest import find_peer
 from tests.faults import Answer, Call, Server, parse_query
 from tests.make import Made, digest_of

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-import cachedb.archive
-import cachedb.export  # noqa: F401 - imported once, before the workers are forked
+import cachedb.transports.archive.read
+import cachedb.transports.archive.write  # noqa: F401 - imported once, before the workers are forked
 from cachedb import Cache, NotInCache
-from cachedb.database import Database
+from cachedb.index.sqlite.database import Database
 from tests import leftovers, promises
 from tests.attack import soak
 

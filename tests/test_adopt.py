@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cachedb import Adoption, Cache, CacheError, NotACache, StorageError, adopt
-from cachedb.oci import OCI_MANIFEST
+from cachedb import Adoption, Cache, CacheError, NotACache, StorageError
+from cachedb.oci.manifests import OCI_MANIFEST
+from cachedb.operations import adopt
 from tests import make
 from tests.conftest import Run, files_of, stored_rows
 from tests.promises import check

@@ -22,11 +22,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cachedb import Cache, archive, blobs, receiving
-from cachedb import files as files_module
+from cachedb import Cache
+from cachedb.content import publish
+from cachedb.disk import writer
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName, StorageError
-from cachedb.oci import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
-from cachedb.reference import Name
+from cachedb.oci.manifests import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb.oci.names import Name
+from cachedb.transports.archive import files as files_module
+from cachedb.transports.archive import read as archive
 from tests import make
 from tests.conftest import Run, snapshot
 from tests.make import digest_of, hex_of, tar_of
@@ -472,14 +475,14 @@ def test_a_file_of_a_layout_that_is_replaced_or_written_to_while_it_is_linked_is
 def test_a_file_of_a_layout_that_grows_before_it_is_linked_is_refused(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, hold_stored = make.image(1, 2), blobs.hold_stored
+    made, hold_stored = make.image(1, 2), publish.hold_stored
     folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
 
     def grown_meanwhile(*arguments: Any) -> Any:
         layout_blob(folder, made.layers[1]).write_bytes(made.layers[1] + b"!")
         return hold_stored(*arguments)
 
-    monkeypatch.setattr(blobs, "hold_stored", grown_meanwhile)  # what is in the layout is known by then
+    monkeypatch.setattr(publish, "hold_stored", grown_meanwhile)  # what is in the layout is known by then
     with pytest.raises(DigestMismatch, match="should be 10240 bytes, and is more"):
         cache.cache_from_tar(folder, link=True)
     assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
@@ -1406,13 +1409,13 @@ def test_what_is_stored_is_verified_and_not_written_again(
 ) -> None:
     source = make.write(tmp_path / "made.tar", make.oci_files({"app:1": make.image(1, 2)}))
     written: list[int] = []
-    write = receiving._write
+    write = writer._write
 
     def counted(target: int, chunk: memoryview) -> None:
         written.append(len(chunk))
         write(target, chunk)
 
-    monkeypatch.setattr(receiving, "_write", counted)
+    monkeypatch.setattr(writer, "_write", counted)
     cache.cache_from_tar(source)
     assert sum(written) == cache.get_stats().total_size
     written.clear()

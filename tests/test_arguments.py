@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, Name, schema
+from cachedb import Cache, CacheError, Name
+from cachedb.index import schema
 from tests import make
 from tests.conftest import snapshot
 from tests.test_closing import ARGUMENTS, call, methods

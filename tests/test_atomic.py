@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, schema
-from cachedb.atomic import atomic_file, part_path, remove_leftovers
+from cachedb import Cache
+from cachedb.disk.durable import atomic_file, part_path, remove_leftovers
+from cachedb.index import schema
 from tests import make
 from tests.conftest import Run, start_python
 
@@ -232,7 +233,8 @@ def test_what_a_killed_backup_leaves_in_another_folder_goes_at_the_next_backup(f
         import sys, time
         import sys
         from pathlib import Path
-        from cachedb import backups, schema
+        from cachedb.index.sqlite import backups
+        from cachedb.index import schema
         backups._OPCODES = 10
         def wait(*_):
             print("begun", flush=True)

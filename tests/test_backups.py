@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, DamagedIndex, StorageError, backups, locks, rebuild, schema
-from cachedb.database import Database
+from cachedb import Cache, CacheError, DamagedIndex, StorageError
+from cachedb.disk import locks
+from cachedb.index import schema
+from cachedb.index.sqlite import backups
+from cachedb.index.sqlite.database import Database
+from cachedb.operations import rebuild
 from tests import make
 from tests.make import save
 

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event
 
-from cachedb import Cache, DigestMismatch, InvalidArchive, StorageError, blobs, collection, receiving
-from cachedb.blobs import Received
-from cachedb.database import BATCH, Database
-from cachedb.directory import blob_path
-from cachedb.reference import Digest
-from cachedb.sessions import Session
+from cachedb import Cache, DigestMismatch, InvalidArchive, StorageError
+from cachedb.content import collect, publish
+from cachedb.content.publish import Received
+from cachedb.content.session import Session
+from cachedb.disk import writer
+from cachedb.disk.layout import blob_path
+from cachedb.index.sqlite.database import BATCH, Database
+from cachedb.oci.names import Digest
 from tests.conftest import Run, files_of, snapshot, stored_rows
 from tests.make import digest_of, image, random_bytes
 
@@ -36,7 +38,7 @@ def session(index: Database) -> Iterator[Session]:
 
 
 def take(session: Session, data: bytes, *, write: bool = True) -> Received:
-    return blobs.receive(session, io.BytesIO(data), write=write)
+    return publish.receive(session, io.BytesIO(data), write=write)
 
 
 class Dripping(io.RawIOBase):
@@ -61,7 +63,7 @@ class Dripping(io.RawIOBase):
 def test_content_of_any_size_is_stored_as_it_came(cache: Cache, session: Session, size: int, algorithm: str) -> None:
     data = random_bytes(size, seed=size)
     reported: list[int] = []
-    received = blobs.receive(session, Dripping(data), algorithm=algorithm, progress=reported.append)
+    received = publish.receive(session, Dripping(data), algorithm=algorithm, progress=reported.append)
     assert received.path is not None
     assert received.path.read_bytes() == data
     assert received[:2] == (digest_of(data, algorithm), size)
@@ -83,7 +85,7 @@ def test_content_that_differs_from_what_was_said_is_refused(session: Session, si
     digest = Digest(digest_of(data if wrong != "digest" else b"other"))
     said = {"digest": size, "longer": size - 1, "shorter": size + 1}[wrong]
     with pytest.raises(DigestMismatch):
-        blobs.receive(session, io.BytesIO(data), digest=digest, size=said)
+        publish.receive(session, io.BytesIO(data), digest=digest, size=said)
     assert os.listdir(session.folder) == []
 
 
@@ -97,7 +99,7 @@ def test_no_more_is_read_than_was_said(session: Session) -> None:
             return len(buffer)
 
     with pytest.raises(DigestMismatch, match="should be 5 bytes, and is more"):
-        blobs.receive(session, Endless(), size=5)
+        publish.receive(session, Endless(), size=5)
     assert os.listdir(session.folder) == []
 
 
@@ -113,7 +115,7 @@ def test_a_source_that_fails_leaves_nothing(session: Session, write: bool) -> No
             return len(buffer)
 
     with pytest.raises(KeyboardInterrupt):
-        blobs.receive(session, Failing(), write=write)
+        publish.receive(session, Failing(), write=write)
     assert os.listdir(session.folder) == []
 
 
@@ -128,7 +130,7 @@ def test_what_looks_at_content_on_its_way_may_refuse_it_at_any_chunk(session: Se
                 raise InvalidArchive("refused")
 
     with pytest.raises(InvalidArchive, match="refused"):
-        blobs.receive(session, io.BytesIO(bytes(6 * MIB)), also=Refusing())
+        publish.receive(session, io.BytesIO(bytes(6 * MIB)), also=Refusing())
     assert os.listdir(session.folder) == []
 
 
@@ -152,7 +154,7 @@ def test_what_is_hashed_is_what_is_written_though_the_source_changes(session: Se
             return count
 
     source = Changing()
-    received = blobs.receive(session, source)
+    received = publish.receive(session, source)
     source.file.close()
     assert received.path is not None
     assert digest_of(received.path.read_bytes()) == received.digest
@@ -187,7 +189,7 @@ def test_the_disk_is_told_of_what_is_written_and_not_of_what_was_there(
     monkeypatch.setattr(os, "posix_fadvise", lambda _file, offset, length, _advice: told.append((offset, length)))
     path = tmp_path / "partial"
     path.write_bytes(bytes(3 * MIB))
-    receiving.receive(io.BytesIO(bytes(20 * MIB)), path, size=23 * MIB, go_on=True)
+    writer.receive(io.BytesIO(bytes(20 * MIB)), path, size=23 * MIB, go_on=True)
     assert told == [(3 * MIB, 8 * MIB), (11 * MIB, 8 * MIB)]
     assert path.stat().st_size == 23 * MIB
 
@@ -201,7 +203,7 @@ def test_memory_does_not_depend_on_the_size(session: Session) -> None:
             return len(buffer) if self.left >= 0 else 0
 
     tracemalloc.start()
-    received = blobs.receive(session, Zeros())
+    received = publish.receive(session, Zeros())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert received.size == 64 * MIB
@@ -242,7 +244,7 @@ def test_data_is_on_disk_before_its_name_and_its_name_before_its_row(
     note("link", "link", lambda _source, target: Path(target))
     event.listen(Engine, "commit", committed)
     try:
-        with blobs.publish(index, session, [take(session, b"data")]):
+        with publish.publish(index, session, [take(session, b"data")]):
             pass
     finally:
         event.remove(Engine, "commit", committed)
@@ -258,13 +260,13 @@ def test_data_is_on_disk_before_its_name_and_its_name_before_its_row(
 
 
 def test_a_publication_stores_what_is_new_once(index: Database, session: Session) -> None:
-    with blobs.publish(index, session, [take(session, b"old")]):
+    with publish.publish(index, session, [take(session, b"old")]):
         pass
     inode = blob_path(index.directory, Digest(digest_of(b"old"))).stat().st_ino
     received = [take(session, data) for data in (b"old", b"new", b"new", b"")]
     received.append(take(session, b"held elsewhere", write=False))
-    with blobs.publish(index, session, received) as connection:
-        assert blobs.stored(connection, [blob.digest for blob in received]).keys() == {
+    with publish.publish(index, session, received) as connection:
+        assert publish.stored(connection, [blob.digest for blob in received]).keys() == {
             digest_of(data) for data in (b"old", b"new", b"")
         }
     assert files_of(index.directory) == stored_rows(index.directory)
@@ -285,9 +287,9 @@ def test_a_blob_that_the_index_knew_becomes_stored_with_its_true_size(cache: Cac
 
 
 def test_a_publication_whose_block_fails_leaves_no_file_and_no_row(index: Database, session: Session) -> None:
-    with blobs.publish(index, session, [take(session, b"before")]):
+    with publish.publish(index, session, [take(session, b"before")]):
         pass
-    with pytest.raises(KeyError), blobs.publish(index, session, [take(session, b"before"), take(session, b"data")]):
+    with pytest.raises(KeyError), publish.publish(index, session, [take(session, b"before"), take(session, b"data")]):
         raise KeyError
     assert files_of(index.directory) == stored_rows(index.directory) == {digest_of(b"before"): 6}
     assert os.listdir(session.folder) == []
@@ -341,8 +343,8 @@ def test_a_publication_that_cannot_be_taken_back_is_taken_back_by_the_next_open(
         def fail(*_: object) -> None:
             raise StorageError("the disk is gone")
 
-        patch.setattr(blobs, "set_stored", fail)
-        patch.setattr(blobs, "retract", fail)
+        patch.setattr(publish, "set_stored", fail)
+        patch.setattr(publish, "retract", fail)
         with pytest.raises(StorageError, match="the disk is gone"):
             cache.add_blob(b"data")
         cache.close()
@@ -361,7 +363,7 @@ def test_a_blob_that_is_forgotten_is_stored_anew_at_every_step_of_its_collection
         with index.write() as connection:
             connection.exec_driver_sql("DELETE FROM leases")
             ids = connection.exec_driver_sql("SELECT id FROM blobs").scalars().all()
-            assert collection.forget(connection, ids) == (1, 4)
+            assert collect.forget(connection, ids) == (1, 4)
 
     digest = cache.add_blob(data)
     forget()
@@ -372,7 +374,7 @@ def test_a_blob_that_is_forgotten_is_stored_anew_at_every_step_of_its_collection
     path.unlink()
     path.write_bytes(b"da")
     cache.add_blob(data)
-    collection.empty_trash(index)
+    collect.empty_trash(index)
     assert cache.get_blob(digest) == data
 
     forget()  # between the look for trash and the lock
@@ -387,14 +389,14 @@ def test_a_blob_that_is_forgotten_is_stored_anew_at_every_step_of_its_collection
 
     with monkeypatch.context() as patch:
         patch.setattr(Database, "rows", stored_meanwhile)
-        collection.empty_trash(index)
+        collect.empty_trash(index)
     assert stored == ["being stored", digest]
     assert cache.get_blob(digest) == data
 
     forget()  # forgotten, stored and forgotten once more, with the first note still in the trash
     cache.add_blob(data)
     forget()
-    collection.empty_trash(index)
+    collect.empty_trash(index)
     assert files_of(index.directory) == stored_rows(index.directory) == {}
     assert os.listdir(index.directory / "trash") == []
     cache.add_blob(data)
@@ -426,7 +428,7 @@ def test_many_digests_are_looked_up_in_batches(index: Database) -> None:
         insert = "INSERT INTO blobs (digest, size, stored_at) VALUES (?, 1, '2026-01-31T23:59:59.123456Z')"
         connection.exec_driver_sql(insert, [(digest,) for digest in wanted])
         connection.exec_driver_sql("INSERT INTO blobs (digest, size) VALUES (?, 1)", (digest_of(b"unstored"),))
-        assert blobs.stored(connection, [*wanted, Digest(digest_of(b"unstored"))]).keys() == set(wanted)
+        assert publish.stored(connection, [*wanted, Digest(digest_of(b"unstored"))]).keys() == set(wanted)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, InvalidName, RegistryError, RegistryUnavailable, client, registry
-from cachedb.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
-from cachedb.reference import Digest, Name
+from cachedb import Cache, InvalidName, RegistryError, RegistryUnavailable
+from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
+from cachedb.oci.names import Digest, Name
+from cachedb.transports.registry import client
+from cachedb.transports.registry import repository as registry
 from tests import make
 from tests.faults import Answer, Call, answer, closed, headers, redirect, retry_later, rewritten
 from tests.registries import PASSWORD, USER, Registry
@@ -358,7 +360,7 @@ def test_as_many_pages_of_referrers_as_may_be_are_read(
 def test_an_image_has_as_many_manifests_that_refer_to_it_as_may_be(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr("cachedb.pull._MANIFESTS", 3)
+    monkeypatch.setattr("cachedb.operations.pull._MANIFESTS", 3)
     remote.blobs["app", make.digest_of(b"{}")] = b"{}"
     for number in range(count):
         remote.add_manifest(referrer(number), "app")

@@ -14,28 +14,20 @@ from typing import Any
 
 import pytest
 
-from cachedb import (
-    Cache,
-    CacheError,
-    InvalidArchive,
-    InvalidManifest,
-    RegistryError,
-    archive,
-    credentials,
-    files,
-    oci,
-    partial,
-    printing,
-    tar,
-    units,
-    uses,
-)
-from cachedb.files import Section
-from cachedb.folders import Folders
-from cachedb.oci import DOCUMENT_LIMIT, OCI_MANIFEST
-from cachedb.reference import Name
-from cachedb.report import number
-from cachedb.tables import TEXT_LIMIT
+from cachedb import Cache, CacheError, InvalidArchive, InvalidManifest, RegistryError
+from cachedb import text as units
+from cachedb.cli import output
+from cachedb.content import last_used
+from cachedb.disk import downloads
+from cachedb.disk.folders import Folders
+from cachedb.index.tables import TEXT_LIMIT
+from cachedb.oci import manifests
+from cachedb.oci.manifests import DOCUMENT_LIMIT, OCI_MANIFEST
+from cachedb.oci.names import Name
+from cachedb.reports.named import number
+from cachedb.transports.archive import files, read, tar
+from cachedb.transports.archive.files import Section
+from cachedb.transports.registry import credentials
 from tests import make
 from tests.conftest import Run
 from tests.make import save
@@ -73,14 +65,14 @@ def test_a_manifest_and_a_config_of_the_largest_size_go_all_ways(cache: Cache, d
 def test_a_small_file_of_an_archive_is_read_up_to_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "document"
     path.write_bytes(bytes(DOCUMENT_LIMIT + 1))
-    assert len(archive._read_small(Section(path, 0, DOCUMENT_LIMIT), "it", InvalidArchive)) == DOCUMENT_LIMIT
+    assert len(read._read_small(Section(path, 0, DOCUMENT_LIMIT), "it", InvalidArchive)) == DOCUMENT_LIMIT
     with pytest.raises(InvalidArchive, match=f"it is {DOCUMENT_LIMIT + 1} bytes"):
-        archive._read_small(Section(path, 0, DOCUMENT_LIMIT + 1), "it", InvalidArchive)
+        read._read_small(Section(path, 0, DOCUMENT_LIMIT + 1), "it", InvalidArchive)
 
 
 @pytest.mark.parametrize(("length", "kept"), [(TEXT_LIMIT, True), (TEXT_LIMIT + 1, False)])
 def test_an_author_of_the_longest_text_is_kept(length: int, kept: bool) -> None:
-    found = oci.parse_config(json.dumps({"author": "a" * length}).encode(), TEXT_LIMIT)
+    found = manifests.parse_config(json.dumps({"author": "a" * length}).encode(), TEXT_LIMIT)
     assert (found.author is not None) == kept
 
 
@@ -187,12 +179,12 @@ def test_a_member_that_ends_with_the_file_is_whole_and_a_byte_less_is_cut_short(
 
 
 def test_blobs_and_images_of_an_archive_are_counted_to_the_limit() -> None:
-    archive._check_rows(archive._ROWS_LIMIT)
-    archive._check_number([None] * archive._IMAGES_LIMIT)
+    read._check_rows(read._ROWS_LIMIT)
+    read._check_number([None] * read._IMAGES_LIMIT)
     with pytest.raises(InvalidArchive, match="more than 100000 blobs"):
-        archive._check_rows(archive._ROWS_LIMIT + 1)
+        read._check_rows(read._ROWS_LIMIT + 1)
     with pytest.raises(InvalidArchive, match="1001 images; more than 1000"):
-        archive._check_number([None] * (archive._IMAGES_LIMIT + 1))
+        read._check_number([None] * (read._IMAGES_LIMIT + 1))
 
 
 # Credentials
@@ -240,8 +232,8 @@ def test_what_is_left_of_a_download_is_kept_for_a_day(
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"half")
     begun = path.stat().st_mtime
-    monkeypatch.setattr(partial, "time", SimpleNamespace(time=lambda: begun + seconds))
-    assert partial.sweep(Folders(cache.directory)) == gone
+    monkeypatch.setattr(downloads, "time", SimpleNamespace(time=lambda: begun + seconds))
+    assert downloads.sweep(Folders(cache.directory)) == gone
     assert path.exists() != gone
 
 
@@ -249,7 +241,7 @@ def test_what_is_left_of_a_download_is_kept_for_a_day(
 def test_a_download_is_gone_on_with_unless_there_is_more_than_all_of_it(tmp_path: Path, there: int, begun: int) -> None:
     path = tmp_path / "partial"
     path.write_bytes(bytes(there))
-    assert partial.begun(path, 10) == begun
+    assert downloads.begun(path, 10) == begun
     assert path.exists() == bool(begun)
 
 
@@ -263,15 +255,15 @@ def test_a_hold_lasts_a_hundred_years_at_most(cache: Cache, seconds: float, poss
             cache.add_hold("app:1", seconds=seconds)
 
 
-@pytest.mark.parametrize(("seconds", "written"), [(uses.RESOLUTION, False), (uses.RESOLUTION + 0.001, True)])
+@pytest.mark.parametrize(("seconds", "written"), [(last_used.RESOLUTION, False), (last_used.RESOLUTION + 0.001, True)])
 def test_uses_are_written_when_the_last_time_is_longer_ago_than_five_minutes(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, seconds: float, written: bool
 ) -> None:
-    noted = uses.Uses(cache._database)
+    noted = last_used.Uses(cache._database)
     noted._written = 1000.0
     calls: list[object] = []
     monkeypatch.setattr(noted, "write", lambda: calls.append(1))
-    monkeypatch.setattr(uses, "time", SimpleNamespace(monotonic=lambda: noted._written + seconds))
+    monkeypatch.setattr(last_used, "time", SimpleNamespace(monotonic=lambda: noted._written + seconds))
     noted.note(Name("app", "1"))
     assert bool(calls) == written
 
@@ -281,7 +273,7 @@ def test_a_last_use_is_news_after_five_minutes(cache: Cache, directory: Path, se
     save(cache, "app:1", IMAGE)
     then = datetime.now(UTC) - timedelta(seconds=seconds)
     change(directory, f"UPDATE images SET last_used_at = '{then:%Y-%m-%dT%H:%M:%S.%fZ}'")
-    noted = uses.Uses(cache._database)
+    noted = last_used.Uses(cache._database)
     noted.note(Name("app", "1"))
     noted.write()
     assert (cache.get_image("app:1").last_used_at > then) == written
@@ -327,15 +319,15 @@ def test_a_row_is_a_line_where_each_column_has_ten_characters_and_two_between(
     monkeypatch: pytest.MonkeyPatch, room: int, fits: bool
 ) -> None:
     monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((room, 99)))
-    assert printing._fits(["name", "digest", "x"], [["a" * 10, "b" * 100, "ccc"]]) == fits
+    assert output._fits(["name", "digest", "x"], [["a" * 10, "b" * 100, "ccc"]]) == fits
 
 
 def test_json_of_any_number_of_parts_is_whole(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for parts in (1, 2, 3, 1000):
-        monkeypatch.setattr(printing, "_PARTS", parts)
-        printing.print_json({"a": [1, 2, 3], "b": None})
+        monkeypatch.setattr(output, "_PARTS", parts)
+        output.print_json({"a": [1, 2, 3], "b": None})
         assert json.loads(capsys.readouterr().out) == {"a": [1, 2, 3], "b": None}
 
 
@@ -365,8 +357,8 @@ def test_a_repository_of_the_longest_name_is_one() -> None:
 
 
 def test_a_descriptor_of_the_largest_size_is_one() -> None:
-    def sized(size: int) -> oci.Descriptor:
-        return oci.child({"mediaType": OCI_MANIFEST, "digest": IMAGE.digest, "size": size}, "it")
+    def sized(size: int) -> manifests.Descriptor:
+        return manifests.child({"mediaType": OCI_MANIFEST, "digest": IMAGE.digest, "size": size}, "it")
 
     assert sized(16 * 1024**4).size == 16 * 1024**4
     with pytest.raises(InvalidManifest):

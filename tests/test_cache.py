@@ -25,9 +25,9 @@ from cachedb import (
     Name,
     NotACache,
     NotInCache,
-    reading,
 )
-from cachedb.oci import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb.disk import reader
+from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from tests import make
 from tests.conftest import files_of, snapshot, stored_rows
 from tests.make import save
@@ -350,8 +350,8 @@ def test_an_interrupted_import_keeps_the_record_of_what_it_published(directory: 
         def interrupted(*_arguments: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("cachedb.images.save", interrupted)
-        patch.setattr("cachedb.blobs.retract", interrupted)
+        patch.setattr("cachedb.content.save.save", interrupted)
+        patch.setattr("cachedb.content.publish.retract", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.cache_from_tar(archive)
     Cache.open(directory).close()
@@ -362,7 +362,7 @@ def test_what_a_killed_removal_left_is_cleaned_at_the_next_open(directory: Path)
     with Cache.open(directory) as cache:
         save(cache, "app", make.image(1))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("cachedb.collection.empty_trash", lambda _database: [])
+            patch.setattr("cachedb.content.collect.empty_trash", lambda _database: [])
             cache.remove_manifest("app")
         assert len(files_of(directory)) == 3
     Cache.open(directory).close()
@@ -372,7 +372,7 @@ def test_what_a_killed_removal_left_is_cleaned_at_the_next_open(directory: Path)
 def test_a_manifest_that_moves_while_it_is_read_is_the_new_one(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = make.image(1), make.image(2)
     save(cache, "app", old)
-    opened = reading.open_blob
+    opened = reader.open_blob
 
     def moved(directory: Path, digest: Digest) -> BinaryIO:
         if digest == old.digest and cache.get_image("app").digest == old.digest:
@@ -380,7 +380,7 @@ def test_a_manifest_that_moves_while_it_is_read_is_the_new_one(cache: Cache, mon
             cache.collect_garbage()
         return opened(directory, digest)
 
-    monkeypatch.setattr("cachedb.reading.open_blob", moved)
+    monkeypatch.setattr("cachedb.disk.reader.open_blob", moved)
     assert cache.get_manifest("app") == new.manifest
 
 

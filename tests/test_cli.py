@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache
-from cachedb.cli import _EXPORT_FORMATS, cli
-from cachedb.export import FORMATS
+from cachedb.cli.main import _EXPORT_FORMATS, cli
+from cachedb.transports.archive.write import FORMATS
 from tests import make
 from tests.conftest import Run, files_of, snapshot
 from tests.test_locks import eventually
@@ -262,7 +262,7 @@ def test_the_formats_of_export_are_those_of_the_library() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; from cachedb.cli import cli; print([m for m in sys.modules if m.partition('.')[0] in %r])"
+    code = "import sys; from cachedb.cli.main import cli; print([m for m in sys.modules if m.partition('.')[0] in %r])"
     heavy = {"sqlalchemy", "alembic", "rich", "sqlite3", "tarfile", "platformdirs"}
     result = subprocess.run([sys.executable, "-c", code % heavy], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
@@ -272,7 +272,7 @@ def test_listing_imports_neither_alembic_nor_rich_nor_the_archive_reader(directo
     Cache.open(directory).close()
     code = (
         f"import sys; sys.argv = ['cachedb', '--dir', {str(directory)!r}, 'ls']\n"
-        "from cachedb.cli import main\n"
+        "from cachedb.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: print([m for m in sys.modules if m in ('alembic', 'rich', 'tarfile')])"
     )
@@ -383,7 +383,7 @@ def test_bash_completes_commands_names_and_digests(
 
 
 def test_a_long_json_is_not_put_together_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cachedb.printing import print_json
+    from cachedb.cli.output import print_json
 
     class Written(io.StringIO):
         longest = 0
@@ -402,7 +402,8 @@ def test_a_long_json_is_not_put_together_in_memory(monkeypatch: pytest.MonkeyPat
 def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) -> None:
     script = """
     import sys
-    from cachedb import cli, database
+    from cachedb.cli import main
+    from cachedb.index.sqlite import database
 
     close = database._Connection.close
 
@@ -411,7 +412,7 @@ def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) 
         raise KeyboardInterrupt
 
     database._Connection.close = interrupted
-    cli.main()
+    main.main()
     """
     command = [sys.executable, "-c", textwrap.dedent(script), "--dir", str(directory), "ls"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

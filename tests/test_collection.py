@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event, select
 
-from cachedb import Cache, DamagedIndex, StorageError, blobs, collection
-from cachedb.database import Database
-from cachedb.directory import blob_path
-from cachedb.reference import Digest
-from cachedb.tables import BLOBS
+from cachedb import Cache, DamagedIndex, StorageError
+from cachedb.content import collect, publish
+from cachedb.disk.layout import blob_path
+from cachedb.index.sqlite.database import Database
+from cachedb.index.tables import BLOBS
+from cachedb.oci.names import Digest
 from tests.conftest import files_of, running, snapshot, stored_rows
 from tests.make import digest_of, image, oci_files, save, write
 from tests.test_locks import is_free
@@ -107,10 +108,10 @@ def test_a_blob_that_is_taken_up_after_the_candidates_were_found_stays(
 ) -> None:
     kept = image(1)
     abandon(cache, b"nobody's", *kept.blobs.values())
-    forget = collection.forget
+    forget = collect.forget
     tried: list[object] = []
 
-    def taken_up_meanwhile(connection: Connection, ids: list[int]) -> collection.Collected:
+    def taken_up_meanwhile(connection: Connection, ids: list[int]) -> collect.Collected:
         tried.append(forget(connection, ids))
         return tried[-1]  # type: ignore[return-value]
 
@@ -123,8 +124,8 @@ def test_a_blob_that_is_taken_up_after_the_candidates_were_found_stays(
         return write_(self)
 
     monkeypatch.setattr(Database, "write", write_after)
-    monkeypatch.setattr(collection, "forget", taken_up_meanwhile)
-    assert list(collection.collect(index)) == [(1, len(b"nobody's"))]
+    monkeypatch.setattr(collect, "forget", taken_up_meanwhile)
+    assert list(collect.collect(index)) == [(1, len(b"nobody's"))]
     assert cache.is_image_complete("app")
     assert files_of(cache.directory).keys() == kept.blobs.keys()
 
@@ -163,7 +164,7 @@ def test_a_blob_is_forgotten_then_moved_then_unlinked(
     monkeypatch.setattr(os, "fsync", sync)
     event.listen(Engine, "commit", committed)
     try:
-        list(collection.collect(index))
+        list(collect.collect(index))
     finally:
         event.remove(Engine, "commit", committed)
     assert happened == ["commit", "rename blobs", "sync sha256", "commit", "unlink trash"]
@@ -185,13 +186,13 @@ def test_files_are_moved_under_the_lock_and_unlinked_outside_it(
             return call(path, *arguments, **options)
 
         monkeypatch.setattr(os, name, replacement)
-    list(collection.collect(index))
+    list(collect.collect(index))
     assert free == {"rename": False, "unlink": True}
 
 
 def test_the_write_lock_is_let_go_of_where_renames_take_long(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     abandon(cache, b"one", b"two", b"three")
-    monkeypatch.setattr(collection, "_HOLD", 0)
+    monkeypatch.setattr(collect, "_HOLD", 0)
     turns: list[str] = []
     alone = Database.alone
 
@@ -212,10 +213,10 @@ def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
     names = {f"sha256-{number:064x}" for number in range(200)}
     for name in names:
         (cache.directory / "trash" / name).touch()
-    unlink, threads, meeting = os.unlink, set[int](), threading.Barrier(collection._UNLINKING, timeout=60)
+    unlink, threads, meeting = os.unlink, set[int](), threading.Barrier(collect._UNLINKING, timeout=60)
 
     def refuse_one(path: str, *, dir_fd: int | None = None) -> None:
-        if threading.get_ident() not in threads and len(threads) < collection._UNLINKING:
+        if threading.get_ident() not in threads and len(threads) < collect._UNLINKING:
             threads.add(threading.get_ident())
             meeting.wait()  # each is there, before any of them is through
         if path.endswith("77"):
@@ -224,18 +225,18 @@ def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse_one)
-        left = collection.empty_trash(index)
+        left = collect.empty_trash(index)
         assert [(path.name, reason[:17]) for path, reason in left] == [(f"sha256-{0x77:064x}", "Permission denied")]
         with pytest.raises(StorageError, match=r"all was collected, but '.*77' cannot be unlinked: Permission denied"):
             cache.collect_garbage()
-    assert len(threads) == collection._UNLINKING > 1
-    assert collection.empty_trash(index) == []
+    assert len(threads) == collect._UNLINKING > 1
+    assert collect.empty_trash(index) == []
     assert os.listdir(cache.directory / "trash") == []
 
 
 def test_what_is_in_work_is_no_candidate(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.add_blob(b"in work")
-    monkeypatch.setattr(collection, "forget", lambda *_: pytest.fail("nothing is to be forgotten"))
+    monkeypatch.setattr(collect, "forget", lambda *_: pytest.fail("nothing is to be forgotten"))
     assert cache.collect_garbage() == (0, 0)
 
 
@@ -263,7 +264,7 @@ def test_the_next_open_takes_out_what_a_dead_session_left_in_the_trash(cache: Ca
     abandon(cache, b"nobody's")
     with index.write() as connection:
         ids = connection.execute(select(BLOBS.c.id)).scalars().all()
-        assert collection.forget(connection, ids) == (1, len(b"nobody's"))
+        assert collect.forget(connection, ids) == (1, len(b"nobody's"))
     (cache.directory / "ingest" / "1-00000000dead").mkdir()
     Cache.open(cache.directory).close()
     assert files_of(cache.directory) == {}
@@ -271,7 +272,7 @@ def test_the_next_open_takes_out_what_a_dead_session_left_in_the_trash(cache: Ca
 
 
 def test_many_blobs_are_collected_in_batches(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collection, "BATCH", 3)
+    monkeypatch.setattr(collect, "BATCH", 3)
     abandon(cache, *(b"%03d" % number for number in range(10)))
     save(cache, "kept", image(1))
     assert cache.collect_garbage() == (10, 30)
@@ -344,7 +345,7 @@ def plans(index: Database, act: Callable[[Connection], object]) -> list[str]:
 
 def test_forgetting_an_images_blobs_looks_at_those_alone(cache: Cache, index: Database) -> None:
     cache.add_blob(b"data")
-    steps = plans(index, lambda connection: collection.forget(connection, [1, 2, 3]))
+    steps = plans(index, lambda connection: collect.forget(connection, [1, 2, 3]))
     assert any("image_blobs USING COVERING INDEX ix_image_blobs_blob_id (blob_id=?)" in step for step in steps)
     assert any("leases USING PRIMARY KEY (digest=?)" in step for step in steps)
     assert any("blobs USING INTEGER PRIMARY KEY (rowid=?)" in step for step in steps)
@@ -352,12 +353,12 @@ def test_forgetting_an_images_blobs_looks_at_those_alone(cache: Cache, index: Da
 
 
 def test_a_sweep_reads_the_blobs_once_and_looks_the_rest_up(index: Database) -> None:
-    steps = plans(index, collection.unreferenced)
+    steps = plans(index, collect.unreferenced)
     assert [step for step in steps if "SCAN" in step] == ["SCAN blobs"]
 
 
 def test_candidates_are_found_in_one_pass_over_two_indexes(index: Database) -> None:
-    steps = plans(index, lambda connection: connection.execute(collection._candidates()))
+    steps = plans(index, lambda connection: connection.execute(collect._candidates()))
     assert steps.count("MERGE (EXCEPT)") == 2
     scans = [step for step in steps if "SCAN" in step and "leases" not in step]
     assert scans == ["SCAN blobs", "SCAN image_blobs USING COVERING INDEX ix_image_blobs_blob_id"]
@@ -365,7 +366,7 @@ def test_candidates_are_found_in_one_pass_over_two_indexes(index: Database) -> N
 
 
 def test_sweeping_sessions_and_looking_up_what_is_stored_use_indexes(index: Database) -> None:
-    steps = plans(index, lambda connection: blobs.stored(connection, [Digest(digest_of(b"data"))]))
+    steps = plans(index, lambda connection: publish.stored(connection, [Digest(digest_of(b"data"))]))
     assert not [step for step in steps if "SCAN" in step]
     delete = "DELETE FROM leases WHERE session = 'x' AND hold = 1"
     steps = plans(index, lambda connection: connection.exec_driver_sql(delete))

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachedb import Cache, CacheError, StorageError, reading
-from cachedb.oci import CONFIG_LIMIT, DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, parse_config
-from cachedb.reference import Digest
-from cachedb.tables import TEXT_LIMIT
+from cachedb import Cache, CacheError, StorageError
+from cachedb.disk import reader
+from cachedb.index.tables import TEXT_LIMIT
+from cachedb.oci.manifests import CONFIG_LIMIT, DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, parse_config
+from cachedb.oci.names import Digest
 from tests.conftest import run_python
 from tests.make import Made, descriptor, digest_of, docker_files, image, index, layer, save, save_index, write
 from tests.promises import check
@@ -266,14 +267,14 @@ def test_a_config_that_could_not_be_read_is_found_by_verify_once_it_can(
     made = made_of(config(1), 1)
     for digest, data in made.blobs.items():
         cache.save_blob(digest, data)
-    opened = reading.open_blob
+    opened = reader.open_blob
 
     def fail(directory: Path, digest: Digest) -> BinaryIO:
         if digest == digest_of(made.config):
             raise StorageError("cannot read a blob: Input/output error")
         return opened(directory, digest)
 
-    monkeypatch.setattr(reading, "open_blob", fail)
+    monkeypatch.setattr(reader, "open_blob", fail)
     cache.save_manifest("app:1", made.manifest)
     assert cache.verify().problems == []  # as long as it cannot be read there is nothing to compare with
     monkeypatch.undo()

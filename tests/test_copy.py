@@ -15,24 +15,15 @@ from typing import Any
 
 import pytest
 
-from cachedb import (
-    Cache,
-    CacheError,
-    DamagedIndex,
-    DigestMismatch,
-    NotACache,
-    StorageError,
-    backups,
-    copy_cache,
-    locks,
-    marker,
-    schema,
-    verify,
-)
-from cachedb.database import Database
-from cachedb.directory import UNFINISHED
-from cachedb.folders import Folders
-from cachedb.sessions import Session
+from cachedb import Cache, CacheError, DamagedIndex, DigestMismatch, NotACache, StorageError
+from cachedb.content.session import Session
+from cachedb.disk import locks, marker
+from cachedb.disk.folders import Folders
+from cachedb.disk.layout import UNFINISHED
+from cachedb.index import schema
+from cachedb.index.sqlite import backups
+from cachedb.index.sqlite.database import Database
+from cachedb.operations import copy, verify
 from tests import make
 from tests.conftest import Run, files_of, running, snapshot, start_python, stored_rows
 from tests.make import image, save
@@ -55,7 +46,7 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(fcntl, "ioctl", cannot)
-    monkeypatch.setattr(copy_cache, "_link", lambda *_: False)
+    monkeypatch.setattr(copy, "_link", lambda *_: False)
 
 
 def names(directory: Path) -> set[str]:
@@ -172,8 +163,8 @@ def test_what_is_removed_during_the_copy_is_in_it(
     cache: Cache, target: Path, late: bool, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(cache, "app:1", image(1))
-    owner: Any = backups if step == "copy_snapshot" else copy_cache
-    go_on, lease = getattr(owner, step), copy_cache._lease
+    owner: Any = backups if step == "copy_snapshot" else copy
+    go_on, lease = getattr(owner, step), copy._lease
 
     def save_late(*arguments: Any) -> None:
         lease(*arguments)
@@ -187,7 +178,7 @@ def test_what_is_removed_during_the_copy_is_in_it(
             other.collect_garbage()
         return go_on(*arguments)
 
-    monkeypatch.setattr(copy_cache, "_lease", save_late)
+    monkeypatch.setattr(copy, "_lease", save_late)
     monkeypatch.setattr(owner, step, remove_first)
     cache.copy(target)
     monkeypatch.undo()
@@ -200,7 +191,7 @@ def test_what_is_removed_during_the_copy_is_in_it(
 
 
 def test_few_blobs_are_leased_at_a_time(cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copy_cache, "_LEASED_TOGETHER", 2)
+    monkeypatch.setattr(copy, "_LEASED_TOGETHER", 2)
     save(cache, "app:1", image(1, 2, 3))
     before = snapshot(cache.directory)
     cache.copy(target)
@@ -258,7 +249,7 @@ def test_blobs_are_reflinks_where_the_file_system_can(
 def test_what_others_can_write_to_is_copied(
     cache: Cache, target: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copy_cache, "_clone", lambda *_: False)
+    monkeypatch.setattr(copy, "_clone", lambda *_: False)
     made = image(1)
     save(cache, "app:1", made)
     path_of(cache.directory, made.config).chmod(mode)
@@ -348,15 +339,16 @@ def test_one_process_copies_into_a_directory(cache: Cache, target: Path) -> None
 
 KILLED = """
 import os, signal, sys
-from cachedb import Cache, copy_cache
-copy_blob, left = copy_cache._copy_blob, int(sys.argv[3])
+from cachedb import Cache
+from cachedb.operations import copy
+copy_blob, left = copy._copy_blob, int(sys.argv[3])
 def copy_and_die(*arguments):
     global left
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
     return copy_blob(*arguments)
-copy_cache._copy_blob = copy_and_die
+copy._copy_blob = copy_and_die
 with Cache.open(sys.argv[1]) as cache:
     print(flush=True)
     cache.copy(sys.argv[2])

@@ -23,8 +23,8 @@ import pytest
 from sqlalchemy import Engine, event
 
 from cachedb import Cache
-from cachedb.directory import UNFINISHED
-from cachedb.tables import REVISION
+from cachedb.disk.layout import UNFINISHED
+from cachedb.index.tables import REVISION
 from tests import make, victims
 from tests.attack import strace
 from tests.promises import check

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from cachedb import credentials
-from cachedb.credentials import Credentials, find
 from cachedb.errors import CacheError, RegistryError
+from cachedb.transports.registry import credentials
+from cachedb.transports.registry.credentials import Credentials, find
 from tests.test_locks import eventually
 
 HUB = "https://index.docker.io/v1/"

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 
-from cachedb import Cache, NotACache, SchemaMismatch, StorageError, database, locks
-from cachedb.database import APPLICATION_ID, Database
-from cachedb.tables import TRASH
+from cachedb import Cache, NotACache, SchemaMismatch, StorageError
+from cachedb.disk import locks
+from cachedb.index.sqlite import database
+from cachedb.index.sqlite.database import APPLICATION_ID, Database
+from cachedb.index.tables import TRASH
 from tests.conftest import Run, files_of, revision_of, run_python, running, stored_rows
 from tests.make import digest_of
 from tests.test_locks import eventually, open_files
@@ -116,7 +118,7 @@ def test_the_transaction_and_the_lock_of_a_writer_that_is_killed_go_with_it(inde
     script = """
         import sys, time
         from pathlib import Path
-        from cachedb.database import Database
+        from cachedb.index.sqlite.database import Database
         with Database(Path(sys.argv[1])).write() as connection:
             connection.exec_driver_sql("INSERT INTO trash VALUES (?, 1)", (sys.argv[2],))
             print("written", flush=True)
@@ -135,7 +137,7 @@ def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -
         """
         import hashlib, os, sys, time
         from pathlib import Path
-        from cachedb.database import Database
+        from cachedb.index.sqlite.database import Database
 
         index = Database(Path(sys.argv[1]))
         counter = Path(sys.argv[1]) / "ingest" / "counter"
@@ -180,7 +182,7 @@ def test_a_writer_that_is_killed_leaves_its_mark_and_the_next_one_commits_before
     script = """
         import sys, time
         from pathlib import Path
-        from cachedb.database import Database
+        from cachedb.index.sqlite.database import Database
         with Database(Path(sys.argv[1])).write():
             print("in it", flush=True)
             time.sleep(60)
@@ -350,8 +352,9 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
         import os, sys, threading, time
         from pathlib import Path
         from sqlalchemy import select
-        from cachedb import database, locks
-        from cachedb.tables import TRASH
+        from cachedb.index.sqlite import database
+        from cachedb.disk import locks
+        from cachedb.index.tables import TRASH
 
         index = database.Database(Path(sys.argv[1]))
         within, forked = threading.Event(), threading.Event()
@@ -492,8 +495,8 @@ def test_a_fork_waits_for_the_transactions_of_other_threads(index: Database, tra
         """
         import os, sys, threading, time
         from pathlib import Path
-        from cachedb import locks
-        from cachedb.database import Database
+        from cachedb.disk import locks
+        from cachedb.index.sqlite.database import Database
 
         index = Database(Path(sys.argv[1]))
         forked = threading.Event()

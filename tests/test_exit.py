@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache
-from cachedb.parallel import in_threads, start, summed
+from cachedb.threads import in_threads, start, summed
 from tests import make
 from tests.conftest import files_of, run_python
 

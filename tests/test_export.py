@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache, CacheError, DigestMismatch, IncompleteImage, NotInCache, StorageError
-from cachedb.oci import OCI_INDEX
+from cachedb.oci.manifests import OCI_INDEX
 from tests import make
 from tests.conftest import Run, files_of
 
@@ -586,7 +586,8 @@ def test_a_full_disk_is_an_error_of_one_line(
 ) -> None:
     add(cache, tmp_path, make.image(1, size=300_000))
     # No file may be longer than this; the index of the cache is not.
-    code = "import cachedb.cli, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2); cachedb.cli.main()"
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2)"
+    code = f"import resource; from cachedb.cli.main import main; {limit}; main()"
     (tmp_path / "sub").mkdir()
     arguments = ["--dir", str(directory), "export", "--format", form, "app:1", str(tmp_path / "sub" / target)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], text=True, capture_output=True, check=False)
@@ -634,7 +635,8 @@ def test_a_killed_export_leaves_nothing_under_the_final_name(
     # The first progress comes when the first blob is written; then it waits to be killed.
     code = f"""
 import signal, threading
-from cachedb import Cache, cli
+from cachedb import Cache
+from cachedb.cli.main import main as cli
 killed = threading.Event()
 def stop(done, total):
     print("begun", flush=True)
@@ -963,7 +965,7 @@ def test_blobs_are_cloned_where_the_file_system_can(
     def clone(target: int, _request: int, source: int) -> None:
         cloned.append(os.copy_file_range(source, target, 100_000_000))
 
-    monkeypatch.setattr("cachedb.export.fcntl.ioctl", clone)
+    monkeypatch.setattr("cachedb.transports.archive.write.fcntl.ioctl", clone)
     cache.export("app:1", tmp_path / "cloned", format="oci-dir")
     assert sum(cloned) > 3_000_000
     assert contents(tmp_path / "cloned") == contents(tmp_path / "copied")

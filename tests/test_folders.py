@@ -15,18 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import (
-    Cache,
-    CacheError,
-    CacheReplaced,
-    NotACache,
-    NotOurs,
-    SchemaMismatch,
-    StorageError,
-    marker,
-)
-from cachedb.database import Database
-from cachedb.folders import Folders
+from cachedb import Cache, CacheError, CacheReplaced, NotACache, NotOurs, SchemaMismatch, StorageError
+from cachedb.disk import marker
+from cachedb.disk.folders import Folders
+from cachedb.index.sqlite.database import Database
 from tests.conftest import Run, files_of, run_python
 from tests.make import digest_of, image, save
 from tests.test_database import content

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, CacheError, locks
-from cachedb.database import Database
-from cachedb.query import _Rows
+from cachedb import Cache, CacheError
+from cachedb.disk import locks
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.query import _Rows
 from tests import make
 from tests.conftest import run_python
 from tests.make import save
@@ -26,7 +27,12 @@ SCRIPT = """
     import faulthandler, fcntl, os, sqlite3, subprocess, sys, threading
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
-    from cachedb import Cache, backups, database, locks, query, schema
+    from cachedb import Cache
+    from cachedb.index.sqlite import backups
+    from cachedb.index.sqlite import database
+    from cachedb.disk import locks
+    from cachedb.index.sqlite import query
+    from cachedb.index import schema
     from tests import make
     from tests.make import save
 
@@ -176,28 +182,28 @@ WAITING = {
     ),
     "a transaction of another program": (
         'shell = sqlite3.connect(directory / "index.db", isolation_level=None)\nshell.execute("BEGIN IMMEDIATE")\n'
-        "from cachedb.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
         'cache.tag("app:1", "app:2")',
         'shell.execute("COMMIT")',
     ),
     "the folder, to read": (
         'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
         "cache._database.close()\n"
-        "from cachedb.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
         "assert cache.list_manifests()",
         "fcntl.flock(folder, fcntl.LOCK_UN)",
     ),
     "the folder, to ask": (
         'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
         "cache._database.close()\n"
-        "from cachedb.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
         'with cache.sql("SELECT 1") as answer: assert list(answer.rows) == [(1,)]',
         "fcntl.flock(folder, fcntl.LOCK_UN)",
     ),
     "the folder, to look up": (
         'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
         "cache._database.close()\n"
-        "from cachedb.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
         'assert not cache.has_blob("sha256:" + 64 * "0")',
         "fcntl.flock(folder, fcntl.LOCK_UN)",
     ),
@@ -317,7 +323,7 @@ def test_an_interrupt_that_comes_while_a_fork_waits_leaves_the_locks_in_order() 
     output = run_python(
         """
         import os, signal, sys, threading, time
-        from cachedb import locks
+        from cachedb.disk import locks
         inside, seen = threading.Event(), threading.Event()
         signal.signal(signal.SIGINT, lambda *_: seen.set() or signal.default_int_handler(*_))
         sys.unraisablehook = lambda raised: print(raised.exc_type.__name__, flush=True)

@@ -18,11 +18,13 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, StorageError, mounts, schema, space
-from cachedb.database import Database, is_full
-from cachedb.directory import partial_path
+from cachedb import Cache, StorageError, space
+from cachedb.disk import file_system
+from cachedb.disk.layout import partial_path
 from cachedb.errors import os_errors
-from cachedb.reference import Digest
+from cachedb.index import schema
+from cachedb.index.sqlite.database import Database, is_full
+from cachedb.oci.names import Digest
 from tests import make
 from tests.conftest import Run, run_python
 from tests.make import save
@@ -252,7 +254,7 @@ def test_an_index_that_outgrows_the_limit_is_told_from_a_full_disk(directory: Pa
         """
         import errno, os, resource, sqlite3, sys
         from pathlib import Path
-        from cachedb.database import Database
+        from cachedb.index.sqlite.database import Database
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))
         database = Database(Path(sys.argv[1]))
         for size in (1 << 20, (4 << 20) - 4096):
@@ -405,7 +407,7 @@ def test_a_file_system_that_cannot_do_what_a_cache_needs_is_refused_when_the_cac
 def test_a_cache_that_is_there_is_not_tested_again(
     cache: Cache, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts, "_find_inability", lambda _: "nothing works")
+    monkeypatch.setattr(file_system, "_find_inability", lambda _: "nothing works")
     Cache.open(directory).close()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, CacheError, Name, NotInCache
-from cachedb.database import Database
+from cachedb.index.sqlite.database import Database
 from tests import make
 from tests.conftest import Run, files_of, run_python, snapshot
 from tests.make import save
@@ -305,7 +305,7 @@ def test_an_error_is_one_line_and_has_its_exit_code(
     [("90s", 90), ("30m", 1800), ("2h", 7200), ("7d", 604_800), ("1w", 604_800), ("1h30m", 5400), ("1h1h", 7200)],
 )
 def test_a_duration_is_read(text: str, seconds: int) -> None:
-    from cachedb.cli import _Duration
+    from cachedb.cli.main import _Duration
 
     assert _Duration().convert(text, None, None) == seconds
 
@@ -314,7 +314,7 @@ def test_a_duration_is_read(text: str, seconds: int) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     import click
 
-    from cachedb.cli import _Duration
+    from cachedb.cli.main import _Duration
 
     with pytest.raises(click.UsageError, match="is not a time such as"):
         _Duration().convert(text, None, None)

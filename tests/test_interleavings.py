@@ -42,10 +42,13 @@ import pytest
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.default import DefaultDialect
 
-import cachedb.archive
-import cachedb.export  # noqa: F401 - for the zygote, so that no actor imports it
-from cachedb import Cache, CacheError, Name, blobs, collection, locks, producing
-from cachedb.database import Database
+import cachedb.transports.archive.read
+import cachedb.transports.archive.write  # noqa: F401 - for the zygote, so that no actor imports it
+from cachedb import Cache, CacheError, Name
+from cachedb.content import collect as collection
+from cachedb.content import publish
+from cachedb.disk import locks, single_flight
+from cachedb.index.sqlite.database import Database
 from tests import make
 from tests.attack.interleaving import Choose, Failed, Order, Outcome, Steps, Zygote, every_order, run
 from tests.conftest import files_of, run_python
@@ -288,7 +291,7 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
 
     patch.setattr(fcntl, "flock", announced)
     patch.setattr(locks, "_lock", waited_for)
-    patch.setattr(producing, "_progress", waited_for_maker)
+    patch.setattr(single_flight, "_progress", waited_for_maker)
 
 
 def full_path(path: Any, options: dict[str, Any], place: int) -> Path | None:
@@ -325,15 +328,15 @@ def stop_at_files(patch: pytest.MonkeyPatch, steps: Steps, directory: Path) -> N
         stop_before(os, name)
     stop_before(os, "open", only="blobs")
 
-    receive = blobs.receive
+    receive = publish.receive
 
-    def received(*arguments: Any, **options: Any) -> blobs.Received:
+    def received(*arguments: Any, **options: Any) -> publish.Received:
         steps.step("receive", "begin to receive")
         blob = receive(*arguments, **options)
         steps.step("receive", "received")
         return blob
 
-    patch.setattr(blobs, "receive", received)
+    patch.setattr(publish, "receive", received)
 
 
 def stop_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> None:
@@ -377,15 +380,16 @@ def stop_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> None:
 
 LEAVE = """
 import os, sys
-from cachedb import Cache, cache, collection
+from cachedb import Cache, cache
+from cachedb.content import collect
 from tests.test_interleavings import HALF, TRASHED
 with Cache.open(sys.argv[1]) as opened:
     opened.add_blob(TRASHED)
 opened = Cache.open(sys.argv[1])
 opened.add_blob(b"leased by the dead")
 if os.fork() == 0:
-    collection._move_out = lambda database: os._exit(0)
-    collection.recover = lambda database, **_: []
+    collect._move_out = lambda database: os._exit(0)
+    collect.recover = lambda database, **_: []
     opened.collect_garbage()
 os.wait()
 link = os.link

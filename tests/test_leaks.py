@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 from alembic import command
 
-from cachedb import Cache, CacheError, DamagedIndex, NotACache, StorageError, database, rebuild, schema
-from cachedb.database import Database
+from cachedb import Cache, CacheError, DamagedIndex, NotACache, StorageError
+from cachedb.index import schema
+from cachedb.index.sqlite import database
+from cachedb.index.sqlite.database import Database
+from cachedb.operations import rebuild
 from tests.conftest import is_open
 from tests.make import image, save
 from tests.test_schema import change

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, StorageError, images, mounts, schema
-from cachedb.database import Database
-from cachedb.directory import partial_path
+from cachedb import Cache, StorageError
+from cachedb.content import save as images
+from cachedb.disk import file_system
+from cachedb.disk.layout import partial_path
 from cachedb.errors import os_errors
-from cachedb.oci import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
-from cachedb.reference import Digest
-from cachedb.tables import REVISION
+from cachedb.index import schema
+from cachedb.index.sqlite.database import Database
+from cachedb.index.tables import REVISION
+from cachedb.oci.manifests import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
+from cachedb.oci.names import Digest
 from tests import make
 from tests.conftest import Run, run_python
 from tests.make import save
@@ -49,7 +52,7 @@ def mount_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         lines = [f"{n} 1 0:{n} / {point} rw shared:1 - {kind} dev rw" for n, (point, kind) in enumerate(pairs)]
         (tmp_path / "mountinfo").write_text("\n".join(lines) + "\nnonsense\n1 2 - x\n")
 
-    monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setattr(file_system, "_MOUNTS", tmp_path / "mountinfo")
     return make_up
 
 
@@ -70,8 +73,8 @@ def test_a_fuse_program_without_a_type_is_known_by_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, kind: str | None
 ) -> None:
     (tmp_path / "mountinfo").write_text(f"52 35 0:30 / {tmp_path} rw,nosuid - fuse {source} rw,user_id=0\n")
-    monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "mountinfo")
-    assert mounts.file_system(tmp_path) == (kind or "fuse")
+    monkeypatch.setattr(file_system, "_MOUNTS", tmp_path / "mountinfo")
+    assert file_system.file_system(tmp_path) == (kind or "fuse")
     if kind:
         with pytest.raises(StorageError, match=f"is on {kind}, which other hosts may mount too"):
             Cache.open(tmp_path / "cache")
@@ -88,8 +91,8 @@ def test_a_local_file_system_is_welcome(mount_table: Callable[..., None], tmp_pa
 def test_without_a_table_of_mounts_everything_is_welcome(
     tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "nothing")
-    assert mounts.file_system(directory) is None
+    monkeypatch.setattr(file_system, "_MOUNTS", tmp_path / "nothing")
+    assert file_system.file_system(directory) is None
     Cache.open(directory).close()
 
 
@@ -98,17 +101,17 @@ def test_the_innermost_and_latest_mount_counts(mount_table: Callable[..., None],
     mount_table(
         ("/", "root"), (tmp_path, "outer"), (f"{tmp_path}/a", "under"), (f"{tmp_path}/a", "over"), (spaced, "s")
     )
-    found = {name: mounts.file_system(tmp_path / name) for name in ("a", "a/b", "ab", ".", "..", "with space/x")}
+    found = {name: file_system.file_system(tmp_path / name) for name in ("a", "a/b", "ab", ".", "..", "with space/x")}
     assert found == {"a": "over", "a/b": "over", "ab": "outer", ".": "outer", "..": "root", "with space/x": "s"}
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert mounts.file_system(tmp_path / "link" / "x") == "over", "a link is followed"
+    assert file_system.file_system(tmp_path / "link" / "x") == "over", "a link is followed"
 
 
 @pytest.mark.skipif(not shutil.which("findmnt"), reason="findmnt is not installed: apt-get install util-linux")
 @pytest.mark.parametrize("path", ["/", "/proc", "/dev", "/tmp"])
 def test_the_real_table_is_read(path: str) -> None:
     said = subprocess.run(["findmnt", "-no", "FSTYPE", "-T", path], capture_output=True, text=True, check=True).stdout
-    assert mounts.file_system(Path(path)) == said.split()[-1]
+    assert file_system.file_system(Path(path)) == said.split()[-1]
 
 
 # Read-only

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from cachedb import locks
+from cachedb.disk import locks
 from tests.conftest import run_python, running
 
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from cachedb import locks
+    from cachedb.disk import locks
     lock = locks.acquire(Path(sys.argv[1]))
     print("held", flush=True)
     time.sleep(60)
@@ -114,7 +114,7 @@ def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_killed(tmp_path: Pat
     script = """
         import os, sys, time
         from pathlib import Path
-        from cachedb import locks
+        from cachedb.disk import locks
         lock = locks.acquire(Path(sys.argv[1]))
         if os.fork() == 0:
             print("child", flush=True)
@@ -134,7 +134,7 @@ def test_a_child_lets_go_of_its_own_locks_only(tmp_path: Path) -> None:
         """
         import os, sys
         from pathlib import Path
-        from cachedb import locks
+        from cachedb.disk import locks
 
         mine, other = Path(sys.argv[1]) / "mine", Path(sys.argv[1]) / "other"
         with locks.held(mine):
@@ -164,7 +164,7 @@ def test_a_fork_waits_for_what_may_not_be_cut_in_two_and_holds_off_what_comes_af
         """
         import os, sys, threading, time
         from pathlib import Path
-        from cachedb import locks
+        from cachedb.disk import locks
 
         class Closed:
             def close(self):
@@ -221,7 +221,7 @@ def test_who_a_fork_waits_for_may_log_and_hand_work_to_threads() -> None:
     """Whatever is imported first: `logging` and `concurrent.futures` have locks that are taken for a fork as well."""
     script = """
         import os, threading, time
-        from cachedb import locks
+        from cachedb.disk import locks
         import logging
         from concurrent.futures import ThreadPoolExecutor
 
@@ -255,7 +255,7 @@ def test_threads_that_lock_and_threads_that_fork_do_not_deadlock(tmp_path: Path)
     script = """
         import os, sys, threading
         from pathlib import Path
-        from cachedb import locks
+        from cachedb.disk import locks
 
         def lock(number):
             for _ in range(200):
@@ -296,7 +296,7 @@ class Queue:
         import os, sys, time
         from pathlib import Path
         from types import SimpleNamespace
-        from cachedb import locks
+        from cachedb.disk import locks
         folder = Path(sys.argv[1])
         clock = folder / "clock"
         clock.touch()
@@ -508,7 +508,7 @@ def test_a_mark_outlives_the_holder_that_is_killed_with_it(tmp_path: Path) -> No
     script = """
         import sys, time
         from pathlib import Path
-        from cachedb import locks
+        from cachedb.disk import locks
         with locks.unforked(), locks.in_turn(Path(sys.argv[1]) / "lock") as turn:
             assert not turn.marked
             turn.mark()

@@ -8,7 +8,7 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
 
 from cachedb import Cache
-from cachedb.models import Blob, Image
+from cachedb.index.models import Blob, Image
 from tests import make
 
 

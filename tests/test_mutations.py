@@ -30,5 +30,5 @@ def test_a_mutation_has_a_name_of_its_own() -> None:
     ],
 )
 def test_what_cannot_be_taken_out_is_refused(line: str, without: str, why: str) -> None:
-    with pytest.raises(ValueError, match=f"^it: cachedb/directory.py {why}"):
-        mutated(Mutation("it", "cachedb/directory.py", line, without, ""))
+    with pytest.raises(ValueError, match=f"^it: cachedb/disk/layout.py {why}"):
+        mutated(Mutation("it", "cachedb/disk/layout.py", line, without, ""))

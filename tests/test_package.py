@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import cachedb
-from cachedb.tables import REVISION
+from cachedb.index.tables import REVISION
 from tests.mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
@@ -76,14 +76,14 @@ def test_an_installed_package_makes_a_cache_and_changes_its_schema(
     subprocess.run([*pip, "--force-reinstall", *source], check=True, capture_output=True)
 
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    where = "import cachedb, cachedb.schema as s; print(cachedb.__file__); print(s.migrations_directory())"
+    where = "import cachedb, cachedb.index.schema as s; print(cachedb.__file__); print(s.migrations_directory())"
     result = subprocess.run([python, "-c", where], cwd=tmp_path, env=clean, check=True, capture_output=True, text=True)
     package, migrations = map(Path, result.stdout.splitlines())
     expected = checkout if kind == "editable" else environment
     assert package.is_relative_to(expected)
     assert migrations.is_relative_to(expected)
     assert (package.parent / "py.typed").is_file()
-    assert (package.parent / "page.html.j2").is_file()
+    assert (package.parent / "reports" / "page.html.j2").is_file()
     program, archive = environment / "bin" / "cachedb", ROOT / "examples" / "hello.oci.tar"
     command = [str(program), "--dir", "cache", "import", "-q", str(archive)]
     result = subprocess.run(command, cwd=tmp_path, env=clean, check=True, capture_output=True, text=True)

@@ -22,9 +22,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachedb import Cache, page
-from cachedb.database import Database
-from cachedb.oci import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
+from cachedb import Cache
+from cachedb.index.sqlite.database import Database
+from cachedb.oci.manifests import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
+from cachedb.reports import page
 from tests.make import digest_of, image, save
 
 HOSTILE = "</title></script><script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}\u202e\x07\n"

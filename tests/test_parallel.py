@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cachedb.parallel import Advance, end, in_threads, summed, told_beside
+from cachedb.threads import Advance, end, in_threads, summed, told_beside
 
 
 def test_results_come_in_the_order_of_the_items() -> None:

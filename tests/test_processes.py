@@ -169,8 +169,10 @@ def test_threads_of_a_pool_fork(directory: Path) -> None:
 
 CLI = """
     import os, signal, sys, threading
-    import alembic.command, sqlalchemy, cachedb.archive, cachedb.cache, cachedb.export, cachedb.verify, cachedb.cli
-    from cachedb.cli import main
+    import alembic.command, sqlalchemy
+    import cachedb.cache, cachedb.cli.main, cachedb.operations.verify
+    import cachedb.transports.archive.read, cachedb.transports.archive.write
+    from cachedb.cli.main import main
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # it ends a child that has not begun yet
     print("ready", flush=True)
     for line in sys.stdin:

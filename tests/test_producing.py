@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, CacheError, locks
+from cachedb import Cache, CacheError
+from cachedb.disk import locks
 from tests import make
 from tests.conftest import Run, run_python, running
 from tests.make import save
@@ -200,7 +201,8 @@ def test_a_child_that_is_forked_in_the_block_neither_frees_nor_keeps_its_parents
     output = run_python(
         """
         import os, sys
-        from cachedb import Cache, locks
+        from cachedb import Cache
+        from cachedb.disk import locks
 
         cache = Cache.open(sys.argv[1])
         with cache.producing("app:1") as image:

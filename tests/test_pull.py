@@ -17,18 +17,9 @@ from typing import Any
 import pytest
 from urllib3.exceptions import SSLError
 
-from cachedb import (
-    Cache,
-    DigestMismatch,
-    InvalidManifest,
-    InvalidName,
-    NotInCache,
-    RegistryError,
-    RegistryUnavailable,
-    client,
-    registry,
-)
-from cachedb.reference import Name
+from cachedb import Cache, DigestMismatch, InvalidManifest, InvalidName, NotInCache, RegistryError, RegistryUnavailable
+from cachedb.oci.names import Name
+from cachedb.transports.registry import client, repository
 from tests import make
 from tests.conftest import Run
 from tests.faults import Do, answer, changed, closed, corrupt, endless, html, redirect, retry_later, without
@@ -287,7 +278,7 @@ def test_a_pull_that_is_killed_when_a_layer_is_all_there_does_not_download_it_ag
 ) -> None:
     name, layer = f"{remote.host}/large:1", make.digest_of(LARGE.layers[0])
     code = (
-        "import os, time; from cachedb import Cache, images\n"
+        "import os, time; from cachedb import Cache; from cachedb.content import save as images\n"
         f"die = lambda *it: os.kill(os.getpid(), 9) if it[2][0].digest == {layer!r} else time.sleep(60)\n"
         "images.publish = die\n"
         f"Cache.open({str(directory)!r}).pull({name!r})"
@@ -358,7 +349,7 @@ def test_a_layer_that_is_all_there_is_gone_on_with_by_who_is_not_root(remote: Re
     name, data = f"{remote.host}/large:1", LARGE.layers[0]
     code = f"""if True:
         import os
-        import encodings.idna, cachedb.pull, cachedb.registry  # while it can read them
+        import encodings.idna, cachedb.operations.pull, cachedb.transports.registry.repository  # while it can read them
         from cachedb import Cache
         from tests.test_pull import LARGE, partial
         os.setuid(65534)
@@ -501,7 +492,7 @@ def test_a_connection_that_is_closed_before_an_answer_is_tried_again(
 
 
 def test_a_registry_that_drips_is_given_up(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_MINUTE", 0.2)
+    monkeypatch.setattr(repository, "_MINUTE", 0.2)
     remote.fault(changed(drip=0.05), method="GET", path=make.digest_of(LARGE.layers[0]), times=99)
     with pytest.raises(RegistryUnavailable, match="less than 1024 bytes a second"):
         cache.pull(f"{remote.host}/large:1")
@@ -512,7 +503,7 @@ def test_a_registry_that_drips_is_given_up(cache: Cache, remote: Registry, monke
 
 def test_a_name_is_on_the_wire_where_docker_has_it() -> None:
     def where(name: str, plain: bool | None = None) -> tuple[str, str]:
-        found = registry.place(Name.parse(name), plain_http=plain)
+        found = repository.place(Name.parse(name), plain_http=plain)
         return found.url, found.repository
 
     assert where("alpine") == ("https://registry-1.docker.io", "library/alpine")
@@ -678,7 +669,7 @@ def test_what_is_here_needs_no_right_to_write(cache: Cache, remote: Registry, mo
         raise AssertionError("it took a lock")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cachedb.locks.acquire", denied)
+        patch.setattr("cachedb.disk.locks.acquire", denied)
         assert cache.pull(f"{remote.host}/app:1", if_missing=True).image.complete
 
 

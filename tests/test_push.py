@@ -11,17 +11,9 @@ from typing import Any
 
 import pytest
 
-from cachedb import (
-    Cache,
-    DigestMismatch,
-    IncompleteImage,
-    InvalidName,
-    NotInCache,
-    RegistryError,
-    RegistryUnavailable,
-    registry,
-)
-from cachedb.oci import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb import Cache, DigestMismatch, IncompleteImage, InvalidName, NotInCache, RegistryError, RegistryUnavailable
+from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb.transports.registry import repository as registry
 from tests import make
 from tests.conftest import Run
 from tests.faults import answer, changed, headers, lost, redirect, retry_later

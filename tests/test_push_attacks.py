@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, InvalidManifest, NotInCache, RegistryError, client
-from cachedb.oci import OCI_INDEX, OCI_MANIFEST
+from cachedb import Cache, CacheError, InvalidManifest, NotInCache, RegistryError
+from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
+from cachedb.transports.registry import client
 from tests import make
 from tests.faults import Answer, Call, answer, changed, headers, html, lost, redirect
 from tests.make import save, save_index
@@ -239,7 +240,7 @@ NONE = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []})
 
 
 def test_pages_of_referrers_have_an_end(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachedb.registry._REFERRERS", 20)
+    monkeypatch.setattr("cachedb.transports.registry.repository._REFERRERS", 20)
     name = remote.add(FIRST, "app", "1")
     more = {"Content-Type": OCI_INDEX, "Link": f'</v2/app/referrers/{FIRST.digest}>; rel="next"'}
     remote.fault(answer(200, more, NONE), path="/referrers/", times=100)
@@ -323,7 +324,7 @@ def test_a_manifest_that_refers_is_asked_for_once(cache: Cache, remote: Registry
 def test_manifests_that_fill_the_memory_are_refused(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cachedb.source._BYTES", 10_000)
+    monkeypatch.setattr("cachedb.operations.pull_source._BYTES", 10_000)
     name = listing(remote, *(referrer(FIRST.manifest, bytes([number])) for number in range(30)))
     with pytest.raises(InvalidManifest, match="more than 10000 bytes in all"):
         cache.pull(name, referrers=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, CacheError, InvalidQuery
-from cachedb.oci import DOCUMENT_LIMIT
+from cachedb.oci.manifests import DOCUMENT_LIMIT
 from tests import make
 from tests.conftest import Run
 from tests.promises import check
@@ -100,7 +100,7 @@ def test_nothing_can_be_changed(cache: Cache, query: str, tmp_path: Path, monkey
 
 def test_the_file_is_open_only_to_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the authorizer to let something through."""
-    monkeypatch.setattr("cachedb.query._authorizer", lambda: lambda *_: sqlite3.SQLITE_OK)
+    monkeypatch.setattr("cachedb.index.sqlite.query._authorizer", lambda: lambda *_: sqlite3.SQLITE_OK)
     for query in ("DELETE FROM images", "PRAGMA user_version = 7", "CREATE TEMP TABLE mine (x)"):
         with pytest.raises(InvalidQuery, match="only questions can be asked"):
             rows(cache, query)
@@ -559,7 +559,8 @@ def test_rows_come_while_there_are_more(cache: Cache, form: str) -> None:
 
 GIVES_WAY = """
 import os, sys
-from cachedb import cache, cli
+from cachedb import cache
+from cachedb.cli import main
 def told(name):
     method = getattr(cache.Cache, name)
     def tell(*arguments, **options):
@@ -569,7 +570,7 @@ def told(name):
 for name in ("open", "sql", "get_html_report", "close"):
     told(name)
 REFUSED
-cli.cli(sys.argv[1:])
+main.cli(sys.argv[1:])
 """
 
 

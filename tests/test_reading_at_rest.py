@@ -15,9 +15,9 @@ import pytest
 from sqlalchemy import select
 
 from cachedb import Cache, StorageError
-from cachedb.database import Database
-from cachedb.query import answer
-from cachedb.tables import TRASH
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.query import answer
+from cachedb.index.tables import TRASH
 from tests.conftest import running
 from tests.make import digest_of
 

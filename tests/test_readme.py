@@ -85,7 +85,7 @@ def test_each_set_up_command_is_one_line() -> None:
 
 
 def test_the_tables_of_the_readme_are_those_of_the_index() -> None:
-    from cachedb.tables import METADATA
+    from cachedb.index.tables import METADATA
 
     (section,) = re.findall(r"\| table \|.*?\n((?:\|.*\n)+)", README)
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [

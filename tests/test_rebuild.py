@@ -21,22 +21,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, event
 
-from cachedb import (
-    Cache,
-    DamagedIndex,
-    NotACache,
-    SchemaMismatch,
-    StorageError,
-    backups,
-    database,
-    rebuild,
-    schema,
-    verify,
-)
-from cachedb.database import Database
-from cachedb.directory import blob_path
-from cachedb.reference import Digest
-from cachedb.verify import Problem
+from cachedb import Cache, DamagedIndex, NotACache, SchemaMismatch, StorageError
+from cachedb.disk.layout import blob_path
+from cachedb.index import schema
+from cachedb.index.sqlite import backups, database
+from cachedb.index.sqlite.database import Database
+from cachedb.oci.names import Digest
+from cachedb.operations import rebuild, verify
+from cachedb.operations.verify import Problem
 from tests import make
 from tests.conftest import Run, files_of, running, start_python
 from tests.make import digest_of, image, save
@@ -681,7 +673,7 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_rebuilding(made: Path, mon
 
     with monkeypatch.context() as patch:
         fail_reading(patch, path, "open")
-        patch.setattr("cachedb.reading.open", refused, raising=False)
+        patch.setattr("cachedb.disk.reader.open", refused, raising=False)
         with Cache.open(made, damaged=True) as cache:
             found = cache.verify(repair=True).problems
     assert ("corrupt", digest) in [(problem.kind, problem.digest) for problem in found]

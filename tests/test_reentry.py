@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, ReentrantCall, StorageError, schema
+from cachedb import Cache, CacheError, ReentrantCall, StorageError
 from cachedb.callbacks import Callbacks
-from cachedb.database import Database
+from cachedb.content.last_used import Uses
+from cachedb.content.session import Session
+from cachedb.disk.locks import acquire, release
 from cachedb.errors import callers_own, ignore_os_errors, os_errors
-from cachedb.locks import acquire, release
-from cachedb.parallel import Once
-from cachedb.sessions import Session
-from cachedb.uses import Uses
+from cachedb.index import schema
+from cachedb.index.sqlite.database import Database
+from cachedb.threads import Once
 from tests import make
 from tests.conftest import run_python
 
@@ -121,7 +122,7 @@ def test_a_signal_handler_can_use_the_cache_at_any_moment(tmp_path: Path) -> Non
 
 
 def test_no_lock_of_a_moment_makes_a_thread_wait_for_itself(filled: Cache, tmp_path: Path) -> None:
-    from cachedb import locks
+    from cachedb.disk import locks
 
     session, uses, once = filled._session, filled._uses, Once()
     with locks._guard:
@@ -188,7 +189,7 @@ def test_an_image_that_is_looked_for_cannot_be_produced_by_the_same_thread(
 
 
 def test_a_backup_in_the_middle_of_a_backup_is_refused(filled: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cachedb import backups
+    from cachedb.index.sqlite import backups
 
     refused: list[int] = []
 
@@ -228,7 +229,7 @@ def test_an_index_is_not_replaced_while_the_same_thread_opens_it_nor_opened_whil
 def schema_versions() -> Any:
     from sqlalchemy import select
 
-    from cachedb.tables import IMAGES
+    from cachedb.index.tables import IMAGES
 
     return select(IMAGES.c.id)
 
@@ -292,7 +293,7 @@ def test_an_error_of_a_callback_passes_unchanged() -> None:
 def test_an_error_of_a_progress_callback_is_the_callers(
     filled: Cache, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cachedb import backups
+    from cachedb.index.sqlite import backups
 
     monkeypatch.setattr(backups, "_OPCODES", 10)
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cachedb.errors import InvalidDigest, InvalidName
-from cachedb.reference import Name, parse_digest, shorten
+from cachedb.oci.names import Name, parse_digest, shorten
 
 EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "60")) * 10
 HEX = "0123456789abcdef"

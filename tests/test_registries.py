@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from cachedb.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
+from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 from tests import faults, make
 from tests.make import digest_of
 from tests.registries import (

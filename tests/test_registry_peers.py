@@ -10,8 +10,17 @@ from typing import Any
 import pytest
 import urllib3
 
-from cachedb import Cache, IncompleteImage, InvalidName, RegistryError, client
-from cachedb.oci import DOCKER_CONFIG, DOCKER_LIST, DOCKER_MANIFEST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb import Cache, IncompleteImage, InvalidName, RegistryError
+from cachedb.oci.manifests import (
+    DOCKER_CONFIG,
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_LAYER,
+    OCI_MANIFEST,
+)
+from cachedb.transports.registry import client
 from tests import make
 from tests.conftest import Run
 from tests.make import Made, descriptor, digest_of, save, save_index

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, InvalidQuery, NotInCache, report
+from cachedb import Cache, InvalidQuery, NotInCache
+from cachedb.reports import named
 from tests import make
 from tests.conftest import Run
 from tests.test_schema import change
@@ -34,7 +35,7 @@ def cache(directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
 
 
 def ask(cache: Cache, which: str, /, **given: str) -> list[dict[str, object]]:
-    found = report.load(which)
+    found = named.load(which)
     with cache.sql(found.query, found.values(given)) as answer:
         return [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
 
@@ -44,7 +45,7 @@ def names(rows: list[dict[str, object]]) -> list[object]:
 
 
 def test_every_report_says_what_it_is_and_runs(cache: Cache) -> None:
-    found = report.reports()
+    found = named.reports()
     assert len(found) >= 20
     for one in found:
         assert one.description.endswith(".")
@@ -199,7 +200,7 @@ def test_a_users_own_report_goes_before_one_of_its_name(cache: Cache, tmp_path: 
     folder.mkdir()
     (folder / "mine.sql").write_text("-- Mine.\n-- :n 1\n-- :m\nSELECT :n + :m AS sum")
     (folder / "garbage.sql").write_text("SELECT 'theirs' AS name")
-    found = {one.name: one for one in report.reports()}
+    found = {one.name: one for one in named.reports()}
     assert (found["mine"].description, found["mine"].parameters) == ("Mine.", {"n": "1", "m": None})
     assert ask(cache, "mine", m="2.5") == [{"sum": 3.5}]
     assert names(ask(cache, "garbage")) == ["theirs"]
@@ -217,7 +218,7 @@ def test_a_report_is_read_as_editors_write_it(cachedb: Run, cache: Cache, tmp_pa
     (folder / "late.sql").write_text(f"\n\n{said}", encoding="utf-8")
     (folder / ".#late.sql").symlink_to("editor@host.1:2")  # as Emacs notes that it is at work
     (folder / "folder.sql").mkdir()
-    found = {one.name: one for one in report.reports()}
+    found = {one.name: one for one in named.reports()}
     for name in ("with a mark", "late"):
         assert (found[name].description, found[name].parameters) == ("Sagt: \u00e9.", {"n": "1"})
         assert ask(cache, name, n="2") == [{"n": 2}]
@@ -231,7 +232,7 @@ def test_a_report_is_read_as_editors_write_it(cachedb: Run, cache: Cache, tmp_pa
 @pytest.mark.parametrize("name", ["nothing", "../report", "/etc/passwd", "", "a/b"])
 def test_a_report_that_there_is_not_is_an_error(name: str) -> None:
     with pytest.raises(NotInCache, match="`cachedb report --list`"):
-        report.load(name)
+        named.load(name)
 
 
 def test_the_whole_cache_is_shown_on_a_page(cachedb: Run, cache: Cache, tmp_path: Path) -> None:

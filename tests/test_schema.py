@@ -19,9 +19,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from cachedb import Cache, DamagedIndex, SchemaMismatch, schema
-from cachedb.database import APPLICATION_ID, Database
-from cachedb.tables import METADATA, REVISION
+from cachedb import Cache, DamagedIndex, SchemaMismatch
+from cachedb.index import schema
+from cachedb.index.sqlite.database import APPLICATION_ID, Database
+from cachedb.index.tables import METADATA, REVISION
 from tests.conftest import revision_of, run_python, snapshot, stored_rows
 from tests.make import digest_of, image
 from tests.test_database import content

@@ -38,16 +38,15 @@ from cachedb import (
     NotInCache,
     SchemaMismatch,
     StorageError,
-    backups,
-    configs,
-    database,
-    reading,
-    rebuild,
-    schema,
 )
-from cachedb.database import APPLICATION_ID, Database
-from cachedb.oci import ImageConfig, parse_config
-from cachedb.tables import REVISION
+from cachedb.content import describe
+from cachedb.disk import reader
+from cachedb.index import schema
+from cachedb.index.sqlite import backups, database
+from cachedb.index.sqlite.database import APPLICATION_ID, Database
+from cachedb.index.tables import REVISION
+from cachedb.oci.manifests import ImageConfig, parse_config
+from cachedb.operations import rebuild
 from tests.conftest import Run, files_of, revision_of, run_python, running, start_python
 from tests.make import image, index, save
 from tests.promises import check
@@ -192,7 +191,7 @@ def test_who_has_not_enough_to_read_configs_with_stops_and_skips_none(
     def open_none(path: str, _flags: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files", path)
 
-    monkeypatch.setattr(reading, "open_regular", open_none)
+    monkeypatch.setattr(reader, "open_regular", open_none)
     with pytest.raises(StorageError, match="raise the limit on open files"):
         schema.upgrade(directory)
     assert schema.current(directory).pending == 7
@@ -272,7 +271,7 @@ def test_changes_that_fail_or_are_killed_do_not_pile_up_backups(old: Path, monke
     script = """
         import os, sys
         from pathlib import Path
-        from cachedb import schema
+        from cachedb.index import schema
 
         schema._run = lambda *_, **__: os.kill(os.getpid(), 9)
         schema.upgrade(Path(sys.argv[1]))
@@ -389,7 +388,8 @@ def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_los
         """
         import mmap, os, random, sys, time, traceback
         from pathlib import Path
-        from cachedb import Cache, SchemaMismatch, schema
+        from cachedb import Cache, SchemaMismatch
+        from cachedb.index import schema
         from tests.make import image, save
 
         directory, until = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
@@ -467,7 +467,7 @@ def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_n
         from pathlib import Path
         from sqlalchemy import Engine, event
         import alembic.command
-        from cachedb import schema
+        from cachedb.index import schema
 
         made, how = Path(sys.argv[1]), sys.argv[2]
         schema._BATCH = 2
@@ -563,7 +563,7 @@ def test_configs_are_read_without_the_write_lock(old: Path, monkeypatch: pytest.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return parse_config(data, limit)
 
-    monkeypatch.setattr(configs, "parse_config", parse_unlocked)
+    monkeypatch.setattr(describe, "parse_config", parse_unlocked)
     schema.upgrade(old)
     with Cache.open(old) as cache:
         assert cache.get_image("frozen:2").os == "linux"
@@ -579,15 +579,15 @@ def test_large_configs_are_written_in_transactions_of_their_own(old: Path, monke
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
     """Have something done between the reading of the first configs and the writing of what they say."""
-    read = configs.read_ahead
+    read = describe.read_ahead
 
     def read_and_work(*arguments: Any) -> Any:
         found = read(*arguments)
-        monkeypatch.setattr(configs, "read_ahead", read)
+        monkeypatch.setattr(describe, "read_ahead", read)
         work()
         return found
 
-    monkeypatch.setattr(configs, "read_ahead", read_and_work)
+    monkeypatch.setattr(describe, "read_ahead", read_and_work)
 
 
 def test_an_image_that_changes_while_its_config_is_read_is_described_as_it_is_then(
@@ -1276,7 +1276,8 @@ def test_a_backup_leaves_the_files_of_others_alone_and_takes_away_what_a_killed_
     script = """
         import os, sys
         from pathlib import Path
-        from cachedb import backups, schema
+        from cachedb.index.sqlite import backups
+        from cachedb.index import schema
 
         backups._OPCODES = 10
         schema.back_up(Path(sys.argv[1]), Path(sys.argv[2]), progress=lambda *_: os.kill(os.getpid(), 9))

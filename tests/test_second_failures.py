@@ -11,16 +11,10 @@ from typing import Any
 
 import pytest
 
-from cachedb import (
-    Cache,
-    CacheError,
-    InvalidArchive,
-    StorageError,
-    blobs,
-    partial,
-    producing,
-    schema,
-)
+from cachedb import Cache, CacheError, InvalidArchive, StorageError
+from cachedb.content import publish
+from cachedb.disk import downloads, single_flight
+from cachedb.index import schema
 from tests import make
 from tests.make import save
 from tests.registries import Registry
@@ -163,9 +157,9 @@ def test_a_publication_that_fails_and_cannot_be_taken_back(
         raise StorageError("the second error")
 
     failed: list[int] = []
-    monkeypatch.setattr(blobs, "retract", retract)
+    monkeypatch.setattr(publish, "retract", retract)
     with (
-        fault(blobs, "set_stored", errno.ENOSPC, ""),
+        fault(publish, "set_stored", errno.ENOSPC, ""),
         pytest.raises(StorageError, match="No space left"),
     ):
         cache.add_blob(b"new")
@@ -181,7 +175,7 @@ def test_a_pull_that_fails_and_what_is_left_of_it_cannot_be_taken_away(
         remote.add(IMAGE, "app", "1")
         with (
             fault(os, "fsync", errno.ENOSPC, "/ingest/partial/"),
-            fault(partial, "sweep", errno.EIO, ""),
+            fault(downloads, "sweep", errno.EIO, ""),
             pytest.raises(StorageError, match="No space left"),
         ):
             cache.pull(f"{remote.host}/app:1")
@@ -189,24 +183,24 @@ def test_a_pull_that_fails_and_what_is_left_of_it_cannot_be_taken_away(
 
 def test_work_that_fails_and_whose_lock_file_cannot_be_taken_away(cache: Cache, fault: MakeFault) -> None:
     def work() -> None:
-        with producing.once(cache.directory, "app", lambda: None):
+        with single_flight.once(cache.directory, "app", lambda: None):
             raise ValueError("the first error")
 
     with fault(Path, "unlink", errno.EIO, ".producing"), pytest.raises(ValueError, match="the first error"):
         work()
-    with producing.once(cache.directory, "app", lambda: None) as found:
+    with single_flight.once(cache.directory, "app", lambda: None) as found:
         assert found is None, "the lock was released all the same"
 
 
 def test_who_asks_whether_something_is_made_and_fails_releases_its_lock(cache: Cache) -> None:
     def work() -> None:
-        with producing.unless_made(cache.directory, "app") as nobody:
+        with single_flight.unless_made(cache.directory, "app") as nobody:
             assert nobody
             raise ValueError("the first error")
 
     with pytest.raises(ValueError, match="the first error"):
         work()
-    with producing.unless_made(cache.directory, "app") as nobody:
+    with single_flight.unless_made(cache.directory, "app") as nobody:
         assert nobody
-    with producing.once(cache.directory, "app", lambda: None) as found:
+    with single_flight.once(cache.directory, "app", lambda: None) as found:
         assert found is None

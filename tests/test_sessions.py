@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from cachedb import Cache, StorageError, collection
-from cachedb.database import Database
-from cachedb.directory import received_digest
-from cachedb.reference import Digest
-from cachedb.sessions import Session, dead_sessions, lock_path
-from cachedb.tables import LEASES
+from cachedb import Cache, StorageError
+from cachedb.content import collect
+from cachedb.content.session import Session, dead_sessions, lock_path
+from cachedb.disk.layout import received_digest
+from cachedb.index.sqlite.database import Database
+from cachedb.index.tables import LEASES
+from cachedb.oci.names import Digest
 from tests.conftest import files_of, run_python, running, snapshot
 from tests.make import digest_of
 from tests.test_locks import is_free, open_files
@@ -321,5 +322,5 @@ def test_a_session_dies_with_its_process_though_a_child_lives(directory: Path) -
         with Cache.open(directory) as cache:
             assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
             with closing(Database(directory)) as index:
-                assert [part.blobs for part in collection.collect(index)] == [1]
+                assert [part.blobs for part in collect.collect(index)] == [1]
             assert not cache.has_blob(DIGEST)

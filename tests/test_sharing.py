@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, partial
+from cachedb import Cache
+from cachedb.disk import downloads
 from tests.conftest import Run, run_python, running
 from tests.make import digest_of, image, oci_files, save
 from tests.test_database import content
@@ -287,7 +288,7 @@ def test_a_download_that_another_user_began_is_begun_anew(tmp_path: Path) -> Non
     """He may still write to it when it is a blob."""
     path = tmp_path / "download"
     path.write_bytes(b"half")
-    assert partial.begun(path, 10) == 4
+    assert downloads.begun(path, 10) == 4
     os.chown(path, 65534, 65534)
-    assert partial.begun(path, 10) == 0
+    assert downloads.begun(path, 10) == 0
     assert not path.exists()

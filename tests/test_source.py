@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError, partial, producing
-from cachedb.directory import partial_path
-from cachedb.reference import Digest, Name
-from cachedb.source import Source
+from cachedb import Cache, CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError
+from cachedb.disk import downloads, single_flight
+from cachedb.disk.layout import partial_path
+from cachedb.oci.names import Digest, Name
+from cachedb.operations.pull_source import Source
 from tests import make
 from tests.conftest import Run, run_python
 from tests.faults import Do, answer, changed, corrupt
@@ -107,7 +108,7 @@ def test_many_images_are_pulled_with_the_connections_of_one(made: Path, remote: 
     output = run_python(
         """
         import resource, sys
-        from cachedb.cli import main
+        from cachedb.cli.main import main
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         sys.argv[1:] = ["--dir", sys.argv[1], "pull", "-q", *sys.argv[2:]]
         main()
@@ -168,7 +169,7 @@ def test_an_index_of_manifests_that_memory_has_no_room_for_is_refused(
     children = FIRST, ARM, ODD
     remote.add_index(make.index(*children), "several", "1", children)
     name = f"{remote.host}/several:1"
-    monkeypatch.setattr("cachedb.source._BYTES", len(FIRST.manifest) + len(ARM.manifest))
+    monkeypatch.setattr("cachedb.operations.pull_source._BYTES", len(FIRST.manifest) + len(ARM.manifest))
     with Cache.open(made) as cache, pytest.raises(InvalidManifest, match="has manifests of more than"):
         cache.pull(name, all_platforms=True)
 
@@ -226,7 +227,7 @@ def test_a_download_that_was_touched_since_is_not_trusted(made: Path, remote: Re
 
 
 def test_what_others_download_is_left_to_them(made: Path, remote: Registry) -> None:
-    with producing.once(made, partial.key_of(LAYER), lambda: None):
+    with single_flight.once(made, downloads.key_of(LAYER), lambda: None):
         begun(made, f"{remote.host}/large:1").__exit__(None, None, None)
     assert LAYER not in downloaded(made)
     assert LAYER not in blobs_of(remote)
@@ -349,9 +350,9 @@ def test_what_was_begun_by_who_is_killed_is_gone_on_with(made: Path, remote: Reg
     name = f"{remote.host}/large:1"
     code = f"""if True:
         import os, pathlib, time
-        from cachedb.directory import partial_path
-        from cachedb.reference import Name
-        from cachedb.source import Source
+        from cachedb.disk.layout import partial_path
+        from cachedb.oci.names import Name
+        from cachedb.operations.pull_source import Source
         directory = pathlib.Path({str(made)!r})
         Source(directory, Name.parse({name!r})).begin()
         path = partial_path(directory, {LAYER!r})
@@ -370,6 +371,7 @@ def test_what_was_begun_by_who_is_killed_is_gone_on_with(made: Path, remote: Reg
 
 
 def test_nothing_of_sqlalchemy_is_imported_for_it() -> None:
-    code = "import sys, cachedb.source, cachedb.cli; print([name for name in sys.modules if name == 'sqlalchemy'])"
+    imports = "import sys, cachedb.cli.main, cachedb.operations.pull_source"
+    code = f"{imports}; print([name for name in sys.modules if name == 'sqlalchemy'])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ})
     assert done.stdout == "[]\n"

@@ -66,7 +66,8 @@ def test_no_file_of_the_cache_takes_the_place_of_a_standard_file(filled: Cache, 
     archive = make.write(tmp_path / "other.tar", make.oci_files({"other:1": make.image(2)}))
     code = f"""
 import os, sys
-from cachedb import Cache, cli
+from cachedb import Cache
+from cachedb.cli.main import main as cli
 real = Cache.cache_from_tar
 def look(self, *arguments, **options):
     found = [os.readlink(f"/proc/self/fd/{{number}}") for number in range(3)]

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, RegistryError, target
-from cachedb.directory import blob_path
-from cachedb.oci import OCI_MANIFEST
-from cachedb.reference import Digest, Name
-from cachedb.target import Target
+from cachedb import Cache, RegistryError
+from cachedb.disk.layout import blob_path
+from cachedb.oci.manifests import OCI_MANIFEST
+from cachedb.oci.names import Digest, Name
+from cachedb.operations import push_target
+from cachedb.operations.push_target import Target
 from tests import make
 from tests.conftest import Run
 from tests.faults import answer, changed
@@ -251,7 +252,7 @@ def test_a_registry_that_refuses_is_asked_no_more(made: Path, tmp_path: Path) ->
             there = begun(made, "many:1", f"{remote.host}/it:1")
             with there, Cache.open(made) as cache, pytest.raises(RegistryError):
                 cache.push("many:1", there)
-        assert len(asked.read_text()) <= target.AT_ONCE
+        assert len(asked.read_text()) <= push_target.AT_ONCE
         asked.unlink()
 
 
@@ -309,7 +310,7 @@ def test_two_do_not_send_the_same_blob(made: Path, remote: Registry, monkeypatch
 
     def late(self: Target, query: str, *values: str) -> list[tuple[object, ...]]:
         found = look(self, query, *values)
-        if query == target._CONTENTS:
+        if query == push_target._CONTENTS:
             looked.wait(30)
         return found
 
@@ -329,6 +330,6 @@ def test_an_index_at_rest_that_changes_while_it_is_looked_up_in_is_not_believed(
     states = iter(range(9))
     with Target(made, Name.parse(f"{remote.host}/it:1")) as there:
         assert there._look("SELECT count(*) FROM images")
-        monkeypatch.setattr(target, "_state", lambda _: target._State(next(states), 0, has_wal=False))
+        monkeypatch.setattr(push_target, "_state", lambda _: push_target._State(next(states), 0, has_wal=False))
         with pytest.raises(sqlite3.OperationalError, match="changed while it was read"):
             there._look("SELECT count(*) FROM images")

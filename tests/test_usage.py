@@ -7,7 +7,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from cachedb import Cache, usage
+from cachedb import Cache
+from cachedb.reports import usage
 from tests import make
 from tests.conftest import Run
 from tests.promises import check

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from cachedb import Cache, locks, uses
-from cachedb.reference import Name
+from cachedb import Cache
+from cachedb.content import last_used
+from cachedb.disk import locks
+from cachedb.oci.names import Name
 from tests import make
 from tests.conftest import Run
 from tests.test_schema import change
@@ -139,7 +141,9 @@ def test_a_cache_that_stays_open_writes_its_uses_after_some_minutes(old: Path, m
         assert cache.is_image_complete("app:1")
         assert last_use(old) == LONG_AGO
         now = time.monotonic()
-        monkeypatch.setattr("cachedb.uses.time", SimpleNamespace(monotonic=lambda: now + uses.RESOLUTION + 1))
+        monkeypatch.setattr(
+            "cachedb.content.last_used.time", SimpleNamespace(monotonic=lambda: now + last_used.RESOLUTION + 1)
+        )
         assert cache.is_image_complete("app:1")
         assert last_use(old) > "2026"
 

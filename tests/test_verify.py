@@ -17,13 +17,15 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, blobs, verify
-from cachedb.database import Database
-from cachedb.directory import blob_path
+from cachedb import Cache, CacheError
+from cachedb.content import publish
+from cachedb.disk.layout import blob_path
 from cachedb.errors import Busy, DamagedIndex, StorageError
-from cachedb.oci import OCI_INDEX, OCI_MANIFEST
-from cachedb.reference import Digest
-from cachedb.verify import KINDS, Problem
+from cachedb.index.sqlite.database import Database
+from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
+from cachedb.oci.names import Digest
+from cachedb.operations import verify
+from cachedb.operations.verify import KINDS, Problem
 from tests import make
 from tests.conftest import Run, files_of, running, snapshot, stored_rows
 from tests.make import Made, digest_of, hex_of, image, save
@@ -379,7 +381,7 @@ def test_a_file_that_is_being_published_is_no_orphan(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, repair: bool
 ) -> None:
     linked, looked = threading.Event(), threading.Event()
-    set_stored = blobs.set_stored
+    set_stored = publish.set_stored
 
     def slow(*arguments: Any) -> None:
         linked.set()
@@ -387,7 +389,7 @@ def test_a_file_that_is_being_published_is_no_orphan(
         set_stored(*arguments)
 
     with monkeypatch.context() as patch, Cache.open(cache.directory) as other:
-        patch.setattr(blobs, "set_stored", slow)
+        patch.setattr(publish, "set_stored", slow)
         before_settling(patch, looked.set)
         thread = threading.Thread(target=other.add_blob, args=[b"on its way"])
         thread.start()
@@ -621,7 +623,7 @@ def test_a_repair_that_dies_before_it_empties_the_trash_is_finished_by_the_next_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cachedb.collection.empty_trash", die)
+        patch.setattr("cachedb.content.collect.empty_trash", die)
         with pytest.raises(KeyboardInterrupt):
             cache.verify(repair=True)
     Cache.open(cache.directory).close()

@@ -20,10 +20,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachedb import Cache, images, oci, report
-from cachedb.database import Database
-from cachedb.oci import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
-from cachedb.reference import Digest, Name
+from cachedb import Cache
+from cachedb.content import save as images
+from cachedb.index.sqlite.database import Database
+from cachedb.oci import manifests as oci
+from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb.oci.names import Digest, Name
+from cachedb.reports import named as report
 from tests import make
 from tests.conftest import files_of
 from tests.make import Made, descriptor, digest_of

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Busy, Cache, CacheError, locks, processes, producing, waiting
-from cachedb.database import Database
+from cachedb import Busy, Cache, CacheError
+from cachedb.disk import locks, processes, single_flight, waiting
+from cachedb.index.sqlite.database import Database
 from tests import make
 from tests.conftest import Run, running
 from tests.make import save
@@ -227,24 +228,24 @@ def test_a_claim_without_progress_is_taken_over_and_its_owner_sees_that(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (directory / "locks").mkdir(parents=True)
-    monkeypatch.setattr(producing, "_STALLED_SECONDS", 0.1)
-    with producing.once(directory, "it", lambda: None, is_working=None):
+    monkeypatch.setattr(single_flight, "_STALLED_SECONDS", 0.1)
+    with single_flight.once(directory, "it", lambda: None, is_working=None):
         (path,) = (directory / "locks").glob("*.producing")
         inode = path.stat().st_ino
         took: list[bool] = []
 
         def want() -> None:
-            with producing.once(directory, "it", lambda: None, seconds=30, may_take_over=True, is_working=None):
+            with single_flight.once(directory, "it", lambda: None, seconds=30, may_take_over=True, is_working=None):
                 took.append(path.stat().st_ino != inode)
 
         thread = threading.Thread(target=want)
-        lost = producing._claims[path]
+        lost = single_flight._claims[path]
         thread.start()
         thread.join(60)
         assert took == [True]
-        producing._claims[path] = lost  # of another process, which threads of one stand for here
-        with pytest.raises(producing.ClaimLost):
-            producing.check_claim(directory, "it")
+        single_flight._claims[path] = lost  # of another process, which threads of one stand for here
+        with pytest.raises(single_flight.ClaimLost):
+            single_flight.check_claim(directory, "it")
         other = locks.acquire(path, wait=False)
         assert other is not None
     assert path.exists(), "who has lost a claim does not take away the file of the next"
@@ -253,9 +254,9 @@ def test_a_claim_without_progress_is_taken_over_and_its_owner_sees_that(
 
 def test_a_claim_with_progress_is_not_taken_over(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (directory / "locks").mkdir(parents=True)
-    monkeypatch.setattr(producing, "_STALLED_SECONDS", 1.0)
-    monkeypatch.setattr(producing, "_PROGRESS_SECONDS", 0.05)
-    with producing.once(directory, "it", lambda: None):
+    monkeypatch.setattr(single_flight, "_STALLED_SECONDS", 1.0)
+    monkeypatch.setattr(single_flight, "_PROGRESS_SECONDS", 0.05)
+    with single_flight.once(directory, "it", lambda: None):
         ended = threading.Event()
 
         def stop(seconds: float) -> None:
@@ -266,7 +267,7 @@ def test_a_claim_with_progress_is_not_taken_over(directory: Path, monkeypatch: p
         def want() -> None:
             with (
                 pytest.raises((InterruptedError, CacheError)),
-                producing.once(directory, "it", lambda: None, stop, seconds=30, may_take_over=True),
+                single_flight.once(directory, "it", lambda: None, stop, seconds=30, may_take_over=True),
             ):
                 pass
             ended.set()
@@ -274,7 +275,7 @@ def test_a_claim_with_progress_is_not_taken_over(directory: Path, monkeypatch: p
         end = time.monotonic() + 3
         threading.Thread(target=want).start()
         assert ended.wait(60)
-        producing.check_claim(directory, "it")
+        single_flight.check_claim(directory, "it")
 
 
 def test_sessions_tell_who_writes_who_waits_and_who_holds(cachedb: Run, full: Path) -> None:

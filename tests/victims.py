@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cachedb import Cache, CacheError, rebuild, schema
+from cachedb import Cache, CacheError
+from cachedb.index import schema
+from cachedb.operations import rebuild
 from tests import make
 from tests.make import save
 
@@ -265,12 +267,6 @@ def attempt(operation: str, directory: Path) -> int:
 
 
 def main() -> None:
-
-    import cachedb.adopt
-    import cachedb.archive
-    import cachedb.copy_cache
-    import cachedb.export
-    import cachedb.verify  # noqa: F401
 
     # What is imported late is imported now, and Alembic's migrations are compiled.
     warm = Path(sys.argv[1]) / "warm"

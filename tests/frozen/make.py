@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from cachedb import Cache
-from cachedb.oci import OCI_CONFIG, OCI_MANIFEST
-from cachedb.tables import REVISION
+from cachedb.index.tables import REVISION
+from cachedb.oci.manifests import OCI_CONFIG, OCI_MANIFEST
 from tests import make
 from tests.registries import Registry
 

@@ -1,0 +1,1 @@
+"""Blobs and images kept in step, on disk and in the index."""

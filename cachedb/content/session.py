@@ -1,0 +1,274 @@
+"""Sessions: a process's claim on what it is working with, that ends when the process does.
+
+A session has a lock file, which the kernel lets go of however the process dies; a folder in ``ingest/``;
+and leases, which keep digests from collection. It begins when the first of them is needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
+
+from cachedb.disk import locks, processes
+from cachedb.disk.folders import Folders, Leftover
+from cachedb.disk.layout import is_received, is_session, lock_kind, received_digest
+from cachedb.disk.waiting import Wait
+from cachedb.errors import CacheError, CacheReplaced, StorageError, explain, is_callers, os_errors
+from cachedb.index.sqlite.database import CLOSED, Database, is_full, sync_folder
+from cachedb.index.tables import LEASES
+from cachedb.oci.names import Digest
+from cachedb.reentry import not_reentered
+
+__all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "remove_folder"]
+
+
+_SUFFIX = ".session"
+
+
+class Hold(NamedTuple):
+    """One set of leases: of which session, its number there, and the digests."""
+
+    session: str
+    number: int
+    digests: frozenset[Digest]
+
+
+NO_HOLD = Hold("", 0, frozenset())
+
+
+def lock_path(directory: Path, session: str) -> Path:
+    """Return a session's lock file."""
+    return directory / "locks" / f"{session}{_SUFFIX}"
+
+
+def locked_sessions(directory: Path) -> set[str]:
+    """Return the sessions that have a lock file, alive or not."""
+    return {name.removesuffix(_SUFFIX) for name in os.listdir(directory / "locks") if lock_kind(name) == "session"}
+
+
+def half_published(directory: Path) -> set[Digest]:
+    """Return the digests in all sessions' folders: what a process that died in a publication has left is among them."""
+    folders = [entry.path for entry in os.scandir(directory / "ingest") if entry.is_dir(follow_symlinks=False)]
+    found: set[Digest] = set()
+    for folder in folders:
+        with suppress(FileNotFoundError):
+            found.update(digest for name in os.listdir(folder) if (digest := received_digest(name)))
+    return found
+
+
+class Session:
+    """The session of one open cache. Usable from several threads; a forked child begins one of its own."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._closed = False
+        locks.after_fork(self)
+        self.forked()
+
+    def forked(self) -> None:
+        """Be a new session, that has not begun."""
+        self._guard = threading.RLock()  # a signal handler may use the cache while its thread has it
+        self._id: str | None = None
+        self._lock: FileIO | None = None
+        self._numbers = itertools.count(1)
+        self._leased = False
+        self._unsaved: dict[Digest, list[Hold]] = {}
+        self._expected: set[Digest] = set()
+
+    @property
+    def id(self) -> str:
+        """The session's name. Asking for it begins the session."""
+        with self._guard:
+            if self._closed:
+                raise CacheError(CLOSED)
+            if self._id is None:
+                name = f"{os.getpid()}-{secrets.token_hex(6)}"
+                with not_reentered(f"session {id(self)}", "beginning to write to the cache"):
+                    try:
+                        lock = self._begin(name)
+                    except StorageError as error:
+                        if not is_full(error) or not self._database.give_up_inodes():
+                            raise
+                        lock = self._begin(name)
+                self._id, self._lock = name, lock
+            return self._id
+
+    def _begin(self, name: str) -> FileIO:
+        """Make the session's lock file and its folder; return the lock."""
+        path = lock_path(self._database.directory, name)
+        # The lock comes first: what belongs to a session without one is swept away.
+        with os_errors("begin a session in the cache"):
+            lock = locks.acquire(path, wait=Wait("the lock of a new session", self._database.wait_seconds))
+        assert lock is not None
+        try:
+            processes.write_record(lock.fileno())
+            with os_errors("begin a session in the cache"):
+                self._database.folders.make(f"ingest/{name}")
+                sync_folder(self._database.directory / "ingest")
+        except BaseException:
+            with suppress(OSError):
+                path.unlink()
+            locks.release(lock)
+            raise
+        return lock
+
+    @property
+    def folder(self) -> Path:
+        """Where this session writes what it receives."""
+        return Path(f"{self._database.directory}/ingest/{self.id}")
+
+    def new_path(self, digest: Digest | None = None) -> Path:
+        """Return a new path in the folder; with a digest, it tells the next open what was being published."""
+        number = next(self._numbers)
+        name = f"{number}.{digest.replace(':', '-')}" if digest else f"{number}"
+        return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # one path made: see `blob_file`
+
+    def lease(self, connection: Connection, digests: Iterable[Digest]) -> Hold:
+        """Keep digests from collection, from the connection's commit on until `release`."""
+        hold = Hold(self.id, next(self._numbers), frozenset(digests))
+        if hold.digests:
+            self._check_lock()
+            self._leased = True
+            rows = [{"digest": digest, "session": hold.session, "hold": hold.number} for digest in hold.digests]
+            connection.execute(_new_leases(), rows)
+        return hold
+
+    def release(self, connection: Connection, hold: Hold) -> None:
+        """Let go of a hold; one that a parent process took is left to it."""
+        if hold.session == self._id:
+            self._check_lock()
+            connection.execute(_without_holds(), {"of": hold.session, "numbers": [hold.number]})
+
+    def _check_lock(self) -> None:
+        """Make sure that other processes still see this session as alive: without its lock file its leases are swept.
+
+        Raises:
+            CacheReplaced: if the lock file was removed.
+        """
+        if self._lock is not None and os.fstat(self._lock.fileno()).st_nlink == 0:
+            raise CacheReplaced(
+                "the lock file of this session was removed, so what it holds may be collected: open the cache again, "
+                "and keep cleaners of old files out of it"
+            )
+
+    def keep_until_saved(self, hold: Hold) -> None:
+        """Keep a blob that was just stored until an image of this session is associated with it."""
+        with self._guard:
+            for digest in hold.digests:
+                self._unsaved.setdefault(digest, []).append(hold)
+
+    def release_saved(self, connection: Connection, digests: Iterable[Digest]) -> None:
+        """Let go of what `keep_until_saved` keeps, in the transaction that associates it.
+
+        Of each digest once: another thread may have stored the same blob for an image that it has yet to save.
+        """
+        with self._guard:
+            holds = [held.pop() for digest in set(digests) if (held := self._unsaved.get(digest))]
+        # One that a parent process took is left to it, as `release` has it.
+        numbers = [hold.number for hold in holds if hold.session == self._id]
+        if numbers:
+            connection.execute(_without_holds(), {"of": self._id, "numbers": numbers})
+
+    def expect(self, digests: Iterable[Digest]) -> None:
+        """Note what an image that this session has saved is still waiting for."""
+        with self._guard:
+            self._expected.update(digests)
+
+    def expects(self, digest: Digest) -> bool:
+        """Say whether an image that this session has saved waits for a blob, or did."""
+        with self._guard:
+            return digest in self._expected
+
+    def close(self) -> None:
+        """End the session, and begin no other: its folder, its leases and its lock file go."""
+        with self._guard:
+            self._closed = True
+            session, lock = self._id, self._lock
+        if session is None or lock is None:
+            return
+        folder = self._database.directory / "ingest" / session
+        try:
+            # A file named by its digest may be a publication that failed half way: the next open sees to it.
+            if not any(received_digest(name) for name in os.listdir(folder)):
+                remove_folder(self._database.folders, session)
+                if self._leased:
+                    with self._database.write() as connection:
+                        connection.execute(delete(LEASES).where(LEASES.c.session == session))
+                with self._database.folders.open("locks") as locks_folder:
+                    os.unlink(f"{session}{_SUFFIX}", dir_fd=locks_folder)
+        except (CacheError, OSError) as error:
+            if is_callers(error):
+                raise
+            # What is left is a dead session's, which the next open sweeps away.
+        finally:
+            locks.release(lock)
+            self.forked()
+
+
+@cache
+def _new_leases() -> Insert:
+    return insert(LEASES)
+
+
+@cache
+def _without_holds() -> Delete:
+    return delete(LEASES).where(
+        LEASES.c.session == bindparam("of"), LEASES.c.hold.in_(bindparam("numbers", expanding=True))
+    )
+
+
+def remove_folder(folders: Folders, session: str) -> None:
+    """Remove a session's folder in ``ingest/`` and what the session wrote there; anything else in it stays.
+
+    Raises:
+        OSError: if something cannot be removed, or is not ours.
+        NotOurs: if the folder leads elsewhere, or is another user's.
+    """
+    with folders.open("ingest") as ingest:
+        with folders.open(f"ingest/{session}") as folder:
+            for name in filter(is_received, os.listdir(folder)):
+                try:
+                    os.unlink(name, dir_fd=folder)
+                except IsADirectoryError:  # a new index was made there; no link in it is followed
+                    shutil.rmtree(name, dir_fd=folder)
+        os.rmdir(session, dir_fd=ingest)
+
+
+def dead_sessions(folders: Folders, left: list[Leftover]) -> Iterator[str]:
+    """Yield the sessions of a cache that left files behind and whose process is gone; each is locked meanwhile.
+
+    Args:
+        folders: of the cache.
+        left: gets the sessions that cannot be looked at: another user's, say.
+    """
+    directory = folders.directory
+    names = locked_sessions(directory) | set(filter(is_session, os.listdir(directory / "ingest")))
+    for session in sorted(names):
+        path = lock_path(directory, session)
+        try:
+            # Made if it is not there: of several who come to sweep a session away, one does.
+            lock = locks.acquire(path, wait=False)
+        except OSError as error:
+            left.append(Leftover(path, explain(error)))
+            continue
+        if lock is None:
+            continue
+        try:
+            yield session
+            with folders.open("locks") as folder, suppress(FileNotFoundError):
+                os.unlink(path.name, dir_fd=folder)
+        except OSError as error:
+            left.append(Leftover(path, explain(error)))
+        finally:
+            locks.release(lock)

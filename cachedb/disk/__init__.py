@@ -1,0 +1,1 @@
+"""The cache directory: files, locks, durable writes. Knows no SQL."""

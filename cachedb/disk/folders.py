@@ -1,0 +1,225 @@
+"""The cache directory and its folders, reached so that nothing outside them can be changed.
+
+The directory is opened once. Each folder in it is opened from there when it is needed: never through a symbolic link,
+never on another file system, never another user's. What is deleted or renamed is named within such a descriptor. So
+neither a link that somebody has put there nor another directory that takes the cache's place can lead us elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from cachedb.disk import marker
+from cachedb.errors import CacheReplaced, NotOurs
+
+__all__ = ["FOLDERS", "Folders", "Leftover", "follow", "give", "is_shared", "mode_in"]
+
+
+FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
+"""The folders of every cache, in the order they are made."""
+
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class Leftover(NamedTuple):
+    """What a dead process left behind and cannot be cleaned up."""
+
+    path: Path
+    reason: str
+
+
+class Folders:
+    """The open directory of one cache."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the directory, which must exist.
+
+        Raises:
+            OSError: if it cannot be opened.
+        """
+        self.directory = directory
+        self.root = os.open(directory, _OPEN)
+        weakref.finalize(self, os.close, self.root)
+        self.status = os.fstat(self.root)
+        self._marker: tuple[tuple[int, int, int], str] | None = None
+        self.is_copy = False
+        """Whether the cache may have been copied file by file, and nobody has checked it since."""
+        self.had_marker = False
+        """Whether the directory had a marker before this release found it; those of older releases have none."""
+
+    def check_owner(self, *, trust: bool = False) -> None:
+        """Refuse another user's directory, unless it is shared, or trusted: ``CACHEDB_TRUST=1`` trusts any.
+
+        Raises:
+            NotOurs: if it is another user's.
+        """
+        owner, trust = self.status.st_uid, trust or os.environ.get("CACHEDB_TRUST") == "1"
+        if owner != os.geteuid() and not trust and not is_shared(self.status):
+            raise NotOurs(
+                f"{str(self.directory)!r} belongs to user {_user(owner)}: share it with `cachedb init --shared` as its "
+                "owner, or pass --trust if you trust whoever can write to it"
+            )
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the directory had a marker when it was last looked at."""
+        return self._marker is not None
+
+    def mark(self, *, new: bool, is_sound: bool = True) -> None:
+        """Note which cache this is, and write its marker first if it has none yet and is ``new``.
+
+        Args:
+            new: write the marker.
+            is_sound: as for `marker.write`.
+        """
+        found = marker.read(self.root)
+        if found is None and new:
+            found = marker.write(self.root, lambda file: follow(file, self.status), is_sound=is_sound)
+        status = marker.identity(self.root)
+        if found is not None and status is not None:
+            self._marker = (status, found.id)
+        self.had_marker = found is not None and found.inode is not None
+        self.is_copy = found is None or status is None or found.inode != status[1]
+
+    def accept_copy(self) -> None:
+        """Give a copy that was checked an id of its own; under the write lock."""
+        marker.renew(self.root, lambda file: follow(file, self.status))
+        self.mark(new=False)
+
+    def check(self) -> None:
+        """Make sure that the path still leads to this cache: before each write.
+
+        Raises:
+            CacheReplaced: if the directory was moved, removed, or made anew since it was opened.
+        """
+        try:
+            status = os.stat(self.directory)
+        except (FileNotFoundError, NotADirectoryError):
+            status = None
+        if status is None or not os.path.samestat(status, self.status):
+            raise CacheReplaced(
+                f"the cache directory {str(self.directory)!r} was moved, removed or replaced while it was open: "
+                "open the cache again"
+            )
+        if self._marker is None or marker.identity(self.root) == self._marker[0]:
+            return
+        found = marker.read(self.root)
+        if found is None or found.id != self._marker[1]:
+            raise CacheReplaced(
+                f"another cache is in {str(self.directory)!r} than the one that was opened: open it again"
+            )
+        self.mark(new=False)
+
+    def make(self, name: str) -> None:
+        """Make a folder of the cache, unless it is there."""
+        outer, _, inner = name.rpartition("/")
+        with self.open(outer) if outer else nullcontext(self.root) as parent:
+            try:
+                os.mkdir(inner, 0o700, dir_fd=parent)
+            except FileExistsError:
+                return
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._path(name)) from error
+        with self.open(name) as folder:
+            follow(folder, self.status, is_folder=True)
+
+    def remove(self, path: str) -> None:
+        """Unlink a file, unless it is gone already.
+
+        Args:
+            path: relative to the cache directory.
+
+        Raises:
+            NotOurs: if a folder on the way leads elsewhere, or is another user's.
+            OSError: if it cannot be unlinked.
+        """
+        folder, _, name = path.rpartition("/")
+        with suppress(FileNotFoundError), self.open(folder) if folder else nullcontext(self.root) as parent:
+            os.unlink(name, dir_fd=parent)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[int]:
+        """Give the block a descriptor of a folder of the cache.
+
+        Args:
+            name: relative to the cache directory.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            NotOurs: if it is a symbolic link or no folder, or is another user's, or on another file system.
+        """
+        folder = self.root
+        for part in name.split("/"):
+            try:
+                inner = os.open(part, _OPEN | os.O_NOFOLLOW, dir_fd=folder)
+            except NotADirectoryError:
+                found = os.stat(part, dir_fd=folder, follow_symlinks=False)
+                what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no folder"
+                raise NotOurs(
+                    f"{self._path(name)!r} is {what}: put a folder back in its place, or move the whole cache"
+                ) from None
+            finally:
+                if folder != self.root:
+                    os.close(folder)
+            folder = inner
+        try:
+            self._check_folder(name, os.fstat(folder))
+            yield folder
+        finally:
+            os.close(folder)
+
+    def _check_folder(self, name: str, found: os.stat_result) -> None:
+        if found.st_dev != self.status.st_dev:
+            raise NotOurs(f"{self._path(name)!r} is on another file system: move the whole cache to one file system")
+        if found.st_uid not in (self.status.st_uid, os.geteuid()) and not is_shared(self.status):
+            raise NotOurs(
+                f"{self._path(name)!r} belongs to user {_user(found.st_uid)}, and the cache to user "
+                f"{_user(self.status.st_uid)}: give it back to its owner with chown"
+            )
+
+    def _path(self, name: str) -> str:
+        return f"{self.directory}/{name}"
+
+
+def is_shared(folder: os.stat_result) -> bool:
+    """Return whether a cache directory is shared by a group: its mode says so, as `cachedb init --shared` sets it."""
+    return folder.st_mode & (stat.S_ISGID | stat.S_IWGRP) == stat.S_ISGID | stat.S_IWGRP
+
+
+def mode_in(folder: os.stat_result) -> int:
+    """Return the mode of a new file in a folder: whoever may read or write the folder may do so with the file."""
+    return folder.st_mode & 0o666
+
+
+def give(file: int, folder: os.stat_result) -> None:
+    """Give what root makes in another user's folder to that user."""
+    if folder.st_uid != 0 and os.geteuid() == 0:
+        os.fchown(file, folder.st_uid, folder.st_gid)
+
+
+def follow(file: int, folder: os.stat_result, *, is_folder: bool = False) -> None:
+    """Give a new file or folder the mode of the folder it is in, whatever the umask; of root's, the owner as well."""
+    found = os.fstat(file)
+    if found.st_uid != os.geteuid():
+        return  # another process has made it meanwhile
+    give(file, folder)
+    if folder.st_mode & stat.S_ISGID and found.st_gid != folder.st_gid:
+        os.fchown(file, -1, folder.st_gid)  # it was made elsewhere
+    mode = stat.S_IMODE(folder.st_mode) if is_folder else mode_in(folder)
+    if stat.S_IMODE(found.st_mode) != mode:
+        os.fchmod(file, mode)
+
+
+def _user(uid: int) -> str:
+    import pwd
+
+    try:
+        return f"{pwd.getpwuid(uid).pw_name!r} (uid {uid})"
+    except KeyError:
+        return str(uid)

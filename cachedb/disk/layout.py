@@ -1,0 +1,132 @@
+"""The cache directory: where it is, and where in it things lie."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from cachedb.arguments import check_paths
+from cachedb.errors import DamagedIndex, InvalidDigest, NotACache
+from cachedb.oci.names import Digest, is_digest, parse_digest
+
+__all__ = [
+    "REVISION",
+    "UNFINISHED",
+    "blob_file",
+    "blob_path",
+    "chosen",
+    "default_directory",
+    "is_received",
+    "is_session",
+    "lock_kind",
+    "partial_digest",
+    "partial_path",
+    "partials",
+    "received_digest",
+    "trash_digest",
+    "trash_name",
+]
+
+
+REVISION = "0005"
+"""The newest migration: the schema that `cachedb.index.tables` describes; here for who reads without SQLAlchemy."""
+
+UNFINISHED = ".cachedb-copy"
+"""The name of the index in a directory that `cachedb copy` has not come to the end of."""
+
+
+def default_directory() -> Path:
+    """Return the cache directory: ``CACHEDB_DIR``, else the user's cache directory of the platform."""
+    if directory := os.environ.get("CACHEDB_DIR"):
+        return Path(directory)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("cachedb"))
+
+
+def chosen(directory: str | os.PathLike[str] | None) -> Path:
+    """Return the directory that was chosen, or the default, as an absolute path.
+
+    Raises:
+        NotACache: if its name is empty.
+    """
+    check_paths(directory=directory, optional=True)
+    if directory is not None and not os.fspath(directory):
+        raise NotACache("the name of the cache directory is empty")
+    return (default_directory() if directory is None else Path(directory)).absolute()
+
+
+def blob_path(directory: Path, digest: Digest) -> Path:
+    """Return where a blob lies, if it is stored."""
+    return Path(blob_file(directory, digest))
+
+
+def blob_file(directory: Path, digest: Digest) -> str:
+    """Return the same as text: to make a `Path` for each of many blobs takes longer than what is done with it.
+
+    Raises:
+        DamagedIndex: if it is no digest but a path, which an index from elsewhere may have.
+    """
+    if not is_digest(digest):
+        raise DamagedIndex(
+            f"the index is damaged, for it has {digest!r} as a digest: run `cachedb verify --repair`, which rebuilds it"
+        )
+    return f"{directory}/blobs/{digest.replace(':', '/')}"
+
+
+def partials(directory: Path) -> Path:
+    """Return the folder in ``ingest/`` that is no session's: of downloads to be gone on with."""
+    return directory / "ingest" / "partial"
+
+
+def partial_path(directory: Path, digest: Digest) -> Path:
+    """Return where a blob lies that is being downloaded, or was until it was cut off."""
+    return partials(directory) / digest.replace(":", "-")
+
+
+def trash_name(digest: Digest) -> str:
+    """Return the name that the file of a forgotten blob has in ``trash/``."""
+    return digest.replace(":", "-")
+
+
+def trash_digest(name: str) -> Digest | None:
+    """Return the digest of a forgotten blob from the name of its file in ``trash/``; None if the file is not ours."""
+    try:
+        digest = parse_digest(name.replace("-", ":", 1))
+    except InvalidDigest:
+        return None
+    return digest if trash_name(digest) == name else None
+
+
+partial_digest = trash_digest  # a download that was cut off is named in the same way
+
+
+def received_digest(name: str) -> Digest | None:
+    """Return the digest in the name of a file in a session's folder: once all of it is there, or if it was known."""
+    number, _, digest = name.partition(".")
+    return trash_digest(digest) if number.isdecimal() else None
+
+
+def is_received(name: str) -> bool:
+    """Return whether a name in a session's folder is of our form."""
+    return name.isdecimal() or received_digest(name) is not None
+
+
+def is_session(name: str) -> bool:
+    """Return whether a name is a session's."""
+    return _SESSION.fullmatch(name) is not None
+
+
+def lock_kind(name: str) -> str | None:
+    """Return what a file in ``locks/`` is for: ``session``, ``producing`` or ``write``; None if it is not ours."""
+    stem, _, suffix = name.rpartition(".")
+    if suffix == "session" and is_session(stem):
+        return "session"
+    if suffix == "producing" and _KEY.fullmatch(stem):
+        return "producing"
+    return "write" if name in ("write.lock", "write.queue") else None
+
+
+_SESSION = re.compile(r"[0-9]+-[0-9a-f]{12}")
+_KEY = re.compile(r"[0-9a-f]{64}")

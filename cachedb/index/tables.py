@@ -1,0 +1,262 @@
+"""The index: tables of images, blobs, and the association between them.
+
+The tables are made by the migrations, never by `create_all`; `alembic check` holds the two together.
+All of it is portable SQL. SQLite's STRICT tables refuse a value of the wrong type, and the CHECK
+constraints a wrong value, whoever writes it.
+
+These are Core tables, for a command must not wait for the import of SQLAlchemy's ORM; `models` maps classes to them.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    TypedColumns,
+    TypeDecorator,
+    UniqueConstraint,
+)
+
+from cachedb.disk.layout import REVISION
+from cachedb.errors import DamagedIndex
+from cachedb.oci.manifests import ROLES
+from cachedb.oci.names import HEX_LENGTH
+
+__all__ = [
+    "BACKFILLS",
+    "BLOBS",
+    "HOLDS",
+    "IMAGES",
+    "IMAGE_BLOBS",
+    "IMAGE_LABELS",
+    "LEASES",
+    "METADATA",
+    "REVISION",
+    "TEXT_LIMIT",
+    "TRASH",
+    "UtcTime",
+]
+
+
+TEXT_LIMIT = 65536
+"""Characters of a text that an image's config brings; a longer one is in the config alone."""
+
+# SQLite's STRICT tables know INTEGER (of 64 bits), and no BIGINT.
+_INTEGER = BigInteger().with_variant(Integer(), "sqlite")
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """A time in UTC, kept as text of one width that sorts by time: ``2026-01-31T23:59:59.123456Z``."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
+        """Write an aware time as text."""
+        if value is None:
+            return None
+        return f"{value.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
+        """Read the text back as an aware time."""
+        try:
+            return None if value is None else datetime.fromisoformat(value)
+        except ValueError as error:
+            raise DamagedIndex(f"the index has {value!r} for a time; `cachedb verify --repair` rebuilds it") from error
+
+
+def _is_digest(column: str) -> str:
+    """SQL that holds for ``algorithm:hex`` of the right length, in lower case."""
+    forms = (
+        f"(substr({column}, 1, 7) = '{algorithm}:' AND length({column}) = {7 + length} "
+        f"AND ltrim(substr({column}, 8), '0123456789abcdef') = '')"
+        for algorithm, length in HEX_LENGTH.items()
+    )
+    return " OR ".join(forms)
+
+
+def _is_time(column: str) -> str:
+    return f"{column} LIKE '____-__-__T__:__:__.______Z' AND ltrim({column}, '0123456789-T:.Z') = ''"
+
+
+METADATA = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class _Blobs(TypedColumns):
+    id = Column(_INTEGER, primary_key=True)
+    digest = Column(Text, nullable=False)
+    size = Column(_INTEGER, nullable=False)  # bytes; what a manifest says until the blob is stored, then its true size
+    stored_at = Column(UtcTime)
+
+
+BLOBS = Table(
+    "blobs",
+    METADATA,
+    _Blobs,
+    UniqueConstraint("digest"),
+    CheckConstraint(_is_digest("digest"), "digest"),
+    CheckConstraint("size >= 0", "size"),
+    CheckConstraint(f"stored_at IS NULL OR ({_is_time('stored_at')})", "stored_at"),
+    sqlite_strict=True,
+)
+"""Bytes, known by the digest of their content; on disk once ``stored_at`` is set."""
+
+
+class _Images(TypedColumns):
+    id = Column(_INTEGER, primary_key=True)
+    repository = Column(Text, nullable=False)
+    reference = Column(Text, nullable=False)  # a tag or a digest
+    manifest_id = Column(_INTEGER, ForeignKey("blobs.id", ondelete="RESTRICT"), nullable=False)
+    media_type = Column(Text, nullable=False)
+    created_at = Column(UtcTime, nullable=False)  # when the name came to point to this manifest
+    last_used_at = Column(UtcTime, nullable=False)
+    some_platforms = Column(_INTEGER, CheckConstraint("some_platforms = 1", "some_platforms"))  # else all of its index
+    # What the configs of all its platforms agree on; empty where they do not, or are not stored.
+    architecture = Column(Text, CheckConstraint("length(architecture) BETWEEN 1 AND 64", "architecture"))
+    os = Column(Text, CheckConstraint("length(os) BETWEEN 1 AND 64", "os"))
+    variant = Column(Text, CheckConstraint("length(variant) BETWEEN 1 AND 64", "variant"))
+    created = Column(UtcTime, CheckConstraint(_is_time("created"), "created"))  # when it was built, it says
+    author = Column(Text, CheckConstraint(f"length(author) BETWEEN 1 AND {TEXT_LIMIT}", "author"))
+
+
+IMAGES = Table(
+    "images",
+    METADATA,
+    _Images,
+    UniqueConstraint("repository", "reference"),
+    Index(None, "manifest_id"),
+    CheckConstraint("length(repository) BETWEEN 1 AND 255", "repository"),
+    CheckConstraint("length(reference) BETWEEN 1 AND 135", "reference"),
+    CheckConstraint("media_type LIKE '_%/_%'", "media_type"),
+    CheckConstraint(_is_time("created_at"), "created_at"),
+    CheckConstraint(_is_time("last_used_at"), "last_used_at"),
+    sqlite_strict=True,
+)
+"""A name, and the manifest or index it points to."""
+
+
+class _ImageBlobs(TypedColumns):
+    image_id = Column(_INTEGER, ForeignKey("images.id", ondelete="CASCADE"), primary_key=True)
+    position = Column(_INTEGER, primary_key=True)
+    blob_id = Column(_INTEGER, ForeignKey("blobs.id", ondelete="RESTRICT"), nullable=False)
+    role = Column(Text, nullable=False)
+    media_type = Column(Text, nullable=False)
+    # Of a layer, as the config says: the digest before compression, and the command that made it.
+    diff_id = Column(Text, CheckConstraint(_is_digest("diff_id"), "diff_id"))
+    created_by = Column(Text, CheckConstraint(f"length(created_by) BETWEEN 1 AND {TEXT_LIMIT}", "created_by"))
+
+
+IMAGE_BLOBS = Table(
+    "image_blobs",
+    METADATA,
+    _ImageBlobs,
+    Index(None, "blob_id"),
+    CheckConstraint("position >= 0", "position"),
+    CheckConstraint(f"role IN {ROLES}", "role"),
+    CheckConstraint("media_type LIKE '_%/_%'", "media_type"),
+    sqlite_strict=True,
+    sqlite_with_rowid=False,
+)
+"""The association: a blob in an image's closure, or attached to it, with its role and position."""
+
+
+class _ImageLabels(TypedColumns):
+    image_id = Column(_INTEGER, ForeignKey("images.id", ondelete="CASCADE"), primary_key=True)
+    key = Column(Text, primary_key=True)
+    value = Column(Text, nullable=False)
+
+
+IMAGE_LABELS = Table(
+    "image_labels",
+    METADATA,
+    _ImageLabels,
+    Index(None, "key"),
+    CheckConstraint(f"length(key) <= {TEXT_LIMIT}", "key"),
+    CheckConstraint(f"length(value) <= {TEXT_LIMIT}", "value"),
+    sqlite_strict=True,
+    sqlite_with_rowid=False,
+)
+"""A label that an image's config has; of several platforms, one that all of them have."""
+
+
+class _Leases(TypedColumns):
+    digest = Column(Text, primary_key=True)
+    session = Column(Text, primary_key=True)  # or the id of a row in holds
+    hold = Column(_INTEGER, primary_key=True)  # tells apart the holds of one session
+
+
+LEASES = Table(
+    "leases",
+    METADATA,
+    _Leases,
+    Index(None, "session", "hold"),
+    CheckConstraint(_is_digest("digest"), "digest"),
+    sqlite_strict=True,
+    sqlite_with_rowid=False,
+)
+"""A digest that is not collected while the session that works with it lives, or the hold it belongs to lasts."""
+
+
+class _Holds(TypedColumns):
+    id = Column(Text, primary_key=True)  # what its leases have for a session
+    name = Column(Text, nullable=False)  # the image or digest that was named
+    created_at = Column(UtcTime, nullable=False)
+    expires_at = Column(UtcTime)
+
+
+HOLDS = Table(
+    "holds",
+    METADATA,
+    _Holds,
+    CheckConstraint("id LIKE 'hold-____________'", "id"),
+    CheckConstraint("length(name) BETWEEN 1 AND 400", "name"),
+    CheckConstraint(_is_time("created_at"), "created_at"),
+    CheckConstraint(f"expires_at IS NULL OR ({_is_time('expires_at')})", "expires_at"),
+    sqlite_strict=True,
+    sqlite_with_rowid=False,
+)
+"""A hold that outlives the process that took it: until its time, or until it is released."""
+
+
+class _Trash(TypedColumns):
+    digest = Column(Text, primary_key=True)
+    size = Column(_INTEGER, nullable=False)
+
+
+TRASH = Table(
+    "trash",
+    METADATA,
+    _Trash,
+    CheckConstraint(_is_digest("digest"), "digest"),
+    CheckConstraint("size >= 0", "size"),
+    sqlite_strict=True,
+    sqlite_with_rowid=False,
+)
+"""A blob that the index has forgotten, and whose file is still to be taken out of ``blobs/``."""
+
+
+class _Backfills(TypedColumns):
+    revision = Column(Text, primary_key=True)
+    image_id = Column(_INTEGER, nullable=False)
+
+
+BACKFILLS = Table("backfills", METADATA, _Backfills, sqlite_strict=True, sqlite_with_rowid=False)
+"""Work that a migration has left to be done in batches: its images up to this one are done."""

@@ -1,0 +1,1 @@
+"""What the specifications say: names, digests, manifests, configs. Reads no file."""

@@ -1,0 +1,129 @@
+"""Names, references and digests: how an image or a blob is called.
+
+The grammar is the OCI distribution specification's (v1.1, "Pulling manifests"), with a registry's
+``host[:port]/`` allowed in front of the repository, and the OCI image specification's for digests
+(v1.1, descriptor.md, "Digests").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import NamedTuple, NewType
+
+from cachedb.errors import InvalidDigest, InvalidName
+
+__all__ = ["Digest", "Name", "digest_of", "is_digest", "parse_digest", "split_digest"]
+
+
+Digest = NewType("Digest", str)
+"""A digest that has passed `parse_digest`: safe in a path and in SQL."""
+
+HEX_LENGTH = {"sha256": 64, "sha512": 128}
+"""The algorithms a cache stores, with the length of their hexadecimal form in characters."""
+
+_DIGEST = re.compile(r"(?:(?:sha256:)?[0-9a-f]{64}|sha512:[0-9a-f]{128})")
+_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_HOST = r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])(?::[0-9]{1,5})?"
+_REPOSITORY = re.compile(rf"(?:{_HOST}/)?{_COMPONENT}(?:/{_COMPONENT})*")
+_TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+_REPOSITORY_LIMIT = 255  # characters, as Docker and the registries have it
+
+
+def parse_digest(text: str) -> Digest:
+    """Return ``text`` as a digest; bare hexadecimal of 64 characters is taken as sha256.
+
+    Raises:
+        InvalidDigest: for anything else.
+    """
+    if not isinstance(text, str) or not _DIGEST.fullmatch(text):
+        raise InvalidDigest(
+            f"{shorten(text)} is not a digest: expected sha256: and 64, or sha512: and 128, digits of 0-9a-f"
+        )
+    return Digest(text if ":" in text else f"sha256:{text}")
+
+
+def is_digest(text: str) -> bool:
+    """Return whether ``text`` is a digest in full: what an index from elsewhere calls one may be a path."""
+    return ":" in text and _DIGEST.fullmatch(text) is not None
+
+
+def split_digest(digest: Digest) -> tuple[str, str]:
+    """Return a digest's algorithm and its hexadecimal part."""
+    algorithm, _, encoded = digest.partition(":")
+    return algorithm, encoded
+
+
+def digest_of(data: bytes, like: Digest | None = None) -> Digest:
+    """Return content's digest, by the algorithm of another one; by sha256 unless that is given."""
+    algorithm = split_digest(like)[0] if like else "sha256"
+    return Digest(f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
+
+
+def shorten(value: object) -> str:
+    """Quote what a stranger sent for an error message: on one line, and of a readable length."""
+    if isinstance(value, (dict, list)):  # nested so deep, maybe, that it cannot be written out
+        return "{...}" if isinstance(value, dict) else "[...]"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text) - 2} characters)"
+
+
+class Name(NamedTuple):
+    """An image's name: a repository, and a tag or a digest in it. Kept exactly as it was given."""
+
+    repository: str
+    reference: str
+
+    @classmethod
+    def parse(cls, text: str | Name) -> Name:
+        """Take a name apart: ``repository[:tag]`` or ``repository@digest``; the tag is ``latest`` if left out.
+
+        Raises:
+            InvalidName: if ``text`` is against the grammar.
+        """
+        if isinstance(text, Name):
+            text = str(text)
+        if not isinstance(text, str):
+            raise InvalidName(f"a name is a string, not {type(text).__name__}")
+        repository, at, reference = text.partition("@")
+        if at:
+            try:
+                if ":" not in reference:
+                    raise InvalidDigest(f"{shorten(reference)} names no algorithm")
+                reference = parse_digest(reference)
+            except InvalidDigest as error:
+                raise InvalidName(f"{shorten(text)} is not a name: {error}") from error
+        else:
+            # A colon after the last slash divides the tag; one before it is a registry's port.
+            head, colon, tail = text.rpartition(":")
+            repository, reference = (head, tail) if colon and "/" not in tail else (text, "latest")
+            if not _TAG.fullmatch(reference):
+                raise InvalidName(
+                    f"{shorten(text)} is not a name: a tag is up to 128 of letters, digits and _.-, "
+                    "and does not begin with . or -"
+                )
+        if len(repository) > _REPOSITORY_LIMIT:
+            raise InvalidName(
+                f"{shorten(text)} is not a name: its repository is longer than {_REPOSITORY_LIMIT} characters"
+            )
+        if not _REPOSITORY.fullmatch(repository):
+            hint = "it is lower case" if re.search("[A-Z]", repository) else "such as app or registry:5000/team/app"
+            if at and ":" in repository.rpartition("/")[2]:
+                hint = "give either a tag or a digest, not both"
+            raise InvalidName(f"{shorten(text)} is not a name: {shorten(repository)} is not a repository, {hint}")
+        return cls(repository, reference)
+
+    @property
+    def digest(self) -> Digest | None:
+        """The digest, where the reference is one."""
+        return Digest(self.reference) if ":" in self.reference else None
+
+    def __str__(self) -> str:
+        return f"{self.repository}{'@' if self.digest else ':'}{self.reference}"
+
+    def qualified(self) -> str:
+        """The name as Docker writes it in full, with its registry: ``app:1`` is ``docker.io/library/app:1``."""
+        first, slash, _ = self.repository.partition("/")
+        if slash and (first == "localhost" or "." in first or ":" in first):
+            return str(self)
+        return f"docker.io/{self}" if slash else f"docker.io/library/{self}"

@@ -1,0 +1,88 @@
+"""Sharing a cache with a group of users: who may write to its folders and files."""
+
+from __future__ import annotations
+
+import grp
+import os
+import stat
+
+from cachedb.disk.folders import FOLDERS, Folders, is_shared
+from cachedb.errors import CacheError, os_errors
+
+__all__ = ["share"]
+
+
+_FOLDER_MODE = 0o2770  # setgid: what is made in a folder belongs to the folder's group
+_FILE_MODE = 0o660
+
+
+def share(folders: Folders, group: str | None = None) -> str:
+    """Let a group read and write a cache: its folders, its index and its lock files; blobs stay read-only.
+
+    What is made later follows the mode of its folder, whatever the umask. The mode of the cache directory says that the
+    cache is shared, so it is changed last: a cache that is shared half way is not shared.
+
+    Args:
+        folders: of the cache.
+        group: name or number of the group; by default the one that the directory has if it is shared already, else the
+            process's own.
+
+    Returns:
+        The name of the group.
+
+    Raises:
+        CacheError: if there is no such group.
+        StorageError: if this user does not own the cache, or is no member of the group.
+    """
+    gid = _group_id(folders, group)
+    with os_errors("share the cache"):
+        for name in (*FOLDERS, "quarantine", "reserve.inodes", "ingest/partial"):
+            try:
+                with folders.open(name) as folder:
+                    _share_files(folder, gid)
+                    _set(folder, gid, _FOLDER_MODE)
+            except FileNotFoundError:
+                pass  # it is made when it is needed
+        _share_files(folders.root, gid)
+        _set(folders.root, gid, _FOLDER_MODE)
+    return _group_name(gid)
+
+
+def _share_files(folder: int, gid: int) -> None:
+    """Let the group write to the files in a folder that their owner may write to: not to blobs."""
+    for name in os.listdir(folder):
+        try:
+            # Only to name it: to open and close the index would release SQLite's locks on it in this process.
+            file = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        except FileNotFoundError:
+            continue  # gone since
+        try:
+            found = os.fstat(file)
+            if stat.S_ISREG(found.st_mode) and found.st_mode & stat.S_IWUSR and found.st_nlink == 1:
+                _set(file, gid, _FILE_MODE)
+        finally:
+            os.close(file)
+
+
+def _set(file: int, gid: int, mode: int) -> None:
+    found, path = os.fstat(file), f"/proc/self/fd/{file}"
+    if found.st_gid != gid:
+        os.chown(path, -1, gid)
+    if stat.S_IMODE(found.st_mode) != mode:
+        os.chmod(path, mode)
+
+
+def _group_id(folders: Folders, group: str | None) -> int:
+    if group is None:
+        return folders.status.st_gid if is_shared(folders.status) else os.getegid()
+    try:
+        return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise CacheError(f"there is no group {group!r}: name one that `getent group` lists") from None
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

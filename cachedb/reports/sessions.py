@@ -1,0 +1,118 @@
+"""Who works with a cache now, as the lock files say: nothing is locked or changed by looking."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from cachedb.content.session import lock_path, locked_sessions
+from cachedb.disk import locks, processes, single_flight
+from cachedb.disk.processes import Process
+from cachedb.errors import os_errors
+
+__all__ = ["Activity", "SessionInfo", "sessions"]
+
+
+_CLAIMS = {"blob ": "download", "pull ": "pull"}
+
+
+class Activity(NamedTuple):
+    """One thing that a process does, or waits for."""
+
+    kind: str  # write, wait, download, pull or produce
+    name: str  # what is downloaded, pulled or produced
+    since: datetime  # UTC
+
+
+class SessionInfo(NamedTuple):
+    """A process that works with the cache. Of several sessions of one process the first has all that it does."""
+
+    id: str | None  # None for a process that has not begun a session
+    pid: int | None  # None for one of an older release
+    user: str | None
+    command: str | None
+    started_at: datetime  # UTC: when the session began, or the first thing that the process does
+    doing: list[Activity]
+
+
+def sessions(directory: Path) -> list[SessionInfo]:
+    """Return the processes that have a session, or do or wait for something, the oldest first.
+
+    Those that write come before those that wait for that, which are in the order of their turns.
+
+    Args:
+        directory: of the cache.
+    """
+    with os_errors("look at the locks"):
+        begun = _begun(directory)
+        doing = _doing(directory)
+    found = []
+    for process, name, since in begun:
+        mine = [one for owner, one in doing if process is not None and owner == process]
+        doing = [(owner, one) for owner, one in doing if process is None or owner != process]
+        found.append(_info(name, process, since, mine))
+    others: dict[Process | None, list[Activity]] = {}
+    for owner, one in doing:
+        others.setdefault(owner, []).append(one)
+    for owner, ones in others.items():
+        found.append(_info(None, owner, min(one.since for one in ones), ones))
+    return sorted(found, key=lambda info: info.started_at)
+
+
+def _begun(directory: Path) -> list[tuple[Process | None, str, datetime]]:
+    """Return the sessions that live: whose, what it is called, and since when."""
+    found = []
+    for name in sorted(locked_sessions(directory)):
+        path = lock_path(directory, name)
+        with suppress(FileNotFoundError):
+            since = _utc(path.stat().st_mtime)
+            if locks.is_held(path):
+                found.append((_owner(path), name, since))
+    return found
+
+
+def _owner(path: Path) -> Process | None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        record = processes.read_record(file)
+    finally:
+        os.close(file)
+    return record and record[0]
+
+
+def _doing(directory: Path) -> list[tuple[Process | None, Activity]]:
+    """Return what is done now, and by whom."""
+    found: list[tuple[Process | None, Activity]] = []
+    lock = directory / "locks" / "write.lock"
+    with suppress(FileNotFoundError):
+        since = lock.stat().st_mtime
+        if locks.is_held(lock):
+            found.append((locks.holder_of(lock), Activity("write", "", _utc(since))))
+    for waiter in locks.waiters(lock):
+        found.append((waiter.process, Activity("wait", "for the write lock", _utc(waiter.since))))
+    for claim in single_flight.claims(directory):
+        kind = next((kind for start, kind in _CLAIMS.items() if claim.key.startswith(start)), "produce")
+        name = claim.key if kind == "produce" else claim.key.partition(" ")[2]
+        found.append((claim.process, Activity(kind, name, _utc(claim.since))))
+    return found
+
+
+def _info(name: str | None, process: Process | None, since: datetime, doing: list[Activity]) -> SessionInfo:
+    if process is None:
+        pid = name.partition("-")[0] if name else ""
+        return SessionInfo(name, int(pid) if pid.isdecimal() else None, None, None, since, doing)
+    user = str(process.uid)
+    with suppress(KeyError):
+        user = pwd.getpwuid(process.uid).pw_name
+    return SessionInfo(name, process.pid, user, process.command, since, doing)
+
+
+def _utc(seconds: float) -> datetime:
+    with suppress(OverflowError, ValueError, OSError):
+        return datetime.fromtimestamp(seconds, UTC)
+    return datetime.fromtimestamp(time.time(), UTC)

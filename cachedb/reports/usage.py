@@ -1,0 +1,123 @@
+"""What a cache takes on the disk, and for what: true to the byte."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy import Connection
+
+from cachedb.content.save import count_incomplete
+from cachedb.disk.marker import MARKER
+from cachedb.errors import os_errors
+from cachedb.index.sqlite.database import Database
+
+__all__ = ["Share", "Usage", "shares", "usage"]
+
+
+# In the order of the index of the association, which is that of the blobs; in one row, for a GROUP BY would sort them.
+_USED = """
+SELECT
+    sum(CASE images WHEN 1 THEN 1 ELSE 0 END) AS unique_blobs,
+    sum(CASE images WHEN 1 THEN size ELSE 0 END) AS unique_size,
+    count(*) AS blobs,
+    sum(size) AS size,
+    sum(size * (images - 1)) AS saved_size
+FROM (SELECT blob_id, count(DISTINCT image_id) AS images FROM image_blobs GROUP BY blob_id) AS uses
+CROSS JOIN blobs ON blobs.id = uses.blob_id
+WHERE stored_at IS NOT NULL
+"""
+_STORED = "SELECT count(*) AS blobs, sum(size) AS size FROM blobs WHERE stored_at IS NOT NULL"
+_HELD = """
+SELECT count(*) AS blobs, sum(size) AS size
+FROM (SELECT DISTINCT digest FROM leases) AS held
+CROSS JOIN blobs ON blobs.digest = held.digest
+WHERE stored_at IS NOT NULL AND NOT EXISTS (SELECT 1 FROM image_blobs WHERE image_blobs.blob_id = blobs.id)
+"""
+_FOLDERS = ("backups", "ingest", "locks", "quarantine", "trash")
+
+
+class Share(NamedTuple):
+    """Some of the stored blobs."""
+
+    blobs: int
+    size: int  # bytes
+
+
+class Usage(NamedTuple):
+    """What a cache takes; every stored blob is in one share."""
+
+    images: int
+    incomplete: int  # images that lack a blob
+    stored: Share
+    unique: Share  # that one image has
+    shared: Share  # that several images have
+    held: Share  # that no image has, and a hold or a process keeps
+    reclaimable: Share  # that no image has and nothing keeps: what a collection would free
+    saved_size: int  # bytes that shared blobs would take again, if each image had its own
+    index_size: int  # bytes of the index, and of the marker
+    folder_sizes: dict[str, int]  # bytes of files in backups, ingest (with downloads that were cut off), quarantine...
+    reserve_size: int  # bytes that a full disk is given back
+
+
+def shares(connection: Connection) -> tuple[dict[str, Share], int]:
+    """Return the stored blobs, all of them (``stored``) and by who needs them, and the bytes that sharing saves."""
+    stored, used, held = (connection.exec_driver_sql(query).one() for query in (_STORED, _USED, _HELD))
+    found = {
+        "stored": _share(stored.blobs, stored.size),
+        "unique": _share(used.unique_blobs, used.unique_size),
+        "held": _share(held.blobs, held.size),
+    }
+    in_images = _share(used.blobs, used.size)
+    found["shared"] = _less(in_images, found["unique"])
+    found["reclaimable"] = _less(_less(found["stored"], in_images), found["held"])
+    return found, used.saved_size or 0
+
+
+def _share(blobs: int | None, size: int | None) -> Share:
+    return Share(blobs or 0, size or 0)  # the sum of no rows is NULL
+
+
+def _less(share: Share, other: Share) -> Share:
+    return Share(share.blobs - other.blobs, share.size - other.size)
+
+
+def usage(database: Database) -> Usage:
+    """Return what a cache takes.
+
+    Raises:
+        StorageError: if a folder of it cannot be read.
+    """
+    with database.read() as connection:
+        found, saved_size = shares(connection)
+        images = int(connection.exec_driver_sql("SELECT count(*) FROM images").scalar_one())
+        incomplete = count_incomplete(connection)
+    return Usage(
+        images,
+        incomplete,
+        found["stored"],
+        found["unique"],
+        found["shared"],
+        found["held"],
+        found["reclaimable"],
+        saved_size,
+        sum(map(_size, [*database.directory.glob("index.db*"), database.directory / MARKER])),
+        {name: sum(map(_size, _files(database.directory / name))) for name in _FOLDERS},
+        _size(database.directory / "reserve"),
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            yield Path(place, name)
+
+
+def _size(path: Path) -> int:
+    with os_errors("read the cache"):
+        try:
+            return path.lstat().st_size
+        except FileNotFoundError:
+            return 0

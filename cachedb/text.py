@@ -1,0 +1,55 @@
+"""Sizes, times, digests and texts as people read them."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+__all__ = ["ago", "cut", "human", "parse_size", "printable", "short"]
+
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,3})?) ?(?:([kmgtp])(i?))?b?", re.IGNORECASE)
+
+
+def human(size: float) -> str:
+    """Return a size in bytes as Docker prints it, in powers of 1000: ``1.23 MB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+
+
+def parse_size(text: str) -> int | None:
+    """Return the bytes of a size such as ``500MB`` (powers of 1000) or ``64GiB`` (powers of 1024), or None."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        return None
+    power = " kmgtp".index((found[2] or " ").lower())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def ago(time: datetime) -> str:
+    """Return how long ago a time was: ``3 days ago``."""
+    seconds = max(0, (datetime.now(UTC) - time).total_seconds())
+    for unit, length in (("year", 31_557_600), ("month", 2_629_800), ("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+def cut(text: str, length: int = 60) -> str:
+    """Return a text, or its beginning."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def short(digest: str) -> str:
+    """Return a digest with the first twelve digits."""
+    algorithm, _, encoded = digest.partition(":")
+    return f"{algorithm}:{encoded[:12]}"
+
+
+def printable(text: str) -> str:
+    """Write out what a stranger may have put into a text to move a terminal's cursor, or to end a line."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

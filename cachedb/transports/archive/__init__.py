@@ -1,0 +1,1 @@
+"""Image archives: tars, folders and streams, read and written."""
