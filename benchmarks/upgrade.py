@@ -42,11 +42,11 @@ def _config(number: int, layers: int) -> bytes:
 def _fill(directory: Path, images: int) -> None:
     """Write the rows, and of the files the configs: an upgrade reads no others."""
     from cachedb import Cache
-    from cachedb.index import schema
+    from cachedb.operations.upgrade import downgrade
 
     with Cache.open(directory):
         pass
-    schema.downgrade(directory, "0002")
+    downgrade(directory, "0002")
     layers = BLOBS - 2
     shell = sqlite3.connect(directory / "index.db")
 
@@ -95,14 +95,15 @@ def _index_bytes(directory: Path) -> int:
 
 def _upgrade(place: Path, images: int) -> tuple[list[list[str]], str]:
     """Return the steps with their seconds, and what is to be said of disk and memory."""
-    from cachedb.index import schema
+    from cachedb.operations import upgrade as schema
+    from cachedb.operations.upgrade import back_up
 
     directory = place / "cache"
     in_child(_fill, directory, images)
     for backup in directory.glob("backups/*"):
         backup.unlink()
     size = _index_bytes(directory)
-    alone = cost(lambda: schema.back_up(directory, place / "copy.db"))
+    alone = cost(lambda: back_up(directory, place / "copy.db"))
     (place / "copy.db").unlink()
 
     last: dict[str, float] = {}

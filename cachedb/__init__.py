@@ -39,20 +39,23 @@ from cachedb.errors import (
 )
 
 if TYPE_CHECKING:
-    from cachedb.cache import Cache, Stats
+    from cachedb.cache import Cache
     from cachedb.content.collect import Collected
-    from cachedb.content.save import BlobInfo, ImageInfo, PlatformInfo
     from cachedb.disk.folders import Leftover
     from cachedb.index.holds import HoldInfo
-    from cachedb.index.sqlite.query import Answer, View
-    from cachedb.oci.names import Digest, Name
-    from cachedb.operations.adopt import Adoption, LeftOut
+    from cachedb.index.images import BlobInfo, ImageInfo, PlatformInfo
+    from cachedb.index.sqlite.query import Answer
+    from cachedb.oci.digests import Digest
+    from cachedb.oci.names import Name
+    from cachedb.operations.adopt import Adoption
     from cachedb.operations.copy import Copied
     from cachedb.operations.pull import Pulled
     from cachedb.operations.push import Pushed
     from cachedb.operations.verify import Problem, Verification
     from cachedb.reports.sessions import Activity, SessionInfo
-    from cachedb.reports.usage import Share, Usage
+    from cachedb.reports.usage import Share, Stats, Usage
+    from cachedb.reports.views import View
+    from cachedb.transports.json_cache import LeftOut
 
 __version__ = "0.1.0"
 

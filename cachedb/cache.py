@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -10,10 +9,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from sqlalchemy import Connection, func, select
 
+from cachedb import oci
 from cachedb.arguments import (
     check_functions,
     check_mapping,
@@ -23,18 +23,17 @@ from cachedb.arguments import (
     check_text,
     check_writable,
 )
-from cachedb.content import collect, describe, publish
-from cachedb.content import save as images
+from cachedb.content import collect, publish
+from cachedb.content import save as save_
 from cachedb.content.collect import Collected
 from cachedb.content.last_used import Uses
-from cachedb.content.publish import Received
-from cachedb.content.save import BlobInfo, ImageInfo, PlatformInfo
+from cachedb.content.save import attach
 from cachedb.content.session import NO_HOLD, Hold, Session
 from cachedb.disk import reader, single_flight
 from cachedb.disk.folders import Leftover
 from cachedb.disk.layout import blob_path, chosen
 from cachedb.disk.waiting import LOG
-from cachedb.disk.writer import Readable
+from cachedb.disk.writer import Received
 from cachedb.errors import (
     Busy,
     CacheError,
@@ -46,17 +45,21 @@ from cachedb.errors import (
     StorageError,
     os_errors,
 )
-from cachedb.index import holds, schema
+from cachedb.index import blobs, descriptions, holds, images
 from cachedb.index.holds import HoldInfo
+from cachedb.index.images import BlobInfo, ImageInfo, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
-from cachedb.oci import manifests as oci
+from cachedb.oci.digests import Digest, digest_of, parse_digest, split_digest
 from cachedb.oci.manifests import Descriptor
-from cachedb.oci.names import Digest, Name, digest_of, parse_digest, shorten, split_digest
-from cachedb.threads import Advance, BlobProgress, Progress, in_threads, summed
+from cachedb.oci.names import Name
+from cachedb.operations import upgrade as schema
+from cachedb.progress import Advance, BlobProgress, Progress, summed
+from cachedb.text import shorten
+from cachedb.threads import in_threads
 
 if TYPE_CHECKING:
-    from cachedb.index.sqlite.query import Answer, View
+    from cachedb.index.sqlite.query import Answer
     from cachedb.operations.adopt import Adoption
     from cachedb.operations.copy import Copied
     from cachedb.operations.pull import Pulled
@@ -66,24 +69,15 @@ if TYPE_CHECKING:
     from cachedb.operations.verify import Verification
     from cachedb.reports.sessions import SessionInfo
     from cachedb.reports.usage import Usage
-    from cachedb.transports.archive import read as archive
+    from cachedb.reports.views import View
+    from cachedb.transports.archive import model
+from cachedb.disk.writer import Data, open_data
+from cachedb.reports.usage import Stats
 
-__all__ = ["Cache", "Progress", "Stats"]
+__all__ = ["Cache", "Progress"]
+
 
 _RECOVERY_SECONDS = 1.0  # at most, when a cache is opened
-Data = bytes | BinaryIO | str | os.PathLike[str]
-"""A blob's content: bytes, a file open for reading in binary, or the path of a file."""
-
-
-class Stats(NamedTuple):
-    """Totals of a cache."""
-
-    manifest_count: int  # images: names, each of which points to a manifest or an index
-    blob_count: int  # stored blobs: layers, configs, manifests and indexes
-    total_size: int  # bytes of the stored blobs
-    incomplete_count: int  # images of which a blob is not stored
-    reclaimable_blobs: int  # stored blobs that a collection would free now
-    reclaimable_size: int  # bytes of those
 
 
 class Cache:
@@ -276,17 +270,17 @@ class Cache:
         return self._store(data, algorithm=algorithm).digest
 
     def _store(self, data: Data, *, digest: Digest | None = None, algorithm: str = "sha256") -> Received:
-        with _opened(data) as source:
+        with open_data(data) as source:
             hold = publish.hold_stored(self._database, self._session, [digest] if digest else [])
             write = digest not in hold.digests
             try:
                 received = publish.receive(self._session, source, digest=digest, algorithm=algorithm, write=write)
             except BaseException:
-                images.give_up(*self._parts[:2], hold)
+                publish.give_up(*self._parts[:2], hold)
                 raise
             expected = self._session.expects(received.digest)
             if write:
-                with images.publish(self._database, self._session, [received]) as connection:
+                with publish.publish(self._database, self._session, [received]) as connection:
                     # Another's image that waits for it may be removed before ours is saved.
                     if not (expected and images.is_associated(connection, received.digest)):
                         hold = self._session.lease(connection, [received.digest])
@@ -300,7 +294,7 @@ class Cache:
 
     def has_blob(self, digest: str) -> bool:
         """Say whether the blob of a digest is stored."""
-        return publish.size_of(self._database, parse_digest(digest)) is not None
+        return blobs.size_of(self._database, parse_digest(digest)) is not None
 
     def list_blobs(self, prefix: str = "") -> list[Digest]:
         """Return the stored blobs whose digest begins with ``prefix``, in order."""
@@ -318,7 +312,7 @@ class Cache:
             NotInCache: if it is not stored.
         """
         wanted = parse_digest(digest)
-        size = publish.size_of(self._database, wanted)
+        size = blobs.size_of(self._database, wanted)
         if size is None:
             raise NotInCache(f"{wanted} is not in the cache")
         return size
@@ -480,7 +474,7 @@ class Cache:
         """Return an image's id, or the digest of a stored blob."""
         if not (isinstance(wanted, str) and (digest := _as_digest(wanted))):
             return images.find(connection, Name.parse(wanted)).id
-        if digest not in publish.stored(connection, [digest]):
+        if digest not in blobs.stored(connection, [digest]):
             raise NotInCache(f"{digest} is not in the cache")
         return digest
 
@@ -506,10 +500,10 @@ class Cache:
         try:
             yield found
         except BaseException:
-            images.give_up(*self._parts[:2], hold)
+            publish.give_up(*self._parts[:2], hold)
             raise
         if not self._closed:  # or it went with the session
-            images.let_go(self._database, self._session, hold)
+            publish.let_go(self._database, self._session, hold)
 
     # Images
 
@@ -535,8 +529,8 @@ class Cache:
         oci.descriptors(manifest, media_type)
         algorithm = split_digest(parsed.digest)[0] if parsed.digest else "sha256"
         received = publish.receive(self._session, io.BytesIO(manifest), algorithm=algorithm)
-        with images.publish(self._database, self._session, [received]) as connection:
-            image_id = images.save(connection, self.directory, parsed, received.digest, media_type)
+        with publish.publish(self._database, self._session, [received]) as connection:
+            image_id = save_.save(connection, self.directory, parsed, received.digest, media_type)
             info, contents = images.image(connection, self.directory, image_id)
             self._session.release_saved(connection, [blob.digest for blob in contents])
             self._session.expect(blob.digest for blob in contents if not blob.stored)
@@ -600,7 +594,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return images.platforms(connection, self.directory, images.find(connection, Name.parse(name)).id)
+            return save_.platforms(connection, self.directory, images.find(connection, Name.parse(name)).id)
 
     def is_image_complete(self, name: str | Name) -> bool:
         """Say whether an image is in the cache with its manifest and all its blobs; False if it is not there.
@@ -636,7 +630,7 @@ class Cache:
         oci.check_media_type(media_type, "the blob")
         blob = parse_digest(digest)
         with self._database.write() as connection:
-            images.attach(connection, self.directory, Name.parse(name), blob, role, media_type)
+            attach(connection, self.directory, Name.parse(name), blob, role, media_type)
             self._session.release_saved(connection, [blob])
 
     def tag(self, source: str | Name, target: str | Name) -> ImageInfo:
@@ -651,7 +645,7 @@ class Cache:
             InvalidName: if the target is by another digest.
         """
         with self._database.write() as connection:
-            image_id = images.tag(connection, Name.parse(source), Name.parse(target))
+            image_id = save_.tag(connection, Name.parse(source), Name.parse(target))
             return images.image(connection, self.directory, image_id)[0]
 
     def remove_manifest(self, *names: str | Name, dry_run: bool = False) -> Collected:
@@ -707,7 +701,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return describe.labels(connection, images.find(connection, Name.parse(name)).id)
+            return descriptions.labels(connection, images.find(connection, Name.parse(name)).id)
 
     @contextmanager
     def sql(
@@ -748,7 +742,7 @@ class Cache:
 
     def list_views(self) -> list[View]:
         """Return the views of the index, which are there to be asked."""
-        from cachedb.index.sqlite.query import views
+        from cachedb.reports.views import views
 
         return views(self._database)
 
@@ -1034,13 +1028,13 @@ class Cache:
         progress: Progress | None,
         blob_progress: BlobProgress | None,
     ) -> Pushed:
+        from cachedb import oci
         from cachedb.operations.push import push
-        from cachedb.transports.archive import write as export
 
         with self._held(source) as ((info, held),):
             root, manifests = self._manifests(source, info, held)
             if platform is not None:
-                root = export.choose_platform(source, root, manifests, self._document, platform)
+                root = oci.choose_platform(source, root, manifests, self._document, platform)
             return push(
                 self._database,
                 target,
@@ -1122,7 +1116,7 @@ class Cache:
             DigestMismatch: if content in it has another digest or size than it should.
         """
         from cachedb.transports.archive import files
-        from cachedb.transports.archive import read as archive
+        from cachedb.transports.archive.read import read_images
 
         check_readable(source=source)
         check_functions(progress=progress)
@@ -1132,10 +1126,10 @@ class Cache:
             raise CacheError("links are made to the files of an image layout folder, and this is none")
         most = files.max_unpacked() if max_unpacked is None else max_unpacked
         with files.open_files(opened, self._session.new_path(), most) as opened_files:
-            return self._import(archive.read_images(opened_files, parsed), progress, most, link=link)
+            return self._import(read_images(opened_files, parsed), progress, most, link=link)
 
     def _import(
-        self, found: list[archive.ArchivedImage], progress: Progress | None, most: int | None, *, link: bool
+        self, found: list[model.ArchivedImage], progress: Progress | None, most: int | None, *, link: bool
     ) -> list[ImageInfo]:
         # Several images may share a blob: by its digest, or by its place in the archive.
         wanted = {blob.key: blob for image in found for blob in image.blobs}
@@ -1148,17 +1142,17 @@ class Cache:
 
         def save(connection: Connection) -> list[ImageInfo]:
             ids = [
-                images.save(connection, self.directory, name, digest, media_type)
+                save_.save(connection, self.directory, name, digest, media_type)
                 for image, (digest, media_type) in zip(found, roots, strict=True)
                 for name in image.names
             ]
             return [images.image(connection, self.directory, image_id)[0] for image_id in dict.fromkeys(ids)]
 
-        return images.bring(self._database, self._session, digests, receive, save)
+        return publish.bring(self._database, self._session, digests, receive, save)
 
     def _receive(
         self,
-        wanted: dict[object, archive.ArchivedBlob],
+        wanted: dict[object, model.ArchivedBlob],
         hold: Hold,
         received: dict[object, Received],
         progress: Progress | None,
@@ -1167,13 +1161,12 @@ class Cache:
         link: bool,
     ) -> None:
         """Receive an archive's blobs, several at once; what is held is verified only."""
-        from cachedb.transports.archive import files
-        from cachedb.transports.archive import read as archive
+        from cachedb.transports.archive import files, model
 
         compressed = sum(blob.size for blob in wanted.values() if blob.diff_id)
         limit = files.UnpackLimit("the layers in the archive unpack", compressed, most)
 
-        def receive_linked(blob: archive.ArchivedBlob, digest: Digest, path: Path, add: Advance) -> Received:
+        def receive_linked(blob: model.ArchivedBlob, digest: Digest, path: Path, add: Advance) -> Received:
             with os_errors("read the archive"), files.descriptor(path) as file:
                 return publish.receive_linked(
                     self._session,
@@ -1186,11 +1179,11 @@ class Cache:
                     what=blob.what,
                 )
 
-        def receive(blob: archive.ArchivedBlob, add: Advance) -> None:
+        def receive(blob: model.ArchivedBlob, add: Advance) -> None:
             if link and blob.digest and blob.section.path and blob.digest not in hold.digests:
                 received[blob.key] = receive_linked(blob, blob.digest, blob.section.path, add)
                 return
-            diff_id = archive.DiffId(*blob.diff_id, blob.what, limit) if blob.diff_id else None
+            diff_id = model.DiffId(*blob.diff_id, blob.what, limit) if blob.diff_id else None
             received[blob.key] = publish.receive(
                 self._session,
                 blob.section.again(),
@@ -1208,7 +1201,7 @@ class Cache:
         order = sorted(wanted.values(), key=lambda blob: -blob.size)
         in_threads(receive, order, summed(sum(blob.size for blob in order), progress))
 
-    def _root(self, image: archive.ArchivedImage, received: dict[object, Received]) -> tuple[Digest, str]:
+    def _root(self, image: model.ArchivedImage, received: dict[object, Received]) -> tuple[Digest, str]:
         """Return an image's manifest; for one that came without, make it and put it among the received."""
         if image.root:
             return image.root.digest, image.root.media_type
@@ -1246,13 +1239,14 @@ class Cache:
             IncompleteImage: if a blob of it is not stored.
             DigestMismatch: if the file of a blob is damaged; then nothing is under the destination's name.
         """
-        from cachedb.transports.archive import write as export
+        from cachedb import oci
+        from cachedb.transports.archive.write import FORMATS, entries, write_folder, write_tar
 
         check_writable(destination=destination)
         check_text(platform=platform, optional=True)
         check_functions(progress=progress)
-        if format not in export.FORMATS:
-            raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(export.FORMATS)}")
+        if format not in FORMATS:
+            raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(FORMATS)}")
         if link and format != "oci-dir":
             raise CacheError("links are made in a folder: use the format oci-dir")
         path = Path(destination) if isinstance(destination, (str, os.PathLike)) else destination
@@ -1261,16 +1255,16 @@ class Cache:
             root, manifests = self._manifests(parsed, info, held)
             made: dict[Digest, bytes] = {}
             if platform is not None or format == "docker-archive":
-                root = export.choose_platform(parsed, root, manifests, self._document, platform)
+                root = oci.choose_platform(parsed, root, manifests, self._document, platform)
             else:
-                root, made = export.without_absent(root, manifests, {blob.digest for blob in held})
+                root, made = oci.without_absent(root, manifests, {blob.digest for blob in held})
             closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
-            files = export.entries(parsed, root, format, manifests, closure, made)
+            files = entries(parsed, root, format, manifests, closure, made)
             add = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
             if format != "oci-dir":
-                export.write_tar(self.directory, files, path, add)
+                write_tar(self.directory, files, path, add)
             elif isinstance(path, Path):
-                export.write_folder(self.directory, files, path, link=link, progress=add)
+                write_folder(self.directory, files, path, link=link, progress=add)
             else:
                 raise CacheError("an oci-dir is a folder: name its path")
 
@@ -1305,35 +1299,3 @@ def _as_digest(text: str) -> Digest | None:
         return parse_digest(text)
     except CacheError:
         return None
-
-
-@contextmanager
-def _opened(data: Data) -> Iterator[Readable]:
-    if isinstance(data, (str, os.PathLike)):
-        with os_errors("read the content"):
-            file = Path(data).open("rb", buffering=0)  # noqa: SIM115 - the caller closes it
-        with file:
-            yield _Reader(file)
-    elif isinstance(data, (bytes, bytearray, memoryview)):
-        yield io.BytesIO(data)
-    else:
-        check_readable(data=data)
-        yield _Reader(data)
-
-
-class _Reader:
-    """A file that others opened, of which we know only that it can `read`."""
-
-    def __init__(self, file: BinaryIO | io.RawIOBase) -> None:
-        self._file = file
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        with os_errors("read the content"):
-            if hasattr(self._file, "readinto"):
-                count = self._file.readinto(buffer)
-                if count is None:
-                    raise BlockingIOError(errno.EAGAIN, "it has nothing to read yet, and does not wait")
-                return int(count)
-            data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)

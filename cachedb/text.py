@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 
-__all__ = ["ago", "cut", "human", "parse_size", "printable", "short"]
+__all__ = ["ago", "cut", "human", "parse_size", "printable", "short", "shorten"]
 
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,3})?) ?(?:([kmgtp])(i?))?b?", re.IGNORECASE)
@@ -53,3 +53,11 @@ def short(digest: str) -> str:
 def printable(text: str) -> str:
     """Write out what a stranger may have put into a text to move a terminal's cursor, or to end a line."""
     return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def shorten(value: object) -> str:
+    """Quote what a stranger sent for an error message: on one line, and of a readable length."""
+    if isinstance(value, (dict, list)):  # nested so deep, maybe, that it cannot be written out
+        return "{...}" if isinstance(value, dict) else "[...]"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text) - 2} characters)"

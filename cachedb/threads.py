@@ -13,10 +13,11 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from cachedb.errors import CacheError, ReentrantCall, callers_own
+from cachedb.errors import CacheError, ReentrantCall
+from cachedb.progress import Advance
 from cachedb.reentry import on_behalf_of
 
-__all__ = ["Advance", "BlobProgress", "Once", "Progress", "end", "in_threads", "start", "summed", "told", "told_beside"]
+__all__ = ["Once", "end", "in_threads", "start", "told_beside"]
 
 
 T = TypeVar("T")
@@ -24,15 +25,6 @@ R = TypeVar("R")
 
 _PATIENCE = 1.0  # seconds for what was begun to end: who waits for a disk cannot be stopped
 _CALLS = 16  # of a function, that wait for it to return
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done so far and the bytes in all; from any thread, one call at a time."""
-
-BlobProgress = Callable[[str, int, int], None]
-"""Called with a blob's digest, the bytes of it done so far and those in all."""
-
-Advance = Callable[[int], None]
-"""Called with the number of bytes done since the last call, from any thread."""
 
 
 def start(thread: threading.Thread) -> bool:
@@ -45,36 +37,6 @@ def start(thread: threading.Thread) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def summed(total: int, progress: Progress | None) -> Advance:
-    """Turn the bytes that threads report into one call at a time with their sum."""
-    guard, done = threading.Lock(), 0
-    report = progress and callers_own(progress)
-
-    def add(count: int) -> None:
-        nonlocal done
-        if report is not None:
-            with guard:
-                done += count
-                report(done, total)
-
-    return add
-
-
-def told(digest: str, total: int, blob_progress: BlobProgress | None, advance: Advance) -> Advance:
-    """Turn the bytes that are reported of one blob into calls with their sum, and report them on."""
-    done = 0
-    report = blob_progress and callers_own(blob_progress)
-
-    def add(count: int) -> None:
-        nonlocal done
-        done += count
-        if report is not None:
-            report(digest, done, total)
-        advance(count)
-
-    return add
 
 
 @contextmanager

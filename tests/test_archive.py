@@ -28,7 +28,9 @@ from cachedb.disk import writer
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName, StorageError
 from cachedb.oci.manifests import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from cachedb.oci.names import Name
+from cachedb.transports.archive import compression as compression_
 from cachedb.transports.archive import files as files_module
+from cachedb.transports.archive import model
 from cachedb.transports.archive import read as archive
 from tests import make
 from tests.conftest import Run, snapshot
@@ -159,7 +161,7 @@ def state_of(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode
 
 
-def images_in(source: Path | BinaryIO, tmp_path: Path, name: Name | None = None) -> list[archive.ArchivedImage]:
+def images_in(source: Path | BinaryIO, tmp_path: Path, name: Name | None = None) -> list[model.ArchivedImage]:
     with files_module.open_files(source, tmp_path / "spool") as files:
         return archive.read_images(files, name)
 
@@ -1111,7 +1113,7 @@ def test_unpacking_leaves_others_space(kept: Cache, tmp_path: Path, monkeypatch:
 
 def test_very_many_gzip_members_are_unpacked_in_time_that_grows_with_their_number() -> None:
     begin = time.process_time()
-    unpack = files_module.Decompressor("gzip")
+    unpack = compression_.Decompressor("gzip")
     assert b"".join(unpack.feed(gzip.compress(b"") * 200_000)) == b""
     assert unpack.ended
     assert time.process_time() - begin < 10
@@ -1224,7 +1226,7 @@ def test_indexes_that_list_the_next_one_twice_are_read_once_each(cache: Cache) -
 def test_more_blobs_images_or_names_than_any_archive_has_are_refused(
     kept: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive, "_ROWS_LIMIT", 10)
+    monkeypatch.setattr(model, "_ROWS_LIMIT", 10)
     entries = [make.descriptor(b"x", OCI_LAYER)] * 10
     manifest = {"schemaVersion": 2, "config": make.descriptor(b"{}", OCI_CONFIG), "layers": entries}
     assert "more than 10 blobs" in refuse(kept, tar_file(oci_of(manifest)))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cachedb import Cache, CacheError, Name
-from cachedb.index import schema
+from cachedb.index import drift, schema
+from cachedb.operations import upgrade
 from tests import make
 from tests.conftest import snapshot
 from tests.test_closing import ARGUMENTS, call, methods
@@ -80,7 +81,7 @@ def test_an_argument_of_a_wrong_type_is_refused(cache: Cache, tmp_path: Path, me
 
 @pytest.mark.parametrize("wrong", [3, b"/tmp", ["x"], object(), True])
 def test_a_directory_of_a_wrong_type_is_refused(wrong: Any) -> None:
-    for function in (Cache.open, schema.upgrade, schema.back_up, schema.check, schema.current, schema.history):
+    for function in (Cache.open, upgrade.upgrade, upgrade.back_up, drift.check, schema.current, schema.history):
         with pytest.raises(TypeError, match="directory is of type"):
             function(wrong)
     with pytest.raises(CacheError):
@@ -88,7 +89,7 @@ def test_a_directory_of_a_wrong_type_is_refused(wrong: Any) -> None:
 
 
 def test_a_progress_callback_that_is_none_is_refused_before_the_work(cache: Cache) -> None:
-    for function in (schema.upgrade, schema.back_up):
+    for function in (upgrade.upgrade, upgrade.back_up):
         with pytest.raises(TypeError, match="progress is of type 'int': give a function, or None"):
             function(cache.directory, progress=3)  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ import pytest
 
 from cachedb import Cache
 from cachedb.disk.durable import atomic_file, part_path, remove_leftovers
-from cachedb.index import schema
+from cachedb.operations import upgrade
 from tests import make
 from tests.conftest import Run, start_python
 
@@ -234,21 +234,21 @@ def test_what_a_killed_backup_leaves_in_another_folder_goes_at_the_next_backup(f
         import sys
         from pathlib import Path
         from cachedb.index.sqlite import backups
-        from cachedb.index import schema
+        from cachedb.operations import upgrade
         backups._OPCODES = 10
         def wait(*_):
             print("begun", flush=True)
             sys.stdin.readline()
-        schema.back_up(Path(sys.argv[1]), Path(sys.argv[2]), progress=wait)
+        upgrade.back_up(Path(sys.argv[1]), Path(sys.argv[2]), progress=wait)
     """
     with start_python(script, filled.directory, folder / "first.db") as process:
         assert process.stdout
         assert process.stdout.readline() == "begun\n"
         (live,) = [name for name in os.listdir(folder) if not name.endswith("-journal")]
-        schema.back_up(filled.directory, folder / "second.db")
+        upgrade.back_up(filled.directory, folder / "second.db")
         assert live in os.listdir(folder), "it belongs to a process that lives"
         process.kill()
     (folder / f"{live}-journal").touch()
     (folder / ".backup-of-somebody").touch()
-    schema.back_up(filled.directory, folder / "third.db")
+    upgrade.back_up(filled.directory, folder / "third.db")
     assert set(os.listdir(folder)) == {"second.db", "third.db", ".backup-of-somebody"}

@@ -15,10 +15,9 @@ import pytest
 
 from cachedb import Cache, CacheError, DamagedIndex, StorageError
 from cachedb.disk import locks
-from cachedb.index import schema
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
-from cachedb.operations import rebuild
+from cachedb.operations import restore, upgrade
 from tests import make
 from tests.make import save
 
@@ -46,7 +45,7 @@ def test_of_two_backups_at_once_the_second_waits_and_both_are_whole(
             yield lock
 
     monkeypatch.setattr(locks, "held", held_by_second)
-    second = threading.Thread(target=lambda: made.append(schema.back_up(cache.directory)))
+    second = threading.Thread(target=lambda: made.append(upgrade.back_up(cache.directory)))
 
     def progress(*_: object) -> None:
         """Begin the second in the middle of the first, and go on once it waits, or has ended."""
@@ -56,7 +55,7 @@ def test_of_two_backups_at_once_the_second_waits_and_both_are_whole(
                 pass
             assert not made, "the second has not waited"
 
-    first = schema.back_up(cache.directory, progress=progress)
+    first = upgrade.back_up(cache.directory, progress=progress)
     second.join(60)
     assert second.ident is not None
     assert not second.is_alive()
@@ -76,12 +75,12 @@ def test_a_backup_leaves_no_descriptor_open(cache: Cache, tmp_path: Path, monkey
         raise RuntimeError("no further")
 
     def work(number: int) -> None:
-        schema.back_up(cache.directory)
-        schema.back_up(cache.directory, tmp_path / f"{number}.db")
+        upgrade.back_up(cache.directory)
+        upgrade.back_up(cache.directory, tmp_path / f"{number}.db")
         with pytest.raises(RuntimeError, match="no further"):
-            schema.back_up(cache.directory, progress=fail)
+            upgrade.back_up(cache.directory, progress=fail)
         with pytest.raises(CacheError, match="there is no folder"):
-            schema.back_up(cache.directory, tmp_path / "nowhere" / "x.db")
+            upgrade.back_up(cache.directory, tmp_path / "nowhere" / "x.db")
 
     work(0)
     before = open_files()
@@ -145,10 +144,10 @@ def test_the_error_of_a_damaged_backup_names_the_file_and_the_damage(
     cache: Cache, tmp_path: Path, damage: str, words: str
 ) -> None:
     save(cache, "app:1", make.image(1))
-    backup = schema.back_up(cache.directory, tmp_path / "backup.db")
+    backup = upgrade.back_up(cache.directory, tmp_path / "backup.db")
     damaged(backup, damage)
     with pytest.raises(DamagedIndex) as raised:
-        rebuild.restore(cache.directory, backup)
+        restore.restore(cache.directory, backup)
     text = str(raised.value)
     assert text.startswith(f"{str(backup)!r} is damaged, and was not restored: "), text
     assert words in text

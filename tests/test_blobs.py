@@ -17,12 +17,13 @@ from sqlalchemy import Connection, Engine, event
 
 from cachedb import Cache, DigestMismatch, InvalidArchive, StorageError
 from cachedb.content import collect, publish
-from cachedb.content.publish import Received
 from cachedb.content.session import Session
 from cachedb.disk import writer
 from cachedb.disk.layout import blob_path
+from cachedb.disk.writer import Received
+from cachedb.index import blobs
 from cachedb.index.sqlite.database import BATCH, Database
-from cachedb.oci.names import Digest
+from cachedb.oci.digests import Digest
 from tests.conftest import Run, files_of, snapshot, stored_rows
 from tests.make import digest_of, image, random_bytes
 
@@ -244,7 +245,7 @@ def test_data_is_on_disk_before_its_name_and_its_name_before_its_row(
     note("link", "link", lambda _source, target: Path(target))
     event.listen(Engine, "commit", committed)
     try:
-        with publish.publish(index, session, [take(session, b"data")]):
+        with publish.publish_blobs(index, session, [take(session, b"data")]):
             pass
     finally:
         event.remove(Engine, "commit", committed)
@@ -260,13 +261,13 @@ def test_data_is_on_disk_before_its_name_and_its_name_before_its_row(
 
 
 def test_a_publication_stores_what_is_new_once(index: Database, session: Session) -> None:
-    with publish.publish(index, session, [take(session, b"old")]):
+    with publish.publish_blobs(index, session, [take(session, b"old")]):
         pass
     inode = blob_path(index.directory, Digest(digest_of(b"old"))).stat().st_ino
     received = [take(session, data) for data in (b"old", b"new", b"new", b"")]
     received.append(take(session, b"held elsewhere", write=False))
-    with publish.publish(index, session, received) as connection:
-        assert publish.stored(connection, [blob.digest for blob in received]).keys() == {
+    with publish.publish_blobs(index, session, received) as connection:
+        assert blobs.stored(connection, [blob.digest for blob in received]).keys() == {
             digest_of(data) for data in (b"old", b"new", b"")
         }
     assert files_of(index.directory) == stored_rows(index.directory)
@@ -287,9 +288,12 @@ def test_a_blob_that_the_index_knew_becomes_stored_with_its_true_size(cache: Cac
 
 
 def test_a_publication_whose_block_fails_leaves_no_file_and_no_row(index: Database, session: Session) -> None:
-    with publish.publish(index, session, [take(session, b"before")]):
+    with publish.publish_blobs(index, session, [take(session, b"before")]):
         pass
-    with pytest.raises(KeyError), publish.publish(index, session, [take(session, b"before"), take(session, b"data")]):
+    with (
+        pytest.raises(KeyError),
+        publish.publish_blobs(index, session, [take(session, b"before"), take(session, b"data")]),
+    ):
         raise KeyError
     assert files_of(index.directory) == stored_rows(index.directory) == {digest_of(b"before"): 6}
     assert os.listdir(session.folder) == []
@@ -343,7 +347,7 @@ def test_a_publication_that_cannot_be_taken_back_is_taken_back_by_the_next_open(
         def fail(*_: object) -> None:
             raise StorageError("the disk is gone")
 
-        patch.setattr(publish, "set_stored", fail)
+        patch.setattr(blobs, "set_stored", fail)
         patch.setattr(publish, "retract", fail)
         with pytest.raises(StorageError, match="the disk is gone"):
             cache.add_blob(b"data")
@@ -428,7 +432,7 @@ def test_many_digests_are_looked_up_in_batches(index: Database) -> None:
         insert = "INSERT INTO blobs (digest, size, stored_at) VALUES (?, 1, '2026-01-31T23:59:59.123456Z')"
         connection.exec_driver_sql(insert, [(digest,) for digest in wanted])
         connection.exec_driver_sql("INSERT INTO blobs (digest, size) VALUES (?, 1)", (digest_of(b"unstored"),))
-        assert publish.stored(connection, [*wanted, Digest(digest_of(b"unstored"))]).keys() == set(wanted)
+        assert blobs.stored(connection, [*wanted, Digest(digest_of(b"unstored"))]).keys() == set(wanted)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from cachedb import Cache, InvalidName, RegistryError, RegistryUnavailable
+from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
-from cachedb.oci.names import Digest, Name
-from cachedb.transports.registry import client
+from cachedb.oci.names import Name
+from cachedb.transports.registry import client, places
 from cachedb.transports.registry import repository as registry
 from tests import make
 from tests.faults import Answer, Call, answer, closed, headers, redirect, retry_later, rewritten
@@ -218,7 +219,7 @@ def remote() -> Iterator[Registry]:
 
 
 def repository_at(remote: Registry) -> registry.Repository:
-    return registry.Repository(registry.place(Name.parse(f"{remote.host}/app:1")))
+    return registry.Repository(places.place(Name.parse(f"{remote.host}/app:1")))
 
 
 def test_a_request_is_sent_five_times_and_not_more(remote: Registry) -> None:
@@ -236,7 +237,7 @@ def test_a_request_is_sent_five_times_and_not_more(remote: Registry) -> None:
 def test_a_token_is_asked_for_while_a_try_is_left_to_use_it(
     guarded: Registry, login: Path, failures: int, goes_on: bool
 ) -> None:
-    repository = registry.Repository(registry.place(Name.parse(f"{guarded.host}/app:1")), authfile=login)
+    repository = registry.Repository(places.place(Name.parse(f"{guarded.host}/app:1")), authfile=login)
     guarded.fault(closed(), method="HEAD", times=failures, first=True)
     if goes_on:
         assert repository.digest("1") == IMAGE.digest
@@ -307,9 +308,9 @@ def test_a_manifest_of_the_largest_size_is_taken(remote: Registry, monkeypatch: 
 
 
 def test_the_largest_port_is_one() -> None:
-    assert registry.place(Name.parse("localhost:65535/app:1")).registry == "localhost:65535"
+    assert places.place(Name.parse("localhost:65535/app:1")).registry == "localhost:65535"
     with pytest.raises(InvalidName, match="above 65535"):
-        registry.place(Name.parse("localhost:65536/app:1"))
+        places.place(Name.parse("localhost:65536/app:1"))
 
 
 def referrer(number: int) -> bytes:

@@ -14,18 +14,17 @@ from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, InvalidArchive, InvalidManifest, RegistryError
+from cachedb import Cache, CacheError, InvalidArchive, InvalidManifest, RegistryError, oci
 from cachedb import text as units
 from cachedb.cli import output
 from cachedb.content import last_used
 from cachedb.disk import downloads
 from cachedb.disk.folders import Folders
 from cachedb.index.tables import TEXT_LIMIT
-from cachedb.oci import manifests
 from cachedb.oci.manifests import DOCUMENT_LIMIT, OCI_MANIFEST
 from cachedb.oci.names import Name
 from cachedb.reports.named import number
-from cachedb.transports.archive import files, read, tar
+from cachedb.transports.archive import files, model, tar
 from cachedb.transports.archive.files import Section
 from cachedb.transports.registry import credentials
 from tests import make
@@ -65,14 +64,14 @@ def test_a_manifest_and_a_config_of_the_largest_size_go_all_ways(cache: Cache, d
 def test_a_small_file_of_an_archive_is_read_up_to_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "document"
     path.write_bytes(bytes(DOCUMENT_LIMIT + 1))
-    assert len(read._read_small(Section(path, 0, DOCUMENT_LIMIT), "it", InvalidArchive)) == DOCUMENT_LIMIT
+    assert len(model.read_small(Section(path, 0, DOCUMENT_LIMIT), "it", InvalidArchive)) == DOCUMENT_LIMIT
     with pytest.raises(InvalidArchive, match=f"it is {DOCUMENT_LIMIT + 1} bytes"):
-        read._read_small(Section(path, 0, DOCUMENT_LIMIT + 1), "it", InvalidArchive)
+        model.read_small(Section(path, 0, DOCUMENT_LIMIT + 1), "it", InvalidArchive)
 
 
 @pytest.mark.parametrize(("length", "kept"), [(TEXT_LIMIT, True), (TEXT_LIMIT + 1, False)])
 def test_an_author_of_the_longest_text_is_kept(length: int, kept: bool) -> None:
-    found = manifests.parse_config(json.dumps({"author": "a" * length}).encode(), TEXT_LIMIT)
+    found = oci.parse_config(json.dumps({"author": "a" * length}).encode(), TEXT_LIMIT)
     assert (found.author is not None) == kept
 
 
@@ -179,12 +178,12 @@ def test_a_member_that_ends_with_the_file_is_whole_and_a_byte_less_is_cut_short(
 
 
 def test_blobs_and_images_of_an_archive_are_counted_to_the_limit() -> None:
-    read._check_rows(read._ROWS_LIMIT)
-    read._check_number([None] * read._IMAGES_LIMIT)
+    model.check_rows(model._ROWS_LIMIT)
+    model.check_number([None] * model._IMAGES_LIMIT)
     with pytest.raises(InvalidArchive, match="more than 100000 blobs"):
-        read._check_rows(read._ROWS_LIMIT + 1)
+        model.check_rows(model._ROWS_LIMIT + 1)
     with pytest.raises(InvalidArchive, match="1001 images; more than 1000"):
-        read._check_number([None] * (read._IMAGES_LIMIT + 1))
+        model.check_number([None] * (model._IMAGES_LIMIT + 1))
 
 
 # Credentials
@@ -357,8 +356,8 @@ def test_a_repository_of_the_longest_name_is_one() -> None:
 
 
 def test_a_descriptor_of_the_largest_size_is_one() -> None:
-    def sized(size: int) -> manifests.Descriptor:
-        return manifests.child({"mediaType": OCI_MANIFEST, "digest": IMAGE.digest, "size": size}, "it")
+    def sized(size: int) -> oci.Descriptor:
+        return oci.child({"mediaType": OCI_MANIFEST, "digest": IMAGE.digest, "size": size}, "it")
 
     assert sized(16 * 1024**4).size == 16 * 1024**4
     with pytest.raises(InvalidManifest):

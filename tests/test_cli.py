@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache
-from cachedb.cli.main import _EXPORT_FORMATS, cli
+from cachedb.cli.main import cli
+from cachedb.cli.options import EXPORT_FORMATS
 from cachedb.transports.archive.write import FORMATS
 from tests import make
 from tests.conftest import Run, files_of, snapshot
@@ -258,7 +259,7 @@ def test_every_command_has_help_with_an_example() -> None:
 
 
 def test_the_formats_of_export_are_those_of_the_library() -> None:
-    assert _EXPORT_FORMATS == FORMATS
+    assert EXPORT_FORMATS == FORMATS
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -15,11 +15,12 @@ import pytest
 from sqlalchemy import Connection, Engine, event, select
 
 from cachedb import Cache, DamagedIndex, StorageError
-from cachedb.content import collect, publish
+from cachedb.content import collect
 from cachedb.disk.layout import blob_path
+from cachedb.index import blobs
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS
-from cachedb.oci.names import Digest
+from cachedb.oci.digests import Digest
 from tests.conftest import files_of, running, snapshot, stored_rows
 from tests.make import digest_of, image, oci_files, save, write
 from tests.test_locks import is_free
@@ -366,7 +367,7 @@ def test_candidates_are_found_in_one_pass_over_two_indexes(index: Database) -> N
 
 
 def test_sweeping_sessions_and_looking_up_what_is_stored_use_indexes(index: Database) -> None:
-    steps = plans(index, lambda connection: publish.stored(connection, [Digest(digest_of(b"data"))]))
+    steps = plans(index, lambda connection: blobs.stored(connection, [Digest(digest_of(b"data"))]))
     assert not [step for step in steps if "SCAN" in step]
     delete = "DELETE FROM leases WHERE session = 'x' AND hold = 1"
     steps = plans(index, lambda connection: connection.exec_driver_sql(delete))

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from cachedb import Cache, CacheError, StorageError
 from cachedb.disk import reader
 from cachedb.index.tables import TEXT_LIMIT
-from cachedb.oci.manifests import CONFIG_LIMIT, DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, parse_config
-from cachedb.oci.names import Digest
+from cachedb.oci.configs import CONFIG_LIMIT, parse_config
+from cachedb.oci.digests import Digest
+from cachedb.oci.manifests import DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
 from tests.conftest import run_python
 from tests.make import Made, descriptor, digest_of, docker_files, image, index, layer, save, save_index, write
 from tests.promises import check

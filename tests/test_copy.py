@@ -20,7 +20,7 @@ from cachedb.content.session import Session
 from cachedb.disk import locks, marker
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import UNFINISHED
-from cachedb.index import schema
+from cachedb.index import drift
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import copy, verify
@@ -73,7 +73,7 @@ def test_a_copy_has_the_images_and_blobs_and_is_sound(cache: Cache, target: Path
     assert (done.directory, done.images) == (target, 2)
     assert (done.blobs, done.bytes) == (len(files_of(cache.directory)), sum(files_of(cache.directory).values()))
     assert files_of(target) == files_of(cache.directory) == stored_rows(target)
-    assert schema.check(target) == []
+    assert drift.check(target) == []
     assert target.stat().st_mode & 0o777 == 0o700
     assert (target / "index.db").stat().st_mode & 0o777 == 0o600
     for digest in files_of(target):

@@ -16,9 +16,10 @@ import pytest
 from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError
-from cachedb.disk import locks
+from cachedb.disk import durable, locks
 from cachedb.index.sqlite import database
-from cachedb.index.sqlite.database import APPLICATION_ID, Database
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.revision import APPLICATION_ID
 from cachedb.index.tables import TRASH
 from tests.conftest import Run, files_of, revision_of, run_python, running, stored_rows
 from tests.make import digest_of
@@ -602,7 +603,7 @@ def test_a_new_directory_and_its_folders_are_on_disk_before_the_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(database, "sync_folder", synced.append)
+    monkeypatch.setattr(durable, "sync_folder", synced.append)
     directory = tmp_path / "a" / "b"
     Database(directory).prepare()
     assert {tmp_path, tmp_path / "a", directory, directory / "blobs"} <= set(synced)
@@ -687,7 +688,7 @@ def new(index: Database) -> Path:
 def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_name(
     index: Database, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, sync = threading.Event(), database.sync_folder
+    opened, sync = threading.Event(), durable.sync_folder
     threads: list[threading.Thread] = []
 
     def open_it() -> None:
@@ -704,7 +705,7 @@ def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_
             assert not opened.wait(0.2)
 
     with index.alone(), monkeypatch.context() as patch:
-        patch.setattr(database, "sync_folder", look)
+        patch.setattr(durable, "sync_folder", look)
         assert index.replace(new, index.directory / "quarantine" / "old.db")
     assert opened.wait(60)
     threads[0].join()

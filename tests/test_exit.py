@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache
-from cachedb.threads import in_threads, start, summed
+from cachedb.progress import summed
+from cachedb.threads import in_threads, start
 from tests import make
 from tests.conftest import files_of, run_python
 

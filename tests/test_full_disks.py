@@ -23,8 +23,9 @@ from cachedb.disk import file_system
 from cachedb.disk.layout import partial_path
 from cachedb.errors import os_errors
 from cachedb.index import schema
-from cachedb.index.sqlite.database import Database, is_full
-from cachedb.oci.names import Digest
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.errors import is_full
+from cachedb.oci.digests import Digest
 from tests import make
 from tests.conftest import Run, run_python
 from tests.make import save

@@ -305,19 +305,19 @@ def test_an_error_is_one_line_and_has_its_exit_code(
     [("90s", 90), ("30m", 1800), ("2h", 7200), ("7d", 604_800), ("1w", 604_800), ("1h30m", 5400), ("1h1h", 7200)],
 )
 def test_a_duration_is_read(text: str, seconds: int) -> None:
-    from cachedb.cli.main import _Duration
+    from cachedb.cli.options import DurationParameter
 
-    assert _Duration().convert(text, None, None) == seconds
+    assert DurationParameter().convert(text, None, None) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "1", "h", "1.5h", "1 h", "-1h", "1h\n", "1H", "1y", "9" * 10 + "s", "1hm"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     import click
 
-    from cachedb.cli.main import _Duration
+    from cachedb.cli.options import DurationParameter
 
     with pytest.raises(click.UsageError, match="is not a time such as"):
-        _Duration().convert(text, None, None)
+        DurationParameter().convert(text, None, None)
 
 
 def test_an_error_in_a_hold_is_not_hidden_by_one_of_letting_go(cache: Cache, directory: Path) -> None:

@@ -47,7 +47,7 @@ import cachedb.transports.archive.write  # noqa: F401 - for the zygote, so that 
 from cachedb import Cache, CacheError, Name
 from cachedb.content import collect as collection
 from cachedb.content import publish
-from cachedb.disk import locks, single_flight
+from cachedb.disk import locks, single_flight, writer
 from cachedb.index.sqlite.database import Database
 from tests import make
 from tests.attack.interleaving import Choose, Failed, Order, Outcome, Steps, Zygote, every_order, run
@@ -330,7 +330,7 @@ def stop_at_files(patch: pytest.MonkeyPatch, steps: Steps, directory: Path) -> N
 
     receive = publish.receive
 
-    def received(*arguments: Any, **options: Any) -> publish.Received:
+    def received(*arguments: Any, **options: Any) -> writer.Received:
         steps.step("receive", "begin to receive")
         blob = receive(*arguments, **options)
         steps.step("receive", "received")

@@ -17,10 +17,10 @@ import pytest
 from alembic import command
 
 from cachedb import Cache, CacheError, DamagedIndex, NotACache, StorageError
-from cachedb.index import schema
+from cachedb.index import drift, schema
 from cachedb.index.sqlite import database
 from cachedb.index.sqlite.database import Database
-from cachedb.operations import rebuild
+from cachedb.operations import rebuild, restore
 from tests.conftest import is_open
 from tests.make import image, save
 from tests.test_schema import change
@@ -70,12 +70,12 @@ def look_up_in_cut_index(made: Path, _patch: pytest.MonkeyPatch) -> None:
 def restore_cut_backup(made: Path, _patch: pytest.MonkeyPatch) -> None:
     backup = shutil.copyfile(made / "index.db", made / "backups" / "cut.db")
     os.truncate(backup, 9000)
-    rebuild.restore(made, backup)
+    restore.restore(made, backup)
 
 
 def restore_without_agreement(made: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(rebuild, "_agree", fail)
-    rebuild.restore(made, shutil.copyfile(made / "index.db", made / "backups" / "good.db"))
+    patch.setattr(restore, "_agree", fail)
+    restore.restore(made, shutil.copyfile(made / "index.db", made / "backups" / "good.db"))
 
 
 def rebuild_without_rows(made: Path, patch: pytest.MonkeyPatch) -> None:
@@ -86,8 +86,8 @@ def rebuild_without_rows(made: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def check_with_failing_migrations(made: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(schema, "_run", fail)
-    schema.check(made)
+    patch.setattr(schema, "run_migrations", fail)
+    drift.check(made)
 
 
 def run_alembic_on_unmarked_index(made: Path, patch: pytest.MonkeyPatch) -> None:

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, StorageError
-from cachedb.content import save as images
 from cachedb.disk import file_system
 from cachedb.disk.layout import partial_path
 from cachedb.errors import os_errors
-from cachedb.index import schema
+from cachedb.index import drift, images
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import REVISION
+from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
-from cachedb.oci.names import Digest
+from cachedb.operations import upgrade
 from tests import make
 from tests.conftest import Run, run_python
 from tests.make import save
@@ -163,12 +163,12 @@ def check_read_only(cachedb: Run, path: Path, tmp_path: Path, *, blobs: int = 5)
         ):
             with pytest.raises(StorageError, match=r"ead-only|read only|Permission denied|readonly|can only be read"):
                 write()
-    assert schema.check(path) == []
-    copy = sqlite3.connect(schema.back_up(path, tmp_path / "copy.db"))
+    assert drift.check(path) == []
+    copy = sqlite3.connect(upgrade.back_up(path, tmp_path / "copy.db"))
     assert copy.execute("SELECT repository FROM images").fetchall() == [("app",)]
     copy.close()
     with pytest.raises(StorageError, match="ead-only"):
-        schema.back_up(path)
+        upgrade.back_up(path)
     for command in (["ls", "-q"], ["gc"]):
         result = cachedb("--dir", path, *command)
         assert (result.returncode, result.stdout) == ((0, "app:1\n") if command[0] == "ls" else (1, "")), result
@@ -215,7 +215,7 @@ def test_a_read_only_cache_whose_configs_are_still_to_be_read_can_be_opened_by_w
     with Cache.open(disk / "cache", upgrade=True) as cache:
         assert cache.is_image_complete("app:1")
     with pytest.raises(StorageError, match="ead-only"):
-        schema.upgrade(disk / "cache")
+        upgrade.upgrade(disk / "cache")
 
 
 def test_a_read_only_view_of_a_cache_that_others_write_to_shows_what_they_do(

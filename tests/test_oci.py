@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachedb import Cache
+from cachedb import Cache, oci
 from cachedb.errors import InvalidArchive, InvalidManifest
-from cachedb.oci import manifests
+from cachedb.oci.digests import parse_digest
 from cachedb.oci.manifests import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -21,7 +21,6 @@ from cachedb.oci.manifests import (
     OCI_MANIFEST,
     Descriptor,
 )
-from cachedb.oci.names import parse_digest
 from tests import make
 
 EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "60")) * 5
@@ -37,7 +36,7 @@ def entry(seed: int, media_type: str = OCI_LAYER, **more: Any) -> dict[str, Any]
 
 
 def described(data: bytes, media_type: str) -> Descriptor:
-    return Descriptor(parse_digest(make.digest_of(data)), len(data), media_type, manifests.role_of(media_type))
+    return Descriptor(parse_digest(make.digest_of(data)), len(data), media_type, oci.role_of(media_type))
 
 
 # What a document says
@@ -45,12 +44,12 @@ def described(data: bytes, media_type: str) -> Descriptor:
 
 def test_a_manifest_names_its_config_and_then_its_layers() -> None:
     made = make.image(1, 2, compression="gzip")
-    found = manifests.descriptors(made.manifest, OCI_MANIFEST)
+    found = oci.descriptors(made.manifest, OCI_MANIFEST)
     assert [(blob.role, blob.digest, blob.size) for blob in found] == [
         ("config", make.digest_of(made.config), len(made.config)),
         *(("layer", make.digest_of(layer), len(layer)) for layer in made.layers),
     ]
-    assert [manifests.is_compressed(blob.media_type) for blob in found] == [False, True, True]
+    assert [oci.is_compressed(blob.media_type) for blob in found] == [False, True, True]
 
 
 def test_an_index_names_its_children_with_their_platforms() -> None:
@@ -59,7 +58,7 @@ def test_an_index_names_its_children_with_their_platforms() -> None:
         entry(2, OCI_INDEX, platform={"os": "linux", "architecture": "amd64", "variant": ""}),
         entry(3, "application/x-other"),
     ]
-    found = manifests.descriptors(encoded({"schemaVersion": 2, "manifests": children}), OCI_INDEX)
+    found = oci.descriptors(encoded({"schemaVersion": 2, "manifests": children}), OCI_INDEX)
     assert [(blob.role, blob.platform) for blob in found] == [
         ("manifest", "linux/arm/v7"),
         ("index", "linux/amd64"),
@@ -69,7 +68,7 @@ def test_an_index_names_its_children_with_their_platforms() -> None:
 
 @pytest.mark.parametrize("platform", [None, [], "linux", {"os": 1}, {"os": "a\nb"}, {"os": "\ud800"}, {"os": "x" * 65}])
 def test_a_platform_that_is_none_is_left_out(platform: object) -> None:
-    assert manifests.child(entry(1, OCI_MANIFEST, platform=platform), "the index").platform is None
+    assert oci.child(entry(1, OCI_MANIFEST, platform=platform), "the index").platform is None
 
 
 @pytest.mark.parametrize(
@@ -86,19 +85,19 @@ def test_a_platform_that_is_none_is_left_out(platform: object) -> None:
 def test_the_media_type_is_what_the_document_says_or_was_said_or_its_shape(
     document: object, declared: str | None, kind: str
 ) -> None:
-    assert manifests.manifest_media_type(encoded(document), declared) == kind
+    assert oci.manifest_media_type(encoded(document), declared) == kind
 
 
 @pytest.mark.parametrize("own", [[], ["x"], {}, {"a": 1}, 0, 1, True, False, "", "x", OCI_CONFIG, OCI_LAYER])
 @pytest.mark.parametrize("declared", [None, OCI_MANIFEST])
 def test_a_media_type_that_is_no_manifest_is_refused(own: object, declared: str | None) -> None:
     with pytest.raises(InvalidManifest):
-        manifests.manifest_media_type(encoded({"mediaType": own}), declared)
+        oci.manifest_media_type(encoded({"mediaType": own}), declared)
 
 
 def test_a_document_that_says_something_else_of_itself_than_was_said_is_refused() -> None:
     with pytest.raises(InvalidManifest, match="was said to be"):
-        manifests.manifest_media_type(encoded({"mediaType": OCI_INDEX}), OCI_MANIFEST)
+        oci.manifest_media_type(encoded({"mediaType": OCI_INDEX}), OCI_MANIFEST)
 
 
 @pytest.mark.parametrize(
@@ -115,19 +114,19 @@ def test_a_document_that_says_something_else_of_itself_than_was_said_is_refused(
 )
 def test_a_document_of_another_shape_than_its_media_type_is_refused(document: object, media_type: str) -> None:
     with pytest.raises(InvalidManifest):
-        manifests.descriptors(encoded(document), media_type)
+        oci.descriptors(encoded(document), media_type)
 
 
 @pytest.mark.parametrize("size", [-1, True, 1.0, "1", None, 16 * 1024**4 + 1, 2**63 - 1, 2**64, 10**400])
 def test_a_size_that_no_file_can_have_is_refused(size: object) -> None:
     with pytest.raises(InvalidManifest, match="its size"):
-        manifests.child(entry(1) | {"size": size}, "the index")
+        oci.child(entry(1) | {"size": size}, "the index")
 
 
 @pytest.mark.parametrize("media_type", [None, 1, "", "x", "a/b\n", "a b/c", "a/" + "b" * 128, "/", "a/é", []])
 def test_what_is_not_a_media_type_is_refused(media_type: object) -> None:
     with pytest.raises(InvalidManifest, match="media type"):
-        manifests.check_media_type(media_type, "the blob")
+        oci.check_media_type(media_type, "the blob")
 
 
 def test_a_manifest_with_the_largest_sizes_can_be_listed(cache: Cache) -> None:
@@ -146,25 +145,25 @@ def test_a_manifest_with_the_largest_sizes_can_be_listed(cache: Cache) -> None:
 )
 def test_what_is_not_json_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidArchive, match="the thing is not JSON") as caught:
-        manifests.load_json(data, "the thing", InvalidArchive)
+        oci.load_json(data, "the thing", InvalidArchive)
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000])
 def test_json_that_is_nested_too_deep_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidManifest, match="nested too deep"):
-        manifests.load_json(data, "the manifest")
+        oci.load_json(data, "the manifest")
 
 
 def test_a_document_of_over_4_mib_is_refused() -> None:
-    document = b'"' + b"x" * (manifests.DOCUMENT_LIMIT - 2) + b'"'
-    assert manifests.load_json(document, "the manifest")
+    document = b'"' + b"x" * (oci.DOCUMENT_LIMIT - 2) + b'"'
+    assert oci.load_json(document, "the manifest")
     with pytest.raises(InvalidManifest, match="more than 4194304 are refused"):
-        manifests.load_json(document + b" ", "the manifest")
+        oci.load_json(document + b" ", "the manifest")
 
 
 def test_of_a_key_that_stands_twice_the_later_is_meant_as_in_other_tools() -> None:
-    assert manifests.load_json(b'{"a": 1, "a": 2}', "the manifest") == {"a": 2}
+    assert oci.load_json(b'{"a": 1, "a": 2}', "the manifest") == {"a": 2}
 
 
 # The closure
@@ -175,7 +174,7 @@ def test_the_closure_of_nested_indexes_is_in_order_and_whole() -> None:
     inner = make.index(amd, arm)
     outer = encoded({"schemaVersion": 2, "manifests": [make.descriptor(inner, OCI_INDEX)]})
     there = {make.digest_of(data): data for data in (inner, outer)} | amd.blobs | arm.blobs
-    found = [blob.digest for blob in manifests.walk(described(outer, OCI_INDEX), lambda blob: there[blob.digest])]
+    found = [blob.digest for blob in oci.walk(described(outer, OCI_INDEX), lambda blob: there[blob.digest])]
     assert found == [make.digest_of(outer), make.digest_of(inner), *amd.blobs, *arm.blobs]
 
 
@@ -183,7 +182,7 @@ def test_what_is_not_at_hand_is_named_and_not_expanded() -> None:
     amd, arm = make.image(1), make.image(2)
     index = make.index(amd, arm)
     there = {make.digest_of(index): index} | arm.blobs
-    found = {blob.digest for blob in manifests.walk(described(index, OCI_INDEX), lambda blob: there.get(blob.digest))}
+    found = {blob.digest for blob in oci.walk(described(index, OCI_INDEX), lambda blob: there.get(blob.digest))}
     assert found == {make.digest_of(index), amd.digest, *arm.blobs}
 
 
@@ -192,7 +191,7 @@ def test_a_child_that_says_something_else_of_itself_than_its_index_is_refused() 
     index = encoded({"schemaVersion": 2, "manifests": [make.descriptor(manifest, OCI_MANIFEST)]})
     there = {make.digest_of(data): data for data in (manifest, index)}
     with pytest.raises(InvalidManifest, match="was said to be"):
-        list(manifests.walk(described(index, OCI_INDEX), lambda blob: there.get(blob.digest)))
+        list(oci.walk(described(index, OCI_INDEX), lambda blob: there.get(blob.digest)))
 
 
 def test_indexes_that_list_the_next_one_twice_are_expanded_once() -> None:
@@ -203,17 +202,17 @@ def test_indexes_that_list_the_next_one_twice_are_expanded_once() -> None:
         data = encoded({"schemaVersion": 2, "manifests": [make.descriptor(data, media_type)] * 2})
         there[make.digest_of(data)], media_type = data, OCI_INDEX
     begin = time.process_time()
-    closure = list(manifests.walk(described(data, OCI_INDEX), lambda blob: there[blob.digest]))
+    closure = list(oci.walk(described(data, OCI_INDEX), lambda blob: there[blob.digest]))
     assert len(closure) == 1 + 2 * 200 + 2
     assert time.process_time() - begin < 2
 
 
 def test_a_made_manifest_is_one_and_always_the_same() -> None:
     config, layer = described(b"{}", OCI_CONFIG), described(b"x", OCI_LAYER)
-    data = manifests.build_manifest(config, [layer, layer])
-    assert data == manifests.build_manifest(config, [layer, layer])
-    assert manifests.manifest_media_type(data) == OCI_MANIFEST
-    found = manifests.descriptors(data, OCI_MANIFEST)
+    data = oci.build_manifest(config, [layer, layer])
+    assert data == oci.build_manifest(config, [layer, layer])
+    assert oci.manifest_media_type(data) == OCI_MANIFEST
+    found = oci.descriptors(data, OCI_MANIFEST)
     assert [blob._replace(role="other") for blob in found] == [config, layer, layer]
 
 
@@ -262,9 +261,9 @@ documents = st.fixed_dictionaries(
 def test_any_document_is_understood_or_refused(document: object, declared: str | None) -> None:
     data = encoded(document)
     try:
-        media_type = manifests.manifest_media_type(data, declared)
-        found = manifests.descriptors(data, media_type)
-        closure = list(manifests.walk(described(data, media_type), lambda blob: data if blob.role != "other" else None))
+        media_type = oci.manifest_media_type(data, declared)
+        found = oci.descriptors(data, media_type)
+        closure = list(oci.walk(described(data, media_type), lambda blob: data if blob.role != "other" else None))
     except InvalidManifest as error:
         assert str(error).isprintable()  # noqa: PT017
     else:
@@ -273,5 +272,5 @@ def test_any_document_is_understood_or_refused(document: object, declared: str |
         for blob in closure:
             assert parse_digest(blob.digest) == blob.digest
             assert 0 <= blob.size < 2**63
-            assert blob.role in manifests.ROLES
+            assert blob.role in oci.ROLES
             assert blob.platform is None or blob.platform.isprintable()

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from cachedb import Cache
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.manifests import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
-from cachedb.reports import page
+from cachedb.reports import page, treemap
 from tests.make import digest_of, image, save
 
 HOSTILE = "</title></script><script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}\u202e\x07\n"
@@ -92,7 +92,7 @@ def made(directory: Path) -> str:
 @given(st.lists(st.integers(1, 10**12), min_size=1, max_size=60), st.floats(10, 2000), st.floats(10, 2000))
 def test_areas_are_true_and_fill_the_whole_without_overlap(sizes: list[int], width: float, height: float) -> None:
     sizes.sort(reverse=True)
-    boxes = page.squarify(sizes, width, height)
+    boxes = treemap.squarify(sizes, width, height)
     assert len(boxes) == len(sizes)
     near = 1e-6 * (width + height)
     for size, box in zip(sizes, boxes, strict=True):
@@ -109,8 +109,8 @@ def test_areas_are_true_and_fill_the_whole_without_overlap(sizes: list[int], wid
 
 
 def test_areas_are_square_where_they_can_be() -> None:
-    assert {(round(box.width), round(box.height)) for box in page.squarify([1] * 16, 80, 80)} == {(20, 20)}
-    for box in page.squarify([6, 6, 4, 3, 2, 2, 1], 600, 400):  # the example of those who thought of it
+    assert {(round(box.width), round(box.height)) for box in treemap.squarify([1] * 16, 80, 80)} == {(20, 20)}
+    for box in treemap.squarify([6, 6, 4, 3, 2, 2, 1], 600, 400):  # the example of those who thought of it
         assert max(box.width / box.height, box.height / box.width) < 3
 
 
@@ -297,7 +297,7 @@ def test_it_can_be_read_by_all(made: str) -> None:
 def test_long_tables_and_small_tiles_are_cut(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(directory, 40)
     monkeypatch.setattr(page, "_ROWS", 5)
-    monkeypatch.setattr(page, "_TILES", 5)
+    monkeypatch.setattr(treemap, "_TILES", 5)
     html = render(directory)
     assert [len(listed(html, section)) for section in ("images", "layers", "repositories")] == [5, 5, 5]
     found = re.findall(r"there are ([\d,]+) more. All of them: <code>([^<]*)</code>", html)
@@ -306,7 +306,7 @@ def test_long_tables_and_small_tiles_are_cut(directory: Path, monkeypatch: pytes
     ((stored,),) = shell.execute("SELECT sum(size) FROM blob_usage WHERE stored")
     shell.close()
     for tiles in (5, 1):
-        monkeypatch.setattr(page, "_TILES", tiles)
+        monkeypatch.setattr(treemap, "_TILES", tiles)
         top = only(parse(render(directory)), ".//svg[@id='map']").findall("svg")
         assert any("smaller repositor" in tile.attrib["data-name"] for tile in top)
         assert sum(exact(text_of(only(tile, "title"))) for tile in top) == stored

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cachedb.threads import Advance, end, in_threads, summed, told_beside
+from cachedb.progress import Advance, summed
+from cachedb.threads import end, in_threads, told_beside
 
 
 def test_results_come_in_the_order_of_the_items() -> None:

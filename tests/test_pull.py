@@ -19,7 +19,7 @@ from urllib3.exceptions import SSLError
 
 from cachedb import Cache, DigestMismatch, InvalidManifest, InvalidName, NotInCache, RegistryError, RegistryUnavailable
 from cachedb.oci.names import Name
-from cachedb.transports.registry import client, repository
+from cachedb.transports.registry import client, places, repository, tls
 from tests import make
 from tests.conftest import Run
 from tests.faults import Do, answer, changed, closed, corrupt, endless, html, redirect, retry_later, without
@@ -503,7 +503,7 @@ def test_a_registry_that_drips_is_given_up(cache: Cache, remote: Registry, monke
 
 def test_a_name_is_on_the_wire_where_docker_has_it() -> None:
     def where(name: str, plain: bool | None = None) -> tuple[str, str]:
-        found = repository.place(Name.parse(name), plain_http=plain)
+        found = places.place(Name.parse(name), plain_http=plain)
         return found.url, found.repository
 
     assert where("alpine") == ("https://registry-1.docker.io", "library/alpine")
@@ -711,7 +711,7 @@ def test_a_certificate_is_looked_at(
         monkeypatch.delenv("SSL_CERT_FILE")
         (tmp_path / "certs.d" / host).mkdir(parents=True)
         (tmp_path / "certs.d" / host / "ca.crt").write_bytes(ca.read_bytes())
-        monkeypatch.setattr(client, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
+        monkeypatch.setattr(tls, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
         assert cache.pull(f"{host}/hello:1", plain_http=False).image.digest == digest
 
 
@@ -727,7 +727,7 @@ def test_what_is_wrong_with_tls_is_told_with_what_to_do(
         cache.pull(f"{remote.host}/app:1", plain_http=False)
     out_of_date = ssl.SSLCertVerificationError("certificate has expired")
     out_of_date.verify_code = 10
-    assert "clock" in client._tls_advice("registry:5000", SSLError(out_of_date))
+    assert "clock" in tls.advise_on_tls("registry:5000", SSLError(out_of_date))
 
 
 def test_a_proxy_and_a_broken_answer_are_told_of_without_our_objects(

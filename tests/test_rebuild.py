@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, event
 
 from cachedb import Cache, DamagedIndex, NotACache, SchemaMismatch, StorageError
+from cachedb.disk import durable
 from cachedb.disk.layout import blob_path
 from cachedb.index import schema
 from cachedb.index.sqlite import backups, database
 from cachedb.index.sqlite.database import Database
-from cachedb.oci.names import Digest
+from cachedb.oci.digests import Digest
 from cachedb.operations import rebuild, verify
 from cachedb.operations.verify import Problem
 from tests import make
@@ -608,7 +609,7 @@ def crash_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
             return _real(*arguments, **options)  # type: ignore[operator]
 
         patch.setattr(os, name, watched)
-    sync = database.sync_folder
+    sync = durable.sync_folder
 
     def synced(folder: Path) -> None:
         step()

@@ -20,8 +20,8 @@ from cachedb.content.last_used import Uses
 from cachedb.content.session import Session
 from cachedb.disk.locks import acquire, release
 from cachedb.errors import callers_own, ignore_os_errors, os_errors
-from cachedb.index import schema
 from cachedb.index.sqlite.database import Database
+from cachedb.operations import upgrade
 from cachedb.threads import Once
 from tests import make
 from tests.conftest import run_python
@@ -195,11 +195,11 @@ def test_a_backup_in_the_middle_of_a_backup_is_refused(filled: Cache, monkeypatc
 
     def progress(*_: object) -> None:
         with pytest.raises(ReentrantCall, match="making a backup"):
-            schema.back_up(filled.directory)
+            upgrade.back_up(filled.directory)
         refused.append(1)
 
     monkeypatch.setattr(backups, "_OPCODES", 10)
-    schema.back_up(filled.directory, progress=progress)
+    upgrade.back_up(filled.directory, progress=progress)
     assert refused
 
 
@@ -302,7 +302,7 @@ def test_an_error_of_a_progress_callback_is_the_callers(
 
     archive = tmp_path / "other.tar"
     make.write(archive, make.oci_files({"other:1": make.image(2)}))
-    schema.downgrade(filled.directory, "0004") if what == "upgrade" else None
+    upgrade.downgrade(filled.directory, "0004") if what == "upgrade" else None
     calls: dict[str, Callable[[], object]] = {
         "import": lambda: filled.cache_from_tar(archive, progress=progress),
         "verify": lambda: filled.verify(progress=progress),
@@ -310,8 +310,8 @@ def test_an_error_of_a_progress_callback_is_the_callers(
         "export": lambda: filled.export("app:1", tmp_path / "out", progress=progress),
         "oci-dir": lambda: filled.export("app:1", tmp_path / "out", format="oci-dir", progress=progress),
         "link": lambda: filled.export("app:1", tmp_path / "out", format="oci-dir", link=True, progress=progress),
-        "backup": lambda: schema.back_up(filled.directory, progress=progress),
-        "upgrade": lambda: schema.upgrade(filled.directory, progress=progress),
+        "backup": lambda: upgrade.back_up(filled.directory, progress=progress),
+        "upgrade": lambda: upgrade.upgrade(filled.directory, progress=progress),
     }
     with pytest.raises(PermissionError, match="the caller's"):
         calls[what]()

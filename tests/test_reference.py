@@ -9,7 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cachedb.errors import InvalidDigest, InvalidName
-from cachedb.oci.names import Name, parse_digest, shorten
+from cachedb.oci.digests import parse_digest
+from cachedb.oci.names import Name
+from cachedb.text import shorten
 
 EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "60")) * 10
 HEX = "0123456789abcdef"

@@ -20,7 +20,7 @@ from cachedb.oci.manifests import (
     OCI_LAYER,
     OCI_MANIFEST,
 )
-from cachedb.transports.registry import client
+from cachedb.transports.registry import tls
 from tests import make
 from tests.conftest import Run
 from tests.make import Made, descriptor, digest_of, save, save_index
@@ -402,7 +402,7 @@ def test_an_authority_of_its_own_is_trusted_by_what_is_in_certs_d(
                 cache.pull(f"{host}/app:1", plain_http=plain)
         (tmp_path / "certs.d" / host).mkdir(parents=True)
         (tmp_path / "certs.d" / host / "ca.crt").write_bytes(authority.read_bytes())
-        monkeypatch.setattr(client, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
+        monkeypatch.setattr(tls, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
         cache.push("app:1", f"{host}/app:1", plain_http=False, authfile=authfile)
         assert inspect(tools, f"{host}/app:1", trust, f"--authfile={authfile}") == FIRST.digest
         cache.pull(f"{host}/app:1", plain_http=False, authfile=authfile)

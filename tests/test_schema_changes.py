@@ -41,12 +41,14 @@ from cachedb import (
 )
 from cachedb.content import describe
 from cachedb.disk import reader
+from cachedb.index import drift as drift_
 from cachedb.index import schema
 from cachedb.index.sqlite import backups, database
-from cachedb.index.sqlite.database import APPLICATION_ID, Database
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.revision import APPLICATION_ID
 from cachedb.index.tables import REVISION
-from cachedb.oci.manifests import ImageConfig, parse_config
-from cachedb.operations import rebuild
+from cachedb.oci.configs import ImageConfig, parse_config
+from cachedb.operations import restore, upgrade
 from tests.conftest import Run, files_of, revision_of, run_python, running, start_python
 from tests.make import image, index, save
 from tests.promises import check
@@ -110,10 +112,10 @@ def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row
     directory = frozen(revision, tmp_path / "cache")
     before, all_rows, files = known(directory), rows(directory), files_of(directory)
     assert len(before["images"]) == (7 if revision < "0004" else 8)
-    changed = schema.upgrade(directory)
+    changed = upgrade.upgrade(directory)
     assert (changed.before, changed.after) == (revision, REVISION)
     assert known(directory) == before
-    assert schema.check(directory) == []
+    assert drift_.check(directory) == []
     with Cache.open(directory) as cache:
         assert cache.get_image("frozen:2").author == cache.get_image("team/frozen:stable").author == "A. Author"
         assert cache.get_labels("docker.io/library/docker:2")["org.opencontainers.image.title"] == "frozen"
@@ -126,13 +128,13 @@ def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row
         assert all(blob.diff_id for blob in cache.get_image_blobs("frozen:2") if blob.role == "layer")
         cache.export("frozen:2", tmp_path / "frozen.tar")
     after = known(directory)
-    schema.downgrade(directory, revision)
+    upgrade.downgrade(directory, revision)
     assert {name: known(directory)[name] for name in ("blobs", "image_blobs")} == {
         name: after[name] for name in ("blobs", "image_blobs")
     }
     assert tables(directory) - {"alembic_version"} == all_rows.keys()
     assert files_of(directory) == files
-    schema.upgrade(directory)
+    upgrade.upgrade(directory)
     check(directory)
 
 
@@ -140,8 +142,8 @@ def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row
 def test_a_downgrade_takes_away_what_the_upgrade_brought_and_nothing_else(revision: str, tmp_path: Path) -> None:
     directory = frozen(revision, tmp_path / "cache")
     before = rows(directory)
-    schema.upgrade(directory)
-    schema.downgrade(directory, revision)
+    upgrade.upgrade(directory)
+    upgrade.downgrade(directory, revision)
     assert rows(directory) == before
 
 
@@ -151,7 +153,7 @@ def test_a_config_that_cannot_be_read_is_skipped_and_reported(tmp_path: Path) ->
         lost = next(blob.path for blob in cache.get_image_blobs("hello:1") if blob.is_config)
     assert lost is not None
     (directory / lost.relative_to(tmp_path / "newest")).unlink()
-    found = {str(name): detail for name, _, detail in schema.upgrade(directory).unread}
+    found = {str(name): detail for name, _, detail in upgrade.upgrade(directory).unread}
     assert found.keys() == {"broken:1", "hello:1"}
     assert "not JSON" in found["broken:1"]
     assert "is not in the cache" in found["hello:1"]
@@ -177,7 +179,7 @@ def test_a_config_that_is_not_what_its_digest_says_is_skipped_and_reported(tmp_p
     path = config_of(directory, "hello:1")
     path.chmod(0o600)
     path.write_text(json.dumps({"os": "plan9"}))
-    found = {str(name): detail for name, _, detail in schema.upgrade(directory).unread}
+    found = {str(name): detail for name, _, detail in upgrade.upgrade(directory).unread}
     assert "another content: run `cachedb verify`" in found["hello:1"]
     with Cache.open(directory) as cache:
         assert cache.get_image("hello:1").os is None
@@ -193,10 +195,10 @@ def test_who_has_not_enough_to_read_configs_with_stops_and_skips_none(
 
     monkeypatch.setattr(reader, "open_regular", open_none)
     with pytest.raises(StorageError, match="raise the limit on open files"):
-        schema.upgrade(directory)
+        upgrade.upgrade(directory)
     assert schema.current(directory).pending == 7
     monkeypatch.undo()
-    assert {str(name) for name, _, _ in schema.upgrade(directory).unread} == {"broken:1"}
+    assert {str(name) for name, _, _ in upgrade.upgrade(directory).unread} == {"broken:1"}
 
 
 # Upgrades
@@ -213,12 +215,12 @@ def backups_in(directory: Path) -> list[str]:
 
 def test_an_upgrade_makes_a_backup_from_which_all_comes_back(old: Path) -> None:
     before = rows(old)
-    changed = schema.upgrade(old)
+    changed = upgrade.upgrade(old)
     assert changed.backup == old / "backups" / "000001-0001-before-0005.db"
     assert changed.backup.stat().st_mode & 0o777 == old.stat().st_mode & 0o666
     shutil.copy(changed.backup, old.parent / "index.db")
     assert rows(old.parent) == before
-    assert schema.upgrade(old) == (REVISION, REVISION, None, [])
+    assert upgrade.upgrade(old) == (REVISION, REVISION, None, [])
     assert backups_in(old) == ["000001-0001-before-0005.db"]
 
 
@@ -236,16 +238,16 @@ def test_a_backup_is_on_disk_before_it_has_its_name(cache: Cache, monkeypatch: p
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
-    backup = schema.back_up(cache.directory)
+    backup = upgrade.back_up(cache.directory)
     file, folder = backup.stat().st_ino, backup.parent.stat().st_ino
     assert calls == [("sync", file), ("name", file), ("sync", folder)]
 
 
 def test_the_last_few_backups_from_before_changes_are_kept_and_all_that_a_person_made(old: Path) -> None:
-    asked = schema.back_up(old)
+    asked = upgrade.back_up(old)
     for _ in range(3):
-        schema.upgrade(old)
-        schema.downgrade(old, "0001")
+        upgrade.upgrade(old)
+        upgrade.downgrade(old, "0001")
     assert backups_in(old) == [
         asked.name,
         "000005-0005-before-0001.db",
@@ -255,32 +257,33 @@ def test_the_last_few_backups_from_before_changes_are_kept_and_all_that_a_person
 
 
 def test_changes_that_fail_or_are_killed_do_not_pile_up_backups(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    schema.upgrade(old)
-    schema.downgrade(old, "0001")
+    upgrade.upgrade(old)
+    upgrade.downgrade(old, "0001")
     before = backups_in(old)
 
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "_run", fail)
+        patch.setattr(schema, "run_migrations", fail)
         for _ in range(5):
             with pytest.raises(KeyboardInterrupt):
-                schema.upgrade(old)
+                upgrade.upgrade(old)
             assert backups_in(old) == before
     script = """
         import os, sys
         from pathlib import Path
         from cachedb.index import schema
+        from cachedb.operations import upgrade
 
-        schema._run = lambda *_, **__: os.kill(os.getpid(), 9)
-        schema.upgrade(Path(sys.argv[1]))
+        schema.run_migrations = lambda *_, **__: os.kill(os.getpid(), 9)
+        upgrade.upgrade(Path(sys.argv[1]))
         """
     for _ in range(5):
         with start_python(script, old) as process:
             assert process.wait() == -9
     assert len(backups_in(old)) == backups.KEPT + 1
-    schema.upgrade(old)
+    upgrade.upgrade(old)
     assert len(backups_in(old)) == backups.KEPT
 
 
@@ -298,12 +301,12 @@ def test_an_old_backup_that_cannot_be_deleted_is_an_error_of_one_line(
 
     monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(StorageError, match=r"cannot delete an old backup: Operation not permitted: '.*000001-"):
-        schema.upgrade(old)
+        upgrade.upgrade(old)
 
 
 @pytest.mark.parametrize("step", ["0002", "head"])
 def test_an_upgrade_comes_to_the_revision_that_is_asked_for(old: Path, step: str) -> None:
-    after = schema.upgrade(old, step).after
+    after = upgrade.upgrade(old, step).after
     assert revision_of(old) == after == {"0002": "0002", "head": REVISION}[step]
 
 
@@ -312,11 +315,11 @@ def test_an_upgrade_that_needs_no_other_process_to_stop_says_so_to_those_who_hav
 ) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-        schema.downgrade(directory, "0002")
+        upgrade.downgrade(directory, "0002")
         for call in (cache.list_manifests, lambda: cache.add_blob(b"x"), lambda: cache.get_image("app:1")):
             with pytest.raises(SchemaMismatch, match=r"has schema 0002, .* run `cachedb db upgrade`"):
                 call()
-        schema.upgrade(directory)
+        upgrade.upgrade(directory)
         assert cache.get_image("app:1").architecture == "amd64"
         cache.add_blob(b"x")
 
@@ -332,7 +335,7 @@ def test_a_newer_schema_that_says_so_can_be_worked_with(directory: Path) -> None
         assert [image.reference for image in cache.list_manifests()] == ["1", "2"]
         assert cache.verify().problems == []
     assert schema.current(directory) == ("0099", REVISION, True, 0)
-    for call in (schema.upgrade, schema.check, lambda path: schema.downgrade(path, "0001")):
+    for call in (upgrade.upgrade, drift_.check, lambda path: upgrade.downgrade(path, "0001")):
         with pytest.raises(SchemaMismatch, match="newer"):
             call(directory)
     change(directory, "PRAGMA user_version = 99")
@@ -345,11 +348,11 @@ def test_every_migration_states_the_oldest_release_that_can_work_after_it(direct
     for revision in reversed(schema.history(directory)):
         assert revision.oldest <= revision.revision
         if revision_of(directory) != revision.revision:
-            schema.downgrade(directory, revision.revision)
+            upgrade.downgrade(directory, revision.revision)
         shell = sqlite3.connect(directory / "index.db")
         assert shell.execute("PRAGMA user_version").fetchone() == (int(revision.oldest),)
         shell.close()
-        schema.upgrade(directory)
+        upgrade.upgrade(directory)
 
 
 def test_of_many_who_upgrade_at_once_one_does_and_all_go_on(old: Path) -> None:
@@ -389,7 +392,7 @@ def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_los
         import mmap, os, random, sys, time, traceback
         from pathlib import Path
         from cachedb import Cache, SchemaMismatch
-        from cachedb.index import schema
+        from cachedb.operations import upgrade
         from tests.make import image, save
 
         directory, until = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
@@ -431,10 +434,10 @@ def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_los
             children[number] = child, reader
         changes = 0
         while time.monotonic() < until or not some_refused[0]:
-            schema.downgrade(directory, ("0001", "0002")[changes % 2])
-            schema.upgrade(directory)
+            upgrade.downgrade(directory, ("0001", "0002")[changes % 2])
+            upgrade.upgrade(directory)
             changes += 1
-        schema.upgrade(directory)
+        upgrade.upgrade(directory)
         refused = 0
         with Cache.open(directory, upgrade=True) as cache:
             for number, (child, reader) in children.items():
@@ -467,10 +470,10 @@ def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_n
         from pathlib import Path
         from sqlalchemy import Engine, event
         import alembic.command
-        from cachedb.index import schema
+        from cachedb.operations import upgrade
 
         made, how = Path(sys.argv[1]), sys.argv[2]
-        schema._BATCH = 2
+        upgrade._BATCH = 2
         number, status = 0, 1
         while status:
             number += 1
@@ -488,7 +491,7 @@ def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_n
                 seen = 0
                 event.listen(Engine, "before_cursor_execute", step)
                 event.listen(Engine, "commit", step)
-                schema.upgrade(directory) if how == "upgrade" else schema.downgrade(directory, "0001")
+                upgrade.upgrade(directory) if how == "upgrade" else upgrade.downgrade(directory, "0001")
                 os._exit(0)
             status = os.waitpid(child, 0)[1]
         print(number)
@@ -506,8 +509,8 @@ def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_n
         kept = {name: table for name, table in known(directory).items() if name != "leases"}
         assert kept == {name: table for name, table in before.items() if name != "leases"}
         if number % 5 == 0:
-            schema.upgrade(directory)
-            assert schema.check(directory) == []
+            upgrade.upgrade(directory)
+            assert drift_.check(directory) == []
             with Cache.open(directory) as cache:
                 assert cache.get_image("frozen:2").os == "linux"
                 if how == "downgrade":  # an image of some platforms has become one that lacks the others
@@ -517,7 +520,7 @@ def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_n
 
 
 def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "_BATCH", 2)
+    monkeypatch.setattr(upgrade, "_BATCH", 2)
     told: list[tuple[str, int, int]] = []
 
     class Stop(Exception):
@@ -529,28 +532,28 @@ def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch
             raise Stop
 
     with pytest.raises(Stop):
-        schema.upgrade(old, progress=stop)
+        upgrade.upgrade(old, progress=stop)
     assert {what for what, _, _ in told} >= {"migrating", "reading configs"}
     assert schema.current(old) == (REVISION, REVISION, True, 3)
-    assert [drift.kind for drift in schema.check(old)] == ["backfill"]
+    assert [drift.kind for drift in drift_.check(old)] == ["backfill"]
     with Cache.open(old) as cache:
         assert (
             cache.get_image("docker.io/library/docker:2").os == "linux"
         )  # what is read is there, and the cache can be used
     again: list[tuple[str, int, int]] = []
-    schema.upgrade(old, progress=lambda *step: again.append(step))
+    upgrade.upgrade(old, progress=lambda *step: again.append(step))
     assert again == [("reading configs", 2, 3), ("reading configs", 3, 3), ("reading configs", 3, 3)]
-    assert schema.check(old) == []
+    assert drift_.check(old) == []
 
 
 @pytest.mark.parametrize("pending", [True, False])
 def test_what_another_migration_has_left_to_be_done_is_left_alone(old: Path, pending: bool) -> None:
-    schema.upgrade(old)
+    upgrade.upgrade(old)
     change(old, "INSERT INTO backfills VALUES ('0004', 3)")
     if pending:
         change(old, "INSERT INTO backfills VALUES ('0003', 1)")
     told: list[tuple[str, int, int]] = []
-    schema.upgrade(old, progress=lambda *step: told.append(step))
+    upgrade.upgrade(old, progress=lambda *step: told.append(step))
     assert told == ([("reading configs", 6, 6), ("reading configs", 6, 6)] if pending else [])
     shell = sqlite3.connect(old / "index.db")
     assert shell.execute("SELECT * FROM backfills").fetchall() == [("0004", 3)]
@@ -564,17 +567,17 @@ def test_configs_are_read_without_the_write_lock(old: Path, monkeypatch: pytest.
         return parse_config(data, limit)
 
     monkeypatch.setattr(describe, "parse_config", parse_unlocked)
-    schema.upgrade(old)
+    upgrade.upgrade(old)
     with Cache.open(old) as cache:
         assert cache.get_image("frozen:2").os == "linux"
 
 
 def test_large_configs_are_written_in_transactions_of_their_own(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "_BATCH_SIZE", 1)
+    monkeypatch.setattr(upgrade, "_BATCH_SIZE", 1)
     told: list[int] = []
-    schema.upgrade(old, progress=lambda what, done, _: told.append(done) if what == "reading configs" else None)
+    upgrade.upgrade(old, progress=lambda what, done, _: told.append(done) if what == "reading configs" else None)
     assert told == [1, 2, 3, 4, 5, 6, 7, 7]
-    assert schema.check(old) == []
+    assert drift_.check(old) == []
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
@@ -599,7 +602,7 @@ def test_an_image_that_changes_while_its_config_is_read_is_described_as_it_is_th
             cache.remove_manifest("hello:1")
 
     meanwhile(monkeypatch, work)
-    schema.upgrade(old)
+    upgrade.upgrade(old)
     with Cache.open(old) as cache:
         assert cache.get_image("frozen:2").architecture == "riscv64"
         assert cache.get_image("team/frozen:stable").author == "A. Author"
@@ -612,20 +615,20 @@ def test_a_config_that_comes_back_while_the_others_are_read_is_not_missed(
     path = config_of(old, "hello:1")
     aside = path.rename(old.parent / "aside")
     meanwhile(monkeypatch, lambda: aside.rename(path))
-    assert {str(name) for name, _, _ in schema.upgrade(old).unread} == {"broken:1"}
+    assert {str(name) for name, _, _ in upgrade.upgrade(old).unread} == {"broken:1"}
     with Cache.open(old) as cache:
         assert cache.get_image("hello:1").os == "linux"
 
 
 def test_what_another_has_read_meanwhile_is_not_written_again(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "_BATCH", 2)
-    found: list[schema.Unread] = []
-    meanwhile(monkeypatch, lambda: found.extend(schema.upgrade(old).unread))
+    monkeypatch.setattr(upgrade, "_BATCH", 2)
+    found: list[upgrade.Unread] = []
+    meanwhile(monkeypatch, lambda: found.extend(upgrade.upgrade(old).unread))
     told: list[str] = []
-    assert schema.upgrade(old, progress=lambda what, *_: told.append(what)).unread == []
+    assert upgrade.upgrade(old, progress=lambda what, *_: told.append(what)).unread == []
     assert "reading configs" not in told
     assert [str(unread.name) for unread in found] == ["broken:1"]
-    assert schema.check(old) == []
+    assert drift_.check(old) == []
 
 
 def test_a_disk_that_is_too_full_is_said_so_before_anything_is_changed(
@@ -637,13 +640,13 @@ def test_a_disk_that_is_too_full_is_said_so_before_anything_is_changed(
     usage = shutil.disk_usage(old)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     with pytest.raises(StorageError, match=r"was not changed: .* and 1000000 are free; free some space"):
-        schema.upgrade(old)
+        upgrade.upgrade(old)
     monkeypatch.undo()
     left = content(old)
     assert {name: data for name, data in left.items() if "locks" not in str(name)} == {
         name: data for name, data in before.items() if "locks" not in str(name)
     } | {name: data for name, data in left.items() if ".lock" in str(name) and "locks" not in str(name)}
-    schema.upgrade(old)
+    upgrade.upgrade(old)
 
 
 def test_a_backup_that_cannot_be_written_stops_the_upgrade(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,7 +657,7 @@ def test_a_backup_that_cannot_be_written_stops_the_upgrade(old: Path, monkeypatc
         database.prepare()  # a cache of an older release gets its marker
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="cannot make a backup of the index: No space left"):
-        schema.upgrade(old)
+        upgrade.upgrade(old)
     monkeypatch.undo()
     assert revision_of(old) == "0001"
     assert backups_in(old) == []
@@ -663,15 +666,15 @@ def test_a_backup_that_cannot_be_written_stops_the_upgrade(old: Path, monkeypatc
 def test_a_change_that_would_leave_rows_that_refer_to_none_is_not_made(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = schema._run
+    real = schema.run_migrations
 
     def broken(change: Any, connection: Any, *arguments: Any) -> None:
         real(change, connection, *arguments)
         connection.exec_driver_sql("UPDATE images SET manifest_id = 999 WHERE id = 1")
 
-    monkeypatch.setattr(schema, "_run", broken)
+    monkeypatch.setattr(schema, "run_migrations", broken)
     with pytest.raises(DamagedIndex, match=r"was not changed: 1 rows would refer to none: images 1 to blobs"):
-        schema.upgrade(old)
+        upgrade.upgrade(old)
     assert revision_of(old) == "0001"
 
 
@@ -736,10 +739,10 @@ def test_a_cache_that_has_lost_its_index_is_told_from_one_that_is_not_there_yet(
 @pytest.mark.parametrize("call", ["upgrade", "downgrade", "check", "back_up"])
 def test_folders_that_are_gone_are_brought_back(old: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if call == "check":
-        schema.upgrade(old)
+        upgrade.upgrade(old)
         shutil.rmtree(old / "backups")
     elif call == "downgrade":
-        schema.upgrade(old, "0002")
+        upgrade.upgrade(old, "0002")
         shutil.rmtree(old / "backups")
     else:
         (old / "backups").rmdir()
@@ -757,7 +760,7 @@ def test_folders_that_are_gone_are_brought_back(old: Path, call: str, monkeypatc
 @pytest.mark.parametrize("revision", ["0009", "x", "", "-9", "base", "-x", "000"])
 def test_a_revision_that_is_none_is_refused(directory: Path, revision: str) -> None:
     Cache.open(directory).close()
-    for call in (schema.upgrade, schema.downgrade):
+    for call in (upgrade.upgrade, upgrade.downgrade):
         with pytest.raises(InvalidRevision, match="is not one of the revisions 0001, "):
             call(directory, revision)
     assert revision_of(directory) == REVISION
@@ -772,28 +775,28 @@ def migrate(directory: Path, *arguments: Any, **options: Any) -> None:
 def test_a_cache_of_a_schema_that_no_release_makes_is_left_alone(directory: Path, revision: str | None) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-    copy = schema.back_up(directory)
+    copy = upgrade.back_up(directory)
     if revision is None:
         change(directory, "DELETE FROM alembic_version")
     else:
         change(directory, f"UPDATE alembic_version SET version_num = '{revision}'")
     before, kept = rows(directory), backups_in(directory)
     if not revision:
-        for look in (schema.current, schema.check):
+        for look in (schema.current, drift_.check):
             with pytest.raises(DamagedIndex, match="lost its schema"):
                 look(directory)
     for call in (
-        schema.upgrade,
-        lambda path: schema.upgrade(path, "0001"),
-        lambda path: schema.downgrade(path, "0001"),
-        lambda path: schema.downgrade(path, "-1"),
+        upgrade.upgrade,
+        lambda path: upgrade.upgrade(path, "0001"),
+        lambda path: upgrade.downgrade(path, "0001"),
+        lambda path: upgrade.downgrade(path, "-1"),
         migrate,
         lambda path: migrate(path, "0001", down=True),
     ):
         with pytest.raises(SchemaMismatch if revision else DamagedIndex, match=r"no release of|lost its schema"):
             call(directory)
     assert (rows(directory), backups_in(directory)) == (before, kept)
-    rebuild.restore(directory, copy)
+    restore.restore(directory, copy)
     check(directory)
 
 
@@ -808,12 +811,12 @@ def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> N
         change(old, "DROP TRIGGER mine")
     change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON images {refuse.format('ABORT')}")
     with pytest.raises(StorageError, match=r"schema is 0005, but .* not on a Friday; `cachedb db upgrade` goes on"):
-        schema.upgrade(old)
+        upgrade.upgrade(old)
     with pytest.raises(StorageError, match="not on a Friday"):
         Cache.open(old, upgrade=True)
     change(old, "DROP TRIGGER mine")
-    schema.upgrade(old)
-    assert schema.check(old) == []
+    upgrade.upgrade(old)
+    assert drift_.check(old) == []
 
 
 @pytest.mark.parametrize(
@@ -835,7 +838,7 @@ def test_what_is_over_a_column_that_goes_is_to_be_dropped_first(directory: Path,
     Cache.open(directory).close()
     change(directory, sql)
     with pytest.raises(StorageError, match=r"^the schema was not changed, for .*: drop it first$") as caught:
-        schema.downgrade(directory, "0002")
+        upgrade.downgrade(directory, "0002")
     assert said in str(caught.value)
     assert (revision_of(directory), backups_in(directory)) == (REVISION, [])
 
@@ -843,10 +846,10 @@ def test_what_is_over_a_column_that_goes_is_to_be_dropped_first(directory: Path,
 def test_up_is_not_down(directory: Path) -> None:
     Cache.open(directory).close()
     with pytest.raises(SchemaMismatch, match=r"newer than 0001: use `cachedb db downgrade 0001`"):
-        schema.upgrade(directory, "0001")
-    schema.downgrade(directory, "0001")
+        upgrade.upgrade(directory, "0001")
+    upgrade.downgrade(directory, "0001")
     with pytest.raises(SchemaMismatch, match=r"older than 0002: use `cachedb db upgrade 0002`"):
-        schema.downgrade(directory, "0002")
+        upgrade.downgrade(directory, "0002")
 
 
 # Drift
@@ -869,9 +872,9 @@ def test_up_is_not_down(directory: Path) -> None:
 )
 def test_drift_is_found(directory: Path, sql: str, kind: str, name: str) -> None:
     Cache.open(directory).close()
-    assert schema.check(directory) == []
+    assert drift_.check(directory) == []
     change(directory, sql)
-    assert (kind, name) in [drift[:2] for drift in schema.check(directory)]
+    assert (kind, name) in [drift[:2] for drift in drift_.check(directory)]
 
 
 def test_an_index_over_an_expression_is_drift_and_no_warning(cachedb: Run, directory: Path) -> None:
@@ -886,14 +889,14 @@ def test_an_index_over_an_expression_is_drift_and_no_warning(cachedb: Run, direc
 def test_a_second_version_is_drift_and_stops_a_change(directory: Path, version: str) -> None:
     Cache.open(directory).close()
     change(directory, f"INSERT INTO alembic_version VALUES ('{version}')")
-    assert [drift[:2] for drift in schema.check(directory)] == [("row", "alembic_version")]
+    assert [drift[:2] for drift in drift_.check(directory)] == [("row", "alembic_version")]
     if version == "0002":
         change(directory, "DELETE FROM alembic_version WHERE version_num = '0005'")
         change(directory, "INSERT INTO alembic_version VALUES ('0005')")
         with pytest.raises(SchemaMismatch, match="2 rows"):
-            schema.upgrade(directory)
+            upgrade.upgrade(directory)
     with pytest.raises(SchemaMismatch, match="2 rows"):
-        schema.downgrade(directory, "0001")
+        upgrade.downgrade(directory, "0001")
     assert backups_in(directory) == []
 
 
@@ -904,7 +907,7 @@ def test_a_constraint_that_is_not_ours_is_drift(directory: Path) -> None:
     shell.execute("UPDATE sqlite_master SET sql = replace(sql, 'size >= 0', 'size >= 9') WHERE name = 'blobs'")
     shell.commit()
     shell.close()
-    (drift,) = schema.check(directory)
+    (drift,) = drift_.check(directory)
     assert drift[:2] == ("table", "blobs")
     assert "size >= 9" in drift.detail
 
@@ -925,7 +928,7 @@ def test_a_backup_is_of_one_moment_while_others_write(cache: Cache, tmp_path: Pa
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        copies = [schema.back_up(cache.directory, tmp_path / f"{number}.db") for number in range(5)]
+        copies = [upgrade.back_up(cache.directory, tmp_path / f"{number}.db") for number in range(5)]
     finally:
         stop.set()
         thread.join()
@@ -935,7 +938,7 @@ def test_a_backup_is_of_one_moment_while_others_write(cache: Cache, tmp_path: Pa
         assert shell.execute("PRAGMA foreign_key_check").fetchall() == []
         shell.close()
     with pytest.raises(CacheError, match="exists: name another file"):
-        schema.back_up(cache.directory, copies[0])
+        upgrade.back_up(cache.directory, copies[0])
 
 
 def test_a_restored_backup_has_its_images_and_agrees_with_the_blobs(cache: Cache) -> None:
@@ -943,11 +946,11 @@ def test_a_restored_backup_has_its_images_and_agrees_with_the_blobs(cache: Cache
     save(cache, "gone:1", image(2))
     gone = cache.get_image_blobs("gone:1")
     leased = cache.add_blob(b"leased by a live session")
-    backup = schema.back_up(cache.directory)
+    backup = upgrade.back_up(cache.directory)
     cache.remove_manifest("gone:1")
     save(cache, "late:1", image(3))
     cache.tag("late:1", "kept:1")
-    found = rebuild.restore(cache.directory, backup)
+    found = restore.restore(cache.directory, backup)
     assert found[:3] == (2, 1, 4)
     assert found.old is not None
     with closing(sqlite3.connect(found.old)) as shell:
@@ -965,9 +968,9 @@ def test_a_restored_backup_has_its_images_and_agrees_with_the_blobs(cache: Cache
 
 def test_a_restored_backup_keeps_the_holds_of_today(cache: Cache) -> None:
     save(cache, "app:1", image(1))
-    backup = schema.back_up(cache.directory)
+    backup = upgrade.back_up(cache.directory)
     (hold,) = cache.add_hold("app:1")
-    rebuild.restore(cache.directory, backup)
+    restore.restore(cache.directory, backup)
     assert cache.list_holds() == [hold]
 
 
@@ -976,9 +979,9 @@ def test_a_backup_of_any_schema_can_be_restored(revision: str, tmp_path: Path) -
     directory = frozen(REVISION, tmp_path / "cache")
     old = frozen(revision, tmp_path / "old")
     before = [row["repository"] for row in known(old)["images"]]
-    rebuild.restore(directory, old / "index.db")
+    restore.restore(directory, old / "index.db")
     assert [row["repository"] for row in known(directory)["images"]] == before
-    assert schema.check(directory) == []
+    assert drift_.check(directory) == []
     with Cache.open(directory) as cache:
         assert cache.get_image("hello:1").os == "linux"
     check(directory)
@@ -988,11 +991,11 @@ def test_a_backup_of_any_schema_can_be_restored(revision: str, tmp_path: Path) -
 def test_a_backup_takes_the_place_of_an_index_that_is_lost_or_damaged(directory: Path, damage: str) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-    backup = schema.back_up(directory)
+    backup = upgrade.back_up(directory)
     (directory / "index.db").unlink()
     if damage == "garbage":
         (directory / "index.db").write_bytes(b"garbage" * 1000)
-    assert rebuild.restore(directory, backup)[:3] == (1, 0, 0)
+    assert restore.restore(directory, backup)[:3] == (1, 0, 0)
     with Cache.open(directory) as cache:
         assert cache.is_image_complete("app:1")
     check(directory)
@@ -1001,16 +1004,16 @@ def test_a_backup_takes_the_place_of_an_index_that_is_lost_or_damaged(directory:
 def test_a_child_that_came_after_the_backup_brings_what_it_names(cache: Cache) -> None:
     child = image(1)
     cache.save_manifest("several:1", index(child))
-    backup = schema.back_up(cache.directory)
+    backup = upgrade.back_up(cache.directory)
     for digest, data in child.blobs.items():
         cache.save_blob(digest, data)
-    rebuild.restore(cache.directory, backup)
+    restore.restore(cache.directory, backup)
     assert cache.is_image_complete("several:1")
 
 
 def test_what_is_no_backup_is_refused_and_nothing_is_changed(cache: Cache, tmp_path: Path) -> None:
     save(cache, "app:1", image(1))
-    backup = schema.back_up(cache.directory, tmp_path / "backup.db")
+    backup = upgrade.back_up(cache.directory, tmp_path / "backup.db")
     data = backup.read_bytes()
     (tmp_path / "half.db").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.db").write_text("no database" * 1000)
@@ -1034,10 +1037,10 @@ def test_what_is_no_backup_is_refused_and_nothing_is_changed(cache: Cache, tmp_p
         ("future.db", SchemaMismatch, "use a newer release"),
     ):
         with pytest.raises(error, match=text):
-            rebuild.restore(cache.directory, tmp_path / name)
+            restore.restore(cache.directory, tmp_path / name)
         assert rows(cache.directory) == before
     with pytest.raises(NotACache, match="is not a cache"):
-        rebuild.restore(tmp_path, backup)
+        restore.restore(tmp_path, backup)
     cache.close()
     check(cache.directory)
 
@@ -1064,10 +1067,10 @@ def test_a_backup_with_what_no_migration_makes_is_refused(
         rf"index\.db' was changed by another program, and was not restored: {kind} 'evil': no migration makes it: drop"
     )
     with pytest.raises(NotACache, match=said):
-        rebuild.restore(directory, old / "index.db")
+        restore.restore(directory, old / "index.db")
     assert rows(directory) == before
     change(old, f"DROP {kind} evil")
-    rebuild.restore(directory, old / "index.db")
+    restore.restore(directory, old / "index.db")
     check(directory)
 
 
@@ -1092,7 +1095,7 @@ def test_a_backup_with_what_no_migration_makes_is_refused(
 def test_a_backup_whose_schema_was_forged_is_refused(directory: Path, tmp_path: Path, sql: str, said: str) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-    schema.back_up(directory, tmp_path / "index.db")
+    upgrade.back_up(directory, tmp_path / "index.db")
     if "evil" in sql:
         change(tmp_path, TAMPERED["trigger"])
     shell = sqlite3.connect(tmp_path / "index.db")
@@ -1101,7 +1104,7 @@ def test_a_backup_whose_schema_was_forged_is_refused(directory: Path, tmp_path: 
     shell.commit()
     shell.close()
     with pytest.raises(NotACache, match=said):
-        rebuild.restore(directory, tmp_path / "index.db")
+        restore.restore(directory, tmp_path / "index.db")
     assert names_in(directory) == ["app"]
 
 
@@ -1112,19 +1115,19 @@ def names_in(directory: Path) -> list[str]:
 
 def test_a_backup_of_a_newer_schema_with_a_trigger_is_refused(directory: Path, tmp_path: Path) -> None:
     Cache.open(directory).close()
-    backup = schema.back_up(directory, tmp_path / "index.db")
+    backup = upgrade.back_up(directory, tmp_path / "index.db")
     change(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
     change(tmp_path, f"PRAGMA user_version = {int(REVISION)}")
     change(tmp_path, TAMPERED["trigger"])
     with pytest.raises(NotACache, match="trigger 'evil': no migration makes it"):
-        rebuild.restore(directory, backup)
+        restore.restore(directory, backup)
 
 
 @pytest.mark.parametrize("kind", TAMPERED)
 def test_a_rebuilt_index_takes_nothing_but_rows_from_a_backup(kind: str, directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-    backup = schema.back_up(directory)
+    backup = upgrade.back_up(directory)
     shell = sqlite3.connect(backup)
     shell.execute(TAMPERED[kind])
     shell.commit()
@@ -1132,7 +1135,7 @@ def test_a_rebuilt_index_takes_nothing_but_rows_from_a_backup(kind: str, directo
     (directory / "index.db").unlink()
     with Cache.open(directory, damaged=True) as cache:
         cache.verify(repair=True)
-    assert schema.check(directory) == []
+    assert drift_.check(directory) == []
     check(directory)
     assert names_in(directory) == ["app"]
 
@@ -1146,34 +1149,34 @@ def test_statistics_and_other_pages_are_no_drift(directory: Path) -> None:
     for sql in ("PRAGMA encoding = 'UTF-16'", "VACUUM", "PRAGMA journal_mode = WAL"):
         shell.execute(sql)
     shell.close()
-    assert schema.check(directory) == []
-    backup = schema.back_up(directory)
-    assert rebuild.restore(directory, backup).images == 1
+    assert drift_.check(directory) == []
+    backup = upgrade.back_up(directory)
+    assert restore.restore(directory, backup).images == 1
     check(directory)
 
 
 def test_an_index_that_a_newer_release_has_taken_over_is_not_replaced(directory: Path, tmp_path: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-    backup = schema.back_up(directory, tmp_path / "backup.db")
+    backup = upgrade.back_up(directory, tmp_path / "backup.db")
     change(directory, "UPDATE alembic_version SET version_num = '9999'")
     change(directory, "PRAGMA user_version = 9999")
     before = content(directory)
     with pytest.raises(SchemaMismatch, match="use a newer release"):
-        rebuild.restore(directory, backup)
+        restore.restore(directory, backup)
     assert content(directory) == before
     change(directory, f"PRAGMA user_version = {int(REVISION)}")  # it says now that we can work with it
-    assert rebuild.restore(directory, backup).images == 1
+    assert restore.restore(directory, backup).images == 1
     assert schema.current(directory).revision == REVISION
 
 
 def test_a_backup_of_a_newer_schema_that_we_can_work_with_is_restored(directory: Path, tmp_path: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-    backup = schema.back_up(directory, tmp_path / "index.db")
+    backup = upgrade.back_up(directory, tmp_path / "index.db")
     change(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
     change(tmp_path, f"PRAGMA user_version = {int(REVISION)}")
-    assert rebuild.restore(directory, backup).images == 1
+    assert restore.restore(directory, backup).images == 1
     assert schema.current(directory).revision == "9999"
 
 
@@ -1186,7 +1189,7 @@ def test_a_backup_that_is_restored_is_only_read(directory: Path, tmp_path: Path)
             shutil.copy(directory / name, copy / name)
             assert (copy / name).stat().st_size
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
-    assert rebuild.restore(directory, copy / "index.db").images == 1
+    assert restore.restore(directory, copy / "index.db").images == 1
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert (directory / "index.db").stat().st_mode & 0o777 == 0o600
 
@@ -1197,14 +1200,14 @@ def test_a_config_that_cannot_be_read_is_told_by_a_restoration_too(directory: Pa
         pass
     for path in old.glob("blobs/sha256/*"):
         shutil.copy(path, directory / "blobs" / "sha256" / path.name)
-    unread = rebuild.restore(directory, old / "index.db").unread
+    unread = restore.restore(directory, old / "index.db").unread
     assert {str(config.name) for config in unread} == {"broken:1"}
 
 
 def test_nobody_notices_that_a_backup_is_restored(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "kept:1", image(1))
-    backup = schema.back_up(directory)
+    backup = upgrade.back_up(directory)
     script = """
         import sys
         from pathlib import Path
@@ -1224,7 +1227,7 @@ def test_nobody_notices_that_a_backup_is_restored(directory: Path) -> None:
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(running(script, directory, number)) for number in range(4)]
         for _ in range(12):
-            assert rebuild.restore(directory, backup).images == 1
+            assert restore.restore(directory, backup).images == 1
         (directory / "enough").touch()
         for process in others:
             assert process.stdout is not None
@@ -1237,7 +1240,7 @@ def test_nobody_notices_that_a_backup_is_restored(directory: Path) -> None:
 
 def test_a_rebuilding_takes_names_from_a_backup_of_an_older_schema(tmp_path: Path) -> None:
     directory = frozen("0001", tmp_path / "cache")
-    schema.upgrade(directory)
+    upgrade.upgrade(directory)
     (directory / "index.db").write_bytes(b"garbage" * 1000)
     with Cache.open(directory, damaged=True) as cache:
         cache.verify(repair=True)
@@ -1257,7 +1260,7 @@ def test_a_rebuilding_takes_names_from_a_backup_of_an_older_schema(tmp_path: Pat
 def test_backups_are_numbered_whatever_the_clock_says(cache: Cache) -> None:
     (cache.directory / "backups" / "000041-mine.db").touch()
     (cache.directory / "backups" / "notes.db").touch()
-    assert schema.back_up(cache.directory).name == f"000042-{REVISION}.db"
+    assert upgrade.back_up(cache.directory).name == f"000042-{REVISION}.db"
     assert [path.name for path in backups.newest_first(cache.directory)] == [
         f"000042-{REVISION}.db",
         "000041-mine.db",
@@ -1270,31 +1273,31 @@ def test_a_backup_leaves_the_files_of_others_alone_and_takes_away_what_a_killed_
 ) -> None:
     (tmp_path / "mine.db.half").write_text("mine")
     (tmp_path / "mine.db.half-journal").write_text("mine")
-    assert schema.back_up(cache.directory, tmp_path / "mine.db") == tmp_path / "mine.db"
+    assert upgrade.back_up(cache.directory, tmp_path / "mine.db") == tmp_path / "mine.db"
     mine = sorted(path.name for path in tmp_path.iterdir() if path != cache.directory)
     assert mine == ["mine.db", "mine.db.half", "mine.db.half-journal"]
     script = """
         import os, sys
         from pathlib import Path
         from cachedb.index.sqlite import backups
-        from cachedb.index import schema
+        from cachedb.operations import upgrade
 
         backups._OPCODES = 10
-        schema.back_up(Path(sys.argv[1]), Path(sys.argv[2]), progress=lambda *_: os.kill(os.getpid(), 9))
+        upgrade.back_up(Path(sys.argv[1]), Path(sys.argv[2]), progress=lambda *_: os.kill(os.getpid(), 9))
         """
     for folder in (tmp_path, cache.directory / "backups"):
         with start_python(script, cache.directory, folder / "killed.db") as process:
             assert process.wait() == -9
         (half,) = (path for path in folder.glob(".backup-*") if not path.name.endswith("-journal"))
         half.with_name(f"{half.name}-journal").touch()
-        schema.back_up(cache.directory, folder / "killed.db")
+        upgrade.back_up(cache.directory, folder / "killed.db")
     assert backups_in(cache.directory) == ["killed.db"]
     assert (tmp_path / "mine.db.half").read_text() == "mine"
 
 
 def test_a_cache_and_a_backup_whose_paths_are_not_text_are_as_good_as_others(cachedb: Run, tmp_path: Path) -> None:
     old = frozen("0001", Path(f"{tmp_path}/old\udcff"))
-    assert schema.upgrade(old).after == REVISION
+    assert upgrade.upgrade(old).after == REVISION
     copy = Path(f"{tmp_path}/copy\udcff")
     done = cachedb("--dir", old, "db", "backup", copy, text=False)
     assert (done.returncode, done.stdout) == (0, bytes(copy) + b"\n"), done.stderr
@@ -1343,7 +1346,7 @@ def test_a_folder_that_may_not_be_written_to_is_an_error_of_the_file_that_was_na
 
     monkeypatch.setattr(os, "open", refused)
     with pytest.raises(StorageError) as caught:
-        schema.back_up(cache.directory, tmp_path / "x.db")
+        upgrade.back_up(cache.directory, tmp_path / "x.db")
     said = f"cannot make a backup of the index: Permission denied: '{tmp_path / 'x.db'}'; check the owner and mode of"
     assert str(caught.value).startswith(said)
 
@@ -1356,7 +1359,7 @@ def test_an_upgrade_says_how_far_its_backup_is(old: Path) -> None:
     shell.commit()
     shell.close()
     told: list[tuple[str, int, int]] = []
-    schema.upgrade(old, progress=lambda *step: told.append(step))
+    upgrade.upgrade(old, progress=lambda *step: told.append(step))
     parts = [done for what, done, _ in told if what == "backing up"]
     assert len(parts) > 3
     assert parts == sorted(parts)
@@ -1479,7 +1482,7 @@ def test_one_statement_says_that_a_cache_has_the_newest_schema(directory: Path) 
     event.listen(Engine, "before_cursor_execute", note)
     try:
         with closing(Database(directory)) as index:
-            schema.prepare(index)
+            upgrade.prepare(index)
     finally:
         event.remove(Engine, "before_cursor_execute", note)
     assert sum("version_num" in statement for statement in seen) == 1

@@ -14,7 +14,8 @@ import pytest
 from cachedb import Cache, CacheError, InvalidArchive, StorageError
 from cachedb.content import publish
 from cachedb.disk import downloads, single_flight
-from cachedb.index import schema
+from cachedb.index import blobs, schema
+from cachedb.operations import upgrade
 from tests import make
 from tests.make import save
 from tests.registries import Registry
@@ -120,9 +121,9 @@ def test_a_backup_that_fails_and_cannot_be_taken_away(cache: Cache, fault: MakeF
         fault(Path, "unlink", errno.EIO, ".backup-"),
         pytest.raises(StorageError, match="cannot make a backup of the index: No space left"),
     ):
-        schema.back_up(cache.directory)
+        upgrade.back_up(cache.directory)
     assert list((cache.directory / "backups").glob("*.db")) == []
-    schema.back_up(cache.directory)
+    upgrade.back_up(cache.directory)
     assert list((cache.directory / "backups").glob(".backup-*")) == [], "the next backup takes away what was left"
 
 
@@ -134,9 +135,9 @@ def test_a_change_of_the_schema_that_fails_and_whose_backup_cannot_be_taken_away
     def broken(*_: Any) -> None:
         raise StorageError("the first error")
 
-    monkeypatch.setattr(schema, "_run", broken)
+    monkeypatch.setattr(schema, "run_migrations", broken)
     with fault(Path, "unlink", errno.EIO, "-before-"), pytest.raises(StorageError, match=r"^the first error$"):
-        schema.downgrade(directory, "-1")
+        upgrade.downgrade(directory, "-1")
 
 
 def test_a_blob_that_is_refused_and_cannot_be_taken_away(cache: Cache, fault: MakeFault) -> None:
@@ -159,7 +160,7 @@ def test_a_publication_that_fails_and_cannot_be_taken_back(
     failed: list[int] = []
     monkeypatch.setattr(publish, "retract", retract)
     with (
-        fault(publish, "set_stored", errno.ENOSPC, ""),
+        fault(blobs, "set_stored", errno.ENOSPC, ""),
         pytest.raises(StorageError, match="No space left"),
     ):
         cache.add_blob(b"new")

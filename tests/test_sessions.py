@@ -20,7 +20,7 @@ from cachedb.content.session import Session, dead_sessions, lock_path
 from cachedb.disk.layout import received_digest
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import LEASES
-from cachedb.oci.names import Digest
+from cachedb.oci.digests import Digest
 from tests.conftest import files_of, run_python, running, snapshot
 from tests.make import digest_of
 from tests.test_locks import is_free, open_files

@@ -19,7 +19,8 @@ import pytest
 from cachedb import Cache, CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError
 from cachedb.disk import downloads, single_flight
 from cachedb.disk.layout import partial_path
-from cachedb.oci.names import Digest, Name
+from cachedb.oci.digests import Digest
+from cachedb.oci.names import Name
 from cachedb.operations.pull_source import Source
 from tests import make
 from tests.conftest import Run, run_python

@@ -19,8 +19,10 @@ import pytest
 
 from cachedb import Cache, RegistryError
 from cachedb.disk.layout import blob_path
+from cachedb.index.sqlite import peek
+from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_MANIFEST
-from cachedb.oci.names import Digest, Name
+from cachedb.oci.names import Name
 from cachedb.operations import push_target
 from cachedb.operations.push_target import Target
 from tests import make
@@ -310,7 +312,7 @@ def test_two_do_not_send_the_same_blob(made: Path, remote: Registry, monkeypatch
 
     def late(self: Target, query: str, *values: str) -> list[tuple[object, ...]]:
         found = look(self, query, *values)
-        if query == push_target._CONTENTS:
+        if query == peek.CONTENTS:
             looked.wait(30)
         return found
 

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 from cachedb import Cache, CacheError
-from cachedb.content import publish
 from cachedb.disk.layout import blob_path
 from cachedb.errors import Busy, DamagedIndex, StorageError
+from cachedb.index import blobs
 from cachedb.index.sqlite.database import Database
+from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
-from cachedb.oci.names import Digest
 from cachedb.operations import verify
 from cachedb.operations.verify import KINDS, Problem
 from tests import make
@@ -381,7 +381,7 @@ def test_a_file_that_is_being_published_is_no_orphan(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, repair: bool
 ) -> None:
     linked, looked = threading.Event(), threading.Event()
-    set_stored = publish.set_stored
+    set_stored = blobs.set_stored
 
     def slow(*arguments: Any) -> None:
         linked.set()
@@ -389,7 +389,7 @@ def test_a_file_that_is_being_published_is_no_orphan(
         set_stored(*arguments)
 
     with monkeypatch.context() as patch, Cache.open(cache.directory) as other:
-        patch.setattr(publish, "set_stored", slow)
+        patch.setattr(blobs, "set_stored", slow)
         before_settling(patch, looked.set)
         thread = threading.Thread(target=other.add_blob, args=[b"on its way"])
         thread.start()

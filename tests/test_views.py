@@ -20,12 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachedb import Cache
+from cachedb import Cache, oci
 from cachedb.content import save as images
 from cachedb.index.sqlite.database import Database
-from cachedb.oci import manifests as oci
+from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
-from cachedb.oci.names import Digest, Name
+from cachedb.oci.names import Name
 from cachedb.reports import named as report
 from tests import make
 from tests.conftest import files_of

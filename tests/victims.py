@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachedb import Cache, CacheError
-from cachedb.index import schema
-from cachedb.operations import rebuild
+from cachedb.operations import restore as rebuild
+from cachedb.operations import upgrade as schema
 from tests import make
 from tests.make import save
 

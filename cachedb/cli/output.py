@@ -7,13 +7,18 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain, islice
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachedb.text import human, printable
+from cachedb.text import ago, human, printable, short
 
-__all__ = ["ROW_FORMATS", "print_json", "print_rows", "print_table"]
+if TYPE_CHECKING:
+    from cachedb.content.collect import Collected
+    from cachedb.index.images import ImageInfo
+
+
+__all__ = ["ROW_FORMATS", "print_collected", "print_images", "print_json", "print_rows", "print_table"]
 
 
 ROW_FORMATS: Final = ("table", "json", "ndjson", "csv", "tsv", "markdown")
@@ -196,3 +201,34 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         value = round(value, 3)
     return "" if value is None else printable(str(value))
+
+
+# Printing
+
+
+def print_images(found: list[ImageInfo], form: str, *, quiet: bool) -> None:
+    if quiet:
+        for image in found:
+            click.echo(str(image.name))
+    elif form == "json":
+        print_json([image._asdict() for image in found])
+    else:
+        rows = (
+            (
+                str(image.name),
+                short(image.digest),
+                human(image.size),
+                ago(image.created_at),
+                "complete" if image.complete else "incomplete",
+            )
+            for image in found
+        )
+        print_table(("NAME", "DIGEST", "SIZE", "CREATED", "STATE"), rows, right=("SIZE",))
+
+
+def print_collected(freed: Collected, form: str, *, dry_run: bool) -> None:
+    if form == "json":
+        print_json(freed._asdict())
+    else:
+        blobs = f"{freed.blobs} blob{'' if freed.blobs == 1 else 's'}"
+        click.echo(f"{'would free' if dry_run else 'freed'} {blobs}, {human(freed.bytes)}")

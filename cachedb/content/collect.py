@@ -31,16 +31,17 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.dml import ReturningDelete
 
-from cachedb.content.publish import retract, stored
+from cachedb.content.publish import retract
 from cachedb.content.session import dead_sessions, locked_sessions, remove_folder
 from cachedb.disk import downloads, single_flight
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import trash_digest, trash_name
 from cachedb.errors import Busy, CacheError, StorageError, explain, os_errors
 from cachedb.index import holds
+from cachedb.index.blobs import stored
 from cachedb.index.sqlite.database import BATCH, Database, batched
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
-from cachedb.oci.names import Digest, is_digest, split_digest
+from cachedb.oci.digests import Digest, is_digest, split_digest
 from cachedb.threads import start
 
 __all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "unreferenced"]

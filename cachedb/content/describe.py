@@ -8,42 +8,33 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Delete, Insert, Select, Update, bindparam, delete, insert, select, update
+from sqlalchemy import Connection
 
 from cachedb.disk import reader
 from cachedb.errors import CacheError, DigestMismatch, InvalidManifest, os_errors
-from cachedb.index.tables import BACKFILLS, BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGES, TEXT_LIMIT
-from cachedb.oci.manifests import CONFIG_TYPES, DOCUMENT_LIMIT, ImageConfig, parse_config
-from cachedb.oci.names import Digest, digest_of
+from cachedb.index.descriptions import (
+    ATTRIBUTES,
+    Association,
+    Description,
+    associations,
+    backfilled,
+    described_layer,
+    labels,
+    select_attributes,
+    write,
+)
+from cachedb.index.tables import TEXT_LIMIT
+from cachedb.oci.configs import ImageConfig, parse_config
+from cachedb.oci.digests import Digest, digest_of
+from cachedb.oci.manifests import CONFIG_TYPES, DOCUMENT_LIMIT
 
-__all__ = [
-    "BACKFILL",
-    "Association",
-    "Description",
-    "Unreadable",
-    "add_labels",
-    "agrees",
-    "associations",
-    "backfilled",
-    "copy",
-    "describe",
-    "description",
-    "labels",
-    "read_ahead",
-    "stored",
-    "write",
-]
+__all__ = ["Unreadable", "agrees", "describe", "description", "read_ahead", "stored"]
 
-
-BACKFILL: Final = "0003"
-"""The migration that leaves the configs of the images that are there to be read."""
 
 _OUR_OWN = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # these say nothing of the file
-_ATTRIBUTES = ("architecture", "os", "variant", "created", "author")
 
 
 class Unreadable(NamedTuple):
@@ -51,29 +42,6 @@ class Unreadable(NamedTuple):
 
     digest: Digest
     detail: str
-
-
-class Association(NamedTuple):
-    """An image's association with a blob, as it is in the index."""
-
-    position: int
-    role: str
-    media_type: str
-    blob_id: int
-    digest: Digest
-    size: int  # bytes
-    stored: bool
-    diff_id: Digest | None = None
-    created_by: str | None = None
-
-
-class Description(NamedTuple):
-    """What the configs of an image say."""
-
-    values: dict[str, Any]  # of the image, by column
-    labels: dict[str, str]
-    layers: dict[int, tuple[Digest | None, str | None]]  # diff id and command, by position
-    unreadable: dict[Digest, CacheError]
 
 
 def stored(connection: Connection, image_id: int) -> dict[Digest, int]:
@@ -115,27 +83,8 @@ def describe(
             {"of": image_id, "at": position, "diff_id": diff_id, "created_by": command}
             for position, (diff_id, command) in said.layers.items()
         ]
-        connection.execute(_described_layer(), layers)
+        connection.execute(described_layer(), layers)
     return [Unreadable(digest, str(error)) for digest, error in said.unreadable.items()]
-
-
-def write(connection: Connection, image_id: int, said: Description, *, new: bool = False) -> None:
-    """Write to an image's row, and to its labels, what was said of it; a new one has no labels yet."""
-    connection.execute(_described(), {"of": image_id, **said.values})
-    if not new:
-        connection.execute(_without_labels(), {"of": image_id})
-    add_labels(connection, {image_id: said.labels})
-
-
-def add_labels(connection: Connection, labels: Mapping[int, Mapping[str, str]]) -> None:
-    """Write the labels of images that have none, by their ids."""
-    rows = [
-        {"image_id": image_id, "key": key, "value": value}
-        for image_id, said in labels.items()
-        for key, value in sorted(said.items())
-    ]
-    if rows:
-        connection.execute(_new_labels(), rows)
 
 
 def agrees(connection: Connection, directory: Path, image_id: int) -> bool:
@@ -152,18 +101,13 @@ def agrees(connection: Connection, directory: Path, image_id: int) -> bool:
     said = description(directory, contents)
     if not all(isinstance(error, InvalidManifest) for error in said.unreadable.values()):
         return True  # it may have been read before
-    row = connection.execute(_attributes(), {"of": image_id}).one()
+    row = connection.execute(select_attributes(), {"of": image_id}).one()
     layers = {blob.position: (blob.diff_id, blob.created_by) for blob in contents}
     return (
         row._asdict() == said.values
         and labels(connection, image_id) == said.labels
         and all(layers[position] == layer for position, layer in said.layers.items())
     )
-
-
-def backfilled(connection: Connection) -> int | None:
-    """Return the last of the images whose configs a backfill has read so far; None if it has come to its end."""
-    return connection.execute(select(BACKFILLS.c.image_id).where(BACKFILLS.c.revision == BACKFILL)).scalar()
 
 
 def description(
@@ -193,63 +137,9 @@ def description(
             found.append(read)
         if len(read.layers) <= len(positions):  # what is attached to an image follows its layers
             layers.update(zip(positions, read.layers, strict=False))
-    values = {name: _agreed([getattr(config, name) for config in found]) for name in _ATTRIBUTES}
+    values = {name: _agreed([getattr(config, name) for config in found]) for name in ATTRIBUTES}
     common = set.intersection(*(set(config.labels.items()) for config in found)) if found else set()
     return Description(values, dict(common), layers, unreadable)
-
-
-# As in `images`: put together once.
-
-
-@cache
-def _contents_of() -> Select[*tuple[Any, ...]]:
-    columns = (
-        IMAGE_BLOBS.c.position,
-        IMAGE_BLOBS.c.role,
-        IMAGE_BLOBS.c.media_type,
-        BLOBS.c.id,
-        BLOBS.c.digest,
-        BLOBS.c.size,
-        BLOBS.c.stored_at.is_not(None),
-        IMAGE_BLOBS.c.diff_id,
-        IMAGE_BLOBS.c.created_by,
-    )
-    joined = select(*columns).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
-    return joined.where(IMAGE_BLOBS.c.image_id == bindparam("of")).order_by(IMAGE_BLOBS.c.position)
-
-
-@cache
-def _described() -> Update:
-    return update(IMAGES).where(IMAGES.c.id == bindparam("of")).values({name: bindparam(name) for name in _ATTRIBUTES})
-
-
-@cache
-def _without_labels() -> Delete:
-    return delete(IMAGE_LABELS).where(IMAGE_LABELS.c.image_id == bindparam("of"))
-
-
-@cache
-def _attributes() -> Select[*tuple[Any, ...]]:
-    return select(*(IMAGES.c[name] for name in _ATTRIBUTES)).where(IMAGES.c.id == bindparam("of"))
-
-
-@cache
-def _labels_of() -> Select[*tuple[Any, ...]]:
-    query = select(IMAGE_LABELS.c.key, IMAGE_LABELS.c.value).where(IMAGE_LABELS.c.image_id == bindparam("of"))
-    return query.order_by(IMAGE_LABELS.c.key)
-
-
-@cache
-def _new_labels() -> Insert:
-    return insert(IMAGE_LABELS)
-
-
-@cache
-def _described_layer() -> Update:
-    one = update(IMAGE_BLOBS).where(
-        IMAGE_BLOBS.c.image_id == bindparam("of"), IMAGE_BLOBS.c.position == bindparam("at")
-    )
-    return one.values(diff_id=bindparam("diff_id"), created_by=bindparam("created_by"))
 
 
 def _configs(contents: list[Association]) -> Iterator[tuple[Association, list[int]]]:
@@ -263,11 +153,6 @@ def _configs(contents: list[Association]) -> Iterator[tuple[Association, list[in
                 break
             positions.append(blob.position)
         yield config, positions
-
-
-def associations(connection: Connection, image_id: int) -> list[Association]:
-    """Return an image's associations, in the order of their positions."""
-    return [Association(*row) for row in connection.execute(_contents_of(), {"of": image_id})]
 
 
 def _read(directory: Path, digest: Digest) -> ImageConfig | CacheError:
@@ -286,14 +171,3 @@ def _read(directory: Path, digest: Digest) -> ImageConfig | CacheError:
 
 def _agreed(values: list[Any]) -> Any:  # noqa: ANN401
     return values[0] if values and all(value == values[0] for value in values) else None
-
-
-def copy(connection: Connection, source_id: int, target_id: int) -> None:
-    """Describe an image as another is that has the same manifest; its associations have been copied already."""
-    row = connection.execute(_attributes(), {"of": source_id}).one()
-    write(connection, target_id, Description(row._asdict(), labels(connection, source_id), {}, {}))
-
-
-def labels(connection: Connection, image_id: int) -> dict[str, str]:
-    """Return an image's labels, in the order of their keys."""
-    return {row.key: row.value for row in connection.execute(_labels_of(), {"of": image_id})}

@@ -12,51 +12,48 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, bindparam, select
-from sqlalchemy.dialects.sqlite import Insert, insert
+from sqlalchemy import Connection
 
+from cachedb.content.save import T, associate_waiting
 from cachedb.content.session import NO_HOLD, Hold, Session
 from cachedb.disk import writer
+from cachedb.disk.durable import sync_folder
 from cachedb.disk.layout import blob_file, received_digest
 from cachedb.disk.single_flight import ClaimLost
-from cachedb.disk.writer import Content, Hasher, Readable, discard, identity
-from cachedb.errors import CacheError, InvalidDigest, StorageError, ignore_os_errors, os_errors
-from cachedb.index.sqlite.database import Database, batched, sync_folder
-from cachedb.index.tables import BLOBS
-from cachedb.oci.names import Digest, parse_digest, split_digest
-from cachedb.threads import Advance
+from cachedb.disk.writer import Content, Hasher, Readable, Received, discard, identity
+from cachedb.errors import (
+    CacheError,
+    StorageError,
+    ignore_os_errors,
+    os_errors,
+)
+from cachedb.index.blobs import set_stored, stored
+from cachedb.index.sqlite.database import Database
+from cachedb.oci.digests import Digest, split_digest
+from cachedb.oci.manifests import (
+    DOCUMENT_LIMIT,
+)
+from cachedb.progress import Advance
 
 __all__ = [
-    "Received",
     "Replaced",
+    "bring",
+    "give_up",
     "hold_stored",
     "intact",
-    "on_disk",
+    "let_go",
     "publish",
+    "publish_blobs",
     "receive",
     "receive_linked",
     "retract",
-    "set_stored",
-    "size_of",
-    "stored",
     "take",
 ]
 
 
 _NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
-
-
-class Received(NamedTuple):
-    """A blob whose content was verified; its file is None where the cache had it already."""
-
-    digest: Digest
-    size: int  # bytes
-    path: Path | None
 
 
 def receive(
@@ -181,7 +178,7 @@ def take(session: Session, path: Path, content: Content) -> Received:
 
 
 @contextmanager
-def publish(database: Database, session: Session, received: Iterable[Received]) -> Iterator[Connection]:
+def publish_blobs(database: Database, session: Session, received: Iterable[Received]) -> Iterator[Connection]:
     """Store received blobs in one write transaction, in which the block may do more.
 
     Either all of it is done or nothing. Order keeps that true through a crash: a file in the session's folder
@@ -225,22 +222,6 @@ def publish(database: Database, session: Session, received: Iterable[Received]) 
         discard(path)
 
 
-def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
-    """Note that the files of these blobs are in ``blobs/``."""
-    now = datetime.now(UTC)
-    rows = [{"digest": blob.digest, "size": blob.size, "stored_at": now} for blob in blobs]
-    if rows:
-        connection.execute(_now_stored(), rows)
-
-
-@cache
-def _now_stored() -> Insert:
-    new = insert(BLOBS)
-    return new.on_conflict_do_update(
-        index_elements=[BLOBS.c.digest], set_={"size": new.excluded.size, "stored_at": new.excluded.stored_at}
-    )
-
-
 def retract(database: Database, folder: Path, names: Iterable[str]) -> None:
     """Take back a publication that did not come to its commit, and the received files with it.
 
@@ -267,31 +248,6 @@ def retract(database: Database, folder: Path, names: Iterable[str]) -> None:
         discard(folder / name)
 
 
-def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
-    """Return which of the digests are stored, with their sizes in bytes."""
-    found: dict[Digest, int] = {}
-    for part in batched(digests):
-        found.update((Digest(digest), size) for digest, size in connection.execute(_stored(), {"digests": part}))
-    return found
-
-
-def size_of(database: Database, digest: Digest) -> int | None:
-    """Return a blob's size in bytes; None if it is not stored."""
-    rows = database.rows(_size_of(), {"digest": digest})
-    return rows[0][0] if rows else None
-
-
-@cache
-def _size_of() -> Select[*tuple[Any, ...]]:
-    return select(BLOBS.c.size).where(BLOBS.c.digest == bindparam("digest"), BLOBS.c.stored_at.is_not(None))
-
-
-@cache
-def _stored() -> Select[*tuple[Any, ...]]:
-    these = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
-    return select(BLOBS.c.digest, BLOBS.c.size).where(these, BLOBS.c.stored_at.is_not(None))
-
-
 def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -> dict[Digest, int]:
     """Return those of the stored blobs whose files are there, of the right size; the others can be brought anew."""
     found = {}
@@ -313,25 +269,62 @@ def hold_stored(database: Database, session: Session, digests: Iterable[Digest])
     return NO_HOLD
 
 
-def on_disk(directory: Path) -> tuple[dict[Digest, int], list[Path]]:
-    """Return the blobs on disk with their sizes, and what is no blob and lies among them."""
-    found: dict[Digest, int] = {}
-    strays: list[Path] = []
-    with os_errors("read the cache"):
-        for folder in os.scandir(directory / "blobs"):
-            if folder.name not in ("sha256", "sha512") or not folder.is_dir(follow_symlinks=False):
-                strays.append(Path(folder.path))
-                continue
-            for entry in os.scandir(folder.path):
-                try:
-                    digest = parse_digest(f"{folder.name}:{entry.name}")
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue  # collected since
-                except InvalidDigest:
-                    digest = None
-                if digest and entry.is_file(follow_symlinks=False):
-                    found[digest] = status.st_size
-                else:
-                    strays.append(Path(entry.path))
-    return found, strays
+@contextmanager
+def publish(database: Database, session: Session, received: Iterable[writer.Received]) -> Iterator[Connection]:
+    """Store received blobs as `blobs.publish` does; images that waited for one of them learn what it names."""
+    received = list(received)
+    with publish_blobs(database, session, received) as connection:
+        documents = [blob.digest for blob in received if blob.path is not None and blob.size <= DOCUMENT_LIMIT]
+        associate_waiting(connection, database.directory, documents)
+        yield connection
+
+
+def bring(
+    database: Database,
+    session: Session,
+    digests: Iterable[Digest],
+    receive: Callable[[Hold, dict[object, writer.Received]], None],
+    save: Callable[[Connection], T],
+) -> T:
+    """Receive blobs and save the images that need them: all of it, or nothing.
+
+    Args:
+        database: of the cache.
+        session: to work in.
+        digests: that are wanted; those that are stored are held, and need only be associated.
+        receive: is called with that hold, and puts what it receives into the dictionary, under any key.
+        save: is called in the transaction in which what was received is stored, and saves the images.
+
+    Returns:
+        What ``save`` returns.
+    """
+    hold = hold_stored(database, session, digests)
+    received: dict[object, writer.Received] = {}
+    try:
+        try:
+            receive(hold, received)
+        except BaseException:
+            for blob in list(received.values()):  # a second signal may end the waiting for the threads that add to it
+                discard(blob.path)
+            raise
+        # From here on the files are the record of what is being published.
+        with publish(database, session, received.values()) as connection:
+            result = save(connection)
+            session.release(connection, hold)
+            return result
+    except BaseException:
+        give_up(database, session, hold)
+        raise
+
+
+def let_go(database: Database, session: Session, hold: Hold) -> None:
+    """Release a hold, in a transaction of its own."""
+    if hold.digests:
+        with database.write() as connection:
+            session.release(connection, hold)
+
+
+def give_up(database: Database, session: Session, hold: Hold) -> None:
+    """Release a hold after an error, of which is to be told; where that fails, it goes with the session."""
+    with suppress(CacheError):
+        let_go(database, session, hold)

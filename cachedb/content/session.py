@@ -21,13 +21,15 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
 from cachedb.disk import locks, processes
+from cachedb.disk.durable import sync_folder
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import is_received, is_session, lock_kind, received_digest
 from cachedb.disk.waiting import Wait
 from cachedb.errors import CacheError, CacheReplaced, StorageError, explain, is_callers, os_errors
-from cachedb.index.sqlite.database import CLOSED, Database, is_full, sync_folder
+from cachedb.index.sqlite.database import CLOSED, Database
+from cachedb.index.sqlite.errors import is_full
 from cachedb.index.tables import LEASES
-from cachedb.oci.names import Digest
+from cachedb.oci.digests import Digest
 from cachedb.reentry import not_reentered
 
 __all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "remove_folder"]

@@ -13,7 +13,7 @@ from cachedb.disk import single_flight
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import partial_digest
 from cachedb.errors import os_errors
-from cachedb.oci.names import Digest
+from cachedb.oci.digests import Digest
 
 __all__ = ["begun", "key_of", "sweep"]
 

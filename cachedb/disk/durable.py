@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cachedb.errors import ignore_os_errors
 
-__all__ = ["PART", "atomic_file", "lock_part", "part_path", "remove_leftovers"]
+__all__ = ["PART", "atomic_file", "lock_part", "part_path", "remove_leftovers", "sync_file", "sync_folder"]
 
 
 PART = re.compile(r"\.cachedb-[0-9a-f]{32}\.part")
@@ -132,3 +132,21 @@ def _remove_leftover(path: str, beside: str) -> None:
             os.unlink(path)
     finally:
         os.close(file)
+
+
+def sync_folder(folder: Path | str) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(file: Path) -> None:
+    """Make what a file has survive a power cut."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,8 +7,14 @@ import re
 from pathlib import Path
 
 from cachedb.arguments import check_paths
-from cachedb.errors import DamagedIndex, InvalidDigest, NotACache
-from cachedb.oci.names import Digest, is_digest, parse_digest
+from cachedb.disk.folders import Folders
+from cachedb.errors import (
+    DamagedIndex,
+    InvalidDigest,
+    NotACache,
+    os_errors,
+)
+from cachedb.oci.digests import Digest, is_digest, parse_digest
 
 __all__ = [
     "REVISION",
@@ -17,12 +23,15 @@ __all__ = [
     "blob_path",
     "chosen",
     "default_directory",
+    "has_blobs",
     "is_received",
     "is_session",
     "lock_kind",
+    "on_disk",
     "partial_digest",
     "partial_path",
     "partials",
+    "quarantine_path",
     "received_digest",
     "trash_digest",
     "trash_name",
@@ -130,3 +139,52 @@ def lock_kind(name: str) -> str | None:
 
 _SESSION = re.compile(r"[0-9]+-[0-9a-f]{12}")
 _KEY = re.compile(r"[0-9a-f]{64}")
+
+
+def on_disk(directory: Path) -> tuple[dict[Digest, int], list[Path]]:
+    """Return the blobs on disk with their sizes, and what is no blob and lies among them."""
+    found: dict[Digest, int] = {}
+    strays: list[Path] = []
+    with os_errors("read the cache"):
+        for folder in os.scandir(directory / "blobs"):
+            if folder.name not in ("sha256", "sha512") or not folder.is_dir(follow_symlinks=False):
+                strays.append(Path(folder.path))
+                continue
+            for entry in os.scandir(folder.path):
+                try:
+                    digest = parse_digest(f"{folder.name}:{entry.name}")
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue  # collected since
+                except InvalidDigest:
+                    digest = None
+                if digest and entry.is_file(follow_symlinks=False):
+                    found[digest] = status.st_size
+                else:
+                    strays.append(Path(entry.path))
+    return found, strays
+
+
+def quarantine_path(directory: Path, name: str, *, beside: tuple[str, ...] = ()) -> Path:
+    """Return a free path in ``quarantine/``, a folder that is made when it is first needed.
+
+    Args:
+        directory: of the cache.
+        name: of what is put there.
+        beside: what is put at the path with these suffixes, where it is free too.
+    """
+    folders = Folders(directory)
+    folders.make("quarantine")
+    with folders.open("quarantine"):  # it is refused if it leads elsewhere
+        os.fsync(folders.root)
+    folder = directory / "quarantine"
+    path, number = folder / name, 0
+    while any(os.path.lexists(f"{path}{suffix}") for suffix in ("", *beside)):
+        number += 1
+        path = folder / f"{name}.{number}"
+    return path
+
+
+def has_blobs(directory: Path) -> bool:
+    """Say whether there is anything in ``blobs/``."""
+    return any(any(folder.iterdir()) for folder in (directory / "blobs").iterdir() if folder.is_dir())

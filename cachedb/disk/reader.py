@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cachedb.disk.layout import blob_file
 from cachedb.errors import CacheError, DigestMismatch, NotInCache, os_errors
+from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import DOCUMENT_LIMIT
-from cachedb.oci.names import Digest, digest_of
 
 __all__ = ["damaged", "document", "open_blob", "open_regular"]
 

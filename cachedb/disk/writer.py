@@ -6,8 +6,10 @@ need not wait for it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import io
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,22 +17,32 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
+from cachedb.arguments import (
+    check_readable,
+)
 from cachedb.disk.folders import give
 from cachedb.errors import DigestMismatch, ignore_os_errors, os_errors
-from cachedb.oci.names import Digest, parse_digest, split_digest
-from cachedb.threads import Advance, start
+from cachedb.oci.digests import Digest, parse_digest, split_digest
+from cachedb.progress import Advance
+from cachedb.threads import start
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = [
     "CHUNK",
     "WRITTEN_BACK",
     "Content",
+    "Data",
     "Hasher",
     "Readable",
+    "Received",
     "discard",
     "hashing",
     "identity",
+    "open_data",
     "receive",
     "write_back",
 ]
@@ -264,3 +276,47 @@ def write_back(file: int, count: int, end: int | None = None) -> None:
         if end is None:
             end = os.lseek(file, 0, os.SEEK_CUR)  # not how much we have read: a download may be gone on with
         os.posix_fadvise(file, end - count, count, os.POSIX_FADV_DONTNEED)
+
+
+class Received(NamedTuple):
+    """A blob whose content was verified; its file is None where the cache had it already."""
+
+    digest: Digest
+    size: int  # bytes
+    path: Path | None
+
+
+Data = bytes | BinaryIO | str | os.PathLike[str]
+"""A blob's content: bytes, a file open for reading in binary, or the path of a file."""
+
+
+@contextmanager
+def open_data(data: Data) -> Iterator[Readable]:
+    if isinstance(data, (str, os.PathLike)):
+        with os_errors("read the content"):
+            file = Path(data).open("rb", buffering=0)  # noqa: SIM115 - the caller closes it
+        with file:
+            yield _Reader(file)
+    elif isinstance(data, (bytes, bytearray, memoryview)):
+        yield io.BytesIO(data)
+    else:
+        check_readable(data=data)
+        yield _Reader(data)
+
+
+class _Reader:
+    """A file that others opened, of which we know only that it can `read`."""
+
+    def __init__(self, file: BinaryIO | io.RawIOBase) -> None:
+        self._file = file
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        with os_errors("read the content"):
+            if hasattr(self._file, "readinto"):
+                count = self._file.readinto(buffer)
+                if count is None:
+                    raise BlockingIOError(errno.EAGAIN, "it has nothing to read yet, and does not wait")
+                return int(count)
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)

@@ -17,7 +17,8 @@ from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, sel
 from cachedb.errors import CacheError, NotInCache
 from cachedb.index.sqlite.database import batched
 from cachedb.index.tables import BLOBS, HOLDS, LEASES
-from cachedb.oci.names import Digest, shorten
+from cachedb.oci.digests import Digest
+from cachedb.text import shorten
 
 __all__ = ["HoldInfo", "add", "forget", "holds", "is_id", "lapsed", "release"]
 

@@ -29,8 +29,8 @@ from sqlalchemy import (
 
 from cachedb.disk.layout import REVISION
 from cachedb.errors import DamagedIndex
+from cachedb.oci.digests import HEX_LENGTH
 from cachedb.oci.manifests import ROLES
-from cachedb.oci.names import HEX_LENGTH
 
 __all__ = [
     "BACKFILLS",

@@ -1,1 +1,70 @@
-"""What the specifications say: names, digests, manifests, configs. Reads no file."""
+"""What the OCI and Docker specifications say: names, digests, manifests, configs. Reads no file."""
+
+from __future__ import annotations
+
+from cachedb.oci.closure import among, choose, choose_platform, only_image, walk, without_absent
+from cachedb.oci.configs import CONFIG_LIMIT, ImageConfig, parse_config
+from cachedb.oci.manifests import (
+    CONFIG_TYPES,
+    DOCKER_CONFIG,
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    DOCUMENT_LIMIT,
+    INDEX_TYPES,
+    MANIFEST_TYPES,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_LAYER,
+    OCI_MANIFEST,
+    ROLES,
+    Descriptor,
+    build_manifest,
+    check_media_type,
+    child,
+    descriptors,
+    is_compressed,
+    load_json,
+    manifest_media_type,
+    role_of,
+    root,
+    subject_of,
+)
+from cachedb.oci.platforms import host_platform, is_for, platform_label
+
+__all__ = [
+    "CONFIG_LIMIT",
+    "CONFIG_TYPES",
+    "DOCKER_CONFIG",
+    "DOCKER_LIST",
+    "DOCKER_MANIFEST",
+    "DOCUMENT_LIMIT",
+    "INDEX_TYPES",
+    "MANIFEST_TYPES",
+    "OCI_CONFIG",
+    "OCI_INDEX",
+    "OCI_LAYER",
+    "OCI_MANIFEST",
+    "ROLES",
+    "Descriptor",
+    "ImageConfig",
+    "among",
+    "build_manifest",
+    "check_media_type",
+    "child",
+    "choose",
+    "choose_platform",
+    "descriptors",
+    "host_platform",
+    "is_compressed",
+    "is_for",
+    "load_json",
+    "manifest_media_type",
+    "only_image",
+    "parse_config",
+    "platform_label",
+    "role_of",
+    "root",
+    "subject_of",
+    "walk",
+    "without_absent",
+]

@@ -7,65 +7,21 @@ The grammar is the OCI distribution specification's (v1.1, "Pulling manifests"),
 
 from __future__ import annotations
 
-import hashlib
 import re
-from typing import NamedTuple, NewType
+from typing import NamedTuple
 
 from cachedb.errors import InvalidDigest, InvalidName
+from cachedb.oci.digests import Digest, parse_digest
+from cachedb.text import shorten
 
-__all__ = ["Digest", "Name", "digest_of", "is_digest", "parse_digest", "split_digest"]
+__all__ = ["Name"]
 
 
-Digest = NewType("Digest", str)
-"""A digest that has passed `parse_digest`: safe in a path and in SQL."""
-
-HEX_LENGTH = {"sha256": 64, "sha512": 128}
-"""The algorithms a cache stores, with the length of their hexadecimal form in characters."""
-
-_DIGEST = re.compile(r"(?:(?:sha256:)?[0-9a-f]{64}|sha512:[0-9a-f]{128})")
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _HOST = r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])(?::[0-9]{1,5})?"
 _REPOSITORY = re.compile(rf"(?:{_HOST}/)?{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _REPOSITORY_LIMIT = 255  # characters, as Docker and the registries have it
-
-
-def parse_digest(text: str) -> Digest:
-    """Return ``text`` as a digest; bare hexadecimal of 64 characters is taken as sha256.
-
-    Raises:
-        InvalidDigest: for anything else.
-    """
-    if not isinstance(text, str) or not _DIGEST.fullmatch(text):
-        raise InvalidDigest(
-            f"{shorten(text)} is not a digest: expected sha256: and 64, or sha512: and 128, digits of 0-9a-f"
-        )
-    return Digest(text if ":" in text else f"sha256:{text}")
-
-
-def is_digest(text: str) -> bool:
-    """Return whether ``text`` is a digest in full: what an index from elsewhere calls one may be a path."""
-    return ":" in text and _DIGEST.fullmatch(text) is not None
-
-
-def split_digest(digest: Digest) -> tuple[str, str]:
-    """Return a digest's algorithm and its hexadecimal part."""
-    algorithm, _, encoded = digest.partition(":")
-    return algorithm, encoded
-
-
-def digest_of(data: bytes, like: Digest | None = None) -> Digest:
-    """Return content's digest, by the algorithm of another one; by sha256 unless that is given."""
-    algorithm = split_digest(like)[0] if like else "sha256"
-    return Digest(f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
-
-
-def shorten(value: object) -> str:
-    """Quote what a stranger sent for an error message: on one line, and of a readable length."""
-    if isinstance(value, (dict, list)):  # nested so deep, maybe, that it cannot be written out
-        return "{...}" if isinstance(value, dict) else "[...]"
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text) - 2} characters)"
 
 
 class Name(NamedTuple):

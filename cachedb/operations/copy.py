@@ -20,17 +20,20 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, func, select
 
-from cachedb.content import publish, save
+from cachedb.content import publish
 from cachedb.content.session import Hold, Session
-from cachedb.disk import locks, writer
+from cachedb.disk import layout, locks, writer
+from cachedb.disk.durable import sync_file, sync_folder
 from cachedb.disk.file_system import refuse_shared
 from cachedb.disk.layout import UNFINISHED, blob_file
 from cachedb.errors import CacheError, DamagedIndex, DigestMismatch, NotACache, StorageError, os_errors
+from cachedb.index.blobs import stored
 from cachedb.index.sqlite import backups
-from cachedb.index.sqlite.database import Database, batched, sync_file, sync_folder
+from cachedb.index.sqlite.database import Database, batched
 from cachedb.index.tables import BLOBS, HOLDS, IMAGES, LEASES, TRASH
-from cachedb.oci.names import Digest
-from cachedb.threads import Advance, Progress, in_threads, summed
+from cachedb.oci.digests import Digest
+from cachedb.progress import Advance, Progress, summed
+from cachedb.threads import in_threads
 
 __all__ = ["Copied", "copy"]
 
@@ -77,7 +80,7 @@ def copy(database: Database, session: Session, directory: Path, *, progress: Pro
             how = _copy_blobs(database.directory, directory, wanted, progress)
         finally:
             for hold in leased:
-                save.give_up(database, session, hold)
+                publish.give_up(database, session, hold)
         for folder in (*_FOLDERS, ""):
             sync_folder(directory / folder)
         staged.rename(directory / "index.db")
@@ -159,7 +162,7 @@ def _delete_left(directory: Path) -> None:
     for suffix in _SUFFIXES:
         (directory / f"{UNFINISHED}-{suffix}").unlink(missing_ok=True)
     if (directory / "blobs").exists():
-        found, strays = publish.on_disk(directory)
+        found, strays = layout.on_disk(directory)
         if strays:
             raise NotACache(f"{str(strays[0])!r} is no blob: name a new or empty directory")
         for digest in found:
@@ -180,7 +183,7 @@ def _lease(database: Database, session: Session, leased: list[Hold]) -> None:
         found = _stored(connection)
     for part in batched(found.keys() - _digests(leased), _LEASED_TOGETHER):
         with database.write() as connection:
-            leased.append(session.lease(connection, publish.stored(connection, part)))
+            leased.append(session.lease(connection, stored(connection, part)))
 
 
 def _digests(leased: list[Hold]) -> set[Digest]:

@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection
 
+from cachedb import oci
 from cachedb.content import publish
-from cachedb.content import save as images
-from cachedb.content.publish import Received
-from cachedb.content.save import ImageInfo
+from cachedb.content import save as save_
+from cachedb.content.save import attach
 from cachedb.content.session import Hold, Session
 from cachedb.disk import downloads, reader, single_flight
 from cachedb.disk.layout import partial_path
 from cachedb.disk.waiting import LOG
-from cachedb.disk.writer import discard
+from cachedb.disk.writer import Received, discard
 from cachedb.errors import (
     CacheError,
     InvalidManifest,
@@ -30,12 +30,17 @@ from cachedb.errors import (
     StorageError,
     ignore_os_errors,
 )
-from cachedb.index.sqlite.database import Database, is_full
-from cachedb.oci import manifests
+from cachedb.index import images
+from cachedb.index.blobs import stored
+from cachedb.index.images import ImageInfo
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.errors import is_full
+from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
-from cachedb.oci.names import Digest, shorten
 from cachedb.operations.pull_source import AT_ONCE, Root, Source
-from cachedb.threads import Advance, BlobProgress, Progress, in_threads, summed, told
+from cachedb.progress import Advance, BlobProgress, Progress, summed, told
+from cachedb.text import shorten
+from cachedb.threads import in_threads
 
 __all__ = ["Pulled", "pull"]
 
@@ -138,20 +143,20 @@ class _Pull:
             root = images.root_of(connection, found.id)
             known = {blob.digest for blob in contents if blob.stored}
             with suppress(InvalidManifest, NotInCache):
-                closure = images.closure(connection, self._database.directory, root, self._source.choose)
+                closure = save_.closure(connection, self._database.directory, root, self._source.choose)
                 return info if known.issuperset(blob.digest for blob in closure) and self._fits(root, info) else None
         return None
 
     def _root(self, said: Digest | None) -> Root:
         """Return the manifest or index that the name points to."""
         if said is not None and (data := self._stored(said)) is not None:
-            return Root(said, manifests.manifest_media_type(data), data)
+            return Root(said, oci.manifest_media_type(data), data)
         return self._source.root(said)
 
     def _stored(self, digest: Digest) -> bytes | None:
         """Return a document that is in the cache already, if it is good."""
         with self._database.read() as connection:
-            size = publish.stored(connection, [digest]).get(digest)
+            size = stored(connection, [digest]).get(digest)
         return None if size is None else reader.document(self._database.directory, digest, size)
 
     def _child(self, blob: Descriptor) -> bytes:
@@ -179,17 +184,17 @@ class _Pull:
             for hold in self._holds:
                 self._session.release(connection, hold)
             among = chosen | self._before(connection, root.digest) if self._source.wanted else None
-            image_id = images.save(
+            image_id = save_.save(
                 connection,
                 self._database.directory,
                 self._name,
                 root.digest,
                 root.media_type,
-                manifests.among(among) if among and top.role == "index" else None,
+                oci.among(among) if among and top.role == "index" else None,
             )
             for blob in attached:
                 role = blob.role if blob.role in ("manifest", "index") else "other"
-                images.attach(connection, self._database.directory, self._name, blob.digest, role, blob.media_type)
+                attach(connection, self._database.directory, self._name, blob.digest, role, blob.media_type)
             info = images.image(connection, self._database.directory, image_id)[0]
             if not self._fits(top, info):
                 asked = shorten(self._platform)
@@ -197,7 +202,7 @@ class _Pull:
             return info
 
         try:
-            info = images.bring(self._database, self._session, wanted, receive, save)
+            info = publish.bring(self._database, self._session, wanted, receive, save)
         except BaseException as error:
             self._give_up(error)
             raise
@@ -213,12 +218,12 @@ class _Pull:
             chosen.update(child.digest for child in found)
             return found
 
-        return list(manifests.walk(top, lambda blob: root.data if blob is top else self._child(blob), choose)), chosen
+        return list(oci.walk(top, lambda blob: root.data if blob is top else self._child(blob), choose)), chosen
 
     def _give_up(self, error: BaseException) -> None:
         """Let go of what was stored on the way; on a full disk, of what is left of downloads as well."""
         for hold in self._holds:
-            images.give_up(self._database, self._session, hold)
+            publish.give_up(self._database, self._session, hold)
         if isinstance(error, StorageError) and is_full(error):
             with suppress(CacheError), ignore_os_errors():
                 downloads.sweep(self._database.folders, age=0)  # there is more need of the space
@@ -238,14 +243,14 @@ class _Pull:
                     raise RegistryError(f"{self._name} has more than {_MANIFESTS} manifests that refer to it")
                 known.add(root.digest)
                 asked.append(root)
-                found += manifests.walk(root, self._child)
+                found += oci.walk(root, self._child)
         return found
 
     def _refers(self, root: Descriptor, subject: Digest) -> bool:
         """Say whether what is listed as referring to a manifest does: not if it was deleted, and the list was not."""
         new = root.digest not in self._source.documents
         try:
-            refers = manifests.subject_of(self._child(root)) == subject
+            refers = oci.subject_of(self._child(root)) == subject
         except RegistryError:
             if self._source.repositories[-1].has("manifests", root.digest):
                 raise
@@ -265,9 +270,7 @@ class _Pull:
     def _fits(self, root: Descriptor, info: ImageInfo) -> bool:
         """Say whether an image without an index is of the platform that was asked for, as far as its config says."""
         label = info.platform
-        return not (
-            self._platform and root.role == "manifest" and label and not manifests.is_for(label, self._platform)
-        )
+        return not (self._platform and root.role == "manifest" and label and not oci.is_for(label, self._platform))
 
     def _before(self, connection: Connection, digest: Digest) -> set[Digest]:
         """Return what of an index was here already: another platform, pulled before."""
@@ -335,6 +338,6 @@ class _Pull:
             except single_flight.ClaimLost:
                 advance(-done)
                 raise
-            with images.publish(self._database, self._session, [received]) as connection:
+            with publish.publish(self._database, self._session, [received]) as connection:
                 self._holds.append(self._session.lease(connection, [blob.digest]))
             discard(path)

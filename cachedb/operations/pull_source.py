@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
+from cachedb import oci
 from cachedb.disk import downloads, marker, single_flight
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import blob_path, partial_path
@@ -28,11 +29,14 @@ from cachedb.errors import (
     ignore_os_errors,
     os_errors,
 )
-from cachedb.oci import manifests
+from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import DOCUMENT_LIMIT, Descriptor
-from cachedb.oci.names import Digest, Name, digest_of, shorten
-from cachedb.threads import Advance, Once, end, in_threads, start
-from cachedb.transports.registry.repository import Repository, mirrors, place
+from cachedb.oci.names import Name
+from cachedb.progress import Advance
+from cachedb.text import shorten
+from cachedb.threads import Once, end, in_threads, start
+from cachedb.transports.registry.places import mirrors, place
+from cachedb.transports.registry.repository import Repository
 
 __all__ = ["AT_ONCE", "Root", "Source"]
 
@@ -53,7 +57,7 @@ class Root(NamedTuple):
     @property
     def descriptor(self) -> Descriptor:
         """The same as a manifest would name it."""
-        return manifests.root(self.digest, len(self.data), self.media_type)
+        return oci.root(self.digest, len(self.data), self.media_type)
 
 
 class Source:
@@ -80,7 +84,7 @@ class Source:
             authfile: to take credentials from, instead of the files that podman and Docker keep.
         """
         self.name = name
-        self.wanted = None if all_platforms else (platform or manifests.host_platform())
+        self.wanted = None if all_platforms else (platform or oci.host_platform())
         self.documents: dict[Digest, bytes] = {}
         """The manifests and indexes that were asked for, and those that were here."""
         places = [*mirrors(name), place(name, plain_http=plain_http)]
@@ -148,7 +152,7 @@ class Source:
             digest = digest_of(fetched.data, like)
             if like not in (None, digest):
                 raise DigestMismatch(f"{self.name} should have digest {like}, and what comes has {digest}")
-            return Root(digest, manifests.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
+            return Root(digest, oci.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
 
         return self._once.ask(("root", said), lambda: self.ask(fetch)).result()
 
@@ -185,7 +189,7 @@ class Source:
         """
         if self.wanted is None:
             return children
-        chosen = manifests.choose(children, self.wanted)
+        chosen = oci.choose(children, self.wanted)
         if not chosen:
             known = ", ".join(sorted({child.platform or "unknown" for child in children})) or "none"
             raise NotInCache(
@@ -292,9 +296,7 @@ class Source:
             if self._has_file(root.digest):
                 return
             top = root.descriptor
-            closure = list(
-                manifests.walk(top, lambda blob: root.data if blob is top else self._new_child(blob), self.choose)
-            )
+            closure = list(oci.walk(top, lambda blob: root.data if blob is top else self._new_child(blob), self.choose))
             absent = {blob.digest: blob for blob in closure if blob.role not in ("manifest", "index")}
             large_first = sorted(absent.values(), key=lambda blob: -blob.size)
             in_threads(self._begin_download, large_first, lambda _: None, threads=AT_ONCE)

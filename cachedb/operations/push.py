@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterable
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
-from cachedb.content import save
-from cachedb.content.save import BlobInfo
+from cachedb import oci
 from cachedb.errors import IncompleteImage, InvalidName
+from cachedb.index import images
+from cachedb.index.images import BlobInfo
 from cachedb.index.sqlite.database import Database
-from cachedb.oci import manifests as oci
+from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
-from cachedb.oci.names import Digest, Name
+from cachedb.oci.names import Name
 from cachedb.operations.push_target import AT_ONCE, Outcome, Target
-from cachedb.threads import Advance, BlobProgress, Progress, in_threads, summed, told
+from cachedb.progress import Advance, BlobProgress, Progress, summed, told
+from cachedb.threads import in_threads
 
 __all__ = ["Pushed", "push"]
 
@@ -83,7 +85,7 @@ def push(
 
     def repositories(digest: Digest) -> list[str]:
         with database.read() as connection:
-            return save.repositories_with(connection, digest)
+            return images.repositories_with(connection, digest)
 
     def send(blob: Descriptor, advance: Advance) -> tuple[Outcome, int]:
         return target.send(blob, repositories, told(blob.digest, blob.size, blob_progress, advance)), blob.size

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
+from cachedb import oci
 from cachedb.disk import locks
 from cachedb.disk.layout import REVISION
 from cachedb.disk.reader import document, open_blob
@@ -28,11 +29,14 @@ from cachedb.errors import (
     StorageError,
     ignore_os_errors,
 )
-from cachedb.oci import manifests
+from cachedb.index.sqlite.peek import CONTENTS, REPOSITORIES
+from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
-from cachedb.oci.names import Digest, Name
-from cachedb.threads import Advance, Once, end, in_threads, start
-from cachedb.transports.registry.repository import Repository, place
+from cachedb.oci.names import Name
+from cachedb.progress import Advance
+from cachedb.threads import Once, end, in_threads, start
+from cachedb.transports.registry.places import place
+from cachedb.transports.registry.repository import Repository
 
 __all__ = ["AT_ONCE", "Outcome", "Repositories", "Target"]
 
@@ -46,18 +50,6 @@ Repositories = Callable[[Digest], Iterable[str]]
 AT_ONCE = 4  # blobs that are asked for and sent at the same time
 _SOURCES = 3  # repositories that a blob is tried to be mounted from
 _NAP = 0.05  # seconds between two looks at how far another thread is
-
-_CONTENTS = """
-SELECT root.digest, root.size, images.media_type, blobs.digest, blobs.stored_at IS NOT NULL
-FROM images JOIN blobs AS root ON root.id = images.manifest_id
-JOIN image_blobs ON image_blobs.image_id = images.id JOIN blobs ON blobs.id = image_blobs.blob_id
-WHERE images.repository = ? AND images.reference = ? AND ? = (SELECT version_num FROM alembic_version)
-"""
-_REPOSITORIES = """
-SELECT DISTINCT images.repository FROM blobs
-JOIN image_blobs ON image_blobs.blob_id = blobs.id JOIN images ON images.id = image_blobs.image_id
-WHERE blobs.digest = ?
-"""
 
 
 class Target:
@@ -187,7 +179,7 @@ class Target:
             IncompleteImage: if anything of it is not here.
         """
         # In another schema it may be nothing to send: who opens the cache says what to do.
-        rows = self._look(_CONTENTS, source.repository, source.reference, REVISION)
+        rows = self._look(CONTENTS, source.repository, source.reference, REVISION)
         if not rows or self.name.digest not in (None, rows[0][0]):
             raise NotInCache(str(source))
         if not all(stored for *_, stored in rows):
@@ -206,9 +198,7 @@ class Target:
             return children
 
         digest, size, media_type, *_ = rows[0]
-        closure = {
-            blob.digest: blob for blob in manifests.walk(manifests.root(Digest(digest), size, media_type), read, choose)
-        }
+        closure = {blob.digest: blob for blob in oci.walk(oci.root(Digest(digest), size, media_type), read, choose)}
         return [blob for blob in closure.values() if blob.role not in ("manifest", "index")]
 
     def _begin_upload(self, blob: Descriptor, _advance: Advance) -> None:
@@ -221,7 +211,7 @@ class Target:
 
     def _repositories(self, digest: Digest) -> list[str]:
         with suppress(sqlite3.Error):
-            return [repository for (repository,) in self._look(_REPOSITORIES, digest)]
+            return [repository for (repository,) in self._look(REPOSITORIES, digest)]
         return []
 
     def _look(self, query: str, *values: str) -> list[tuple[Any, ...]]:

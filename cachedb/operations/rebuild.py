@@ -7,39 +7,31 @@ An image whose name is in neither is kept under a name by its digest, in the rep
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Column, Connection, Table, Text, bindparam, delete, func, insert, select, type_coerce, update
+from sqlalchemy import Column, Connection, Table, Text, func, insert, select, type_coerce
 from sqlalchemy.exc import IntegrityError
 
-from cachedb.content import publish, save
-from cachedb.content.session import Session
-from cachedb.disk import reader
-from cachedb.disk.folders import FOLDERS, Folders
-from cachedb.disk.layout import chosen
+from cachedb.content import save
+from cachedb.disk import layout, reader
 from cachedb.errors import (
     CacheError,
-    DamagedIndex,
     InvalidManifest,
-    NotACache,
-    NotInCache,
-    SchemaMismatch,
     os_errors,
 )
-from cachedb.index import schema
 from cachedb.index.sqlite import backups
-from cachedb.index.sqlite.database import APPLICATION_ID, Database, is_compatible, is_ours, mismatch, read_revision
-from cachedb.index.tables import BLOBS, HOLDS, IMAGE_BLOBS, IMAGES, LEASES, METADATA, REVISION, TRASH, UtcTime
+from cachedb.index.sqlite.database import Database
+from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES, METADATA, UtcTime
+from cachedb.oci.digests import Digest, parse_digest
 from cachedb.oci.manifests import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, descriptors, manifest_media_type
-from cachedb.oci.names import Digest, Name, parse_digest
-from cachedb.text import cut
+from cachedb.oci.names import Name
+from cachedb.operations import upgrade
 
-__all__ = ["Restored", "name_unnamed", "rebuild", "restore"]
+__all__ = ["insert_rows", "name_unnamed", "read_rows", "rebuild"]
 
 
 RECOVERED = "recovered"
@@ -73,154 +65,14 @@ def rebuild(database: Database, folder: Path) -> list[str]:
     with os_errors("rebuild the index"), database.alone():
         if not database.faults():
             return []
-        files, _ = publish.on_disk(database.directory)
+        files, _ = layout.on_disk(database.directory)
         salvage, notes = _salvage(database)
         with closing(Database(folder)) as new:
-            schema.prepare(new)
+            upgrade.prepare(new)
             with new.write() as connection:
                 notes += _fill(connection, database.directory, files, salvage)
         backups.put_in_place(database, new.path)
     return notes
-
-
-def restore(directory: Path, file: Path) -> Restored:
-    """Put a backup in the place of the index, at the newest schema, and have it agree with the blobs there are now.
-
-    The write lock is held from the moment the backup has been copied. What has come since the backup was made, and
-    belongs to no image in it, are blobs that no image uses. Holds and the leases of live processes stay.
-
-    Args:
-        directory: of the cache; its index may be lost or damaged.
-        file: the backup.
-
-    Raises:
-        NotACache: if the directory, or the file, is something else.
-        DamagedIndex: if the backup is damaged.
-        SchemaMismatch: if it has a schema that is too new for this release.
-        StorageError: if it cannot be read, or nothing can be written.
-    """
-    database = Database(chosen(directory))
-    if not is_ours(database.directory) and not database.has_our_mark():
-        raise NotACache(f"{str(directory)!r} is not a cache: restore a backup into the directory it was made of")
-    with os_errors("mark the cache"):
-        database.folders.mark(new=True, is_sound=False)
-    with os_errors("read the backup"):
-        if not file.is_file():
-            raise NotInCache(f"there is no backup {str(file)!r}; `ls` the folder `backups` of the cache")
-        if database.path.exists() and file.samefile(database.path):
-            raise NotACache(f"{str(file)!r} is the index itself: name a backup")
-    session = Session(database)
-    try:
-        with closing(Database(session.new_path())) as new:
-            _take(new, file)
-            with os_errors("restore the index"), database.alone():
-                _refuse_newer(database)
-                with new.write() as connection:
-                    restored = _agree(connection, database)
-                new.close()
-                restored = restored._replace(old=backups.put_in_place(database, new.path))
-        with suppress(SchemaMismatch):  # another process has taken it to another schema since
-            restored = restored._replace(unread=schema.backfill(database))
-        return restored
-    finally:
-        session.close()
-        database.close()
-
-
-class Restored(NamedTuple):
-    """What a backup brought back."""
-
-    images: int
-    incomplete: int  # images of which a blob is gone
-    unused: int  # blobs that no image uses: they came after the backup
-    old: Path | None  # where a copy of the index is that was there before
-    unread: list[schema.Unread]  # configs that could not be read, of a backup that had an older schema
-
-
-def _take(new: Database, file: Path) -> None:
-    """Copy a backup, whatever else its folder has; check that it is one, and bring it to the newest schema."""
-    with os_errors("copy the backup"):
-        new.directory.mkdir(mode=0o700)
-        folders = Folders(new.directory)
-        folders.mark(new=True)
-        for folder in FOLDERS:
-            folders.make(folder)
-        shutil.copyfile(file, new.path)
-        new.path.chmod(0o600)
-        with suppress(FileNotFoundError):  # of a copy that was made while it was in use
-            shutil.copyfile(f"{file}-wal", f"{new.path}-wal")
-    try:
-        with new.raw() as connection:
-            (mark,) = connection.execute("PRAGMA application_id").fetchone()
-        if mark != APPLICATION_ID:
-            raise NotACache(f"{str(file)!r} is no backup of a cache's index")
-        _refuse_foreign(new, file)  # before a trigger can take part in a migration
-        schema.migrate(new)
-        faults = new.faults()
-    except DamagedIndex as error:
-        faults = [str(error.__cause__ or "it has lost its schema")]
-    except SchemaMismatch as error:
-        raise SchemaMismatch(f"{str(file)!r} is for newer releases: use a newer release of cachedb") from error
-    if faults:
-        raise DamagedIndex(f"{str(file)!r} is damaged, and was not restored: {faults[0]}")
-
-
-def _refuse_foreign(new: Database, file: Path) -> None:
-    """Refuse a backup with a trigger, view, table or index that no migration makes.
-
-    A trigger would change what cachedb writes from then on.
-    """
-    with new.look() as connection:
-        foreign = schema.foreign_objects(connection) if read_revision(connection) else []
-    if foreign:
-        found = ", ".join(f"{kind} {name!r}: {detail}" for kind, name, detail in foreign)
-        advice = "drop it from a copy of the backup" if {schema.UNKNOWN} == {drift.detail for drift in foreign} else ""
-        raise NotACache(
-            f"{str(file)!r} was changed by another program, and was not restored: {cut(found, 300)}: "
-            + (advice or "restore another backup")
-        )
-
-
-def _refuse_newer(database: Database) -> None:
-    """An index that a newer release has taken over is for newer releases to replace."""
-    with suppress(DamagedIndex), database.look() as connection:
-        revision = read_revision(connection) or ""
-        if revision > REVISION and not is_compatible(connection):
-            raise mismatch(database.directory, revision)
-
-
-def _agree(connection: Connection, database: Database) -> Restored:
-    """Have a restored index say what is on disk."""
-    directory = database.directory
-    files, _ = publish.on_disk(directory)
-    rows = {
-        Digest(digest): size
-        for digest, size in connection.execute(
-            select(BLOBS.c.digest, BLOBS.c.size).where(BLOBS.c.stored_at.is_not(None))
-        )
-    }
-    gone = [{"gone": digest} for digest, size in rows.items() if files.get(digest) != size]
-    if gone:
-        connection.execute(update(BLOBS).where(BLOBS.c.digest == bindparam("gone")).values(stored_at=None), gone)
-    come = [publish.Received(digest, size, None) for digest, size in files.items() if rows.get(digest) != size]
-    publish.set_stored(connection, come)
-    save.associate_waiting(connection, directory, [blob.digest for blob in come if blob.size <= DOCUMENT_LIMIT])
-    connection.execute(delete(TRASH))  # what was on its way there is a blob again
-    connection.execute(delete(LEASES))
-    connection.execute(delete(HOLDS))
-    for name in ("holds", "leases"):
-        found, _ = _rows(database, METADATA.tables[name])
-        _insert(connection, name, found)
-    database.close()
-    used = select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.blob_id == BLOBS.c.id).exists()
-    unused = select(func.count()).select_from(BLOBS).where(BLOBS.c.stored_at.is_not(None), ~used)
-    return Restored(
-        images=connection.execute(select(func.count()).select_from(IMAGES)).scalar_one(),
-        incomplete=save.count_incomplete(connection),
-        unused=connection.execute(unused).scalar_one(),
-        old=None,
-        unread=[],
-    )
 
 
 def _salvage(database: Database) -> tuple[Salvage, list[str]]:
@@ -243,7 +95,7 @@ def _salvage(database: Database) -> tuple[Salvage, list[str]]:
 
 
 def _read(database: Database) -> Salvage:
-    found = {name: _rows(database, METADATA.tables[name]) for name in _TABLES}
+    found = {name: read_rows(database, METADATA.tables[name]) for name in _TABLES}
     database.close()
     rows, whole = found["images"]
     stored = {row["id"]: row for row in found["blobs"][0]}
@@ -280,7 +132,7 @@ def _as_number(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _rows(database: Database, table: Table) -> tuple[list[dict[str, Any]], bool]:
+def read_rows(database: Database, table: Table) -> tuple[list[dict[str, Any]], bool]:
     """Read a table from its beginning, and where that comes to damage, from its end as well."""
     there = _columns(database, table)
     # As text, whatever is there: a damaged time must not cost the row's neighbours.
@@ -324,14 +176,14 @@ def _fill(connection: Connection, directory: Path, files: dict[Digest, int], sal
         if image.digest not in files:
             yield f"{name} has lost its manifest {image.digest}: import or pull it again"
     for table, rows in salvage.rows.items():
-        _insert(connection, table, rows)
+        insert_rows(connection, table, rows)
     if whole:
         return
     for name in name_unnamed(connection, directory, files):
         yield f"the name of an image could not be restored: it is {name} now; `cachedb tag` gives it another"
 
 
-def _insert(connection: Connection, table: str, rows: list[dict[str, Any]]) -> None:
+def insert_rows(connection: Connection, table: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         with suppress(IntegrityError), connection.begin_nested():
             # As they were read: the times are text still.

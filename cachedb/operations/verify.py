@@ -21,19 +21,31 @@ from typing import NamedTuple
 from sqlalchemy import Connection, delete, insert, select, update
 
 from cachedb.content import collect, describe, save
-from cachedb.content.publish import Received, on_disk, set_stored, stored
 from cachedb.content.session import Session, half_published
+from cachedb.disk.durable import sync_file, sync_folder
 from cachedb.disk.folders import Folders, Leftover
-from cachedb.disk.layout import blob_path, is_received, is_session, lock_kind, partial_digest, trash_digest
-from cachedb.disk.writer import CHUNK, identity
+from cachedb.disk.layout import (
+    blob_path,
+    is_received,
+    is_session,
+    lock_kind,
+    on_disk,
+    partial_digest,
+    quarantine_path,
+    trash_digest,
+)
+from cachedb.disk.writer import CHUNK, Received, identity
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers
-from cachedb.index import schema
-from cachedb.index.sqlite.database import Database, batched, quarantine_path, sync_file, sync_folder
+from cachedb.index import drift, images
+from cachedb.index.blobs import set_stored, stored
+from cachedb.index.sqlite.database import Database, batched
 from cachedb.index.tables import BLOBS, IMAGES, TRASH
+from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import DOCUMENT_LIMIT
-from cachedb.oci.names import Digest, Name, split_digest
+from cachedb.oci.names import Name
 from cachedb.operations import rebuild
-from cachedb.threads import Advance, Progress, in_threads, summed
+from cachedb.progress import Advance, Progress, summed
+from cachedb.threads import in_threads
 
 __all__ = ["KINDS", "Problem", "Verification", "verify"]
 
@@ -138,7 +150,7 @@ def _settle_settings(database: Database, *, repair: bool) -> Iterator[Problem]:
                 done = "it is in WAL mode again"
         detail = f"its journal mode is {mode!r}, not WAL: readers and writers block each other"
         yield Problem("index", None, database.path, detail, done)
-    for trigger in schema.foreign_triggers(database):
+    for trigger in drift.foreign_triggers(database):
         # A person may want it, and to drop it may lose work.
         detail = f"no migration makes the trigger {trigger!r}, which can change what is written: drop it"
         yield Problem("index", None, database.path, detail, None)
@@ -387,7 +399,7 @@ def _settle_images(database: Database, bad: set[Digest], *, repair: bool) -> Ite
 
 
 def _is_spoiled(connection: Connection, directory: Path, image_id: int, bad: set[Digest]) -> bool:
-    contents = save.image_blobs(connection, directory, image_id)
+    contents = images.image_blobs(connection, directory, image_id)
     return any(blob.digest in bad and blob.role in ("manifest", "index") for blob in contents)
 
 
@@ -397,7 +409,7 @@ def _contradictions(connection: Connection, directory: Path, image_id: int, bad:
     if name is None:
         return []  # removed since
     image = Name(*name)
-    root = save.root_of(connection, image_id)
+    root = images.root_of(connection, image_id)
     if root.digest not in stored(connection, [root.digest]):
         return []  # there is nothing to compare with
 
@@ -405,7 +417,7 @@ def _contradictions(connection: Connection, directory: Path, image_id: int, bad:
         return Problem("index", digest, blob_path(directory, digest), f"{image}: {detail}", None)
 
     problems = []
-    contents = save.image_blobs(connection, directory, image_id)
+    contents = images.image_blobs(connection, directory, image_id)
     choose = save.choice(connection, image_id)
     try:
         closure = save.closure(connection, directory, root, choose)

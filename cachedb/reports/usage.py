@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import Connection
 
-from cachedb.content.save import count_incomplete
 from cachedb.disk.marker import MARKER
 from cachedb.errors import os_errors
+from cachedb.index.images import count_incomplete
 from cachedb.index.sqlite.database import Database
 
-__all__ = ["Share", "Usage", "shares", "usage"]
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Share", "Stats", "Usage", "shares", "usage"]
 
 
 # In the order of the index of the association, which is that of the blobs; in one row, for a GROUP BY would sort them.
@@ -121,3 +124,14 @@ def _size(path: Path) -> int:
             return path.lstat().st_size
         except FileNotFoundError:
             return 0
+
+
+class Stats(NamedTuple):
+    """Totals of a cache."""
+
+    manifest_count: int  # images: names, each of which points to a manifest or an index
+    blob_count: int  # stored blobs: layers, configs, manifests and indexes
+    total_size: int  # bytes of the stored blobs
+    incomplete_count: int  # images of which a blob is not stored
+    reclaimable_blobs: int  # stored blobs that a collection would free now
+    reclaimable_size: int  # bytes of those

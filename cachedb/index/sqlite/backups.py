@@ -13,12 +13,13 @@ from pathlib import Path
 
 from cachedb.callbacks import Callbacks
 from cachedb.disk import locks
-from cachedb.disk.durable import lock_part, remove_leftovers
+from cachedb.disk.durable import lock_part, remove_leftovers, sync_file, sync_folder
 from cachedb.disk.file_system import refuse_shared
 from cachedb.disk.folders import Folders, follow
+from cachedb.disk.layout import quarantine_path
 from cachedb.disk.waiting import Wait, chosen_seconds
 from cachedb.errors import StorageError, ignore_os_errors, os_errors
-from cachedb.index.sqlite.database import Database, quarantine_path, sync_file, sync_folder
+from cachedb.index.sqlite.database import Database
 from cachedb.reentry import not_reentered
 from cachedb.threads import told_beside
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import shutil
 import sqlite3
 import time
@@ -33,9 +32,10 @@ from sqlalchemy.exc import DisconnectionError
 
 from cachedb import space
 from cachedb.disk import downloads, locks, marker, processes
+from cachedb.disk.durable import sync_file, sync_folder
 from cachedb.disk.file_system import refuse_shared, refuse_unable
 from cachedb.disk.folders import FOLDERS, Folders, follow
-from cachedb.disk.layout import blob_file
+from cachedb.disk.layout import blob_file, has_blobs
 from cachedb.disk.waiting import Wait, chosen_seconds
 from cachedb.errors import (
     Busy,
@@ -43,25 +43,34 @@ from cachedb.errors import (
     CacheReplaced,
     DamagedIndex,
     NotACache,
-    SchemaMismatch,
     StorageError,
     explain,
     os_errors,
 )
+from cachedb.index.sqlite.errors import DAMAGED_TEXTS, FAILURES, NO_ROOM, PASSING, is_full
+from cachedb.index.sqlite.revision import (
+    APPLICATION_ID,
+    REBUILD_ADVICE,
+    SELECT_REVISION,
+    has_backup,
+    is_compatible,
+    is_empty,
+    is_ours,
+    lost,
+    mismatch,
+    read_oldest,
+    read_revision,
+)
 from cachedb.index.tables import METADATA, REVISION
-from cachedb.oci.names import Digest
+from cachedb.oci.digests import Digest
 from cachedb.reentry import holding, is_held, not_reentered, refuse_reentry
 
-__all__ = ["BATCH", "CLOSED", "Database", "batched", "is_full", "quarantine_path", "sync_file", "sync_folder"]
+__all__ = ["BATCH", "CLOSED", "Database", "batched"]
 
 
 T = TypeVar("T")
 
 BATCH = 500  # values in one statement, of which SQLite takes so many
-APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
-_MARK = 68  # where an SQLite file has its application_id: https://sqlite.org/fileformat.html#application_id
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a file cannot be made or extended, and may be read
-_PASSING = re.compile(rf"{marker.UNFINISHED.pattern}|index\.db-test-.*")  # while another process makes the cache
 _RESERVE = 1024 * 1024  # bytes
 # SQLite needs two for index.db-wal and index.db-shm, a session two, and locks the rest.
 _RESERVE_INODES = 8
@@ -75,49 +84,7 @@ _IDLE = 5  # connections for `rows` that are kept open, as many as the pool keep
 CLOSED = "this cache is closed: open it again with Cache.open"
 _READING = 10  # seconds that others may go on reading an index that is to be replaced
 _IN_WAL_MODE = b"\x02\x02"  # at offset 18 of the file (https://sqlite.org/fileformat2.html, 1.3.3)
-_DAMAGED = ("no such ", "unsupported file format", "malformed ", "Could not decode to UTF-8")  # these have no own code
-_SCHEMA = "SELECT version_num FROM alembic_version"
 _PATH_LIMIT = 512 - len("-journal")  # bytes: SQLite's MAX_PATHNAME, with the longest name that it makes beside a file
-_FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)  # the second where a message quotes what is damaged
-_REBUILD = "`cachedb verify --repair` rebuilds it from the newest backup and from the blobs"
-
-
-def sync_folder(folder: Path | str) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(file: Path) -> None:
-    """Make what a file has survive a power cut."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def quarantine_path(directory: Path, name: str, *, beside: tuple[str, ...] = ()) -> Path:
-    """Return a free path in ``quarantine/``, a folder that is made when it is first needed.
-
-    Args:
-        directory: of the cache.
-        name: of what is put there.
-        beside: what is put at the path with these suffixes, where it is free too.
-    """
-    folders = Folders(directory)
-    folders.make("quarantine")
-    with folders.open("quarantine"):  # it is refused if it leads elsewhere
-        os.fsync(folders.root)
-    folder = directory / "quarantine"
-    path, number = folder / name, 0
-    while any(os.path.lexists(f"{path}{suffix}") for suffix in ("", *beside)):
-        number += 1
-        path = folder / f"{name}.{number}"
-    return path
 
 
 def batched(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
@@ -478,8 +445,8 @@ class Database:
         Raises:
             NotACache: if it holds something else.
         """
-        if not self.folders.is_marked and not self.has_our_mark() and not _has_backup(self.directory):
-            strange = set(filterfalse(_PASSING.fullmatch, os.listdir(self.folders.root)))
+        if not self.folders.is_marked and not self.has_our_mark() and not has_backup(self.directory):
+            strange = set(filterfalse(PASSING.fullmatch, os.listdir(self.folders.root)))
             strange -= {"lost+found"} | ({"index.db"} if self._is_new() else set())
             # Another process may have marked it since we looked.
             if strange and marker.read(self.folders.root) is None:
@@ -525,7 +492,7 @@ class Database:
             mark = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
             if mark != APPLICATION_ID and not (mark == 0 and is_empty(connection)):
                 if is_ours(self.directory):
-                    raise DamagedIndex(f"{str(self.path)!r} has lost its mark; {_REBUILD}")
+                    raise DamagedIndex(f"{str(self.path)!r} has lost its mark; {REBUILD_ADVICE}")
                 raise NotACache(f"{str(self.path)!r} is another program's database: name another directory")
             return read_revision(connection)
 
@@ -674,7 +641,7 @@ class Database:
                     connection.close()
                     connection = self._open()
                 connection.execute("BEGIN")
-                ours = connection.execute(_SCHEMA).fetchone() == (REVISION,)
+                ours = connection.execute(SELECT_REVISION).fetchone() == (REVISION,)
                 text, constants = _compiled(statement)
                 found = connection.execute(text, {**constants, **values}).fetchall() if ours else None
                 connection.execute("COMMIT")
@@ -727,7 +694,7 @@ class Database:
     def _check_schema(self, connection: Connection) -> None:
         # Every transaction begins with this one: by the driver, for which it takes a tenth of SQLAlchemy's time.
         with self._sqlite_errors():
-            row = _driver(connection).execute(_SCHEMA).fetchone()
+            row = _driver(connection).execute(SELECT_REVISION).fetchone()
         if row != (REVISION,) and not is_compatible(connection):
             raise mismatch(self.directory, row and row[0])
 
@@ -908,14 +875,14 @@ class Database:
 
     def _on_error(self, context: ExceptionContext) -> None:
         error = context.original_exception
-        if isinstance(error, _FAILURES) and not isinstance(error, sqlite3.IntegrityError):
+        if isinstance(error, FAILURES) and not isinstance(error, sqlite3.IntegrityError):
             raise self._translated(error) from error
 
     @contextmanager
     def _sqlite_errors(self) -> Iterator[None]:
         try:
             yield
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._translated(error) from error
 
     def _translated(self, error: sqlite3.DatabaseError | UnicodeDecodeError) -> StorageError | NotACache | Busy:
@@ -923,10 +890,10 @@ class Database:
         if code == sqlite3.SQLITE_BUSY:
             holder = processes.index_writer(self.path)
             return Busy(f"{holder} has locked the index in a transaction: end it, or try again later", holder)
-        damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(_DAMAGED)
+        damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(DAMAGED_TEXTS)
         damaged = damaged or isinstance(error, UnicodeDecodeError)
         if damaged and is_ours(self.directory):
-            return DamagedIndex(f"the index is damaged: {error}; {_REBUILD}")
+            return DamagedIndex(f"the index is damaged: {error}; {REBUILD_ADVICE}")
         if code == sqlite3.SQLITE_NOTADB:
             return NotACache("index.db is not an SQLite database: name another directory")
         if code == sqlite3.SQLITE_CANTOPEN and (reason := _too_long(self.path)):
@@ -953,7 +920,7 @@ class Database:
         Returns:
             Whether it is so. It ends with the shortage.
         """
-        if error.errno not in _NO_ROOM or self._is_new():
+        if error.errno not in NO_ROOM or self._is_new():
             return False
         self.close()
         self.read_only, self._shortage = True, error
@@ -1075,91 +1042,12 @@ def _too_long(path: Path) -> str | None:
     )
 
 
-def lost(directory: Path) -> DamagedIndex:
-    """Return the error for a cache that has its blobs, and no index."""
-    return DamagedIndex(f"{str(directory)!r} has lost its index.db, but not its blobs; {_REBUILD}")
-
-
-def has_blobs(directory: Path) -> bool:
-    """Say whether there is anything in ``blobs/``."""
-    return any(any(folder.iterdir()) for folder in (directory / "blobs").iterdir() if folder.is_dir())
-
-
-def is_ours(directory: Path) -> bool:
-    """Return whether a directory is a cache, whatever has become of its index."""
-    with suppress(CacheError, OSError):
-        return marker.read(directory) is not None or _has_backup(directory)
-    return False
-
-
-def _has_backup(directory: Path) -> bool:
-    """Return whether a directory has a backup with our application_id: older releases left no marker."""
-    # Not so the index itself: closing it here would release SQLite's locks on it in this process.
-    for path in (directory / "backups").glob("*.db"):
-        with suppress(OSError):
-            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                if os.pread(file, 4, _MARK) == APPLICATION_ID.to_bytes(4, "big"):
-                    return True
-            finally:
-                os.close(file)
-    return False
-
-
-def is_full(error: StorageError) -> bool:
-    """Return whether the file system has no space or no inode left, or the quota is used up."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 def _size(path: str) -> int:
     """Return the size of a file in bytes, 0 if there is none."""
     try:
         return os.stat(path).st_size
     except OSError:
         return 0
-
-
-def mismatch(directory: Path, revision: str | None) -> SchemaMismatch | DamagedIndex:
-    """Return the error for a schema that is older or newer than ours, or lost."""
-    if not revision:
-        return DamagedIndex(f"the index in {str(directory)!r} has lost its schema; {_REBUILD}")
-    if revision < REVISION:
-        return SchemaMismatch(
-            f"the index in {str(directory)!r} has schema {revision}, and this release needs {REVISION}: "
-            "run `cachedb db upgrade`, or set CACHEDB_AUTO_UPGRADE=1 or open it with Cache.open(upgrade=True) once"
-        )
-    return SchemaMismatch(
-        f"the index in {str(directory)!r} has schema {revision}, and this release knows {REVISION} at most: "
-        "use a newer release of cachedb"
-    )
-
-
-def is_empty(connection: Connection) -> bool:
-    """Say whether nothing was ever written to this database."""
-    return connection.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1").first() is None
-
-
-def read_revision(connection: Connection) -> str | None:
-    """Return the schema's revision, or None if there is none."""
-    exists = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'alembic_version'"
-    if connection.exec_driver_sql(exists).first() is None:
-        return None
-    revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-    return None if revision is None else str(revision)
-
-
-def read_oldest(connection: Connection) -> int:
-    """Return the oldest schema whose releases can work with this one too, as its migration says; 0 if none does.
-
-    It is SQLite's ``user_version``, which is as free for the use of programs as the ``application_id``.
-    """
-    return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-
-
-def is_compatible(connection: Connection) -> bool:
-    """Say whether this release can work with the schema: it is ours, or a newer one that says so."""
-    revision = read_revision(connection) or ""
-    return revision == REVISION or (revision > REVISION and 0 < read_oldest(connection) <= int(REVISION))
 
 
 @cache

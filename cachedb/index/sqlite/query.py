@@ -21,7 +21,7 @@ from cachedb.errors import CacheError, InvalidQuery, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.text import ago, human
 
-__all__ = ["Answer", "View", "answer", "views"]
+__all__ = ["Answer", "answer"]
 
 
 Value = str | int | float | None
@@ -85,15 +85,6 @@ class Answer(NamedTuple):
 
     columns: tuple[str, ...]
     rows: Iterator[tuple[Any, ...]]
-
-
-class View(NamedTuple):
-    """A view of the index, for people to ask."""
-
-    name: str
-    columns: tuple[str, ...]
-    description: str
-    definition: str  # SQL
 
 
 @contextmanager
@@ -444,15 +435,3 @@ def _suggestion(connection: sqlite3.Connection, query: str, message: str) -> str
         known = set(tables)
     near = difflib.get_close_matches(named[2].lower(), sorted(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def views(database: Database) -> list[View]:
-    """Return the views, in the order of their names, each with what is said of it in its SQL."""
-    found = []
-    with database.read() as connection:
-        rows = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE type = 'view' ORDER BY name")
-        for name, sql in rows.all():
-            said = re.search(r"^-- (.*)$", sql, re.MULTILINE)
-            info = connection.exec_driver_sql("SELECT name FROM pragma_table_info(?)", (name,))
-            found.append(View(name, tuple(info.scalars()), said[1] if said else "", sql))
-    return found

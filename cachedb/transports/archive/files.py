@@ -8,32 +8,20 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-import sys
 import threading
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 from cachedb.disk.writer import CHUNK, discard
 from cachedb.errors import CacheError, InvalidArchive, StorageError, os_errors
-from cachedb.oci.names import shorten
-from cachedb.text import human, parse_size
+from cachedb.text import human, parse_size, shorten
 from cachedb.transports.archive import tar
+from cachedb.transports.archive.compression import MAGIC, MAGIC_LENGTH, Decompressor, compression_of
 
-__all__ = [
-    "MAGIC_LENGTH",
-    "Decompressor",
-    "Files",
-    "Section",
-    "UnpackLimit",
-    "compression_of",
-    "descriptor",
-    "max_unpacked",
-    "open_files",
-]
+__all__ = ["Files", "Section", "UnpackLimit", "descriptor", "max_unpacked", "open_files"]
 
 
 _MEMBERS_LIMIT = 100_000
@@ -44,12 +32,8 @@ _RATIO_LIMIT = 100  # times its compressed size
 _RATIO_FREE = 256 * 1024**2  # bytes that are no bomb, whatever the ratio
 _SPACE_LOOK = 8 * CHUNK  # bytes unpacked between two looks at the free space
 _SPACE_SHARE = 3  # times the space that is left, unpacked content may take
-_SLICE = 64 * 1024  # bytes that a decompressor is given at a time, of which it may hand most back
-_MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
 # Longer than "BZh", with which a file's name can begin, and so an uncompressed layer.
-_MAGIC.update({b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)})
-MAGIC_LENGTH = max(map(len, _MAGIC))
-"""How many of the first bytes `compression_of` needs."""
+MAGIC.update({b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)})
 
 
 class Section:
@@ -326,67 +310,3 @@ def _leave_space(file: int, written: int) -> None:
             f"the archive unpacks to more than {human(written)}, and the file system of the cache has {human(left)} "
             "left, the cap by free space: free some space, or unpack the archive elsewhere and import that"
         )
-
-
-def compression_of(head: bytes) -> str | None:
-    """Return what compression content of these first bytes has: ``gzip``, ``zstd``, ``xz``, ``bzip2``, or None."""
-    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
-
-
-class Decompressor:
-    """Decompresses a stream in parts of bounded size, over as many members or frames as it has."""
-
-    def __init__(self, compression: str) -> None:
-        self._compression = compression
-        self._stream: Any = None
-        self.ended = False
-        """Whether the stream is at the end of a member: it may end here."""
-
-    def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
-        """Take compressed bytes and yield what they hold.
-
-        Raises:
-            InvalidArchive: if they are damaged.
-        """
-        for start in range(0, len(data), _SLICE):
-            yield from self._feed(bytes(data[start : start + _SLICE]))
-
-    def _feed(self, pending: bytes) -> Iterator[bytes]:
-        try:
-            while True:
-                if self._stream is None or self.ended:
-                    if not pending.lstrip(b"\0"):  # tapes and tools pad with zeros
-                        return
-                    self._stream, self.ended = self._begin(), False
-                part = self._stream.decompress(pending, CHUNK)
-                self.ended = self._stream.eof
-                pending = self._stream.unused_data if self.ended else self._unconsumed()
-                if part:
-                    yield part
-                if not self.ended and not pending and len(part) < CHUNK:
-                    return
-        except InvalidArchive:
-            raise
-        except Exception as error:  # each library has an error of its own, and one of them none in common
-            raise InvalidArchive(f"{self._compression} data in the archive is damaged: {error}") from error
-
-    def _begin(self) -> Any:  # noqa: ANN401
-        if self._compression == "gzip":
-            return zlib.decompressobj(zlib.MAX_WBITS | 16)
-        if self._compression == "xz":
-            import lzma
-
-            return lzma.LZMADecompressor(memlimit=96 * 1024 * 1024)
-        if self._compression == "bzip2":
-            import bz2
-
-            return bz2.BZ2Decompressor()
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-        return zstd.ZstdDecompressor()
-
-    def _unconsumed(self) -> bytes:
-        # zlib hands back what it did not come to; the others keep it.
-        return bytes(self._stream.unconsumed_tail) if self._compression == "gzip" else b""

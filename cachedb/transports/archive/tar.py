@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cachedb.errors import InvalidArchive
-from cachedb.oci.names import shorten
+from cachedb.text import shorten
 
 __all__ = ["BLOCK", "FOLDER", "HARD_LINK", "REGULAR", "SYMBOLIC_LINK", "Member", "check_header", "members"]
 

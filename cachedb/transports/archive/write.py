@@ -13,26 +13,28 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
-from cachedb.disk.durable import PART, atomic_file, lock_part, part_path, remove_leftovers
+from cachedb import oci
+from cachedb.disk.durable import PART, atomic_file, lock_part, part_path, remove_leftovers, sync_folder
 from cachedb.disk.layout import blob_path
 from cachedb.disk.reader import damaged, open_blob, open_regular
 from cachedb.disk.writer import CHUNK, WRITTEN_BACK, discard, hashing, write_back
-from cachedb.errors import CacheError, NotInCache, is_callers, os_errors
-from cachedb.index.sqlite.database import sync_folder
-from cachedb.oci import manifests as oci
+from cachedb.errors import CacheError, is_callers, os_errors
+from cachedb.oci.closure import only_image
+from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import Descriptor
-from cachedb.oci.names import Digest, Name, digest_of, shorten, split_digest
+from cachedb.oci.names import Name
+from cachedb.progress import Advance
 from cachedb.reentry import not_reentered
-from cachedb.threads import Advance, in_threads
-from cachedb.transports.archive.read import CONTAINERD_NAME, REF_NAME, layout_path
+from cachedb.threads import in_threads
+from cachedb.transports.archive.model import CONTAINERD_NAME, REF_NAME, layout_path
 
-__all__ = ["FORMATS", "Entry", "choose_platform", "entries", "without_absent", "write_folder", "write_tar"]
+__all__ = ["FORMATS", "Entry", "entries", "write_folder", "write_tar"]
 
 
 FORMATS: Final = ("docker", "docker-archive", "oci-archive", "oci-dir")
@@ -83,7 +85,7 @@ def entries(
             *(blobs[digest]._replace(path=path) for digest, path in paths.items()),
         ]
     found = [_json("oci-layout", {"imageLayoutVersion": "1.0.0"}), _json("index.json", _index(name, root))]
-    if format == "docker" and (image := _only_image(root, manifests)):
+    if format == "docker" and (image := only_image(root, manifests)):
         config, *layers = oci.descriptors(manifests[image.digest], image.media_type)
         found.append(_manifest_json(name, layout_path(config.digest), [layout_path(layer.digest) for layer in layers]))
     # Small documents first: a reader of a stream knows early what it has.
@@ -120,94 +122,6 @@ def _index(name: Name, root: Descriptor) -> dict[str, Any]:
             }
         ],
     }
-
-
-def without_absent(
-    root: Descriptor, manifests: dict[Digest, bytes], here: Container[Digest]
-) -> tuple[Descriptor, dict[Digest, bytes]]:
-    """Return an index that names what is here and no more, and what was made for it; as it is, if all of it is here.
-
-    Args:
-        root: the index, or a manifest.
-        manifests: the bytes of the manifests and indexes of the closure; what is made is put among them.
-        here: what the image has in the cache.
-    """
-    if root.role != "index":
-        return root, {}
-    made: dict[Digest, bytes] = {}
-    entries, document = [], oci.load_json(manifests[root.digest], "the index")
-    for entry in document["manifests"]:
-        child = oci.child(entry, "the index")
-        if child.digest in here:
-            new, more = without_absent(child, manifests, here)
-            made |= more
-            entries.append({**entry, "digest": new.digest, "size": new.size})
-    if entries == document["manifests"]:
-        return root, {}
-    data = json.dumps({**document, "manifests": entries}, separators=(",", ":")).encode()
-    digest = digest_of(data)
-    made[digest] = manifests[digest] = data
-    return root._replace(digest=digest, size=len(data)), made
-
-
-def _platforms(root: Descriptor, manifests: dict[Digest, bytes]) -> list[Descriptor]:
-    """Return the image manifests below a manifest or index; attestations, of unknown/unknown, are none."""
-    if root.role == "manifest":
-        return [root]
-    children = oci.descriptors(manifests[root.digest], root.media_type)
-    found = [
-        image
-        for blob in children
-        if blob.role in ("manifest", "index") and blob.digest in manifests and blob.platform != "unknown/unknown"
-        for image in ([blob] if blob.role == "manifest" else _platforms(blob, manifests))
-    ]
-    return list(dict.fromkeys(found))
-
-
-def _only_image(root: Descriptor, manifests: dict[Digest, bytes]) -> Descriptor | None:
-    images = _platforms(root, manifests)
-    return images[0] if len(images) == 1 else None
-
-
-def choose_platform(
-    name: Name,
-    root: Descriptor,
-    manifests: dict[Digest, bytes],
-    read: Callable[[Digest], bytes],
-    wanted: str | None,
-) -> Descriptor:
-    """Return the manifest of one platform of an image.
-
-    Args:
-        name: the image's.
-        root: its manifest or index.
-        manifests: the bytes of the manifests and indexes of the closure, by digest.
-        read: returns a blob's bytes: of a config, which tells the platform where no index does.
-        wanted: ``os/architecture[/variant]``; None for the host's.
-
-    Raises:
-        NotInCache: if the image is not for that platform, or what it has for it is not here.
-    """
-    images = _platforms(root, manifests)
-    if wanted is None and len(images) == 1:
-        return images[0]
-    asked = wanted or oci.host_platform()
-    there = {image: image.platform or _platform_of_config(image, manifests, read) for image in images}
-    for image, label in there.items():
-        if oci.is_for(label, asked):
-            return image
-    for blob in oci.walk(root, lambda blob: manifests.get(blob.digest)):
-        if blob.role == "manifest" and blob.digest not in manifests and oci.is_for(blob.platform, asked):
-            raise NotInCache(f"{name} is not here for platform {shorten(asked)}: pull it with --platform")
-    known = ", ".join(sorted(there.values()))
-    raise NotInCache(f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform")
-
-
-def _platform_of_config(image: Descriptor, manifests: dict[Digest, bytes], read: Callable[[Digest], bytes]) -> str:
-    config = oci.descriptors(manifests[image.digest], image.media_type)[0]
-    if config.size > oci.DOCUMENT_LIMIT:
-        return "unknown"
-    return oci.platform_label(oci.load_json(read(config.digest), f"config {config.digest}")) or "unknown"
 
 
 def write_tar(

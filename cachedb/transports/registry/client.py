@@ -19,8 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 from urllib.parse import urlencode, urljoin
 from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
@@ -32,11 +31,13 @@ from urllib3.util import Timeout, make_headers, parse_url
 
 from cachedb.disk.writer import CHUNK
 from cachedb.errors import CacheError, RegistryError, RegistryUnavailable, ignore_os_errors
-from cachedb.oci.names import shorten
+from cachedb.text import shorten
 from cachedb.threads import start
 from cachedb.transports.registry import credentials
+from cachedb.transports.registry.places import Place
+from cachedb.transports.registry.tls import advise_on_tls, make_tls_context
 
-__all__ = ["TRIES", "Client", "Place", "finished", "plain", "read", "with_query"]
+__all__ = ["TRIES", "Client", "finished", "plain", "read", "with_query"]
 
 
 TRIES: Final = 5
@@ -51,22 +52,12 @@ _NAP = 0.05  # seconds between two looks at whether to wait on
 _CONNECTIONS = 16  # to one host, kept open
 _TOKEN_LIMIT = 1024 * 1024  # bytes
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-_CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d", "~/.config/containers/certs.d")
-_OTHER_HOST, _OUT_OF_DATE = (62, 64), (9, 10)  # what OpenSSL says of a certificate (x509_vfy.h)
 _CHALLENGE = re.compile(r'\b(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
 
 _OBJECT = re.compile(r"^(?:<.*>|\w+\(host=[^)]*\)): ")
 
 Body = bytes | str | Iterable[bytes]
 """What is sent; from its beginning each time it is iterated over."""
-
-
-class Place(NamedTuple):
-    """Where a repository is on the wire."""
-
-    url: str  # of the registry: scheme and host, with a prefix for some mirrors
-    registry: str  # host[:port] as credentials know it; docker.io for Docker Hub
-    repository: str
 
 
 class Client:
@@ -257,7 +248,7 @@ class Client:
         key = ours, parts.scheme, proxy
         with self._guard:
             if key not in self._pools:
-                context = _tls(self.place.registry if ours else None) if parts.scheme == "https" else None
+                context = make_tls_context(self.place.registry if ours else None) if parts.scheme == "https" else None
                 if proxy:
                     login = _proxy_headers(proxy)
                     pool: urllib3.PoolManager = urllib3.ProxyManager(
@@ -326,7 +317,7 @@ class Client:
         host = self.place.registry
         reason = getattr(error, "reason", None) or error
         if isinstance(error, SSLError) and _is_final(error):
-            return RegistryError(f"{host} cannot be trusted: {plain(reason)}; {_tls_advice(host, error)}")
+            return RegistryError(f"{host} cannot be trusted: {plain(reason)}; {advise_on_tls(host, error)}")
         if isinstance(error, NameResolutionError):
             return RegistryUnavailable(f"{host} is not known by that name; check it, and the network")
         return RegistryUnavailable(f"{host} cannot be reached: {plain(reason)}")
@@ -390,18 +381,6 @@ def _is_final(error: HTTPError) -> bool:
     return isinstance(error, NewConnectionError)
 
 
-def _tls_advice(host: str, error: SSLError) -> str:
-    """Return what to do where a registry's certificate is not good, or none came."""
-    code = next((cause.verify_code for cause in error.args if isinstance(cause, ssl.SSLCertVerificationError)), None)
-    if code is None:
-        return "use --plain-http if it speaks HTTP"
-    if code in _OTHER_HOST:
-        return "name it as its certificate does"
-    if code in _OUT_OF_DATE:
-        return "its certificate has to be made anew, or the clock of this host set right"
-    return f"put the certificate of its authority into /etc/containers/certs.d/{host}/ca.crt or SSL_CERT_FILE"
-
-
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     """Return what has to be the same for credentials to be sent.
 
@@ -429,19 +408,6 @@ def _basic(login: credentials.Credentials) -> str:
 def _proxy_headers(proxy: str) -> dict[str, str]:
     login = parse_url(proxy).auth
     return make_headers(proxy_basic_auth=login) if login else {}
-
-
-def _tls(registry: str | None) -> ssl.SSLContext:
-    """Return what to trust: what the system does, and the files that podman and Docker keep for a registry."""
-    context = ssl.create_default_context()
-    for top in _CERTIFICATES if registry else ():
-        folder = Path(top).expanduser() / str(registry)
-        with ignore_os_errors():
-            for path in sorted(folder.glob("*.crt")):
-                context.load_verify_locations(path)
-            for path in sorted(folder.glob("*.cert")):
-                context.load_cert_chain(path, path.with_suffix(".key"))
-    return context
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from cachedb.errors import CacheError, RegistryError
-from cachedb.oci.names import shorten
+from cachedb.text import shorten
 
 __all__ = ["Credentials", "find"]
 

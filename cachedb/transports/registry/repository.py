@@ -9,14 +9,15 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import urllib3
 from urllib3.exceptions import HTTPError
 
 from cachedb.disk.reader import damaged
 from cachedb.disk.writer import CHUNK
-from cachedb.errors import InvalidDigest, InvalidName, RegistryError, RegistryUnavailable, StorageError, os_errors
+from cachedb.errors import InvalidDigest, RegistryError, RegistryUnavailable, StorageError, os_errors
+from cachedb.oci.digests import Digest, digest_of, parse_digest, split_digest
 from cachedb.oci.manifests import (
     DOCUMENT_LIMIT,
     INDEX_TYPES,
@@ -27,15 +28,14 @@ from cachedb.oci.manifests import (
     load_json,
     subject_of,
 )
-from cachedb.oci.names import Digest, Name, digest_of, parse_digest, shorten, split_digest
-from cachedb.threads import Advance
-from cachedb.transports.registry.client import TRIES, Client, Place, finished, plain, read, with_query
+from cachedb.oci.names import Name
+from cachedb.progress import Advance
+from cachedb.transports.registry.client import TRIES, Client, finished, plain, read, with_query
+from cachedb.transports.registry.places import Place
 
-__all__ = ["Blob", "Fetched", "Repository", "mirrors", "place"]
+__all__ = ["Blob", "Fetched", "Repository"]
 
 
-_HUB: Final = "docker.io"
-_LAST_PORT: Final = 65535
 _SLOWEST = 1024  # bytes a second, in each minute: who sends less has stalled
 _MINUTE = 60.0  # seconds
 _LOOK_SECONDS = 5.0  # between two looks at how fast a blob comes
@@ -45,7 +45,6 @@ _REFERRERS = 1000  # that a registry may list for one manifest
 _NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')  # RFC 8288
 _TYPES = MANIFEST_TYPES | INDEX_TYPES
 _ACCEPTED = {"Accept": ", ".join(sorted(_TYPES))}
-_LOOPBACK = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?")
 
 
 class Fetched(NamedTuple):
@@ -54,54 +53,6 @@ class Fetched(NamedTuple):
     digest: Digest | None  # as the registry says
     media_type: str | None  # as the registry says
     data: bytes
-
-
-def place(name: Name, *, plain_http: bool | None = None) -> Place:
-    """Return where a name is on the wire, as Docker has it: ``alpine`` is Docker Hub's ``library/alpine``.
-
-    Args:
-        name: of an image.
-        plain_http: speak HTTP and not HTTPS; None for what is usual: HTTP with this host alone.
-
-    Raises:
-        InvalidName: if its registry has a port that cannot be.
-    """
-    registry, _, repository = str(Name.parse(name).qualified()).partition("/")
-    repository = repository.removesuffix(f"{'@' if name.digest else ':'}{name.reference}")
-    plain = bool(_LOOPBACK.fullmatch(registry)) if plain_http is None else plain_http
-    host = "registry-1.docker.io" if registry in (_HUB, "index.docker.io") else registry
-    if not _has_port(host):
-        raise InvalidName(f"{shorten(host)} has a port above {_LAST_PORT}")
-    return Place(f"{'http' if plain else 'https'}://{host}", registry, repository)
-
-
-def _has_port(host: str) -> bool:
-    """Say whether there can be such a port, if a host has one."""
-    port = host.rpartition(":")[2]
-    return not port.isdecimal() or (len(port) <= len(str(_LAST_PORT)) and int(port) <= _LAST_PORT)
-
-
-def mirrors(name: Name) -> list[Place]:
-    """Return where else to look for a name first: ``CACHEDB_MIRRORS`` has ``REGISTRY=MIRROR``, divided by spaces.
-
-    A mirror is ``[http://]host[:port][/prefix]``, asked as any registry is, with the prefix in front of the repository.
-
-    Raises:
-        InvalidName: if there is something else in the variable.
-    """
-    origin = place(name)
-    found = []
-    for entry in os.environ.get("CACHEDB_MIRRORS", "").split():
-        registry, _, mirror = entry.partition("=")
-        scheme, separator, rest = mirror.rpartition("://")
-        host, _, prefix = rest.strip("/").partition("/")
-        if not registry or not host or not _has_port(host) or (separator and scheme not in ("http", "https")):
-            raise InvalidName(f"CACHEDB_MIRRORS has {shorten(entry)}: expected REGISTRY=[http://]HOST[:PORT][/PREFIX]")
-        if registry == origin.registry:
-            scheme = scheme or ("http" if _LOOPBACK.fullmatch(host) else "https")
-            path = f"{prefix}/{origin.repository}" if prefix else origin.repository
-            found.append(Place(f"{scheme}://{host}", host, path))
-    return found
 
 
 class Repository:

@@ -1,0 +1,97 @@
+"""Commands about archives: import, export."""
+
+from __future__ import annotations
+
+import sys
+from typing import IO, TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    pass
+
+from cachedb.cli.context import open_cache
+from cachedb.cli.options import EXPORT_FORMATS, NAME, SizeParameter, format_examples, format_option, quiet_option
+from cachedb.cli.output import print_images
+from cachedb.cli.progress import show_progress
+from cachedb.cli.streams import get_stdin, get_stdout
+
+__all__ = []
+
+
+@click.command(
+    "import",
+    epilog=format_examples(
+        "cachedb import app.tar",
+        "cachedb import layout/ team/app:2",
+        "cachedb import --link layout/",
+        "docker save app:1 | cachedb import -",
+    ),
+)
+@click.argument("source", type=click.Path())
+@click.argument("name", required=False, type=NAME)
+@click.option("--link", is_flag=True, help="Make hard links to a layout's files; nobody may write to them then.")
+@click.option(
+    "--max-unpacked",
+    metavar="SIZE",
+    type=SizeParameter(),
+    help="Refuse what unpacks to more.  [default: $CACHEDB_MAX_UNPACKED, else 64GiB, and 100 times its size]",
+)
+@format_option
+@quiet_option("the images' names")
+def import_(source: str, name: str | None, link: bool, max_unpacked: int | None, form: str, quiet: bool) -> None:
+    """Import the images of an archive, under their names in it.
+
+    SOURCE is a docker-archive or an OCI archive, compressed or not, an OCI image layout folder, or - for stdin.
+    NAME is instead of the name in the archive, where it holds one image.
+    """
+    opened: str | IO[bytes] = source
+    if source == "-":
+        opened = get_stdin()
+    with open_cache() as cache, show_progress("importing", quiet=quiet) as progress:
+        found = cache.cache_from_tar(
+            opened,  # type: ignore[arg-type]
+            name,
+            link=link,
+            max_unpacked=max_unpacked,
+            progress=progress,
+        )
+    print_images(found, form, quiet=quiet)
+
+
+@click.command(
+    epilog=format_examples(
+        "cachedb export app:1 app.tar",
+        "cachedb export app:1 - | docker load",
+        "cachedb export --format oci-dir --link app:1 layout/",
+    )
+)
+@click.argument("name", type=NAME)
+@click.argument("destination", metavar="DEST", type=click.Path())
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(EXPORT_FORMATS),
+    default="docker",
+    show_default=True,
+    help="docker: an OCI archive that `docker load` takes too.",
+)
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Export one platform of an image that has several.")
+@click.option("--link", is_flag=True, help="In an oci-dir, make hard links where the file system can.")
+def export(name: str, destination: str, form: str, platform: str | None, link: bool) -> None:
+    """Write an image to an archive or a folder; the same image gives the same bytes.
+
+    DEST is a file, a folder for oci-dir, or - for stdout. An existing file is replaced when the new one is whole; to
+    an existing image layout the image is added.
+    """
+    if link and form != "oci-dir":
+        raise click.UsageError("--link is for --format oci-dir")
+    if destination == "-" and form == "oci-dir":
+        raise click.UsageError("an oci-dir is a folder, and cannot go to stdout: name the folder")
+    opened: str | IO[bytes] = destination
+    if destination == "-":
+        if sys.stdout.isatty():
+            raise click.UsageError("stdout is a terminal: redirect it, or name a file")
+        opened = get_stdout()
+    with open_cache() as cache, show_progress("exporting") as progress:
+        cache.export(name, opened, format=form, platform=platform, link=link, progress=progress)  # type: ignore[arg-type]

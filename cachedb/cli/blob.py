@@ -1,0 +1,62 @@
+"""Commands about single blobs: blob add, cat, path."""
+
+from __future__ import annotations
+
+from typing import IO, TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    pass
+
+from cachedb.cli.context import open_cache
+from cachedb.cli.options import DIGEST, format_examples
+from cachedb.cli.streams import get_stdin, get_stdout
+
+__all__ = ["blob"]
+
+
+@click.group()
+def blob() -> None:
+    """Store and read single blobs."""
+
+
+@blob.command(
+    "add",
+    epilog=format_examples("cachedb blob add layer.tar", "cachedb blob add --digest sha256:9f86d081884c... layer.tar"),
+)
+@click.argument("file", type=click.Path())
+@click.option("--digest", help="The digest that the content must have.  [default: computed]")
+@click.option(
+    "--algorithm", type=click.Choice(["sha256", "sha512"]), default="sha256", help="To compute the digest with."
+)
+def blob_add(file: str, digest: str | None, algorithm: str) -> None:
+    """Store a file, or - for stdin, and print its digest.
+
+    A blob that no image uses is freed by the next `cachedb gc`.
+    """
+    data: str | IO[bytes] = get_stdin() if file == "-" else file
+    with open_cache() as cache:
+        if digest:
+            click.echo(cache.save_blob(digest, data))  # type: ignore[arg-type]
+        else:
+            click.echo(cache.add_blob(data, algorithm=algorithm))  # type: ignore[arg-type]
+
+
+@blob.command("cat", epilog=format_examples("cachedb blob cat sha256:9f86d081884c... | tar t"))
+@click.argument("digest", type=DIGEST)
+def blob_cat(digest: str) -> None:
+    """Write a blob's content to stdout."""
+    import shutil
+
+    stdout = get_stdout()
+    with open_cache() as cache, cache.open_blob(digest) as file:
+        shutil.copyfileobj(file, stdout, 1024 * 1024)
+
+
+@blob.command("path", epilog=format_examples('tar tf "$(cachedb blob path sha256:9f86d081884c...)"'))
+@click.argument("digest", type=DIGEST)
+def blob_path(digest: str) -> None:
+    """Print the path of a blob's file, to be read only; it is valid until the blob is collected."""
+    with open_cache() as cache:
+        click.echo(str(cache.get_blob_path(digest)))

@@ -1,0 +1,30 @@
+"""The command that prints a completion script: completion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    pass
+
+from cachedb.cli.options import COMPLETE_VARIABLE, format_examples
+
+__all__ = []
+
+
+@click.command(
+    epilog=format_examples(
+        'eval "$(cachedb completion bash)"',
+        'eval "$(cachedb completion zsh)"',
+        "cachedb completion fish > ~/.config/fish/completions/cachedb.fish",
+    )
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for a shell: of commands, options, names and digests."""
+    from cachedb.cli.candidates import script
+
+    command = click.get_current_context().find_root().command
+    click.echo(script(command, shell, COMPLETE_VARIABLE))

@@ -1,0 +1,154 @@
+"""Commands about holds: hold, holds, release, produce."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import click
+
+from cachedb.cli.output import print_json, print_table
+from cachedb.errors import (
+    CacheError,
+)
+from cachedb.text import ago, human
+
+if TYPE_CHECKING:
+    from cachedb.index.holds import HoldInfo
+
+from cachedb.cli.context import cache_directory, open_cache
+from cachedb.cli.options import (
+    NAME,
+    NAME_OR_DIGEST,
+    DurationParameter,
+    HoldParameter,
+    format_examples,
+    format_option,
+    quiet_option,
+)
+
+__all__ = []
+
+
+def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
+    if quiet:
+        for hold in found:
+            click.echo(hold.id)
+    elif form == "json":
+        print_json([hold._asdict() for hold in found])
+    else:
+        rows = (
+            (
+                hold.id,
+                hold.name,
+                str(hold.blobs),
+                human(hold.size),
+                ago(hold.created_at),
+                f"{hold.expires_at:%Y-%m-%d %H:%M:%S} UTC" if hold.expires_at else "when released",
+            )
+            for hold in found
+        )
+        print_table(("HOLD", "NAME", "BLOBS", "SIZE", "CREATED", "ENDS"), rows, right=("BLOBS", "SIZE"))
+
+
+@click.command(epilog=format_examples("cachedb hold app:1 --for 2h", "cachedb hold app:1", "cachedb release app:1"))
+@click.argument("names", metavar="NAME|DIGEST...", nargs=-1, required=True, type=NAME_OR_DIGEST)
+@click.option(
+    "--for",
+    "seconds",
+    metavar="TIME",
+    type=DurationParameter(),
+    help="Such as 30m, 2h or 7d.  [default: until released]",
+)
+@format_option
+@quiet_option("the holds' ids")
+def hold(names: tuple[str, ...], seconds: float | None, form: str, quiet: bool) -> None:
+    """Keep the blobs of images from collection, whatever becomes of the names.
+
+    What the images are now is held. A hold lasts for a time, or until `cachedb release`; no process need live for it.
+    """
+    with open_cache() as cache:
+        made = cache.add_hold(*names, seconds=seconds)
+    _print_holds(made, form, quiet=quiet)
+
+
+@click.command(epilog=format_examples("cachedb holds", "cachedb release $(cachedb holds -q)"))
+@format_option
+@quiet_option("the holds' ids")
+def holds(form: str, quiet: bool) -> None:
+    """List the holds that keep blobs from collection."""
+    with open_cache() as cache:
+        found = cache.list_holds()
+    _print_holds(found, form, quiet=quiet)
+
+
+@click.command(epilog=format_examples("cachedb release app:1", "cachedb release hold-3f2a90c1d4e5"))
+@click.argument("names", metavar="HOLD|NAME|DIGEST...", nargs=-1, required=True, type=HoldParameter())
+def release(names: tuple[str, ...]) -> None:
+    """End holds, all of them or none: single ones by their ids, or all that were taken on a name or digest.
+
+    What nothing needs any more is freed by the next `cachedb gc`.
+    """
+    with open_cache() as cache:
+        cache.release_hold(*names)
+
+
+@click.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog=format_examples("cachedb produce app:1 -- sh -c 'docker save app:1 | cachedb import -'"),
+)
+@click.argument("name", type=NAME)
+@click.argument("command", metavar="COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
+def produce(name: str, command: tuple[str, ...]) -> None:
+    """Run a command that brings an image into the cache, unless it is there and complete.
+
+    Of all who want the image at once on this host one runs its command, and the others wait; if that fails or is
+    killed, the next one's turn has come. The command has the cache directory in CACHEDB_DIR. The exit code is the
+    command's.
+    """
+    import subprocess
+
+    from cachedb.oci.names import Name
+
+    command = command[command[0] == "--" :]
+    if not command:
+        raise click.UsageError("name the command to run")
+    making = os.environ.get("CACHEDB_PRODUCING", "")
+    wanted = f"\n{Name.parse(name)} in {os.path.realpath(cache_directory())}\n"  # however both were written
+    if wanted in making:  # as text: a directory may have a newline in its name
+        raise CacheError(f"{name} is being made by a command that has begun this one, which would wait for itself")
+    process: subprocess.Popen[bytes] | None = None
+
+    def is_working() -> bool:
+        """Return whether the command is not stopped, as by ^Z."""
+        if process is None or process.returncode is not None:
+            return True
+        with suppress(ChildProcessError):
+            return os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None
+        return True
+
+    with open_cache() as cache, cache.producing(name, is_working=is_working) as image:
+        if image is not None:
+            return
+        environment = {
+            **os.environ,
+            "CACHEDB_DIR": str(cache.directory),
+            "CACHEDB_PRODUCING": making + wanted,
+        }
+        try:
+            process = subprocess.Popen(command, env=environment)  # noqa: S603 - it is the user's
+        except OSError as error:
+            raise click.UsageError(f"cannot run {command[0]!r}: {error.strerror}") from error
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            process.kill()
+            raise
+        if code:
+            click.get_current_context().exit(code if code > 0 else 128 - code)
+        if not cache.is_image_complete(name):
+            raise CacheError(f"the command ended well, and {name} is not in the cache, or is incomplete")

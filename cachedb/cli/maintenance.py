@@ -1,0 +1,248 @@
+"""Commands that look after a cache: init, gc, verify, adopt, copy, stats, df, ps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cachedb.cli.output import print_json, print_table
+from cachedb.text import ago, human, printable
+
+if TYPE_CHECKING:
+    pass
+
+from cachedb.cli.context import open_cache
+from cachedb.cli.options import dry_run_option, format_examples, format_option, quiet_option
+from cachedb.cli.output import print_collected, print_images
+from cachedb.cli.progress import show_progress
+
+__all__ = []
+
+
+@click.command(epilog=format_examples("cachedb init", "cachedb --dir /srv/cache init --shared=builders"))
+@click.option(
+    "--shared",
+    metavar="[GROUP]",
+    is_flag=False,
+    flag_value="",
+    help="Let a group of users write to the cache, too.  [default: your own group]",
+)
+def init(shared: str | None) -> None:
+    """Make a cache, and share it with a group if asked to.
+
+    Every other command makes the cache as well, for its user alone. A cache that is there is kept as it is. Only the
+    owner can share a cache, with a group that he is a member of.
+    """
+    with open_cache() as cache:
+        group = None if shared is None else cache.share(shared or None)
+        click.echo(f"{cache.directory}" + (f" is shared with group {group}" if group else " is a cache"))
+
+
+@click.command(
+    epilog=format_examples(
+        "cachedb adopt ~/old/.cache", "cachedb adopt --link ~/old/.cache", "cachedb adopt --move .cache"
+    )
+)
+@click.argument("directory", metavar="DIR", type=click.Path())
+@click.option("--link", is_flag=True, help="Make hard links where the file system can; nothing may write to DIR then.")
+@click.option("--move", is_flag=True, help="Delete from DIR what is in the cache, once all of it is.")
+@format_option
+@quiet_option("the images' names")
+def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> None:
+    """Take over a cache whose index is one index.json.
+
+    DIR has manifests/REPOSITORY/REFERENCE, blobs/sha256/HEX and index.json, which need not be whole. What is good is
+    adopted; the rest is listed, and the exit code is 1. DIR is not changed, unless by --move. A name that is another
+    image's in this cache stays that image's. Doing it again changes nothing.
+    """
+    if link and move:
+        raise click.UsageError("--link and --move exclude each other")
+    with open_cache() as cache, show_progress("adopting", quiet=quiet) as progress:
+        found = cache.adopt(directory, how="link" if link else "move" if move else "copy", progress=progress)
+    if form == "json":
+        left_out = [item._asdict() for item in found.left_out]
+        print_json({**found._asdict(), "images": [image._asdict() for image in found.images], "left_out": left_out})
+    elif quiet:
+        print_images(found.images, form, quiet=True)
+    else:
+        if found.left_out:
+            rows = [
+                (item.kind, item.name or "-", item.digest or (str(item.path) if item.path else "-"), item.detail)
+                for item in found.left_out
+            ]
+            print_table(("LEFT OUT", "NAME", "WHAT", "DETAIL"), rows)
+            click.echo()
+        unused = f", {found.unused} of them used by no image" if found.unused else ""
+        click.echo(f"images: {len(found.images)}; new blobs: {found.blobs}{unused}, {human(found.bytes)}")
+    if found.index_damage and form != "json":
+        click.echo(f"index.json was not used: {printable(found.index_damage)}", err=True)
+    if found.left_out:
+        click.get_current_context().exit(1)
+
+
+@click.command(
+    epilog=format_examples(
+        "cachedb copy /mnt/backup/cachedb",
+        "cachedb --dir /var/cache/images copy -q ./snapshot",
+        "cachedb copy new/ --format json | jq .bytes",
+    )
+)
+@click.argument("directory", metavar="DIR", type=click.Path())
+@format_option
+@quiet_option("the directory of the copy")
+def copy(directory: str, form: str, quiet: bool) -> None:
+    """Copy the cache into a new or empty directory as it is at one moment, also while other processes use it.
+
+    Blobs come as reflinks where the file system can, else as hard links, else as verified copies. DIR becomes a cache
+    at the end; after an interrupt, copy again. Holds are copied, quarantine/ and backups/ are not. rsync, cp and tar
+    make no consistent copy of a cache in use.
+    """
+    with open_cache(existing=True) as cache, show_progress("copying", quiet=quiet) as progress:
+        done = cache.copy(directory, progress=progress)
+    if quiet:
+        click.echo(bytes(done.directory))  # which need not be text
+    elif form == "json":
+        print_json(done._asdict())
+    else:
+        links = [f"{count} {kind}" for count, kind in ((done.reflinks, "reflinks"), (done.hard_links, "hard links"))]
+        shared = " and ".join(link for link in links if not link.startswith("0 "))
+        click.echo(
+            f"images: {done.images}; blobs: {done.blobs}, {human(done.bytes)}" + (f"; {shared}" if shared else "")
+        )
+
+
+@click.command(epilog=format_examples("cachedb gc", "cachedb gc --dry-run --format json"))
+@dry_run_option
+@format_option
+def gc(dry_run: bool, form: str) -> None:
+    """Free every blob that no image uses and no process works with."""
+    with open_cache() as cache:
+        freed = cache.collect_garbage(dry_run=dry_run)
+    print_collected(freed, form, dry_run=dry_run)
+
+
+@click.command(
+    epilog=format_examples("cachedb verify", "cachedb verify --quick --format json", "cachedb verify --repair")
+)
+@click.option("--quick", is_flag=True, help="Look at the presence and size of files only, not into them.")
+@click.option("--repair", is_flag=True, help="Put right what can be; what is damaged is moved to quarantine/.")
+@format_option
+@quiet_option("the digests of damaged blobs")
+def verify(quick: bool, repair: bool, form: str, quiet: bool) -> None:
+    """Check that every file is what its name says, the index is sound, and the two agree.
+
+    The exit code is 1 if there are problems, also if they were repaired. An image that lost a blob is incomplete
+    until it is imported or pulled again. A lost or damaged index is rebuilt from what can be read of it, the newest
+    backup, and the blobs.
+    """
+    with open_cache(damaged=True) as cache, show_progress("verifying", quiet=quiet) as progress:
+        found = cache.verify(quick=quick, repair=repair, progress=progress)
+    if quiet:
+        for digest in dict.fromkeys(problem.digest for problem in found.problems if problem.digest):
+            click.echo(digest)
+    elif form == "json":
+        problems = [problem._asdict() for problem in found.problems]
+        print_json({"checked": found.checked, "problems": problems})
+    else:
+        rows = [
+            (problem.kind, problem.digest or str(problem.path), problem.detail, problem.repair or "-")
+            for problem in found.problems
+        ]
+        if rows:
+            print_table(("KIND", "WHAT", "DETAIL", "REPAIR"), rows)
+        files = f"{found.checked} file{'' if found.checked == 1 else 's'} checked"
+        click.echo(f"{files}, {len(rows) or 'no'} problem{'' if len(rows) == 1 else 's'}")
+    if found.problems:
+        click.get_current_context().exit(1)
+
+
+@click.command(epilog=format_examples("cachedb ps", "cachedb ps --format json | jq '.[].pid'"))
+@format_option
+def ps(form: str) -> None:
+    """List the processes that work with the cache: who writes, who waits, and what is downloaded or produced.
+
+    A process that only reads is not listed.
+    """
+    with open_cache() as cache:
+        found = cache.sessions()
+    if form == "json":
+        print_json([{**session._asdict(), "doing": [one._asdict() for one in session.doing]} for session in found])
+        return
+    rows = []
+    for session in found:
+        said = [(ago(one.since), f"{one.kind} {one.name}".rstrip()) for one in session.doing]
+        for since, doing in said or [(ago(session.started_at), "idle")]:
+            rows.append((str(session.pid or "?"), session.user or "?", since, doing, session.command or "?"))
+    print_table(("PID", "USER", "SINCE", "DOING", "COMMAND"), rows, right=("PID",))
+
+
+@click.command(epilog=format_examples("cachedb stats", "cachedb stats --format json | jq .total_size"))
+@format_option
+def stats(form: str) -> None:
+    """Print the cache's totals."""
+    with open_cache() as cache:
+        totals = cache.get_stats()
+    if form == "json":
+        print_json(totals._asdict())
+        return
+    rows = [
+        ("images", str(totals.manifest_count)),
+        ("  incomplete", str(totals.incomplete_count)),
+        ("blobs", str(totals.blob_count)),
+        ("  reclaimable", str(totals.reclaimable_blobs)),
+        ("size", human(totals.total_size)),
+        ("  reclaimable", human(totals.reclaimable_size)),
+    ]
+    print_table(("", "TOTAL"), rows, right=("TOTAL",))
+
+
+@click.command(epilog=format_examples("cachedb df", "cachedb df -v", "cachedb df --format json | jq .reclaimable.size"))
+@click.option("-v", "--verbose", is_flag=True, help="List the images too, with what is theirs alone.")
+@format_option
+def df(verbose: bool, form: str) -> None:
+    """Show what the cache takes on the disk, true to the byte.
+
+    A blob is unique if one image has it, shared if several have, held if none has and a hold or a process keeps it,
+    and reclaimable by `cachedb gc` otherwise.
+    """
+    from datetime import datetime
+
+    columns = ("name", "size", "unique_size", "shared_size", "freed_size", "complete", "last_used_at")
+    with open_cache(existing=True) as cache:
+        found = cache.get_usage()
+        left = cache.get_leftovers()
+        images: list[Any] = []
+        if verbose:
+            with cache.sql(f"SELECT {', '.join(columns)} FROM image_usage ORDER BY unique_size DESC, name") as answer:  # noqa: S608
+                images = list(answer.rows)
+    if form == "json":
+        shares = {name: value._asdict() for name, value in found._asdict().items() if hasattr(value, "_asdict")}
+        listed = {"image_usage": [dict(zip(columns, row, strict=True)) for row in images]} if verbose else {}
+        print_json({**found._asdict(), **shares, "leftovers": [leftover._asdict() for leftover in left], **listed})
+        return
+    images_said = f"{found.images}, {found.incomplete} incomplete" if found.incomplete else str(found.images)
+    rows = [("images", images_said, "")]
+    for name in ("stored", "unique", "shared", "held", "reclaimable"):
+        share = getattr(found, name)
+        rows.append((f"  {name}" if name != "stored" else "blobs", str(share.blobs), human(share.size)))
+    rows += [("saved by sharing", "", human(found.saved_size)), ("index", "", human(found.index_size))]
+    others = {**found.folder_sizes, "reserve": found.reserve_size}
+    rows += [(name, "", human(size)) for name, size in others.items() if size]
+    if left:
+        rows.append(("cannot be cleaned up", str(len(left)), ""))
+        click.echo("cachedb: `cachedb verify` names what dead processes left and cannot be cleaned up", err=True)
+    print_table(("", "COUNT", "SIZE"), rows, right=("COUNT", "SIZE"))
+    if verbose:
+        click.echo()
+        listing = [
+            (
+                name,
+                *map(human, sizes),
+                "complete" if complete else "incomplete",
+                ago(datetime.fromisoformat(last_used_at)),
+            )
+            for name, *sizes, complete, last_used_at in images
+        ]
+        headings = ("NAME", "SIZE", "UNIQUE", "SHARED", "FREED", "STATE", "LAST USED")
+        print_table(headings, listing, right=headings[1:5])

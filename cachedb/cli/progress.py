@@ -1,0 +1,89 @@
+"""Progress bars on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cachedb.text import short
+
+if TYPE_CHECKING:
+    import rich.progress
+
+    from cachedb.cache import Progress
+    from cachedb.progress import BlobProgress
+
+
+__all__ = ["show_progress", "show_stages", "show_transfer"]
+
+
+@contextmanager
+def _bars(*, quiet: bool = False) -> Iterator[rich.progress.Progress | None]:
+    """Show bars of bytes on stderr, if that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from cachedb.cli.log import log_above
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with (
+        Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars,
+        log_above(lambda line: bars.console.print(line, markup=False, highlight=False)),
+    ):
+        yield bars
+
+
+@contextmanager
+def show_progress(action: str, *, quiet: bool = False) -> Iterator[Progress | None]:
+    """Show a bar for the whole."""
+    with _bars(quiet=quiet) as bars:
+        yield _whole(bars, action) if bars else None
+
+
+@contextmanager
+def show_transfer(action: str, *, quiet: bool) -> Iterator[dict[str, Any]]:
+    """Show a bar for the whole, and one for each blob that is on its way."""
+    with _bars(quiet=quiet) as bars:
+        yield {"progress": _whole(bars, action), "blob_progress": _each(bars)} if bars else {}
+
+
+def _whole(bars: rich.progress.Progress, action: str) -> Progress:
+    task = bars.add_task(action, total=None)
+    return lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _each(bars: rich.progress.Progress) -> BlobProgress:
+    tasks: dict[str, Any] = {}
+
+    def show(digest: str, done: int, total: int) -> None:
+        if digest not in tasks:
+            tasks[digest] = bars.add_task(f"  {short(digest)}", total=total)
+        bars.update(tasks[digest], completed=done, visible=done < total)
+
+    return show
+
+
+@contextmanager
+def show_stages() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a bar for each thing that is done, on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show

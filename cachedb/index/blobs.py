@@ -1,0 +1,59 @@
+"""The rows of blobs: stored or not, and their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Connection, Select, bindparam, select
+from sqlalchemy.dialects.sqlite import Insert, insert
+
+from cachedb.disk.writer import Received
+from cachedb.index.sqlite.database import Database, batched
+from cachedb.index.tables import BLOBS
+from cachedb.oci.digests import Digest
+
+__all__ = ["set_stored", "size_of", "stored"]
+
+
+def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
+    """Note that the files of these blobs are in ``blobs/``."""
+    now = datetime.now(UTC)
+    rows = [{"digest": blob.digest, "size": blob.size, "stored_at": now} for blob in blobs]
+    if rows:
+        connection.execute(_now_stored(), rows)
+
+
+@cache
+def _now_stored() -> Insert:
+    new = insert(BLOBS)
+    return new.on_conflict_do_update(
+        index_elements=[BLOBS.c.digest], set_={"size": new.excluded.size, "stored_at": new.excluded.stored_at}
+    )
+
+
+def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
+    """Return which of the digests are stored, with their sizes in bytes."""
+    found: dict[Digest, int] = {}
+    for part in batched(digests):
+        found.update((Digest(digest), size) for digest, size in connection.execute(_stored(), {"digests": part}))
+    return found
+
+
+def size_of(database: Database, digest: Digest) -> int | None:
+    """Return a blob's size in bytes; None if it is not stored."""
+    rows = database.rows(_size_of(), {"digest": digest})
+    return rows[0][0] if rows else None
+
+
+@cache
+def _size_of() -> Select[*tuple[Any, ...]]:
+    return select(BLOBS.c.size).where(BLOBS.c.digest == bindparam("digest"), BLOBS.c.stored_at.is_not(None))
+
+
+@cache
+def _stored() -> Select[*tuple[Any, ...]]:
+    these = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
+    return select(BLOBS.c.digest, BLOBS.c.size).where(these, BLOBS.c.stored_at.is_not(None))

@@ -1,0 +1,150 @@
+"""The rows that configs fill: attributes, labels, commands and diff ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, Delete, Insert, Select, Update, bindparam, delete, insert, select, update
+
+from cachedb.errors import CacheError
+from cachedb.index.tables import BACKFILLS, BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGES
+from cachedb.oci.digests import Digest
+
+__all__ = [
+    "ATTRIBUTES",
+    "BACKFILL",
+    "Association",
+    "Description",
+    "add_labels",
+    "associations",
+    "backfilled",
+    "copy",
+    "described_layer",
+    "labels",
+    "select_attributes",
+    "write",
+]
+
+
+BACKFILL: Final = "0003"
+"""The migration that leaves the configs of the images that are there to be read."""
+ATTRIBUTES = ("architecture", "os", "variant", "created", "author")
+
+
+class Association(NamedTuple):
+    """An image's association with a blob, as it is in the index."""
+
+    position: int
+    role: str
+    media_type: str
+    blob_id: int
+    digest: Digest
+    size: int  # bytes
+    stored: bool
+    diff_id: Digest | None = None
+    created_by: str | None = None
+
+
+class Description(NamedTuple):
+    """What the configs of an image say."""
+
+    values: dict[str, Any]  # of the image, by column
+    labels: dict[str, str]
+    layers: dict[int, tuple[Digest | None, str | None]]  # diff id and command, by position
+    unreadable: dict[Digest, CacheError]
+
+
+def write(connection: Connection, image_id: int, said: Description, *, new: bool = False) -> None:
+    """Write to an image's row, and to its labels, what was said of it; a new one has no labels yet."""
+    connection.execute(_described(), {"of": image_id, **said.values})
+    if not new:
+        connection.execute(_without_labels(), {"of": image_id})
+    add_labels(connection, {image_id: said.labels})
+
+
+def add_labels(connection: Connection, labels: Mapping[int, Mapping[str, str]]) -> None:
+    """Write the labels of images that have none, by their ids."""
+    rows = [
+        {"image_id": image_id, "key": key, "value": value}
+        for image_id, said in labels.items()
+        for key, value in sorted(said.items())
+    ]
+    if rows:
+        connection.execute(_new_labels(), rows)
+
+
+def backfilled(connection: Connection) -> int | None:
+    """Return the last of the images whose configs a backfill has read so far; None if it has come to its end."""
+    return connection.execute(select(BACKFILLS.c.image_id).where(BACKFILLS.c.revision == BACKFILL)).scalar()
+
+
+# As in `images`: put together once.
+
+
+@cache
+def _contents_of() -> Select[*tuple[Any, ...]]:
+    columns = (
+        IMAGE_BLOBS.c.position,
+        IMAGE_BLOBS.c.role,
+        IMAGE_BLOBS.c.media_type,
+        BLOBS.c.id,
+        BLOBS.c.digest,
+        BLOBS.c.size,
+        BLOBS.c.stored_at.is_not(None),
+        IMAGE_BLOBS.c.diff_id,
+        IMAGE_BLOBS.c.created_by,
+    )
+    joined = select(*columns).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+    return joined.where(IMAGE_BLOBS.c.image_id == bindparam("of")).order_by(IMAGE_BLOBS.c.position)
+
+
+@cache
+def _described() -> Update:
+    return update(IMAGES).where(IMAGES.c.id == bindparam("of")).values({name: bindparam(name) for name in ATTRIBUTES})
+
+
+@cache
+def _without_labels() -> Delete:
+    return delete(IMAGE_LABELS).where(IMAGE_LABELS.c.image_id == bindparam("of"))
+
+
+@cache
+def select_attributes() -> Select[*tuple[Any, ...]]:
+    return select(*(IMAGES.c[name] for name in ATTRIBUTES)).where(IMAGES.c.id == bindparam("of"))
+
+
+@cache
+def _labels_of() -> Select[*tuple[Any, ...]]:
+    query = select(IMAGE_LABELS.c.key, IMAGE_LABELS.c.value).where(IMAGE_LABELS.c.image_id == bindparam("of"))
+    return query.order_by(IMAGE_LABELS.c.key)
+
+
+@cache
+def _new_labels() -> Insert:
+    return insert(IMAGE_LABELS)
+
+
+@cache
+def described_layer() -> Update:
+    one = update(IMAGE_BLOBS).where(
+        IMAGE_BLOBS.c.image_id == bindparam("of"), IMAGE_BLOBS.c.position == bindparam("at")
+    )
+    return one.values(diff_id=bindparam("diff_id"), created_by=bindparam("created_by"))
+
+
+def associations(connection: Connection, image_id: int) -> list[Association]:
+    """Return an image's associations, in the order of their positions."""
+    return [Association(*row) for row in connection.execute(_contents_of(), {"of": image_id})]
+
+
+def copy(connection: Connection, source_id: int, target_id: int) -> None:
+    """Describe an image as another is that has the same manifest; its associations have been copied already."""
+    row = connection.execute(select_attributes(), {"of": source_id}).one()
+    write(connection, target_id, Description(row._asdict(), labels(connection, source_id), {}, {}))
+
+
+def labels(connection: Connection, image_id: int) -> dict[str, str]:
+    """Return an image's labels, in the order of their keys."""
+    return {row.key: row.value for row in connection.execute(_labels_of(), {"of": image_id})}

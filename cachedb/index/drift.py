@@ -1,0 +1,129 @@
+"""Whether an index is what its migrations make: `cachedb db check`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.exc import SAWarning
+
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.revision import mismatch, read_oldest, read_revision
+from cachedb.index.tables import METADATA, REVISION
+
+if TYPE_CHECKING:
+    pass
+from cachedb.index.schema import UNKNOWN, check_existing, pending_backfills, read_revisions, run_migrations
+from cachedb.index.sqlite.revision import read_objects, read_versions
+
+__all__ = ["Drift", "check", "foreign_objects", "foreign_triggers"]
+
+
+class Drift(NamedTuple):
+    """A difference between the database and what this release would have made."""
+
+    kind: str  # table, column, index, trigger, view, ... as Alembic or SQLite calls it
+    name: str
+    detail: str
+
+
+def check(directory: Path) -> list[Drift]:
+    """Compare the database with the models and with what the migrations make: tables, indexes, triggers and views.
+
+    Args:
+        directory: of the cache.
+
+    Raises:
+        NotInCache: if there is no cache.
+        SchemaMismatch: if it has not the schema of this release.
+    """
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with closing(check_existing(directory)) as database, database.look() as connection:
+        versions = read_versions(connection)
+        if REVISION not in versions:
+            raise mismatch(database.directory, read_revision(connection))
+        options = {"compare_type": True, "compare_server_default": True}
+        context = MigrationContext.configure(connection, opts=options)
+        with warnings.catch_warnings():
+            # Of indexes over expressions, which SQLAlchemy does not look at: we do.
+            warnings.simplefilter("ignore", SAWarning)
+            found = list(_described(compare_metadata(context, METADATA)))
+        there, oldest, pending = read_objects(connection), read_oldest(connection), pending_backfills(connection)
+        journal_mode = database.journal_mode()
+    expected, stated = _made(REVISION)
+    found += _compared(there, expected)
+    for version in sorted(versions - {REVISION}):
+        found.append(Drift("row", "alembic_version", f"it says {version!r} too"))
+    if journal_mode != "wal":
+        found.append(Drift("pragma", "journal_mode", f"it is {journal_mode!r}, and should be 'wal'"))
+    if oldest != stated:
+        found.append(Drift("pragma", "user_version", f"it is {oldest}, and should be {stated}"))
+    if pending:
+        found.append(Drift("backfill", REVISION, f"{pending} images are still to be read: run `cachedb db upgrade`"))
+    return found
+
+
+def foreign_objects(connection: Connection) -> list[Drift]:
+    """Compare the tables, indexes, triggers and views of an index with what the migrations make at its revision.
+
+    Of a schema newer than ours, only triggers that this release does not know are returned: the rest is not known here.
+    """
+    revision, there = read_revision(connection) or "", read_objects(connection)
+    if revision in read_revisions():
+        return list(_compared(there, _made(revision)[0]))
+    return [Drift(kind, name, UNKNOWN) for kind, name in sorted(there) if kind == "trigger"]
+
+
+def foreign_triggers(database: Database) -> list[str]:
+    """Return the names of the triggers that no migration makes; none does up to our schema."""
+    with database.read() as connection:
+        if read_revision(connection) != REVISION:
+            return []
+        query = "SELECT name FROM sqlite_master WHERE type = 'trigger' ORDER BY name"
+        return [str(name) for name in connection.exec_driver_sql(query).scalars()]
+
+
+def _made(revision: str) -> tuple[dict[tuple[str, str], str], int]:
+    """Return what the migrations make up to a revision, and the oldest release that can work with it."""
+    from alembic import command
+
+    engine = create_engine("sqlite://")
+    try:
+        with engine.begin() as connection:
+            run_migrations(command.upgrade, connection, revision)
+            return read_objects(connection), read_oldest(connection)
+    finally:
+        engine.dispose()
+
+
+def _compared(there: dict[tuple[str, str], str], expected: dict[tuple[str, str], str]) -> Iterator[Drift]:
+    for kind, name in sorted(expected.keys() | there.keys()):
+        if (kind, name) not in there:
+            yield Drift(kind, name, "it is missing")
+        elif (kind, name) not in expected:
+            yield Drift(kind, name, UNKNOWN)
+        elif there[kind, name] != expected[kind, name]:
+            yield Drift(kind, name, f"it is defined as {there[kind, name]!r}")
+
+
+def _described(differences: list[Any]) -> Iterator[Drift]:
+    for difference in differences:
+        if isinstance(difference, list):  # of one column
+            yield from _described(difference)
+            continue
+        action, *about = difference
+        kind = action.partition("_")[2]
+        if action.startswith("modify"):
+            _, table, column, _, old, new = about
+            yield Drift("column", f"{table}.{column}", f"{kind}: it is {old!r}, and should be {new!r}")
+            continue
+        item = about[-1]
+        name = getattr(item, "name", item)
+        name = f"{about[-2]}.{name}" if kind == "column" else str(name)
+        yield Drift(kind, name, "it is missing" if action.startswith("add") else "the models do not have it")

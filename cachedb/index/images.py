@@ -1,0 +1,549 @@
+"""The rows of images and their associations: statements and records. No file is opened here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    Connection,
+    Delete,
+    Insert,
+    Integer,
+    Select,
+    Update,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.sql.dml import ReturningInsert
+
+from cachedb import oci
+from cachedb.disk.layout import blob_path
+from cachedb.errors import (
+    DamagedIndex,
+    IncompleteImage,
+    NotInCache,
+)
+from cachedb.index import descriptions
+from cachedb.index.sqlite.database import Database, batched
+from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES, UtcTime
+from cachedb.oci.digests import Digest
+from cachedb.oci.manifests import (
+    CONFIG_TYPES,
+    Descriptor,
+    is_compressed,
+)
+from cachedb.oci.names import Name
+
+__all__ = [
+    "BlobInfo",
+    "BlobRow",
+    "ImageInfo",
+    "PlatformInfo",
+    "blobs_of",
+    "copied_associations",
+    "count_incomplete",
+    "find",
+    "image",
+    "image_blobs",
+    "images",
+    "incomplete",
+    "insert_associations",
+    "is_associated",
+    "look_up",
+    "look_up_all",
+    "look_up_blobs",
+    "names",
+    "new_image",
+    "new_images",
+    "point_name",
+    "remove",
+    "repositories_with",
+    "root_of",
+    "tags",
+    "waiting_for",
+    "without_associations",
+]
+
+
+_ASSOCIATION = ("position", "blob_id", "role", "media_type", "diff_id", "created_by")
+
+
+class ImageInfo(NamedTuple):
+    """An image in the cache."""
+
+    repository: str
+    reference: str  # a tag or a digest
+    digest: Digest  # of the manifest or index
+    media_type: str  # of the manifest or index
+    size: int  # bytes of the closure, a blob that occurs twice counted once
+    complete: bool  # whether every blob of the closure is stored
+    created_at: datetime  # UTC; when the name came to point to this manifest
+    last_used_at: datetime  # UTC
+    # As its config says; of an image for several platforms, what all of them have in common.
+    architecture: str | None
+    os: str | None
+    variant: str | None
+    created: datetime | None  # UTC; when it was built
+    author: str | None
+
+    @property
+    def name(self) -> Name:
+        """The image's name."""
+        return Name(self.repository, self.reference)
+
+    @property
+    def platform(self) -> str:
+        """``os/architecture[/variant]``, as far as it is known."""
+        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+
+
+_TOLD = (
+    IMAGES.c.created_at,
+    IMAGES.c.last_used_at,
+    IMAGES.c.architecture,
+    IMAGES.c.os,
+    IMAGES.c.variant,
+    IMAGES.c.created,
+    IMAGES.c.author,
+)
+"""The columns at the end of an `ImageInfo`."""
+
+
+class BlobInfo(NamedTuple):
+    """A blob of an image."""
+
+    digest: Digest
+    size: int  # bytes
+    role: str  # manifest, index, config, layer or other
+    media_type: str
+    position: int  # in the image; the manifest or index is at 0
+    stored: bool
+    compressed: bool
+    path: Path | None  # of the file, if it is stored; hold the image to keep it valid
+    diff_id: Digest | None  # of a layer: the digest before compression, as the config says
+    created_by: str | None  # of a layer: the command that made it, as the config says
+
+    @property
+    def is_config(self) -> bool:
+        """Whether the blob is an image's config."""
+        return self.role == "config"
+
+
+class PlatformInfo(NamedTuple):
+    """What an image's index names."""
+
+    platform: str | None  # os/architecture[/variant], if the index says
+    digest: Digest  # of the manifest, or of an index in the index
+    complete: bool  # whether it is here with all its blobs
+
+
+class BlobRow(NamedTuple):
+    """A blob's row."""
+
+    id: int
+    size: int  # bytes
+    stored: bool
+
+
+class Found(NamedTuple):
+    """An image's row."""
+
+    id: int
+    manifest_id: int
+    digest: Digest
+    media_type: str
+    some_platforms: int | None  # 1 if not all of its index's platforms are in its closure
+
+
+_FOUND = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type, IMAGES.c.some_platforms)
+"""The columns of a `Found`."""
+
+
+def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
+    """Return an image's row. A digest also finds what a tag of the same repository points to, unless ``exact``.
+
+    Raises:
+        NotInCache: if there is none.
+    """
+    found = look_up(connection, name)
+    if found is None and name.digest and not exact:
+        values = {"repository": name.repository, "digest": name.digest}
+        row = connection.execute(_with_manifest(), values).first()
+        found = None if row is None else Found(*row)
+    if found is None:
+        raise NotInCache(f"{name} is not in the cache; {_near(connection, name) or '`cachedb ls` lists what is'}")
+    return found
+
+
+def look_up(connection: Connection, name: Name) -> Found | None:
+    """Return the row of the image that has exactly this name, if there is one."""
+    row = connection.execute(_named(), name._asdict()).first()
+    return None if row is None else Found(*row)
+
+
+def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, Found]:
+    """Return the rows of those of the images that are there."""
+    wanted = set(names)
+    found: dict[Name, Found] = {}
+    for part in batched(wanted):
+        values = {
+            "repositories": list({name.repository for name in part}),
+            "references": list({name.reference for name in part}),
+        }
+        for repository, reference, *row in connection.execute(_all_named(), values):
+            if (name := Name(repository, reference)) in wanted:
+                found[name] = Found(*row)
+    return found
+
+
+def _near(connection: Connection, name: Name) -> str | None:
+    """Say which image other tools would have meant, for they put a registry in front of a short name."""
+    fronts = ("docker.io/library/", "docker.io/", "localhost/")
+    query = select(IMAGES.c.repository).where(
+        IMAGES.c.repository.in_([front + name.repository for front in fronts]), IMAGES.c.reference == name.reference
+    )
+    repository = connection.execute(query.limit(1)).scalar()
+    return repository and f"{Name(repository, name.reference)} is"
+
+
+def images(connection: Connection) -> list[ImageInfo]:
+    """Return all images, in the order of their names."""
+    contents = select(IMAGE_BLOBS.c.image_id, IMAGE_BLOBS.c.blob_id).distinct().subquery()
+    totals = (
+        select(
+            contents.c.image_id,
+            func.sum(BLOBS.c.size).label("size"),
+            (func.count() == func.count(BLOBS.c.stored_at)).label("complete"),
+        )
+        .join(BLOBS, BLOBS.c.id == contents.c.blob_id)
+        .group_by(contents.c.image_id)
+        .subquery()
+    )
+    query = (
+        select(
+            IMAGES.c.repository,
+            IMAGES.c.reference,
+            BLOBS.c.digest,
+            IMAGES.c.media_type,
+            totals.c.size,
+            totals.c.complete,
+            *_TOLD,
+        )
+        .join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
+        .join(totals, totals.c.image_id == IMAGES.c.id)
+        .order_by(IMAGES.c.repository, IMAGES.c.reference)
+    )
+    return [
+        ImageInfo(row[0], row[1], Digest(row[2]), row[3], int(row[4]), bool(row[5]), *row[6:])
+        for row in connection.execute(query)
+    ]
+
+
+def names(database: Database) -> list[Name]:
+    """Return the names of all images, in order."""
+    return [Name(*row) for row in database.rows(_names(), {})]
+
+
+@cache
+def _names() -> Select[*tuple[Any, ...]]:
+    return select(IMAGES.c.repository, IMAGES.c.reference).order_by(IMAGES.c.repository, IMAGES.c.reference)
+
+
+def image(connection: Connection, directory: Path, image_id: int) -> tuple[ImageInfo, list[BlobInfo]]:
+    """Return an image, and its blobs in the order of their positions.
+
+    Raises:
+        DamagedIndex: if it has none.
+    """
+    row = connection.execute(_one_image(), {"of": image_id}).one()
+    contents = image_blobs(connection, directory, image_id)
+    if not contents:
+        raise DamagedIndex("an image has no blobs in the index; `cachedb verify --repair` finds them")
+    size = sum({blob.digest: blob.size for blob in contents}.values())
+    complete = all(blob.stored for blob in contents)
+    return ImageInfo(row[0], row[1], Digest(row[2]), row[3], size, complete, *row[4:]), contents
+
+
+# To put a statement together takes longer than to execute it, and these are executed for every image that is saved.
+
+
+@cache
+def _of_repository() -> Select[*tuple[Any, ...]]:
+    joined = select(*_FOUND).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
+    return joined.where(IMAGES.c.repository == bindparam("repository"))
+
+
+@cache
+def _named() -> Select[*tuple[Any, ...]]:
+    return _of_repository().where(IMAGES.c.reference == bindparam("reference"))
+
+
+@cache
+def _all_named() -> Select[*tuple[Any, ...]]:
+    columns = (IMAGES.c.repository, IMAGES.c.reference, *_FOUND)
+    # More than is wanted: SQLite finds pairs among others only by a look at each row.
+    repositories = IMAGES.c.repository.in_(bindparam("repositories", expanding=True))
+    references = IMAGES.c.reference.in_(bindparam("references", expanding=True))
+    return select(*columns).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id).where(repositories, references)
+
+
+@cache
+def _with_manifest() -> Select[*tuple[Any, ...]]:
+    return _of_repository().where(BLOBS.c.digest == bindparam("digest")).limit(1)
+
+
+@cache
+def new_image() -> ReturningInsert[*tuple[Any, ...]]:
+    return insert(IMAGES).returning(IMAGES.c.id)
+
+
+@cache
+def new_images() -> Insert:
+    return insert(IMAGES)
+
+
+@cache
+def _new_associations() -> Insert:
+    return insert(IMAGE_BLOBS)
+
+
+@cache
+def without_associations() -> Delete:
+    return delete(IMAGE_BLOBS).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
+
+
+@cache
+def _without_image() -> Delete:
+    return delete(IMAGES).where(IMAGES.c.id == bindparam("of"))
+
+
+@cache
+def _pointed_anew() -> Update:
+    manifest_id, now = bindparam("manifest_id", type_=Integer), bindparam("created_at", type_=UtcTime)
+    return (
+        update(IMAGES)
+        .where(IMAGES.c.id == bindparam("of"))
+        .values(
+            manifest_id=manifest_id,
+            media_type=bindparam("media_type"),
+            some_platforms=bindparam("some_platforms"),
+            created_at=case((IMAGES.c.manifest_id == manifest_id, IMAGES.c.created_at), else_=now),
+            last_used_at=bindparam("last_used_at"),
+        )
+    )
+
+
+@cache
+def copied_associations() -> Insert:
+    columns = [IMAGE_BLOBS.c[name] for name in _ASSOCIATION]
+    target = bindparam("target", type_=Integer)
+    return insert(IMAGE_BLOBS).from_select(
+        ["image_id", *_ASSOCIATION], select(target, *columns).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
+    )
+
+
+@cache
+def _blobs_of() -> Select[*tuple[Any, ...]]:
+    return select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
+
+
+@cache
+def waiting_for() -> Select[*tuple[Any, ...]]:
+    is_manifest = IMAGE_BLOBS.c.role.in_(("manifest", "index"))
+    is_config = and_(IMAGE_BLOBS.c.role == "config", IMAGE_BLOBS.c.media_type.in_(CONFIG_TYPES))
+    joined = select(IMAGE_BLOBS.c.image_id).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+    these = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
+    return joined.where(these, IMAGE_BLOBS.c.position > 0, or_(is_manifest, is_config))
+
+
+@cache
+def _blobs_with() -> Select[*tuple[Any, ...]]:
+    columns = (BLOBS.c.digest, BLOBS.c.id, BLOBS.c.size, BLOBS.c.stored_at.is_not(None))
+    return select(*columns).where(BLOBS.c.digest.in_(bindparam("digests", expanding=True)))
+
+
+@cache
+def _one_image() -> Select[*tuple[Any, ...]]:
+    columns = (IMAGES.c.repository, IMAGES.c.reference, BLOBS.c.digest, IMAGES.c.media_type)
+    return (
+        select(*columns, *_TOLD).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id).where(IMAGES.c.id == bindparam("of"))
+    )
+
+
+@cache
+def _contents() -> Select[*tuple[Any, ...]]:
+    columns = (
+        BLOBS.c.digest,
+        BLOBS.c.size,
+        IMAGE_BLOBS.c.role,
+        IMAGE_BLOBS.c.media_type,
+        IMAGE_BLOBS.c.position,
+        BLOBS.c.stored_at.is_not(None),
+        IMAGE_BLOBS.c.diff_id,
+        IMAGE_BLOBS.c.created_by,
+    )
+    joined = select(*columns).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+    return joined.order_by(IMAGE_BLOBS.c.position)
+
+
+@cache
+def _contents_of_one() -> Select[*tuple[Any, ...]]:
+    return _contents().where(IMAGE_BLOBS.c.image_id == bindparam("of"))
+
+
+@cache
+def _contents_named() -> Select[*tuple[Any, ...]]:
+    joined = _contents().join(IMAGES, IMAGES.c.id == IMAGE_BLOBS.c.image_id)
+    return joined.where(IMAGES.c.repository == bindparam("repository"), IMAGES.c.reference == bindparam("reference"))
+
+
+def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[BlobInfo]:
+    """Return an image's blobs in the order of their positions."""
+    return _blob_infos(directory, connection.execute(_contents_of_one(), {"of": image_id}))
+
+
+def blobs_of(database: Database, name: Name) -> list[BlobInfo]:
+    """Return the blobs of the image that has exactly this name, in the order of their positions; none if none has."""
+    return _blob_infos(database.directory, database.rows(_contents_named(), name._asdict()))
+
+
+def _blob_infos(directory: Path, rows: Iterable[Sequence[Any]]) -> list[BlobInfo]:
+    return [
+        BlobInfo(
+            Digest(digest),
+            size,
+            role,
+            media_type,
+            position,
+            bool(stored),
+            is_compressed(media_type),
+            blob_path(directory, Digest(digest)) if stored else None,
+            diff_id,
+            created_by,
+        )
+        for digest, size, role, media_type, position, stored, diff_id, created_by in rows
+    ]
+
+
+def root_of(connection: Connection, image_id: int) -> Descriptor:
+    """Return the manifest or index that an image points to."""
+    query = select(BLOBS.c.digest, BLOBS.c.size, IMAGES.c.media_type).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
+    row = connection.execute(query.where(IMAGES.c.id == image_id)).one()
+    return oci.root(Digest(row.digest), row.size, row.media_type)
+
+
+def point_name(
+    connection: Connection, name: Name, manifest_id: int, media_type: str, some_platforms: int | None
+) -> tuple[int, bool]:
+    """Make a name point to a manifest, with no associations left of another one; return the image's id, and if new."""
+    now = datetime.now(UTC)
+    values = {
+        "manifest_id": manifest_id,
+        "media_type": media_type,
+        "some_platforms": some_platforms,
+        "created_at": now,
+        "last_used_at": now,
+    }
+    row = look_up(connection, name)
+    if row is None:
+        return int(connection.execute(new_image(), {**name._asdict(), **values}).scalar_one()), True
+    if row.manifest_id != manifest_id:
+        connection.execute(without_associations(), {"of": row.id})
+    connection.execute(_pointed_anew(), {"of": row.id, **values})
+    return int(row.id), False
+
+
+def look_up_blobs(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, BlobRow]:
+    """Return the rows of those of the blobs that have one."""
+    found: dict[Digest, BlobRow] = {}
+    for part in batched(digests):
+        for digest, *row in connection.execute(_blobs_with(), {"digests": part}):
+            found[Digest(digest)] = BlobRow(*row)
+    return found
+
+
+def insert_associations(connection: Connection, wanted: dict[int, list[descriptions.Association]]) -> None:
+    """Associate images, by their ids."""
+    rows = [
+        {"image_id": image_id, **{name: getattr(blob, name) for name in _ASSOCIATION}}
+        for image_id, contents in wanted.items()
+        for blob in contents
+    ]
+    connection.execute(_new_associations(), rows)
+
+
+def touch(connection: Connection, image_id: int) -> None:
+    """Note that an image is used now."""
+    connection.execute(update(IMAGES).where(IMAGES.c.id == image_id).values(last_used_at=datetime.now(UTC)))
+
+
+def is_associated(connection: Connection, digest: Digest) -> bool:
+    """Say whether an image is associated with a blob."""
+    query = (
+        select(IMAGE_BLOBS.c.image_id).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id).where(BLOBS.c.digest == digest)
+    )
+    return connection.execute(query.limit(1)).first() is not None
+
+
+def tags(connection: Connection, repository: str) -> list[Name]:
+    """Return the names that a repository's images have by tag, in order."""
+    query = select(IMAGES.c.reference).where(IMAGES.c.repository == repository).order_by(IMAGES.c.reference)
+    names = [Name(repository, reference) for reference in connection.execute(query).scalars()]
+    return [name for name in names if not name.digest]
+
+
+def repositories_with(connection: Connection, digest: Digest) -> list[str]:
+    """Return the repositories of the images that are associated with a blob, in order."""
+    query = (
+        select(IMAGES.c.repository)
+        .join(IMAGE_BLOBS, IMAGE_BLOBS.c.image_id == IMAGES.c.id)
+        .join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+        .where(BLOBS.c.digest == digest)
+        .distinct()
+        .order_by(IMAGES.c.repository)
+    )
+    return list(connection.execute(query).scalars())
+
+
+def remove(connection: Connection, names: Iterable[Name]) -> set[int]:
+    """Remove images, all or none; return the ids of the blobs that they were associated with.
+
+    Raises:
+        NotInCache: if one of them is not there.
+    """
+    found = {find(connection, name, exact=True).id for name in names}
+    touched: set[int] = set()
+    for image_id in found:
+        touched.update(connection.execute(_blobs_of(), {"of": image_id}).scalars())
+        connection.execute(_without_image(), {"of": image_id})
+    return touched
+
+
+def incomplete(name: Name, contents: Iterable[BlobInfo]) -> IncompleteImage:
+    """Return the error that says what an image lacks."""
+    missing = [blob for blob in contents if not blob.stored]
+    more = f", nor are {len(missing) - 1} more blobs" if len(missing) > 1 else ""
+    return IncompleteImage(
+        f"{name} is incomplete: {missing[0].role} {missing[0].digest} is not in the cache{more}; import it again"
+    )
+
+
+def count_incomplete(connection: Connection) -> int:
+    """Return the number of images of which a blob is not stored."""
+    query = (
+        select(func.count(IMAGE_BLOBS.c.image_id.distinct()))
+        .join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
+        .where(BLOBS.c.stored_at.is_(None))
+    )
+    return connection.execute(query).scalar_one()

@@ -1,0 +1,160 @@
+"""What a database file says of itself: application_id, revision, objects, broken keys."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
+
+from cachedb.errors import (
+    CacheError,
+    DamagedIndex,
+    SchemaMismatch,
+    StorageError,
+)
+from cachedb.index.tables import REVISION
+
+if TYPE_CHECKING:
+    pass
+
+import os
+
+from cachedb.disk import marker
+
+__all__ = [
+    "APPLICATION_ID",
+    "REBUILD_ADVICE",
+    "SELECT_REVISION",
+    "explain_refusal",
+    "find_broken_keys",
+    "has_backup",
+    "is_compatible",
+    "is_empty",
+    "is_ours",
+    "lost",
+    "mismatch",
+    "read_objects",
+    "read_oldest",
+    "read_revision",
+    "read_versions",
+    "revision_of",
+]
+
+
+_IN_THE_WAY = re.compile(r"error in (index|trigger|view) (.+?)(?: after [a-z ]+)?: (.+)")
+
+
+def read_objects(connection: Connection) -> dict[tuple[str, str], str]:
+    """Return what SQLite knows by kind and name, each as the SQL that made it, without the layout."""
+    # SQLite makes an index for a constraint, and `ANALYZE` makes statistics. Other names that begin with `sqlite_` are
+    # forged: with `PRAGMA writable_schema` anything can have one.
+    query = """SELECT type, name, sql FROM sqlite_master WHERE NOT (type = 'index' AND sql IS NULL)
+        AND NOT (type = 'table' AND name IN ('sqlite_sequence', 'sqlite_stat1', 'sqlite_stat3', 'sqlite_stat4'))"""
+    return {(kind, name): " ".join(str(sql).split()) for kind, name, sql in connection.exec_driver_sql(query)}
+
+
+def explain_refusal(error: BaseException) -> str | None:
+    """Return what SQLite says, if it is of something that a person has put into the index."""
+    if isinstance(error, IntegrityError):
+        return f"SQLite refused a row: {error.orig}"
+    if isinstance(error, StorageError) and (found := _IN_THE_WAY.fullmatch(str(error.__cause__))):
+        kind, name, reason = found.groups()
+        return f"the {kind} {name!r} is over what it takes away ({reason}): drop it first"
+    return None
+
+
+def find_broken_keys(connection: Connection) -> Iterator[str]:
+    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+        yield f"{table} {row} to {parent}"
+
+
+def revision_of(connection: sqlite3.Connection) -> str | None:
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone() is None:
+        return None
+    row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    return row and str(row[0])
+
+
+def read_versions(connection: Connection) -> set[str]:
+    return set(map(str, connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars()))
+
+
+APPLICATION_ID = 0x63616462  # "cadb": marks an index.db as ours (PRAGMA application_id)
+FILE_MARK = 68  # where an SQLite file has its application_id: https://sqlite.org/fileformat.html#application_id
+SELECT_REVISION = "SELECT version_num FROM alembic_version"
+REBUILD_ADVICE = "`cachedb verify --repair` rebuilds it from the newest backup and from the blobs"
+
+
+def lost(directory: Path) -> DamagedIndex:
+    """Return the error for a cache that has its blobs, and no index."""
+    return DamagedIndex(f"{str(directory)!r} has lost its index.db, but not its blobs; {REBUILD_ADVICE}")
+
+
+def is_ours(directory: Path) -> bool:
+    """Return whether a directory is a cache, whatever has become of its index."""
+    with suppress(CacheError, OSError):
+        return marker.read(directory) is not None or has_backup(directory)
+    return False
+
+
+def has_backup(directory: Path) -> bool:
+    """Return whether a directory has a backup with our application_id: older releases left no marker."""
+    # Not so the index itself: closing it here would release SQLite's locks on it in this process.
+    for path in (directory / "backups").glob("*.db"):
+        with suppress(OSError):
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if os.pread(file, 4, FILE_MARK) == APPLICATION_ID.to_bytes(4, "big"):
+                    return True
+            finally:
+                os.close(file)
+    return False
+
+
+def mismatch(directory: Path, revision: str | None) -> SchemaMismatch | DamagedIndex:
+    """Return the error for a schema that is older or newer than ours, or lost."""
+    if not revision:
+        return DamagedIndex(f"the index in {str(directory)!r} has lost its schema; {REBUILD_ADVICE}")
+    if revision < REVISION:
+        return SchemaMismatch(
+            f"the index in {str(directory)!r} has schema {revision}, and this release needs {REVISION}: "
+            "run `cachedb db upgrade`, or set CACHEDB_AUTO_UPGRADE=1 or open it with Cache.open(upgrade=True) once"
+        )
+    return SchemaMismatch(
+        f"the index in {str(directory)!r} has schema {revision}, and this release knows {REVISION} at most: "
+        "use a newer release of cachedb"
+    )
+
+
+def is_empty(connection: Connection) -> bool:
+    """Say whether nothing was ever written to this database."""
+    return connection.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1").first() is None
+
+
+def read_revision(connection: Connection) -> str | None:
+    """Return the schema's revision, or None if there is none."""
+    exists = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'alembic_version'"
+    if connection.exec_driver_sql(exists).first() is None:
+        return None
+    revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    return None if revision is None else str(revision)
+
+
+def read_oldest(connection: Connection) -> int:
+    """Return the oldest schema whose releases can work with this one too, as its migration says; 0 if none does.
+
+    It is SQLite's ``user_version``, which is as free for the use of programs as the ``application_id``.
+    """
+    return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+
+
+def is_compatible(connection: Connection) -> bool:
+    """Say whether this release can work with the schema: it is ours, or a newer one that says so."""
+    revision = read_revision(connection) or ""
+    return revision == REVISION or (revision > REVISION and 0 < read_oldest(connection) <= int(REVISION))

@@ -1,0 +1,118 @@
+"""Image configs: https://github.com/opencontainers/image-spec/blob/main/config.md"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from itertools import compress
+from typing import Any, Final, NamedTuple
+
+from cachedb.errors import InvalidDigest, InvalidManifest
+from cachedb.oci.digests import Digest, parse_digest
+from cachedb.oci.manifests import load_json
+from cachedb.oci.platforms import PLATFORM_PART
+
+__all__ = ["ImageConfig", "parse_config"]
+
+
+CONFIG_LIMIT: Final = 256 * 1024
+"""Characters that the labels of one config, keys and values, may have in all, and so may its commands.
+
+Of each, in the config's order, what does not fit beside what came before it is left out.
+"""
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,20})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)  # RFC 3339, 5.6
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # JSON can spell half a character, and SQL's text ends at a NUL
+
+
+class ImageConfig(NamedTuple):
+    """What an image's config says (image specification, config.md), as far as it can be understood."""
+
+    architecture: str | None
+    os: str | None
+    variant: str | None
+    created: datetime | None  # UTC
+    author: str | None
+    labels: dict[str, str]
+    layers: list[tuple[Digest | None, str | None]]  # of each layer its diff id, and the command that made it
+
+
+def parse_config(data: bytes, text_limit: int) -> ImageConfig:
+    """Return what an image's config says; what is not as the specification has it, or over `CONFIG_LIMIT`, is left out.
+
+    Args:
+        data: the config's bytes.
+        text_limit: the number of characters over which a text is left out.
+
+    Raises:
+        InvalidManifest: if it is not a JSON object.
+    """
+    document = load_json(data, "the config")
+    if not isinstance(document, dict):
+        raise InvalidManifest("the config is not a JSON object")
+
+    def text(value: object, limit: int = text_limit) -> str | None:
+        if not isinstance(value, str) or not 0 < len(value) <= limit or _NO_TEXT.search(value):
+            return None
+        return value
+
+    def platform_part(key: str) -> str | None:
+        value = document.get(key)
+        return value if isinstance(value, str) and value and PLATFORM_PART.fullmatch(value) else None
+
+    labels = [
+        (key, value)
+        for key, value in _object(_object(document.get("config")).get("Labels")).items()
+        if text(key) and (value == "" or text(value)) and isinstance(value, str)
+    ]
+    diff_ids = [_diff_id(value) for value in _entries(_object(document.get("rootfs")).get("diff_ids"))]
+    history = [_object(entry) for entry in _entries(document.get("history"))]
+    commands = [text(entry.get("created_by")) for entry in history if entry.get("empty_layer") is not True]
+    if len(commands) != len(diff_ids):
+        commands = [None] * len(diff_ids)  # it is not known which made which
+    fitting = _fitting(len(command or "") for command in commands)
+    commands = [command if fits else None for command, fits in zip(commands, fitting, strict=True)]
+    return ImageConfig(
+        architecture=platform_part("architecture"),
+        os=platform_part("os"),
+        variant=platform_part("variant"),
+        created=_time(document.get("created")),
+        author=text(document.get("author")),
+        labels=dict(compress(labels, _fitting(len(key) + len(value) for key, value in labels))),
+        layers=list(zip(diff_ids, commands, strict=True)),
+    )
+
+
+def _fitting(lengths: Iterable[int]) -> Iterator[bool]:
+    """Say of each text whether it is within `CONFIG_LIMIT` together with those before it that are."""
+    left = CONFIG_LIMIT
+    for length in lengths:
+        yield length <= left
+        if length <= left:
+            left -= length
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _entries(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _diff_id(value: object) -> Digest | None:
+    try:
+        return parse_digest(value)  # type: ignore[arg-type]
+    except InvalidDigest:
+        return None
+
+
+def _time(value: object) -> datetime | None:
+    """Return a time of RFC 3339 in UTC; the year 1 is what Go writes for none."""
+    if not isinstance(value, str) or not _TIME.fullmatch(value):
+        return None
+    try:
+        time = datetime.fromisoformat(value.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+    return time if time.year > 1 else None

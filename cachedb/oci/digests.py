@@ -1,0 +1,51 @@
+"""Digests: https://github.com/opencontainers/image-spec/blob/main/descriptor.md#digests"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import NewType
+
+from cachedb.errors import InvalidDigest
+from cachedb.text import shorten
+
+__all__ = ["Digest", "digest_of", "is_digest", "parse_digest", "split_digest"]
+
+
+Digest = NewType("Digest", str)
+"""A digest that has passed `parse_digest`: safe in a path and in SQL."""
+
+HEX_LENGTH = {"sha256": 64, "sha512": 128}
+"""The algorithms a cache stores, with the length of their hexadecimal form in characters."""
+
+_DIGEST = re.compile(r"(?:(?:sha256:)?[0-9a-f]{64}|sha512:[0-9a-f]{128})")
+
+
+def parse_digest(text: str) -> Digest:
+    """Return ``text`` as a digest; bare hexadecimal of 64 characters is taken as sha256.
+
+    Raises:
+        InvalidDigest: for anything else.
+    """
+    if not isinstance(text, str) or not _DIGEST.fullmatch(text):
+        raise InvalidDigest(
+            f"{shorten(text)} is not a digest: expected sha256: and 64, or sha512: and 128, digits of 0-9a-f"
+        )
+    return Digest(text if ":" in text else f"sha256:{text}")
+
+
+def is_digest(text: str) -> bool:
+    """Return whether ``text`` is a digest in full: what an index from elsewhere calls one may be a path."""
+    return ":" in text and _DIGEST.fullmatch(text) is not None
+
+
+def split_digest(digest: Digest) -> tuple[str, str]:
+    """Return a digest's algorithm and its hexadecimal part."""
+    algorithm, _, encoded = digest.partition(":")
+    return algorithm, encoded
+
+
+def digest_of(data: bytes, like: Digest | None = None) -> Digest:
+    """Return content's digest, by the algorithm of another one; by sha256 unless that is given."""
+    algorithm = split_digest(like)[0] if like else "sha256"
+    return Digest(f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")

@@ -1,0 +1,260 @@
+"""Change the schema of a cache: prepare, upgrade, downgrade, back up, backfill."""
+
+from __future__ import annotations
+
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from sqlalchemy import Connection, delete, select, update
+from sqlalchemy.exc import IntegrityError
+
+from cachedb.arguments import check_functions
+from cachedb.content import describe
+from cachedb.disk import single_flight
+from cachedb.errors import (
+    CacheError,
+    SchemaMismatch,
+    StorageError,
+    callers_own,
+    os_errors,
+)
+from cachedb.index import descriptions
+from cachedb.index.sqlite import backups
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.revision import mismatch
+from cachedb.index.tables import BACKFILLS, IMAGES, REVISION
+from cachedb.oci.digests import Digest
+from cachedb.oci.names import Name
+
+if TYPE_CHECKING:
+    pass
+from cachedb.index.schema import (
+    BACKFILLS_OF_THIS_RELEASE,
+    Progress,
+    check_existing,
+    check_known,
+    migrate,
+    pending_backfills,
+    report_stage,
+    resolve_revision,
+)
+
+__all__ = ["Change", "Unread", "back_up", "backfill", "downgrade", "prepare", "upgrade"]
+
+
+# A transaction has as many images as take a few hundredths of a second of the write lock.
+_BATCH = 50  # images
+_BATCH_SIZE = 1024 * 1024  # bytes of configs
+
+
+class Unread(NamedTuple):
+    """A config that could not be read for the columns of a newer schema."""
+
+    name: Name  # of the image
+    digest: Digest  # of the config
+    detail: str
+
+
+class Change(NamedTuple):
+    """What an upgrade or a downgrade has done."""
+
+    before: str | None
+    after: str
+    backup: Path | None  # of the index as it was; None if nothing was changed
+    unread: list[Unread]
+
+
+def prepare(database: Database, *, upgrade: bool = False) -> None:
+    """Make the cache directory ready for work: create what is not there, at the newest schema.
+
+    Args:
+        database: of the directory.
+        upgrade: bring an older schema to the newest.
+
+    Raises:
+        NotACache: if the directory is something else.
+        DamagedIndex: if it has blobs, and no index or a damaged one.
+        SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false.
+    """
+    revision = database.prepare()
+    if revision == REVISION:
+        if upgrade and not database.read_only:
+            backfill(database)
+        return
+    if revision is not None and revision > REVISION:
+        with database.read():  # it says whether it is too new
+            return
+    if revision is not None and not upgrade:
+        raise mismatch(database.directory, revision)
+
+    def find() -> str | None:
+        found = database.revision()
+        return found if found == REVISION else None
+
+    # Of many that come at once the first does it, and the others hold up nobody who writes by then.
+    with single_flight.once(database.directory, "schema", find, seconds=database.wait_seconds) as found:
+        if found is None:
+            migrate(database)
+    if upgrade:
+        backfill(database)
+
+
+def upgrade(directory: Path, revision: str = "head", *, progress: Progress | None = None) -> Change:
+    """Bring a cache to a newer schema, also while other processes use it.
+
+    A backup of the index is made first. All migrations are one transaction; then, in batches beside the other
+    processes, what they need to know of images that are there is read from their configs. An upgrade that was cut off
+    there goes on with the next one.
+
+    Args:
+        directory: of the cache; there must be one.
+        revision: to come to; ``head`` is the newest.
+        progress: is told what is being done.
+
+    Raises:
+        NotInCache: if there is no cache.
+        InvalidRevision: if there is no such revision.
+        SchemaMismatch: if the cache has a newer one.
+        StorageError: if the disk is too full, before anything is changed.
+    """
+    check_functions(progress=progress)
+    progress = progress and callers_own(progress)
+    with closing(check_existing(directory)) as database:
+        target = resolve_revision(revision)
+        found = check_known(database, database.revision())
+        if found > target:
+            raise SchemaMismatch(
+                f"the cache has schema {found}, which is newer than {target}"
+                + ("; use a newer release of cachedb" if found > REVISION else f": use `cachedb db downgrade {target}`")
+            )
+        before, backup = migrate(database, target, progress)
+        return Change(before, target, backup, backfill(database, progress) if target == REVISION else [])
+
+
+def downgrade(directory: Path, revision: str, *, progress: Progress | None = None) -> Change:
+    """Take a cache back to an older schema, for an older release; this one will not work with it then.
+
+    Args:
+        directory: of the cache.
+        revision: to come to; ``-1`` is the one before the cache's.
+        progress: is told what is being done.
+
+    Raises:
+        NotInCache: if there is no cache.
+        InvalidRevision: if there is no such revision.
+        SchemaMismatch: if the cache has an older one, or one that this release does not know.
+        StorageError: if the disk is too full, before anything is changed.
+    """
+    check_functions(progress=progress)
+    progress = progress and callers_own(progress)
+    with closing(check_existing(directory)) as database:
+        found = check_known(database, database.revision())
+        if found > REVISION:
+            raise mismatch(database.directory, found)
+        target = resolve_revision(revision, found)
+        if found < target:
+            raise SchemaMismatch(
+                f"the cache has schema {found}, older than {target}: use `cachedb db upgrade {target}`"
+            )
+        before, backup = migrate(database, target, progress, down=True)
+        return Change(before, target, backup, [])
+
+
+def back_up(directory: Path, file: Path | None = None, *, progress: Progress | None = None) -> Path:
+    """Make a copy of the index, also while other processes write to it; what it has is of one moment.
+
+    Args:
+        directory: of the cache.
+        file: where to; by default a new one in ``backups/``, which is kept until a person deletes it.
+        progress: is told how far it is, in bytes.
+
+    Returns:
+        Where the copy is.
+
+    Raises:
+        NotInCache: if there is no cache.
+        CacheError: if the file is there already, or its folder is not, or is one of the cache's and not ``backups/``.
+        StorageError: if it cannot be written.
+    """
+    check_functions(progress=progress)
+    progress = progress and callers_own(progress)
+    with closing(check_existing(directory)) as database:
+        if file is not None:
+            file = file.absolute()
+            _check_place(database.directory, file)
+        revision = str(database.revision())
+        return backups.back_up(database, revision, path=file, progress=report_stage("backing up", progress))
+
+
+def _check_place(directory: Path, file: Path) -> None:
+    with os_errors("make a backup of the index"):
+        with suppress(FileNotFoundError):
+            file.lstat()
+            raise CacheError(f"{str(file)!r} exists: name another file")
+        if not file.parent.exists():
+            raise CacheError(f"there is no folder for {str(file)!r}: make {str(file.parent)!r} first")
+        folder, cache = file.parent.resolve(), directory.resolve()
+        if folder.is_relative_to(cache) and folder != (cache / "backups").resolve():
+            raise CacheError(f"{str(file)!r} is inside the cache: name a file elsewhere, or in its folder backups/")
+
+
+def backfill(database: Database, progress: Progress | None = None) -> list[Unread]:
+    """Do what the migrations have left to be done in batches; return the configs that could not be read."""
+    try:
+        return _read_configs(database, progress)
+    except IntegrityError as error:
+        raise StorageError(
+            f"the schema is {REVISION}, but not all configs are read, for SQLite refused a row: {error.orig}; "
+            "`cachedb db upgrade` goes on with them"
+        ) from error
+
+
+def _read_configs(database: Database, progress: Progress | None) -> list[Unread]:
+    """Read the configs of the images that were there before, beside other processes, from where it was left.
+
+    They are read without the write lock. What an image has by the time that the lock is there is looked at under it.
+    """
+    unread: list[Unread] = []
+    with database.read() as connection:
+        total = pending_backfills(connection)
+    done, finished = 0, False
+    while not finished:
+        with database.read() as connection:
+            begin = descriptions.backfilled(connection)
+            if begin is None:
+                break  # maybe another process came to the end of it
+            last, digests = _next_batch(connection, begin)
+        known = describe.read_ahead(database.directory, digests)
+        with database.write() as connection:
+            if descriptions.backfilled(connection) != begin:
+                continue  # another process has done these
+            query = select(IMAGES.c.id, IMAGES.c.repository, IMAGES.c.reference).where(
+                IMAGES.c.id > begin, IMAGES.c.id <= last
+            )
+            rows = connection.execute(query.order_by(IMAGES.c.id)).all()
+            for image_id, repository, reference in rows:
+                for digest, detail in describe.describe(connection, database.directory, image_id, known):
+                    unread.append(Unread(Name(repository, reference), digest, detail))
+            connection.execute(update(BACKFILLS).where(BACKFILLS_OF_THIS_RELEASE).values(image_id=last))
+            finished = last == begin and not pending_backfills(connection)
+            if finished:
+                connection.execute(delete(BACKFILLS).where(BACKFILLS_OF_THIS_RELEASE))
+        done += len(rows)
+        if progress:
+            progress("reading configs", done, max(done, total))
+    return unread
+
+
+def _next_batch(connection: Connection, begin: int) -> tuple[int, set[Digest]]:
+    """Return the last of the images that are next, or ``begin`` if there are none, and what configs they have."""
+    query = select(IMAGES.c.id).where(IMAGES.c.id > begin).order_by(IMAGES.c.id).limit(_BATCH)
+    last, digests, size = begin, set[Digest](), 0
+    for image_id in connection.execute(query).scalars().all():
+        found = describe.stored(connection, image_id)
+        size += sum(found.values())
+        if size > _BATCH_SIZE and last > begin:
+            break
+        last = image_id
+        digests.update(found)
+    return last, digests

@@ -1,0 +1,233 @@
+"""Lay out blobs, images and repositories as rectangles for the HTML page."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from sqlalchemy import Connection
+
+from cachedb.text import cut, short
+
+if TYPE_CHECKING:
+    pass
+from cachedb.reports.words import Row, clean_text, fetch_rows, format_age, format_command, format_count
+
+__all__ = ["lay_out_treemap"]
+
+
+_TILES: Final = 2000  # a rectangle of the treemap has at least this part of it, or is drawn with others
+
+_WIDTH, _HEIGHT = 1200.0, 620.0  # px, about what the treemap has on a screen; it is drawn in percents
+
+
+# The treemap
+
+
+class Box(NamedTuple):
+    """A place in a rectangle."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+_WHOLE: Final = Box(0, 0, 100, 100)
+
+
+@dataclass
+class Tile:
+    """A rectangle of the treemap, with what is drawn in it; its area is its bytes."""
+
+    name: str
+    size: int
+    kind: str  # its colour
+    detail: str = ""
+    inside: list[Tile] = field(default_factory=list)
+    percent: Box = _WHOLE  # of the tile that it is in
+    label: str = ""  # as much of the name as there is room for
+    depth: int = 0
+    drawn: bool = True
+
+
+def squarify(sizes: Sequence[int], width: float, height: float) -> list[Box]:
+    """Divide a rectangle among sizes, all positive and the largest first, into areas that are as square as may be.
+
+    Rows are laid along the shorter side of what is left. A row takes sizes for as long as that makes its worst
+    box no longer than it was (Bruls, Huizing and van Wijk: Squarified Treemaps).
+    """
+    boxes: list[Box] = []
+    left, x, y = sum(sizes), 0.0, 0.0
+    while len(boxes) < len(sizes):
+        first = len(boxes)
+        wide = width >= height
+        side, depth = (height, width) if wide else (width, height)
+        row, end, worst = 0, first, math.inf
+        while end < len(sizes):
+            thick, length = depth * (row + sizes[end]) / left, side / (row + sizes[end])
+            ratio = max(length * sizes[first] / thick, thick / (length * sizes[end]))
+            if ratio > worst:
+                break
+            row, end, worst = row + sizes[end], end + 1, ratio
+        thick = depth * row / left
+        done = 0
+        for size in sizes[first:end]:
+            start, length = side * done / row, side * size / row
+            boxes.append(Box(x, y + start, thick, length) if wide else Box(x + start, y, length, thick))
+            done += size
+        left -= row
+        if wide:
+            x, width = x + thick, width - thick
+        else:
+            y, height = y + thick, height - thick
+    return boxes
+
+
+def lay_out_treemap(
+    connection: Connection, totals: dict[str, int], repositories: Sequence[Row], ages: Sequence[Row], now: datetime
+) -> list[Tile]:
+    """Return what is stored, each byte once: repositories with their images and layers, and what belongs to several.
+
+    A repository has what no other has, an image what no other image has: as the views count.
+    """
+    # What is smaller is not read but is the rest of what it is in: so this is quick with millions of blobs.
+    least = max(1, totals["stored"] // _TILES)
+    blobs = _blob_tiles(connection, least)
+    images = _image_tiles(connection, blobs, ages, least, now)
+    small = [row.unique_size for row in repositories if row.unique_size < least]
+    in_several = totals["unique"] + totals["shared"] - sum(row.unique_size for row in repositories)
+    others = [
+        Tile(format_count(len(small), "smaller repository", "smaller repositories"), sum(small), "rest"),
+        Tile("shared by several repositories", in_several, "shared", "each byte once", blobs[("shared",)]),
+        Tile("garbage", totals["garbage"], "garbage", "`cachedb gc` frees it", blobs[("garbage",)]),
+        Tile("held, in no image", totals["held"], "held", "by a hold, or a process at work", blobs[("held",)]),
+    ]
+    for tile in others:
+        _add_rest(tile, "smaller layers, configs and manifests", tile.kind)
+    tiles = _repository_tiles(repositories, blobs, images, ages, least)
+    tiles += [tile for tile in others if tile.size]
+    _lay_out(tiles, _WIDTH, _HEIGHT, _WIDTH * _HEIGHT / max(1, totals["stored"]), 1)
+    return tiles
+
+
+def _blob_tiles(connection: Connection, least: int) -> dict[tuple[str, ...], list[Tile]]:
+    """Return the blobs of at least a size, by what they are in: the kind of that, and the name where it has one."""
+    rows = fetch_rows(
+        connection,
+        """
+        SELECT b.digest, b.size, count(DISTINCT i.id) AS images, count(DISTINCT i.repository) AS repositories,
+            min(i.repository) AS repository, min(i.reference) AS reference, min(o.role) AS role,
+            substr(min(o.created_by), 1, 200) AS created_by, max(CASE WHEN l.digest IS NULL THEN 0 ELSE 1 END) AS held
+        FROM blobs AS b LEFT JOIN image_blobs AS o ON o.blob_id = b.id LEFT JOIN images AS i ON i.id = o.image_id
+            LEFT JOIN (SELECT DISTINCT digest FROM leases) AS l ON l.digest = b.digest
+        WHERE b.stored_at IS NOT NULL AND b.size >= :least
+        GROUP BY b.id, b.digest, b.size
+        """,
+        least=least,
+    )
+    found: dict[tuple[str, ...], list[Tile]] = defaultdict(list)
+    for blob in rows:
+        place: tuple[str, ...]
+        if blob.images == 1:
+            place = "image", blob.repository, blob.reference
+        elif blob.repositories == 1:
+            place = "inner", blob.repository
+        elif blob.images:
+            place = ("shared",)
+        else:
+            place = ("held" if blob.held else "garbage",)
+        where = f"in {blob.images:,} images" if blob.images > 1 else ""
+        if blob.repositories > 1:
+            where += f" of {blob.repositories:,} repositories"
+        detail = "\n".join(filter(None, (clean_text(blob.created_by or ""), blob.digest, where)))
+        name = format_command(blob.created_by) or blob.role or short(blob.digest)
+        found[place].append(Tile(name, blob.size, place[0], detail))
+    return found
+
+
+def _image_tiles(
+    connection: Connection,
+    blobs: dict[tuple[str, ...], list[Tile]],
+    ages: Sequence[Row],
+    least: int,
+    now: datetime,
+) -> dict[str, list[Tile]]:
+    """Return the images with what no other image has, by their repositories; in the colours of their ages."""
+    found: dict[str, list[Tile]] = defaultdict(list)
+    for image in fetch_rows(
+        connection,
+        "SELECT name, repository, reference, unique_size, last_used_at FROM image_usage WHERE unique_size >= :least",
+        least=least,
+    ):
+        kind = f"age{format_age(image.last_used_at, now)}"
+        detail = f"{clean_text(image.name)}\nonly in this image\nlast used {image.last_used_at[:10]}"
+        layers = blobs["image", image.repository, image.reference]
+        tile = Tile(clean_text(image.reference), image.unique_size, kind, detail, layers)
+        for layer in tile.inside:
+            layer.kind = kind
+        _add_rest(tile, "smaller layers, configs and manifests", kind)
+        found[image.repository].append(tile)
+    for age in ages:
+        kind = f"age{age.age}"
+        drawn = [tile for tile in found[age.repository] if tile.kind == kind]
+        # Many small images together still show how long ago they were used.
+        if (rest := age.unique_size - sum(tile.size for tile in drawn)) >= max(1, least // 4):
+            found[age.repository].append(Tile(format_count(age.images - len(drawn), "smaller image"), rest, kind))
+    return found
+
+
+def _repository_tiles(
+    repositories: Sequence[Row],
+    blobs: dict[tuple[str, ...], list[Tile]],
+    images: dict[str, list[Tile]],
+    ages: Sequence[Row],
+    least: int,
+) -> list[Tile]:
+    """Return the repositories of at least a size, with their images and what several of those share."""
+    inner = {row.repository: row.unique_size for row in repositories}
+    for age in ages:
+        inner[age.repository] -= age.unique_size
+    tiles: list[Tile] = []
+    for repository in repositories:
+        name = repository.repository
+        if repository.unique_size < least:
+            continue  # one tile has all of these
+        inside = images[name]
+        if inner[name] >= max(1, least // 4):
+            detail = "by images of this repository"
+            shared = Tile("shared in it", inner[name], "inner", detail, blobs["inner", name])
+            _add_rest(shared, "smaller layers", "inner")
+            inside.append(shared)
+        detail = f"{format_count(repository.images, 'image')}; not in other repositories"
+        tile = Tile(clean_text(name), repository.unique_size, "repository", detail, inside)
+        _add_rest(tile, "smaller images", "rest")
+        tiles.append(tile)
+    return tiles
+
+
+def _add_rest(tile: Tile, name: str, kind: str) -> None:
+    """Put what is not drawn for itself into one tile, if anything else is in it."""
+    rest = tile.size - sum(inside.size for inside in tile.inside)
+    if tile.inside and rest > 0:
+        tile.inside.append(Tile(name, rest, kind))
+
+
+def _lay_out(tiles: list[Tile], width: float, height: float, scale: float, depth: int) -> None:
+    """Give tiles their places, and labels where there is room: at the top, at the bottom, and between these."""
+    tiles.sort(key=lambda tile: (-tile.size, tile.name))
+    for tile, box in zip(tiles, squarify([tile.size for tile in tiles], width, height), strict=True):
+        tile.depth = depth
+        across, down = 100 / width, 100 / height
+        tile.percent = Box(box.x * across, box.y * down, box.width * across, box.height * down)
+        # Less than a pixel is seen as the colour behind it, which is that of what it is in.
+        tile.drawn = depth == 1 or tile.size * scale >= 1
+        letters = int((box.width - 12) / (8 if depth == 1 else 6.6))
+        needed = (22, 22 if box.y > 20 else 40, 60)[depth - 1]
+        if letters >= min(len(tile.name), 6) and box.height >= needed:
+            tile.label = cut(tile.name, letters)
+        _lay_out(tile.inside, box.width, box.height, scale, depth + 1)

@@ -1,0 +1,87 @@
+"""Read a docker-archive: https://github.com/moby/docker-image-spec"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cachedb import oci
+from cachedb.errors import CacheError, DigestMismatch, InvalidArchive
+from cachedb.oci.digests import Digest, digest_of, parse_digest, split_digest
+from cachedb.oci.manifests import load_json
+from cachedb.text import shorten
+from cachedb.transports.archive.compression import MAGIC_LENGTH, compression_of
+from cachedb.transports.archive.files import Files, Section
+from cachedb.transports.archive.model import ArchivedBlob, ArchivedImage, check_number, read_document, read_small
+
+__all__ = ["read_docker", "read_entries", "repo_tags"]
+
+
+# The docker side: manifest.json of `docker save`.
+
+
+def read_entries(section: Section) -> list[dict[str, Any]]:
+    entries = read_document(section, "manifest.json")
+    if not isinstance(entries, list) or not entries:
+        raise InvalidArchive("manifest.json is not a list of images")
+    check_number(entries)
+    for entry in entries:
+        if isinstance(entry, dict) and "Layers" in entry and entry["Layers"] is None:
+            entry["Layers"] = []  # Docker writes null for an image without layers
+        layers = entry.get("Layers") if isinstance(entry, dict) else None
+        texts = [entry.get("Config"), *layers] if isinstance(layers, list) else [None]
+        tags = (entry.get("RepoTags") or []) if isinstance(entry, dict) else None
+        if not isinstance(tags, list) or not all(isinstance(text, str) for text in texts):
+            raise InvalidArchive("manifest.json has an entry without Config, Layers or RepoTags as they should be")
+    return entries
+
+
+def _required(files: Files, name: str) -> Section:
+    section = files.find(name)
+    if section is None:
+        raise InvalidArchive(f"{shorten(name)} is named in manifest.json, and not in the archive")
+    return section
+
+
+def repo_tags(files: Files, section: Section) -> dict[Digest, list[object]]:
+    """Return the names in manifest.json, as the person gave them, by the digest of the config.
+
+    Docker's index.json has them with its registry put in front.
+    """
+    tags: dict[Digest, list[object]] = {}
+    for entry in read_entries(section):
+        config = read_small(_required(files, entry["Config"]), "the config", InvalidArchive)
+        tags.setdefault(digest_of(config), []).extend(entry.get("RepoTags") or [])
+    return tags
+
+
+def read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
+    section = _required(files, entry["Config"])
+    data = read_small(section, "the config", InvalidArchive)
+    config = load_json(data, "the config", InvalidArchive)
+    rootfs = config.get("rootfs") if isinstance(config, dict) else None
+    diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    if diff_ids is None and not entry["Layers"]:
+        diff_ids = []
+    if not isinstance(diff_ids, list) or len(diff_ids) != len(entry["Layers"]):
+        raise InvalidArchive("the config names another number of layers (rootfs.diff_ids) than manifest.json")
+    digest = digest_of(data)
+    # Docker names the config's file by its digest; what it says must hold.
+    stem = entry["Config"].rpartition("/")[2].removesuffix(".json").removeprefix("sha256:")
+    if len(stem) == 64 and set(stem) <= set("0123456789abcdef") and stem != split_digest(digest)[1]:
+        raise DigestMismatch(f"the config {shorten(entry['Config'])} has digest {digest}")
+    blobs = [ArchivedBlob(section, "the config", len(data), digest, oci.OCI_CONFIG)]
+    for name, diff_id in zip(entry["Layers"], diff_ids, strict=True):
+        try:
+            expected = parse_digest(diff_id)
+        except CacheError as error:
+            raise InvalidArchive(f"the config's diff id {error}") from error
+        layer, what = _required(files, name), f"layer {shorten(name)}"
+        compression = compression_of(layer.head(MAGIC_LENGTH))
+        if compression is None:
+            blobs.append(ArchivedBlob(layer, what, layer.size, expected, oci.OCI_LAYER))
+        elif compression in ("gzip", "zstd"):
+            media_type = f"{oci.OCI_LAYER}+{compression}"
+            blobs.append(ArchivedBlob(layer, what, layer.size, None, media_type, (compression, expected)))
+        else:
+            raise InvalidArchive(f"{what} is compressed with {compression}, which no media type of a layer names")
+    return ArchivedImage([], None, blobs)

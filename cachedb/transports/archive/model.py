@@ -1,0 +1,124 @@
+"""An image in an archive, whatever the archive's format."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+from cachedb import oci
+from cachedb.errors import CacheError, DigestMismatch, InvalidArchive
+from cachedb.oci.digests import Digest, split_digest
+from cachedb.oci.manifests import Descriptor, load_json
+from cachedb.oci.names import Name
+from cachedb.transports.archive.compression import Decompressor
+from cachedb.transports.archive.files import Section, UnpackLimit
+
+__all__ = [
+    "CONTAINERD_NAME",
+    "REF_NAME",
+    "ArchivedBlob",
+    "ArchivedImage",
+    "DiffId",
+    "Found",
+    "check_number",
+    "check_rows",
+    "layout_path",
+    "read_document",
+    "read_small",
+]
+
+
+REF_NAME = "org.opencontainers.image.ref.name"  # image specification, annotations.md
+CONTAINERD_NAME = "io.containerd.image.name"  # containerd's and Docker's: the full name
+
+_ROWS_LIMIT = 100_000  # blobs in an archive's images, counted once for each name that an image has
+_IMAGES_LIMIT = 1000
+
+
+class DiffId:
+    """Computes a compressed layer's diff id as its bytes pass: the digest of what they hold (config.md)."""
+
+    def __init__(self, compression: str, expected: Digest, what: str, limit: UnpackLimit) -> None:
+        self._decompressor = Decompressor(compression)
+        self._hasher = hashlib.new(split_digest(expected)[0])
+        self._expected, self._what, self._limit = expected, what, limit
+
+    def update(self, data: memoryview, /) -> None:
+        """Take the next compressed bytes."""
+        for part in self._decompressor.feed(data):
+            self._limit.add(len(part))
+            self._hasher.update(part)
+
+    def check(self) -> None:
+        """Raise `DigestMismatch` if the layer is not the one that the config names."""
+        if not self._decompressor.ended:
+            raise InvalidArchive(f"{self._what} is cut short")
+        if f"{self._hasher.name}:{self._hasher.hexdigest()}" != self._expected:
+            raise DigestMismatch(f"{self._what} does not hold what the config says, {self._expected}")
+
+
+class ArchivedBlob(NamedTuple):
+    """A blob in an archive."""
+
+    section: Section
+    what: str  # how to call it in an error
+    size: int  # bytes it must have
+    digest: Digest | None  # that it must have; None for a compressed layer of a docker-archive
+    media_type: str
+    diff_id: tuple[str, Digest] | None = None  # a compressed layer's compression and diff id
+
+    @property
+    def key(self) -> object:
+        """What is the same for the same content."""
+        return self.digest or self.section.place
+
+
+class ArchivedImage(NamedTuple):
+    """An image in an archive."""
+
+    names: list[Name]
+    root: Descriptor | None  # the manifest or index; None in a docker-archive, which has none
+    blobs: list[ArchivedBlob]  # the closure; of a docker-archive the config, then the layers
+
+    @property
+    def identity(self) -> object:
+        """What is the same for the same image: the manifest's digest; where there is none, all blobs."""
+        return self.root.digest if self.root else tuple(blob.key for blob in self.blobs)
+
+    def manifest(self, digests: list[Digest]) -> bytes:
+        """Make the manifest that a docker-archive lacks, from its blobs' digests."""
+        config, *layers = (
+            Descriptor(digest, blob.size, blob.media_type, "layer")
+            for blob, digest in zip(self.blobs, digests, strict=True)
+        )
+        return oci.build_manifest(config, layers)
+
+
+def layout_path(digest: Digest) -> str:
+    """Return where a blob lies in an image layout (image-layout.md, "Blobs")."""
+    algorithm, encoded = split_digest(digest)
+    return f"blobs/{algorithm}/{encoded}"
+
+
+def check_rows(count: int) -> None:
+    if count > _ROWS_LIMIT:
+        raise InvalidArchive(f"the images in the archive have more than {_ROWS_LIMIT} blobs")
+
+
+def check_number(images: list[Any]) -> None:
+    if len(images) > _IMAGES_LIMIT:
+        raise InvalidArchive(f"the archive holds {len(images)} images; more than {_IMAGES_LIMIT} are refused")
+
+
+Found = tuple[list[object], ArchivedImage]
+"""An image with the names it is given in the archive, as they stand there."""
+
+
+def read_document(section: Section, what: str, error: type[CacheError] = InvalidArchive) -> Any:  # noqa: ANN401
+    return load_json(read_small(section, what, error), what, error)
+
+
+def read_small(section: Section, what: str, error: type[CacheError]) -> bytes:
+    if section.size > oci.DOCUMENT_LIMIT:
+        raise error(f"{what} is {section.size} bytes; more than {oci.DOCUMENT_LIMIT} are refused")
+    return section.head(section.size)

@@ -1,0 +1,314 @@
+"""A cache whose index is one index.json, as a source of images."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from cachedb import oci
+from cachedb.content.save import NewImage
+from cachedb.disk import layout, reader, writer
+from cachedb.disk.folders import Folders
+from cachedb.disk.layout import blob_file
+from cachedb.errors import (
+    CacheError,
+    DigestMismatch,
+    InvalidDigest,
+    InvalidManifest,
+    InvalidName,
+    NotACache,
+    StorageError,
+    explain,
+    ignore_os_errors,
+    is_callers,
+    os_errors,
+)
+from cachedb.oci.digests import Digest, digest_of, parse_digest
+from cachedb.oci.manifests import DOCUMENT_LIMIT, Descriptor
+from cachedb.oci.names import Name
+from cachedb.text import shorten
+
+__all__ = [
+    "KINDS",
+    "LeftOut",
+    "OldBlobs",
+    "OldCache",
+    "OldImage",
+    "UnreadableEntry",
+    "is_good",
+    "open_bounded",
+    "read_blobs",
+    "role_and_media_type",
+]
+
+
+KINDS = ("name", "manifest", "missing", "corrupt", "unreadable", "exists", "stray")
+"""What is left out: a file in ``manifests/`` whose path is no name; a manifest that is none; an image lacks a manifest
+or blob that is not there; content has another digest than it should; a file cannot be read; the name is another
+image's in this cache; what lies in ``blobs/`` is no blob."""
+_INDEX_LIMIT = 1024**3  # bytes
+
+
+class LeftOut(NamedTuple):
+    """Something that could not be taken over."""
+
+    kind: str  # one of KINDS
+    name: str | None  # of the image that is not there for it, or is incomplete
+    digest: Digest | None  # of the blob, where it is about one
+    path: Path | None  # of the file, where there is one
+    detail: str
+
+
+class UnreadableEntry(CacheError):
+    """A file of the other cache cannot be read."""
+
+
+class OldCache:
+    """The other cache: what lies in its folders, and what its index says."""
+
+    def __init__(self, directory: Path, ours: Path) -> None:
+        self.directory = directory
+        if not any((directory / name).exists() for name in ("manifests", "blobs", "index.json")):
+            raise NotACache(f"{str(directory)!r} has no manifests, blobs or index.json: there is nothing to adopt")
+        if (directory / "index.db").exists() or directory.resolve() == ours.resolve():
+            raise NotACache(f"{str(directory)!r} is a cache of this kind already: use it with --dir")
+        if (directory / "oci-layout").exists():
+            raise NotACache(f"{str(directory)!r} is an OCI image layout: use `cachedb import`")
+        self.left_out: list[LeftOut] = []
+        self.damage: str | None = None
+        self.entries = self._read_index()
+        self.blobs, strays = layout.on_disk(directory) if (directory / "blobs").exists() else ({}, [])
+        self.left_out += [LeftOut("stray", None, None, path, "it is no blob") for path in strays]
+        self.paths = {digest: blob_file(directory, digest) for digest in self.blobs}
+        self.manifests = dict(self._find_manifests())
+        for name, entry in self.entries.items():
+            if name not in self.manifests and (path := self._inside(entry.get("manifest_path"))):
+                self.manifests[name] = path
+            for digest, said in read_blobs(entry).items():
+                if digest not in self.paths and (path := self._inside(said.get("path"))):
+                    self.paths[digest] = str(path)
+
+    def _read_index(self) -> dict[Name, dict[str, Any]]:
+        """Return the index's entries by name; where it is damaged, none."""
+        path = self.directory / "index.json"
+        try:
+            document = json.loads(_read(path, _INDEX_LIMIT))
+        except (CacheError, ValueError, RecursionError) as error:
+            self.damage = str(error)
+            return {}
+        if not isinstance(document, dict):
+            self.damage = "it is not a JSON object"
+            return {}
+        entries = {}
+        for key, value in document.items():
+            entry = value if isinstance(value, dict) else {}
+            repository, _, reference = key.rpartition("/")
+            try:
+                name = _name(entry.get("repository", repository), entry.get("reference", reference))
+            except InvalidName as error:
+                self.left_out.append(LeftOut("name", key, None, path, str(error)))
+            else:
+                entries[name] = entry
+        return entries
+
+    def _find_manifests(self) -> Iterator[tuple[Name, Path]]:
+        top = self.directory / "manifests"
+
+        def leave(kind: str, path: Path, detail: str) -> None:
+            self.left_out.append(LeftOut(kind, path.relative_to(top).as_posix(), None, path, detail))
+
+        def failed(error: OSError) -> None:
+            if top.exists():
+                leave("unreadable", Path(error.filename), explain(error))
+
+        for folder, folders, files in os.walk(top, onerror=failed):
+            folders.sort()
+            for path in (path for name in folders if (path := Path(folder, name)).is_symlink()):
+                leave("stray", path, "it is a link, which is not followed")
+            for path in (Path(folder, name) for name in sorted(files)):
+                try:
+                    yield _name(path.parent.relative_to(top).as_posix(), path.name), path
+                except InvalidName as error:
+                    leave("name", path, str(error))
+
+    def _inside(self, said: object) -> Path | None:
+        """Return the file that is meant by a path, absolute or relative to where its writer ran, if it is in DIR."""
+        if not isinstance(said, str) or "\0" in said:
+            return None
+        parts = PurePosixPath(said).parts
+        tails = [parts[parts.index(top) :] for top in ("manifests", "blobs") if top in parts]
+        for path in (self.directory.parent / said, *(self.directory.joinpath(*tail) for tail in tails)):
+            with ignore_os_errors():
+                inside = path.resolve().is_relative_to(self.directory.resolve())
+                if inside and stat.S_ISREG(path.lstat().st_mode):
+                    return path
+        return None
+
+    def check_ours(self) -> None:
+        """Refuse to take away from a directory that may be something else, which has blobs as well.
+
+        Raises:
+            NotACache: if neither a manifest nor an entry of the index says that it is such a cache.
+            NotOurs: if it is another user's, or a folder in it leads elsewhere.
+        """
+        if self.paths and not self.manifests and not self.entries:
+            raise NotACache(
+                f"{str(self.directory)!r} has neither manifests nor a readable index.json, so nothing is moved out of "
+                "it: adopt it without --move"
+            )
+        with os_errors("open the cache to adopt"):
+            self._folders = Folders(self.directory)
+            self._folders.check_owner()
+            for name in ("blobs", "manifests"):
+                with suppress(FileNotFoundError), self._folders.open(name):
+                    pass
+
+    def remove(self, path: str | Path) -> None:
+        """Unlink a file of the cache, after `check_ours`."""
+        self._folders.remove(str(Path(path).resolve().relative_to(self.directory.resolve())))
+
+    @cached_property
+    def _manifests_by_digest(self) -> dict[Digest, Path]:
+        found = {}
+        for path in self.manifests.values():
+            with suppress(CacheError):
+                found[digest_of(_read(path))] = path
+        return found
+
+    def child(self, blob: Descriptor) -> bytes | None:
+        """Return what a child of an index has, if it is there and good; it may lie among the manifests only."""
+        path = self.paths.get(blob.digest) or self._manifests_by_digest.get(blob.digest)
+        if path is None:
+            return None
+        self.paths[blob.digest] = str(path)
+        with suppress(CacheError):
+            data = _read(path)
+            if digest_of(data, blob.digest) == blob.digest:
+                oci.descriptors(data, oci.manifest_media_type(data, blob.media_type))
+                return data
+        return None
+
+    def image(self, name: Name) -> OldImage:
+        """Return an image, with as much of its closure as is known.
+
+        Raises:
+            _Unreadable: if its manifest cannot be read.
+            DigestMismatch: if the name is by another digest.
+            InvalidManifest: if it is no manifest.
+        """
+        data = _read(self.manifests[name])
+        digest = digest_of(data, name.digest)
+        if name.digest not in (None, digest):
+            raise DigestMismatch(f"the manifest should have digest {name.digest}, and has {digest}")
+        media_type = oci.manifest_media_type(data)
+        root = oci.root(digest, len(data), media_type)
+        closure = list(oci.walk(root, lambda blob: data if blob is root else self.child(blob)))
+        attached = read_blobs(self.entries.get(name, {}))
+        for blob in closure:
+            attached.pop(blob.digest, None)
+        wanted = dict.fromkeys([*(blob.digest for blob in closure if blob.digest != digest), *attached])
+        return OldImage(name, data, digest, media_type, closure, list(wanted), attached)
+
+
+class OldImage(NamedTuple):
+    """An image of the other cache."""
+
+    name: Name
+    manifest: bytes
+    digest: Digest
+    media_type: str
+    closure: list[Descriptor]
+    wanted: list[Digest]  # the blobs of it, but for the manifest
+    attached: dict[Digest, dict[str, Any]]  # those of them that no manifest names, as the index has them
+
+    def as_new(self) -> NewImage:
+        """Return it as it is saved. How far an index reaches depends on which of its children are brought."""
+        contents = self.closure if oci.role_of(self.media_type) == "manifest" else None
+        return NewImage(self.name, self.digest, self.media_type, contents)
+
+
+class OldBlobs:
+    """A file of the other cache that is being read."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill the front of the buffer and return how many bytes there were; 0 is the end."""
+        with _reading():
+            return os.readv(self._file, [buffer])
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if is_callers(error):
+            raise
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise StorageError(f"cannot read the cache to adopt: {explain(error)}") from error
+        raise UnreadableEntry(explain(error)) from error
+
+
+@contextmanager
+def open_bounded(path: Path | str) -> Iterator[int]:
+    """Open a regular file, and no link to one. A fifo must not hold us up."""
+    with _reading():
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise UnreadableEntry("it is no file")
+        yield file
+    finally:
+        os.close(file)
+
+
+def _read(path: Path | str, limit: int = DOCUMENT_LIMIT) -> bytes:
+    """Return what a small file has."""
+    with open_bounded(path) as file:
+        if (size := os.fstat(file).st_size) > limit:
+            raise InvalidManifest(f"it is {size} bytes; more than {limit} are refused")
+        with _reading():
+            return os.pread(file, size, 0)
+
+
+def is_good(directory: Path, digest: Digest) -> bool:
+    """Read a blob of this cache, and say whether it is what its name says."""
+    try:
+        with reader.open_blob(directory, digest) as file, os_errors("read a blob"):
+            writer.receive(file, None, digest=digest)
+    except CacheError:
+        return False
+    return True
+
+
+def _name(repository: object, reference: object) -> Name:
+    if not isinstance(repository, str) or not isinstance(reference, str):
+        raise InvalidName(f"{shorten(repository)} and {shorten(reference)} are no name")
+    return Name.parse(Name(repository, reference))
+
+
+def read_blobs(entry: dict[str, Any]) -> dict[Digest, dict[str, Any]]:
+    """Return the blobs that an entry of the index has, by their digests."""
+    found = {}
+    said = entry.get("blobs")
+    for digest, blob in said.items() if isinstance(said, dict) else ():
+        with suppress(InvalidDigest):
+            found[parse_digest(digest)] = blob if isinstance(blob, dict) else {}
+    return found
+
+
+def role_and_media_type(said: dict[str, Any]) -> tuple[str, str]:
+    """Return what the index says of a blob that no manifest names."""
+    media_type = said.get("media_type") or "application/octet-stream"
+    with suppress(InvalidManifest):
+        return "config" if said.get("is_config") is True else "other", oci.check_media_type(media_type, "a blob")
+    return "other", "application/octet-stream"
