@@ -95,7 +95,7 @@ def _index_bytes(directory: Path) -> int:
 
 def _upgrade(place: Path, images: int) -> tuple[list[list[str]], str]:
     """Return the steps with their seconds, and what is to be said of disk and memory."""
-    from cachedb.operations import upgrade as schema
+    from cachedb.operations import upgrade as operation
     from cachedb.operations.upgrade import back_up
 
     directory = place / "cache"
@@ -121,7 +121,7 @@ def _upgrade(place: Path, images: int) -> tuple[list[list[str]], str]:
     def progress(what: str, _done: int, _total: int) -> None:
         last[what] = time.perf_counter() - began
 
-    all_of_it = cost(lambda: schema.upgrade(directory, progress=progress))
+    all_of_it = cost(lambda: operation.upgrade(directory, progress=progress))
     done.set()
     watcher.join()
     steps = [("VACUUM INTO and fsync, alone", alone.seconds), ("upgrade, all of it", all_of_it.seconds)]

@@ -23,11 +23,9 @@ from cachedb.arguments import (
     check_text,
     check_writable,
 )
-from cachedb.content import collect, publish
-from cachedb.content import save as save_
+from cachedb.content import collect, publish, save
 from cachedb.content.collect import Collected
 from cachedb.content.last_used import Uses
-from cachedb.content.save import attach
 from cachedb.content.session import NO_HOLD, Hold, Session
 from cachedb.disk import reader, single_flight
 from cachedb.disk.folders import Leftover
@@ -53,7 +51,6 @@ from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.oci.digests import Digest, digest_of, parse_digest, split_digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
-from cachedb.operations import upgrade as schema
 from cachedb.progress import Advance, BlobProgress, Progress, summed
 from cachedb.text import shorten
 from cachedb.threads import in_threads
@@ -131,7 +128,7 @@ class Cache:
         upgrade = upgrade or os.environ.get("CACHEDB_AUTO_UPGRADE") == "1"
 
         def prepare() -> list[Leftover]:
-            schema.prepare(database, upgrade=upgrade)
+            prepare_schema(database, upgrade=upgrade)
             if database.read_only:
                 return []
             left = _recover_at_once(database)
@@ -150,7 +147,7 @@ class Cache:
                 database.close()
                 raise
             try:
-                schema.prepare(database, upgrade=upgrade)
+                prepare_schema(database, upgrade=upgrade)
             except BaseException:
                 database.close()
                 raise
@@ -225,10 +222,10 @@ class Cache:
             CacheError: if there is no such group.
             StorageError: if this user does not own the cache, or is no member of the group.
         """
-        from cachedb.operations import share as sharing
+        from cachedb.operations.share import share
 
         check_text(optional=True, group=group)
-        return sharing.share(self._database.folders, group)
+        return share(self._database.folders, group)
 
     @property
     def directory(self) -> Path:
@@ -411,10 +408,10 @@ class Cache:
 
         A process that only reads has no session, and is not among them.
         """
-        from cachedb.reports import sessions as activity
+        from cachedb.reports.sessions import sessions
 
         self._check_open()
-        return activity.sessions(self.directory)
+        return sessions(self.directory)
 
     @contextmanager
     def producing(
@@ -530,7 +527,7 @@ class Cache:
         algorithm = split_digest(parsed.digest)[0] if parsed.digest else "sha256"
         received = publish.receive(self._session, io.BytesIO(manifest), algorithm=algorithm)
         with publish.publish(self._database, self._session, [received]) as connection:
-            image_id = save_.save(connection, self.directory, parsed, received.digest, media_type)
+            image_id = save.save_image(connection, self.directory, parsed, received.digest, media_type)
             info, contents = images.image(connection, self.directory, image_id)
             self._session.release_saved(connection, [blob.digest for blob in contents])
             self._session.expect(blob.digest for blob in contents if not blob.stored)
@@ -594,7 +591,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return save_.platforms(connection, self.directory, images.find(connection, Name.parse(name)).id)
+            return save.platforms(connection, self.directory, images.find(connection, Name.parse(name)).id)
 
     def is_image_complete(self, name: str | Name) -> bool:
         """Say whether an image is in the cache with its manifest and all its blobs; False if it is not there.
@@ -630,7 +627,7 @@ class Cache:
         oci.check_media_type(media_type, "the blob")
         blob = parse_digest(digest)
         with self._database.write() as connection:
-            attach(connection, self.directory, Name.parse(name), blob, role, media_type)
+            save.attach(connection, self.directory, Name.parse(name), blob, role, media_type)
             self._session.release_saved(connection, [blob])
 
     def tag(self, source: str | Name, target: str | Name) -> ImageInfo:
@@ -645,7 +642,7 @@ class Cache:
             InvalidName: if the target is by another digest.
         """
         with self._database.write() as connection:
-            image_id = save_.tag(connection, Name.parse(source), Name.parse(target))
+            image_id = save.tag(connection, Name.parse(source), Name.parse(target))
             return images.image(connection, self.directory, image_id)[0]
 
     def remove_manifest(self, *names: str | Name, dry_run: bool = False) -> Collected:
@@ -1140,15 +1137,15 @@ class Cache:
             self._receive(wanted, hold, received, progress, most, link=link)
             roots.extend(self._root(image, received) for image in found)
 
-        def save(connection: Connection) -> list[ImageInfo]:
+        def save_all(connection: Connection) -> list[ImageInfo]:
             ids = [
-                save_.save(connection, self.directory, name, digest, media_type)
+                save.save_image(connection, self.directory, name, digest, media_type)
                 for image, (digest, media_type) in zip(found, roots, strict=True)
                 for name in image.names
             ]
             return [images.image(connection, self.directory, image_id)[0] for image_id in dict.fromkeys(ids)]
 
-        return publish.bring(self._database, self._session, digests, receive, save)
+        return publish.bring(self._database, self._session, digests, receive, save_all)
 
     def _receive(
         self,

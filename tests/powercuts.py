@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cachedb import Cache
-from cachedb.content import collect as collection
+from cachedb.content import collect as collecting
 from tests import make
 from tests.attack import powercut
 from tests.conftest import files_of, stored_rows
@@ -194,7 +194,7 @@ def prepare_killed(directory: Path) -> None:
     """Be killed, and leave all that an open cleans up: trash, leases, received files, half a publication."""
     prepare_history(directory)
     cache = Cache.open(directory / "cache")
-    collection.empty_trash = lambda database: []
+    collecting.empty_trash = lambda database: []
     cache.remove_manifest("gone:1")
     cache.save_blob(make.digest_of(OTHER), OTHER)
     links, link = 0, os.link

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache, CacheError, InvalidArchive, InvalidManifest, RegistryError, oci
-from cachedb import text as units
+from cachedb import text as plain_text
 from cachedb.cli import output
 from cachedb.content import last_used
 from cachedb.disk import downloads
@@ -289,7 +289,7 @@ def test_a_last_use_is_news_after_five_minutes(cache: Cache, directory: Path, se
     ],
 )  # fmt: skip
 def test_a_size_has_the_unit_in_which_it_is_below_a_thousand(size: int, text: str) -> None:
-    assert units.human(size) == text
+    assert plain_text.human(size) == text
 
 
 @pytest.mark.parametrize(
@@ -303,14 +303,14 @@ def test_a_size_has_the_unit_in_which_it_is_below_a_thousand(size: int, text: st
 )  # fmt: skip
 def test_a_time_is_so_long_ago(monkeypatch: pytest.MonkeyPatch, seconds: int, text: str) -> None:
     now = datetime(2026, 6, 1, tzinfo=UTC)
-    monkeypatch.setattr(units, "datetime", SimpleNamespace(now=lambda _: now))
-    assert units.ago(now - timedelta(seconds=seconds)) == text
+    monkeypatch.setattr(plain_text, "datetime", SimpleNamespace(now=lambda _: now))
+    assert plain_text.ago(now - timedelta(seconds=seconds)) == text
 
 
 def test_a_text_is_cut_where_it_is_too_long() -> None:
-    assert units.cut("x" * 60) == "x" * 60
-    assert units.cut("x" * 61) == "x" * 59 + "…"
-    assert units.short("sha256:0123456789abcdef") == "sha256:0123456789ab"
+    assert plain_text.cut("x" * 60) == "x" * 60
+    assert plain_text.cut("x" * 61) == "x" * 59 + "…"
+    assert plain_text.short("sha256:0123456789abcdef") == "sha256:0123456789ab"
 
 
 @pytest.mark.parametrize(("room", "fits"), [(12 + 12 + 5, True), (12 + 12 + 4, False)])

@@ -45,7 +45,7 @@ from sqlalchemy.engine.default import DefaultDialect
 import cachedb.transports.archive.read
 import cachedb.transports.archive.write  # noqa: F401 - for the zygote, so that no actor imports it
 from cachedb import Cache, CacheError, Name
-from cachedb.content import collect as collection
+from cachedb.content import collect as collecting
 from cachedb.content import publish
 from cachedb.disk import locks, single_flight, writer
 from cachedb.index.sqlite.database import Database
@@ -112,7 +112,7 @@ def link_garbage(directory: Path, steps: Steps) -> list[str]:
 def import_left(directory: Path, steps: Steps) -> list[str]:
     """Import what others left half done; this cache was open before they died, and has swept nothing away."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collection, "recover", lambda database, **_: [])
+        patch.setattr(collecting, "recover", lambda database, **_: [])
         cache = Cache.open(directory / "cache")
     with cache, steps.stepped():
         return [str(image.digest) for image in cache.cache_from_tar(directory / "left.tar")]
@@ -130,14 +130,14 @@ def remove_sharing(directory: Path, steps: Steps) -> None:
 
 def collect(directory: Path, steps: Steps) -> None:
     """Collect garbage; the recovery at the beginning of that has pairs of its own."""
-    recover = collection.recover
+    recover = collecting.recover
 
     def passed_over(database: Database) -> None:
         with steps.passed_over():
             recover(database)
 
     with opened(directory, steps) as cache, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collection, "recover", passed_over)
+        patch.setattr(collecting, "recover", passed_over)
         cache.collect_garbage()
 
 

@@ -20,11 +20,11 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from cachedb import Cache, DamagedIndex, SchemaMismatch
-from cachedb.index import schema as schema_
+from cachedb.index import schema
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.revision import APPLICATION_ID
 from cachedb.index.tables import METADATA, REVISION
-from cachedb.operations import upgrade as schema
+from cachedb.operations import upgrade as upgrade_module
 from tests.conftest import revision_of, run_python, snapshot, stored_rows
 from tests.make import digest_of, image
 from tests.test_database import content
@@ -230,7 +230,7 @@ def test_an_index_without_a_schema_is_damaged(directory: Path) -> None:
 
 
 def test_the_models_name_the_newest_migration() -> None:
-    assert ScriptDirectory.from_config(schema_.alembic_config()).get_heads() == [REVISION]
+    assert ScriptDirectory.from_config(schema.alembic_config()).get_heads() == [REVISION]
 
 
 def test_the_migrations_make_what_the_models_describe(cache: Cache) -> None:
@@ -262,15 +262,15 @@ def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path)
 
 def test_every_migration_goes_down_and_up_again(directory: Path) -> None:
     with closing(Database(directory)) as database:
-        schema.prepare(database)
+        upgrade_module.prepare(database)
 
         def migrate(to: str) -> None:
-            config = schema_.alembic_config()
+            config = schema.alembic_config()
             with database.write_schema() as connection:
                 config.attributes["connection"] = connection
                 (command.downgrade if to.endswith("-1") else command.upgrade)(config, to)
 
-        for _ in ScriptDirectory.from_config(schema_.alembic_config()).walk_revisions():
+        for _ in ScriptDirectory.from_config(schema.alembic_config()).walk_revisions():
             migrate("-1")
         assert tables(directory) == {"alembic_version"}
         migrate("head")

@@ -41,7 +41,7 @@ from cachedb import (
 )
 from cachedb.content import describe
 from cachedb.disk import reader
-from cachedb.index import drift as drift_
+from cachedb.index import drift as drift_module
 from cachedb.index import schema
 from cachedb.index.sqlite import backups, database
 from cachedb.index.sqlite.database import Database
@@ -115,7 +115,7 @@ def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row
     changed = upgrade.upgrade(directory)
     assert (changed.before, changed.after) == (revision, REVISION)
     assert known(directory) == before
-    assert drift_.check(directory) == []
+    assert drift_module.check(directory) == []
     with Cache.open(directory) as cache:
         assert cache.get_image("frozen:2").author == cache.get_image("team/frozen:stable").author == "A. Author"
         assert cache.get_labels("docker.io/library/docker:2")["org.opencontainers.image.title"] == "frozen"
@@ -335,7 +335,7 @@ def test_a_newer_schema_that_says_so_can_be_worked_with(directory: Path) -> None
         assert [image.reference for image in cache.list_manifests()] == ["1", "2"]
         assert cache.verify().problems == []
     assert schema.current(directory) == ("0099", REVISION, True, 0)
-    for call in (upgrade.upgrade, drift_.check, lambda path: upgrade.downgrade(path, "0001")):
+    for call in (upgrade.upgrade, drift_module.check, lambda path: upgrade.downgrade(path, "0001")):
         with pytest.raises(SchemaMismatch, match="newer"):
             call(directory)
     change(directory, "PRAGMA user_version = 99")
@@ -510,7 +510,7 @@ def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_n
         assert kept == {name: table for name, table in before.items() if name != "leases"}
         if number % 5 == 0:
             upgrade.upgrade(directory)
-            assert drift_.check(directory) == []
+            assert drift_module.check(directory) == []
             with Cache.open(directory) as cache:
                 assert cache.get_image("frozen:2").os == "linux"
                 if how == "downgrade":  # an image of some platforms has become one that lacks the others
@@ -535,7 +535,7 @@ def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch
         upgrade.upgrade(old, progress=stop)
     assert {what for what, _, _ in told} >= {"migrating", "reading configs"}
     assert schema.current(old) == (REVISION, REVISION, True, 3)
-    assert [drift.kind for drift in drift_.check(old)] == ["backfill"]
+    assert [drift.kind for drift in drift_module.check(old)] == ["backfill"]
     with Cache.open(old) as cache:
         assert (
             cache.get_image("docker.io/library/docker:2").os == "linux"
@@ -543,7 +543,7 @@ def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch
     again: list[tuple[str, int, int]] = []
     upgrade.upgrade(old, progress=lambda *step: again.append(step))
     assert again == [("reading configs", 2, 3), ("reading configs", 3, 3), ("reading configs", 3, 3)]
-    assert drift_.check(old) == []
+    assert drift_module.check(old) == []
 
 
 @pytest.mark.parametrize("pending", [True, False])
@@ -577,7 +577,7 @@ def test_large_configs_are_written_in_transactions_of_their_own(old: Path, monke
     told: list[int] = []
     upgrade.upgrade(old, progress=lambda what, done, _: told.append(done) if what == "reading configs" else None)
     assert told == [1, 2, 3, 4, 5, 6, 7, 7]
-    assert drift_.check(old) == []
+    assert drift_module.check(old) == []
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
@@ -628,7 +628,7 @@ def test_what_another_has_read_meanwhile_is_not_written_again(old: Path, monkeyp
     assert upgrade.upgrade(old, progress=lambda what, *_: told.append(what)).unread == []
     assert "reading configs" not in told
     assert [str(unread.name) for unread in found] == ["broken:1"]
-    assert drift_.check(old) == []
+    assert drift_module.check(old) == []
 
 
 def test_a_disk_that_is_too_full_is_said_so_before_anything_is_changed(
@@ -782,7 +782,7 @@ def test_a_cache_of_a_schema_that_no_release_makes_is_left_alone(directory: Path
         change(directory, f"UPDATE alembic_version SET version_num = '{revision}'")
     before, kept = rows(directory), backups_in(directory)
     if not revision:
-        for look in (schema.current, drift_.check):
+        for look in (schema.current, drift_module.check):
             with pytest.raises(DamagedIndex, match="lost its schema"):
                 look(directory)
     for call in (
@@ -816,7 +816,7 @@ def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> N
         Cache.open(old, upgrade=True)
     change(old, "DROP TRIGGER mine")
     upgrade.upgrade(old)
-    assert drift_.check(old) == []
+    assert drift_module.check(old) == []
 
 
 @pytest.mark.parametrize(
@@ -872,9 +872,9 @@ def test_up_is_not_down(directory: Path) -> None:
 )
 def test_drift_is_found(directory: Path, sql: str, kind: str, name: str) -> None:
     Cache.open(directory).close()
-    assert drift_.check(directory) == []
+    assert drift_module.check(directory) == []
     change(directory, sql)
-    assert (kind, name) in [drift[:2] for drift in drift_.check(directory)]
+    assert (kind, name) in [drift[:2] for drift in drift_module.check(directory)]
 
 
 def test_an_index_over_an_expression_is_drift_and_no_warning(cachedb: Run, directory: Path) -> None:
@@ -889,7 +889,7 @@ def test_an_index_over_an_expression_is_drift_and_no_warning(cachedb: Run, direc
 def test_a_second_version_is_drift_and_stops_a_change(directory: Path, version: str) -> None:
     Cache.open(directory).close()
     change(directory, f"INSERT INTO alembic_version VALUES ('{version}')")
-    assert [drift[:2] for drift in drift_.check(directory)] == [("row", "alembic_version")]
+    assert [drift[:2] for drift in drift_module.check(directory)] == [("row", "alembic_version")]
     if version == "0002":
         change(directory, "DELETE FROM alembic_version WHERE version_num = '0005'")
         change(directory, "INSERT INTO alembic_version VALUES ('0005')")
@@ -907,7 +907,7 @@ def test_a_constraint_that_is_not_ours_is_drift(directory: Path) -> None:
     shell.execute("UPDATE sqlite_master SET sql = replace(sql, 'size >= 0', 'size >= 9') WHERE name = 'blobs'")
     shell.commit()
     shell.close()
-    (drift,) = drift_.check(directory)
+    (drift,) = drift_module.check(directory)
     assert drift[:2] == ("table", "blobs")
     assert "size >= 9" in drift.detail
 
@@ -981,7 +981,7 @@ def test_a_backup_of_any_schema_can_be_restored(revision: str, tmp_path: Path) -
     before = [row["repository"] for row in known(old)["images"]]
     restore.restore(directory, old / "index.db")
     assert [row["repository"] for row in known(directory)["images"]] == before
-    assert drift_.check(directory) == []
+    assert drift_module.check(directory) == []
     with Cache.open(directory) as cache:
         assert cache.get_image("hello:1").os == "linux"
     check(directory)
@@ -1135,7 +1135,7 @@ def test_a_rebuilt_index_takes_nothing_but_rows_from_a_backup(kind: str, directo
     (directory / "index.db").unlink()
     with Cache.open(directory, damaged=True) as cache:
         cache.verify(repair=True)
-    assert drift_.check(directory) == []
+    assert drift_module.check(directory) == []
     check(directory)
     assert names_in(directory) == ["app"]
 
@@ -1149,7 +1149,7 @@ def test_statistics_and_other_pages_are_no_drift(directory: Path) -> None:
     for sql in ("PRAGMA encoding = 'UTF-16'", "VACUUM", "PRAGMA journal_mode = WAL"):
         shell.execute(sql)
     shell.close()
-    assert drift_.check(directory) == []
+    assert drift_module.check(directory) == []
     backup = upgrade.back_up(directory)
     assert restore.restore(directory, backup).images == 1
     check(directory)

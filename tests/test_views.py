@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachedb import Cache, oci
-from cachedb.content import save as images
+from cachedb.content.save import save_image
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
@@ -198,7 +198,7 @@ class Builder:
         with closing(Database(self.cache.directory)) as index, index.write() as connection:
             choose = oci.among({Digest(digest) for digest in wanted})
             parsed = Name.parse(name)
-            images.save(connection, self.cache.directory, parsed, Digest(digest_of(root)), OCI_INDEX, choose)
+            save_image(connection, self.cache.directory, parsed, Digest(digest_of(root)), OCI_INDEX, choose)
         self._point(name, root, wanted)
 
     def tag(self, source: str, target: str) -> None:

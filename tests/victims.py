@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachedb import Cache, CacheError
-from cachedb.operations import restore as rebuild
-from cachedb.operations import upgrade as schema
+from cachedb.operations.restore import restore as restore_backup
+from cachedb.operations.upgrade import back_up
+from cachedb.operations.upgrade import downgrade as downgrade_schema
 from tests import make
 from tests.make import save
 
@@ -57,7 +58,7 @@ def cache(directory: Path) -> None:
 def old_cache(directory: Path) -> None:
     """A cache as the first release left it."""
     cache(directory)
-    schema.downgrade(directory / "cache", "0001")
+    downgrade_schema(directory / "cache", "0001")
     for backup in (directory / "cache" / "backups").glob("*.db"):
         backup.unlink()
 
@@ -206,12 +207,12 @@ def backed_up(directory: Path) -> None:
     """A cache that has changed since its backup."""
     with Cache.open(directory / "cache") as opened:
         save(opened, "kept:1", KEPT)
-        schema.back_up(directory / "cache", directory / "backup.db")
+        back_up(directory / "cache", directory / "backup.db")
         save(opened, "gone:1", GONE)
 
 
 def restore(directory: Path) -> None:
-    rebuild.restore(directory / "cache", directory / "backup.db")
+    restore_backup(directory / "cache", directory / "backup.db")
 
 
 def copy(directory: Path) -> None:

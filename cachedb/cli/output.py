@@ -207,6 +207,7 @@ def _text(value: object) -> str:
 
 
 def print_images(found: list[ImageInfo], form: str, *, quiet: bool) -> None:
+    """Print images as a table, as JSON, or their names alone."""
     if quiet:
         for image in found:
             click.echo(str(image.name))
@@ -227,6 +228,7 @@ def print_images(found: list[ImageInfo], form: str, *, quiet: bool) -> None:
 
 
 def print_collected(freed: Collected, form: str, *, dry_run: bool) -> None:
+    """Print what was freed, or would be."""
     if form == "json":
         print_json(freed._asdict())
     else:

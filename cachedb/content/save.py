@@ -26,7 +26,7 @@ from cachedb.errors import (
     StorageError,
     os_errors,
 )
-from cachedb.index import blobs as blobs_
+from cachedb.index import blobs as blob_rows
 from cachedb.index import descriptions
 from cachedb.index.images import (
     BlobRow,
@@ -65,7 +65,7 @@ __all__ = [
     "closure",
     "reassociate",
     "restore",
-    "save",
+    "save_image",
     "save_new",
     "tag",
 ]
@@ -129,7 +129,7 @@ def choice(connection: Connection, image_id: int) -> Choice | None:
 
 def _as_it_is(connection: Connection, directory: Path, root: Descriptor) -> Descriptor:
     """Return a manifest with the media type that it has by its own word, where the index's cannot be right."""
-    if blobs_.stored(connection, [root.digest]).get(root.digest, DOCUMENT_LIMIT + 1) > DOCUMENT_LIMIT:
+    if blob_rows.stored(connection, [root.digest]).get(root.digest, DOCUMENT_LIMIT + 1) > DOCUMENT_LIMIT:
         return root
     with suppress(InvalidManifest, NotInCache, StorageError):
         with reader.open_blob(directory, root.digest) as file, os_errors("read a manifest"):
@@ -151,7 +151,7 @@ def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
     return sorted(found)
 
 
-def save(
+def save_image(
     connection: Connection, directory: Path, name: Name, digest: Digest, media_type: str, choose: Choice | None = None
 ) -> int:
     """Point a name to a stored manifest or index and associate its closure; return the image's id.

@@ -292,6 +292,7 @@ Data = bytes | BinaryIO | str | os.PathLike[str]
 
 @contextmanager
 def open_data(data: Data) -> Iterator[Readable]:
+    """Open bytes, a path or a file as a source of content."""
     if isinstance(data, (str, os.PathLike)):
         with os_errors("read the content"):
             file = Path(data).open("rb", buffering=0)  # noqa: SIM115 - the caller closes it

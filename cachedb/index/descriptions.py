@@ -112,6 +112,7 @@ def _without_labels() -> Delete:
 
 @cache
 def select_attributes() -> Select[*tuple[Any, ...]]:
+    """Select the attributes of an image."""
     return select(*(IMAGES.c[name] for name in ATTRIBUTES)).where(IMAGES.c.id == bindparam("of"))
 
 
@@ -128,6 +129,7 @@ def _new_labels() -> Insert:
 
 @cache
 def described_layer() -> Update:
+    """Set the command and the diff id of a layer."""
     one = update(IMAGE_BLOBS).where(
         IMAGE_BLOBS.c.image_id == bindparam("of"), IMAGE_BLOBS.c.position == bindparam("at")
     )

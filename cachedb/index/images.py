@@ -305,11 +305,13 @@ def _with_manifest() -> Select[*tuple[Any, ...]]:
 
 @cache
 def new_image() -> ReturningInsert[*tuple[Any, ...]]:
+    """Insert an image and return its id."""
     return insert(IMAGES).returning(IMAGES.c.id)
 
 
 @cache
 def new_images() -> Insert:
+    """Insert images."""
     return insert(IMAGES)
 
 
@@ -320,6 +322,7 @@ def _new_associations() -> Insert:
 
 @cache
 def without_associations() -> Delete:
+    """Delete the associations of an image."""
     return delete(IMAGE_BLOBS).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
 
 
@@ -346,6 +349,7 @@ def _pointed_anew() -> Update:
 
 @cache
 def copied_associations() -> Insert:
+    """Associate an image with the blobs of another one."""
     columns = [IMAGE_BLOBS.c[name] for name in _ASSOCIATION]
     target = bindparam("target", type_=Integer)
     return insert(IMAGE_BLOBS).from_select(
@@ -360,6 +364,7 @@ def _blobs_of() -> Select[*tuple[Any, ...]]:
 
 @cache
 def waiting_for() -> Select[*tuple[Any, ...]]:
+    """Select the images that lack one of some blobs."""
     is_manifest = IMAGE_BLOBS.c.role.in_(("manifest", "index"))
     is_config = and_(IMAGE_BLOBS.c.role == "config", IMAGE_BLOBS.c.media_type.in_(CONFIG_TYPES))
     joined = select(IMAGE_BLOBS.c.image_id).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)

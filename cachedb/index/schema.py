@@ -166,6 +166,7 @@ def _lost(database: Database) -> CacheError | None:
 
 
 def read_revisions() -> list[str]:
+    """Return the revisions of this release, the oldest first."""
     from alembic.script import ScriptDirectory
 
     return sorted(script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions())
@@ -265,12 +266,14 @@ def migrate(
 def run_migrations(
     change: Callable[[Config, str], None], connection: Connection, target: str, progress: Progress | None = None
 ) -> None:
+    """Run migrations on an open connection."""
     config = alembic_config()
     config.attributes.update(connection=connection, progress=progress)
     change(config, target)
 
 
 def report_stage(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+    """Return the progress of a stage of an upgrade, under the name of the stage."""
     return None if progress is None else lambda done, total: progress(what, done, total)
 
 

@@ -59,6 +59,7 @@ def _platforms(root: Descriptor, manifests: dict[Digest, bytes]) -> list[Descrip
 
 
 def only_image(root: Descriptor, manifests: dict[Digest, bytes]) -> Descriptor | None:
+    """Return the manifest below a root if there is exactly one image."""
     images = _platforms(root, manifests)
     return images[0] if len(images) == 1 else None
 

@@ -119,6 +119,7 @@ def manifest_media_type(data: bytes, declared: str | None = None) -> str:
 
 
 def read_media_type(document: object, declared: str | None) -> str:
+    """Return the media type of a parsed manifest or index."""
     if not isinstance(document, dict):
         raise InvalidManifest("the manifest is not a JSON object")
     own = document.get("mediaType")
@@ -151,6 +152,7 @@ def descriptors(data: bytes, media_type: str, what: str = "the manifest") -> lis
 
 
 def read_descriptors(document: object, media_type: str, what: str) -> list[Descriptor]:
+    """Return what a parsed manifest or index refers to."""
     if not isinstance(document, dict) or document.get("schemaVersion") != 2:
         raise InvalidManifest(f"{what} is not an object with schemaVersion 2")
     if media_type in INDEX_TYPES:

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection
 
+from cachedb import oci
 from cachedb.content import publish
-from cachedb.content import save as save_
-from cachedb.content.save import attach, save_new
+from cachedb.content.save import NewImage, attach, save_image, save_new
 from cachedb.content.session import Hold, Session
 from cachedb.disk.writer import Received
 from cachedb.errors import (
@@ -267,11 +267,11 @@ class _Adopter:
         ours = self._database.directory
         here = look_up_all(connection, [image.name for image in part])
         rest = [image for image in part if image.name not in here or not self._is_settled(connection, image)]
-        refused = save_new(connection, ours, [image.as_new() for image in rest if image.name not in here])
+        refused = save_new(connection, ours, [_as_new(image) for image in rest if image.name not in here])
         for image in rest:
             if image.name in here:  # and incomplete
                 try:
-                    save_.save(connection, ours, image.name, image.digest, image.media_type)
+                    save_image(connection, ours, image.name, image.digest, image.media_type)
                 except InvalidManifest as error:
                     refused[image.name] = error
             if image.name in refused:
@@ -324,3 +324,9 @@ class _Adopter:
                         os.rmdir(folder)
             if not self._left_out:
                 self._old.remove(self._old.directory / "index.json")
+
+
+def _as_new(image: OldImage) -> NewImage:
+    """Return an image as it is saved. How far an index reaches depends on which of its children are brought."""
+    contents = image.closure if oci.role_of(image.media_type) == "manifest" else None
+    return NewImage(image.name, image.digest, image.media_type, contents)

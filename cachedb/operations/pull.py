@@ -13,9 +13,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection
 
 from cachedb import oci
-from cachedb.content import publish
-from cachedb.content import save as save_
-from cachedb.content.save import attach
+from cachedb.content import publish, save
 from cachedb.content.session import Hold, Session
 from cachedb.disk import downloads, reader, single_flight
 from cachedb.disk.layout import partial_path
@@ -143,7 +141,7 @@ class _Pull:
             root = images.root_of(connection, found.id)
             known = {blob.digest for blob in contents if blob.stored}
             with suppress(InvalidManifest, NotInCache):
-                closure = save_.closure(connection, self._database.directory, root, self._source.choose)
+                closure = save.closure(connection, self._database.directory, root, self._source.choose)
                 return info if known.issuperset(blob.digest for blob in closure) and self._fits(root, info) else None
         return None
 
@@ -180,11 +178,11 @@ class _Pull:
             advance = summed(sum(blob.size for blob in rest), self._progress)
             in_threads(self._fetch, rest, advance, threads=AT_ONCE, stop=self._source.stop)
 
-        def save(connection: Connection) -> ImageInfo:
+        def save_all(connection: Connection) -> ImageInfo:
             for hold in self._holds:
                 self._session.release(connection, hold)
             among = chosen | self._before(connection, root.digest) if self._source.wanted else None
-            image_id = save_.save(
+            image_id = save.save_image(
                 connection,
                 self._database.directory,
                 self._name,
@@ -194,7 +192,7 @@ class _Pull:
             )
             for blob in attached:
                 role = blob.role if blob.role in ("manifest", "index") else "other"
-                attach(connection, self._database.directory, self._name, blob.digest, role, blob.media_type)
+                save.attach(connection, self._database.directory, self._name, blob.digest, role, blob.media_type)
             info = images.image(connection, self._database.directory, image_id)[0]
             if not self._fits(top, info):
                 asked = shorten(self._platform)
@@ -202,7 +200,7 @@ class _Pull:
             return info
 
         try:
-            info = publish.bring(self._database, self._session, wanted, receive, save)
+            info = publish.bring(self._database, self._session, wanted, receive, save_all)
         except BaseException as error:
             self._give_up(error)
             raise

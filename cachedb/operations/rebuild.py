@@ -184,6 +184,7 @@ def _fill(connection: Connection, directory: Path, files: dict[Digest, int], sal
 
 
 def insert_rows(connection: Connection, table: str, rows: list[dict[str, Any]]) -> None:
+    """Insert rows into a table of the new index."""
     for row in rows:
         with suppress(IntegrityError), connection.begin_nested():
             # As they were read: the times are text still.

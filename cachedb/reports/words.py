@@ -33,6 +33,7 @@ Row = Any  # of a view: SQLAlchemy's, by the names of its columns
 
 
 def fetch_rows(connection: Connection, query: str, **parameters: object) -> Sequence[Row]:
+    """Return the rows of a query."""
     return connection.execute(text(query), parameters).all()
 
 
@@ -40,6 +41,7 @@ def fetch_rows(connection: Connection, query: str, **parameters: object) -> Sequ
 
 
 def format_count(number: int, noun: str, nouns: str = "") -> str:
+    """Return a number with its noun, in the singular or the plural."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 

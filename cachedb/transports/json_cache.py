@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from cachedb import oci
-from cachedb.content.save import NewImage
 from cachedb.disk import layout, reader, writer
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import blob_file
@@ -227,11 +226,6 @@ class OldImage(NamedTuple):
     closure: list[Descriptor]
     wanted: list[Digest]  # the blobs of it, but for the manifest
     attached: dict[Digest, dict[str, Any]]  # those of them that no manifest names, as the index has them
-
-    def as_new(self) -> NewImage:
-        """Return it as it is saved. How far an index reaches depends on which of its children are brought."""
-        contents = self.closure if oci.role_of(self.media_type) == "manifest" else None
-        return NewImage(self.name, self.digest, self.media_type, contents)
 
 
 class OldBlobs:

@@ -70,11 +70,13 @@ def explain_refusal(error: BaseException) -> str | None:
 
 
 def find_broken_keys(connection: Connection) -> Iterator[str]:
+    """Yield the tables whose rows refer to rows that do not exist."""
     for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
         yield f"{table} {row} to {parent}"
 
 
 def revision_of(connection: sqlite3.Connection) -> str | None:
+    """Return the revision that a database file says it has."""
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone() is None:
         return None
     row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
@@ -82,6 +84,7 @@ def revision_of(connection: sqlite3.Connection) -> str | None:
 
 
 def read_versions(connection: Connection) -> set[str]:
+    """Return what the table of Alembic says."""
     return set(map(str, connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars()))
 
 

@@ -20,6 +20,7 @@ __all__ = ["read_docker", "read_entries", "repo_tags"]
 
 
 def read_entries(section: Section) -> list[dict[str, Any]]:
+    """Return the entries of manifest.json."""
     entries = read_document(section, "manifest.json")
     if not isinstance(entries, list) or not entries:
         raise InvalidArchive("manifest.json is not a list of images")
@@ -55,6 +56,7 @@ def repo_tags(files: Files, section: Section) -> dict[Digest, list[object]]:
 
 
 def read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
+    """Return the image of one entry of manifest.json."""
     section = _required(files, entry["Config"])
     data = read_small(section, "the config", InvalidArchive)
     config = load_json(data, "the config", InvalidArchive)

@@ -32,6 +32,7 @@ __all__ = ["read_layout"]
 
 
 def read_layout(files: Files, section: Section, tags: dict[Digest, list[object]]) -> list[Found]:
+    """Return the images that index.json names."""
     layout = files.find("oci-layout")
     if layout is not None:
         version = read_document(layout, "oci-layout")

@@ -101,11 +101,13 @@ def layout_path(digest: Digest) -> str:
 
 
 def check_rows(count: int) -> None:
+    """Raise `InvalidArchive` if the images of an archive would have too many rows."""
     if count > _ROWS_LIMIT:
         raise InvalidArchive(f"the images in the archive have more than {_ROWS_LIMIT} blobs")
 
 
 def check_number(images: list[Any]) -> None:
+    """Raise `InvalidArchive` if an archive names too many images."""
     if len(images) > _IMAGES_LIMIT:
         raise InvalidArchive(f"the archive holds {len(images)} images; more than {_IMAGES_LIMIT} are refused")
 
@@ -115,10 +117,12 @@ Found = tuple[list[object], ArchivedImage]
 
 
 def read_document(section: Section, what: str, error: type[CacheError] = InvalidArchive) -> Any:  # noqa: ANN401
+    """Read a small JSON document of an archive."""
     return load_json(read_small(section, what, error), what, error)
 
 
 def read_small(section: Section, what: str, error: type[CacheError]) -> bytes:
+    """Read a small file of an archive."""
     if section.size > oci.DOCUMENT_LIMIT:
         raise error(f"{what} is {section.size} bytes; more than {oci.DOCUMENT_LIMIT} are refused")
     return section.head(section.size)
