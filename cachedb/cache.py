@@ -51,6 +51,7 @@ from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.oci.digests import Digest, digest_of, parse_digest, split_digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
+from cachedb.operations.upgrade import prepare as prepare_schema
 from cachedb.progress import Advance, BlobProgress, Progress, summed
 from cachedb.text import shorten
 from cachedb.threads import in_threads
