@@ -24,7 +24,16 @@ PYTHONS = nox.project.python_versions(nox.project.load_toml(CHECKOUT / "pyprojec
 """Those that the classifiers name. One that is missing fails the run on CI, and is skipped elsewhere."""
 NEXT = ["3.14"]  # not claimed yet, as CI has none; tested where it is installed
 FAST = ("-m", "not attack")
-CORE = ("leaks", "database", "closing", "exit", "forks", "query", "locks", "blobs", "folders", "sharing")
+CORE = (
+    "tests/index/sqlite",
+    "tests/disk/test_folders.py",
+    "tests/disk/test_forks.py",
+    "tests/disk/test_locks.py",
+    "tests/content/test_publish.py",
+    "tests/operations/test_share.py",
+    "tests/test_closing.py",
+    "tests/test_exit.py",
+)
 """What differs from one Python or user to another: connections, threads, forks, signals, owners."""
 TEST_USER = "cachedb-ci"
 SYSTEM_PYTHON = "/usr/bin/python3"  # the others may be below a home directory that only its owner may enter
@@ -46,7 +55,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def core(session: nox.Session) -> None:
     """Run the tests of what differs from one Python to another."""
-    run_pytest(session, *(f"tests/test_{name}.py" for name in CORE))
+    run_pytest(session, *CORE)
 
 
 @nox.session(python=PYTHONS)

@@ -19,7 +19,7 @@ import pytest
 
 from cachedb import Cache
 from cachedb.index.sqlite.database import Database
-from tests import leftovers
+from tests.support import leftovers
 
 # Whoever runs the tests in a shell's background has SIGINT ignored, and what they start would have it ignored too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,8 +12,8 @@ import pytest
 from cachedb import Cache, CacheError, Name
 from cachedb.index import drift, schema
 from cachedb.operations import upgrade
-from tests import make
 from tests.conftest import snapshot
+from tests.support import make
 from tests.test_closing import ARGUMENTS, call, methods
 
 WRONG: list[Any] = [None, 3, 1.5, True, b"app:1", ["app:1"], {"app": 1}, object(), io.StringIO("text")]

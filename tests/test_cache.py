@@ -28,9 +28,9 @@ from cachedb import (
 )
 from cachedb.disk import reader
 from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
-from tests import make
 from tests.conftest import files_of, snapshot, stored_rows
-from tests.make import save
+from tests.support import make
+from tests.support.make import save
 
 
 def test_an_image_is_saved_and_read_back(cache: Cache) -> None:

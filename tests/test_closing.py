@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cachedb import Cache, CacheError, DigestMismatch
-from tests import make
 from tests.conftest import files_of, run_python, stored_rows
+from tests.support import make
 
 MADE = make.image(1)
 CLOSED = "this cache is closed: open it again with Cache.open"

@@ -11,8 +11,8 @@ import pytest
 from cachedb import Cache
 from cachedb.progress import summed
 from cachedb.threads import in_threads, start
-from tests import make
 from tests.conftest import files_of, run_python
+from tests.support import make
 
 CHUNK = 1024 * 1024
 

@@ -15,7 +15,7 @@ import pytest
 
 import cachedb
 from cachedb.index.tables import REVISION
-from tests.mutations import MUTATIONS
+from tests.attacks.mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
 

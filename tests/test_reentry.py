@@ -23,8 +23,8 @@ from cachedb.errors import callers_own, ignore_os_errors, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import upgrade
 from cachedb.threads import Once
-from tests import make
 from tests.conftest import run_python
+from tests.support import make
 
 
 @pytest.fixture

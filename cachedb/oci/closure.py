@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Container, Iterator
 
-from cachedb import oci
 from cachedb.errors import NotInCache
 from cachedb.oci.digests import Digest, digest_of
-from cachedb.oci.manifests import Descriptor, load_json, read_descriptors, read_media_type
+from cachedb.oci.manifests import (
+    DOCUMENT_LIMIT,
+    Descriptor,
+    child,
+    descriptors,
+    load_json,
+    read_descriptors,
+    read_media_type,
+)
 from cachedb.oci.names import Name
-from cachedb.oci.platforms import is_for
+from cachedb.oci.platforms import host_platform, is_for, platform_label
 from cachedb.text import shorten
 
 __all__ = ["among", "choose", "choose_platform", "only_image", "walk", "without_absent"]
@@ -29,11 +36,11 @@ def without_absent(
     if root.role != "index":
         return root, {}
     made: dict[Digest, bytes] = {}
-    entries, document = [], oci.load_json(manifests[root.digest], "the index")
+    entries, document = [], load_json(manifests[root.digest], "the index")
     for entry in document["manifests"]:
-        child = oci.child(entry, "the index")
-        if child.digest in here:
-            new, more = without_absent(child, manifests, here)
+        blob = child(entry, "the index")
+        if blob.digest in here:
+            new, more = without_absent(blob, manifests, here)
             made |= more
             entries.append({**entry, "digest": new.digest, "size": new.size})
     if entries == document["manifests"]:
@@ -48,7 +55,7 @@ def _platforms(root: Descriptor, manifests: dict[Digest, bytes]) -> list[Descrip
     """Return the image manifests below a manifest or index; attestations, of unknown/unknown, are none."""
     if root.role == "manifest":
         return [root]
-    children = oci.descriptors(manifests[root.digest], root.media_type)
+    children = descriptors(manifests[root.digest], root.media_type)
     found = [
         image
         for blob in children
@@ -86,23 +93,23 @@ def choose_platform(
     images = _platforms(root, manifests)
     if wanted is None and len(images) == 1:
         return images[0]
-    asked = wanted or oci.host_platform()
+    asked = wanted or host_platform()
     there = {image: image.platform or _platform_of_config(image, manifests, read) for image in images}
     for image, label in there.items():
-        if oci.is_for(label, asked):
+        if is_for(label, asked):
             return image
-    for blob in oci.walk(root, lambda blob: manifests.get(blob.digest)):
-        if blob.role == "manifest" and blob.digest not in manifests and oci.is_for(blob.platform, asked):
+    for blob in walk(root, lambda blob: manifests.get(blob.digest)):
+        if blob.role == "manifest" and blob.digest not in manifests and is_for(blob.platform, asked):
             raise NotInCache(f"{name} is not here for platform {shorten(asked)}: pull it with --platform")
     known = ", ".join(sorted(there.values()))
     raise NotInCache(f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform")
 
 
 def _platform_of_config(image: Descriptor, manifests: dict[Digest, bytes], read: Callable[[Digest], bytes]) -> str:
-    config = oci.descriptors(manifests[image.digest], image.media_type)[0]
-    if config.size > oci.DOCUMENT_LIMIT:
+    config = descriptors(manifests[image.digest], image.media_type)[0]
+    if config.size > DOCUMENT_LIMIT:
         return "unknown"
-    return oci.platform_label(oci.load_json(read(config.digest), f"config {config.digest}")) or "unknown"
+    return platform_label(load_json(read(config.digest), f"config {config.digest}")) or "unknown"
 
 
 def choose(children: list[Descriptor], wanted: str) -> list[Descriptor]:

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from cachedb import Cache
 from cachedb.index.tables import REVISION
 from cachedb.oci.manifests import OCI_CONFIG, OCI_MANIFEST
-from tests import make
-from tests.registries import Registry
+from tests.support import make
+from tests.support.registries import Registry
 
 HERE = Path(__file__).resolve().parent
 

@@ -1,0 +1,520 @@
+"""Take out one line that keeps a promise, and see that a test fails: `python -m tests.attacks.mutations`.
+
+Each mutation is made in a copy of the checkout, and the tests that should notice are run there. One that nothing
+notices is a gap in the tests, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.support import leftovers
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+TIMEOUT = 600  # seconds
+POWER_CUTS = "400"  # of each scenario: among fewer there may be none that notices
+
+
+class Mutation(NamedTuple):
+    """A protection, and what is there without it."""
+
+    what: str
+    file: str
+    line: str  # as it is; must occur once
+    without: str
+    tests: str  # that should fail: pytest's arguments
+
+
+POWER = "tests/attacks/test_powercuts.py"
+MUTATIONS = [
+    # Blobs
+    Mutation("content is verified", "cachedb/disk/writer.py", "if digest is not None and actual != digest:", "if False:", "tests/content/test_publish.py"),
+    Mutation("content is synced before it has its name", "cachedb/disk/writer.py", "                os.fsync(target)\n", "", POWER),
+    Mutation("who looks at content may refuse its end", "cachedb/disk/writer.py", "    while not free.empty():\n        finished(free.get())\n", "", "tests/content/test_publish.py"),
+    Mutation("who looks at content may refuse it", "cachedb/disk/writer.py", "        if isinstance(chunk, BaseException):\n            raise chunk\n", "", "tests/content/test_publish.py"),
+    Mutation("the record in ingest/ is synced before blobs/ changes", "cachedb/content/publish.py", "            sync_folder(session.folder)\n", "            pass\n", POWER),
+    Mutation("names in blobs/ are synced before their rows", "cachedb/content/publish.py", "                for folder in folders.values():\n                    os.fsync(folder)\n", "", POWER),
+    Mutation("a publication that failed is taken back", "cachedb/content/publish.py", "            retract(database, session.folder, [path.name for path in files])\n", "            pass\n", "tests/content/test_publish.py tests/test_cache.py"),
+    Mutation("only what is not stored is published", "cachedb/content/publish.py", "known = intact(connection, database.directory, [blob.digest for blob in files.values()])", "known = {}", "tests/content/test_publish.py tests/attacks/test_interleavings.py"),
+    Mutation("a damaged file is replaced", "cachedb/content/publish.py", "known = intact(connection, database.directory, [blob.digest for blob in files.values()])", "known = stored(connection, [blob.digest for blob in files.values()])", "tests/content/test_publish.py tests/test_cache.py"),
+    Mutation("a retraction is synced", "cachedb/content/publish.py", "                for opened_folder in folders.values():\n                    os.fsync(opened_folder)\n", "", POWER),
+    Mutation("a retraction passes over what is stored", "cachedb/content/publish.py", "            known = stored(connection, published.values())\n", "            known = {}\n", "tests/content/test_publish.py tests/content/test_session.py tests/content/test_collect.py tests/attacks/test_crashes.py"),
+    # Only what is ours
+    Mutation("a folder that is a link is not opened", "cachedb/disk/folders.py", "_OPEN | os.O_NOFOLLOW, dir_fd=folder", "_OPEN, dir_fd=folder", "tests/disk/test_folders.py tests/disk/test_full_disks.py"),
+    Mutation("a folder on another file system is refused", "cachedb/disk/folders.py", "if found.st_dev != self.status.st_dev:", "if False:", "tests/disk/test_folders.py"),
+    Mutation("a folder of another user is refused", "cachedb/disk/folders.py", "if found.st_uid not in (self.status.st_uid, os.geteuid()) and not is_shared(self.status):", "if False:", "tests/disk/test_folders.py"),
+    Mutation("a directory of another user is refused", "cachedb/disk/folders.py", "if owner != os.geteuid() and not trust and not is_shared(self.status):", "if False:", "tests/disk/test_folders.py"),
+    Mutation("what root makes is the owner's", "cachedb/disk/folders.py", "        os.fchown(file, folder.st_uid, folder.st_gid)\n", "        pass\n", "tests/disk/test_folders.py"),
+    Mutation("a directory without a marker is not taken for a cache", "cachedb/index/sqlite/database.py", "            if strange and marker.read(self.folders.root) is None:", "            if False:", "tests/disk/test_folders.py"),
+    Mutation("the marker is synced before it has its name", "cachedb/disk/marker.py", "            os.fsync(file)\n", "", "tests/disk/test_folders.py"),
+    Mutation("the marker's name is synced before anything else is made", "cachedb/disk/marker.py", "    os.fsync(folder)\n", "", "tests/disk/test_folders.py"),
+    Mutation("the first marker stays", "cachedb/disk/marker.py", "        os.link(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)", "        os.replace(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder)", "tests/disk/test_folders.py"),
+    Mutation("a newer format of the directory is refused", "cachedb/disk/marker.py", "    if marker.format > _FORMAT:", "    if False:", "tests/disk/test_folders.py"),
+    Mutation("what is not ours in trash/ stays", "cachedb/content/collect.py", "[name for name in os.listdir(trash) if trash_digest(name)]", "os.listdir(trash)", "tests/disk/test_folders.py"),
+    Mutation("what is not ours in a session's folder stays", "cachedb/content/session.py", "filter(is_received, os.listdir(folder))", "os.listdir(folder)", "tests/disk/test_folders.py tests/content/test_session.py"),
+    Mutation("a folder of no session stays", "cachedb/content/session.py", 'set(filter(is_session, os.listdir(directory / "ingest")))', 'set(os.listdir(directory / "ingest"))', "tests/disk/test_folders.py"),
+    Mutation("a lock file of no session stays", "cachedb/content/session.py", 'if lock_kind(name) == "session"', "if name.endswith(_SUFFIX)", "tests/disk/test_folders.py"),
+    Mutation("what is no download of ours stays", "cachedb/disk/downloads.py", "            if digest is None:\n                continue  # it is none of ours\n", "", "tests/disk/test_folders.py"),
+    Mutation("what is no production of ours stays", "cachedb/disk/single_flight.py", 'if lock_kind(name) != "producing":', 'if not name.endswith(_SUFFIX):', "tests/disk/test_folders.py"),
+    Mutation("a person's backup stays", "cachedb/index/sqlite/backups.py", "if _BEFORE_CHANGE.fullmatch(path.name)", "if _BEFORE in path.name", "tests/disk/test_folders.py tests/operations/test_upgrade.py"),
+    Mutation("what is no unfinished backup stays", "cachedb/index/sqlite/backups.py", "filter(_UNFINISHED.fullmatch, os.listdir(opened))", "(name for name in os.listdir(opened) if name.startswith(_HALF))", "tests/disk/test_folders.py"),
+    Mutation("nothing is moved out of what may be another program's", "cachedb/transports/json_cache.py", "if self.paths and not self.manifests and not self.entries:", "if False:", "tests/disk/test_folders.py"),
+    Mutation("nothing is moved out through a link", "cachedb/transports/json_cache.py", "                with suppress(FileNotFoundError), self._folders.open(name):\n                    pass\n", "                pass\n", "tests/disk/test_folders.py"),
+    Mutation("what cannot be cleaned up keeps nobody from working", "cachedb/content/collect.py", "                except (OSError, CacheError) as error:\n                    left.append", "                except ValueError as error:\n                    left.append", "tests/disk/test_folders.py"),
+    Mutation("a cache that was moved is not written to", "cachedb/disk/folders.py", "if status is None or not os.path.samestat(status, self.status):", "if False:", "tests/disk/test_folders.py"),
+    Mutation("a cache that took the place of ours is not written to", "cachedb/disk/folders.py", "        if found is None or found.id != self._marker[1]:", "        if False:", "tests/disk/test_folders.py"),
+    Mutation("a session without a lock file holds nothing", "cachedb/content/session.py", "if self._lock is not None and os.fstat(self._lock.fileno()).st_nlink == 0:", "if False:", "tests/disk/test_folders.py"),
+    Mutation("a lock file that is gone protects no commit", "cachedb/index/sqlite/database.py", "        if turn.is_lost:", "        if False:", "tests/disk/test_folders.py"),
+    Mutation("what the group can write to is not linked", "cachedb/content/publish.py", "before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):", "before.st_mode & stat.S_IWOTH:", "tests/operations/test_share.py"),
+    Mutation("another user's download is not gone on with", "cachedb/disk/downloads.py", " or found.st_uid != os.geteuid():", ":", "tests/operations/test_share.py"),
+    Mutation("a new file follows the mode of its folder", "cachedb/disk/folders.py", "        os.fchmod(file, mode)\n", "        pass\n", "tests/operations/test_share.py"),
+    Mutation("a new index is the group's", "cachedb/disk/folders.py", "        os.fchown(file, -1, folder.st_gid)  # it was made elsewhere\n", "        pass\n", "tests/operations/test_share.py"),
+    Mutation("a new index follows the mode of the directory", "cachedb/index/sqlite/backups.py", "    _follow(new, database.directory)\n", "", "tests/operations/test_share.py"),
+    Mutation("the files of a cache are shared too", "cachedb/operations/share.py", "                _set(file, gid, _FILE_MODE)\n", "                pass\n", "tests/operations/test_share.py"),
+    Mutation("a directory has its mode whatever the umask", "cachedb/index/sqlite/database.py", "                self.directory.chmod(0o700)  # whatever the umask\n", "", "tests/operations/test_share.py"),
+    # Exit, signals, re-entry
+    # Files that appear when they are whole
+    # Closing
+    # The standard files
+    Mutation("work is done where no thread can be started", "cachedb/threads.py", "        if not threads_begun:\n            run()\n", "", "tests/test_exit.py"),
+    Mutation("a thread that cannot be started is no error", "cachedb/threads.py", "    except RuntimeError:\n        return False\n", "    except ZeroDivisionError:\n        return False\n", "tests/test_exit.py"),
+    Mutation("files are unlinked where no thread can be started", "cachedb/content/collect.py", "                begun.pop()\n                unlink(some)\n", "                begun.pop()\n", "tests/test_exit.py"),
+    Mutation("a write in a write is refused", "cachedb/reentry.py", "    if is_held(lock):\n", "    if False:\n", "tests/test_reentry.py -k same_thread"),
+    Mutation("a write that does not wait is known", "cachedb/index/sqlite/database.py", "with holding(self._resolved), os_errors", "with os_errors", "tests/test_reentry.py -k does_not_wait"),
+    Mutation("who opens an index does not replace it", "cachedb/index/sqlite/database.py", '            refuse_reentry(opened, f"opening', '            str(f"opening', "tests/test_reentry.py -k replaced"),
+    Mutation("a signal handler may use the session", "cachedb/content/session.py", "threading.RLock()", "threading.Lock()", "tests/test_reentry.py -k of_a_moment"),
+    Mutation("a signal handler may note a use", "cachedb/content/last_used.py", "threading.RLock()", "threading.Lock()", "tests/test_reentry.py -k of_a_moment"),
+    Mutation("a signal handler may lock a file", "cachedb/disk/locks.py", "_guard = threading.RLock()", "_guard = threading.Lock()", "tests/test_reentry.py -k of_a_moment"),
+    Mutation("a thread that works for another does not wait for it", "cachedb/threads.py", "            with on_behalf_of(caller):\n                run()\n", "            run()\n", "tests/test_reentry.py -k layout"),
+    Mutation("a session is begun once", "cachedb/content/session.py", "                with not_reentered(f\"session {id(self)}\", \"beginning to write to the cache\"):\n", "                if True:\n", "tests/test_reentry.py -k beginning"),
+    Mutation("who has the right to produce is known before the lock", "cachedb/disk/single_flight.py", "        making.add(path)  # before", "        pass  # before", "tests/test_reentry.py -k looked_for"),
+    Mutation("a task that asks for itself is refused", "cachedb/threads.py", "            elif not known.done() and self._working[what] == threading.get_ident():\n", "            elif False:\n", "tests/test_reentry.py -k asks_for_itself"),
+    Mutation("a backup in a backup is refused", "cachedb/index/sqlite/backups.py", '            stack.enter_context(not_reentered(os.path.realpath(lock), "making a backup of the index"))\n', "", "tests/test_reentry.py -k backup_in"),
+    Mutation("an error of a signal handler is not translated", "cachedb/errors.py", "        if is_callers(error):\n            raise\n        raise StorageError", "        raise StorageError", "tests/test_reentry.py -k unchanged"),
+    Mutation("an error of a signal handler is not ignored", "cachedb/errors.py", "return isinstance(error, OSError) and not is_callers(error)", "return isinstance(error, OSError)", "tests/test_reentry.py -k unchanged"),
+    Mutation("an error of a callback is known", "cachedb/errors.py", "            setattr(error, _CALLERS, True)\n", "", "tests/test_reentry.py -k callback"),
+    Mutation("an error of a callback makes no damaged blob", "cachedb/operations/verify.py", "        if is_callers(error):\n            raise  # or", "        if False:\n            raise  # or", "tests/test_reentry.py -k callback"),
+    Mutation("what a callback of SQLite raises is kept", "cachedb/index/sqlite/query.py", "        callbacks.raise_again()\n", "", "tests/test_reentry.py -k handlers_error"),
+    Mutation("a file has no name before it is whole", "cachedb/disk/durable.py", "        unnamed = os.open(part.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)\n", "        raise OSError(errno.EOPNOTSUPP, '')\n", "tests/disk/test_durable.py -k need_no_name"),
+    Mutation("a file of a living process is locked", "cachedb/disk/durable.py", "        lock_part(file.fileno())\n", "", "tests/disk/test_durable.py -k stays"),
+    Mutation("a leftover that is locked stays", "cachedb/disk/durable.py", "        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "", "tests/disk/test_durable.py -k provably"),
+    Mutation("a leftover is a file of our own user", "cachedb/disk/durable.py", " or status.st_uid != os.geteuid():", ":", "tests/disk/test_durable.py -k other_users"),
+    Mutation("a file that was swept before it was locked is made again", "cachedb/disk/durable.py", "        if os.fstat(file.fileno()).st_nlink:\n", "        if True:\n", "tests/disk/test_durable.py -k made_again"),
+    Mutation("an export removes what killed ones have left", "cachedb/transports/archive/write.py", "            remove_leftovers(path.parent)\n", "", "tests/disk/test_durable.py -k stays"),
+    Mutation("a backup removes what killed ones have left", "cachedb/index/sqlite/backups.py", "            remove_leftovers(path.parent, _HALVES, beside=_JOURNAL)\n", "            pass\n", "tests/disk/test_durable.py -k killed_backup"),
+    Mutation("a backup that is being written is locked", "cachedb/index/sqlite/backups.py", "        if lockable:\n            lock_part(file)\n", "", "tests/disk/test_durable.py -k killed_backup"),
+    Mutation("a closed cache is refused", "cachedb/cache.py", "        if self._closed:\n            raise CacheError(CLOSED)\n", "        pass\n", "tests/test_closing.py"),
+    Mutation("a session does not begin after its end", "cachedb/content/session.py", "            if self._closed:\n                raise CacheError(CLOSED)\n", "", "tests/test_closing.py -k after_its_end"),
+    Mutation("a connection in use is closed after a close", "cachedb/index/sqlite/database.py", "        if self.ended and connection is not None:\n", "        if False:\n", "tests/test_closing.py -k connection"),
+    Mutation("no file of the cache is stdin, stdout or stderr", "cachedb/cli/streams.py", '    for name in ("stdin", "stdout", "stderr"):', '    for name in ("stdout", "stderr"):', "tests/cli/test_streams.py -k takes_the_place"),
+    Mutation("a result that was not printed is an error", "cachedb/cli/main.py", "        sys.stdout.flush()\n        sys.exit(code)\n", "        sys.exit(code)\n", "tests/cli/test_streams.py -k full_stdout"),
+    # Collection
+    Mutation("what is leased is not collected", "cachedb/content/collect.py", "    ~select(LEASES.c.digest).where(LEASES.c.digest == BLOBS.c.digest).exists(),\n", "", "tests/content/test_collect.py"),
+    Mutation("what is referred to is not collected", "cachedb/content/collect.py", "    ~select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.blob_id == BLOBS.c.id).exists(),\n", "", "tests/content/test_collect.py"),
+    Mutation("what was stored again is not moved to the trash", "cachedb/content/collect.py", "            again = stored(connection, digests)\n", "            again = {}\n", "tests/content/test_collect.py tests/attacks/test_interleavings.py"),
+    Mutation("the removal from blobs/ is synced before the note of it goes", "cachedb/content/collect.py", "                for folder in sources.values():\n                    os.fsync(folder)\n", "", POWER),
+    Mutation("the write lock is let go of between renames that take long", "cachedb/content/collect.py", "                if time.monotonic() - begun > _HOLD:\n", "                if False:\n", "tests/content/test_collect.py"),
+    Mutation("what could not be unlinked beside the rest is told", "cachedb/content/collect.py", "            yield begin\n            finish()\n", "            yield begin\n", "tests/content/test_collect.py"),
+    Mutation("a collection gives back space as it goes", "cachedb/content/collect.py", "            unlink()  # now, so that a large collection gives back space as it goes\n", "", "tests/content/test_collect.py"),
+    Mutation("what is in work is no candidate", "cachedb/content/collect.py", "except_(select(BLOBS.c.id), used, leased)", "except_(select(BLOBS.c.id), used)", "tests/content/test_collect.py"),
+    Mutation("a file is noted in the trash before it is unlinked", "cachedb/content/collect.py", '            connection.execute(_new_trash(), [{"digest": row.digest, "size": row.size} for row in files])\n', "            pass\n", "tests/content/test_collect.py"),
+    Mutation("the commit that forgets comes before the unlinking", "cachedb/content/collect.py", "        files = [row for row in rows if row.stored_at is not None and is_digest(row.digest)]\n", "        files = [row for row in rows if row.stored_at is not None and is_digest(row.digest)]\n        for row in files:\n            blob_path(__import__('pathlib').Path(connection.engine.url.database).parent, Digest(row.digest)).unlink(missing_ok=True)\n", "tests/attacks/test_crashes.py tests/attacks/test_interleavings.py"),
+    Mutation("dead sessions' leases are swept", "cachedb/content/collect.py", "            holds.forget(connection, gone)\n", "            pass\n", "tests/content/test_collect.py tests/content/test_session.py"),
+    Mutation("dead sessions' publications are taken back", "cachedb/content/collect.py", "                    retract(database, folder, names)\n", "", "tests/content/test_collect.py tests/attacks/test_crashes.py"),
+    # Sessions
+    Mutation("a session's folder is synced", "cachedb/content/session.py", '                sync_folder(self._database.directory / "ingest")\n', "", POWER),
+    Mutation("a live session is not swept away", "cachedb/content/session.py", "        if lock is None:\n            continue\n", "        if lock is None:\n            lock = locks.acquire(path.with_suffix('.x'))\n            assert lock\n", "tests/content/test_session.py tests/content/test_collect.py"),
+    # The database
+    Mutation("writers queue at a lock file", "cachedb/index/sqlite/database.py", "locks.in_turn(self.write_lock, wait)", "locks.in_turn(self.write_lock.with_suffix(f'.{os.getpid()}'), wait)", "tests/index/sqlite/test_database.py"),
+    Mutation("a write transaction is one from its beginning", "cachedb/index/sqlite/database.py", 'cachedb_begin="BEGIN IMMEDIATE"', 'cachedb_begin="BEGIN"', "tests/index/sqlite/test_database.py tests/disk/test_locks.py"),
+    Mutation("commits are synced", "cachedb/index/sqlite/database.py", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = NORMAL"', POWER),
+    Mutation("foreign keys are enforced", "cachedb/index/sqlite/database.py", '                    connection.execute("PRAGMA foreign_keys = ON")\n', "", "tests/index/sqlite/test_database.py tests/index/test_schema.py"),
+    Mutation("a newer schema is not written to", "cachedb/index/sqlite/database.py", "        if row != (REVISION,) and not is_compatible(connection):\n", "        if False:\n", "tests/index/test_schema.py"),
+    Mutation("a new cache's folders are synced", "cachedb/index/sqlite/database.py", '                sync_folder(self.directory / "blobs")\n                sync_folder(self.directory)\n', "                pass\n", POWER),
+    Mutation("a commit that was cut off is made sure of", "cachedb/index/sqlite/database.py", "        if turn.marked:\n", "        if False:\n", "tests/index/sqlite/test_database.py tests/disk/test_locks.py"),
+    Mutation("a commit is marked before it begins", "cachedb/index/sqlite/database.py", "            turn.mark()\n", "", "tests/index/sqlite/test_database.py tests/disk/test_locks.py"),
+    Mutation("an index that was replaced is not written to", "cachedb/index/sqlite/database.py", "        if connection.file != self._file():\n", "        if False:\n", "tests/operations/test_rebuild.py tests/operations/test_verify.py"),
+    Mutation("an index that was replaced is not looked up in", "cachedb/index/sqlite/database.py", "                if connection.file != file:\n", "                if False:\n", "tests/index/sqlite/test_database.py"),
+    Mutation("nothing is looked up in a schema that is not ours", "cachedb/index/sqlite/database.py", "                ours = connection.execute(SELECT_REVISION).fetchone() == (REVISION,)\n", "                ours = True\n", "tests/index/sqlite/test_database.py"),
+    Mutation("a look-up is in the schema that was looked at", "cachedb/index/sqlite/database.py", "                connection.execute(\"BEGIN\")\n                ours = connection.execute(SELECT_REVISION).fetchone() == (REVISION,)\n", "                ours = connection.execute(SELECT_REVISION).fetchone() == (REVISION,)\n                connection.execute(\"BEGIN\")\n", "tests/index/sqlite/test_database.py"),
+    Mutation("a fork waits for look-ups", "cachedb/index/sqlite/database.py", "        with locks.unforked(), self._sqlite_errors():\n            file = self._file()\n", "        with self._sqlite_errors():\n            file = self._file()\n", "tests/index/sqlite/test_database.py -k look_up"),
+    Mutation("what is looked up in is closed before a fork", "cachedb/index/sqlite/database.py", "                self._idle.pop().close()\n", "                break\n", "tests/index/sqlite/test_database.py"),
+    # Locks
+    Mutation("a lock file that was unlinked is not the lock", "cachedb/disk/locks.py", "        if os.fstat(file.fileno()).st_nlink:\n", "        if True:\n", "tests/disk/test_locks.py tests/content/test_session.py"),
+    Mutation("connections are closed before a fork", "cachedb/disk/locks.py", "            closable.close()\n", "            pass\n", "tests/index/sqlite/test_database.py tests/disk/test_locks.py tests/disk/test_processes.py"),
+    Mutation("a forked child lets go of its parent's locks", "cachedb/disk/locks.py", "    for file in list(_files):\n        _close(file)\n", "", "tests/disk/test_locks.py tests/content/test_session.py"),
+    Mutation("a fork waits before the lock of logging is taken for it", "cachedb/disk/locks.py", "import concurrent.futures.thread  # noqa: F401 - its lock is one of those that come after ours, below\nimport errno\nimport fcntl\nimport logging  # noqa: F401 - as is this one's\n", "import errno\nimport fcntl\n", "tests/disk/test_locks.py -k may_log"),
+    Mutation("a fork waits before the lock of pools of threads is taken for it", "cachedb/disk/locks.py", "import concurrent.futures.thread  # noqa", "import concurrent.futures  # noqa", "tests/disk/test_locks.py -k may_log"),
+    Mutation("who asked first is first", "cachedb/disk/locks.py", "            _await_turn(queue[0], path, queue[1], wait)\n", "", "tests/disk/test_locks.py"),
+    Mutation("who is next and not awake yet keeps its turn", "cachedb/disk/locks.py", "if free and _read", "if _read", "tests/disk/test_locks.py"),
+    Mutation("who is stopped while waiting is passed over", "cachedb/disk/locks.py", "                    _write(queue, _SERVED, served + 1)\n", "                    pass\n", "tests/disk/test_locks.py"),
+    Mutation("who is served late does not put the numbers back", "cachedb/disk/locks.py", "max(queue[1], _read(queue[0], _SERVED))", "queue[1]", "tests/disk/test_locks.py"),
+    Mutation("a shortage is found by making a file", "cachedb/index/sqlite/database.py", "            if shortage := space.find_shortage(self.directory, _RESERVE, offset=max(sizes)):\n", "            if shortage := None:\n", "tests/disk/test_full_disks.py -k is_full"),
+    Mutation("a limit on the size of files is met where the index ends", "cachedb/index/sqlite/database.py", "_RESERVE, offset=max(sizes))", "_RESERVE)", "tests/disk/test_full_disks.py -k outgrows"),
+    Mutation("a lack of memory is no full disk", "cachedb/index/sqlite/database.py", "if getattr(error, \"sqlite_errorcode\", 0) == sqlite3.SQLITE_IOERR_NOMEM:\n", "if False:\n", "tests/disk/test_full_disks.py -k is_full"),
+    Mutation("only a full disk is full", "cachedb/index/sqlite/errors.py", "    return error.errno in (errno.ENOSPC, errno.EDQUOT)\n", "    return error.errno is not None\n", "tests/disk/test_full_disks.py -k is_full"),
+    Mutation("a quota that is used up is a full disk", "cachedb/index/sqlite/errors.py", "    return error.errno in (errno.ENOSPC, errno.EDQUOT)\n", "    return error.errno == errno.ENOSPC\n", "tests/disk/test_full_disks.py -k is_full"),
+    Mutation("the cause of a storage error is known", "cachedb/errors.py", "explain(error)}\", errno=error.errno) from error", "explain(error)}\") from error", "tests/attacks/test_limits.py -k fills"),
+    Mutation("inodes are set aside", "cachedb/index/sqlite/database.py", "            self._keep_inodes()\n", "            pass\n", "tests/disk/test_full_disks.py -k our_own_names"),
+    Mutation("inodes are given up where there are none", "cachedb/index/sqlite/database.py", "            if self.give_up_inodes():\n", "            if False:\n", "tests/disk/test_full_disks.py -k downloads"),
+    Mutation("a session is begun with what is set aside", "cachedb/content/session.py", "                    lock = self._begin(name)\n                self._id", "                    raise\n                self._id", "tests/disk/test_full_disks.py -k a_session"),
+    Mutation("a session that cannot be begun leaves no lock file", "cachedb/content/session.py", "            with suppress(OSError):\n                path.unlink()\n            locks", "            locks", "tests/disk/test_full_disks.py -k a_session"),
+    Mutation("what was given up is set aside again", "cachedb/index/sqlite/database.py", "        if self._gave_up:", "        if False:", "tests/disk/test_full_disks.py -k set_aside_again"),
+    Mutation("without room for a new file a cache is read", "cachedb/index/sqlite/database.py", "        if error.errno not in NO_ROOM or self._is_new():\n", "        if True:\n", "tests/disk/test_full_disks.py -k without_a_reserve"),
+    Mutation("a cache that cannot be made is not read in its place", "cachedb/index/sqlite/database.py", "        if error.errno not in NO_ROOM or self._is_new():\n", "        if error.errno not in NO_ROOM:\n", "tests/disk/test_full_disks.py -k no_inability"),
+    Mutation("nothing is written while there is no room", "cachedb/index/sqlite/database.py", "        self._check_shortage()\n", "", "tests/disk/test_full_disks.py -k without_a_reserve"),
+    Mutation("what is written to again is no longer only read", "cachedb/index/sqlite/database.py", "        self.read_only, self._shortage = False, None\n", "        self._shortage = None\n", "tests/disk/test_full_disks.py -k shortage"),
+    Mutation("a limit on the size of files takes no reserve away", "cachedb/index/sqlite/database.py", "                if error.errno != errno.EFBIG or not os.fstat(descriptor).st_size:\n", "                if True:\n", "tests/disk/test_full_disks.py -k leaves_the_reserve"),
+    Mutation("a lack of inodes is named", "cachedb/errors.py", "    if error.errno == errno.ENOSPC and isinstance", "    if False and isinstance", "tests/disk/test_full_disks.py -k named"),
+    Mutation("a limit on the size of files is named", "cachedb/errors.py", "    if error.errno == errno.EFBIG and (limit", "    if False and (limit", "tests/disk/test_full_disks.py -k limit"),
+    Mutation("a full file system without inodes lacks space", "cachedb/space.py", " and found.f_favail == 0 and found.f_bavail > 0", " and found.f_favail == 0", "tests/disk/test_full_disks.py -k numbers"),
+    Mutation("a file system may have no table of inodes", "cachedb/space.py", "or (found.f_files > 0 and found.f_favail == 0)", "or found.f_favail == 0", "tests/disk/test_full_disks.py -k numbers"),
+    Mutation("a file system that makes no unnamed file is asked for its numbers", "cachedb/space.py", "            _check_statistics(directory, size, offset)\n            return None\n", "            return None\n", "tests/disk/test_full_disks.py -k numbers"),
+    Mutation("a new cache's file system is tested", "cachedb/index/sqlite/database.py", "            refuse_unable(self.directory)\n", "            pass\n", "tests/disk/test_full_disks.py -k refused"),
+    Mutation("a lock keeps two out", "cachedb/disk/file_system.py", "            _find_flock_fault(ours, other)\n            or", "            None or", "tests/disk/test_full_disks.py -k refused"),
+    Mutation("a lock of SQLite keeps two out", "cachedb/disk/file_system.py", "            or _find_posix_lock_fault(ours, other)\n", "", "tests/disk/test_full_disks.py -k refused"),
+    Mutation("memory is shared", "cachedb/disk/file_system.py", "            or _find_mmap_fault(ours, other)\n", "", "tests/disk/test_full_disks.py -k refused"),
+    Mutation("a file can have two names", "cachedb/disk/file_system.py", "            or _find_name_fault(path, second)\n", "", "tests/disk/test_full_disks.py -k refused"),
+    Mutation("the test of a file system leaves nothing", "cachedb/disk/file_system.py", "            stack.callback(_remove, name)\n", "            pass\n", "tests/disk/test_full_disks.py -k refused"),
+    Mutation("a FUSE program is known by its source", "cachedb/disk/file_system.py", "            named = kind == \"fuse\" and", "            named = False and", "tests/attacks/test_limits.py -k fuse"),
+    Mutation("a file system between a machine and its host is shared", "cachedb/disk/file_system.py", "    r\"|virtiofs|fakeowner|drvfs|fuse", "    r\"|fuse", "tests/attacks/test_limits.py -k before_anything"),
+    Mutation("a full disk has a reserve", "cachedb/index/sqlite/database.py", "                return (again or work)()\n", "                pass\n", "tests/attacks/test_limits.py"),
+    # Forks
+    Mutation("a fork waits for no reader of an answer", "cachedb/index/sqlite/query.py", "            columns = _read(database, query, parameters or {}, end, timeout, rows, patience)\n            if columns is not None:\n                yield Answer(columns, iter(rows))\n                return\n", "            with database.raw(read_only=True):\n                columns = _read(database, query, parameters or {}, end, timeout, rows, patience)\n                if columns is not None:\n                    yield Answer(columns, iter(rows))\n                    return\n", "tests/disk/test_forks.py -k answer"),
+    Mutation("a fork stops a long query", "cachedb/index/sqlite/query.py", "            stopped = time.monotonic() - waiting > patience\n", "            pass\n", "tests/disk/test_forks.py -k long_query"),
+    Mutation("a fork ends an answer that is streamed", "cachedb/index/sqlite/query.py", "            locks.before_fork(self)\n", "", "tests/disk/test_forks.py -k streamed"),
+    Mutation("a large answer lies in a file", "cachedb/index/sqlite/query.py", "SpooledTemporaryFile(_IN_MEMORY_BYTES)", "SpooledTemporaryFile()", "tests/disk/test_forks.py -k large"),
+    Mutation("a fork waits for no waiting at the write lock", "cachedb/index/sqlite/database.py", "            turn = stack.enter_context(locks.in_turn(self.write_lock, wait))\n", "            stack.enter_context(locks.unforked())\n            turn = stack.enter_context(locks.in_turn(self.write_lock, wait))\n", "tests/disk/test_forks.py -k other_process"),
+    Mutation("a fork waits for no other program's transaction", "cachedb/index/sqlite/database.py", "                    timeout=0,  # we wait", "                    timeout=60,  # we wait", "tests/disk/test_forks.py -k other_process"),
+    Mutation("a fork waits for nobody who replaces the index", "cachedb/index/sqlite/database.py", 'Wait("the index", 0) as wait', 'Wait("the index", 60) as wait', "tests/disk/test_forks.py -k other_process"),
+    Mutation("a transaction is tried again while another program has the index", "cachedb/index/sqlite/database.py", "                    except (Busy, _Changed) as error:\n                        busy = error\n                    else:\n", "                    except (Busy, _Changed) as error:\n                        raise\n                    else:\n", "tests/disk/test_forks.py -k other_process"),
+    Mutation("a read transaction is tried again while another program has the index", "cachedb/index/sqlite/database.py", "if not isinstance(error, (Busy, _Changed)):", "if error:", "tests/disk/test_forks.py -k other_process"),
+    Mutation("a look-up is tried again while another program has the index", "cachedb/index/sqlite/database.py", "            found = self._rows_after(error, statement, values)\n", "            raise\n", "tests/disk/test_forks.py -k other_process"),
+    Mutation("a progress is told beside a migration", "cachedb/index/schema.py", "run_migrations(change, connection, target, beside)", "run_migrations(change, connection, target, progress)", "tests/disk/test_forks.py -k upgrade"),
+    Mutation("a progress is told beside a backup", "cachedb/index/sqlite/backups.py", "                _copy(connection, half, told)\n", "                _copy(connection, half, progress)\n", "tests/disk/test_forks.py -k backup"),
+    Mutation("a progress is told after an adoption's transaction", "cachedb/operations/adopt.py", "                with self._guard:\n                    self._passed += self._old.blobs.get(digest, 0)\n", "                self._advance(self._old.blobs.get(digest, 0))\n", "tests/disk/test_forks.py -k adoption"),
+    Mutation("an interrupt at the end of a block leaves no fork waiting", "cachedb/disk/locks.py", "            _unforked[thread] -= 1\n            with _changed:\n", "            with _changed:\n                _unforked[thread] -= 1\n", "tests/disk/test_forks.py -k interrupt"),
+    Mutation("an interrupt while a fork waits is not the end of its waiting", "cachedb/disk/locks.py", "            raised = error\n", "            raise\n", "tests/disk/test_forks.py -k interrupt"),
+    Mutation("a signal's handler may fork while a lock file is opened", "cachedb/disk/locks.py", "_guard = threading.RLock()", "_guard = threading.Lock()", "tests/disk/test_forks.py -k signals"),
+    Mutation("who fails in the queue lets go of it", "cachedb/disk/locks.py", "        release(queue)  #", "        _close(queue)  #", "tests/disk/test_forks.py -k queue"),
+    Mutation("connections are closed where no thread forks", "cachedb/disk/locks.py", "    _unforked[thread] += 1  # they may use `unforked` blocks\n", "    _unforked[thread] += 0\n", "tests/index/sqlite/test_database.py -k before_a_fork"),
+    # Reading without locks
+    Mutation("what is read without locks is read all at once", "cachedb/index/sqlite/database.py", 'return self._snapshot(connection) if "changed=" in file[2] else connection', "return connection", "tests/index/sqlite/test_reading_at_rest.py"),
+    Mutation("what changed while it was read is read again", "cachedb/index/sqlite/database.py", "        if self._file() != connection.file or not connection.is_settled:\n", "        if not connection.is_settled:\n", "tests/index/sqlite/test_reading_at_rest.py"),
+    Mutation("what was written a moment ago is read again", "cachedb/index/sqlite/database.py", " or not connection.is_settled:\n", ":\n", "tests/index/sqlite/test_reading_at_rest.py"),
+    Mutation("what looks damaged because it changed is read again", "cachedb/index/sqlite/database.py", "            if isinstance(error, StorageError) and self._file() != connection.file:\n", "            if False:\n", "tests/index/sqlite/test_reading_at_rest.py"),
+    Mutation("nothing is written to a copy of the index", "cachedb/index/sqlite/database.py", '                copy.execute("PRAGMA query_only = ON")\n', "", "tests/index/sqlite/test_reading_at_rest.py"),
+    Mutation("what changed while it was looked up is not begun to be sent", "cachedb/operations/push_target.py", "            if immutable and _state(index) != before:\n", "            if False:\n", "tests/operations/test_push_target.py -k changes"),
+    # Waiting
+    Mutation("a wait has an end", "cachedb/disk/waiting.py", "        if left <= 0:\n", "        if self._seconds == 0.2 and False:\n", "tests/disk/test_waiting.py -k gives_up"),
+    Mutation("for whom we wait is said", "cachedb/disk/waiting.py", "        if now - self._began >= self._next_word:\n", "        if self._seconds < 0:\n", "tests/disk/test_waiting.py -k in_one_line"),
+    Mutation("a wait is a warning once", "cachedb/disk/waiting.py", "level = logging.DEBUG if self._saying or holder in _said else logging.WARNING", "level = logging.WARNING", "tests/disk/test_waiting.py -k said_once"),
+    Mutation("who makes progress is waited for", "cachedb/disk/waiting.py", "            self.seen, self._moved = seen, now\n", "            self.seen = seen\n", "tests/disk/test_waiting.py -k while_it_makes_progress"),
+    Mutation("dead waiters are skipped at once", "cachedb/disk/locks.py", "        if first is None:\n            return  # those before us have died\n", "        first = first or now_served + 1\n", "tests/disk/test_waiting.py -k skipped"),
+    Mutation("a queue that is locked holds nobody up", "cachedb/disk/locks.py", "wait=Wait(\"a number\", _COUNTER_SECONDS)", "wait=False", "tests/disk/test_waiting.py -k queue_whose"),
+    Mutation("who is gone is not named", "cachedb/disk/locks.py", "    return None if record is None or record[0].is_gone else record[0]\n", "    return None if record is None else record[0]\n", "tests/disk/test_waiting.py -k is_gone"),
+    Mutation("another program is waited for without the lock", "cachedb/index/sqlite/database.py", "                    except (Busy, _Changed):\n                        pass\n", "                    except (Busy, _Changed):\n                        time.sleep(2)\n", "tests/disk/test_waiting.py -k one_after_the_other"),
+    Mutation("no caller sees that a database is locked", "cachedb/index/sqlite/database.py", "        if code == sqlite3.SQLITE_BUSY:\n", "        if code == -1:\n", "tests/disk/test_waiting.py -k own_words"),
+    Mutation("opening waits for no lock", "cachedb/cache.py", "        with database.without_waiting():\n", "        with __import__('contextlib').nullcontext():\n", "tests/disk/test_waiting.py -k only_reads"),
+    Mutation("a script may lock the directory", "cachedb/index/sqlite/database.py", "                    if time.monotonic() > end or not (operation == fcntl.LOCK_EX or old):\n", "                    if time.monotonic() > end + 99:\n", "tests/disk/test_waiting.py -k script_may"),
+    Mutation("a claim without progress is taken over", "cachedb/disk/single_flight.py", "                _take_over(path, key, wait.seen)\n", "                pass\n", "tests/disk/test_waiting.py -k without_progress"),
+    Mutation("who has lost a claim leaves the next one's file", "cachedb/disk/single_flight.py", "    if not os.fstat(lock.fileno()).st_nlink:\n        return False\n", "", "tests/disk/test_waiting.py -k without_progress"),
+    Mutation("a lost claim is noticed", "cachedb/disk/single_flight.py", "        if lock is not None and not os.fstat(lock.fileno()).st_nlink:\n", "        if lock is None:\n", "tests/disk/test_waiting.py -k without_progress"),
+    Mutation("progress is noted", "cachedb/disk/single_flight.py", "        os.utime(lock.fileno())\n", "        pass\n", "tests/disk/test_waiting.py -k progress"),
+    Mutation("a stopped command makes no progress", "cachedb/cli/holds.py", "os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None", "os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not False", "tests/disk/test_waiting.py -k stopped_command"),
+    Mutation("a name in a file is no process", "cachedb/reports/sessions.py", "        if locks.is_held(lock):\n", "        if True:\n", "tests/disk/test_waiting.py -k session_is_listed"),
+    # Changes of the schema
+    Mutation("a backup is synced before it has its name", "cachedb/index/sqlite/backups.py", "    sync_file(half)\n", "", "tests/operations/test_upgrade.py"),
+    Mutation("a disk that is too full is said so before", "cachedb/index/sqlite/backups.py", "    if free < needed:\n", "    if False:\n", "tests/operations/test_upgrade.py"),
+    Mutation("a change that breaks references is not made", "cachedb/index/schema.py", "            if new := Counter(find_broken_keys(connection)) - broken:\n", "            if new := Counter[str]():\n", "tests/operations/test_upgrade.py"),
+    Mutation("a backfill that another has done is not done again", "cachedb/operations/upgrade.py", "            if descriptions.backfilled(connection) != begin:\n", "            if False:\n", "tests/operations/test_upgrade.py"),
+    Mutation("a config is held to its digest", "cachedb/content/describe.py", "if len(data) <= DOCUMENT_LIMIT and digest_of(data, digest) != digest:", "if False:", "tests/content/test_describe.py tests/operations/test_upgrade.py"),
+    # What outside programs change
+    Mutation("a writer puts WAL mode back", "cachedb/index/sqlite/database.py", "        self._ensure_wal(_driver(connection))\n        if turn.marked:\n", "        if turn.marked:\n", "tests/operations/test_verify.py -k wal"),
+    Mutation("a lost WAL mode is reported", "cachedb/operations/verify.py", '    if mode != "wal":\n', "    if False:\n", "tests/operations/test_verify.py -k lost_wal"),
+    Mutation("the journal mode of an index at rest is read", "cachedb/index/sqlite/database.py", '        if "changed=" in self._file()[2]:', "        if False:", "tests/operations/test_verify.py -k lost_wal"),
+    Mutation("a lost WAL mode is drift", "cachedb/index/drift.py", '    if journal_mode != "wal":\n', "    if False:\n", "tests/operations/test_upgrade.py -k drift_is_found"),
+    Mutation("a trigger is reported", "cachedb/index/drift.py", "WHERE type = 'trigger' ORDER BY name", "WHERE type = 'nothing' ORDER BY name", "tests/operations/test_verify.py -k trigger_is_reported"),
+    Mutation("a backup with foreign objects is refused", "cachedb/operations/restore.py", "        _refuse_foreign(new, file)  # before", "        # before", "tests/operations/test_upgrade.py -k refused"),
+    Mutation("a backup of a newer schema with a trigger is refused", "cachedb/index/drift.py", 'for kind, name in sorted(there) if kind == "trigger"]', 'for kind, name in sorted(there) if kind == "nothing"]', "tests/operations/test_upgrade.py -k newer_schema_with"),
+    Mutation("a forged name hides nothing", "cachedb/index/sqlite/revision.py", "        AND NOT (type = 'table' AND name IN ('sqlite_sequence', 'sqlite_stat1', 'sqlite_stat3', 'sqlite_stat4'))", "        AND name NOT LIKE 'sqlite_%'", "tests/operations/test_upgrade.py -k forged"),
+    # Copies
+    Mutation("what is stored last is leased for a copy", "cachedb/operations/copy.py", "session.lease(connection, _stored(connection).keys() - _digests(leased))", "session.lease(connection, [])", "tests/operations/test_copy.py -k removed_during"),
+    Mutation("the index is copied as it was when its blobs were leased", "cachedb/operations/copy.py", "database.raw(read_only=True))  # it begins", "database.raw())  # it begins", "tests/operations/test_copy.py -k removed_during"),
+    Mutation("a copy has no leases of the source's processes", "cachedb/operations/copy.py", "            connection.execute(delete(LEASES).where(LEASES.c.session.not_in(select(HOLDS.c.id))))\n", "", "tests/operations/test_copy.py -k stay_behind"),
+    Mutation("a copy keeps the leases of holds", "cachedb/operations/copy.py", "delete(LEASES).where(LEASES.c.session.not_in(select(HOLDS.c.id)))", "delete(LEASES)", "tests/operations/test_copy.py -k stay_behind"),
+    Mutation("a copy has nothing in its trash", "cachedb/operations/copy.py", "            connection.execute(delete(TRASH))\n", "", "tests/operations/test_copy.py -k stay_behind"),
+    Mutation("a damaged index is not copied", "cachedb/operations/copy.py", "        if faults := copied.faults(quick=True):", "        if faults := list[str]():", "tests/operations/test_copy.py -k damaged_index"),
+    Mutation("a file of another size is not copied", "cachedb/operations/copy.py", "        if status.st_size != size:\n", "        if False:\n", "tests/operations/test_copy.py -k short_file"),
+    Mutation("a link among the blobs is not followed", "cachedb/operations/copy.py", "os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC", "os.O_RDONLY | os.O_CLOEXEC", "tests/operations/test_copy.py -k short_file"),
+    Mutation("a copy shares no file that others can write to", "cachedb/operations/copy.py", " and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)", "", "tests/operations/test_copy.py -k others_can_write"),
+    Mutation("a copied blob's digest is verified", "cachedb/operations/copy.py", "Path(target), digest=digest, size=size,", "Path(target), size=size,", "tests/operations/test_copy.py -k verified"),
+    Mutation("a copy is not made inside the cache", "cachedb/operations/copy.py", "    if directory.resolve().is_relative_to(source.resolve()):\n", "    if False:\n", "tests/operations/test_copy.py -k outside"),
+    Mutation("a copy is made into an empty directory", "cachedb/operations/copy.py", "    if strange:\n", "    if False:\n", "tests/operations/test_copy.py -k outside"),
+    Mutation("a cache is not copied over", "cachedb/operations/copy.py", '    if "index.db" in there:\n', "    if False:\n", "tests/operations/test_copy.py -k outside"),
+    Mutation("one process copies into a directory", "cachedb/operations/copy.py", "    if lock is None:\n", "    if False:\n", "tests/operations/test_copy.py -k one_process"),
+    Mutation("what an interrupted copy left is not taken for blobs", "cachedb/operations/copy.py", "            raise NotACache(f\"{str(strays[0])!r} is no blob: name a new or empty directory\")\n", "            pass\n", "tests/operations/test_copy.py -k killed"),
+    Mutation("a failed copy leaves nothing", "cachedb/operations/copy.py", "                    _delete_left(directory)\n", "                    pass\n", "tests/operations/test_copy.py -k interrupt_leaves"),
+    Mutation("a copy releases its leases", "cachedb/operations/copy.py", "                publish.give_up(database, session, hold)\n", "                pass\n", "tests/operations/test_copy.py -k stay_behind"),
+    # Copies that other programs make
+    Mutation("a copy is noticed by its marker", "cachedb/disk/folders.py", "        self.is_copy = found is None or status is None or found.inode != status[1]\n", "", "tests/operations/test_copy.py -k torn_copy"),
+    Mutation("a copy without its marker is checked", "cachedb/index/sqlite/database.py", "is_sound=self._is_new())", "is_sound=True)", "tests/operations/test_copy.py -k torn_copy"),
+    Mutation("a copy is checked before it is opened", "cachedb/index/sqlite/database.py", "                self.accept_copy(check=True)\n", "                self.accept_copy(check=False)\n", "tests/operations/test_copy.py -k torn_copy"),
+    Mutation("a copy's index is sound", "cachedb/index/sqlite/database.py", '            faults = [] if found == "ok" else [str(found)]\n', "            faults = list[str]()\n", "tests/operations/test_copy.py -k lacks_entries"),
+    Mutation("a copy has the files of its index", "cachedb/index/sqlite/database.py", "                    if not is_there:\n", "                    if False:\n", "tests/operations/test_copy.py -k lacks_a_blob"),
+    Mutation("a copy that was checked is known", "cachedb/index/sqlite/database.py", "                    self.folders.accept_copy()\n", "                    pass\n", "tests/operations/test_copy.py -k sound_copy"),
+    Mutation("one of many processes accepts a copy", "cachedb/index/sqlite/database.py", "            self.folders.mark(new=False)  # another process may have done so meanwhile\n", "", "tests/operations/test_copy.py -k accepted_once"),
+    Mutation("a copy that can only be read is checked", "cachedb/index/sqlite/database.py", "                if folders.is_copy and revision is not None:", "                if False:", "tests/operations/test_copy.py -k only_be_read"),
+    Mutation("a copy that was repaired is known", "cachedb/operations/verify.py", "        database.accept_copy(check=False)  # what", "        pass  # what", "tests/operations/test_copy.py -k repaired_copy_is_accepted"),
+    # Adoption
+    Mutation("nothing outside the other cache is read", "cachedb/transports/json_cache.py", "if inside and stat.S_ISREG(path.lstat().st_mode):", "if stat.S_ISREG(path.lstat().st_mode):", "tests/operations/test_adopt.py"),
+    Mutation("a move leaves what is bad in this cache", "cachedb/operations/adopt.py", "if digest in self._new or is_good(ours, digest):", "if True:", "tests/operations/test_adopt.py"),
+    Mutation("a move takes away what is stored and nothing else", "cachedb/operations/adopt.py", "            stored = publish.intact(connection, ours, self._old.paths)\n", "            stored = dict.fromkeys(self._old.paths)\n", "tests/operations/test_adopt.py"),
+    Mutation("a name that is taken meanwhile is not adopted", "cachedb/operations/adopt.py", "image.name not in here or not self._is_settled(connection, image)]", "True]", "tests/operations/test_adopt.py"),
+    Mutation("what is moved is written to by nobody", "cachedb/content/publish.py", "                os.fchmod(file, 0o444)\n", "                pass\n", "tests/operations/test_adopt.py"),
+    Mutation("a blob that two parts read counts once", "cachedb/operations/adopt.py", "counted = self._is_first(digest)\n", "counted = True\n", "tests/operations/test_adopt.py"),
+    # Registries
+    Mutation("credentials do not go along a redirect", "cachedb/transports/registry/client.py", 'if authorization and ours else {}', 'if authorization else {}', "tests/operations/test_pull.py"),
+    Mutation("what was HTTPS stays HTTPS", "cachedb/transports/registry/client.py", 'not in ({"https"} if _origin(url)[0] == "https" else {"http", "https"})', 'not in {"http", "https"}', "tests/operations/test_pull.py"),
+    Mutation("a blob is downloaded once a host", "cachedb/operations/pull.py", "        key = downloads.key_of(blob.digest)\n", "        key = str(id(blob))\n", "tests/operations/test_pull.py"),
+    Mutation("what is left of a download is not trusted", "cachedb/operations/pull_source.py", "            if not begun:\n", "            if True:\n", "tests/operations/test_pull.py"),
+    Mutation("a download is kept until it is stored", "cachedb/content/publish.py", "        os.link(path, named)\n        if named.stat", "        os.rename(path, named)\n        if named.stat", "tests/operations/test_pull.py"),
+    Mutation("what is linked is synced before it has its name", "cachedb/content/publish.py", "        os.fsync(file)\n", "", POWER),
+    Mutation("what others can write to is not linked", "cachedb/content/publish.py", "    if before.st_uid != os.geteuid() or before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):\n", "    if False:\n", "tests/transports/archive/test_read.py"),
+    Mutation("all of what is linked is read", "cachedb/cache.py", "files.Section(file, 0, os.fstat(file).st_size)", "files.Section(file, 0, blob.section.size)", "tests/transports/archive/test_read.py -k grows"),
+    Mutation("what is linked is what was read", "cachedb/content/publish.py", "        if identity(found) != identity(before):\n", "        if False:\n", "tests/transports/archive/test_read.py tests/operations/test_adopt.py"),
+    Mutation("what was begun is not trusted once it was touched", "cachedb/operations/pull_source.py", "if (mark := self._whole.get(blob.digest)) and mark == _mark(path):", "if self._whole.get(blob.digest):", "tests/operations/test_pull_source.py"),
+    Mutation("what was begun is not downloaded again", "cachedb/operations/pull_source.py", "                    self._whole[blob.digest] = _mark(partial_path(self._directory, blob.digest))\n", "                    partial_path(self._directory, blob.digest).unlink()\n", "tests/operations/test_pull_source.py"),
+    Mutation("what others download is not begun", "cachedb/operations/pull_source.py", "                if nobody and not self._has_file(blob.digest):", "                if not self._has_file(blob.digest):", "tests/operations/test_pull_source.py"),
+    Mutation("what is here is not begun", "cachedb/operations/pull_source.py", "                if nobody and not self._has_file(blob.digest):", "                if nobody:", "tests/operations/test_pull_source.py"),
+    Mutation("what is here is not begun with if only what is missing is wanted", "cachedb/cli/registries.py", "            if not if_missing:\n                # It comes", "            if True:\n                # It comes", "tests/operations/test_pull_source.py"),
+    Mutation("what was begun does not hold up an end", "cachedb/threads.py", "            begun.join(_PATIENCE)\n", "            begun.join()\n", "tests/test_threads.py"),
+    Mutation("what was begun ends with who wants it", "cachedb/threads.py", "        stop()  # if all went well there is nothing to stop\n", "", "tests/operations/test_pull_source.py"),
+    Mutation("manifests that are in memory are of a bounded size", "cachedb/operations/pull_source.py", "        if data is None and sum(map(len, self.documents.values())) + blob.size > _BYTES:\n", "        if False:\n", "tests/operations/test_pull_source.py -k memory"),
+    Mutation("what others pull is not begun", "cachedb/operations/pull_source.py", "and self._right.enter_context(single_flight.unless_made(self._directory, self.key))", "", "tests/operations/test_pull_source.py"),
+    Mutation("a mirror that has something else is passed over", "cachedb/operations/pull_source.py", "with suppress(RegistryError, DigestMismatch, InvalidManifest):", "with suppress(RegistryError):", "tests/operations/test_pull.py"),
+    Mutation("on a full disk what is left of downloads goes", "cachedb/index/sqlite/database.py", "                freed = downloads.sweep(self.folders, age=0)\n", "                pass\n", "tests/attacks/test_limits.py"),
+    Mutation("a pull that fills the disk gives the space back", "cachedb/operations/pull.py", "                downloads.sweep(self._database.folders, age=0)  # there is more need of the space\n", "                pass\n", "tests/attacks/test_limits.py"),
+    Mutation("what is asked for is asked for once", "cachedb/threads.py", "            known = self._asked.get(what)\n            future = known or self._asked.setdefault(what, Future())", "            known, future = None, Future[Any]()", "tests/operations/test_pull_source.py"),
+    Mutation("what is stored is not gone on with", "cachedb/disk/downloads.py", "        if found.st_nlink > 1 or found.st_size > size or ", "        if found.st_size > size or ", "tests/operations/test_pull.py"),
+    Mutation("what was downloaded is leased until its image is saved", "cachedb/operations/pull.py", "                self._holds.append(self._session.lease(connection, [blob.digest]))\n", "                pass\n", "tests/operations/test_pull.py"),
+    Mutation("what is left of a download can be written to", "cachedb/disk/downloads.py", "        path.chmod(0o600)\n", "", "tests/operations/test_pull.py"),
+    Mutation("a manifest from a registry is verified", "cachedb/operations/pull_source.py", "if like not in (None, digest):", "if False:", "tests/operations/test_pull.py"),
+    Mutation("what is pushed or exported is leased", "cachedb/cache.py", "            hold = NO_HOLD if read_only else self._session.lease(connection, digests)\n", "            hold = NO_HOLD\n", "tests/operations/test_push.py"),
+    Mutation("what is begun to be sent is mounted where it can be", "cachedb/operations/push_target.py", "            return [repository for (repository,) in self._look(REPOSITORIES, digest)]\n", "            pass\n", "tests/operations/test_push_target.py"),
+    Mutation("what was begun to be sent is not sent again", "cachedb/operations/push_target.py", "        return self._blobs.ask(", "        return Once().ask(", "tests/operations/test_push_target.py"),
+    Mutation("what is incomplete is not begun to be sent", "cachedb/operations/push_target.py", "        if not all(stored for *_, stored in rows):\n", "        if False:\n", "tests/operations/test_push_target.py"),
+    Mutation("what goes only where all of it is is not begun to be sent", "cachedb/operations/push_target.py", "            if not held.issuperset(child.digest for child in children):\n", "            if False:\n", "tests/operations/test_push_target.py"),
+    Mutation("what cannot have a name is not begun to be sent", "cachedb/operations/push_target.py", "if not rows or self.name.digest not in (None, rows[0][0]):", "if not rows:", "tests/operations/test_push_target.py"),
+    Mutation("an upload that was begun ends with who wants it", "cachedb/operations/push_target.py", "        end(self._begun, self.repository.stop)\n", "", "tests/operations/test_push_target.py"),
+    Mutation("what fails may be sent again", "cachedb/threads.py", "                    with self._guard:\n                        del self._asked[what]\n", "                    pass\n", "tests/operations/test_push_target.py"),
+    Mutation("what was begun counts as what its pusher sent, once", "cachedb/operations/push_target.py", '        return "existing" if known else outcome', "        return outcome", "tests/operations/test_push.py tests/operations/test_push_target.py"),
+    Mutation("a registry that refuses is not asked again", "cachedb/operations/push_target.py", "    return not isinstance(error, RegistryError) or isinstance(error, RegistryUnavailable)\n", "    return True\n", "tests/operations/test_push_target.py"),
+    Mutation("what another schema has is not begun to be sent", "cachedb/index/sqlite/peek.py", " AND ? = (SELECT version_num FROM alembic_version)", " AND ? != ''", "tests/operations/test_push_target.py"),
+    Mutation("of an index at rest nothing is left", "cachedb/operations/push_target.py", '"&immutable=1"', '""', "tests/operations/test_push_target.py"),
+    Mutation("an interrupt waits for no connection", "cachedb/transports/registry/client.py", "            if self._stopped.is_set():\n                raise CacheError(\"it was stopped, for other work beside it failed\")\n        future.result()\n", "            pass\n        future.result()\n", "tests/operations/test_push_target.py"),
+    Mutation("the index is looked up in by who cannot write to it", "cachedb/operations/push_target.py", "?mode=ro", "?mode=rwc", "tests/operations/test_push_target.py"),
+    Mutation("a manifest comes after what it names", "cachedb/operations/push.py", "TopologicalSorter(named).static_order()", "reversed(list(TopologicalSorter(named).static_order()))", "tests/operations/test_push.py"),
+    Mutation("a manifest that is pushed is verified", "cachedb/cache.py", "        if digest_of(data, digest) != digest:\n", "        if False:\n", "tests/operations/test_push.py"),
+    Mutation("an index goes only where all that it names is", "cachedb/operations/push.py", 'and not repository.has("manifests", blob.digest):', "and False:", "tests/operations/test_push.py"),
+    Mutation("what refers to another image is left", "cachedb/operations/pull.py", "            refers = oci.subject_of(self._child(root)) == subject\n", "            refers = bool(self._child(root))\n", "tests/operations/test_push.py"),
+    Mutation("an upload that gets no further ends", "cachedb/transports/registry/repository.py", "                    if sent > furthest:\n", "                    if True:\n", "tests/operations/test_push.py"),
+    Mutation("a registry is told what it stored", "cachedb/transports/registry/repository.py", "        if said is not None and said != digest_of(data, said):\n", "        if False:\n", "tests/operations/test_push.py"),
+    Mutation("what was chosen of an index stays chosen", "cachedb/content/save.py", "    choose = choice(connection, image_id)\n", "    choose = None\n", "tests/operations/test_pull.py"),
+    # Limits
+    Mutation("what comes in a minute of a download is counted", "cachedb/transports/registry/repository.py", "        self._had += count\n", "", "tests/transports/registry/test_client.py -k download"),
+    Mutation("a minute of a download is one", "cachedb/transports/registry/repository.py", "elif now - self._since > _MINUTE:", "elif now - self._since > 2 * _MINUTE:", "tests/transports/registry/test_client.py -k download"),
+    Mutation("a try of a download begins a minute of its own", "cachedb/transports/registry/repository.py", "            self._since, self._had = now, 0\n            raise", "            raise", "tests/transports/registry/test_client.py -k download"),
+    Mutation("what a registry sends again is no stall", "cachedb/transports/registry/repository.py", "            self._since = time.monotonic()  # the time that this takes is no stall\n", "", "tests/transports/registry/test_client.py -k stall"),
+    Mutation("requests that are refused together ask for one token", "cachedb/transports/registry/client.py", "                return False  # and it may be for less than we need\n", "                pass\n", "tests/transports/registry/test_client.py -k token"),
+    Mutation("who is refused with a new token asks for no other", "cachedb/transports/registry/client.py", "if response.status == 401 and ours and not asked and tries < TRIES:", "if response.status == 401 and ours and tries < TRIES:", "tests/transports/registry/test_client.py -k token"),
+    Mutation("the last redirect that may be is followed", "cachedb/transports/registry/client.py", "        for _ in range(_REDIRECTS + 1):\n", "        for _ in range(_REDIRECTS):\n", "tests/transports/registry/test_client.py -k redirects"),
+    Mutation("the longest pause that may be is made", "cachedb/transports/registry/client.py", "        if seconds > _LONGEST_PAUSE:\n", "        if seconds >= _LONGEST_PAUSE:\n", "tests/transports/registry/test_client.py -k minute"),
+    Mutation("the largest body that may be is read", "cachedb/transports/registry/client.py", "            if len(data) > limit:\n", "            if len(data) >= limit:\n", "tests/transports/registry/test_client.py -k largest"),
+    Mutation("of a download that is all there nothing is asked for", "cachedb/transports/registry/repository.py", "if self._response is None and self._at >= self._size:", "if self._response is None and self._at > self._size:", "tests/transports/registry/test_client.py -k download"),
+    Mutation("the end of a download is no failure", "cachedb/transports/registry/repository.py", "if not data and self._at < self._size:", "if not data and self._at <= self._size:", "tests/transports/registry/test_client.py -k download"),
+    Mutation("an upload goes on behind all of it", "cachedb/transports/registry/repository.py", "if there and 0 < int(there[1]) < size:", "if there and 0 < int(there[1]) < size - 1:", "tests/transports/registry/test_client.py -k upload"),
+    Mutation("a token comes while there is a try to use it", "cachedb/transports/registry/client.py", "and not asked and tries < TRIES:", "and not asked and tries <= TRIES:", "tests/transports/registry/test_client.py -k token"),
+    Mutation("pages of referrers have an end", "cachedb/transports/registry/repository.py", "            pages += 1\n", "", "tests/transports/registry/test_client.py -k pages"),
+    Mutation("as many referrers as may be are listed", "cachedb/transports/registry/repository.py", "            if max(len(found), pages) > _REFERRERS:\n", "            if max(len(found), pages) >= _REFERRERS:\n", "tests/transports/registry/test_client.py -k referrers"),
+    Mutation("as many manifests as may be refer to an image", "cachedb/operations/pull.py", "                if len(known) >= _MANIFESTS:\n", "                if len(known) > _MANIFESTS:\n", "tests/transports/registry/test_client.py -k refer"),
+    Mutation("backups are made one at a time", "cachedb/index/sqlite/backups.py", '            stack.enter_context(locks.held(lock, wait))\n', "", "tests/index/sqlite/test_backups.py -k at_once"),
+    Mutation("a backup leaves no descriptor open", "cachedb/index/sqlite/backups.py", "        stack.callback(os.close, file)  #", "        #", "tests/index/sqlite/test_backups.py -k descriptor"),
+    Mutation("a change of the schema that just fits is made", "cachedb/index/sqlite/backups.py", "    if free < needed:", "    if free <= needed:", "tests/index/sqlite/test_backups.py -k needs"),
+    Mutation("an archive has no more members than it may", "cachedb/transports/archive/files.py", ">= _MEMBERS_LIMIT or", "> _MEMBERS_LIMIT or", "tests/attacks/test_bounds_of_input.py -k members"),
+    Mutation("as many links are followed as Linux follows", "cachedb/transports/archive/files.py", "range(_LINKS_LIMIT + 1)", "range(_LINKS_LIMIT)", "tests/attacks/test_bounds_of_input.py -k links"),
+    Mutation("extended headers have a limit together", "cachedb/transports/archive/tar.py", "            extended_length += size + BLOCK\n", "", "tests/attacks/test_bounds_of_input.py -k headers"),
+    Mutation("the largest document is read", "cachedb/oci/manifests.py", "    if len(data) > DOCUMENT_LIMIT:", "    if len(data) >= DOCUMENT_LIMIT:", "tests/attacks/test_bounds_of_input.py -k largest"),
+    Mutation("the largest file of credentials is read", "cachedb/transports/registry/credentials.py", "if len(data) <= _FILE_LIMIT else None", "if len(data) < _FILE_LIMIT else None", "tests/attacks/test_bounds_of_input.py -k credentials"),
+    Mutation("the longest answer of a credential helper is taken", "cachedb/transports/registry/credentials.py", "while len(answer) <= _ANSWER_LIMIT:", "while len(answer) < _ANSWER_LIMIT:", "tests/attacks/test_bounds_of_input.py -k helper"),
+    Mutation("what is left of a download is kept for a day", "cachedb/disk/downloads.py", "_AGE = 24 * 60 * 60", "_AGE = 24 * 60 * 59", "tests/attacks/test_bounds_of_input.py -k download"),
+    Mutation("a download that only has to be verified is gone on with", "cachedb/disk/downloads.py", "found.st_size > size or", "found.st_size >= size or", "tests/attacks/test_bounds_of_input.py -k download"),
+    Mutation("a hold lasts as long as it may", "cachedb/index/holds.py", "not 0 < seconds <= _LIMIT.total_seconds():", "not 0 < seconds < _LIMIT.total_seconds():", "tests/attacks/test_bounds_of_input.py -k hold"),
+    Mutation("uses are not written all the time", "cachedb/content/last_used.py", "- self._written > RESOLUTION", "- self._written >= RESOLUTION", "tests/attacks/test_bounds_of_input.py -k uses"),
+    Mutation("a size has the unit in which it is below a thousand", "cachedb/text.py", "if abs(size) < 999.5", "if abs(size) < 1000", "tests/attacks/test_bounds_of_input.py -k unit"),
+    Mutation("show names the author", "cachedb/cli/images.py", ', ("author", image.author or "")]', "]", "tests/attacks/test_bounds_of_input.py -k author"),
+    # Second failures
+    Mutation("an export that fails says what failed first", "cachedb/disk/durable.py", "        with ignore_os_errors():  # it would hide the error that came first\n            part.unlink(missing_ok=True)\n", "        part.unlink(missing_ok=True)\n", "tests/attacks/test_second_failures.py -k export"),
+    Mutation("a link that fails says what failed first", "cachedb/transports/archive/write.py", "        discard(part)  #", "        part.unlink(missing_ok=True)  #", "tests/attacks/test_second_failures.py -k export"),
+    Mutation("an import that fails says what failed first", "cachedb/transports/archive/files.py", "stack.callback(discard, spool)", "stack.callback(spool.unlink, missing_ok=True)", "tests/attacks/test_second_failures.py -k spooled"),
+    Mutation("a backup that fails says what failed first", "cachedb/index/sqlite/backups.py", "                with ignore_os_errors():\n                    made.unlink()\n", "                made.unlink()\n", "tests/attacks/test_second_failures.py -k backup"),
+    Mutation("a blob that fails says what failed first", "cachedb/disk/writer.py", "        with ignore_os_errors():\n            path.unlink()\n", "        path.unlink()\n", "tests/attacks/test_second_failures.py -k blob"),
+    Mutation("a change of the schema that fails says what failed first", "cachedb/index/schema.py", "                with ignore_os_errors():\n                    backup.unlink()\n", "                backup.unlink()\n", "tests/attacks/test_second_failures.py -k schema"),
+    Mutation("a publication that fails says what failed first", "cachedb/content/publish.py", "            with suppress(CacheError):  # what is left", "            if True:  # what is left", "tests/attacks/test_second_failures.py -k publication"),
+    Mutation("a pull that fails says what failed first", "cachedb/operations/pull.py", "            with suppress(CacheError), ignore_os_errors():\n", "            if True:\n", "tests/attacks/test_second_failures.py -k pull"),
+    Mutation("work that fails says what failed first", "cachedb/disk/single_flight.py", "        with ignore_os_errors():  # the next open removes it\n", "        if True:\n", "tests/attacks/test_second_failures.py -k work"),
+    Mutation("a damaged backup is refused with the damage", "cachedb/operations/restore.py", "is damaged, and was not restored: {faults[0]}", "is damaged, and was not restored", "tests/index/sqlite/test_backups.py -k damage"),
+    Mutation("a backup without a schema is said to have none", "cachedb/operations/restore.py", 'or "it has lost its schema"', 'or "?"', "tests/index/sqlite/test_backups.py -k damage"),
+    # The tests themselves
+    Mutation("what a test starts ends with the run", "tests/conftest.py", "    leftovers.watch()\n", "", "tests/support/test_leftovers.py"),
+    Mutation("a fork of a test run ends with the run", "tests/support/leftovers.py", '                if os.readlink(process / "fd" / file) == f"pipe:[{pipe}]":\n', "                if False:\n", "tests/support/test_leftovers.py"),
+    Mutation("a mount of a test goes with the run", "tests/conftest.py", "    leftovers.isolate_mounts()\n", "", "tests/support/test_leftovers.py"),
+    Mutation("a fault that no request meets fails its test", "tests/support/faults.py", "        assert kind or not missed, f", "        assert True, f", "tests/transports/registry/test_repository.py -k fault"),
+    # Questions
+    Mutation("only questions can be asked", "cachedb/index/sqlite/query.py", "    connection.set_authorizer(_authorizer())\n", "", "tests/index/sqlite/test_query.py"),
+    Mutation("only functions that are known to be harmless are called", "cachedb/index/sqlite/query.py", "if second in _FUNCTIONS and calls", "if calls", "tests/index/sqlite/test_query.py -k harmless"),
+    Mutation("a query calls so many functions", "cachedb/index/sqlite/query.py", " and calls <= _CALLS_LIMIT else", " else", "tests/index/sqlite/test_query.py -k functions"),
+    Mutation("a value in a query has a size", "cachedb/index/sqlite/query.py", "        connection.setlimit(limit, value)\n", "        pass\n", "tests/index/sqlite/test_query.py -k pattern"),
+    Mutation("a search in a query takes linear time", "cachedb/index/sqlite/query.py", '    if _SLOW_CALL.search(_QUICK_CALL.sub("", query)):\n', "    if False:\n", "tests/index/sqlite/test_query.py -k 'length and replace or replacement'"),
+    Mutation("a replacement has a size before it is made", "cachedb/index/sqlite/query.py", "    if len(where) + where.count(old) * (len(new) - len(old)) >", "    if 0 >", "tests/index/sqlite/test_query.py -k no_time"),
+    Mutation("a loop of long steps is looked at often", "cachedb/index/sqlite/query.py", "_EVERY = 2_000 ", "_EVERY = 2_000_000 ", "tests/index/sqlite/test_query.py -k long_steps"),
+    Mutation("no cell is a formula", "cachedb/cli/output.py", "    if value.startswith(_FORMULA) and", "    if False and", "tests/index/sqlite/test_query.py -k formula"),
+    Mutation("a number stays a number in a cell", "cachedb/cli/output.py", " and not _NUMBER.fullmatch(value):", ":", "tests/index/sqlite/test_query.py -k number"),
+    Mutation("a cell of Markdown is no HTML", "cachedb/cli/output.py", "html.escape(re.sub", "str(re.sub", "tests/index/sqlite/test_query.py -k markdown"),
+    Mutation("a terminal gets no escape sequence in a cell", "cachedb/cli/output.py", "return printable(value) if is_terminal else value", "return value", "tests/index/sqlite/test_query.py -k terminal"),
+    Mutation("a connection for questions changes nothing", "cachedb/index/sqlite/query.py", '    connection.execute("PRAGMA query_only = ON")\n', "", "tests/index/sqlite/test_query.py"),
+    Mutation("nobody waits to note a use", "cachedb/index/sqlite/database.py", "locks.acquire(self.write_lock, wait=False)\n", "locks.acquire(self.write_lock)\n", "tests/content/test_last_used.py"),
+    # What callers see
+    Mutation("what is of no use is counted", "cachedb/cache.py", "if used < known else Collected(0, 0)", "if False else Collected(0, 0)", "tests/test_cache.py"),
+    Mutation("what is incomplete is counted", "cachedb/cache.py", "if blob_count < known else 0", "if False else 0", "tests/test_cache.py"),
+    Mutation("what is imported and stored is held", "cachedb/content/publish.py", "            return session.lease(connection, intact(connection, database.directory, there))\n", "            return Hold('', 0, frozenset(intact(connection, database.directory, there)))\n", "tests/test_cache.py tests/attacks/test_interleavings.py tests/content/test_session.py"),
+    Mutation("a blob is leased until its image is saved", "cachedb/cache.py", "                        hold = self._session.lease(connection, [received.digest])\n", "                        pass\n", "tests/test_cache.py tests/content/test_session.py"),
+    Mutation("what is exported is held", "cachedb/cache.py", "            hold = NO_HOLD if read_only else self._session.lease(connection, digests)\n", "            hold = NO_HOLD\n", "tests/test_cache.py tests/attacks/test_interleavings.py"),
+    Mutation("one of many makes an image", "cachedb/disk/single_flight.py", "            found = find()\n            if found is None:\n                if is_working", "            found = None\n            if found is None:\n                if is_working", "tests/disk/test_single_flight.py"),
+    Mutation("a file that is cut short while it is exported is noticed", "cachedb/transports/archive/write.py", "                if not count:\n                    raise CacheError", "                if not count:\n                    return\n                if not count:\n                    raise CacheError", "tests/transports/archive/test_write.py -k short"),
+    Mutation("a blob that is exported is verified", "cachedb/transports/archive/write.py", '    if f"{hasher.name}:{hasher.hexdigest()}" != digest:\n', "    if False:\n", "tests/transports/archive/test_write.py -k another_content"),
+    Mutation("a blob that is linked is verified", "cachedb/transports/archive/write.py", "            _hash_blob(entry, file, None, progress)\n        finally", "            pass\n        finally", "tests/transports/archive/test_write.py -k another_content"),
+    Mutation("a blob that is cloned is verified", "cachedb/transports/archive/write.py", "    _hash_blob(entry, target, None, progress)\n", "", "tests/transports/archive/test_write.py -k cloned"),
+    Mutation("a failed export into a folder is taken back", "cachedb/transports/archive/write.py", "            _remove(made)\n", "", "tests/transports/archive/test_write.py -k 'another_content or stays_as_it_was'"),
+    Mutation("a folder that went while it was waited for is made again", "cachedb/transports/archive/write.py", "                if os.path.samestat(os.fstat(lock), destination.stat()):\n", "                if True:\n", "tests/transports/archive/test_write.py -k waits"),
+    Mutation("a blob is no symbolic link", "cachedb/disk/reader.py", " | os.O_NOFOLLOW", "", "tests/transports/archive/test_write.py -k symbolic_link"),
+    Mutation("a blob that is pushed is verified", "cachedb/transports/registry/repository.py", '        if self._hashed == self._size and f"', '        if False and f"', "tests/operations/test_push.py -k damaged"),
+    Mutation("an archive unpacks to so many bytes", "cachedb/transports/archive/files.py", "                limit.add(len(part))\n", "", "tests/transports/archive/test_read.py -k 'unpacks or raises'"),
+    Mutation("layers unpack to so many bytes", "cachedb/transports/archive/model.py", "            self._limit.add(len(part))\n", "", "tests/transports/archive/test_read.py -k unpack"),
+    Mutation("what unpacks has a ratio", "cachedb/transports/archive/files.py", "if self._most is not None or by_ratio > _UNPACKED_LIMIT:", "if True:", "tests/transports/archive/test_read.py -k many_times"),
+    Mutation("unpacking leaves others space", "cachedb/transports/archive/files.py", "    if written > _SPACE_SHARE * left:\n", "    if False:\n", "tests/transports/archive/test_read.py -k space"),
+    Mutation("a path that is too long for SQLite is named", "cachedb/index/sqlite/database.py", " or _too_long(self.path):", ":", "tests/index/sqlite/test_database.py -k too_long"),
+    Mutation("a path is as long as what its links lead to", "cachedb/index/sqlite/database.py", "max(len(os.fsencode(path)), len(os.fsencode(os.path.realpath(path))))", "len(os.fsencode(path))", "tests/index/sqlite/test_database.py -k symbolic"),
+    Mutation("a path in the index is not moved to the trash", "cachedb/content/collect.py", "in again or not is_digest(digest):", "in again:", "tests/content/test_collect.py -k names_a_path"),
+    Mutation("a path in the index is not noted for the trash", "cachedb/content/collect.py", " and is_digest(row.digest)]", "]", "tests/content/test_collect.py -k names_a_path"),
+    Mutation("a path in the index is no blob", "cachedb/disk/layout.py", "    if not is_digest(digest):\n", "    if False:\n", "tests/content/test_collect.py -k damaged"),
+    Mutation("an export is synced before it has its name", "cachedb/disk/durable.py", "            os.fsync(file.fileno())\n            if", "            if", "tests/transports/archive/test_write.py"),
+    # Verification
+    Mutation("an interrupt stops the threads", "cachedb/threads.py", "        stopped.set()\n", "", "tests/test_threads.py tests/operations/test_verify.py"),
+    Mutation("what was found without the lock is looked at again", "cachedb/operations/verify.py", "            if reading and (status is None or reading.file != identity(status)):\n", "            if False:\n", "tests/operations/test_verify.py"),
+    Mutation("what is being collected is no orphan", "cachedb/operations/verify.py", "        passing.update(map(Digest, connection.execute(leaving).scalars()))\n", "", "tests/operations/test_verify.py"),
+    Mutation("a damaged file is kept in quarantine/", "cachedb/operations/verify.py", "            os.link(path, kept, follow_symlinks=False)\n", "            pass\n", "tests/operations/test_verify.py tests/attacks/test_crashes.py"),
+    Mutation("an old WAL is not applied to a new index", "cachedb/index/sqlite/database.py", "                wal.rename(kept)\n", "                kept.touch()\n", "tests/operations/test_rebuild.py"),
+    Mutation("an old index's shared memory is not the new one's", "cachedb/index/sqlite/database.py", '            self.path.with_name("index.db-shm").unlink(missing_ok=True)\n', "", "tests/operations/test_rebuild.py"),
+    Mutation("nobody opens an index that is being replaced", "cachedb/index/sqlite/database.py", "wait, shared=not replacing", "wait, shared=True", "tests/index/sqlite/test_database.py"),
+    Mutation("an index that is replaced has its WAL written back", "cachedb/index/sqlite/database.py", "                self._write_back()\n", "                pass\n", "tests/index/sqlite/test_database.py tests/attacks/test_crashes.py tests/operations/test_upgrade.py"),
+    Mutation("a new index is whole before it has the name", "cachedb/index/sqlite/backups.py", '    if new.with_name(f"{new.name}-wal").exists():\n', "    if False:\n", "tests/operations/test_rebuild.py tests/index/sqlite/test_database.py"),
+    Mutation("a folder in an archive is a member", "cachedb/transports/archive/write.py", "        for folder in _folders(entry.path, known):\n", "        for folder in ():\n", "tests/transports/archive/test_write.py"),
+    Mutation("a connection whose PRAGMA fails is closed", "cachedb/index/sqlite/database.py", "                except BaseException:\n                    connection.close()\n                    raise\n            return self", "                except BaseException:\n                    raise\n            return self", "tests/index/sqlite/test_leaks.py"),
+    Mutation("a failed rebuild closes its connections", "cachedb/operations/rebuild.py", "        with closing(Database(folder)) as new:\n", "        if new := Database(folder):\n", "tests/index/sqlite/test_leaks.py"),
+    Mutation("a failed restoration closes its connections", "cachedb/operations/restore.py", "        with closing(Database(session.new_path())) as new:\n", "        if new := Database(session.new_path()):\n", "tests/index/sqlite/test_leaks.py"),
+    Mutation("a failed check of the schema closes its connections", "cachedb/index/drift.py", "        engine.dispose()\n", "        pass\n", "tests/index/sqlite/test_leaks.py"),
+    Mutation("a failed migration closes its connections", "migrations/env.py", "    with closing(Database(Path(directory) if directory else default_directory())) as database:\n", "    if database := Database(Path(directory) if directory else default_directory()):\n", "tests/index/sqlite/test_leaks.py"),
+    Mutation("a newer release's index is not replaced", "cachedb/operations/restore.py", "                _refuse_newer(database)\n", "", "tests/operations/test_upgrade.py"),
+    Mutation("a new index is among the backups before the old one goes", "cachedb/index/sqlite/backups.py", "    new.rename(waiting)\n", "    waiting = new\n", "tests/operations/test_rebuild.py tests/attacks/test_crashes.py"),
+]  # fmt: skip
+
+
+def mutated(mutation: Mutation) -> str:
+    """Return what the file is without the protection.
+
+    Raises:
+        ValueError: if it does not have the line once, or would be no Python.
+    """
+    text = (CHECKOUT / mutation.file).read_text()
+    if text.count(mutation.line) != 1:
+        raise ValueError(f"{mutation.what}: {mutation.file} has this line {text.count(mutation.line)} times")
+    changed = text.replace(mutation.line, mutation.without)
+    try:
+        ast.parse(changed)
+    except SyntaxError as error:
+        raise ValueError(f"{mutation.what}: {mutation.file} would be no Python: {error}") from None
+    return changed
+
+
+def survived(mutation: Mutation, scratch: Path) -> tuple[str | None, float]:
+    """Return the test that noticed, or None; and the seconds it took."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        Path(name).chmod(0o755)  # some tests are another user for a while
+        copy = Path(name) / "checkout"
+        ignored = shutil.ignore_patterns(".git", ".venv", "*_cache", "__pycache__", ".hypothesis")
+        shutil.copytree(CHECKOUT, copy, ignore=ignored)
+        (copy / mutation.file).write_text(mutated(mutation))
+        # The copy comes before an installed package, in each process that a test starts as well.
+        environment = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": name, "CACHEDB_POWER_CUTS": POWER_CUTS}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(mutation.tests)]
+        try:
+            done = subprocess.run(
+                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return "a test that did not come to its end", time.monotonic() - began
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{mutation.what}: pytest failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return (found[1] if found else "a test") if done.returncode else None, time.monotonic() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.attacks.mutations", description=__doc__.partition(":")[0])
+    parser.add_argument("words", nargs="*", help="only mutations that have one of these words")
+    parser.add_argument("--every", type=int, default=1, help="only every so-manieth mutation (1)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutations at a time")
+    parser.add_argument("--control", action="store_true", help="first see that the tests pass with nothing taken out")
+    options = parser.parse_args()
+    chosen = [
+        mutation
+        for mutation in MUTATIONS[:: options.every]
+        if not options.words or any(word in f"{mutation.what} {mutation.file}" for word in options.words)
+    ]
+    gaps = 0
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
+        Path(scratch).chmod(0o755)
+        if options.control:
+            tests = " ".join(sorted({test for mutation in chosen for test in shlex.split(mutation.tests)}))
+            docstring = '"""Errors'  # which stays as it is
+            control = Mutation("nothing", "cachedb/errors.py", docstring, docstring, tests)
+            failed, seconds = survived(control, Path(scratch))
+            print(f"{'nothing':64} {seconds:4.0f} s  {failed or 'all tests pass'}", flush=True)
+            if failed:
+                return 1
+        for mutation, (test, seconds) in zip(
+            chosen, pool.map(lambda mutation: survived(mutation, Path(scratch)), chosen), strict=True
+        ):
+            gaps += test is None
+            print(f"{mutation.what:64} {seconds:4.0f} s  {test or 'NOTHING NOTICED'}", flush=True)
+    print(f"{len(chosen)} mutations, {gaps} that nothing noticed")
+    return 1 if gaps else 0
+
+
+if __name__ == "__main__":
+    leftovers.watch()
+    sys.exit(main())

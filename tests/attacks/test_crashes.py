@@ -1,0 +1,223 @@
+"""Crashes and failing disks: whatever cuts an operation off, the next one finds the cache in order.
+
+An operation is cut off in three ways: the directory is copied before each call that it makes; its process is killed
+at a system call, those of SQLite among them; a system call fails, once or from then on. By default at a sample of
+its system calls, and at all of them where ``CACHEDB_CRASH_EVERYWHERE`` is set.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, event
+
+from cachedb import Cache
+from cachedb.disk.layout import UNFINISHED
+from cachedb.index.tables import REVISION
+from tests.support import make, strace, victims
+from tests.support.promises import check
+
+pytestmark = pytest.mark.attack
+
+EVERYWHERE = bool(os.environ.get("CACHEDB_CRASH_EVERYWHERE"))
+COPY_STEP, KILL_STEP, FAULT_STEP = (1, 1, 1) if EVERYWHERE else (3, 17, 29)
+# A full disk stays full; a failing one fails now and then.
+FAULTS = {
+    "a full disk": "error=ENOSPC:when={}+",
+    "a failing disk": "error=EIO:when={}",
+    "a quota": "error=EDQUOT:when={}",
+}
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "tests.support.victims", str(tmp_path_factory.mktemp("zygote"))]
+    with strace.zygote(command, Path(__file__).parents[2]) as process:
+        yield process
+
+
+@pytest.fixture
+def prepared(operation: str, tmp_path: Path) -> Path:
+    directory = tmp_path / "prepared"
+    directory.mkdir()
+    victims.OPERATIONS[operation].prepare(directory)
+    return directory
+
+
+def recover_from(operation: str, directory: Path) -> None:
+    """What comes after a crash: the next open, and the same operation again."""
+    cache = directory / "cache"
+    if operation == "upgrade":
+        check_either_schema(cache)
+    elif not operation.startswith(("repair", "rebuild")):  # what these were to mend is broken still
+        check(cache)
+    victims.OPERATIONS[operation].do(directory)
+    check(cache)
+    if operation != "open anew":
+        check_kept(cache)
+    if operation == "export":
+        with tarfile.open(directory / "kept.tar") as tar:
+            assert len(tar.getnames()) > len(victims.KEPT.blobs)
+    if operation.startswith("adopt"):
+        with Cache.open(cache) as opened:
+            for name, image in (("team/new:1", victims.NEW), ("app:2", make.image(1, 6))):
+                assert opened.is_image_complete(name)
+                assert {blob.digest for blob in opened.get_image_blobs(name)} == set(image.blobs)
+            assert not opened.is_image_complete("app:3")
+    if operation == "import by linking":
+        with Cache.open(cache) as opened:
+            assert opened.is_image_complete("new:1")
+        for data in victims.NEW.blobs.values():
+            assert (directory / "layout" / "blobs" / "sha256" / make.hex_of(data)).read_bytes() == data
+    if operation == "copy":
+        check(directory / "copy")
+        check_kept(directory / "copy")
+        assert not (directory / "copy" / UNFINISHED).exists()
+    if operation == "export a folder":
+        files = {path.name for path in (directory / "layout").rglob("*") if path.is_file()}
+        assert files == {"oci-layout", "index.json", *(make.hex_of(data) for data in victims.KEPT.blobs.values())}
+
+
+def check_either_schema(cache: Path) -> None:
+    """P8: the old schema or the new one, and every row."""
+    shell = sqlite3.connect(cache / "index.db")
+    try:
+        (revision,) = shell.execute("SELECT version_num FROM alembic_version").fetchone()
+        tables = {name for (name,) in shell.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        images = shell.execute("SELECT repository FROM images ORDER BY repository").fetchall()
+        associations = shell.execute("SELECT count(*) FROM image_blobs").fetchone()
+    finally:
+        shell.close()
+    assert (revision, "holds" in tables) in (("0001", False), (REVISION, True))
+    assert (images, associations) == ([("gone",), ("kept",)], (8,))
+
+
+def check_kept(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        assert cache.is_image_complete("kept:1"), "P7: what was acknowledged survives"
+        for digest, data in victims.KEPT.blobs.items():
+            assert cache.get_blob(digest) == data
+
+
+@contextmanager
+def copied_before_each_call(directory: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Copy what is on disk before each call that changes it, and before each commit, as a crash would leave it."""
+    guard = threading.RLock()
+    copying = False
+
+    def copy(*_: object) -> None:
+        nonlocal copying
+        with guard:
+            if not copying:
+                copying = True
+                ignored = shutil.ignore_patterns("*-shm")  # of running processes alone
+                shutil.copytree(directory, copies / str(len(os.listdir(copies))), ignore=ignored)
+                copying = False
+
+    def watched(call: Callable[..., object]) -> Callable[..., object]:
+        def replacement(*arguments: object, **options: object) -> object:
+            with guard:  # no other thread may take away what is being copied
+                copy()
+                return call(*arguments, **options)
+
+        return replacement
+
+    with monkeypatch.context() as patch:
+        for name in ("link", "rename", "unlink", "rmdir", "mkdir", "fsync", "close"):
+            patch.setattr(os, name, watched(getattr(os, name)))
+        event.listen(Engine, "commit", copy)
+        try:
+            yield
+        finally:
+            event.remove(Engine, "commit", copy)
+
+
+@pytest.mark.parametrize("operation", victims.OPERATIONS)
+def test_a_crash_between_any_two_calls_is_recovered_from(
+    operation: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, copies = tmp_path / "work", tmp_path / "copies"
+    shutil.copytree(prepared, directory)
+    copies.mkdir()
+    with copied_before_each_call(directory, copies, monkeypatch):
+        victims.OPERATIONS[operation].do(directory)
+    found = sorted(copies.iterdir(), key=lambda path: int(path.name))
+    assert len(found) > 3
+    # `os.fsync` costs much of the time, and keeps nothing here: no power is cut.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    for copy in found[::COPY_STEP]:
+        recover_from(operation, copy)
+
+
+def inject(program: str, zygote: subprocess.Popen[str], operation: str, directory: Path, injection: str) -> int:
+    calls = strace.CHANGES if "signal" in injection else strace.FALLIBLE
+    try:
+        return strace.inject(program, zygote, f"{operation}\t{directory}", injection, calls)
+    except strace.CannotTrace as error:
+        pytest.skip(f"strace cannot trace here: {error}")
+
+
+@pytest.mark.parametrize("operation", victims.OPERATIONS)
+def test_a_kill_at_a_system_call_is_recovered_from(
+    operation: str, peer: Callable[[str], str], zygote: subprocess.Popen[str], prepared: Path, tmp_path: Path
+) -> None:
+    program = peer("strace")
+    call = kills = 0
+    status = -signal.SIGKILL
+    while status:
+        call += 1 if call < 3 else KILL_STEP
+        directory = tmp_path / str(call)
+        shutil.copytree(prepared, directory)
+        status = inject(program, zygote, operation, directory, f"signal=SIGKILL:when={call}")
+        assert status in (0, -signal.SIGKILL)
+        kills += status != 0
+        recover_from(operation, directory)
+        shutil.rmtree(directory)
+    assert kills >= 3
+
+
+@pytest.mark.parametrize(
+    ("operation", "fault"),
+    [
+        (operation, fault)
+        for number, operation in enumerate(victims.OPERATIONS)
+        for place, fault in enumerate(FAULTS)
+        if EVERYWHERE or number % len(FAULTS) == place
+    ],
+)
+def test_a_system_call_that_fails_is_an_error_and_no_damage(
+    operation: str,
+    fault: str,
+    peer: Callable[[str], str],
+    zygote: subprocess.Popen[str],
+    prepared: Path,
+    tmp_path: Path,
+) -> None:
+    program = peer("strace")
+    call = noticed = 0
+    last = 1 << 30
+    while call < last:
+        # The last calls of an operation may fail unnoticed, for they are of its cleaning up.
+        call += 1 if call < 2 else FAULT_STEP
+        directory = tmp_path / str(call)
+        shutil.copytree(prepared, directory)
+        status = inject(program, zygote, operation, directory, FAULTS[fault].format(call))
+        assert status != victims.FAILED, (directory / "traceback").read_text()
+        assert status in (victims.DONE, victims.GAVE_UP, victims.RECOVERED)
+        noticed += status != victims.DONE
+        recover_from(operation, directory)
+        shutil.rmtree(directory)
+        if status == victims.DONE and call > 10:
+            last = min(last, call + 2 * FAULT_STEP)
+    assert noticed

@@ -1,0 +1,331 @@
+"""Registries that lie to who pushes, or pulls what refers to an image: an error of one line, and no harm."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachedb import Cache, CacheError, InvalidManifest, NotInCache, RegistryError
+from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
+from cachedb.transports.registry import client
+from tests.disk.test_locks import eventually
+from tests.operations.test_pull import PAUSES, alone, login  # noqa: F401 - alone is a fixture
+from tests.operations.test_push import FIRST, assert_has, referrer
+from tests.support import make
+from tests.support.faults import Answer, Call, answer, changed, headers, html, lost, redirect
+from tests.support.make import save, save_index
+from tests.support.promises import check
+from tests.support.registries import Registry, certificate
+
+
+@pytest.fixture
+def cache(directory: Path) -> Iterator[Cache]:
+    with Cache.open(directory) as opened:
+        save(opened, "app:1", FIRST)
+        yield opened
+    check(directory)
+
+
+@pytest.fixture
+def remote() -> Iterator[Registry]:
+    with Registry() as made:
+        yield made
+
+
+def test_an_upload_that_is_cut_off_goes_on_over_tls_too(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What OpenSSL says of it is not that nobody is to be trusted.
+    ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    save(cache, "huge:1", huge := make.image(9, size=30_000_000))
+    with Registry(tls=(certified, key)) as remote:
+        for _ in range(3):
+            remote.fault(lost(3_000_000, reset=True), path="/blobs/uploads/.*state=")
+        cache.push("huge:1", f"{remote.host}/huge:1", plain_http=False)
+        assert_has(remote, "huge", "1", huge)
+    assert PAUSES
+
+
+def test_credentials_go_where_the_connection_goes(cache: Cache, tmp_path: Path) -> None:
+    # Parsers of URLs differ in where the host ends: at the backslash, or before the last @.
+    with Registry(auth="basic") as remote, Registry() as storage, Registry() as other:
+        name, authfile = remote.add(FIRST, "app", "1"), login(tmp_path / "auth.json", remote.host)
+        remote.fault(redirect(storage.url), method="GET", path="/blobs/", times=99)
+        storage.fault(answer(307, {"Location": f"http://{other.host}\\@{remote.host}/x"}), times=99)
+        cache.remove_manifest("app:1")
+        cache.collect_garbage()
+        with pytest.raises(RegistryError):
+            cache.pull(name, authfile=authfile)
+        assert all("authorization" not in request.headers for request in [*storage.requests, *other.requests])
+
+
+@pytest.mark.parametrize("command", ["pull", "push"])
+def test_nobody_but_the_registry_says_who_gives_tokens(cache: Cache, tmp_path: Path, command: str) -> None:
+    with Registry(auth="bearer") as remote, Registry() as storage, Registry() as other:
+        name, authfile = remote.add(make.image(7), "app", "1"), login(tmp_path / "auth.json", remote.host)
+        if command == "pull":
+            remote.fault(redirect(storage.url), method="GET", path="/blobs/", times=99)
+        else:
+            remote.fault(headers({"Location": f"{storage.url}/upload"}), method="POST", path="/blobs/", times=99)
+        challenge = {"WWW-Authenticate": f'Bearer realm="{other.url}/token",service="x",scope="repository:app:pull"'}
+        storage.fault(answer(401, challenge), times=99)
+        call = cache.pull if command == "pull" else partial(cache.push, "app:1")
+        with pytest.raises(RegistryError, match="refuses"):
+            call(name, authfile=authfile)
+        assert storage.requests
+        assert other.requests == []
+
+
+@pytest.mark.parametrize("port", ["", ":443"])
+def test_a_port_that_is_left_out_is_the_usual_one(port: str) -> None:
+    assert client._origin(f"https://registry.example.org{port}/v2/") == ("https", "registry.example.org", 443)
+
+
+@pytest.mark.parametrize(
+    "after", ["²", "Wed, 21 Oct 99999 07:28:00 GMT", "Wed, 21 Oct 2015 07:28:00 +99999999999999999999", "-1", "soon"]
+)
+def test_a_time_to_wait_that_is_none_is_not_waited_for(cache: Cache, remote: Registry, after: str) -> None:
+    remote.fault(answer(503, {"Retry-After": after}), method="PUT", path="/blobs/")
+    cache.push("app:1", f"{remote.host}/app:1")
+    assert_has(remote, "app", "1", FIRST)
+    assert len(PAUSES) == 1
+
+
+def test_a_long_challenge_costs_no_time() -> None:
+    began = time.process_time()
+    assert client._CHALLENGE.findall("a" * 60_000) == []
+    assert time.process_time() - began < 2  # and a minute if it is tried from each letter on
+
+
+def test_an_answer_that_says_nothing_of_the_upload_is_told_of(cache: Cache, remote: Registry) -> None:
+    remote.fault(headers({"Location": None}), method="POST", times=99)
+    with pytest.raises(RegistryError, match="does not say where to go on"):
+        cache.push("app:1", f"{remote.host}/app:1")
+
+
+@pytest.mark.parametrize("least", ["²", "9" * 5000, "-1"])
+def test_the_least_size_of_a_chunk_may_be_nonsense(cache: Cache, remote: Registry, least: str) -> None:
+    remote.fault(headers({"OCI-Chunk-Min-Length": least}), method="POST", times=99)
+    remote.fault(lost(5), method="PUT", path="/blobs/")
+    cache.push("app:1", f"{remote.host}/app:1")
+    assert_has(remote, "app", "1", FIRST)
+
+
+def test_a_network_that_answers_everything_is_no_registry(cache: Cache, remote: Registry) -> None:
+    remote.fault(html(), times=99)
+    with pytest.raises(RegistryError, match="answers 200 to a request for app:1"):
+        cache.push("app:1", f"{remote.host}/app:1")
+
+
+def test_a_registry_that_makes_a_repository_for_who_may_write_is_asked_for_that(cache: Cache, tmp_path: Path) -> None:
+    def only_to_write(call: Call) -> Answer:
+        return call.serve() if "push" in call.query["scope"] else Answer(403)
+
+    with Registry(auth="bearer") as remote:
+        remote.fault(only_to_write, path="/token", times=99)
+        cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert_has(remote, "app", "1", FIRST)
+        assert remote.count(path="/token") == 1
+
+
+def test_who_is_not_there_is_told_of_without_our_objects(cache: Cache) -> None:
+    with pytest.raises(RegistryError) as raised:
+        cache.push("app:1", "127.0.0.1:1/app:1")
+    assert str(raised.value).startswith("127.0.0.1:1 cannot be reached: Failed to establish a new connection")
+
+
+@pytest.mark.parametrize("data", [b"no JSON", b"", None])
+@pytest.mark.parametrize("what", ["image", "referrer", "layer"])
+def test_a_file_that_is_damaged_or_gone_is_told_of(
+    directory: Path, cache: Cache, remote: Registry, what: str, data: bytes | None
+) -> None:
+    name, made = remote.add(FIRST, "app", "1"), referrer(FIRST.manifest)
+    remote.add(made, "app")
+    cache.pull(name, referrers=True)
+    digests = {"image": FIRST.digest, "referrer": made.digest, "layer": make.digest_of(FIRST.layers[0])}
+    path = cache.get_blob_path(digests[what])
+    kept = path.read_bytes()
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data if what != "layer" else data.ljust(len(kept) if data else 0))
+    with Registry() as other, pytest.raises(CacheError, match=r"`cachedb verify( --repair)?`") as raised:
+        cache.push(name, f"{other.host}/app:1")
+    assert not isinstance(raised.value, NotInCache)
+    assert not other.manifests
+    path.unlink(missing_ok=True)
+    path.write_bytes(kept)
+    path.chmod(0o444)
+
+
+def test_a_connection_is_used_again(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    accept = remote._server.get_request
+
+    def counted() -> tuple[socket.socket, Any]:
+        made.append(1)
+        return accept()
+
+    monkeypatch.setattr(remote._server, "get_request", counted)
+    save(cache, "many:1", make.image(*range(20)))
+    cache.push("many:1", f"{remote.host}/many:1")
+    assert len(remote.requests) > 60
+    assert len(made) <= 5
+
+
+def test_a_manifest_that_is_a_layer_of_another_goes_as_both(cache: Cache, remote: Registry) -> None:
+    outer = make.image(9)
+    document = json.loads(outer.manifest)
+    document["layers"].append(make.descriptor(FIRST.manifest, "application/vnd.example.manifest+json"))
+    outer = outer._replace(manifest=json.dumps(document).encode(), layers=[*outer.layers, FIRST.manifest])
+    save_index(cache, "both:1", FIRST, outer)
+    cache.push("both:1", f"{remote.host}/both:1")
+    assert_has(remote, "both", FIRST.digest, FIRST)
+    assert_has(remote, "both", outer.digest, outer)
+
+
+# Nobody waits for a registry that does not answer, once it is for nothing
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_what_is_refused_does_not_wait_for_what_is_not_answered(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: bool
+) -> None:
+    ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    layer = make.digest_of(FIRST.layers[0])
+    with Registry(tls=(certified, key) if tls else None) as remote:
+        remote.fault(changed(delay=60), method="PUT", path=f"/blobs/.*{layer.partition(':')[2]}", times=99)
+        remote.fault(answer(403, delay=1), method="PUT", path="/blobs/", times=99)
+        began = time.monotonic()
+        with pytest.raises(RegistryError, match="refuses upload"):
+            cache.push("app:1", f"{remote.host}/app:1", plain_http=not tls)
+        assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("command", ["push", "pull"])
+@pytest.mark.parametrize("do", [changed(delay=60), answer(503, {"Retry-After": "50"})], ids=["answer", "pause"])
+def test_an_interrupt_waits_for_no_registry(
+    cache: Cache, directory: Path, remote: Registry, command: str, do: Callable[[Call], Answer]
+) -> None:
+    name = remote.add(make.image(7, 8), "app", "1")
+    cache.tag("app:1", f"{remote.host}/app:2")
+    remote.fault(do, path="/blobs/", times=99)
+    arguments = [sys.executable, "-m", "cachedb", "--dir", str(directory), command]
+    arguments.append(name if command == "pull" else f"{remote.host}/app:2")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert eventually(lambda: any("/blobs/" in request.path for request in remote.requests), 60)
+        time.sleep(0.2)  # as often as not it has the answer that it is to pause after
+        process.send_signal(signal.SIGINT)
+        try:
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, said.strip()) == (130, "cachedb: interrupted")
+
+
+# What refers to an image
+
+NONE = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}).encode()
+
+
+def test_pages_of_referrers_have_an_end(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachedb.transports.registry.repository._REFERRERS", 20)
+    name = remote.add(FIRST, "app", "1")
+    more = {"Content-Type": OCI_INDEX, "Link": f'</v2/app/referrers/{FIRST.digest}>; rel="next"'}
+    remote.fault(answer(200, more, NONE), path="/referrers/", times=100)
+    with pytest.raises(RegistryError, match="lists more than 20 referrers"):
+        cache.pull(name, referrers=True)
+
+
+def test_a_long_link_costs_no_time(cache: Cache, remote: Registry) -> None:
+    name = remote.add(FIRST, "app", "1")
+    remote.fault(answer(200, {"Content-Type": OCI_INDEX, "Link": "<" * 60_000}, NONE), path="/referrers/")
+    began = time.process_time()
+    cache.pull(name, referrers=True)
+    assert time.process_time() - began < 5  # and a quarter of a minute if it is read to its end from each of them on
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+def test_an_index_of_referrers_that_has_a_subject_is_no_referrer(
+    cache: Cache, remote: Registry, algorithm: str
+) -> None:
+    remote.referrers = False
+    made = referrer(FIRST.manifest)
+    tag = FIRST.digest.replace(":", "-")
+    own = json.loads(NONE) | {"subject": make.descriptor(FIRST.manifest, OCI_MANIFEST)}
+    remote.add_manifest(json.dumps(own).encode(), "app", tag)
+    for data in (made.config, *made.layers):
+        cache.add_blob(data)
+    name = f"signature@{make.digest_of(made.manifest, algorithm)}"
+    cache.save_manifest(name, made.manifest)
+    cache.push(name, f"{remote.host}/app@{name.partition('@')[2]}")
+    (entry,) = json.loads(remote.manifests["app", tag][1])["manifests"]
+    assert ("app", entry["digest"]) in remote.manifests
+    assert entry["digest"] == name.partition("@")[2]
+
+
+def test_what_refers_to_an_image_by_digest_comes_to_one_that_is_here(cache: Cache, remote: Registry) -> None:
+    name = remote.add(FIRST, "app")
+    cache.pull(name)
+    remote.add(made := referrer(FIRST.manifest), "app")
+    cache.pull(name, referrers=True)
+    assert made.digest in {blob.digest for blob in cache.get_image_blobs(name)}
+    remote.requests.clear()
+    cache.pull(name, referrers=True, if_missing=True)
+    assert remote.requests == []
+
+
+def listing(remote: Registry, *others: make.Made) -> str:
+    """Have the registry list these as what refers to an image; return the image's name."""
+    name, entries = remote.add(FIRST, "app", "1"), []
+    for other in others:
+        remote.add(other, "app")
+        entries.append(make.descriptor(other.manifest, json.loads(other.manifest)["mediaType"]))
+    index = json.loads(NONE) | {"manifests": entries}
+    found = answer(200, {"Content-Type": OCI_INDEX}, json.dumps(index).encode())
+    remote.fault(found, path=f"/referrers/{FIRST.digest}", times=99)
+    return name
+
+
+def test_what_refers_to_another_image_leaves_nothing_behind(cache: Cache, remote: Registry) -> None:
+    cache.pull(listing(remote, referrer(b"another")), referrers=True)
+    assert cache.get_stats().reclaimable_blobs == 0
+
+
+def test_a_manifest_that_is_of_an_image_and_listed_falsely_stays(cache: Cache, remote: Registry) -> None:
+    inner = referrer(b"another")
+    index = json.loads(NONE) | {
+        "manifests": [make.descriptor(inner.manifest, OCI_MANIFEST)],
+        "subject": make.descriptor(FIRST.manifest, OCI_MANIFEST),
+    }
+    outer = make.Made(json.dumps(index).encode(), b"", [])
+    name = listing(remote, outer, inner)
+    cache.pull(name, referrers=True)
+    assert {outer.digest, inner.digest} <= {blob.digest for blob in cache.get_image_blobs(name)}
+
+
+def test_a_manifest_that_refers_is_asked_for_once(cache: Cache, remote: Registry) -> None:
+    made = referrer(FIRST.manifest)
+    cache.pull(listing(remote, made), referrers=True)
+    assert remote.count("GET", f"/manifests/{made.digest}") == 1
+
+
+def test_manifests_that_fill_the_memory_are_refused(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cachedb.operations.pull_source._BYTES", 10_000)
+    name = listing(remote, *(referrer(FIRST.manifest, bytes([number])) for number in range(30)))
+    with pytest.raises(InvalidManifest, match="more than 10000 bytes in all"):
+        cache.pull(name, referrers=True)
+    assert cache.get_stats().reclaimable_blobs == 0

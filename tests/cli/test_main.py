@@ -1,0 +1,446 @@
+"""The command line, as a process of its own: output, exit codes, errors of one line, completion, signals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache
+from cachedb.cli.main import cli
+from cachedb.cli.options import EXPORT_FORMATS
+from cachedb.transports.archive.write import FORMATS
+from tests.conftest import Run, files_of, snapshot
+from tests.disk.test_locks import eventually
+from tests.support import make
+
+MADE = make.image(1, 2, compression="gzip")
+IMAGE_KEYS = [
+    "repository", "reference", "digest", "media_type", "size", "complete", "created_at", "last_used_at",
+    "architecture", "os", "variant", "created", "author",
+]  # fmt: skip
+BLOB_KEYS = [
+    "digest", "size", "role", "media_type", "position", "stored", "compressed", "path", "diff_id", "created_by",
+]  # fmt: skip
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    return make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
+
+
+def test_the_main_job_from_import_to_an_empty_disk(cachedb: Run, archive: Path, directory: Path) -> None:
+    imported = cachedb("import", archive, "--format", "json")
+    assert (imported.returncode, imported.stderr) == (0, "")
+    (image,) = json.loads(imported.stdout)
+    assert list(image) == IMAGE_KEYS
+    assert (image["repository"], image["reference"], image["complete"]) == ("app", "1", True)
+    assert image["digest"] == MADE.digest
+    assert image["size"] == sum(map(len, MADE.blobs.values()))
+    for key in ("created_at", "last_used_at"):
+        assert image[key].endswith("Z")
+        assert datetime.fromisoformat(image[key]).utcoffset() == timedelta(0)
+    assert json.loads(cachedb("ls", "--format", "json").stdout) == [image]
+    assert cachedb("ls", "-q").stdout == "app:1\n"
+
+    shown = json.loads(cachedb("show", "app:1", "--format", "json").stdout)
+    assert list(shown) == [*IMAGE_KEYS, "labels", "platforms", "blobs"]
+    assert [list(blob) for blob in shown["blobs"]] == [BLOB_KEYS] * 4
+    assert [Path(blob["path"]).read_bytes() for blob in shown["blobs"]] == list(MADE.blobs.values())
+    assert cachedb("show", "-q", "app:1").stdout.split() == list(MADE.blobs)
+    assert cachedb("manifest", "app:1").stdout.encode() == MADE.manifest
+
+    stats = json.loads(cachedb("stats", "--format", "json").stdout)
+    assert (stats["manifest_count"], stats["blob_count"], stats["total_size"]) == (1, 4, image["size"])
+    assert (
+        cachedb("rm", "--format", "json", "app:1").stdout
+        == json.dumps({"blobs": 4, "bytes": image["size"]}, indent=2) + "\n"
+    )
+    assert files_of(directory) == {}
+
+
+def test_tables_are_for_people(cachedb: Run, archive: Path) -> None:
+    assert "app:1" in cachedb("import", archive).stdout
+    heading, row = cachedb("ls").stdout.splitlines()
+    assert heading.split() == ["NAME", "DIGEST", "SIZE", "CREATED", "STATE"]
+    assert re.fullmatch(r"app:1  sha256:[0-9a-f]{12}  [0-9.]+ kB  just now  complete", row)
+    shown = cachedb("show", "app:1").stdout
+    assert shown.count("sha256:") == 5
+    assert "config" in shown
+    assert "images" in cachedb("stats").stdout
+    assert cachedb("gc").stdout == "freed 0 blobs, 0 B\n"
+    assert re.fullmatch(r"would free 4 blobs, [0-9.]+ kB\n", cachedb("rm", "--dry-run", "app:1").stdout)
+    assert re.fullmatch(r"freed 4 blobs, [0-9.]+ kB\n", cachedb("rm", "app:1").stdout)
+
+
+def on_a_terminal(command: list[str], keep: str = "stdout") -> str:
+    """What a command shows when stdout (or stderr) is a terminal."""
+    master, slave = pty.openpty()
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, keep: slave}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command, env=environment, **streams)  # type: ignore[call-overload]
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    os.close(master)
+    assert process.wait() == 0
+    return shown.decode()
+
+
+def test_on_a_terminal_there_are_tables_and_progress_bars(archive: Path, directory: Path) -> None:
+    command = [sys.executable, "-m", "cachedb", "--dir", str(directory)]
+    assert "importing" in on_a_terminal([*command, "import", str(archive)], keep="stderr")
+    assert "app:1" in on_a_terminal([*command, "ls"])
+    exported = str(directory.parent / "out.tar")
+    assert "exporting" in on_a_terminal([*command, "export", "app:1", exported], keep="stderr")
+    assert on_a_terminal([*command, "import", "-q", str(archive)], keep="stderr") == ""
+
+
+def test_an_image_goes_through_pipes(cachedb: Run, archive: Path) -> None:
+    with archive.open("rb") as file:
+        assert cachedb("import", "-", "copy:2", "-q", stdin=file).stdout == "copy:2\n"
+    piped = cachedb("import", "-", "piped", "-q", input=archive.read_bytes(), text=False)
+    assert piped.stdout == b"piped:latest\n"
+    exported = cachedb("export", "copy:2", "-", text=False)
+    assert exported.returncode == 0
+    again = cachedb("import", "-", "again", "--format", "json", input=exported.stdout, text=False)
+    assert json.loads(again.stdout)[0]["digest"] == MADE.digest
+
+
+def test_blobs_are_added_read_and_found(cachedb: Run, tmp_path: Path) -> None:
+    data = b"\x00binary\xff"
+    file = tmp_path / "data"
+    file.write_bytes(data)
+    digest = make.digest_of(data)
+    assert cachedb("blob", "add", file).stdout == f"{digest}\n"
+    assert cachedb("blob", "add", "--digest", make.hex_of(data), file).stdout == f"{digest}\n"
+    assert cachedb("blob", "add", "-", input=data, text=False).stdout == f"{digest}\n".encode()
+    sha512 = cachedb("blob", "add", "--algorithm", "sha512", file).stdout.strip()
+    assert sha512 == make.digest_of(data, "sha512")
+    assert cachedb("blob", "cat", digest, text=False).stdout == data
+    assert Path(cachedb("blob", "path", digest).stdout.strip()).read_bytes() == data
+    assert cachedb("exists", digest).returncode == 0
+    wrong = cachedb("blob", "add", "--digest", "0" * 64, file)
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
+
+
+def test_tags_are_second_names(cachedb: Run, archive: Path) -> None:
+    cachedb("import", archive)
+    assert cachedb("tag", "app:1", "app:stable").returncode == 0
+    assert cachedb("ls", "-q").stdout == "app:1\napp:stable\n"
+    assert cachedb("rm", "-q", "app:1", "app:stable").stdout == "app:1\napp:stable\n"
+
+
+ABSENT = "sha256:" + "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["show", "nope"], 3),
+        (["rm", "nope"], 3),
+        (["manifest", "nope:1"], 3),
+        (["export", "nope", "out.tar"], 3),
+        (["tag", "nope", "other"], 3),
+        (["blob", "cat", ABSENT], 3),
+        (["blob", "path", ABSENT], 3),
+        (["show", "Upper"], 2),
+        (["show", "a b"], 2),
+        (["show", "a\nb"], 2),
+        (["show", "a:" + "b" * 300], 2),
+        (["show", "a" * 300], 2),
+        (["blob", "cat", "sha256:../../etc/passwd"], 2),
+        (["show"], 2),
+        (["frobnicate"], 2),
+        (["ls", "--format", "xml"], 2),
+        (["ls", "--nope"], 2),
+        (["export", "--link", "app", "out.tar"], 2),
+        (["export", "--format", "oci-dir", "app", "-"], 2),
+        (["import", "/does/not/exist"], 1),
+        (["import", "/dev/null"], 1),
+        (["blob", "add", "/does/not/exist"], 1),
+    ],
+)
+def test_an_error_is_one_line_and_has_its_exit_code(cachedb: Run, arguments: list[str], code: int) -> None:
+    result = cachedb(*arguments)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert re.fullmatch(r"cachedb: .+\n", result.stderr), result.stderr
+
+
+def test_what_is_not_here_does_not_exist(cachedb: Run, archive: Path, directory: Path) -> None:
+    assert cachedb("exists", "app:1").returncode == 3
+    assert cachedb("exists", ABSENT).returncode == 3
+    cachedb("import", archive)
+    assert cachedb("exists", "app:1").returncode == 0
+    with Cache.open(directory) as cache:
+        cache.save_manifest("part", make.image(9).manifest)
+    assert cachedb("exists", "part").returncode == 3
+    assert cachedb("exists", "No Name").returncode == 2
+
+
+def test_control_characters_of_strangers_do_not_reach_the_terminal(cachedb: Run, tmp_path: Path) -> None:
+    evil = make.write(tmp_path / "evil.tar", make.docker_files({"a\x1b[31m\nb": make.image(1)}))
+    result = cachedb("import", evil)
+    assert result.returncode == 1
+    assert "\x1b" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["a file", "somebody's database", "somebody's files", "nowhere"])
+def test_a_directory_that_is_no_cache_is_refused_and_left_alone(cachedb: Run, tmp_path: Path, what: str) -> None:
+    path = tmp_path / "other"
+    if what == "a file":
+        path.write_text("x")
+    elif what == "somebody's database":
+        path.mkdir()
+        subprocess.run(
+            [sys.executable, "-c", "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('CREATE TABLE t (x)')",
+             str(path / "index.db")], check=True,
+        )  # fmt: skip
+    elif what == "somebody's files":
+        path.mkdir()
+        (path / "thesis.tex").write_text("x")
+    else:
+        path = Path("/proc/cachedb")
+    before = sorted(path.rglob("*"))
+    result = cachedb("--dir", path, "ls")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert sorted(path.rglob("*")) == before
+
+
+def test_the_directory_comes_from_the_option_the_environment_or_the_platform(tmp_path: Path, archive: Path) -> None:
+    base = [sys.executable, "-m", "cachedb"]
+    plain = {key: value for key, value in os.environ.items() if key != "CACHEDB_DIR"}
+    home = {**plain, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "HOME": str(tmp_path)}
+    subprocess.run([*base, "import", str(archive)], env=home, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "xdg" / "cachedb" / "index.db").is_file()
+    named = {**home, "CACHEDB_DIR": str(tmp_path / "named")}
+    subprocess.run([*base, "ls"], env=named, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "named" / "index.db").is_file()
+    subprocess.run([*base, "--dir", str(tmp_path / "given"), "ls"], env=named, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "given" / "index.db").is_file()
+    assert (tmp_path / "given").stat().st_mode & 0o777 == 0o700
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    def commands(group: object, path: list[str]) -> list[list[str]]:
+        found = [path]
+        for name, command in getattr(group, "commands", {}).items():
+            found += commands(command, [*path, name])
+        return found
+
+    for path in commands(cli, []):
+        result = subprocess.run(
+            [sys.executable, "-m", "cachedb", *path, "--help"], capture_output=True, text=True, check=True
+        )
+        assert result.stdout.startswith(f"Usage: cachedb {' '.join(path)}".rstrip())
+        if path not in (["blob"], ["db"]):
+            assert "Examples:" in result.stdout, path
+
+
+def test_the_formats_of_export_are_those_of_the_library() -> None:
+    assert EXPORT_FORMATS == FORMATS
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from cachedb.cli.main import cli; print([m for m in sys.modules if m.partition('.')[0] in %r])"
+    heavy = {"sqlalchemy", "alembic", "rich", "sqlite3", "tarfile", "platformdirs"}
+    result = subprocess.run([sys.executable, "-c", code % heavy], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_listing_imports_neither_alembic_nor_rich_nor_the_archive_reader(directory: Path) -> None:
+    Cache.open(directory).close()
+    code = (
+        f"import sys; sys.argv = ['cachedb', '--dir', {str(directory)!r}, 'ls']\n"
+        "from cachedb.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: print([m for m in sys.modules if m in ('alembic', 'rich', 'tarfile')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(cachedb: Run, archive: Path, directory: Path) -> None:
+    cachedb("import", archive)
+    command = (
+        f"{shlex.join([sys.executable, '-m', 'cachedb', '--dir', str(directory)])} export app:1 - | head -c 10 | wc -c"
+    )
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert (result.stdout.strip(), result.stderr) == ("10", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_import_leaves_the_cache_as_it_was(
+    directory: Path, archive: Path, number: signal.Signals, code: int
+) -> None:
+    Cache.open(directory).close()
+    before = snapshot(directory)
+    command = [sys.executable, "-m", "cachedb", "--dir", str(directory), "import", "-"]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Whoever runs the tests in a shell's background has SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdin is not None
+    process.stdin.write(archive.read_bytes()[:1024])
+    process.stdin.flush()
+    assert eventually(lambda: any((directory / "ingest").glob("*/*")))
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"Traceback" not in stderr
+    assert snapshot(directory) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted: run as root")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_full_disk_stops_an_import_and_changes_nothing(
+    cachedb: Run, small_disk: Path, archive: Path, tmp_path: Path
+) -> None:
+    directory = small_disk / "cache"
+    assert cachedb("--dir", directory, "import", archive).returncode == 0
+    before = snapshot(directory)
+    large = make.write(tmp_path / "large.tar", make.docker_files({"large": make.image(3, 4, size=5_000_000)}))
+    result = cachedb("--dir", directory, "import", large)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(r"cachedb: .*No space left on device.*free some space.*\n", result.stderr)
+    assert snapshot(directory) == before
+    assert cachedb("--dir", directory, "rm", "app:1").returncode == 0
+
+
+COMPLETE = """
+eval "$(cachedb completion bash)"
+COMP_WORDBREAKS=$' \\t\\n"\\'><=;|&(:'
+COMP_LINE="$1" COMP_POINT=${#1}
+COMPREPLY=()
+complete -p cachedb >/dev/null || exit 1
+_cachedb_completion cachedb
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed: apt-get install bash")
+def test_bash_completes_commands_names_and_digests(
+    cachedb: Run, archive: Path, directory: Path, tmp_path: Path
+) -> None:
+    cachedb("import", archive)
+    cachedb("tag", "app:1", "app:12")
+    program = tmp_path / "bin" / "cachedb"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m cachedb "$@"\n')
+    program.chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "CACHEDB_DIR": str(directory),
+    }  # fmt: skip
+
+    def complete(line: str) -> list[str]:
+        result = subprocess.run(
+            ["bash", "--norc", "-c", COMPLETE.replace("compopt", ": compopt"), "bash", line],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return result.stdout.split()
+
+    assert complete("cachedb ex") == ["exists", "export"]
+    assert complete("cachedb show ") == ["app:1", "app:12"]
+    assert complete("cachedb show app:1") == ["1", "12"], "bash keeps what stands before the colon"
+    assert complete("cachedb rm app:1 a") == ["app:1", "app:12"]
+    prefix = MADE.digest[:12]
+    assert complete(f"cachedb blob cat {prefix}") == [MADE.digest.partition(":")[2]]
+    assert complete(f"cachedb --dir {shlex.quote(str(tmp_path))}/absent show ") == []
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_long_json_is_not_put_together_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cachedb.cli.output import print_json
+
+    class Written(io.StringIO):
+        longest = 0
+
+        def write(self, text: str) -> int:
+            Written.longest = max(Written.longest, len(text))
+            return super().write(text)
+
+    value = [{"digest": MADE.digest, "size": number} for number in range(20_000)]
+    monkeypatch.setattr(sys, "stdout", written := Written())
+    print_json(value)
+    assert written.getvalue() == json.dumps(value, indent=2) + "\n"
+    assert Written.longest < len(written.getvalue()) / 4
+
+
+def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) -> None:
+    script = """
+    import sys
+    from cachedb.cli import main
+    from cachedb.index.sqlite import database
+
+    close = database._Connection.close
+
+    def interrupted(self):
+        database._Connection.close = close
+        raise KeyboardInterrupt
+
+    database._Connection.close = interrupted
+    main.main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), "--dir", str(directory), "ls"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (130, "cachedb: interrupted")
+
+
+@pytest.mark.parametrize("moment", ["click is imported", "the command line begins"])
+def test_an_interrupt_before_there_is_a_command_is_one_line(moment: str) -> None:
+    script = """
+    import sys
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    if sys.argv[1] == "the command line begins":
+        import signal
+        signal.getsignal = interrupted
+
+    class Interrupting:
+        def find_spec(self, name, path=None, target=None):
+            if name == sys.argv[1].partition(" ")[0]:
+                interrupted()
+
+    sys.meta_path.insert(0, Interrupting())
+    from cachedb.__main__ import main
+    main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), moment]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "cachedb: interrupted\n")

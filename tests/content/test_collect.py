@@ -1,0 +1,407 @@
+"""Collection: what nothing refers to goes, in an order that no crash can spoil, and nothing else goes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, event, select
+
+from cachedb import Cache, DamagedIndex, StorageError
+from cachedb.content import collect
+from cachedb.disk.layout import blob_path
+from cachedb.index import blobs
+from cachedb.index.sqlite.database import Database
+from cachedb.index.tables import BLOBS
+from cachedb.oci.digests import Digest
+from tests.conftest import files_of, running, snapshot, stored_rows
+from tests.content.test_session import LIVING
+from tests.disk.test_locks import is_free
+from tests.support.make import digest_of, image, oci_files, save, write
+
+
+def abandon(cache: Cache, *contents: bytes) -> None:
+    """Store blobs that nothing refers to, and no session works with."""
+    with Cache.open(cache.directory) as other:
+        for data in contents:
+            other.add_blob(data)
+
+
+def test_only_what_nothing_refers_to_is_collected(cache: Cache) -> None:
+    kept = image(1, 2)
+    save(cache, "kept", kept)
+    attached, mine = cache.add_blob(b"attached"), cache.add_blob(b"in work")
+    cache.associate_blob_with_image("kept", attached)
+    abandon(cache, b"nobody's", b"nobody's either")
+    assert cache.collect_garbage() == (2, len(b"nobody's" + b"nobody's either"))
+    assert files_of(cache.directory).keys() == {*kept.blobs, attached, mine}
+    assert files_of(cache.directory) == stored_rows(cache.directory)
+    assert cache.collect_garbage() == (0, 0)
+
+
+def test_rows_of_blobs_that_never_came_go_too(cache: Cache) -> None:
+    cache.save_manifest("app", image(1).manifest)
+    assert cache.remove_manifest("app").blobs == 1
+    assert snapshot(cache.directory)["blobs"] == []
+
+
+@pytest.mark.parametrize("how", ["collect", "remove"])
+def test_a_dry_run_says_what_the_real_thing_does_and_does_nothing(cache: Cache, how: str) -> None:
+    save(cache, "kept", image(1, 2))
+    save(cache, "gone", image(2, 3))
+    cache.save_manifest("moved", image(4).manifest)  # names blobs that never come
+    cache.save_manifest("moved", image(5).manifest)
+    cache.add_blob(b"in work")
+    abandon(cache, b"nobody's")
+
+    def run(dry_run: bool) -> tuple[int, int]:
+        if how == "remove":
+            return cache.remove_manifest("gone", dry_run=dry_run)
+        return cache.collect_garbage(dry_run=dry_run)
+
+    before, files = snapshot(cache.directory), files_of(cache.directory)
+    said = run(dry_run=True)
+    assert snapshot(cache.directory) == before
+    assert run(dry_run=False) == said
+    gone = files.items() - files_of(cache.directory).items()
+    assert said == (len(gone), sum(size for _, size in gone))
+    assert len(gone) == {"remove": 3, "collect": 2}[how]
+
+
+def test_a_sweep_and_a_removal_leave_the_same(tmp_path: Path) -> None:
+    left = []
+    for how in ("sweep", "removal"):
+        with Cache.open(tmp_path / how) as cache:
+            save(cache, "kept", image(1, 2))
+            save(cache, "gone", image(2, 3))
+            cache.add_blob(image(3).layers[0])  # of the one that goes, and in work again
+            if how == "removal":
+                cache.remove_manifest("gone")
+            else:
+                with closing(Database(cache.directory)) as index, index.write() as connection:
+                    connection.exec_driver_sql("DELETE FROM images WHERE repository = 'gone'")
+                cache.collect_garbage()
+            left.append(files_of(cache.directory))
+    assert left[0] == left[1]
+    assert digest_of(image(3).layers[0]) in left[0]
+
+
+def test_what_a_living_process_works_with_is_not_collected_and_what_a_dead_one_did_is(cache: Cache) -> None:
+    digest = digest_of(b"data")
+    with running(LIVING, cache.directory) as process:
+        assert cache.collect_garbage() == (0, 0)
+        assert cache.get_blob(digest) == b"data"
+        process.kill()
+        process.wait()
+    assert cache.collect_garbage() == (1, 4)
+    assert files_of(cache.directory) == {}
+
+
+def test_a_blob_that_is_taken_up_after_the_candidates_were_found_stays(
+    cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = image(1)
+    abandon(cache, b"nobody's", *kept.blobs.values())
+    forget = collect.forget
+    tried: list[object] = []
+
+    def taken_up_meanwhile(connection: Connection, ids: list[int]) -> collect.Collected:
+        tried.append(forget(connection, ids))
+        return tried[-1]  # type: ignore[return-value]
+
+    write_ = Database.write
+
+    def write_after(self: Database) -> object:
+        if self is index and not tried:
+            tried.append("taken up")
+            cache.save_manifest("app", kept.manifest)
+        return write_(self)
+
+    monkeypatch.setattr(Database, "write", write_after)
+    monkeypatch.setattr(collect, "forget", taken_up_meanwhile)
+    assert list(collect.collect(index)) == [(1, len(b"nobody's"))]
+    assert cache.is_image_complete("app")
+    assert files_of(cache.directory).keys() == kept.blobs.keys()
+
+
+def test_a_blob_is_forgotten_then_moved_then_unlinked(
+    cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandon(cache, b"nobody's")
+    happened: list[str] = []
+    at_commit: list[list[int]] = []
+
+    def note(name: str) -> None:
+        call: Callable[..., object] = getattr(os, name)
+
+        def replacement(path: object, *arguments: object, **options: int) -> object:
+            folder = os.readlink(f"/proc/self/fd/{options.get('src_dir_fd', options.get('dir_fd'))}")
+            happened.append(f"{name} {Path(folder).relative_to(cache.directory).parts[0]}")
+            return call(path, *arguments, **options)
+
+        monkeypatch.setattr(os, name, replacement)
+
+    def committed(connection: Connection) -> None:
+        if connection.get_execution_options().get("cachedb_begin"):
+            count = connection.exec_driver_sql
+            at_commit.append([len(count(f"SELECT 1 FROM {table}").all()) for table in ("blobs", "trash")])
+            happened.append("commit")
+
+    note("rename")
+    note("unlink")
+
+    def sync(descriptor: int) -> None:
+        happened.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", sync)
+    event.listen(Engine, "commit", committed)
+    try:
+        list(collect.collect(index))
+    finally:
+        event.remove(Engine, "commit", committed)
+    assert happened == ["commit", "rename blobs", "sync sha256", "commit", "unlink trash"]
+    assert at_commit == [[0, 1], [0, 0]]
+
+
+def test_files_are_moved_under_the_lock_and_unlinked_outside_it(
+    cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandon(cache, b"nobody's")
+    free: dict[str, bool] = {}
+    for name in ("rename", "unlink"):
+        call = getattr(os, name)
+
+        def replacement(
+            path: object, *arguments: object, name: str = name, call: Callable[..., object] = call, **options: object
+        ) -> object:
+            free[name] = is_free(cache.directory / "locks" / "write.lock")
+            return call(path, *arguments, **options)
+
+        monkeypatch.setattr(os, name, replacement)
+    list(collect.collect(index))
+    assert free == {"rename": False, "unlink": True}
+
+
+def test_the_write_lock_is_let_go_of_where_renames_take_long(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    abandon(cache, b"one", b"two", b"three")
+    monkeypatch.setattr(collect, "_HOLD", 0)
+    turns: list[str] = []
+    alone = Database.alone
+
+    def counted(self: Database, *arguments: Any) -> object:
+        turns.append("turn")
+        return alone(self, *arguments)
+
+    monkeypatch.setattr(Database, "alone", counted)
+    assert cache.collect_garbage() == (3, 11)
+    assert len(turns) == 1 + 3
+    assert files_of(cache.directory) == {}
+    assert snapshot(cache.directory)["trash"] == []
+
+
+def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
+    cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {f"sha256-{number:064x}" for number in range(200)}
+    for name in names:
+        (cache.directory / "trash" / name).touch()
+    unlink, threads, meeting = os.unlink, set[int](), threading.Barrier(collect._UNLINKING, timeout=60)
+
+    def refuse_one(path: str, *, dir_fd: int | None = None) -> None:
+        if threading.get_ident() not in threads and len(threads) < collect._UNLINKING:
+            threads.add(threading.get_ident())
+            meeting.wait()  # each is there, before any of them is through
+        if path.endswith("77"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        unlink(path, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse_one)
+        left = collect.empty_trash(index)
+        assert [(path.name, reason[:17]) for path, reason in left] == [(f"sha256-{0x77:064x}", "Permission denied")]
+        with pytest.raises(StorageError, match=r"all was collected, but '.*77' cannot be unlinked: Permission denied"):
+            cache.collect_garbage()
+    assert len(threads) == collect._UNLINKING > 1
+    assert collect.empty_trash(index) == []
+    assert os.listdir(cache.directory / "trash") == []
+
+
+def test_what_is_in_work_is_no_candidate(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.add_blob(b"in work")
+    monkeypatch.setattr(collect, "forget", lambda *_: pytest.fail("nothing is to be forgotten"))
+    assert cache.collect_garbage() == (0, 0)
+
+
+def test_a_collection_that_was_cut_off_is_finished_by_the_next(
+    cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandon(cache, b"one", b"two")
+
+    def fail(*_: object, **__: object) -> None:
+        raise StorageError("cut off")
+
+    for place in ("rename", "unlink"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, place, fail)
+            with pytest.raises(StorageError, match="cut off"):
+                cache.collect_garbage()
+        assert stored_rows(cache.directory) == {}
+    assert files_of(cache.directory) == {}
+    assert len(os.listdir(cache.directory / "trash")) == 2
+    cache.collect_garbage()
+    assert os.listdir(cache.directory / "trash") == []
+
+
+def test_the_next_open_takes_out_what_a_dead_session_left_in_the_trash(cache: Cache, index: Database) -> None:
+    abandon(cache, b"nobody's")
+    with index.write() as connection:
+        ids = connection.execute(select(BLOBS.c.id)).scalars().all()
+        assert collect.forget(connection, ids) == (1, len(b"nobody's"))
+    (cache.directory / "ingest" / "1-00000000dead").mkdir()
+    Cache.open(cache.directory).close()
+    assert files_of(cache.directory) == {}
+    assert os.listdir(cache.directory / "trash") == snapshot(cache.directory)["trash"] == []
+
+
+def test_many_blobs_are_collected_in_batches(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "BATCH", 3)
+    abandon(cache, *(b"%03d" % number for number in range(10)))
+    save(cache, "kept", image(1))
+    assert cache.collect_garbage() == (10, 30)
+    assert files_of(cache.directory) == stored_rows(cache.directory)
+    assert files_of(cache.directory).keys() == image(1).blobs.keys()
+
+
+def test_many_that_store_remove_and_collect_leave_nothing_behind(cache: Cache, tmp_path: Path) -> None:
+    source = write(tmp_path / "app.tar", oci_files({"app:1": image(1, 2)}))
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            with Cache.open(cache.directory) as own:
+                for _ in range(6):
+                    own.cache_from_tar(source, f"app-{number}:1")
+                    with own.hold(f"app-{number}:1"):
+                        own.remove_manifest(f"app-{number}:1")
+                        for digest, data in image(1, 2).blobs.items():
+                            assert own.get_blob_path(digest).read_bytes() == data
+        except BaseException as error:
+            failures.append(error)
+
+    def sweep() -> None:
+        try:
+            with Cache.open(cache.directory) as own:
+                while not stop.is_set():
+                    own.collect_garbage()
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    sweeper = threading.Thread(target=sweep)
+    for thread in (*workers, sweeper):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    stop.set()
+    sweeper.join()
+    assert failures == []
+    cache.collect_garbage()
+    left = snapshot(cache.directory)
+    assert left == {name: type(left[name])() for name in left} | {"locks": ["write.lock", "write.queue"]}
+
+
+# Cost
+
+
+def plans(index: Database, act: Callable[[Connection], object]) -> list[str]:
+    """How SQLite does the statements of an action: the steps of its query plans."""
+    statements: list[tuple[str, object]] = []
+
+    def note(_c: object, _cursor: object, statement: str, parameters: object, _x: object, _many: bool) -> None:
+        statements.append((statement, parameters))
+
+    with index.read() as connection:
+        event.listen(connection, "before_cursor_execute", note)
+        try:
+            act(connection)
+        finally:
+            event.remove(connection, "before_cursor_execute", note)
+        steps = []
+        for statement, parameters in statements:
+            rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)  # type: ignore[arg-type]
+            steps += [str(row[3]) for row in rows]
+        connection.rollback()
+    return steps
+
+
+def test_forgetting_an_images_blobs_looks_at_those_alone(cache: Cache, index: Database) -> None:
+    cache.add_blob(b"data")
+    steps = plans(index, lambda connection: collect.forget(connection, [1, 2, 3]))
+    assert any("image_blobs USING COVERING INDEX ix_image_blobs_blob_id (blob_id=?)" in step for step in steps)
+    assert any("leases USING PRIMARY KEY (digest=?)" in step for step in steps)
+    assert any("blobs USING INTEGER PRIMARY KEY (rowid=?)" in step for step in steps)
+    assert not [step for step in steps if "SCAN" in step]
+
+
+def test_a_sweep_reads_the_blobs_once_and_looks_the_rest_up(index: Database) -> None:
+    steps = plans(index, collect.unreferenced)
+    assert [step for step in steps if "SCAN" in step] == ["SCAN blobs"]
+
+
+def test_candidates_are_found_in_one_pass_over_two_indexes(index: Database) -> None:
+    steps = plans(index, lambda connection: connection.execute(collect._candidates()))
+    assert steps.count("MERGE (EXCEPT)") == 2
+    scans = [step for step in steps if "SCAN" in step and "leases" not in step]
+    assert scans == ["SCAN blobs", "SCAN image_blobs USING COVERING INDEX ix_image_blobs_blob_id"]
+    assert not [step for step in steps if "TEMP B-TREE" in step and "ORDER BY" not in step]
+
+
+def test_sweeping_sessions_and_looking_up_what_is_stored_use_indexes(index: Database) -> None:
+    steps = plans(index, lambda connection: blobs.stored(connection, [Digest(digest_of(b"data"))]))
+    assert not [step for step in steps if "SCAN" in step]
+    delete = "DELETE FROM leases WHERE session = 'x' AND hold = 1"
+    steps = plans(index, lambda connection: connection.exec_driver_sql(delete))
+    assert not [step for step in steps if "SCAN" in step]
+
+
+def test_deleting_a_blob_looks_its_references_up_by_index(index: Database) -> None:
+    """What SQLite does for the foreign keys is in no query plan; without these indexes it reads whole tables."""
+    with index.read() as connection:
+        for table, column in (("image_blobs", "blob_id"), ("images", "manifest_id"), ("image_blobs", "image_id")):
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN SELECT 1 FROM {table} WHERE {column} = 1").all()
+            assert "SCAN" not in plan[0][3]
+
+
+@pytest.mark.parametrize("table", ["trash", "blobs"])
+def test_an_index_that_names_a_path_moves_nothing_out_of_its_place(cache: Cache, table: str, tmp_path: Path) -> None:
+    victim = cache.directory.parent / "victim.txt"
+    victim.write_text("precious")
+    path = "..:..:victim.txt"  # once its colons are slashes, as those of a digest are in `blobs/`
+    connection = sqlite3.connect(cache.directory / "index.db", isolation_level=None)
+    connection.execute("PRAGMA ignore_check_constraints = 1")
+    stored_at = "'2026-01-01T00:00:00.000000Z'"
+    columns, values = (
+        ("digest, size", "?, 8") if table == "trash" else ("digest, size, stored_at", f"?, 8, {stored_at}")
+    )
+    connection.execute(f"INSERT INTO {table} ({columns}) VALUES ({values})", (path,))
+    connection.close()
+    cache.collect_garbage()
+    with Cache.open(cache.directory) as other:
+        assert other.verify(repair=True).problems == []
+    assert victim.read_text() == "precious"
+
+
+def test_an_index_that_names_a_path_is_damaged(cache: Cache, tmp_path: Path) -> None:
+    (cache.directory.parent / "victim.txt").write_text("precious")
+    with pytest.raises(DamagedIndex, match=r"'\.\.:\.\.:victim\.txt' as a digest: run `cachedb verify --repair`"):
+        blob_path(cache.directory, Digest("..:..:victim.txt"))

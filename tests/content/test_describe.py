@@ -1,0 +1,343 @@
+"""What configs say of images and layers: parsed with care, kept with the image, and brought when they come late."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachedb import Cache, CacheError, StorageError
+from cachedb.disk import reader
+from cachedb.index.tables import TEXT_LIMIT
+from cachedb.oci.configs import CONFIG_LIMIT, parse_config
+from cachedb.oci.digests import Digest
+from cachedb.oci.manifests import DOCKER_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
+from tests.conftest import run_python
+from tests.index.test_schema import change
+from tests.support.make import Made, descriptor, digest_of, docker_files, image, index, layer, save, save_index, write
+from tests.support.promises import check
+
+BUILT = datetime(2026, 2, 3, 4, 5, 6, 789012, tzinfo=UTC)
+
+
+def config(*seeds: int, **more: Any) -> dict[str, Any]:
+    layers = [digest_of(layer(seed)) for seed in seeds]
+    return {
+        "architecture": "arm",
+        "variant": "v7",
+        "os": "linux",
+        "created": "2026-02-03T04:05:06.789012345Z",
+        "author": "A. Author <a@example.org>",
+        "config": {"Labels": {"version": "1", "empty": ""}},
+        "rootfs": {"type": "layers", "diff_ids": layers},
+        "history": [
+            *({"created_by": f"RUN make {seed}"} for seed in seeds),
+            {"created_by": "CMD /bin/sh", "empty_layer": True},
+        ],
+        **more,
+    }
+
+
+def made_of(document: dict[str, Any] | bytes, *seeds: int, kind: str = OCI_CONFIG) -> Made:
+    data = document if isinstance(document, bytes) else json.dumps(document).encode()
+    layers = [layer(seed) for seed in seeds]
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": descriptor(data, kind),
+        "layers": [descriptor(one, OCI_LAYER) for one in layers],
+    }
+    return Made(json.dumps(manifest).encode(), data, layers)
+
+
+def said(cache: Cache, name: str) -> tuple[Any, ...]:
+    found = cache.get_image(name)
+    return found.os, found.architecture, found.variant, found.created, found.author, cache.get_labels(name)
+
+
+SAID = ("linux", "arm", "v7", BUILT, "A. Author <a@example.org>", {"empty": "", "version": "1"})
+NOTHING: tuple[Any, ...] = (None, None, None, None, None, {})
+
+
+@pytest.mark.parametrize("kind", [OCI_CONFIG, DOCKER_CONFIG])
+def test_an_image_is_described_by_its_config(cache: Cache, kind: str) -> None:
+    save(cache, "app:1", made_of(config(1, 2), 1, 2, kind=kind))
+    assert said(cache, "app:1") == SAID
+    assert [(blob.diff_id, blob.created_by) for blob in cache.get_image_blobs("app:1")] == [
+        (None, None),
+        (None, None),
+        (digest_of(layer(1)), "RUN make 1"),
+        (digest_of(layer(2)), "RUN make 2"),
+    ]
+    assert cache.list_manifests() == [cache.get_image("app:1")]
+
+
+def test_a_config_that_comes_after_its_manifest_describes_the_image(cache: Cache) -> None:
+    made = made_of(config(1), 1)
+    cache.save_manifest("app:1", made.manifest)
+    cache.tag("app:1", "app:2")
+    assert said(cache, "app:1") == NOTHING
+    cache.save_blob(digest_of(made.config), made.config)
+    assert said(cache, "app:1") == said(cache, "app:2") == SAID
+    assert cache.get_image_blobs("app:2")[2].created_by == "RUN make 1"
+
+
+def test_an_image_that_is_imported_is_described(cache: Cache, tmp_path: Any) -> None:
+    cache.cache_from_tar(write(tmp_path / "a.tar", docker_files({"app:1": made_of(config(1), 1)})))
+    assert said(cache, "app:1") == SAID
+
+
+def test_a_name_that_moves_is_described_anew(cache: Cache) -> None:
+    save(cache, "app:1", made_of(config(1), 1))
+    other = image(2)
+    save(cache, "app:1", other)
+    assert said(cache, "app:1") == ("linux", "amd64", None, None, None, {})
+    cache.save_manifest("app:1", image(3).manifest)
+    assert said(cache, "app:1") == NOTHING
+
+
+def test_a_tag_has_all_that_its_source_has(cache: Cache) -> None:
+    save(cache, "app:1", made_of(config(1, 2), 1, 2))
+    save(cache, "app:2", image(3))
+    cache.tag("app:1", "app:2")
+    assert said(cache, "app:2") == SAID
+    assert cache.get_image_blobs("app:1") == cache.get_image_blobs("app:2")
+
+
+def test_labels_go_with_their_image(cache: Cache) -> None:
+    save(cache, "app:1", made_of(config(1), 1))
+    cache.remove_manifest("app:1")
+    cache.close()
+    check(cache.directory)
+
+
+def test_several_platforms_have_what_all_of_them_agree_on(cache: Cache) -> None:
+    first = made_of(config(1, config={"Labels": {"version": "1", "tuned": "yes"}}), 1)
+    second = made_of(config(2, architecture="amd64", config={"Labels": {"version": "1", "tuned": "no"}}), 2)
+    save_index(cache, "app:1", first, second)
+    author = "A. Author <a@example.org>"
+    assert said(cache, "app:1") == ("linux", None, "v7", BUILT, author, {"version": "1"})
+    layers = [blob for blob in cache.get_image_blobs("app:1") if blob.role == "layer"]
+    assert [blob.created_by for blob in layers] == ["RUN make 1", "RUN make 2"]
+
+
+def test_a_platform_that_comes_later_is_agreed_with_too(cache: Cache) -> None:
+    first, second = made_of(config(1), 1), made_of(config(2, architecture="amd64"), 2)
+    cache.save_manifest("app:1", index(first, second))
+    for child, architecture in ((first, "arm"), (second, None)):
+        cache.save_blob(digest_of(child.manifest), child.manifest)
+        cache.save_blob(digest_of(child.config), child.config)
+        assert cache.get_image("app:1").architecture == architecture
+
+
+def test_what_builders_put_beside_an_image_does_not_describe_it(cache: Cache) -> None:
+    made = made_of(config(1), 1)
+    attestation = made_of({"os": "unknown", "architecture": "unknown", "config": {}}, 9)
+    save_index(cache, "app:1", made, attestation)
+    assert said(cache, "app:1") == SAID
+
+
+def test_what_is_attached_after_the_layers_is_no_layer_of_the_config(cache: Cache) -> None:
+    save(cache, "app:1", made_of(config(1), 1))
+    cache.associate_blob_with_image("app:1", cache.add_blob(b"attached"), role="layer")
+    cache.save_manifest("app:1", made_of(config(1), 1).manifest)
+    assert [blob.created_by for blob in cache.get_image_blobs("app:1")] == [None, None, "RUN make 1", None]
+
+
+@pytest.mark.parametrize("data", [b"{not json", b"[]", b"null", b"\xff", b"[" * 100_000])
+def test_a_config_that_cannot_be_read_costs_the_image_nothing_else(cache: Cache, data: bytes) -> None:
+    save(cache, "app:1", made_of(data, 1))
+    assert said(cache, "app:1") == NOTHING
+    assert cache.is_image_complete("app:1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architecture", value)
+        for value in ("", "a" * 65, 7, None, "a b", "x\n", "\x1b[31m", {"a": 1}, "../x")
+    ]
+    + [
+        ("created", value)
+        for value in (
+            "",
+            "yesterday",
+            "0001-01-01T00:00:00Z",
+            "0001-01-01T00:00:00+01:00",
+            "9999-12-31T23:59:59-23:59",
+            "2026-02-30T00:00:00Z",
+            "2026-02-03",
+            "2026-02-03T04:05:06",
+            "٢026-02-03T04:05:06Z",
+            1770000000,
+        )
+    ]
+    + [("author", value) for value in ("", "a\0b", "\ud800", "a" * (TEXT_LIMIT + 1), ["a"])],
+)  # fmt: skip
+def test_a_value_that_is_none_is_left_out(cache: Cache, key: str, value: object) -> None:
+    save(cache, "app:1", made_of(config(1, **{key: value}), 1))
+    assert getattr(cache.get_image("app:1"), key) is None
+    assert cache.get_image("app:1").os == "linux"
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [
+        ("2026-02-03T04:05:06Z", datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)),
+        ("2026-02-03t04:05:06.5z", datetime(2026, 2, 3, 4, 5, 6, 500000, tzinfo=UTC)),
+        ("2026-02-03T04:05:06+02:00", datetime(2026, 2, 3, 2, 5, 6, tzinfo=UTC)),
+        ("1970-01-01T00:00:00Z", datetime(1970, 1, 1, tzinfo=UTC)),
+    ],
+)
+def test_a_time_is_kept_in_utc(cache: Cache, text: str, time: datetime) -> None:
+    save(cache, "app:1", made_of(config(1, created=text), 1))
+    assert cache.get_image("app:1").created == time
+
+
+def test_labels_that_are_none_are_left_out(cache: Cache) -> None:
+    labels = {"a": "1", "": "2", "b": 3, "c": "x" * (TEXT_LIMIT + 1), "d\0": "4", "e": "\udc00", "f": None}
+    save(cache, "app:1", made_of(config(1, config={"Labels": labels}), 1))
+    assert cache.get_labels("app:1") == {"a": "1"}
+
+
+def test_labels_that_do_not_fit_beside_those_before_them_are_left_out(cache: Cache) -> None:
+    sizes = {"b": 60_000, "c": 60_000, "a": 60_000, "d": 60_000, "large": 30_000, "e": 20_000, "more": 3_000, "last": 2}
+    labels = {key: "x" * size for key, size in sizes.items()}
+    save(cache, "app:1", made_of(config(1, config={"Labels": labels}), 1))
+    kept = cache.get_labels("app:1")
+    assert list(kept) == ["a", "b", "c", "d", "e", "last"]
+    assert sum(len(key) + len(value) for key, value in kept.items()) <= CONFIG_LIMIT
+
+
+def test_commands_that_do_not_fit_beside_those_before_them_are_left_out(cache: Cache) -> None:
+    seeds = range(1, 8)
+    sizes = [60_000] * 4 + [30_000, 20_000, 3_000]
+    history = [{"created_by": "x" * size} for size in sizes]
+    save(cache, "app:1", made_of(config(*seeds, history=history), *seeds))
+    found = [(len(blob.created_by or ""), blob.diff_id) for blob in cache.get_image_blobs("app:1")[2:]]
+    kept = [60_000] * 4 + [0, 20_000, 0]
+    assert found == [(size, digest_of(layer(seed))) for size, seed in zip(kept, seeds, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"history": [{"created_by": "a"}, {"created_by": "b"}]},
+        {"history": None},
+        {"history": [{"created_by": 7}]},
+        {"history": ["RUN a"]},
+    ],
+)
+def test_a_history_that_does_not_fit_the_layers_tells_nothing_of_them(cache: Cache, more: dict[str, Any]) -> None:
+    save(cache, "app:1", made_of(config(1, **more), 1))
+    found = cache.get_image_blobs("app:1")[2]
+    assert (found.diff_id, found.created_by) == (digest_of(layer(1)), None)
+
+
+def test_a_config_that_names_more_layers_than_there_are_tells_nothing_of_them(cache: Cache) -> None:
+    save(cache, "app:1", made_of(config(1, 2), 1))
+    assert cache.get_image_blobs("app:1")[2].diff_id is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(config())) | st.text(), JSON), st.binary())
+def test_no_config_is_too_odd_to_read(document: dict[str, Any], data: bytes) -> None:
+    parse_config(json.dumps({**config(1), **document}).encode(), 100)
+    for entry in ("Labels", "diff_ids"):
+        nested = {"config": {entry: document}, "rootfs": {entry: [document]}, "history": [document]}
+        parse_config(json.dumps(nested).encode(), 100)
+    with suppress(CacheError):
+        parse_config(data, 100)
+
+
+def test_a_config_that_could_not_be_read_is_found_by_verify_once_it_can(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = made_of(config(1), 1)
+    for digest, data in made.blobs.items():
+        cache.save_blob(digest, data)
+    opened = reader.open_blob
+
+    def fail(directory: Path, digest: Digest) -> BinaryIO:
+        if digest == digest_of(made.config):
+            raise StorageError("cannot read a blob: Input/output error")
+        return opened(directory, digest)
+
+    monkeypatch.setattr(reader, "open_blob", fail)
+    cache.save_manifest("app:1", made.manifest)
+    assert cache.verify().problems == []  # as long as it cannot be read there is nothing to compare with
+    monkeypatch.undo()
+    assert said(cache, "app:1") == NOTHING
+    (problem,) = cache.verify().problems
+    assert (problem.kind, problem.digest) == ("index", made.digest)
+    assert problem.detail == "app:1: it is not described as its config describes it"
+    assert cache.verify(repair=True).problems[0].repair
+    assert said(cache, "app:1") == SAID
+    assert cache.verify().problems == []
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE images SET author = 'B'",
+        "UPDATE image_labels SET value = '2' WHERE key = 'version'",
+        "DELETE FROM image_labels",
+        "UPDATE image_blobs SET created_by = NULL",
+        "UPDATE image_blobs SET diff_id = NULL",
+    ],
+)
+def test_what_the_index_says_otherwise_than_a_config_is_found_and_repaired(cache: Cache, sql: str) -> None:
+    save(cache, "app:1", made_of(config(1), 1))
+    contents = cache.get_image_blobs("app:1")
+    change(cache.directory, sql)
+    assert [problem.kind for problem in cache.verify().problems] == ["index"]
+    cache.verify(repair=True)
+    assert (said(cache, "app:1"), cache.get_image_blobs("app:1")) == (SAID, contents)
+    assert cache.verify().problems == []
+
+
+def test_verify_waits_for_a_backfill_to_come_to_an_image(cache: Cache) -> None:
+    save(cache, "app:1", made_of(config(1), 1))
+    change(cache.directory, "UPDATE images SET author = NULL")
+    change(cache.directory, "INSERT INTO backfills VALUES ('0003', 0)")
+    assert cache.verify().problems == []
+    change(cache.directory, "UPDATE backfills SET image_id = 1")
+    assert [problem.kind for problem in cache.verify().problems] == ["index"]
+
+
+def test_an_attached_config_describes_at_once_as_it_does_when_the_image_is_saved_again(cache: Cache) -> None:
+    save(cache, "app:1", made_of(config(1), 1))
+    other = cache.add_blob(json.dumps(config(author="B", config={})).encode())
+    cache.associate_blob_with_image("app:1", other, role="config", media_type=OCI_CONFIG)
+    assert cache.verify().problems == []
+    found = said(cache, "app:1")
+    assert found == (*SAID[:4], None, {})
+    cache.save_manifest("app:1", made_of(config(1), 1).manifest)
+    assert said(cache, "app:1") == found
+
+
+def test_a_config_is_read_in_a_command_that_lists_nothing_of_alembic(cache: Cache) -> None:
+    save(cache, "app:1", image(1))
+    output = run_python(
+        """
+        import sys
+        from cachedb import Cache
+
+        with Cache.open(sys.argv[1]) as cache:
+            print(cache.get_image("app:1").os, "alembic" in sys.modules)
+        """,
+        cache.directory,
+    )
+    assert output == "linux False\n"

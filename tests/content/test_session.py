@@ -1,0 +1,326 @@
+"""Sessions: what a process claims while it lives, and what becomes of it when the process dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from cachedb import Cache, StorageError
+from cachedb.content import collect
+from cachedb.content.session import Session, dead_sessions, lock_path
+from cachedb.disk.layout import received_digest
+from cachedb.index.sqlite.database import Database
+from cachedb.index.tables import LEASES
+from cachedb.oci.digests import Digest
+from tests.conftest import files_of, run_python, running, snapshot
+from tests.disk.test_locks import is_free, open_files
+from tests.support.make import digest_of
+
+DIGEST = Digest(digest_of(b"data"))
+LIVING = """
+    import sys, time
+    from cachedb import Cache
+    cache = Cache.open(sys.argv[1])
+    cache.add_blob(b"data")
+    print(cache._session.id, flush=True)
+    time.sleep(60)
+"""
+
+
+def leases(index: Database) -> list[str]:
+    with index.read() as connection:
+        return list(connection.execute(select(LEASES.c.session)).scalars())
+
+
+def traces(directory: Path) -> dict[str, object]:
+    """What sessions leave in a cache."""
+    found = snapshot(directory)
+    return {name: found[name] for name in ("leases", "ingest", "locks")}
+
+
+def test_a_session_begins_when_it_is_needed(cache: Cache, index: Database) -> None:
+    cache.list_manifests()
+    assert traces(cache.directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
+    cache.add_blob(b"data")
+    left = traces(cache.directory)
+    assert left["ingest"] == leases(index)
+    assert left["locks"] == [f"{leases(index)[0]}.session", "write.lock", "write.queue"]
+    assert not is_free(lock_path(cache.directory, leases(index)[0]))
+
+
+def test_a_session_that_is_closed_leaves_nothing(directory: Path) -> None:
+    before = None
+    for _ in range(2):
+        with Cache.open(directory) as cache:
+            cache.add_blob(b"data")
+        assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
+        assert before in (None, open_files())
+        before = open_files()
+
+
+def test_a_dead_session_is_swept_at_the_next_open_and_a_living_one_never(directory: Path) -> None:
+    with running(LIVING, directory) as living, running(LIVING, directory) as dead:
+        assert living.pid != dead.pid
+        dead.kill()
+        dead.wait()
+        with Cache.open(directory) as cache:
+            left = traces(directory)
+            (session,) = os.listdir(directory / "ingest")
+            assert session.startswith(f"{living.pid}-")
+            assert left["locks"] == [f"{session}.session", "write.lock", "write.queue"]
+            assert {row[1] for row in left["leases"]} == {session}  # type: ignore[attr-defined]
+            assert cache.collect_garbage().blobs == 0
+            assert cache.has_blob(DIGEST)
+        living.kill()
+        living.wait()
+        with Cache.open(directory) as cache:
+            assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
+            assert cache.collect_garbage().blobs == 1
+
+
+def test_a_collection_sweeps_dead_sessions_too(cache: Cache) -> None:
+    with running(LIVING, cache.directory) as process:
+        assert cache.collect_garbage().blobs == 0
+        process.kill()
+        process.wait()
+        assert cache.collect_garbage().blobs == 1
+
+
+def test_what_a_dead_session_left_is_swept_whatever_part_of_it_is_there(cache: Cache, index: Database) -> None:
+    (cache.directory / "ingest" / "1-0000000f01de").mkdir()
+    (cache.directory / "ingest" / "1-0000000f01de" / "1").write_bytes(b"half")
+    lock_path(cache.directory, "1-0000000010c4").touch()
+    with index.write() as connection:
+        connection.execute(LEASES.insert().values(digest=DIGEST, session="1-lease", hold=1))
+    Cache.open(cache.directory).close()
+    assert traces(cache.directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
+
+
+@pytest.mark.parametrize("session", ["", ".", "..", "../..", "../outside", "a/b"])
+def test_a_lease_of_a_strange_session_touches_no_file(cache: Cache, directory: Path, session: str) -> None:
+    """Anybody with an SQL shell can write one."""
+    (directory.parent / "outside.session").touch()
+    mine = cache.add_blob(b"data")
+    shell = sqlite3.connect(directory / "index.db")
+    with shell:
+        shell.execute("INSERT INTO leases VALUES (?, ?, 1)", (DIGEST, session))
+    shell.close()
+    Cache.open(directory).close()
+    assert [row[1] for row in traces(directory)["leases"]] == [cache._session.id]  # type: ignore[attr-defined]
+    assert cache.get_blob(mine) == b"data"
+    assert cache._session.folder.is_dir()
+    assert (directory.parent / "outside.session").exists()
+
+
+def test_what_is_not_ours_in_the_folder_of_a_dead_session_stays(cache: Cache) -> None:
+    folder = cache.directory / "ingest" / "1-00000000dead"
+    folder.mkdir()
+    strange = [".nfs0001", "1.sha256-xyz", "1.", "noise.txt"]
+    for name in (*strange, "1", "2"):
+        (folder / name).touch()
+    (folder / "3").mkdir()
+    (folder / "3" / "index.db").touch()
+    assert not any(received_digest(name) for name in strange)
+    Cache.open(cache.directory).close()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(strange)
+
+
+def test_a_publication_that_was_cut_off_is_taken_back_by_the_next_open(cache: Cache) -> None:
+    folder = cache.directory / "ingest" / "1-00000000dead"
+    folder.mkdir()
+    stored = cache.add_blob(b"stored")
+    for data in (b"cut off", b"stored"):
+        path = folder / f"1.{digest_of(data).replace(':', '-')}"
+        path.write_bytes(data)
+        if data == b"cut off":
+            os.link(path, cache.directory / "blobs" / digest_of(data).replace(":", "/"))
+    assert files_of(cache.directory).keys() == {stored, digest_of(b"cut off")}
+    Cache.open(cache.directory).close()
+    assert files_of(cache.directory).keys() == {stored}
+    assert not folder.exists()
+
+
+def test_two_sweepers_do_not_sweep_one_session(index: Database) -> None:
+    lock_path(index.directory, "1-0000000010c4").touch()
+    (index.directory / "ingest" / "2-0000000f01de").mkdir()
+    first = dead_sessions(index.folders, [])
+    assert next(first) == "1-0000000010c4"
+    assert list(dead_sessions(index.folders, [])) == ["2-0000000f01de"]
+
+
+def test_a_session_that_begins_while_it_is_swept_begins_anew(index: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lock file is seen, locked and unlinked by a sweeper before the session comes to lock it."""
+    sweepers: list[Iterator[str]] = []
+    flock = fcntl.flock
+
+    def swept_first(file: int, operation: int) -> None:
+        # Two sweepers come between the making of the lock file and its locking.
+        if not sweepers:
+            sweepers.extend([dead_sessions(index.folders, []), dead_sessions(index.folders, [])])
+            swept.append(next(sweepers[0]))
+            assert next(sweepers[1], None) is None
+            assert next(sweepers[0], None) is None
+        flock(file, operation)
+
+    swept: list[str] = []
+    monkeypatch.setattr(fcntl, "flock", swept_first)
+    session = Session(index)
+    assert swept == [session.id]
+    assert session.folder.is_dir()
+    assert not is_free(lock_path(index.directory, session.id))
+    assert list(dead_sessions(index.folders, [])) == []
+    session.close()
+
+
+def test_a_session_is_locked_while_it_is_swept(index: Database) -> None:
+    """Also one that had no lock file: one of its name that begins meanwhile must wait."""
+    lock_path(index.directory, "1-0000000010c4").touch()
+    (index.directory / "ingest" / "2-0000000f01de").mkdir()
+    for session in dead_sessions(index.folders, []):
+        assert not is_free(lock_path(index.directory, session))
+    assert sorted(os.listdir(index.directory / "locks")) == ["write.lock", "write.queue"]
+
+
+def test_sessions_begin_and_end_while_others_sweep(directory: Path) -> None:
+    output = run_python(
+        """
+        import os, sys
+        from cachedb import Cache
+
+        Cache.open(sys.argv[1]).close()
+        children = []
+        for number in range(6):
+            if (child := os.fork()) == 0:
+                for turn in range(6):
+                    with Cache.open(sys.argv[1]) as cache:
+                        digest = cache.add_blob(b"%d %d" % (number, turn))
+                        cache.collect_garbage()
+                        assert cache.get_blob(digest)
+                        assert cache._session.folder.is_dir()
+                os._exit(0)
+            children.append(child)
+        print([os.waitpid(child, 0)[1] for child in children])
+        """,
+        directory,
+    )
+    assert output == f"{[0] * 6}\n"
+    assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
+
+
+def test_a_session_that_cannot_begin_leaves_no_file_open(cache: Cache) -> None:
+    ingest = cache.directory / "ingest"
+    ingest.rmdir()
+    before = None
+    for _ in range(3):
+        with pytest.raises(StorageError, match="cannot begin a session"):
+            cache.add_blob(b"data")
+        assert before in (None, open_files())
+        before = open_files()
+    ingest.mkdir()
+    cache.add_blob(b"data")
+    Cache.open(cache.directory).close()
+    assert len(traces(cache.directory)["ingest"]) == 1  # type: ignore[arg-type]
+
+
+def test_threads_of_one_cache_share_its_session(cache: Cache) -> None:
+    together = threading.Barrier(16)
+    found = []
+
+    def begin() -> None:
+        together.wait()
+        found.append(cache._session.id)
+
+    threads = [threading.Thread(target=begin) for _ in range(together.parties)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 16
+    assert len(set(found)) == 1
+
+
+def test_a_childs_exit_ends_neither_the_session_nor_the_holds_of_its_parent(directory: Path) -> None:
+    output = run_python(
+        """
+        import os, sys
+        from cachedb import Cache
+
+        with Cache.open(sys.argv[1]) as cache:
+            digest = cache.add_blob(b"data")
+            with cache.hold(digest):
+                child = os.fork()
+            if child == 0:
+                theirs = cache.add_blob(b"child")
+                assert cache._session.folder.is_dir()
+                print(cache._session.id, flush=True)
+                cache.close()
+                sys.exit()
+            assert os.waitpid(child, 0)[1] == 0
+            print(cache._session.id)
+            with Cache.open(sys.argv[1]) as other:
+                assert other.collect_garbage().blobs == 1  # the child's
+                assert cache.has_blob(digest)
+                assert cache._session.folder.is_dir()
+        """,
+        directory,
+    )
+    first, second = output.split()
+    assert first != second
+    assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
+
+
+def test_a_hold_that_a_child_leaves_stays_its_parents(directory: Path) -> None:
+    output = run_python(
+        """
+        import os, sys
+        from cachedb import Cache
+
+        cache = Cache.open(sys.argv[1])
+        with Cache.open(sys.argv[1]) as first:
+            digest = first.add_blob(b"data")
+            with cache.hold(digest):
+                first.close()
+                child = os.fork()
+                if child:
+                    assert os.waitpid(child, 0)[1] == 0
+                    assert cache.collect_garbage().blobs == 0
+            if child == 0:
+                os._exit(0)
+            assert cache.collect_garbage().blobs == 1
+        cache.close()
+        print("done")
+        """,
+        directory,
+    )
+    assert output == "done\n"
+
+
+def test_a_session_dies_with_its_process_though_a_child_lives(directory: Path) -> None:
+    script = """
+        import os, sys, time
+        from cachedb import Cache
+        cache = Cache.open(sys.argv[1])
+        cache.add_blob(b"data")
+        if os.fork() == 0:
+            print("child", flush=True)
+            sys.stdin.read()
+            os._exit(0)
+        time.sleep(60)
+    """
+    with running(script, directory) as parent:
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        with Cache.open(directory) as cache:
+            assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
+            with closing(Database(directory)) as index:
+                assert [part.blobs for part in collect.collect(index)] == [1]
+            assert not cache.has_blob(DIGEST)

@@ -1,0 +1,254 @@
+"""Files that appear when they are whole: what is left of them by those who were killed, and who removes it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachedb import Cache
+from cachedb.disk.durable import atomic_file, part_path, remove_leftovers
+from cachedb.operations import upgrade
+from tests.conftest import Run, start_python
+from tests.support import make
+
+
+@pytest.fixture
+def filled(cache: Cache) -> Cache:
+    make.save(cache, "app:1", make.image(1, size=300_000))
+    return cache
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "folder"
+
+
+_NAMED = """
+import errno, os
+real = os.open
+def named(path, flags, *arguments, **options):
+    if flags & os.O_TMPFILE == os.O_TMPFILE:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+    return real(path, flags, *arguments, **options)
+os.open = named
+"""  # a file system on which all files have names
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system on which all files have names."""
+    real = os.open
+
+    def open_(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return real(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_)
+
+
+def exporting(cache: Cache, target: Path, form: str, *, named: bool) -> subprocess.Popen[str]:
+    """An export that waits at its first progress until it may read a line."""
+    process = start_python(
+        (_NAMED if named else "")
+        + """
+import sys
+from cachedb import Cache
+waited = []
+def wait(*_):
+    if not waited:
+        waited.append(1)
+        print("begun", flush=True)
+        sys.stdin.readline()
+with Cache.open(sys.argv[1]) as cache:
+    cache.export("app:1", sys.argv[2], format=sys.argv[3], progress=wait)
+""",
+        cache.directory,
+        target,
+        form,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+def is_unnamed_possible(folder: Path) -> bool:
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+def test_a_killed_export_leaves_nothing_where_files_need_no_name(filled: Cache, folder: Path) -> None:
+    if not is_unnamed_possible(folder):
+        pytest.skip("needs a file system with O_TMPFILE")
+    with exporting(filled, folder / "out.tar", "docker", named=False) as process:
+        assert os.listdir(folder) == []
+        process.kill()
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("form", ["docker", "oci-dir"])
+def test_what_killed_exports_leave_goes_at_the_next_export_and_what_lives_stays(
+    filled: Cache, folder: Path, form: str
+) -> None:
+    target = folder / "layout" if form == "oci-dir" else folder / "out.tar"
+    with exporting(filled, target, form, named=True) as process:
+        process.kill()
+    left = list(folder.rglob("*.part"))
+    assert len(left) in ((1,) if form == "docker" else (1, 2)), "a folder's files are written two at a time"
+    if form == "oci-dir":
+        filled.export("app:1", target, format=form)
+    else:
+        with exporting(filled, folder / "live.tar", form, named=True) as process:
+            (live,) = set(folder.rglob("*.part")) - set(left)
+            filled.export("app:1", target, format=form)
+            assert list(folder.rglob("*.part")) == [live]
+            process.communicate("\n", timeout=60)
+            assert process.returncode == 0
+        assert (folder / "live.tar").read_bytes() == target.read_bytes()
+    assert list(folder.rglob("*.part")) == []
+
+
+def test_a_living_export_into_a_layout_is_left_by_one_of_the_layout(filled: Cache, folder: Path) -> None:
+    filled.export("app:1", folder / "layout", format="oci-dir")
+    with exporting(filled, folder / "layout" / "out.tar", "docker", named=True) as process:
+        filled.export("app:1", folder / "layout", format="oci-dir")
+        process.communicate("\n", timeout=60)
+        assert process.returncode == 0
+
+
+def test_only_files_that_are_provably_ours_are_removed(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("kept")
+    (folder / ".cachedb-0123456789abcdef.part").touch()  # an earlier release's, which did not lock it
+    (folder / ".cachedb-.part").touch()
+    (folder / f"{part_path(folder).name}.bak").touch()
+    part_path(folder).mkdir()
+    part_path(folder).symlink_to(target)
+    os.mkfifo(part_path(folder))
+    locked = part_path(folder)
+    locked.touch()
+    before = set(os.listdir(folder))
+    ours = part_path(folder)
+    ours.touch()
+    with locked.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        remove_leftovers(folder)
+        assert set(os.listdir(folder)) == before
+    remove_leftovers(folder)
+    assert set(os.listdir(folder)) == before - {locked.name}
+    assert target.read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a file of another user")
+def test_files_of_other_users_are_left(folder: Path) -> None:
+    part = part_path(folder)
+    part.touch()
+    os.chown(part, 65534, 65534)
+    remove_leftovers(folder)
+    assert part.exists()
+
+
+def test_a_file_that_was_removed_before_it_was_locked_is_made_again(
+    folder: Path, named: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, removed = fcntl.flock, list[str]()
+
+    def flock(file: int, how: int) -> None:
+        if not removed:
+            removed.extend(os.listdir(folder))
+            os.unlink(folder / removed[0])
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with atomic_file(folder / "file") as file:
+        file.write(b"whole")
+    assert removed
+    assert (folder / "file").read_bytes() == b"whole"
+
+
+def test_a_file_that_cannot_be_given_a_name_is_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOENT, "no such file")
+
+    monkeypatch.setattr(os, "link", link)
+    with atomic_file(folder / "file") as file:
+        file.write(b"whole")
+    assert (folder / "file").read_bytes() == b"whole"
+    assert os.listdir(folder) == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["named", "unnamed"])
+def test_a_file_is_as_it_was_after_an_error(folder: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    if kind == "named":
+        request.getfixturevalue("named")
+    (folder / "file").write_text("before")
+
+    def write_half() -> None:
+        with atomic_file(folder / "file") as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_half()
+    assert (folder / "file").read_text() == "before"
+    assert os.listdir(folder) == ["file"]
+    with atomic_file(folder / "file") as file:
+        file.write(b"after")
+    assert (folder / "file").read_text() == "after"
+    assert os.listdir(folder) == ["file"]
+
+
+def test_a_file_has_the_mode_that_the_umask_leaves(folder: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_file(folder / "file"):
+            pass
+    finally:
+        os.umask(before)
+    assert (folder / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_report_removes_what_killed_ones_have_left(filled: Cache, folder: Path, cachedb: Run) -> None:
+    part_path(folder).touch()
+    (folder / "page.html").touch(mode=0o600)
+    (folder / "page.html").chmod(0o604)
+    assert cachedb("report", "--html", folder / "page.html").returncode == 0
+    assert os.listdir(folder) == ["page.html"]
+    assert (folder / "page.html").stat().st_mode & 0o777 == 0o604
+    assert "app" in (folder / "page.html").read_text()
+
+
+def test_what_a_killed_backup_leaves_in_another_folder_goes_at_the_next_backup(filled: Cache, folder: Path) -> None:
+    script = """
+        import sys, time
+        import sys
+        from pathlib import Path
+        from cachedb.index.sqlite import backups
+        from cachedb.operations import upgrade
+        backups._OPCODES = 10
+        def wait(*_):
+            print("begun", flush=True)
+            sys.stdin.readline()
+        upgrade.back_up(Path(sys.argv[1]), Path(sys.argv[2]), progress=wait)
+    """
+    with start_python(script, filled.directory, folder / "first.db") as process:
+        assert process.stdout
+        assert process.stdout.readline() == "begun\n"
+        (live,) = [name for name in os.listdir(folder) if not name.endswith("-journal")]
+        upgrade.back_up(filled.directory, folder / "second.db")
+        assert live in os.listdir(folder), "it belongs to a process that lives"
+        process.kill()
+    (folder / f"{live}-journal").touch()
+    (folder / ".backup-of-somebody").touch()
+    upgrade.back_up(filled.directory, folder / "third.db")
+    assert set(os.listdir(folder)) == {"second.db", "third.db", ".backup-of-somebody"}

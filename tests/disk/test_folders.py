@@ -1,0 +1,530 @@
+"""What is not provably the cache's is never deleted or changed, whatever lies where the cache's own folders should."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache, CacheError, CacheReplaced, NotACache, NotOurs, SchemaMismatch, StorageError
+from cachedb.disk import marker
+from cachedb.disk.folders import Folders
+from cachedb.index.sqlite.database import Database
+from tests.conftest import Run, files_of, run_python
+from tests.index.sqlite.test_database import content
+from tests.support.make import digest_of, image, save
+
+APP = image(1, 2)
+
+
+def works(cachedb: Run, *arguments: object) -> subprocess.CompletedProcess[str]:
+    done = cachedb(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def fails(cachedb: Run, *arguments: object) -> subprocess.CompletedProcess[str]:
+    done = cachedb(*arguments)
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.splitlines()) <= 1, "an error is one line"
+    return done
+
+
+OTHER_USER = 65534
+NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root to become other users")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder of somebody's, with names of every form that cachedb deletes in its own folders."""
+    folder = tmp_path / "elsewhere"
+    names = (
+        "thesis.txt",
+        f"sha256-{'a' * 64}",
+        "1-abcdefabcdef/1",
+        f"1-abcdefabcdef/2.sha256-{'b' * 64}",
+        "1-abcdefabcdef.session",
+        f"{'c' * 64}.producing",
+        f"partial/sha256-{'d' * 64}",
+        ".backup-abcdefgh",
+        "000001-0004-before-0005.db",
+        "sha256/" + "e" * 64,
+    )
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("precious")
+        os.utime(folder / name, (0, 0))
+    return folder
+
+
+FOLDERS = ("blobs", "blobs/sha256", "ingest", "trash", "locks", "backups")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_that_is_a_link_is_refused_and_what_is_behind_it_stays(
+    cachedb: Run, directory: Path, elsewhere: Path, name: str
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    shutil.rmtree(directory / name)
+    (directory / name).symlink_to(elsewhere)
+    before = content(elsewhere)
+    for arguments in (["ls"], ["gc"], ["verify", "--repair"], ["rm", "app:1"], ["db", "backup"]):
+        done = fails(cachedb, *arguments)
+        assert f"'{directory / name}' is a symbolic link: put a folder back in its place" in done.stderr, arguments
+    assert content(elsewhere) == before
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_that_becomes_a_link_while_the_cache_is_open_leads_nowhere(
+    directory: Path, elsewhere: Path, name: str
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+        cache.add_blob(b"garbage")
+        cache._session.close()
+        shutil.rmtree(directory / name)
+        (directory / name).symlink_to(elsewhere)
+        before = content(elsewhere)
+        for operation in (
+            lambda: cache.remove_manifest("app:1"),
+            cache.collect_garbage,
+            lambda: cache.verify(repair=True),
+            lambda: cache.cache_from_tar("/nonexistent"),
+        ):
+            with suppress(CacheError):
+                operation()
+        after = content(elsewhere)
+    # A lock file may be made behind a link that came since; nothing that was there is touched.
+    assert {path: data for path, data in after.items() if path in before} == before
+
+
+def test_a_session_folder_that_is_a_link_leads_nowhere(directory: Path, elsewhere: Path) -> None:
+    Cache.open(directory).close()
+    link = directory / "ingest" / "1-00000000dead"
+    link.symlink_to(elsewhere)
+    before = content(elsewhere)
+    with Cache.open(directory) as cache:
+        cache.collect_garbage()
+        assert [(leftover.path, "is a symbolic link" in leftover.reason) for leftover in cache.get_leftovers()] == [
+            (link, True)
+        ]
+    assert content(elsewhere) == before
+
+
+def test_a_partial_folder_that_is_a_link_leads_nowhere(directory: Path, elsewhere: Path) -> None:
+    Cache.open(directory).close()
+    (directory / "ingest" / "partial").symlink_to(elsewhere)
+    before = content(elsewhere)
+    with Cache.open(directory) as cache, pytest.raises(NotOurs, match="is a symbolic link"):
+        cache.collect_garbage()
+    assert content(elsewhere) == before
+
+
+def test_a_folder_in_a_new_index_that_is_a_link_leads_nowhere(directory: Path, elsewhere: Path) -> None:
+    """A session's folder may hold a folder of its own, which is removed whole."""
+    Cache.open(directory).close()
+    inner = directory / "ingest" / "1-00000000dead" / "3"
+    inner.mkdir(parents=True)
+    (inner / "trash").symlink_to(elsewhere)
+    before = content(elsewhere)
+    Cache.open(directory).close()
+    assert not inner.parent.exists()
+    assert content(elsewhere) == before
+
+
+@NEEDS_ROOT
+def test_a_folder_on_another_file_system_is_refused(directory: Path) -> None:
+    Cache.open(directory).close()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory / "trash"], check=True)
+    try:
+        (directory / "trash" / f"sha256-{'a' * 64}").touch()
+        with pytest.raises(NotOurs, match="trash' is on another file system"):
+            Cache.open(directory)
+        assert os.listdir(directory / "trash") == [f"sha256-{'a' * 64}"]
+    finally:
+        subprocess.run(["umount", "-l", directory / "trash"], check=True)
+
+
+@pytest.fixture
+def content_store(tmp_path: Path) -> Path:
+    """What containerd keeps its content in."""
+    store = tmp_path / "io.containerd.content.v1.content"
+    for path, data in {f"blobs/sha256/{digest_of(b'layer')[7:]}": b"layer", "ingest/ab12/data": b"partial"}.items():
+        (store / path).parent.mkdir(parents=True, exist_ok=True)
+        (store / path).write_bytes(data)
+    return store
+
+
+def test_a_content_store_of_another_program_is_refused_and_left_alone(cachedb: Run, content_store: Path) -> None:
+    before = content(content_store)
+    for arguments in (["ls"], ["verify", "--repair"], ["gc"], ["db", "upgrade"], ["import", "examples/hello.oci.tar"]):
+        done = cachedb("--dir", content_store, *arguments)
+        assert done.returncode in (1, 3), arguments
+        assert "Traceback" not in done.stderr
+        assert content(content_store) == before, arguments
+    with pytest.raises(NotACache, match=r"has no 'cachedb.json' and is not empty \(it holds 'blobs'\)"):
+        Cache.open(content_store)
+
+
+def test_nothing_is_moved_out_of_a_content_store_by_adopt(content_store: Path, cache: Cache) -> None:
+    before = content(content_store)
+    with pytest.raises(NotACache, match="adopt it without --move"):
+        cache.adopt(content_store, how="move")
+    assert content(content_store) == before
+
+
+def test_a_move_out_of_a_cache_through_a_link_is_refused(cache: Cache, content_store: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    (old / "manifests" / "app").mkdir(parents=True)
+    (old / "manifests" / "app" / "1").write_bytes(APP.manifest)
+    (old / "blobs").symlink_to(content_store / "blobs")
+    before = content(content_store)
+    with pytest.raises(NotOurs, match="old/blobs' is a symbolic link"):
+        cache.adopt(old, how="move")
+    assert content(content_store) == before
+
+
+# The marker
+
+
+def test_the_marker_is_written_and_synced_before_anything_else_is_made(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    real = {name: getattr(os, name) for name in ("fsync", "link", "mkdir")}
+
+    def note(name: str) -> None:
+        def replacement(first: object, *arguments: object, **options: object) -> object:
+            path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+            happened.append(f"{name} {Path(path).name.split('-')[0]}")
+            return real[name](first, *arguments, **options)
+
+        monkeypatch.setattr(os, name, replacement)
+
+    for name in real:
+        note(name)
+    Cache.open(directory).close()
+    made = [step for step in happened if not step.startswith("mkdir cache")]
+    assert made[made.index("fsync .cachedb") :][:3] == ["fsync .cachedb", "link .cachedb", "fsync cache"]
+    assert made.index("fsync .cachedb") < made.index("mkdir blobs")
+
+
+def test_a_marker_says_format_and_id_and_stays(directory: Path) -> None:
+    Cache.open(directory).close()
+    first = json.loads((directory / "cachedb.json").read_text())
+    assert first["format"] == 1
+    assert len(first["id"]) == 32
+    assert stat.S_IMODE((directory / "cachedb.json").stat().st_mode) == 0o600
+    Cache.open(directory).close()
+    assert json.loads((directory / "cachedb.json").read_text()) == first
+    Cache.open(directory.with_name("other")).close()
+    assert json.loads((directory.with_name("other") / "cachedb.json").read_text())["id"] != first["id"]
+
+
+def test_a_cache_of_an_older_release_gets_a_marker_at_its_next_open(cachedb: Run, directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    (directory / "cachedb.json").unlink()
+    assert works(cachedb, "ls", "-q").stdout == "app:1\n"
+    assert (directory / "cachedb.json").exists()
+
+
+def test_a_cache_of_an_older_release_whose_index_is_lost_is_known_by_a_backup(cachedb: Run, directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    works(cachedb, "db", "backup")
+    (directory / "cachedb.json").unlink()
+    (directory / "index.db").unlink()
+    fails(cachedb, "verify", "--repair")
+    assert works(cachedb, "ls", "-q").stdout == "app:1\n"
+
+
+def test_without_marker_and_index_nothing_is_repaired_swept_or_collected(cachedb: Run, directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    (directory / "cachedb.json").unlink()
+    (directory / "index.db").unlink()
+    (directory / "trash" / f"sha256-{'a' * 64}").touch()
+    before = content(directory)
+    for arguments in (["ls"], ["verify", "--repair"], ["gc"]):
+        assert "name another directory" in fails(cachedb, *arguments).stderr
+    assert content(directory) == before
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"format": 1}', '{"format": "1", "id": ""}', "\0" * 99])
+def test_a_marker_that_is_none_is_refused(directory: Path, text: str) -> None:
+    Cache.open(directory).close()
+    (directory / "cachedb.json").write_text(text)
+    with pytest.raises(NotACache, match=r"'cachedb.json' is not a marker of cachedb: delete it"):
+        Cache.open(directory)
+
+
+def test_a_marker_of_a_newer_release_is_refused(directory: Path) -> None:
+    Cache.open(directory).close()
+    (directory / "cachedb.json").write_text(json.dumps({"format": 2, "id": "0" * 32}))
+    with pytest.raises(SchemaMismatch, match="use a newer release"):
+        Cache.open(directory)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "fifo"])
+def test_a_marker_that_is_no_file_is_refused(directory: Path, elsewhere: Path, kind: str) -> None:
+    Cache.open(directory).close()
+    path = directory / "cachedb.json"
+    path.unlink()
+    make: dict[str, Callable[[], object]] = {
+        "link": lambda: path.symlink_to(elsewhere / "thesis.txt"),
+        "folder": path.mkdir,
+        "fifo": lambda: os.mkfifo(path),
+    }
+    make[kind]()
+    with pytest.raises(NotACache, match=r"'cachedb.json'"):
+        Cache.open(directory)
+
+
+def test_a_marker_that_was_being_written_does_not_keep_a_cache_from_being_made(directory: Path) -> None:
+    directory.mkdir()
+    (directory / f".cachedb-{'0' * 16}.marker").touch()
+    (directory / "lost+found").mkdir()
+    Cache.open(directory).close()
+    assert (directory / "cachedb.json").exists()
+
+
+def test_many_that_make_one_cache_agree_on_its_id(directory: Path) -> None:
+    directory.mkdir()
+    found: list[marker.Marker] = []
+    start = threading.Barrier(8)
+
+    def write() -> None:
+        folders = Folders(directory)
+        start.wait()
+        found.append(marker.write(folders.root, lambda file: None))
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    assert os.listdir(directory) == ["cachedb.json"]
+
+
+# What is not ours in our folders
+
+
+def test_what_is_not_ours_stays_and_verify_names_it(cachedb: Run, directory: Path) -> None:
+    strange = [
+        "ingest/notes.txt",
+        "ingest/1-aa/1",
+        "ingest/partial/readme",
+        "ingest/partial/sha256-abc",
+        "trash/x/deep",
+        "trash/file",
+        f"trash/sha256:{'a' * 64}",
+        "locks/x.session/1",
+        "locks/y.producing",
+        "locks/other.lock",
+        "backups/.backup-of-my-own",
+        "backups/9-before-the-move.db",
+    ]
+    Cache.open(directory).close()
+    for name in strange:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("mine")
+        os.utime(directory / name, (0, 0))
+    with Cache.open(directory) as cache:
+        cache.collect_garbage()
+        for _ in range(5):
+            works(cachedb, "db", "backup")
+        named = {
+            str(problem.path.relative_to(directory)) for problem in cache.verify(repair=True).problems if problem.path
+        }
+    assert all((directory / name).read_text() == "mine" for name in strange)
+    assert named == {
+        "ingest/notes.txt",
+        "ingest/1-aa",
+        "ingest/partial/readme",
+        "ingest/partial/sha256-abc",
+        "trash/x",
+        "trash/file",
+        f"trash/sha256:{'a' * 64}",
+        "locks/x.session",
+        "locks/y.producing",
+        "locks/other.lock",
+    }
+
+
+@pytest.fixture
+def immovable(directory: Path) -> Iterator[Callable[[str], Path]]:
+    """A function that makes a file in the cache that even root cannot remove."""
+    made: list[Path] = []
+
+    def make(name: str) -> Path:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        if subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
+            pytest.skip("needs root and a file system with chattr +i, such as ext4")
+        made.append(path)
+        return path
+
+    yield make
+    for path in made:
+        subprocess.run(["chattr", "-i", path], check=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"trash/sha256-{'a' * 64}",
+        f"ingest/1-00000000dead/1.sha256-{'b' * 64}",
+        "ingest/1-00000000dead/1",
+        f"locks/{'c' * 64}.producing",
+        "locks/1-00000000dead.session",
+    ],
+)
+def test_what_cannot_be_cleaned_up_keeps_nobody_from_working(
+    cachedb: Run, directory: Path, tmp_path: Path, immovable: Callable[[str], Path], name: str
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    path = immovable(name)
+    works(cachedb, "ls", "-q")
+    works(cachedb, "exists", "app:1")
+    works(cachedb, "export", "app:1", tmp_path / "app.tar")
+    works(cachedb, "tag", "app:1", "app:2")
+    works(cachedb, "rm", "app:2")
+    with Cache.open(directory) as cache:
+        (leftover,) = cache.get_leftovers()
+        assert leftover.path == path or leftover.path in path.parents
+        assert "Operation not permitted" in leftover.reason
+        assert [problem.path for problem in cache.verify().problems] == [leftover.path]
+    assert json.loads(works(cachedb, "df", "--format", "json").stdout)["leftovers"][0]["reason"]
+    shown = works(cachedb, "df")
+    assert "cannot be cleaned up" in shown.stdout
+    assert "`cachedb verify` names" in shown.stderr
+
+
+# Another user's directory
+
+
+@NEEDS_ROOT
+def test_another_users_directory_is_refused_unless_it_is_trusted(cachedb: Run) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        directory = Path(folder) / "cache"
+        with Cache.open(directory) as cache:
+            save(cache, "app:1", APP)
+        for path in (directory, *directory.rglob("*")):
+            os.chown(path, OTHER_USER, OTHER_USER)
+        before = content(directory)
+        with pytest.raises(NotOurs, match=r"belongs to user .*\(uid 65534\): share it with .*, or pass --trust"):
+            Cache.open(directory)
+        assert content(directory) == before
+        assert "pass --trust" in fails(cachedb, "--dir", directory, "ls").stderr
+        assert works(cachedb, "--dir", directory, "--trust", "ls", "-q").stdout == "app:1\n"
+        with Cache.open(directory, trust=True) as cache:
+            save(cache, "app:2", image(3))
+            with cache.hold("app:2"):
+                owners = {(path.lstat().st_uid, path.lstat().st_gid) for path in directory.rglob("*")}
+        assert owners == {(OTHER_USER, OTHER_USER)}, "what root makes is the owner's"
+
+
+@NEEDS_ROOT
+def test_a_folder_of_another_user_is_refused(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    os.chown(directory / "trash", OTHER_USER, OTHER_USER)
+    (directory / "trash" / f"sha256-{'a' * 64}").touch()
+    with pytest.raises(NotOurs, match=r"trash' belongs to user .*65534.*give it back to its owner"):
+        Cache.open(directory)
+    assert os.listdir(directory / "trash") == [f"sha256-{'a' * 64}"]
+
+
+# A cache that changes under a live process
+
+
+def test_a_cache_that_was_moved_is_not_called_damaged(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+        directory.rename(directory.with_name("moved"))
+        for call in (
+            cache.list_manifests,
+            lambda: cache.tag("app:1", "app:2"),
+            lambda: cache.has_blob(digest_of(b"")),
+            cache.collect_garbage,
+        ):
+            with pytest.raises(CacheReplaced, match="was moved, removed or replaced while it was open"):
+                call()
+        assert not directory.exists()
+        directory.with_name("moved").rename(directory)
+        assert [str(image.name) for image in cache.list_manifests()] == ["app:1"]
+
+
+@pytest.mark.parametrize("how", ["directory", "content"])
+def test_nothing_is_written_to_a_cache_that_took_the_place_of_ours(cachedb: Run, directory: Path, how: str) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+        if how == "directory":
+            shutil.rmtree(directory)
+        else:
+            for path in directory.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        run_python(
+            """
+            import sys
+            from cachedb import Cache
+            from tests.support.make import image, save
+            with Cache.open(sys.argv[1]) as cache:
+                save(cache, "app:1", image(1, 2))
+            """,
+            directory,
+        )
+        before = files_of(directory)
+        for call in (
+            lambda: cache.tag("app:1", "app:2"),
+            lambda: cache.remove_manifest("app:1"),
+            lambda: cache.hold("app:1").__enter__(),
+        ):
+            with pytest.raises(CacheReplaced):
+                call()
+        with pytest.raises(StorageError):
+            cache.add_blob(b"new")
+        assert files_of(directory) == before
+    assert works(cachedb, "ls", "-q").stdout == "app:1\n"
+
+
+def test_a_hold_whose_session_lost_its_lock_file_says_so(cache: Cache) -> None:
+    save(cache, "app:1", APP)
+    held = cache.hold("app:1")
+    held.__enter__()
+    for path in (cache.directory / "locks").glob("*.session"):
+        path.unlink()
+    with pytest.raises(CacheReplaced, match="the lock file of this session was removed"):
+        held.__exit__(None, None, None)
+    with pytest.raises(CacheReplaced, match="open the cache again"), cache.hold("app:1"):
+        pass
+
+
+def test_a_write_whose_lock_file_was_removed_is_rolled_back(cache: Cache, index: Database) -> None:
+    save(cache, "app:1", APP)
+
+    def lose_the_lock() -> None:
+        with index.write() as connection:
+            connection.exec_driver_sql("DELETE FROM images")
+            (cache.directory / "locks" / "write.lock").unlink()
+
+    with pytest.raises(CacheReplaced, match=r"write.lock' was removed while it was locked; nothing was written"):
+        lose_the_lock()
+    assert [str(image.name) for image in cache.list_manifests()] == ["app:1"]
+    cache.tag("app:1", "app:2")

@@ -1,0 +1,412 @@
+"""A fork waits for no caller's code and for no other process, whatever another thread does with a cache."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache, CacheError
+from cachedb.disk import locks
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.query import _Rows
+from tests.conftest import run_python
+from tests.operations.test_upgrade import frozen
+from tests.support import make
+from tests.support.make import save
+
+# One thread comes to a place inside an operation and stays there; the main thread forks, and lets it go on. Were the
+# fork to wait for the place, the script would come to no end: it is ended with the stacks of all threads.
+SCRIPT = """
+    import faulthandler, fcntl, os, sqlite3, subprocess, sys, threading
+    from concurrent.futures import ThreadPoolExecutor
+    from pathlib import Path
+    from cachedb import Cache
+    from cachedb.index.sqlite import backups
+    from cachedb.index.sqlite import database
+    from cachedb.disk import locks
+    from cachedb.index.sqlite import query
+    from cachedb.index import schema
+    from tests.support import make
+    from tests.support.make import save
+
+    faulthandler.dump_traceback_later(100, exit=True)
+    directory, other = map(Path, sys.argv[1:])
+    cache = Cache.open(directory)
+    here, leave, errors = threading.Event(), threading.Event(), []
+
+    def stay(*_):
+        here.set()
+        assert leave.wait(90)
+        return True
+
+    def calls_when_waiting(function):
+        def call(*arguments, **options):
+            here.set()
+            return function(*arguments, **options)
+        return call
+
+    PREPARE
+
+    def work():
+        try:
+            WORK
+        except BaseException as error:
+            errors.append(repr(error))
+        finally:
+            here.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert here.wait(90)
+    assert not errors, errors
+    FORK
+    leave.set()
+    RELEASE
+    thread.join()
+    assert not errors, errors
+    cache.close()
+    print("done")
+"""
+FORK = """
+    if (child := os.fork()) == 0:
+        CHILD
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+USES = 'assert cache.list_names(); assert cache.has_blob(cache.add_blob(b"of the child")); cache.close()'
+
+
+def run(directory: Path, other: Path, work: str, prepare: str = "", release: str = "", fork: str = "") -> None:
+    fork = fork or FORK.replace("CHILD", USES)
+    script = textwrap.dedent(SCRIPT)
+    for name, text in (("PREPARE", prepare), ("WORK", work), ("FORK", fork), ("RELEASE", release)):
+        place = next(line for line in script.splitlines() if line.strip() == name)
+        text = textwrap.dedent(text).strip("\n") or "pass"
+        script = script.replace(place, textwrap.indent(text, place.removesuffix(name)))
+    assert run_python(script, directory, other) == "done\n"
+
+
+ROWS = "SELECT value FROM json_each('[1, 2, 3]')"
+CALLERS = {
+    "rows of an answer": f'with cache.sql("{ROWS}") as answer: assert [stay() and row for row in answer.rows]',
+    "many rows of an answer": 'with cache.sql("WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT '
+    '9999) SELECT hex(zeroblob(x % 999)) FROM c") as answer: assert sum(stay() for _ in answer.rows) == 9999',
+    "a hold": 'with cache.hold("app:1"): stay()',
+    "producing": 'with cache.producing("app:2"): stay()',
+    "producing a blob": 'with cache.producing_blob("sha256:" + 64 * "0"): stay()',
+    "an open blob": 'with cache.open_blob(cache.add_blob(b"x")): stay()',
+    "the source of a blob": "cache.add_blob(Source())",
+    "the progress of an import": 'cache.cache_from_tar(other / "a.tar", progress=stay)',
+    "the progress of an export": 'cache.export("app:1", other / "out.tar", progress=stay)',
+    "the progress of a verification": "cache.verify(repair=True, progress=stay)",
+    "the progress of an adoption": 'cache.adopt(other / "old", progress=stay)',
+    "the progress of an adoption of what is here": 'cache.adopt(other / "same", progress=stay)',
+    "the progress of a backup": "backups._OPCODES = 10; schema.back_up(directory, progress=stay)",
+    "the progress of an upgrade": 'schema.upgrade(other / "0001", progress=stay)',
+    "the progress of a backup before an upgrade": "backups._OPCODES = 10\n"
+    'schema.upgrade(other / "0001", progress=lambda what, *_: what == "backing up" and stay())',
+}
+SOURCE = """
+    class Source:
+        def read(self, _size=-1):
+            stay()
+            return b""
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path, directory: Path) -> Path:
+    """A folder with what the operations need."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", make.image(1))
+    make.write(folder / "a.tar", make.oci_files({"new:1": make.image(2)}))
+    make.json_cache(folder / "old", {"new/2": make.image(3)})
+    make.json_cache(folder / "same", {"app/1": make.image(1)})
+    frozen("0001", folder / "0001")
+    return folder
+
+
+@pytest.mark.parametrize("place", CALLERS)
+def test_a_fork_waits_for_no_code_of_a_caller(directory: Path, other: Path, place: str) -> None:
+    run(directory, other, CALLERS[place], SOURCE)
+
+
+def test_a_process_that_is_begun_with_a_function_waits_for_no_reader(directory: Path, other: Path) -> None:
+    fork = 'assert subprocess.run(["true"], preexec_fn=int).returncode == 0'
+    run(directory, other, CALLERS["rows of an answer"], fork=fork)
+
+
+def test_who_reads_an_answer_may_have_a_pool_fork_and_use_the_cache_for_each_row(directory: Path, other: Path) -> None:
+    pool = """
+    pool = ThreadPoolExecutor(2)
+    def fork():
+        if (child := os.fork()) == 0:
+            assert cache.list_names()
+            os._exit(0)
+        return os.waitpid(child, 0)[1]
+    """
+    work = f"""
+    with cache.sql("{ROWS}") as answer:
+        for row in answer.rows:
+            assert pool.submit(fork).result() == 0
+            assert pool.submit(cache.list_names).result()
+    """
+    run(directory, other, work, pool, fork="pass")
+
+
+def test_an_answer_that_nobody_ends_holds_up_no_fork(directory: Path, other: Path) -> None:
+    work = f"""
+    kept.append(cache.sql("{ROWS}"))
+    kept.append(kept[0].__enter__())
+    next(kept[1].rows)
+    """
+    run(directory, other, work, "kept = []", fork=f"thread.join()\n{textwrap.dedent(FORK).replace('CHILD', USES)}")
+
+
+# Each has the place of the waiting, the operation that waits, and what lets it go on.
+WAITING = {
+    "the write lock": (
+        'lock = open(directory / "locks" / "write.lock")\nfcntl.flock(lock, fcntl.LOCK_EX)\n'
+        "locks._await_turn = calls_when_waiting(locks._await_turn)",
+        'cache.tag("app:1", "app:2")',
+        "fcntl.flock(lock, fcntl.LOCK_UN)",
+    ),
+    "a transaction of another program": (
+        'shell = sqlite3.connect(directory / "index.db", isolation_level=None)\nshell.execute("BEGIN IMMEDIATE")\n'
+        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        'cache.tag("app:1", "app:2")',
+        'shell.execute("COMMIT")',
+    ),
+    "the folder, to read": (
+        'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
+        "cache._database.close()\n"
+        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        "assert cache.list_manifests()",
+        "fcntl.flock(folder, fcntl.LOCK_UN)",
+    ),
+    "the folder, to ask": (
+        'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
+        "cache._database.close()\n"
+        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        'with cache.sql("SELECT 1") as answer: assert list(answer.rows) == [(1,)]',
+        "fcntl.flock(folder, fcntl.LOCK_UN)",
+    ),
+    "the folder, to look up": (
+        'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
+        "cache._database.close()\n"
+        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        'assert not cache.has_blob("sha256:" + 64 * "0")',
+        "fcntl.flock(folder, fcntl.LOCK_UN)",
+    ),
+    "another backup": (
+        'lock = (directory / "backups" / ".lock").open("w")\nfcntl.flock(lock, fcntl.LOCK_EX)\n'
+        "locks.held = calls_when_waiting(locks.held)",
+        "schema.back_up(directory)",
+        "fcntl.flock(lock, fcntl.LOCK_UN)",
+    ),
+    "who makes the same": (
+        'import hashlib; key = hashlib.sha256(b"app:2").hexdigest()\n'
+        'lock = (directory / "locks" / f"{key}.producing").open("w")\nfcntl.flock(lock, fcntl.LOCK_EX)\n'
+        "locks.acquire = calls_when_waiting(locks.acquire)",
+        'with cache.producing("app:2"): pass',
+        "fcntl.flock(lock, fcntl.LOCK_UN)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WAITING)
+def test_a_fork_waits_for_no_other_process(directory: Path, other: Path, what: str) -> None:
+    prepare, work, release = WAITING[what]
+    fork = FORK.replace("CHILD", "pass")  # the child has copies of the locks of this script
+    run(directory, other, work, prepare, release, fork)
+
+
+def test_a_fork_stops_a_long_query_which_is_begun_anew(directory: Path, other: Path) -> None:
+    prepare = """
+    query._human = lambda _: here.set() or (None if leave.is_set() else "")
+    """
+    work = """
+    with cache.sql("WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
+                   "SELECT 'found' FROM c WHERE human(x) IS NULL LIMIT 1") as answer:
+        assert list(answer.rows) == [("found",)]
+    """
+    run(directory, other, work, prepare)
+
+
+def test_a_fork_ends_an_answer_that_is_streamed_and_its_child_can_use_the_cache(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        mine = cache.add_blob(b"mine")
+        with cache.sql(ROWS, stream=True) as answer:
+            assert next(answer.rows) == (1,)
+            if (child := os.fork()) == 0:
+                cache.add_blob(b"of the child")
+                cache.close()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            with pytest.raises(CacheError, match="a fork has ended the answer: ask again"):
+                next(answer.rows)
+        assert cache.has_blob(mine)
+
+
+def test_a_large_answer_is_not_kept_in_memory(directory: Path) -> None:
+    output = run_python(
+        """
+        import resource, sys
+        from cachedb import Cache
+        count = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT {})"
+        many = f"{count} SELECT x, hex(zeroblob(2000)) FROM c"
+        with Cache.open(sys.argv[1]) as cache:
+            for number in (10, 25_000):
+                with cache.sql(many.format(number)) as answer:
+                    assert [x for x, _ in answer.rows] == list(range(1, number + 1))
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                print(peak)
+        """,
+        directory,
+    )
+    few, all_of_it = map(int, output.split())
+    assert all_of_it - few < 60 * 1024, "KiB; the rows are 100 MB"
+
+
+def test_rows_are_what_was_added_however_large(tmp_path: Path) -> None:
+    added = [(number, None, 1.5, "\udcff\0é" * (number % 50), bytes(number * 30)) for number in range(1000)]
+    rows = _Rows()
+    for row in added:
+        rows.add(row)
+    assert list(rows) == added
+    rows.close()
+
+
+# The block that a fork waits for
+
+
+def test_an_interrupt_at_the_end_of_a_block_leaves_no_fork_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = locks._changed
+
+    class Interrupted:
+        entered = 0
+
+        def __enter__(self) -> None:
+            self.entered += 1
+            if self.entered == 2:
+                raise KeyboardInterrupt
+            changed.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            changed.release()
+
+        def notify_all(self) -> None:
+            changed.notify_all()
+
+    def work() -> None:
+        with pytest.raises(KeyboardInterrupt), locks.unforked():
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "_changed", Interrupted())
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert not any(locks._unforked.values())
+
+
+def test_an_interrupt_that_comes_while_a_fork_waits_leaves_the_locks_in_order() -> None:
+    output = run_python(
+        """
+        import os, signal, sys, threading, time
+        from cachedb.disk import locks
+        inside, seen = threading.Event(), threading.Event()
+        signal.signal(signal.SIGINT, lambda *_: seen.set() or signal.default_int_handler(*_))
+        sys.unraisablehook = lambda raised: print(raised.exc_type.__name__, flush=True)
+
+        def work():
+            with locks.unforked():
+                inside.set()
+                while not locks.is_fork_waiting():
+                    time.sleep(0.001)
+                os.kill(os.getpid(), signal.SIGINT)
+                seen.wait()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        inside.wait()
+        if os.fork() == 0:
+            with locks.unforked():
+                os._exit(0)
+        assert os.wait()[1] == 0
+        thread.join()
+        assert not locks.is_fork_waiting()
+        with locks.unforked():
+            print("free")
+        """
+    )
+    assert output == "KeyboardInterrupt\nfree\n"
+
+
+def test_a_signals_handler_forks_while_a_lock_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, children = locks._create, []
+
+    def interrupted(path: str, flags: int) -> int:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return create(path, flags)
+
+    def fork(*_: object) -> None:
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        children.append(child)
+
+    monkeypatch.setattr(locks, "_create", interrupted)
+    before = signal.signal(signal.SIGUSR1, fork)
+    try:
+        with locks.held(tmp_path / "lock"):
+            pass
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0]
+
+
+def test_who_fails_in_the_queue_lets_go_of_it_for_copies_of_its_file_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[int] = []
+
+    def fail(queue: object, _place: int) -> int:
+        copies.append(os.dup(queue.fileno()))  # type: ignore[attr-defined] # as a child has one, until it has begun
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "_read", fail)
+        with pytest.raises(KeyboardInterrupt), locks.in_turn(tmp_path / "lock"):
+            pass
+    lock = locks.acquire(tmp_path / "lock.queue", wait=False)
+    assert lock is not None
+    locks.release(lock)
+    os.close(copies[0])
+
+
+def test_a_program_that_locks_the_index_for_too_long_is_an_error_that_says_so(
+    index: Database,
+) -> None:
+    index.wait_seconds = 0.1
+    shell = sqlite3.connect(index.path, isolation_level=None)
+    shell.execute("BEGIN IMMEDIATE")
+    begun = time.monotonic()
+    with (
+        pytest.raises(CacheError, match=r"waited 0\.1 s for the write lock, which .* has: try again later"),
+        index.write(),
+    ):
+        pass
+    assert time.monotonic() - begun < 30
+    shell.execute("COMMIT")
+    shell.close()
+    with index.write():
+        pass

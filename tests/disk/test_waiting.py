@@ -1,0 +1,335 @@
+"""Waiting for other processes: it has an end, it is said for whom, and the dead and the stopped are passed over."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import signal
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cachedb import Busy, Cache, CacheError
+from cachedb.disk import locks, processes, single_flight, waiting
+from cachedb.index.sqlite.database import Database
+from tests.conftest import Run, running
+from tests.disk.test_locks import eventually
+from tests.support import make
+from tests.support.make import save
+
+WRITER = """
+    import sys, time
+    from cachedb import Cache
+    with Cache.open(sys.argv[1]) as cache, cache._database.write():
+        print("writing", flush=True)
+        time.sleep(300)
+"""
+PRODUCER = """
+    import sys, time
+    from cachedb import Cache
+    with Cache.open(sys.argv[1]) as cache, cache.producing("app:1"):
+        print("producing", flush=True)
+        time.sleep(300)
+"""
+
+
+@pytest.fixture
+def full(directory: Path) -> Path:
+    """A cache with an image."""
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", make.image(1))
+    return directory
+
+
+def leave_behind(directory: Path) -> None:
+    """Leave what a process that died in a publication would."""
+    folder = directory / "ingest" / "1-aaaaaaaaaaaa"
+    folder.mkdir()
+    (folder / f"1.sha256-{'0' * 64}").touch()
+
+
+def test_a_write_gives_up_after_its_time_and_names_who_has_the_lock(full: Path) -> None:
+    with running(WRITER, full) as holder, Cache.open(full, wait=0.2) as cache:
+        os.kill(holder.pid, signal.SIGSTOP)
+        with pytest.raises(
+            Busy, match=rf"waited 0.2 s for the write lock, which process {holder.pid} \(python"
+        ) as busy:
+            cache.tag("app:1", "app:2")
+        assert str(holder.pid) in busy.value.holder
+
+
+def test_nothing_that_only_reads_waits_for_a_writer_though_there_is_something_to_clean_up(full: Path) -> None:
+    with running(WRITER, full):
+        leave_behind(full)
+        with Cache.open(full, wait=math.inf) as cache:
+            assert cache.is_image_complete("app:1")
+            assert [str(image.name) for image in cache.list_manifests()] == ["app:1"]
+    assert os.listdir(full / "ingest") != []
+    Cache.open(full).close()
+    assert os.listdir(full / "ingest") == [], "the next one cleans up"
+
+
+def test_the_command_line_says_for_whom_it_waits_in_one_line(cachedb: Run, full: Path) -> None:
+    with running(WRITER, full) as holder:
+        result = cachedb("--wait", "3", "tag", "app:1", "app:2")
+    first, last = result.stderr.splitlines()
+    assert first == f"cachedb: waiting for process {holder.pid} (python {full}), 1 s"
+    assert last.startswith("cachedb: waited 3 s for the write lock")
+    assert result.returncode == 1
+
+
+def test_a_wait_is_said_once_a_second_and_its_end_too(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "cachedb")
+    wait = waiting.Wait("it", 60)
+    with wait:
+        while len(caplog.records) < 2:
+            wait.nap(0.01, lambda: "process 1 (x)")
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert said[0] == ("WARNING", "waiting for process 1 (x), 1 s")
+    assert said[1] == ("DEBUG", "waiting for process 1 (x), 2 s")
+    assert said[2][1].startswith("waited for process 1 (x), ")
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "soon"])
+def test_a_time_to_wait_that_is_none_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, cachedb: Run, value: str
+) -> None:
+    monkeypatch.setenv("CACHEDB_WAIT", value)
+    with pytest.raises(CacheError, match="CACHEDB_WAIT is '"):
+        Cache.open(directory)
+    monkeypatch.delenv("CACHEDB_WAIT")
+    result = cachedb("--wait", value, "ls")
+    assert (result.returncode, result.stderr.count("\n")) == ((2, 1) if value != "nan" else (1, 1))
+
+
+def test_writers_do_not_wait_for_another_program_one_after_the_other(full: Path) -> None:
+    shell = sqlite3.connect(full / "index.db", isolation_level=None)
+    shell.execute("BEGIN IMMEDIATE")
+    errors: list[BaseException] = []
+
+    def tag(number: int) -> None:
+        with Cache.open(full, wait=2) as cache:
+            try:
+                cache.tag("app:1", f"tag:{number}")
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=tag, args=(number,)) for number in range(8)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    took = time.monotonic() - began
+    shell.execute("ROLLBACK")
+    shell.close()
+    assert [type(error) for error in errors] == [Busy] * 8
+    assert "database is locked" not in f"{errors}"
+    assert took < 8, "as long as one of them, and not eight times as long"
+    assert locks.acquire(full / "locks" / "write.lock", wait=False) is not None
+
+
+def test_who_only_reads_is_told_of_another_program_in_our_own_words(full: Path) -> None:
+    shell = sqlite3.connect(full / "index.db", isolation_level=None)
+    shell.execute("PRAGMA locking_mode = EXCLUSIVE")
+    shell.execute("BEGIN IMMEDIATE")
+    database = Database(full, wait=0.1)
+    with pytest.raises(Busy, match=r"waited 0\.1 s for the index"), database.read():
+        pass
+    database.close()
+    shell.close()
+
+
+def test_dead_waiters_are_skipped_without_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with locks.held(tmp_path / "lock"):
+        children = []
+        for _ in range(20):
+            if (child := os.fork()) == 0:
+                with locks.in_turn(tmp_path / "lock"):
+                    os._exit(0)
+            children.append(child)
+        queue = tmp_path / "lock.queue"
+        assert eventually(lambda: queue.exists() and queue.read_bytes()[:1] == b"\x14")
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    monkeypatch.setattr(locks, "_PATIENCE", 1000.0)
+    with locks.in_turn(tmp_path / "lock", waiting.Wait("it", 30)):
+        pass
+
+
+def test_a_queue_whose_file_is_locked_by_a_stopped_process_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_COUNTER_SECONDS", 0.05)
+    with locks.held(tmp_path / "lock.queue"), locks.in_turn(tmp_path / "lock"):
+        assert locks.is_held(tmp_path / "lock")
+
+
+def test_a_script_may_lock_the_directory(cachedb: Run, full: Path) -> None:
+    folder = os.open(full, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        for command in (["ls", "-q"], ["tag", "app:1", "app:2"], ["verify", "--repair"]):
+            assert cachedb("--wait", "30", *command, timeout=60).returncode == 0
+    finally:
+        os.close(folder)
+
+
+def test_a_production_is_waited_for_while_it_makes_progress_and_no_longer(full: Path) -> None:
+    other = full.parent / "other"
+    with running(PRODUCER, other) as producer, Cache.open(other, wait=2.5) as cache:
+        got: list[object] = []
+
+        def want() -> None:
+            try:
+                with cache.producing("app:1") as image:
+                    got.append(image)
+            except Busy as error:
+                got.append(error)
+
+        thread = threading.Thread(target=want)
+        thread.start()
+        thread.join(5)
+        assert got == [], "it is waited for, as it is not stopped"
+        os.kill(producer.pid, signal.SIGSTOP)
+        thread.join(60)
+        assert isinstance(got[0], Busy)
+        assert str(producer.pid) in got[0].holder
+
+
+def test_a_stopped_command_is_no_progress(cachedb: Run, directory: Path) -> None:
+    cachedb("ls")
+    script = """
+        import subprocess, sys
+        process = subprocess.Popen([sys.executable, "-m", "cachedb", "--dir", sys.argv[1], "produce", "app:1", "--",
+                                    "sh", "-c", "echo begun; kill -STOP $$"])
+        process.wait()
+    """
+    with running(script, directory):
+        result = cachedb("--wait", "2", "produce", "app:1", "--", "true")
+        sessions = json.loads(cachedb("ps", "--format", "json").stdout)
+        (maker,) = [one for one in sessions if one["doing"] and one["doing"][0]["kind"] == "produce"]
+        os.kill(maker["pid"], signal.SIGKILL)
+        for child in (Path("/proc") / str(maker["pid"]) / "task").glob("*/children"):
+            for pid in child.read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+    assert result.returncode == 1
+    assert f"waited 2 s for app:1, which process {maker['pid']} (cachedb " in result.stderr
+
+
+def test_a_claim_without_progress_is_taken_over_and_its_owner_sees_that(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory / "locks").mkdir(parents=True)
+    monkeypatch.setattr(single_flight, "_STALLED_SECONDS", 0.1)
+    with single_flight.once(directory, "it", lambda: None, is_working=None):
+        (path,) = (directory / "locks").glob("*.producing")
+        inode = path.stat().st_ino
+        took: list[bool] = []
+
+        def want() -> None:
+            with single_flight.once(directory, "it", lambda: None, seconds=30, may_take_over=True, is_working=None):
+                took.append(path.stat().st_ino != inode)
+
+        thread = threading.Thread(target=want)
+        lost = single_flight._claims[path]
+        thread.start()
+        thread.join(60)
+        assert took == [True]
+        single_flight._claims[path] = lost  # of another process, which threads of one stand for here
+        with pytest.raises(single_flight.ClaimLost):
+            single_flight.check_claim(directory, "it")
+        other = locks.acquire(path, wait=False)
+        assert other is not None
+    assert path.exists(), "who has lost a claim does not take away the file of the next"
+    locks.release(other)
+
+
+def test_a_claim_with_progress_is_not_taken_over(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / "locks").mkdir(parents=True)
+    monkeypatch.setattr(single_flight, "_STALLED_SECONDS", 1.0)
+    monkeypatch.setattr(single_flight, "_PROGRESS_SECONDS", 0.05)
+    with single_flight.once(directory, "it", lambda: None):
+        ended = threading.Event()
+
+        def stop(seconds: float) -> None:
+            time.sleep(seconds)
+            if time.monotonic() > end:
+                raise InterruptedError
+
+        def want() -> None:
+            with (
+                pytest.raises((InterruptedError, CacheError)),
+                single_flight.once(directory, "it", lambda: None, stop, seconds=30, may_take_over=True),
+            ):
+                pass
+            ended.set()
+
+        end = time.monotonic() + 3
+        threading.Thread(target=want).start()
+        assert ended.wait(60)
+        single_flight.check_claim(directory, "it")
+
+
+def test_sessions_tell_who_writes_who_waits_and_who_holds(cachedb: Run, full: Path) -> None:
+    waiter = WRITER.replace("with Cache", "print('begun', flush=True)\n    with Cache")
+    with (
+        running(WRITER, full) as holder,
+        running(waiter, full) as second,
+        Cache.open(full, wait=0) as cache,
+    ):
+        assert eventually(lambda: len(cache.sessions()) == 2)
+        writing, queued = cache.sessions()
+        assert (writing.pid, [one.kind for one in writing.doing]) == (holder.pid, ["write"])
+        assert (queued.pid, [one.kind for one in queued.doing]) == (second.pid, ["wait"])
+        assert writing.command == f"python {full}"
+        printed = json.loads(cachedb("ps", "--format", "json").stdout)
+        assert [one["pid"] for one in printed] == [holder.pid, second.pid]
+        assert printed[0]["doing"][0]["kind"] == "write"
+        table = cachedb("ps").stdout
+        assert "wait for the write lock" in table
+        os.kill(second.pid, signal.SIGKILL)
+        assert eventually(lambda: len(cache.sessions()) == 1), "a name in a file is no process"
+
+
+def test_a_session_is_listed_while_it_lives(full: Path) -> None:
+    with Cache.open(full) as cache:
+        assert cache.sessions() == []
+        with cache.hold("app:1"):
+            (session,) = cache.sessions()
+            assert (session.pid, session.doing) == (os.getpid(), [])
+            assert session.id is not None
+    with Cache.open(full) as cache:
+        assert cache.sessions() == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"\0{}\n", b"\0[1]\n", b"\0" + b"[" * 5000, b'\0{"pid": "x"}\n', b"\xff" * 99]
+)
+def test_a_lock_file_that_holds_garbage_names_nobody(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "lock").write_bytes(content)
+    assert locks.holder_of(tmp_path / "lock") is None
+
+
+def test_a_process_that_is_gone_is_not_named(tmp_path: Path) -> None:
+    with locks.held(tmp_path / "lock") as file:
+        assert locks.holder_of(tmp_path / "lock") == processes.this_process()
+        gone = processes.this_process()._replace(start="0")
+        record = json.dumps(gone._asdict()).encode()
+        os.pwrite(file.fileno(), record + b"\n", processes.RECORD)
+        assert locks.holder_of(tmp_path / "lock") is None
+    assert locks.holder_of(tmp_path / "lock") is None
+
+
+def test_verbose_says_what_is_left_to_others(cachedb: Run, full: Path) -> None:
+    with running(WRITER, full):
+        leave_behind(full)
+        assert "left the cleaning up" in cachedb("--verbose", "ls").stderr
+        assert cachedb("ls").stderr == ""

@@ -1,0 +1,776 @@
+"""The database: transactions of many processes and threads, forks, and directories that are not ours."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
+
+from cachedb import Cache, NotACache, SchemaMismatch, StorageError
+from cachedb.disk import durable, locks
+from cachedb.index.sqlite import database
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.revision import APPLICATION_ID
+from cachedb.index.tables import TRASH
+from tests.conftest import Run, files_of, revision_of, run_python, running, stored_rows
+from tests.disk.test_locks import eventually, open_files
+from tests.support.make import digest_of
+
+
+def note(data: bytes) -> dict[str, object]:
+    """A row of the simplest table."""
+    return {"digest": digest_of(data), "size": len(data)}
+
+
+def noted(directory: Path) -> int:
+    connection = sqlite3.connect(directory / "index.db")
+    try:
+        return int(connection.execute("SELECT count(*) FROM trash").fetchone()[0])
+    finally:
+        connection.close()
+
+
+def content(directory: Path) -> dict[str, bytes | None]:
+    """Every file and folder below a directory, with its bytes; but for whose turn it is to write."""
+    paths = sorted(path for path in directory.rglob("*") if path.name != "write.queue")
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def set_revision(index: Database, revision: str, oldest: int) -> None:
+    """Have the index say that it has another schema, and which releases can work with it."""
+    shell = sqlite3.connect(index.path)
+    shell.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    shell.execute(f"PRAGMA user_version = {oldest}")
+    shell.commit()
+    shell.close()
+
+
+# Transactions
+
+
+def test_a_write_transaction_is_committed_at_the_end_and_rolled_back_on_an_error(index: Database) -> None:
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"kept")])
+    with pytest.raises(KeyError), index.write() as connection:  # noqa: PT012
+        connection.execute(insert(TRASH), [note(b"undone")])
+        raise KeyError
+    assert noted(index.directory) == 1
+
+
+def test_a_write_waits_at_the_lock_file(index: Database) -> None:
+    entered = threading.Event()
+
+    def write() -> None:
+        with index.write():
+            entered.set()
+
+    with locks.held(index.write_lock):
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert eventually(lambda: entered.is_set() or len(locks.waiters(index.write_lock)) == 1)
+        assert not entered.is_set()
+    writer.join(60)
+    assert entered.is_set()
+
+
+def test_a_write_waits_for_a_writer_that_knows_nothing_of_the_lock_file(index: Database) -> None:
+    entered = threading.Event()
+
+    def write() -> None:
+        with index.write() as connection:
+            entered.set()
+            connection.execute(insert(TRASH), [note(b"ours")])
+
+    shell = sqlite3.connect(index.path, isolation_level=None)
+    shell.execute("BEGIN IMMEDIATE")
+    writer = threading.Thread(target=write)
+    writer.start()
+    # Before it does anything: what it reads in its transaction must be what it changes.
+    assert not entered.wait(0.2)
+    shell.execute("INSERT INTO trash VALUES (?, 1)", (digest_of(b"theirs"),))
+    shell.execute("COMMIT")
+    shell.close()
+    writer.join(60)
+    assert noted(index.directory) == 2
+
+
+def test_readers_take_no_lock_and_see_one_moment(index: Database) -> None:
+    with index.read() as reader:
+        assert reader.execute(select(TRASH.c.digest)).all() == []
+        with index.write() as connection:
+            connection.execute(insert(TRASH), [note(b"new")])
+            with index.read() as other:
+                assert other.execute(select(TRASH.c.digest)).all() == []
+        assert reader.execute(select(TRASH.c.digest)).all() == []
+    with index.read() as reader:
+        assert len(reader.execute(select(TRASH.c.digest)).all()) == 1
+
+
+def test_the_transaction_and_the_lock_of_a_writer_that_is_killed_go_with_it(index: Database) -> None:
+    script = """
+        import sys, time
+        from pathlib import Path
+        from cachedb.index.sqlite.database import Database
+        with Database(Path(sys.argv[1])).write() as connection:
+            connection.exec_driver_sql("INSERT INTO trash VALUES (?, 1)", (sys.argv[2],))
+            print("written", flush=True)
+            time.sleep(60)
+    """
+    with running(script, index.directory, digest_of(b"half")) as writer:
+        writer.kill()
+        writer.wait()
+        with index.write() as connection:
+            connection.execute(insert(TRASH), [note(b"whole")])
+    assert noted(index.directory) == 1
+
+
+def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -> None:
+    output = run_python(
+        """
+        import hashlib, os, sys, time
+        from pathlib import Path
+        from cachedb.index.sqlite.database import Database
+
+        index = Database(Path(sys.argv[1]))
+        counter = Path(sys.argv[1]) / "ingest" / "counter"
+        counter.write_text("0")
+        turns = counter.with_name("turns")  # a byte each, so that it can be read without the lock
+        turns.touch()
+
+        def write(number):
+            most = 0  # turns that others have had while we waited for ours
+            for turn in range(25):
+                before = turns.stat().st_size
+                with index.write() as connection:
+                    digest = hashlib.sha256(f"{number} {turn}".encode()).hexdigest()
+                    connection.exec_driver_sql("INSERT INTO trash VALUES (?, 1)", (f"sha256:{digest}",))
+                    most = max(most, turns.stat().st_size - before)
+                    count = int(counter.read_text())
+                    time.sleep(0.002)
+                    counter.write_text(str(count + 1))
+                    with turns.open("ab") as file:
+                        file.write(b".")
+            return most
+
+        with index.read() as connection:  # a reader stays all the while
+            connection.exec_driver_sql("SELECT * FROM trash")
+            children = []
+            if (writers := os.fork()) == 0:
+                for number in range(16):
+                    if (child := os.fork()) == 0:
+                        os._exit(0 if write(number) < 100 else 1)  # 15, and more if one slept through its turn
+                    children.append(child)
+                os._exit(max(os.waitpid(child, 0)[1] for child in children) != 0)
+            assert os.waitpid(writers, 0)[1] == 0
+        print(counter.read_text())
+        """,
+        index.directory,
+    )
+    assert output == "400\n"
+    assert noted(index.directory) == 400
+
+
+def test_a_writer_that_is_killed_leaves_its_mark_and_the_next_one_commits_before_anything_else(index: Database) -> None:
+    script = """
+        import sys, time
+        from pathlib import Path
+        from cachedb.index.sqlite.database import Database
+        with Database(Path(sys.argv[1])).write():
+            print("in it", flush=True)
+            time.sleep(60)
+    """
+
+    def wal_size() -> int:
+        return index.path.with_name("index.db-wal").stat().st_size
+
+    with index.read() as reader:  # which keeps the WAL from beginning anew
+        reader.exec_driver_sql("SELECT * FROM trash")
+        for end, grown in (("well", False), ("killed", True), ("well", False)):
+            if end == "killed":
+                with running(script, index.directory) as writer:
+                    writer.kill()
+                    writer.wait()
+            before = wal_size()
+            with index.write():
+                assert (wal_size() > before) is grown, end
+    with pytest.raises(KeyError), index.write():
+        raise KeyError
+    with index.alone() as turn:
+        assert not turn.marked, "what was rolled back leaves no mark"
+
+
+def test_a_commit_that_nobody_saw_does_not_come_back(
+    directory: Path, peer: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Killed in the sync of its commit, a writer leaves all of it in the WAL, unseen while others have it open.
+
+    The next open takes the blob's file away. When all are gone, SQLite reads the WAL to its end.
+    """
+    Cache.open(directory).close()
+    bystander = """
+        import sys
+        from cachedb import Cache
+        with Cache.open(sys.argv[1]) as cache:
+            cache.list_blobs()
+            print("open", flush=True)
+            sys.stdin.read()
+    """
+    writer = """
+        import ctypes, sys
+        from cachedb import Cache
+        ctypes.CDLL(None).prctl(0x59616d61, -1, 0, 0, 0)  # let strace, a sister, trace this one
+        with Cache.open(sys.argv[1]) as cache:
+            print("open", flush=True)
+            sys.stdin.readline()
+            cache.add_blob(b"data")
+    """
+    for sync in (1, 2, 3):  # one of them is of the commit that stores
+        path = tmp_path / str(sync)
+        Cache.open(path).close()
+        with running(bystander, path) as first, running(writer, path) as victim:
+            inject = f"inject=fdatasync:signal=SIGKILL:when={sync}"
+            command = [peer("strace"), "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", inject, "-p"]
+            with subprocess.Popen([*command, str(victim.pid)], stderr=subprocess.PIPE, text=True) as strace:
+                assert strace.stderr is not None
+                attached = strace.stderr.readline()
+                if "attached" not in attached:
+                    pytest.skip(f"strace cannot trace here: {attached.strip()}")
+                print(file=victim.stdin)
+                victim.wait(60)
+                strace.stderr.read()
+            with running(bystander, path) as second:
+                second.kill()
+                second.wait()
+            first.kill()
+        with Cache.open(path):
+            assert stored_rows(path) == files_of(path), sync
+
+
+def test_as_many_threads_as_there_are_may_be_in_a_transaction(index: Database) -> None:
+    together = threading.Barrier(24)
+    done = []
+
+    def read() -> None:
+        with index.read() as connection:
+            together.wait(60)
+            done.append(connection.execute(select(TRASH.c.digest)).all())
+
+    threads = [threading.Thread(target=read) for _ in range(together.parties)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(done) == together.parties
+
+
+@pytest.mark.parametrize(("revision", "advice"), [("0000", "upgrade=True"), ("9999", "newer release")])
+def test_a_write_in_another_schema_is_refused_before_its_block(index: Database, revision: str, advice: str) -> None:
+    set_revision(index, revision, int(revision))
+    with pytest.raises(SchemaMismatch, match=advice), index.write():
+        pytest.fail("the block was begun")
+
+
+# Look-ups
+
+DIGESTS = select(TRASH.c.digest)
+
+
+def test_a_look_up_takes_no_lock_and_sees_the_last_commit(index: Database) -> None:
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"new")])
+        assert index.rows(DIGESTS, {}) == []
+    assert index.rows(DIGESTS, {}) == [(digest_of(b"new"),)]
+    assert index.rows(DIGESTS.where(TRASH.c.size == bindparam("size")).limit(1), {"size": -1}) == []
+
+
+def test_a_look_up_is_in_the_index_that_has_the_name(index: Database, new: Path) -> None:
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"in the old one")])
+    with closing(Database(index.directory)) as other:
+        assert len(other.rows(DIGESTS, {})) == 1
+        with index.alone():
+            assert index.replace(new, index.directory / "quarantine" / "old.db")
+        assert other.rows(DIGESTS, {}) == []
+
+
+@pytest.mark.parametrize(("revision", "advice"), [("0000", "upgrade=True"), ("9999", "newer release")])
+def test_a_look_up_in_another_schema_is_refused(index: Database, revision: str, advice: str) -> None:
+    assert index.rows(DIGESTS, {}) == []
+    set_revision(index, revision, int(revision))
+    with pytest.raises(SchemaMismatch, match=advice):
+        index.rows(DIGESTS, {})
+
+
+def test_a_look_up_in_a_newer_schema_that_allows_it(index: Database) -> None:
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"kept")])
+    set_revision(index, "9999", 1)
+    assert index.rows(DIGESTS, {}) == [(digest_of(b"kept"),)]
+
+
+def test_a_look_up_sees_the_index_at_the_moment_of_its_schema(index: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = database._compiled
+
+    def upgraded_meanwhile(statement: Any) -> Any:
+        with index.write() as connection:
+            connection.execute(insert(TRASH), [note(b"in another schema")])
+        return compiled(statement)
+
+    monkeypatch.setattr(database, "_compiled", upgraded_meanwhile)
+    assert index.rows(DIGESTS, {}) == []
+
+
+def test_a_look_up_that_fails_leaves_nothing_behind(index: Database) -> None:
+    index.rows(DIGESTS, {})
+    gone = select(Table("gone", MetaData(), Column("name", Text)))
+    with pytest.raises(StorageError, match="no such table: gone"):
+        index.rows(gone, {})
+    assert index._idle == []
+    assert index.rows(DIGESTS, {}) == []
+
+
+def test_what_is_looked_up_in_is_closed_before_a_fork(index: Database) -> None:
+    index.rows(DIGESTS, {})
+    assert len(index._idle) == 1
+    if (child := os.fork()) == 0:
+        os._exit(len(index._idle))
+    assert os.waitpid(child, 0)[1] == 0
+    assert index.rows(DIGESTS, {}) == []
+
+
+def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
+    output = run_python(
+        """
+        import os, sys, threading, time
+        from pathlib import Path
+        from sqlalchemy import select
+        from cachedb.index.sqlite import database
+        from cachedb.disk import locks
+        from cachedb.index.tables import TRASH
+
+        index = database.Database(Path(sys.argv[1]))
+        within, forked = threading.Event(), threading.Event()
+        compiled, seen = database._compiled, []
+
+        def fork():
+            within.wait()
+            if (child := os.fork()) == 0:
+                os._exit(0)
+            forked.set()
+            os.waitpid(child, 0)
+
+        def compile_slowly(statement):
+            within.set()
+            while not (locks._forking or forked.is_set()):
+                time.sleep(0.001)
+            seen.append(forked.is_set())
+            return compiled(statement)
+
+        database._compiled = compile_slowly
+        forker = threading.Thread(target=fork)
+        forker.start()
+        index.rows(select(TRASH.c.digest), {})
+        forker.join(50)
+        assert forked.is_set()
+        print(seen)
+        """,
+        index.directory,
+    )
+    assert output == "[False]\n"
+
+
+def test_many_threads_look_up_at_once(index: Database) -> None:
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"there")])
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: index.rows(DIGESTS, {}), range(500)))
+    assert found == [[(digest_of(b"there"),)]] * 500
+    assert len(index._idle) <= 5
+
+
+# Connections
+
+
+def test_every_connection_is_durable_and_holds_to_foreign_keys(index: Database) -> None:
+    with index.read() as first, index.read() as second, index.write() as third:
+        for connection in (first, second, third):
+            pragmas = ("synchronous", "foreign_keys", "journal_mode", "application_id")
+            values = [connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() for pragma in pragmas]
+            assert values == [2, 1, "wal", APPLICATION_ID]
+
+
+def test_foreign_keys_hold_again_after_a_migration(index: Database) -> None:
+    with index.write_schema() as connection:
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 0
+    with index.write() as connection:
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+
+
+def test_a_migration_that_fails_leaves_no_trace(tmp_path: Path) -> None:
+    with closing(Database(tmp_path / "new")) as index:
+        index.prepare()
+        with pytest.raises(KeyError), index.write_schema() as connection:  # noqa: PT012
+            connection.exec_driver_sql("CREATE TABLE half (done)")
+            raise KeyError
+        assert index.revision() is None
+    shell = sqlite3.connect(index.path)
+    assert shell.execute("SELECT * FROM sqlite_master").fetchall() == []
+    shell.close()
+
+
+def test_a_full_disk_is_said_to_be_full_and_undoes_the_transaction(index: Database) -> None:
+    with pytest.raises(StorageError, match="full; free some space"), index.write() as connection:  # noqa: PT012
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")
+        connection.execute(insert(TRASH), [note(b"%d" % number) for number in range(1000)])
+    index.close()
+    assert noted(index.directory) == 0
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"later")])
+
+
+def test_a_cache_that_is_opened_and_closed_leaves_no_file_open(directory: Path, tmp_path: Path) -> None:
+    def use() -> None:
+        with Cache.open(directory) as cache:
+            cache.add_blob(b"data")
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / "index.db").write_text("dear diary " * 100)
+        with pytest.raises(NotACache):
+            Cache.open(tmp_path / "text")
+
+    use()
+    before = open_files()
+    for _ in range(3):
+        use()
+    assert open_files() == before
+
+
+# Forks
+
+
+@pytest.mark.parametrize("end", ["close", "exit"])
+def test_what_a_child_stores_outlives_its_parents_close(directory: Path, end: str) -> None:
+    output = run_python(
+        """
+        import os, sys
+        from cachedb import Cache
+
+        closed, tell = os.pipe()
+        stored, told = os.pipe()
+        cache = Cache.open(sys.argv[1])
+        cache.add_blob(b"parent")
+        if (child := os.fork()) == 0:
+            cache.add_blob(b"one")
+            os.write(told, b"x")
+            os.read(closed, 1)
+            cache.add_blob(b"two")
+            if sys.argv[2] == "close":
+                cache.close()
+            os._exit(0)
+        os.read(stored, 1)
+        cache.add_blob(b"parent again")
+        cache.close()
+        os.write(tell, b"x")
+        assert os.waitpid(child, 0)[1] == 0
+        print("done")
+        """,
+        directory,
+        end,
+    )
+    assert output == "done\n"
+    wanted = (b"parent", b"one", b"two", b"parent again")
+    assert stored_rows(directory) == {digest_of(data): len(data) for data in wanted}
+
+
+@pytest.mark.parametrize("transaction", ["read", "write", "write_schema"])
+def test_a_fork_waits_for_the_transactions_of_other_threads(index: Database, transaction: str) -> None:
+    output = run_python(
+        """
+        import os, sys, threading, time
+        from pathlib import Path
+        from cachedb.disk import locks
+        from cachedb.index.sqlite.database import Database
+
+        index = Database(Path(sys.argv[1]))
+        forked = threading.Event()
+
+        def fork():
+            if (child := os.fork()) == 0:
+                os._exit(0)
+            forked.set()
+            os.waitpid(child, 0)
+
+        with getattr(index, sys.argv[2])():
+            forker = threading.Thread(target=fork)
+            forker.start()
+            while not (locks._forking or forked.is_set()):
+                time.sleep(0.001)
+            assert not forked.is_set()
+        forker.join(50)
+        assert forked.is_set()
+        print("done")
+        """,
+        index.directory,
+        transaction,
+    )
+    assert output == "done\n"
+
+
+def test_a_child_works_though_other_threads_were_in_transactions(directory: Path) -> None:
+    output = run_python(
+        """
+        import os, sys, threading
+        from cachedb import Cache
+
+        cache = Cache.open(sys.argv[1])
+        stop = threading.Event()
+
+        def work(number):
+            turn = 0
+            while not stop.is_set():
+                digest = cache.add_blob(b"%d %d" % (number, turn))
+                assert cache.has_blob(digest)
+                turn += 1
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        children = []
+        for number in range(12):
+            if (child := os.fork()) == 0:
+                for turn in range(5):
+                    digest = cache.add_blob(b"child %d %d" % (number, turn))
+                    assert cache.has_blob(digest)
+                cache.close()
+                os._exit(0)
+            children.append(child)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        cache.close()
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 12
+        print("done")
+        """,
+        directory,
+    )
+    assert output == "done\n"
+    expected = {digest_of(b"child %d %d" % (number, turn)) for number in range(12) for turn in range(5)}
+    assert expected <= stored_rows(directory).keys()
+    with Cache.open(directory) as cache:
+        cache.collect_garbage()
+    assert stored_rows(directory) == {}
+
+
+def test_a_cache_works_in_workers_of_multiprocessing(directory: Path) -> None:
+    output = run_python(
+        """
+        import multiprocessing, sys
+        from cachedb import Cache
+        from tests.support.make import digest_of
+
+        with Cache.open(sys.argv[1]) as cache:
+            cache.add_blob(b"parent")
+            fork = multiprocessing.get_context("fork")
+            workers = [fork.Process(target=cache.add_blob, args=(b"fork %d" % number,)) for number in range(3)]
+            spawn = multiprocessing.get_context("spawn")
+            workers += [spawn.Process(target=Cache.open, args=(sys.argv[1],))]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            assert [worker.exitcode for worker in workers] == [0] * 4
+            assert cache.get_stats().blob_count == 4
+            assert cache.collect_garbage().blobs == 0 or cache.has_blob(digest_of(b"parent"))
+        print("done")
+        """,
+        directory,
+    )
+    assert output == "done\n"
+
+
+# Directories
+
+
+def test_a_new_directory_and_its_folders_are_on_disk_before_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(durable, "sync_folder", synced.append)
+    directory = tmp_path / "a" / "b"
+    Database(directory).prepare()
+    assert {tmp_path, tmp_path / "a", directory, directory / "blobs"} <= set(synced)
+    assert not (directory / "index.db").exists()
+
+
+def test_a_cache_is_for_its_owner_alone(cache: Cache) -> None:
+    paths = [cache.directory, *(path for path in cache.directory.iterdir() if path.is_dir())]
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o700}
+
+
+def test_an_index_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "index.db").write_text("dear diary " * 100)
+    before = content(tmp_path)
+    with pytest.raises(NotACache, match="not an SQLite database: name another directory"):
+        Cache.open(tmp_path)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("journal", ["delete", "wal"])
+def test_another_programs_database_is_refused_and_left_alone(tmp_path: Path, journal: str) -> None:
+    shell = sqlite3.connect(tmp_path / "index.db")
+    shell.execute(f"PRAGMA journal_mode = {journal}")
+    shell.execute("CREATE TABLE diary (entry TEXT)")
+    shell.commit()
+    shell.close()
+    before = content(tmp_path)
+    for upgrade in (False, True):
+        with pytest.raises(NotACache, match="another program's database: name another directory"):
+            Cache.open(tmp_path, upgrade=upgrade)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("index", [None, b""])
+def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path: Path, index: bytes | None) -> None:
+    (tmp_path / "thesis.txt").write_text("chapter one")
+    if index is not None:
+        (tmp_path / "index.db").write_bytes(index)
+    before = content(tmp_path)
+    with pytest.raises(NotACache, match=r"not empty \(it holds 'thesis.txt'\): name another directory"):
+        Cache.open(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_a_file_is_no_cache_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("data")
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StorageError, match=f"cannot (use|open) the cache directory: .*'{directory}'"):
+            Cache.open(directory)
+    assert (tmp_path / "file").read_text() == "data"
+
+
+def test_a_place_where_nothing_can_be_made_is_refused() -> None:
+    with pytest.raises(StorageError, match=r"cannot use the cache directory: .*'/proc/cachedb'"):
+        Cache.open("/proc/cachedb")
+
+
+def test_a_damaged_index_is_said_to_be_damaged(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        cache.add_blob(b"data")
+    with (directory / "index.db").open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(4096)
+        file.write(b"\xff" * (size - 4096))
+    with pytest.raises(StorageError, match="`cachedb verify --repair` rebuilds it"), Cache.open(directory) as cache:
+        cache.list_manifests()
+
+
+# Replaced
+
+
+@pytest.fixture
+def new(index: Database) -> Path:
+    """Another index, to be put in the place of the first."""
+    path = index.directory / "backups" / "new.db"
+    with index.raw() as connection:
+        connection.execute("VACUUM INTO ?", (str(path),))
+    (index.directory / "quarantine").mkdir()
+    return path
+
+
+def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_name(
+    index: Database, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, sync = threading.Event(), durable.sync_folder
+    threads: list[threading.Thread] = []
+
+    def open_it() -> None:
+        revision_of(index.directory)
+        opened.set()
+
+    def look(folder: Path) -> None:
+        sync(folder)
+        assert index.path.exists()
+        if not threads:
+            threads.append(threading.Thread(target=open_it))
+            threads[0].start()
+        if new.exists():
+            assert not opened.wait(0.2)
+
+    with index.alone(), monkeypatch.context() as patch:
+        patch.setattr(durable, "sync_folder", look)
+        assert index.replace(new, index.directory / "quarantine" / "old.db")
+    assert opened.wait(60)
+    threads[0].join()
+
+
+def test_an_index_that_is_replaced_has_all_that_was_in_its_wal(index: Database, new: Path, cache: Cache) -> None:
+    cache.add_blob(b"in the WAL")
+    wal = index.path.with_name("index.db-wal")
+    assert wal.stat().st_size
+    old = index.directory / "quarantine" / "old.db"
+    with index.alone():
+        assert index.replace(new, old)
+    shell = sqlite3.connect(old)
+    assert shell.execute("SELECT count(*) FROM blobs").fetchone() == (1,)
+    shell.close()
+
+
+def test_an_index_that_somebody_reads_for_long_is_not_replaced(
+    index: Database, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_READING", 0)
+    shell = sqlite3.connect(index.path, isolation_level=None)
+    shell.execute("BEGIN")
+    shell.execute("SELECT * FROM images").fetchall()
+    with index.write() as connection:
+        connection.execute(insert(TRASH), [note(b"written meanwhile")])
+    before, old = index.path.stat().st_ino, index.directory / "quarantine" / "old.db"
+    with index.alone(), pytest.raises(StorageError, match="another program has been reading it"):
+        index.replace(new, old)
+    assert index.path.stat().st_ino == before
+    shell.close()
+    with index.alone():
+        assert index.replace(new, old)
+
+
+def long_path(folder: Path, length: int) -> Path:
+    """A directory whose index has a path of so many bytes."""
+    while (left := length - len(os.fsencode(folder)) - len("/index.db")) > 101:
+        folder /= "x" * 100 if left > 202 else "x" * (left // 2)
+    return folder / ("y" * (left - 1))
+
+
+def test_a_path_that_is_too_long_for_sqlite_is_named(tmp_path: Path, cachedb: Run) -> None:
+    with Cache.open(long_path(tmp_path, 504)) as cache:
+        cache.add_blob(b"here")
+    long = long_path(tmp_path, 505)
+    with pytest.raises(StorageError, match="has 505 bytes, and SQLite takes 504 at most: choose a cache directory"):
+        Cache.open(long)
+    assert not long.exists()
+    done = cachedb("--dir", long, "ls")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "SQLite takes 504 at most" in done.stderr
+
+
+def test_a_backup_to_a_path_that_is_too_long_for_sqlite_is_an_error_of_one_line(tmp_path: Path, cachedb: Run) -> None:
+    (long := long_path(tmp_path, 520)).mkdir(parents=True)
+    cachedb("ls")
+    done = cachedb("db", "backup", long / "index.db")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_symbolic_link_does_not_make_a_path_shorter(tmp_path: Path) -> None:
+    long = long_path(tmp_path, 510)
+    long.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(long)
+    with pytest.raises(StorageError, match="has 510 bytes"):
+        Cache.open(tmp_path / "link")

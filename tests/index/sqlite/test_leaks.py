@@ -1,0 +1,152 @@
+"""Connections: an operation that fails closes every one that it opened, on every Python.
+
+Python 3.13 and later warn about a connection that is collected open, and a warning fails the tests. These tests find
+such a connection on every Python: they keep the error alive, so that the collector closes no connection first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+
+from cachedb import Cache, CacheError, DamagedIndex, NotACache, StorageError
+from cachedb.index import drift, schema
+from cachedb.index.sqlite import database
+from cachedb.index.sqlite.database import Database
+from cachedb.operations import rebuild, restore
+from tests.conftest import is_open
+from tests.index.test_schema import change
+from tests.support.make import image, save
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
+    """The connections that this process has opened in this test."""
+    found: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def noted(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        found.append(connect(*arguments, **options))
+        return found[-1]
+
+    for module in (sqlite3, sqlite3.dbapi2):  # SQLAlchemy takes it from the second
+        monkeypatch.setattr(module, "connect", noted)
+    return found
+
+
+@pytest.fixture
+def made(directory: Path) -> Path:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    return directory
+
+
+def fail(*_arguments: object, **_options: object) -> None:
+    raise StorageError("it fails")
+
+
+def open_cut_index(made: Path, _patch: pytest.MonkeyPatch) -> None:
+    os.truncate(made / "index.db", 1000)
+    Cache.open(made)
+
+
+def open_other_database(made: Path, _patch: pytest.MonkeyPatch) -> None:
+    (made / "index.db").write_bytes(b"no database " * 500)
+    Cache.open(made)
+
+
+def look_up_in_cut_index(made: Path, _patch: pytest.MonkeyPatch) -> None:
+    os.truncate(made / "index.db", 1000)
+    Cache.open(made, damaged=True).has_blob(image(1).digest)
+
+
+def restore_cut_backup(made: Path, _patch: pytest.MonkeyPatch) -> None:
+    backup = shutil.copyfile(made / "index.db", made / "backups" / "cut.db")
+    os.truncate(backup, 9000)
+    restore.restore(made, backup)
+
+
+def restore_without_agreement(made: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(restore, "_agree", fail)
+    restore.restore(made, shutil.copyfile(made / "index.db", made / "backups" / "good.db"))
+
+
+def rebuild_without_rows(made: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(rebuild, "_fill", fail)
+    os.truncate(made / "index.db", 1000)
+    with Cache.open(made, damaged=True) as cache:
+        cache.verify(repair=True)
+
+
+def check_with_failing_migrations(made: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(schema, "run_migrations", fail)
+    drift.check(made)
+
+
+def run_alembic_on_unmarked_index(made: Path, patch: pytest.MonkeyPatch) -> None:
+    change(made, "PRAGMA application_id = 5")
+    patch.setenv("CACHEDB_DIR", str(made))
+    command.upgrade(schema.alembic_config(), "head")
+
+
+@pytest.mark.parametrize(
+    ("operation", "error"),
+    [
+        (open_cut_index, DamagedIndex),
+        (open_other_database, (DamagedIndex, NotACache)),
+        (look_up_in_cut_index, DamagedIndex),
+        (restore_cut_backup, DamagedIndex),
+        (restore_without_agreement, StorageError),
+        (rebuild_without_rows, StorageError),
+        (check_with_failing_migrations, StorageError),
+        (run_alembic_on_unmarked_index, DamagedIndex),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_failed_operation_closes_its_connections(
+    made: Path,
+    opened: list[sqlite3.Connection],
+    monkeypatch: pytest.MonkeyPatch,
+    operation: Callable[[Path, pytest.MonkeyPatch], None],
+    error: type[CacheError],
+) -> None:
+    with pytest.raises(error) as raised:
+        operation(made, monkeypatch)
+    assert opened
+    assert not [connection for connection in opened if is_open(connection)]
+    del raised
+
+
+def test_a_repair_closes_its_connections(made: Path, opened: list[sqlite3.Connection]) -> None:
+    backup = shutil.copyfile(made / "index.db", made / "backups" / "000001-cut.db")
+    os.truncate(backup, 9000)
+    os.truncate(made / "index.db", 1000)
+    with Cache.open(made, damaged=True) as cache:
+        assert cache.verify(repair=True).problems
+    assert not [connection for connection in opened if is_open(connection)]
+
+
+@pytest.mark.parametrize("pragma", ["synchronous", "foreign_keys", "schema_version", "locking_mode"])
+def test_a_connection_whose_pragma_fails_is_closed(
+    index: Database, opened: list[sqlite3.Connection], monkeypatch: pytest.MonkeyPatch, pragma: str
+) -> None:
+    class Failing(database._Connection):
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if statement.startswith(f"PRAGMA {pragma}"):
+                raise sqlite3.OperationalError("disk I/O error")
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr(database, "_Connection", Failing)
+    device, inode, mode = index._file()
+    if pragma == "locking_mode":
+        monkeypatch.setattr(index, "_file", lambda: (device, inode, f"{mode}&vfs=unix-none"))
+    with pytest.raises(StorageError), index.raw():
+        pass
+    assert [is_open(connection) for connection in opened] == [False]

@@ -1,0 +1,604 @@
+"""Questions in SQL: what they see, what they may not do, and how they end."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache, CacheError, InvalidQuery
+from cachedb.oci.manifests import DOCUMENT_LIMIT
+from tests.cli.test_main import on_a_terminal
+from tests.conftest import Run
+from tests.disk.test_locks import eventually
+from tests.support import make
+from tests.support.promises import check
+
+IMAGE = make.image(1, 2)
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT {} FROM c"
+
+
+@pytest.fixture
+def cache(directory: Path) -> Iterator[Cache]:
+    with Cache.open(directory) as opened:
+        for data in (IMAGE.config, *IMAGE.layers):
+            opened.add_blob(data)
+        opened.save_manifest("app:1", IMAGE.manifest)
+        yield opened
+    check(directory)
+
+
+def rows(cache: Cache, query: str, **parameters: int | float | str | None) -> list[tuple[object, ...]]:
+    with cache.sql(query, parameters) as answer:
+        return list(answer.rows)
+
+
+def test_a_question_is_answered(cache: Cache) -> None:
+    with cache.sql("SELECT name, blobs AS n FROM image_usage WHERE blobs > :least", {"least": 3}) as answer:
+        assert answer.columns == ("name", "n")
+        assert list(answer.rows) == [("app:1", 4)]
+    assert rows(cache, "-- a comment\nSELECT value FROM json_each('[1, 2]');") == [(1,), (2,)]
+    assert ("name",) in rows(cache, "SELECT name FROM pragma_table_info('image_usage')")
+    assert rows(cache, "EXPLAIN QUERY PLAN SELECT 1")
+
+
+def test_sizes_and_times_can_be_read_by_people(cache: Cache) -> None:
+    assert rows(cache, "SELECT human(0), human(1234567), human(NULL), human('much')") == [
+        ("0 B", "1.23 MB", None, None)
+    ]
+    (row,) = rows(
+        cache, "SELECT ago(strftime('%Y-%m-%dT%H:%M:%SZ', 'now', '-50 hours')), ago('then'), ago(NULL), ago(1)"
+    )
+    assert row == ("2 days ago", None, None, None)
+    assert rows(cache, "SELECT ago(strftime('%Y-%m-%d %H:%M', 'now', '-90 minutes'))") == [("1 hour ago",)]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM images",
+        "INSERT INTO trash VALUES ('x', 1)",
+        "UPDATE blobs SET size = 0",
+        "DROP TABLE images",
+        "CREATE TEMP TABLE mine (x)",
+        "CREATE VIEW mine AS SELECT 1",
+        "ATTACH 'other.db' AS other",
+        "VACUUM INTO 'copy.db'",
+        "PRAGMA journal_mode = DELETE",
+        "PRAGMA query_only = OFF",
+        "PRAGMA writable_schema = ON",
+        "PRAGMA user_version = 7",
+        "BEGIN IMMEDIATE",
+        "SAVEPOINT a",
+        "REINDEX",
+        "ANALYZE",
+        "WITH x AS (SELECT 1) DELETE FROM images",
+        "EXPLAIN DELETE FROM images",
+        "UPDATE labels SET value = ''",
+    ],
+)
+def test_nothing_can_be_changed(cache: Cache, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = (cache.directory / "index.db").read_bytes(), sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InvalidQuery, match="only questions can be asked"):
+        rows(cache, query)
+    assert ((cache.directory / "index.db").read_bytes(), sorted(path.name for path in tmp_path.iterdir())) == before
+    assert cache.is_image_complete("app:1")
+
+
+def test_the_file_is_open_only_to_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the authorizer to let something through."""
+    monkeypatch.setattr("cachedb.index.sqlite.query._authorizer", lambda: lambda *_: sqlite3.SQLITE_OK)
+    for query in ("DELETE FROM images", "PRAGMA user_version = 7", "CREATE TEMP TABLE mine (x)"):
+        with pytest.raises(InvalidQuery, match="only questions can be asked"):
+            rows(cache, query)
+    assert cache.is_image_complete("app:1")
+
+
+@pytest.mark.parametrize(
+    ("query", "marked"),
+    [
+        ("SELECT name FORM images", "images"),
+        ("SELECT name FROM image_usage WHERE", None),
+        ("SELECT nme FROM image_usage", "nme"),
+        ("SELECT i.nme FROM image_usage AS i", "nme"),
+        ("SELECT 1\nFROM nowhere", "nowhere"),
+        ("SELECT 'from' FROM images WHERE ORDER BY from", "ORDER"),
+        ("SELECT hum(1)", "hum"),
+        ("SELECT digest FROM blobs, garbage", "digest"),
+        ("SELECT 1 ) FROM x", ")"),
+        ("SELECT 'abc", "'abc"),
+        ("SELECT name, human() FROM image_usage", "human"),
+        ("SELECT max(sum(size)) FROM blobs", "sum"),
+        ("SELECT name FROM image_usage WHERE count(*) > 1", "count"),
+        ("SELECT size, rank() OVER w FROM blobs", "w"),
+        ("SELECT name -- nme\nFROM image_usage WHERE name = 'nme' AND nme = 1 /* nme */", "nme = "),
+    ],
+)
+def test_an_error_says_where_it_is(cache: Cache, query: str, marked: str | None) -> None:
+    with pytest.raises(InvalidQuery) as caught:
+        rows(cache, query)
+    place = caught.value.place
+    if marked is None:
+        assert place == (len(query), len(query))
+    else:
+        assert place
+        assert query[place[0] :].startswith(marked)
+        assert query[slice(*place)] == marked.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("query", "meant"),
+    [
+        ("SELECT unique_sise FROM image_usage", "unique_size"),
+        ("SELECT g.sise FROM garbage AS g", "size"),
+        ("SELECT 1 FROM image_use", "image_usage"),
+        ("SELECT xyzzy FROM garbage", None),
+    ],
+)
+def test_an_error_says_what_may_be_meant(cache: Cache, query: str, meant: str | None) -> None:
+    with pytest.raises(InvalidQuery) as caught:
+        rows(cache, query)
+    assert str(caught.value).endswith(f"; did you mean {meant}?") is (meant is not None)
+
+
+@pytest.mark.parametrize("query", ["", "  \n", "-- nothing", ";"])
+def test_no_question_is_an_error(cache: Cache, query: str) -> None:
+    with pytest.raises(InvalidQuery, match="there is no query"):
+        rows(cache, query)
+
+
+def test_what_is_no_single_question_is_an_error(cache: Cache) -> None:
+    with pytest.raises(InvalidQuery, match="only one question can be asked at a time"):
+        rows(cache, "SELECT 1; SELECT 2")
+    with pytest.raises(InvalidQuery, match="no value for :least: give one with -p least=VALUE"):
+        rows(cache, "SELECT :least")
+    for query in ("SELECT ?, :n", "SELECT ?1, :n"):
+        with pytest.raises(InvalidQuery, match="write :NAME instead"):
+            rows(cache, query, n=1)
+    with pytest.raises(InvalidQuery, match="type 'list' is not supported"):
+        rows(cache, "SELECT :least", least=[1])  # type: ignore[arg-type]
+    with pytest.raises(InvalidQuery, match="the query has no :dyas; it has :days"):
+        rows(cache, "SELECT :days", dyas=1)
+    with pytest.raises(InvalidQuery):
+        rows(cache, "SELECT '\0'")
+    with pytest.raises(InvalidQuery):
+        rows(cache, "SELECT abs(-9223372036854775808)")
+
+
+@pytest.mark.parametrize("what", ["count(*)", "x"], ids=["before-a-row", "between-rows"])
+def test_a_question_is_given_so_long_and_no_longer(cache: Cache, what: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(CacheError, match=r"took over 0\.2 s"), cache.sql(ENDLESS.format(what), timeout=0.2) as answer:
+        for _ in answer.rows:
+            pass
+    assert time.monotonic() - start < 30
+
+
+def test_a_question_is_answered_from_one_moment_and_holds_up_no_writer(cache: Cache) -> None:
+    with cache.sql("SELECT name FROM image_usage, json_each('[1, 2, 3]')") as answer:
+        first = next(answer.rows)
+        with Cache.open(cache.directory) as other:
+            other.tag("app:1", "app:2")
+            other.remove_manifest("app:1")
+        assert [first, *answer.rows] == [("app:1",)] * 3
+    assert rows(cache, "SELECT name FROM image_usage") == [("app:2",)]
+
+
+def test_questions_are_asked_by_several_threads(cache: Cache) -> None:
+    found: list[list[tuple[object, ...]]] = []
+
+    def ask() -> None:
+        found.extend(rows(cache, "SELECT name FROM image_usage") for _ in range(20))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[("app:1",)]] * 80
+
+
+def test_a_cache_that_may_only_be_read_can_be_asked(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        with Cache.open(cache.directory) as other:
+            assert rows(other, "SELECT name FROM image_usage") == [("app:1",)]
+
+
+def test_views_are_listed_with_what_they_have(cache: Cache) -> None:
+    found = {view.name: view for view in cache.list_views()}
+    assert found["garbage"].columns == ("digest", "size", "stored_at")
+    assert all(view.description and view.definition.startswith("CREATE VIEW") for view in found.values())
+
+
+# Functions and limits
+
+LONG = "printf('%.*c', 5000000, 'a')"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "fts3_tokenizer('simple')",
+        "fts3_tokenizer('simple', :pointer)",
+        "load_extension('x')",
+        "sqlite_log(1, 'x')",
+        "json_patch('{}', '{}')",
+        "\"FTS3_Tokenizer\"('simple')",
+    ],
+)
+def test_only_functions_that_are_known_to_be_harmless_are_called(cache: Cache, call: str) -> None:
+    parameters = {"pointer": "AAAAAAAA"} if ":pointer" in call else {}
+    with pytest.raises(InvalidQuery, match=r"^(the function '\w+' is not allowed in a query|no such function)"):
+        rows(cache, f"SELECT {call}", **parameters)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hex(zeroblob(499999999))",
+        "zeroblob(100000000)",
+        "randomblob(100000000)",
+        f"replace({LONG}, 'a', 'bb')",
+        f"{LONG} || {LONG}",
+        f"json_array({LONG}, {LONG})",
+        f"(SELECT group_concat(x) FROM (SELECT {LONG} AS x UNION ALL SELECT {LONG}))",
+    ],
+)
+def test_a_value_has_a_size_that_is_made_in_no_time(cache: Cache, value: str) -> None:
+    with pytest.raises(InvalidQuery, match=r"^a value in the query is over 5\.24 MB: "):
+        rows(cache, f"SELECT length({value})")
+
+
+def test_a_value_may_be_as_long_as_the_longest_document(cache: Cache) -> None:
+    assert rows(cache, "SELECT length(:x)", x="a" * DOCUMENT_LIMIT) == [(DOCUMENT_LIMIT,)]
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        (f"instr({LONG}, substr({LONG}, 2500000) || 'b')", 0),
+        (f"instr(CAST({LONG} AS BLOB), zeroblob(2500000))", 0),
+        (f"length(replace({LONG}, substr({LONG}, 2500000) || 'b', ''))", 5_000_000),
+        (f"length(trim({LONG}, replace(substr({LONG}, 2500000), 'a', 'b') || 'a'))", 0),
+    ],
+)
+def test_a_search_takes_time_that_grows_with_the_length(cache: Cache, call: str, result: int) -> None:
+    began = time.process_time()
+    assert rows(cache, f"SELECT {call}") == [(result,)]
+    assert time.process_time() - began < 20  # and not hours, as SQLite's own do
+
+
+def test_a_pattern_has_a_length(cache: Cache) -> None:
+    assert rows(cache, "SELECT 'app:1' LIKE :x", x="%" * 128) == [(1,)]
+    for operator in ("LIKE", "GLOB"):
+        with pytest.raises(InvalidQuery, match=r"^a pattern of LIKE or GLOB is over 128 bytes: "):
+            rows(cache, f"SELECT 'app:1' {operator} :x", x="%" * 129)
+
+
+def test_a_query_calls_so_many_functions(cache: Cache) -> None:
+    assert rows(cache, f"SELECT {' + '.join(['abs(1)'] * 200)}") == [(200,)]
+    with pytest.raises(InvalidQuery, match=r"^the query has over 200 calls of functions: "):
+        rows(cache, f"SELECT {' + '.join(['abs(1)'] * 201)}")
+
+
+def test_a_loop_of_long_steps_is_stopped(cache: Cache) -> None:
+    began = time.process_time()
+    with (
+        pytest.raises(CacheError, match=r"took over 0\.2 s"),
+        cache.sql(ENDLESS.format("sum(length(hex(zeroblob(1000000 + x % 2))))"), timeout=0.2) as answer,
+    ):
+        list(answer.rows)
+    assert time.process_time() - began < 20
+
+
+VALUES = ("'axbxc'", "'x'", "''", "NULL", "7", "1.5", "x'78'", "'é'", "'axbxcaxb'")
+
+
+@pytest.mark.parametrize("function", ["instr", "replace", "trim", "ltrim", "rtrim"])
+def test_a_function_in_place_of_one_of_sqlite_gives_the_same(cache: Cache, function: str) -> None:
+    plain = sqlite3.connect(":memory:")
+    for text in VALUES:
+        for part in VALUES:
+            call = f"{function}({text}, {part}{', 5' if function == 'replace' else ''})"
+            assert (
+                rows(cache, f"SELECT {call}, instr('a' || 'b', 'b')")[0][:1]
+                == plain.execute(f"SELECT {call}").fetchone()
+            ), call
+    plain.close()
+
+
+# The command line
+
+PRINTED = {
+    "table": 'name    n  t\napp:1  12  a|"b,\\n\n',
+    "json": '[\n  {"name": "app:1", "n": 12, "t": "a|\\"b,\\n"}\n]\n',
+    "ndjson": '{"name": "app:1", "n": 12, "t": "a|\\"b,\\n"}\n',
+    "csv": 'name,n,t\napp:1,12,"a|""b,\n"\n',
+    "tsv": 'name\tn\tt\napp:1\t12\t"a|""b,\n"\n',
+    "markdown": '| name | n | t |\n| --- | --- | --- |\n| app:1 | 12 | a\\|"b,\\\\n |\n',
+}
+
+
+@pytest.mark.parametrize("form", PRINTED)
+def test_rows_are_printed_as_it_is_asked_for(cachedb: Run, cache: Cache, form: str) -> None:
+    query = "SELECT name, :n + 2 AS n, 'a|\"b,' || char(10) AS t FROM image_usage"
+    assert cachedb("sql", "--format", form, "-p", "n=10", query).stdout == PRINTED[form]
+
+
+STRANGE = {
+    "table": "a\\nb  b     c  e       i  a\\nb\n   1  00ff     x\\ry  inf     2\n",
+    "json": '[\n  {"a\\nb": 1, "b": "00ff", "c": null, "e": "x\\ry", "i": null, "a\\nb_2": 2}\n]\n',
+    "ndjson": '{"a\\nb": 1, "b": "00ff", "c": null, "e": "x\\ry", "i": null, "a\\nb_2": 2}\n',
+    "csv": '"a\nb",b,c,e,i,"a\nb"\n1,00ff,,"x\ry",inf,2\n',
+    "tsv": '"a\nb"\tb\tc\te\ti\t"a\nb"\n1\t00ff\t\t"x\ry"\tinf\t2\n',
+    "markdown": "| a\\\\nb | b | c | e | i | a\\\\nb |\n| --- | --- | --- | --- | --- | --- |\n"
+    "| 1 | 00ff |  | x\\\\ry | inf | 2 |\n",
+}
+
+
+@pytest.mark.parametrize("form", STRANGE)
+def test_what_is_strange_is_printed_so_that_it_is_read_again(cachedb: Run, cache: Cache, form: str) -> None:
+    """A blob, a carriage return, infinity, and a column that is there twice and has two lines."""
+    query = "SELECT 1 AS 'a\nb', x'00ff' AS b, NULL AS c, 'x' || char(13) || 'y' AS e, 1e999 AS i, 2 AS 'a\nb'"
+    assert cachedb("sql", "--format", form, query, text=False).stdout.decode() == STRANGE[form]
+
+
+FORMULAS = [
+    "=1+1",
+    "+1+1",
+    "-1+1",
+    "@SUM(1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "\uff1d1",
+    "\uff0b1",
+    "\uff0d1",
+    "\uff201",
+    "-",
+    "+1e",
+]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_no_cell_is_a_formula_of_a_spreadsheet(cachedb: Run, cache: Cache, form: str) -> None:
+    query = f"SELECT value FROM json_each({sqlite_text(json.dumps(FORMULAS))})"
+    printed = cachedb("sql", "--format", form, query, text=False).stdout.decode()
+    cells = [row[0] for row in csv.reader(io.StringIO(printed, newline=""), delimiter="," if form == "csv" else "\t")]
+    assert cells == ["value", *(f"'{text}" for text in FORMULAS)]
+
+
+def sqlite_text(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_a_number_stays_a_number_in_a_cell(cachedb: Run, cache: Cache, form: str) -> None:
+    query = "SELECT -1 UNION ALL SELECT -1.5 UNION ALL SELECT '-2' UNION ALL SELECT '+3.25e-7' UNION ALL SELECT 'a=1'"
+    assert cachedb("sql", "--format", form, query).stdout.splitlines()[1:] == ["-1", "-1.5", "-2", "+3.25e-7", "a=1"]
+
+
+def test_a_cell_of_markdown_is_no_html_and_no_link(cachedb: Run, cache: Cache) -> None:
+    text = "<img src=x onerror=alert(1)> & ![x](http://example.org/x) `code`"
+    printed = cachedb("sql", "--format", "markdown", f"SELECT '{text}' AS '<b>'").stdout.splitlines()
+    assert printed[0] == "| &lt;b&gt; |"
+    assert printed[2] == ("| &lt;img src=x onerror=alert(1)&gt; &amp; !\\[x\\](http://example.org/x) \\`code\\` |")
+
+
+def test_a_terminal_gets_no_escape_sequence_in_a_cell(cache: Cache) -> None:
+    command = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), "sql", "--format", "csv"]
+    shown = on_a_terminal([*command, "SELECT 'a' || char(27) || '[2J' AS x"])
+    assert "\x1b[2J" not in shown
+    assert "a\\x1b[2J" in shown
+
+
+def test_a_row_for_which_a_terminal_has_no_room_is_a_line_for_each_value(cache: Cache) -> None:
+    command = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), "sql"]
+    cache.tag("app:1", "app:2")
+    shown = on_a_terminal([*command, "SELECT * FROM image_usage"]).replace("\r\n", "\n").split("\n\n")
+    assert [image.splitlines()[0].split() for image in shown] == [["name", "app:1"], ["name", "app:2"]]
+    assert [line.split()[0] for line in shown[0].splitlines()[:4]] == ["name", "repository", "reference", "digest"]
+    assert (
+        "app:1"
+        not in on_a_terminal([*command, "SELECT name, created_at, blobs, size FROM image_usage"]).splitlines()[0]
+    )
+    assert on_a_terminal([*command, "SELECT * FROM image_usage WHERE 0"]).startswith("\x1b[1m")
+
+
+@pytest.mark.parametrize("form", PRINTED)
+def test_no_rows_are_no_rows(cachedb: Run, cache: Cache, form: str) -> None:
+    done = cachedb("sql", "--format", form, "SELECT 1 AS one WHERE 0")
+    assert done.returncode == 0
+    if form == "json":
+        assert json.loads(done.stdout) == []
+    else:
+        assert done.stdout == {"table": "one\n", "ndjson": "", "markdown": "| one |\n| --- |\n"}.get(form, "one\n")
+
+
+def test_a_value_that_is_written_as_a_number_is_one(cachedb: Run, cache: Cache) -> None:
+    for text, kind in {
+        "10": "integer",
+        "-1.5": "real",
+        "1.10": "text",
+        "007": "text",
+        "1e3": "text",
+        "nan": "text",
+        "inf": "text",
+        "9223372036854775807": "integer",
+        "20261128171001123456": "text",
+        "": "text",
+    }.items():
+        done = cachedb("sql", "--format", "csv", "-p", f"x={text}", "SELECT typeof(:x) AS t, :x || '' AS x")
+        assert done.stdout == f"t,x\n{kind},{text or ''}\n"
+
+
+@pytest.mark.parametrize("command", [["sql", "SELECT 1"], ["sql"], ["sql", "--schema"], ["report", "garbage"], ["df"]])
+def test_a_question_makes_no_cache(cachedb: Run, directory: Path, command: list[str]) -> None:
+    done = cachedb(*command)
+    assert (done.returncode, done.stderr) == (3, f"cachedb: there is no cache in {str(directory)!r}\n")
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("form", ["csv", "markdown", "table"])
+def test_what_the_encoding_of_the_user_has_not_is_written_out(cachedb: Run, cache: Cache, form: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
+    done = cachedb("sql", "--format", form, "SELECT char(0xe9, 0x65e5) AS x", text=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\xe9\\u65e5" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["sql", "SELECT 1"], ["sql", "--format", "csv", "SELECT 1"], ["df"], ["ls"]])
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_result_that_nobody_wants_is_no_error(cachedb: Run, cache: Cache, arguments: list[str], closed: int) -> None:
+    done = cachedb(*arguments, preexec_fn=lambda: os.close(closed))
+    assert (done.returncode, done.stderr, bool(done.stdout)) == (0, "", closed == 2)
+
+
+def test_a_question_for_which_there_is_no_memory_is_an_error(cachedb: Run, cache: Cache) -> None:
+    limit = (400 * 1024 * 1024,) * 2
+    query = ENDLESS.format("randomblob(4000000)")
+    failed = cachedb("sql", query, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
+    assert (failed.returncode, failed.stderr.count("\n"), "not enough memory" in failed.stderr) == (1, 1, True)
+
+
+def test_a_query_comes_from_a_file_or_from_stdin(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "query.sql").write_text("SELECT count(*) AS n FROM images")
+    assert cachedb("sql", "--file", str(tmp_path / "query.sql")).stdout == "n\n1\n"
+    assert cachedb("sql", "-", input="SELECT 2 AS n").stdout == "n\n2\n"
+    assert cachedb("sql", "--file", "-", input="SELECT 3 AS n").stdout == "n\n3\n"
+    (tmp_path / "query.sql").write_bytes(b"\xef\xbb\xbfSELECT\r\nnme FROM image_usage")
+    with (tmp_path / "query.sql").open("rb") as opened:
+        for arguments in (["--file", tmp_path / "query.sql"], ["-"]):
+            assert cachedb("sql", *arguments, stdin=opened).stderr.endswith(
+                "in line 2:\n  nme FROM image_usage\n  ^^^\n"
+            )
+    for encoding in ("utf-8:strict", "utf-8:surrogateescape"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        failed = cachedb("sql", "-", input=b"SELECT '\xff'", text=False, env=environment)
+        assert (failed.returncode, failed.stderr.count(b"\n"), b"it is no text" in failed.stderr) == (2, 1, True)
+    failed = cachedb("sql", "--file", str(tmp_path / "nothing.sql"))
+    assert (failed.returncode, "cannot read" in failed.stderr) == (2, True)
+    assert cachedb("sql", "--schema", "SELECT 1").returncode == 2
+
+
+def test_sql_alone_lists_the_views_and_its_schema_makes_another_index(cachedb: Run, cache: Cache) -> None:
+    assert "image_usage  " in cachedb("sql").stdout
+    assert "image_usage" in [view["view"] for view in json.loads(cachedb("sql", "--format", "json").stdout)]
+    shell = sqlite3.connect(":memory:")
+    shell.executescript(cachedb("sql", "--schema").stdout)
+    assert shell.execute("SELECT count(*) FROM image_usage").fetchone() == (0,)
+    shell.close()
+
+
+def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
+    failed = cachedb("sql", "SELECT name\nFROM image_usge WHERE 1")
+    assert failed.returncode == 2
+    assert failed.stderr == (
+        "cachedb: no such table: image_usge; did you mean image_usage?, in line 2:\n"
+        "  FROM image_usge WHERE 1\n       ^^^^^^^^^^\n"
+    )
+    failed = cachedb("sql", "DELETE FROM images")
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert cachedb("sql", "--timeout", "1s", ENDLESS.format("count(*)")).returncode == 1
+
+
+def cpu_time(pid: int) -> float:
+    """The seconds that a process has had of a processor."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("what", ["count(*)", "sum(length(human(x)))", "count(ago('2020-01-01'))"])
+@pytest.mark.parametrize("form", ["table", "ndjson"])
+def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
+    command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format(what)]
+    environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        # It asks at the priority of what is idle, so a busy machine gives it little of its time.
+        assert eventually(lambda: os.sched_getscheduler(process.pid) == os.SCHED_IDLE, 60)
+        begun = cpu_time(process.pid)
+        assert eventually(lambda: cpu_time(process.pid) >= begun + 0.1, 120)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert (process.returncode, error) == (130, "\ncachedb: interrupted\n")
+
+
+FIRST = {"json": b"[\n", "ndjson": b'{"x": 1}\n', "csv": b"x\n1\n", "markdown": b"| x |\n| --- |\n| 1 |\n"}
+
+
+@pytest.mark.parametrize("form", FIRST)
+def test_rows_come_while_there_are_more(cache: Cache, form: str) -> None:
+    command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format("x")]
+    environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        for line in FIRST[form].splitlines(keepends=True):
+            assert process.stdout.readline() == line
+        process.stdout.close()  # as `head` does
+        assert process.wait(timeout=120) == 1
+        assert process.stderr
+        assert process.stderr.read() == b""
+
+
+GIVES_WAY = """
+import os, sys
+from cachedb import cache
+from cachedb.cli import main
+def told(name):
+    method = getattr(cache.Cache, name)
+    def tell(*arguments, **options):
+        print(name, os.sched_getscheduler(0) == os.SCHED_IDLE, os.getpriority(os.PRIO_PROCESS, 0), file=sys.stderr)
+        return method(*arguments, **options)
+    setattr(cache.Cache, name, tell)
+for name in ("open", "sql", "get_html_report", "close"):
+    told(name)
+REFUSED
+main.cli(sys.argv[1:])
+"""
+
+
+def priorities(directory: Path, *arguments: str, refused: str = "") -> dict[str, tuple[str, int]]:
+    """Whether the methods that a command calls run at the priority of what is idle, and how nice they are."""
+    command = [sys.executable, "-c", GIVES_WAY.replace("REFUSED", refused), "--dir", str(directory), *arguments]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {name: (idle, int(nice)) for name, idle, nice in map(str.split, said.splitlines())}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        (("sql", "SELECT 1"), "sql"),
+        (("report", "garbage"), "sql"),
+        (("report", "--html", "-"), "get_html_report"),
+    ],
+)
+def test_a_question_gives_way_once_the_cache_is_open(cache: Cache, arguments: tuple[str, ...], method: str) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    found = priorities(cache.directory, *arguments)
+    assert found["open"] == ("False", own)  # which may take the write lock
+    assert found[method] == ("True", own)
+    if os.geteuid() == 0:  # others may not have it back
+        assert found["close"] == ("False", own)
+
+
+def test_where_there_is_no_such_priority_a_question_is_nice(cache: Cache) -> None:
+    refused = "def refuse(*_): raise PermissionError\nos.sched_setscheduler = refuse"
+    found = priorities(cache.directory, "sql", "SELECT 1", refused=refused)
+    assert found["sql"] == ("False", 19)

@@ -1,0 +1,262 @@
+"""Who may only read a cache sees its index at one moment, also when somebody begins to write to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from cachedb import Cache, StorageError
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.query import answer
+from cachedb.index.tables import TRASH
+from tests.conftest import running
+from tests.support.make import digest_of
+
+ROWS = 3000  # which take hundreds of pages
+ALL = "SELECT digest, size FROM trash ORDER BY digest"
+
+
+def fill(directory: Path, size: int, *, close: bool = True) -> sqlite3.Connection:
+    """Give all rows of the simplest table a size, in one transaction."""
+    shell = sqlite3.connect(directory / "index.db", isolation_level=None)
+    shell.execute("PRAGMA wal_autocheckpoint = 0")
+    shell.execute("BEGIN IMMEDIATE")
+    shell.execute("DELETE FROM trash")
+    rows = [(digest_of(b"%d" % number), size) for number in range(ROWS * size)]
+    shell.executemany("INSERT INTO trash VALUES (?, ?)", rows)
+    shell.execute("COMMIT")
+    if close:
+        shell.close()
+    return shell
+
+
+@pytest.fixture
+def at_rest(directory: Path) -> Path:
+    Cache.open(directory).close()
+    fill(directory, 1)
+    return directory
+
+
+@pytest.fixture
+def with_wal(directory: Path, tmp_path: Path) -> Path:
+    """An index that was copied with its WAL, without the file that SQLite shares memory by."""
+    Cache.open(directory).close()
+    shell = fill(directory, 1, close=False)
+    for name in ("index.db", "index.db-wal"):
+        shutil.copyfile(directory / name, tmp_path / name)
+    shell.close()
+    for name in ("index.db", "index.db-wal"):
+        shutil.copyfile(tmp_path / name, directory / name)
+    (directory / "index.db-shm").unlink(missing_ok=True)
+    assert (directory / "index.db-wal").stat().st_size
+    return directory
+
+
+@pytest.fixture(params=["at_rest", "with_wal"])
+def filled(request: pytest.FixtureRequest) -> Path:
+    return Path(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def only_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
+
+
+def write(directory: Path) -> None:
+    """Write to the index as another process does, and to its file; take all its files away but the one."""
+    fill(directory, 2)
+
+
+def is_of_one_moment(rows: list[Any]) -> bool:
+    sizes = {size for _, size in rows}
+    return len(sizes) == 1 and len(rows) == ROWS * max(sizes) == len({digest for digest, _ in rows})
+
+
+@pytest.mark.usefixtures("only_read")
+def test_an_answer_is_of_one_moment(filled: Path) -> None:
+    with Cache.open(filled) as cache:
+        for stream in (False, True):
+            with cache.sql(ALL, stream=stream) as answer:
+                rows = [next(answer.rows) for _ in range(10)]
+                write(filled)
+                rows += answer.rows
+            assert is_of_one_moment(rows)
+        with cache.sql(ALL) as answer:
+            assert next(answer.rows)[1] == 2
+
+
+@pytest.mark.usefixtures("only_read")
+def test_a_transaction_is_of_one_moment(filled: Path) -> None:
+    index = Database(filled)
+    with index.read() as connection:
+        found = connection.execute(select(TRASH.c.digest, TRASH.c.size).order_by(TRASH.c.digest))
+        rows = [tuple(row) for row in found.fetchmany(10)]
+        write(filled)
+        rows += map(tuple, found)
+        assert connection.exec_driver_sql("SELECT max(size) FROM trash").scalar_one() == 1
+    assert is_of_one_moment(rows)
+    assert index.rows(select(TRASH.c.size).limit(1), {}) == [(2,)]
+    index.close()
+
+
+@pytest.fixture
+def writers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], None]:
+    """Have somebody write while an index is copied, so many times."""
+    snapshot = Database._snapshot
+
+    def begin(work: Callable[[], object], times: int) -> None:
+        left = [work] * times
+
+        def copy(self: Database, connection: Any) -> Any:
+            class Copied:
+                file, is_settled = connection.file, connection.is_settled
+
+                def backup(self, target: sqlite3.Connection) -> None:
+                    connection.backup(target, pages=5, progress=lambda *_: left.pop()() if left else None)
+
+                def close(self) -> None:
+                    connection.close()
+
+            return snapshot(self, Copied())  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Database, "_snapshot", copy)
+
+    return begin
+
+
+@pytest.mark.usefixtures("only_read")
+def test_an_index_that_changes_while_it_is_read_is_read_again(
+    filled: Path, writers: Callable[[Callable[[], object], int], None]
+) -> None:
+    writers(lambda: write(filled), 2)
+    index = Database(filled)
+    with index.read() as connection:
+        rows = [tuple(row) for row in connection.execute(select(TRASH.c.digest, TRASH.c.size))]
+    assert is_of_one_moment(rows)
+    assert rows[0][1] == 2
+    index.close()
+
+
+@pytest.mark.usefixtures("only_read")
+def test_an_index_that_looks_damaged_because_it_changes_is_read_again(
+    at_rest: Path, writers: Callable[[Callable[[], object], int], None]
+) -> None:
+    def tear() -> None:
+        os.utime(at_rest / "index.db", (1, 1))
+        raise sqlite3.DatabaseError("malformed database schema")
+
+    writers(tear, 1)
+    index = Database(at_rest)
+    assert len(index.rows(select(TRASH.c.size), {})) == ROWS
+    index.close()
+
+
+@pytest.mark.usefixtures("only_read")
+@pytest.mark.parametrize("how", ["read", "rows", "sql"])
+def test_an_index_that_changes_all_the_time_is_an_error_that_says_so(
+    at_rest: Path, writers: Callable[[Callable[[], object], int], None], how: str
+) -> None:
+    times = iter(range(10**9, 10**10))
+    writers(lambda: os.utime(at_rest / "index.db", ns=(next(times), next(times))), 10**6)
+    index = Database(at_rest, wait=0.1)
+    reads: dict[str, Callable[[], object]] = {
+        "rows": lambda: index.rows(select(TRASH.c.size), {}),
+        "read": index.revision,
+        "sql": lambda: answer(index, ALL).__enter__(),
+    }
+    with pytest.raises(StorageError, match="the index changed while it was read: try again"):
+        reads[how]()
+
+
+@pytest.mark.usefixtures("only_read")
+def test_what_was_written_a_moment_ago_is_read_again(at_rest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another change in the same moment would not show in the file's time."""
+    settled = [False, False, True]
+    monkeypatch.setattr(Database, "_is_settled", lambda _: settled.pop(0))
+    index = Database(at_rest)
+    assert index.rows(select(TRASH.c.size).limit(1), {}) == [(1,)]
+    assert settled == []
+    index.close()
+    monkeypatch.undo()
+    os.utime(at_rest / "index.db")
+    assert not index._is_settled()
+    os.utime(at_rest / "index.db", (1, 1))
+    assert index._is_settled()
+
+
+@pytest.mark.usefixtures("only_read")
+def test_nothing_is_written_to_what_can_only_be_read(at_rest: Path) -> None:
+    index = Database(at_rest)
+    before = (at_rest / "index.db").read_bytes()
+    with pytest.raises(StorageError, match="check the owner and mode"), index.write() as connection:
+        connection.exec_driver_sql("DELETE FROM trash")
+    index.close()
+    assert (at_rest / "index.db").read_bytes() == before
+
+
+READER = f"""
+    import sys
+    from cachedb import Cache
+    with Cache.open(sys.argv[1]) as cache, cache.sql({ALL!r}) as answer:
+        rows = [next(answer.rows) for _ in range(10)]
+        print("begun", flush=True)
+        sys.stdin.readline()
+        rows += answer.rows
+        print(len(rows), len(dict(rows)), set(dict(rows).values()))
+"""
+
+
+def check_reader(directory: Path, path: Path) -> None:
+    with running(READER, path) as reader:
+        write(directory)
+        output, _ = reader.communicate("\n", timeout=60)
+    assert (reader.returncode, output) == (0, f"{ROWS} {ROWS} {{1}}\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_mount_that_can_only_be_read_is_read_at_one_moment(at_rest: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    if subprocess.run(["mount", "--bind", at_rest, mount], check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here: needs CAP_SYS_ADMIN")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", mount], check=True)
+        check_reader(at_rest, mount)
+    finally:
+        subprocess.run(["umount", "--lazy", mount], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write whatever the mode is")
+def test_a_folder_that_may_not_be_written_to_is_read_at_one_moment(at_rest: Path) -> None:
+    at_rest.chmod(0o500)
+    try:
+        with running(READER, at_rest) as reader:
+            at_rest.chmod(0o700)
+            write(at_rest)
+            output, _ = reader.communicate("\n", timeout=60)
+        assert (reader.returncode, output) == (0, f"{ROWS} {ROWS} {{1}}\n")
+    finally:
+        at_rest.chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+def test_another_user_reads_at_one_moment(at_rest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(["chmod", "-R", "a+rX", at_rest], check=True)
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    if subprocess.run([*user, sys.executable, "-c", f"import cachedb, os; os.listdir({str(at_rest)!r})"],
+                      check=False, capture_output=True).returncode:  # fmt: skip
+        pytest.skip("another user can read neither this Python nor the folder of the tests")
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nexec {" ".join(user)} "{sys.executable}" "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    check_reader(at_rest, at_rest)

@@ -1,0 +1,337 @@
+"""Holds that outlive the process that took them: what they keep, for how long, and how they end."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache, CacheError, Name, NotInCache
+from cachedb.index.sqlite.database import Database
+from tests.conftest import Run, files_of, run_python, snapshot
+from tests.support import make
+from tests.support.make import save
+from tests.support.promises import check
+
+MADE = make.image(1, 2)
+OTHER = make.image(3)
+HOUR = 3600
+
+SetClock = Callable[[datetime], None]
+
+
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> SetClock:
+    """Set the clock that cachedb reads, of which it has one a module."""
+
+    def to(time: datetime) -> None:
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: object = None) -> Clock:
+                return cls.fromtimestamp(time.timestamp(), UTC)
+
+        for module in ("holds", "images", "blobs"):
+            monkeypatch.setattr(f"cachedb.{module}.datetime", Clock)
+
+    return to
+
+
+def held_by(directory: Path) -> set[str]:
+    """The ids in the index, of holds that last and of others."""
+    rows = snapshot(directory)["holds"]
+    assert isinstance(rows, list)
+    return {row[0] for row in rows}
+
+
+def test_held_blobs_outlive_their_image_and_the_process_until_they_are_released(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", MADE)
+        (hold,) = cache.add_hold("app:1")
+    assert re.fullmatch("hold-[0-9a-f]{12}", hold.id)
+    assert (hold.name, hold.blobs, hold.size) == ("app:1", 4, sum(map(len, MADE.blobs.values())))
+    assert hold.expires_at is None
+    remove = """
+        import sys
+        from cachedb import Cache
+        with Cache.open(sys.argv[1]) as cache:
+            print(cache.remove_manifest("app:1").blobs, cache.collect_garbage().blobs)
+    """
+    assert run_python(remove, directory) == "0 0\n"
+    check(directory)
+    with Cache.open(directory) as cache:
+        assert files_of(directory).keys() == MADE.blobs.keys()
+        assert cache.list_holds() == [hold]
+        assert cache.release_hold(hold.id) == 1
+        assert cache.list_holds() == []
+        assert cache.collect_garbage().blobs == 4
+    assert files_of(directory) == {}
+
+
+def test_a_hold_whose_time_is_over_counts_no_more_and_is_swept_at_the_next_open(
+    cache: Cache, directory: Path, set_clock: SetClock
+) -> None:
+    save(cache, "app:1", MADE)
+    (hold,) = cache.add_hold("app:1", seconds=HOUR)
+    (lasting,) = cache.add_hold("app:1", seconds=2 * HOUR)
+    assert hold.expires_at == hold.created_at + timedelta(hours=1)
+    cache.remove_manifest("app:1")
+    set_clock(hold.expires_at - timedelta(seconds=1))
+    Cache.open(directory).close()
+    assert cache.list_holds() == [hold, lasting]
+    set_clock(hold.expires_at + timedelta(microseconds=1))
+    assert cache.list_holds() == [lasting]
+    with pytest.raises(NotInCache):
+        cache.release_hold(hold.id)
+    assert held_by(directory) == {hold.id, lasting.id}, "nobody has looked yet"
+    Cache.open(directory).close()
+    assert held_by(directory) == {lasting.id}
+    assert cache.collect_garbage().blobs == 0
+    set_clock(hold.created_at + timedelta(days=1))
+    assert cache.collect_garbage().blobs == 4, "a collection sweeps, too"
+    assert held_by(directory) == set()
+
+
+def test_a_hold_ends_at_its_very_time(cache: Cache, set_clock: SetClock) -> None:
+    save(cache, "app:1", MADE)
+    (hold,) = cache.add_hold("app:1", seconds=HOUR)
+    assert hold.expires_at is not None
+    set_clock(hold.expires_at)
+    assert cache.list_holds() == []
+
+
+def test_a_hold_of_a_name_keeps_what_the_image_was(cache: Cache, directory: Path) -> None:
+    save(cache, "app:1", MADE)
+    cache.add_hold("app:1")
+    save(cache, "app:1", OTHER)
+    cache.tag("app:1", "other")
+    cache.remove_manifest("app:1", "other")
+    cache.collect_garbage()
+    assert files_of(directory).keys() == MADE.blobs.keys(), "the new image is not held"
+
+
+def test_a_digest_is_held_by_itself_and_released_by_any_spelling(cache: Cache, directory: Path) -> None:
+    save(cache, "app:1", MADE)
+    digest = make.digest_of(MADE.layers[0])
+    (hold,) = cache.add_hold(digest.removeprefix("sha256:"))
+    assert (hold.name, hold.blobs, hold.size) == (digest, 1, len(MADE.layers[0]))
+    cache.remove_manifest("app:1")
+    assert files_of(directory).keys() == {digest}
+    assert cache.release_hold(digest.upper().replace("SHA256:", "").lower()) == 1
+    assert cache.collect_garbage().blobs == 1
+
+
+def test_holds_of_one_name_are_released_together_and_single_ones_by_id(cache: Cache, directory: Path) -> None:
+    save(cache, "app", MADE)
+    save(cache, "other", OTHER)
+    first, second, third = (cache.add_hold("app", seconds=seconds)[0] for seconds in (None, HOUR, HOUR))
+    (other,) = cache.add_hold("other")
+    assert cache.list_holds() == [first, second, third, other], "the oldest first"
+    cache.remove_manifest("app")
+    assert cache.release_hold(second.id) == 1
+    assert cache.collect_garbage().blobs == 0
+    assert cache.release_hold("app:latest") == 2, "by the name in another spelling"
+    assert cache.list_holds() == [other]
+    cache.collect_garbage()
+    assert files_of(directory).keys() == OTHER.blobs.keys()
+
+
+def test_of_several_names_all_are_held_or_none_and_released_or_none(cache: Cache, directory: Path) -> None:
+    save(cache, "app:1", MADE)
+    save(cache, "app:2", OTHER)
+    before = snapshot(directory)
+    for names in (["app:1", "nope"], ["nope", "app:1"], ["app:1", "sha256:" + "0" * 64]):
+        with pytest.raises(NotInCache):
+            cache.add_hold(*names)
+        assert snapshot(directory) == before
+    made = cache.add_hold("app:2", "app:1", seconds=60)
+    assert [hold.name for hold in made] == ["app:2", "app:1"], "one for each name, in their order"
+    before = snapshot(directory)
+    with pytest.raises(NotInCache):
+        cache.release_hold("app:1", "app:2", "nope")
+    with pytest.raises(NotInCache, match="neither a hold nor held"):
+        cache.release_hold(made[0].id, "hold-000000000000")
+    assert snapshot(directory) == before
+    assert cache.release_hold("app:1", made[0].id) == 2
+
+
+@pytest.mark.parametrize("seconds", [-1, -1e-9, 0, 1e11, 1e300, float("inf"), float("nan")])
+def test_a_time_that_is_none_is_refused(cache: Cache, directory: Path, seconds: float) -> None:
+    save(cache, "app:1", MADE)
+    before = snapshot(directory)
+    with pytest.raises(CacheError, match="is no time to hold anything for"):
+        cache.add_hold("app:1", seconds=seconds)
+    assert snapshot(directory) == before
+
+
+def test_a_hold_of_an_incomplete_image_keeps_what_is_there_and_what_comes(cache: Cache, directory: Path) -> None:
+    """The digests that the manifest names are held, stored or not."""
+    cache.save_manifest("part", MADE.manifest)
+    (hold,) = cache.add_hold("part")
+    assert (hold.blobs, hold.size) == (4, sum(map(len, MADE.blobs.values())))
+    late = cache.save_blob(make.digest_of(MADE.layers[0]), MADE.layers[0])
+    cache.remove_manifest("part")
+    cache.collect_garbage()
+    assert files_of(directory).keys() == {MADE.digest, late}
+    cache.release_hold("part")
+    assert cache.collect_garbage().blobs == 2
+
+
+def test_more_holds_than_a_statement_has_variables_are_swept_and_released(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no open would succeed any more."""
+    connect = Database._open
+
+    def limited(database: Database, **options: bool) -> sqlite3.Connection:
+        connection = connect(database, **options)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)  # what older releases of SQLite have
+        return connection
+
+    monkeypatch.setattr(Database, "_open", limited)
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", MADE)
+        with cache._database.write() as connection:
+            for ends, first in (("'1971-01-01T00:00:00.000000Z'", 0), ("NULL", 10_000)):
+                numbers = f"WITH RECURSIVE n(i) AS (SELECT {first} UNION ALL SELECT i + 1 FROM n LIMIT 1200)"
+                row = f"printf('hold-%012x', i), 'app:2', '1970-01-01T00:00:00.000000Z', {ends}"
+                connection.exec_driver_sql(f"{numbers} INSERT INTO holds SELECT {row} FROM n")
+                row = f"'{MADE.digest}', printf('hold-%012x', i), 0"
+                connection.exec_driver_sql(f"{numbers} INSERT INTO leases SELECT {row} FROM n")
+        Cache.open(directory).close()
+        assert len(held_by(directory)) == 1200
+        assert cache.release_hold("app:2") == 1200
+
+
+@pytest.mark.parametrize("year", [1970, datetime.now(UTC).year - 1])
+def test_a_clock_that_jumps_back_keeps_holds_longer_and_breaks_nothing(
+    cache: Cache, directory: Path, tmp_path: Path, set_clock: SetClock, cachedb: Run, year: int
+) -> None:
+    save(cache, "app:1", MADE)
+    cache.add_hold("app:1", seconds=HOUR)
+    cache.remove_manifest("app:1")
+    set_clock(datetime(year, 1, 1, 0, 0, 1, tzinfo=UTC))
+    save(cache, "old:1", OTHER)
+    cache.cache_from_tar(make.write(tmp_path / "new.tar", make.oci_files({"new:1": make.image(5)})))
+    (late,) = cache.add_hold("old:1", seconds=HOUR)
+    assert late.created_at.year == year
+    assert [hold.name for hold in cache.list_holds()] == ["old:1", "app:1"]
+    assert [image.created_at.year for image in cache.list_manifests()] == [year, year]
+    assert cache.verify().problems == []
+    cache.collect_garbage()
+    assert MADE.blobs.keys() <= files_of(directory).keys()
+    cache.close()
+    # And with the clock as it was: what was held by the old one is over, and is listed no more.
+    assert "years ago" in (listed := cachedb("ls").stdout) or "year ago" in listed or "months ago" in listed
+    holds = cachedb("holds")
+    assert (holds.returncode, "app:1" in holds.stdout, "old:1" in holds.stdout) == (0, True, False)
+    check(directory)
+
+
+def test_times_to_come_are_printed_as_just_now(cache: Cache, cachedb: Run, set_clock: SetClock) -> None:
+    set_clock(datetime.now(UTC) + timedelta(days=400))
+    save(cache, "app:1", MADE)
+    cache.add_hold("app:1")
+    assert "just now" in cachedb("ls").stdout
+    assert "just now" in cachedb("holds").stdout
+
+
+# The command line
+
+
+def test_the_commands_hold_list_and_release(cachedb: Run, directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", MADE)
+    held = cachedb("hold", "app:1", MADE.digest, "--for", "2h", "--format", "json")
+    assert (held.returncode, held.stderr) == (0, "")
+    first, second = json.loads(held.stdout)
+    assert list(first) == ["id", "name", "blobs", "size", "created_at", "expires_at"]
+    assert (first["name"], first["blobs"], second["name"], second["blobs"]) == ("app:1", 4, MADE.digest, 1)
+    assert first["created_at"].endswith("Z")
+    lasts = datetime.fromisoformat(first["expires_at"]) - datetime.fromisoformat(first["created_at"])
+    assert lasts == timedelta(hours=2)
+    assert cachedb("rm", "app:1").stdout == "freed 0 blobs, 0 B\n"
+    assert cachedb("gc").stdout == "freed 0 blobs, 0 B\n"
+    assert cachedb("holds", "-q").stdout.split() == [first["id"], second["id"]]
+    assert json.loads(cachedb("holds", "--format", "json").stdout) == [first, second]
+    heading, row, _ = cachedb("holds").stdout.splitlines()
+    assert heading.split() == ["HOLD", "NAME", "BLOBS", "SIZE", "CREATED", "ENDS"]
+    assert re.fullmatch(rf"{first['id']}  app:1 +4 +[0-9.]+ kB  just now  \S+ \S+ UTC", row)
+    released = cachedb("release", "app:1", second["id"])
+    assert (released.returncode, released.stdout, released.stderr) == (0, "", "")
+    assert cachedb("gc").stdout.startswith("freed 4 blobs")
+
+
+def test_a_hold_without_an_end_says_so(cachedb: Run, cache: Cache) -> None:
+    save(cache, "app:1", MADE)
+    assert cachedb("hold", "app:1").stdout.splitlines()[1].endswith("just now  when released")
+    identifier = cachedb("hold", "-q", "app:1").stdout
+    assert re.fullmatch("hold-[0-9a-f]{12}\n", identifier)
+    assert json.loads(cachedb("holds", "--format", "json").stdout)[1]["expires_at"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["hold", "nope"], 3),
+        (["hold", "sha256:" + "0" * 64], 3),
+        (["release", "nope"], 3),
+        (["release", "hold-000000000000"], 3),
+        (["release", "No Name"], 2),
+        (["hold"], 2),
+        (["release"], 2),
+        (["hold", "app:1", "--for", "2 hours"], 2),
+        (["hold", "app:1", "--for", "-5m"], 2),
+        (["hold", "app:1", "--for", ""], 2),
+    ],
+)
+def test_an_error_is_one_line_and_has_its_exit_code(
+    cachedb: Run, cache: Cache, directory: Path, arguments: list[str], code: int
+) -> None:
+    save(cache, "app:1", MADE)
+    before = snapshot(directory)
+    result = cachedb(*arguments)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert re.fullmatch(r"cachedb: .+\n", result.stderr), result.stderr
+    assert snapshot(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("30m", 1800), ("2h", 7200), ("7d", 604_800), ("1w", 604_800), ("1h30m", 5400), ("1h1h", 7200)],
+)
+def test_a_duration_is_read(text: str, seconds: int) -> None:
+    from cachedb.cli.options import DurationParameter
+
+    assert DurationParameter().convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1", "h", "1.5h", "1 h", "-1h", "1h\n", "1H", "1y", "9" * 10 + "s", "1hm"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    import click
+
+    from cachedb.cli.options import DurationParameter
+
+    with pytest.raises(click.UsageError, match="is not a time such as"):
+        DurationParameter().convert(text, None, None)
+
+
+def test_an_error_in_a_hold_is_not_hidden_by_one_of_letting_go(cache: Cache, directory: Path) -> None:
+    digest = cache.add_blob(b"data")
+    with pytest.raises(KeyError), cache.hold(digest):  # noqa: PT012
+        (directory / "index.db").rename(directory / "away.db")
+        raise KeyError
+    (directory / "away.db").rename(directory / "index.db")
+
+
+def test_holds_are_released_by_their_names_however_often_these_are_given(cache: Cache) -> None:
+    digest = cache.add_blob(b"data")
+    save(cache, "app:1", make.image(1))
+    (by_name,) = cache.add_hold("app:1")
+    cache.add_hold(digest)
+    assert cache.release_hold("app:1", by_name.id, Name("app", "1"), digest, digest) == 2
+    assert cache.list_holds() == []

@@ -1,0 +1,661 @@
+"""Copies of a cache: of one moment while others write, whole or none at all, and bound to nothing of the source."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachedb import Cache, CacheError, DamagedIndex, DigestMismatch, NotACache, StorageError
+from cachedb.content.session import Session
+from cachedb.disk import locks, marker
+from cachedb.disk.folders import Folders
+from cachedb.disk.layout import UNFINISHED
+from cachedb.index import drift
+from cachedb.index.sqlite import backups
+from cachedb.index.sqlite.database import Database
+from cachedb.operations import copy, verify
+from tests.conftest import Run, files_of, running, snapshot, start_python, stored_rows
+from tests.index.test_schema import change
+from tests.support import make
+from tests.support.make import image, save
+from tests.support.promises import check
+
+LARGE = make.random_bytes(3 * 1024 * 1024, 7)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the file system make neither reflinks nor hard links."""
+
+    def cannot(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(fcntl, "ioctl", cannot)
+    monkeypatch.setattr(copy, "_link", lambda *_: False)
+
+
+def names(directory: Path) -> set[str]:
+    with Cache.open(directory) as cache:
+        return {str(name) for name in cache.list_names()}
+
+
+def path_of(directory: Path, data: bytes) -> Path:
+    return directory / "blobs" / "sha256" / make.hex_of(data)
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    path.unlink()
+    path.write_bytes(data)
+
+
+# What is copied
+
+
+def test_a_copy_has_the_images_and_blobs_and_is_sound(cache: Cache, target: Path) -> None:
+    save(cache, "app:1", image(1, 2))
+    save(cache, "app:2", image(2, 3))
+    done = cache.copy(target)
+    assert (done.directory, done.images) == (target, 2)
+    assert (done.blobs, done.bytes) == (len(files_of(cache.directory)), sum(files_of(cache.directory).values()))
+    assert files_of(target) == files_of(cache.directory) == stored_rows(target)
+    assert drift.check(target) == []
+    assert target.stat().st_mode & 0o777 == 0o700
+    assert (target / "index.db").stat().st_mode & 0o777 == 0o600
+    for digest in files_of(target):
+        assert (target / "blobs" / digest.replace(":", "/")).stat().st_mode & 0o777 == 0o444
+    check(target)
+    assert names(target) == {"app:1", "app:2"}
+
+
+def test_an_empty_cache_and_an_empty_directory_are_good_enough(cache: Cache, target: Path) -> None:
+    target.mkdir()
+    assert cache.copy(target)[1:4] == (0, 0, 0)
+    check(target)
+
+
+def test_a_name_of_no_text_is_good_enough(cache: Cache, tmp_path: Path) -> None:
+    save(cache, "app:1", image(1))
+    cache.copy(tmp_path / os.fsdecode(b"deep/\xff\n"))
+    check(tmp_path / os.fsdecode(b"deep/\xff\n"))
+
+
+def test_leases_of_processes_and_trash_stay_behind_and_holds_come_along(cache: Cache, target: Path) -> None:
+    save(cache, "app:1", image(1))
+    cache.add_hold("app:1")
+    loose = cache.add_blob(b"leased by a live process")
+    change(cache.directory, f"INSERT INTO trash (digest, size) VALUES ('{make.digest_of(b'forgotten')}', 9)")
+    before = snapshot(cache.directory)
+    cache.copy(target)
+    assert snapshot(cache.directory) == before, "the copy's own leases are gone"
+    left: dict[str, Any] = {**snapshot_tables(target)}
+    assert {row[1] for row in left["leases"]} == {row[0] for row in left["holds"]} != set()
+    assert left["trash"] == []
+    assert loose in files_of(target), "it is stored at that moment"
+    check(target)
+    assert loose not in files_of(target)
+
+
+def snapshot_tables(directory: Path) -> dict[str, list[tuple[object, ...]]]:
+    shell = sqlite3.connect(directory / "index.db")
+    try:
+        return {name: shell.execute(f"SELECT * FROM {name}").fetchall() for name in ("leases", "holds", "trash")}
+    finally:
+        shell.close()
+
+
+WRITER = """
+import sys, threading
+from cachedb import Cache
+from tests.support import make
+from pathlib import Path
+directory, folder = map(Path, sys.argv[1:])
+cache = Cache.open(directory)
+number = 0
+while True:
+    number += 1
+    pair = {f"left:{number}": make.image(1, number + 10), f"right:{number}": make.image(2, number + 10)}
+    cache.cache_from_tar(make.write(folder / "pair.tar", make.oci_files(pair)))
+    if number > 3:
+        cache.remove_manifest(f"left:{number - 3}", f"right:{number - 3}")
+    if number == 4:
+        print("busy", flush=True)
+    cache.collect_garbage()
+"""
+
+
+def test_a_copy_is_of_one_moment_while_others_write_and_collect(cache: Cache, tmp_path: Path) -> None:
+    with running(WRITER, cache.directory, tmp_path):
+        found = set()
+        for number in range(6):
+            target = tmp_path / f"copy-{number}"
+            cache.copy(target)
+            check(target)
+            there = names(target)
+            left, right = ({name.partition(":")[2] for name in there if name.startswith(of)} for of in ("l", "r"))
+            assert left == right, "both names came in one transaction, and went in one"
+            assert len(left) in (3, 4)
+            with Cache.open(target) as copied:
+                assert all(copied.is_image_complete(name) for name in there)
+            found.add(frozenset(there))
+        assert len(found) > 1, "nobody wrote meanwhile"
+    cache.close()
+    check(cache.directory)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("step", ["copy_snapshot", "_copy_blobs"])
+def test_what_is_removed_during_the_copy_is_in_it(
+    cache: Cache, target: Path, late: bool, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(cache, "app:1", image(1))
+    owner: Any = backups if step == "copy_snapshot" else copy
+    go_on, lease = getattr(owner, step), copy._lease
+
+    def save_late(*arguments: Any) -> None:
+        lease(*arguments)
+        if late:
+            with Cache.open(cache.directory) as other:
+                save(other, "late:1", image(4))
+
+    def remove_first(*arguments: Any) -> Any:
+        with Cache.open(cache.directory) as other:
+            other.remove_manifest(*other.list_names())
+            other.collect_garbage()
+        return go_on(*arguments)
+
+    monkeypatch.setattr(copy, "_lease", save_late)
+    monkeypatch.setattr(owner, step, remove_first)
+    cache.copy(target)
+    monkeypatch.undo()
+    check(target)
+    assert names(target) == ({"app:1", "late:1"} if late else {"app:1"})
+    cache.close()
+    with Cache.open(cache.directory) as other:
+        other.collect_garbage()
+    assert files_of(cache.directory) == {}, "nothing keeps it any more"
+
+
+def test_few_blobs_are_leased_at_a_time(cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy, "_LEASED_TOGETHER", 2)
+    save(cache, "app:1", image(1, 2, 3))
+    before = snapshot(cache.directory)
+    cache.copy(target)
+    check(target)
+    assert snapshot(cache.directory) == before
+
+
+def test_a_cache_that_can_only_be_read_is_copied(cache: Cache, target: Path) -> None:
+    save(cache, "app:1", image(1))
+    before = snapshot(cache.directory)
+    cache._database.read_only = True
+    cache.copy(target)
+    cache._database.read_only = False
+    assert snapshot(cache.directory) == before
+    check(target)
+
+
+# How blobs come
+
+
+def test_blobs_are_linked_where_they_can_be(cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "ioctl", cannot)
+    made = image(1)
+    save(cache, "app:1", made)
+    done = cache.copy(target)
+    assert (done.reflinks, done.hard_links) == (0, 3)
+    assert path_of(target, made.config).samefile(path_of(cache.directory, made.config))
+    cache.remove_manifest("app:1")
+    cache.collect_garbage()
+    check(target)
+    assert files_of(target) == {digest: len(data) for digest, data in made.blobs.items()}
+
+
+def test_blobs_are_reflinks_where_the_file_system_can(
+    cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clone(made: int, request: int, file: int) -> None:
+        assert request == 0x40049409
+        os.write(made, os.pread(file, 1 << 20, 0))
+
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    made = image(1)
+    save(cache, "app:1", made)
+    done = cache.copy(target)
+    assert (done.reflinks, done.hard_links) == (3, 0)
+    assert not path_of(target, made.config).samefile(path_of(cache.directory, made.config))
+    assert path_of(target, made.config).stat().st_mode & 0o777 == 0o444
+    check(target)
+
+
+@pytest.mark.parametrize("mode", [0o464, 0o446])
+def test_what_others_can_write_to_is_copied(
+    cache: Cache, target: Path, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy, "_clone", lambda *_: False)
+    made = image(1)
+    save(cache, "app:1", made)
+    path_of(cache.directory, made.config).chmod(mode)
+    assert cache.copy(target).hard_links == 2
+    assert not path_of(target, made.config).samefile(path_of(cache.directory, made.config))
+    assert path_of(target, made.config).stat().st_mode & 0o777 == 0o444
+
+
+@pytest.mark.usefixtures("no_links")
+def test_without_links_the_content_is_verified(cache: Cache, target: Path) -> None:
+    made = image(1)
+    save(cache, "app:1", made)
+    cache.add_blob(LARGE)
+    assert cache.copy(target)[4:] == (0, 0)
+    check(target)
+    shutil.rmtree(target)
+    overwrite(path_of(cache.directory, made.layers[0]), b"x" * len(made.layers[0]))
+    with pytest.raises(DigestMismatch, match=r"should have digest .*: run `cachedb verify --repair` and copy again$"):
+        cache.copy(target)
+    assert not target.exists()
+
+
+def test_a_missing_or_short_file_fails_the_copy(cache: Cache, target: Path) -> None:
+    made = image(1)
+    save(cache, "app:1", made)
+    overwrite(path_of(cache.directory, made.config), made.config[:-1])
+    with pytest.raises(StorageError, match=r"has \d+ bytes and should have \d+: run `cachedb verify --repair` and"):
+        cache.copy(target)
+    path_of(cache.directory, made.config).unlink()
+    with pytest.raises(StorageError, match=r"is missing: run `cachedb verify --repair` and copy again$"):
+        cache.copy(target)
+    path_of(cache.directory, made.config).symlink_to("/etc/hostname")
+    with pytest.raises(StorageError, match="symbolic links"):
+        cache.copy(target)
+    assert not target.exists()
+    assert snapshot(cache.directory)["leases"] == []
+
+
+def test_a_damaged_index_is_not_copied(cache: Cache, target: Path) -> None:
+    save(cache, "app:1", image(1))
+    change(cache.directory, "INSERT INTO image_blobs VALUES (1, 99, 99, 'layer', 'text/plain', NULL, NULL)")
+    with pytest.raises(DamagedIndex, match="refers to a row of blobs that is not there: run `cachedb verify --repair`"):
+        cache.copy(target)
+    assert not target.exists()
+
+
+# Where to
+
+
+def test_only_a_new_or_empty_directory_outside_the_cache_is_filled(cache: Cache, tmp_path: Path, target: Path) -> None:
+    save(cache, "app:1", image(1))
+    before = snapshot(cache.directory)
+    for inside in (cache.directory, cache.directory / "backups" / "copy"):
+        with pytest.raises(NotACache, match="is inside the cache: name a directory elsewhere"):
+            cache.copy(inside)
+    (tmp_path / "link").symlink_to(cache.directory)
+    with pytest.raises(NotACache, match="is inside the cache"):
+        cache.copy(tmp_path / "link" / "copy")
+    target.mkdir()
+    (target / "notes.txt").touch()
+    with pytest.raises(NotACache, match=r"is not empty \(it holds 'notes.txt'\): name a new or empty directory"):
+        cache.copy(target)
+    assert os.listdir(target) == ["notes.txt"]
+    with pytest.raises(StorageError, match="cannot copy the cache: "):
+        cache.copy(target / "notes.txt")
+    cache.copy(tmp_path / "second")
+    with pytest.raises(NotACache, match="is a cache already"):
+        cache.copy(tmp_path / "second")
+    assert snapshot(cache.directory) == before
+    check(tmp_path / "second")
+
+
+def test_one_process_copies_into_a_directory(cache: Cache, target: Path) -> None:
+    target.mkdir()
+    lock = locks.acquire(target / UNFINISHED)
+    assert lock is not None
+    with pytest.raises(CacheError, match="another process is copying into"):
+        cache.copy(target)
+    assert os.listdir(target) == [UNFINISHED]
+    locks.release(lock)
+    cache.copy(target)
+    check(target)
+
+
+# Interrupted
+
+
+KILLED = """
+import os, signal, sys
+from cachedb import Cache
+from cachedb.operations import copy
+copy_blob, left = copy._copy_blob, int(sys.argv[3])
+def copy_and_die(*arguments):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return copy_blob(*arguments)
+copy._copy_blob = copy_and_die
+with Cache.open(sys.argv[1]) as cache:
+    print(flush=True)
+    cache.copy(sys.argv[2])
+"""
+
+
+def test_a_killed_copy_is_no_cache_and_the_next_one_succeeds(cachedb: Run, cache: Cache, target: Path) -> None:
+    save(cache, "app:1", image(1, 2, 3))
+    for left in (1, 3):
+        with running(KILLED, cache.directory, target, left) as process:
+            process.wait(60)
+        assert (target / UNFINISHED).exists()
+        with pytest.raises(NotACache):
+            Cache.open(target)
+        for command in ("ls", "verify --repair", "gc", "db current"):
+            done = cachedb("--dir", target, *command.split())
+            assert done.returncode in (1, 3) or "no cache yet" in done.stdout
+        (target / "notes.txt").touch()
+        with pytest.raises(NotACache, match=r"it holds 'notes\.txt'"):
+            cache.copy(target)
+        (target / "notes.txt").unlink()
+        (target / "blobs" / "sha256" / "notes.txt").touch()
+        with pytest.raises(NotACache, match="is no blob"):
+            cache.copy(target)
+        (target / "blobs" / "sha256" / "notes.txt").unlink()
+    cache.copy(target)
+    check(target)
+    assert names(target) == {"app:1"}
+    cache.close()
+    check(cache.directory)
+
+
+def test_what_a_link_of_a_killed_copy_leads_to_is_not_deleted(cache: Cache, target: Path, tmp_path: Path) -> None:
+    save(cache, "app:1", image(1))
+    cache.copy(tmp_path / "other")
+    target.mkdir()
+    (target / UNFINISHED).touch()
+    (target / "blobs").symlink_to(tmp_path / "other" / "blobs")
+    with pytest.raises(NotACache, match="it holds 'blobs'"):
+        cache.copy(target)
+    (target / "blobs").unlink()
+    (target / UNFINISHED).unlink()
+    (target / UNFINISHED).symlink_to(tmp_path / "other" / "index.db")
+    with pytest.raises(NotACache, match=f"it holds '{UNFINISHED}'"):
+        cache.copy(target)
+    check(tmp_path / "other")
+
+
+def test_an_interrupt_leaves_nothing(cache: Cache, target: Path) -> None:
+    save(cache, "app:1", image(1, 2))
+    target.mkdir()
+
+    def interrupt(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.copy(target, progress=interrupt)
+    assert os.listdir(target) == []
+    assert snapshot(cache.directory)["leases"] == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted: run as root")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def test_a_disk_that_is_full_is_as_it_was(cache: Cache, small_disk: Path) -> None:
+    save(cache, "app:1", image(1))
+    large = cache.add_blob(LARGE)
+    with pytest.raises(StorageError, match="No space left on device"):
+        cache.copy(small_disk)
+    assert os.listdir(small_disk) == []
+    with pytest.raises(StorageError, match="No space left on device"):
+        cache.copy(small_disk / "deep" / "copy")
+    assert os.listdir(small_disk) == []
+    cache.close()
+    with Cache.open(cache.directory) as other:
+        other.collect_garbage()
+        assert not other.has_blob(large)
+        other.copy(small_disk)
+    assert names(small_disk) == {"app:1"}
+
+
+def test_progress_comes_to_all_bytes(cache: Cache, target: Path) -> None:
+    save(cache, "app:1", image(1, 2))
+    told: list[tuple[int, int]] = []
+    done = cache.copy(target, progress=lambda count, total: told.append((count, total)))
+    assert told[-1] == (done.bytes, done.bytes)
+
+
+# The command line
+
+
+def test_the_command_says_what_it_has_done(cachedb: Run, cache: Cache, tmp_path: Path, target: Path) -> None:
+    save(cache, "app:1", image(1))
+    done = cachedb("copy", target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("images: 1; blobs: 3, ")
+    quiet = cachedb("copy", "-q", tmp_path / "quiet")
+    assert (quiet.returncode, quiet.stdout) == (0, f"{tmp_path / 'quiet'}\n")
+    found = json.loads(cachedb("copy", "--format", "json", tmp_path / "json").stdout)
+    assert set(found) == {"directory", "images", "blobs", "bytes", "reflinks", "hard_links"}
+    assert (found["directory"], found["images"], found["blobs"]) == (str(tmp_path / "json"), 1, 3)
+    again = cachedb("copy", target)
+    assert (again.returncode, again.stdout) == (1, "")
+    assert again.stderr == f"cachedb: {str(target)!r} is a cache already: name a new or empty directory\n"
+    assert cachedb("copy", "").returncode == 1
+    assert cachedb("--dir", tmp_path / "none", "copy", tmp_path / "x").returncode == 3
+    assert not (tmp_path / "x").exists()
+    assert cachedb("--dir", target, "verify").returncode == 0
+
+
+# Copies that other programs make, file by file
+
+
+def copy_files(source: Path, target: Path, *, without: tuple[str, ...] = ()) -> None:
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*-shm", *without))
+
+
+def marker_of(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "cachedb.json").read_text()))
+
+
+def tear(source: Path, target: Path, *, without: tuple[str, ...] = ()) -> None:
+    """Copy a live cache with a pause between its index and the index's WAL, in which many images come and go."""
+    with Cache.open(source) as cache:
+        for number in range(60):
+            cache.tag("app:1", f"name-{number}:1")
+        copy_files(source, target, without=("index.db-wal", *without))
+        shell = sqlite3.connect(source / "index.db")
+        for number in range(60):
+            cache.remove_manifest(f"name-{number}:1")
+            cache.tag("app:1", f"other-{number * 7919 % 60}:1")
+        shell.execute("PRAGMA wal_checkpoint(RESTART)")
+        shell.close()
+        for number in range(30):
+            cache.tag("app:1", f"third-{number * 7919 % 60}:1")
+        shutil.copy(source / "index.db-wal", target / "index.db-wal")
+
+
+@pytest.mark.parametrize("without", [(), ("cachedb.json",)])
+def test_a_torn_copy_is_refused_until_it_is_repaired(
+    cachedb: Run, directory: Path, target: Path, without: tuple[str, ...]
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1, 2))
+    tear(directory, target, without=without)
+    for _ in range(2):
+        for command in ("ls", "gc", "stats", "db check", "db backup"):
+            done = cachedb("--dir", target, *command.split())
+            assert (done.returncode, done.stdout) == (1, "")
+            assert "damaged" in done.stderr
+            assert "`cachedb verify --repair`" in done.stderr
+    assert cachedb("--dir", target, "verify").returncode == 1
+    assert cachedb("--dir", target, "verify", "--repair").returncode == 1
+    assert cachedb("--dir", target, "ls").returncode == 0
+    check(target)
+    check(directory)
+
+
+def test_a_copy_that_lacks_a_blob_is_refused_until_it_is_repaired(cachedb: Run, directory: Path, target: Path) -> None:
+    made = image(1)
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", made)
+    copy_files(directory, target)
+    path_of(target, made.config).unlink()
+    with pytest.raises(DamagedIndex, match=r"is a damaged copy of a cache \(sha256:.* is missing or has"):
+        Cache.open(target)
+    assert cachedb("--dir", target, "verify", "--quick", "--repair").returncode == 1
+    with Cache.open(target) as cache:
+        assert not cache.is_image_complete("app:1")
+    path_of(directory, made.config).unlink()
+    with Cache.open(directory) as cache:  # it is no copy: what is left of it is of use
+        assert cache.has_blob(make.digest_of(made.layers[0]))
+
+
+def test_a_sound_copy_is_a_cache_with_an_id_of_its_own(
+    directory: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy_files(directory, target)
+    first = marker_of(directory)
+    checks = []
+    check_copy = Database._check_copy
+
+    def counted(database: Database, folders: Folders) -> None:
+        checks.append(database.directory)
+        check_copy(database, folders)
+
+    monkeypatch.setattr(Database, "_check_copy", counted)
+    for _ in range(2):
+        assert names(target) == {"app:1"}
+        assert names(directory) == {"app:1"}
+    assert checks == [target]
+    assert marker_of(directory) == first
+    assert marker_of(target)["id"] != first["id"]
+    assert marker_of(target)["inode"] == (target / "cachedb.json").stat().st_ino
+    target.rename(target.with_name("renamed"))
+    assert names(target.with_name("renamed")) == {"app:1"}
+    assert checks == [target], "a cache that was renamed is no copy"
+
+
+def test_a_copy_that_can_only_be_read_is_checked_each_time(
+    directory: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = image(1)
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", made)
+    copy_files(directory, target)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    before = marker_of(target)
+    for _ in range(2):
+        assert names(target) == {"app:1"}
+    assert marker_of(target) == before
+    path_of(target, made.config).unlink()
+    with pytest.raises(DamagedIndex, match="is a damaged copy"):
+        Cache.open(target)
+    assert names(directory) == {"app:1"}
+
+
+def test_a_copy_on_a_full_disk_can_be_read(directory: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy_files(directory, target)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(marker, "renew", full)
+    assert names(target) == {"app:1"}
+    monkeypatch.undo()
+    assert names(target) == {"app:1"}
+    assert marker_of(target)["id"] != marker_of(directory)["id"]
+
+
+def test_many_processes_open_a_copy_at_once(directory: Path, target: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy_files(directory, target)
+    script = (
+        "import sys; from cachedb import Cache\nwith Cache.open(sys.argv[1]) as cache: cache.tag('app:1', sys.argv[2])"
+    )
+    started = [start_python(script, target, f"app:{number}") for number in range(2, 8)]
+    for process in started:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    assert len(names(target)) == 7
+
+
+def test_a_copy_is_accepted_once(directory: Path, target: Path) -> None:
+    Cache.open(directory).close()
+    copy_files(directory, target)
+    first, second = Database(target), Database(target)
+    assert first.folders.is_copy
+    assert second.folders.is_copy
+    first.accept_copy(check=True)
+    accepted = marker_of(target)
+    second.accept_copy(check=True)
+    assert marker_of(target) == accepted, "to have another id would end the work of the first"
+    first.close()
+    second.close()
+
+
+def test_a_repaired_copy_is_accepted_with_what_cannot_be_repaired(directory: Path, target: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy_files(directory, target)
+    (target / "blobs" / "sha256" / ("0" * 64)).write_bytes(b"x")
+    database = Database(target)
+    assert database.folders.is_copy
+    session = Session(database)
+    verify.verify(database, session, quick=False, repair=True)
+    session.close()
+    database.close()
+    assert marker_of(target)["inode"] == (target / "cachedb.json").stat().st_ino
+
+
+def test_a_cache_of_an_older_release_that_lacks_a_blob_is_of_use(directory: Path) -> None:
+    made = image(1)
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", made)
+    path_of(directory, made.config).unlink()
+    (directory / "cachedb.json").unlink()
+    assert names(directory) == {"app:1"}
+    assert marker_of(directory)["inode"] == (directory / "cachedb.json").stat().st_ino
+
+
+def test_a_copy_whose_index_lacks_entries_is_refused(directory: Path, target: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy_files(directory, target)
+    for sql in (
+        "UPDATE sqlite_master SET sql = sql || ' WHERE 0' WHERE name = 'ix_image_blobs_blob_id'",
+        "REINDEX ix_image_blobs_blob_id",
+        "UPDATE sqlite_master SET sql = replace(sql, ' WHERE 0', '') WHERE name = 'ix_image_blobs_blob_id'",
+    ):
+        shell = sqlite3.connect(target / "index.db", isolation_level=None)
+        shell.execute("PRAGMA writable_schema = ON")
+        shell.execute(sql)
+        shell.close()
+    for _ in range(2):
+        with pytest.raises(DamagedIndex, match=r"is a damaged copy of a cache \(.*ix_image_blobs_blob_id"):
+            Cache.open(target)

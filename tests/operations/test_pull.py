@@ -1,0 +1,780 @@
+"""Pulling: what comes from a registry, how often it is asked, and what happens when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from urllib3.exceptions import SSLError
+
+from cachedb import Cache, DigestMismatch, InvalidManifest, InvalidName, NotInCache, RegistryError, RegistryUnavailable
+from cachedb.oci.names import Name
+from cachedb.transports.registry import client, places, repository, tls
+from tests.conftest import Run
+from tests.index.test_schema import change
+from tests.support import make
+from tests.support.faults import Do, answer, changed, closed, corrupt, endless, html, redirect, retry_later, without
+from tests.support.promises import check
+from tests.support.registries import HTPASSWD, PASSWORD, REFRESH_TOKEN, USER, Registry, certificate, docker_registry
+
+FIRST = make.image(1, 2, compression="gzip")
+SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first
+LARGE = make.image(4, size=3_000_000)
+ARM = make.image(1, 5, architecture="arm64")
+ODD = make.image(6, architecture="riscv64")
+
+
+@pytest.fixture
+def cache(directory: Path) -> Iterator[Cache]:
+    with Cache.open(directory) as opened:
+        yield opened
+    check(directory)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No credentials, mirrors or proxies of the user's; and pauses are not waited for."""
+    for name in [*os.environ]:
+        if name.lower().endswith("_proxy") or name.startswith(("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: PAUSES.append(seconds))
+    PAUSES.clear()
+
+
+PAUSES: list[float] = []
+
+
+@pytest.fixture
+def remote() -> Iterator[Registry]:
+    with Registry() as made:
+        made.add(FIRST, "app", "1")
+        made.add(SECOND, "app", "2")
+        made.add(LARGE, "large", "1")
+        yield made
+
+
+def asked(remote: Registry) -> list[tuple[str, str]]:
+    """What the registry was asked for, without `/v2/`; and forget it."""
+    found = [(request.method, request.path.removeprefix("/v2/")) for request in remote.requests]
+    remote.requests.clear()
+    return found
+
+
+def blobs_of(remote: Registry) -> list[str]:
+    return [path.rpartition("/")[2] for method, path in asked(remote) if method == "GET" and "/blobs/" in path]
+
+
+def assert_is_here(cache: Cache, name: str, image: make.Made) -> None:
+    assert cache.is_image_complete(name)
+    assert cache.get_manifest(name) == image.manifest
+    for digest, data in image.blobs.items():
+        assert cache.get_blob(digest) == data
+
+
+# What comes, and what is asked
+
+
+def test_an_image_comes_whole_under_the_name_that_was_given(cache: Cache, remote: Registry) -> None:
+    pulled = cache.pull(f"{remote.host}/app:1")
+    assert str(pulled.image.name) == f"{remote.host}/app:1"
+    assert (pulled.image.digest, pulled.image.complete, pulled.stale) == (FIRST.digest, True, None)
+    assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+
+
+def test_a_tag_that_has_not_moved_costs_one_request(cache: Cache, remote: Registry) -> None:
+    cache.pull(f"{remote.host}/app:1")
+    asked(remote)
+    pulled = cache.pull(f"{remote.host}/app:1")
+    assert asked(remote) == [("HEAD", "app/manifests/1")]
+    assert (pulled.blobs, pulled.bytes, pulled.image.digest) == (0, 0, FIRST.digest)
+
+
+def test_a_tag_that_has_moved_is_followed(cache: Cache, remote: Registry) -> None:
+    cache.pull(f"{remote.host}/app:1")
+    remote.add(SECOND, "app", "1")
+    cache.pull(f"{remote.host}/app:1")
+    assert_is_here(cache, f"{remote.host}/app:1", SECOND)
+
+
+def test_only_what_is_not_here_is_downloaded(cache: Cache, remote: Registry) -> None:
+    cache.pull(f"{remote.host}/app:1")
+    asked(remote)
+    pulled = cache.pull(f"{remote.host}/app:2")
+    new = SECOND.blobs.keys() - FIRST.blobs.keys() - {SECOND.digest}
+    assert sorted(blobs_of(remote)) == sorted(new)
+    assert (pulled.blobs, pulled.bytes) == (len(new), sum(len(SECOND.blobs[digest]) for digest in new))
+
+
+def test_what_is_named_by_digest_and_here_is_not_asked_for(cache: Cache, remote: Registry) -> None:
+    name = f"{remote.host}/app@{FIRST.digest}"
+    cache.pull(name)
+    assert_is_here(cache, name, FIRST)
+    asked(remote)
+    cache.pull(name)
+    assert asked(remote) == []
+
+
+def test_if_missing_asks_nobody_for_what_is_here(cache: Cache, remote: Registry) -> None:
+    cache.pull(f"{remote.host}/app:1", if_missing=True)
+    remote.add(SECOND, "app", "1")
+    asked(remote)
+    assert cache.pull(f"{remote.host}/app:1", if_missing=True).image.digest == FIRST.digest
+    assert asked(remote) == []
+
+
+def test_an_image_that_lacks_a_blob_is_made_whole(cache: Cache, remote: Registry) -> None:
+    name = f"{remote.host}/app:1"
+    cache.save_manifest(name, FIRST.manifest)
+    assert not cache.is_image_complete(name)
+    cache.pull(name, if_missing=True)
+    assert_is_here(cache, name, FIRST)
+
+
+def test_a_registry_that_says_no_digest_is_asked_for_the_manifest(cache: Cache, remote: Registry) -> None:
+    remote.fault(answer(405), method="HEAD", times=9)
+    for _ in range(2):
+        cache.pull(f"{remote.host}/app:1")
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+
+
+# Platforms
+
+
+@pytest.fixture
+def several(remote: Registry, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    children = FIRST, ARM, ODD
+    platforms = [{"os": "linux", "architecture": name} for name in ("amd64", "arm64", "riscv64")]
+    remote.add_index(make.index(*children, platforms=platforms), "several", "1", children)
+    return f"{remote.host}/several:1"
+
+
+def test_the_hosts_platform_comes_and_the_index_is_kept(cache: Cache, several: str) -> None:
+    pulled = cache.pull(several)
+    assert pulled.image.complete
+    assert pulled.image.architecture == "amd64"
+    digests = {blob.digest for blob in cache.get_image_blobs(several)}
+    assert digests == {pulled.image.digest, *FIRST.blobs}
+    assert cache.verify().problems == []
+
+
+def test_another_platform_comes_to_those_that_are_here(cache: Cache, several: str, remote: Registry) -> None:
+    index = cache.pull(several).image.digest
+    asked(remote)
+    assert cache.pull(several, platform="linux/arm64").image.complete
+    assert set(blobs_of(remote)) == ARM.blobs.keys() - FIRST.blobs.keys() - {ARM.digest}
+    digests = {blob.digest for blob in cache.get_image_blobs(several)}
+    assert digests == {index, *FIRST.blobs, *ARM.blobs}
+    cache.pull(several)
+    cache.pull(several, platform="linux/arm64/v8")
+    assert asked(remote) == [("HEAD", "several/manifests/1")] * 2
+    cache.tag(several, "mine:1")
+    assert {blob.digest for blob in cache.get_image_blobs("mine:1")} == digests
+    assert cache.verify().problems == []
+
+
+def test_all_platforms_come_if_asked_for(cache: Cache, several: str) -> None:
+    cache.pull(several)
+    pulled = cache.pull(several, all_platforms=True)
+    assert pulled.image.complete
+    digests = {blob.digest for blob in cache.get_image_blobs(several)}
+    assert digests == {pulled.image.digest, *FIRST.blobs, *ARM.blobs, *ODD.blobs}
+
+
+def test_a_platform_that_there_is_not_is_an_error_that_names_those_there_are(cache: Cache, several: str) -> None:
+    with pytest.raises(NotInCache, match=r"not for platform 'linux/s390x', but for linux/amd64, linux/arm64, linux/r"):
+        cache.pull(several, platform="linux/s390x")
+    assert cache.list_manifests() == []
+
+
+def test_a_blob_that_comes_later_adds_no_platform(cache: Cache, several: str) -> None:
+    cache.pull(several)
+    before = cache.get_image_blobs(several)
+    cache.add_blob(ARM.manifest)
+    assert cache.get_image_blobs(several) == before
+
+
+def test_a_repair_adds_no_platform(cache: Cache, several: str) -> None:
+    cache.pull(several)
+    before = cache.get_image_blobs(several)
+    change(cache.directory, "UPDATE image_blobs SET role = 'other' WHERE position = 2")
+    assert [problem.kind for problem in cache.verify(repair=True).problems] == ["index"]
+    assert cache.get_image_blobs(several) == before
+
+
+def test_a_platform_that_is_known_and_not_here_is_told_of(cache: Cache, several: str, tmp_path: Path) -> None:
+    cache.pull(several, platform="linux/arm64")
+    advice = "is not here for platform 'linux/amd64': pull it with --platform"
+    with pytest.raises(NotInCache, match=advice):
+        cache.push(several, platform="linux/amd64")
+    with pytest.raises(NotInCache, match=advice):
+        cache.export(several, tmp_path / "app.tar", format="docker", platform="linux/amd64")
+    with pytest.raises(NotInCache, match="is not for platform 'linux/s390x', but for linux/arm64"):
+        cache.push(several, platform="linux/s390x")
+
+
+def test_an_export_names_no_platform_that_is_not_here(cache: Cache, several: str, tmp_path: Path) -> None:
+    cache.pull(several)
+    cache.export(several, tmp_path / "layout", format="oci-dir")
+    cache.export(several, tmp_path / "image.tar")
+    with Cache.open(tmp_path / "other") as other:
+        for source in ("layout", "image.tar"):
+            (image,) = other.cache_from_tar(tmp_path / source, f"{source.partition('.')[0]}:1")
+            assert image.complete
+            assert {blob.digest for blob in other.get_image_blobs(str(image.name))} == {image.digest, *FIRST.blobs}
+    cache.pull(several, all_platforms=True)
+    cache.export(several, tmp_path / "all", format="oci-dir")
+    index = json.loads((tmp_path / "all" / "index.json").read_bytes())
+    assert index["manifests"][0]["digest"] == cache.get_image(several).digest
+
+
+# Cut off, and gone on with
+
+
+def test_a_layer_that_is_cut_off_is_gone_on_with(cache: Cache, remote: Registry) -> None:
+    layer = make.digest_of(LARGE.layers[0])
+    remote.fault(changed(cut=1_000_000), method="GET", path=layer)
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    first, second = (request for request in remote.requests if request.path.endswith(layer))
+    assert "range" not in first.headers
+    assert second.headers["range"].startswith("bytes=")
+    assert second.headers["range"] != "bytes=0-"
+
+
+def test_a_killed_pull_is_gone_on_with_where_it_stopped(directory: Path, remote: Registry) -> None:
+    name, layer = f"{remote.host}/large:1", make.digest_of(LARGE.layers[0])
+    code = (
+        "import os, sys; from cachedb import Cache\n"
+        "def told(done, total):\n"
+        "    if done > 1_500_000: os.kill(os.getpid(), 9)\n"
+        f"Cache.open({str(directory)!r}).pull({name!r}, progress=told)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    asked(remote)
+    with Cache.open(directory) as cache:
+        assert cache.list_manifests() == []
+        assert cache.collect_garbage().blobs < 3  # which leaves what is being downloaded alone
+        cache.pull(name)
+        assert_is_here(cache, name, LARGE)
+    (request,) = (request for request in remote.requests if request.path.endswith(layer))
+    assert int(request.headers["range"].removeprefix("bytes=").removesuffix("-")) > 1_000_000
+    check(directory)
+
+
+def test_a_pull_that_is_killed_when_a_layer_is_all_there_does_not_download_it_again(
+    directory: Path, remote: Registry
+) -> None:
+    name, layer = f"{remote.host}/large:1", make.digest_of(LARGE.layers[0])
+    code = (
+        "import os, time; from cachedb import Cache; from cachedb.content import save as images\n"
+        f"die = lambda *it: os.kill(os.getpid(), 9) if it[2][0].digest == {layer!r} else time.sleep(60)\n"
+        "images.publish = die\n"
+        f"Cache.open({str(directory)!r}).pull({name!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    asked(remote)
+    with Cache.open(directory) as cache:
+        cache.pull(name)
+        assert_is_here(cache, name, LARGE)
+    assert layer not in blobs_of(remote)
+    assert list(directory.glob("ingest/partial/*")) == []
+    check(directory)
+
+
+def test_what_is_left_of_a_download_that_was_stored_is_not_written_to(cache: Cache, remote: Registry) -> None:
+    cache.pull(f"{remote.host}/large:1")
+    data = LARGE.layers[0]
+    left, stored = partial(cache, data, b""), cache.get_blob_path(make.digest_of(data))
+    left.unlink()
+    os.link(stored, left)
+    change(cache.directory, f"UPDATE blobs SET stored_at = NULL WHERE digest = '{make.digest_of(data)}'")
+    stored.chmod(0o600)
+    stored.write_bytes(data[:1000])
+    before = stored.stat().st_ino
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    assert stored.stat().st_ino != before
+
+
+def partial(cache: Cache, data: bytes, content: bytes) -> Path:
+    path = cache.directory / "ingest" / "partial" / make.digest_of(data).replace(":", "-")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("content", [b"x" * 1000, LARGE.layers[0][:-1] + b"!", LARGE.layers[0] + b"!", LARGE.layers[0]])
+def test_what_is_left_of_a_download_is_not_trusted(cache: Cache, remote: Registry, content: bytes) -> None:
+    path = partial(cache, LARGE.layers[0], content)
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    assert not path.exists()
+
+
+def test_what_nobody_goes_on_with_for_a_day_is_collected(cache: Cache) -> None:
+    old, new = partial(cache, b"old", b"o"), partial(cache, b"new", b"n")
+    os.utime(old, (time.time() - 100_000,) * 2)
+    cache.collect_garbage()
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_a_registry_that_knows_no_ranges_sends_it_all_again(cache: Cache, remote: Registry) -> None:
+    partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
+    remote.fault(without(header="range"), method="GET", path=make.digest_of(LARGE.layers[0]))
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+
+
+def test_progress_comes_to_the_bytes_that_are_downloaded(cache: Cache, remote: Registry) -> None:
+    partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
+    calls: list[tuple[int, int]] = []
+    pulled = cache.pull(f"{remote.host}/large:1", progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (pulled.bytes, pulled.bytes)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else: run as root")
+def test_a_layer_that_is_all_there_is_gone_on_with_by_who_is_not_root(remote: Registry) -> None:
+    name, data = f"{remote.host}/large:1", LARGE.layers[0]
+    code = f"""if True:
+        import os
+        import encodings.idna, cachedb.operations.pull, cachedb.transports.registry.repository  # while it can read them
+        from cachedb import Cache
+        from tests.operations.test_pull import LARGE, partial
+        os.setuid(65534)
+        with Cache.open("cache") as cache:
+            partial(cache, LARGE.layers[0], LARGE.layers[0]).chmod(0o444)  # as it is left when it is being stored
+            assert cache.pull({name!r}).image.complete
+        """
+    # Not below pytest's own folders, which are for their owner alone.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+    assert make.digest_of(data) not in blobs_of(remote)
+
+
+# Many at once
+
+
+def test_what_has_come_is_not_collected_before_its_image_appears(
+    cache: Cache, remote: Registry, directory: Path
+) -> None:
+    many = make.image(*range(20, 32))
+    name = remote.add(many, "many", "1")
+    with Cache.open(directory) as other:
+        cache.pull(name, progress=lambda done, total: other.collect_garbage() and None)
+    assert_is_here(cache, name, many)
+
+
+def test_many_who_want_one_image_download_it_once(directory: Path, remote: Registry) -> None:
+    name = f"{remote.host}/large:1"
+    code = f"from cachedb import Cache\nwith Cache.open({str(directory)!r}) as cache: cache.pull({name!r})"
+    remote.fault(changed(delay=0.5), method="GET", path=make.digest_of(LARGE.layers[0]))
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(6)]
+    assert [process.wait(60) for process in running] == [0] * 6
+    found = blobs_of(remote)
+    assert len(found) == len(set(found)) == 2
+    with Cache.open(directory) as cache:
+        assert_is_here(cache, name, LARGE)
+
+
+def test_images_that_share_a_layer_and_are_pulled_at_once_download_it_once(directory: Path, remote: Registry) -> None:
+    shared = make.digest_of(FIRST.layers[0])
+    remote.fault(changed(delay=0.5), method="GET", path=shared)
+    with Cache.open(directory) as cache:
+        threads = [threading.Thread(target=cache.pull, args=(f"{remote.host}/app:{tag}",)) for tag in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+        assert_is_here(cache, f"{remote.host}/app:2", SECOND)
+    assert blobs_of(remote).count(shared) == 1
+    check(directory)
+
+
+# Registries that lie or fail
+
+
+def refused(cache: Cache, name: str, data: bytes, match: str) -> None:
+    with pytest.raises(DigestMismatch, match=match):
+        cache.pull(name)
+    assert cache.list_manifests() == []
+    assert not list(cache.directory.glob(f"ingest/partial/*{make.hex_of(data)}"))
+
+
+def test_content_of_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
+    remote.fault(corrupt(), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
+    refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "should have digest")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_content_without_an_end_is_refused(cache: Cache, remote: Registry, chunked: bool) -> None:
+    remote.fault(endless(chunked=chunked), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
+    refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "bytes, and is more")
+
+
+def test_a_manifest_of_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
+    remote.fault(answer(405), method="HEAD", times=9)
+    remote.fault(corrupt(30), method="GET", path="manifests", times=9)
+    with pytest.raises((DigestMismatch, InvalidManifest)):
+        cache.pull(f"{remote.host}/app:1")
+    with pytest.raises(DigestMismatch, match=FIRST.digest):
+        cache.pull(f"{remote.host}/app@{FIRST.digest}")
+
+
+def test_a_manifest_of_many_megabytes_is_refused(cache: Cache, remote: Registry) -> None:
+    remote.add_manifest(FIRST.manifest + b" " * 5_000_000, "app", "huge")
+    with pytest.raises(RegistryError, match="over 4194304 bytes"):
+        cache.pull(f"{remote.host}/app:huge")
+
+
+def test_what_there_is_not_is_an_error_that_says_so(cache: Cache, remote: Registry) -> None:
+    with pytest.raises(RegistryError, match=rf"{remote.host} has no app:9 \(404"):
+        cache.pull(f"{remote.host}/app:9")
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_failure_that_passes_is_waited_for(cache: Cache, remote: Registry, status: int) -> None:
+    remote.fault(retry_later(7, status), method="GET", times=2)
+    cache.pull(f"{remote.host}/app:1")
+    assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+    assert len(PAUSES) == 2
+    assert min(PAUSES) >= 7
+
+
+def test_a_registry_that_wants_an_hour_is_unavailable(cache: Cache, remote: Registry) -> None:
+    remote.fault(retry_later(3600), method="HEAD", times=9)
+    with pytest.raises(RegistryUnavailable, match=r"overloaded, or failing \(429"):
+        cache.pull(f"{remote.host}/app:1")
+    assert PAUSES == []
+
+
+@pytest.mark.parametrize(
+    ("status", "asked_for"), [(429, {"method": "HEAD"}), (503, {"path": "/blobs/"})], ids=["at once", "on the way"]
+)
+def test_the_copy_that_is_here_is_taken_only_if_asked_for(
+    cache: Cache, remote: Registry, status: int, asked_for: dict[str, Any]
+) -> None:
+    name = f"{remote.host}/app:1"
+    with pytest.raises(RegistryUnavailable):
+        cache.pull("127.0.0.1:1/app:1", allow_stale=True)
+    cache.pull(name)
+    remote.add(LARGE, "app", "1")
+    remote.fault(answer(status), **asked_for, times=99)
+    with pytest.raises(RegistryUnavailable):
+        cache.pull(name)
+    pulled = cache.pull(name, allow_stale=True)
+    assert str(status) in (pulled.stale or "")
+    assert pulled.image.digest == FIRST.digest
+    assert_is_here(cache, name, FIRST)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_connection_that_is_closed_before_an_answer_is_tried_again(
+    cache: Cache, remote: Registry, reset: bool
+) -> None:
+    remote.fault(closed(reset=reset), times=3)
+    cache.pull(f"{remote.host}/app:1")
+    assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+
+
+def test_a_registry_that_drips_is_given_up(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repository, "_MINUTE", 0.2)
+    remote.fault(changed(drip=0.05), method="GET", path=make.digest_of(LARGE.layers[0]), times=99)
+    with pytest.raises(RegistryUnavailable, match="less than 1024 bytes a second"):
+        cache.pull(f"{remote.host}/large:1")
+
+
+# Where to, and with which credentials
+
+
+def test_a_name_is_on_the_wire_where_docker_has_it() -> None:
+    def where(name: str, plain: bool | None = None) -> tuple[str, str]:
+        found = places.place(Name.parse(name), plain_http=plain)
+        return found.url, found.repository
+
+    assert where("alpine") == ("https://registry-1.docker.io", "library/alpine")
+    assert where("team/app:1") == ("https://registry-1.docker.io", "team/app")
+    assert where("docker.io/library/alpine:3") == ("https://registry-1.docker.io", "library/alpine")
+    assert where("ghcr.io/team/app@sha256:" + "0" * 64) == ("https://ghcr.io", "team/app")
+    assert where("localhost/app") == ("http://localhost", "app")
+    assert where("127.0.0.1:5000/app") == ("http://127.0.0.1:5000", "app")
+    assert where("registry:5000/app") == ("https://registry:5000", "app")
+    assert where("registry:5000/app", plain=True) == ("http://registry:5000", "app")
+    assert where("localhost:5000/app", plain=False) == ("https://localhost:5000", "app")
+
+
+@pytest.mark.parametrize("port", ["65536", "99999", "655350"])
+def test_a_port_that_cannot_be_is_named(cache: Cache, monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    if len(port) <= 5:
+        with pytest.raises(InvalidName, match=f"'localhost:{port}' has a port above 65535"):
+            cache.pull(f"localhost:{port}/app:1")
+    monkeypatch.setenv("CACHEDB_MIRRORS", f"docker.io=localhost:{port}")
+    with pytest.raises(InvalidName, match=f"CACHEDB_MIRRORS has 'docker.io=localhost:{port}'"):
+        cache.pull("alpine:3")
+
+
+def test_mirrors_are_asked_first_and_the_registry_in_the_end(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Registry() as mirror:
+        mirror.add(FIRST, "mirrored/app", "1")
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"docker.io=unused {remote.host}={mirror.host}/mirrored")
+        cache.pull(f"{remote.host}/app:1")
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+        assert asked(remote) == []
+        cache.pull(f"{remote.host}/app:2")  # which the mirror has not
+        assert_is_here(cache, f"{remote.host}/app:2", SECOND)
+
+
+@pytest.mark.parametrize(
+    ("fault", "path"),
+    [
+        (html(), ""),
+        (corrupt(30), "/manifests/sha256"),
+        (corrupt(30), f"/manifests/{ARM.digest}"),
+        (corrupt(), "/blobs/"),
+    ],
+)
+def test_a_mirror_that_has_something_else_is_passed_over(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, fault: Do, path: str
+) -> None:
+    seen: list[tuple[int, int]] = []
+    with Registry() as mirror:
+        for server in (remote, mirror):
+            server.add_index(make.index(FIRST, ARM), "several", "1", [FIRST, ARM])
+        mirror.fault(fault, path=path, times=99)
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"{remote.host}={mirror.host}")
+        name = f"{remote.host}/several:1"
+        cache.pull(name, all_platforms=True, referrers=True, progress=lambda *told: seen.append(told))
+        assert cache.is_image_complete(name)
+        assert all(cache.get_blob(digest) == data for digest, data in {**FIRST.blobs, **ARM.blobs}.items())
+    assert seen[-1][0] == seen[-1][1] == max(done for done, _ in seen)
+
+
+def login(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> Path:
+    auth = {"username": user, "password": password}
+    path.write_text(json.dumps({"auths": {host: auth}}))
+    return path
+
+
+@pytest.mark.parametrize("auth", ["basic", "bearer"])
+def test_credentials_are_shown_to_the_registry_that_asks(cache: Cache, tmp_path: Path, auth: str) -> None:
+    with Registry(auth=auth) as remote:
+        remote.add(FIRST, "app", "1")
+        with pytest.raises(RegistryError, match=r"refuses .*log in with `skopeo login") as error:
+            cache.pull(
+                f"{remote.host}/app:1", authfile=login(tmp_path / "wrong.json", remote.host, password="wrong-word")
+            )
+        assert "wrong-word" not in str(error.value)
+        cache.pull(f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+
+
+def test_a_token_that_expires_on_the_way_is_replaced(cache: Cache, tmp_path: Path) -> None:
+    with Registry(auth="bearer") as remote:
+        remote.expires_in = 1
+        remote.add(LARGE, "large", "1")
+        remote.fault(changed(delay=1.5), method="GET", path="manifests")
+        cache.pull(f"{remote.host}/large:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+
+
+def test_credentials_do_not_go_along_a_redirect(cache: Cache, tmp_path: Path) -> None:
+    with Registry() as storage, Registry(auth="basic") as remote:
+        remote.add(FIRST, "app", "1")
+        storage.add(FIRST, "app", "1")
+        remote.fault(redirect(storage.url), method="GET", path="/blobs/", times=99)
+        cache.pull(f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+        assert storage.requests
+        assert all("authorization" not in request.headers for request in storage.requests)
+
+
+def test_nothing_that_was_https_goes_on_without(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    with Registry() as other, Registry(auth="bearer", tls=(certified, key)) as remote:
+        name, authfile = remote.add(FIRST, "app", "1"), login(tmp_path / "auth.json", remote.host)
+        remote.realm = f"{other.url}/token"
+        with pytest.raises(RegistryError, match="for tokens, which is not HTTPS"):
+            cache.pull(name, plain_http=False, authfile=authfile)
+        remote.realm = f"{remote.url}/token"
+        remote.fault(redirect(other.url), method="GET", path="/blobs/", times=99)
+        with pytest.raises(RegistryError, match="sends us to what is not HTTPS"):
+            cache.pull(name, plain_http=False, authfile=authfile)
+        assert other.requests == []
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_registry_that_speaks_https_where_http_is_usual_is_an_error_that_names_tls(
+    cache: Cache, remote: Registry, method: str
+) -> None:
+    # What Go's servers say on such a port; to a request for a body, with a line that is not JSON.
+    remote.fault(answer(400, body=b"Client sent an HTTP request to an HTTPS server.\n"), method=method, times=9)
+    with pytest.raises(RegistryError, match=r"answers 400 to a request for app[^ ]+; if it speaks HTTPS, use --tls$"):
+        cache.pull(f"{remote.host}/app:1")
+
+
+def test_a_redirect_without_an_end_is_given_up(cache: Cache, remote: Registry) -> None:
+    remote.fault(redirect(remote.url), method="GET", path="/blobs/", times=99)
+    with pytest.raises(RegistryError, match="redirects more than 5 times"):
+        cache.pull(f"{remote.host}/app:1")
+
+
+@pytest.mark.parametrize("location", ["http://host:99999999/", "http://[bad", "file:///etc/passwd", "ftp://host/x"])
+def test_a_redirect_to_what_is_no_url_of_the_web_is_refused(cache: Cache, remote: Registry, location: str) -> None:
+    remote.fault(answer(307, {"Location": location}), method="GET", path="/blobs/", times=99)
+    with pytest.raises(RegistryError):
+        cache.pull(f"{remote.host}/app:1")
+
+
+def test_an_identity_token_is_exchanged_and_shown_to_nobody_else(cache: Cache, tmp_path: Path) -> None:
+    with Registry(auth="bearer") as remote:
+        name = remote.add(FIRST, "app", "1")
+        path = tmp_path / "auth.json"
+        path.write_text(json.dumps({"auths": {remote.host: {"identitytoken": REFRESH_TOKEN}}}))
+        cache.pull(name, authfile=path)
+        assert_is_here(cache, name, FIRST)
+        assert {request.method for request in remote.requests if request.path == "/token"} == {"POST"}
+
+
+def test_an_image_of_another_platform_than_was_asked_for_is_refused(cache: Cache, remote: Registry) -> None:
+    with pytest.raises(NotInCache, match=r"not for platform 'linux/arm64', but for linux/amd64"):
+        cache.pull(f"{remote.host}/app:1", platform="linux/arm64")
+    assert cache.list_manifests() == []
+    assert cache.pull(f"{remote.host}/app:1", platform="linux/amd64").image.complete
+    with pytest.raises(NotInCache, match=r"not for platform 'linux/arm64', but for linux/amd64"):
+        cache.pull(f"{remote.host}/app:1", platform="linux/arm64", if_missing=True)  # which is here, and does not do
+    assert cache.is_image_complete(f"{remote.host}/app:1")
+
+
+def test_what_is_here_needs_no_right_to_write(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.pull(f"{remote.host}/app:1")
+
+    def denied(*_: object, **__: object) -> None:
+        raise AssertionError("it took a lock")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cachedb.disk.locks.acquire", denied)
+        assert cache.pull(f"{remote.host}/app:1", if_missing=True).image.complete
+
+
+# Debian's registry, and images that skopeo pushed
+
+
+def push(peer: Callable[[str], str], host: str, *options: str) -> str:
+    """Push the example with skopeo, and return the digest that it has then."""
+    skopeo, image = peer("skopeo"), f"docker://{host}/hello:1"
+    source = f"oci-archive:{Path(__file__).parents[2]}/examples/hello.oci.tar"
+    command = [skopeo, "copy", "-q", *(f"--dest-{option}" for option in options), source, image]
+    subprocess.run(command, check=True, capture_output=True)
+    raw = subprocess.run(
+        [skopeo, "inspect", "--raw", *(f"--{option}" for option in options), image], check=True, capture_output=True
+    )
+    return make.digest_of(raw.stdout)
+
+
+def test_what_skopeo_pushed_has_its_digest(cache: Cache, tmp_path: Path, peer: Callable[[str], str]) -> None:
+    with docker_registry(tmp_path, htpasswd=HTPASSWD) as host:
+        digest = push(peer, host, "tls-verify=false", f"creds={USER}:{PASSWORD}")
+        with pytest.raises(RegistryError, match="log in"):
+            cache.pull(f"{host}/hello:1")
+        pulled = cache.pull(f"{host}/hello:1", authfile=login(tmp_path / "auth.json", host))
+    assert (pulled.image.digest, pulled.image.complete) == (digest, True)
+    assert cache.verify().problems == []
+
+
+def test_a_certificate_is_looked_at(
+    cache: Cache, tmp_path: Path, peer: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
+    with docker_registry(tmp_path, tls=(certified, key)) as host:
+        digest = push(peer, host, f"cert-dir={ca.parent}")
+        with pytest.raises(RegistryError, match=r"cannot be trusted: .*certs\.d/"):
+            cache.pull(f"{host}/hello:1", plain_http=False)
+        monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+        assert cache.pull(f"{host}/hello:1", plain_http=False).image.digest == digest
+        monkeypatch.delenv("SSL_CERT_FILE")
+        (tmp_path / "certs.d" / host).mkdir(parents=True)
+        (tmp_path / "certs.d" / host / "ca.crt").write_bytes(ca.read_bytes())
+        monkeypatch.setattr(tls, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
+        assert cache.pull(f"{host}/hello:1", plain_http=False).image.digest == digest
+
+
+def test_what_is_wrong_with_tls_is_told_with_what_to_do(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: Registry
+) -> None:
+    ca, certified, key = certificate(tmp_path / "tls", "localhost")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    advice = r"cannot be trusted: .* mismatch.*; name it as its certificate does$"
+    with Registry(tls=(certified, key)) as other, pytest.raises(RegistryError, match=advice):
+        cache.pull(f"{other.host}/app:1", plain_http=False)
+    with pytest.raises(RegistryError, match=r"cannot be trusted: .*; use --plain-http if it speaks HTTP$"):
+        cache.pull(f"{remote.host}/app:1", plain_http=False)
+    out_of_date = ssl.SSLCertVerificationError("certificate has expired")
+    out_of_date.verify_code = 10
+    assert "clock" in tls.advise_on_tls("registry:5000", SSLError(out_of_date))
+
+
+def test_a_proxy_and_a_broken_answer_are_told_of_without_our_objects(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote.fault(closed(), path="manifests/1", times=99)
+    with pytest.raises(RegistryError) as raised:
+        cache.pull(f"{remote.host}/app:1")
+    reason = "Connection aborted: Remote end closed connection without response"
+    assert str(raised.value) == f"{remote.host} cannot be reached: {reason}"
+    remote.fault(changed(cut=10), method="GET", path="/blobs/", times=99)
+    with pytest.raises(RegistryError, match=r"broken: IncompleteRead\(10 bytes read, \d+ more expected\); try"):
+        cache.pull(f"{remote.host}/app@{FIRST.digest}")
+    monkeypatch.setenv("https_proxy", "http://somebody:secret@127.0.0.1:1")
+    monkeypatch.setattr(client, "proxy_bypass", lambda host: False)
+    with pytest.raises(RegistryError) as raised:
+        cache.pull("registry.example.org/app:1")
+    reason = "Unable to connect to proxy: Failed to establish a new connection: [Errno 111] Connection refused"
+    assert str(raised.value) == f"registry.example.org cannot be reached: {reason}"
+
+
+# The command line
+
+
+def test_pull_prints_the_images_as_import_does(cachedb: Run, remote: Registry) -> None:
+    name = f"{remote.host}/app:1"
+    (image,) = json.loads(cachedb("pull", "--format", "json", name).stdout)
+    assert (image["repository"], image["reference"], image["digest"]) == (f"{remote.host}/app", "1", FIRST.digest)
+    assert cachedb("pull", "-q", name).stdout == f"{name}\n"
+    failed = cachedb("pull", f"{remote.host}/app:9")
+    assert (failed.returncode, failed.stderr.startswith(f"cachedb: {remote.host} has no app:9")) == (1, True)
+    assert cachedb("pull", "--platform", "linux/arm64", "--all-platforms", name).returncode == 2
+
+
+def test_what_came_is_printed_where_another_could_not_be_had(cachedb: Run, remote: Registry) -> None:
+    names = f"{remote.host}/app:1", f"{remote.host}/app:nope", f"{remote.host}/app:2"
+    done = cachedb("pull", "-q", *names)
+    assert (done.returncode, done.stdout) == (1, f"{names[0]}\n")
+    assert done.stderr == f"cachedb: {remote.host} has no app:nope (404)\n"
+    assert cachedb("pull", names[1]).stdout == ""
+
+
+def test_a_copy_that_may_be_out_of_date_is_told(cachedb: Run) -> None:
+    with Registry() as remote:
+        name = remote.add(FIRST, "app", "1")
+        cachedb("pull", name)
+    assert cachedb("pull", name).returncode == 1
+    done = cachedb("pull", "--allow-stale", "-q", name)
+    assert done.stdout == f"{name}\n"
+    assert "may be out of date" in done.stderr

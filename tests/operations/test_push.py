@@ -1,0 +1,549 @@
+"""Pushing, and what refers to an image: what a registry gets, in which order, and what happens when it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachedb import Cache, DigestMismatch, IncompleteImage, InvalidName, NotInCache, RegistryError, RegistryUnavailable
+from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb.transports.registry import repository as registry
+from tests.conftest import Run
+from tests.operations.test_pull import PAUSES, alone, asked, assert_is_here, login  # noqa: F401 - alone is a fixture
+from tests.support import make
+from tests.support.faults import answer, changed, headers, lost, redirect, retry_later
+from tests.support.promises import check
+from tests.support.registries import Registry
+
+FIRST = make.image(1, 2, compression="gzip")
+SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first
+LARGE = make.image(4, size=3_000_000)
+ARM = make.image(1, 5, architecture="arm64")
+EMPTY = b"{}"
+
+
+def referrer(subject: bytes, what: bytes = b"a signature", media_type: str = OCI_MANIFEST) -> make.Made:
+    """An artifact that refers to a manifest (image specification, "Guidelines for Artifact Usage")."""
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "artifactType": "application/vnd.example.signature",
+        "config": make.descriptor(EMPTY, "application/vnd.oci.empty.v1+json"),
+        "layers": [make.descriptor(what, OCI_LAYER)],
+        "subject": make.descriptor(subject, media_type),
+        "annotations": {"org.example.by": "tests"},
+    }
+    return make.Made(json.dumps(manifest).encode(), EMPTY, [what])
+
+
+@pytest.fixture
+def cache(directory: Path) -> Iterator[Cache]:
+    with Cache.open(directory) as opened:
+        for name, image in (("app:1", FIRST), ("app:2", SECOND), ("large:1", LARGE)):
+            make.save(opened, name, image)
+        yield opened
+    check(directory)
+
+
+@pytest.fixture
+def remote() -> Iterator[Registry]:
+    with Registry() as made:
+        yield made
+
+
+def assert_has(remote: Registry, repository: str, reference: str, image: make.Made) -> None:
+    assert remote.manifests[repository, reference][1] == image.manifest
+    for data in (image.config, *image.layers):
+        assert remote.blobs[repository, make.digest_of(data)] == data
+
+
+def sent(remote: Registry) -> list[str]:
+    """The digests of the blobs that the registry was sent; and forget them."""
+    found = [str(request.query["digest"]) for request in remote.requests if request.method == "PUT" and request.query]
+    remote.requests.clear()
+    return found
+
+
+# What goes, in which order
+
+
+def test_an_image_goes_whole_and_keeps_its_digest(cache: Cache, remote: Registry) -> None:
+    pushed = cache.push("app:1", f"{remote.host}/team/app:stable")
+    assert_has(remote, "team/app", "stable", FIRST)
+    assert (str(pushed.name), pushed.digest, pushed.media_type) == (
+        f"{remote.host}/team/app:stable",
+        FIRST.digest,
+        OCI_MANIFEST,
+    )
+    assert (pushed.blobs, pushed.mounted, pushed.existing) == (3, 0, 0)
+    assert pushed.bytes == sum(len(data) for data in (FIRST.config, *FIRST.layers))
+
+
+def test_an_image_goes_to_where_its_name_is(cache: Cache, remote: Registry) -> None:
+    cache.tag("app:1", f"{remote.host}/app:1")
+    cache.push(f"{remote.host}/app:1")
+    assert_has(remote, "app", "1", FIRST)
+
+
+def test_the_name_comes_last(cache: Cache, remote: Registry) -> None:
+    index = make.save_index(cache, "several:1", FIRST, ARM)
+    cache.push("several:1", f"{remote.host}/several:1")
+    puts = [request.path.rpartition("/")[2] for request in remote.requests if request.method == "PUT"]
+    assert puts[-1] == "1"
+    assert sorted(puts[-3:-1]) == sorted([FIRST.digest, ARM.digest])
+    assert remote.manifests["several", "1"] == (OCI_INDEX, index)
+
+
+def test_an_index_in_an_index_comes_before_it(cache: Cache, remote: Registry) -> None:
+    inner = make.save_index(cache, "inner:1", FIRST, ARM)
+    child = make.descriptor(inner, OCI_INDEX)
+    outer = {
+        "schemaVersion": 2,
+        "mediaType": OCI_INDEX,
+        "manifests": [child, make.descriptor(SECOND.manifest, OCI_MANIFEST)],
+    }
+    cache.save_manifest("outer:1", json.dumps(outer).encode())
+    cache.push("outer:1", f"{remote.host}/outer:1")
+    assert remote.manifests["outer", make.digest_of(inner)] == (OCI_INDEX, inner)
+
+
+def test_only_what_is_not_there_is_sent(cache: Cache, remote: Registry) -> None:
+    cache.push("app:1", f"{remote.host}/app:1")
+    sent(remote)
+    pushed = cache.push("app:2", f"{remote.host}/app:2")
+    new = SECOND.blobs.keys() - FIRST.blobs.keys() - {SECOND.digest}
+    assert sorted(sent(remote)) == sorted(new)
+    assert (pushed.blobs, pushed.existing) == (2, 1)
+    again = cache.push("app:2", f"{remote.host}/app:2")
+    assert (again.blobs, again.bytes, again.existing) == (0, 0, 3)
+    assert sent(remote) == []
+
+
+def test_what_another_repository_has_is_mounted(cache: Cache, remote: Registry) -> None:
+    remote.add(FIRST, "base")
+    cache.tag("app:1", f"{remote.host}/base:1")
+    cache.tag("app:1", f"{remote.host}/none:1")  # is not there
+    pushed = cache.push("app:2", f"{remote.host}/app:2")
+    assert (pushed.mounted, pushed.blobs) == (1, 2)
+    assert_has(remote, "app", "2", SECOND)
+    deleted = [request for request in remote.requests if request.method == "DELETE"]
+    assert len(deleted) == len([r for r in remote.requests if r.query.get("from") and r.status == 202])
+    assert remote.uploads == {}
+
+
+def test_what_may_not_be_mounted_is_sent(cache: Cache, tmp_path: Path) -> None:
+    with Registry(auth="bearer") as remote:
+        remote.grants = lambda repository, action: repository != "secret"
+        remote.add(FIRST, "secret")
+        cache.tag("app:1", f"{remote.host}/secret:1")
+        pushed = cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert (pushed.mounted, pushed.blobs) == (0, 3)
+        assert_has(remote, "app", "1", FIRST)
+
+
+def test_all_tags_of_a_repository_go(cache: Cache, remote: Registry) -> None:
+    cache.tag("app:1", f"app@{FIRST.digest}")
+    cache.tag("app:1", "other:1")
+    pushed = list(cache.push_tags("app", f"{remote.host}/team/app"))
+    assert [str(done.name) for done in pushed] == [f"{remote.host}/team/app:1", f"{remote.host}/team/app:2"]
+    assert [(done.blobs, done.existing) for done in pushed] == [(3, 0), (2, 1)]
+    assert_has(remote, "team/app", "1", FIRST)
+    assert_has(remote, "team/app", "2", SECOND)
+    asks = [request.path for request in remote.requests if request.method == "HEAD"]
+    assert len(asks) == len(set(asks)) == 5  # a layer of both is asked for once
+    with pytest.raises(InvalidName, match="'app:1' has a tag"):
+        next(cache.push_tags("app:1"))
+    with pytest.raises(NotInCache, match="no tags"):
+        next(cache.push_tags("nothing"))
+
+
+def test_a_name_by_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
+    with pytest.raises(InvalidName, match="its digest is another"):
+        cache.push("app:1", f"{remote.host}/app@{SECOND.digest}")
+    assert remote.requests == []
+    cache.push("app:1", f"{remote.host}/app@{FIRST.digest}")
+    assert_has(remote, "app", FIRST.digest, FIRST)
+
+
+def test_what_is_not_here_or_incomplete_is_an_error_before_anything_is_sent(cache: Cache, remote: Registry) -> None:
+    with pytest.raises(NotInCache):
+        cache.push("nothing:1", f"{remote.host}/app:1")
+    cache.save_manifest("lacking:1", make.image(1, 9).manifest)
+    with pytest.raises(IncompleteImage):
+        cache.push("lacking:1", f"{remote.host}/app:1")
+    assert remote.requests == []
+
+
+# Platforms
+
+
+@pytest.fixture
+def partly(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An image of two platforms of which one was pulled."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    name = remote.add_index(make.index(FIRST, ARM), "source", "1", [FIRST, ARM])
+    cache.pull(name)
+    remote.requests.clear()
+    return name
+
+
+def test_an_index_goes_only_where_all_that_it_names_is(cache: Cache, partly: str, remote: Registry) -> None:
+    with pytest.raises(IncompleteImage, match=r"for linux/arm64 too, .* --all-platforms, or push one .* --platform"):
+        cache.push(partly, f"{remote.host}/target:1")
+    assert [request.method for request in remote.requests] == ["HEAD"]
+    cache.push(partly, f"{remote.host}/source:2")  # where it is
+    assert remote.manifests["source", "2"] == remote.manifests["source", "1"]
+
+
+def test_one_platform_goes_as_an_image_of_its_own(cache: Cache, partly: str, remote: Registry) -> None:
+    pushed = cache.push(partly, f"{remote.host}/target:1", platform="linux/amd64")
+    assert pushed.digest == FIRST.digest
+    assert_has(remote, "target", "1", FIRST)
+    with pytest.raises(NotInCache, match="not here for platform"):
+        cache.push(partly, f"{remote.host}/target:2", platform="linux/arm64")
+
+
+def test_the_platforms_of_an_image_are_told_and_which_are_here(cache: Cache, partly: str) -> None:
+    assert [tuple(found) for found in cache.get_platforms(partly)] == [
+        ("linux/amd64", FIRST.digest, True),
+        ("linux/arm64", ARM.digest, False),
+    ]
+    cache.pull(partly, all_platforms=True)
+    assert all(found.complete for found in cache.get_platforms(partly))
+    assert cache.get_platforms("app:1") == []
+
+
+# What refers to an image
+
+
+@pytest.mark.parametrize("lists", [True, False], ids=["listed", "by-tag"])
+def test_what_refers_to_an_image_comes_and_goes_with_it(
+    cache: Cache, remote: Registry, directory: Path, lists: bool
+) -> None:
+    remote.referrers = lists
+    signature = referrer(FIRST.manifest)
+    about = referrer(signature.manifest, b"about the signature")
+    name = remote.add(FIRST, "app", "1")
+    for made in (signature, about):
+        remote.add(made, "app")
+    if not lists:
+        for subject, made in ((FIRST, signature), (signature, about)):
+            index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
+            index["manifests"] = [make.descriptor(made.manifest, OCI_MANIFEST)]
+            remote.add_manifest(json.dumps(index).encode(), "app", subject.digest.replace(":", "-"))
+    cache.pull(name, referrers=True)
+    digests = {blob.digest for blob in cache.get_image_blobs(name)}
+    assert digests == {*FIRST.blobs, *signature.blobs, *about.blobs}
+    assert cache.get_image(name).architecture == "amd64"
+    assert cache.verify().problems == []
+    for target_lists in (True, False):
+        with Registry() as target:
+            target.referrers = target_lists
+            cache.push(name, f"{target.host}/copy:1")
+            for made in (signature, about):
+                assert_has(target, "copy", made.digest, made)
+            with Cache.open(directory.parent / f"other-{target_lists}") as other:
+                other.pull(f"{target.host}/copy:1", referrers=True)
+                assert {blob.digest for blob in other.get_image_blobs(f"{target.host}/copy:1")} == digests
+            listed = target.manifests.get(("copy", FIRST.digest.replace(":", "-")))
+            if not target_lists:
+                assert listed
+                (entry,) = json.loads(listed[1])["manifests"]
+                assert entry["artifactType"] == "application/vnd.example.signature"
+                assert entry["annotations"] == {"org.example.by": "tests"}
+                cache.push(name, f"{target.host}/copy:1")
+                assert target.manifests["copy", FIRST.digest.replace(":", "-")] == listed
+            else:
+                assert listed is None
+
+
+def test_what_refers_to_another_image_is_left_where_it_is(cache: Cache, remote: Registry) -> None:
+    remote.referrers = False
+    name, stranger = remote.add(FIRST, "app", "1"), referrer(SECOND.manifest)
+    remote.add(stranger, "app")
+    index = {"schemaVersion": 2, "mediaType": OCI_INDEX}
+    index |= {"manifests": [make.descriptor(stranger.manifest, OCI_MANIFEST)]}
+    remote.add_manifest(json.dumps(index).encode(), "app", FIRST.digest.replace(":", "-"))
+    cache.pull(name, referrers=True)
+    assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs}
+
+
+def list_by_tag(remote: Registry, repository: str, subject: make.Made, *artifacts: make.Made) -> None:
+    """Have a tag list what refers to an image, as where a registry knows no referrers."""
+    remote.referrers = False
+    entries = [make.descriptor(made.manifest, OCI_MANIFEST) for made in artifacts]
+    index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+    remote.add_manifest(json.dumps(index).encode(), repository, subject.digest.replace(":", "-"))
+
+
+def test_what_is_listed_and_was_deleted_is_passed_over(cache: Cache, remote: Registry) -> None:
+    name, deleted, signature = remote.add(FIRST, "app", "1"), referrer(FIRST.manifest, b"old"), referrer(FIRST.manifest)
+    remote.add(signature, "app")
+    list_by_tag(remote, "app", FIRST, deleted, signature)
+    cache.pull(name, referrers=True)
+    assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs, *signature.blobs}
+    cache.remove_manifest(name)
+    cache.collect_garbage()
+    remote.fault(answer(400), method="GET", path=signature.digest, times=9)  # which is there, and cannot be had
+    with pytest.raises(RegistryError, match="answers 400"):
+        cache.pull(name, referrers=True)
+
+
+def test_a_list_that_names_what_was_deleted_is_added_to_without_that(cache: Cache, remote: Registry) -> None:
+    deleted, other, signature = (referrer(FIRST.manifest, what) for what in (b"old", b"other", b"new"))
+    remote.add(other, "app")
+    list_by_tag(remote, "app", FIRST, deleted, other)
+    make.save(cache, "signature:1", signature)
+    cache.push("signature:1", f"{remote.host}/app:signature")
+    listed = json.loads(remote.manifests["app", FIRST.digest.replace(":", "-")][1])["manifests"]
+    assert [entry["digest"] for entry in listed] == [other.digest, signature.digest]
+    newer = referrer(FIRST.manifest, b"newer")
+    make.save(cache, "signature:2", newer)
+    remote.fault(answer(400), method="PUT", path=FIRST.digest.replace(":", "-"))
+    with pytest.raises(RegistryError, match="answers 400"):
+        cache.push("signature:2", f"{remote.host}/app:newer")
+
+
+def test_a_list_of_referrers_comes_in_pages(cache: Cache, remote: Registry) -> None:
+    remote.page_size = 1
+    name, made = remote.add(FIRST, "app", "1"), [referrer(FIRST.manifest, bytes([n])) for n in range(3)]
+    for signature in made:
+        remote.add(signature, "app")
+    cache.pull(name, referrers=True)
+    digests = {blob.digest for blob in cache.get_image_blobs(name)}
+    assert digests == set().union(FIRST.blobs, *(signature.blobs for signature in made))
+
+
+def test_a_new_signature_comes_to_an_image_that_is_here(cache: Cache, remote: Registry) -> None:
+    name = remote.add(FIRST, "app", "1")
+    cache.pull(name, referrers=True)
+    signature = referrer(FIRST.manifest)
+    remote.add(signature, "app")
+    cache.pull(name)
+    assert len(cache.get_image_blobs(name)) == 4
+    cache.pull(name, referrers=True)
+    assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs, *signature.blobs}
+    cache.tag(name, "mine:1")
+    cache.remove_manifest(name)
+    assert {blob.digest for blob in cache.get_image_blobs("mine:1")} == {*FIRST.blobs, *signature.blobs}
+    cache.remove_manifest("mine:1", "app:1")
+    assert not cache.has_blob(signature.digest)
+
+
+# Registries that lie or fail
+
+
+def test_an_upload_that_is_cut_off_goes_on_in_chunks_where_it_stopped(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_PART", 800_000)
+    remote.fault(lost(1_000_000), method="PUT", path="/uploads/", times=1)
+    calls: list[tuple[int, int]] = []
+    pushed = cache.push("large:1", f"{remote.host}/large:1", progress=lambda done, total: calls.append((done, total)))
+    assert_has(remote, "large", "1", LARGE)
+    whole = sum(len(data) for data in (LARGE.config, *LARGE.layers))
+    assert calls[-1] == (whole, whole)
+    assert max(done for done, _ in calls) <= whole
+    assert pushed.bytes == whole
+    ranges = [request.headers["content-range"] for request in remote.requests if "content-range" in request.headers]
+    assert ranges or len(LARGE.layers[0]) < 1_000_000  # the small one may be what was cut
+
+
+@pytest.mark.parametrize("status", [404, 413, 416])
+def test_an_upload_that_is_lost_or_too_large_begins_again_in_chunks(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(registry, "_PART", 700_000)
+    remote.fault(answer(status), method="PUT", path=f"/uploads/.*{make.hex_of(LARGE.layers[0])}")
+    cache.push("large:1", f"{remote.host}/large:1")
+    assert_has(remote, "large", "1", LARGE)
+    patched = [request for request in remote.requests if request.method == "PATCH" and request.size > 100_000]
+    assert [request.size for request in patched][:4] == [700_000] * 4
+
+
+def test_a_registry_that_loses_every_upload_is_given_up(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_PART", 700_000)
+    remote.fault(answer(404), method="PUT", path="/uploads/", times=-1)
+    calls = iter(range(500))  # or it would go on for ever
+    with pytest.raises(RegistryError, match="404"):
+        cache.push("large:1", f"{remote.host}/large:1", progress=lambda done, total: print(next(calls)))
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_failure_that_passes_is_waited_for(cache: Cache, remote: Registry, status: int) -> None:
+    remote.fault(retry_later(7, status), method="PUT", times=2)
+    remote.fault(retry_later(7, status), method="POST", times=1)
+    cache.push("app:1", f"{remote.host}/app:1")
+    assert_has(remote, "app", "1", FIRST)
+    assert len([pause for pause in PAUSES if pause >= 7]) == 3
+
+
+def test_a_registry_that_is_overloaded_for_long_is_unavailable(cache: Cache, remote: Registry) -> None:
+    remote.fault(answer(503), method="PUT", path="/uploads/", times=-1)
+    with pytest.raises(RegistryUnavailable, match="503"):
+        cache.push("app:1", f"{remote.host}/app:1")
+    assert remote.manifests == {}
+
+
+def test_a_registry_that_stores_something_else_is_told_of(cache: Cache, remote: Registry) -> None:
+    remote.fault(headers({"Docker-Content-Digest": SECOND.digest}), method="PUT", path="/manifests/")
+    with pytest.raises(RegistryError, match="is not its digest"):
+        cache.push("app:1", f"{remote.host}/app:1")
+
+
+@pytest.mark.parametrize("auth", ["basic", "bearer"])
+def test_who_may_push_is_who_logged_in(cache: Cache, tmp_path: Path, auth: str) -> None:
+    with Registry(auth=auth) as remote:
+        with pytest.raises(RegistryError, match="log in with"):
+            cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "no", remote.host, password="x"))
+        cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert_has(remote, "app", "1", FIRST)
+
+
+def test_a_token_that_expires_during_an_upload_is_replaced(cache: Cache, tmp_path: Path) -> None:
+    with Registry(auth="bearer") as remote:
+        remote.expires_in = 1
+        remote.fault(changed(delay=1.5), method="POST", path="/uploads/", times=3)
+        cache.push("large:1", f"{remote.host}/large:1", authfile=login(tmp_path / "auth.json", remote.host))
+        assert_has(remote, "large", "1", LARGE)
+
+
+def test_credentials_and_content_do_not_go_where_an_upload_is_not_https(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support.registries import certificate
+
+    ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    with Registry() as other, Registry(auth="basic", tls=(certified, key)) as remote:
+        authfile = login(tmp_path / "auth.json", remote.host)
+        remote.fault(headers({"Location": f"{other.url}/v2/app/blobs/uploads/x"}), method="POST", times=1)
+        with pytest.raises(RegistryError, match="not HTTPS"):
+            cache.push("app:1", f"{remote.host}/app:1", plain_http=False, authfile=authfile)
+        assert other.requests == []
+
+
+@pytest.mark.parametrize("data", [LARGE.manifest, LARGE.layers[0]], ids=["manifest", "layer"])
+def test_a_file_that_is_damaged_is_stored_nowhere(cache: Cache, remote: Registry, data: bytes) -> None:
+    path = cache.get_blob_path(make.digest_of(data))
+    path.chmod(0o600)
+    path.write_bytes(data.replace(b": 2", b" :2", 1) if data == LARGE.manifest else data[:-1] + b"!")
+    what = "has another content" if data == LARGE.manifest else f"the file of {make.digest_of(data)} is damaged"
+    with pytest.raises(DigestMismatch, match=f"{what}.*cachedb verify"):
+        cache.push("large:1", f"{remote.host}/large:1")
+    assert remote.manifests == {}
+    if data == LARGE.layers[0]:  # its end is not sent
+        assert ("large", make.digest_of(data)) not in remote.blobs
+        assert all(len(sent) < len(data) for _, sent in remote.uploads.values())
+    path.write_bytes(data)
+
+
+def test_a_killed_push_is_gone_on_with(directory: Path, cache: Cache, remote: Registry) -> None:
+    target = f"{remote.host}/large:1"
+    code = (
+        "import os; from cachedb import Cache\n"
+        "def told(done, total):\n"
+        "    if done > 1_500_000: os.kill(os.getpid(), 9)\n"
+        f"Cache.open({str(directory)!r}).push('large:1', {target!r}, progress=told)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert ("large", "1") not in remote.manifests
+    cache.push("large:1", target)
+    assert_has(remote, "large", "1", LARGE)
+
+
+def test_an_image_that_is_removed_meanwhile_goes_whole(cache: Cache, remote: Registry) -> None:
+    many = make.image(*range(20, 32))  # more blobs than are sent at once, so that most are not open yet
+    make.save(cache, "many:1", many)
+
+    def told(done: int, total: int) -> None:
+        if cache.is_image_complete("many:1"):
+            cache.remove_manifest("many:1")
+            cache.collect_garbage()
+
+    cache.push("many:1", f"{remote.host}/many:1", progress=told)
+    assert_has(remote, "many", "1", many)
+    cache.collect_garbage()
+    assert not cache.has_blob(many.digest)
+
+
+# The command line
+
+
+def test_push_prints_what_became_of_it(cachedb: Run, cache: Cache, remote: Registry) -> None:
+    target = f"{remote.host}/team/app"
+    (pushed,) = json.loads(cachedb("push", "--format", "json", "app:1", f"{target}:1").stdout)
+    assert pushed | {"bytes": 0} == {
+        "name": f"{target}:1",
+        "digest": FIRST.digest,
+        "media_type": OCI_MANIFEST,
+        "blobs": 3,
+        "bytes": 0,
+        "mounted": 0,
+        "existing": 0,
+    }
+    assert cachedb("push", "-q", "app:1", f"{target}:1").stdout == f"{target}@{FIRST.digest}\n"
+    both = cachedb("push", "--all-tags", "-q", "app", target).stdout
+    assert both == f"{target}@{FIRST.digest}\n{target}@{SECOND.digest}\n"
+    assert "EXISTING" in cachedb("push", "app:1", f"{target}:1").stdout
+    assert cachedb("push", "nothing:1", f"{target}:1").returncode == 3
+    assert cachedb("push", "app:1", "UPPER:1").returncode == 2
+    assert cachedb("push", "-a", "--platform", "linux/amd64", "app", target).returncode == 2
+    assert cachedb("push", "app:1", "127.0.0.1:1/app:1").returncode == 1
+
+
+def test_tags_that_were_pushed_before_one_could_not_be_are_printed(
+    cachedb: Run, cache: Cache, remote: Registry
+) -> None:
+    remote.fault(answer(400), method="PUT", path="/manifests/2", times=-1)
+    done = cachedb("push", "-q", "--all-tags", "app", f"{remote.host}/app")
+    assert (done.returncode, done.stdout) == (1, f"{remote.host}/app@{FIRST.digest}\n")
+    assert "400" in done.stderr
+
+
+def test_each_blob_is_told_of_until_it_is_done(cache: Cache, remote: Registry, directory: Path) -> None:
+    def bars() -> tuple[dict[str, tuple[int, int]], Any]:
+        found: dict[str, tuple[int, int]] = {}
+        return found, lambda digest, done, total: found.__setitem__(digest, (done, total))
+
+    expected = {make.digest_of(data): (len(data), len(data)) for data in (FIRST.config, *FIRST.layers)}
+    found, each = bars()
+    cache.push("app:1", f"{remote.host}/app:1", blob_progress=each)
+    assert found == expected
+    with Cache.open(directory.parent / "other") as other:
+        found, each = bars()
+        other.pull(f"{remote.host}/app:1", blob_progress=each)
+        assert found == expected
+
+
+def test_an_upload_goes_on_where_a_redirect_has_led(cache: Cache, remote: Registry) -> None:
+    with Registry() as storage:
+        remote.fault(redirect(storage.url), method="POST", path="/blobs/uploads/", times=99)
+        storage.fault(
+            headers({"Location": "/v2/app/blobs/uploads/one"}), method="POST", path="/blobs/uploads/", times=99
+        )
+        with pytest.raises(RegistryError):
+            cache.push("app:1", f"{remote.host}/app:1")  # which has none of them in the end
+        assert storage.count("PUT", "/blobs/uploads/one")
+    assert not remote.count("PUT", "/blobs/uploads/")
+
+
+def test_a_registry_that_only_reads_is_said_to_be_one(cache: Cache, remote: Registry) -> None:
+    remote.fault(answer(405), method="POST", times=99)
+    with pytest.raises(RegistryError, match=r"does not take repository app \(405\); it is read-only, or only a mirror"):
+        cache.push("app:1", f"{remote.host}/app:1")
+
+
+def test_where_what_was_taken_is_said_to_be_does_not_matter(cache: Cache, remote: Registry) -> None:
+    for said in ("http://elsewhere.example/", "https://[", "ftp:x"):
+        remote.fault(headers({"Location": said}), method="PUT", path="/manifests/")
+        cache.push("app:1", f"{remote.host}/app:1")
+    assert_has(remote, "app", "1", FIRST)

@@ -1,0 +1,832 @@
+"""Rebuilding: whatever becomes of index.db, the cache opens again, and nothing good is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine, event
+
+from cachedb import Cache, DamagedIndex, NotACache, SchemaMismatch, StorageError
+from cachedb.disk import durable
+from cachedb.disk.layout import blob_path
+from cachedb.index import schema
+from cachedb.index.sqlite import backups, database
+from cachedb.index.sqlite.database import Database
+from cachedb.oci.digests import Digest
+from cachedb.operations import rebuild, verify
+from cachedb.operations.verify import Problem
+from tests.conftest import Run, files_of, running, start_python
+from tests.index.test_schema import change
+from tests.support import make
+from tests.support.make import digest_of, image, save
+from tests.support.promises import check
+
+EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "60")) // 3
+NAMES = [f"team/app-{number}:{'x' * 60}" for number in range(30)]
+IMAGES = {name: image(number, number + 1, size=20) for number, name in enumerate(NAMES)}
+MANY = (image(51, size=20), image(52, architecture="arm64", size=20))
+INDEX = make.index(*MANY)
+SIGNATURE = b"a signature"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty images, one of them with a blob attached, an index of two, and a hold."""
+    directory = tmp_path_factory.mktemp("prepared") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        with Cache.open(directory) as cache:
+            for name, made in IMAGES.items():
+                save(cache, name, made)
+            make.save_index(cache, "many:1", *MANY)
+            signature = cache.add_blob(SIGNATURE)
+            cache.associate_blob_with_image(NAMES[0], signature, media_type="text/x-signature")
+            cache.add_hold(NAMES[1])
+    return directory
+
+
+@pytest.fixture
+def made(prepared: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, closed."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    shutil.copytree(prepared, directory)
+    return directory
+
+
+def back_up(directory: Path, name: str) -> Path:
+    (directory / "backups").mkdir(exist_ok=True)
+    return shutil.copyfile(directory / "index.db", directory / "backups" / name)
+
+
+def repaired(directory: Path) -> list[Problem]:
+    with Cache.open(directory, damaged=True) as cache:
+        found = cache.verify(repair=True).problems
+        assert cache.verify().problems == []
+    return found
+
+
+def names(directory: Path) -> dict[str, str]:
+    with Cache.open(directory) as cache:
+        return {str(image.name): image.digest for image in cache.list_manifests()}
+
+
+def whole(directory: Path, files: dict[str, int]) -> None:
+    """Nothing good is lost: all blobs are there, and every image under its own name or one by its digest."""
+    assert files_of(directory) == files
+    there = names(directory)
+    wanted = {**{name: made.digest for name, made in IMAGES.items()}, "many:1": digest_of(INDEX)}
+    for name, digest in wanted.items():
+        assert there.get(name) == digest or there.get(f"recovered@{digest}") == digest
+    with Cache.open(directory) as cache:
+        assert all(image.complete for image in cache.list_manifests())
+
+
+def all_names_are_back(directory: Path) -> None:
+    assert set(names(directory)) == {*NAMES, "many:1"}
+
+
+# What is lost, and where the rest comes from
+
+
+def test_a_lost_index_is_named_with_advice_and_refused(made: Path) -> None:
+    (made / "index.db").unlink()
+    with pytest.raises(DamagedIndex, match=r"`cachedb verify --repair` rebuilds it from the newest backup"):
+        Cache.open(made)
+    with Cache.open(made, damaged=True) as cache:
+        (problem,) = cache.verify().problems
+        assert (problem.kind, problem.digest, problem.repair) == ("index", None, None)
+        with pytest.raises(DamagedIndex):
+            cache.list_manifests()
+    assert not (made / "index.db").exists()
+    assert not (made / "quarantine").exists()
+
+
+def test_without_an_index_and_backups_images_are_recovered_by_their_digests(made: Path) -> None:
+    files = files_of(made)
+    (made / "index.db").unlink()
+    found = repaired(made)
+    wanted = {f"recovered@{digest}" for digest in [*(image.digest for image in IMAGES.values()), digest_of(INDEX)]}
+    assert set(names(made)) == wanted, "and a child of an index has no name"
+    whole(made, files)
+    assert all(any(name in problem.detail for problem in found) for name in wanted), "each is named"
+    assert "rebuilt" in (found[0].repair or "")
+    check(made)
+
+
+def test_names_come_back_from_the_newest_backup_and_what_is_newer_is_recovered(made: Path) -> None:
+    with Cache.open(made) as cache:
+        before = {image.name: (image.created_at, image.last_used_at) for image in cache.list_manifests()}
+    back_up(made, "000002-newest.db")
+    change(made, "UPDATE images SET repository = 'older' WHERE repository = 'many'")
+    back_up(made, "000001-older.db")
+    with Cache.open(made) as cache:
+        save(cache, "new:1", image(99))
+    (made / "index.db").unlink()
+    found = repaired(made)
+    assert set(names(made)) == {*NAMES, "many:1", f"recovered@{image(99).digest}"}
+    assert any("000002-newest.db" in problem.detail for problem in found)
+    with Cache.open(made) as cache:
+        for one in cache.list_manifests():
+            if one.repository != "recovered":
+                assert (one.created_at, one.last_used_at) == before[one.name]
+        assert cache.get_image_blobs(NAMES[0])[-1].media_type == "text/x-signature"
+    check(made)
+
+
+def test_the_number_tells_which_backup_is_the_newest(made: Path) -> None:
+    back_up(made, "1000000-newest.db")
+    change(made, "UPDATE images SET repository = 'older' WHERE repository = 'many'")
+    back_up(made, "999999-older.db")
+    back_up(made, "somebody's.db")
+    (made / "index.db").unlink()
+    repaired(made)
+    all_names_are_back(made)
+
+
+@pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + b"\xff" * 9000])
+def test_backups_that_cannot_be_read_are_passed_over(made: Path, content: bytes) -> None:
+    back_up(made, "000001-good.db")
+    (made / "backups" / "000002-bad.db").write_bytes(content)
+    (made / "backups" / "000003-cut.db").write_bytes((made / "index.db").read_bytes()[:9000])
+    (made / "index.db").unlink()
+    repaired(made)
+    all_names_are_back(made)
+    assert (made / "backups" / "000002-bad.db").read_bytes() == content
+    check(made)
+
+
+def test_a_backup_of_an_older_schema_does(made: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(made, old)
+    index = Database(old)
+    with index.write_schema() as connection:
+        config = schema.alembic_config()
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+    index.close()
+    (made / "backups").mkdir(exist_ok=True)
+    shutil.copyfile(old / "index.db", made / "backups" / "000001-schema-0001.db")
+    (made / "index.db").unlink()
+    repaired(made)
+    all_names_are_back(made)
+    check(made)
+
+
+def test_a_name_in_the_backup_whose_manifest_is_gone_is_named(made: Path) -> None:
+    back_up(made, "000001-a.db")
+    blob_path(made, Digest(IMAGES[NAMES[3]].digest)).unlink()
+    (made / "index.db").unlink()
+    found = repaired(made)
+    assert any(NAMES[3] in problem.detail and "lost its manifest" in problem.detail for problem in found)
+    with Cache.open(made) as cache:
+        assert not cache.is_image_complete(NAMES[3])
+        save(cache, NAMES[3], IMAGES[NAMES[3]])
+        assert cache.is_image_complete(NAMES[3])
+    check(made)
+
+
+def test_the_index_is_preferred_to_the_backup(made: Path) -> None:
+    """What was removed since the backup stays removed, if the index can be read."""
+    back_up(made, "000001-a.db")
+    with Cache.open(made) as cache:
+        cache.remove_manifest("many:1")
+    change(made, "DELETE FROM alembic_version")
+    repaired(made)
+    assert set(names(made)) == set(NAMES)
+
+
+# Damage
+
+
+def page_count(directory: Path) -> int:
+    return (directory / "index.db").stat().st_size // 4096
+
+
+@pytest.mark.parametrize("size", [0, 100, 4096, "half"])
+def test_an_index_that_was_cut(made: Path, size: int | str) -> None:
+    files = files_of(made)
+    length = (made / "index.db").stat().st_size
+    os.truncate(made / "index.db", length // 2 if isinstance(size, str) else size)
+    assert repaired(made)
+    whole(made, files)
+    check(made)
+
+
+@pytest.mark.parametrize("how", ["ones", "random"])
+@pytest.mark.parametrize("part", range(4))
+def test_any_one_page_that_was_overwritten(made: Path, tmp_path: Path, how: str, part: int) -> None:
+    count = page_count(made)
+    assert count >= 8
+    back = 0
+    for page in range(part, count, 4 if EXAMPLES > 20 else 12):
+        directory = tmp_path / str(page)
+        shutil.copytree(made, directory)
+        files = files_of(directory)
+        data = {"ones": b"\xff" * 4096, "zeros": bytes(4096), "random": random.Random(page).randbytes(4096)}[how]
+        with (directory / "index.db").open("r+b") as file:
+            file.seek(page * 4096)
+            file.write(data)
+        repaired(directory)
+        whole(directory, files)
+        back += len(names(directory).keys() & set(NAMES))
+        check(directory)
+        shutil.rmtree(directory)
+    assert back or part == 3, "that is where the names are"
+
+
+def test_a_few_bytes_anywhere(made: Path, tmp_path: Path) -> None:
+    files, dice = files_of(made), random.Random(7)
+    length = (made / "index.db").stat().st_size
+    for number in range(int(os.environ.get("CACHEDB_FUZZ", "60")) // 20):
+        directory = tmp_path / str(number)
+        shutil.copytree(made, directory)
+        with (directory / "index.db").open("r+b") as file:
+            for _ in range(3):
+                file.seek(dice.randrange(length))
+                file.write(dice.randbytes(dice.choice([1, 4, 40])))
+        repaired(directory)
+        whole(directory, files)
+        check(directory)
+
+
+@pytest.mark.parametrize("place", [0, 16, 18, 19, 20, 21, 28, 44, 47, 56, 59, 68, 100, 103, 105])
+def test_a_byte_of_the_header(made: Path, place: int) -> None:
+    files = files_of(made)
+    with (made / "index.db").open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 0x7D]))
+    repaired(made)
+    whole(made, files)
+    check(made)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM alembic_version",
+        "DROP TABLE alembic_version",
+        "DROP TABLE images",
+        "DROP TABLE image_blobs",
+        "DROP TABLE leases",
+        "DROP TABLE holds",
+        "PRAGMA application_id = 77",
+        "INSERT INTO images (id, repository, reference, manifest_id, media_type, created_at, last_used_at) "
+        "SELECT 999, 'broken', 'x', 99999, media_type, created_at, last_used_at FROM images LIMIT 1",
+        "DELETE FROM blobs WHERE id = (SELECT manifest_id FROM images WHERE repository = 'many')",
+        "UPDATE images SET manifest_id = 99999 WHERE repository = 'many'",
+    ],
+)
+def test_a_statement_that_breaks_the_index(made: Path, statement: str) -> None:
+    files = files_of(made)
+    change(made, statement)
+    found = repaired(made)
+    assert {problem.kind for problem in found} == {"index"}
+    whole(made, files)
+    if "images SE" not in statement and "blobs WHERE" not in statement and statement != "DROP TABLE images":
+        assert {*NAMES, "many:1"} <= set(names(made))
+    check(made)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "media_type = 'nonsense'",
+        "created_at = '2026-99-99T99:99:99.000000Z'",
+        "manifest_id = (SELECT id FROM blobs WHERE id NOT IN (SELECT manifest_id FROM images) LIMIT 1)",
+        "repository = 'Not A Name'",
+        "repository = CAST(x'ff41' AS TEXT)",
+    ],
+)
+def test_a_row_that_is_no_good_costs_its_image_the_name_at_most(made: Path, assignment: str) -> None:
+    files = files_of(made)
+    shell = sqlite3.connect(made / "index.db")
+    shell.execute("PRAGMA ignore_check_constraints = ON")
+    shell.execute(f"UPDATE images SET {assignment} WHERE repository = 'many'")
+    shell.execute("DELETE FROM alembic_version")
+    shell.commit()
+    shell.close()
+    repaired(made)
+    assert set(NAMES) <= set(names(made))
+    whole(made, files)
+    check(made)
+
+
+def test_an_index_out_of_step_with_its_table_is_found_but_by_a_quick_look(made: Path) -> None:
+    shell = sqlite3.connect(made / "index.db")
+    shell.execute("PRAGMA writable_schema = ON")
+    shell.execute(
+        "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'ix_image_blobs_blob_id')"
+        " WHERE name = 'ix_images_manifest_id'"
+    )
+    shell.commit()
+    shell.close()
+    repaired(made)
+    all_names_are_back(made)
+    check(made)
+
+
+def test_images_that_a_damaged_page_hides_are_not_taken_for_removed(made: Path) -> None:
+    """A page whose count of cells is zero reads as one with no rows, and raises nothing."""
+    files = files_of(made)
+    shell = sqlite3.connect(made / "index.db")
+    (root,) = shell.execute("SELECT rootpage FROM sqlite_master WHERE name = 'images'").fetchone()
+    shell.close()
+    with (made / "index.db").open("r+b") as file:
+        file.seek((root - 1) * 4096 + 3)
+        file.write(b"\0\0")
+    repaired(made)
+    whole(made, files)
+    check(made)
+
+
+def test_what_people_said_survives_where_it_can_be_read(made: Path) -> None:
+    with Cache.open(made) as cache:
+        holds, images = cache.list_holds(), cache.list_manifests()
+    change(made, "DELETE FROM alembic_version")
+    repaired(made)
+    with Cache.open(made) as cache:
+        assert cache.list_holds() == holds
+        assert cache.list_manifests() == images
+        assert cache.get_image_blobs(NAMES[0])[-1].media_type == "text/x-signature"
+        cache.remove_manifest(NAMES[1])
+        assert cache.has_blob(IMAGES[NAMES[1]].digest), "it is held"
+    check(made)
+
+
+@pytest.mark.parametrize("table", ["image_blobs", "holds"])
+def test_what_cannot_be_restored_is_named(made: Path, table: str) -> None:
+    change(made, f"DROP TABLE {table}")
+    found = repaired(made)
+    assert any(table.split("_")[-1] in problem.detail for problem in found if problem.repair is None)
+
+
+# The WAL
+
+
+KILLED = """
+import os, signal, sys
+from cachedb import Cache
+from tests.support.make import image
+cache = Cache.open(sys.argv[1])
+made = image(77)
+for digest, data in made.blobs.items():
+    cache.save_blob(digest, data)
+cache.save_manifest("walled:1", made.manifest)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["left", "deleted", "garbage", "cut"])
+def test_a_wal_that_a_killed_process_left(made: Path, how: str) -> None:
+    with start_python(KILLED, made) as process:
+        assert process.wait(60) == -signal.SIGKILL
+    wal = made / "index.db-wal"
+    assert wal.stat().st_size
+    if how == "deleted":
+        wal.unlink()
+    elif how == "garbage":
+        wal.write_bytes(random.Random(1).randbytes(wal.stat().st_size))
+    elif how == "cut":
+        os.truncate(wal, wal.stat().st_size // 2)
+    files = files_of(made)
+    repaired(made)
+    if how == "left":
+        assert "walled:1" in names(made)
+    assert set(NAMES) <= names(made).keys()
+    assert files_of(made) == files, "what no row knew is a blob now"
+    check(made)
+
+
+def test_the_old_wal_is_not_applied_to_the_new_index(made: Path) -> None:
+    with start_python(KILLED, made) as process:
+        assert process.wait(60) == -signal.SIGKILL
+    wal = (made / "index.db-wal").read_bytes()
+    (made / "index.db").unlink()
+    repaired(made)
+    kept = {path.name: path.read_bytes() for path in (made / "quarantine").iterdir()}
+    assert wal in kept.values()
+    check(made)
+
+
+def test_an_old_index_and_its_wal_are_kept_and_never_overwritten(made: Path) -> None:
+    kept: set[bytes] = set()
+    for number in range(3):
+        data = (made / "index.db").read_bytes()
+        (made / "index.db").write_bytes(garbage := b"%d" % number + data[1:])
+        (made / "index.db-wal").write_bytes(wal := b"wal %d" % number)
+        if number == 0:
+            (made / "index.db").unlink()
+            garbage = wal
+        repaired(made)
+        kept.add(garbage)  # SQLite itself may do away with a WAL that holds nothing
+        there = {path.read_bytes() for path in (made / "quarantine").iterdir()}
+        assert kept <= there
+
+
+# Others
+
+
+def test_who_had_the_cache_open_goes_on_with_the_new_index(made: Path) -> None:
+    with Cache.open(made) as other:
+        other.save_manifest("before:1", image(5).manifest)
+        change(made, "DELETE FROM alembic_version")
+        repaired(made)
+        save(other, "after:1", image(88))
+        assert {"before:1", "after:1"} <= {str(image.name) for image in other.list_manifests()}
+        assert "after:1" in names(made)
+    assert {"before:1", "after:1"} <= set(names(made)), "its old connection took nothing with it"
+    check(made)
+
+
+READER = """
+import sys
+from cachedb import Cache
+from tests.support.make import image
+with Cache.open(sys.argv[1]) as cache:
+    print(len(cache.list_manifests()), flush=True)
+    sys.stdin.readline()
+    made = image(88)
+    for digest, data in made.blobs.items():
+        cache.save_blob(digest, data)
+    cache.save_manifest("after:1", made.manifest)
+    print("saved", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_another_process_goes_on_with_the_new_index_and_may_close_last_or_first(made: Path) -> None:
+    with start_python(READER, made) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+        with (made / "index.db").open("r+b") as file:
+            file.seek(4096 * 5)
+            file.write(b"\xff" * 4096)
+        with Cache.open(made, damaged=True) as cache:
+            cache.verify(repair=True)
+            save(cache, "mine:1", image(89))
+            process.stdin.write("\n")
+            assert process.stdout.readline() == "saved\n"
+            assert cache.is_image_complete("after:1")
+            save(cache, "mine:2", image(90))
+            process.stdin.write("\n")
+            assert process.wait(60) == 0
+            assert cache.is_image_complete("mine:2")
+            save(cache, "mine:3", image(91))
+    assert {"after:1", "mine:1", "mine:2", "mine:3"} <= set(names(made))
+    check(made)
+
+
+@pytest.mark.parametrize("damage", ["no revision", "no file"])
+def test_another_process_that_has_written_to_the_old_wal_shares_no_memory_with_the_new_one(
+    made: Path, damage: str
+) -> None:
+    script = """
+        import sys
+        from cachedb import Cache
+        from tests.support.make import image, save
+        with Cache.open(sys.argv[1]) as cache:
+            for number in range(60, 70):
+                save(cache, f"old:{number}", image(number))
+            print("written", flush=True)
+            sys.stdin.read()
+    """
+    with running(script, made):
+        if damage == "no file":  # then the WAL is not written back, and its memory tells of frames
+            (made / "index.db").unlink()
+        else:
+            change(made, "DELETE FROM alembic_version")
+        repaired(made)
+        with Cache.open(made) as cache:
+            for number in range(70, 80):
+                save(cache, f"new:{number}", image(number))
+            assert cache.verify().problems == []
+        expected = {f"new:{number}" for number in range(70, 80)}
+        if damage != "no file":
+            expected |= {f"old:{number}" for number in range(60, 70)}
+        assert expected <= set(names(made))
+    assert expected <= set(names(made))
+    check(made)
+
+
+def test_an_old_connection_that_closes_leaves_the_new_wal_alone(made: Path) -> None:
+    old = sqlite3.connect(made / "index.db")
+    assert old.execute("SELECT count(*) FROM images").fetchone() == (31,)
+    change(made, "DELETE FROM alembic_version")
+    repaired(made)
+    with Cache.open(made) as cache:
+        save(cache, "after:1", image(88))
+        wal = (made / "index.db-wal").stat()
+        old.close()
+        assert (made / "index.db-wal").stat()[:2] == wal[:2]
+        assert cache.is_image_complete("after:1")
+    check(made)
+
+
+def test_no_old_connection_is_used_again(made: Path) -> None:
+    index = Database(made)
+    with index.read() as connection:
+        old = connection.connection.driver_connection
+    change(made, "DELETE FROM alembic_version")
+    repaired(made)
+    with index.write() as connection:
+        assert connection.connection.driver_connection is not old
+        connection.exec_driver_sql("UPDATE images SET repository = 'written' WHERE repository = 'many'")
+    index.close()
+    assert "written:1" in names(made)
+
+
+def test_two_repair_at_once(made: Path) -> None:
+    files = files_of(made)
+    (made / "index.db").unlink()
+    found: list[list[Problem]] = []
+
+    def repair() -> None:
+        with Cache.open(made, damaged=True) as cache:
+            found.append(cache.verify(repair=True).problems)
+
+    threads = [threading.Thread(target=repair) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert len(names(made)) == 31
+    whole(made, files)
+    assert [path.name for path in (made / "backups").iterdir()] == []
+    check(made)
+
+
+def test_who_comes_second_does_not_rebuild_again(made: Path) -> None:
+    change(made, "DELETE FROM alembic_version")
+    repaired(made)
+    status = (made / "index.db").stat()
+    with Cache.open(made) as cache:
+        assert rebuild.rebuild(cache._database, made / "ingest" / "unused") == []
+    assert (made / "index.db").stat().st_ino == status.st_ino
+
+
+# Crashes
+
+
+class Crash(BaseException):
+    pass
+
+
+@contextmanager
+def crash_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
+    """Have the so-manieth rename, unlink, sync of a folder or commit fail."""
+    seen = 0
+
+    def step(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen >= number:
+            raise Crash
+
+    for name in ("rename", "unlink"):
+        real = getattr(os, name)
+
+        def watched(*arguments: object, _real: object = real, **options: object) -> object:
+            step()
+            return _real(*arguments, **options)  # type: ignore[operator]
+
+        patch.setattr(os, name, watched)
+    sync = durable.sync_folder
+
+    def synced(folder: Path) -> None:
+        step()
+        sync(folder)
+
+    for module in (backups, database, verify):
+        patch.setattr(module, "sync_folder", synced)
+    event.listen(Engine, "commit", step)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "commit", step)
+
+
+@pytest.mark.parametrize("damage", ["lost", "emptied", "emptied, and there is no backup"])
+def test_a_repair_that_dies_anywhere_is_finished_by_the_next(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    made = tmp_path / "made"
+    shutil.copytree(small, made)
+    files, crashed = files_of(made), True
+    if damage == "lost":
+        (made / "index.db").unlink()
+    else:
+        change(made, "DELETE FROM alembic_version")
+    every = EXAMPLES > 20 or "no backup" in damage
+    if "no backup" in damage:
+        (made / "backups" / "000001-a.db").unlink()
+    number = 1 if every or damage == "lost" else 0
+    while crashed:
+        number += 1 if every else 2
+        directory = tmp_path / str(number)
+        shutil.copytree(made, directory)
+        crashed = False
+        with pytest.MonkeyPatch.context() as patch, crash_at(patch, number):
+            try:
+                with Cache.open(directory, damaged=True) as cache:
+                    cache.verify(repair=True)
+            except Crash:
+                crashed = True
+        with suppress(DamagedIndex):
+            Cache.open(directory).close()
+        repaired(directory)
+        assert files_of(directory) == files
+        assert names(directory) == {name: one.digest for name, one in SMALL.items()}
+        shutil.rmtree(directory)
+    assert number > 6
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_the_rebuilding(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.operations.test_verify import fail_reading
+
+    (made / "index.db").unlink()
+    digest = IMAGES[NAMES[4]].digest
+    path = blob_path(made, Digest(digest))
+
+    def refused(file: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(file) == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return open(file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        fail_reading(patch, path, "open")
+        patch.setattr("cachedb.disk.reader.open", refused, raising=False)
+        with Cache.open(made, damaged=True) as cache:
+            found = cache.verify(repair=True).problems
+    assert ("corrupt", digest) in [(problem.kind, problem.digest) for problem in found]
+    assert len(names(made)) == 30
+    check(made)
+
+
+# What is not ours
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_directory_of_somebody_else_is_refused_and_untouched(tmp_path: Path, damaged: bool) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "index.db").write_bytes(b"somebody's")
+    (foreign / "notes").write_bytes(b"notes")
+    with pytest.raises(NotACache):
+        Cache.open(foreign, damaged=damaged)
+    (foreign / "index.db").unlink()
+    with pytest.raises(NotACache):
+        Cache.open(foreign, damaged=damaged)
+    assert {path.name: path.read_bytes() for path in foreign.iterdir()} == {"notes": b"notes"}
+
+
+# Anything
+
+
+SMALL = {f"app-{number}:1": image(number, number + 1, size=20) for number in range(4)}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("small") / "cache"
+    with Cache.open(directory) as cache:
+        for name, one in SMALL.items():
+            save(cache, name, one)
+    shutil.copyfile(directory / "index.db", directory / "backups" / "000001-a.db")
+    return directory
+
+
+damages = st.lists(
+    st.tuples(
+        st.integers(0, 10**6),
+        st.sampled_from(["overwrite", "overwrite", "cut", "delete"]),
+        st.integers(0, 10**6),
+        st.binary(min_size=1, max_size=50),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(damages)
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_is_damaged_what_is_good_stays(small: Path, found: list[tuple[int, str, int, bytes, bool]]) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        directory = Path(folder) / "cache"
+        shutil.copytree(small, directory)
+        blobs_ = sorted((directory / "blobs").rglob("*/*"))
+        for which, how, place, data, index in found:
+            paths = [directory / "index.db", *(directory / "backups").iterdir()] if index else blobs_
+            path = paths[which % len(paths)]
+            if not path.exists():
+                continue
+            size = path.stat().st_size
+            path.chmod(0o644)
+            if how == "delete":
+                path.unlink()
+            elif how == "cut":
+                os.truncate(path, place % (size + 1))
+            else:
+                with path.open("r+b") as file:
+                    file.seek(place % (size + 1))
+                    file.write(data)
+        good = {
+            digest: size
+            for digest, size in files_of(directory).items()
+            if digest_of(blob_path(directory, Digest(digest)).read_bytes()) == digest
+        }
+        repaired(directory)
+        assert files_of(directory) == good
+        with Cache.open(directory) as cache:
+            complete = {image.digest for image in cache.list_manifests() if image.complete}
+        for one in SMALL.values():
+            if one.blobs.keys() <= good.keys():
+                assert one.digest in complete
+        check(directory)
+
+
+# The command line
+
+
+def test_the_command_line_rebuilds_and_names_what_is_lost(cachedb: Run, made: Path) -> None:
+    (made / "index.db").unlink()
+    ran = cachedb("ls")
+    assert ran.returncode == 1
+    assert "cachedb verify --repair" in ran.stderr
+    assert cachedb("verify", "--quick").returncode == 1
+    assert not (made / "index.db").exists()
+    ran = cachedb("verify", "--repair")
+    assert ran.returncode == 1
+    assert f"recovered@{digest_of(INDEX)}" in ran.stdout.replace("\n", "")
+    ran = cachedb("verify")
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_holds_are_there_after_a_rebuilding_that_was_cut_off(made: Path) -> None:
+    with Cache.open(made) as cache:
+        (hold,) = cache.add_hold(NAMES[0])
+        cache.remove_manifest(NAMES[0])
+    (made / "index.db").rename(made / "backups" / "000001-rebuilt.db")  # where a kill may have left it
+    repaired(made)
+    with Cache.open(made) as cache:
+        assert hold in cache.list_holds()
+        cache.collect_garbage()
+        assert cache.has_blob(IMAGES[NAMES[0]].digest)
+    assert [path.name for path in (made / "backups").glob("*-rebuilt.db")] == []
+
+
+def test_an_index_of_a_newer_schema_is_not_taken_for_a_damaged_one(made: Path) -> None:
+    status = (made / "index.db").stat()
+    with Cache.open(made) as cache:
+        change(made, "ALTER TABLE holds RENAME COLUMN name TO names")
+        change(made, "UPDATE alembic_version SET version_num = '9999'")
+        change(made, "PRAGMA user_version = 9999")
+        with pytest.raises(SchemaMismatch, match="newer release"):
+            cache.verify(repair=True)
+    assert (made / "index.db").stat().st_ino == status.st_ino
+
+
+def test_a_damaged_index_is_rebuilt_though_a_folder_is_gone_as_well(made: Path) -> None:
+    shutil.rmtree(made / "locks")
+    (made / "index.db").write_bytes(b"garbage" * 1000)
+    repaired(made)
+    check(made)
+
+
+def test_a_time_that_is_none_is_damage(made: Path) -> None:
+    change(made, "UPDATE images SET created_at = '2026-99-99T00:00:00.000000Z' WHERE id = 1")
+    with Cache.open(made) as cache, pytest.raises(DamagedIndex, match="for a time"):
+        cache.list_manifests()
+    repaired(made)
+    check(made)
+
+
+def test_a_new_index_that_has_a_wal_still_is_not_put_in_place(made: Path) -> None:
+    new, index = made / "ingest" / "new.db", Database(made)
+    new.write_bytes(b"new")
+    new.with_name("new.db-wal").write_bytes(b"what could not be written back")
+    before = (made / "index.db").read_bytes()
+    with closing(index), index.alone(), pytest.raises(StorageError, match="not whole"):
+        backups.put_in_place(index, new)
+    assert (made / "index.db").read_bytes() == before

@@ -1,0 +1,294 @@
+"""Several users share one cache: what one leaves, the others can use, clean up and replace."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache
+from cachedb.disk import downloads
+from tests.conftest import Run, run_python, running
+from tests.index.sqlite.test_database import content
+from tests.support.make import digest_of, image, oci_files, save
+
+APP = image(1, 2)
+GROUP = 64999
+NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root to become other users")
+
+AS = f"""
+import os, sys, tempfile
+from pathlib import Path
+from cachedb import Cache, CacheError
+from tests.support.make import image, save
+with tempfile.TemporaryDirectory() as folder:
+    with Cache.open(Path(folder) / "c") as cache:
+        save(cache, "a:1", image(1))
+        Path(folder, "c", "index.db").write_bytes(b"damaged")
+    with Cache.open(Path(folder) / "c", damaged=True) as cache:
+        cache.verify(repair=True)
+def become(user):
+    os.setgroups([{GROUP}] if user < 65000 else [])
+    os.setgid(user)
+    os.setuid(user)
+    os.environ["HOME"] = "/"
+os.umask(0o077)
+"""
+"""Begins a script that becomes another user. All is used once before: the interpreter may lie where only root reads."""
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A cache that user 1001 has shared with a group, which 1002 and 1003 are in and 65534 is not."""
+    # Not below pytest's own folders, which are for their owner alone.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        path = Path(folder) / "cache"
+        run_python(
+            AS + "become(1001)\nwith Cache.open(sys.argv[1]) as cache:\n"
+            f"    save(cache, 'app:1', image(1, 2))\n    cache.share('{GROUP}')",
+            path,
+        )
+        yield path
+
+
+def modes(directory: Path) -> dict[str, tuple[int, int]]:
+    """What the group may do with each file and folder, but for the blobs."""
+    paths = [directory, *(path for path in directory.rglob("*") if path.parent.parent.name != "blobs")]
+    return {
+        str(path.relative_to(directory)): (path.lstat().st_gid, stat.S_IMODE(path.lstat().st_mode)) for path in paths
+    }
+
+
+def is_open_to_the_group(directory: Path) -> bool:
+    wrong = {
+        name: (gid, oct(mode))
+        for name, (gid, mode) in modes(directory).items()
+        if gid != GROUP or mode != (0o2770 if (directory / name).is_dir() else 0o660)
+    }
+    assert wrong == {}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (directory / "blobs").glob("*/*")} == {0o444}
+    return True
+
+
+@NEEDS_ROOT
+def test_all_of_a_group_work_with_a_shared_cache_whatever_their_umask(shared: Path) -> None:
+    assert is_open_to_the_group(shared)
+    for user in (1002, 1003):
+        run_python(
+            AS
+            + f"""
+become({user})
+with Cache.open(sys.argv[1]) as cache:
+    save(cache, "app:{user}", image({user}))
+    with cache.hold("app:1"):
+        cache.tag("app:1", "again:{user}")
+    assert cache.verify(repair=True).problems == []
+    cache.remove_manifest("again:{user}")
+    cache.collect_garbage()
+""",
+            shared,
+        )
+        assert is_open_to_the_group(shared)
+    with Cache.open(shared) as cache:  # root's cron job, without --trust: it is shared
+        save(cache, "app:root", image(9))
+        with cache.hold("app:root"):
+            assert {path.lstat().st_uid for path in shared.rglob("*")} >= {1001}
+            assert 0 not in {path.lstat().st_uid for path in shared.rglob("*")}
+    assert is_open_to_the_group(shared)
+
+
+@NEEDS_ROOT
+def test_others_are_refused_and_change_nothing(shared: Path) -> None:
+    before = content(shared)
+    run_python(
+        AS
+        + """
+become(65534)
+try:
+    Cache.open(sys.argv[1])
+except CacheError as error:
+    print(error)
+else:
+    sys.exit("it was opened")
+""",
+        shared,
+    )
+    assert content(shared) == before
+
+
+@NEEDS_ROOT
+def test_what_a_killed_process_of_one_user_leaves_another_cleans_up(shared: Path) -> None:
+    script = (
+        AS
+        + """
+become(1001)
+cache = Cache.open(sys.argv[1])
+cache.add_blob(b"left behind")
+with cache.hold("app:1"), cache.producing("never:1"):
+    (cache._session.folder / "7").write_bytes(b"half")
+    print(flush=True)
+    sys.stdin.read()
+"""
+    )
+    with running(script, shared) as process:
+        process.kill()
+        process.wait()
+    assert list((shared / "ingest").iterdir())
+    run_python(
+        AS
+        + """
+become(1002)
+with Cache.open(sys.argv[1]) as cache:
+    assert cache.get_leftovers() == []
+    assert cache.collect_garbage().blobs == 1
+    assert cache.verify().problems == []
+""",
+        shared,
+    )
+    assert [path.name for path in (shared / "ingest").iterdir()] == []
+    assert sorted(path.name for path in (shared / "locks").iterdir() if "write" not in path.name) == []
+
+
+@NEEDS_ROOT
+def test_an_index_that_one_user_rebuilds_is_the_groups(shared: Path) -> None:
+    (shared / "index.db").write_bytes(b"damaged")
+    run_python(
+        AS
+        + """
+become(1002)
+with Cache.open(sys.argv[1], damaged=True) as cache:
+    cache.verify(repair=True)
+""",
+        shared,
+    )
+    assert modes(shared)["index.db"] == (GROUP, 0o660)
+    run_python(AS + "become(1003)\nwith Cache.open(sys.argv[1]) as cache:\n    save(cache, 'app:3', image(3))", shared)
+
+
+@NEEDS_ROOT
+def test_a_damaged_blob_of_another_user_is_put_aside(shared: Path) -> None:
+    path = shared / "blobs" / digest_of(APP.config).replace(":", "/")
+    path.chmod(0o644)
+    path.write_bytes(b"x" * len(APP.config))
+    path.chmod(0o444)
+    run_python(
+        AS
+        + """
+become(1002)
+with Cache.open(sys.argv[1]) as cache:
+    (problem,) = cache.verify(repair=True).problems
+    assert "moved to quarantine" in problem.repair, problem
+""",
+        shared,
+    )
+    assert not path.exists()
+
+
+@NEEDS_ROOT
+def test_roots_cache_of_a_user_leaves_the_user_everything() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        path = Path(folder) / "cache"
+        run_python(AS + "become(1001)\nwith Cache.open(sys.argv[1]) as cache: save(cache, 'app:1', image(1, 2))", path)
+        with Cache.open(path, trust=True) as cache, cache.hold("app:1"):
+            cache.add_blob(b"of root")
+            run_python(
+                AS
+                + """
+become(1001)
+with Cache.open(sys.argv[1]) as cache:
+    assert cache.get_leftovers() == []
+    cache.tag("app:1", "app:2")
+    cache.collect_garbage()
+""",
+                path,
+            )
+        assert {path.lstat().st_uid for path in path.rglob("*")} == {1001}
+
+
+def test_a_cache_is_its_owners_alone_unless_it_is_shared(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+        found = {mode for _, mode in modes(directory).values()}
+    assert found == {0o700, 0o600}
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
+def test_modes_do_not_depend_on_the_umask(cachedb: Run, directory: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        run_python(
+            "import sys; from cachedb import Cache; from tests.support.make import image, save\n"
+            "with Cache.open(sys.argv[1]) as cache: save(cache, 'app:1', image(1, 2))",
+            directory,
+        )
+    finally:
+        os.umask(before)
+    assert {mode for _, mode in modes(directory).values()} == {0o700, 0o600}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (directory / "blobs").glob("*/*")} == {0o444}
+
+
+def test_init_makes_and_shares_a_cache(cachedb: Run, directory: Path) -> None:
+    done = cachedb("init")
+    assert (done.returncode, done.stdout) == (0, f"{directory} is a cache\n")
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    done = cachedb("init", "--shared")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{directory} is shared with group ")
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o2770
+    assert cachedb("import", "examples/hello.oci.tar").returncode == 0
+    found = modes(directory)
+    assert {mode for _, mode in found.values()} == {0o2770, 0o660}
+    assert {gid for gid, _ in found.values()} == {os.getegid()}
+
+
+def test_init_refuses_a_group_that_there_is_not(cachedb: Run, directory: Path) -> None:
+    done = cachedb("init", "--shared=no-such-group")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "cachedb: there is no group 'no-such-group': name one that `getent group` lists\n"
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+def test_sharing_leaves_links_alone(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "precious").chmod(0o600)
+    (cache.directory / "locks" / "link").symlink_to(tmp_path / "precious")
+    os.link(tmp_path / "precious", cache.directory / "locks" / "hard")
+    cache.share()
+    assert stat.S_IMODE((tmp_path / "precious").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("how", ["group", "acl"])
+def test_a_file_that_the_group_may_write_to_is_copied_and_not_linked(cache: Cache, tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "layout"
+    for name, data in oci_files({"app:1": APP}).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        path.chmod(0o644)
+        if how == "group":
+            path.chmod(0o664)
+        elif not shutil.which("setfacl"):
+            pytest.skip("needs setfacl: install the package acl")
+        else:
+            subprocess.run(["setfacl", "-m", "u:65534:rw", path], check=True)
+    cache.cache_from_tar(folder, "app:1", link=True)
+    assert {path.stat().st_nlink for path in (cache.directory / "blobs").glob("*/*")} == {1}
+
+
+@NEEDS_ROOT
+def test_a_download_that_another_user_began_is_begun_anew(tmp_path: Path) -> None:
+    """He may still write to it when it is a blob."""
+    path = tmp_path / "download"
+    path.write_bytes(b"half")
+    assert downloads.begun(path, 10) == 4
+    os.chown(path, 65534, 65534)
+    assert downloads.begun(path, 10) == 0
+    assert not path.exists()

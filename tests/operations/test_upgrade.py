@@ -1,0 +1,1488 @@
+"""Changes of the schema: up and down with real data, beside others at work, cut off, on a full disk; backups; drift."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_alembic import Config, runner
+from pytest_alembic.tests import (
+    test_model_definitions_match_ddl,
+    test_single_head_revision,
+    test_up_down_consistency,
+    test_upgrade,
+)
+from sqlalchemy import Engine, create_engine, event
+
+from cachedb import (
+    Cache,
+    CacheError,
+    DamagedIndex,
+    InvalidRevision,
+    NotACache,
+    NotInCache,
+    SchemaMismatch,
+    StorageError,
+)
+from cachedb.content import describe
+from cachedb.disk import reader
+from cachedb.index import drift as drift_module
+from cachedb.index import schema
+from cachedb.index.sqlite import backups, database
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.revision import APPLICATION_ID
+from cachedb.index.tables import REVISION
+from cachedb.oci.configs import ImageConfig, parse_config
+from cachedb.operations import restore, upgrade
+from tests.conftest import Run, files_of, revision_of, run_python, running, start_python
+from tests.index.sqlite.test_database import content
+from tests.index.test_schema import change, rows, tables
+from tests.support.make import image, index, save
+from tests.support.promises import check
+
+FROZEN = Path(__file__).parents[1] / "frozen"
+REVISIONS = [f"{number:04}" for number in range(1, int(REVISION) + 1)]
+ADDED = {"some_platforms", "architecture", "os", "variant", "created", "author", "diff_id", "created_by"}
+
+
+# What pytest-alembic asks of all migrations. Its plugin does not work with pytest 9, its tests do.
+
+__all__ = [
+    "test_model_definitions_match_ddl",
+    "test_single_head_revision",
+    "test_up_down_consistency",
+    "test_upgrade",
+]
+
+
+@pytest.fixture
+def alembic_runner(tmp_path: Path) -> Iterator[Any]:
+    engine = create_engine(f"sqlite:///{tmp_path / 'migrated.db'}")
+    options = {"script_location": str(schema.migrations_directory()), "path_separator": "os"}
+    with runner(Config(config_options=options), engine) as running:
+        yield running
+    engine.dispose()
+
+
+# Every revision that ever landed
+
+
+def frozen(revision: str, directory: Path) -> Path:
+    """The cache that the release of a revision has made."""
+    directory.mkdir()
+    with tarfile.open(FROZEN / f"{revision}.tar.xz") as tar:
+        tar.extractall(directory, filter="data")
+    for name in ("ingest", "trash", "locks", "backups"):
+        (directory / name).mkdir()
+    return directory
+
+
+def known(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """All rows, without the columns and tables that came later than the first revision."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    shell = sqlite3.connect(directory / "index.db")
+    shell.row_factory = sqlite3.Row
+    for table in ("images", "blobs", "image_blobs", "leases", "trash"):
+        entries = [dict(row) for row in shell.execute(f"SELECT * FROM {table}")]
+        kept = [{key: value for key, value in entry.items() if key not in ADDED} for entry in entries]
+        found[table] = sorted(kept, key=repr)
+    shell.close()
+    return found
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row_and_blob(
+    revision: str, tmp_path: Path
+) -> None:
+    directory = frozen(revision, tmp_path / "cache")
+    before, all_rows, files = known(directory), rows(directory), files_of(directory)
+    assert len(before["images"]) == (7 if revision < "0004" else 8)
+    changed = upgrade.upgrade(directory)
+    assert (changed.before, changed.after) == (revision, REVISION)
+    assert known(directory) == before
+    assert drift_module.check(directory) == []
+    with Cache.open(directory) as cache:
+        assert cache.get_image("frozen:2").author == cache.get_image("team/frozen:stable").author == "A. Author"
+        assert cache.get_labels("docker.io/library/docker:2")["org.opencontainers.image.title"] == "frozen"
+        assert [blob.created_by for blob in cache.get_image_blobs("several:1") if blob.role == "layer"] == [
+            "layer 1",
+            "layer 2",
+            "layer 1",
+            "layer 3",
+        ]
+        assert all(blob.diff_id for blob in cache.get_image_blobs("frozen:2") if blob.role == "layer")
+        cache.export("frozen:2", tmp_path / "frozen.tar")
+    after = known(directory)
+    upgrade.downgrade(directory, revision)
+    assert {name: known(directory)[name] for name in ("blobs", "image_blobs")} == {
+        name: after[name] for name in ("blobs", "image_blobs")
+    }
+    assert tables(directory) - {"alembic_version"} == all_rows.keys()
+    assert files_of(directory) == files
+    upgrade.upgrade(directory)
+    check(directory)
+
+
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+def test_a_downgrade_takes_away_what_the_upgrade_brought_and_nothing_else(revision: str, tmp_path: Path) -> None:
+    directory = frozen(revision, tmp_path / "cache")
+    before = rows(directory)
+    upgrade.upgrade(directory)
+    upgrade.downgrade(directory, revision)
+    assert rows(directory) == before
+
+
+def test_a_config_that_cannot_be_read_is_skipped_and_reported(tmp_path: Path) -> None:
+    directory = frozen("0001", tmp_path / "cache")
+    with Cache.open(frozen(REVISION, tmp_path / "newest")) as cache:
+        lost = next(blob.path for blob in cache.get_image_blobs("hello:1") if blob.is_config)
+    assert lost is not None
+    (directory / lost.relative_to(tmp_path / "newest")).unlink()
+    found = {str(name): detail for name, _, detail in upgrade.upgrade(directory).unread}
+    assert found.keys() == {"broken:1", "hello:1"}
+    assert "not JSON" in found["broken:1"]
+    assert "is not in the cache" in found["hello:1"]
+    with Cache.open(directory) as cache:
+        assert cache.get_image("hello:1").os is None
+        assert cache.get_image("frozen:2").os == "linux"
+
+
+def config_of(directory: Path, name: str) -> Path:
+    """The file of an image's config, in a cache of any schema."""
+    shell = sqlite3.connect(directory / "index.db")
+    query = (
+        "SELECT digest FROM images JOIN image_blobs ON image_id = images.id JOIN blobs ON blobs.id = blob_id "
+        "WHERE role = 'config' AND repository || ':' || reference = ?"
+    )
+    ((digest,),) = shell.execute(query, (name,)).fetchall()
+    shell.close()
+    return directory / "blobs" / str(digest).replace(":", "/")
+
+
+def test_a_config_that_is_not_what_its_digest_says_is_skipped_and_reported(tmp_path: Path) -> None:
+    directory = frozen("0001", tmp_path / "cache")
+    path = config_of(directory, "hello:1")
+    path.chmod(0o600)
+    path.write_text(json.dumps({"os": "plan9"}))
+    found = {str(name): detail for name, _, detail in upgrade.upgrade(directory).unread}
+    assert "another content: run `cachedb verify`" in found["hello:1"]
+    with Cache.open(directory) as cache:
+        assert cache.get_image("hello:1").os is None
+
+
+def test_who_has_not_enough_to_read_configs_with_stops_and_skips_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = frozen("0001", tmp_path / "cache")
+
+    def open_none(path: str, _flags: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    monkeypatch.setattr(reader, "open_regular", open_none)
+    with pytest.raises(StorageError, match="raise the limit on open files"):
+        upgrade.upgrade(directory)
+    assert schema.current(directory).pending == 7
+    monkeypatch.undo()
+    assert {str(name) for name, _, _ in upgrade.upgrade(directory).unread} == {"broken:1"}
+
+
+# Upgrades
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    return frozen("0001", tmp_path / "old")
+
+
+def backups_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "backups").iterdir() if path.name != ".lock")
+
+
+def test_an_upgrade_makes_a_backup_from_which_all_comes_back(old: Path) -> None:
+    before = rows(old)
+    changed = upgrade.upgrade(old)
+    assert changed.backup == old / "backups" / "000001-0001-before-0005.db"
+    assert changed.backup.stat().st_mode & 0o777 == old.stat().st_mode & 0o666
+    shutil.copy(changed.backup, old.parent / "index.db")
+    assert rows(old.parent) == before
+    assert upgrade.upgrade(old) == (REVISION, REVISION, None, [])
+    assert backups_in(old) == ["000001-0001-before-0005.db"]
+
+
+def test_a_backup_is_on_disk_before_it_has_its_name(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        calls.append(("sync", os.fstat(descriptor).st_ino))
+
+    def renamed(path: Path, target: Path) -> Path:
+        calls.append(("name", path.stat().st_ino))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    backup = upgrade.back_up(cache.directory)
+    file, folder = backup.stat().st_ino, backup.parent.stat().st_ino
+    assert calls == [("sync", file), ("name", file), ("sync", folder)]
+
+
+def test_the_last_few_backups_from_before_changes_are_kept_and_all_that_a_person_made(old: Path) -> None:
+    asked = upgrade.back_up(old)
+    for _ in range(3):
+        upgrade.upgrade(old)
+        upgrade.downgrade(old, "0001")
+    assert backups_in(old) == [
+        asked.name,
+        "000005-0005-before-0001.db",
+        "000006-0001-before-0005.db",
+        "000007-0005-before-0001.db",
+    ]
+
+
+def test_changes_that_fail_or_are_killed_do_not_pile_up_backups(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upgrade.upgrade(old)
+    upgrade.downgrade(old, "0001")
+    before = backups_in(old)
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "run_migrations", fail)
+        for _ in range(5):
+            with pytest.raises(KeyboardInterrupt):
+                upgrade.upgrade(old)
+            assert backups_in(old) == before
+    script = """
+        import os, sys
+        from pathlib import Path
+        from cachedb.index import schema
+        from cachedb.operations import upgrade
+
+        schema.run_migrations = lambda *_, **__: os.kill(os.getpid(), 9)
+        upgrade.upgrade(Path(sys.argv[1]))
+        """
+    for _ in range(5):
+        with start_python(script, old) as process:
+            assert process.wait() == -9
+    assert len(backups_in(old)) == backups.KEPT + 1
+    upgrade.upgrade(old)
+    assert len(backups_in(old)) == backups.KEPT
+
+
+def test_an_old_backup_that_cannot_be_deleted_is_an_error_of_one_line(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(backups.KEPT):
+        (old / "backups" / f"{number + 1:06}-0001-before-0005.db").touch()
+    real = os.unlink
+
+    def refuse(path: str, **options: Any) -> None:
+        if str(path).endswith(".db"):
+            raise PermissionError(1, "Operation not permitted", path)
+        real(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(StorageError, match=r"cannot delete an old backup: Operation not permitted: '.*000001-"):
+        upgrade.upgrade(old)
+
+
+@pytest.mark.parametrize("step", ["0002", "head"])
+def test_an_upgrade_comes_to_the_revision_that_is_asked_for(old: Path, step: str) -> None:
+    after = upgrade.upgrade(old, step).after
+    assert revision_of(old) == after == {"0002": "0002", "head": REVISION}[step]
+
+
+def test_an_upgrade_that_needs_no_other_process_to_stop_says_so_to_those_who_have_the_cache_open(
+    directory: Path,
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+        upgrade.downgrade(directory, "0002")
+        for call in (cache.list_manifests, lambda: cache.add_blob(b"x"), lambda: cache.get_image("app:1")):
+            with pytest.raises(SchemaMismatch, match=r"has schema 0002, .* run `cachedb db upgrade`"):
+                call()
+        upgrade.upgrade(directory)
+        assert cache.get_image("app:1").architecture == "amd64"
+        cache.add_blob(b"x")
+
+
+def test_a_newer_schema_that_says_so_can_be_worked_with(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+        change(directory, "ALTER TABLE images ADD COLUMN stars INTEGER")
+        change(directory, "UPDATE alembic_version SET version_num = '0099'")
+        change(directory, f"PRAGMA user_version = {int(REVISION)}")
+        cache.tag("app:1", "app:2")
+    with Cache.open(directory) as cache:
+        assert [image.reference for image in cache.list_manifests()] == ["1", "2"]
+        assert cache.verify().problems == []
+    assert schema.current(directory) == ("0099", REVISION, True, 0)
+    for call in (upgrade.upgrade, drift_module.check, lambda path: upgrade.downgrade(path, "0001")):
+        with pytest.raises(SchemaMismatch, match="newer"):
+            call(directory)
+    change(directory, "PRAGMA user_version = 99")
+    with pytest.raises(SchemaMismatch, match="use a newer release"):
+        Cache.open(directory)
+
+
+def test_every_migration_states_the_oldest_release_that_can_work_after_it(directory: Path) -> None:
+    Cache.open(directory).close()
+    for revision in reversed(schema.history(directory)):
+        assert revision.oldest <= revision.revision
+        if revision_of(directory) != revision.revision:
+            upgrade.downgrade(directory, revision.revision)
+        shell = sqlite3.connect(directory / "index.db")
+        assert shell.execute("PRAGMA user_version").fetchone() == (int(revision.oldest),)
+        shell.close()
+        upgrade.upgrade(directory)
+
+
+def test_of_many_who_upgrade_at_once_one_does_and_all_go_on(old: Path) -> None:
+    output = run_python(
+        """
+        import os, sys
+        from cachedb import Cache
+
+        gate, open_gate = os.pipe()
+        children = []
+        for number in range(16):
+            if (child := os.fork()) == 0:
+                os.close(open_gate)
+                os.read(gate, 1)
+                with Cache.open(sys.argv[1], upgrade=True) as cache:
+                    cache.add_blob(b"%d" % number)
+                    assert cache.get_image("frozen:2").os == "linux"
+                os._exit(0)
+            children.append(child)
+        os.close(open_gate)
+        print({os.waitpid(child, 0)[1] for child in children})
+        """,
+        old,
+    )
+    assert output == "{0}\n"
+    assert backups_in(old) == ["000001-0001-before-0005.db"]
+    check(old)
+
+
+SECONDS = float(os.environ.get("CACHEDB_UPGRADE_SECONDS", "4"))
+
+
+def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_lost(directory: Path) -> None:
+    Cache.open(directory).close()
+    output = run_python(
+        """
+        import mmap, os, random, sys, time, traceback
+        from pathlib import Path
+        from cachedb import Cache, SchemaMismatch
+        from cachedb.operations import upgrade
+        from tests.support.make import image, save
+
+        directory, until = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
+        some_refused = mmap.mmap(-1, 1)  # which all share
+
+        def work(number):
+            refused, done = 0, 0
+            cache = None
+            while time.monotonic() < until or not done or not some_refused[0]:
+                try:
+                    cache = cache or Cache.open(directory, upgrade=number % 8 == 0)
+                    made = image(number, 100 + done % 5)
+                    save(cache, f"app{number}:{done}", made)
+                    assert cache.is_image_complete(f"app{number}:{done}")
+                    done += 1
+                    if done > 2:
+                        cache.remove_manifest(f"app{number}:{done - 3}")
+                    if done % 10 == 0:
+                        cache.close()
+                        cache = None
+                except SchemaMismatch as error:
+                    assert "cachedb db upgrade" in str(error)
+                    refused += 1
+                    some_refused[0] = 1
+                    time.sleep(random.random() / 20)
+            return refused, done
+
+        children = {}
+        for number in range(32):
+            reader, writer = os.pipe()
+            if (child := os.fork()) == 0:
+                try:
+                    text = "{} {}".format(*work(number))
+                except BaseException:
+                    text = traceback.format_exc()
+                os.write(writer, text.encode())
+                os._exit(0)
+            os.close(writer)
+            children[number] = child, reader
+        changes = 0
+        while time.monotonic() < until or not some_refused[0]:
+            upgrade.downgrade(directory, ("0001", "0002")[changes % 2])
+            upgrade.upgrade(directory)
+            changes += 1
+        upgrade.upgrade(directory)
+        refused = 0
+        with Cache.open(directory, upgrade=True) as cache:
+            for number, (child, reader) in children.items():
+                os.waitpid(child, 0)
+                text = os.read(reader, 1 << 16).decode()
+                assert text.replace(" ", "").isdecimal(), text
+                refused, done = refused + int(text.split()[0]), int(text.split()[1])
+                for last in range(max(0, done - 2), done):
+                    assert cache.is_image_complete(f"app{number}:{last}")
+                    assert cache.get_image(f"app{number}:{last}").architecture == "amd64"
+        assert changes and refused
+        print("all there")
+        """,
+        directory,
+        SECONDS,
+    )
+    assert output == "all there\n"
+    check(directory)
+
+
+@pytest.mark.parametrize("how", ["upgrade", "downgrade"])
+def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_new_one(
+    how: str, tmp_path: Path
+) -> None:
+    made = frozen("0001" if how == "upgrade" else REVISION, tmp_path / "made")
+    before = known(made)
+    output = run_python(
+        """
+        import os, shutil, sys
+        from pathlib import Path
+        from sqlalchemy import Engine, event
+        import alembic.command
+        from cachedb.operations import upgrade
+
+        made, how = Path(sys.argv[1]), sys.argv[2]
+        upgrade._BATCH = 2
+        number, status = 0, 1
+        while status:
+            number += 1
+            directory = made.with_name(str(number))
+            shutil.copytree(made, directory)
+            if (child := os.fork()) == 0:
+                seen = 0
+
+                def step(*_):
+                    global seen
+                    seen += 1
+                    if seen == number:
+                        os.kill(os.getpid(), 9)
+
+                seen = 0
+                event.listen(Engine, "before_cursor_execute", step)
+                event.listen(Engine, "commit", step)
+                upgrade.upgrade(directory) if how == "upgrade" else upgrade.downgrade(directory, "0001")
+                os._exit(0)
+            status = os.waitpid(child, 0)[1]
+        print(number)
+        """,
+        made,
+        how,
+    )
+    assert int(output) > 30
+    found = set()
+    for number in range(1, int(output) + 1):
+        directory = tmp_path / str(number)
+        database = Database(directory)
+        found.add(database.revision())
+        database.close()
+        kept = {name: table for name, table in known(directory).items() if name != "leases"}
+        assert kept == {name: table for name, table in before.items() if name != "leases"}
+        if number % 5 == 0:
+            upgrade.upgrade(directory)
+            assert drift_module.check(directory) == []
+            with Cache.open(directory) as cache:
+                assert cache.get_image("frozen:2").os == "linux"
+                if how == "downgrade":  # an image of some platforms has become one that lacks the others
+                    assert {problem.kind for problem in cache.verify(repair=True).problems} <= {"index"}
+            check(directory)
+    assert found == {"0001", REVISION}
+
+
+def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upgrade, "_BATCH", 2)
+    told: list[tuple[str, int, int]] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+        if (what, done) == ("reading configs", 4):
+            raise Stop
+
+    with pytest.raises(Stop):
+        upgrade.upgrade(old, progress=stop)
+    assert {what for what, _, _ in told} >= {"migrating", "reading configs"}
+    assert schema.current(old) == (REVISION, REVISION, True, 3)
+    assert [drift.kind for drift in drift_module.check(old)] == ["backfill"]
+    with Cache.open(old) as cache:
+        assert (
+            cache.get_image("docker.io/library/docker:2").os == "linux"
+        )  # what is read is there, and the cache can be used
+    again: list[tuple[str, int, int]] = []
+    upgrade.upgrade(old, progress=lambda *step: again.append(step))
+    assert again == [("reading configs", 2, 3), ("reading configs", 3, 3), ("reading configs", 3, 3)]
+    assert drift_module.check(old) == []
+
+
+@pytest.mark.parametrize("pending", [True, False])
+def test_what_another_migration_has_left_to_be_done_is_left_alone(old: Path, pending: bool) -> None:
+    upgrade.upgrade(old)
+    change(old, "INSERT INTO backfills VALUES ('0004', 3)")
+    if pending:
+        change(old, "INSERT INTO backfills VALUES ('0003', 1)")
+    told: list[tuple[str, int, int]] = []
+    upgrade.upgrade(old, progress=lambda *step: told.append(step))
+    assert told == ([("reading configs", 6, 6), ("reading configs", 6, 6)] if pending else [])
+    shell = sqlite3.connect(old / "index.db")
+    assert shell.execute("SELECT * FROM backfills").fetchall() == [("0004", 3)]
+    shell.close()
+
+
+def test_configs_are_read_without_the_write_lock(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse_unlocked(data: bytes, limit: int) -> ImageConfig:
+        with (old / "locks" / "write.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return parse_config(data, limit)
+
+    monkeypatch.setattr(describe, "parse_config", parse_unlocked)
+    upgrade.upgrade(old)
+    with Cache.open(old) as cache:
+        assert cache.get_image("frozen:2").os == "linux"
+
+
+def test_large_configs_are_written_in_transactions_of_their_own(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upgrade, "_BATCH_SIZE", 1)
+    told: list[int] = []
+    upgrade.upgrade(old, progress=lambda what, done, _: told.append(done) if what == "reading configs" else None)
+    assert told == [1, 2, 3, 4, 5, 6, 7, 7]
+    assert drift_module.check(old) == []
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Have something done between the reading of the first configs and the writing of what they say."""
+    read = describe.read_ahead
+
+    def read_and_work(*arguments: Any) -> Any:
+        found = read(*arguments)
+        monkeypatch.setattr(describe, "read_ahead", read)
+        work()
+        return found
+
+    monkeypatch.setattr(describe, "read_ahead", read_and_work)
+
+
+def test_an_image_that_changes_while_its_config_is_read_is_described_as_it_is_then(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        with Cache.open(old) as cache:
+            save(cache, "frozen:2", image(7, architecture="riscv64"))
+            cache.remove_manifest("hello:1")
+
+    meanwhile(monkeypatch, work)
+    upgrade.upgrade(old)
+    with Cache.open(old) as cache:
+        assert cache.get_image("frozen:2").architecture == "riscv64"
+        assert cache.get_image("team/frozen:stable").author == "A. Author"
+    check(old)
+
+
+def test_a_config_that_comes_back_while_the_others_are_read_is_not_missed(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_of(old, "hello:1")
+    aside = path.rename(old.parent / "aside")
+    meanwhile(monkeypatch, lambda: aside.rename(path))
+    assert {str(name) for name, _, _ in upgrade.upgrade(old).unread} == {"broken:1"}
+    with Cache.open(old) as cache:
+        assert cache.get_image("hello:1").os == "linux"
+
+
+def test_what_another_has_read_meanwhile_is_not_written_again(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upgrade, "_BATCH", 2)
+    found: list[upgrade.Unread] = []
+    meanwhile(monkeypatch, lambda: found.extend(upgrade.upgrade(old).unread))
+    told: list[str] = []
+    assert upgrade.upgrade(old, progress=lambda what, *_: told.append(what)).unread == []
+    assert "reading configs" not in told
+    assert [str(unread.name) for unread in found] == ["broken:1"]
+    assert drift_module.check(old) == []
+
+
+def test_a_disk_that_is_too_full_is_said_so_before_anything_is_changed(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Database(old)) as database:
+        database.prepare()  # a cache of an older release gets its marker
+    before = content(old)
+    usage = shutil.disk_usage(old)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(StorageError, match=r"was not changed: .* and 1000000 are free; free some space"):
+        upgrade.upgrade(old)
+    monkeypatch.undo()
+    left = content(old)
+    assert {name: data for name, data in left.items() if "locks" not in str(name)} == {
+        name: data for name, data in before.items() if "locks" not in str(name)
+    } | {name: data for name, data in left.items() if ".lock" in str(name) and "locks" not in str(name)}
+    upgrade.upgrade(old)
+
+
+def test_a_backup_that_cannot_be_written_stops_the_upgrade(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with closing(Database(old)) as database:
+        database.prepare()  # a cache of an older release gets its marker
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="cannot make a backup of the index: No space left"):
+        upgrade.upgrade(old)
+    monkeypatch.undo()
+    assert revision_of(old) == "0001"
+    assert backups_in(old) == []
+
+
+def test_a_change_that_would_leave_rows_that_refer_to_none_is_not_made(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = schema.run_migrations
+
+    def broken(change: Any, connection: Any, *arguments: Any) -> None:
+        real(change, connection, *arguments)
+        connection.exec_driver_sql("UPDATE images SET manifest_id = 999 WHERE id = 1")
+
+    monkeypatch.setattr(schema, "run_migrations", broken)
+    with pytest.raises(DamagedIndex, match=r"was not changed: 1 rows would refer to none: images 1 to blobs"):
+        upgrade.upgrade(old)
+    assert revision_of(old) == "0001"
+
+
+@pytest.mark.parametrize("call", ["upgrade", "downgrade", "check", "back_up"])
+def test_what_is_no_cache_is_left_alone(call: str, tmp_path: Path) -> None:
+    def run(directory: Path) -> object:
+        arguments = ("0001",) if call == "downgrade" else ()
+        return getattr(schema, call)(directory, *arguments)
+
+    with pytest.raises(NotInCache, match="there is no cache in"):
+        run(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    (tmp_path / "diary").mkdir()
+    change(tmp_path / "diary", "CREATE TABLE diary (entry TEXT)")
+    before = content(tmp_path / "diary")
+    with pytest.raises(NotACache, match="another program's database"):
+        run(tmp_path / "diary")
+    assert content(tmp_path / "diary") == before
+    half = frozen("0001", tmp_path / "half")
+    data = (half / "index.db").read_bytes()
+    (half / "index.db").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DamagedIndex):
+        run(half)
+    lost = frozen("0001", tmp_path / "lost")
+    with closing(Database(lost)) as database:
+        database.prepare()  # a cache of an older release gets its marker
+    (lost / "index.db").unlink()
+    with pytest.raises(DamagedIndex, match="lost its index"):
+        run(lost)
+
+
+@pytest.mark.parametrize("call", ["current", "upgrade", "downgrade", "check", "back_up"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "no tables", "no schema"])
+def test_a_cache_that_has_lost_its_index_is_told_from_one_that_is_not_there_yet(
+    directory: Path, damage: str, call: str
+) -> None:
+    def run() -> object:
+        return getattr(schema, call)(directory, *(("0001",) if call == "downgrade" else ()))
+
+    Cache.open(directory).close()
+    (directory / "index.db").unlink()
+    if damage == "empty":
+        (directory / "index.db").touch()
+    elif damage == "no tables":
+        change(directory, "PRAGMA journal_mode = WAL")
+    elif damage == "no schema":
+        change(directory, "CREATE TABLE alembic_version (version_num TEXT)")
+        change(directory, f"PRAGMA application_id = {APPLICATION_ID}")
+        with pytest.raises(DamagedIndex, match="has lost its schema"):
+            run()
+        return
+    if call == "current":
+        assert run() == (None, REVISION, False, 0)
+    else:
+        with pytest.raises(NotInCache, match="there is no cache"):
+            run()
+    (directory / "blobs" / "sha256" / ("0" * 64)).touch()
+    with pytest.raises(DamagedIndex, match=r"lost its index.db, but not its blobs"):
+        run()
+
+
+@pytest.mark.parametrize("call", ["upgrade", "downgrade", "check", "back_up"])
+def test_folders_that_are_gone_are_brought_back(old: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if call == "check":
+        upgrade.upgrade(old)
+        shutil.rmtree(old / "backups")
+    elif call == "downgrade":
+        upgrade.upgrade(old, "0002")
+        shutil.rmtree(old / "backups")
+    else:
+        (old / "backups").rmdir()
+    for name in ("locks", "trash", "ingest"):
+        shutil.rmtree(old / name)
+    run = getattr(schema, call)
+    arguments = ("0001",) if call == "downgrade" else ()
+    run(old, *arguments)
+    assert {path.name for path in old.iterdir() if path.is_dir()} >= {"backups", "locks", "trash", "ingest"}
+    monkeypatch.setattr(database, "refuse_shared", lambda _: "it is on nfs")
+    with pytest.raises(StorageError, match="it is on nfs"):
+        run(old, *arguments)
+
+
+@pytest.mark.parametrize("revision", ["0009", "x", "", "-9", "base", "-x", "000"])
+def test_a_revision_that_is_none_is_refused(directory: Path, revision: str) -> None:
+    Cache.open(directory).close()
+    for call in (upgrade.upgrade, upgrade.downgrade):
+        with pytest.raises(InvalidRevision, match="is not one of the revisions 0001, "):
+            call(directory, revision)
+    assert revision_of(directory) == REVISION
+
+
+def migrate(directory: Path, *arguments: Any, **options: Any) -> None:
+    with closing(Database(directory)) as index:
+        schema.migrate(index, *arguments, **options)
+
+
+@pytest.mark.parametrize("revision", ["0000", "00025", "0002a", "", None])
+def test_a_cache_of_a_schema_that_no_release_makes_is_left_alone(directory: Path, revision: str | None) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    copy = upgrade.back_up(directory)
+    if revision is None:
+        change(directory, "DELETE FROM alembic_version")
+    else:
+        change(directory, f"UPDATE alembic_version SET version_num = '{revision}'")
+    before, kept = rows(directory), backups_in(directory)
+    if not revision:
+        for look in (schema.current, drift_module.check):
+            with pytest.raises(DamagedIndex, match="lost its schema"):
+                look(directory)
+    for call in (
+        upgrade.upgrade,
+        lambda path: upgrade.upgrade(path, "0001"),
+        lambda path: upgrade.downgrade(path, "0001"),
+        lambda path: upgrade.downgrade(path, "-1"),
+        migrate,
+        lambda path: migrate(path, "0001", down=True),
+    ):
+        with pytest.raises(SchemaMismatch if revision else DamagedIndex, match=r"no release of|lost its schema"):
+            call(directory)
+    assert (rows(directory), backups_in(directory)) == (before, kept)
+    restore.restore(directory, copy)
+    check(directory)
+
+
+def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> None:
+    refuse = "BEGIN SELECT RAISE({}, 'not on a Friday'); END"
+    for how in ("ABORT", "FAIL", "ROLLBACK"):
+        change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON alembic_version {refuse.format(how)}")
+        done = cachedb("--dir", old, "db", "upgrade")
+        expected = "cachedb: the schema was not changed, for SQLite refused a row: not on a Friday\n"
+        assert (done.returncode, done.stderr) == (1, expected)
+        assert (revision_of(old), backups_in(old)) == ("0001", [])
+        change(old, "DROP TRIGGER mine")
+    change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON images {refuse.format('ABORT')}")
+    with pytest.raises(StorageError, match=r"schema is 0005, but .* not on a Friday; `cachedb db upgrade` goes on"):
+        upgrade.upgrade(old)
+    with pytest.raises(StorageError, match="not on a Friday"):
+        Cache.open(old, upgrade=True)
+    change(old, "DROP TRIGGER mine")
+    upgrade.upgrade(old)
+    assert drift_module.check(old) == []
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("CREATE INDEX mine ON images (author)", "the index 'mine' is over what it takes away (no such column"),
+        (
+            "CREATE VIEW [my view] AS SELECT author FROM images",
+            "the view 'my view' is over what it takes away (no such",
+        ),
+        ("CREATE VIEW mine AS SELECT * FROM image_labels", "the view 'mine' is over what it takes away (no such table"),
+        (
+            "CREATE TRIGGER mine AFTER INSERT ON blobs BEGIN SELECT author FROM images; END",
+            "the trigger 'mine' is over what it takes away (no such column",
+        ),
+    ],
+)
+def test_what_is_over_a_column_that_goes_is_to_be_dropped_first(directory: Path, sql: str, said: str) -> None:
+    Cache.open(directory).close()
+    change(directory, sql)
+    with pytest.raises(StorageError, match=r"^the schema was not changed, for .*: drop it first$") as caught:
+        upgrade.downgrade(directory, "0002")
+    assert said in str(caught.value)
+    assert (revision_of(directory), backups_in(directory)) == (REVISION, [])
+
+
+def test_up_is_not_down(directory: Path) -> None:
+    Cache.open(directory).close()
+    with pytest.raises(SchemaMismatch, match=r"newer than 0001: use `cachedb db downgrade 0001`"):
+        upgrade.upgrade(directory, "0001")
+    upgrade.downgrade(directory, "0001")
+    with pytest.raises(SchemaMismatch, match=r"older than 0002: use `cachedb db upgrade 0002`"):
+        upgrade.downgrade(directory, "0002")
+
+
+# Drift
+
+
+@pytest.mark.parametrize(
+    ("sql", "kind", "name"),
+    [
+        ("CREATE TABLE diary (entry TEXT)", "table", "diary"),
+        ("DROP TABLE image_labels", "table", "image_labels"),
+        ("DROP INDEX ix_image_blobs_blob_id", "index", "ix_image_blobs_blob_id"),
+        ("CREATE INDEX mine ON blobs (size)", "index", "mine"),
+        ("CREATE TRIGGER mine AFTER INSERT ON images BEGIN SELECT 1; END", "trigger", "mine"),
+        ("CREATE VIEW mine AS SELECT 1", "view", "mine"),
+        ("ALTER TABLE blobs ADD COLUMN colour TEXT", "column", "blobs.colour"),
+        ("ALTER TABLE images DROP COLUMN some_platforms", "column", "images.some_platforms"),
+        ("PRAGMA user_version = 1", "pragma", "user_version"),
+        ("PRAGMA journal_mode = DELETE", "pragma", "journal_mode"),
+    ],
+)
+def test_drift_is_found(directory: Path, sql: str, kind: str, name: str) -> None:
+    Cache.open(directory).close()
+    assert drift_module.check(directory) == []
+    change(directory, sql)
+    assert (kind, name) in [drift[:2] for drift in drift_module.check(directory)]
+
+
+def test_an_index_over_an_expression_is_drift_and_no_warning(cachedb: Run, directory: Path) -> None:
+    Cache.open(directory).close()
+    change(directory, "CREATE INDEX mine ON blobs (size + 1)")
+    done = cachedb("db", "check", "--format", "json")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert [(drift["kind"], drift["name"]) for drift in json.loads(done.stdout)] == [("index", "mine")]
+
+
+@pytest.mark.parametrize("version", ["0002", "0009", "mine"])
+def test_a_second_version_is_drift_and_stops_a_change(directory: Path, version: str) -> None:
+    Cache.open(directory).close()
+    change(directory, f"INSERT INTO alembic_version VALUES ('{version}')")
+    assert [drift[:2] for drift in drift_module.check(directory)] == [("row", "alembic_version")]
+    if version == "0002":
+        change(directory, "DELETE FROM alembic_version WHERE version_num = '0005'")
+        change(directory, "INSERT INTO alembic_version VALUES ('0005')")
+        with pytest.raises(SchemaMismatch, match="2 rows"):
+            upgrade.upgrade(directory)
+    with pytest.raises(SchemaMismatch, match="2 rows"):
+        upgrade.downgrade(directory, "0001")
+    assert backups_in(directory) == []
+
+
+def test_a_constraint_that_is_not_ours_is_drift(directory: Path) -> None:
+    Cache.open(directory).close()
+    shell = sqlite3.connect(directory / "index.db")
+    shell.execute("PRAGMA writable_schema = ON")
+    shell.execute("UPDATE sqlite_master SET sql = replace(sql, 'size >= 0', 'size >= 9') WHERE name = 'blobs'")
+    shell.commit()
+    shell.close()
+    (drift,) = drift_module.check(directory)
+    assert drift[:2] == ("table", "blobs")
+    assert "size >= 9" in drift.detail
+
+
+# Backups and restoring them
+
+
+def test_a_backup_is_of_one_moment_while_others_write(cache: Cache, tmp_path: Path) -> None:
+    save(cache, "app:1", image(1))
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            save(cache, f"busy:{number}", image(2, 100 + number))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        copies = [upgrade.back_up(cache.directory, tmp_path / f"{number}.db") for number in range(5)]
+    finally:
+        stop.set()
+        thread.join()
+    for copy in copies:
+        shell = sqlite3.connect(copy)
+        assert shell.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert shell.execute("PRAGMA foreign_key_check").fetchall() == []
+        shell.close()
+    with pytest.raises(CacheError, match="exists: name another file"):
+        upgrade.back_up(cache.directory, copies[0])
+
+
+def test_a_restored_backup_has_its_images_and_agrees_with_the_blobs(cache: Cache) -> None:
+    save(cache, "kept:1", image(1))
+    save(cache, "gone:1", image(2))
+    gone = cache.get_image_blobs("gone:1")
+    leased = cache.add_blob(b"leased by a live session")
+    backup = upgrade.back_up(cache.directory)
+    cache.remove_manifest("gone:1")
+    save(cache, "late:1", image(3))
+    cache.tag("late:1", "kept:1")
+    found = restore.restore(cache.directory, backup)
+    assert found[:3] == (2, 1, 4)
+    assert found.old is not None
+    with closing(sqlite3.connect(found.old)) as shell:
+        assert shell.execute("SELECT count(*) FROM images").fetchone() == (2,)
+    assert [str(one.name) for one in cache.list_manifests()] == ["gone:1", "kept:1"]
+    assert cache.get_image("kept:1").digest == image(1).digest
+    assert not cache.is_image_complete("gone:1")
+    assert cache.collect_garbage().blobs == 3  # of the late image, and not what is leased
+    assert cache.has_blob(leased)
+    save(cache, "gone:1", image(2))
+    assert cache.get_image_blobs("gone:1") == gone
+    cache.close()
+    check(cache.directory)
+
+
+def test_a_restored_backup_keeps_the_holds_of_today(cache: Cache) -> None:
+    save(cache, "app:1", image(1))
+    backup = upgrade.back_up(cache.directory)
+    (hold,) = cache.add_hold("app:1")
+    restore.restore(cache.directory, backup)
+    assert cache.list_holds() == [hold]
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_a_backup_of_any_schema_can_be_restored(revision: str, tmp_path: Path) -> None:
+    directory = frozen(REVISION, tmp_path / "cache")
+    old = frozen(revision, tmp_path / "old")
+    before = [row["repository"] for row in known(old)["images"]]
+    restore.restore(directory, old / "index.db")
+    assert [row["repository"] for row in known(directory)["images"]] == before
+    assert drift_module.check(directory) == []
+    with Cache.open(directory) as cache:
+        assert cache.get_image("hello:1").os == "linux"
+    check(directory)
+
+
+@pytest.mark.parametrize("damage", ["lost", "garbage"])
+def test_a_backup_takes_the_place_of_an_index_that_is_lost_or_damaged(directory: Path, damage: str) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    backup = upgrade.back_up(directory)
+    (directory / "index.db").unlink()
+    if damage == "garbage":
+        (directory / "index.db").write_bytes(b"garbage" * 1000)
+    assert restore.restore(directory, backup)[:3] == (1, 0, 0)
+    with Cache.open(directory) as cache:
+        assert cache.is_image_complete("app:1")
+    check(directory)
+
+
+def test_a_child_that_came_after_the_backup_brings_what_it_names(cache: Cache) -> None:
+    child = image(1)
+    cache.save_manifest("several:1", index(child))
+    backup = upgrade.back_up(cache.directory)
+    for digest, data in child.blobs.items():
+        cache.save_blob(digest, data)
+    restore.restore(cache.directory, backup)
+    assert cache.is_image_complete("several:1")
+
+
+def test_what_is_no_backup_is_refused_and_nothing_is_changed(cache: Cache, tmp_path: Path) -> None:
+    save(cache, "app:1", image(1))
+    backup = upgrade.back_up(cache.directory, tmp_path / "backup.db")
+    data = backup.read_bytes()
+    (tmp_path / "half.db").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.db").write_text("no database" * 1000)
+    (tmp_path / "empty.db").touch()
+    change(tmp_path, "CREATE TABLE diary (entry TEXT)")
+    (tmp_path / "link.db").symlink_to(cache.directory / "index.db")
+    future = shutil.copy(backup, tmp_path / "future.db")
+    shell = sqlite3.connect(future)
+    shell.execute("UPDATE alembic_version SET version_num = '9999'")
+    shell.execute("PRAGMA user_version = 9999")
+    shell.commit()
+    shell.close()
+    before = rows(cache.directory)
+    for name, error, text in (
+        ("nothing.db", NotInCache, "there is no backup"),
+        ("half.db", DamagedIndex, "is damaged, and was not restored"),
+        ("text.db", DamagedIndex, "is damaged, and was not restored"),
+        ("empty.db", NotACache, "is no backup"),
+        ("index.db", NotACache, "is no backup"),
+        ("link.db", NotACache, "is the index itself"),
+        ("future.db", SchemaMismatch, "use a newer release"),
+    ):
+        with pytest.raises(error, match=text):
+            restore.restore(cache.directory, tmp_path / name)
+        assert rows(cache.directory) == before
+    with pytest.raises(NotACache, match="is not a cache"):
+        restore.restore(tmp_path, backup)
+    cache.close()
+    check(cache.directory)
+
+
+TAMPERED = {
+    "trigger": "CREATE TRIGGER evil AFTER INSERT ON images BEGIN DELETE FROM image_blobs; END",
+    "view": "CREATE VIEW evil AS SELECT load_extension('x')",
+    "table": "CREATE TABLE evil (x)",
+    "index": "CREATE INDEX evil ON blobs (size)",
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_a_backup_with_what_no_migration_makes_is_refused(
+    revision: str, kind: str, directory: Path, tmp_path: Path
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    before = rows(directory)
+    old = frozen(revision, tmp_path / "old")
+    change(old, TAMPERED[kind])
+    said = (
+        rf"index\.db' was changed by another program, and was not restored: {kind} 'evil': no migration makes it: drop"
+    )
+    with pytest.raises(NotACache, match=said):
+        restore.restore(directory, old / "index.db")
+    assert rows(directory) == before
+    change(old, f"DROP {kind} evil")
+    restore.restore(directory, old / "index.db")
+    check(directory)
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        (
+            "UPDATE sqlite_master SET name = 'sqlite_evil', sql = replace(sql, 'evil', 'sqlite_evil') "
+            "WHERE name = 'evil'",
+            "trigger 'sqlite_evil': no migration",
+        ),
+        (
+            "UPDATE sqlite_master SET sql = replace(sql, 'size >= 0', 'size >= 9') WHERE name = 'blobs'",
+            "'blobs': it is",
+        ),
+        (
+            "DELETE FROM sqlite_master WHERE name = 'ix_image_blobs_blob_id'",
+            "'ix_image_blobs_blob_id': it is",
+        ),
+    ],
+)
+def test_a_backup_whose_schema_was_forged_is_refused(directory: Path, tmp_path: Path, sql: str, said: str) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    upgrade.back_up(directory, tmp_path / "index.db")
+    if "evil" in sql:
+        change(tmp_path, TAMPERED["trigger"])
+    shell = sqlite3.connect(tmp_path / "index.db")
+    shell.execute("PRAGMA writable_schema = ON")
+    shell.execute(sql)
+    shell.commit()
+    shell.close()
+    with pytest.raises(NotACache, match=said):
+        restore.restore(directory, tmp_path / "index.db")
+    assert names_in(directory) == ["app"]
+
+
+def names_in(directory: Path) -> list[str]:
+    with Cache.open(directory) as cache:
+        return [name.repository for name in cache.list_names()]
+
+
+def test_a_backup_of_a_newer_schema_with_a_trigger_is_refused(directory: Path, tmp_path: Path) -> None:
+    Cache.open(directory).close()
+    backup = upgrade.back_up(directory, tmp_path / "index.db")
+    change(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
+    change(tmp_path, f"PRAGMA user_version = {int(REVISION)}")
+    change(tmp_path, TAMPERED["trigger"])
+    with pytest.raises(NotACache, match="trigger 'evil': no migration makes it"):
+        restore.restore(directory, backup)
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_a_rebuilt_index_takes_nothing_but_rows_from_a_backup(kind: str, directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    backup = upgrade.back_up(directory)
+    shell = sqlite3.connect(backup)
+    shell.execute(TAMPERED[kind])
+    shell.commit()
+    shell.close()
+    (directory / "index.db").unlink()
+    with Cache.open(directory, damaged=True) as cache:
+        cache.verify(repair=True)
+    assert drift_module.check(directory) == []
+    check(directory)
+    assert names_in(directory) == ["app"]
+
+
+def test_statistics_and_other_pages_are_no_drift(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    shell = sqlite3.connect(directory / "index.db", isolation_level=None)
+    for sql in ("ANALYZE", "PRAGMA journal_mode = DELETE", "PRAGMA page_size = 8192", "PRAGMA auto_vacuum = FULL"):
+        shell.execute(sql)
+    for sql in ("PRAGMA encoding = 'UTF-16'", "VACUUM", "PRAGMA journal_mode = WAL"):
+        shell.execute(sql)
+    shell.close()
+    assert drift_module.check(directory) == []
+    backup = upgrade.back_up(directory)
+    assert restore.restore(directory, backup).images == 1
+    check(directory)
+
+
+def test_an_index_that_a_newer_release_has_taken_over_is_not_replaced(directory: Path, tmp_path: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    backup = upgrade.back_up(directory, tmp_path / "backup.db")
+    change(directory, "UPDATE alembic_version SET version_num = '9999'")
+    change(directory, "PRAGMA user_version = 9999")
+    before = content(directory)
+    with pytest.raises(SchemaMismatch, match="use a newer release"):
+        restore.restore(directory, backup)
+    assert content(directory) == before
+    change(directory, f"PRAGMA user_version = {int(REVISION)}")  # it says now that we can work with it
+    assert restore.restore(directory, backup).images == 1
+    assert schema.current(directory).revision == REVISION
+
+
+def test_a_backup_of_a_newer_schema_that_we_can_work_with_is_restored(directory: Path, tmp_path: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+    backup = upgrade.back_up(directory, tmp_path / "index.db")
+    change(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
+    change(tmp_path, f"PRAGMA user_version = {int(REVISION)}")
+    assert restore.restore(directory, backup).images == 1
+    assert schema.current(directory).revision == "9999"
+
+
+def test_a_backup_that_is_restored_is_only_read(directory: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+        for name in ("index.db", "index.db-wal"):  # as somebody might who copies files
+            shutil.copy(directory / name, copy / name)
+            assert (copy / name).stat().st_size
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    assert restore.restore(directory, copy / "index.db").images == 1
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert (directory / "index.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_config_that_cannot_be_read_is_told_by_a_restoration_too(directory: Path, tmp_path: Path) -> None:
+    old = frozen("0001", tmp_path / "old")
+    with Cache.open(directory):
+        pass
+    for path in old.glob("blobs/sha256/*"):
+        shutil.copy(path, directory / "blobs" / "sha256" / path.name)
+    unread = restore.restore(directory, old / "index.db").unread
+    assert {str(config.name) for config in unread} == {"broken:1"}
+
+
+def test_nobody_notices_that_a_backup_is_restored(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "kept:1", image(1))
+    backup = upgrade.back_up(directory)
+    script = """
+        import sys
+        from pathlib import Path
+        from cachedb import Cache
+        directory, number = Path(sys.argv[1]), int(sys.argv[2])
+        print("begun", flush=True)
+        with Cache.open(directory) as cache:
+            done = 0
+            while not (directory / "enough").exists() or not done:
+                assert cache.is_image_complete("kept:1")
+                cache.add_blob(b"%d %d" % (number, done))
+                with Cache.open(directory) as other:
+                    assert str(other.list_manifests()[0].name) == "kept:1"
+                done += 1
+        print("done", done, flush=True)
+    """
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(running(script, directory, number)) for number in range(4)]
+        for _ in range(12):
+            assert restore.restore(directory, backup).images == 1
+        (directory / "enough").touch()
+        for process in others:
+            assert process.stdout is not None
+            said = process.stdout.read()
+            assert said.startswith("done "), said
+            assert process.wait(120) == 0
+    (directory / "enough").unlink()
+    check(directory)
+
+
+def test_a_rebuilding_takes_names_from_a_backup_of_an_older_schema(tmp_path: Path) -> None:
+    directory = frozen("0001", tmp_path / "cache")
+    upgrade.upgrade(directory)
+    (directory / "index.db").write_bytes(b"garbage" * 1000)
+    with Cache.open(directory, damaged=True) as cache:
+        cache.verify(repair=True)
+    with Cache.open(directory) as cache:
+        assert {one.repository for one in cache.list_manifests()} == {
+            "broken",
+            "docker.io/library/docker",
+            "frozen",
+            "hello",
+            "incomplete",
+            "several",
+            "team/frozen",
+        }
+        assert cache.get_image("frozen:2").author == "A. Author"
+
+
+def test_backups_are_numbered_whatever_the_clock_says(cache: Cache) -> None:
+    (cache.directory / "backups" / "000041-mine.db").touch()
+    (cache.directory / "backups" / "notes.db").touch()
+    assert upgrade.back_up(cache.directory).name == f"000042-{REVISION}.db"
+    assert [path.name for path in backups.newest_first(cache.directory)] == [
+        f"000042-{REVISION}.db",
+        "000041-mine.db",
+        "notes.db",
+    ]
+
+
+def test_a_backup_leaves_the_files_of_others_alone_and_takes_away_what_a_killed_one_left(
+    cache: Cache, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.db.half").write_text("mine")
+    (tmp_path / "mine.db.half-journal").write_text("mine")
+    assert upgrade.back_up(cache.directory, tmp_path / "mine.db") == tmp_path / "mine.db"
+    mine = sorted(path.name for path in tmp_path.iterdir() if path != cache.directory)
+    assert mine == ["mine.db", "mine.db.half", "mine.db.half-journal"]
+    script = """
+        import os, sys
+        from pathlib import Path
+        from cachedb.index.sqlite import backups
+        from cachedb.operations import upgrade
+
+        backups._OPCODES = 10
+        upgrade.back_up(Path(sys.argv[1]), Path(sys.argv[2]), progress=lambda *_: os.kill(os.getpid(), 9))
+        """
+    for folder in (tmp_path, cache.directory / "backups"):
+        with start_python(script, cache.directory, folder / "killed.db") as process:
+            assert process.wait() == -9
+        (half,) = (path for path in folder.glob(".backup-*") if not path.name.endswith("-journal"))
+        half.with_name(f"{half.name}-journal").touch()
+        upgrade.back_up(cache.directory, folder / "killed.db")
+    assert backups_in(cache.directory) == ["killed.db"]
+    assert (tmp_path / "mine.db.half").read_text() == "mine"
+
+
+def test_a_cache_and_a_backup_whose_paths_are_not_text_are_as_good_as_others(cachedb: Run, tmp_path: Path) -> None:
+    old = frozen("0001", Path(f"{tmp_path}/old\udcff"))
+    assert upgrade.upgrade(old).after == REVISION
+    copy = Path(f"{tmp_path}/copy\udcff")
+    done = cachedb("--dir", old, "db", "backup", copy, text=False)
+    assert (done.returncode, done.stdout) == (0, bytes(copy) + b"\n"), done.stderr
+    assert copy.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("nowhere/x.db", 1, "there is no folder for '{path}': make '{path.parent}' first"),
+        ("file/x.db", 1, "cannot make a backup of the index: Not a directory: '{path}'"),
+        ("x" * 252, 0, ""),
+        ("x" * 256, 1, "cannot make a backup of the index: File name too long: '{path}'"),
+        (
+            "cache/blobs/sha256/x.db",
+            1,
+            "'{path}' is inside the cache: name a file elsewhere, or in its folder backups/",
+        ),
+        ("cache/x.db", 1, "'{path}' is inside the cache: name a file elsewhere, or in its folder backups/"),
+        ("link/x.db", 1, "'{path}' is inside the cache: name a file elsewhere, or in its folder backups/"),
+        ("cache/backups/x.db", 0, ""),
+    ],
+)
+def test_a_backup_goes_to_where_one_can_be_and_no_other_path_is_spoken_of(
+    cachedb: Run, directory: Path, tmp_path: Path, name: str, code: int, said: str
+) -> None:
+    Cache.open(directory).close()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(directory / "blobs")
+    path = tmp_path / name
+    done = cachedb("db", "backup", path)
+    assert done.stderr == (f"cachedb: {said.format(path=path)}\n" if said else "")
+    assert done.returncode == code
+    assert os.path.lexists(tmp_path / "cache" / "backups" / "x.db") == (name == "cache/backups/x.db")
+
+
+def test_a_folder_that_may_not_be_written_to_is_an_error_of_the_file_that_was_named(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refused(path: Any, *arguments: Any, **options: Any) -> int:
+        if ".backup-" in str(path):
+            raise PermissionError(13, "Permission denied", "a name by chance")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(StorageError) as caught:
+        upgrade.back_up(cache.directory, tmp_path / "x.db")
+    said = f"cannot make a backup of the index: Permission denied: '{tmp_path / 'x.db'}'; check the owner and mode of"
+    assert str(caught.value).startswith(said)
+
+
+def test_an_upgrade_says_how_far_its_backup_is(old: Path) -> None:
+    shell = sqlite3.connect(old / "index.db")
+    shell.executemany(
+        "INSERT INTO blobs (digest, size) VALUES (?, 1)", [(f"sha256:{number:064x}",) for number in range(20_000)]
+    )
+    shell.commit()
+    shell.close()
+    told: list[tuple[str, int, int]] = []
+    upgrade.upgrade(old, progress=lambda *step: told.append(step))
+    parts = [done for what, done, _ in told if what == "backing up"]
+    assert len(parts) > 3
+    assert parts == sorted(parts)
+
+
+# The command line
+
+
+def test_the_command_line_goes_up_and_down_and_says_so(cachedb: Run, old: Path) -> None:
+    def run(*arguments: str, code: int = 0) -> Any:
+        done = cachedb("--dir", old, "db", *arguments, "--format", "json")
+        assert done.returncode == code, done.stderr
+        return json.loads(done.stdout) if done.stdout else done.stderr
+
+    assert run("current") == {"revision": "0001", "newest": REVISION, "usable": False, "pending": 0}
+    assert [(entry["revision"], entry["current"]) for entry in run("history")][-1] == ("0001", True)
+    assert "run `cachedb db upgrade`" in run("check", code=1)
+    changed = run("upgrade")
+    assert changed["backup"] == str(old / "backups" / "000001-0001-before-0005.db")
+    assert [entry["name"] for entry in changed["unread"]] == ["broken:1"]
+    assert run("check") == []
+    assert run("backup")["size"] > 0
+    assert run("downgrade", "0002")["after"] == "0002"
+    assert cachedb("--dir", old, "ls").returncode == 1
+    restored = run("restore", str(old / "backups" / f"000002-{REVISION}.db"))
+    assert (restored["images"], restored["incomplete"]) == (7, 1)
+    change(old, "DROP INDEX ix_image_blobs_blob_id")
+    assert run("check", code=1)[0]["name"] == "ix_image_blobs_blob_id"
+    assert run("restore", str(old / "none.db"), code=3).startswith("cachedb: there is no backup")
+
+
+def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        done = cachedb("--dir", old, "db", *arguments)
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    assert "run `cachedb db upgrade`" in run("current")
+    assert "holds that outlive a process" in run("history")
+    done = cachedb("--dir", old, "db", "upgrade")
+    assert done.stdout.startswith("from schema 0001 to 0005; the index as it was is ")
+    assert "skipped the config" in done.stderr
+    assert run("upgrade") == "the cache has schema 0005 already\n"
+    assert run("current") == "0005, the newest\n"
+    assert run("check") == "no differences\n"
+    path = run("backup").strip()
+    assert run("restore", path).startswith("images: 7, incomplete: 1; ")
+    assert "no cache yet" in cachedb("--dir", tmp_path / "new", "db", "current").stdout
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("upgrade", "nonsense"), "'nonsense' is not one of the revisions"),
+        (("downgrade", "nonsense"), "'nonsense' is not one of the revisions"),
+        (("downgrade", "-9"), "'-9' is not one of the revisions"),
+        (("backup", ""), "the name of the file is empty"),
+        (("backup", "/"), "'/' exists: name another file"),
+        (("backup", __file__), f"{__file__!r} exists: name another file"),
+    ],
+)
+def test_wrong_usage_has_a_code_of_its_own(
+    cachedb: Run, directory: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    Cache.open(directory).close()
+    done = cachedb("db", *arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"cachedb: {said}")
+    assert backups_in(directory) == []
+
+
+@pytest.mark.parametrize("command", ["backup", "upgrade"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_a_backup_ends_it_with_the_exit_code_of_the_signal(
+    old: Path, command: str, number: signal.Signals, code: int
+) -> None:
+    shell = sqlite3.connect(old / "index.db")
+    shell.execute(
+        "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 300000)"
+        " INSERT INTO blobs (digest, size) SELECT printf('sha256:%064x', n), 1 FROM n"
+    )
+    shell.commit()
+    shell.close()
+
+    def has_begun(directory: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError):  # it has its name meanwhile
+            return any(path.stat().st_size for path in (directory / "backups").glob(".backup-*"))
+        return False
+
+    for turn in range(20):
+        directory = shutil.copytree(old, old.with_name(f"turn-{turn}"))
+        command_line = [sys.executable, "-m", "cachedb", "--dir", str(directory), "db", command]
+        with subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True) as process:
+            while not has_begun(directory) and process.poll() is None:
+                pass
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=60)
+        if not backups_in(directory):
+            break
+        # The backup was whole before the signal came: that is another matter, so once more.
+    assert (process.returncode, stderr.strip()) == (code, "cachedb: interrupted" if code == 130 else "")
+    assert backups_in(directory) == []
+    assert revision_of(directory) == "0001"
+
+
+@pytest.mark.parametrize("command", ["current", "history", "upgrade", "downgrade", "check", "backup", "restore"])
+def test_an_empty_name_of_a_directory_is_not_the_users_own_cache(cachedb: Run, command: str) -> None:
+    done = cachedb("--dir", "", "db", command, *(["0001"] if command in ("downgrade", "restore") else []))
+    assert (done.returncode, done.stderr) == (1, "cachedb: the name of the cache directory is empty\n")
+
+
+def test_one_statement_says_that_a_cache_has_the_newest_schema(directory: Path) -> None:
+    Cache.open(directory).close()
+    seen: list[str] = []
+
+    def note(_c: object, _d: object, statement: str, *_: object) -> None:
+        seen.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        with closing(Database(directory)) as index:
+            upgrade.prepare(index)
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert sum("version_num" in statement for statement in seen) == 1

@@ -1,0 +1,366 @@
+"""Against the tools that people use: what they make is imported, what is exported they read, and the digests agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachedb import Cache
+from tests.conftest import Run, files_of
+from tests.support.make import digest_of
+
+ARCHIVES = ("docker", "docker-archive", "oci-archive")
+TRANSPORTS = [
+    ("docker", "oci-archive"),
+    ("docker", "docker-archive"),
+    ("docker-archive", "docker-archive"),
+    ("oci-archive", "oci-archive"),
+    ("oci-dir", "oci"),
+]
+"""A format of ours, and how skopeo calls what it reads it as."""
+
+OCI_SOURCES = {"gzip.oci.tar": "gzip", "zstd.oci.tar": "zstd", "plain.oci.tar": "", "layout": "gzip"}
+"""What peers made in OCI formats, and the compression of the layers."""
+
+
+class Tools:
+    """Runs the peers with a storage of their own, apart from that of whoever runs the tests."""
+
+    def __init__(self, home: Path, find: Callable[[str], str]) -> None:
+        self.home, self._find = home, find
+        settings = home / ".config" / "containers"
+        if not settings.exists():
+            settings.mkdir(parents=True)
+            (settings / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+            # Without root, buildah and podman ignore `graphroot`, and skopeo does not.
+            (home / "storage.conf").write_text(
+                f'[storage]\ndriver = "vfs"\ngraphroot = "{home}/graph"\nrunroot = "{home}/run"\n'
+                f'rootless_storage_path = "{home}/graph"\n'
+            )
+
+    def __call__(self, *command: object, stdin: bytes | None = None) -> str:
+        """Run a peer and return its output; a failure of it is one of the test."""
+        program, *arguments = map(str, command)
+        environment = {
+            **os.environ,
+            "HOME": str(self.home),
+            "STORAGE_DRIVER": "vfs",
+            "CONTAINERS_STORAGE_CONF": str(self.home / "storage.conf"),
+            "BUILDAH_ISOLATION": "chroot",
+        }
+        line = [self._find(program), *arguments]
+        done = subprocess.run(line, input=stdin, capture_output=True, env=environment, check=False, timeout=300)
+        assert done.returncode == 0, f"{line}: {done.stderr.decode()}"
+        return done.stdout.decode().strip()
+
+
+@pytest.fixture
+def tools(tmp_path: Path, peer: Callable[[str], str]) -> Tools:
+    """The peers that read, with an empty storage."""
+    return Tools(tmp_path / "home", peer)
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("peers")
+
+
+@pytest.fixture
+def made(shelf: Path, peer: Callable[[str], str]) -> Path:
+    """A folder with archives of small images that the peers made, once for all tests."""
+    if not (shelf / "images").exists():
+        work = Path(tempfile.mkdtemp(dir=shelf))
+        (work / "images").mkdir()
+        _make_images(Tools(work / "home", peer), work / "images")
+        (work / "images").rename(shelf / "images")
+    return shelf / "images"
+
+
+def _make_images(tools: Tools, target: Path) -> None:
+    def commit(name: str, base: str, file: str, *options: str) -> str:
+        (target / file).write_text(f"the content of {file}\n" * 100)
+        container = tools("buildah", "from", *options, base)
+        tools("buildah", "config", "--cmd", f"/{file}", container)
+        tools("buildah", "add", "--quiet", container, target / file, f"/{file}")
+        tools("buildah", "commit", "--quiet", container, name)
+        tools("buildah", "rm", container)
+        return f"containers-storage:localhost/{name}"
+
+    commit("base:1", "scratch", "base")
+    one = commit("app:1", "localhost/base:1", "one")
+    two = commit("app:2", "localhost/base:1", "two")
+    platforms = [commit(f"multi:{arch}", "scratch", arch, "--arch", arch) for arch in ("amd64", "arm64")]
+
+    tools("skopeo", "copy", one, f"docker-archive:{target}/docker.tar:app:1")
+    tools("skopeo", "copy", two, f"docker-archive:{target}/docker-2.tar:app:2")
+    tools(
+        "podman",
+        "save",
+        "--multi-image-archive",
+        "-o",
+        target / "both.docker.tar",
+        "localhost/app:1",
+        "localhost/app:2",
+    )
+    tools("skopeo", "copy", one, f"oci-archive:{target}/gzip.oci.tar:app:1")
+    tools("skopeo", "copy", "--dest-compress-format", "zstd", one, f"oci-archive:{target}/zstd.oci.tar:app:1")
+    plain = "--dest-oci-accept-uncompressed-layers"
+    tools("skopeo", "copy", plain, one, f"oci-archive:{target}/plain.oci.tar:app:1")
+    tools("skopeo", "copy", one, f"oci:{target}/layout:app:1")
+    tools("buildah", "manifest", "create", "multi:1")
+    for platform in platforms:
+        tools("buildah", "manifest", "add", "multi:1", platform)
+    tools("buildah", "manifest", "push", "--all", "multi:1", f"oci-archive:{target}/multi.oci.tar:multi:1")
+
+
+def where(path: Path) -> str:
+    """How skopeo calls an archive of the folder that `made` returns."""
+    if path.is_dir():
+        return f"oci:{path}"
+    return f"{'oci' if path.name.endswith('.oci.tar') else 'docker'}-archive:{path}"
+
+
+def raw(tools: Tools, place: str) -> str:
+    """The digest of the manifest that skopeo finds."""
+    return str(json.loads(tools("skopeo", "inspect", place))["Digest"])
+
+
+def parts(manifest: str | bytes) -> tuple[str, list[str]]:
+    """The digests of the config and the layers that a manifest names."""
+    document: dict[str, Any] = json.loads(manifest)
+    return document["config"]["digest"], [layer["digest"] for layer in document["layers"]]
+
+
+def plain_parts(tools: Tools, place: str, target: Path) -> tuple[str, list[str]]:
+    """The digests of the config and of the uncompressed layers in an image that skopeo copied to a folder."""
+    tools("skopeo", "copy", "--dest-decompress", place, f"dir:{target}")
+    return parts((target / "manifest.json").read_bytes())
+
+
+def export(cache: Cache, tmp_path: Path, form: str, name: str = "app:1", **options: Any) -> Path:
+    target = tmp_path / f"exported.{form}"
+    cache.export(name, target, format=form, **options)
+    return target
+
+
+@pytest.mark.parametrize("source", [*OCI_SOURCES, "multi.oci.tar"])
+def test_an_import_has_the_digest_and_the_bytes_that_skopeo_reports(
+    cache: Cache, tools: Tools, made: Path, source: str
+) -> None:
+    (image,) = cache.cache_from_tar(made / source)
+    assert image.digest == raw(tools, where(made / source)) == digest_of(cache.get_manifest(image.name))
+    assert cache.get_manifest(image.name).decode() == tools("skopeo", "inspect", "--raw", where(made / source))
+    assert image.complete
+
+
+@pytest.mark.parametrize("source", OCI_SOURCES)
+def test_layers_are_kept_as_their_maker_compressed_them(cache: Cache, made: Path, source: str) -> None:
+    cache.cache_from_tar(made / source)
+    layers = [blob for blob in cache.get_image_blobs("app:1") if blob.role == "layer"]
+    magic = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "": b"base\0"}[OCI_SOURCES[source]]
+    assert len(layers) == 2
+    assert all(blob.media_type.rpartition("tar")[2].removeprefix("+") == OCI_SOURCES[source] for blob in layers)
+    assert cache.get_blob(layers[0].digest).startswith(magic)
+
+
+def test_a_docker_archive_has_the_config_and_the_layers_that_skopeo_reports(
+    cache: Cache, tools: Tools, made: Path
+) -> None:
+    (image,) = cache.cache_from_tar(made / "docker.tar")
+    reported = tools("skopeo", "inspect", "--raw", f"docker-archive:{made}/docker.tar")
+    assert parts(cache.get_manifest(image.name)) == parts(reported)
+
+
+@pytest.mark.parametrize(("form", "transport"), TRANSPORTS)
+@pytest.mark.parametrize("source", ["docker.tar", *OCI_SOURCES])
+def test_skopeo_reads_in_an_export_what_its_maker_put_in(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, source: str, form: str, transport: str
+) -> None:
+    (image,) = cache.cache_from_tar(made / source, "app:1")
+    place = f"{transport}:{export(cache, tmp_path, form)}:app:1"
+    if transport != "docker-archive":
+        assert raw(tools, place) == image.digest
+        assert tools("skopeo", "inspect", "--raw", place).encode() == cache.get_manifest("app:1")
+    expected = plain_parts(tools, where(made / source), tmp_path / "before")
+    assert plain_parts(tools, place, tmp_path / "after") == expected
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+@pytest.mark.parametrize("source", ["docker.tar", "gzip.oci.tar", "zstd.oci.tar"])
+def test_podman_loads_an_export_under_its_name(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, source: str, form: str
+) -> None:
+    cache.cache_from_tar(made / source, "registry.example/team/app:1")
+    loaded = tools("podman", "load", "--quiet", "--input", export(cache, tmp_path, form, "registry.example/team/app:1"))
+    assert loaded == "Loaded image: registry.example/team/app:1"
+    (config,) = (blob.digest for blob in cache.get_image_blobs("registry.example/team/app:1") if blob.is_config)
+    names = tools("podman", "images", "--no-trunc", "--format", "{{.ID}} {{.Repository}}:{{.Tag}}")
+    assert names == f"{config} registry.example/team/app:1"
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+def test_podman_finds_a_short_name_that_it_loaded(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str
+) -> None:
+    cache.cache_from_tar(made / "gzip.oci.tar")
+    tools("podman", "load", "--quiet", "--input", export(cache, tmp_path, form))
+    tools("podman", "image", "exists", "app:1")
+
+
+def test_podman_loads_an_export_from_a_pipe(cachedb: Run, tools: Tools, made: Path) -> None:
+    assert cachedb("import", "-", text=False, input=(made / "gzip.oci.tar").read_bytes()).returncode == 0
+    piped: Any = cachedb("export", "app:1", "-", text=False)
+    assert (piped.returncode, piped.stderr) == (0, b"")
+    assert tools("podman", "load", "--quiet", stdin=piped.stdout).endswith("/app:1")
+
+
+@pytest.mark.parametrize("form", ["docker", "oci-archive", "docker-archive", "oci-dir"])
+def test_buildah_builds_from_an_export(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    cache.cache_from_tar(made / "gzip.oci.tar")
+    transport = {"docker": "oci-archive", "oci-dir": "oci"}.get(form, form)
+    monkeypatch.chdir(tmp_path)  # buildah makes a name of the path of a layout, which may have no space
+    container = tools("buildah", "from", f"{transport}:{export(cache, tmp_path, form).name}:app:1")
+    root = copy_rootfs(tools, container, tmp_path / "rootfs")
+    assert sorted(path.name for path in root.iterdir() if path.is_file()) == ["base", "one"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("source", ["docker.tar", "gzip.oci.tar"])
+def test_umoci_unpacks_an_exported_layout(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, source: str, link: bool
+) -> None:
+    cache.cache_from_tar(made / source, "app:1")
+    layout = export(cache, tmp_path, "oci-dir", link=link)
+    tools("umoci", "unpack", *rootless(), "--image", f"{layout}:app:1", tmp_path / "bundle")
+    for name in ("base", "one"):
+        assert (tmp_path / "bundle" / "rootfs" / name).read_bytes() == (made / name).read_bytes()
+
+
+def copy_rootfs(tools: Tools, container: str, target: Path) -> Path:
+    """Copy the files of a container of buildah's, which without root mounts in a namespace of its own only."""
+    unshare = ["buildah", "unshare"] if os.geteuid() else []
+    tools(*unshare, "sh", "-c", 'cp -r "$(buildah mount "$1")" "$2"', "sh", container, target)
+    return target
+
+
+def rootless() -> list[str]:
+    return ["--rootless"] if os.geteuid() else []
+
+
+def test_a_layout_that_umoci_made_comes_back_to_umoci(cache: Cache, tools: Tools, made: Path, tmp_path: Path) -> None:
+    layout = tmp_path / "umoci"
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "greeting").write_text("hello\n")
+    tools("umoci", "init", "--layout", layout)
+    tools("umoci", "new", "--image", f"{layout}:latest")
+    tools("umoci", "insert", *rootless(), "--image", f"{layout}:latest", tmp_path / "tree", "/srv")
+    (image,) = cache.cache_from_tar(layout, "greeter")
+    assert image.digest == raw(tools, f"oci:{layout}:latest")
+    ours = export(cache, tmp_path, "oci-dir", "greeter")
+    tools("umoci", "unpack", *rootless(), "--image", f"{ours}:greeter:latest", tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "rootfs" / "srv" / "greeting").read_text() == "hello\n"
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+def test_an_export_that_skopeo_converted_imports_with_its_digests(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str
+) -> None:
+    cache.cache_from_tar(made / "docker.tar", "app:1")
+    transport = "oci-archive" if form == "oci-archive" else "docker-archive"
+    layout = tmp_path / "converted"
+    tools("skopeo", "copy", f"{transport}:{export(cache, tmp_path, form)}", f"oci:{layout}:other:2")
+    (image,) = cache.cache_from_tar(layout)
+    assert str(image.name) == "other:2"
+    assert image.digest == raw(tools, f"oci:{layout}:other:2")
+    assert parts(cache.get_manifest("other:2"))[0] == parts(cache.get_manifest("app:1"))[0]
+
+
+def test_podman_reads_back_both_images_of_its_archive(cache: Cache, tools: Tools, made: Path, tmp_path: Path) -> None:
+    images = cache.cache_from_tar(made / "both.docker.tar")
+    assert sorted(str(image.name) for image in images) == ["localhost/app:1", "localhost/app:2"]
+    for position, image in enumerate(images):
+        reported = tools("skopeo", "inspect", "--raw", f"docker-archive:{made}/both.docker.tar:@{position}")
+        assert parts(cache.get_manifest(image.name)) == parts(reported)
+        archive = export(cache, tmp_path, "docker", str(image.name))
+        assert tools("podman", "load", "--quiet", "--input", archive) == f"Loaded image: {image.name}"
+
+
+@pytest.mark.parametrize(("form", "transport"), [(form, kind) for form, kind in TRANSPORTS if kind != "docker-archive"])
+def test_an_index_reaches_the_peers_with_all_its_platforms(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str, transport: str
+) -> None:
+    (image,) = cache.cache_from_tar(made / "multi.oci.tar")
+    place = f"{transport}:{export(cache, tmp_path, form, 'multi:1')}:multi:1"
+    assert digest_of(tools("skopeo", "inspect", "--raw", place).encode()) == image.digest
+    tools("skopeo", "copy", "--all", place, f"dir:{tmp_path}/all")
+    assert (tmp_path / "all" / "manifest.json").read_bytes() == cache.get_manifest("multi:1")
+    copied = {path.name for path in (tmp_path / "all").iterdir()}
+    blobs = [blob for blob in cache.get_image_blobs("multi:1") if blob.role in ("config", "layer")]
+    assert len(blobs) == 4
+    assert {blob.digest.partition(":")[2] for blob in blobs} <= copied
+
+
+@pytest.mark.parametrize("arch", ["amd64", "arm64"])
+@pytest.mark.parametrize(("form", "transport"), TRANSPORTS)
+def test_one_platform_of_an_index_is_the_image_that_skopeo_chooses(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str, transport: str, arch: str
+) -> None:
+    cache.cache_from_tar(made / "multi.oci.tar")
+    place = f"{transport}:{export(cache, tmp_path, form, 'multi:1', platform=f'linux/{arch}')}:multi:1"
+    config = tools("skopeo", "inspect", "--config", place)
+    assert config == tools("skopeo", "--override-arch", arch, "inspect", "--config", where(made / "multi.oci.tar"))
+    assert json.loads(config)["architecture"] == arch
+
+
+@pytest.mark.parametrize("form", ["docker", "oci-archive"])
+def test_podman_loads_its_platform_of_an_index(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str
+) -> None:
+    cache.cache_from_tar(made / "multi.oci.tar")
+    assert tools("podman", "load", "--quiet", "--input", export(cache, tmp_path, form, "multi:1")).endswith("/multi:1")
+
+
+def test_skopeo_reads_an_export_under_a_name_by_digest(cache: Cache, tools: Tools, made: Path, tmp_path: Path) -> None:
+    (image,) = cache.cache_from_tar(made / "gzip.oci.tar")
+    name = f"app@{image.digest}"
+    cache.tag("app:1", name)
+    for form in ARCHIVES:
+        archive = export(cache, tmp_path, form, name)
+        assert tools("podman", "load", "--quiet", "--input", archive)
+        if form != "docker-archive":
+            assert raw(tools, f"oci-archive:{archive}:{name}") == image.digest
+
+
+def test_a_shared_base_is_stored_once_and_goes_with_the_last_that_uses_it(
+    cachedb: Run, directory: Path, tools: Tools, made: Path
+) -> None:
+    expected: list[dict[str, int]] = []
+    for archive, name in (("docker.tar", "app:1"), ("docker-2.tar", "app:2")):
+        assert cachedb("import", made / archive, name).returncode == 0
+        reported = json.loads(tools("skopeo", "inspect", "--raw", f"docker-archive:{made / archive}"))
+        expected.append({blob["digest"]: blob["size"] for blob in (reported["config"], *reported["layers"])})
+    base = expected[0].keys() & expected[1].keys()
+    assert len(base) == 1
+    manifests = {image["digest"] for image in json.loads(cachedb("ls", "--format", "json").stdout)}
+    both = files_of(directory)
+    assert both.keys() == expected[0].keys() | expected[1].keys() | manifests
+    assert all(both[digest] == size for blobs in expected for digest, size in blobs.items())
+
+    first = json.loads(cachedb("rm", "--format", "json", "app:1").stdout)
+    left = files_of(directory)
+    assert base <= left.keys()
+    assert left.keys() - manifests == expected[1].keys()
+    assert first == {"blobs": 3, "bytes": sum(both.values()) - sum(left.values())}
+
+    second = json.loads(cachedb("rm", "--format", "json", "app:2").stdout)
+    assert files_of(directory) == {}
+    assert second == {"blobs": 4, "bytes": sum(left.values())}

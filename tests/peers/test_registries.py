@@ -1,0 +1,645 @@
+"""Against real registries and the tools that push to them: what goes through cachedb has one digest everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+
+from cachedb import Cache, IncompleteImage, InvalidName, RegistryError
+from cachedb.oci.manifests import (
+    DOCKER_CONFIG,
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_LAYER,
+    OCI_MANIFEST,
+)
+from cachedb.transports.registry import tls
+from tests.conftest import Run
+from tests.operations.test_pull import alone  # noqa: F401 - alone is a fixture
+from tests.operations.test_push import referrer
+from tests.peers.test_archives import Tools, copy_rootfs
+from tests.support import make
+from tests.support.make import Made, descriptor, digest_of, save, save_index
+from tests.support.promises import check
+from tests.support.registries import HTPASSWD, PASSWORD, USER, certificate, docker_registry
+
+PLAIN = "--tls-verify=false"
+
+
+def as_docker(image: Made) -> Made:
+    """The same image, gzipped, with the media types of Docker's schema 2."""
+    text = image.manifest.decode().replace(OCI_MANIFEST, DOCKER_MANIFEST).replace(OCI_CONFIG, DOCKER_CONFIG)
+    layer = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+    return image._replace(manifest=text.replace(f"{OCI_LAYER}+gzip", layer).encode())
+
+
+def without_media_type(image: Made) -> Made:
+    """The same image, with a manifest that does not say what it is, as it need not."""
+    document = json.loads(image.manifest)
+    del document["mediaType"]
+    return image._replace(manifest=json.dumps(document).encode())
+
+
+IMAGES = {
+    "gzip": make.image(1, 2, compression="gzip"),
+    "zstd": make.image(1, 2, compression="zstd"),
+    "plain": make.image(1, 2),
+    "docker": as_docker(make.image(1, 2, compression="gzip")),
+}
+ODD = {
+    "layer-twice": make.image(1, 1, compression="gzip"),
+    "no-layers": make.image(),
+    "no-media-type": without_media_type(make.image(1, 2, compression="gzip")),
+}
+FIRST = IMAGES["gzip"]
+SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first
+ARM = make.image(1, 4, compression="gzip", architecture="arm64")
+MULTI = make.index(FIRST, ARM)
+
+
+@pytest.fixture(autouse=True)
+def _host_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The platform is one that the images are for."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+
+@pytest.fixture
+def cache(directory: Path) -> Iterator[Cache]:
+    with Cache.open(directory) as opened:
+        yield opened
+    check(directory)
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Cache]:
+    """Another cache, which has nothing."""
+    with Cache.open(tmp_path / "fresh") as opened:
+        yield opened
+    check(tmp_path / "fresh")
+
+
+@pytest.fixture
+def tools(tmp_path: Path, peer: Callable[[str], str]) -> Tools:
+    return Tools(tmp_path / "home", peer)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[str]:
+    """Debian's docker-registry, empty."""
+    with docker_registry(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def other_host(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "other").mkdir()
+    with docker_registry(tmp_path / "other") as running:
+        yield running
+
+
+def ask(host: str, method: str, path: str, body: bytes | None = None, **headers: str) -> urllib3.BaseHTTPResponse:
+    """Send one request to a registry, without cachedb; the path may be a URL, as of an upload."""
+    with urllib3.PoolManager() as pool:
+        url = path if path.startswith("http:") else f"http://{host}/v2/{path}"
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return pool.request(method, url, body=body, headers=headers, retries=False)
+
+
+def put(host: str, repository: str, image: Made, tag: str | None = None) -> None:
+    """Push an image, or an artifact, without cachedb."""
+    for data in {image.config, *image.layers}:
+        location = ask(host, "POST", f"{repository}/blobs/uploads/").headers["Location"]
+        assert ask(host, "PUT", f"{location}&digest={digest_of(data)}", data).status == 201
+    put_manifest(host, repository, image.manifest, tag)
+
+
+def put_manifest(host: str, repository: str, data: bytes, tag: str | None = None) -> None:
+    path = f"{repository}/manifests/{tag or digest_of(data)}"
+    assert ask(host, "PUT", path, data, Content_Type=json.loads(data).get("mediaType", OCI_MANIFEST)).status == 201
+
+
+def inspect(tools: Tools, name: str, *options: object) -> str:
+    """The digest that skopeo reports of an image at a registry; of what it reads, it is the digest, too."""
+    digest = json.loads(tools("skopeo", "inspect", *(options or [PLAIN]), f"docker://{name}"))["Digest"]
+    raw = tools("skopeo", "inspect", "--raw", *(options or [PLAIN]), f"docker://{name}")
+    assert digest_of(raw.encode()) == digest
+    return str(digest)
+
+
+def assert_is_here(cache: Cache, name: str, digest: str) -> None:
+    """An image is in a cache with this digest, and whole."""
+    assert cache.get_image(name).digest == digest == digest_of(cache.get_manifest(name))
+    assert cache.is_image_complete(name)
+    assert all(blob.stored for blob in cache.get_image_blobs(name))
+    assert cache.verify().problems == []
+
+
+# What cachedb pushes, the tools pull
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_skopeo_copies_what_is_pushed_with_its_digest(
+    cache: Cache, tools: Tools, host: str, tmp_path: Path, kind: str
+) -> None:
+    image, name = IMAGES[kind], f"{host}/team/app:1"
+    save(cache, "app:1", image)
+    pushed = cache.push("app:1", name)
+    assert (pushed.digest, pushed.blobs, pushed.mounted, pushed.existing) == (image.digest, 3, 0, 0)
+    assert pushed.bytes == sum(map(len, (image.config, *image.layers)))
+    assert inspect(tools, name) == inspect(tools, f"{host}/team/app@{image.digest}") == image.digest
+    tools("skopeo", "copy", "--src-tls-verify=false", "--preserve-digests", f"docker://{name}", f"dir:{tmp_path}/copy")
+    copied = {digest_of(path.read_bytes()) for path in (tmp_path / "copy").iterdir()}
+    assert image.blobs.keys() <= copied
+
+
+def test_skopeo_makes_a_layout_of_what_is_pushed(cache: Cache, tools: Tools, host: str, tmp_path: Path) -> None:
+    save(cache, f"{host}/app:1", FIRST)
+    cache.push(f"{host}/app:1")
+    tools("skopeo", "copy", "--src-tls-verify=false", f"docker://{host}/app:1", f"oci:{tmp_path}/layout:app:1")
+    (entry,) = json.loads((tmp_path / "layout" / "index.json").read_bytes())["manifests"]
+    assert entry["digest"] == FIRST.digest
+    assert {f"sha256:{path.name}" for path in (tmp_path / "layout/blobs/sha256").iterdir()} == FIRST.blobs.keys()
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_podman_pulls_what_is_pushed_with_its_digest(cache: Cache, tools: Tools, host: str, kind: str) -> None:
+    image, name = IMAGES[kind], f"{host}/team/app:1"
+    save(cache, name, image)
+    cache.push(name)
+    assert tools("podman", "pull", "--quiet", PLAIN, name) == make.hex_of(image.config)
+    assert tools("podman", "image", "inspect", "--format", "{{.Digest}}", name) == image.digest
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_buildah_builds_from_what_is_pushed(cache: Cache, tools: Tools, host: str, kind: str, tmp_path: Path) -> None:
+    image, name = IMAGES[kind], f"{host}/team/app:1"
+    save(cache, name, image)
+    cache.push(name)
+    container = tools("buildah", "from", PLAIN, name)
+    assert tools("buildah", "inspect", "--format", "{{.FromImageDigest}}", container) == image.digest
+    root = copy_rootfs(tools, container, tmp_path / "rootfs")
+    assert (root / "file-2").read_bytes() == make.random_bytes(1000, 2)
+
+
+@pytest.mark.parametrize("arch", ["amd64", "arm64"])
+def test_podman_pulls_a_platform_of_an_index_that_is_pushed(cache: Cache, tools: Tools, host: str, arch: str) -> None:
+    save_index(cache, "multi:1", FIRST, ARM)
+    pushed = cache.push("multi:1", f"{host}/multi:1")
+    assert (pushed.digest, pushed.media_type) == (digest_of(MULTI), OCI_INDEX)
+    assert inspect(tools, f"{host}/multi:1") == digest_of(MULTI)
+    config = {"amd64": FIRST.config, "arm64": ARM.config}[arch]
+    assert tools("podman", "pull", "--quiet", PLAIN, "--arch", arch, f"{host}/multi:1") == make.hex_of(config)
+
+
+# What the tools push, cachedb pulls
+
+
+PUSHES = [
+    *(
+        (tool, *how)
+        for tool in ("skopeo", "podman", "buildah")
+        for how in (("v2s2", "gzip"), ("oci", "gzip"), ("oci", "zstd"))
+    ),
+    ("skopeo", "oci", ""),
+]
+"""A tool, the format of the manifest that it pushes, and how it compresses the layers."""
+
+
+def make_and_push(tools: Tools, tool: str, form: str, compression: str, name: str, work: Path) -> None:
+    """Have a tool push an image, which, but for skopeo, it has made."""
+    if tool == "skopeo":
+        layout = make.write(work / "layout", make.oci_files({"app:1": IMAGES["plain"]}))
+        how = ["--format", form, "--dest-compress-format", compression] if compression else ["--preserve-digests"]
+        tools("skopeo", "copy", *how, "--dest-tls-verify=false", f"oci:{layout}:app:1", f"docker://{name}")
+        return
+    if tool == "podman":
+        (work / "tree.tar").write_bytes(make.layer(1))
+        tools("podman", "import", "--quiet", work / "tree.tar", "localhost/app:1")
+    else:
+        (work / "file").write_bytes(b"content\n" * 100)
+        container = tools("buildah", "from", "scratch")
+        tools("buildah", "add", "--quiet", container, work / "file", "/file")
+        tools("buildah", "commit", "--quiet", container, "localhost/app:1")
+    options = ["--format", form, "--compression-format", compression, PLAIN]
+    tools(tool, "push", "--quiet", *options, "localhost/app:1", f"docker://{name}")
+
+
+@pytest.mark.parametrize(("tool", "form", "compression"), PUSHES)
+def test_what_a_tool_pushes_has_the_digest_that_skopeo_reports(
+    cache: Cache, tools: Tools, host: str, tmp_path: Path, tool: str, form: str, compression: str
+) -> None:
+    name = f"{host}/team/app:1"
+    make_and_push(tools, tool, form, compression, name, tmp_path)
+    pulled = cache.pull(name)
+    assert_is_here(cache, name, inspect(tools, name))
+    assert pulled.image.media_type == {"v2s2": DOCKER_MANIFEST, "oci": OCI_MANIFEST}[form]
+    layers = [blob for blob in cache.get_image_blobs(name) if blob.role == "layer"]
+    magic = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "": b"file-"}[compression]
+    assert layers
+    assert all(cache.get_blob(layer.digest).startswith(magic) for layer in layers)
+    assert all(layer.media_type.rpartition("tar")[2].lstrip("+.") == compression for layer in layers)
+
+
+@pytest.mark.parametrize("form", ["oci", "v2s2"])
+def test_an_index_that_buildah_pushes_comes_with_all_its_platforms(
+    cache: Cache, tools: Tools, host: str, tmp_path: Path, form: str
+) -> None:
+    name = f"{host}/multi:1"
+    tools("buildah", "manifest", "create", "multi:1")
+    for arch in ("amd64", "arm64"):
+        container = tools("buildah", "from", "--arch", arch, "scratch")
+        (tmp_path / arch).write_text(f"{arch}\n" * 100)
+        tools("buildah", "add", "--quiet", container, tmp_path / arch, f"/{arch}")
+        tools("buildah", "commit", "--quiet", container, f"localhost/{arch}:1")
+        tools("buildah", "manifest", "add", "multi:1", f"containers-storage:localhost/{arch}:1")
+    tools("buildah", "manifest", "push", "--quiet", "--all", "--format", form, PLAIN, "multi:1", f"docker://{name}")
+    pulled = cache.pull(name, all_platforms=True)
+    assert_is_here(cache, name, inspect(tools, name))
+    assert pulled.image.media_type == {"v2s2": DOCKER_LIST, "oci": OCI_INDEX}[form]
+    assert [(child.platform, child.complete) for child in cache.get_platforms(name)] == [
+        ("linux/amd64", True),
+        ("linux/arm64", True),
+    ]
+
+
+# From one registry to another
+
+
+@pytest.mark.parametrize("image", [*IMAGES.values(), *ODD.values()], ids=[*IMAGES, *ODD])
+def test_an_image_goes_from_one_registry_to_another_with_its_digest(
+    cache: Cache, tools: Tools, host: str, other_host: str, image: Made
+) -> None:
+    put(host, "app", image, "1")
+    cache.pull(f"{host}/app:1")
+    assert_is_here(cache, f"{host}/app:1", image.digest)
+    cache.push(f"{host}/app:1", f"{other_host}/copies/app:2")
+    assert inspect(tools, f"{host}/app:1") == inspect(tools, f"{other_host}/copies/app:2") == image.digest
+
+
+def test_what_is_pushed_by_digest_has_no_tag(cache: Cache, tools: Tools, host: str) -> None:
+    save(cache, "app:1", FIRST)
+    cache.push("app:1", f"{host}/app@{FIRST.digest}")
+    assert tools("skopeo", "inspect", "--raw", PLAIN, f"docker://{host}/app@{FIRST.digest}").encode() == FIRST.manifest
+    assert ask(host, "GET", "app/tags/list").status == 404
+    with pytest.raises(InvalidName, match="its digest is another"):
+        cache.push("app:1", f"{host}/app@{SECOND.digest}")
+
+
+def test_a_registry_that_caches_another_is_a_mirror(
+    cache: Cache, fresh: Cache, tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(host, "team/app", FIRST, "1")
+    (tmp_path / "mirror").mkdir()
+    with docker_registry(tmp_path / "mirror", proxy=f"http://{host}") as mirror:
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"registry.test={mirror} {host}={mirror}")
+        for opened in (cache, fresh):
+            opened.pull("registry.test/team/app:1")  # which is only there by its mirror
+            assert_is_here(opened, "registry.test/team/app:1", FIRST.digest)
+        assert cache.push("registry.test/team/app:1", f"{host}/team/app:2").existing == 3  # for a mirror takes nothing
+
+
+def put_multi(host: str, repository: str, tag: str) -> None:
+    put(host, repository, FIRST)
+    put(host, repository, ARM)
+    put_manifest(host, repository, MULTI, tag)
+
+
+def test_an_index_goes_from_one_registry_to_another_with_all_platforms(
+    cachedb: Run, tools: Tools, host: str, other_host: str
+) -> None:
+    put_multi(host, "multi", "1")
+    assert cachedb("pull", "-q", "--all-platforms", f"{host}/multi:1").returncode == 0
+    done = cachedb("push", "-q", f"{host}/multi:1", f"{other_host}/multi:1")
+    assert (done.returncode, done.stdout) == (0, f"{other_host}/multi@{digest_of(MULTI)}\n")
+    assert inspect(tools, f"{other_host}/multi:1") == digest_of(MULTI)
+    for image in (FIRST, ARM):
+        assert inspect(tools, f"{other_host}/multi@{image.digest}", PLAIN) == image.digest
+
+
+def test_one_platform_goes_to_another_registry_as_an_image_of_its_own(
+    cachedb: Run, tools: Tools, host: str, other_host: str
+) -> None:
+    put_multi(host, "multi", "1")
+    assert cachedb("pull", "-q", "--platform", "linux/arm64", f"{host}/multi:1").returncode == 0
+    failed = cachedb("push", f"{host}/multi:1", f"{other_host}/multi:1")
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+    assert "is for linux/amd64 too, which is not here: pull it with --all-platforms" in failed.stderr
+    assert ask(other_host, "GET", "multi/tags/list").status == 404  # nothing was sent
+    done = cachedb("push", "-q", "--platform", "linux/arm64", f"{host}/multi:1", f"{other_host}/multi:1")
+    assert (done.returncode, done.stdout) == (0, f"{other_host}/multi@{ARM.digest}\n")
+    assert inspect(tools, f"{other_host}/multi:1", "--override-arch=arm64", PLAIN) == ARM.digest
+
+
+def test_a_platform_that_is_not_here_need_not_be_if_the_registry_has_it(cache: Cache, tools: Tools, host: str) -> None:
+    put_multi(host, "multi", "1")
+    cache.pull(f"{host}/multi:1", platform="linux/arm64")
+    with pytest.raises(IncompleteImage, match="is for linux/amd64 too"):
+        cache.push(f"{host}/multi:1", f"{host}/elsewhere:1")
+    pushed = cache.push(f"{host}/multi:1", f"{host}/multi:2")
+    assert (pushed.blobs, pushed.mounted, pushed.existing) == (0, 0, 3)
+    assert inspect(tools, f"{host}/multi:2") == digest_of(MULTI)
+
+
+# Credentials and certificates
+
+
+@pytest.mark.parametrize("tool", ["skopeo", "podman", "buildah"])
+def test_credentials_that_a_tool_has_written_are_good_for_a_push(
+    cachedb: Run, cache: Cache, tools: Tools, tmp_path: Path, tool: str
+) -> None:
+    save(cache, "app:1", FIRST)
+    authfile = tmp_path / "auth.json"
+    with docker_registry(tmp_path, htpasswd=HTPASSWD) as host:
+        refused = cachedb("push", "app:1", f"{host}/app:1")
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert f"log in with `skopeo login {host}`" in refused.stderr
+        tools(tool, "login", PLAIN, "--authfile", authfile, "--username", USER, "--password", PASSWORD, host)
+        done = cachedb("push", "-q", "--authfile", authfile, "app:1", f"{host}/app:1")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{host}/app@{FIRST.digest}\n", "")
+        assert inspect(tools, f"{host}/app:1", PLAIN, f"--authfile={authfile}") == FIRST.digest
+        with pytest.raises(RegistryError, match=f"log in with `skopeo login {host}`"):
+            cache.pull(f"{host}/app:1")
+        cache.pull(f"{host}/app:1", authfile=authfile)
+        assert_is_here(cache, f"{host}/app:1", FIRST.digest)
+        tools(tool, "logout", "--authfile", authfile, host)
+        with pytest.raises(RegistryError, match="log in with"):
+            cache.push(f"{host}/app:1", f"{host}/app:2", authfile=authfile)
+
+
+def test_the_file_that_podman_writes_by_itself_is_found(
+    cache: Cache, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(cache, "app:1", FIRST)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with docker_registry(tmp_path, htpasswd=HTPASSWD) as host:
+        tools("podman", "login", PLAIN, "--username", USER, "--password", PASSWORD, host)
+        assert (tmp_path / "containers" / "auth.json").exists()
+        assert cache.push("app:1", f"{host}/app:1").digest == FIRST.digest
+
+
+def test_an_authority_of_its_own_is_trusted_by_what_is_in_certs_d(
+    cache: Cache, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
+    save(cache, "app:1", FIRST)
+    with docker_registry(tmp_path, tls=(certified, key), htpasswd=HTPASSWD) as host:
+        authfile, trust = tmp_path / "auth.json", f"--cert-dir={authority.parent}"
+        tools("skopeo", "login", trust, "--authfile", authfile, "--username", USER, "--password", PASSWORD, host)
+        for plain, match in (
+            (None, "answers 400 .*; if it speaks HTTPS, use --tls"),
+            (False, rf"certs\.d/{host}/ca\.crt"),
+        ):
+            with pytest.raises(RegistryError, match=match):
+                cache.push("app:1", f"{host}/app:1", plain_http=plain)
+            with pytest.raises(RegistryError, match=match):
+                cache.pull(f"{host}/app:1", plain_http=plain)
+        (tmp_path / "certs.d" / host).mkdir(parents=True)
+        (tmp_path / "certs.d" / host / "ca.crt").write_bytes(authority.read_bytes())
+        monkeypatch.setattr(tls, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
+        cache.push("app:1", f"{host}/app:1", plain_http=False, authfile=authfile)
+        assert inspect(tools, f"{host}/app:1", trust, f"--authfile={authfile}") == FIRST.digest
+        cache.pull(f"{host}/app:1", plain_http=False, authfile=authfile)
+        assert_is_here(cache, f"{host}/app:1", FIRST.digest)
+
+
+# Deleted there
+
+
+def test_a_manifest_that_is_deleted_there_is_not_found_until_it_is_pushed_again(
+    cachedb: Run, cache: Cache, tools: Tools, host: str
+) -> None:
+    name = f"{host}/app:1"
+    put(host, "app", FIRST, "1")
+    cache.pull(name)
+    assert ask(host, "DELETE", f"app/manifests/{FIRST.digest}").status == 202
+    for option in ([], ["--allow-stale"]):  # the registry answers, and its answer is that there is none
+        gone = cachedb("pull", *option, name)
+        assert (gone.returncode, gone.stdout) == (1, "")
+        assert gone.stderr == f"cachedb: {host} has no app:1 (404)\n"
+    cache.pull(name, if_missing=True)
+    assert_is_here(cache, name, FIRST.digest)
+    pushed = cache.push(name)
+    assert (pushed.blobs, pushed.existing) == (0, 3)
+    assert inspect(tools, name) == cache.pull(name).image.digest == FIRST.digest
+
+
+def test_a_blob_that_is_deleted_there_is_sent_again_and_no_other(
+    cache: Cache, tools: Tools, host: str, tmp_path: Path
+) -> None:
+    name, layer = f"{host}/app:1", FIRST.layers[1]
+    save(cache, name, FIRST)
+    cache.push(name)
+    assert ask(host, "DELETE", f"app/blobs/{digest_of(layer)}").status == 202
+    pushed = cache.push(name)
+    assert (pushed.blobs, pushed.bytes, pushed.mounted, pushed.existing) == (1, len(layer), 0, 2)
+    tools("skopeo", "copy", "--src-tls-verify=false", f"docker://{name}", f"dir:{tmp_path}/copy")
+    assert cache.push(name).blobs == 0
+
+
+def test_a_layer_that_is_gone_there_is_one_line(cachedb: Run, host: str) -> None:
+    layer = digest_of(FIRST.layers[1])
+    put(host, "app", FIRST, "1")
+    assert ask(host, "DELETE", f"app/blobs/{layer}").status == 202
+    failed = cachedb("pull", f"{host}/app:1")
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+    assert failed.stderr.startswith(f"cachedb: {host} has no blob {layer} (404")
+    assert cachedb("ls", "-q").stdout == ""
+
+
+# Several repositories and tags of one registry
+
+
+def test_what_another_repository_of_the_registry_has_is_mounted(cache: Cache, tools: Tools, host: str) -> None:
+    save(cache, f"{host}/one/app:1", FIRST)
+    assert cache.push(f"{host}/one/app:1").blobs == 3
+    cache.tag(f"{host}/one/app:1", f"{host}/two/app:1")
+    pushed = cache.push(f"{host}/two/app:1")
+    assert (pushed.blobs, pushed.bytes, pushed.mounted, pushed.existing) == (0, 0, 3, 0)
+    assert inspect(tools, f"{host}/two/app:1") == FIRST.digest
+    save(cache, f"{host}/two/app:2", SECOND)
+    pushed = cache.push(f"{host}/two/app:2", f"{host}/three/app:2")
+    assert (pushed.blobs, pushed.mounted) == (2, 1)
+    assert inspect(tools, f"{host}/three/app:2") == SECOND.digest
+
+
+def test_what_is_to_be_mounted_and_is_gone_there_is_sent(cache: Cache, tools: Tools, host: str) -> None:
+    layer = FIRST.layers[0]
+    save(cache, f"{host}/one/app:1", FIRST)
+    cache.push(f"{host}/one/app:1")
+    assert ask(host, "DELETE", f"one/app/blobs/{digest_of(layer)}").status == 202
+    pushed = cache.push(f"{host}/one/app:1", f"{host}/two/app:1")
+    assert (pushed.blobs, pushed.bytes, pushed.mounted) == (1, len(layer), 2)
+    assert inspect(tools, f"{host}/two/app:1") == FIRST.digest
+
+
+def test_all_tags_go_and_what_they_share_goes_once(cachedb: Run, cache: Cache, tools: Tools, host: str) -> None:
+    save(cache, "app:1", FIRST)
+    save(cache, "app:2", SECOND)
+    cache.tag("app:1", "app:latest")
+    cache.tag("app:1", f"app@{FIRST.digest}")
+    done = cachedb("push", "--all-tags", "--format", "json", "app", f"{host}/team/app")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = {push["name"]: (push["digest"], push["blobs"], push["existing"]) for push in json.loads(done.stdout)}
+    assert told == {
+        f"{host}/team/app:1": (FIRST.digest, 3, 0),
+        f"{host}/team/app:2": (SECOND.digest, 2, 1),
+        f"{host}/team/app:latest": (FIRST.digest, 0, 3),
+    }
+    listed = tools("skopeo", "list-tags", PLAIN, f"docker://{host}/team/app")
+    assert sorted(json.loads(listed)["Tags"]) == ["1", "2", "latest"]
+    assert inspect(tools, f"{host}/team/app:latest") == FIRST.digest
+
+
+# What refers to an image, at a registry that lists no referrers
+
+
+def entry(made: Made) -> dict[str, Any]:
+    """How an artifact is listed."""
+    document = json.loads(made.manifest)
+    more = {key: document[key] for key in ("artifactType", "annotations")}
+    return descriptor(made.manifest, OCI_MANIFEST, **more)
+
+
+def put_referrers(host: str, repository: str, subject: bytes, *artifacts: Made) -> None:
+    """Push artifacts and list them, as a client does where the registry lists none ("Referrers Tag Schema")."""
+    for made in artifacts:
+        put(host, repository, made)
+    listed = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry(made) for made in artifacts]}
+    put_manifest(host, repository, json.dumps(listed).encode(), digest_of(subject).replace(":", "-"))
+
+
+def referrers(host: str, repository: str, subject: bytes) -> list[dict[str, Any]]:
+    """What is listed by the tag."""
+    tag = digest_of(subject).replace(":", "-")
+    reply = ask(host, "GET", f"{repository}/manifests/{tag}", Accept=OCI_INDEX)
+    assert (reply.status, reply.headers["Content-Type"]) == (200, OCI_INDEX)
+    return list(json.loads(reply.data)["manifests"])
+
+
+SIGNED = referrer(FIRST.manifest, b"a signature of the image")
+BILL = referrer(FIRST.manifest, b"what is in the image")
+SIGNED_BILL = referrer(BILL.manifest, b"a signature of what is in the image")
+SIGNED_ARM = referrer(ARM.manifest, b"a signature of one for arm64")
+SIGNED_MULTI = referrer(MULTI, b"a signature of the index", OCI_INDEX)
+
+
+def digests(cache: Cache, name: str) -> set[str]:
+    return {blob.digest for blob in cache.get_image_blobs(name)}
+
+
+def closure(*images: Made) -> set[str]:
+    return {digest for image in images for digest in image.blobs}
+
+
+def test_referrers_go_from_one_registry_to_another(
+    cache: Cache, fresh: Cache, tools: Tools, host: str, other_host: str
+) -> None:
+    put(host, "app", FIRST, "1")
+    put_referrers(host, "app", FIRST.manifest, BILL, SIGNED)
+    put_referrers(host, "app", BILL.manifest, SIGNED_BILL)
+    cache.pull(f"{host}/app:1")
+    assert digests(cache, f"{host}/app:1") == closure(FIRST)
+    cache.pull(f"{host}/app:1", referrers=True)
+    everything = closure(FIRST, BILL, SIGNED, SIGNED_BILL)
+    assert digests(cache, f"{host}/app:1") == everything
+    assert_is_here(cache, f"{host}/app:1", FIRST.digest)
+
+    pushed = cache.push(f"{host}/app:1", f"{other_host}/copy:1")
+    assert (pushed.digest, pushed.blobs) == (FIRST.digest, len(everything) - 4)  # manifests
+    listed = {listed["digest"]: listed for listed in referrers(other_host, "copy", FIRST.manifest)}
+    assert listed == {made.digest: entry(made) for made in (BILL, SIGNED)}
+    assert referrers(other_host, "copy", BILL.manifest) == [entry(SIGNED_BILL)]
+    raw = tools("skopeo", "inspect", "--raw", PLAIN, f"docker://{other_host}/copy@{BILL.digest}")
+    assert raw.encode() == BILL.manifest
+
+    fresh.pull(f"{other_host}/copy:1", referrers=True)
+    assert digests(fresh, f"{other_host}/copy:1") == everything
+    assert_is_here(fresh, f"{other_host}/copy:1", FIRST.digest)
+
+
+def test_a_second_push_lists_nothing_twice_and_keeps_what_others_listed(
+    cache: Cache, host: str, other_host: str
+) -> None:
+    put(host, "app", FIRST, "1")
+    put_referrers(host, "app", FIRST.manifest, BILL)
+    put(other_host, "app", FIRST, "1")
+    put_referrers(other_host, "app", FIRST.manifest, SIGNED)
+    cache.pull(f"{host}/app:1", referrers=True)
+    for _ in range(2):
+        cache.push(f"{host}/app:1", f"{other_host}/app:1")
+        assert referrers(other_host, "app", FIRST.manifest) == [entry(SIGNED), entry(BILL)]
+
+
+def test_referrers_of_an_index_and_of_its_platforms_go_along(
+    cache: Cache, fresh: Cache, host: str, other_host: str
+) -> None:
+    put_multi(host, "multi", "1")
+    put_referrers(host, "multi", MULTI, SIGNED_MULTI)
+    put_referrers(host, "multi", ARM.manifest, SIGNED_ARM)
+    put_referrers(host, "multi", FIRST.manifest, SIGNED)
+    cache.pull(f"{host}/multi:1", all_platforms=True, referrers=True)
+    cache.push(f"{host}/multi:1", f"{other_host}/multi:1")
+    fresh.pull(f"{other_host}/multi:1", platform="linux/arm64", referrers=True)
+    index = {digest_of(MULTI)}
+    assert digests(fresh, f"{other_host}/multi:1") == closure(ARM, SIGNED_ARM, SIGNED_MULTI) | index
+    assert_is_here(fresh, f"{other_host}/multi:1", digest_of(MULTI))
+    cache.push(f"{host}/multi:1", f"{other_host}/arm:1", platform="linux/arm64")
+    fresh.pull(f"{other_host}/arm:1", platform="linux/arm64", referrers=True)
+    assert digests(fresh, f"{other_host}/arm:1") == closure(ARM, SIGNED_ARM)
+
+
+def test_referrers_stay_when_another_platform_comes(cache: Cache, host: str) -> None:
+    put_multi(host, "multi", "1")
+    put_referrers(host, "multi", MULTI, SIGNED_MULTI)
+    cache.pull(f"{host}/multi:1", referrers=True)
+    cache.pull(f"{host}/multi:1", platform="linux/arm64")
+    everything = closure(FIRST, ARM, SIGNED_MULTI) | {digest_of(MULTI)}
+    assert digests(cache, f"{host}/multi:1") == everything
+    cache.tag(f"{host}/multi:1", "mine:1")
+    assert digests(cache, "mine:1") == everything
+    assert cache.verify(repair=True).problems == []
+
+
+def test_a_referrer_that_comes_later_is_found(cache: Cache, host: str) -> None:
+    put(host, "app", FIRST, "1")
+    cache.pull(f"{host}/app:1", referrers=True)
+    assert digests(cache, f"{host}/app:1") == closure(FIRST)
+    put_referrers(host, "app", FIRST.manifest, SIGNED)
+    cache.pull(f"{host}/app:1")
+    assert digests(cache, f"{host}/app:1") == closure(FIRST)
+    assert cache.pull(f"{host}/app:1", referrers=True).blobs == 2
+    assert digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
+
+
+def test_an_artifact_is_pulled_and_pushed_by_its_own_name(cache: Cache, host: str, other_host: str) -> None:
+    put(host, "app", FIRST, "1")
+    put_referrers(host, "app", FIRST.manifest, BILL)
+    name = f"{host}/app@{BILL.digest}"
+    cache.pull(name)
+    assert_is_here(cache, name, BILL.digest)
+    cache.push(name, f"{other_host}/app:bill")
+    assert referrers(other_host, "app", FIRST.manifest) == [entry(BILL)]
+
+
+def test_what_is_listed_and_was_deleted_there_is_in_nobodys_way(cache: Cache, fresh: Cache, host: str) -> None:
+    put(host, "app", FIRST, "1")
+    put_referrers(host, "app", FIRST.manifest, BILL, SIGNED)
+    assert ask(host, "DELETE", f"app/manifests/{BILL.digest}").status == 202  # and the tag lists it still
+    assert referrers(host, "app", FIRST.manifest) == [entry(BILL), entry(SIGNED)]
+    cache.pull(f"{host}/app:1", referrers=True)
+    assert digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
+    other = referrer(FIRST.manifest, b"another signature")
+    save(cache, "signature:1", other)
+    cache.push("signature:1", f"{host}/app:signature")
+    assert referrers(host, "app", FIRST.manifest) == [entry(SIGNED), entry(other)]
+    save(cache, "bill:1", BILL)
+    cache.push("bill:1", f"{host}/app@{BILL.digest}")
+    fresh.pull(f"{host}/app:1", referrers=True)
+    assert digests(fresh, f"{host}/app:1") == closure(FIRST, SIGNED, other, BILL)

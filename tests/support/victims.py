@@ -1,0 +1,292 @@
+"""Processes that do one thing to a cache each, to be killed at it or to have a call fail.
+
+Run as `python -m tests.support.victims`.
+
+For each line ``OPERATION DIRECTORY`` a child is forked, so that nothing is imported again. Its number is
+printed, it does the operation once it is told to go, and its exit status is printed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sqlite3
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from cachedb import Cache, CacheError
+from cachedb.operations.restore import restore as restore_backup
+from cachedb.operations.upgrade import back_up
+from cachedb.operations.upgrade import downgrade as downgrade_schema
+from tests.support import make
+from tests.support.make import save
+
+KEPT = make.image(1, 2)
+"""Saved before, as kept:1, and acknowledged."""
+GONE = make.image(2, 3)
+"""Saved before, as gone:1; shares a layer with the one that is kept."""
+NEW = make.image(2, 4)
+LARGE = make.random_bytes(3 * 1024 * 1024 + 1, 5)
+LOOSE = b"nothing refers to this"
+
+DONE, FAILED, GAVE_UP, RECOVERED = 0, 1, 3, 4
+"""How a victim ends: the operation was done; it failed with what is no `CacheError`; twice with one; once with one."""
+
+
+def file_of(directory: Path, data: bytes) -> Path:
+    return directory / "cache" / "blobs" / "sha256" / make.hex_of(data)
+
+
+# What an operation finds
+
+
+def nothing(_directory: Path) -> None:
+    pass
+
+
+def cache(directory: Path) -> None:
+    """Two images that share a layer, a blob that nothing refers to, an archive."""
+    with Cache.open(directory / "cache") as cache:
+        save(cache, "kept:1", KEPT)
+        save(cache, "gone:1", GONE)
+        cache.add_blob(LOOSE)
+    make.write(directory / "new.tar", make.oci_files({"new:1": NEW}))
+
+
+def old_cache(directory: Path) -> None:
+    """A cache as the first release left it."""
+    cache(directory)
+    downgrade_schema(directory / "cache", "0001")
+    for backup in (directory / "cache" / "backups").glob("*.db"):
+        backup.unlink()
+
+
+def damaged_cache(directory: Path) -> None:
+    """One blob of each kind of damage: altered, truncated, missing, unknown, and no blob at all."""
+    cache(directory)
+    for layer, change in zip((GONE.layers[1], GONE.config), (b"x" * len(GONE.layers[1]), b"x"), strict=True):
+        path = file_of(directory, layer)
+        path.chmod(0o600)
+        path.write_bytes(change)
+    file_of(directory, LOOSE).unlink()
+    file_of(directory, b"orphan").write_bytes(b"orphan")
+    (directory / "cache" / "blobs" / "notes.txt").write_text("not a blob")
+
+
+def lost_index(directory: Path) -> None:
+    """A cache whose index is gone, with a backup of it."""
+    cache(directory)
+    index = directory / "cache" / "index.db"
+    index.rename(directory / "cache" / "backups" / "000001-0002.db")
+
+
+def damaged_index(directory: Path) -> None:
+    """An index with a row that refers to none."""
+    cache(directory)
+    shell = sqlite3.connect(directory / "cache" / "index.db")
+    shell.execute("INSERT INTO image_blobs VALUES (1, 99, 99, 'layer', 'text/plain', NULL, NULL)")
+    shell.commit()
+    shell.close()
+
+
+def dead_sessions(directory: Path) -> None:
+    """What a process left that was killed while it published, and one that was killed while it collected."""
+    cache(directory)
+    folder = directory / "cache" / "ingest" / "1-abcdefabcdef"
+    folder.mkdir()
+    published = folder / f"2.{make.digest_of(b'orphan').replace(':', '-')}"
+    published.write_bytes(b"orphan")
+    os.link(published, file_of(directory, b"orphan"))
+    (folder / "3").write_bytes(b"half of someth")
+    for name in ("1-abcdefabcdef.session", f"{'ab' * 32}.producing"):
+        (directory / "cache" / "locks" / name).touch()
+    shell = sqlite3.connect(directory / "cache" / "index.db")
+    shell.execute("INSERT INTO leases VALUES (?, '1-abcdefabcdef', 1)", (make.digest_of(LOOSE),))
+    shell.execute("INSERT INTO trash VALUES (?, 6)", (make.digest_of(b"trashed"),))
+    shell.commit()
+    shell.close()
+    file_of(directory, b"trashed").write_bytes(b"trashed")
+    (directory / "cache" / "trash" / f"sha256-{make.hex_of(b'renamed')}").write_bytes(b"renamed")
+
+
+# Operations
+
+
+def open_cache(directory: Path) -> None:
+    Cache.open(directory / "cache").close()
+
+
+def save_blob(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.save_blob(make.digest_of(LARGE), LARGE)
+
+
+def save_manifest(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.save_manifest("gone:1", NEW.manifest)
+
+
+def import_archive(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.cache_from_tar(directory / "new.tar")
+
+
+def tag(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.tag("kept:1", "gone:1")
+
+
+def remove(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        if any(image.repository == "gone" for image in cache.list_manifests()):
+            cache.remove_manifest("gone:1")
+
+
+def collect(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.collect_garbage()
+
+
+def hold(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        for found in cache.list_holds():
+            cache.release_hold(found.id)
+        cache.add_hold("kept:1", seconds=3600)
+
+
+def export(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.export("kept:1", directory / "kept.tar")
+
+
+def export_folder(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.export("kept:1", directory / "layout", format="oci-dir", link=True)
+
+
+def upgrade(directory: Path) -> None:
+    Cache.open(directory / "cache", upgrade=True).close()
+
+
+def repair(directory: Path) -> None:
+    with Cache.open(directory / "cache", damaged=True) as cache:
+        cache.verify(repair=True)
+
+
+def json_cache(directory: Path) -> None:
+    """A cache, and one whose index is an `index.json`, with an image that lacks a blob."""
+    cache(directory)
+    make.json_cache(directory / "old", {"team/new/1": NEW, "app/2": make.image(1, 6), "app/3": make.image(7)})
+    (directory / "old" / "blobs" / "sha256" / make.hex_of(make.image(7).layers[0])).unlink()
+
+
+def adopt(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.adopt(directory / "old")
+
+
+def adopt_by_moving(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.adopt(directory / "old", how="move")
+
+
+def layout(directory: Path) -> None:
+    """A cache, and an image layout folder, of which the cache has one layer."""
+    cache(directory)
+    make.write(directory / "layout", make.oci_files({"new:1": NEW}))
+
+
+def import_by_linking(directory: Path) -> None:
+    with Cache.open(directory / "cache") as cache:
+        cache.cache_from_tar(directory / "layout", link=True)
+
+
+def backed_up(directory: Path) -> None:
+    """A cache that has changed since its backup."""
+    with Cache.open(directory / "cache") as opened:
+        save(opened, "kept:1", KEPT)
+        back_up(directory / "cache", directory / "backup.db")
+        save(opened, "gone:1", GONE)
+
+
+def restore(directory: Path) -> None:
+    restore_backup(directory / "cache", directory / "backup.db")
+
+
+def copy(directory: Path) -> None:
+    with Cache.open(directory / "cache") as opened:
+        if not (directory / "copy" / "index.db").exists():
+            opened.copy(directory / "copy")
+
+
+class Operation(NamedTuple):
+    """Something to be cut off in the middle."""
+
+    prepare: Callable[[Path], None]
+    do: Callable[[Path], None]  # may be done again, whatever came of it before
+
+
+OPERATIONS = {
+    "open anew": Operation(nothing, open_cache),
+    "open after a crash": Operation(dead_sessions, open_cache),
+    "save a blob": Operation(cache, save_blob),
+    "save a manifest": Operation(cache, save_manifest),
+    "import": Operation(cache, import_archive),
+    "tag": Operation(cache, tag),
+    "remove": Operation(cache, remove),
+    "collect": Operation(cache, collect),
+    "hold": Operation(cache, hold),
+    "export": Operation(cache, export),
+    "export a folder": Operation(cache, export_folder),
+    "adopt": Operation(json_cache, adopt),
+    "adopt by moving": Operation(json_cache, adopt_by_moving),
+    "upgrade": Operation(old_cache, upgrade),
+    "restore a backup": Operation(backed_up, restore),
+    "copy": Operation(cache, copy),
+    "repair": Operation(damaged_cache, repair),
+    "rebuild from a backup": Operation(lost_index, repair),
+    "rebuild": Operation(damaged_index, repair),
+    "import by linking": Operation(layout, import_by_linking),
+}
+_SET_PTRACER, _ANY = 0x59616D61, -1
+
+
+def attempt(operation: str, directory: Path) -> int:
+    """Do an operation; if it fails as it may, do it again in the same process."""
+    for code in (DONE, RECOVERED):
+        try:
+            OPERATIONS[operation].do(directory)
+        except CacheError:
+            continue
+        except Exception:
+            (directory / "traceback").write_text(traceback.format_exc())
+            return FAILED
+        return code
+    return GAVE_UP
+
+
+def main() -> None:
+
+    # What is imported late is imported now, and Alembic's migrations are compiled.
+    warm = Path(sys.argv[1]) / "warm"
+    with Cache.open(warm):
+        pass
+    shutil.rmtree(warm)
+    for line in sys.stdin:
+        operation, directory = line.rstrip("\n").split("\t")
+        child = os.fork()
+        if child == 0:
+            # Where the kernel allows tracing only to parents, let strace, a sister, be one.
+            ctypes.CDLL(None).prctl(_SET_PTRACER, _ANY, 0, 0, 0)
+            print(os.getpid(), flush=True)
+            os.read(0, 1)
+            os._exit(attempt(operation, Path(directory)))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

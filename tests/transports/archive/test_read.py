@@ -1,0 +1,1425 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import resource
+import shutil
+import socket
+import tarfile
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cachedb import Cache
+from cachedb.content import publish
+from cachedb.disk import writer
+from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest, InvalidName, StorageError
+from cachedb.oci.manifests import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb.oci.names import Name
+from cachedb.transports.archive import compression as compression_
+from cachedb.transports.archive import files as files_module
+from cachedb.transports.archive import model
+from cachedb.transports.archive import read as archive
+from tests.conftest import Run, snapshot
+from tests.support import make
+from tests.support.make import digest_of, hex_of, tar_of
+
+CONTAINERD_NAME = "io.containerd.image.name"
+ANY: list[object] = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    2**70,
+    "",
+    "x",
+    "a\nb",
+    "../x",
+    [],
+    {},
+    [[]],
+    [None],
+    {"x": 1},
+    "sha256:" + "0" * 64,
+]
+
+EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "60"))
+"""Examples of each fuzz test; set CACHEDB_FUZZ to look for longer."""
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with one image, which shares nothing with what the tests import."""
+    directory = tmp_path_factory.mktemp("template") / "cache"
+    with Cache.open(directory) as cache:
+        cache.cache_from_tar(tar_file(make.docker_files({"kept:1": make.image(1000)})))
+    return directory
+
+
+@pytest.fixture
+def kept(template: Path, directory: Path) -> Iterator[Cache]:
+    """A cache that the test must leave exactly as it was."""
+    shutil.copytree(template, directory)
+    before = snapshot(directory)
+    with Cache.open(directory) as cache:
+        yield cache
+    assert snapshot(directory) == before
+
+
+def tar_file(files: dict[str, bytes]) -> BinaryIO:
+    return io.BytesIO(tar_of(files))
+
+
+def short(data: object) -> str:
+    """Return the id of a test with this parameter."""
+    return data[:4].hex() if isinstance(data, bytes) else str(data)[:20]
+
+
+def small_tar(files: dict[str, bytes]) -> bytes:
+    """A tar that ends after its two blocks of zeros, as Go's do; Python's and GNU's are padded to 10 kB."""
+    data = tar_of(files).rstrip(b"\0")
+    return data + bytes(-len(data) % 512 + 1024)
+
+
+def tiny_docker(layer: bytes = b"not a tar, but nobody asked") -> dict[str, bytes]:
+    config = json.dumps({"rootfs": {"diff_ids": [digest_of(layer)]}}).encode()
+    entries = [{"Config": "config.json", "RepoTags": ["app:1"], "Layers": ["layer.tar"]}]
+    return {"manifest.json": json.dumps(entries).encode(), "config.json": config, "layer.tar": layer}
+
+
+def tiny_oci() -> dict[str, bytes]:
+    return oci_of(
+        {"schemaVersion": 2, "config": make.descriptor(b"{}", OCI_CONFIG), "layers": [make.descriptor(b"x", OCI_LAYER)]}
+    )
+
+
+def oci_of(manifest: object, *blobs: bytes, media_type: str = OCI_MANIFEST, name: str = "app:1") -> dict[str, bytes]:
+    """An image layout with this manifest, a config of ``{}``, a layer of ``x``, and the given blobs."""
+    data = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
+    index = {"manifests": [make.descriptor(data, media_type, annotations={make.REF_NAME: name})]}
+    files = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": json.dumps(index).encode()}
+    return files | {f"blobs/sha256/{hex_of(blob)}": blob for blob in (data, b"{}", b"x", *blobs)}
+
+
+def header(name: str, size: int = 0, kind: bytes = b"0", link: str = "", **fields: Any) -> bytes:
+    """A member's header block in GNU's format, in which sizes may be negative or huge."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type, member.linkname = size, kind, link
+    for key, value in fields.items():
+        setattr(member, key, value)
+    return member.tobuf(format=tarfile.GNU_FORMAT)
+
+
+def block(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def with_members(*members: bytes, files: dict[str, bytes] | None = None) -> BinaryIO:
+    """A valid archive with more members in front."""
+    return io.BytesIO(b"".join(members) + tar_of(files if files is not None else tiny_docker()))
+
+
+def pax(records: bytes, kind: bytes = b"x") -> bytes:
+    return header("pax", len(records), kind) + block(records)
+
+
+def record(key: str, value: str) -> bytes:
+    text = f" {key}={value}\n".encode()
+    length = len(text) + len(str(len(text)))
+    length = len(text) + len(str(length))
+    return str(length).encode() + text
+
+
+def refuse(
+    cache: Cache, source: str | Path | BinaryIO, error: type[CacheError] = InvalidArchive, name: str | None = None
+) -> str:
+    """Import what must be refused; return the message, which must be one line that can be read."""
+    with pytest.raises(CacheError) as caught:
+        cache.cache_from_tar(source, name)
+    message = str(caught.value)
+    assert caught.type is error, message
+    assert message.isprintable(), message
+    assert 10 < len(message) < 500, message
+    return message
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode
+
+
+def images_in(source: Path | BinaryIO, tmp_path: Path, name: Name | None = None) -> list[model.ArchivedImage]:
+    with files_module.open_files(source, tmp_path / "spool") as files:
+        return archive.read_images(files, name)
+
+
+def names_of(cache: Cache) -> list[str]:
+    return [str(image.name) for image in cache.list_manifests()]
+
+
+def layers_of(cache: Cache, name: str) -> list[tuple[str, str]]:
+    return [(blob.digest, blob.media_type) for blob in cache.get_image_blobs(name) if blob.role == "layer"]
+
+
+def assert_verified(cache: Cache) -> None:
+    """All images are complete, and every blob is what its digest says."""
+    for image in cache.list_manifests():
+        assert image.complete
+        for blob in cache.get_image_blobs(image.name):
+            assert digest_of(cache.get_blob(blob.digest), blob.digest.partition(":")[0]) == blob.digest
+
+
+# What is read: docker-archives
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_manifest_json_may_be_first_or_last(cache: Cache, last: bool) -> None:
+    made = make.image(1, 2)
+    files = make.docker_files({"app:1": made})
+    if not last:
+        files = {"manifest.json": files["manifest.json"], **files}
+    (image,) = cache.cache_from_tar(tar_file(files))
+    assert (str(image.name), image.complete, image.media_type) == ("app:1", True, OCI_MANIFEST)
+    assert layers_of(cache, "app:1") == [(digest_of(layer), OCI_LAYER) for layer in made.layers]
+    assert json.loads(cache.get_manifest("app:1"))["config"]["digest"] == digest_of(made.config)
+
+
+def test_a_docker_archive_gives_the_same_manifest_each_time(cache: Cache) -> None:
+    files = make.docker_files({"app:1": make.image(1, 2)})
+    (first,) = cache.cache_from_tar(tar_file(files))
+    (second,) = cache.cache_from_tar(tar_file(dict(reversed(files.items()))))
+    assert first.digest == second.digest
+
+
+def test_several_images_and_names_are_imported_and_share_their_base(cache: Cache) -> None:
+    files = make.docker_files({"app:1": make.image(1, 2), "app:2": make.image(1, 3)})
+    entries = json.loads(files["manifest.json"])
+    entries[0]["RepoTags"].append("registry:5000/team/app:one")
+    cache.cache_from_tar(tar_file({**files, "manifest.json": json.dumps(entries).encode()}))
+    assert names_of(cache) == ["app:1", "app:2", "registry:5000/team/app:one"]
+    assert cache.get_image("app:1").digest == cache.get_image("registry:5000/team/app:one").digest
+    assert cache.get_stats().blob_count == 2 + 2 + 3  # manifests, configs, layers
+    assert_verified(cache)
+
+
+@pytest.mark.parametrize("files", [make.docker_files({"": make.image(1)}), make.oci_files({"": make.image(1)})])
+def test_an_image_without_a_name_takes_the_one_given(kept: Cache, tmp_path: Path, files: dict[str, bytes]) -> None:
+    assert "cachedb import SOURCE NAME" in refuse(kept, tar_file(files))
+    with Cache.open(tmp_path / "other") as cache:
+        (image,) = cache.cache_from_tar(tar_file(files), "given:1")
+        assert str(image.name) == "given:1"
+
+
+def test_a_name_cannot_be_given_to_several_images(kept: Cache) -> None:
+    files = {"app:1": make.image(1), "app:2": make.image(2)}
+    assert "2 images" in refuse(kept, tar_file(make.docker_files(files)), name="given:1")
+    assert "2 images" in refuse(kept, tar_file(make.oci_files(files)), name="given:1")
+
+
+def test_a_given_name_makes_up_for_an_invalid_one_in_the_archive(tmp_path: Path) -> None:
+    for files in (make.docker_files({"BAD": make.image(1)}), make.oci_files({"BAD": make.image(1)})):
+        (image,) = images_in(tar_file(files), tmp_path, Name.parse("given:1"))
+        assert image.names == [Name("given", "1")]
+    two = make.docker_files({"app:1": make.image(1), "app:2": make.image(2)})
+    with pytest.raises(InvalidArchive, match="2 images"):
+        images_in(tar_file(two), tmp_path, Name.parse("given:1"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_layer_may_be_a_link_to_another(cache: Cache, kind: bytes) -> None:
+    layer = make.layer(1)
+    config = json.dumps({"rootfs": {"diff_ids": [digest_of(layer)] * 2}}).encode()
+    entries = [{"Config": "c.json", "RepoTags": ["app:1"], "Layers": ["one/layer.tar", "two/layer.tar"]}]
+    files = {"manifest.json": json.dumps(entries).encode(), "c.json": config, "one/layer.tar": layer}
+    target = "../one/layer.tar" if kind == tarfile.SYMTYPE else "one/layer.tar"
+    cache.cache_from_tar(with_members(header("two/layer.tar", 0, kind, target), files=files))
+    assert layers_of(cache, "app:1") == [(digest_of(layer), OCI_LAYER)] * 2
+    assert cache.get_stats().blob_count == 3
+
+
+def test_a_config_may_be_called_by_its_digest(cache: Cache) -> None:
+    files = make.docker_files({"app:1": make.image(1)})
+    (entry,) = json.loads(files["manifest.json"])
+    config = files.pop(entry["Config"])
+    entry["Config"] = digest_of(config)
+    cache.cache_from_tar(tar_file({**files, digest_of(config): config, "manifest.json": json.dumps([entry]).encode()}))
+    assert cache.is_image_complete("app:1")
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_compressed_layers_of_a_docker_archive_are_kept_as_they_are(cache: Cache, compression: str) -> None:
+    made = make.image(1, 2, compression=compression)
+    cache.cache_from_tar(tar_file(make.docker_files({"app:1": made})))
+    kind = f"{OCI_LAYER}+{compression}"
+    assert layers_of(cache, "app:1") == [(digest_of(layer), kind) for layer in made.layers]
+    assert_verified(cache)
+
+
+def test_a_layer_of_several_gzip_members_and_padding_is_one_stream(cache: Cache) -> None:
+    plain = make.random_bytes(3_000_000, 1)
+    parts = [make.gzipped(plain[start : start + 700_000]) for start in range(0, len(plain), 700_000)]
+    files = tiny_docker(plain) | {"layer.tar": b"".join(parts) + bytes(1000)}
+    cache.cache_from_tar(tar_file(files))
+    assert cache.is_image_complete("app:1")
+
+
+def test_a_layer_whose_first_file_is_called_like_a_compression_is_not_taken_for_one(cache: Cache) -> None:
+    layer = tar_of({"BZh9.txt": b"x"})
+    cache.cache_from_tar(tar_file(tiny_docker(layer)))
+    assert layers_of(cache, "app:1") == [(digest_of(layer), OCI_LAYER)]
+
+
+def test_a_layer_that_stands_in_an_image_twice_is_stored_once(cache: Cache) -> None:
+    made = make.image(1, 1, compression="gzip")
+    for files in (make.docker_files({"app:1": made}), make.oci_files({"app:2": made})):
+        (image,) = cache.cache_from_tar(tar_file(files))
+        assert layers_of(cache, str(image.name)) == [(digest_of(made.layers[0]), f"{OCI_LAYER}+gzip")] * 2
+    assert_verified(cache)
+
+
+@pytest.mark.parametrize("layers", [[], None])
+def test_an_image_without_layers_is_an_image(cache: Cache, layers: object) -> None:
+    entries = [{"Config": "c.json", "RepoTags": ["app:1"], "Layers": layers}]
+    files = {"c.json": b'{"rootfs":{"type":"layers"}}', "manifest.json": json.dumps(entries).encode()}
+    cache.cache_from_tar(tar_file(files))
+    assert cache.is_image_complete("app:1")
+
+
+@pytest.mark.parametrize("files", [tiny_docker(), tiny_oci()])
+def test_members_may_begin_with_a_dot_and_stand_among_folders(cache: Cache, files: dict[str, bytes]) -> None:
+    dotted = {f"./{name}": data for name, data in files.items()}
+    cache.cache_from_tar(with_members(header("./", 0, b"5"), header("blobs/", 0, b"5"), files=dotted))
+    assert cache.is_image_complete("app:1")
+
+
+def test_of_two_members_with_one_name_the_later_is_meant(cache: Cache) -> None:
+    cache.cache_from_tar(with_members(header("layer.tar", 3) + block(b"old")))
+    assert cache.is_image_complete("app:1")
+
+
+# What is read: OCI archives and layouts
+
+
+@pytest.mark.parametrize("target", ["app.tar", "layout"])
+@pytest.mark.parametrize("compression", ["", "gzip", "zstd"])
+def test_an_oci_image_keeps_its_digest_and_bytes(cache: Cache, tmp_path: Path, target: str, compression: str) -> None:
+    made = make.image(1, 2, compression=compression)
+    (image,) = cache.cache_from_tar(make.write(tmp_path / target, make.oci_files({"app:1": made})))
+    assert (image.digest, image.complete, str(image.name)) == (made.digest, True, "app:1")
+    assert {blob.digest: cache.get_blob(blob.digest) for blob in cache.get_image_blobs("app:1")} == made.blobs
+
+
+def test_nested_indexes_are_kept_whole(cache: Cache) -> None:
+    amd, arm = make.image(1, 2), make.image(1, 3, architecture="arm64")
+    inner = make.index(amd, arm)
+    outer = json.dumps(
+        {"schemaVersion": 2, "mediaType": DOCKER_LIST, "manifests": [make.descriptor(inner, OCI_INDEX)] * 2}
+    ).encode()
+    files = make.oci_files({"": amd, "b": arm}, roots={"multi:1": inner})
+    index = {"manifests": [make.descriptor(outer, DOCKER_LIST, annotations={make.REF_NAME: "multi:1"})]}
+    files |= {f"blobs/sha256/{hex_of(outer)}": outer, "index.json": json.dumps(index).encode()}
+    (image,) = cache.cache_from_tar(tar_file(files))
+    assert (image.digest, image.media_type) == (digest_of(outer), DOCKER_LIST)
+    there = {blob.digest for blob in cache.get_image_blobs("multi:1")}
+    assert there == {digest_of(outer), digest_of(inner), *amd.blobs, *arm.blobs}
+    assert_verified(cache)
+
+
+def test_platforms_that_are_listed_beside_their_index_are_part_of_it(cache: Cache) -> None:
+    amd, arm = make.image(1), make.image(2)
+    files = make.oci_files({"": amd, "b": arm}, roots={"multi:1": make.index(amd, arm)})
+    index = json.loads(files["index.json"])
+    index["manifests"] += [make.descriptor(made.manifest, OCI_MANIFEST) for made in (amd, arm)]
+    cache.cache_from_tar(tar_file({**files, "index.json": json.dumps(index).encode()}))
+    assert names_of(cache) == ["multi:1"]
+
+
+def test_of_an_archive_that_is_both_the_oci_side_wins_and_the_names_are_those_given(cache: Cache) -> None:
+    made = make.image(1, compression="gzip")
+    files = make.oci_files({"": made})
+    annotations = {CONTAINERD_NAME: "docker.io/library/app:1", make.REF_NAME: "1"}
+    index = {"manifests": [make.descriptor(made.manifest, OCI_MANIFEST, annotations=annotations)]}
+    paths = [f"blobs/sha256/{hex_of(data)}" for data in (made.config, *made.layers)]
+    entries = [{"Config": paths[0], "RepoTags": ["app:1", "app:stable"], "Layers": paths[1:]}]
+    files |= {"index.json": json.dumps(index).encode(), "manifest.json": json.dumps(entries).encode()}
+    cache.cache_from_tar(tar_file(files))
+    assert names_of(cache) == ["app:1", "app:stable"]
+    assert cache.get_image("app:1").digest == made.digest
+
+
+@pytest.mark.parametrize(
+    ("annotations", "name"),
+    [
+        ({make.REF_NAME: "registry:5000/app:1"}, "registry:5000/app:1"),
+        ({make.REF_NAME: "1", CONTAINERD_NAME: "docker.io/library/app:1"}, "docker.io/library/app:1"),
+        ({make.REF_NAME: "docker.io/library/app:1", CONTAINERD_NAME: "other:2"}, "docker.io/library/app:1"),
+        ({CONTAINERD_NAME: "app:1"}, "app:1"),
+    ],
+)
+def test_the_name_is_the_full_one_among_the_annotations(tmp_path: Path, annotations: dict[str, str], name: str) -> None:
+    files = tiny_oci()
+    index = json.loads(files["index.json"])
+    index["manifests"][0]["annotations"] = annotations
+    (image,) = images_in(tar_file({**files, "index.json": json.dumps(index).encode()}), tmp_path)
+    assert list(map(str, image.names)) == [name]
+
+
+def test_digests_may_be_sha512(cache: Cache) -> None:
+    layer = {"mediaType": OCI_LAYER, "digest": digest_of(b"y", "sha512"), "size": 1}
+    files = oci_of({"schemaVersion": 2, "config": make.descriptor(b"{}", OCI_CONFIG), "layers": [layer]})
+    cache.cache_from_tar(tar_file({**files, f"blobs/sha512/{digest_of(b'y', 'sha512').partition(':')[2]}": b"y"}))
+    assert layers_of(cache, "app:1") == [(layer["digest"], OCI_LAYER)]
+    assert_verified(cache)
+
+
+def layout_blob(folder: Path, data: bytes) -> Path:
+    return folder / "blobs" / "sha256" / hex_of(data)
+
+
+def test_a_layouts_files_are_linked_where_that_is_asked_for(cache: Cache, tmp_path: Path) -> None:
+    made = make.image(1, 2)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    cache.cache_from_tar(folder, link=True)
+    for digest, data in made.blobs.items():
+        assert cache.get_blob_path(digest).samefile(layout_blob(folder, data))
+    assert cache.verify().problems == []
+    cache.export("app:1", tmp_path / "again", format="oci-dir", link=True)
+    assert layout_blob(tmp_path / "again", made.manifest).samefile(layout_blob(folder, made.manifest))
+
+
+def test_what_cannot_be_linked_of_a_layout_is_copied(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, link = make.image(1, 2), os.link
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    behind = layout_blob(folder, made.config)
+    behind.rename(tmp_path / "config")
+    behind.symlink_to(tmp_path / "config")
+    far = layout_blob(folder, made.layers[0])
+
+    def across(source: str, target: Path, **options: Any) -> None:
+        if Path(source) == far:
+            raise OSError(18, "Invalid cross-device link")
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", across)
+    (image,) = cache.cache_from_tar(folder, link=True)
+    assert image.complete
+    for data, linked in ((made.config, False), (made.layers[0], False), (made.layers[1], True)):
+        path = cache.get_blob_path(digest_of(data))
+        assert path.samefile(layout_blob(folder, data)) is linked
+        assert not path.is_symlink()
+        assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("whose", ["another user's", "everybody's"])
+def test_what_other_users_can_write_to_is_copied(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    made = make.image(1, 2)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    if whose == "everybody's":
+        layout_blob(folder, made.config).chmod(0o666)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    (image,) = cache.cache_from_tar(folder, link=True)
+    assert image.complete
+    path = cache.get_blob_path(digest_of(made.config))
+    assert not path.samefile(layout_blob(folder, made.config))
+    assert path.stat().st_mode & 0o777 == 0o444
+
+
+def test_a_damaged_file_of_a_layout_is_not_linked(cache: Cache, tmp_path: Path) -> None:
+    made = make.image(1, 2)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    layout_blob(folder, made.layers[1]).write_bytes(made.layers[1][:-1] + b"!")
+    with pytest.raises(DigestMismatch):
+        cache.cache_from_tar(folder, link=True)
+    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+@pytest.mark.parametrize("change", ["replaced", "grown", "changed"])
+def test_a_file_of_a_layout_that_is_replaced_or_written_to_while_it_is_linked_is_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    made, link = make.image(1, 2), os.link
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    layer = made.layers[1]
+    victim = layout_blob(folder, layer)
+    os.utime(victim, (0, 0))  # what is written in one tick of the clock has one time
+
+    def changed_first(source: str, target: Path, **options: Any) -> None:
+        if Path(source) == victim:
+            if change == "replaced":
+                victim.unlink()
+            victim.write_bytes({"replaced": b"something else", "grown": layer + b"!", "changed": layer[::-1]}[change])
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", changed_first)
+    with pytest.raises(StorageError, match=f"layer {digest_of(layer)} was replaced or written to while it was read"):
+        cache.cache_from_tar(folder, link=True)
+    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+def test_a_file_of_a_layout_that_grows_before_it_is_linked_is_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, hold_stored = make.image(1, 2), publish.hold_stored
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+
+    def grown_meanwhile(*arguments: Any) -> Any:
+        layout_blob(folder, made.layers[1]).write_bytes(made.layers[1] + b"!")
+        return hold_stored(*arguments)
+
+    monkeypatch.setattr(publish, "hold_stored", grown_meanwhile)  # what is in the layout is known by then
+    with pytest.raises(DigestMismatch, match="should be 10240 bytes, and is more"):
+        cache.cache_from_tar(folder, link=True)
+    assert (cache.list_manifests(), cache.list_blobs()) == ([], [])
+
+
+def test_what_is_stored_of_a_layout_is_not_linked_again(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make.image(1, 2)
+    folder = make.write(tmp_path / "layout", make.oci_files({"app:1": made}))
+    cache.cache_from_tar(folder, link=True)
+    monkeypatch.delattr(os, "link")
+    assert cache.cache_from_tar(folder, "app:2", link=True)[0].complete
+
+
+def test_an_archive_has_no_files_to_link(cache: Cache, tmp_path: Path) -> None:
+    source = make.write(tmp_path / "app.tar", make.oci_files({"app:1": make.image(1)}))
+    with pytest.raises(CacheError, match="this is none"):
+        cache.cache_from_tar(source, link=True)
+    with pytest.raises(StorageError, match="No such file"):
+        cache.cache_from_tar(tmp_path / "nosuch", link=True)
+
+
+def test_a_layout_may_hold_more_files_than_a_process_may_open(cache: Cache, tmp_path: Path) -> None:
+    layers = [b"%d" % number for number in range(120)]
+    entries = [make.descriptor(layer, OCI_LAYER) for layer in layers]
+    manifest = {"schemaVersion": 2, "config": make.descriptor(b"{}", OCI_CONFIG), "layers": entries}
+    folder = make.write(tmp_path / "layout", oci_of(manifest, *layers))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, limits[1]))
+    try:
+        cache.cache_from_tar(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert cache.is_image_complete("app:1")
+
+
+# What is read: where it comes from
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, make.zstd_compressed, lzma.compress, bz2.compress])
+def test_an_archive_may_be_compressed(cache: Cache, tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "app"
+    path.write_bytes(compress(tar_of(tiny_docker())))
+    cache.cache_from_tar(path)
+    assert cache.is_image_complete("app:1")
+    assert os.listdir(cache.directory / "ingest" / os.listdir(cache.directory / "ingest")[0]) == []
+
+
+def test_an_archive_may_come_from_a_pipe_a_few_bytes_at_a_time(cache: Cache) -> None:
+    for data in (tar_of(tiny_docker()), gzip.compress(tar_of(tiny_docker())), bz2.compress(tar_of(tiny_oci()))):
+        read, write = os.pipe()
+
+        def send(target: int = write, content: bytes = data) -> None:
+            with open(target, "wb", buffering=0) as pipe:
+                for start in (0, 1, 2, 5):  # a reader that is not buffered sees these one by one
+                    pipe.write(content[start : {0: 1, 1: 2, 2: 5}.get(start)])
+                    time.sleep(0.01)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        with open(read, "rb", buffering=0) as pipe:
+            assert len(cache.cache_from_tar(pipe)) == 1
+        sender.join()
+
+
+def test_an_archive_may_come_from_a_fifo(cache: Cache, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    sender = threading.Thread(target=(tmp_path / "fifo").write_bytes, args=(tar_of(tiny_docker()),))
+    sender.start()
+    cache.cache_from_tar(tmp_path / "fifo")
+    sender.join()
+    assert cache.is_image_complete("app:1")
+
+
+def test_an_open_file_is_read_from_where_it_stands(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"in front" + tar_of(tiny_docker()))
+    with open(tmp_path / "file", "rb") as file:
+        file.seek(8)
+        cache.cache_from_tar(file)
+    assert cache.is_image_complete("app:1")
+
+
+def test_stdin_is_read(cachedb: Run) -> None:
+    done = cachedb("import", "-", "-q", input=tar_of(tiny_docker()), text=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"app:1\n", b"")
+
+
+def test_importing_again_writes_nothing(cache: Cache, directory: Path) -> None:
+    made = {"app:1": make.image(1, 2)}
+    for files in (make.oci_files(made), make.docker_files(made)):
+        cache.cache_from_tar(tar_file(files))
+        paths = [*(directory / "blobs").rglob("*")]
+        before = {path: state_of(path) for path in paths}
+        rows = snapshot(directory)["image_blobs"]
+        cache.cache_from_tar(tar_file(files))
+        assert {path: state_of(path) for path in (directory / "blobs").rglob("*")} == before
+        assert snapshot(directory)["image_blobs"] == rows
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_what_tarfile_says(tmp_path: Path, form: int) -> None:
+    names = ["a", "d" * 90 + "/" + "e" * 90, "x/ü"]
+    names += [] if form == tarfile.USTAR_FORMAT else ["l" * 300, "ü" * 200, "p" * 100, "q" * 101]
+    with tarfile.open(tmp_path / "made.tar", "w", format=form) as tar:
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = number * 300
+            tar.addfile(member, io.BytesIO(make.random_bytes(member.size, number)))
+            member = tarfile.TarInfo(f"link-{number}")
+            member.type, member.linkname = tarfile.LNKTYPE, name
+            if len(name) <= 100 or form != tarfile.USTAR_FORMAT:
+                tar.addfile(member)
+    with (
+        files_module.open_files(tmp_path / "made.tar", tmp_path / "spool") as files,
+        tarfile.open(tmp_path / "made.tar") as tar,
+    ):
+        members = tar.getmembers()
+        assert len(members) >= 5
+        for known in members:
+            section, content = files.find(known.name), tar.extractfile(known)
+            assert section is not None
+            assert content is not None
+            assert section.head(10_000) == content.read()
+
+
+def test_a_size_may_be_in_base_256_or_in_a_pax_header(cache: Cache) -> None:
+    layer = make.layer(1)
+    files = tiny_docker(layer)
+    del files["layer.tar"]
+    base256 = bytearray(header("layer.tar", len(layer)))
+    base256[124:136] = b"\x80" + len(layer).to_bytes(11, "big")
+    base256[148:156] = b" " * 8
+    base256[148:156] = b"%06o\0 " % sum(base256)
+    cache.cache_from_tar(with_members(bytes(base256) + block(layer), files=files))
+    cache.cache_from_tar(
+        with_members(pax(record("size", str(len(layer)))), header("layer.tar") + block(layer), files=files)
+    )
+    assert_verified(cache)
+
+
+# What is refused: tars
+
+
+@pytest.mark.parametrize("files", [tiny_docker(), tiny_oci()], ids=["docker", "oci"])
+def test_an_archive_that_is_cut_short_anywhere_is_refused(kept: Cache, tmp_path: Path, files: dict[str, bytes]) -> None:
+    data = small_tar(files)
+    (tmp_path / "cut.tar").write_bytes(data)
+    for length in reversed(range(len(data))):
+        os.truncate(tmp_path / "cut.tar", length)
+        with pytest.raises(InvalidArchive):
+            images_in(tmp_path / "cut.tar", tmp_path)
+        if length % 512 in (0, 1, 511):
+            refuse(kept, io.BytesIO(data[:length]))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, make.zstd_compressed, lzma.compress, bz2.compress])
+def test_a_compressed_archive_that_is_cut_short_anywhere_is_refused(
+    kept: Cache, compress: Callable[[bytes], bytes]
+) -> None:
+    data = compress(small_tar(tiny_docker()))
+    for length in range(len(data)):
+        with pytest.raises(InvalidArchive):
+            kept.cache_from_tar(io.BytesIO(data[:length]))
+    assert "cut short" in refuse(kept, io.BytesIO(data[:-1]))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"x",
+        bytes(100),
+        bytes(10240),
+        b"{}" * 5000,
+        make.random_bytes(10240, 1),
+        gzip.compress(b"x"),
+        b"\x1f\x8b\x08",
+    ],
+    ids=short,
+)
+def test_what_is_not_a_tar_is_refused(kept: Cache, data: bytes) -> None:
+    message = refuse(kept, io.BytesIO(data))
+    assert "not a tar" in message or "damaged" in message or "cut short" in message
+
+
+def test_a_tar_without_an_image_is_refused(kept: Cache, tmp_path: Path) -> None:
+    assert "neither index.json nor manifest.json" in refuse(kept, tar_file({"a": b"x"}))
+    (tmp_path / "folder").mkdir()
+    assert "neither index.json nor manifest.json" in refuse(kept, tmp_path / "folder")
+
+
+def test_a_file_that_cannot_be_read_is_a_storage_error(kept: Cache, tmp_path: Path) -> None:
+    assert "No such file" in refuse(kept, tmp_path / "absent.tar", StorageError)
+    refuse(kept, tmp_path / ("x" * 300), StorageError)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "..", "a/../b", "x" * 10_000, "/".join("x" * 3000)])
+def test_a_member_whose_name_leaves_the_archive_or_is_endless_is_refused(kept: Cache, name: str) -> None:
+    with_long_name = header("@LongLink", len(name), b"L") + block(name.encode())
+    assert "in the archive" in refuse(kept, with_members(with_long_name, header("short")))
+    assert "in the archive" in refuse(kept, with_members(pax(record("path", name)), header("short")))
+
+
+@pytest.mark.parametrize("kind", [b"1", b"2"])
+@pytest.mark.parametrize("target", ["../../x", "/etc/passwd", "../..", "a/../../../x", "x" * 10_000])
+def test_a_link_that_leaves_the_archive_is_refused(kept: Cache, kind: bytes, target: str) -> None:
+    long_link = header("@LongLink", len(target), b"K") + block(target.encode())
+    assert "link" in refuse(kept, with_members(long_link, header("one/link", 0, kind, "short")))
+
+
+@pytest.mark.parametrize("kind", [b"1", b"2"])
+def test_links_in_a_circle_are_refused(kept: Cache, kind: bytes) -> None:
+    assert "circle" in refuse(kept, with_members(header("a", 0, kind, "b"), header("b", 0, kind, "a")))
+    assert "circle" in refuse(kept, with_members(header("a", 0, kind, "a")))
+
+
+def test_a_chain_of_very_many_links_is_refused_at_once(kept: Cache) -> None:
+    links = [header(f"l{number}", 0, b"2", f"l{number + 1}") for number in range(10_000)]
+    begin = time.process_time()
+    assert "circle" in refuse(kept, with_members(*links))
+    assert time.process_time() - begin < 5
+
+
+def test_a_link_to_nothing_matters_only_where_it_is_needed(cache: Cache) -> None:
+    cache.cache_from_tar(with_members(header("unused", 0, b"2", "nowhere")))
+    files = tiny_docker()
+    del files["layer.tar"]
+    message = refuse(cache, with_members(header("layer.tar", 0, b"2", "nowhere"), files=files))
+    assert "'layer.tar' is named in manifest.json" in message
+
+
+@pytest.mark.parametrize("kind", [b"3", b"4", b"6", b"S", b"D", b"M", b"V", b"Z"])
+def test_devices_fifos_sparse_files_and_odd_members_are_refused(kept: Cache, kind: bytes) -> None:
+    assert "device, a fifo, or of an odd kind" in refuse(kept, with_members(header("odd", 0, kind)))
+
+
+def test_sparse_files_in_pax_headers_are_refused(kept: Cache) -> None:
+    sparse = record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0")
+    assert "sparse" in refuse(kept, with_members(pax(sparse), header("a")))
+    assert "sparse" in refuse(kept, with_members(pax(record("GNU.sparse.map", "0,1")), header("a")))
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, -(2**62), 2**62, 2**80])
+def test_a_member_of_an_impossible_size_is_refused(kept: Cache, size: int) -> None:
+    for kind in (b"0", b"x", b"L", b"g"):
+        refuse(kept, with_members(header("a", size, kind)))
+    refuse(kept, with_members(pax(record("size", str(size))), header("a")))
+
+
+def test_a_signed_octal_size_is_refused(kept: Cache) -> None:
+    for text in (b"-0000001000\0", b"+0000001000\0", b"0o000001000\0", b"00_00001000\0", b"0000000 100\0"):
+        damaged = bytearray(header("a"))
+        damaged[124:136] = text
+        damaged[148:156] = b" " * 8
+        damaged[148:156] = b"%06o\0 " % sum(damaged)
+        assert "damaged" in refuse(kept, with_members(bytes(damaged)))
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"X", b"L", b"K"])
+def test_a_header_of_gigabytes_is_refused_without_reading_it(kept: Cache, tmp_path: Path, kind: bytes) -> None:
+    with open(tmp_path / "huge.tar", "wb") as file:
+        file.write(header("huge", 3 * 1024**3, kind))
+        file.truncate(3 * 1024**3 + 2048)
+    with peak_below(4):
+        assert "header of over 1 MiB" in refuse(kept, tmp_path / "huge.tar")
+
+
+def test_thousands_of_chained_headers_are_refused_or_read_at_once(kept: Cache) -> None:
+    begin = time.process_time()
+    assert "neither" in refuse(kept, with_members(pax(record("comment", "x")) * 5000, files={"a": b""}))
+    big = pax(b" " * 1024 * 1024)
+    refuse(kept, with_members(pax(record("comment", "x" * 1_000_000)) * 70))
+    refuse(kept, with_members(big))
+    assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"1" * 1024 * 1024,  # a search for digits before something takes a time that is quadratic
+        b"2 " * 512 * 1024,  # each of these is a record, and what follows its keyword
+        b"2 " * 512 * 1023 + b"=",
+        b"0 a=b\n",
+        b"-6 a=b\n",
+        b"6 a=b",
+        b"6 a=bc",
+        b"5 a=b\n",
+        b"99 a=b\n",
+        b"6 abc\n",
+        b"99999999999999999999999 a=b\n",
+        b"a=b\n",
+        b"\0" * 512,
+    ],
+    ids=short,
+)
+def test_damaged_pax_headers_are_refused_at_once(kept: Cache, records: bytes) -> None:
+    begin = time.process_time()
+    with peak_below(16):
+        assert "damaged" in refuse(kept, with_members(pax(records), header("a")))
+    assert time.process_time() - begin < 2
+
+
+def test_a_global_header_may_comment_and_not_name(cache: Cache) -> None:
+    assert "all members" in refuse(cache, with_members(pax(record("path", "x"), b"g")))
+    cache.cache_from_tar(with_members(pax(record("comment", "0" * 40), b"g")))
+    assert cache.is_image_complete("app:1")
+
+
+def test_a_header_at_the_end_without_its_member_is_refused(kept: Cache) -> None:
+    refuse(kept, io.BytesIO(small_tar(tiny_docker())[:-1024] + pax(record("path", "x")) + bytes(1024)))
+
+
+def test_too_many_members_are_refused(kept: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_MEMBERS_LIMIT", 10)
+    assert "more than 10 members" in refuse(kept, with_members(*(header(f"f{number}") for number in range(12))))
+
+
+def test_member_names_of_too_many_megabytes_are_refused(kept: Cache) -> None:
+    name = "/".join(["x" * 200] * 20)
+    member = header("@LongLink", len(name), b"L") + block(name.encode()) + header("short")
+    assert "not an image" in refuse(kept, with_members(member * 4200))
+
+
+def test_a_full_disk_is_a_storage_error_and_the_spool_goes(tmp_path: Path) -> None:
+    compressed = gzip.compress(tar_of(tiny_docker(make.random_bytes(200_000, 1))))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(StorageError):
+            images_in(io.BytesIO(compressed), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
+class peak_below:  # noqa: N801
+    """A block that may not use more memory than this."""
+
+    def __init__(self, megabytes: int) -> None:
+        self.limit = megabytes * 1024 * 1024
+
+    def __enter__(self) -> None:
+        tracemalloc.start()
+
+    def __exit__(self, *_: object) -> None:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < self.limit
+
+
+# What is refused: documents
+
+DOCUMENTS = [
+    b"null",
+    b"[]",
+    b"{}",
+    b"0",
+    b'""',
+    b"true",
+    b"[null]",
+    b"[[]]",
+    b"[{}]",
+    b"[0]",
+    b"",
+    b"{",
+    b"\xff",
+]
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, b'{"manifests":null}', b'{"manifests":{}}', b'{"manifests":[]}'])
+def test_documents_that_hold_no_image_are_refused(kept: Cache, document: bytes) -> None:
+    refuse(kept, tar_file({"manifest.json": document}))
+    refuse(kept, tar_file({"index.json": document}))
+    refuse(kept, tar_file(tiny_docker() | {"manifest.json": document}))
+    refuse(kept, tar_file(tiny_docker() | {"config.json": document}))
+    refuse(kept, tar_file(tiny_oci() | {"index.json": document}))
+    refuse(kept, tar_file(tiny_oci() | {"oci-layout": document}))
+    refuse(kept, tar_file(oci_of(document)), InvalidManifest)
+    refuse(kept, tar_file(oci_of(document, media_type=OCI_INDEX)), InvalidManifest)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b'{"schemaVersion": NaN}',
+        b"[Infinity]",
+        b"[" + b"9" * 100_000 + b"]",
+        b'\xef\xbb\xbf{"schemaVersion": 2}',
+        '{"schemaVersion": 2}'.encode("utf-16"),
+    ],
+    ids=short,
+)
+def test_what_is_not_json_or_no_parser_can_hold_is_refused(kept: Cache, document: bytes) -> None:
+    for name in ("manifest.json", "config.json"):
+        assert "not JSON" in (message := refuse(kept, tar_file(tiny_docker() | {name: document}))) or "deep" in message
+    for name in ("index.json", "oci-layout"):
+        assert "not JSON" in (message := refuse(kept, tar_file(tiny_oci() | {name: document}))) or "deep" in message
+    refuse(kept, tar_file(oci_of(document)), InvalidManifest)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.json", "oci-layout", "config.json"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_document_of_2_gb_is_refused_without_reading_it(kept: Cache, tmp_path: Path, name: str, folder: bool) -> None:
+    files = tiny_oci() if name in ("index.json", "oci-layout") else tiny_docker()
+    del files[name]
+    size = 2 * 1024**3
+    if folder:
+        path = make.write(tmp_path / "layout", files)
+        with open(path / name, "wb") as file:
+            file.truncate(size)
+    else:
+        path = tmp_path / "app.tar"
+        front = small_tar(files)[:-1024] + header(name, size)
+        with open(path, "wb") as file:
+            file.write(front)
+            file.truncate(len(front) + size + 1024)
+    with peak_below(4):
+        assert "more than 4194304 are refused" in refuse(kept, path)
+
+
+def test_a_manifest_of_over_4_mib_is_refused(kept: Cache) -> None:
+    manifest = b"x" * (4 * 1024 * 1024 + 1)
+    assert "more than 4194304 are refused" in refuse(kept, tar_file(oci_of(manifest)), InvalidManifest)
+
+
+def nodes(value: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places in a document."""
+    yield at
+    pairs: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in pairs:
+        yield from nodes(below, (*at, key))
+
+
+def replaced(document: Any, at: tuple[Any, ...], value: object) -> Any:
+    if not at:
+        return value
+    copy = json.loads(json.dumps(document))
+    place = copy
+    for key in at[:-1]:
+        place = place[key]
+    place[at[-1]] = value
+    return copy
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json", "index.json", "oci-layout", "manifest", "index"])
+def test_whatever_stands_anywhere_in_a_document_it_is_read_or_refused(tmp_path: Path, name: str) -> None:
+    image = json.loads(make.image(1).manifest)
+    image |= {"config": make.descriptor(b"{}", OCI_CONFIG), "layers": [make.descriptor(b"x", OCI_LAYER)]}
+    data = json.dumps(image).encode()
+    platform = {"os": "linux", "architecture": "arm", "variant": "v7"}
+    entry = make.descriptor(data, OCI_MANIFEST, platform=platform, annotations={"a": "b"})
+    index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}
+    base = tiny_docker() if name in ("manifest.json", "config.json") else oci_of(image)
+    document = {"manifest": image, "index": index}.get(name) or json.loads(base[name])
+    read = 0
+    for at in nodes(document):
+        for value in ANY:
+            changed = replaced(document, at, value)
+            if name == "manifest":
+                files = oci_of(changed)
+            elif name == "index":
+                files = oci_of(changed, data, media_type=OCI_INDEX)
+            else:
+                files = base | {name: json.dumps(changed).encode()}
+            try:
+                read += len(images_in(tar_file(files), tmp_path))
+            except CacheError as error:
+                assert str(error).isprintable(), (at, value)  # noqa: PT017
+    assert read
+
+
+def test_a_value_that_is_nested_too_deep_to_be_written_out_is_refused(kept: Cache) -> None:
+    manifest = b'{"schemaVersion":2,"layers":[],"config":{"size":' + b"[" * 900 + b"]" * 900 + b"}}"
+    assert "its size" in refuse(kept, tar_file(oci_of(manifest)), InvalidManifest)
+
+
+# What is refused: content
+
+
+@pytest.mark.parametrize("files", [tiny_docker(), tiny_oci()], ids=["docker", "oci"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_whatever_is_missing_is_named(kept: Cache, tmp_path: Path, files: dict[str, bytes], folder: bool) -> None:
+    for number, name in enumerate(files):
+        if name in ("manifest.json", "index.json", "oci-layout"):
+            continue
+        less = {key: data for key, data in files.items() if key != name}
+        source = make.write(tmp_path / f"layout{number}", less) if folder else tar_file(less)
+        assert name.rpartition("/")[2] in refuse(kept, source)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_content_that_differs_from_its_digest_or_size_is_refused(kept: Cache, tmp_path: Path, folder: bool) -> None:
+    for case, files in (("docker", tiny_docker()), ("oci", tiny_oci())):
+        for number, (name, data) in enumerate(files.items()):
+            if name in ("manifest.json", "index.json", "oci-layout", "config.json"):
+                continue
+            for what, other in (("other", bytes([data[0] ^ 1]) + data[1:]), ("more", data + b"x"), ("less", data[:-1])):
+                changed = {**files, name: other}
+                target = tmp_path / f"{case}{number}{what}"
+                message = refuse(kept, make.write(target, changed) if folder else tar_file(changed), DigestMismatch)
+                assert name.rpartition("/")[2][:20] in message or "config" in message
+
+
+def test_a_config_that_differs_from_the_digest_it_is_called_by_is_refused(kept: Cache) -> None:
+    files = make.docker_files({"app:1": make.image(1)})
+    (config,) = (name for name in files if name != "manifest.json" and name.endswith(".json"))
+    refuse(kept, tar_file({**files, config: files[config] + b" "}), DigestMismatch)
+
+
+@pytest.mark.parametrize("compress", [make.gzipped, make.zstd_compressed])
+def test_a_compressed_layer_that_holds_something_else_than_the_config_says_is_refused(
+    kept: Cache, compress: Callable[[bytes], bytes]
+) -> None:
+    good = tiny_docker(b"what the config says" * 1000)
+    message = refuse(kept, tar_file(good | {"layer.tar": compress(b"something else")}), DigestMismatch)
+    assert "does not hold what the config says" in message
+    packed = compress(b"what the config says" * 1000)
+    assert "cut short" in refuse(kept, tar_file(good | {"layer.tar": packed[:-1]}))
+    assert "damaged" in refuse(kept, tar_file(good | {"layer.tar": packed + b"more"}))
+    refuse(kept, tar_file(good | {"layer.tar": packed * 2}), DigestMismatch)
+
+
+def test_a_blob_that_is_stored_already_is_verified_all_the_same(cache: Cache) -> None:
+    cache.cache_from_tar(tar_file(tiny_oci()))
+    refuse(cache, tar_file(tiny_oci() | {f"blobs/sha256/{hex_of(b'x')}": b"y"}), DigestMismatch)
+    assert_verified(cache)
+
+
+def test_one_bad_image_among_good_ones_and_nothing_is_imported(kept: Cache) -> None:
+    files = make.docker_files({"app:1": make.image(1), "app:2": make.image(2)})
+    layer = json.loads(files["manifest.json"])[1]["Layers"][0]
+    refuse(kept, tar_file({**files, layer: make.layer(3)}), DigestMismatch)
+
+
+def test_a_gzip_bomb_is_checked_in_bounded_memory(kept: Cache) -> None:
+    bomb = gzip.compress(bytes(100 * 1024 * 1024), 1)
+    with peak_below(40):
+        refuse(kept, tar_file(tiny_docker() | {"layer.tar": bomb}), DigestMismatch)
+
+
+BOMB = tar_of({"layer.tar": bytes(40 * 1024 * 1024)})
+LAYER_BOMB = tiny_docker(bytes(40 * 1024 * 1024))
+
+
+def layer_bomb(compress: Callable[[bytes], bytes]) -> bytes:
+    return tar_of(LAYER_BOMB | {"layer.tar": compress(LAYER_BOMB["layer.tar"])})
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, make.zstd_compressed, lzma.compress, bz2.compress])
+@pytest.mark.parametrize("piped", [False, True])
+def test_an_archive_that_unpacks_to_many_times_its_size_is_refused(
+    kept: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes], piped: bool
+) -> None:
+    monkeypatch.setattr(files_module, "_RATIO_FREE", 8 * 1024 * 1024)
+    data = compress(BOMB)
+    path = make.write_bytes(tmp_path / "bomb", data)
+    message = refuse(kept, io.BytesIO(data) if piped else path)
+    assert "unpacks to more than" in message
+    assert "100 times the compressed size" in message
+    assert "--max-unpacked SIZE or CACHEDB_MAX_UNPACKED=SIZE" in message
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, make.zstd_compressed])
+def test_layers_that_unpack_to_many_times_their_size_are_refused(
+    kept: Cache, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(files_module, "_RATIO_FREE", 8 * 1024 * 1024)
+    message = refuse(kept, io.BytesIO(layer_bomb(compress)))
+    assert message.startswith("the layers in the archive unpack to more than ")
+    assert "100 times the compressed size" in message
+
+
+def test_what_unpacks_to_much_in_all_is_refused(kept: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_UNPACKED_LIMIT", 1024 * 1024)
+    noise = make.random_bytes(2 * 1024 * 1024, 1)
+    message = refuse(kept, io.BytesIO(gzip.compress(tar_of({"layer.tar": noise}), 1)))
+    assert "unpacks to more than 1.05 MB, the cap on unpacked bytes" in message
+
+
+def test_the_layers_of_an_archive_have_one_cap(kept: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [bytes([number]) * 300_000 for number in range(4)]
+    config = json.dumps({"rootfs": {"diff_ids": [digest_of(layer) for layer in layers]}}).encode()
+    names = [f"{number}.tar" for number in range(4)]
+    entries = [{"Config": "config.json", "RepoTags": ["app:1"], "Layers": names}]
+    files = {"manifest.json": json.dumps(entries).encode(), "config.json": config}
+    files |= {name: gzip.compress(layer) for name, layer in zip(names, layers, strict=True)}
+    monkeypatch.setattr(files_module, "_RATIO_FREE", 1_000_000)
+    assert "unpack to more than 1 MB" in refuse(kept, tar_file(files))
+
+
+def test_who_trusts_an_archive_raises_the_cap(cachedb: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    archive = make.write_bytes(tmp_path / "bomb", gzip.compress(layer_bomb(gzip.compress)))
+    with Cache.open(tmp_path / "other") as cache:
+        with pytest.raises(InvalidArchive, match="to more than 20 MB, the cap on unpacked bytes"):
+            cache.cache_from_tar(archive, max_unpacked=20_000_000)
+        monkeypatch.setenv("CACHEDB_MAX_UNPACKED", "1MB")
+        assert cache.cache_from_tar(archive, max_unpacked=50_000_000)[0].complete
+    refused = cachedb("import", archive)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "to more than 1 MB, the cap on unpacked bytes" in refused.stderr
+    assert cachedb("import", "-q", "--max-unpacked", "50MiB", archive).stdout == "app:1\n"
+    assert cachedb("import", "--max-unpacked", "much", archive).returncode == 2
+    monkeypatch.setenv("CACHEDB_MAX_UNPACKED", "much")
+    assert "CACHEDB_MAX_UNPACKED is 'much': write a size such as" in cachedb("import", archive).stderr
+
+
+def test_an_honest_image_of_zeros_is_imported(cachedb: Run, tmp_path: Path) -> None:
+    archive = make.write_bytes(tmp_path / "zeros", gzip.compress(layer_bomb(gzip.compress)))
+    assert cachedb("import", "-q", archive).stdout == "app:1\n"
+
+
+def test_unpacking_leaves_others_space(kept: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = os.statvfs(tmp_path)
+    values = list(status)
+    values[0] = values[1] = 4096
+    values[4] = 5 * 1024 * 1024 // 4096  # f_bavail
+    monkeypatch.setattr(os, "fstatvfs", lambda _file: os.statvfs_result(values))
+    message = refuse(kept, make.write_bytes(tmp_path / "bomb", gzip.compress(BOMB)), StorageError)
+    assert "the file system of the cache has 5.24 MB left, the cap by free space: free some space" in message
+
+
+def test_very_many_gzip_members_are_unpacked_in_time_that_grows_with_their_number() -> None:
+    begin = time.process_time()
+    unpack = compression_.Decompressor("gzip")
+    assert b"".join(unpack.feed(gzip.compress(b"") * 200_000)) == b""
+    assert unpack.ended
+    assert time.process_time() - begin < 10
+
+
+@pytest.mark.parametrize("compress", [lzma.compress, bz2.compress])
+def test_a_layer_in_a_compression_without_a_media_type_is_refused(
+    kept: Cache, compress: Callable[[bytes], bytes]
+) -> None:
+    layer = make.layer(1)
+    message = refuse(kept, tar_file(tiny_docker(layer) | {"layer.tar": compress(layer)}))
+    assert "which no media type of a layer names" in message
+
+
+@pytest.mark.parametrize(
+    "digest",
+    [
+        "sha256:../../etc/passwd",
+        "sha256:" + "a/" * 32,
+        "md5:" + "0" * 32,
+        "sha256:" + "A" * 64,
+        "sha256:",
+        "x",
+        "",
+        1,
+    ],
+)
+def test_a_digest_with_a_slash_or_of_an_unknown_algorithm_is_refused(kept: Cache, digest: object) -> None:
+    bad = make.descriptor(b"x", OCI_LAYER) | {"digest": digest}
+    config = make.descriptor(b"{}", OCI_CONFIG)
+    refuse(kept, tar_file(oci_of({"schemaVersion": 2, "config": config, "layers": [bad]})), InvalidManifest)
+    index = json.dumps({"manifests": [bad | {"mediaType": OCI_MANIFEST}]}).encode()
+    refuse(kept, tar_file(tiny_oci() | {"index.json": index}), InvalidManifest)
+    diff_ids = json.dumps({"rootfs": {"diff_ids": [digest]}}).encode()
+    assert "diff id" in refuse(kept, tar_file(tiny_docker() | {"config.json": diff_ids}))
+
+
+@pytest.mark.parametrize("size", [-1, 1.0, True, "1", None, 2**63, 2**64, 10**400, [], {}])
+def test_a_size_that_is_none_is_refused(kept: Cache, size: object) -> None:
+    layer = make.descriptor(b"x", OCI_LAYER) | {"size": size}
+    manifest = {"schemaVersion": 2, "config": make.descriptor(b"{}", OCI_CONFIG), "layers": [layer]}
+    refuse(kept, tar_file(oci_of(manifest)), InvalidManifest)
+
+
+@pytest.mark.parametrize("name", ["App:1", "a b", "a\nb", "x" * 300, "a:" + "t" * 129, "a:b\n", "-", "é", "a@sha256:1"])
+def test_a_name_against_the_grammar_is_refused(kept: Cache, name: str) -> None:
+    assert "name" in refuse(kept, tar_file(make.docker_files({name: make.image(1)})))
+    assert "name" in refuse(kept, tar_file(make.oci_files({name: make.image(1)})))
+    assert "name" in refuse(kept, tar_file(tiny_docker()), InvalidName, name=name)
+
+
+def test_a_name_by_another_digest_is_refused(kept: Cache) -> None:
+    name = "app@sha256:" + "0" * 64
+    assert "its digest is another" in refuse(kept, tar_file(tiny_oci()), InvalidName, name=name)
+    files = oci_of(json.loads(tiny_manifest()), name=name)
+    assert "its digest is another" in refuse(kept, tar_file(files), InvalidName)
+
+
+def tiny_manifest() -> bytes:
+    files = tiny_oci()
+    return files[next(name for name in files if name.startswith("blobs/"))]
+
+
+def test_one_name_for_two_images_is_refused(kept: Cache) -> None:
+    files = make.oci_files({"": make.image(1), "b": make.image(2)})
+    index = json.loads(files["index.json"])
+    for entry in index["manifests"]:
+        entry["annotations"] = {make.REF_NAME: "app:1"}
+    assert "two images" in refuse(kept, tar_file({**files, "index.json": json.dumps(index).encode()}))
+    files = make.docker_files({"app:1": make.image(1), "app:2": make.image(2)})
+    changed = files["manifest.json"].replace(b"app:2", b"app:1")
+    assert "two images" in refuse(kept, tar_file({**files, "manifest.json": changed}))
+
+
+def test_a_layer_that_is_said_to_be_a_manifest_is_refused(kept: Cache) -> None:
+    for media_type in (OCI_MANIFEST, OCI_INDEX):
+        for layer in (make.layer(1), b"{}", b'{"schemaVersion":2}', bytes(5 * 1024 * 1024)):
+            index = {"schemaVersion": 2, "manifests": [make.descriptor(layer, media_type)]}
+            refuse(kept, tar_file(oci_of(index, layer, media_type=OCI_INDEX)), InvalidManifest)
+
+
+def test_what_is_neither_manifest_nor_index_is_no_image(kept: Cache) -> None:
+    files = oci_of(json.loads(tiny_manifest()), media_type="application/x-other")
+    assert "which is not an image" in refuse(kept, tar_file(files), InvalidManifest)
+
+
+def test_a_file_that_comes_after_a_link_of_its_name_is_meant(tmp_path: Path) -> None:
+    source = with_members(header("layer.tar", 0, b"2", "nowhere"))
+    assert len(images_in(source, tmp_path)) == 1
+
+
+def test_a_manifest_that_is_said_to_be_an_index_is_refused(kept: Cache) -> None:
+    files = oci_of(json.loads(tiny_manifest()), media_type=OCI_INDEX)
+    refuse(kept, tar_file(files), InvalidManifest)
+
+
+def test_indexes_that_list_the_next_one_twice_are_read_once_each(cache: Cache) -> None:
+    data, media_type = tiny_manifest(), OCI_MANIFEST
+    blobs = [data]
+    for _ in range(100):
+        entries = [make.descriptor(data, media_type)] * 2
+        data, media_type = json.dumps({"schemaVersion": 2, "manifests": entries}).encode(), OCI_INDEX
+        blobs.append(data)
+    begin = time.process_time()
+    cache.cache_from_tar(tar_file(oci_of(data, *blobs, media_type=OCI_INDEX)))
+    assert time.process_time() - begin < 5
+    assert cache.is_image_complete("app:1")
+
+
+def test_more_blobs_images_or_names_than_any_archive_has_are_refused(
+    kept: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "_ROWS_LIMIT", 10)
+    entries = [make.descriptor(b"x", OCI_LAYER)] * 10
+    manifest = {"schemaVersion": 2, "config": make.descriptor(b"{}", OCI_CONFIG), "layers": entries}
+    assert "more than 10 blobs" in refuse(kept, tar_file(oci_of(manifest)))
+    files = tiny_docker()
+    (entry,) = json.loads(files["manifest.json"])
+    entry["RepoTags"] = [f"app:{number}" for number in range(6)]
+    assert "more than 10 blobs" in refuse(kept, tar_file({**files, "manifest.json": json.dumps([entry]).encode()}))
+    many = json.dumps([entry] * 1001).encode()
+    assert "1001 images" in refuse(kept, tar_file({**files, "manifest.json": many}))
+    index = json.loads(tiny_oci()["index.json"])
+    many = json.dumps({"manifests": index["manifests"] * 1001}).encode()
+    assert "1001 images" in refuse(kept, tar_file({**tiny_oci(), "index.json": many}))
+
+
+@pytest.mark.parametrize("name", ["index.json", "oci-layout", "blob"])
+@pytest.mark.parametrize("kind", ["fifo", "socket", "folder", "loop", "device"])
+def test_what_is_not_a_file_in_a_layout_is_refused_and_does_not_hang(
+    kept: Cache, tmp_path: Path, name: str, kind: str
+) -> None:
+    folder = make.write(tmp_path / "l", tiny_oci())
+    path = folder / (f"blobs/sha256/{hex_of(b'x')}" if name == "blob" else name)
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        here = os.getcwd()
+        os.chdir(path.parent)  # a socket's path is short
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+        os.chdir(here)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.name if kind == "loop" else "/dev/zero")
+    refuse(kept, folder, StorageError if kind in ("loop", "socket") else InvalidArchive)
+
+
+def test_a_file_name_in_a_layout_that_the_system_refuses_is_a_storage_error(kept: Cache, tmp_path: Path) -> None:
+    files = tiny_docker()
+    changed = files["manifest.json"].replace(b"layer.tar", b"x" * 300)
+    refuse(kept, make.write(tmp_path / "folder", {**files, "manifest.json": changed}), StorageError)
+
+
+def test_a_layout_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+    folder = make.write(tmp_path / "layout", tiny_oci())
+    with files_module.open_files(folder, tmp_path / "spool") as files:
+        (image,) = archive.read_images(files)
+        os.truncate(folder / f"blobs/sha256/{hex_of(b'x')}", 0)
+        with pytest.raises(InvalidArchive, match="cut short"):
+            image.blobs[-1].section.head(1)
+
+
+# The command line
+
+BAD: dict[str, tuple[bytes, int]] = {
+    "cut short": (tar_of(tiny_docker())[:2000], 1),
+    "null": (tar_of({"manifest.json": b"null"}), 1),
+    "absent layer": (tar_of({k: v for k, v in tiny_docker().items() if k != "layer.tar"}), 1),
+    "fifo": (header("a", 0, b"6") + tar_of(tiny_docker()), 1),
+    "newline": (tar_of(make.oci_files({"a\nb": make.image(1)})), 1),
+    "other digest": (tar_of(oci_of(json.loads(tiny_manifest()), name="app@sha256:" + "0" * 64)), 2),
+    "escape": (header("\x1b[31m/../x") + tar_of(tiny_docker()), 1),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_on_stderr(kept: Cache, cachedb: Run, tmp_path: Path, case: str) -> None:
+    data, code = BAD[case]
+    (tmp_path / "bad.tar").write_bytes(data)
+    done = cachedb("import", tmp_path / "bad.tar")
+    assert (done.returncode, done.stdout) == (code, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("cachedb: ")
+    assert line.isprintable()
+
+
+# Fuzz
+
+VALID = [
+    small_tar(tiny_docker()),
+    small_tar(tiny_oci()),
+    small_tar(tiny_docker(b"x" * 2000) | {"layer.tar": make.gzipped(b"x" * 2000)}),
+    pax(record("path", "a" * 200)) + header("a") + small_tar(tiny_docker()),
+    gzip.compress(small_tar(tiny_oci()), mtime=0),
+]
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """A valid archive after some accidents."""
+    data = bytearray(draw(st.sampled_from(VALID)))
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, max(len(data) - 1, 0)))
+        kind = draw(st.sampled_from(["flip", "header", "cut", "drop", "swap", "splice", "fix"]))
+        if kind == "flip" and data:
+            data[place] ^= draw(st.integers(1, 255))
+        elif kind == "header" and data:  # in a field of a header, with the checksum put right
+            start = place // 512 * 512
+            field = draw(st.sampled_from([0, 100, 124, 125, 135, 156, 157, 257, 345]))
+            if len(data) >= start + 512:
+                data[start + field] = draw(st.sampled_from([0, 0x2E, 0x2F, 0x31, 0x37, 0x80, 0xFF, 0x78]))
+                data[start + 148 : start + 156] = b" " * 8
+                data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+        elif kind == "cut":
+            del data[place:]
+        elif kind == "drop":
+            del data[place // 512 * 512 : place // 512 * 512 + 512]
+        elif kind == "swap":
+            other = draw(st.integers(0, max(len(data) - 1, 0))) // 512 * 512
+            start = place // 512 * 512
+            data[start : start + 512], data[other : other + 512] = data[other : other + 512], data[start : start + 512]
+        elif kind == "splice":
+            data[place:place] = random.Random(place).choice(VALID)[: draw(st.integers(0, 2000))]
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
+    with Cache.open(tmp_path_factory.mktemp("fuzz") / "cache") as cache:
+        cache.add_blob(b"begins the session")
+        yield cache
+
+
+@settings(max_examples=EXAMPLES * 2, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=mutated(), named=st.booleans())
+def test_a_damaged_archive_is_imported_whole_or_refused_and_leaves_nothing(
+    fuzzed: Cache, data: bytes, named: bool
+) -> None:
+    before = snapshot(fuzzed.directory)
+    try:
+        imported = fuzzed.cache_from_tar(io.BytesIO(data), "given:1" if named else None)
+    except CacheError as error:
+        assert str(error).isprintable()  # noqa: PT017
+        assert snapshot(fuzzed.directory) == before
+    else:
+        assert imported
+        assert_verified(fuzzed)
+
+
+@settings(max_examples=EXAMPLES * 5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=mutated())
+def test_reading_a_damaged_archive_raises_nothing_but_our_errors(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    try:
+        images_in(io.BytesIO(data), tmp_path_factory.getbasetemp())
+    except CacheError as error:
+        assert str(error).isprintable()  # noqa: PT017
+
+
+def test_of_two_images_with_one_config_each_keeps_the_name_it_has_in_the_index(cache: Cache, tmp_path: Path) -> None:
+    plain, compressed = make.image(1), make.image(1, compression="gzip")
+    assert plain.config == compressed.config
+    files = make.oci_files({"docker.io/library/a:1": plain, "b:1": compressed})
+    config, layer = (f"blobs/sha256/{make.hex_of(data)}" for data in (plain.config, plain.layers[0]))
+    entry = {"Config": config, "RepoTags": ["a:1", "b:1"], "Layers": [layer]}
+    files["manifest.json"] = json.dumps([entry]).encode()
+    found = cache.cache_from_tar(make.write(tmp_path / "made.tar", files))
+    assert {str(image.name): image.digest for image in found} == {"a:1": plain.digest, "b:1": compressed.digest}
+
+
+def test_a_platform_listed_beside_its_index_is_no_image_of_its_own(cache: Cache, tmp_path: Path) -> None:
+    one, two = make.image(1), make.image(2, architecture="arm64")
+    files = make.oci_files({"1": one, "2": two}, roots={"multi:1": make.index(one, two)})
+    index = json.loads(files["index.json"])
+    index["manifests"].append(make.descriptor(one.manifest, OCI_MANIFEST))
+    files["index.json"] = json.dumps(index).encode()
+    entry = {"Config": f"blobs/sha256/{make.hex_of(one.config)}", "RepoTags": ["multi:1"], "Layers": []}
+    files["manifest.json"] = json.dumps([entry]).encode()
+    (image,) = cache.cache_from_tar(make.write(tmp_path / "made.tar", files))
+    assert (str(image.name), image.media_type) == ("multi:1", OCI_INDEX)
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/urandom"])
+def test_an_endless_stream_of_something_else_is_refused_at_its_beginning(cache: Cache, device: str) -> None:
+    with pytest.raises(InvalidArchive, match="not a tar"):
+        cache.cache_from_tar(device)
+
+
+def test_what_is_stored_is_verified_and_not_written_again(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make.write(tmp_path / "made.tar", make.oci_files({"app:1": make.image(1, 2)}))
+    written: list[int] = []
+    write = writer._write
+
+    def counted(target: int, chunk: memoryview) -> None:
+        written.append(len(chunk))
+        write(target, chunk)
+
+    monkeypatch.setattr(writer, "_write", counted)
+    cache.cache_from_tar(source)
+    assert sum(written) == cache.get_stats().total_size
+    written.clear()
+    cache.cache_from_tar(source)
+    assert written == []

@@ -1,0 +1,1012 @@
+"""What an export consists of, that it is the same every time, and that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+from cachedb import Cache, CacheError, DigestMismatch, IncompleteImage, NotInCache, StorageError
+from cachedb.oci.manifests import OCI_INDEX
+from tests.conftest import Run, files_of
+from tests.support import make
+
+ARCHIVES = ("docker", "docker-archive", "oci-archive")
+FORMATS = (*ARCHIVES, "oci-dir")
+IMAGE = make.image(1, 2, compression="gzip")
+
+
+def add(cache: Cache, tmp_path: Path, image: make.Made = IMAGE, name: str = "app:1") -> None:
+    """Put an image into the cache as an OCI archive."""
+    cache.cache_from_tar(make.write(tmp_path / "source.tar", make.oci_files({"source:1": image})), name)
+
+
+def add_index(cache: Cache, tmp_path: Path, data: bytes, *images: make.Made, name: str = "app:1") -> None:
+    files = make.oci_files({str(number): image for number, image in enumerate(images)}, {"source:1": data})
+    cache.cache_from_tar(make.write(tmp_path / "source.tar", files), name)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """The files in an archive or a folder, in their order there."""
+    if path.is_dir():
+        return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    with tarfile.open(path) as tar:
+        return {member.name: read(tar, member) for member in tar if member.isfile()}
+
+
+def read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()
+
+
+def names_in(index: bytes) -> list[str]:
+    return [entry["annotations"][make.REF_NAME] for entry in json.loads(index)["manifests"]]
+
+
+def blob_files(*images: make.Made) -> dict[str, bytes]:
+    return {f"blobs/{digest.replace(':', '/')}": data for image in images for digest, data in image.blobs.items()}
+
+
+# What is in it
+
+
+@pytest.mark.parametrize("form", ["docker", "oci-archive", "oci-dir"])
+def test_an_oci_format_is_an_image_layout(cache: Cache, tmp_path: Path, form: str) -> None:
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "out", format=form)
+    files = contents(tmp_path / "out")
+    assert json.loads(files.pop("oci-layout")) == {"imageLayoutVersion": "1.0.0"}
+    assert json.loads(files.pop("index.json")) == {
+        "schemaVersion": 2,
+        "mediaType": OCI_INDEX,
+        "manifests": [
+            {
+                "mediaType": "application/vnd.oci.image.manifest.v1+json",
+                "digest": IMAGE.digest,
+                "size": len(IMAGE.manifest),
+                "annotations": {
+                    "io.containerd.image.name": "docker.io/library/app:1",
+                    "org.opencontainers.image.ref.name": "app:1",
+                },
+            }
+        ],
+    }
+    docker = files.pop("manifest.json", None)
+    assert files == blob_files(IMAGE)
+    assert (docker is not None) == (form == "docker")
+
+
+def test_the_default_format_is_a_docker_archive_as_well(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "out")
+    files = contents(tmp_path / "out")
+    ((entry),) = json.loads(files["manifest.json"])
+    assert entry["RepoTags"] == ["app:1"]
+    assert files[entry["Config"]] == IMAGE.config
+    assert [files[path] for path in entry["Layers"]] == IMAGE.layers
+
+
+@pytest.mark.parametrize(("compression", "suffix"), [("", ".tar"), ("gzip", ".tar.gz"), ("zstd", ".tar.zst")])
+def test_a_docker_archive_has_manifest_config_and_layers(
+    cache: Cache, tmp_path: Path, compression: str, suffix: str
+) -> None:
+    image = make.image(1, 2, compression=compression)
+    add(cache, tmp_path, image)
+    cache.export("app:1", tmp_path / "out", format="docker-archive")
+    config, layers = f"{make.hex_of(image.config)}.json", [make.hex_of(layer) + suffix for layer in image.layers]
+    files = contents(tmp_path / "out")
+    assert json.loads(files["manifest.json"]) == [{"Config": config, "RepoTags": ["app:1"], "Layers": layers}]
+    assert files[config] == image.config
+    assert [files[path] for path in layers] == image.layers
+    assert len(files) == 4
+
+
+def test_a_layer_that_occurs_twice_is_written_once(cache: Cache, tmp_path: Path) -> None:
+    image = make.image(1, 1)
+    add(cache, tmp_path, image)
+    for form in ARCHIVES:
+        cache.export("app:1", tmp_path / form, format=form)
+        with tarfile.open(tmp_path / form) as tar:
+            names = tar.getnames()
+        assert len(names) == len(set(names))
+        cache.cache_from_tar(tmp_path / form, f"again:{form}")
+        assert json.loads(cache.get_manifest(f"again:{form}"))["layers"] == json.loads(image.manifest)["layers"]
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+def test_a_folder_in_an_archive_is_a_member_before_its_files(cache: Cache, tmp_path: Path, form: str) -> None:
+    """Else skopeo makes it, gives it to root, and fails where it may not."""
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "out", format=form)
+    folders: list[str] = ["."]
+    with tarfile.open(tmp_path / "out") as tar:
+        for member in tar:
+            assert str(PurePosixPath(member.name).parent) in folders
+            if member.isdir():
+                folders.append(member.name)
+                assert member.mode == 0o755
+    assert len(folders) == len(set(folders))
+
+
+def test_the_documents_of_a_stream_come_before_its_layers(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "out")
+    first = list(contents(tmp_path / "out"))[:4]
+    assert first == ["oci-layout", "index.json", "manifest.json", f"blobs/sha256/{IMAGE.digest.partition(':')[2]}"]
+
+
+# The same every time
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_same_image_gives_the_same_bytes_from_any_cache(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    files = make.oci_files({"app:1": IMAGE})
+    cache.cache_from_tar(make.write(tmp_path / "source.tar", files), "app:1")
+    cache.export("app:1", tmp_path / "first", format=form)
+    later = time.time() + 1e6
+    monkeypatch.setattr(time, "time", lambda: later)
+    old = os.umask(0o077)
+    try:
+        with Cache.open(tmp_path / "other") as other:
+            other.cache_from_tar(make.write(tmp_path / "folder", dict(reversed(files.items()))), "app:1")
+            other.export("app:1", tmp_path / "second", format=form)
+    finally:
+        os.umask(old)
+    if form == "oci-dir":
+        assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    else:
+        assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_of_an_export_has_the_same_bytes(cache: Cache, tmp_path: Path, form: str) -> None:
+    cache.cache_from_tar(make.write(tmp_path / "source.tar", make.docker_files({"app:1": make.image(1, 2)})))
+    cache.export("app:1", tmp_path / "first", format=form)
+    with Cache.open(tmp_path / "other") as other:
+        other.cache_from_tar(tmp_path / "first")
+        assert other.get_image("app:1").digest == cache.get_image("app:1").digest
+        other.export("app:1", tmp_path / "second", format=form)
+    if form == "oci-dir":
+        assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    else:
+        assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+# There and back
+
+
+@pytest.mark.parametrize("form", ["docker", "oci-archive", "oci-dir"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "app:1",
+        "app:latest",
+        "team/app:v1.0",
+        "registry.example:5000/team/app:1",
+        "localhost/app:1",
+        f"app@{IMAGE.digest}",
+        f"registry.example/app@{make.digest_of(IMAGE.manifest, 'sha512')}",
+    ],
+)
+def test_an_export_comes_back_with_its_digests_and_its_name(cache: Cache, tmp_path: Path, form: str, name: str) -> None:
+    add(cache, tmp_path)
+    if "@sha512" in name:
+        cache.save_manifest(name, IMAGE.manifest)
+    else:
+        cache.tag("app:1", name)
+    cache.export(name, tmp_path / "out", format=form)
+    with Cache.open(tmp_path / "other") as other:
+        (image,) = other.cache_from_tar(tmp_path / "out")
+        assert str(image.name) == name
+        assert image.digest == cache.get_image(name).digest
+        assert other.get_manifest(name) == IMAGE.manifest
+        found = {blob.digest for blob in other.get_image_blobs(name)}
+        assert found == {blob.digest for blob in cache.get_image_blobs(name)}
+
+
+def test_a_docker_archive_has_no_name_for_a_digest(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path, name=f"app@{IMAGE.digest}")
+    cache.export(f"app@{IMAGE.digest}", tmp_path / "out", format="docker-archive")
+    assert json.loads(contents(tmp_path / "out")["manifest.json"])[0]["RepoTags"] is None
+
+
+def test_an_image_is_found_by_the_digest_that_a_tag_points_to(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    cache.export(f"app@{IMAGE.digest}", tmp_path / "out")
+    assert names_in(contents(tmp_path / "out")["index.json"]) == [f"app@{IMAGE.digest}"]
+
+
+def test_paths_of_over_a_hundred_characters_are_whole(cache: Cache, tmp_path: Path) -> None:
+    layer = make.layer(1)
+    config = json.dumps(
+        {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": [make.digest_of(layer)]}}
+    ).encode()
+    digests = [make.digest_of(data, "sha512") for data in (config, layer)]
+    document = json.loads(IMAGE.manifest)
+    document["config"].update(digest=digests[0], size=len(config))
+    del document["layers"][1:]
+    document["layers"][0].update(mediaType="application/vnd.oci.image.layer.v1.tar", digest=digests[1], size=len(layer))
+    manifest = json.dumps(document).encode()
+    name = f"app@{make.digest_of(manifest, 'sha512')}"
+    for digest, data in zip(digests, (config, layer), strict=True):
+        cache.save_blob(digest, data)
+    cache.save_manifest(name, manifest)
+    for form in FORMATS:
+        cache.export(name, tmp_path / form, format=form)
+        with Cache.open(tmp_path / f"cache-{form}") as other:
+            (image,) = other.cache_from_tar(tmp_path / form, "app:1" if form == "docker-archive" else None)
+            assert image.complete
+            if form != "docker-archive":
+                assert str(image.name) == name
+                assert {other.get_blob(digest) for digest in digests} == {config, layer}
+
+
+# Where to
+
+
+def test_an_export_can_go_to_stdout(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "out")
+    piped: Any = cachedb("export", "app:1", "-", text=False)
+    assert (piped.returncode, piped.stderr) == (0, b"")
+    assert piped.stdout == (tmp_path / "out").read_bytes()
+    with (tmp_path / "redirected").open("ab") as file:
+        file.write(b"before")
+        file.flush()
+        assert cachedb("export", "app:1", "-", capture_output=False, stdout=file).returncode == 0
+    assert (tmp_path / "redirected").read_bytes() == b"before" + piped.stdout
+
+
+def test_an_export_to_a_pipe_that_nobody_reads_is_an_error_of_one_line(
+    cachedb: Run, cache: Cache, tmp_path: Path
+) -> None:
+    add(cache, tmp_path, make.image(1, size=300_000))
+    reading, writing = os.pipe()
+    os.close(reading)
+    failed = cachedb("export", "app:1", "-", capture_output=False, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert failed.returncode == 1
+    assert len(failed.stderr.splitlines()) <= 1
+    assert "Traceback" not in failed.stderr
+
+
+def test_an_export_fits_a_pipe_that_does_not_block(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path, make.image(1, size=300_000))
+    cache.export("app:1", tmp_path / "out")
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    received = io.BytesIO()
+
+    def drain() -> None:
+        with open(reading, "rb") as file:
+            received.write(file.read())
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    with open(writing, "wb") as file:
+        cache.export("app:1", file)
+    reader.join()
+    assert received.getvalue() == (tmp_path / "out").read_bytes()
+
+
+def open_gzip(path: Path) -> Any:
+    return gzip.open(path, "wb")
+
+
+def open_plain(path: Path) -> Any:
+    return path.open("wb")
+
+
+def open_both_ways(path: Path) -> Any:
+    return path.open("wb+")
+
+
+def open_unbuffered(path: Path) -> Any:
+    return path.open("wb", buffering=0)
+
+
+@pytest.mark.parametrize("opened", [open_gzip, open_plain, open_both_ways, open_unbuffered])
+def test_an_export_goes_through_the_file_that_was_given(
+    cache: Cache, tmp_path: Path, opened: Callable[[Path], Any]
+) -> None:
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "expected")
+    with opened(tmp_path / "out") as file:
+        file.write(b"before")
+        cache.export("app:1", file)
+        file.write(b"after")
+    data = (tmp_path / "out").read_bytes()
+    data = gzip.decompress(data) if opened is open_gzip else data
+    assert data == b"before" + (tmp_path / "expected").read_bytes() + b"after"
+
+
+def test_an_export_can_stay_in_memory_or_in_a_temporary_file(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "expected")
+    memory = io.BytesIO()
+    cache.export("app:1", memory)
+    assert memory.getvalue() == (tmp_path / "expected").read_bytes()
+    with tempfile.TemporaryFile() as file:
+        cache.export("app:1", file)
+        file.seek(0)
+        assert file.read() == (tmp_path / "expected").read_bytes()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_appears_with_the_mode_of_any_new_file(cache: Cache, tmp_path: Path, form: str) -> None:
+    add(cache, tmp_path)
+    old = os.umask(0o027)
+    try:
+        cache.export("app:1", tmp_path / "out", format=form)
+    finally:
+        os.umask(old)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()] or [tmp_path / "out"]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+def test_an_existing_file_is_replaced_when_the_new_one_is_whole(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(cache, tmp_path)
+    (tmp_path / "sub").mkdir()
+    target = tmp_path / "sub" / "out"
+    target.write_bytes(b"old")
+    seen = set[bytes]()
+    cache.export("app:1", target, progress=lambda *_: seen.add(target.read_bytes()))
+    assert seen == {b"old"}
+    assert "manifest.json" in contents(target)
+    assert os.listdir(tmp_path / "sub") == ["out"]
+
+
+def test_an_export_through_a_symbolic_link_replaces_what_it_points_to(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real/out")
+    cache.export("app:1", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert not (tmp_path / "real" / "out").is_symlink()
+    assert os.listdir(tmp_path / "real") == ["out"]
+
+
+def test_the_longest_name_that_a_file_can_have_will_do(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / ("ü" * 127))
+    assert (tmp_path / ("ü" * 127)).is_file()
+
+
+def test_an_export_can_go_to_a_device_or_a_fifo(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "out")
+    assert cachedb("export", "app:1", "/dev/null").returncode == 0
+    assert not Path("/dev/null").is_file()
+    os.mkfifo(tmp_path / "fifo")
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "fifo").read_bytes()))
+    reader.start()
+    assert cachedb("export", "app:1", tmp_path / "fifo").returncode == 0
+    reader.join()
+    assert received == [(tmp_path / "out").read_bytes()]
+    assert (tmp_path / "fifo").is_fifo()
+
+
+# What fails leaves nothing
+
+
+def fails(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
+    """Check that a command failed as it should; return its one line."""
+    assert done.returncode == code
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("cachedb: ")
+    return line
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_destination_in_a_missing_folder_is_an_error_of_one_line(
+    cachedb: Run, cache: Cache, tmp_path: Path, form: str
+) -> None:
+    add(cache, tmp_path)
+    line = fails(cachedb("export", "--format", form, "app:1", tmp_path / "missing" / "out"))
+    assert "No such file or directory" in line
+    assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+def test_an_archive_does_not_replace_a_folder(cachedb: Run, cache: Cache, tmp_path: Path, form: str) -> None:
+    add(cache, tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert "directory" in fails(cachedb("export", "--format", form, "app:1", tmp_path / "folder"))
+    assert os.listdir(tmp_path / "folder") == []
+
+
+def test_a_folder_does_not_replace_a_file(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    (tmp_path / "file").write_bytes(b"kept")
+    assert "Not a directory" in fails(cachedb("export", "--format", "oci-dir", "app:1", tmp_path / "file"))
+    assert (tmp_path / "file").read_bytes() == b"kept"
+
+
+def test_an_image_that_is_not_there_leaves_the_destination_alone(cachedb: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"kept")
+    fails(cachedb("export", "app:1", tmp_path / "out"), 3)
+    assert (tmp_path / "out").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_incomplete_image_is_refused(cache: Cache, tmp_path: Path, form: str) -> None:
+    cache.save_manifest("app:1", IMAGE.manifest)
+    cache.save_blob(make.digest_of(IMAGE.config), IMAGE.config)
+    with pytest.raises(IncompleteImage, match=make.digest_of(IMAGE.layers[0])):
+        cache.export("app:1", tmp_path / "out", format=form)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_blob_that_lost_bytes_on_disk_is_not_exported(cache: Cache, tmp_path: Path, form: str) -> None:
+    add(cache, tmp_path)
+    path = cache.get_blob_path(make.digest_of(IMAGE.layers[1]))
+    path.chmod(0o644)
+    os.truncate(path, 10)
+    with pytest.raises(CacheError, match="is 10 bytes, and should be"):
+        cache.export("app:1", tmp_path / "out", format=form)
+    assert not (tmp_path / "out").is_file()
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def rot(cache: Cache, digest: str) -> None:
+    """Change a byte in the middle of a blob's file."""
+    path = cache.get_blob_path(digest)
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    path.chmod(0o444)
+
+
+ROTTEN = make.image(1, 2, size=3_000_000)  # more than one chunk
+
+
+@pytest.mark.parametrize("form", [*FORMATS, "link"])
+@pytest.mark.parametrize("blob", [ROTTEN.layers[0], ROTTEN.layers[1], ROTTEN.config], ids=["first", "second", "config"])
+def test_a_blob_with_another_content_is_not_exported(
+    cachedb: Run, cache: Cache, tmp_path: Path, form: str, blob: bytes
+) -> None:
+    add(cache, tmp_path, ROTTEN)
+    rot(cache, make.digest_of(blob))
+    options = ["--format", "oci-dir", "--link"] if form == "link" else ["--format", form]
+    (tmp_path / "sub").mkdir()
+    line = fails(cachedb("export", *options, "app:1", tmp_path / "sub" / "out"))
+    assert f"the file of {make.digest_of(blob)} is damaged" in line
+    assert "verify --repair" in line
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "oci-dir"])
+def test_a_stream_with_a_damaged_blob_has_no_end(
+    cachedb: Run, cache: Cache, directory: Path, tmp_path: Path, form: str
+) -> None:
+    add(cache, tmp_path, ROTTEN)
+    last = sorted(ROTTEN.blobs)[-1]
+    rot(cache, last)
+    done: Any = cachedb("export", "--format", form, "app:1", "-", text=False)
+    assert done.returncode == 1
+    assert b"is damaged" in done.stderr
+    (tmp_path / "half.tar").write_bytes(done.stdout)
+    with Cache.open(tmp_path / "other") as other, pytest.raises(CacheError):
+        other.cache_from_tar(tmp_path / "half.tar")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_layout_that_an_image_cannot_be_added_to_stays_as_it_was(cache: Cache, tmp_path: Path, link: bool) -> None:
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "layout", format="oci-dir")
+    before = contents(tmp_path / "layout")
+    add(cache, tmp_path, ROTTEN)
+    rot(cache, make.digest_of(ROTTEN.layers[0]))
+    with pytest.raises(DigestMismatch, match="is damaged"):
+        cache.export("app:1", tmp_path / "layout", format="oci-dir", link=link)
+    assert contents(tmp_path / "layout") == before
+
+
+@pytest.mark.parametrize("form", [*FORMATS, "link"])
+def test_a_blob_that_is_a_symbolic_link_is_not_exported(cache: Cache, tmp_path: Path, form: str) -> None:
+    add(cache, tmp_path)
+    path = cache.get_blob_path(make.digest_of(IMAGE.layers[0]))
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CacheError, match="it is a symbolic link, and no regular file"):
+        cache.export("app:1", tmp_path / "out", format="oci-dir" if form == "link" else form, link=form == "link")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_waits_for_one_that_fails_and_makes_the_folder_again(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    layout = tmp_path / "layout"
+    layout.mkdir()
+    lock = os.open(layout, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    thread = threading.Thread(target=cache.export, args=("app:1", layout), kwargs={"format": "oci-dir"})
+    thread.start()
+    inode = layout.stat().st_ino
+    while not _waits_for(inode):
+        time.sleep(0.01)
+    layout.rmdir()
+    os.close(lock)
+    thread.join()
+    assert (layout / "index.json").is_file()
+
+
+def _waits_for(inode: int) -> bool:
+    """Tell whether somebody waits for a lock on a file, as the kernel says."""
+    return any("->" in line and f":{inode} " in line for line in Path("/proc/locks").read_text().splitlines())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_that_is_cut_short_while_it_is_read_is_no_export(cache: Cache, tmp_path: Path, form: str) -> None:
+    large = make.image(1, size=20 * 1024 * 1024)
+    add(cache, tmp_path, large)
+    path = cache.get_blob_path(make.digest_of(large.layers[0]))
+    path.chmod(0o644)
+
+    def cut(done: int, _total: int) -> None:
+        if done > 8 * 1024 * 1024:  # some of it is written, and not all
+            os.truncate(path, 1024)
+
+    with pytest.raises(CacheError, match="was cut short while it was read"):
+        cache.export("app:1", tmp_path / "out", format=form, progress=cut)
+    assert not (tmp_path / "out").is_file()
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "target"), [*((form, "out") for form in FORMATS), ("docker", "/dev/full"), ("docker-archive", "/dev/full")]
+)
+def test_a_full_disk_is_an_error_of_one_line(
+    cache: Cache, directory: Path, tmp_path: Path, form: str, target: str
+) -> None:
+    add(cache, tmp_path, make.image(1, size=300_000))
+    # No file may be longer than this; the index of the cache is not.
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2)"
+    code = f"import resource; from cachedb.cli.main import main; {limit}; main()"
+    (tmp_path / "sub").mkdir()
+    arguments = ["--dir", str(directory), "export", "--format", form, "app:1", str(tmp_path / "sub" / target)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], text=True, capture_output=True, check=False)
+    line = fails(done)
+    assert ("No space left on device" if target == "/dev/full" else "File too large") in line
+    left = [path for path in (tmp_path / "sub").rglob("*") if path.is_file()]
+    assert {path.name for path in left if path.stat().st_size > 100_000} == set()
+    assert not {"out", "index.json"} & {path.name for path in left}
+    assert not [path for path in left if path.name.endswith(".part")]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system to fill it")
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_full_file_system_is_an_error_of_one_line(cachedb: Run, cache: Cache, tmp_path: Path, form: str) -> None:
+    add(cache, tmp_path, make.image(1, size=300_000))
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        line = fails(cachedb("export", "--format", form, "app:1", small / "out"))
+        assert "No space left on device" in line
+        assert "free some space" in line
+        left = [path.name for path in small.rglob("*") if path.is_file()]
+        assert not [name for name in left if name.endswith(".part")]
+        assert not {"out", "index.json"} & set(left)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "number"),
+    [
+        *((form, signal.SIGKILL) for form in FORMATS),
+        *(("docker", number) for number in (signal.SIGTERM, signal.SIGINT)),
+        ("oci-dir", signal.SIGTERM),
+    ],
+)
+def test_a_killed_export_leaves_nothing_under_the_final_name(
+    cache: Cache, directory: Path, tmp_path: Path, form: str, number: int
+) -> None:
+    add(cache, tmp_path, make.image(1, size=300_000))
+    (tmp_path / "sub").mkdir()
+    # The first progress comes when the first blob is written; then it waits to be killed.
+    code = f"""
+import signal, threading
+from cachedb import Cache
+from cachedb.cli.main import main as cli
+killed = threading.Event()
+def stop(done, total):
+    print("begun", flush=True)
+    killed.wait()
+def handle(number, frame):
+    killed.set()
+    (cli._terminated if number == signal.SIGTERM else signal.default_int_handler)(number, frame)
+signal.signal(signal.SIGTERM, handle)
+signal.signal(signal.SIGINT, handle)
+with Cache.open({str(directory)!r}) as cache:
+    cache.export("app:1", {str(tmp_path / "sub" / "out")!r}, format={form!r}, progress=stop)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(number)
+        process.wait()
+    left = [path.name for path in (tmp_path / "sub").rglob("*") if path.is_file()]
+    assert not {"out", "index.json"} & set(left)
+    if number != signal.SIGKILL:
+        assert not [name for name in left if name.endswith(".part")]
+    # And it does not stand in the way of the next.
+    cache.export("app:1", tmp_path / "sub" / "out", format=form)
+    with Cache.open(tmp_path / "other") as other:
+        assert other.cache_from_tar(tmp_path / "sub" / "out")[0].complete
+    cache.remove_manifest("app:1")
+    cache.collect_garbage()
+    assert files_of(directory) == {}
+
+
+# Platforms
+
+
+ARM, AMD = make.image(1, 2, architecture="arm64"), make.image(1, 3, architecture="amd64")
+OTHERS = [{"os": "linux", "architecture": "s390x"}, {"os": "linux", "architecture": "arm64", "variant": "v8"}]
+
+
+def test_an_index_is_exported_whole(cache: Cache, tmp_path: Path) -> None:
+    data = make.index(AMD, ARM)
+    add_index(cache, tmp_path, data, AMD, ARM)
+    for form in ("docker", "oci-archive", "oci-dir"):
+        cache.export("app:1", tmp_path / form, format=form)
+        files = contents(tmp_path / form)
+        assert files.pop(f"blobs/sha256/{make.hex_of(data)}") == data
+        assert {files.pop("oci-layout"), files.pop("index.json")}
+        # Of several platforms, Docker's own format can name none.
+        assert files == blob_files(AMD, ARM)
+
+
+@pytest.mark.parametrize("platform", ["linux/arm64", "linux/arm64/v8"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_one_platform_is_exported_as_an_image_of_its_own(
+    cache: Cache, tmp_path: Path, form: str, platform: str
+) -> None:
+    add_index(cache, tmp_path, make.index(AMD, ARM, platforms=OTHERS), AMD, ARM)
+    cache.export("app:1", tmp_path / "out", format=form, platform=platform)
+    with Cache.open(tmp_path / "other") as other:
+        (image,) = other.cache_from_tar(tmp_path / "out")
+        assert str(image.name) == "app:1"
+        assert {blob.digest for blob in other.get_image_blobs("app:1") if blob.role in ("config", "layer")} == {
+            make.digest_of(data) for data in (ARM.config, *ARM.layers)
+        }
+        if form != "docker-archive":
+            assert image.digest == ARM.digest
+
+
+def test_one_platform_of_an_index_by_digest_has_a_digest_of_its_own(cache: Cache, tmp_path: Path) -> None:
+    data = make.index(AMD, ARM)
+    name = f"app@{make.digest_of(data)}"
+    add_index(cache, tmp_path, data, AMD, ARM, name=name)
+    cache.export(name, tmp_path / "out", platform="linux/arm64")
+    with Cache.open(tmp_path / "other") as other:
+        (image,) = other.cache_from_tar(tmp_path / "out")
+        assert str(image.name) == f"app@{ARM.digest}"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_platform_that_is_not_there_is_an_error_that_names_those_that_are(
+    cachedb: Run, cache: Cache, tmp_path: Path, form: str
+) -> None:
+    add_index(cache, tmp_path, make.index(AMD, ARM, platforms=OTHERS), AMD, ARM)
+    line = fails(cachedb("export", "--format", form, "--platform", "linux/arm", "app:1", tmp_path / "out"), 3)
+    assert "linux/arm64/v8, linux/s390x" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_docker_archive_of_an_index_is_of_the_host_or_of_the_platform_asked_for(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_index(cache, tmp_path, make.index(AMD, ARM), AMD, ARM)
+    for machine, image in (("x86_64", AMD), ("aarch64", ARM)):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        cache.export("app:1", tmp_path / machine, format="docker-archive")
+        assert contents(tmp_path / machine)[f"{make.hex_of(image.config)}.json"] == image.config
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(NotInCache, match=r"linux/riscv64.*linux/amd64, linux/arm64.*--platform"):
+        cache.export("app:1", tmp_path / "out", format="docker-archive")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_attestation_is_kept_and_is_no_platform(cache: Cache, tmp_path: Path) -> None:
+    attestation = make.image(9)
+    platforms = [{"os": "linux", "architecture": "s390x"}, {"os": "unknown", "architecture": "unknown"}]
+    add_index(cache, tmp_path, make.index(AMD, attestation, platforms=platforms), AMD, attestation)
+    cache.export("app:1", tmp_path / "whole")
+    files = contents(tmp_path / "whole")
+    assert blob_files(AMD, attestation).items() <= files.items()
+    assert json.loads(files["manifest.json"])[0]["Config"].endswith(make.hex_of(AMD.config))
+    cache.export("app:1", tmp_path / "one", format="docker-archive")
+    assert set(contents(tmp_path / "one").values()) >= {AMD.config, *AMD.layers}
+    with pytest.raises(NotInCache, match="'unknown/unknown', but for linux/s390x:"):
+        cache.export("app:1", tmp_path / "none", platform="unknown/unknown")
+
+
+# Image layout folders
+
+
+def test_a_layout_that_exists_is_added_to(cache: Cache, tmp_path: Path) -> None:
+    two = make.image(1, 3)
+    layout = make.write(tmp_path / "layout", make.oci_files({"theirs:1": two, "app:1": make.image(7)}))
+    add(cache, tmp_path)
+    cache.export("app:1", layout, format="oci-dir")
+    files = contents(layout)
+    assert names_in(files["index.json"]) == ["theirs:1", "app:1"]
+    assert blob_files(IMAGE, two).items() <= files.items()
+    with Cache.open(tmp_path / "other") as other:
+        assert {str(image.name): image.digest for image in other.cache_from_tar(layout)} == {
+            "app:1": IMAGE.digest,
+            "theirs:1": two.digest,
+        }
+
+
+def test_an_empty_folder_becomes_a_layout(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    (tmp_path / "out").mkdir()
+    cache.export("app:1", tmp_path / "out", format="oci-dir")
+    assert (tmp_path / "out" / "index.json").is_file()
+
+
+def test_a_folder_that_holds_something_else_is_refused(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("dear")
+    line = fails(cachedb("export", "--format", "oci-dir", "app:1", tmp_path / "out"))
+    assert "neither empty nor an OCI image layout" in line
+    assert os.listdir(tmp_path / "out") == ["letter.txt"]
+
+
+@pytest.mark.parametrize("index", [b"null", b"[]", b"{}", b'{"manifests": 1}', b"not JSON"])
+def test_a_layout_whose_index_cannot_be_read_is_refused(cache: Cache, tmp_path: Path, index: bytes) -> None:
+    add(cache, tmp_path)
+    make.write(tmp_path / "layout", {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": index})
+    with pytest.raises(CacheError, match=r"index\.json"):
+        cache.export("app:1", tmp_path / "layout", format="oci-dir")
+    assert (tmp_path / "layout" / "index.json").read_bytes() == index
+
+
+def test_entries_of_a_layout_without_a_name_are_kept(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    entries: list[object] = [{"digest": "x"}, {"annotations": None}, {"annotations": {"a": "b"}}, "odd"]
+    index = json.dumps({"schemaVersion": 2, "manifests": entries, "annotations": {"own": "kept"}}).encode()
+    make.write(tmp_path / "layout", {"oci-layout": b"{}", "index.json": index})
+    cache.export("app:1", tmp_path / "layout", format="oci-dir")
+    written = json.loads((tmp_path / "layout" / "index.json").read_bytes())
+    assert written["manifests"][:-1] == entries
+    assert written["annotations"] == {"own": "kept"}
+
+
+def test_exports_into_one_new_layout_at_once_all_end_up_in_it(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    names = [f"app:{number}" for number in range(6)]
+    for number, name in enumerate(names):
+        add(cache, tmp_path, make.image(100, number), name)
+    results: list[subprocess.CompletedProcess[str]] = []
+    threads = [
+        threading.Thread(
+            target=lambda name=name: results.append(cachedb("export", "--format", "oci-dir", name, tmp_path / "layout"))
+        )
+        for name in names
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [(done.returncode, done.stderr) for done in results] == [(0, "")] * len(names)
+    assert sorted(names_in((tmp_path / "layout" / "index.json").read_bytes())) == names
+
+
+def test_an_export_into_a_layout_waits_for_another(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    layout = tmp_path / "layout"
+    layout.mkdir()
+    lock = os.open(layout, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (layout / ".half-written").write_bytes(b"")  # by the one that has the lock, as yet without an `oci-layout`
+    thread = threading.Thread(target=cache.export, args=("app:1", layout), kwargs={"format": "oci-dir"})
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    (layout / ".half-written").unlink()
+    os.close(lock)
+    thread.join()
+    assert names_in((layout / "index.json").read_bytes()) == ["app:1"]
+
+
+def test_all_that_an_index_names_is_on_disk_before_the_index_is(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(cache, tmp_path)
+    layout, synced, renamed = tmp_path / "layout", set[int](), list[str]()  # a file has no name when it is synced
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        real_fsync(descriptor)
+
+    def rename(self: Path, target: Path) -> Path:
+        if layout in target.parents:
+            assert self.stat().st_ino in synced, "a file has its name before its content is on disk"
+            # What is renamed into a folder after it was synced is not on disk.
+            synced.discard(target.parent.stat().st_ino)
+            renamed.append(target.name)
+            if target.name == "index.json":
+                folders = (tmp_path, layout / "blobs", layout / "blobs" / "sha256")
+                assert {path.stat().st_ino for path in folders} <= synced
+        return real_rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    cache.export("app:1", layout, format="oci-dir")
+    assert renamed[-1] == "index.json"
+    assert len(renamed) == 6
+    assert layout.stat().st_ino in synced
+
+
+def test_an_archive_is_on_disk_when_the_call_returns(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(cache, tmp_path)
+    (tmp_path / "sub").mkdir()
+    synced, real = list[int](), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    cache.export("app:1", tmp_path / "sub" / "out")
+    assert synced[-2:] == [(tmp_path / "sub" / "out").stat().st_ino, (tmp_path / "sub").stat().st_ino]
+
+
+# Links
+
+
+def linked(cache: Cache, layout: Path) -> set[bool]:
+    """Whether the layout's blobs are the cache's own files."""
+    return {
+        os.path.samefile(path, cache.get_blob_path(f"{path.parent.name}:{path.name}"))
+        for path in (layout / "blobs").rglob("*")
+        if path.is_file()
+    }
+
+
+def test_links_share_the_files_of_the_cache(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    told: list[tuple[int, int]] = []
+    cache.export("app:1", tmp_path / "linked", format="oci-dir", link=True, progress=lambda *done: told.append(done))
+    cache.export("app:1", tmp_path / "copied", format="oci-dir")
+    assert linked(cache, tmp_path / "linked") == {True}
+    assert linked(cache, tmp_path / "copied") == {False}
+    assert contents(tmp_path / "linked") == contents(tmp_path / "copied")
+    total = sum(len(data) for data in IMAGE.blobs.values())
+    assert told[-1] == (total, total)
+
+
+def test_links_are_made_again_over_links_and_over_copies(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    for link in (False, True, True):
+        cache.export("app:1", tmp_path / "layout", format="oci-dir", link=link)
+        assert linked(cache, tmp_path / "layout") == {link}
+    assert len(contents(tmp_path / "layout")) == 6  # nothing is left of the making
+    cache.export("app:1", tmp_path / "layout", format="oci-dir")
+    assert linked(cache, tmp_path / "layout") == {False}
+    assert contents(tmp_path / "layout").keys() >= blob_files(IMAGE).keys()
+
+
+def test_where_links_cannot_be_made_blobs_are_copied(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(cache, tmp_path)
+
+    def link(source: object, target: object, **_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", link)
+    cache.export("app:1", tmp_path / "layout", format="oci-dir", link=True)
+    assert linked(cache, tmp_path / "layout") == {False}
+    assert contents(tmp_path / "layout").items() >= blob_files(IMAGE).items()
+
+
+def test_links_outlive_the_image_in_the_cache(cache: Cache, directory: Path, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    cache.export("app:1", tmp_path / "layout", format="oci-dir", link=True)
+    cache.remove_manifest("app:1")
+    cache.collect_garbage()
+    assert files_of(directory) == {}
+    assert cache.cache_from_tar(tmp_path / "layout")[0].digest == IMAGE.digest
+
+
+def test_links_are_for_folders_only(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    assert "oci-dir" in fails(cachedb("export", "--link", "app:1", tmp_path / "out"), 2)
+    assert not (tmp_path / "out").exists()
+
+
+# And besides
+
+
+def test_blobs_are_cloned_where_the_file_system_can(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(cache, tmp_path, make.image(1, size=3_000_000))
+    cache.export("app:1", tmp_path / "copied", format="oci-dir")
+    cloned: list[int] = []
+
+    def clone(target: int, _request: int, source: int) -> None:
+        cloned.append(os.copy_file_range(source, target, 100_000_000))
+
+    monkeypatch.setattr("cachedb.transports.archive.write.fcntl.ioctl", clone)
+    cache.export("app:1", tmp_path / "cloned", format="oci-dir")
+    assert sum(cloned) > 3_000_000
+    assert contents(tmp_path / "cloned") == contents(tmp_path / "copied")
+    rot(cache, make.digest_of(make.image(1, size=3_000_000).layers[0]))
+    with pytest.raises(DigestMismatch, match="is damaged"):
+        cache.export("app:1", tmp_path / "rotten", format="oci-dir")
+    assert not (tmp_path / "rotten").exists()
+
+
+def test_an_unknown_format_is_an_error(cache: Cache, cachedb: Run, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    with pytest.raises(CacheError, match="'zip' is not a format"):
+        cache.export("app:1", tmp_path / "out", format="zip")
+    fails(cachedb("export", "--format", "zip", "app:1", tmp_path / "out"), 2)
+
+
+def test_an_image_layout_cannot_go_to_a_stream(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    with pytest.raises(CacheError, match="name its path"):
+        cache.export("app:1", io.BytesIO(), format="oci-dir")
+
+
+def test_the_file_system_s_errors_are_errors_of_the_storage(cache: Cache, tmp_path: Path) -> None:
+    add(cache, tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    for form in FORMATS:
+        with pytest.raises(StorageError, match="cannot write the export"):
+            cache.export("app:1", tmp_path / "file" / "out", format=form)
+        with pytest.raises(StorageError, match="cannot write the export"):
+            cache.export("app:1", tmp_path / ("x" * 300), format=form)
+
+
+def test_a_folder_that_is_no_layout_keeps_all_its_files(cache: Cache, tmp_path: Path) -> None:
+    made = make.image(1)
+    for digest, data in made.blobs.items():
+        cache.save_blob(digest, data)
+    cache.save_manifest("app:1", made.manifest)
+    others = [tmp_path / "out" / ".cachedb-0123.part", tmp_path / "out" / "other" / ".cachedb-0123.part"]
+    others[1].parent.mkdir(parents=True)
+    for path in others:
+        path.touch()
+    with pytest.raises(CacheError, match="neither empty nor an OCI image layout"):
+        cache.export("app:1", tmp_path / "out", format="oci-dir")
+    assert all(path.exists() for path in others)

@@ -1,0 +1,489 @@
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cachedb.errors import CacheError, RegistryError
+from cachedb.transports.registry import credentials
+from cachedb.transports.registry.credentials import Credentials, find
+from tests.disk.test_locks import eventually
+
+HUB = "https://index.docker.io/v1/"
+REGISTRY = "registry.example.org:5000"
+SECRET = "hunter2:with:colons"
+NOT_FOUND = "echo credentials not found in native keychain; exit 1"
+
+Helper = Callable[[str, str], Path]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home in which nobody has logged in, and no way to the real one."""
+    for name in ("REGISTRY_AUTH_FILE", "XDG_CONFIG_HOME", "DOCKER_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "home"
+    path.mkdir()
+    monkeypatch.setenv("HOME", str(path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    return path
+
+
+@pytest.fixture
+def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Helper:
+    """Install a credential helper: a shell script that has what it was asked in $server; what is asked is noted."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+
+    def install(name: str, script: str) -> Path:
+        path, asked = programs / f"docker-credential-{name}", tmp_path / f"asked-{name}"
+        path.write_text(f'#!/bin/sh\nserver=$(cat)\nprintf %s "$1 $server" > {asked}\n{script}\n')
+        path.chmod(0o755)
+        return asked
+
+    return install
+
+
+def answer(username: str, secret: str) -> str:
+    return f"cat <<'END'\n{json.dumps({'ServerURL': 'x', 'Username': username, 'Secret': secret})}\nEND"
+
+
+def entry(username: str, password: str = SECRET) -> dict[str, str]:
+    return {"auth": base64.b64encode(f"{username}:{password}".encode()).decode()}
+
+
+def write(path: Path, document: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def user(found: Credentials | None) -> str | None:
+    return None if found is None else found.username
+
+
+def docker(home: Path, document: dict[str, Any]) -> Path:
+    return write(home / ".docker/config.json", document)
+
+
+# Where
+
+
+def test_without_a_file_it_is_anonymous() -> None:
+    assert find(REGISTRY, "app") is None
+
+
+def test_the_files_are_looked_at_in_the_documented_order(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    places = ["run/containers/auth.json", "xdg/containers/auth.json", "docker/config.json"]
+    files = [write(tmp_path / place, {"auths": {REGISTRY: entry(place)}}) for place in places]
+    files.append(write(home / ".dockercfg", {REGISTRY: entry(".dockercfg")}))
+    for file, place in zip(files, [*places, ".dockercfg"], strict=True):
+        assert user(find(REGISTRY, "app")) == place
+        file.unlink()
+    assert find(REGISTRY, "app") is None
+
+
+@pytest.mark.parametrize("place", [".config/containers/auth.json", ".docker/config.json"])
+def test_the_files_are_in_the_home_where_no_variable_says_otherwise(place: str, home: Path) -> None:
+    write(home / place, {"auths": {REGISTRY: entry("me")}})
+    assert user(find(REGISTRY, "app")) == "me"
+
+
+def test_without_a_runtime_directory_the_first_file_is_in_run_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", None):
+        if value is None:
+            monkeypatch.delenv("XDG_RUNTIME_DIR")
+        else:
+            monkeypatch.setenv("XDG_RUNTIME_DIR", value)
+        assert next(credentials._usual_files()) == f"/run/containers/{os.getuid()}/auth.json"
+
+
+def test_a_file_without_the_registry_does_not_hide_the_next(home: Path, tmp_path: Path) -> None:
+    write(tmp_path / "run/containers/auth.json", {"auths": {"other.example.org": entry("other")}})
+    docker(home, {"auths": {REGISTRY: entry("docker")}})
+    assert user(find(REGISTRY, "app")) == "docker"
+
+
+def test_a_file_that_is_named_is_the_only_one(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docker(home, {"auths": {REGISTRY: entry("home"), "other.example.org": entry("home")}})
+    by_variable = write(tmp_path / "by-variable.json", {"auths": {REGISTRY: entry("variable")}})
+    by_argument = write(tmp_path / "by-argument.json", {"auths": {REGISTRY: entry("argument")}})
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(by_variable))
+    assert user(find(REGISTRY, "app")) == "variable"
+    assert find("other.example.org", "app") is None
+    assert user(find(REGISTRY, "app", by_argument)) == "argument"
+    assert find("other.example.org", "app", by_argument) is None
+
+
+def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tmp_path / "missing.json"
+    with pytest.raises(RegistryError, match=r"missing\.json"):
+        find(REGISTRY, "app", missing)
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(missing))
+    with pytest.raises(RegistryError, match=r"missing\.json"):
+        find(REGISTRY, "app")
+
+
+@pytest.mark.parametrize("place", [".config/containers/auth.json", ".docker/config.json"])
+def test_an_empty_variable_says_nothing(place: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(home / place, {"auths": {REGISTRY: entry("home")}})
+    for name in ("REGISTRY_AUTH_FILE", "XDG_CONFIG_HOME", "DOCKER_CONFIG"):
+        monkeypatch.setenv(name, "")
+    assert user(find(REGISTRY, "app")) == "home"
+
+
+# Which entry
+
+
+def test_the_most_specific_key_wins(home: Path) -> None:
+    keys = {
+        f"https://{REGISTRY}/v2/": "url",
+        REGISTRY: "host",
+        f"{REGISTRY}/team": "team",
+        f"{REGISTRY}/team/app": "app",
+    }
+    docker(home, {"auths": {key: entry(name) for key, name in keys.items()}})
+    assert user(find(REGISTRY, "team/app")) == "app"
+    assert user(find(REGISTRY, "team/app2")) == "team"
+    assert user(find(REGISTRY, "teams/app")) == "host"
+
+
+def test_a_namespace_is_not_for_the_whole_registry(home: Path) -> None:
+    docker(home, {"auths": {f"{REGISTRY}/team": entry("team")}})
+    assert find(REGISTRY, "other/app") is None
+
+
+@pytest.mark.parametrize("key", [f"https://{REGISTRY}", f"http://{REGISTRY}/v1/", f"https://{REGISTRY}/v2/"])
+def test_a_url_is_for_its_host(key: str, home: Path) -> None:
+    docker(home, {"auths": {key: entry("me")}})
+    assert user(find(REGISTRY, "app")) == "me"
+    assert find(REGISTRY.partition(":")[0], "app") is None
+
+
+@pytest.mark.parametrize("key", [HUB, "docker.io", "index.docker.io", "https://registry-1.docker.io/v2/"])
+@pytest.mark.parametrize("registry", ["docker.io", "index.docker.io", "registry-1.docker.io"])
+def test_docker_hub_has_many_names(key: str, registry: str, home: Path) -> None:
+    docker(home, {"auths": {key: entry("me")}})
+    assert user(find(registry, "library/alpine")) == "me"
+    assert find("quay.io", "library/alpine") is None
+
+
+def test_in_the_oldest_file_a_key_is_a_host_with_any_path(home: Path) -> None:
+    write(home / ".dockercfg", {f"{REGISTRY}/v1/": entry("me"), "docker.io/library/alpine": entry("hub")})
+    assert user(find(REGISTRY, "app")) == "me"
+    assert user(find("docker.io", "team/app")) == "hub"
+
+
+# What an entry says
+
+
+def test_a_password_may_have_colons(home: Path) -> None:
+    docker(home, {"auths": {REGISTRY: entry("me", "a:b:c")}})
+    assert find(REGISTRY, "app") == Credentials("me", "a:b:c", "")
+
+
+def test_the_nuls_that_docker_wrote_are_no_part_of_a_password(home: Path) -> None:
+    docker(home, {"auths": {REGISTRY: entry("me", "secret\0\0\0")}})
+    assert find(REGISTRY, "app") == Credentials("me", "secret", "")
+
+
+def test_an_identity_token_is_beside_the_rest_or_alone(home: Path) -> None:
+    docker(home, {"auths": {REGISTRY: entry("me", "") | {"identitytoken": "t"}, "quay.io": {"identitytoken": "u"}}})
+    assert find(REGISTRY, "app") == Credentials("me", "", "t")
+    assert find("quay.io", "app") == Credentials("", "", "u")
+
+
+def test_the_fields_of_docker_count_where_there_is_no_auth(home: Path) -> None:
+    fields = {"username": "me", "password": "p"}
+    docker(home, {"auths": {REGISTRY: fields, "quay.io": fields | entry("auth", "q")}})
+    assert find(REGISTRY, "app") == Credentials("me", "p", "")
+    assert find("quay.io", "app") == Credentials("auth", "q", "")
+
+
+@pytest.mark.parametrize("empty", [{}, None, {"auth": ""}, {"auth": None}, {"email": "me@example.org"}, entry("", "")])
+def test_an_empty_entry_leaves_it_to_the_next_file(empty: object, home: Path, tmp_path: Path) -> None:
+    write(tmp_path / "run/containers/auth.json", {"auths": {REGISTRY: empty}})
+    assert find(REGISTRY, "app") is None
+    docker(home, {"auths": {REGISTRY: entry("docker")}})
+    assert user(find(REGISTRY, "app")) == "docker"
+
+
+# Helpers
+
+
+def test_a_registrys_helper_comes_before_the_store_and_the_store_before_entries(home: Path, helper: Helper) -> None:
+    helper("own", answer("own", "s"))
+    helper("all", answer("all", "s"))
+    document = {"auths": {REGISTRY: entry("auths")}, "credsStore": "all", "credHelpers": {REGISTRY: "own"}}
+    docker(home, document)
+    assert find(REGISTRY, "app") == Credentials("own", "s", "")
+    docker(home, document | {"credHelpers": {}})
+    assert find(REGISTRY, "app") == Credentials("all", "s", "")
+    docker(home, {"auths": document["auths"]})
+    assert find(REGISTRY, "app") == Credentials("auths", SECRET, "")
+
+
+def test_an_empty_entry_is_for_the_store(home: Path, helper: Helper) -> None:
+    asked = helper("all", answer("all", "s"))
+    docker(home, {"auths": {REGISTRY: {}}, "credsStore": "all"})
+    assert user(find(REGISTRY, "app")) == "all"
+    assert asked.read_text() == f"get {REGISTRY}"
+
+
+@pytest.mark.parametrize(
+    "document", [{"credsStore": "x"}, {"credHelpers": {HUB: "x"}}, {"credHelpers": {"docker.io": "x"}}]
+)
+def test_a_helper_knows_docker_hub_by_its_old_address(document: dict[str, Any], home: Path, helper: Helper) -> None:
+    asked = helper("x", answer("me", "s"))
+    docker(home, document)
+    assert user(find("docker.io", "library/alpine")) == "me"
+    assert asked.read_text() == f"get {HUB}"
+
+
+def test_a_registry_may_have_no_helper_where_all_others_have(home: Path) -> None:
+    docker(home, {"auths": {REGISTRY: entry("auths")}, "credsStore": "missing", "credHelpers": {REGISTRY: ""}})
+    assert user(find(REGISTRY, "app")) == "auths"
+
+
+def test_the_user_called_token_has_an_identity_token(home: Path, helper: Helper) -> None:
+    helper("x", answer("<token>", "refresh"))
+    docker(home, {"credsStore": "x"})
+    assert find(REGISTRY, "app") == Credentials("", "", "refresh")
+
+
+@pytest.mark.parametrize("script", [NOT_FOUND, answer("", "")])
+def test_a_store_that_has_nothing_leaves_it_to_the_entries(script: str, home: Path, helper: Helper) -> None:
+    helper("x", script)
+    path = docker(home, {"credsStore": "x", "auths": {REGISTRY: entry("auths")}})
+    assert user(find(REGISTRY, "app")) == "auths"
+    write(path, {"credsStore": "x"})
+    assert find(REGISTRY, "app") is None
+
+
+def test_a_registrys_helper_that_has_nothing_leaves_it_to_the_next_file(
+    home: Path, tmp_path: Path, helper: Helper
+) -> None:
+    helper("x", NOT_FOUND)
+    entries = {REGISTRY: entry("stale")}
+    write(tmp_path / "run/containers/auth.json", {"credHelpers": {REGISTRY: "x"}, "auths": entries})
+    docker(home, {"auths": {REGISTRY: entry("docker")}})
+    assert user(find(REGISTRY, "app")) == "docker"
+
+
+def test_a_helper_that_does_not_read_what_it_is_asked_is_heard(home: Path, tmp_path: Path, helper: Helper) -> None:
+    helper("x", "")
+    (tmp_path / "bin/docker-credential-x").write_text(f"#!/bin/sh\nexec <&-\n{answer('me', 's')}\n")
+    docker(home, {"credsStore": "x"})
+    assert user(find(REGISTRY, "app")) == "me"
+
+
+def test_a_helper_that_is_not_installed_is_named(home: Path, helper: Helper) -> None:
+    docker(home, {"credsStore": "missing"})
+    with pytest.raises(RegistryError, match="install docker-credential-missing"):
+        find(REGISTRY, "app")
+
+
+def test_a_helper_that_cannot_be_run_is_named(home: Path, tmp_path: Path, helper: Helper) -> None:
+    helper("x", "")
+    (tmp_path / "bin/docker-credential-x").write_bytes(b"\x7fELF no more")
+    docker(home, {"credsStore": "x"})
+    with pytest.raises(RegistryError, match="cannot run docker-credential-x"):
+        find(REGISTRY, "app")
+
+
+@pytest.mark.parametrize("name", ["../x", "x/y", "x;y", "x y", "x\n", "x\0", "$(id)", 1, ["x"], "x" * 101])
+def test_a_helper_is_the_name_of_a_program(name: object, home: Path, tmp_path: Path, helper: Helper) -> None:
+    asked = helper("x", answer("me", "s"))
+    docker(home, {"credsStore": name})
+    with pytest.raises(RegistryError, match="as a credential helper"):
+        find(REGISTRY, "app")
+    assert not asked.exists()
+
+
+def everything_of(error: BaseException) -> str:
+    """All that a log could take from an error: its text, its causes, and what they hold."""
+    text = "".join(traceback.format_exception(error))
+    while True:
+        text += repr(error) + repr(vars(error))
+        following = error.__cause__ or error.__context__
+        if following is None:
+            return text
+        error = following
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (f"echo {SECRET}; echo {SECRET} >&2; exit 3", "docker-credential-x failed with exit code 3"),
+        (f"echo {SECRET}; kill -9 $$", "docker-credential-x failed with exit code -9"),
+        (f"echo {SECRET}", "docker-credential-x answered with something else than credentials"),
+        (
+            f"""echo '{{"Username": "me", "Secret": ["{SECRET}"]}}'""",
+            "docker-credential-x answered with something else",
+        ),
+        (f"""echo '["{SECRET}"]'""", "docker-credential-x answered with something else"),
+        (f"printf '%070000d' 0; echo {SECRET}; sleep 100", "docker-credential-x wrote over 65536 bytes"),
+        (f"echo {SECRET}; sleep 100", "docker-credential-x gave no answer in 0.5 seconds"),
+    ],
+)
+def test_a_helper_that_fails_is_named_and_what_it_wrote_is_not_shown(
+    script: str,
+    message: str,
+    home: Path,
+    helper: Helper,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    helper("x", script)
+    docker(home, {"credsStore": "x", "auths": {REGISTRY: entry("auths")}})
+    if "no answer" in message:
+        monkeypatch.setattr(credentials, "_TIMEOUT", 0.5)
+    with caplog.at_level(logging.DEBUG), pytest.raises(RegistryError, match=message) as caught:
+        find(REGISTRY, "app")
+    shown = everything_of(caught.value) + caplog.text + "".join(capfd.readouterr())
+    assert SECRET not in shown
+
+
+@pytest.mark.parametrize("script", ["sleep 100 & echo $! > {0}; wait", "sleep 100 >&- & echo $! > {0}; exec >&-; wait"])
+def test_a_helper_that_hangs_is_ended_with_all_it_began(
+    script: str, home: Path, tmp_path: Path, helper: Helper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = tmp_path / "pid"
+    helper("x", script.format(pid))
+    docker(home, {"credsStore": "x"})
+    began = time.monotonic()
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + (30 if is_written(pid) else 0))
+    monkeypatch.setattr(credentials, "time", later)
+    with pytest.raises(RegistryError, match="docker-credential-x gave no answer in 30 seconds"):
+        find(REGISTRY, "app")
+    assert time.monotonic() - began < 80
+    assert is_over(int(pid.read_text()))
+
+
+def test_a_helper_is_ended_when_nobody_wants_its_answer_any_more(home: Path, tmp_path: Path, helper: Helper) -> None:
+    pid, stopped = tmp_path / "pid", threading.Event()
+    helper("x", f"sleep 100 & echo $! > {pid}; wait")
+    docker(home, {"credsStore": "x"})
+
+    def stop() -> None:
+        if eventually(lambda: is_written(pid), 25):
+            stopped.set()
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(CacheError, match="docker-credential-x was stopped"):
+        find(REGISTRY, "app", stopped=stopped)
+    stopper.join()
+    assert is_over(int(pid.read_text()))
+
+
+def is_written(path: Path) -> bool:
+    """Whether a file has a whole line."""
+    return path.exists() and path.read_text().endswith("\n")
+
+
+def is_over(pid: int) -> bool:
+    """Wait until a process has ended; one that nobody has waited for yet has, too."""
+
+    def ended() -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    return eventually(ended, 30)
+
+
+# What cannot be used
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no JSON " + SECRET.encode(),
+        b'["' + SECRET.encode() + b'"]',
+        b'{"auths": "\xff' + SECRET.encode() + b'"}',
+        b"[" * 200_000,
+        b"{}" + b" " * 1024 * 1024,
+        b'{"auths": ["' + SECRET.encode() + b'"]}',
+        b'{"credHelpers": "' + SECRET.encode() + b'"}',
+    ],
+    ids=["empty", "text", "list", "bytes", "deep", "large", "auths", "credHelpers"],
+)
+def test_a_file_that_is_none_of_credentials_is_named(content: bytes, home: Path) -> None:
+    path = docker(home, {})
+    path.write_bytes(content)
+    with pytest.raises(RegistryError, match=r"config\.json' is not a JSON object .* log in again") as caught:
+        find(REGISTRY, "app")
+    assert SECRET not in everything_of(caught.value)
+
+
+def test_a_file_of_the_largest_size_is_read(home: Path) -> None:
+    path = docker(home, {"auths": {REGISTRY: entry("me")}})
+    path.write_bytes(path.read_bytes().ljust(1024 * 1024))
+    assert user(find(REGISTRY, "app")) == "me"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"auth": base64.b64encode(SECRET.replace(":", "").encode()).decode()},
+        {"auth": entry("me")["auth"] + "!"},
+        {"auth": entry("me")["auth"].rstrip("=")[:-1]},
+        {"auth": base64.b64encode(b"me:\xff" + SECRET.encode()).decode()},
+        {"auth": SECRET + "\u00e9"},
+        {"auth": [SECRET]},
+        {"username": "me", "password": {"is": SECRET}},
+        {"identitytoken": 1, "password": SECRET},
+        [SECRET],
+        SECRET,
+    ],
+)
+def test_an_entry_that_cannot_be_used_is_named_and_not_shown(bad: object, home: Path) -> None:
+    docker(home, {"auths": {REGISTRY: bad, "quay.io": entry("me")}})
+    with pytest.raises(RegistryError, match=rf"the entry for '{REGISTRY}' in .*config\.json.* log in again") as caught:
+        find(REGISTRY, "app")
+    shown = everything_of(caught.value)
+    assert SECRET not in shown
+    assert base64.b64encode(SECRET.encode()).decode()[:12] not in shown
+    assert user(find("quay.io", "app")) == "me"
+
+
+def test_a_file_that_may_not_be_read_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: str, mode: str) -> None:  # root, who may run this, is never refused
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
+
+    monkeypatch.setattr(credentials, "open", refuse, raising=False)
+    with pytest.raises(RegistryError, match=r"auth\.json': Permission denied; make it readable"):
+        find(REGISTRY, "app")
+
+
+def test_a_directory_in_a_files_place_is_named(home: Path) -> None:
+    (home / ".docker/config.json").mkdir(parents=True)
+    with pytest.raises(RegistryError, match=r"config\.json'.*s a directory"):
+        find(REGISTRY, "app")
+
+
+def test_secrets_are_not_in_the_representation() -> None:
+    found = Credentials("me", "the-password", "the-token")
+    for text in (repr(found), str(found), f"{found}", repr([found])):
+        assert "me" in text
+        assert "the-" not in text
