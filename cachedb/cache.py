@@ -133,12 +133,12 @@ class Cache:
             if database.read_only:
                 return []
             left = _recover_at_once(database)
-            database.keep_reserve()
+            database.reserve.keep()
             return left
 
         cache = cls(database)
         try:
-            cache._leftovers = database.with_reserve(prepare)
+            cache._leftovers = database.reserve.run(prepare)
         except DamagedIndex:
             if not damaged:
                 database.close()
@@ -668,9 +668,9 @@ class Cache:
                     connection.rollback()
                 return freed
 
-        freed = self._database.with_reserve(forget)
+        freed = self._database.reserve.run(forget)
         if not dry_run:
-            self._database.with_reserve(lambda: collect.empty_trash(self._database))
+            self._database.reserve.run(lambda: collect.empty_trash(self._database))
         return freed
 
     def collect_garbage(self, *, dry_run: bool = False) -> Collected:
@@ -684,7 +684,7 @@ class Cache:
         """
         if not dry_run:
             freed: list[Collected] = []
-            self._database.with_reserve(
+            self._database.reserve.run(
                 lambda: freed.extend(collect.collect(self._database)),
                 lambda: freed.extend(collect.collect(self._database, batch=collect.SMALL_BATCH)),
             )

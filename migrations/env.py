@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine
 
 from cachedb.disk.layout import default_directory
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.prepare import prepare
 from cachedb.index.tables import METADATA, UtcTime
 
 
@@ -78,7 +79,7 @@ def main() -> None:
 
     directory = context.get_x_argument(as_dictionary=True).get("dir")
     with closing(Database(Path(directory) if directory else default_directory())) as database:
-        database.prepare()
+        prepare(database)
         with database.write_schema() as connection:
             # A table that a batch makes anew is away for a moment, and the views over it are not.
             connection.exec_driver_sql("PRAGMA legacy_alter_table = ON")

@@ -152,7 +152,7 @@ def test_threads_that_work_while_a_cache_is_closed_end_well_or_are_told(tmp_path
             thread.join(60)
             assert not thread.is_alive()
         assert {isinstance(error, CacheError) and not isinstance(error, DigestMismatch) for error in failures} == {True}
-        assert cache._parts[0]._idle == []
+        assert cache._parts[0]._lookups._idle == []
         assert [name for name in os.listdir("/proc/self/fd") if is_of(directory, name)] == []
     with Cache.open(directory) as opened:
         opened.collect_garbage()

@@ -215,14 +215,14 @@ def test_an_index_is_not_replaced_while_the_same_thread_opens_it_nor_opened_whil
     index: Database,
 ) -> None:
     with (
-        index._unreplaced(),
+        index.file.unreplaced(),
         pytest.raises(ReentrantCall, match="opening the index"),
-        index._unreplaced(replacing=True),
+        index.file.unreplaced(replacing=True),
     ):
         pass
-    with index._unreplaced(replacing=True), pytest.raises(ReentrantCall, match="replacing the index"):
+    with index.file.unreplaced(replacing=True), pytest.raises(ReentrantCall, match="replacing the index"):
         index.rows(schema_versions(), {})
-    with index._unreplaced(), index._unreplaced():
+    with index.file.unreplaced(), index.file.unreplaced():
         pass
 
 

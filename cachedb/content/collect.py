@@ -39,7 +39,8 @@ from cachedb.disk.layout import trash_digest, trash_name
 from cachedb.errors import Busy, CacheError, StorageError, explain, os_errors
 from cachedb.index import holds
 from cachedb.index.blobs import stored
-from cachedb.index.sqlite.database import BATCH, Database, batched
+from cachedb.index.sqlite.batches import BATCH, batched
+from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 from cachedb.oci.digests import Digest, is_digest, split_digest
 from cachedb.threads import start

@@ -44,7 +44,7 @@ from cachedb.index.images import (
     waiting_for,
     without_associations,
 )
-from cachedb.index.sqlite.database import batched
+from cachedb.index.sqlite.batches import batched
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import (

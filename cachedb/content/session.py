@@ -24,10 +24,10 @@ from cachedb.disk import locks, processes
 from cachedb.disk.durable import sync_folder
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import is_received, is_session, lock_kind, received_digest
+from cachedb.disk.reserve import is_full
 from cachedb.disk.waiting import Wait
 from cachedb.errors import CacheError, CacheReplaced, StorageError, explain, is_callers, os_errors
 from cachedb.index.sqlite.database import CLOSED, Database
-from cachedb.index.sqlite.errors import is_full
 from cachedb.index.tables import LEASES
 from cachedb.oci.digests import Digest
 from cachedb.reentry import not_reentered
@@ -100,7 +100,7 @@ class Session:
                     try:
                         lock = self._begin(name)
                     except StorageError as error:
-                        if not is_full(error) or not self._database.give_up_inodes():
+                        if not is_full(error) or not self._database.reserve.give_up_inodes():
                             raise
                         lock = self._begin(name)
                 self._id, self._lock = name, lock

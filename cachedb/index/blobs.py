@@ -11,7 +11,8 @@ from sqlalchemy import Connection, Select, bindparam, select
 from sqlalchemy.dialects.sqlite import Insert, insert
 
 from cachedb.disk.writer import Received
-from cachedb.index.sqlite.database import Database, batched
+from cachedb.index.sqlite.batches import batched
+from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS
 from cachedb.oci.digests import Digest
 

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, create_engine
 from sqlalchemy.exc import SAWarning
 
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.inspect import read_journal_mode
 from cachedb.index.sqlite.revision import mismatch, read_oldest, read_revision
 from cachedb.index.tables import METADATA, REVISION
 
@@ -55,7 +56,7 @@ def check(directory: Path) -> list[Drift]:
             warnings.simplefilter("ignore", SAWarning)
             found = list(_described(compare_metadata(context, METADATA)))
         there, oldest, pending = read_objects(connection), read_oldest(connection), pending_backfills(connection)
-        journal_mode = database.journal_mode()
+        journal_mode = read_journal_mode(database)
     expected, stated = _made(REVISION)
     found += _compared(there, expected)
     for version in sorted(versions - {REVISION}):

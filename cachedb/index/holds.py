@@ -15,7 +15,7 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select
 
 from cachedb.errors import CacheError, NotInCache
-from cachedb.index.sqlite.database import batched
+from cachedb.index.sqlite.batches import batched
 from cachedb.index.tables import BLOBS, HOLDS, LEASES
 from cachedb.oci.digests import Digest
 from cachedb.text import shorten

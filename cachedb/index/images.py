@@ -35,7 +35,8 @@ from cachedb.errors import (
     NotInCache,
 )
 from cachedb.index import descriptions
-from cachedb.index.sqlite.database import Database, batched
+from cachedb.index.sqlite.batches import batched
+from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES, UtcTime
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import (

@@ -29,6 +29,7 @@ from cachedb.errors import (
 from cachedb.index import descriptions
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.prepare import prepare
 from cachedb.index.sqlite.revision import is_compatible, is_empty, is_ours, lost, mismatch, read_revision
 from cachedb.index.tables import BACKFILLS, IMAGES, REVISION
 from cachedb.threads import told_beside
@@ -115,7 +116,7 @@ def current(directory: Path) -> State:
         DamagedIndex: if the index is damaged.
     """
     with closing(Database(chosen(directory))) as database:
-        revision = database.with_reserve(database.revision)
+        revision = database.reserve.run(database.revision)
         if not revision:
             if error := _lost(database):
                 raise error
@@ -133,7 +134,7 @@ def history(directory: Path) -> list[Revision]:
     from alembic.script import ScriptDirectory
 
     with closing(Database(chosen(directory))) as database:
-        revision = database.with_reserve(database.revision)
+        revision = database.reserve.run(database.revision)
     return [
         Revision(script.revision, _one(script.down_revision), script.doc, _oldest(script), script.revision == revision)
         for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()
@@ -146,7 +147,7 @@ def check_existing(directory: Path) -> Database:
     try:
         there = database.path.exists() and database.path.stat().st_size
         # What is no cache is left alone.
-        if not there or not database.with_reserve(database.prepare):
+        if not there or not database.reserve.run(lambda: prepare(database)):
             raise _lost(database) or NotInCache(f"there is no cache in {str(directory)!r}")
     except BaseException:
         database.close()

@@ -33,7 +33,8 @@ from cachedb.errors import (
 )
 from cachedb.index.images import ImageInfo, image_blobs, look_up, look_up_all
 from cachedb.index.images import images as stored_images
-from cachedb.index.sqlite.database import Database, batched
+from cachedb.index.sqlite.batches import batched
+from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 from cachedb.progress import Advance, Progress, summed

@@ -29,7 +29,9 @@ from cachedb.disk.layout import UNFINISHED, blob_file
 from cachedb.errors import CacheError, DamagedIndex, DigestMismatch, NotACache, StorageError, os_errors
 from cachedb.index.blobs import stored
 from cachedb.index.sqlite import backups
-from cachedb.index.sqlite.database import Database, batched
+from cachedb.index.sqlite.batches import batched
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.inspect import find_faults
 from cachedb.index.tables import BLOBS, HOLDS, IMAGES, LEASES, TRASH
 from cachedb.oci.digests import Digest
 from cachedb.progress import Advance, Progress, summed
@@ -74,7 +76,7 @@ def copy(database: Database, session: Session, directory: Path, *, progress: Pro
         leased = list[Hold]()
         try:
             if not database.read_only:  # where nothing can be written nothing can be leased
-                database.with_reserve(lambda: _lease(database, session, leased))
+                database.reserve.run(lambda: _lease(database, session, leased))
             _copy_index(database, session, staged, leased)
             wanted, image_count = _take_over(Database(directory, staged))
             how = _copy_blobs(database.directory, directory, wanted, progress)
@@ -205,7 +207,7 @@ def _copy_index(database: Database, session: Session, staged: Path, leased: list
 def _take_over(copied: Database) -> tuple[dict[Digest, int], int]:
     """Check the copied index and delete what belongs to the source alone; return its stored blobs and image count."""
     try:
-        if faults := copied.faults(quick=True):
+        if faults := find_faults(copied, quick=True):
             raise DamagedIndex(f"the index is damaged: {faults[0]}: run `cachedb verify --repair` and copy again")
         with copied.look() as connection:  # nobody else knows this index: it needs no write lock
             # The source's processes do not work with the copy. The leases of holds have no process.

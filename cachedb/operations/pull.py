@@ -17,6 +17,7 @@ from cachedb.content import publish, save
 from cachedb.content.session import Hold, Session
 from cachedb.disk import downloads, reader, single_flight
 from cachedb.disk.layout import partial_path
+from cachedb.disk.reserve import is_full
 from cachedb.disk.waiting import LOG
 from cachedb.disk.writer import Received, discard
 from cachedb.errors import (
@@ -32,7 +33,6 @@ from cachedb.index import images
 from cachedb.index.blobs import stored
 from cachedb.index.images import ImageInfo
 from cachedb.index.sqlite.database import Database
-from cachedb.index.sqlite.errors import is_full
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.operations.pull_source import AT_ONCE, Root, Source

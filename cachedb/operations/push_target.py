@@ -7,17 +7,15 @@ image had a moment ago, if all of it was here. Until a manifest names it a blob 
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, Self
 
 from cachedb import oci
-from cachedb.disk import locks
 from cachedb.disk.layout import REVISION
 from cachedb.disk.reader import document, open_blob
 from cachedb.errors import (
@@ -29,7 +27,7 @@ from cachedb.errors import (
     StorageError,
     ignore_os_errors,
 )
-from cachedb.index.sqlite.peek import CONTENTS, REPOSITORIES
+from cachedb.index.sqlite.peek import CONTENTS, REPOSITORIES, look
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
@@ -179,7 +177,7 @@ class Target:
             IncompleteImage: if anything of it is not here.
         """
         # In another schema it may be nothing to send: who opens the cache says what to do.
-        rows = self._look(CONTENTS, source.repository, source.reference, REVISION)
+        rows = look(self._directory, CONTENTS, source.repository, source.reference, REVISION)
         if not rows or self.name.digest not in (None, rows[0][0]):
             raise NotInCache(str(source))
         if not all(stored for *_, stored in rows):
@@ -210,36 +208,9 @@ class Target:
         self._sending(blob, self._repositories, count).result()  # after a failure the others need not be begun
 
     def _repositories(self, digest: Digest) -> list[str]:
-        with suppress(sqlite3.Error):
-            return [repository for (repository,) in self._look(REPOSITORIES, digest)]
+        with suppress(StorageError):
+            return [repository for (repository,) in look(self._directory, REPOSITORIES, digest)]
         return []
-
-    def _look(self, query: str, *values: str) -> list[tuple[Any, ...]]:
-        """Return what is in the index, by a connection that never writes to it."""
-        with locks.unforked():
-            index = (self._directory / "index.db").absolute()
-            # Of one at rest SQLite would make the files that it shares memory by, and who only reads leaves them.
-            before = _state(index)
-            immutable = "" if before.has_wal else "&immutable=1"
-            uri = f"{index.as_uri()}?mode=ro{immutable}"
-            with closing(sqlite3.connect(uri, uri=True, timeout=0)) as connection:
-                found = connection.execute(query, values).fetchall()
-            if immutable and _state(index) != before:
-                raise sqlite3.OperationalError("the index changed while it was read")
-            return found
-
-
-class _State(NamedTuple):
-    """What changes when somebody writes to an index."""
-
-    modified: int  # nanoseconds
-    size: int  # bytes
-    has_wal: bool
-
-
-def _state(index: Path) -> _State:
-    status = index.stat()
-    return _State(status.st_mtime_ns, status.st_size, index.with_name("index.db-wal").exists())
 
 
 def _may_pass(error: BaseException) -> bool:

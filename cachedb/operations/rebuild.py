@@ -25,6 +25,7 @@ from cachedb.errors import (
 )
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.inspect import find_faults
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES, METADATA, UtcTime
 from cachedb.oci.digests import Digest, parse_digest
 from cachedb.oci.manifests import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, descriptors, manifest_media_type
@@ -63,7 +64,7 @@ def rebuild(database: Database, folder: Path) -> list[str]:
         folder: a new one of a session's, to work in.
     """
     with os_errors("rebuild the index"), database.alone():
-        if not database.faults():
+        if not find_faults(database):
             return []
         files, _ = layout.on_disk(database.directory)
         salvage, notes = _salvage(database)

@@ -26,6 +26,8 @@ from cachedb.index.drift import foreign_objects
 from cachedb.index.images import count_incomplete
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.inspect import find_faults
+from cachedb.index.sqlite.prepare import has_our_mark
 from cachedb.index.sqlite.revision import APPLICATION_ID, is_compatible, is_ours, mismatch, read_revision
 from cachedb.index.tables import BLOBS, HOLDS, IMAGE_BLOBS, IMAGES, LEASES, METADATA, REVISION, TRASH
 from cachedb.oci.digests import Digest
@@ -54,7 +56,7 @@ def restore(directory: Path, file: Path) -> Restored:
         StorageError: if it cannot be read, or nothing can be written.
     """
     database = Database(chosen(directory))
-    if not is_ours(database.directory) and not database.has_our_mark():
+    if not is_ours(database.directory) and not has_our_mark(database):
         raise NotACache(f"{str(directory)!r} is not a cache: restore a backup into the directory it was made of")
     with os_errors("mark the cache"):
         database.folders.mark(new=True, is_sound=False)
@@ -110,7 +112,7 @@ def _take(new: Database, file: Path) -> None:
             raise NotACache(f"{str(file)!r} is no backup of a cache's index")
         _refuse_foreign(new, file)  # before a trigger can take part in a migration
         schema.migrate(new)
-        faults = new.faults()
+        faults = find_faults(new)
     except DamagedIndex as error:
         faults = [str(error.__cause__ or "it has lost its schema")]
     except SchemaMismatch as error:

@@ -22,6 +22,7 @@ from cachedb.errors import (
 from cachedb.index import descriptions
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.prepare import prepare as prepare_directory
 from cachedb.index.sqlite.revision import mismatch
 from cachedb.index.tables import BACKFILLS, IMAGES, REVISION
 from cachedb.oci.digests import Digest
@@ -77,7 +78,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
         DamagedIndex: if it has blobs, and no index or a damaged one.
         SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false.
     """
-    revision = database.prepare()
+    revision = prepare_directory(database)
     if revision == REVISION:
         if upgrade and not database.read_only:
             backfill(database)

@@ -38,7 +38,10 @@ from cachedb.disk.writer import CHUNK, Received, identity
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers
 from cachedb.index import drift, images
 from cachedb.index.blobs import set_stored, stored
-from cachedb.index.sqlite.database import Database, batched
+from cachedb.index.sqlite.batches import batched
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.inspect import find_faults, read_journal_mode
+from cachedb.index.sqlite.prepare import accept_copy
 from cachedb.index.tables import BLOBS, IMAGES, TRASH
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import DOCUMENT_LIMIT
@@ -107,7 +110,7 @@ def verify(
     """
     if repair and database.read_only:
         raise StorageError("cannot repair the cache: it can only be read")
-    problems = [Problem("index", None, database.path, fault, None) for fault in database.faults(quick=quick)]
+    problems = [Problem("index", None, database.path, fault, None) for fault in find_faults(database, quick=quick)]
     if problems and repair:
         lost = rebuild.rebuild(database, session.new_path())
         problems = [problem._replace(repair="the index was rebuilt") for problem in problems]
@@ -136,13 +139,13 @@ def verify(
         bad = {problem.digest for problem in problems if problem.kind != "orphan" and problem.digest}
         problems += _settle_images(database, bad, repair=repair)
     if repair:
-        database.accept_copy(check=False)  # what was torn by copying is put right now
+        accept_copy(database, check=False)  # what was torn by copying is put right now
     return Verification(len(files), problems)
 
 
 def _settle_settings(database: Database, *, repair: bool) -> Iterator[Problem]:
     """Report what an outside program changed in the index file beside its rows; put WAL mode back."""
-    mode = database.journal_mode()
+    mode = read_journal_mode(database)
     if mode != "wal":
         done = None
         if repair:

@@ -463,7 +463,7 @@ def test_the_reserve_is_not_for_other_errors(cache: Cache, directory: Path) -> N
             raise PermissionError(errno.EACCES, "Permission denied")
 
     with pytest.raises(StorageError, match="Permission denied"):
-        cache._database.with_reserve(fail)
+        cache._database.reserve.run(fail)
     assert (directory / "reserve").exists()
 
 

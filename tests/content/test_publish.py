@@ -22,7 +22,8 @@ from cachedb.disk import writer
 from cachedb.disk.layout import blob_path
 from cachedb.disk.writer import Received
 from cachedb.index import blobs
-from cachedb.index.sqlite.database import BATCH, Database
+from cachedb.index.sqlite.batches import BATCH
+from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from tests.conftest import Run, files_of, snapshot, stored_rows
 from tests.support.make import digest_of, image, random_bytes

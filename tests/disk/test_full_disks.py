@@ -21,10 +21,11 @@ import pytest
 from cachedb import Cache, StorageError, space
 from cachedb.disk import file_system
 from cachedb.disk.layout import partial_path
+from cachedb.disk.reserve import is_full
 from cachedb.errors import os_errors
 from cachedb.index import schema
 from cachedb.index.sqlite.database import Database
-from cachedb.index.sqlite.errors import is_full
+from cachedb.index.sqlite.errors import sqlite_errors, translate
 from cachedb.oci.digests import Digest
 from tests.conftest import Run, run_python
 from tests.support import make
@@ -159,7 +160,7 @@ def test_what_is_set_aside_is_never_taken_from_behind_a_link(directory: Path, tm
     shutil.rmtree(directory / "reserve.inodes")
     (directory / "reserve.inodes").symlink_to(tmp_path / "elsewhere")
     with Cache.open(directory) as cache:
-        cache._database.give_up_inodes()
+        cache._database.reserve.give_up_inodes()
     assert os.listdir(tmp_path / "elsewhere") == ["1"]
 
 
@@ -167,9 +168,9 @@ def test_only_our_own_names_are_given_up(cache: Cache, directory: Path) -> None:
     folder = directory / "reserve.inodes"
     assert set(os.listdir(folder)) == RESERVED
     (folder / "mine").touch()
-    assert cache._database.give_up_inodes()
+    assert cache._database.reserve.give_up_inodes()
     assert os.listdir(folder) == ["mine"]
-    cache._database.keep_reserve()
+    cache._database.reserve.keep()
     assert set(os.listdir(folder)) == {*RESERVED, "mine"}
 
 
@@ -264,7 +265,7 @@ def test_an_index_that_outgrows_the_limit_is_told_from_a_full_disk(directory: Pa
             os.rename(file.name, f"{sys.argv[1]}/index.db-wal")
             error = sqlite3.OperationalError("disk I/O error")
             error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
-            print(database._translated(error).errno == errno.EFBIG)
+            print(translate(error, database.path, database.directory).errno == errno.EFBIG)
         """,
         directory,
     )
@@ -310,18 +311,18 @@ def test_an_error_of_sqlite_is_full_if_the_disk_is(
     def fail() -> None:
         calls.append(1)
         if len(calls) < 3:
-            with database._sqlite_errors():
+            with sqlite_errors(database.path, database.directory):
                 raise failed(code)
 
     if full:
-        database.with_reserve(fail)
+        database.reserve.run(fail)
     else:
         with pytest.raises(StorageError, match=expected) as caught:
-            database.with_reserve(fail)
+            database.reserve.run(fail)
         assert not is_full(caught.value)
     assert partial.exists() is not full
     assert (directory / "reserve").exists() is not full
-    assert expected in str(database._translated(failed(code)))
+    assert expected in str(translate(failed(code), database.path, database.directory))
 
 
 def test_a_directory_with_room_has_no_shortage(tmp_path: Path) -> None:

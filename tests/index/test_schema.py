@@ -22,6 +22,7 @@ from alembic.script import ScriptDirectory
 from cachedb import Cache, DamagedIndex, SchemaMismatch
 from cachedb.index import schema
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.prepare import prepare
 from cachedb.index.sqlite.revision import APPLICATION_ID
 from cachedb.index.tables import METADATA, REVISION
 from cachedb.operations import upgrade as upgrade_module
@@ -124,11 +125,11 @@ def test_64_processes_that_come_to_a_new_directory_at_once_all_work_with_it(dire
 
 def test_what_a_creation_that_was_killed_left_is_completed(directory: Path) -> None:
     stages = directory.parent
-    Database(stages / "folders").prepare()
-    Database(stages / "empty file").prepare()
+    prepare(Database(stages / "folders"))
+    prepare(Database(stages / "empty file"))
     (stages / "empty file" / "index.db").touch()
     wal = Database(stages / "wal")
-    wal.prepare()
+    prepare(wal)
     with closing(sqlite3.connect(wal.path)) as creator:
         creator.execute("PRAGMA journal_mode = WAL")
     assert wal.path.stat().st_size
@@ -254,7 +255,7 @@ def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path)
         return found
 
     with closing(Database(tmp_path / "models")) as other:
-        other.prepare()
+        prepare(other)
         with other.write_schema() as connection:
             METADATA.create_all(connection)
     assert definitions(cache.directory / "index.db") == definitions(other.path)

@@ -21,7 +21,7 @@ from cachedb.disk import locks, marker
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import UNFINISHED
 from cachedb.index import drift
-from cachedb.index.sqlite import backups
+from cachedb.index.sqlite import backups, prepare
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import copy, verify
 from tests.conftest import Run, files_of, running, snapshot, start_python, stored_rows
@@ -539,13 +539,13 @@ def test_a_sound_copy_is_a_cache_with_an_id_of_its_own(
     copy_files(directory, target)
     first = marker_of(directory)
     checks = []
-    check_copy = Database._check_copy
+    check_copy = prepare._check_copy
 
     def counted(database: Database, folders: Folders) -> None:
         checks.append(database.directory)
         check_copy(database, folders)
 
-    monkeypatch.setattr(Database, "_check_copy", counted)
+    monkeypatch.setattr(prepare, "_check_copy", counted)
     for _ in range(2):
         assert names(target) == {"app:1"}
         assert names(directory) == {"app:1"}
@@ -611,9 +611,9 @@ def test_a_copy_is_accepted_once(directory: Path, target: Path) -> None:
     first, second = Database(target), Database(target)
     assert first.folders.is_copy
     assert second.folders.is_copy
-    first.accept_copy(check=True)
+    prepare.accept_copy(first, check=True)
     accepted = marker_of(target)
-    second.accept_copy(check=True)
+    prepare.accept_copy(second, check=True)
     assert marker_of(target) == accepted, "to have another id would end the work of the first"
     first.close()
     second.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, RegistryError
+from cachedb import Cache, RegistryError, StorageError
 from cachedb.disk.layout import blob_path
 from cachedb.index.sqlite import peek
 from cachedb.oci.digests import Digest
@@ -174,7 +174,7 @@ def test_what_has_another_schema_is_not_sent(made: Path, remote: Registry, revis
 def test_an_index_that_has_values_of_other_types_begins_nothing(
     made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Target, "_look", lambda *_: [(FIRST.digest, "large", OCI_MANIFEST, FIRST.digest, 1)])
+    monkeypatch.setattr(push_target, "look", lambda *_: [(FIRST.digest, "large", OCI_MANIFEST, FIRST.digest, 1)])
     Target(made, Name.parse(f"{remote.host}/it:1"))._begin(Name.parse("app:1"))
     assert remote.requests == []
 
@@ -308,15 +308,15 @@ def test_an_interrupt_does_not_wait_for_a_connection(
 
 def test_two_do_not_send_the_same_blob(made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     looked = threading.Event()
-    look = Target._look
+    look = peek.look
 
-    def late(self: Target, query: str, *values: str) -> list[tuple[object, ...]]:
-        found = look(self, query, *values)
+    def late(directory: Path, query: str, *values: str) -> list[tuple[object, ...]]:
+        found = look(directory, query, *values)
         if query == peek.CONTENTS:
             looked.wait(30)
         return found
 
-    monkeypatch.setattr(Target, "_look", late)
+    monkeypatch.setattr(push_target, "look", late)
     with Target(made, Name.parse(f"{remote.host}/it:1")) as there, Cache.open(made) as cache:
         there.begin(Name.parse("large:1"))
         assert cache.push("large:1", there).blobs == 2
@@ -331,7 +331,7 @@ def test_an_index_at_rest_that_changes_while_it_is_looked_up_in_is_not_believed(
 ) -> None:
     states = iter(range(9))
     with Target(made, Name.parse(f"{remote.host}/it:1")) as there:
-        assert there._look("SELECT count(*) FROM images")
-        monkeypatch.setattr(push_target, "_state", lambda _: push_target._State(next(states), 0, has_wal=False))
-        with pytest.raises(sqlite3.OperationalError, match="changed while it was read"):
-            there._look("SELECT count(*) FROM images")
+        assert peek.look(there._directory, "SELECT count(*) FROM images")
+        monkeypatch.setattr(peek, "_state", lambda _: peek._State(next(states), 0, has_wal=False))
+        with pytest.raises(StorageError, match="changed while it was read"):
+            peek.look(there._directory, "SELECT count(*) FROM images")

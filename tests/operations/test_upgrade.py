@@ -45,6 +45,7 @@ from cachedb.index import drift as drift_module
 from cachedb.index import schema
 from cachedb.index.sqlite import backups, database
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.prepare import prepare
 from cachedb.index.sqlite.revision import APPLICATION_ID
 from cachedb.index.tables import REVISION
 from cachedb.oci.configs import ImageConfig, parse_config
@@ -635,7 +636,7 @@ def test_a_disk_that_is_too_full_is_said_so_before_anything_is_changed(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with closing(Database(old)) as database:
-        database.prepare()  # a cache of an older release gets its marker
+        prepare(database)  # a cache of an older release gets its marker
     before = content(old)
     usage = shutil.disk_usage(old)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
@@ -654,7 +655,7 @@ def test_a_backup_that_cannot_be_written_stops_the_upgrade(old: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     with closing(Database(old)) as database:
-        database.prepare()  # a cache of an older release gets its marker
+        prepare(database)  # a cache of an older release gets its marker
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="cannot make a backup of the index: No space left"):
         upgrade.upgrade(old)
@@ -700,7 +701,7 @@ def test_what_is_no_cache_is_left_alone(call: str, tmp_path: Path) -> None:
         run(half)
     lost = frozen("0001", tmp_path / "lost")
     with closing(Database(lost)) as database:
-        database.prepare()  # a cache of an older release gets its marker
+        prepare(database)  # a cache of an older release gets its marker
     (lost / "index.db").unlink()
     with pytest.raises(DamagedIndex, match="lost its index"):
         run(lost)

@@ -20,6 +20,7 @@ from cachedb.disk.layout import quarantine_path
 from cachedb.disk.waiting import Wait, chosen_seconds
 from cachedb.errors import StorageError, ignore_os_errors, os_errors
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.replace import replace
 from cachedb.reentry import not_reentered
 from cachedb.threads import told_beside
 
@@ -217,7 +218,7 @@ def put_in_place(database: Database, new: Path) -> Path | None:
     new.rename(waiting)
     sync_folder(waiting.parent)
     old = quarantine_path(database.directory, "index.db", beside=("-wal",))
-    found = database.replace(waiting, old)
+    found = replace(database, waiting, old)
     for name in filter(_REBUILT.fullmatch, os.listdir(waiting.parent)):
         database.folders.remove(f"backups/{name}")  # of one that was cut off, from which this one began
     return old if found else None

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import errno
-import re
+import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from cachedb.disk import marker
-from cachedb.errors import (
-    StorageError,
-)
+from cachedb import space
+from cachedb.disk import processes
+from cachedb.disk.reserve import RESERVE_BYTES
+from cachedb.errors import Busy, DamagedIndex, NotACache, StorageError, explain
+from cachedb.index.sqlite.revision import REBUILD_ADVICE, is_ours
 
-__all__ = ["DAMAGED_TEXTS", "FAILURES", "NO_ROOM", "PASSING", "is_full"]
+__all__ = ["FAILURES", "explain_path_limit", "sqlite_errors", "translate"]
 
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a file cannot be made or extended, and may be read
-PASSING = re.compile(rf"{marker.UNFINISHED.pattern}|index\.db-test-.*")  # while another process makes the cache
 DAMAGED_TEXTS = (
     "no such ",
     "unsupported file format",
@@ -23,8 +24,74 @@ DAMAGED_TEXTS = (
     "Could not decode to UTF-8",
 )  # these have no own code
 FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)  # the second where a message quotes what is damaged
+_PATH_LIMIT = 512 - len("-journal")  # bytes: SQLite's MAX_PATHNAME, with the longest name that it makes beside a file
 
 
-def is_full(error: StorageError) -> bool:
-    """Return whether the file system has no space or no inode left, or the quota is used up."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+@contextmanager
+def sqlite_errors(path: Path, directory: Path) -> Iterator[None]:
+    """Raise our errors for those of SQLite.
+
+    Args:
+        path: of the index.
+        directory: of the cache.
+    """
+    try:
+        yield
+    except FAILURES as error:
+        raise translate(error, path, directory) from error
+
+
+def translate(
+    error: sqlite3.DatabaseError | UnicodeDecodeError, path: Path, directory: Path
+) -> StorageError | NotACache | Busy:
+    """Return our error for one of SQLite.
+
+    Args:
+        error: as the driver raises it.
+        path: of the index.
+        directory: of the cache.
+    """
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_BUSY:
+        holder = processes.index_writer(path)
+        return Busy(f"{holder} has locked the index in a transaction: end it, or try again later", holder)
+    damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(DAMAGED_TEXTS)
+    damaged = damaged or isinstance(error, UnicodeDecodeError)
+    if damaged and is_ours(directory):
+        return DamagedIndex(f"the index is damaged: {error}; {REBUILD_ADVICE}")
+    if code == sqlite3.SQLITE_NOTADB:
+        return NotACache("index.db is not an SQLite database: name another directory")
+    if code == sqlite3.SQLITE_CANTOPEN and (reason := explain_path_limit(path)):
+        return StorageError(reason)
+    advice = {
+        sqlite3.SQLITE_FULL: "free some space and try again",
+        sqlite3.SQLITE_READONLY: "check the owner and mode of the cache directory",
+        sqlite3.SQLITE_CANTOPEN: "check the owner and mode of the cache directory, and the limit on open files",
+        sqlite3.SQLITE_IOERR: "the disk may be failing: see the kernel's log",
+    }.get(code)
+    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_NOMEM:
+        advice = "there is not enough memory"
+    elif code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+        sizes = (_size(f"{path}{suffix}") for suffix in ("", "-wal", "-shm"))
+        if shortage := space.find_shortage(directory, RESERVE_BYTES, offset=max(sizes)):
+            return StorageError(f"the index failed: {error}: {explain(shortage)}", errno=shortage.errno)
+    return StorageError(f"the index failed: {error}" + (f"; {advice}" if advice else ""))
+
+
+def explain_path_limit(path: Path) -> str | None:
+    """Return what to say of a path that is too long for SQLite, which follows its symbolic links; None for others."""
+    length = max(len(os.fsencode(path)), len(os.fsencode(os.path.realpath(path))))
+    if length <= _PATH_LIMIT:
+        return None
+    return (
+        f"the path of the index has {length} bytes, and SQLite takes {_PATH_LIMIT} at most: "
+        "choose a cache directory with a shorter path, by --dir or CACHEDB_DIR"
+    )
+
+
+def _size(path: str) -> int:
+    """Return the size of a file in bytes, 0 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0

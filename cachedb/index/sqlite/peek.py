@@ -1,8 +1,16 @@
-"""Statements for a look into the index without SQLAlchemy."""
+"""A look into the index without SQLAlchemy, which takes longer to import than a push takes to begin."""
 
 from __future__ import annotations
 
-__all__ = ["CONTENTS", "REPOSITORIES"]
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cachedb.disk import locks
+from cachedb.errors import StorageError, os_errors
+
+__all__ = ["CONTENTS", "REPOSITORIES", "look"]
 
 
 CONTENTS = """
@@ -16,3 +24,38 @@ SELECT DISTINCT images.repository FROM blobs
 JOIN image_blobs ON image_blobs.blob_id = blobs.id JOIN images ON images.id = image_blobs.image_id
 WHERE blobs.digest = ?
 """
+
+
+def look(directory: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
+    """Return what a query finds in the index of a cache, by a connection that never writes to it.
+
+    Raises:
+        StorageError: if the index cannot be read, or changed while it was read.
+    """
+    index = (directory / "index.db").absolute()
+    with locks.unforked(), os_errors("read the index"):
+        # SQLite would make files beside an index at rest to share memory by, and a reader would leave them there.
+        before = _state(index)
+        immutable = "" if before.has_wal else "&immutable=1"
+        uri = f"{index.as_uri()}?mode=ro{immutable}"
+        try:
+            with closing(sqlite3.connect(uri, uri=True, timeout=0)) as connection:
+                found = connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise StorageError(f"the index cannot be read: {error}") from error
+        if immutable and _state(index) != before:
+            raise StorageError("the index changed while it was read: try again")
+        return found
+
+
+class _State(NamedTuple):
+    """What changes when somebody writes to an index."""
+
+    modified: int  # nanoseconds
+    size: int  # bytes
+    has_wal: bool
+
+
+def _state(index: Path) -> _State:
+    status = index.stat()
+    return _State(status.st_mtime_ns, status.st_size, index.with_name("index.db-wal").exists())

@@ -17,8 +17,10 @@ from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError
 from cachedb.disk import durable, locks
-from cachedb.index.sqlite import database
+from cachedb.index.sqlite import database, lookups
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.prepare import prepare
+from cachedb.index.sqlite.replace import replace
 from cachedb.index.sqlite.revision import APPLICATION_ID
 from cachedb.index.tables import TRASH
 from tests.conftest import Run, files_of, revision_of, run_python, running, stored_rows
@@ -298,7 +300,7 @@ def test_a_look_up_is_in_the_index_that_has_the_name(index: Database, new: Path)
     with closing(Database(index.directory)) as other:
         assert len(other.rows(DIGESTS, {})) == 1
         with index.alone():
-            assert index.replace(new, index.directory / "quarantine" / "old.db")
+            assert replace(index, new, index.directory / "quarantine" / "old.db")
         assert other.rows(DIGESTS, {}) == []
 
 
@@ -318,14 +320,14 @@ def test_a_look_up_in_a_newer_schema_that_allows_it(index: Database) -> None:
 
 
 def test_a_look_up_sees_the_index_at_the_moment_of_its_schema(index: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = database._compiled
+    compiled = lookups._compiled
 
     def upgraded_meanwhile(statement: Any) -> Any:
         with index.write() as connection:
             connection.execute(insert(TRASH), [note(b"in another schema")])
         return compiled(statement)
 
-    monkeypatch.setattr(database, "_compiled", upgraded_meanwhile)
+    monkeypatch.setattr(lookups, "_compiled", upgraded_meanwhile)
     assert index.rows(DIGESTS, {}) == []
 
 
@@ -334,15 +336,15 @@ def test_a_look_up_that_fails_leaves_nothing_behind(index: Database) -> None:
     gone = select(Table("gone", MetaData(), Column("name", Text)))
     with pytest.raises(StorageError, match="no such table: gone"):
         index.rows(gone, {})
-    assert index._idle == []
+    assert index._lookups._idle == []
     assert index.rows(DIGESTS, {}) == []
 
 
 def test_what_is_looked_up_in_is_closed_before_a_fork(index: Database) -> None:
     index.rows(DIGESTS, {})
-    assert len(index._idle) == 1
+    assert len(index._lookups._idle) == 1
     if (child := os.fork()) == 0:
-        os._exit(len(index._idle))
+        os._exit(len(index._lookups._idle))
     assert os.waitpid(child, 0)[1] == 0
     assert index.rows(DIGESTS, {}) == []
 
@@ -359,7 +361,7 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
 
         index = database.Database(Path(sys.argv[1]))
         within, forked = threading.Event(), threading.Event()
-        compiled, seen = database._compiled, []
+        compiled, seen = lookups._compiled, []
 
         def fork():
             within.wait()
@@ -375,7 +377,7 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
             seen.append(forked.is_set())
             return compiled(statement)
 
-        database._compiled = compile_slowly
+        lookups._compiled = compile_slowly
         forker = threading.Thread(target=fork)
         forker.start()
         index.rows(select(TRASH.c.digest), {})
@@ -394,7 +396,7 @@ def test_many_threads_look_up_at_once(index: Database) -> None:
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda _: index.rows(DIGESTS, {}), range(500)))
     assert found == [[(digest_of(b"there"),)]] * 500
-    assert len(index._idle) <= 5
+    assert len(index._lookups._idle) <= 5
 
 
 # Connections
@@ -417,7 +419,7 @@ def test_foreign_keys_hold_again_after_a_migration(index: Database) -> None:
 
 def test_a_migration_that_fails_leaves_no_trace(tmp_path: Path) -> None:
     with closing(Database(tmp_path / "new")) as index:
-        index.prepare()
+        prepare(index)
         with pytest.raises(KeyError), index.write_schema() as connection:  # noqa: PT012
             connection.exec_driver_sql("CREATE TABLE half (done)")
             raise KeyError
@@ -605,7 +607,7 @@ def test_a_new_directory_and_its_folders_are_on_disk_before_the_index(
     synced: list[Path] = []
     monkeypatch.setattr(durable, "sync_folder", synced.append)
     directory = tmp_path / "a" / "b"
-    Database(directory).prepare()
+    prepare(Database(directory))
     assert {tmp_path, tmp_path / "a", directory, directory / "blobs"} <= set(synced)
     assert not (directory / "index.db").exists()
 
@@ -706,7 +708,7 @@ def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_
 
     with index.alone(), monkeypatch.context() as patch:
         patch.setattr(durable, "sync_folder", look)
-        assert index.replace(new, index.directory / "quarantine" / "old.db")
+        assert replace(index, new, index.directory / "quarantine" / "old.db")
     assert opened.wait(60)
     threads[0].join()
 
@@ -717,7 +719,7 @@ def test_an_index_that_is_replaced_has_all_that_was_in_its_wal(index: Database, 
     assert wal.stat().st_size
     old = index.directory / "quarantine" / "old.db"
     with index.alone():
-        assert index.replace(new, old)
+        assert replace(index, new, old)
     shell = sqlite3.connect(old)
     assert shell.execute("SELECT count(*) FROM blobs").fetchone() == (1,)
     shell.close()
@@ -734,11 +736,11 @@ def test_an_index_that_somebody_reads_for_long_is_not_replaced(
         connection.execute(insert(TRASH), [note(b"written meanwhile")])
     before, old = index.path.stat().st_ino, index.directory / "quarantine" / "old.db"
     with index.alone(), pytest.raises(StorageError, match="another program has been reading it"):
-        index.replace(new, old)
+        replace(index, new, old)
     assert index.path.stat().st_ino == before
     shell.close()
     with index.alone():
-        assert index.replace(new, old)
+        assert replace(index, new, old)
 
 
 def long_path(folder: Path, length: int) -> Path:

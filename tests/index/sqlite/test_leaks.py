@@ -18,7 +18,7 @@ from alembic import command
 
 from cachedb import Cache, CacheError, DamagedIndex, NotACache, StorageError
 from cachedb.index import drift, schema
-from cachedb.index.sqlite import database
+from cachedb.index.sqlite import connection
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import rebuild, restore
 from tests.conftest import is_open
@@ -137,16 +137,16 @@ def test_a_repair_closes_its_connections(made: Path, opened: list[sqlite3.Connec
 def test_a_connection_whose_pragma_fails_is_closed(
     index: Database, opened: list[sqlite3.Connection], monkeypatch: pytest.MonkeyPatch, pragma: str
 ) -> None:
-    class Failing(database._Connection):
+    class Failing(connection.CacheConnection):
         def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
             if statement.startswith(f"PRAGMA {pragma}"):
                 raise sqlite3.OperationalError("disk I/O error")
             return super().execute(statement, *values)
 
-    monkeypatch.setattr(database, "_Connection", Failing)
-    device, inode, mode = index._file()
+    monkeypatch.setattr(connection, "CacheConnection", Failing)
+    device, inode, mode = index.identify_file()
     if pragma == "locking_mode":
-        monkeypatch.setattr(index, "_file", lambda: (device, inode, f"{mode}&vfs=unix-none"))
+        monkeypatch.setattr(index, "identify_file", lambda: (device, inode, f"{mode}&vfs=unix-none"))
     with pytest.raises(StorageError), index.raw():
         pass
     assert [is_open(connection) for connection in opened] == [False]

@@ -15,7 +15,9 @@ import pytest
 from sqlalchemy import select
 
 from cachedb import Cache, StorageError
+from cachedb.index.sqlite import connection, database
 from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.file import IndexFile
 from cachedb.index.sqlite.query import answer
 from cachedb.index.tables import TRASH
 from tests.conftest import running
@@ -111,24 +113,24 @@ def test_a_transaction_is_of_one_moment(filled: Path) -> None:
 @pytest.fixture
 def writers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], None]:
     """Have somebody write while an index is copied, so many times."""
-    snapshot = Database._snapshot
+    snapshot = connection.take_snapshot
 
     def begin(work: Callable[[], object], times: int) -> None:
         left = [work] * times
 
-        def copy(self: Database, connection: Any) -> Any:
+        def copy(opened: Any, *how: Any) -> Any:
             class Copied:
-                file, is_settled = connection.file, connection.is_settled
+                file, is_settled = opened.file, opened.is_settled
 
                 def backup(self, target: sqlite3.Connection) -> None:
-                    connection.backup(target, pages=5, progress=lambda *_: left.pop()() if left else None)
+                    opened.backup(target, pages=5, progress=lambda *_: left.pop()() if left else None)
 
                 def close(self) -> None:
-                    connection.close()
+                    opened.close()
 
-            return snapshot(self, Copied())  # type: ignore[arg-type]
+            return snapshot(Copied(), *how)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Database, "_snapshot", copy)
+        monkeypatch.setattr(database, "take_snapshot", copy)
 
     return begin
 
@@ -181,16 +183,16 @@ def test_an_index_that_changes_all_the_time_is_an_error_that_says_so(
 def test_what_was_written_a_moment_ago_is_read_again(at_rest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another change in the same moment would not show in the file's time."""
     settled = [False, False, True]
-    monkeypatch.setattr(Database, "_is_settled", lambda _: settled.pop(0))
+    monkeypatch.setattr(IndexFile, "is_settled", lambda _: settled.pop(0))
     index = Database(at_rest)
     assert index.rows(select(TRASH.c.size).limit(1), {}) == [(1,)]
     assert settled == []
     index.close()
     monkeypatch.undo()
     os.utime(at_rest / "index.db")
-    assert not index._is_settled()
+    assert not index.file.is_settled()
     os.utime(at_rest / "index.db", (1, 1))
-    assert index._is_settled()
+    assert index.file.is_settled()
 
 
 @pytest.mark.usefixtures("only_read")

@@ -1,0 +1,124 @@
+"""Space and inodes that a cache sets aside for the moments when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from cachedb import space
+from cachedb.disk import downloads
+from cachedb.disk.folders import Folders, follow
+from cachedb.errors import CacheError, StorageError, ignore_os_errors
+
+__all__ = ["NO_ROOM", "RESERVE_BYTES", "Reserve", "is_full"]
+
+T = TypeVar("T")
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a file cannot be made or extended, and may be read
+RESERVE_BYTES = 1024 * 1024
+# SQLite needs two for index.db-wal and index.db-shm, a session two, and locks the rest.
+_RESERVE_INODES = 8
+
+
+class Reserve:
+    """The files ``reserve`` and ``reserve.inodes/`` of a cache."""
+
+    def __init__(self, directory: Path, open_folders: Callable[[], Folders]) -> None:
+        """Name the reserve of a cache.
+
+        Args:
+            directory: of the cache.
+            open_folders: returns its open folders, or raises if nothing can be changed in it.
+        """
+        self._directory = directory
+        self._open_folders = open_folders
+        self._gave_up = False
+
+    def keep(self) -> None:
+        """Set space and inodes aside for `run`, where some are missing and the disk has them."""
+        self._keep_bytes()
+        with suppress(CacheError), ignore_os_errors():
+            self._keep_inodes()
+
+    def refill(self) -> None:
+        """Set inodes aside again that were given up, once SQLite has given its own back."""
+        if self._gave_up:
+            self._gave_up = False
+            self.keep()
+
+    def _keep_inodes(self) -> None:
+        if os.path.lexists(self._directory / "reserve.inodes" / str(_RESERVE_INODES)):  # the last that is made
+            return
+        self._open_folders().make("reserve.inodes")
+        with self._open_folders().open("reserve.inodes") as folder:
+            for number in range(1, _RESERVE_INODES + 1):
+                file = os.open(str(number), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+                try:
+                    follow(file, self._open_folders().status)
+                finally:
+                    os.close(file)
+
+    def give_up_inodes(self) -> bool:
+        """Give the inodes that were set aside back to the file system; return whether there is one now."""
+        found = False
+        with suppress(CacheError), ignore_os_errors(), self._open_folders().open("reserve.inodes") as folder:
+            for number in range(_RESERVE_INODES, 0, -1):
+                with suppress(FileNotFoundError):
+                    os.unlink(str(number), dir_fd=folder)
+                    found = self._gave_up = True
+        # Another process may have given them up just now.
+        return found or not space.find_shortage(self._directory, RESERVE_BYTES)
+
+    def _keep_bytes(self) -> None:
+        path = self._directory / "reserve"
+        with ignore_os_errors():
+            if path.exists() and path.stat().st_size >= RESERVE_BYTES:
+                return
+            descriptor = os.open(
+                "reserve", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self._open_folders().root
+            )
+            try:
+                follow(descriptor, self._open_folders().status)
+                os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
+            except OSError as error:
+                # The limit on the size of our files says nothing of the disk.
+                if error.errno != errno.EFBIG or not os.fstat(descriptor).st_size:
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+    def run(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
+        """Do some work; on a full disk do it again, or other work, in the room that was set aside.
+
+        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without. Inodes are given
+        up first, which may be all that it takes; then space, and what is left of downloads as well.
+        """
+        try:
+            return work()
+        except StorageError as error:
+            if not is_full(error):
+                raise
+            if self.give_up_inodes():
+                try:
+                    return again() if again else work()
+                except StorageError as still:
+                    if not is_full(still):
+                        raise
+            freed = False
+            with suppress(CacheError), ignore_os_errors():
+                freed = downloads.sweep(self._open_folders(), age=0)
+            with ignore_os_errors():
+                os.unlink("reserve", dir_fd=self._open_folders().root)
+                freed = True
+            if freed:
+                return (again or work)()
+            raise
+
+
+def is_full(error: StorageError) -> bool:
+    """Return whether the file system has no space or no inode left, or the quota is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,0 +1,72 @@
+"""Look-ups in loops, past SQLAlchemy: of the time that a read transaction takes, SQLite itself has a twentieth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Select
+from sqlalchemy.dialects import sqlite
+
+from cachedb.disk import locks
+from cachedb.index.sqlite.connection import CacheConnection
+from cachedb.index.sqlite.revision import SELECT_REVISION
+from cachedb.index.tables import REVISION
+
+__all__ = ["Lookups"]
+
+_IDLE = 5  # connections that are kept open, as many as the pool keeps
+
+
+class Lookups:
+    """Connections that are kept for look-ups, and used by one thread at a time."""
+
+    def __init__(self, open_: Callable[[], CacheConnection], identify: Callable[[], tuple[int, int, str]]) -> None:
+        """Take what opens a connection, and what tells which file has the name of the index."""
+        self._open, self._identify = open_, identify
+        self._idle: list[CacheConnection] = []
+
+    def find(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]] | None:
+        """Return what a statement finds in a transaction of its own; None if the schema is not ours.
+
+        Raises:
+            sqlite3.Error: if SQLite fails.
+        """
+        with locks.unforked():
+            file = self._identify()
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = self._open()
+            try:
+                if connection.file != file:
+                    connection.close()
+                    connection = self._open()
+                connection.execute("BEGIN")
+                ours = connection.execute(SELECT_REVISION).fetchone() == (REVISION,)
+                text, constants = _compiled(statement)
+                found = connection.execute(text, {**constants, **values}).fetchall() if ours else None
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.close()
+                raise
+            if len(self._idle) < _IDLE:
+                self._idle.append(connection)
+            else:
+                connection.close()
+            return found
+
+    def close(self) -> None:
+        """Close all that are not in use."""
+        while self._idle:
+            with suppress(IndexError):  # another thread closes them, too
+                self._idle.pop().close()
+
+
+@cache
+def _compiled(statement: Select[*tuple[Any, ...]]) -> tuple[str, dict[str, Any]]:
+    """Return a statement as SQLite has it, and its parameters that have a value already."""
+    compiled = statement.compile(dialect=sqlite.dialect(paramstyle="named"))
+    return str(compiled), dict(compiled.params)

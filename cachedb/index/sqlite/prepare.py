@@ -1,0 +1,155 @@
+"""Make a directory a cache, or see that it is one: its marker, its folders, and that a copy of a cache is whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+from contextlib import closing, suppress
+from itertools import filterfalse
+
+from cachedb.disk import locks, marker
+from cachedb.disk.durable import sync_folder
+from cachedb.disk.file_system import refuse_shared, refuse_unable
+from cachedb.disk.folders import FOLDERS, Folders
+from cachedb.disk.layout import blob_file
+from cachedb.errors import CacheError, DamagedIndex, NotACache, StorageError, os_errors
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.errors import explain_path_limit
+from cachedb.index.sqlite.revision import APPLICATION_ID, has_backup
+from cachedb.oci.digests import Digest
+
+__all__ = ["accept_copy", "has_our_mark", "prepare"]
+
+_PASSING = re.compile(rf"{marker.UNFINISHED.pattern}|index\.db-test-.*")  # while another process makes the cache
+
+
+def prepare(database: Database) -> str | None:
+    """Make the directory and its folders, unless they are there; refuse what is not ours.
+
+    Returns:
+        The schema's revision, as `revision` does.
+
+    Raises:
+        NotACache: if the directory holds something else.
+        NotOurs: if it is another user's, or a folder in it leads elsewhere.
+        StorageError: if it cannot be made or read.
+    """
+    if reason := refuse_shared(database.directory) or explain_path_limit(database.path):
+        raise StorageError(reason)
+    if database.read_only:
+        revision = database.revision()
+        with os_errors("use the cache directory"):
+            folders = Folders(database.directory)
+            folders.mark(new=False)
+            if folders.is_copy and revision is not None:
+                _check_copy(database, folders)  # each time: that it is good cannot be noted
+        return revision
+    with os_errors("use the cache directory"):
+        missing = [folder for folder in (database.directory, *database.directory.parents) if not folder.exists()]
+        with suppress(FileExistsError):
+            database.directory.mkdir(mode=0o700, parents=True)
+            database.directory.chmod(0o700)  # whatever the umask
+        for folder in missing:
+            sync_folder(folder.parent)
+        _mark(database)
+        for name in FOLDERS:
+            database.folders.make(name)
+            with database.folders.open(name):
+                pass  # a link to elsewhere is refused now, and again whenever something is changed in it
+        revision = database.revision()
+        if revision is None:
+            sync_folder(database.directory / "blobs")
+            sync_folder(database.directory)
+        elif database.folders.is_copy:
+            accept_copy(database, check=True)
+        return revision
+
+
+def accept_copy(database: Database, *, check: bool) -> None:
+    """Let a cache that was copied file by file be a cache of its own, unless it is one.
+
+    Args:
+        check: that the index is sound and has its files.
+
+    Raises:
+        DamagedIndex: if it is not, or has not.
+    """
+    with (
+        database.write_wait() as wait,
+        os_errors("use the cache directory"),
+        locks.in_turn(database.write_lock, wait=wait),
+    ):
+        database.folders.mark(new=False)  # another process may have done so meanwhile
+        if database.folders.is_copy:
+            if check:
+                _check_copy(database, database.folders)
+            with suppress(OSError):  # of a full disk: the next open checks again
+                database.folders.accept_copy()
+
+
+def has_our_mark(database: Database) -> bool:
+    """Return whether the index has our application_id, as those of older releases have, which left no marker."""
+    if database.file.is_new:
+        return False
+    mark = "PRAGMA application_id"
+    with suppress(CacheError), database.look() as connection:
+        return bool(connection.exec_driver_sql(mark).scalar_one() == APPLICATION_ID)
+    # A damaged one may have its header still. SQLite reads it, for to close the file ourselves would release
+    # SQLite's locks on it in this process.
+    with (
+        suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"{database.path.as_uri()}?mode=ro&immutable=1", uri=True)) as damaged,
+    ):
+        damaged.execute("PRAGMA writable_schema = ON")  # else a file that was cut short is refused
+        return bool(damaged.execute(mark).fetchone() == (APPLICATION_ID,))
+    return False
+
+
+def _check_copy(database: Database, folders: Folders) -> None:
+    """Refuse a copy whose files are not of one moment: of any schema, for it is not upgraded yet.
+
+    SQLite applies a WAL to whatever index lies beside it, also to one that was copied before a checkpoint. Without
+    a marker it may be no copy but an older release's cache, which is of use also if a blob's file is lost.
+    """
+    with database.look() as connection:
+        found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+        faults = [] if found == "ok" else [str(found)]
+        for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(1):
+            faults.append(f"row {row} of {table} refers to a row of {parent} that is not there")
+        if not faults and folders.had_marker:
+            query = "SELECT digest, size FROM blobs WHERE stored_at IS NOT NULL"
+            for digest, size in connection.exec_driver_sql(query):
+                try:
+                    is_there = os.stat(blob_file(database.directory, Digest(digest))).st_size == size
+                except FileNotFoundError:
+                    is_there = False
+                if not is_there:
+                    faults.append(f"{digest} is missing or has another size")
+                    break
+    if faults:
+        raise DamagedIndex(
+            f"{str(database.directory)!r} is a damaged copy of a cache ({faults[0]}): copy it again with "
+            "`cachedb copy`, or run `cachedb verify --repair` on it"
+        )
+
+
+def _mark(database: Database) -> None:
+    """Make sure that the directory is a cache, or may become one, and has a marker that says so.
+
+    Raises:
+        NotACache: if it holds something else.
+    """
+    if not database.folders.is_marked and not has_our_mark(database) and not has_backup(database.directory):
+        strange = set(filterfalse(_PASSING.fullmatch, os.listdir(database.folders.root)))
+        strange -= {"lost+found"} | ({"index.db"} if database.file.is_new else set())
+        # Another process may have marked it since we looked.
+        if strange and marker.read(database.folders.root) is None:
+            database.revision()  # it says so if the index is another program's
+            raise NotACache(
+                f"{str(database.directory)!r} has no {marker.MARKER!r} and is not empty (it holds {min(strange)!r}): "
+                "name another directory"
+            )
+    if database.file.is_new and not database.folders.is_marked:
+        refuse_unable(database.directory)
+    database.folders.mark(new=True, is_sound=database.file.is_new)

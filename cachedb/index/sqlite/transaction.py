@@ -1,0 +1,85 @@
+"""A write transaction, under the write lock, and what is to be made sure of before it begins."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from cachedb.disk import locks
+from cachedb.errors import CacheReplaced
+from cachedb.index.sqlite.revision import is_compatible, read_oldest, read_revision
+from cachedb.index.tables import REVISION
+
+__all__ = ["begin", "driver_of", "ensure_wal", "immediate", "transaction"]
+
+
+@contextmanager
+def transaction(connection: Connection, turn: locks.Turn, write_lock: Path) -> Iterator[None]:
+    """Commit what the block does, or roll it back; and first of all make sure of how the last commit ended.
+
+    Who is killed in a commit, or cannot sync it, may leave all of it in the WAL and yet unseen: when all processes
+    are gone, SQLite finds it there. By then we may have taken its files away. A commit of our own puts an end to
+    that, for it is written over it.
+    """
+    ensure_wal(driver_of(connection))
+    if turn.marked:
+        with connection.begin():
+            # A newer schema is for newer releases to write to.
+            if (read_revision(connection) or "") <= REVISION or is_compatible(connection):
+                # It is written even if it is that already.
+                connection.exec_driver_sql(f"PRAGMA user_version = {read_oldest(connection)}")
+    transaction = connection.begin()
+    try:
+        turn.mark()
+        yield
+    except BaseException:
+        transaction.rollback()
+        turn.unmark()
+        raise
+    if turn.is_lost:
+        transaction.rollback()
+        turn.unmark()
+        raise CacheReplaced(
+            f"{str(write_lock)!r} was removed while it was locked; nothing was written: try again, and keep "
+            "cleaners of old files out of the cache"
+        )
+    if transaction.is_active:
+        try:
+            transaction.commit()
+        except BaseException:
+            transaction.rollback()
+            raise
+    turn.unmark()
+
+
+def ensure_wal(driver: sqlite3.Connection) -> None:
+    """Put the index back into WAL mode if an outside program switched it off; under the write lock.
+
+    The mode is stored in the file. Without it a reader blocks every writer, and a writer every reader.
+
+    Raises:
+        Busy: if another program is reading, which the switch has to wait for.
+    """
+    if driver.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        driver.execute("PRAGMA journal_mode = WAL")
+
+
+def driver_of(connection: Connection) -> sqlite3.Connection:
+    """Return the driver's own connection."""
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, sqlite3.Connection)
+    return driver
+
+
+def immediate(connection: Connection) -> Connection:
+    """Return the connection with transactions that write from their beginning on."""
+    return connection.execution_options(cachedb_begin="BEGIN IMMEDIATE")
+
+
+def begin(connection: Connection) -> None:
+    """Begin a transaction, for SQLAlchemy's event of that name."""
+    connection.exec_driver_sql(connection.get_execution_options().get("cachedb_begin", "BEGIN"))
