@@ -15,126 +15,77 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from cachedb.errors import (
-    Busy,
-    CacheError,
-    CacheReplaced,
-    DamagedIndex,
-    DigestMismatch,
-    IncompleteImage,
-    InvalidArchive,
-    InvalidDigest,
-    InvalidManifest,
-    InvalidName,
-    InvalidQuery,
-    InvalidRevision,
-    NotACache,
-    NotInCache,
-    NotOurs,
-    ReentrantCall,
-    RegistryError,
-    RegistryUnavailable,
-    SchemaMismatch,
-    StorageError,
-)
+from cachedb import errors
+from cachedb.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
-    from cachedb.cache import Cache
-    from cachedb.content.collect import Collected
-    from cachedb.disk.folders import Leftover
-    from cachedb.index.holds import HoldInfo
-    from cachedb.index.images import BlobInfo, ImageInfo, PlatformInfo
-    from cachedb.index.sqlite.query import Answer
-    from cachedb.oci.digests import Digest
-    from cachedb.oci.names import Name
-    from cachedb.operations.adopt import Adoption
-    from cachedb.operations.copy import Copied
-    from cachedb.operations.pull import Pulled
-    from cachedb.operations.push import Pushed
-    from cachedb.operations.verify import Problem, Verification
-    from cachedb.reports.sessions import Activity, SessionInfo
-    from cachedb.reports.usage import Share, Stats, Usage
-    from cachedb.reports.views import View
-    from cachedb.transports.json_cache import LeftOut
+    from cachedb.cache import Cache as Cache
+    from cachedb.content.collect import Collected as Collected
+    from cachedb.disk.folders import Leftover as Leftover
+    from cachedb.disk.writer import Data as Data
+    from cachedb.index.holds import HoldInfo as HoldInfo
+    from cachedb.index.images import BlobInfo as BlobInfo
+    from cachedb.index.images import ImageInfo as ImageInfo
+    from cachedb.index.images import PlatformInfo as PlatformInfo
+    from cachedb.index.sqlite.query import Answer as Answer
+    from cachedb.oci.digests import Digest as Digest
+    from cachedb.oci.names import Name as Name
+    from cachedb.operations.adopt import Adoption as Adoption
+    from cachedb.operations.copy import Copied as Copied
+    from cachedb.operations.pull import Pulled as Pulled
+    from cachedb.operations.push import Pushed as Pushed
+    from cachedb.operations.verify import Problem as Problem
+    from cachedb.operations.verify import Verification as Verification
+    from cachedb.progress import BlobProgress as BlobProgress
+    from cachedb.progress import Progress as Progress
+    from cachedb.reports.sessions import Activity as Activity
+    from cachedb.reports.sessions import SessionInfo as SessionInfo
+    from cachedb.reports.usage import Share as Share
+    from cachedb.reports.usage import Stats as Stats
+    from cachedb.reports.usage import Usage as Usage
+    from cachedb.reports.views import View as View
+    from cachedb.transports.json_cache import LeftOut as LeftOut
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Activity",
-    "Adoption",
-    "Answer",
-    "BlobInfo",
-    "Busy",
-    "Cache",
-    "CacheError",
-    "CacheReplaced",
-    "Collected",
-    "Copied",
-    "DamagedIndex",
-    "Digest",
-    "DigestMismatch",
-    "HoldInfo",
-    "ImageInfo",
-    "IncompleteImage",
-    "InvalidArchive",
-    "InvalidDigest",
-    "InvalidManifest",
-    "InvalidName",
-    "InvalidQuery",
-    "InvalidRevision",
-    "LeftOut",
-    "Leftover",
-    "Name",
-    "NotACache",
-    "NotInCache",
-    "NotOurs",
-    "PlatformInfo",
-    "Problem",
-    "Pulled",
-    "Pushed",
-    "ReentrantCall",
-    "RegistryError",
-    "RegistryUnavailable",
-    "SchemaMismatch",
-    "SessionInfo",
-    "Share",
-    "Stats",
-    "StorageError",
-    "Usage",
-    "Verification",
-    "View",
-    "__version__",
-]
-
-# Imported when first asked for: `cachedb --help` must not wait for SQLAlchemy.
 _HOMES = {
     "Activity": "cachedb.reports.sessions",
     "Adoption": "cachedb.operations.adopt",
     "Answer": "cachedb.index.sqlite.query",
-    "BlobInfo": "cachedb.content.save",
+    "BlobInfo": "cachedb.index.images",
+    "BlobProgress": "cachedb.progress",
     "Cache": "cachedb.cache",
     "Collected": "cachedb.content.collect",
     "Copied": "cachedb.operations.copy",
-    "Digest": "cachedb.oci.names",
+    "Data": "cachedb.disk.writer",
+    "Digest": "cachedb.oci.digests",
     "HoldInfo": "cachedb.index.holds",
-    "ImageInfo": "cachedb.content.save",
-    "LeftOut": "cachedb.operations.adopt",
+    "ImageInfo": "cachedb.index.images",
+    "LeftOut": "cachedb.transports.json_cache",
     "Leftover": "cachedb.disk.folders",
     "Name": "cachedb.oci.names",
-    "PlatformInfo": "cachedb.content.save",
+    "PlatformInfo": "cachedb.index.images",
     "Problem": "cachedb.operations.verify",
+    "Progress": "cachedb.progress",
     "Pulled": "cachedb.operations.pull",
     "Pushed": "cachedb.operations.push",
     "SessionInfo": "cachedb.reports.sessions",
     "Share": "cachedb.reports.usage",
-    "Stats": "cachedb.cache",
+    "Stats": "cachedb.reports.usage",
     "Usage": "cachedb.reports.usage",
     "Verification": "cachedb.operations.verify",
-    "View": "cachedb.index.sqlite.query",
+    "View": "cachedb.reports.views",
 }
+"""The modules of the names that are imported when they are first asked for: `cachedb --help` needs no SQLAlchemy."""
 
+__all__ = [*errors.__all__, *_HOMES, "__version__"]
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # a misspelt name is an error for a type checker
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)
+
+    def __dir__() -> list[str]:
+        return sorted(__all__)

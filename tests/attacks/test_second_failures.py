@@ -14,7 +14,7 @@ import pytest
 from cachedb import Cache, CacheError, InvalidArchive, StorageError
 from cachedb.content import publish
 from cachedb.disk import downloads, single_flight
-from cachedb.index import blobs, schema
+from cachedb.index import schema
 from cachedb.operations import upgrade
 from tests.support import make
 from tests.support.make import save
@@ -160,7 +160,7 @@ def test_a_publication_that_fails_and_cannot_be_taken_back(
     failed: list[int] = []
     monkeypatch.setattr(publish, "retract", retract)
     with (
-        fault(blobs, "set_stored", errno.ENOSPC, ""),
+        fault(publish, "set_stored", errno.ENOSPC, ""),
         pytest.raises(StorageError, match="No space left"),
     ):
         cache.add_blob(b"new")

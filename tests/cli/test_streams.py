@@ -67,7 +67,7 @@ def test_no_file_of_the_cache_takes_the_place_of_a_standard_file(filled: Cache, 
     code = f"""
 import os, sys
 from cachedb import Cache
-from cachedb.cli.main import main as cli
+from cachedb.cli import main as cli
 real = Cache.cache_from_tar
 def look(self, *arguments, **options):
     found = [os.readlink(f"/proc/self/fd/{{number}}") for number in range(3)]

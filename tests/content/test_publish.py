@@ -348,7 +348,7 @@ def test_a_publication_that_cannot_be_taken_back_is_taken_back_by_the_next_open(
         def fail(*_: object) -> None:
             raise StorageError("the disk is gone")
 
-        patch.setattr(blobs, "set_stored", fail)
+        patch.setattr(publish, "set_stored", fail)
         patch.setattr(publish, "retract", fail)
         with pytest.raises(StorageError, match="the disk is gone"):
             cache.add_blob(b"data")

@@ -32,7 +32,7 @@ SCRIPT = """
     from cachedb.index.sqlite import database
     from cachedb.disk import locks
     from cachedb.index.sqlite import query
-    from cachedb.index import schema
+    from cachedb.operations import upgrade
     from tests.support import make
     from tests.support.make import save
 
@@ -108,10 +108,10 @@ CALLERS = {
     "the progress of a verification": "cache.verify(repair=True, progress=stay)",
     "the progress of an adoption": 'cache.adopt(other / "old", progress=stay)',
     "the progress of an adoption of what is here": 'cache.adopt(other / "same", progress=stay)',
-    "the progress of a backup": "backups._OPCODES = 10; schema.back_up(directory, progress=stay)",
-    "the progress of an upgrade": 'schema.upgrade(other / "0001", progress=stay)',
+    "the progress of a backup": "backups._OPCODES = 10; upgrade.back_up(directory, progress=stay)",
+    "the progress of an upgrade": 'upgrade.upgrade(other / "0001", progress=stay)',
     "the progress of a backup before an upgrade": "backups._OPCODES = 10\n"
-    'schema.upgrade(other / "0001", progress=lambda what, *_: what == "backing up" and stay())',
+    'upgrade.upgrade(other / "0001", progress=lambda what, *_: what == "backing up" and stay())',
 }
 SOURCE = """
     class Source:
@@ -210,7 +210,7 @@ WAITING = {
     "another backup": (
         'lock = (directory / "backups" / ".lock").open("w")\nfcntl.flock(lock, fcntl.LOCK_EX)\n'
         "locks.held = calls_when_waiting(locks.held)",
-        "schema.back_up(directory)",
+        "upgrade.back_up(directory)",
         "fcntl.flock(lock, fcntl.LOCK_UN)",
     ),
     "who makes the same": (

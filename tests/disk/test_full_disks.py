@@ -257,6 +257,7 @@ def test_an_index_that_outgrows_the_limit_is_told_from_a_full_disk(directory: Pa
         import errno, os, resource, sqlite3, sys
         from pathlib import Path
         from cachedb.index.sqlite.database import Database
+        from cachedb.index.sqlite.errors import translate
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))
         database = Database(Path(sys.argv[1]))
         for size in (1 << 20, (4 << 20) - 4096):

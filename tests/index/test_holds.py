@@ -35,7 +35,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> SetClock:
             def now(cls, tz: object = None) -> Clock:
                 return cls.fromtimestamp(time.timestamp(), UTC)
 
-        for module in ("holds", "images", "blobs"):
+        for module in ("index.holds", "index.images", "content.save", "index.blobs", "text"):
             monkeypatch.setattr(f"cachedb.{module}.datetime", Clock)
 
     return to

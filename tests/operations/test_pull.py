@@ -278,9 +278,9 @@ def test_a_pull_that_is_killed_when_a_layer_is_all_there_does_not_download_it_ag
 ) -> None:
     name, layer = f"{remote.host}/large:1", make.digest_of(LARGE.layers[0])
     code = (
-        "import os, time; from cachedb import Cache; from cachedb.content import save as images\n"
+        "import os, time; from cachedb import Cache; from cachedb.content import publish\n"
         f"die = lambda *it: os.kill(os.getpid(), 9) if it[2][0].digest == {layer!r} else time.sleep(60)\n"
-        "images.publish = die\n"
+        "publish.publish = die\n"
         f"Cache.open({str(directory)!r}).pull({name!r})"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9

@@ -43,7 +43,7 @@ from cachedb.content import describe
 from cachedb.disk import reader
 from cachedb.index import drift as drift_module
 from cachedb.index import schema
-from cachedb.index.sqlite import backups, database
+from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.prepare import prepare
 from cachedb.index.sqlite.revision import APPLICATION_ID
@@ -56,6 +56,14 @@ from tests.index.test_schema import change, rows, tables
 from tests.support.make import image, index, save
 from tests.support.promises import check
 
+OPERATIONS = {
+    "upgrade": upgrade.upgrade,
+    "downgrade": upgrade.downgrade,
+    "back_up": upgrade.back_up,
+    "check": drift_module.check,
+    "current": schema.current,
+    "history": schema.history,
+}
 FROZEN = Path(__file__).parents[1] / "frozen"
 REVISIONS = [f"{number:04}" for number in range(1, int(REVISION) + 1)]
 ADDED = {"some_platforms", "architecture", "os", "variant", "created", "author", "diff_id", "created_by"}
@@ -683,7 +691,7 @@ def test_a_change_that_would_leave_rows_that_refer_to_none_is_not_made(
 def test_what_is_no_cache_is_left_alone(call: str, tmp_path: Path) -> None:
     def run(directory: Path) -> object:
         arguments = ("0001",) if call == "downgrade" else ()
-        return getattr(schema, call)(directory, *arguments)
+        return OPERATIONS[call](directory, *arguments)
 
     with pytest.raises(NotInCache, match="there is no cache in"):
         run(tmp_path / "nothing")
@@ -713,7 +721,7 @@ def test_a_cache_that_has_lost_its_index_is_told_from_one_that_is_not_there_yet(
     directory: Path, damage: str, call: str
 ) -> None:
     def run() -> object:
-        return getattr(schema, call)(directory, *(("0001",) if call == "downgrade" else ()))
+        return OPERATIONS[call](directory, *(("0001",) if call == "downgrade" else ()))
 
     Cache.open(directory).close()
     (directory / "index.db").unlink()
@@ -749,11 +757,11 @@ def test_folders_that_are_gone_are_brought_back(old: Path, call: str, monkeypatc
         (old / "backups").rmdir()
     for name in ("locks", "trash", "ingest"):
         shutil.rmtree(old / name)
-    run = getattr(schema, call)
+    run = OPERATIONS[call]
     arguments = ("0001",) if call == "downgrade" else ()
     run(old, *arguments)
     assert {path.name for path in old.iterdir() if path.is_dir()} >= {"backups", "locks", "trash", "ingest"}
-    monkeypatch.setattr(database, "refuse_shared", lambda _: "it is on nfs")
+    monkeypatch.setattr("cachedb.index.sqlite.prepare.refuse_shared", lambda _: "it is on nfs")
     with pytest.raises(StorageError, match="it is on nfs"):
         run(old, *arguments)
 

@@ -389,7 +389,7 @@ def test_a_file_that_is_being_published_is_no_orphan(
         set_stored(*arguments)
 
     with monkeypatch.context() as patch, Cache.open(cache.directory) as other:
-        patch.setattr(blobs, "set_stored", slow)
+        patch.setattr("cachedb.content.publish.set_stored", slow)
         before_settling(patch, looked.set)
         thread = threading.Thread(target=other.add_blob, args=[b"on its way"])
         thread.start()

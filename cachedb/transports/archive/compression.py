@@ -15,6 +15,7 @@ __all__ = ["MAGIC", "MAGIC_LENGTH", "Decompressor", "compression_of"]
 
 _SLICE = 64 * 1024  # bytes that a decompressor is given at a time, of which it may hand most back
 MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
+MAGIC |= {b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)}
 MAGIC_LENGTH = max(map(len, MAGIC))
 """How many of the first bytes `compression_of` needs."""
 

@@ -19,7 +19,7 @@ from cachedb.disk.writer import CHUNK, discard
 from cachedb.errors import CacheError, InvalidArchive, StorageError, os_errors
 from cachedb.text import human, parse_size, shorten
 from cachedb.transports.archive import tar
-from cachedb.transports.archive.compression import MAGIC, MAGIC_LENGTH, Decompressor, compression_of
+from cachedb.transports.archive.compression import MAGIC_LENGTH, Decompressor, compression_of
 
 __all__ = ["Files", "Section", "UnpackLimit", "descriptor", "max_unpacked", "open_files"]
 
@@ -33,7 +33,6 @@ _RATIO_FREE = 256 * 1024**2  # bytes that are no bomb, whatever the ratio
 _SPACE_LOOK = 8 * CHUNK  # bytes unpacked between two looks at the free space
 _SPACE_SHARE = 3  # times the space that is left, unpacked content may take
 # Longer than "BZh", with which a file's name can begin, and so an uncompressed layer.
-MAGIC.update({b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)})
 
 
 class Section:

@@ -17,7 +17,7 @@ from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError
 from cachedb.disk import durable, locks
-from cachedb.index.sqlite import database, lookups
+from cachedb.index.sqlite import lookups
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.prepare import prepare
 from cachedb.index.sqlite.replace import replace
@@ -355,7 +355,7 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
         import os, sys, threading, time
         from pathlib import Path
         from sqlalchemy import select
-        from cachedb.index.sqlite import database
+        from cachedb.index.sqlite import database, lookups
         from cachedb.disk import locks
         from cachedb.index.tables import TRASH
 
@@ -605,7 +605,7 @@ def test_a_new_directory_and_its_folders_are_on_disk_before_the_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(durable, "sync_folder", synced.append)
+    monkeypatch.setattr("cachedb.index.sqlite.prepare.sync_folder", synced.append)
     directory = tmp_path / "a" / "b"
     prepare(Database(directory))
     assert {tmp_path, tmp_path / "a", directory, directory / "blobs"} <= set(synced)
@@ -707,7 +707,7 @@ def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_
             assert not opened.wait(0.2)
 
     with index.alone(), monkeypatch.context() as patch:
-        patch.setattr(durable, "sync_folder", look)
+        patch.setattr("cachedb.index.sqlite.replace.sync_folder", look)
         assert replace(index, new, index.directory / "quarantine" / "old.db")
     assert opened.wait(60)
     threads[0].join()
@@ -728,7 +728,7 @@ def test_an_index_that_is_replaced_has_all_that_was_in_its_wal(index: Database, 
 def test_an_index_that_somebody_reads_for_long_is_not_replaced(
     index: Database, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_READING", 0)
+    monkeypatch.setattr("cachedb.index.sqlite.replace._READING_SECONDS", 0)
     shell = sqlite3.connect(index.path, isolation_level=None)
     shell.execute("BEGIN")
     shell.execute("SELECT * FROM images").fetchall()

@@ -86,7 +86,7 @@ def rebuild_without_rows(made: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def check_with_failing_migrations(made: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(schema, "run_migrations", fail)
+    patch.setattr(drift, "run_migrations", fail)
     drift.check(made)
 
 
