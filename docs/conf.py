@@ -23,10 +23,10 @@ nitpicky = True
 # Types of Python and of libraries have no page here, and no page of another site is fetched to build this one.
 nitpick_ignore_regex = [("py:.*", r"(?!cachedb\.).*"), ("py:class", r"cachedb\.\w+\..*")]
 
+myst_enable_extensions = ["deflist"]
 smartquotes = False  # `--link` stays two hyphens
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
-suppress_warnings = ["myst.xref_missing"] if "man" in sys.argv else []  # a manual page is built without its neighbours
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -44,4 +44,3 @@ html_show_sphinx = False
 html_theme_options = {"top_of_page_buttons": []}
 
 man_pages = man_pages_of(author)
-man_show_urls = True

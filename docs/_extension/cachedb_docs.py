@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from docutils import nodes
 from sphinx.application import Sphinx
 
 from cachedb.cli import cli
@@ -24,6 +25,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", _add_fields, priority=400)
     app.connect("autodoc-process-docstring", _as_rst, priority=450)  # before napoleon
     app.connect("autodoc-skip-member", _skip)
+    app.connect("doctree-resolved", _without_links)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -78,6 +80,13 @@ def _help(command: click.Command) -> str:
     return inspect.cleandoc(command.help or "").partition("\f")[0]
 
 
+def _without_links(app: Sphinx, tree: nodes.document, _page: str) -> None:
+    """Leave the text of links in manual pages, which would print an empty address behind it."""
+    if app.builder.name == "man":
+        for link in list(tree.findall(nodes.reference)):
+            link.replace_self(link.children)
+
+
 def _page(name: str, command: click.Command, context: click.Context) -> str:
     usage = " ".join(command.collect_usage_pieces(context))
     parts = [f"# {name}", "## Synopsis", f"```text\n{name} {usage}\n```", "## Description", _escaped(_help(command))]
@@ -87,11 +96,18 @@ def _page(name: str, command: click.Command, context: click.Context) -> str:
     if isinstance(command, click.Group):
         parts.append("## Commands")
         children = [(child, command.get_command(context, child)) for child in command.list_commands(context)]
-        parts += [f"`{name} {child}`\n: {_escaped(_summary(found))}." for child, found in children if found]
+        parts += [
+            f"[`{name} {child}`]({_file(f'{name} {child}')}.md)\n: {_escaped(_summary(found))}."
+            for child, found in children
+            if found
+        ]
     if command.epilog:
         examples = inspect.cleandoc(command.epilog).replace("\b\n", "").removeprefix("Examples:\n")
         parts += ["## Examples", f"```sh\n{inspect.cleandoc(examples)}\n```"]
     parts += ["## Exit status", _exit_status()]
+    if name != "cachedb":
+        above = name.rpartition(" ")[0]
+        parts += ["## See also", f"[{_file(above)}(1)]({_file(above)}.md)"]
     return "\n\n".join(parts) + "\n"
 
 
