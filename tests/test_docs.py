@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import pytest
 
 import cachedb
 from cachedb import Cache, errors
+from cachedb.cli import cli
 from tests.make import image
 
 ROOT = Path(__file__).parent.parent
@@ -164,8 +166,6 @@ def test_the_configuration_has_every_variable_that_the_code_reads() -> None:
 
 
 def test_the_exit_codes_are_those_of_the_help() -> None:
-    from cachedb.cli import cli
-
     assert cli.help is not None
     (listed,) = re.findall(r"Exit codes: (.*?)\.$", cli.help, re.MULTILINE)
     codes = {code.partition(" ")[0] for code in listed.split("; ")}
@@ -250,10 +250,6 @@ def test_the_page_about_json_has_the_fields_of_what_a_test_seldom_sees() -> None
 
 
 def test_the_page_about_json_has_every_command_that_prints_json() -> None:
-    import click
-
-    from cachedb.cli import cli
-
     def walk(group: click.Group, before: str) -> Iterator[str]:
         context = click.Context(group)
         for name in group.list_commands(context):
