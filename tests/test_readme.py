@@ -82,13 +82,3 @@ def test_each_set_up_command_is_one_line() -> None:
         (block,) = re.findall(rf"<!-- {mark} -->\n```sh\n(.*?)```", README, re.DOTALL)
         assert block.count("\n") == 1
         assert block.startswith("python3 -m venv")
-
-
-def test_the_tables_of_the_readme_are_those_of_the_index() -> None:
-    from cachedb.index.tables import METADATA
-
-    (section,) = re.findall(r"\| table \|.*?\n((?:\|.*\n)+)", README)
-    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [
-        "images", "blobs", "image_blobs", "image_labels", "leases", "holds", "trash", "backfills",
-    ]  # fmt: skip
-    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(METADATA.tables)

@@ -18,7 +18,7 @@ from cachedb import Cache
 from tests.conftest import find_peer, running
 from tests.support.make import image, save
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "sql.md").read_text()
 INSTALL = {name: f"pip install {name}" for name in ("datasette", "sqlite-utils")} | {"duckdb": "pip install duckdb-cli"}
 QUESTION = "SELECT name, freed_size FROM image_usage WHERE repository = 'app' ORDER BY name"
 WRITER = """
@@ -123,8 +123,8 @@ def test_duckdb_can_parse_the_views(cache: Cache) -> None:
     assert {name: answer.get("error_message") for name, answer in parsed.items()} == dict.fromkeys(views)
 
 
-def test_the_commands_of_the_readme_answer(index: Path) -> None:
-    (block,) = re.findall(r"```sh\n(sqlite3 -readonly.*?)```", README, re.DOTALL)
+def test_the_commands_of_the_reference_answer(index: Path) -> None:
+    (block,) = re.findall(r"```sh\n(sqlite3 -readonly.*?)```", PAGE, re.DOTALL)
     commands = block.splitlines()
     assert [command.split()[0] for command in commands] == ["sqlite3", "sqlite-utils", "datasette", "sqlite3"]
     for tool in ("sqlite3", "sqlite-utils", "datasette", "duckdb"):

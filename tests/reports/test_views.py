@@ -578,8 +578,8 @@ def compare(world: World, cache: Cache) -> None:
 
 # The reference.
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-REFERENCE = README.partition("\n## SQL reference\n")[2].partition("\n## ")[0]
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "sql.md").read_text()
+REFERENCE = PAGE.partition("\n## Views\n")[2].partition("\n## ")[0]
 
 
 def test_the_reference_has_every_view_and_every_column_in_order_and_nothing_else(cache: Cache) -> None:
@@ -597,7 +597,7 @@ def test_the_reference_has_every_view_and_every_column_in_order_and_nothing_else
 
 
 def test_the_questions_of_the_reference_can_be_asked(cache: Cache) -> None:
-    (questions,) = re.findall(r"```sql\n(.*?)```", REFERENCE, re.DOTALL)
+    (questions,) = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
     statements = questions.strip().split(";\n\n")
     assert len(statements) == 7
     cache.save_manifest("debian:12", IMAGES[0].manifest)

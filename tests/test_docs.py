@@ -1,0 +1,278 @@
+"""The documentation is true: its examples run, and its tables have what the code has, no more and no less."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import pytest
+
+import cachedb
+from cachedb import Cache, errors
+from cachedb.cli import cli
+from tests.make import image
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+GENERATED = DOCS / "reference" / "commands"  # by a build of the documentation; not in git
+PAGES = sorted(page for page in DOCS.rglob("*.md") if GENERATED not in page.parents)
+STEP = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    line: int
+    language: str  # the first word behind the fence
+    marks: list[str]  # the others
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Yield the outermost fenced blocks of a page, also those that stand in a list."""
+    text = page.read_text()
+    for match in re.finditer(r"^( *)(`{3,})([^\n`]*)\n(.*?)^\1\2 *$", text, re.MULTILINE | re.DOTALL):
+        indent, _, info, inner = match.groups()
+        language, *marks = info.split() or [""]
+        inner = re.sub(rf"^{indent}", "", inner, flags=re.MULTILINE)
+        yield Block(text.count("\n", 0, match.start()) + 1, language, marks, inner)
+
+
+def runnable(page: Path) -> list[Block]:
+    """Return the blocks of a page that are examples, and not marked `no-test`."""
+    return [block for block in blocks(page) if block.language in ("console", "python") and "no-test" not in block.marks]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the repository's examples, a cache of its own, and `cachedb` on the path."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    program = tmp_path / "bin" / "cachedb"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m cachedb "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("CACHEDB_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Examples
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("name", [str(page.relative_to(DOCS)) for page in PAGES if runnable(page)])
+def test_the_examples_of_a_page_give_the_output_that_it_shows(name: str) -> None:
+    """All blocks of a page run in their order, in one folder and with one cache."""
+    page = DOCS / name
+    names: dict[str, Any] = {}
+    for block in runnable(page):
+        where = f"docs/{name}:{block.line}"
+        if block.language == "python":
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
+            continue
+        steps = STEP.findall(block.text)
+        assert steps, f"{where}: a console block has lines that begin with `$ `"
+        for command, expected in steps:
+            result = subprocess.run(
+                command,
+                shell=True,
+                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=120,
+            )
+            pattern = re.escape(expected).replace("…", "[^\n]+")  # what differs from one run to the next
+            assert re.fullmatch(pattern, result.stdout), f"{where}: {command}\n{result.stdout}"
+
+
+def test_blocks_are_found_in_lists_and_inside_longer_fences(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "1. x\n   ```console no-test\n   $ a\n   ```\n````text\n```python\n1 / 0\n```\n````\n```python\nx\n```\n"
+    )
+    found = [(block.line, block.language, block.marks, block.text) for block in blocks(page)]
+    assert found == [
+        (2, "console", ["no-test"], "$ a\n"),
+        (5, "text", [], "```python\n1 / 0\n```\n"),
+        (10, "python", [], "x\n"),
+    ]
+    assert [block.line for block in runnable(page)] == [10]
+    assert STEP.findall("$ a \\\n  b\nc\n$ d\n") == [("a \\\n  b", "c\n"), ("d", "")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_to_the_repository_lead_to_a_file(page: str) -> None:
+    """A build of the documentation looks at the links of its pages; these two are not among them."""
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        assert (ROOT / target).exists() or GENERATED in (ROOT / target).parents, f"{page}: {target}"
+
+
+# Tables
+
+
+def table(page: str, heading: str, text: str | None = None) -> dict[str, list[str]]:
+    """Return the rows of a table under a heading, by the code in their first cell."""
+    text = text or (DOCS / page).read_text()
+    section = re.split(rf"^##+ {re.escape(heading)}\n", text, flags=re.MULTILINE)[1]
+    section = re.split(r"^##+ ", section, flags=re.MULTILINE)[0]
+    rows = re.findall(r"^\| `([^`]+)` \|(.*)\|$", section, re.MULTILINE)
+    return {key: [cell.strip() for cell in rest.split(" | ")] for key, rest in rows}
+
+
+def test_the_tables_of_the_reference_are_those_of_the_index() -> None:
+    from cachedb.tables import METADATA
+
+    assert set(table("reference/sql.md", "Tables")) == set(METADATA.tables)
+
+
+def test_the_page_about_python_has_every_public_name() -> None:
+    text = (DOCS / "reference" / "python.md").read_text()
+    documented = set(re.findall(r"^\.\. auto(?:class|data):: (\w+)$", text, re.MULTILINE))
+    (members,) = re.findall(r":members: (Busy.*?)\n +:show", text, re.DOTALL)
+    documented_errors = set(re.findall(r"\w+", members))
+    assert documented_errors == set(errors.__all__)
+    assert documented | documented_errors == set(cachedb.__all__) - {"__version__"}
+
+
+def test_the_configuration_has_every_variable_that_the_code_reads() -> None:
+    read = set()
+    for file in [*(ROOT / "cachedb").rglob("*.py"), *(ROOT / "migrations").rglob("*.py")]:
+        source = file.read_text()
+        names = r"(?:environ(?:\.get\(|\[)|getenv\(|envvar=)\s*\"([A-Z_]+)\"|^_\w+\s*=\s*\"(_?CACHEDB_[A-Z_]+)\""
+        for direct, named in re.findall(names, source, re.MULTILINE):
+            read.add(direct or named)
+        read |= set(re.findall(r"\bCACHEDB_[A-Z_]*[A-Z]\b", source))  # in messages and docstrings too
+    described = table("reference/configuration.md", "Environment variables")
+    ours = {name for row in described for name in row.split(", ")}
+    # These are read by Python, by OpenSSL, by platformdirs, and by click for completion.
+    others = {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "XDG_CACHE_HOME", "TMPDIR"}
+    internal = {"COMP_WORDS", "_CACHEDB_COMPLETE", "CACHEDB_COMPLETE"}
+    assert read - internal == ours - others
+
+
+def test_the_exit_codes_are_those_of_the_help() -> None:
+    assert cli.help is not None
+    (listed,) = re.findall(r"Exit codes: (.*?)\.$", cli.help, re.MULTILINE)
+    codes = {code.partition(" ")[0] for code in listed.split("; ")}
+    assert codes <= set(table("reference/exit-codes.md", "Exit codes"))
+
+
+# JSON
+
+
+def shapes() -> dict[str, dict[str, list[str]]]:
+    """Return the tables of the page about JSON, by their headings."""
+    text = (DOCS / "reference" / "json.md").read_text()
+    return {heading: table("", heading, text) for heading in re.findall(r"^### (.*)$", text, re.MULTILINE)}
+
+
+def assert_has_shape(value: Any, shape: str, where: str) -> None:
+    """Compare an object with the table of its shape: names of fields, their order, and their types."""
+    found = shapes()
+    described = {**(found["Image"] if shape == "Shown image" else {}), **found[shape]}
+    assert list(value) == list(described), where
+    for name, (kind, *_) in described.items():
+        assert_is(value[name], kind, f"{where}.{name}")
+
+
+def assert_is(value: Any, kind: str, where: str) -> None:
+    """Compare a value with a type as the page writes it."""
+    kinds: dict[str, type] = {"string": str, "time": str, "number": int, "boolean": bool, "object": dict}
+    if value is None:
+        assert "null" in kind.split(" or "), where
+        return
+    kind = kind.removesuffix(" or null")
+    if match := re.match(r"array of (.*)", kind):
+        assert isinstance(value, list), where
+        for number, one in enumerate(value):
+            assert_is(one, match[1], f"{where}[{number}]")
+    elif match := re.match(r"\[(.*?)\]\(.*?\)", kind):
+        assert_has_shape(value, match[1], where)
+    else:
+        assert type(value) is kinds[kind], f"{where}: {value!r} is no {kind}"
+        if kind == "time":
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z", str(value)), where
+
+
+def test_the_page_about_json_describes_what_commands_print(place: Path) -> None:
+    """Each command of its table is run, and what it prints is compared with the tables of fields."""
+    described = table("reference/json.md", "Commands")
+    with Cache.open() as cache:
+        lacking = image(5, 6)
+        cache.save_manifest("lacking:1", lacking.manifest)
+        cache.cache_from_tar("examples/hello.oci.tar")
+    old = place / "old"
+    (old / "manifests" / "x").mkdir(parents=True)
+    (old / "manifests" / "x" / "1").write_bytes(lacking.manifest)
+    (old / "blobs" / "sha256").mkdir(parents=True)
+    (old / "index.json").write_text("{}")
+    subprocess.run(["cachedb", "db", "backup", "backup.db"], check=True, stdout=subprocess.DEVNULL)
+    (place / "cache" / "blobs" / "sha256" / ("0" * 64)).write_bytes(b"x")  # a problem to be found
+    arguments = {
+        "import": "examples/hello.oci.tar", "show": "hello:1", "rm": "--dry-run hello:1", "gc": "--dry-run",
+        "adopt": str(old), "copy": "copy", "hold": "hello:1 --for 2h", "df": "-v", "db downgrade": "0004",
+        "db backup": "spare.db", "db restore": "backup.db", "report": "--list",
+    }  # fmt: skip
+    assert {"pull", "push"} < set(described)  # which need a registry
+    # Last what changes the schema, and what it takes to come back.
+    order = [*sorted(set(described) - {"pull", "push", "db downgrade", "db upgrade"}), "db downgrade", "db upgrade"]
+    for command in order:
+        kind = described[command][0]
+        line = f"cachedb {command} {arguments.get(command, '')} --format json"
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), f"{line}\n{done.stderr}"
+        assert_is(json.loads(done.stdout), kind, command)
+
+
+def test_the_page_about_json_has_the_fields_of_what_a_test_seldom_sees() -> None:
+    types: dict[str, Any] = {
+        "Image": cachedb.ImageInfo, "Blob": cachedb.BlobInfo, "Platform": cachedb.PlatformInfo, "Push": cachedb.Pushed,
+        "Problem": cachedb.Problem, "Leftover": cachedb.Leftover, "Session": cachedb.SessionInfo,
+        "Activity": cachedb.Activity, "Omission": cachedb.LeftOut,
+    }  # fmt: skip
+    described = shapes()
+    assert {name: tuple(described[name]) for name in types} == {name: one._fields for name, one in types.items()}
+
+
+def test_the_page_about_json_has_every_command_that_prints_json() -> None:
+    def walk(group: click.Group, before: str) -> Iterator[str]:
+        context = click.Context(group)
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            assert command is not None
+            if isinstance(command, click.Group):
+                yield from walk(command, f"{before}{name} ")
+                continue
+            choices = [option.type.choices for option in command.params if isinstance(option.type, click.Choice)]
+            if any("json" in some for some in choices):
+                yield before + name
+
+    assert set(table("reference/json.md", "Commands")) == set(walk(cli, ""))
+
+
+# Promises
+
+
+def test_the_page_about_promises_has_each_promise_once() -> None:
+    rows = table("explanation/promises.md", "The promises")
+    assert list(rows) == [f"P{number}" for number in (*range(1, 12), 14)]
+    files = {file.name for file in (ROOT / "tests").rglob("*.py")}
+    for promise, cells in rows.items():
+        named = set(re.findall(r"`(\w+\.py)`", cells[-1]))
+        assert named, promise
+        assert named <= files, f"{promise}: {named - files}"
