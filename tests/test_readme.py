@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache
+from cachedb.oci import DOCKER_CONFIG, DOCKER_MANIFEST, host_platform
+from tests import make
 
+DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -60,14 +64,19 @@ def test_the_library_example_runs(place: Path) -> None:
     assert (place / "layout" / "index.json").is_file()
 
 
-def test_the_build_step_of_the_examples_makes_an_image(place: Path) -> None:
+def build(place: Path, base: str) -> subprocess.CompletedProcess[str]:
     (place / "note.txt").write_text("hello")
+    command = [sys.executable, "examples/build_step.py", base, "note.txt", "built:1", "layout"]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_the_build_step_adds_a_layer(place: Path) -> None:
     subprocess.run(["cachedb", "import", "-q", "examples/hello.oci.tar"], check=True, stdout=subprocess.DEVNULL)
-    command = [sys.executable, "examples/build_step.py", "hello:1", "note.txt", "hello:2", "layout"]
-    subprocess.run(command, check=True)
+    built = build(place, "hello:1")
+    assert built.returncode == 0, built.stderr
     with Cache.open(place / "cache") as cache:
-        base, made = cache.get_image_blobs("hello:1"), cache.get_image_blobs("hello:2")
-        assert cache.is_image_complete("hello:2")
+        base, made = cache.get_image_blobs("hello:1"), cache.get_image_blobs("built:1")
+        assert cache.is_image_complete("built:1")
         assert [blob.digest for blob in made if blob.role == "layer"][:-1] == [
             blob.digest for blob in base if blob.role == "layer"
         ]
@@ -75,6 +84,62 @@ def test_the_build_step_of_the_examples_makes_an_image(place: Path) -> None:
         assert layer is not None
         linked = place / "layout" / "blobs" / "sha256" / made[-1].digest.partition(":")[2]
         assert linked.samefile(layer)
+
+
+def test_the_build_step_takes_the_hosts_platform_of_an_index(place: Path) -> None:
+    theirs, ours = make.image(1, architecture="s390x"), make.image(2, 3)
+    here = {"os": "linux", "architecture": host_platform().split("/")[1]}
+    root = make.index(theirs, ours, platforms=[{"os": "linux", "architecture": "s390x"}, here])
+    with Cache.open(place / "cache") as cache:
+        for made in (theirs, ours):
+            for digest, data in made.blobs.items():
+                cache.save_blob(digest, data)
+        cache.save_manifest("base:1", root)
+        built = build(place, "base:1")
+        assert built.returncode == 0, built.stderr
+        layers = [blob.digest for blob in cache.get_image_blobs("built:1") if blob.role == "layer"]
+        assert layers[:-1] == [make.digest_of(data) for data in ours.layers]
+        assert cache.is_image_complete("built:1")
+
+
+def test_the_build_step_keeps_a_docker_manifest_one(place: Path) -> None:
+    made = make.image(1, compression="gzip")
+    manifest = json.loads(made.manifest)
+    manifest["mediaType"] = DOCKER_MANIFEST
+    manifest["config"]["mediaType"] = DOCKER_CONFIG
+    manifest["layers"][0]["mediaType"] = DOCKER_LAYER_GZIP
+    with Cache.open(place / "cache") as cache:
+        make.save(cache, "base:1", made._replace(manifest=json.dumps(manifest).encode()))
+        built = build(place, "base:1")
+        assert built.returncode == 0, built.stderr
+        kinds = [blob.media_type for blob in cache.get_image_blobs("built:1")]
+        assert kinds == [DOCKER_MANIFEST, DOCKER_CONFIG, DOCKER_LAYER_GZIP, DOCKER_LAYER_GZIP]
+        assert cache.is_image_complete("built:1")
+
+
+def test_the_build_step_fails_where_it_cannot_make_a_whole_image(place: Path) -> None:
+    made = make.image(1)
+    with Cache.open(place / "cache") as cache:
+        cache.save_manifest("missing:1", made.manifest)
+        root = json.loads(make.index(make.image(2)))
+        root["manifests"][0]["platform"] = {"os": "plan9", "architecture": "mips"}
+        cache.save_manifest("foreign:1", json.dumps(root).encode())
+        artifact = make.image(3)
+        config = b"{}"
+        manifest = json.loads(artifact.manifest)
+        manifest["config"] = make.descriptor(config, "application/vnd.example+json")
+        make.save(cache, "artifact:1", artifact._replace(config=config, manifest=json.dumps(manifest).encode()))
+        for base, message in {
+            "missing:1": "is not in the cache",
+            "foreign:1": "has no manifest for linux/",
+            "artifact:1": "is not a container image",
+            "absent:1": "is not in the cache",
+        }.items():
+            failed = build(place, base)
+            assert failed.returncode == 1
+            assert message in failed.stderr
+            assert failed.stderr.startswith("build_step: ")
+            assert not cache.is_image_complete("built:1")
 
 
 def test_each_set_up_command_is_one_line() -> None:
