@@ -1,4 +1,4 @@
-"""The README is true: its tour gives the output it shows, and its library example runs."""
+"""The README and the pages of docs/ are true: commands print what is shown, and the examples run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from tests import make
 DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHOWN = [page for page in PAGES if "```console\n" in page.read_text()]
 
 
 @pytest.fixture
@@ -38,12 +40,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def set_up_command(mark: str) -> str:
+    """The command that `.ci/run` takes from the README, which may have several lines."""
+    (block,) = re.findall(rf"<!-- {mark} -->\n```sh\n(.*?)```", README, re.DOTALL)
+    return block
+
+
 @pytest.mark.usefixtures("place")
-def test_the_tour_prints_what_the_readme_shows() -> None:
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_shows_what_its_commands_print(page: Path) -> None:
     steps = []
-    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
-        steps += re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
-    assert len(steps) >= 12
+    for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        # A command may go on in lines that follow a backslash.
+        steps += re.findall(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
+    assert steps
     for command, expected in steps:
         result = subprocess.run(
             command, shell=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -52,9 +62,15 @@ def test_the_tour_prints_what_the_readme_shows() -> None:
         assert re.fullmatch(pattern, result.stdout), f"{command}\n{result.stdout}"
 
 
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") <= 180
+    outside = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert [line for line in outside.splitlines() if len(line) > 120 and line[0] != "|"] == []
+
+
 def test_the_library_example_runs(place: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code.count("\n") <= 12
+    assert code.count("\n") <= 15
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
@@ -62,6 +78,16 @@ def test_the_library_example_runs(place: Path) -> None:
     assert lines[0].startswith("hello:1 sha256:")
     assert [line.split()[0] for line in lines[1:4]] == ["manifest", "config", "layer"]
     assert (place / "layout" / "index.json").is_file()
+
+
+def test_the_python_examples_of_the_docs_run(place: Path) -> None:
+    subprocess.run(["cachedb", "import", "-q", "examples/hello.oci.tar"], check=True, stdout=subprocess.DEVNULL)
+    for page in PAGES:
+        for number, code in enumerate(
+            re.findall(r"^<!-- run -->\n```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        ):
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(code, f"{page.relative_to(ROOT)}#{number}", "exec"), {})
 
 
 def build(place: Path, base: str) -> subprocess.CompletedProcess[str]:
@@ -142,17 +168,23 @@ def test_the_build_step_fails_where_it_cannot_make_a_whole_image(place: Path) ->
             assert not cache.is_image_complete("built:1")
 
 
-def test_each_set_up_command_is_one_line() -> None:
+def test_each_set_up_command_is_one_paste() -> None:
     for mark in ("main", "test"):
-        (block,) = re.findall(rf"<!-- {mark} -->\n```sh\n(.*?)```", README, re.DOTALL)
-        assert block.count("\n") == 1
-        assert block.startswith("python3 -m venv")
+        command = set_up_command(mark)
+        assert command.startswith("python3 -m venv")
+        lines = command.splitlines()
+        assert len(lines) > 1
+        assert all(line.endswith(" &&") for line in lines[:-1])  # a step that fails ends the command
+        assert not lines[-1].endswith(("&&", "\\"))
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+        assert 'export CACHEDB_DIR="$PWD/' in command
+    assert "pytest -q -m 'not attack' -n auto" in set_up_command("test").replace('"', "'")
 
 
-def test_the_tables_of_the_readme_are_those_of_the_index() -> None:
+def test_the_tables_of_the_reference_are_those_of_the_index() -> None:
     from cachedb.tables import METADATA
 
-    (section,) = re.findall(r"\| table \|.*?\n((?:\|.*\n)+)", README)
+    section = re.findall(r"\| table \|.*?\n((?:\|.*\n)+)", (ROOT / "docs/reference/sql.md").read_text())[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [
         "images", "blobs", "image_blobs", "image_labels", "leases", "holds", "trash", "backfills",
     ]  # fmt: skip
