@@ -27,13 +27,14 @@ SHOWN = [page for page in PAGES if "```console\n" in page.read_text()]
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the repository's examples, a cache of its own, and `cachedb` on the path."""
+    """A folder with the repository's examples, a cache of its own, and `cachedb` and `python` on the path."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    program = tmp_path / "bin" / "cachedb"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m cachedb "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, options in (("cachedb", "-m cachedb"), ("python", "")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {options} "$@"\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("CACHEDB_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
