@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import errno
 import io
 import json
 import os
@@ -190,3 +192,19 @@ def test_the_tables_of_the_reference_are_those_of_the_index() -> None:
         "images", "blobs", "image_blobs", "image_labels", "leases", "holds", "trash", "backfills",
     ]  # fmt: skip
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(METADATA.tables)
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    told = " ".join(
+        f"{node.value} "
+        for path in (ROOT / "cachedb").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    told += f"{os.strerror(errno.ENOSPC)} no such column: "  # the operating system's, and SQLite's
+    messages = re.findall(r"^### `(.*)`$", (ROOT / "docs/how-to/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) > 40
+    for message in messages:
+        parts = [part.strip() for part in message.split("…")]
+        assert any(len(part) > 5 for part in parts), message
+        assert [part for part in parts if part not in told] == [], message
