@@ -19,8 +19,8 @@ import pytest
 
 import cachedb
 from cachedb import Cache, errors
-from cachedb.cli import cli
-from tests.make import image
+from cachedb.cli.main import cli
+from tests.support.make import image
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -57,11 +57,12 @@ def runnable(page: Path) -> list[Block]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the repository's examples, a cache of its own, and `cachedb` on the path."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    program = tmp_path / "bin" / "cachedb"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m cachedb "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, options in (("cachedb", "-m cachedb"), ("python", "")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {options} "$@"\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("CACHEDB_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("COLUMNS", "120")

@@ -13,7 +13,7 @@ import click
 from docutils import nodes
 from sphinx.application import Sphinx
 
-from cachedb.cli import cli
+from cachedb.cli.main import cli
 
 COMMANDS = "reference/commands"  # a folder of generated pages, which git ignores
 _MARKDOWN = re.compile(r"([\\*_\[\]<>#|{}$])")

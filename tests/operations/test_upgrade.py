@@ -56,7 +56,7 @@ from tests.index.test_schema import change, rows, tables
 from tests.support.make import image, index, save
 from tests.support.promises import check
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., object]] = {
     "upgrade": upgrade.upgrade,
     "downgrade": upgrade.downgrade,
     "back_up": upgrade.back_up,
