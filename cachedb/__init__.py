@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cachedb.disk.writer import Data as Data
     from cachedb.index.holds import HoldInfo as HoldInfo
     from cachedb.index.images import BlobInfo as BlobInfo
+    from cachedb.index.images import ImageDetails as ImageDetails
     from cachedb.index.images import ImageInfo as ImageInfo
     from cachedb.index.images import PlatformInfo as PlatformInfo
     from cachedb.index.sqlite.query import Answer as Answer
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cachedb.progress import Progress as Progress
     from cachedb.reports.sessions import Activity as Activity
     from cachedb.reports.sessions import SessionInfo as SessionInfo
+    from cachedb.reports.usage import ImageUsage as ImageUsage
     from cachedb.reports.usage import Share as Share
     from cachedb.reports.usage import Stats as Stats
     from cachedb.reports.usage import Usage as Usage
@@ -60,7 +62,9 @@ _HOMES = {
     "Data": "cachedb.disk.writer",
     "Digest": "cachedb.oci.digests",
     "HoldInfo": "cachedb.index.holds",
+    "ImageDetails": "cachedb.index.images",
     "ImageInfo": "cachedb.index.images",
+    "ImageUsage": "cachedb.reports.usage",
     "LeftOut": "cachedb.transports.json_cache",
     "Leftover": "cachedb.disk.folders",
     "Name": "cachedb.oci.names",

@@ -45,7 +45,7 @@ from cachedb.errors import (
 )
 from cachedb.index import blobs, descriptions, holds, images
 from cachedb.index.holds import HoldInfo
-from cachedb.index.images import BlobInfo, ImageInfo, PlatformInfo
+from cachedb.index.images import BlobInfo, ImageDetails, ImageInfo, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.oci.digests import Digest, digest_of, parse_digest, split_digest
@@ -563,6 +563,15 @@ class Cache:
         with self._database.read() as connection:
             return images.image(connection, self.directory, images.find(connection, Name.parse(name)).id)[0]
 
+    def get_details(self, name: str | Name) -> ImageDetails:
+        """Return an image with its blobs, labels and platforms, all of them as they are at one moment.
+
+        Raises:
+            NotInCache: if there is no such image.
+        """
+        with self._database.read() as connection:
+            return save.details(connection, self.directory, images.find(connection, Name.parse(name)).id)
+
     def list_manifests(self) -> list[ImageInfo]:
         """Return all images, in the order of their names."""
         with self._database.read() as connection:
@@ -749,11 +758,15 @@ class Cache:
         self._check_open()
         return [leftover for leftover in self._leftovers if os.path.lexists(leftover.path)]
 
-    def get_usage(self) -> Usage:
-        """Return what the cache takes on the disk: unique, shared, held, reclaimable."""
+    def get_usage(self, *, by_image: bool = False) -> Usage:
+        """Return what the cache takes on the disk: unique, shared, held, reclaimable.
+
+        Args:
+            by_image: also list what each image takes, as it is at the same moment.
+        """
         from cachedb.reports.usage import usage
 
-        return usage(self._database)
+        return usage(self._database, by_image=by_image)
 
     def get_html_report(self) -> str:
         """Return a page of HTML that shows the cache, complete in itself: what is on the disk, and who shares it."""

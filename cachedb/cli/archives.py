@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import click
-
-if TYPE_CHECKING:
-    pass
 
 from cachedb.cli.context import open_cache
 from cachedb.cli.options import EXPORT_FORMATS, NAME, SizeParameter, format_examples, format_option, quiet_option

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import click
-
-if TYPE_CHECKING:
-    pass
 
 from cachedb.cli.context import open_cache
 from cachedb.cli.options import DIGEST, format_examples

@@ -44,8 +44,7 @@ def ls(form: str, quiet: bool) -> None:
 def show(name: str, form: str, quiet: bool) -> None:
     """Show an image and its blobs."""
     with open_cache() as cache:
-        image, blobs, labels = cache.get_image(name), cache.get_image_blobs(name), cache.get_labels(name)
-        platforms = cache.get_platforms(name)
+        image, blobs, labels, platforms = cache.get_details(name)
     if quiet:
         for blob in blobs:
             click.echo(blob.digest)

@@ -10,11 +10,14 @@ import io
 import os
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import click
 
 from cachedb import __version__
+from cachedb.cli.options import COMPLETE_VARIABLE, format_examples
+from cachedb.cli.signals import exit_terminated, finished, raise_interrupt
+from cachedb.cli.streams import discard_output, open_standard_files
 from cachedb.errors import (
     CacheError,
     InvalidDigest,
@@ -25,13 +28,6 @@ from cachedb.errors import (
     explain,
 )
 from cachedb.text import printable
-
-if TYPE_CHECKING:
-    pass
-
-from cachedb.cli.options import COMPLETE_VARIABLE, format_examples
-from cachedb.cli.signals import exit_terminated, finished, raise_interrupt
-from cachedb.cli.streams import discard_output, open_standard_files
 
 __all__ = ["cli", "main"]
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import click
-
-from cachedb.cli.output import print_json, print_table
-from cachedb.text import ago, human, printable
-
-if TYPE_CHECKING:
-    pass
 
 from cachedb.cli.context import open_cache
 from cachedb.cli.options import dry_run_option, format_examples, format_option, quiet_option
-from cachedb.cli.output import print_collected, print_images
+from cachedb.cli.output import print_collected, print_images, print_json, print_table
 from cachedb.cli.progress import show_progress
+from cachedb.text import ago, human, printable
 
 __all__ = []
 
@@ -206,20 +199,16 @@ def df(verbose: bool, form: str) -> None:
     A blob is unique if one image has it, shared if several have, held if none has and a hold or a process keeps it,
     and reclaimable by `cachedb gc` otherwise.
     """
-    from datetime import datetime
-
-    columns = ("name", "size", "unique_size", "shared_size", "freed_size", "complete", "last_used_at")
     with open_cache(existing=True) as cache:
-        found = cache.get_usage()
+        found = cache.get_usage(by_image=verbose)
         left = cache.get_leftovers()
-        images: list[Any] = []
-        if verbose:
-            with cache.sql(f"SELECT {', '.join(columns)} FROM image_usage ORDER BY unique_size DESC, name") as answer:  # noqa: S608
-                images = list(answer.rows)
     if form == "json":
         shares = {name: value._asdict() for name, value in found._asdict().items() if hasattr(value, "_asdict")}
-        listed = {"image_usage": [dict(zip(columns, row, strict=True)) for row in images]} if verbose else {}
-        print_json({**found._asdict(), **shares, "leftovers": [leftover._asdict() for leftover in left], **listed})
+        document = {**found._asdict(), **shares, "leftovers": [leftover._asdict() for leftover in left]}
+        listed = document.pop("image_usage")
+        if verbose:
+            document["image_usage"] = [image._asdict() for image in listed]
+        print_json(document)
         return
     images_said = f"{found.images}, {found.incomplete} incomplete" if found.incomplete else str(found.images)
     rows = [("images", images_said, "")]
@@ -240,9 +229,9 @@ def df(verbose: bool, form: str) -> None:
                 name,
                 *map(human, sizes),
                 "complete" if complete else "incomplete",
-                ago(datetime.fromisoformat(last_used_at)),
+                ago(last_used_at),
             )
-            for name, *sizes, complete, last_used_at in images
+            for name, *sizes, complete, last_used_at in found.image_usage
         ]
         headings = ("NAME", "SIZE", "UNIQUE", "SHARED", "FREED", "STATE", "LAST USED")
         print_table(headings, listing, right=headings[1:5])

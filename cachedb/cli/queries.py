@@ -6,24 +6,20 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from cachedb.cli.context import open_cache
+from cachedb.cli.options import format_examples, read_values, row_format_option, timeout_option
 from cachedb.cli.output import print_rows, print_table
+from cachedb.cli.signals import received_signals
+from cachedb.cli.streams import closed_streams, get_stdout
 from cachedb.errors import (
     InvalidQuery,
     explain,
 )
 from cachedb.text import printable
-
-if TYPE_CHECKING:
-    pass
-
-from cachedb.cli.context import open_cache
-from cachedb.cli.options import format_examples, read_values, row_format_option, timeout_option
-from cachedb.cli.signals import received_signals
-from cachedb.cli.streams import closed_streams, get_stdout
 
 __all__ = []
 

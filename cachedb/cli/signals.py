@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
-
-if TYPE_CHECKING:
-    pass
-
+from typing import NoReturn
 
 __all__ = ["exit_terminated", "finished", "raise_interrupt", "received_signals"]
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import click
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["closed_streams", "discard_output", "get_stdin", "get_stdout", "open_standard_files"]
 

@@ -30,6 +30,7 @@ from cachedb.index import blobs as blob_rows
 from cachedb.index import descriptions
 from cachedb.index.images import (
     BlobRow,
+    ImageDetails,
     PlatformInfo,
     copied_associations,
     find,
@@ -44,6 +45,7 @@ from cachedb.index.images import (
     waiting_for,
     without_associations,
 )
+from cachedb.index.images import image as read_image
 from cachedb.index.sqlite.batches import batched
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.oci.digests import Digest
@@ -383,6 +385,22 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     connection.execute(copied_associations(), {"of": image.id, "target": target_id})
     descriptions.copy(connection, image.id, target_id)
     return target_id
+
+
+def details(connection: Connection, directory: Path, image_id: int) -> ImageDetails:
+    """Return an image and all that the index has of it.
+
+    Args:
+        connection: in a read transaction, so that all of it is of one moment.
+        directory: of the cache.
+        image_id: of the image.
+
+    Raises:
+        DamagedIndex: if it has no blobs.
+    """
+    info, blobs = read_image(connection, directory, image_id)
+    labels = descriptions.labels(connection, image_id)
+    return ImageDetails(info, blobs, labels, platforms(connection, directory, image_id))
 
 
 def platforms(connection: Connection, directory: Path, image_id: int) -> list[PlatformInfo]:

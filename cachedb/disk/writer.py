@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 from cachedb.arguments import (
     check_readable,
@@ -27,9 +27,6 @@ from cachedb.errors import DigestMismatch, ignore_os_errors, os_errors
 from cachedb.oci.digests import Digest, parse_digest, split_digest
 from cachedb.progress import Advance
 from cachedb.threads import start
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "CHUNK",

@@ -6,20 +6,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.exc import SAWarning
 
+from cachedb.index.schema import UNKNOWN, check_existing, pending_backfills, read_revisions, run_migrations
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import read_journal_mode
-from cachedb.index.sqlite.revision import mismatch, read_oldest, read_revision
+from cachedb.index.sqlite.revision import mismatch, read_objects, read_oldest, read_revision, read_versions
 from cachedb.index.tables import METADATA, REVISION
-
-if TYPE_CHECKING:
-    pass
-from cachedb.index.schema import UNKNOWN, check_existing, pending_backfills, read_revisions, run_migrations
-from cachedb.index.sqlite.revision import read_objects, read_versions
 
 __all__ = ["Drift", "check", "foreign_objects", "foreign_triggers"]
 

@@ -49,6 +49,7 @@ from cachedb.oci.names import Name
 __all__ = [
     "BlobInfo",
     "BlobRow",
+    "ImageDetails",
     "ImageInfo",
     "PlatformInfo",
     "blobs_of",
@@ -155,6 +156,15 @@ class BlobRow(NamedTuple):
     id: int
     size: int  # bytes
     stored: bool
+
+
+class ImageDetails(NamedTuple):
+    """An image and all that the index has of it, read at one moment."""
+
+    image: ImageInfo
+    blobs: list[BlobInfo]  # in the order of their positions
+    labels: dict[str, str]
+    platforms: list[PlatformInfo]  # that its index names; none without an index
 
 
 class Found(NamedTuple):

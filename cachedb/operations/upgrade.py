@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, select, update
 from sqlalchemy.exc import IntegrityError
@@ -20,16 +20,6 @@ from cachedb.errors import (
     os_errors,
 )
 from cachedb.index import descriptions
-from cachedb.index.sqlite import backups
-from cachedb.index.sqlite.database import Database
-from cachedb.index.sqlite.prepare import prepare as prepare_directory
-from cachedb.index.sqlite.revision import mismatch
-from cachedb.index.tables import BACKFILLS, IMAGES, REVISION
-from cachedb.oci.digests import Digest
-from cachedb.oci.names import Name
-
-if TYPE_CHECKING:
-    pass
 from cachedb.index.schema import (
     BACKFILLS_OF_THIS_RELEASE,
     Progress,
@@ -40,6 +30,13 @@ from cachedb.index.schema import (
     report_stage,
     resolve_revision,
 )
+from cachedb.index.sqlite import backups
+from cachedb.index.sqlite.database import Database
+from cachedb.index.sqlite.prepare import prepare as prepare_directory
+from cachedb.index.sqlite.revision import mismatch
+from cachedb.index.tables import BACKFILLS, IMAGES, REVISION
+from cachedb.oci.digests import Digest
+from cachedb.oci.names import Name
 
 __all__ = ["Change", "Unread", "back_up", "backfill", "downgrade", "prepare", "upgrade"]
 

@@ -7,15 +7,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from sqlalchemy import Connection
 
-from cachedb.text import cut, short
-
-if TYPE_CHECKING:
-    pass
 from cachedb.reports.words import Row, clean_text, fetch_rows, format_age, format_command, format_count
+from cachedb.text import cut, short
 
 __all__ = ["lay_out_treemap"]
 

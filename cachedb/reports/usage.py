@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -14,10 +15,7 @@ from cachedb.errors import os_errors
 from cachedb.index.images import count_incomplete
 from cachedb.index.sqlite.database import Database
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Share", "Stats", "Usage", "shares", "usage"]
+__all__ = ["ImageUsage", "Share", "Stats", "Usage", "shares", "usage"]
 
 
 # In the order of the index of the association, which is that of the blobs; in one row, for a GROUP BY would sort them.
@@ -39,6 +37,10 @@ FROM (SELECT DISTINCT digest FROM leases) AS held
 CROSS JOIN blobs ON blobs.digest = held.digest
 WHERE stored_at IS NOT NULL AND NOT EXISTS (SELECT 1 FROM image_blobs WHERE image_blobs.blob_id = blobs.id)
 """
+_BY_IMAGE = """
+SELECT name, size, unique_size, shared_size, freed_size, complete, last_used_at
+FROM image_usage ORDER BY unique_size DESC, name
+"""
 _FOLDERS = ("backups", "ingest", "locks", "quarantine", "trash")
 
 
@@ -47,6 +49,18 @@ class Share(NamedTuple):
 
     blobs: int
     size: int  # bytes
+
+
+class ImageUsage(NamedTuple):
+    """What one image takes: a row of the view ``image_usage``."""
+
+    name: str
+    size: int  # bytes, as are those below
+    unique_size: int
+    shared_size: int
+    freed_size: int
+    complete: bool
+    last_used_at: datetime  # UTC
 
 
 class Usage(NamedTuple):
@@ -63,6 +77,7 @@ class Usage(NamedTuple):
     index_size: int  # bytes of the index, and of the marker
     folder_sizes: dict[str, int]  # bytes of files in backups, ingest (with downloads that were cut off), quarantine...
     reserve_size: int  # bytes that a full disk is given back
+    image_usage: list[ImageUsage]  # empty unless it was asked for
 
 
 def shares(connection: Connection) -> tuple[dict[str, Share], int]:
@@ -87,8 +102,12 @@ def _less(share: Share, other: Share) -> Share:
     return Share(share.blobs - other.blobs, share.size - other.size)
 
 
-def usage(database: Database) -> Usage:
+def usage(database: Database, *, by_image: bool = False) -> Usage:
     """Return what a cache takes.
+
+    Args:
+        database: the index of the cache.
+        by_image: also list the images, as they are at the same moment.
 
     Raises:
         StorageError: if a folder of it cannot be read.
@@ -97,6 +116,7 @@ def usage(database: Database) -> Usage:
         found, saved_size = shares(connection)
         images = int(connection.exec_driver_sql("SELECT count(*) FROM images").scalar_one())
         incomplete = count_incomplete(connection)
+        listed = [_image_usage(row) for row in connection.exec_driver_sql(_BY_IMAGE)] if by_image else []
     return Usage(
         images,
         incomplete,
@@ -109,7 +129,14 @@ def usage(database: Database) -> Usage:
         sum(map(_size, [*database.directory.glob("index.db*"), database.directory / MARKER])),
         {name: sum(map(_size, _files(database.directory / name))) for name in _FOLDERS},
         _size(database.directory / "reserve"),
+        listed,
     )
+
+
+def _image_usage(row: Sequence[Any]) -> ImageUsage:
+    name, size, unique_size, shared_size, freed_size, complete, last_used_at = row
+    used = datetime.fromisoformat(last_used_at)
+    return ImageUsage(name, size, unique_size, shared_size, freed_size, bool(complete), used)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
 from cachedb.text import cut, printable
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "AGES",

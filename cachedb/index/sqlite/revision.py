@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
+from cachedb.disk import marker
 from cachedb.errors import (
     CacheError,
     DamagedIndex,
@@ -19,13 +20,6 @@ from cachedb.errors import (
     StorageError,
 )
 from cachedb.index.tables import REVISION
-
-if TYPE_CHECKING:
-    pass
-
-import os
-
-from cachedb.disk import marker
 
 __all__ = [
     "APPLICATION_ID",
