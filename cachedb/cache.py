@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Self
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import select
 
 from cachedb import oci
 from cachedb.arguments import (
@@ -25,18 +24,15 @@ from cachedb.arguments import (
 )
 from cachedb.content import collect, publish, save
 from cachedb.content.collect import Collected
+from cachedb.content.held import find_held, held, hold_name
 from cachedb.content.last_used import Uses
-from cachedb.content.session import NO_HOLD, Hold, Session
+from cachedb.content.session import Session
 from cachedb.disk import reader, single_flight
 from cachedb.disk.folders import Leftover
 from cachedb.disk.layout import blob_path, chosen
-from cachedb.disk.waiting import LOG
-from cachedb.disk.writer import Received
 from cachedb.errors import (
-    Busy,
     CacheError,
     DamagedIndex,
-    DigestMismatch,
     InvalidManifest,
     InvalidName,
     NotInCache,
@@ -47,14 +43,12 @@ from cachedb.index import blobs, descriptions, holds, images
 from cachedb.index.holds import HoldInfo
 from cachedb.index.images import BlobInfo, ImageDetails, ImageInfo, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
-from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
-from cachedb.oci.digests import Digest, digest_of, parse_digest, split_digest
-from cachedb.oci.manifests import Descriptor
+from cachedb.index.tables import BLOBS
+from cachedb.oci.digests import Digest, parse_digest
 from cachedb.oci.names import Name
 from cachedb.operations.upgrade import prepare as prepare_schema
-from cachedb.progress import Advance, BlobProgress, Progress, summed
+from cachedb.progress import BlobProgress, Progress
 from cachedb.text import shorten
-from cachedb.threads import in_threads
 
 if TYPE_CHECKING:
     from cachedb.index.sqlite.query import Answer
@@ -68,14 +62,10 @@ if TYPE_CHECKING:
     from cachedb.reports.sessions import SessionInfo
     from cachedb.reports.usage import Usage
     from cachedb.reports.views import View
-    from cachedb.transports.archive import model
-from cachedb.disk.writer import Data, open_data
+from cachedb.disk.writer import Data
 from cachedb.reports.usage import Stats
 
 __all__ = ["Cache", "Progress"]
-
-
-_RECOVERY_SECONDS = 1.0  # at most, when a cache is opened
 
 
 class Cache:
@@ -132,7 +122,7 @@ class Cache:
             prepare_schema(database, upgrade=upgrade)
             if database.read_only:
                 return []
-            left = _recover_at_once(database)
+            left = collect.recover_at_once(database)
             database.reserve.keep()
             return left
 
@@ -251,7 +241,7 @@ class Cache:
         Raises:
             DigestMismatch: if the content has another digest.
         """
-        return self._store(data, digest=parse_digest(digest)).digest
+        return publish.store_blob(self._database, self._session, data, digest=parse_digest(digest)).digest
 
     def add_blob(self, data: Data, *, algorithm: str = "sha256") -> Digest:
         """Store a blob, as `save_blob` does, and compute its digest.
@@ -265,30 +255,7 @@ class Cache:
         """
         if algorithm not in ("sha256", "sha512"):
             raise CacheError(f"{shorten(algorithm)} is not an algorithm of digests: use sha256 or sha512")
-        return self._store(data, algorithm=algorithm).digest
-
-    def _store(self, data: Data, *, digest: Digest | None = None, algorithm: str = "sha256") -> Received:
-        with open_data(data) as source:
-            hold = publish.hold_stored(self._database, self._session, [digest] if digest else [])
-            write = digest not in hold.digests
-            try:
-                received = publish.receive(self._session, source, digest=digest, algorithm=algorithm, write=write)
-            except BaseException:
-                publish.give_up(*self._parts[:2], hold)
-                raise
-            expected = self._session.expects(received.digest)
-            if write:
-                with publish.publish(self._database, self._session, [received]) as connection:
-                    # Another's image that waits for it may be removed before ours is saved.
-                    if not (expected and images.is_associated(connection, received.digest)):
-                        hold = self._session.lease(connection, [received.digest])
-            elif expected:
-                with self._database.write() as connection:
-                    if images.is_associated(connection, received.digest):
-                        self._session.release(connection, hold)
-                        hold = NO_HOLD
-            self._session.keep_until_saved(hold)
-        return received
+        return publish.store_blob(self._database, self._session, data, algorithm=algorithm).digest
 
     def has_blob(self, digest: str) -> bool:
         """Say whether the blob of a digest is stored."""
@@ -354,7 +321,7 @@ class Cache:
         Raises:
             NotInCache: if one of them is not in the cache.
         """
-        with self._held(*names_or_digests):
+        with held(self._database, self._session, *names_or_digests):
             yield
 
     def add_hold(self, *names_or_digests: str | Name, seconds: float | None = None) -> list[HoldInfo]:
@@ -375,7 +342,7 @@ class Cache:
         with self._database.write() as connection:
             made = []
             for wanted in names_or_digests:
-                there = self._find(connection, wanted)
+                there = find_held(connection, wanted)
                 if isinstance(there, str):
                     name, digests = str(there), {there}
                 else:
@@ -402,7 +369,7 @@ class Cache:
             NotInCache: if there is no such hold.
         """
         with self._database.write() as connection:
-            return holds.release(connection, *map(_held_name, holds_or_names))
+            return holds.release(connection, *map(hold_name, holds_or_names))
 
     def sessions(self) -> list[SessionInfo]:
         """Return the processes that work with the cache, and what each does or waits for, since when.
@@ -468,41 +435,6 @@ class Cache:
         with single_flight.once(self.directory, wanted, find, seconds=self._database.wait_seconds) as found:
             yield bool(found)
 
-    def _find(self, connection: Connection, wanted: str | Name) -> int | Digest:
-        """Return an image's id, or the digest of a stored blob."""
-        if not (isinstance(wanted, str) and (digest := _as_digest(wanted))):
-            return images.find(connection, Name.parse(wanted)).id
-        if digest not in blobs.stored(connection, [digest]):
-            raise NotInCache(f"{digest} is not in the cache")
-        return digest
-
-    @contextmanager
-    def _held(self, *names_or_digests: str | Name) -> Iterator[list[tuple[ImageInfo, list[BlobInfo]]]]:
-        """Hold, and yield the images and their blobs as they were at that moment: a name may move on meanwhile."""
-        found: list[tuple[ImageInfo, list[BlobInfo]]] = []
-        # Where nothing can be written nothing can be leased, nor collected.
-        read_only = self._database.read_only
-        with self._database.read() if read_only else self._database.write() as connection:
-            digests: set[Digest] = set()
-            for wanted in names_or_digests:
-                there = self._find(connection, wanted)
-                if isinstance(there, str):
-                    digests.add(there)
-                    continue
-                if not read_only:
-                    images.touch(connection, there)
-                info, contents = images.image(connection, self.directory, there)
-                digests.update(blob.digest for blob in contents)
-                found.append((info, contents))
-            hold = NO_HOLD if read_only else self._session.lease(connection, digests)
-        try:
-            yield found
-        except BaseException:
-            publish.give_up(*self._parts[:2], hold)
-            raise
-        if not self._closed:  # or it went with the session
-            publish.let_go(self._database, self._session, hold)
-
     # Images
 
     def save_manifest(self, name: str | Name, manifest: bytes, media_type: str | None = None) -> ImageInfo:
@@ -523,16 +455,7 @@ class Cache:
         if not isinstance(manifest, (bytes, bytearray)):
             raise TypeError(f"manifest is of type {type(manifest).__name__!r}: give its bytes")
         check_text(media_type=media_type, optional=True)
-        media_type = oci.manifest_media_type(manifest, media_type)
-        oci.descriptors(manifest, media_type)
-        algorithm = split_digest(parsed.digest)[0] if parsed.digest else "sha256"
-        received = publish.receive(self._session, io.BytesIO(manifest), algorithm=algorithm)
-        with publish.publish(self._database, self._session, [received]) as connection:
-            image_id = save.save_image(connection, self.directory, parsed, received.digest, media_type)
-            info, contents = images.image(connection, self.directory, image_id)
-            self._session.release_saved(connection, [blob.digest for blob in contents])
-            self._session.expect(blob.digest for blob in contents if not blob.stored)
-            return info
+        return publish.store_manifest(self._database, self._session, parsed, manifest, media_type)
 
     def get_manifest(self, name: str | Name) -> bytes:
         """Return the exact bytes of an image's manifest or index.
@@ -777,21 +700,9 @@ class Cache:
 
     def get_stats(self) -> Stats:
         """Return the cache's totals."""
-        with self._database.read() as connection:
-            size = func.sum(BLOBS.c.size).filter(BLOBS.c.stored_at.is_not(None))
-            totals = select(func.count(), func.count(BLOBS.c.stored_at), func.coalesce(size, 0)).select_from(BLOBS)
-            known, blob_count, total_size = connection.execute(totals).one()
-            # To count what lacks something, or is of no use, takes longer than to see that there is nothing of it.
-            used = connection.execute(select(func.count(IMAGE_BLOBS.c.blob_id.distinct()))).scalar_one()
-            reclaimable = collect.unreferenced(connection) if used < known else Collected(0, 0)
-            return Stats(
-                manifest_count=connection.execute(select(func.count()).select_from(IMAGES)).scalar_one(),
-                blob_count=blob_count,
-                total_size=total_size,
-                incomplete_count=images.count_incomplete(connection) if blob_count < known else 0,
-                reclaimable_blobs=reclaimable.blobs,
-                reclaimable_size=reclaimable.bytes,
-            )
+        from cachedb.reports.usage import stats
+
+        return stats(self._database)
 
     def verify(self, *, quick: bool = False, repair: bool = False, progress: Progress | None = None) -> Verification:
         """Check that every file is what its name says, the index is sound, and the two agree.
@@ -974,6 +885,7 @@ class Cache:
             StorageError: if a blob's file is gone, or was cut short.
             RegistryError: if the registry does not take it.
         """
+        from cachedb.operations.push import push_image
         from cachedb.operations.push_target import Target
 
         check_text(platform=platform, optional=True)
@@ -986,7 +898,16 @@ class Cache:
             else:
                 parsed = Name.parse(target) if target is not None else source
                 there = opened.enter_context(Target(self.directory, parsed, plain_http=plain_http, authfile=authfile))
-            return self._push(source, there, there.name, platform, progress, blob_progress)
+            return push_image(
+                self._database,
+                self._session,
+                source,
+                there,
+                there.name,
+                platform=platform,
+                progress=progress,
+                blob_progress=blob_progress,
+            )
 
     def push_tags(
         self,
@@ -1014,6 +935,7 @@ class Cache:
             IncompleteImage: as for `push`.
             RegistryError: as for `push`.
         """
+        from cachedb.operations.push import push_image
         from cachedb.operations.push_target import Target
 
         check_paths(authfile=authfile, optional=True)
@@ -1028,70 +950,9 @@ class Cache:
         theirs = [name._replace(repository=target or repository) for name in names]
         with Target(self.directory, theirs[0], plain_http=plain_http, authfile=authfile) as there:
             for name, called in zip(names, theirs, strict=True):
-                yield self._push(name, there, called, None, progress, blob_progress)
-
-    def _push(
-        self,
-        source: Name,
-        target: Target,
-        name: Name,
-        platform: str | None,
-        progress: Progress | None,
-        blob_progress: BlobProgress | None,
-    ) -> Pushed:
-        from cachedb import oci
-        from cachedb.operations.push import push
-
-        with self._held(source) as ((info, held),):
-            root, manifests = self._manifests(source, info, held)
-            if platform is not None:
-                root = oci.choose_platform(source, root, manifests, self._document, platform)
-            return push(
-                self._database,
-                target,
-                name,
-                root,
-                manifests,
-                held,
-                self._document,
-                progress=progress,
-                blob_progress=blob_progress,
-            )
-
-    def _manifests(self, name: Name, info: ImageInfo, held: list[BlobInfo]) -> tuple[Descriptor, dict[Digest, bytes]]:
-        """Return what an image points to, and the manifests that it reaches and has here.
-
-        Raises:
-            IncompleteImage: if a blob of it is not stored.
-        """
-        if not info.complete:
-            raise images.incomplete(name, held)
-        manifests: dict[Digest, bytes] = {}
-
-        def read(blob: Descriptor) -> bytes:
-            manifests[blob.digest] = self._document(blob.digest)
-            return manifests[blob.digest]
-
-        root = oci.root(info.digest, self.get_blob_size(info.digest), info.media_type)
-        here = {blob.digest for blob in held}
-        for _ in oci.walk(root, read, oci.among(here)):
-            pass
-        return root, manifests
-
-    def _document(self, digest: Digest) -> bytes:
-        """Return a manifest or config of an image that is held.
-
-        Raises:
-            DigestMismatch: if its file is damaged.
-            StorageError: if its file is gone.
-        """
-        try:
-            data = self.get_blob(digest)
-        except NotInCache:
-            raise StorageError(f"the file of {digest} is gone: run `cachedb verify`") from None
-        if digest_of(data, digest) != digest:
-            raise DigestMismatch(f"the file of {digest} has another content: run `cachedb verify`")
-        return data
+                yield push_image(
+                    self._database, self._session, name, there, called, progress=progress, blob_progress=blob_progress
+                )
 
     # Archives
 
@@ -1126,101 +987,15 @@ class Cache:
             InvalidManifest: if a manifest in it is invalid.
             DigestMismatch: if content in it has another digest or size than it should.
         """
-        from cachedb.transports.archive import files
-        from cachedb.transports.archive.read import read_images
+        from cachedb.operations.import_archive import import_archive
 
         check_readable(source=source)
         check_functions(progress=progress)
         parsed = Name.parse(name) if name is not None else None
         opened = Path(source) if isinstance(source, (str, os.PathLike)) else source
-        if link and not (isinstance(opened, Path) and (opened.is_dir() or not opened.exists())):
-            raise CacheError("links are made to the files of an image layout folder, and this is none")
-        most = files.max_unpacked() if max_unpacked is None else max_unpacked
-        with files.open_files(opened, self._session.new_path(), most) as opened_files:
-            return self._import(read_images(opened_files, parsed), progress, most, link=link)
-
-    def _import(
-        self, found: list[model.ArchivedImage], progress: Progress | None, most: int | None, *, link: bool
-    ) -> list[ImageInfo]:
-        # Several images may share a blob: by its digest, or by its place in the archive.
-        wanted = {blob.key: blob for image in found for blob in image.blobs}
-        digests = {blob.digest for blob in wanted.values() if blob.digest}
-        roots: list[tuple[Digest, str]] = []
-
-        def receive(hold: Hold, received: dict[object, Received]) -> None:
-            self._receive(wanted, hold, received, progress, most, link=link)
-            roots.extend(self._root(image, received) for image in found)
-
-        def save_all(connection: Connection) -> list[ImageInfo]:
-            ids = [
-                save.save_image(connection, self.directory, name, digest, media_type)
-                for image, (digest, media_type) in zip(found, roots, strict=True)
-                for name in image.names
-            ]
-            return [images.image(connection, self.directory, image_id)[0] for image_id in dict.fromkeys(ids)]
-
-        return publish.bring(self._database, self._session, digests, receive, save_all)
-
-    def _receive(
-        self,
-        wanted: dict[object, model.ArchivedBlob],
-        hold: Hold,
-        received: dict[object, Received],
-        progress: Progress | None,
-        most: int | None,
-        *,
-        link: bool,
-    ) -> None:
-        """Receive an archive's blobs, several at once; what is held is verified only."""
-        from cachedb.transports.archive import files, model
-
-        compressed = sum(blob.size for blob in wanted.values() if blob.diff_id)
-        limit = files.UnpackLimit("the layers in the archive unpack", compressed, most)
-
-        def receive_linked(blob: model.ArchivedBlob, digest: Digest, path: Path, add: Advance) -> Received:
-            with os_errors("read the archive"), files.descriptor(path) as file:
-                return publish.receive_linked(
-                    self._session,
-                    lambda: files.Section(file, 0, os.fstat(file).st_size),  # it may have grown since it was found
-                    file,
-                    str(path),
-                    digest=digest,
-                    size=blob.size,
-                    progress=add,
-                    what=blob.what,
-                )
-
-        def receive(blob: model.ArchivedBlob, add: Advance) -> None:
-            if link and blob.digest and blob.section.path and blob.digest not in hold.digests:
-                received[blob.key] = receive_linked(blob, blob.digest, blob.section.path, add)
-                return
-            diff_id = model.DiffId(*blob.diff_id, blob.what, limit) if blob.diff_id else None
-            received[blob.key] = publish.receive(
-                self._session,
-                blob.section.again(),
-                digest=blob.digest,
-                size=blob.size,
-                write=blob.digest not in hold.digests,
-                also=diff_id,
-                progress=add,
-                what=blob.what,
-            )
-            if diff_id:
-                diff_id.check()
-
-        # The large ones first, so that all threads come to their end together.
-        order = sorted(wanted.values(), key=lambda blob: -blob.size)
-        in_threads(receive, order, summed(sum(blob.size for blob in order), progress))
-
-    def _root(self, image: model.ArchivedImage, received: dict[object, Received]) -> tuple[Digest, str]:
-        """Return an image's manifest; for one that came without, make it and put it among the received."""
-        if image.root:
-            return image.root.digest, image.root.media_type
-        manifest = image.manifest([received[blob.key].digest for blob in image.blobs])
-        made = publish.receive(self._session, io.BytesIO(manifest))
-        # Two names for one image may stand apart in the archive, and then its manifest is made twice.
-        received[made.path] = made
-        return made.digest, oci.OCI_MANIFEST
+        return import_archive(
+            self._database, self._session, opened, parsed, link=link, max_unpacked=max_unpacked, progress=progress
+        )
 
     def export(
         self,
@@ -1250,63 +1025,19 @@ class Cache:
             IncompleteImage: if a blob of it is not stored.
             DigestMismatch: if the file of a blob is damaged; then nothing is under the destination's name.
         """
-        from cachedb import oci
-        from cachedb.transports.archive.write import FORMATS, entries, write_folder, write_tar
+        from cachedb.operations.export_archive import export_archive
 
         check_writable(destination=destination)
         check_text(platform=platform, optional=True)
         check_functions(progress=progress)
-        if format not in FORMATS:
-            raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(FORMATS)}")
-        if link and format != "oci-dir":
-            raise CacheError("links are made in a folder: use the format oci-dir")
         path = Path(destination) if isinstance(destination, (str, os.PathLike)) else destination
-        parsed = Name.parse(name)
-        with self._held(parsed) as ((info, held),):
-            root, manifests = self._manifests(parsed, info, held)
-            made: dict[Digest, bytes] = {}
-            if platform is not None or format == "docker-archive":
-                root = oci.choose_platform(parsed, root, manifests, self._document, platform)
-            else:
-                root, made = oci.without_absent(root, manifests, {blob.digest for blob in held})
-            closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
-            files = entries(parsed, root, format, manifests, closure, made)
-            add = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
-            if format != "oci-dir":
-                write_tar(self.directory, files, path, add)
-            elif isinstance(path, Path):
-                write_folder(self.directory, files, path, link=link, progress=add)
-            else:
-                raise CacheError("an oci-dir is a folder: name its path")
-
-
-def _recover_at_once(database: Database) -> list[Leftover]:
-    """Clean up after dead processes, as far as that can be done at once; what is left is for the next to open.
-
-    The command that opens the cache has no need of it.
-
-    Returns:
-        What cannot be cleaned up.
-    """
-    try:
-        with database.without_waiting():
-            return collect.recover(database, seconds=_RECOVERY_SECONDS)
-    except Busy as error:
-        LOG.info("left the cleaning up to the next who opens the cache: %s", error)
-        return []
-
-
-def _held_name(wanted: str | Name) -> str:
-    """Return a hold's id as it is, and a name or a digest in full, as it was noted."""
-    if not isinstance(wanted, str):
-        return str(Name.parse(wanted))
-    if holds.is_id(wanted):
-        return wanted
-    return _as_digest(wanted) or str(Name.parse(wanted))
-
-
-def _as_digest(text: str) -> Digest | None:
-    try:
-        return parse_digest(text)
-    except CacheError:
-        return None
+        export_archive(
+            self._database,
+            self._session,
+            Name.parse(name),
+            path,
+            format=format,
+            platform=platform,
+            link=link,
+            progress=progress,
+        )

@@ -350,7 +350,7 @@ def test_an_interrupted_import_keeps_the_record_of_what_it_published(directory: 
         def interrupted(*_arguments: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("cachedb.content.save.save_image", interrupted)
+        patch.setattr("cachedb.operations.import_archive.save_image", interrupted)
         patch.setattr("cachedb.content.publish.retract", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.cache_from_tar(archive)

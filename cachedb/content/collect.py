@@ -36,6 +36,7 @@ from cachedb.content.session import dead_sessions, locked_sessions, remove_folde
 from cachedb.disk import downloads, single_flight
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import trash_digest, trash_name
+from cachedb.disk.waiting import LOG
 from cachedb.errors import Busy, CacheError, StorageError, explain, os_errors
 from cachedb.index import holds
 from cachedb.index.blobs import stored
@@ -45,12 +46,13 @@ from cachedb.index.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 from cachedb.oci.digests import Digest, is_digest, split_digest
 from cachedb.threads import start
 
-__all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "unreferenced"]
+__all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "recover_at_once", "unreferenced"]
 
 
 SMALL_BATCH = 16  # blobs, where there is little space to work in
 _LARGE_BATCH = 250  # more are forgotten in a time that a writer who waits would notice
 _FEW = 64  # files that are unlinked sooner than threads have begun
+_RECOVERY_SECONDS = 1.0  # at most, when a cache is opened
 _UNLINKING = 2  # threads
 _HOLD = 0.03  # seconds of renaming after which the write lock is let go of
 
@@ -290,3 +292,19 @@ def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
         with database.write() as connection:
             holds.forget(connection, gone)
     return left + empty_trash(database)
+
+
+def recover_at_once(database: Database) -> list[Leftover]:
+    """Clean up after dead processes, as far as that can be done at once; what is left is for the next to open.
+
+    The command that opens the cache has no need of it.
+
+    Returns:
+        What cannot be cleaned up.
+    """
+    try:
+        with database.without_waiting():
+            return recover(database, seconds=_RECOVERY_SECONDS)
+    except Busy as error:
+        LOG.info("left the cleaning up to the next who opens the cache: %s", error)
+        return []

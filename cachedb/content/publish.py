@@ -8,6 +8,7 @@ meanwhile. A blob's name never appears in ``blobs/`` before all of it is there a
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +17,14 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from cachedb.content.save import T, associate_waiting
+from cachedb import oci
+from cachedb.content.save import T, associate_waiting, save_image
 from cachedb.content.session import NO_HOLD, Hold, Session
 from cachedb.disk import writer
 from cachedb.disk.durable import sync_folder
 from cachedb.disk.layout import blob_file, received_digest
 from cachedb.disk.single_flight import ClaimLost
-from cachedb.disk.writer import Content, Hasher, Readable, Received, discard, identity
+from cachedb.disk.writer import Content, Data, Hasher, Readable, Received, discard, identity, open_data
 from cachedb.errors import (
     CacheError,
     StorageError,
@@ -30,11 +32,14 @@ from cachedb.errors import (
     os_errors,
 )
 from cachedb.index.blobs import set_stored, stored
+from cachedb.index.images import ImageInfo, is_associated
+from cachedb.index.images import image as read_image
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import (
     DOCUMENT_LIMIT,
 )
+from cachedb.oci.names import Name
 from cachedb.progress import Advance
 
 __all__ = [
@@ -49,6 +54,8 @@ __all__ = [
     "receive",
     "receive_linked",
     "retract",
+    "store_blob",
+    "store_manifest",
     "take",
 ]
 
@@ -328,3 +335,67 @@ def give_up(database: Database, session: Session, hold: Hold) -> None:
     """Release a hold after an error, of which is to be told; where that fails, it goes with the session."""
     with suppress(CacheError):
         let_go(database, session, hold)
+
+
+def store_blob(
+    database: Database,
+    session: Session,
+    data: Data,
+    *,
+    digest: Digest | None = None,
+    algorithm: str = "sha256",
+) -> Received:
+    """Store a blob, and lease it until an image of this session is saved with it.
+
+    Args:
+        database: the index.
+        session: of this process.
+        data: the content.
+        digest: that it must have, if that is known.
+        algorithm: to compute the digest with, if none is known.
+
+    Raises:
+        DigestMismatch: if the content has another digest.
+    """
+    with open_data(data) as source:
+        hold = hold_stored(database, session, [digest] if digest else [])
+        write = digest not in hold.digests
+        try:
+            received = receive(session, source, digest=digest, algorithm=algorithm, write=write)
+        except BaseException:
+            give_up(database, session, hold)
+            raise
+        expected = session.expects(received.digest)
+        if write:
+            with publish(database, session, [received]) as connection:
+                # Another's image that waits for it may be removed before ours is saved.
+                if not (expected and is_associated(connection, received.digest)):
+                    hold = session.lease(connection, [received.digest])
+        elif expected:
+            with database.write() as connection:
+                if is_associated(connection, received.digest):
+                    session.release(connection, hold)
+                    hold = NO_HOLD
+        session.keep_until_saved(hold)
+    return received
+
+
+def store_manifest(
+    database: Database, session: Session, name: Name, manifest: bytes, media_type: str | None
+) -> ImageInfo:
+    """Store a manifest or index under a name; its config and layers are associated at once, stored or not.
+
+    Raises:
+        InvalidManifest: if it is no manifest or index.
+        InvalidName: if the name is by another digest than the manifest's.
+    """
+    media_type = oci.manifest_media_type(manifest, media_type)
+    oci.descriptors(manifest, media_type)
+    algorithm = split_digest(name.digest)[0] if name.digest else "sha256"
+    received = receive(session, io.BytesIO(manifest), algorithm=algorithm)
+    with publish(database, session, [received]) as connection:
+        image_id = save_image(connection, database.directory, name, received.digest, media_type)
+        info, contents = read_image(connection, database.directory, image_id)
+        session.release_saved(connection, [blob.digest for blob in contents])
+        session.expect(blob.digest for blob in contents if not blob.stored)
+        return info

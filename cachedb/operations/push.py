@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
 from cachedb import oci
+from cachedb.content.documents import read_document, read_manifests
+from cachedb.content.held import held
+from cachedb.content.session import Session
 from cachedb.errors import IncompleteImage, InvalidName
 from cachedb.index import images
 from cachedb.index.images import BlobInfo
@@ -23,7 +27,7 @@ from cachedb.operations.push_target import AT_ONCE, Outcome, Target
 from cachedb.progress import Advance, BlobProgress, Progress, summed, told
 from cachedb.threads import in_threads
 
-__all__ = ["Pushed", "push"]
+__all__ = ["Pushed", "push", "push_image"]
 
 
 class Pushed(NamedTuple):
@@ -141,3 +145,44 @@ def _all(
             closure += reached
             documents |= {blob.digest: others[blob.digest] for blob in reached if blob.digest in others}
     return closure, documents
+
+
+def push_image(
+    database: Database,
+    session: Session,
+    source: Name,
+    target: Target,
+    name: Name,
+    *,
+    platform: str | None = None,
+    progress: Progress | None = None,
+    blob_progress: BlobProgress | None = None,
+) -> Pushed:
+    """Push an image, as `Cache.push` does.
+
+    Args:
+        database: the index.
+        session: of this process.
+        source: the name of the image.
+        target: the repository to push to.
+        name: what the image is called there.
+        platform: ``os/architecture[/variant]``, to push one platform of an index as an image of its own.
+        progress: is called with the bytes done and in all.
+        blob_progress: is called with each blob's bytes.
+    """
+    read = partial(read_document, database.directory)
+    with held(database, session, source) as ((info, blobs),):
+        root, manifests = read_manifests(database.directory, source, info, blobs)
+        if platform is not None:
+            root = oci.choose_platform(source, root, manifests, read, platform)
+        return push(
+            database,
+            target,
+            name,
+            root,
+            manifests,
+            blobs,
+            read,
+            progress=progress,
+            blob_progress=blob_progress,
+        )

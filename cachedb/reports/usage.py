@@ -8,14 +8,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, func, select
 
+from cachedb.content import collect
+from cachedb.content.collect import Collected
 from cachedb.disk.marker import MARKER
 from cachedb.errors import os_errors
 from cachedb.index.images import count_incomplete
 from cachedb.index.sqlite.database import Database
+from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 
-__all__ = ["ImageUsage", "Share", "Stats", "Usage", "shares", "usage"]
+__all__ = ["ImageUsage", "Share", "Stats", "Usage", "shares", "stats", "usage"]
 
 
 # In the order of the index of the association, which is that of the blobs; in one row, for a GROUP BY would sort them.
@@ -162,3 +165,22 @@ class Stats(NamedTuple):
     incomplete_count: int  # images of which a blob is not stored
     reclaimable_blobs: int  # stored blobs that a collection would free now
     reclaimable_size: int  # bytes of those
+
+
+def stats(database: Database) -> Stats:
+    """Return the totals of a cache."""
+    with database.read() as connection:
+        size = func.sum(BLOBS.c.size).filter(BLOBS.c.stored_at.is_not(None))
+        totals = select(func.count(), func.count(BLOBS.c.stored_at), func.coalesce(size, 0)).select_from(BLOBS)
+        known, blob_count, total_size = connection.execute(totals).one()
+        # To count what lacks something, or is of no use, takes longer than to see that there is nothing of it.
+        used = connection.execute(select(func.count(IMAGE_BLOBS.c.blob_id.distinct()))).scalar_one()
+        reclaimable = collect.unreferenced(connection) if used < known else Collected(0, 0)
+        return Stats(
+            manifest_count=connection.execute(select(func.count()).select_from(IMAGES)).scalar_one(),
+            blob_count=blob_count,
+            total_size=total_size,
+            incomplete_count=count_incomplete(connection) if blob_count < known else 0,
+            reclaimable_blobs=reclaimable.blobs,
+            reclaimable_size=reclaimable.bytes,
+        )

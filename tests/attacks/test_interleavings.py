@@ -44,11 +44,12 @@ from sqlalchemy.engine.default import DefaultDialect
 
 import cachedb.transports.archive.read
 import cachedb.transports.archive.write  # noqa: F401 - for the zygote, so that no actor imports it
-from cachedb import Cache, CacheError, Name
+from cachedb import Cache, CacheError
 from cachedb.content import collect as collecting
 from cachedb.content import publish
 from cachedb.disk import locks, single_flight, writer
 from cachedb.index.sqlite.database import Database
+from cachedb.operations import export_archive
 from tests.conftest import files_of, run_python
 from tests.support import make
 from tests.support.interleaving import Choose, Failed, Order, Outcome, Steps, Zygote, every_order, run
@@ -161,16 +162,16 @@ def tag_old(directory: Path, steps: Steps) -> str:
 
 
 def export_old(directory: Path, steps: Steps) -> str:
-    held, began = Cache._held, []
+    held, began = export_archive.held, []
 
     @contextmanager
-    def noted(cache: Cache, *names: str | Name) -> Iterator[Any]:
-        with held(cache, *names) as found:
+    def noted(*arguments: Any) -> Iterator[Any]:
+        with held(*arguments) as found:
             began.append(found)
             yield found
 
     with opened(directory, steps) as cache, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cache, "_held", noted)
+        patch.setattr(export_archive, "held", noted)
         try:
             cache.export("old:1", directory / "exported.tar")
         except CacheError as error:

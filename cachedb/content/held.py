@@ -1,0 +1,79 @@
+"""Hold images and blobs for a block: nobody collects them meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection
+
+from cachedb.content.publish import give_up, let_go
+from cachedb.content.session import NO_HOLD, Session
+from cachedb.errors import CacheError, NotInCache
+from cachedb.index import blobs, holds, images
+from cachedb.index.images import BlobInfo, ImageInfo
+from cachedb.index.sqlite.database import Database
+from cachedb.oci.digests import Digest, parse_digest
+from cachedb.oci.names import Name
+
+__all__ = ["find_held", "held", "hold_name"]
+
+
+@contextmanager
+def held(
+    database: Database, session: Session, *names_or_digests: str | Name
+) -> Iterator[list[tuple[ImageInfo, list[BlobInfo]]]]:
+    """Hold, and yield the images and their blobs as they were at that moment: a name may move on meanwhile."""
+    found: list[tuple[ImageInfo, list[BlobInfo]]] = []
+    # Where nothing can be written nothing can be leased, nor collected.
+    read_only = database.read_only
+    with database.read() if read_only else database.write() as connection:
+        digests: set[Digest] = set()
+        for wanted in names_or_digests:
+            there = find_held(connection, wanted)
+            if isinstance(there, str):
+                digests.add(there)
+                continue
+            if not read_only:
+                images.touch(connection, there)
+            info, contents = images.image(connection, database.directory, there)
+            digests.update(blob.digest for blob in contents)
+            found.append((info, contents))
+        hold = NO_HOLD if read_only else session.lease(connection, digests)
+    try:
+        yield found
+    except BaseException:
+        give_up(database, session, hold)
+        raise
+    if not database.ended:  # or it went with the session
+        let_go(database, session, hold)
+
+
+def find_held(connection: Connection, wanted: str | Name) -> int | Digest:
+    """Return an image's id, or the digest of a stored blob.
+
+    Raises:
+        NotInCache: if neither is in the cache.
+    """
+    if not (isinstance(wanted, str) and (digest := as_digest(wanted))):
+        return images.find(connection, Name.parse(wanted)).id
+    if digest not in blobs.stored(connection, [digest]):
+        raise NotInCache(f"{digest} is not in the cache")
+    return digest
+
+
+def hold_name(wanted: str | Name) -> str:
+    """Return a hold's id as it is, and a name or a digest in full, as it was noted."""
+    if not isinstance(wanted, str):
+        return str(Name.parse(wanted))
+    if holds.is_id(wanted):
+        return wanted
+    return as_digest(wanted) or str(Name.parse(wanted))
+
+
+def as_digest(text: str) -> Digest | None:
+    """Return a text as a digest, or None if it is none."""
+    try:
+        return parse_digest(text)
+    except CacheError:
+        return None

@@ -1,0 +1,56 @@
+"""Export an image to an archive or an image layout folder."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from cachedb import oci
+from cachedb.content.documents import read_document, read_manifests
+from cachedb.content.held import held
+from cachedb.content.session import Session
+from cachedb.errors import CacheError
+from cachedb.index.sqlite.database import Database
+from cachedb.oci.digests import Digest
+from cachedb.oci.names import Name
+from cachedb.progress import Progress, summed
+from cachedb.text import shorten
+from cachedb.transports.archive.write import FORMATS, entries, write_folder, write_tar
+
+__all__ = ["export_archive"]
+
+
+def export_archive(
+    database: Database,
+    session: Session,
+    name: Name,
+    destination: Path | BinaryIO,
+    *,
+    format: str,
+    platform: str | None,
+    link: bool,
+    progress: Progress | None,
+) -> None:
+    """Export an image, as `Cache.export` does."""
+    if format not in FORMATS:
+        raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(FORMATS)}")
+    if link and format != "oci-dir":
+        raise CacheError("links are made in a folder: use the format oci-dir")
+    read = partial(read_document, database.directory)
+    with held(database, session, name) as ((info, blobs),):
+        root, manifests = read_manifests(database.directory, name, info, blobs)
+        made: dict[Digest, bytes] = {}
+        if platform is not None or format == "docker-archive":
+            root = oci.choose_platform(name, root, manifests, read, platform)
+        else:
+            root, made = oci.without_absent(root, manifests, {blob.digest for blob in blobs})
+        closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
+        files = entries(name, root, format, manifests, closure, made)
+        add = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
+        if format != "oci-dir":
+            write_tar(database.directory, files, destination, add)
+        elif isinstance(destination, Path):
+            write_folder(database.directory, files, destination, link=link, progress=add)
+        else:
+            raise CacheError("an oci-dir is a folder: name its path")
