@@ -20,6 +20,7 @@ import pytest
 from cachedb import Cache
 from cachedb.index.sqlite.database import Database
 from tests.support import leftovers
+from tests.support.command_server import CommandServer
 
 # Whoever runs the tests in a shell's background has SIGINT ignored, and what they start would have it ignored too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,14 +64,24 @@ def _no_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 Run = Callable[..., subprocess.CompletedProcess[Any]]
 
 
+@pytest.fixture(scope="session")
+def command_server() -> Iterator[CommandServer]:
+    """A server of this worker, that is forked for each command."""
+    server = CommandServer(Path(__file__).parents[1])
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def cachedb(directory: Path) -> Run:
+def cachedb(directory: Path, command_server: CommandServer) -> Run:
     """Run the command line in a process of its own."""
 
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[Any]:
-        command = [sys.executable, "-m", "cachedb", "--dir", str(directory), *map(str, arguments)]
+        words = ["--dir", str(directory), *map(str, arguments)]
         options = {"text": True, "capture_output": True, "timeout": 120, **options}
-        return subprocess.run(command, check=False, **options)
+        if command_server.accepts(options):
+            return command_server.run(words, **options)
+        return subprocess.run([sys.executable, "-m", "cachedb", *words], check=False, **options)
 
     return run
 

@@ -51,7 +51,17 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "get_usage": (),
     "verify": (),
     **dict.fromkeys(
-        ["hold", "add_hold", "release_hold", "producing", "get_manifest", "get_image", "get_image_blobs"], ("app:1",)
+        [
+            "hold",
+            "add_hold",
+            "release_hold",
+            "producing",
+            "get_manifest",
+            "get_details",
+            "get_image",
+            "get_image_blobs",
+        ],
+        ("app:1",),
     ),
     **dict.fromkeys(["get_platforms", "is_image_complete", "remove_manifest", "get_labels"], ("app:1",)),
 }

@@ -47,6 +47,7 @@ import cachedb.transports.archive.write  # noqa: F401 - for the zygote, so that 
 from cachedb import Cache, CacheError
 from cachedb.content import collect as collecting
 from cachedb.content import publish
+from cachedb.content.held import held
 from cachedb.disk import locks, single_flight, writer
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import export_archive
@@ -162,11 +163,11 @@ def tag_old(directory: Path, steps: Steps) -> str:
 
 
 def export_old(directory: Path, steps: Steps) -> str:
-    held, began = export_archive.held, []
+    hold, began = held, []
 
     @contextmanager
     def noted(*arguments: Any) -> Iterator[Any]:
-        with held(*arguments) as found:
+        with hold(*arguments) as found:
             began.append(found)
             yield found
 

@@ -404,15 +404,15 @@ def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) 
     script = """
     import sys
     from cachedb.cli import main
-    from cachedb.index.sqlite import database
+    from cachedb.index.sqlite import connection
 
-    close = database._Connection.close
+    close = connection.CacheConnection.close
 
     def interrupted(self):
-        database._Connection.close = close
+        connection.CacheConnection.close = close
         raise KeyboardInterrupt
 
-    database._Connection.close = interrupted
+    connection.CacheConnection.close = interrupted
     main.main()
     """
     command = [sys.executable, "-c", textwrap.dedent(script), "--dir", str(directory), "ls"]

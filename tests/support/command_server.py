@@ -1,0 +1,195 @@
+"""Run the command line in a process that has everything imported: a fork of a server, in a tenth of the time.
+
+A test of what happens while the interpreter starts or imports runs `sys.executable -m cachedb` itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+SUPPORTED: Final = {"text", "capture_output", "timeout", "input", "env", "cwd", "stdin"}
+"""The options of `subprocess.run` with which a command can be run by the server."""
+
+_START_VARIABLES: Final = ("PYTHON", "LANG", "LC_", "LD_", "MALLOC")
+"""Beginnings of the names of variables that an interpreter reads when it starts."""
+
+# What the commands import, but for what few of them need.
+_IMPORTS: Final = (
+    "alembic.command",
+    "cachedb.cache",
+    "cachedb.cli.main",
+    "cachedb.index.drift",
+    "cachedb.operations.export_archive",
+    "cachedb.operations.import_archive",
+    "cachedb.operations.pull",
+    "cachedb.operations.push",
+    "cachedb.operations.verify",
+    "cachedb.reports.usage",
+    "cachedb.reports.views",
+)
+
+
+class CommandServer:
+    """A process that is forked for each command."""
+
+    def __init__(self, checkout: Path) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="cachedb-server-")
+        self._path = str(Path(self._folder.name) / "socket")
+        self._environment = dict(os.environ)
+        self._state = _inherited()
+        code = "import sys; from tests.support.command_server import serve; serve(sys.argv[1])"
+        # It ends when this process does: its stdin is closed then.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, self._path], cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def close(self) -> None:
+        """End the server; commands that run go on."""
+        self._process.kill()
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def accepts(self, options: Mapping[str, Any]) -> bool:
+        """Return whether a command with these options of `subprocess.run` is the same when the server runs it."""
+        environment = options.get("env") or os.environ
+        changed = environment.items() ^ self._environment.items()
+        if options.keys() - SUPPORTED or self._state != _inherited():
+            return False
+        return not any(name.startswith(_START_VARIABLES) for name, _ in changed)
+
+    def run(self, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        """Run a command; for the options see `subprocess.run`."""
+        data, text = options.get("input"), options.get("text", False)
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            with tempfile.TemporaryFile() as given:
+                stdin: Any = options.get("stdin")
+                if data is not None:
+                    given.write(data.encode() if text else data)
+                    given.seek(0)
+                    stdin = given
+                fileno = 0 if stdin is None else stdin if isinstance(stdin, int) else stdin.fileno()
+                if fileno == subprocess.DEVNULL:
+                    fileno = os.open(os.devnull, os.O_RDONLY)
+                files = [fileno, output.fileno(), errors.fileno()]
+                code = self._run(arguments, files, options)
+            found = []
+            for file in (output, errors):
+                file.seek(0)
+                found.append(file.read())
+        decoded = [part.decode() if text else part for part in found]
+        return subprocess.CompletedProcess(["cachedb", *arguments], code, *decoded)
+
+    def _run(self, arguments: list[str], files: list[int], options: Mapping[str, Any]) -> int:
+        request = {
+            "arguments": arguments,
+            "cwd": str(options.get("cwd") or Path.cwd()),
+            "environment": dict(options.get("env") or os.environ),
+        }
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(options.get("timeout", 120))
+            connection.connect(self._path)
+            socket.send_fds(connection, [b"x"], files)
+            with connection.makefile("rw") as stream:
+                stream.write(json.dumps(request) + "\n")
+                stream.flush()
+                pid = int(stream.readline())
+                try:
+                    return os.waitstatus_to_exitcode(int(stream.readline()))
+                except TimeoutError:
+                    os.kill(pid, signal.SIGKILL)
+                    raise subprocess.TimeoutExpired(arguments, options.get("timeout", 120)) from None
+
+
+def _inherited() -> list[object]:
+    """Return what a process inherits besides its environment and files."""
+    limits = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")]
+    return [*limits, os.geteuid(), os.getegid(), os.getgroups(), signal.getsignal(signal.SIGINT), _umask()]
+
+
+def _umask() -> str:
+    status = Path("/proc/self/status").read_text()
+    return next(line for line in status.splitlines() if line.startswith("Umask:"))
+
+
+def serve(path: str) -> NoReturn:
+    """Fork for each connection to a socket, until stdin is closed."""
+    for name in _IMPORTS:
+        __import__(name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        listening.bind(path)
+        listening.listen(64)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who answers a connection
+        print("ready", flush=True)
+        os.set_blocking(0, False)
+        listening.settimeout(1)
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except TimeoutError:
+                try:
+                    if os.read(0, 1) == b"":
+                        os._exit(0)
+                except BlockingIOError:
+                    pass
+                continue
+            if os.fork() == 0:
+                listening.close()
+                _answer(connection)
+            connection.close()
+
+
+def _answer(connection: socket.socket) -> NoReturn:
+    """Fork the command, wait for it, and send its number and its status."""
+    connection.setblocking(True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, files, _, _ = socket.recv_fds(connection, 1, 3)
+    with connection.makefile("rw") as stream:
+        request = json.loads(stream.readline())
+        if (child := os.fork()) == 0:
+            connection.close()
+            _become(request, files)
+        stream.write(f"{child}\n")
+        stream.flush()
+        for file in files:
+            os.close(file)
+        _, status = os.waitpid(child, 0)
+        stream.write(f"{status}\n")
+        stream.flush()
+    os._exit(0)
+
+
+def _become(request: dict[str, Any], files: list[int]) -> NoReturn:
+    """Run the command line in this process, as `python -m cachedb` does."""
+    assert threading.active_count() == 1
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        if file > 2:
+            os.close(file)
+    sys.argv = [str(Path(sys.prefix) / "cachedb"), *request["arguments"]]
+    from cachedb.__main__ import main
+
+    code: object = 0
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
