@@ -9,34 +9,31 @@ from cachedb.disk.reader import open_blob
 from cachedb.errors import DigestMismatch, NotInCache, StorageError, os_errors
 from cachedb.index import images
 from cachedb.index.images import BlobInfo, ImageInfo
+from cachedb.oci import Closure
 from cachedb.oci.digests import Digest, digest_of
-from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
 
-__all__ = ["read_document", "read_manifests"]
+__all__ = ["read_closure", "read_document"]
 
 
-def read_manifests(
-    directory: Path, name: Name, info: ImageInfo, held: list[BlobInfo]
-) -> tuple[Descriptor, dict[Digest, bytes]]:
-    """Return what an image points to, and the manifests that it reaches and has here.
+def read_closure(directory: Path, name: Name, info: ImageInfo, blobs: list[BlobInfo]) -> Closure:
+    """Read what an image reaches, as far as it is in the cache.
+
+    Args:
+        directory: of the cache.
+        name: of the image.
+        info: the image, which is held.
+        blobs: of the image, in the order of their positions.
 
     Raises:
         IncompleteImage: if a blob of it is not stored.
+        DigestMismatch: if the file of a manifest is damaged.
     """
     if not info.complete:
-        raise images.incomplete(name, held)
-    manifests: dict[Digest, bytes] = {}
-
-    def read(blob: Descriptor) -> bytes:
-        manifests[blob.digest] = read_document(directory, blob.digest)
-        return manifests[blob.digest]
-
-    root = oci.root(info.digest, held[0].size, info.media_type)
-    here = {blob.digest for blob in held}
-    for _ in oci.walk(root, read, oci.among(here)):
-        pass
-    return root, manifests
+        raise images.incomplete(name, blobs)
+    root = oci.root(info.digest, blobs[0].size, info.media_type)
+    choose = oci.among({blob.digest for blob in blobs})
+    return oci.read_closure(root, lambda blob: read_document(directory, blob.digest), choose)
 
 
 def read_document(directory: Path, digest: Digest) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cachedb.oci.closure import among, choose, choose_platform, only_image, walk, without_absent
+from cachedb.oci.closure import Closure, among, choose, read_closure, walk
 from cachedb.oci.configs import CONFIG_LIMIT, ImageConfig, parse_config
 from cachedb.oci.manifests import (
     CONFIG_TYPES,
@@ -45,6 +45,7 @@ __all__ = [
     "OCI_LAYER",
     "OCI_MANIFEST",
     "ROLES",
+    "Closure",
     "Descriptor",
     "ImageConfig",
     "among",
@@ -52,19 +53,17 @@ __all__ = [
     "check_media_type",
     "child",
     "choose",
-    "choose_platform",
     "descriptors",
     "host_platform",
     "is_compressed",
     "is_for",
     "load_json",
     "manifest_media_type",
-    "only_image",
     "parse_config",
     "platform_label",
+    "read_closure",
     "role_of",
     "root",
     "subject_of",
     "walk",
-    "without_absent",
 ]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, replace
 
 from cachedb.errors import NotInCache
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import (
     DOCUMENT_LIMIT,
     Descriptor,
-    child,
-    descriptors,
     load_json,
     read_descriptors,
     read_media_type,
@@ -20,96 +19,149 @@ from cachedb.oci.names import Name
 from cachedb.oci.platforms import host_platform, is_for, platform_label
 from cachedb.text import shorten
 
-__all__ = ["among", "choose", "choose_platform", "only_image", "walk", "without_absent"]
+__all__ = ["Closure", "among", "choose", "read_closure", "walk"]
 
 
-def without_absent(
-    root: Descriptor, manifests: dict[Digest, bytes], here: Container[Digest]
-) -> tuple[Descriptor, dict[Digest, bytes]]:
-    """Return an index that names what is here and no more, and what was made for it; as it is, if all of it is here.
+@dataclass(frozen=True)
+class Closure:
+    """What a manifest or index reaches. Each manifest is read and parsed once.
 
-    Args:
-        root: the index, or a manifest.
-        manifests: the bytes of the manifests and indexes of the closure; what is made is put among them.
-        here: what the image has in the cache.
+    Attributes:
+        root: the manifest or index.
+        documents: the exact bytes of the manifests and indexes that are at hand.
+        children: what each of those refers to, in order; also what is not at hand.
+        made: those of the documents that `only` made; they are stored nowhere.
     """
-    if root.role != "index":
-        return root, {}
-    made: dict[Digest, bytes] = {}
-    entries, document = [], load_json(manifests[root.digest], "the index")
-    for entry in document["manifests"]:
-        blob = child(entry, "the index")
-        if blob.digest in here:
-            new, more = without_absent(blob, manifests, here)
-            made |= more
-            entries.append({**entry, "digest": new.digest, "size": new.size})
-    if entries == document["manifests"]:
-        return root, {}
-    data = json.dumps({**document, "manifests": entries}, separators=(",", ":")).encode()
-    digest = digest_of(data)
-    made[digest] = manifests[digest] = data
-    return root._replace(digest=digest, size=len(data)), made
+
+    root: Descriptor
+    documents: dict[Digest, bytes]
+    children: dict[Digest, list[Descriptor]]
+    made: frozenset[Digest] = frozenset()
+
+    @property
+    def blobs(self) -> list[Descriptor]:
+        """All blobs in order, the root first; a manifest that is referred to twice is followed once."""
+        found, stack, followed = [], [self.root], set[Digest]()
+        while stack:
+            blob = stack.pop()
+            found.append(blob)
+            if blob.role in ("manifest", "index") and blob.digest not in followed:
+                followed.add(blob.digest)
+                stack.extend(reversed(self.children.get(blob.digest, [])))
+        return found
+
+    @property
+    def images(self) -> list[Descriptor]:
+        """The image manifests that are at hand; attestations, of platform unknown/unknown, are none."""
+        return list(dict.fromkeys(self._images(self.root)))
+
+    def _images(self, root: Descriptor) -> Iterator[Descriptor]:
+        if root.role == "manifest":
+            yield root
+            return
+        for blob in self.children[root.digest]:
+            if blob.digest in self.documents and blob.platform != "unknown/unknown":
+                yield from self._images(blob)
+
+    def only(self, present: Container[Digest]) -> Closure:
+        """Return the closure of an index that refers to nothing but what is present; itself if all of it is.
+
+        Args:
+            present: the digests that the cache has of the image.
+        """
+        documents, children, made = dict(self.documents), dict(self.children), set[Digest]()
+
+        def prune(blob: Descriptor) -> Descriptor:
+            if blob.role != "index":
+                return blob
+            named = children[blob.digest]
+            kept = [prune(child) for child in named if child.digest in present]
+            if kept == named:
+                return blob
+            document = load_json(documents[blob.digest], "the index")
+            entries = [
+                entry for entry, child in zip(document["manifests"], named, strict=True) if child.digest in present
+            ]
+            entries = [
+                {**entry, "digest": child.digest, "size": child.size}
+                for entry, child in zip(entries, kept, strict=True)
+            ]
+            data = json.dumps({**document, "manifests": entries}, separators=(",", ":")).encode()
+            digest = digest_of(data)
+            documents[digest], children[digest] = data, kept
+            made.add(digest)
+            return blob._replace(digest=digest, size=len(data))
+
+        root = prune(self.root)
+        return self if root is self.root else Closure(root, documents, children, frozenset(made))
+
+    def for_platform(self, name: Name, wanted: str | None, read: Callable[[Digest], bytes]) -> Closure:
+        """Return the closure of the manifest of one platform.
+
+        Args:
+            name: of the image.
+            wanted: ``os/architecture[/variant]``; None for the host's.
+            read: returns the bytes of a config, which tells the platform where no index does.
+
+        Raises:
+            NotInCache: if the image is not for that platform, or what it has for it is not here.
+        """
+        images = self.images
+        if wanted is None and len(images) == 1:
+            return replace(self, root=images[0])
+        asked = wanted or host_platform()
+        here = {image: image.platform or self._platform_of(image, read) for image in images}
+        for image, label in here.items():
+            if is_for(label, asked):
+                return replace(self, root=image)
+        for blob in self.blobs:
+            if blob.role == "manifest" and blob.digest not in self.documents and is_for(blob.platform, asked):
+                raise NotInCache(f"{name} is not here for platform {shorten(asked)}: pull it with --platform")
+        known = ", ".join(sorted(here.values()))
+        raise NotInCache(f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform")
+
+    def _platform_of(self, image: Descriptor, read: Callable[[Digest], bytes]) -> str:
+        """Return the platform that the config of an image says."""
+        config = self.children[image.digest][0]
+        if config.size > DOCUMENT_LIMIT:
+            return "unknown"
+        return platform_label(load_json(read(config.digest), f"config {config.digest}")) or "unknown"
 
 
-def _platforms(root: Descriptor, manifests: dict[Digest, bytes]) -> list[Descriptor]:
-    """Return the image manifests below a manifest or index; attestations, of unknown/unknown, are none."""
-    if root.role == "manifest":
-        return [root]
-    children = descriptors(manifests[root.digest], root.media_type)
-    found = [
-        image
-        for blob in children
-        if blob.role in ("manifest", "index") and blob.digest in manifests and blob.platform != "unknown/unknown"
-        for image in ([blob] if blob.role == "manifest" else _platforms(blob, manifests))
-    ]
-    return list(dict.fromkeys(found))
-
-
-def only_image(root: Descriptor, manifests: dict[Digest, bytes]) -> Descriptor | None:
-    """Return the manifest below a root if there is exactly one image."""
-    images = _platforms(root, manifests)
-    return images[0] if len(images) == 1 else None
-
-
-def choose_platform(
-    name: Name,
+def read_closure(
     root: Descriptor,
-    manifests: dict[Digest, bytes],
-    read: Callable[[Digest], bytes],
-    wanted: str | None,
-) -> Descriptor:
-    """Return the manifest of one platform of an image.
+    read: Callable[[Descriptor], bytes],
+    choose: Callable[[list[Descriptor]], list[Descriptor]] | None = None,
+) -> Closure:
+    """Read what a manifest or index reaches.
 
     Args:
-        name: the image's.
-        root: its manifest or index.
-        manifests: the bytes of the manifests and indexes of the closure, by digest.
-        read: returns a blob's bytes: of a config, which tells the platform where no index does.
-        wanted: ``os/architecture[/variant]``; None for the host's.
+        root: the manifest or index.
+        read: returns the bytes of a manifest.
+        choose: returns those of an index's children that are to be read; all of them unless given.
 
     Raises:
-        NotInCache: if the image is not for that platform, or what it has for it is not here.
+        InvalidManifest: if one of the manifests is not what its media type says.
     """
-    images = _platforms(root, manifests)
-    if wanted is None and len(images) == 1:
-        return images[0]
-    asked = wanted or host_platform()
-    there = {image: image.platform or _platform_of_config(image, manifests, read) for image in images}
-    for image, label in there.items():
-        if is_for(label, asked):
-            return image
-    for blob in walk(root, lambda blob: manifests.get(blob.digest)):
-        if blob.role == "manifest" and blob.digest not in manifests and is_for(blob.platform, asked):
-            raise NotInCache(f"{name} is not here for platform {shorten(asked)}: pull it with --platform")
-    known = ", ".join(sorted(there.values()))
-    raise NotInCache(f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform")
+    documents: dict[Digest, bytes] = {}
+    children: dict[Digest, list[Descriptor]] = {}
+    stack = [root]
+    while stack:
+        blob = stack.pop()
+        if blob.role not in ("manifest", "index") or blob.digest in documents:
+            continue
+        documents[blob.digest] = read(blob)
+        children[blob.digest] = _refers_to(blob, documents[blob.digest])
+        named = children[blob.digest]
+        stack.extend(reversed(choose(named) if choose and blob.role == "index" else named))
+    return Closure(root, documents, children)
 
 
-def _platform_of_config(image: Descriptor, manifests: dict[Digest, bytes], read: Callable[[Digest], bytes]) -> str:
-    config = descriptors(manifests[image.digest], image.media_type)[0]
-    if config.size > DOCUMENT_LIMIT:
-        return "unknown"
-    return platform_label(load_json(read(config.digest), f"config {config.digest}")) or "unknown"
+def _refers_to(blob: Descriptor, data: bytes) -> list[Descriptor]:
+    """Return what a manifest or index refers to."""
+    document = load_json(data, "the manifest")
+    read_media_type(document, blob.media_type)
+    return read_descriptors(document, blob.media_type, f"manifest {blob.digest}")
 
 
 def choose(children: list[Descriptor], wanted: str) -> list[Descriptor]:
@@ -142,9 +194,7 @@ def walk(
         expanded.add(blob.digest)
         data = read(blob)
         if data is not None:
-            document = load_json(data, "the manifest")
-            read_media_type(document, blob.media_type)
-            named = read_descriptors(document, blob.media_type, f"manifest {blob.digest}")
+            named = _refers_to(blob, data)
             stack.extend(reversed(choose(named) if choose and blob.role == "index" else named))
 
 

@@ -6,13 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from cachedb import oci
-from cachedb.content.documents import read_document, read_manifests
+from cachedb.content.documents import read_closure, read_document
 from cachedb.content.held import held
 from cachedb.content.session import Session
 from cachedb.errors import CacheError
 from cachedb.index.sqlite.database import Database
-from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 from cachedb.progress import Progress, summed
 from cachedb.text import shorten
@@ -39,14 +37,12 @@ def export_archive(
         raise CacheError("links are made in a folder: use the format oci-dir")
     read = partial(read_document, database.directory)
     with held(database, session, name) as ((info, blobs),):
-        root, manifests = read_manifests(database.directory, name, info, blobs)
-        made: dict[Digest, bytes] = {}
+        closure = read_closure(database.directory, name, info, blobs)
         if platform is not None or format == "docker-archive":
-            root = oci.choose_platform(name, root, manifests, read, platform)
+            closure = closure.for_platform(name, platform, read)
         else:
-            root, made = oci.without_absent(root, manifests, {blob.digest for blob in blobs})
-        closure = list(oci.walk(root, lambda blob: manifests[blob.digest]))
-        files = entries(name, root, format, manifests, closure, made)
+            closure = closure.only({blob.digest for blob in blobs})
+        files = entries(name, closure, format)
         add = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
         if format != "oci-dir":
             write_tar(database.directory, files, destination, add)

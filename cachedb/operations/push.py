@@ -13,7 +13,7 @@ from graphlib import TopologicalSorter
 from typing import NamedTuple
 
 from cachedb import oci
-from cachedb.content.documents import read_document, read_manifests
+from cachedb.content.documents import read_closure, read_document
 from cachedb.content.held import held
 from cachedb.content.session import Session
 from cachedb.errors import IncompleteImage, InvalidName
@@ -46,8 +46,7 @@ def push(
     database: Database,
     target: Target,
     name: Name,
-    root: Descriptor,
-    manifests: dict[Digest, bytes],
+    closure: oci.Closure,
     contents: Iterable[BlobInfo],
     read: Callable[[Digest], bytes],
     *,
@@ -60,8 +59,7 @@ def push(
         database: of the cache.
         target: where it goes.
         name: that it gets there.
-        root: its manifest or index.
-        manifests: the bytes of the manifests and indexes that it reaches, as far as they are here; verified.
+        closure: of its manifest or index, as far as it is here.
         contents: what the image is associated with; what refers to it among that goes with it.
         read: returns the bytes of a manifest, verified.
         progress: is told how far it is, in bytes.
@@ -74,12 +72,13 @@ def push(
         StorageError: if a blob's file is gone, or was cut short.
         RegistryError: if the registry does not take it.
     """
+    root = closure.root
     if name.digest not in (None, root.digest):
         raise InvalidName(f"{name} cannot be the name of {root.digest}: its digest is another")
     repository = target.repository
-    closure, documents = _all(root, manifests, contents, read)
-    wanted = {blob.digest: blob for blob in closure if _is_document(blob)}
-    parts = {blob.digest: blob for blob in closure if not _is_document(blob)}  # a manifest can be some other's layer
+    blobs, documents = _with_referrers(closure, contents, read)
+    wanted = {blob.digest: blob for blob in blobs if _is_document(blob)}
+    parts = {blob.digest: blob for blob in blobs if not _is_document(blob)}  # a manifest can be some other's layer
     for blob in wanted.values():
         if blob.digest not in documents and not repository.has("manifests", blob.digest):
             raise IncompleteImage(
@@ -122,19 +121,18 @@ def _is_document(blob: Descriptor) -> bool:
     return blob.role in ("manifest", "index")
 
 
-def _all(
-    root: Descriptor,
-    manifests: dict[Digest, bytes],
-    contents: Iterable[BlobInfo],
-    read: Callable[[Digest], bytes],
+def _with_referrers(
+    closure: oci.Closure, contents: Iterable[BlobInfo], read: Callable[[Digest], bytes]
 ) -> tuple[list[Descriptor], dict[Digest, bytes]]:
-    """Return what a manifest reaches, with what refers to it, and of that the manifests that are here."""
-    closure = list(oci.walk(root, lambda blob: manifests.get(blob.digest)))
-    documents = {blob.digest: manifests[blob.digest] for blob in closure if blob.digest in manifests}
+    """Return the blobs of an image and of what refers to it, and the bytes of those manifests that are here."""
+    blobs = closure.blobs
+    documents = {blob.digest: closure.documents[blob.digest] for blob in blobs if blob.digest in closure.documents}
     attached = {
         blob.digest: Descriptor(blob.digest, blob.size, blob.media_type, blob.role)
         for blob in contents
-        if blob.role in ("manifest", "index") and blob.digest not in manifests and blob.size <= oci.DOCUMENT_LIMIT
+        if blob.role in ("manifest", "index")
+        and blob.digest not in closure.documents
+        and blob.size <= oci.DOCUMENT_LIMIT
     }
     others = {digest: read(digest) for digest in attached}
     while found := [
@@ -142,9 +140,9 @@ def _all(
     ]:
         for digest in found:
             reached = list(oci.walk(attached[digest], lambda blob: others.get(blob.digest)))
-            closure += reached
+            blobs += reached
             documents |= {blob.digest: others[blob.digest] for blob in reached if blob.digest in others}
-    return closure, documents
+    return blobs, documents
 
 
 def push_image(
@@ -172,15 +170,14 @@ def push_image(
     """
     read = partial(read_document, database.directory)
     with held(database, session, source) as ((info, blobs),):
-        root, manifests = read_manifests(database.directory, source, info, blobs)
+        closure = read_closure(database.directory, source, info, blobs)
         if platform is not None:
-            root = oci.choose_platform(source, root, manifests, read, platform)
+            closure = closure.for_platform(source, platform, read)
         return push(
             database,
             target,
             name,
-            root,
-            manifests,
+            closure,
             blobs,
             read,
             progress=progress,

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from cachedb.disk.layout import blob_path
 from cachedb.disk.reader import damaged, open_blob, open_regular
 from cachedb.disk.writer import CHUNK, WRITTEN_BACK, discard, hashing, write_back
 from cachedb.errors import CacheError, is_callers, os_errors
-from cachedb.oci.closure import only_image
+from cachedb.oci.closure import Closure
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
@@ -52,31 +52,20 @@ class Entry(NamedTuple):
     content: bytes | Digest
 
 
-def entries(
-    name: Name,
-    root: Descriptor,
-    format: str,
-    manifests: dict[Digest, bytes],
-    closure: Iterable[Descriptor],
-    made: Mapping[Digest, bytes],
-) -> list[Entry]:
+def entries(name: Name, closure: Closure, format: str) -> list[Entry]:
     """Return the files that an export consists of, in their order.
 
     Args:
-        name: the image's.
-        root: its manifest or index; for a docker-archive, a manifest.
+        name: of the image.
+        closure: of its manifest or index; for a docker-archive, of a manifest.
         format: one of `FORMATS`.
-        manifests: the bytes of the manifests and indexes of the closure, by digest.
-        closure: all that is exported.
-        made: what of it is not in the cache, for `without_absent` made it.
     """
+    root = closure.root
     if name.digest:
         name = Name(name.repository, root.digest)  # one platform has another digest than the index it is from
-    blobs = {
-        blob.digest: Entry(layout_path(blob.digest), blob.size, made.get(blob.digest, blob.digest)) for blob in closure
-    }
+    blobs = {blob.digest: _entry(blob, closure) for blob in closure.blobs}
     if format == "docker-archive":
-        config, *layers = oci.descriptors(manifests[root.digest], root.media_type)
+        config, *layers = closure.children[root.digest]
         config_path = f"{split_digest(config.digest)[1]}.json"
         paths = {layer.digest: f"{split_digest(layer.digest)[1]}{_suffix(layer.media_type)}" for layer in layers}
         return [
@@ -85,12 +74,18 @@ def entries(
             *(blobs[digest]._replace(path=path) for digest, path in paths.items()),
         ]
     found = [_json("oci-layout", {"imageLayoutVersion": "1.0.0"}), _json("index.json", _index(name, root))]
-    if format == "docker" and (image := only_image(root, manifests)):
-        config, *layers = oci.descriptors(manifests[image.digest], image.media_type)
+    images = closure.images
+    if format == "docker" and len(images) == 1:
+        config, *layers = closure.children[images[0].digest]
         found.append(_manifest_json(name, layout_path(config.digest), [layout_path(layer.digest) for layer in layers]))
     # Small documents first: a reader of a stream knows early what it has.
-    documents = {layout_path(digest) for digest in manifests}
+    documents = {layout_path(digest) for digest in closure.documents}
     return found + sorted(blobs.values(), key=lambda entry: (entry.path not in documents, entry.path))
+
+
+def _entry(blob: Descriptor, closure: Closure) -> Entry:
+    content = closure.documents[blob.digest] if blob.digest in closure.made else blob.digest
+    return Entry(layout_path(blob.digest), blob.size, content)
 
 
 def _json(path: str, document: object) -> Entry:

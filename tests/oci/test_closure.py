@@ -1,0 +1,99 @@
+"""What a manifest or index reaches."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cachedb import NotInCache, oci
+from cachedb.oci.digests import Digest, digest_of
+from cachedb.oci.manifests import Descriptor
+from cachedb.oci.names import Name
+
+NAME = Name.parse("app:1")
+
+
+def manifest(number: int) -> bytes:
+    config = {"mediaType": oci.OCI_CONFIG, "digest": digest_of(b"config %d" % number), "size": 8}
+    layer = {"mediaType": oci.OCI_LAYER, "digest": digest_of(b"layer %d" % number), "size": 7}
+    return json.dumps({"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": config, "layers": [layer]}).encode()
+
+
+def index(*entries: tuple[bytes, str, str]) -> bytes:
+    listed = [
+        {
+            "mediaType": media_type,
+            "digest": digest_of(data),
+            "size": len(data),
+            "platform": {"os": "linux", "architecture": architecture},
+            "annotations": {"kept": "yes"},
+        }
+        for data, media_type, architecture in entries
+    ]
+    return json.dumps({"schemaVersion": 2, "mediaType": oci.OCI_INDEX, "manifests": listed}).encode()
+
+
+AMD, ARM = manifest(1), manifest(2)
+INNER = index((ARM, oci.OCI_MANIFEST, "arm64"))
+OUTER = index((AMD, oci.OCI_MANIFEST, "amd64"), (INNER, oci.OCI_INDEX, "arm64"))
+STORED = {digest_of(data): data for data in (AMD, ARM, INNER, OUTER)}
+
+
+def read_closure(here: set[Digest] | None = None) -> tuple[oci.Closure, list[Digest]]:
+    read: list[Digest] = []
+
+    def data(blob: Descriptor) -> bytes:
+        read.append(blob.digest)
+        return STORED[blob.digest]
+
+    root = oci.root(digest_of(OUTER), len(OUTER), oci.OCI_INDEX)
+    return oci.read_closure(root, data, oci.among(here) if here is not None else None), read
+
+
+def no_config(_digest: Digest) -> bytes:
+    raise AssertionError("the index says the platform")
+
+
+def test_each_manifest_is_read_once_and_comes_before_what_it_refers_to() -> None:
+    closure, read = read_closure()
+    assert read == [digest_of(OUTER), digest_of(AMD), digest_of(INNER), digest_of(ARM)]
+    digests = [blob.digest for blob in closure.blobs]
+    assert digests[:2] == [digest_of(OUTER), digest_of(AMD)]
+    assert digests.index(digest_of(INNER)) < digests.index(digest_of(ARM)) < digests.index(digest_of(b"layer 2"))
+    assert [blob.digest for blob in closure.images] == [digest_of(AMD), digest_of(ARM)]
+
+
+def test_an_index_of_which_all_is_present_stays_as_it_is() -> None:
+    closure, _ = read_closure()
+    assert closure.only(set(STORED)) is closure
+
+
+def test_an_index_without_what_is_absent_refers_to_the_rest_alone() -> None:
+    here = {digest_of(OUTER), digest_of(AMD), digest_of(INNER)}
+    closure, _ = read_closure(here)
+    pruned = closure.only(here)
+    assert pruned.root.digest in pruned.made
+    document = json.loads(pruned.documents[pruned.root.digest])
+    first, second = document["manifests"]
+    assert first == json.loads(OUTER)["manifests"][0]
+    assert second["annotations"] == {"kept": "yes"}
+    assert json.loads(pruned.documents[second["digest"]])["manifests"] == []
+    assert digest_of(ARM) not in {blob.digest for blob in pruned.blobs}
+    assert pruned.root.size == len(pruned.documents[pruned.root.digest])
+
+
+def test_a_platform_is_found_in_an_index_below() -> None:
+    closure, _ = read_closure()
+    chosen = closure.for_platform(NAME, "linux/arm64", no_config)
+    assert chosen.root.digest == digest_of(ARM)
+    assert [blob.digest for blob in chosen.blobs] == [digest_of(ARM), digest_of(b"config 2"), digest_of(b"layer 2")]
+
+
+def test_a_platform_that_is_not_here_is_told_from_one_that_is_not_there() -> None:
+    here = {digest_of(OUTER), digest_of(INNER), digest_of(ARM)}
+    closure, _ = read_closure(here)
+    with pytest.raises(NotInCache, match="is not here for platform 'linux/amd64': pull it"):
+        closure.for_platform(NAME, "linux/amd64", no_config)
+    with pytest.raises(NotInCache, match="is not for platform 'linux/s390x', but for linux/arm64"):
+        closure.for_platform(NAME, "linux/s390x", no_config)
