@@ -8,10 +8,11 @@ from typing import IO
 import click
 
 from cachedb.cli.context import open_cache
-from cachedb.cli.options import EXPORT_FORMATS, NAME, SizeParameter, format_examples, format_option, quiet_option
+from cachedb.cli.options import NAME, SizeParameter, format_examples, format_option, quiet_option
 from cachedb.cli.output import print_images
 from cachedb.cli.progress import show_progress
 from cachedb.cli.streams import get_stdin, get_stdout
+from cachedb.transports.archive.formats import FORMATS
 
 __all__ = []
 
@@ -68,7 +69,7 @@ def import_(source: str, name: str | None, link: bool, max_unpacked: int | None,
 @click.option(
     "--format",
     "form",
-    type=click.Choice(EXPORT_FORMATS),
+    type=click.Choice(FORMATS),
     default="docker",
     show_default=True,
     help="docker: an OCI archive that `docker load` takes too.",

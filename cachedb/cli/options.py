@@ -20,7 +20,6 @@ else:
 __all__ = [
     "COMPLETE_VARIABLE",
     "DIGEST",
-    "EXPORT_FORMATS",
     "NAME",
     "NAME_OR_DIGEST",
     "DurationParameter",
@@ -40,7 +39,6 @@ __all__ = [
 
 COMPLETE_VARIABLE = "_CACHEDB_COMPLETE"
 """The variable by which a shell asks for completion."""
-EXPORT_FORMATS = ("docker", "docker-archive", "oci-archive", "oci-dir")  # export.FORMATS, without its import
 
 
 def format_examples(*lines: str) -> str:

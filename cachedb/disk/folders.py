@@ -18,10 +18,11 @@ from typing import NamedTuple
 from cachedb.disk import marker
 from cachedb.errors import CacheReplaced, NotOurs
 
-__all__ = ["FOLDERS", "Folders", "Leftover", "follow", "give", "is_shared", "mode_in"]
+__all__ = ["BLOB_FOLDERS", "FOLDERS", "Folders", "Leftover", "follow", "give", "is_shared", "mode_in"]
 
 
-FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
+BLOB_FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512")
+FOLDERS = (*BLOB_FOLDERS, "ingest", "trash", "locks", "backups")
 """The folders of every cache, in the order they are made."""
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

@@ -25,6 +25,7 @@ from cachedb.content.session import Hold, Session
 from cachedb.disk import layout, locks, writer
 from cachedb.disk.durable import sync_file, sync_folder
 from cachedb.disk.file_system import refuse_shared
+from cachedb.disk.folders import BLOB_FOLDERS
 from cachedb.disk.layout import UNFINISHED, blob_file
 from cachedb.errors import CacheError, DamagedIndex, DigestMismatch, NotACache, StorageError, os_errors
 from cachedb.index.blobs import stored
@@ -40,7 +41,6 @@ from cachedb.threads import in_threads
 __all__ = ["Copied", "copy"]
 
 
-_FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512")  # the others are made when the copy is opened
 _SUFFIXES = ("wal", "shm", "journal")  # of files that SQLite makes beside the index
 _LEASED_TOGETHER = 5000  # blobs: more would keep the write lock for longer than others notice
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
@@ -83,7 +83,7 @@ def copy(database: Database, session: Session, directory: Path, *, progress: Pro
         finally:
             for hold in leased:
                 publish.give_up(database, session, hold)
-        for folder in (*_FOLDERS, ""):
+        for folder in (*BLOB_FOLDERS, ""):
             sync_folder(directory / folder)
         staged.rename(directory / "index.db")
         sync_folder(directory)
@@ -120,7 +120,7 @@ def _destination(directory: Path, source: Path) -> Iterator[Path]:
             raise
         try:
             _delete_left(directory)
-            for name in _FOLDERS:
+            for name in BLOB_FOLDERS:
                 (directory / name).mkdir(mode=0o700)
             sync_folder(directory)
             yield staged
@@ -169,7 +169,7 @@ def _delete_left(directory: Path) -> None:
             raise NotACache(f"{str(strays[0])!r} is no blob: name a new or empty directory")
         for digest in found:
             os.unlink(blob_file(directory, digest))
-    for name in reversed(_FOLDERS):
+    for name in reversed(BLOB_FOLDERS):
         with suppress(FileNotFoundError):
             (directory / name).rmdir()
 

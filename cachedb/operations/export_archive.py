@@ -14,7 +14,8 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.names import Name
 from cachedb.progress import Progress, summed
 from cachedb.text import shorten
-from cachedb.transports.archive.write import FORMATS, entries, write_folder, write_tar
+from cachedb.transports.archive.formats import FORMATS
+from cachedb.transports.archive.write import entries, write_folder, write_tar
 
 __all__ = ["export_archive"]
 

@@ -21,8 +21,6 @@ import pytest
 
 from cachedb import Cache
 from cachedb.cli.main import cli
-from cachedb.cli.options import EXPORT_FORMATS
-from cachedb.transports.archive.write import FORMATS
 from tests.conftest import Run, files_of, snapshot
 from tests.disk.test_locks import eventually
 from tests.support import make
@@ -256,10 +254,6 @@ def test_every_command_has_help_with_an_example() -> None:
         assert result.stdout.startswith(f"Usage: cachedb {' '.join(path)}".rstrip())
         if path not in (["blob"], ["db"]):
             assert "Examples:" in result.stdout, path
-
-
-def test_the_formats_of_export_are_those_of_the_library() -> None:
-    assert EXPORT_FORMATS == FORMATS
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -34,11 +34,8 @@ from cachedb.reentry import not_reentered
 from cachedb.threads import in_threads
 from cachedb.transports.archive.model import CONTAINERD_NAME, REF_NAME, layout_path
 
-__all__ = ["FORMATS", "Entry", "entries", "write_folder", "write_tar"]
+__all__ = ["Entry", "entries", "write_folder", "write_tar"]
 
-
-FORMATS: Final = ("docker", "docker-archive", "oci-archive", "oci-dir")
-"""What an image can be exported as; the first, the default, is an OCI archive that `docker load` takes too."""
 
 _END: Final = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
 _FICLONE: Final = 0x40049409  # ioctl_ficlone(2)
