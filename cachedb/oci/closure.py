@@ -1,4 +1,4 @@
-"""What a manifest or index reaches: all of it, or one platform of it."""
+"""Walk what a manifest or index references: all of it, or one platform."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ __all__ = ["among", "choose", "choose_platform", "only_image", "walk", "without_
 def without_absent(
     root: Descriptor, manifests: dict[Digest, bytes], here: Container[Digest]
 ) -> tuple[Descriptor, dict[Digest, bytes]]:
-    """Return an index that names what is here and no more, and what was made for it; as it is, if all of it is here.
+    """Return an index that lists only the stored children, and the documents created for it.
+
+    If all children are stored, the root is returned unchanged, with no new documents.
 
     Args:
         root: the index, or a manifest.
-        manifests: the bytes of the manifests and indexes of the closure; what is made is put among them.
-        here: what the image has in the cache.
+        manifests: the bytes of the manifests and indexes of the closure, by digest; new indexes are added.
+        here: the digests the image has in the cache.
     """
     if root.role != "index":
         return root, {}
@@ -52,7 +54,7 @@ def without_absent(
 
 
 def _platforms(root: Descriptor, manifests: dict[Digest, bytes]) -> list[Descriptor]:
-    """Return the image manifests below a manifest or index; attestations, of unknown/unknown, are none."""
+    """Return the image manifests below a manifest or index, without attestations (platform unknown/unknown)."""
     if root.role == "manifest":
         return [root]
     children = descriptors(manifests[root.digest], root.media_type)
@@ -66,7 +68,7 @@ def _platforms(root: Descriptor, manifests: dict[Digest, bytes]) -> list[Descrip
 
 
 def only_image(root: Descriptor, manifests: dict[Digest, bytes]) -> Descriptor | None:
-    """Return the manifest below a root if there is exactly one image."""
+    """Return the manifest below a root if it has exactly one image, else None."""
     images = _platforms(root, manifests)
     return images[0] if len(images) == 1 else None
 
@@ -81,28 +83,28 @@ def choose_platform(
     """Return the manifest of one platform of an image.
 
     Args:
-        name: the image's.
+        name: the image's name, for errors.
         root: its manifest or index.
         manifests: the bytes of the manifests and indexes of the closure, by digest.
-        read: returns a blob's bytes: of a config, which tells the platform where no index does.
+        read: returns the bytes of a config, for an image whose platform no index states.
         wanted: ``os/architecture[/variant]``; None for the host's.
 
     Raises:
-        NotInCache: if the image is not for that platform, or what it has for it is not here.
+        NotInCache: if the image does not have that platform, or the platform's manifest is not stored.
     """
     images = _platforms(root, manifests)
     if wanted is None and len(images) == 1:
         return images[0]
-    asked = wanted or host_platform()
-    there = {image: image.platform or _platform_of_config(image, manifests, read) for image in images}
-    for image, label in there.items():
-        if is_for(label, asked):
+    wanted = wanted or host_platform()
+    labels = {image: image.platform or _platform_of_config(image, manifests, read) for image in images}
+    for image, label in labels.items():
+        if is_for(label, wanted):
             return image
     for blob in walk(root, lambda blob: manifests.get(blob.digest)):
-        if blob.role == "manifest" and blob.digest not in manifests and is_for(blob.platform, asked):
-            raise NotInCache(f"{name} is not here for platform {shorten(asked)}: pull it with --platform")
-    known = ", ".join(sorted(there.values()))
-    raise NotInCache(f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform")
+        if blob.role == "manifest" and blob.digest not in manifests and is_for(blob.platform, wanted):
+            raise NotInCache(f"{name} is not here for platform {shorten(wanted)}: pull it with --platform")
+    known = ", ".join(sorted(labels.values()))
+    raise NotInCache(f"{name} is not for platform {shorten(wanted)}, but for {known}: choose one with --platform")
 
 
 def _platform_of_config(image: Descriptor, manifests: dict[Digest, bytes], read: Callable[[Digest], bytes]) -> str:
@@ -113,7 +115,7 @@ def _platform_of_config(image: Descriptor, manifests: dict[Digest, bytes], read:
 
 
 def choose(children: list[Descriptor], wanted: str) -> list[Descriptor]:
-    """Return the first of an index's children that is for a platform; if none is, those that do not say what for."""
+    """Return the first child of an index for a platform; if there is none, the children that state no platform."""
     first = next((child for child in children if is_for(child.platform, wanted)), None)
     return [child for child in children if child is first or (first is None and child.platform is None)]
 
@@ -123,15 +125,15 @@ def walk(
     read: Callable[[Descriptor], bytes | None],
     choose: Callable[[list[Descriptor]], list[Descriptor]] | None = None,
 ) -> Iterator[Descriptor]:
-    """Yield the closure of a manifest or index: itself, then all it reaches, each manifest once expanded.
+    """Yield the root and everything it references, expanding each manifest once.
 
     Args:
-        root: the manifest to begin with.
-        read: returns a manifest's bytes, or None where they are not at hand; what it names is then left out.
-        choose: returns those of an index's children that are wanted; all of them unless given.
+        root: the manifest or index to start from.
+        read: returns a manifest's bytes, or None to skip what it references.
+        choose: returns the wanted children of an index; the default is all of them.
 
     Raises:
-        InvalidManifest: if one of the manifests is not what its media type says.
+        InvalidManifest: if a manifest does not match its media type.
     """
     stack, expanded = [root], set[Digest]()
     while stack:
@@ -144,10 +146,10 @@ def walk(
         if data is not None:
             document = load_json(data, "the manifest")
             read_media_type(document, blob.media_type)
-            named = read_descriptors(document, blob.media_type, f"manifest {blob.digest}")
-            stack.extend(reversed(choose(named) if choose and blob.role == "index" else named))
+            children = read_descriptors(document, blob.media_type, f"manifest {blob.digest}")
+            stack.extend(reversed(choose(children) if choose and blob.role == "index" else children))
 
 
 def among(digests: Container[Digest]) -> Callable[[list[Descriptor]], list[Descriptor]]:
-    """Return a choice for `walk`: of an index's children those that are among the digests, or all if none is."""
+    """Return a ``choose`` function for `walk` that selects the children in ``digests``, or all if none is in it."""
     return lambda children: [child for child in children if child.digest in digests] or children
