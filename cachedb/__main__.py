@@ -1,4 +1,4 @@
-"""``cachedb`` and ``python -m cachedb``: an interrupt is one line whenever it comes."""
+"""Run ``cachedb`` or ``python -m cachedb``; an interrupt prints one line at any time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main() -> NoReturn:
 
         run()
     except KeyboardInterrupt:
-        if sys.stderr:  # it may be closed
+        if sys.stderr:  # None if closed
             print("cachedb: interrupted", file=sys.stderr)
         sys.exit(130)
 

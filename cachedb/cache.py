@@ -642,7 +642,7 @@ class Cache:
         timeout: float | None = None,
         stream: bool = False,
     ) -> Iterator[Answer]:
-        """Ask the index a question in SQL, of its tables and of the views that the README lists.
+        """Query the index with SQL; docs/reference/sql.md describes its tables and views.
 
             with cache.sql("SELECT name, unique_size FROM image_usage WHERE size > :size", {"size": 10**9}) as answer:
                 for name, unique_size in answer.rows:

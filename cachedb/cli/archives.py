@@ -1,4 +1,4 @@
-"""Commands about archives: import, export."""
+"""Commands for archives: import, export."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ __all__ = []
 )
 @click.argument("source", type=click.Path())
 @click.argument("name", required=False, type=NAME)
-@click.option("--link", is_flag=True, help="Make hard links to a layout's files; nobody may write to them then.")
+@click.option(
+    "--link", is_flag=True, help="Hard-link a layout's files instead of copying them. Do not write to them afterwards."
+)
 @click.option(
     "--max-unpacked",
     metavar="SIZE",
     type=SizeParameter(),
-    help="Refuse what unpacks to more.  [default: $CACHEDB_MAX_UNPACKED, else 64GiB, and 100 times its size]",
+    help="Refuse an archive that unpacks to more.  "
+    "[default: $CACHEDB_MAX_UNPACKED, else 64GiB, and 100 times its size]",
 )
 @format_option
 @quiet_option("the images' names")
 def import_(source: str, name: str | None, link: bool, max_unpacked: int | None, form: str, quiet: bool) -> None:
-    """Import the images of an archive, under their names in it.
+    """Import the images of an archive under the names stored in it.
 
-    SOURCE is a docker-archive or an OCI archive, compressed or not, an OCI image layout folder, or - for stdin.
-    NAME is instead of the name in the archive, where it holds one image.
+    SOURCE is a docker-archive, an OCI archive, an OCI image layout folder, or - for stdin. Archives may be compressed.
+    NAME replaces the name in an archive of one image.
     """
     opened: str | IO[bytes] = source
     if source == "-":
@@ -72,24 +75,24 @@ def import_(source: str, name: str | None, link: bool, max_unpacked: int | None,
     type=click.Choice(FORMATS),
     default="docker",
     show_default=True,
-    help="docker: an OCI archive that `docker load` takes too.",
+    help="The format to write; docker is an OCI archive that `docker load` reads too.",
 )
-@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Export one platform of an image that has several.")
-@click.option("--link", is_flag=True, help="In an oci-dir, make hard links where the file system can.")
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Export one platform of a multi-platform image.")
+@click.option("--link", is_flag=True, help="Hard-link blobs into an oci-dir where the file system allows it.")
 def export(name: str, destination: str, form: str, platform: str | None, link: bool) -> None:
-    """Write an image to an archive or a folder; the same image gives the same bytes.
+    """Export an image to an archive or a folder.
 
-    DEST is a file, a folder for oci-dir, or - for stdout. An existing file is replaced when the new one is whole; to
-    an existing image layout the image is added.
+    DEST is a file, a folder for oci-dir, or - for stdout. An existing file is replaced only by a complete archive. An
+    existing image layout gains the image. The same image always gives the same bytes.
     """
     if link and form != "oci-dir":
-        raise click.UsageError("--link is for --format oci-dir")
+        raise click.UsageError("--link works only with --format oci-dir")
     if destination == "-" and form == "oci-dir":
-        raise click.UsageError("an oci-dir is a folder, and cannot go to stdout: name the folder")
+        raise click.UsageError("an oci-dir cannot be written to stdout: name a folder")
     opened: str | IO[bytes] = destination
     if destination == "-":
         if sys.stdout.isatty():
-            raise click.UsageError("stdout is a terminal: redirect it, or name a file")
+            raise click.UsageError("stdout is a terminal: redirect it or name a file")
         opened = get_stdout()
     with open_cache() as cache, show_progress("exporting") as progress:
         cache.export(name, opened, format=form, platform=platform, link=link, progress=progress)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Commands about single blobs: blob add, cat, path."""
+"""Commands for single blobs: blob add, cat, path."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def blob() -> None:
     epilog=format_examples("cachedb blob add layer.tar", "cachedb blob add --digest sha256:9f86d081884c... layer.tar"),
 )
 @click.argument("file", type=click.Path())
-@click.option("--digest", help="The digest that the content must have.  [default: computed]")
+@click.option("--digest", help="The digest the content must have.  [default: computed]")
 @click.option(
-    "--algorithm", type=click.Choice(["sha256", "sha512"]), default="sha256", help="To compute the digest with."
+    "--algorithm", type=click.Choice(["sha256", "sha512"]), default="sha256", help="The algorithm to compute a digest."
 )
 def blob_add(file: str, digest: str | None, algorithm: str) -> None:
-    """Store a file, or - for stdin, and print its digest.
+    """Store a file as a blob and print its digest; - reads stdin.
 
-    A blob that no image uses is freed by the next `cachedb gc`.
+    The next `cachedb gc` frees a blob that no image uses.
     """
     data: str | IO[bytes] = get_stdin() if file == "-" else file
     with open_cache() as cache:
@@ -54,6 +54,9 @@ def blob_cat(digest: str) -> None:
 @blob.command("path", epilog=format_examples('tar tf "$(cachedb blob path sha256:9f86d081884c...)"'))
 @click.argument("digest", type=DIGEST)
 def blob_path(digest: str) -> None:
-    """Print the path of a blob's file, to be read only; it is valid until the blob is collected."""
+    """Print the path of a blob's file, for reading only.
+
+    The path is valid until the blob is collected.
+    """
     with open_cache() as cache:
         click.echo(str(cache.get_blob_path(digest)))

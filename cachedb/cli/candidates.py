@@ -1,4 +1,4 @@
-"""Completion of names and digests in a shell, and the scripts that bring it there."""
+"""Shell completion of names and digests, and the scripts that install it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from cachedb.cache import Cache
 from cachedb.disk.layout import default_directory
 from cachedb.errors import CacheError
 
-__all__ = ["candidates", "held", "script"]
+__all__ = ["complete_holds", "complete_names", "completion_script"]
 
 
-def candidates(ctx: click.Context, incomplete: str, *, names: bool, digests: bool) -> list[CompletionItem]:
-    """Return the names and digests in the cache that begin as typed."""
+def complete_names(ctx: click.Context, incomplete: str, *, names: bool, digests: bool) -> list[CompletionItem]:
+    """Return the cached names and digests that start with the typed text."""
 
     def find(cache: Cache) -> list[str]:
         found = [str(name) for name in cache.list_names()] if names else []
         return [*found, *cache.list_blobs(incomplete)] if digests else found
 
-    return _completed(ctx, incomplete, find)
+    return _complete(ctx, incomplete, find)
 
 
-def held(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-    """Return the holds, and what they hold, that begin as typed."""
-    return _completed(ctx, incomplete, lambda cache: [text for hold in cache.list_holds() for text in hold[:2]])
+def complete_holds(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    """Return the hold ids and held names that start with the typed text."""
+    return _complete(ctx, incomplete, lambda cache: [text for hold in cache.list_holds() for text in hold[:2]])
 
 
-def _completed(ctx: click.Context, incomplete: str, find: Callable[[Cache], list[str]]) -> list[CompletionItem]:
-    """Never fails, and never makes a cache."""
+def _complete(ctx: click.Context, incomplete: str, find: Callable[[Cache], list[str]]) -> list[CompletionItem]:
+    """Return the found values that start with the typed text; never fail and never create a cache."""
     directory = ctx.find_root().params.get("directory") or default_directory()
     if not os.path.exists(os.path.join(directory, "index.db")):
         return []
@@ -49,21 +49,24 @@ def _completed(ctx: click.Context, incomplete: str, find: Callable[[Cache], list
     return [CompletionItem(value) for value in dict.fromkeys(found) if value.startswith(incomplete)]
 
 
-def script(command: click.Command, shell: str, variable: str) -> str:
-    """Return the script that makes ``bash``, ``zsh`` or ``fish`` ask a command for completion by a variable."""
+def completion_script(command: click.Command, shell: str, variable: str) -> str:
+    """Return the completion script of a command for ``bash``, ``zsh`` or ``fish``.
+
+    The script sets ``variable`` to ask the command for completions.
+    """
     found = get_completion_class(shell)
     assert found is not None
     return found(command, {}, "cachedb", variable).source()
 
 
 class _Bash(BashComplete):
-    """Completion for bash, which takes words apart at colons; names and digests have them."""
+    """Completion for bash, which splits words at the colons of names and digests."""
 
     source_template = """\
 %(complete_func)s() {
     local line="${COMP_LINE:0:COMP_POINT}" word kept item type value
     word="${line##* }"
-    # What bash takes for finished already, and will not replace.
+    # bash keeps the text before a colon, so completions must leave it out.
     [[ "$COMP_WORDBREAKS" == *:* && "$word" == *:* ]] && kept="${word%%:*}:"
     while IFS=, read -r type value; do
         case "$type" in
@@ -78,10 +81,10 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
     @staticmethod
     def _check_version() -> None:
-        """Any bash from 4.4 on will do, and asking costs a process."""
+        """Skip the version check: it starts a process, and any bash from 4.4 on works."""
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """Return the words before the cursor, and the one at it."""
+        """Return the words before the cursor and the word at the cursor."""
         line = os.environ["COMP_WORDS"]
         words = split_arg_string(line)
         return (words[1:], "") if line.endswith((" ", "\t")) else (words[1:-1], words[-1])

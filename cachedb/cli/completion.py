@@ -18,8 +18,8 @@ __all__ = []
 )
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the completion script for a shell: of commands, options, names and digests."""
-    from cachedb.cli.candidates import script
+    """Print a shell script that completes commands, options, names and digests."""
+    from cachedb.cli.candidates import completion_script
 
     command = click.get_current_context().find_root().command
-    click.echo(script(command, shell, COMPLETE_VARIABLE))
+    click.echo(completion_script(command, shell, COMPLETE_VARIABLE))

@@ -1,4 +1,4 @@
-"""The cache that a command works on."""
+"""Open the cache a command works on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["cache_directory", "open_cache"]
 
 
 def cache_directory() -> Path:
-    """Return the directory that --dir or CACHEDB_DIR names, or the default."""
+    """Return the directory given by --dir or CACHEDB_DIR, or the default."""
     from cachedb.disk.layout import chosen
 
     return chosen(click.get_current_context().find_root().params["directory"])
@@ -31,16 +31,24 @@ def cache_directory() -> Path:
 
 @contextmanager
 def open_cache(*, damaged: bool = False, existing: bool = False) -> Iterator[Cache]:
-    """Open the cache of this command; raise `NotInCache` if it must exist and does not."""
+    """Open the cache of this command.
+
+    Args:
+        damaged: open it even if the index is damaged.
+        existing: raise instead of creating a cache.
+
+    Raises:
+        NotInCache: if ``existing`` is set and there is no cache.
+    """
     import logging
 
     from cachedb.cache import Cache
 
     if existing and not any((cache_directory() / name).exists() for name in ("index.db", "blobs")):
-        raise NotInCache(f"there is no cache in {str(cache_directory())!r}")
+        raise NotInCache(f"there is no cache in {str(cache_directory())!r}: check --dir and CACHEDB_DIR")
     gc_.freeze()
     gc_.enable()
-    # SQLAlchemy logs an interrupt that comes while it closes a connection, with a traceback, and raises it as well.
+    # On an interrupt while closing a connection, SQLAlchemy logs a traceback and raises as well.
     logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
     with Cache.open(cache_directory(), damaged=damaged) as cache:
         yield cache

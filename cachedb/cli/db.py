@@ -1,4 +1,4 @@
-"""Commands about the schema of the index: db current, history, upgrade, downgrade, check, backup, restore."""
+"""Commands for the schema of the index: db current, history, upgrade, downgrade, check, backup, restore."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = []
 
 @click.group()
 def db() -> None:
-    """Look at the index's schema, upgrade it, back it up and restore it."""
+    """Inspect, upgrade, back up and restore the index."""
 
 
 @db.command(
@@ -31,31 +31,31 @@ def db() -> None:
 )
 @format_option
 def db_current(form: str) -> None:
-    """Say which schema the cache has, and which one this release works with."""
+    """Show the schema of the cache and of this release."""
     from cachedb.index import schema
 
     found = schema.current(cache_directory())
     if form == "json":
         print_json(found._asdict())
     elif found.revision is None:
-        click.echo(f"no cache yet; this release makes one with schema {found.newest}")
+        click.echo(f"no cache yet; this release creates one with schema {found.newest}")
     elif found.pending:
-        click.echo(f"{found.revision}; the configs of {found.pending} images are to be read: run `cachedb db upgrade`")
+        click.echo(f"{found.revision}; {found.pending} image configs await backfill: run `cachedb db upgrade`")
     elif found.revision == found.newest:
         click.echo(f"{found.revision}, the newest")
     elif found.revision < found.newest:
-        click.echo(f"{found.revision}; this release works with {found.newest}: run `cachedb db upgrade`")
+        click.echo(f"{found.revision}; this release needs {found.newest}: run `cachedb db upgrade`")
     else:
-        can = "and can work with this one" if found.usable else "at most: use a newer release"
+        can = "and can use this one" if found.usable else "at most: use a newer release"
         click.echo(f"{found.revision}; this release knows {found.newest} {can}")
 
 
 @db.command("history", epilog=format_examples("cachedb db history"))
 @format_option
 def db_history(form: str) -> None:
-    """List the schemas that this release knows, the newest first.
+    """List the schemas this release knows, newest first.
 
-    OLDEST is the oldest schema whose releases can still read and write a cache after the upgrade.
+    OLDEST is the oldest schema whose releases can still use a cache after the upgrade.
     """
     from cachedb.index import schema
 
@@ -67,11 +67,11 @@ def db_history(form: str) -> None:
         (revision.revision, revision.oldest, "current" if revision.current else "", revision.message.splitlines()[0])
         for revision in found
     ]
-    print_table(("REVISION", "OLDEST", "", "WHAT IT BRINGS"), rows)
+    print_table(("REVISION", "OLDEST", "", "DESCRIPTION"), rows)
 
 
 def _print_unread(done: Change | Restored, form: str) -> None:
-    """Print all of it as JSON, or the configs that were skipped as lines."""
+    """Print the whole result as JSON, or a line on stderr for each skipped config."""
     if form == "json":
         unread = [{**config._asdict(), "name": str(config.name)} for config in done.unread]
         print_json({**done._asdict(), "unread": unread})
@@ -85,18 +85,19 @@ def _print_change(change: Change, form: str) -> None:
     if form == "json":
         return
     if change.backup is None:
-        click.echo(f"the cache has schema {change.after} already")
+        click.echo(f"the cache already has schema {change.after}")
     else:
-        click.echo(f"from schema {change.before} to {change.after}; the index as it was is {change.backup}")
+        click.echo(f"schema {change.before} became {change.after}; the old index is {change.backup}")
 
 
 @db.command("upgrade", epilog=format_examples("cachedb db upgrade", "cachedb db upgrade 0002"))
 @click.argument("revision", default="head")
 @format_option
 def db_upgrade(revision: str, form: str) -> None:
-    """Bring the cache to a newer schema, the newest by default, also while other processes use it.
+    """Upgrade the cache to a newer schema.
 
-    The index is backed up first. A config that cannot be read is skipped and reported.
+    The default is the newest schema. Other processes may keep using the cache. The index is backed up first. An
+    unreadable config is skipped and reported.
     """
     from cachedb.operations import upgrade
 
@@ -113,9 +114,9 @@ def db_upgrade(revision: str, form: str) -> None:
 @click.argument("revision")
 @format_option
 def db_downgrade(revision: str, form: str) -> None:
-    """Take the cache back to an older schema, for an older release; this one refuses it then.
+    """Downgrade the cache to the schema of an older release.
 
-    The index is backed up first.
+    This release refuses the cache afterwards. The index is backed up first.
     """
     from cachedb.operations import upgrade
 
@@ -127,9 +128,10 @@ def db_downgrade(revision: str, form: str) -> None:
 @db.command("check", epilog=format_examples("cachedb db check", "cachedb db check --format json"))
 @format_option
 def db_check(form: str) -> None:
-    """Compare the database with what this release would make: tables, columns, indexes, triggers, views.
+    """Compare the database's schema with this release's.
 
-    The exit code is 1 if there is a difference. `cachedb verify` looks at what is in the tables.
+    It compares tables, columns, indexes, triggers and views. The exit code is 1 if there is a difference. `cachedb
+    verify` checks the content of the tables.
     """
     from cachedb.index.drift import check
 
@@ -148,35 +150,36 @@ def db_check(form: str) -> None:
 @click.argument("file", required=False, type=click.Path())
 @format_option
 def db_backup(file: str | None, form: str) -> None:
-    """Copy the index, also while other processes write to it, and print where the copy is.
+    """Back up the index and print the path of the copy.
 
-    Without FILE it goes to the folder backups/ of the cache, where `cachedb verify --repair` looks for one, and stays.
-    Blobs are not copied.
+    Other processes may keep writing. Without FILE the copy goes to the cache's folder backups/ and is kept there.
+    `cachedb verify --repair` uses backups from that folder. Blobs are not copied.
     """
     from pathlib import Path
 
     from cachedb.operations import upgrade
 
     if file == "":
-        raise click.UsageError("the name of the file is empty")
+        raise click.UsageError("the file name is empty: name a file")
     if file and os.path.lexists(file):
-        raise click.UsageError(f"{file!r} exists: name another file")
+        raise click.UsageError(f"{file!r} already exists: name another file")
     with show_stages() as progress:
         path = upgrade.back_up(cache_directory(), Path(file).absolute() if file else None, progress=progress)
     if form == "json":
         print_json({"path": path, "size": path.stat().st_size})
     else:
-        click.echo(bytes(path))  # which need not be text
+        click.echo(bytes(path))  # a path need not be valid text
 
 
 @db.command("restore", epilog=format_examples("cachedb db restore ~/.cache/cachedb/backups/000003-0003.db"))
 @click.argument("file", type=click.Path())
 @format_option
 def db_restore(file: str, form: str) -> None:
-    """Put a backup in the place of the index, at the newest schema, also while other processes use the cache.
+    """Replace the index by a backup, upgraded to the newest schema.
 
-    Images are as they were then, as far as their blobs are still there. What came since and no image of the backup
-    uses is freed by the next `cachedb gc`. The index that was there is kept in quarantine/.
+    Other processes may keep using the cache. Images return to their state at the backup; one whose blobs are gone is
+    incomplete. The next `cachedb gc` frees blobs that no image of the backup uses. The old index is kept in
+    quarantine/.
     """
     from pathlib import Path
 
@@ -188,4 +191,4 @@ def db_restore(file: str, form: str) -> None:
         return
     click.echo(f"images: {found.images}, incomplete: {found.incomplete}; blobs that no image uses: {found.unused}")
     if found.old:
-        click.echo(f"the index as it was is {found.old}")
+        click.echo(f"the old index is {found.old}")

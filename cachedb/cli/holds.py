@@ -1,4 +1,4 @@
-"""Commands about holds: hold, holds, release, produce."""
+"""Commands for holds: hold, holds, release, produce."""
 
 from __future__ import annotations
 
@@ -59,14 +59,15 @@ def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
     "seconds",
     metavar="TIME",
     type=DurationParameter(),
-    help="Such as 30m, 2h or 7d.  [default: until released]",
+    help="How long to hold, such as 30m, 2h or 7d.  [default: until released]",
 )
 @format_option
 @quiet_option("the holds' ids")
 def hold(names: tuple[str, ...], seconds: float | None, form: str, quiet: bool) -> None:
-    """Keep the blobs of images from collection, whatever becomes of the names.
+    """Keep the blobs of images even if their names are removed or moved.
 
-    What the images are now is held. A hold lasts for a time, or until `cachedb release`; no process need live for it.
+    A hold keeps the images as they are now. It lasts for a time, or until `cachedb release`. No process needs to stay
+    alive for it.
     """
     with open_cache() as cache:
         made = cache.add_hold(*names, seconds=seconds)
@@ -77,7 +78,7 @@ def hold(names: tuple[str, ...], seconds: float | None, form: str, quiet: bool) 
 @format_option
 @quiet_option("the holds' ids")
 def holds(form: str, quiet: bool) -> None:
-    """List the holds that keep blobs from collection."""
+    """List the holds that keep blobs from being collected."""
     with open_cache() as cache:
         found = cache.list_holds()
     _print_holds(found, form, quiet=quiet)
@@ -86,9 +87,9 @@ def holds(form: str, quiet: bool) -> None:
 @click.command(epilog=format_examples("cachedb release app:1", "cachedb release hold-3f2a90c1d4e5"))
 @click.argument("names", metavar="HOLD|NAME|DIGEST...", nargs=-1, required=True, type=HoldParameter())
 def release(names: tuple[str, ...]) -> None:
-    """End holds, all of them or none: single ones by their ids, or all that were taken on a name or digest.
+    """Release holds by id, or all holds of a name or digest.
 
-    What nothing needs any more is freed by the next `cachedb gc`.
+    If one of them is unknown, none is released. The next `cachedb gc` frees blobs that nothing needs any more.
     """
     with open_cache() as cache:
         cache.release_hold(*names)
@@ -101,11 +102,11 @@ def release(names: tuple[str, ...]) -> None:
 @click.argument("name", type=NAME)
 @click.argument("command", metavar="COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
 def produce(name: str, command: tuple[str, ...]) -> None:
-    """Run a command that brings an image into the cache, unless it is there and complete.
+    """Run a command that stores an image, unless it is already complete in the cache.
 
-    Of all who want the image at once on this host one runs its command, and the others wait; if that fails or is
-    killed, the next one's turn has come. The command has the cache directory in CACHEDB_DIR. The exit code is the
-    command's.
+    Of several processes that want the same image, one runs its command and the others wait. If that command fails or
+    is killed, the next process runs its own. The command finds the cache directory in CACHEDB_DIR. The exit code is
+    the command's.
     """
     import subprocess
 
@@ -113,15 +114,15 @@ def produce(name: str, command: tuple[str, ...]) -> None:
 
     command = command[command[0] == "--" :]
     if not command:
-        raise click.UsageError("name the command to run")
-    making = os.environ.get("CACHEDB_PRODUCING", "")
-    wanted = f"\n{Name.parse(name)} in {os.path.realpath(cache_directory())}\n"  # however both were written
-    if wanted in making:  # as text: a directory may have a newline in its name
-        raise CacheError(f"{name} is being made by a command that has begun this one, which would wait for itself")
+        raise click.UsageError("there is no command: name the command to run after NAME")
+    producing = os.environ.get("CACHEDB_PRODUCING", "")
+    wanted = f"\n{Name.parse(name)} in {os.path.realpath(cache_directory())}\n"  # the same for every spelling
+    if wanted in producing:  # search the text: a directory name may contain a newline, so lines cannot be split
+        raise CacheError(f"a parent process is already producing {name!r}; nesting would deadlock")
     process: subprocess.Popen[bytes] | None = None
 
     def is_working() -> bool:
-        """Return whether the command is not stopped, as by ^Z."""
+        """Return False while the command is stopped, for example by ^Z."""
         if process is None or process.returncode is not None:
             return True
         with suppress(ChildProcessError):
@@ -134,10 +135,10 @@ def produce(name: str, command: tuple[str, ...]) -> None:
         environment = {
             **os.environ,
             "CACHEDB_DIR": str(cache.directory),
-            "CACHEDB_PRODUCING": making + wanted,
+            "CACHEDB_PRODUCING": producing + wanted,
         }
         try:
-            process = subprocess.Popen(command, env=environment)  # noqa: S603 - it is the user's
+            process = subprocess.Popen(command, env=environment)  # noqa: S603 - the user's own command
         except OSError as error:
             raise click.UsageError(f"cannot run {command[0]!r}: {error.strerror}") from error
         try:
@@ -151,4 +152,4 @@ def produce(name: str, command: tuple[str, ...]) -> None:
         if code:
             click.get_current_context().exit(code if code > 0 else 128 - code)
         if not cache.is_image_complete(name):
-            raise CacheError(f"the command ended well, and {name} is not in the cache, or is incomplete")
+            raise CacheError(f"the command succeeded, but {name!r} is missing or incomplete: store it under this name")

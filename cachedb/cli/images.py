@@ -1,4 +1,4 @@
-"""Commands about images: ls, show, manifest, exists, tag, rm."""
+"""Commands for images: ls, show, manifest, exists, tag, rm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ls(form: str, quiet: bool) -> None:
 @format_option
 @quiet_option("the blobs' digests")
 def show(name: str, form: str, quiet: bool) -> None:
-    """Show an image and its blobs."""
+    """Show an image, its config and its blobs."""
     with open_cache() as cache:
         image, blobs, labels, platforms = cache.get_details(name)
     if quiet:
@@ -73,19 +73,19 @@ def show(name: str, form: str, quiet: bool) -> None:
 
 def _print_config(image: ImageInfo, labels: dict[str, str]) -> None:
     created = f"{image.created:%Y-%m-%d %H:%M:%S} UTC" if image.created else ""
-    said = [("platform", image.platform), ("built", created), ("author", image.author or "")]
-    said += [("label", f"{key}={value}") for key, value in labels.items()]
-    if said := [(what, value) for what, value in said if value]:
-        print_table(("CONFIG", "SAYS"), said)
+    values = [("platform", image.platform), ("built", created), ("author", image.author or "")]
+    values += [("label", f"{key}={value}") for key, value in labels.items()]
+    if rows := [(field, value) for field, value in values if value]:
+        print_table(("CONFIG", "VALUE"), rows)
         click.echo()
 
 
-def _print_platforms(platforms: list[PlatformInfo], here: Container[str]) -> None:
+def _print_platforms(platforms: list[PlatformInfo], stored: Container[str]) -> None:
     rows = [
         (
             child.platform or "-",
             short(child.digest),
-            "complete" if child.complete else "incomplete" if child.digest in here else "not here",
+            "complete" if child.complete else "incomplete" if child.digest in stored else "not here",
         )
         for child in platforms
     ]
@@ -107,13 +107,13 @@ def manifest(name: str) -> None:
 @click.command(epilog=format_examples("cachedb exists app:1 || cachedb import app.tar"))
 @click.argument("name", metavar="NAME|DIGEST", type=NAME_OR_DIGEST)
 def exists(name: str) -> None:
-    """Say by the exit code whether an image is here with all its blobs, or a blob is: 0 if so, 3 if not."""
+    """Exit with 0 if an image is complete or a blob is stored, else with 3."""
     with open_cache() as cache:
         try:
-            here = cache.has_blob(name)
+            is_stored = cache.has_blob(name)
         except InvalidDigest:
-            here = cache.is_image_complete(name)
-    if not here:
+            is_stored = cache.is_image_complete(name)
+    if not is_stored:
         click.get_current_context().exit(3)
 
 
@@ -121,7 +121,10 @@ def exists(name: str) -> None:
 @click.argument("source", type=NAME)
 @click.argument("target", type=NAME)
 def tag(source: str, target: str) -> None:
-    """Give an image a second name; what TARGET pointed to before is let go."""
+    """Give an image another name.
+
+    If TARGET already names an image, the name moves from that image to this one.
+    """
     with open_cache() as cache:
         cache.tag(source, target)
 
@@ -132,7 +135,10 @@ def tag(source: str, target: str) -> None:
 @format_option
 @quiet_option("the removed images' names")
 def rm(names: tuple[str, ...], dry_run: bool, form: str, quiet: bool) -> None:
-    """Remove images, all of them or none, and free what only they used."""
+    """Remove images and free the blobs that only they used.
+
+    If one of the images is not in the cache, none is removed.
+    """
     with open_cache() as cache:
         freed = cache.remove_manifest(*names, dry_run=dry_run)
     if quiet:

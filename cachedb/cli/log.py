@@ -1,4 +1,4 @@
-"""What the command line prints of the library's log: warnings, for whom it waits, and with --verbose all of it."""
+"""Print the library's log on stderr: warnings and waits, and with --verbose everything."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["log_above", "show_log"]
 
 
 class _Log(logging.Handler):
-    """Prints what the library says on stderr. On a terminal a wait is one line, which is rewritten."""
+    """Print log records on stderr; on a terminal a wait is one line, rewritten in place."""
 
     def __init__(self, *, verbose: bool) -> None:
         super().__init__()
         self.print_above: Callable[[str], object] | None = None
-        """Prints a line above progress bars, while there are some."""
+        """Print a line above the progress bars; None while there are no bars."""
         self._verbose, self._waiting = verbose, False
 
     def emit(self, record: logging.LogRecord) -> None:
         wait = getattr(record, "wait", None)
         if wait is None and not self._verbose and record.levelno < logging.WARNING:
             return
-        with suppress(OSError, ValueError):  # stderr is closed: nobody reads it
+        with suppress(OSError, ValueError):  # stderr may be closed
             self._print(printable(record.getMessage()), record, wait)
 
     def _print(self, message: str, record: logging.LogRecord, wait: str | None) -> None:
@@ -48,7 +48,7 @@ _shown: list[_Log] = []
 
 
 def show_log(*, verbose: bool) -> None:
-    """Print what the library says on stderr: warnings, and for whom it waits; if verbose, all of it."""
+    """Print the library's warnings and waits on stderr; all its messages if ``verbose``."""
     logger = logging.getLogger("cachedb")
     for handler in _shown:
         logger.removeHandler(handler)
@@ -60,7 +60,7 @@ def show_log(*, verbose: bool) -> None:
 
 @contextmanager
 def log_above(print_above: Callable[[str], object]) -> Iterator[None]:
-    """Have what the library says printed by a function of progress bars in the block."""
+    """Print the library's log through ``print_above`` during this block, so it stays above progress bars."""
     for handler in _shown:
         handler.print_above = print_above
     try:

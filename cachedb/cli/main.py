@@ -1,6 +1,6 @@
 """The command line: each command parses, calls one method of `Cache`, and prints.
 
-Only click is imported here; what a command needs beyond that, it imports when it runs.
+This module imports only click. A command imports everything else when it runs, so `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -33,21 +33,24 @@ __all__ = ["cli", "main"]
 
 
 def main() -> NoReturn:
-    """Run the command line; errors are one line on stderr, and exit codes as the README lists them."""
+    """Run the command line and exit; an error is one line on stderr.
+
+    The exit codes are listed in docs/reference/exit-codes.md.
+    """
     import signal
 
     finished.clear()
     open_standard_files()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # of what the user's encoding has not
-    # The collector would look through all that SQLAlchemy makes while it is imported, and find nothing.
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters the user's encoding lacks
+    # Importing SQLAlchemy creates many objects and no garbage; collecting meanwhile only costs time.
     gc_.disable()
     signal.signal(signal.SIGTERM, exit_terminated)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as behind `nohup`
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` ignores it; keep that
         signal.signal(signal.SIGINT, raise_interrupt)
     try:
         if COMPLETE_VARIABLE in os.environ:
-            import cachedb.cli.candidates  # noqa: F401 - click takes the bash script from there
+            import cachedb.cli.candidates  # noqa: F401 - registers the bash script with click
         code = cli.main(prog_name="cachedb", standalone_mode=False) or 0
         sys.stdout.flush()
         sys.exit(code)
@@ -68,10 +71,10 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     except BrokenPipeError:
-        discard_output(1)  # whoever read our output has seen enough
+        discard_output(1)  # the reader of our output is gone
         sys.exit(1)
     except MemoryError:
-        _fail("there is not enough memory; a query needs less of it with --format csv", 1)
+        _fail("out of memory: for a query, --format csv needs less", 1)
     except OSError as error:
         discard_output(1)
         _fail(f"cannot print the result: {explain(error)}", 1)
@@ -83,7 +86,7 @@ def _fail(message: str, code: int) -> NoReturn:
     try:
         print(f"cachedb: {printable(message)}", file=sys.stderr, flush=True)
     except OSError:
-        discard_output(2)  # the exit code still says that it failed
+        discard_output(2)  # the exit code still reports the failure
     sys.exit(code)
 
 
@@ -101,7 +104,7 @@ _SECTIONS = {
     },
     "Archives": {"import": "archives", "export": "archives"},
     "Registries": {"pull": "registries", "push": "registries"},
-    "Questions": {"sql": "queries", "report": "queries", "stats": "maintenance", "df": "maintenance"},
+    "Queries": {"sql": "queries", "report": "queries", "stats": "maintenance", "df": "maintenance"},
     "Holds": {"hold": "holds", "holds": "holds", "release": "holds", "produce": "holds"},
     "Maintenance": {
         "init": "maintenance",
@@ -115,11 +118,11 @@ _SECTIONS = {
     },
     "Schema": {"db": "db"},
 }
-"""The commands as `cachedb --help` groups them, and the module of each."""
+"""The sections of `cachedb --help`, their commands, and the module of each command."""
 
 
 class _Commands(click.Group):
-    """The commands; the module of one is imported when it is asked for."""
+    """A group that imports the module of a command on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for section in _SECTIONS.values() for name in section]
@@ -159,10 +162,10 @@ class _Commands(click.Group):
     metavar="SECONDS",
     type=click.FloatRange(min=0),
     envvar="CACHEDB_WAIT",
-    help="How long to wait for another process; inf for no limit.  [default: $CACHEDB_WAIT, else 60]",
+    help="How long to wait for another process; inf waits forever.  [default: $CACHEDB_WAIT, else 60]",
 )
-@click.option("--trust", is_flag=True, help="Write to a cache of another user, though it is not shared.")
-@click.option("--verbose", is_flag=True, help="Say on stderr what is being done.")
+@click.option("--trust", is_flag=True, help="Write to another user's cache even if it is not shared.")
+@click.option("--verbose", is_flag=True, help="Print on stderr what is being done.")
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli(directory: str | None, wait: float | None, trust: bool, verbose: bool) -> None:
     """Keep container images in a local cache that many processes share.
@@ -170,9 +173,9 @@ def cli(directory: str | None, wait: float | None, trust: bool, verbose: bool) -
     Exit codes: 0 done; 1 failed, or problems found; 2 wrong usage; 3 not in the cache.
     """
     if wait is not None:
-        os.environ["CACHEDB_WAIT"] = f"{wait:g}"  # of all that this process begins, too
+        os.environ["CACHEDB_WAIT"] = f"{wait:g}"  # child processes wait as long
     from cachedb.cli.log import show_log
 
     show_log(verbose=verbose)
     if trust:
-        os.environ["CACHEDB_TRUST"] = "1"  # for the commands that this one runs, too
+        os.environ["CACHEDB_TRUST"] = "1"  # child processes trust it too

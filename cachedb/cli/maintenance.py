@@ -1,4 +1,4 @@
-"""Commands that look after a cache: init, gc, verify, adopt, copy, stats, df, ps."""
+"""Commands that maintain a cache: init, gc, verify, adopt, copy, stats, df, ps."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = []
     metavar="[GROUP]",
     is_flag=False,
     flag_value="",
-    help="Let a group of users write to the cache, too.  [default: your own group]",
+    help="Let the users of a group write to the cache too.  [default: your own group]",
 )
 def init(shared: str | None) -> None:
-    """Make a cache, and share it with a group if asked to.
+    """Create a cache, and share it with a group if --shared is given.
 
-    Every other command makes the cache as well, for its user alone. A cache that is there is kept as it is. Only the
-    owner can share a cache, with a group that he is a member of.
+    Other commands create a missing cache too, but only for their user. An existing cache is kept as it is. Only the
+    owner can share a cache, and only with a group of which the owner is a member.
     """
     with open_cache() as cache:
         group = None if shared is None else cache.share(shared or None)
@@ -38,19 +38,21 @@ def init(shared: str | None) -> None:
     )
 )
 @click.argument("directory", metavar="DIR", type=click.Path())
-@click.option("--link", is_flag=True, help="Make hard links where the file system can; nothing may write to DIR then.")
-@click.option("--move", is_flag=True, help="Delete from DIR what is in the cache, once all of it is.")
+@click.option(
+    "--link", is_flag=True, help="Hard-link blobs where the file system allows it. Do not write to DIR afterwards."
+)
+@click.option("--move", is_flag=True, help="Delete the adopted files from DIR once all of them are in the cache.")
 @format_option
 @quiet_option("the images' names")
 def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> None:
-    """Take over a cache whose index is one index.json.
+    """Import the images of an older cache that has one index.json.
 
-    DIR has manifests/REPOSITORY/REFERENCE, blobs/sha256/HEX and index.json, which need not be whole. What is good is
-    adopted; the rest is listed, and the exit code is 1. DIR is not changed, unless by --move. A name that is another
-    image's in this cache stays that image's. Doing it again changes nothing.
+    DIR contains manifests/REPOSITORY/REFERENCE, blobs/sha256/HEX and index.json; parts may be missing. Intact content
+    is adopted. The rest is listed, and the exit code is then 1. DIR is not changed without --move. A name that this
+    cache already uses for another image keeps that image. Adopting again changes nothing.
     """
     if link and move:
-        raise click.UsageError("--link and --move exclude each other")
+        raise click.UsageError("--link and --move exclude each other: give one of them")
     with open_cache() as cache, show_progress("adopting", quiet=quiet) as progress:
         found = cache.adopt(directory, how="link" if link else "move" if move else "copy", progress=progress)
     if form == "json":
@@ -85,16 +87,16 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
 @format_option
 @quiet_option("the directory of the copy")
 def copy(directory: str, form: str, quiet: bool) -> None:
-    """Copy the cache into a new or empty directory as it is at one moment, also while other processes use it.
+    """Copy the cache, as of one moment, into a new or empty directory.
 
-    Blobs come as reflinks where the file system can, else as hard links, else as verified copies. DIR becomes a cache
-    at the end; after an interrupt, copy again. Holds are copied, quarantine/ and backups/ are not. rsync, cp and tar
-    make no consistent copy of a cache in use.
+    Other processes may keep using the cache; rsync, cp and tar would copy it inconsistently. Blobs become reflinks
+    where the file system supports them, else hard links, else verified copies. DIR becomes a cache only at the end;
+    after an interrupt, copy again. Holds are copied; quarantine/ and backups/ are not.
     """
     with open_cache(existing=True) as cache, show_progress("copying", quiet=quiet) as progress:
         done = cache.copy(directory, progress=progress)
     if quiet:
-        click.echo(bytes(done.directory))  # which need not be text
+        click.echo(bytes(done.directory))  # a path need not be valid text
     elif form == "json":
         print_json(done._asdict())
     else:
@@ -109,7 +111,7 @@ def copy(directory: str, form: str, quiet: bool) -> None:
 @dry_run_option
 @format_option
 def gc(dry_run: bool, form: str) -> None:
-    """Free every blob that no image uses and no process works with."""
+    """Free every blob that no image, hold or process uses."""
     with open_cache() as cache:
         freed = cache.collect_garbage(dry_run=dry_run)
     print_collected(freed, form, dry_run=dry_run)
@@ -118,16 +120,16 @@ def gc(dry_run: bool, form: str) -> None:
 @click.command(
     epilog=format_examples("cachedb verify", "cachedb verify --quick --format json", "cachedb verify --repair")
 )
-@click.option("--quick", is_flag=True, help="Look at the presence and size of files only, not into them.")
-@click.option("--repair", is_flag=True, help="Put right what can be; what is damaged is moved to quarantine/.")
+@click.option("--quick", is_flag=True, help="Check only that files exist and have the right size.")
+@click.option("--repair", is_flag=True, help="Repair what can be repaired, and move damaged files to quarantine/.")
 @format_option
 @quiet_option("the digests of damaged blobs")
 def verify(quick: bool, repair: bool, form: str, quiet: bool) -> None:
-    """Check that every file is what its name says, the index is sound, and the two agree.
+    """Check that files match their digests, the index is sound, and both agree.
 
-    The exit code is 1 if there are problems, also if they were repaired. An image that lost a blob is incomplete
-    until it is imported or pulled again. A lost or damaged index is rebuilt from what can be read of it, the newest
-    backup, and the blobs.
+    The exit code is 1 if there are problems, even if they were repaired. An image that lost a blob is incomplete until
+    it is imported or pulled again. With --repair, a lost or damaged index is rebuilt from its readable parts, the
+    newest backup, and the blobs.
     """
     with open_cache(damaged=True) as cache, show_progress("verifying", quiet=quiet) as progress:
         found = cache.verify(quick=quick, repair=repair, progress=progress)
@@ -153,9 +155,9 @@ def verify(quick: bool, repair: bool, form: str, quiet: bool) -> None:
 @click.command(epilog=format_examples("cachedb ps", "cachedb ps --format json | jq '.[].pid'"))
 @format_option
 def ps(form: str) -> None:
-    """List the processes that work with the cache: who writes, who waits, and what is downloaded or produced.
+    """List the processes that write to the cache, and what each is doing.
 
-    A process that only reads is not listed.
+    A process may be writing, waiting, downloading or producing an image. A process that only reads is not listed.
     """
     with open_cache() as cache:
         found = cache.sessions()
@@ -164,8 +166,8 @@ def ps(form: str) -> None:
         return
     rows = []
     for session in found:
-        said = [(ago(one.since), f"{one.kind} {one.name}".rstrip()) for one in session.doing]
-        for since, doing in said or [(ago(session.started_at), "idle")]:
+        activities = [(ago(one.since), f"{one.kind} {one.name}".rstrip()) for one in session.doing]
+        for since, doing in activities or [(ago(session.started_at), "idle")]:
             rows.append((str(session.pid or "?"), session.user or "?", since, doing, session.command or "?"))
     print_table(("PID", "USER", "SINCE", "DOING", "COMMAND"), rows, right=("PID",))
 
@@ -173,7 +175,7 @@ def ps(form: str) -> None:
 @click.command(epilog=format_examples("cachedb stats", "cachedb stats --format json | jq .total_size"))
 @format_option
 def stats(form: str) -> None:
-    """Print the cache's totals."""
+    """Print the totals of the cache."""
     with open_cache() as cache:
         totals = cache.get_stats()
     if form == "json":
@@ -191,13 +193,13 @@ def stats(form: str) -> None:
 
 
 @click.command(epilog=format_examples("cachedb df", "cachedb df -v", "cachedb df --format json | jq .reclaimable.size"))
-@click.option("-v", "--verbose", is_flag=True, help="List the images too, with what is theirs alone.")
+@click.option("-v", "--verbose", is_flag=True, help="List each image too, with its unique and shared size.")
 @format_option
 def df(verbose: bool, form: str) -> None:
-    """Show what the cache takes on the disk, true to the byte.
+    """Show the disk usage of the cache, exact to the byte.
 
-    A blob is unique if one image has it, shared if several have, held if none has and a hold or a process keeps it,
-    and reclaimable by `cachedb gc` otherwise.
+    A blob is unique if one image uses it, and shared if several do. A blob of no image is held if a hold or a process
+    keeps it. All other blobs are reclaimable by `cachedb gc`.
     """
     with open_cache(existing=True) as cache:
         found = cache.get_usage(by_image=verbose)
@@ -210,8 +212,8 @@ def df(verbose: bool, form: str) -> None:
             document["image_usage"] = [image._asdict() for image in listed]
         print_json(document)
         return
-    images_said = f"{found.images}, {found.incomplete} incomplete" if found.incomplete else str(found.images)
-    rows = [("images", images_said, "")]
+    images = f"{found.images}, {found.incomplete} incomplete" if found.incomplete else str(found.images)
+    rows = [("images", images, "")]
     for name in ("stored", "unique", "shared", "held", "reclaimable"):
         share = getattr(found, name)
         rows.append((f"  {name}" if name != "stored" else "blobs", str(share.blobs), human(share.size)))
@@ -220,7 +222,7 @@ def df(verbose: bool, form: str) -> None:
     rows += [(name, "", human(size)) for name, size in others.items() if size]
     if left:
         rows.append(("cannot be cleaned up", str(len(left)), ""))
-        click.echo("cachedb: `cachedb verify` names what dead processes left and cannot be cleaned up", err=True)
+        click.echo("cachedb: some leftovers of dead processes cannot be cleaned up: see `cachedb verify`", err=True)
     print_table(("", "COUNT", "SIZE"), rows, right=("COUNT", "SIZE"))
     if verbose:
         click.echo()

@@ -38,39 +38,39 @@ __all__ = [
 
 
 COMPLETE_VARIABLE = "_CACHEDB_COMPLETE"
-"""The variable by which a shell asks for completion."""
+"""The environment variable a shell sets to ask for completions."""
 
 
 def format_examples(*lines: str) -> str:
-    """Return the examples of a command, for its help."""
+    """Return the examples of a command as the epilog of its help."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 # Parameters
 
 
-class _InCache(_Parameter):
-    """What a shell completes to the names in the cache, or the digests, or both."""
+class _NameParameter(_Parameter):
+    """A name or digest; a shell completes it to those in the cache."""
 
     def __init__(self, name: str, *, names: bool = False, digests: bool = False) -> None:
         self.name, self._names, self._digests = name, names, digests
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from cachedb.cli.candidates import candidates
+        from cachedb.cli.candidates import complete_names
 
-        return candidates(ctx, incomplete, names=self._names, digests=self._digests)
+        return complete_names(ctx, incomplete, names=self._names, digests=self._digests)
 
 
 class HoldParameter(_Parameter):
-    """An id or a name of a hold."""
+    """The id of a hold, or a held name or digest."""
 
     name = "hold"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return what a shell completes a part to."""
-        from cachedb.cli.candidates import held
+        """Return the completions of the typed text."""
+        from cachedb.cli.candidates import complete_holds
 
-        return held(ctx, incomplete)
+        return complete_holds(ctx, incomplete)
 
 
 class SizeParameter(_Parameter):
@@ -79,16 +79,16 @@ class SizeParameter(_Parameter):
     name = "size"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
-        """Return the value of a text, or fail."""
+        """Return the size in bytes; fail with a usage error if the text is not a size."""
         size = parse_size(value)
         if size is None:
-            self.fail(f"{value!r} is not a size such as 500MB or 64GiB", param, ctx)
+            self.fail(f"{value!r} is not a size: write it as in 500MB or 64GiB", param, ctx)
         return size
 
 
-NAME = _InCache("name", names=True)
-DIGEST = _InCache("digest", digests=True)
-NAME_OR_DIGEST = _InCache("name or digest", names=True, digests=True)
+NAME = _NameParameter("name", names=True)
+DIGEST = _NameParameter("digest", digests=True)
+NAME_OR_DIGEST = _NameParameter("name or digest", names=True, digests=True)
 format_option = click.option(
     "--format",
     "form",
@@ -98,38 +98,41 @@ format_option = click.option(
     help="How to print the result.",
 )
 plain_http_option = click.option(
-    "--plain-http/--tls", "plain_http", default=None, help="Speak HTTP, or HTTPS with this host too."
+    "--plain-http/--tls",
+    "plain_http",
+    default=None,
+    help="Use HTTP or HTTPS.  [default: HTTP for localhost, else HTTPS]",
 )
 authfile_option = click.option(
-    "--authfile", type=click.Path(), help="Credentials.  [default: as podman and Docker keep them]"
+    "--authfile", type=click.Path(), help="A file of credentials.  [default: the files of podman and Docker]"
 )
-dry_run_option = click.option("--dry-run", is_flag=True, help="Remove nothing; say what would be freed.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be freed.")
 
 
 def quiet_option(what: str) -> Callable[[Any], Any]:
-    """Return the option -q of a command."""
-    return click.option("-q", "--quiet", is_flag=True, help=f"Print {what} alone.")
+    """Return the option -q of a command that then prints only ``what``."""
+    return click.option("-q", "--quiet", is_flag=True, help=f"Print only {what}.")
 
 
 class DurationParameter(_Parameter):
-    """A time such as 90s, 30m, 2h, 7d, or 1h30m, in seconds."""
+    """A duration such as 90s, 30m, 2h, 7d or 1h30m, converted to seconds."""
 
     name = "duration"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
-        """Return the value of a text, or fail."""
+        """Return the duration in seconds; fail with a usage error if the text is not a duration."""
         import re
 
         units = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
         if not re.fullmatch(r"(\d{1,9}[smhdw])+", value):
-            self.fail(f"{value!r} is not a time such as 90s, 30m, 2h, 7d or 1h30m", param, ctx)
+            self.fail(f"{value!r} is not a duration: write it as in 90s, 30m, 2h, 7d or 1h30m", param, ctx)
         return sum(int(count) * units[unit] for count, unit in re.findall(r"(\d+)([smhdw])", value))
 
 
-def _parameters(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+def _parse_parameters(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
     for text in given:
         if "=" not in text:
-            raise click.BadParameter(f"{text!r} is not NAME=VALUE")
+            raise click.BadParameter(f"{text!r} has no '=': write NAME=VALUE")
     return dict(text.split("=", 1) for text in given)
 
 
@@ -139,12 +142,21 @@ row_format_option = click.option(
     type=click.Choice(ROW_FORMATS),
     default="table",
     show_default=True,
-    help="How to print the rows; all but table and json a line each, as they come. In csv and tsv a text that a "
-    "spreadsheet would take for a formula has a ' in front.",
+    help="How to print the rows. ndjson, csv, tsv and markdown print each row as soon as it is found. In csv and tsv, "
+    "text that a spreadsheet would run as a formula starts with a '.",
 )
 timeout_option = click.option(
-    "--timeout", "seconds", metavar="TIME", type=DurationParameter(), help="Stop it after a time such as 30s or 5m."
+    "--timeout",
+    "seconds",
+    metavar="TIME",
+    type=DurationParameter(),
+    help="Stop the query after a time such as 30s or 5m.",
 )
 read_values = click.option(
-    "-p", "parameters", metavar="NAME=VALUE", multiple=True, callback=_parameters, help="A value for :NAME; repeatable."
+    "-p",
+    "parameters",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=_parse_parameters,
+    help="A value for :NAME in the query; repeatable.",
 )

@@ -1,4 +1,4 @@
-"""What the command line prints: tables for people, and JSON, CSV and the like for programs."""
+"""Print results: tables for people; JSON, CSV and other formats for programs."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ __all__ = ["ROW_FORMATS", "print_collected", "print_images", "print_json", "prin
 
 
 ROW_FORMATS: Final = ("table", "json", "ndjson", "csv", "tsv", "markdown")
-"""How the rows of a query can be printed."""
+"""The formats in which the rows of a query can be printed."""
 
-# How a cell begins that a spreadsheet executes; the last four are what East Asian ones take for the first.
+# A spreadsheet runs a cell that starts with one of these; the last four are full-width forms of the first four.
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _NUMBER: Final = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-_PARTS: Final = 10_000  # of a JSON text that are put together
-_LEAST: Final = 10  # characters that a column of a terminal must have room for, to be read
+_PARTS_PER_WRITE: Final = 10_000  # pieces of JSON text that are joined for one write
+_MIN_COLUMN_CHARACTERS: Final = 10  # a narrower column is unreadable on a terminal
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON; times as they are in the index."""
+    """Print a value as JSON; times have the format of the index."""
     import json
 
-    # Not as one text: of a hundred thousand images that takes more memory than they do.
-    parts = json.JSONEncoder(indent=2, default=_plain).iterencode(value)
-    while text := "".join(islice(parts, _PARTS)):
+    # Print in parts: the JSON of a hundred thousand images takes more memory than the images.
+    parts = json.JSONEncoder(indent=2, default=_to_json).iterencode(value)
+    while text := "".join(islice(parts, _PARTS_PER_WRITE)):
         sys.stdout.write(text)
     click.echo()
 
 
-def _plain(value: object) -> str:
+def _to_json(value: object) -> str:
     from datetime import datetime
 
     if isinstance(value, bytes):
@@ -51,7 +51,7 @@ def _plain(value: object) -> str:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()) -> None:
-    """Print a table, with those columns to the right."""
+    """Print a table; the columns in ``right`` are aligned to the right."""
     headings = list(map(printable, columns))
     rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
@@ -70,7 +70,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Co
 
 
 def _print_columns(columns: Sequence[str], rows: list[Sequence[str]], right: Collection[str]) -> None:
-    """Print a table into a pipe or a file: a line a row, however long. rich would cost `ls` a tenth of its time."""
+    """Print a table into a pipe or file, one line per row; importing rich would slow `ls` down by a tenth."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         cells = (
@@ -81,13 +81,13 @@ def _print_columns(columns: Sequence[str], rows: list[Sequence[str]], right: Col
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str, *, sizes: bool = False) -> None:
-    """Print the rows of a query as they come; a table when all of them have.
+    """Print the rows of a query, each as soon as it arrives; a table only when all have arrived.
 
     Args:
-        columns: their names.
-        rows: of values as SQL has them.
+        columns: the names of the columns.
+        rows: the rows, with values as SQLite returns them.
         form: one of `ROW_FORMATS`.
-        sizes: whether sizes are for people in a table: the columns ``size`` and ``..._size``.
+        sizes: print the columns ``size`` and ``..._size`` of a table as in ``1.23 MB``.
     """
     write = sys.stdout.write
     if form == "table":
@@ -95,10 +95,10 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
     elif form in ("json", "ndjson"):
         import json
 
-        names = _distinct(columns)
-        # JSON has no number for infinity.
+        names = _distinct_names(columns)
+        # JSON cannot express infinity.
         finite = ([None if value in (math.inf, -math.inf) else value for value in row] for row in rows)
-        lines = (json.dumps(dict(zip(names, row, strict=True)), default=_plain) for row in finite)
+        lines = (json.dumps(dict(zip(names, row, strict=True)), default=_to_json) for row in finite)
         if form == "ndjson":
             for line in lines:
                 write(f"{line}\n")
@@ -114,26 +114,26 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
         import csv
         import io
 
-        written = io.StringIO(newline="")
-        # Before Python 3.13 a carriage return, which readers take for the end of a line, is quoted only if it ends one.
-        writer = csv.writer(written, delimiter="," if form == "csv" else "\t", lineterminator="\r\n")
+        buffer = io.StringIO(newline="")
+        # Python before 3.13 quotes a carriage return, a line end to readers, only if it is in the line terminator.
+        writer = csv.writer(buffer, delimiter="," if form == "csv" else "\t", lineterminator="\r\n")
         is_terminal = sys.stdout.isatty()
         for row in chain([columns], rows):
             writer.writerow([_cell(value, is_terminal=is_terminal) for value in row])
-            write(written.getvalue().removesuffix("\r\n") + "\n")
-            written.seek(0)
-            written.truncate()
+            write(buffer.getvalue().removesuffix("\r\n") + "\n")
+            buffer.seek(0)
+            buffer.truncate()
 
 
 def _markdown(value: object) -> str:
-    """Return a value as Markdown shows it: what a stranger named is neither HTML, nor a link, an image or code."""
+    """Return a value escaped for Markdown: untrusted text must not become HTML, a link, an image or code."""
     import html
 
     return html.escape(re.sub(r"([\\|`\[\]])", r"\\\1", _text(value)), quote=False)
 
 
 def _cell(value: object, *, is_terminal: bool) -> object:
-    """Return a value for CSV; a text that a spreadsheet takes for a formula gets a ``'`` in front."""
+    """Return a value for CSV; put ``'`` before text that a spreadsheet would run as a formula."""
     if isinstance(value, bytes):
         return value.hex()
     if not isinstance(value, str):
@@ -143,8 +143,8 @@ def _cell(value: object, *, is_terminal: bool) -> object:
     return printable(value) if is_terminal else value
 
 
-def _distinct(columns: Sequence[str]) -> list[str]:
-    """Return names as keys: a join may have a column twice, and then the second is ``name_2``."""
+def _distinct_names(columns: Sequence[str]) -> list[str]:
+    """Return the column names as distinct keys; a second ``name``, as of a join, becomes ``name_2``."""
     names: list[str] = []
     for column in columns:
         name, number = column, 1
@@ -166,21 +166,21 @@ def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: b
 
     cells = [list(map(cell, row, for_people)) for row in rows]
     if rows and sys.stdout.isatty() and not _fits(columns, cells):
-        _print_upright(columns, cells)
+        _print_vertical(columns, cells)
     else:
         print_table(columns, cells, right=numbers)
 
 
 def _fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
-    """Tell whether a terminal has room for these columns, folded as they may be."""
+    """Return whether the columns fit on the terminal, long cells folded."""
     from shutil import get_terminal_size
 
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    return sum(min(width, _LEAST) + 2 for width in widths) <= get_terminal_size().columns
+    return sum(min(width, _MIN_COLUMN_CHARACTERS) + 2 for width in widths) <= get_terminal_size().columns
 
 
-def _print_upright(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a line for each value, as there is no room for a row to be one."""
+def _print_vertical(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print each value on its own line, for rows that are too wide for the terminal."""
     headings = list(map(printable, columns))
     width = max(map(len, headings))
     for number, row in enumerate(rows):
@@ -207,7 +207,7 @@ def _text(value: object) -> str:
 
 
 def print_images(found: list[ImageInfo], form: str, *, quiet: bool) -> None:
-    """Print images as a table, as JSON, or their names alone."""
+    """Print images as a table or as JSON, or only their names if ``quiet``."""
     if quiet:
         for image in found:
             click.echo(str(image.name))
@@ -228,7 +228,7 @@ def print_images(found: list[ImageInfo], form: str, *, quiet: bool) -> None:
 
 
 def print_collected(freed: Collected, form: str, *, dry_run: bool) -> None:
-    """Print what was freed, or would be."""
+    """Print how much was freed, or would be freed in a dry run."""
     if form == "json":
         print_json(freed._asdict())
     else:

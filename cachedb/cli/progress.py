@@ -1,4 +1,4 @@
-"""Progress bars on a terminal."""
+"""Show progress bars on a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["show_progress", "show_stages", "show_transfer"]
 
 @contextmanager
 def _bars(*, quiet: bool = False) -> Iterator[rich.progress.Progress | None]:
-    """Show bars of bytes on stderr, if that is a terminal."""
+    """Show bars that count bytes on stderr; yield None if it is not a terminal, or if ``quiet``."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -40,24 +40,24 @@ def _bars(*, quiet: bool = False) -> Iterator[rich.progress.Progress | None]:
 
 @contextmanager
 def show_progress(action: str, *, quiet: bool = False) -> Iterator[Progress | None]:
-    """Show a bar for the whole."""
+    """Show one bar for the whole operation; yield its progress callback, or None."""
     with _bars(quiet=quiet) as bars:
-        yield _whole(bars, action) if bars else None
+        yield _total_reporter(bars, action) if bars else None
 
 
 @contextmanager
 def show_transfer(action: str, *, quiet: bool) -> Iterator[dict[str, Any]]:
-    """Show a bar for the whole, and one for each blob that is on its way."""
+    """Show a bar for the whole transfer and one for each blob; yield the callbacks as keyword arguments."""
     with _bars(quiet=quiet) as bars:
-        yield {"progress": _whole(bars, action), "blob_progress": _each(bars)} if bars else {}
+        yield {"progress": _total_reporter(bars, action), "blob_progress": _blob_reporter(bars)} if bars else {}
 
 
-def _whole(bars: rich.progress.Progress, action: str) -> Progress:
+def _total_reporter(bars: rich.progress.Progress, action: str) -> Progress:
     task = bars.add_task(action, total=None)
     return lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _each(bars: rich.progress.Progress) -> BlobProgress:
+def _blob_reporter(bars: rich.progress.Progress) -> BlobProgress:
     tasks: dict[str, Any] = {}
 
     def show(digest: str, done: int, total: int) -> None:
@@ -70,7 +70,7 @@ def _each(bars: rich.progress.Progress) -> BlobProgress:
 
 @contextmanager
 def show_stages() -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show a bar for each thing that is done, on stderr, if that is a terminal."""
+    """Show a bar on stderr for each stage; yield the callback, or None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -81,9 +81,9 @@ def show_stages() -> Iterator[Callable[[str, int, int], None] | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
 
         yield show

@@ -1,4 +1,4 @@
-"""Questions in SQL: sql, report."""
+"""Commands that run SQL queries: sql, report."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ __all__ = []
 def sql(
     query: str | None, file: str | None, schema: bool, parameters: dict[str, str], form: str, seconds: int | None
 ) -> None:
-    """Ask the index a question in SQL; without one, list the views that there are to ask.
+    """Query the index with SQL; without a query, list the views.
 
-    QUERY is SQLite's SQL, with the functions human(bytes) and ago(time) besides; - reads it from stdin. Nothing can be
-    changed by it, no writer waits for it, and it runs at the lowest priority. The columns of each view
-    are in the README's SQL reference.
+    QUERY is written in SQLite's SQL, with the extra functions human(bytes) and ago(time); - reads it from stdin. A
+    query only reads, blocks no writer, and runs at the lowest priority. docs/reference/sql.md describes the columns of
+    each view.
     """
     from cachedb.reports.named import number
 
     if sum(map(bool, (query, file, schema))) > 1:
-        raise click.UsageError("give a query, or --file, or --schema")
+        raise click.UsageError("QUERY, --file and --schema exclude each other: give one of them")
     if schema:
         query = "SELECT sql || ';' AS sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type <> 'table', name"
         with open_cache(existing=True) as cache, cache.sql(query) as found:
@@ -57,35 +57,36 @@ def sql(
                 click.echo(definition)
         return
     if query == "-" or file is not None:
-        query = _text_of("-" if file is None else file)
+        query = _read_query("-" if file is None else file)
     if query is None:
         with open_cache(existing=True) as cache:
             views = cache.list_views()
         if form == "table":
-            print_table(("VIEW", "WHAT IT HAS"), [(view.name, view.description) for view in views])
+            print_table(("VIEW", "DESCRIPTION"), [(view.name, view.description) for view in views])
         else:
             rows = [(view.name, view.description, " ".join(view.columns)) for view in views]
             print_rows(("view", "description", "columns"), rows, form)
         return
-    _ask(query, {name: number(value) for name, value in parameters.items()}, form, seconds)
+    _run_query(query, {name: number(value) for name, value in parameters.items()}, form, seconds)
 
 
-def _text_of(file: str) -> str:
+def _read_query(file: str) -> str:
     if file == "-" and "stdin" in closed_streams:
-        raise click.UsageError("stdin is closed: send the query to it, or name a file")
+        raise click.UsageError("stdin is closed: send the query to it or name a file")
     try:
-        with open(0 if file == "-" else file, encoding="utf-8-sig") as opened:  # editors may begin it with a mark
+        with open(0 if file == "-" else file, encoding="utf-8-sig") as opened:  # skip an editor's byte order mark
             return opened.read()
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise click.UsageError(f"cannot read {file!r}: {reason}") from error
 
 
 @contextmanager
-def _giving_way() -> Iterator[None]:
-    """A block that runs when those who work with the cache leave a processor free.
+def _idle_priority() -> Iterator[None]:
+    """Run this block only on otherwise idle CPUs.
 
-    It is for what reads, in a cache that is open: opening it may take the write lock, and who has that must not wait.
+    Use it for reading, and only after the cache is open: opening may take the write lock, and the holder of that lock
+    must not be delayed.
     """
     policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
@@ -95,22 +96,23 @@ def _giving_way() -> Iterator[None]:
     try:
         yield
     finally:
-        # The last to close an index writes its WAL back, under a lock. Not everybody may have the priority back.
+        # Restore the priority before closing: the last process to close an index writes its WAL back under a lock.
+        # Raising the priority again may not be allowed.
         with suppress(OSError):
             os.sched_setscheduler(0, policy, parameter)
 
 
-def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None, *, sizes: bool = False) -> None:
+def _run_query(query: str, parameters: dict[str, Any], form: str, seconds: int | None, *, sizes: bool = False) -> None:
     try:
         with (
             open_cache(existing=True) as cache,
-            _giving_way(),
+            _idle_priority(),
             cache.sql(query, parameters, timeout=seconds, stream=True) as found,
         ):
             print_rows(found.columns, found.rows, form, sizes=sizes)
             sys.stdout.flush()
     except InvalidQuery as error:
-        if received_signals:  # SQLite makes an error of its own of what a signal raises in `human` or `ago`
+        if received_signals:  # SQLite replaces what a signal handler raises inside `human` or `ago`
             raise KeyboardInterrupt from None
         if error.place is None:
             raise
@@ -133,25 +135,27 @@ def _ask(query: str, parameters: dict[str, Any], form: str, seconds: int | None,
     )
 )
 @click.argument("name", required=False)
-@click.option("--list", "list_", is_flag=True, help="List the reports, with their parameters.")
-@click.option("--html", "file", metavar="FILE", type=click.Path(), help="Write a page that shows the whole cache.")
+@click.option("--list", "list_", is_flag=True, help="List the reports and their parameters.")
+@click.option("--html", "file", metavar="FILE", type=click.Path(), help="Write an HTML page about the whole cache.")
 @read_values
 @row_format_option
 @timeout_option
 def report(
     name: str | None, list_: bool, file: str | None, parameters: dict[str, str], form: str, seconds: int | None
 ) -> None:
-    """Answer a question that has a name; or show all of the cache on one page, which needs no network.
+    """Run a named SQL report, or write an HTML page of the whole cache.
 
-    A report is a file of SQL, NAME.sql. Your own are in the folder of CACHEDB_REPORTS, by default reports/ in
-    cachedb's folder of the user's configuration, and go before those of the same name. A file begins with comments:
-    lines that say what it answers, and for each :parameter of its query a line "-- :parameter", or one with its
-    default, "-- :parameter default". A table has sizes for people, all else bytes. It runs at the lowest priority.
+    The page works offline. A report is a file NAME.sql. Put your own in the folder CACHEDB_REPORTS; they replace
+    built-in reports of the same name. The default folder is reports/ in cachedb's configuration folder.
+
+    A file starts with comments that describe the report. Each :parameter of the query has a line "-- :parameter" or
+    "-- :parameter default". A table shows sizes as in 1.23 MB; all other formats show bytes. Reports run at the lowest
+    priority.
     """
     if sum(map(bool, (name, list_, file))) != 1:
-        raise click.UsageError("name a report, or use --list, or --html")
+        raise click.UsageError("expected one of a report's name, --list and --html: give one of them")
     if not name and (parameters or seconds is not None):
-        raise click.UsageError("-p and --timeout are for a report that has a name")
+        raise click.UsageError("-p and --timeout work only with a report's name")
     if file:
         _write_page(file)
     elif list_:
@@ -160,22 +164,22 @@ def report(
         from cachedb.reports.named import load
 
         chosen = load(name or "")
-        _ask(chosen.query, chosen.values(parameters), form, seconds, sizes=True)
+        _run_query(chosen.query, chosen.values(parameters), form, seconds, sizes=True)
 
 
 def _write_page(file: str) -> None:
     if file == "-":
-        get_stdout()  # before the work is done: it may be closed
-    with open_cache(existing=True) as cache, _giving_way():
+        get_stdout()  # fail before the work if stdout is closed
+    with open_cache(existing=True) as cache, _idle_priority():
         page = cache.get_html_report()
     try:
         if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):
-            _replace(file, page)
-        else:  # a device, a fifo or stdout is written to, and not replaced
+            _write_atomically(file, page)
+        else:  # write into a device, a fifo or stdout instead of replacing it
             with click.open_file(file, "w", encoding="utf-8") as opened:
                 opened.write(page)
     except OSError as error:
-        error.filename = None  # it may be that of the file which was to replace it
+        error.filename = None  # it may name the temporary file
         raise click.UsageError(f"cannot write {file!r}: {explain(error)}") from error
 
 
@@ -184,8 +188,8 @@ def _list_reports(form: str) -> None:
 
     found = reports()
     if form == "table":
-        said = [(one.name, " ".join(one.wanted()), one.description) for one in found]
-        print_table(("REPORT", "PARAMETERS", "WHAT IT SAYS"), said)
+        listing = [(one.name, " ".join(one.wanted()), one.description) for one in found]
+        print_table(("REPORT", "PARAMETERS", "DESCRIPTION"), listing)
         return
     nested = form in ("json", "ndjson")
     rows = [
@@ -194,8 +198,8 @@ def _list_reports(form: str) -> None:
     print_rows(("report", "description", "parameters", "path"), rows, form)
 
 
-def _replace(file: str, text: str) -> None:
-    """Write a file whole, or leave what is there as it is."""
+def _write_atomically(file: str, text: str) -> None:
+    """Replace a file by one with this text, or leave it unchanged on failure."""
     from pathlib import Path
 
     from cachedb.disk.durable import atomic_file, remove_leftovers

@@ -1,4 +1,4 @@
-"""Commands about registries: pull, push."""
+"""Commands for registries: pull, push."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cachedb.cli.progress import show_transfer
 __all__ = []
 
 
-_TURN = 0.0001  # seconds that a thread has the interpreter for, where another downloads
+_SWITCH_SECONDS = 0.0001  # how long a thread keeps the interpreter while another thread downloads
 
 
 @click.command(
@@ -35,11 +35,15 @@ _TURN = 0.0001  # seconds that a thread has the interpreter for, where another d
     )
 )
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=NAME)
-@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Of an image that has several.  [default: the host's]")
-@click.option("--all-platforms", is_flag=True, help="Bring all platforms of an image.")
-@click.option("--if-missing", is_flag=True, help="Ask no registry for an image that is here and complete.")
-@click.option("--allow-stale", is_flag=True, help="If the registry cannot be reached, take the image that is here.")
-@click.option("--referrers", is_flag=True, help="Bring signatures, SBOMs and what else refers to the images, too.")
+@click.option(
+    "--platform",
+    metavar="OS/ARCH[/VARIANT]",
+    help="Pull this platform of a multi-platform image.  [default: the host's]",
+)
+@click.option("--all-platforms", is_flag=True, help="Pull all platforms of an image.")
+@click.option("--if-missing", is_flag=True, help="Do not contact the registry for an image that is complete here.")
+@click.option("--allow-stale", is_flag=True, help="Use the cached image if the registry is unreachable.")
+@click.option("--referrers", is_flag=True, help="Also pull signatures, SBOMs and other referrers of the images.")
 @plain_http_option
 @authfile_option
 @format_option
@@ -56,14 +60,14 @@ def pull(
     form: str,
     quiet: bool,
 ) -> None:
-    """Bring images from their registries: what is not here of them.
+    """Pull images from their registries, downloading only missing blobs.
 
-    A NAME without a registry is Docker Hub's, as Docker has it; with localhost HTTP is spoken. The image keeps the name
-    as it is given. Of an image for several platforms the host's is brought, and another when it is asked for.
-    CACHEDB_MIRRORS="REGISTRY=[http://]HOST[:PORT][/PREFIX] ..." says where to look first.
+    A NAME without a registry belongs to Docker Hub. localhost is contacted over HTTP. The image is stored under NAME as
+    given. Only the host's platform of a multi-platform image is pulled, unless --platform or --all-platforms is given.
+    CACHEDB_MIRRORS="REGISTRY=[http://]HOST[:PORT][/PREFIX] ..." lists mirrors to try first.
     """
     if platform and all_platforms:
-        raise click.UsageError("--platform and --all-platforms exclude each other")
+        raise click.UsageError("--platform and --all-platforms exclude each other: give one of them")
     from cachedb.oci.names import Name
     from cachedb.operations.pull_source import Source
 
@@ -84,26 +88,25 @@ def pull(
                 for name in names
             ]
             if not if_missing:
-                # It comes while SQLAlchemy is imported, which must not keep the interpreter for longer than a chunk
-                # takes.
-                sys.setswitchinterval(_TURN)
+                # The download runs while SQLAlchemy is imported, and must not wait long for the interpreter.
+                sys.setswitchinterval(_SWITCH_SECONDS)
                 sources[0].begin()
             cache = opened.enter_context(open_cache())
             for source in sources:
-                with show_transfer(f"pulling {source.name}", quiet=quiet) as told:
+                with show_transfer(f"pulling {source.name}", quiet=quiet) as callbacks:
                     pulled = cache.pull(
                         source,
                         platform=platform,
                         if_missing=if_missing,
                         allow_stale=allow_stale,
                         referrers=referrers,
-                        **told,
+                        **callbacks,
                     )
-                source.close()  # of hundreds of names, one has connections at a time
+                source.close()  # so that pulling hundreds of names keeps few connections open
                 found.append(pulled.image)
                 if pulled.stale:
                     click.echo(f"cachedb: {source.name} may be out of date: {printable(pulled.stale)}", err=True)
-    finally:  # those are here that came before one could not be had
+    finally:  # print the images that were pulled before a failure
         if found:
             print_images(found, form, quiet=quiet)
 
@@ -117,12 +120,12 @@ def pull(
 )
 @click.argument("name", type=NAME)
 @click.argument("target", required=False, type=NAME)
-@click.option("-a", "--all-tags", is_flag=True, help="Push all tags of NAME, a repository, to TARGET, another.")
-@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Push one platform of an image that has several.")
+@click.option("-a", "--all-tags", is_flag=True, help="Push all tags of the repository NAME to the repository TARGET.")
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Push one platform of a multi-platform image.")
 @plain_http_option
 @authfile_option
 @format_option
-@quiet_option("the pushed images' names, by digest,")
+@quiet_option("the pushed images' names by digest")
 def push(
     name: str,
     target: str | None,
@@ -133,13 +136,13 @@ def push(
     form: str,
     quiet: bool,
 ) -> None:
-    """Send an image to a registry, under its name or as TARGET: what is not there of it.
+    """Push an image to a registry, uploading only missing blobs.
 
-    It has the same digest there. What refers to it, brought by `cachedb pull --referrers`, goes with it. A name
-    without a registry is Docker Hub's, as Docker has it; with localhost HTTP is spoken.
+    The image is pushed to NAME, or to TARGET if given, and keeps its digest. Referrers that `cachedb pull --referrers`
+    stored are pushed too. A name without a registry belongs to Docker Hub. localhost is contacted over HTTP.
     """
     if all_tags and platform:
-        raise click.UsageError("--all-tags and --platform exclude each other")
+        raise click.UsageError("--all-tags and --platform exclude each other: give one of them")
     from cachedb.oci.names import Name
     from cachedb.operations.push_target import Target
 
@@ -148,17 +151,17 @@ def push(
         with ExitStack() as opened:
             options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile}
             if not all_tags:
-                there = opened.enter_context(Target(cache_directory(), Name.parse(target or name), **options))
+                pushed_to = opened.enter_context(Target(cache_directory(), Name.parse(target or name), **options))
                 if not platform:
-                    sys.setswitchinterval(_TURN)
-                    there.begin(Name.parse(name))
+                    sys.setswitchinterval(_SWITCH_SECONDS)
+                    pushed_to.begin(Name.parse(name))
             cache = opened.enter_context(open_cache())
-            told = opened.enter_context(show_transfer(f"pushing {name}", quiet=quiet))
+            callbacks = opened.enter_context(show_transfer(f"pushing {name}", quiet=quiet))
             if all_tags:
-                found.extend(cache.push_tags(name, target, **options, **told))
+                found.extend(cache.push_tags(name, target, **options, **callbacks))
             else:
-                found.append(cache.push(name, there, platform=platform, **told))
-    finally:  # of several tags those are there that were pushed before one could not be
+                found.append(cache.push(name, pushed_to, platform=platform, **callbacks))
+    finally:  # print the tags that were pushed before a failure
         _print_pushed(found, form, quiet=quiet)
 
 

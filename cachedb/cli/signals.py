@@ -1,4 +1,4 @@
-"""How a signal ends a command."""
+"""End a command on a signal."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import NoReturn
 __all__ = ["exit_terminated", "finished", "raise_interrupt", "received_signals"]
 
 
-received_signals: list[int] = []  # that have come
+received_signals: list[int] = []
 
 
 def exit_terminated(number: int, _frame: object) -> NoReturn:
-    """Exit with 143, as a shell reports SIGTERM."""
+    """Exit with 143, the code a shell reports for SIGTERM."""
     received_signals.append(number)
     sys.exit(143)
 
 
 def raise_interrupt(number: int, _frame: object) -> NoReturn:
-    """Raise KeyboardInterrupt, or exit at once if the command is over."""
+    """Raise `KeyboardInterrupt`, or exit at once if the command has finished."""
     received_signals.append(number)
     if finished:
-        os._exit(130)  # all is done and printed: where the interpreter ends, an exception would only be printed
+        os._exit(130)  # everything is printed, and an exception would only add a traceback
     raise KeyboardInterrupt
 
 
-finished: list[bool] = []  # not empty once the command is over
+finished: list[bool] = []  # not empty once the command has finished

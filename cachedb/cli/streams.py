@@ -1,4 +1,4 @@
-"""Standard input and output: closed, a terminal, full, or a stream of content."""
+"""Open standard input and output safely, whether closed, a terminal, or full."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import click
 __all__ = ["closed_streams", "discard_output", "get_stdin", "get_stdout", "open_standard_files"]
 
 
-closed_streams: set[str] = set()  # standard files that were closed when we began: "stdin", "stdout", "stderr"
+closed_streams: set[str] = set()  # of "stdin", "stdout", "stderr": those that were closed at the start
 
 
 def open_standard_files() -> None:
-    """Open the standard files that are closed, as by `>&-`: no file of the cache may come to be in their place."""
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, of which each gets its own
+    """Open /dev/null for each closed standard file, so that no file of the cache gets its descriptor."""
+    for name in ("stdin", "stdout", "stderr"):  # in descriptor order: open() takes the lowest free one
         if getattr(sys, name) is None:
             closed_streams.add(name)
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def discard_output(descriptor: int) -> None:
-    """Have nothing more be written to stdout or stderr, which cannot be: not what is flushed at exit either."""
+    """Redirect stdout or stderr to /dev/null, so that flushing it at exit cannot fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
 
 
 def get_stdin() -> IO[bytes]:
-    """Return stdin, to read content from."""
+    """Return stdin as a binary stream; raise a usage error if it is closed or a terminal."""
     if "stdin" in closed_streams:
-        raise click.UsageError("stdin is closed: send the content to it, or name a file")
+        raise click.UsageError("stdin is closed: send the content to it or name a file")
     if sys.stdin.isatty():
-        raise click.UsageError("stdin is a terminal: send the content to it, or name a file")
+        raise click.UsageError("stdin is a terminal: send the content to it or name a file")
     return sys.stdin.buffer
 
 
 def get_stdout() -> IO[bytes]:
-    """Return stdout, to write content to."""
+    """Return stdout as a binary stream; raise a usage error if it is closed."""
     if "stdout" in closed_streams:
         raise click.UsageError("stdout is closed: redirect it")
     return sys.stdout.buffer

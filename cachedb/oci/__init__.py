@@ -1,4 +1,4 @@
-"""What the OCI and Docker specifications say: names, digests, manifests, configs. Reads no file."""
+"""The OCI and Docker specifications: names, digests, manifests, configs. This room reads no file."""
 
 from __future__ import annotations
 

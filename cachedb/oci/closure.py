@@ -165,7 +165,7 @@ def _refers_to(blob: Descriptor, data: bytes) -> list[Descriptor]:
 
 
 def choose(children: list[Descriptor], wanted: str) -> list[Descriptor]:
-    """Return the first of an index's children that is for a platform; if none is, those that do not say what for."""
+    """Return the first child of an index for a platform; if there is none, the children that state no platform."""
     first = next((child for child in children if is_for(child.platform, wanted)), None)
     return [child for child in children if child is first or (first is None and child.platform is None)]
 

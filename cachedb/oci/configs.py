@@ -1,4 +1,4 @@
-"""Image configs: https://github.com/opencontainers/image-spec/blob/main/config.md"""
+"""Parse image configs: https://github.com/opencontainers/image-spec/blob/main/config.md"""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["ImageConfig", "parse_config"]
 
 
 CONFIG_LIMIT: Final = 256 * 1024
-"""Characters that the labels of one config, keys and values, may have in all, and so may its commands.
+"""The total characters kept of a config's labels (keys and values), and of its commands.
 
-Of each, in the config's order, what does not fit beside what came before it is left out.
+In the config's order, a label or command that exceeds the rest of the limit is left out.
 """
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,20})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)  # RFC 3339, 5.6
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # JSON can spell half a character, and SQL's text ends at a NUL
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # SQL text ends at a NUL, and a lone surrogate is not valid UTF-8
 
 
 class ImageConfig(NamedTuple):
-    """What an image's config says (image specification, config.md), as far as it can be understood."""
+    """The valid fields of an image config (image specification, config.md)."""
 
     architecture: str | None
     os: str | None
@@ -34,18 +34,18 @@ class ImageConfig(NamedTuple):
     created: datetime | None  # UTC
     author: str | None
     labels: dict[str, str]
-    layers: list[tuple[Digest | None, str | None]]  # of each layer its diff id, and the command that made it
+    layers: list[tuple[Digest | None, str | None]]  # each layer's diff id, and the command that created it
 
 
 def parse_config(data: bytes, text_limit: int) -> ImageConfig:
-    """Return what an image's config says; what is not as the specification has it, or over `CONFIG_LIMIT`, is left out.
+    """Parse an image config, leaving out invalid fields and text beyond `CONFIG_LIMIT`.
 
     Args:
         data: the config's bytes.
-        text_limit: the number of characters over which a text is left out.
+        text_limit: a text with more characters is left out.
 
     Raises:
-        InvalidManifest: if it is not a JSON object.
+        InvalidManifest: if the config is not a JSON object.
     """
     document = load_json(data, "the config")
     if not isinstance(document, dict):
@@ -69,7 +69,7 @@ def parse_config(data: bytes, text_limit: int) -> ImageConfig:
     history = [_object(entry) for entry in _entries(document.get("history"))]
     commands = [text(entry.get("created_by")) for entry in history if entry.get("empty_layer") is not True]
     if len(commands) != len(diff_ids):
-        commands = [None] * len(diff_ids)  # it is not known which made which
+        commands = [None] * len(diff_ids)  # commands cannot be matched to layers
     fitting = _fitting(len(command or "") for command in commands)
     commands = [command if fits else None for command, fits in zip(commands, fitting, strict=True)]
     return ImageConfig(
@@ -84,7 +84,7 @@ def parse_config(data: bytes, text_limit: int) -> ImageConfig:
 
 
 def _fitting(lengths: Iterable[int]) -> Iterator[bool]:
-    """Say of each text whether it is within `CONFIG_LIMIT` together with those before it that are."""
+    """Yield for each length whether it still fits into `CONFIG_LIMIT` after the earlier ones that fit."""
     left = CONFIG_LIMIT
     for length in lengths:
         yield length <= left
@@ -108,7 +108,7 @@ def _diff_id(value: object) -> Digest | None:
 
 
 def _time(value: object) -> datetime | None:
-    """Return a time of RFC 3339 in UTC; the year 1 is what Go writes for none."""
+    """Parse an RFC 3339 time into UTC; return None if invalid, or in the year 1, Go's zero time."""
     if not isinstance(value, str) or not _TIME.fullmatch(value):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Digests: https://github.com/opencontainers/image-spec/blob/main/descriptor.md#digests"""
+"""Parse and compute digests: https://github.com/opencontainers/image-spec/blob/main/descriptor.md#digests"""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["Digest", "digest_of", "is_digest", "parse_digest", "split_digest"]
 
 
 Digest = NewType("Digest", str)
-"""A digest that has passed `parse_digest`: safe in a path and in SQL."""
+"""A digest validated by `parse_digest`: safe in a path and in SQL."""
 
 HEX_LENGTH = {"sha256": 64, "sha512": 128}
-"""The algorithms a cache stores, with the length of their hexadecimal form in characters."""
+"""The supported algorithms, each with its number of hexadecimal digits."""
 
 _DIGEST = re.compile(r"(?:(?:sha256:)?[0-9a-f]{64}|sha512:[0-9a-f]{128})")
 
 
 def parse_digest(text: str) -> Digest:
-    """Return ``text`` as a digest; bare hexadecimal of 64 characters is taken as sha256.
+    """Return ``text`` as a digest; 64 bare hexadecimal digits are read as sha256.
 
     Raises:
         InvalidDigest: for anything else.
@@ -35,7 +35,7 @@ def parse_digest(text: str) -> Digest:
 
 
 def is_digest(text: str) -> bool:
-    """Return whether ``text`` is a digest in full: what an index from elsewhere calls one may be a path."""
+    """Return whether ``text`` is a digest with its algorithm; a foreign index may contain paths instead."""
     return ":" in text and _DIGEST.fullmatch(text) is not None
 
 
@@ -46,6 +46,6 @@ def split_digest(digest: Digest) -> tuple[str, str]:
 
 
 def digest_of(data: bytes, like: Digest | None = None) -> Digest:
-    """Return content's digest, by the algorithm of another one; by sha256 unless that is given."""
+    """Compute the digest of content with the algorithm of ``like``, or with sha256."""
     algorithm = split_digest(like)[0] if like else "sha256"
     return Digest(f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")

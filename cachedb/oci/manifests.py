@@ -1,7 +1,7 @@
-"""Manifests and indexes: what they say, which blobs they reach, and how one is made.
+"""Parse, check and build manifests and indexes.
 
-After the OCI image specification v1.1 (manifest.md, image-index.md, descriptor.md) and Docker's image
-manifest version 2, schema 2. Everything here comes from strangers, so it is checked before it is used.
+They follow the OCI image specification v1.1 (manifest.md, image-index.md, descriptor.md) and Docker's image manifest
+version 2, schema 2. All input is untrusted, so it is checked before it is used.
 """
 
 from __future__ import annotations
@@ -43,41 +43,41 @@ MANIFEST_TYPES: Final = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
 INDEX_TYPES: Final = frozenset({OCI_INDEX, DOCKER_LIST})
 
 ROLES: Final = ("manifest", "index", "config", "layer", "other")
-"""What a blob is to an image."""
+"""The roles a blob can have in an image."""
 
 DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
-"""The size in bytes over which a manifest, index or config is refused, as registries do."""
-_SIZE_LIMIT = 16 * 1024**4  # bytes: no file is larger, and the sizes of all that an image names can be summed
+"""The largest accepted manifest, index or config in bytes; registries have the same limit."""
+_SIZE_LIMIT = 16 * 1024**4  # bytes: no file is larger, and sums of sizes stay within 64 bits
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
 
 
 class Descriptor(NamedTuple):
-    """What a manifest or index says of a blob (image specification, descriptor.md), and its role there."""
+    """A manifest's or index's reference to a blob (image specification, descriptor.md), and the blob's role."""
 
     digest: Digest
     size: int  # bytes
     media_type: str
     role: str
-    platform: str | None = None  # os/architecture[/variant], of an index's child that has one
+    platform: str | None = None  # os/architecture[/variant], if an index states it
 
 
 def load_json(data: bytes, what: str, error: type[CacheError] = InvalidManifest) -> Any:  # noqa: ANN401
-    """Parse JSON that a stranger wrote.
+    """Parse untrusted JSON.
 
     Args:
         data: the document's bytes.
-        what: how to call the document in an error.
+        what: what errors call the document.
         error: the class to raise.
 
     Raises:
-        error: if the document is over 4 MiB, or is not JSON as RFC 8259 has it.
+        error: if the document is larger than 4 MiB, or is not valid JSON (RFC 8259).
     """
     if len(data) > DOCUMENT_LIMIT:
         raise error(f"{what} is {len(data)} bytes; more than {DOCUMENT_LIMIT} are refused")
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
-        raise error(f"{what} is nested too deep") from None
+        raise error(f"{what} is nested too deeply") from None
     except ValueError as problem:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
         raise error(f"{what} is not JSON: {shorten(str(problem))}") from problem
 
@@ -89,17 +89,17 @@ def _refuse_constant(constant: str) -> None:
 def check_media_type(value: object, what: str) -> str:
     """Return ``value`` if it is a media type (RFC 6838, section 4.2), else raise `InvalidManifest`."""
     if not isinstance(value, str) or not _MEDIA_TYPE.fullmatch(value):
-        raise InvalidManifest(f"{what} has {shorten(value)} as its media type")
+        raise InvalidManifest(f"{what} has the invalid media type {shorten(value)}")
     return value
 
 
 def is_compressed(media_type: str) -> bool:
-    """Say whether a layer of this media type is compressed."""
+    """Return whether a layer of this media type is compressed."""
     return media_type.endswith(("gzip", "zstd"))
 
 
 def role_of(media_type: str) -> str:
-    """Return the role that a blob of this media type has where an index or an archive names it."""
+    """Return the role of a blob of this media type that an index or archive references."""
     if media_type in INDEX_TYPES:
         return "index"
     return "manifest" if media_type in MANIFEST_TYPES else "other"
@@ -110,57 +110,57 @@ def manifest_media_type(data: bytes, declared: str | None = None) -> str:
 
     Args:
         data: the manifest's exact bytes.
-        declared: what a descriptor, a header or a caller says it is, if anything does.
+        declared: the media type given by a descriptor, a header or a caller, if any.
 
     Raises:
-        InvalidManifest: if it is neither an image manifest nor an index, or says something else of itself.
+        InvalidManifest: if it is neither an image manifest nor an index, or contradicts ``declared``.
     """
     return read_media_type(load_json(data, "the manifest"), declared)
 
 
 def read_media_type(document: object, declared: str | None) -> str:
-    """Return the media type of a parsed manifest or index."""
+    """Return the media type of a parsed manifest or index; see `manifest_media_type`."""
     if not isinstance(document, dict):
         raise InvalidManifest("the manifest is not a JSON object")
     own = document.get("mediaType")
     if own is not None and not isinstance(own, str):
-        raise InvalidManifest(f"the manifest has {shorten(own)} as its media type")
+        raise InvalidManifest(f"the manifest has the invalid media type {shorten(own)}")
     if own is not None and declared is not None and own != declared:
-        raise InvalidManifest(f"the manifest says it is {shorten(own)}, and was said to be {shorten(declared)}")
-    # OCI leaves the field optional; then the shape tells (manifest.md and image-index.md, "mediaType").
+        raise InvalidManifest(f"the manifest has media type {shorten(own)}, but was declared as {shorten(declared)}")
+    # OCI makes the field optional; then the fields decide (manifest.md and image-index.md, "mediaType").
     kind = own if own is not None else declared or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
     if kind not in MANIFEST_TYPES | INDEX_TYPES:
         raise InvalidManifest(
-            f"{shorten(kind)} is not a manifest that can be kept: "
-            "OCI manifests and indexes and Docker's schema 2 are; convert it, with skopeo for instance"
+            f"a manifest of type {shorten(kind)} cannot be stored: "
+            "convert it to OCI or Docker schema 2, for example with skopeo"
         )
     return kind
 
 
 def descriptors(data: bytes, media_type: str, what: str = "the manifest") -> list[Descriptor]:
-    """Return what a manifest or index names, in its order: the config first, then the layers.
+    """Return the descriptors in a manifest (the config, then the layers) or in an index, in order.
 
     Args:
         data: the manifest's exact bytes.
-        media_type: what it is, as `manifest_media_type` has it.
-        what: how to call it in an error.
+        media_type: its media type, from `manifest_media_type`.
+        what: what errors call it.
 
     Raises:
-        InvalidManifest: if it is not what its media type says.
+        InvalidManifest: if it does not match its media type.
     """
     return read_descriptors(load_json(data, what), media_type, what)
 
 
 def read_descriptors(document: object, media_type: str, what: str) -> list[Descriptor]:
-    """Return what a parsed manifest or index refers to."""
+    """Return the descriptors in a parsed manifest or index; see `descriptors`."""
     if not isinstance(document, dict) or document.get("schemaVersion") != 2:
         raise InvalidManifest(f"{what} is not an object with schemaVersion 2")
     if media_type in INDEX_TYPES:
         if "config" in document or "layers" in document:
-            raise InvalidManifest(f"{what} is an index, and has a manifest's config or layers")
+            raise InvalidManifest(f"{what} is an index, but has config or layers")
         return [child(entry, what) for entry in _list(document, "manifests", what)]
     if "manifests" in document:
-        raise InvalidManifest(f"{what} is an image manifest, and has an index's manifests")
+        raise InvalidManifest(f"{what} is an image manifest, but has manifests")
     config = _descriptor(document.get("config"), "config", f"the config in {what}")
     return [
         config,
@@ -180,7 +180,7 @@ def _descriptor(value: object, role: str, what: str) -> Descriptor:
         raise InvalidManifest(f"{what} is not a descriptor")
     size = value.get("size")
     if type(size) is not int or not 0 <= size <= _SIZE_LIMIT:
-        raise InvalidManifest(f"{what} has {shorten(size)} as its size")
+        raise InvalidManifest(f"{what} has the invalid size {shorten(size)}")
     try:
         digest = parse_digest(value.get("digest", ""))
     except InvalidDigest as error:
@@ -189,19 +189,19 @@ def _descriptor(value: object, role: str, what: str) -> Descriptor:
 
 
 def child(value: object, what: str) -> Descriptor:
-    """Return an entry of an index as a descriptor, with the platform it is for (image-index.md)."""
+    """Return an entry of an index as a descriptor with its platform (image-index.md)."""
     child = _descriptor(value, "other", f"an entry of {what}")
     assert isinstance(value, dict)
     return child._replace(role=role_of(child.media_type), platform=platform_label(value.get("platform")))
 
 
 def root(digest: Digest, size: int, media_type: str) -> Descriptor:
-    """Return a manifest or index as a descriptor, without one that names it."""
+    """Return the descriptor of a manifest or index that nothing else references."""
     return Descriptor(digest, size, media_type, role_of(media_type))
 
 
 def subject_of(data: bytes) -> Digest | None:
-    """Return the digest of the manifest that a manifest or index refers to as its subject (manifest.md, "subject")."""
+    """Return the digest of the subject of a manifest or index (manifest.md, "subject"), or None."""
     try:
         return parse_digest(load_json(data, "the manifest")["subject"]["digest"])
     except (InvalidManifest, InvalidDigest, LookupError, TypeError):
@@ -209,7 +209,7 @@ def subject_of(data: bytes) -> Digest | None:
 
 
 def build_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:
-    """Make the manifest of an image that came without one; the same image gives the same bytes, always."""
+    """Build the manifest of an image that has none; the same image always gives the same bytes."""
 
     def entry(blob: Descriptor) -> dict[str, object]:
         return {"mediaType": blob.media_type, "digest": blob.digest, "size": blob.size}

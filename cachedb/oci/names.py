@@ -1,8 +1,7 @@
-"""Names, references and digests: how an image or a blob is called.
+"""Parse the names of images.
 
-The grammar is the OCI distribution specification's (v1.1, "Pulling manifests"), with a registry's
-``host[:port]/`` allowed in front of the repository, and the OCI image specification's for digests
-(v1.1, descriptor.md, "Digests").
+The grammar is that of the OCI distribution specification (v1.1, "Pulling manifests"). A registry's ``host[:port]/``
+may precede the repository. Digests follow the OCI image specification (v1.1, descriptor.md, "Digests").
 """
 
 from __future__ import annotations
@@ -21,64 +20,64 @@ _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _HOST = r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])(?::[0-9]{1,5})?"
 _REPOSITORY = re.compile(rf"(?:{_HOST}/)?{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
-_REPOSITORY_LIMIT = 255  # characters, as Docker and the registries have it
+_REPOSITORY_LIMIT = 255  # characters; Docker and registries have the same limit
 
 
 class Name(NamedTuple):
-    """An image's name: a repository, and a tag or a digest in it. Kept exactly as it was given."""
+    """An image's name: a repository with a tag or a digest, kept exactly as given."""
 
     repository: str
     reference: str
 
     @classmethod
     def parse(cls, text: str | Name) -> Name:
-        """Take a name apart: ``repository[:tag]`` or ``repository@digest``; the tag is ``latest`` if left out.
+        """Parse ``repository[:tag]`` or ``repository@digest``; the default tag is ``latest``.
 
         Raises:
-            InvalidName: if ``text`` is against the grammar.
+            InvalidName: if ``text`` does not match the grammar.
         """
         if isinstance(text, Name):
             text = str(text)
         if not isinstance(text, str):
-            raise InvalidName(f"a name is a string, not {type(text).__name__}")
+            raise InvalidName(f"a name must be a string, not {type(text).__name__!r}")
         repository, at, reference = text.partition("@")
         if at:
             try:
                 if ":" not in reference:
-                    raise InvalidDigest(f"{shorten(reference)} names no algorithm")
+                    raise InvalidDigest(f"{shorten(reference)} has no algorithm: write sha256: in front")
                 reference = parse_digest(reference)
             except InvalidDigest as error:
                 raise InvalidName(f"{shorten(text)} is not a name: {error}") from error
         else:
-            # A colon after the last slash divides the tag; one before it is a registry's port.
+            # A colon after the last slash starts the tag; an earlier one starts a registry's port.
             head, colon, tail = text.rpartition(":")
             repository, reference = (head, tail) if colon and "/" not in tail else (text, "latest")
             if not _TAG.fullmatch(reference):
                 raise InvalidName(
-                    f"{shorten(text)} is not a name: a tag is up to 128 of letters, digits and _.-, "
-                    "and does not begin with . or -"
+                    f"{shorten(text)} is not a name: a tag has up to 128 letters, digits and _.-, "
+                    "and does not start with . or -"
                 )
         if len(repository) > _REPOSITORY_LIMIT:
             raise InvalidName(
                 f"{shorten(text)} is not a name: its repository is longer than {_REPOSITORY_LIMIT} characters"
             )
         if not _REPOSITORY.fullmatch(repository):
-            hint = "it is lower case" if re.search("[A-Z]", repository) else "such as app or registry:5000/team/app"
+            hint = "use lower case" if re.search("[A-Z]", repository) else "expected app or registry:5000/team/app"
             if at and ":" in repository.rpartition("/")[2]:
                 hint = "give either a tag or a digest, not both"
-            raise InvalidName(f"{shorten(text)} is not a name: {shorten(repository)} is not a repository, {hint}")
+            raise InvalidName(f"{shorten(text)} is not a name: {shorten(repository)} is not a repository; {hint}")
         return cls(repository, reference)
 
     @property
     def digest(self) -> Digest | None:
-        """The digest, where the reference is one."""
+        """The digest if the reference is one, else None."""
         return Digest(self.reference) if ":" in self.reference else None
 
     def __str__(self) -> str:
         return f"{self.repository}{'@' if self.digest else ':'}{self.reference}"
 
     def qualified(self) -> str:
-        """The name as Docker writes it in full, with its registry: ``app:1`` is ``docker.io/library/app:1``."""
+        """Return the full name with its registry, as Docker writes it: ``docker.io/library/app:1`` for ``app:1``."""
         first, slash, _ = self.repository.partition("/")
         if slash and (first == "localhost" or "." in first or ":" in first):
             return str(self)

@@ -310,7 +310,7 @@ def test_a_signal_ends_the_command_too(directory: Path, number: signal.Signals, 
     [
         ("exit 7", 7, ""),
         ("kill -9 $$", 137, ""),
-        ("true", 1, "cachedb: the command ended well, and app:1 is not in the cache, or is incomplete\n"),
+        ("true", 1, "cachedb: the command succeeded, but 'app:1' is missing or incomplete: store it under this name\n"),
     ],
 )
 def test_the_exit_code_is_the_commands(cachedb: Run, directory: Path, script: str, code: int, message: str) -> None:
@@ -338,14 +338,14 @@ def test_a_command_that_would_wait_for_itself_is_refused(
     command = [sys.executable, "-m", "cachedb", "--dir", str(place), "produce", inner, "true"]
     result = cachedb("produce", outer, "--", *command, timeout=30)
     assert result.returncode == 1
-    assert f"{inner} is being made by a command that has begun this one" in result.stderr
+    assert f"a parent process is already producing {inner!r}" in result.stderr
 
 
 def test_it_is_refused_in_a_directory_of_two_lines_as_well(cachedb: Run, tmp_path: Path) -> None:
     place = ("--dir", str(tmp_path / "two\nlines"), "produce", "app:1", "--")
     result = cachedb(*place, sys.executable, "-m", "cachedb", *place, "true", timeout=30)
     assert result.returncode == 1
-    assert "is being made by a command that has begun this one" in result.stderr
+    assert "a parent process is already producing" in result.stderr
 
 
 def test_a_command_may_make_the_same_name_in_another_cache(cachedb: Run, directory: Path, tmp_path: Path) -> None:

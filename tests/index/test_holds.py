@@ -316,7 +316,7 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 
     from cachedb.cli.options import DurationParameter
 
-    with pytest.raises(click.UsageError, match="is not a time such as"):
+    with pytest.raises(click.UsageError, match="is not a duration"):
         DurationParameter().convert(text, None, None)
 
 

@@ -153,11 +153,11 @@ def test_a_name_that_was_put_together_wrong_is_refused(parts: tuple[str, str]) -
     ("text", "hint"),
     [
         ("App", "lower case"),
-        ("app:-1", "a tag is up to 128"),
+        ("app:-1", "a tag has up to 128"),
         ("app:1@" + SHA256, "either a tag or a digest"),
         ("a" * 256, "longer than 255"),
-        ("app@latest", "names no algorithm"),
-        ("a b", "such as app or registry:5000/team/app"),
+        ("app@latest", "has no algorithm"),
+        ("a b", "expected app or registry:5000/team/app"),
     ],
 )
 def test_an_invalid_name_is_told_what_is_wrong(text: str, hint: str) -> None:

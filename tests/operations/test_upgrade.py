@@ -1409,9 +1409,9 @@ def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> No
     assert "run `cachedb db upgrade`" in run("current")
     assert "holds that outlive a process" in run("history")
     done = cachedb("--dir", old, "db", "upgrade")
-    assert done.stdout.startswith("from schema 0001 to 0005; the index as it was is ")
+    assert done.stdout.startswith("schema 0001 became 0005; the old index is ")
     assert "skipped the config" in done.stderr
-    assert run("upgrade") == "the cache has schema 0005 already\n"
+    assert run("upgrade") == "the cache already has schema 0005\n"
     assert run("current") == "0005, the newest\n"
     assert run("check") == "no differences\n"
     path = run("backup").strip()
@@ -1426,9 +1426,9 @@ def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> No
         (("upgrade", "nonsense"), "'nonsense' is not one of the revisions"),
         (("downgrade", "nonsense"), "'nonsense' is not one of the revisions"),
         (("downgrade", "-9"), "'-9' is not one of the revisions"),
-        (("backup", ""), "the name of the file is empty"),
-        (("backup", "/"), "'/' exists: name another file"),
-        (("backup", __file__), f"{__file__!r} exists: name another file"),
+        (("backup", ""), "the file name is empty"),
+        (("backup", "/"), "'/' already exists: name another file"),
+        (("backup", __file__), f"{__file__!r} already exists: name another file"),
     ],
 )
 def test_wrong_usage_has_a_code_of_its_own(
