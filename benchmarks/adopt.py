@@ -18,6 +18,7 @@ from benchmarks.archives import files, size
 from benchmarks.many_images import CONFIG, LAYER, MANIFEST, json_blob, json_entry
 from benchmarks.measure import Cost, Work, cost, in_child, print_works, run, take_turns, times
 from benchmarks.plan import Plan
+from cachedb.operations.adopt import How
 
 
 def adopt(plan: Plan) -> None:
@@ -101,7 +102,7 @@ def _loop(source: Path, target: Path) -> Cost:
     return cost(write)
 
 
-def _adopt(source: Path, target: Path, how: str) -> Cost:
+def _adopt(source: Path, target: Path, how: How) -> Cost:
     from cachedb import Cache
 
     def adopt_all() -> None:

@@ -63,7 +63,7 @@ def export_image(directory: Path, target: Path, form: str, link: bool = False) -
 
     assert write
     with Cache.open(directory) as cache:
-        return cost(lambda: cache.export(NAME, target, format=form, link=link))
+        return cost(lambda: cache.export(NAME, target, format=form, link=link))  # type: ignore[arg-type]
 
 
 def _verify_cache(directory: Path) -> Cost:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from benchmarks.measure import empty, in_child, note, run
+from cachedb.transports.archive.formats import Format
 
 NAME = "benchmarks.example.org/real:1"
 TAG = "1"  # its name in a layout, where peers know tags alone
@@ -44,11 +45,11 @@ def prepare(place: Path, size: int, archive: Path | None = None) -> RealImage:
     else:
         note("and its other forms, by cachedb")
         forms = {"oci-archive": image.oci_archive, "oci-dir": image.layout}
-        in_child(_convert, image.docker_archive, forms, place / "converting")
+        in_child(_convert, image.docker_archive, forms, place / "converting")  # type: ignore[arg-type]
     return image
 
 
-def _convert(archive: Path, forms: dict[str, Path], place: Path) -> None:
+def _convert(archive: Path, forms: dict[Format, Path], place: Path) -> None:
     from cachedb import Cache
 
     with Cache.open(place) as cache:

@@ -44,7 +44,8 @@ from cachedb.index.holds import HoldInfo
 from cachedb.index.images import BlobInfo, ImageDetails, ImageInfo, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import BLOBS
-from cachedb.oci.digests import Digest, parse_digest
+from cachedb.oci.digests import Algorithm, Digest, parse_digest
+from cachedb.oci.manifests import Role
 from cachedb.oci.names import Name
 from cachedb.operations.upgrade import prepare as prepare_schema
 from cachedb.progress import BlobProgress, Progress
@@ -52,7 +53,7 @@ from cachedb.text import shorten
 
 if TYPE_CHECKING:
     from cachedb.index.sqlite.query import Answer
-    from cachedb.operations.adopt import Adoption
+    from cachedb.operations.adopt import Adoption, How
     from cachedb.operations.copy import Copied
     from cachedb.operations.pull import Pulled
     from cachedb.operations.pull_source import Source
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from cachedb.reports.sessions import SessionInfo
     from cachedb.reports.usage import Usage
     from cachedb.reports.views import View
+    from cachedb.transports.archive.formats import Format
 from cachedb.disk.writer import Data
 from cachedb.reports.usage import Stats
 
@@ -150,6 +152,9 @@ class Cache:
     def __reduce__(self) -> tuple[Callable[[str], Cache], tuple[str]]:
         """Open the same cache where this one is sent, in a session of its own; it is for the receiver to close."""
         return partial(type(self).open, wait=self._parts[0].wait_seconds), (str(self.directory),)
+
+    def __repr__(self) -> str:
+        return f"<Cache {str(self.directory)!r}{', closed' if self._closed else ''}>"
 
     def close(self) -> None:
         """End the session with the cache: what was stored and not associated may be collected from now on.
@@ -243,7 +248,7 @@ class Cache:
         """
         return publish.store_blob(self._database, self._session, data, digest=parse_digest(digest)).digest
 
-    def add_blob(self, data: Data, *, algorithm: str = "sha256") -> Digest:
+    def add_blob(self, data: Data, *, algorithm: Algorithm = "sha256") -> Digest:
         """Store a blob, as `save_blob` does, and compute its digest.
 
         Args:
@@ -279,7 +284,7 @@ class Cache:
         wanted = parse_digest(digest)
         size = blobs.size_of(self._database, wanted)
         if size is None:
-            raise NotInCache(f"{wanted} is not in the cache")
+            raise NotInCache(f"{wanted} is not in the cache", name=wanted)
         return size
 
     def get_blob_path(self, digest: str) -> Path:
@@ -541,7 +546,7 @@ class Cache:
         return complete
 
     def associate_blob_with_image(
-        self, name: str | Name, digest: str, role: str = "other", media_type: str = "application/octet-stream"
+        self, name: str | Name, digest: str, role: Role = "other", media_type: str = "application/octet-stream"
     ) -> None:
         """Attach a stored blob to an image: it stays as long as the image does.
 
@@ -726,7 +731,7 @@ class Cache:
         return verify(self._database, self._session, quick=quick, repair=repair, left=left, progress=progress)
 
     def adopt(
-        self, directory: str | os.PathLike[str], *, how: str = "copy", progress: Progress | None = None
+        self, directory: str | os.PathLike[str], *, how: How = "copy", progress: Progress | None = None
     ) -> Adoption:
         """Take over a cache whose index is one ``index.json``: images with their names, and their blobs.
 
@@ -946,7 +951,7 @@ class Cache:
         with self._database.read() as connection:
             names = images.tags(connection, repository)
         if not names:
-            raise NotInCache(f"{repository} has no tags in the cache; `cachedb ls` lists what is")
+            raise NotInCache(f"{repository} has no tags in the cache; `cachedb ls` lists what is", name=repository)
         theirs = [name._replace(repository=target or repository) for name in names]
         with Target(self.directory, theirs[0], plain_http=plain_http, authfile=authfile) as there:
             for name, called in zip(names, theirs, strict=True):
@@ -1002,7 +1007,7 @@ class Cache:
         name: str | Name,
         destination: str | os.PathLike[str] | BinaryIO,
         *,
-        format: str = "docker",
+        format: Format = "docker",
         platform: str | None = None,
         link: bool = False,
         progress: Progress | None = None,

@@ -92,7 +92,15 @@ class InvalidQuery(CacheError):
 
 
 class NotInCache(CacheError):
-    """The image or blob that was asked for is not in the cache."""
+    """The image or blob that was asked for is not in the cache.
+
+    Attributes:
+        name: of the image, or the digest of the blob; empty where neither was asked for.
+    """
+
+    def __init__(self, message: str, *, name: object = "") -> None:
+        super().__init__(message)
+        self.name = str(name)
 
 
 class InvalidManifest(CacheError):

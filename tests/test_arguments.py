@@ -37,6 +37,7 @@ TAKEN: dict[str, tuple[Any, ...]] = {
 }
 FLAGS = {
     "stream",
+    "by_image",
     "dry_run",
     "quick",
     "repair",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import sqlite3
 import threading
 from pathlib import Path
@@ -203,12 +204,12 @@ def test_attaching_needs_an_image_a_stored_blob_a_role_and_a_media_type(cache: C
     with pytest.raises(NotInCache):
         cache.associate_blob_with_image("app", make.digest_of(made.config))
     with pytest.raises(InvalidManifest):
-        cache.associate_blob_with_image("app", digest, role="leyer")
+        cache.associate_blob_with_image("app", digest, role="leyer")  # type: ignore[arg-type]
     with pytest.raises(InvalidManifest):
         cache.associate_blob_with_image("app", digest, media_type="no type")
 
 
-@pytest.mark.parametrize("kind", ["bytes", "file", "reader", "path", "text path"])
+@pytest.mark.parametrize("kind", ["bytes", "file", "reader", "path"])
 def test_a_blob_comes_from_bytes_a_file_or_a_path(cache: Cache, tmp_path: Path, kind: str) -> None:
     data = make.random_bytes(3_000_000, 1)
     path = tmp_path / "data"
@@ -218,7 +219,7 @@ def test_a_blob_comes_from_bytes_a_file_or_a_path(cache: Cache, tmp_path: Path, 
         def __init__(self) -> None:
             self.read = io.BytesIO(data).read
 
-    given = {"bytes": data, "file": io.BytesIO(data), "reader": Reader(), "path": path, "text path": str(path)}[kind]
+    given = {"bytes": data, "file": io.BytesIO(data), "reader": Reader(), "path": path}[kind]
     assert cache.add_blob(given) == make.digest_of(data)  # type: ignore[arg-type]
     assert cache.get_blob(make.hex_of(data)) == data
     with cache.open_blob(make.hex_of(data)) as file:
@@ -232,7 +233,7 @@ def test_sha512_is_stored_beside_sha256(cache: Cache, directory: Path) -> None:
     assert cache.save_blob(digest, b"content") == digest
     assert cache.get_blob_path(digest) == directory / "blobs" / "sha512" / digest.partition(":")[2]
     with pytest.raises(CacheError, match="md5"):
-        cache.add_blob(b"content", algorithm="md5")
+        cache.add_blob(b"content", algorithm="md5")  # type: ignore[arg-type]
 
 
 def test_content_is_verified_also_when_it_is_stored_already(cache: Cache, directory: Path) -> None:
@@ -561,3 +562,24 @@ def test_removing_an_image_looks_at_that_image_alone(cache: Cache, directory: Pa
     ).fetchall()
     connection.close()
     assert not [row for row in plan if row[3].startswith("SCAN")]
+
+
+def test_a_text_is_refused_where_bytes_or_a_path_are_meant(cache: Cache) -> None:
+    with pytest.raises(TypeError, match="data is a str: give bytes, or a Path to a file"):
+        cache.add_blob("hello")  # type: ignore[arg-type]
+
+
+def test_what_is_not_in_the_cache_is_told_by_its_name(cache: Cache) -> None:
+    with pytest.raises(NotInCache) as missing:
+        cache.get_image("none:1")
+    assert missing.value.name == "none:1"
+    with pytest.raises(NotInCache) as gone:
+        cache.get_blob_size(make.digest_of(b"gone"))
+    assert gone.value.name == make.digest_of(b"gone")
+    assert pickle.loads(pickle.dumps(missing.value)).name == "none:1"
+
+
+def test_a_cache_shows_where_it_is_and_that_it_is_closed(directory: Path) -> None:
+    with Cache.open(directory) as opened:
+        assert repr(opened) == f"<Cache {str(directory)!r}>"
+    assert repr(opened) == f"<Cache {str(directory)!r}, closed>"

@@ -58,7 +58,7 @@ def find_held(connection: Connection, wanted: str | Name) -> int | Digest:
     if not (isinstance(wanted, str) and (digest := as_digest(wanted))):
         return images.find(connection, Name.parse(wanted)).id
     if digest not in blobs.stored(connection, [digest]):
-        raise NotInCache(f"{digest} is not in the cache")
+        raise NotInCache(f"{digest} is not in the cache", name=digest)
     return digest
 
 

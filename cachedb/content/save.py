@@ -429,7 +429,7 @@ def attach(connection: Connection, directory: Path, name: Name, digest: Digest, 
         select(BLOBS.c.id).where(BLOBS.c.digest == digest, BLOBS.c.stored_at.is_not(None))
     ).scalar()
     if blob_id is None:
-        raise NotInCache(f"{digest} is not in the cache; store it first")
+        raise NotInCache(f"{digest} is not in the cache; store it first", name=digest)
     there = select(IMAGE_BLOBS.c.position).where(
         IMAGE_BLOBS.c.image_id == image.id, IMAGE_BLOBS.c.blob_id == blob_id, IMAGE_BLOBS.c.role == role
     )

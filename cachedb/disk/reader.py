@@ -28,7 +28,7 @@ def open_blob(directory: Path, digest: Digest) -> BufferedReader:
         try:
             return open(blob_file(directory, digest), "rb", opener=open_regular)
         except FileNotFoundError:
-            raise NotInCache(f"{digest} is not in the cache") from None
+            raise NotInCache(f"{digest} is not in the cache", name=digest) from None
 
 
 def document(directory: Path, digest: Digest, size: int) -> bytes | None:

@@ -283,14 +283,16 @@ class Received(NamedTuple):
     path: Path | None
 
 
-Data = bytes | BinaryIO | str | os.PathLike[str]
-"""A blob's content: bytes, a file open for reading in binary, or the path of a file."""
+Data = bytes | bytearray | memoryview | BinaryIO | os.PathLike[str]
+"""The content of a blob: bytes, a file open for reading in binary, or a `Path`. A text may be either: it is refused."""
 
 
 @contextmanager
 def open_data(data: Data) -> Iterator[Readable]:
     """Open bytes, a path or a file as a source of content."""
-    if isinstance(data, (str, os.PathLike)):
+    if isinstance(data, str):
+        raise TypeError("data is a str: give bytes, or a Path to a file")
+    if isinstance(data, os.PathLike):
         with os_errors("read the content"):
             file = Path(data).open("rb", buffering=0)  # noqa: SIM115 - the caller closes it
         with file:

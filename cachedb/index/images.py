@@ -193,7 +193,8 @@ def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
         row = connection.execute(_with_manifest(), values).first()
         found = None if row is None else Found(*row)
     if found is None:
-        raise NotInCache(f"{name} is not in the cache; {_near(connection, name) or '`cachedb ls` lists what is'}")
+        hint = _near(connection, name) or "`cachedb ls` lists what is"
+        raise NotInCache(f"{name} is not in the cache; {hint}", name=name)
     return found
 
 

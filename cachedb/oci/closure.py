@@ -116,9 +116,13 @@ class Closure:
                 return replace(self, root=image)
         for blob in self.blobs:
             if blob.role == "manifest" and blob.digest not in self.documents and is_for(blob.platform, asked):
-                raise NotInCache(f"{name} is not here for platform {shorten(asked)}: pull it with --platform")
+                raise NotInCache(
+                    f"{name} is not here for platform {shorten(asked)}: pull it with --platform", name=name
+                )
         known = ", ".join(sorted(here.values()))
-        raise NotInCache(f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform")
+        raise NotInCache(
+            f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform", name=name
+        )
 
     def _platform_of(self, image: Descriptor, read: Callable[[Digest], bytes]) -> str:
         """Return the platform that the config of an image says."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import NewType
+from typing import Literal, NewType
 
 from cachedb.errors import InvalidDigest
 from cachedb.text import shorten
 
-__all__ = ["Digest", "digest_of", "is_digest", "parse_digest", "split_digest"]
+__all__ = ["Algorithm", "Digest", "digest_of", "is_digest", "parse_digest", "split_digest"]
 
+
+Algorithm = Literal["sha256", "sha512"]
 
 Digest = NewType("Digest", str)
 """A digest validated by `parse_digest`: safe in a path and in SQL."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from cachedb.errors import CacheError, InvalidDigest, InvalidManifest
 from cachedb.oci.digests import Digest, parse_digest
@@ -17,6 +17,7 @@ from cachedb.text import shorten
 
 __all__ = [
     "Descriptor",
+    "Role",
     "build_manifest",
     "child",
     "descriptors",
@@ -42,6 +43,7 @@ CONFIG_TYPES: Final = frozenset({OCI_CONFIG, DOCKER_CONFIG})
 MANIFEST_TYPES: Final = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
 INDEX_TYPES: Final = frozenset({OCI_INDEX, DOCKER_LIST})
 
+Role = Literal["manifest", "index", "config", "layer", "other"]
 ROLES: Final = ("manifest", "index", "config", "layer", "other")
 """The roles a blob can have in an image."""
 

@@ -76,6 +76,20 @@ class Name(NamedTuple):
     def __str__(self) -> str:
         return f"{self.repository}{'@' if self.digest else ':'}{self.reference}"
 
+    def __repr__(self) -> str:
+        return f"Name({str(self)!r})"
+
+    # A name is equal to its text, so it has the hash of its text.
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) == other if isinstance(other, str) else tuple.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
     def qualified(self) -> str:
         """Return the full name with its registry, as Docker writes it: ``docker.io/library/app:1`` for ``app:1``."""
         first, slash, _ = self.repository.partition("/")

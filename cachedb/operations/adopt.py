@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -51,10 +51,11 @@ from cachedb.transports.json_cache import (
     role_and_media_type,
 )
 
-__all__ = ["HOWS", "Adoption", "adopt"]
+__all__ = ["HOWS", "Adoption", "How", "adopt"]
 
 
-HOWS = ("copy", "link", "move")
+How = Literal["copy", "link", "move"]
+HOWS: Final[tuple[How, ...]] = ("copy", "link", "move")
 """How blobs come: as copies; as hard links, where the file system can; or so that the other cache has them no more."""
 
 _TOGETHER = 200  # blobs that are brought before the images that need them are saved in one transaction,
@@ -73,7 +74,7 @@ class Adoption(NamedTuple):
 
 
 def adopt(
-    database: Database, session: Session, directory: Path, *, how: str = "copy", progress: Progress | None = None
+    database: Database, session: Session, directory: Path, *, how: How = "copy", progress: Progress | None = None
 ) -> Adoption:
     """Take over a cache whose index is one ``index.json``; what is here already is not read again.
 
@@ -96,7 +97,7 @@ class _Adopter:
     """One adoption: what has come of it so far."""
 
     def __init__(
-        self, database: Database, session: Session, old: OldCache, how: str, progress: Progress | None
+        self, database: Database, session: Session, old: OldCache, how: How, progress: Progress | None
     ) -> None:
         self._database, self._session, self._old, self._how = database, session, old, how
         self._advance = summed(sum(old.blobs.values()), progress)

@@ -196,7 +196,7 @@ class _Pull:
             info = images.image(connection, self._database.directory, image_id)[0]
             if not self._fits(top, info):
                 asked = shorten(self._platform)
-                raise NotInCache(f"{self._name} is not for platform {asked}, but for {info.platform}")
+                raise NotInCache(f"{self._name} is not for platform {asked}, but for {info.platform}", name=self._name)
             return info
 
         try:

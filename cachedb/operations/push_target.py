@@ -179,7 +179,7 @@ class Target:
         # In another schema it may be nothing to send: who opens the cache says what to do.
         rows = look(self._directory, CONTENTS, source.repository, source.reference, REVISION)
         if not rows or self.name.digest not in (None, rows[0][0]):
-            raise NotInCache(str(source))
+            raise NotInCache(str(source), name=source)
         if not all(stored for *_, stored in rows):
             raise IncompleteImage(str(source))
         held = {Digest(digest) for *_, digest, _ in rows}

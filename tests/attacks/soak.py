@@ -89,7 +89,7 @@ class OpenCache:
 
     def export(self, name: str, path: Path) -> None:
         with absent():
-            self._cache.export(name, path, format=next(self._formats))
+            self._cache.export(name, path, format=next(self._formats))  # type: ignore[arg-type]
 
     def collect(self) -> None:
         self._cache.collect_garbage()

@@ -16,6 +16,7 @@ from cachedb.content import publish
 from cachedb.disk import downloads, single_flight
 from cachedb.index import schema
 from cachedb.operations import upgrade
+from cachedb.transports.archive.formats import Format
 from tests.support import make
 from tests.support.make import save
 from tests.support.registries import Registry
@@ -71,7 +72,7 @@ def test_a_fault_that_does_not_fire_fails_its_test(fault: MakeFault) -> None:
 
 @pytest.mark.parametrize("form", ["docker", "oci-dir"])
 def test_an_export_that_fails_and_cannot_be_taken_away(
-    cache: Cache, fault: MakeFault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    cache: Cache, fault: MakeFault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Format
 ) -> None:
     save(cache, "app:1", IMAGE)
     monkeypatch.setattr(os, "O_TMPFILE", 0)  # as on a file system that has no files without a name

@@ -14,6 +14,7 @@ import pytest
 from cachedb import Cache
 from cachedb.disk.durable import atomic_file, part_path, remove_leftovers
 from cachedb.operations import upgrade
+from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, start_python
 from tests.support import make
 
@@ -54,7 +55,7 @@ def named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "open", open_)
 
 
-def exporting(cache: Cache, target: Path, form: str, *, named: bool) -> subprocess.Popen[str]:
+def exporting(cache: Cache, target: Path, form: Format, *, named: bool) -> subprocess.Popen[str]:
     """An export that waits at its first progress until it may read a line."""
     process = start_python(
         (_NAMED if named else "")
@@ -98,7 +99,7 @@ def test_a_killed_export_leaves_nothing_where_files_need_no_name(filled: Cache, 
 
 @pytest.mark.parametrize("form", ["docker", "oci-dir"])
 def test_what_killed_exports_leave_goes_at_the_next_export_and_what_lives_stays(
-    filled: Cache, folder: Path, form: str
+    filled: Cache, folder: Path, form: Format
 ) -> None:
     target = folder / "layout" if form == "oci-dir" else folder / "out.tar"
     with exporting(filled, target, form, named=True) as process:
@@ -188,8 +189,8 @@ def test_a_file_that_cannot_be_given_a_name_is_copied(folder: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", ["named", "unnamed"])
-def test_a_file_is_as_it_was_after_an_error(folder: Path, kind: str, request: pytest.FixtureRequest) -> None:
-    if kind == "named":
+def test_a_file_is_as_it_was_after_an_error(folder: Path, kind: Format, request: pytest.FixtureRequest) -> None:
+    if kind == "named":  # type: ignore[comparison-overlap]
         request.getfixturevalue("named")
     (folder / "file").write_text("before")
 

@@ -200,3 +200,14 @@ def test_what_is_nested_too_deep_to_be_written_out_is_quoted_too() -> None:
 )
 def test_a_name_in_full_has_its_registry(text: str, full: str) -> None:
     assert Name.parse(text).qualified() == full
+
+
+def test_a_name_is_equal_to_its_text() -> None:
+    name = Name.parse("hello:1")
+    assert name == "hello:1"
+    assert "hello:1" == name  # noqa: SIM300
+    assert name != "hello:2"
+    assert name == Name("hello", "1")
+    assert name in {"hello:1"}
+    assert {name: 1}["hello:1"] == 1  # type: ignore[index]
+    assert repr(name) == "Name('hello:1')"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cachedb import Adoption, Cache, CacheError, NotACache, StorageError
 from cachedb.oci.manifests import OCI_MANIFEST
 from cachedb.operations import adopt
+from cachedb.operations.adopt import How
 from tests.conftest import Run, files_of, stored_rows
 from tests.operations.test_pull import assert_is_here
 from tests.support import make
@@ -66,7 +67,7 @@ def told(adoption: Adoption) -> list[tuple[str, str | None]]:
 
 
 @pytest.mark.parametrize("how", adopt.HOWS)
-def test_all_images_come_with_their_names_and_blobs(cache: Cache, old: Path, how: str) -> None:
+def test_all_images_come_with_their_names_and_blobs(cache: Cache, old: Path, how: How) -> None:
     before = tree(old)
     found = cache.adopt(old, how=how)
     assert [str(image.name) for image in found.images] == NAMES
@@ -100,7 +101,7 @@ def test_blobs_are_linked_where_that_is_asked_for_and_manifests_never_are(cache:
 
 
 @pytest.mark.parametrize("how", ["link", "move"])
-def test_what_cannot_be_linked_is_copied(cache: Cache, old: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_linked_is_copied(cache: Cache, old: Path, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
     link, refused = os.link, set()
 
     def across(source: Path, target: Path, **options: Any) -> None:
@@ -190,7 +191,7 @@ def test_a_move_takes_nothing_away_that_is_not_here_any_more(
 
 @pytest.mark.parametrize("how", adopt.HOWS[:2])
 def test_doing_it_again_changes_nothing_and_reads_no_blob(
-    cache: Cache, old: Path, how: str, monkeypatch: pytest.MonkeyPatch
+    cache: Cache, old: Path, how: How, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.adopt(old, how=how)
     before, rows = tree(cache.directory / "blobs"), stored_rows(cache.directory)
@@ -293,7 +294,7 @@ def test_what_is_not_where_it_should_be_is_looked_for_where_the_index_says(
 
 
 @pytest.mark.parametrize("how", adopt.HOWS)
-def test_nothing_outside_the_directory_is_read_linked_or_deleted(cache: Cache, old: Path, how: str) -> None:
+def test_nothing_outside_the_directory_is_read_linked_or_deleted(cache: Cache, old: Path, how: How) -> None:
     outside = old.parent / "outside"
     outside.mkdir()
     document = make.json_cache(old, IMAGES)
@@ -483,7 +484,7 @@ def test_what_is_no_such_cache_is_refused(cache: Cache, tmp_path: Path, what: st
 
 def test_a_way_that_is_none_is_refused(cache: Cache, old: Path) -> None:
     with pytest.raises(CacheError, match="use one of copy, link, move"):
-        cache.adopt(old, how="steal")
+        cache.adopt(old, how="steal")  # type: ignore[arg-type]
 
 
 # Beside others, and cut off

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache
+from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
 from tests.support.make import digest_of
 
@@ -144,7 +145,7 @@ def plain_parts(tools: Tools, place: str, target: Path) -> tuple[str, list[str]]
     return parts((target / "manifest.json").read_bytes())
 
 
-def export(cache: Cache, tmp_path: Path, form: str, name: str = "app:1", **options: Any) -> Path:
+def export(cache: Cache, tmp_path: Path, form: Format, name: str = "app:1", **options: Any) -> Path:
     target = tmp_path / f"exported.{form}"
     cache.export(name, target, format=form, **options)
     return target
@@ -181,7 +182,7 @@ def test_a_docker_archive_has_the_config_and_the_layers_that_skopeo_reports(
 @pytest.mark.parametrize(("form", "transport"), TRANSPORTS)
 @pytest.mark.parametrize("source", ["docker.tar", *OCI_SOURCES])
 def test_skopeo_reads_in_an_export_what_its_maker_put_in(
-    cache: Cache, tools: Tools, made: Path, tmp_path: Path, source: str, form: str, transport: str
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, source: str, form: Format, transport: str
 ) -> None:
     (image,) = cache.cache_from_tar(made / source, "app:1")
     place = f"{transport}:{export(cache, tmp_path, form)}:app:1"
@@ -195,7 +196,7 @@ def test_skopeo_reads_in_an_export_what_its_maker_put_in(
 @pytest.mark.parametrize("form", ARCHIVES)
 @pytest.mark.parametrize("source", ["docker.tar", "gzip.oci.tar", "zstd.oci.tar"])
 def test_podman_loads_an_export_under_its_name(
-    cache: Cache, tools: Tools, made: Path, tmp_path: Path, source: str, form: str
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, source: str, form: Format
 ) -> None:
     cache.cache_from_tar(made / source, "registry.example/team/app:1")
     loaded = tools("podman", "load", "--quiet", "--input", export(cache, tmp_path, form, "registry.example/team/app:1"))
@@ -207,7 +208,7 @@ def test_podman_loads_an_export_under_its_name(
 
 @pytest.mark.parametrize("form", ARCHIVES)
 def test_podman_finds_a_short_name_that_it_loaded(
-    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: Format
 ) -> None:
     cache.cache_from_tar(made / "gzip.oci.tar")
     tools("podman", "load", "--quiet", "--input", export(cache, tmp_path, form))
@@ -223,7 +224,7 @@ def test_podman_loads_an_export_from_a_pipe(cachedb: Run, tools: Tools, made: Pa
 
 @pytest.mark.parametrize("form", ["docker", "oci-archive", "docker-archive", "oci-dir"])
 def test_buildah_builds_from_an_export(
-    cache: Cache, tools: Tools, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Format
 ) -> None:
     cache.cache_from_tar(made / "gzip.oci.tar")
     transport = {"docker": "oci-archive", "oci-dir": "oci"}.get(form, form)
@@ -272,7 +273,7 @@ def test_a_layout_that_umoci_made_comes_back_to_umoci(cache: Cache, tools: Tools
 
 @pytest.mark.parametrize("form", ARCHIVES)
 def test_an_export_that_skopeo_converted_imports_with_its_digests(
-    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: Format
 ) -> None:
     cache.cache_from_tar(made / "docker.tar", "app:1")
     transport = "oci-archive" if form == "oci-archive" else "docker-archive"
@@ -296,7 +297,7 @@ def test_podman_reads_back_both_images_of_its_archive(cache: Cache, tools: Tools
 
 @pytest.mark.parametrize(("form", "transport"), [(form, kind) for form, kind in TRANSPORTS if kind != "docker-archive"])
 def test_an_index_reaches_the_peers_with_all_its_platforms(
-    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str, transport: str
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: Format, transport: str
 ) -> None:
     (image,) = cache.cache_from_tar(made / "multi.oci.tar")
     place = f"{transport}:{export(cache, tmp_path, form, 'multi:1')}:multi:1"
@@ -312,7 +313,7 @@ def test_an_index_reaches_the_peers_with_all_its_platforms(
 @pytest.mark.parametrize("arch", ["amd64", "arm64"])
 @pytest.mark.parametrize(("form", "transport"), TRANSPORTS)
 def test_one_platform_of_an_index_is_the_image_that_skopeo_chooses(
-    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str, transport: str, arch: str
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: Format, transport: str, arch: str
 ) -> None:
     cache.cache_from_tar(made / "multi.oci.tar")
     place = f"{transport}:{export(cache, tmp_path, form, 'multi:1', platform=f'linux/{arch}')}:multi:1"
@@ -323,7 +324,7 @@ def test_one_platform_of_an_index_is_the_image_that_skopeo_chooses(
 
 @pytest.mark.parametrize("form", ["docker", "oci-archive"])
 def test_podman_loads_its_platform_of_an_index(
-    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: str
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: Format
 ) -> None:
     cache.cache_from_tar(made / "multi.oci.tar")
     assert tools("podman", "load", "--quiet", "--input", export(cache, tmp_path, form, "multi:1")).endswith("/multi:1")
@@ -334,7 +335,7 @@ def test_skopeo_reads_an_export_under_a_name_by_digest(cache: Cache, tools: Tool
     name = f"app@{image.digest}"
     cache.tag("app:1", name)
     for form in ARCHIVES:
-        archive = export(cache, tmp_path, form, name)
+        archive = export(cache, tmp_path, form, name)  # type: ignore[arg-type]
         assert tools("podman", "load", "--quiet", "--input", archive)
         if form != "docker-archive":
             assert raw(tools, f"oci-archive:{archive}:{name}") == image.digest

@@ -211,7 +211,7 @@ class Builder:
     def attach(self, name: str, data: bytes, role: str) -> None:
         digest = self.cache.add_blob(data)
         if name in self.world.entries and digest not in {part.digest for part in self.world.contents(name)}:
-            self.cache.associate_blob_with_image(name, digest, role=role, media_type=ATTACHED[role])
+            self.cache.associate_blob_with_image(name, digest, role=role, media_type=ATTACHED[role])  # type: ignore[arg-type]
             self.world.entries[name].attached.append((digest, role))
 
     def store(self, data: bytes, working: bool) -> None:

@@ -23,6 +23,7 @@ import pytest
 
 from cachedb import Cache, CacheError, DigestMismatch, IncompleteImage, NotInCache, StorageError
 from cachedb.oci.manifests import OCI_INDEX
+from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
 from tests.support import make
 
@@ -67,7 +68,7 @@ def blob_files(*images: make.Made) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", ["docker", "oci-archive", "oci-dir"])
-def test_an_oci_format_is_an_image_layout(cache: Cache, tmp_path: Path, form: str) -> None:
+def test_an_oci_format_is_an_image_layout(cache: Cache, tmp_path: Path, form: Format) -> None:
     add(cache, tmp_path)
     cache.export("app:1", tmp_path / "out", format=form)
     files = contents(tmp_path / "out")
@@ -121,7 +122,7 @@ def test_a_layer_that_occurs_twice_is_written_once(cache: Cache, tmp_path: Path)
     image = make.image(1, 1)
     add(cache, tmp_path, image)
     for form in ARCHIVES:
-        cache.export("app:1", tmp_path / form, format=form)
+        cache.export("app:1", tmp_path / form, format=form)  # type: ignore[arg-type]
         with tarfile.open(tmp_path / form) as tar:
             names = tar.getnames()
         assert len(names) == len(set(names))
@@ -130,7 +131,7 @@ def test_a_layer_that_occurs_twice_is_written_once(cache: Cache, tmp_path: Path)
 
 
 @pytest.mark.parametrize("form", ARCHIVES)
-def test_a_folder_in_an_archive_is_a_member_before_its_files(cache: Cache, tmp_path: Path, form: str) -> None:
+def test_a_folder_in_an_archive_is_a_member_before_its_files(cache: Cache, tmp_path: Path, form: Format) -> None:
     """Else skopeo makes it, gives it to root, and fails where it may not."""
     add(cache, tmp_path)
     cache.export("app:1", tmp_path / "out", format=form)
@@ -156,7 +157,7 @@ def test_the_documents_of_a_stream_come_before_its_layers(cache: Cache, tmp_path
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_same_image_gives_the_same_bytes_from_any_cache(
-    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Format
 ) -> None:
     files = make.oci_files({"app:1": IMAGE})
     cache.cache_from_tar(make.write(tmp_path / "source.tar", files), "app:1")
@@ -177,7 +178,7 @@ def test_the_same_image_gives_the_same_bytes_from_any_cache(
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_export_of_an_export_has_the_same_bytes(cache: Cache, tmp_path: Path, form: str) -> None:
+def test_an_export_of_an_export_has_the_same_bytes(cache: Cache, tmp_path: Path, form: Format) -> None:
     cache.cache_from_tar(make.write(tmp_path / "source.tar", make.docker_files({"app:1": make.image(1, 2)})))
     cache.export("app:1", tmp_path / "first", format=form)
     with Cache.open(tmp_path / "other") as other:
@@ -206,7 +207,9 @@ def test_an_export_of_an_export_has_the_same_bytes(cache: Cache, tmp_path: Path,
         f"registry.example/app@{make.digest_of(IMAGE.manifest, 'sha512')}",
     ],
 )
-def test_an_export_comes_back_with_its_digests_and_its_name(cache: Cache, tmp_path: Path, form: str, name: str) -> None:
+def test_an_export_comes_back_with_its_digests_and_its_name(
+    cache: Cache, tmp_path: Path, form: Format, name: str
+) -> None:
     add(cache, tmp_path)
     if "@sha512" in name:
         cache.save_manifest(name, IMAGE.manifest)
@@ -250,7 +253,7 @@ def test_paths_of_over_a_hundred_characters_are_whole(cache: Cache, tmp_path: Pa
         cache.save_blob(digest, data)
     cache.save_manifest(name, manifest)
     for form in FORMATS:
-        cache.export(name, tmp_path / form, format=form)
+        cache.export(name, tmp_path / form, format=form)  # type: ignore[arg-type]
         with Cache.open(tmp_path / f"cache-{form}") as other:
             (image,) = other.cache_from_tar(tmp_path / form, "app:1" if form == "docker-archive" else None)
             assert image.complete
@@ -351,7 +354,7 @@ def test_an_export_can_stay_in_memory_or_in_a_temporary_file(cache: Cache, tmp_p
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_export_appears_with_the_mode_of_any_new_file(cache: Cache, tmp_path: Path, form: str) -> None:
+def test_an_export_appears_with_the_mode_of_any_new_file(cache: Cache, tmp_path: Path, form: Format) -> None:
     add(cache, tmp_path)
     old = os.umask(0o027)
     try:
@@ -421,7 +424,7 @@ def fails(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_destination_in_a_missing_folder_is_an_error_of_one_line(
-    cachedb: Run, cache: Cache, tmp_path: Path, form: str
+    cachedb: Run, cache: Cache, tmp_path: Path, form: Format
 ) -> None:
     add(cache, tmp_path)
     line = fails(cachedb("export", "--format", form, "app:1", tmp_path / "missing" / "out"))
@@ -430,7 +433,7 @@ def test_a_destination_in_a_missing_folder_is_an_error_of_one_line(
 
 
 @pytest.mark.parametrize("form", ARCHIVES)
-def test_an_archive_does_not_replace_a_folder(cachedb: Run, cache: Cache, tmp_path: Path, form: str) -> None:
+def test_an_archive_does_not_replace_a_folder(cachedb: Run, cache: Cache, tmp_path: Path, form: Format) -> None:
     add(cache, tmp_path)
     (tmp_path / "folder").mkdir()
     assert "directory" in fails(cachedb("export", "--format", form, "app:1", tmp_path / "folder"))
@@ -451,7 +454,7 @@ def test_an_image_that_is_not_there_leaves_the_destination_alone(cachedb: Run, t
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_incomplete_image_is_refused(cache: Cache, tmp_path: Path, form: str) -> None:
+def test_an_incomplete_image_is_refused(cache: Cache, tmp_path: Path, form: Format) -> None:
     cache.save_manifest("app:1", IMAGE.manifest)
     cache.save_blob(make.digest_of(IMAGE.config), IMAGE.config)
     with pytest.raises(IncompleteImage, match=make.digest_of(IMAGE.layers[0])):
@@ -460,7 +463,7 @@ def test_an_incomplete_image_is_refused(cache: Cache, tmp_path: Path, form: str)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_blob_that_lost_bytes_on_disk_is_not_exported(cache: Cache, tmp_path: Path, form: str) -> None:
+def test_a_blob_that_lost_bytes_on_disk_is_not_exported(cache: Cache, tmp_path: Path, form: Format) -> None:
     add(cache, tmp_path)
     path = cache.get_blob_path(make.digest_of(IMAGE.layers[1]))
     path.chmod(0o644)
@@ -489,11 +492,11 @@ ROTTEN = make.image(1, 2, size=3_000_000)  # more than one chunk
 @pytest.mark.parametrize("form", [*FORMATS, "link"])
 @pytest.mark.parametrize("blob", [ROTTEN.layers[0], ROTTEN.layers[1], ROTTEN.config], ids=["first", "second", "config"])
 def test_a_blob_with_another_content_is_not_exported(
-    cachedb: Run, cache: Cache, tmp_path: Path, form: str, blob: bytes
+    cachedb: Run, cache: Cache, tmp_path: Path, form: Format, blob: bytes
 ) -> None:
     add(cache, tmp_path, ROTTEN)
     rot(cache, make.digest_of(blob))
-    options = ["--format", "oci-dir", "--link"] if form == "link" else ["--format", form]
+    options = ["--format", "oci-dir", "--link"] if form == "link" else ["--format", form]  # type: ignore[comparison-overlap]
     (tmp_path / "sub").mkdir()
     line = fails(cachedb("export", *options, "app:1", tmp_path / "sub" / "out"))
     assert f"the file of {make.digest_of(blob)} is damaged" in line
@@ -503,7 +506,7 @@ def test_a_blob_with_another_content_is_not_exported(
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "oci-dir"])
 def test_a_stream_with_a_damaged_blob_has_no_end(
-    cachedb: Run, cache: Cache, directory: Path, tmp_path: Path, form: str
+    cachedb: Run, cache: Cache, directory: Path, tmp_path: Path, form: Format
 ) -> None:
     add(cache, tmp_path, ROTTEN)
     last = sorted(ROTTEN.blobs)[-1]
@@ -529,13 +532,13 @@ def test_a_layout_that_an_image_cannot_be_added_to_stays_as_it_was(cache: Cache,
 
 
 @pytest.mark.parametrize("form", [*FORMATS, "link"])
-def test_a_blob_that_is_a_symbolic_link_is_not_exported(cache: Cache, tmp_path: Path, form: str) -> None:
+def test_a_blob_that_is_a_symbolic_link_is_not_exported(cache: Cache, tmp_path: Path, form: Format) -> None:
     add(cache, tmp_path)
     path = cache.get_blob_path(make.digest_of(IMAGE.layers[0]))
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CacheError, match="it is a symbolic link, and no regular file"):
-        cache.export("app:1", tmp_path / "out", format="oci-dir" if form == "link" else form, link=form == "link")
+        cache.export("app:1", tmp_path / "out", format="oci-dir" if form == "link" else form, link=form == "link")  # type: ignore[comparison-overlap]
     assert not (tmp_path / "out").exists()
 
 
@@ -562,7 +565,7 @@ def _waits_for(inode: int) -> bool:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_file_that_is_cut_short_while_it_is_read_is_no_export(cache: Cache, tmp_path: Path, form: str) -> None:
+def test_a_file_that_is_cut_short_while_it_is_read_is_no_export(cache: Cache, tmp_path: Path, form: Format) -> None:
     large = make.image(1, size=20 * 1024 * 1024)
     add(cache, tmp_path, large)
     path = cache.get_blob_path(make.digest_of(large.layers[0]))
@@ -582,7 +585,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_no_export(cache: Cache, tm
     ("form", "target"), [*((form, "out") for form in FORMATS), ("docker", "/dev/full"), ("docker-archive", "/dev/full")]
 )
 def test_a_full_disk_is_an_error_of_one_line(
-    cache: Cache, directory: Path, tmp_path: Path, form: str, target: str
+    cache: Cache, directory: Path, tmp_path: Path, form: Format, target: str
 ) -> None:
     add(cache, tmp_path, make.image(1, size=300_000))
     # No file may be longer than this; the index of the cache is not.
@@ -601,7 +604,7 @@ def test_a_full_disk_is_an_error_of_one_line(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system to fill it")
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_full_file_system_is_an_error_of_one_line(cachedb: Run, cache: Cache, tmp_path: Path, form: str) -> None:
+def test_a_full_file_system_is_an_error_of_one_line(cachedb: Run, cache: Cache, tmp_path: Path, form: Format) -> None:
     add(cache, tmp_path, make.image(1, size=300_000))
     small = tmp_path / "small"
     small.mkdir()
@@ -628,7 +631,7 @@ def test_a_full_file_system_is_an_error_of_one_line(cachedb: Run, cache: Cache, 
     ],
 )
 def test_a_killed_export_leaves_nothing_under_the_final_name(
-    cache: Cache, directory: Path, tmp_path: Path, form: str, number: int
+    cache: Cache, directory: Path, tmp_path: Path, form: Format, number: int
 ) -> None:
     add(cache, tmp_path, make.image(1, size=300_000))
     (tmp_path / "sub").mkdir()
@@ -690,7 +693,7 @@ def test_an_index_is_exported_whole(cache: Cache, tmp_path: Path) -> None:
 @pytest.mark.parametrize("platform", ["linux/arm64", "linux/arm64/v8"])
 @pytest.mark.parametrize("form", FORMATS)
 def test_one_platform_is_exported_as_an_image_of_its_own(
-    cache: Cache, tmp_path: Path, form: str, platform: str
+    cache: Cache, tmp_path: Path, form: Format, platform: str
 ) -> None:
     add_index(cache, tmp_path, make.index(AMD, ARM, platforms=OTHERS), AMD, ARM)
     cache.export("app:1", tmp_path / "out", format=form, platform=platform)
@@ -716,7 +719,7 @@ def test_one_platform_of_an_index_by_digest_has_a_digest_of_its_own(cache: Cache
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_platform_that_is_not_there_is_an_error_that_names_those_that_are(
-    cachedb: Run, cache: Cache, tmp_path: Path, form: str
+    cachedb: Run, cache: Cache, tmp_path: Path, form: Format
 ) -> None:
     add_index(cache, tmp_path, make.index(AMD, ARM, platforms=OTHERS), AMD, ARM)
     line = fails(cachedb("export", "--format", form, "--platform", "linux/arm", "app:1", tmp_path / "out"), 3)
@@ -978,7 +981,7 @@ def test_blobs_are_cloned_where_the_file_system_can(
 def test_an_unknown_format_is_an_error(cache: Cache, cachedb: Run, tmp_path: Path) -> None:
     add(cache, tmp_path)
     with pytest.raises(CacheError, match="'zip' is not a format"):
-        cache.export("app:1", tmp_path / "out", format="zip")
+        cache.export("app:1", tmp_path / "out", format="zip")  # type: ignore[arg-type]
     fails(cachedb("export", "--format", "zip", "app:1", tmp_path / "out"), 2)
 
 
@@ -993,9 +996,9 @@ def test_the_file_system_s_errors_are_errors_of_the_storage(cache: Cache, tmp_pa
     (tmp_path / "file").write_bytes(b"")
     for form in FORMATS:
         with pytest.raises(StorageError, match="cannot write the export"):
-            cache.export("app:1", tmp_path / "file" / "out", format=form)
+            cache.export("app:1", tmp_path / "file" / "out", format=form)  # type: ignore[arg-type]
         with pytest.raises(StorageError, match="cannot write the export"):
-            cache.export("app:1", tmp_path / ("x" * 300), format=form)
+            cache.export("app:1", tmp_path / ("x" * 300), format=form)  # type: ignore[arg-type]
 
 
 def test_a_folder_that_is_no_layout_keeps_all_its_files(cache: Cache, tmp_path: Path) -> None:

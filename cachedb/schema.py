@@ -1,0 +1,22 @@
+"""The schema of a cache's index, for programs: look at it, change it, back it up, compare it, restore it."""
+
+from cachedb.index.drift import Drift, check
+from cachedb.index.schema import Revision, State, current, history
+from cachedb.operations.restore import Restored, restore
+from cachedb.operations.upgrade import Change, Unread, back_up, downgrade, upgrade
+
+__all__ = [
+    "Change",
+    "Drift",
+    "Restored",
+    "Revision",
+    "State",
+    "Unread",
+    "back_up",
+    "check",
+    "current",
+    "downgrade",
+    "history",
+    "restore",
+    "upgrade",
+]
