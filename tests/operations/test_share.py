@@ -288,7 +288,9 @@ def test_a_download_that_another_user_began_is_begun_anew(tmp_path: Path) -> Non
     """He may still write to it when it is a blob."""
     path = tmp_path / "download"
     path.write_bytes(b"half")
-    assert downloads.begun(path, 10) == 4
+    folder = os.open(tmp_path, os.O_RDONLY)
+    assert downloads.begun(folder, path.name, 10) == 4
     os.chown(path, 65534, 65534)
-    assert downloads.begun(path, 10) == 0
+    assert downloads.begun(folder, path.name, 10) == 0
+    os.close(folder)
     assert not path.exists()
