@@ -1123,7 +1123,7 @@ class Cache:
         if link and not (isinstance(opened, Path) and (opened.is_dir() or not opened.exists())):
             raise CacheError("links are made to the files of an image layout folder, and this is none")
         most = files.max_unpacked() if max_unpacked is None else max_unpacked
-        with files.open_files(opened, self._session.new_path(), most) as opened_files:
+        with files.open_files(opened, self._session.new_file, most) as opened_files:
             return self._import(read_images(opened_files, parsed), progress, most, link=link)
 
     def _import(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from cachedb.disk import marker
 from cachedb.errors import CacheReplaced, NotOurs
 
-__all__ = ["FOLDERS", "Folders", "Leftover", "follow", "give", "is_shared", "mode_in"]
+__all__ = ["FOLDERS", "Folders", "Leftover", "OpenFolder", "follow", "give", "is_shared", "mode_in"]
 
 
 FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512", "ingest", "trash", "locks", "backups")
@@ -32,6 +32,19 @@ class Leftover(NamedTuple):
 
     path: Path
     reason: str
+
+
+class OpenFolder:
+    """A folder of the cache that stays open while anybody refers to it, wherever it is moved."""
+
+    def __init__(self, folder: int) -> None:
+        """Keep an open folder open.
+
+        Args:
+            folder: its descriptor, which the caller may close.
+        """
+        self.descriptor = os.dup(folder)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 class Folders:

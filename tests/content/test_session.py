@@ -23,7 +23,8 @@ from cachedb.index.tables import LEASES
 from cachedb.oci.digests import Digest
 from tests.conftest import files_of, run_python, running, snapshot
 from tests.disk.test_locks import is_free, open_files
-from tests.support.make import digest_of
+from tests.index.sqlite.test_database import content
+from tests.support.make import digest_of, image, save
 
 DIGEST = Digest(digest_of(b"data"))
 LIVING = """
@@ -324,3 +325,25 @@ def test_a_session_dies_with_its_process_though_a_child_lives(directory: Path) -
             with closing(Database(directory)) as index:
                 assert [part.blobs for part in collect.collect(index)] == [1]
             assert not cache.has_blob(DIGEST)
+
+
+def test_a_session_works_in_the_folder_that_it_has_opened(directory: Path, tmp_path: Path) -> None:
+    """Even if a link takes the folder's place: whoever shares the cache could put one there."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+        folder = cache._session.folder
+        for number in range(1, 30):
+            for digest in image(2).blobs:
+                (elsewhere / f"{number}.{digest.replace(':', '-')}").write_bytes(b"mine")
+            (elsewhere / f"{number}").write_bytes(b"mine")
+        before = content(elsewhere)
+        folder.rename(tmp_path / "moved")
+        folder.symlink_to(elsewhere)
+        save(cache, "app:2", image(2))
+        assert content(elsewhere) == before
+        assert os.listdir(tmp_path / "moved") == []
+    assert content(elsewhere) == before
+    with Cache.open(directory) as cache:
+        assert {str(found.name) for found in cache.list_manifests() if found.complete} == {"app:1", "app:2"}
