@@ -27,7 +27,7 @@ from cachedb.disk.layout import is_received, is_session, lock_kind, received_dig
 from cachedb.disk.reserve import is_full
 from cachedb.disk.waiting import Wait
 from cachedb.disk.writer import discard
-from cachedb.errors import CacheError, CacheReplaced, StorageError, explain, is_callers, os_errors
+from cachedb.errors import CacheError, CacheReplaced, NotOurs, StorageError, explain, is_callers, os_errors
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import LEASES
 from cachedb.oci.digests import Digest
@@ -179,6 +179,22 @@ class Session:
         number = next(self._numbers)
         name = f"{number}.{digest.replace(':', '-')}" if digest else f"{number}"
         return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # one path made: see `blob_file`
+
+    def new_folder(self) -> Path:
+        """Make a folder for a new index, which SQLite finds by its path; return that path.
+
+        Raises:
+            NotOurs: if the path leads to another folder.
+            StorageError: if it cannot be made.
+        """
+        path, opened = self.new_path(), self.opened
+        with os_errors("make a folder for a new index"):
+            os.mkdir(path.name, 0o700, dir_fd=opened.descriptor)
+            made = os.stat(path.name, dir_fd=opened.descriptor, follow_symlinks=False)
+            with self._database.folders.open(f"ingest/{path.parent.name}/{path.name}") as found:
+                if not os.path.samestat(os.fstat(found), made):
+                    raise NotOurs(f"{str(path)!r} was replaced by another folder: try again")
+        return path
 
     def lease(self, connection: Connection, digests: Iterable[Digest]) -> Hold:
         """Keep digests from collection, from the connection's commit on until `release`."""

@@ -221,6 +221,8 @@ def follow(file: int, folder: os.stat_result, *, is_folder: bool = False) -> Non
     found = os.fstat(file)
     if found.st_uid != os.geteuid():
         return  # another process has made it meanwhile
+    if found.st_nlink > 1 and not is_folder:
+        return  # another file was linked here
     give(file, folder)
     if folder.st_mode & stat.S_ISGID and found.st_gid != folder.st_gid:
         os.fchown(file, -1, folder.st_gid)  # it was made elsewhere

@@ -95,7 +95,7 @@ def test_an_export_whose_link_cannot_be_renamed_nor_taken_away(cache: Cache, fau
     cache.export("app:1", tmp_path / "out", format="oci-dir", link=True)
     with (
         fault(Path, "rename", errno.ENOSPC, "out/blobs"),
-        fault(Path, "unlink", errno.EIO, "out/blobs"),
+        fault(os, "unlink", errno.EIO, "out/blobs"),
         pytest.raises(StorageError, match="cannot write the export: No space left"),
     ):
         cache.export("app:1", tmp_path / "out", format="oci-dir", link=True)
@@ -138,7 +138,7 @@ def test_a_change_of_the_schema_that_fails_and_whose_backup_cannot_be_taken_away
         raise StorageError("the first error")
 
     monkeypatch.setattr(schema, "run_migrations", broken)
-    with fault(Path, "unlink", errno.EIO, "-before-"), pytest.raises(StorageError, match=r"^the first error$"):
+    with fault(os, "unlink", errno.EIO, "-before-"), pytest.raises(StorageError, match=r"^the first error$"):
         upgrade.downgrade(directory, "-1")
 
 

@@ -196,6 +196,17 @@ def test_another_file_system_in_a_session_folder_stays(directory: Path, tmp_path
         subprocess.run(["umount", "-l", inner], check=True)
 
 
+def test_no_backup_is_made_behind_a_link(directory: Path, elsewhere: Path) -> None:
+    with Cache.open(directory) as cache:
+        cache.add_blob(b"data")
+        shutil.rmtree(directory / "backups")
+        (directory / "backups").symlink_to(elsewhere)
+        before = content(elsewhere)
+        with pytest.raises(NotOurs, match="is a symbolic link"):
+            upgrade.back_up(directory)
+        assert content(elsewhere) == before
+
+
 @NEEDS_ROOT
 def test_a_folder_on_another_file_system_is_refused(directory: Path) -> None:
     Cache.open(directory).close()
