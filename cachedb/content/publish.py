@@ -148,6 +148,9 @@ def receive_linked(
     if before.st_uid != os.geteuid() or before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         # What others may write to is no blob: its content could change. Its owner must take care not to write to it.
         return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
+    if session.is_shared and not read_only and stat.S_IMODE(before.st_mode) != 0o444:
+        # The group could not read it, or would have to trust its owner not to write to it.
+        return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     verified = receive(session, source(), digest=digest, size=size, write=False, progress=progress, what=what)
     named, opened = session.new_path(digest), session.opened
     folder = opened.descriptor

@@ -22,7 +22,7 @@ from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
 from cachedb.disk import locks, processes
 from cachedb.disk.durable import sync_folder
-from cachedb.disk.folders import FOLDERS, Folders, Leftover, OpenFolder
+from cachedb.disk.folders import FOLDERS, Folders, Leftover, OpenFolder, is_shared
 from cachedb.disk.layout import is_received, is_session, lock_kind, received_digest
 from cachedb.disk.reserve import is_full
 from cachedb.disk.waiting import Wait
@@ -146,6 +146,11 @@ class Session:
             _ = self.id
             assert self._opened is not None
             return self._opened
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a group shares the cache: its files must be what the group can read."""
+        return is_shared(os.fstat(self._database.folders.root))  # it may be shared since it was opened
 
     def discard(self, path: Path | None) -> None:
         """Remove a file of this session that is not needed any more; a failure is not raised.
