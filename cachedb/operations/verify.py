@@ -35,7 +35,7 @@ from cachedb.disk.layout import (
 )
 from cachedb.disk.reader import open_regular
 from cachedb.disk.writer import CHUNK, Received, identity
-from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers
+from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers, os_errors
 from cachedb.index import drift, images
 from cachedb.index.blobs import set_stored, stored
 from cachedb.index.sqlite.batches import batched
@@ -110,6 +110,19 @@ def verify(
     """
     if repair and database.read_only:
         raise StorageError("cannot repair the cache: it can only be read")
+    with os_errors("verify the cache"):  # its folders may be gone
+        return _verify(database, session, quick=quick, repair=repair, left=left, progress=progress)
+
+
+def _verify(
+    database: Database,
+    session: Session,
+    *,
+    quick: bool,
+    repair: bool,
+    left: Iterable[Leftover],
+    progress: Progress | None,
+) -> Verification:
     problems = [Problem("index", None, database.path, fault, None) for fault in find_faults(database, quick=quick)]
     if problems and repair:
         lost = rebuild.rebuild(database, session.new_folder())
