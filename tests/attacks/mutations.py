@@ -87,7 +87,7 @@ MUTATIONS = [
     Mutation("a copy empties nobody else's file", "cachedb/operations/copy.py", "        if not _is_ours(os.fstat(file)):\n", "        if False:\n", "tests/operations/test_copy.py -k not_emptied"),
     Mutation("a verification without a folder ends with an error of ours", "cachedb/operations/verify.py", 'with os_errors("verify the cache"):', "if True:", "tests/operations/test_verify.py -k without_its_ingest"),
     Mutation("a folder that is no new index stays", "cachedb/content/session.py", "                    return  # it is somebody else's\n", "                    pass\n", "tests/disk/test_folders.py -k no_new_index"),
-    Mutation("a folder that has the name of an index stays", "cachedb/content/session.py", " and entry.is_file(follow_symlinks=False)", "", "tests/disk/test_folders.py -k no_new_index"),
+    Mutation("a link that has the name of an index stays", "cachedb/content/session.py", " and entry.is_file(follow_symlinks=False)", "", "tests/disk/test_folders.py -k new_index_that_is_a_link"),
     Mutation("what is no production of ours stays", "cachedb/disk/single_flight.py", 'if lock_kind(name) != "producing":', 'if not name.endswith(_SUFFIX):', "tests/disk/test_folders.py"),
     Mutation("a person's backup stays", "cachedb/index/sqlite/backups.py", "if _BEFORE_CHANGE.fullmatch(path.name)", "if _BEFORE in path.name", "tests/disk/test_folders.py tests/operations/test_upgrade.py"),
     Mutation("what is no unfinished backup stays", "cachedb/index/sqlite/backups.py", "filter(_UNFINISHED.fullmatch, os.listdir(opened))", "(name for name in os.listdir(opened) if name.startswith(_HALF))", "tests/disk/test_folders.py"),

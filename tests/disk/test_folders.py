@@ -18,6 +18,7 @@ import pytest
 from cachedb import Cache, CacheError, CacheReplaced, NotACache, NotOurs, SchemaMismatch, StorageError
 from cachedb.disk import marker
 from cachedb.disk.folders import Folders
+from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import upgrade
 from tests.conftest import Run, files_of, run_python
@@ -131,16 +132,17 @@ def test_a_partial_folder_that_is_a_link_leads_nowhere(directory: Path, elsewher
     assert content(elsewhere) == before
 
 
-def test_a_folder_in_a_new_index_that_is_a_link_leads_nowhere(directory: Path, elsewhere: Path) -> None:
+@pytest.mark.parametrize("name", ["trash", "index.db-wal"])
+def test_a_folder_in_a_new_index_that_is_a_link_leads_nowhere(directory: Path, elsewhere: Path, name: str) -> None:
     """A session's folder may hold a folder of its own, in which a new index is made."""
     Cache.open(directory).close()
     inner = directory / "ingest" / "1-00000000dead" / "3"
     inner.mkdir(parents=True)
     (inner / "index.db").touch()
-    (inner / "trash").symlink_to(elsewhere)
+    (inner / name).symlink_to(elsewhere)
     before = content(elsewhere)
     Cache.open(directory).close()
-    assert sorted(os.listdir(inner)) == ["index.db", "trash"]
+    assert set(os.listdir(inner)) == {"index.db", name}
     assert content(elsewhere) == before
 
 
@@ -196,15 +198,13 @@ def test_another_file_system_in_a_session_folder_stays(directory: Path, tmp_path
         subprocess.run(["umount", "-l", inner], check=True)
 
 
-def test_no_backup_is_made_behind_a_link(directory: Path, elsewhere: Path) -> None:
-    with Cache.open(directory) as cache:
-        cache.add_blob(b"data")
-        shutil.rmtree(directory / "backups")
-        (directory / "backups").symlink_to(elsewhere)
-        before = content(elsewhere)
-        with pytest.raises(NotOurs, match="is a symbolic link"):
-            upgrade.back_up(directory)
-        assert content(elsewhere) == before
+def test_no_backup_is_made_behind_a_link(directory: Path, index: Database, elsewhere: Path) -> None:
+    shutil.rmtree(directory / "backups")
+    (directory / "backups").symlink_to(elsewhere)
+    before = content(elsewhere)
+    with pytest.raises(NotOurs, match="is a symbolic link"):
+        backups.back_up(index, "mine")
+    assert content(elsewhere) == before
 
 
 @NEEDS_ROOT
