@@ -279,8 +279,7 @@ def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
             if os.path.lexists(folder):
                 try:
                     with folders.open(f"ingest/{session}") as descriptor:
-                        names = os.listdir(descriptor)
-                    retract(database, folder, names)
+                        retract(database, descriptor, os.listdir(descriptor))
                     remove_folder(folders, session)
                 except Busy:
                     raise

@@ -21,7 +21,6 @@ from cachedb import oci
 from cachedb.content.save import T, associate_waiting, save_image
 from cachedb.content.session import NO_HOLD, Hold, Session
 from cachedb.disk import writer
-from cachedb.disk.durable import sync_folder
 from cachedb.disk.layout import blob_file, received_digest
 from cachedb.disk.single_flight import ClaimLost
 from cachedb.disk.writer import Content, Data, Hasher, Readable, Received, discard, identity, open_data
@@ -92,19 +91,28 @@ def receive(
         DigestMismatch: if the content has another digest or size.
         StorageError: if it cannot be written.
     """
-    path = session.new_path(digest) if write else None
+    path, opened = (session.new_path(digest), session.opened) if write else (None, None)
+    folder = opened.descriptor if opened else None
     try:
         content = writer.receive(
-            source, path, digest=digest, size=size, algorithm=algorithm, also=also, progress=progress, what=what
+            source,
+            path.name if path else None,
+            folder=folder,
+            digest=digest,
+            size=size,
+            algorithm=algorithm,
+            also=also,
+            progress=progress,
+            what=what,
         )
         if path is None or digest is not None:
             return Received(content.digest, content.size, path)  # it has its name already
         named = session.new_path(content.digest)
         with os_errors("write to the cache"):
-            os.rename(path, named)  # `Path.rename` makes a third path
+            os.rename(path.name, named.name, src_dir_fd=folder, dst_dir_fd=folder)
         return Received(content.digest, content.size, named)
     except BaseException:
-        discard(path)
+        session.discard(path)
         raise
 
 
@@ -147,22 +155,26 @@ def receive_linked(
     if before.st_uid != os.geteuid() or before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         # What others may write to is no blob: its content could change. Its owner must take care not to write to it.
         return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
+    if session.is_shared and not read_only and stat.S_IMODE(before.st_mode) != 0o444:
+        # The group could not read it, or would have to trust its owner not to write to it.
+        return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     verified = receive(session, source(), digest=digest, size=size, write=False, progress=progress, what=what)
-    named = session.new_path(digest)
+    named, opened = session.new_path(digest), session.opened
+    folder = opened.descriptor
     with os_errors("link to a blob"):
         if read_only:
             with ignore_os_errors():  # it may be one that nobody can change, which cannot be linked either
                 os.fchmod(file, 0o444)
         os.fsync(file)
         try:
-            os.link(path, named, follow_symlinks=False)
+            os.link(path, named.name, dst_dir_fd=folder, follow_symlinks=False)
         except OSError as error:
             if error.errno in _NOT_LINKABLE:
                 return receive(session, source(), digest=digest, size=size, what=what)
             raise
-        found = named.lstat()
+        found = os.stat(named.name, dir_fd=folder, follow_symlinks=False)
         if identity(found) != identity(before):
-            named.unlink()
+            os.unlink(named.name, dir_fd=folder)
             if stat.S_ISLNK(found.st_mode):
                 return receive(session, source(), digest=digest, size=size, what=what)
             raise Replaced(f"{what} was replaced or written to while it was read")
@@ -175,11 +187,12 @@ def take(session: Session, path: Path, content: Content) -> Received:
     Raises:
         ClaimLost: if another process has put its own download there.
     """
-    named = session.new_path(content.digest)
+    named, opened = session.new_path(content.digest), session.opened
+    folder = opened.descriptor
     with os_errors("write to the cache"):
-        os.link(path, named)
-        if named.stat().st_ino != content.inode:
-            named.unlink()
+        os.link(path, named.name, dst_dir_fd=folder, follow_symlinks=False)
+        if os.stat(named.name, dir_fd=folder, follow_symlinks=False).st_ino != content.inode:
+            os.unlink(named.name, dir_fd=folder)
             raise ClaimLost(f"the download of {content.digest} was replaced by another process")
     return Received(content.digest, content.size, named)
 
@@ -193,9 +206,11 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
     last takes the second away (`retract`).
     """
     files = {blob.path: blob for blob in received if blob.path is not None}
-    if files:
+    opened_folder = session.opened if files else None
+    received_in = opened_folder.descriptor if opened_folder else None
+    if received_in is not None:
         with os_errors("write to the cache"):
-            sync_folder(session.folder)
+            os.fsync(received_in)
     try:
         with database.write() as connection:
             known = intact(connection, database.directory, [blob.digest for blob in files.values()])
@@ -209,32 +224,40 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
                 for digest, (path, _) in new.items():
                     algorithm, name = split_digest(digest)
                     try:
-                        os.link(path, name, dst_dir_fd=folders[algorithm], follow_symlinks=False)
+                        os.link(
+                            path.name,
+                            name,
+                            src_dir_fd=received_in,
+                            dst_dir_fd=folders[algorithm],
+                            follow_symlinks=False,
+                        )
                     except FileExistsError:
                         # A file that no row knows is a forgotten blob's, on its way to the trash, and one of another
                         # size is damaged: ours takes its place.
-                        second = session.new_path()
-                        os.link(path, second)
-                        os.rename(second, name, dst_dir_fd=folders[algorithm])
+                        second = session.new_path().name
+                        os.link(
+                            path.name, second, src_dir_fd=received_in, dst_dir_fd=received_in, follow_symlinks=False
+                        )
+                        os.rename(second, name, src_dir_fd=received_in, dst_dir_fd=folders[algorithm])
                 for folder in folders.values():
                     os.fsync(folder)
             set_stored(connection, [blob for _, blob in new.values()])
             yield connection
     except BaseException:
-        if files:
+        if received_in is not None:
             with suppress(CacheError):  # what is left is for the next open, and it is the first error that counts
-                retract(database, session.folder, [path.name for path in files])
+                retract(database, received_in, [path.name for path in files])
         raise
     for path in files:
-        discard(path)
+        session.discard(path)
 
 
-def retract(database: Database, folder: Path, names: Iterable[str]) -> None:
+def retract(database: Database, folder: int, names: Iterable[str]) -> None:
     """Take back a publication that did not come to its commit, and the received files with it.
 
     Args:
         database: of the cache.
-        folder: a session's, under ``ingest/``.
+        folder: descriptor of a session's folder in ``ingest/``.
         names: the files in it.
     """
     published = {name: digest for name in names if (digest := received_digest(name))}
@@ -252,7 +275,7 @@ def retract(database: Database, folder: Path, names: Iterable[str]) -> None:
                 for opened_folder in folders.values():
                     os.fsync(opened_folder)
     for name in published:
-        discard(folder / name)
+        discard(name, folder)
 
 
 def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -> dict[Digest, int]:
@@ -312,7 +335,7 @@ def bring(
             receive(hold, received)
         except BaseException:
             for blob in list(received.values()):  # a second signal may end the waiting for the threads that add to it
-                discard(blob.path)
+                session.discard(blob.path)
             raise
         # From here on the files are the record of what is being published.
         with publish(database, session, received.values()) as connection:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import secrets
-import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -22,11 +22,12 @@ from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
 from cachedb.disk import locks, processes
 from cachedb.disk.durable import sync_folder
-from cachedb.disk.folders import Folders, Leftover
+from cachedb.disk.folders import FOLDERS, Folders, Leftover, OpenFolder, is_shared
 from cachedb.disk.layout import is_received, is_session, lock_kind, received_digest
 from cachedb.disk.reserve import is_full
 from cachedb.disk.waiting import Wait
-from cachedb.errors import CacheError, CacheReplaced, StorageError, explain, is_callers, os_errors
+from cachedb.disk.writer import discard
+from cachedb.errors import CacheError, CacheReplaced, NotOurs, StorageError, explain, is_callers, os_errors
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import LEASES
 from cachedb.oci.digests import Digest
@@ -36,6 +37,11 @@ __all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_session
 
 
 _SUFFIX = ".session"
+_NEW_INDEX = re.compile(
+    r"cachedb\.json|\.cachedb[^/]*\.part|index\.db(-wal|-shm|-journal)?|reserve|locks/write\.(lock|queue)"
+    r"|backups/\.lock|backups/[0-9]{6,}-[0-9]{4}-before-[0-9]{4}\.db"
+)
+"""The files in a folder that a new index is made in, by a rebuild or from a backup."""
 
 
 class Hold(NamedTuple):
@@ -83,6 +89,7 @@ class Session:
         self._guard = threading.RLock()  # a signal handler may use the cache while its thread has it
         self._id: str | None = None
         self._lock: FileIO | None = None
+        self._opened: OpenFolder | None = None
         self._numbers = itertools.count(1)
         self._leased = False
         self._unsaved: dict[Digest, list[Hold]] = {}
@@ -98,16 +105,16 @@ class Session:
                 name = f"{os.getpid()}-{secrets.token_hex(6)}"
                 with not_reentered(f"session {id(self)}", "beginning to write to the cache"):
                     try:
-                        lock = self._begin(name)
+                        lock, opened = self._begin(name)
                     except StorageError as error:
                         if not is_full(error) or not self._database.reserve.give_up_inodes():
                             raise
-                        lock = self._begin(name)
-                self._id, self._lock = name, lock
+                        lock, opened = self._begin(name)
+                self._id, self._lock, self._opened = name, lock, opened
             return self._id
 
-    def _begin(self, name: str) -> FileIO:
-        """Make the session's lock file and its folder; return the lock."""
+    def _begin(self, name: str) -> tuple[FileIO, OpenFolder]:
+        """Make the session's lock file and its folder; return the lock and the open folder."""
         path = lock_path(self._database.directory, name)
         # The lock comes first: what belongs to a session without one is swept away.
         with os_errors("begin a session in the cache"):
@@ -117,24 +124,82 @@ class Session:
             processes.write_record(lock.fileno())
             with os_errors("begin a session in the cache"):
                 self._database.folders.make(f"ingest/{name}")
+                with self._database.folders.open(f"ingest/{name}") as folder:
+                    opened = OpenFolder(folder)
                 sync_folder(self._database.directory / "ingest")
         except BaseException:
             with suppress(OSError):
                 path.unlink()
             locks.release(lock)
             raise
-        return lock
+        return lock, opened
 
     @property
     def folder(self) -> Path:
         """Where this session writes what it receives."""
         return Path(f"{self._database.directory}/ingest/{self.id}")
 
+    @property
+    def opened(self) -> OpenFolder:
+        """The same folder, opened: files are named within it, so that no link leads elsewhere."""
+        with self._guard:
+            _ = self.id
+            assert self._opened is not None
+            return self._opened
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a group shares the cache: its files must be what the group can read."""
+        return is_shared(os.fstat(self._database.folders.root))  # it may be shared since it was opened
+
+    def discard(self, path: Path | None) -> None:
+        """Remove a file of this session that is not needed any more; a failure is not raised.
+
+        A parent process's file is left to it.
+        """
+        with self._guard:
+            opened, session = self._opened, self._id
+        if path is not None and opened is not None and path.parent.name == session:
+            discard(path.name, opened.descriptor)
+
+    def new_file(self) -> FileIO:
+        """Return a new file that has no name and goes when it is closed.
+
+        Raises:
+            OSError: if it cannot be made.
+        """
+        folder, flags = self.opened, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        while True:
+            name = self.new_path().name
+            try:
+                file = FileIO(os.open(name, flags, 0o600, dir_fd=folder.descriptor), "rb+")
+                break
+            except FileExistsError:
+                pass  # another user has put it there, or a link
+        discard(name, folder.descriptor)
+        return file
+
     def new_path(self, digest: Digest | None = None) -> Path:
         """Return a new path in the folder; with a digest, it tells the next open what was being published."""
         number = next(self._numbers)
         name = f"{number}.{digest.replace(':', '-')}" if digest else f"{number}"
         return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # one path made: see `blob_file`
+
+    def new_folder(self) -> Path:
+        """Make a folder for a new index, which SQLite finds by its path; return that path.
+
+        Raises:
+            NotOurs: if the path leads to another folder.
+            StorageError: if it cannot be made.
+        """
+        path, opened = self.new_path(), self.opened
+        with os_errors("make a folder for a new index"):
+            os.mkdir(path.name, 0o700, dir_fd=opened.descriptor)
+            made = os.stat(path.name, dir_fd=opened.descriptor, follow_symlinks=False)
+            with self._database.folders.open(f"ingest/{path.parent.name}/{path.name}") as found:
+                if not os.path.samestat(os.fstat(found), made):
+                    raise NotOurs(f"{str(path)!r} was replaced by another folder: try again")
+        return path
 
     def lease(self, connection: Connection, digests: Iterable[Digest]) -> Hold:
         """Keep digests from collection, from the connection's commit on until `release`."""
@@ -242,9 +307,44 @@ def remove_folder(folders: Folders, session: str) -> None:
             for name in filter(is_received, os.listdir(folder)):
                 try:
                     os.unlink(name, dir_fd=folder)
-                except IsADirectoryError:  # a new index was made there; no link in it is followed
-                    shutil.rmtree(name, dir_fd=folder)
+                except IsADirectoryError:
+                    if name.isdecimal():
+                        _remove_new_index(folders, f"ingest/{session}/{name}")
         os.rmdir(session, dir_fd=ingest)
+
+
+def _remove_new_index(folders: Folders, name: str) -> None:
+    """Remove the folder that a new index was made in, if it holds what such a folder holds and nothing else.
+
+    Args:
+        folders: of the cache.
+        name: of the folder, relative to the cache directory.
+
+    Raises:
+        OSError: if something in it cannot be removed.
+        NotOurs: if it is on another file system, or another user's.
+    """
+    found = {"": True}  # paths below the folder: whether each is a folder
+    for folder in ("", *FOLDERS):
+        if not found.get(folder):
+            continue
+        with folders.open(f"{name}/{folder}".rstrip("/")) as opened, os.scandir(opened) as entries:
+            for entry in entries:
+                path = f"{folder}/{entry.name}".lstrip("/")
+                found[path] = entry.is_dir(follow_symlinks=False)
+                if path not in FOLDERS if found[path] else not _is_of_new_index(path, entry):
+                    return  # it is somebody else's
+    for path in reversed(found):
+        outer, _, last = f"{name}/{path}".rstrip("/").rpartition("/")
+        with folders.open(outer) as opened:
+            if found[path]:
+                os.rmdir(last, dir_fd=opened)
+            else:
+                os.unlink(last, dir_fd=opened)
+
+
+def _is_of_new_index(path: str, entry: os.DirEntry[str]) -> bool:
+    return _NEW_INDEX.fullmatch(path) is not None and entry.is_file(follow_symlinks=False)
 
 
 def dead_sessions(folders: Folders, left: list[Leftover]) -> Iterator[str]:

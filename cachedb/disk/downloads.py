@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from cachedb.disk import single_flight
 from cachedb.disk.folders import Folders
@@ -19,6 +19,7 @@ __all__ = ["begun", "key_of", "sweep"]
 
 
 _AGE = 24 * 60 * 60  # seconds after which nobody is expected to go on with one
+_NOT_OPENED = (errno.ELOOP, errno.EACCES, errno.ENXIO)  # a symbolic link, another user's file, a socket
 
 
 def key_of(digest: Digest) -> str:
@@ -26,36 +27,53 @@ def key_of(digest: Digest) -> str:
     return f"blob {digest}"
 
 
-def begun(path: Path, size: int) -> int:
-    """Return how much of a blob is there to go on from, in a file that may be written to; another is removed.
+def begun(folder: int, name: str, size: int) -> int:
+    """Return how many bytes of a download are there to resume from; unlink a file that cannot be resumed.
 
-    One that a process still writes to whose claim was taken over is another one: the process keeps it, without a name.
+    A file that another process still writes to, because its claim was taken over, is unlinked: that process keeps it
+    without a name. Whoever can write to the folder may have put a link there, so no link is followed.
+
+    Args:
+        folder: descriptor of ``ingest/partial/``.
+        name: of the file.
+        size: of the whole blob, in bytes.
+
+    Raises:
+        StorageError: if the file can be neither resumed nor unlinked.
     """
     with os_errors("write to the cache"):
         try:
-            found = path.stat()
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         except FileNotFoundError:
             return 0
-        if _is_written_to(path):
-            path.unlink()
+        except OSError as error:
+            if error.errno not in _NOT_OPENED:
+                raise
+            os.unlink(name, dir_fd=folder)
             return 0
-        # It was stored, by a process that was killed then; or it is another user's, who may write to it later.
-        if found.st_nlink > 1 or found.st_size > size or found.st_uid != os.geteuid():
-            path.unlink()
-            return 0
-        path.chmod(0o600)
-        return found.st_size
+        try:
+            found = os.fstat(file)
+            # A second name means that a killed process has stored it, or that somebody has linked another file here.
+            if found.st_nlink > 1 or found.st_size > size or not _is_our_file(found) or _is_written_to(file):
+                os.unlink(name, dir_fd=folder)
+                return 0
+            os.fchmod(file, 0o600)
+            return found.st_size
+        finally:
+            os.close(file)
 
 
-def _is_written_to(path: Path) -> bool:
-    """Return whether `receive` has a file open, in whatever process."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _is_our_file(found: os.stat_result) -> bool:
+    """Return whether this is a regular file of our user; another user may write to his own later."""
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def _is_written_to(file: int) -> bool:
+    """Return whether `receive` has this file open in any process."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    finally:
-        os.close(file)
     return False
 
 

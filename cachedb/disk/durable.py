@@ -17,10 +17,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from cachedb.errors import ignore_os_errors
 
-__all__ = ["PART", "atomic_file", "lock_part", "part_path", "remove_leftovers", "sync_file", "sync_folder"]
+__all__ = [
+    "PART",
+    "atomic_file",
+    "copy_to_new",
+    "lock_part",
+    "part_path",
+    "remove_leftovers",
+    "sync_file",
+    "sync_folder",
+]
 
 
 PART = re.compile(r"\.cachedb-[0-9a-f]{32}\.part")
@@ -132,6 +142,23 @@ def _remove_leftover(path: str, beside: str) -> None:
             os.unlink(path)
     finally:
         os.close(file)
+
+
+def copy_to_new(source: BinaryIO, name: str, folder: int) -> None:
+    """Copy a file to a new one, durably; a link that has the name is not followed.
+
+    Args:
+        source: open for reading.
+        name: of the new file.
+        folder: descriptor of the folder to make it in.
+
+    Raises:
+        FileExistsError: if anything has the name.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with FileIO(os.open(name, flags, 0o600, dir_fd=folder), "rb+") as copy:
+        shutil.copyfileobj(source, copy, 1024 * 1024)
+        os.fsync(copy.fileno())
 
 
 def sync_folder(folder: Path | str) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from cachedb.disk import marker
 from cachedb.errors import CacheReplaced, NotOurs
 
-__all__ = ["BLOB_FOLDERS", "FOLDERS", "Folders", "Leftover", "follow", "give", "is_shared", "mode_in"]
+__all__ = ["BLOB_FOLDERS", "FOLDERS", "Folders", "Leftover", "OpenFolder", "follow", "give", "is_shared", "mode_in"]
 
 
 BLOB_FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512")
@@ -33,6 +33,19 @@ class Leftover(NamedTuple):
 
     path: Path
     reason: str
+
+
+class OpenFolder:
+    """A folder of the cache that stays open while anybody refers to it, wherever it is moved."""
+
+    def __init__(self, folder: int) -> None:
+        """Keep an open folder open.
+
+        Args:
+            folder: its descriptor, which the caller may close.
+        """
+        self.descriptor = os.dup(folder)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 class Folders:
@@ -209,6 +222,8 @@ def follow(file: int, folder: os.stat_result, *, is_folder: bool = False) -> Non
     found = os.fstat(file)
     if found.st_uid != os.geteuid():
         return  # another process has made it meanwhile
+    if found.st_nlink > 1 and not is_folder:
+        return  # another file was linked here
     give(file, folder)
     if folder.st_mode & stat.S_ISGID and found.st_gid != folder.st_gid:
         os.fchown(file, -1, folder.st_gid)  # it was made elsewhere

@@ -56,7 +56,8 @@ class Reserve:
         self._open_folders().make("reserve.inodes")
         with self._open_folders().open("reserve.inodes") as folder:
             for number in range(1, _RESERVE_INODES + 1):
-                file = os.open(str(number), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+                file = os.open(str(number), flags, 0o600, dir_fd=folder)
                 try:
                     follow(file, self._open_folders().status)
                 finally:
@@ -78,10 +79,11 @@ class Reserve:
         with ignore_os_errors():
             if path.exists() and path.stat().st_size >= RESERVE_BYTES:
                 return
-            descriptor = os.open(
-                "reserve", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self._open_folders().root
-            )
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open("reserve", flags, 0o600, dir_fd=self._open_folders().root)
             try:
+                if os.fstat(descriptor).st_nlink > 1:
+                    return  # somebody has linked another file here
                 follow(descriptor, self._open_folders().status)
                 os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
             except OSError as error:

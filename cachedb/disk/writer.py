@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from cachedb.arguments import (
     check_readable,
 )
 from cachedb.disk.folders import give
-from cachedb.errors import DigestMismatch, ignore_os_errors, os_errors
+from cachedb.errors import DigestMismatch, StorageError, ignore_os_errors, os_errors
 from cachedb.oci.digests import Digest, parse_digest, split_digest
 from cachedb.progress import Advance
 from cachedb.threads import start
@@ -74,8 +75,9 @@ class Content(NamedTuple):
 
 def receive(
     source: Readable,
-    path: Path | None,
+    path: Path | str | None,
     *,
+    folder: int | None = None,
     digest: Digest | None = None,
     size: int | None = None,
     algorithm: str = "sha256",
@@ -89,6 +91,7 @@ def receive(
     Args:
         source: where the bytes come from.
         path: of the file, which is new; None to verify only.
+        folder: descriptor of the folder that the path is relative to.
         digest: the digest it must have, if that is known.
         size: the size in bytes it must have, if that is known.
         algorithm: to compute the digest with, if none is known.
@@ -105,13 +108,15 @@ def receive(
     hasher = hashlib.new(split_digest(digest)[0] if digest else algorithm)
     hashers: list[Hasher] = [hasher, also] if also else [hasher]
     with os_errors("write to the cache"):
-        target = os.open(path, os.O_RDWR | os.O_CREAT | (0 if go_on else os.O_EXCL), 0o600) if path else None
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | (0 if go_on else os.O_EXCL)
+        target = os.open(path, flags, 0o600, dir_fd=folder) if path else None
     try:
         if go_on and target is not None:
+            _check_partial(target)
             with os_errors("write to a download that another process writes to"):
                 fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if target is not None and path is not None and os.geteuid() == 0:
-            give(target, os.stat(os.path.dirname(path)))
+            give(target, os.stat(os.path.dirname(path)) if folder is None else os.fstat(folder))
         begun = _hash(target, hashers) if go_on and target is not None else 0
         rest = None if size is None else size - begun
         length = begun + _copy(source, target, hashers, rest, progress)
@@ -131,6 +136,17 @@ def receive(
             os.close(target)
 
 
+def _check_partial(file: int) -> None:
+    """Refuse to write to a file that has a second name or another owner: somebody may have put it there.
+
+    Raises:
+        StorageError: if it is no regular file of our user with one name.
+    """
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
+        raise StorageError("another program has put a file into ingest/partial during the download: try again")
+
+
 def _hash(file: int, hashers: Sequence[Hasher]) -> int:
     """Show the hashers what a file has; return how many bytes that is, and leave the file at its end."""
     buffer, length = memoryview(bytearray(CHUNK)), 0
@@ -142,11 +158,15 @@ def _hash(file: int, hashers: Sequence[Hasher]) -> int:
     return length
 
 
-def discard(path: Path | None) -> None:
-    """Remove a file that is not needed any more. A failure is not raised: it would hide the error that came first."""
-    if path is not None:
-        with ignore_os_errors():
-            path.unlink()
+def discard(path: Path | str, folder: int | None = None) -> None:
+    """Remove a file that is not needed any more. A failure is not raised: it would hide the error that came first.
+
+    Args:
+        path: of the file.
+        folder: descriptor of the folder that the path is relative to.
+    """
+    with ignore_os_errors():
+        os.unlink(path, dir_fd=folder)
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int]:

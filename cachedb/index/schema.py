@@ -255,7 +255,7 @@ def migrate(
             # What was not committed is rolled back: nothing has become of what the backup is of.
             if backup:
                 with ignore_os_errors():
-                    backup.unlink()
+                    database.folders.remove(f"backups/{backup.name}")
             if reason := explain_refusal(error):
                 raise StorageError(f"the schema was not changed, for {reason}") from error
             raise

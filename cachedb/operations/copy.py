@@ -146,12 +146,24 @@ def _check_left(directory: Path) -> None:
     if "index.db" in there:
         raise NotACache(f"{str(directory)!r} is a cache already: name a new or empty directory")
     strange = set(there)
-    if UNFINISHED in there and there[UNFINISHED].is_file(follow_symlinks=False):
+    if UNFINISHED in there and _is_left(directory / UNFINISHED):
         strange -= {UNFINISHED, *(f"{UNFINISHED}-{suffix}" for suffix in _SUFFIXES)}
         if "blobs" in there and there["blobs"].is_dir(follow_symlinks=False):
             strange.remove("blobs")
     if strange:
         raise NotACache(f"{str(directory)!r} is not empty (it holds {min(strange)!r}): name a new or empty directory")
+
+
+def _is_left(path: Path) -> bool:
+    try:
+        return _is_ours(path.lstat())
+    except FileNotFoundError:
+        return False  # another process has come to its end meanwhile
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """Return whether a copy can have made this: a regular file of our user that has no second name."""
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1
 
 
 def _delete_left(directory: Path) -> None:
@@ -160,7 +172,7 @@ def _delete_left(directory: Path) -> None:
     Raises:
         NotACache: if there is something among it that no copy makes.
     """
-    os.truncate(directory / UNFINISHED, 0)
+    _truncate(directory / UNFINISHED)
     for suffix in _SUFFIXES:
         (directory / f"{UNFINISHED}-{suffix}").unlink(missing_ok=True)
     if (directory / "blobs").exists():
@@ -172,6 +184,21 @@ def _delete_left(directory: Path) -> None:
     for name in reversed(BLOB_FOLDERS):
         with suppress(FileNotFoundError):
             (directory / name).rmdir()
+
+
+def _truncate(staged: Path) -> None:
+    """Empty what an interrupted copy has left of an index.
+
+    Raises:
+        NotACache: if it is another file by now.
+    """
+    file = os.open(staged, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not _is_ours(os.fstat(file)):
+            raise NotACache(f"{str(staged)!r} is another program's: name a new or empty directory")
+        os.ftruncate(file, 0)
+    finally:
+        os.close(file)
 
 
 def _stored(connection: Connection) -> dict[Digest, int]:

@@ -42,7 +42,7 @@ def import_archive(
     if link and not (isinstance(source, Path) and (source.is_dir() or not source.exists())):
         raise CacheError("links are made to the files of an image layout folder, and this is none")
     most = files.max_unpacked() if max_unpacked is None else max_unpacked
-    with files.open_files(source, session.new_path(), most) as opened_files:
+    with files.open_files(source, session.new_file, most) as opened_files:
         return _import(database, session, read_images(opened_files, name), progress, most, link=link)
 
 

@@ -19,7 +19,7 @@ from cachedb.disk import downloads, reader, single_flight
 from cachedb.disk.layout import partial_path
 from cachedb.disk.reserve import is_full
 from cachedb.disk.waiting import LOG
-from cachedb.disk.writer import Received, discard
+from cachedb.disk.writer import Received
 from cachedb.errors import (
     CacheError,
     InvalidManifest,
@@ -338,4 +338,5 @@ class _Pull:
                 raise
             with publish.publish(self._database, self._session, [received]) as connection:
                 self._holds.append(self._session.lease(connection, [blob.digest]))
-            discard(path)
+            with suppress(CacheError), ignore_os_errors():  # it is stored
+                self._database.folders.remove(f"ingest/partial/{path.name}")

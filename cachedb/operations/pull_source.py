@@ -216,11 +216,6 @@ class Source:
         if (mark := self._whole.get(blob.digest)) and mark == _mark(path):
             advance(blob.size)
             return Content(blob.digest, blob.size, mark[0])
-        with os_errors("write to the cache"):
-            folders = Folders(self._directory)
-            folders.make("ingest/partial")
-            with folders.open("ingest/partial"):
-                pass  # it is refused if it leads elsewhere
 
         def look(is_fast: bool) -> None:
             if not is_fast:
@@ -230,17 +225,22 @@ class Source:
                 single_flight.show_progress(self._directory, self.key)
             single_flight.show_progress(self._directory, key)
 
-        def ask() -> Content:
+        def ask(folder: int) -> Content:
             single_flight.check_claim(self._directory, key)
-            return self.ask(lambda repository: _download(repository, blob, path, advance, look))
+            return self.ask(lambda repository: _download(repository, blob, folder, path.name, advance, look))
 
-        begun = downloads.begun(path, blob.size)
-        try:
-            return ask()
-        except DigestMismatch:
-            if not begun:
-                raise
-            return ask()  # it may have been the part that was here: a power cut can spoil it
+        with ExitStack() as stack:
+            with os_errors("write to the cache"):
+                folders = Folders(self._directory)
+                folders.make("ingest/partial")
+                folder = stack.enter_context(folders.open("ingest/partial"))  # a link is refused
+            begun = downloads.begun(folder, path.name, blob.size)
+            try:
+                return ask(folder)
+            except DigestMismatch:
+                if not begun:
+                    raise
+                return ask(folder)  # it may have been the part that was here: a power cut can spoil it
 
     def wait(self, blob: Descriptor, seconds: float) -> int:
         """Wait for another thread or process that downloads a blob; return the bytes of it that are there by then."""
@@ -250,7 +250,7 @@ class Source:
         else:
             ended.wait(seconds)
         with ignore_os_errors():
-            return min(partial_path(self._directory, blob.digest).stat().st_size, blob.size)
+            return min(partial_path(self._directory, blob.digest).lstat().st_size, blob.size)
         return 0
 
     # Before the index is open
@@ -337,11 +337,16 @@ class _Looking:
 
 
 def _download(
-    repository: Repository, blob: Descriptor, path: Path, advance: Advance, look: Callable[[bool], None]
+    repository: Repository,
+    blob: Descriptor,
+    folder: int,
+    file: str,
+    advance: Advance,
+    look: Callable[[bool], None],
 ) -> Content:
-    """Download a blob from one repository, or what a file has not yet of it."""
+    """Download a blob from one repository, or what a file in an open folder has not yet of it."""
     look(False)
-    done = downloads.begun(path, blob.size)
+    done = downloads.begun(folder, file, blob.size)
     advance(done)
 
     def count(new: int) -> None:
@@ -351,9 +356,16 @@ def _download(
 
     source = repository.blob(blob.digest, blob.size, done, look)
     try:
-        what, also = f"blob {blob.digest}", _Looking(look)
         return receive(
-            source, path, digest=blob.digest, size=blob.size, go_on=True, also=also, progress=count, what=what
+            source,
+            file,
+            folder=folder,
+            digest=blob.digest,
+            size=blob.size,
+            go_on=True,
+            also=_Looking(look),
+            progress=count,
+            what=f"blob {blob.digest}",
         )
     except single_flight.ClaimLost:
         advance(-done)
@@ -361,7 +373,7 @@ def _download(
     except (RegistryError, DigestMismatch) as error:
         advance(-done)  # the next one is asked from the beginning
         if not done or isinstance(error, DigestMismatch):
-            discard(path)
+            discard(file, folder)
         raise
     finally:
         source.close()
@@ -377,7 +389,7 @@ def _verified(blob: Descriptor, data: bytes) -> bytes:
 def _mark(path: Path) -> tuple[int, int, int] | None:
     """Return what tells a file from another of its name, and from itself after it was written to."""
     try:
-        found = path.stat()
+        found = path.lstat()
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_size, found.st_ctime_ns  # which is another, too, once it has a second name

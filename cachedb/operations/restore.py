@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from sqlalchemy import Connection, bindparam, delete, func, select, update
 from cachedb.content import save
 from cachedb.content.session import Session
 from cachedb.disk import layout, writer
+from cachedb.disk.durable import copy_to_new
 from cachedb.disk.folders import FOLDERS, Folders
 from cachedb.disk.layout import chosen
 from cachedb.errors import (
@@ -67,7 +67,7 @@ def restore(directory: Path, file: Path) -> Restored:
             raise NotACache(f"{str(file)!r} is the index itself: name a backup")
     session = Session(database)
     try:
-        with closing(Database(session.new_path())) as new:
+        with closing(Database(session.new_folder())) as new:
             _take(new, file)
             with os_errors("restore the index"), database.alone():
                 _refuse_newer(database)
@@ -96,15 +96,15 @@ class Restored(NamedTuple):
 def _take(new: Database, file: Path) -> None:
     """Copy a backup, whatever else its folder has; check that it is one, and bring it to the newest schema."""
     with os_errors("copy the backup"):
-        new.directory.mkdir(mode=0o700)
         folders = Folders(new.directory)
         folders.mark(new=True)
         for folder in FOLDERS:
             folders.make(folder)
-        shutil.copyfile(file, new.path)
-        new.path.chmod(0o600)
-        with suppress(FileNotFoundError):  # of a copy that was made while it was in use
-            shutil.copyfile(f"{file}-wal", f"{new.path}-wal")
+        with file.open("rb") as backup:
+            copy_to_new(backup, new.path.name, folders.root)
+        # Beside a copy that was made while it was in use lies its WAL.
+        with suppress(FileNotFoundError), open(f"{file}-wal", "rb") as wal:
+            copy_to_new(wal, f"{new.path.name}-wal", folders.root)
     try:
         with new.raw() as connection:
             (mark,) = connection.execute("PRAGMA application_id").fetchone()

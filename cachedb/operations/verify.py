@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -22,7 +21,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from cachedb.content import collect, describe, save
 from cachedb.content.session import Session, half_published
-from cachedb.disk.durable import sync_file, sync_folder
+from cachedb.disk.durable import copy_to_new, sync_folder
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import (
     blob_path,
@@ -34,8 +33,9 @@ from cachedb.disk.layout import (
     quarantine_path,
     trash_digest,
 )
+from cachedb.disk.reader import open_regular
 from cachedb.disk.writer import CHUNK, Received, identity
-from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers
+from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers, os_errors
 from cachedb.index import drift, images
 from cachedb.index.blobs import set_stored, stored
 from cachedb.index.sqlite.batches import batched
@@ -110,9 +110,22 @@ def verify(
     """
     if repair and database.read_only:
         raise StorageError("cannot repair the cache: it can only be read")
+    with os_errors("verify the cache"):  # its folders may be gone
+        return _verify(database, session, quick=quick, repair=repair, left=left, progress=progress)
+
+
+def _verify(
+    database: Database,
+    session: Session,
+    *,
+    quick: bool,
+    repair: bool,
+    left: Iterable[Leftover],
+    progress: Progress | None,
+) -> Verification:
     problems = [Problem("index", None, database.path, fault, None) for fault in find_faults(database, quick=quick)]
     if problems and repair:
-        lost = rebuild.rebuild(database, session.new_path())
+        lost = rebuild.rebuild(database, session.new_folder())
         problems = [problem._replace(repair="the index was rebuilt") for problem in problems]
         problems += [Problem("index", None, database.path, line, None) for line in lost]
     files, strays = on_disk(database.directory)
@@ -202,7 +215,7 @@ def _read_file(path: Path, digest: Digest, buffer: memoryview, add: Advance) -> 
     read = (0, 0, 0)
     try:
         read = identity(path.lstat())  # also of a file that cannot be opened
-        with path.open("rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=open_regular) as file:
             read = identity(os.fstat(file.fileno()))
             while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
@@ -268,9 +281,10 @@ def _adopt(connection: Connection, directory: Path, digest: Digest, reading: Rea
     if reading is None:
         return None  # it came since: another look will tell
     path = blob_path(directory, digest)
-    if path.stat().st_mode & 0o222:
-        path.chmod(0o444)
-    sync_file(path)
+    with open(path, "rb", opener=open_regular) as file:
+        if os.fstat(file.fileno()).st_mode & 0o222:
+            os.fchmod(file.fileno(), 0o444)
+        os.fsync(file.fileno())
     sync_folder(path.parent)
     set_stored(connection, [Received(digest, reading.size, None)])
     if reading.size <= DOCUMENT_LIMIT:
@@ -290,12 +304,13 @@ def _put_aside(connection: Connection, directory: Path, digest: Digest, _reading
         _move(directory, path, kept)
     else:
         # A second name; the first goes by way of the trash, once the row is gone for good.
-        try:
-            os.link(path, kept, follow_symlinks=False)
-        except PermissionError:  # it is another user's, which Linux does not let us link
-            shutil.copyfile(path, kept)
-            sync_file(kept)
-        sync_folder(kept.parent)
+        with Folders(directory).open("quarantine") as quarantine:
+            try:
+                os.link(path, kept.name, dst_dir_fd=quarantine, follow_symlinks=False)
+            except PermissionError:  # it is another user's, which Linux does not let us link
+                with open(path, "rb", opener=open_regular) as file:
+                    copy_to_new(file, kept.name, quarantine)
+            os.fsync(quarantine)
         connection.execute(delete(TRASH).where(TRASH.c.digest == digest))
         connection.execute(insert(TRASH).values(digest=digest, size=path.stat().st_size))
         _unstore(connection, directory, digest)

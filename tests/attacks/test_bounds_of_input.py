@@ -240,7 +240,9 @@ def test_what_is_left_of_a_download_is_kept_for_a_day(
 def test_a_download_is_gone_on_with_unless_there_is_more_than_all_of_it(tmp_path: Path, there: int, begun: int) -> None:
     path = tmp_path / "partial"
     path.write_bytes(bytes(there))
-    assert downloads.begun(path, 10) == begun
+    folder = os.open(tmp_path, os.O_RDONLY)
+    assert downloads.begun(folder, path.name, 10) == begun
+    os.close(folder)
     assert path.exists() == bool(begun)
 
 

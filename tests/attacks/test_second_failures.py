@@ -40,6 +40,8 @@ class Fault:
         subject = arguments[0] if arguments else ""
         if isinstance(subject, int):
             subject = os.readlink(f"/proc/self/fd/{subject}")
+        if (folder := options.get("dir_fd")) is not None:
+            subject = f"{os.readlink(f'/proc/self/fd/{folder}')}/{subject}"
         if self._when(str(subject)):
             self.fired += 1
             raise OSError(self._code, os.strerror(self._code))
@@ -94,7 +96,7 @@ def test_an_export_whose_link_cannot_be_renamed_nor_taken_away(cache: Cache, fau
     cache.export("app:1", tmp_path / "out", format="oci-dir", link=True)
     with (
         fault(Path, "rename", errno.ENOSPC, "out/blobs"),
-        fault(Path, "unlink", errno.EIO, "out/blobs"),
+        fault(os, "unlink", errno.EIO, "out/blobs"),
         pytest.raises(StorageError, match="cannot write the export: No space left"),
     ):
         cache.export("app:1", tmp_path / "out", format="oci-dir", link=True)
@@ -107,7 +109,7 @@ def test_a_spooled_archive_that_cannot_be_taken_away(
     archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": IMAGE}))
     data = gzip.compress(archive.read_bytes())
     archive.write_bytes(data[: len(data) // 2] if damaged else data)
-    with fault(Path, "unlink", errno.EIO, "/ingest/"):
+    with fault(os, "unlink", errno.EIO, "/ingest/"):
         if damaged:
             with pytest.raises(InvalidArchive, match="cut short"):
                 cache.cache_from_tar(archive)
@@ -137,13 +139,13 @@ def test_a_change_of_the_schema_that_fails_and_whose_backup_cannot_be_taken_away
         raise StorageError("the first error")
 
     monkeypatch.setattr(schema, "run_migrations", broken)
-    with fault(Path, "unlink", errno.EIO, "-before-"), pytest.raises(StorageError, match=r"^the first error$"):
+    with fault(os, "unlink", errno.EIO, "-before-"), pytest.raises(StorageError, match=r"^the first error$"):
         upgrade.downgrade(directory, "-1")
 
 
 def test_a_blob_that_is_refused_and_cannot_be_taken_away(cache: Cache, fault: MakeFault) -> None:
     with (
-        fault(Path, "unlink", errno.EIO, "/ingest/"),
+        fault(os, "unlink", errno.EIO, "/ingest/"),
         pytest.raises(CacheError, match="should have digest"),
     ):
         cache.save_blob(make.digest_of(b"x"), b"y")

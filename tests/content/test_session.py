@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import sqlite3
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from cachedb import Cache, StorageError
+from cachedb import Cache, NotOurs, StorageError
 from cachedb.content import collect
 from cachedb.content.session import Session, dead_sessions, lock_path
 from cachedb.disk.layout import received_digest
@@ -23,7 +24,8 @@ from cachedb.index.tables import LEASES
 from cachedb.oci.digests import Digest
 from tests.conftest import files_of, run_python, running, snapshot
 from tests.disk.test_locks import is_free, open_files
-from tests.support.make import digest_of
+from tests.index.sqlite.test_database import content
+from tests.support.make import digest_of, image, save
 
 DIGEST = Digest(digest_of(b"data"))
 LIVING = """
@@ -324,3 +326,42 @@ def test_a_session_dies_with_its_process_though_a_child_lives(directory: Path) -
             with closing(Database(directory)) as index:
                 assert [part.blobs for part in collect.collect(index)] == [1]
             assert not cache.has_blob(DIGEST)
+
+
+def test_a_session_works_in_the_folder_that_it_has_opened(directory: Path, tmp_path: Path) -> None:
+    """Even if a link takes the folder's place: whoever shares the cache could put one there."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", image(1))
+        folder = cache._session.folder
+        for number in range(1, 30):
+            for digest in image(2).blobs:
+                (elsewhere / f"{number}.{digest.replace(':', '-')}").write_bytes(b"mine")
+            (elsewhere / f"{number}").write_bytes(b"mine")
+        before = content(elsewhere)
+        folder.rename(tmp_path / "moved")
+        folder.symlink_to(elsewhere)
+        save(cache, "app:2", image(2))
+        assert content(elsewhere) == before
+        assert os.listdir(tmp_path / "moved") == []
+    assert content(elsewhere) == before
+    with Cache.open(directory) as cache:
+        assert {str(found.name) for found in cache.list_manifests() if found.complete} == {"app:1", "app:2"}
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_the_folder_of_a_new_index_is_in_our_own_folder(directory: Path, tmp_path: Path, is_link: bool) -> None:
+    with Cache.open(directory) as cache:
+        folder = cache._session.folder
+        folder.rename(tmp_path / "moved")
+        other = tmp_path / "other" if is_link else folder
+        for number in range(1, 10):
+            (other / f"{number}").mkdir(parents=True)
+        if is_link:
+            folder.symlink_to(other)
+        with pytest.raises(NotOurs, match=r"is a symbolic link|was replaced by another folder"):
+            cache._session.new_folder()
+        assert set(content(other).values()) == {None}, "nothing was made there"
+        (folder.unlink if is_link else lambda: shutil.rmtree(folder))()
+        (tmp_path / "moved").rename(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache
-from cachedb.disk.durable import atomic_file, part_path, remove_leftovers
+from cachedb.disk.durable import atomic_file, copy_to_new, part_path, remove_leftovers
 from cachedb.operations import upgrade
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, start_python
@@ -253,3 +254,23 @@ def test_what_a_killed_backup_leaves_in_another_folder_goes_at_the_next_backup(f
     (folder / ".backup-of-somebody").touch()
     upgrade.back_up(filled.directory, folder / "third.db")
     assert set(os.listdir(folder)) == {"second.db", "third.db", ".backup-of-somebody"}
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link"])
+def test_a_copy_of_a_file_is_a_new_file(tmp_path: Path, kind: str) -> None:
+    precious, name = tmp_path / "precious", tmp_path / "copy"
+    precious.write_bytes(b"mine")
+    if kind == "hard link":
+        name.hardlink_to(precious)
+    else:
+        name.symlink_to(precious if kind == "link" else tmp_path / "new")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(FileExistsError):
+            copy_to_new(io.BytesIO(b"data"), name.name, folder)
+        name.unlink()
+        copy_to_new(io.BytesIO(b"data"), name.name, folder)
+    finally:
+        os.close(folder)
+    assert (precious.read_bytes(), name.read_bytes()) == (b"mine", b"data")
+    assert not (tmp_path / "new").exists()

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,9 @@ import pytest
 from cachedb import Cache, CacheError, CacheReplaced, NotACache, NotOurs, SchemaMismatch, StorageError
 from cachedb.disk import marker
 from cachedb.disk.folders import Folders
+from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
+from cachedb.operations import upgrade
 from tests.conftest import Run, files_of, run_python
 from tests.index.sqlite.test_database import content
 from tests.support.make import digest_of, image, save
@@ -130,15 +132,78 @@ def test_a_partial_folder_that_is_a_link_leads_nowhere(directory: Path, elsewher
     assert content(elsewhere) == before
 
 
-def test_a_folder_in_a_new_index_that_is_a_link_leads_nowhere(directory: Path, elsewhere: Path) -> None:
-    """A session's folder may hold a folder of its own, which is removed whole."""
+@pytest.mark.parametrize("name", ["trash", "index.db-wal"])
+def test_a_folder_in_a_new_index_that_is_a_link_leads_nowhere(directory: Path, elsewhere: Path, name: str) -> None:
+    """A session's folder may hold a folder of its own, in which a new index is made."""
     Cache.open(directory).close()
     inner = directory / "ingest" / "1-00000000dead" / "3"
     inner.mkdir(parents=True)
-    (inner / "trash").symlink_to(elsewhere)
+    (inner / "index.db").touch()
+    (inner / name).symlink_to(elsewhere)
     before = content(elsewhere)
     Cache.open(directory).close()
+    assert set(os.listdir(inner)) == {"index.db", name}
+    assert content(elsewhere) == before
+
+
+def test_a_new_index_that_a_killed_process_has_left_goes(directory: Path) -> None:
+    Cache.open(directory).close()
+    inner = directory / "ingest" / "1-00000000dead" / "3"
+    with closing(Database(inner)) as new:
+        upgrade.prepare(new)
+        with new.write():
+            shutil.copytree(inner, inner.with_name("4"))
+    for name in ("5", "6"):  # it was killed at the beginning
+        inner.with_name(name).mkdir()
+    inner.with_name("6").joinpath("blobs").mkdir()
+    with Cache.open(directory) as cache:
+        assert cache.get_leftovers() == []
     assert not inner.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["1/docs/thesis.txt", "1/thesis.txt", "1/index.db/thesis.txt", "1/blobs/sha256/thesis.txt", "1/trash/x/y"]
+)
+def test_a_folder_in_a_session_folder_that_is_no_new_index_stays(directory: Path, name: str) -> None:
+    Cache.open(directory).close()
+    session = directory / "ingest" / "123-aaaaaaaaaaaa"
+    (session / name).parent.mkdir(parents=True)
+    (session / name).write_text("thesis")
+    (session / "1" / "cachedb.json").write_text("{}")
+    (session / "2").write_text("a blob, half received")
+    Cache.open(directory).close()
+    assert (session / name).read_text() == "thesis"
+    assert (session / "1" / "cachedb.json").exists()
+    assert not (session / "2").exists()
+    with Cache.open(directory) as cache:
+        assert [leftover.path for leftover in cache.get_leftovers()] == [session]
+        (problem,) = cache.verify().problems
+        assert (problem.kind, problem.path) == ("orphan", session)
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("place", ["2", "2/blobs"])
+def test_another_file_system_in_a_session_folder_stays(directory: Path, tmp_path: Path, place: str) -> None:
+    Cache.open(directory).close()
+    disk, inner = tmp_path / "disk", directory / "ingest" / "123-aaaaaaaaaaaa" / place
+    disk.mkdir()
+    inner.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", inner], check=True)
+    try:
+        (inner / "index.db").touch()
+        (inner / "sha256").mkdir()
+        Cache.open(directory).close()
+        assert sorted(os.listdir(inner)) == ["index.db", "sha256"]
+    finally:
+        subprocess.run(["umount", "-l", inner], check=True)
+
+
+def test_no_backup_is_made_behind_a_link(directory: Path, index: Database, elsewhere: Path) -> None:
+    shutil.rmtree(directory / "backups")
+    (directory / "backups").symlink_to(elsewhere)
+    before = content(elsewhere)
+    with pytest.raises(NotOurs, match="is a symbolic link"):
+        backups.back_up(index, "mine")
     assert content(elsewhere) == before
 
 

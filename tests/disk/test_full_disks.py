@@ -8,6 +8,7 @@ import mmap
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -162,6 +163,22 @@ def test_what_is_set_aside_is_never_taken_from_behind_a_link(directory: Path, tm
     with Cache.open(directory) as cache:
         cache._database.reserve.give_up_inodes()
     assert os.listdir(tmp_path / "elsewhere") == ["1"]
+
+
+@pytest.mark.parametrize("name", ["reserve", "reserve.inodes/3", "reserve.inodes/8"])
+def test_what_is_set_aside_is_no_file_with_a_second_name(directory: Path, tmp_path: Path, name: str) -> None:
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"mine")
+    precious.chmod(0o640)
+    Cache.open(directory).close()
+    shutil.rmtree(directory / "reserve.inodes")
+    (directory / "reserve").unlink()
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).hardlink_to(precious)
+    with Cache.open(directory) as cache:
+        cache.add_blob(b"data")
+    assert precious.read_bytes() == b"mine"
+    assert stat.S_IMODE(precious.stat().st_mode) == 0o640
 
 
 def test_only_our_own_names_are_given_up(cache: Cache, directory: Path) -> None:

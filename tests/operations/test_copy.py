@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -395,6 +396,25 @@ def test_what_a_link_of_a_killed_copy_leads_to_is_not_deleted(cache: Cache, targ
     with pytest.raises(NotACache, match=f"it holds '{UNFINISHED}'"):
         cache.copy(target)
     check(tmp_path / "other")
+
+
+def test_a_file_of_the_name_that_an_unfinished_copy_has_is_not_emptied(
+    cache: Cache, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(cache, "app:1", image(1))
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"mine")
+    precious.chmod(0o640)
+    target.mkdir()
+    (target / UNFINISHED).hardlink_to(precious)
+    with pytest.raises(NotACache, match=f"it holds '{UNFINISHED}'"):
+        cache.copy(target)
+    assert os.listdir(target) == [UNFINISHED]
+    monkeypatch.setattr(copy, "_is_left", lambda _: True)  # it came after the look
+    with pytest.raises(NotACache, match="is another program's"):
+        cache.copy(target)
+    assert precious.read_bytes() == b"mine"
+    assert stat.S_IMODE(precious.stat().st_mode) == 0o640
 
 
 def test_an_interrupt_leaves_nothing(cache: Cache, target: Path) -> None:

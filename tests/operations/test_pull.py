@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,13 +19,27 @@ from typing import Any
 import pytest
 from urllib3.exceptions import SSLError
 
-from cachedb import Cache, DigestMismatch, InvalidManifest, InvalidName, NotInCache, RegistryError, RegistryUnavailable
+from cachedb import (
+    Cache,
+    CacheError,
+    DigestMismatch,
+    InvalidManifest,
+    InvalidName,
+    NotInCache,
+    RegistryError,
+    RegistryUnavailable,
+    StorageError,
+)
+from cachedb.disk import downloads
+from cachedb.disk.writer import receive
+from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 from cachedb.transports.registry import client, places, repository, tls
 from tests.conftest import Run
 from tests.index.test_schema import change
 from tests.support import make
 from tests.support.faults import Do, answer, changed, closed, corrupt, endless, html, redirect, retry_later, without
+from tests.support.make import write_bytes
 from tests.support.promises import check
 from tests.support.registries import HTPASSWD, PASSWORD, REFRESH_TOKEN, USER, Registry, certificate, docker_registry
 
@@ -321,6 +337,66 @@ def test_what_is_left_of_a_download_is_not_trusted(cache: Cache, remote: Registr
     cache.pull(f"{remote.host}/large:1")
     assert_is_here(cache, f"{remote.host}/large:1", LARGE)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "fifo"])
+def test_what_somebody_has_put_in_the_place_of_a_download_is_not_written_to(
+    cache: Cache, remote: Registry, tmp_path: Path, kind: str
+) -> None:
+    precious = write_bytes(tmp_path / "precious", b"mine")
+    precious.chmod(0o640)
+    path = partial(cache, LARGE.layers[0], b"")
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "hard link":
+        path.hardlink_to(precious)
+    else:
+        path.symlink_to(precious if kind == "link" else tmp_path / "new")
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    assert precious.read_bytes() == b"mine"
+    assert stat.S_IMODE(precious.stat().st_mode) == 0o640
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "fifo"])
+def test_what_takes_the_place_of_a_download_at_the_last_moment_is_not_written_to(tmp_path: Path, kind: str) -> None:
+    precious = write_bytes(tmp_path / "precious", b"mine")
+    precious.chmod(0o640)
+    path = tmp_path / "partial"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "hard link":
+        path.hardlink_to(precious)
+    else:
+        path.symlink_to(precious)
+    with pytest.raises(StorageError, match=r"another program has put a file|symbolic links"):
+        receive(io.BytesIO(b"data"), path, digest=Digest(make.digest_of(b"data")), size=4, go_on=True)
+    assert precious.read_bytes() == b"mine"
+    assert stat.S_IMODE(precious.stat().st_mode) == 0o640
+
+
+def test_a_download_goes_to_the_folder_that_was_opened(
+    cache: Cache, remote: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if a link takes the folder's place meanwhile."""
+    elsewhere, folder = tmp_path / "elsewhere", cache.directory / "ingest" / "partial"
+    elsewhere.mkdir()
+    begun = downloads.begun
+
+    def replaced(descriptor: int, name: str, size: int) -> int:
+        if not folder.is_symlink():
+            folder.rename(tmp_path / "moved")
+            folder.symlink_to(elsewhere)
+            write_bytes(elsewhere / name, b"mine")
+        return begun(descriptor, name, size)
+
+    monkeypatch.setattr(downloads, "begun", replaced)
+    with pytest.raises(CacheError):
+        cache.pull(f"{remote.host}/large:1")
+    assert {path.read_bytes() for path in elsewhere.iterdir()} == {b"mine"}
+    folder.unlink()
 
 
 def test_what_nobody_goes_on_with_for_a_day_is_collected(cache: Cache) -> None:

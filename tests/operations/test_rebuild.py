@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, event
 
-from cachedb import Cache, DamagedIndex, NotACache, SchemaMismatch, StorageError
+from cachedb import Cache, DamagedIndex, NotACache, NotOurs, SchemaMismatch, StorageError
 from cachedb.disk import durable
 from cachedb.disk.layout import blob_path
 from cachedb.index import schema
@@ -830,3 +830,13 @@ def test_a_new_index_that_has_a_wal_still_is_not_put_in_place(made: Path) -> Non
     with closing(index), index.alone(), pytest.raises(StorageError, match="not whole"):
         backups.put_in_place(index, new)
     assert (made / "index.db").read_bytes() == before
+
+
+def test_an_index_behind_a_link_is_not_put_in_place(made: Path, tmp_path: Path) -> None:
+    elsewhere, index = tmp_path / "elsewhere", Database(made)
+    elsewhere.mkdir()
+    (elsewhere / "index.db").write_bytes(b"mine")
+    (made / "ingest" / "1").symlink_to(elsewhere)
+    with closing(index), index.alone(), pytest.raises(NotOurs, match="is a symbolic link"):
+        backups.put_in_place(index, made / "ingest" / "1" / "index.db")
+    assert (elsewhere / "index.db").read_bytes() == b"mine"

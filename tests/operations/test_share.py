@@ -283,12 +283,32 @@ def test_a_file_that_the_group_may_write_to_is_copied_and_not_linked(cache: Cach
     assert {path.stat().st_nlink for path in (cache.directory / "blobs").glob("*/*")} == {1}
 
 
+@pytest.mark.parametrize(("mode", "links"), [(0o600, 1), (0o400, 1), (0o644, 1), (0o444, 2)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_in_a_shared_cache_only_what_all_can_read_and_nobody_write_is_linked(
+    cache: Cache, tmp_path: Path, mode: int, links: int, shared: bool
+) -> None:
+    folder = tmp_path / "layout"
+    for name, data in oci_files({"app:1": APP}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+        (folder / name).chmod(mode)
+    if shared:
+        cache.share()
+    cache.cache_from_tar(folder, "app:1", link=True)
+    found = [path.stat() for path in (cache.directory / "blobs").glob("*/*")]
+    assert {status.st_nlink for status in found} == {links if shared else 2}
+    assert {stat.S_IMODE(status.st_mode) for status in found} == {0o444 if shared else mode}
+
+
 @NEEDS_ROOT
 def test_a_download_that_another_user_began_is_begun_anew(tmp_path: Path) -> None:
     """He may still write to it when it is a blob."""
     path = tmp_path / "download"
     path.write_bytes(b"half")
-    assert downloads.begun(path, 10) == 4
+    folder = os.open(tmp_path, os.O_RDONLY)
+    assert downloads.begun(folder, path.name, 10) == 4
     os.chown(path, 65534, 65534)
-    assert downloads.begun(path, 10) == 0
+    assert downloads.begun(folder, path.name, 10) == 0
+    os.close(folder)
     assert not path.exists()

@@ -12,6 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -1037,3 +1038,20 @@ def test_a_trigger_is_reported_and_left(directory: Path) -> None:
             (problem,) = cache.verify(repair=repair).problems
             assert (problem.kind, problem.repair) == ("index", None)
             assert problem.detail.startswith("no migration makes the trigger 'mine'")
+
+
+@pytest.mark.parametrize("name", ["ingest", "trash", "locks", "blobs"])
+def test_a_folder_that_is_gone_is_an_error_of_ours_or_put_back(cache: Cache, name: str) -> None:
+    shutil.rmtree(cache.directory / name)
+    with suppress(CacheError):
+        cache.verify()
+    with suppress(CacheError):
+        cache.verify(repair=True)
+    (cache.directory / name).mkdir(exist_ok=True)
+
+
+def test_without_its_ingest_folder_a_cache_cannot_be_verified(cache: Cache) -> None:
+    shutil.rmtree(cache.directory / "ingest")
+    with pytest.raises(StorageError, match="cannot verify the cache: No such file or directory"):
+        cache.verify()
+    (cache.directory / "ingest").mkdir()

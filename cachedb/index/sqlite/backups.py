@@ -71,11 +71,13 @@ def back_up(
     folder, lockable = database.directory / "backups", False
     with os_errors("make a backup of the index"), ExitStack() as stack:
         if path is None or path.parent.resolve() == folder.resolve():
+            folders = Folders(database.directory)
+            with folders.open("backups"):
+                pass  # before the lock file is made: a link is refused
             lock = folder / ".lock"
             stack.enter_context(not_reentered(os.path.realpath(lock), "making a backup of the index"))
             wait = stack.enter_context(Wait("the lock of backups", chosen_seconds(), lambda: _halves(folder)))
             stack.enter_context(locks.held(lock, wait))
-            folders = Folders(database.directory)
             with folders.open("backups") as opened:
                 for name in filter(_UNFINISHED.fullmatch, os.listdir(opened)):
                     os.unlink(name, dir_fd=opened)  # of one that was killed, as is its journal
@@ -99,15 +101,6 @@ def back_up(
                     made.unlink()
             raise
     return path
-
-
-def _follow(file: Path, directory: Path) -> None:
-    """Give a new file the owner and mode that files of the cache have."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        follow(descriptor, os.stat(directory))
-    finally:
-        os.close(descriptor)
 
 
 def _new_half(path: Path) -> tuple[Path, int]:
@@ -214,9 +207,15 @@ def put_in_place(database: Database, new: Path) -> Path | None:
     if new.with_name(f"{new.name}-wal").exists():
         raise StorageError("the new index is not whole: its WAL could not be written back to it; try again")
     waiting = _free(database.directory, "rebuilt")
-    _follow(new, database.directory)
-    new.rename(waiting)
-    sync_folder(waiting.parent)
+    made_in = new.parent.relative_to(database.directory)
+    with database.folders.open(str(made_in)) as source, database.folders.open("backups") as target:
+        file = os.open(new.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source)
+        try:
+            follow(file, database.folders.status)
+        finally:
+            os.close(file)
+        os.rename(new.name, waiting.name, src_dir_fd=source, dst_dir_fd=target)
+        os.fsync(target)
     old = quarantine_path(database.directory, "index.db", beside=("-wal",))
     found = replace(database, waiting, old)
     for name in filter(_REBUILT.fullmatch, os.listdir(waiting.parent)):

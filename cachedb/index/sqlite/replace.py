@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from cachedb.disk.durable import sync_file, sync_folder
+from cachedb.disk.durable import copy_to_new
 from cachedb.errors import DamagedIndex, NotACache, StorageError
 from cachedb.index.sqlite.database import Database
 
@@ -21,8 +21,8 @@ def replace(database: Database, new: Path, old: Path) -> bool:
     """Have another index under the name, which is never without one; under the write lock.
 
     Args:
-        new: the other, in one file.
-        old: where to keep a copy of the one that is there.
+        new: the other, in one file in ``backups/``.
+        old: where to keep a copy of the one that is there, in ``quarantine/``.
 
     Returns:
         Whether there was one.
@@ -35,22 +35,26 @@ def replace(database: Database, new: Path, old: Path) -> bool:
         with suppress(DamagedIndex, NotACache):
             _write_back(database)
     database.close()
-    with database.entered(lambda stack: stack.enter_context(database.file.unreplaced(replacing=True))):
+    folders = database.folders
+    with (
+        database.entered(lambda stack: stack.enter_context(database.file.unreplaced(replacing=True))),
+        folders.open("quarantine") as quarantine,
+        folders.open("backups") as backups,
+    ):
         if found:
-            shutil.copyfile(database.path, old)
-            old.chmod(0o600)
-            sync_file(old)
+            with database.path.open("rb") as index:
+                copy_to_new(index, old.name, quarantine)
         # SQLite would apply a WAL that it finds to whatever database lies beside it.
         if wal.exists():
-            kept = old.with_name(f"{old.name}-wal")
-            wal.rename(kept)
-            if not kept.stat().st_size:
-                kept.unlink()
-        database.path.with_name("index.db-shm").unlink(missing_ok=True)
-        sync_folder(old.parent)
-        sync_folder(database.directory)
-        new.rename(database.path)
-        sync_folder(database.directory)
+            kept = f"{old.name}-wal"
+            os.rename(wal.name, kept, src_dir_fd=folders.root, dst_dir_fd=quarantine)
+            if not os.stat(kept, dir_fd=quarantine, follow_symlinks=False).st_size:
+                os.unlink(kept, dir_fd=quarantine)
+        folders.remove("index.db-shm")
+        os.fsync(quarantine)
+        os.fsync(folders.root)
+        os.rename(new.name, database.path.name, src_dir_fd=backups, dst_dir_fd=folders.root)
+        os.fsync(folders.root)
     return found
 
 

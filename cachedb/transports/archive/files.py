@@ -9,13 +9,13 @@ import os
 import posixpath
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from io import RawIOBase
+from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from cachedb.disk.writer import CHUNK, discard
+from cachedb.disk.writer import CHUNK
 from cachedb.errors import CacheError, InvalidArchive, StorageError, os_errors
 from cachedb.text import human, parse_size, shorten
 from cachedb.transports.archive import tar
@@ -232,12 +232,12 @@ class UnpackLimit:
 
 
 @contextmanager
-def open_files(source: Path | BinaryIO, spool: Path, most: int | None = None) -> Iterator[Files]:
+def open_files(source: Path | BinaryIO, new_spool: Callable[[], FileIO], most: int | None = None) -> Iterator[Files]:
     """Open an archive or a folder for reading.
 
     Args:
         source: a path, or a stream, which need not be seekable.
-        spool: a path at which a stream, or what a compressed archive holds, is kept meanwhile.
+        new_spool: makes a file for a stream, or for what a compressed archive holds. It goes when it is closed.
         most: bytes that a compressed archive may unpack to; None for the default of `UnpackLimit`.
 
     Raises:
@@ -251,9 +251,8 @@ def open_files(source: Path | BinaryIO, spool: Path, most: int | None = None) ->
             else:
                 file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
                 if not _is_regular(file) or compression_of(os.pread(file.fileno(), MAGIC_LENGTH, 0)):
-                    stack.callback(discard, spool)
                     # Not buffered: closing must not fail a second time on a full disk.
-                    spooled = stack.enter_context(spool.open("wb+", buffering=0))
+                    spooled = stack.enter_context(new_spool())
                     _copy_decompressed(file, spooled, most)
                     file = spooled
                 files = Tar(file.fileno())

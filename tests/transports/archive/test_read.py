@@ -15,6 +15,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -161,8 +162,17 @@ def state_of(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode
 
 
+def spool_in(folder: Path) -> Callable[[], FileIO]:
+    def new() -> FileIO:
+        file = FileIO(folder / "spool", "xb+")
+        (folder / "spool").unlink()
+        return file
+
+    return new
+
+
 def images_in(source: Path | BinaryIO, tmp_path: Path, name: Name | None = None) -> list[model.ArchivedImage]:
-    with files_module.open_files(source, tmp_path / "spool") as files:
+    with files_module.open_files(source, spool_in(tmp_path)) as files:
         return archive.read_images(files, name)
 
 
@@ -599,7 +609,7 @@ def test_members_are_what_tarfile_says(tmp_path: Path, form: int) -> None:
             if len(name) <= 100 or form != tarfile.USTAR_FORMAT:
                 tar.addfile(member)
     with (
-        files_module.open_files(tmp_path / "made.tar", tmp_path / "spool") as files,
+        files_module.open_files(tmp_path / "made.tar", spool_in(tmp_path)) as files,
         tarfile.open(tmp_path / "made.tar") as tar,
     ):
         members = tar.getmembers()
@@ -1270,9 +1280,33 @@ def test_a_file_name_in_a_layout_that_the_system_refuses_is_a_storage_error(kept
     refuse(kept, make.write(tmp_path / "folder", {**files, "manifest.json": changed}), StorageError)
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link"])
+def test_what_somebody_has_put_in_the_place_of_the_spool_is_not_written_to(
+    cache: Cache, tmp_path: Path, kind: str
+) -> None:
+    precious = make.write_bytes(tmp_path / "precious", b"mine")
+    archive = make.write_bytes(tmp_path / "it.tar.gz", gzip.compress(tar_of(tiny_oci())))
+    folder = cache._session.folder
+    for number in range(1, 20):
+        if kind == "hard link":
+            (folder / f"{number}").hardlink_to(precious)
+        else:
+            (folder / f"{number}").symlink_to(precious if kind == "link" else tmp_path / "new")
+    cache.cache_from_tar(archive, "app:1")
+    assert precious.read_bytes() == b"mine"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_spool_has_no_name(cache: Cache) -> None:
+    """So that nobody else can write to it, and it goes with a process that is killed."""
+    with cache._session.new_file() as file:
+        file.write(b"data")
+        assert os.listdir(cache._session.folder) == []
+
+
 def test_a_layout_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
     folder = make.write(tmp_path / "layout", tiny_oci())
-    with files_module.open_files(folder, tmp_path / "spool") as files:
+    with files_module.open_files(folder, spool_in(tmp_path)) as files:
         (image,) = archive.read_images(files)
         os.truncate(folder / f"blobs/sha256/{hex_of(b'x')}", 0)
         with pytest.raises(InvalidArchive, match="cut short"):
