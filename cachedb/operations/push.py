@@ -20,7 +20,7 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
 from cachedb.operations.push_target import AT_ONCE, Outcome, Target
-from cachedb.progress import Advance, BlobProgress, Progress, summed, blob_reporter
+from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, summed
 from cachedb.threads import in_threads
 
 __all__ = ["Pushed", "push"]
