@@ -1,4 +1,4 @@
-"""Arguments of a caller, looked at before anything is done with them."""
+"""Check the types of a caller's arguments before they are used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 
-def _refuse(name: str, value: object, wanted: str) -> TypeError:
+def _type_error(name: str, value: object, wanted: str) -> TypeError:
     return TypeError(f"{name} is of type {type(value).__name__!r}: give {wanted}")
 
 
@@ -25,28 +25,28 @@ def check_functions(**values: object) -> None:
     """Raise `TypeError` if one of the values is neither a function nor None."""
     for name, value in values.items():
         if value is not None and not callable(value):
-            raise _refuse(name, value, "a function, or None")
+            raise _type_error(name, value, "a function, or None")
 
 
 def check_text(*, optional: bool = False, **values: object) -> None:
-    """Raise `TypeError` if one of the values is no string; None is one where they are optional."""
+    """Raise `TypeError` if one of the values is not a string; ``optional`` allows None too."""
     for name, value in values.items():
         if not isinstance(value, str) and not (optional and value is None):
-            raise _refuse(name, value, "a string, or None" if optional else "a string")
+            raise _type_error(name, value, "a string, or None" if optional else "a string")
 
 
 def check_numbers(**values: object) -> None:
     """Raise `TypeError` if one of the values is neither a number nor None."""
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise _refuse(name, value, "a number, or None")
+            raise _type_error(name, value, "a number, or None")
 
 
 def check_mapping(**values: object) -> None:
     """Raise `TypeError` if one of the values is neither a mapping from strings nor None."""
     for name, value in values.items():
         if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
-            raise _refuse(name, value, "a mapping whose keys are strings, or None")
+            raise _type_error(name, value, "a mapping whose keys are strings, or None")
 
 
 def _is_path(value: object) -> bool:
@@ -54,19 +54,19 @@ def _is_path(value: object) -> bool:
 
 
 def check_paths(*, optional: bool = False, **values: object) -> None:
-    """Raise `TypeError` if one of the values is no path; None is one where they are optional."""
+    """Raise `TypeError` if one of the values is not a path; ``optional`` allows None too."""
     for name, value in values.items():
         if not _is_path(value) and not (optional and value is None):
-            raise _refuse(name, value, "a path, or None" if optional else "a path")
+            raise _type_error(name, value, "a path, or None" if optional else "a path")
 
 
 def check_readable(**values: object) -> None:
-    """Raise `TypeError` if one of the values is neither a path nor a file that is open for reading in binary mode."""
+    """Raise `TypeError` if one of the values is neither a path nor a file open for reading in binary mode."""
     _check_files("read", **values)
 
 
 def check_writable(**values: object) -> None:
-    """Raise `TypeError` if one of the values is neither a path nor a file that is open for writing in binary mode."""
+    """Raise `TypeError` if one of the values is neither a path nor a file open for writing in binary mode."""
     _check_files("write", "flush", **values)
 
 
@@ -74,4 +74,4 @@ def _check_files(*methods: str, **values: object) -> None:
     for name, value in values.items():
         has_methods = all(callable(getattr(value, method, None)) for method in methods)
         if not _is_path(value) and (not has_methods or isinstance(value, io.TextIOBase)):
-            raise _refuse(name, value, "a path, or a file that is open in binary mode")
+            raise _type_error(name, value, "a path, or a file open in binary mode")

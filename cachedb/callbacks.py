@@ -1,4 +1,4 @@
-"""Callbacks of SQLite: SQLite drops an error that is raised in one, so it is kept here, to be raised again."""
+"""Keep the errors of SQLite callbacks: SQLite drops an error raised in a callback, so it must be raised again."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ R = TypeVar("R")
 
 
 class Callbacks:
-    """The callbacks of one connection, and the first error that was raised in one of them.
+    """The callbacks of one connection, and the errors raised in them.
 
-    Each is a generator. A signal's handler runs at the first instruction of ours: a function's is before its ``try``, a
-    generator's that goes on is in it.
+    Each callback is a generator, because a signal handler may run at its first instruction. In a function that
+    instruction comes before the ``try``; in a resumed generator it is inside.
     """
 
     def __init__(self) -> None:
         self._raised: list[BaseException] = []
 
     def progress_handler(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
-        """Return a progress handler, which has SQLite stop when ``should_stop`` says so or raises."""
+        """Return a progress handler that interrupts SQLite when ``should_stop`` returns True or raises."""
 
         def answers() -> Iterator[bool]:
             stop = False
@@ -42,7 +42,7 @@ class Callbacks:
         return handler.__next__
 
     def function(self, call: Callable[[T], R]) -> Callable[[T], R | None]:
-        """Return a function for SQL, of one argument, which ends the statement if ``call`` raises."""
+        """Return an SQL function of one argument that aborts the statement if ``call`` raises."""
 
         def results() -> Generator[R | None, T, None]:
             result: R | None = None
@@ -60,6 +60,6 @@ class Callbacks:
         return function.send
 
     def raise_again(self) -> None:
-        """Raise what was raised in a callback, if anything was."""
+        """Raise the first error that was raised in a callback, if any."""
         if self._raised:
             raise self._raised[0]

@@ -1,27 +1,27 @@
-"""Every error that cachedb raises on purpose, under one root.
+"""Define every error that cachedb raises on purpose, under one root.
 
 CacheError
-├── Busy                 another process has what is needed, and the time to wait for it is over
+├── Busy                 another process holds a lock, and the time to wait for it is over
 ├── InvalidName          a name is not ``repository[:tag]`` or ``repository@digest``
 ├── InvalidDigest        a digest is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``
-├── NotInCache           the image or blob that was asked for is not here
-├── InvalidQuery         a question in SQL is none, or would do something else than read
+├── NotInCache           the requested image or blob is not in the cache
+├── InvalidQuery         an SQL query is invalid, or would do more than read
 ├── InvalidManifest      a manifest, index or config cannot be used
 ├── InvalidArchive       an archive or image layout cannot be used
-├── DigestMismatch       content differs from the digest or size it was said to have
+├── DigestMismatch       content differs from its declared digest or size
 ├── IncompleteImage      a blob that the operation needs is not stored
 ├── NotACache            the directory is not a cache and cannot become one
-├── NotOurs              a directory or folder is another user's, or leads out of the cache
-├── ReentrantCall        a signal handler or callback needs what its own thread holds
-├── RegistryError        a registry, or the way to it, failed or refused
-│   └── RegistryUnavailable  it cannot be reached now, or is overloaded: another time it may do
-├── SchemaMismatch       the index has another schema than this release works with
-│   └── InvalidRevision  a revision that was asked for is none
-└── StorageError         the operating system or SQLite could not do what was asked
+├── NotOurs              a directory or folder belongs to another user, or leads out of the cache
+├── ReentrantCall        a signal handler or callback needs a lock that its own thread holds
+├── RegistryError        a registry refused a request or failed, or the network failed
+│   └── RegistryUnavailable  the registry is unreachable or overloaded; a retry may succeed
+├── SchemaMismatch       this release cannot use the schema of the index
+│   └── InvalidRevision  a given schema revision does not exist
+└── StorageError         an operation of the operating system or of SQLite failed
     ├── CacheReplaced    the cache directory was moved, removed or replaced while it was open
     └── DamagedIndex     index.db is lost or damaged; it can be rebuilt
 
-A message is one line that says what is wrong and, where there is something to do about it, what.
+A message is one line: what is wrong and, if possible, what to do.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_CALLERS = "_cachedb_callers_own"  # the mark
+_CALLERS = "_cachedb_callers_own"  # an attribute that marks errors of the caller's own code
 
 
 class CacheError(Exception):
@@ -68,11 +68,11 @@ class CacheError(Exception):
 
 
 class Busy(CacheError):
-    """Another process has what is needed, and the time to wait for it is over."""
+    """Another process holds a lock, and the time to wait for it is over."""
 
     def __init__(self, message: str, holder: str = "another process") -> None:
         super().__init__(message)
-        self.holder = holder  # which process, as the message names it
+        self.holder = holder  # the process, as the message names it
 
 
 class InvalidName(CacheError):
@@ -84,15 +84,15 @@ class InvalidDigest(CacheError):
 
 
 class InvalidQuery(CacheError):
-    """A question in SQL is none, or would do something else than read."""
+    """An SQL query is invalid, or would do more than read."""
 
     def __init__(self, message: str, place: tuple[int, int] | None = None) -> None:
         super().__init__(message)
-        self.place = place  # in the query, from one character to another, if that is known
+        self.place = place  # start and end of the error in the query, in characters, if known
 
 
 class NotInCache(CacheError):
-    """The image or blob that was asked for is not in the cache.
+    """The requested image or blob is not in the cache.
 
     Attributes:
         name: of the image, or the digest of the blob; empty where neither was asked for.
@@ -112,7 +112,7 @@ class InvalidArchive(CacheError):
 
 
 class DigestMismatch(CacheError):
-    """Content differs from the digest or size it was said to have."""
+    """Content differs from its declared digest or size."""
 
 
 class IncompleteImage(CacheError):
@@ -124,34 +124,34 @@ class NotACache(CacheError):
 
 
 class NotOurs(CacheError):
-    """A directory or folder is another user's, or leads out of the cache: nothing in it is changed."""
+    """A directory or folder belongs to another user, or leads out of the cache; nothing in it is changed."""
 
 
 class ReentrantCall(CacheError):
-    """A signal handler, a finalizer or a callback asks for what the call that it interrupts holds."""
+    """A signal handler, a finalizer or a callback needs a lock that the interrupted call holds."""
 
 
 class RegistryError(CacheError):
-    """A registry, or the way to it, failed or refused."""
+    """A registry refused a request or failed, or the network failed."""
 
 
 class RegistryUnavailable(RegistryError):
-    """A registry cannot be reached now, or is overloaded: another time it may do."""
+    """A registry is unreachable or overloaded; a retry may succeed."""
 
 
 class SchemaMismatch(CacheError):
-    """The index has another schema than this release works with."""
+    """This release cannot use the schema of the index."""
 
 
 class InvalidRevision(SchemaMismatch):
-    """A revision that was asked for is not one of those that this release knows."""
+    """This release does not know a given schema revision."""
 
 
 class StorageError(CacheError):
-    """The operating system or SQLite could not do what was asked.
+    """An operation of the operating system or of SQLite failed.
 
     Attributes:
-        errno: the operating system's number for the cause, where it is known.
+        errno: the operating system's error number, if known.
     """
 
     def __init__(self, *args: object, errno: int | None = None) -> None:
@@ -174,7 +174,7 @@ _ADVICE = {
     errno.EPERM: "check the owner and mode of the directory",
     errno.EROFS: "the file system is mounted read-only",
     errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
-    errno.EFBIG: "the file system takes no file of that size",
+    errno.EFBIG: "the file system does not allow a file of this size",
     errno.EIO: "the disk may be failing: see the kernel's log",
 }
 
@@ -183,12 +183,12 @@ _ADVICE = {
 def os_errors(action: str) -> Iterator[None]:
     """Turn an `OSError` in the block into a `StorageError`: "cannot ACTION: reason: file; advice".
 
-    One that the caller's own code raises in the block passes unchanged; see `is_callers`.
+    An error raised by the caller's own code passes unchanged; see `is_callers`.
     """
     try:
         yield
     except BrokenPipeError:
-        raise  # whoever read from us went away: nothing failed
+        raise  # the reader of our output is gone; storage did not fail
     except OSError as error:
         if is_callers(error):
             raise
@@ -196,15 +196,15 @@ def os_errors(action: str) -> Iterator[None]:
 
 
 def is_callers(error: BaseException) -> bool:
-    """Return whether an `OSError` is the caller's own, and none of the operating system.
+    """Return whether an `OSError` comes from the caller's code rather than from the operating system.
 
-    It is if `callers_own` has marked it, or if it has no errno: a signal handler's `TimeoutError`, for instance.
+    It does if `callers_own` marked it or if it has no errno, like the `TimeoutError` of a signal handler.
     """
     return isinstance(error, OSError) and (error.errno is None or hasattr(error, _CALLERS))
 
 
 def callers_own(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function of the caller, a progress callback, whose errors `os_errors` passes unchanged."""
+    """Wrap a caller's function, such as a progress callback, so that `os_errors` passes its errors unchanged."""
 
     def call(*arguments: P.args, **named: P.kwargs) -> R:
         try:
@@ -216,19 +216,19 @@ def callers_own(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-class ignore_os_errors:  # noqa: N801 - as `contextlib.suppress`
-    """Ignore an `OSError` of the operating system in the block; the caller's own passes."""
+class ignore_os_errors:  # noqa: N801 - named like `contextlib.suppress`
+    """Ignore an `OSError` of the operating system in the block; errors of the caller's code pass."""
 
     def __enter__(self) -> None:
-        """Begin the block."""
+        """Enter the block."""
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
-        """End the block, and the error with it."""
+        """Leave the block and suppress an error of the operating system."""
         return isinstance(error, OSError) and not is_callers(error)
 
 
 def explain(error: OSError) -> str:
-    """Return what the operating system says, with the file it is about, and what to do."""
+    """Return an operating system error as text: the reason, the file, and advice."""
     reason = error.strerror or str(error)
     file = "" if error.filename is None else f": {error.filename!r}"
     advice = _ADVICE.get(error.errno or 0)

@@ -1,4 +1,4 @@
-"""Types of progress callbacks, and how the progress of several threads becomes one."""
+"""Define the types of progress callbacks, and combine the progress of several threads."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable
 
 from cachedb.errors import callers_own
 
-__all__ = ["Advance", "BlobProgress", "Progress", "summed", "told"]
+__all__ = ["Advance", "BlobProgress", "Progress", "blob_reporter", "summed"]
 
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done so far and the bytes in all; from any thread, one call at a time."""
+"""Called with the bytes done so far and the total bytes; from any thread, one call at a time."""
 
 BlobProgress = Callable[[str, int, int], None]
-"""Called with a blob's digest, the bytes of it done so far and those in all."""
+"""Called with a blob's digest, the bytes of it done so far, and its total bytes."""
 
 Advance = Callable[[int], None]
-"""Called with the number of bytes done since the last call, from any thread."""
+"""Called from any thread with the number of bytes done since the last call."""
 
 
 def summed(total: int, progress: Progress | None) -> Advance:
-    """Turn the bytes that threads report into one call at a time with their sum."""
+    """Return a function that adds up the bytes of all threads and reports the sum, one call at a time."""
     guard, done = threading.Lock(), 0
     report = progress and callers_own(progress)
 
@@ -35,8 +35,8 @@ def summed(total: int, progress: Progress | None) -> Advance:
     return add
 
 
-def told(digest: str, total: int, blob_progress: BlobProgress | None, advance: Advance) -> Advance:
-    """Turn the bytes that are reported of one blob into calls with their sum, and report them on."""
+def blob_reporter(digest: str, total: int, blob_progress: BlobProgress | None, advance: Advance) -> Advance:
+    """Return a function that reports the bytes of one blob to ``blob_progress`` and passes them to ``advance``."""
     done = 0
     report = blob_progress and callers_own(blob_progress)
 

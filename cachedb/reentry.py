@@ -1,6 +1,6 @@
-"""Calls in the middle of another call of the same thread: by a signal handler, a finalizer, or a callback.
+"""Detect calls that interrupt another call of the same thread: from a signal handler, a finalizer or a callback.
 
-Such a call must never wait for what the interrupted call holds: that goes on only when this one returns.
+Such a call must never wait for a lock of the interrupted call, which continues only after this one returns.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from cachedb.errors import ReentrantCall
 
 __all__ = ["holding", "is_held", "not_reentered", "on_behalf_of", "refuse_reentry"]
 
-_held: dict[tuple[int, str], int] = {}  # blocks that a thread is in, by thread and lock
-_principals: dict[int, int] = {}  # threads that work for another one, which waits for them
-os.register_at_fork(after_in_child=_held.clear)  # the locks are the parent's
+_held: dict[tuple[int, str], int] = {}  # the number of `holding` blocks, by thread and lock
+_principals: dict[int, int] = {}  # for a helper thread, the thread that waits for it
+os.register_at_fork(after_in_child=_held.clear)  # the locks belong to the parent
 
 
 def is_held(lock: str) -> bool:
-    """Return whether this thread, or one that it works for, is in a block of `holding` for the lock."""
+    """Return whether this thread, or a thread it works for, is in a `holding` block of the lock."""
     thread: int | None = threading.get_ident()
     while thread is not None:
         if _held.get((thread, lock), 0) > 0:
@@ -31,7 +31,7 @@ def is_held(lock: str) -> bool:
 
 @contextmanager
 def on_behalf_of(thread: int) -> Iterator[None]:
-    """Note that this thread works for another one until the end of the block; that one waits for it with its locks."""
+    """Record during this block that this thread works for another one, which waits for it while holding locks."""
     _principals[threading.get_ident()] = thread
     try:
         yield
@@ -40,10 +40,10 @@ def on_behalf_of(thread: int) -> Iterator[None]:
 
 
 def refuse_reentry(lock: str, doing: str) -> None:
-    """Raise `ReentrantCall` if this thread holds the lock: it would wait for itself.
+    """Raise `ReentrantCall` if this thread holds the lock, because waiting for it would deadlock.
 
     Args:
-        lock: names the lock in this process.
+        lock: the name of the lock in this process.
         doing: what the interrupted call is doing, for the error.
     """
     if is_held(lock):
@@ -52,14 +52,14 @@ def refuse_reentry(lock: str, doing: str) -> None:
 
 @contextmanager
 def holding(lock: str) -> Iterator[None]:
-    """Note that this thread holds a lock, or waits for it, until the end of the block."""
+    """Record that this thread holds or awaits a lock during this block."""
     key = threading.get_ident(), lock
     before = _held.get(key, 0)
     try:
         _held[key] = before + 1
         yield
     finally:
-        # A call that interrupts this one has put its own count back by the time that this one goes on.
+        # An interrupting call has restored the count before this call continues.
         if before:
             _held[key] = before
         else:
@@ -68,7 +68,7 @@ def holding(lock: str) -> Iterator[None]:
 
 @contextmanager
 def not_reentered(lock: str, doing: str) -> Iterator[None]:
-    """Hold a lock in a block, unless this thread holds it already; see `refuse_reentry`."""
+    """Record a lock as held during this block; raise if this thread already holds it, see `refuse_reentry`."""
     refuse_reentry(lock, doing)
     with holding(lock):
         yield

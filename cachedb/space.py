@@ -1,4 +1,4 @@
-"""What a directory has room for: bytes, inodes, and files as large as the process may write."""
+"""Check what a directory has room for: bytes, inodes, and file sizes the process may write."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ if TYPE_CHECKING:
 
 __all__ = ["file_size_limit", "find_shortage", "has_no_inodes"]
 
-# A file system, or an old kernel, that cannot make a file without a name answers with one of these.
+# The errors of file systems and old kernels that cannot create a file without a name.
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
 
 
 def has_no_inodes(path: str | os.PathLike[str]) -> bool:
-    """Return whether the file system of a path has space, and no inode for another file.
+    """Return whether the file system of a path has free space but no free inodes.
 
     Args:
-        path: a file or folder; of one that does not exist, its folder is looked at.
+        path: a file or folder; if it does not exist, its folder is checked.
     """
     for place in (path, os.path.dirname(path) or "."):
         try:
             found = os.statvfs(place)
         except (OSError, ValueError):
             continue
-        # A file system without a table of inodes, such as btrfs, says that it has 0 of them.
+        # A file system without an inode table, such as btrfs, reports 0 inodes.
         return found.f_files > 0 and found.f_favail == 0 and found.f_bavail > 0
     return False
 
 
 def file_size_limit() -> int | None:
-    """Return the largest size in bytes to which this process may write a file (``ulimit -f``); None without a limit."""
+    """Return the largest file in bytes this process may write (``ulimit -f``), or None without a limit."""
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -40,14 +40,15 @@ def file_size_limit() -> int | None:
 
 
 def find_shortage(directory: Path, size: int, *, offset: int = 0) -> OSError | None:
-    """Return why a directory cannot take a new file, or None if it can: space, inodes, quota, limit, a failing disk.
+    """Return why a directory has no room for a new file, or None if it has.
 
-    What SQLite says of that is vague. So a file without a name is made, which is gone again when this returns.
+    The error tells a lack of space, inodes or quota, a limit, or a failing disk; SQLite's own errors are vague about
+    this. The check creates a file without a name, which is gone when this returns.
 
     Args:
-        directory: to make the file in.
-        size: in bytes, for which there must be room.
-        offset: at which they begin; what comes before takes no space.
+        directory: the directory to check.
+        size: the bytes that need room.
+        offset: where they start in the file; the bytes before take no space.
     """
     try:
         try:
@@ -71,7 +72,7 @@ def find_shortage(directory: Path, size: int, *, offset: int = 0) -> OSError | N
 
 
 def _check_statistics(directory: Path, size: int, offset: int) -> None:
-    """Raise the error that a new file would meet, as far as the file system's numbers tell."""
+    """Raise the error a new file would cause, according to the file system's statistics."""
     found, limit = os.statvfs(directory), file_size_limit()
     if limit is not None and offset + size > limit:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))

@@ -1,4 +1,4 @@
-"""Sizes, times, digests and texts as people read them."""
+"""Format sizes, times, digests and untrusted text for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,3})?) ?(?:([kmgtp])(i?))?b?", re.IGNOREC
 
 
 def human(size: float) -> str:
-    """Return a size in bytes as Docker prints it, in powers of 1000: ``1.23 MB``."""
+    """Format a size in bytes as Docker does, in powers of 1000: ``1.23 MB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(size) < 999.5 or unit == "TB":
             break
@@ -21,7 +21,7 @@ def human(size: float) -> str:
 
 
 def parse_size(text: str) -> int | None:
-    """Return the bytes of a size such as ``500MB`` (powers of 1000) or ``64GiB`` (powers of 1024), or None."""
+    """Parse a size such as ``500MB`` (powers of 1000) or ``64GiB`` (powers of 1024) into bytes, or return None."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         return None
@@ -30,7 +30,7 @@ def parse_size(text: str) -> int | None:
 
 
 def ago(time: datetime) -> str:
-    """Return how long ago a time was: ``3 days ago``."""
+    """Format how long ago a time was: ``3 days ago``."""
     seconds = max(0, (datetime.now(UTC) - time).total_seconds())
     for unit, length in (("year", 31_557_600), ("month", 2_629_800), ("day", 86_400), ("hour", 3_600), ("minute", 60)):
         if seconds >= length:
@@ -40,24 +40,24 @@ def ago(time: datetime) -> str:
 
 
 def cut(text: str, length: int = 60) -> str:
-    """Return a text, or its beginning."""
+    """Shorten a text to ``length`` characters, with … at the end if it was cut."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def short(digest: str) -> str:
-    """Return a digest with the first twelve digits."""
+    """Return a digest with only its first twelve digits."""
     algorithm, _, encoded = digest.partition(":")
     return f"{algorithm}:{encoded[:12]}"
 
 
 def printable(text: str) -> str:
-    """Write out what a stranger may have put into a text to move a terminal's cursor, or to end a line."""
+    """Escape the control characters of untrusted text, which could move a terminal's cursor or end a line."""
     return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def shorten(value: object) -> str:
-    """Quote what a stranger sent for an error message: on one line, and of a readable length."""
-    if isinstance(value, (dict, list)):  # nested so deep, maybe, that it cannot be written out
+    """Quote an untrusted value for an error message, on one line and at most 100 characters."""
+    if isinstance(value, (dict, list)):  # its repr may exceed the recursion limit
         return "{...}" if isinstance(value, dict) else "[...]"
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text) - 2} characters)"

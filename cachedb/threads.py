@@ -1,6 +1,7 @@
-"""Long work done by several threads at once: it says how far it is, and stops as a whole.
+"""Run long work in several threads, with progress and cancellation.
 
-All threads of cachedb begin in `start`. Where none can begin, as in a handler of `atexit`, the caller does the work.
+All threads of cachedb are started by `start`. If none can be started, as in an `atexit` handler, the calling thread
+does the work.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from cachedb.errors import CacheError, ReentrantCall
 from cachedb.progress import Advance
 from cachedb.reentry import on_behalf_of
 
-__all__ = ["Once", "end", "in_threads", "start", "told_beside"]
+__all__ = ["Once", "in_threads", "start", "stop_thread", "told_beside"]
 
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_PATIENCE = 1.0  # seconds for what was begun to end: who waits for a disk cannot be stopped
-_CALLS = 16  # of a function, that wait for it to return
+_STOP_SECONDS = 1.0  # how long to wait for a thread to stop: one that waits for a disk cannot be stopped
+_MAX_QUEUED_CALLS = 16
 
 
 def start(thread: threading.Thread) -> bool:
-    """Start a thread; return False where none can be started: while the interpreter exits, or at a limit.
+    """Start a thread; return False if it cannot start, at interpreter exit or at a limit of the system.
 
-    The caller creates the thread, so that it has it to join if an interrupt comes meanwhile.
+    The caller creates the thread, so it can join it even if an interrupt comes during the start.
     """
     try:
         thread.start()
@@ -41,10 +42,11 @@ def start(thread: threading.Thread) -> bool:
 
 @contextmanager
 def told_beside(progress: Callable[..., object] | None) -> Iterator[Callable[..., None] | None]:
-    """Give the block a function that calls ``progress`` in another thread, and returns at once.
+    """Yield a function that calls ``progress`` in another thread and returns at once.
 
-    For a block that a caller's function must not hold up: a transaction. What ``progress`` raises, the next call of the
-    function raises, or else the end of the block. Of many calls while ``progress`` runs, some are left out.
+    Use it for a block that a caller's function must not delay, such as a transaction. An error of ``progress`` is
+    raised by the next call of the yielded function, or at the end of the block. If ``progress`` is slow, some calls
+    are dropped.
     """
     if progress is None:
         yield None
@@ -66,7 +68,7 @@ def told_beside(progress: Callable[..., object] | None) -> Iterator[Callable[...
     def tell(*arguments: object) -> None:
         if raised:
             raise raised[0]
-        if calls.qsize() < _CALLS:
+        if calls.qsize() < _MAX_QUEUED_CALLS:
             calls.put(arguments)
 
     thread = threading.Thread(target=work, daemon=True)
@@ -91,17 +93,17 @@ def in_threads(
     threads: int | None = None,
     stop: Callable[[], None] | None = None,
 ) -> list[R]:
-    """Do work on each item, several at once, and return what it gave, in order.
+    """Run ``work`` on each item in several threads and return the results in order.
 
-    The calling thread does all of it if no other can be started. When one fails, or an interrupt comes, the others stop
-    where they next say how far they are, and those that have not begun do not.
+    If no thread can be started, the calling thread does all the work. After a failure or an interrupt, running items
+    stop at their next progress report, and no further item starts.
 
     Args:
-        work: is called with an item, and with what it is to tell of the bytes it has done.
-        items: begun in this order, and asked for when a thread is free, by one of them at a time.
-        advance: is told of the bytes that all of them have done.
-        threads: that work at once; as many as there are cores unless given.
-        stop: is called when one has failed: it ends what the others wait for, if that can be long.
+        work: called with an item and a function that reports the bytes done.
+        items: the items, started in this order; an iterator is advanced by one thread at a time.
+        advance: called with the bytes that any thread has done.
+        threads: the number of threads; the default is the number of cores.
+        stop: called after a failure, to cancel long waits of the other threads.
     """
     count = threads or os.cpu_count() or 1
     if isinstance(items, Sized):
@@ -111,11 +113,11 @@ def in_threads(
 
     def tell(count: int) -> None:
         if stopped.is_set():
-            raise CacheError("it was stopped, for other work beside it failed")
+            raise CacheError("cancelled: work in another thread failed")
         advance(count)
 
     def run() -> None:
-        # Each takes what is next by itself: to be handed it would cost more than a small blob does.
+        # Each thread takes its next item itself: handing items over would cost more than copying a small blob.
         while not stopped.is_set():
             with guard:
                 try:
@@ -156,58 +158,60 @@ def in_threads(
         raise
     finally:
         for thread in threads_begun:
-            with suppress(RuntimeError):  # an interrupt came before it was begun
+            with suppress(RuntimeError):  # not started: an interrupt came first
                 thread.join()
     return [done[number] for number in sorted(done)]
 
 
 class Once:
-    """What several threads may ask for: the first does it, and all get what comes of it."""
+    """Run a task once; every caller gets its result."""
 
     def __init__(self) -> None:
-        """Nothing was asked for yet."""
-        self._guard, self._asked = threading.RLock(), dict[object, Future[Any]]()
-        self._working: dict[object, int] = {}  # the thread that does the work, or did
+        """Start without tasks."""
+        self._guard, self._futures = threading.RLock(), dict[object, Future[Any]]()
+        self._runners: dict[object, int] = {}  # the thread that runs or ran each task
 
-    def ask(
-        self, what: object, work: Callable[[], T], *, again: Callable[[BaseException], bool] = lambda _: False
+    def run(
+        self, key: object, task: Callable[[], T], *, retry_if: Callable[[BaseException], bool] = lambda _: False
     ) -> Future[T]:
-        """Do work, unless another thread does, or has.
+        """Run a task, unless another thread is running it or has run it.
 
         Args:
-            what: it is known by.
-            work: returns what comes of it.
-            again: says of an error whether who asks later is to try again.
+            key: identifies the task.
+            task: returns the result.
+            retry_if: returns whether a later caller may retry after an error.
 
         Returns:
-            What comes of it; there already if it was done here.
+            The future of the result; it is done if this call ran the task.
         """
         with self._guard:
-            known = self._asked.get(what)
-            future = known or self._asked.setdefault(what, Future())
+            known = self._futures.get(key)
+            future = known or self._futures.setdefault(key, Future())
             if known is None:
-                self._working[what] = threading.get_ident()
-            elif not known.done() and self._working[what] == threading.get_ident():
-                raise ReentrantCall("this thread is already at this work: ask again after that, or from another thread")
+                self._runners[key] = threading.get_ident()
+            elif not known.done() and self._runners[key] == threading.get_ident():
+                raise ReentrantCall(
+                    "this thread is already running this task: ask again after it, or from another thread"
+                )
         if known is None:
             try:
-                future.set_result(work())
+                future.set_result(task())
             except BaseException as error:
-                if again(error):
+                if retry_if(error):
                     with self._guard:
-                        del self._asked[what]
+                        del self._futures[key]
                 future.set_exception(error)
         return future
 
 
-def end(begun: threading.Thread | None, stop: Callable[[], None]) -> None:
-    """End what a thread has begun, and wait for it for a moment.
+def stop_thread(thread: threading.Thread | None, stop: Callable[[], None]) -> None:
+    """Cancel the work of a thread, and wait a moment for the thread to end.
 
     Args:
-        begun: the thread, if there is one.
-        stop: ends what it waits for.
+        thread: the thread, if there is one.
+        stop: cancels what the thread waits for.
     """
-    if begun:
-        stop()  # if all went well there is nothing to stop
-        with suppress(RuntimeError):  # an interrupt came before it was begun
-            begun.join(_PATIENCE)
+    if thread:
+        stop()  # has no effect if the thread has finished
+        with suppress(RuntimeError):  # not started: an interrupt came first
+            thread.join(_STOP_SECONDS)

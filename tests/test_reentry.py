@@ -136,7 +136,7 @@ def test_no_lock_of_a_moment_makes_a_thread_wait_for_itself(filled: Cache, tmp_p
         filled.get_manifest("app:1")
         uses.write()
     with once._guard:
-        assert once.ask("what", lambda: 1).result() == 1
+        assert once.run("what", lambda: 1).result() == 1
 
 
 def test_a_task_that_asks_for_itself_is_refused() -> None:
@@ -144,11 +144,11 @@ def test_a_task_that_asks_for_itself_is_refused() -> None:
 
     def work() -> int:
         with pytest.raises(ReentrantCall):
-            once.ask("what", lambda: 2)
+            once.run("what", lambda: 2)
         return 1
 
-    assert once.ask("what", work).result() == 1
-    assert once.ask("what", lambda: 3).result() == 1
+    assert once.run("what", work).result() == 1
+    assert once.run("what", lambda: 3).result() == 1
 
 
 def test_a_session_is_not_begun_in_the_middle_of_its_beginning(

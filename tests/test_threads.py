@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from cachedb.progress import Advance, summed
-from cachedb.threads import end, in_threads, told_beside
+from cachedb.threads import in_threads, stop_thread, told_beside
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -62,7 +62,7 @@ def test_the_first_failure_is_raised_and_the_others_stop_where_they_say_how_far_
 
     with pytest.raises(KeyError):
         in_threads(work, range(10), summed(0, None), threads=2)
-    assert "stopped" in str(stopped[0])
+    assert "cancelled" in str(stopped[0])
 
 
 def test_what_fails_to_give_the_next_item_is_raised() -> None:
@@ -85,7 +85,7 @@ def test_what_cannot_be_stopped_does_not_hold_up_an_end() -> None:
     asked, free = threading.Event(), threading.Event()
     thread = threading.Thread(target=free.wait, args=(30,), daemon=True)
     thread.start()
-    end(thread, asked.set)
+    stop_thread(thread, asked.set)
     assert asked.is_set()
     assert thread.is_alive()
     free.set()

@@ -36,7 +36,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.operations.pull_source import AT_ONCE, Root, Source
-from cachedb.progress import Advance, BlobProgress, Progress, summed, told
+from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, summed
 from cachedb.text import shorten
 from cachedb.threads import in_threads
 
@@ -280,7 +280,7 @@ class _Pull:
 
     def _fetch(self, blob: Descriptor, advance: Advance) -> None:
         """Download a blob, or wait for another process that does, and hold it."""
-        advance = told(blob.digest, blob.size, self._blob_progress, advance)
+        advance = blob_reporter(blob.digest, blob.size, self._blob_progress, advance)
         while True:
             try:
                 self._fetch_once(blob, advance)

@@ -34,7 +34,7 @@ from cachedb.oci.manifests import DOCUMENT_LIMIT, Descriptor
 from cachedb.oci.names import Name
 from cachedb.progress import Advance
 from cachedb.text import shorten
-from cachedb.threads import Once, end, in_threads, start
+from cachedb.threads import Once, in_threads, start, stop_thread
 from cachedb.transports.registry.places import mirrors, place
 from cachedb.transports.registry.repository import Repository
 
@@ -103,7 +103,7 @@ class Source:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        end(self._begun, self.stop)
+        stop_thread(self._begun, self.stop)
         self.let_go()
         self.close()
 
@@ -133,7 +133,7 @@ class Source:
             RegistryError: if that cannot be had.
         """
         ask = lambda: self.ask(lambda repository: repository.digest(self.name.reference))  # noqa: E731
-        return self.name.digest or self._once.ask("digest", ask).result()
+        return self.name.digest or self._once.run("digest", ask).result()
 
     def root(self, said: Digest | None) -> Root:
         """Return the manifest or index that the name points to, from the registry.
@@ -154,7 +154,7 @@ class Source:
                 raise DigestMismatch(f"{self.name} should have digest {like}, and what comes has {digest}")
             return Root(digest, oci.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
 
-        return self._once.ask(("root", said), lambda: self.ask(fetch)).result()
+        return self._once.run(("root", said), lambda: self.ask(fetch)).result()
 
     def child(self, blob: Descriptor, stored: Callable[[Digest], bytes | None]) -> bytes:
         """Return a manifest that an index names: the one that is here, or else the registry's.
@@ -177,7 +177,7 @@ class Source:
             data = stored(blob.digest)
         if data is None:
             fetch = lambda repository: _verified(blob, repository.manifest(blob.digest).data)  # noqa: E731
-            data = self._once.ask(("child", blob.digest), lambda: self.ask(fetch)).result()
+            data = self._once.run(("child", blob.digest), lambda: self.ask(fetch)).result()
         self.documents[blob.digest] = _verified(blob, data)
         return data
 

@@ -24,7 +24,7 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
 from cachedb.operations.push_target import AT_ONCE, Outcome, Target
-from cachedb.progress import Advance, BlobProgress, Progress, summed, told
+from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, summed
 from cachedb.threads import in_threads
 
 __all__ = ["Pushed", "push", "push_image"]
@@ -91,7 +91,8 @@ def push(
             return images.repositories_with(connection, digest)
 
     def send(blob: Descriptor, advance: Advance) -> tuple[Outcome, int]:
-        return target.send(blob, repositories, told(blob.digest, blob.size, blob_progress, advance)), blob.size
+        report = blob_reporter(blob.digest, blob.size, blob_progress, advance)
+        return target.send(blob, repositories, report), blob.size
 
     rest = sorted(parts.values(), key=lambda blob: -blob.size)
     advance = summed(sum(blob.size for blob in rest), progress)

@@ -32,7 +32,7 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
 from cachedb.progress import Advance
-from cachedb.threads import Once, end, in_threads, start
+from cachedb.threads import Once, in_threads, start, stop_thread
 from cachedb.transports.registry.places import place
 from cachedb.transports.registry.repository import Repository
 
@@ -83,7 +83,7 @@ class Target:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        end(self._begun, self.repository.stop)
+        stop_thread(self._begun, self.repository.stop)
         self.repository.close()
 
     def send(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Outcome:
@@ -121,7 +121,7 @@ class Target:
 
     def _sending(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Future[Outcome]:
         """Send a blob, unless another thread does; return what comes of it."""
-        return self._blobs.ask(blob.digest, lambda: self._send(blob, repositories, advance), again=_may_pass)
+        return self._blobs.run(blob.digest, lambda: self._send(blob, repositories, advance), retry_if=_may_pass)
 
     def _send(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Outcome:
         if self.repository.has("blobs", blob.digest):
