@@ -827,6 +827,6 @@ def test_a_new_index_that_has_a_wal_still_is_not_put_in_place(made: Path) -> Non
     new.write_bytes(b"new")
     new.with_name("new.db-wal").write_bytes(b"what could not be written back")
     before = (made / "index.db").read_bytes()
-    with closing(index), index.alone(), pytest.raises(StorageError, match="not whole"):
-        backups.put_in_place(index, new)
+    with closing(index), index.alone() as turn, pytest.raises(StorageError, match="not whole"):
+        backups.put_in_place(index, turn, new)
     assert (made / "index.db").read_bytes() == before

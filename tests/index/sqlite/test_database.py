@@ -299,8 +299,8 @@ def test_a_look_up_is_in_the_index_that_has_the_name(index: Database, new: Path)
         connection.execute(insert(TRASH), [note(b"in the old one")])
     with closing(Database(index.directory)) as other:
         assert len(other.rows(DIGESTS, {})) == 1
-        with index.alone():
-            assert replace(index, new, index.directory / "quarantine" / "old.db")
+        with index.alone() as turn:
+            assert replace(index, turn, new, index.directory / "quarantine" / "old.db")
         assert other.rows(DIGESTS, {}) == []
 
 
@@ -706,9 +706,9 @@ def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_
         if new.exists():
             assert not opened.wait(0.2)
 
-    with index.alone(), monkeypatch.context() as patch:
+    with index.alone() as turn, monkeypatch.context() as patch:
         patch.setattr(durable, "sync_folder", look)
-        assert replace(index, new, index.directory / "quarantine" / "old.db")
+        assert replace(index, turn, new, index.directory / "quarantine" / "old.db")
     assert opened.wait(60)
     threads[0].join()
 
@@ -718,8 +718,8 @@ def test_an_index_that_is_replaced_has_all_that_was_in_its_wal(index: Database, 
     wal = index.path.with_name("index.db-wal")
     assert wal.stat().st_size
     old = index.directory / "quarantine" / "old.db"
-    with index.alone():
-        assert replace(index, new, old)
+    with index.alone() as turn:
+        assert replace(index, turn, new, old)
     shell = sqlite3.connect(old)
     assert shell.execute("SELECT count(*) FROM blobs").fetchone() == (1,)
     shell.close()
@@ -735,12 +735,12 @@ def test_an_index_that_somebody_reads_for_long_is_not_replaced(
     with index.write() as connection:
         connection.execute(insert(TRASH), [note(b"written meanwhile")])
     before, old = index.path.stat().st_ino, index.directory / "quarantine" / "old.db"
-    with index.alone(), pytest.raises(StorageError, match="another program has been reading it"):
-        replace(index, new, old)
+    with index.alone() as turn, pytest.raises(StorageError, match="another program has been reading it"):
+        replace(index, turn, new, old)
     assert index.path.stat().st_ino == before
     shell.close()
-    with index.alone():
-        assert replace(index, new, old)
+    with index.alone() as turn:
+        assert replace(index, turn, new, old)
 
 
 def long_path(folder: Path, length: int) -> Path:
