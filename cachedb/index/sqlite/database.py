@@ -319,7 +319,7 @@ class Database:
                 self.folders.check()
                 with ExitStack() as stack:
                     try:
-                        connection = stack.enter_context(self._writing(locks.Turn(file)))
+                        connection = stack.enter_context(self._writing(locks.Turn(file, self.write_lock)))
                     except (Busy, IndexChanged):
                         yield None  # another program is writing
                         return
@@ -355,7 +355,15 @@ class Database:
 
         Raises:
             Busy: if the time to wait is over.
+            CacheReplaced: at the end of the block, if another process could get the lock meanwhile.
         """
+        with self._under_lock(wait) as turn:
+            yield turn
+            turn.check("another process may have written meanwhile: run `cachedb verify`")
+
+    @contextmanager
+    def _under_lock(self, wait: Wait | None) -> Iterator[locks.Turn]:
+        """Hold the write lock; the block finds out itself whether it has lost it."""
         self.folders.check()
         with ExitStack() as stack:
             stack.enter_context(not_reentered(self._resolved, f"writing to the cache in {str(self.directory)!r}"))
@@ -412,7 +420,7 @@ class Database:
             outside = 0.0  # seconds that another program has kept us waiting
             while True:
                 with ExitStack() as stack:
-                    turn = stack.enter_context(self.alone(wait))
+                    turn = stack.enter_context(self._under_lock(wait))
                     if schema:
                         self.file.create(self.folders)
                     if before:
@@ -447,7 +455,7 @@ class Database:
                 with sqlite_errors(self.path, self.directory):
                     ensure_wal(driver)
                     driver.execute("PRAGMA foreign_keys = OFF")
-            stack.enter_context(transaction(immediate(connection), turn, self.write_lock))
+            stack.enter_context(transaction(immediate(connection), turn))
             yield connection
 
     def _on_error(self, context: ExceptionContext) -> None:

@@ -78,12 +78,13 @@ def accept_copy(database: Database, *, check: bool) -> None:
     with (
         database.write_wait() as wait,
         os_errors("use the cache directory"),
-        locks.in_turn(database.write_lock, wait=wait),
+        locks.in_turn(database.write_lock, wait=wait) as turn,
     ):
         database.folders.mark(new=False)  # another process may have done so meanwhile
         if database.folders.is_copy:
             if check:
                 _check_copy(database, database.folders)
+            turn.check("the copy was not accepted: try again")
             with suppress(OSError):  # of a full disk: the next open checks again
                 database.folders.accept_copy()
 

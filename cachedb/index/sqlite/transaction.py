@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from sqlalchemy import Connection
 
@@ -18,7 +17,7 @@ __all__ = ["begin", "driver_of", "ensure_wal", "immediate", "transaction"]
 
 
 @contextmanager
-def transaction(connection: Connection, turn: locks.Turn, write_lock: Path) -> Iterator[None]:
+def transaction(connection: Connection, turn: locks.Turn) -> Iterator[None]:
     """Commit what the block does, or roll it back; and first of all make sure of how the last commit ended.
 
     Who is killed in a commit, or cannot sync it, may leave all of it in the WAL and yet unseen: when all processes
@@ -40,13 +39,12 @@ def transaction(connection: Connection, turn: locks.Turn, write_lock: Path) -> I
         transaction.rollback()
         turn.unmark()
         raise
-    if turn.is_lost:
+    try:
+        turn.check("nothing was written: try again")
+    except CacheReplaced:
         transaction.rollback()
         turn.unmark()
-        raise CacheReplaced(
-            f"{str(write_lock)!r} was removed while it was locked; nothing was written: try again, and keep "
-            "cleaners of old files out of the cache"
-        )
+        raise
     if transaction.is_active:
         try:
             transaction.commit()

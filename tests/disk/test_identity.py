@@ -1,0 +1,192 @@
+"""Files of a cache that are removed, renamed, replaced or linked while it is in use: no write is lost silently."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache, CacheReplaced, StorageError
+from cachedb.disk import locks, single_flight
+from cachedb.disk.waiting import Wait
+from cachedb.index.sqlite import backups
+from cachedb.index.sqlite.database import Database
+from cachedb.operations import rebuild, restore
+from tests.conftest import Run
+from tests.support.make import image, save
+
+APP = image(1)
+
+
+def rename_file(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+
+
+def rename_folder(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("moved"))
+    path.parent.mkdir()
+
+
+def link_and_remove(path: Path) -> None:
+    os.link(path, path.with_name("linked"))
+    path.unlink()
+
+
+LOSSES = [rename_file, rename_folder, link_and_remove, Path.unlink]
+Loss = Callable[[Path], None]
+
+
+def names(cache: Cache) -> list[str]:
+    return sorted(str(found.name) for found in cache.list_manifests())
+
+
+# Lock files
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_write_without_its_lock_is_rolled_back(cache: Cache, index: Database, lose: Loss) -> None:
+    save(cache, "app:1", APP)
+
+    def lose_the_lock() -> None:
+        with index.write() as connection:
+            connection.exec_driver_sql("DELETE FROM images")
+            lose(index.write_lock)
+
+    with pytest.raises(CacheReplaced, match=r"write.lock' was removed or renamed while .*; nothing was written"):
+        lose_the_lock()
+    assert names(cache) == ["app:1"]
+    cache.tag("app:1", "app:2")
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_block_that_lost_the_write_lock_says_so(index: Database, lose: Loss) -> None:
+    def lose_the_lock() -> None:
+        with index.alone():
+            lose(index.write_lock)
+            with locks.in_turn(index.write_lock, Wait("it", 0)):
+                pass  # another process would get it
+
+    with pytest.raises(CacheReplaced, match=r"another process may have written meanwhile: run `cachedb verify`"):
+        lose_the_lock()
+    with index.alone():
+        pass
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_hold_whose_lock_file_is_lost_says_so(cache: Cache, cachedb: Run, lose: Loss) -> None:
+    save(cache, "app:1", APP)
+    held = cache.hold("app:1")
+    held.__enter__()
+    (path,) = (cache.directory / "locks").glob("*.session")
+    lose(path)
+    assert cachedb("rm", "app:1").returncode == 0
+    assert not cache.has_blob(APP.digest)
+    with pytest.raises(CacheReplaced, match="what it held may have been collected"):
+        held.__exit__(None, None, None)
+    with pytest.raises(StorageError):
+        cache.add_blob(b"more")
+
+
+def test_a_hold_whose_leases_were_swept_says_so(cache: Cache, cachedb: Run) -> None:
+    """The lock file is back in its place by the end of the hold."""
+    save(cache, "app:1", APP)
+    held = cache.hold("app:1")
+    held.__enter__()
+    (path,) = (cache.directory / "locks").glob("*.session")
+    moved = path.rename(path.with_name("moved"))
+    assert cachedb("rm", "app:1").returncode == 0
+    moved.rename(path)
+    with pytest.raises(CacheReplaced, match="its leases were removed: what it held may have been collected"):
+        held.__exit__(None, None, None)
+
+
+def test_blobs_that_were_kept_for_an_image_by_a_lost_session_are_not_taken_for_kept(cache: Cache) -> None:
+    cache.add_blob(APP.config)
+    (path,) = (cache.directory / "locks").glob("*.session")
+    rename_file(path)
+    with pytest.raises(CacheReplaced, match="its lock file was removed or renamed"):
+        cache.save_manifest("app:1", APP.manifest)
+
+
+@pytest.mark.parametrize("lose", [rename_file, rename_folder])
+def test_who_waits_for_a_lock_that_is_renamed_gets_the_one_that_others_lock(tmp_path: Path, lose: Loss) -> None:
+    path = tmp_path / "locks" / "lock"
+    path.parent.mkdir()
+    with locks.held(path):
+        wait = Wait("it", 30)
+        wait.on_begin = lambda: lose(path)
+        with locks.held(path, wait) as file:
+            assert locks.leads_to(path, file.fileno())
+
+
+def test_who_waits_for_a_folder_that_is_renamed_gets_the_one_that_others_lock(tmp_path: Path) -> None:
+    path = tmp_path / "locks"
+    path.mkdir()
+    with locks.held_folder(path, Wait("it", 0), shared=False):
+        wait = Wait("it", 30)
+        wait.on_begin = lambda: rename_folder(path / "lock")
+        with locks.held_folder(path, wait, shared=False), pytest.raises(BlockingIOError):
+            os.close(_locked(path))
+
+
+def _locked(path: Path) -> int:
+    import fcntl
+
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(folder)
+        raise
+    return folder
+
+
+def test_a_claim_whose_file_is_renamed_is_lost(directory: Path) -> None:
+    Cache.open(directory).close()
+    with single_flight.unless_made(directory, "key"):
+        single_flight.check_claim(directory, "key")
+        (path,) = (directory / "locks").glob("*.producing")
+        rename_file(path)
+        with pytest.raises(single_flight.ClaimLost):
+            single_flight.check_claim(directory, "key")
+
+
+# The index is replaced without the lock
+
+
+@pytest.fixture
+def interrupted(cache: Cache, cachedb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the making of a new index and its rename the write lock is lost, and another process writes."""
+    from cachedb.index.sqlite.replace import replace as original
+
+    def replace(database: Database, turn: locks.Turn, new: Path, old: Path) -> bool:
+        database.write_lock.unlink()
+        assert cachedb("tag", "app:1", "acknowledged:1").returncode == 0
+        return original(database, turn, new, old)
+
+    monkeypatch.setattr(backups, "replace", replace)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_a_restore_that_lost_the_lock_loses_no_write(cache: Cache, cachedb: Run, tmp_path: Path) -> None:
+    save(cache, "app:1", APP)
+    backup = tmp_path / "backup.db"
+    assert cachedb("db", "backup", backup).returncode == 0
+    with pytest.raises(CacheReplaced, match="the index was not replaced: try again"):
+        restore.restore(cache.directory, backup)
+    assert names(cache) == ["acknowledged:1", "app:1"]
+    assert not list((cache.directory / "backups").glob("*-rebuilt.db"))
+    assert not list((cache.directory / "quarantine").iterdir())
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_a_rebuilding_that_lost_the_lock_loses_no_write(
+    cache: Cache, index: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(cache, "app:1", APP)
+    monkeypatch.setattr(rebuild, "find_faults", lambda _: ["a fault"])
+    with pytest.raises(CacheReplaced, match="the index was not replaced: try again"):
+        rebuild.rebuild(index, tmp_path / "new")
+    assert names(cache) == ["acknowledged:1", "app:1"]
