@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, CacheReplaced, StorageError
+from cachedb import Cache, CacheReplaced, NotInCache, StorageError
 from cachedb.disk import locks, single_flight
 from cachedb.disk.waiting import Wait
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import rebuild, restore
-from tests.conftest import Run
+from tests.conftest import Run, running
 from tests.support.make import image, save
 
 APP = image(1)
@@ -190,3 +190,103 @@ def test_a_rebuilding_that_lost_the_lock_loses_no_write(
     with pytest.raises(CacheReplaced, match="the index was not replaced: try again"):
         rebuild.rebuild(index, tmp_path / "new")
     assert names(cache) == ["acknowledged:1", "app:1"]
+
+
+# What SQLite has beside the index
+
+
+REMOVALS = [("index.db-shm",), ("index.db-wal",), ("index.db-shm", "index.db-wal")]
+
+
+@pytest.mark.parametrize("removed", REMOVALS, ids="+".join)
+@pytest.mark.parametrize("first", ["daemon", "other", "close"])
+def test_no_commit_is_lost_silently_when_files_beside_the_index_are_removed(
+    directory: Path, cachedb: Run, removed: tuple[str, ...], first: str
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+        acknowledged = {"app:1"}
+        for number in range(5):
+            cache.tag("app:1", f"before:{number}")
+            acknowledged.add(f"before:{number}")
+        for name in removed:
+            (directory / name).unlink()
+        errors = []
+        for number in range(3 if first != "close" else 0):
+            for who in ("daemon", "other") if first == "daemon" else ("other", "daemon"):
+                name = f"{who}:{number}"
+                if who == "other":
+                    if cachedb("tag", "app:1", name).returncode == 0:
+                        acknowledged.add(name)
+                    continue
+                try:
+                    cache.tag("app:1", name)
+                    acknowledged.add(name)
+                except CacheReplaced as error:
+                    errors.append(str(error))
+                except NotInCache:
+                    assert first == "other"
+                    assert "index.db-wal" in removed
+    found = set(cachedb("ls", "-q").stdout.split())
+    if first != "close":
+        assert "was removed or replaced while the index was open; nothing was written" in errors[0]
+        assert len(errors) < 3, "the next call opens the index again"
+    if first == "other" and "index.db-wal" in removed:  # its commits were nowhere else when another WAL was made
+        acknowledged = {name for name in acknowledged if not name.startswith("before:")}
+        acknowledged -= {"app:1"}
+    else:
+        assert cachedb("verify").returncode == 0
+    assert found >= acknowledged
+
+
+def test_a_commit_without_the_shared_memory_is_rolled_back(cache: Cache, index: Database, cachedb: Run) -> None:
+    save(cache, "app:1", APP)
+
+    def lose_the_memory() -> None:
+        with index.write() as connection:
+            connection.exec_driver_sql("DELETE FROM images")
+            (cache.directory / "index.db-shm").unlink()
+            assert cachedb("ls", "-q").stdout == "app:1\n"
+
+    with pytest.raises(CacheReplaced, match=r"-shm was removed or replaced .*; nothing was written"):
+        lose_the_memory()
+    assert cachedb("ls", "-q").stdout == "app:1\n"
+
+
+def test_a_look_up_does_not_read_files_that_others_do_not_write(cache: Cache, cachedb: Run) -> None:
+    assert not cache.has_blob(APP.digest)
+    (cache.directory / "index.db-shm").unlink()
+    assert cachedb("ls").returncode == 0
+    with pytest.raises(CacheReplaced):
+        cache.has_blob(APP.digest)
+
+
+def test_no_second_connection_shares_removed_files_with_the_first(cache: Cache, directory: Path) -> None:
+    """SQLite shares the memory of an index within a process, whatever has the name by then."""
+    with cache.sql("SELECT 1", stream=True):
+        (directory / "index.db-shm").unlink()
+        with pytest.raises(CacheReplaced):
+            cache.has_blob(APP.digest)
+        with pytest.raises(CacheReplaced):
+            cache.has_blob(APP.digest)
+
+
+def test_what_only_a_removed_wal_has_is_saved_while_another_process_reads(
+    cache: Cache, directory: Path, cachedb: Run
+) -> None:
+    save(cache, "app:1", APP)
+    script = """
+        import sys
+        from cachedb import Cache
+        with Cache.open(sys.argv[1]) as cache:
+            cache.list_manifests()
+            print("open", flush=True)
+            input()
+        """
+    with running(script, directory):  # else our closing of the index would save it
+        for name in ("index.db-wal", "index.db-shm"):
+            (directory / name).unlink()
+        with pytest.raises(CacheReplaced):
+            cache.tag("app:1", "app:2")
+        assert names(cache) == ["app:1"]
+        assert cachedb("ls", "-q").stdout == "app:1\n"

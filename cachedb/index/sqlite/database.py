@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,14 @@ from cachedb.errors import (
     StorageError,
     os_errors,
 )
-from cachedb.index.sqlite.connection import CacheConnection, IndexChanged, connect, pause_before_retry, take_snapshot
+from cachedb.index.sqlite.connection import (
+    CacheConnection,
+    IndexChanged,
+    connect,
+    files_lost,
+    pause_before_retry,
+    take_snapshot,
+)
 from cachedb.index.sqlite.errors import FAILURES, sqlite_errors, translate
 from cachedb.index.sqlite.file import IndexFile
 from cachedb.index.sqlite.lookups import Lookups
@@ -93,7 +100,7 @@ class Database:
             self.read_only = self.path.exists() and not os.access(directory, os.W_OK)
         self._resolved = os.path.realpath(self.directory)  # by which a thread knows what it holds
         self._engine = self._connect()
-        self._lookups = Lookups(self._open, self.identify_file)
+        self._lookups = Lookups(self._open, self._is_current)
         self._shortage: StorageError | None = None
         self.reserve = Reserve(self.directory, lambda: self.folders)
         self.ended = False  # by `end`
@@ -138,8 +145,41 @@ class Database:
             return take_snapshot(opened, self.identify_file, lambda: sqlite_errors(self.path, self.directory))
 
     def _check_out(self, connection: Any, _record: object, _proxy: object) -> None:  # noqa: ANN401
-        if connection.file != self.identify_file():
+        if not self._is_current(connection):
             raise DisconnectionError  # the pool opens another
+
+    def _is_current(self, connection: CacheConnection) -> bool:
+        """Return whether a connection is to the files that have the names of the index's.
+
+        Raises:
+            CacheReplaced: if one that SQLite shares with other processes was removed.
+        """
+        if connection.file != self.identify_file():
+            return False
+        if not connection.is_outdated():
+            return True
+        with self.unreplaced():
+            # Whoever replaces an index takes away its WAL first.
+            is_lost = connection.file == self.identify_file() and connection.has_lost_files()
+        if not is_lost:
+            return False
+        self._save_commits(connection)
+        self._engine.dispose()  # as long as one is open, SQLite has others use its files
+        self._lookups.close()
+        raise files_lost(str(self.path))
+
+    def _save_commits(self, connection: CacheConnection) -> None:
+        """Save what is only in a WAL that was removed, as long as nobody has made another one."""
+        if self.read_only:
+            return
+        with ExitStack() as stack, suppress(Busy, OSError):
+            if not is_held(self._resolved):
+                lock = locks.acquire(self.write_lock, wait=False)
+                if lock is None:
+                    return  # whoever has it finds out as well
+                stack.callback(locks.release, lock)
+            stack.enter_context(self.file.unreplaced(replacing=True))
+            connection.save_commits()
 
     @property
     def folders(self) -> Folders:
@@ -455,7 +495,7 @@ class Database:
                 with sqlite_errors(self.path, self.directory):
                     ensure_wal(driver)
                     driver.execute("PRAGMA foreign_keys = OFF")
-            stack.enter_context(transaction(immediate(connection), turn))
+            stack.enter_context(transaction(immediate(connection), turn, _cache_connection(connection).check_memory))
             yield connection
 
     def _on_error(self, context: ExceptionContext) -> None:
@@ -500,6 +540,12 @@ class Database:
         if not self.read_only:
             self.reserve.keep()
         self._folders = None  # whoever uses the directory now keeps it open until that is done
+
+
+def _cache_connection(connection: Connection) -> CacheConnection:
+    found = driver_of(connection)
+    assert isinstance(found, CacheConnection)
+    return found
 
 
 def _read_first(connection: Connection) -> None:
