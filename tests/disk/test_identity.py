@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, CacheReplaced, NotInCache, StorageError
+from cachedb import Cache, CacheReplaced, DamagedIndex, NotInCache, NotOurs, StorageError
 from cachedb.disk import locks, single_flight
+from cachedb.disk.layout import blob_path
 from cachedb.disk.waiting import Wait
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
+from cachedb.oci.digests import Digest
 from cachedb.operations import rebuild, restore
 from tests.conftest import Run, running
 from tests.support.make import image, save
@@ -290,3 +294,111 @@ def test_what_only_a_removed_wal_has_is_saved_while_another_process_reads(
             cache.tag("app:1", "app:2")
         assert names(cache) == ["app:1"]
         assert cachedb("ls", "-q").stdout == "app:1\n"
+
+
+# Copies by hard links
+
+
+def link_copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, copy_function=os.link)
+
+
+def test_a_copy_by_hard_links_and_its_source_can_only_be_read(cachedb: Run, directory: Path, tmp_path: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    copy = tmp_path / "copy"
+    link_copy(directory, copy)
+    for there in (directory, copy):
+        assert cachedb("--dir", there, "ls", "-q").stdout == "app:1\n"
+        done = cachedb("--dir", there, "tag", "app:1", "app:2")
+        assert done.returncode == 1
+        assert "has 2 hard links, so the cache shares it with a copy" in done.stderr
+        assert "`cachedb copy` makes one of its own" in done.stderr
+        assert cachedb("--dir", there, "gc").returncode == 1
+    assert cachedb("copy", tmp_path / "own").returncode == 0
+    shutil.rmtree(copy)
+    assert cachedb("tag", "app:1", "app:2").returncode == 0
+    assert cachedb("--dir", tmp_path / "own", "tag", "app:1", "app:2").returncode == 0
+
+
+def test_an_open_cache_is_not_written_to_once_it_has_a_copy_by_hard_links(
+    cache: Cache, directory: Path, tmp_path: Path
+) -> None:
+    save(cache, "app:1", APP)
+    link_copy(directory, tmp_path / "copy")
+    for _ in range(2):
+        with pytest.raises(NotOurs, match="has 2 hard links"):
+            cache.tag("app:1", "app:2")
+    assert names(cache) == ["app:1"]
+    shutil.rmtree(tmp_path / "copy")
+    cache.tag("app:1", "app:2")
+
+
+def test_a_link_of_the_index_alone_is_noticed(directory: Path, tmp_path: Path) -> None:
+    Cache.open(directory).close()
+    os.link(directory / "index.db", tmp_path / "index.db")
+    with Cache.open(directory) as cache, pytest.raises(NotOurs, match=r"index.db' has 2 hard links"):
+        cache.add_blob(b"")
+
+
+def test_a_marker_whose_writer_was_killed_is_no_copy(directory: Path) -> None:
+    Cache.open(directory).close()
+    os.link(directory / "cachedb.json", directory / f".cachedb-{'0' * 16}.marker")
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+
+
+# Copies to where a file has the number of the source's
+
+
+def edit_marker(cache: Path, /, **values: object) -> None:
+    path = cache / "cachedb.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def marker_of(directory: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((directory / "cachedb.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("field", ["directory", "file_system"])
+def test_a_copy_whose_marker_has_the_number_of_the_sources_is_checked(directory: Path, field: str) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    before = marker_of(directory)
+    edit_marker(directory, **{field: 0 if field == "directory" else "id 0"})
+    blob = blob_path(directory, Digest(APP.digest))
+    blob.rename(blob.with_name("moved"))
+    with pytest.raises(DamagedIndex, match="is a damaged copy of a cache"):
+        Cache.open(directory)
+    blob.with_name("moved").rename(blob)
+    Cache.open(directory).close()
+    after = marker_of(directory)
+    assert after["id"] != before["id"]
+    assert after[field] == before[field]
+
+
+def test_a_cache_that_was_moved_or_whose_host_was_restarted_is_no_copy(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    before = marker_of(directory)
+    moved = directory.rename(directory.with_name("moved"))
+    edit_marker(moved, boot="another", file_system="device 1")
+    with Cache.open(moved) as cache:
+        cache.tag("app:1", "app:2")
+    after = marker_of(moved)
+    assert after.pop("inode") == (moved / "cachedb.json").stat().st_ino
+    assert after == {name: value for name, value in before.items() if name != "inode"}, "it was refreshed"
+
+
+def test_a_marker_of_an_older_release_is_refreshed_and_its_cache_is_no_copy(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+        before = marker_of(directory)
+        old = {name: before[name] for name in ("format", "id", "inode")}
+        (directory / "cachedb.json").write_text(json.dumps(old))
+        Cache.open(directory).close()
+        after = marker_of(directory)
+        assert after["id"] == before["id"]
+        assert after["directory"] == directory.stat().st_ino
+        cache.tag("app:1", "app:2")

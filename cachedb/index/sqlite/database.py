@@ -21,7 +21,7 @@ from sqlalchemy.exc import DisconnectionError
 
 from cachedb import space
 from cachedb.disk import locks, processes
-from cachedb.disk.folders import Folders
+from cachedb.disk.folders import Folders, find_links
 from cachedb.disk.reserve import NO_ROOM, RESERVE_BYTES, Reserve
 from cachedb.disk.waiting import Wait, chosen_seconds
 from cachedb.errors import (
@@ -29,6 +29,7 @@ from cachedb.errors import (
     CacheError,
     DamagedIndex,
     NotACache,
+    NotOurs,
     StorageError,
     os_errors,
 )
@@ -98,6 +99,8 @@ class Database:
         self.write_lock = self.directory / "locks" / "write.lock"
         with os_errors("use the cache directory"):
             self.read_only = self.path.exists() and not os.access(directory, os.W_OK)
+            self._refusal = None if path or self.read_only else find_links(self.directory)
+        self.read_only = self.read_only or self._refusal is not None
         self._resolved = os.path.realpath(self.directory)  # by which a thread knows what it holds
         self._engine = self._connect()
         self._lookups = Lookups(self._open, self._is_current)
@@ -192,6 +195,8 @@ class Database:
         if self.ended and self._folders is None:
             raise CacheError(CLOSED)
         self._check_shortage()
+        if self._refusal is not None:
+            raise NotOurs(str(self._refusal))
         if self.read_only:
             raise StorageError(
                 f"the cache {str(self.directory)!r} can only be read: check the owner and mode of the directory, and "
