@@ -89,17 +89,18 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
     )
 )
 @click.argument("directory", metavar="DIR", type=click.Path())
+@click.option("--no-verify", is_flag=True, help="Do not read reflinks and hard links to verify their digests.")
 @format_option
 @quiet_option("the directory of the copy")
-def copy(directory: str, form: str, quiet: bool) -> None:
+def copy(directory: str, no_verify: bool, form: str, quiet: bool) -> None:
     """Copy the cache into a new or empty directory as it is at one moment, also while other processes use it.
 
-    Blobs come as reflinks where the file system can, else as hard links, else as verified copies. DIR becomes a cache
-    at the end; after an interrupt, copy again. Holds are copied, quarantine/ and backups/ are not. rsync, cp and tar
-    make no consistent copy of a cache in use.
+    Blobs come as reflinks where the file system can, else as hard links, else as copies, and are verified. DIR becomes
+    a cache at the end; after an interrupt, copy again. Holds are copied, quarantine/ and backups/ are not. rsync, cp
+    and tar make no consistent copy of a cache in use.
     """
     with open_cache(existing=True) as cache, show_progress("copying", quiet=quiet) as progress:
-        done = cache.copy(directory, progress=progress)
+        done = cache.copy(directory, verify=not no_verify, progress=progress)
     if quiet:
         click.echo(bytes(done.directory))  # which need not be text
     elif form == "json":
