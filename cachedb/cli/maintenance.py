@@ -12,7 +12,7 @@ from cachedb.text import ago, human, printable
 if TYPE_CHECKING:
     pass
 
-from cachedb.cli.context import open_cache
+from cachedb.cli.context import cache_directory, open_cache
 from cachedb.cli.options import dry_run_option, format_examples, format_option, quiet_option
 from cachedb.cli.output import print_collected, print_images
 from cachedb.cli.progress import show_progress
@@ -165,8 +165,15 @@ def ps(form: str) -> None:
 
     A process that only reads is not listed.
     """
-    with open_cache() as cache:
-        found = cache.sessions()
+    from cachedb.index.sqlite.revision import is_ours
+    from cachedb.reports.sessions import sessions
+
+    directory = cache_directory()
+    if is_ours(directory) and (directory / "locks").is_dir():
+        found = sessions(directory)  # also while another program has the index for itself alone
+    else:
+        with open_cache() as cache:
+            found = cache.sessions()
     if form == "json":
         print_json([{**session._asdict(), "doing": [one._asdict() for one in session.doing]} for session in found])
         return

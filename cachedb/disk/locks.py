@@ -44,6 +44,8 @@ __all__ = [
     "acquire",
     "after_fork",
     "before_fork",
+    "find_holder",
+    "find_holder_of",
     "held",
     "held_folder",
     "holder",
@@ -153,13 +155,18 @@ def _lock(path: Path, file: int, operation: int, wait: bool | Wait) -> None:
                 return
         # The longer it takes, the less a nap that is too long adds to it.
         nap = min(max((time.monotonic() - began) / _NAPS, _SHORTEST_NAP), _LONGEST_NAP)
-        wait.nap(nap, lambda: holder(file))
+        wait.nap(nap, lambda: find_holder(file))
 
 
 def holder(file: int) -> Process | None:
     """Return which process has written its name into a lock file, unless it is gone."""
     record = processes.read_record(file)
     return None if record is None or record[0].is_gone else record[0]
+
+
+def find_holder(file: int) -> Process | None:
+    """Return which process holds a lock: by its name in the file, else as the kernel says."""
+    return holder(file) or processes.flock_holder(file)
 
 
 def is_held(path: Path) -> bool:
@@ -333,7 +340,7 @@ def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> No
             since, free = now, lock is not None
         nap = min((number - first) * _NAP, _PATIENCE)
         if isinstance(wait, Wait):
-            wait.nap(nap, lambda: holder_of(path))
+            wait.nap(nap, lambda: find_holder_of(path))
         else:
             time.sleep(nap)
 
@@ -342,6 +349,13 @@ def holder_of(path: Path) -> Process | None:
     """Return which process holds a lock, if it has written its name into the file."""
     with suppress(OSError), FileIO(path) as file:
         return holder(file.fileno())
+    return None
+
+
+def find_holder_of(path: Path) -> Process | None:
+    """Return which process holds a lock, as `find_holder` does."""
+    with suppress(OSError), FileIO(path) as file:
+        return find_holder(file.fileno())
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.operations import rebuild, restore
 from tests.conftest import Run, running
+from tests.disk.test_locks import eventually
 from tests.support.make import image, save
 
 APP = image(1)
@@ -402,3 +404,49 @@ def test_a_marker_of_an_older_release_is_refreshed_and_its_cache_is_no_copy(dire
         assert after["id"] == before["id"]
         assert after["directory"] == directory.stat().st_ino
         cache.tag("app:1", "app:2")
+
+
+# Who has a lock, where no record says so
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock(1), of util-linux")
+@pytest.mark.parametrize("name", ["locks/write.lock", "locks"])
+def test_a_process_that_locks_without_a_name_is_named_by_the_kernel(cachedb: Run, directory: Path, name: str) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    command: list[str | Path] = ["flock", "--no-fork", directory / name, "sleep", "60"]
+    with subprocess.Popen(command) as process:
+        try:
+            assert eventually(lambda: _is_locked(directory / name))
+            done = cachedb("tag", "app:1", "app:2", env={**os.environ, "CACHEDB_WAIT": "0.3"})
+            assert done.returncode == 1
+            assert f"process {process.pid} (sleep 60)" in done.stderr
+            listed = cachedb("ps")
+            assert listed.returncode == 0
+            assert (str(process.pid) in listed.stdout) == (name != "locks")
+        finally:
+            process.kill()
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        os.close(_locked(path))
+    except BlockingIOError:
+        return True
+    return False
+
+
+def test_a_process_that_has_the_index_for_itself_alone_is_named(cachedb: Run, directory: Path) -> None:
+    Cache.open(directory).close()
+    script = """
+        import sqlite3, sys, time
+        shell = sqlite3.connect(sys.argv[1], isolation_level=None)
+        shell.execute("PRAGMA locking_mode = EXCLUSIVE")
+        shell.execute("BEGIN IMMEDIATE")
+        print(flush=True)
+        time.sleep(60)
+        """
+    with running(script, directory / "index.db") as outsider:
+        done = cachedb("ls", env={**os.environ, "CACHEDB_WAIT": "0.3"})
+        assert f"process {outsider.pid} (" in done.stderr
+        assert cachedb("ps").returncode == 0
