@@ -99,6 +99,7 @@ MUTATIONS = [
     Mutation("who locks without a name is named by the kernel", "cachedb/disk/locks.py", "    return holder(file) or processes.flock_holder(file)\n", "    return holder(file)\n", "tests/disk/test_identity.py -k named_by"),
     Mutation("who has the index for itself is named", "cachedb/disk/processes.py", ", (str(index), *_INDEX_LOCKS)):", ",):", "tests/disk/test_identity.py -k itself_alone"),
     Mutation("ps needs no index", "cachedb/cli/maintenance.py", "    if is_ours(directory) and (directory / \"locks\").is_dir():\n", "    if False:\n", "tests/disk/test_identity.py -k itself_alone"),
+    Mutation("an index that is no file is named", "cachedb/index/sqlite/file.py", "        if not stat.S_ISREG(status.st_mode):\n", "        if False:\n", "tests/index/sqlite/test_database.py -k regular"),
     Mutation("an index is not replaced without the write lock", "cachedb/index/sqlite/replace.py", '        turn.check("the index was not replaced: try again")\n', "", "tests/disk/test_identity.py -k lost_the_lock"),
     Mutation("a folder that is renamed is locked under its name", "cachedb/disk/locks.py", "            if leads_to(path, folder):\n                yield\n                return\n", "            yield\n            return\n", "tests/disk/test_identity.py -k folder_that_is_renamed"),
     Mutation("what the group can write to is not linked", "cachedb/content/publish.py", "before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):", "before.st_mode & stat.S_IWOTH:", "tests/operations/test_share.py"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -776,3 +778,31 @@ def test_a_symbolic_link_does_not_make_a_path_shorter(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(long)
     with pytest.raises(StorageError, match="has 510 bytes"):
         Cache.open(tmp_path / "link")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+@pytest.mark.parametrize("is_cache", [False, True])
+def test_an_index_that_is_not_a_regular_file_is_named(
+    directory: Path, make: Callable[[Path], None], is_cache: bool
+) -> None:
+    directory.mkdir()
+    if is_cache:
+        Cache.open(directory).close()
+        (directory / "index.db").unlink()
+    make(directory / "index.db")
+    with pytest.raises(NotACache, match=r"index.db' is not a regular file: move it away"):
+        Cache.open(directory)
+
+
+def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
+    script = """
+        import os, subprocess, sys
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir("../gone")
+        sys.exit(subprocess.run([sys.executable, "-m", "cachedb", "--dir", *sys.argv[1:], "ls"]).returncode)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script), "relative"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "'relative' is relative to a working directory that was deleted: change to another one" in done.stderr
