@@ -756,15 +756,18 @@ class Cache:
             raise CacheError(f"{shorten(how)} is not a way to adopt: use one of {', '.join(HOWS)}")
         return adopt(self._database, self._session, Path(directory).absolute(), how=how, progress=progress)
 
-    def copy(self, directory: str | os.PathLike[str], *, progress: Progress | None = None) -> Copied:
+    def copy(
+        self, directory: str | os.PathLike[str], *, verify: bool = True, progress: Progress | None = None
+    ) -> Copied:
         """Copy the cache into a new or empty directory as it is at one moment, also while other processes use it.
 
         No process holds up another for it. Blobs come as reflinks where the file system can, else as hard links, else
-        as copies, whose digests are verified. The directory becomes a cache at the end: what an interrupted copy leaves
+        as copies; their digests are verified. The directory becomes a cache at the end: what an interrupted copy leaves
         is no cache, and the next attempt deletes it. Holds are copied; ``quarantine/`` and ``backups/`` are not.
 
         Args:
             directory: of the copy; made if it is not there.
+            verify: read and verify reflinks and hard links too.
             progress: is told how far it is.
 
         Raises:
@@ -777,7 +780,7 @@ class Cache:
         self._uses.write()
         check_paths(directory=directory)
         check_functions(progress=progress)
-        return copy(self._database, self._session, chosen(directory), progress=progress)
+        return copy(self._database, self._session, chosen(directory), verify=verify, progress=progress)
 
     # Registries
 

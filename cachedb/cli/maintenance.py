@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from cachedb.cli.context import open_cache
+from cachedb.cli.context import cache_directory, open_cache
 from cachedb.cli.options import dry_run_option, format_examples, format_option, quiet_option
 from cachedb.cli.output import print_collected, print_images, print_json, print_table
 from cachedb.cli.progress import show_progress
@@ -84,17 +84,18 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
     )
 )
 @click.argument("directory", metavar="DIR", type=click.Path())
+@click.option("--no-verify", is_flag=True, help="Do not read reflinks and hard links to verify their digests.")
 @format_option
 @quiet_option("the directory of the copy")
-def copy(directory: str, form: str, quiet: bool) -> None:
+def copy(directory: str, no_verify: bool, form: str, quiet: bool) -> None:
     """Copy the cache, as of one moment, into a new or empty directory.
 
     Other processes may keep using the cache; rsync, cp and tar would copy it inconsistently. Blobs become reflinks
-    where the file system supports them, else hard links, else verified copies. DIR becomes a cache only at the end;
-    after an interrupt, copy again. Holds are copied; quarantine/ and backups/ are not.
+    where the file system supports them, else hard links, else copies, and are verified. DIR becomes a cache only at
+    the end; after an interrupt, copy again. Holds are copied; quarantine/ and backups/ are not.
     """
     with open_cache(existing=True) as cache, show_progress("copying", quiet=quiet) as progress:
-        done = cache.copy(directory, progress=progress)
+        done = cache.copy(directory, verify=not no_verify, progress=progress)
     if quiet:
         click.echo(bytes(done.directory))  # a path need not be valid text
     elif form == "json":
@@ -159,8 +160,15 @@ def ps(form: str) -> None:
 
     A process may be writing, waiting, downloading or producing an image. A process that only reads is not listed.
     """
-    with open_cache() as cache:
-        found = cache.sessions()
+    from cachedb.index.sqlite.revision import is_ours
+    from cachedb.reports.sessions import sessions
+
+    directory = cache_directory()
+    if is_ours(directory) and (directory / "locks").is_dir():
+        found = sessions(directory)  # also while another program has the index for itself alone
+    else:
+        with open_cache() as cache:
+            found = cache.sessions()
     if form == "json":
         print_json([{**session._asdict(), "doing": [one._asdict() for one in session.doing]} for session in found])
         return

@@ -215,19 +215,20 @@ class Session:
         """Let go of a hold; one that a parent process took is left to it."""
         if hold.session == self._id:
             self._check_lock()
-            connection.execute(_without_holds(), {"of": hold.session, "numbers": [hold.number]})
+            gone = connection.execute(_without_holds(), {"of": hold.session, "numbers": [hold.number]}).rowcount
+            if gone < len(hold.digests):
+                raise _hold_lost("its leases were removed")
 
     def _check_lock(self) -> None:
         """Make sure that other processes still see this session as alive: without its lock file its leases are swept.
 
         Raises:
-            CacheReplaced: if the lock file was removed.
+            CacheReplaced: if the lock file was removed or renamed.
         """
-        if self._lock is not None and os.fstat(self._lock.fileno()).st_nlink == 0:
-            raise CacheReplaced(
-                "the lock file of this session was removed, so what it holds may be collected: open the cache again, "
-                "and keep cleaners of old files out of it"
-            )
+        if self._lock is None or self._id is None:
+            return
+        if not locks.leads_to(lock_path(self._database.directory, self._id), self._lock.fileno()):
+            raise _hold_lost("its lock file was removed or renamed")
 
     def keep_until_saved(self, hold: Hold) -> None:
         """Keep a blob that was just stored until an image of this session is associated with it."""
@@ -245,6 +246,7 @@ class Session:
         # One that a parent process took is left to it, as `release` has it.
         numbers = [hold.number for hold in holds if hold.session == self._id]
         if numbers:
+            self._check_lock()
             connection.execute(_without_holds(), {"of": self._id, "numbers": numbers})
 
     def expect(self, digests: Iterable[Digest]) -> None:
@@ -281,6 +283,13 @@ class Session:
         finally:
             locks.release(lock)
             self.forked()
+
+
+def _hold_lost(reason: str) -> CacheReplaced:
+    return CacheReplaced(
+        f"this session ended early, for {reason}: what it held may have been collected; open the cache again, and keep "
+        "cleaners of old files out of it"
+    )
 
 
 @cache

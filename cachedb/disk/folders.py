@@ -18,7 +18,18 @@ from typing import NamedTuple
 from cachedb.disk import marker
 from cachedb.errors import CacheReplaced, NotOurs
 
-__all__ = ["BLOB_FOLDERS", "FOLDERS", "Folders", "Leftover", "OpenFolder", "follow", "give", "is_shared", "mode_in"]
+__all__ = [
+    "BLOB_FOLDERS",
+    "FOLDERS",
+    "Folders",
+    "Leftover",
+    "OpenFolder",
+    "find_links",
+    "follow",
+    "give",
+    "is_shared",
+    "mode_in",
+]
 
 
 BLOB_FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512")
@@ -61,9 +72,11 @@ class Folders:
         self.root = os.open(directory, _OPEN)
         weakref.finalize(self, os.close, self.root)
         self.status = os.fstat(self.root)
-        self._marker: tuple[tuple[int, int, int], str] | None = None
+        self._marker: tuple[tuple[int, int, int, int], str] | None = None
         self.is_copy = False
         """Whether the cache may have been copied file by file, and nobody has checked it since."""
+        self.is_outdated = False
+        """Whether the marker should say where it is by now: `refresh_marker`."""
         self.had_marker = False
         """Whether the directory had a marker before this release found it; those of older releases have none."""
 
@@ -99,18 +112,44 @@ class Folders:
         if found is not None and status is not None:
             self._marker = (status, found.id)
         self.had_marker = found is not None and found.inode is not None
-        self.is_copy = found is None or status is None or found.inode != status[1]
+        self.is_copy = found is None or status is None or found.is_of(self.root) is False
+        self.is_outdated = found is not None and not self.is_copy and found.is_outdated(self.root)
 
     def accept_copy(self) -> None:
         """Give a copy that was checked an id of its own; under the write lock."""
         marker.renew(self.root, lambda file: follow(file, self.status))
         self.mark(new=False)
 
+    def refresh_marker(self) -> None:
+        """Have the marker of this cache, which is no copy, say where it is by now; under the write lock."""
+        self.mark(new=False)
+        found = marker.read(self.root)
+        if self.is_outdated and found is not None:
+            marker.refresh(self.root, lambda file: follow(file, self.status), found)
+            self.mark(new=False)
+
+    def check_links(self) -> None:
+        """Refuse a cache whose files are those of another directory as well.
+
+        Raises:
+            NotOurs: if the marker or the index has a second link.
+        """
+        for name in (marker.MARKER, "index.db"):
+            with suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=self.root, follow_symlinks=False)
+                links = marker.count_links(self.root, status) if name == marker.MARKER else status.st_nlink
+                if links > 1:
+                    raise NotOurs(
+                        f"{self._path(name)!r} has {links} hard links, so the cache shares it with a copy (`cp -al`, "
+                        "rsnapshot): it can only be read until the copy is deleted; `cachedb copy` makes one of its own"
+                    )
+
     def check(self) -> None:
         """Make sure that the path still leads to this cache: before each write.
 
         Raises:
             CacheReplaced: if the directory was moved, removed, or made anew since it was opened.
+            NotOurs: if it was copied by hard links since.
         """
         try:
             status = os.stat(self.directory)
@@ -128,6 +167,7 @@ class Folders:
             raise CacheReplaced(
                 f"another cache is in {str(self.directory)!r} than the one that was opened: open it again"
             )
+        self.check_links()
         self.mark(new=False)
 
     def make(self, name: str) -> None:
@@ -199,6 +239,18 @@ class Folders:
 
     def _path(self, name: str) -> str:
         return f"{self.directory}/{name}"
+
+
+def find_links(directory: Path) -> NotOurs | None:
+    """Return the error for a cache that was copied by hard links; None for others."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if os.lstat(directory / marker.MARKER).st_nlink == 1 == os.lstat(directory / "index.db").st_nlink:
+            return None
+        try:
+            Folders(directory).check_links()
+        except NotOurs as error:
+            return error
+    return None
 
 
 def is_shared(folder: os.stat_result) -> bool:

@@ -58,12 +58,19 @@ def chosen(directory: str | os.PathLike[str] | None) -> Path:
     """Return the directory that was chosen, or the default, as an absolute path.
 
     Raises:
-        NotACache: if its name is empty.
+        NotACache: if its name is empty, or relative to a directory that was deleted.
     """
     check_paths(directory=directory, optional=True)
     if directory is not None and not os.fspath(directory):
         raise NotACache("the name of the cache directory is empty")
-    return (default_directory() if directory is None else Path(directory)).absolute()
+    path = default_directory() if directory is None else Path(directory)
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        raise NotACache(
+            f"{str(path)!r} is relative to a working directory that was deleted: change to another one, or give an "
+            "absolute path"
+        ) from None
 
 
 def blob_path(directory: Path, digest: Digest) -> Path:

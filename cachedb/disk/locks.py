@@ -36,7 +36,7 @@ from cachedb.disk import processes
 from cachedb.disk.folders import follow
 from cachedb.disk.processes import Process
 from cachedb.disk.waiting import LOG, Wait
-from cachedb.errors import Busy
+from cachedb.errors import Busy, CacheReplaced
 
 __all__ = [
     "Turn",
@@ -44,6 +44,8 @@ __all__ = [
     "acquire",
     "after_fork",
     "before_fork",
+    "find_holder",
+    "find_holder_of",
     "held",
     "held_folder",
     "holder",
@@ -51,6 +53,7 @@ __all__ = [
     "in_turn",
     "is_fork_waiting",
     "is_held",
+    "leads_to",
     "lock_byte",
     "release",
     "unforked",
@@ -84,8 +87,8 @@ _forking = False
 def acquire(path: Path, *, wait: bool | Wait = True) -> FileIO | None:
     """Lock a file exclusively, creating it if need be, and return it, for `release`.
 
-    Returns None if another holds the lock and ``wait`` is false. A file that was unlinked while we waited for
-    it is not the one that others lock: we try again.
+    Returns None if another holds the lock and ``wait`` is false. A file that was unlinked or renamed while we waited
+    for it is not the one that others lock: we try again.
 
     Args:
         path: of the file.
@@ -99,16 +102,24 @@ def acquire(path: Path, *, wait: bool | Wait = True) -> FileIO | None:
             file = FileIO(path, "r+", opener=_create)
             _files.add(file)
         try:
-            _lock(file.fileno(), fcntl.LOCK_EX, wait)
+            _lock(path, file.fileno(), fcntl.LOCK_EX, wait)
         except BlockingIOError:
             _close(file)
             return None
         except BaseException:
             _close(file)
             raise
-        if os.fstat(file.fileno()).st_nlink:
+        if leads_to(path, file.fileno()):
             return file
         _close(file)
+
+
+def leads_to(path: Path, file: int) -> bool:
+    """Return whether a path still leads to an open file; else the file was unlinked, renamed or replaced."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 @contextmanager
@@ -118,16 +129,19 @@ def held_folder(path: Path, wait: Wait, *, shared: bool) -> Iterator[None]:
     Raises:
         Busy: if the time to wait is over.
     """
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _lock(folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
-        yield
-    finally:
-        os.close(folder)
+    while True:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _lock(path, folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
+            if leads_to(path, folder):
+                yield
+                return
+        finally:
+            os.close(folder)
 
 
-def _lock(file: int, operation: int, wait: bool | Wait) -> None:
-    """Lock an open file; a file that is unlinked meanwhile may be left without its lock."""
+def _lock(path: Path, file: int, operation: int, wait: bool | Wait) -> None:
+    """Lock an open file; a file that loses its path meanwhile may be left without its lock."""
     if not isinstance(wait, Wait):
         fcntl.flock(file, operation | (0 if wait else fcntl.LOCK_NB))
         return
@@ -137,17 +151,22 @@ def _lock(file: int, operation: int, wait: bool | Wait) -> None:
             fcntl.flock(file, operation | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if not os.fstat(file).st_nlink:
+            if not leads_to(path, file):
                 return
         # The longer it takes, the less a nap that is too long adds to it.
         nap = min(max((time.monotonic() - began) / _NAPS, _SHORTEST_NAP), _LONGEST_NAP)
-        wait.nap(nap, lambda: holder(file))
+        wait.nap(nap, lambda: find_holder(file))
 
 
 def holder(file: int) -> Process | None:
     """Return which process has written its name into a lock file, unless it is gone."""
     record = processes.read_record(file)
     return None if record is None or record[0].is_gone else record[0]
+
+
+def find_holder(file: int) -> Process | None:
+    """Return which process holds a lock: by its name in the file, else as the kernel says."""
+    return holder(file) or processes.flock_holder(file)
 
 
 def is_held(path: Path) -> bool:
@@ -193,13 +212,28 @@ def held(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
 class Turn:
     """A lock that is held in turn, and a mark in its file that outlives whoever dies with it."""
 
-    def __init__(self, file: FileIO) -> None:
-        self._file = file
+    def __init__(self, file: FileIO, path: Path) -> None:
+        self._file, self._path = file, path
 
     @property
     def is_lost(self) -> bool:
-        """Whether the lock's file was removed, so that others lock another one."""
-        return os.fstat(self._file.fileno()).st_nlink == 0
+        """Whether the lock's file was removed or renamed, so that others lock another one."""
+        return not leads_to(self._path, self._file.fileno())
+
+    def check(self, consequence: str) -> None:
+        """Make sure that others still wait for this lock.
+
+        Args:
+            consequence: what follows if they do not, for the error.
+
+        Raises:
+            CacheReplaced: if the lock is lost.
+        """
+        if self.is_lost:
+            raise CacheReplaced(
+                f"{str(self._path)!r} was removed or renamed while it was locked; {consequence}, and keep cleaners of "
+                "old files out of the cache"
+            )
 
     @property
     def marked(self) -> bool:
@@ -238,7 +272,7 @@ def in_turn(path: Path, wait: bool | Wait = True) -> Iterator[Turn]:
         with held(path, wait) as file:
             if queue is not None:
                 _write(queue[0], _SERVED, max(queue[1], _read(queue[0], _SERVED)))
-            yield Turn(file)
+            yield Turn(file, path)
     finally:
         if isinstance(wait, Wait):
             wait.on_begin = None
@@ -306,7 +340,7 @@ def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> No
             since, free = now, lock is not None
         nap = min((number - first) * _NAP, _PATIENCE)
         if isinstance(wait, Wait):
-            wait.nap(nap, lambda: holder_of(path))
+            wait.nap(nap, lambda: find_holder_of(path))
         else:
             time.sleep(nap)
 
@@ -315,6 +349,13 @@ def holder_of(path: Path) -> Process | None:
     """Return which process holds a lock, if it has written its name into the file."""
     with suppress(OSError), FileIO(path) as file:
         return holder(file.fileno())
+    return None
+
+
+def find_holder_of(path: Path) -> Process | None:
+    """Return which process holds a lock, as `find_holder` does."""
+    with suppress(OSError), FileIO(path) as file:
+        return find_holder(file.fileno())
     return None
 
 

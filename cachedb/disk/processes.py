@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["UNKNOWN", "Process", "index_writer", "read_record", "this_process", "write_record"]
+__all__ = ["UNKNOWN", "Process", "flock_holder", "index_writer", "read_record", "this_process", "write_record"]
 
 
 RECORD = 1
@@ -21,7 +21,8 @@ RECORD = 1
 
 _RECORD_BYTES = 4096  # a record that is longer is not read
 _COMMAND_LENGTH = 120  # characters
-_WAL_WRITE_LOCK = 120  # the byte of the -shm file that SQLite's writer locks (its "WAL-Index Locking Matrix")
+_WAL_WRITE_LOCK = (120, 120)  # the byte of the -shm file that SQLite's writer locks (its "WAL-Index Locking Matrix")
+_INDEX_LOCKS = (0x40000000, 0x40000000 + 511)  # the bytes of an index that SQLite locks: its os.h
 _START_FIELD = 19  # of /proc/PID/stat behind the command: when the process started, in clock ticks after the boot
 
 
@@ -113,16 +114,38 @@ def read_record(file: int, offset: int = RECORD) -> tuple[Process, dict[str, Any
 
 def index_writer(index: Path) -> str:
     """Return which process has a write transaction in an index, as far as the kernel says."""
+    # The files are not opened: to close them would let go of the locks that SQLite has in this process. Who has the
+    # index for itself alone locks the index, and no -shm.
+    for path, first, last in ((f"{index}-shm", *_WAL_WRITE_LOCK), (str(index), *_INDEX_LOCKS)):
+        with suppress(OSError):
+            if found := _kernel_holder("POSIX", os.stat(path), first, last):
+                return str(found)
+    return "another program"
+
+
+def flock_holder(file: int) -> Process | None:
+    """Return which process has locked an open file with `flock`, alone or with others, as far as the kernel says."""
+    with suppress(OSError):
+        return _kernel_holder("FLOCK", os.fstat(file))
+    return None
+
+
+def _kernel_holder(kind: str, status: os.stat_result, first: int = 0, last: int = 0) -> Process | None:
+    """Return which process has a lock on one of some bytes of a file; None if the kernel does not say.
+
+    It says nothing of processes outside of this container.
+    """
     with suppress(OSError, ValueError, IndexError):
-        # The file is not opened: to close it would let go of the locks that SQLite has in this process.
-        inode = os.stat(f"{index}-shm").st_ino
         for line in Path("/proc/locks").read_text().splitlines():
             _, *fields = line.split()
-            if fields[0] == "POSIX" and fields[2] == "WRITE" and int(fields[4].rpartition(":")[2]) == inode:
-                first, last = int(fields[5]), fields[6]
-                pid = int(fields[3])
-                if first <= _WAL_WRITE_LOCK and (last == "EOF" or int(last) >= _WAL_WRITE_LOCK) and pid > 0:
-                    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                    name = " ".join([os.path.basename(words[0]), *words[1:]]).strip()[:_COMMAND_LENGTH]
-                    return f"process {pid} ({''.join(char if char.isprintable() else '?' for char in name)})"
-    return "another program"
+            if fields[0] != kind or int(fields[4].rpartition(":")[2]) != status.st_ino:
+                continue  # so is one that waits, which has an arrow there
+            if kind == "POSIX" and fields[2] != "WRITE":
+                continue
+            pid, begin, end = int(fields[3]), int(fields[5]), fields[6]
+            if pid > 0 and begin <= last and (end == "EOF" or int(end) >= first):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                name = " ".join([os.path.basename(words[0]), *words[1:]]).strip()[:_COMMAND_LENGTH]
+                name = "".join(char if char.isprintable() else "?" for char in name)
+                return Process(pid, name, os.stat(f"/proc/{pid}").st_uid, _start(pid), _namespace())
+    return None

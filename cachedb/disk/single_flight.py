@@ -90,7 +90,7 @@ def _remove(path: Path, lock: FileIO, seconds: float = _REMOVAL_SECONDS) -> bool
         if time.monotonic() >= end:
             return False
         time.sleep(_NAP)
-    if not os.fstat(lock.fileno()).st_nlink:
+    if not locks.leads_to(path, lock.fileno()):
         return False
     path.unlink()
     return True
@@ -118,9 +118,10 @@ def check_claim(directory: Path, key: str) -> None:
     Raises:
         ClaimLost: if it was.
     """
-    lock = _claims.get(_path(directory, key))
+    path = _path(directory, key)
+    lock = _claims.get(path)
     with suppress(OSError, ValueError):
-        if lock is not None and not os.fstat(lock.fileno()).st_nlink:
+        if lock is not None and not locks.leads_to(path, lock.fileno()):
             raise ClaimLost(f"{key} was taken over by another process: it made no progress here")
 
 

@@ -27,6 +27,7 @@ from cachedb.disk.durable import sync_file, sync_folder
 from cachedb.disk.file_system import refuse_shared
 from cachedb.disk.folders import BLOB_FOLDERS
 from cachedb.disk.layout import UNFINISHED, blob_file
+from cachedb.disk.writer import Readable
 from cachedb.errors import CacheError, DamagedIndex, DigestMismatch, NotACache, StorageError, os_errors
 from cachedb.index.blobs import stored
 from cachedb.index.sqlite import backups
@@ -44,6 +45,7 @@ __all__ = ["Copied", "copy"]
 _SUFFIXES = ("wal", "shm", "journal")  # of files that SQLite makes beside the index
 _LEASED_TOGETHER = 5000  # blobs: more would keep the write lock for longer than others notice
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
+_ADVICE = "run `cachedb verify --repair` and copy again"
 _NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
 
 
@@ -58,13 +60,16 @@ class Copied(NamedTuple):
     hard_links: int  # blobs that are one file with the source's
 
 
-def copy(database: Database, session: Session, directory: Path, *, progress: Progress | None = None) -> Copied:
+def copy(
+    database: Database, session: Session, directory: Path, *, verify: bool = True, progress: Progress | None = None
+) -> Copied:
     """Copy a cache into a new or empty directory; see `Cache.copy`.
 
     Args:
         database: of the cache.
         session: to lease the blobs with.
         directory: of the copy.
+        verify: compute the digests of reflinks and hard links too.
         progress: is told how far it is, in bytes of blobs.
 
     Raises:
@@ -79,7 +84,7 @@ def copy(database: Database, session: Session, directory: Path, *, progress: Pro
                 database.reserve.run(lambda: _lease(database, session, leased))
             _copy_index(database, session, staged, leased)
             wanted, image_count = _take_over(Database(directory, staged))
-            how = _copy_blobs(database.directory, directory, wanted, progress)
+            how = _copy_blobs(database.directory, directory, wanted, progress, verify=verify)
         finally:
             for hold in leased:
                 publish.give_up(database, session, hold)
@@ -250,13 +255,23 @@ def _take_over(copied: Database) -> tuple[dict[Digest, int], int]:
     return wanted, image_count
 
 
-def _copy_blobs(source: Path, target: Path, wanted: dict[Digest, int], progress: Progress | None) -> Counter[str]:
+def _copy_blobs(
+    source: Path, target: Path, wanted: dict[Digest, int], progress: Progress | None, *, verify: bool
+) -> Counter[str]:
     """Bring blobs over; return how many came how."""
     guard, how, can_clone = threading.Lock(), Counter[str](), True
 
     def bring(digest: Digest, add: Advance) -> None:
         nonlocal can_clone
-        done = _copy_blob(blob_file(source, digest), blob_file(target, digest), digest, wanted[digest], can_clone, add)
+        path, size = blob_file(target, digest), wanted[digest]
+        done = _copy_blob(blob_file(source, digest), path, digest, size, can_clone, add)
+        if done == "copy":
+            pass  # it was verified while it was copied
+        elif verify:
+            with open(path, "rb", buffering=0) as made:
+                _receive(made, None, digest, size, add)
+        else:
+            add(size)
         with guard:
             can_clone = can_clone and done == "reflink"
             how[done] += 1
@@ -268,29 +283,31 @@ def _copy_blobs(source: Path, target: Path, wanted: dict[Digest, int], progress:
 
 
 def _copy_blob(source: str, target: str, digest: Digest, size: int, can_clone: bool, add: Advance) -> str:
-    """Bring one blob over; return whether as a ``reflink``, a ``hard link`` or a ``copy``."""
-    advice = "run `cachedb verify --repair` and copy again"
+    """Bring one blob over; return whether as a ``reflink``, a ``hard link`` or a verified ``copy``."""
     try:
         file = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise StorageError(f"the file of {digest} is missing: {advice}") from None
+        raise StorageError(f"the file of {digest} is missing: {_ADVICE}") from None
     with open(file, "rb", buffering=0) as opened:
         status = os.fstat(file)
         if status.st_size != size:
-            raise StorageError(f"the file of {digest} has {status.st_size} bytes and should have {size}: {advice}")
+            raise StorageError(f"the file of {digest} has {status.st_size} bytes and should have {size}: {_ADVICE}")
         if can_clone and _clone(file, target):
-            add(size)
             return "reflink"
         # Another user, or the group, could write to the copy's file through their own name of it.
         ours = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if ours and _link(source, target, status):
-            add(size)
             return "hard link"
-        try:
-            writer.receive(opened, Path(target), digest=digest, size=size, progress=add, what=f"the file of {digest}")
-        except DigestMismatch as error:
-            raise DigestMismatch(f"{error}: {advice}") from error
+        _receive(opened, Path(target), digest, size, add)
         return "copy"
+
+
+def _receive(source: Readable, target: Path | None, digest: Digest, size: int, add: Advance) -> None:
+    """Verify a blob, and write it to a new file if there is one."""
+    try:
+        writer.receive(source, target, digest=digest, size=size, progress=add, what=f"the file of {digest}")
+    except DigestMismatch as error:
+        raise DigestMismatch(f"{error}: {_ADVICE}") from error
 
 
 def _clone(file: int, target: str) -> bool:

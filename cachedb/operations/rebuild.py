@@ -63,7 +63,7 @@ def rebuild(database: Database, folder: Path) -> list[str]:
         database: of the cache.
         folder: a new one of a session's, to work in.
     """
-    with os_errors("rebuild the index"), database.alone():
+    with os_errors("rebuild the index"), database.alone() as turn:
         if not find_faults(database):
             return []
         files, _ = layout.on_disk(database.directory)
@@ -72,7 +72,7 @@ def rebuild(database: Database, folder: Path) -> list[str]:
             upgrade.prepare(new)
             with new.write() as connection:
                 notes += _fill(connection, database.directory, files, salvage)
-        backups.put_in_place(database, new.path)
+        backups.put_in_place(database, turn, new.path)
     return notes
 
 

@@ -69,12 +69,12 @@ def restore(directory: Path, file: Path) -> Restored:
     try:
         with closing(Database(session.new_folder())) as new:
             _take(new, file)
-            with os_errors("restore the index"), database.alone():
+            with os_errors("restore the index"), database.alone() as turn:
                 _refuse_newer(database)
                 with new.write() as connection:
                     restored = _agree(connection, database)
                 new.close()
-                restored = restored._replace(old=backups.put_in_place(database, new.path))
+                restored = restored._replace(old=backups.put_in_place(database, turn, new.path))
         with suppress(SchemaMismatch):  # another process has taken it to another schema since
             restored = restored._replace(unread=upgrade.backfill(database))
         return restored

@@ -92,7 +92,7 @@ def _doing(directory: Path) -> list[tuple[Process | None, Activity]]:
     with suppress(FileNotFoundError):
         since = lock.stat().st_mtime
         if locks.is_held(lock):
-            found.append((locks.holder_of(lock), Activity("write", "", _utc(since))))
+            found.append((locks.find_holder_of(lock), Activity("write", "", _utc(since))))
     for waiter in locks.waiters(lock):
         found.append((waiter.process, Activity("wait", "for the write lock", _utc(waiter.since))))
     for claim in single_flight.claims(directory):

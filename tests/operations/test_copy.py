@@ -246,6 +246,27 @@ def test_blobs_are_reflinks_where_the_file_system_can(
     check(target)
 
 
+@pytest.mark.parametrize("can_clone", [False, True])
+def test_a_rotted_blob_is_neither_linked_nor_cloned(
+    cache: Cache, cachedb: Run, target: Path, can_clone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clone(made: int, target: str) -> bool:
+        Path(target).write_bytes(os.pread(made, 1 << 20, 0))
+        return True
+
+    made = image(1)
+    save(cache, "app:1", made)
+    overwrite(path_of(cache.directory, made.config), made.config[::-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(copy, "_clone", clone if can_clone else lambda *_: False)
+        with pytest.raises(DigestMismatch, match=r"and has sha256:.*: run `cachedb verify --repair` and copy again"):
+            cache.copy(target)
+        assert not target.exists()
+        cache.copy(target, verify=False)
+    assert cachedb("copy", target.with_name("second")).returncode == 1
+    assert cachedb("copy", "--no-verify", target.with_name("third")).returncode == 0
+
+
 @pytest.mark.parametrize("mode", [0o464, 0o446])
 def test_what_others_can_write_to_is_copied(
     cache: Cache, target: Path, mode: int, monkeypatch: pytest.MonkeyPatch

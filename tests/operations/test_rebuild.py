@@ -827,8 +827,8 @@ def test_a_new_index_that_has_a_wal_still_is_not_put_in_place(made: Path) -> Non
     new.write_bytes(b"new")
     new.with_name("new.db-wal").write_bytes(b"what could not be written back")
     before = (made / "index.db").read_bytes()
-    with closing(index), index.alone(), pytest.raises(StorageError, match="not whole"):
-        backups.put_in_place(index, new)
+    with closing(index), index.alone() as turn, pytest.raises(StorageError, match="not whole"):
+        backups.put_in_place(index, turn, new)
     assert (made / "index.db").read_bytes() == before
 
 
@@ -837,6 +837,6 @@ def test_an_index_behind_a_link_is_not_put_in_place(made: Path, tmp_path: Path) 
     elsewhere.mkdir()
     (elsewhere / "index.db").write_bytes(b"mine")
     (made / "ingest" / "1").symlink_to(elsewhere)
-    with closing(index), index.alone(), pytest.raises(NotOurs, match="is a symbolic link"):
-        backups.put_in_place(index, made / "ingest" / "1" / "index.db")
+    with closing(index), index.alone() as turn, pytest.raises(NotOurs, match="is a symbolic link"):
+        backups.put_in_place(index, turn, made / "ingest" / "1" / "index.db")
     assert (elsewhere / "index.db").read_bytes() == b"mine"

@@ -18,7 +18,7 @@ from cachedb.disk.file_system import refuse_shared
 from cachedb.disk.folders import Folders, follow
 from cachedb.disk.layout import quarantine_path
 from cachedb.disk.waiting import Wait, chosen_seconds
-from cachedb.errors import StorageError, ignore_os_errors, os_errors
+from cachedb.errors import CacheReplaced, StorageError, ignore_os_errors, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.replace import replace
 from cachedb.reentry import not_reentered
@@ -189,19 +189,21 @@ def size_of(connection: sqlite3.Connection) -> int:
     return int(pages) * int(size)
 
 
-def put_in_place(database: Database, new: Path) -> Path | None:
+def put_in_place(database: Database, turn: locks.Turn, new: Path) -> Path | None:
     """Put a new index in the place of the old one, under the write lock.
 
     It is put among the backups first, so that a crash after the old one's WAL was taken away loses nothing.
 
     Args:
         database: whose index it is to be.
+        turn: the write lock, as it is held.
         new: a closed one, in one file.
 
     Returns:
         Where a copy of the old one is, if there was one.
 
     Raises:
+        CacheReplaced: if the write lock is lost; the old index stays.
         StorageError: if the new one has a WAL still, for it could not be written back.
     """
     if new.with_name(f"{new.name}-wal").exists():
@@ -217,7 +219,12 @@ def put_in_place(database: Database, new: Path) -> Path | None:
         os.rename(new.name, waiting.name, src_dir_fd=source, dst_dir_fd=target)
         os.fsync(target)
     old = quarantine_path(database.directory, "index.db", beside=("-wal",))
-    found = replace(database, waiting, old)
+    try:
+        found = replace(database, turn, waiting, old)
+    except CacheReplaced:
+        waiting.unlink(missing_ok=True)  # it may lack what another process has written since
+        old.unlink(missing_ok=True)
+        raise
     for name in filter(_REBUILT.fullmatch, os.listdir(waiting.parent)):
         database.folders.remove(f"backups/{name}")  # of one that was cut off, from which this one began
     return old if found else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from sqlalchemy.exc import DisconnectionError
 
 from cachedb import space
 from cachedb.disk import locks, processes
-from cachedb.disk.folders import Folders
+from cachedb.disk.folders import Folders, find_links
 from cachedb.disk.reserve import NO_ROOM, RESERVE_BYTES, Reserve
 from cachedb.disk.waiting import Wait, chosen_seconds
 from cachedb.errors import (
@@ -29,10 +29,18 @@ from cachedb.errors import (
     CacheError,
     DamagedIndex,
     NotACache,
+    NotOurs,
     StorageError,
     os_errors,
 )
-from cachedb.index.sqlite.connection import CacheConnection, IndexChanged, connect, pause_before_retry, take_snapshot
+from cachedb.index.sqlite.connection import (
+    CacheConnection,
+    IndexChanged,
+    connect,
+    files_lost,
+    pause_before_retry,
+    take_snapshot,
+)
 from cachedb.index.sqlite.errors import FAILURES, sqlite_errors, translate
 from cachedb.index.sqlite.file import IndexFile
 from cachedb.index.sqlite.lookups import Lookups
@@ -91,9 +99,11 @@ class Database:
         self.write_lock = self.directory / "locks" / "write.lock"
         with os_errors("use the cache directory"):
             self.read_only = self.path.exists() and not os.access(directory, os.W_OK)
+            self._refusal = None if path or self.read_only else find_links(self.directory)
+        self.read_only = self.read_only or self._refusal is not None
         self._resolved = os.path.realpath(self.directory)  # by which a thread knows what it holds
         self._engine = self._connect()
-        self._lookups = Lookups(self._open, self.identify_file)
+        self._lookups = Lookups(self._open, self._is_current)
         self._shortage: StorageError | None = None
         self.reserve = Reserve(self.directory, lambda: self.folders)
         self.ended = False  # by `end`
@@ -138,8 +148,41 @@ class Database:
             return take_snapshot(opened, self.identify_file, lambda: sqlite_errors(self.path, self.directory))
 
     def _check_out(self, connection: Any, _record: object, _proxy: object) -> None:  # noqa: ANN401
-        if connection.file != self.identify_file():
+        if not self._is_current(connection):
             raise DisconnectionError  # the pool opens another
+
+    def _is_current(self, connection: CacheConnection) -> bool:
+        """Return whether a connection is to the files that have the names of the index's.
+
+        Raises:
+            CacheReplaced: if one that SQLite shares with other processes was removed.
+        """
+        if connection.file != self.identify_file():
+            return False
+        if not connection.is_outdated():
+            return True
+        with self.unreplaced():
+            # Whoever replaces an index takes away its WAL first.
+            is_lost = connection.file == self.identify_file() and connection.has_lost_files()
+        if not is_lost:
+            return False
+        self._save_commits(connection)
+        self._engine.dispose()  # as long as one is open, SQLite has others use its files
+        self._lookups.close()
+        raise files_lost(str(self.path))
+
+    def _save_commits(self, connection: CacheConnection) -> None:
+        """Save what is only in a WAL that was removed, as long as nobody has made another one."""
+        if self.read_only:
+            return
+        with ExitStack() as stack, suppress(Busy, OSError):
+            if not is_held(self._resolved):
+                lock = locks.acquire(self.write_lock, wait=False)
+                if lock is None:
+                    return  # whoever has it finds out as well
+                stack.callback(locks.release, lock)
+            stack.enter_context(self.file.unreplaced(replacing=True))
+            connection.save_commits()
 
     @property
     def folders(self) -> Folders:
@@ -152,6 +195,8 @@ class Database:
         if self.ended and self._folders is None:
             raise CacheError(CLOSED)
         self._check_shortage()
+        if self._refusal is not None:
+            raise NotOurs(str(self._refusal))
         if self.read_only:
             raise StorageError(
                 f"the cache {str(self.directory)!r} can only be read: check the owner and mode of the directory, and "
@@ -319,7 +364,7 @@ class Database:
                 self.folders.check()
                 with ExitStack() as stack:
                     try:
-                        connection = stack.enter_context(self._writing(locks.Turn(file)))
+                        connection = stack.enter_context(self._writing(locks.Turn(file, self.write_lock)))
                     except (Busy, IndexChanged):
                         yield None  # another program is writing
                         return
@@ -355,7 +400,15 @@ class Database:
 
         Raises:
             Busy: if the time to wait is over.
+            CacheReplaced: at the end of the block, if another process could get the lock meanwhile.
         """
+        with self._under_lock(wait) as turn:
+            yield turn
+            turn.check("another process may have written meanwhile: run `cachedb verify`")
+
+    @contextmanager
+    def _under_lock(self, wait: Wait | None) -> Iterator[locks.Turn]:
+        """Hold the write lock; the block finds out itself whether it has lost it."""
         self.folders.check()
         with ExitStack() as stack:
             stack.enter_context(not_reentered(self._resolved, f"writing to the cache in {str(self.directory)!r}"))
@@ -412,7 +465,7 @@ class Database:
             outside = 0.0  # seconds that another program has kept us waiting
             while True:
                 with ExitStack() as stack:
-                    turn = stack.enter_context(self.alone(wait))
+                    turn = stack.enter_context(self._under_lock(wait))
                     if schema:
                         self.file.create(self.folders)
                     if before:
@@ -447,7 +500,7 @@ class Database:
                 with sqlite_errors(self.path, self.directory):
                     ensure_wal(driver)
                     driver.execute("PRAGMA foreign_keys = OFF")
-            stack.enter_context(transaction(immediate(connection), turn, self.write_lock))
+            stack.enter_context(transaction(immediate(connection), turn, _cache_connection(connection).check_memory))
             yield connection
 
     def _on_error(self, context: ExceptionContext) -> None:
@@ -492,6 +545,12 @@ class Database:
         if not self.read_only:
             self.reserve.keep()
         self._folders = None  # whoever uses the directory now keeps it open until that is done
+
+
+def _cache_connection(connection: Connection) -> CacheConnection:
+    found = driver_of(connection)
+    assert isinstance(found, CacheConnection)
+    return found
 
 
 def _read_first(connection: Connection) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +19,7 @@ from cachedb.disk import locks
 from cachedb.disk.folders import Folders, follow
 from cachedb.disk.layout import has_blobs
 from cachedb.disk.waiting import Wait
-from cachedb.errors import os_errors
+from cachedb.errors import NotACache, os_errors
 from cachedb.index.sqlite.revision import lost
 from cachedb.reentry import holding, refuse_reentry
 
@@ -74,8 +75,14 @@ class IndexFile:
 
         Raises:
             FileNotFoundError: if there is none.
+            NotACache: if it is a folder, a FIFO or something else.
         """
         status = os.stat(self._name)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotACache(
+                f"{self._name!r} is not a regular file: move it away, and run `cachedb verify --repair` if the "
+                "directory is a cache"
+            )
         with os_errors("open the index"):
             mode = "mode=rw"
             if read_only:

@@ -23,9 +23,9 @@ _IDLE = 5  # connections that are kept open, as many as the pool keeps
 class Lookups:
     """Connections that are kept for look-ups, and used by one thread at a time."""
 
-    def __init__(self, open_: Callable[[], CacheConnection], identify: Callable[[], tuple[int, int, str]]) -> None:
-        """Take what opens a connection, and what tells which file has the name of the index."""
-        self._open, self._identify = open_, identify
+    def __init__(self, open_: Callable[[], CacheConnection], is_current: Callable[[CacheConnection], bool]) -> None:
+        """Take what opens a connection, and what tells whether one is to the file that has the name of the index."""
+        self._open, self._is_current = open_, is_current
         self._idle: list[CacheConnection] = []
 
     def find(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]] | None:
@@ -35,13 +35,12 @@ class Lookups:
             sqlite3.Error: if SQLite fails.
         """
         with locks.unforked():
-            file = self._identify()
             try:
                 connection = self._idle.pop()
             except IndexError:
                 connection = self._open()
             try:
-                if connection.file != file:
+                if not self._is_current(connection):
                     connection.close()
                     connection = self._open()
                 connection.execute("BEGIN")

@@ -63,6 +63,8 @@ def prepare(database: Database) -> str | None:
             sync_folder(database.directory)
         elif database.folders.is_copy:
             accept_copy(database, check=True)
+        elif database.folders.is_outdated:
+            _refresh_marker(database)
         return revision
 
 
@@ -78,14 +80,26 @@ def accept_copy(database: Database, *, check: bool) -> None:
     with (
         database.write_wait() as wait,
         os_errors("use the cache directory"),
-        locks.in_turn(database.write_lock, wait=wait),
+        locks.in_turn(database.write_lock, wait=wait) as turn,
     ):
         database.folders.mark(new=False)  # another process may have done so meanwhile
         if database.folders.is_copy:
             if check:
                 _check_copy(database, database.folders)
+            turn.check("the copy was not accepted: try again")
             with suppress(OSError):  # of a full disk: the next open checks again
                 database.folders.accept_copy()
+
+
+def _refresh_marker(database: Database) -> None:
+    """Have the marker say where the cache is by now, if nobody writes; another open does it otherwise."""
+    with suppress(OSError):  # of a full disk
+        lock = locks.acquire(database.write_lock, wait=False)
+        if lock is not None:
+            try:
+                database.folders.refresh_marker()
+            finally:
+                locks.release(lock)
 
 
 def has_our_mark(database: Database) -> bool:

@@ -49,11 +49,15 @@ _LIMITS: Final = {
     sqlite3.SQLITE_LIMIT_LENGTH: 5 * 1024 * 1024,  # bytes of a value: a label has at most those of a document, 4 MiB
     sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 128,  # bytes: a step takes this many times the text's
 }
+_DIGITS: Final = 9  # of a number that is not looked at any further
 _CALLS_LIMIT: Final = 200  # of functions that a query names: all of them may be called for one row
 _SLOW_CALL: Final = re.compile(r"\b(?:instr|replace|[lr]?trim)\b", re.IGNORECASE)
+_FORMAT_CALL: Final = re.compile(r"\b(?:printf|format)\b", re.IGNORECASE)
+_SPECIFIER: Final = re.compile(r"%[-+ #!0,]*(\d+|\*)?(?:\.(\d+|\*))?")  # its width and precision
 _QUICK_CALL: Final = re.compile(r"\b(?:instr|[lr]?trim)\([\w.]+, ?'[^']{1,8}'\)")
 # Those of SQLite that neither change anything, nor reach out of the index, nor take more than time in proportion to
-# their arguments; of those that do, `_instr`, `_replace` and `_trim` are in the place. A later release may have others.
+# their arguments; of those that do, `_instr`, `_replace`, `_trim` and `_Format` are in the place. A later release may
+# have others.
 _FUNCTIONS: Final = frozenset(
     """
     -> ->> abs acos acosh asin asinh atan atan2 atanh avg ceil ceiling changes char coalesce concat concat_ws cos cosh
@@ -340,6 +344,10 @@ def _bound(connection: sqlite3.Connection, query: str) -> None:
         connection.create_function("replace", 3, _replace, deterministic=True)
         for name, strip in (("trim", str.strip), ("ltrim", str.lstrip), ("rtrim", str.rstrip)):
             connection.create_function(name, 2, partial(_trim, strip), deterministic=True)
+    # SQLite's own goes on for as many characters as a precision asks for, long after the value is too large.
+    if _FORMAT_CALL.search(query):
+        for name in ("printf", "format"):
+            connection.create_function(name, -1, _Format(), deterministic=True)
 
 
 def _authorizer() -> Callable[..., int]:
@@ -382,6 +390,36 @@ def _trim(strip: Callable[[str, str], str], text: Any, characters: Any) -> str |
         return None
     # Of each character of a string, `str.strip` looks at all.
     return strip(_as_text(text), "".join(set(_as_text(characters))))
+
+
+class _Format:
+    """SQLite's printf, for values that are not too large."""
+
+    def __init__(self) -> None:
+        self._connection: sqlite3.Connection | None = None
+
+    def __call__(self, *arguments: Value) -> Value:
+        if arguments and arguments[0] is not None:
+            limit = _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH]
+            asked = [part for found in _SPECIFIER.findall(_as_text(arguments[0])) for part in found if part]
+            numbers = [len(part) for part in asked if part != "*"]
+            if any(size > _DIGITS for size in numbers) or any(part != "*" and int(part) > limit for part in asked):
+                raise OverflowError
+            if "*" in asked and any(_too_large(value, limit) for value in arguments[1:]):
+                raise OverflowError
+        if self._connection is None:
+            self._connection = sqlite3.connect(":memory:", check_same_thread=False)
+        places = ", ".join("?" * len(arguments))
+        found: Value = self._connection.execute(f"SELECT printf({places})", arguments).fetchone()[0]
+        return found
+
+
+def _too_large(value: Value, limit: int) -> bool:
+    """Return whether a value, as SQLite takes it for a whole number, is beyond a limit on either side of zero."""
+    if isinstance(value, (str, bytes)):
+        number = re.match(r"\s*[-+]?(\d+)", _as_text(value))
+        return number is not None and (len(number[1].lstrip("0")) > _DIGITS or int(number[1]) > limit)
+    return value is not None and not abs(value) <= limit
 
 
 def _as_text(value: Any) -> str:  # noqa: ANN401

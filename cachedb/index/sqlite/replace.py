@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cachedb.disk.durable import copy_to_new
+from cachedb.disk.locks import Turn
 from cachedb.errors import DamagedIndex, NotACache, StorageError
 from cachedb.index.sqlite.database import Database
 
@@ -17,10 +18,12 @@ _READING_SECONDS = 10  # that others may go on reading an index that is to be re
 _POLL_SECONDS = 0.02
 
 
-def replace(database: Database, new: Path, old: Path) -> bool:
+def replace(database: Database, turn: Turn, new: Path, old: Path) -> bool:
     """Have another index under the name, which is never without one; under the write lock.
 
     Args:
+        database: whose index it is.
+        turn: the write lock, as it is held.
         new: the other, in one file in ``backups/``.
         old: where to keep a copy of the one that is there, in ``quarantine/``.
 
@@ -28,6 +31,7 @@ def replace(database: Database, new: Path, old: Path) -> bool:
         Whether there was one.
 
     Raises:
+        CacheReplaced: if the write lock is lost; nothing is replaced then.
         StorageError: if somebody has been reading for so long that the old WAL cannot be written back.
     """
     found, wal = database.path.exists(), database.path.with_name("index.db-wal")
@@ -44,6 +48,8 @@ def replace(database: Database, new: Path, old: Path) -> bool:
         if found:
             with database.path.open("rb") as index:
                 copy_to_new(index, old.name, quarantine)
+        # Without the lock another process may have written what the new index lacks.
+        turn.check("the index was not replaced: try again")
         # SQLite would apply a WAL that it finds to whatever database lies beside it.
         if wal.exists():
             kept = f"{old.name}-wal"

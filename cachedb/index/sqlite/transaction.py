@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from sqlalchemy import Connection
 
@@ -18,12 +17,17 @@ __all__ = ["begin", "driver_of", "ensure_wal", "immediate", "transaction"]
 
 
 @contextmanager
-def transaction(connection: Connection, turn: locks.Turn, write_lock: Path) -> Iterator[None]:
+def transaction(connection: Connection, turn: locks.Turn, check_files: Callable[[], None]) -> Iterator[None]:
     """Commit what the block does, or roll it back; and first of all make sure of how the last commit ended.
 
     Who is killed in a commit, or cannot sync it, may leave all of it in the WAL and yet unseen: when all processes
     are gone, SQLite finds it there. By then we may have taken its files away. A commit of our own puts an end to
     that, for it is written over it.
+
+    Args:
+        connection: to write with.
+        turn: the write lock, as it is held.
+        check_files: raises before the commit if the index's files were removed.
     """
     ensure_wal(driver_of(connection))
     if turn.marked:
@@ -40,13 +44,13 @@ def transaction(connection: Connection, turn: locks.Turn, write_lock: Path) -> I
         transaction.rollback()
         turn.unmark()
         raise
-    if turn.is_lost:
+    try:
+        turn.check("nothing was written: try again")
+        check_files()
+    except CacheReplaced:
         transaction.rollback()
         turn.unmark()
-        raise CacheReplaced(
-            f"{str(write_lock)!r} was removed while it was locked; nothing was written: try again, and keep "
-            "cleaners of old files out of the cache"
-        )
+        raise
     if transaction.is_active:
         try:
             transaction.commit()

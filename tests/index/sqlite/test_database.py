@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ import pytest
 from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError
-from cachedb.disk import durable, locks
+from cachedb.disk import locks
 from cachedb.index.sqlite import lookups
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.prepare import prepare
@@ -299,8 +301,8 @@ def test_a_look_up_is_in_the_index_that_has_the_name(index: Database, new: Path)
         connection.execute(insert(TRASH), [note(b"in the old one")])
     with closing(Database(index.directory)) as other:
         assert len(other.rows(DIGESTS, {})) == 1
-        with index.alone():
-            assert replace(index, new, index.directory / "quarantine" / "old.db")
+        with index.alone() as turn:
+            assert replace(index, turn, new, index.directory / "quarantine" / "old.db")
         assert other.rows(DIGESTS, {}) == []
 
 
@@ -690,15 +692,15 @@ def new(index: Database) -> Path:
 def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_name(
     index: Database, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, sync = threading.Event(), durable.sync_folder
+    opened, sync = threading.Event(), os.fsync
     threads: list[threading.Thread] = []
 
     def open_it() -> None:
         revision_of(index.directory)
         opened.set()
 
-    def look(folder: Path) -> None:
-        sync(folder)
+    def look(file: int) -> None:
+        sync(file)
         assert index.path.exists()
         if not threads:
             threads.append(threading.Thread(target=open_it))
@@ -706,9 +708,9 @@ def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_
         if new.exists():
             assert not opened.wait(0.2)
 
-    with index.alone(), monkeypatch.context() as patch:
-        patch.setattr("cachedb.index.sqlite.replace.sync_folder", look)
-        assert replace(index, new, index.directory / "quarantine" / "old.db")
+    with index.alone() as turn, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", look)
+        assert replace(index, turn, new, index.directory / "quarantine" / "old.db")
     assert opened.wait(60)
     threads[0].join()
 
@@ -718,8 +720,8 @@ def test_an_index_that_is_replaced_has_all_that_was_in_its_wal(index: Database, 
     wal = index.path.with_name("index.db-wal")
     assert wal.stat().st_size
     old = index.directory / "quarantine" / "old.db"
-    with index.alone():
-        assert replace(index, new, old)
+    with index.alone() as turn:
+        assert replace(index, turn, new, old)
     shell = sqlite3.connect(old)
     assert shell.execute("SELECT count(*) FROM blobs").fetchone() == (1,)
     shell.close()
@@ -735,12 +737,12 @@ def test_an_index_that_somebody_reads_for_long_is_not_replaced(
     with index.write() as connection:
         connection.execute(insert(TRASH), [note(b"written meanwhile")])
     before, old = index.path.stat().st_ino, index.directory / "quarantine" / "old.db"
-    with index.alone(), pytest.raises(StorageError, match="another program has been reading it"):
-        replace(index, new, old)
+    with index.alone() as turn, pytest.raises(StorageError, match="another program has been reading it"):
+        replace(index, turn, new, old)
     assert index.path.stat().st_ino == before
     shell.close()
-    with index.alone():
-        assert replace(index, new, old)
+    with index.alone() as turn:
+        assert replace(index, turn, new, old)
 
 
 def long_path(folder: Path, length: int) -> Path:
@@ -776,3 +778,31 @@ def test_a_symbolic_link_does_not_make_a_path_shorter(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(long)
     with pytest.raises(StorageError, match="has 510 bytes"):
         Cache.open(tmp_path / "link")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+@pytest.mark.parametrize("is_cache", [False, True])
+def test_an_index_that_is_not_a_regular_file_is_named(
+    directory: Path, make: Callable[[Path], None], is_cache: bool
+) -> None:
+    directory.mkdir()
+    if is_cache:
+        Cache.open(directory).close()
+        (directory / "index.db").unlink()
+    make(directory / "index.db")
+    with pytest.raises(NotACache, match=r"index.db' is not a regular file: move it away"):
+        Cache.open(directory)
+
+
+def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
+    script = """
+        import os, subprocess, sys
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir("../gone")
+        sys.exit(subprocess.run([sys.executable, "-m", "cachedb", "--dir", *sys.argv[1:], "ls"]).returncode)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script), "relative"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "'relative' is relative to a working directory that was deleted: change to another one" in done.stderr

@@ -252,6 +252,13 @@ def test_only_functions_that_are_known_to_be_harmless_are_called(cache: Cache, c
         "hex(zeroblob(499999999))",
         "zeroblob(100000000)",
         "randomblob(100000000)",
+        "printf('%.*c', 2147483647, 'a')",
+        "printf('%.*c', '2147483647x', 'a')",
+        "printf('%.*c', -2147483647, 'a')",
+        "printf('%.*c', 2e9, 'a')",
+        "format('%.2147483647c', 'a')",
+        "format('%5.99999999999c', 'a')",
+        "length(replace(printf('%.*c', 900000000, 'a'), 'a', 'bb'))",
         f"replace({LONG}, 'a', 'bb')",
         f"{LONG} || {LONG}",
         f"json_array({LONG}, {LONG})",
@@ -261,6 +268,24 @@ def test_only_functions_that_are_known_to_be_harmless_are_called(cache: Cache, c
 def test_a_value_has_a_size_that_is_made_in_no_time(cache: Cache, value: str) -> None:
     with pytest.raises(InvalidQuery, match=r"^a value in the query is over 5\.24 MB: "):
         rows(cache, f"SELECT length({value})")
+
+
+@pytest.mark.parametrize("name", ["printf", "format"])
+def test_a_format_gives_what_sqlite_gives(cache: Cache, name: str) -> None:
+    plain = sqlite3.connect(":memory:")
+    for arguments in (
+        "",
+        "NULL",
+        "'%d of %s: %5.2f%%', 3, 'x', 1.5",
+        "'%*d|%-*s|%.*c', 5, 7, 4, 'é', 3, 'z'",
+        "'12345678901 %q %w %Q', 'a''b', 'c\"d', NULL",
+        "'%s', x'6162'",
+        "'%*s', '4', 'a'",
+        "7",
+    ):
+        call = f"{name.replace('format', 'printf')}({arguments})"
+        assert rows(cache, f"SELECT {name}({arguments})") == plain.execute(f"SELECT {call}").fetchall(), call
+    plain.close()
 
 
 def test_a_value_may_be_as_long_as_the_longest_document(cache: Cache) -> None:

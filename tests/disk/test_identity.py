@@ -1,0 +1,452 @@
+"""Files of a cache that are removed, renamed, replaced or linked while it is in use: no write is lost silently."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cachedb import Cache, CacheReplaced, DamagedIndex, NotInCache, NotOurs, StorageError
+from cachedb.disk import locks, single_flight
+from cachedb.disk.layout import blob_path
+from cachedb.disk.waiting import Wait
+from cachedb.index.sqlite import backups
+from cachedb.index.sqlite.database import Database
+from cachedb.oci.digests import Digest
+from cachedb.operations import rebuild, restore
+from tests.conftest import Run, running
+from tests.disk.test_locks import eventually
+from tests.support.make import image, save
+
+APP = image(1)
+
+
+def rename_file(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+
+
+def rename_folder(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("moved"))
+    path.parent.mkdir()
+
+
+def link_and_remove(path: Path) -> None:
+    os.link(path, path.with_name("linked"))
+    path.unlink()
+
+
+LOSSES = [rename_file, rename_folder, link_and_remove, Path.unlink]
+Loss = Callable[[Path], None]
+
+
+def names(cache: Cache) -> list[str]:
+    return sorted(str(found.name) for found in cache.list_manifests())
+
+
+# Lock files
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_write_without_its_lock_is_rolled_back(cache: Cache, index: Database, lose: Loss) -> None:
+    save(cache, "app:1", APP)
+
+    def lose_the_lock() -> None:
+        with index.write() as connection:
+            connection.exec_driver_sql("DELETE FROM images")
+            lose(index.write_lock)
+
+    with pytest.raises(CacheReplaced, match=r"write.lock' was removed or renamed while .*; nothing was written"):
+        lose_the_lock()
+    assert names(cache) == ["app:1"]
+    cache.tag("app:1", "app:2")
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_block_that_lost_the_write_lock_says_so(index: Database, lose: Loss) -> None:
+    def lose_the_lock() -> None:
+        with index.alone():
+            lose(index.write_lock)
+            with locks.in_turn(index.write_lock, Wait("it", 0)):
+                pass  # another process would get it
+
+    with pytest.raises(CacheReplaced, match=r"another process may have written meanwhile: run `cachedb verify`"):
+        lose_the_lock()
+    with index.alone():
+        pass
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_hold_whose_lock_file_is_lost_says_so(cache: Cache, cachedb: Run, lose: Loss) -> None:
+    save(cache, "app:1", APP)
+    held = cache.hold("app:1")
+    held.__enter__()
+    (path,) = (cache.directory / "locks").glob("*.session")
+    lose(path)
+    assert cachedb("rm", "app:1").returncode == 0
+    assert not cache.has_blob(APP.digest)
+    with pytest.raises(CacheReplaced, match="what it held may have been collected"):
+        held.__exit__(None, None, None)
+    with pytest.raises(StorageError):
+        cache.add_blob(b"more")
+
+
+def test_a_hold_whose_leases_were_swept_says_so(cache: Cache, cachedb: Run) -> None:
+    """The lock file is back in its place by the end of the hold."""
+    save(cache, "app:1", APP)
+    held = cache.hold("app:1")
+    held.__enter__()
+    (path,) = (cache.directory / "locks").glob("*.session")
+    moved = path.rename(path.with_name("moved"))
+    assert cachedb("rm", "app:1").returncode == 0
+    moved.rename(path)
+    with pytest.raises(CacheReplaced, match="its leases were removed: what it held may have been collected"):
+        held.__exit__(None, None, None)
+
+
+def test_blobs_that_were_kept_for_an_image_by_a_lost_session_are_not_taken_for_kept(cache: Cache) -> None:
+    cache.add_blob(APP.config)
+    (path,) = (cache.directory / "locks").glob("*.session")
+    rename_file(path)
+    with pytest.raises(CacheReplaced, match="its lock file was removed or renamed"):
+        cache.save_manifest("app:1", APP.manifest)
+
+
+@pytest.mark.parametrize("lose", [rename_file, rename_folder])
+def test_who_waits_for_a_lock_that_is_renamed_gets_the_one_that_others_lock(tmp_path: Path, lose: Loss) -> None:
+    path = tmp_path / "locks" / "lock"
+    path.parent.mkdir()
+    with locks.held(path):
+        wait = Wait("it", 30)
+        wait.on_begin = lambda: lose(path)
+        with locks.held(path, wait) as file:
+            assert locks.leads_to(path, file.fileno())
+
+
+def test_who_waits_for_a_folder_that_is_renamed_gets_the_one_that_others_lock(tmp_path: Path) -> None:
+    path = tmp_path / "locks"
+    path.mkdir()
+    with locks.held_folder(path, Wait("it", 0), shared=False):
+        wait = Wait("it", 30)
+        wait.on_begin = lambda: rename_folder(path / "lock")
+        with locks.held_folder(path, wait, shared=False), pytest.raises(BlockingIOError):
+            os.close(_locked(path))
+
+
+def _locked(path: Path) -> int:
+    import fcntl
+
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(folder)
+        raise
+    return folder
+
+
+def test_a_claim_whose_file_is_renamed_is_lost(directory: Path) -> None:
+    Cache.open(directory).close()
+    with single_flight.unless_made(directory, "key"):
+        single_flight.check_claim(directory, "key")
+        (path,) = (directory / "locks").glob("*.producing")
+        rename_file(path)
+        with pytest.raises(single_flight.ClaimLost):
+            single_flight.check_claim(directory, "key")
+
+
+# The index is replaced without the lock
+
+
+@pytest.fixture
+def interrupted(cache: Cache, cachedb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the making of a new index and its rename the write lock is lost, and another process writes."""
+    from cachedb.index.sqlite.replace import replace as original
+
+    def replace(database: Database, turn: locks.Turn, new: Path, old: Path) -> bool:
+        database.write_lock.unlink()
+        assert cachedb("tag", "app:1", "acknowledged:1").returncode == 0
+        return original(database, turn, new, old)
+
+    monkeypatch.setattr(backups, "replace", replace)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_a_restore_that_lost_the_lock_loses_no_write(cache: Cache, cachedb: Run, tmp_path: Path) -> None:
+    save(cache, "app:1", APP)
+    backup = tmp_path / "backup.db"
+    assert cachedb("db", "backup", backup).returncode == 0
+    with pytest.raises(CacheReplaced, match="the index was not replaced: try again"):
+        restore.restore(cache.directory, backup)
+    assert names(cache) == ["acknowledged:1", "app:1"]
+    assert not list((cache.directory / "backups").glob("*-rebuilt.db"))
+    assert not list((cache.directory / "quarantine").iterdir())
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_a_rebuilding_that_lost_the_lock_loses_no_write(
+    cache: Cache, index: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(cache, "app:1", APP)
+    monkeypatch.setattr(rebuild, "find_faults", lambda _: ["a fault"])
+    with pytest.raises(CacheReplaced, match="the index was not replaced: try again"):
+        rebuild.rebuild(index, tmp_path / "new")
+    assert names(cache) == ["acknowledged:1", "app:1"]
+
+
+# What SQLite has beside the index
+
+
+REMOVALS = [("index.db-shm",), ("index.db-wal",), ("index.db-shm", "index.db-wal")]
+
+
+@pytest.mark.parametrize("removed", REMOVALS, ids="+".join)
+@pytest.mark.parametrize("first", ["daemon", "other", "close"])
+def test_no_commit_is_lost_silently_when_files_beside_the_index_are_removed(
+    directory: Path, cachedb: Run, removed: tuple[str, ...], first: str
+) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+        acknowledged = {"app:1"}
+        for number in range(5):
+            cache.tag("app:1", f"before:{number}")
+            acknowledged.add(f"before:{number}")
+        for name in removed:
+            (directory / name).unlink()
+        errors = []
+        for number in range(3 if first != "close" else 0):
+            for who in ("daemon", "other") if first == "daemon" else ("other", "daemon"):
+                name = f"{who}:{number}"
+                if who == "other":
+                    if cachedb("tag", "app:1", name).returncode == 0:
+                        acknowledged.add(name)
+                    continue
+                try:
+                    cache.tag("app:1", name)
+                    acknowledged.add(name)
+                except CacheReplaced as error:
+                    errors.append(str(error))
+                except NotInCache:
+                    assert first == "other"
+                    assert "index.db-wal" in removed
+    found = set(cachedb("ls", "-q").stdout.split())
+    if first != "close":
+        assert "was removed or replaced while the index was open; nothing was written" in errors[0]
+        assert len(errors) < 3, "the next call opens the index again"
+    if first == "other" and "index.db-wal" in removed:  # its commits were nowhere else when another WAL was made
+        acknowledged = {name for name in acknowledged if not name.startswith("before:")}
+        acknowledged -= {"app:1"}
+    else:
+        assert cachedb("verify").returncode == 0
+    assert found >= acknowledged
+
+
+def test_a_commit_without_the_shared_memory_is_rolled_back(cache: Cache, index: Database, cachedb: Run) -> None:
+    save(cache, "app:1", APP)
+
+    def lose_the_memory() -> None:
+        with index.write() as connection:
+            connection.exec_driver_sql("DELETE FROM images")
+            (cache.directory / "index.db-shm").unlink()
+            assert cachedb("ls", "-q").stdout == "app:1\n"
+
+    with pytest.raises(CacheReplaced, match=r"-shm was removed or replaced .*; nothing was written"):
+        lose_the_memory()
+    assert cachedb("ls", "-q").stdout == "app:1\n"
+
+
+def test_a_look_up_does_not_read_files_that_others_do_not_write(cache: Cache, cachedb: Run) -> None:
+    assert not cache.has_blob(APP.digest)
+    (cache.directory / "index.db-shm").unlink()
+    assert cachedb("ls").returncode == 0
+    with pytest.raises(CacheReplaced):
+        cache.has_blob(APP.digest)
+
+
+def test_no_second_connection_shares_removed_files_with_the_first(cache: Cache, directory: Path) -> None:
+    """SQLite shares the memory of an index within a process, whatever has the name by then."""
+    with cache.sql("SELECT 1", stream=True):
+        (directory / "index.db-shm").unlink()
+        with pytest.raises(CacheReplaced):
+            cache.has_blob(APP.digest)
+        with pytest.raises(CacheReplaced):
+            cache.has_blob(APP.digest)
+
+
+def test_what_only_a_removed_wal_has_is_saved_while_another_process_reads(
+    cache: Cache, directory: Path, cachedb: Run
+) -> None:
+    save(cache, "app:1", APP)
+    script = """
+        import sys
+        from cachedb import Cache
+        with Cache.open(sys.argv[1]) as cache:
+            cache.list_manifests()
+            print("open", flush=True)
+            input()
+        """
+    with running(script, directory):  # else our closing of the index would save it
+        for name in ("index.db-wal", "index.db-shm"):
+            (directory / name).unlink()
+        with pytest.raises(CacheReplaced):
+            cache.tag("app:1", "app:2")
+        assert names(cache) == ["app:1"]
+        assert cachedb("ls", "-q").stdout == "app:1\n"
+
+
+# Copies by hard links
+
+
+def link_copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, copy_function=os.link)
+
+
+def test_a_copy_by_hard_links_and_its_source_can_only_be_read(cachedb: Run, directory: Path, tmp_path: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    copy = tmp_path / "copy"
+    link_copy(directory, copy)
+    for there in (directory, copy):
+        assert cachedb("--dir", there, "ls", "-q").stdout == "app:1\n"
+        done = cachedb("--dir", there, "tag", "app:1", "app:2")
+        assert done.returncode == 1
+        assert "has 2 hard links, so the cache shares it with a copy" in done.stderr
+        assert "`cachedb copy` makes one of its own" in done.stderr
+        assert cachedb("--dir", there, "gc").returncode == 1
+    assert cachedb("copy", tmp_path / "own").returncode == 0
+    shutil.rmtree(copy)
+    assert cachedb("tag", "app:1", "app:2").returncode == 0
+    assert cachedb("--dir", tmp_path / "own", "tag", "app:1", "app:2").returncode == 0
+
+
+def test_an_open_cache_is_not_written_to_once_it_has_a_copy_by_hard_links(
+    cache: Cache, directory: Path, tmp_path: Path
+) -> None:
+    save(cache, "app:1", APP)
+    link_copy(directory, tmp_path / "copy")
+    for _ in range(2):
+        with pytest.raises(NotOurs, match="has 2 hard links"):
+            cache.tag("app:1", "app:2")
+    assert names(cache) == ["app:1"]
+    shutil.rmtree(tmp_path / "copy")
+    cache.tag("app:1", "app:2")
+
+
+def test_a_link_of_the_index_alone_is_noticed(directory: Path, tmp_path: Path) -> None:
+    Cache.open(directory).close()
+    os.link(directory / "index.db", tmp_path / "index.db")
+    with Cache.open(directory) as cache, pytest.raises(NotOurs, match=r"index.db' has 2 hard links"):
+        cache.add_blob(b"")
+
+
+def test_a_marker_whose_writer_was_killed_is_no_copy(directory: Path) -> None:
+    Cache.open(directory).close()
+    os.link(directory / "cachedb.json", directory / f".cachedb-{'0' * 16}.marker")
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+
+
+# Copies to where a file has the number of the source's
+
+
+def edit_marker(cache: Path, /, **values: object) -> None:
+    path = cache / "cachedb.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def marker_of(directory: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((directory / "cachedb.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("field", ["directory", "file_system"])
+def test_a_copy_whose_marker_has_the_number_of_the_sources_is_checked(directory: Path, field: str) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    before = marker_of(directory)
+    edit_marker(directory, **{field: 0 if field == "directory" else "id 0"})
+    blob = blob_path(directory, Digest(APP.digest))
+    blob.rename(blob.with_name("moved"))
+    with pytest.raises(DamagedIndex, match="is a damaged copy of a cache"):
+        Cache.open(directory)
+    blob.with_name("moved").rename(blob)
+    Cache.open(directory).close()
+    after = marker_of(directory)
+    assert after["id"] != before["id"]
+    assert after[field] == before[field]
+
+
+def test_a_cache_that_was_moved_or_whose_host_was_restarted_is_no_copy(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    before = marker_of(directory)
+    moved = directory.rename(directory.with_name("moved"))
+    edit_marker(moved, boot="another", file_system="device 1")
+    with Cache.open(moved) as cache:
+        cache.tag("app:1", "app:2")
+    after = marker_of(moved)
+    assert after.pop("inode") == (moved / "cachedb.json").stat().st_ino
+    assert after == {name: value for name, value in before.items() if name != "inode"}, "it was refreshed"
+
+
+def test_a_marker_of_an_older_release_is_refreshed_and_its_cache_is_no_copy(directory: Path) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+        before = marker_of(directory)
+        old = {name: before[name] for name in ("format", "id", "inode")}
+        (directory / "cachedb.json").write_text(json.dumps(old))
+        Cache.open(directory).close()
+        after = marker_of(directory)
+        assert after["id"] == before["id"]
+        assert after["directory"] == directory.stat().st_ino
+        cache.tag("app:1", "app:2")
+
+
+# Who has a lock, where no record says so
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock(1), of util-linux")
+@pytest.mark.parametrize("name", ["locks/write.lock", "locks"])
+def test_a_process_that_locks_without_a_name_is_named_by_the_kernel(cachedb: Run, directory: Path, name: str) -> None:
+    with Cache.open(directory) as cache:
+        save(cache, "app:1", APP)
+    command: list[str | Path] = ["flock", "--no-fork", directory / name, "sleep", "60"]
+    with subprocess.Popen(command) as process:
+        try:
+            assert eventually(lambda: _is_locked(directory / name))
+            done = cachedb("tag", "app:1", "app:2", env={**os.environ, "CACHEDB_WAIT": "0.3"})
+            assert done.returncode == 1
+            assert f"process {process.pid} (sleep 60)" in done.stderr
+            listed = cachedb("ps")
+            assert listed.returncode == 0
+            assert (str(process.pid) in listed.stdout) == (name != "locks")
+        finally:
+            process.kill()
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        os.close(_locked(path))
+    except BlockingIOError:
+        return True
+    return False
+
+
+def test_a_process_that_has_the_index_for_itself_alone_is_named(cachedb: Run, directory: Path) -> None:
+    Cache.open(directory).close()
+    script = """
+        import sqlite3, sys, time
+        shell = sqlite3.connect(sys.argv[1], isolation_level=None)
+        shell.execute("PRAGMA locking_mode = EXCLUSIVE")
+        shell.execute("BEGIN IMMEDIATE")
+        print(flush=True)
+        time.sleep(60)
+        """
+    with running(script, directory / "index.db") as outsider:
+        done = cachedb("ls", env={**os.environ, "CACHEDB_WAIT": "0.3"})
+        assert f"process {outsider.pid} (" in done.stderr
+        assert cachedb("ps").returncode == 0
