@@ -449,4 +449,4 @@ def test_a_process_that_has_the_index_for_itself_alone_is_named(cachedb: Run, di
     with running(script, directory / "index.db") as outsider:
         done = cachedb("ls", env={**os.environ, "CACHEDB_WAIT": "0.3"})
         assert f"process {outsider.pid} (" in done.stderr
-        assert cachedb("ps").returncode == 0
+        assert cachedb("ps", env={**os.environ, "CACHEDB_WAIT": "0.3"}).returncode == 0

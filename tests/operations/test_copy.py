@@ -173,11 +173,11 @@ def test_what_is_removed_during_the_copy_is_in_it(
             with Cache.open(cache.directory) as other:
                 save(other, "late:1", image(4))
 
-    def remove_first(*arguments: Any) -> Any:
+    def remove_first(*arguments: Any, **options: Any) -> Any:
         with Cache.open(cache.directory) as other:
             other.remove_manifest(*other.list_names())
             other.collect_garbage()
-        return go_on(*arguments)
+        return go_on(*arguments, **options)
 
     monkeypatch.setattr(copy, "_lease", save_late)
     monkeypatch.setattr(owner, step, remove_first)
