@@ -1,4 +1,4 @@
-"""The rows of blobs: stored or not, and their sizes."""
+"""Read and write the rows of blobs: whether they are stored, and their sizes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["set_stored", "size_of", "stored"]
 
 
 def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
-    """Note that the files of these blobs are in ``blobs/``."""
+    """Mark blobs as stored, after their files were put into ``blobs/``."""
     now = datetime.now(UTC)
     rows = [{"digest": blob.digest, "size": blob.size, "stored_at": now} for blob in blobs]
     if rows:
-        connection.execute(_now_stored(), rows)
+        connection.execute(_upsert_stored(), rows)
 
 
 @cache
-def _now_stored() -> Insert:
+def _upsert_stored() -> Insert:
     new = insert(BLOBS)
     return new.on_conflict_do_update(
         index_elements=[BLOBS.c.digest], set_={"size": new.excluded.size, "stored_at": new.excluded.stored_at}
@@ -36,7 +36,7 @@ def _now_stored() -> Insert:
 
 
 def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
-    """Return which of the digests are stored, with their sizes in bytes."""
+    """Return the sizes in bytes of those digests that are stored."""
     found: dict[Digest, int] = {}
     for part in batched(digests):
         found.update((Digest(digest), size) for digest, size in connection.execute(_stored(), {"digests": part}))
@@ -44,7 +44,7 @@ def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, in
 
 
 def size_of(database: Database, digest: Digest) -> int | None:
-    """Return a blob's size in bytes; None if it is not stored."""
+    """Return a blob's size in bytes, or None if it is not stored."""
     rows = database.rows(_size_of(), {"digest": digest})
     return rows[0][0] if rows else None
 

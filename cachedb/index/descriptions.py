@@ -1,4 +1,4 @@
-"""The rows that configs fill: attributes, labels, commands and diff ids."""
+"""Read and write what the index copies from configs: attributes, labels, commands and diff ids."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ __all__ = [
 
 
 BACKFILL: Final = "0003"
-"""The migration that leaves the configs of the images that are there to be read."""
+"""The migration whose backfill reads the configs of existing images."""
 ATTRIBUTES = ("architecture", "os", "variant", "created", "author")
 
 
 class Association(NamedTuple):
-    """An image's association with a blob, as it is in the index."""
+    """An image's association with a blob, as stored in the index."""
 
     position: int
     role: str
@@ -48,39 +48,39 @@ class Association(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What the configs of an image say."""
+    """The data of an image's configs that the index keeps."""
 
-    values: dict[str, Any]  # of the image, by column
+    values: dict[str, Any]  # the image's attributes, by column
     labels: dict[str, str]
     layers: dict[int, tuple[Digest | None, str | None]]  # diff id and command, by position
     unreadable: dict[Digest, CacheError]
 
 
-def write(connection: Connection, image_id: int, said: Description, *, new: bool = False) -> None:
-    """Write to an image's row, and to its labels, what was said of it; a new one has no labels yet."""
-    connection.execute(_described(), {"of": image_id, **said.values})
+def write(connection: Connection, image_id: int, description: Description, *, new: bool = False) -> None:
+    """Write an image's attributes and labels; ``new`` means that it has no labels to replace."""
+    connection.execute(_update_attributes(), {"of": image_id, **description.values})
     if not new:
-        connection.execute(_without_labels(), {"of": image_id})
-    add_labels(connection, {image_id: said.labels})
+        connection.execute(_delete_labels(), {"of": image_id})
+    add_labels(connection, {image_id: description.labels})
 
 
 def add_labels(connection: Connection, labels: Mapping[int, Mapping[str, str]]) -> None:
-    """Write the labels of images that have none, by their ids."""
+    """Insert the labels of images that have none yet, given by image id."""
     rows = [
         {"image_id": image_id, "key": key, "value": value}
-        for image_id, said in labels.items()
-        for key, value in sorted(said.items())
+        for image_id, labels_of_image in labels.items()
+        for key, value in sorted(labels_of_image.items())
     ]
     if rows:
         connection.execute(_new_labels(), rows)
 
 
 def backfilled(connection: Connection) -> int | None:
-    """Return the last of the images whose configs a backfill has read so far; None if it has come to its end."""
+    """Return the last image id whose configs the backfill has read; None if the backfill is complete."""
     return connection.execute(select(BACKFILLS.c.image_id).where(BACKFILLS.c.revision == BACKFILL)).scalar()
 
 
-# As in `images`: put together once.
+# As in `images`, each statement is built once.
 
 
 @cache
@@ -101,18 +101,18 @@ def _contents_of() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def _described() -> Update:
+def _update_attributes() -> Update:
     return update(IMAGES).where(IMAGES.c.id == bindparam("of")).values({name: bindparam(name) for name in ATTRIBUTES})
 
 
 @cache
-def _without_labels() -> Delete:
+def _delete_labels() -> Delete:
     return delete(IMAGE_LABELS).where(IMAGE_LABELS.c.image_id == bindparam("of"))
 
 
 @cache
 def select_attributes() -> Select[*tuple[Any, ...]]:
-    """Select the attributes of an image."""
+    """Return the query for the attributes of an image."""
     return select(*(IMAGES.c[name] for name in ATTRIBUTES)).where(IMAGES.c.id == bindparam("of"))
 
 
@@ -129,7 +129,7 @@ def _new_labels() -> Insert:
 
 @cache
 def described_layer() -> Update:
-    """Set the command and the diff id of a layer."""
+    """Return the statement that sets the command and the diff id of a layer."""
     one = update(IMAGE_BLOBS).where(
         IMAGE_BLOBS.c.image_id == bindparam("of"), IMAGE_BLOBS.c.position == bindparam("at")
     )
@@ -137,16 +137,16 @@ def described_layer() -> Update:
 
 
 def associations(connection: Connection, image_id: int) -> list[Association]:
-    """Return an image's associations, in the order of their positions."""
+    """Return an image's associations by position."""
     return [Association(*row) for row in connection.execute(_contents_of(), {"of": image_id})]
 
 
 def copy(connection: Connection, source_id: int, target_id: int) -> None:
-    """Describe an image as another is that has the same manifest; its associations have been copied already."""
+    """Copy attributes and labels from an image with the same manifest; its associations must be copied already."""
     row = connection.execute(select_attributes(), {"of": source_id}).one()
     write(connection, target_id, Description(row._asdict(), labels(connection, source_id), {}, {}))
 
 
 def labels(connection: Connection, image_id: int) -> dict[str, str]:
-    """Return an image's labels, in the order of their keys."""
+    """Return an image's labels, sorted by key."""
     return {row.key: row.value for row in connection.execute(_labels_of(), {"of": image_id})}

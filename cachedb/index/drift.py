@@ -1,4 +1,4 @@
-"""Whether an index is what its migrations make: `cachedb db check`."""
+"""Compare an index with its migrations, for `cachedb db check`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ __all__ = ["Drift", "check", "foreign_objects", "foreign_triggers"]
 
 
 class Drift(NamedTuple):
-    """A difference between the database and what this release would have made."""
+    """A difference between the database and the schema of this release."""
 
-    kind: str  # table, column, index, trigger, view, ... as Alembic or SQLite calls it
+    kind: str  # table, column, index, trigger, view, ... as in Alembic or SQLite
     name: str
     detail: str
 
 
 def check(directory: Path) -> list[Drift]:
-    """Compare the database with the models and with what the migrations make: tables, indexes, triggers and views.
+    """Compare the tables, indexes, triggers and views of a database with the models and the migrations.
 
     Args:
-        directory: of the cache.
+        directory: the cache directory.
 
     Raises:
         NotInCache: if there is no cache.
-        SchemaMismatch: if it has not the schema of this release.
+        SchemaMismatch: if its schema is not that of this release.
     """
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
@@ -48,13 +48,13 @@ def check(directory: Path) -> list[Drift]:
         options = {"compare_type": True, "compare_server_default": True}
         context = MigrationContext.configure(connection, opts=options)
         with warnings.catch_warnings():
-            # Of indexes over expressions, which SQLAlchemy does not look at: we do.
+            # SQLAlchemy warns that it skips indexes on expressions; `_compare_objects` compares them.
             warnings.simplefilter("ignore", SAWarning)
-            found = list(_described(compare_metadata(context, METADATA)))
+            found = list(_describe_differences(compare_metadata(context, METADATA)))
         there, oldest, pending = read_objects(connection), read_oldest(connection), pending_backfills(connection)
         journal_mode = read_journal_mode(database)
-    expected, stated = _made(REVISION)
-    found += _compared(there, expected)
+    expected, stated = _migrated_objects(REVISION)
+    found += _compare_objects(there, expected)
     for version in sorted(versions - {REVISION}):
         found.append(Drift("row", "alembic_version", f"it says {version!r} too"))
     if journal_mode != "wal":
@@ -67,18 +67,18 @@ def check(directory: Path) -> list[Drift]:
 
 
 def foreign_objects(connection: Connection) -> list[Drift]:
-    """Compare the tables, indexes, triggers and views of an index with what the migrations make at its revision.
+    """Compare the tables, indexes, triggers and views of an index with the migrations up to its revision.
 
-    Of a schema newer than ours, only triggers that this release does not know are returned: the rest is not known here.
+    For a newer schema, only its triggers are returned, because this release does not know the rest.
     """
     revision, there = read_revision(connection) or "", read_objects(connection)
     if revision in read_revisions():
-        return list(_compared(there, _made(revision)[0]))
+        return list(_compare_objects(there, _migrated_objects(revision)[0]))
     return [Drift(kind, name, UNKNOWN) for kind, name in sorted(there) if kind == "trigger"]
 
 
 def foreign_triggers(database: Database) -> list[str]:
-    """Return the names of the triggers that no migration makes; none does up to our schema."""
+    """Return the names of all triggers in an index of our schema; no migration up to it creates any."""
     with database.read() as connection:
         if read_revision(connection) != REVISION:
             return []
@@ -86,8 +86,8 @@ def foreign_triggers(database: Database) -> list[str]:
         return [str(name) for name in connection.exec_driver_sql(query).scalars()]
 
 
-def _made(revision: str) -> tuple[dict[tuple[str, str], str], int]:
-    """Return what the migrations make up to a revision, and the oldest release that can work with it."""
+def _migrated_objects(revision: str) -> tuple[dict[tuple[str, str], str], int]:
+    """Return the objects that the migrations up to a revision create, and its oldest usable schema."""
     from alembic import command
 
     engine = create_engine("sqlite://")
@@ -99,7 +99,7 @@ def _made(revision: str) -> tuple[dict[tuple[str, str], str], int]:
         engine.dispose()
 
 
-def _compared(there: dict[tuple[str, str], str], expected: dict[tuple[str, str], str]) -> Iterator[Drift]:
+def _compare_objects(there: dict[tuple[str, str], str], expected: dict[tuple[str, str], str]) -> Iterator[Drift]:
     for kind, name in sorted(expected.keys() | there.keys()):
         if (kind, name) not in there:
             yield Drift(kind, name, "it is missing")
@@ -109,10 +109,10 @@ def _compared(there: dict[tuple[str, str], str], expected: dict[tuple[str, str],
             yield Drift(kind, name, f"it is defined as {there[kind, name]!r}")
 
 
-def _described(differences: list[Any]) -> Iterator[Drift]:
+def _describe_differences(differences: list[Any]) -> Iterator[Drift]:
     for difference in differences:
-        if isinstance(difference, list):  # of one column
-            yield from _described(difference)
+        if isinstance(difference, list):  # several differences of one column
+            yield from _describe_differences(difference)
             continue
         action, *about = difference
         kind = action.partition("_")[2]

@@ -1,7 +1,7 @@
-"""Holds that outlive the process that takes them: until their time is over, or until they are released.
+"""Manage holds that outlive their process, until they expire or are released.
 
-The leases of such a hold have its id where others have their session. Nothing but the clock of the host says
-when it is over: one that is set back keeps the blobs longer, one that is set forward less long.
+A hold's leases have the hold's id in place of a session. Expiry depends on the host's clock only: setting the clock
+back keeps blobs longer, and setting it forward keeps them shorter.
 """
 
 from __future__ import annotations
@@ -23,30 +23,32 @@ from cachedb.text import shorten
 __all__ = ["HoldInfo", "add", "forget", "holds", "is_id", "lapsed", "release"]
 
 
-_LIMIT = timedelta(days=36_525)
+_LONGEST_HOLD = timedelta(days=36_525)
 
 
 class HoldInfo(NamedTuple):
-    """A hold that outlives the process that took it."""
+    """A hold that outlives its process."""
 
     id: str
-    name: str  # the image or digest that was named
+    name: str  # the held image or digest
     blobs: int
     size: int  # bytes of the blobs
     created_at: datetime  # UTC
-    expires_at: datetime | None  # UTC; None for one that lasts until it is released
+    expires_at: datetime | None  # UTC; None for a hold that lasts until released
 
 
 def add(connection: Connection, name: str, digests: Iterable[Digest], seconds: float | None) -> str:
-    """Hold digests for a number of seconds, or until they are released; return the hold's id.
+    """Hold digests for some seconds, or until released; return the hold's id.
 
     Raises:
-        CacheError: if the time is over at once, or more than a hundred years.
+        CacheError: if ``seconds`` is not positive, or more than a hundred years.
     """
     now = datetime.now(UTC)
-    # Compared as a number: a timedelta of the largest float there is cannot be made.
-    if seconds is not None and not 0 < seconds <= _LIMIT.total_seconds():
-        raise CacheError(f"{seconds:g} seconds is no time to hold anything for: leave it out to hold until released")
+    # Compare numbers: the largest float does not fit into a timedelta.
+    if seconds is not None and not 0 < seconds <= _LONGEST_HOLD.total_seconds():
+        raise CacheError(
+            f"cannot hold for {seconds:g} seconds: give up to 100 years, or nothing to hold until released"
+        )
     expires_at = None if seconds is None else now + timedelta(seconds=seconds)
     hold = f"hold-{secrets.token_hex(6)}"
     connection.execute(insert(HOLDS).values(id=hold, name=name, created_at=now, expires_at=expires_at))
@@ -57,12 +59,12 @@ def add(connection: Connection, name: str, digests: Iterable[Digest], seconds: f
 
 
 def is_id(text: str) -> bool:
-    """Say whether a text has the form of a hold's id."""
+    """Return whether a text has the form of a hold's id."""
     return re.fullmatch("hold-[0-9a-f]{12}", text) is not None
 
 
 def holds(connection: Connection) -> list[HoldInfo]:
-    """Return the holds that last, the oldest first."""
+    """Return the holds that have not expired, oldest first."""
     query = (
         select(
             HOLDS.c.id,
@@ -74,7 +76,7 @@ def holds(connection: Connection) -> list[HoldInfo]:
         )
         .outerjoin(LEASES, LEASES.c.session == HOLDS.c.id)
         .outerjoin(BLOBS, BLOBS.c.digest == LEASES.c.digest)
-        .where(_lasts())
+        .where(_is_unexpired())
         .group_by(HOLDS.c.id)
         .order_by(HOLDS.c.created_at, HOLDS.c.id)
     )
@@ -82,34 +84,34 @@ def holds(connection: Connection) -> list[HoldInfo]:
 
 
 def release(connection: Connection, *wanted: str) -> int:
-    """End holds by their ids, or all holds of names; return how many there were.
+    """Release holds by id, or all holds of a name or digest; return their number.
 
     Raises:
-        NotInCache: if there is none of an id or a name.
+        NotInCache: if there is no hold of an id, name or digest.
     """
     found: set[str] = set()
     for text in wanted:
         column = HOLDS.c.id if is_id(text) else HOLDS.c.name
-        ids = set(connection.execute(select(HOLDS.c.id).where(_lasts(), column == text)).scalars())
+        ids = set(connection.execute(select(HOLDS.c.id).where(_is_unexpired(), column == text)).scalars())
         if not ids:
-            raise NotInCache(f"{shorten(text)} is neither a hold nor held; `cachedb holds` lists what is")
+            raise NotInCache(f"{shorten(text)} is neither a hold nor held: `cachedb holds` lists all holds")
         found |= ids
     forget(connection, found)
     return len(found)
 
 
 def lapsed(connection: Connection) -> set[str]:
-    """Return what has leases and is no hold that lasts: sessions, alive or not, and holds whose time is over."""
-    lasting = select(HOLDS.c.id).where(HOLDS.c.id == LEASES.c.session, _lasts()).exists()
+    """Return the sessions (alive or not) and expired holds that have leases."""
+    lasting = select(HOLDS.c.id).where(HOLDS.c.id == LEASES.c.session, _is_unexpired()).exists()
     return set(connection.execute(select(LEASES.c.session).where(~lasting).distinct()).scalars())
 
 
 def forget(connection: Connection, sessions: Iterable[str]) -> None:
-    """Delete the leases of sessions and holds, and the holds."""
+    """Delete the leases of sessions and holds, and the holds themselves."""
     for part in batched(sessions):
         connection.execute(delete(LEASES).where(LEASES.c.session.in_(part)))
         connection.execute(delete(HOLDS).where(HOLDS.c.id.in_(part)))
 
 
-def _lasts() -> ColumnElement[bool]:
+def _is_unexpired() -> ColumnElement[bool]:
     return or_(HOLDS.c.expires_at.is_(None), HOLDS.c.expires_at > datetime.now(UTC))

@@ -1,4 +1,4 @@
-"""The rows of images and their associations: statements and records. No file is opened here."""
+"""Read and write the rows of images and their associations. This module opens no file."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ __all__ = [
 ]
 
 
-_ASSOCIATION = ("position", "blob_id", "role", "media_type", "diff_id", "created_by")
+_ASSOCIATION_COLUMNS = ("position", "blob_id", "role", "media_type", "diff_id", "created_by")
 
 
 class ImageInfo(NamedTuple):
@@ -88,11 +88,11 @@ class ImageInfo(NamedTuple):
     reference: str  # a tag or a digest
     digest: Digest  # of the manifest or index
     media_type: str  # of the manifest or index
-    size: int  # bytes of the closure, a blob that occurs twice counted once
-    complete: bool  # whether every blob of the closure is stored
-    created_at: datetime  # UTC; when the name came to point to this manifest
+    size: int  # bytes of all its blobs, each counted once
+    complete: bool  # whether all its blobs are stored
+    created_at: datetime  # UTC; when the name began to point to this manifest
     last_used_at: datetime  # UTC
-    # As its config says; of an image for several platforms, what all of them have in common.
+    # From the config; for several platforms, the values on which all of them agree.
     architecture: str | None
     os: str | None
     variant: str | None
@@ -106,11 +106,11 @@ class ImageInfo(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """``os/architecture[/variant]``, as far as it is known."""
+        """``os/architecture[/variant]``, without unknown parts."""
         return "/".join(filter(None, (self.os, self.architecture, self.variant)))
 
 
-_TOLD = (
+_IMAGE_COLUMNS = (
     IMAGES.c.created_at,
     IMAGES.c.last_used_at,
     IMAGES.c.architecture,
@@ -119,7 +119,7 @@ _TOLD = (
     IMAGES.c.created,
     IMAGES.c.author,
 )
-"""The columns at the end of an `ImageInfo`."""
+"""The last columns of an `ImageInfo`."""
 
 
 class BlobInfo(NamedTuple):
@@ -132,9 +132,9 @@ class BlobInfo(NamedTuple):
     position: int  # in the image; the manifest or index is at 0
     stored: bool
     compressed: bool
-    path: Path | None  # of the file, if it is stored; hold the image to keep it valid
-    diff_id: Digest | None  # of a layer: the digest before compression, as the config says
-    created_by: str | None  # of a layer: the command that made it, as the config says
+    path: Path | None  # the file, if stored; hold the image to keep the path valid
+    diff_id: Digest | None  # for a layer: the digest before compression, from the config
+    created_by: str | None  # for a layer: the command that created it, from the config
 
     @property
     def is_config(self) -> bool:
@@ -143,11 +143,11 @@ class BlobInfo(NamedTuple):
 
 
 class PlatformInfo(NamedTuple):
-    """What an image's index names."""
+    """A child of an image's index."""
 
-    platform: str | None  # os/architecture[/variant], if the index says
-    digest: Digest  # of the manifest, or of an index in the index
-    complete: bool  # whether it is here with all its blobs
+    platform: str | None  # os/architecture[/variant], if the index states it
+    digest: Digest  # of the manifest, or of a nested index
+    complete: bool  # whether the child and all its blobs are stored
 
 
 class BlobRow(NamedTuple):
@@ -159,12 +159,12 @@ class BlobRow(NamedTuple):
 
 
 class ImageDetails(NamedTuple):
-    """An image and all that the index has of it, read at one moment."""
+    """An image with its blobs, labels and platforms, read at one moment."""
 
     image: ImageInfo
     blobs: list[BlobInfo]  # in the order of their positions
     labels: dict[str, str]
-    platforms: list[PlatformInfo]  # that its index names; none without an index
+    platforms: list[PlatformInfo]  # the children of its index; empty without an index
 
 
 class Found(NamedTuple):
@@ -174,7 +174,7 @@ class Found(NamedTuple):
     manifest_id: int
     digest: Digest
     media_type: str
-    some_platforms: int | None  # 1 if not all of its index's platforms are in its closure
+    some_platforms: int | None  # 1 if only some platforms of its index were saved
 
 
 _FOUND = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type, IMAGES.c.some_platforms)
@@ -182,10 +182,12 @@ _FOUND = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type
 
 
 def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
-    """Return an image's row. A digest also finds what a tag of the same repository points to, unless ``exact``.
+    """Return an image's row; raise if there is none.
+
+    Unless ``exact``, a digest also finds an image that has the digest under a tag of the same repository.
 
     Raises:
-        NotInCache: if there is none.
+        NotInCache: if there is no such image.
     """
     found = look_up(connection, name)
     if found is None and name.digest and not exact:
@@ -193,19 +195,19 @@ def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
         row = connection.execute(_with_manifest(), values).first()
         found = None if row is None else Found(*row)
     if found is None:
-        hint = _near(connection, name) or "`cachedb ls` lists what is"
+        hint = _suggest(connection, name) or "`cachedb ls` lists what is"
         raise NotInCache(f"{name} is not in the cache; {hint}", name=name)
     return found
 
 
 def look_up(connection: Connection, name: Name) -> Found | None:
-    """Return the row of the image that has exactly this name, if there is one."""
+    """Return the row of the image with exactly this name, or None."""
     row = connection.execute(_named(), name._asdict()).first()
     return None if row is None else Found(*row)
 
 
 def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, Found]:
-    """Return the rows of those of the images that are there."""
+    """Return the rows of the images that exist, by name."""
     wanted = set(names)
     found: dict[Name, Found] = {}
     for part in batched(wanted):
@@ -219,8 +221,8 @@ def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, Fou
     return found
 
 
-def _near(connection: Connection, name: Name) -> str | None:
-    """Say which image other tools would have meant, for they put a registry in front of a short name."""
+def _suggest(connection: Connection, name: Name) -> str | None:
+    """Suggest an image with a registry in its name: other tools put one in front of a short name."""
     fronts = ("docker.io/library/", "docker.io/", "localhost/")
     query = select(IMAGES.c.repository).where(
         IMAGES.c.repository.in_([front + name.repository for front in fronts]), IMAGES.c.reference == name.reference
@@ -230,7 +232,7 @@ def _near(connection: Connection, name: Name) -> str | None:
 
 
 def images(connection: Connection) -> list[ImageInfo]:
-    """Return all images, in the order of their names."""
+    """Return all images, sorted by name."""
     contents = select(IMAGE_BLOBS.c.image_id, IMAGE_BLOBS.c.blob_id).distinct().subquery()
     totals = (
         select(
@@ -250,7 +252,7 @@ def images(connection: Connection) -> list[ImageInfo]:
             IMAGES.c.media_type,
             totals.c.size,
             totals.c.complete,
-            *_TOLD,
+            *_IMAGE_COLUMNS,
         )
         .join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
         .join(totals, totals.c.image_id == IMAGES.c.id)
@@ -263,7 +265,7 @@ def images(connection: Connection) -> list[ImageInfo]:
 
 
 def names(database: Database) -> list[Name]:
-    """Return the names of all images, in order."""
+    """Return the names of all images, sorted."""
     return [Name(*row) for row in database.rows(_names(), {})]
 
 
@@ -273,21 +275,21 @@ def _names() -> Select[*tuple[Any, ...]]:
 
 
 def image(connection: Connection, directory: Path, image_id: int) -> tuple[ImageInfo, list[BlobInfo]]:
-    """Return an image, and its blobs in the order of their positions.
+    """Return an image, and its blobs by position.
 
     Raises:
-        DamagedIndex: if it has none.
+        DamagedIndex: if the image has no blobs.
     """
     row = connection.execute(_one_image(), {"of": image_id}).one()
     contents = image_blobs(connection, directory, image_id)
     if not contents:
-        raise DamagedIndex("an image has no blobs in the index; `cachedb verify --repair` finds them")
+        raise DamagedIndex("an image has no blobs in the index: find them with `cachedb verify --repair`")
     size = sum({blob.digest: blob.size for blob in contents}.values())
     complete = all(blob.stored for blob in contents)
     return ImageInfo(row[0], row[1], Digest(row[2]), row[3], size, complete, *row[4:]), contents
 
 
-# To put a statement together takes longer than to execute it, and these are executed for every image that is saved.
+# Building a statement takes longer than executing it, and saving an image executes all of these, so they are cached.
 
 
 @cache
@@ -304,7 +306,7 @@ def _named() -> Select[*tuple[Any, ...]]:
 @cache
 def _all_named() -> Select[*tuple[Any, ...]]:
     columns = (IMAGES.c.repository, IMAGES.c.reference, *_FOUND)
-    # More than is wanted: SQLite finds pairs among others only by a look at each row.
+    # This selects too many rows; the caller filters them. SQLite would scan the table to match pairs.
     repositories = IMAGES.c.repository.in_(bindparam("repositories", expanding=True))
     references = IMAGES.c.reference.in_(bindparam("references", expanding=True))
     return select(*columns).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id).where(repositories, references)
@@ -317,13 +319,13 @@ def _with_manifest() -> Select[*tuple[Any, ...]]:
 
 @cache
 def new_image() -> ReturningInsert[*tuple[Any, ...]]:
-    """Insert an image and return its id."""
+    """Return the statement that inserts an image and returns its id."""
     return insert(IMAGES).returning(IMAGES.c.id)
 
 
 @cache
 def new_images() -> Insert:
-    """Insert images."""
+    """Return the statement that inserts images."""
     return insert(IMAGES)
 
 
@@ -334,7 +336,7 @@ def _new_associations() -> Insert:
 
 @cache
 def without_associations() -> Delete:
-    """Delete the associations of an image."""
+    """Return the statement that deletes the associations of an image."""
     return delete(IMAGE_BLOBS).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
 
 
@@ -344,7 +346,7 @@ def _without_image() -> Delete:
 
 
 @cache
-def _pointed_anew() -> Update:
+def _update_manifest() -> Update:
     manifest_id, now = bindparam("manifest_id", type_=Integer), bindparam("created_at", type_=UtcTime)
     return (
         update(IMAGES)
@@ -361,11 +363,11 @@ def _pointed_anew() -> Update:
 
 @cache
 def copied_associations() -> Insert:
-    """Associate an image with the blobs of another one."""
-    columns = [IMAGE_BLOBS.c[name] for name in _ASSOCIATION]
+    """Return the statement that copies the associations of one image to another."""
+    columns = [IMAGE_BLOBS.c[name] for name in _ASSOCIATION_COLUMNS]
     target = bindparam("target", type_=Integer)
     return insert(IMAGE_BLOBS).from_select(
-        ["image_id", *_ASSOCIATION], select(target, *columns).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
+        ["image_id", *_ASSOCIATION_COLUMNS], select(target, *columns).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
     )
 
 
@@ -376,7 +378,7 @@ def _blobs_of() -> Select[*tuple[Any, ...]]:
 
 @cache
 def waiting_for() -> Select[*tuple[Any, ...]]:
-    """Select the images that lack one of some blobs."""
+    """Return the query for the images that reference one of some manifests or configs."""
     is_manifest = IMAGE_BLOBS.c.role.in_(("manifest", "index"))
     is_config = and_(IMAGE_BLOBS.c.role == "config", IMAGE_BLOBS.c.media_type.in_(CONFIG_TYPES))
     joined = select(IMAGE_BLOBS.c.image_id).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
@@ -394,7 +396,9 @@ def _blobs_with() -> Select[*tuple[Any, ...]]:
 def _one_image() -> Select[*tuple[Any, ...]]:
     columns = (IMAGES.c.repository, IMAGES.c.reference, BLOBS.c.digest, IMAGES.c.media_type)
     return (
-        select(*columns, *_TOLD).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id).where(IMAGES.c.id == bindparam("of"))
+        select(*columns, *_IMAGE_COLUMNS)
+        .join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
+        .where(IMAGES.c.id == bindparam("of"))
     )
 
 
@@ -426,12 +430,12 @@ def _contents_named() -> Select[*tuple[Any, ...]]:
 
 
 def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[BlobInfo]:
-    """Return an image's blobs in the order of their positions."""
+    """Return an image's blobs by position."""
     return _blob_infos(directory, connection.execute(_contents_of_one(), {"of": image_id}))
 
 
 def blobs_of(database: Database, name: Name) -> list[BlobInfo]:
-    """Return the blobs of the image that has exactly this name, in the order of their positions; none if none has."""
+    """Return the blobs of the image with exactly this name, by position; empty if there is no such image."""
     return _blob_infos(database.directory, database.rows(_contents_named(), name._asdict()))
 
 
@@ -454,7 +458,7 @@ def _blob_infos(directory: Path, rows: Iterable[Sequence[Any]]) -> list[BlobInfo
 
 
 def root_of(connection: Connection, image_id: int) -> Descriptor:
-    """Return the manifest or index that an image points to."""
+    """Return the descriptor of an image's manifest or index."""
     query = select(BLOBS.c.digest, BLOBS.c.size, IMAGES.c.media_type).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
     row = connection.execute(query.where(IMAGES.c.id == image_id)).one()
     return oci.root(Digest(row.digest), row.size, row.media_type)
@@ -463,7 +467,10 @@ def root_of(connection: Connection, image_id: int) -> Descriptor:
 def point_name(
     connection: Connection, name: Name, manifest_id: int, media_type: str, some_platforms: int | None
 ) -> tuple[int, bool]:
-    """Make a name point to a manifest, with no associations left of another one; return the image's id, and if new."""
+    """Make a name point to a manifest; return the image's id and whether it is new.
+
+    The associations of a previous other manifest are deleted.
+    """
     now = datetime.now(UTC)
     values = {
         "manifest_id": manifest_id,
@@ -477,12 +484,12 @@ def point_name(
         return int(connection.execute(new_image(), {**name._asdict(), **values}).scalar_one()), True
     if row.manifest_id != manifest_id:
         connection.execute(without_associations(), {"of": row.id})
-    connection.execute(_pointed_anew(), {"of": row.id, **values})
+    connection.execute(_update_manifest(), {"of": row.id, **values})
     return int(row.id), False
 
 
 def look_up_blobs(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, BlobRow]:
-    """Return the rows of those of the blobs that have one."""
+    """Return the rows of the blobs that have one, by digest."""
     found: dict[Digest, BlobRow] = {}
     for part in batched(digests):
         for digest, *row in connection.execute(_blobs_with(), {"digests": part}):
@@ -491,9 +498,9 @@ def look_up_blobs(connection: Connection, digests: Iterable[Digest]) -> dict[Dig
 
 
 def insert_associations(connection: Connection, wanted: dict[int, list[descriptions.Association]]) -> None:
-    """Associate images, by their ids."""
+    """Insert the associations of images, given by image id."""
     rows = [
-        {"image_id": image_id, **{name: getattr(blob, name) for name in _ASSOCIATION}}
+        {"image_id": image_id, **{name: getattr(blob, name) for name in _ASSOCIATION_COLUMNS}}
         for image_id, contents in wanted.items()
         for blob in contents
     ]
@@ -501,12 +508,12 @@ def insert_associations(connection: Connection, wanted: dict[int, list[descripti
 
 
 def touch(connection: Connection, image_id: int) -> None:
-    """Note that an image is used now."""
+    """Set an image's last use to now."""
     connection.execute(update(IMAGES).where(IMAGES.c.id == image_id).values(last_used_at=datetime.now(UTC)))
 
 
 def is_associated(connection: Connection, digest: Digest) -> bool:
-    """Say whether an image is associated with a blob."""
+    """Return whether any image is associated with a blob."""
     query = (
         select(IMAGE_BLOBS.c.image_id).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id).where(BLOBS.c.digest == digest)
     )
@@ -514,14 +521,14 @@ def is_associated(connection: Connection, digest: Digest) -> bool:
 
 
 def tags(connection: Connection, repository: str) -> list[Name]:
-    """Return the names that a repository's images have by tag, in order."""
+    """Return the names of a repository's tags, sorted."""
     query = select(IMAGES.c.reference).where(IMAGES.c.repository == repository).order_by(IMAGES.c.reference)
     names = [Name(repository, reference) for reference in connection.execute(query).scalars()]
     return [name for name in names if not name.digest]
 
 
 def repositories_with(connection: Connection, digest: Digest) -> list[str]:
-    """Return the repositories of the images that are associated with a blob, in order."""
+    """Return the repositories of the images that use a blob, sorted."""
     query = (
         select(IMAGES.c.repository)
         .join(IMAGE_BLOBS, IMAGE_BLOBS.c.image_id == IMAGES.c.id)
@@ -534,10 +541,10 @@ def repositories_with(connection: Connection, digest: Digest) -> list[str]:
 
 
 def remove(connection: Connection, names: Iterable[Name]) -> set[int]:
-    """Remove images, all or none; return the ids of the blobs that they were associated with.
+    """Remove images and return the ids of the blobs they used.
 
     Raises:
-        NotInCache: if one of them is not there.
+        NotInCache: if one of them is not in the cache; the caller must roll back.
     """
     found = {find(connection, name, exact=True).id for name in names}
     touched: set[int] = set()
@@ -548,7 +555,7 @@ def remove(connection: Connection, names: Iterable[Name]) -> set[int]:
 
 
 def incomplete(name: Name, contents: Iterable[BlobInfo]) -> IncompleteImage:
-    """Return the error that says what an image lacks."""
+    """Return the error for an image with missing blobs."""
     missing = [blob for blob in contents if not blob.stored]
     more = f", nor are {len(missing) - 1} more blobs" if len(missing) > 1 else ""
     return IncompleteImage(
@@ -557,7 +564,7 @@ def incomplete(name: Name, contents: Iterable[BlobInfo]) -> IncompleteImage:
 
 
 def count_incomplete(connection: Connection) -> int:
-    """Return the number of images of which a blob is not stored."""
+    """Return the number of images with a missing blob."""
     query = (
         select(func.count(IMAGE_BLOBS.c.image_id.distinct()))
         .join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)

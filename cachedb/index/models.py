@@ -1,7 +1,6 @@
-"""SQLAlchemy models of images, blobs, and the association between them: classes over `tables`.
+"""Map SQLAlchemy classes to the tables of images, blobs, and the association between them.
 
-For programs that ask the index by SQLAlchemy's ORM. cachedb itself uses the tables, and does not wait for the ORM's
-import.
+They are for programs that query the index with SQLAlchemy's ORM. cachedb itself uses the tables, which import faster.
 
     with Session(create_engine("sqlite:///index.db")) as session:
         for image in session.scalars(select(Image)):
@@ -27,7 +26,7 @@ class Base(DeclarativeBase):
 
 
 class Blob(Base):
-    """Bytes, known by the digest of their content; on disk once ``stored_at`` is set."""
+    """Content identified by its digest; its file is stored once ``stored_at`` is set."""
 
     __table__ = BLOBS
 
@@ -41,7 +40,7 @@ class Blob(Base):
 
 
 class Image(Base):
-    """A name, and the manifest or index it points to."""
+    """A name and the manifest or index it points to."""
 
     __table__ = IMAGES
 
@@ -68,7 +67,7 @@ class Image(Base):
 
 
 class ImageBlob(Base):
-    """The association: a blob in an image's closure, or attached to it, with its role and position."""
+    """The association of an image with a blob that it references or that is attached to it."""
 
     __table__ = IMAGE_BLOBS
 
@@ -86,7 +85,7 @@ class ImageBlob(Base):
 
 
 class ImageLabel(Base):
-    """A label that an image's config has; of several platforms, one that all of them have."""
+    """A label of an image's config; for several platforms, a label that all of them have."""
 
     __table__ = IMAGE_LABELS
 
@@ -97,7 +96,7 @@ class ImageLabel(Base):
 
 
 class Lease(Base):
-    """A digest that is not collected while the session that works with it lives, or the hold it belongs to lasts."""
+    """A digest that is not collected while its session is alive or its hold lasts."""
 
     __table__ = LEASES
 
@@ -108,7 +107,7 @@ class Lease(Base):
 
 
 class Hold(Base):
-    """A hold that outlives the process that took it: until its time, or until it is released."""
+    """A hold that outlives its process, until it expires or is released."""
 
     __table__ = HOLDS
 

@@ -1,9 +1,9 @@
-"""The schema: which one a cache has, and bringing it to another with the Alembic migrations.
+"""Inspect and migrate the schema of the index with Alembic.
 
-Alembic is imported only when there is something to migrate or to compare.
+Alembic is imported only to migrate or compare, because its import is slow.
 
-A migration says in ``oldest`` which releases can still work with the schema after it: those made for that schema or
-a newer one. Those before it refuse the cache as soon as it is migrated, before they write anything.
+A migration's ``oldest`` is the oldest schema whose releases can still use the cache after it. Older releases refuse a
+migrated cache before they write anything.
 """
 
 from __future__ import annotations
@@ -60,21 +60,21 @@ __all__ = [
 
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is, and how much there is: bytes, migrations or images."""
+"""Called with the stage, the amount done, and the total: bytes, migrations or images."""
 BACKFILLS_OF_THIS_RELEASE = BACKFILLS.c.revision == descriptions.BACKFILL  # a newer schema may have others
 
 
-UNKNOWN = "no migration makes it"
-"""The detail of a `Drift` that is an object of the database which cachedb does not know."""
+UNKNOWN = "no migration creates it"
+"""The detail of a `Drift` for a database object that cachedb does not know."""
 
 
 class State(NamedTuple):
     """The schema of a cache."""
 
     revision: str | None  # None: there is no cache yet
-    newest: str  # that this release knows, and works with
-    usable: bool  # whether this release works with the cache as it is
-    pending: int  # images whose configs are still to be read for the columns of a newer schema
+    newest: str  # the schema of this release
+    usable: bool  # whether this release can use the cache without a migration
+    pending: int  # images that await backfill
 
 
 class Revision(NamedTuple):
@@ -83,12 +83,12 @@ class Revision(NamedTuple):
     revision: str
     down_revision: str | None
     message: str
-    oldest: str  # the oldest schema whose releases can still read and write after it
+    oldest: str  # the oldest schema whose releases can still use the cache after it
     current: bool  # whether the cache has this schema
 
 
 def migrations_directory() -> Path:
-    """Return where the migrations lie: in the installed package, or beside it in a checkout."""
+    """Return the folder of the migrations: in the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "migrations"
     return installed if installed.is_dir() else package.parent / "migrations"
@@ -99,26 +99,26 @@ def alembic_config() -> Config:
     from alembic.config import Config
 
     config = Config()
-    # A % is an interpolation to the ini parser behind it.
+    # The ini parser interpolates a single %.
     config.set_main_option("script_location", str(migrations_directory()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
 
 
 def current(directory: Path) -> State:
-    """Return which schema a cache has; nothing is written, nor made.
+    """Return the schema of a cache, without writing anything.
 
     Args:
-        directory: of the cache.
+        directory: the cache directory.
 
     Raises:
-        NotACache: if the directory is something else.
+        NotACache: if the directory is not a cache.
         DamagedIndex: if the index is damaged.
     """
     with closing(Database(chosen(directory))) as database:
         revision = database.reserve.run(database.revision)
         if not revision:
-            if error := _lost(database):
+            if error := _lost_index_error(database):
                 raise error
             return State(None, REVISION, usable=False, pending=0)
         with database.look() as connection:
@@ -126,37 +126,47 @@ def current(directory: Path) -> State:
 
 
 def history(directory: Path) -> list[Revision]:
-    """Return all migrations that this release knows, the newest first.
+    """Return all migrations that this release knows, newest first.
 
     Args:
-        directory: of a cache, which need not be there.
+        directory: the cache directory, which need not exist.
     """
     from alembic.script import ScriptDirectory
 
     with closing(Database(chosen(directory))) as database:
         revision = database.reserve.run(database.revision)
     return [
-        Revision(script.revision, _one(script.down_revision), script.doc, _oldest(script), script.revision == revision)
+        Revision(
+            script.revision,
+            _single_revision(script.down_revision),
+            script.doc,
+            _oldest_revision(script),
+            script.revision == revision,
+        )
         for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()
     ]
 
 
 def check_existing(directory: Path) -> Database:
-    """Return the database of a cache, and bring back the folders that it may have lost."""
+    """Return the database of an existing cache, and recreate folders that are missing.
+
+    Raises:
+        NotInCache: if there is no cache.
+    """
     database = Database(chosen(directory))
     try:
         there = database.path.exists() and database.path.stat().st_size
-        # What is no cache is left alone.
+        # Change nothing in a directory that is not a cache.
         if not there or not database.reserve.run(lambda: prepare(database)):
-            raise _lost(database) or NotInCache(f"there is no cache in {str(directory)!r}")
+            raise _lost_index_error(database) or NotInCache(f"there is no cache in {str(directory)!r}")
     except BaseException:
         database.close()
         raise
     return database
 
 
-def _lost(database: Database) -> CacheError | None:
-    """Return the error for a cache that has lost its index, or the schema in it; None if there is no cache yet."""
+def _lost_index_error(database: Database) -> CacheError | None:
+    """Return the error for a cache whose index or schema is lost; None if there is no cache yet."""
     if database.path.exists() and database.path.stat().st_size:
         with database.look() as connection:
             if not is_empty(connection):
@@ -167,26 +177,26 @@ def _lost(database: Database) -> CacheError | None:
 
 
 def read_revisions() -> list[str]:
-    """Return the revisions of this release, the oldest first."""
+    """Return the revisions of this release, oldest first."""
     from alembic.script import ScriptDirectory
 
     return sorted(script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions())
 
 
 def check_known(database: Database, found: str | None) -> str:
-    """Return the revision that was found in a cache; refuse one that is not newer than ours, and yet none of ours."""
+    """Return the revision of a cache; raise if it is missing, or is an old one that no release created."""
     if not found:
         raise mismatch(database.directory, None)
     if found <= REVISION and found not in read_revisions():
         raise SchemaMismatch(
-            f"the index in {str(database.directory)!r} has schema {found!r}, which no release of cachedb makes: "
-            "`cachedb db restore` puts a backup in its place"
+            f"the index in {str(database.directory)!r} has schema {found!r}, which no release of cachedb creates: "
+            "replace it by a backup with `cachedb db restore`"
         )
     return found
 
 
 def resolve_revision(revision: str, base: str | None = None) -> str:
-    """Return the revision that is meant by a beginning of it, ``head``, or ``-N`` before another."""
+    """Return the revision given by its prefix, by ``head``, or by ``-N`` steps before ``base``."""
     known = read_revisions()
     if revision == "head":
         return known[-1]
@@ -196,32 +206,32 @@ def resolve_revision(revision: str, base: str | None = None) -> str:
     else:
         found = [revision] if revision in known else [one for one in known if revision and one.startswith(revision)]
     if len(found) != 1:
-        raise InvalidRevision(f"{revision!r} is not one of the revisions {', '.join(known)}; see `cachedb db history`")
+        raise InvalidRevision(f"{revision!r} is not one of the revisions {', '.join(known)}: see `cachedb db history`")
     return found[0]
 
 
-def _one(down_revision: object) -> str | None:
+def _single_revision(down_revision: object) -> str | None:
     return down_revision if isinstance(down_revision, str) else None
 
 
-def _oldest(script: Any) -> str:  # noqa: ANN401
+def _oldest_revision(script: Any) -> str:  # noqa: ANN401
     return str(getattr(script.module, "oldest", script.revision))
 
 
 def migrate(
     database: Database, target: str = REVISION, progress: Progress | None = None, *, down: bool = False
 ) -> tuple[str | None, Path | None]:
-    """Bring a database to a revision, or make it; return which it had, and the backup of it.
+    """Migrate or create a database; return its previous revision, and the backup if one was made.
 
-    What the migrations leave to be done in batches is left.
+    Backfills are left for later.
     """
-    from alembic import command  # now, and not under the lock
+    from alembic import command  # imported before the lock is taken, because it is slow
 
     change = command.downgrade if down else command.upgrade
     backup: Path | None = None
 
     def is_due(found: str) -> bool:
-        # Of many processes that come at once, the first has done it for the others.
+        # Another process may have migrated meanwhile.
         return target < found if down else found < target
 
     def before() -> None:
@@ -231,14 +241,14 @@ def migrate(
         if found is None or not is_due(found):
             return
         check_known(database, found)
-        told = report_stage("backing up", progress)
-        backup = backups.before_change(database, found, target, told)
+        report = report_stage("backing up", progress)
+        backup = backups.before_change(database, found, target, report)
 
     with told_beside(progress) as beside, database.write_schema(before) as connection:
         try:
             found = read_revision(connection)
             if is_empty(connection):
-                # A new index would make orphans of what is there, and the next collection would delete it.
+                # With a new index the stored blobs would be orphans, and the next collection would delete them.
                 if has_blobs(database.directory):
                     raise lost(database.directory)
             elif found != REVISION and check_known(database, found) > REVISION and not is_compatible(connection):
@@ -246,18 +256,20 @@ def migrate(
             if found is not None and not is_due(found):
                 return found, None
             if found is not None and len(rows := read_versions(connection)) > 1:
-                raise SchemaMismatch(f"the table alembic_version has {len(rows)} rows: delete those that are wrong")
+                raise SchemaMismatch(f"the table alembic_version has {len(rows)} rows: delete the wrong ones")
             broken = Counter(find_broken_keys(connection))
             run_migrations(change, connection, target, beside)
             if new := Counter(find_broken_keys(connection)) - broken:
-                raise DamagedIndex(f"the schema was not changed: {new.total()} rows would refer to none: {min(new)}")
+                raise DamagedIndex(
+                    f"the schema was not changed: {new.total()} rows would have broken references: {min(new)}"
+                )
         except BaseException as error:
-            # What was not committed is rolled back: nothing has become of what the backup is of.
+            # The change is rolled back, so its backup is of no use.
             if backup:
                 with ignore_os_errors():
                     database.folders.remove(f"backups/{backup.name}")
             if reason := explain_refusal(error):
-                raise StorageError(f"the schema was not changed, for {reason}") from error
+                raise StorageError(f"the schema was not changed: {reason}") from error
             raise
     if backup:
         backups.keep_newest(database.directory)
@@ -273,13 +285,13 @@ def run_migrations(
     change(config, target)
 
 
-def report_stage(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:
-    """Return the progress of a stage of an upgrade, under the name of the stage."""
-    return None if progress is None else lambda done, total: progress(what, done, total)
+def report_stage(stage: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+    """Return a callback that reports the progress of a stage under its name, or None."""
+    return None if progress is None else lambda done, total: progress(stage, done, total)
 
 
 def pending_backfills(connection: Connection) -> int:
-    """Return the number of images whose configs a migration has left to be read."""
+    """Return the number of images that await backfill."""
     exists = "SELECT 1 FROM sqlite_master WHERE name = 'backfills'"
     if connection.exec_driver_sql(exists).first() is None:
         return 0

@@ -1,10 +1,9 @@
-"""The index: tables of images, blobs, and the association between them.
+"""Define the tables of the index: images, blobs, and the association between them.
 
-The tables are made by the migrations, never by `create_all`; `alembic check` holds the two together.
-All of it is portable SQL. SQLite's STRICT tables refuse a value of the wrong type, and the CHECK
-constraints a wrong value, whoever writes it.
+The migrations create the tables, never `create_all`; `alembic check` compares the two. All SQL is portable. SQLite's
+STRICT tables refuse values of a wrong type, and CHECK constraints refuse invalid values from any program.
 
-These are Core tables, for a command must not wait for the import of SQLAlchemy's ORM; `models` maps classes to them.
+These are Core tables, so that a command does not import SQLAlchemy's ORM; `models` maps classes to them.
 """
 
 from __future__ import annotations
@@ -49,34 +48,36 @@ __all__ = [
 
 
 TEXT_LIMIT = 65536
-"""Characters of a text that an image's config brings; a longer one is in the config alone."""
+"""The most characters of a text from an image's config; a longer text is not copied into the index."""
 
-# SQLite's STRICT tables know INTEGER (of 64 bits), and no BIGINT.
+# SQLite's STRICT tables have INTEGER (64 bits), but no BIGINT.
 _INTEGER = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class UtcTime(TypeDecorator[datetime]):
-    """A time in UTC, kept as text of one width that sorts by time: ``2026-01-31T23:59:59.123456Z``."""
+    """A UTC time stored as text of fixed width that sorts by time: ``2026-01-31T23:59:59.123456Z``."""
 
     impl = Text
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
-        """Write an aware time as text."""
+        """Convert an aware time to text."""
         if value is None:
             return None
         return f"{value.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
-        """Read the text back as an aware time."""
+        """Convert text to an aware time."""
         try:
             return None if value is None else datetime.fromisoformat(value)
         except ValueError as error:
-            raise DamagedIndex(f"the index has {value!r} for a time; `cachedb verify --repair` rebuilds it") from error
+            raise DamagedIndex(
+                f"the index has the invalid time {value!r}: rebuild it with `cachedb verify --repair`"
+            ) from error
 
 
 def _is_digest(column: str) -> str:
-    """SQL that holds for ``algorithm:hex`` of the right length, in lower case."""
+    """Return SQL that is true for ``algorithm:hex`` of the right length, in lower case."""
     forms = (
         f"(substr({column}, 1, 7) = '{algorithm}:' AND length({column}) = {7 + length} "
         f"AND ltrim(substr({column}, 8), '0123456789abcdef') = '')"
@@ -103,7 +104,7 @@ METADATA = MetaData(
 class _Blobs(TypedColumns):
     id = Column(_INTEGER, primary_key=True)
     digest = Column(Text, nullable=False)
-    size = Column(_INTEGER, nullable=False)  # bytes; what a manifest says until the blob is stored, then its true size
+    size = Column(_INTEGER, nullable=False)  # bytes; as declared until the blob is stored, then its true size
     stored_at = Column(UtcTime)
 
 
@@ -117,7 +118,7 @@ BLOBS = Table(
     CheckConstraint(f"stored_at IS NULL OR ({_is_time('stored_at')})", "stored_at"),
     sqlite_strict=True,
 )
-"""Bytes, known by the digest of their content; on disk once ``stored_at`` is set."""
+"""Content identified by its digest; its file is stored once ``stored_at`` is set."""
 
 
 class _Images(TypedColumns):
@@ -126,14 +127,18 @@ class _Images(TypedColumns):
     reference = Column(Text, nullable=False)  # a tag or a digest
     manifest_id = Column(_INTEGER, ForeignKey("blobs.id", ondelete="RESTRICT"), nullable=False)
     media_type = Column(Text, nullable=False)
-    created_at = Column(UtcTime, nullable=False)  # when the name came to point to this manifest
+    created_at = Column(UtcTime, nullable=False)  # when the name began to point to this manifest
     last_used_at = Column(UtcTime, nullable=False)
-    some_platforms = Column(_INTEGER, CheckConstraint("some_platforms = 1", "some_platforms"))  # else all of its index
-    # What the configs of all its platforms agree on; empty where they do not, or are not stored.
+    some_platforms = Column(
+        _INTEGER, CheckConstraint("some_platforms = 1", "some_platforms")
+    )  # NULL: all platforms of the index
+    # The values on which the configs of all platforms agree; NULL if they differ or are not stored.
     architecture = Column(Text, CheckConstraint("length(architecture) BETWEEN 1 AND 64", "architecture"))
     os = Column(Text, CheckConstraint("length(os) BETWEEN 1 AND 64", "os"))
     variant = Column(Text, CheckConstraint("length(variant) BETWEEN 1 AND 64", "variant"))
-    created = Column(UtcTime, CheckConstraint(_is_time("created"), "created"))  # when it was built, it says
+    created = Column(
+        UtcTime, CheckConstraint(_is_time("created"), "created")
+    )  # when it was built, according to the config
     author = Column(Text, CheckConstraint(f"length(author) BETWEEN 1 AND {TEXT_LIMIT}", "author"))
 
 
@@ -150,7 +155,7 @@ IMAGES = Table(
     CheckConstraint(_is_time("last_used_at"), "last_used_at"),
     sqlite_strict=True,
 )
-"""A name, and the manifest or index it points to."""
+"""A name and the manifest or index it points to."""
 
 
 class _ImageBlobs(TypedColumns):
@@ -159,7 +164,7 @@ class _ImageBlobs(TypedColumns):
     blob_id = Column(_INTEGER, ForeignKey("blobs.id", ondelete="RESTRICT"), nullable=False)
     role = Column(Text, nullable=False)
     media_type = Column(Text, nullable=False)
-    # Of a layer, as the config says: the digest before compression, and the command that made it.
+    # For a layer, from the config: its digest before compression, and the command that created it.
     diff_id = Column(Text, CheckConstraint(_is_digest("diff_id"), "diff_id"))
     created_by = Column(Text, CheckConstraint(f"length(created_by) BETWEEN 1 AND {TEXT_LIMIT}", "created_by"))
 
@@ -175,7 +180,7 @@ IMAGE_BLOBS = Table(
     sqlite_strict=True,
     sqlite_with_rowid=False,
 )
-"""The association: a blob in an image's closure, or attached to it, with its role and position."""
+"""The association of an image with a blob that it references or that is attached to it."""
 
 
 class _ImageLabels(TypedColumns):
@@ -194,13 +199,13 @@ IMAGE_LABELS = Table(
     sqlite_strict=True,
     sqlite_with_rowid=False,
 )
-"""A label that an image's config has; of several platforms, one that all of them have."""
+"""A label of an image's config; for several platforms, a label that all of them have."""
 
 
 class _Leases(TypedColumns):
     digest = Column(Text, primary_key=True)
     session = Column(Text, primary_key=True)  # or the id of a row in holds
-    hold = Column(_INTEGER, primary_key=True)  # tells apart the holds of one session
+    hold = Column(_INTEGER, primary_key=True)  # distinguishes the holds of a session
 
 
 LEASES = Table(
@@ -212,12 +217,12 @@ LEASES = Table(
     sqlite_strict=True,
     sqlite_with_rowid=False,
 )
-"""A digest that is not collected while the session that works with it lives, or the hold it belongs to lasts."""
+"""A digest that is not collected while its session is alive or its hold lasts."""
 
 
 class _Holds(TypedColumns):
-    id = Column(Text, primary_key=True)  # what its leases have for a session
-    name = Column(Text, nullable=False)  # the image or digest that was named
+    id = Column(Text, primary_key=True)  # the value of `session` in its leases
+    name = Column(Text, nullable=False)  # the held image or digest
     created_at = Column(UtcTime, nullable=False)
     expires_at = Column(UtcTime)
 
@@ -233,7 +238,7 @@ HOLDS = Table(
     sqlite_strict=True,
     sqlite_with_rowid=False,
 )
-"""A hold that outlives the process that took it: until its time, or until it is released."""
+"""A hold that outlives its process, until it expires or is released."""
 
 
 class _Trash(TypedColumns):
@@ -250,7 +255,7 @@ TRASH = Table(
     sqlite_strict=True,
     sqlite_with_rowid=False,
 )
-"""A blob that the index has forgotten, and whose file is still to be taken out of ``blobs/``."""
+"""A collected blob whose file still has to be removed from ``blobs/``."""
 
 
 class _Backfills(TypedColumns):
@@ -259,4 +264,4 @@ class _Backfills(TypedColumns):
 
 
 BACKFILLS = Table("backfills", METADATA, _Backfills, sqlite_strict=True, sqlite_with_rowid=False)
-"""Work that a migration has left to be done in batches: its images up to this one are done."""
+"""A backfill that a migration left to be done in batches; images up to ``image_id`` are done."""

@@ -1,1 +1,1 @@
-"""What people ask of a cache: totals, named questions, sessions, the HTML page."""
+"""Report on a cache: totals, named reports, sessions, the HTML page."""

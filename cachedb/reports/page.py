@@ -1,8 +1,8 @@
-"""A cache as one HTML page: what fills the disk, what is shared, what came when, and what nobody uses any more.
+"""Render a cache as one HTML page: disk usage, sharing, growth, and images that are no longer used.
 
-The figures are those of the views. The page is whole for a reader without JavaScript, which sorts, searches and zooms.
-It loads nothing: no font, no script, no picture. What strangers wrote (names, labels, commands, authors) is escaped by
-the template, and a Content-Security-Policy keeps the browser from running any script but the page's own.
+The figures come from the views. The page is complete without JavaScript, which only sorts, searches and zooms. It
+loads no font, script or picture. The template escapes untrusted text (names, labels, commands, authors). A
+Content-Security-Policy keeps the browser from running any other script.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from cachedb.reports.words import AGES, Row, clean_text, fetch_rows, find_age, f
 __all__ = ["render"]
 
 
-# What limits the page: some MB and some seconds, however large the cache is.
-_ROWS: Final = 1000  # of a table
-_DAYS: Final = 120  # of the growth
+# These limits keep the page to a few MB and a few seconds, even for a large cache.
+_ROWS: Final = 1000  # rows of a table
+_DAYS: Final = 120  # days of growth
 _SHARING: Final = 12  # images or repositories in the matrix
 _LIST: Final = 12  # rows of a short list
-_LABELS: Final = 5  # of an image
+_LABELS: Final = 5  # labels of an image
 
 
 def render(connection: Connection, directory: Path) -> str:
-    """Return the page of a cache.
+    """Return the HTML page of a cache.
 
     Args:
-        connection: in a read transaction, so that all figures are of one moment.
-        directory: the cache's, for the title.
+        connection: a connection in a read transaction, so that all figures are from one moment.
+        directory: the cache directory, for the title.
     """
     now = datetime.now(UTC)
     repositories = fetch_rows(connection, "SELECT * FROM repository_usage ORDER BY size DESC, repository")
@@ -96,7 +96,7 @@ def render(connection: Connection, directory: Path) -> str:
 
 
 def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined  # late: it is needed here alone
+    from jinja2 import Environment, StrictUndefined  # imported late: only this function needs it
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters.update(
@@ -113,7 +113,7 @@ def _template() -> Template:
 
 
 def _totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[Row]) -> dict[str, int]:
-    """Return the sums: what is stored is unique, shared, held or garbage."""
+    """Return the totals; stored bytes are divided into unique, shared, held and garbage."""
     found, saved = usage.shares(connection)
     totals = {
         "repositories": len(repositories),
@@ -134,23 +134,23 @@ def _totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[
         "SELECT count(*) AS missing_blobs, coalesce(sum(size), 0) AS missing "
         "FROM (SELECT DISTINCT digest, size FROM missing_blobs) AS m",
         "SELECT coalesce(sum(saved_size), 0) AS saved_by_layers FROM shared_layers",
-        "SELECT count(DISTINCT blob_id) AS layers FROM image_blobs WHERE role = 'layer'",  # as many as the view has
+        "SELECT count(DISTINCT blob_id) AS layers FROM image_blobs WHERE role = 'layer'",  # as many as the view has rows
     ):
         totals.update(connection.execute(text(query)).mappings().one())
     return totals
 
 
-# What else is drawn
+# Charts and lists
 
 
 def _growth(connection: Connection, now: datetime) -> dict[str, Any]:
-    """Return the last days, those on which nothing came among them, and what came before."""
+    """Return the growth of the last days, including days without any, and the bytes stored before them."""
     rows = {row.day: row for row in fetch_rows(connection, "SELECT day, images, blobs, size FROM growth ORDER BY day")}
     today = now.date()
     first = min([*map(date.fromisoformat, list(rows)[:1]), today - timedelta(days=13)])
     first = max(first, today - timedelta(days=_DAYS - 1))
     last = max([*map(date.fromisoformat, list(rows)[-1:]), today])
-    last = min(last, first + timedelta(days=_DAYS))  # a clock may have been ahead
+    last = min(last, first + timedelta(days=_DAYS))  # a clock may have been wrong
     days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
     shown = [(day, rows.get(day.isoformat())) for day in days]
     return {
@@ -162,9 +162,9 @@ def _growth(connection: Connection, now: datetime) -> dict[str, Any]:
 
 
 def _uses(connection: Connection, ages: Sequence[Row], now: datetime) -> list[dict[str, int]]:
-    """Return, by the time since the last use, images, the bytes last used then, and what removing the older ones frees.
+    """Return for each age group the images, the bytes, and the bytes freed by removing this and older groups.
 
-    A blob of several images was last used when the last of them was.
+    The age is the time since the last use. A blob of several images has the age of the last used one.
     """
     age, limits = find_age("used", now)
     sizes = {
@@ -195,7 +195,7 @@ def _uses(connection: Connection, ages: Sequence[Row], now: datetime) -> list[di
 
 
 def _sharing(connection: Connection, totals: dict[str, int], repositories: Sequence[Row]) -> dict[str, Any]:
-    """Return who shares how much with whom: of the images, or of the repositories if there are many images."""
+    """Return the matrix of shared bytes between images, or between repositories if there are many images."""
     if totals["images"] <= _SHARING:
         of, same = "images", "i.repository = :repository AND i.reference = :reference"
         images = fetch_rows(
@@ -225,7 +225,7 @@ def _sharing(connection: Connection, totals: dict[str, int], repositories: Seque
 
 
 def _label_keys(connection: Connection) -> list[dict[str, Any]]:
-    """Return the keys of most images, each with its most frequent value."""
+    """Return the most frequent label keys, each with its most frequent value."""
     found = []
     for row in fetch_rows(
         connection,
@@ -244,7 +244,7 @@ def _label_keys(connection: Connection) -> list[dict[str, Any]]:
 
 
 def _images(connection: Connection) -> list[dict[str, Any]]:
-    """Return the largest images, and the first of their labels."""
+    """Return the largest images, each with its first labels."""
     images = fetch_rows(
         connection,
         """
@@ -271,6 +271,6 @@ def _images(connection: Connection) -> list[dict[str, Any]]:
 
 
 def _policy(script: str) -> str:
-    """Return the Content-Security-Policy under which a page can do nothing but run this script."""
+    """Return a Content-Security-Policy that allows a page to run only this script."""
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{hashed}'; base-uri 'none'"

@@ -1,4 +1,4 @@
-"""Who works with a cache now, as the lock files say: nothing is locked or changed by looking."""
+"""List the processes that use a cache, from its lock files, without locking or changing anything."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from cachedb.errors import os_errors
 __all__ = ["Activity", "SessionInfo", "sessions"]
 
 
-_CLAIMS = {"blob ": "download", "pull ": "pull"}
+_KINDS = {"blob ": "download", "pull ": "pull"}  # the kind of activity, by the prefix of a claim's key
 
 
 class Activity(NamedTuple):
-    """One thing that a process does, or waits for."""
+    """Something a process is doing or waiting for."""
 
     kind: str  # write, wait, download, pull or produce
-    name: str  # what is downloaded, pulled or produced
+    name: str  # the digest or name that is downloaded, pulled or produced
     since: datetime  # UTC
 
 
 class SessionInfo(NamedTuple):
-    """A process that works with the cache. Of several sessions of one process the first has all that it does."""
+    """A process that uses the cache; of several sessions of a process, the first lists all its activities."""
 
-    id: str | None  # None for a process that has not begun a session
-    pid: int | None  # None for one of an older release
+    id: str | None  # None for a process without a session
+    pid: int | None  # None for a process of an older release
     user: str | None
     command: str | None
-    started_at: datetime  # UTC: when the session began, or the first thing that the process does
+    started_at: datetime  # UTC: when the session or the first activity began
     doing: list[Activity]
 
 
 def sessions(directory: Path) -> list[SessionInfo]:
-    """Return the processes that have a session, or do or wait for something, the oldest first.
+    """Return the processes that have a session or an activity, oldest first.
 
-    Those that write come before those that wait for that, which are in the order of their turns.
+    The process that writes comes before those that wait for the write lock, which are in the order of the queue.
 
     Args:
-        directory: of the cache.
+        directory: the cache directory.
     """
-    with os_errors("look at the locks"):
-        begun = _begun(directory)
-        doing = _doing(directory)
+    with os_errors("read the locks"):
+        begun = _live_sessions(directory)
+        doing = _activities(directory)
     found = []
     for process, name, since in begun:
         mine = [one for owner, one in doing if process is not None and owner == process]
@@ -64,8 +64,8 @@ def sessions(directory: Path) -> list[SessionInfo]:
     return sorted(found, key=lambda info: info.started_at)
 
 
-def _begun(directory: Path) -> list[tuple[Process | None, str, datetime]]:
-    """Return the sessions that live: whose, what it is called, and since when."""
+def _live_sessions(directory: Path) -> list[tuple[Process | None, str, datetime]]:
+    """Return the process, the id and the start of each live session."""
     found = []
     for name in sorted(locked_sessions(directory)):
         path = lock_path(directory, name)
@@ -85,8 +85,8 @@ def _owner(path: Path) -> Process | None:
     return record and record[0]
 
 
-def _doing(directory: Path) -> list[tuple[Process | None, Activity]]:
-    """Return what is done now, and by whom."""
+def _activities(directory: Path) -> list[tuple[Process | None, Activity]]:
+    """Return the current activities, each with its process."""
     found: list[tuple[Process | None, Activity]] = []
     lock = directory / "locks" / "write.lock"
     with suppress(FileNotFoundError):
@@ -96,7 +96,7 @@ def _doing(directory: Path) -> list[tuple[Process | None, Activity]]:
     for waiter in locks.waiters(lock):
         found.append((waiter.process, Activity("wait", "for the write lock", _utc(waiter.since))))
     for claim in single_flight.claims(directory):
-        kind = next((kind for start, kind in _CLAIMS.items() if claim.key.startswith(start)), "produce")
+        kind = next((kind for prefix, kind in _KINDS.items() if claim.key.startswith(prefix)), "produce")
         name = claim.key if kind == "produce" else claim.key.partition(" ")[2]
         found.append((claim.process, Activity(kind, name, _utc(claim.since))))
     return found

@@ -17,16 +17,16 @@ from cachedb.text import cut, short
 __all__ = ["lay_out_treemap"]
 
 
-_TILES: Final = 2000  # a rectangle of the treemap has at least this part of it, or is drawn with others
+_TILES: Final = 2000  # content smaller than this fraction of the whole is merged into one rectangle
 
-_WIDTH, _HEIGHT = 1200.0, 620.0  # px, about what the treemap has on a screen; it is drawn in percents
+_WIDTH, _HEIGHT = 1200.0, 620.0  # px, the treemap's approximate size on a screen; it is drawn in percent
 
 
 # The treemap
 
 
 class Box(NamedTuple):
-    """A place in a rectangle."""
+    """A rectangle inside another one."""
 
     x: float
     y: float
@@ -39,24 +39,24 @@ _WHOLE: Final = Box(0, 0, 100, 100)
 
 @dataclass
 class Tile:
-    """A rectangle of the treemap, with what is drawn in it; its area is its bytes."""
+    """A rectangle of the treemap and the rectangles inside it; its area is proportional to its bytes."""
 
     name: str
     size: int
-    kind: str  # its colour
+    kind: str  # determines the colour
     detail: str = ""
     inside: list[Tile] = field(default_factory=list)
-    percent: Box = _WHOLE  # of the tile that it is in
-    label: str = ""  # as much of the name as there is room for
+    percent: Box = _WHOLE  # relative to the enclosing tile
+    label: str = ""  # the part of the name that fits
     depth: int = 0
     drawn: bool = True
 
 
 def squarify(sizes: Sequence[int], width: float, height: float) -> list[Box]:
-    """Divide a rectangle among sizes, all positive and the largest first, into areas that are as square as may be.
+    """Divide a rectangle into nearly square boxes with the given sizes.
 
-    Rows are laid along the shorter side of what is left. A row takes sizes for as long as that makes its worst
-    box no longer than it was (Bruls, Huizing and van Wijk: Squarified Treemaps).
+    The sizes are positive, largest first. Each row lies along the shorter side of the remaining rectangle, and takes
+    sizes while that does not make its worst box longer (Bruls, Huizing and van Wijk: Squarified Treemaps).
     """
     boxes: list[Box] = []
     left, x, y = sum(sizes), 0.0, 0.0
@@ -88,11 +88,12 @@ def squarify(sizes: Sequence[int], width: float, height: float) -> list[Box]:
 def lay_out_treemap(
     connection: Connection, totals: dict[str, int], repositories: Sequence[Row], ages: Sequence[Row], now: datetime
 ) -> list[Tile]:
-    """Return what is stored, each byte once: repositories with their images and layers, and what belongs to several.
+    """Return tiles that show each stored byte once: repositories, in them their images, in those their layers.
 
-    A repository has what no other has, an image what no other image has: as the views count.
+    As in the views, a repository contains the bytes that only it uses, and an image those that only it uses. Bytes of
+    several repositories have a tile of their own.
     """
-    # What is smaller is not read but is the rest of what it is in: so this is quick with millions of blobs.
+    # Smaller blobs are not read but merged into a rest, so this is fast even with millions of blobs.
     least = max(1, totals["stored"] // _TILES)
     blobs = _blob_tiles(connection, least)
     images = _image_tiles(connection, blobs, ages, least, now)
@@ -113,7 +114,7 @@ def lay_out_treemap(
 
 
 def _blob_tiles(connection: Connection, least: int) -> dict[tuple[str, ...], list[Tile]]:
-    """Return the blobs of at least a size, by what they are in: the kind of that, and the name where it has one."""
+    """Return the blobs of at least ``least`` bytes, by the kind and name of the tile they belong to."""
     rows = fetch_rows(
         connection,
         """
@@ -154,7 +155,7 @@ def _image_tiles(
     least: int,
     now: datetime,
 ) -> dict[str, list[Tile]]:
-    """Return the images with what no other image has, by their repositories; in the colours of their ages."""
+    """Return the images by repository, each with its unique bytes and the colour of its age."""
     found: dict[str, list[Tile]] = defaultdict(list)
     for image in fetch_rows(
         connection,
@@ -172,7 +173,7 @@ def _image_tiles(
     for age in ages:
         kind = f"age{age.age}"
         drawn = [tile for tile in found[age.repository] if tile.kind == kind]
-        # Many small images together still show how long ago they were used.
+        # Many small images share one tile per age.
         if (rest := age.unique_size - sum(tile.size for tile in drawn)) >= max(1, least // 4):
             found[age.repository].append(Tile(format_count(age.images - len(drawn), "smaller image"), rest, kind))
     return found
@@ -185,7 +186,7 @@ def _repository_tiles(
     ages: Sequence[Row],
     least: int,
 ) -> list[Tile]:
-    """Return the repositories of at least a size, with their images and what several of those share."""
+    """Return the repositories of at least ``least`` bytes, with their images and the bytes those share."""
     inner = {row.repository: row.unique_size for row in repositories}
     for age in ages:
         inner[age.repository] -= age.unique_size
@@ -193,7 +194,7 @@ def _repository_tiles(
     for repository in repositories:
         name = repository.repository
         if repository.unique_size < least:
-            continue  # one tile has all of these
+            continue  # merged into one tile by the caller
         inside = images[name]
         if inner[name] >= max(1, least // 4):
             detail = "by images of this repository"
@@ -208,20 +209,20 @@ def _repository_tiles(
 
 
 def _add_rest(tile: Tile, name: str, kind: str) -> None:
-    """Put what is not drawn for itself into one tile, if anything else is in it."""
+    """Add a tile for the bytes of a tile that its inner tiles do not cover, if it has inner tiles."""
     rest = tile.size - sum(inside.size for inside in tile.inside)
     if tile.inside and rest > 0:
         tile.inside.append(Tile(name, rest, kind))
 
 
 def _lay_out(tiles: list[Tile], width: float, height: float, scale: float, depth: int) -> None:
-    """Give tiles their places, and labels where there is room: at the top, at the bottom, and between these."""
+    """Set the place of each tile, and its label if it fits; the label's position depends on the depth."""
     tiles.sort(key=lambda tile: (-tile.size, tile.name))
     for tile, box in zip(tiles, squarify([tile.size for tile in tiles], width, height), strict=True):
         tile.depth = depth
         across, down = 100 / width, 100 / height
         tile.percent = Box(box.x * across, box.y * down, box.width * across, box.height * down)
-        # Less than a pixel is seen as the colour behind it, which is that of what it is in.
+        # A tile smaller than a pixel is not drawn: the enclosing tile shows through.
         tile.drawn = depth == 1 or tile.size * scale >= 1
         letters = int((box.width - 12) / (8 if depth == 1 else 6.6))
         needed = (22, 22 if box.y > 20 else 40, 60)[depth - 1]

@@ -1,4 +1,4 @@
-"""What a cache takes on the disk, and for what: true to the byte."""
+"""Measure the disk usage of a cache, exact to the byte."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 __all__ = ["ImageUsage", "Share", "Stats", "Usage", "shares", "stats", "usage"]
 
 
-# In the order of the index of the association, which is that of the blobs; in one row, for a GROUP BY would sort them.
+# The inner query follows the association's index on blobs. A single result row avoids the sort of a GROUP BY.
 _USED = """
 SELECT
     sum(CASE images WHEN 1 THEN 1 ELSE 0 END) AS unique_blobs,
@@ -48,14 +48,14 @@ _FOLDERS = ("backups", "ingest", "locks", "quarantine", "trash")
 
 
 class Share(NamedTuple):
-    """Some of the stored blobs."""
+    """The number and size of some stored blobs."""
 
     blobs: int
     size: int  # bytes
 
 
 class ImageUsage(NamedTuple):
-    """What one image takes: a row of the view ``image_usage``."""
+    """The disk usage of one image: a row of the view ``image_usage``."""
 
     name: str
     size: int  # bytes, as are those below
@@ -67,24 +67,24 @@ class ImageUsage(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a cache takes; every stored blob is in one share."""
+    """The disk usage of a cache; every stored blob is unique, shared, held or reclaimable."""
 
     images: int
     incomplete: int  # images that lack a blob
     stored: Share
-    unique: Share  # that one image has
-    shared: Share  # that several images have
-    held: Share  # that no image has, and a hold or a process keeps
-    reclaimable: Share  # that no image has and nothing keeps: what a collection would free
-    saved_size: int  # bytes that shared blobs would take again, if each image had its own
-    index_size: int  # bytes of the index, and of the marker
-    folder_sizes: dict[str, int]  # bytes of files in backups, ingest (with downloads that were cut off), quarantine...
-    reserve_size: int  # bytes that a full disk is given back
-    image_usage: list[ImageUsage]  # empty unless it was asked for
+    unique: Share  # used by one image
+    shared: Share  # used by several images
+    held: Share  # used by no image, but kept by a hold or a process
+    reclaimable: Share  # used and kept by nothing: a collection would free it
+    saved_size: int  # more bytes that would be stored if images shared no blobs
+    index_size: int  # bytes of the index and the marker
+    folder_sizes: dict[str, int]  # bytes of files in backups, ingest (with interrupted downloads), quarantine...
+    reserve_size: int  # bytes released when the disk is full
+    image_usage: list[ImageUsage]  # empty unless requested
 
 
 def shares(connection: Connection) -> tuple[dict[str, Share], int]:
-    """Return the stored blobs, all of them (``stored``) and by who needs them, and the bytes that sharing saves."""
+    """Return all stored blobs (``stored``), their division by use, and the bytes that sharing saves."""
     stored, used, held = (connection.exec_driver_sql(query).one() for query in (_STORED, _USED, _HELD))
     found = {
         "stored": _share(stored.blobs, stored.size),
@@ -92,8 +92,8 @@ def shares(connection: Connection) -> tuple[dict[str, Share], int]:
         "held": _share(held.blobs, held.size),
     }
     in_images = _share(used.blobs, used.size)
-    found["shared"] = _less(in_images, found["unique"])
-    found["reclaimable"] = _less(_less(found["stored"], in_images), found["held"])
+    found["shared"] = _subtract(in_images, found["unique"])
+    found["reclaimable"] = _subtract(_subtract(found["stored"], in_images), found["held"])
     return found, used.saved_size or 0
 
 
@@ -101,19 +101,19 @@ def _share(blobs: int | None, size: int | None) -> Share:
     return Share(blobs or 0, size or 0)  # the sum of no rows is NULL
 
 
-def _less(share: Share, other: Share) -> Share:
+def _subtract(share: Share, other: Share) -> Share:
     return Share(share.blobs - other.blobs, share.size - other.size)
 
 
 def usage(database: Database, *, by_image: bool = False) -> Usage:
-    """Return what a cache takes.
+    """Return the disk usage of a cache.
 
     Args:
         database: the index of the cache.
-        by_image: also list the images, as they are at the same moment.
+        by_image: also return the usage of each image, from the same moment.
 
     Raises:
-        StorageError: if a folder of it cannot be read.
+        StorageError: if a folder of the cache cannot be read.
     """
     with database.read() as connection:
         found, saved_size = shares(connection)
@@ -159,10 +159,10 @@ def _size(path: Path) -> int:
 class Stats(NamedTuple):
     """Totals of a cache."""
 
-    manifest_count: int  # images: names, each of which points to a manifest or an index
+    manifest_count: int  # images: names that each point to a manifest or an index
     blob_count: int  # stored blobs: layers, configs, manifests and indexes
     total_size: int  # bytes of the stored blobs
-    incomplete_count: int  # images of which a blob is not stored
+    incomplete_count: int  # images with a missing blob
     reclaimable_blobs: int  # stored blobs that a collection would free now
     reclaimable_size: int  # bytes of those
 

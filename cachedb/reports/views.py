@@ -1,4 +1,4 @@
-"""The views of the index, as `cachedb sql --tables` lists them."""
+"""List the views of the index, for `cachedb sql`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["View", "views"]
 
 
 class View(NamedTuple):
-    """A view of the index, for people to ask."""
+    """A view of the index that users can query."""
 
     name: str
     columns: tuple[str, ...]
@@ -20,12 +20,12 @@ class View(NamedTuple):
 
 
 def views(database: Database) -> list[View]:
-    """Return the views, in the order of their names, each with what is said of it in its SQL."""
+    """Return the views sorted by name, each with the description from its SQL."""
     found = []
     with database.read() as connection:
         rows = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE type = 'view' ORDER BY name")
         for name, sql in rows.all():
-            said = re.search(r"^-- (.*)$", sql, re.MULTILINE)
+            comment = re.search(r"^-- (.*)$", sql, re.MULTILINE)
             info = connection.exec_driver_sql("SELECT name FROM pragma_table_info(?)", (name,))
-            found.append(View(name, tuple(info.scalars()), said[1] if said else "", sql))
+            found.append(View(name, tuple(info.scalars()), comment[1] if comment else "", sql))
     return found

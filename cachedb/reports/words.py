@@ -1,4 +1,4 @@
-"""Turn values of the index into words for the HTML page."""
+"""Format values of the index for the HTML page."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = [
 ]
 
 
-_TEXT: Final = 160  # characters of a text that a stranger wrote, of which 200 are read
-AGES: Final = (7, 30, 90, 180)  # days without use, between the colours
+_TEXT_CHARACTERS: Final = 160  # shown of an untrusted text; queries read 200
+AGES: Final = (7, 30, 90, 180)  # days since the last use: the limits between colours
 
-Row = Any  # of a view: SQLAlchemy's, by the names of its columns
+Row = Any  # a row of SQLAlchemy, with the columns of a view as attributes
 
 
 def fetch_rows(connection: Connection, query: str, **parameters: object) -> Sequence[Row]:
-    """Return the rows of a query."""
+    """Run a query and return all its rows."""
     return connection.execute(text(query), parameters).all()
 
 
@@ -38,17 +38,17 @@ def fetch_rows(connection: Connection, query: str, **parameters: object) -> Sequ
 
 
 def format_count(number: int, noun: str, nouns: str = "") -> str:
-    """Return a number with its noun, in the singular or the plural."""
+    """Format a number with its noun in the singular or plural."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
-def clean_text(words: str, length: int = _TEXT) -> str:
-    """Cut a text that a stranger wrote, and write out what could change the direction or the order of what is read."""
+def clean_text(words: str, length: int = _TEXT_CHARACTERS) -> str:
+    """Shorten an untrusted text and escape its control characters, which could reorder the displayed text."""
     return printable(cut(words, length))
 
 
 def format_command(created_by: str | None) -> str:
-    """Return what is particular to a command: what follows the words that builders put before all of them."""
+    """Return a layer's command without the prefixes that builders add to every command."""
     words = created_by or ""
     for prefix in ("RUN ", "/bin/sh -c ", "#(nop) "):
         words = words.removeprefix(prefix)
@@ -56,22 +56,22 @@ def format_command(created_by: str | None) -> str:
 
 
 def format_platform(row: Row) -> str:
-    """Return what an image is for, as `docker pull --platform` takes it."""
+    """Format an image's platform as `docker pull --platform` expects it."""
     return clean_text("/".join(filter(None, (row.os, row.architecture, row.variant)))) or "none, or several"
 
 
 def format_age(last_used_at: str, now: datetime) -> int:
-    """Return how long ago that was, as a place in the scale of colours."""
+    """Return the age group of a time, an index into the scale of colours."""
     return sum(last_used_at < _time(now - timedelta(days=days)) for days in AGES)
 
 
 def find_age(column: str, now: datetime) -> tuple[str, dict[str, str]]:
-    """Return the same in SQL, with its parameters."""
+    """Return the SQL that computes `format_age` of a column, and its parameters."""
     cases = " ".join(f"WHEN {column} >= :limit{age} THEN {age}" for age in range(len(AGES)))
     limits = {f"limit{age}": _time(now - timedelta(days=days)) for age, days in enumerate(AGES)}
     return f"CASE {cases} ELSE {len(AGES)} END", limits
 
 
 def _time(time: datetime) -> str:
-    """Return a time as the index has it."""
+    """Format a time as in the index."""
     return f"{time.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"

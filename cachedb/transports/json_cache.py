@@ -1,4 +1,4 @@
-"""A cache whose index is one index.json, as a source of images."""
+"""Read images from an older cache whose index is one index.json."""
 
 from __future__ import annotations
 
@@ -49,53 +49,60 @@ __all__ = [
 
 
 KINDS = ("name", "manifest", "missing", "corrupt", "unreadable", "exists", "stray")
-"""What is left out: a file in ``manifests/`` whose path is no name; a manifest that is none; an image lacks a manifest
-or blob that is not there; content has another digest than it should; a file cannot be read; the name is another
-image's in this cache; what lies in ``blobs/`` is no blob."""
+"""Why something is left out:
+
+- name: the path of a file in ``manifests/`` is not a name.
+- manifest: a manifest is invalid.
+- missing: a manifest or blob of an image does not exist.
+- corrupt: content does not match its digest.
+- unreadable: a file cannot be read.
+- exists: the name belongs to another image in this cache.
+- stray: a file in ``blobs/`` is not a blob.
+"""
 _INDEX_LIMIT = 1024**3  # bytes
 
 
 class LeftOut(NamedTuple):
-    """Something that could not be taken over."""
+    """Something that was not adopted."""
 
     kind: str  # one of KINDS
-    name: str | None  # of the image that is not there for it, or is incomplete
-    digest: Digest | None  # of the blob, where it is about one
-    path: Path | None  # of the file, where there is one
+    name: str | None  # of the image that is left out or incomplete
+    digest: Digest | None  # of the blob, if any
+    path: Path | None  # of the file, if any
     detail: str
 
 
 class UnreadableEntry(CacheError):
-    """A file of the other cache cannot be read."""
+    """A file of the older cache cannot be read."""
 
 
 class OldCache:
-    """The other cache: what lies in its folders, and what its index says."""
+    """The older cache: the files in its folders and the entries of its index."""
 
     def __init__(self, directory: Path, ours: Path) -> None:
         self.directory = directory
         if not any((directory / name).exists() for name in ("manifests", "blobs", "index.json")):
             raise NotACache(f"{str(directory)!r} has no manifests, blobs or index.json: there is nothing to adopt")
         if (directory / "index.db").exists() or directory.resolve() == ours.resolve():
-            raise NotACache(f"{str(directory)!r} is a cache of this kind already: use it with --dir")
+            raise NotACache(f"{str(directory)!r} is already a cache of cachedb: use it with --dir")
         if (directory / "oci-layout").exists():
             raise NotACache(f"{str(directory)!r} is an OCI image layout: use `cachedb import`")
         self.left_out: list[LeftOut] = []
         self.damage: str | None = None
         self.entries = self._read_index()
         self.blobs, strays = layout.on_disk(directory) if (directory / "blobs").exists() else ({}, [])
-        self.left_out += [LeftOut("stray", None, None, path, "it is no blob") for path in strays]
+        self.left_out += [LeftOut("stray", None, None, path, "it is not a blob") for path in strays]
         self.paths = {digest: blob_file(directory, digest) for digest in self.blobs}
         self.manifests = dict(self._find_manifests())
         for name, entry in self.entries.items():
             if name not in self.manifests and (path := self._inside(entry.get("manifest_path"))):
                 self.manifests[name] = path
-            for digest, said in read_blobs(entry).items():
-                if digest not in self.paths and (path := self._inside(said.get("path"))):
+            for digest, blob in read_blobs(entry).items():
+                if digest not in self.paths and (path := self._inside(blob.get("path"))):
                     self.paths[digest] = str(path)
 
     def _read_index(self) -> dict[Name, dict[str, Any]]:
-        """Return the index's entries by name; where it is damaged, none."""
+        """Return the index's entries by name; none if it is damaged."""
         path = self.directory / "index.json"
         try:
             document = json.loads(_read(path, _INDEX_LIMIT))
@@ -130,20 +137,23 @@ class OldCache:
         for folder, folders, files in os.walk(top, onerror=failed):
             folders.sort()
             for path in (path for name in folders if (path := Path(folder, name)).is_symlink()):
-                leave("stray", path, "it is a link, which is not followed")
+                leave("stray", path, "it is a symbolic link, which is not followed")
             for path in (Path(folder, name) for name in sorted(files)):
                 try:
                     yield _name(path.parent.relative_to(top).as_posix(), path.name), path
                 except InvalidName as error:
                     leave("name", path, str(error))
 
-    def _inside(self, said: object) -> Path | None:
-        """Return the file that is meant by a path, absolute or relative to where its writer ran, if it is in DIR."""
-        if not isinstance(said, str) or "\0" in said:
+    def _inside(self, recorded: object) -> Path | None:
+        """Return the file of a recorded path if it is in this directory.
+
+        The path is absolute, or relative to the working directory of the program that wrote the index.
+        """
+        if not isinstance(recorded, str) or "\0" in recorded:
             return None
-        parts = PurePosixPath(said).parts
+        parts = PurePosixPath(recorded).parts
         tails = [parts[parts.index(top) :] for top in ("manifests", "blobs") if top in parts]
-        for path in (self.directory.parent / said, *(self.directory.joinpath(*tail) for tail in tails)):
+        for path in (self.directory.parent / recorded, *(self.directory.joinpath(*tail) for tail in tails)):
             with ignore_os_errors():
                 inside = path.resolve().is_relative_to(self.directory.resolve())
                 if inside and stat.S_ISREG(path.lstat().st_mode):
@@ -151,16 +161,16 @@ class OldCache:
         return None
 
     def check_ours(self) -> None:
-        """Refuse to take away from a directory that may be something else, which has blobs as well.
+        """Raise if files must not be moved out of this directory.
 
         Raises:
-            NotACache: if neither a manifest nor an entry of the index says that it is such a cache.
-            NotOurs: if it is another user's, or a folder in it leads elsewhere.
+            NotACache: if there is neither a manifest nor an index entry, so it may be another program's directory.
+            NotOurs: if it belongs to another user, or a folder in it leads out of it.
         """
         if self.paths and not self.manifests and not self.entries:
             raise NotACache(
-                f"{str(self.directory)!r} has neither manifests nor a readable index.json, so nothing is moved out of "
-                "it: adopt it without --move"
+                f"{str(self.directory)!r} has neither manifests nor a readable index.json, so nothing is moved: "
+                "adopt it without --move"
             )
         with os_errors("open the cache to adopt"):
             self._folders = Folders(self.directory)
@@ -182,7 +192,10 @@ class OldCache:
         return found
 
     def child(self, blob: Descriptor) -> bytes | None:
-        """Return what a child of an index has, if it is there and good; it may lie among the manifests only."""
+        """Return the bytes of an index's child, or None if it is missing or invalid.
+
+        The child may be stored only in ``manifests/``.
+        """
         path = self.paths.get(blob.digest) or self._manifests_by_digest.get(blob.digest)
         if path is None:
             return None
@@ -195,12 +208,12 @@ class OldCache:
         return None
 
     def image(self, name: Name) -> OldImage:
-        """Return an image, with as much of its closure as is known.
+        """Return an image with the known part of its closure.
 
         Raises:
-            _Unreadable: if its manifest cannot be read.
-            DigestMismatch: if the name is by another digest.
-            InvalidManifest: if it is no manifest.
+            UnreadableEntry: if its manifest cannot be read.
+            DigestMismatch: if the name has another digest.
+            InvalidManifest: if its manifest is invalid.
         """
         data = _read(self.manifests[name])
         digest = digest_of(data, name.digest)
@@ -217,25 +230,25 @@ class OldCache:
 
 
 class OldImage(NamedTuple):
-    """An image of the other cache."""
+    """An image of the older cache."""
 
     name: Name
     manifest: bytes
     digest: Digest
     media_type: str
     closure: list[Descriptor]
-    wanted: list[Digest]  # the blobs of it, but for the manifest
-    attached: dict[Digest, dict[str, Any]]  # those of them that no manifest names, as the index has them
+    wanted: list[Digest]  # its blobs without the manifest
+    attached: dict[Digest, dict[str, Any]]  # the index entries of its blobs that no manifest references
 
 
 class OldBlobs:
-    """A file of the other cache that is being read."""
+    """An open file of the older cache."""
 
     def __init__(self, file: int) -> None:
         self._file = file
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Fill the front of the buffer and return how many bytes there were; 0 is the end."""
+        """Read into the start of the buffer and return the number of bytes; 0 is the end."""
         with _reading():
             return os.readv(self._file, [buffer])
 
@@ -254,19 +267,19 @@ def _reading() -> Iterator[None]:
 
 @contextmanager
 def open_bounded(path: Path | str) -> Iterator[int]:
-    """Open a regular file, and no link to one. A fifo must not hold us up."""
+    """Open a regular file without following a link, and without blocking on a fifo."""
     with _reading():
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise UnreadableEntry("it is no file")
+            raise UnreadableEntry("it is not a regular file")
         yield file
     finally:
         os.close(file)
 
 
 def _read(path: Path | str, limit: int = DOCUMENT_LIMIT) -> bytes:
-    """Return what a small file has."""
+    """Return the content of a small file."""
     with open_bounded(path) as file:
         if (size := os.fstat(file).st_size) > limit:
             raise InvalidManifest(f"it is {size} bytes; more than {limit} are refused")
@@ -275,7 +288,7 @@ def _read(path: Path | str, limit: int = DOCUMENT_LIMIT) -> bytes:
 
 
 def is_good(directory: Path, digest: Digest) -> bool:
-    """Read a blob of this cache, and say whether it is what its name says."""
+    """Read a blob of this cache and return whether it matches its digest."""
     try:
         with reader.open_blob(directory, digest) as file, os_errors("read a blob"):
             writer.receive(file, None, digest=digest)
@@ -286,23 +299,23 @@ def is_good(directory: Path, digest: Digest) -> bool:
 
 def _name(repository: object, reference: object) -> Name:
     if not isinstance(repository, str) or not isinstance(reference, str):
-        raise InvalidName(f"{shorten(repository)} and {shorten(reference)} are no name")
+        raise InvalidName(f"{shorten(repository)} and {shorten(reference)} do not form a name")
     return Name.parse(Name(repository, reference))
 
 
 def read_blobs(entry: dict[str, Any]) -> dict[Digest, dict[str, Any]]:
-    """Return the blobs that an entry of the index has, by their digests."""
+    """Return the blobs of an index entry by digest."""
     found = {}
-    said = entry.get("blobs")
-    for digest, blob in said.items() if isinstance(said, dict) else ():
+    blobs = entry.get("blobs")
+    for digest, blob in blobs.items() if isinstance(blobs, dict) else ():
         with suppress(InvalidDigest):
             found[parse_digest(digest)] = blob if isinstance(blob, dict) else {}
     return found
 
 
-def role_and_media_type(said: dict[str, Any]) -> tuple[str, str]:
-    """Return what the index says of a blob that no manifest names."""
-    media_type = said.get("media_type") or "application/octet-stream"
+def role_and_media_type(entry: dict[str, Any]) -> tuple[str, str]:
+    """Return the role and media type in the index entry of a blob that no manifest references."""
+    media_type = entry.get("media_type") or "application/octet-stream"
     with suppress(InvalidManifest):
-        return "config" if said.get("is_config") is True else "other", oci.check_media_type(media_type, "a blob")
+        return "config" if entry.get("is_config") is True else "other", oci.check_media_type(media_type, "a blob")
     return "other", "application/octet-stream"

@@ -252,7 +252,7 @@ def test_a_hold_lasts_a_hundred_years_at_most(cache: Cache, seconds: float, poss
     if possible:
         assert cache.add_hold("app:1", seconds=seconds)
     else:
-        with pytest.raises(CacheError, match="is no time to hold anything for"):
+        with pytest.raises(CacheError, match="cannot hold for"):
             cache.add_hold("app:1", seconds=seconds)
 
 
@@ -327,7 +327,7 @@ def test_json_of_any_number_of_parts_is_whole(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for parts in (1, 2, 3, 1000):
-        monkeypatch.setattr(output, "_PARTS", parts)
+        monkeypatch.setattr(output, "_PARTS_PER_WRITE", parts)
         output.print_json({"a": [1, 2, 3], "b": None})
         assert json.loads(capsys.readouterr().out) == {"a": [1, 2, 3], "b": None}
 

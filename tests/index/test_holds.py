@@ -163,7 +163,7 @@ def test_of_several_names_all_are_held_or_none_and_released_or_none(cache: Cache
 def test_a_time_that_is_none_is_refused(cache: Cache, directory: Path, seconds: float) -> None:
     save(cache, "app:1", MADE)
     before = snapshot(directory)
-    with pytest.raises(CacheError, match="is no time to hold anything for"):
+    with pytest.raises(CacheError, match="cannot hold for"):
         cache.add_hold("app:1", seconds=seconds)
     assert snapshot(directory) == before
 

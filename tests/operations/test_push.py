@@ -342,7 +342,7 @@ def test_a_new_signature_comes_to_an_image_that_is_here(cache: Cache, remote: Re
 def test_an_upload_that_is_cut_off_goes_on_in_chunks_where_it_stopped(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_PART", 800_000)
+    monkeypatch.setattr(registry, "_CHUNK_BYTES", 800_000)
     remote.fault(lost(1_000_000), method="PUT", path="/uploads/", times=1)
     calls: list[tuple[int, int]] = []
     pushed = cache.push("large:1", f"{remote.host}/large:1", progress=lambda done, total: calls.append((done, total)))
@@ -359,7 +359,7 @@ def test_an_upload_that_is_cut_off_goes_on_in_chunks_where_it_stopped(
 def test_an_upload_that_is_lost_or_too_large_begins_again_in_chunks(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
-    monkeypatch.setattr(registry, "_PART", 700_000)
+    monkeypatch.setattr(registry, "_CHUNK_BYTES", 700_000)
     remote.fault(answer(status), method="PUT", path=f"/uploads/.*{make.hex_of(LARGE.layers[0])}")
     cache.push("large:1", f"{remote.host}/large:1")
     assert_has(remote, "large", "1", LARGE)
@@ -370,7 +370,7 @@ def test_an_upload_that_is_lost_or_too_large_begins_again_in_chunks(
 def test_a_registry_that_loses_every_upload_is_given_up(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_PART", 700_000)
+    monkeypatch.setattr(registry, "_CHUNK_BYTES", 700_000)
     remote.fault(answer(404), method="PUT", path="/uploads/", times=-1)
     calls = iter(range(500))  # or it would go on for ever
     with pytest.raises(RegistryError, match="404"):
@@ -538,7 +538,7 @@ def test_an_upload_goes_on_where_a_redirect_has_led(cache: Cache, remote: Regist
 
 def test_a_registry_that_only_reads_is_said_to_be_one(cache: Cache, remote: Registry) -> None:
     remote.fault(answer(405), method="POST", times=99)
-    with pytest.raises(RegistryError, match=r"does not take repository app \(405\); it is read-only, or only a mirror"):
+    with pytest.raises(RegistryError, match=r"does not accept repository app \(405\); it is read-only, or a mirror"):
         cache.push("app:1", f"{remote.host}/app:1")
 
 

@@ -204,9 +204,9 @@ def test_a_users_own_report_goes_before_one_of_its_name(cache: Cache, tmp_path: 
     assert (found["mine"].description, found["mine"].parameters) == ("Mine.", {"n": "1", "m": None})
     assert ask(cache, "mine", m="2.5") == [{"sum": 3.5}]
     assert names(ask(cache, "garbage")) == ["theirs"]
-    with pytest.raises(InvalidQuery, match="needs a value for m: give one with -p m=VALUE"):
+    with pytest.raises(InvalidQuery, match="needs a value for 'm': give one with -p m=VALUE"):
         ask(cache, "mine")
-    with pytest.raises(InvalidQuery, match="has no parameter k; it has n=1, m"):
+    with pytest.raises(InvalidQuery, match="has no parameter 'k': it has n=1, m"):
         ask(cache, "mine", k="1")
 
 

@@ -1,4 +1,4 @@
--- What one image adds over another: the blobs of the first that the second does not have.
+-- Blobs of one image that another image does not have.
 -- :name
 -- :over
 SELECT role, digest, size, created_by

@@ -1,4 +1,4 @@
--- Repositories by the bytes that their images take together.
+-- The largest repositories, by the total size of their images.
 -- :limit 20
 WITH largest AS MATERIALIZED (
     SELECT repository, size FROM repository_usage ORDER BY size DESC, repository LIMIT :limit

@@ -1,10 +1,10 @@
--- What removing images would free, all of them together; names are divided by spaces or line breaks.
+-- Bytes freed by removing these images together; separate the names by spaces or line breaks.
 -- :names
 WITH listed AS (
     SELECT value AS name
     FROM json_each('[' || replace(json_quote(replace(:names || '', char(10), ' ')), ' ', '","') || ']')
 ), wanted AS (
-    SELECT name FROM listed UNION ALL SELECT name || ':latest' FROM listed -- which is the tag if none is given
+    SELECT name FROM listed UNION ALL SELECT name || ':latest' FROM listed -- the default tag
 ), chosen AS (
     SELECT id FROM images
     WHERE repository || CASE WHEN instr(reference, ':') THEN '@' ELSE ':' END || reference IN (SELECT name FROM wanted)

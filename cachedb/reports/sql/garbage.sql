@@ -1,2 +1,2 @@
--- What `cachedb gc` would free.
+-- Blobs that `cachedb gc` would free.
 SELECT digest, size, stored_at FROM garbage ORDER BY size DESC, digest

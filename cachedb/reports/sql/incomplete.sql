@@ -1,3 +1,3 @@
--- Images that lack a blob, and what they lack.
+-- Incomplete images and their missing blobs.
 SELECT name, role, digest, size
 FROM missing_blobs ORDER BY name, position

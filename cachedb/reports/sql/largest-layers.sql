@@ -1,9 +1,9 @@
--- The largest layers, and the command that made each.
+-- The largest layers, each with the command that created it.
 -- :limit 20
 WITH large AS MATERIALIZED (
     SELECT digest FROM blobs WHERE stored_at IS NOT NULL ORDER BY size DESC LIMIT :limit + 10000
 ), least AS MATERIALIZED (
-    -- Nearly all large blobs are layers: as many of them as are asked for say what a smaller one need not be tried for.
+    -- Nearly all large blobs are layers. Once :limit layers are found, smaller blobs need no look.
     SELECT CASE count(*) WHEN :limit THEN min(size) ELSE 0 END AS size
     FROM (
         SELECT l.size FROM large AS b CROSS JOIN layers AS l ON l.digest = b.digest ORDER BY l.size DESC LIMIT :limit

@@ -1,4 +1,4 @@
--- The images with the most bytes that no other image has.
+-- The images with the most unique bytes.
 -- :limit 20
 WITH largest AS MATERIALIZED (
     SELECT one.image_id, sum(b.size) AS unique_size

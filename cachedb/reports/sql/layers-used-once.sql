@@ -1,9 +1,9 @@
--- The largest layers that one image has and no other.
+-- The largest layers that only one image uses.
 -- :limit 20
 WITH large AS MATERIALIZED (
     SELECT digest FROM blobs WHERE stored_at IS NOT NULL ORDER BY size DESC LIMIT :limit + 10000
 ), least AS MATERIALIZED (
-    -- As in largest-layers: what is smaller than as many as are asked for need not be tried.
+    -- As in largest-layers: once :limit layers are found, smaller blobs need no look.
     SELECT CASE count(*) WHEN :limit THEN min(size) ELSE 0 END AS size
     FROM (
         SELECT l.size FROM large AS b CROSS JOIN layers AS l ON l.digest = b.digest

@@ -1,4 +1,4 @@
--- The layers that most images have.
+-- The layers that are used by the most images.
 -- :limit 20
 WITH shared AS MATERIALIZED (
     SELECT blob_id FROM image_blobs GROUP BY blob_id HAVING min(image_id) <> max(image_id)

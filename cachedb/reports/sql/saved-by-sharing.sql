@@ -1,4 +1,4 @@
--- What all blobs take, and what they would take more if images shared no layers.
+-- Size of all blobs, and the bytes saved because images share layers.
 WITH shared AS MATERIALIZED (
     SELECT blob_id FROM image_blobs GROUP BY blob_id HAVING min(image_id) <> max(image_id)
 )

@@ -1,1 +1,1 @@
-"""Registries, by the OCI distribution specification."""
+"""Talk to registries, following the OCI distribution specification."""

@@ -1,7 +1,7 @@
-"""HTTP to a registry: authorization, redirects, proxies, certificates, and tries until there is an answer.
+"""Send HTTP requests to a registry, with authorization, redirects, proxies, certificates and retries.
 
-What a registry says is a stranger's word. Bodies are read to a limit, content is verified by whoever receives it, and
-credentials go to the registry they are for and to the token server it names; never along a redirect, nor into an error.
+Answers are untrusted. Bodies are read up to a limit, and the receiver verifies content. Credentials are sent only to
+their registry and to the token server it names. They never follow a redirect and never appear in an error.
 """
 
 from __future__ import annotations
@@ -37,39 +37,39 @@ from cachedb.transports.registry import credentials
 from cachedb.transports.registry.places import Place
 from cachedb.transports.registry.tls import advise_on_tls, make_tls_context
 
-__all__ = ["TRIES", "Client", "finished", "plain", "read", "with_query"]
+__all__ = ["TRIES", "Client", "drained", "one_line", "read_body", "with_query"]
 
 
 TRIES: Final = 5
-"""How often something is tried that may succeed yet."""
+"""The number of attempts at a request that may succeed on retry."""
 
-_TIMEOUT = Timeout(connect=10, read=60)  # seconds; the second for each read from the socket
-_STORING = Timeout(connect=60, read=600)  # for each write of a body, and for a registry to put it away
-_FIRST_PAUSE = 0.5  # seconds before the second try; it doubles, and Retry-After counts where there is one
-_LONGEST_PAUSE = 60.0  # seconds; a registry that wants more time is said to be unavailable
+_TIMEOUT = Timeout(connect=10, read=60)  # seconds; `read` applies to each read from the socket
+_BODY_TIMEOUT = Timeout(connect=60, read=600)  # a registry may take long to store a body
+_FIRST_PAUSE_SECONDS = 0.5  # before the first retry; it doubles each time, and a longer Retry-After is respected
+_MAX_PAUSE_SECONDS = 60.0  # a registry that asks for more time counts as unavailable
 _REDIRECTS = 5
-_NAP = 0.05  # seconds between two looks at whether to wait on
-_CONNECTIONS = 16  # to one host, kept open
+_POLL_SECONDS = 0.05  # between checks for a stop
+_CONNECTIONS = 16  # kept open to one host
 _TOKEN_LIMIT = 1024 * 1024  # bytes
-_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+_RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 _CHALLENGE = re.compile(r'\b(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
 
-_OBJECT = re.compile(r"^(?:<.*>|\w+\(host=[^)]*\)): ")
+_OBJECT = re.compile(r"^(?:<.*>|\w+\(host=[^)]*\)): ")  # the repr that urllib3 puts before a message
 
 Body = bytes | str | Iterable[bytes]
-"""What is sent; from its beginning each time it is iterated over."""
+"""The body of a request; each iteration starts at the beginning."""
 
 
 class Client:
-    """Who speaks with a registry about one repository. Usable from several threads."""
+    """HTTP client for one repository; safe to use from several threads."""
 
     def __init__(self, where: Place, authfile: str | os.PathLike[str] | None, *, push: bool = False) -> None:
-        """Nothing is sent yet.
+        """Create a client without sending anything.
 
         Args:
-            where: the repository is.
-            authfile: to take credentials from; None for the usual files.
-            push: ask for tokens to write with at once.
+            where: the place of the repository.
+            authfile: a file of credentials; None for the usual files.
+            push: request tokens with write access from the start.
         """
         self.place = where
         self._authfile, self._push = authfile, push
@@ -86,18 +86,18 @@ class Client:
             pool.clear()
 
     def stop(self) -> None:
-        """End what other threads wait for, with an error each, and let them begin nothing more.
+        """Cancel running requests and refuse new ones.
 
-        A registry may take ten minutes for an answer, and whoever wants us to stop has no such time.
+        Without this, a stop could wait ten minutes for the answer of a registry.
         """
         self._stopped.set()
         with self._guard:
             connections = list(self._connections)
         for connection in connections:
-            _wake(connection)
+            _shut_down(connection)
 
     def _connect(self, connection: HTTPConnection, connect: Callable[[], None]) -> None:
-        """Make a connection, in a thread that is left behind if there is a stop: nothing else ends its wait."""
+        """Connect in a thread, which is abandoned on a stop because connecting cannot be cancelled."""
         future = Future[None]()
 
         def run() -> None:
@@ -109,17 +109,17 @@ class Client:
 
         if not start(threading.Thread(target=run, daemon=True)):
             run()
-        while wait([future], _NAP).not_done:
+        while wait([future], _POLL_SECONDS).not_done:
             if self._stopped.is_set():
-                raise CacheError("it was stopped, for other work beside it failed")
+                raise CacheError("cancelled: another transfer failed")
         future.result()
-        self._connected(connection)
+        self._add_connection(connection)
 
-    def _connected(self, connection: HTTPConnection) -> None:
+    def _add_connection(self, connection: HTTPConnection) -> None:
         with self._guard:
             self._connections.add(connection)
         if self._stopped.is_set():
-            _wake(connection)
+            _shut_down(connection)
 
     def request(
         self,
@@ -133,22 +133,22 @@ class Client:
         body: Body | None = None,
         failed: int | None = None,
     ) -> urllib3.BaseHTTPResponse:
-        """Send a request until it is answered, with a pause after each failure that may pass.
+        """Send a request, and retry after a pause if the failure may pass.
 
         Args:
-            method: of HTTP.
-            url: in the repository, or of a token server.
-            what: how to call in an error what is asked for.
-            headers: of the request.
-            good: the statuses hoped for.
-            token: it is for a token: it has credentials of its own, which go nowhere else.
-            body: of the request.
-            failed: for a request that must not be sent again as it is: how often one like it failed before. The pause
-                is made, and the failure raised.
+            method: the HTTP method.
+            url: a URL of the repository or of a token server.
+            what: what errors call the requested thing.
+            headers: the headers of the request.
+            good: the expected statuses.
+            token: the request is for a token; it has its own credentials, which must not be redirected.
+            body: the body of the request.
+            failed: for a request that must not be repeated unchanged: the number of earlier failures. After a failure
+                this pauses and raises instead of retrying.
 
         Raises:
-            RegistryUnavailable: if the registry cannot be reached, or is overloaded.
-            RegistryError: if it refuses, or has no such thing.
+            RegistryUnavailable: if the registry is unreachable or overloaded.
+            RegistryError: if the registry refuses the request, or does not have the requested thing.
         """
         tries, asked = failed or 0, token
         while True:
@@ -158,7 +158,7 @@ class Client:
                 response, ours = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
             except HTTPError as error:
                 if tries == TRIES or _is_final(error):
-                    raise self._unreachable(error) from None  # what urllib3 raised may have what was sent
+                    raise self._unreachable(error) from None  # urllib3's error may contain credentials
                 self.pause(tries, None)
                 if failed is not None:
                     raise self._unreachable(error) from None
@@ -166,11 +166,11 @@ class Client:
             if response.status in good:
                 return response
             with response:
-                # Whoever it sent us to may not say where its credentials go.
+                # Only the registry itself may name a token server, not the target of a redirect.
                 if response.status == 401 and ours and not asked and tries < TRIES:
                     asked = self._authorize(response, sent)
                     continue
-                if response.status not in _AGAIN or tries == TRIES or not self.pause(tries, response):
+                if response.status not in _RETRY_STATUSES or tries == TRIES or not self.pause(tries, response):
                     raise self.refusal(what, response)
                 if failed is not None:
                     raise self.refusal(what, response)
@@ -185,10 +185,10 @@ class Client:
         *,
         redirects: bool,
     ) -> tuple[urllib3.BaseHTTPResponse, bool]:
-        """Send a request, and follow redirects to where they lead; say whether that is the registry still."""
+        """Send a request and follow redirects; return the answer, and whether it comes from the registry itself."""
         for _ in range(_REDIRECTS + 1):
             if self._stopped.is_set():
-                raise CacheError("it was stopped, for other work beside it failed")
+                raise CacheError("cancelled: another transfer failed")
             ours = _origin(url) == _origin(self.place.url)
             secret = {"Authorization": authorization} if authorization and ours else {}
             response = self._pool(url, ours=ours).request(
@@ -198,12 +198,12 @@ class Client:
                 headers={"User-Agent": "cachedb", "Accept-Encoding": "identity", **headers, **secret},
                 redirect=False,
                 retries=False,
-                timeout=_TIMEOUT if body is None else _STORING,
+                timeout=_TIMEOUT if body is None else _BODY_TIMEOUT,
                 preload_content=False,
             )
             location = response.get_redirect_location()
             if not location or not redirects:
-                with suppress(KeyError, ValueError):  # it is said by the URL that answers, not the one asked first
+                with suppress(KeyError, ValueError):  # Location is relative to the URL that answered
                     response.headers["Location"] = urljoin(url, response.headers["Location"])
                 return response, ours
             response.close()
@@ -211,38 +211,39 @@ class Client:
         raise RegistryError(f"{self.place.registry} redirects more than {_REDIRECTS} times")
 
     def follow(self, url: str, location: str) -> str:
-        """Return where an answer sends us.
+        """Return the absolute URL of a Location header.
 
         Raises:
-            RegistryError: if that is nowhere, no URL, or is not HTTPS where we have been.
+            RegistryError: if the location is missing, not a URL, or leads from HTTPS to another scheme.
         """
         if not location:
-            raise RegistryError(f"{self.place.registry} does not say where to go on: it is no registry, or is broken")
+            raise RegistryError(f"{self.place.registry}: answer without a Location: check that it is a registry")
         try:
             following = urljoin(url, location)
         except ValueError:
-            raise RegistryError(f"{self.place.registry} sends us to what is no URL") from None
+            raise RegistryError(f"{self.place.registry}: redirect to an invalid URL") from None
         if _origin(following)[0] not in ({"https"} if _origin(url)[0] == "https" else {"http", "https"}):
-            raise RegistryError(f"{self.place.registry} sends us to what is not HTTPS")
+            raise RegistryError(f"{self.place.registry}: redirect to a URL that is not HTTPS")
         return following
 
     def pause(self, tries: int, response: urllib3.BaseHTTPResponse | None) -> bool:
-        """Wait before the next try; say whether it is worth it: not if the registry wants more time than we have."""
-        seconds = _FIRST_PAUSE * 2 ** (tries - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - so that not all come at once
+        """Wait before a retry; return False without waiting if the registry asks for too long a pause."""
+        jitter = random.uniform(0.75, 1.25)  # noqa: S311 - clients should not retry all at once
+        seconds = _FIRST_PAUSE_SECONDS * 2 ** (tries - 1) * jitter
         after = response.headers.get("Retry-After", "") if response else ""
         if after.isdecimal():
             seconds = max(seconds, int(after[:9]))
         else:
-            with suppress(ValueError, OverflowError):  # of a year that no calendar has
+            with suppress(ValueError, OverflowError):  # an impossible date
                 if date := email.utils.parsedate_tz(after):
                     seconds = max(seconds, email.utils.mktime_tz(date) - time.time())
-        if seconds > _LONGEST_PAUSE:
+        if seconds > _MAX_PAUSE_SECONDS:
             return False
         _sleep(seconds, self._stopped)
         return True
 
     def _pool(self, url: str, *, ours: bool) -> urllib3.PoolManager:
-        """Return the connections for a URL: through a proxy if the environment says so."""
+        """Return the connection pool for a URL, through a proxy if the environment sets one."""
         parts = parse_url(url)
         proxy = None if proxy_bypass(parts.host or "") else getproxies().get(parts.scheme or "")
         key = ours, parts.scheme, proxy
@@ -261,15 +262,15 @@ class Client:
             return self._pools[key]
 
     def _authorize(self, response: urllib3.BaseHTTPResponse, sent: str) -> bool:
-        """Get what the registry asks for; of several threads that were refused the same, one does. Say if it is us."""
+        """Get the authorization that a challenge asks for; return False if another thread has got it meanwhile."""
         challenges = [text.strip().partition(" ") for text in response.headers.getlist("WWW-Authenticate")]
         known = {scheme.lower(): rest for scheme, _, rest in challenges}
         with self._authorizing:
             if self._authorization != sent:
-                return False  # and it may be for less than we need
+                return False  # the new token may still lack our scope; then the caller asks again
             if "bearer" in known:
-                said = {key.lower(): quoted or bare for key, quoted, bare in _CHALLENGE.findall(known["bearer"])}
-                self._authorization = f"Bearer {self._token(said)}"
+                challenge = {key.lower(): quoted or bare for key, quoted, bare in _CHALLENGE.findall(known["bearer"])}
+                self._authorization = f"Bearer {self._token(challenge)}"
                 return True
             login = self._login()
             if "basic" not in known or login is None or not login.password:
@@ -280,36 +281,36 @@ class Client:
     def _login(self) -> credentials.Credentials | None:
         return credentials.find(self.place.registry, self.place.repository, self._authfile, stopped=self._stopped)
 
-    def _token(self, said: Mapping[str, str]) -> str:
-        """Get a token where the registry says (distribution's token and OAuth2 specifications)."""
-        realm = said.get("realm", "")
+    def _token(self, challenge: Mapping[str, str]) -> str:
+        """Get a token from the server in a challenge (distribution's token and OAuth2 specifications)."""
+        realm = challenge.get("realm", "")
         scheme, host, _ = _origin(realm)
         if scheme not in ("http", "https") or (self.place.url.startswith("https:") and scheme != "https"):
-            raise RegistryError(f"{self.place.registry} names {shorten(realm)} for tokens, which is not HTTPS")
-        asked = {"service": said.get("service", "")}
+            raise RegistryError(f"{self.place.registry} has the token server {shorten(realm)}, which is not HTTPS")
+        query = {"service": challenge.get("service", "")}
         ours = f"repository:{self.place.repository}:pull"
-        scopes = (said.get("scope") or ours).split()
-        # Some registries have no token to read what is not there yet, and make it for who asks to write.
-        asked["scope"] = " ".join(f"{ours},push" if self._push and scope == ours else scope for scope in scopes)
+        scopes = (challenge.get("scope") or ours).split()
+        # Some registries refuse a read token for a repository that does not exist, but create it for a write token.
+        query["scope"] = " ".join(f"{ours},push" if self._push and scope == ours else scope for scope in scopes)
         login, headers, body = self._login(), {}, None
         if login and login.identity_token:
-            form = {**asked, "grant_type": "refresh_token", "client_id": "cachedb"}
+            form = {**query, "grant_type": "refresh_token", "client_id": "cachedb"}
             body = urlencode({**form, "refresh_token": login.identity_token})
             headers["Content-Type"] = "application/x-www-form-urlencoded"
         else:
-            realm = with_query(realm, asked)
+            realm = with_query(realm, query)
             if login:
                 headers["Authorization"] = _basic(login)
         what = f"a token for {self.place.repository}"
         with self.request("POST" if body else "GET", realm, what, headers, token=True, body=body) as response:
-            data = read(response, _TOKEN_LIMIT, f"the token of {host}")
+            data = read_body(response, _TOKEN_LIMIT, f"the token of {host}")
         try:
             document = json.loads(data)
             token = document.get("token") or document.get("access_token")
         except (ValueError, AttributeError, RecursionError):
             token = None
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
-            raise RegistryError(f"{host} gives no token that can be used") from None
+            raise RegistryError(f"{host} sent no usable token") from None
         return token
 
     def _unreachable(self, error: HTTPError) -> RegistryError:
@@ -317,34 +318,34 @@ class Client:
         host = self.place.registry
         reason = getattr(error, "reason", None) or error
         if isinstance(error, SSLError) and _is_final(error):
-            return RegistryError(f"{host} cannot be trusted: {plain(reason)}; {advise_on_tls(host, error)}")
+            return RegistryError(f"{host} cannot be trusted: {one_line(reason)}; {advise_on_tls(host, error)}")
         if isinstance(error, NameResolutionError):
-            return RegistryUnavailable(f"{host} is not known by that name; check it, and the network")
-        return RegistryUnavailable(f"{host} cannot be reached: {plain(reason)}")
+            return RegistryUnavailable(f"{host} cannot be resolved: check the name and the network")
+        return RegistryUnavailable(f"{host} cannot be reached: {one_line(reason)}")
 
     def refusal(self, what: str, response: urllib3.BaseHTTPResponse) -> RegistryError:
-        """Return the error for an answer that is none of those hoped for."""
-        host, said = self.place.registry, f"{response.status}{_said(response)}"
+        """Return the error for an answer with an unexpected status."""
+        host, detail = self.place.registry, f"{response.status}{_error_detail(response)}"
         if response.status in (401, 403):
             return RegistryError(
-                f"{host} refuses {what} ({said}); log in with `skopeo login {host}` or `docker login {host}`, "
+                f"{host} refuses {what} ({detail}); log in with `skopeo login {host}` or `docker login {host}`, "
                 "or name a file of credentials with --authfile"
             )
         if response.status == 404:
-            return RegistryError(f"{host} has no {what} ({said})")
-        if response.status in _AGAIN:
-            return RegistryUnavailable(f"{host} is overloaded, or failing ({said}); try again later")
+            return RegistryError(f"{host} has no {what} ({detail})")
+        if response.status in _RETRY_STATUSES:
+            return RegistryUnavailable(f"{host} is overloaded, or failing ({detail}); try again later")
         if response.status == 405:
-            return RegistryError(f"{host} does not take {what} ({said}); it is read-only, or only a mirror")
-        # What speaks HTTPS says that of itself, and not as a registry does.
-        advice = "; if it speaks HTTPS, use --tls" if said == "400" and self.place.url.startswith("http:") else ""
-        return RegistryError(f"{host} answers {said} to a request for {what}{advice}")
+            return RegistryError(f"{host} does not accept {what} ({detail}); it is read-only, or a mirror")
+        # A server that expects HTTPS answers 400 to HTTP, without a registry's error document.
+        advice = "; if it speaks HTTPS, use --tls" if detail == "400" and self.place.url.startswith("http:") else ""
+        return RegistryError(f"{host} answers {detail} to a request for {what}{advice}")
 
 
 def _pool_classes(
     connect: Callable[[HTTPConnection, Callable[[], None]], None],
 ) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return what urllib3 makes connections with, by scheme: by what is given, with the connection and how it would."""
+    """Return urllib3 pool classes, by scheme, whose connections call ``connect`` with their own connect method."""
 
     class Plain(HTTPConnection):
         def connect(self) -> None:
@@ -363,11 +364,12 @@ def _pool_classes(
     return {"http": PlainPool, "https": SecurePool}
 
 
-def _wake(connection: HTTPConnection) -> None:
-    """Have the thread that waits for a connection see its end."""
+def _shut_down(connection: HTTPConnection) -> None:
+    """Shut a connection down, so that a thread waiting for it sees its end."""
     if isinstance(connection.sock, socket.socket):
         with ignore_os_errors():
-            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # TLS's own would take the thread's state away
+            # The TLS socket's own shutdown would drop the TLS state that the thread still uses.
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
 
 def _sleep(seconds: float, stopped: threading.Event) -> None:
@@ -375,29 +377,29 @@ def _sleep(seconds: float, stopped: threading.Event) -> None:
 
 
 def _is_final(error: HTTPError) -> bool:
-    """Say whether another try would fail as well. With TLS it need not: a connection that ends can be an SSLError."""
+    """Return whether a retry would fail too; an SSLError may be only a connection that ended."""
     if isinstance(error, SSLError):
         return not any(isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) for cause in error.args)
     return isinstance(error, NewConnectionError)
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
-    """Return what has to be the same for credentials to be sent.
+    """Return the scheme, host and port of a URL; credentials are sent only to the same origin.
 
     Raises:
-        RegistryError: if it is no URL. It is not quoted, for there may be a secret in it.
+        RegistryError: if it is not a URL. The message does not quote it, because it may contain a secret.
     """
     try:
-        # As the connection is made: another parser may see another host.
+        # Use the parser of the connection: another one may see another host.
         parts = parse_url(url)
     except ValueError:
-        raise RegistryError("a registry sends us to what is no URL") from None
+        raise RegistryError("a registry sent an invalid URL") from None
     scheme = parts.scheme or ""
     return scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(scheme)
 
 
 def with_query(url: str, values: Mapping[str, str]) -> str:
-    """Return a URL with these values in its query, behind those that it has."""
+    """Append values to the query of a URL."""
     return f"{url}{'&' if '?' in url else '?'}{urlencode(values)}"
 
 
@@ -411,19 +413,19 @@ def _proxy_headers(proxy: str) -> dict[str, str]:
 
 
 @contextmanager
-def finished(response: urllib3.BaseHTTPResponse) -> Iterator[urllib3.BaseHTTPResponse]:
-    """Give the block an answer whose body is small, or not wanted: read to its end, its connection is used again."""
+def drained(response: urllib3.BaseHTTPResponse) -> Iterator[urllib3.BaseHTTPResponse]:
+    """Yield an answer and read the rest of its small body at the end, so that its connection is reused."""
     with response:
         yield response
         with suppress(HTTPError):
             response.read1(CHUNK, decode_content=False)
 
 
-def read(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
-    """Read a small body.
+def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
+    """Read the body of an answer.
 
     Raises:
-        RegistryError: if it is over the limit, or cut off.
+        RegistryError: if it has more than ``limit`` bytes, or is interrupted.
     """
     try:
         data = b""
@@ -432,25 +434,25 @@ def read(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
             if len(data) > limit:
                 raise RegistryError(f"{what} is over {limit} bytes")
     except HTTPError as error:
-        raise RegistryUnavailable(f"{what} was cut off: {plain(error)}; try again") from None
+        raise RegistryUnavailable(f"{what} was interrupted: {one_line(error)}; try again") from None
     return data
 
 
-def _said(response: urllib3.BaseHTTPResponse) -> str:
-    """Return what an answer says of itself (distribution specification, "Error Codes"), fit for one line."""
+def _error_detail(response: urllib3.BaseHTTPResponse) -> str:
+    """Return the code and message of an error answer (distribution specification, "Error Codes") on one line."""
     try:
         document = json.loads(response.read(_TOKEN_LIMIT, decode_content=False))
         error = document["errors"][0]
-        return f" {plain(error['code'])}: {plain(error.get('message', ''))}"
+        return f" {one_line(error['code'])}: {one_line(error.get('message', ''))}"
     except (HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
 
 
-def plain(text: object) -> str:
-    """Return a stranger's text, short and on one line; urllib3's own begins with an object, or has its cause as one."""
+def one_line(text: object) -> str:
+    """Return untrusted text on one line, at most 200 characters, without the object reprs of urllib3's errors."""
     if isinstance(text, (ProtocolError, ProxyError)) and len(text.args) == 2:
         what, cause = text.args
-        text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {plain(cause)}"
+        text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {one_line(cause)}"
     line = " ".join(_OBJECT.sub("", str(text), count=1).split())
     line = "".join(char if char.isprintable() else "?" for char in line)
     return line if len(line) <= 200 else f"{line[:200]}..."

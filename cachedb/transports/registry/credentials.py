@@ -1,8 +1,8 @@
-"""Credentials for a registry: found where ``podman login`` and ``docker login`` put them.
+"""Find the credentials for a registry where ``podman login`` and ``docker login`` put them.
 
-After containers-auth.json(5) and the code it is about (containers/image, pkg/docker/config); what only Docker's
-config.json has is after docker/cli (cli/config), and the programs that keep secrets are asked as
-docker-credential-helpers has it. No secret gets into an error, nor into what an error was caused by.
+This follows containers-auth.json(5) and its code (containers/image, pkg/docker/config). Docker's config.json follows
+docker/cli (cli/config), and helper programs follow docker-credential-helpers. No error, nor its cause, contains a
+secret.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["Credentials", "find"]
 
 
 _FILE_LIMIT = 1024 * 1024  # bytes
-_ANSWER_LIMIT = 64 * 1024  # bytes that a helper may write: tokens are of some thousands
+_ANSWER_LIMIT = 64 * 1024  # bytes that a helper may write; a token has a few thousand
 _TIMEOUT = 30.0  # seconds that a helper may take
-_NAP = 0.1  # seconds between two looks at whether its answer is wanted still
+_POLL_SECONDS = 0.1  # between checks for a stop
 _HELPER = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _NOT_FOUND = b"credentials not found in native keychain"
 _HUB = "docker.io"
@@ -38,11 +38,11 @@ _HUB_URL = "https://index.docker.io/v1/"
 
 
 class Credentials(NamedTuple):
-    """What a registry, or who gives out its tokens, is shown."""
+    """Credentials for a registry or its token server."""
 
     username: str
     password: str
-    identity_token: str  # a refresh token, to be used instead of the password; "" if there is none
+    identity_token: str  # a refresh token that replaces the password; "" if there is none
 
     def __repr__(self) -> str:
         return f"Credentials(username={self.username!r}, ...)"
@@ -55,16 +55,16 @@ def find(
     *,
     stopped: threading.Event | None = None,
 ) -> Credentials | None:
-    """Return the credentials for a repository, or None: it is asked for anonymously.
+    """Return the credentials for a repository, or None for anonymous access.
 
     Args:
         registry: its ``host[:port]``; Docker Hub is ``docker.io``.
-        repository: in the registry, such as ``library/alpine``.
-        authfile: the only file to look in; left out, ``$REGISTRY_AUTH_FILE`` is, or else the usual ones are.
-        stopped: is set when nobody wants them any more; a helper that still thinks is ended then.
+        repository: the repository in the registry, such as ``library/alpine``.
+        authfile: the only file to read; the default is ``$REGISTRY_AUTH_FILE``, else the usual files.
+        stopped: set to cancel a running helper.
 
     Raises:
-        RegistryError: if a file cannot be used, one that was named is not there, or a helper fails.
+        RegistryError: if a file is invalid, a given file does not exist, or a helper fails.
     """
     registry, stopped = _host(registry), stopped or threading.Event()
     named = authfile or os.environ.get("REGISTRY_AUTH_FILE")
@@ -79,7 +79,7 @@ def find(
 
 
 def _usual_files() -> Iterator[str]:
-    """Yield the files that may be there, in their order."""
+    """Yield the paths of credential files, which need not exist, in order of precedence."""
     home = os.path.expanduser("~")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     yield os.path.join(runtime, "containers/auth.json") if runtime else f"/run/containers/{os.getuid()}/auth.json"
@@ -89,7 +89,7 @@ def _usual_files() -> Iterator[str]:
 
 
 def _load(file: str) -> dict[str, Any] | None:
-    """Return what a file says, or None if there is none."""
+    """Return the parsed content of a file, or None if it does not exist."""
     try:
         with open(file, "rb") as opened:
             data = opened.read(_FILE_LIMIT + 1)
@@ -102,14 +102,14 @@ def _load(file: str) -> dict[str, Any] | None:
     if document is None or not all(isinstance(document.get(name) or {}, dict) for name in ("auths", "credHelpers")):
         what = f"{file!r} is not a JSON object of at most {_FILE_LIMIT} bytes whose auths and credHelpers are objects"
         raise RegistryError(f"{what}: repair it, or remove it and log in again")
-    if os.path.basename(file) == ".dockercfg":  # the old form: entries alone, whose keys are hosts with any path
+    if os.path.basename(file) == ".dockercfg":  # the old format: only entries, with URLs as keys
         urls = {key if "://" in key or "/" not in key else f"https://{key}": document[key] for key in document}
         return {"auths": urls}
     return document
 
 
 def _json_object(data: bytes) -> dict[str, Any] | None:
-    # The parser's errors hold all of the text, so they go no further than here.
+    # The parser's errors contain the text and its secrets, so they must not leave this function.
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
@@ -120,21 +120,21 @@ def _json_object(data: bytes) -> dict[str, Any] | None:
 def _look_up(
     document: dict[str, Any], registry: str, repository: str, file: str, stopped: threading.Event
 ) -> Credentials | None:
-    """Return what one file, and the helpers that it names, have: a registry's own, the one for all, the entries."""
+    """Return the credentials in one file: from the registry's helper, the default helper, or the entries."""
     helper = _entry(document.get("credHelpers") or {}, registry)
-    if helper:  # and if it has none, neither Docker nor containers/image looks at the entries
-        return _ask(helper, registry, file, stopped)
+    if helper:  # like Docker and containers/image, ignore the entries even if the helper has no credentials
+        return _ask_helper(helper, registry, file, stopped)
     store = document.get("credsStore")
-    # Its own being "" says: not the one for all.
-    found = _ask(store, registry, file, stopped) if store and helper is None else None
+    # An empty string as the registry's helper disables the default helper.
+    found = _ask_helper(store, registry, file, stopped) if store and helper is None else None
     if found is not None:
         return found
     entry = _entry(document.get("auths") or {}, registry, repository)
     return _decode(entry, registry, file) if entry else None
 
 
-def _entry(table: dict[str, Any], registry: str, repository: str = "") -> Any:  # noqa: ANN401 - anything JSON has
-    """Return what the most specific key has, or else a key that is another way to write the registry, or None."""
+def _entry(table: dict[str, Any], registry: str, repository: str = "") -> Any:  # noqa: ANN401 - any JSON value
+    """Return the value of the most specific key, or of a key that is another spelling of the registry, or None."""
     key = f"{registry}/{repository}"
     while key:
         if key in table:
@@ -144,14 +144,14 @@ def _entry(table: dict[str, Any], registry: str, repository: str = "") -> Any:  
 
 
 def _host(key: str) -> str:
-    """Return the registry that a key is for; a path is cut off a URL only, elsewhere it is a namespace."""
+    """Return the registry of a key; the path of a URL is dropped, but any other path is a namespace and stays."""
     rest = key.removeprefix("http://").removeprefix("https://")
     host = rest if rest == key else rest.partition("/")[0]
     return _HUB if host in _HUB_HOSTS else host
 
 
 def _decode(entry: object, registry: str, file: str) -> Credentials | None:
-    """Return the credentials that an entry of ``auths`` has, or None if it is empty."""
+    """Return the credentials of an entry of ``auths``, or None if it is empty."""
     what = f"the entry for {shorten(registry)} in {file!r}"
     names = ("auth", "username", "password", "identitytoken")
     fields: list[Any] = [entry.get(name) or "" for name in names] if isinstance(entry, dict) else [None]
@@ -162,7 +162,7 @@ def _decode(entry: object, registry: str, file: str) -> Credentials | None:
         try:
             pair = base64.b64decode("".join(auth.split()), validate=True).decode()
         except ValueError:
-            pair = ""  # nothing is raised from here: the error has the secret
+            pair = ""  # do not raise from here: the error contains the secret
         username, colon, password = pair.partition(":")
         if not colon:
             raise RegistryError(f'{what} has an "auth" that is not user:password in base64: log in again')
@@ -173,14 +173,14 @@ def _unless_empty(credentials: Credentials) -> Credentials | None:
     return credentials if any(credentials) else None
 
 
-def _ask(helper: object, registry: str, file: str, stopped: threading.Event) -> Credentials | None:
-    """Return what a credential helper has for a registry, or None if it has nothing."""
+def _ask_helper(helper: object, registry: str, file: str, stopped: threading.Event) -> Credentials | None:
+    """Return a helper's credentials for a registry, or None if it has none."""
     if not isinstance(helper, str) or not _HELPER.fullmatch(helper):
         what = f"{file!r} has {shorten(helper)} as a credential helper"
-        raise RegistryError(f"{what}: it is what follows docker-credential- in a program's name")
+        raise RegistryError(f"{what}: give what follows docker-credential- in the program's name")
     program = f"docker-credential-{helper}"
     server = _HUB_URL if registry == _HUB else registry
-    status, answer = _run(program, server, file, stopped)
+    status, answer = _run_helper(program, server, file, stopped)
     if status != 0 and answer.strip() == _NOT_FOUND:
         return None
     if status != 0:
@@ -189,15 +189,15 @@ def _ask(helper: object, registry: str, file: str, stopped: threading.Event) -> 
     document = _json_object(answer) or {}
     username, secret = document.get("Username"), document.get("Secret")
     if not isinstance(username, str) or not isinstance(secret, str):
-        raise RegistryError(f"{program} answered with something else than credentials: update or replace it")
+        raise RegistryError(f"{program} did not answer with credentials: update or replace it")
     return _unless_empty(Credentials("", "", secret) if username == "<token>" else Credentials(username, secret, ""))
 
 
-def _run(program: str, server: str, file: str, stopped: threading.Event) -> tuple[int, bytes]:
-    """Give a helper the server on its input; return its exit code and its output."""
+def _run_helper(program: str, server: str, file: str, stopped: threading.Event) -> tuple[int, bytes]:
+    """Run a helper with the server as its input; return its exit code and its output."""
     deadline = time.monotonic() + _TIMEOUT
     pipe = subprocess.PIPE
-    try:  # in a session of its own, so that all it begins can be ended with it
+    try:  # in its own session, so that its child processes can be killed with it
         process = subprocess.Popen(  # noqa: S603 - no shell, and the user's own file names it
             [program, "get"], bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -208,15 +208,15 @@ def _run(program: str, server: str, file: str, stopped: threading.Event) -> tupl
         assert process.stdin
         assert process.stdout
         try:
-            with suppress(BrokenPipeError):  # it may not care
+            with suppress(BrokenPipeError):  # a helper need not read its input
                 process.stdin.write(server.encode())
             process.stdin.close()
             selector.register(process.stdout, selectors.EVENT_READ)
             answer = b""
             while len(answer) <= _ANSWER_LIMIT:
-                while not selector.select(_NAP):
+                while not selector.select(_POLL_SECONDS):
                     if stopped.is_set():
-                        raise CacheError(f"{program} was stopped, for nobody waits for its answer")
+                        raise CacheError(f"cancelled: {program} is no longer needed")
                     if time.monotonic() > deadline:
                         raise subprocess.TimeoutExpired(program, _TIMEOUT)
                 chunk = process.stdout.read(_ANSWER_LIMIT)
@@ -226,7 +226,7 @@ def _run(program: str, server: str, file: str, stopped: threading.Event) -> tupl
             raise RegistryError(f"{program} wrote over {_ANSWER_LIMIT} bytes: update or replace it")
         except subprocess.TimeoutExpired:
             what = f"{program} gave no answer in {_TIMEOUT:g} seconds"
-            raise RegistryError(f"{what}: unlock what it keeps secrets in, and try again") from None
+            raise RegistryError(f"{what}: unlock its key store and try again") from None
         finally:
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)

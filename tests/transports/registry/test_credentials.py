@@ -332,12 +332,12 @@ def everything_of(error: BaseException) -> str:
     [
         (f"echo {SECRET}; echo {SECRET} >&2; exit 3", "docker-credential-x failed with exit code 3"),
         (f"echo {SECRET}; kill -9 $$", "docker-credential-x failed with exit code -9"),
-        (f"echo {SECRET}", "docker-credential-x answered with something else than credentials"),
+        (f"echo {SECRET}", "docker-credential-x did not answer with credentials"),
         (
             f"""echo '{{"Username": "me", "Secret": ["{SECRET}"]}}'""",
-            "docker-credential-x answered with something else",
+            "docker-credential-x did not answer with credentials",
         ),
-        (f"""echo '["{SECRET}"]'""", "docker-credential-x answered with something else"),
+        (f"""echo '["{SECRET}"]'""", "docker-credential-x did not answer with credentials"),
         (f"printf '%070000d' 0; echo {SECRET}; sleep 100", "docker-credential-x wrote over 65536 bytes"),
         (f"echo {SECRET}; sleep 100", "docker-credential-x gave no answer in 0.5 seconds"),
     ],
@@ -388,7 +388,7 @@ def test_a_helper_is_ended_when_nobody_wants_its_answer_any_more(home: Path, tmp
 
     stopper = threading.Thread(target=stop)
     stopper.start()
-    with pytest.raises(CacheError, match="docker-credential-x was stopped"):
+    with pytest.raises(CacheError, match="cancelled: docker-credential-x is no longer needed"):
         find(REGISTRY, "app", stopped=stopped)
     stopper.join()
     assert is_over(int(pid.read_text()))
