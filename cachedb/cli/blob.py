@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import IO
+from pathlib import Path
+from typing import Any
 
 import click
 
 from cachedb.cli.context import open_cache
 from cachedb.cli.options import DIGEST, format_examples
 from cachedb.cli.streams import get_stdin, get_stdout
+from cachedb.oci.digests import Algorithm
 
 __all__ = ["blob"]
 
@@ -27,17 +29,17 @@ def blob() -> None:
 @click.option(
     "--algorithm", type=click.Choice(["sha256", "sha512"]), default="sha256", help="The algorithm to compute a digest."
 )
-def blob_add(file: str, digest: str | None, algorithm: str) -> None:
+def blob_add(file: str, digest: str | None, algorithm: Algorithm) -> None:
     """Store a file as a blob and print its digest; - reads stdin.
 
     The next `cachedb gc` frees a blob that no image uses.
     """
-    data: str | IO[bytes] = get_stdin() if file == "-" else file
+    data: Any = get_stdin() if file == "-" else Path(file)
     with open_cache() as cache:
         if digest:
-            click.echo(cache.save_blob(digest, data))  # type: ignore[arg-type]
+            click.echo(cache.save_blob(digest, data))
         else:
-            click.echo(cache.add_blob(data, algorithm=algorithm))  # type: ignore[arg-type]
+            click.echo(cache.add_blob(data, algorithm=algorithm))
 
 
 @blob.command("cat", epilog=format_examples("cachedb blob cat sha256:9f86d081884c... | tar t"))

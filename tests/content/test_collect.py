@@ -195,13 +195,13 @@ def test_the_write_lock_is_let_go_of_where_renames_take_long(cache: Cache, monke
     abandon(cache, b"one", b"two", b"three")
     monkeypatch.setattr(collect, "_HOLD", 0)
     turns: list[str] = []
-    alone = Database.alone
+    under_lock = Database._under_lock
 
     def counted(self: Database, *arguments: Any) -> object:
         turns.append("turn")
-        return alone(self, *arguments)
+        return under_lock(self, *arguments)
 
-    monkeypatch.setattr(Database, "alone", counted)
+    monkeypatch.setattr(Database, "_under_lock", counted)
     assert cache.collect_garbage() == (3, 11)
     assert len(turns) == 1 + 3
     assert files_of(cache.directory) == {}

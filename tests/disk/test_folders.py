@@ -477,7 +477,7 @@ def test_what_cannot_be_cleaned_up_keeps_nobody_from_working(
     assert json.loads(works(cachedb, "df", "--format", "json").stdout)["leftovers"][0]["reason"]
     shown = works(cachedb, "df")
     assert "cannot be cleaned up" in shown.stdout
-    assert "`cachedb verify` names" in shown.stderr
+    assert "see `cachedb verify`" in shown.stderr
 
 
 # Another user's directory

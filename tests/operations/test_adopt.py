@@ -406,9 +406,9 @@ def test_a_name_that_is_taken_meanwhile_is_not_touched(
         ("app/bad", b'{"schemaVersion":2,"config":{"digest":"sha256:../../etc","size":1}}', "manifest", "digest"),
         (f"app/{make.digest_of(b'other')}", FIRST.manifest, "corrupt", "should have digest"),
         ("UPPER/1", FIRST.manifest, "name", "lower case"),
-        ("app/.hidden", FIRST.manifest, "name", "a tag is"),
+        ("app/.hidden", FIRST.manifest, "name", "a tag has"),
         ("lonely", FIRST.manifest, "name", "repository"),
-        ("app/new\nline", FIRST.manifest, "name", "a tag is"),
+        ("app/new\nline", FIRST.manifest, "name", "a tag has"),
     ],
 )
 def test_a_manifest_that_is_none_or_has_no_name_is_left_out(

@@ -425,7 +425,8 @@ def test_a_layer_that_is_all_there_is_gone_on_with_by_who_is_not_root(remote: Re
     name, data = f"{remote.host}/large:1", LARGE.layers[0]
     code = f"""if True:
         import os
-        import encodings.idna, cachedb.operations.pull, cachedb.transports.registry.repository  # while it can read them
+        # While it can read them.
+        import encodings.ascii, encodings.idna, cachedb.operations.pull, cachedb.transports.registry.repository
         from cachedb import Cache
         from tests.operations.test_pull import LARGE, partial
         os.setuid(65534)
