@@ -38,8 +38,9 @@ __all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_session
 
 _SUFFIX = ".session"
 _NEW_INDEX = re.compile(
-    r"cachedb\.json|\.cachedb[^/]*\.part|index\.db(-wal|-shm|-journal)?|reserve|locks/write\.(lock|queue)"
-    r"|backups/\.lock|backups/[0-9]{6,}-[0-9]{4}-before-[0-9]{4}\.db"
+    r"cachedb\.json|\.cachedb-[0-9a-f]{16}\.marker|index\.db(-wal|-shm|-journal)?|index\.db-test-[0-9a-f]{12}(-2)?\.test"
+    r"|reserve|locks/(write\.(lock|queue)|[0-9a-f]{64}\.producing)|backups/(\.lock|\.backup-[0-9a-f]{32}(-journal)?)"
+    r"|backups/[0-9]{6,}-[0-9]{4}-before-[0-9]{4}\.db"
 )
 """The files in a folder that a new index is made in, by a rebuild or from a backup."""
 

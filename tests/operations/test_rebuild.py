@@ -22,13 +22,12 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, event
 
 from cachedb import Cache, DamagedIndex, NotACache, NotOurs, SchemaMismatch, StorageError
-from cachedb.disk import durable
 from cachedb.disk.layout import blob_path
 from cachedb.index import schema
-from cachedb.index.sqlite import backups, database
+from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
-from cachedb.operations import rebuild, verify
+from cachedb.operations import rebuild
 from cachedb.operations.verify import Problem
 from tests.conftest import Run, files_of, running, start_python
 from tests.index.test_schema import change
@@ -601,7 +600,7 @@ def crash_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
         if seen >= number:
             raise Crash
 
-    for name in ("rename", "unlink"):
+    for name in ("rename", "unlink", "fsync"):
         real = getattr(os, name)
 
         def watched(*arguments: object, _real: object = real, **options: object) -> object:
@@ -609,14 +608,6 @@ def crash_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
             return _real(*arguments, **options)  # type: ignore[operator]
 
         patch.setattr(os, name, watched)
-    sync = durable.sync_folder
-
-    def synced(folder: Path) -> None:
-        step()
-        sync(folder)
-
-    for module in (backups, database, verify):
-        patch.setattr(module, "sync_folder", synced)
     event.listen(Engine, "commit", step)
     try:
         yield

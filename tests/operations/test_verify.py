@@ -303,8 +303,6 @@ def test_a_file_that_cannot_be_read_is_reported_and_the_others_are_checked(
 
 
 def fail_reading(patch: pytest.MonkeyPatch, path: Path, fails: str, code: int = errno.EIO) -> None:
-    real = Path.open
-
     class Failing(io.FileIO):
         def readinto(self, buffer: Any, /) -> int:
             raise OSError(code, os.strerror(code))
@@ -314,14 +312,14 @@ def fail_reading(patch: pytest.MonkeyPatch, path: Path, fails: str, code: int = 
 
         read = readall  # type: ignore[assignment]
 
-    def opened(self: Path, *arguments: Any, **options: Any) -> Any:
-        if self != path:
-            return real(self, *arguments, **options)
+    def opened(file: Path, *arguments: Any, **options: Any) -> Any:
+        if file != path:
+            return open(file, *arguments, **options)
         if fails == "open":
             raise OSError(code, os.strerror(code), str(path))
         return Failing(path)
 
-    patch.setattr(Path, "open", opened)
+    patch.setattr(verify, "open", opened, raising=False)
 
 
 def test_a_limit_of_the_process_is_no_fault_of_a_file(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
