@@ -116,7 +116,8 @@ class CommandServer:
 def _inherited() -> list[object]:
     """Return what a process inherits besides its environment and files."""
     limits = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")]
-    return [*limits, os.geteuid(), os.getegid(), os.getgroups(), signal.getsignal(signal.SIGINT), _umask()]
+    mounts = os.readlink("/proc/self/ns/mnt")
+    return [*limits, mounts, os.geteuid(), os.getegid(), os.getgroups(), signal.getsignal(signal.SIGINT), _umask()]
 
 
 def _umask() -> str:
