@@ -181,7 +181,7 @@ def test_a_move_takes_nothing_away_of_which_the_copy_here_is_bad(cache: Cache, o
 def test_a_move_takes_nothing_away_that_is_not_here_any_more(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adopt._Adopter, "_look_for_lost", lambda self: cache.remove_manifest("app:1"))
+    monkeypatch.setattr(adopt._Adopter, "_leave_out_lost", lambda self: cache.remove_manifest("app:1"))
     cache.adopt(old, how="move")
     own = FIRST.layers[1]  # which no other image has
     assert blob_of(old, own).read_bytes() == own
@@ -405,9 +405,9 @@ def test_a_name_that_is_taken_meanwhile_is_not_touched(
         ("app/bad", b'{"schemaVersion":2,"config":{"digest":"sha256:../../etc","size":1}}', "manifest", "digest"),
         (f"app/{make.digest_of(b'other')}", FIRST.manifest, "corrupt", "should have digest"),
         ("UPPER/1", FIRST.manifest, "name", "lower case"),
-        ("app/.hidden", FIRST.manifest, "name", "a tag is"),
+        ("app/.hidden", FIRST.manifest, "name", "a tag has"),
         ("lonely", FIRST.manifest, "name", "repository"),
-        ("app/new\nline", FIRST.manifest, "name", "a tag is"),
+        ("app/new\nline", FIRST.manifest, "name", "a tag has"),
     ],
 )
 def test_a_manifest_that_is_none_or_has_no_name_is_left_out(
