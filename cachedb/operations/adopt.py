@@ -1,12 +1,12 @@
-"""Taking over a cache whose index is one ``index.json``.
+"""Adopt an older cache whose index is one ``index.json``.
 
     DIR/manifests/{repository}/{reference}   the manifest's bytes
     DIR/blobs/sha256/{hex}                   a blob
-    DIR/index.json                           what the cache said of them, by "{repository}/{reference}"
+    DIR/index.json                           the index entries, by "{repository}/{reference}"
 
-The files come before the index, which was often cut short or out of date: an image's name is where its manifest lies,
-its blobs are what its manifest names, and a blob is what its content says. The index adds blobs that were attached to
-an image, and what lies elsewhere in DIR. All of it comes from strangers, and nothing outside DIR is read.
+The files are trusted before the index, which was often truncated or out of date. An image's name is the path of its
+manifest, the manifest lists its blobs, and each blob is verified. The index adds blobs that were attached to an image,
+and files elsewhere in DIR. All input is untrusted, and nothing outside DIR is read.
 """
 
 from __future__ import annotations
@@ -56,45 +56,45 @@ __all__ = ["HOWS", "Adoption", "How", "adopt"]
 
 How = Literal["copy", "link", "move"]
 HOWS: Final[tuple[How, ...]] = ("copy", "link", "move")
-"""How blobs come: as copies; as hard links, where the file system can; or so that the other cache has them no more."""
+"""How to adopt blobs: copy them, hard-link them where possible, or move them out of the older cache."""
 
-_TOGETHER = 200  # blobs that are brought before the images that need them are saved in one transaction,
+_TOGETHER = 200  # manifests and blobs that are adopted in one transaction,
 _BYTES_TOGETHER = 1024**3  # or bytes
 
 
 class Adoption(NamedTuple):
-    """What was taken over."""
+    """The result of an adoption."""
 
-    images: list[ImageInfo]  # those in both caches now, also if they were before
-    blobs: int  # that this cache did not have
-    bytes: int  # of those
-    unused: int  # of those, the ones that no image uses: `gc` frees them
-    index_damage: str | None  # what is wrong with index.json, if it could not be used
-    left_out: list[LeftOut]  # by name, then digest; last what belongs to no image
+    images: list[ImageInfo]  # the images now in both caches, new or not
+    blobs: int  # new blobs in this cache
+    bytes: int  # of the new blobs
+    unused: int  # new blobs that no image uses; `gc` frees them
+    index_damage: str | None  # why index.json could not be used, if so
+    left_out: list[LeftOut]  # by name, then digest; those without an image last
 
 
 def adopt(
     database: Database, session: Session, directory: Path, *, how: How = "copy", progress: Progress | None = None
 ) -> Adoption:
-    """Take over a cache whose index is one ``index.json``; what is here already is not read again.
+    """Adopt an older cache whose index is one ``index.json``; blobs already stored are not read again.
 
     Args:
-        database: of this cache.
-        session: to work in.
-        directory: of the other.
-        how: one of `HOWS`. ``move`` takes away from the directory what is in this cache once all of it is.
-        progress: is told how far it is, in bytes of blobs.
+        database: the index of this cache.
+        session: the session that receives the blobs.
+        directory: the older cache.
+        how: one of `HOWS`; ``move`` deletes adopted files from the directory at the end.
+        progress: called with the bytes of blobs done and the total.
 
     Raises:
-        NotACache: if the directory is no such cache.
-        NotOurs: to move, if it is another user's, or a folder in it leads elsewhere.
-        StorageError: if it cannot be listed, or nothing can be written.
+        NotACache: if the directory is not such a cache.
+        NotOurs: for ``move``, if the directory belongs to another user, or a folder in it leads out of it.
+        StorageError: if the directory cannot be listed, or this cache cannot be written.
     """
     return _Adopter(database, session, OldCache(directory, database.directory), how, progress).run()
 
 
 class _Adopter:
-    """One adoption: what has come of it so far."""
+    """The state of one adoption."""
 
     def __init__(
         self, database: Database, session: Session, old: OldCache, how: How, progress: Progress | None
@@ -102,46 +102,46 @@ class _Adopter:
         self._database, self._session, self._old, self._how = database, session, old, how
         self._advance = summed(sum(old.blobs.values()), progress)
         self._guard = threading.Lock()
-        self._counted: set[Digest] = set()  # blobs that are in what `_advance` was told, once each
-        self._passed = 0  # bytes of blobs that are here, and that `_advance` is still to be told
+        self._counted: set[Digest] = set()  # blobs already counted in the progress
+        self._passed = 0  # bytes of stored blobs that are not yet reported to `_advance`
         self._left_out = old.left_out
-        self._here: set[Digest] = set()  # blobs that this cache had, or was brought
-        self._bad: dict[Digest, tuple[str, str]] = {}  # blobs that are of no use: kind and detail
+        self._here: set[Digest] = set()  # blobs stored in this cache
+        self._bad: dict[Digest, tuple[str, str]] = {}  # unusable blobs: kind and detail
         self._unwanted: set[Digest] = set()  # blobs of images that are left out
         self._new: dict[Digest, int] = {}
-        self._names: set[Name] = set()  # of images that are in both caches now
+        self._names: set[Name] = set()  # of images now in both caches
 
     def run(self) -> Adoption:
         if self._how == "move":
             self._old.check_ours()
-        # While one part is saved another is read; more would only wait for the write lock.
-        in_threads(self._bring, self._parts(), self._advance, threads=2)
+        # One thread reads a part while the other saves; more threads would only wait for the write lock.
+        in_threads(self._adopt_part, self._parts(), self._advance, threads=2)
         used = len(self._new)
         done = self._here | self._bad.keys() | self._unwanted
         rest = (digest for digest in self._old.blobs if digest not in done)
         for part in batched(rest, _TOGETHER):
-            self._bring([], self._advance, part)
-        told = {item.digest for item in self._left_out}
+            self._adopt_part([], self._advance, part)
+        reported = {item.digest for item in self._left_out}
         for digest, (kind, detail) in self._bad.items():
-            if digest not in told:
-                self._leave(kind, None, detail, digest)
-        self._look_for_lost()
+            if digest not in reported:
+                self._leave_out(kind, None, detail, digest)
+        self._leave_out_lost()
         with self._database.read() as connection:
             found = [image for image in stored_images(connection) if image.name in self._names]
         if self._how == "move":
-            self._take_away()
+            self._delete_adopted()
         unused = len(self._new) - used
         left_out = sorted(
             self._left_out, key=lambda item: (not item.name, item.name, item.digest or "", str(item.path))
         )
         return Adoption(found, len(self._new), sum(self._new.values()), unused, self._old.damage, left_out)
 
-    def _leave(self, kind: str, name: Name | None, detail: str, digest: Digest | None = None) -> None:
+    def _leave_out(self, kind: str, name: Name | None, detail: str, digest: Digest | None = None) -> None:
         path = self._old.paths.get(digest) if digest else self._old.manifests.get(name) if name else None
         self._left_out.append(LeftOut(kind, name and str(name), digest, Path(path) if path else None, detail))
 
     def _parts(self) -> Iterator[list[OldImage]]:
-        """Divide the images that are not here into what is taken together."""
+        """Yield the images that are not complete here, in parts that are saved together."""
         part: list[OldImage] = []
         wanted: dict[Digest, int] = {}
         for name, is_here in self._names_to_adopt():
@@ -149,13 +149,13 @@ class _Adopter:
                 image = self._old.image(name)
             except (UnreadableEntry, DigestMismatch, InvalidManifest) as error:
                 kind = {UnreadableEntry: "unreadable", DigestMismatch: "corrupt"}.get(type(error), "manifest")
-                self._leave(kind, name, str(error))
+                self._leave_out(kind, name, str(error))
                 continue
             if is_here:
                 with self._database.read() as connection:
-                    settled = self._is_settled(connection, image)
+                    is_settled = self._is_settled(connection, image)
                 self._report_passed()
-                if settled:
+                if is_settled:
                     continue
             part.append(image)
             wanted.update(
@@ -168,20 +168,20 @@ class _Adopter:
             yield part
 
     def _names_to_adopt(self) -> Iterator[tuple[Name, bool]]:
-        """Yield the names of the images, and whether one of that name is here; to ask for each would take longer."""
+        """Yield each name and whether this cache has it; the names are looked up in batches for speed."""
         for names in batched(self._old.manifests):
             with self._database.read() as connection:
                 here = look_up_all(connection, names)
             yield from ((name, name in here) for name in names)
 
     def _is_settled(self, connection: Connection, image: OldImage) -> bool:
-        """Say whether an image is here with all its blobs; or another of its name, which is not replaced."""
+        """Return whether nothing is left to do for an image: it is complete here, or its name is taken."""
         found = look_up(connection, image.name)
         if found is None:
             return False
         if found.digest != image.digest:
             detail = f"it is {found.digest} in this cache: `cachedb rm` that first, or `cachedb tag` it"
-            self._leave("exists", image.name, detail)
+            self._leave_out("exists", image.name, detail)
             self._unwanted.update(image.wanted)
             return True
         contents = image_blobs(connection, self._database.directory, found.id)
@@ -192,7 +192,7 @@ class _Adopter:
         return True
 
     def _pass(self, digests: Iterable[Digest]) -> None:
-        """Note blobs that are here."""
+        """Record blobs that are stored here already."""
         for digest in digests:
             self._here.add(digest)
             if self._is_first(digest):
@@ -200,21 +200,21 @@ class _Adopter:
                     self._passed += self._old.blobs.get(digest, 0)
 
     def _report_passed(self) -> None:
-        """Report the bytes of the blobs that are here; in no transaction, for it calls a function of our caller."""
+        """Report the bytes of stored blobs; never inside a transaction, because this calls the caller's function."""
         with self._guard:
             passed, self._passed = self._passed, 0
         if passed:
             self._advance(passed)
 
     def _is_first(self, digest: Digest) -> bool:
-        """Say whether a blob is to be counted: both of two parts may read one that is in both."""
+        """Return whether a blob must be counted; two parts may read the same blob, which counts once."""
         with self._guard:
             known = digest in self._counted
             self._counted.add(digest)
             return not known
 
-    def _bring(self, part: list[OldImage], advance: Advance, more: Iterable[Digest] = ()) -> None:
-        """Bring images and their blobs, or blobs that belong to none, in one transaction."""
+    def _adopt_part(self, part: list[OldImage], advance: Advance, more: Iterable[Digest] = ()) -> None:
+        """Adopt some images with their blobs, or blobs without an image, in one transaction."""
         manifests = {image.digest: image.manifest for image in part}
         wanted = dict.fromkeys([*(digest for image in part for digest in image.wanted), *more, *manifests])
 
@@ -228,8 +228,8 @@ class _Adopter:
                     data = manifests[digest]
                     received[digest] = publish.receive(self._session, BytesIO(data), digest=digest, size=len(data))
                 else:
-                    counted = self._is_first(digest)
-                    self._receive(received, digest, lambda count: advance(count if counted else 0))
+                    is_first = self._is_first(digest)
+                    self._receive(received, digest, lambda count: advance(count if is_first else 0))
 
             in_threads(receive_one, rest, advance)
             self._here.update(blob.digest for blob in received.values())
@@ -239,7 +239,7 @@ class _Adopter:
         self._report_passed()
 
     def _receive(self, received: dict[object, Received], digest: Digest, advance: Advance) -> None:
-        """Receive a blob, or note what is wrong with it."""
+        """Receive a blob, or record why it is unusable."""
         path = self._old.paths.get(digest)
         if path is None:
             return
@@ -265,36 +265,36 @@ class _Adopter:
             self._bad[digest] = ("corrupt", str(error))
 
     def _save(self, connection: Connection, part: list[OldImage]) -> None:
-        """Save images, and say what they lack."""
+        """Save images, and leave out those that are refused."""
         ours = self._database.directory
         here = look_up_all(connection, [image.name for image in part])
         rest = [image for image in part if image.name not in here or not self._is_settled(connection, image)]
         refused = save_new(connection, ours, [_as_new(image) for image in rest if image.name not in here])
         for image in rest:
-            if image.name in here:  # and incomplete
+            if image.name in here:  # but incomplete
                 try:
                     save_image(connection, ours, image.name, image.digest, image.media_type)
                 except InvalidManifest as error:
                     refused[image.name] = error
             if image.name in refused:
-                self._leave("manifest", image.name, str(refused[image.name]))
+                self._leave_out("manifest", image.name, str(refused[image.name]))
             else:
                 self._complete(connection, image)
 
     def _complete(self, connection: Connection, image: OldImage) -> None:
-        """Attach to an image that was saved what no manifest names, and say what it lacks."""
-        for digest, said in image.attached.items():
+        """Attach blobs to a saved image that no manifest references, and record its missing blobs."""
+        for digest, entry in image.attached.items():
             if digest in self._here:
-                attached = (image.name, digest, *role_and_media_type(said))
+                attached = (image.name, digest, *role_and_media_type(entry))
                 attach(connection, self._database.directory, *attached)
         self._names.add(image.name)
         for digest in image.wanted:
             if digest not in self._here:
                 kind, detail = self._bad.get(digest, ("missing", "it is not there"))
-                self._leave(kind, image.name, detail, digest)
+                self._leave_out(kind, image.name, detail, digest)
 
-    def _look_for_lost(self) -> None:
-        """Leave out what the index has and the folders have not, unless it is here from an earlier adoption."""
+    def _leave_out_lost(self) -> None:
+        """Leave out index entries without a manifest file, unless an earlier adoption stored their image."""
         path = self._old.directory / "index.json"
         for name, entry in self._old.entries.items():
             if name in self._old.manifests:
@@ -305,15 +305,15 @@ class _Adopter:
                 if found and {blob.digest for blob in contents if blob.stored}.issuperset(read_blobs(entry)):
                     self._names.add(name)
                     continue
-            detail = "index.json names it, and its manifest is not there"
+            detail = "it is in index.json, but its manifest is missing"
             self._left_out.append(LeftOut("missing", str(name), None, path, detail))
 
-    def _take_away(self) -> None:
-        """Delete from the other cache what is in this one: also what an adoption that was cut off has left."""
+    def _delete_adopted(self) -> None:
+        """Delete the adopted files from the older cache, including those of an interrupted adoption."""
         ours = self._database.directory
         with self._database.read() as connection:
             stored = publish.intact(connection, ours, self._old.paths)
-        with os_errors("take away what was adopted"):
+        with os_errors("delete the adopted files"):
             for digest in stored:
                 if digest in self._new or is_good(ours, digest):
                     self._old.remove(self._old.paths[digest])
@@ -329,6 +329,6 @@ class _Adopter:
 
 
 def _as_new(image: OldImage) -> NewImage:
-    """Return an image as it is saved. How far an index reaches depends on which of its children are brought."""
+    """Return an image to save; the closure of an index is left open, as it depends on its adopted children."""
     contents = image.closure if oci.role_of(image.media_type) == "manifest" else None
     return NewImage(image.name, image.digest, image.media_type, contents)

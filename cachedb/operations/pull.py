@@ -1,7 +1,7 @@
-"""Pulling: an image comes from a registry, and of it what is not here.
+"""Pull an image from a registry, downloading only missing blobs.
 
-Each blob is stored as soon as it is all there, so that others who wait for it have it, and one that was cut off goes
-on where it stopped. The image appears when it is complete.
+Each blob is stored as soon as its download is complete, so that waiting processes can use it. An interrupted download
+resumes where it stopped. The image appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from cachedb.threads import in_threads
 __all__ = ["Pulled", "pull"]
 
 
-_MANIFESTS = 1000  # that an image may have with all that refers to it
+_MANIFESTS = 1000  # allowed for an image and its referrers
 
 
 class Pulled(NamedTuple):
-    """What a pull has come to."""
+    """The result of a pull."""
 
     image: ImageInfo
-    blobs: int  # that were downloaded, or received from another process's download
-    bytes: int  # of those
-    stale: str | None  # why the registry was not asked, where a copy from before is what there is
+    blobs: int  # downloaded, by this process or another one
+    bytes: int  # of those blobs
+    stale: str | None  # why the registry was unavailable, if the cached image is used instead
 
 
 def pull(
@@ -67,24 +67,24 @@ def pull(
     progress: Progress | None = None,
     blob_progress: BlobProgress | None = None,
 ) -> Pulled:
-    """Bring an image from a registry; of several processes that want the same one, one does and the others wait.
+    """Pull an image; of several processes that want the same image, one pulls and the others wait.
 
     Args:
-        database: of the cache.
-        session: to work in.
-        source: of the image.
-        platform: ``os/architecture[/variant]``, if one was asked for.
-        if_missing: ask no registry if the image is here and complete, whatever its tag points to by now.
-        allow_stale: where no registry can be reached, take what is here.
-        referrers: attach to the image what the registry lists as referring to it.
-        progress: is told how far it is, in bytes.
-        blob_progress: is told how far it is with each blob.
+        database: the index of the cache.
+        session: the session that receives the blobs.
+        source: the image at its registry.
+        platform: ``os/architecture[/variant]``, if requested.
+        if_missing: do not contact the registry for an image that is complete here, even if its tag has moved.
+        allow_stale: use the cached image if no registry is reachable.
+        referrers: also pull the image's referrers and attach them.
+        progress: called with the bytes done and the total.
+        blob_progress: called with the progress of each blob.
 
     Raises:
-        RegistryError: if it cannot be had.
-        NotInCache: if it is not for that platform.
-        InvalidManifest: if a manifest of it is invalid.
-        DigestMismatch: if what comes has another digest or size than it should.
+        RegistryError: if the registry refuses or fails.
+        NotInCache: if the image does not have the platform.
+        InvalidManifest: if one of its manifests is invalid.
+        DigestMismatch: if downloaded content has a wrong digest or size.
     """
     work = _Pull(database, session, source, platform, referrers, progress, blob_progress)
 
@@ -92,8 +92,8 @@ def pull(
         here = work.here() if if_missing or (source.name.digest and not referrers) else None
         return here and Pulled(here, 0, 0, None)
 
-    source.let_go()
-    # Whoever waits takes over from one that makes no progress: both go on, and wait for each other's blobs.
+    source.release_claim()
+    # A waiting process may take over from one without progress; then both continue and wait for each other's blobs.
     with single_flight.once(
         database.directory, source.key, find, seconds=database.wait_seconds, may_take_over=True, is_working=None
     ) as found:
@@ -101,7 +101,7 @@ def pull(
 
 
 class _Pull:
-    """One pull: what it has learned so far."""
+    """The state of one pull."""
 
     def __init__(
         self,
@@ -116,23 +116,23 @@ class _Pull:
         self._database, self._session, self._source, self._name = database, session, source, source.name
         self._platform, self._referrers = platform, referrers
         self._progress, self._blob_progress = progress, blob_progress
-        self._holds: list[Hold] = []  # of blobs that were stored on the way
-        self._come: dict[Digest, int] = {}
+        self._holds: list[Hold] = []  # on blobs stored before the image is complete
+        self._downloaded: dict[Digest, int] = {}
 
     def run(self, allow_stale: bool) -> Pulled:
         here = self.here()
         try:
-            said = self._source.digest()
-            if here and here.digest == said and not self._referrers:
+            digest = self._source.digest()
+            if here and here.digest == digest and not self._referrers:
                 return Pulled(here, 0, 0, None)
-            return self._bring(self._root(said))
+            return self._download_image(self._root(digest))
         except RegistryUnavailable as error:
             if here and allow_stale:
                 return Pulled(here, 0, 0, str(error))
             raise
 
     def here(self) -> ImageInfo | None:
-        """Return the image, if it is here with all that is wanted of it."""
+        """Return the image if all its wanted parts are stored, else None."""
         with self._database.read() as connection:
             found = images.look_up(connection, self._name)
             if found is None:
@@ -142,46 +142,50 @@ class _Pull:
             known = {blob.digest for blob in contents if blob.stored}
             with suppress(InvalidManifest, NotInCache):
                 closure = save.closure(connection, self._database.directory, root, self._source.choose)
-                return info if known.issuperset(blob.digest for blob in closure) and self._fits(root, info) else None
+                return (
+                    info
+                    if known.issuperset(blob.digest for blob in closure) and self._has_wanted_platform(root, info)
+                    else None
+                )
         return None
 
-    def _root(self, said: Digest | None) -> Root:
-        """Return the manifest or index that the name points to."""
-        if said is not None and (data := self._stored(said)) is not None:
-            return Root(said, oci.manifest_media_type(data), data)
-        return self._source.root(said)
+    def _root(self, digest: Digest | None) -> Root:
+        """Return the manifest or index of the name, from the cache if it has it."""
+        if digest is not None and (data := self._stored(digest)) is not None:
+            return Root(digest, oci.manifest_media_type(data), data)
+        return self._source.root(digest)
 
     def _stored(self, digest: Digest) -> bytes | None:
-        """Return a document that is in the cache already, if it is good."""
+        """Return a manifest's bytes if it is stored and intact, else None."""
         with self._database.read() as connection:
             size = stored(connection, [digest]).get(digest)
         return None if size is None else reader.document(self._database.directory, digest, size)
 
     def _child(self, blob: Descriptor) -> bytes:
-        """Return a manifest that an index names."""
+        """Return the bytes of an index's child."""
         return self._source.child(blob, self._stored)
 
-    def _bring(self, root: Root) -> Pulled:
+    def _download_image(self, root: Root) -> Pulled:
         closure, chosen = self._closure(root)
         top = closure[0]
-        attached = self._referring(closure) if self._referrers else []
+        attached = self._find_referrers(closure) if self._referrers else []
         wanted = {blob.digest: blob for blob in [*closure, *attached]}
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
             for digest, data in self._source.documents.items():
                 if digest not in hold.digests:
                     received[digest] = publish.receive(self._session, BytesIO(data), digest=digest)
-            there = hold.digests | self._source.documents.keys()
+            known = hold.digests | self._source.documents.keys()
             rest = sorted(
-                (blob for digest, blob in wanted.items() if digest not in there), key=lambda blob: -blob.size
-            )  # the large ones first, so that all threads come to their end together
+                (blob for digest, blob in wanted.items() if digest not in known), key=lambda blob: -blob.size
+            )  # large blobs first, so that all threads finish at about the same time
             advance = summed(sum(blob.size for blob in rest), self._progress)
             in_threads(self._fetch, rest, advance, threads=AT_ONCE, stop=self._source.stop)
 
         def save_all(connection: Connection) -> ImageInfo:
             for hold in self._holds:
                 self._session.release(connection, hold)
-            among = chosen | self._before(connection, root.digest) if self._source.wanted else None
+            among = chosen | self._stored_before(connection, root.digest) if self._source.wanted else None
             image_id = save.save_image(
                 connection,
                 self._database.directory,
@@ -194,7 +198,7 @@ class _Pull:
                 role = blob.role if blob.role in ("manifest", "index") else "other"
                 save.attach(connection, self._database.directory, self._name, blob.digest, role, blob.media_type)
             info = images.image(connection, self._database.directory, image_id)[0]
-            if not self._fits(top, info):
+            if not self._has_wanted_platform(top, info):
                 asked = shorten(self._platform)
                 raise NotInCache(f"{self._name} is not for platform {asked}, but for {info.platform}", name=self._name)
             return info
@@ -204,10 +208,10 @@ class _Pull:
         except BaseException as error:
             self._give_up(error)
             raise
-        return Pulled(info, len(self._come), sum(self._come.values()), None)
+        return Pulled(info, len(self._downloaded), sum(self._downloaded.values()), None)
 
     def _closure(self, root: Root) -> tuple[list[Descriptor], set[Digest]]:
-        """Return what is wanted of an image, its root first, and which children of its indexes were chosen for that."""
+        """Return the wanted closure of an image, root first, and the chosen children of its indexes."""
         self._source.documents[root.digest] = root.data
         top, chosen = root.descriptor, set[Digest]()
 
@@ -219,59 +223,59 @@ class _Pull:
         return list(oci.walk(top, lambda blob: root.data if blob is top else self._child(blob), choose)), chosen
 
     def _give_up(self, error: BaseException) -> None:
-        """Let go of what was stored on the way; on a full disk, of what is left of downloads as well."""
+        """Release the stored blobs after a failure; on a full disk also delete partial downloads."""
         for hold in self._holds:
             publish.give_up(self._database, self._session, hold)
         if isinstance(error, StorageError) and is_full(error):
             with suppress(CacheError), ignore_os_errors():
-                downloads.sweep(self._database.folders, age=0)  # there is more need of the space
+                downloads.sweep(self._database.folders, age=0)  # the space is needed more
 
-    def _referring(self, closure: list[Descriptor]) -> list[Descriptor]:
-        """Return what refers to the manifests of a closure, and to that in turn: signatures, SBOMs, attestations."""
+    def _find_referrers(self, closure: list[Descriptor]) -> list[Descriptor]:
+        """Return the referrers of a closure's manifests, and their own referrers: signatures, SBOMs, attestations."""
         found: list[Descriptor] = []
-        asked = [blob for blob in closure if blob.role in ("manifest", "index")]
-        known = {blob.digest for blob in asked}
-        while asked:
-            subject = asked.pop().digest
-            for root in self._listed(subject):
-                # An image has no need of what is for another one, or is none that can be kept.
+        pending = [blob for blob in closure if blob.role in ("manifest", "index")]
+        known = {blob.digest for blob in pending}
+        while pending:
+            subject = pending.pop().digest
+            for root in self._list_referrers(subject):
+                # Skip manifests with another subject, and those of a type that cannot be stored.
                 if root.digest in known or root.role == "other" or not self._refers(root, subject):
                     continue
                 if len(known) >= _MANIFESTS:
                     raise RegistryError(f"{self._name} has more than {_MANIFESTS} manifests that refer to it")
                 known.add(root.digest)
-                asked.append(root)
+                pending.append(root)
                 found += oci.walk(root, self._child)
         return found
 
     def _refers(self, root: Descriptor, subject: Digest) -> bool:
-        """Say whether what is listed as referring to a manifest does: not if it was deleted, and the list was not."""
-        new = root.digest not in self._source.documents
+        """Return whether a listed referrer has this subject; a list may name deleted or wrong manifests."""
+        is_new = root.digest not in self._source.documents
         try:
             refers = oci.subject_of(self._child(root)) == subject
         except RegistryError:
             if self._source.repositories[-1].has("manifests", root.digest):
                 raise
             return False
-        if new and not refers:
-            del self._source.documents[root.digest]  # what is there is stored
+        if is_new and not refers:
+            del self._source.documents[root.digest]  # everything left in `documents` is stored
         return refers
 
-    def _listed(self, subject: Digest) -> list[Descriptor]:
-        """Return what is listed as referring to a manifest; many a mirror has the images and not their referrers."""
+    def _list_referrers(self, subject: Digest) -> list[Descriptor]:
+        """Return the listed referrers of a manifest, from the registry if the mirrors have none."""
         for repository in self._source.repositories[:-1]:
             with suppress(RegistryError, InvalidManifest):
                 if found := repository.referrers(subject):
                     return found
         return self._source.repositories[-1].referrers(subject)
 
-    def _fits(self, root: Descriptor, info: ImageInfo) -> bool:
-        """Say whether an image without an index is of the platform that was asked for, as far as its config says."""
+    def _has_wanted_platform(self, root: Descriptor, info: ImageInfo) -> bool:
+        """Return whether an image without an index has the wanted platform, or an unknown one."""
         label = info.platform
         return not (self._platform and root.role == "manifest" and label and not oci.is_for(label, self._platform))
 
-    def _before(self, connection: Connection, digest: Digest) -> set[Digest]:
-        """Return what of an index was here already: another platform, pulled before."""
+    def _stored_before(self, connection: Connection, digest: Digest) -> set[Digest]:
+        """Return the stored blobs of an index that was pulled before, for another platform."""
         found = images.look_up(connection, self._name)
         if found is None or found.digest != digest:
             return set()
@@ -279,22 +283,22 @@ class _Pull:
         return {blob.digest for blob in contents if blob.stored}
 
     def _fetch(self, blob: Descriptor, advance: Advance) -> None:
-        """Download a blob, or wait for another process that does, and hold it."""
+        """Download a blob, or wait for another process that downloads it, and hold it."""
         advance = blob_reporter(blob.digest, blob.size, self._blob_progress, advance)
         while True:
             try:
                 self._fetch_once(blob, advance)
             except single_flight.ClaimLost as error:
-                LOG.warning("%s", error)  # now it is for us to wait
+                LOG.warning("%s", error)  # another process took over, so wait for it
             else:
                 break
-        self._come[blob.digest] = blob.size
+        self._downloaded[blob.digest] = blob.size
 
     def _fetch_once(self, blob: Descriptor, advance: Advance) -> None:
-        """Do the same.
+        """Download a blob, or wait for another process that downloads it, and hold it.
 
         Raises:
-            ClaimLost: if another process has taken the download over.
+            ClaimLost: if another process has taken over the download.
         """
         directory = self._database.directory
         seen = done = 0
@@ -305,9 +309,9 @@ class _Pull:
 
         def sleep(seconds: float) -> None:
             nonlocal seen
-            there = self._source.wait(blob, seconds)
-            advance(there - seen)
-            seen = there
+            downloaded = self._source.wait(blob, seconds)
+            advance(downloaded - seen)
+            seen = downloaded
 
         def count(new: int) -> None:
             nonlocal done

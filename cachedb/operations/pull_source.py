@@ -1,7 +1,7 @@
-"""An image where it comes from: what its registries say of it, and the download of its blobs.
+"""Read an image at its registry and mirrors, and download its blobs.
 
-Nothing here needs the index. So a command begins to download while SQLAlchemy is imported and the cache is opened: what
-has no file in the cache is not stored, whatever the index says, and is surely wanted.
+Nothing here needs the index, so a command can start to download while SQLAlchemy is imported and the cache is opened.
+A blob without a file in the cache is not stored, whatever the index says, so it is safe to download it.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from cachedb.transports.registry.repository import Repository
 __all__ = ["AT_ONCE", "Root", "Source"]
 
 
-AT_ONCE = 4  # blobs that are downloaded at the same time
-_BYTES = 64 * 1024 * 1024  # of manifests, which are all in memory: those of a thousand platforms have far less
+AT_ONCE = 4  # parallel downloads
+_MANIFEST_BYTES = 64 * 1024 * 1024  # the limit for all manifests of an image, which are kept in memory
 
 T = TypeVar("T")
 
 
 class Root(NamedTuple):
-    """What a name points to."""
+    """The manifest or index that a name points to."""
 
     digest: Digest
     media_type: str
@@ -56,12 +56,12 @@ class Root(NamedTuple):
 
     @property
     def descriptor(self) -> Descriptor:
-        """The same as a manifest would name it."""
+        """The root as a descriptor."""
         return oci.root(self.digest, len(self.data), self.media_type)
 
 
 class Source:
-    """An image at its registry, and at the mirrors of that; a context manager. Usable from several threads."""
+    """An image at its registry and mirrors; a context manager, safe to use from several threads."""
 
     def __init__(
         self,
@@ -73,29 +73,30 @@ class Source:
         plain_http: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Nothing is sent yet.
+        """Create a source without sending anything.
 
         Args:
-            directory: of the cache.
-            name: of the image.
-            platform: ``os/architecture[/variant]``; the host's unless given.
-            all_platforms: of an index, what is wanted is all that it names.
-            plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
-            authfile: to take credentials from, instead of the files that podman and Docker keep.
+            directory: the cache directory.
+            name: the image's name.
+            platform: ``os/architecture[/variant]``; the default is the host's.
+            all_platforms: pull all children of an index.
+            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            authfile: a file of credentials; the default is those of podman and Docker.
         """
         self.name = name
         self.wanted = None if all_platforms else (platform or oci.host_platform())
         self.documents: dict[Digest, bytes] = {}
-        """The manifests and indexes that were asked for, and those that were here."""
+        """The bytes of the manifests and indexes read so far, from the registry or the cache."""
         places = [*mirrors(name), place(name, plain_http=plain_http)]
         self.repositories: Sequence[Repository] = [Repository(where, authfile=authfile) for where in places]
         self._directory = directory
-        self._once = Once()  # what the registry says
-        self._begun: threading.Thread | None = None
-        self._right = ExitStack()  # to pull it, while the index is not open yet
-        self._ended: dict[Digest, threading.Event] = {}  # downloads that were begun before the index was open
-        self._whole: dict[Digest, tuple[int, int, int] | None] = {}  # those that are all there, as `_mark` has them
-        self._failed: dict[Digest, CacheError] = {}  # those that cannot be had: who wants them next is told so
+        self._once = Once()  # the requests for manifests
+        self._thread: threading.Thread | None = None
+        self._claim = ExitStack()  # the claim on the pull, taken before the index is open
+        # The downloads that `begin` started: the event of their end, the fingerprints of complete files, and errors.
+        self._finished: dict[Digest, threading.Event] = {}
+        self._complete: dict[Digest, tuple[int, int, int] | None] = {}
+        self._failed: dict[Digest, CacheError] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -103,76 +104,81 @@ class Source:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stop_thread(self._begun, self.stop)
-        self.let_go()
+        stop_thread(self._thread, self.stop)
+        self.release_claim()
         self.close()
 
     def close(self) -> None:
-        """Close all connections; who asks again opens others."""
+        """Close all connections; a later request opens new ones."""
         for repository in self.repositories:
             repository.close()
 
     def stop(self) -> None:
-        """End what threads wait for, and let them ask no more."""
+        """Cancel running requests and refuse new ones."""
         for repository in self.repositories:
             repository.stop()
 
-    # What the registry says
+    # Manifests
 
     def ask(self, call: Callable[[Repository], T]) -> T:
-        """Ask one repository after the other, until one has an answer, and a good one."""
+        """Call a function with each repository, mirrors first, until one succeeds.
+
+        A mirror that lacks the image, or serves other content, is skipped.
+        """
         for repository in self.repositories[:-1]:
             with suppress(RegistryError, DigestMismatch, InvalidManifest):
                 return call(repository)
         return call(self.repositories[-1])
 
     def digest(self) -> Digest | None:
-        """Return the digest that the name points to, by one request at most; None if no registry says.
+        """Return the digest of the name, with at most one request per repository; None if the registry sends none.
 
         Raises:
-            RegistryError: if that cannot be had.
+            RegistryError: if the registry refuses or fails.
         """
         ask = lambda: self.ask(lambda repository: repository.digest(self.name.reference))  # noqa: E731
         return self.name.digest or self._once.run("digest", ask).result()
 
-    def root(self, said: Digest | None) -> Root:
-        """Return the manifest or index that the name points to, from the registry.
+    def root(self, expected: Digest | None) -> Root:
+        """Download the manifest or index of the name.
 
         Args:
-            said: the digest that it must have, if that is known.
+            expected: the digest it must have, if known.
 
         Raises:
-            RegistryError: if it cannot be had.
-            DigestMismatch: if what comes is something else.
+            RegistryError: if the registry refuses or fails.
+            DigestMismatch: if the content has another digest.
         """
 
         def fetch(repository: Repository) -> Root:
-            fetched = repository.manifest(said or self.name.reference)
-            like = said or fetched.digest
+            fetched = repository.manifest(expected or self.name.reference)
+            like = expected or fetched.digest
             digest = digest_of(fetched.data, like)
             if like not in (None, digest):
-                raise DigestMismatch(f"{self.name} should have digest {like}, and what comes has {digest}")
+                raise DigestMismatch(f"{self.name} should have digest {like}, and has {digest}")
             return Root(digest, oci.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
 
-        return self._once.run(("root", said), lambda: self.ask(fetch)).result()
+        return self._once.run(("root", expected), lambda: self.ask(fetch)).result()
 
     def child(self, blob: Descriptor, stored: Callable[[Digest], bytes | None]) -> bytes:
-        """Return a manifest that an index names: the one that is here, or else the registry's.
+        """Return the bytes of an index's child, from the cache or the registry.
 
         Args:
-            blob: as the index has it.
-            stored: returns the one that is here, if there is one.
+            blob: the child's descriptor.
+            stored: returns the bytes from the cache, or None.
 
         Raises:
-            RegistryError: if it cannot be had.
-            InvalidManifest: if it is too large, or all of them together are.
-            DigestMismatch: if what comes is something else.
+            RegistryError: if the registry refuses or fails.
+            InvalidManifest: if the child, or all manifests together, are too large.
+            DigestMismatch: if the content has another digest or size.
         """
         if blob.size > DOCUMENT_LIMIT:
-            raise InvalidManifest(f"manifest {blob.digest} is {blob.size} bytes; {DOCUMENT_LIMIT} at most are read")
+            raise InvalidManifest(
+                f"manifest {blob.digest} is {blob.size} bytes; more than {DOCUMENT_LIMIT} are refused"
+            )
         data = self.documents.get(blob.digest)
-        if data is None and sum(map(len, self.documents.values())) + blob.size > _BYTES:
-            raise InvalidManifest(f"{self.name} has manifests of more than {_BYTES} bytes in all")
+        if data is None and sum(map(len, self.documents.values())) + blob.size > _MANIFEST_BYTES:
+            raise InvalidManifest(f"{self.name} has manifests of more than {_MANIFEST_BYTES} bytes in all")
         if data is None:
             data = stored(blob.digest)
         if data is None:
@@ -182,10 +188,10 @@ class Source:
         return data
 
     def choose(self, children: list[Descriptor]) -> list[Descriptor]:
-        """Return those of an index's children that are for the platform that is wanted.
+        """Return the children of an index for the wanted platform.
 
         Raises:
-            NotInCache: if none is.
+            NotInCache: if there is none.
         """
         if self.wanted is None:
             return children
@@ -200,20 +206,20 @@ class Source:
     # Blobs
 
     def download(self, blob: Descriptor, advance: Advance) -> Content:
-        """Download a blob to where partial ones lie, from the first repository that has it; verified, and durable.
+        """Download a blob into ``ingest/partial``, verified and durable, from the first repository that has it.
 
-        One that was cut off is gone on with. To be called by who has the right to (`partial.key_of`).
+        An interrupted download resumes. The caller must have the claim on the blob (`downloads.key_of`).
 
         Raises:
-            RegistryError: if it cannot be had.
-            DigestMismatch: if what comes has another digest or size.
-            StorageError: if it cannot be written.
-            ClaimLost: if another process has taken the download over, as it came too slowly.
+            RegistryError: if the registry refuses or fails.
+            DigestMismatch: if the content has another digest or size.
+            StorageError: if the file cannot be written.
+            ClaimLost: if another process has taken over the download because it was too slow.
         """
         path, key = partial_path(self._directory, blob.digest), downloads.key_of(blob.digest)
         if failure := self._failed.pop(blob.digest, None):
             raise failure
-        if (mark := self._whole.get(blob.digest)) and mark == _mark(path):
+        if (mark := self._complete.get(blob.digest)) and mark == _fingerprint(path):
             advance(blob.size)
             return Content(blob.digest, blob.size, mark[0])
 
@@ -221,7 +227,7 @@ class Source:
             if not is_fast:
                 single_flight.check_claim(self._directory, key)
                 return
-            with suppress(single_flight.ClaimLost):  # whoever pulls the same waits for our blobs
+            with suppress(single_flight.ClaimLost):  # another process that pulls this image waits for our blobs
                 single_flight.show_progress(self._directory, self.key)
             single_flight.show_progress(self._directory, key)
 
@@ -234,21 +240,21 @@ class Source:
                 folders = Folders(self._directory)
                 folders.make("ingest/partial")
                 folder = stack.enter_context(folders.open("ingest/partial"))  # a link is refused
-            begun = downloads.begun(folder, path.name, blob.size)
+            has_part = downloads.begun(folder, path.name, blob.size)
             try:
                 return ask(folder)
             except DigestMismatch:
-                if not begun:
+                if not has_part:
                     raise
-                return ask(folder)  # it may have been the part that was here: a power cut can spoil it
+                return ask(folder)  # a power cut may have damaged the earlier part: start again without it
 
     def wait(self, blob: Descriptor, seconds: float) -> int:
-        """Wait for another thread or process that downloads a blob; return the bytes of it that are there by then."""
-        ended = self._ended.get(blob.digest)
-        if ended is None or ended.is_set():
+        """Wait for another thread or process that downloads a blob; return the bytes downloaded so far."""
+        finished = self._finished.get(blob.digest)
+        if finished is None or finished.is_set():
             time.sleep(seconds)
         else:
-            ended.wait(seconds)
+            finished.wait(seconds)
         with ignore_os_errors():
             return min(partial_path(self._directory, blob.digest).lstat().st_size, blob.size)
         return 0
@@ -256,7 +262,7 @@ class Source:
     # Before the index is open
 
     def _is_ours(self) -> bool:
-        """Return whether the directory is a cache that this user may write to; else opening it says why not."""
+        """Return whether the directory is a cache this user may write to; if not, opening it explains why."""
         with suppress(CacheError):
             folders = Folders(self._directory)
             folders.check_owner()
@@ -264,35 +270,35 @@ class Source:
         return False
 
     def begin(self) -> None:
-        """Begin to ask and to download in a thread, if the cache is there and nobody else pulls the same.
+        """Start downloading in a thread, if the cache exists and no other process pulls the image.
 
-        What fails, fails again for who wants it. Others who pull the same wait until this is pulled, or is left; this
-        thread, which would wait for itself, is refused.
+        Errors are kept and raised by the pull itself. Other processes that pull the image wait until the claim is
+        released. A second claim by this thread would deadlock, so it raises.
         """
-        with ignore_os_errors():  # of what cannot be looked at, or written to
+        with ignore_os_errors():  # a directory that cannot be used is reported when it is opened
             if (
                 (self._directory / "index.db").exists()
                 and self._is_ours()
-                and self._right.enter_context(single_flight.unless_made(self._directory, self.key))
+                and self._claim.enter_context(single_flight.unless_made(self._directory, self.key))
             ):
-                self._begun = threading.Thread(target=self._begin, daemon=True)
-                start(self._begun)  # or all of it is for whoever wants it
+                self._thread = threading.Thread(target=self._begin, daemon=True)
+                start(self._thread)  # if it cannot start, the pull does all the work
 
     @property
     def key(self) -> str:
-        """What `producing.once` knows the pull of the image by."""
+        """The key of the claim on the pull."""
         return f"pull {self.name}"
 
-    def let_go(self) -> None:
-        """Leave the right to pull the image, which `begin` may have taken, to whoever pulls it."""
-        self._right.close()
+    def release_claim(self) -> None:
+        """Release the claim on the pull that `begin` may have taken."""
+        self._claim.close()
 
     def _begin(self) -> None:
         with suppress(CacheError, OSError):
-            said = self.digest()
-            if said and self._has_file(said):
-                return  # it is for the index to say what is here of it
-            root = self.root(said)
+            digest = self.digest()
+            if digest and self._has_file(digest):
+                return  # the index is needed to find what is missing
+            root = self.root(digest)
             if self._has_file(root.digest):
                 return
             top = root.descriptor
@@ -305,34 +311,34 @@ class Source:
         return None if self._has_file(blob.digest) else self.child(blob, lambda _: None)
 
     def _begin_download(self, blob: Descriptor, advance: Advance) -> None:
-        """Download a blob, unless somebody does, or has."""
-        self._ended[blob.digest] = ended = threading.Event()
+        """Download a blob, unless it is stored or another process downloads it."""
+        self._finished[blob.digest] = finished = threading.Event()
         try:
             with (
                 suppress(CacheError, OSError),
-                single_flight.unless_made(self._directory, downloads.key_of(blob.digest)) as nobody,
+                single_flight.unless_made(self._directory, downloads.key_of(blob.digest)) as is_claimed,
             ):
-                if nobody and not self._has_file(blob.digest):
+                if is_claimed and not self._has_file(blob.digest):
                     try:
                         self.download(blob, advance)
-                        self._whole[blob.digest] = _mark(partial_path(self._directory, blob.digest))
+                        self._complete[blob.digest] = _fingerprint(partial_path(self._directory, blob.digest))
                     except (RegistryError, DigestMismatch) as error:
                         self._failed[blob.digest] = error
         finally:
-            ended.set()
+            finished.set()
 
     def _has_file(self, digest: Digest) -> bool:
         return blob_path(self._directory, digest).exists()
 
 
-class _Looking:
-    """What looks at every chunk of a download, those as well that were here before: they are read again."""
+class _ChunkObserver:
+    """Calls a function for every chunk of a download, including the earlier part, which is read again."""
 
     def __init__(self, look: Callable[[bool], None]) -> None:
         self._look = look
 
     def update(self, _data: memoryview, /) -> None:
-        """Note that a chunk came."""
+        """Report a chunk."""
         self._look(True)
 
 
@@ -344,7 +350,7 @@ def _download(
     advance: Advance,
     look: Callable[[bool], None],
 ) -> Content:
-    """Download a blob from one repository, or what a file in an open folder has not yet of it."""
+    """Download a blob from one repository to a file in an open folder, resuming a partial file."""
     look(False)
     done = downloads.begun(folder, file, blob.size)
     advance(done)
@@ -363,7 +369,7 @@ def _download(
             digest=blob.digest,
             size=blob.size,
             go_on=True,
-            also=_Looking(look),
+            also=_ChunkObserver(look),
             progress=count,
             what=f"blob {blob.digest}",
         )
@@ -371,7 +377,7 @@ def _download(
         advance(-done)
         raise
     except (RegistryError, DigestMismatch) as error:
-        advance(-done)  # the next one is asked from the beginning
+        advance(-done)  # the next repository starts from the beginning
         if not done or isinstance(error, DigestMismatch):
             discard(file, folder)
         raise
@@ -380,16 +386,16 @@ def _download(
 
 
 def _verified(blob: Descriptor, data: bytes) -> bytes:
-    """Return a manifest, if it is what another names."""
+    """Return a manifest's bytes; raise if they do not match the descriptor."""
     if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
-        raise DigestMismatch(f"manifest {blob.digest} should be {blob.size} bytes of that digest, and is not")
+        raise DigestMismatch(f"manifest {blob.digest}: the content has another digest or size")
     return data
 
 
-def _mark(path: Path) -> tuple[int, int, int] | None:
-    """Return what tells a file from another of its name, and from itself after it was written to."""
+def _fingerprint(path: Path) -> tuple[int, int, int] | None:
+    """Return a value that changes if the file is replaced or written to; None if it does not exist."""
     try:
         found = path.lstat()
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_size, found.st_ctime_ns  # which is another, too, once it has a second name
+    return found.st_ino, found.st_size, found.st_ctime_ns  # a hard link changes the ctime too

@@ -1,7 +1,7 @@
-"""Pushing: an image goes to a registry, and of it what is not there.
+"""Push an image to a registry, uploading only missing blobs.
 
-The blobs go first, then the manifests, each after those it names, and under the image's name last of all: whoever
-finds the name there finds all of the image.
+Blobs are uploaded first, then the manifests, each after those it references. The image's own manifest is last, so its
+name never points to an incomplete image.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ __all__ = ["Pushed", "push", "push_image"]
 
 
 class Pushed(NamedTuple):
-    """What a push has come to."""
+    """The result of a push."""
 
     name: Name  # at the registry
     digest: Digest  # of the manifest or index
     media_type: str
-    blobs: int  # that were uploaded
-    bytes: int  # of those
-    mounted: int  # blobs that the registry took from another of its repositories
-    existing: int  # blobs that it had already
+    blobs: int  # uploaded
+    bytes: int  # of the uploaded blobs
+    mounted: int  # blobs mounted from another repository of the registry
+    existing: int  # blobs the repository already had
 
 
 def push(
@@ -53,32 +53,33 @@ def push(
     progress: Progress | None = None,
     blob_progress: BlobProgress | None = None,
 ) -> Pushed:
-    """Send an image that is held and complete.
+    """Push an image, which the caller must hold.
 
     Args:
-        database: of the cache.
-        target: where it goes.
-        name: that it gets there.
-        closure: of its manifest or index, as far as it is here.
-        contents: what the image is associated with; what refers to it among that goes with it.
-        read: returns the bytes of a manifest, verified.
-        progress: is told how far it is, in bytes.
-        blob_progress: is told how far it is with each blob.
+        database: the index of the cache.
+        target: the repository to push to.
+        name: the name at the registry.
+        closure: of the image's manifest or index, as far as it is stored.
+        contents: the blobs of the image; referrers among them are pushed too.
+        read: returns the verified bytes of a manifest.
+        progress: called with the bytes done and the total.
+        blob_progress: called with the progress of each blob.
 
     Raises:
-        InvalidName: if the target is by another digest; nothing is sent then.
-        IncompleteImage: if the index names what is neither here nor at the registry; nor then.
-        DigestMismatch: if a manifest's file is damaged; nor then. If a blob's is, no manifest is sent.
-        StorageError: if a blob's file is gone, or was cut short.
-        RegistryError: if the registry does not take it.
+        InvalidName: if the name has another digest; nothing is sent.
+        IncompleteImage: if a manifest is neither stored nor at the registry; nothing is sent.
+        DigestMismatch: if a manifest's file is damaged (nothing is sent) or a blob's file is (no manifest is sent).
+        StorageError: if a blob's file is missing or too short.
+        RegistryError: if the registry refuses or fails.
     """
     root = closure.root
     if name.digest not in (None, root.digest):
         raise InvalidName(f"{name} cannot be the name of {root.digest}: its digest is another")
     repository = target.repository
-    blobs, documents = _with_referrers(closure, contents, read)
+    blobs, documents = _add_referrers(closure, contents, read)
+    # Divide by role: a manifest may also be a layer of another one.
     wanted = {blob.digest: blob for blob in blobs if _is_document(blob)}
-    parts = {blob.digest: blob for blob in blobs if not _is_document(blob)}  # a manifest can be some other's layer
+    parts = {blob.digest: blob for blob in blobs if not _is_document(blob)}
     for blob in wanted.values():
         if blob.digest not in documents and not repository.has("manifests", blob.digest):
             raise IncompleteImage(
@@ -97,11 +98,11 @@ def push(
     rest = sorted(parts.values(), key=lambda blob: -blob.size)
     advance = summed(sum(blob.size for blob in rest), progress)
     done = in_threads(send, rest, advance, threads=AT_ONCE, stop=repository.stop)
-    named = {
+    references = {
         digest: [child.digest for child in oci.descriptors(data, wanted[digest].media_type)]
         for digest, data in documents.items()
     }
-    for digest in TopologicalSorter(named).static_order():
+    for digest in TopologicalSorter(references).static_order():
         if digest in documents and digest != root.digest:
             repository.put_manifest(digest, wanted[digest].media_type, documents[digest])
     repository.put_manifest(name.reference, root.media_type, documents[root.digest])
@@ -122,10 +123,10 @@ def _is_document(blob: Descriptor) -> bool:
     return blob.role in ("manifest", "index")
 
 
-def _with_referrers(
+def _add_referrers(
     closure: oci.Closure, contents: Iterable[BlobInfo], read: Callable[[Digest], bytes]
 ) -> tuple[list[Descriptor], dict[Digest, bytes]]:
-    """Return the blobs of an image and of what refers to it, and the bytes of those manifests that are here."""
+    """Return the blobs of an image and of its stored referrers, and the bytes of the stored manifests in it."""
     blobs = closure.blobs
     documents = {blob.digest: closure.documents[blob.digest] for blob in blobs if blob.digest in closure.documents}
     attached = {

@@ -1,7 +1,7 @@
-"""Where images go: a repository at a registry, and the upload of what is not there.
+"""Upload blobs to the repository that an image is pushed to.
 
-Nothing here needs SQLAlchemy. So a command begins to upload while that is imported and the cache is opened: what the
-image had a moment ago, if all of it was here. Until a manifest names it a blob is of nobody's image.
+Nothing here needs SQLAlchemy, so a command can start to upload a complete image while SQLAlchemy is imported and the
+cache is opened. An uploaded blob belongs to no image until a manifest references it.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ __all__ = ["AT_ONCE", "Outcome", "Repositories", "Target"]
 
 
 Outcome = Literal["uploaded", "mounted", "existing"]
-"""How a blob came to be in a repository."""
+"""How a blob got into a repository."""
 
 Repositories = Callable[[Digest], Iterable[str]]
-"""Returns the repositories of images in the cache that have a blob."""
+"""Returns the repositories of the images in the cache that use a blob."""
 
-AT_ONCE = 4  # blobs that are asked for and sent at the same time
-_SOURCES = 3  # repositories that a blob is tried to be mounted from
-_NAP = 0.05  # seconds between two looks at how far another thread is
+AT_ONCE = 4  # parallel uploads
+_SOURCES = 3  # repositories to try to mount a blob from
+_POLL_SECONDS = 0.05  # between checks of another thread's progress
 
 
 class Target:
-    """A repository that images are pushed to; a context manager. Usable from several threads."""
+    """A repository that images are pushed to; a context manager, safe to use from several threads."""
 
     def __init__(
         self,
@@ -61,21 +61,21 @@ class Target:
         plain_http: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Nothing is sent yet.
+        """Create a target without sending anything.
 
         Args:
-            directory: of the cache.
-            name: that an image is to get.
-            plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
-            authfile: to take credentials from, instead of the files that podman and Docker keep.
+            directory: the cache directory.
+            name: the name at the registry.
+            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            authfile: a file of credentials; the default is those of podman and Docker.
         """
         self.name = name
         self.repository = Repository(place(name, plain_http=plain_http), authfile=authfile, push=True)
         self._directory = directory
         self._blobs = Once()
-        self._sent: dict[Digest, int] = {}  # bytes of those that are on their way
-        self._guard, self._told = threading.RLock(), set[Digest]()  # of which somebody has been told what came of it
-        self._begun: threading.Thread | None = None
+        self._sent: dict[Digest, int] = {}  # bytes sent by uploads that `begin` started
+        self._guard, self._reported = threading.RLock(), set[Digest]()  # blobs whose outcome was returned
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -83,24 +83,24 @@ class Target:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stop_thread(self._begun, self.repository.stop)
+        stop_thread(self._thread, self.repository.stop)
         self.repository.close()
 
     def send(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Outcome:
-        """See to it that the repository has a blob.
+        """Ensure that the repository has a blob: mount or upload it if necessary.
 
         Args:
-            blob: of the cache.
-            repositories: of images in the cache: where the registry has them, it may take the blob from there.
-            advance: is told of the bytes that are done.
+            blob: a stored blob.
+            repositories: returns the repositories of images that use the blob; it may be mounted from them.
+            advance: called with the bytes done.
 
         Returns:
-            What was done for that; ``existing`` to all but the first who asks.
+            How the blob got there; ``existing`` for all but the first call.
 
         Raises:
-            DigestMismatch: if its file has another content.
-            RegistryError: if the registry does not take it.
-            StorageError: if its file is gone, or was cut short.
+            DigestMismatch: if the blob's file has other content.
+            RegistryError: if the registry refuses or fails.
+            StorageError: if the blob's file is missing or too short.
         """
         seen = 0
 
@@ -110,23 +110,23 @@ class Target:
             advance(count)
 
         future = self._sending(blob, repositories, sent)
-        while wait([future], _NAP).not_done:
+        while wait([future], _POLL_SECONDS).not_done:
             sent(self._sent.get(blob.digest, 0) - seen)
         outcome = future.result()
         sent(blob.size - seen)
         with self._guard:
-            known = blob.digest in self._told
-            self._told.add(blob.digest)
+            known = blob.digest in self._reported
+            self._reported.add(blob.digest)
         return "existing" if known else outcome
 
     def _sending(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Future[Outcome]:
-        """Send a blob, unless another thread does; return what comes of it."""
-        return self._blobs.run(blob.digest, lambda: self._send(blob, repositories, advance), retry_if=_may_pass)
+        """Send a blob, unless another thread does; return the future of the outcome."""
+        return self._blobs.run(blob.digest, lambda: self._send(blob, repositories, advance), retry_if=_is_retryable)
 
     def _send(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Outcome:
         if self.repository.has("blobs", blob.digest):
             return "existing"
-        for source in self._elsewhere(repositories(blob.digest))[:_SOURCES]:
+        for source in self._mount_sources(repositories(blob.digest))[:_SOURCES]:
             if self.repository.mount(blob.digest, source):
                 return "mounted"
         try:
@@ -137,11 +137,11 @@ class Target:
             self.repository.put_blob(blob.digest, blob.size, file, advance)
         return "uploaded"
 
-    def _elsewhere(self, repositories: Iterable[str]) -> list[str]:
-        """Return the other repositories of the registry that these are, if they are what they were here."""
+    def _mount_sources(self, repositories: Iterable[str]) -> list[str]:
+        """Return the repositories of the same registry, to mount from, that correspond to these in the cache."""
         ours, found = self.repository.place, set[str]()
         for repository in repositories:
-            with suppress(InvalidName):  # a name for the cache alone
+            with suppress(InvalidName):  # a name that no registry can have
                 other = place(Name(repository, "latest"))
                 if other.registry == ours.registry:
                     found.add(other.repository)
@@ -150,21 +150,21 @@ class Target:
     # Before the index is open
 
     def begin(self, source: Name) -> None:
-        """Begin to upload the blobs of an image in a thread, if all of it is here.
+        """Start uploading the blobs of an image in a thread, if the image is complete.
 
-        What fails is told to who waits for it, and tried again for who comes later; unless the registry refuses it: it
-        is asked once, with the same credentials.
+        A failure is raised to callers of `send` that wait for the blob, and a later call retries. A refusal of the
+        registry is final, because a retry would use the same credentials.
 
         Args:
-            source: the image's name.
+            source: the image's name in the cache.
         """
-        with ignore_os_errors():  # of what cannot be looked at: who opens the cache says so
+        with ignore_os_errors():  # a directory that cannot be read is reported when it is opened
             if (self._directory / "index.db").exists():
-                self._begun = threading.Thread(target=self._begin, args=(source,), daemon=True)
-                start(self._begun)  # or all of it is for whoever wants it
+                self._thread = threading.Thread(target=self._begin, args=(source,), daemon=True)
+                start(self._thread)  # if it cannot start, the push does all the work
 
     def _begin(self, source: Name) -> None:
-        # A damaged index has values of any type: who opens it says so. Of a blob that fails, who waits for it is told.
+        # A damaged index may cause any error; opening the cache reports it. `send` reports blobs that fail.
         with suppress(Exception):
             blobs = sorted(self._contents(source), key=lambda blob: -blob.size)
             in_threads(self._begin_upload, blobs, lambda _: None, threads=AT_ONCE)
@@ -174,9 +174,9 @@ class Target:
 
         Raises:
             NotInCache: if there is no such image, or it cannot have the target's name.
-            IncompleteImage: if anything of it is not here.
+            IncompleteImage: if one of its blobs is missing.
         """
-        # In another schema it may be nothing to send: who opens the cache says what to do.
+        # With another schema this finds no rows; opening the cache reports that.
         rows = look(self._directory, CONTENTS, source.repository, source.reference, REVISION)
         if not rows or self.name.digest not in (None, rows[0][0]):
             raise NotInCache(str(source), name=source)
@@ -205,7 +205,7 @@ class Target:
         def count(new: int) -> None:
             self._sent[blob.digest] += new
 
-        self._sending(blob, self._repositories, count).result()  # after a failure the others need not be begun
+        self._sending(blob, self._repositories, count).result()  # raise a failure, so that no more uploads start
 
     def _repositories(self, digest: Digest) -> list[str]:
         with suppress(StorageError):
@@ -213,6 +213,6 @@ class Target:
         return []
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Say whether who comes later is to try again: not where the registry has refused."""
+def _is_retryable(error: BaseException) -> bool:
+    """Return whether a later call may retry after an error: not if the registry has refused."""
     return not isinstance(error, RegistryError) or isinstance(error, RegistryUnavailable)

@@ -1,4 +1,4 @@
-"""Sharing a cache with a group of users: who may write to its folders and files."""
+"""Share a cache with a group of users by changing the group and mode of its folders and files."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from cachedb.errors import CacheError, os_errors
 __all__ = ["share"]
 
 
-_FOLDER_MODE = 0o2770  # setgid: what is made in a folder belongs to the folder's group
+_FOLDER_MODE = 0o2770  # setgid: new files and folders get the folder's group
 _FILE_MODE = 0o660
 
 
 def share(folders: Folders, group: str | None = None) -> str:
-    """Let a group read and write a cache: its folders, its index and its lock files; blobs stay read-only.
+    """Let a group read and write a cache: its folders, index and lock files; blobs stay read-only.
 
-    What is made later follows the mode of its folder, whatever the umask. The mode of the cache directory says that the
-    cache is shared, so it is changed last: a cache that is shared half way is not shared.
+    Later files follow the mode of their folder, whatever the umask. The mode of the cache directory marks the cache as
+    shared. It is changed last, so an interrupted call leaves the cache unshared.
 
     Args:
-        folders: of the cache.
-        group: name or number of the group; by default the one that the directory has if it is shared already, else the
-            process's own.
+        folders: the folders of the cache.
+        group: name or number of the group; the default is the current group of a shared cache, else the process's.
 
     Returns:
         The name of the group.
 
     Raises:
         CacheError: if there is no such group.
-        StorageError: if this user does not own the cache, or is no member of the group.
+        StorageError: if this user does not own the cache, or is not a member of the group.
     """
     gid = _group_id(folders, group)
     with os_errors("share the cache"):
@@ -40,31 +39,31 @@ def share(folders: Folders, group: str | None = None) -> str:
             try:
                 with folders.open(name) as folder:
                     _share_files(folder, gid)
-                    _set(folder, gid, _FOLDER_MODE)
+                    _set_group_and_mode(folder, gid, _FOLDER_MODE)
             except FileNotFoundError:
-                pass  # it is made when it is needed
+                pass  # it is created when needed
         _share_files(folders.root, gid)
-        _set(folders.root, gid, _FOLDER_MODE)
+        _set_group_and_mode(folders.root, gid, _FOLDER_MODE)
     return _group_name(gid)
 
 
 def _share_files(folder: int, gid: int) -> None:
-    """Let the group write to the files in a folder that their owner may write to: not to blobs."""
+    """Let the group write to those files of a folder that their owner may write to, which excludes blobs."""
     for name in os.listdir(folder):
         try:
-            # Only to name it: to open and close the index would release SQLite's locks on it in this process.
+            # O_PATH, because opening and closing the index would release SQLite's locks of this process.
             file = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         except FileNotFoundError:
-            continue  # gone since
+            continue  # deleted meanwhile
         try:
             found = os.fstat(file)
             if stat.S_ISREG(found.st_mode) and found.st_mode & stat.S_IWUSR and found.st_nlink == 1:
-                _set(file, gid, _FILE_MODE)
+                _set_group_and_mode(file, gid, _FILE_MODE)
         finally:
             os.close(file)
 
 
-def _set(file: int, gid: int, mode: int) -> None:
+def _set_group_and_mode(file: int, gid: int, mode: int) -> None:
     found, path = os.fstat(file), f"/proc/self/fd/{file}"
     if found.st_gid != gid:
         os.chown(path, -1, gid)

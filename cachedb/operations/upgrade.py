@@ -41,13 +41,13 @@ from cachedb.oci.names import Name
 __all__ = ["Change", "Unread", "back_up", "backfill", "downgrade", "prepare", "upgrade"]
 
 
-# A transaction has as many images as take a few hundredths of a second of the write lock.
+# A batch holds the write lock for a few hundredths of a second.
 _BATCH = 50  # images
 _BATCH_SIZE = 1024 * 1024  # bytes of configs
 
 
 class Unread(NamedTuple):
-    """A config that could not be read for the columns of a newer schema."""
+    """A config that the backfill could not read."""
 
     name: Name  # of the image
     digest: Digest  # of the config
@@ -55,24 +55,24 @@ class Unread(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What an upgrade or a downgrade has done."""
+    """The result of an upgrade or a downgrade."""
 
     before: str | None
     after: str
-    backup: Path | None  # of the index as it was; None if nothing was changed
+    backup: Path | None  # of the old index; None if nothing was changed
     unread: list[Unread]
 
 
 def prepare(database: Database, *, upgrade: bool = False) -> None:
-    """Make the cache directory ready for work: create what is not there, at the newest schema.
+    """Prepare a cache directory: create what is missing, with the newest schema.
 
     Args:
-        database: of the directory.
-        upgrade: bring an older schema to the newest.
+        database: the index of the directory.
+        upgrade: upgrade an older schema.
 
     Raises:
-        NotACache: if the directory is something else.
-        DamagedIndex: if it has blobs, and no index or a damaged one.
+        NotACache: if the directory is not a cache and cannot become one.
+        DamagedIndex: if it has blobs, but no index or a damaged one.
         SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false.
     """
     revision = prepare_directory(database)
@@ -81,7 +81,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
             backfill(database)
         return
     if revision is not None and revision > REVISION:
-        with database.read():  # it says whether it is too new
+        with database.read():  # raises if the schema is too new
             return
     if revision is not None and not upgrade:
         raise mismatch(database.directory, revision)
@@ -90,7 +90,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
         found = database.revision()
         return found if found == REVISION else None
 
-    # Of many that come at once the first does it, and the others hold up nobody who writes by then.
+    # Of many processes one migrates; the others wait here and not at the write lock, so they delay no writer.
     with single_flight.once(database.directory, "schema", find, seconds=database.wait_seconds) as found:
         if found is None:
             migrate(database)
@@ -99,21 +99,20 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
 
 
 def upgrade(directory: Path, revision: str = "head", *, progress: Progress | None = None) -> Change:
-    """Bring a cache to a newer schema, also while other processes use it.
+    """Upgrade a cache to a newer schema; other processes may keep using it.
 
-    A backup of the index is made first. All migrations are one transaction; then, in batches beside the other
-    processes, what they need to know of images that are there is read from their configs. An upgrade that was cut off
-    there goes on with the next one.
+    The index is backed up first. All migrations are one transaction. Then a backfill reads the configs of existing
+    images in batches. An interrupted backfill is continued by the next upgrade.
 
     Args:
-        directory: of the cache; there must be one.
-        revision: to come to; ``head`` is the newest.
-        progress: is told what is being done.
+        directory: the directory of an existing cache.
+        revision: the new schema; ``head`` is the newest.
+        progress: called with the stage, the amount done and the total.
 
     Raises:
         NotInCache: if there is no cache.
         InvalidRevision: if there is no such revision.
-        SchemaMismatch: if the cache has a newer one.
+        SchemaMismatch: if the cache has a newer schema.
         StorageError: if the disk is too full, before anything is changed.
     """
     check_functions(progress=progress)
@@ -131,17 +130,17 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
 
 
 def downgrade(directory: Path, revision: str, *, progress: Progress | None = None) -> Change:
-    """Take a cache back to an older schema, for an older release; this one will not work with it then.
+    """Downgrade a cache to the schema of an older release; this release refuses the cache afterwards.
 
     Args:
-        directory: of the cache.
-        revision: to come to; ``-1`` is the one before the cache's.
-        progress: is told what is being done.
+        directory: the cache directory.
+        revision: the new schema; ``-1`` is the one before the current schema.
+        progress: called with the stage, the amount done and the total.
 
     Raises:
         NotInCache: if there is no cache.
         InvalidRevision: if there is no such revision.
-        SchemaMismatch: if the cache has an older one, or one that this release does not know.
+        SchemaMismatch: if the cache has an older schema, or one that this release does not know.
         StorageError: if the disk is too full, before anything is changed.
     """
     check_functions(progress=progress)
@@ -160,20 +159,20 @@ def downgrade(directory: Path, revision: str, *, progress: Progress | None = Non
 
 
 def back_up(directory: Path, file: Path | None = None, *, progress: Progress | None = None) -> Path:
-    """Make a copy of the index, also while other processes write to it; what it has is of one moment.
+    """Back up the index as of one moment; other processes may keep writing.
 
     Args:
-        directory: of the cache.
-        file: where to; by default a new one in ``backups/``, which is kept until a person deletes it.
-        progress: is told how far it is, in bytes.
+        directory: the cache directory.
+        file: the new file; the default is one in ``backups/``, which is never deleted automatically.
+        progress: called with the stage, the bytes done and the total.
 
     Returns:
-        Where the copy is.
+        The path of the backup.
 
     Raises:
         NotInCache: if there is no cache.
-        CacheError: if the file is there already, or its folder is not, or is one of the cache's and not ``backups/``.
-        StorageError: if it cannot be written.
+        CacheError: if the file exists, its folder does not, or it is inside the cache but not in ``backups/``.
+        StorageError: if the file cannot be written.
     """
     check_functions(progress=progress)
     progress = progress and callers_own(progress)
@@ -189,7 +188,7 @@ def _check_place(directory: Path, file: Path) -> None:
     with os_errors("make a backup of the index"):
         with suppress(FileNotFoundError):
             file.lstat()
-            raise CacheError(f"{str(file)!r} exists: name another file")
+            raise CacheError(f"{str(file)!r} already exists: name another file")
         if not file.parent.exists():
             raise CacheError(f"there is no folder for {str(file)!r}: make {str(file.parent)!r} first")
         folder, cache = file.parent.resolve(), directory.resolve()
@@ -198,20 +197,20 @@ def _check_place(directory: Path, file: Path) -> None:
 
 
 def backfill(database: Database, progress: Progress | None = None) -> list[Unread]:
-    """Do what the migrations have left to be done in batches; return the configs that could not be read."""
+    """Do the pending backfill of migrations; return the configs that could not be read."""
     try:
         return _read_configs(database, progress)
     except IntegrityError as error:
         raise StorageError(
-            f"the schema is {REVISION}, but not all configs are read, for SQLite refused a row: {error.orig}; "
-            "`cachedb db upgrade` goes on with them"
+            f"the schema is {REVISION}, but the backfill stopped because SQLite refused a row: {error.orig}: "
+            "continue it with `cachedb db upgrade`"
         ) from error
 
 
 def _read_configs(database: Database, progress: Progress | None) -> list[Unread]:
-    """Read the configs of the images that were there before, beside other processes, from where it was left.
+    """Backfill images from their configs in batches, starting where the last backfill stopped.
 
-    They are read without the write lock. What an image has by the time that the lock is there is looked at under it.
+    Configs are read without the write lock. Under the lock, each image is looked up again.
     """
     unread: list[Unread] = []
     with database.read() as connection:
@@ -221,12 +220,12 @@ def _read_configs(database: Database, progress: Progress | None) -> list[Unread]
         with database.read() as connection:
             begin = descriptions.backfilled(connection)
             if begin is None:
-                break  # maybe another process came to the end of it
+                break  # another process may have finished it
             last, digests = _next_batch(connection, begin)
         known = describe.read_ahead(database.directory, digests)
         with database.write() as connection:
             if descriptions.backfilled(connection) != begin:
-                continue  # another process has done these
+                continue  # another process has done this batch
             query = select(IMAGES.c.id, IMAGES.c.repository, IMAGES.c.reference).where(
                 IMAGES.c.id > begin, IMAGES.c.id <= last
             )
@@ -245,7 +244,7 @@ def _read_configs(database: Database, progress: Progress | None) -> list[Unread]
 
 
 def _next_batch(connection: Connection, begin: int) -> tuple[int, set[Digest]]:
-    """Return the last of the images that are next, or ``begin`` if there are none, and what configs they have."""
+    """Return the last image id of the next batch (``begin`` if it is empty), and the digests of its configs."""
     query = select(IMAGES.c.id).where(IMAGES.c.id > begin).order_by(IMAGES.c.id).limit(_BATCH)
     last, digests, size = begin, set[Digest](), 0
     for image_id in connection.execute(query).scalars().all():

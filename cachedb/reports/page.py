@@ -134,7 +134,7 @@ def _totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[
         "SELECT count(*) AS missing_blobs, coalesce(sum(size), 0) AS missing "
         "FROM (SELECT DISTINCT digest, size FROM missing_blobs) AS m",
         "SELECT coalesce(sum(saved_size), 0) AS saved_by_layers FROM shared_layers",
-        "SELECT count(DISTINCT blob_id) AS layers FROM image_blobs WHERE role = 'layer'",  # = rows of the view
+        "SELECT count(DISTINCT blob_id) AS layers FROM image_blobs WHERE role = 'layer'",  # as in the view
     ):
         totals.update(connection.execute(text(query)).mappings().one())
     return totals

@@ -324,7 +324,7 @@ def test_a_manifest_that_refers_is_asked_for_once(cache: Cache, remote: Registry
 def test_manifests_that_fill_the_memory_are_refused(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cachedb.operations.pull_source._BYTES", 10_000)
+    monkeypatch.setattr("cachedb.operations.pull_source._MANIFEST_BYTES", 10_000)
     name = listing(remote, *(referrer(FIRST.manifest, bytes([number])) for number in range(30)))
     with pytest.raises(InvalidManifest, match="more than 10000 bytes in all"):
         cache.pull(name, referrers=True)

@@ -194,7 +194,7 @@ def test_a_rebuilding_that_lost_the_lock_loses_no_write(
     save(cache, "app:1", APP)
     monkeypatch.setattr(rebuild, "find_faults", lambda _: ["a fault"])
     with pytest.raises(CacheReplaced, match="the index was not replaced: try again"):
-        rebuild.rebuild(index, tmp_path / "new")
+        rebuild.rebuild(index, cache._session.new_folder())
     assert names(cache) == ["acknowledged:1", "app:1"]
 
 

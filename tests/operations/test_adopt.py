@@ -158,7 +158,7 @@ def test_a_move_leaves_nothing_but_what_was_left_out(cache: Cache, old: Path) ->
 
 def test_a_move_goes_on_where_it_was_cut_off(cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(adopt._Adopter, "_take_away", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(adopt._Adopter, "_delete_adopted", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             cache.adopt(old, how="move")
     assert blob_of(old, FIRST.config).exists()
@@ -182,7 +182,7 @@ def test_a_move_takes_nothing_away_of_which_the_copy_here_is_bad(cache: Cache, o
 def test_a_move_takes_nothing_away_that_is_not_here_any_more(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adopt._Adopter, "_look_for_lost", lambda self: cache.remove_manifest("app:1"))
+    monkeypatch.setattr(adopt._Adopter, "_leave_out_lost", lambda self: cache.remove_manifest("app:1"))
     cache.adopt(old, how="move")
     own = FIRST.layers[1]  # which no other image has
     assert blob_of(old, own).read_bytes() == own
@@ -519,7 +519,7 @@ def test_what_is_removed_and_collected_meanwhile_comes_again(
 
     later: list[str] = []
     removed: list[str] = []
-    bring = adopt._Adopter._bring
+    bring = adopt._Adopter._adopt_part
 
     def bring_and_remove(self: Any, *arguments: Any) -> None:
         bring(self, *arguments)
@@ -528,7 +528,7 @@ def test_what_is_removed_and_collected_meanwhile_comes_again(
             cache.remove_manifest(removed[-1])
 
     monkeypatch.setattr(adopt._Adopter, "_save", saved)
-    monkeypatch.setattr(adopt._Adopter, "_bring", bring_and_remove)
+    monkeypatch.setattr(adopt._Adopter, "_adopt_part", bring_and_remove)
     cache.adopt(old)
     assert removed == ["app:1"]
     assert_is_here(cache, "app:2", IMAGES["app/2"])  # which shares a layer with the one that was removed
@@ -538,7 +538,7 @@ def test_a_failure_leaves_what_was_done_and_nothing_half_done(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adopt, "_TOGETHER", 1)
-    receive, bring, first = adopt._Adopter._receive, adopt._Adopter._bring, threading.Event()
+    receive, bring, first = adopt._Adopter._receive, adopt._Adopter._adopt_part, threading.Event()
 
     def brought(self: Any, part: Any, *arguments: Any) -> None:
         bring(self, part, *arguments)
@@ -551,7 +551,7 @@ def test_a_failure_leaves_what_was_done_and_nothing_half_done(
         receive(self, received, digest, advance)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adopt._Adopter, "_bring", brought)
+        patch.setattr(adopt._Adopter, "_adopt_part", brought)
         patch.setattr(adopt._Adopter, "_receive", full)
         with pytest.raises(StorageError, match="no space"):
             cache.adopt(old)

@@ -54,8 +54,8 @@ def begun(directory: Path, name: str, **options: str) -> Source:
     """A source whose thread has come to its end."""
     source = Source(directory, Name.parse(name), **options)  # type: ignore[arg-type]
     source.begin()
-    assert source._begun is not None
-    source._begun.join(60)
+    assert source._thread is not None
+    source._thread.join(60)
     return source
 
 
@@ -123,7 +123,7 @@ def test_many_images_are_pulled_with_the_connections_of_one(made: Path, remote: 
 def test_nothing_is_begun_where_there_is_no_cache_yet(directory: Path, remote: Registry) -> None:
     with Source(directory, Name.parse(f"{remote.host}/app:1")) as source:
         source.begin()
-        assert source._begun is None
+        assert source._thread is None
     assert (asked(remote), directory.exists()) == ([], False)
 
 
@@ -170,7 +170,7 @@ def test_an_index_of_manifests_that_memory_has_no_room_for_is_refused(
     children = FIRST, ARM, ODD
     remote.add_index(make.index(*children), "several", "1", children)
     name = f"{remote.host}/several:1"
-    monkeypatch.setattr("cachedb.operations.pull_source._BYTES", len(FIRST.manifest) + len(ARM.manifest))
+    monkeypatch.setattr("cachedb.operations.pull_source._MANIFEST_BYTES", len(FIRST.manifest) + len(ARM.manifest))
     with Cache.open(made) as cache, pytest.raises(InvalidManifest, match="has manifests of more than"):
         cache.pull(name, all_platforms=True)
 
@@ -239,7 +239,7 @@ def test_nothing_is_begun_while_others_pull_the_same(made: Path, remote: Registr
     with Source(made, Name.parse(name)) as first, Source(made, Name.parse(name)) as second:
         first.begin()
         second.begin()
-        assert second._begun is None
+        assert second._thread is None
         with Cache.open(made) as cache:
             cache.pull(first)
             cache.pull(second)
@@ -282,7 +282,7 @@ def test_an_end_is_not_held_up_by_what_was_begun(made: Path, remote: Registry) -
         while not partial_path(made, LAYER).exists():
             time.sleep(0.01)
     assert time.monotonic() - before < 20
-    assert not source._begun or not source._begun.is_alive()
+    assert not source._thread or not source._thread.is_alive()
 
 
 def test_if_missing_asks_for_nothing_that_is_here(made: Path, remote: Registry, cachedb: Run) -> None:

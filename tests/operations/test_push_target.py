@@ -59,8 +59,8 @@ def begun(directory: Path, source: str, name: str) -> Target:
     """A target whose thread has come to its end."""
     there = Target(directory, Name.parse(name))
     there.begin(Name.parse(source))
-    assert there._begun is not None
-    there._begun.join(60)
+    assert there._thread is not None
+    there._thread.join(60)
     return there
 
 
@@ -200,7 +200,7 @@ def test_what_is_in_the_wal_alone_is_begun_and_stays_there(directory: Path, remo
 def test_nothing_is_begun_where_there_is_no_cache(directory: Path, remote: Registry) -> None:
     with Target(directory, Name.parse(f"{remote.host}/it:1")) as there:
         there.begin(Name.parse("app:1"))
-        assert there._begun is None
+        assert there._thread is None
     assert not directory.exists()
 
 
@@ -274,7 +274,7 @@ def test_an_end_is_not_held_up_by_what_was_begun(made: Path, remote: Registry) -
         while not there._sent.get(LAYER, 0):  # type: ignore[call-overload]
             time.sleep(0.01)
     assert time.monotonic() - before < 15
-    assert not there._begun or not there._begun.is_alive()
+    assert not there._thread or not there._thread.is_alive()
 
 
 def test_an_interrupt_before_its_thread_runs_is_no_other_error(
@@ -321,8 +321,8 @@ def test_two_do_not_send_the_same_blob(made: Path, remote: Registry, monkeypatch
         there.begin(Name.parse("large:1"))
         assert cache.push("large:1", there).blobs == 2
         looked.set()
-        assert there._begun
-        there._begun.join(30)
+        assert there._thread
+        there._thread.join(30)
     assert len(sent(remote)) == 2
 
 

@@ -807,7 +807,7 @@ def test_a_damaged_index_is_rebuilt_though_a_folder_is_gone_as_well(made: Path) 
 
 def test_a_time_that_is_none_is_damage(made: Path) -> None:
     change(made, "UPDATE images SET created_at = '2026-99-99T00:00:00.000000Z' WHERE id = 1")
-    with Cache.open(made) as cache, pytest.raises(DamagedIndex, match="for a time"):
+    with Cache.open(made) as cache, pytest.raises(DamagedIndex, match="has the invalid time"):
         cache.list_manifests()
     repaired(made)
     check(made)

@@ -946,7 +946,7 @@ def test_a_backup_is_of_one_moment_while_others_write(cache: Cache, tmp_path: Pa
         assert shell.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert shell.execute("PRAGMA foreign_key_check").fetchall() == []
         shell.close()
-    with pytest.raises(CacheError, match="exists: name another file"):
+    with pytest.raises(CacheError, match="already exists: name another file"):
         upgrade.back_up(cache.directory, copies[0])
 
 
