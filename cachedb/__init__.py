@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from cachedb.disk.folders import Leftover as Leftover
     from cachedb.disk.writer import Data as Data
     from cachedb.index.holds import HoldInfo as HoldInfo
-    from cachedb.index.images import BlobInfo as BlobInfo
-    from cachedb.index.images import ImageDetails as ImageDetails
-    from cachedb.index.images import ImageInfo as ImageInfo
-    from cachedb.index.images import PlatformInfo as PlatformInfo
+    from cachedb.index.records import BlobInfo as BlobInfo
+    from cachedb.index.records import ImageDetails as ImageDetails
+    from cachedb.index.records import ImageInfo as ImageInfo
+    from cachedb.index.records import PlatformInfo as PlatformInfo
     from cachedb.index.sqlite.query import Answer as Answer
     from cachedb.oci.digests import Digest as Digest
     from cachedb.oci.names import Name as Name
@@ -54,7 +54,7 @@ _HOMES = {
     "Activity": "cachedb.reports.sessions",
     "Adoption": "cachedb.operations.adopt",
     "Answer": "cachedb.index.sqlite.query",
-    "BlobInfo": "cachedb.index.images",
+    "BlobInfo": "cachedb.index.records",
     "BlobProgress": "cachedb.progress",
     "Cache": "cachedb.cache",
     "Collected": "cachedb.content.collect",
@@ -62,13 +62,13 @@ _HOMES = {
     "Data": "cachedb.disk.writer",
     "Digest": "cachedb.oci.digests",
     "HoldInfo": "cachedb.index.holds",
-    "ImageDetails": "cachedb.index.images",
-    "ImageInfo": "cachedb.index.images",
+    "ImageDetails": "cachedb.index.records",
+    "ImageInfo": "cachedb.index.records",
     "ImageUsage": "cachedb.reports.usage",
     "LeftOut": "cachedb.transports.json_cache",
     "Leftover": "cachedb.disk.folders",
     "Name": "cachedb.oci.names",
-    "PlatformInfo": "cachedb.index.images",
+    "PlatformInfo": "cachedb.index.records",
     "Problem": "cachedb.operations.verify",
     "Progress": "cachedb.progress",
     "Pulled": "cachedb.operations.pull",

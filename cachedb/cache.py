@@ -41,7 +41,7 @@ from cachedb.errors import (
 )
 from cachedb.index import blobs, descriptions, holds, images
 from cachedb.index.holds import HoldInfo
-from cachedb.index.images import BlobInfo, ImageDetails, ImageInfo, PlatformInfo
+from cachedb.index.records import BlobInfo, ImageDetails, ImageInfo, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import BLOBS
 from cachedb.oci.digests import Algorithm, Digest, parse_digest

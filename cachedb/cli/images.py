@@ -14,7 +14,7 @@ from cachedb.errors import (
 from cachedb.text import cut, human, short
 
 if TYPE_CHECKING:
-    from cachedb.index.images import ImageInfo, PlatformInfo
+    from cachedb.index.records import ImageInfo, PlatformInfo
 
 from cachedb.cli.context import open_cache
 from cachedb.cli.options import NAME, NAME_OR_DIGEST, dry_run_option, format_examples, format_option, quiet_option

@@ -15,7 +15,7 @@ from cachedb.text import ago, human, printable, short
 
 if TYPE_CHECKING:
     from cachedb.content.collect import Collected
-    from cachedb.index.images import ImageInfo
+    from cachedb.index.records import ImageInfo
 
 
 __all__ = ["ROW_FORMATS", "print_collected", "print_images", "print_json", "print_rows", "print_table"]

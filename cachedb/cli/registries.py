@@ -12,7 +12,7 @@ from cachedb.cli.output import print_json, print_table
 from cachedb.text import human, printable, short
 
 if TYPE_CHECKING:
-    from cachedb.index.images import ImageInfo
+    from cachedb.index.records import ImageInfo
     from cachedb.operations.push import Pushed
 
 from cachedb.cli.context import cache_directory, open_cache

@@ -8,7 +8,7 @@ from cachedb import oci
 from cachedb.disk.reader import open_blob
 from cachedb.errors import DigestMismatch, NotInCache, StorageError, os_errors
 from cachedb.index import images
-from cachedb.index.images import BlobInfo, ImageInfo
+from cachedb.index.records import BlobInfo, ImageInfo
 from cachedb.oci import Closure
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.names import Name

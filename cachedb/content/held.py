@@ -11,7 +11,7 @@ from cachedb.content.publish import give_up, let_go
 from cachedb.content.session import NO_HOLD, Session
 from cachedb.errors import CacheError, NotInCache
 from cachedb.index import blobs, holds, images
-from cachedb.index.images import BlobInfo, ImageInfo
+from cachedb.index.records import BlobInfo, ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest, parse_digest
 from cachedb.oci.names import Name

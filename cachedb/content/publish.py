@@ -31,8 +31,9 @@ from cachedb.errors import (
     os_errors,
 )
 from cachedb.index.blobs import set_stored, stored
-from cachedb.index.images import ImageInfo, is_associated
 from cachedb.index.images import image as read_image
+from cachedb.index.images import is_associated
+from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import (

@@ -29,9 +29,6 @@ from cachedb.errors import (
 from cachedb.index import blobs as blob_rows
 from cachedb.index import descriptions
 from cachedb.index.images import (
-    BlobRow,
-    ImageDetails,
-    PlatformInfo,
     copied_associations,
     find,
     image_blobs,
@@ -46,6 +43,7 @@ from cachedb.index.images import (
     without_associations,
 )
 from cachedb.index.images import image as read_image
+from cachedb.index.records import BlobRow, ImageDetails, PlatformInfo
 from cachedb.index.sqlite.batches import batched
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.oci.digests import Digest

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import (
     Connection,
@@ -35,6 +35,7 @@ from cachedb.errors import (
     NotInCache,
 )
 from cachedb.index import descriptions
+from cachedb.index.records import BlobInfo, BlobRow, Found, ImageInfo
 from cachedb.index.sqlite.batches import batched
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES, UtcTime
@@ -47,11 +48,6 @@ from cachedb.oci.manifests import (
 from cachedb.oci.names import Name
 
 __all__ = [
-    "BlobInfo",
-    "BlobRow",
-    "ImageDetails",
-    "ImageInfo",
-    "PlatformInfo",
     "blobs_of",
     "copied_associations",
     "count_incomplete",
@@ -81,35 +77,6 @@ __all__ = [
 _ASSOCIATION_COLUMNS = ("position", "blob_id", "role", "media_type", "diff_id", "created_by")
 
 
-class ImageInfo(NamedTuple):
-    """An image in the cache."""
-
-    repository: str
-    reference: str  # a tag or a digest
-    digest: Digest  # of the manifest or index
-    media_type: str  # of the manifest or index
-    size: int  # bytes of all its blobs, each counted once
-    complete: bool  # whether all its blobs are stored
-    created_at: datetime  # UTC; when the name began to point to this manifest
-    last_used_at: datetime  # UTC
-    # From the config; for several platforms, the values on which all of them agree.
-    architecture: str | None
-    os: str | None
-    variant: str | None
-    created: datetime | None  # UTC; when it was built
-    author: str | None
-
-    @property
-    def name(self) -> Name:
-        """The image's name."""
-        return Name(self.repository, self.reference)
-
-    @property
-    def platform(self) -> str:
-        """``os/architecture[/variant]``, without unknown parts."""
-        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
-
-
 _IMAGE_COLUMNS = (
     IMAGES.c.created_at,
     IMAGES.c.last_used_at,
@@ -120,61 +87,6 @@ _IMAGE_COLUMNS = (
     IMAGES.c.author,
 )
 """The last columns of an `ImageInfo`."""
-
-
-class BlobInfo(NamedTuple):
-    """A blob of an image."""
-
-    digest: Digest
-    size: int  # bytes
-    role: str  # manifest, index, config, layer or other
-    media_type: str
-    position: int  # in the image; the manifest or index is at 0
-    stored: bool
-    compressed: bool
-    path: Path | None  # the file, if stored; hold the image to keep the path valid
-    diff_id: Digest | None  # for a layer: the digest before compression, from the config
-    created_by: str | None  # for a layer: the command that created it, from the config
-
-    @property
-    def is_config(self) -> bool:
-        """Whether the blob is an image's config."""
-        return self.role == "config"
-
-
-class PlatformInfo(NamedTuple):
-    """A child of an image's index."""
-
-    platform: str | None  # os/architecture[/variant], if the index states it
-    digest: Digest  # of the manifest, or of a nested index
-    complete: bool  # whether the child and all its blobs are stored
-
-
-class BlobRow(NamedTuple):
-    """A blob's row."""
-
-    id: int
-    size: int  # bytes
-    stored: bool
-
-
-class ImageDetails(NamedTuple):
-    """An image with its blobs, labels and platforms, read at one moment."""
-
-    image: ImageInfo
-    blobs: list[BlobInfo]  # in the order of their positions
-    labels: dict[str, str]
-    platforms: list[PlatformInfo]  # the children of its index; empty without an index
-
-
-class Found(NamedTuple):
-    """An image's row."""
-
-    id: int
-    manifest_id: int
-    digest: Digest
-    media_type: str
-    some_platforms: int | None  # 1 if only some platforms of its index were saved
 
 
 _FOUND = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type, IMAGES.c.some_platforms)

@@ -31,8 +31,9 @@ from cachedb.errors import (
     ignore_os_errors,
     os_errors,
 )
-from cachedb.index.images import ImageInfo, image_blobs, look_up, look_up_all
+from cachedb.index.images import image_blobs, look_up, look_up_all
 from cachedb.index.images import images as stored_images
+from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.batches import batched
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest

@@ -16,7 +16,7 @@ from cachedb.content.session import Hold, Session
 from cachedb.disk.writer import Received
 from cachedb.errors import CacheError, os_errors
 from cachedb.index import images
-from cachedb.index.images import ImageInfo
+from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name

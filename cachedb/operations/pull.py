@@ -31,7 +31,7 @@ from cachedb.errors import (
 )
 from cachedb.index import images
 from cachedb.index.blobs import stored
-from cachedb.index.images import ImageInfo
+from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor

@@ -18,7 +18,7 @@ from cachedb.content.held import held
 from cachedb.content.session import Session
 from cachedb.errors import IncompleteImage, InvalidName
 from cachedb.index import images
-from cachedb.index.images import BlobInfo
+from cachedb.index.records import BlobInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor

@@ -357,7 +357,8 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
         import os, sys, threading, time
         from pathlib import Path
         from sqlalchemy import select
-        from cachedb.index.sqlite import database, lookups
+        from cachedb.index.sqlite import lookups
+        from cachedb.index.sqlite import database
         from cachedb.disk import locks
         from cachedb.index.tables import TRASH
 
