@@ -206,7 +206,7 @@ def _file_system(folder: int) -> str:
 
 def _boot() -> str | None:
     with suppress(OSError):
-        return _BOOT_ID.read_text(encoding="ascii").strip()
+        return _BOOT_ID.read_text(encoding="utf-8").strip()
     return None
 
 

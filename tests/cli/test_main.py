@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -301,10 +302,15 @@ def test_an_interrupted_import_leaves_the_cache_as_it_was(
     assert process.stdin is not None
     process.stdin.write(archive.read_bytes()[:1024])
     process.stdin.flush()
-    spool = f"{directory}/ingest/"  # where the archive is kept, in a file without a name
-    assert eventually(
-        lambda: any(os.readlink(file).startswith(spool) for file in Path(f"/proc/{process.pid}/fd").iterdir())
-    )
+
+    def has_spool() -> bool:
+        """Whether the archive is being kept, in a file without a name."""
+        with suppress(FileNotFoundError):
+            files = Path(f"/proc/{process.pid}/fd").iterdir()
+            return any(os.readlink(file).startswith(f"{directory}/ingest/") for file in files)
+        return False
+
+    assert eventually(has_spool)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
