@@ -240,7 +240,7 @@ NONE = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []})
 
 
 def test_pages_of_referrers_have_an_end(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachedb.transports.registry.repository._REFERRERS", 20)
+    monkeypatch.setattr("cachedb.transports.registry.repository._MAX_REFERRERS", 20)
     name = remote.add(FIRST, "app", "1")
     more = {"Content-Type": OCI_INDEX, "Link": f'</v2/app/referrers/{FIRST.digest}>; rel="next"'}
     remote.fault(answer(200, more, NONE), path="/referrers/", times=100)
