@@ -819,7 +819,9 @@ def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> N
         assert (revision_of(old), backups_in(old)) == ("0001", [])
         change(old, "DROP TRIGGER mine")
     change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON images {refuse.format('ABORT')}")
-    with pytest.raises(StorageError, match=r"schema is 0005, but .* not on a Friday: continue it with `cachedb db upgrade`"):
+    with pytest.raises(
+        StorageError, match=r"schema is 0005, but .* not on a Friday: continue it with `cachedb db upgrade`"
+    ):
         upgrade.upgrade(old)
     with pytest.raises(StorageError, match="not on a Friday"):
         Cache.open(old, upgrade=True)
