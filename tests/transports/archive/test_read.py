@@ -973,7 +973,7 @@ def test_whatever_stands_anywhere_in_a_document_it_is_read_or_refused(tmp_path: 
 
 def test_a_value_that_is_nested_too_deep_to_be_written_out_is_refused(kept: Cache) -> None:
     manifest = b'{"schemaVersion":2,"layers":[],"config":{"size":' + b"[" * 900 + b"]" * 900 + b"}}"
-    assert "its size" in refuse(kept, tar_file(oci_of(manifest)), InvalidManifest)
+    assert "the invalid size" in refuse(kept, tar_file(oci_of(manifest)), InvalidManifest)
 
 
 # What is refused: content
