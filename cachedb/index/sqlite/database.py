@@ -493,12 +493,12 @@ class Database:
         with ExitStack() as stack:
             stack.enter_context(locks.unforked())
             connection = stack.enter_context(self._engine.connect())
-            if schema:
-                stack.callback(connection.invalidate)
+            driver = driver_of(connection)
+            with sqlite_errors(self.path, self.directory):
                 # Neither can be changed in a transaction; the first stays with the file.
-                driver = driver_of(connection)
-                with sqlite_errors(self.path, self.directory):
-                    ensure_wal(driver)
+                ensure_wal(driver)
+                if schema:
+                    stack.callback(connection.invalidate)
                     driver.execute("PRAGMA foreign_keys = OFF")
             stack.enter_context(transaction(immediate(connection), turn, _cache_connection(connection).check_memory))
             yield connection

@@ -29,7 +29,6 @@ def transaction(connection: Connection, turn: locks.Turn, check_files: Callable[
         turn: the write lock, as it is held.
         check_files: raises before the commit if the index's files were removed.
     """
-    ensure_wal(driver_of(connection))
     if turn.marked:
         with connection.begin():
             # A newer schema is for newer releases to write to.
