@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 PYTHONS = nox.project.python_versions(nox.project.load_toml(CHECKOUT / "pyproject.toml"))
 """Those that the classifiers name. One that is missing fails the run on CI, and is skipped elsewhere."""
 NEXT = ["3.14"]  # not claimed yet, as CI has none; tested where it is installed
-FAST = ("-m", "not attack")
+FAST = ("-m", "not slow and not attack")
 CORE = (
     "tests/index/sqlite",
     "tests/disk/test_folders.py",

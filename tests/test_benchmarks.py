@@ -18,6 +18,7 @@ def rows(printed: str) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_section_prints_its_table(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "start-up", "--directory", str(tmp_path)]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

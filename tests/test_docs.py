@@ -73,6 +73,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # Examples
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("name", [str(page.relative_to(DOCS)) for page in PAGES if runnable(page)])
 def test_the_examples_of_a_page_give_the_output_that_it_shows(name: str) -> None:
@@ -210,6 +211,7 @@ def assert_is(value: Any, kind: str, where: str) -> None:
             assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z", str(value)), where
 
 
+@pytest.mark.slow
 def test_the_page_about_json_describes_what_commands_print(place: Path) -> None:
     """Each command of its table is run, and what it prints is compared with the tables of fields."""
     described = table("reference/json.md", "Commands")

@@ -56,6 +56,7 @@ def distributions(checkout: Path) -> dict[str, Path]:
     return {"wheel": next(out.glob("*.whl")), "sdist": next(out.glob("*.tar.gz"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
 def test_an_installed_package_makes_a_cache_and_changes_its_schema(
     kind: str, checkout: Path, distributions: dict[str, Path], tmp_path: Path

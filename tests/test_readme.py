@@ -48,6 +48,7 @@ def set_up_command(mark: str) -> str:
     return block
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_the_tour_prints_what_the_readme_shows() -> None:
     steps = []
@@ -154,6 +155,7 @@ def test_the_build_step_holds_its_base(place: Path, monkeypatch: pytest.MonkeyPa
         assert cache.is_image_complete("built:1")
 
 
+@pytest.mark.slow
 def test_the_build_step_fails_where_it_cannot_make_a_whole_image(place: Path) -> None:
     made = make.image(1)
     with Cache.open(place / "cache") as cache:
@@ -189,9 +191,10 @@ def test_each_set_up_command_is_one_paste() -> None:
         assert not lines[-1].endswith(("&&", "\\"))
         subprocess.run(["bash", "-n", "-c", command], check=True)
         assert 'export CACHEDB_DIR="$PWD/' in command
-    assert "pytest -q -m 'not attack' -n auto" in set_up_command("test").replace('"', "'")
+    assert "pytest -q -m 'not slow and not attack' -n auto" in set_up_command("test").replace('"', "'")
 
 
+@pytest.mark.slow
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
     told = " ".join(
         f"{node.value} "

@@ -176,6 +176,7 @@ def check_read_only(cachedb: Run, path: Path, tmp_path: Path, *, blobs: int = 5)
     assert at_rest(path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wal", ["none", "with its memory", "alone"])
 def test_a_cache_on_a_read_only_file_system_is_read(cachedb: Run, disk: Path, tmp_path: Path, wal: str) -> None:
     path = disk / "cache"
@@ -239,6 +240,7 @@ def test_a_read_only_view_of_a_cache_that_others_write_to_shows_what_they_do(
         subprocess.run(["umount", "--lazy", view], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else: run as root")
 def test_who_may_only_read_a_cache_reads_it() -> None:
     # Not below pytest's own folders, which are for their owner alone.
@@ -278,6 +280,7 @@ def read_as_another(path: Path) -> None:
 # Descriptors
 
 
+@pytest.mark.slow
 def test_nothing_leaves_a_descriptor_open(cache: Cache, directory: Path, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
 
@@ -300,6 +303,7 @@ def test_nothing_leaves_a_descriptor_open(cache: Cache, directory: Path, tmp_pat
     assert open_files() == before
 
 
+@pytest.mark.slow
 def test_an_archive_of_more_blobs_than_there_may_be_files_open_is_imported(directory: Path, tmp_path: Path) -> None:
     layers = [b"%d" % number for number in range(500)]
     made = make.image(1)._replace(layers=layers)
@@ -344,6 +348,7 @@ def test_an_archive_of_more_blobs_than_there_may_be_files_open_is_imported(direc
     check(directory)
 
 
+@pytest.mark.slow
 def test_caches_are_opened_and_closed_without_end_and_a_hundred_threads_share_one(directory: Path) -> None:
     script = """
         import resource, sys

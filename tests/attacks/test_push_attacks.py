@@ -197,6 +197,7 @@ def test_a_manifest_that_is_a_layer_of_another_goes_as_both(cache: Cache, remote
 # Nobody waits for a registry that does not answer, once it is for nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tls", [False, True])
 def test_what_is_refused_does_not_wait_for_what_is_not_answered(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: bool
@@ -213,6 +214,7 @@ def test_what_is_refused_does_not_wait_for_what_is_not_answered(
         assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["push", "pull"])
 @pytest.mark.parametrize("do", [changed(delay=60), answer(503, {"Retry-After": "50"})], ids=["answer", "pause"])
 def test_an_interrupt_waits_for_no_registry(

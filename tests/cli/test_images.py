@@ -47,6 +47,7 @@ def run(cache: Cache, *words: str) -> str:
     return done.output
 
 
+@pytest.mark.slow
 def test_show_prints_one_image_while_its_tag_moves(moving: Cache) -> None:
     digests = set()
     for _ in range(60):
@@ -57,6 +58,7 @@ def test_show_prints_one_image_while_its_tag_moves(moving: Cache) -> None:
     assert len(digests) == 2
 
 
+@pytest.mark.slow
 def test_details_are_of_one_moment(moving: Cache) -> None:
     for _ in range(300):
         image, blobs, labels, platforms = moving.get_details("app:1")
@@ -65,6 +67,7 @@ def test_details_are_of_one_moment(moving: Cache) -> None:
         assert platforms == []
 
 
+@pytest.mark.slow
 def test_what_df_lists_adds_up_to_its_totals(moving: Cache) -> None:
     for _ in range(60):
         found = json.loads(run(moving, "df", "--verbose", "--format", "json"))

@@ -106,6 +106,7 @@ def on_a_terminal(command: list[str], keep: str = "stdout") -> str:
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_on_a_terminal_there_are_tables_and_progress_bars(archive: Path, directory: Path) -> None:
     command = [sys.executable, "-m", "cachedb", "--dir", str(directory)]
     assert "importing" in on_a_terminal([*command, "import", str(archive)], keep="stderr")
@@ -227,6 +228,7 @@ def test_a_directory_that_is_no_cache_is_refused_and_left_alone(cachedb: Run, tm
     assert sorted(path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_directory_comes_from_the_option_the_environment_or_the_platform(tmp_path: Path, archive: Path) -> None:
     base = [sys.executable, "-m", "cachedb"]
     plain = {key: value for key, value in os.environ.items() if key != "CACHEDB_DIR"}
@@ -355,6 +357,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed: apt-get install bash")
 def test_bash_completes_commands_names_and_digests(
     cachedb: Run, archive: Path, directory: Path, tmp_path: Path

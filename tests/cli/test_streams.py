@@ -52,6 +52,7 @@ def test_a_full_stdout_is_one_line(filled: Cache, line: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "code"), [("show none:1", 3), ("ls --none", 2), ("import /none", 1), ("ls", 0), ("show A", 2)]
 )

@@ -252,6 +252,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(sorted(config())) | st.text(), JSON), st.binary())
 def test_no_config_is_too_odd_to_read(document: dict[str, Any], data: bytes) -> None:
     parse_config(json.dumps({**config(1), **document}).encode(), 100)

@@ -69,6 +69,7 @@ def test_a_session_that_is_closed_leaves_nothing(directory: Path) -> None:
         before = open_files()
 
 
+@pytest.mark.slow
 def test_a_dead_session_is_swept_at_the_next_open_and_a_living_one_never(directory: Path) -> None:
     with running(LIVING, directory) as living, running(LIVING, directory) as dead:
         assert living.pid != dead.pid
@@ -192,6 +193,7 @@ def test_a_session_is_locked_while_it_is_swept(index: Database) -> None:
     assert sorted(os.listdir(index.directory / "locks")) == ["write.lock", "write.queue"]
 
 
+@pytest.mark.slow
 def test_sessions_begin_and_end_while_others_sweep(directory: Path) -> None:
     output = run_python(
         """

@@ -71,6 +71,7 @@ def elsewhere(tmp_path: Path) -> Path:
 FOLDERS = ("blobs", "blobs/sha256", "ingest", "trash", "locks", "backups")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_that_is_a_link_is_refused_and_what_is_behind_it_stays(
     cachedb: Run, directory: Path, elsewhere: Path, name: str
@@ -448,6 +449,7 @@ def immovable(directory: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["chattr", "-i", path], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -483,6 +485,7 @@ def test_what_cannot_be_cleaned_up_keeps_nobody_from_working(
 # Another user's directory
 
 
+@pytest.mark.slow
 @NEEDS_ROOT
 def test_another_users_directory_is_refused_unless_it_is_trusted(cachedb: Run) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -536,6 +539,7 @@ def test_a_cache_that_was_moved_is_not_called_damaged(directory: Path) -> None:
         assert [str(image.name) for image in cache.list_manifests()] == ["app:1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["directory", "content"])
 def test_nothing_is_written_to_a_cache_that_took_the_place_of_ours(cachedb: Run, directory: Path, how: str) -> None:
     with Cache.open(directory) as cache:

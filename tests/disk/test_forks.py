@@ -135,16 +135,19 @@ def other(tmp_path: Path, directory: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", CALLERS)
 def test_a_fork_waits_for_no_code_of_a_caller(directory: Path, other: Path, place: str) -> None:
     run(directory, other, CALLERS[place], SOURCE)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_begun_with_a_function_waits_for_no_reader(directory: Path, other: Path) -> None:
     fork = 'assert subprocess.run(["true"], preexec_fn=int).returncode == 0'
     run(directory, other, CALLERS["rows of an answer"], fork=fork)
 
 
+@pytest.mark.slow
 def test_who_reads_an_answer_may_have_a_pool_fork_and_use_the_cache_for_each_row(directory: Path, other: Path) -> None:
     pool = """
     pool = ThreadPoolExecutor(2)
@@ -163,6 +166,7 @@ def test_who_reads_an_answer_may_have_a_pool_fork_and_use_the_cache_for_each_row
     run(directory, other, work, pool, fork="pass")
 
 
+@pytest.mark.slow
 def test_an_answer_that_nobody_ends_holds_up_no_fork(directory: Path, other: Path) -> None:
     work = f"""
     kept.append(cache.sql("{ROWS}"))
@@ -223,6 +227,7 @@ WAITING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", WAITING)
 def test_a_fork_waits_for_no_other_process(directory: Path, other: Path, what: str) -> None:
     prepare, work, release = WAITING[what]
@@ -257,6 +262,7 @@ def test_a_fork_ends_an_answer_that_is_streamed_and_its_child_can_use_the_cache(
         assert cache.has_blob(mine)
 
 
+@pytest.mark.slow
 def test_a_large_answer_is_not_kept_in_memory(directory: Path) -> None:
     output = run_python(
         """

@@ -80,6 +80,7 @@ def without_reserve(full: Path) -> Path:
     return full
 
 
+@pytest.mark.slow
 def test_a_disk_on_which_no_file_can_be_made_is_read_and_freed(cachedb: Run, full: Path, tmp_path: Path) -> None:
     for command, output in (
         (["ls", "-q"], "app:1\nother:1\n"),
@@ -109,6 +110,7 @@ def test_what_was_given_up_is_set_aside_again_by_whatever_took_it(full: Path) ->
     assert set(os.listdir(full / "reserve.inodes")) == RESERVED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", ["tmpfs", "ext4"], indirect=True)
 def test_downloads_are_kept_where_inodes_are_all_that_it_takes(cachedb: Run, full: Path) -> None:
     left = partial_path(full, Digest(MADE.digest))
@@ -119,6 +121,7 @@ def test_downloads_are_kept_where_inodes_are_all_that_it_takes(cachedb: Run, ful
     assert left.exists()
 
 
+@pytest.mark.slow
 def test_without_a_reserve_it_can_still_be_read_and_an_error_names_the_cause(
     cachedb: Run, without_reserve: Path
 ) -> None:
@@ -237,6 +240,7 @@ def partial(cache: Cache, directory: Path) -> Path:
     return left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 4096, 100 * 1024])
 def test_a_limit_on_the_size_of_files_is_named_and_nothing_is_deleted(
     directory: Path, partial: Path, tmp_path: Path, size: int

@@ -204,6 +204,7 @@ def test_a_rebuilding_that_lost_the_lock_loses_no_write(
 REMOVALS = [("index.db-shm",), ("index.db-wal",), ("index.db-shm", "index.db-wal")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", REMOVALS, ids="+".join)
 @pytest.mark.parametrize("first", ["daemon", "other", "close"])
 def test_no_commit_is_lost_silently_when_files_beside_the_index_are_removed(
@@ -245,6 +246,7 @@ def test_no_commit_is_lost_silently_when_files_beside_the_index_are_removed(
     assert found >= acknowledged
 
 
+@pytest.mark.slow
 def test_a_commit_without_the_shared_memory_is_rolled_back(cache: Cache, index: Database, cachedb: Run) -> None:
     save(cache, "app:1", APP)
 
@@ -305,6 +307,7 @@ def link_copy(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=os.link)
 
 
+@pytest.mark.slow
 def test_a_copy_by_hard_links_and_its_source_can_only_be_read(cachedb: Run, directory: Path, tmp_path: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
@@ -409,6 +412,7 @@ def test_a_marker_of_an_older_release_is_refreshed_and_its_cache_is_no_copy(dire
 # Who has a lock, where no record says so
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock(1), of util-linux")
 @pytest.mark.parametrize("name", ["locks/write.lock", "locks"])
 def test_a_process_that_locks_without_a_name_is_named_by_the_kernel(cachedb: Run, directory: Path, name: str) -> None:
@@ -436,6 +440,7 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_process_that_has_the_index_for_itself_alone_is_named(cachedb: Run, directory: Path) -> None:
     Cache.open(directory).close()
     script = """

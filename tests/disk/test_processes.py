@@ -45,6 +45,7 @@ def store_and_wait(cache: Cache) -> None:
     time.sleep(60)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_is_an_argument_of_processes_and_pools(cache: Cache, method: str) -> None:
@@ -134,6 +135,7 @@ def test_threads_do_mixed_work_on_one_cache(cache: Cache, tmp_path: Path) -> Non
     check(cache.directory)
 
 
+@pytest.mark.slow
 def test_threads_of_a_pool_fork(directory: Path) -> None:
     output = run_python(
         """
@@ -220,6 +222,7 @@ def signalled(process: subprocess.Popen[str], number: int, wait: float, errors: 
     return int(process.stdout.readline())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_a_command_that_is_interrupted_leaves_the_cache_in_order(
     command_line: subprocess.Popen[str], large_archive: Path, directory: Path, tmp_path: Path, seed: int

@@ -62,6 +62,7 @@ def waiting(cache: Cache, name: str = "app:1") -> list[object]:
     return got
 
 
+@pytest.mark.slow
 def test_of_many_processes_one_makes_the_image_and_all_get_it(directory: Path) -> None:
     output = run_python(
         """
@@ -261,6 +262,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_of_many_at_once_one_runs_its_command(directory: Path, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     processes = [producer(directory, "-c", BRING, ran) for _ in range(5)]
@@ -272,6 +274,7 @@ def test_of_many_at_once_one_runs_its_command(directory: Path, tmp_path: Path) -
     check(directory)
 
 
+@pytest.mark.slow
 def test_if_one_is_killed_in_its_command_the_next_one_takes_over(directory: Path, tmp_path: Path) -> None:
     with producer(directory, "-c", WAIT) as killed:
         assert killed.stdout is not None
@@ -305,6 +308,7 @@ def test_a_signal_ends_the_command_too(directory: Path, number: signal.Signals, 
     assert being_made(directory) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "code", "message"),
     [
@@ -327,6 +331,7 @@ def test_what_is_there_is_not_made_again_and_what_is_no_command_is_refused(cache
     assert cachedb("produce", "app:1", "--", "false").returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("outer", "inner"), [("app:1", "app:1"), ("app:latest", "app"), ("app", "app:latest")])
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_command_that_would_wait_for_itself_is_refused(
@@ -348,6 +353,7 @@ def test_it_is_refused_in_a_directory_of_two_lines_as_well(cachedb: Run, tmp_pat
     assert "a parent process is already producing" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_command_may_make_the_same_name_in_another_cache(cachedb: Run, directory: Path, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
     script = (

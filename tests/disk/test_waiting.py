@@ -75,6 +75,7 @@ def test_nothing_that_only_reads_waits_for_a_writer_though_there_is_something_to
     assert os.listdir(full / "ingest") == [], "the next one cleans up"
 
 
+@pytest.mark.slow
 def test_the_command_line_says_for_whom_it_waits_in_one_line(cachedb: Run, full: Path) -> None:
     with running(WRITER, full) as holder:
         result = cachedb("--wait", "3", "tag", "app:1", "app:2")
@@ -84,6 +85,7 @@ def test_the_command_line_says_for_whom_it_waits_in_one_line(cachedb: Run, full:
     assert result.returncode == 1
 
 
+@pytest.mark.slow
 def test_a_wait_is_said_once_a_second_and_its_end_too(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "cachedb")
     wait = waiting.Wait("it", 60)
@@ -108,6 +110,7 @@ def test_a_time_to_wait_that_is_none_is_refused(
     assert (result.returncode, result.stderr.count("\n")) == ((2, 1) if value != "nan" else (1, 1))
 
 
+@pytest.mark.slow
 def test_writers_do_not_wait_for_another_program_one_after_the_other(full: Path) -> None:
     shell = sqlite3.connect(full / "index.db", isolation_level=None)
     shell.execute("BEGIN IMMEDIATE")
@@ -146,6 +149,7 @@ def test_who_only_reads_is_told_of_another_program_in_our_own_words(full: Path) 
     shell.close()
 
 
+@pytest.mark.slow
 def test_dead_waiters_are_skipped_without_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with locks.held(tmp_path / "lock"):
         children = []
@@ -172,6 +176,7 @@ def test_a_queue_whose_file_is_locked_by_a_stopped_process_holds_nobody_up(
         assert locks.is_held(tmp_path / "lock")
 
 
+@pytest.mark.slow
 def test_a_script_may_lock_the_directory(cachedb: Run, full: Path) -> None:
     folder = os.open(full, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
@@ -182,6 +187,7 @@ def test_a_script_may_lock_the_directory(cachedb: Run, full: Path) -> None:
         os.close(folder)
 
 
+@pytest.mark.slow
 def test_a_production_is_waited_for_while_it_makes_progress_and_no_longer(full: Path) -> None:
     other = full.parent / "other"
     with running(PRODUCER, other) as producer, Cache.open(other, wait=2.5) as cache:
@@ -204,6 +210,7 @@ def test_a_production_is_waited_for_while_it_makes_progress_and_no_longer(full: 
         assert str(producer.pid) in got[0].holder
 
 
+@pytest.mark.slow
 def test_a_stopped_command_is_no_progress(cachedb: Run, directory: Path) -> None:
     cachedb("ls")
     script = """
@@ -252,6 +259,7 @@ def test_a_claim_without_progress_is_taken_over_and_its_owner_sees_that(
     locks.release(other)
 
 
+@pytest.mark.slow
 def test_a_claim_with_progress_is_not_taken_over(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (directory / "locks").mkdir(parents=True)
     monkeypatch.setattr(single_flight, "_STALLED_SECONDS", 1.0)
@@ -278,6 +286,7 @@ def test_a_claim_with_progress_is_not_taken_over(directory: Path, monkeypatch: p
         single_flight.check_claim(directory, "it")
 
 
+@pytest.mark.slow
 def test_sessions_tell_who_writes_who_waits_and_who_holds(cachedb: Run, full: Path) -> None:
     waiter = WRITER.replace("with Cache", "print('begun', flush=True)\n    with Cache")
     with (
@@ -328,6 +337,7 @@ def test_a_process_that_is_gone_is_not_named(tmp_path: Path) -> None:
     assert locks.holder_of(tmp_path / "lock") is None
 
 
+@pytest.mark.slow
 def test_verbose_says_what_is_left_to_others(cachedb: Run, full: Path) -> None:
     with running(WRITER, full):
         leave_behind(full)

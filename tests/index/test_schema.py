@@ -87,6 +87,7 @@ def test_a_new_cache_has_the_newest_schema_and_our_mark(directory: Path) -> None
     shell.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 16])
 def test_64_processes_that_come_to_a_new_directory_at_once_all_work_with_it(directory: Path, killed: int) -> None:
     output = run_python(
@@ -208,6 +209,7 @@ def test_an_older_schema_is_upgraded_only_when_asked(directory: Path) -> None:
     assert tables(directory) == TABLES
 
 
+@pytest.mark.slow
 def test_an_older_schema_is_upgraded_where_the_environment_asks_for_it(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +281,7 @@ def test_every_migration_goes_down_and_up_again(directory: Path) -> None:
         assert database.revision() == REVISION
 
 
+@pytest.mark.slow
 def test_0002_carries_a_cache_up_and_down(directory: Path) -> None:
     with Cache.open(directory) as cache:
         made = image(1, 2)
@@ -303,6 +306,7 @@ def test_0002_carries_a_cache_up_and_down(directory: Path) -> None:
         assert cache.is_image_complete("app:1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["CACHEDB_DIR", "-x", "-x, relative"])
 def test_the_alembic_command_works_on_the_cache_it_is_told(directory: Path, how: str) -> None:
     named = os.path.relpath(directory, CHECKOUT) if "relative" in how else str(directory)
@@ -319,6 +323,7 @@ def test_the_alembic_command_works_on_the_cache_it_is_told(directory: Path, how:
     assert not (directory.parent / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_revision_that_alembic_makes_has_the_next_number_and_goes_up_and_down(directory: Path) -> None:
     copy = directory.parent / "checkout"
     for name in ("cachedb", "migrations"):
@@ -351,6 +356,7 @@ def test_a_revision_that_alembic_makes_has_the_next_number_and_goes_up_and_down(
     ] + [f"{earlier:04}" for earlier in range(number, 0, -1)]
 
 
+@pytest.mark.slow
 def test_alembic_leaves_another_programs_database_alone(tmp_path: Path) -> None:
     change(tmp_path, "CREATE TABLE diary (entry TEXT)")
     before = content(tmp_path)

@@ -100,6 +100,7 @@ def test_a_name_is_accepted_if_and_only_if_it_is_in_the_grammar(text: str) -> No
         assert str(name) in (text, f"{text}:latest")
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(text=st.text(HEX + "AG:/.\n", max_size=70) | st.from_regex(r"sha(256|512|1):[0-9a-f]{63,65}", fullmatch=True))
 @example(SHA256)

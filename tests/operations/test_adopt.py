@@ -588,6 +588,7 @@ def test_a_blob_that_two_parts_read_at_once_counts_once(
     assert (found.blobs, found.bytes) == (len(files_of(cache.directory)), sum(files_of(cache.directory).values()))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=int(os.environ.get("CACHEDB_FUZZ", "30")),
     deadline=None,

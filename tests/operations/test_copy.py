@@ -139,6 +139,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_copy_is_of_one_moment_while_others_write_and_collect(cache: Cache, tmp_path: Path) -> None:
     with running(WRITER, cache.directory, tmp_path):
         found = set()
@@ -377,6 +378,7 @@ with Cache.open(sys.argv[1]) as cache:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_copy_is_no_cache_and_the_next_one_succeeds(cachedb: Run, cache: Cache, target: Path) -> None:
     save(cache, "app:1", image(1, 2, 3))
     for left in (1, 3):
@@ -536,6 +538,7 @@ def tear(source: Path, target: Path, *, without: tuple[str, ...] = ()) -> None:
         shutil.copy(source / "index.db-wal", target / "index.db-wal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without", [(), ("cachedb.json",)])
 def test_a_torn_copy_is_refused_until_it_is_repaired(
     cachedb: Run, directory: Path, target: Path, without: tuple[str, ...]
@@ -632,6 +635,7 @@ def test_a_copy_on_a_full_disk_can_be_read(directory: Path, target: Path, monkey
     assert marker_of(target)["id"] != marker_of(directory)["id"]
 
 
+@pytest.mark.slow
 def test_many_processes_open_a_copy_at_once(directory: Path, target: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))

@@ -269,6 +269,7 @@ def test_a_layer_that_is_cut_off_is_gone_on_with(cache: Cache, remote: Registry)
     assert second.headers["range"] != "bytes=0-"
 
 
+@pytest.mark.slow
 def test_a_killed_pull_is_gone_on_with_where_it_stopped(directory: Path, remote: Registry) -> None:
     name, layer = f"{remote.host}/large:1", make.digest_of(LARGE.layers[0])
     code = (
@@ -289,6 +290,7 @@ def test_a_killed_pull_is_gone_on_with_where_it_stopped(directory: Path, remote:
     check(directory)
 
 
+@pytest.mark.slow
 def test_a_pull_that_is_killed_when_a_layer_is_all_there_does_not_download_it_again(
     directory: Path, remote: Registry
 ) -> None:
@@ -420,6 +422,7 @@ def test_progress_comes_to_the_bytes_that_are_downloaded(cache: Cache, remote: R
     assert calls[-1] == (pulled.bytes, pulled.bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else: run as root")
 def test_a_layer_that_is_all_there_is_gone_on_with_by_who_is_not_root(remote: Registry) -> None:
     name, data = f"{remote.host}/large:1", LARGE.layers[0]
@@ -455,6 +458,7 @@ def test_what_has_come_is_not_collected_before_its_image_appears(
     assert_is_here(cache, name, many)
 
 
+@pytest.mark.slow
 def test_many_who_want_one_image_download_it_once(directory: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
     code = f"from cachedb import Cache\nwith Cache.open({str(directory)!r}) as cache: cache.pull({name!r})"
@@ -661,6 +665,7 @@ def test_credentials_are_shown_to_the_registry_that_asks(cache: Cache, tmp_path:
         assert_is_here(cache, f"{remote.host}/app:1", FIRST)
 
 
+@pytest.mark.slow
 def test_a_token_that_expires_on_the_way_is_replaced(cache: Cache, tmp_path: Path) -> None:
     with Registry(auth="bearer") as remote:
         remote.expires_in = 1
@@ -765,6 +770,7 @@ def push(peer: Callable[[str], str], host: str, *options: str) -> str:
     return make.digest_of(raw.stdout)
 
 
+@pytest.mark.slow
 def test_what_skopeo_pushed_has_its_digest(cache: Cache, tmp_path: Path, peer: Callable[[str], str]) -> None:
     with docker_registry(tmp_path, htpasswd=HTPASSWD) as host:
         digest = push(peer, host, "tls-verify=false", f"creds={USER}:{PASSWORD}")

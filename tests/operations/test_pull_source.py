@@ -93,6 +93,7 @@ def test_the_command_asks_for_each_thing_once(made: Path, remote: Registry, cach
     assert found[-1] == ("HEAD", "app/manifests/2")  # it has not moved
 
 
+@pytest.mark.slow
 def test_the_command_does_not_download_again_what_it_has_begun(made: Path, remote: Registry, cachedb: Run) -> None:
     layer = make.digest_of(FIRST.layers[0])
     remote.fault(changed(delay=1.5), method="GET", path=layer)  # longer than it takes to open the cache
@@ -102,6 +103,7 @@ def test_the_command_does_not_download_again_what_it_has_begun(made: Path, remot
         assert_is_here(cache, f"{remote.host}/app:1", FIRST)
 
 
+@pytest.mark.slow
 def test_many_images_are_pulled_with_the_connections_of_one(made: Path, remote: Registry) -> None:
     for tag in range(60):
         remote.add(FIRST, "many", str(tag))

@@ -408,6 +408,7 @@ def test_who_may_push_is_who_logged_in(cache: Cache, tmp_path: Path, auth: str) 
         assert_has(remote, "app", "1", FIRST)
 
 
+@pytest.mark.slow
 def test_a_token_that_expires_during_an_upload_is_replaced(cache: Cache, tmp_path: Path) -> None:
     with Registry(auth="bearer") as remote:
         remote.expires_in = 1

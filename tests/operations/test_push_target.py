@@ -87,6 +87,7 @@ def test_blobs_go_before_the_cache_is_open_and_are_asked_for_once(
     check(made)
 
 
+@pytest.mark.slow
 def test_the_command_sends_each_blob_once(made: Path, remote: Registry, cachedb: Run) -> None:
     remote.fault(changed(delay=1.5), method="PUT", path="/blobs/")  # longer than it takes to open the cache
     for blobs, existing in ((2, 0), (0, 2)):
@@ -97,6 +98,7 @@ def test_the_command_sends_each_blob_once(made: Path, remote: Registry, cachedb:
     assert_has(remote, "it", "1", LARGE)
 
 
+@pytest.mark.slow
 def test_who_pushes_is_told_how_far_the_upload_is_that_was_begun(made: Path, remote: Registry) -> None:
     remote.fault(changed(delay=2), method="PUT", path="/blobs/", times=2)
     seen: list[int] = []
@@ -284,6 +286,7 @@ def test_an_interrupt_before_its_thread_runs_is_no_other_error(
         there.begin(Name.parse("app:1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--platform", "linux/amd64"]], ids=["begun", "not begun"])
 def test_an_interrupt_does_not_wait_for_a_connection(
     made: Path,

@@ -157,6 +157,7 @@ def test_the_number_tells_which_backup_is_the_newest(made: Path) -> None:
     all_names_are_back(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + b"\xff" * 9000])
 def test_backups_that_cannot_be_read_are_passed_over(made: Path, content: bytes) -> None:
     back_up(made, "000001-good.db")
@@ -216,6 +217,7 @@ def page_count(directory: Path) -> int:
     return (directory / "index.db").stat().st_size // 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 100, 4096, "half"])
 def test_an_index_that_was_cut(made: Path, size: int | str) -> None:
     files = files_of(made)
@@ -226,6 +228,7 @@ def test_an_index_that_was_cut(made: Path, size: int | str) -> None:
     check(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ones", "random"])
 @pytest.mark.parametrize("part", range(4))
 def test_any_one_page_that_was_overwritten(made: Path, tmp_path: Path, how: str, part: int) -> None:
@@ -263,6 +266,7 @@ def test_a_few_bytes_anywhere(made: Path, tmp_path: Path) -> None:
         check(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 16, 18, 19, 20, 21, 28, 44, 47, 56, 59, 68, 100, 103, 105])
 def test_a_byte_of_the_header(made: Path, place: int) -> None:
     files = files_of(made)
@@ -276,6 +280,7 @@ def test_a_byte_of_the_header(made: Path, place: int) -> None:
     check(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement",
     [
@@ -303,6 +308,7 @@ def test_a_statement_that_breaks_the_index(made: Path, statement: str) -> None:
     check(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "assignment",
     [
@@ -392,6 +398,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["left", "deleted", "garbage", "cut"])
 def test_a_wal_that_a_killed_process_left(made: Path, how: str) -> None:
     with start_python(KILLED, made) as process:
@@ -493,6 +500,7 @@ def test_another_process_goes_on_with_the_new_index_and_may_close_last_or_first(
     check(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["no revision", "no file"])
 def test_another_process_that_has_written_to_the_old_wal_shares_no_memory_with_the_new_one(
     made: Path, damage: str
@@ -615,6 +623,7 @@ def crash_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
         event.remove(Engine, "commit", step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["lost", "emptied", "emptied, and there is no backup"])
 def test_a_repair_that_dies_anywhere_is_finished_by_the_next(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
@@ -719,6 +728,7 @@ damages = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(damages)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_is_damaged_what_is_good_stays(small: Path, found: list[tuple[int, str, int, bytes, bool]]) -> None:

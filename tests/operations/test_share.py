@@ -77,6 +77,7 @@ def is_open_to_the_group(directory: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 @NEEDS_ROOT
 def test_all_of_a_group_work_with_a_shared_cache_whatever_their_umask(shared: Path) -> None:
     assert is_open_to_the_group(shared)
@@ -123,6 +124,7 @@ else:
     assert content(shared) == before
 
 
+@pytest.mark.slow
 @NEEDS_ROOT
 def test_what_a_killed_process_of_one_user_leaves_another_cleans_up(shared: Path) -> None:
     script = (
@@ -156,6 +158,7 @@ with Cache.open(sys.argv[1]) as cache:
     assert sorted(path.name for path in (shared / "locks").iterdir() if "write" not in path.name) == []
 
 
+@pytest.mark.slow
 @NEEDS_ROOT
 def test_an_index_that_one_user_rebuilds_is_the_groups(shared: Path) -> None:
     (shared / "index.db").write_bytes(b"damaged")
@@ -172,6 +175,7 @@ with Cache.open(sys.argv[1], damaged=True) as cache:
     run_python(AS + "become(1003)\nwith Cache.open(sys.argv[1]) as cache:\n    save(cache, 'app:3', image(3))", shared)
 
 
+@pytest.mark.slow
 @NEEDS_ROOT
 def test_a_damaged_blob_of_another_user_is_put_aside(shared: Path) -> None:
     path = shared / "blobs" / digest_of(APP.config).replace(":", "/")
@@ -191,6 +195,7 @@ with Cache.open(sys.argv[1]) as cache:
     assert not path.exists()
 
 
+@pytest.mark.slow
 @NEEDS_ROOT
 def test_roots_cache_of_a_user_leaves_the_user_everything() -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -220,6 +225,7 @@ def test_a_cache_is_its_owners_alone_unless_it_is_shared(directory: Path) -> Non
     assert found == {0o700, 0o600}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
 def test_modes_do_not_depend_on_the_umask(cachedb: Run, directory: Path, umask: int) -> None:
     before = os.umask(umask)

@@ -114,6 +114,7 @@ def known(directory: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row_and_blob(
     revision: str, tmp_path: Path
@@ -265,6 +266,7 @@ def test_the_last_few_backups_from_before_changes_are_kept_and_all_that_a_person
     ]
 
 
+@pytest.mark.slow
 def test_changes_that_fail_or_are_killed_do_not_pile_up_backups(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upgrade.upgrade(old)
     upgrade.downgrade(old, "0001")
@@ -364,6 +366,7 @@ def test_every_migration_states_the_oldest_release_that_can_work_after_it(direct
         upgrade.upgrade(directory)
 
 
+@pytest.mark.slow
 def test_of_many_who_upgrade_at_once_one_does_and_all_go_on(old: Path) -> None:
     output = run_python(
         """
@@ -394,6 +397,7 @@ def test_of_many_who_upgrade_at_once_one_does_and_all_go_on(old: Path) -> None:
 SECONDS = float(os.environ.get("CACHEDB_UPGRADE_SECONDS", "4"))
 
 
+@pytest.mark.slow
 def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_lost(directory: Path) -> None:
     Cache.open(directory).close()
     output = run_python(
@@ -467,6 +471,7 @@ def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_los
     check(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["upgrade", "downgrade"])
 def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_new_one(
     how: str, tmp_path: Path
@@ -809,6 +814,7 @@ def test_a_cache_of_a_schema_that_no_release_makes_is_left_alone(directory: Path
     check(directory)
 
 
+@pytest.mark.slow
 def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> None:
     refuse = "BEGIN SELECT RAISE({}, 'not on a Friday'); END"
     for how in ("ABORT", "FAIL", "ROLLBACK"):
@@ -866,6 +872,7 @@ def test_up_is_not_down(directory: Path) -> None:
 # Drift
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sql", "kind", "name"),
     [
@@ -1064,6 +1071,7 @@ TAMPERED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TAMPERED)
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_a_backup_with_what_no_migration_makes_is_refused(
@@ -1213,6 +1221,7 @@ def test_a_config_that_cannot_be_read_is_told_by_a_restoration_too(directory: Pa
     assert {str(config.name) for config in unread} == {"broken:1"}
 
 
+@pytest.mark.slow
 def test_nobody_notices_that_a_backup_is_restored(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "kept:1", image(1))
@@ -1277,6 +1286,7 @@ def test_backups_are_numbered_whatever_the_clock_says(cache: Cache) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_backup_leaves_the_files_of_others_alone_and_takes_away_what_a_killed_one_left(
     cache: Cache, tmp_path: Path
 ) -> None:
@@ -1313,6 +1323,7 @@ def test_a_cache_and_a_backup_whose_paths_are_not_text_are_as_good_as_others(cac
     assert copy.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
@@ -1377,6 +1388,7 @@ def test_an_upgrade_says_how_far_its_backup_is(old: Path) -> None:
 # The command line
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_up_and_down_and_says_so(cachedb: Run, old: Path) -> None:
     def run(*arguments: str, code: int = 0) -> Any:
         done = cachedb("--dir", old, "db", *arguments, "--format", "json")
@@ -1400,6 +1412,7 @@ def test_the_command_line_goes_up_and_down_and_says_so(cachedb: Run, old: Path) 
     assert run("restore", str(old / "none.db"), code=3).startswith("cachedb: there is no backup")
 
 
+@pytest.mark.slow
 def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> str:
         done = cachedb("--dir", old, "db", *arguments)
@@ -1420,6 +1433,7 @@ def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> No
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -1441,6 +1455,7 @@ def test_wrong_usage_has_a_code_of_its_own(
     assert backups_in(directory) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["backup", "upgrade"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_during_a_backup_ends_it_with_the_exit_code_of_the_signal(
@@ -1475,6 +1490,7 @@ def test_a_signal_during_a_backup_ends_it_with_the_exit_code_of_the_signal(
     assert revision_of(directory) == "0001"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["current", "history", "upgrade", "downgrade", "check", "backup", "restore"])
 def test_an_empty_name_of_a_directory_is_not_the_users_own_cache(cachedb: Run, command: str) -> None:
     done = cachedb("--dir", "", "db", command, *(["0001"] if command in ("downgrade", "restore") else []))

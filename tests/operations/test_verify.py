@@ -356,6 +356,7 @@ with Cache.open(sys.argv[1]) as cache:
 """
 
 
+@pytest.mark.slow
 def test_who_works_meanwhile_is_never_taken_for_a_problem(cache: Cache) -> None:
     with running(WORKING, cache.directory):
         end, runs = time.monotonic() + 0.8, 0
@@ -880,6 +881,7 @@ def test_a_cache_that_cannot_be_written_to_is_verified_and_not_repaired(
 # The command line
 
 
+@pytest.mark.slow
 def test_the_command_line_of_a_sound_cache(cachedb: Run, cache: Cache) -> None:
     ran = cachedb("verify")
     assert (ran.returncode, ran.stderr) == (0, "")
@@ -890,6 +892,7 @@ def test_the_command_line_of_a_sound_cache(cachedb: Run, cache: Cache) -> None:
     assert json.loads(ran.stdout) == {"checked": count, "problems": []}
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_is_wrong_and_exits_with_1_also_if_repaired(cachedb: Run, cache: Cache) -> None:
     alter(cache, LAYER)
     stray = cache.directory / "blobs" / "sha256" / "stray"
@@ -913,6 +916,7 @@ def test_the_command_line_says_what_is_wrong_and_exits_with_1_also_if_repaired(c
     assert cachedb("verify").returncode == 0
 
 
+@pytest.mark.slow
 def test_quiet_prints_the_digests_of_damaged_blobs(cachedb: Run, cache: Cache) -> None:
     alter(cache, LAYER)
     ran = cachedb("verify", "-q")

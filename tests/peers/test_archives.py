@@ -151,6 +151,7 @@ def export(cache: Cache, tmp_path: Path, form: Format, name: str = "app:1", **op
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [*OCI_SOURCES, "multi.oci.tar"])
 def test_an_import_has_the_digest_and_the_bytes_that_skopeo_reports(
     cache: Cache, tools: Tools, made: Path, source: str
@@ -215,6 +216,7 @@ def test_podman_finds_a_short_name_that_it_loaded(
     tools("podman", "image", "exists", "app:1")
 
 
+@pytest.mark.slow
 def test_podman_loads_an_export_from_a_pipe(cachedb: Run, tools: Tools, made: Path) -> None:
     assert cachedb("import", "-", text=False, input=(made / "gzip.oci.tar").read_bytes()).returncode == 0
     piped: Any = cachedb("export", "app:1", "-", text=False)
@@ -341,6 +343,7 @@ def test_skopeo_reads_an_export_under_a_name_by_digest(cache: Cache, tools: Tool
             assert raw(tools, f"oci-archive:{archive}:{name}") == image.digest
 
 
+@pytest.mark.slow
 def test_a_shared_base_is_stored_once_and_goes_with_the_last_that_uses_it(
     cachedb: Run, directory: Path, tools: Tools, made: Path
 ) -> None:

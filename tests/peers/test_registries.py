@@ -231,6 +231,7 @@ def make_and_push(tools: Tools, tool: str, form: str, compression: str, name: st
     tools(tool, "push", "--quiet", *options, "localhost/app:1", f"docker://{name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tool", "form", "compression"), PUSHES)
 def test_what_a_tool_pushes_has_the_digest_that_skopeo_reports(
     cache: Cache, tools: Tools, host: str, tmp_path: Path, tool: str, form: str, compression: str
@@ -247,6 +248,7 @@ def test_what_a_tool_pushes_has_the_digest_that_skopeo_reports(
     assert all(layer.media_type.rpartition("tar")[2].lstrip("+.") == compression for layer in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["oci", "v2s2"])
 def test_an_index_that_buildah_pushes_comes_with_all_its_platforms(
     cache: Cache, tools: Tools, host: str, tmp_path: Path, form: str
@@ -311,6 +313,7 @@ def put_multi(host: str, repository: str, tag: str) -> None:
     put_manifest(host, repository, MULTI, tag)
 
 
+@pytest.mark.slow
 def test_an_index_goes_from_one_registry_to_another_with_all_platforms(
     cachedb: Run, tools: Tools, host: str, other_host: str
 ) -> None:
@@ -323,6 +326,7 @@ def test_an_index_goes_from_one_registry_to_another_with_all_platforms(
         assert inspect(tools, f"{other_host}/multi@{image.digest}", PLAIN) == image.digest
 
 
+@pytest.mark.slow
 def test_one_platform_goes_to_another_registry_as_an_image_of_its_own(
     cachedb: Run, tools: Tools, host: str, other_host: str
 ) -> None:
@@ -350,6 +354,7 @@ def test_a_platform_that_is_not_here_need_not_be_if_the_registry_has_it(cache: C
 # Credentials and certificates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["skopeo", "podman", "buildah"])
 def test_credentials_that_a_tool_has_written_are_good_for_a_push(
     cachedb: Run, cache: Cache, tools: Tools, tmp_path: Path, tool: str
@@ -412,6 +417,7 @@ def test_an_authority_of_its_own_is_trusted_by_what_is_in_certs_d(
 # Deleted there
 
 
+@pytest.mark.slow
 def test_a_manifest_that_is_deleted_there_is_not_found_until_it_is_pushed_again(
     cachedb: Run, cache: Cache, tools: Tools, host: str
 ) -> None:

@@ -91,6 +91,7 @@ def by_duckdb(index: Path, query: str) -> list[dict[str, Any]]:
     return list(json.loads(run("duckdb", "-json", "-c", "SELECT * FROM read_json('/dev/stdin')", stdin=found)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", [by_sqlite3, by_sqlite_utils, by_datasette, by_duckdb])
 def test_a_tool_answers_a_question_from_the_views(index: Path, tool: Tool) -> None:
     with Cache.open(index.parent) as cache:

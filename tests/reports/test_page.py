@@ -382,6 +382,7 @@ def browse(chromium: str, path: Path, port: int) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_in_a_browser_it_sorts_searches_and_zooms_and_asks_nobody(
     made: str, tmp_path: Path, peer: Callable[[str], str]
 ) -> None:

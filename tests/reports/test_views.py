@@ -505,6 +505,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_every_view_says_what_the_manifests_and_files_say(place: Path) -> None:
     @settings(max_examples=EXAMPLES, deadline=None)
     @given(STEPS)

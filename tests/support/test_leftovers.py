@@ -70,6 +70,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_run_that_is_killed_leaves_no_process_and_no_mount(tmp_path: Path, workers: int) -> None:

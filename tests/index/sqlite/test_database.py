@@ -137,6 +137,7 @@ def test_the_transaction_and_the_lock_of_a_writer_that_is_killed_go_with_it(inde
     assert noted(index.directory) == 1
 
 
+@pytest.mark.slow
 def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -> None:
     output = run_python(
         """
@@ -212,6 +213,7 @@ def test_a_writer_that_is_killed_leaves_its_mark_and_the_next_one_commits_before
         assert not turn.marked, "what was rolled back leaves no mark"
 
 
+@pytest.mark.slow
 def test_a_commit_that_nobody_saw_does_not_come_back(
     directory: Path, peer: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -461,6 +463,7 @@ def test_a_cache_that_is_opened_and_closed_leaves_no_file_open(directory: Path, 
 # Forks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["close", "exit"])
 def test_what_a_child_stores_outlives_its_parents_close(directory: Path, end: str) -> None:
     output = run_python(
@@ -529,6 +532,7 @@ def test_a_fork_waits_for_the_transactions_of_other_threads(index: Database, tra
     assert output == "done\n"
 
 
+@pytest.mark.slow
 def test_a_child_works_though_other_threads_were_in_transactions(directory: Path) -> None:
     output = run_python(
         """
@@ -574,6 +578,7 @@ def test_a_child_works_though_other_threads_were_in_transactions(directory: Path
     assert stored_rows(directory) == {}
 
 
+@pytest.mark.slow
 def test_a_cache_works_in_workers_of_multiprocessing(directory: Path) -> None:
     output = run_python(
         """
@@ -765,6 +770,7 @@ def test_a_path_that_is_too_long_for_sqlite_is_named(tmp_path: Path, cachedb: Ru
     assert "SQLite takes 504 at most" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_backup_to_a_path_that_is_too_long_for_sqlite_is_an_error_of_one_line(tmp_path: Path, cachedb: Run) -> None:
     (long := long_path(tmp_path, 520)).mkdir(parents=True)
     cachedb("ls")

@@ -431,6 +431,7 @@ def test_a_terminal_gets_no_escape_sequence_in_a_cell(cache: Cache) -> None:
     assert "a\\x1b[2J" in shown
 
 
+@pytest.mark.slow
 def test_a_row_for_which_a_terminal_has_no_room_is_a_line_for_each_value(cache: Cache) -> None:
     command = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), "sql"]
     cache.tag("app:1", "app:2")
@@ -454,6 +455,7 @@ def test_no_rows_are_no_rows(cachedb: Run, cache: Cache, form: str) -> None:
         assert done.stdout == {"table": "one\n", "ndjson": "", "markdown": "| one |\n| --- |\n"}.get(form, "one\n")
 
 
+@pytest.mark.slow
 def test_a_value_that_is_written_as_a_number_is_one(cachedb: Run, cache: Cache) -> None:
     for text, kind in {
         "10": "integer",
@@ -479,6 +481,7 @@ def test_a_question_makes_no_cache(cachedb: Run, directory: Path, command: list[
     assert not directory.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["csv", "markdown", "table"])
 def test_what_the_encoding_of_the_user_has_not_is_written_out(cachedb: Run, cache: Cache, form: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
@@ -487,6 +490,7 @@ def test_what_the_encoding_of_the_user_has_not_is_written_out(cachedb: Run, cach
     assert b"\xe9\\u65e5" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["sql", "SELECT 1"], ["sql", "--format", "csv", "SELECT 1"], ["df"], ["ls"]])
 @pytest.mark.parametrize("closed", [1, 2])
 def test_a_result_that_nobody_wants_is_no_error(cachedb: Run, cache: Cache, arguments: list[str], closed: int) -> None:
@@ -494,6 +498,7 @@ def test_a_result_that_nobody_wants_is_no_error(cachedb: Run, cache: Cache, argu
     assert (done.returncode, done.stderr, bool(done.stdout)) == (0, "", closed == 2)
 
 
+@pytest.mark.slow
 def test_a_question_for_which_there_is_no_memory_is_an_error(cachedb: Run, cache: Cache) -> None:
     limit = (400 * 1024 * 1024,) * 2
     query = ENDLESS.format("randomblob(4000000)")
@@ -530,6 +535,7 @@ def test_sql_alone_lists_the_views_and_its_schema_makes_another_index(cachedb: R
     shell.close()
 
 
+@pytest.mark.slow
 def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
     failed = cachedb("sql", "SELECT name\nFROM image_usge WHERE 1")
     assert failed.returncode == 2
@@ -548,6 +554,7 @@ def cpu_time(pid: int) -> float:
     return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["count(*)", "sum(length(human(x)))", "count(ago('2020-01-01'))"])
 @pytest.mark.parametrize("form", ["table", "ndjson"])
 def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
@@ -569,6 +576,7 @@ def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
 FIRST = {"json": b"[\n", "ndjson": b'{"x": 1}\n', "csv": b"x\n1\n", "markdown": b"| x |\n| --- |\n| 1 |\n"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FIRST)
 def test_rows_come_while_there_are_more(cache: Cache, form: str) -> None:
     command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format("x")]
@@ -607,6 +615,7 @@ def priorities(directory: Path, *arguments: str, refused: str = "") -> dict[str,
     return {name: (idle, int(nice)) for name, idle, nice in map(str.split, said.splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "method"),
     [

@@ -1048,6 +1048,7 @@ def layer_bomb(compress: Callable[[bytes], bytes]) -> bytes:
     return tar_of(LAYER_BOMB | {"layer.tar": compress(LAYER_BOMB["layer.tar"])})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compress", [gzip.compress, make.zstd_compressed, lzma.compress, bz2.compress])
 @pytest.mark.parametrize("piped", [False, True])
 def test_an_archive_that_unpacks_to_many_times_its_size_is_refused(
@@ -1090,6 +1091,7 @@ def test_the_layers_of_an_archive_have_one_cap(kept: Cache, monkeypatch: pytest.
     assert "unpack to more than 1 MB" in refuse(kept, tar_file(files))
 
 
+@pytest.mark.slow
 def test_who_trusts_an_archive_raises_the_cap(cachedb: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     archive = make.write_bytes(tmp_path / "bomb", gzip.compress(layer_bomb(gzip.compress)))
     with Cache.open(tmp_path / "other") as cache:
@@ -1326,6 +1328,7 @@ BAD: dict[str, tuple[bytes, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_on_stderr(kept: Cache, cachedb: Run, tmp_path: Path, case: str) -> None:
     data, code = BAD[case]

@@ -489,6 +489,7 @@ def rot(cache: Cache, digest: str) -> None:
 ROTTEN = make.image(1, 2, size=3_000_000)  # more than one chunk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [*FORMATS, "link"])
 @pytest.mark.parametrize("blob", [ROTTEN.layers[0], ROTTEN.layers[1], ROTTEN.config], ids=["first", "second", "config"])
 def test_a_blob_with_another_content_is_not_exported(
@@ -581,6 +582,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_no_export(cache: Cache, tm
     assert not (tmp_path / "out" / "index.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "target"), [*((form, "out") for form in FORMATS), ("docker", "/dev/full"), ("docker-archive", "/dev/full")]
 )
@@ -622,6 +624,7 @@ def test_a_full_file_system_is_an_error_of_one_line(cachedb: Run, cache: Cache, 
         subprocess.run(["umount", str(small)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "number"),
     [
@@ -809,6 +812,7 @@ def test_entries_of_a_layout_without_a_name_are_kept(cache: Cache, tmp_path: Pat
     assert written["annotations"] == {"own": "kept"}
 
 
+@pytest.mark.slow
 def test_exports_into_one_new_layout_at_once_all_end_up_in_it(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     names = [f"app:{number}" for number in range(6)]
     for number, name in enumerate(names):
