@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +384,11 @@ def test_a_lock_is_had_in_the_order_of_asking(queue: Queue, tmp_path: Path) -> N
     assert queue.comes_to("abcdefgh"), queue.order
 
 
+def is_stopped(process: int) -> bool:
+    """Whether a signal to stop has come to a process: it is sent before that."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def test_who_dies_waiting_or_is_stopped_does_not_hold_up_the_rest(queue: Queue, tmp_path: Path) -> None:
     with turn(tmp_path):
         waiting = {name: queue.ask(name) for name in "abcdefghijkl"}
@@ -390,6 +396,7 @@ def test_who_dies_waiting_or_is_stopped_does_not_hold_up_the_rest(queue: Queue, 
             os.kill(waiting[name], signal.SIGKILL)
         for name in "bh":
             os.kill(waiting[name], signal.SIGSTOP)
+            assert eventually(partial(is_stopped, waiting[name])), "else it may get the lock first"
     assert queue.comes_to("cgijl", gone="abdefhk"), queue.order
     os.kill(waiting["h"], signal.SIGCONT)
     assert queue.comes_to("cgijlh"), "one that is continued has its turn"
