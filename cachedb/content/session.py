@@ -129,6 +129,8 @@ class Session:
                     opened = OpenFolder(folder)
                 sync_folder(self._database.directory / "ingest")
         except BaseException:
+            with suppress(OSError, CacheError), self._database.folders.open("ingest") as ingest:
+                os.rmdir(name, dir_fd=ingest)
             with suppress(OSError):
                 path.unlink()
             locks.release(lock)

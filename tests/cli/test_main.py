@@ -309,7 +309,8 @@ def test_an_interrupted_import_leaves_the_cache_as_it_was(
         """Whether the archive is being kept, in a file without a name."""
         with suppress(FileNotFoundError):
             files = Path(f"/proc/{process.pid}/fd").iterdir()
-            return any(os.readlink(file).startswith(f"{directory}/ingest/") for file in files)
+            found = [os.readlink(file) for file in files]
+            return any(link.startswith(f"{directory}/ingest/") and link.endswith(" (deleted)") for link in found)
         return False
 
     assert eventually(has_spool)
