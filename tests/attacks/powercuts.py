@@ -346,7 +346,8 @@ def take_for_original(directory: Path) -> None:
     with suppress(FileNotFoundError, ValueError):
         said = json.loads(path.read_text())
         if said.get("inode") is not None:
-            path.write_text(json.dumps({**said, "inode": path.stat().st_ino}))
+            here = {"inode": path.stat().st_ino, "directory": directory.stat().st_ino}
+            path.write_text(json.dumps({**said, **here, "file_system": None, "boot": None}))
 
 
 def check_cut(scenario: str, directory: Path, acks: Iterable[int]) -> None:

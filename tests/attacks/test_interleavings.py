@@ -281,7 +281,7 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
         else:
             flock(file, operation)
 
-    def waited_for(file: Any, operation: int, wait: object) -> None:
+    def waited_for(_path: Path, file: Any, operation: int, wait: object) -> None:
         """Wait in the kernel, which who is announced there does to the end."""
         fcntl.flock(file, operation if wait else operation | fcntl.LOCK_NB)
 
