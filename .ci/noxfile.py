@@ -54,8 +54,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def core(session: nox.Session) -> None:
-    """Run the tests of what differs from one Python to another."""
-    run_pytest(session, *CORE)
+    """Run the fast tests of what differs from one Python to another."""
+    run_pytest(session, *FAST, *CORE)
 
 
 @nox.session(python=PYTHONS)
