@@ -386,16 +386,19 @@ def test_deleting_a_blob_looks_its_references_up_by_index(index: Database) -> No
 def test_an_index_that_names_a_path_moves_nothing_out_of_its_place(cache: Cache, table: str, tmp_path: Path) -> None:
     victim = cache.directory.parent / "victim.txt"
     victim.write_text("precious")
-    path = "..:..:victim.txt"  # once its colons are slashes, as those of a digest are in `blobs/`
+    # Once its first colon, or all of them, are slashes, as those of a digest are in `blobs/`.
+    paths = ["..:..:victim.txt", "..:cachedb.json"]
+    marker = (cache.directory / "cachedb.json").read_bytes()
     connection = sqlite3.connect(cache.directory / "index.db", isolation_level=None)
     connection.execute("PRAGMA ignore_check_constraints = 1")
     stored_at = "'2026-01-01T00:00:00.000000Z'"
     columns, values = (
         ("digest, size", "?, 8") if table == "trash" else ("digest, size, stored_at", f"?, 8, {stored_at}")
     )
-    connection.execute(f"INSERT INTO {table} ({columns}) VALUES ({values})", (path,))
+    connection.executemany(f"INSERT INTO {table} ({columns}) VALUES ({values})", [(path,) for path in paths])
     connection.close()
     cache.collect_garbage()
+    assert (cache.directory / "cachedb.json").read_bytes() == marker
     with Cache.open(cache.directory) as other:
         assert other.verify(repair=True).problems == []
     assert victim.read_text() == "precious"
