@@ -398,6 +398,10 @@ class _Format:
     def __init__(self) -> None:
         self._connection: sqlite3.Connection | None = None
 
+    def __del__(self) -> None:
+        if self._connection is not None:  # SQLite gives the function up when it closes the connection of the query
+            self._connection.close()
+
     def __call__(self, *arguments: Value) -> Value:
         if arguments and arguments[0] is not None:
             limit = _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH]
