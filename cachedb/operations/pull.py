@@ -227,6 +227,7 @@ class _Pull:
         for hold in self._holds:
             publish.give_up(self._database, self._session, hold)
         if isinstance(error, StorageError) and is_full(error):
+            self._source.stop_early_downloads()  # they would go on writing, and keep their parts
             with suppress(CacheError), ignore_os_errors():
                 downloads.sweep(self._database.folders, age=0)  # the space is needed more
 

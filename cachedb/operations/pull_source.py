@@ -104,9 +104,13 @@ class Source:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stop_thread(self._thread, self.stop)
+        self.stop_early_downloads()
         self.release_claim()
         self.close()
+
+    def stop_early_downloads(self) -> None:
+        """Cancel what `begin` started, and wait a moment for its thread to end."""
+        stop_thread(self._thread, self.stop)
 
     def close(self) -> None:
         """Close all connections; a later request opens new ones."""
