@@ -8,10 +8,10 @@ import mmap
 import os
 import re
 import secrets
-import struct
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from cachedb.disk.byte_locks import lock_bytes
 from cachedb.errors import StorageError
 
 __all__ = ["file_system", "refuse_shared", "refuse_unable"]
@@ -139,7 +139,7 @@ def _find_posix_lock_fault(ours: int, other: int) -> str | None:
         return f"files cannot be locked (fcntl): {error.strerror}"
     # A process does not lock itself out. The lock of an open file has another owner, as another process's has.
     try:
-        fcntl.fcntl(other, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        lock_bytes(other, fcntl.F_WRLCK, 0, 0)
     except OSError:
         return None  # refused; or a kernel that does not know such locks, which tells nothing
     return "two can hold one lock (fcntl)"

@@ -16,11 +16,9 @@ says for whom. `flock` has no time-out, so it is tried again after naps.
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401 - its lock is one of those that come after ours, below
-import errno
 import fcntl
 import logging  # noqa: F401 - as is this one's
 import os
-import struct
 import threading
 import time
 import weakref
@@ -32,7 +30,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from cachedb.disk import processes
+from cachedb.disk import byte_locks, processes
 from cachedb.disk.folders import follow
 from cachedb.disk.processes import Process
 from cachedb.disk.waiting import LOG, Wait
@@ -54,7 +52,6 @@ __all__ = [
     "is_fork_waiting",
     "is_held",
     "leads_to",
-    "lock_byte",
     "release",
     "unforked",
     "waiters",
@@ -290,7 +287,6 @@ _COUNTER_SECONDS = 1.0  # for the queue's file, which is locked for a moment: wh
 _RECORDS, _RECORD_SIZE, _RECORD_COUNT = 4096, 512, 1024  # where a queue's file has who waits: place, bytes, number
 _NAPS = 32  # that are in the time waited for a lock so far
 _SHORTEST_NAP, _LONGEST_NAP = 0.0002, 0.02  # seconds
-_FLOCK = struct.Struct("hhqqi0q")  # struct flock, the C library's on Linux: type, whence, start, length, pid
 
 
 def _take_number(path: Path) -> tuple[FileIO, int] | None:
@@ -308,7 +304,7 @@ def _take_number(path: Path) -> tuple[FileIO, int] | None:
             last = 0
             _write(queue, _SERVED, 0)
         number = last + 1
-        lock_byte(queue, number)
+        byte_locks.lock_byte(queue.fileno(), number)
         _write(queue, _LAST, number)
         fcntl.flock(queue, fcntl.LOCK_UN)
     except BaseException:
@@ -323,7 +319,8 @@ def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> No
     while number - 1 - (now_served := _read(queue, _SERVED)) > 0:
         if number > _read(queue, _LAST):
             return  # the numbers have begun anew, or are lost
-        first = _first_locked(queue, now_served + 1, number - 1)
+        # If it cannot be told who waits: whoever has the next number is waited for as long as patience lasts.
+        first = byte_locks.find_first_locked(queue.fileno(), now_served + 1, number - 1)
         if first is None:
             return  # those before us have died
         now, now_served = time.monotonic(), first - 1
@@ -359,34 +356,6 @@ def find_holder_of(path: Path) -> Process | None:
     return None
 
 
-def lock_byte(file: FileIO, place: int) -> bool:
-    """Lock one byte of an open file until the file is closed; return False if another open file has it locked.
-
-    These locks belong to the open file, as `flock`s do, and do not conflict with them. Where there are none, as in
-    some sandboxes, it is as if nobody else had one.
-    """
-    try:
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
-    except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)
-    return True
-
-
-def _first_locked(queue: FileIO, first: int, last: int) -> int | None:
-    """Return the lowest number in a range that somebody waits with, or None if nobody does."""
-    found = None
-    while first <= last:
-        try:
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, first, last - first + 1, 0)
-            kind, _, start, _, _ = _FLOCK.unpack(fcntl.fcntl(queue, fcntl.F_OFD_GETLK, asked))
-        except OSError:
-            return first  # it cannot be told: whoever has that number is waited for as long as patience lasts
-        if kind == fcntl.F_UNLCK:
-            break
-        found, last = start, start - 1  # the kernel's first is not the lowest
-    return found
-
-
 def _sign(queue: FileIO, number: int) -> None:
     place = _RECORDS + number % _RECORD_COUNT * _RECORD_SIZE
     processes.write_record(queue.fileno(), place, number=number, since=time.time())
@@ -397,7 +366,7 @@ def waiters(path: Path) -> list[Waiter]:
     found = []
     with suppress(FileNotFoundError), FileIO(path.with_suffix(".queue")) as queue:
         first, last = _read(queue, _SERVED) + 1, _read(queue, _LAST)
-        while first <= last and (number := _first_locked(queue, first, last)) is not None:
+        while first <= last and (number := byte_locks.find_first_locked(queue.fileno(), first, last)) is not None:
             record = processes.read_record(queue.fileno(), _RECORDS + number % _RECORD_COUNT * _RECORD_SIZE)
             if record is not None and record[1].get("number") == number:
                 with suppress(TypeError, ValueError):

@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from cachedb.disk import locks, processes
+from cachedb.disk import byte_locks, locks, processes
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import lock_kind
 from cachedb.disk.processes import Process
@@ -86,7 +86,7 @@ def _remove(path: Path, lock: FileIO, seconds: float = _REMOVAL_SECONDS) -> bool
         seconds: to wait for another who is about to do the same.
     """
     end = time.monotonic() + seconds
-    while not locks.lock_byte(lock, _REMOVING):
+    while not byte_locks.lock_byte(lock.fileno(), _REMOVING):
         if time.monotonic() >= end:
             return False
         time.sleep(_NAP)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cachedb.disk import locks
+from cachedb.disk import byte_locks, locks
 from tests.conftest import run_python, running
 
 HOLDER = """
@@ -422,7 +422,7 @@ def test_who_is_next_and_not_awake_yet_keeps_its_turn(tmp_path: Path, monkeypatc
 
     first = acquire(tmp_path / "lock.queue")
     assert first is not None
-    assert locks.lock_byte(first, 1)
+    assert byte_locks.lock_byte(first.fileno(), 1)
     with (tmp_path / "lock.queue").open("r+b", buffering=0) as file:
         numbers: Any = file
         locks._write(numbers, locks._LAST, 2)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-import struct
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 
+from cachedb.disk.byte_locks import lock_bytes
 from cachedb.disk.waiting import Wait
 from cachedb.errors import Busy, CacheReplaced, StorageError
 
@@ -24,7 +24,6 @@ __all__ = ["CacheConnection", "IndexChanged", "connect", "files_lost", "pause_be
 
 _POLL_SECONDS = 0.02
 _SUFFIXES = ("-wal", "-shm")
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock, the C library's on Linux: type, whence, start, length, pid
 _SHARED_FIRST, _SHARED_SIZE = 0x40000002, 510  # the bytes of an index that SQLite locks: its os.h
 
 _FileId = tuple[int, int] | None
@@ -128,8 +127,7 @@ def _pin_if_lost(connection: CacheConnection) -> None:
             if index in _pinned or _identify(connection.path) != index:
                 return  # SQLite leaves all files alone if the index itself was replaced
             _pinned[index] = os.open(connection.path, os.O_RDONLY | os.O_CLOEXEC)
-        lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _SHARED_FIRST, _SHARED_SIZE, 0)
-        fcntl.fcntl(_pinned[index], fcntl.F_OFD_SETLK, lock)
+        lock_bytes(_pinned[index], fcntl.F_RDLCK, _SHARED_FIRST, _SHARED_SIZE)
 
 
 def _note(connection: CacheConnection, path: str) -> None:

@@ -1,0 +1,52 @@
+"""Locks on the bytes of an open file: who has one, and what is said where there are none."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from cachedb.disk.byte_locks import find_first_locked, lock_byte
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[list[int]]:
+    """One file, opened three times."""
+    with ExitStack() as stack:
+        found = []
+        for _ in range(3):
+            found.append(os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT, 0o600))
+            stack.callback(os.close, found[-1])
+        yield found
+
+
+def test_a_byte_is_locked_by_one(files: list[int]) -> None:
+    assert lock_byte(files[0], 5)
+    assert not lock_byte(files[1], 5)
+    assert lock_byte(files[1], 6)
+    assert lock_byte(files[0], 5), "its own lock is in nobody's way"
+
+
+def test_the_lowest_locked_byte_is_found_whoever_locked_first(files: list[int]) -> None:
+    assert find_first_locked(files[2], 1, 9) is None
+    assert lock_byte(files[0], 7)
+    assert lock_byte(files[1], 3)
+    assert find_first_locked(files[2], 1, 9) == 3
+    assert find_first_locked(files[2], 4, 9) == 7
+    assert find_first_locked(files[2], 8, 9) is None
+    assert find_first_locked(files[0], 4, 9) is None, "its own lock is in nobody's way"
+
+
+def test_without_such_locks_nobody_else_has_one(files: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    assert lock_byte(files[0], 5)
+    assert lock_byte(files[1], 5)
+    assert find_first_locked(files[0], 1, 9) == 1, "it cannot be told"
