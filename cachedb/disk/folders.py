@@ -183,6 +183,27 @@ class Folders:
         with self.open(name) as folder:
             follow(folder, self.status, is_folder=True)
 
+    def make_file(self, path: str) -> int:
+        """Make a file with the mode of the directory, or open the one that is there, and return its descriptor.
+
+        Args:
+            path: relative to the cache directory.
+
+        Raises:
+            NotOurs: if a folder on the way leads elsewhere, or is another user's.
+            OSError: if it cannot be made or opened; a symbolic link is not followed.
+        """
+        folder, _, name = path.rpartition("/")
+        with self.open(folder) if folder else nullcontext(self.root) as parent:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            file = os.open(name, flags, 0o600, dir_fd=parent)
+        try:
+            follow(file, self.status)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
     def remove(self, path: str) -> None:
         """Unlink a file, unless it is gone already.
 

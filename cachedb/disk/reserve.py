@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from cachedb import space
 from cachedb.disk import downloads
-from cachedb.disk.folders import Folders, follow
+from cachedb.disk.folders import Folders
 from cachedb.errors import CacheError, StorageError, ignore_os_errors
 
 __all__ = ["NO_ROOM", "RESERVE_BYTES", "Reserve", "is_full"]
@@ -54,14 +54,8 @@ class Reserve:
         if os.path.lexists(self._directory / "reserve.inodes" / str(_RESERVE_INODES)):  # the last that is made
             return
         self._open_folders().make("reserve.inodes")
-        with self._open_folders().open("reserve.inodes") as folder:
-            for number in range(1, _RESERVE_INODES + 1):
-                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-                file = os.open(str(number), flags, 0o600, dir_fd=folder)
-                try:
-                    follow(file, self._open_folders().status)
-                finally:
-                    os.close(file)
+        for number in range(1, _RESERVE_INODES + 1):
+            os.close(self._open_folders().make_file(f"reserve.inodes/{number}"))
 
     def give_up_inodes(self) -> bool:
         """Give the inodes that were set aside back to the file system; return whether there is one now."""
@@ -79,12 +73,10 @@ class Reserve:
         with ignore_os_errors():
             if path.exists() and path.stat().st_size >= RESERVE_BYTES:
                 return
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-            descriptor = os.open("reserve", flags, 0o600, dir_fd=self._open_folders().root)
+            descriptor = self._open_folders().make_file("reserve")
             try:
                 if os.fstat(descriptor).st_nlink > 1:
                     return  # somebody has linked another file here
-                follow(descriptor, self._open_folders().status)
                 os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
             except OSError as error:
                 # The limit on the size of our files says nothing of the disk.

@@ -127,6 +127,7 @@ MUTATIONS = [
     Mutation("another user's download is not gone on with", "cachedb/disk/downloads.py", " and found.st_uid == os.geteuid()", "", "tests/operations/test_share.py"),
     Mutation("a new file follows the mode of its folder", "cachedb/disk/folders.py", "        os.fchmod(file, mode)\n", "        pass\n", "tests/operations/test_share.py"),
     Mutation("a new index is the group's", "cachedb/disk/folders.py", "        os.fchown(file, -1, folder.st_gid)  # it was made elsewhere\n", "        pass\n", "tests/operations/test_share.py"),
+    Mutation("a new file of the cache follows the mode of the directory", "cachedb/disk/folders.py", "            follow(file, self.status)\n        except", "            pass\n        except", "tests/operations/test_share.py"),
     Mutation("a new index follows the mode of the directory", "cachedb/index/sqlite/backups.py", "            follow(file, database.folders.status)\n", "            pass\n", "tests/operations/test_share.py"),
     Mutation("the files of a cache are shared too", "cachedb/operations/share.py", "                _set_group_and_mode(file, gid, _FILE_MODE)\n", "                pass\n", "tests/operations/test_share.py"),
     Mutation("a directory has its mode whatever the umask", "cachedb/index/sqlite/prepare.py", "            database.directory.chmod(0o700)  # whatever the umask\n", "", "tests/operations/test_share.py"),

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from cachedb.disk import locks
-from cachedb.disk.folders import Folders, follow
+from cachedb.disk.folders import Folders
 from cachedb.disk.layout import has_blobs
 from cachedb.disk.waiting import Wait
 from cachedb.errors import NotACache, os_errors
@@ -61,11 +61,7 @@ class IndexFile:
         if not self.path.exists():
             if has_blobs(self._directory):
                 raise lost(self._directory)
-            file = os.open(self.path.name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folders.root)
-            try:
-                follow(file, folders.status)
-            finally:
-                os.close(file)
+            os.close(folders.make_file(self.path.name))
 
     def identify(self, *, read_only: bool) -> tuple[int, int, str]:
         """Return what tells ``index.db`` from another file of that name, and how it is to be opened.
