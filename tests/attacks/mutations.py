@@ -67,6 +67,7 @@ MUTATIONS = [
     Mutation("a folder of no session stays", "cachedb/content/session.py", 'set(filter(is_session, os.listdir(directory / "ingest")))', 'set(os.listdir(directory / "ingest"))', "tests/disk/test_folders.py"),
     Mutation("a lock file of no session stays", "cachedb/content/session.py", 'if lock_kind(name) == "session"', "if name.endswith(_SUFFIX)", "tests/disk/test_folders.py"),
     Mutation("what is no download of ours stays", "cachedb/disk/downloads.py", "            if digest is None:\n                continue  # it is none of ours\n", "", "tests/disk/test_folders.py"),
+    Mutation("on a full disk what was begun ends before its room is freed", "cachedb/operations/pull.py", "            self._source.stop_early_downloads()  # they would go on writing, and keep their parts\n", "", "tests/operations/test_pull_source.py -k room_is_freed"),
     Mutation("a link is not taken for a download", "cachedb/disk/downloads.py", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK", "tests/operations/test_pull.py -k put_in_the_place_of_a_download"),
     Mutation("a pipe is not taken for a download", "cachedb/disk/downloads.py", "stat.S_ISREG(found.st_mode) and ", "", "tests/operations/test_pull.py -k put_in_the_place_of_a_download"),
     Mutation("nothing is written through a link", "cachedb/disk/writer.py", "os.O_CREAT | os.O_NOFOLLOW", "os.O_CREAT", "tests/operations/test_pull.py -k at_the_last_moment"),

@@ -19,13 +19,13 @@ from cachedb import Cache, CacheError, InvalidManifest, NotInCache, RegistryErro
 from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from cachedb.transports.registry import client
 from tests.disk.test_locks import eventually
-from tests.operations.test_pull import PAUSES, alone, login  # noqa: F401 - alone is a fixture
+from tests.operations.test_pull import login
 from tests.operations.test_push import FIRST, assert_has, referrer
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, changed, headers, html, lost, redirect
 from tests.support.make import save, save_index
 from tests.support.promises import check
-from tests.support.registries import Registry, certificate
+from tests.support.registries import PAUSES, Registry, alone, certificate  # noqa: F401 - alone is a fixture
 
 
 @pytest.fixture

@@ -41,7 +41,17 @@ from tests.support import make
 from tests.support.faults import Do, answer, changed, closed, corrupt, endless, html, redirect, retry_later, without
 from tests.support.make import write_bytes
 from tests.support.promises import check
-from tests.support.registries import HTPASSWD, PASSWORD, REFRESH_TOKEN, USER, Registry, certificate, docker_registry
+from tests.support.registries import (  # noqa: F401 - alone is a fixture
+    HTPASSWD,
+    PASSWORD,
+    PAUSES,
+    REFRESH_TOKEN,
+    USER,
+    Registry,
+    alone,
+    certificate,
+    docker_registry,
+)
 
 FIRST = make.image(1, 2, compression="gzip")
 SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first
@@ -55,20 +65,6 @@ def cache(directory: Path) -> Iterator[Cache]:
     with Cache.open(directory) as opened:
         yield opened
     check(directory)
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No credentials, mirrors or proxies of the user's; and pauses are not waited for."""
-    for name in [*os.environ]:
-        if name.lower().endswith("_proxy") or name.startswith(("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: PAUSES.append(seconds))
-    PAUSES.clear()
-
-
-PAUSES: list[float] = []
 
 
 @pytest.fixture

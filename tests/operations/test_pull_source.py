@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,19 +17,21 @@ from pathlib import Path
 
 import pytest
 
-from cachedb import Cache, CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError
+from cachedb import Cache, CacheError, DigestMismatch, InvalidManifest, NotInCache, RegistryError, StorageError, threads
+from cachedb.content import publish
 from cachedb.disk import downloads, single_flight
+from cachedb.disk.folders import Folders
 from cachedb.disk.layout import partial_path
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 from cachedb.operations.pull_source import Source
 from tests.conftest import Run, run_python
 from tests.disk.test_locks import eventually
-from tests.operations.test_pull import ARM, FIRST, LARGE, ODD, SECOND, alone, asked, assert_is_here, blobs_of  # noqa: F401
+from tests.operations.test_pull import ARM, FIRST, LARGE, ODD, SECOND, asked, assert_is_here, blobs_of
 from tests.support import make
 from tests.support.faults import Do, answer, changed, corrupt
 from tests.support.promises import check
-from tests.support.registries import Registry
+from tests.support.registries import Registry, alone  # noqa: F401 - alone is a fixture
 from tests.transports.registry.test_credentials import is_over, is_written
 
 LAYER = Digest(make.digest_of(LARGE.layers[0]))
@@ -285,6 +288,36 @@ def test_an_end_is_not_held_up_by_what_was_begun(made: Path, remote: Registry) -
             time.sleep(0.01)
     assert time.monotonic() - before < 20
     assert not source._thread or not source._thread.is_alive()
+
+
+def test_on_a_full_disk_what_was_begun_ends_before_its_room_is_freed(
+    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would write on into a file that has no name any more, and keep the room."""
+    remote.fault(changed(drip=0.1), method="GET", path=LAYER)
+    sweep, alive = downloads.sweep, []
+
+    def fill(*_: object) -> None:
+        raise StorageError("cannot write: No space left on device", errno=errno.ENOSPC)
+
+    with Source(made, Name.parse(f"{remote.host}/large:1")) as source, Cache.open(made) as cache:
+        source.begin()
+        thread = source._thread
+        assert thread is not None
+        while not partial_path(made, LAYER).exists():
+            time.sleep(0.01)
+
+        def watch(folders: Folders, *, age: float) -> bool:
+            alive.append(thread.is_alive())
+            return sweep(folders, age=age)
+
+        monkeypatch.setattr(threads, "_STOP_SECONDS", 60)  # a slow disk must not make the test fail
+        monkeypatch.setattr(publish, "bring", fill)
+        monkeypatch.setattr(downloads, "sweep", watch)
+        with pytest.raises(StorageError, match="No space left"):
+            cache.pull(source)
+    assert alive[0] is False
+    assert not downloaded(made)
 
 
 def test_if_missing_asks_for_nothing_that_is_here(made: Path, remote: Registry, cachedb: Run) -> None:

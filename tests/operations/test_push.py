@@ -15,11 +15,11 @@ from cachedb import Cache, DigestMismatch, IncompleteImage, InvalidName, NotInCa
 from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from cachedb.transports.registry import repository as registry
 from tests.conftest import Run
-from tests.operations.test_pull import PAUSES, alone, asked, assert_is_here, login  # noqa: F401 - alone is a fixture
+from tests.operations.test_pull import login
 from tests.support import make
 from tests.support.faults import answer, changed, headers, lost, redirect, retry_later
 from tests.support.promises import check
-from tests.support.registries import Registry
+from tests.support.registries import PAUSES, Registry, alone  # noqa: F401 - alone is a fixture
 
 FIRST = make.image(1, 2, compression="gzip")
 SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first

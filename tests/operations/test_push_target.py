@@ -27,13 +27,12 @@ from cachedb.operations import push_target
 from cachedb.operations.push_target import Target
 from tests.conftest import Run
 from tests.disk.test_locks import eventually
-from tests.operations.test_pull import alone  # noqa: F401 - a fixture
 from tests.operations.test_pull_source import connecting, unreachable  # noqa: F401 - the second is a fixture
 from tests.operations.test_push import ARM, FIRST, LARGE, SECOND, assert_has, referrer, sent
 from tests.support import make
 from tests.support.faults import answer, changed
 from tests.support.promises import check
-from tests.support.registries import Registry
+from tests.support.registries import Registry, alone  # noqa: F401 - alone is a fixture
 
 OTHER = make.image(8, architecture="arm64")
 LAYER = make.digest_of(LARGE.layers[0])

@@ -22,13 +22,12 @@ from cachedb.oci.manifests import (
 )
 from cachedb.transports.registry import tls
 from tests.conftest import Run
-from tests.operations.test_pull import alone  # noqa: F401 - alone is a fixture
 from tests.operations.test_push import referrer
 from tests.peers.test_archives import Tools, copy_rootfs
 from tests.support import make
 from tests.support.make import Made, descriptor, digest_of, save, save_index
 from tests.support.promises import check
-from tests.support.registries import HTPASSWD, PASSWORD, USER, certificate, docker_registry
+from tests.support.registries import HTPASSWD, PASSWORD, USER, alone, certificate, docker_registry  # noqa: F401 - alone is a fixture
 
 PLAIN = "--tls-verify=false"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import subprocess
 import time
@@ -17,7 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import pytest
+
 from cachedb.oci.manifests import OCI_INDEX
+from cachedb.transports.registry import client
 from tests.conftest import find_peer
 from tests.support.faults import Answer, Call, Server, parse_query
 from tests.support.make import Made, digest_of
@@ -43,6 +47,21 @@ class Refused(Exception):
 def basic(user: str = USER, password: str = PASSWORD) -> str:
     """The Authorization header."""
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+PAUSES: list[float] = []
+"""The seconds of the pauses that `alone` left out."""
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No credentials, mirrors or proxies of the user's; and pauses are not waited for."""
+    for name in [*os.environ]:
+        if name.lower().endswith("_proxy") or name.startswith(("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: PAUSES.append(seconds))
+    PAUSES.clear()
 
 
 class Registry(Server):

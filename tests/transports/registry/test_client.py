@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,22 +19,9 @@ from cachedb.transports.registry import client, places
 from cachedb.transports.registry import repository as registry
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, closed, headers, redirect, retry_later, rewritten
-from tests.support.registries import PASSWORD, USER, Registry
+from tests.support.registries import PASSWORD, PAUSES, USER, Registry, alone  # noqa: F401 - alone is a fixture
 
 IMAGE = make.image(1, 2, 3, 4, 5)
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses_and_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [*os.environ]:
-        if name.lower().endswith("_proxy") or name.startswith(("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: PAUSES.append(seconds))
-    PAUSES.clear()
-
-
-PAUSES: list[float] = []
 
 
 # A download
