@@ -1,4 +1,4 @@
-"""Hold images and blobs for a block: nobody collects them meanwhile."""
+"""Hold images and blobs for a block: they are not collected meanwhile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from sqlalchemy import Connection
 
-from cachedb.content.publish import give_up, let_go
+from cachedb.content.publish import release_after_error, release_hold
 from cachedb.content.session import NO_HOLD, Session
 from cachedb.errors import CacheError, NotInCache
 from cachedb.index import blobs, holds, images
@@ -23,9 +23,9 @@ __all__ = ["find_held", "held", "hold_name"]
 def held(
     database: Database, session: Session, *names_or_digests: str | Name
 ) -> Iterator[list[tuple[ImageInfo, list[BlobInfo]]]]:
-    """Hold, and yield the images and their blobs as they were at that moment: a name may move on meanwhile."""
+    """Hold images and blobs, and yield them as they are now: a name may move to another image meanwhile."""
     found: list[tuple[ImageInfo, list[BlobInfo]]] = []
-    # Where nothing can be written nothing can be leased, nor collected.
+    # A cache that can only be read takes no leases, and none of its blobs are collected.
     read_only = database.read_only
     with database.read() if read_only else database.write() as connection:
         digests: set[Digest] = set()
@@ -43,10 +43,10 @@ def held(
     try:
         yield found
     except BaseException:
-        give_up(database, session, hold)
+        release_after_error(database, session, hold)
         raise
-    if not database.ended:  # or it went with the session
-        let_go(database, session, hold)
+    if not database.ended:  # else it ended with the session
+        release_hold(database, session, hold)
 
 
 def find_held(connection: Connection, wanted: str | Name) -> int | Digest:
@@ -55,7 +55,7 @@ def find_held(connection: Connection, wanted: str | Name) -> int | Digest:
     Raises:
         NotInCache: if neither is in the cache.
     """
-    if not (isinstance(wanted, str) and (digest := as_digest(wanted))):
+    if not (isinstance(wanted, str) and (digest := _as_digest(wanted))):
         return images.find(connection, Name.parse(wanted)).id
     if digest not in blobs.stored(connection, [digest]):
         raise NotInCache(f"{digest} is not in the cache", name=digest)
@@ -63,16 +63,16 @@ def find_held(connection: Connection, wanted: str | Name) -> int | Digest:
 
 
 def hold_name(wanted: str | Name) -> str:
-    """Return a hold's id as it is, and a name or a digest in full, as it was noted."""
+    """Return the name a hold is listed under: an id or a digest unchanged, an image name in full."""
     if not isinstance(wanted, str):
         return str(Name.parse(wanted))
     if holds.is_id(wanted):
         return wanted
-    return as_digest(wanted) or str(Name.parse(wanted))
+    return _as_digest(wanted) or str(Name.parse(wanted))
 
 
-def as_digest(text: str) -> Digest | None:
-    """Return a text as a digest, or None if it is none."""
+def _as_digest(text: str) -> Digest | None:
+    """Return a text as a digest, or None if it is not one."""
     try:
         return parse_digest(text)
     except CacheError:

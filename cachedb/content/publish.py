@@ -44,15 +44,15 @@ from cachedb.progress import Advance
 
 __all__ = [
     "Replaced",
-    "bring",
-    "give_up",
     "hold_stored",
     "intact",
-    "let_go",
     "publish",
     "publish_blobs",
     "receive",
+    "receive_and_save",
     "receive_linked",
+    "release_after_error",
+    "release_hold",
     "retract",
     "store_blob",
     "store_manifest",
@@ -118,7 +118,7 @@ def receive(
 
 
 class Replaced(StorageError):
-    """Under the name of a file that was read there is another one by now, or another content."""
+    """A file was replaced or written to while it was read."""
 
 
 def receive_linked(
@@ -133,7 +133,7 @@ def receive_linked(
     progress: Advance | None = None,
     what: str = "the content",
 ) -> Received:
-    """Verify a file, and receive it as a hard link to it; as a copy where the file system cannot, or others may write.
+    """Verify a file, and receive a hard link to it; or a copy, if it cannot be linked or others may write to it.
 
     Args:
         session: as for `receive`.
@@ -142,19 +142,19 @@ def receive_linked(
         path: its name.
         digest: as for `receive`.
         size: as for `receive`.
-        read_only: nobody may write to it from now on, if it is linked.
+        read_only: make the file read-only before it is linked.
         progress: as for `receive`.
         what: as for `receive`.
 
     Raises:
         DigestMismatch: as for `receive`.
-        Replaced: if the name is another file's by now, or somebody has written to it meanwhile.
-        StorageError: if it cannot be linked, for another reason, nor be copied.
+        Replaced: if the file was replaced or written to meanwhile.
+        StorageError: if it can be neither linked nor copied.
     """
     before = os.fstat(file)
-    # Where a file has an access control list, the bits of the group say what any other user may do at most.
+    # If a file has an access control list, its group bits are the most that any other user may do.
     if before.st_uid != os.geteuid() or before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        # What others may write to is no blob: its content could change. Its owner must take care not to write to it.
+        # Others could change its content later. Its owner must take care not to write to it.
         return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     if session.is_shared and not read_only and stat.S_IMODE(before.st_mode) != 0o444:
         # The group could not read it, or would have to trust its owner not to write to it.
@@ -164,7 +164,7 @@ def receive_linked(
     folder = opened.descriptor
     with os_errors("link to a blob"):
         if read_only:
-            with ignore_os_errors():  # it may be one that nobody can change, which cannot be linked either
+            with ignore_os_errors():  # an immutable file refuses this, and cannot be linked either
                 os.fchmod(file, 0o444)
         os.fsync(file)
         try:
@@ -183,7 +183,7 @@ def receive_linked(
 
 
 def take(session: Session, path: Path, content: Content) -> Received:
-    """Receive a blob that was downloaded, and verified: it keeps its name there, until it is stored.
+    """Receive a downloaded and verified blob; it keeps its name in ``ingest/partial`` until it is stored.
 
     Raises:
         ClaimLost: if another process has put its own download there.
@@ -200,11 +200,11 @@ def take(session: Session, path: Path, content: Content) -> Received:
 
 @contextmanager
 def publish_blobs(database: Database, session: Session, received: Iterable[Received]) -> Iterator[Connection]:
-    """Store received blobs in one write transaction, in which the block may do more.
+    """Store received blobs in one write transaction, which the block may add to.
 
-    Either all of it is done or nothing. Order keeps that true through a crash: a file in the session's folder
-    that is named by its digest, a second name in ``blobs/``, the row. Whoever finds the first without the
-    last takes the second away (`retract`).
+    Either all of it is done or nothing, even after a crash. The order makes sure of that: first a file in the
+    session's folder that is named by its digest, then a second name in ``blobs/``, then the row. If a later open
+    finds the first without the row, it removes the name in ``blobs/`` (`retract`).
     """
     files = {blob.path: blob for blob in received if blob.path is not None}
     opened_folder = session.opened if files else None
@@ -233,8 +233,8 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
                             follow_symlinks=False,
                         )
                     except FileExistsError:
-                        # A file that no row knows is a forgotten blob's, on its way to the trash, and one of another
-                        # size is damaged: ours takes its place.
+                        # A file without a row belongs to a removed blob, and one of another size is damaged: ours
+                        # takes its place.
                         second = session.new_path().name
                         os.link(
                             path.name, second, src_dir_fd=received_in, dst_dir_fd=received_in, follow_symlinks=False
@@ -246,7 +246,7 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
             yield connection
     except BaseException:
         if received_in is not None:
-            with suppress(CacheError):  # what is left is for the next open, and it is the first error that counts
+            with suppress(CacheError):  # the next open removes the rest, and the first error counts
                 retract(database, received_in, [path.name for path in files])
         raise
     for path in files:
@@ -254,7 +254,7 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
 
 
 def retract(database: Database, folder: int, names: Iterable[str]) -> None:
-    """Take back a publication that did not come to its commit, and the received files with it.
+    """Remove the names in ``blobs/`` of a publication that was not committed, and its received files.
 
     Args:
         database: of the cache.
@@ -280,7 +280,7 @@ def retract(database: Database, folder: int, names: Iterable[str]) -> None:
 
 
 def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -> dict[Digest, int]:
-    """Return those of the stored blobs whose files are there, of the right size; the others can be brought anew."""
+    """Return the stored blobs whose files exist and have the right size; the others can be stored again."""
     found = {}
     for digest, size in stored(connection, digests).items():
         with suppress(FileNotFoundError):
@@ -290,7 +290,7 @@ def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -
 
 
 def hold_stored(database: Database, session: Session, digests: Iterable[Digest]) -> Hold:
-    """Hold those of the digests that are stored, their files being there."""
+    """Hold those of the digests that are stored and whose files exist."""
     wanted = list(digests)
     with database.read() as connection:
         there = stored(connection, wanted)
@@ -302,7 +302,7 @@ def hold_stored(database: Database, session: Session, digests: Iterable[Digest])
 
 @contextmanager
 def publish(database: Database, session: Session, received: Iterable[writer.Received]) -> Iterator[Connection]:
-    """Store received blobs as `blobs.publish` does; images that waited for one of them learn what it names."""
+    """Store received blobs as `publish_blobs` does, and associate the images that waited for one of them."""
     received = list(received)
     with publish_blobs(database, session, received) as connection:
         documents = [blob.digest for blob in received if blob.path is not None and blob.size <= DOCUMENT_LIMIT]
@@ -310,21 +310,21 @@ def publish(database: Database, session: Session, received: Iterable[writer.Rece
         yield connection
 
 
-def bring(
+def receive_and_save(
     database: Database,
     session: Session,
     digests: Iterable[Digest],
     receive: Callable[[Hold, dict[object, writer.Received]], None],
     save: Callable[[Connection], T],
 ) -> T:
-    """Receive blobs and save the images that need them: all of it, or nothing.
+    """Receive blobs and save the images that need them: all or nothing.
 
     Args:
         database: of the cache.
         session: to work in.
-        digests: that are wanted; those that are stored are held, and need only be associated.
-        receive: is called with that hold, and puts what it receives into the dictionary, under any key.
-        save: is called in the transaction in which what was received is stored, and saves the images.
+        digests: the wanted blobs; those already stored are held, and need not be received.
+        receive: called with that hold; it puts the received blobs into the dictionary, under any key.
+        save: called in the transaction that stores the received blobs; it saves the images.
 
     Returns:
         What ``save`` returns.
@@ -335,30 +335,30 @@ def bring(
         try:
             receive(hold, received)
         except BaseException:
-            for blob in list(received.values()):  # a second signal may end the waiting for the threads that add to it
+            for blob in list(received.values()):  # threads may still add to it after a second signal
                 session.discard(blob.path)
             raise
-        # From here on the files are the record of what is being published.
+        # From here on the files record what is being published.
         with publish(database, session, received.values()) as connection:
             result = save(connection)
             session.release(connection, hold)
             return result
     except BaseException:
-        give_up(database, session, hold)
+        release_after_error(database, session, hold)
         raise
 
 
-def let_go(database: Database, session: Session, hold: Hold) -> None:
+def release_hold(database: Database, session: Session, hold: Hold) -> None:
     """Release a hold, in a transaction of its own."""
     if hold.digests:
         with database.write() as connection:
             session.release(connection, hold)
 
 
-def give_up(database: Database, session: Session, hold: Hold) -> None:
-    """Release a hold after an error, of which is to be told; where that fails, it goes with the session."""
+def release_after_error(database: Database, session: Session, hold: Hold) -> None:
+    """Release a hold after an error; if that fails too, the hold ends with the session, and the first error counts."""
     with suppress(CacheError):
-        let_go(database, session, hold)
+        release_hold(database, session, hold)
 
 
 def store_blob(
@@ -369,14 +369,14 @@ def store_blob(
     digest: Digest | None = None,
     algorithm: str = "sha256",
 ) -> Received:
-    """Store a blob, and lease it until an image of this session is saved with it.
+    """Store a blob, and lease it until this session saves an image that has it.
 
     Args:
         database: the index.
         session: of this process.
         data: the content.
-        digest: that it must have, if that is known.
-        algorithm: to compute the digest with, if none is known.
+        digest: that it must have, if known.
+        algorithm: of the digest, if it is not known.
 
     Raises:
         DigestMismatch: if the content has another digest.
@@ -387,12 +387,12 @@ def store_blob(
         try:
             received = receive(session, source, digest=digest, algorithm=algorithm, write=write)
         except BaseException:
-            give_up(database, session, hold)
+            release_after_error(database, session, hold)
             raise
         expected = session.expects(received.digest)
         if write:
             with publish(database, session, [received]) as connection:
-                # Another's image that waits for it may be removed before ours is saved.
+                # An image of another session that waits for it may be removed before ours is saved.
                 if not (expected and is_associated(connection, received.digest)):
                     hold = session.lease(connection, [received.digest])
         elif expected:
@@ -410,8 +410,8 @@ def store_manifest(
     """Store a manifest or index under a name; its config and layers are associated at once, stored or not.
 
     Raises:
-        InvalidManifest: if it is no manifest or index.
-        InvalidName: if the name is by another digest than the manifest's.
+        InvalidManifest: if it is not a manifest or index.
+        InvalidName: if the name has another digest than the manifest.
     """
     media_type = oci.manifest_media_type(manifest, media_type)
     oci.descriptors(manifest, media_type)

@@ -1,7 +1,7 @@
-"""Sessions: a process's claim on what it is working with, that ends when the process does.
+"""Sessions: the lock file, folder and leases of a process that works with a cache. They end with the process.
 
-A session has a lock file, which the kernel lets go of however the process dies; a folder in ``ingest/``;
-and leases, which keep digests from collection. It begins when the first of them is needed.
+The kernel releases the lock file when the process dies. The folder is in ``ingest/``. The leases keep digests from
+collection. A session begins when one of them is first needed.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _NEW_INDEX = re.compile(
     r"|reserve|locks/(write\.(lock|queue)|[0-9a-f]{64}\.producing)|backups/(\.lock|\.backup-[0-9a-f]{32}(-journal)?)"
     r"|backups/[0-9]{6,}-[0-9]{4}-before-[0-9]{4}\.db"
 )
-"""The files in a folder that a new index is made in, by a rebuild or from a backup."""
+"""The files in a folder where a rebuild or a restored backup makes a new index."""
 
 
 class Hold(NamedTuple):
-    """One set of leases: of which session, its number there, and the digests."""
+    """A set of leases: its session, its number in that session, and the digests."""
 
     session: str
     number: int
@@ -67,7 +67,7 @@ def locked_sessions(directory: Path) -> set[str]:
 
 
 def half_published(directory: Path) -> set[Digest]:
-    """Return the digests in all sessions' folders: what a process that died in a publication has left is among them."""
+    """Return the digests named in all sessions' folders, including those of interrupted publications."""
     folders = [entry.path for entry in os.scandir(directory / "ingest") if entry.is_dir(follow_symlinks=False)]
     found: set[Digest] = set()
     for folder in folders:
@@ -77,7 +77,7 @@ def half_published(directory: Path) -> set[Digest]:
 
 
 class Session:
-    """The session of one open cache. Usable from several threads; a forked child begins one of its own."""
+    """The session of one open cache, safe to use from several threads; a forked child begins its own."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -86,8 +86,8 @@ class Session:
         self.forked()
 
     def forked(self) -> None:
-        """Be a new session, that has not begun."""
-        self._guard = threading.RLock()  # a signal handler may use the cache while its thread has it
+        """Become a new session that has not begun."""
+        self._guard = threading.RLock()  # a signal handler may use the cache while its thread holds this
         self._id: str | None = None
         self._lock: FileIO | None = None
         self._opened: OpenFolder | None = None
@@ -117,7 +117,7 @@ class Session:
     def _begin(self, name: str) -> tuple[FileIO, OpenFolder]:
         """Make the session's lock file and its folder; return the lock and the open folder."""
         path = lock_path(self._database.directory, name)
-        # The lock comes first: what belongs to a session without one is swept away.
+        # The lock comes first: the next open removes the files of a session without one.
         with os_errors("begin a session in the cache"):
             lock = locks.acquire(path, wait=Wait("the lock of a new session", self._database.wait_seconds))
         assert lock is not None
@@ -139,12 +139,12 @@ class Session:
 
     @property
     def folder(self) -> Path:
-        """Where this session writes what it receives."""
+        """The folder for the files that this session receives."""
         return Path(f"{self._database.directory}/ingest/{self.id}")
 
     @property
     def opened(self) -> OpenFolder:
-        """The same folder, opened: files are named within it, so that no link leads elsewhere."""
+        """The same folder, open: file names are relative to it, so that no link leads elsewhere."""
         with self._guard:
             _ = self.id
             assert self._opened is not None
@@ -152,21 +152,18 @@ class Session:
 
     @property
     def is_shared(self) -> bool:
-        """Whether a group shares the cache: its files must be what the group can read."""
+        """Whether a group shares the cache, so that the group must be able to read its files."""
         return is_shared(os.fstat(self._database.folders.root))  # it may be shared since it was opened
 
     def discard(self, path: Path | None) -> None:
-        """Remove a file of this session that is not needed any more; a failure is not raised.
-
-        A parent process's file is left to it.
-        """
+        """Remove a file of this session; a failure is not raised, and a parent process's file stays."""
         with self._guard:
             opened, session = self._opened, self._id
         if path is not None and opened is not None and path.parent.name == session:
             discard(path.name, opened.descriptor)
 
     def new_file(self) -> FileIO:
-        """Return a new file that has no name and goes when it is closed.
+        """Return a new file without a name, which ends when it is closed.
 
         Raises:
             OSError: if it cannot be made.
@@ -178,18 +175,18 @@ class Session:
                 file = FileIO(os.open(name, flags, 0o600, dir_fd=folder.descriptor), "rb+")
                 break
             except FileExistsError:
-                pass  # another user has put it there, or a link
+                pass  # another user has put a file or link there
         discard(name, folder.descriptor)
         return file
 
     def new_path(self, digest: Digest | None = None) -> Path:
-        """Return a new path in the folder; with a digest, it tells the next open what was being published."""
+        """Return a new path in the folder; a digest in it tells the next open what was being published."""
         number = next(self._numbers)
         name = f"{number}.{digest.replace(':', '-')}" if digest else f"{number}"
         return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # one path made: see `blob_file`
 
     def new_folder(self) -> Path:
-        """Make a folder for a new index, which SQLite finds by its path; return that path.
+        """Make a folder for a new index, and return its path.
 
         Raises:
             NotOurs: if the path leads to another folder.
@@ -205,7 +202,7 @@ class Session:
         return path
 
     def lease(self, connection: Connection, digests: Iterable[Digest]) -> Hold:
-        """Keep digests from collection, from the connection's commit on until `release`."""
+        """Keep digests from collection, from the commit of this transaction until `release`."""
         hold = Hold(self.id, next(self._numbers), frozenset(digests))
         if hold.digests:
             self._check_lock()
@@ -215,7 +212,7 @@ class Session:
         return hold
 
     def release(self, connection: Connection, hold: Hold) -> None:
-        """Let go of a hold; one that a parent process took is left to it."""
+        """Release a hold; a parent process's hold stays."""
         if hold.session == self._id:
             self._check_lock()
             gone = connection.execute(_without_holds(), {"of": hold.session, "numbers": [hold.number]}).rowcount
@@ -223,7 +220,7 @@ class Session:
                 raise _hold_lost("its leases were removed")
 
     def _check_lock(self) -> None:
-        """Make sure that other processes still see this session as alive: without its lock file its leases are swept.
+        """Check that other processes still see this session as alive; without its lock file they remove its leases.
 
         Raises:
             CacheReplaced: if the lock file was removed or renamed.
@@ -240,30 +237,30 @@ class Session:
                 self._unsaved.setdefault(digest, []).append(hold)
 
     def release_saved(self, connection: Connection, digests: Iterable[Digest]) -> None:
-        """Let go of what `keep_until_saved` keeps, in the transaction that associates it.
+        """Release what `keep_until_saved` keeps, in the transaction that associates it with an image.
 
-        Of each digest once: another thread may have stored the same blob for an image that it has yet to save.
+        Each digest is released once: another thread may have stored the same blob for an image it will save later.
         """
         with self._guard:
             holds = [held.pop() for digest in set(digests) if (held := self._unsaved.get(digest))]
-        # One that a parent process took is left to it, as `release` has it.
+        # A parent process's hold stays, as in `release`.
         numbers = [hold.number for hold in holds if hold.session == self._id]
         if numbers:
             self._check_lock()
             connection.execute(_without_holds(), {"of": self._id, "numbers": numbers})
 
     def expect(self, digests: Iterable[Digest]) -> None:
-        """Note what an image that this session has saved is still waiting for."""
+        """Note the blobs that an image saved by this session still lacks."""
         with self._guard:
             self._expected.update(digests)
 
     def expects(self, digest: Digest) -> bool:
-        """Say whether an image that this session has saved waits for a blob, or did."""
+        """Return whether an image saved by this session lacked a blob when it was saved."""
         with self._guard:
             return digest in self._expected
 
     def close(self) -> None:
-        """End the session, and begin no other: its folder, its leases and its lock file go."""
+        """End the session for good, and remove its folder, leases and lock file."""
         with self._guard:
             self._closed = True
             session, lock = self._id, self._lock
@@ -271,7 +268,7 @@ class Session:
             return
         folder = self._database.directory / "ingest" / session
         try:
-            # A file named by its digest may be a publication that failed half way: the next open sees to it.
+            # A file named by its digest may be an interrupted publication, which the next open retracts.
             if not any(received_digest(name) for name in os.listdir(folder)):
                 remove_folder(self._database.folders, session)
                 if self._leased:
@@ -282,7 +279,7 @@ class Session:
         except (CacheError, OSError) as error:
             if is_callers(error):
                 raise
-            # What is left is a dead session's, which the next open sweeps away.
+            # The next open removes the rest, as it does for a killed process.
         finally:
             locks.release(lock)
             self.forked()
@@ -308,7 +305,7 @@ def _without_holds() -> Delete:
 
 
 def remove_folder(folders: Folders, session: str) -> None:
-    """Remove a session's folder in ``ingest/`` and what the session wrote there; anything else in it stays.
+    """Remove a session's folder in ``ingest/`` and the files that the session wrote; other files stay.
 
     Raises:
         OSError: if something cannot be removed, or is not ours.
@@ -326,7 +323,7 @@ def remove_folder(folders: Folders, session: str) -> None:
 
 
 def _remove_new_index(folders: Folders, name: str) -> None:
-    """Remove the folder that a new index was made in, if it holds what such a folder holds and nothing else.
+    """Remove the folder of a new index, unless it holds other files.
 
     Args:
         folders: of the cache.
@@ -345,7 +342,7 @@ def _remove_new_index(folders: Folders, name: str) -> None:
                 path = f"{folder}/{entry.name}".lstrip("/")
                 found[path] = entry.is_dir(follow_symlinks=False)
                 if path not in FOLDERS if found[path] else not _is_of_new_index(path, entry):
-                    return  # it is somebody else's
+                    return  # not a file of ours
     for path in reversed(found):
         outer, _, last = f"{name}/{path}".rstrip("/").rpartition("/")
         with folders.open(outer) as opened:
@@ -360,18 +357,18 @@ def _is_of_new_index(path: str, entry: os.DirEntry[str]) -> bool:
 
 
 def dead_sessions(folders: Folders, left: list[Leftover]) -> Iterator[str]:
-    """Yield the sessions of a cache that left files behind and whose process is gone; each is locked meanwhile.
+    """Yield the sessions whose process is gone but whose files are left; each is locked while it is yielded.
 
     Args:
         folders: of the cache.
-        left: gets the sessions that cannot be looked at: another user's, say.
+        left: gets the sessions that cannot be examined, such as another user's.
     """
     directory = folders.directory
     names = locked_sessions(directory) | set(filter(is_session, os.listdir(directory / "ingest")))
     for session in sorted(names):
         path = lock_path(directory, session)
         try:
-            # Made if it is not there: of several who come to sweep a session away, one does.
+            # The lock file is made if it is missing, so that only one process removes the session.
             lock = locks.acquire(path, wait=False)
         except OSError as error:
             left.append(Leftover(path, explain(error)))

@@ -1,4 +1,4 @@
-"""Downloads: they go to ``ingest/partial/``, where one that was cut off is gone on with, by whoever wants it next."""
+"""Downloads in ``ingest/partial/``, where an interrupted one stays until a process resumes it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cachedb.oci.digests import Digest
 __all__ = ["begun", "key_of", "sweep"]
 
 
-_AGE = 24 * 60 * 60  # seconds after which nobody is expected to go on with one
+_AGE = 24 * 60 * 60  # seconds after which no process is expected to resume one
 _NOT_OPENED = (errno.ELOOP, errno.EACCES, errno.ENXIO)  # a symbolic link, another user's file, a socket
 
 
 def key_of(digest: Digest) -> str:
-    """Return what `producing.once` knows the download of a blob by: whoever has that right writes to the file."""
+    """Return the key of the claim on a blob's download; only the owner of the claim writes to the file."""
     return f"blob {digest}"
 
 
@@ -78,13 +78,17 @@ def _is_written_to(file: int) -> bool:
 
 
 def sweep(folders: Folders, *, age: float = _AGE) -> bool:
-    """Remove what nobody has gone on with for a day, or for another time in seconds; say whether there was any."""
+    """Remove partial downloads that no process has resumed for a day, or for ``age`` seconds.
+
+    Returns:
+        Whether one was removed.
+    """
     found = False
     with os_errors("clean up after a download"), suppress(FileNotFoundError), folders.open("ingest/partial") as partial:
         for name in os.listdir(partial):
             digest = partial_digest(name)
             if digest is None:
-                continue  # it is none of ours
+                continue  # not a download of ours
             with suppress(FileNotFoundError):
                 status = os.stat(name, dir_fd=partial, follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode) or time.time() - status.st_mtime < age:

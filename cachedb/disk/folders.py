@@ -40,7 +40,7 @@ _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Leftover(NamedTuple):
-    """What a dead process left behind and cannot be cleaned up."""
+    """A file that a dead process left behind, and that cannot be removed."""
 
     path: Path
     reason: str
@@ -76,9 +76,9 @@ class Folders:
         self.is_copy = False
         """Whether the cache may have been copied file by file, and nobody has checked it since."""
         self.is_outdated = False
-        """Whether the marker should say where it is by now: `refresh_marker`."""
+        """Whether the marker names an earlier place of the cache: see `refresh_marker`."""
         self.had_marker = False
-        """Whether the directory had a marker before this release found it; those of older releases have none."""
+        """Whether the marker was there before this open; caches of older releases have none."""
 
     def check_owner(self, *, trust: bool = False) -> None:
         """Refuse another user's directory, unless it is shared, or trusted: ``CACHEDB_TRUST=1`` trusts any.
@@ -99,10 +99,10 @@ class Folders:
         return self._marker is not None
 
     def mark(self, *, new: bool, is_sound: bool = True) -> None:
-        """Note which cache this is, and write its marker first if it has none yet and is ``new``.
+        """Remember which cache this is.
 
         Args:
-            new: write the marker.
+            new: write a marker first, if there is none.
             is_sound: as for `marker.write`.
         """
         found = marker.read(self.root)
@@ -116,12 +116,12 @@ class Folders:
         self.is_outdated = found is not None and not self.is_copy and found.is_outdated(self.root)
 
     def accept_copy(self) -> None:
-        """Give a copy that was checked an id of its own; under the write lock."""
+        """Give a checked copy its own id; the caller holds the write lock."""
         marker.renew(self.root, lambda file: follow(file, self.status))
         self.mark(new=False)
 
     def refresh_marker(self) -> None:
-        """Have the marker of this cache, which is no copy, say where it is by now; under the write lock."""
+        """Write the present place of this cache into its marker; the caller holds the write lock."""
         self.mark(new=False)
         found = marker.read(self.root)
         if self.is_outdated and found is not None:
@@ -129,7 +129,7 @@ class Folders:
             self.mark(new=False)
 
     def check_links(self) -> None:
-        """Refuse a cache whose files are those of another directory as well.
+        """Refuse a cache that shares its files with a copy, by hard links.
 
         Raises:
             NotOurs: if the marker or the index has a second link.
@@ -145,7 +145,7 @@ class Folders:
                     )
 
     def check(self) -> None:
-        """Make sure that the path still leads to this cache: before each write.
+        """Check, before each write, that the path still leads to this cache.
 
         Raises:
             CacheReplaced: if the directory was moved, removed, or made anew since it was opened.
@@ -220,14 +220,14 @@ class Folders:
 
     @contextmanager
     def open(self, name: str) -> Iterator[int]:
-        """Give the block a descriptor of a folder of the cache.
+        """Yield a descriptor of a folder of the cache.
 
         Args:
             name: relative to the cache directory.
 
         Raises:
             FileNotFoundError: if there is none.
-            NotOurs: if it is a symbolic link or no folder, or is another user's, or on another file system.
+            NotOurs: if it is a symbolic link, not a folder, another user's, or on another file system.
         """
         folder = self.root
         for part in name.split("/"):
@@ -280,18 +280,18 @@ def is_shared(folder: os.stat_result) -> bool:
 
 
 def mode_in(folder: os.stat_result) -> int:
-    """Return the mode of a new file in a folder: whoever may read or write the folder may do so with the file."""
+    """Return the mode of a new file in a folder: the folder's, without execution."""
     return folder.st_mode & 0o666
 
 
 def give(file: int, folder: os.stat_result) -> None:
-    """Give what root makes in another user's folder to that user."""
+    """Make a file that root made in another user's folder that user's own."""
     if folder.st_uid != 0 and os.geteuid() == 0:
         os.fchown(file, folder.st_uid, folder.st_gid)
 
 
 def follow(file: int, folder: os.stat_result, *, is_folder: bool = False) -> None:
-    """Give a new file or folder the mode of the folder it is in, whatever the umask; of root's, the owner as well."""
+    """Give a new file or folder the mode of its folder, whatever the umask; if root made it, the owner too."""
     found = os.fstat(file)
     if found.st_uid != os.geteuid():
         return  # another process has made it meanwhile

@@ -4,13 +4,13 @@ A `flock` goes with the process however it dies. It belongs to the open file, an
 open files: the child closes its copies at once, so that it neither keeps its parent's locks alive nor lets
 go of them.
 
-Of many who wait for a `flock` the kernel wakes all, and whoever is quickest has it: with 64 processes one was seen
-to wait 4.5 seconds, a hundred times the mean. `in_turn` has them take numbers first, as at a counter. The numbers
-are for order alone; what keeps two apart is the lock, whatever becomes of those who wait.
+When a `flock` is released, the kernel wakes all processes that wait for it, and the quickest gets it. Of 64 processes
+one waited 4.5 seconds, a hundred times the mean. So `in_turn` has them take numbers first, as at a counter. The
+numbers only give the order; the lock alone keeps two processes apart.
 
-Whoever waits with a number has a lock on the byte of that number in the queue's file. The kernel releases it when the
-process dies, so that those behind see at once who is gone. A wait that can be long is a `Wait`: it has an end, and
-says for whom. `flock` has no time-out, so it is tried again after naps.
+A process that waits with a number has a lock on the byte of that number in the queue's file. The kernel releases it
+when the process dies, so the others see at once that it is gone. A wait that can be long is a `Wait`: it ends, and it
+names the holder. `flock` has no time-out, so we try again after short pauses.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> No
     while number - 1 - (now_served := _read(queue, _SERVED)) > 0:
         if number > _read(queue, _LAST):
             return  # the numbers have begun anew, or are lost
-        # If it cannot be told who waits: whoever has the next number is waited for as long as patience lasts.
+        # If the kernel cannot tell, this is the next number, which is waited for until `_PATIENCE` is over.
         first = byte_locks.find_first_locked(queue.fileno(), now_served + 1, number - 1)
         if first is None:
             return  # those before us have died

@@ -1,8 +1,8 @@
-"""Single flight: of all on this host who want the same thing made, one makes it and the others wait for it.
+"""Single flight: if several processes want the same thing, one produces it and the others wait for it.
 
-Whoever makes it has a claim: a lock file that it holds. The file's time of change says when the work was last seen to
-make progress: `show_progress` sets it. Who waits may take a claim over whose owner makes none, such as a download that
-trickles. Then the file is unlinked, and the owner, if it goes on, sees that its claim is lost.
+The producer has a claim: a lock file that it holds. `show_progress` sets the file's modification time, which says when
+the work last made progress. A waiting process may take over a claim without progress, such as a download that
+trickles. It unlinks the file, and the former owner, if it continues, sees that its claim is lost.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ os.register_at_fork(after_in_child=lambda: _mine.__dict__.clear())
 
 
 class ClaimLost(CacheError):
-    """Another process has taken over what this one was making: it made no progress."""
+    """Another process has taken over a claim of this one, because it made no progress."""
 
 
 def _path(directory: Path, key: str) -> Path:
@@ -53,13 +53,13 @@ def _path(directory: Path, key: str) -> Path:
 
 
 def _making() -> set[Path]:
-    """Return what this thread has the right to make."""
+    """Return the paths of the claims that this thread has."""
     making: set[Path] = _mine.__dict__.setdefault("making", set())
     return making
 
 
 def _claim(path: Path, key: str) -> FileIO | None:
-    """Claim what nobody is making; return the lock, or None if somebody is."""
+    """Take a claim; return its lock, or None if another has it."""
     lock = locks.acquire(path, wait=False)
     if lock is not None:
         processes.write_record(lock.fileno(), key=key, since=time.time())
@@ -83,7 +83,7 @@ def _remove(path: Path, lock: FileIO, seconds: float = _REMOVAL_SECONDS) -> bool
     Args:
         path: of the file.
         lock: the file, open.
-        seconds: to wait for another who is about to do the same.
+        seconds: to wait for another process that unlinks it at this moment.
     """
     end = time.monotonic() + seconds
     while not byte_locks.lock_byte(lock.fileno(), _REMOVING):
@@ -97,7 +97,7 @@ def _remove(path: Path, lock: FileIO, seconds: float = _REMOVAL_SECONDS) -> bool
 
 
 def show_progress(directory: Path, key: str) -> None:
-    """Note that what this process has claimed makes progress; without a claim nothing is noted.
+    """Note that a claim of this process makes progress; do nothing without a claim.
 
     Raises:
         ClaimLost: if another process has taken it over.
@@ -113,7 +113,7 @@ def show_progress(directory: Path, key: str) -> None:
 
 
 def check_claim(directory: Path, key: str) -> None:
-    """Make sure that a claim of this process, if it has one, was not taken over.
+    """Check that a claim of this process, if it has one, was not taken over.
 
     Raises:
         ClaimLost: if it was.
@@ -155,22 +155,23 @@ def once(
     may_take_over: bool = False,
     is_working: Callable[[], bool] | None = lambda: True,
 ) -> Iterator[T | None]:
-    """Give the block what ``find`` returns, or None and the right to make it; who else wants it waits for the block.
+    """Yield what ``find`` returns, or None and the claim to produce it; others that want it wait for the block.
 
-    The right is a lock, which the kernel takes from a process that dies.
+    The claim is a lock, which the kernel releases when the process dies.
 
     Args:
         directory: of the cache.
-        key: what is wanted.
+        key: names what is wanted.
         find: returns it, or None if it is not there.
-        sleep: is called while another makes it, to wait for so many seconds; it may raise, to wait no more.
-        seconds: to wait for another who makes no progress; unless given, as `chosen_seconds` says.
-        may_take_over: take the right from another who makes no progress for half a minute.
-        is_working: is asked every second whether the block makes progress; None if it calls `show_progress` itself.
+        sleep: called with seconds while another process produces it; it may raise to stop the wait.
+        seconds: to wait for a process that makes no progress; the default is that of `chosen_seconds`.
+        may_take_over: take the claim from a process that has made no progress for half a minute.
+        is_working: called every second, returns whether the block makes progress; None if the block calls
+            `show_progress` itself.
 
     Raises:
-        Busy: if another who makes it makes no progress for that time.
-        CacheError: if this thread has the right already: it would wait for itself.
+        Busy: if the other process makes no progress for that time.
+        CacheError: if this thread has the claim already: it would wait for itself.
     """
     found = find()
     if found is not None:
@@ -203,22 +204,22 @@ def once(
 
 
 def _progress(path: Path) -> object:
-    """Return what changes while somebody makes progress with a claim."""
+    """Return a value that changes while the owner of a claim makes progress."""
     with suppress(OSError), FileIO(path) as file:
         if processes.read_record(file.fileno()) is None:
-            return time.monotonic()  # an old release has it, which notes no progress
+            return time.monotonic()  # an old release has the claim, and it notes no progress
         status = os.fstat(file.fileno())
         return status.st_ino, status.st_mtime_ns
     return None
 
 
 def _take_over(path: Path, key: str, stalled: object) -> None:
-    """Take a claim from a process that makes no progress with it: whoever is first has it then.
+    """Unlink a claim without progress, so that the first who asks gets it.
 
     Args:
         path: of the claim's file.
         key: what is claimed.
-        stalled: what `_progress` has returned all the time.
+        stalled: the value that `_progress` has returned all the time.
     """
     with suppress(OSError), FileIO(path, "r+") as file:
         status = os.fstat(file.fileno())
@@ -230,7 +231,7 @@ def _take_over(path: Path, key: str, stalled: object) -> None:
 
 @contextmanager
 def unless_made(directory: Path, key: str) -> Iterator[bool]:
-    """Give the block whether nobody is making something; nobody begins to in the block then."""
+    """Yield whether this thread got the claim on a key; if so, nobody else gets it during the block."""
     path, making = _path(directory, key), _making()  # of this thread, whichever ends the block
     if path in making:
         yield False
@@ -251,7 +252,7 @@ def unless_made(directory: Path, key: str) -> Iterator[bool]:
 class Claim(NamedTuple):
     """A claim that is held."""
 
-    process: Process | None  # that has it; None for one of an older release
+    process: Process | None  # its holder; None for a holder of an older release
     key: str
     since: float  # seconds since 1970
 
@@ -272,7 +273,7 @@ def claims(directory: Path) -> list[Claim]:
 
 
 def sweep(folders: Folders) -> Iterator[Leftover]:
-    """Remove what processes that were killed while they made something have left; yield what cannot be removed."""
+    """Remove the lock files of killed producers; yield those that cannot be removed."""
     with folders.open("locks") as folder:
         for name in os.listdir(folder):
             if lock_kind(name) != "producing":

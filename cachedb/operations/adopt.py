@@ -236,7 +236,9 @@ class _Adopter:
             self._here.update(blob.digest for blob in received.values())
             self._new.update({blob.digest: blob.size for blob in received.values()})
 
-        publish.bring(self._database, self._session, wanted, receive, lambda connection: self._save(connection, part))
+        publish.receive_and_save(
+            self._database, self._session, wanted, receive, lambda connection: self._save(connection, part)
+        )
         self._report_passed()
 
     def _receive(self, received: dict[object, Received], digest: Digest, advance: Advance) -> None:

@@ -87,7 +87,7 @@ def copy(
             how = _copy_blobs(database.directory, directory, wanted, progress, verify=verify)
         finally:
             for hold in leased:
-                publish.give_up(database, session, hold)
+                publish.release_after_error(database, session, hold)
         for folder in (*BLOB_FOLDERS, ""):
             sync_folder(directory / folder)
         staged.rename(directory / "index.db")

@@ -72,7 +72,7 @@ def _import(
         ]
         return [images.image(connection, database.directory, image_id)[0] for image_id in dict.fromkeys(ids)]
 
-    return publish.bring(database, session, digests, receive, save_all)
+    return publish.receive_and_save(database, session, digests, receive, save_all)
 
 
 def _receive(

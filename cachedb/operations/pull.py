@@ -204,7 +204,7 @@ class _Pull:
             return info
 
         try:
-            info = publish.bring(self._database, self._session, wanted, receive, save_all)
+            info = publish.receive_and_save(self._database, self._session, wanted, receive, save_all)
         except BaseException as error:
             self._give_up(error)
             raise
@@ -225,7 +225,7 @@ class _Pull:
     def _give_up(self, error: BaseException) -> None:
         """Release the stored blobs after a failure; on a full disk also delete partial downloads."""
         for hold in self._holds:
-            publish.give_up(self._database, self._session, hold)
+            publish.release_after_error(self._database, self._session, hold)
         if isinstance(error, StorageError) and is_full(error):
             self._source.stop_early_downloads()  # they would go on writing, and keep their parts
             with suppress(CacheError), ignore_os_errors():

@@ -312,7 +312,7 @@ def test_on_a_full_disk_what_was_begun_ends_before_its_room_is_freed(
             return sweep(folders, age=age)
 
         monkeypatch.setattr(threads, "_STOP_SECONDS", 60)  # a slow disk must not make the test fail
-        monkeypatch.setattr(publish, "bring", fill)
+        monkeypatch.setattr(publish, "receive_and_save", fill)
         monkeypatch.setattr(downloads, "sweep", watch)
         with pytest.raises(StorageError, match="No space left"):
             cache.pull(source)

@@ -1,8 +1,8 @@
-"""Connections to the file of the index, and copies in memory of one that is read without locks.
+"""Connections to the index file, and copies in memory of an index that is read without locks.
 
 SQLite shares memory with other processes through ``index.db-shm``, and commits to ``index.db-wal``. If one of them is
-removed under a live process, others make new ones, and neither side sees what the other commits. So a connection knows
-which files it has open, and is not used once others have their names.
+removed while a process has it open, other processes make new ones, and neither side sees the commits of the other. So
+a connection knows which files it has open, and is not used after they were replaced.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ _SHARED_FIRST, _SHARED_SIZE = 0x40000002, 510  # the bytes of an index that SQLi
 _FileId = tuple[int, int] | None
 _connections: weakref.WeakSet[CacheConnection] = weakref.WeakSet()  # of this process, that share files with others
 _guard = threading.RLock()  # of the above; connections are opened where no fork can come
-_pinned: dict[tuple[int, int], int] = {}  # indexes that are locked until this process ends, and their descriptors
+_pinned: dict[tuple[int, int], int] = {}  # descriptors of the indexes that are locked until this process ends
 
 
 class IndexChanged(StorageError):
-    """Somebody has written to an index that was read without locks."""
+    """Another process wrote to an index while it was read without locks."""
 
     def __init__(self) -> None:
         super().__init__("the index changed while it was read: try again")
 
 
 class CacheConnection(sqlite3.Connection):
-    """A connection that knows which file it is to."""
+    """A connection that knows which files it has open."""
 
     file: tuple[int, int, str]
     is_settled: bool
     path = ""
     beside: tuple[_FileId, ...] = ()
-    """Which -wal and -shm it has open; empty if it shares none."""
+    """The -wal and -shm that it has open; empty if it shares none with other processes."""
 
     def has_lost_files(self) -> bool:
-        """Return whether the -wal or -shm that this connection has open has lost its name."""
+        """Return whether the -wal or -shm of this connection was removed or replaced."""
         return bool(self.beside) and _is_lost(self.beside, _identify_beside(self.path))
 
     def is_outdated(self) -> bool:
-        """Return whether a -wal or -shm is there that this connection does not have open."""
+        """Return whether the -wal or -shm differs from that of this connection."""
         return bool(self.beside) and self.beside != _identify_beside(self.path)
 
     def check_memory(self) -> None:
-        """Make sure, before a commit, that other processes still share memory with this connection.
+        """Check, before a commit, that other processes still share memory with this connection.
 
         Raises:
             CacheReplaced: if they do not.
@@ -66,9 +66,9 @@ class CacheConnection(sqlite3.Connection):
             raise files_lost(self.path)
 
     def save_commits(self) -> None:
-        """Write all commits of a WAL that has lost its name back to the index, unless there is another WAL by now.
+        """Write the commits of a removed WAL back to the index, unless there is a new WAL.
 
-        The caller holds the write lock, and nobody may open the index meanwhile.
+        The caller holds the write lock, and no process may open the index meanwhile.
         """
         found = _identify_beside(self.path)
         if all(new in (None, old) for new, old in zip(found, self.beside, strict=True)):
@@ -76,7 +76,7 @@ class CacheConnection(sqlite3.Connection):
                 self.execute("PRAGMA wal_checkpoint(FULL)").close()
 
     def close(self) -> None:
-        """Close the connection; SQLite does not delete a -wal or -shm that others have made meanwhile."""
+        """Close the connection, and keep SQLite from deleting a -wal or -shm that another process has made."""
         if self.beside:
             _pin_if_lost(self)
             with _guard:
@@ -110,11 +110,11 @@ def _is_lost(known: tuple[_FileId, ...], found: tuple[_FileId, ...]) -> bool:
 
 
 def _pin_if_lost(connection: CacheConnection) -> None:
-    """Keep SQLite from a checkpoint at the closing of a connection, if others have made new files beside the index.
+    """Keep SQLite from a checkpoint when it closes a connection whose -wal or -shm was replaced.
 
-    It would write an old WAL over what they have committed, and delete theirs. It does neither unless it gets a lock
-    on the whole index, which another open file of this process can deny. That file stays open: to close it would
-    release all locks that SQLite has on the index.
+    The checkpoint would write the old WAL over newer commits, and delete the new WAL. SQLite needs a lock on the whole
+    index for it, so another open file of this process denies that lock. That file stays open: closing it would release
+    all locks that SQLite has on the index.
     """
     with suppress(OSError):
         found = _identify_beside(connection.path)
@@ -134,7 +134,7 @@ def _note(connection: CacheConnection, path: str) -> None:
     """Note which files a new connection has open.
 
     Raises:
-        CacheReplaced: if another connection of this process has others: SQLite would have this one use them.
+        CacheReplaced: if another connection of this process has other files open, which SQLite would use here too.
     """
     found = _identify_beside(path)
     with _guard:
@@ -150,8 +150,8 @@ def connect(path: Path, file: tuple[int, int, str], *, is_settled: bool, read_on
 
     Args:
         path: of the index.
-        file: what `IndexFile.identify` returned.
-        is_settled: whether a change from now on shows in the time of the file.
+        file: as `IndexFile.identify` returns it.
+        is_settled: whether every later change alters the file's modification time.
         read_only: open it for reading only.
 
     Raises:
@@ -162,7 +162,7 @@ def connect(path: Path, file: tuple[int, int, str], *, is_settled: bool, read_on
     connection = sqlite3.connect(
         f"{path.as_uri()}?{mode}",
         uri=True,
-        timeout=0,  # we wait ourselves, where no fork waits for us: see `Database.entered`
+        timeout=0,  # we wait ourselves, outside the blocks that forks wait for: see `Database.entered`
         check_same_thread=False,
         isolation_level=None,  # the driver begins no transactions of its own: we do, DDL included
         factory=CacheConnection,
@@ -187,18 +187,18 @@ def take_snapshot(
     identify: Callable[[], tuple[int, int, str]],
     translated: Callable[[], AbstractContextManager[None]],
 ) -> CacheConnection:
-    """Return a copy in memory of an index that is read without locks, and close the connection to the file.
+    """Copy an index that is read without locks into memory, and close the connection to the file.
 
-    A process that begins to write to the file does not see that somebody reads it. So it is read all at once, and
-    looked at again after that.
+    Another process does not see that the file is read, and may write to it. So the file is read at once, and compared
+    afterwards.
 
     Args:
         connection: to the file.
-        identify: returns what tells the file from what it is after a change.
-        translated: a block that raises our errors for those of SQLite.
+        identify: returns a value that every change of the file alters.
+        translated: a block that turns SQLite's errors into ours.
 
     Raises:
-        IndexChanged: if somebody wrote to the file meanwhile, or that cannot be told.
+        IndexChanged: if the file was written to meanwhile, or may have been.
     """
     copy = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None, factory=CacheConnection)
     copy.file = connection.file
@@ -209,7 +209,7 @@ def take_snapshot(
     except BaseException as error:
         copy.close()
         if isinstance(error, StorageError) and identify() != connection.file:
-            raise IndexChanged from error  # that is why it looks damaged
+            raise IndexChanged from error  # the change made it look damaged
         raise
     if identify() != connection.file or not connection.is_settled:
         copy.close()
@@ -218,7 +218,7 @@ def take_snapshot(
 
 
 def pause_before_retry(wait: Wait, error: Exception) -> None:
-    """Wait before the index is tried again, until it has been tried for too long."""
+    """Sleep before the next try to use the index; raise if the time to wait is over."""
     try:
         wait.nap(_POLL_SECONDS, lambda: getattr(error, "holder", None))
     except Busy:

@@ -1,8 +1,8 @@
-"""The index's database: connections, transactions, and all that is particular to SQLite.
+"""The index's database: connections and transactions.
 
 One write lock serialises every change of the index and every rename into or out of ``blobs/``. It is a
-lock file and not SQLite's own lock, for waiting at the file is fair and bounded, while SQLite's busy
-handler starves; and it keeps all our writers and checkpoints apart, which closes the WAL-reset bug of
+lock file instead of SQLite's own lock, because a wait for it is fair and bounded, while SQLite's busy
+handler may starve. It also keeps our writers and checkpoints apart, which avoids the WAL-reset bug of
 SQLite 3.7.0 to 3.51.2. Readers take no lock: they see the last commit.
 """
 
@@ -64,8 +64,8 @@ __all__ = ["CLOSED", "Database"]
 
 T = TypeVar("T")
 
-# Our own writers wait at the lock file. For another program that writes we wait without the lock, or all who want to
-# write would wait for each other as well.
+# Our own writers wait for the lock file. While another program writes we wait without the lock, so that our own
+# writers do not also wait for each other.
 _OUTSIDER_NAPS = (0.02, 0.25)  # seconds between two tries: at first, and at most
 CLOSED = "this cache is closed: open it again with Cache.open"
 
@@ -73,22 +73,22 @@ CLOSED = "this cache is closed: open it again with Cache.open"
 class Database:
     """The ``index.db`` of a cache directory. Usable from several threads, and in a forked child.
 
-    SQLite notes in memory which locks its process holds on a file. A child that is forked while a connection
-    is open inherits the note and not the locks, and what it commits is lost when its parent closes. So a
-    fork waits until no other thread is in a transaction, and all connections are closed before it.
-    A transaction waits for nobody, so a fork does not either: it waits for other processes before it begins.
+    SQLite records in memory which locks its process holds on a file. A child that is forked while a connection
+    is open inherits the record without the locks, and loses its commits when its parent closes. So a fork waits
+    until no other thread is in a transaction, and closes all connections first. A transaction waits for other
+    processes before it begins, and not within, so a fork never waits for another process.
     """
 
     def __init__(
         self, directory: Path, path: Path | None = None, *, trust: bool = False, wait: float | None = None
     ) -> None:
-        """Name the index of a cache directory, or another one: a backup.
+        """Name the index; nothing is opened yet.
 
         Args:
             directory: of the cache.
-            path: of the index, unless it is the directory's.
+            path: of another index, such as a backup; the default is ``index.db``.
             trust: work with a directory of another user.
-            wait: seconds to wait for a lock of another process; unless given, as `chosen_seconds` says.
+            wait: seconds to wait for a lock of another process; the default is that of `chosen_seconds`.
         """
         self.wait_seconds = chosen_seconds(wait)
         self.directory = directory.absolute()
@@ -110,7 +110,7 @@ class Database:
         locks.before_fork(self)
 
     def identify_file(self) -> tuple[int, int, str]:
-        """Return what tells ``index.db`` from another file of that name, and how it is to be opened."""
+        """Return the identity of ``index.db``, as `IndexFile.identify` does."""
         try:
             return self.file.identify(read_only=self.read_only)
         except FileNotFoundError:
@@ -119,7 +119,7 @@ class Database:
             raise lost(self.directory) from None
 
     def unreplaced(self) -> AbstractContextManager[None]:
-        """A block in which nobody replaces the index; where nothing can be written, nobody does anyway."""
+        """A block in which no process replaces the index; a cache that can only be read has no such lock."""
         return nullcontext() if self.read_only else self.file.unreplaced()
 
     def _connect(self) -> Engine:
@@ -133,7 +133,7 @@ class Database:
         return engine
 
     def _open(self, *, read_only: bool = False) -> CacheConnection:
-        """Open a connection to the file that has the name; it is made in `write_schema` and nowhere else."""
+        """Open a connection to the index file; only `write_schema` creates that file."""
         if self.ended:
             raise CacheError(CLOSED)
         if self._folders is not None:
@@ -152,41 +152,41 @@ class Database:
             raise DisconnectionError  # the pool opens another
 
     def _is_current(self, connection: CacheConnection) -> bool:
-        """Return whether a connection is to the files that have the names of the index's.
+        """Return whether a connection has the current files of the index open.
 
         Raises:
-            CacheReplaced: if one that SQLite shares with other processes was removed.
+            CacheReplaced: if the -wal or -shm was removed while it was open.
         """
         if connection.file != self.identify_file():
             return False
         if not connection.is_outdated():
             return True
         with self.unreplaced():
-            # Whoever replaces an index takes away its WAL first.
+            # A replacement of the index removes its WAL first.
             is_lost = connection.file == self.identify_file() and connection.has_lost_files()
         if not is_lost:
             return False
         self._save_commits(connection)
-        self._engine.dispose()  # as long as one is open, SQLite has others use its files
+        self._engine.dispose()  # while one connection is open, SQLite gives its files to new ones
         self._lookups.close()
         raise files_lost(str(self.path))
 
     def _save_commits(self, connection: CacheConnection) -> None:
-        """Save what is only in a WAL that was removed, as long as nobody has made another one."""
+        """Save the commits that are only in a removed WAL, unless there is a new one."""
         if self.read_only:
             return
         with ExitStack() as stack, suppress(Busy, OSError):
             if not is_held(self._resolved):
                 lock = locks.acquire(self.write_lock, wait=False)
                 if lock is None:
-                    return  # whoever has it finds out as well
+                    return  # its holder finds the loss too
                 stack.callback(locks.release, lock)
             stack.enter_context(self.file.unreplaced(replacing=True))
             connection.save_commits()
 
     @property
     def folders(self) -> Folders:
-        """The open cache directory, to change something in it.
+        """The open cache directory, for changes.
 
         Raises:
             NotOurs: if it is another user's, and neither shared nor trusted.
@@ -212,13 +212,13 @@ class Database:
 
     def _check_in(self, connection: Any, record: Any) -> None:  # noqa: ANN401
         if self.ended and connection is not None:
-            record.close()  # the pool that it goes back to is nobody's
+            record.close()  # the pool was closed meanwhile
 
     def revision(self) -> str | None:
         """Return the schema's revision, or None if the database has no schema yet.
 
         Raises:
-            NotACache: if the database is somebody else's.
+            NotACache: if the database belongs to another program.
         """
         if self.file.is_new:
             return None
@@ -244,7 +244,7 @@ class Database:
 
     @contextmanager
     def _reading(self, first: Callable[[Connection], object]) -> Iterator[Connection]:
-        """A read transaction that begins with what ``first`` reads. As `entered`, in half of the time."""
+        """A read transaction whose first read is ``first``. It works as `entered`, in half the time."""
         wait: Wait | None = None
         while True:
             with locks.unforked():
@@ -270,10 +270,10 @@ class Database:
 
     @contextmanager
     def entered(self, enter: Callable[[ExitStack], T]) -> Iterator[T]:
-        """A block in which no other thread forks; while another process has the index locked, wait and enter again.
+        """A block in which no other thread forks; while another process locks the index, wait and enter again.
 
         Args:
-            enter: enters what the block needs, and returns what to give to it. It waits for nobody.
+            enter: enters the contexts of the block, and returns the value to yield. It must not wait.
 
         Raises:
             StorageError: if the index stays locked.
@@ -296,13 +296,13 @@ class Database:
         return Wait("the index", self.wait_seconds)
 
     def rows(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]]:
-        """Return what a statement finds in a read transaction of its own, as SQLite has it: times are text.
+        """Return the rows of a statement, read in a transaction of its own, with SQLite's types: times are text.
 
-        For what is looked up in loops: of the time that `read` takes, SQLite itself has a twentieth.
+        It is for loops: SQLite needs a twentieth of the time that `read` takes.
 
         Args:
-            statement: one object for all its executions, for it is compiled once.
-            values: of its parameters, none of which is a list.
+            statement: the same object for all executions, as it is compiled once.
+            values: of its parameters; none may be a list.
 
         Raises:
             SchemaMismatch: if the schema is not one that this release works with.
@@ -319,7 +319,7 @@ class Database:
     def _look_up_after(
         self, busy: Exception, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]
     ) -> list[tuple[Any, ...]] | None:
-        """Return what `_look_up` does, once the index is not locked any more."""
+        """Wait until the index is not locked, and return what `_look_up` returns."""
         with self._index_wait() as wait:
             while True:
                 pause_before_retry(wait, busy)
@@ -331,7 +331,7 @@ class Database:
     def _look_up(
         self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]
     ) -> list[tuple[Any, ...]] | None:
-        """Return what `rows` does; None if the schema is not ours."""
+        """Return the rows of a statement; None if the schema is not ours."""
         with sqlite_errors(self.path, self.directory):
             found = self._lookups.find(statement, values)
         if self.ended:
@@ -374,7 +374,7 @@ class Database:
                 locks.release(file)
 
     def _check_schema(self, connection: Connection) -> None:
-        # Every transaction begins with this one: by the driver, for which it takes a tenth of SQLAlchemy's time.
+        # Every transaction begins with this query, so it goes to the driver, in a tenth of SQLAlchemy's time.
         with sqlite_errors(self.path, self.directory):
             row = driver_of(connection).execute(SELECT_REVISION).fetchone()
         if row != (REVISION,) and not is_compatible(connection):
@@ -382,10 +382,10 @@ class Database:
 
     @contextmanager
     def write_schema(self, before: Callable[[], None] | None = None) -> Iterator[Connection]:
-        """A write transaction for a migration: whatever the schema, with foreign keys not enforced meanwhile.
+        """A write transaction for a migration: of any schema, and without foreign key checks.
 
         Args:
-            before: is called under the write lock before the transaction begins.
+            before: called under the write lock before the transaction begins.
         """
         with self._locked(schema=True, before=before) as connection:
             yield connection
@@ -393,10 +393,10 @@ class Database:
 
     @contextmanager
     def alone(self, wait: Wait | None = None) -> Iterator[locks.Turn]:
-        """Hold the write lock, and no transaction.
+        """Hold the write lock without a transaction.
 
         Args:
-            wait: for the lock; unless given, one as long as this database waits.
+            wait: for the lock; the default is `write_wait`.
 
         Raises:
             Busy: if the time to wait is over.
@@ -408,23 +408,23 @@ class Database:
 
     @contextmanager
     def _under_lock(self, wait: Wait | None) -> Iterator[locks.Turn]:
-        """Hold the write lock; the block finds out itself whether it has lost it."""
+        """Hold the write lock; the block must check itself whether the lock was lost."""
         self.folders.check()
         with ExitStack() as stack:
             stack.enter_context(not_reentered(self._resolved, f"writing to the cache in {str(self.directory)!r}"))
             wait = wait or stack.enter_context(self.write_wait())
             stack.enter_context(os_errors("write to the cache"))
             turn = stack.enter_context(locks.in_turn(self.write_lock, wait))
-            self.folders.check()  # again, for we may have waited long
+            self.folders.check()  # again: the wait may have been long
             yield turn
 
     def write_wait(self) -> Wait:
-        """Return a wait for the write lock, as long as this database waits."""
+        """Return a wait for the write lock, of `wait_seconds`."""
         return Wait("the write lock", self.wait_seconds)
 
     @contextmanager
     def without_waiting(self) -> Iterator[None]:
-        """A block in which no lock is waited for: what needs one that is held raises `Busy` at once."""
+        """A block that waits for no lock: a lock that another process holds raises `Busy` at once."""
         before, self.wait_seconds = self.wait_seconds, 0.0
         try:
             yield
@@ -433,17 +433,17 @@ class Database:
 
     @contextmanager
     def raw(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
-        """The driver's own connection, in no transaction: for what SQLite does in none.
+        """The driver's own connection outside a transaction, for commands that SQLite refuses in one.
 
         Args:
-            read_only: it is in a read transaction instead, that has begun.
+            read_only: begin a read transaction instead.
         """
         with self.connected(read_only=read_only) as connection, closing(connection):
             yield connection
 
     @contextmanager
     def connected(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
-        """As `raw`, but the connection stays open after the block: it is to be closed before any fork."""
+        """As `raw`, but the connection stays open after the block; the caller must close it before a fork."""
 
         def enter(_: ExitStack) -> sqlite3.Connection:
             with ExitStack() as on_error:
@@ -460,9 +460,9 @@ class Database:
 
     @contextmanager
     def _locked(self, *, schema: bool = False, before: Callable[[], None] | None = None) -> Iterator[Connection]:
-        """A write transaction under the write lock. For another program that is writing we wait without the lock."""
+        """A write transaction under the write lock, which is released while another program is writing."""
         with self.write_wait() as wait:
-            outside = 0.0  # seconds that another program has kept us waiting
+            outside = 0.0  # seconds waited for another program
             while True:
                 with ExitStack() as stack:
                     turn = stack.enter_context(self._under_lock(wait))
@@ -495,7 +495,7 @@ class Database:
             connection = stack.enter_context(self._engine.connect())
             driver = driver_of(connection)
             with sqlite_errors(self.path, self.directory):
-                # Neither can be changed in a transaction; the first stays with the file.
+                # Neither can be changed in a transaction; the WAL mode is stored in the file.
                 ensure_wal(driver)
                 if schema:
                     stack.callback(connection.invalidate)
@@ -509,12 +509,12 @@ class Database:
             raise translate(error, self.path, self.directory) from error
 
     def only_read(self, error: StorageError) -> bool:
-        """Read without new files from now on, if an error says that there is no room for any, and there is an index.
+        """Switch to reading only, without new files, if the error is a full disk and there is an index.
 
-        SQLite cannot share memory with other processes then; it is as if the directory could not be written to.
+        SQLite cannot create its -shm then; we read as in a directory that cannot be written to.
 
         Returns:
-            Whether it is so. It ends with the shortage.
+            Whether it was switched. The switch ends with the shortage.
         """
         if error.errno not in NO_ROOM or self.file.is_new:
             return False
@@ -523,7 +523,7 @@ class Database:
         return True
 
     def _check_shortage(self) -> None:
-        """Raise what `only_read` was told while it lasts; else be as if it had not been called."""
+        """Raise the error that `only_read` got if the disk is still full; else undo `only_read`."""
         if self._shortage is None:
             return
         if space.find_shortage(self.directory, RESERVE_BYTES):
@@ -532,19 +532,19 @@ class Database:
         self.close()
 
     def close(self) -> None:
-        """Close all connections that are not in use; they are opened again when they are needed."""
+        """Close the idle connections; later calls open new ones."""
         with locks.unforked():
             self._engine.dispose()
             self._lookups.close()
-        self.reserve.refill()  # SQLite has given two inodes back just now
+        self.reserve.refill()  # SQLite has just released two inodes
 
     def end(self) -> None:
-        """Close all connections, and open no others: those that threads use now are closed when they are done."""
+        """Close all connections for good; those in use by threads are closed when the threads are done."""
         self.ended = True
         self.close()
         if not self.read_only:
             self.reserve.keep()
-        self._folders = None  # whoever uses the directory now keeps it open until that is done
+        self._folders = None  # a call in progress keeps the directory open
 
 
 def _cache_connection(connection: Connection) -> CacheConnection:
@@ -554,4 +554,4 @@ def _cache_connection(connection: Connection) -> CacheConnection:
 
 
 def _read_first(connection: Connection) -> None:
-    connection.exec_driver_sql("PRAGMA schema_version")  # here a transaction begins, or finds the index locked
+    connection.exec_driver_sql("PRAGMA schema_version")  # this begins the transaction, or raises Busy

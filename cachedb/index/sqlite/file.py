@@ -1,8 +1,8 @@
-"""The file of the index: which one has the name, and that it is not replaced while somebody opens it.
+"""The index file: its identity, and a lock that keeps it from being replaced while a process opens it.
 
-The file may be replaced, by a repair or a restored backup, while others have it open. So no connection is used
-again before a look at whether its file is still the one that has the name; and none is opened meanwhile, for it would
-share the WAL of the one with the other.
+A repair or a restored backup may replace the file while other processes have it open. So each connection is checked
+before it is used again: its file must still have the name. No connection is opened during a replacement, because it
+could combine the old index with the new WAL.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cachedb.reentry import holding, refuse_reentry
 __all__ = ["IndexFile"]
 
 _OLD_RELEASE_SECONDS, _OLD_RELEASE_NAP = 1.0, 0.01
-_TICK_NANOSECONDS = 20_000_000  # the time of a file may stand still for so long
+_TICK_NANOSECONDS = 20_000_000  # two changes within this time may give a file the same modification time
 
 
 class IndexFile:
@@ -48,26 +48,26 @@ class IndexFile:
     @property
     def is_new(self) -> bool:
         """Whether there is no index yet."""
-        # An empty file is one that its creator, under the write lock, is about to switch to WAL.
+        # An empty file is being created by another process, which holds the write lock.
         return not self.path.exists() or not self.path.stat().st_size
 
     def create(self, folders: Folders) -> None:
-        """Make an empty file under the name, unless there is one; under the write lock.
+        """Create an empty index file, unless there is one; the caller holds the write lock.
 
         Raises:
-            DamagedIndex: if the cache has blobs, and has lost its index.
+            DamagedIndex: if there is no index file but the cache has blobs.
         """
-        # An existing file is not opened: to close it again would let go of SQLite's locks on it.
+        # An existing file is not opened: closing it would release SQLite's locks on it.
         if not self.path.exists():
             if has_blobs(self._directory):
                 raise lost(self._directory)
             os.close(folders.make_file(self.path.name))
 
     def identify(self, *, read_only: bool) -> tuple[int, int, str]:
-        """Return what tells ``index.db`` from another file of that name, and how it is to be opened.
+        """Return the device, the inode and the URI parameters to open ``index.db`` with.
 
         Args:
-            read_only: nothing can be written beside it.
+            read_only: no file can be created beside it.
 
         Raises:
             FileNotFoundError: if there is none.
@@ -83,8 +83,8 @@ class IndexFile:
             mode = "mode=rw"
             if read_only:
                 wal = _status(f"{self._name}-wal")
-                # One at rest, beside which SQLite may not make the files it shares memory by, is read as what
-                # cannot change; one with a WAL and no such file has no process either, and is read without locks.
+                # SQLite cannot create an -shm here. An index without a WAL is opened as immutable. One with a WAL and
+                # no -shm is not open in any process, and is read without locks.
                 mode = "mode=ro" if wal and wal.st_size else "mode=ro&immutable=1"
                 if mode == "mode=ro" and not os.path.exists(f"{self._name}-shm"):
                     mode = "mode=ro&vfs=unix-none"
@@ -93,17 +93,17 @@ class IndexFile:
         return status.st_dev, status.st_ino, mode
 
     def is_settled(self) -> bool:
-        """Return whether a change of the index from now on shows in its time, which goes on in small steps."""
+        """Return whether every later change of the index alters its modification time, which has small steps."""
         now = time.time_ns()
         files = (_status(self._name), _status(f"{self._name}-wal"))
         return not any(file and 0 <= now - file.st_mtime_ns < _TICK_NANOSECONDS for file in files)
 
     @contextmanager
     def unreplaced(self, *, replacing: bool = False) -> Iterator[None]:
-        """A block in which nobody replaces the file or, the other way round, opens it.
+        """A block in which no other process replaces the file; with ``replacing``, in which none opens it.
 
         Raises:
-            Busy: if a process is replacing it, or opening it. Nobody is waited for here.
+            Busy: at once, if another process is replacing or opening it.
         """
         opened, replaced = f"{self._resolved} is opened", f"{self._resolved} is replaced"
         refuse_reentry(replaced, f"replacing the index in {str(self._directory)!r}")
@@ -119,9 +119,9 @@ class IndexFile:
 
     @contextmanager
     def _unreplaced_by_old(self, operation: int) -> Iterator[None]:
-        """The same for releases before 0.2, which lock the directory itself: a block, that does not wait for long.
+        """The same for releases before 0.2, which lock the directory itself; it waits for a second at most.
 
-        Scripts lock the directory as well, with flock(1), and may have begun this process.
+        Scripts may lock the directory as well, with flock(1), and may have started this process.
         """
         folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -131,7 +131,7 @@ class IndexFile:
                     fcntl.flock(folder, operation | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    # An old release replaces the index under the write lock, where it leaves no name.
+                    # An old release replaces the index under the write lock, into which it writes no record.
                     old = locks.is_held(self._write_lock) and locks.holder_of(self._write_lock) is None
                     if time.monotonic() > end or not (operation == fcntl.LOCK_EX or old):
                         break

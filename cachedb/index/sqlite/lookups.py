@@ -1,4 +1,4 @@
-"""Look-ups in loops, past SQLAlchemy: of the time that a read transaction takes, SQLite itself has a twentieth."""
+"""Look-ups without SQLAlchemy, for loops: SQLite needs a twentieth of the time of a whole read transaction."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _IDLE = 5  # connections that are kept open, as many as the pool keeps
 
 
 class Lookups:
-    """Connections that are kept for look-ups, and used by one thread at a time."""
+    """Idle connections for look-ups; each is used by one thread at a time."""
 
     def __init__(self, open_: Callable[[], CacheConnection], is_current: Callable[[CacheConnection], bool]) -> None:
-        """Take what opens a connection, and what tells whether one is to the file that has the name of the index."""
+        """Take functions that open a connection, and that return whether one is to the current index."""
         self._open, self._is_current = open_, is_current
         self._idle: list[CacheConnection] = []
 
     def find(self, statement: Select[*tuple[Any, ...]], values: Mapping[str, object]) -> list[tuple[Any, ...]] | None:
-        """Return what a statement finds in a transaction of its own; None if the schema is not ours.
+        """Return the rows of a statement, read in a transaction of its own; None if the schema is not ours.
 
         Raises:
             sqlite3.Error: if SQLite fails.
@@ -58,14 +58,14 @@ class Lookups:
             return found
 
     def close(self) -> None:
-        """Close all that are not in use."""
+        """Close the idle connections."""
         while self._idle:
-            with suppress(IndexError):  # another thread closes them, too
+            with suppress(IndexError):  # another thread may close them too
                 self._idle.pop().close()
 
 
 @cache
 def _compiled(statement: Select[*tuple[Any, ...]]) -> tuple[str, dict[str, Any]]:
-    """Return a statement as SQLite has it, and its parameters that have a value already."""
+    """Return a statement's SQL, and the parameters that have a value already."""
     compiled = statement.compile(dialect=sqlite.dialect(paramstyle="named"))
     return str(compiled), dict(compiled.params)

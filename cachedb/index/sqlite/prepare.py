@@ -1,4 +1,4 @@
-"""Make a directory a cache, or see that it is one: its marker, its folders, and that a copy of a cache is whole."""
+"""Make a directory a cache, or check that it is one: its marker, its folders, and whether a copy is whole."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _PASSING = re.compile(rf"{marker.UNFINISHED.pattern}|index\.db-test-.*")  # whil
 
 
 def prepare(database: Database) -> str | None:
-    """Make the directory and its folders, unless they are there; refuse what is not ours.
+    """Make the directory and its folders, unless they exist; refuse a directory that is not ours.
 
     Returns:
-        The schema's revision, as `revision` does.
+        The schema's revision, as `Database.revision` returns it.
 
     Raises:
-        NotACache: if the directory holds something else.
+        NotACache: if the directory holds other files.
         NotOurs: if it is another user's, or a folder in it leads elsewhere.
         StorageError: if it cannot be made or read.
     """
@@ -43,7 +43,7 @@ def prepare(database: Database) -> str | None:
             folders = Folders(database.directory)
             folders.mark(new=False)
             if folders.is_copy and revision is not None:
-                _check_copy(database, folders)  # each time: that it is good cannot be noted
+                _check_copy(database, folders)  # each time: the result cannot be written down
         return revision
     with os_errors("use the cache directory"):
         missing = [folder for folder in (database.directory, *database.directory.parents) if not folder.exists()]
@@ -56,7 +56,7 @@ def prepare(database: Database) -> str | None:
         for name in FOLDERS:
             database.folders.make(name)
             with database.folders.open(name):
-                pass  # a link to elsewhere is refused now, and again whenever something is changed in it
+                pass  # a link is refused now, and again before each change
         revision = database.revision()
         if revision is None:
             sync_folder(database.directory / "blobs")
@@ -69,13 +69,14 @@ def prepare(database: Database) -> str | None:
 
 
 def accept_copy(database: Database, *, check: bool) -> None:
-    """Let a cache that was copied file by file be a cache of its own, unless it is one.
+    """Make a cache that was copied file by file a cache of its own, unless it is one already.
 
     Args:
-        check: that the index is sound and has its files.
+        database: the index of the copy.
+        check: check that the index is sound and its blobs exist.
 
     Raises:
-        DamagedIndex: if it is not, or has not.
+        DamagedIndex: if a check fails.
     """
     with (
         database.write_wait() as wait,
@@ -92,7 +93,7 @@ def accept_copy(database: Database, *, check: bool) -> None:
 
 
 def _refresh_marker(database: Database) -> None:
-    """Have the marker say where the cache is by now, if nobody writes; another open does it otherwise."""
+    """Write the cache's place into its marker; if another process is writing, leave that to a later open."""
     with suppress(OSError):  # of a full disk
         lock = locks.acquire(database.write_lock, wait=False)
         if lock is not None:
@@ -103,28 +104,28 @@ def _refresh_marker(database: Database) -> None:
 
 
 def has_our_mark(database: Database) -> bool:
-    """Return whether the index has our application_id, as those of older releases have, which left no marker."""
+    """Return whether the index has our application_id; it identifies caches of older releases, which have no marker."""
     if database.file.is_new:
         return False
     mark = "PRAGMA application_id"
     with suppress(CacheError), database.look() as connection:
         return bool(connection.exec_driver_sql(mark).scalar_one() == APPLICATION_ID)
-    # A damaged one may have its header still. SQLite reads it, for to close the file ourselves would release
-    # SQLite's locks on it in this process.
+    # A damaged index may still have its header. SQLite reads it: if we opened and closed the file ourselves, SQLite
+    # would lose its locks on it.
     with (
         suppress(sqlite3.Error),
         closing(sqlite3.connect(f"{database.path.as_uri()}?mode=ro&immutable=1", uri=True)) as damaged,
     ):
-        damaged.execute("PRAGMA writable_schema = ON")  # else a file that was cut short is refused
+        damaged.execute("PRAGMA writable_schema = ON")  # else SQLite refuses a truncated file
         return bool(damaged.execute(mark).fetchone() == (APPLICATION_ID,))
     return False
 
 
 def _check_copy(database: Database, folders: Folders) -> None:
-    """Refuse a copy whose files are not of one moment: of any schema, for it is not upgraded yet.
+    """Refuse a copy whose files were copied at different states. It may have any schema, as it is not upgraded yet.
 
-    SQLite applies a WAL to whatever index lies beside it, also to one that was copied before a checkpoint. Without
-    a marker it may be no copy but an older release's cache, which is of use also if a blob's file is lost.
+    SQLite applies a WAL to any index beside it, even to one copied before a checkpoint. A directory without a marker
+    may be a cache of an older release, which is useful even if a blob is missing; so its blobs are not checked.
     """
     with database.look() as connection:
         found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
@@ -149,17 +150,17 @@ def _check_copy(database: Database, folders: Folders) -> None:
 
 
 def _mark(database: Database) -> None:
-    """Make sure that the directory is a cache, or may become one, and has a marker that says so.
+    """Check that the directory is a cache or can become one, and write its marker.
 
     Raises:
-        NotACache: if it holds something else.
+        NotACache: if it holds other files.
     """
     if not database.folders.is_marked and not has_our_mark(database) and not has_backup(database.directory):
         strange = set(filterfalse(_PASSING.fullmatch, os.listdir(database.folders.root)))
         strange -= {"lost+found"} | ({"index.db"} if database.file.is_new else set())
         # Another process may have marked it since we looked.
         if strange and marker.read(database.folders.root) is None:
-            database.revision()  # it says so if the index is another program's
+            database.revision()  # raises if the index belongs to another program
             raise NotACache(
                 f"{str(database.directory)!r} has no {marker.MARKER!r} and is not empty (it holds {min(strange)!r}): "
                 "name another directory"

@@ -1,4 +1,4 @@
-"""Put another index in the place of the one that is there, while other processes use the cache."""
+"""Replace the index while other processes use the cache."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from cachedb.index.sqlite.database import Database
 
 __all__ = ["replace"]
 
-_READING_SECONDS = 10  # that others may go on reading an index that is to be replaced
+_READING_SECONDS = 10  # to wait for readers of the index that is to be replaced
 _POLL_SECONDS = 0.02
 
 
 def replace(database: Database, turn: Turn, new: Path, old: Path) -> bool:
-    """Have another index under the name, which is never without one; under the write lock.
+    """Replace the index by another one; the name is never without an index. The caller holds the write lock.
 
     Args:
-        database: whose index it is.
-        turn: the write lock, as it is held.
-        new: the other, in one file in ``backups/``.
-        old: where to keep a copy of the one that is there, in ``quarantine/``.
+        database: the index to replace.
+        turn: the write lock that the caller holds.
+        new: the new index, a single file in ``backups/``.
+        old: path in ``quarantine/`` for a copy of the replaced index.
 
     Returns:
-        Whether there was one.
+        Whether there was an index.
 
     Raises:
-        CacheReplaced: if the write lock is lost; nothing is replaced then.
-        StorageError: if somebody has been reading for so long that the old WAL cannot be written back.
+        CacheReplaced: if the write lock is lost; the index is not replaced.
+        StorageError: if another program reads for so long that the old WAL cannot be written back.
     """
     found, wal = database.path.exists(), database.path.with_name("index.db-wal")
     if found:
@@ -48,9 +48,9 @@ def replace(database: Database, turn: Turn, new: Path, old: Path) -> bool:
         if found:
             with database.path.open("rb") as index:
                 copy_to_new(index, old.name, quarantine)
-        # Without the lock another process may have written what the new index lacks.
+        # Without the lock, another process may have written rows that the new index lacks.
         turn.check("the index was not replaced: try again")
-        # SQLite would apply a WAL that it finds to whatever database lies beside it.
+        # SQLite would apply the old WAL to the new index.
         if wal.exists():
             kept = f"{old.name}-wal"
             os.rename(wal.name, kept, src_dir_fd=folders.root, dst_dir_fd=quarantine)
@@ -65,7 +65,7 @@ def replace(database: Database, turn: Turn, new: Path, old: Path) -> bool:
 
 
 def _write_back(database: Database) -> None:
-    """Write the WAL back to the index, which is all there in one file then."""
+    """Write the WAL back, so that the index is whole in one file."""
     end = time.monotonic() + _READING_SECONDS
     while True:
         with database.raw() as connection:

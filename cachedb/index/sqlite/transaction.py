@@ -1,4 +1,4 @@
-"""A write transaction, under the write lock, and what is to be made sure of before it begins."""
+"""A write transaction under the write lock, and the checks before it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = ["begin", "driver_of", "ensure_wal", "immediate", "transaction"]
 
 @contextmanager
 def transaction(connection: Connection, turn: locks.Turn, check_files: Callable[[], None]) -> Iterator[None]:
-    """Commit what the block does, or roll it back; and first of all make sure of how the last commit ended.
+    """Commit what the block does, or roll it back; first settle a commit that was interrupted.
 
-    Who is killed in a commit, or cannot sync it, may leave all of it in the WAL and yet unseen: when all processes
-    are gone, SQLite finds it there. By then we may have taken its files away. A commit of our own puts an end to
-    that, for it is written over it.
+    A process that is killed in a commit, or cannot sync it, may leave it whole in the WAL, where nobody sees it yet.
+    When all processes have closed the index, SQLite would apply it, and its files may be deleted by then. Our own
+    commit overwrites it.
 
     Args:
         connection: to write with.
-        turn: the write lock, as it is held.
-        check_files: raises before the commit if the index's files were removed.
+        turn: the write lock that the caller holds.
+        check_files: called before the commit; raises if the -shm was removed or replaced.
     """
     if turn.marked:
         with connection.begin():
-            # A newer schema is for newer releases to write to.
+            # Only newer releases may write to a newer schema.
             if (read_revision(connection) or "") <= REVISION or is_compatible(connection):
-                # It is written even if it is that already.
+                # SQLite writes it even if the value is the same.
                 connection.exec_driver_sql(f"PRAGMA user_version = {read_oldest(connection)}")
     transaction = connection.begin()
     try:
@@ -60,12 +60,12 @@ def transaction(connection: Connection, turn: locks.Turn, check_files: Callable[
 
 
 def ensure_wal(driver: sqlite3.Connection) -> None:
-    """Put the index back into WAL mode if an outside program switched it off; under the write lock.
+    """Put the index back into WAL mode if another program switched it off; the caller holds the write lock.
 
-    The mode is stored in the file. Without it a reader blocks every writer, and a writer every reader.
+    The mode is stored in the file. Without it, readers and writers block each other.
 
     Raises:
-        Busy: if another program is reading, which the switch has to wait for.
+        Busy: if another program is reading the index.
     """
     if driver.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         driver.execute("PRAGMA journal_mode = WAL")
@@ -79,10 +79,10 @@ def driver_of(connection: Connection) -> sqlite3.Connection:
 
 
 def immediate(connection: Connection) -> Connection:
-    """Return the connection with transactions that write from their beginning on."""
+    """Return the connection, set to begin its transactions with ``BEGIN IMMEDIATE``."""
     return connection.execution_options(cachedb_begin="BEGIN IMMEDIATE")
 
 
 def begin(connection: Connection) -> None:
-    """Begin a transaction, for SQLAlchemy's event of that name."""
+    """Begin a transaction; the handler of SQLAlchemy's ``begin`` event."""
     connection.exec_driver_sql(connection.get_execution_options().get("cachedb_begin", "BEGIN"))
