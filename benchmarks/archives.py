@@ -59,9 +59,9 @@ def import_image(directory: Path, source: Path, link: bool = False) -> Cost:
 def export_image(directory: Path, target: Path, form: str, link: bool = False) -> Cost:
     """Export the image in an open process, which has imported what it needs of cachedb before."""
     from cachedb import Cache
-    from cachedb.transports.archive import write
+    from cachedb.operations import export_archive
 
-    assert write
+    assert export_archive
     with Cache.open(directory) as cache:
         return cost(lambda: cache.export(NAME, target, format=form, link=link))  # type: ignore[arg-type]
 

@@ -205,7 +205,8 @@ def test_a_backup_in_the_middle_of_a_backup_is_refused(filled: Cache, monkeypatc
 
 def test_an_export_to_a_layout_in_the_middle_of_one_is_refused(filled: Cache, tmp_path: Path) -> None:
     def progress(*_: object) -> None:
-        filled.export("app:1", tmp_path / "layout", format="oci-dir")
+        with Cache.open(filled.directory, wait=2) as other:  # a wait without end would keep the thread, and the test
+            other.export("app:1", tmp_path / "layout", format="oci-dir")
 
     with pytest.raises(ReentrantCall, match="exporting to"):
         filled.export("app:1", tmp_path / "layout", format="oci-dir", progress=progress)

@@ -14,8 +14,10 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.names import Name
 from cachedb.progress import Progress, summed
 from cachedb.text import shorten
+from cachedb.transports.archive.entries import list_entries
 from cachedb.transports.archive.formats import FORMATS
-from cachedb.transports.archive.write import entries, write_folder, write_tar
+from cachedb.transports.archive.write_layout import write_layout
+from cachedb.transports.archive.write_tar import write_tar
 
 __all__ = ["export_archive"]
 
@@ -43,11 +45,12 @@ def export_archive(
             closure = closure.for_platform(name, platform, read)
         else:
             closure = closure.only({blob.digest for blob in blobs})
-        files = entries(name, closure, format)
+        files = list_entries(name, closure, format)
         add = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
         if format != "oci-dir":
             write_tar(database.directory, files, destination, add)
         elif isinstance(destination, Path):
-            write_folder(database.directory, files, destination, link=link, progress=add)
+            seconds = database.wait_seconds
+            write_layout(database.directory, files, destination, link=link, wait_seconds=seconds, progress=add)
         else:
             raise CacheError("an oci-dir is a folder: name its path")

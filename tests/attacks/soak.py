@@ -14,7 +14,7 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 import cachedb.transports.archive.read
-import cachedb.transports.archive.write  # noqa: F401 - imported once, before the workers are forked
+import cachedb.transports.archive.write_layout  # noqa: F401 - imported once, before the workers are forked
 from cachedb import Cache, NotInCache
 from cachedb.index.sqlite.database import Database
 from tests.support import leftovers, promises

@@ -43,7 +43,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.default import DefaultDialect
 
 import cachedb.transports.archive.read
-import cachedb.transports.archive.write  # noqa: F401 - for the zygote, so that no actor imports it
+import cachedb.transports.archive.write_layout  # noqa: F401 - for the zygote, so that no actor imports it
 from cachedb import Cache, CacheError
 from cachedb.content import collect as collecting
 from cachedb.content import publish

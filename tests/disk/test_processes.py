@@ -173,7 +173,7 @@ CLI = """
     import os, signal, sys, threading
     import alembic.command, sqlalchemy
     import cachedb.cache, cachedb.cli.main, cachedb.operations.verify
-    import cachedb.transports.archive.read, cachedb.transports.archive.write
+    import cachedb.transports.archive.read, cachedb.transports.archive.write_layout
     from cachedb.cli.main import main
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # it ends a child that has not begun yet
     print("ready", flush=True)

@@ -15,14 +15,15 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, DigestMismatch, IncompleteImage, NotInCache, StorageError
+from cachedb import Busy, Cache, CacheError, DigestMismatch, IncompleteImage, NotInCache, StorageError
 from cachedb.oci.manifests import OCI_INDEX
+from cachedb.transports.archive import write_layout
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
 from tests.support import make
@@ -543,7 +544,33 @@ def test_a_blob_that_is_a_symbolic_link_is_not_exported(cache: Cache, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_waits_for_one_that_fails_and_makes_the_folder_again(cache: Cache, tmp_path: Path) -> None:
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when an export begins to wait for the lock of a layout."""
+    event, real = threading.Event(), write_layout._noted_progress
+
+    def noted_progress(destination: Path) -> int | None:
+        event.set()
+        return real(destination)
+
+    monkeypatch.setattr(write_layout, "_noted_progress", noted_progress)
+    return event
+
+
+@pytest.fixture
+def locked_layout(tmp_path: Path) -> Iterator[Path]:
+    """A layout into which another export seems to write."""
+    layout = tmp_path / "layout"
+    layout.mkdir()
+    lock = os.open(layout, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield layout
+    os.close(lock)
+
+
+def test_an_export_waits_for_one_that_fails_and_makes_the_folder_again(
+    cache: Cache, tmp_path: Path, waits: threading.Event
+) -> None:
     add(cache, tmp_path)
     layout = tmp_path / "layout"
     layout.mkdir()
@@ -551,18 +578,55 @@ def test_an_export_waits_for_one_that_fails_and_makes_the_folder_again(cache: Ca
     fcntl.flock(lock, fcntl.LOCK_EX)
     thread = threading.Thread(target=cache.export, args=("app:1", layout), kwargs={"format": "oci-dir"})
     thread.start()
-    inode = layout.stat().st_ino
-    while not _waits_for(inode):
-        time.sleep(0.01)
+    assert waits.wait(60)
     layout.rmdir()
     os.close(lock)
     thread.join()
     assert (layout / "index.json").is_file()
 
 
-def _waits_for(inode: int) -> bool:
-    """Tell whether somebody waits for a lock on a file, as the kernel says."""
-    return any("->" in line and f":{inode} " in line for line in Path("/proc/locks").read_text().splitlines())
+def test_an_export_waits_for_another_only_as_long_as_the_cache_allows(
+    directory: Path, cache: Cache, tmp_path: Path, locked_layout: Path
+) -> None:
+    add(cache, tmp_path)
+    holder = rf"waited 0\.1 s for the lock of the layout '{locked_layout}', which process {os.getpid()} "
+    with Cache.open(directory, wait=0.1) as hurried, pytest.raises(Busy, match=holder):
+        hurried.export("app:1", locked_layout, format="oci-dir")
+    assert os.listdir(locked_layout) == []
+
+
+def test_an_export_waits_longer_while_the_other_one_makes_progress(
+    directory: Path, cache: Cache, tmp_path: Path, locked_layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(cache, tmp_path)
+    looks, real = [0], write_layout._noted_progress
+
+    def noted_progress(destination: Path) -> int | None:
+        looks[0] += 1
+        if looks[0] <= 200:  # they take over a second
+            os.utime(destination, ns=(0, looks[0]))
+        return real(destination)
+
+    monkeypatch.setattr(write_layout, "_noted_progress", noted_progress)
+    with Cache.open(directory, wait=0.2) as hurried, pytest.raises(Busy):
+        hurried.export("app:1", locked_layout, format="oci-dir")
+    assert looks[0] > 200
+
+
+def test_an_export_into_a_layout_shows_its_progress(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(cache, tmp_path, make.image(1, size=20 * 1024 * 1024))
+    monkeypatch.setattr(write_layout, "_PROGRESS_SECONDS", 0)
+    layout, noted = tmp_path / "layout", list[int | None]()
+
+    def progress(_done: int, _total: int) -> None:
+        noted.append(write_layout._noted_progress(layout))
+        os.utime(layout, ns=(0, 0))
+
+    cache.export("app:1", layout, format="oci-dir", progress=progress)
+    assert len(noted) > 2
+    assert 0 not in noted[1:]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -832,7 +896,7 @@ def test_exports_into_one_new_layout_at_once_all_end_up_in_it(cachedb: Run, cach
     assert sorted(names_in((tmp_path / "layout" / "index.json").read_bytes())) == names
 
 
-def test_an_export_into_a_layout_waits_for_another(cache: Cache, tmp_path: Path) -> None:
+def test_an_export_into_a_layout_waits_for_another(cache: Cache, tmp_path: Path, waits: threading.Event) -> None:
     add(cache, tmp_path)
     layout = tmp_path / "layout"
     layout.mkdir()
@@ -841,7 +905,7 @@ def test_an_export_into_a_layout_waits_for_another(cache: Cache, tmp_path: Path)
     (layout / ".half-written").write_bytes(b"")  # by the one that has the lock, as yet without an `oci-layout`
     thread = threading.Thread(target=cache.export, args=("app:1", layout), kwargs={"format": "oci-dir"})
     thread.start()
-    thread.join(0.3)
+    assert waits.wait(60)
     assert thread.is_alive()
     (layout / ".half-written").unlink()
     os.close(lock)
@@ -972,7 +1036,7 @@ def test_blobs_are_cloned_where_the_file_system_can(
     def clone(target: int, _request: int, source: int) -> None:
         cloned.append(os.copy_file_range(source, target, 100_000_000))
 
-    monkeypatch.setattr("cachedb.transports.archive.write.fcntl.ioctl", clone)
+    monkeypatch.setattr("cachedb.transports.archive.write_layout.fcntl.ioctl", clone)
     cache.export("app:1", tmp_path / "cloned", format="oci-dir")
     assert sum(cloned) > 3_000_000
     assert contents(tmp_path / "cloned") == contents(tmp_path / "copied")

@@ -1,0 +1,94 @@
+"""The files that an exported archive consists of.
+
+The same image gives the same bytes: the order of the files, and their times, owners and modes, are fixed.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from cachedb import oci
+from cachedb.oci.closure import Closure
+from cachedb.oci.digests import Digest, split_digest
+from cachedb.oci.manifests import Descriptor
+from cachedb.oci.names import Name
+from cachedb.transports.archive.model import CONTAINERD_NAME, REF_NAME, layout_path
+
+__all__ = ["Entry", "json_entry", "list_entries"]
+
+
+class Entry(NamedTuple):
+    """A file of an archive: its path, and its content or the digest of the blob that it holds."""
+
+    path: str
+    size: int  # bytes
+    content: bytes | Digest
+
+
+def list_entries(name: Name, closure: Closure, format: str) -> list[Entry]:
+    """Return the files that an export consists of, in the order of a tar.
+
+    Args:
+        name: of the image.
+        closure: of its manifest or index; a docker-archive needs the closure of a manifest.
+        format: one of `FORMATS`.
+    """
+    root = closure.root
+    if name.digest:
+        name = Name(name.repository, root.digest)  # the manifest of one platform has another digest than its index
+    blobs = {blob.digest: _entry(blob, closure) for blob in closure.blobs}
+    if format == "docker-archive":
+        config, *layers = closure.children[root.digest]
+        config_path = f"{split_digest(config.digest)[1]}.json"
+        paths = {layer.digest: f"{split_digest(layer.digest)[1]}{_suffix(layer.media_type)}" for layer in layers}
+        return [
+            _manifest_json(name, config_path, [paths[layer.digest] for layer in layers]),
+            Entry(config_path, config.size, config.digest),
+            *(blobs[digest]._replace(path=path) for digest, path in paths.items()),
+        ]
+    found = [json_entry("oci-layout", {"imageLayoutVersion": "1.0.0"}), json_entry("index.json", _index(name, root))]
+    images = closure.images
+    if format == "docker" and len(images) == 1:
+        config, *layers = closure.children[images[0].digest]
+        found.append(_manifest_json(name, layout_path(config.digest), [layout_path(layer.digest) for layer in layers]))
+    # Documents come first, so that a reader of a stream learns early what the image is.
+    documents = {layout_path(digest) for digest in closure.documents}
+    return found + sorted(blobs.values(), key=lambda entry: (entry.path not in documents, entry.path))
+
+
+def _entry(blob: Descriptor, closure: Closure) -> Entry:
+    content = closure.documents[blob.digest] if blob.digest in closure.made else blob.digest
+    return Entry(layout_path(blob.digest), blob.size, content)
+
+
+def json_entry(path: str, document: object) -> Entry:
+    """Return an entry with a document as compact JSON."""
+    content = json.dumps(document, separators=(",", ":")).encode()
+    return Entry(path, len(content), content)
+
+
+def _manifest_json(name: Name, config: str, layers: list[str]) -> Entry:
+    tags = None if name.digest else [str(name)]
+    return json_entry("manifest.json", [{"Config": config, "RepoTags": tags, "Layers": layers}])
+
+
+def _suffix(media_type: str) -> str:
+    if media_type.endswith("gzip"):
+        return ".tar.gz"
+    return ".tar.zst" if media_type.endswith("zstd") else ".tar"
+
+
+def _index(name: Name, root: Descriptor) -> dict[str, Any]:
+    return {
+        "schemaVersion": 2,
+        "mediaType": oci.OCI_INDEX,
+        "manifests": [
+            {
+                "mediaType": root.media_type,
+                "digest": root.digest,
+                "size": root.size,
+                "annotations": {CONTAINERD_NAME: name.qualified(), REF_NAME: str(name)},
+            }
+        ],
+    }

@@ -1,0 +1,237 @@
+"""Write an image as an OCI image layout folder, or add it to one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Final
+
+from cachedb import oci
+from cachedb.disk.durable import PART, atomic_file, lock_part, part_path, remove_leftovers, sync_folder
+from cachedb.disk.layout import blob_path
+from cachedb.disk.locks import held_folder
+from cachedb.disk.reader import open_blob, open_regular
+from cachedb.disk.waiting import Wait, chosen_seconds
+from cachedb.disk.writer import discard
+from cachedb.errors import CacheError, is_callers, os_errors
+from cachedb.progress import Advance
+from cachedb.reentry import not_reentered
+from cachedb.transports.archive.copy_blob import (
+    FileWriter,
+    check_size,
+    copy_blob,
+    copy_in_threads,
+    read_blob,
+    write_all,
+)
+from cachedb.transports.archive.entries import Entry, json_entry
+from cachedb.transports.archive.model import REF_NAME
+
+__all__ = ["write_layout"]
+
+
+_FICLONE: Final = 0x40049409  # ioctl_ficlone(2)
+_PROGRESS_SECONDS = 1.0  # between two notes of progress
+_OLD_PART = re.compile(r"\.cachedb-[0-9a-f]{16}\.part")  # written by earlier releases
+
+
+def write_layout(
+    directory: Path,
+    files: list[Entry],
+    destination: Path,
+    *,
+    link: bool = False,
+    wait_seconds: float | None = None,
+    progress: Advance | None = None,
+) -> None:
+    """Write an image layout folder, or add to the one that is there; ``index.json`` is written last.
+
+    Args:
+        directory: of the cache.
+        files: from `list_entries`.
+        destination: the folder; its parent must exist.
+        link: make hard links to the cache's files where the file system can.
+        wait_seconds: to wait for another export into the layout that makes no progress; the default is that of
+            `chosen_seconds`.
+        progress: takes the bytes written or verified.
+
+    Raises:
+        Busy: if another export has the layout and makes no progress for that time.
+        DigestMismatch: if a blob's file is damaged; the files written so far are removed.
+        StorageError: if it cannot be written.
+        CacheError: if the folder holds something else.
+    """
+    with os_errors("write the export"), ExitStack() as stack:
+        # Exports into one layout take turns, because each rewrites its index.
+        stack.enter_context(not_reentered(f"export {destination.resolve()}", f"exporting to {str(destination)!r}"))
+        is_new = _lock_folder(stack, destination, chosen_seconds(wait_seconds))
+        made = [destination] if is_new else []
+        folders = {destination, destination.parent} if is_new else {destination}
+        try:
+            parts = re.compile(f"{PART.pattern}|{_OLD_PART.pattern}")
+            strange = [name for name in os.listdir(destination) if not parts.fullmatch(name)]
+            if strange and not (destination / "oci-layout").is_file():
+                raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout")
+            for folder in (destination / "blobs", *destination.glob("blobs/*")):
+                if folder.is_symlink():
+                    raise CacheError(f"{str(folder)!r} is a symbolic link: name a layout whose folders are its own")
+            for folder in (destination, *destination.glob("blobs/*")):
+                remove_leftovers(folder, parts)  # no other export is writing: earlier releases take the lock, too
+            # `oci-layout` first: a killed export leaves a layout. `index.json` last: it references complete blobs only.
+            order = {"oci-layout": 0, "index.json": 2}
+            *others, index = sorted(files, key=lambda entry: order.get(entry.path, 1))
+            blobs = []
+            for entry in others:
+                path = destination / entry.path
+                for parent in reversed(Path(entry.path).parents):
+                    if not (destination / parent).is_dir():
+                        (destination / parent).mkdir()
+                        made.append(destination / parent)
+                    folders.add(destination / parent)
+                if not os.path.lexists(path):
+                    made.append(path)
+                if isinstance(entry.content, bytes):
+                    _write_file(directory, entry, path, None)
+                else:
+                    blobs.append(entry)
+
+            def write(entry: Entry, advance: Advance, hash_beside: bool) -> None:
+                path = destination / entry.path
+                if not (link and _link(directory, entry, path, advance)):
+                    _write_file(directory, entry, path, advance, hash_beside=hash_beside)
+
+            copy_in_threads(blobs, write, _noting_progress(destination, progress))
+            for folder in folders:
+                sync_folder(folder)
+            # Everything that the index references is on disk now.
+            path = destination / index.path
+            _write_file(directory, _merged(path, index), path, None)
+            sync_folder(destination)
+        except BaseException:
+            _remove(made)
+            raise
+
+
+def _lock_folder(stack: ExitStack, destination: Path, wait_seconds: float) -> bool:
+    """Lock a layout's folder until the stack ends, and return whether it was made here."""
+    what = f"the lock of the layout {str(destination)!r}"
+    wait = stack.enter_context(Wait(what, wait_seconds, lambda: _noted_progress(destination)))
+    while True:
+        is_new = False
+        with suppress(FileExistsError):
+            destination.mkdir()
+            is_new = True
+        try:
+            stack.enter_context(held_folder(destination, wait, shared=False))
+        except FileNotFoundError:  # an export that fails while we wait removes the folder that it made
+            if destination.is_symlink():
+                raise
+        else:
+            return is_new
+
+
+def _noting_progress(destination: Path, progress: Advance | None) -> Advance:
+    """Return a function that calls ``progress``, and sets the folder's modification time for processes that wait."""
+    noted = time.monotonic()
+
+    def note(size: int) -> None:
+        nonlocal noted
+        if time.monotonic() - noted >= _PROGRESS_SECONDS:
+            noted = time.monotonic()
+            os.utime(destination)
+        if progress is not None:
+            progress(size)
+
+    return note
+
+
+def _noted_progress(destination: Path) -> int | None:
+    """Return a value that changes while an export into the folder makes progress."""
+    with suppress(OSError):
+        return destination.stat().st_mtime_ns
+    return None
+
+
+def _remove(made: list[Path]) -> None:
+    """Remove the files that a failed export made, and its folders if they are empty."""
+    for path in reversed(made):
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink()
+
+
+def _write_file(
+    directory: Path, entry: Entry, path: Path, progress: Advance | None, *, hash_beside: bool = False
+) -> None:
+    with atomic_file(path) as file:
+        if isinstance(entry.content, bytes):
+            write_all(file, entry.content)
+        elif not _clone(directory, entry, file.fileno(), progress):
+            copy_blob(directory, entry, FileWriter(file.fileno(), 0).write, progress, hash_beside=hash_beside)
+
+
+def _clone(directory: Path, entry: Entry, target: int, progress: Advance | None) -> bool:
+    """Share a blob's bytes with a new file and verify them; return False if the file system cannot."""
+    assert isinstance(entry.content, str)
+    with open_blob(directory, entry.content) as blob:
+        check_size(entry, os.fstat(blob.fileno()).st_size)
+        try:
+            fcntl.ioctl(target, _FICLONE, blob.fileno())
+        except OSError as error:
+            if is_callers(error):
+                raise
+            return False  # the two files may be unable to share; any other cause fails the copy as well
+    read_blob(entry, target, None, progress)
+    return True
+
+
+def _link(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> bool:
+    """Make a hard link to a blob's file and verify it; return False if the file system cannot."""
+    assert isinstance(entry.content, str)
+    part = part_path(path.parent)
+    try:
+        os.link(blob_path(directory, entry.content), part)
+    except OSError as error:
+        if is_callers(error):
+            raise
+        return False  # another file system, or one without hard links
+    try:
+        with os_errors("read a blob"):
+            file = open_regular(str(part), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            lock_part(file)
+            check_size(entry, os.fstat(file).st_size)
+            read_blob(entry, file, None, progress)
+        finally:
+            os.close(file)
+        part.rename(path)
+    finally:
+        discard(part)  # a rename over another link of the same file leaves both names
+    return True
+
+
+def _merged(path: Path, entry: Entry) -> Entry:
+    """Return the layout's index with the image added; it replaces an image of the same name."""
+    assert isinstance(entry.content, bytes)
+    try:
+        old = oci.load_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return entry
+    new = json.loads(entry.content)
+    if not isinstance(old, dict) or not isinstance(old.get("manifests"), list):
+        raise CacheError(f"{str(path)!r} is not an image index")
+
+    def ref_name(descriptor: object) -> object:
+        annotations = descriptor.get("annotations") if isinstance(descriptor, dict) else None
+        return annotations.get(REF_NAME) if isinstance(annotations, dict) else None
+
+    name = ref_name(new["manifests"][0])
+    kept = [descriptor for descriptor in old["manifests"] if ref_name(descriptor) != name]
+    return json_entry("index.json", {**old, "manifests": kept + new["manifests"]})
