@@ -398,6 +398,7 @@ def test_what_is_not_ours_stays_and_verify_names_it(cachedb: Run, directory: Pat
         "trash/file",
         f"trash/sha256:{'a' * 64}",
         "locks/x.session/1",
+        "locks/film.session",
         "locks/y.producing",
         "locks/other.lock",
         "backups/.backup-of-my-own",
@@ -425,6 +426,7 @@ def test_what_is_not_ours_stays_and_verify_names_it(cachedb: Run, directory: Pat
         "trash/file",
         f"trash/sha256:{'a' * 64}",
         "locks/x.session",
+        "locks/film.session",
         "locks/y.producing",
         "locks/other.lock",
     }
