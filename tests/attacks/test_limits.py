@@ -476,7 +476,7 @@ def test_a_reader_that_may_not_write_sees_what_others_have_written_since(cache: 
     save(cache, "app:1", MADE)
     cache.close()
     reader = Database(directory)
-    reader.read_only = True
+    reader.access.read_only = True
     for number in range(3):
         with Cache.open(directory) as writer:
             save(writer, f"app:{number}", make.image(number))

@@ -204,9 +204,9 @@ def test_few_blobs_are_leased_at_a_time(cache: Cache, target: Path, monkeypatch:
 def test_a_cache_that_can_only_be_read_is_copied(cache: Cache, target: Path) -> None:
     save(cache, "app:1", image(1))
     before = snapshot(cache.directory)
-    cache._database.read_only = True
+    cache._database.access.read_only = True
     cache.copy(target)
-    cache._database.read_only = False
+    cache._database.access.read_only = False
     assert snapshot(cache.directory) == before
     check(target)
 

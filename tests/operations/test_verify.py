@@ -984,17 +984,17 @@ def test_a_lost_wal_mode_is_reported_and_put_back(directory: Path, read_only: bo
         save(cache, "app:1", image(1))
     leave_wal_mode(directory)
     with Cache.open(directory) as cache:
-        cache._database.read_only = read_only
+        cache._database.access.read_only = read_only
         (problem,) = cache.verify().problems
         assert problem[:3] == ("index", None, directory / "index.db")
         assert problem[3:] == ("its journal mode is 'delete', not WAL: readers and writers block each other", None)
-        cache._database.read_only = False
+        cache._database.access.read_only = False
         (problem,) = cache.verify(repair=True).problems
         assert problem.repair == "it is in WAL mode again"
         assert journal_mode(directory) == "wal"
-        cache._database.read_only = read_only
+        cache._database.access.read_only = read_only
         assert cache.verify().problems == []
-        cache._database.read_only = False
+        cache._database.access.read_only = False
     check(directory)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,20 +19,12 @@ from sqlalchemy import URL, Connection, Engine, Select, create_engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb import space
 from cachedb.disk import locks, processes
-from cachedb.disk.folders import Folders, find_links
-from cachedb.disk.reserve import NO_ROOM, RESERVE_BYTES, Reserve
+from cachedb.disk.folders import Folders
+from cachedb.disk.reserve import NO_ROOM, Reserve
 from cachedb.disk.waiting import Wait, chosen_seconds
-from cachedb.errors import (
-    Busy,
-    CacheError,
-    DamagedIndex,
-    NotACache,
-    NotOurs,
-    StorageError,
-    os_errors,
-)
+from cachedb.errors import Busy, CacheError, StorageError, os_errors
+from cachedb.index.sqlite.access import Access
 from cachedb.index.sqlite.connection import (
     CacheConnection,
     IndexChanged,
@@ -46,14 +38,11 @@ from cachedb.index.sqlite.file import IndexFile
 from cachedb.index.sqlite.lookups import Lookups
 from cachedb.index.sqlite.revision import (
     APPLICATION_ID,
-    REBUILD_ADVICE,
     SELECT_REVISION,
+    identify,
     is_compatible,
-    is_empty,
-    is_ours,
     lost,
     mismatch,
-    read_revision,
 )
 from cachedb.index.sqlite.transaction import begin, driver_of, ensure_wal, immediate, transaction
 from cachedb.index.tables import REVISION
@@ -92,19 +81,13 @@ class Database:
         """
         self.wait_seconds = chosen_seconds(wait)
         self.directory = directory.absolute()
-        self._trust = trust
-        self._folders: Folders | None = None
         self.path = (path or directory / "index.db").absolute()
         self.file = IndexFile(self.path, self.directory)
         self.write_lock = self.directory / "locks" / "write.lock"
-        with os_errors("use the cache directory"):
-            self.read_only = self.path.exists() and not os.access(directory, os.W_OK)
-            self._refusal = None if path or self.read_only else find_links(self.directory)
-        self.read_only = self.read_only or self._refusal is not None
+        self.access = Access(self.directory, self.path, trust=trust, search_links=path is None)
         self._resolved = os.path.realpath(self.directory)  # by which a thread knows what it holds
         self._engine = self._connect()
         self._lookups = Lookups(self._open, self._is_current)
-        self._shortage: StorageError | None = None
         self.reserve = Reserve(self.directory, lambda: self.folders)
         self.ended = False  # by `end`
         locks.before_fork(self)
@@ -114,8 +97,7 @@ class Database:
         try:
             return self.file.identify(read_only=self.read_only)
         except FileNotFoundError:
-            if self._folders is not None:
-                self._folders.check()
+            self.access.check()
             raise lost(self.directory) from None
 
     def unreplaced(self) -> AbstractContextManager[None]:
@@ -136,8 +118,7 @@ class Database:
         """Open a connection to the index file; only `write_schema` creates that file."""
         if self.ended:
             raise CacheError(CLOSED)
-        if self._folders is not None:
-            self._folders.check()
+        self.access.check()
         with self.unreplaced():
             file = self.identify_file()
             settled = not self.read_only or self.file.is_settled()
@@ -166,49 +147,25 @@ class Database:
             is_lost = connection.file == self.identify_file() and connection.has_lost_files()
         if not is_lost:
             return False
-        self._save_commits(connection)
+        if not self.read_only:
+            self.file.save_commits(connection)
         self._engine.dispose()  # while one connection is open, SQLite gives its files to new ones
         self._lookups.close()
         raise files_lost(str(self.path))
 
-    def _save_commits(self, connection: CacheConnection) -> None:
-        """Save the commits that are only in a removed WAL, unless there is a new one."""
-        if self.read_only:
-            return
-        with ExitStack() as stack, suppress(Busy, OSError):
-            if not is_held(self._resolved):
-                lock = locks.acquire(self.write_lock, wait=False)
-                if lock is None:
-                    return  # its holder finds the loss too
-                stack.callback(locks.release, lock)
-            stack.enter_context(self.file.unreplaced(replacing=True))
-            connection.save_commits()
+    @property
+    def read_only(self) -> bool:
+        """Whether the cache directory is only read."""
+        return self.access.read_only
 
     @property
     def folders(self) -> Folders:
-        """The open cache directory, for changes.
-
-        Raises:
-            NotOurs: if it is another user's, and neither shared nor trusted.
-            StorageError: if it cannot be opened, or only be read.
-        """
-        if self.ended and self._folders is None:
+        """The open cache directory, for changes; raises as `Access.folders`."""
+        if self.ended and not self.access.is_open:
             raise CacheError(CLOSED)
-        self._check_shortage()
-        if self._refusal is not None:
-            raise NotOurs(str(self._refusal))
-        if self.read_only:
-            raise StorageError(
-                f"the cache {str(self.directory)!r} can only be read: check the owner and mode of the directory, and "
-                "whether its file system is mounted read-only"
-            )
-        if self._folders is None:
-            with os_errors("open the cache directory"):
-                folders = Folders(self.directory)
-                folders.check_owner(trust=self._trust)
-                folders.mark(new=False)
-            self._folders = folders
-        return self._folders
+        if self.access.end_shortage():
+            self.close()
+        return self.access.folders
 
     def _check_in(self, connection: Any, record: Any) -> None:  # noqa: ANN401
         if self.ended and connection is not None:
@@ -223,12 +180,7 @@ class Database:
         if self.file.is_new:
             return None
         with self.look() as connection:
-            mark = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
-            if mark != APPLICATION_ID and not (mark == 0 and is_empty(connection)):
-                if is_ours(self.directory):
-                    raise DamagedIndex(f"{str(self.path)!r} has lost its mark; {REBUILD_ADVICE}")
-                raise NotACache(f"{str(self.path)!r} is another program's database: name another directory")
-            return read_revision(connection)
+            return identify(connection, self.path, self.directory)
 
     def read(self) -> AbstractContextManager[Connection]:
         """A read transaction: all its statements see the index at one moment.
@@ -519,17 +471,8 @@ class Database:
         if error.errno not in NO_ROOM or self.file.is_new:
             return False
         self.close()
-        self.read_only, self._shortage = True, error
+        self.access.only_read(error)
         return True
-
-    def _check_shortage(self) -> None:
-        """Raise the error that `only_read` got if the disk is still full; else undo `only_read`."""
-        if self._shortage is None:
-            return
-        if space.find_shortage(self.directory, RESERVE_BYTES):
-            raise StorageError(str(self._shortage), errno=self._shortage.errno) from self._shortage
-        self.read_only, self._shortage = False, None
-        self.close()
 
     def close(self) -> None:
         """Close the idle connections; later calls open new ones."""
@@ -544,7 +487,7 @@ class Database:
         self.close()
         if not self.read_only:
             self.reserve.keep()
-        self._folders = None  # a call in progress keeps the directory open
+        self.access.close()
 
 
 def _cache_connection(connection: Connection) -> CacheConnection:

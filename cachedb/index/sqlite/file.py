@@ -19,9 +19,10 @@ from cachedb.disk import locks
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import has_blobs
 from cachedb.disk.waiting import Wait
-from cachedb.errors import NotACache, os_errors
+from cachedb.errors import Busy, NotACache, os_errors
+from cachedb.index.sqlite.connection import CacheConnection
 from cachedb.index.sqlite.revision import lost
-from cachedb.reentry import holding, refuse_reentry
+from cachedb.reentry import holding, is_held, refuse_reentry
 
 __all__ = ["IndexFile"]
 
@@ -116,6 +117,21 @@ class IndexFile:
                     stack.enter_context(locks.held_folder(self._write_lock.parent, wait, shared=not replacing))
                 stack.enter_context(self._unreplaced_by_old(fcntl.LOCK_EX if replacing else fcntl.LOCK_SH))
             yield
+
+    def save_commits(self, connection: CacheConnection) -> None:
+        """Save the commits that are only in a removed WAL, unless there is a new one.
+
+        Args:
+            connection: that has the removed WAL open.
+        """
+        with ExitStack() as stack, suppress(Busy, OSError):
+            if not is_held(self._resolved):
+                lock = locks.acquire(self._write_lock, wait=False)
+                if lock is None:
+                    return  # its holder finds the loss too
+                stack.callback(locks.release, lock)
+            stack.enter_context(self.unreplaced(replacing=True))
+            connection.save_commits()
 
     @contextmanager
     def _unreplaced_by_old(self, operation: int) -> Iterator[None]:

@@ -13,12 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from cachedb.disk import marker
-from cachedb.errors import (
-    CacheError,
-    DamagedIndex,
-    SchemaMismatch,
-    StorageError,
-)
+from cachedb.errors import CacheError, DamagedIndex, NotACache, SchemaMismatch, StorageError
 from cachedb.index.tables import REVISION
 
 __all__ = [
@@ -28,6 +23,7 @@ __all__ = [
     "explain_refusal",
     "find_broken_keys",
     "has_backup",
+    "identify",
     "is_compatible",
     "is_empty",
     "is_ours",
@@ -98,6 +94,26 @@ def is_ours(directory: Path) -> bool:
     with suppress(CacheError, OSError):
         return marker.read(directory) is not None or has_backup(directory)
     return False
+
+
+def identify(connection: Connection, path: Path, directory: Path) -> str | None:
+    """Return the schema's revision, or None if the database has no schema yet.
+
+    Args:
+        connection: to the database.
+        path: of the database.
+        directory: of the cache.
+
+    Raises:
+        DamagedIndex: if the database has lost its application_id.
+        NotACache: if the database belongs to another program.
+    """
+    mark = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
+    if mark == APPLICATION_ID or (mark == 0 and is_empty(connection)):
+        return read_revision(connection)
+    if is_ours(directory):
+        raise DamagedIndex(f"{str(path)!r} has lost its mark; {REBUILD_ADVICE}")
+    raise NotACache(f"{str(path)!r} is another program's database: name another directory")
 
 
 def has_backup(directory: Path) -> bool:
