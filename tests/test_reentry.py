@@ -18,6 +18,7 @@ from cachedb import Cache, CacheError, ReentrantCall, StorageError
 from cachedb.callbacks import Callbacks
 from cachedb.content.last_used import Uses
 from cachedb.content.session import Session
+from cachedb.disk.folders import Folders
 from cachedb.disk.locks import acquire, release
 from cachedb.errors import callers_own, ignore_os_errors, os_errors
 from cachedb.index.sqlite.database import Database
@@ -155,16 +156,17 @@ def test_a_session_is_not_begun_in_the_middle_of_its_beginning(
     index: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, refused = Session(index), list[str]()
-    real = Path.mkdir
+    real = Folders.make
 
-    def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
-        with pytest.raises(ReentrantCall):
-            refused.append(session.id)
-        real(self, *arguments, **options)
+    def make(self: Folders, name: str) -> None:
+        with pytest.raises(ReentrantCall, match="beginning to write to the cache"):
+            _ = session.id
+        refused.append(name)
+        real(self, name)
 
-    monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr(Folders, "make", make)
     assert session.id
-    assert refused == []
+    assert refused == [f"ingest/{session.id}"]
     monkeypatch.undo()
     session.close()
     assert [name for name in os.listdir(index.directory / "locks") if name.endswith(".session")] == []

@@ -17,7 +17,7 @@ import pytest
 
 from cachedb import Cache, CacheError, CacheReplaced, NotACache, NotOurs, SchemaMismatch, StorageError
 from cachedb.disk import marker
-from cachedb.disk.folders import Folders
+from cachedb.disk.folders import Folders, follow
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import upgrade
@@ -519,6 +519,18 @@ def test_a_folder_of_another_user_is_refused(directory: Path) -> None:
     with pytest.raises(NotOurs, match=r"trash' belongs to user .*65534.*give it back to its owner"):
         Cache.open(directory)
     assert os.listdir(directory / "trash") == [f"sha256-{'a' * 64}"]
+
+
+@NEEDS_ROOT
+def test_a_file_that_was_made_in_another_folder_gets_the_group_of_a_shared_one(tmp_path: Path) -> None:
+    folder, file = tmp_path / "shared", tmp_path / "file"
+    folder.mkdir()
+    os.chown(folder, 0, OTHER_USER)
+    folder.chmod(0o2770)
+    file.touch(0o600)
+    with file.open() as opened:
+        follow(opened.fileno(), folder.stat())
+    assert (file.stat().st_uid, file.stat().st_gid, stat.S_IMODE(file.stat().st_mode)) == (0, OTHER_USER, 0o660)
 
 
 # A cache that changes under a live process

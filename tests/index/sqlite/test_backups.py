@@ -153,3 +153,11 @@ def test_the_error_of_a_damaged_backup_names_the_file_and_the_damage(
     assert words in text
     assert "\n" not in text
     assert cache.is_image_complete("app:1"), "the index is as it was"
+
+
+def test_only_backups_from_before_changes_of_the_schema_are_deleted(cache: Cache) -> None:
+    folder = cache.directory / "backups"
+    for name in ("000001-0004-before-0005.db", "000002-0004-before-0005.db", "3-before-the-move.db", "000004-mine.db"):
+        (folder / name).touch()
+    backups.keep_newest(cache.directory, 1)
+    assert sorted(os.listdir(folder)) == ["000002-0004-before-0005.db", "000004-mine.db", "3-before-the-move.db"]
