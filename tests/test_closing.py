@@ -191,7 +191,7 @@ def test_a_connection_that_a_thread_uses_while_a_cache_is_closed_is_closed_when_
 
 def test_a_session_does_not_begin_after_its_end(cache: Cache) -> None:
     session = cache._session
-    cache.close()
+    session.close()  # first of all that `Cache.close` closes: the index is still open
     with pytest.raises(CacheError, match=CLOSED):
         session.id  # noqa: B018
     assert os.listdir(cache.directory / "ingest") == []
