@@ -235,6 +235,28 @@ def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
     assert os.listdir(cache.directory / "trash") == []
 
 
+def test_a_failure_in_a_thread_that_unlinks_reaches_the_caller(
+    cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(200):
+        (cache.directory / "trash" / f"sha256-{number:064x}").touch()
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no memory for the name")
+
+    monkeypatch.setattr(os, "unlink", fail)
+    with pytest.raises(MemoryError, match="no memory for the name"):
+        collect.empty_trash(index)
+
+
+def test_a_collection_frees_the_files_of_a_batch_before_the_next(cache: Cache, index: Database) -> None:
+    abandon(cache, *(b"%03d" % number for number in range(10)))
+    trash = cache.directory / "trash"
+    left = [(len(files_of(cache.directory)), len(os.listdir(trash))) for _ in collect.collect(index, batch=3)]
+    assert left == [(10, 0), (7, 0), (4, 0), (1, 0)]
+    assert files_of(cache.directory) == {}
+
+
 def test_what_is_in_work_is_no_candidate(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.add_blob(b"in work")
     monkeypatch.setattr(collect, "forget", lambda *_: pytest.fail("nothing is to be forgotten"))
