@@ -1,4 +1,4 @@
-"""`Cache`: every operation on a cache, as a method. The command line parses, calls one of them, and prints."""
+"""Define `Cache`, which has a method for each operation on a cache; the command line calls them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from cachedb.content.session import Session
 from cachedb.disk import reader, single_flight
 from cachedb.disk.folders import Leftover
 from cachedb.disk.layout import blob_path, chosen
+from cachedb.disk.writer import Data
 from cachedb.errors import (
     CacheError,
     DamagedIndex,
@@ -49,6 +50,7 @@ from cachedb.oci.manifests import Role
 from cachedb.oci.names import Name
 from cachedb.operations.upgrade import prepare as prepare_schema
 from cachedb.progress import BlobProgress, Progress
+from cachedb.reports.usage import Stats
 from cachedb.text import shorten
 
 if TYPE_CHECKING:
@@ -64,8 +66,6 @@ if TYPE_CHECKING:
     from cachedb.reports.usage import Usage
     from cachedb.reports.views import View
     from cachedb.transports.archive.formats import Format
-from cachedb.disk.writer import Data
-from cachedb.reports.usage import Stats
 
 __all__ = ["Cache", "Progress"]
 
@@ -73,17 +73,19 @@ __all__ = ["Cache", "Progress"]
 class Cache:
     """A cache of container images in a directory that many processes share.
 
-    Open one with `Cache.open`, use it as a context manager or `close` it. It may be used from several threads at
-    once, and by a child that is forked. A name is a string, ``repository[:tag]`` or ``repository@digest``, or a
-    `Name`; a digest is ``sha256:...`` or ``sha512:...``, or bare hexadecimal for sha256. All methods raise
-    `InvalidName` or `InvalidDigest` for one that is neither, and `StorageError` when the file system fails.
+    Open one with `Cache.open`, and use it as a context manager or `close` it. Several threads may use it at once, and
+    so may a forked child.
+
+    A name is a `Name`, or a string ``repository[:tag]`` or ``repository@digest``. A digest is ``sha256:...`` or
+    ``sha512:...``; bare hexadecimal digits are a sha256 digest. All methods raise `InvalidName` for an invalid name,
+    `InvalidDigest` for an invalid digest, and `StorageError` if the file system fails.
     """
 
     def __init__(self, database: Database) -> None:
         self._parts = database, Session(database), Uses(database)
         self._leftovers: list[Leftover] = []
         self._closed = False
-        self._to_close = [self._parts]  # empty once somebody closes it: a thread, or a signal handler meanwhile
+        self._to_close = [self._parts]  # `close` empties it, so that only one thread or signal handler closes the parts
 
     @classmethod
     def open(
@@ -95,27 +97,25 @@ class Cache:
         wait: float | None = None,
         trust: bool = False,
     ) -> Self:
-        """Open a cache, or create it; clean up after processes that died while they worked with it.
+        """Open a cache, or create it; also clean up after processes that died while they used it.
 
-        Nothing is cleaned up while another process writes to the cache, which is not waited for.
+        The clean-up never waits for another process: if one is writing to the cache, a later open does the rest.
 
         Args:
-            directory: the cache directory; by default ``CACHEDB_DIR``, else the user's cache directory.
-            upgrade: bring the index to the newest schema if it has an older one, as ``CACHEDB_AUTO_UPGRADE=1`` in the
-                environment does.
-            wait: seconds to wait for what another process has, or for its work if that makes no progress; by default
-                ``CACHEDB_WAIT``, else 60. Then `Busy` is raised, which names the process. 0 is not to wait, and inf to
-                wait as long as it takes.
-            damaged: open a cache whose index is lost or damaged too, to `verify` it; nothing else will work.
-            trust: write to a directory of another user, though it is not shared, as ``CACHEDB_TRUST=1`` in the
-                environment does.
+            directory: the cache directory; the default is ``CACHEDB_DIR``, else the user's cache directory.
+            upgrade: upgrade an older index to the newest schema. ``CACHEDB_AUTO_UPGRADE=1`` does the same.
+            wait: seconds to wait for a lock of another process, or for work of another process that makes no progress.
+                After that a method raises `Busy`, which names the process. 0 never waits; inf waits forever. The
+                default is ``CACHEDB_WAIT``, else 60.
+            damaged: open the cache even if its index is lost or damaged. Then use only `verify`.
+            trust: write to another user's cache even if it is not shared. ``CACHEDB_TRUST=1`` does the same.
 
         Raises:
-            NotACache: if the directory is something else.
-            NotOurs: if it is another user's, or a folder in it leads elsewhere.
+            NotACache: if the directory is not a cache and cannot become one.
+            NotOurs: if another user owns the directory or a folder in it, or such a folder is a link.
             DamagedIndex: if the index is lost or damaged, and ``damaged`` is false.
-            SchemaMismatch: if the index has a newer schema, or an older one and ``upgrade`` is false.
-            StorageError: if the directory cannot be made or read, or is on a file system that several hosts share.
+            SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false.
+            StorageError: if the directory cannot be created or read, or is on a file system that several hosts share.
         """
         database = Database(chosen(directory), wait=wait, trust=trust)
         upgrade = upgrade or os.environ.get("CACHEDB_AUTO_UPGRADE") == "1"
@@ -124,9 +124,9 @@ class Cache:
             prepare_schema(database, upgrade=upgrade)
             if database.read_only:
                 return []
-            left = collect.recover_at_once(database)
+            leftovers = collect.recover_at_once(database)
             database.reserve.keep()
-            return left
+            return leftovers
 
         cache = cls(database)
         try:
@@ -150,33 +150,33 @@ class Cache:
         return cache
 
     def __reduce__(self) -> tuple[Callable[[str], Cache], tuple[str]]:
-        """Open the same cache where this one is sent, in a session of its own; it is for the receiver to close."""
+        """Pickle a call that opens the same cache in a new session; the receiver must close that cache."""
         return partial(type(self).open, wait=self._parts[0].wait_seconds), (str(self.directory),)
 
     def __repr__(self) -> str:
         return f"<Cache {str(self.directory)!r}{', closed' if self._closed else ''}>"
 
     def close(self) -> None:
-        """End the session with the cache: what was stored and not associated may be collected from now on.
+        """Close the cache. From now on a collection may free blobs that were stored but belong to no image.
 
-        All other methods raise `CacheError` then, also where another thread is in the middle of one. To close a cache
-        again does nothing.
+        All other methods raise `CacheError` then, even one that another thread is executing. Closing a cache twice
+        does nothing.
         """
         self._closed = True
         try:
             database, session, uses = self._to_close.pop()
         except IndexError:
             return
-        with ExitStack() as ending:  # all of it, whatever fails
-            ending.callback(database.end)
-            ending.callback(session.close)
+        with ExitStack() as stack:  # a failure of one part must not keep the others open
+            stack.callback(database.end)
+            stack.callback(session.close)
             uses.write()
 
     def _check_open(self) -> None:
         if self._closed:
             raise CacheError(CLOSED)
 
-    # Every method asks for one of these first.
+    # Methods use these properties, because they check that the cache is open.
 
     @property
     def _database(self) -> Database:
@@ -203,20 +203,20 @@ class Cache:
         self.close()
 
     def share(self, group: str | None = None) -> str:
-        """Share the cache with a group of users, who may all read and write it from now on.
+        """Share the cache with a group of users, who may then all read and write it.
 
-        Folders get the setgid bit, the index and the lock files can be written to by the group, and blobs by nobody;
-        what is made later follows, whatever the umask of its maker.
+        Folders get the setgid bit. The group can write to the index and the lock files; nobody can write to blobs.
+        Files that are created later get the same modes, whatever the umask of the process.
 
         Args:
-            group: name or number of the group; by default the process's own.
+            group: name or number of the group; the default is the current group of a shared cache, else the process's.
 
         Returns:
             The name of the group.
 
         Raises:
             CacheError: if there is no such group.
-            StorageError: if this user does not own the cache, or is no member of the group.
+            StorageError: if this user does not own the cache, or is not a member of the group.
         """
         from cachedb.operations.share import share
 
@@ -231,17 +231,17 @@ class Cache:
     # Blobs
 
     def save_blob(self, digest: str, data: Data) -> Digest:
-        """Store a blob whose digest is known.
+        """Store a blob with a known digest, which is verified.
 
-        It is kept from collection until an image that is saved is associated with it, or this cache is closed. One that
-        an image saved before is waiting for is that image's at once.
+        The blob is kept from collection until this `Cache` saves an image that contains it, or is closed. If a saved
+        image already references the blob, the blob belongs to that image at once.
 
         Args:
-            digest: that the content must have.
+            digest: the digest that the content must have.
             data: the content.
 
         Returns:
-            The digest, in full.
+            The digest with its algorithm.
 
         Raises:
             DigestMismatch: if the content has another digest.
@@ -249,7 +249,7 @@ class Cache:
         return publish.store_blob(self._database, self._session, data, digest=parse_digest(digest)).digest
 
     def add_blob(self, data: Data, *, algorithm: Algorithm = "sha256") -> Digest:
-        """Store a blob, as `save_blob` does, and compute its digest.
+        """Compute the digest of a blob and store it, as `save_blob` does.
 
         Args:
             data: the content.
@@ -259,15 +259,15 @@ class Cache:
             The digest.
         """
         if algorithm not in ("sha256", "sha512"):
-            raise CacheError(f"{shorten(algorithm)} is not an algorithm of digests: use sha256 or sha512")
+            raise CacheError(f"{shorten(algorithm)} is not a digest algorithm: use sha256 or sha512")
         return publish.store_blob(self._database, self._session, data, algorithm=algorithm).digest
 
     def has_blob(self, digest: str) -> bool:
-        """Say whether the blob of a digest is stored."""
+        """Return whether a blob is stored."""
         return blobs.size_of(self._database, parse_digest(digest)) is not None
 
     def list_blobs(self, prefix: str = "") -> list[Digest]:
-        """Return the stored blobs whose digest begins with ``prefix``, in order."""
+        """Return the digests of stored blobs that start with ``prefix``, sorted."""
         check_text(prefix=prefix)
         query = select(BLOBS.c.digest).where(BLOBS.c.stored_at.is_not(None)).order_by(BLOBS.c.digest)
         with self._database.read() as connection:
@@ -279,7 +279,7 @@ class Cache:
         """Return a stored blob's size in bytes.
 
         Raises:
-            NotInCache: if it is not stored.
+            NotInCache: if the blob is not stored.
         """
         wanted = parse_digest(digest)
         size = blobs.size_of(self._database, wanted)
@@ -288,98 +288,98 @@ class Cache:
         return size
 
     def get_blob_path(self, digest: str) -> Path:
-        """Return the path of a stored blob's file; `hold` the blob to keep the path valid. Never write to it.
+        """Return the path of a stored blob's file, for reading only; `hold` the blob to keep the path valid.
 
         Raises:
-            NotInCache: if it is not stored.
+            NotInCache: if the blob is not stored.
         """
         self.get_blob_size(digest)
         return blob_path(self.directory, parse_digest(digest))
 
     def open_blob(self, digest: str) -> BinaryIO:
-        """Open a stored blob for reading; the stream stays good whatever happens to the blob.
+        """Open a stored blob for reading; the stream stays readable even if the blob is collected.
 
         Raises:
-            NotInCache: if it is not stored.
+            NotInCache: if the blob is not stored.
         """
         self.get_blob_size(digest)
         return reader.open_blob(self.directory, parse_digest(digest))
 
     def get_blob(self, digest: str) -> bytes:
-        """Return a stored blob's content, all of it in memory: for a config or manifest; see `open_blob`.
+        """Read a stored blob into memory, for example a config; use `open_blob` for a large blob.
 
         Raises:
-            NotInCache: if it is not stored.
+            NotInCache: if the blob is not stored.
         """
         with self.open_blob(digest) as file, os_errors("read a blob"):
             return file.read()
 
     @contextmanager
     def hold(self, *names_or_digests: str | Name) -> Iterator[None]:
-        """Keep blobs from collection inside the block, so that their paths stay valid.
+        """Keep blobs from collection during a block, so that their paths stay valid.
 
-        What an image gets later, because its name moves or a blob of it arrives, is not held.
+        A blob that an image gains during the block, for example because its name moves, is not held.
 
         Args:
-            names_or_digests: images, of which all blobs are held, and blobs.
+            names_or_digests: blobs and images; all blobs of an image are held.
 
         Raises:
-            NotInCache: if one of them is not in the cache.
+            NotInCache: if an image is not in the cache, or a blob is not stored.
         """
         with held(self._database, self._session, *names_or_digests):
             yield
 
     def add_hold(self, *names_or_digests: str | Name, seconds: float | None = None) -> list[HoldInfo]:
-        """Keep blobs from collection beyond the life of this process.
+        """Keep blobs from collection even after this process ends.
 
         Args:
-            names_or_digests: images, of which all blobs are held as they are now, and blobs.
-            seconds: how long, by the clock of the host; None until `release_hold`.
+            names_or_digests: blobs and images; all present blobs of an image are held.
+            seconds: how long to hold, by the host's clock; None holds until `release_hold`.
 
         Returns:
-            The holds, one for each name or digest.
+            The new holds, one for each name or digest.
 
         Raises:
-            NotInCache: if one of them is not in the cache.
-            CacheError: if the time is none at all, negative or endless.
+            NotInCache: if an image is not in the cache, or a blob is not stored.
+            CacheError: if ``seconds`` is not positive, or more than a hundred years.
         """
         check_numbers(seconds=seconds)
         with self._database.write() as connection:
-            made = []
+            added = []
             for wanted in names_or_digests:
-                there = find_held(connection, wanted)
-                if isinstance(there, str):
-                    name, digests = str(there), {there}
+                found = find_held(connection, wanted)
+                if isinstance(found, str):
+                    name, digests = str(found), {found}
                 else:
-                    contents = images.image_blobs(connection, self.directory, there)
+                    contents = images.image_blobs(connection, self.directory, found)
                     name, digests = str(Name.parse(wanted)), {blob.digest for blob in contents}
-                made.append(holds.add(connection, name, digests, seconds))
-            return [hold for hold in holds.holds(connection) if hold.id in made]
+                added.append(holds.add(connection, name, digests, seconds))
+            return [hold for hold in holds.holds(connection) if hold.id in added]
 
     def list_holds(self) -> list[HoldInfo]:
-        """Return the holds that outlive their process, the oldest first."""
+        """Return the holds that `add_hold` made and that have not ended, oldest first."""
         with self._database.read() as connection:
             return holds.holds(connection)
 
     def release_hold(self, *holds_or_names: str | Name) -> int:
-        """End holds that were made by `add_hold`; all of them or none.
+        """Release holds that `add_hold` made: all of them, or none.
 
         Args:
-            holds_or_names: ids of holds, or what was held: a name or a digest, all holds of which end.
+            holds_or_names: ids of holds, or held names and digests; all holds of such a name or digest are released.
 
         Returns:
-            The number of holds that ended.
+            The number of released holds.
 
         Raises:
-            NotInCache: if there is no such hold.
+            NotInCache: if there is no hold of one of them.
         """
         with self._database.write() as connection:
             return holds.release(connection, *map(hold_name, holds_or_names))
 
     def sessions(self) -> list[SessionInfo]:
-        """Return the processes that work with the cache, and what each does or waits for, since when.
+        """Return the processes that use the cache, each with what it does or waits for, and since when.
 
-        A process that only reads has no session, and is not among them.
+        A process that only reads has no session, and is not listed.
         """
         from cachedb.reports.sessions import sessions
 
@@ -390,24 +390,24 @@ class Cache:
     def producing(
         self, name: str | Name, *, is_working: Callable[[], bool] = lambda: True
     ) -> Iterator[ImageInfo | None]:
-        """Have one process on the host make an image that several want.
+        """Produce an image in a block, or wait for another process that produces it.
 
-        The block gets the image if it is in the cache and complete. Otherwise it gets None, and with it the right to
-        make the image under this name: whoever else asks for it waits until the block ends, and then gets the image, or
-        the right if there is none still. The right ends with the process that has it, too.
+        The block gets the image if it is complete in the cache. Otherwise it gets None and the claim to produce the
+        image under this name. Other processes that want the image wait until the block ends. Then they get the image,
+        or one of them gets the claim if the image is still not complete. A claim also ends with its process.
 
             with cache.producing("app:1") as image:
                 if image is None:
                     image = build_and_save("app:1")
 
         Args:
-            name: of the image.
-            is_working: is asked every second, in a thread, whether the block makes progress. Others wait for as long
-                as it does, and for as long as `open` says once it does not.
+            name: the image's name.
+            is_working: called every second in a thread; returns whether the block makes progress. Other processes wait
+                as long as the block makes progress. Without progress, they wait the seconds given to their `open`.
 
         Raises:
-            Busy: if another process that makes the image makes no progress for as long as `open` says.
-            CacheError: if this thread is in such a block for the same name already.
+            Busy: if the process that produces the image makes no progress for the seconds given to `open`.
+            CacheError: if this thread is already in such a block for the same name.
         """
         check_functions(is_working=is_working)
         wanted = Name.parse(name)
@@ -428,12 +428,12 @@ class Cache:
 
     @contextmanager
     def producing_blob(self, digest: str) -> Iterator[bool]:
-        """Have one process on the host bring a blob that several want; as `producing` does for an image.
+        """Store a blob in a block, or wait for another process that stores it, like `producing`.
 
-        The block gets whether the blob is stored; if it is not, it is this block's to store it.
+        The block gets whether the blob is stored; if not, the block has the claim to store it.
 
         Args:
-            digest: of the blob.
+            digest: the blob's digest.
         """
         wanted = parse_digest(digest)
         find = lambda: self.has_blob(wanted) or None  # noqa: E731
@@ -443,18 +443,18 @@ class Cache:
     # Images
 
     def save_manifest(self, name: str | Name, manifest: bytes, media_type: str | None = None) -> ImageInfo:
-        """Store a manifest or index under a name; its config and layers are associated at once, stored or not.
+        """Store a manifest or index under a name, and associate its config and layers, stored or not.
 
-        What the name pointed to before is let go, in the same transaction.
+        If the name pointed to another manifest, the name moves in the same transaction.
 
         Args:
-            name: of the image; one by digest must name the manifest's.
-            manifest: its exact bytes.
-            media_type: what it is, if that is known from elsewhere; else its own ``mediaType`` or shape tells.
+            name: the image's name; a digest in it must be the manifest's.
+            manifest: the exact bytes.
+            media_type: the manifest's media type, if known; the default is its ``mediaType``, else its shape decides.
 
         Raises:
-            InvalidManifest: if it is no manifest or index.
-            InvalidName: if the name is by another digest than the manifest's.
+            InvalidManifest: if the bytes are not a valid manifest or index.
+            InvalidName: if the name has another digest.
         """
         parsed = Name.parse(name)
         if not isinstance(manifest, (bytes, bytearray)):
@@ -477,7 +477,7 @@ class Cache:
                     self._uses.note(parsed)
                     return file.read()
             except NotInCache:
-                # The name may have moved, and the manifest been collected, since we looked.
+                # Since the look-up, the name may have moved and the manifest may have been collected: look once more.
                 if digest == tried:
                     raise
                 tried = digest
@@ -492,7 +492,7 @@ class Cache:
             return images.image(connection, self.directory, images.find(connection, Name.parse(name)).id)[0]
 
     def get_details(self, name: str | Name) -> ImageDetails:
-        """Return an image with its blobs, labels and platforms, all of them as they are at one moment.
+        """Return an image with its blobs, labels and platforms, all read at one moment.
 
         Raises:
             NotInCache: if there is no such image.
@@ -501,12 +501,12 @@ class Cache:
             return save.details(connection, self.directory, images.find(connection, Name.parse(name)).id)
 
     def list_manifests(self) -> list[ImageInfo]:
-        """Return all images, in the order of their names."""
+        """Return all images, sorted by name."""
         with self._database.read() as connection:
             return images.images(connection)
 
     def list_names(self) -> list[Name]:
-        """Return the names of all images, in order."""
+        """Return the names of all images, sorted."""
         return images.names(self._database)
 
     def get_image_blobs(self, name: str | Name) -> list[BlobInfo]:
@@ -523,7 +523,7 @@ class Cache:
             return images.image_blobs(connection, self.directory, images.find(connection, parsed).id)
 
     def get_platforms(self, name: str | Name) -> list[PlatformInfo]:
-        """Return what an image's index names, and which of that is here; nothing for an image that has no index.
+        """Return the children of an image's index, and whether each is complete; none without an index.
 
         Raises:
             NotInCache: if there is no such image.
@@ -532,10 +532,10 @@ class Cache:
             return save.platforms(connection, self.directory, images.find(connection, Name.parse(name)).id)
 
     def is_image_complete(self, name: str | Name) -> bool:
-        """Say whether an image is in the cache with its manifest and all its blobs; False if it is not there.
+        """Return whether an image and all its blobs are stored; False if there is no such image.
 
-        Like `get_manifest`, `hold`, `export`, `push` and `pull` it is a use of the image: ``last_used_at`` in the index
-        is true to five minutes.
+        If the image is complete, the call counts as a use of it, as do `get_manifest`, `hold`, `export`, `push`, `pull`
+        and `producing`. ``last_used_at`` in the index is accurate to five minutes.
         """
         try:
             complete = self.get_image(name).complete
@@ -548,17 +548,17 @@ class Cache:
     def associate_blob_with_image(
         self, name: str | Name, digest: str, role: Role = "other", media_type: str = "application/octet-stream"
     ) -> None:
-        """Attach a stored blob to an image: it stays as long as the image does.
+        """Attach a stored blob to an image, so that it stays as long as the image does.
 
         Args:
-            name: of the image.
-            digest: of the blob.
+            name: the image's name.
+            digest: the blob's digest.
             role: ``manifest``, ``index``, ``config``, ``layer`` or ``other``.
-            media_type: of the blob.
+            media_type: the blob's media type.
 
         Raises:
-            NotInCache: if the image is not there, or the blob is not stored.
-            InvalidManifest: if the role or the media type is none.
+            NotInCache: if there is no such image, or the blob is not stored.
+            InvalidManifest: if the role or the media type is invalid.
         """
         if role not in oci.ROLES:
             raise InvalidManifest(f"{shorten(role)} is not a role: use one of {', '.join(oci.ROLES)}")
@@ -569,55 +569,58 @@ class Cache:
             self._session.release_saved(connection, [blob])
 
     def tag(self, source: str | Name, target: str | Name) -> ImageInfo:
-        """Give an image a second name; what the target pointed to before is let go.
+        """Give an image another name; if the name already points to an image, the name moves.
 
         Args:
             source: a name of the image.
-            target: its second name; one by digest must name the image's.
+            target: the other name; a digest in it must be the image's.
+
+        Returns:
+            The image under its other name.
 
         Raises:
-            NotInCache: if there is no source.
-            InvalidName: if the target is by another digest.
+            NotInCache: if there is no image with the name ``source``.
+            InvalidName: if the target has another digest.
         """
         with self._database.write() as connection:
             image_id = save.tag(connection, Name.parse(source), Name.parse(target))
             return images.image(connection, self.directory, image_id)[0]
 
     def remove_manifest(self, *names: str | Name, dry_run: bool = False) -> Collected:
-        """Remove images, all of them or none, and free what only they used.
+        """Remove images, all of them or none, and free the blobs that only they used.
 
         Args:
-            names: of the images.
+            names: the images' names.
             dry_run: remove nothing, and return what would be freed.
 
         Returns:
-            The blobs and bytes freed.
+            The number and bytes of the freed blobs.
 
         Raises:
-            NotInCache: if one of them is not there.
+            NotInCache: if one of the images is not in the cache.
         """
         parsed = [Name.parse(name) for name in names]
 
-        def forget() -> Collected:
+        def remove_rows() -> Collected:
             with self._database.write() as connection:
                 freed = collect.forget(connection, images.remove(connection, parsed))
                 if dry_run:
                     connection.rollback()
                 return freed
 
-        freed = self._database.reserve.run(forget)
+        freed = self._database.reserve.run(remove_rows)
         if not dry_run:
             self._database.reserve.run(lambda: collect.empty_trash(self._database))
         return freed
 
     def collect_garbage(self, *, dry_run: bool = False) -> Collected:
-        """Free every blob that no image is associated with and no session works with.
+        """Free every blob that no image, hold or session uses.
 
         Args:
             dry_run: free nothing, and return what would be freed.
 
         Returns:
-            The blobs and bytes freed.
+            The number and bytes of the freed blobs.
         """
         if not dry_run:
             freed: list[Collected] = []
@@ -630,7 +633,7 @@ class Cache:
             return collect.unreferenced(connection)
 
     def get_labels(self, name: str | Name) -> dict[str, str]:
-        """Return an image's labels, as its config says; of an image for several platforms, those that all of them have.
+        """Return the labels in an image's config; for several platforms, those that all configs share.
 
         Raises:
             NotInCache: if there is no such image.
@@ -653,19 +656,19 @@ class Cache:
                 for name, unique_size in answer.rows:
                     ...
 
-        It sees the index at one moment, and holds up no writer. All rows are read before the block begins, and many are
-        kept in a temporary file: so no fork waits for the block.
+        The query sees the index as of one moment, and blocks no writer. All rows are read before the block begins, so
+        that a fork need not wait for the block. Many rows are kept in a temporary file.
 
         Args:
-            query: in SQLite's SQL, with the functions ``human(bytes)`` and ``ago(time)`` besides.
-            parameters: for what the query has as ``:name``.
-            timeout: seconds after which it is stopped.
-            stream: give each row as soon as it is found, and keep none. A fork of this process ends the answer: the
-                next row is a CacheError then.
+            query: SQL as SQLite understands it, with the extra functions ``human(bytes)`` and ``ago(time)``.
+            parameters: a value for each ``:name`` in the query.
+            timeout: seconds after which the query is stopped.
+            stream: return each row as soon as it is found, and keep none. A fork of this process ends the answer;
+                reading the next row then raises CacheError.
 
         Raises:
-            InvalidQuery: if it is no query, or would do something else than read.
-            CacheError: if it takes too long.
+            InvalidQuery: if the query is invalid, or would do more than read.
+            CacheError: if the query takes longer than ``timeout``.
         """
         from cachedb.index.sqlite.query import answer
 
@@ -676,77 +679,79 @@ class Cache:
             yield found
 
     def list_views(self) -> list[View]:
-        """Return the views of the index, which are there to be asked."""
+        """Return the views of the index, which queries can use."""
         from cachedb.reports.views import views
 
         return views(self._database)
 
     def get_leftovers(self) -> list[Leftover]:
-        """Return what dead processes left and could not be cleaned up when this cache was opened, and why not."""
+        """Return the leftovers of dead processes that opening this cache could not clean up, with reasons."""
         self._check_open()
         return [leftover for leftover in self._leftovers if os.path.lexists(leftover.path)]
 
     def get_usage(self, *, by_image: bool = False) -> Usage:
-        """Return what the cache takes on the disk: unique, shared, held, reclaimable.
+        """Return the disk usage of the cache: unique, shared, held and reclaimable blobs, and other files.
 
         Args:
-            by_image: also list what each image takes, as it is at the same moment.
+            by_image: also return the usage of each image, from the same moment.
         """
         from cachedb.reports.usage import usage
 
         return usage(self._database, by_image=by_image)
 
     def get_html_report(self) -> str:
-        """Return a page of HTML that shows the cache, complete in itself: what is on the disk, and who shares it."""
+        """Return a self-contained HTML page that shows disk usage, sharing, growth and unused images."""
         from cachedb.reports import page
 
         with self._database.read() as connection:
             return page.render(connection, self.directory)
 
     def get_stats(self) -> Stats:
-        """Return the cache's totals."""
+        """Return the totals of the cache."""
         from cachedb.reports.usage import stats
 
         return stats(self._database)
 
     def verify(self, *, quick: bool = False, repair: bool = False, progress: Progress | None = None) -> Verification:
-        """Check that every file is what its name says, the index is sound, and the two agree.
+        """Check that files match their digests, the index is sound, and both agree.
 
-        Other processes may work meanwhile, but for the time in which a lost or damaged index is rebuilt.
+        Other processes may keep using the cache, except while a lost or damaged index is rebuilt.
 
         Args:
-            quick: look at the presence and size of files, and not into them.
-            repair: put right what can be: a file that is not what its name says is moved to ``quarantine/`` and its
-                images are incomplete until they are imported or pulled again; a good file that the index does not know
-                becomes a blob of the cache; an index that is lost or damaged is rebuilt.
-            progress: is told how far the reading is.
+            quick: check only that files exist and have the right size.
+            repair: repair what can be repaired. A file that does not match its digest moves to ``quarantine/``; its
+                images are incomplete until they are imported or pulled again. An intact file without a row becomes a
+                blob. A lost or damaged index is rebuilt.
+            progress: called with the bytes read so far and the total.
 
         Returns:
-            How many files there are, and the problems, with what was done about each.
+            The number of checked files, and the problems, each with its repair.
         """
         from cachedb.operations.verify import verify
 
         check_functions(progress=progress)
-        left = self.get_leftovers()
-        return verify(self._database, self._session, quick=quick, repair=repair, left=left, progress=progress)
+        leftovers = self.get_leftovers()
+        return verify(self._database, self._session, quick=quick, repair=repair, left=leftovers, progress=progress)
 
     def adopt(
         self, directory: str | os.PathLike[str], *, how: How = "copy", progress: Progress | None = None
     ) -> Adoption:
-        """Take over a cache whose index is one ``index.json``: images with their names, and their blobs.
+        """Adopt the named images and the blobs of an older cache that has one ``index.json``.
 
-        What is good is taken, in transactions of some images each, and the rest is told. Every blob is verified. An
-        image that lacks a blob is incomplete here. A name that is another image's here is not touched. Doing it again
-        changes nothing.
+        Intact content is adopted, some images in each transaction; the result lists the rest. Every new blob is
+        verified. An image that lacks a blob is incomplete afterwards. A name that points to another image in this cache
+        stays as it is. Adopting again changes nothing.
 
         Args:
-            directory: of the other cache.
-            how: ``copy``; ``link`` for hard links where the file system can, after which nobody may write to the other
-                cache; or ``move``, which takes away from it what is in this cache, once all of it is.
-            progress: is told how far the reading is.
+            directory: the directory of the older cache.
+            how: ``copy``, ``link`` or ``move``. ``link`` makes hard links where the file system allows them; nobody may
+                write to the older cache afterwards. ``move`` deletes adopted files from the older cache once all of
+                them are stored here.
+            progress: called with the bytes read so far and the total.
 
         Raises:
-            NotACache: if the directory is no such cache.
+            NotACache: if the directory is not such a cache.
+            CacheError: if ``how`` is invalid.
         """
         from cachedb.operations.adopt import HOWS, adopt
 
@@ -759,20 +764,20 @@ class Cache:
     def copy(
         self, directory: str | os.PathLike[str], *, verify: bool = True, progress: Progress | None = None
     ) -> Copied:
-        """Copy the cache into a new or empty directory as it is at one moment, also while other processes use it.
+        """Copy the cache, as of one moment, into a new or empty directory.
 
-        No process holds up another for it. Blobs come as reflinks where the file system can, else as hard links, else
-        as copies; their digests are verified. The directory becomes a cache at the end: what an interrupted copy leaves
-        is no cache, and the next attempt deletes it. Holds are copied; ``quarantine/`` and ``backups/`` are not.
+        Other processes may keep using the cache. Blobs become reflinks where the file system supports them, else hard
+        links, else copies; their digests are verified. The directory becomes a cache only at the end; the next attempt
+        deletes what an interrupted one left. Holds are copied; ``quarantine/`` and ``backups/`` are not.
 
         Args:
-            directory: of the copy; made if it is not there.
+            directory: the directory of the copy, which is created if it is missing.
             verify: read and verify reflinks and hard links too.
-            progress: is told how far it is.
+            progress: called with the bytes of blobs done so far and the total.
 
         Raises:
             NotACache: if the directory is not empty, or is inside the cache.
-            DigestMismatch: if a blob's content is not what its name says.
+            DigestMismatch: if a blob's file does not match its digest.
             StorageError: if a blob's file is missing or has another size, or the copy cannot be written.
         """
         from cachedb.operations.copy import copy
@@ -798,33 +803,33 @@ class Cache:
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
     ) -> Pulled:
-        """Bring an image from its registry: what is not here of it, verified, and resumed where it was cut off.
+        """Pull an image from its registry: download missing blobs, verify them, resume interrupted downloads.
 
-        It appears in one transaction when it is complete. Of several processes that want the same image, or images
-        that share layers, one downloads what the others wait for.
+        The image appears in one transaction, when it is complete. If several processes want the same image or the same
+        layer, one downloads it and the others wait.
 
         Args:
-            name: of the image; where it is on the wire is as Docker has it, and the name is kept as it is given. A
-                `Source` may have begun before the cache was open; ``all_platforms``, ``plain_http`` and
-                ``authfile`` are its own then.
-            platform: ``os/architecture[/variant]``; the host's unless given. An index is kept whole, and what it names
-                for other platforms is not part of the image until it is pulled.
-            all_platforms: bring all that an index names.
-            if_missing: ask no registry if the image is here and complete, whatever its tag points to by now.
-            allow_stale: where no registry can be reached, take the image that is here.
-            referrers: attach to the image what the registry lists as referring to it: signatures, SBOMs, attestations
-                (distribution specification, "Listing Referrers"). They are asked for each time, also if the image is
-                here, but for ``if_missing``.
-            plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
-            authfile: to take credentials from, instead of the files that podman and Docker keep.
-            progress: is told how far the download is.
-            blob_progress: is told how far each blob is.
+            name: the image's name, which is stored as given. It leads to the same registry as in Docker; a name without
+                a registry belongs to Docker Hub. A `Source`, which may download before the cache is open, has its own
+                platforms, ``plain_http`` and ``authfile``.
+            platform: ``os/architecture[/variant]``; the default is the host's. An index is stored whole; its other
+                platforms become part of the image when they are pulled.
+            all_platforms: pull all platforms of an index.
+            if_missing: do not contact the registry for an image that is complete here, even if its tag has moved.
+            allow_stale: use the cached image if no registry is reachable.
+            referrers: also pull the image's referrers and attach them: signatures, SBOMs, attestations (distribution
+                specification, "Listing Referrers"). The registry is asked for them even if the image is complete here,
+                unless ``if_missing`` is set.
+            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            authfile: a file of credentials; the default is the files of podman and Docker.
+            progress: called with the bytes done so far and the total.
+            blob_progress: called with the progress of each blob.
 
         Raises:
-            RegistryError: if it cannot be had.
-            NotInCache: if it is not for that platform.
-            InvalidManifest: if a manifest of it is invalid.
-            DigestMismatch: if what comes has another digest or size than it should.
+            RegistryError: if the registry refuses or fails.
+            NotInCache: if the image does not have the platform.
+            InvalidManifest: if one of the image's manifests is invalid.
+            DigestMismatch: if downloaded content has a wrong digest or size.
         """
         from cachedb.operations.pull import pull
         from cachedb.operations.pull_source import Source
@@ -871,27 +876,27 @@ class Cache:
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
     ) -> Pushed:
-        """Send an image to a registry: what is not there of it, and what refers to it; it has the same digest there.
+        """Push an image and its stored referrers to a registry, uploading only missing blobs.
 
-        Its name points to it there when all of it has come.
+        The image keeps its digest. Its name at the registry points to it only after all its blobs are there.
 
         Args:
-            name: of the image.
-            target: the name to push it to, unless that is its own; where it is on the wire is as Docker has it. A
-                `Target` may have begun before the cache was open; ``plain_http`` and ``authfile`` are its own then.
+            name: the image's name in the cache.
+            target: the name to push to; the default is the image's name. It leads to the same registry as in Docker. A
+                `Target`, which may upload before the cache is open, has its own ``plain_http`` and ``authfile``.
             platform: ``os/architecture[/variant]``, to push one platform of an index as an image of its own.
-            plain_http: speak HTTP and not HTTPS; unless given, with this host alone.
-            authfile: to take credentials from, instead of the files that podman and Docker keep.
-            progress: is told how far the upload is.
-            blob_progress: is told how far each blob is.
+            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            authfile: a file of credentials; the default is the files of podman and Docker.
+            progress: called with the bytes done so far and the total.
+            blob_progress: called with the progress of each blob.
 
         Raises:
-            NotInCache: if there is no such image, or it is not for that platform.
-            IncompleteImage: if a blob of it is not stored, or a platform is neither here nor at the registry.
-            InvalidName: if the target is by another digest.
-            DigestMismatch: if the file of a manifest or of a blob that is sent is damaged.
-            StorageError: if a blob's file is gone, or was cut short.
-            RegistryError: if the registry does not take it.
+            NotInCache: if there is no such image, or the image does not have the platform.
+            IncompleteImage: if a blob is not stored, or a platform is neither stored nor at the registry.
+            InvalidName: if the target has another digest.
+            DigestMismatch: if the file of a manifest or of an uploaded blob is damaged.
+            StorageError: if a blob's file is missing or too short.
+            RegistryError: if the registry refuses or fails.
         """
         from cachedb.operations.push import push_image
         from cachedb.operations.push_target import Target
@@ -902,16 +907,18 @@ class Cache:
         source = Name.parse(name)
         with ExitStack() as opened:
             if isinstance(target, Target):
-                there = target
+                pushed_to = target
             else:
                 parsed = Name.parse(target) if target is not None else source
-                there = opened.enter_context(Target(self.directory, parsed, plain_http=plain_http, authfile=authfile))
+                pushed_to = opened.enter_context(
+                    Target(self.directory, parsed, plain_http=plain_http, authfile=authfile)
+                )
             return push_image(
                 self._database,
                 self._session,
                 source,
-                there,
-                there.name,
+                pushed_to,
+                pushed_to.name,
                 platform=platform,
                 progress=progress,
                 blob_progress=blob_progress,
@@ -927,19 +934,19 @@ class Cache:
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
     ) -> Iterator[Pushed]:
-        """Send all images that a repository has by tag, as `push` does, and yield each once it is there.
+        """Push all tags of a repository, as `push` does, and yield the result of each push.
 
         Args:
-            repository: a name without a tag.
-            target: the repository to push them to, under their tags, unless that is their own.
+            repository: the repository in the cache, without a tag.
+            target: the repository to push to, without a tag; the default is the same repository.
             plain_http: as for `push`.
             authfile: as for `push`.
-            progress: is told how far the upload of an image is.
-            blob_progress: is told how far each blob is.
+            progress: called for each image with the bytes done so far and the total.
+            blob_progress: called with the progress of each blob.
 
         Raises:
-            NotInCache: if there is none.
-            InvalidName: if a name has a tag or a digest.
+            NotInCache: if the repository has no tags in the cache.
+            InvalidName: if a repository has a tag or a digest.
             IncompleteImage: as for `push`.
             RegistryError: as for `push`.
         """
@@ -948,18 +955,24 @@ class Cache:
 
         check_paths(authfile=authfile, optional=True)
         check_functions(progress=progress, blob_progress=blob_progress)
-        for named in filter(None, (repository, target)):
-            if Name.parse(named).repository != named:
-                raise InvalidName(f"{shorten(named)} has a tag or a digest: name the repository alone")
+        for given in filter(None, (repository, target)):
+            if Name.parse(given).repository != given:
+                raise InvalidName(f"{shorten(given)} has a tag or a digest: name the repository alone")
         with self._database.read() as connection:
             names = images.tags(connection, repository)
         if not names:
-            raise NotInCache(f"{repository} has no tags in the cache; `cachedb ls` lists what is", name=repository)
-        theirs = [name._replace(repository=target or repository) for name in names]
-        with Target(self.directory, theirs[0], plain_http=plain_http, authfile=authfile) as there:
-            for name, called in zip(names, theirs, strict=True):
+            raise NotInCache(f"{repository} has no tags in the cache: `cachedb ls` lists all images", name=repository)
+        target_names = [name._replace(repository=target or repository) for name in names]
+        with Target(self.directory, target_names[0], plain_http=plain_http, authfile=authfile) as pushed_to:
+            for name, target_name in zip(names, target_names, strict=True):
                 yield push_image(
-                    self._database, self._session, name, there, called, progress=progress, blob_progress=blob_progress
+                    self._database,
+                    self._session,
+                    name,
+                    pushed_to,
+                    target_name,
+                    progress=progress,
+                    blob_progress=blob_progress,
                 )
 
     # Archives
@@ -975,25 +988,26 @@ class Cache:
     ) -> list[ImageInfo]:
         """Import the images of a docker-archive, an OCI archive or an OCI image layout folder.
 
-        All of them are saved in one transaction, or none. Every blob is verified, also one that is stored already.
+        All images are saved in one transaction, or none. Every blob is verified, even if it is stored already.
 
         Args:
-            source: a path, or a file open for reading in binary, which need not be seekable.
-            name: instead of the names in the archive, where it holds one image.
-            link: of a layout folder, make hard links to its files, where the file system can and no other user could
-                write to them. Nobody may from then on.
-            max_unpacked: bytes that a compressed archive, or all compressed layers of a docker-archive, may unpack to.
-                Unless given ``CACHEDB_MAX_UNPACKED``, else 64 GiB and, beyond 256 MiB, 100 times the compressed size.
-            progress: is told how far the reading is.
+            source: a path, or a file open for reading in binary mode, which need not be seekable.
+            name: a name that replaces the one in an archive of one image.
+            link: hard-link the files of a layout folder if the file system allows it, and no other user can write to
+                them. Nobody may write to these files afterwards.
+            max_unpacked: the most bytes that a compressed archive may unpack to, or all compressed layers of a
+                docker-archive together. The default is ``CACHEDB_MAX_UNPACKED``, else 64 GiB, or 100 times the
+                compressed size if that is less, but at least 256 MiB.
+            progress: called with the bytes read so far and the total.
 
         Returns:
             The images, one for each name.
 
         Raises:
-            InvalidArchive: if it is no such archive, or something is wrong with it, or it gives an image no name, or
-                it unpacks to more than may be.
-            InvalidManifest: if a manifest in it is invalid.
-            DigestMismatch: if content in it has another digest or size than it should.
+            InvalidArchive: if the source is not such an archive, is damaged, has an image without a name, or unpacks to
+                more than the limit.
+            InvalidManifest: if a manifest in the archive is invalid.
+            DigestMismatch: if content of the archive has a wrong digest or size.
         """
         from cachedb.operations.import_archive import import_archive
 
@@ -1015,23 +1029,23 @@ class Cache:
         link: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Write an image to an archive or a folder; the same image gives the same bytes.
+        """Export an image to an archive or a folder; the same image always gives the same bytes.
 
-        A file appears under its name when all of it is there, and every blob in it is verified.
+        Every blob is verified. A file gets its name only when it is complete.
 
         Args:
-            name: of the image.
-            destination: a path; or a file open for writing in binary, for every format but ``oci-dir``.
-            format: ``docker`` for an OCI archive that ``docker load`` takes too, ``docker-archive``,
-                ``oci-archive``, or ``oci-dir`` for an image layout folder, which may exist: then the image is added.
+            name: the image's name.
+            destination: a path; or a file open for writing in binary mode, for all formats except ``oci-dir``.
+            format: ``docker`` for an OCI archive that ``docker load`` reads too, ``docker-archive``, ``oci-archive``,
+                or ``oci-dir`` for an image layout folder. An existing image layout gains the image.
             platform: ``os/architecture[/variant]``, to export one platform of an index as an image of its own.
-            link: in an ``oci-dir``, make hard links to the cache's files where the file system can.
-            progress: is told how far the writing is.
+            link: hard-link the cache's files into an ``oci-dir`` where the file system allows it.
+            progress: called with the bytes written so far and the total.
 
         Raises:
-            NotInCache: if there is no such image, or it is not for that platform.
-            IncompleteImage: if a blob of it is not stored.
-            DigestMismatch: if the file of a blob is damaged; then nothing is under the destination's name.
+            NotInCache: if there is no such image, or the image does not have the platform.
+            IncompleteImage: if a blob is not stored.
+            DigestMismatch: if a blob's file is damaged; a file is then neither created nor replaced.
         """
         from cachedb.operations.export_archive import export_archive
 
