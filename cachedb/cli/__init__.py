@@ -1,4 +1,4 @@
-"""The command line: parse, call one `Cache` method, print."""
+"""Run the command line; each command parses, calls one `Cache` method, and prints."""
 
 from cachedb.cli.main import cli
 

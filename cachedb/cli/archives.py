@@ -36,7 +36,7 @@ __all__ = []
     metavar="SIZE",
     type=SizeParameter(),
     help="Refuse an archive that unpacks to more.  "
-    "[default: $CACHEDB_MAX_UNPACKED, else 64GiB, and 100 times its size]",
+    "[default: $CACHEDB_MAX_UNPACKED, else 64GiB or 100 times its size, if that is less]",
 )
 @format_option
 @quiet_option("the images' names")

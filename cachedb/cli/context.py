@@ -1,4 +1,4 @@
-"""Open the cache a command works on."""
+"""Open the cache that a command uses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cachedb.errors import (
-    NotInCache,
-)
+from cachedb.errors import NotInCache
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from cachedb.cache import Cache
-
 
 __all__ = ["cache_directory", "open_cache"]
 
@@ -34,8 +31,8 @@ def open_cache(*, damaged: bool = False, existing: bool = False) -> Iterator[Cac
     """Open the cache of this command.
 
     Args:
-        damaged: open it even if the index is damaged.
-        existing: raise instead of creating a cache.
+        damaged: open the cache even if its index is damaged.
+        existing: raise an error instead of creating a cache.
 
     Raises:
         NotInCache: if ``existing`` is set and there is no cache.
@@ -48,7 +45,7 @@ def open_cache(*, damaged: bool = False, existing: bool = False) -> Iterator[Cac
         raise NotInCache(f"there is no cache in {str(cache_directory())!r}: check --dir and CACHEDB_DIR")
     gc_.freeze()
     gc_.enable()
-    # On an interrupt while closing a connection, SQLAlchemy logs a traceback and raises as well.
+    # An interrupt while SQLAlchemy closes a connection is raised anyway, so hide the traceback that it also logs.
     logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
     with Cache.open(cache_directory(), damaged=damaged) as cache:
         yield cache

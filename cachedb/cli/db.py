@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cachedb.cli.context import cache_directory
+from cachedb.cli.options import format_examples, format_option
 from cachedb.cli.output import print_json, print_table
+from cachedb.cli.progress import show_stages
 from cachedb.text import printable
 
 if TYPE_CHECKING:
     from cachedb.operations.restore import Restored
     from cachedb.operations.upgrade import Change
-
-from cachedb.cli.context import cache_directory
-from cachedb.cli.options import format_examples, format_option
-from cachedb.cli.progress import show_stages
 
 __all__ = []
 
@@ -55,7 +54,7 @@ def db_current(form: str) -> None:
 def db_history(form: str) -> None:
     """List the schemas this release knows, newest first.
 
-    OLDEST is the oldest schema whose releases can still use a cache after the upgrade.
+    OLDEST is the oldest schema whose releases can still use a cache with this REVISION.
     """
     from cachedb.index import schema
 
@@ -177,9 +176,9 @@ def db_backup(file: str | None, form: str) -> None:
 def db_restore(file: str, form: str) -> None:
     """Replace the index by a backup, upgraded to the newest schema.
 
-    Other processes may keep using the cache. Images return to their state at the backup; one whose blobs are gone is
-    incomplete. The next `cachedb gc` frees blobs that no image of the backup uses. The old index is kept in
-    quarantine/.
+    Other processes may keep using the cache. Images return to their state at the time of the backup; an image whose
+    blobs are gone is incomplete. The next `cachedb gc` frees blobs that no image of the backup uses. The old index is
+    kept in quarantine/.
     """
     from pathlib import Path
 

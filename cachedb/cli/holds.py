@@ -8,15 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cachedb.cli.output import print_json, print_table
-from cachedb.errors import (
-    CacheError,
-)
-from cachedb.text import ago, human
-
-if TYPE_CHECKING:
-    from cachedb.index.holds import HoldInfo
-
 from cachedb.cli.context import cache_directory, open_cache
 from cachedb.cli.options import (
     NAME,
@@ -27,6 +18,12 @@ from cachedb.cli.options import (
     format_option,
     quiet_option,
 )
+from cachedb.cli.output import print_json, print_table
+from cachedb.errors import CacheError
+from cachedb.text import ago, human
+
+if TYPE_CHECKING:
+    from cachedb.index.holds import HoldInfo
 
 __all__ = []
 
@@ -64,10 +61,10 @@ def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
 @format_option
 @quiet_option("the holds' ids")
 def hold(names: tuple[str, ...], seconds: float | None, form: str, quiet: bool) -> None:
-    """Keep the blobs of images even if their names are removed or moved.
+    """Hold blobs, so that they stay even if the names of their images are removed or moved.
 
-    A hold keeps the images as they are now. It lasts for a time, or until `cachedb release`. No process needs to stay
-    alive for it.
+    A hold keeps the blobs that an image has now. It lasts for a time, or until `cachedb release`. No process needs to
+    stay alive for it.
     """
     with open_cache() as cache:
         made = cache.add_hold(*names, seconds=seconds)
@@ -116,13 +113,13 @@ def produce(name: str, command: tuple[str, ...]) -> None:
     if not command:
         raise click.UsageError("there is no command: name the command to run after NAME")
     producing = os.environ.get("CACHEDB_PRODUCING", "")
-    wanted = f"\n{Name.parse(name)} in {os.path.realpath(cache_directory())}\n"  # the same for every spelling
+    wanted = f"\n{Name.parse(name)} in {os.path.realpath(cache_directory())}\n"  # the same for all ways to write them
     if wanted in producing:  # search the text: a directory name may contain a newline, so lines cannot be split
         raise CacheError(f"a parent process is already producing {name!r}; nesting would deadlock")
     process: subprocess.Popen[bytes] | None = None
 
     def is_working() -> bool:
-        """Return False while the command is stopped, for example by ^Z."""
+        """Return whether the command runs: False while it is stopped, for example by ^Z."""
         if process is None or process.returncode is not None:
             return True
         with suppress(ChildProcessError):

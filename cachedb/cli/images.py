@@ -7,19 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cachedb.cli.output import print_json, print_table
-from cachedb.errors import (
-    InvalidDigest,
-)
+from cachedb.cli.context import open_cache
+from cachedb.cli.options import NAME, NAME_OR_DIGEST, dry_run_option, format_examples, format_option, quiet_option
+from cachedb.cli.output import print_collected, print_images, print_json, print_table
+from cachedb.cli.streams import get_stdout
+from cachedb.errors import InvalidDigest
 from cachedb.text import cut, human, short
 
 if TYPE_CHECKING:
     from cachedb.index.records import ImageInfo, PlatformInfo
-
-from cachedb.cli.context import open_cache
-from cachedb.cli.options import NAME, NAME_OR_DIGEST, dry_run_option, format_examples, format_option, quiet_option
-from cachedb.cli.output import print_collected, print_images
-from cachedb.cli.streams import get_stdout
 
 __all__ = ["show"]
 
@@ -107,7 +103,7 @@ def manifest(name: str) -> None:
 @click.command(epilog=format_examples("cachedb exists app:1 || cachedb import app.tar"))
 @click.argument("name", metavar="NAME|DIGEST", type=NAME_OR_DIGEST)
 def exists(name: str) -> None:
-    """Exit with 0 if an image is complete or a blob is stored, else with 3."""
+    """Exit with 0 if an image is complete or a blob is stored, otherwise with 3."""
     with open_cache() as cache:
         try:
             is_stored = cache.has_blob(name)

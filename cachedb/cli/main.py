@@ -1,6 +1,6 @@
-"""The command line: each command parses, calls one method of `Cache`, and prints.
+"""Start the command line: set up streams and signals, run a command, and turn errors into exit codes.
 
-This module imports only click. A command imports everything else when it runs, so `--help` stays fast.
+This module imports little except click. A command imports the rest when it runs, so `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> NoReturn:
     open_standard_files()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters the user's encoding lacks
-    # Importing SQLAlchemy creates many objects and no garbage; collecting meanwhile only costs time.
+    # Importing SQLAlchemy creates many objects and no garbage, so Python's garbage collector would only cost time.
     gc_.disable()
     signal.signal(signal.SIGTERM, exit_terminated)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` ignores it; keep that
@@ -165,7 +165,7 @@ class _Commands(click.Group):
     help="How long to wait for another process; inf waits forever.  [default: $CACHEDB_WAIT, else 60]",
 )
 @click.option("--trust", is_flag=True, help="Write to another user's cache even if it is not shared.")
-@click.option("--verbose", is_flag=True, help="Print on stderr what is being done.")
+@click.option("--verbose", is_flag=True, help="Print on stderr what the command does.")
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli(directory: str | None, wait: float | None, trust: bool, verbose: bool) -> None:
     """Keep container images in a local cache that many processes share.

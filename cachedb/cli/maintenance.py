@@ -19,7 +19,7 @@ __all__ = []
     metavar="[GROUP]",
     is_flag=False,
     flag_value="",
-    help="Let the users of a group write to the cache too.  [default: your own group]",
+    help="Let the users of a group write to the cache too.  [default: the group of a shared cache, else your own]",
 )
 def init(shared: str | None) -> None:
     """Create a cache, and share it with a group if --shared is given.
@@ -66,7 +66,7 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
                 (item.kind, item.name or "-", item.digest or (str(item.path) if item.path else "-"), item.detail)
                 for item in found.left_out
             ]
-            print_table(("LEFT OUT", "NAME", "WHAT", "DETAIL"), rows)
+            print_table(("LEFT OUT", "NAME", "DIGEST OR PATH", "DETAIL"), rows)
             click.echo()
         unused = f", {found.unused} of them used by no image" if found.unused else ""
         click.echo(f"images: {len(found.images)}; new blobs: {found.blobs}{unused}, {human(found.bytes)}")
@@ -146,7 +146,7 @@ def verify(quick: bool, repair: bool, form: str, quiet: bool) -> None:
             for problem in found.problems
         ]
         if rows:
-            print_table(("KIND", "WHAT", "DETAIL", "REPAIR"), rows)
+            print_table(("KIND", "DIGEST OR PATH", "DETAIL", "REPAIR"), rows)
         files = f"{found.checked} file{'' if found.checked == 1 else 's'} checked"
         click.echo(f"{files}, {len(rows) or 'no'} problem{'' if len(rows) == 1 else 's'}")
     if found.problems:
@@ -165,16 +165,18 @@ def ps(form: str) -> None:
 
     directory = cache_directory()
     if is_ours(directory) and (directory / "locks").is_dir():
-        found = sessions(directory)  # also while another program has the index for itself alone
+        found = sessions(directory)  # works even if another program locks the index
     else:
         with open_cache() as cache:
             found = cache.sessions()
     if form == "json":
-        print_json([{**session._asdict(), "doing": [one._asdict() for one in session.doing]} for session in found])
+        print_json(
+            [{**session._asdict(), "doing": [activity._asdict() for activity in session.doing]} for session in found]
+        )
         return
     rows = []
     for session in found:
-        activities = [(ago(one.since), f"{one.kind} {one.name}".rstrip()) for one in session.doing]
+        activities = [(ago(activity.since), f"{activity.kind} {activity.name}".rstrip()) for activity in session.doing]
         for since, doing in activities or [(ago(session.started_at), "idle")]:
             rows.append((str(session.pid or "?"), session.user or "?", since, doing, session.command or "?"))
     print_table(("PID", "USER", "SINCE", "DOING", "COMMAND"), rows, right=("PID",))
@@ -211,10 +213,10 @@ def df(verbose: bool, form: str) -> None:
     """
     with open_cache(existing=True) as cache:
         found = cache.get_usage(by_image=verbose)
-        left = cache.get_leftovers()
+        leftovers = cache.get_leftovers()
     if form == "json":
         shares = {name: value._asdict() for name, value in found._asdict().items() if hasattr(value, "_asdict")}
-        document = {**found._asdict(), **shares, "leftovers": [leftover._asdict() for leftover in left]}
+        document = {**found._asdict(), **shares, "leftovers": [leftover._asdict() for leftover in leftovers]}
         listed = document.pop("image_usage")
         if verbose:
             document["image_usage"] = [image._asdict() for image in listed]
@@ -228,8 +230,8 @@ def df(verbose: bool, form: str) -> None:
     rows += [("saved by sharing", "", human(found.saved_size)), ("index", "", human(found.index_size))]
     others = {**found.folder_sizes, "reserve": found.reserve_size}
     rows += [(name, "", human(size)) for name, size in others.items() if size]
-    if left:
-        rows.append(("cannot be cleaned up", str(len(left)), ""))
+    if leftovers:
+        rows.append(("cannot be cleaned up", str(len(leftovers)), ""))
         click.echo("cachedb: some leftovers of dead processes cannot be cleaned up: see `cachedb verify`", err=True)
     print_table(("", "COUNT", "SIZE"), rows, right=("COUNT", "SIZE"))
     if verbose:

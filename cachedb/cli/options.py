@@ -38,7 +38,7 @@ __all__ = [
 
 
 COMPLETE_VARIABLE = "_CACHEDB_COMPLETE"
-"""The environment variable a shell sets to ask for completions."""
+"""The environment variable that a shell sets to ask for completions."""
 
 
 def format_examples(*lines: str) -> str:
@@ -50,7 +50,7 @@ def format_examples(*lines: str) -> str:
 
 
 class _NameParameter(_Parameter):
-    """A name or digest; a shell completes it to those in the cache."""
+    """A name or digest, which a shell completes from the cache."""
 
     def __init__(self, name: str, *, names: bool = False, digests: bool = False) -> None:
         self.name, self._names, self._digests = name, names, digests

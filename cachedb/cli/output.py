@@ -24,7 +24,7 @@ __all__ = ["ROW_FORMATS", "print_collected", "print_images", "print_json", "prin
 ROW_FORMATS: Final = ("table", "json", "ndjson", "csv", "tsv", "markdown")
 """The formats in which the rows of a query can be printed."""
 
-# A spreadsheet runs a cell that starts with one of these; the last four are full-width forms of the first four.
+# A spreadsheet runs a cell that starts with one of these. The last four are full-width forms of the first four.
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _NUMBER: Final = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _PARTS_PER_WRITE: Final = 10_000  # pieces of JSON text that are joined for one write
@@ -81,13 +81,13 @@ def _print_columns(columns: Sequence[str], rows: list[Sequence[str]], right: Col
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str, *, sizes: bool = False) -> None:
-    """Print the rows of a query, each as soon as it arrives; a table only when all have arrived.
+    """Print the rows of a query, each as soon as it arrives; print a table when all rows have arrived.
 
     Args:
         columns: the names of the columns.
         rows: the rows, with values as SQLite returns them.
         form: one of `ROW_FORMATS`.
-        sizes: print the columns ``size`` and ``..._size`` of a table as in ``1.23 MB``.
+        sizes: in a table, print the columns ``size`` and ``..._size`` like ``1.23 MB``.
     """
     write = sys.stdout.write
     if form == "table":
@@ -95,8 +95,8 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
     elif form in ("json", "ndjson"):
         import json
 
-        names = _distinct_names(columns)
-        # JSON cannot express infinity.
+        names = _make_distinct(columns)
+        # JSON has no infinity.
         finite = ([None if value in (math.inf, -math.inf) else value for value in row] for row in rows)
         lines = (json.dumps(dict(zip(names, row, strict=True)), default=_to_json) for row in finite)
         if form == "ndjson":
@@ -109,30 +109,30 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
         write("\n]\n")
     elif form == "markdown":
         for row in chain((columns, ["---"] * len(columns)), rows):
-            write(f"| {' | '.join(map(_markdown, row))} |\n")
+            write(f"| {' | '.join(map(_escape_markdown, row))} |\n")
     else:
         import csv
         import io
 
         buffer = io.StringIO(newline="")
-        # Python before 3.13 quotes a carriage return, a line end to readers, only if it is in the line terminator.
+        # Before 3.13, Python quotes a carriage return only if the line terminator contains one.
         writer = csv.writer(buffer, delimiter="," if form == "csv" else "\t", lineterminator="\r\n")
         is_terminal = sys.stdout.isatty()
         for row in chain([columns], rows):
-            writer.writerow([_cell(value, is_terminal=is_terminal) for value in row])
+            writer.writerow([_format_cell(value, is_terminal=is_terminal) for value in row])
             write(buffer.getvalue().removesuffix("\r\n") + "\n")
             buffer.seek(0)
             buffer.truncate()
 
 
-def _markdown(value: object) -> str:
+def _escape_markdown(value: object) -> str:
     """Return a value escaped for Markdown: untrusted text must not become HTML, a link, an image or code."""
     import html
 
-    return html.escape(re.sub(r"([\\|`\[\]])", r"\\\1", _text(value)), quote=False)
+    return html.escape(re.sub(r"([\\|`\[\]])", r"\\\1", _format_value(value)), quote=False)
 
 
-def _cell(value: object, *, is_terminal: bool) -> object:
+def _format_cell(value: object, *, is_terminal: bool) -> object:
     """Return a value for CSV; put ``'`` before text that a spreadsheet would run as a formula."""
     if isinstance(value, bytes):
         return value.hex()
@@ -143,8 +143,8 @@ def _cell(value: object, *, is_terminal: bool) -> object:
     return printable(value) if is_terminal else value
 
 
-def _distinct_names(columns: Sequence[str]) -> list[str]:
-    """Return the column names as distinct keys; a second ``name``, as of a join, becomes ``name_2``."""
+def _make_distinct(columns: Sequence[str]) -> list[str]:
+    """Return the column names as distinct keys; a second ``name``, for example of a join, becomes ``name_2``."""
     names: list[str] = []
     for column in columns:
         name, number = column, 1
@@ -158,13 +158,13 @@ def _distinct_names(columns: Sequence[str]) -> list[str]:
 def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: bool) -> None:
     if not rows and sys.stdout.isatty():
         click.echo("no rows", err=True)
-    numbers = [name for place, name in enumerate(columns) if all(_is_number(row[place]) for row in rows)]
-    for_people = [sizes and (name == "size" or name.endswith("_size")) for name in columns]
+    numbers = [name for index, name in enumerate(columns) if all(_is_number(row[index]) for row in rows)]
+    are_sizes = [sizes and (name == "size" or name.endswith("_size")) for name in columns]
 
-    def cell(value: object, size: bool) -> str:
-        return human(value) if size and isinstance(value, (int, float)) else _text(value)
+    def format_cell(value: object, is_size: bool) -> str:
+        return human(value) if is_size and isinstance(value, (int, float)) else _format_value(value)
 
-    cells = [list(map(cell, row, for_people)) for row in rows]
+    cells = [list(map(format_cell, row, are_sizes)) for row in rows]
     if rows and sys.stdout.isatty() and not _fits(columns, cells):
         _print_vertical(columns, cells)
     else:
@@ -172,7 +172,7 @@ def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: b
 
 
 def _fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
-    """Return whether the columns fit on the terminal, long cells folded."""
+    """Return whether the columns fit on the terminal if long cells are folded."""
     from shutil import get_terminal_size
 
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
@@ -194,7 +194,7 @@ def _is_number(value: object) -> bool:
     return value is None or isinstance(value, (int, float))
 
 
-def _text(value: object) -> str:
+def _format_value(value: object) -> str:
     """Return a value on one line."""
     if isinstance(value, bytes):
         value = value.hex()

@@ -20,8 +20,8 @@ __all__ = ["show_progress", "show_stages", "show_transfer"]
 
 
 @contextmanager
-def _bars(*, quiet: bool = False) -> Iterator[rich.progress.Progress | None]:
-    """Show bars that count bytes on stderr; yield None if it is not a terminal, or if ``quiet``."""
+def _show_bars(*, quiet: bool = False) -> Iterator[rich.progress.Progress | None]:
+    """Show bars that count bytes on stderr; yield None if stderr is not a terminal, or if ``quiet``."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -41,14 +41,14 @@ def _bars(*, quiet: bool = False) -> Iterator[rich.progress.Progress | None]:
 @contextmanager
 def show_progress(action: str, *, quiet: bool = False) -> Iterator[Progress | None]:
     """Show one bar for the whole operation; yield its progress callback, or None."""
-    with _bars(quiet=quiet) as bars:
+    with _show_bars(quiet=quiet) as bars:
         yield _total_reporter(bars, action) if bars else None
 
 
 @contextmanager
 def show_transfer(action: str, *, quiet: bool) -> Iterator[dict[str, Any]]:
     """Show a bar for the whole transfer and one for each blob; yield the callbacks as keyword arguments."""
-    with _bars(quiet=quiet) as bars:
+    with _show_bars(quiet=quiet) as bars:
         yield {"progress": _total_reporter(bars, action), "blob_progress": _blob_reporter(bars)} if bars else {}
 
 

@@ -15,10 +15,7 @@ from cachedb.cli.options import format_examples, read_values, row_format_option,
 from cachedb.cli.output import print_rows, print_table
 from cachedb.cli.signals import received_signals
 from cachedb.cli.streams import closed_streams, get_stdout
-from cachedb.errors import (
-    InvalidQuery,
-    explain,
-)
+from cachedb.errors import InvalidQuery, explain
 from cachedb.text import printable
 
 __all__ = []
@@ -188,12 +185,13 @@ def _list_reports(form: str) -> None:
 
     found = reports()
     if form == "table":
-        listing = [(one.name, " ".join(one.wanted()), one.description) for one in found]
+        listing = [(entry.name, " ".join(entry.wanted()), entry.description) for entry in found]
         print_table(("REPORT", "PARAMETERS", "DESCRIPTION"), listing)
         return
     nested = form in ("json", "ndjson")
     rows = [
-        (one.name, one.description, one.parameters if nested else " ".join(one.wanted()), one.path) for one in found
+        (entry.name, entry.description, entry.parameters if nested else " ".join(entry.wanted()), entry.path)
+        for entry in found
     ]
     print_rows(("report", "description", "parameters", "path"), rows, form)
 

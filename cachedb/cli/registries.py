@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cachedb.cli.output import print_json, print_table
+from cachedb.cli.context import cache_directory, open_cache
+from cachedb.cli.options import NAME, authfile_option, format_examples, format_option, plain_http_option, quiet_option
+from cachedb.cli.output import print_images, print_json, print_table
+from cachedb.cli.progress import show_transfer
 from cachedb.text import human, printable, short
 
 if TYPE_CHECKING:
     from cachedb.index.records import ImageInfo
     from cachedb.operations.push import Pushed
-
-from cachedb.cli.context import cache_directory, open_cache
-from cachedb.cli.options import NAME, authfile_option, format_examples, format_option, plain_http_option, quiet_option
-from cachedb.cli.output import print_images
-from cachedb.cli.progress import show_transfer
 
 __all__ = []
 
@@ -88,7 +86,7 @@ def pull(
                 for name in names
             ]
             if not if_missing:
-                # The download runs while SQLAlchemy is imported, and must not wait long for the interpreter.
+                # The download thread must not wait long for the interpreter while this thread imports SQLAlchemy.
                 sys.setswitchinterval(_SWITCH_SECONDS)
                 sources[0].begin()
             cache = opened.enter_context(open_cache())
@@ -102,7 +100,7 @@ def pull(
                         referrers=referrers,
                         **callbacks,
                     )
-                source.close()  # so that pulling hundreds of names keeps few connections open
+                source.close()  # pulling hundreds of names must not keep hundreds of connections open
                 found.append(pulled.image)
                 if pulled.stale:
                     click.echo(f"cachedb: {source.name} may be out of date: {printable(pulled.stale)}", err=True)

@@ -11,7 +11,7 @@ import click
 __all__ = ["closed_streams", "discard_output", "get_stdin", "get_stdout", "open_standard_files"]
 
 
-closed_streams: set[str] = set()  # of "stdin", "stdout", "stderr": those that were closed at the start
+closed_streams: set[str] = set()  # those of "stdin", "stdout" and "stderr" that were closed at the start
 
 
 def open_standard_files() -> None:
