@@ -1,1 +1,1 @@
-"""Report on a cache: totals, named reports, sessions, the HTML page."""
+"""Report on a cache: disk usage, named reports, views, sessions and the HTML page."""

@@ -1,7 +1,7 @@
-"""Load named reports: each is a file of SQL that starts with its description.
+"""Load named reports; each is an SQL file that starts with its description.
 
-The first lines are comments: a sentence that describes the report, and a line for each parameter, ``-- :name`` or
-``-- :name default``. A user's report replaces a built-in one of the same name.
+The first lines of a file are comments: a sentence that describes the report, then a line ``-- :name`` or
+``-- :name default`` for each parameter. A user's report replaces a built-in one of the same name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Report(NamedTuple):
 
     name: str
     description: str
-    parameters: dict[str, str | None]  # with their defaults; None if a value is required
+    parameters: dict[str, str | None]  # names and defaults; None if a value is required
     query: str  # SQL
     path: Path
 
@@ -42,7 +42,7 @@ class Report(NamedTuple):
             given: values that replace the defaults.
 
         Raises:
-            InvalidQuery: if a parameter has no value, or a given one does not exist.
+            InvalidQuery: if a parameter has no value, or a given parameter does not exist.
         """
         values = {**{key: value for key, value in self.parameters.items() if value is not None}, **given}
         known = ", ".join(self.wanted()) or "none"
@@ -56,16 +56,16 @@ class Report(NamedTuple):
 
 
 def number(text: str) -> int | float | str:
-    """Return the number a text is the exact form of, else the text; ``1.10``, ``007`` and ``nan`` stay texts."""
+    """Convert a text to a number if that keeps its exact form; ``1.10``, ``007`` and ``nan`` stay text."""
     for kind in (int, float):
         with suppress(ValueError):
-            if repr(found := kind(text)) == text and abs(found) < 1 << 63:  # the range of SQL integers
+            if repr(found := kind(text)) == text and abs(found) < 1 << 63:  # SQL integers have 64 bits
                 return found
     return text
 
 
 def folder() -> Path:
-    """Return the folder of the user's reports: ``CACHEDB_REPORTS``, else in the user's configuration directory."""
+    """Return the folder of the user's reports: ``CACHEDB_REPORTS``, else one in the configuration directory."""
     if named := os.environ.get("CACHEDB_REPORTS"):
         return Path(named)
     import platformdirs

@@ -1,7 +1,7 @@
 """Render a cache as one HTML page: disk usage, sharing, growth, and images that are no longer used.
 
-The figures come from the views. The page is complete without JavaScript, which only sorts, searches and zooms. It
-loads no font, script or picture. The template escapes untrusted text (names, labels, commands, authors). A
+The figures come from the views. The page is complete without JavaScript, which only sorts, searches and zooms. The
+page loads no font, script or picture. The template escapes untrusted text (names, labels, commands, authors). A
 Content-Security-Policy keeps the browser from running any other script.
 """
 
@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import Connection, text
 
 from cachedb.reports import usage
+from cachedb.reports.treemap import lay_out_treemap
+from cachedb.reports.words import AGES, Row, clean_text, fetch_rows, find_age, format_count, format_platform
 from cachedb.text import human, short
 
 if TYPE_CHECKING:
     from jinja2 import Template
-from cachedb.reports.treemap import lay_out_treemap
-from cachedb.reports.words import AGES, Row, clean_text, fetch_rows, find_age, format_count, format_platform
 
 __all__ = ["render"]
 
 
 # These limits keep the page to a few MB and a few seconds, even for a large cache.
-_ROWS: Final = 1000  # rows of a table
-_DAYS: Final = 120  # days of growth
-_SHARING: Final = 12  # images or repositories in the matrix
-_LIST: Final = 12  # rows of a short list
-_LABELS: Final = 5  # labels of an image
+_TABLE_ROWS: Final = 1000  # of a table
+_GROWTH_DAYS: Final = 120  # in the chart of growth
+_MATRIX_ROWS: Final = 12  # images or repositories in the matrix of sharing
+_LIST_ROWS: Final = 12  # of a short list
+_IMAGE_LABELS: Final = 5  # shown for an image
 
 
 def render(connection: Connection, directory: Path) -> str:
@@ -54,49 +54,49 @@ def render(connection: Connection, directory: Path) -> str:
         """,  # noqa: S608
         **limits,
     )
-    totals = _totals(connection, repositories, ages)
-    return _template().render(
+    totals = _fetch_totals(connection, repositories, ages)
+    return _load_template().render(
         directory=str(directory),
         now=now,
         ages=AGES,
-        rows=_ROWS,
+        rows=_TABLE_ROWS,
         totals=totals,
         tiles=lay_out_treemap(connection, totals, repositories, ages, now),
-        growth=_growth(connection, now),
-        uses=_uses(connection, ages, now),
-        sharing=_sharing(connection, totals, repositories),
+        growth=_fetch_growth(connection, now),
+        uses=_fetch_uses(connection, ages, now),
+        sharing=_compute_sharing(connection, totals, repositories),
         bases=fetch_rows(
             connection,
             "SELECT base, base_layers, count(*) AS images FROM image_bases GROUP BY base, base_layers "
             "ORDER BY images DESC, base LIMIT :limit",
-            limit=_LIST,
+            limit=_LIST_ROWS,
         ),
         shared_layers=fetch_rows(
             connection,
             "SELECT digest, size, images, saved_size, substr(created_by, 1, 200) AS created_by FROM shared_layers "
             "ORDER BY saved_size DESC, digest LIMIT :limit",
-            limit=_LIST,
+            limit=_LIST_ROWS,
         ),
         platforms=fetch_rows(
             connection,
             "SELECT os, architecture, variant, count(*) AS images FROM images "
             "GROUP BY os, architecture, variant ORDER BY images DESC, os, architecture, variant LIMIT :limit",
-            limit=_LIST,
+            limit=_LIST_ROWS,
         ),
-        labels=_label_keys(connection),
-        images=_images(connection),
+        labels=_fetch_label_keys(connection),
+        images=_fetch_images(connection),
         layers=fetch_rows(
             connection,
             "SELECT digest, size, stored, images, substr(created_by, 1, 200) AS created_by FROM layers "
             "ORDER BY size DESC, digest LIMIT :limit",
-            limit=_ROWS,
+            limit=_TABLE_ROWS,
         ),
-        repositories=repositories[:_ROWS],
+        repositories=repositories[:_TABLE_ROWS],
     )
 
 
-def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined  # imported late: only this function needs it
+def _load_template() -> Template:
+    from jinja2 import Environment, StrictUndefined  # imported here, because only this function needs it
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters.update(
@@ -106,14 +106,14 @@ def _template() -> Template:
         grouped=lambda number: f"{number:,}",
         human=human,
         platform=format_platform,
-        policy=_policy,
+        policy=_make_policy,
         short=short,
     )
     return environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
 
 
-def _totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[Row]) -> dict[str, int]:
-    """Return the totals; stored bytes are divided into unique, shared, held and garbage."""
+def _fetch_totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[Row]) -> dict[str, int]:
+    """Return the totals; each stored blob is unique, shared, held or garbage."""
     found, saved = usage.shares(connection)
     totals = {
         "repositories": len(repositories),
@@ -143,28 +143,28 @@ def _totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[
 # Charts and lists
 
 
-def _growth(connection: Connection, now: datetime) -> dict[str, Any]:
+def _fetch_growth(connection: Connection, now: datetime) -> dict[str, Any]:
     """Return the growth of the last days, including days without any, and the bytes stored before them."""
     rows = {row.day: row for row in fetch_rows(connection, "SELECT day, images, blobs, size FROM growth ORDER BY day")}
     today = now.date()
     first = min([*map(date.fromisoformat, list(rows)[:1]), today - timedelta(days=13)])
-    first = max(first, today - timedelta(days=_DAYS - 1))
+    first = max(first, today - timedelta(days=_GROWTH_DAYS - 1))
     last = max([*map(date.fromisoformat, list(rows)[-1:]), today])
-    last = min(last, first + timedelta(days=_DAYS))  # a clock may have been wrong
+    last = min(last, first + timedelta(days=_GROWTH_DAYS))  # a wrong clock may have written a date far in the future
     days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
     shown = [(day, rows.get(day.isoformat())) for day in days]
     return {
         "days": shown,
         "most": max((row.size for _, row in shown if row), default=0),
-        "came": sum(row.size for _, row in shown if row),
-        "before": sum(row.size for day, row in rows.items() if day < first.isoformat()),
+        "added": sum(row.size for _, row in shown if row),
+        "added_before": sum(row.size for day, row in rows.items() if day < first.isoformat()),
     }
 
 
-def _uses(connection: Connection, ages: Sequence[Row], now: datetime) -> list[dict[str, int]]:
+def _fetch_uses(connection: Connection, ages: Sequence[Row], now: datetime) -> list[dict[str, int]]:
     """Return for each age group the images, the bytes, and the bytes freed by removing this and older groups.
 
-    The age is the time since the last use. A blob of several images has the age of the last used one.
+    The age is the time since the last use. A blob of several images has the age of the image that was used last.
     """
     age, limits = find_age("used", now)
     sizes = {
@@ -194,23 +194,23 @@ def _uses(connection: Connection, ages: Sequence[Row], now: datetime) -> list[di
     return found
 
 
-def _sharing(connection: Connection, totals: dict[str, int], repositories: Sequence[Row]) -> dict[str, Any]:
-    """Return the matrix of shared bytes between images, or between repositories if there are many images."""
-    if totals["images"] <= _SHARING:
-        of, same = "images", "i.repository = :repository AND i.reference = :reference"
+def _compute_sharing(connection: Connection, totals: dict[str, int], repositories: Sequence[Row]) -> dict[str, Any]:
+    """Return a matrix of the bytes that images share, or repositories if there are many images."""
+    if totals["images"] <= _MATRIX_ROWS:
+        kind, condition = "images", "i.repository = :repository AND i.reference = :reference"
         images = fetch_rows(
             connection,
             "SELECT name, repository, reference FROM image_usage WHERE shared_size > 0 ORDER BY shared_size DESC, name",
         )
         chosen = {row.name: {"repository": row.repository, "reference": row.reference} for row in images}
     else:
-        of, same = "repositories", "i.repository = :repository"
-        most = sorted(repositories, key=lambda row: -row.shared_size)[:_SHARING]
+        kind, condition = "repositories", "i.repository = :repository"
+        most = sorted(repositories, key=lambda row: -row.shared_size)[:_MATRIX_ROWS]
         chosen = {row.repository: {"repository": row.repository} for row in most if row.shared_size}
     query = f"""
         SELECT DISTINCT b.id, b.size
         FROM images AS i JOIN image_blobs AS o ON o.image_id = i.id JOIN blobs AS b ON b.id = o.blob_id
-        WHERE b.stored_at IS NOT NULL AND {same}
+        WHERE b.stored_at IS NOT NULL AND {condition}
     """  # noqa: S608
     contents = [{row.id: row.size for row in fetch_rows(connection, query, **keys)} for keys in chosen.values()]
     matrix = []
@@ -221,17 +221,17 @@ def _sharing(connection: Connection, totals: dict[str, int], repositories: Seque
             smaller = min(sum(mine.values()), sum(other.values()))
             cells.append({"size": common, "percent": round(100 * common / max(1, smaller)), "self": other is mine})
         matrix.append({"name": name, "cells": cells})
-    return {"of": of, "matrix": matrix}
+    return {"kind": kind, "matrix": matrix}
 
 
-def _label_keys(connection: Connection) -> list[dict[str, Any]]:
+def _fetch_label_keys(connection: Connection) -> list[dict[str, Any]]:
     """Return the most frequent label keys, each with its most frequent value."""
     found = []
     for row in fetch_rows(
         connection,
         'SELECT "key", count(*) AS images, count(DISTINCT value) AS different FROM labels '
         'GROUP BY "key" ORDER BY images DESC, "key" LIMIT :limit',
-        limit=_LIST,
+        limit=_LIST_ROWS,
     ):
         (most,) = fetch_rows(
             connection,
@@ -243,7 +243,7 @@ def _label_keys(connection: Connection) -> list[dict[str, Any]]:
     return found
 
 
-def _images(connection: Connection) -> list[dict[str, Any]]:
+def _fetch_images(connection: Connection) -> list[dict[str, Any]]:
     """Return the largest images, each with its first labels."""
     images = fetch_rows(
         connection,
@@ -252,7 +252,7 @@ def _images(connection: Connection) -> list[dict[str, Any]]:
             created, created_at, last_used_at, complete, size, missing_size, unique_size, shared_size
         FROM image_usage ORDER BY size DESC, name LIMIT :limit
         """,
-        limit=_ROWS,
+        limit=_TABLE_ROWS,
     )
     found = []
     for image in images:
@@ -266,11 +266,11 @@ def _images(connection: Connection) -> list[dict[str, Any]]:
             repository=image.repository,
             reference=image.reference,
         )
-        found.append({"usage": image, "labels": labels[:_LABELS], "more": max(0, len(labels) - _LABELS)})
+        found.append({"usage": image, "labels": labels[:_IMAGE_LABELS], "more": max(0, len(labels) - _IMAGE_LABELS)})
     return found
 
 
-def _policy(script: str) -> str:
+def _make_policy(script: str) -> str:
     """Return a Content-Security-Policy that allows a page to run only this script."""
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{hashed}'; base-uri 'none'"

@@ -30,7 +30,7 @@ class Activity(NamedTuple):
 
 
 class SessionInfo(NamedTuple):
-    """A process that uses the cache; of several sessions of a process, the first lists all its activities."""
+    """A process that uses the cache, or one of its sessions; its first session has all its activities."""
 
     id: str | None  # None for a process without a session
     pid: int | None  # None for a process of an older release
@@ -43,40 +43,38 @@ class SessionInfo(NamedTuple):
 def sessions(directory: Path) -> list[SessionInfo]:
     """Return the processes that have a session or an activity, oldest first.
 
-    The process that writes comes before those that wait for the write lock, which are in the order of the queue.
-
     Args:
         directory: the cache directory.
     """
     with os_errors("read the locks"):
-        begun = _live_sessions(directory)
-        doing = _activities(directory)
+        live_sessions = _list_live_sessions(directory)
+        rest = _list_activities(directory)
     found = []
-    for process, name, since in begun:
-        mine = [one for owner, one in doing if process is not None and owner == process]
-        doing = [(owner, one) for owner, one in doing if process is None or owner != process]
-        found.append(_info(name, process, since, mine))
-    others: dict[Process | None, list[Activity]] = {}
-    for owner, one in doing:
-        others.setdefault(owner, []).append(one)
-    for owner, ones in others.items():
-        found.append(_info(None, owner, min(one.since for one in ones), ones))
+    for process, name, since in live_sessions:
+        own = [activity for owner, activity in rest if process is not None and owner == process]
+        rest = [(owner, activity) for owner, activity in rest if process is None or owner != process]
+        found.append(_make_info(name, process, since, own))
+    without_session: dict[Process | None, list[Activity]] = {}
+    for owner, activity in rest:
+        without_session.setdefault(owner, []).append(activity)
+    for owner, activities in without_session.items():
+        found.append(_make_info(None, owner, min(activity.since for activity in activities), activities))
     return sorted(found, key=lambda info: info.started_at)
 
 
-def _live_sessions(directory: Path) -> list[tuple[Process | None, str, datetime]]:
+def _list_live_sessions(directory: Path) -> list[tuple[Process | None, str, datetime]]:
     """Return the process, the id and the start of each live session."""
     found = []
     for name in sorted(locked_sessions(directory)):
         path = lock_path(directory, name)
         with suppress(FileNotFoundError):
-            since = _utc(path.stat().st_mtime)
+            since = _to_utc(path.stat().st_mtime)
             if locks.is_held(path):
-                found.append((_owner(path), name, since))
+                found.append((_read_owner(path), name, since))
     return found
 
 
-def _owner(path: Path) -> Process | None:
+def _read_owner(path: Path) -> Process | None:
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         record = processes.read_record(file)
@@ -85,24 +83,24 @@ def _owner(path: Path) -> Process | None:
     return record and record[0]
 
 
-def _activities(directory: Path) -> list[tuple[Process | None, Activity]]:
+def _list_activities(directory: Path) -> list[tuple[Process | None, Activity]]:
     """Return the current activities, each with its process."""
     found: list[tuple[Process | None, Activity]] = []
     lock = directory / "locks" / "write.lock"
     with suppress(FileNotFoundError):
         since = lock.stat().st_mtime
         if locks.is_held(lock):
-            found.append((locks.find_holder_of(lock), Activity("write", "", _utc(since))))
+            found.append((locks.find_holder_of(lock), Activity("write", "", _to_utc(since))))
     for waiter in locks.waiters(lock):
-        found.append((waiter.process, Activity("wait", "for the write lock", _utc(waiter.since))))
+        found.append((waiter.process, Activity("wait", "for the write lock", _to_utc(waiter.since))))
     for claim in single_flight.claims(directory):
         kind = next((kind for prefix, kind in _KINDS.items() if claim.key.startswith(prefix)), "produce")
         name = claim.key if kind == "produce" else claim.key.partition(" ")[2]
-        found.append((claim.process, Activity(kind, name, _utc(claim.since))))
+        found.append((claim.process, Activity(kind, name, _to_utc(claim.since))))
     return found
 
 
-def _info(name: str | None, process: Process | None, since: datetime, doing: list[Activity]) -> SessionInfo:
+def _make_info(name: str | None, process: Process | None, since: datetime, doing: list[Activity]) -> SessionInfo:
     if process is None:
         pid = name.partition("-")[0] if name else ""
         return SessionInfo(name, int(pid) if pid.isdecimal() else None, None, None, since, doing)
@@ -112,7 +110,7 @@ def _info(name: str | None, process: Process | None, since: datetime, doing: lis
     return SessionInfo(name, process.pid, user, process.command, since, doing)
 
 
-def _utc(seconds: float) -> datetime:
+def _to_utc(seconds: float) -> datetime:
     with suppress(OverflowError, ValueError, OSError):
         return datetime.fromtimestamp(seconds, UTC)
     return datetime.fromtimestamp(time.time(), UTC)

@@ -17,12 +17,8 @@ from cachedb.text import cut, short
 __all__ = ["lay_out_treemap"]
 
 
-_TILES: Final = 2000  # content smaller than this fraction of the whole is merged into one rectangle
-
-_WIDTH, _HEIGHT = 1200.0, 620.0  # px, the treemap's approximate size on a screen; it is drawn in percent
-
-
-# The treemap
+_TILES: Final = 2000  # content smaller than the stored bytes divided by this is merged into one tile
+_WIDTH_PIXELS, _HEIGHT_PIXELS = 1200.0, 620.0  # an estimate; tiles are drawn in percent
 
 
 class Box(NamedTuple):
@@ -55,8 +51,8 @@ class Tile:
 def squarify(sizes: Sequence[int], width: float, height: float) -> list[Box]:
     """Divide a rectangle into nearly square boxes with the given sizes.
 
-    The sizes are positive, largest first. Each row lies along the shorter side of the remaining rectangle, and takes
-    sizes while that does not make its worst box longer (Bruls, Huizing and van Wijk: Squarified Treemaps).
+    The sizes are positive, largest first. Each row lies along the shorter side of the remaining rectangle. A row takes
+    sizes until one more would increase its largest aspect ratio (Bruls, Huizing and van Wijk: Squarified Treemaps).
     """
     boxes: list[Box] = []
     left, x, y = sum(sizes), 0.0, 0.0
@@ -88,33 +84,33 @@ def squarify(sizes: Sequence[int], width: float, height: float) -> list[Box]:
 def lay_out_treemap(
     connection: Connection, totals: dict[str, int], repositories: Sequence[Row], ages: Sequence[Row], now: datetime
 ) -> list[Tile]:
-    """Return tiles that show each stored byte once: repositories, in them their images, in those their layers.
+    """Return tiles that show each stored byte once: repositories contain images, which contain layers.
 
-    As in the views, a repository contains the bytes that only it uses, and an image those that only it uses. Bytes of
-    several repositories have a tile of their own.
+    As in the views, the tile of a repository or image has the bytes that only this repository or image uses. Bytes that
+    several repositories use have a separate tile.
     """
-    # Smaller blobs are not read but merged into a rest, so this is fast even with millions of blobs.
-    least = max(1, totals["stored"] // _TILES)
-    blobs = _blob_tiles(connection, least)
-    images = _image_tiles(connection, blobs, ages, least, now)
-    small = [row.unique_size for row in repositories if row.unique_size < least]
+    # Smaller blobs are not read but merged into one tile, so this is fast even with millions of blobs.
+    min_bytes = max(1, totals["stored"] // _TILES)
+    blobs = _make_blob_tiles(connection, min_bytes)
+    images = _make_image_tiles(connection, blobs, ages, min_bytes, now)
+    small = [row.unique_size for row in repositories if row.unique_size < min_bytes]
     in_several = totals["unique"] + totals["shared"] - sum(row.unique_size for row in repositories)
     others = [
         Tile(format_count(len(small), "smaller repository", "smaller repositories"), sum(small), "rest"),
-        Tile("shared by several repositories", in_several, "shared", "each byte once", blobs[("shared",)]),
+        Tile("shared by several repositories", in_several, "shared", "each byte is drawn once", blobs[("shared",)]),
         Tile("garbage", totals["garbage"], "garbage", "`cachedb gc` frees it", blobs[("garbage",)]),
-        Tile("held, in no image", totals["held"], "held", "by a hold, or a process at work", blobs[("held",)]),
+        Tile("held, in no image", totals["held"], "held", "by a hold or a process", blobs[("held",)]),
     ]
     for tile in others:
         _add_rest(tile, "smaller layers, configs and manifests", tile.kind)
-    tiles = _repository_tiles(repositories, blobs, images, ages, least)
+    tiles = _make_repository_tiles(repositories, blobs, images, ages, min_bytes)
     tiles += [tile for tile in others if tile.size]
-    _lay_out(tiles, _WIDTH, _HEIGHT, _WIDTH * _HEIGHT / max(1, totals["stored"]), 1)
+    _lay_out(tiles, _WIDTH_PIXELS, _HEIGHT_PIXELS, _WIDTH_PIXELS * _HEIGHT_PIXELS / max(1, totals["stored"]), 1)
     return tiles
 
 
-def _blob_tiles(connection: Connection, least: int) -> dict[tuple[str, ...], list[Tile]]:
-    """Return the blobs of at least ``least`` bytes, by the kind and name of the tile they belong to."""
+def _make_blob_tiles(connection: Connection, min_bytes: int) -> dict[tuple[str, ...], list[Tile]]:
+    """Return the blobs of at least ``min_bytes`` bytes, by the kind and name of the tile they belong to."""
     rows = fetch_rows(
         connection,
         """
@@ -123,10 +119,10 @@ def _blob_tiles(connection: Connection, least: int) -> dict[tuple[str, ...], lis
             substr(min(o.created_by), 1, 200) AS created_by, max(CASE WHEN l.digest IS NULL THEN 0 ELSE 1 END) AS held
         FROM blobs AS b LEFT JOIN image_blobs AS o ON o.blob_id = b.id LEFT JOIN images AS i ON i.id = o.image_id
             LEFT JOIN (SELECT DISTINCT digest FROM leases) AS l ON l.digest = b.digest
-        WHERE b.stored_at IS NOT NULL AND b.size >= :least
+        WHERE b.stored_at IS NOT NULL AND b.size >= :min_bytes
         GROUP BY b.id, b.digest, b.size
         """,
-        least=least,
+        min_bytes=min_bytes,
     )
     found: dict[tuple[str, ...], list[Tile]] = defaultdict(list)
     for blob in rows:
@@ -148,19 +144,20 @@ def _blob_tiles(connection: Connection, least: int) -> dict[tuple[str, ...], lis
     return found
 
 
-def _image_tiles(
+def _make_image_tiles(
     connection: Connection,
     blobs: dict[tuple[str, ...], list[Tile]],
     ages: Sequence[Row],
-    least: int,
+    min_bytes: int,
     now: datetime,
 ) -> dict[str, list[Tile]]:
     """Return the images by repository, each with its unique bytes and the colour of its age."""
     found: dict[str, list[Tile]] = defaultdict(list)
     for image in fetch_rows(
         connection,
-        "SELECT name, repository, reference, unique_size, last_used_at FROM image_usage WHERE unique_size >= :least",
-        least=least,
+        "SELECT name, repository, reference, unique_size, last_used_at "
+        "FROM image_usage WHERE unique_size >= :min_bytes",
+        min_bytes=min_bytes,
     ):
         kind = f"age{format_age(image.last_used_at, now)}"
         detail = f"{clean_text(image.name)}\nonly in this image\nlast used {image.last_used_at[:10]}"
@@ -174,31 +171,31 @@ def _image_tiles(
         kind = f"age{age.age}"
         drawn = [tile for tile in found[age.repository] if tile.kind == kind]
         # Many small images share one tile per age.
-        if (rest := age.unique_size - sum(tile.size for tile in drawn)) >= max(1, least // 4):
+        if (rest := age.unique_size - sum(tile.size for tile in drawn)) >= max(1, min_bytes // 4):
             found[age.repository].append(Tile(format_count(age.images - len(drawn), "smaller image"), rest, kind))
     return found
 
 
-def _repository_tiles(
+def _make_repository_tiles(
     repositories: Sequence[Row],
     blobs: dict[tuple[str, ...], list[Tile]],
     images: dict[str, list[Tile]],
     ages: Sequence[Row],
-    least: int,
+    min_bytes: int,
 ) -> list[Tile]:
-    """Return the repositories of at least ``least`` bytes, with their images and the bytes those share."""
+    """Return the repositories of at least ``min_bytes`` bytes, with their images and the bytes those share."""
     inner = {row.repository: row.unique_size for row in repositories}
     for age in ages:
         inner[age.repository] -= age.unique_size
     tiles: list[Tile] = []
     for repository in repositories:
         name = repository.repository
-        if repository.unique_size < least:
-            continue  # merged into one tile by the caller
+        if repository.unique_size < min_bytes:
+            continue  # the caller merges it into one tile
         inside = images[name]
-        if inner[name] >= max(1, least // 4):
+        if inner[name] >= max(1, min_bytes // 4):
             detail = "by images of this repository"
-            shared = Tile("shared in it", inner[name], "inner", detail, blobs["inner", name])
+            shared = Tile("shared within the repository", inner[name], "inner", detail, blobs["inner", name])
             _add_rest(shared, "smaller layers", "inner")
             inside.append(shared)
         detail = f"{format_count(repository.images, 'image')}; not in other repositories"

@@ -21,8 +21,8 @@ from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 __all__ = ["ImageUsage", "Share", "Stats", "Usage", "shares", "stats", "usage"]
 
 
-# The inner query follows the association's index on blobs. A single result row avoids the sort of a GROUP BY.
-_USED = """
+# The inner query reads the index on the blobs of associations in order. One result row needs no GROUP BY and its sort.
+_USED_QUERY = """
 SELECT
     sum(CASE images WHEN 1 THEN 1 ELSE 0 END) AS unique_blobs,
     sum(CASE images WHEN 1 THEN size ELSE 0 END) AS unique_size,
@@ -33,14 +33,14 @@ FROM (SELECT blob_id, count(DISTINCT image_id) AS images FROM image_blobs GROUP 
 CROSS JOIN blobs ON blobs.id = uses.blob_id
 WHERE stored_at IS NOT NULL
 """
-_STORED = "SELECT count(*) AS blobs, sum(size) AS size FROM blobs WHERE stored_at IS NOT NULL"
-_HELD = """
+_STORED_QUERY = "SELECT count(*) AS blobs, sum(size) AS size FROM blobs WHERE stored_at IS NOT NULL"
+_HELD_QUERY = """
 SELECT count(*) AS blobs, sum(size) AS size
 FROM (SELECT DISTINCT digest FROM leases) AS held
 CROSS JOIN blobs ON blobs.digest = held.digest
 WHERE stored_at IS NOT NULL AND NOT EXISTS (SELECT 1 FROM image_blobs WHERE image_blobs.blob_id = blobs.id)
 """
-_BY_IMAGE = """
+_BY_IMAGE_QUERY = """
 SELECT name, size, unique_size, shared_size, freed_size, complete, last_used_at
 FROM image_usage ORDER BY unique_size DESC, name
 """
@@ -76,29 +76,31 @@ class Usage(NamedTuple):
     shared: Share  # used by several images
     held: Share  # used by no image, but kept by a hold or a process
     reclaimable: Share  # used and kept by nothing: a collection would free it
-    saved_size: int  # more bytes that would be stored if images shared no blobs
+    saved_size: int  # bytes that images would need in addition if they shared no blobs
     index_size: int  # bytes of the index and the marker
-    folder_sizes: dict[str, int]  # bytes of files in backups, ingest (with interrupted downloads), quarantine...
+    folder_sizes: dict[str, int]  # bytes of files by folder; ingest includes interrupted downloads
     reserve_size: int  # bytes released when the disk is full
     image_usage: list[ImageUsage]  # empty unless requested
 
 
 def shares(connection: Connection) -> tuple[dict[str, Share], int]:
     """Return all stored blobs (``stored``), their division by use, and the bytes that sharing saves."""
-    stored, used, held = (connection.exec_driver_sql(query).one() for query in (_STORED, _USED, _HELD))
+    stored, used, held = (
+        connection.exec_driver_sql(query).one() for query in (_STORED_QUERY, _USED_QUERY, _HELD_QUERY)
+    )
     found = {
-        "stored": _share(stored.blobs, stored.size),
-        "unique": _share(used.unique_blobs, used.unique_size),
-        "held": _share(held.blobs, held.size),
+        "stored": _make_share(stored.blobs, stored.size),
+        "unique": _make_share(used.unique_blobs, used.unique_size),
+        "held": _make_share(held.blobs, held.size),
     }
-    in_images = _share(used.blobs, used.size)
+    in_images = _make_share(used.blobs, used.size)
     found["shared"] = _subtract(in_images, found["unique"])
     found["reclaimable"] = _subtract(_subtract(found["stored"], in_images), found["held"])
     return found, used.saved_size or 0
 
 
-def _share(blobs: int | None, size: int | None) -> Share:
-    return Share(blobs or 0, size or 0)  # the sum of no rows is NULL
+def _make_share(blobs: int | None, size: int | None) -> Share:
+    return Share(blobs or 0, size or 0)  # SQL's sum of no rows is NULL
 
 
 def _subtract(share: Share, other: Share) -> Share:
@@ -119,7 +121,7 @@ def usage(database: Database, *, by_image: bool = False) -> Usage:
         found, saved_size = shares(connection)
         images = int(connection.exec_driver_sql("SELECT count(*) FROM images").scalar_one())
         incomplete = count_incomplete(connection)
-        listed = [_image_usage(row) for row in connection.exec_driver_sql(_BY_IMAGE)] if by_image else []
+        listed = [_make_image_usage(row) for row in connection.exec_driver_sql(_BY_IMAGE_QUERY)] if by_image else []
     return Usage(
         images,
         incomplete,
@@ -129,26 +131,26 @@ def usage(database: Database, *, by_image: bool = False) -> Usage:
         found["held"],
         found["reclaimable"],
         saved_size,
-        sum(map(_size, [*database.directory.glob("index.db*"), database.directory / MARKER])),
-        {name: sum(map(_size, _files(database.directory / name))) for name in _FOLDERS},
-        _size(database.directory / "reserve"),
+        sum(map(_measure_file, [*database.directory.glob("index.db*"), database.directory / MARKER])),
+        {name: sum(map(_measure_file, _walk_files(database.directory / name))) for name in _FOLDERS},
+        _measure_file(database.directory / "reserve"),
         listed,
     )
 
 
-def _image_usage(row: Sequence[Any]) -> ImageUsage:
+def _make_image_usage(row: Sequence[Any]) -> ImageUsage:
     name, size, unique_size, shared_size, freed_size, complete, last_used_at = row
     used = datetime.fromisoformat(last_used_at)
     return ImageUsage(name, size, unique_size, shared_size, freed_size, bool(complete), used)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _walk_files(folder: Path) -> Iterator[Path]:
     for place, _, names in os.walk(folder):
         for name in names:
             yield Path(place, name)
 
 
-def _size(path: Path) -> int:
+def _measure_file(path: Path) -> int:
     with os_errors("read the cache"):
         try:
             return path.lstat().st_size
@@ -173,7 +175,7 @@ def stats(database: Database) -> Stats:
         size = func.sum(BLOBS.c.size).filter(BLOBS.c.stored_at.is_not(None))
         totals = select(func.count(), func.count(BLOBS.c.stored_at), func.coalesce(size, 0)).select_from(BLOBS)
         known, blob_count, total_size = connection.execute(totals).one()
-        # To count what lacks something, or is of no use, takes longer than to see that there is nothing of it.
+        # Counting incomplete images and unreferenced blobs is slow. These cheap counts show whether there are any.
         used = connection.execute(select(func.count(IMAGE_BLOBS.c.blob_id.distinct()))).scalar_one()
         reclaimable = collect.unreferenced(connection) if used < known else Collected(0, 0)
         return Stats(

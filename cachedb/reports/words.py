@@ -1,4 +1,4 @@
-"""Format values of the index for the HTML page."""
+"""Fetch values from the index, and format them for the HTML page."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 
-_TEXT_CHARACTERS: Final = 160  # shown of an untrusted text; queries read 200
-AGES: Final = (7, 30, 90, 180)  # days since the last use: the limits between colours
+_TEXT_CHARACTERS: Final = 160  # the shown part of an untrusted text; queries read 200 characters
+AGES: Final = (7, 30, 90, 180)  # days since the last use, where one age group ends and the next begins
 
 Row = Any  # a row of SQLAlchemy, with the columns of a view as attributes
 
@@ -32,9 +32,6 @@ Row = Any  # a row of SQLAlchemy, with the columns of a view as attributes
 def fetch_rows(connection: Connection, query: str, **parameters: object) -> Sequence[Row]:
     """Run a query and return all its rows."""
     return connection.execute(text(query), parameters).all()
-
-
-# Words
 
 
 def format_count(number: int, noun: str, nouns: str = "") -> str:
@@ -57,16 +54,16 @@ def format_command(created_by: str | None) -> str:
 
 def format_platform(row: Row) -> str:
     """Format an image's platform as `docker pull --platform` expects it."""
-    return clean_text("/".join(filter(None, (row.os, row.architecture, row.variant)))) or "none, or several"
+    return clean_text("/".join(filter(None, (row.os, row.architecture, row.variant)))) or "unknown, or several"
 
 
 def format_age(last_used_at: str, now: datetime) -> int:
-    """Return the age group of a time, an index into the scale of colours."""
+    """Return the number of the age group that a time belongs to; 0 is the most recent."""
     return sum(last_used_at < _time(now - timedelta(days=days)) for days in AGES)
 
 
 def find_age(column: str, now: datetime) -> tuple[str, dict[str, str]]:
-    """Return the SQL that computes `format_age` of a column, and its parameters."""
+    """Return an SQL expression that computes the age group of a column, and its parameters."""
     cases = " ".join(f"WHEN {column} >= :limit{age} THEN {age}" for age in range(len(AGES)))
     limits = {f"limit{age}": _time(now - timedelta(days=days)) for age, days in enumerate(AGES)}
     return f"CASE {cases} ELSE {len(AGES)} END", limits

@@ -205,10 +205,10 @@ def test_figures_are_those_of_the_views(made: str, directory: Path) -> None:
     figures = {
         "Stored": "SELECT sum(size) FROM blob_usage WHERE stored",
         "In one image": "SELECT sum(unique_size) FROM image_usage",
-        "In several": "SELECT sum(size) FROM blob_usage WHERE stored AND images > 1",
+        "In several images": "SELECT sum(size) FROM blob_usage WHERE stored AND images > 1",
         "Held, in no image": "SELECT sum(size) FROM blob_usage WHERE stored AND images = 0 AND held",
         "Garbage": "SELECT sum(size) FROM garbage",
-        "Not here": "SELECT sum(size) FROM blob_usage WHERE NOT stored",
+        "Missing": "SELECT sum(size) FROM blob_usage WHERE NOT stored",
     }
     boxes = parse(made).findall(".//dl/div")
     found = {text_of(only(box, "dt")): exact(only(box, "dd/span").attrib["title"]) for box in boxes}
@@ -243,7 +243,7 @@ def test_what_sharing_saves_is_that_of_df_and_what_layers_save_is_named_apart(ca
         save(cache, name, image(1, 2))  # they share a manifest and a config too
     save(cache, "app:3", image(1, 3))
     html = render(cache.directory)
-    (several,) = (box for box in parse(html).findall(".//dl/div") if text_of(only(box, "dt")) == "In several")
+    (several,) = (box for box in parse(html).findall(".//dl/div") if text_of(only(box, "dt")) == "In several images")
     assert exact(only(several, "dd/small/span").attrib["title"]) == cache.get_usage().saved_size
     with cache.sql("SELECT sum(saved_size) FROM shared_layers") as answer:
         ((of_layers,),) = answer.rows
@@ -296,7 +296,7 @@ def test_it_can_be_read_by_all(made: str) -> None:
 
 def test_long_tables_and_small_tiles_are_cut(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(directory, 40)
-    monkeypatch.setattr(page, "_ROWS", 5)
+    monkeypatch.setattr(page, "_TABLE_ROWS", 5)
     monkeypatch.setattr(treemap, "_TILES", 5)
     html = render(directory)
     assert [len(listed(html, section)) for section in ("images", "layers", "repositories")] == [5, 5, 5]
@@ -329,7 +329,7 @@ def test_a_real_image_and_one_that_is_not_here(cache: Cache, directory: Path) ->
     sharing = listed(html, "sharing")
     states = {text_of(only(cells[0], "bdi")): text_of(cells[0]) for cells in listed(html, "images")}
     assert states["app:1"] == "app:1"
-    assert "incomplete, lacks" in states["lost:1"]
+    assert "incomplete, " in states["lost:1"]
     common = len(made.layers[1])
     assert [exact(cells[column].attrib["title"]) for column, cells in ((2, sharing[0]), (1, sharing[1]))] == [
         common
@@ -337,7 +337,7 @@ def test_a_real_image_and_one_that_is_not_here(cache: Cache, directory: Path) ->
 
 
 def test_what_a_repository_lacks_it_does_not_share(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "_SHARING", 2)
+    monkeypatch.setattr(page, "_MATRIX_ROWS", 2)
     for name in ("app:1", "other:1"):
         save(cache, name, image(1))
     cache.save_manifest("lost:1", image(2, 3).manifest)
@@ -417,7 +417,7 @@ def test_in_a_browser_it_sorts_searches_and_zooms_and_asks_nobody(
         assert asked == [b"GET http://picture.invalid/x.png HTTP/1.1"]  # what is asked is noticed
     before = [int(cells[3].attrib["data-v"]) for cells in listed(made, "images")]
     (headings,) = re.findall(r'<section id="images">.*?<thead>(.*?)</thead>', shown, re.DOTALL)
-    assert re.findall(r'aria-sort="(\w+)"><button>([^<]*)', headings) == [("descending", "In it alone")]
+    assert re.findall(r'aria-sort="(\w+)"><button>([^<]*)', headings) == [("descending", "Unique")]
     body = shown.split('<section id="images">')[1].split("<tbody>")[1].split("</tbody>")[0]
     after = [int(row.split('data-v="')[2].split('"')[0]) for row in body.split("<tr>")[1:]]
     assert before != after == sorted(before, reverse=True)

@@ -71,7 +71,7 @@ def test_blobs_are_counted_in_the_order_they_are_found(directory: Path) -> None:
     with Cache.open(directory) as cache:
         fill(cache)
     with closing(sqlite3.connect(directory / "index.db")) as shell:
-        plan = [row[3] for row in shell.execute(f"EXPLAIN QUERY PLAN {usage._USED}")]
+        plan = [row[3] for row in shell.execute(f"EXPLAIN QUERY PLAN {usage._USED_QUERY}")]
     assert "SCAN image_blobs USING COVERING INDEX ix_image_blobs_blob_id" in plan
     assert "USE TEMP B-TREE FOR GROUP BY" not in plan
 

@@ -3,7 +3,7 @@
 WITH large AS MATERIALIZED (
     SELECT digest FROM blobs WHERE stored_at IS NOT NULL ORDER BY size DESC LIMIT :limit + 10000
 ), least AS MATERIALIZED (
-    -- As in largest-layers: once :limit layers are found, smaller blobs need no look.
+    -- As in largest-layers: blobs smaller than the first :limit layers cannot be in the result.
     SELECT CASE count(*) WHEN :limit THEN min(size) ELSE 0 END AS size
     FROM (
         SELECT l.size FROM large AS b CROSS JOIN layers AS l ON l.digest = b.digest

@@ -1,4 +1,4 @@
--- The layers that are used by the most images.
+-- The layers that the most images use.
 -- :limit 20
 WITH shared AS MATERIALIZED (
     SELECT blob_id FROM image_blobs GROUP BY blob_id HAVING min(image_id) <> max(image_id)

@@ -1,4 +1,4 @@
--- Size of all blobs, and the bytes saved because images share layers.
+-- Size of all stored blobs, and the bytes saved because images share layers.
 WITH shared AS MATERIALIZED (
     SELECT blob_id FROM image_blobs GROUP BY blob_id HAVING min(image_id) <> max(image_id)
 )
