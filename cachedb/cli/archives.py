@@ -1,4 +1,4 @@
-"""Commands for archives: import, export."""
+"""Define the commands for archives: import, export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands for single blobs: blob add, cat, path."""
+"""Define the commands for single blobs: blob add, cat, path."""
 
 from __future__ import annotations
 

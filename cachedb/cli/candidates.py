@@ -1,4 +1,4 @@
-"""Shell completion of names and digests, and the scripts that install it."""
+"""Complete names and digests in a shell, and make the scripts that install completion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that prints a completion script: completion."""
+"""Define the command that prints a completion script: completion."""
 
 from __future__ import annotations
 

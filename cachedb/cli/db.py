@@ -1,4 +1,4 @@
-"""Commands for the schema of the index: db current, history, upgrade, downgrade, check, backup, restore."""
+"""Define the db commands: current, history, upgrade, downgrade, check, backup, restore."""
 
 from __future__ import annotations
 

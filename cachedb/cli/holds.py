@@ -1,4 +1,4 @@
-"""Commands for holds: hold, holds, release, produce."""
+"""Define the commands for holds: hold, holds, release, produce."""
 
 from __future__ import annotations
 

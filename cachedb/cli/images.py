@@ -1,4 +1,4 @@
-"""Commands for images: ls, show, manifest, exists, tag, rm."""
+"""Define the commands for images: ls, show, manifest, exists, tag, rm."""
 
 from __future__ import annotations
 

@@ -44,16 +44,16 @@ def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-_shown: list[_Log] = []
+_handlers: list[_Log] = []
 
 
 def show_log(*, verbose: bool) -> None:
     """Print the library's warnings and waits on stderr; all its messages if ``verbose``."""
     logger = logging.getLogger("cachedb")
-    for handler in _shown:
+    for handler in _handlers:
         logger.removeHandler(handler)
-    _shown[:] = [_Log(verbose=verbose)]
-    logger.addHandler(_shown[0])
+    _handlers[:] = [_Log(verbose=verbose)]
+    logger.addHandler(_handlers[0])
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
 
@@ -61,10 +61,10 @@ def show_log(*, verbose: bool) -> None:
 @contextmanager
 def log_above(print_above: Callable[[str], object]) -> Iterator[None]:
     """Print the library's log through ``print_above`` during this block, so it stays above progress bars."""
-    for handler in _shown:
+    for handler in _handlers:
         handler.print_above = print_above
     try:
         yield
     finally:
-        for handler in _shown:
+        for handler in _handlers:
             handler.print_above = None

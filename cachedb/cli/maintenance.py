@@ -1,4 +1,4 @@
-"""Commands that maintain a cache: init, gc, verify, adopt, copy, stats, df, ps."""
+"""Define the commands that maintain a cache: init, gc, verify, adopt, copy, stats, df, ps."""
 
 from __future__ import annotations
 

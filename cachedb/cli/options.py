@@ -1,4 +1,4 @@
-"""Options and parameter types that several commands share."""
+"""Define the options and parameter types that several commands share."""
 
 from __future__ import annotations
 

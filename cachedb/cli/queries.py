@@ -1,4 +1,4 @@
-"""Commands that run SQL queries: sql, report."""
+"""Define the commands that run SQL queries: sql, report."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _read_query(file: str) -> str:
 
 
 @contextmanager
-def _idle_priority() -> Iterator[None]:
+def _use_idle_priority() -> Iterator[None]:
     """Run this block only on otherwise idle CPUs.
 
     Use it for reading, and only after the cache is open: opening may take the write lock, and the holder of that lock
@@ -103,7 +103,7 @@ def _run_query(query: str, parameters: dict[str, Any], form: str, seconds: int |
     try:
         with (
             open_cache(existing=True) as cache,
-            _idle_priority(),
+            _use_idle_priority(),
             cache.sql(query, parameters, timeout=seconds, stream=True) as found,
         ):
             print_rows(found.columns, found.rows, form, sizes=sizes)
@@ -167,7 +167,7 @@ def report(
 def _write_page(file: str) -> None:
     if file == "-":
         get_stdout()  # fail before the work if stdout is closed
-    with open_cache(existing=True) as cache, _idle_priority():
+    with open_cache(existing=True) as cache, _use_idle_priority():
         page = cache.get_html_report()
     try:
         if file != "-" and (not os.path.exists(file) or os.path.isfile(file)):

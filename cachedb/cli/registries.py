@@ -1,4 +1,4 @@
-"""Commands for registries: pull, push."""
+"""Define the commands for registries: pull, push."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from cachedb.errors import InvalidQuery, NotInCache, os_errors
 __all__ = ["Report", "folder", "load", "reports"]
 
 
-_BUILT_IN = Path(__file__).parent / "sql"
-_PARAMETER = re.compile(r"-- :(\w+)(?: (.*))?")
+_BUILT_IN_FOLDER = Path(__file__).parent / "sql"
+_PARAMETER_LINE = re.compile(r"-- :(\w+)(?: (.*))?")
 
 
 class Report(NamedTuple):
@@ -79,8 +79,13 @@ def reports() -> list[Report]:
     Raises:
         StorageError: if a file cannot be read.
     """
-    paths = {path.stem: path for place in (_BUILT_IN, folder()) for path in place.glob("*.sql") if path.is_file()}
-    return [_read(paths[name]) for name in sorted(paths)]
+    paths = {
+        path.stem: path
+        for directory in (_BUILT_IN_FOLDER, folder())
+        for path in directory.glob("*.sql")
+        if path.is_file()
+    }
+    return [_read_report(paths[name]) for name in sorted(paths)]
 
 
 def load(name: str) -> Report:
@@ -90,14 +95,14 @@ def load(name: str) -> Report:
         NotInCache: if there is no such report.
         StorageError: if its file cannot be read.
     """
-    for place in (folder(), _BUILT_IN):
-        path = place / f"{name}.sql"
+    for directory in (folder(), _BUILT_IN_FOLDER):
+        path = directory / f"{name}.sql"
         if name and os.sep not in name and path.is_file():
-            return _read(path)
+            return _read_report(path)
     raise NotInCache(f"there is no report {name!r}: `cachedb report --list` lists all reports")
 
 
-def _read(path: Path) -> Report:
+def _read_report(path: Path) -> Report:
     with os_errors("read a report"):
         query = path.read_text(encoding="utf-8-sig", errors="replace")
     description: list[str] = []
@@ -105,7 +110,7 @@ def _read(path: Path) -> Report:
     for line in query.lstrip().splitlines():
         if not line.startswith("--"):
             break
-        if found := _PARAMETER.fullmatch(line.rstrip()):
+        if found := _PARAMETER_LINE.fullmatch(line.rstrip()):
             parameters[found[1]] = found[2]
         else:
             description.append(line.removeprefix("--").strip())

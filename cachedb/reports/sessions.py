@@ -50,10 +50,10 @@ def sessions(directory: Path) -> list[SessionInfo]:
         live_sessions = _list_live_sessions(directory)
         rest = _list_activities(directory)
     found = []
-    for process, name, since in live_sessions:
+    for process, session, since in live_sessions:
         own = [activity for owner, activity in rest if process is not None and owner == process]
         rest = [(owner, activity) for owner, activity in rest if process is None or owner != process]
-        found.append(_make_info(name, process, since, own))
+        found.append(_make_info(session, process, since, own))
     without_session: dict[Process | None, list[Activity]] = {}
     for owner, activity in rest:
         without_session.setdefault(owner, []).append(activity)
@@ -65,12 +65,12 @@ def sessions(directory: Path) -> list[SessionInfo]:
 def _list_live_sessions(directory: Path) -> list[tuple[Process | None, str, datetime]]:
     """Return the process, the id and the start of each live session."""
     found = []
-    for name in sorted(locked_sessions(directory)):
-        path = lock_path(directory, name)
+    for session in sorted(locked_sessions(directory)):
+        path = lock_path(directory, session)
         with suppress(FileNotFoundError):
             since = _to_utc(path.stat().st_mtime)
             if locks.is_held(path):
-                found.append((_read_owner(path), name, since))
+                found.append((_read_owner(path), session, since))
     return found
 
 
@@ -100,14 +100,14 @@ def _list_activities(directory: Path) -> list[tuple[Process | None, Activity]]:
     return found
 
 
-def _make_info(name: str | None, process: Process | None, since: datetime, doing: list[Activity]) -> SessionInfo:
+def _make_info(session: str | None, process: Process | None, since: datetime, doing: list[Activity]) -> SessionInfo:
     if process is None:
-        pid = name.partition("-")[0] if name else ""
-        return SessionInfo(name, int(pid) if pid.isdecimal() else None, None, None, since, doing)
+        pid = session.partition("-")[0] if session else ""
+        return SessionInfo(session, int(pid) if pid.isdecimal() else None, None, None, since, doing)
     user = str(process.uid)
     with suppress(KeyError):
         user = pwd.getpwuid(process.uid).pw_name
-    return SessionInfo(name, process.pid, user, process.command, since, doing)
+    return SessionInfo(session, process.pid, user, process.command, since, doing)
 
 
 def _to_utc(seconds: float) -> datetime:

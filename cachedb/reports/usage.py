@@ -84,7 +84,7 @@ class Usage(NamedTuple):
 
 
 def shares(connection: Connection) -> tuple[dict[str, Share], int]:
-    """Return all stored blobs (``stored``), their division by use, and the bytes that sharing saves."""
+    """Return how many blobs are stored, in all and by use, and the bytes that sharing saves."""
     stored, used, held = (
         connection.exec_driver_sql(query).one() for query in (_STORED_QUERY, _USED_QUERY, _HELD_QUERY)
     )

@@ -59,16 +59,16 @@ def format_platform(row: Row) -> str:
 
 def format_age(last_used_at: str, now: datetime) -> int:
     """Return the number of the age group that a time belongs to; 0 is the most recent."""
-    return sum(last_used_at < _time(now - timedelta(days=days)) for days in AGES)
+    return sum(last_used_at < _format_time(now - timedelta(days=days)) for days in AGES)
 
 
 def find_age(column: str, now: datetime) -> tuple[str, dict[str, str]]:
     """Return an SQL expression that computes the age group of a column, and its parameters."""
     cases = " ".join(f"WHEN {column} >= :limit{age} THEN {age}" for age in range(len(AGES)))
-    limits = {f"limit{age}": _time(now - timedelta(days=days)) for age, days in enumerate(AGES)}
+    limits = {f"limit{age}": _format_time(now - timedelta(days=days)) for age, days in enumerate(AGES)}
     return f"CASE {cases} ELSE {len(AGES)} END", limits
 
 
-def _time(time: datetime) -> str:
+def _format_time(time: datetime) -> str:
     """Format a time as in the index."""
     return f"{time.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
