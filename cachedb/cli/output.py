@@ -144,7 +144,7 @@ def _format_cell(value: object, *, is_terminal: bool) -> object:
 
 
 def _make_distinct(columns: Sequence[str]) -> list[str]:
-    """Return the column names as distinct keys; a second ``name``, for example of a join, becomes ``name_2``."""
+    """Return the column names as distinct keys; a second ``name``, as in a join, becomes ``name_2``."""
     names: list[str] = []
     for column in columns:
         name, number = column, 1

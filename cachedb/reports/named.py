@@ -65,7 +65,7 @@ def number(text: str) -> int | float | str:
 
 
 def folder() -> Path:
-    """Return the folder of the user's reports: ``CACHEDB_REPORTS``, else one in the configuration directory."""
+    """Return the folder of the user's reports: ``CACHEDB_REPORTS``, else a default folder."""
     if named := os.environ.get("CACHEDB_REPORTS"):
         return Path(named)
     import platformdirs

@@ -162,7 +162,7 @@ def _fetch_growth(connection: Connection, now: datetime) -> dict[str, Any]:
 
 
 def _fetch_uses(connection: Connection, ages: Sequence[Row], now: datetime) -> list[dict[str, int]]:
-    """Return for each age group the images, the bytes, and the bytes freed by removing this and older groups.
+    """Return for each age group its images, its bytes, and what removing it and all older groups frees.
 
     The age is the time since the last use. A blob of several images has the age of the image that was used last.
     """

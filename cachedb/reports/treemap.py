@@ -183,7 +183,7 @@ def _make_repository_tiles(
     ages: Sequence[Row],
     min_bytes: int,
 ) -> list[Tile]:
-    """Return the repositories of at least ``min_bytes`` bytes, with their images and the bytes those share."""
+    """Return the tiles of repositories of at least ``min_bytes`` bytes, with their images inside."""
     inner = {row.repository: row.unique_size for row in repositories}
     for age in ages:
         inner[age.repository] -= age.unique_size
