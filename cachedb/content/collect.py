@@ -1,8 +1,8 @@
-"""Collection: what nothing refers to leaves the index, then ``blobs/``, then the disk; in that order.
+"""Collect garbage: remove unreferenced blobs from the index, then from ``blobs/``, then from the disk.
 
-A blob is forgotten and noted in ``trash`` by one transaction. Its file is renamed into ``trash/`` by a
-second, which looks again whether the blob was stored anew meanwhile, and unlinked after that. So a crash
-at any point leaves something that `recover` can finish, and never a stored row without its file.
+The first transaction deletes a blob's row and notes the blob in the table ``trash``. The second checks that nobody has
+stored the blob again, and renames its file into ``trash/``. Then the file is unlinked. A crash at any point leaves
+work that `recover` can finish, and never a stored row without its file.
 """
 
 from __future__ import annotations
@@ -49,63 +49,63 @@ from cachedb.threads import start
 __all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "recover_at_once", "unreferenced"]
 
 
-SMALL_BATCH = 16  # blobs, where there is little space to work in
-_LARGE_BATCH = 250  # more are forgotten in a time that a writer who waits would notice
-_FEW = 64  # files that are unlinked sooner than threads have begun
-_RECOVERY_SECONDS = 1.0  # at most, when a cache is opened
-_UNLINKING = 2  # threads
-_HOLD = 0.03  # seconds of renaming after which the write lock is let go of
+SMALL_BATCH = 16  # blobs to collect at a time on a full disk
+_LARGE_BATCH = 250  # blobs; a larger batch holds the write lock for too long
+_FEW_FILES = 64  # for so few files, starting threads takes longer than unlinking
+_RECOVERY_SECONDS = 1.0  # the longest recovery when a cache is opened
+_UNLINK_THREADS = 2
+_RENAME_SECONDS = 0.03  # the longest time of renaming under one write lock
 
 
 class Collected(NamedTuple):
-    """What was taken from the disk, or would be: a number of blobs, and their bytes."""
+    """The number of collected blobs, or of blobs that a collection would free, and their bytes."""
 
     blobs: int
     bytes: int
 
 
-# The reference count is zero, and no session works with it.
+# No image is associated with the blob, and no session has a lease on it.
 _UNREFERENCED = (
     ~select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.blob_id == BLOBS.c.id).exists(),
     ~select(LEASES.c.digest).where(LEASES.c.digest == BLOBS.c.digest).exists(),
 )
 
 
-# To put a statement together takes longer than to execute it.
+# Building a statement takes longer than executing it, so each is built once.
 
 
 @cache
-def _forgotten() -> ReturningDelete[*tuple[Any, ...]]:
+def _delete_unreferenced() -> ReturningDelete[*tuple[Any, ...]]:
     these = BLOBS.c.id.in_(bindparam("ids", expanding=True))
     return delete(BLOBS).where(*_UNREFERENCED, these).returning(BLOBS.c.digest, BLOBS.c.size, BLOBS.c.stored_at)
 
 
 @cache
-def _new_trash() -> Insert:
+def _insert_trash() -> Insert:
     return insert(TRASH)
 
 
 @cache
-def _some_trash() -> Select[*tuple[Any, ...]]:
+def _select_trash() -> Select[*tuple[Any, ...]]:
     return select(TRASH.c.digest).limit(bindparam("most"))
 
 
 @cache
-def _candidates() -> CompoundSelect[int]:
-    # What `_UNREFERENCED` says, for all blobs at once: in the order of the ids, in which both indexes are, SQLite
-    # goes through each of them once, and looks nothing up.
+def _select_candidates() -> CompoundSelect[int]:
+    # The same condition as `_UNREFERENCED`, for all blobs at once. Both indexes are ordered by id, so SQLite reads
+    # each of them once from end to end, without look-ups.
     used = select(IMAGE_BLOBS.c.blob_id)
     leased = select(BLOBS.c.id).where(BLOBS.c.digest.in_(select(LEASES.c.digest)))
     return except_(select(BLOBS.c.id), used, leased).order_by("id")
 
 
 @cache
-def _without_trash() -> Delete:
+def _delete_trash() -> Delete:
     return delete(TRASH).where(TRASH.c.digest.in_(bindparam("digests", expanding=True)))
 
 
 def unreferenced(connection: Connection) -> Collected:
-    """Return what a full collection would free now."""
+    """Return how many blobs and bytes a full collection would free now."""
     totals = select(func.count(), func.coalesce(func.sum(BLOBS.c.size), 0)).where(
         *_UNREFERENCED, BLOBS.c.stored_at.is_not(None)
     )
@@ -113,31 +113,35 @@ def unreferenced(connection: Connection) -> Collected:
 
 
 def forget(connection: Connection, blob_ids: Iterable[int]) -> Collected:
-    """Forget those of the blobs that nothing refers to, and note their files for the trash."""
+    """Delete the rows of those blobs that nothing references, and note their files for the trash."""
     blobs = size = 0
     for part in batched(sorted(blob_ids)):
-        rows = connection.execute(_forgotten(), {"ids": part}).all()
+        rows = connection.execute(_delete_unreferenced(), {"ids": part}).all()
         files = [row for row in rows if row.stored_at is not None and is_digest(row.digest)]
         if files:
-            connection.execute(_without_trash(), {"digests": [row.digest for row in files]})
-            connection.execute(_new_trash(), [{"digest": row.digest, "size": row.size} for row in files])
+            connection.execute(_delete_trash(), {"digests": [row.digest for row in files]})
+            connection.execute(_insert_trash(), [{"digest": row.digest, "size": row.size} for row in files])
         blobs += len(files)
         size += sum(row.size for row in files)
     return Collected(blobs, size)
 
 
 def collect(database: Database, *, batch: int = _LARGE_BATCH) -> Iterator[Collected]:
-    """Take everything unreferenced from the index and from the disk, so many blobs at a time; yield what was taken.
+    """Remove all unreferenced blobs from the index and the disk in batches; yield each batch's total.
 
-    The candidates are found without the lock; each is looked at again under it, by the same condition.
+    The candidates are found without the write lock. Under the lock, each is checked again with the same condition.
+
+    Args:
+        database: of the cache.
+        batch: the largest number of blobs in a batch.
 
     Raises:
-        StorageError: when all else is done, if a file cannot be unlinked.
+        StorageError: at the end, if a file cannot be unlinked.
     """
     recover(database)
     downloads.sweep(database.folders)
     with database.read() as connection:
-        candidates = connection.execute(_candidates()).scalars().all()
+        candidates = connection.execute(_select_candidates()).scalars().all()
     left: list[Leftover] = []
     with _unlinking(database.folders, left) as unlink:
         for blob_ids in batched(candidates, batch):
@@ -145,7 +149,7 @@ def collect(database: Database, *, batch: int = _LARGE_BATCH) -> Iterator[Collec
                 part = forget(connection, blob_ids)
             yield part
             _move_out(database)
-            unlink()  # now, so that a large collection gives back space as it goes
+            unlink()  # in each round, so that a large collection frees space from the start
         unlink()
     if left:
         path, reason = left[0]
@@ -153,7 +157,7 @@ def collect(database: Database, *, batch: int = _LARGE_BATCH) -> Iterator[Collec
 
 
 def empty_trash(database: Database) -> list[Leftover]:
-    """Move the files of forgotten blobs out of ``blobs/`` and unlink them; return what cannot be unlinked."""
+    """Unlink the files of deleted rows, by way of ``trash/``; return those that cannot be unlinked."""
     _move_out(database)
     left: list[Leftover] = []
     with _unlinking(database.folders, left) as unlink:
@@ -162,46 +166,47 @@ def empty_trash(database: Database) -> list[Leftover]:
 
 
 def _move_out(database: Database) -> None:
-    """Rename the files of forgotten blobs into ``trash/``."""
-    while database.rows(_some_trash(), {"most": 1}):
+    """Rename the files of deleted rows into ``trash/``."""
+    while database.rows(_select_trash(), {"most": 1}):
         with database.write() as connection:
-            begun = time.monotonic()
-            digests = [Digest(row) for row in connection.execute(_some_trash(), {"most": BATCH}).scalars()]
-            again = stored(connection, digests)
+            start_time = time.monotonic()
+            digests = [Digest(row) for row in connection.execute(_select_trash(), {"most": BATCH}).scalars()]
+            stored_again = stored(connection, digests)
             done = []
             with ExitStack() as opened:
                 trash = opened.enter_context(database.folders.open("trash"))
                 sources: dict[str, int] = {}
                 for digest in digests:
                     done.append(digest)
-                    # An index from elsewhere may name a path here, that leads out of the cache.
-                    if digest in again or not is_digest(digest):
+                    # An index from elsewhere may have a path here that leads out of the cache.
+                    if digest in stored_again or not is_digest(digest):
                         continue
                     algorithm, name = split_digest(digest)
                     if algorithm not in sources:
                         sources[algorithm] = opened.enter_context(database.folders.open(f"blobs/{algorithm}"))
-                    with suppress(FileNotFoundError):  # moved before a crash that undid the rest
+                    with suppress(FileNotFoundError):  # a process renamed it, then crashed before its commit
                         os.rename(name, trash_name(digest), src_dir_fd=sources[algorithm], dst_dir_fd=trash)
-                    if time.monotonic() - begun > _HOLD:
+                    if time.monotonic() - start_time > _RENAME_SECONDS:
                         break
                 for folder in sources.values():
                     os.fsync(folder)
-            connection.execute(_without_trash(), {"digests": done})
+            connection.execute(_delete_trash(), {"digests": done})
         if len(done) == len(digests) < BATCH:
             break
 
 
 @contextmanager
 def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], None]]:
-    """Give a block what begins to unlink the blobs in ``trash/``; it is done at the block's end.
+    """Yield a function that starts to unlink the files in ``trash/``; wait at the end of the block.
 
-    Where others sync, each unlinking waits for the file system's journal: several wait together, and beside the block.
+    While other processes sync, each unlink waits for the file system's journal. Threads let several unlinks wait
+    at the same time, and the block continues meanwhile.
 
     Args:
         folders: of the cache.
-        left: gets what cannot be unlinked.
+        left: gets the files that cannot be unlinked.
     """
-    begun: list[threading.Thread] = []
+    started: list[threading.Thread] = []
     failures: list[BaseException] = []
 
     def unlink(names: list[str]) -> None:
@@ -220,52 +225,52 @@ def _unlinking(folders: Folders, left: list[Leftover]) -> Iterator[Callable[[], 
             failures.append(error)
 
     def join() -> None:
-        while begun:
-            with suppress(RuntimeError):  # an interrupt came before it was begun
-                begun[-1].join()
-            begun.pop()
+        while started:
+            with suppress(RuntimeError):  # an interrupt came before the thread started
+                started[-1].join()
+            started.pop()
 
     def finish() -> None:
         join()
         if failures:
             raise failures.pop()
 
-    def begin() -> None:
+    def start_unlinking() -> None:
         finish()
-        left.clear()  # what is still there is found again
+        left.clear()  # the listing below finds them again
         names = [name for name in os.listdir(trash) if trash_digest(name)]
-        if len(names) <= _FEW:
+        if len(names) <= _FEW_FILES:
             unlink(names)
             return
-        for first in range(_UNLINKING):
-            some = names[first::_UNLINKING]
-            begun.append(threading.Thread(target=unlink_in_thread, args=(some,)))
-            if not start(begun[-1]):
-                begun.pop()
-                unlink(some)
+        for first in range(_UNLINK_THREADS):
+            share = names[first::_UNLINK_THREADS]
+            started.append(threading.Thread(target=unlink_in_thread, args=(share,)))
+            if not start(started[-1]):
+                started.pop()
+                unlink(share)
 
     with os_errors("empty the trash"), folders.open("trash") as trash:
         try:
-            yield begin
+            yield start_unlinking
             finish()
         finally:
             join()
 
 
 def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
-    """Clean up what is over: what dead sessions received, their leases, holds past their time, half-done trash.
+    """Remove the files and leases of dead sessions, expired holds, and the files in the trash.
 
-    What cannot be cleaned up is passed over, for it must not keep anybody from working.
+    A file that cannot be removed is skipped: it must not keep anybody from working.
 
     Args:
         database: of the cache.
         seconds: after which no further session is cleaned up.
 
     Returns:
-        What is left.
+        The files that are left.
 
     Raises:
-        Busy: if another process has the write lock for longer than the database waits.
+        Busy: if another process holds the write lock for longer than the database waits.
     """
     with database.read() as connection:
         leased = holds.lapsed(connection)
@@ -285,7 +290,7 @@ def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
                     raise
                 except (OSError, CacheError) as error:
                     left.append(Leftover(folder, explain(error) if isinstance(error, OSError) else str(error)))
-        # A session has its lock file before its first lease, and until its last is gone.
+        # A session's lock file exists before its first lease, and until its last lease is deleted.
         gone = leased - locked_sessions(database.directory)
     if gone:
         with database.write() as connection:
@@ -294,16 +299,16 @@ def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
 
 
 def recover_at_once(database: Database) -> list[Leftover]:
-    """Clean up after dead processes, as far as that can be done at once; what is left is for the next to open.
+    """Clean up after dead processes, but do not wait; the next process that opens the cache does the rest.
 
-    The command that opens the cache has no need of it.
+    The command that opens the cache does not depend on this.
 
     Returns:
-        What cannot be cleaned up.
+        The files that cannot be removed.
     """
     try:
         with database.without_waiting():
             return recover(database, seconds=_RECOVERY_SECONDS)
     except Busy as error:
-        LOG.info("left the cleaning up to the next who opens the cache: %s", error)
+        LOG.info("the next process that opens the cache cleans up: %s", error)
         return []

@@ -1,7 +1,7 @@
-"""What images' configs say, in the index: platform, time of building, author, labels, and of layers how they were made.
+"""Copy the data of configs into the index: platform, build time, author, labels, layer commands.
 
-An image is described when it is saved, and again when a config that it waited for arrives. An index's image has
-what the configs of all its platforms agree on.
+An image is described when it is saved, and again when a missing config arrives. An image of several platforms gets
+the values on which the configs of all its platforms agree.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cachedb.oci.manifests import CONFIG_TYPES, DOCUMENT_LIMIT
 __all__ = ["Unreadable", "agrees", "describe", "description", "read_ahead", "stored"]
 
 
-_OUR_OWN = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # these say nothing of the file
+_RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process lacks them; the file may be sound
 
 
 class Unreadable(NamedTuple):
@@ -45,15 +45,18 @@ class Unreadable(NamedTuple):
 
 
 def stored(connection: Connection, image_id: int) -> dict[Digest, int]:
-    """Return the configs that describe an image, as far as they are stored, with their sizes in bytes."""
+    """Return the stored configs that describe an image, with their sizes in bytes."""
     return {config.digest: config.size for config, _ in _configs(associations(connection, image_id))}
 
 
 def read_ahead(directory: Path, digests: Iterable[Digest]) -> dict[Digest, ImageConfig | InvalidManifest]:
-    """Read configs for `describe`, without the write lock; return what can be said of them once and for all.
+    """Read configs for `describe` without the write lock; return the configs and the errors.
+
+    The result has an error only for an invalid config. It lacks configs whose files are lost, damaged or unreadable:
+    `describe` tries those again.
 
     Raises:
-        StorageError: if this process lacks what it needs to read them.
+        StorageError: if this process lacks file descriptors or memory to read them.
     """
     found = {digest: _read(directory, digest) for digest in digests}
     return {digest: read for digest, read in found.items() if isinstance(read, ImageConfig | InvalidManifest)}
@@ -65,48 +68,50 @@ def describe(
     image_id: int,
     known: Mapping[Digest, ImageConfig | InvalidManifest] | None = None,
 ) -> list[Unreadable]:
-    """Write to an image's rows what its configs say, as far as they are stored; return those that cannot be read.
+    """Write what an image's stored configs say to its rows; return the configs that cannot be read.
 
     Args:
         connection: in a write transaction.
         directory: of the cache.
         image_id: of the image.
-        known: configs that were read before; the image need not have them any more.
+        known: configs that were read before; those of other images are ignored.
 
     Raises:
-        StorageError: if this process lacks what it needs to read them.
+        StorageError: if this process lacks file descriptors or memory to read them.
     """
-    said = description(directory, associations(connection, image_id), known)
-    write(connection, image_id, said)
-    if said.layers:
+    described = description(directory, associations(connection, image_id), known)
+    write(connection, image_id, described)
+    if described.layers:
         layers = [
             {"of": image_id, "at": position, "diff_id": diff_id, "created_by": command}
-            for position, (diff_id, command) in said.layers.items()
+            for position, (diff_id, command) in described.layers.items()
         ]
         connection.execute(described_layer(), layers)
-    return [Unreadable(digest, str(error)) for digest, error in said.unreadable.items()]
+    return [Unreadable(digest, str(error)) for digest, error in described.unreadable.items()]
 
 
 def agrees(connection: Connection, directory: Path, image_id: int) -> bool:
-    """Say whether the index has of an image what its configs say; also where that cannot be told, or not yet.
+    """Return whether the index matches an image's configs.
+
+    It is True if a config is not stored or its file cannot be read, and until the backfill has read the configs.
 
     Raises:
-        StorageError: if this process lacks what it needs to read them.
+        StorageError: if this process lacks file descriptors or memory to read them.
     """
-    begin = backfilled(connection)
+    last_read = backfilled(connection)
     contents = associations(connection, image_id)
     wanted = [blob for blob in contents if blob.role == "config" and blob.media_type in CONFIG_TYPES]
-    if (begin is not None and image_id > begin) or not wanted or not all(blob.stored for blob in wanted):
+    if (last_read is not None and image_id > last_read) or not wanted or not all(blob.stored for blob in wanted):
         return True
-    said = description(directory, contents)
-    if not all(isinstance(error, InvalidManifest) for error in said.unreadable.values()):
-        return True  # it may have been read before
+    described = description(directory, contents)
+    if not all(isinstance(error, InvalidManifest) for error in described.unreadable.values()):
+        return True  # the file was perhaps sound when the image was described
     row = connection.execute(select_attributes(), {"of": image_id}).one()
     layers = {blob.position: (blob.diff_id, blob.created_by) for blob in contents}
     return (
-        row._asdict() == said.values
-        and labels(connection, image_id) == said.labels
-        and all(layers[position] == layer for position, layer in said.layers.items())
+        row._asdict() == described.values
+        and labels(connection, image_id) == described.labels
+        and all(layers[position] == layer for position, layer in described.layers.items())
     )
 
 
@@ -115,15 +120,15 @@ def description(
     contents: list[Association],
     known: Mapping[Digest, ImageConfig | InvalidManifest] | None = None,
 ) -> Description:
-    """Return what the configs of an image with these contents say, as far as they are stored.
+    """Return what the stored configs of an image with these blobs say.
 
     Args:
         directory: of the cache.
-        contents: the image's associations, in the order of their positions.
+        contents: the image's associations, by position.
         known: configs that were read before.
 
     Raises:
-        StorageError: if this process lacks what it needs to read them.
+        StorageError: if this process lacks file descriptors or memory to read them.
     """
     found: list[ImageConfig] = []
     layers: dict[int, tuple[Digest | None, str | None]] = {}
@@ -133,9 +138,9 @@ def description(
         if isinstance(read, CacheError):
             unreadable[config.digest] = read
             continue
-        if read.os != "unknown":  # as builders call it for what describes an image, and is none
+        if read.os != "unknown":  # builders give this name to attestations, which are not images
             found.append(read)
-        if len(read.layers) <= len(positions):  # what is attached to an image follows its layers
+        if len(read.layers) <= len(positions):  # layers that a user attached follow those of the config
             layers.update(zip(positions, read.layers, strict=False))
     values = {name: _agreed([getattr(config, name) for config in found]) for name in ATTRIBUTES}
     common = set.intersection(*(set(config.labels.items()) for config in found)) if found else set()
@@ -143,12 +148,12 @@ def description(
 
 
 def _configs(contents: list[Association]) -> Iterator[tuple[Association, list[int]]]:
-    """Yield each stored config of an image or a platform of it, with the positions of its layers, which follow it."""
-    for place, config in enumerate(contents):
+    """Yield each stored config of an image, with the positions of the layers that follow it."""
+    for index, config in enumerate(contents):
         if config.role != "config" or not config.stored or config.media_type not in CONFIG_TYPES:
             continue
         positions = []
-        for blob in contents[place + 1 :]:
+        for blob in contents[index + 1 :]:
             if blob.role != "layer":
                 break
             positions.append(blob.position)
@@ -156,15 +161,15 @@ def _configs(contents: list[Association]) -> Iterator[tuple[Association, list[in
 
 
 def _read(directory: Path, digest: Digest) -> ImageConfig | CacheError:
-    """Return what a config says, or why it cannot be read."""
+    """Return a parsed config, or the error if it cannot be read."""
     try:
         with reader.open_blob(directory, digest) as file, os_errors("read a config"):
             data = file.read(DOCUMENT_LIMIT + 1)
         if len(data) <= DOCUMENT_LIMIT and digest_of(data, digest) != digest:
-            return DigestMismatch("its file has another content: run `cachedb verify`")
+            return DigestMismatch("its file is damaged: run `cachedb verify`")
         return parse_config(data, TEXT_LIMIT)
     except CacheError as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OUR_OWN:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _RESOURCE_ERRNOS:
             raise
         return error
 

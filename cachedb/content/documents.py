@@ -1,4 +1,4 @@
-"""The manifests and configs of a held image, verified."""
+"""Read the manifests and configs of a held image, and verify them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["read_closure", "read_document"]
 
 
 def read_closure(directory: Path, name: Name, info: ImageInfo, blobs: list[BlobInfo]) -> Closure:
-    """Read what an image reaches, as far as it is in the cache.
+    """Read the manifests of a held image and return its closure.
 
     Args:
         directory: of the cache.
         name: of the image.
         info: the image, which is held.
-        blobs: of the image, in the order of their positions.
+        blobs: of the image, by position.
 
     Raises:
-        IncompleteImage: if a blob of it is not stored.
+        IncompleteImage: if a blob of the image is not stored.
         DigestMismatch: if the file of a manifest is damaged.
     """
     if not info.complete:
@@ -37,7 +37,7 @@ def read_closure(directory: Path, name: Name, info: ImageInfo, blobs: list[BlobI
 
 
 def read_document(directory: Path, digest: Digest) -> bytes:
-    """Return a manifest or config of an image that is held.
+    """Return the verified bytes of a manifest or config of a held image.
 
     Raises:
         DigestMismatch: if its file is damaged.
@@ -49,5 +49,5 @@ def read_document(directory: Path, digest: Digest) -> bytes:
     except NotInCache:
         raise StorageError(f"the file of {digest} is gone: run `cachedb verify`") from None
     if digest_of(data, digest) != digest:
-        raise DigestMismatch(f"the file of {digest} has another content: run `cachedb verify`")
+        raise DigestMismatch(f"the file of {digest} is damaged: run `cachedb verify`")
     return data

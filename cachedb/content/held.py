@@ -1,4 +1,4 @@
-"""Hold images and blobs for a block: they are not collected meanwhile."""
+"""Hold images and blobs, so that no process collects them during a block."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ __all__ = ["find_held", "held", "hold_name"]
 def held(
     database: Database, session: Session, *names_or_digests: str | Name
 ) -> Iterator[list[tuple[ImageInfo, list[BlobInfo]]]]:
-    """Hold images and blobs, and yield them as they are now: a name may move to another image meanwhile."""
+    """Hold images and blobs during the block, and yield each image with its blobs.
+
+    The images are those that the names point to now; the names may point to other images before the block ends.
+    """
     found: list[tuple[ImageInfo, list[BlobInfo]]] = []
     # A cache that can only be read takes no leases, and none of its blobs are collected.
     read_only = database.read_only
     with database.read() if read_only else database.write() as connection:
         digests: set[Digest] = set()
         for wanted in names_or_digests:
-            there = find_held(connection, wanted)
-            if isinstance(there, str):
-                digests.add(there)
+            image_or_digest = find_held(connection, wanted)
+            if isinstance(image_or_digest, str):
+                digests.add(image_or_digest)
                 continue
             if not read_only:
-                images.touch(connection, there)
-            info, contents = images.image(connection, database.directory, there)
+                images.touch(connection, image_or_digest)
+            info, contents = images.image(connection, database.directory, image_or_digest)
             digests.update(blob.digest for blob in contents)
             found.append((info, contents))
         hold = NO_HOLD if read_only else session.lease(connection, digests)
@@ -45,15 +48,15 @@ def held(
     except BaseException:
         release_after_error(database, session, hold)
         raise
-    if not database.ended:  # else it ended with the session
+    if not database.ended:  # else the hold ended with the session
         release_hold(database, session, hold)
 
 
 def find_held(connection: Connection, wanted: str | Name) -> int | Digest:
-    """Return an image's id, or the digest of a stored blob.
+    """Return the id of a named image, or the given digest if its blob is stored.
 
     Raises:
-        NotInCache: if neither is in the cache.
+        NotInCache: if the image or blob is not in the cache.
     """
     if not (isinstance(wanted, str) and (digest := _as_digest(wanted))):
         return images.find(connection, Name.parse(wanted)).id

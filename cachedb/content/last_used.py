@@ -1,7 +1,7 @@
-"""When images were last used: noted in memory by those who read, and written down by the way.
+"""Record when images were last used: a reader notes a use in memory, and the index is updated later.
 
-Nobody who reads waits for a writer because of it. What is noted is written when the cache is closed, and after some
-minutes, if the write lock is free; if it is not, or the disk is full, an image looks unused for a little longer.
+A reader never waits for the write lock because of a use. A use writes all noted uses if the last write is five
+minutes old; so does closing the cache. If the write lock is taken or the disk is full, the uses are lost.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["RESOLUTION", "Uses"]
 
 
 RESOLUTION = 5 * 60.0
-"""Seconds by which a last use may be older than it is in the index."""
+"""Seconds by which the last use in the index may be older than the real one."""
 
 
 class Uses:
-    """The uses of images that this process has noted, and not written yet. For several threads, and forked children."""
+    """The uses of images that this process has not written yet; safe for threads and forked children."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -36,8 +36,11 @@ class Uses:
         self.forked()
 
     def forked(self) -> None:
-        """Have nothing noted, for a parent process writes what it has; and no guard that a thread of it holds."""
-        self._guard = threading.RLock()  # a signal handler may use the cache while its thread has it
+        """Start empty in a forked child: the parent process writes its own uses.
+
+        The guard is new, because a thread of the parent may hold the old one.
+        """
+        self._guard = threading.RLock()  # a signal handler may use the cache while its thread holds this
         self._names: set[Name] = set()
         self._written = time.monotonic()
 
@@ -50,7 +53,7 @@ class Uses:
             self.write()
 
     def write(self) -> None:
-        """Write what is noted to the index, if that is news to it and the write lock is free."""
+        """Write the noted uses to the index, unless the index has recent ones or the write lock is taken."""
         with self._guard:
             names, self._names, self._written = self._names, set(), time.monotonic()
         if names and not self._database.read_only:

@@ -1,8 +1,7 @@
-"""Blobs on disk: received under ``ingest/``, published into ``blobs/``, read from there.
+"""Publish blobs: receive them into ``ingest/``, then store them in ``blobs/`` and in the index.
 
-What is hashed is what is written: the same buffers, each read once; or what is linked, if nobody has written to it
-meanwhile. A blob's name never appears in ``blobs/`` before all of it is there and on disk, and its row never says
-"stored" before its name is.
+Each buffer is read once, then hashed and written. A file that is linked must not change while it is hashed. A blob
+gets its name in ``blobs/`` only when its file is whole and synced. Its row says "stored" only when that name is synced.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ __all__ = [
 ]
 
 
-_NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
+_UNLINKABLE_ERRNOS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
 
 
 def receive(
@@ -75,22 +74,22 @@ def receive(
     progress: Advance | None = None,
     what: str = "the content",
 ) -> Received:
-    """Read a blob to its end, verify it, and write it to the session's folder, durably.
+    """Read a blob to its end, verify it, and write it durably to the session's folder.
 
     Args:
-        session: whose folder to write to.
+        session: its folder gets the file.
         source: where the bytes come from.
-        digest: the digest it must have, if that is known.
-        size: the size in bytes it must have, if that is known.
-        algorithm: to compute the digest with, if none is known.
-        write: False to verify only: the cache has the blob, and a lease on it.
-        also: is shown every chunk as well.
-        progress: is told of every chunk.
-        what: how to call the blob in an error.
+        digest: the expected digest; None if it is unknown.
+        size: the expected size in bytes; None if it is unknown.
+        algorithm: computes the digest if it is unknown.
+        write: False to verify only, because the blob is stored and held.
+        also: another hasher that gets every chunk.
+        progress: called with the bytes of each chunk.
+        what: the name of the blob in errors.
 
     Raises:
         DigestMismatch: if the content has another digest or size.
-        StorageError: if it cannot be written.
+        StorageError: if the file cannot be written.
     """
     path, opened = (session.new_path(digest), session.opened) if write else (None, None)
     folder = opened.descriptor if opened else None
@@ -107,7 +106,7 @@ def receive(
             what=what,
         )
         if path is None or digest is not None:
-            return Received(content.digest, content.size, path)  # it has its name already
+            return Received(content.digest, content.size, path)  # the file name has the digest already
         named = session.new_path(content.digest)
         with os_errors("write to the cache"):
             os.rename(path.name, named.name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -133,13 +132,15 @@ def receive_linked(
     progress: Advance | None = None,
     what: str = "the content",
 ) -> Received:
-    """Verify a file, and receive a hard link to it; or a copy, if it cannot be linked or others may write to it.
+    """Verify a file and receive a hard link to it, or a copy.
+
+    It is copied if it cannot be linked or other users may write to it.
 
     Args:
         session: as for `receive`.
-        source: returns what reads the file from its beginning.
+        source: returns a stream that reads the file from its beginning.
         file: its descriptor.
-        path: its name.
+        path: its path.
         digest: as for `receive`.
         size: as for `receive`.
         read_only: make the file read-only before it is linked.
@@ -149,15 +150,15 @@ def receive_linked(
     Raises:
         DigestMismatch: as for `receive`.
         Replaced: if the file was replaced or written to meanwhile.
-        StorageError: if it can be neither linked nor copied.
+        StorageError: if the file can be neither linked nor copied.
     """
     before = os.fstat(file)
-    # If a file has an access control list, its group bits are the most that any other user may do.
+    # If a file has an access control list, its group bits limit what all other users may do.
     if before.st_uid != os.geteuid() or before.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        # Others could change its content later. Its owner must take care not to write to it.
+        # Other users could change the content later. We trust only our own user not to do so.
         return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     if session.is_shared and not read_only and stat.S_IMODE(before.st_mode) != 0o444:
-        # The group could not read it, or would have to trust its owner not to write to it.
+        # The group cannot read the file, or must trust its owner not to write to it.
         return receive(session, source(), digest=digest, size=size, progress=progress, what=what)
     verified = receive(session, source(), digest=digest, size=size, write=False, progress=progress, what=what)
     named, opened = session.new_path(digest), session.opened
@@ -170,7 +171,7 @@ def receive_linked(
         try:
             os.link(path, named.name, dst_dir_fd=folder, follow_symlinks=False)
         except OSError as error:
-            if error.errno in _NOT_LINKABLE:
+            if error.errno in _UNLINKABLE_ERRNOS:
                 return receive(session, source(), digest=digest, size=size, what=what)
             raise
         found = os.stat(named.name, dir_fd=folder, follow_symlinks=False)
@@ -186,7 +187,7 @@ def take(session: Session, path: Path, content: Content) -> Received:
     """Receive a downloaded and verified blob; it keeps its name in ``ingest/partial`` until it is stored.
 
     Raises:
-        ClaimLost: if another process has put its own download there.
+        ClaimLost: if another process has replaced the download by its own.
     """
     named, opened = session.new_path(content.digest), session.opened
     folder = opened.descriptor
@@ -202,9 +203,9 @@ def take(session: Session, path: Path, content: Content) -> Received:
 def publish_blobs(database: Database, session: Session, received: Iterable[Received]) -> Iterator[Connection]:
     """Store received blobs in one write transaction, which the block may add to.
 
-    Either all of it is done or nothing, even after a crash. The order makes sure of that: first a file in the
-    session's folder that is named by its digest, then a second name in ``blobs/``, then the row. If a later open
-    finds the first without the row, it removes the name in ``blobs/`` (`retract`).
+    Either everything is stored or nothing, even after a crash. The order ensures this: a file in the session's folder
+    is named by its digest, then gets a second name in ``blobs/``, then the row is set to stored. If a later open finds
+    such a file without the row, it removes the name in ``blobs/`` (`retract`).
     """
     files = {blob.path: blob for blob in received if blob.path is not None}
     opened_folder = session.opened if files else None
@@ -233,8 +234,7 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
                             follow_symlinks=False,
                         )
                     except FileExistsError:
-                        # A file without a row belongs to a removed blob, and one of another size is damaged: ours
-                        # takes its place.
+                        # The existing file belongs to a removed blob or has the wrong size: ours replaces it.
                         second = session.new_path().name
                         os.link(
                             path.name, second, src_dir_fd=received_in, dst_dir_fd=received_in, follow_symlinks=False
@@ -246,7 +246,7 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
             yield connection
     except BaseException:
         if received_in is not None:
-            with suppress(CacheError):  # the next open removes the rest, and the first error counts
+            with suppress(CacheError):  # the next open removes the rest; the first error is raised
                 retract(database, received_in, [path.name for path in files])
         raise
     for path in files:
@@ -290,19 +290,19 @@ def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -
 
 
 def hold_stored(database: Database, session: Session, digests: Iterable[Digest]) -> Hold:
-    """Hold those of the digests that are stored and whose files exist."""
+    """Hold the digests whose blobs are stored and whose files have the right size."""
     wanted = list(digests)
     with database.read() as connection:
-        there = stored(connection, wanted)
-    if there:
+        found = stored(connection, wanted)
+    if found:
         with database.write() as connection:
-            return session.lease(connection, intact(connection, database.directory, there))
+            return session.lease(connection, intact(connection, database.directory, found))
     return NO_HOLD
 
 
 @contextmanager
 def publish(database: Database, session: Session, received: Iterable[writer.Received]) -> Iterator[Connection]:
-    """Store received blobs as `publish_blobs` does, and associate the images that waited for one of them."""
+    """Store received blobs as `publish_blobs` does, and update the images that reference them."""
     received = list(received)
     with publish_blobs(database, session, received) as connection:
         documents = [blob.digest for blob in received if blob.path is not None and blob.size <= DOCUMENT_LIMIT]
@@ -317,12 +317,12 @@ def receive_and_save(
     receive: Callable[[Hold, dict[object, writer.Received]], None],
     save: Callable[[Connection], T],
 ) -> T:
-    """Receive blobs and save the images that need them: all or nothing.
+    """Receive blobs and save the images that need them; do all of it or nothing.
 
     Args:
         database: of the cache.
         session: to work in.
-        digests: the wanted blobs; those already stored are held, and need not be received.
+        digests: the blobs of the images; the stored ones are held, and need not be received.
         receive: called with that hold; it puts the received blobs into the dictionary, under any key.
         save: called in the transaction that stores the received blobs; it saves the images.
 
@@ -356,7 +356,7 @@ def release_hold(database: Database, session: Session, hold: Hold) -> None:
 
 
 def release_after_error(database: Database, session: Session, hold: Hold) -> None:
-    """Release a hold after an error; if that fails too, the hold ends with the session, and the first error counts."""
+    """Release a hold after an error; if that fails too, the hold ends with the session."""
     with suppress(CacheError):
         release_hold(database, session, hold)
 
@@ -369,14 +369,14 @@ def store_blob(
     digest: Digest | None = None,
     algorithm: str = "sha256",
 ) -> Received:
-    """Store a blob, and lease it until this session saves an image that has it.
+    """Store a blob, and lease it until this session saves an image that references it.
 
     Args:
-        database: the index.
-        session: of this process.
+        database: of the cache.
+        session: takes the lease.
         data: the content.
-        digest: that it must have, if known.
-        algorithm: of the digest, if it is not known.
+        digest: the expected digest; None if it is unknown.
+        algorithm: computes the digest if it is unknown.
 
     Raises:
         DigestMismatch: if the content has another digest.
@@ -392,7 +392,7 @@ def store_blob(
         expected = session.expects(received.digest)
         if write:
             with publish(database, session, [received]) as connection:
-                # An image of another session that waits for it may be removed before ours is saved.
+                # An image of another session may be removed before ours is saved, so it does not keep the blob.
                 if not (expected and is_associated(connection, received.digest)):
                     hold = session.lease(connection, [received.digest])
         elif expected:

@@ -1,4 +1,4 @@
-"""Images in the index: names, what they point to, and the closure each is associated with."""
+"""Save images in the index: point a name to a manifest and associate the image with its closure."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ __all__ = [
 T = TypeVar("T")
 
 Choice = Callable[[list[Descriptor]], list[Descriptor]]
-"""Returns those of an index's children that are in an image's closure."""
+"""A function that returns the children of an index that belong to an image's closure."""
 
 
 class SavedImage(NamedTuple):
-    """What a name pointed to, as another index has it."""
+    """An image as another index records it."""
 
     digest: Digest
     media_type: str
     created_at: datetime  # UTC
     last_used_at: datetime  # UTC
-    some_platforms: int | None  # 1 if not all of its index's are in its closure
-    contents: list[Descriptor]  # in the order of their positions
+    some_platforms: int | None  # 1 if its closure has only some platforms of its index
+    contents: list[Descriptor]  # by position
 
 
 class NewImage(NamedTuple):
@@ -94,41 +94,41 @@ class NewImage(NamedTuple):
     name: Name
     digest: Digest  # of the manifest or index, which is stored
     media_type: str
-    contents: list[Descriptor] | None = None  # its closure, if that is known
+    contents: list[Descriptor] | None = None  # its closure; None if the caller does not know it
 
 
 def associate_waiting(connection: Connection, directory: Path, digests: list[Digest]) -> None:
-    """Associate images that have one of the stored blobs as a child manifest, or a config, with what it says."""
-    for image_id in _waiting(connection, digests):
+    """Update the images that reference one of these new blobs as a child manifest or a config."""
+    for image_id in _find_waiting(connection, digests):
         reassociate(connection, directory, image_id)
 
 
 def reassociate(connection: Connection, directory: Path, image_id: int) -> None:
-    """Associate an image anew with the closure of its manifest, as far as that is stored.
+    """Associate an image again with the stored part of its manifest's closure.
 
-    Of an index, those platforms are in it that were before, where not all of them are.
+    If the image has only some platforms of its index, the closure keeps those platforms.
     """
-    said = root_of(connection, image_id)
-    root = _as_it_is(connection, directory, said)
-    if root != said:
+    recorded = root_of(connection, image_id)
+    root = _correct_media_type(connection, directory, recorded)
+    if root != recorded:
         connection.execute(update(IMAGES).where(IMAGES.c.id == image_id).values(media_type=root.media_type))
     known: dict[Digest, BlobRow] = {}
     choose = choice(connection, image_id)
     found = closure(connection, directory, root, choose, strict=False, known=known)
-    _complete(connection, found, known, strict=False)
+    _ensure_rows(connection, found, known, strict=False)
     _associate(connection, directory, image_id, found, known)
 
 
 def choice(connection: Connection, image_id: int) -> Choice | None:
-    """Return what chooses those children of an index that are in an image's closure; None if all are."""
+    """Return a function that chooses the index's children in an image's closure; None if all are in it."""
     query = select(IMAGES.c.some_platforms).where(IMAGES.c.id == image_id)
     if connection.execute(query).scalar_one() is None:
         return None
     return oci.among({blob.digest for blob in descriptions.associations(connection, image_id)})
 
 
-def _as_it_is(connection: Connection, directory: Path, root: Descriptor) -> Descriptor:
-    """Return a manifest with the media type that it has by its own word, where the index's cannot be right."""
+def _correct_media_type(connection: Connection, directory: Path, root: Descriptor) -> Descriptor:
+    """Return a manifest with the media type of its content if the recorded media type does not fit."""
     if blob_rows.stored(connection, [root.digest]).get(root.digest, DOCUMENT_LIMIT + 1) > DOCUMENT_LIMIT:
         return root
     with suppress(InvalidManifest, NotInCache, StorageError):
@@ -143,8 +143,8 @@ def _as_it_is(connection: Connection, directory: Path, root: Descriptor) -> Desc
     return root
 
 
-def _waiting(connection: Connection, digests: list[Digest]) -> list[int]:
-    """Return the images that have one of these as a child manifest, or as a config."""
+def _find_waiting(connection: Connection, digests: list[Digest]) -> list[int]:
+    """Return the ids of the images that reference one of these blobs as a child manifest or a config."""
     found: set[int] = set()
     for part in batched(digests):
         found.update(connection.execute(waiting_for(), {"digests": part}).scalars())
@@ -156,41 +156,41 @@ def save_image(
 ) -> int:
     """Point a name to a stored manifest or index and associate its closure; return the image's id.
 
-    What the name pointed to before is let go. Blobs that were attached to the same manifest stay attached.
+    The name no longer points to its previous manifest. Blobs attached to an image of the same manifest stay attached.
 
     Args:
         connection: in a write transaction.
         directory: of the cache.
         name: of the image.
-        digest: of the manifest.
-        media_type: of the manifest.
-        choose: returns those of an index's children that are in the closure; all of them unless given.
+        digest: of the manifest or index.
+        media_type: of the manifest or index.
+        choose: returns the children of an index that belong to the closure; None for all of them.
 
     Raises:
-        InvalidName: if the name is by another digest; nothing is written then.
-        InvalidManifest: if a manifest of the closure is invalid; nor is anything then.
+        InvalidName: if the name has another digest; then nothing is written.
+        InvalidManifest: if a manifest of the closure is invalid; then nothing is written.
     """
     if name.digest not in (None, digest):
         raise InvalidName(f"{name} cannot be the name of {digest}: its digest is another")
     known = look_up_blobs(connection, [digest])
     root = oci.root(digest, known[digest].size, media_type)
     found = closure(connection, directory, root, choose, known=known)
-    _complete(connection, found, known)
+    _ensure_rows(connection, found, known)
     image_id, new = point_name(connection, name, known[digest].id, media_type, 1 if choose else None)
     _associate(connection, directory, image_id, found, known, new=new)
     return image_id
 
 
 def save_new(connection: Connection, directory: Path, new: Iterable[NewImage]) -> dict[Name, InvalidManifest]:
-    """Save images of names that point to nothing yet, as `save` does, but in a few statements for all of them.
+    """Save images under names that the index lacks, in a few statements for all of them.
 
     Args:
         connection: in a write transaction.
         directory: of the cache.
-        new: the images; where a name is by a digest, it is the image's.
+        new: the images; a name with a digest must have the digest of its image.
 
     Returns:
-        Why some were left out: a manifest of the closure is invalid.
+        The images that were not saved because a manifest of their closure is invalid, with the error.
     """
     wanted, refused = {image.name: image for image in new}, dict[Name, InvalidManifest]()
     known = look_up_blobs(connection, {image.digest for image in wanted.values()})
@@ -227,14 +227,14 @@ def _insert_new(
     rows, wanted, labels = [], {}, {}
     for image in new:
         wanted[image.name] = _associations(contents[image.name], known)
-        said = _describe(directory, wanted[image.name])
-        values = {"manifest_id": known[image.digest].id, "media_type": image.media_type, **said.values}
+        description = _describe(directory, wanted[image.name])
+        values = {"manifest_id": known[image.digest].id, "media_type": image.media_type, **description.values}
         rows.append({**image.name._asdict(), **values, "created_at": now, "last_used_at": now})
-        labels[image.name] = said.labels
+        labels[image.name] = description.labels
     connection.execute(new_images(), rows)
     ids = {name: row.id for name, row in look_up_all(connection, wanted).items()}
     insert_associations(connection, {ids[name]: blobs for name, blobs in wanted.items()})
-    descriptions.add_labels(connection, {ids[name]: said for name, said in labels.items()})
+    descriptions.add_labels(connection, {ids[name]: pairs for name, pairs in labels.items()})
 
 
 def closure(
@@ -246,16 +246,20 @@ def closure(
     strict: bool = True,
     known: dict[Digest, BlobRow] | None = None,
 ) -> list[Descriptor]:
-    """Return what a manifest reaches, as far as its children are stored.
+    """Return the blobs that a manifest reaches through its stored children, itself first.
 
-    A child that is what its digest says, and no manifest as the index said, is refused or, if not ``strict``, a
-    blob like any other; so is one whose file is gone or cannot be read. The rows that are looked at go to ``known``,
-    and those that are there already are not looked up.
+    Args:
+        connection: in a transaction.
+        directory: of the cache.
+        root: the manifest or index.
+        choose: returns the children of an index that belong to the closure; None for all of them.
+        strict: raise if a manifest is invalid or cannot be read; else treat it as a blob without children.
+        known: rows of blobs that need no look-up; this function adds the rows it looks up.
 
     Raises:
         InvalidManifest: if a manifest of the closure is invalid, and ``strict``.
-        NotInCache: if the file of one is gone, and ``strict``.
-        StorageError: if it cannot be read, and ``strict``.
+        NotInCache: if the file of a stored manifest is gone, and ``strict``.
+        StorageError: if a manifest cannot be read, and ``strict``.
     """
     rows = {} if known is None else known
 
@@ -281,10 +285,10 @@ def closure(
     return list(oci.walk(root, read, choose))
 
 
-def _complete(
+def _ensure_rows(
     connection: Connection, found: list[Descriptor], known: dict[Digest, BlobRow], *, strict: bool = True
 ) -> None:
-    """Have a row of every blob, and all of them in ``known``; a size that is a lie is refused if strict."""
+    """Insert the missing rows of blobs and add all rows to ``known``; check declared sizes if ``strict``."""
     known.update(look_up_blobs(connection, {blob.digest for blob in found} - known.keys()))
     if strict:
         _check_sizes(found, known)
@@ -292,7 +296,7 @@ def _complete(
 
 
 def _check_sizes(found: Iterable[Descriptor], known: dict[Digest, BlobRow]) -> None:
-    """Refuse a size that is a lie."""
+    """Raise if the declared size of a stored blob differs from its size in the index."""
     for digest, size in {blob.digest: blob.size for blob in found}.items():
         row = known.get(digest)
         if row is not None and row.stored and row.size != size:
@@ -300,7 +304,7 @@ def _check_sizes(found: Iterable[Descriptor], known: dict[Digest, BlobRow]) -> N
 
 
 def _add_rows(connection: Connection, found: Iterable[Descriptor], known: dict[Digest, BlobRow]) -> None:
-    """Have a row of every blob."""
+    """Insert the rows of the blobs that are not in ``known``, and add them to it."""
     new = {blob.digest: blob.size for blob in found if blob.digest not in known}
     if new:
         connection.execute(insert(BLOBS), [{"digest": digest, "size": size} for digest, size in new.items()])
@@ -316,21 +320,21 @@ def _associate(
     *,
     new: bool = False,
 ) -> None:
-    """Associate an image with a closure, in front of what was attached to it; and with what its configs say."""
+    """Associate an image with its closure, followed by its attached blobs, and write its description."""
     old = [] if new else descriptions.associations(connection, image_id)
     reached = _associations(found, known)
     attached = [blob._replace(diff_id=None, created_by=None) for blob in old if blob.digest not in known]
     wanted = [blob._replace(position=position) for position, blob in enumerate([*reached, *attached])]
-    said = _describe(directory, wanted)
+    description = _describe(directory, wanted)
     if wanted != old:
         if old:
             connection.execute(without_associations(), {"of": image_id})
         insert_associations(connection, {image_id: wanted})
-    descriptions.write(connection, image_id, said, new=new)
+    descriptions.write(connection, image_id, description, new=new)
 
 
 def _associations(contents: list[Descriptor], known: dict[Digest, BlobRow]) -> list[descriptions.Association]:
-    """Return the associations with a closure, without what configs say."""
+    """Return the associations with a closure, without diff ids and commands of layers."""
     return [
         descriptions.Association(position, blob.role, blob.media_type, row.id, blob.digest, row.size, row.stored)
         for position, blob in enumerate(contents)
@@ -339,20 +343,20 @@ def _associations(contents: list[Descriptor], known: dict[Digest, BlobRow]) -> l
 
 
 def _describe(directory: Path, wanted: list[descriptions.Association]) -> descriptions.Description:
-    """Return what an image's configs say; what they say of layers is put into its associations."""
-    said = describe.description(directory, wanted)
-    for position, (diff_id, created_by) in said.layers.items():
+    """Return the description of an image; put the diff ids and commands of its layers into ``wanted``."""
+    description = describe.description(directory, wanted)
+    for position, (diff_id, created_by) in description.layers.items():
         wanted[position] = wanted[position]._replace(diff_id=diff_id, created_by=created_by)
-    return said
+    return description
 
 
 def restore(connection: Connection, directory: Path, name: Name, saved: SavedImage) -> None:
-    """Write an image as another index has it, and associate it with what its manifest reaches, if that is stored."""
+    """Insert an image as another index records it, then associate it with the stored part of its closure."""
     size = next((blob.size for blob in saved.contents if blob.digest == saved.digest), 0)
     root = oci.root(saved.digest, size, saved.media_type)
     contents = saved.contents or [root]
     known: dict[Digest, BlobRow] = {}
-    _complete(connection, [root, *contents], known, strict=False)
+    _ensure_rows(connection, [root, *contents], known, strict=False)
     values = {
         **name._asdict(),
         "manifest_id": known[saved.digest].id,
@@ -367,11 +371,13 @@ def restore(connection: Connection, directory: Path, name: Name, saved: SavedIma
 
 
 def tag(connection: Connection, source: Name, target: Name) -> int:
-    """Give an image a second name; what the target pointed to before is let go. Return the target's id.
+    """Give an image a second name, and return the id of the image row with that name.
+
+    The target no longer points to its previous manifest.
 
     Raises:
-        NotInCache: if there is no source.
-        InvalidName: if the target is by another digest.
+        NotInCache: if the source is not in the index.
+        InvalidName: if the target has another digest.
     """
     image = find(connection, source)
     if target.digest not in (None, image.digest):
@@ -386,15 +392,15 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
 
 
 def details(connection: Connection, directory: Path, image_id: int) -> ImageDetails:
-    """Return an image and all that the index has of it.
+    """Return an image with its blobs, labels and platforms.
 
     Args:
-        connection: in a read transaction, so that all of it is of one moment.
+        connection: in a read transaction, so that all parts come from one snapshot.
         directory: of the cache.
         image_id: of the image.
 
     Raises:
-        DamagedIndex: if it has no blobs.
+        DamagedIndex: if the image has no blobs.
     """
     info, blobs = read_image(connection, directory, image_id)
     labels = descriptions.labels(connection, image_id)
@@ -402,36 +408,39 @@ def details(connection: Connection, directory: Path, image_id: int) -> ImageDeta
 
 
 def platforms(connection: Connection, directory: Path, image_id: int) -> list[PlatformInfo]:
-    """Return what an image's index names, in its order, and which of that is here; nothing, if it has none."""
+    """Return the children of an image's index, in order, and whether the closure of each is stored.
+
+    The list is empty if the image is no index, or its index cannot be read.
+    """
     root = root_of(connection, image_id)
     if root.role != "index":
         return []
     stored = {blob.digest for blob in image_blobs(connection, directory, image_id) if blob.stored}
 
-    def here(child: Descriptor) -> bool:
+    def is_complete(child: Descriptor) -> bool:
         return stored.issuperset(blob.digest for blob in closure(connection, directory, child, strict=False))
 
     data = reader.document(directory, root.digest, root.size)
     children = [] if data is None else descriptors(data, root.media_type)
-    return [PlatformInfo(child.platform, child.digest, here(child)) for child in children]
+    return [PlatformInfo(child.platform, child.digest, is_complete(child)) for child in children]
 
 
 def attach(connection: Connection, directory: Path, name: Name, digest: Digest, role: str, media_type: str) -> None:
-    """Attach a stored blob to an image, at the last position; one that is there already is not repeated.
+    """Attach a stored blob to an image at the last position, unless the image has it in this role already.
 
     Raises:
-        NotInCache: if there is no such image, or the blob is not stored.
+        NotInCache: if the image is not in the index, or the blob is not stored.
     """
     image = find(connection, name)
     blob_id = connection.execute(
         select(BLOBS.c.id).where(BLOBS.c.digest == digest, BLOBS.c.stored_at.is_not(None))
     ).scalar()
     if blob_id is None:
-        raise NotInCache(f"{digest} is not in the cache; store it first", name=digest)
-    there = select(IMAGE_BLOBS.c.position).where(
+        raise NotInCache(f"{digest} is not in the cache: store it first", name=digest)
+    existing = select(IMAGE_BLOBS.c.position).where(
         IMAGE_BLOBS.c.image_id == image.id, IMAGE_BLOBS.c.blob_id == blob_id, IMAGE_BLOBS.c.role == role
     )
-    if connection.execute(there).first() is not None:
+    if connection.execute(existing).first() is not None:
         return
     position = select(func.max(IMAGE_BLOBS.c.position) + 1).where(IMAGE_BLOBS.c.image_id == image.id)
     connection.execute(

@@ -1,7 +1,7 @@
-"""Sessions: the lock file, folder and leases of a process that works with a cache. They end with the process.
+"""Sessions: the lock file, folder and leases of a process that works with a cache.
 
-The kernel releases the lock file when the process dies. The folder is in ``ingest/``. The leases keep digests from
-collection. A session begins when one of them is first needed.
+A session ends with its process: the kernel releases the lock when the process dies. The folder is in ``ingest/``. The
+leases keep digests from collection. A session begins when its lock file, folder or leases are first needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from cachedb.reentry import not_reentered
 __all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "remove_folder"]
 
 
-_SUFFIX = ".session"
+_LOCK_SUFFIX = ".session"
 _NEW_INDEX = re.compile(
     r"cachedb\.json|\.cachedb-[0-9a-f]{16}\.marker|index\.db(-wal|-shm|-journal)?|index\.db-test-[0-9a-f]{12}(-2)?\.test"
     r"|reserve|locks/(write\.(lock|queue)|[0-9a-f]{64}\.producing)|backups/(\.lock|\.backup-[0-9a-f]{32}(-journal)?)"
@@ -57,13 +57,13 @@ NO_HOLD = Hold("", 0, frozenset())
 
 
 def lock_path(directory: Path, session: str) -> Path:
-    """Return a session's lock file."""
-    return directory / "locks" / f"{session}{_SUFFIX}"
+    """Return the path of a session's lock file."""
+    return directory / "locks" / f"{session}{_LOCK_SUFFIX}"
 
 
 def locked_sessions(directory: Path) -> set[str]:
     """Return the sessions that have a lock file, alive or not."""
-    return {name.removesuffix(_SUFFIX) for name in os.listdir(directory / "locks") if lock_kind(name) == "session"}
+    return {name.removesuffix(_LOCK_SUFFIX) for name in os.listdir(directory / "locks") if lock_kind(name) == "session"}
 
 
 def half_published(directory: Path) -> set[Digest]:
@@ -98,7 +98,7 @@ class Session:
 
     @property
     def id(self) -> str:
-        """The session's name. Asking for it begins the session."""
+        """The session's name; reading it begins the session."""
         with self._guard:
             if self._closed:
                 raise CacheError(CLOSED)
@@ -153,7 +153,7 @@ class Session:
     @property
     def is_shared(self) -> bool:
         """Whether a group shares the cache, so that the group must be able to read its files."""
-        return is_shared(os.fstat(self._database.folders.root))  # it may be shared since it was opened
+        return is_shared(os.fstat(self._database.folders.root))  # an administrator may share the cache while it is open
 
     def discard(self, path: Path | None) -> None:
         """Remove a file of this session; a failure is not raised, and a parent process's file stays."""
@@ -163,10 +163,10 @@ class Session:
             discard(path.name, opened.descriptor)
 
     def new_file(self) -> FileIO:
-        """Return a new file without a name, which ends when it is closed.
+        """Return a new file without a name; the kernel deletes it when it is closed.
 
         Raises:
-            OSError: if it cannot be made.
+            OSError: if the file cannot be made.
         """
         folder, flags = self.opened, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         while True:
@@ -180,47 +180,55 @@ class Session:
         return file
 
     def new_path(self, digest: Digest | None = None) -> Path:
-        """Return a new path in the folder; a digest in it tells the next open what was being published."""
+        """Return a new path in the folder; a digest in it tells a later open which blob was being published."""
         number = next(self._numbers)
         name = f"{number}.{digest.replace(':', '-')}" if digest else f"{number}"
-        return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # one path made: see `blob_file`
+        return Path(f"{self._database.directory}/ingest/{self.id}/{name}")  # making a Path is slow, so make only one
 
     def new_folder(self) -> Path:
         """Make a folder for a new index, and return its path.
 
         Raises:
             NotOurs: if the path leads to another folder.
-            StorageError: if it cannot be made.
+            StorageError: if the folder cannot be made.
         """
         path, opened = self.new_path(), self.opened
         with os_errors("make a folder for a new index"):
             os.mkdir(path.name, 0o700, dir_fd=opened.descriptor)
-            made = os.stat(path.name, dir_fd=opened.descriptor, follow_symlinks=False)
+            created = os.stat(path.name, dir_fd=opened.descriptor, follow_symlinks=False)
             with self._database.folders.open(f"ingest/{path.parent.name}/{path.name}") as found:
-                if not os.path.samestat(os.fstat(found), made):
+                if not os.path.samestat(os.fstat(found), created):
                     raise NotOurs(f"{str(path)!r} was replaced by another folder: try again")
         return path
 
     def lease(self, connection: Connection, digests: Iterable[Digest]) -> Hold:
-        """Keep digests from collection, from the commit of this transaction until `release`."""
+        """Keep digests from collection, from the commit of this transaction until `release`.
+
+        Raises:
+            CacheReplaced: if the session's lock file was removed or renamed.
+        """
         hold = Hold(self.id, next(self._numbers), frozenset(digests))
         if hold.digests:
             self._check_lock()
             self._leased = True
             rows = [{"digest": digest, "session": hold.session, "hold": hold.number} for digest in hold.digests]
-            connection.execute(_new_leases(), rows)
+            connection.execute(_insert_leases(), rows)
         return hold
 
     def release(self, connection: Connection, hold: Hold) -> None:
-        """Release a hold; a parent process's hold stays."""
+        """Release a hold of this session; do nothing with a hold of a parent process.
+
+        Raises:
+            CacheReplaced: if the session's lock file was removed or renamed, or its leases were removed.
+        """
         if hold.session == self._id:
             self._check_lock()
-            gone = connection.execute(_without_holds(), {"of": hold.session, "numbers": [hold.number]}).rowcount
-            if gone < len(hold.digests):
+            deleted = connection.execute(_delete_holds(), {"of": hold.session, "numbers": [hold.number]}).rowcount
+            if deleted < len(hold.digests):
                 raise _hold_lost("its leases were removed")
 
     def _check_lock(self) -> None:
-        """Check that other processes still see this session as alive; without its lock file they remove its leases.
+        """Check that the session has its lock file; without it other processes remove the leases.
 
         Raises:
             CacheReplaced: if the lock file was removed or renamed.
@@ -231,23 +239,23 @@ class Session:
             raise _hold_lost("its lock file was removed or renamed")
 
     def keep_until_saved(self, hold: Hold) -> None:
-        """Keep a blob that was just stored until an image of this session is associated with it."""
+        """Keep the hold on a new blob until this session associates an image with the blob."""
         with self._guard:
             for digest in hold.digests:
                 self._unsaved.setdefault(digest, []).append(hold)
 
     def release_saved(self, connection: Connection, digests: Iterable[Digest]) -> None:
-        """Release what `keep_until_saved` keeps, in the transaction that associates it with an image.
+        """Release the holds of `keep_until_saved`, in the transaction that associates an image with the blobs.
 
         Each digest is released once: another thread may have stored the same blob for an image it will save later.
         """
         with self._guard:
-            holds = [held.pop() for digest in set(digests) if (held := self._unsaved.get(digest))]
-        # A parent process's hold stays, as in `release`.
+            holds = [unsaved.pop() for digest in set(digests) if (unsaved := self._unsaved.get(digest))]
+        # As in `release`, holds of a parent process stay.
         numbers = [hold.number for hold in holds if hold.session == self._id]
         if numbers:
             self._check_lock()
-            connection.execute(_without_holds(), {"of": self._id, "numbers": numbers})
+            connection.execute(_delete_holds(), {"of": self._id, "numbers": numbers})
 
     def expect(self, digests: Iterable[Digest]) -> None:
         """Note the blobs that an image saved by this session still lacks."""
@@ -275,7 +283,7 @@ class Session:
                     with self._database.write() as connection:
                         connection.execute(delete(LEASES).where(LEASES.c.session == session))
                 with self._database.folders.open("locks") as locks_folder:
-                    os.unlink(f"{session}{_SUFFIX}", dir_fd=locks_folder)
+                    os.unlink(f"{session}{_LOCK_SUFFIX}", dir_fd=locks_folder)
         except (CacheError, OSError) as error:
             if is_callers(error):
                 raise
@@ -287,18 +295,18 @@ class Session:
 
 def _hold_lost(reason: str) -> CacheReplaced:
     return CacheReplaced(
-        f"this session ended early, for {reason}: what it held may have been collected; open the cache again, and keep "
-        "cleaners of old files out of it"
+        f"this session ended early because {reason}, and the blobs that it held may have been collected: "
+        "open the cache again, and keep cleaners of old files out of it"
     )
 
 
 @cache
-def _new_leases() -> Insert:
+def _insert_leases() -> Insert:
     return insert(LEASES)
 
 
 @cache
-def _without_holds() -> Delete:
+def _delete_holds() -> Delete:
     return delete(LEASES).where(
         LEASES.c.session == bindparam("of"), LEASES.c.hold.in_(bindparam("numbers", expanding=True))
     )
@@ -308,8 +316,8 @@ def remove_folder(folders: Folders, session: str) -> None:
     """Remove a session's folder in ``ingest/`` and the files that the session wrote; other files stay.
 
     Raises:
-        OSError: if something cannot be removed, or is not ours.
-        NotOurs: if the folder leads elsewhere, or is another user's.
+        OSError: if a file or folder cannot be removed, or a file that is not ours is in the folder.
+        NotOurs: if the folder is a symbolic link, another user's, or on another file system.
     """
     with folders.open("ingest") as ingest:
         with folders.open(f"ingest/{session}") as folder:
@@ -330,10 +338,10 @@ def _remove_new_index(folders: Folders, name: str) -> None:
         name: of the folder, relative to the cache directory.
 
     Raises:
-        OSError: if something in it cannot be removed.
-        NotOurs: if it is on another file system, or another user's.
+        OSError: if a file or folder cannot be removed.
+        NotOurs: if a folder is a symbolic link, another user's, or on another file system.
     """
-    found = {"": True}  # paths below the folder: whether each is a folder
+    found = {"": True}  # for each path below the folder, whether it is a folder
     for folder in ("", *FOLDERS):
         if not found.get(folder):
             continue
@@ -341,7 +349,7 @@ def _remove_new_index(folders: Folders, name: str) -> None:
             for entry in entries:
                 path = f"{folder}/{entry.name}".lstrip("/")
                 found[path] = entry.is_dir(follow_symlinks=False)
-                if path not in FOLDERS if found[path] else not _is_of_new_index(path, entry):
+                if path not in FOLDERS if found[path] else not _is_file_of_new_index(path, entry):
                     return  # not a file of ours
     for path in reversed(found):
         outer, _, last = f"{name}/{path}".rstrip("/").rpartition("/")
@@ -352,12 +360,12 @@ def _remove_new_index(folders: Folders, name: str) -> None:
                 os.unlink(last, dir_fd=opened)
 
 
-def _is_of_new_index(path: str, entry: os.DirEntry[str]) -> bool:
+def _is_file_of_new_index(path: str, entry: os.DirEntry[str]) -> bool:
     return _NEW_INDEX.fullmatch(path) is not None and entry.is_file(follow_symlinks=False)
 
 
 def dead_sessions(folders: Folders, left: list[Leftover]) -> Iterator[str]:
-    """Yield the sessions whose process is gone but whose files are left; each is locked while it is yielded.
+    """Yield the dead sessions that left files; hold the lock of each until the next is wanted.
 
     Args:
         folders: of the cache.

@@ -193,7 +193,7 @@ def test_files_are_moved_under_the_lock_and_unlinked_outside_it(
 
 def test_the_write_lock_is_let_go_of_where_renames_take_long(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     abandon(cache, b"one", b"two", b"three")
-    monkeypatch.setattr(collect, "_HOLD", 0)
+    monkeypatch.setattr(collect, "_RENAME_SECONDS", 0)
     turns: list[str] = []
     under_lock = Database._under_lock
 
@@ -214,10 +214,10 @@ def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
     names = {f"sha256-{number:064x}" for number in range(200)}
     for name in names:
         (cache.directory / "trash" / name).touch()
-    unlink, threads, meeting = os.unlink, set[int](), threading.Barrier(collect._UNLINKING, timeout=60)
+    unlink, threads, meeting = os.unlink, set[int](), threading.Barrier(collect._UNLINK_THREADS, timeout=60)
 
     def refuse_one(path: str, *, dir_fd: int | None = None) -> None:
-        if threading.get_ident() not in threads and len(threads) < collect._UNLINKING:
+        if threading.get_ident() not in threads and len(threads) < collect._UNLINK_THREADS:
             threads.add(threading.get_ident())
             meeting.wait()  # each is there, before any of them is through
         if path.endswith("77"):
@@ -230,7 +230,7 @@ def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
         assert [(path.name, reason[:17]) for path, reason in left] == [(f"sha256-{0x77:064x}", "Permission denied")]
         with pytest.raises(StorageError, match=r"all was collected, but '.*77' cannot be unlinked: Permission denied"):
             cache.collect_garbage()
-    assert len(threads) == collect._UNLINKING > 1
+    assert len(threads) == collect._UNLINK_THREADS > 1
     assert collect.empty_trash(index) == []
     assert os.listdir(cache.directory / "trash") == []
 
@@ -381,7 +381,7 @@ def test_a_sweep_reads_the_blobs_once_and_looks_the_rest_up(index: Database) -> 
 
 
 def test_candidates_are_found_in_one_pass_over_two_indexes(index: Database) -> None:
-    steps = plans(index, lambda connection: connection.execute(collect._candidates()))
+    steps = plans(index, lambda connection: connection.execute(collect._select_candidates()))
     assert steps.count("MERGE (EXCEPT)") == 2
     scans = [step for step in steps if "SCAN" in step and "leases" not in step]
     assert scans == ["SCAN blobs", "SCAN image_blobs USING COVERING INDEX ix_image_blobs_blob_id"]

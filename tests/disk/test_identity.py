@@ -89,7 +89,7 @@ def test_a_hold_whose_lock_file_is_lost_says_so(cache: Cache, cachedb: Run, lose
     lose(path)
     assert cachedb("rm", "app:1").returncode == 0
     assert not cache.has_blob(APP.digest)
-    with pytest.raises(CacheReplaced, match="what it held may have been collected"):
+    with pytest.raises(CacheReplaced, match="the blobs that it held may have been collected"):
         held.__exit__(None, None, None)
     with pytest.raises(StorageError):
         cache.add_blob(b"more")
@@ -104,7 +104,7 @@ def test_a_hold_whose_leases_were_swept_says_so(cache: Cache, cachedb: Run) -> N
     moved = path.rename(path.with_name("moved"))
     assert cachedb("rm", "app:1").returncode == 0
     moved.rename(path)
-    with pytest.raises(CacheReplaced, match="its leases were removed: what it held may have been collected"):
+    with pytest.raises(CacheReplaced, match="its leases were removed, and the blobs that it held"):
         held.__exit__(None, None, None)
 
 

@@ -341,5 +341,5 @@ def test_a_process_that_is_gone_is_not_named(tmp_path: Path) -> None:
 def test_verbose_says_what_is_left_to_others(cachedb: Run, full: Path) -> None:
     with running(WRITER, full):
         leave_behind(full)
-        assert "left the cleaning up" in cachedb("--verbose", "ls").stderr
+        assert "the next process that opens the cache cleans up" in cachedb("--verbose", "ls").stderr
         assert cachedb("ls").stderr == ""

@@ -437,8 +437,7 @@ def test_a_file_that_is_damaged_is_stored_nowhere(cache: Cache, remote: Registry
     path = cache.get_blob_path(make.digest_of(data))
     path.chmod(0o600)
     path.write_bytes(data.replace(b": 2", b" :2", 1) if data == LARGE.manifest else data[:-1] + b"!")
-    what = "has another content" if data == LARGE.manifest else f"the file of {make.digest_of(data)} is damaged"
-    with pytest.raises(DigestMismatch, match=f"{what}.*cachedb verify"):
+    with pytest.raises(DigestMismatch, match=f"the file of {make.digest_of(data)} is damaged.*cachedb verify"):
         cache.push("large:1", f"{remote.host}/large:1")
     assert remote.manifests == {}
     if data == LARGE.layers[0]:  # its end is not sent
