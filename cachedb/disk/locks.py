@@ -1,23 +1,22 @@
-"""Lock files, and what a fork does to them.
+"""Lock files, turns at the write lock, and safe forks.
 
-A `flock` goes with the process however it dies. It belongs to the open file, and a forked child inherits
-open files: the child closes its copies at once, so that it neither keeps its parent's locks alive nor lets
-go of them.
+The kernel releases a `flock` when its process dies. The lock belongs to the open file, and a forked child inherits open
+files. The child closes its copies at once, so it neither keeps its parent's locks nor releases them.
 
-When a `flock` is released, the kernel wakes all processes that wait for it, and the quickest gets it. Of 64 processes
-one waited 4.5 seconds, a hundred times the mean. So `in_turn` has them take numbers first, as at a counter. The
-numbers only give the order; the lock alone keeps two processes apart.
+When a `flock` is released, the kernel wakes all waiting processes, and the quickest gets the lock. Of 64 processes one
+waited 4.5 seconds, a hundred times the mean. So in `in_turn` each process takes a number first. The numbers only give
+the order; the lock alone keeps two processes apart.
 
-A process that waits with a number has a lock on the byte of that number in the queue's file. The kernel releases it
-when the process dies, so the others see at once that it is gone. A wait that can be long is a `Wait`: it ends, and it
-names the holder. `flock` has no time-out, so we try again after short pauses.
+A waiting process locks the byte of its number in the queue's file. The kernel releases that lock when the process
+dies, so the others notice at once. A wait that can be long is a `Wait`: it ends, and it names the holder. `flock` has
+no time-out, so we try again after short pauses.
 """
 
 from __future__ import annotations
 
-import concurrent.futures.thread  # noqa: F401 - its lock is one of those that come after ours, below
+import concurrent.futures.thread  # noqa: F401 - it must register its fork hooks before ours, see below
 import fcntl
-import logging  # noqa: F401 - as is this one's
+import logging  # noqa: F401 - as above
 import os
 import threading
 import time
@@ -59,60 +58,59 @@ __all__ = [
 
 
 class Forkable(Protocol):
-    """An object that must be told when it finds itself in a forked child."""
+    """An object that drops the state of its parent process in a forked child."""
 
     def forked(self) -> None:
-        """Put aside what belongs to the parent."""
+        """Drop the state that belongs to the parent."""
 
 
 class Closable(Protocol):
-    """An object that no child may inherit open."""
+    """An object that must be closed before a fork, so that no child inherits its files."""
 
     def close(self) -> None:
-        """Close what is open; it is opened again when it is needed."""
+        """Close all files; the object opens them again when it needs them."""
 
 
-_files: set[FileIO] = set()
-_guard = threading.RLock()  # no fork falls between opening a lock file and noting it; a signal's handler may fork
+_open_files: set[FileIO] = set()
+_guard = threading.RLock()  # held while a lock file is opened, so that no fork misses it; a signal handler may fork
 _forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
 _closable: weakref.WeakSet[Closable] = weakref.WeakSet()
-_changed = threading.Condition()  # guards the two below, and is held during a fork
-_unforked: Counter[int] = Counter()  # threads, by the number of `unforked` blocks that each is in
-_forking = False
+_changed = threading.Condition()  # guards the next two variables; held during a fork
+_unforked: Counter[int] = Counter()  # for each thread, the number of its open `unforked` blocks
+_forking = False  # whether a fork waits for `unforked` blocks
 
 
 def acquire(path: Path, *, wait: bool | Wait = True) -> FileIO | None:
-    """Lock a file exclusively, creating it if need be, and return it, for `release`.
+    """Lock a file exclusively and return it open, for `release`; create it if it is missing.
 
-    Returns None if another holds the lock and ``wait`` is false. A file that was unlinked or renamed while we waited
-    for it is not the one that others lock: we try again.
+    If the file is unlinked or renamed while we wait, other processes lock a new file. So we try again.
 
     Args:
         path: of the file.
-        wait: how long to wait; True for as long as it takes.
+        wait: False to return None if another process holds the lock; True to wait without limit.
 
     Raises:
         Busy: if the time to wait is over.
     """
     while True:
         with _guard:
-            file = FileIO(path, "r+", opener=_create)
-            _files.add(file)
+            file = FileIO(path, "r+", opener=_open_or_create)
+            _open_files.add(file)
         try:
             _lock(path, file.fileno(), fcntl.LOCK_EX, wait)
         except BlockingIOError:
-            _close(file)
+            _close_file(file)
             return None
         except BaseException:
-            _close(file)
+            _close_file(file)
             raise
         if leads_to(path, file.fileno()):
             return file
-        _close(file)
+        _close_file(file)
 
 
 def leads_to(path: Path, file: int) -> bool:
-    """Return whether a path still leads to an open file; else the file was unlinked, renamed or replaced."""
+    """Return whether a path still leads to an open file, which was not unlinked, renamed or replaced."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file))
     except (FileNotFoundError, NotADirectoryError):
@@ -121,7 +119,7 @@ def leads_to(path: Path, file: int) -> bool:
 
 @contextmanager
 def held_folder(path: Path, wait: Wait, *, shared: bool) -> Iterator[None]:
-    """Hold the lock of a folder in a block, alone or with all who share it.
+    """Hold the lock of a folder in a block: exclusively, or shared with other processes.
 
     Raises:
         Busy: if the time to wait is over.
@@ -138,7 +136,7 @@ def held_folder(path: Path, wait: Wait, *, shared: bool) -> Iterator[None]:
 
 
 def _lock(path: Path, file: int, operation: int, wait: bool | Wait) -> None:
-    """Lock an open file; a file that loses its path meanwhile may be left without its lock."""
+    """Lock an open file; return without the lock if the file loses its path meanwhile."""
     if not isinstance(wait, Wait):
         fcntl.flock(file, operation | (0 if wait else fcntl.LOCK_NB))
         return
@@ -150,24 +148,24 @@ def _lock(path: Path, file: int, operation: int, wait: bool | Wait) -> None:
         except BlockingIOError:
             if not leads_to(path, file):
                 return
-        # The longer it takes, the less a nap that is too long adds to it.
-        nap = min(max((time.monotonic() - began) / _NAPS, _SHORTEST_NAP), _LONGEST_NAP)
+        # Naps grow with the wait, so the last one adds little to it.
+        nap = min(max((time.monotonic() - began) / _NAPS_PER_WAIT, _MIN_NAP_SECONDS), _MAX_NAP_SECONDS)
         wait.nap(nap, lambda: find_holder(file))
 
 
 def holder(file: int) -> Process | None:
-    """Return which process has written its name into a lock file, unless it is gone."""
+    """Return the process whose record is in a lock file, or None if that process is gone."""
     record = processes.read_record(file)
     return None if record is None or record[0].is_gone else record[0]
 
 
 def find_holder(file: int) -> Process | None:
-    """Return which process holds a lock: by its name in the file, else as the kernel says."""
+    """Return which process holds a lock, from its record in the file or from the kernel."""
     return holder(file) or processes.flock_holder(file)
 
 
 def is_held(path: Path) -> bool:
-    """Return whether anybody holds a lock; the lock is not taken by that."""
+    """Return whether a process holds the exclusive lock on a file."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -182,15 +180,15 @@ def is_held(path: Path) -> bool:
 
 
 def release(file: FileIO) -> None:
-    """Let go of a lock; one that a fork has already taken from this process is passed over."""
+    """Release a lock and close its file, unless a fork has closed the file in this child."""
     if not file.closed:
         fcntl.flock(file, fcntl.LOCK_UN)
-        _close(file)
+        _close_file(file)
 
 
 @contextmanager
 def held(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
-    """Hold a lock in a block, under the name of this process.
+    """Hold a lock in a block, with a record of this process in its file.
 
     Raises:
         Busy: if the time to wait is over.
@@ -201,27 +199,27 @@ def held(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
         processes.write_record(file.fileno())
         yield file
     finally:
-        if not file.closed:  # in a forked child it is, and the record is its parent's
+        if not file.closed:  # a fork closes it in the child, and the record belongs to the parent
             processes.clear_record(file.fileno())
         release(file)
 
 
 class Turn:
-    """A lock that is held in turn, and a mark in its file that outlives whoever dies with it."""
+    """A lock that is held in turn; its file can have a mark that stays if the holder dies."""
 
     def __init__(self, file: FileIO, path: Path) -> None:
         self._file, self._path = file, path
 
     @property
     def is_lost(self) -> bool:
-        """Whether the lock's file was removed or renamed, so that others lock another one."""
+        """Whether the lock's file was removed or renamed, so that other processes lock another file."""
         return not leads_to(self._path, self._file.fileno())
 
     def check(self, consequence: str) -> None:
-        """Make sure that others still wait for this lock.
+        """Check that the lock still keeps other processes out.
 
         Args:
-            consequence: what follows if they do not, for the error.
+            consequence: what happened if it does not, and what to do, for the error.
 
         Raises:
             CacheReplaced: if the lock is lost.
@@ -234,15 +232,15 @@ class Turn:
 
     @property
     def marked(self) -> bool:
-        """Whether the last to hold the lock left its mark."""
+        """Whether the last holder of the lock left its mark."""
         return os.pread(self._file.fileno(), 1, 0) == b"!"
 
     def mark(self) -> None:
-        """Say that something has begun that must not be taken for finished."""
+        """Mark that work has begun; the mark stays if this process dies before `unmark`."""
         os.pwrite(self._file.fileno(), b"!", 0)
 
     def unmark(self) -> None:
-        """Say that it is finished."""
+        """Remove the mark, because the work is finished."""
         os.pwrite(self._file.fileno(), b".", 0)
 
 
@@ -255,7 +253,9 @@ class Waiter(NamedTuple):
 
 @contextmanager
 def in_turn(path: Path, wait: bool | Wait = True) -> Iterator[Turn]:
-    """Hold a lock in a block, in the order of asking. Forks need not wait: a child closes its copies of the files.
+    """Hold a lock in a block; processes get it in the order in which they ask.
+
+    A fork need not wait for the block: the child closes its copies of the files.
 
     Raises:
         Busy: if the time to wait is over.
@@ -264,78 +264,78 @@ def in_turn(path: Path, wait: bool | Wait = True) -> Iterator[Turn]:
     try:
         if queue is not None:
             if isinstance(wait, Wait):
-                wait.on_begin = partial(_sign, *queue)
+                wait.on_begin = partial(_write_waiter, *queue)
             _await_turn(queue[0], path, queue[1], wait)
         with held(path, wait) as file:
             if queue is not None:
-                _write(queue[0], _SERVED, max(queue[1], _read(queue[0], _SERVED)))
+                _write_number(queue[0], _SERVED_OFFSET, max(queue[1], _read_number(queue[0], _SERVED_OFFSET)))
             yield Turn(file, path)
     finally:
         if isinstance(wait, Wait):
             wait.on_begin = None
         if queue is not None:
-            release(queue[0])  # a child that is forked now may have a copy still, which would keep the lock
+            release(queue[0])
 
 
-_LAST, _SERVED = 0, 8  # where a queue's file has the last number that was taken, and the number whose turn it is
-_PATIENCE = 0.01  # seconds that a lock may be free before whose turn it is has lost it
-_NAP = 0.0005  # seconds, for each of those before us
-_WAITING = 100_000  # more do not wait
-_NUMBERS = 1 << 62  # more are not taken
-_NOTICE = 0.1  # seconds after which a fork looks again, if a signal's handler has ended the thread that was to tell it
-_COUNTER_SECONDS = 1.0  # for the queue's file, which is locked for a moment: who is stopped in it holds nobody up
-_RECORDS, _RECORD_SIZE, _RECORD_COUNT = 4096, 512, 1024  # where a queue's file has who waits: place, bytes, number
-_NAPS = 32  # that are in the time waited for a lock so far
-_SHORTEST_NAP, _LONGEST_NAP = 0.0002, 0.02  # seconds
+_LAST_OFFSET, _SERVED_OFFSET = 0, 8  # bytes; a queue's file has there the last number taken and the last one served
+_PATIENCE_SECONDS = 0.01  # how long the lock may be free before the next process loses its turn
+_NAP_SECONDS = 0.0005  # for each number before ours
+_MAX_WAITING = 100_000  # a longer queue is damaged
+_MAX_NUMBER = 1 << 62  # a higher number is damaged
+_FORK_POLL_SECONDS = 0.1  # a signal handler may end the thread that would notify the fork
+_QUEUE_LOCK_SECONDS = 1.0  # the queue is locked for a moment only; a stopped process must not block the others
+_RECORDS_OFFSET, _RECORD_BYTES, _RECORD_COUNT = 4096, 512, 1024  # the records of waiting processes in a queue's file
+_NAPS_PER_WAIT = 32  # a nap is 1/32 of the wait so far
+_MIN_NAP_SECONDS, _MAX_NAP_SECONDS = 0.0002, 0.02
 
 
 def _take_number(path: Path) -> tuple[FileIO, int] | None:
-    """Return a lock's queue and a number in it, with the lock on that number; None if the queue cannot be had."""
+    """Take a number in a lock's queue; return the queue and the number, or None if the queue is locked."""
     try:
-        queue = acquire(path.with_suffix(".queue"), wait=Wait("a number", _COUNTER_SECONDS))
+        queue = acquire(path.with_suffix(".queue"), wait=Wait("a number", _QUEUE_LOCK_SECONDS))
     except Busy as error:
-        LOG.info("not in turn: the queue of the write lock is locked by %s", error.holder)
+        LOG.info("waiting without a turn: %s has locked the queue of the write lock", error.holder)
         return None
     assert queue is not None
     try:
-        last, served = _read(queue, _LAST), _read(queue, _SERVED)
-        if not 0 <= last - served <= _WAITING or last > _NUMBERS:
-            # Nobody has written that: a power cut may have left it. Who waits sees that numbers begin anew.
+        last, served = _read_number(queue, _LAST_OFFSET), _read_number(queue, _SERVED_OFFSET)
+        if not 0 <= last - served <= _MAX_WAITING or last > _MAX_NUMBER:
+            # The file is damaged, perhaps by a power cut. Numbers start again, and waiting processes notice it.
             last = 0
-            _write(queue, _SERVED, 0)
+            _write_number(queue, _SERVED_OFFSET, 0)
         number = last + 1
         byte_locks.lock_byte(queue.fileno(), number)
-        _write(queue, _LAST, number)
+        _write_number(queue, _LAST_OFFSET, number)
         fcntl.flock(queue, fcntl.LOCK_UN)
     except BaseException:
-        release(queue)  # a child that is forked now may have a copy still
+        release(queue)  # unlocks it too, because a child forked now may still have a copy
         raise
     return queue, number
 
 
 def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> None:
-    """Wait until nobody with a lower number is waiting, but for the one who has the lock."""
+    """Wait until no process with a lower number waits, except the holder of the lock."""
     served, since, free = -1, 0.0, False
-    while number - 1 - (now_served := _read(queue, _SERVED)) > 0:
-        if number > _read(queue, _LAST):
-            return  # the numbers have begun anew, or are lost
-        # If the kernel cannot tell, this is the next number, which is waited for until `_PATIENCE` is over.
+    while number - 1 - (now_served := _read_number(queue, _SERVED_OFFSET)) > 0:
+        if number > _read_number(queue, _LAST_OFFSET):
+            return  # the numbers have started again
+        # If the kernel cannot tell, this is the next number; we wait for it until its patience is over.
         first = byte_locks.find_first_locked(queue.fileno(), now_served + 1, number - 1)
         if first is None:
-            return  # those before us have died
+            return  # the processes before us died
         now, now_served = time.monotonic(), first - 1
         if now_served != served:
             served, since, free = now_served, now, False
-        elif now - since > _PATIENCE / 2:
-            # Is it that the lock is held for long, or has the next one been stopped?
+        elif now - since > _PATIENCE_SECONDS / 2:
+            # Either the lock is held for long, or the next process is stopped.
             lock = acquire(path, wait=False)
             if lock is not None:
-                # At two looks: before the first it may have been let go of, and the next one not be awake yet.
-                if free and _read(queue, _SERVED) <= served:
-                    _write(queue, _SERVED, served + 1)
+                # Skip the next process only if the lock is free twice: it may be about to wake up.
+                if free and _read_number(queue, _SERVED_OFFSET) <= served:
+                    _write_number(queue, _SERVED_OFFSET, served + 1)
                 release(lock)
             since, free = now, lock is not None
-        nap = min((number - first) * _NAP, _PATIENCE)
+        nap = min((number - first) * _NAP_SECONDS, _PATIENCE_SECONDS)
         if isinstance(wait, Wait):
             wait.nap(nap, lambda: find_holder_of(path))
         else:
@@ -343,31 +343,31 @@ def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> No
 
 
 def holder_of(path: Path) -> Process | None:
-    """Return which process holds a lock, if it has written its name into the file."""
+    """Return the process whose record is in the lock file at a path, as `holder` does."""
     with suppress(OSError), FileIO(path) as file:
         return holder(file.fileno())
     return None
 
 
 def find_holder_of(path: Path) -> Process | None:
-    """Return which process holds a lock, as `find_holder` does."""
+    """Return which process holds the lock at a path, as `find_holder` does."""
     with suppress(OSError), FileIO(path) as file:
         return find_holder(file.fileno())
     return None
 
 
-def _sign(queue: FileIO, number: int) -> None:
-    place = _RECORDS + number % _RECORD_COUNT * _RECORD_SIZE
+def _write_waiter(queue: FileIO, number: int) -> None:
+    place = _RECORDS_OFFSET + number % _RECORD_COUNT * _RECORD_BYTES
     processes.write_record(queue.fileno(), place, number=number, since=time.time())
 
 
 def waiters(path: Path) -> list[Waiter]:
-    """Return who waits for a lock, in the order of their turns."""
+    """Return the processes that wait for a lock, in the order of their turns."""
     found = []
     with suppress(FileNotFoundError), FileIO(path.with_suffix(".queue")) as queue:
-        first, last = _read(queue, _SERVED) + 1, _read(queue, _LAST)
+        first, last = _read_number(queue, _SERVED_OFFSET) + 1, _read_number(queue, _LAST_OFFSET)
         while first <= last and (number := byte_locks.find_first_locked(queue.fileno(), first, last)) is not None:
-            record = processes.read_record(queue.fileno(), _RECORDS + number % _RECORD_COUNT * _RECORD_SIZE)
+            record = processes.read_record(queue.fileno(), _RECORDS_OFFSET + number % _RECORD_COUNT * _RECORD_BYTES)
             if record is not None and record[1].get("number") == number:
                 with suppress(TypeError, ValueError):
                     found.append(Waiter(record[0], float(record[1].get("since", 0))))
@@ -375,20 +375,20 @@ def waiters(path: Path) -> list[Waiter]:
     return found
 
 
-def _read(queue: FileIO, place: int) -> int:
+def _read_number(queue: FileIO, place: int) -> int:
     return int.from_bytes(os.pread(queue.fileno(), 8, place), "little")
 
 
-def _write(queue: FileIO, place: int, number: int) -> None:
+def _write_number(queue: FileIO, place: int, number: int) -> None:
     os.pwrite(queue.fileno(), number.to_bytes(8, "little"), place)
 
 
 @contextmanager
 def unforked() -> Iterator[None]:
-    """Have the forks of other threads wait until the end of the block; blocks begun meanwhile wait for the fork.
+    """Block `os.fork` in other threads during this block; a block that begins during a fork waits for it.
 
-    The block is for work of our own that comes to its end whatever others do: it calls no function of a caller, and
-    waits neither for another process nor for another thread.
+    The block must end whatever others do. So it calls no function of a caller, and waits for no other process or
+    thread.
     """
     thread, counted = threading.get_ident(), False
     try:
@@ -400,7 +400,7 @@ def unforked() -> Iterator[None]:
         yield
     finally:
         if counted:
-            # Before anything that a signal's handler could end: a fork would wait for ever.
+            # First of all: an error from a signal handler before this line would let a fork wait for ever.
             _unforked[thread] -= 1
             with _changed:
                 if not _unforked[thread]:
@@ -409,22 +409,22 @@ def unforked() -> Iterator[None]:
 
 
 def is_fork_waiting() -> bool:
-    """Return whether a fork of another thread waits for the end of an `unforked` block."""
+    """Return whether a fork waits for the end of an `unforked` block in another thread."""
     return _forking
 
 
 def before_fork(closable: Closable) -> None:
-    """Have an object's `close` called before every fork while it lives."""
+    """Register an object whose `close` is called before every fork while the object lives."""
     with _changed:
         _closable.add(closable)
 
 
 def after_fork(forkable: Forkable) -> None:
-    """Have an object's `forked` called in every child that is forked while it lives."""
+    """Register an object whose `forked` is called in every forked child while the object lives."""
     _forkable.add(forkable)
 
 
-def _create(path: str, _flags: int) -> int:
+def _open_or_create(path: str, _flags: int) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -433,12 +433,12 @@ def _create(path: str, _flags: int) -> int:
     return file
 
 
-def _close(file: FileIO) -> None:
-    _files.discard(file)
+def _close_file(file: FileIO) -> None:
+    _open_files.discard(file)
     file.close()
 
 
-def _before() -> None:
+def _prepare_fork() -> None:
     global _forking
     _changed.acquire()
     thread = threading.get_ident()
@@ -446,22 +446,22 @@ def _before() -> None:
     while any(count for other, count in _unforked.items() if other != thread):
         _forking = True
         try:
-            _changed.wait(_NOTICE)
-        except BaseException as error:  # of a signal's handler: Python forks nevertheless, and prints it
+            _changed.wait(_FORK_POLL_SECONDS)
+        except BaseException as error:  # from a signal handler; Python prints it and forks nevertheless
             raised = error
-    _unforked[thread] += 1  # they may use `unforked` blocks
+    _unforked[thread] += 1  # `close` may use `unforked` blocks
     for closable in list(_closable):
-        with suppress(Exception):  # whatever it is, the fork must come to its end
+        with suppress(Exception):  # the fork must go on
             closable.close()
     _unforked[thread] -= 1
     if not _unforked[thread]:
         del _unforked[thread]
-    _guard.acquire()  # last: a thread in an `unforked` block may be waiting for it
+    _guard.acquire()  # last, because a thread in an `unforked` block may wait for it
     if raised:
         raise raised
 
 
-def _after() -> None:
+def _finish_fork() -> None:
     global _forking
     _guard.release()
     _forking = False
@@ -469,14 +469,14 @@ def _after() -> None:
     _changed.release()
 
 
-def _in_child() -> None:
-    for file in list(_files):
-        _close(file)
-    _after()
+def _finish_fork_in_child() -> None:
+    for file in list(_open_files):
+        _close_file(file)
+    _finish_fork()
     for forkable in list(_forkable):
         forkable.forked()
 
 
-# For a fork, the locks of `logging` and of pools of threads are taken as well: by what was registered last first, and
-# whoever we wait for may be waiting for them. So both modules are imported above, and what is ours is registered later.
-os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_in_child)
+# `logging` and thread pools take their locks before a fork too. The hook that is registered last runs first. A thread
+# that our hook waits for may need those locks. So both modules are imported above, and our hook is registered last.
+os.register_at_fork(before=_prepare_fork, after_in_parent=_finish_fork, after_in_child=_finish_fork_in_child)

@@ -359,7 +359,7 @@ def test_an_interrupt_that_comes_while_a_fork_waits_leaves_the_locks_in_order() 
 
 
 def test_a_signals_handler_forks_while_a_lock_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    create, children = locks._create, []
+    create, children = locks._open_or_create, []
 
     def interrupted(path: str, flags: int) -> int:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -370,7 +370,7 @@ def test_a_signals_handler_forks_while_a_lock_file_is_opened(tmp_path: Path, mon
             os._exit(0)
         children.append(child)
 
-    monkeypatch.setattr(locks, "_create", interrupted)
+    monkeypatch.setattr(locks, "_open_or_create", interrupted)
     before = signal.signal(signal.SIGUSR1, fork)
     try:
         with locks.held(tmp_path / "lock"):
@@ -390,7 +390,7 @@ def test_who_fails_in_the_queue_lets_go_of_it_for_copies_of_its_file_too(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(locks, "_read", fail)
+        patch.setattr(locks, "_read_number", fail)
         with pytest.raises(KeyboardInterrupt), locks.in_turn(tmp_path / "lock"):
             pass
     lock = locks.acquire(tmp_path / "lock.queue", wait=False)

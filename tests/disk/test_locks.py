@@ -302,7 +302,7 @@ class Queue:
         clock = folder / "clock"
         clock.touch()
         locks.time = SimpleNamespace(sleep=time.sleep, monotonic=lambda: clock.stat().st_size)
-        locks._PATIENCE = 1  # tick: so there is one look at each
+        locks._PATIENCE_SECONDS = 1  # tick: so there is one look at each
         print("ready", flush=True)
         for name in sys.stdin:
             if (child := os.fork()):
@@ -417,7 +417,7 @@ def test_who_is_next_and_not_awake_yet_keeps_its_turn(tmp_path: Path, monkeypatc
     acquire = locks.acquire
 
     def look(path: Path, *, wait: bool = True) -> Any:
-        assert locks._read(numbers, locks._SERVED) == 0
+        assert locks._read_number(numbers, locks._SERVED_OFFSET) == 0
         return acquire(tmp_path / "free") if looks.pop(0) else None
 
     first = acquire(tmp_path / "lock.queue")
@@ -425,19 +425,19 @@ def test_who_is_next_and_not_awake_yet_keeps_its_turn(tmp_path: Path, monkeypatc
     assert byte_locks.lock_byte(first.fileno(), 1)
     with (tmp_path / "lock.queue").open("r+b", buffering=0) as file:
         numbers: Any = file
-        locks._write(numbers, locks._LAST, 2)
-        locks._write(numbers, locks._SERVED, 0)
+        locks._write_number(numbers, locks._LAST_OFFSET, 2)
+        locks._write_number(numbers, locks._SERVED_OFFSET, 0)
         monkeypatch.setattr(locks, "acquire", look)
         locks._await_turn(numbers, tmp_path / "lock", 2, wait=True)
-        assert locks._read(numbers, locks._SERVED) == 1
+        assert locks._read_number(numbers, locks._SERVED_OFFSET) == 1
     locks.release(first)
     assert looks == []
 
 
 def test_who_is_served_late_does_not_put_the_numbers_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pass_over(queue: Any, path: Path, number: int, wait: object) -> None:
-        locks._write(queue, locks._LAST, number + 3)
-        locks._write(queue, locks._SERVED, number + 2)
+        locks._write_number(queue, locks._LAST_OFFSET, number + 3)
+        locks._write_number(queue, locks._SERVED_OFFSET, number + 2)
 
     with turn(tmp_path), monkeypatch.context() as patch:
         patch.setattr(locks, "held", lambda path, wait: (tmp_path / "other").open("w"))

@@ -163,7 +163,7 @@ def test_dead_waiters_are_skipped_without_patience(tmp_path: Path, monkeypatch: 
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-    monkeypatch.setattr(locks, "_PATIENCE", 1000.0)
+    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 1000.0)
     with locks.in_turn(tmp_path / "lock", waiting.Wait("it", 30)):
         pass
 
@@ -171,7 +171,7 @@ def test_dead_waiters_are_skipped_without_patience(tmp_path: Path, monkeypatch: 
 def test_a_queue_whose_file_is_locked_by_a_stopped_process_holds_nobody_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_COUNTER_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "_QUEUE_LOCK_SECONDS", 0.05)
     with locks.held(tmp_path / "lock.queue"), locks.in_turn(tmp_path / "lock"):
         assert locks.is_held(tmp_path / "lock")
 
