@@ -1,7 +1,7 @@
-"""Locks on the bytes of an open file.
+"""Lock single bytes of an open file.
 
-The kernel releases them when the file is closed, however its process ends. They belong to the open file, as `flock`s
-do, and do not conflict with those. Some sandboxes have none.
+The kernel releases such a lock when the file is closed or its process ends. Like a `flock`, it belongs to the open
+file; the two kinds do not conflict. Some sandboxes do not support these locks.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import struct
 
 __all__ = ["find_first_locked", "lock_byte", "lock_bytes"]
 
-_FLOCK = struct.Struct("hhqqi0q")  # struct flock, the C library's on Linux: type, whence, start, length, pid
+_FLOCK = struct.Struct("hhqqi0q")  # struct flock on Linux: type, whence, start, length, pid
 
 
 def lock_bytes(file: int, kind: int, first: int, size: int) -> None:
     """Lock a range of bytes until the file is closed.
 
     Args:
-        file: open.
-        kind: ``fcntl.F_RDLCK``, which many may have, or ``fcntl.F_WRLCK``.
-        first: the first byte; the file may be shorter.
-        size: in bytes; 0 for all that follow.
+        file: descriptor of the file.
+        kind: ``fcntl.F_RDLCK`` for a shared lock, or ``fcntl.F_WRLCK`` for an exclusive one.
+        first: the first byte; it may be after the end of the file.
+        size: in bytes; 0 for all bytes from the first.
 
     Raises:
-        OSError: if another open file has one of them locked, or there are no such locks.
+        OSError: if another open file has locked one of the bytes, or such locks are not supported.
     """
     fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, first, size, 0))
 
 
 def lock_byte(file: int, place: int) -> bool:
-    """Lock one byte until the file is closed; return False if another open file has it locked.
+    """Lock one byte until the file is closed; return False if another open file has locked it.
 
-    Where there are no such locks, it is as if nobody else had one.
+    If such locks are not supported, return True.
     """
     try:
         lock_bytes(file, fcntl.F_WRLCK, place, 1)
@@ -44,9 +44,9 @@ def lock_byte(file: int, place: int) -> bool:
 
 
 def find_first_locked(file: int, first: int, last: int) -> int | None:
-    """Return the lowest byte of a range that another open file has locked, or None if there is none.
+    """Return the lowest byte of a range that another open file has locked, or None if no byte is locked.
 
-    Where that cannot be told, it is the first of the range.
+    If such locks are not supported, return the first byte of the range.
     """
     found = None
     while first <= last:
@@ -57,5 +57,5 @@ def find_first_locked(file: int, first: int, last: int) -> int | None:
             return first
         if kind == fcntl.F_UNLCK:
             break
-        found, last = start, start - 1  # the kernel's first is not the lowest
+        found, last = start, start - 1  # the kernel does not return the lowest lock first
     return found

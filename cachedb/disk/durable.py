@@ -1,7 +1,7 @@
-"""Files that appear under their names when they are whole, and what killed processes leave of such files.
+"""Write files durably: a file appears under its name only when it is whole.
 
-Where the file system can, a file has no name before it is whole, so that nothing is left. Elsewhere it has a name of
-`part_path`, and is locked while its process lives: `remove_leftovers` removes those that nobody has locked.
+On most file systems an unfinished file has no name, so a killed process leaves nothing. On others it has a name from
+`part_path`, and its process holds a lock on it. `remove_leftovers` removes such files that are not locked.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = [
 
 
 PART = re.compile(r"\.cachedb-[0-9a-f]{32}\.part")
-"""The names of `part_path`. Earlier releases had names of half that length, which they did not lock."""
+"""Matches the names of `part_path`. Old releases used names of half that length, without locks."""
 
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
+_UNSUPPORTED_ERRNOS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 
 
 def part_path(folder: Path) -> Path:
@@ -45,65 +45,64 @@ def part_path(folder: Path) -> Path:
 
 
 def lock_part(file: int) -> None:
-    """Say that a file's process lives, until the file is closed; where the file system has no locks, do nothing."""
+    """Lock a file, to show that its process lives; do nothing if the file system has no locks."""
     with ignore_os_errors():
         fcntl.flock(file, fcntl.LOCK_SH)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[FileIO]:
-    """Open a file for writing that appears under its name, whole and on disk, at the end of the block.
+    """Yield a new file that gets its name, whole and synced, at the end of the block.
 
-    An existing file is replaced; after an error it is as it was. The caller syncs the folder.
+    It replaces an existing file; after an error that file stays. The caller syncs the folder.
     """
     part = part_path(path.parent)
-    file, unnamed = _new_file(part)
+    file, unnamed = _make_file(part)
     try:
         with file:
             yield file
             os.fsync(file.fileno())
             if unnamed:
-                _name(file, part)
-            part.rename(path)  # while it is locked
+                _link_part(file, part)
+            part.rename(path)  # the file is still locked here
     finally:
         with ignore_os_errors():  # it would hide the error that came first
             part.unlink(missing_ok=True)
 
 
-def _new_file(part: Path) -> tuple[FileIO, bool]:
-    """Return a new file, and whether it has no name; else it has that of the part."""
+def _make_file(part: Path) -> tuple[FileIO, bool]:
+    """Return a new file, and whether it has no name; if it has a name, that is ``part``."""
     try:
-        # Without /proc it could not be given a name.
         unnamed = os.open(part.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in _UNSUPPORTED_ERRNOS:
             raise
-        return _new_part(part), False
-    if not os.path.exists(f"/proc/self/fd/{unnamed}"):
+        return _make_part(part), False
+    if not os.path.exists(f"/proc/self/fd/{unnamed}"):  # `_link_part` needs /proc
         os.close(unnamed)
-        return _new_part(part), False
+        return _make_part(part), False
     file = FileIO(unnamed, "rb+")
     lock_part(unnamed)
     return file, True
 
 
-def _new_part(part: Path) -> FileIO:
+def _make_part(part: Path) -> FileIO:
     while True:
         file = FileIO(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "rb+")
         lock_part(file.fileno())
         if os.fstat(file.fileno()).st_nlink:
             return file
-        file.close()  # somebody removed it as a leftover before it was locked
+        file.close()  # another process removed it as a leftover before we locked it
 
 
-def _name(file: FileIO, part: Path) -> None:
-    """Give a name to a file that has none."""
+def _link_part(file: FileIO, part: Path) -> None:
+    """Give a file without a name the name of the part."""
     folder = os.open(part.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # With a folder's descriptor it is linkat(2), which follows the link in /proc.
+        # With a folder descriptor Python calls linkat(2), which follows the link in /proc.
         os.link(f"/proc/self/fd/{file.fileno()}", part.name, dst_dir_fd=folder)
-    except OSError:  # of a file system that can have such files, and not name them
-        with _new_part(part) as copy:
+    except OSError:  # some file systems make files without names, but cannot link them
+        with _make_part(part) as copy:
             file.seek(0)
             shutil.copyfileobj(file, copy, 1024 * 1024)
             os.fsync(copy.fileno())
@@ -112,14 +111,14 @@ def _name(file: FileIO, part: Path) -> None:
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str] = PART, *, beside: str = "") -> None:
-    """Remove from a folder what processes that were killed have left: our own user's files that nobody has locked.
+    """Remove the files of killed processes from a folder: files of our user that are not locked.
 
-    What cannot be removed, or proven to be of nobody alive, stays.
+    A file stays if it cannot be removed, or if its process may be alive.
 
     Args:
-        folder: to look in.
-        names: of such files.
-        beside: a file of the same name with this suffix goes as well.
+        folder: to clean up.
+        names: matches the names of such files.
+        beside: also remove the file with the same name and this suffix.
     """
     with ignore_os_errors():
         for name in filter(names.fullmatch, os.listdir(folder)):
@@ -134,7 +133,7 @@ def _remove_leftover(path: str, beside: str) -> None:
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             return
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = os.lstat(path)  # it may have got its own name before we had the lock
+        found = os.lstat(path)  # before we had the lock, its process may have renamed it
         if (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):
             if beside:
                 with ignore_os_errors():
@@ -145,15 +144,15 @@ def _remove_leftover(path: str, beside: str) -> None:
 
 
 def copy_to_new(source: BinaryIO, name: str, folder: int) -> None:
-    """Copy a file to a new one, durably; a link that has the name is not followed.
+    """Copy an open file durably to a new file; never follow a link with that name.
 
     Args:
         source: open for reading.
         name: of the new file.
-        folder: descriptor of the folder to make it in.
+        folder: descriptor of the folder of the new file.
 
     Raises:
-        FileExistsError: if anything has the name.
+        FileExistsError: if the name exists.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with FileIO(os.open(name, flags, 0o600, dir_fd=folder), "rb+") as copy:
@@ -162,7 +161,7 @@ def copy_to_new(source: BinaryIO, name: str, folder: int) -> None:
 
 
 def sync_folder(folder: Path | str) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Sync a folder, so that its names survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -171,7 +170,7 @@ def sync_folder(folder: Path | str) -> None:
 
 
 def sync_file(file: Path) -> None:
-    """Make what a file has survive a power cut."""
+    """Sync a file, so that its content survives a power cut."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The cache directory: where it is, and where in it things lie."""
+"""The layout of the cache directory: its location, and the names and paths of files in it."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ __all__ = [
 
 
 REVISION = "0005"
-"""The newest migration: the schema that `cachedb.index.tables` describes; here for who reads without SQLAlchemy."""
+"""The newest migration, whose schema `cachedb.index.tables` describes; here for readers without SQLAlchemy."""
 
 UNFINISHED = ".cachedb-copy"
-"""The name of the index in a directory that `cachedb copy` has not come to the end of."""
+"""The name of the index in a directory that `cachedb copy` has not finished."""
 
 
 def default_directory() -> Path:
@@ -55,14 +55,14 @@ def default_directory() -> Path:
 
 
 def chosen(directory: str | os.PathLike[str] | None) -> Path:
-    """Return the directory that was chosen, or the default, as an absolute path.
+    """Return the given directory, or the default one, as an absolute path.
 
     Raises:
-        NotACache: if its name is empty, or relative to a directory that was deleted.
+        NotACache: if its name is empty, or relative to a deleted working directory.
     """
     check_paths(directory=directory, optional=True)
     if directory is not None and not os.fspath(directory):
-        raise NotACache("the name of the cache directory is empty")
+        raise NotACache("the name of the cache directory is empty: name a directory, or leave it out for the default")
     path = default_directory() if directory is None else Path(directory)
     try:
         return path.absolute()
@@ -74,40 +74,40 @@ def chosen(directory: str | os.PathLike[str] | None) -> Path:
 
 
 def blob_path(directory: Path, digest: Digest) -> Path:
-    """Return where a blob lies, if it is stored."""
+    """Return the path of a stored blob."""
     return Path(blob_file(directory, digest))
 
 
 def blob_file(directory: Path, digest: Digest) -> str:
-    """Return the same as text: to make a `Path` for each of many blobs takes longer than what is done with it.
+    """Return the path of a stored blob as text; for many blobs this is faster than `blob_path`.
 
     Raises:
-        DamagedIndex: if it is no digest but a path, which an index from elsewhere may have.
+        DamagedIndex: if the digest is invalid: an index from elsewhere may have a path in its place.
     """
     if not is_digest(digest):
         raise DamagedIndex(
-            f"the index is damaged, for it has {digest!r} as a digest: run `cachedb verify --repair`, which rebuilds it"
+            f"the index is damaged, because it has the digest {digest!r}: run `cachedb verify --repair` to rebuild it"
         )
     return f"{directory}/blobs/{digest.replace(':', '/')}"
 
 
 def partials(directory: Path) -> Path:
-    """Return the folder in ``ingest/`` that is no session's: of downloads to be gone on with."""
+    """Return the folder in ``ingest/`` for partial downloads, which belongs to no session."""
     return directory / "ingest" / "partial"
 
 
 def partial_path(directory: Path, digest: Digest) -> Path:
-    """Return where a blob lies that is being downloaded, or was until it was cut off."""
+    """Return the path of a blob's running or interrupted download."""
     return partials(directory) / digest.replace(":", "-")
 
 
 def trash_name(digest: Digest) -> str:
-    """Return the name that the file of a forgotten blob has in ``trash/``."""
+    """Return the name of a deleted blob's file in ``trash/``."""
     return digest.replace(":", "-")
 
 
 def trash_digest(name: str) -> Digest | None:
-    """Return the digest of a forgotten blob from the name of its file in ``trash/``; None if the file is not ours."""
+    """Return the digest in the name of a file in ``trash/``; None if the file is not ours."""
     try:
         digest = parse_digest(name.replace("-", ":", 1))
     except InvalidDigest:
@@ -115,41 +115,44 @@ def trash_digest(name: str) -> Digest | None:
     return digest if trash_name(digest) == name else None
 
 
-partial_digest = trash_digest  # a download that was cut off is named in the same way
+partial_digest = trash_digest  # partial downloads have the same names
 
 
 def received_digest(name: str) -> Digest | None:
-    """Return the digest in the name of a file in a session's folder: once all of it is there, or if it was known."""
+    """Return the digest in the name of a file in a session's folder; None if it has none.
+
+    The name has a digest from the start if the digest is known, else when the file is whole.
+    """
     number, _, digest = name.partition(".")
     return trash_digest(digest) if number.isdecimal() else None
 
 
 def is_received(name: str) -> bool:
-    """Return whether a name in a session's folder is of our form."""
+    """Return whether a file in a session's folder has a name that a session gives."""
     return name.isdecimal() or received_digest(name) is not None
 
 
 def is_session(name: str) -> bool:
-    """Return whether a name is a session's."""
-    return _SESSION.fullmatch(name) is not None
+    """Return whether a name has the form of a session's name."""
+    return _SESSION_NAME.fullmatch(name) is not None
 
 
 def lock_kind(name: str) -> str | None:
-    """Return what a file in ``locks/`` is for: ``session``, ``producing`` or ``write``; None if it is not ours."""
+    """Return the kind of a lock file: ``session``, ``producing`` or ``write``; None if it is not ours."""
     stem, _, suffix = name.rpartition(".")
     if suffix == "session" and is_session(stem):
         return "session"
-    if suffix == "producing" and _KEY.fullmatch(stem):
+    if suffix == "producing" and _CLAIM_KEY.fullmatch(stem):
         return "producing"
     return "write" if name in ("write.lock", "write.queue") else None
 
 
-_SESSION = re.compile(r"[0-9]+-[0-9a-f]{12}")
-_KEY = re.compile(r"[0-9a-f]{64}")
+_SESSION_NAME = re.compile(r"[0-9]+-[0-9a-f]{12}")
+_CLAIM_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 def on_disk(directory: Path) -> tuple[dict[Digest, int], list[Path]]:
-    """Return the blobs on disk with their sizes, and what is no blob and lies among them."""
+    """Return the blobs on disk with their sizes, and the other files among them."""
     found: dict[Digest, int] = {}
     strays: list[Path] = []
     with os_errors("read the cache"):
@@ -162,7 +165,7 @@ def on_disk(directory: Path) -> tuple[dict[Digest, int], list[Path]]:
                     digest = parse_digest(f"{folder.name}:{entry.name}")
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
-                    continue  # collected since
+                    continue  # collected meanwhile
                 except InvalidDigest:
                     digest = None
                 if digest and entry.is_file(follow_symlinks=False):
@@ -173,16 +176,16 @@ def on_disk(directory: Path) -> tuple[dict[Digest, int], list[Path]]:
 
 
 def quarantine_path(directory: Path, name: str, *, beside: tuple[str, ...] = ()) -> Path:
-    """Return a free path in ``quarantine/``, a folder that is made when it is first needed.
+    """Return a free path in ``quarantine/``; make the folder if it is missing.
 
     Args:
         directory: of the cache.
-        name: of what is put there.
-        beside: what is put at the path with these suffixes, where it is free too.
+        name: of the file to put there.
+        beside: suffixes; the path is free with each of them too.
     """
     folders = Folders(directory)
     folders.make("quarantine")
-    with folders.open("quarantine"):  # it is refused if it leads elsewhere
+    with folders.open("quarantine"):  # raises if the folder leads out of the cache
         os.fsync(folders.root)
     folder = directory / "quarantine"
     path, number = folder / name, 0
@@ -193,5 +196,5 @@ def quarantine_path(directory: Path, name: str, *, beside: tuple[str, ...] = ())
 
 
 def has_blobs(directory: Path) -> bool:
-    """Say whether there is anything in ``blobs/``."""
+    """Return whether a folder in ``blobs/`` has entries."""
     return any(any(folder.iterdir()) for folder in (directory / "blobs").iterdir() if folder.is_dir())

@@ -1,7 +1,7 @@
-"""The marker: a file that says that a directory is a cache, and which one.
+"""The marker: a file that identifies a directory as a cache.
 
-It is written before anything else is made, and it is on disk before anything else is. Without it nothing in a
-directory is repaired, swept or collected. Its id tells a cache from another one that takes its place later.
+It is the first file of a cache, and is synced before any other file is made. In a directory without a marker, nothing
+is repaired, swept or collected. Its id distinguishes the cache from another one that takes its place later.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ MARKER = "cachedb.json"
 """The name of the marker in the cache directory."""
 
 UNFINISHED = re.compile(r"\.cachedb-[0-9a-f]{16}\.marker")
-"""The name of a marker that is being written, or was until its writer died."""
+"""Matches the name of an unfinished marker, which stays if its writer dies."""
 
-_FORMAT = 1  # of the directory as a whole: where things lie in it; the index has a schema of its own
-_SIZE_LIMIT = 4096  # bytes
+_FORMAT = 1  # of the directory: which files are where; the index has its own schema
+_MAX_BYTES = 4096  # a longer marker is invalid
 _ID = re.compile(r"[0-9a-f]{32}")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Marker(NamedTuple):
-    """What a marker says."""
+    """The contents of a marker."""
 
     format: int
     id: str  # 32 hexadecimal digits, chosen at random
-    inode: int | None  # of the marker when the cache was known to be sound: that of a copy differs
-    directory: int | None = None  # the directory's inode; None in a marker of an older release
-    file_system: str | None = None  # where both are, as `_file_system` says
-    boot: str | None = None  # of the host
+    inode: int | None  # of the marker's file; differs in a copy; None if the cache may be a copy
+    directory: int | None = None  # its inode; None in a marker of an older release
+    file_system: str | None = None  # of the directory, from `_file_system_id`
+    boot: str | None = None  # the host's boot id when the marker was written
 
     def is_of(self, folder: int) -> bool | None:
-        """Return whether the marker was written in this directory; None if a marker of an older release cannot tell."""
+        """Return whether the marker was written in this directory; None if an old marker cannot tell."""
         status = os.stat(MARKER, dir_fd=folder, follow_symlinks=False)
         if self.inode != status.st_ino:
             return False
         if self.directory is None:
             return None
-        found = _place(folder)
-        # Without a restart between, one file system has one number, which another may have after a restart.
+        found = _describe_place(folder)
+        # The id of a file system may change when the host restarts, so it only counts within one boot.
         same_boot = self.boot is not None and self.boot == found["boot"]
         return self.directory == found["directory"] and not (same_boot and self.file_system != found["file_system"])
 
     def is_outdated(self, folder: int) -> bool:
-        """Return whether `refresh` would note more than the marker says."""
-        return self.inode is not None and self.boot != _boot()
+        """Return whether `refresh` would change the marker, because the host has restarted."""
+        return self.inode is not None and self.boot != _read_boot_id()
 
 
 def read(folder: int | Path) -> Marker | None:
@@ -66,8 +66,8 @@ def read(folder: int | Path) -> Marker | None:
         folder: the directory, or a descriptor of it.
 
     Raises:
-        NotACache: if there is a file of that name that is no marker.
-        SchemaMismatch: if a newer release has made it.
+        NotACache: if the file is not a valid marker, or cannot be opened.
+        SchemaMismatch: if a newer release has written it.
     """
     try:
         if isinstance(folder, int):
@@ -79,14 +79,14 @@ def read(folder: int | Path) -> Marker | None:
     except OSError as error:
         raise NotACache(f"{MARKER!r} in the cache directory cannot be opened: {error.strerror}") from error
     try:
-        with suppress(OSError):  # of a folder of that name
-            return _parsed(os.read(file, _SIZE_LIMIT))
+        with suppress(OSError):  # raised if it is a folder
+            return _parse(os.read(file, _MAX_BYTES))
     finally:
         os.close(file)
-    return _parsed(b"")
+    return _parse(b"")
 
 
-def _parsed(data: bytes) -> Marker:
+def _parse(data: bytes) -> Marker:
     try:
         found = json.loads(data)
         marker = Marker(
@@ -110,17 +110,17 @@ def _parsed(data: bytes) -> Marker:
 
 
 def write(folder: int, settle: Callable[[int], object], *, is_sound: bool = True) -> Marker:
-    """Mark a directory as a cache, unless another process has done so; return the marker that it has then.
+    """Write a marker, unless another process has written one; return the directory's marker.
 
     Args:
         folder: a descriptor of the directory.
-        settle: gives a new file its owner and mode.
+        settle: sets the owner and mode of a new file.
         is_sound: False if the directory has an index already, which may be part of a copy without its marker.
     """
     with (
-        _written(folder, settle, is_sound=is_sound) as part,
+        _new_marker(folder, settle, is_sound=is_sound) as part,
         suppress(FileExistsError),
-    ):  # the one who was first has chosen the id
+    ):  # another process was first, and has chosen the id
         os.link(part, MARKER, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     found = read(folder)
     assert found is not None
@@ -128,7 +128,7 @@ def write(folder: int, settle: Callable[[int], object], *, is_sound: bool = True
 
 
 def renew(folder: int, settle: Callable[[int], object]) -> None:
-    """Replace the marker by one with an id and an inode of its own: what was a copy is a cache now.
+    """Replace a copy's marker by one with a new id and inode, so that the copy becomes a cache.
 
     Args:
         folder: as for `write`.
@@ -138,37 +138,37 @@ def renew(folder: int, settle: Callable[[int], object]) -> None:
 
 
 def refresh(folder: int, settle: Callable[[int], object], found: Marker) -> None:
-    """Replace the marker by one with the same id that says where it is by now.
+    """Replace the marker by one with the same id and the present place of the cache.
 
     Args:
         folder: as for `write`.
         settle: as for `write`.
-        found: the marker that is there, and is no copy.
+        found: the present marker, which is not a copy.
     """
     _replace(folder, settle, found.id)
 
 
 def count_links(folder: int, status: os.stat_result) -> int:
-    """Return how many names a marker has; one that a process which writes a marker has left does not count."""
+    """Return how many names a marker has, not counting the names of unfinished markers."""
     if status.st_nlink == 1:
         return 1
     with os.scandir(folder) as entries:
-        ours = [entry for entry in entries if UNFINISHED.fullmatch(entry.name)]
-        return status.st_nlink - sum(entry.inode() == status.st_ino for entry in ours)
+        unfinished = [entry for entry in entries if UNFINISHED.fullmatch(entry.name)]
+        return status.st_nlink - sum(entry.inode() == status.st_ino for entry in unfinished)
 
 
 def _replace(folder: int, settle: Callable[[int], object], cache_id: str) -> None:
-    with _written(folder, settle, is_sound=True, cache_id=cache_id) as part:
+    with _new_marker(folder, settle, is_sound=True, cache_id=cache_id) as part:
         second = f".cachedb-{secrets.token_hex(8)}.marker"
         os.link(part, second, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
         os.rename(second, MARKER, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 @contextmanager
-def _written(
+def _new_marker(
     folder: int, settle: Callable[[int], object], *, is_sound: bool, cache_id: str | None = None
 ) -> Iterator[str]:
-    """Give the block the name of a new marker, which is on disk; what the block names it is as well at the end."""
+    """Yield the name of a new, synced marker; sync the names that the block gives it at the end."""
     part = f".cachedb-{secrets.token_hex(8)}.marker"
     file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
@@ -177,7 +177,7 @@ def _written(
                 "format": _FORMAT,
                 "id": cache_id or secrets.token_hex(16),
                 "inode": os.fstat(file).st_ino if is_sound else None,
-                **_place(folder),
+                **_describe_place(folder),
             }
             os.write(file, f"{json.dumps(content)}\n".encode())
             settle(file)
@@ -190,28 +190,28 @@ def _written(
     os.fsync(folder)
 
 
-def _place(folder: int) -> dict[str, int | str | None]:
-    """Return what tells the place of a marker from that of a copy, as a marker says it."""
-    return {"directory": os.fstat(folder).st_ino, "file_system": _file_system(folder), "boot": _boot()}
+def _describe_place(folder: int) -> dict[str, int | str | None]:
+    """Return the values of a marker that differ between a cache and its copy."""
+    return {"directory": os.fstat(folder).st_ino, "file_system": _file_system_id(folder), "boot": _read_boot_id()}
 
 
-def _file_system(folder: int) -> str:
-    """Return what tells a mounted file system from others until the host is restarted.
+def _file_system_id(folder: int) -> str:
+    """Return an id that identifies a mounted file system until the host restarts.
 
-    Most have an id that stays the same after that too; some have none, or one that is made of their device's number.
+    Most file systems keep their id after a restart. Some have no id, or derive it from their device number.
     """
     number = os.fstatvfs(folder).f_fsid
     return f"id {number:x}" if number else f"device {os.fstat(folder).st_dev}"
 
 
-def _boot() -> str | None:
+def _read_boot_id() -> str | None:
     with suppress(OSError):
-        return _BOOT_ID.read_text(encoding="utf-8").strip()
+        return _BOOT_ID_FILE.read_text(encoding="utf-8").strip()
     return None
 
 
 def identity(folder: int) -> tuple[int, int, int, int] | None:
-    """Return what changes when another file takes the marker's place, or it gets a link; None if there is none."""
+    """Return values that change if the marker is replaced or linked; None if there is no marker."""
     try:
         status = os.stat(MARKER, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Which process holds a lock: it writes its name into the lock file, for others to read.
+"""Find out which process holds a lock: the holder writes a record into the lock file.
 
-The name is for people alone. Whether a process lives is said by its lock, which the kernel takes from the dead.
+The record only informs people. A process counts as alive while it holds its lock, which the kernel releases at its end.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ __all__ = ["UNKNOWN", "Process", "flock_holder", "index_writer", "read_record", 
 
 
 RECORD = 1
-"""Where a lock file has its record: behind the mark of `locks.Turn`."""
+"""The offset of the record in a lock file, in bytes: after the mark of `locks.Turn`."""
 
-_RECORD_BYTES = 4096  # a record that is longer is not read
-_COMMAND_LENGTH = 120  # characters
-_WAL_WRITE_LOCK = (120, 120)  # the byte of the -shm file that SQLite's writer locks (its "WAL-Index Locking Matrix")
-_INDEX_LOCKS = (0x40000000, 0x40000000 + 511)  # the bytes of an index that SQLite locks: its os.h
-_START_FIELD = 19  # of /proc/PID/stat behind the command: when the process started, in clock ticks after the boot
+_RECORD_BYTES = 4096  # a longer record is not read
+_MAX_COMMAND_CHARS = 120
+_WAL_WRITE_LOCK = (120, 120)  # in -shm, the byte that a SQLite writer locks ("WAL-Index Locking Matrix")
+_INDEX_LOCKS = (0x40000000, 0x40000000 + 511)  # the bytes of an index that SQLite locks (its os.h)
+_START_FIELD = 19  # the start time in /proc/PID/stat, counted after the command; in clock ticks since the boot
 
 
 class Process(NamedTuple):
-    """A process that works with the cache, as it says itself."""
+    """A process that works with the cache, as its record describes it."""
 
     pid: int
     command: str  # its name and arguments
     uid: int  # of its user
-    start: str  # with the pid it tells a process from a later one of that pid
-    namespace: str  # of its pid: a container's processes have other pids than the host's
+    start: str  # its start time; a later process with the same pid has another
+    namespace: str  # its PID namespace; containers have their own pids
 
     def __str__(self) -> str:
         return f"process {self.pid}" + (f" ({self.command})" if self.command else "")
 
     @property
     def is_gone(self) -> bool:
-        """Whether there is surely no such process any more: one of another container cannot be told."""
-        return self.namespace == _namespace() and self.start != _start(self.pid)
+        """Whether the process has surely ended; False for a process of another PID namespace."""
+        return self.namespace == _read_namespace() and self.start != _read_start(self.pid)
 
 
 UNKNOWN = "another process"
-"""What a process is called that has not said its name: an older release does not."""
+"""The name of a process without a record, such as one of an older release."""
 
 
 def this_process() -> Process:
-    """Return what this process says of itself."""
-    return _this_process(os.getpid())  # a forked child is another one
+    """Return the description of this process."""
+    return _this_process(os.getpid())  # a forked child has another pid
 
 
 @cache
@@ -60,45 +60,50 @@ def _this_process(pid: int) -> Process:
     name = path.parent.name if path.name == "__main__.py" else path.name
     command = " ".join(["python" if name in ("", "-", "-c", "-m") else name, *arguments])
     command = "".join(char if char.isprintable() else "?" for char in command)
-    command = command if len(command) <= _COMMAND_LENGTH else f"{command[:_COMMAND_LENGTH]}..."
-    return Process(pid, command, os.geteuid(), _start(pid), _namespace())
+    command = command if len(command) <= _MAX_COMMAND_CHARS else f"{command[:_MAX_COMMAND_CHARS]}..."
+    return Process(pid, command, os.geteuid(), _read_start(pid), _read_namespace())
 
 
-def _start(pid: int) -> str:
+def _read_start(pid: int) -> str:
     with suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[_START_FIELD]
     return ""
 
 
-def _namespace() -> str:
+def _read_namespace() -> str:
     with suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""
 
 
 @cache
-def _record(process: Process) -> str:
+def _begin_record(process: Process) -> str:
     return json.dumps(process._asdict())[:-1]
 
 
 def write_record(file: int, offset: int = RECORD, **more: object) -> None:
-    """Write who we are into a lock file, and more values if there are any; what is there is overwritten.
+    """Write a record of this process and more values into a lock file, over the previous record.
 
-    It costs one write that is never synced. On a full disk there is none, and we have no name.
+    This is one write without a sync. If it fails, as on a full disk, the lock has no record.
+
+    Args:
+        file: descriptor of the lock file.
+        offset: of the record, in bytes.
+        more: the values, which must fit JSON.
     """
     rest = f", {json.dumps(more)[1:]}" if more else "}"
     with suppress(OSError):
-        os.pwrite(file, f"{_record(this_process())}{rest}\n".encode(), offset)
+        os.pwrite(file, f"{_begin_record(this_process())}{rest}\n".encode(), offset)
 
 
 def clear_record(file: int) -> None:
-    """Take our name out of a lock file."""
+    """Remove the record from a lock file."""
     with suppress(OSError):
         os.pwrite(file, b"\n", RECORD)
 
 
 def read_record(file: int, offset: int = RECORD) -> tuple[Process, dict[str, Any]] | None:
-    """Return which process has written itself into a lock file, and what else it says; None if none has."""
+    """Return the process and the other values in a lock file's record; None without a valid record."""
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         values = json.loads(os.pread(file, _RECORD_BYTES, offset).partition(b"\n")[0])
         process = Process(
@@ -113,39 +118,39 @@ def read_record(file: int, offset: int = RECORD) -> tuple[Process, dict[str, Any
 
 
 def index_writer(index: Path) -> str:
-    """Return which process has a write transaction in an index, as far as the kernel says."""
-    # The files are not opened: to close them would let go of the locks that SQLite has in this process. Who has the
-    # index for itself alone locks the index, and no -shm.
+    """Return the process with a write transaction in an index, or "another program" if it is unknown."""
+    # Never open these files: closing them would release SQLite's locks in this process. A process with exclusive
+    # access locks the index instead of the -shm file.
     for path, first, last in ((f"{index}-shm", *_WAL_WRITE_LOCK), (str(index), *_INDEX_LOCKS)):
         with suppress(OSError):
-            if found := _kernel_holder("POSIX", os.stat(path), first, last):
+            if found := _find_kernel_holder("POSIX", os.stat(path), first, last):
                 return str(found)
     return "another program"
 
 
 def flock_holder(file: int) -> Process | None:
-    """Return which process has locked an open file with `flock`, alone or with others, as far as the kernel says."""
+    """Return a process that has locked an open file with `flock`; None if the kernel lists none."""
     with suppress(OSError):
-        return _kernel_holder("FLOCK", os.fstat(file))
+        return _find_kernel_holder("FLOCK", os.fstat(file))
     return None
 
 
-def _kernel_holder(kind: str, status: os.stat_result, first: int = 0, last: int = 0) -> Process | None:
-    """Return which process has a lock on one of some bytes of a file; None if the kernel does not say.
+def _find_kernel_holder(kind: str, status: os.stat_result, first: int = 0, last: int = 0) -> Process | None:
+    """Return a process with a lock on some bytes of a file; None if the kernel lists none.
 
-    It says nothing of processes outside of this container.
+    The kernel does not list the processes outside this container.
     """
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/locks").read_text().splitlines():
             _, *fields = line.split()
             if fields[0] != kind or int(fields[4].rpartition(":")[2]) != status.st_ino:
-                continue  # so is one that waits, which has an arrow there
+                continue  # this also skips a waiting process: its line has an arrow in this field
             if kind == "POSIX" and fields[2] != "WRITE":
                 continue
             pid, begin, end = int(fields[3]), int(fields[5]), fields[6]
             if pid > 0 and begin <= last and (end == "EOF" or int(end) >= first):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                name = " ".join([os.path.basename(words[0]), *words[1:]]).strip()[:_COMMAND_LENGTH]
+                name = " ".join([os.path.basename(words[0]), *words[1:]]).strip()[:_MAX_COMMAND_CHARS]
                 name = "".join(char if char.isprintable() else "?" for char in name)
-                return Process(pid, name, os.stat(f"/proc/{pid}").st_uid, _start(pid), _namespace())
+                return Process(pid, name, os.stat(f"/proc/{pid}").st_uid, _read_start(pid), _read_namespace())
     return None

@@ -1,4 +1,4 @@
-"""Reading: the file of a stored blob, opened with care. Nothing here knows the index."""
+"""Open and read the files of stored blobs; nothing here uses the index."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ __all__ = ["damaged", "document", "open_blob", "open_regular"]
 
 
 def open_blob(directory: Path, digest: Digest) -> BufferedReader:
-    """Open a stored blob's file; the stream stays good even if the blob is collected meanwhile.
+    """Open a stored blob's file; the stream stays valid if the blob is collected meanwhile.
 
     Raises:
-        NotInCache: if there is no such file.
-        StorageError: if it cannot be opened, or is no regular file.
+        NotInCache: if the file does not exist.
+        StorageError: if it cannot be opened, or is not a regular file.
+        DamagedIndex: if the digest is invalid.
     """
     with os_errors("read a blob"):
         try:
@@ -32,7 +33,7 @@ def open_blob(directory: Path, digest: Digest) -> BufferedReader:
 
 
 def document(directory: Path, digest: Digest, size: int) -> bytes | None:
-    """Return what a small blob has, if it can be read and is what its name says."""
+    """Return the content of a small blob; None if it is large, unreadable or damaged."""
     if size > DOCUMENT_LIMIT:
         return None
     with suppress(CacheError), open_blob(directory, digest) as file, os_errors("read a blob"):
@@ -42,22 +43,22 @@ def document(directory: Path, digest: Digest, size: int) -> bytes | None:
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, for `open`; raise `OSError` for anything else, a symbolic link included."""
+    """Open a regular file, as the opener of `open`; raise `OSError` for other files and symbolic links."""
     try:
-        # A pipe without a writer would be waited for, maybe under the write lock.
+        # Opening a pipe without a writer would block, perhaps under the write lock.
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise OSError(errno.EINVAL, "it is a symbolic link, and no regular file", path) from None
+        raise OSError(errno.EINVAL, "it is a symbolic link, not a regular file", path) from None
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "it is no regular file", path)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)
 
 
 def damaged(digest: Digest) -> DigestMismatch:
-    """Return the error for a blob whose file has another content."""
+    """Return the error for a blob whose file has the wrong content."""
     return DigestMismatch(
         f"the file of {digest} is damaged, its content has another digest: run `cachedb verify --repair`, "
         "then import or pull the image again"

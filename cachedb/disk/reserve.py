@@ -1,4 +1,4 @@
-"""Space and inodes that a cache sets aside for the moments when the disk is full."""
+"""Reserve space and inodes, to give them up when the disk is full."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["NO_ROOM", "RESERVE_BYTES", "Reserve", "is_full"]
 
 T = TypeVar("T")
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # a file cannot be made or extended, and may be read
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # no file can be made or extended; reading may work
 RESERVE_BYTES = 1024 * 1024
-# SQLite needs two for index.db-wal and index.db-shm, a session two, and locks the rest.
+# SQLite needs two for index.db-wal and index.db-shm, a session needs two, and locks need the rest.
 _RESERVE_INODES = 8
 
 
@@ -28,44 +28,44 @@ class Reserve:
     """The files ``reserve`` and ``reserve.inodes/`` of a cache."""
 
     def __init__(self, directory: Path, open_folders: Callable[[], Folders]) -> None:
-        """Name the reserve of a cache.
+        """Prepare the reserve of a cache, but make no files.
 
         Args:
             directory: of the cache.
-            open_folders: returns its open folders, or raises if nothing can be changed in it.
+            open_folders: returns its open folders, or raises if the cache cannot be written to.
         """
         self._directory = directory
         self._open_folders = open_folders
         self._gave_up = False
 
     def keep(self) -> None:
-        """Set space and inodes aside for `run`, where some are missing and the disk has them."""
+        """Make the missing files of the reserve, if the disk has room for them."""
         self._keep_bytes()
         with suppress(CacheError), ignore_os_errors():
             self._keep_inodes()
 
     def refill(self) -> None:
-        """Set inodes aside again that were given up, once SQLite has given its own back."""
+        """Reserve the inodes again that this process gave up; call it when SQLite has removed its files."""
         if self._gave_up:
             self._gave_up = False
             self.keep()
 
     def _keep_inodes(self) -> None:
-        if os.path.lexists(self._directory / "reserve.inodes" / str(_RESERVE_INODES)):  # the last that is made
+        if os.path.lexists(self._directory / "reserve.inodes" / str(_RESERVE_INODES)):  # the last one made
             return
         self._open_folders().make("reserve.inodes")
         for number in range(1, _RESERVE_INODES + 1):
             os.close(self._open_folders().make_file(f"reserve.inodes/{number}"))
 
     def give_up_inodes(self) -> bool:
-        """Give the inodes that were set aside back to the file system; return whether there is one now."""
+        """Unlink the reserved inodes; return whether the file system has room now."""
         found = False
         with suppress(CacheError), ignore_os_errors(), self._open_folders().open("reserve.inodes") as folder:
             for number in range(_RESERVE_INODES, 0, -1):
                 with suppress(FileNotFoundError):
                     os.unlink(str(number), dir_fd=folder)
                     found = self._gave_up = True
-        # Another process may have given them up just now.
+        # Another process may have given up the same inodes just now.
         return found or not space.find_shortage(self._directory, RESERVE_BYTES)
 
     def _keep_bytes(self) -> None:
@@ -76,20 +76,27 @@ class Reserve:
             descriptor = self._open_folders().make_file("reserve")
             try:
                 if os.fstat(descriptor).st_nlink > 1:
-                    return  # somebody has linked another file here
+                    return  # somebody linked another file here
                 os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
             except OSError as error:
-                # The limit on the size of our files says nothing of the disk.
+                # EFBIG is a limit on our file sizes; the disk may not be full.
                 if error.errno != errno.EFBIG or not os.fstat(descriptor).st_size:
                     path.unlink()
             finally:
                 os.close(descriptor)
 
     def run(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
-        """Do some work; on a full disk do it again, or other work, in the room that was set aside.
+        """Call a function; if the disk is full, free the reserve and call it or another function again.
 
-        SQLite cannot even read without some space for its WAL, nor can anything be forgotten without. Inodes are given
-        up first, which may be all that it takes; then space, and what is left of downloads as well.
+        Without free space SQLite can neither delete rows nor even read, because it needs room for its WAL. The inodes
+        are freed first, which may be enough. Then the space and the unfinished downloads are freed.
+
+        Args:
+            work: the function.
+            again: called instead of ``work`` the second time; None for ``work`` itself.
+
+        Raises:
+            StorageError: if the disk is still full.
         """
         try:
             return work()

@@ -187,7 +187,7 @@ def once(
         with os_errors(what), Wait(key, chosen_seconds(seconds), lambda: _progress(path)) as wait:
             while (lock := _claim(path, key)) is None:
                 wait.nap(_NAP, lambda: locks.holder_of(path), sleep)
-                if may_take_over and wait.stalled >= _STALLED_SECONDS:
+                if may_take_over and wait.stalled_seconds >= _STALLED_SECONDS:
                     _take_over(path, key, wait.seen)
         with ExitStack() as block:
             found = find()

@@ -1,7 +1,7 @@
-"""Waiting for other processes: it has an end, and whoever waits is told for whom.
+"""Wait for other processes: for a limited time, with log messages that name the process.
 
-Everything is said through the logger ``cachedb``. A wait is a warning after its first second, and a debug message in
-each further second; the records have the attribute ``wait``, by which the command line shows them on one line.
+The logger is ``cachedb``. A wait logs a warning after its first second, then a debug message each second. The records
+have the attribute ``wait``, so that the command line shows them on one line.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = ["LOG", "Wait", "chosen_seconds"]
 LOG = logging.getLogger("cachedb")
 
 _DEFAULT_SECONDS = 60.0
-_SILENT_SECONDS = 1.0  # shorter waits are not worth a word
-_said: set[str] = set()  # for whom threads of this process wait, and have said so
-os.register_at_fork(after_in_child=_said.clear)
+_SILENT_SECONDS = 1.0  # a shorter wait is not logged
+_logged_holders: set[str] = set()  # the holders that threads of this process wait for and have logged
+os.register_at_fork(after_in_child=_logged_holders.clear)
 
 
 def chosen_seconds(seconds: float | None = None) -> float:
-    """Return how long to wait: what was chosen, else ``CACHEDB_WAIT``, else a minute.
+    """Return how many seconds to wait: the argument, else ``CACHEDB_WAIT``, else 60.
 
     Raises:
-        CacheError: if that is no number of seconds.
+        CacheError: if the value is not a number, 0 or more.
     """
     text = os.environ.get("CACHEDB_WAIT") if seconds is None else None
     try:
@@ -49,21 +49,21 @@ class Wait:
     """A wait for another process; a context manager that begins with the first `nap`."""
 
     def __init__(self, what: str, seconds: float, progress: Callable[[], object] | None = None) -> None:
-        """Nothing is waited for yet.
+        """Prepare a wait.
 
         Args:
-            what: is waited for, as an error says it: "the write lock".
+            what: the thing we wait for, as errors name it, such as "the write lock".
             seconds: after which to give up.
-            progress: returns something that changes while what we wait for makes progress. Then the seconds begin anew.
+            progress: returns a value that changes when the other process makes progress; the seconds start again then.
         """
         self.on_begin: Callable[[], None] | None = None
-        """Is called once, before the first nap."""
+        """A function to call once, in the first nap."""
         self._what, self._seconds, self._progress = what, seconds, progress
         self.seen: object = None
-        """What ``progress`` has returned last."""
-        self._began = self._moved = -math.inf
-        self._next_word = _SILENT_SECONDS
-        self._saying = ""
+        """The last value that ``progress`` returned."""
+        self._began = self._last_progress = -math.inf
+        self._next_log = _SILENT_SECONDS
+        self._logged_holder = ""
 
     def __enter__(self) -> Self:
         return self
@@ -74,47 +74,47 @@ class Wait:
         self.end()
 
     def end(self) -> None:
-        """Say that the wait is over, if it was worth a word."""
-        if self._saying:
-            _said.discard(self._saying)
-            LOG.debug("waited for %s, %d s", self._saying, self.waited, extra={"wait": "end"})
-            self._saying = ""
+        """Log that the wait is over, if the wait was logged."""
+        if self._logged_holder:
+            _logged_holders.discard(self._logged_holder)
+            LOG.debug("waited for %s, %d s", self._logged_holder, self.waited_seconds, extra={"wait": "end"})
+            self._logged_holder = ""
 
     @property
-    def waited(self) -> float:
+    def waited_seconds(self) -> float:
         """The seconds since the first nap."""
         return max(0.0, time.monotonic() - self._began) if self._began > -math.inf else 0.0
 
     @property
-    def stalled(self) -> float:
-        """The seconds in which what we wait for has made no progress."""
-        return max(0.0, time.monotonic() - self._moved) if self._began > -math.inf else 0.0
+    def stalled_seconds(self) -> float:
+        """The seconds since the last progress of the other process, or since the first nap."""
+        return max(0.0, time.monotonic() - self._last_progress) if self._began > -math.inf else 0.0
 
     def nap(self, seconds: float, holder: Callable[[], object], sleep: Callable[[float], object] = time.sleep) -> None:
-        """Sleep, unless the time is over.
+        """Sleep for a while, and log the wait if it is long.
 
         Args:
             seconds: to sleep.
-            holder: returns for whom we wait, as text or as what has one; None if that is not known.
-            sleep: sleeps.
+            holder: returns the process we wait for, as text or an object for `str`; None if it is unknown.
+            sleep: called with the seconds.
 
         Raises:
-            Busy: if it is over.
+            Busy: if the time to wait is over.
         """
         now = time.monotonic()
         if self._began == -math.inf:
             self._began = now
-            self._moved = now
+            self._last_progress = now
         if self.on_begin is not None:
             begin, self.on_begin = self.on_begin, None
             begin()
         if self._progress is not None and (seen := self._progress()) != self.seen:
-            self.seen, self._moved = seen, now
-        left = self._moved + self._seconds - now
+            self.seen, self._last_progress = seen, now
+        left = self._last_progress + self._seconds - now
         if left <= 0:
             raise self._error(holder() or UNKNOWN)
-        if now - self._began >= self._next_word:
-            self._say(str(holder() or UNKNOWN), now - self._began)
+        if now - self._began >= self._next_log:
+            self._log(str(holder() or UNKNOWN), now - self._began)
         sleep(min(seconds, left))
 
     def _error(self, holder: object) -> Busy:
@@ -125,12 +125,12 @@ class Wait:
             str(holder),
         )
 
-    def _say(self, holder: str, waited: float) -> None:
-        """Say for whom we wait; as a warning once, unless another thread has said the same."""
-        self._next_word = math.floor(waited) + 1
-        level = logging.DEBUG if self._saying or holder in _said else logging.WARNING
-        if holder != self._saying:
-            _said.discard(self._saying)
-            self._saying = holder
-            _said.add(holder)
+    def _log(self, holder: str, waited: float) -> None:
+        """Log which process we wait for: a warning the first time, and a debug message later."""
+        self._next_log = math.floor(waited) + 1
+        level = logging.DEBUG if self._logged_holder or holder in _logged_holders else logging.WARNING
+        if holder != self._logged_holder:
+            _logged_holders.discard(self._logged_holder)
+            self._logged_holder = holder
+            _logged_holders.add(holder)
         LOG.log(level, "waiting for %s, %d s", holder, waited, extra={"wait": "on"})

@@ -1,7 +1,6 @@
-"""Receiving: bytes are hashed on their way to a file, and are on the disk when they are said to be there.
+"""Receive content: hash bytes on their way to a file, and sync the file before it counts as received.
 
-What is hashed is what is written: the same buffers, each read once. Nothing here knows the index, so that a download
-need not wait for it.
+Each buffer is read once, then hashed and written. Nothing here uses the index, so a download need not wait for it.
 """
 
 from __future__ import annotations
@@ -47,30 +46,30 @@ __all__ = [
 
 
 CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
-WRITTEN_BACK = 8 * CHUNK  # bytes of which the disk is told at a time
-_BUFFERS = 4  # chunks under way in one blob: one read and written while others are hashed
+WRITTEN_BACK = 8 * CHUNK  # bytes written back to the disk at a time
+_BUFFER_COUNT = 4  # chunks of one blob in memory: one is read or written while others are hashed
 
 
 class Readable(Protocol):
-    """Where bytes come from."""
+    """A source of bytes."""
 
     def readinto(self, buffer: memoryview, /) -> int | None:
-        """Fill the front of the buffer and return how many bytes there were; 0 is the end."""
+        """Fill the front of the buffer and return the number of bytes; 0 at the end."""
 
 
 class Hasher(Protocol):
-    """What looks at every chunk on its way."""
+    """An object that gets every chunk, such as a hash."""
 
     def update(self, data: memoryview, /) -> None:
         """Take the next chunk."""
 
 
 class Content(NamedTuple):
-    """What was received, and verified."""
+    """The digest and size of received and verified content."""
 
     digest: Digest
     size: int  # bytes
-    inode: int = 0  # of the file that it was written to
+    inode: int = 0  # of the written file; 0 if none was written
 
 
 def receive(
@@ -86,24 +85,24 @@ def receive(
     progress: Advance | None = None,
     what: str = "the content",
 ) -> Content:
-    """Read a blob to its end, verify it, and write it to a file, durably.
+    """Read a blob to its end, verify it, and write it durably to a file.
 
     Args:
         source: where the bytes come from.
-        path: of the file, which is new; None to verify only.
+        path: of the new file; None to verify only.
         folder: descriptor of the folder that the path is relative to.
-        digest: the digest it must have, if that is known.
-        size: the size in bytes it must have, if that is known.
-        algorithm: to compute the digest with, if none is known.
-        go_on: the file may be there, with what came of the blob before, which ``source`` goes on from. It is locked:
-            a process whose claim was taken over may have it open still.
-        also: is shown every chunk as well.
-        progress: is told of every chunk.
-        what: how to call the blob in an error.
+        digest: the expected digest; None if it is unknown.
+        size: the expected size in bytes; None if it is unknown.
+        algorithm: computes the digest if it is unknown.
+        go_on: resume: the file may have the first bytes of the blob, and ``source`` continues after them. The file
+            is locked, because a process that lost its claim may still have it open.
+        also: another hasher that gets every chunk.
+        progress: called with the bytes of each chunk.
+        what: the name of the blob in errors.
 
     Raises:
         DigestMismatch: if the content has another digest or size.
-        StorageError: if it cannot be written.
+        StorageError: if the file cannot be written.
     """
     hasher = hashlib.new(split_digest(digest)[0] if digest else algorithm)
     hashers: list[Hasher] = [hasher, also] if also else [hasher]
@@ -117,9 +116,9 @@ def receive(
                 fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if target is not None and path is not None and os.geteuid() == 0:
             give(target, os.stat(os.path.dirname(path)) if folder is None else os.fstat(folder))
-        begun = _hash(target, hashers) if go_on and target is not None else 0
-        rest = None if size is None else size - begun
-        length = begun + _copy(source, target, hashers, rest, progress)
+        resumed_from = _hash_existing(target, hashers) if go_on and target is not None else 0
+        rest = None if size is None else size - resumed_from
+        length = resumed_from + _copy_and_hash(source, target, hashers, rest, progress)
         if size is not None and length != size:
             more = "more" if length > size else f"{length} bytes"
             raise DigestMismatch(f"{what} should be {size} bytes, and is {more}")
@@ -137,18 +136,18 @@ def receive(
 
 
 def _check_partial(file: int) -> None:
-    """Refuse to write to a file that has a second name or another owner: somebody may have put it there.
+    """Check that a download's file is a regular file of our user with one name.
 
     Raises:
-        StorageError: if it is no regular file of our user with one name.
+        StorageError: if it is not; then another program has put it there.
     """
     found = os.fstat(file)
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
         raise StorageError("another program has put a file into ingest/partial during the download: try again")
 
 
-def _hash(file: int, hashers: Sequence[Hasher]) -> int:
-    """Show the hashers what a file has; return how many bytes that is, and leave the file at its end."""
+def _hash_existing(file: int, hashers: Sequence[Hasher]) -> int:
+    """Hash the bytes of a file; return their number, and leave the file position at the end."""
     buffer, length = memoryview(bytearray(CHUNK)), 0
     with os_errors("read from the cache"):
         while count := os.readv(file, [buffer]):
@@ -159,7 +158,7 @@ def _hash(file: int, hashers: Sequence[Hasher]) -> int:
 
 
 def discard(path: Path | str, folder: int | None = None) -> None:
-    """Remove a file that is not needed any more. A failure is not raised: it would hide the error that came first.
+    """Unlink a file; raise no error, because it would hide the error that came first.
 
     Args:
         path: of the file.
@@ -170,20 +169,20 @@ def discard(path: Path | str, folder: int | None = None) -> None:
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int]:
-    """Return what tells a file from another one, and from itself before it was written to."""
+    """Return values that change if a file is replaced or written to."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _copy(
+def _copy_and_hash(
     source: Readable,
     target: int | None,
     hashers: Sequence[Hasher],
     limit: int | None,
     progress: Advance | None,
 ) -> int:
-    """Copy to the end, or until ``limit`` bytes are exceeded; return the bytes read."""
+    """Copy and hash a source to its end, or until it exceeds ``limit``; return the bytes read."""
     length = written = 0
-    # Clearing a buffer of a whole chunk takes longer than everything else that is done with a small blob's bytes.
+    # A small blob gets a small buffer: clearing a large one takes longer than the rest of the work.
     if limit is None and isinstance(source, BytesIO):
         expected = len(source.getbuffer())
     else:
@@ -191,13 +190,13 @@ def _copy(
     chunk_size = min(CHUNK, expected + 1)
     with hashing(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
         while True:
-            chunk = _fill(source, next(buffers))
+            chunk = _fill_buffer(source, next(buffers))
             length += len(chunk)
             if limit is not None and length > limit:
                 return length
             hash_chunk(chunk)
             if target is not None:
-                _write(target, chunk)
+                _write_chunk(target, chunk)
                 if length - written >= WRITTEN_BACK:
                     write_back(target, length - written)
                     written = length
@@ -211,13 +210,13 @@ def _copy(
 def hashing(
     hashers: Sequence[Hasher], size: int, *, beside: bool
 ) -> Iterator[tuple[Iterator[memoryview], Callable[[memoryview], None]]]:
-    """Give the block buffers to fill, and what hashes them in their order; all are hashed when it ends.
+    """Yield buffers to fill, and a function that hashes them in order; all are hashed when the block ends.
 
     Args:
-        hashers: that are shown each chunk.
+        hashers: get each chunk.
         size: of a buffer, in bytes.
-        beside: the block has other work to do with a chunk: full ones are hashed in a thread of their own meanwhile,
-            both of it without the interpreter's lock.
+        beside: hash full chunks in a thread, while the block does other work with them; both release the
+            interpreter's lock.
     """
     full, free = SimpleQueue[memoryview | None](), SimpleQueue[memoryview | BaseException]()
     thread: threading.Thread | None = None
@@ -247,7 +246,7 @@ def hashing(
             full.put(chunk)
 
     def buffers() -> Iterator[memoryview]:
-        for _ in range(_BUFFERS if beside else 1):
+        for _ in range(_BUFFER_COUNT if beside else 1):
             yield memoryview(bytearray(size))
         while True:
             yield finished(free.get())
@@ -262,13 +261,13 @@ def hashing(
     finally:
         full.put(None)
         if thread is not None:
-            with suppress(RuntimeError):  # an interrupt came before it was begun
+            with suppress(RuntimeError):  # an interrupt came before the thread started
                 thread.join()
     while not free.empty():
         finished(free.get())
 
 
-def _fill(source: Readable, buffer: memoryview) -> memoryview:
+def _fill_buffer(source: Readable, buffer: memoryview) -> memoryview:
     filled = 0
     while filled < len(buffer):
         count = source.readinto(buffer[filled:])
@@ -278,38 +277,48 @@ def _fill(source: Readable, buffer: memoryview) -> memoryview:
     return buffer[:filled]
 
 
-def _write(target: int, chunk: memoryview) -> None:
+def _write_chunk(target: int, chunk: memoryview) -> None:
     with os_errors("write to the cache"):
         while chunk:
             chunk = chunk[os.write(target, chunk) :]
 
 
 def write_back(file: int, count: int, end: int | None = None) -> None:
-    """Have the disk begin with the bytes last written to a file, while more is; fsync would be waited for otherwise.
+    """Let the disk start to write the last bytes of a file, so that the fsync at the end takes less time.
 
-    Linux does so when it is told that the pages are not needed. It does not drop them, for they are dirty.
+    With this advice Linux starts to write the pages. It does not drop them, because they are dirty.
+
+    Args:
+        file: a descriptor.
+        count: the number of bytes.
+        end: where they end in the file; None for the file position.
     """
-    with ignore_os_errors():  # it is a hint, of which a file system may know nothing
+    with ignore_os_errors():  # a file system may not support this hint
         if end is None:
-            end = os.lseek(file, 0, os.SEEK_CUR)  # not how much we have read: a download may be gone on with
+            end = os.lseek(file, 0, os.SEEK_CUR)  # not the number of bytes read: a resumed file has more
         os.posix_fadvise(file, end - count, count, os.POSIX_FADV_DONTNEED)
 
 
 class Received(NamedTuple):
-    """A blob whose content was verified; its file is None where the cache had it already."""
+    """A received and verified blob."""
 
     digest: Digest
     size: int  # bytes
-    path: Path | None
+    path: Path | None  # its file in ``ingest/``; None if the cache has the blob already
 
 
 Data = bytes | bytearray | memoryview | BinaryIO | os.PathLike[str]
-"""The content of a blob: bytes, a file open for reading in binary, or a `Path`. A text may be either: it is refused."""
+"""The content of a blob: bytes, a file open for reading in binary mode, or a `Path`; a str is ambiguous."""
 
 
 @contextmanager
 def open_data(data: Data) -> Iterator[Readable]:
-    """Open bytes, a path or a file as a source of content."""
+    """Open bytes, a path or a file as a source of bytes.
+
+    Raises:
+        TypeError: if the data is a str or another unsupported type.
+        StorageError: if the path cannot be opened.
+    """
     if isinstance(data, str):
         raise TypeError("data is a str: give bytes, or a Path to a file")
     if isinstance(data, os.PathLike):
@@ -325,7 +334,7 @@ def open_data(data: Data) -> Iterator[Readable]:
 
 
 class _Reader:
-    """A file that others opened, of which we know only that it can `read`."""
+    """A file of the caller that has `read`, and perhaps `readinto`."""
 
     def __init__(self, file: BinaryIO | io.RawIOBase) -> None:
         self._file = file
@@ -335,7 +344,7 @@ class _Reader:
             if hasattr(self._file, "readinto"):
                 count = self._file.readinto(buffer)
                 if count is None:
-                    raise BlockingIOError(errno.EAGAIN, "it has nothing to read yet, and does not wait")
+                    raise BlockingIOError(errno.EAGAIN, "a non-blocking file has no data yet")
                 return int(count)
             data = self._file.read(len(buffer))
         buffer[: len(data)] = data

@@ -428,5 +428,5 @@ def test_an_index_that_names_a_path_moves_nothing_out_of_its_place(cache: Cache,
 
 def test_an_index_that_names_a_path_is_damaged(cache: Cache, tmp_path: Path) -> None:
     (cache.directory.parent / "victim.txt").write_text("precious")
-    with pytest.raises(DamagedIndex, match=r"'\.\.:\.\.:victim\.txt' as a digest: run `cachedb verify --repair`"):
+    with pytest.raises(DamagedIndex, match=r"the digest '\.\.:\.\.:victim\.txt': run `cachedb verify --repair`"):
         blob_path(cache.directory, Digest("..:..:victim.txt"))

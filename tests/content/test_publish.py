@@ -446,4 +446,4 @@ def test_what_is_no_file_in_the_place_of_a_blob_is_refused_and_not_waited_for(
     make(path)
     done = cachedb("blob", "cat", digest, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"cachedb: cannot read a blob: it is no regular file: {str(path)!r}\n"
+    assert done.stderr == f"cachedb: cannot read a blob: it is not a regular file: {str(path)!r}\n"

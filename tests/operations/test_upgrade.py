@@ -1494,7 +1494,10 @@ def test_a_signal_during_a_backup_ends_it_with_the_exit_code_of_the_signal(
 @pytest.mark.parametrize("command", ["current", "history", "upgrade", "downgrade", "check", "backup", "restore"])
 def test_an_empty_name_of_a_directory_is_not_the_users_own_cache(cachedb: Run, command: str) -> None:
     done = cachedb("--dir", "", "db", command, *(["0001"] if command in ("downgrade", "restore") else []))
-    assert (done.returncode, done.stderr) == (1, "cachedb: the name of the cache directory is empty\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "cachedb: the name of the cache directory is empty: name a directory, or leave it out for the default\n",
+    )
 
 
 def test_one_statement_says_that_a_cache_has_the_newest_schema(directory: Path) -> None:

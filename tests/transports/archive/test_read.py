@@ -1448,13 +1448,13 @@ def test_what_is_stored_is_verified_and_not_written_again(
 ) -> None:
     source = make.write(tmp_path / "made.tar", make.oci_files({"app:1": make.image(1, 2)}))
     written: list[int] = []
-    write = writer._write
+    write = writer._write_chunk
 
     def counted(target: int, chunk: memoryview) -> None:
         written.append(len(chunk))
         write(target, chunk)
 
-    monkeypatch.setattr(writer, "_write", counted)
+    monkeypatch.setattr(writer, "_write_chunk", counted)
     cache.cache_from_tar(source)
     assert sum(written) == cache.get_stats().total_size
     written.clear()
