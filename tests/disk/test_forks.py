@@ -257,7 +257,7 @@ def test_a_fork_ends_an_answer_that_is_streamed_and_its_child_can_use_the_cache(
                 cache.close()
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0
-            with pytest.raises(CacheError, match="a fork has ended the answer: ask again"):
+            with pytest.raises(CacheError, match="a fork ended the query: run it again"):
                 next(answer.rows)
         assert cache.has_blob(mine)
 

@@ -1,4 +1,4 @@
-"""Questions in SQL, to an index that is in use: only to read, and not for longer than they are given."""
+"""Run read-only SQL queries on an index that is in use, with limits on their time and memory."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["Answer", "answer"]
 
 
 Value = str | int | float | None
-"""What SQL has as a value."""
+"""A value of a query's parameter or result."""
 
-_EVERY = 2_000  # steps of SQLite's machine between two looks at the clock, and at signals
-_PATIENCE_SECONDS = 0.1  # that a fork waits at first for the end of a query, before the query is begun anew
-_IN_MEMORY_BYTES = 4 * 1024 * 1024  # of the rows of an answer
-_BATCH_BYTES = 64 * 1024  # of rows that are written together
-_NOT_OF_THE_QUERY = frozenset(
+_CHECK_OPCODES = 2_000  # opcodes of SQLite's virtual machine between two checks of the time and of signals
+_FORK_WAIT_SECONDS = 0.1  # a fork waits this long for the first try of a query; then the query stops and starts anew
+_IN_MEMORY_BYTES = 4 * 1024 * 1024  # a larger result goes to a temporary file
+_BATCH_BYTES = 64 * 1024  # rows are written to that file in batches of about this size
+_STORAGE_CODES = frozenset(
     {
         sqlite3.SQLITE_CORRUPT,
         sqlite3.SQLITE_NOTADB,
@@ -40,24 +40,26 @@ _NOT_OF_THE_QUERY = frozenset(
         sqlite3.SQLITE_CANTOPEN,
     }
 )
-_ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION})
-# What only tells of the schema.
+_ALLOWED_ACTIONS = frozenset(
+    {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION}
+)
+# Pragmas that only describe the schema.
 _PRAGMAS: Final = frozenset({"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo"})
-_TABLES: Final = ("json_each", "json_tree", *(f"pragma_{name}" for name in sorted(_PRAGMAS)))
-# What bounds a single step, during which nobody looks at the clock.
+_VIRTUAL_TABLES: Final = ("json_each", "json_tree", *(f"pragma_{name}" for name in sorted(_PRAGMAS)))
+# These limits bound a single opcode, because the time is not checked during an opcode.
 _LIMITS: Final = {
-    sqlite3.SQLITE_LIMIT_LENGTH: 5 * 1024 * 1024,  # bytes of a value: a label has at most those of a document, 4 MiB
-    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 128,  # bytes: a step takes this many times the text's
+    sqlite3.SQLITE_LIMIT_LENGTH: 5 * 1024 * 1024,  # bytes of a value; values in the index are smaller
+    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 128,  # bytes; the time of a match is this many times the text's length
 }
-_DIGITS: Final = 9  # of a number that is not looked at any further
-_CALLS_LIMIT: Final = 200  # of functions that a query names: all of them may be called for one row
+_MAX_DIGITS: Final = 9  # a number with more digits exceeds every limit
+_CALLS_LIMIT: Final = 200  # function calls in a query; one row may execute all of them
 _SLOW_CALL: Final = re.compile(r"\b(?:instr|replace|[lr]?trim)\b", re.IGNORECASE)
 _FORMAT_CALL: Final = re.compile(r"\b(?:printf|format)\b", re.IGNORECASE)
-_SPECIFIER: Final = re.compile(r"%[-+ #!0,]*(\d+|\*)?(?:\.(\d+|\*))?")  # its width and precision
+_SPECIFIER: Final = re.compile(r"%[-+ #!0,]*(\d+|\*)?(?:\.(\d+|\*))?")  # groups: width, precision
 _QUICK_CALL: Final = re.compile(r"\b(?:instr|[lr]?trim)\([\w.]+, ?'[^']{1,8}'\)")
-# Those of SQLite that neither change anything, nor reach out of the index, nor take more than time in proportion to
-# their arguments; of those that do, `_instr`, `_replace`, `_trim` and `_Format` are in the place. A later release may
-# have others.
+# SQLite's functions that change nothing, access only the index, and take time proportional to their arguments.
+# `_instr`, `_replace`, `_trim` and `_Format` replace those that take longer. Later releases of SQLite may add unsafe
+# functions, so the list names the allowed ones.
 _FUNCTIONS: Final = frozenset(
     """
     -> ->> abs acos acosh asin asinh atan atan2 atanh avg ceil ceiling changes char coalesce concat concat_ws cos cosh
@@ -74,10 +76,10 @@ _FUNCTIONS: Final = frozenset(
     ago human
     """.split()  # noqa: SIM905
 )
-_REFUSED = re.compile(
+_REFUSAL = re.compile(
     r"not authorized|authorization denied|attempt to write|cannot (?:modify|VACUUM)|.* may not be modified"
 )
-_NAMED = re.compile(
+_NAMING_ERROR = re.compile(
     r"(?:no such (?:column|table|function|window)|ambiguous column name|unrecognized token|near"
     r"|wrong number of arguments to function|misuse of (?:aggregate|window)(?: function)?)"
     r':? ("?)(.+?)\1(?:$|: syntax|\(\)$)'
@@ -85,7 +87,7 @@ _NAMED = re.compile(
 
 
 class Answer(NamedTuple):
-    """What a query gives."""
+    """The result of a query: its columns, and its rows, which can be read once."""
 
     columns: tuple[str, ...]
     rows: Iterator[tuple[Any, ...]]
@@ -100,66 +102,67 @@ def answer(
     *,
     stream: bool = False,
 ) -> Iterator[Answer]:
-    """Ask one question, of the index as it is at one moment; writers are not held up by it.
+    """Run one read-only query on a snapshot of the index; writers do not wait for it.
 
-    All rows are read before the block begins, so that no fork waits for the block. Many rows lie in a temporary file.
+    All rows are read before the block begins, so a fork does not wait for the block. A large result goes to a
+    temporary file.
 
-    SQL has two functions more: ``human(bytes)``, as ``1.2 MB``, and ``ago(time)``, as ``3 days ago``.
+    SQL has two more functions: ``human(bytes)`` returns text such as ``1.2 MB``, ``ago(time)`` such as ``3 days ago``.
 
     Args:
-        database: to ask.
-        query: in SQLite's SQL.
-        parameters: for what the query has as ``:name``.
-        timeout: seconds after which it is stopped, also while its rows are read.
-        stream: give each row as soon as it is found. A fork ends such an answer.
+        database: the index to query.
+        query: one query in SQLite's SQL.
+        parameters: the values of the query's ``:name`` parameters.
+        timeout: seconds after which the query is stopped, also while its rows are read.
+        stream: yield each row as soon as it is found; a fork ends such a query.
 
     Raises:
-        InvalidQuery: if it is no query, or would do something else than read.
-        CacheError: if it takes too long, or a fork has ended it.
+        InvalidQuery: if the query is invalid, or would do more than read.
+        CacheError: if the query takes too long, or a fork ended it.
     """
     end = None if timeout is None else time.monotonic() + timeout
     if stream:
         with closing(_Stream(database, query, parameters or {}, end, timeout)) as streamed:
             yield Answer(streamed.columns, streamed.rows())
         return
-    patience = _PATIENCE_SECONDS
+    fork_wait = _FORK_WAIT_SECONDS
     while True:
         rows = _Rows()
         try:
-            columns = _read(database, query, parameters or {}, end, timeout, rows, patience)
+            columns = _read_rows(database, query, parameters or {}, end, timeout, rows, fork_wait)
             if columns is not None:
                 yield Answer(columns, iter(rows))
                 return
         finally:
             rows.close()
-        patience *= 2  # or a process that forks all the time would never get its answer
+        fork_wait *= 2  # so that a process that forks all the time gets its answer too
 
 
-def _read(
+def _read_rows(
     database: Database,
     query: str,
     parameters: Mapping[str, Value],
     end: float | None,
     timeout: float | None,
     rows: _Rows,
-    patience: float,
+    fork_wait: float,
 ) -> tuple[str, ...] | None:
-    """Read an answer to its end; return its columns, or None if it was stopped for a fork."""
-    waiting: float | None = None  # since when a fork has been
+    """Read all rows of a query into ``rows``; return its columns, or None if a fork stopped it."""
+    fork_began: float | None = None  # since then a fork has been waiting
     stopped = False
 
-    def gives_way() -> bool:
-        nonlocal waiting, stopped
+    def should_stop() -> bool:
+        nonlocal fork_began, stopped
         if locks.is_fork_waiting():
-            waiting = waiting or time.monotonic()
-            stopped = time.monotonic() - waiting > patience
+            fork_began = fork_began or time.monotonic()
+            stopped = time.monotonic() - fork_began > fork_wait
         return stopped
 
     with database.raw(read_only=True) as connection:
         try:
             callbacks = Callbacks()
-            cursor = _begin(connection, query, parameters, end, timeout, callbacks, gives_way)
-            with closing(cursor), _errors(connection, query, timeout, callbacks, lambda: stopped):
+            cursor = _begin_query(connection, query, parameters, end, timeout, callbacks, should_stop)
+            with closing(cursor), _translate_errors(connection, query, timeout, callbacks, lambda: stopped):
                 for row in cursor:
                     rows.add(row)
         except _Stopped:
@@ -169,33 +172,34 @@ def _read(
     return tuple(column[0] for column in cursor.description)
 
 
-def _begin(
+def _begin_query(
     connection: sqlite3.Connection,
     query: str,
     parameters: Mapping[str, Value],
     end: float | None,
     timeout: float | None,
     callbacks: Callbacks,
-    stops: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> sqlite3.Cursor:
-    """Have a connection answer one question, and do nothing else; return the cursor, which is before the first row."""
+    """Start the only query of a connection, which can do nothing else then; return its cursor, before the first row."""
     connection.execute("PRAGMA query_only = ON")
     connection.create_function("human", 1, callbacks.function(_human), deterministic=True)
     connection.create_function("ago", 1, callbacks.function(_ago))
-    _bound(connection, query)
-    # A call into Python is also when a signal is looked at.
-    over = callbacks.progress_handler(lambda: stops() or (end is not None and time.monotonic() > end))
-    connection.set_progress_handler(over, _EVERY)
-    for table in _TABLES:  # SQLite makes them at their first use, which the next line would refuse
+    _limit_opcodes(connection, query)
+    # Python handles signals only when SQLite calls back into Python.
+    handler = callbacks.progress_handler(lambda: should_stop() or (end is not None and time.monotonic() > end))
+    connection.set_progress_handler(handler, _CHECK_OPCODES)
+    # SQLite creates these tables at their first use, which the authorizer would refuse.
+    for table in _VIRTUAL_TABLES:
         connection.execute(f"SELECT 1 FROM {table} LIMIT 0").close()  # noqa: S608
     connection.set_authorizer(_authorizer())
-    if sys.version_info >= (3, 12):  # a column that there is not is no text in double quotes
+    if sys.version_info >= (3, 12):  # otherwise SQLite reads an unknown column in double quotes as text
         connection.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, False)
     for name in parameters:
         if not re.search(rf"[:@$]{re.escape(name)}\b", query):
             known = ", ".join(sorted(set(re.findall(r":\w+", query)))) or "none"
             raise InvalidQuery(f"the query has no :{name}; it has {known}")
-    with _errors(connection, query, timeout, callbacks, stops):
+    with _translate_errors(connection, query, timeout, callbacks, should_stop):
         cursor = connection.execute(query, parameters)
         if cursor.description is None:
             raise InvalidQuery("there is no query: write one that begins with SELECT")
@@ -203,41 +207,41 @@ def _begin(
 
 
 class _Rows:
-    """The rows of an answer: some in memory, many in a temporary file."""
+    """The rows of a query: a few in memory, many in a temporary file."""
 
     def __init__(self) -> None:
         self._file = SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115 - `close` closes it
         self._batch: list[tuple[Any, ...]] = []
-        self._most = 1  # rows in a batch: as many as take about so many bytes
+        self._batch_rows = 1  # adapted, so that a batch takes about `_BATCH_BYTES`
 
     def add(self, row: tuple[Any, ...]) -> None:
         """Add a row at the end."""
         self._batch.append(row)
-        if len(self._batch) >= self._most:
+        if len(self._batch) >= self._batch_rows:
             self._write()
 
     def _write(self) -> None:
         data = marshal.dumps(self._batch)
-        with os_errors("keep the rows of an answer in a temporary file"):
+        with os_errors("write the rows of the query to a temporary file"):
             self._file.write(len(data).to_bytes(8, "little"))
             self._file.write(data)
-        self._most = max(1, min(2 * self._most, _BATCH_BYTES * len(self._batch) // len(data)))
+        self._batch_rows = max(1, min(2 * self._batch_rows, _BATCH_BYTES * len(self._batch) // len(data)))
         self._batch = []
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        with os_errors("read the rows of an answer from a temporary file"):
+        with os_errors("read the rows of the query from a temporary file"):
             self._file.seek(0)
             while size := self._file.read(8):
-                yield from marshal.loads(self._file.read(int.from_bytes(size, "little")))  # noqa: S302 - it is our own
+                yield from marshal.loads(self._file.read(int.from_bytes(size, "little")))  # noqa: S302 - our own data
         yield from self._batch
 
     def close(self) -> None:
-        """Delete the file; there are no more rows then."""
+        """Delete the temporary file; the rows can no longer be read."""
         self._file.close()
 
 
 class _Stream:
-    """The rows of an answer, one by one as they are found. A fork closes it: no child may inherit its connection."""
+    """A query whose rows are read one by one. A fork closes it, because no child may inherit its connection."""
 
     def __init__(
         self,
@@ -254,7 +258,7 @@ class _Stream:
             self._connection = connection
             locks.before_fork(self)
             try:
-                self._cursor = _begin(connection, query, parameters, end, timeout, self._callbacks)
+                self._cursor = _begin_query(connection, query, parameters, end, timeout, self._callbacks)
             except BaseException:
                 self.close()
                 raise
@@ -265,10 +269,10 @@ class _Stream:
         while True:
             with locks.unforked():
                 if self._connection is None:
-                    raise CacheError("a fork has ended the answer: ask again, and read all rows before the fork")
+                    raise CacheError("a fork ended the query: run it again, and read all rows before the fork")
                 self._is_reading = True
                 try:
-                    with _errors(self._connection, self._query, self._timeout, self._callbacks):
+                    with _translate_errors(self._connection, self._query, self._timeout, self._callbacks):
                         row = next(self._cursor, None)
                 finally:
                     self._is_reading = False
@@ -277,7 +281,7 @@ class _Stream:
             yield row
 
     def close(self) -> None:
-        """Close the connection, unless SQLite is in it: then a signal's handler forks."""
+        """Close the connection, unless this call interrupts a read: a signal handler may fork then."""
         with locks.unforked():
             if self._connection and not self._is_reading:
                 self._connection.set_progress_handler(None, 0)
@@ -286,17 +290,18 @@ class _Stream:
 
 
 class _Stopped(Exception):
-    """A query has been stopped for a fork."""
+    """A query was stopped for a fork."""
 
 
 @contextmanager
-def _errors(
+def _translate_errors(
     connection: sqlite3.Connection,
     query: str,
     timeout: float | None,
     callbacks: Callbacks,
-    stops: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
+    """Turn SQLite's errors in the block into ours; errors of the storage pass unchanged."""
     try:
         yield
     except (sqlite3.Error, sqlite3.Warning, UnicodeError, OverflowError, ValueError) as error:
@@ -304,14 +309,14 @@ def _errors(
         message = str(error)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_INTERRUPT:
-            if stops():
+            if should_stop():
                 raise _Stopped from None
             raise CacheError(f"the query took over {timeout:g} s: narrow it, or give it more time") from None
-        if code in _NOT_OF_THE_QUERY:
+        if code in _STORAGE_CODES:
             raise
         if function := re.match("not authorized to use function: (.+)", message):
             if function[1] in _FUNCTIONS:
-                raise InvalidQuery(f"the query has over {_CALLS_LIMIT} calls of functions: make it shorter") from None
+                raise InvalidQuery(f"the query has over {_CALLS_LIMIT} function calls: make it shorter") from None
             raise InvalidQuery(f"the function {function[1]!r} is not allowed in a query: leave it out") from None
         if code == sqlite3.SQLITE_TOOBIG and message.startswith("string or blob"):
             most = human(_LIMITS[sqlite3.SQLITE_LIMIT_LENGTH])
@@ -319,39 +324,39 @@ def _errors(
         if message.startswith("LIKE or GLOB pattern"):
             limit = _LIMITS[sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH]
             raise InvalidQuery(f"a pattern of LIKE or GLOB is over {limit} bytes: shorten it, or use instr()") from None
-        if _REFUSED.match(message):
-            raise InvalidQuery("it would do something else than read: only questions can be asked") from None
+        if _REFUSAL.match(message):
+            raise InvalidQuery("only read-only queries are allowed: use SELECT") from None
         missing = re.search(r"not supply a value for binding parameter :?(\w+)", message)
         if missing and f"?{missing[1]}" not in query:
             raise InvalidQuery(f"there is no value for :{missing[1]}: give one with -p {missing[1]}=VALUE") from None
         if missing or message.startswith("Binding "):
             raise InvalidQuery("a ? has no name: write :NAME instead, and give it a value with -p NAME=VALUE") from None
         if message.startswith("You can only execute one statement"):
-            raise InvalidQuery("only one question can be asked at a time") from None
+            raise InvalidQuery("only one query is allowed at a time: run the others separately") from None
         connection.set_authorizer(None)
-        place = _place(connection, query, message)
-        raise InvalidQuery(message + _suggestion(connection, query, message), place) from None
+        place = _find_place(connection, query, message)
+        raise InvalidQuery(message + _suggest_name(connection, query, message), place) from None
 
 
-def _bound(connection: sqlite3.Connection, query: str) -> None:
-    """See that no single step of a query takes long, for it could not be stopped."""
+def _limit_opcodes(connection: sqlite3.Connection, query: str) -> None:
+    """Ensure that no single opcode of a query takes long, because SQLite cannot be stopped during one."""
     for limit, value in _LIMITS.items():
         connection.setlimit(limit, value)
-    # SQLite's own take time in proportion to the product of both arguments' lengths; the views call them with short
-    # ones, and where those are enough they are quicker.
+    # The time of SQLite's own functions is proportional to the product of both lengths. With a short literal, as in
+    # the views, they are faster than ours.
     if _SLOW_CALL.search(_QUICK_CALL.sub("", query)):
         connection.create_function("instr", 2, _instr, deterministic=True)
         connection.create_function("replace", 3, _replace, deterministic=True)
         for name, strip in (("trim", str.strip), ("ltrim", str.lstrip), ("rtrim", str.rstrip)):
             connection.create_function(name, 2, partial(_trim, strip), deterministic=True)
-    # SQLite's own goes on for as many characters as a precision asks for, long after the value is too large.
+    # SQLite's own function writes all characters of a large width or precision, even after the value is too large.
     if _FORMAT_CALL.search(query):
         for name in ("printf", "format"):
             connection.create_function(name, -1, _Format(), deterministic=True)
 
 
 def _authorizer() -> Callable[..., int]:
-    """Return what allows one query to read, and to call so many functions that are harmless."""
+    """Return an authorizer that allows one query to read, and to call up to `_CALLS_LIMIT` safe functions."""
     calls = 0
 
     def authorize(action: int, first: str | None, second: str | None, *_: object) -> int:
@@ -359,7 +364,7 @@ def _authorizer() -> Callable[..., int]:
         if action == sqlite3.SQLITE_FUNCTION:
             calls += 1
             return sqlite3.SQLITE_OK if second in _FUNCTIONS and calls <= _CALLS_LIMIT else sqlite3.SQLITE_DENY
-        if action in _ALLOWED or (action == sqlite3.SQLITE_PRAGMA and (first or "").lower() in _PRAGMAS):
+        if action in _ALLOWED_ACTIONS or (action == sqlite3.SQLITE_PRAGMA and (first or "").lower() in _PRAGMAS):
             return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY
 
@@ -379,50 +384,50 @@ def _replace(text: Any, old: Any, new: Any) -> Any:  # noqa: ANN401
         return None
     where, old, new = _as_text(text), _as_text(old), _as_text(new)
     if not old:
-        return where if isinstance(text, bytes) else text  # as SQLite has it
+        return where if isinstance(text, bytes) else text  # as SQLite does
     if len(where) + where.count(old) * (len(new) - len(old)) > _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH]:
-        raise OverflowError  # before it takes the memory
+        raise OverflowError  # before the result takes memory
     return where.replace(old, new)
 
 
 def _trim(strip: Callable[[str, str], str], text: Any, characters: Any) -> str | None:  # noqa: ANN401
     if text is None or characters is None:
         return None
-    # Of each character of a string, `str.strip` looks at all.
+    # `str.strip` compares each character of the text with all of `characters`, so drop duplicates.
     return strip(_as_text(text), "".join(set(_as_text(characters))))
 
 
 class _Format:
-    """SQLite's printf, for values that are not too large."""
+    """An SQL function like SQLite's printf that refuses to produce too large values."""
 
     def __init__(self) -> None:
         self._connection: sqlite3.Connection | None = None
 
     def __del__(self) -> None:
-        if self._connection is not None:  # SQLite gives the function up when it closes the connection of the query
+        if self._connection is not None:  # SQLite drops the function when the query's connection closes
             self._connection.close()
 
     def __call__(self, *arguments: Value) -> Value:
         if arguments and arguments[0] is not None:
             limit = _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH]
-            asked = [part for found in _SPECIFIER.findall(_as_text(arguments[0])) for part in found if part]
-            numbers = [len(part) for part in asked if part != "*"]
-            if any(size > _DIGITS for size in numbers) or any(part != "*" and int(part) > limit for part in asked):
+            parts = [part for found in _SPECIFIER.findall(_as_text(arguments[0])) for part in found if part]
+            sizes = [len(part) for part in parts if part != "*"]
+            if any(size > _MAX_DIGITS for size in sizes) or any(part != "*" and int(part) > limit for part in parts):
                 raise OverflowError
-            if "*" in asked and any(_too_large(value, limit) for value in arguments[1:]):
+            if "*" in parts and any(_exceeds(value, limit) for value in arguments[1:]):
                 raise OverflowError
         if self._connection is None:
             self._connection = sqlite3.connect(":memory:", check_same_thread=False)
-        places = ", ".join("?" * len(arguments))
-        found: Value = self._connection.execute(f"SELECT printf({places})", arguments).fetchone()[0]
+        placeholders = ", ".join("?" * len(arguments))
+        found: Value = self._connection.execute(f"SELECT printf({placeholders})", arguments).fetchone()[0]
         return found
 
 
-def _too_large(value: Value, limit: int) -> bool:
-    """Return whether a value, as SQLite takes it for a whole number, is beyond a limit on either side of zero."""
+def _exceeds(value: Value, limit: int) -> bool:
+    """Return whether the absolute value, as SQLite converts it to an integer, exceeds a limit."""
     if isinstance(value, (str, bytes)):
         number = re.match(r"\s*[-+]?(\d+)", _as_text(value))
-        return number is not None and (len(number[1].lstrip("0")) > _DIGITS or int(number[1]) > limit)
+        return number is not None and (len(number[1].lstrip("0")) > _MAX_DIGITS or int(number[1]) > limit)
     return value is not None and not abs(value) <= limit
 
 
@@ -430,18 +435,19 @@ def _as_text(value: Any) -> str:  # noqa: ANN401
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _place(connection: sqlite3.Connection, query: str, message: str) -> tuple[int, int] | None:
-    """Return where in a query the error is: from one character to another; None if that cannot be told."""
-    named = _NAMED.match(message)
+def _find_place(connection: sqlite3.Connection, query: str, message: str) -> tuple[int, int] | None:
+    """Return where the error is in a query: its start and end in characters, or None if unknown."""
+    named = _NAMING_ERROR.match(message)
     if named is None:
         return (len(query.rstrip()), len(query.rstrip())) if message == "incomplete input" else None
     word = named[2].rpartition(".")[2]
-    bare = re.sub(r"'[^']*'|--.*|/\*(?s:.*?)\*/", lambda match: " " * len(match[0]), query)  # no names are in those
+    # Strings and comments contain no names.
+    bare = re.sub(r"'[^']*'|--.*|/\*(?s:.*?)\*/", lambda match: " " * len(match[0]), query)
     found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", bare, re.IGNORECASE)]
     if not found:
         found = [match.span() for match in re.finditer(re.escape(word), query)]
     if message.startswith("near"):
-        # SQLite does not say which it is: it is the one up to which the query is as wrong as all of it.
+        # SQLite does not say which occurrence it means: it is the first up to which the query gives the same error.
         for start, stop in found:
             try:
                 connection.execute(f"EXPLAIN {query[:stop]}").close()
@@ -463,16 +469,16 @@ def _ago(time: Value) -> str | None:
     return None if then is None else ago(then if then.tzinfo else then.replace(tzinfo=UTC))
 
 
-def _suggestion(connection: sqlite3.Connection, query: str, message: str) -> str:
-    """Say what may be meant by a name that there is not."""
+def _suggest_name(connection: sqlite3.Connection, query: str, message: str) -> str:
+    """Return a hint with the known table or column whose name is closest to an unknown one, or an empty text."""
     named = re.match(r"no such (column|table): (?:\w+\.)?(\w+)", message)
     if named is None:
         return ""
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'table')")]
     if named[1] == "column":
         columns = "SELECT name FROM pragma_table_info(?)"
-        asked = [name for name in tables if re.search(rf"\b{re.escape(name)}\b", query, re.IGNORECASE)]
-        known = {column for name in asked for (column,) in connection.execute(columns, (name,))}
+        mentioned = [name for name in tables if re.search(rf"\b{re.escape(name)}\b", query, re.IGNORECASE)]
+        known = {column for name in mentioned for (column,) in connection.execute(columns, (name,))}
     else:
         known = set(tables)
     near = difflib.get_close_matches(named[2].lower(), sorted(known), 1)

@@ -92,7 +92,7 @@ def test_sizes_and_times_can_be_read_by_people(cache: Cache) -> None:
 def test_nothing_can_be_changed(cache: Cache, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = (cache.directory / "index.db").read_bytes(), sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(InvalidQuery, match="only questions can be asked"):
+    with pytest.raises(InvalidQuery, match="only read-only queries are allowed"):
         rows(cache, query)
     assert ((cache.directory / "index.db").read_bytes(), sorted(path.name for path in tmp_path.iterdir())) == before
     assert cache.is_image_complete("app:1")
@@ -102,7 +102,7 @@ def test_the_file_is_open_only_to_read(cache: Cache, monkeypatch: pytest.MonkeyP
     """Were the authorizer to let something through."""
     monkeypatch.setattr("cachedb.index.sqlite.query._authorizer", lambda: lambda *_: sqlite3.SQLITE_OK)
     for query in ("DELETE FROM images", "PRAGMA user_version = 7", "CREATE TEMP TABLE mine (x)"):
-        with pytest.raises(InvalidQuery, match="only questions can be asked"):
+        with pytest.raises(InvalidQuery, match="only read-only queries are allowed"):
             rows(cache, query)
     assert cache.is_image_complete("app:1")
 
@@ -161,7 +161,7 @@ def test_no_question_is_an_error(cache: Cache, query: str) -> None:
 
 
 def test_what_is_no_single_question_is_an_error(cache: Cache) -> None:
-    with pytest.raises(InvalidQuery, match="only one question can be asked at a time"):
+    with pytest.raises(InvalidQuery, match="only one query is allowed at a time"):
         rows(cache, "SELECT 1; SELECT 2")
     with pytest.raises(InvalidQuery, match="no value for :least: give one with -p least=VALUE"):
         rows(cache, "SELECT :least")
@@ -317,7 +317,7 @@ def test_a_pattern_has_a_length(cache: Cache) -> None:
 
 def test_a_query_calls_so_many_functions(cache: Cache) -> None:
     assert rows(cache, f"SELECT {' + '.join(['abs(1)'] * 200)}") == [(200,)]
-    with pytest.raises(InvalidQuery, match=r"^the query has over 200 calls of functions: "):
+    with pytest.raises(InvalidQuery, match=r"^the query has over 200 function calls: "):
         rows(cache, f"SELECT {' + '.join(['abs(1)'] * 201)}")
 
 
