@@ -181,7 +181,7 @@ def _begin_query(
     callbacks: Callbacks,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> sqlite3.Cursor:
-    """Start the only query of a connection, which can do nothing else then; return its cursor, before the first row."""
+    """Start the only query that a connection may run; return its cursor, before the first row."""
     connection.execute("PRAGMA query_only = ON")
     connection.create_function("human", 1, callbacks.function(_human), deterministic=True)
     connection.create_function("ago", 1, callbacks.function(_ago))
@@ -241,7 +241,7 @@ class _Rows:
 
 
 class _Stream:
-    """A query whose rows are read one by one. A fork closes it, because no child may inherit its connection."""
+    """A query whose rows are read one by one; a fork closes it, so that no child inherits it."""
 
     def __init__(
         self,
@@ -470,7 +470,7 @@ def _ago(time: Value) -> str | None:
 
 
 def _suggest_name(connection: sqlite3.Connection, query: str, message: str) -> str:
-    """Return a hint with the known table or column whose name is closest to an unknown one, or an empty text."""
+    """Return a hint with the known name that is closest to an unknown table or column, or an empty text."""
     named = re.match(r"no such (column|table): (?:\w+\.)?(\w+)", message)
     if named is None:
         return ""
