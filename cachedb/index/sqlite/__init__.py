@@ -1,1 +1,1 @@
-"""The only place that knows SQLite."""
+"""Everything that only SQLite has: connections, transactions, queries, errors and backups."""

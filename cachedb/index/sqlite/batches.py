@@ -1,4 +1,4 @@
-"""Lists of values, as long as SQLite takes them in one statement."""
+"""Split lists of values, because SQLite limits the number of values in one statement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BATCH = 500  # values in one statement
 
 
 def batched(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
-    """Divide items into lists of as many as one statement may name, or as are given."""
+    """Split items into lists of at most ``size`` items; the default fits into one statement."""
     rest = list(items)
     for start in range(0, len(rest), size):
         yield rest[start : start + size]

@@ -1,4 +1,4 @@
-"""Connections to the index file, and copies in memory of an index that is read without locks.
+"""Open connections to the index file, and copy an index that is read without locks into memory.
 
 SQLite shares memory with other processes through ``index.db-shm``, and commits to ``index.db-wal``. If one of them is
 removed while a process has it open, other processes make new ones, and neither side sees the commits of the other. So
@@ -24,12 +24,12 @@ __all__ = ["CacheConnection", "IndexChanged", "connect", "files_lost", "pause_be
 
 _POLL_SECONDS = 0.02
 _SUFFIXES = ("-wal", "-shm")
-_SHARED_FIRST, _SHARED_SIZE = 0x40000002, 510  # the bytes of an index that SQLite locks: its os.h
+_SHARED_FIRST, _SHARED_SIZE = 0x40000002, 510  # the bytes that SQLite locks to read an index (os.h)
 
 _FileId = tuple[int, int] | None
-_connections: weakref.WeakSet[CacheConnection] = weakref.WeakSet()  # of this process, that share files with others
-_guard = threading.RLock()  # of the above; connections are opened where no fork can come
-_pinned: dict[tuple[int, int], int] = {}  # descriptors of the indexes that are locked until this process ends
+_connections: weakref.WeakSet[CacheConnection] = weakref.WeakSet()  # of this process, to files that are shared
+_guard = threading.RLock()  # for these two; a fork waits while a connection is opened
+_pinned: dict[tuple[int, int], int] = {}  # for each index that is locked until this process ends, a descriptor
 
 
 class IndexChanged(StorageError):
@@ -46,7 +46,7 @@ class CacheConnection(sqlite3.Connection):
     is_settled: bool
     path = ""
     beside: tuple[_FileId, ...] = ()
-    """The -wal and -shm that it has open; empty if it shares none with other processes."""
+    """The identities of the open -wal and -shm; empty if the connection shares no files with other processes."""
 
     def has_lost_files(self) -> bool:
         """Return whether the -wal or -shm of this connection was removed or replaced."""
@@ -60,7 +60,7 @@ class CacheConnection(sqlite3.Connection):
         """Check, before a commit, that other processes still share memory with this connection.
 
         Raises:
-            CacheReplaced: if they do not.
+            CacheReplaced: if the -shm was removed or replaced.
         """
         if self.beside and self.beside[1] is not None and self.beside[1] != _identify(f"{self.path}-shm"):
             raise files_lost(self.path)
@@ -130,11 +130,11 @@ def _pin_if_lost(connection: CacheConnection) -> None:
         lock_bytes(_pinned[index], fcntl.F_RDLCK, _SHARED_FIRST, _SHARED_SIZE)
 
 
-def _note(connection: CacheConnection, path: str) -> None:
-    """Note which files a new connection has open.
+def _register(connection: CacheConnection, path: str) -> None:
+    """Record which files a new connection has open.
 
     Raises:
-        CacheReplaced: if another connection of this process has other files open, which SQLite would use here too.
+        CacheReplaced: if another connection of this process has removed files open: SQLite would use them here too.
     """
     found = _identify_beside(path)
     with _guard:
@@ -149,14 +149,14 @@ def connect(path: Path, file: tuple[int, int, str], *, is_settled: bool, read_on
     """Open a connection to the index.
 
     Args:
-        path: of the index.
-        file: as `IndexFile.identify` returns it.
+        path: the path of the index.
+        file: the identity of the index, from `IndexFile.identify`.
         is_settled: whether every later change alters the file's modification time.
-        read_only: open it for reading only.
+        read_only: open the index for reading only.
 
     Raises:
-        sqlite3.Error: if it cannot be opened.
-        CacheReplaced: if the files beside it were removed while this process had them open.
+        sqlite3.Error: if the index cannot be opened.
+        CacheReplaced: if the -wal or -shm was removed while this process had it open.
     """
     mode = file[2].replace("mode=rw", "mode=ro") if read_only else file[2]
     connection = sqlite3.connect(
@@ -164,18 +164,18 @@ def connect(path: Path, file: tuple[int, int, str], *, is_settled: bool, read_on
         uri=True,
         timeout=0,  # we wait ourselves, outside the blocks that forks wait for: see `Database.entered`
         check_same_thread=False,
-        isolation_level=None,  # the driver begins no transactions of its own: we do, DDL included
+        isolation_level=None,  # the driver begins no transactions: we begin them, also for DDL
         factory=CacheConnection,
     )
     try:
         connection.file, connection.is_settled = file, is_settled
         if "vfs=" in file[2]:
-            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the WAL's index in our own memory
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # creates no -shm: the WAL's index is in our memory
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA schema_version")  # it opens the WAL, which belongs to this file
+        connection.execute("PRAGMA schema_version")  # opens the WAL now, while it belongs to this file
         if "vfs=" not in file[2] and "immutable=" not in file[2]:
-            _note(connection, str(path))
+            _register(connection, str(path))
     except BaseException:
         connection.close()
         raise
@@ -189,16 +189,16 @@ def take_snapshot(
 ) -> CacheConnection:
     """Copy an index that is read without locks into memory, and close the connection to the file.
 
-    Another process does not see that the file is read, and may write to it. So the file is read at once, and compared
-    afterwards.
+    Other processes do not see this read and may write to the file. So the whole file is read at once, and this
+    function checks afterwards whether the file changed.
 
     Args:
-        connection: to the file.
+        connection: a connection to the file.
         identify: returns a value that every change of the file alters.
-        translated: a block that turns SQLite's errors into ours.
+        translated: returns a block that turns SQLite's errors into ours.
 
     Raises:
-        IndexChanged: if the file was written to meanwhile, or may have been.
+        IndexChanged: if the file changed meanwhile, or may have changed.
     """
     copy = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None, factory=CacheConnection)
     copy.file = connection.file
@@ -209,7 +209,7 @@ def take_snapshot(
     except BaseException as error:
         copy.close()
         if isinstance(error, StorageError) and identify() != connection.file:
-            raise IndexChanged from error  # the change made it look damaged
+            raise IndexChanged from error  # because of the change the file looks damaged
         raise
     if identify() != connection.file or not connection.is_settled:
         copy.close()

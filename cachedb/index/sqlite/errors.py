@@ -1,4 +1,4 @@
-"""The error codes and texts of SQLite, and which of our errors they are."""
+"""Turn SQLite's error codes and texts into our errors."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from cachedb.index.sqlite.revision import REBUILD_ADVICE, is_ours
 __all__ = ["FAILURES", "explain_path_limit", "sqlite_errors", "translate"]
 
 
+# Messages about damage that have no error code of their own begin with these.
 DAMAGED_TEXTS = (
     "no such ",
     "unsupported file format",
     "malformed ",
     "Could not decode to UTF-8",
-)  # these have no own code
-FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)  # the second where a message quotes what is damaged
-_PATH_LIMIT = 512 - len("-journal")  # bytes: SQLite's MAX_PATHNAME, with the longest name that it makes beside a file
+)
+FAILURES = (sqlite3.DatabaseError, UnicodeDecodeError)  # UnicodeDecodeError: SQLite's message quotes damaged text
+_PATH_LIMIT = 512 - len("-journal")  # bytes: SQLite's MAX_PATHNAME, less its longest suffix
 
 
 @contextmanager
 def sqlite_errors(path: Path, directory: Path) -> Iterator[None]:
-    """Raise our errors for those of SQLite.
+    """Turn SQLite's errors in the block into ours.
 
     Args:
-        path: of the index.
-        directory: of the cache.
+        path: the path of the index.
+        directory: the cache directory.
     """
     try:
         yield
@@ -44,12 +45,12 @@ def sqlite_errors(path: Path, directory: Path) -> Iterator[None]:
 def translate(
     error: sqlite3.DatabaseError | UnicodeDecodeError, path: Path, directory: Path
 ) -> StorageError | NotACache | Busy:
-    """Return our error for one of SQLite.
+    """Return our error for an error of SQLite.
 
     Args:
-        error: as the driver raises it.
-        path: of the index.
-        directory: of the cache.
+        error: the error of the driver.
+        path: the path of the index.
+        directory: the cache directory.
     """
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_BUSY:
@@ -79,18 +80,19 @@ def translate(
 
 
 def explain_path_limit(path: Path) -> str | None:
-    """Return what to say of a path that is too long for SQLite, which follows its symbolic links; None for others."""
+    """Return why SQLite cannot open a path that is too long; None if the path is short enough."""
+    # SQLite follows symbolic links, so the path that they lead to counts too.
     length = max(len(os.fsencode(path)), len(os.fsencode(os.path.realpath(path))))
     if length <= _PATH_LIMIT:
         return None
     return (
         f"the path of the index has {length} bytes, and SQLite takes {_PATH_LIMIT} at most: "
-        "choose a cache directory with a shorter path, by --dir or CACHEDB_DIR"
+        "choose a cache directory with a shorter path, with --dir or CACHEDB_DIR"
     )
 
 
 def _size(path: str) -> int:
-    """Return the size of a file in bytes, 0 if there is none."""
+    """Return the size of a file in bytes, or 0 if it does not exist."""
     try:
         return os.stat(path).st_size
     except OSError:

@@ -1,8 +1,8 @@
 """The index file: its identity, and a lock that keeps it from being replaced while a process opens it.
 
 A repair or a restored backup may replace the file while other processes have it open. So each connection is checked
-before it is used again: its file must still have the name. No connection is opened during a replacement, because it
-could combine the old index with the new WAL.
+before it is used again: its file must still be the one at the path. No connection is opened during a replacement,
+because it could combine the old index with the new WAL.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from cachedb.reentry import holding, is_held, refuse_reentry
 
 __all__ = ["IndexFile"]
 
-_OLD_RELEASE_SECONDS, _OLD_RELEASE_NAP = 1.0, 0.01
+_OLD_RELEASE_SECONDS, _OLD_RELEASE_POLL_SECONDS = 1.0, 0.01
 _TICK_NANOSECONDS = 20_000_000  # two changes within this time may give a file the same modification time
 
 
 class IndexFile:
-    """The file that has the name of an index."""
+    """The file at the path of an index."""
 
     def __init__(self, path: Path, directory: Path) -> None:
-        """Name the file.
+        """Take the paths; nothing is opened yet.
 
         Args:
-            path: of the index, or of a backup.
-            directory: of the cache.
+            path: the path of the index, or of a backup.
+            directory: the cache directory.
         """
         self.path = path
         self._name = str(path)
         self._directory = directory
-        self._resolved = os.path.realpath(directory)  # by which a thread knows what it holds
+        self._resolved = os.path.realpath(directory)  # names the locks of this cache for `reentry`
         self._write_lock = directory / "locks" / "write.lock"
 
     @property
@@ -68,11 +68,11 @@ class IndexFile:
         """Return the device, the inode and the URI parameters to open ``index.db`` with.
 
         Args:
-            read_only: no file can be created beside it.
+            read_only: whether no file can be created beside the index.
 
         Raises:
-            FileNotFoundError: if there is none.
-            NotACache: if it is a folder, a FIFO or something else.
+            FileNotFoundError: if there is no index.
+            NotACache: if the path leads to a folder, a FIFO or something else.
         """
         status = os.stat(self._name)
         if not stat.S_ISREG(status.st_mode):
@@ -90,18 +90,19 @@ class IndexFile:
                 if mode == "mode=ro" and not os.path.exists(f"{self._name}-shm"):
                     mode = "mode=ro&vfs=unix-none"
                 if mode != "mode=ro":
-                    mode += f"&changed={_mark(status)}.{_mark(wal)}"  # for us: SQLite passes over it
+                    mode += f"&changed={_version(status)}.{_version(wal)}"  # our own parameter: SQLite ignores it
         return status.st_dev, status.st_ino, mode
 
     def is_settled(self) -> bool:
-        """Return whether every later change of the index alters its modification time, which has small steps."""
+        """Return whether every later change of the index alters its modification time."""
+        # Modification times have a limited resolution.
         now = time.time_ns()
         files = (_status(self._name), _status(f"{self._name}-wal"))
         return not any(file and 0 <= now - file.st_mtime_ns < _TICK_NANOSECONDS for file in files)
 
     @contextmanager
     def unreplaced(self, *, replacing: bool = False) -> Iterator[None]:
-        """A block in which no other process replaces the file; with ``replacing``, in which none opens it.
+        """Keep other processes from replacing the file in this block; with ``replacing``, from opening it.
 
         Raises:
             Busy: at once, if another process is replacing or opening it.
@@ -113,7 +114,7 @@ class IndexFile:
         with ExitStack() as stack:
             stack.enter_context(holding(replaced if replacing else opened))
             with os_errors("open the index"), Wait("the index", 0) as wait:
-                if self._write_lock.parent.is_dir():  # another program's directory has none, and is not changed
+                if self._write_lock.parent.is_dir():  # another program's directory has no such folder
                     stack.enter_context(locks.held_folder(self._write_lock.parent, wait, shared=not replacing))
                 stack.enter_context(self._unreplaced_by_old(fcntl.LOCK_EX if replacing else fcntl.LOCK_SH))
             yield
@@ -135,9 +136,10 @@ class IndexFile:
 
     @contextmanager
     def _unreplaced_by_old(self, operation: int) -> Iterator[None]:
-        """The same for releases before 0.2, which lock the directory itself; it waits for a second at most.
+        """Do the same for releases before 0.2, which lock the directory itself; wait at most a second.
 
-        Scripts may lock the directory as well, with flock(1), and may have started this process.
+        If another process keeps the lock, the block runs without it: a script may lock the directory with flock(1) and
+        start this process.
         """
         folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -147,11 +149,11 @@ class IndexFile:
                     fcntl.flock(folder, operation | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    # An old release replaces the index under the write lock, into which it writes no record.
+                    # An old release replaces the index under the write lock, and writes no record into the lock file.
                     old = locks.is_held(self._write_lock) and locks.holder_of(self._write_lock) is None
                     if time.monotonic() > end or not (operation == fcntl.LOCK_EX or old):
                         break
-                time.sleep(_OLD_RELEASE_NAP)
+                time.sleep(_OLD_RELEASE_POLL_SECONDS)
             yield
         finally:
             os.close(folder)
@@ -163,5 +165,5 @@ def _status(path: str) -> os.stat_result | None:
     return None
 
 
-def _mark(status: os.stat_result | None) -> str:
+def _version(status: os.stat_result | None) -> str:
     return f"{status.st_mtime_ns}.{status.st_size}" if status else ""

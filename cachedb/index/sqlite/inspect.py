@@ -1,4 +1,4 @@
-"""What is wrong with a database file itself: damage, broken references, and a switched journal mode."""
+"""Find the faults of a database file itself: damage, broken references, a switched journal mode."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _IN_WAL_MODE = b"\x02\x02"  # at offset 18 of the file (https://sqlite.org/filef
 
 
 def find_faults(database: Database, *, quick: bool = False) -> list[str]:
-    """Return what is wrong with the database itself, a line each; the first hundred at most.
+    """Return the faults of a database file, one line each; at most a hundred of each kind.
 
     Args:
-        quick: do not compare the indexes with their tables.
+        database: the index to check.
+        quick: do not compare the indexes with their tables, and do not read all rows.
     """
     if database.file.is_new:
-        return ["it is lost"]
+        return ["the index is lost"]
     try:
         database.revision()
         with database.read() as connection:
@@ -31,7 +32,7 @@ def find_faults(database: Database, *, quick: bool = False) -> list[str]:
             for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(100):
                 found.append(f"row {row} of {table} refers to a row of {parent} that is not there")
             for table in METADATA.sorted_tables:
-                # Text that is no text, and a time that is none, are within all constraints.
+                # Constraints accept text that is not UTF-8 and some invalid times, but reading them fails.
                 for _ in connection.execute(select(table).limit(0 if quick else None)):
                     pass
             return found
@@ -45,7 +46,8 @@ def read_journal_mode(database: Database) -> str:
     """Return the journal mode that is stored in the index: ``wal``, unless an outside program switched it."""
     with database.look() as connection:
         mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
-    if "changed=" in database.identify_file()[2]:  # a copy in memory was read; SQLite holds no lock to lose
+    if "changed=" in database.identify_file()[2]:
+        # SQLite read a copy in memory, so it holds no lock on the file that closing it here would release.
         with os_errors("read the index"), database.path.open("rb") as file:
             mode = "wal" if os.pread(file.fileno(), 2, 18) == _IN_WAL_MODE else "delete"
     return mode

@@ -1,4 +1,4 @@
-"""Look-ups without SQLAlchemy, for loops: SQLite needs a twentieth of the time of a whole read transaction."""
+"""Look up rows without SQLAlchemy; a look-up takes a twentieth of the time of `Database.read`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cachedb.index.tables import REVISION
 
 __all__ = ["Lookups"]
 
-_IDLE = 5  # connections that are kept open, as many as the pool keeps
+_MAX_IDLE = 5  # connections to keep open, as many as SQLAlchemy's pool keeps
 
 
 class Lookups:
     """Idle connections for look-ups; each is used by one thread at a time."""
 
     def __init__(self, open_: Callable[[], CacheConnection], is_current: Callable[[CacheConnection], bool]) -> None:
-        """Take functions that open a connection, and that return whether one is to the current index."""
+        """Take a function that opens a connection, and one that returns whether it has the current files open."""
         self._open, self._is_current = open_, is_current
         self._idle: list[CacheConnection] = []
 
@@ -44,14 +44,14 @@ class Lookups:
                     connection.close()
                     connection = self._open()
                 connection.execute("BEGIN")
-                ours = connection.execute(SELECT_REVISION).fetchone() == (REVISION,)
-                text, constants = _compiled(statement)
-                found = connection.execute(text, {**constants, **values}).fetchall() if ours else None
+                is_ours = connection.execute(SELECT_REVISION).fetchone() == (REVISION,)
+                text, constants = _compile(statement)
+                found = connection.execute(text, {**constants, **values}).fetchall() if is_ours else None
                 connection.execute("COMMIT")
             except BaseException:
                 connection.close()
                 raise
-            if len(self._idle) < _IDLE:
+            if len(self._idle) < _MAX_IDLE:
                 self._idle.append(connection)
             else:
                 connection.close()
@@ -65,7 +65,7 @@ class Lookups:
 
 
 @cache
-def _compiled(statement: Select[*tuple[Any, ...]]) -> tuple[str, dict[str, Any]]:
-    """Return a statement's SQL, and the parameters that have a value already."""
+def _compile(statement: Select[*tuple[Any, ...]]) -> tuple[str, dict[str, Any]]:
+    """Return a statement's SQL, and the parameters that already have a value."""
     compiled = statement.compile(dialect=sqlite.dialect(paramstyle="named"))
     return str(compiled), dict(compiled.params)

@@ -1,4 +1,4 @@
-"""A look into the index without SQLAlchemy, which takes longer to import than a push takes to begin."""
+"""Read the index without SQLAlchemy, because its import takes longer than the start of a push."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ WHERE blobs.digest = ?
 
 
 def look(directory: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
-    """Return what a query finds in the index of a cache, by a connection that never writes to it.
+    """Return the rows of a query on the index of a cache; the connection cannot write to the index.
 
     Raises:
         StorageError: if the index cannot be read, or changed while it was read.
     """
     index = (directory / "index.db").absolute()
     with locks.unforked(), os_errors("read the index"):
-        # SQLite would make files beside an index at rest to share memory by, and a reader would leave them there.
+        # Opening an idle index would leave -shm and -wal files behind, so open it as immutable.
         before = _state(index)
         immutable = "" if before.has_wal else "&immutable=1"
         uri = f"{index.as_uri()}?mode=ro{immutable}"
@@ -49,7 +49,7 @@ def look(directory: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
 
 
 class _State(NamedTuple):
-    """What changes when somebody writes to an index."""
+    """The attributes that change when a process writes to an index."""
 
     modified: int  # nanoseconds
     size: int  # bytes

@@ -1,4 +1,4 @@
-"""Make a directory a cache, or check that it is one: its marker, its folders, and whether a copy is whole."""
+"""Prepare a cache directory: create or check its marker and folders, and check copies of caches."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from cachedb.oci.digests import Digest
 
 __all__ = ["accept_copy", "has_our_mark", "prepare"]
 
-_PASSING = re.compile(rf"{marker.UNFINISHED.pattern}|index\.db-test-.*")  # while another process makes the cache
+_TRANSIENT = re.compile(rf"{marker.UNFINISHED.pattern}|index\.db-test-.*")  # while another process creates the cache
 
 
 def prepare(database: Database) -> str | None:
-    """Make the directory and its folders, unless they exist; refuse a directory that is not ours.
+    """Create the directory and its folders unless they exist; refuse a directory that is not a cache.
 
     Returns:
         The schema's revision, as `Database.revision` returns it.
 
     Raises:
         NotACache: if the directory holds other files.
-        NotOurs: if it is another user's, or a folder in it leads elsewhere.
-        StorageError: if it cannot be made or read.
+        NotOurs: if the directory belongs to another user, or a folder in it leads out of the cache.
+        StorageError: if the directory cannot be created or read.
     """
     if reason := refuse_shared(database.directory) or explain_path_limit(database.path):
         raise StorageError(reason)
@@ -43,7 +43,7 @@ def prepare(database: Database) -> str | None:
             folders = Folders(database.directory)
             folders.mark(new=False)
             if folders.is_copy and revision is not None:
-                _check_copy(database, folders)  # each time: the result cannot be written down
+                _check_copy(database, folders)  # at each open, because the result cannot be stored
         return revision
     with os_errors("use the cache directory"):
         missing = [folder for folder in (database.directory, *database.directory.parents) if not folder.exists()]
@@ -52,11 +52,11 @@ def prepare(database: Database) -> str | None:
             database.directory.chmod(0o700)  # whatever the umask
         for folder in missing:
             sync_folder(folder.parent)
-        _mark(database)
+        _write_marker(database)
         for name in FOLDERS:
             database.folders.make(name)
             with database.folders.open(name):
-                pass  # a link is refused now, and again before each change
+                pass  # raises if the folder is a link; each change checks this again
         revision = database.revision()
         if revision is None:
             sync_folder(database.directory / "blobs")
@@ -69,14 +69,14 @@ def prepare(database: Database) -> str | None:
 
 
 def accept_copy(database: Database, *, check: bool) -> None:
-    """Make a cache that was copied file by file a cache of its own, unless it is one already.
+    """Turn a copy that was made file by file into a cache of its own, unless it is one already.
 
     Args:
         database: the index of the copy.
         check: check that the index is sound and its blobs exist.
 
     Raises:
-        DamagedIndex: if a check fails.
+        DamagedIndex: if the check fails.
     """
     with (
         database.write_wait() as wait,
@@ -88,13 +88,13 @@ def accept_copy(database: Database, *, check: bool) -> None:
             if check:
                 _check_copy(database, database.folders)
             turn.check("the copy was not accepted: try again")
-            with suppress(OSError):  # of a full disk: the next open checks again
+            with suppress(OSError):  # if the disk is full, the next open checks again
                 database.folders.accept_copy()
 
 
 def _refresh_marker(database: Database) -> None:
-    """Write the cache's place into its marker; if another process is writing, leave that to a later open."""
-    with suppress(OSError):  # of a full disk
+    """Update the path in the marker; if another process is writing, leave it to a later open."""
+    with suppress(OSError):  # if the disk is full, leave it to a later open
         lock = locks.acquire(database.write_lock, wait=False)
         if lock is not None:
             try:
@@ -104,7 +104,10 @@ def _refresh_marker(database: Database) -> None:
 
 
 def has_our_mark(database: Database) -> bool:
-    """Return whether the index has our application_id; it identifies caches of older releases, which have no marker."""
+    """Return whether the index has our application_id.
+
+    It identifies caches of older releases, which have no marker.
+    """
     if database.file.is_new:
         return False
     mark = "PRAGMA application_id"
@@ -122,7 +125,9 @@ def has_our_mark(database: Database) -> bool:
 
 
 def _check_copy(database: Database, folders: Folders) -> None:
-    """Refuse a copy whose files were copied at different states. It may have any schema, as it is not upgraded yet.
+    """Raise if the files of a copy were copied at different states of the cache.
+
+    The copy may have any schema, because it is not upgraded yet.
 
     SQLite applies a WAL to any index beside it, even to one copied before a checkpoint. A directory without a marker
     may be a cache of an older release, which is useful even if a blob is missing; so its blobs are not checked.
@@ -149,16 +154,16 @@ def _check_copy(database: Database, folders: Folders) -> None:
         )
 
 
-def _mark(database: Database) -> None:
+def _write_marker(database: Database) -> None:
     """Check that the directory is a cache or can become one, and write its marker.
 
     Raises:
-        NotACache: if it holds other files.
+        NotACache: if the directory holds other files.
     """
     if not database.folders.is_marked and not has_our_mark(database) and not has_backup(database.directory):
-        strange = set(filterfalse(_PASSING.fullmatch, os.listdir(database.folders.root)))
+        strange = set(filterfalse(_TRANSIENT.fullmatch, os.listdir(database.folders.root)))
         strange -= {"lost+found"} | ({"index.db"} if database.file.is_new else set())
-        # Another process may have marked it since we looked.
+        # Another process may have written the marker meanwhile.
         if strange and marker.read(database.folders.root) is None:
             database.revision()  # raises if the index belongs to another program
             raise NotACache(

@@ -14,12 +14,12 @@ from cachedb.index.sqlite.database import Database
 
 __all__ = ["replace"]
 
-_READING_SECONDS = 10  # to wait for readers of the index that is to be replaced
+_READING_SECONDS = 10  # how long to wait for readers of the old index
 _POLL_SECONDS = 0.02
 
 
 def replace(database: Database, turn: Turn, new: Path, old: Path) -> bool:
-    """Replace the index by another one; the name is never without an index. The caller holds the write lock.
+    """Replace the index; ``index.db`` exists at every moment. The caller holds the write lock.
 
     Args:
         database: the index to replace.
@@ -65,7 +65,7 @@ def replace(database: Database, turn: Turn, new: Path, old: Path) -> bool:
 
 
 def _write_back(database: Database) -> None:
-    """Write the WAL back, so that the index is whole in one file."""
+    """Write the WAL back, so that the index is a single file."""
     end = time.monotonic() + _READING_SECONDS
     while True:
         with database.raw() as connection:
@@ -74,6 +74,6 @@ def _write_back(database: Database) -> None:
             return
         if time.monotonic() > end:
             raise StorageError(
-                "the index cannot be replaced: another program has been reading it for long; end it and try again"
+                "the index cannot be replaced, because another program has been reading it: end it and try again"
             )
         time.sleep(_POLL_SECONDS)

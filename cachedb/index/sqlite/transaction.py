@@ -1,4 +1,4 @@
-"""A write transaction under the write lock, and the checks before it."""
+"""Run write transactions under the write lock, and check the files before a commit."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["begin", "driver_of", "ensure_wal", "immediate", "transaction"]
 
 @contextmanager
 def transaction(connection: Connection, turn: locks.Turn, check_files: Callable[[], None]) -> Iterator[None]:
-    """Commit what the block does, or roll it back; first settle a commit that was interrupted.
+    """Commit the changes of the block, or roll them back on an error.
 
-    A process that is killed in a commit, or cannot sync it, may leave it whole in the WAL, where nobody sees it yet.
-    When all processes have closed the index, SQLite would apply it, and its files may be deleted by then. Our own
-    commit overwrites it.
+    A process that is killed during a commit, or cannot sync it, may leave a whole commit in the WAL that no process
+    sees. SQLite would apply it after all processes have closed the index, when its blobs may be deleted. So another
+    commit first overwrites it.
 
     Args:
-        connection: to write with.
+        connection: the connection to write with.
         turn: the write lock that the caller holds.
         check_files: called before the commit; raises if the -shm was removed or replaced.
     """
@@ -33,7 +33,7 @@ def transaction(connection: Connection, turn: locks.Turn, check_files: Callable[
         with connection.begin():
             # Only newer releases may write to a newer schema.
             if (read_revision(connection) or "") <= REVISION or is_compatible(connection):
-                # SQLite writes it even if the value is the same.
+                # SQLite writes the value even if it does not change.
                 connection.exec_driver_sql(f"PRAGMA user_version = {read_oldest(connection)}")
     transaction = connection.begin()
     try:
@@ -60,9 +60,9 @@ def transaction(connection: Connection, turn: locks.Turn, check_files: Callable[
 
 
 def ensure_wal(driver: sqlite3.Connection) -> None:
-    """Put the index back into WAL mode if another program switched it off; the caller holds the write lock.
+    """Put the index back into WAL mode if another program switched it off.
 
-    The mode is stored in the file. Without it, readers and writers block each other.
+    The caller holds the write lock. The mode is stored in the file. Without it, readers and writers block each other.
 
     Raises:
         Busy: if another program is reading the index.
