@@ -324,14 +324,14 @@ def test_a_look_up_in_a_newer_schema_that_allows_it(index: Database) -> None:
 
 
 def test_a_look_up_sees_the_index_at_the_moment_of_its_schema(index: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = lookups._compiled
+    compiled = lookups._compile
 
     def upgraded_meanwhile(statement: Any) -> Any:
         with index.write() as connection:
             connection.execute(insert(TRASH), [note(b"in another schema")])
         return compiled(statement)
 
-    monkeypatch.setattr(lookups, "_compiled", upgraded_meanwhile)
+    monkeypatch.setattr(lookups, "_compile", upgraded_meanwhile)
     assert index.rows(DIGESTS, {}) == []
 
 
@@ -366,7 +366,7 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
 
         index = database.Database(Path(sys.argv[1]))
         within, forked = threading.Event(), threading.Event()
-        compiled, seen = lookups._compiled, []
+        compiled, seen = lookups._compile, []
 
         def fork():
             within.wait()
@@ -382,7 +382,7 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
             seen.append(forked.is_set())
             return compiled(statement)
 
-        lookups._compiled = compile_slowly
+        lookups._compile = compile_slowly
         forker = threading.Thread(target=fork)
         forker.start()
         index.rows(select(TRASH.c.digest), {})
