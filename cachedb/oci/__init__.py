@@ -1,4 +1,4 @@
-"""The OCI and Docker specifications: names, digests, manifests, configs. This room reads no file."""
+"""The OCI and Docker specifications: names, digests, manifests, configs. This package reads no file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a manifest or index reaches: all of it, or one platform of it."""
+"""Compute the closure of a manifest or index: every blob that it reaches, or those of one platform."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["Closure", "among", "choose", "read_closure", "walk"]
 
 @dataclass(frozen=True)
 class Closure:
-    """What a manifest or index reaches. Each manifest is read and parsed once.
+    """Every blob that a manifest or index reaches. Each manifest is read and parsed once.
 
     Attributes:
         root: the manifest or index.
-        documents: the exact bytes of the manifests and indexes that are at hand.
-        children: what each of those refers to, in order; also what is not at hand.
-        made: those of the documents that `only` made; they are stored nowhere.
+        documents: the exact bytes of the manifests and indexes that were read.
+        children: the descriptors in each of the documents, in order, also of children that were not read.
+        made: the digests of the documents that `only` created; they are not stored.
     """
 
     root: Descriptor
@@ -40,47 +40,47 @@ class Closure:
 
     @property
     def blobs(self) -> list[Descriptor]:
-        """All blobs in order, the root first; a manifest that is referred to twice is followed once."""
-        found, stack, followed = [], [self.root], set[Digest]()
+        """All blobs in order, the root first; a manifest that is referenced twice is expanded once."""
+        found, stack, expanded = [], [self.root], set[Digest]()
         while stack:
             blob = stack.pop()
             found.append(blob)
-            if blob.role in ("manifest", "index") and blob.digest not in followed:
-                followed.add(blob.digest)
+            if blob.role in ("manifest", "index") and blob.digest not in expanded:
+                expanded.add(blob.digest)
                 stack.extend(reversed(self.children.get(blob.digest, [])))
         return found
 
     @property
     def images(self) -> list[Descriptor]:
-        """The image manifests that are at hand; attestations, of platform unknown/unknown, are none."""
-        return list(dict.fromkeys(self._images(self.root)))
+        """The image manifests that were read, without attestations, whose platform is unknown/unknown."""
+        return list(dict.fromkeys(self._find_images(self.root)))
 
-    def _images(self, root: Descriptor) -> Iterator[Descriptor]:
+    def _find_images(self, root: Descriptor) -> Iterator[Descriptor]:
         if root.role == "manifest":
             yield root
             return
         for blob in self.children[root.digest]:
             if blob.digest in self.documents and blob.platform != "unknown/unknown":
-                yield from self._images(blob)
+                yield from self._find_images(blob)
 
     def only(self, present: Container[Digest]) -> Closure:
-        """Return the closure of an index that refers to nothing but what is present; itself if all of it is.
+        """Return a closure whose indexes list only the children that are present; itself if all are.
 
         Args:
-            present: the digests that the cache has of the image.
+            present: the digests of the image's blobs in the cache.
         """
         documents, children, made = dict(self.documents), dict(self.children), set[Digest]()
 
         def prune(blob: Descriptor) -> Descriptor:
             if blob.role != "index":
                 return blob
-            named = children[blob.digest]
-            kept = [prune(child) for child in named if child.digest in present]
-            if kept == named:
+            listed = children[blob.digest]
+            kept = [prune(child) for child in listed if child.digest in present]
+            if kept == listed:
                 return blob
             document = load_json(documents[blob.digest], "the index")
             entries = [
-                entry for entry, child in zip(document["manifests"], named, strict=True) if child.digest in present
+                entry for entry, child in zip(document["manifests"], listed, strict=True) if child.digest in present
             ]
             entries = [
                 {**entry, "digest": child.digest, "size": child.size}
@@ -99,19 +99,19 @@ class Closure:
         """Return the closure of the manifest of one platform.
 
         Args:
-            name: of the image.
-            wanted: ``os/architecture[/variant]``; None for the host's.
-            read: returns the bytes of a config, which tells the platform where no index does.
+            name: the image's name, for errors.
+            wanted: ``os/architecture[/variant]``; None for the only image, or for the host's platform.
+            read: returns the bytes of a config, which states the platform if no index does.
 
         Raises:
-            NotInCache: if the image is not for that platform, or what it has for it is not here.
+            NotInCache: if the image is not for that platform, or its manifest for that platform is not in the cache.
         """
         images = self.images
         if wanted is None and len(images) == 1:
             return replace(self, root=images[0])
         asked = wanted or host_platform()
-        here = {image: image.platform or self._platform_of(image, read) for image in images}
-        for image, label in here.items():
+        labels = {image: image.platform or self._read_platform(image, read) for image in images}
+        for image, label in labels.items():
             if is_for(label, asked):
                 return replace(self, root=image)
         for blob in self.blobs:
@@ -119,13 +119,13 @@ class Closure:
                 raise NotInCache(
                     f"{name} is not here for platform {shorten(asked)}: pull it with --platform", name=name
                 )
-        known = ", ".join(sorted(here.values()))
+        known = ", ".join(sorted(labels.values()))
         raise NotInCache(
             f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform", name=name
         )
 
-    def _platform_of(self, image: Descriptor, read: Callable[[Digest], bytes]) -> str:
-        """Return the platform that the config of an image says."""
+    def _read_platform(self, image: Descriptor, read: Callable[[Digest], bytes]) -> str:
+        """Return the platform that the config of an image states."""
         config = self.children[image.digest][0]
         if config.size > DOCUMENT_LIMIT:
             return "unknown"
@@ -137,15 +137,15 @@ def read_closure(
     read: Callable[[Descriptor], bytes],
     choose: Callable[[list[Descriptor]], list[Descriptor]] | None = None,
 ) -> Closure:
-    """Read what a manifest or index reaches.
+    """Read all manifests that a manifest or index reaches, and return its closure.
 
     Args:
         root: the manifest or index.
         read: returns the bytes of a manifest.
-        choose: returns those of an index's children that are to be read; all of them unless given.
+        choose: returns the children of an index to read; the default is all.
 
     Raises:
-        InvalidManifest: if one of the manifests is not what its media type says.
+        InvalidManifest: if a manifest does not match its media type.
     """
     documents: dict[Digest, bytes] = {}
     children: dict[Digest, list[Descriptor]] = {}
@@ -155,21 +155,21 @@ def read_closure(
         if blob.role not in ("manifest", "index") or blob.digest in documents:
             continue
         documents[blob.digest] = read(blob)
-        children[blob.digest] = _refers_to(blob, documents[blob.digest])
-        named = children[blob.digest]
-        stack.extend(reversed(choose(named) if choose and blob.role == "index" else named))
+        children[blob.digest] = _parse_children(blob, documents[blob.digest])
+        found = children[blob.digest]
+        stack.extend(reversed(choose(found) if choose and blob.role == "index" else found))
     return Closure(root, documents, children)
 
 
-def _refers_to(blob: Descriptor, data: bytes) -> list[Descriptor]:
-    """Return what a manifest or index refers to."""
+def _parse_children(blob: Descriptor, data: bytes) -> list[Descriptor]:
+    """Return the descriptors in a manifest or index."""
     document = load_json(data, "the manifest")
     read_media_type(document, blob.media_type)
     return read_descriptors(document, blob.media_type, f"manifest {blob.digest}")
 
 
 def choose(children: list[Descriptor], wanted: str) -> list[Descriptor]:
-    """Return the first child of an index for a platform; if there is none, the children that state no platform."""
+    """Return an index's first child for a platform; if none matches, the children without a platform."""
     first = next((child for child in children if is_for(child.platform, wanted)), None)
     return [child for child in children if child is first or (first is None and child.platform is None)]
 
@@ -179,15 +179,15 @@ def walk(
     read: Callable[[Descriptor], bytes | None],
     choose: Callable[[list[Descriptor]], list[Descriptor]] | None = None,
 ) -> Iterator[Descriptor]:
-    """Yield the closure of a manifest or index: itself, then all it reaches, each manifest once expanded.
+    """Yield a manifest or index and every blob that it reaches; each manifest is expanded once.
 
     Args:
-        root: the manifest to begin with.
-        read: returns a manifest's bytes, or None where they are not at hand; what it names is then left out.
-        choose: returns those of an index's children that are wanted; all of them unless given.
+        root: the manifest or index to begin with.
+        read: returns a manifest's bytes, or None to leave out its children.
+        choose: returns the children of an index to follow; the default is all.
 
     Raises:
-        InvalidManifest: if one of the manifests is not what its media type says.
+        InvalidManifest: if a manifest does not match its media type.
     """
     stack, expanded = [root], set[Digest]()
     while stack:
@@ -198,10 +198,10 @@ def walk(
         expanded.add(blob.digest)
         data = read(blob)
         if data is not None:
-            named = _refers_to(blob, data)
-            stack.extend(reversed(choose(named) if choose and blob.role == "index" else named))
+            found = _parse_children(blob, data)
+            stack.extend(reversed(choose(found) if choose and blob.role == "index" else found))
 
 
 def among(digests: Container[Digest]) -> Callable[[list[Descriptor]], list[Descriptor]]:
-    """Return a choice for `walk`: of an index's children those that are among the digests, or all if none is."""
+    """Return a ``choose`` function that keeps the children among the digests, or all if none is."""
     return lambda children: [child for child in children if child.digest in digests] or children

@@ -17,12 +17,12 @@ __all__ = ["ImageConfig", "parse_config"]
 
 
 CONFIG_LIMIT: Final = 256 * 1024
-"""The total characters kept of a config's labels (keys and values), and of its commands.
+"""The most characters kept of a config's labels (keys and values), and the most kept of its commands.
 
-In the config's order, a label or command that exceeds the rest of the limit is left out.
+Labels and commands are kept in the config's order. One that exceeds the rest of the limit is left out.
 """
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,20})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)  # RFC 3339, 5.6
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # SQL text ends at a NUL, and a lone surrogate is not valid UTF-8
+_INVALID_TEXT = re.compile("[\0\ud800-\udfff]")  # SQL text ends at a NUL, and a lone surrogate is not valid UTF-8
 
 
 class ImageConfig(NamedTuple):
@@ -52,7 +52,7 @@ def parse_config(data: bytes, text_limit: int) -> ImageConfig:
         raise InvalidManifest("the config is not a JSON object")
 
     def text(value: object, limit: int = text_limit) -> str | None:
-        if not isinstance(value, str) or not 0 < len(value) <= limit or _NO_TEXT.search(value):
+        if not isinstance(value, str) or not 0 < len(value) <= limit or _INVALID_TEXT.search(value):
             return None
         return value
 
@@ -62,11 +62,11 @@ def parse_config(data: bytes, text_limit: int) -> ImageConfig:
 
     labels = [
         (key, value)
-        for key, value in _object(_object(document.get("config")).get("Labels")).items()
+        for key, value in _as_object(_as_object(document.get("config")).get("Labels")).items()
         if text(key) and (value == "" or text(value)) and isinstance(value, str)
     ]
-    diff_ids = [_diff_id(value) for value in _entries(_object(document.get("rootfs")).get("diff_ids"))]
-    history = [_object(entry) for entry in _entries(document.get("history"))]
+    diff_ids = [_parse_diff_id(value) for value in _as_list(_as_object(document.get("rootfs")).get("diff_ids"))]
+    history = [_as_object(entry) for entry in _as_list(document.get("history"))]
     commands = [text(entry.get("created_by")) for entry in history if entry.get("empty_layer") is not True]
     if len(commands) != len(diff_ids):
         commands = [None] * len(diff_ids)  # commands cannot be matched to layers
@@ -76,7 +76,7 @@ def parse_config(data: bytes, text_limit: int) -> ImageConfig:
         architecture=platform_part("architecture"),
         os=platform_part("os"),
         variant=platform_part("variant"),
-        created=_time(document.get("created")),
+        created=_parse_time(document.get("created")),
         author=text(document.get("author")),
         labels=dict(compress(labels, _fitting(len(key) + len(value) for key, value in labels))),
         layers=list(zip(diff_ids, commands, strict=True)),
@@ -92,23 +92,23 @@ def _fitting(lengths: Iterable[int]) -> Iterator[bool]:
             left -= length
 
 
-def _object(value: object) -> dict[str, Any]:
+def _as_object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _entries(value: object) -> list[Any]:
+def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _diff_id(value: object) -> Digest | None:
+def _parse_diff_id(value: object) -> Digest | None:
     try:
         return parse_digest(value)  # type: ignore[arg-type]
     except InvalidDigest:
         return None
 
 
-def _time(value: object) -> datetime | None:
-    """Parse an RFC 3339 time into UTC; return None if invalid, or in the year 1, Go's zero time."""
+def _parse_time(value: object) -> datetime | None:
+    """Parse an RFC 3339 time into UTC; return None for an invalid time, and for Go's zero time in year 1."""
     if not isinstance(value, str) or not _TIME.fullmatch(value):
         return None
     try:

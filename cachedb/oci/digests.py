@@ -1,4 +1,4 @@
-"""Parse and compute digests: https://github.com/opencontainers/image-spec/blob/main/descriptor.md#digests"""
+"""Parse and compute digests (OCI image specification, descriptor.md, "Digests")."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parse_digest(text: str) -> Digest:
     """Return ``text`` as a digest; 64 bare hexadecimal digits are read as sha256.
 
     Raises:
-        InvalidDigest: for anything else.
+        InvalidDigest: if ``text`` is not a digest.
     """
     if not isinstance(text, str) or not _DIGEST.fullmatch(text):
         raise InvalidDigest(
@@ -37,7 +37,7 @@ def parse_digest(text: str) -> Digest:
 
 
 def is_digest(text: str) -> bool:
-    """Return whether ``text`` is a digest with its algorithm; a foreign index may contain paths instead."""
+    """Return whether ``text`` is a digest with its algorithm; a damaged index may have a path instead."""
     return ":" in text and _DIGEST.fullmatch(text) is not None
 
 

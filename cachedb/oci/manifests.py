@@ -54,7 +54,7 @@ _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-
 
 
 class Descriptor(NamedTuple):
-    """A manifest's or index's reference to a blob (image specification, descriptor.md), and the blob's role."""
+    """A reference to a blob in a manifest or index (image specification, descriptor.md), and its role."""
 
     digest: Digest
     size: int  # bytes
@@ -68,8 +68,8 @@ def load_json(data: bytes, what: str, error: type[CacheError] = InvalidManifest)
 
     Args:
         data: the document's bytes.
-        what: what errors call the document.
-        error: the class to raise.
+        what: the name of the document in errors.
+        error: the class of the errors.
 
     Raises:
         error: if the document is larger than 4 MiB, or is not valid JSON (RFC 8259).
@@ -115,7 +115,7 @@ def manifest_media_type(data: bytes, declared: str | None = None) -> str:
         declared: the media type given by a descriptor, a header or a caller, if any.
 
     Raises:
-        InvalidManifest: if it is neither an image manifest nor an index, or contradicts ``declared``.
+        InvalidManifest: if the document is neither an image manifest nor an index, or contradicts ``declared``.
     """
     return read_media_type(load_json(data, "the manifest"), declared)
 
@@ -144,11 +144,11 @@ def descriptors(data: bytes, media_type: str, what: str = "the manifest") -> lis
 
     Args:
         data: the manifest's exact bytes.
-        media_type: its media type, from `manifest_media_type`.
-        what: what errors call it.
+        media_type: the manifest's media type, from `manifest_media_type`.
+        what: the name of the manifest in errors.
 
     Raises:
-        InvalidManifest: if it does not match its media type.
+        InvalidManifest: if the manifest does not match its media type.
     """
     return read_descriptors(load_json(data, what), media_type, what)
 
@@ -160,24 +160,24 @@ def read_descriptors(document: object, media_type: str, what: str) -> list[Descr
     if media_type in INDEX_TYPES:
         if "config" in document or "layers" in document:
             raise InvalidManifest(f"{what} is an index, but has config or layers")
-        return [child(entry, what) for entry in _list(document, "manifests", what)]
+        return [child(entry, what) for entry in _get_list(document, "manifests", what)]
     if "manifests" in document:
         raise InvalidManifest(f"{what} is an image manifest, but has manifests")
-    config = _descriptor(document.get("config"), "config", f"the config in {what}")
+    config = _parse_descriptor(document.get("config"), "config", f"the config in {what}")
     return [
         config,
-        *(_descriptor(layer, "layer", f"a layer in {what}") for layer in _list(document, "layers", what)),
+        *(_parse_descriptor(layer, "layer", f"a layer in {what}") for layer in _get_list(document, "layers", what)),
     ]
 
 
-def _list(document: dict[str, Any], key: str, what: str) -> list[Any]:
+def _get_list(document: dict[str, Any], key: str, what: str) -> list[Any]:
     value = document.get(key)
     if not isinstance(value, list):
         raise InvalidManifest(f"{what} has no list of {key}")
     return value
 
 
-def _descriptor(value: object, role: str, what: str) -> Descriptor:
+def _parse_descriptor(value: object, role: str, what: str) -> Descriptor:
     if not isinstance(value, dict):
         raise InvalidManifest(f"{what} is not a descriptor")
     size = value.get("size")
@@ -192,7 +192,7 @@ def _descriptor(value: object, role: str, what: str) -> Descriptor:
 
 def child(value: object, what: str) -> Descriptor:
     """Return an entry of an index as a descriptor with its platform (image-index.md)."""
-    child = _descriptor(value, "other", f"an entry of {what}")
+    child = _parse_descriptor(value, "other", f"an entry of {what}")
     assert isinstance(value, dict)
     return child._replace(role=role_of(child.media_type), platform=platform_label(value.get("platform")))
 
@@ -211,7 +211,7 @@ def subject_of(data: bytes) -> Digest | None:
 
 
 def build_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:
-    """Build the manifest of an image that has none; the same image always gives the same bytes."""
+    """Build a manifest for an image that has none; the same config and layers give the same bytes."""
 
     def entry(blob: Descriptor) -> dict[str, object]:
         return {"mediaType": blob.media_type, "digest": blob.digest, "size": blob.size}

@@ -91,7 +91,7 @@ class Name(NamedTuple):
         return hash(str(self))
 
     def qualified(self) -> str:
-        """Return the full name with its registry, as Docker writes it: ``docker.io/library/app:1`` for ``app:1``."""
+        """Return the full name as Docker writes it, such as ``docker.io/library/app:1`` for ``app:1``."""
         first, slash, _ = self.repository.partition("/")
         if slash and (first == "localhost" or "." in first or ":" in first):
             return str(self)
