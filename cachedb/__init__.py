@@ -7,7 +7,7 @@
         for image in cache.list_manifests():
             print(image.name, image.size)
 
-`Cache` has every operation; what it raises is under `CacheError`.
+`Cache` has a method for every operation. Its errors are subclasses of `CacheError`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "Activity": "cachedb.reports.sessions",
     "Adoption": "cachedb.operations.adopt",
     "Answer": "cachedb.index.sqlite.query",
@@ -80,16 +80,16 @@ _HOMES = {
     "Verification": "cachedb.operations.verify",
     "View": "cachedb.reports.views",
 }
-"""The modules of the names that are imported when they are first asked for: `cachedb --help` needs no SQLAlchemy."""
+"""The module of each name that is imported at its first use, so that `cachedb --help` needs no SQLAlchemy."""
 
-__all__ = [*errors.__all__, *_HOMES, "__version__"]
+__all__ = [*errors.__all__, *_MODULES, "__version__"]
 
-if not TYPE_CHECKING:  # a misspelt name is an error for a type checker
+if not TYPE_CHECKING:  # hidden from type checkers, so that a misspelt name is an error for them
 
     def __getattr__(name: str) -> object:
-        if name not in _HOMES:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
 
     def __dir__() -> list[str]:
         return sorted(__all__)

@@ -1,4 +1,4 @@
-"""Run ``cachedb`` or ``python -m cachedb``; an interrupt prints one line at any time."""
+"""Run ``cachedb`` or ``python -m cachedb``; on an interrupt at any time, print one line."""
 
 from __future__ import annotations
 

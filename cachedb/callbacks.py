@@ -1,4 +1,7 @@
-"""Keep the errors of SQLite callbacks: SQLite drops an error raised in a callback, so it must be raised again."""
+"""Keep the errors of SQLite callbacks, and raise them again.
+
+SQLite drops an error that a callback raises.
+"""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class NotInCache(CacheError):
     """The requested image or blob is not in the cache.
 
     Attributes:
-        name: of the image, or the digest of the blob; empty where neither was asked for.
+        name: the image's name or the blob's digest; empty if the request had neither.
     """
 
     def __init__(self, message: str, *, name: object = "") -> None:
@@ -204,7 +204,7 @@ def is_callers(error: BaseException) -> bool:
 
 
 def callers_own(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a caller's function, such as a progress callback, so that `os_errors` passes its errors unchanged."""
+    """Wrap a caller's function, such as a progress callback, so its errors pass `os_errors` unchanged."""
 
     def call(*arguments: P.args, **named: P.kwargs) -> R:
         try:

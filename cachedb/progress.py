@@ -36,7 +36,7 @@ def summed(total: int, progress: Progress | None) -> Advance:
 
 
 def blob_reporter(digest: str, total: int, blob_progress: BlobProgress | None, advance: Advance) -> Advance:
-    """Return a function that reports the bytes of one blob to ``blob_progress`` and passes them to ``advance``."""
+    """Return a function that reports the bytes of one blob to ``blob_progress`` and to ``advance``."""
     done = 0
     report = blob_progress and callers_own(blob_progress)
 

@@ -1,6 +1,7 @@
-"""Detect calls that interrupt another call of the same thread: from a signal handler, a finalizer or a callback.
+"""Detect calls that interrupt another call of the same thread.
 
-Such a call must never wait for a lock of the interrupted call, which continues only after this one returns.
+A signal handler, a finalizer or a callback may make such a call. It must never wait for a lock of the interrupted
+call, because the interrupted call continues only after this one returns.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def is_held(lock: str) -> bool:
 
 @contextmanager
 def on_behalf_of(thread: int) -> Iterator[None]:
-    """Record during this block that this thread works for another one, which waits for it while holding locks."""
+    """Record during this block that this thread works for another one, which waits and may hold locks."""
     _principals[threading.get_ident()] = thread
     try:
         yield
@@ -44,7 +45,7 @@ def refuse_reentry(lock: str, doing: str) -> None:
 
     Args:
         lock: the name of the lock in this process.
-        doing: what the interrupted call is doing, for the error.
+        doing: the work of the interrupted call, as the error names it: "writing to the cache".
     """
     if is_held(lock):
         raise ReentrantCall(f"this thread is already {doing}: use the cache after that, or from another thread")
@@ -68,7 +69,7 @@ def holding(lock: str) -> Iterator[None]:
 
 @contextmanager
 def not_reentered(lock: str, doing: str) -> Iterator[None]:
-    """Record a lock as held during this block; raise if this thread already holds it, see `refuse_reentry`."""
+    """Record a lock as held during this block; like `refuse_reentry`, raise if this thread holds it."""
     refuse_reentry(lock, doing)
     with holding(lock):
         yield

@@ -1,4 +1,4 @@
-"""The schema of a cache's index, for programs: look at it, change it, back it up, compare it, restore it."""
+"""Inspect and migrate the schema of a cache's index; back up, compare and restore the index."""
 
 from cachedb.index.drift import Drift, check
 from cachedb.index.schema import Revision, State, current, history

@@ -1,4 +1,4 @@
-"""Check what a directory has room for: bytes, inodes, and file sizes the process may write."""
+"""Check whether a directory has room for a file: free bytes, free inodes, and the limit on file sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["file_size_limit", "find_shortage", "has_no_inodes"]
 
-# The errors of file systems and old kernels that cannot create a file without a name.
+# The errors of file systems and old kernels that cannot create a file without a name, or cannot reserve space.
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
 
 
@@ -32,7 +32,7 @@ def has_no_inodes(path: str | os.PathLike[str]) -> bool:
 
 
 def file_size_limit() -> int | None:
-    """Return the largest file in bytes this process may write (``ulimit -f``), or None without a limit."""
+    """Return the size of the largest file in bytes that this process may write (``ulimit -f``), or None."""
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -40,14 +40,14 @@ def file_size_limit() -> int | None:
 
 
 def find_shortage(directory: Path, size: int, *, offset: int = 0) -> OSError | None:
-    """Return why a directory has no room for a new file, or None if it has.
+    """Return why a directory has no room for a new file, or None if it has room.
 
-    The error tells a lack of space, inodes or quota, a limit, or a failing disk; SQLite's own errors are vague about
-    this. The check creates a file without a name, which is gone when this returns.
+    The error is a lack of space, inodes or quota, a limit on file sizes, or a failing disk. SQLite's own errors do not
+    say which. The check creates a file without a name, which does not exist any more when this returns.
 
     Args:
         directory: the directory to check.
-        size: the bytes that need room.
+        size: the bytes to write.
         offset: where they start in the file; the bytes before take no space.
     """
     try:
@@ -72,7 +72,7 @@ def find_shortage(directory: Path, size: int, *, offset: int = 0) -> OSError | N
 
 
 def _check_statistics(directory: Path, size: int, offset: int) -> None:
-    """Raise the error a new file would cause, according to the file system's statistics."""
+    """Raise the error that a new file would cause, according to the file system's statistics."""
     found, limit = os.statvfs(directory), file_size_limit()
     if limit is not None and offset + size > limit:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))

@@ -21,7 +21,7 @@ def human(size: float) -> str:
 
 
 def parse_size(text: str) -> int | None:
-    """Parse a size such as ``500MB`` (powers of 1000) or ``64GiB`` (powers of 1024) into bytes, or return None."""
+    """Parse a size into bytes: ``500MB`` in powers of 1000, ``64GiB`` of 1024; None if invalid."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         return None
@@ -57,7 +57,7 @@ def printable(text: str) -> str:
 
 def shorten(value: object) -> str:
     """Quote an untrusted value for an error message, on one line and at most 100 characters."""
-    if isinstance(value, (dict, list)):  # its repr may exceed the recursion limit
+    if isinstance(value, (dict, list)):  # the repr of a deep one may exceed the recursion limit
         return "{...}" if isinstance(value, dict) else "[...]"
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text) - 2} characters)"

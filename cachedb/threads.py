@@ -1,7 +1,7 @@
 """Run long work in several threads, with progress and cancellation.
 
-All threads of cachedb are started by `start`. If none can be started, as in an `atexit` handler, the calling thread
-does the work.
+`start` starts all threads of cachedb. If no thread can start, as in an `atexit` handler, the calling thread does the
+work.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["Once", "in_threads", "start", "stop_thread", "told_beside"]
 T = TypeVar("T")
 R = TypeVar("R")
 
-_STOP_SECONDS = 1.0  # how long to wait for a thread to stop: one that waits for a disk cannot be stopped
+_STOP_SECONDS = 1.0  # how long to wait for a thread to stop; a thread that waits for a disk cannot stop
 _MAX_QUEUED_CALLS = 16
 
 
 def start(thread: threading.Thread) -> bool:
-    """Start a thread; return False if it cannot start, at interpreter exit or at a limit of the system.
+    """Start a thread; return False if it cannot start: at interpreter exit, or at a limit of the system.
 
     The caller creates the thread, so it can join it even if an interrupt comes during the start.
     """
@@ -53,10 +53,9 @@ def told_beside(progress: Callable[..., object] | None) -> Iterator[Callable[...
         return
     calls: SimpleQueue[tuple[object, ...] | None] = SimpleQueue()
     raised: list[BaseException] = []
-
     caller = threading.get_ident()
 
-    def work() -> None:
+    def call_progress() -> None:
         with on_behalf_of(caller):
             while (arguments := calls.get()) is not None:
                 try:
@@ -65,22 +64,22 @@ def told_beside(progress: Callable[..., object] | None) -> Iterator[Callable[...
                 except BaseException as error:
                     raised.append(error)
 
-    def tell(*arguments: object) -> None:
+    def report(*arguments: object) -> None:
         if raised:
             raise raised[0]
         if calls.qsize() < _MAX_QUEUED_CALLS:
             calls.put(arguments)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=call_progress, daemon=True)
     is_started = start(thread)
     try:
-        yield tell
+        yield report
     finally:
         calls.put(None)
         if is_started:
             thread.join()
         else:
-            work()
+            call_progress()
     if raised:
         raise raised[0]
 
@@ -95,13 +94,13 @@ def in_threads(
 ) -> list[R]:
     """Run ``work`` on each item in several threads and return the results in order.
 
-    If no thread can be started, the calling thread does all the work. After a failure or an interrupt, running items
+    If no thread can start, the calling thread does all the work. After a failure or an interrupt, running items
     stop at their next progress report, and no further item starts.
 
     Args:
         work: called with an item and a function that reports the bytes done.
         items: the items, started in this order; an iterator is advanced by one thread at a time.
-        advance: called with the bytes that any thread has done.
+        advance: called with the number of bytes that a thread has done since its last call.
         threads: the number of threads; the default is the number of cores.
         stop: called after a failure, to cancel long waits of the other threads.
     """
@@ -111,20 +110,20 @@ def in_threads(
     rest, guard, stopped = enumerate(items), threading.Lock(), threading.Event()
     done: dict[int, R] = {}
 
-    def tell(count: int) -> None:
+    def report(count: int) -> None:
         if stopped.is_set():
             raise CacheError("cancelled: work in another thread failed")
         advance(count)
 
     def run() -> None:
-        # Each thread takes its next item itself: handing items over would cost more than copying a small blob.
+        # Each thread takes its next item itself: a queue between threads costs more time than copying a small blob.
         while not stopped.is_set():
             with guard:
                 try:
                     number, item = next(rest)
                 except StopIteration:
                     return
-            done[number] = work(item, tell)
+            done[number] = work(item, report)
 
     failures, ended, caller = list[BaseException](), SimpleQueue[None](), threading.get_ident()
 
