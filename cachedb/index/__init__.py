@@ -1,1 +1,1 @@
-"""The SQL: tables, statements, schema."""
+"""The index of a cache in SQL: tables, statements, schema."""

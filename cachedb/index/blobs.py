@@ -20,7 +20,7 @@ __all__ = ["set_stored", "size_of", "stored"]
 
 
 def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
-    """Mark blobs as stored, after their files were put into ``blobs/``."""
+    """Mark blobs as stored; their files must be in ``blobs/`` already."""
     now = datetime.now(UTC)
     rows = [{"digest": blob.digest, "size": blob.size, "stored_at": now} for blob in blobs]
     if rows:
@@ -36,25 +36,25 @@ def _upsert_stored() -> Insert:
 
 
 def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
-    """Return the sizes in bytes of those digests that are stored."""
+    """Return the sizes in bytes of the stored blobs among some digests."""
     found: dict[Digest, int] = {}
     for part in batched(digests):
-        found.update((Digest(digest), size) for digest, size in connection.execute(_stored(), {"digests": part}))
+        found.update((Digest(digest), size) for digest, size in connection.execute(_select_stored(), {"digests": part}))
     return found
 
 
 def size_of(database: Database, digest: Digest) -> int | None:
     """Return a blob's size in bytes, or None if it is not stored."""
-    rows = database.rows(_size_of(), {"digest": digest})
+    rows = database.rows(_select_size(), {"digest": digest})
     return rows[0][0] if rows else None
 
 
 @cache
-def _size_of() -> Select[*tuple[Any, ...]]:
+def _select_size() -> Select[*tuple[Any, ...]]:
     return select(BLOBS.c.size).where(BLOBS.c.digest == bindparam("digest"), BLOBS.c.stored_at.is_not(None))
 
 
 @cache
-def _stored() -> Select[*tuple[Any, ...]]:
-    these = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
-    return select(BLOBS.c.digest, BLOBS.c.size).where(these, BLOBS.c.stored_at.is_not(None))
+def _select_stored() -> Select[*tuple[Any, ...]]:
+    is_wanted = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
+    return select(BLOBS.c.digest, BLOBS.c.size).where(is_wanted, BLOBS.c.stored_at.is_not(None))

@@ -72,7 +72,7 @@ def add_labels(connection: Connection, labels: Mapping[int, Mapping[str, str]]) 
         for key, value in sorted(labels_of_image.items())
     ]
     if rows:
-        connection.execute(_new_labels(), rows)
+        connection.execute(_insert_labels(), rows)
 
 
 def backfilled(connection: Connection) -> int | None:
@@ -80,11 +80,11 @@ def backfilled(connection: Connection) -> int | None:
     return connection.execute(select(BACKFILLS.c.image_id).where(BACKFILLS.c.revision == BACKFILL)).scalar()
 
 
-# As in `images`, each statement is built once.
+# As in `images`, each statement is built once, because building it takes longer than executing it.
 
 
 @cache
-def _contents_of() -> Select[*tuple[Any, ...]]:
+def _select_associations() -> Select[*tuple[Any, ...]]:
     columns = (
         IMAGE_BLOBS.c.position,
         IMAGE_BLOBS.c.role,
@@ -117,36 +117,39 @@ def select_attributes() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def _labels_of() -> Select[*tuple[Any, ...]]:
+def _select_labels() -> Select[*tuple[Any, ...]]:
     query = select(IMAGE_LABELS.c.key, IMAGE_LABELS.c.value).where(IMAGE_LABELS.c.image_id == bindparam("of"))
     return query.order_by(IMAGE_LABELS.c.key)
 
 
 @cache
-def _new_labels() -> Insert:
+def _insert_labels() -> Insert:
     return insert(IMAGE_LABELS)
 
 
 @cache
 def described_layer() -> Update:
     """Return the statement that sets the command and the diff id of a layer."""
-    one = update(IMAGE_BLOBS).where(
+    update_one = update(IMAGE_BLOBS).where(
         IMAGE_BLOBS.c.image_id == bindparam("of"), IMAGE_BLOBS.c.position == bindparam("at")
     )
-    return one.values(diff_id=bindparam("diff_id"), created_by=bindparam("created_by"))
+    return update_one.values(diff_id=bindparam("diff_id"), created_by=bindparam("created_by"))
 
 
 def associations(connection: Connection, image_id: int) -> list[Association]:
     """Return an image's associations by position."""
-    return [Association(*row) for row in connection.execute(_contents_of(), {"of": image_id})]
+    return [Association(*row) for row in connection.execute(_select_associations(), {"of": image_id})]
 
 
 def copy(connection: Connection, source_id: int, target_id: int) -> None:
-    """Copy attributes and labels from an image with the same manifest; its associations must be copied already."""
+    """Copy attributes and labels from an image with the same manifest.
+
+    The caller has copied the associations, which include the layers' commands and diff ids.
+    """
     row = connection.execute(select_attributes(), {"of": source_id}).one()
     write(connection, target_id, Description(row._asdict(), labels(connection, source_id), {}, {}))
 
 
 def labels(connection: Connection, image_id: int) -> dict[str, str]:
     """Return an image's labels, sorted by key."""
-    return {row.key: row.value for row in connection.execute(_labels_of(), {"of": image_id})}
+    return {row.key: row.value for row in connection.execute(_select_labels(), {"of": image_id})}

@@ -51,34 +51,40 @@ def check(directory: Path) -> list[Drift]:
             # SQLAlchemy warns that it skips indexes on expressions; `_compare_objects` compares them.
             warnings.simplefilter("ignore", SAWarning)
             found = list(_describe_differences(compare_metadata(context, METADATA)))
-        there, oldest, pending = read_objects(connection), read_oldest(connection), pending_backfills(connection)
+        found_objects, oldest, pending = (
+            read_objects(connection),
+            read_oldest(connection),
+            pending_backfills(connection),
+        )
         journal_mode = read_journal_mode(database)
-    expected, stated = _migrated_objects(REVISION)
-    found += _compare_objects(there, expected)
+    expected_objects, expected_oldest = _read_migrated_objects(REVISION)
+    found += _compare_objects(found_objects, expected_objects)
     for version in sorted(versions - {REVISION}):
-        found.append(Drift("row", "alembic_version", f"it says {version!r} too"))
+        found.append(Drift("row", "alembic_version", f"it has the revision {version!r} too"))
     if journal_mode != "wal":
         found.append(Drift("pragma", "journal_mode", f"it is {journal_mode!r}, and should be 'wal'"))
-    if oldest != stated:
-        found.append(Drift("pragma", "user_version", f"it is {oldest}, and should be {stated}"))
+    if oldest != expected_oldest:
+        found.append(Drift("pragma", "user_version", f"it is {oldest}, and should be {expected_oldest}"))
     if pending:
-        found.append(Drift("backfill", REVISION, f"{pending} images are still to be read: run `cachedb db upgrade`"))
+        found.append(
+            Drift("backfill", REVISION, f"the configs of {pending} images are not read yet: run `cachedb db upgrade`")
+        )
     return found
 
 
 def foreign_objects(connection: Connection) -> list[Drift]:
     """Compare the tables, indexes, triggers and views of an index with the migrations up to its revision.
 
-    For a newer schema, only its triggers are returned, because this release does not know the rest.
+    Of a newer schema, return only the triggers, because this release does not know its other objects.
     """
     revision, there = read_revision(connection) or "", read_objects(connection)
     if revision in read_revisions():
-        return list(_compare_objects(there, _migrated_objects(revision)[0]))
+        return list(_compare_objects(there, _read_migrated_objects(revision)[0]))
     return [Drift(kind, name, UNKNOWN) for kind, name in sorted(there) if kind == "trigger"]
 
 
 def foreign_triggers(database: Database) -> list[str]:
-    """Return the names of all triggers in an index of our schema; no migration up to it creates any."""
+    """Return the names of all triggers in an index of this release's schema, which has none of its own."""
     with database.read() as connection:
         if read_revision(connection) != REVISION:
             return []
@@ -86,8 +92,8 @@ def foreign_triggers(database: Database) -> list[str]:
         return [str(name) for name in connection.exec_driver_sql(query).scalars()]
 
 
-def _migrated_objects(revision: str) -> tuple[dict[tuple[str, str], str], int]:
-    """Return the objects that the migrations up to a revision create, and its oldest usable schema."""
+def _read_migrated_objects(revision: str) -> tuple[dict[tuple[str, str], str], int]:
+    """Return the objects that the migrations up to a revision create, and its oldest compatible schema."""
     from alembic import command
 
     engine = create_engine("sqlite://")
@@ -114,13 +120,13 @@ def _describe_differences(differences: list[Any]) -> Iterator[Drift]:
         if isinstance(difference, list):  # several differences of one column
             yield from _describe_differences(difference)
             continue
-        action, *about = difference
+        action, *details = difference
         kind = action.partition("_")[2]
         if action.startswith("modify"):
-            _, table, column, _, old, new = about
+            _, table, column, _, old, new = details
             yield Drift("column", f"{table}.{column}", f"{kind}: it is {old!r}, and should be {new!r}")
             continue
-        item = about[-1]
+        item = details[-1]
         name = getattr(item, "name", item)
-        name = f"{about[-2]}.{name}" if kind == "column" else str(name)
+        name = f"{details[-2]}.{name}" if kind == "column" else str(name)
         yield Drift(kind, name, "it is missing" if action.startswith("add") else "the models do not have it")

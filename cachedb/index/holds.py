@@ -1,7 +1,7 @@
-"""Manage holds that outlive their process, until they expire or are released.
+"""Add, list and release holds, which outlive their process until they expire or are released.
 
-A hold's leases have the hold's id in place of a session. Expiry depends on the host's clock only: setting the clock
-back keeps blobs longer, and setting it forward keeps them shorter.
+The leases of a hold have its id in place of a session. Expiry depends only on the host's clock: setting the clock back
+makes a hold last longer, and setting it forward makes it expire earlier.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def add(connection: Connection, name: str, digests: Iterable[Digest], seconds: f
         CacheError: if ``seconds`` is not positive, or more than a hundred years.
     """
     now = datetime.now(UTC)
-    # Compare numbers: the largest float does not fit into a timedelta.
+    # Compare numbers, because the largest float does not fit into a timedelta.
     if seconds is not None and not 0 < seconds <= _LONGEST_HOLD.total_seconds():
         raise CacheError(
             f"cannot hold for {seconds:g} seconds: give up to 100 years, or nothing to hold until released"
@@ -87,7 +87,7 @@ def release(connection: Connection, *wanted: str) -> int:
     """Release holds by id, or all holds of a name or digest; return their number.
 
     Raises:
-        NotInCache: if there is no hold of an id, name or digest.
+        NotInCache: if there is no hold for one of the ids, names or digests.
     """
     found: set[str] = set()
     for text in wanted:

@@ -86,17 +86,17 @@ _IMAGE_COLUMNS = (
     IMAGES.c.created,
     IMAGES.c.author,
 )
-"""The last columns of an `ImageInfo`."""
+"""The columns of the last fields of an `ImageInfo`."""
 
 
-_FOUND = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type, IMAGES.c.some_platforms)
+_FOUND_COLUMNS = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type, IMAGES.c.some_platforms)
 """The columns of a `Found`."""
 
 
 def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
-    """Return an image's row; raise if there is none.
+    """Return an image's row.
 
-    Unless ``exact``, a digest also finds an image that has the digest under a tag of the same repository.
+    Unless ``exact``, ``repository@digest`` also finds an image of the repository whose tag points to the digest.
 
     Raises:
         NotInCache: if there is no such image.
@@ -104,7 +104,7 @@ def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
     found = look_up(connection, name)
     if found is None and name.digest and not exact:
         values = {"repository": name.repository, "digest": name.digest}
-        row = connection.execute(_with_manifest(), values).first()
+        row = connection.execute(_select_with_manifest(), values).first()
         found = None if row is None else Found(*row)
     if found is None:
         hint = _suggest(connection, name) or "`cachedb ls` lists what is"
@@ -114,7 +114,7 @@ def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
 
 def look_up(connection: Connection, name: Name) -> Found | None:
     """Return the row of the image with exactly this name, or None."""
-    row = connection.execute(_named(), name._asdict()).first()
+    row = connection.execute(_select_named(), name._asdict()).first()
     return None if row is None else Found(*row)
 
 
@@ -127,17 +127,17 @@ def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, Fou
             "repositories": list({name.repository for name in part}),
             "references": list({name.reference for name in part}),
         }
-        for repository, reference, *row in connection.execute(_all_named(), values):
+        for repository, reference, *row in connection.execute(_select_all_named(), values):
             if (name := Name(repository, reference)) in wanted:
                 found[name] = Found(*row)
     return found
 
 
 def _suggest(connection: Connection, name: Name) -> str | None:
-    """Suggest an image with a registry in its name: other tools put one in front of a short name."""
-    fronts = ("docker.io/library/", "docker.io/", "localhost/")
+    """Suggest an image whose name has a registry in front, because other tools add one to a short name."""
+    prefixes = ("docker.io/library/", "docker.io/", "localhost/")
     query = select(IMAGES.c.repository).where(
-        IMAGES.c.repository.in_([front + name.repository for front in fronts]), IMAGES.c.reference == name.reference
+        IMAGES.c.repository.in_([prefix + name.repository for prefix in prefixes]), IMAGES.c.reference == name.reference
     )
     repository = connection.execute(query.limit(1)).scalar()
     return repository and f"{Name(repository, name.reference)} is"
@@ -178,11 +178,11 @@ def images(connection: Connection) -> list[ImageInfo]:
 
 def names(database: Database) -> list[Name]:
     """Return the names of all images, sorted."""
-    return [Name(*row) for row in database.rows(_names(), {})]
+    return [Name(*row) for row in database.rows(_select_names(), {})]
 
 
 @cache
-def _names() -> Select[*tuple[Any, ...]]:
+def _select_names() -> Select[*tuple[Any, ...]]:
     return select(IMAGES.c.repository, IMAGES.c.reference).order_by(IMAGES.c.repository, IMAGES.c.reference)
 
 
@@ -192,7 +192,7 @@ def image(connection: Connection, directory: Path, image_id: int) -> tuple[Image
     Raises:
         DamagedIndex: if the image has no blobs.
     """
-    row = connection.execute(_one_image(), {"of": image_id}).one()
+    row = connection.execute(_select_image(), {"of": image_id}).one()
     contents = image_blobs(connection, directory, image_id)
     if not contents:
         raise DamagedIndex("an image has no blobs in the index: find them with `cachedb verify --repair`")
@@ -201,32 +201,32 @@ def image(connection: Connection, directory: Path, image_id: int) -> tuple[Image
     return ImageInfo(row[0], row[1], Digest(row[2]), row[3], size, complete, *row[4:]), contents
 
 
-# Building a statement takes longer than executing it, and saving an image executes all of these, so they are cached.
+# Building a statement takes longer than executing it, and saving an image executes all of these. So they are cached.
 
 
 @cache
-def _of_repository() -> Select[*tuple[Any, ...]]:
-    joined = select(*_FOUND).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
+def _select_in_repository() -> Select[*tuple[Any, ...]]:
+    joined = select(*_FOUND_COLUMNS).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
     return joined.where(IMAGES.c.repository == bindparam("repository"))
 
 
 @cache
-def _named() -> Select[*tuple[Any, ...]]:
-    return _of_repository().where(IMAGES.c.reference == bindparam("reference"))
+def _select_named() -> Select[*tuple[Any, ...]]:
+    return _select_in_repository().where(IMAGES.c.reference == bindparam("reference"))
 
 
 @cache
-def _all_named() -> Select[*tuple[Any, ...]]:
-    columns = (IMAGES.c.repository, IMAGES.c.reference, *_FOUND)
-    # This selects too many rows; the caller filters them. SQLite would scan the table to match pairs.
+def _select_all_named() -> Select[*tuple[Any, ...]]:
+    columns = (IMAGES.c.repository, IMAGES.c.reference, *_FOUND_COLUMNS)
+    # This selects too many rows, and the caller filters them: to match pairs, SQLite would scan the whole table.
     repositories = IMAGES.c.repository.in_(bindparam("repositories", expanding=True))
     references = IMAGES.c.reference.in_(bindparam("references", expanding=True))
     return select(*columns).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id).where(repositories, references)
 
 
 @cache
-def _with_manifest() -> Select[*tuple[Any, ...]]:
-    return _of_repository().where(BLOBS.c.digest == bindparam("digest")).limit(1)
+def _select_with_manifest() -> Select[*tuple[Any, ...]]:
+    return _select_in_repository().where(BLOBS.c.digest == bindparam("digest")).limit(1)
 
 
 @cache
@@ -242,7 +242,7 @@ def new_images() -> Insert:
 
 
 @cache
-def _new_associations() -> Insert:
+def _insert_associations() -> Insert:
     return insert(IMAGE_BLOBS)
 
 
@@ -253,7 +253,7 @@ def without_associations() -> Delete:
 
 
 @cache
-def _without_image() -> Delete:
+def _delete_image() -> Delete:
     return delete(IMAGES).where(IMAGES.c.id == bindparam("of"))
 
 
@@ -284,7 +284,7 @@ def copied_associations() -> Insert:
 
 
 @cache
-def _blobs_of() -> Select[*tuple[Any, ...]]:
+def _select_blob_ids() -> Select[*tuple[Any, ...]]:
     return select(IMAGE_BLOBS.c.blob_id).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
 
 
@@ -294,18 +294,18 @@ def waiting_for() -> Select[*tuple[Any, ...]]:
     is_manifest = IMAGE_BLOBS.c.role.in_(("manifest", "index"))
     is_config = and_(IMAGE_BLOBS.c.role == "config", IMAGE_BLOBS.c.media_type.in_(CONFIG_TYPES))
     joined = select(IMAGE_BLOBS.c.image_id).join(BLOBS, BLOBS.c.id == IMAGE_BLOBS.c.blob_id)
-    these = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
-    return joined.where(these, IMAGE_BLOBS.c.position > 0, or_(is_manifest, is_config))
+    is_wanted = BLOBS.c.digest.in_(bindparam("digests", expanding=True))
+    return joined.where(is_wanted, IMAGE_BLOBS.c.position > 0, or_(is_manifest, is_config))
 
 
 @cache
-def _blobs_with() -> Select[*tuple[Any, ...]]:
+def _select_blobs() -> Select[*tuple[Any, ...]]:
     columns = (BLOBS.c.digest, BLOBS.c.id, BLOBS.c.size, BLOBS.c.stored_at.is_not(None))
     return select(*columns).where(BLOBS.c.digest.in_(bindparam("digests", expanding=True)))
 
 
 @cache
-def _one_image() -> Select[*tuple[Any, ...]]:
+def _select_image() -> Select[*tuple[Any, ...]]:
     columns = (IMAGES.c.repository, IMAGES.c.reference, BLOBS.c.digest, IMAGES.c.media_type)
     return (
         select(*columns, *_IMAGE_COLUMNS)
@@ -315,7 +315,7 @@ def _one_image() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def _contents() -> Select[*tuple[Any, ...]]:
+def _select_contents() -> Select[*tuple[Any, ...]]:
     columns = (
         BLOBS.c.digest,
         BLOBS.c.size,
@@ -331,27 +331,27 @@ def _contents() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def _contents_of_one() -> Select[*tuple[Any, ...]]:
-    return _contents().where(IMAGE_BLOBS.c.image_id == bindparam("of"))
+def _select_contents_by_id() -> Select[*tuple[Any, ...]]:
+    return _select_contents().where(IMAGE_BLOBS.c.image_id == bindparam("of"))
 
 
 @cache
-def _contents_named() -> Select[*tuple[Any, ...]]:
-    joined = _contents().join(IMAGES, IMAGES.c.id == IMAGE_BLOBS.c.image_id)
+def _select_contents_by_name() -> Select[*tuple[Any, ...]]:
+    joined = _select_contents().join(IMAGES, IMAGES.c.id == IMAGE_BLOBS.c.image_id)
     return joined.where(IMAGES.c.repository == bindparam("repository"), IMAGES.c.reference == bindparam("reference"))
 
 
 def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[BlobInfo]:
     """Return an image's blobs by position."""
-    return _blob_infos(directory, connection.execute(_contents_of_one(), {"of": image_id}))
+    return _to_blob_infos(directory, connection.execute(_select_contents_by_id(), {"of": image_id}))
 
 
 def blobs_of(database: Database, name: Name) -> list[BlobInfo]:
     """Return the blobs of the image with exactly this name, by position; empty if there is no such image."""
-    return _blob_infos(database.directory, database.rows(_contents_named(), name._asdict()))
+    return _to_blob_infos(database.directory, database.rows(_select_contents_by_name(), name._asdict()))
 
 
-def _blob_infos(directory: Path, rows: Iterable[Sequence[Any]]) -> list[BlobInfo]:
+def _to_blob_infos(directory: Path, rows: Iterable[Sequence[Any]]) -> list[BlobInfo]:
     return [
         BlobInfo(
             Digest(digest),
@@ -381,7 +381,7 @@ def point_name(
 ) -> tuple[int, bool]:
     """Make a name point to a manifest; return the image's id and whether it is new.
 
-    The associations of a previous other manifest are deleted.
+    If the name pointed to another manifest, its associations are deleted.
     """
     now = datetime.now(UTC)
     values = {
@@ -401,10 +401,10 @@ def point_name(
 
 
 def look_up_blobs(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, BlobRow]:
-    """Return the rows of the blobs that have one, by digest."""
+    """Return the rows of the known blobs among some digests, by digest."""
     found: dict[Digest, BlobRow] = {}
     for part in batched(digests):
-        for digest, *row in connection.execute(_blobs_with(), {"digests": part}):
+        for digest, *row in connection.execute(_select_blobs(), {"digests": part}):
             found[Digest(digest)] = BlobRow(*row)
     return found
 
@@ -416,7 +416,7 @@ def insert_associations(connection: Connection, wanted: dict[int, list[descripti
         for image_id, contents in wanted.items()
         for blob in contents
     ]
-    connection.execute(_new_associations(), rows)
+    connection.execute(_insert_associations(), rows)
 
 
 def touch(connection: Connection, image_id: int) -> None:
@@ -456,13 +456,13 @@ def remove(connection: Connection, names: Iterable[Name]) -> set[int]:
     """Remove images and return the ids of the blobs they used.
 
     Raises:
-        NotInCache: if one of them is not in the cache; the caller must roll back.
+        NotInCache: if an image is not in the cache; the caller must roll back.
     """
     found = {find(connection, name, exact=True).id for name in names}
     touched: set[int] = set()
     for image_id in found:
-        touched.update(connection.execute(_blobs_of(), {"of": image_id}).scalars())
-        connection.execute(_without_image(), {"of": image_id})
+        touched.update(connection.execute(_select_blob_ids(), {"of": image_id}).scalars())
+        connection.execute(_delete_image(), {"of": image_id})
     return touched
 
 

@@ -1,6 +1,7 @@
 """Map SQLAlchemy classes to the tables of images, blobs, and the association between them.
 
-They are for programs that query the index with SQLAlchemy's ORM. cachedb itself uses the tables, which import faster.
+The classes are for programs that query the index with SQLAlchemy's ORM. cachedb itself uses the tables, because they
+import faster.
 
     with Session(create_engine("sqlite:///index.db")) as session:
         for image in session.scalars(select(Image)):

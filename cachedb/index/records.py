@@ -1,4 +1,4 @@
-"""What the index returns about images and their blobs."""
+"""Define the records that the index returns for images and their blobs."""
 
 from __future__ import annotations
 

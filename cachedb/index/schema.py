@@ -30,13 +30,23 @@ from cachedb.index import descriptions
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.prepare import prepare
-from cachedb.index.sqlite.revision import is_compatible, is_empty, is_ours, lost, mismatch, read_revision
+from cachedb.index.sqlite.revision import (
+    explain_refusal,
+    find_broken_keys,
+    is_compatible,
+    is_empty,
+    is_ours,
+    lost,
+    mismatch,
+    read_revision,
+    read_versions,
+    revision_of,
+)
 from cachedb.index.tables import BACKFILLS, IMAGES, REVISION
 from cachedb.threads import told_beside
 
 if TYPE_CHECKING:
     from alembic.config import Config
-from cachedb.index.sqlite.revision import explain_refusal, find_broken_keys, read_versions, revision_of
 
 __all__ = [
     "BACKFILLS_OF_THIS_RELEASE",
@@ -148,16 +158,16 @@ def history(directory: Path) -> list[Revision]:
 
 
 def check_existing(directory: Path) -> Database:
-    """Return the database of an existing cache, and recreate folders that are missing.
+    """Return the database of an existing cache, and recreate its missing folders.
 
     Raises:
         NotInCache: if there is no cache.
     """
     database = Database(chosen(directory))
     try:
-        there = database.path.exists() and database.path.stat().st_size
+        has_index = database.path.exists() and database.path.stat().st_size
         # Change nothing in a directory that is not a cache.
-        if not there or not database.reserve.run(lambda: prepare(database)):
+        if not has_index or not database.reserve.run(lambda: prepare(database)):
             raise _lost_index_error(database) or NotInCache(f"there is no cache in {str(directory)!r}")
     except BaseException:
         database.close()
@@ -184,7 +194,7 @@ def read_revisions() -> list[str]:
 
 
 def check_known(database: Database, found: str | None) -> str:
-    """Return the revision of a cache; raise if it is missing, or is an old one that no release created."""
+    """Return the revision of a cache; raise if it is missing, or if it is old and no release creates it."""
     if not found:
         raise mismatch(database.directory, None)
     if found <= REVISION and found not in read_revisions():
@@ -196,7 +206,7 @@ def check_known(database: Database, found: str | None) -> str:
 
 
 def resolve_revision(revision: str, base: str | None = None) -> str:
-    """Return the revision given by its prefix, by ``head``, or by ``-N`` steps before ``base``."""
+    """Return the revision for a prefix, for ``head``, or for ``-N``: N steps before ``base``."""
     known = read_revisions()
     if revision == "head":
         return known[-1]
@@ -223,9 +233,9 @@ def migrate(
 ) -> tuple[str | None, Path | None]:
     """Migrate or create a database; return its previous revision, and the backup if one was made.
 
-    Backfills are left for later.
+    This does not run backfills.
     """
-    from alembic import command  # imported before the lock is taken, because it is slow
+    from alembic import command  # slow, so imported before the lock is taken
 
     change = command.downgrade if down else command.upgrade
     backup: Path | None = None
@@ -234,7 +244,7 @@ def migrate(
         # Another process may have migrated meanwhile.
         return target < found if down else found < target
 
-    def before() -> None:
+    def back_up() -> None:
         nonlocal backup
         with database.raw() as connection:
             found = revision_of(connection)
@@ -244,7 +254,7 @@ def migrate(
         report = report_stage("backing up", progress)
         backup = backups.before_change(database, found, target, report)
 
-    with told_beside(progress) as beside, database.write_schema(before) as connection:
+    with told_beside(progress) as report_beside, database.write_schema(back_up) as connection:
         try:
             found = read_revision(connection)
             if is_empty(connection):
@@ -258,13 +268,13 @@ def migrate(
             if found is not None and len(rows := read_versions(connection)) > 1:
                 raise SchemaMismatch(f"the table alembic_version has {len(rows)} rows: delete the wrong ones")
             broken = Counter(find_broken_keys(connection))
-            run_migrations(change, connection, target, beside)
+            run_migrations(change, connection, target, report_beside)
             if new := Counter(find_broken_keys(connection)) - broken:
                 raise DamagedIndex(
                     f"the schema was not changed: {new.total()} rows would have broken references: {min(new)}"
                 )
         except BaseException as error:
-            # The change is rolled back, so its backup is of no use.
+            # The change is rolled back, so its backup is not needed.
             if backup:
                 with ignore_os_errors():
                     database.folders.remove(f"backups/{backup.name}")
@@ -286,7 +296,7 @@ def run_migrations(
 
 
 def report_stage(stage: str, progress: Progress | None) -> Callable[[int, int], None] | None:
-    """Return a callback that reports the progress of a stage under its name, or None."""
+    """Return a callback that reports the progress of a stage under its name; None without ``progress``."""
     return None if progress is None else lambda done, total: progress(stage, done, total)
 
 
