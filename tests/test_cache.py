@@ -277,7 +277,7 @@ def test_what_is_not_here_is_said_to_be_not_here(cache: Cache) -> None:
 
 def test_a_short_name_that_is_not_here_points_to_the_long_one_that_is(cache: Cache) -> None:
     save(cache, "docker.io/library/app:1", make.image(1))
-    with pytest.raises(NotInCache, match=r"^app:1 is not in the cache; docker.io/library/app:1 is$"):
+    with pytest.raises(NotInCache, match=r"^app:1 is not in the cache: did you mean docker.io/library/app:1\?$"):
         cache.get_image("app:1")
 
 

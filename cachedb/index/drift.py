@@ -51,14 +51,10 @@ def check(directory: Path) -> list[Drift]:
             # SQLAlchemy warns that it skips indexes on expressions; `_compare_objects` compares them.
             warnings.simplefilter("ignore", SAWarning)
             found = list(_describe_differences(compare_metadata(context, METADATA)))
-        found_objects, oldest, pending = (
-            read_objects(connection),
-            read_oldest(connection),
-            pending_backfills(connection),
-        )
+        objects, oldest, pending = read_objects(connection), read_oldest(connection), pending_backfills(connection)
         journal_mode = read_journal_mode(database)
     expected_objects, expected_oldest = _read_migrated_objects(REVISION)
-    found += _compare_objects(found_objects, expected_objects)
+    found += _compare_objects(objects, expected_objects)
     for version in sorted(versions - {REVISION}):
         found.append(Drift("row", "alembic_version", f"it has the revision {version!r} too"))
     if journal_mode != "wal":
@@ -66,9 +62,7 @@ def check(directory: Path) -> list[Drift]:
     if oldest != expected_oldest:
         found.append(Drift("pragma", "user_version", f"it is {oldest}, and should be {expected_oldest}"))
     if pending:
-        found.append(
-            Drift("backfill", REVISION, f"the configs of {pending} images are not read yet: run `cachedb db upgrade`")
-        )
+        found.append(Drift("backfill", REVISION, f"{pending} images await backfill: run `cachedb db upgrade`"))
     return found
 
 

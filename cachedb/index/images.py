@@ -107,8 +107,8 @@ def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
         row = connection.execute(_select_with_manifest(), values).first()
         found = None if row is None else Found(*row)
     if found is None:
-        hint = _suggest(connection, name) or "`cachedb ls` lists what is"
-        raise NotInCache(f"{name} is not in the cache; {hint}", name=name)
+        hint = _suggest(connection, name) or "`cachedb ls` lists the images"
+        raise NotInCache(f"{name} is not in the cache: {hint}", name=name)
     return found
 
 
@@ -140,7 +140,7 @@ def _suggest(connection: Connection, name: Name) -> str | None:
         IMAGES.c.repository.in_([prefix + name.repository for prefix in prefixes]), IMAGES.c.reference == name.reference
     )
     repository = connection.execute(query.limit(1)).scalar()
-    return repository and f"{Name(repository, name.reference)} is"
+    return repository and f"did you mean {Name(repository, name.reference)}?"
 
 
 def images(connection: Connection) -> list[ImageInfo]:

@@ -64,7 +64,7 @@ class Closure:
                 yield from self._find_images(blob)
 
     def only(self, present: Container[Digest]) -> Closure:
-        """Return a closure whose indexes list only the children that are present; itself if all are.
+        """Return a closure whose indexes list only the children that are present; this one if all are.
 
         Args:
             present: the digests of the image's blobs in the cache.

@@ -198,7 +198,7 @@ def size_of(connection: sqlite3.Connection) -> int:
 def put_in_place(database: Database, turn: locks.Turn, new: Path) -> Path | None:
     """Replace the index by a new one. The caller holds the write lock.
 
-    The new index moves to ``backups/`` first, so that a crash after the old WAL was moved away loses nothing.
+    The new index moves to ``backups/`` first, so a crash after the old WAL was moved away loses nothing.
 
     Args:
         database: the index to replace.

@@ -1,7 +1,7 @@
 """Open connections to the index file, and copy an index that is read without locks into memory.
 
 SQLite shares memory with other processes through ``index.db-shm``, and commits to ``index.db-wal``. If one of them is
-removed while a process has it open, other processes make new ones, and neither side sees the commits of the other. So
+removed while a process has it open, other processes make a new one. Then neither side sees the commits of the other. So
 a connection knows which files it has open, and is not used after they were replaced.
 """
 

@@ -72,7 +72,7 @@ class IndexFile:
 
         Raises:
             FileNotFoundError: if there is no index.
-            NotACache: if the path leads to a folder, a FIFO or something else.
+            NotACache: if the path does not lead to a regular file.
         """
         status = os.stat(self._name)
         if not stat.S_ISREG(status.st_mode):

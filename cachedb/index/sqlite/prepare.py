@@ -119,7 +119,7 @@ def has_our_mark(database: Database) -> bool:
         suppress(sqlite3.Error),
         closing(sqlite3.connect(f"{database.path.as_uri()}?mode=ro&immutable=1", uri=True)) as damaged,
     ):
-        damaged.execute("PRAGMA writable_schema = ON")  # else SQLite refuses a truncated file
+        damaged.execute("PRAGMA writable_schema = ON")  # otherwise SQLite refuses a truncated file
         return bool(damaged.execute(mark).fetchone() == (APPLICATION_ID,))
     return False
 
