@@ -1,9 +1,10 @@
-"""Verification: is the index sound, are the files what their names say, do the two agree; and repair of all three.
+"""Verify that the index is sound, that files match their digests, and that both agree; repair all three.
 
-What looks wrong without the write lock may only be on its way from one right state to another, so each blob that is
-suspected is looked at again under the lock before it is reported, and all else before it is repaired. Repair destroys
-nothing: what is not what its name says is moved to ``quarantine/``, and a good file that no row knows becomes a blob of
-the cache; a manifest among them becomes an image, and the rest is for `gc` to take.
+Without the write lock, a change by another process can look like a problem. So a suspected blob is checked again under
+the lock before it is reported, and everything else before it is repaired.
+
+Repair destroys nothing. A file that does not match its digest moves to ``quarantine/``. An intact file without a row
+gets one: a manifest becomes an image, and `gc` may collect the others.
 """
 
 from __future__ import annotations
@@ -54,35 +55,41 @@ __all__ = ["KINDS", "Problem", "Verification", "verify"]
 
 
 KINDS = ("missing", "corrupt", "wrong_size", "orphan", "index")
-"""A stored blob has no file; a file has another content than its name says; a file has another size than its row;
-a file has no row; the index is damaged, or says something else than a manifest or a config."""
+"""What is wrong:
 
-_TOGETHER = 64  # files, of which none is large, that one thread hashes in one go
+- missing: a stored blob has no file.
+- corrupt: a file does not match its digest, or cannot be read.
+- wrong_size: the size of a file differs from its row.
+- orphan: a file has no row, or does not belong to the cache.
+- index: the index is damaged or was changed, or differs from a manifest or config.
+"""
+
+_FILES_PER_TASK = 64  # small files that a thread hashes in one task
 
 
 class Problem(NamedTuple):
-    """Something wrong, and what was done about it."""
+    """A problem in a cache, and its repair."""
 
     kind: str  # one of KINDS
-    digest: Digest | None  # of the blob, where it is about one
-    path: Path | None  # of the file, where it is about one
+    digest: Digest | None  # of the blob, if any
+    path: Path | None  # of the file, if any
     detail: str
-    repair: str | None  # what was done; None if nothing was, or can be
+    repair: str | None  # what was done; None if nothing was done
 
 
 class Verification(NamedTuple):
-    """What a verification found."""
+    """The result of a verification."""
 
     checked: int  # files
     problems: list[Problem]
 
 
 class Reading(NamedTuple):
-    """What reading a file gave, and which file that was."""
+    """The result of hashing a file."""
 
-    file: tuple[int, int, int]  # its identity
+    file: tuple[int, int, int]  # its identity, to notice a replacement
     size: int  # bytes
-    digest: Digest | None  # None where it could not be read
+    digest: Digest | None  # None if the file could not be read
     detail: str
 
 
@@ -95,22 +102,22 @@ def verify(
     left: Iterable[Leftover] = (),
     progress: Progress | None = None,
 ) -> Verification:
-    """Check a cache, and repair it if asked to.
+    """Check a cache, and repair it if requested.
 
     Args:
-        database: of the cache.
-        session: to work in.
-        quick: look at the presence and size of the files only, and not into them.
-        repair: put right what can be.
-        left: what could not be cleaned up when the cache was opened.
-        progress: is told how far the reading is, in bytes; from any thread, one call at a time.
+        database: the index of the cache.
+        session: the session whose folder receives a rebuilt index.
+        quick: check only the presence and size of files, not their content.
+        repair: repair the problems that can be repaired.
+        left: the files that could not be removed when the cache was opened.
+        progress: called with the bytes read and the total; from any thread, one call at a time.
 
     Raises:
-        StorageError: if the cache cannot be read or, to repair it, written to.
+        StorageError: if the cache cannot be read, or cannot be written for a repair.
     """
     if repair and database.read_only:
-        raise StorageError("cannot repair the cache: it can only be read")
-    with os_errors("verify the cache"):  # its folders may be gone
+        raise StorageError("the cache is read-only: verify it without a repair, or make it writable")
+    with os_errors("verify the cache"):  # a folder may be missing
         return _verify(database, session, quick=quick, repair=repair, left=left, progress=progress)
 
 
@@ -130,138 +137,150 @@ def _verify(
         problems += [Problem("index", None, database.path, line, None) for line in lost]
     files, strays = on_disk(database.directory)
     if problems and not repair:
-        # Nothing the index says can be relied on; the names of the files still say what is in them.
-        readings = {} if quick else _read(database.directory, files, progress)
-        return Verification(len(files), problems + list(_altered(database.directory, readings)))
-    problems += _settle_settings(database, repair=repair)
-    rows = _rows(database)
-    odd = {digest for digest in files.keys() | rows.keys() if files.get(digest) != rows.get(digest)}
-    # What repair moves or adopts it has read: a row may have the wrong size, and the file be good.
-    wanted = files.keys() if not quick else files.keys() & odd if repair else set()
-    readings = _read(database.directory, {digest: files[digest] for digest in wanted}, progress)
-    odd.update(digest for digest, reading in readings.items() if reading.digest != digest)
-    problems += _settle_strays(database, strays, repair=repair)
-    problems += _find_strange(database.directory)
+        # A damaged index cannot be trusted, but files can still be checked against their names.
+        readings = {} if quick else _hash_files(database.directory, files, progress)
+        return Verification(len(files), problems + list(_find_corrupt(database.directory, readings)))
+    problems += _check_settings(database, repair=repair)
+    rows = _read_stored_sizes(database)
+    suspects = {digest for digest in files.keys() | rows.keys() if files.get(digest) != rows.get(digest)}
+    # A quick repair reads the suspects too: a file may be intact although its size differs from its row.
+    wanted = files.keys() if not quick else files.keys() & suspects if repair else set()
+    readings = _hash_files(database.directory, {digest: files[digest] for digest in wanted}, progress)
+    suspects.update(digest for digest, reading in readings.items() if reading.digest != digest)
+    problems += _check_strays(database, strays, repair=repair)
+    problems += _find_foreign_files(database.directory)
     problems += [Problem("orphan", None, path, f"it cannot be removed: {reason}", None) for path, reason in left]
-    for part in batched(sorted(odd)):
-        problems += _settle(database, {digest: readings.get(digest) for digest in part}, repair=repair)
-    if repair and odd:
+    for part in batched(sorted(suspects)):
+        problems += _check_again(database, {digest: readings.get(digest) for digest in part}, repair=repair)
+    if repair and suspects:
         collect.empty_trash(database)
-        problems = _name_adopted(database, files, problems)
+        problems = _name_orphans(database, files, problems)
     if not quick:
         bad = {problem.digest for problem in problems if problem.kind != "orphan" and problem.digest}
-        problems += _settle_images(database, bad, repair=repair)
+        problems += _check_images(database, bad, repair=repair)
     if repair:
-        accept_copy(database, check=False)  # what was torn by copying is put right now
+        accept_copy(database, check=False)  # the verification above replaces its check
     return Verification(len(files), problems)
 
 
-def _settle_settings(database: Database, *, repair: bool) -> Iterator[Problem]:
-    """Report what an outside program changed in the index file beside its rows; put WAL mode back."""
+def _check_settings(database: Database, *, repair: bool) -> Iterator[Problem]:
+    """Report a lost WAL mode and the triggers of other programs; a repair restores WAL mode."""
     mode = read_journal_mode(database)
     if mode != "wal":
         done = None
         if repair:
-            with database.write():
+            with database.write():  # this restores WAL mode
                 done = "it is in WAL mode again"
         detail = f"its journal mode is {mode!r}, not WAL: readers and writers block each other"
         yield Problem("index", None, database.path, detail, done)
     for trigger in drift.foreign_triggers(database):
-        # A person may want it, and to drop it may lose work.
-        detail = f"no migration makes the trigger {trigger!r}, which can change what is written: drop it"
+        # Never drop it: somebody may have created it on purpose.
+        detail = f"no migration creates the trigger {trigger!r}, which may change what cachedb writes: drop it"
         yield Problem("index", None, database.path, detail, None)
 
 
-def _altered(directory: Path, readings: dict[Digest, Reading]) -> Iterator[Problem]:
+def _find_corrupt(directory: Path, readings: dict[Digest, Reading]) -> Iterator[Problem]:
     for digest, reading in readings.items():
         if reading.digest != digest:
             yield Problem("corrupt", digest, blob_path(directory, digest), reading.detail, None)
 
 
-def _rows(database: Database) -> dict[Digest, int]:
+def _read_stored_sizes(database: Database) -> dict[Digest, int]:
     with database.read() as connection:
         query = select(BLOBS.c.digest, BLOBS.c.size).where(BLOBS.c.stored_at.is_not(None))
         return {Digest(digest): size for digest, size in connection.execute(query)}
 
 
-def _read(directory: Path, files: dict[Digest, int], progress: Progress | None) -> dict[Digest, Reading]:
-    """Read files, several at once; those that are gone meanwhile are left out."""
+def _hash_files(directory: Path, files: dict[Digest, int], progress: Progress | None) -> dict[Digest, Reading]:
+    """Hash files in several threads; skip files that were deleted meanwhile."""
 
-    def read(digests: list[Digest], add: Advance) -> list[tuple[Digest, Reading]]:
+    def read(digests: list[Digest], advance: Advance) -> list[tuple[Digest, Reading]]:
         buffer = memoryview(bytearray(CHUNK))
-        found = ((digest, _read_file(blob_path(directory, digest), digest, buffer, add)) for digest in digests)
+        found = ((digest, _hash_file(blob_path(directory, digest), digest, buffer, advance)) for digest in digests)
         return [(digest, reading) for digest, reading in found if reading]
 
-    parts = in_threads(read, _parts(files), summed(sum(files.values()), progress))
+    parts = in_threads(read, _group_files(files), summed(sum(files.values()), progress))
     return {digest: reading for part in parts for digest, reading in part}
 
 
-def _parts(files: dict[Digest, int]) -> Iterator[list[Digest]]:
-    """Divide files into what is read in one go: the large ones first and alone, so that all threads end together."""
+def _group_files(files: dict[Digest, int]) -> Iterator[list[Digest]]:
+    """Group files into tasks: large files first and alone, so that all threads finish at about the same time."""
     part: list[Digest] = []
     for digest in sorted(files, key=lambda digest: -files[digest]):
         part.append(digest)
-        if len(part) == _TOGETHER or files[digest] > CHUNK:
+        if len(part) == _FILES_PER_TASK or files[digest] > CHUNK:
             yield part
             part = []
     if part:
         yield part
 
 
-def _read_file(path: Path, digest: Digest, buffer: memoryview, add: Advance) -> Reading | None:
-    """Read a file to its end; None if there is none."""
+def _hash_file(path: Path, digest: Digest, buffer: memoryview, advance: Advance) -> Reading | None:
+    """Hash a file; return None if it does not exist."""
     algorithm, _ = split_digest(digest)
     hasher, size = hashlib.new(algorithm), 0
     read = (0, 0, 0)
     try:
-        read = identity(path.lstat())  # also of a file that cannot be opened
+        read = identity(path.lstat())  # for a file that cannot be opened
         with open(path, "rb", buffering=0, opener=open_regular) as file:
             read = identity(os.fstat(file.fileno()))
             while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
                 size += count
-                add(count)
+                advance(count)
     except FileNotFoundError:
         return None
     except OSError as error:
         if is_callers(error):
-            raise  # or a good file would be taken for a damaged one
+            raise  # the callback failed, not the file
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise StorageError(f"cannot read a blob: {explain(error)}") from error  # that says nothing of the file
-        return Reading(read, size, None, f"it cannot be read: {explain(error)}")
+            raise StorageError(f"cannot read a blob: {explain(error)}") from error  # the file may be intact
+        return Reading(read, size, None, f"the file cannot be read: {explain(error)}")
     found = Digest(f"{algorithm}:{hasher.hexdigest()}")
-    return Reading(read, size, found, f"its content has digest {found}")
+    return Reading(read, size, found, f"the content has digest {found}")
 
 
-def _settle(database: Database, suspects: dict[Digest, Reading | None], *, repair: bool) -> list[Problem]:
-    """Look at blobs again, under the lock if there can be writers; report what is wrong indeed, and repair it."""
+def _check_again(database: Database, suspects: dict[Digest, Reading | None], *, repair: bool) -> list[Problem]:
+    """Check suspected blobs again; report the problems that remain, and repair them.
+
+    This holds the write lock, unless the cache is read-only.
+    """
     problems = []
     with database.read() if database.read_only else database.write() as connection:
         rows = stored(connection, suspects)
-        # Files without a row, and no orphans: they are being collected, or the next open takes them back.
-        passing = half_published(database.directory)
-        leaving = select(TRASH.c.digest).where(TRASH.c.digest.in_(suspects))
-        passing.update(map(Digest, connection.execute(leaving).scalars()))
+        # Unfinished publications and collections have files without a row, which their process or the next open fixes.
+        in_transit = half_published(database.directory)
+        collected = select(TRASH.c.digest).where(TRASH.c.digest.in_(suspects))
+        in_transit.update(map(Digest, connection.execute(collected).scalars()))
         for digest, reading in suspects.items():
             path = blob_path(database.directory, digest)
-            status = _status(path)
+            status = _file_status(path)
             if reading and (status is None or reading.file != identity(status)):
-                reading = None  # another file is there now
-            if digest in passing and digest not in rows:
+                reading = None  # the file was replaced since it was read
+            if digest in in_transit and digest not in rows:
                 continue
-            kind, detail = _judge(digest, rows.get(digest), status, reading)
+            kind, detail = _judge_blob(digest, rows.get(digest), status, reading)
             if kind:
                 done = _REPAIRS[kind](connection, database.directory, digest, reading) if repair else None
                 problems.append(Problem(kind, digest, path, detail, done))
     return problems
 
 
-def _judge(digest: Digest, size: int | None, status: os.stat_result | None, reading: Reading | None) -> tuple[str, str]:
-    """Return the kind and detail of what is wrong with a blob: its size in the index, its file, what was read of it."""
+def _judge_blob(
+    digest: Digest, size: int | None, status: os.stat_result | None, reading: Reading | None
+) -> tuple[str, str]:
+    """Return the kind and detail of a blob's problem; both are empty if there is none.
+
+    Args:
+        digest: the blob's digest.
+        size: the blob's size in the index; None if it has no stored row.
+        status: the status of its file; None if it has none.
+        reading: the result of hashing the file; None if it was not hashed.
+    """
     if size is not None and status is None:
-        return "missing", "the index says that it is stored, and there is no file"
+        return "missing", "the blob is stored according to the index, but has no file"
     if size is not None and status and status.st_size != size:
-        return "wrong_size", f"the file has {status.st_size} bytes, and should have {size}"
+        return "wrong_size", f"the file has {status.st_size} bytes and should have {size}"
     if reading and reading.digest != digest:
         return "corrupt", reading.detail
     if size is None and status:
@@ -269,7 +288,7 @@ def _judge(digest: Digest, size: int | None, status: os.stat_result | None, read
     return "", ""
 
 
-def _status(path: Path) -> os.stat_result | None:
+def _file_status(path: Path) -> os.stat_result | None:
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -277,9 +296,9 @@ def _status(path: Path) -> os.stat_result | None:
     return status if stat.S_ISREG(status.st_mode) else None
 
 
-def _adopt(connection: Connection, directory: Path, digest: Digest, reading: Reading | None) -> str | None:
+def _add_row(connection: Connection, directory: Path, digest: Digest, reading: Reading | None) -> str | None:
     if reading is None:
-        return None  # it came since: another look will tell
+        return None  # the file is new: the next verification reads it
     path = blob_path(directory, digest)
     with open(path, "rb", opener=open_regular) as file:
         if os.fstat(file.fileno()).st_mode & 0o222:
@@ -289,36 +308,36 @@ def _adopt(connection: Connection, directory: Path, digest: Digest, reading: Rea
     set_stored(connection, [Received(digest, reading.size, None)])
     if reading.size <= DOCUMENT_LIMIT:
         save.associate_waiting(connection, directory, [digest])
-    return "it is a blob of the cache now"
+    return "added to the index"
 
 
-def _unstore(connection: Connection, _directory: Path, digest: Digest, _reading: Reading | None = None) -> str:
+def _mark_missing(connection: Connection, _directory: Path, digest: Digest, _reading: Reading | None = None) -> str:
     connection.execute(update(BLOBS).where(BLOBS.c.digest == digest).values(stored_at=None))
-    return "it is not called stored any more: import or pull it again"
+    return "marked as not stored: import or pull it again"
 
 
-def _put_aside(connection: Connection, directory: Path, digest: Digest, _reading: Reading | None) -> str:
+def _quarantine(connection: Connection, directory: Path, digest: Digest, _reading: Reading | None) -> str:
     path = blob_path(directory, digest)
     kept = quarantine_path(directory, digest.replace(":", "-"))
     if digest not in stored(connection, [digest]):
-        _move(directory, path, kept)
+        _move_to_quarantine(directory, path, kept)
     else:
-        # A second name; the first goes by way of the trash, once the row is gone for good.
+        # The file keeps its first name until the change of its row is committed; then the trash takes it.
         with Folders(directory).open("quarantine") as quarantine:
             try:
                 os.link(path, kept.name, dst_dir_fd=quarantine, follow_symlinks=False)
-            except PermissionError:  # it is another user's, which Linux does not let us link
+            except PermissionError:  # Linux may refuse a hard link to another user's file
                 with open(path, "rb", opener=open_regular) as file:
                     copy_to_new(file, kept.name, quarantine)
             os.fsync(quarantine)
         connection.execute(delete(TRASH).where(TRASH.c.digest == digest))
         connection.execute(insert(TRASH).values(digest=digest, size=path.stat().st_size))
-        _unstore(connection, directory, digest)
+        _mark_missing(connection, directory, digest)
     return f"moved to quarantine/{kept.name}: import or pull it again"
 
 
-def _move(directory: Path, path: Path, kept: Path) -> None:
-    """Move what lies in a folder of the cache to ``quarantine/``, for good; neither folder may lead elsewhere."""
+def _move_to_quarantine(directory: Path, path: Path, kept: Path) -> None:
+    """Move an entry of a folder to ``quarantine/`` durably; folders that are symbolic links are refused."""
     folders = Folders(directory)
     with (
         folders.open(str(path.parent.relative_to(directory))) as source,
@@ -329,37 +348,39 @@ def _move(directory: Path, path: Path, kept: Path) -> None:
         os.fsync(quarantine)
 
 
-def _resize(connection: Connection, directory: Path, digest: Digest, reading: Reading | None) -> str | None:
+def _correct_size(connection: Connection, directory: Path, digest: Digest, reading: Reading | None) -> str | None:
     if reading is None:
-        return None  # it came since: another look will tell
+        return None  # the file is new: the next verification reads it
     if reading.digest != digest:
-        return _put_aside(connection, directory, digest, reading)
+        return _quarantine(connection, directory, digest, reading)
     set_stored(connection, [Received(digest, reading.size, None)])
-    return "the file is good, and the index says its size now"
+    return "the size in the index was corrected; the file is intact"
 
 
 _REPAIRS: dict[str, Callable[[Connection, Path, Digest, Reading | None], str | None]] = {
-    "missing": _unstore,
-    "corrupt": _put_aside,
-    "wrong_size": _resize,
-    "orphan": _adopt,
+    "missing": _mark_missing,
+    "corrupt": _quarantine,
+    "wrong_size": _correct_size,
+    "orphan": _add_row,
 }
 
 
-def _name_adopted(database: Database, files: dict[Digest, int], problems: list[Problem]) -> list[Problem]:
-    """Give names to the manifests among the blobs that were adopted, and say so."""
+def _name_orphans(database: Database, files: dict[Digest, int], problems: list[Problem]) -> list[Problem]:
+    """Name the manifests among the orphans that got a row, and mention it in their problems."""
     adopted = {problem.digest for problem in problems if problem.kind == "orphan" and problem.repair}
     orphans = {digest: files[digest] for digest in adopted if digest in files}
     with database.write() as connection:
         named = {name.digest: name for name in rebuild.name_unnamed(connection, database.directory, orphans)}
     return [
-        problem._replace(repair=f"it is {named[problem.digest]} now") if problem.digest in named else problem
+        problem._replace(repair=f"added to the index as {named[problem.digest]}")
+        if problem.digest in named
+        else problem
         for problem in problems
     ]
 
 
-def _settle_strays(database: Database, strays: Iterable[Path], *, repair: bool) -> Iterator[Problem]:
-    """Report what is no blob and lies in ``blobs/``, and move it away."""
+def _check_strays(database: Database, strays: Iterable[Path], *, repair: bool) -> Iterator[Problem]:
+    """Report entries of ``blobs/`` that are not blobs; a repair moves them to ``quarantine/``."""
     for path in strays:
         done = None
         if repair:
@@ -367,14 +388,14 @@ def _settle_strays(database: Database, strays: Iterable[Path], *, repair: bool) 
                 if not os.path.lexists(path):
                     continue
                 kept = quarantine_path(database.directory, path.name)
-                _move(database.directory, path, kept)
+                _move_to_quarantine(database.directory, path, kept)
             done = f"moved to quarantine/{kept.name}"
-        yield Problem("orphan", None, path, "it is no blob: its name is not a digest's, or it is no file", done)
+        yield Problem("orphan", None, path, "its name is not a digest, or it is not a regular file", done)
 
 
-def _find_strange(directory: Path) -> Iterator[Problem]:
-    """Report what lies in the other folders and is not ours; it stays."""
-    detail = "it is not the cache's: nothing of that name is ever removed"
+def _find_foreign_files(directory: Path) -> Iterator[Problem]:
+    """Report entries of the other folders that the cache did not create; nothing removes them."""
+    detail = "the cache did not create it and never removes it: move it elsewhere"
     known: dict[str, Callable[[str], object]] = {
         "ingest": lambda name: name == "partial" or is_session(name),
         "ingest/partial": partial_digest,
@@ -393,43 +414,49 @@ def _find_strange(directory: Path) -> Iterator[Problem]:
                     yield Problem("orphan", None, directory / "ingest" / session / name, detail, None)
 
 
-def _settle_images(database: Database, bad: set[Digest], *, repair: bool) -> Iterator[Problem]:
-    """Report where the index says something else of an image than its manifests, but for those known to be bad."""
+def _check_images(database: Database, bad: set[Digest], *, repair: bool) -> Iterator[Problem]:
+    """Report images whose rows differ from their manifests and configs, and repair the rows.
+
+    Args:
+        database: the index of the cache.
+        bad: the digests of blobs that have a problem already.
+        repair: associate such images again.
+    """
     with database.read() as connection:
         ids = list(connection.execute(select(IMAGES.c.id).order_by(IMAGES.c.id)).scalars())
     for image_id in ids:
         with database.read() as connection:
-            spoiled = bool(bad) and _is_spoiled(connection, database.directory, image_id, bad)
-            found = [] if spoiled else _contradictions(connection, database.directory, image_id, bad)
-        if not repair or not (found or spoiled):
+            has_bad_manifest = bool(bad) and _has_bad_manifest(connection, database.directory, image_id, bad)
+            found = [] if has_bad_manifest else _compare_image(connection, database.directory, image_id, bad)
+        if not repair or not (found or has_bad_manifest):
             yield from found
             continue
         with database.write() as connection:
-            found = _contradictions(connection, database.directory, image_id, bad)
+            found = _compare_image(connection, database.directory, image_id, bad)
             if found:
                 save.reassociate(connection, database.directory, image_id)
-                left = _contradictions(connection, database.directory, image_id, bad)
-                done = "the index says what the manifest says now"
+                left = _compare_image(connection, database.directory, image_id, bad)
+                done = "the index was corrected"
                 found = [problem if problem in left else problem._replace(repair=done) for problem in found]
-                if spoiled:
-                    found = left  # that the index says more than the manifests that are left is no fault of its own
+                if has_bad_manifest:
+                    found = left  # a bad manifest, reported already, explains the other differences
         yield from found
 
 
-def _is_spoiled(connection: Connection, directory: Path, image_id: int, bad: set[Digest]) -> bool:
+def _has_bad_manifest(connection: Connection, directory: Path, image_id: int, bad: set[Digest]) -> bool:
     contents = images.image_blobs(connection, directory, image_id)
     return any(blob.digest in bad and blob.role in ("manifest", "index") for blob in contents)
 
 
-def _contradictions(connection: Connection, directory: Path, image_id: int, bad: set[Digest]) -> list[Problem]:
-    """Compare what the index says of an image with its manifests and configs."""
+def _compare_image(connection: Connection, directory: Path, image_id: int, bad: set[Digest]) -> list[Problem]:
+    """Return how the rows of an image differ from its manifests and configs."""
     name = connection.execute(select(IMAGES.c.repository, IMAGES.c.reference).where(IMAGES.c.id == image_id)).first()
     if name is None:
-        return []  # removed since
+        return []  # removed meanwhile
     image = Name(*name)
     root = images.root_of(connection, image_id)
     if root.digest not in stored(connection, [root.digest]):
-        return []  # there is nothing to compare with
+        return []  # without the manifest there is nothing to compare
 
     def problem(digest: Digest, detail: str) -> Problem:
         return Problem("index", digest, blob_path(directory, digest), f"{image}: {detail}", None)
@@ -440,21 +467,21 @@ def _contradictions(connection: Connection, directory: Path, image_id: int, bad:
     try:
         closure = save.closure(connection, directory, root, choose)
     except NotInCache:
-        return []  # its file is missing, or was collected since
+        return []  # the manifest's file is missing, or was collected meanwhile
     except InvalidManifest as error:
         problems.append(problem(root.digest, str(error)))
         try:
             closure = save.closure(connection, directory, root, choose, strict=False)
         except CacheError:
             return problems
-    said = [(blob.digest, blob.role, blob.media_type) for blob in contents[: len(closure)]]
-    if said != [(blob.digest, blob.role, blob.media_type) for blob in closure]:
-        problems.append(problem(root.digest, "it is not associated with the blobs that its manifest names"))
+    recorded = [(blob.digest, blob.role, blob.media_type) for blob in contents[: len(closure)]]
+    if recorded != [(blob.digest, blob.role, blob.media_type) for blob in closure]:
+        problems.append(problem(root.digest, "its blobs in the index differ from those in its manifest"))
     sizes = {blob.digest: blob.size for blob in contents if blob.stored and blob.digest not in bad}
     for blob in closure:
         if sizes.get(blob.digest, blob.size) != blob.size:
-            lie = f"its manifest says that {blob.digest} is {blob.size} bytes; it is {sizes[blob.digest]}"
-            problems.append(problem(blob.digest, lie))
+            detail = f"{blob.digest} has {sizes[blob.digest]} bytes, but {blob.size} in the manifest"
+            problems.append(problem(blob.digest, detail))
     if not describe.agrees(connection, directory, image_id):
-        problems.append(problem(root.digest, "it is not described as its config describes it"))
+        problems.append(problem(root.digest, "its description in the index differs from its config"))
     return problems

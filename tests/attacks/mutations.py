@@ -153,7 +153,7 @@ MUTATIONS = [
     Mutation("an error of a signal handler is not translated", "cachedb/errors.py", "        if is_callers(error):\n            raise\n        raise StorageError", "        raise StorageError", "tests/test_reentry.py -k unchanged"),
     Mutation("an error of a signal handler is not ignored", "cachedb/errors.py", "return isinstance(error, OSError) and not is_callers(error)", "return isinstance(error, OSError)", "tests/test_reentry.py -k unchanged"),
     Mutation("an error of a callback is known", "cachedb/errors.py", "            setattr(error, _CALLERS, True)\n", "", "tests/test_reentry.py -k callback"),
-    Mutation("an error of a callback makes no damaged blob", "cachedb/operations/verify.py", "        if is_callers(error):\n            raise  # or", "        if False:\n            raise  # or", "tests/test_reentry.py -k callback"),
+    Mutation("an error of a callback makes no damaged blob", "cachedb/operations/verify.py", "        if is_callers(error):\n            raise  # the callback", "        if False:\n            raise  # the callback", "tests/test_reentry.py -k callback"),
     Mutation("what a callback of SQLite raises is kept", "cachedb/index/sqlite/query.py", "        callbacks.raise_again()\n", "", "tests/test_reentry.py -k handlers_error"),
     Mutation("a file has no name before it is whole", "cachedb/disk/durable.py", "        unnamed = os.open(part.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)\n", "        raise OSError(errno.EOPNOTSUPP, '')\n", "tests/disk/test_durable.py -k need_no_name"),
     Mutation("a file of a living process is locked", "cachedb/disk/durable.py", "        lock_part(file.fileno())\n", "", "tests/disk/test_durable.py -k stays"),
@@ -326,7 +326,7 @@ MUTATIONS = [
     Mutation("a copy that was checked is known", "cachedb/index/sqlite/prepare.py", "                database.folders.accept_copy()\n", "                pass\n", "tests/operations/test_copy.py -k sound_copy"),
     Mutation("one of many processes accepts a copy", "cachedb/index/sqlite/prepare.py", "        database.folders.mark(new=False)  # another process may have done so meanwhile\n", "", "tests/operations/test_copy.py -k accepted_once"),
     Mutation("a copy that can only be read is checked", "cachedb/index/sqlite/prepare.py", "            if folders.is_copy and revision is not None:", "            if False:", "tests/operations/test_copy.py -k only_be_read"),
-    Mutation("a copy that was repaired is known", "cachedb/operations/verify.py", "        accept_copy(database, check=False)  # what", "        pass  # what", "tests/operations/test_copy.py -k repaired_copy_is_accepted"),
+    Mutation("a copy that was repaired is known", "cachedb/operations/verify.py", "        accept_copy(database, check=False)  # the", "        pass  # the", "tests/operations/test_copy.py -k repaired_copy_is_accepted"),
     # Adoption
     Mutation("nothing outside the other cache is read", "cachedb/transports/json_cache.py", "if inside and stat.S_ISREG(path.lstat().st_mode):", "if stat.S_ISREG(path.lstat().st_mode):", "tests/operations/test_adopt.py"),
     Mutation("a move leaves what is bad in this cache", "cachedb/operations/adopt.py", "if digest in self._new or is_good(ours, digest):", "if True:", "tests/operations/test_adopt.py"),
@@ -476,7 +476,7 @@ MUTATIONS = [
     # Verification
     Mutation("an interrupt stops the threads", "cachedb/threads.py", "        stopped.set()\n", "", "tests/test_threads.py tests/operations/test_verify.py"),
     Mutation("what was found without the lock is looked at again", "cachedb/operations/verify.py", "            if reading and (status is None or reading.file != identity(status)):\n", "            if False:\n", "tests/operations/test_verify.py"),
-    Mutation("what is being collected is no orphan", "cachedb/operations/verify.py", "        passing.update(map(Digest, connection.execute(leaving).scalars()))\n", "", "tests/operations/test_verify.py"),
+    Mutation("what is being collected is no orphan", "cachedb/operations/verify.py", "        in_transit.update(map(Digest, connection.execute(collected).scalars()))\n", "", "tests/operations/test_verify.py"),
     Mutation("a damaged file is kept in quarantine/", "cachedb/operations/verify.py", "                os.link(path, kept.name, dst_dir_fd=quarantine, follow_symlinks=False)\n", "                pass\n", "tests/operations/test_verify.py tests/attacks/test_crashes.py"),
     Mutation("an old WAL is not applied to a new index", "cachedb/index/sqlite/replace.py", "            os.rename(wal.name, kept, src_dir_fd=folders.root, dst_dir_fd=quarantine)\n", "            old.with_name(kept).touch()\n", "tests/operations/test_rebuild.py"),
     Mutation("an old index's shared memory is not the new one's", "cachedb/index/sqlite/replace.py", "        folders.remove(\"index.db-shm\")\n", "", "tests/operations/test_rebuild.py"),

@@ -283,7 +283,7 @@ def test_a_config_that_could_not_be_read_is_found_by_verify_once_it_can(
     assert said(cache, "app:1") == NOTHING
     (problem,) = cache.verify().problems
     assert (problem.kind, problem.digest) == ("index", made.digest)
-    assert problem.detail == "app:1: it is not described as its config describes it"
+    assert problem.detail == "app:1: its description in the index differs from its config"
     assert cache.verify(repair=True).problems[0].repair
     assert said(cache, "app:1") == SAID
     assert cache.verify().problems == []

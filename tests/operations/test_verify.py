@@ -162,16 +162,16 @@ def test_a_quick_look_reads_no_file(cache: Cache) -> None:
 
 def test_several_files_are_read_at_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "CHUNK", 100)
-    monkeypatch.setattr(verify, "_TOGETHER", 1)
+    monkeypatch.setattr(verify, "_FILES_PER_TASK", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     both = threading.Barrier(2, timeout=60)
-    read_file = verify._read_file
+    read_file = verify._hash_file
 
     def together(*arguments: Any) -> object:
         both.wait()
         return read_file(*arguments)
 
-    monkeypatch.setattr(verify, "_read_file", together)
+    monkeypatch.setattr(verify, "_hash_file", together)
     if len(files_of(cache.directory)) % 2:
         cache.add_blob(b"an even number")
     assert cache.verify().problems == []
@@ -295,7 +295,9 @@ def test_a_file_that_cannot_be_read_is_reported_and_the_others_are_checked(
         fail_reading(patch, path_of(cache, digest), fails)
         found = cache.verify().problems
         assert sorted(kinds(found)) == sorted([("corrupt", digest), ("corrupt", altered)])
-        assert next(problem for problem in found if problem.digest == digest).detail.startswith("it cannot be read")
+        assert next(problem for problem in found if problem.digest == digest).detail.startswith(
+            "the file cannot be read"
+        )
         assert all(problem.repair for problem in cache.verify(repair=True).problems)
     assert not cache.is_image_complete("app:1")
     assert quarantined(cache)[digest.replace(":", "-")] == APP.blobs[digest]
@@ -367,13 +369,13 @@ def test_who_works_meanwhile_is_never_taken_for_a_problem(cache: Cache) -> None:
 
 
 def before_settling(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
-    settle = verify._settle
+    settle = verify._check_again
 
     def late(*arguments: Any, **options: Any) -> object:
         do()
         return settle(*arguments, **options)
 
-    monkeypatch.setattr(verify, "_settle", late)
+    monkeypatch.setattr(verify, "_check_again", late)
 
 
 @pytest.mark.parametrize("repair", [False, True])
@@ -471,14 +473,14 @@ def test_a_blob_that_was_removed_since_it_was_found_odd_is_no_problem(
 
 
 def test_an_image_that_is_removed_meanwhile_is_no_problem(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle = verify._settle_images
+    settle = verify._check_images
 
     def late(*arguments: Any, **options: Any) -> Iterator[Problem]:
         found = settle(*arguments, **options)
         cache.remove_manifest("other:1")
         yield from found
 
-    monkeypatch.setattr(verify, "_settle_images", late)
+    monkeypatch.setattr(verify, "_check_images", late)
     assert cache.verify(repair=True).problems == []
 
 
@@ -604,7 +606,7 @@ def test_a_commit_that_fails_leaves_the_damaged_blob_where_it_was(
         raise StorageError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(verify, "_unstore", fail)
+        patch.setattr(verify, "_mark_missing", fail)
         with pytest.raises(StorageError):
             cache.verify(repair=True)
     assert LAYER in stored_rows(cache.directory)
@@ -636,13 +638,13 @@ def test_the_damaged_file_is_safe_in_quarantine_before_its_row_changes(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     altered = alter(cache, LAYER)
-    unstore = verify._unstore
+    unstore = verify._mark_missing
 
     def look(*arguments: Any) -> str:
         assert quarantined(cache) == {LAYER.replace(":", "-"): altered}
         return unstore(*arguments)
 
-    monkeypatch.setattr(verify, "_unstore", look)
+    monkeypatch.setattr(verify, "_mark_missing", look)
     assert cache.verify(repair=True).problems
 
 
@@ -652,7 +654,7 @@ def test_the_damaged_file_is_safe_in_quarantine_before_its_row_changes(
 def test_an_orphan_becomes_a_blob_that_no_image_uses(cache: Cache) -> None:
     digest = add_orphan(cache, b"orphan")
     (problem,) = cache.verify(repair=True).problems
-    assert problem.repair == "it is a blob of the cache now"
+    assert problem.repair == "added to the index"
     assert cache.get_blob(digest) == b"orphan"
     assert path_of(cache, digest).stat().st_mode & 0o777 == 0o444
     assert cache.verify().problems == []
@@ -668,7 +670,7 @@ def test_an_orphan_that_is_a_manifest_becomes_an_image_and_is_not_collected(cach
     repairs = {problem.digest: problem.repair for problem in cache.verify(repair=True).problems}
     named = {f"recovered@{digest}" for digest in (make.digest_of(index), other.digest)}
     assert {str(image.name) for image in cache.list_manifests()} >= named, "a child needs no name"
-    assert named == {repair.split()[2] for repair in repairs.values() if repair and "recovered" in repair}
+    assert named == {repair.split()[-1] for repair in repairs.values() if repair and "recovered" in repair}
     assert cache.collect_garbage() == (0, 0)
     assert all(cache.is_image_complete(name) for name in named)
     sound(cache)
@@ -1039,7 +1041,7 @@ def test_a_trigger_is_reported_and_left(directory: Path) -> None:
         for repair in (False, True):
             (problem,) = cache.verify(repair=repair).problems
             assert (problem.kind, problem.repair) == ("index", None)
-            assert problem.detail.startswith("no migration makes the trigger 'mine'")
+            assert problem.detail.startswith("no migration creates the trigger 'mine'")
 
 
 @pytest.mark.parametrize("name", ["ingest", "trash", "locks", "blobs"])
