@@ -1,8 +1,8 @@
-"""A lost or damaged index, made anew: from what can still be read of it, the newest backup, and the blobs.
+"""Rebuild a lost or damaged index from its readable rows, the newest backup, and the blobs.
 
-The blobs are what an index is about, and their manifests say what each image needs. What no blob says is the
-names; those come from the damaged index itself, as far as it can be read, else from the newest backup.
-An image whose name is in neither is kept under a name by its digest, in the repository ``recovered``.
+The manifests among the blobs list the blobs of each image, but not its name. Names come from the readable rows of the
+damaged index, else from the newest backup. An image whose name is lost gets its digest as its name, in the repository
+``recovered``.
 """
 
 from __future__ import annotations
@@ -38,67 +38,67 @@ __all__ = ["insert_rows", "name_unnamed", "read_rows", "rebuild"]
 RECOVERED = "recovered"
 """The repository of images whose names are lost."""
 
-
-_TABLES = ("blobs", "images", "image_blobs", "holds", "leases")  # what else there is the blobs say
-_PARTIAL = {"image_blobs": "blobs that were attached to images", "holds": "holds", "leases": "leases of holds"}
+_TABLES = ("blobs", "images", "image_blobs", "holds", "leases")  # the others are derived from the blobs
+_LOSSES = {"image_blobs": "blobs attached to images", "holds": "holds", "leases": "leases of holds"}
 
 
 class Salvage(NamedTuple):
-    """What could be read of an index."""
+    """The readable content of an index."""
 
     images: dict[Name, save.SavedImage]
-    rows: dict[str, list[dict[str, Any]]]  # of the tables that are taken over as they are
-    whole: bool  # whether no image is lost
-    partial: list[str]  # what else is not all there
+    rows: dict[str, list[dict[str, Any]]]  # of the tables that are copied unchanged
+    has_all_images: bool
+    losses: list[str]  # what else may be incomplete
 
 
 def rebuild(database: Database, folder: Path) -> list[str]:
-    """Make the index anew, unless another process has done so; return what could not be restored, a line each.
+    """Rebuild the index, unless another process has done so; return a line for each loss.
 
-    Files are taken for what their names say; a verification that follows looks into them.
-    The write lock is held throughout. The old index is kept in ``quarantine/``. The new one is put among the
-    backups first, so that a crash after the old one's WAL was taken away loses nothing.
+    This trusts the names of files; the caller must verify their content afterwards. The write lock is held throughout.
+    The old index is kept in ``quarantine/``. The new index is first stored as a backup, so that a crash while the old
+    one is removed loses nothing.
 
     Args:
-        database: of the cache.
-        folder: a new one of a session's, to work in.
+        database: the index of the cache.
+        folder: a new folder of a session, for the new index.
     """
     with os_errors("rebuild the index"), database.alone() as turn:
         if not find_faults(database):
             return []
         files, _ = layout.on_disk(database.directory)
-        salvage, notes = _salvage(database)
+        salvage, notes = _collect_salvage(database)
         with closing(Database(folder)) as new:
             upgrade.prepare(new)
             with new.write() as connection:
-                notes += _fill(connection, database.directory, files, salvage)
+                notes += _write_index(connection, database.directory, files, salvage)
         backups.put_in_place(database, turn, new.path)
     return notes
 
 
-def _salvage(database: Database) -> tuple[Salvage, list[str]]:
-    """Read the index as far as it can be read, and for the rest the newest backup whose images can be read."""
-    found = _read(database)
+def _collect_salvage(database: Database) -> tuple[Salvage, list[str]]:
+    """Return the readable content of the index; if images are lost, add that of the newest usable backup."""
+    found = _read_index(database)
     notes = []
     if database.path.exists():
-        notes = [f"not all {lost} could be read of the index, and some may be lost" for lost in found.partial]
-    if found.whole:
+        notes = [f"some {what} may be lost: not all of them could be read from the index" for what in found.losses]
+    if found.has_all_images:
         return found, notes
     for path in backups.newest_first(database.directory):
         with closing(Database(database.directory, path)) as other:
-            backup = _read(other)
-        if backup.whole:
-            note = f"what could not be read of the index is as in the backup {path.name}"
-            # A hold too many does no harm; and a rebuilding that was cut off has put its leases there.
+            backup = _read_index(other)
+        if backup.has_all_images:
+            note = f"the unreadable part of the index is restored from the backup {path.name}"
+            # An extra hold does no harm, and the backup of an interrupted rebuild has the leases that it read.
             rows = {table: [*found.rows[table], *backup.rows[table]] for table in found.rows}
             return found._replace(images={**backup.images, **found.images}, rows=rows), [*notes, note]
-    return found, [*notes, "not all of the index could be read, and there is no backup that can be"]
+    return found, [*notes, "part of the index is unreadable, and there is no usable backup"]
 
 
-def _read(database: Database) -> Salvage:
+def _read_index(database: Database) -> Salvage:
+    """Return the readable content of an index."""
     found = {name: read_rows(database, METADATA.tables[name]) for name in _TABLES}
     database.close()
-    rows, whole = found["images"]
+    rows, has_all = found["images"]
     stored = {row["id"]: row for row in found["blobs"][0]}
     contents: dict[int, list[Descriptor]] = {}
     saved = {}
@@ -106,7 +106,7 @@ def _read(database: Database) -> Salvage:
         with suppress(CacheError, KeyError):
             blob, media_type = stored[row["blob_id"]], check_media_type(row["media_type"], "a blob")
             if row["role"] not in ROLES or type(blob["size"]) is not int or blob["size"] < 0:
-                continue  # its row would be refused, and the image with it
+                continue  # the new index would refuse this row, and the whole image with it
             descriptor = Descriptor(parse_digest(blob["digest"]), blob["size"], media_type, row["role"])
             contents.setdefault(row["image_id"], []).append(descriptor)
     for row in rows:
@@ -120,13 +120,13 @@ def _read(database: Database) -> Salvage:
                 contents.get(row["id"], []),
             )
         except (CacheError, KeyError, TypeError, ValueError):
-            whole = False  # it is this row that is damaged
-    # A damaged page may read as one with no rows, and raise nothing.
+            has_all = False  # this row is damaged
+    # A damaged page may look empty without an error, so compare the number of rows.
     with suppress(CacheError), database.look() as connection:
-        whole = whole and connection.execute(select(func.count()).select_from(IMAGES)).scalar_one() <= len(rows)
+        has_all = has_all and connection.execute(select(func.count()).select_from(IMAGES)).scalar_one() <= len(rows)
     database.close()
-    partial = [what for name, what in _PARTIAL.items() if not found[name][1]]
-    return Salvage(saved, {name: found[name][0] for name in ("holds", "leases")}, whole, partial)
+    losses = [what for name, what in _LOSSES.items() if not found[name][1]]
+    return Salvage(saved, {name: found[name][0] for name in ("holds", "leases")}, has_all, losses)
 
 
 def _as_number(value: object) -> int:
@@ -134,10 +134,13 @@ def _as_number(value: object) -> int:
 
 
 def read_rows(database: Database, table: Table) -> tuple[list[dict[str, Any]], bool]:
-    """Read a table from its beginning, and where that comes to damage, from its end as well."""
-    there = _columns(database, table)
-    # As text, whatever is there: a damaged time must not cost the row's neighbours.
-    columns = [type_coerce(c, Text).label(c.name) if isinstance(c.type, UtcTime) else c for c in there]
+    """Return the readable rows of a table, and whether these are all rows.
+
+    After damage, the table is also read from its end.
+    """
+    columns_here = _read_columns(database, table)
+    # Read times as text, because a damaged time must not end the read.
+    columns = [type_coerce(c, Text).label(c.name) if isinstance(c.type, UtcTime) else c for c in columns_here]
     key = list(table.primary_key)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for order in ([column.asc() for column in key], [column.desc() for column in key]):
@@ -149,17 +152,17 @@ def read_rows(database: Database, table: Table) -> tuple[list[dict[str, Any]], b
     return list(found.values()), False
 
 
-def _columns(database: Database, table: Table) -> list[Column[Any]]:
-    """Return the columns that a table has in this index, which may have an older schema."""
+def _read_columns(database: Database, table: Table) -> list[Column[Any]]:
+    """Return the columns of a table that exist in an index, whose schema may be older."""
     with suppress(CacheError), database.look() as connection:
         names = {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table.name})")}
         return [column for column in table.columns if column.name in names] or list(table.columns)
     return list(table.columns)
 
 
-def _fill(connection: Connection, directory: Path, files: dict[Digest, int], salvage: Salvage) -> Iterator[str]:
-    """Write the new index; yield what could not be restored."""
-    now, whole = datetime.now(UTC), salvage.whole
+def _write_index(connection: Connection, directory: Path, files: dict[Digest, int], salvage: Salvage) -> Iterator[str]:
+    """Write the new index; yield a line for each loss."""
+    now, has_all = datetime.now(UTC), salvage.has_all_images
     if files:
         rows = [{"digest": digest, "size": size, "stored_at": now} for digest, size in files.items()]
         connection.execute(insert(BLOBS), rows)
@@ -170,7 +173,7 @@ def _fill(connection: Connection, directory: Path, files: dict[Digest, int], sal
                     _check_manifest(directory, image.digest, files[image.digest])
                 save.restore(connection, directory, name, image)
         except (CacheError, IntegrityError) as error:
-            whole = False
+            has_all = False
             reason = error.orig if isinstance(error, IntegrityError) else error
             yield f"{name} could not be restored: {reason}"
             continue
@@ -178,41 +181,43 @@ def _fill(connection: Connection, directory: Path, files: dict[Digest, int], sal
             yield f"{name} has lost its manifest {image.digest}: import or pull it again"
     for table, rows in salvage.rows.items():
         insert_rows(connection, table, rows)
-    if whole:
+    if has_all:
         return
     for name in name_unnamed(connection, directory, files):
-        yield f"the name of an image could not be restored: it is {name} now; `cachedb tag` gives it another"
+        yield f"the name of an image is lost; it is now {name}: give it a name with `cachedb tag`"
 
 
 def insert_rows(connection: Connection, table: str, rows: list[dict[str, Any]]) -> None:
-    """Insert rows into a table of the new index."""
+    """Insert rows into a table of the new index; skip rows that violate its constraints."""
     for row in rows:
         with suppress(IntegrityError), connection.begin_nested():
-            # As they were read: the times are text still.
+            # Times are text, as `read_rows` returns them.
             columns = {column: type_coerce(value, Text) for column, value in row.items() if column.endswith("_at")}
             connection.execute(insert(METADATA.tables[table]).values({**row, **columns}))
 
 
 def name_unnamed(connection: Connection, directory: Path, files: dict[Digest, int]) -> list[Name]:
-    """Give a name to each manifest that belongs to no image, nor is a child of another: a collection would take it.
+    """Name the manifests that have neither an image nor a parent; return the new names.
+
+    Without a name, a collection would delete them.
 
     Args:
-        connection: to write with.
-        directory: of the cache.
-        files: where to look: blobs that are stored, with their sizes in bytes.
+        connection: a connection in a write transaction.
+        directory: the cache directory.
+        files: the stored blobs to search, with their sizes in bytes.
     """
     now, names = datetime.now(UTC), []
-    for digest, media_type in _unnamed(connection, directory, files):
+    for digest, media_type in _find_unnamed(connection, directory, files):
         names.append(Name(RECOVERED, digest))
         save.restore(connection, directory, names[-1], save.SavedImage(digest, media_type, now, now, None, []))
     return names
 
 
 def _check_manifest(directory: Path, digest: Digest, size: int) -> None:
-    """Refuse good content that is no manifest: the row that points to it is damaged.
+    """Raise if a blob is intact but is not a manifest, because then the row that references it is damaged.
 
     Raises:
-        InvalidManifest: if it is none.
+        InvalidManifest: if the blob is not a manifest.
     """
     data = reader.document(directory, digest, size)
     if data is not None:
@@ -221,8 +226,8 @@ def _check_manifest(directory: Path, digest: Digest, size: int) -> None:
         raise InvalidManifest(f"{digest} is too large for a manifest")
 
 
-def _unnamed(connection: Connection, directory: Path, files: dict[Digest, int]) -> list[tuple[Digest, str]]:
-    """Return the manifests that belong to no image, without those that another of them has as a child."""
+def _find_unnamed(connection: Connection, directory: Path, files: dict[Digest, int]) -> list[tuple[Digest, str]]:
+    """Return the manifests that belong to no image and are not a child of another such manifest."""
     used = set(
         connection.execute(select(BLOBS.c.digest).join(IMAGE_BLOBS, IMAGE_BLOBS.c.blob_id == BLOBS.c.id)).scalars()
     )

@@ -1,4 +1,4 @@
-"""Put a backup in the place of the index."""
+"""Replace the index by a backup."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ __all__ = ["Restored", "restore"]
 
 
 def restore(directory: Path, file: Path) -> Restored:
-    """Put a backup in the place of the index, at the newest schema, and have it agree with the blobs there are now.
+    """Replace the index by a backup, upgrade its schema, and make it match the blobs on disk.
 
-    The write lock is held from the moment the backup has been copied. What has come since the backup was made, and
-    belongs to no image in it, are blobs that no image uses. Holds and the leases of live processes stay.
+    The write lock is held after the backup has been copied and checked. Blobs that are newer than the backup stay, but
+    no image uses them unless one in the backup does. The current holds and leases stay.
 
     Args:
-        directory: of the cache; its index may be lost or damaged.
+        directory: the cache directory; its index may be lost or damaged.
         file: the backup.
 
     Raises:
-        NotACache: if the directory, or the file, is something else.
+        NotACache: if the directory is not a cache, or the file is not a backup or was changed by another program.
+        NotInCache: if there is no such file.
         DamagedIndex: if the backup is damaged.
-        SchemaMismatch: if it has a schema that is too new for this release.
-        StorageError: if it cannot be read, or nothing can be written.
+        SchemaMismatch: if the schema of the backup, or of the current index, is too new for this release.
+        StorageError: if the backup cannot be read, or the cache cannot be written.
     """
     database = Database(chosen(directory))
     if not is_ours(database.directory) and not has_our_mark(database):
@@ -62,20 +63,20 @@ def restore(directory: Path, file: Path) -> Restored:
         database.folders.mark(new=True, is_sound=False)
     with os_errors("read the backup"):
         if not file.is_file():
-            raise NotInCache(f"there is no backup {str(file)!r}; `ls` the folder `backups` of the cache")
+            raise NotInCache(f"there is no backup {str(file)!r}: name a file in the folder backups/ of the cache")
         if database.path.exists() and file.samefile(database.path):
             raise NotACache(f"{str(file)!r} is the index itself: name a backup")
     session = Session(database)
     try:
         with closing(Database(session.new_folder())) as new:
-            _take(new, file)
-            with os_errors("restore the index"), database.alone() as turn:
+            _copy_backup(new, file)
+            with os_errors("restore the index"), database.alone() as write_turn:
                 _refuse_newer(database)
                 with new.write() as connection:
-                    restored = _agree(connection, database)
+                    restored = _match_cache(connection, database)
                 new.close()
-                restored = restored._replace(old=backups.put_in_place(database, turn, new.path))
-        with suppress(SchemaMismatch):  # another process has taken it to another schema since
+                restored = restored._replace(old=backups.put_in_place(database, write_turn, new.path))
+        with suppress(SchemaMismatch):  # another process has changed the schema meanwhile
             restored = restored._replace(unread=upgrade.backfill(database))
         return restored
     finally:
@@ -84,17 +85,17 @@ def restore(directory: Path, file: Path) -> Restored:
 
 
 class Restored(NamedTuple):
-    """What a backup brought back."""
+    """The result of a restore."""
 
     images: int
-    incomplete: int  # images of which a blob is gone
-    unused: int  # blobs that no image uses: they came after the backup
-    old: Path | None  # where a copy of the index is that was there before
-    unread: list[upgrade.Unread]  # configs that could not be read, of a backup that had an older schema
+    incomplete: int  # images with a missing blob
+    unused: int  # stored blobs that no image uses, such as those newer than the backup
+    old: Path | None  # a copy of the replaced index, if there was one
+    unread: list[upgrade.Unread]  # configs that the backfill of an older backup could not read
 
 
-def _take(new: Database, file: Path) -> None:
-    """Copy a backup, whatever else its folder has; check that it is one, and bring it to the newest schema."""
+def _copy_backup(new: Database, file: Path) -> None:
+    """Copy a backup to a new index, check it, and migrate it to the newest schema."""
     with os_errors("copy the backup"):
         folders = Folders(new.directory)
         folders.mark(new=True)
@@ -102,15 +103,15 @@ def _take(new: Database, file: Path) -> None:
             folders.make(folder)
         with file.open("rb") as backup:
             copy_to_new(backup, new.path.name, folders.root)
-        # Beside a copy that was made while it was in use lies its WAL.
+        # A copy of an index that was in use has a WAL beside it.
         with suppress(FileNotFoundError), open(f"{file}-wal", "rb") as wal:
             copy_to_new(wal, f"{new.path.name}-wal", folders.root)
     try:
         with new.raw() as connection:
             (mark,) = connection.execute("PRAGMA application_id").fetchone()
         if mark != APPLICATION_ID:
-            raise NotACache(f"{str(file)!r} is no backup of a cache's index")
-        _refuse_foreign(new, file)  # before a trigger can take part in a migration
+            raise NotACache(f"{str(file)!r} is not a backup of an index: name another file")
+        _refuse_foreign_objects(new, file)  # before a migration can run a trigger
         schema.migrate(new)
         faults = find_faults(new)
     except DamagedIndex as error:
@@ -121,10 +122,10 @@ def _take(new: Database, file: Path) -> None:
         raise DamagedIndex(f"{str(file)!r} is damaged, and was not restored: {faults[0]}")
 
 
-def _refuse_foreign(new: Database, file: Path) -> None:
-    """Refuse a backup with a trigger, view, table or index that no migration makes.
+def _refuse_foreign_objects(new: Database, file: Path) -> None:
+    """Raise if a backup has a trigger, view, table or index that no migration creates.
 
-    A trigger would change what cachedb writes from then on.
+    A trigger could change what cachedb writes.
     """
     with new.look() as connection:
         foreign = foreign_objects(connection) if read_revision(connection) else []
@@ -138,15 +139,15 @@ def _refuse_foreign(new: Database, file: Path) -> None:
 
 
 def _refuse_newer(database: Database) -> None:
-    """An index that a newer release has taken over is for newer releases to replace."""
+    """Raise if the current index has a newer schema that this release cannot use."""
     with suppress(DamagedIndex), database.look() as connection:
         revision = read_revision(connection) or ""
         if revision > REVISION and not is_compatible(connection):
             raise mismatch(database.directory, revision)
 
 
-def _agree(connection: Connection, database: Database) -> Restored:
-    """Have a restored index say what is on disk."""
+def _match_cache(connection: Connection, database: Database) -> Restored:
+    """Make a restored index match the blobs on disk and the current holds and leases; return the counts."""
     directory = database.directory
     files, _ = layout.on_disk(directory)
     rows = {
@@ -155,13 +156,13 @@ def _agree(connection: Connection, database: Database) -> Restored:
             select(BLOBS.c.digest, BLOBS.c.size).where(BLOBS.c.stored_at.is_not(None))
         )
     }
-    gone = [{"gone": digest} for digest, size in rows.items() if files.get(digest) != size]
-    if gone:
-        connection.execute(update(BLOBS).where(BLOBS.c.digest == bindparam("gone")).values(stored_at=None), gone)
-    come = [writer.Received(digest, size, None) for digest, size in files.items() if rows.get(digest) != size]
-    blobs.set_stored(connection, come)
-    save.associate_waiting(connection, directory, [blob.digest for blob in come if blob.size <= DOCUMENT_LIMIT])
-    connection.execute(delete(TRASH))  # what was on its way there is a blob again
+    missing = [{"missing": digest} for digest, size in rows.items() if files.get(digest) != size]
+    if missing:
+        connection.execute(update(BLOBS).where(BLOBS.c.digest == bindparam("missing")).values(stored_at=None), missing)
+    new = [writer.Received(digest, size, None) for digest, size in files.items() if rows.get(digest) != size]
+    blobs.set_stored(connection, new)
+    save.associate_waiting(connection, directory, [blob.digest for blob in new if blob.size <= DOCUMENT_LIMIT])
+    connection.execute(delete(TRASH))  # files that were not deleted yet are blobs again
     connection.execute(delete(LEASES))
     connection.execute(delete(HOLDS))
     for name in ("holds", "leases"):

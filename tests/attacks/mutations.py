@@ -296,7 +296,7 @@ MUTATIONS = [
     Mutation("the journal mode of an index at rest is read", "cachedb/index/sqlite/inspect.py", "    if \"changed=\" in database.identify_file()[2]:", "    if False:", "tests/operations/test_verify.py -k lost_wal"),
     Mutation("a lost WAL mode is drift", "cachedb/index/drift.py", '    if journal_mode != "wal":\n', "    if False:\n", "tests/operations/test_upgrade.py -k drift_is_found"),
     Mutation("a trigger is reported", "cachedb/index/drift.py", "WHERE type = 'trigger' ORDER BY name", "WHERE type = 'nothing' ORDER BY name", "tests/operations/test_verify.py -k trigger_is_reported"),
-    Mutation("a backup with foreign objects is refused", "cachedb/operations/restore.py", "        _refuse_foreign(new, file)  # before", "        # before", "tests/operations/test_upgrade.py -k refused"),
+    Mutation("a backup with foreign objects is refused", "cachedb/operations/restore.py", "        _refuse_foreign_objects(new, file)  # before", "        # before", "tests/operations/test_upgrade.py -k refused"),
     Mutation("a backup of a newer schema with a trigger is refused", "cachedb/index/drift.py", 'for kind, name in sorted(there) if kind == "trigger"]', 'for kind, name in sorted(there) if kind == "nothing"]', "tests/operations/test_upgrade.py -k newer_schema_with"),
     Mutation("a forged name hides nothing", "cachedb/index/sqlite/revision.py", "        AND NOT (type = 'table' AND name IN ('sqlite_sequence', 'sqlite_stat1', 'sqlite_stat3', 'sqlite_stat4'))", "        AND name NOT LIKE 'sqlite_%'", "tests/operations/test_upgrade.py -k forged"),
     # Copies

@@ -1049,8 +1049,8 @@ def test_what_is_no_backup_is_refused_and_nothing_is_changed(cache: Cache, tmp_p
         ("nothing.db", NotInCache, "there is no backup"),
         ("half.db", DamagedIndex, "is damaged, and was not restored"),
         ("text.db", DamagedIndex, "is damaged, and was not restored"),
-        ("empty.db", NotACache, "is no backup"),
-        ("index.db", NotACache, "is no backup"),
+        ("empty.db", NotACache, "is not a backup"),
+        ("index.db", NotACache, "is not a backup"),
         ("link.db", NotACache, "is the index itself"),
         ("future.db", SchemaMismatch, "use a newer release"),
     ):

@@ -74,12 +74,12 @@ def restore_cut_backup(made: Path, _patch: pytest.MonkeyPatch) -> None:
 
 
 def restore_without_agreement(made: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(restore, "_agree", fail)
+    patch.setattr(restore, "_match_cache", fail)
     restore.restore(made, shutil.copyfile(made / "index.db", made / "backups" / "good.db"))
 
 
 def rebuild_without_rows(made: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(rebuild, "_fill", fail)
+    patch.setattr(rebuild, "_write_index", fail)
     os.truncate(made / "index.db", 1000)
     with Cache.open(made, damaged=True) as cache:
         cache.verify(repair=True)
