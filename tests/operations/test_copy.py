@@ -166,7 +166,7 @@ def test_what_is_removed_during_the_copy_is_in_it(
 ) -> None:
     save(cache, "app:1", image(1))
     owner: Any = backups if step == "copy_snapshot" else copy
-    go_on, lease = getattr(owner, step), copy._lease
+    go_on, lease = getattr(owner, step), copy._lease_stored
 
     def save_late(*arguments: Any) -> None:
         lease(*arguments)
@@ -180,7 +180,7 @@ def test_what_is_removed_during_the_copy_is_in_it(
             other.collect_garbage()
         return go_on(*arguments, **options)
 
-    monkeypatch.setattr(copy, "_lease", save_late)
+    monkeypatch.setattr(copy, "_lease_stored", save_late)
     monkeypatch.setattr(owner, step, remove_first)
     cache.copy(target)
     monkeypatch.undo()
@@ -193,7 +193,7 @@ def test_what_is_removed_during_the_copy_is_in_it(
 
 
 def test_few_blobs_are_leased_at_a_time(cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copy, "_LEASED_TOGETHER", 2)
+    monkeypatch.setattr(copy, "_LEASES_PER_WRITE", 2)
     save(cache, "app:1", image(1, 2, 3))
     before = snapshot(cache.directory)
     cache.copy(target)
@@ -395,7 +395,7 @@ def test_a_killed_copy_is_no_cache_and_the_next_one_succeeds(cachedb: Run, cache
             cache.copy(target)
         (target / "notes.txt").unlink()
         (target / "blobs" / "sha256" / "notes.txt").touch()
-        with pytest.raises(NotACache, match="is no blob"):
+        with pytest.raises(NotACache, match="is not a blob"):
             cache.copy(target)
         (target / "blobs" / "sha256" / "notes.txt").unlink()
     cache.copy(target)
@@ -433,8 +433,8 @@ def test_a_file_of_the_name_that_an_unfinished_copy_has_is_not_emptied(
     with pytest.raises(NotACache, match=f"it holds '{UNFINISHED}'"):
         cache.copy(target)
     assert os.listdir(target) == [UNFINISHED]
-    monkeypatch.setattr(copy, "_is_left", lambda _: True)  # it came after the look
-    with pytest.raises(NotACache, match="is another program's"):
+    monkeypatch.setattr(copy, "_is_leftover", lambda _: True)  # it came after the look
+    with pytest.raises(NotACache, match="belongs to another program"):
         cache.copy(target)
     assert precious.read_bytes() == b"mine"
     assert stat.S_IMODE(precious.stat().st_mode) == 0o640
