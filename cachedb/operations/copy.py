@@ -166,7 +166,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _is_ours(status: os.stat_result) -> bool:
-    """Return whether a copy can have created a file: it is regular, has one name, and belongs to this user."""
+    """Return whether a copy may have created a file: it is regular, ours, and has one name."""
     return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
 
 

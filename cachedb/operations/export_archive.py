@@ -37,7 +37,7 @@ def export_archive(
     if format not in FORMATS:
         raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(FORMATS)}")
     if link and format != "oci-dir":
-        raise CacheError("links are made in a folder: use the format oci-dir")
+        raise CacheError("only a folder can have links: use the format oci-dir, or leave out --link")
     read = partial(read_document, database.directory)
     with held(database, session, name) as ((info, blobs),):
         closure = read_closure(database.directory, name, info, blobs)
@@ -46,11 +46,11 @@ def export_archive(
         else:
             closure = closure.only({blob.digest for blob in blobs})
         files = list_entries(name, closure, format)
-        add = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
+        advance = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
         if format != "oci-dir":
-            write_tar(database.directory, files, destination, add)
+            write_tar(database.directory, files, destination, advance)
         elif isinstance(destination, Path):
             seconds = database.wait_seconds
-            write_layout(database.directory, files, destination, link=link, wait_seconds=seconds, progress=add)
+            write_layout(database.directory, files, destination, link=link, wait_seconds=seconds, progress=advance)
         else:
-            raise CacheError("an oci-dir is a folder: name its path")
+            raise CacheError("the format oci-dir writes a folder: give its path")

@@ -1,4 +1,4 @@
-"""Import the images of an archive or an image layout folder: all of them, or none."""
+"""Import all images of an archive or an image layout folder, or none if one is invalid."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def import_archive(
 ) -> list[ImageInfo]:
     """Import the images of an archive, as `Cache.cache_from_tar` does."""
     if link and not (isinstance(source, Path) and (source.is_dir() or not source.exists())):
-        raise CacheError("links are made to the files of an image layout folder, and this is none")
-    most = files.max_unpacked() if max_unpacked is None else max_unpacked
-    with files.open_files(source, session.new_file, most) as opened_files:
-        return _import(database, session, read_images(opened_files, name), progress, most, link=link)
+        raise CacheError("only an image layout folder can be imported with links: leave out --link")
+    max_bytes = files.max_unpacked() if max_unpacked is None else max_unpacked
+    with files.open_files(source, session.new_file, max_bytes) as opened_files:
+        return _import(database, session, read_images(opened_files, name), progress, max_bytes, link=link)
 
 
 def _import(
@@ -51,18 +51,18 @@ def _import(
     session: Session,
     found: list[model.ArchivedImage],
     progress: Progress | None,
-    most: int | None,
+    max_bytes: int | None,
     *,
     link: bool,
 ) -> list[ImageInfo]:
-    # Several images may share a blob: by its digest, or by its place in the archive.
+    # Images may share a blob. Its key is its digest or its place in the archive.
     wanted = {blob.key: blob for image in found for blob in image.blobs}
     digests = {blob.digest for blob in wanted.values() if blob.digest}
     roots: list[tuple[Digest, str]] = []
 
     def receive(hold: Hold, received: dict[object, Received]) -> None:
-        _receive(session, wanted, hold, received, progress, most, link=link)
-        roots.extend(_root(session, image, received) for image in found)
+        _receive(session, wanted, hold, received, progress, max_bytes, link=link)
+        roots.extend(_find_root(session, image, received) for image in found)
 
     def save_all(connection: Connection) -> list[ImageInfo]:
         ids = [
@@ -81,30 +81,30 @@ def _receive(
     hold: Hold,
     received: dict[object, Received],
     progress: Progress | None,
-    most: int | None,
+    max_bytes: int | None,
     *,
     link: bool,
 ) -> None:
-    """Receive an archive's blobs, several at once; what is held is verified only."""
+    """Receive an archive's blobs in several threads; blobs that are stored already are only verified."""
     compressed = sum(blob.size for blob in wanted.values() if blob.diff_id)
-    limit = files.UnpackLimit("the layers in the archive unpack", compressed, most)
+    limit = files.UnpackLimit("the layers in the archive unpack", compressed, max_bytes)
 
-    def receive_linked(blob: model.ArchivedBlob, digest: Digest, path: Path, add: Advance) -> Received:
+    def receive_linked(blob: model.ArchivedBlob, digest: Digest, path: Path, advance: Advance) -> Received:
         with os_errors("read the archive"), files.descriptor(path) as file:
             return publish.receive_linked(
                 session,
-                lambda: files.Section(file, 0, os.fstat(file).st_size),  # it may have grown since it was found
+                lambda: files.Section(file, 0, os.fstat(file).st_size),  # the file may have grown meanwhile
                 file,
                 str(path),
                 digest=digest,
                 size=blob.size,
-                progress=add,
+                progress=advance,
                 what=blob.what,
             )
 
-    def receive(blob: model.ArchivedBlob, add: Advance) -> None:
+    def receive(blob: model.ArchivedBlob, advance: Advance) -> None:
         if link and blob.digest and blob.section.path and blob.digest not in hold.digests:
-            received[blob.key] = receive_linked(blob, blob.digest, blob.section.path, add)
+            received[blob.key] = receive_linked(blob, blob.digest, blob.section.path, advance)
             return
         diff_id = model.DiffId(*blob.diff_id, blob.what, limit) if blob.diff_id else None
         received[blob.key] = publish.receive(
@@ -114,23 +114,23 @@ def _receive(
             size=blob.size,
             write=blob.digest not in hold.digests,
             also=diff_id,
-            progress=add,
+            progress=advance,
             what=blob.what,
         )
         if diff_id:
             diff_id.check()
 
-    # The large ones first, so that all threads come to their end together.
+    # Large blobs first, so that all threads finish at about the same time.
     order = sorted(wanted.values(), key=lambda blob: -blob.size)
     in_threads(receive, order, summed(sum(blob.size for blob in order), progress))
 
 
-def _root(session: Session, image: model.ArchivedImage, received: dict[object, Received]) -> tuple[Digest, str]:
-    """Return an image's manifest; for one that came without, make it and put it among the received."""
+def _find_root(session: Session, image: model.ArchivedImage, received: dict[object, Received]) -> tuple[Digest, str]:
+    """Return the digest and media type of an image's root; build the manifest that a docker-archive lacks."""
     if image.root:
         return image.root.digest, image.root.media_type
     manifest = image.manifest([received[blob.key].digest for blob in image.blobs])
-    made = publish.receive(session, io.BytesIO(manifest))
-    # Two names for one image may stand apart in the archive, and then its manifest is made twice.
-    received[made.path] = made
-    return made.digest, oci.OCI_MANIFEST
+    built = publish.receive(session, io.BytesIO(manifest))
+    # An archive may list an image twice. Then its manifest is built twice, so only the path is a unique key.
+    received[built.path] = built
+    return built.digest, oci.OCI_MANIFEST

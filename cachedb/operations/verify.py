@@ -1,4 +1,4 @@
-"""Verify that the index is sound, that files match their digests, and that both agree; repair all three.
+"""Verify the index, the digests of files, and that index and files agree; repair the problems.
 
 Without the write lock, a change by another process can look like a problem. So a suspected blob is checked again under
 the lock before it is reported, and everything else before it is repaired.
@@ -204,7 +204,7 @@ def _hash_files(directory: Path, files: dict[Digest, int], progress: Progress | 
 
 
 def _group_files(files: dict[Digest, int]) -> Iterator[list[Digest]]:
-    """Group files into tasks: large files first and alone, so that all threads finish at about the same time."""
+    """Group files into tasks: large files first and alone, so that no thread works long after the others."""
     part: list[Digest] = []
     for digest in sorted(files, key=lambda digest: -files[digest]):
         part.append(digest)

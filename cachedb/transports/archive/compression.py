@@ -13,43 +13,44 @@ from cachedb.errors import InvalidArchive
 __all__ = ["MAGIC", "MAGIC_LENGTH", "Decompressor", "compression_of"]
 
 
-_SLICE = 64 * 1024  # bytes that a decompressor is given at a time, of which it may hand most back
+_SLICE_BYTES = 64 * 1024  # given to a decompressor at a time; it may return most of them unused
 MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
+# Not only "BZh": a file name, and so an uncompressed tar, may begin with it.
 MAGIC |= {b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)}
 MAGIC_LENGTH = max(map(len, MAGIC))
-"""How many of the first bytes `compression_of` needs."""
+"""The number of first bytes that `compression_of` needs."""
 
 
 def compression_of(head: bytes) -> str | None:
-    """Return what compression content of these first bytes has: ``gzip``, ``zstd``, ``xz``, ``bzip2``, or None."""
+    """Return the compression of content with these first bytes (a value of `MAGIC`), or None."""
     return next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
 
 
 class Decompressor:
-    """Decompresses a stream in parts of bounded size, over as many members or frames as it has."""
+    """Decompressor of one stream, which may have several members or frames, into parts of bounded size."""
 
     def __init__(self, compression: str) -> None:
         self._compression = compression
         self._stream: Any = None
         self.ended = False
-        """Whether the stream is at the end of a member: it may end here."""
+        """Whether the stream may end here, at the end of a member."""
 
     def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
-        """Take compressed bytes and yield what they hold.
+        """Decompress the next bytes, and yield the result in parts.
 
         Raises:
-            InvalidArchive: if they are damaged.
+            InvalidArchive: if the bytes are damaged.
         """
-        for start in range(0, len(data), _SLICE):
-            yield from self._feed(bytes(data[start : start + _SLICE]))
+        for start in range(0, len(data), _SLICE_BYTES):
+            yield from self._feed(bytes(data[start : start + _SLICE_BYTES]))
 
     def _feed(self, pending: bytes) -> Iterator[bytes]:
         try:
             while True:
                 if self._stream is None or self.ended:
-                    if not pending.lstrip(b"\0"):  # tapes and tools pad with zeros
+                    if not pending.lstrip(b"\0"):  # some tools pad the end with zeros
                         return
-                    self._stream, self.ended = self._begin(), False
+                    self._stream, self.ended = self._create_stream(), False
                 part = self._stream.decompress(pending, CHUNK)
                 self.ended = self._stream.eof
                 pending = self._stream.unused_data if self.ended else self._unconsumed()
@@ -59,10 +60,10 @@ class Decompressor:
                     return
         except InvalidArchive:
             raise
-        except Exception as error:  # each library has an error of its own, and one of them none in common
+        except Exception as error:  # each library raises its own kinds of errors
             raise InvalidArchive(f"{self._compression} data in the archive is damaged: {error}") from error
 
-    def _begin(self) -> Any:  # noqa: ANN401
+    def _create_stream(self) -> Any:  # noqa: ANN401
         if self._compression == "gzip":
             return zlib.decompressobj(zlib.MAX_WBITS | 16)
         if self._compression == "xz":
@@ -80,5 +81,5 @@ class Decompressor:
         return zstd.ZstdDecompressor()
 
     def _unconsumed(self) -> bytes:
-        # zlib hands back what it did not come to; the others keep it.
+        # zlib returns input that it has not used; the others keep it.
         return bytes(self._stream.unconsumed_tail) if self._compression == "gzip" else b""

@@ -16,11 +16,8 @@ from cachedb.transports.archive.model import ArchivedBlob, ArchivedImage, check_
 __all__ = ["read_docker", "read_entries", "repo_tags"]
 
 
-# The docker side: manifest.json of `docker save`.
-
-
 def read_entries(section: Section) -> list[dict[str, Any]]:
-    """Return the entries of manifest.json."""
+    """Return the entries of manifest.json, one for each image."""
     entries = read_document(section, "manifest.json")
     if not isinstance(entries, list) or not entries:
         raise InvalidArchive("manifest.json is not a list of images")
@@ -32,32 +29,32 @@ def read_entries(section: Section) -> list[dict[str, Any]]:
         texts = [entry.get("Config"), *layers] if isinstance(layers, list) else [None]
         tags = (entry.get("RepoTags") or []) if isinstance(entry, dict) else None
         if not isinstance(tags, list) or not all(isinstance(text, str) for text in texts):
-            raise InvalidArchive("manifest.json has an entry without Config, Layers or RepoTags as they should be")
+            raise InvalidArchive("manifest.json has an entry with a missing or invalid Config, Layers or RepoTags")
     return entries
 
 
-def _required(files: Files, name: str) -> Section:
+def _find_required(files: Files, name: str) -> Section:
     section = files.find(name)
     if section is None:
-        raise InvalidArchive(f"{shorten(name)} is named in manifest.json, and not in the archive")
+        raise InvalidArchive(f"{shorten(name)} is named in manifest.json, but is not in the archive")
     return section
 
 
 def repo_tags(files: Files, section: Section) -> dict[Digest, list[object]]:
-    """Return the names in manifest.json, as the person gave them, by the digest of the config.
+    """Return the names in manifest.json, as the user gave them, by the digest of the config.
 
-    Docker's index.json has them with its registry put in front.
+    Docker's index.json has the same names with the registry in front.
     """
     tags: dict[Digest, list[object]] = {}
     for entry in read_entries(section):
-        config = read_small(_required(files, entry["Config"]), "the config", InvalidArchive)
+        config = read_small(_find_required(files, entry["Config"]), "the config", InvalidArchive)
         tags.setdefault(digest_of(config), []).extend(entry.get("RepoTags") or [])
     return tags
 
 
 def read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
     """Return the image of one entry of manifest.json."""
-    section = _required(files, entry["Config"])
+    section = _find_required(files, entry["Config"])
     data = read_small(section, "the config", InvalidArchive)
     config = load_json(data, "the config", InvalidArchive)
     rootfs = config.get("rootfs") if isinstance(config, dict) else None
@@ -65,9 +62,9 @@ def read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
     if diff_ids is None and not entry["Layers"]:
         diff_ids = []
     if not isinstance(diff_ids, list) or len(diff_ids) != len(entry["Layers"]):
-        raise InvalidArchive("the config names another number of layers (rootfs.diff_ids) than manifest.json")
+        raise InvalidArchive("the config (rootfs.diff_ids) and manifest.json have different numbers of layers")
     digest = digest_of(data)
-    # Docker names the config's file by its digest; what it says must hold.
+    # Docker names the config's file by its digest. If the name is a digest, it must match.
     stem = entry["Config"].rpartition("/")[2].removesuffix(".json").removeprefix("sha256:")
     if len(stem) == 64 and set(stem) <= set("0123456789abcdef") and stem != split_digest(digest)[1]:
         raise DigestMismatch(f"the config {shorten(entry['Config'])} has digest {digest}")
@@ -77,7 +74,7 @@ def read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
             expected = parse_digest(diff_id)
         except CacheError as error:
             raise InvalidArchive(f"the config's diff id {error}") from error
-        layer, what = _required(files, name), f"layer {shorten(name)}"
+        layer, what = _find_required(files, name), f"layer {shorten(name)}"
         compression = compression_of(layer.head(MAGIC_LENGTH))
         if compression is None:
             blobs.append(ArchivedBlob(layer, what, layer.size, expected, oci.OCI_LAYER))
@@ -85,5 +82,5 @@ def read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
             media_type = f"{oci.OCI_LAYER}+{compression}"
             blobs.append(ArchivedBlob(layer, what, layer.size, None, media_type, (compression, expected)))
         else:
-            raise InvalidArchive(f"{what} is compressed with {compression}, which no media type of a layer names")
+            raise InvalidArchive(f"{what} is compressed with {compression}: use gzip, zstd or no compression")
     return ArchivedImage([], None, blobs)

@@ -1,6 +1,7 @@
-"""The files in an archive or a folder, however it is packed: found by their names, read in parts.
+"""Find the files in an archive or a folder by name, and read them in parts.
 
-A tar is not unpacked: its files are sections of it. What cannot be sought in, or is compressed, is spooled first.
+A tar is not unpacked: its files are sections of it. A stream or a compressed archive is first copied to a temporary
+file, decompressed.
 """
 
 from __future__ import annotations
@@ -25,18 +26,17 @@ __all__ = ["Files", "Section", "UnpackLimit", "descriptor", "max_unpacked", "ope
 
 
 _MEMBERS_LIMIT = 100_000
-_NAME_LIMIT = 4096  # bytes, a path's limit on Linux
-_LINKS_LIMIT = 40  # links followed from one name, as many as Linux follows
-_UNPACKED_LIMIT = 64 * 1024**3  # bytes that compressed content may hold
-_RATIO_LIMIT = 100  # times its compressed size
-_RATIO_FREE = 256 * 1024**2  # bytes that are no bomb, whatever the ratio
-_SPACE_LOOK = 8 * CHUNK  # bytes unpacked between two looks at the free space
-_SPACE_SHARE = 3  # times the space that is left, unpacked content may take
-# Longer than "BZh", with which a file's name can begin, and so an uncompressed layer.
+_NAME_LIMIT = 4096  # bytes, the limit of a path on Linux
+_LINKS_LIMIT = 40  # links to follow from one name, the limit on Linux
+_UNPACKED_LIMIT = 64 * 1024**3  # bytes
+_RATIO_LIMIT = 100  # unpacked bytes allowed per compressed byte
+_RATIO_FREE = 256 * 1024**2  # unpacked bytes allowed whatever the ratio
+_SPACE_CHECK_BYTES = 8 * CHUNK  # unpacked between two checks of the free space
+_SPACE_SHARE = 3  # unpacked bytes allowed per free byte
 
 
 class Section:
-    """Consecutive bytes of a file; several may be read at once, for each keeps its own place."""
+    """Range of bytes in a file; several may be read at once, because each has its own position."""
 
     def __init__(self, file: int | Path, offset: int, size: int) -> None:
         self._file, self._offset, self.size = file, offset, size
@@ -44,20 +44,20 @@ class Section:
 
     @property
     def place(self) -> tuple[int | Path, int]:
-        """What tells it from others: the file and where it begins there."""
+        """The file and the offset in it, which identify the section."""
         return self._file, self._offset
 
     @property
     def path(self) -> Path | None:
-        """The file, if it is one of a folder."""
+        """The path of the file if it is in a folder, else None."""
         return self._file if isinstance(self._file, Path) else None
 
     def again(self) -> Section:
-        """Return the same section, to be read from its beginning."""
+        """Return the same section, positioned at its start."""
         return Section(self._file, self._offset, self.size)
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Fill the front of the buffer; return the number of bytes, 0 at the end."""
+        """Read into the start of the buffer and return the number of bytes; 0 is the end."""
         count = min(len(buffer), self.size - self._done)
         if count == 0:
             return 0
@@ -69,7 +69,7 @@ class Section:
         return read
 
     def head(self, count: int) -> bytes:
-        """Return the first bytes, without moving on."""
+        """Return the first bytes without changing the position."""
         buffer = bytearray(min(count, self.size))
         section = self.again()
         view = memoryview(buffer)
@@ -80,11 +80,14 @@ class Section:
 
 @contextmanager
 def descriptor(file: int | Path) -> Iterator[int]:
-    """Open a file that is not open: a folder may hold more of them than a process may have open."""
+    """Yield a descriptor of a file; open a path only for this block.
+
+    A folder may hold more files than a process may have open.
+    """
     if isinstance(file, int):
         yield file
         return
-    # Not blocking: a fifo in the folder must not hold us up.
+    # O_NONBLOCK, because the path may be a fifo.
     opened = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         yield opened
@@ -100,14 +103,14 @@ class Files(Protocol):
 
 
 class Folder:
-    """The files below a folder, such as an OCI image layout."""
+    """The files in a folder, such as an OCI image layout."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def find(self, name: str) -> Section | None:
         """Return a file's content, or None if there is no such file."""
-        path = self._path / _safe(name)
+        path = self._path / _normalize_name(name)
         with os_errors("read the image layout"):
             try:
                 with descriptor(path) as file:
@@ -120,7 +123,7 @@ class Folder:
 
 
 class Tar:
-    """The files in a tar, found by one pass over its headers."""
+    """The files in a tar, which one pass over its headers finds."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -136,8 +139,8 @@ class Tar:
             self._resolve(name)
 
     def find(self, name: str) -> Section | None:
-        """Return a file's content, or None if there is no such file; links are followed."""
-        place = self._files.get(self._resolve(_safe(name)))
+        """Return the content of a file or link, or None if there is no such file."""
+        place = self._files.get(self._resolve(_normalize_name(name)))
         return None if place is None else Section(self._descriptor, *place)
 
     def _resolve(self, name: str) -> str:
@@ -148,37 +151,37 @@ class Tar:
         raise InvalidArchive(f"links in the archive go in a circle at {shorten(name)}")
 
     def _add(self, member: tar.Member) -> None:
-        name = _safe(member.name)
-        self._files.pop(name, None)  # of two members of one name, the later is meant
+        name = _normalize_name(member.name)
+        self._files.pop(name, None)  # a later member replaces an earlier one of the same name
         self._links.pop(name, None)
         if member.kind == tar.SYMBOLIC_LINK:
-            self._links[name] = _safe(posixpath.join(posixpath.dirname(name), member.link), link=name)
+            self._links[name] = _normalize_name(posixpath.join(posixpath.dirname(name), member.link), link=name)
         elif member.kind == tar.HARD_LINK:
-            self._links[name] = _safe(member.link, link=name)
+            self._links[name] = _normalize_name(member.link, link=name)
         elif member.kind in tar.REGULAR:
             self._files[name] = (member.offset, member.size)
         elif member.kind != tar.FOLDER:
-            raise InvalidArchive(f"{shorten(member.name)} in the archive is a device, a fifo, or of an odd kind")
+            raise InvalidArchive(f"{shorten(member.name)} in the archive is neither a file, a folder nor a link")
 
 
-def _safe(name: str, link: str | None = None) -> str:
-    """Return a member's name in its plain form; refuse one that leaves the archive."""
+def _normalize_name(name: str, link: str | None = None) -> str:
+    """Return a member's name in its normal form; raise if it leads out of the archive."""
     what = f"{shorten(name)} in the archive" if link is None else f"the link {shorten(link)} in the archive"
     if len(os.fsencode(name)) > _NAME_LIMIT or "\0" in name:
         raise InvalidArchive(f"{what} has a name that no file can have")
-    plain = posixpath.normpath(name)
-    # A link may climb as long as it stays inside, a name may not climb at all.
-    climbs = plain.startswith("../") or plain == ".." if link else ".." in name.split("/")
+    normal = posixpath.normpath(name)
+    # A link may contain ".." if it stays inside the archive; a name may not contain it.
+    climbs = normal.startswith("../") or normal == ".." if link else ".." in name.split("/")
     if posixpath.isabs(name) or climbs:
         raise InvalidArchive(f"{what} leads out of it")
-    return plain
+    return normal
 
 
 def max_unpacked() -> int | None:
-    """Return the bytes that ``CACHEDB_MAX_UNPACKED`` names; None if it is not set.
+    """Return the size in ``CACHEDB_MAX_UNPACKED`` in bytes; None if it is not set.
 
     Raises:
-        CacheError: if it is no size.
+        CacheError: if it is not a size.
     """
     text = os.environ.get("CACHEDB_MAX_UNPACKED")
     if not text:
@@ -190,28 +193,28 @@ def max_unpacked() -> int | None:
 
 
 class UnpackLimit:
-    """Caps what compressed content unpacks to; one for all that is unpacked together. Usable from several threads."""
+    """Limit on the size of unpacked content that belongs together; safe to use from several threads."""
 
     def __init__(self, what: str, compressed: int, most: int | None) -> None:
-        """Cap at a number of bytes, or by default at 64 GiB and, beyond 256 MiB, at 100 times the compressed size.
+        """Create a limit; the default is 100 times the compressed size, at least 256 MiB and at most 64 GiB.
 
         Args:
-            what: how to call the content in an error.
-            compressed: its size in bytes, as far as that is known.
-            most: bytes that it may unpack to, whatever the ratio; None for the default.
+            what: the start of an error, such as ``the layers in the archive unpack``.
+            compressed: the compressed size in bytes, as far as it is known.
+            most: the limit in bytes, whatever the ratio; None for the default.
         """
         self._what, self._compressed, self._most = what, compressed, most
         self._guard, self._unpacked = threading.Lock(), 0
 
-    def read(self, count: int) -> None:
-        """Note that so many more bytes of compressed content have come, where it is not known how many there are."""
+    def add_compressed(self, count: int) -> None:
+        """Add to the compressed size, if it was not known at the start."""
         self._compressed += count
 
     def add(self, count: int) -> None:
-        """Note that so many more bytes were unpacked.
+        """Add to the unpacked size.
 
         Raises:
-            InvalidArchive: if that is more than may be.
+            InvalidArchive: if it exceeds the limit.
         """
         with self._guard:
             self._unpacked += count
@@ -223,7 +226,7 @@ class UnpackLimit:
         else:
             cap, why = by_ratio, f"the cap of {_RATIO_LIMIT} times the compressed size"
             if cap == _RATIO_FREE:
-                why = f"the cap on what is more than {_RATIO_LIMIT} times the compressed size"
+                why = f"the cap for content over {_RATIO_LIMIT} times the compressed size"
         if unpacked > cap:
             raise InvalidArchive(
                 f"{self._what} to more than {human(cap)}, {why}: "
@@ -233,16 +236,16 @@ class UnpackLimit:
 
 @contextmanager
 def open_files(source: Path | BinaryIO, new_spool: Callable[[], FileIO], most: int | None = None) -> Iterator[Files]:
-    """Open an archive or a folder for reading.
+    """Open an archive or a folder, and yield its files.
 
     Args:
         source: a path, or a stream, which need not be seekable.
-        new_spool: makes a file for a stream, or for what a compressed archive holds. It goes when it is closed.
-        most: bytes that a compressed archive may unpack to; None for the default of `UnpackLimit`.
+        new_spool: creates a temporary file for a stream or a compressed archive; closing it must delete it.
+        most: the bytes that a compressed archive may unpack to; None for the default of `UnpackLimit`.
 
     Raises:
-        InvalidArchive: if it is neither.
-        StorageError: if it cannot be read, or not be spooled.
+        InvalidArchive: if the source is neither a folder nor a tar, is damaged, or unpacks to too many bytes.
+        StorageError: if the source cannot be read, or the temporary file cannot be written.
     """
     with ExitStack() as stack:
         with os_errors("read the archive"):
@@ -251,7 +254,7 @@ def open_files(source: Path | BinaryIO, new_spool: Callable[[], FileIO], most: i
             else:
                 file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
                 if not _is_regular(file) or compression_of(os.pread(file.fileno(), MAGIC_LENGTH, 0)):
-                    # Not buffered: closing must not fail a second time on a full disk.
+                    # The file is unbuffered, so that closing it cannot fail on a full disk.
                     spooled = stack.enter_context(new_spool())
                     _copy_decompressed(file, spooled, most)
                     file = spooled
@@ -260,7 +263,7 @@ def open_files(source: Path | BinaryIO, new_spool: Callable[[], FileIO], most: i
 
 
 def _is_regular(file: BinaryIO, *, anywhere: bool = False) -> bool:
-    """Say whether this is a regular file, to be read from its beginning, or from anywhere."""
+    """Return whether this is a regular file, positioned at its start unless ``anywhere``."""
     try:
         return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and (anywhere or file.tell() == 0)
     except (OSError, ValueError, AttributeError):
@@ -268,26 +271,27 @@ def _is_regular(file: BinaryIO, *, anywhere: bool = False) -> bool:
 
 
 def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) -> None:
+    """Copy a stream to a file, and decompress it if it is compressed."""
     chunk = b""
     while len(chunk) < MAGIC_LENGTH and (more := source.read(CHUNK)):
-        chunk += more  # a pipe may give a few bytes at first
+        chunk += more  # a pipe may return fewer bytes than requested
     compression = compression_of(chunk)
     unpack = Decompressor(compression) if compression else None
-    known = os.fstat(source.fileno()).st_size if _is_regular(source, anywhere=True) else 0
-    limit = UnpackLimit(f"the {compression} compressed archive unpacks", known, most)
-    looked = 0
+    compressed = os.fstat(source.fileno()).st_size if _is_regular(source, anywhere=True) else 0
+    limit = UnpackLimit(f"the {compression} compressed archive unpacks", compressed, most)
+    checked = 0  # bytes written at the last check of the free space
     while chunk:
-        if not known:
-            limit.read(len(chunk))
+        if not compressed:
+            limit.add_compressed(len(chunk))
         for part in unpack.feed(chunk) if unpack else (chunk,):
             written = target.tell()
             if written == 0 and len(part) >= tar.BLOCK:
-                tar.check_header(part[: tar.BLOCK], 0)  # or an endless stream of something else would fill the disk
+                tar.check_header(part[: tar.BLOCK], 0)  # refuse other content before it fills the disk
             if unpack:
                 limit.add(len(part))
-                if written - looked >= _SPACE_LOOK:
-                    _leave_space(target.fileno(), written)
-                    looked = written
+                if written - checked >= _SPACE_CHECK_BYTES:
+                    _check_space(target.fileno(), written)
+                    checked = written
             view = memoryview(part)
             while view:
                 view = view[target.write(view) :]
@@ -296,15 +300,15 @@ def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) ->
         raise InvalidArchive(f"the {compression} compressed archive is cut short")
 
 
-def _leave_space(file: int, written: int) -> None:
-    """Raise `StorageError` before unpacked content fills a file system, in which others need space too.
+def _check_space(file: int, written: int) -> None:
+    """Raise `StorageError` if unpacked content takes too large a share of the free space.
 
-    What it holds is to be written once more, as blobs: where that much is not left, the import would fail anyway.
+    Other processes need space too, and the import writes the content once more, as blobs.
     """
     status = os.fstatvfs(file)
     left = status.f_bavail * status.f_frsize
     if written > _SPACE_SHARE * left:
         raise StorageError(
-            f"the archive unpacks to more than {human(written)}, and the file system of the cache has {human(left)} "
-            "left, the cap by free space: free some space, or unpack the archive elsewhere and import that"
+            f"the archive unpacks to more than {human(written)}, but the file system of the cache has only "
+            f"{human(left)} left: free some space, or unpack the archive elsewhere and import the result"
         )

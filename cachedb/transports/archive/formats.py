@@ -1,4 +1,4 @@
-"""The formats that an image can be exported to; here, so that the command line need not import what writes them."""
+"""List the export formats, so that the command line need not import the code that writes them."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ __all__ = ["FORMATS", "Format"]
 
 Format = Literal["docker", "docker-archive", "oci-archive", "oci-dir"]
 FORMATS: Final[tuple[Format, ...]] = ("docker", "docker-archive", "oci-archive", "oci-dir")
-"""The first, the default, is an OCI archive that `docker load` takes too."""
+"""The first is the default: an OCI archive that `docker load` accepts too."""

@@ -28,16 +28,19 @@ from cachedb.transports.archive.model import (
 __all__ = ["read_layout"]
 
 
-# The OCI side: image-layout.md.
-
-
 def read_layout(files: Files, section: Section, tags: dict[Digest, list[object]]) -> list[Found]:
-    """Return the images that index.json names."""
+    """Return the images in index.json with their names.
+
+    Args:
+        files: the files of the archive.
+        section: index.json.
+        tags: the names in manifest.json, by the digest of the config.
+    """
     layout = files.find("oci-layout")
     if layout is not None:
         version = read_document(layout, "oci-layout")
         if not isinstance(version, dict) or not str(version.get("imageLayoutVersion")).startswith("1."):
-            raise InvalidArchive("oci-layout names no version 1.x of the image layout")
+            raise InvalidArchive("oci-layout has an unsupported version: only 1.x is supported")
     index = read_document(section, "index.json")
     entries = index.get("manifests") if isinstance(index, dict) else None
     if not isinstance(entries, list):
@@ -60,23 +63,26 @@ def read_layout(files: Files, section: Section, tags: dict[Digest, list[object]]
     images = []
     rows = 0
     for root in roots.values():
-        closure = _closure(files, root)
+        closure = _read_closure(files, root)
         rows += len(closure)
         check_rows(rows)
-        blobs = [_layout_blob(files, blob) for blob in dict.fromkeys(closure)]
+        blobs = [_find_blob(files, blob) for blob in dict.fromkeys(closure)]
         images.append(ArchivedImage([], root, blobs))
-    # Some tools list the platforms of an index beside it: without a name they are no images of their own.
-    below = {blob.digest for image in images for blob in image.blobs[1:]}
-    named = zip(_names_of(images, names, tags), images, strict=True)
-    return [(texts, image) for texts, image in named if texts or image.identity not in below]
+    # Some tools list the children of an index beside it. Without a name they are not separate images.
+    reachable = {blob.digest for image in images for blob in image.blobs[1:]}
+    named = zip(_choose_names(images, names, tags), images, strict=True)
+    return [(texts, image) for texts, image in named if texts or image.identity not in reachable]
 
 
-def _names_of(
+def _choose_names(
     images: list[ArchivedImage], annotated: dict[Digest, list[object]], tags: dict[Digest, list[object]]
 ) -> list[list[object]]:
-    """Return each image's names: as manifest.json has them, if it is clear which it means, else as index.json."""
+    """Return the names of each image, from manifest.json if they are unambiguous, else from index.json.
+
+    A name from index.json gets the spelling of manifest.json if both have it.
+    """
     reached = Counter(digest for image in images for digest in {blob.digest for blob in image.blobs})
-    short = {_qualified(text): text for texts in tags.values() for text in texts}
+    short = {_qualify(text): text for texts in tags.values() for text in texts}
     found = []
     for image in images:
         digests = [blob.digest for blob in image.blobs if blob.digest]
@@ -85,11 +91,11 @@ def _names_of(
         if tagged and all(reached[config] == 1 for config in configs):
             found.append(tagged)
         else:
-            found.append([short.get(_qualified(text), text) for text in annotated.get(digests[0], [])])
+            found.append([short.get(_qualify(text), text) for text in annotated.get(digests[0], [])])
     return found
 
 
-def _qualified(text: object) -> object:
+def _qualify(text: object) -> object:
     try:
         return Name.parse(text).qualified()  # type: ignore[arg-type]
     except InvalidName:
@@ -97,29 +103,32 @@ def _qualified(text: object) -> object:
 
 
 def _annotated_name(annotations: dict[str, Any]) -> object:
-    """Return the name that a tool gave: in ref.name skopeo and podman write all of it, Docker only the tag."""
+    """Return the name in annotations, or None.
+
+    skopeo and podman write the full name to ref.name, but Docker writes only the tag.
+    """
     reference, full = annotations.get(REF_NAME), annotations.get(CONTAINERD_NAME)
     if isinstance(reference, str) and (full is None or ":" in reference or "/" in reference):
         return reference
     return full
 
 
-def _closure(files: Files, root: Descriptor) -> list[Descriptor]:
+def _read_closure(files: Files, root: Descriptor) -> list[Descriptor]:
     def read(blob: Descriptor) -> bytes:
-        found = _layout_blob(files, blob)
+        found = _find_blob(files, blob)
         data = read_small(found.section, found.what, InvalidManifest)
         if len(data) != blob.size:
             raise DigestMismatch(f"{found.what} should be {blob.size} bytes, and is {len(data)}")
         if digest_of(data, blob.digest) != blob.digest:
-            raise DigestMismatch(f"{found.what} in the archive has another digest")
+            raise DigestMismatch(f"{found.what} in the archive does not match its digest")
         return data
 
     return list(oci.walk(root, read))
 
 
-def _layout_blob(files: Files, blob: Descriptor) -> ArchivedBlob:
+def _find_blob(files: Files, blob: Descriptor) -> ArchivedBlob:
     what = f"{blob.role} {blob.digest}"
     section = files.find(layout_path(blob.digest))
     if section is None:
-        raise InvalidArchive(f"{what} is named in the archive, and not there")
+        raise InvalidArchive(f"{what} is referenced in the archive, but is not in it")
     return ArchivedBlob(section, what, blob.size, blob.digest, blob.media_type)

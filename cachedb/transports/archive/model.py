@@ -1,4 +1,4 @@
-"""An image in an archive, whatever the archive's format."""
+"""Represent an image in an archive of any format."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ __all__ = [
 
 
 REF_NAME = "org.opencontainers.image.ref.name"  # image specification, annotations.md
-CONTAINERD_NAME = "io.containerd.image.name"  # containerd's and Docker's: the full name
+CONTAINERD_NAME = "io.containerd.image.name"  # the full name, written by containerd and Docker
 
-_ROWS_LIMIT = 100_000  # blobs in an archive's images, counted once for each name that an image has
+_ROWS_LIMIT = 100_000  # blobs in an archive's images, counted once for each name of an image
 _IMAGES_LIMIT = 1000
 
 
 class DiffId:
-    """Computes a compressed layer's diff id as its bytes pass: the digest of what they hold (config.md)."""
+    """Check of a compressed layer's diff id, the digest of its uncompressed content (config.md)."""
 
     def __init__(self, compression: str, expected: Digest, what: str, limit: UnpackLimit) -> None:
         self._decompressor = Decompressor(compression)
@@ -44,32 +44,37 @@ class DiffId:
         self._expected, self._what, self._limit = expected, what, limit
 
     def update(self, data: memoryview, /) -> None:
-        """Take the next compressed bytes."""
+        """Add the next compressed bytes."""
         for part in self._decompressor.feed(data):
             self._limit.add(len(part))
             self._hasher.update(part)
 
     def check(self) -> None:
-        """Raise `DigestMismatch` if the layer is not the one that the config names."""
+        """Raise if the layer is incomplete or does not match its diff id.
+
+        Raises:
+            InvalidArchive: if the compressed layer is cut short.
+            DigestMismatch: if the content has another digest.
+        """
         if not self._decompressor.ended:
             raise InvalidArchive(f"{self._what} is cut short")
         if f"{self._hasher.name}:{self._hasher.hexdigest()}" != self._expected:
-            raise DigestMismatch(f"{self._what} does not hold what the config says, {self._expected}")
+            raise DigestMismatch(f"{self._what} does not match its diff id {self._expected} in the config")
 
 
 class ArchivedBlob(NamedTuple):
     """A blob in an archive."""
 
     section: Section
-    what: str  # how to call it in an error
-    size: int  # bytes it must have
-    digest: Digest | None  # that it must have; None for a compressed layer of a docker-archive
+    what: str  # its name in errors
+    size: int  # the expected size in bytes
+    digest: Digest | None  # the expected digest; None for a compressed layer of a docker-archive
     media_type: str
-    diff_id: tuple[str, Digest] | None = None  # a compressed layer's compression and diff id
+    diff_id: tuple[str, Digest] | None = None  # for that layer: its compression and diff id
 
     @property
     def key(self) -> object:
-        """What is the same for the same content."""
+        """The digest, or the place if it is unknown; the same key means the same content."""
         return self.digest or self.section.place
 
 
@@ -77,16 +82,16 @@ class ArchivedImage(NamedTuple):
     """An image in an archive."""
 
     names: list[Name]
-    root: Descriptor | None  # the manifest or index; None in a docker-archive, which has none
-    blobs: list[ArchivedBlob]  # the closure; of a docker-archive the config, then the layers
+    root: Descriptor | None  # the manifest or index; None in a docker-archive
+    blobs: list[ArchivedBlob]  # the closure; in a docker-archive the config, then the layers
 
     @property
     def identity(self) -> object:
-        """What is the same for the same image: the manifest's digest; where there is none, all blobs."""
+        """The digest of the root, or the keys of all blobs; the same identity means the same image."""
         return self.root.digest if self.root else tuple(blob.key for blob in self.blobs)
 
     def manifest(self, digests: list[Digest]) -> bytes:
-        """Make the manifest that a docker-archive lacks, from its blobs' digests."""
+        """Build the manifest that a docker-archive lacks, from the digests of the blobs."""
         config, *layers = (
             Descriptor(digest, blob.size, blob.media_type, "layer")
             for blob, digest in zip(self.blobs, digests, strict=True)
@@ -95,34 +100,34 @@ class ArchivedImage(NamedTuple):
 
 
 def layout_path(digest: Digest) -> str:
-    """Return where a blob lies in an image layout (image-layout.md, "Blobs")."""
+    """Return the path of a blob in an image layout (image-layout.md, "Blobs")."""
     algorithm, encoded = split_digest(digest)
     return f"blobs/{algorithm}/{encoded}"
 
 
 def check_rows(count: int) -> None:
-    """Raise `InvalidArchive` if the images of an archive would have too many rows."""
+    """Raise `InvalidArchive` if the images of an archive have too many blobs."""
     if count > _ROWS_LIMIT:
         raise InvalidArchive(f"the images in the archive have more than {_ROWS_LIMIT} blobs")
 
 
 def check_number(images: list[Any]) -> None:
-    """Raise `InvalidArchive` if an archive names too many images."""
+    """Raise `InvalidArchive` if an archive has too many images."""
     if len(images) > _IMAGES_LIMIT:
         raise InvalidArchive(f"the archive holds {len(images)} images; more than {_IMAGES_LIMIT} are refused")
 
 
 Found = tuple[list[object], ArchivedImage]
-"""An image with the names it is given in the archive, as they stand there."""
+"""The names of an image, as the archive spells them, and the image."""
 
 
 def read_document(section: Section, what: str, error: type[CacheError] = InvalidArchive) -> Any:  # noqa: ANN401
-    """Read a small JSON document of an archive."""
+    """Return a parsed JSON document of an archive; raise ``error`` if it is too large or invalid."""
     return load_json(read_small(section, what, error), what, error)
 
 
 def read_small(section: Section, what: str, error: type[CacheError]) -> bytes:
-    """Read a small file of an archive."""
+    """Return the content of a small file of an archive; raise ``error`` if it is too large."""
     if section.size > oci.DOCUMENT_LIMIT:
         raise error(f"{what} is {section.size} bytes; more than {oci.DOCUMENT_LIMIT} are refused")
     return section.head(section.size)

@@ -1,8 +1,7 @@
-"""Images in archives: docker-archive, OCI archive, and OCI image layout folder.
+"""Read the images of a docker-archive, an OCI archive or an OCI image layout folder.
 
-A reader finds what is in an archive without copying anything: images with their names, and for each the
-content it needs, as sections of files. Nothing here writes to the cache. Archives come from strangers: every
-name, link, size and document is checked, and an archive with anything odd in it is refused whole.
+Nothing is copied: the content of an image is returned as sections of files. Archives are untrusted. Every name, link,
+size and document is checked, and an archive with one invalid part is refused.
 """
 
 from __future__ import annotations
@@ -20,17 +19,19 @@ __all__ = ["read_images"]
 
 
 def read_images(files: Files, name: Name | None = None) -> list[ArchivedImage]:
-    """Return the images in an archive: the OCI side of one that is both, so that digests are kept.
+    """Return the images in an archive.
+
+    If an archive has both formats, this reads its OCI image layout, which keeps the digests.
 
     Args:
-        files: the archive's.
-        name: instead of the names in it, of which none need be valid then.
+        files: the files of the archive.
+        name: the name of the image; the names in the archive are then ignored, even if they are invalid.
 
     Raises:
-        InvalidArchive: if it is no image archive, or lacks something; if it holds several images and a name is
-            given, or none is and an image in it has none.
-        InvalidManifest: if a manifest in it is invalid.
-        DigestMismatch: if a manifest in it has another digest or size than it should.
+        InvalidArchive: if it is not an image archive or is incomplete; if a name is given for several images; if no
+            name is given for an image that has none.
+        InvalidManifest: if a manifest is invalid.
+        DigestMismatch: if a manifest or config does not match its digest or size.
     """
     index, docker = files.find("index.json"), files.find("manifest.json")
     if index is not None:
@@ -39,13 +40,13 @@ def read_images(files: Files, name: Name | None = None) -> list[ArchivedImage]:
         found = [(entry.get("RepoTags") or [], read_docker(files, entry)) for entry in read_entries(docker)]
     else:
         raise InvalidArchive(
-            "the archive has neither index.json nor manifest.json: not an image; make one with "
+            "the archive has neither index.json nor manifest.json: make an image archive with "
             "`docker save`, `podman save` or `skopeo copy`"
         )
     if not found:
         raise InvalidArchive("the archive holds no image")
     if name is not None and len(found) > 1:
-        raise InvalidArchive(f"the archive holds {len(found)} images, and one NAME was given; leave it out")
+        raise InvalidArchive(f"the archive holds {len(found)} images, but one NAME was given: leave it out")
     images = [image._replace(names=_parse_names(texts) if name is None else [name]) for texts, image in found]
     _check_names(images)
     return images
@@ -57,10 +58,10 @@ def _check_names(images: list[ArchivedImage]) -> None:
         if not image.names:
             which = f" ({image.root.digest})" if image.root and len(images) > 1 else ""
             raise InvalidArchive(
-                f"an image in the archive has no name{which}; give one, as in: cachedb import SOURCE NAME"
+                f"an image in the archive has no name{which}: give one with `cachedb import SOURCE NAME`"
             )
         for name in image.names:
-            # Of two, one would be stored and lost at once.
+            # The second image would replace the first.
             if named.setdefault(name, image.identity) != image.identity:
                 raise InvalidArchive(f"two images in the archive have the name {name}")
     check_rows(sum(len(image.names) * len(image.blobs) for image in images))
@@ -72,5 +73,5 @@ def _parse_names(texts: Iterable[object]) -> list[Name]:
         try:
             names.append(Name.parse(text))  # type: ignore[arg-type]
         except InvalidName as error:
-            raise InvalidArchive(f"a name in the archive is invalid: {error}; give another as NAME") from error
+            raise InvalidArchive(f"a name in the archive is invalid: {error}: give another name as NAME") from error
     return list(dict.fromkeys(names))

@@ -1,8 +1,7 @@
-"""The members of a tar: POSIX's pax and ustar formats, with GNU's long names.
+"""Read the members of a tar in POSIX's pax and ustar formats, with GNU's long names.
 
-The standard library's `tarfile` would do for honest archives. Of a stranger's headers, releases of it that are
-still in use read some in time and memory that grow with the square of their size; and it takes a tar that was cut
-short between two members for a whole one.
+This replaces the standard library's `tarfile`. In releases still in use, some malicious headers take it time and memory
+that grow with the square of their size. It also accepts a tar that is cut short between two members.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ BLOCK = 512  # bytes
 HARD_LINK, SYMBOLIC_LINK, FOLDER = b"1", b"2", b"5"
 REGULAR = (b"0", b"\0", b"7")
 
-_HEADER_LIMIT = 1024 * 1024  # bytes: of an extended header
-_HEADERS_LIMIT = 64 * _HEADER_LIMIT  # bytes: of all of them
+_HEADER_LIMIT = 1024 * 1024  # bytes of one extended header
+_HEADERS_LIMIT = 64 * _HEADER_LIMIT  # bytes of all extended headers
 _NOT_A_TAR = "the archive is not a tar"
 
 
@@ -37,17 +36,19 @@ class Member(NamedTuple):
 
 
 def members(descriptor: int) -> Iterator[Member]:
-    """Yield the members of a tar (POSIX.1-2017, pax, "ustar Interchange Format"), without reading their content.
+    """Yield the members of a tar without reading their content.
+
+    The format is POSIX.1-2017, pax, "ustar Interchange Format".
 
     Raises:
-        InvalidArchive: if the file is not a tar, or damaged, or does not come to its end.
+        InvalidArchive: if the file is not a tar, is damaged, or is cut short.
     """
     total = os.fstat(descriptor).st_size
     offset = extended_length = 0
     extended: dict[bytes, bytes] = {}
     while any(block := os.pread(descriptor, BLOCK, offset)):
         check_header(block, offset)
-        kind, size, start = block[156:157], _number(block[124:136], offset), offset + BLOCK
+        kind, size, start = block[156:157], _parse_number(block[124:136], offset), offset + BLOCK
         if kind in (b"x", b"X", b"g", b"L", b"K"):
             extended_length += size + BLOCK
             if size > _HEADER_LIMIT or extended_length > _HEADERS_LIMIT:
@@ -55,16 +56,16 @@ def members(descriptor: int) -> Iterator[Member]:
             data = os.pread(descriptor, size, start)
             if len(data) < size:
                 raise InvalidArchive(f"the archive is cut short at byte {start + len(data)}")
-            extended.update(_extended(kind, data, offset))
-            offset = start + _padded(size)
+            extended.update(_parse_extended(kind, data, offset))
+            offset = start + _pad_size(size)
             continue
-        member = _member(block, extended, offset)
+        member = _parse_member(block, extended, offset)
         if start + member.size > total:
             raise InvalidArchive(f"the archive is cut short in {shorten(member.name)}")
         yield member
         extended = {}
-        offset = start + _padded(member.size)
-    # Two blocks of zeros end every tar; without them the rest of it may be lost.
+        offset = start + _pad_size(member.size)
+    # Two blocks of zeros end every tar. Without them it may be cut short.
     if not offset:
         raise InvalidArchive(_NOT_A_TAR)
     if extended or os.pread(descriptor, 2 * BLOCK, offset) != bytes(2 * BLOCK):
@@ -72,41 +73,43 @@ def members(descriptor: int) -> Iterator[Member]:
 
 
 def check_header(block: bytes, offset: int) -> None:
-    """Raise `InvalidArchive` unless this is a member's header, by its checksum."""
+    """Raise `InvalidArchive` unless a block is a header with a valid checksum."""
     if len(block) < BLOCK:
         raise InvalidArchive(f"the archive is cut short at byte {offset + len(block)}" if offset else _NOT_A_TAR)
     others = block[:148] + b" " * 8 + block[156:]
-    # Old tools summed signed bytes.
-    if _octal(block[148:156]) not in (sum(others), sum(others) - 256 * sum(byte > 127 for byte in others)):
+    # Old tools summed the bytes as signed numbers.
+    if _parse_octal(block[148:156]) not in (sum(others), sum(others) - 256 * sum(byte > 127 for byte in others)):
         raise InvalidArchive(f"the archive is damaged at byte {offset}" if offset else _NOT_A_TAR)
 
 
-def _member(block: bytes, extended: dict[bytes, bytes], offset: int) -> Member:
-    """Return what a header and the extended headers before it say."""
+def _parse_member(block: bytes, extended: dict[bytes, bytes], offset: int) -> Member:
+    """Return the member that a header and the extended headers before it describe."""
     if any(key.startswith(b"GNU.sparse.") for key in extended):
         raise InvalidArchive(f"the archive has a sparse file at byte {offset}: not an image")
     name, link, kind = block[:100], block[157:257], block[156:157]
     if block[257:263] == b"ustar\0" and block[345]:
-        name = _string(block[345:500]) + b"/" + _string(name)
-    name = extended.get(b"path") or _string(name)
-    link = extended.get(b"linkpath") or _string(link)
+        name = _parse_string(block[345:500]) + b"/" + _parse_string(name)
+    name = extended.get(b"path") or _parse_string(name)
+    link = extended.get(b"linkpath") or _parse_string(link)
     if kind == b"\0" and name.endswith(b"/"):
-        kind = FOLDER  # as tars older than POSIX have it
-    size = 0  # of all but regular files the field means nothing
+        kind = FOLDER  # tars older than POSIX mark a folder like this
+    size = 0  # the field has a meaning only for regular files
     if kind in REGULAR:
-        size = _decimal(extended[b"size"], offset) if b"size" in extended else _number(block[124:136], offset)
+        size = (
+            _parse_decimal(extended[b"size"], offset) if b"size" in extended else _parse_number(block[124:136], offset)
+        )
     return Member(os.fsdecode(name), kind, os.fsdecode(link), offset + BLOCK, size)
 
 
-def _extended(kind: bytes, data: bytes, offset: int) -> dict[bytes, bytes]:
-    """Return what an extended header says of the member after it."""
+def _parse_extended(kind: bytes, data: bytes, offset: int) -> dict[bytes, bytes]:
+    """Return the fields of an extended header, which describe the next member."""
     if kind in (b"L", b"K"):
-        return {b"path" if kind == b"L" else b"linkpath": _string(data)}
+        return {b"path" if kind == b"L" else b"linkpath": _parse_string(data)}
     found: dict[bytes, bytes] = {}
     position = 0
-    while position < len(data):  # records of "length key=value\n", the length that of all of it
+    while position < len(data):  # records of "length key=value\n"; the length counts the whole record
         space = data.find(b" ", position, position + 20)
-        end = position + _decimal(data[position : max(space, position)], offset)
+        end = position + _parse_decimal(data[position : max(space, position)], offset)
         key, equals, value = data[space + 1 : end].partition(b"=")
         if not equals or end > len(data) or not value.endswith(b"\n"):
             raise InvalidArchive(f"the archive is damaged at byte {offset}")
@@ -114,32 +117,32 @@ def _extended(kind: bytes, data: bytes, offset: int) -> dict[bytes, bytes]:
             found[key] = value[:-1]
         position = end
     if kind == b"g" and found:
-        raise InvalidArchive(f"the archive has one name or size for all members at byte {offset}")
+        raise InvalidArchive(f"the archive sets one name or size for all members at byte {offset}: not an image")
     return {key: value for key, value in found.items() if value}
 
 
-def _string(field: bytes) -> bytes:
+def _parse_string(field: bytes) -> bytes:
     return field.partition(b"\0")[0]
 
 
-def _padded(size: int) -> int:
+def _pad_size(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _decimal(digits: bytes, offset: int) -> int:
+def _parse_decimal(digits: bytes, offset: int) -> int:
     if not digits.isdigit() or len(digits) > 19:
         raise InvalidArchive(f"the archive is damaged at byte {offset}")
     return int(digits)
 
 
-def _number(field: bytes, offset: int) -> int:
-    """Return a header's number: octal, or, with the first bit set, base 256."""
-    number = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)
-    if number is None:  # or negative, in base 256
+def _parse_number(field: bytes, offset: int) -> int:
+    """Return a number of a header: octal, or base 256 if the first bit is set."""
+    number = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _parse_octal(field)
+    if number is None:  # not octal, or a negative number in base 256
         raise InvalidArchive(f"the archive is damaged at byte {offset}")
     return number
 
 
-def _octal(field: bytes) -> int | None:
+def _parse_octal(field: bytes) -> int | None:
     digits = field.strip(b" \0") or b"0"
     return None if digits.strip(b"01234567") else int(digits, 8)

@@ -512,7 +512,7 @@ def test_what_is_stored_of_a_layout_is_not_linked_again(
 
 def test_an_archive_has_no_files_to_link(cache: Cache, tmp_path: Path) -> None:
     source = make.write(tmp_path / "app.tar", make.oci_files({"app:1": make.image(1)}))
-    with pytest.raises(CacheError, match="this is none"):
+    with pytest.raises(CacheError, match="only an image layout folder"):
         cache.cache_from_tar(source, link=True)
     with pytest.raises(StorageError, match="No such file"):
         cache.cache_from_tar(tmp_path / "nosuch", link=True)
@@ -729,7 +729,7 @@ def test_a_link_to_nothing_matters_only_where_it_is_needed(cache: Cache) -> None
 
 @pytest.mark.parametrize("kind", [b"3", b"4", b"6", b"S", b"D", b"M", b"V", b"Z"])
 def test_devices_fifos_sparse_files_and_odd_members_are_refused(kept: Cache, kind: bytes) -> None:
-    assert "device, a fifo, or of an odd kind" in refuse(kept, with_members(header("odd", 0, kind)))
+    assert "neither a file, a folder nor a link" in refuse(kept, with_members(header("odd", 0, kind)))
 
 
 def test_sparse_files_in_pax_headers_are_refused(kept: Cache) -> None:
@@ -1015,7 +1015,7 @@ def test_a_compressed_layer_that_holds_something_else_than_the_config_says_is_re
 ) -> None:
     good = tiny_docker(b"what the config says" * 1000)
     message = refuse(kept, tar_file(good | {"layer.tar": compress(b"something else")}), DigestMismatch)
-    assert "does not hold what the config says" in message
+    assert "does not match its diff id" in message
     packed = compress(b"what the config says" * 1000)
     assert "cut short" in refuse(kept, tar_file(good | {"layer.tar": packed[:-1]}))
     assert "damaged" in refuse(kept, tar_file(good | {"layer.tar": packed + b"more"}))
@@ -1120,7 +1120,7 @@ def test_unpacking_leaves_others_space(kept: Cache, tmp_path: Path, monkeypatch:
     values[4] = 5 * 1024 * 1024 // 4096  # f_bavail
     monkeypatch.setattr(os, "fstatvfs", lambda _file: os.statvfs_result(values))
     message = refuse(kept, make.write_bytes(tmp_path / "bomb", gzip.compress(BOMB)), StorageError)
-    assert "the file system of the cache has 5.24 MB left, the cap by free space: free some space" in message
+    assert "the file system of the cache has only 5.24 MB left: free some space" in message
 
 
 def test_very_many_gzip_members_are_unpacked_in_time_that_grows_with_their_number() -> None:
@@ -1137,7 +1137,7 @@ def test_a_layer_in_a_compression_without_a_media_type_is_refused(
 ) -> None:
     layer = make.layer(1)
     message = refuse(kept, tar_file(tiny_docker(layer) | {"layer.tar": compress(layer)}))
-    assert "which no media type of a layer names" in message
+    assert "use gzip, zstd or no compression" in message
 
 
 @pytest.mark.parametrize(

@@ -1055,7 +1055,7 @@ def test_an_unknown_format_is_an_error(cache: Cache, cachedb: Run, tmp_path: Pat
 
 def test_an_image_layout_cannot_go_to_a_stream(cache: Cache, tmp_path: Path) -> None:
     add(cache, tmp_path)
-    with pytest.raises(CacheError, match="name its path"):
+    with pytest.raises(CacheError, match="give its path"):
         cache.export("app:1", io.BytesIO(), format="oci-dir")
 
 
