@@ -1,1 +1,1 @@
-"""What people do with a cache, one module a verb."""
+"""Operations on a cache, one module for each verb."""

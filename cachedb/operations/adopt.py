@@ -59,8 +59,8 @@ How = Literal["copy", "link", "move"]
 HOWS: Final[tuple[How, ...]] = ("copy", "link", "move")
 """How to adopt blobs: copy them, hard-link them where possible, or move them out of the older cache."""
 
-_TOGETHER = 200  # manifests and blobs that are adopted in one transaction,
-_BYTES_TOGETHER = 1024**3  # or bytes
+_BATCH = 200  # manifests and blobs to adopt in one transaction
+_BATCH_BYTES = 1024**3  # blobs to adopt in one transaction
 
 
 class Adoption(NamedTuple):
@@ -104,23 +104,23 @@ class _Adopter:
         self._advance = summed(sum(old.blobs.values()), progress)
         self._guard = threading.Lock()
         self._counted: set[Digest] = set()  # blobs already counted in the progress
-        self._passed = 0  # bytes of stored blobs that are not yet reported to `_advance`
+        self._unreported = 0  # bytes of stored blobs that are not yet reported to `_advance`
         self._left_out = old.left_out
         self._here: set[Digest] = set()  # blobs stored in this cache
         self._bad: dict[Digest, tuple[str, str]] = {}  # unusable blobs: kind and detail
         self._unwanted: set[Digest] = set()  # blobs of images that are left out
-        self._new: dict[Digest, int] = {}
+        self._new: dict[Digest, int] = {}  # new blobs and their sizes in bytes
         self._names: set[Name] = set()  # of images now in both caches
 
     def run(self) -> Adoption:
         if self._how == "move":
             self._old.check_ours()
-        # One thread reads a part while the other saves; more threads would only wait for the write lock.
+        # One thread reads a part while the other saves one. More threads would only wait for the write lock.
         in_threads(self._adopt_part, self._parts(), self._advance, threads=2)
         used = len(self._new)
         done = self._here | self._bad.keys() | self._unwanted
         rest = (digest for digest in self._old.blobs if digest not in done)
-        for part in batched(rest, _TOGETHER):
+        for part in batched(rest, _BATCH):
             self._adopt_part([], self._advance, part)
         reported = {item.digest for item in self._left_out}
         for digest, (kind, detail) in self._bad.items():
@@ -155,14 +155,14 @@ class _Adopter:
             if is_here:
                 with self._database.read() as connection:
                     is_settled = self._is_settled(connection, image)
-                self._report_passed()
+                self._report_stored()
                 if is_settled:
                     continue
             part.append(image)
             wanted.update(
                 (digest, self._old.blobs.get(digest, 0)) for digest in image.wanted if digest not in self._here
             )
-            if len(part) + len(wanted) >= _TOGETHER or sum(wanted.values()) >= _BYTES_TOGETHER:
+            if len(part) + len(wanted) >= _BATCH or sum(wanted.values()) >= _BATCH_BYTES:
                 yield part
                 part, wanted = [], {}
         if part:
@@ -189,26 +189,26 @@ class _Adopter:
         if not {blob.digest for blob in contents if blob.stored}.issuperset([image.digest, *image.wanted]):
             return False
         self._names.add(image.name)
-        self._pass(image.wanted)
+        self._record_stored(image.wanted)
         return True
 
-    def _pass(self, digests: Iterable[Digest]) -> None:
+    def _record_stored(self, digests: Iterable[Digest]) -> None:
         """Record blobs that are stored here already."""
         for digest in digests:
             self._here.add(digest)
             if self._is_first(digest):
                 with self._guard:
-                    self._passed += self._old.blobs.get(digest, 0)
+                    self._unreported += self._old.blobs.get(digest, 0)
 
-    def _report_passed(self) -> None:
-        """Report the bytes of stored blobs; never inside a transaction, because this calls the caller's function."""
+    def _report_stored(self) -> None:
+        """Report the bytes of stored blobs, outside of transactions: this calls the caller's function."""
         with self._guard:
-            passed, self._passed = self._passed, 0
-        if passed:
-            self._advance(passed)
+            count, self._unreported = self._unreported, 0
+        if count:
+            self._advance(count)
 
     def _is_first(self, digest: Digest) -> bool:
-        """Return whether a blob must be counted; two parts may read the same blob, which counts once."""
+        """Return whether to count a blob: only at the first call, because two parts may read the same blob."""
         with self._guard:
             known = digest in self._counted
             self._counted.add(digest)
@@ -220,8 +220,8 @@ class _Adopter:
         wanted = dict.fromkeys([*(digest for image in part for digest in image.wanted), *more, *manifests])
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
-            self._pass(hold.digests)
-            self._report_passed()
+            self._record_stored(hold.digests)
+            self._report_stored()
             rest = [digest for digest in wanted if digest not in hold.digests and digest not in self._bad]
 
             def receive_one(digest: Digest, advance: Advance) -> None:
@@ -239,7 +239,7 @@ class _Adopter:
         publish.receive_and_save(
             self._database, self._session, wanted, receive, lambda connection: self._save(connection, part)
         )
-        self._report_passed()
+        self._report_stored()
 
     def _receive(self, received: dict[object, Received], digest: Digest, advance: Advance) -> None:
         """Receive a blob, or record why it is unusable."""
@@ -274,7 +274,7 @@ class _Adopter:
         rest = [image for image in part if image.name not in here or not self._is_settled(connection, image)]
         refused = save_new(connection, ours, [_as_new(image) for image in rest if image.name not in here])
         for image in rest:
-            if image.name in here:  # but incomplete
+            if image.name in here:  # its image is incomplete
                 try:
                     save_image(connection, ours, image.name, image.digest, image.media_type)
                 except InvalidManifest as error:
@@ -293,7 +293,7 @@ class _Adopter:
         self._names.add(image.name)
         for digest in image.wanted:
             if digest not in self._here:
-                kind, detail = self._bad.get(digest, ("missing", "it is not there"))
+                kind, detail = self._bad.get(digest, ("missing", "its file does not exist"))
                 self._leave_out(kind, image.name, detail, digest)
 
     def _leave_out_lost(self) -> None:
@@ -332,6 +332,6 @@ class _Adopter:
 
 
 def _as_new(image: OldImage) -> NewImage:
-    """Return an image to save; the closure of an index is left open, as it depends on its adopted children."""
+    """Return an image to save; that of an index has no closure yet, which depends on adopted children."""
     contents = image.closure if oci.role_of(image.media_type) == "manifest" else None
     return NewImage(image.name, image.digest, image.media_type, contents)

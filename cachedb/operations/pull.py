@@ -43,14 +43,14 @@ from cachedb.threads import in_threads
 __all__ = ["Pulled", "pull"]
 
 
-_MANIFESTS = 1000  # allowed for an image and its referrers
+_MAX_MANIFESTS = 1000  # allowed for an image and its referrers
 
 
 class Pulled(NamedTuple):
     """The result of a pull."""
 
     image: ImageInfo
-    blobs: int  # downloaded, by this process or another one
+    blobs: int  # downloaded by this process or another one
     bytes: int  # of those blobs
     stale: str | None  # why the registry was unavailable, if the cached image is used instead
 
@@ -227,12 +227,12 @@ class _Pull:
         for hold in self._holds:
             publish.release_after_error(self._database, self._session, hold)
         if isinstance(error, StorageError) and is_full(error):
-            self._source.stop_early_downloads()  # they would go on writing, and keep their parts
+            self._source.stop_early_downloads()  # they would continue to write
             with suppress(CacheError), ignore_os_errors():
-                downloads.sweep(self._database.folders, age=0)  # the space is needed more
+                downloads.sweep(self._database.folders, age=0)  # free space matters more than a later resume
 
     def _find_referrers(self, closure: list[Descriptor]) -> list[Descriptor]:
-        """Return the referrers of a closure's manifests, and their own referrers: signatures, SBOMs, attestations."""
+        """Return the blobs of the referrers (signatures, SBOMs) of a closure, and of their own referrers."""
         found: list[Descriptor] = []
         pending = [blob for blob in closure if blob.role in ("manifest", "index")]
         known = {blob.digest for blob in pending}
@@ -242,8 +242,8 @@ class _Pull:
                 # Skip manifests with another subject, and those of a type that cannot be stored.
                 if root.digest in known or root.role == "other" or not self._refers(root, subject):
                     continue
-                if len(known) >= _MANIFESTS:
-                    raise RegistryError(f"{self._name} has more than {_MANIFESTS} manifests that refer to it")
+                if len(known) >= _MAX_MANIFESTS:
+                    raise RegistryError(f"{self._name} has more than {_MAX_MANIFESTS} manifests that refer to it")
                 known.add(root.digest)
                 pending.append(root)
                 found += oci.walk(root, self._child)
@@ -259,7 +259,7 @@ class _Pull:
                 raise
             return False
         if is_new and not refers:
-            del self._source.documents[root.digest]  # everything left in `documents` is stored
+            del self._source.documents[root.digest]  # `receive` stores all of `documents`
         return refers
 
     def _list_referrers(self, subject: Digest) -> list[Descriptor]:
@@ -290,7 +290,7 @@ class _Pull:
             try:
                 self._fetch_once(blob, advance)
             except single_flight.ClaimLost as error:
-                LOG.warning("%s", error)  # another process took over, so wait for it
+                LOG.warning("%s", error)  # another process took over: wait for it
             else:
                 break
         self._downloaded[blob.digest] = blob.size
@@ -343,5 +343,5 @@ class _Pull:
                 raise
             with publish.publish(self._database, self._session, [received]) as connection:
                 self._holds.append(self._session.lease(connection, [blob.digest]))
-            with suppress(CacheError), ignore_os_errors():  # it is stored
+            with suppress(CacheError), ignore_os_errors():  # the blob is stored already
                 self._database.folders.remove(f"ingest/partial/{path.name}")

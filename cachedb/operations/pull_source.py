@@ -135,7 +135,7 @@ class Source:
         return call(self.repositories[-1])
 
     def digest(self) -> Digest | None:
-        """Return the digest of the name, with at most one request per repository; None if the registry sends none.
+        """Return the digest of the name, with one request per repository at most; None if it is not sent.
 
         Raises:
             RegistryError: if the registry refuses or fails.
@@ -210,9 +210,10 @@ class Source:
     # Blobs
 
     def download(self, blob: Descriptor, advance: Advance) -> Content:
-        """Download a blob into ``ingest/partial``, verified and durable, from the first repository that has it.
+        """Download a verified and durable blob into ``ingest/partial``.
 
-        An interrupted download resumes. The caller must have the claim on the blob (`downloads.key_of`).
+        It comes from the first repository that has it. An interrupted download resumes. The caller must have the claim
+        on the blob (`downloads.key_of`).
 
         Raises:
             RegistryError: if the registry refuses or fails.
@@ -301,7 +302,7 @@ class Source:
         with suppress(CacheError, OSError):
             digest = self.digest()
             if digest and self._has_file(digest):
-                return  # the index is needed to find what is missing
+                return  # only the index knows which blobs are missing
             root = self.root(digest)
             if self._has_file(root.digest):
                 return

@@ -126,7 +126,7 @@ def _is_document(blob: Descriptor) -> bool:
 def _add_referrers(
     closure: oci.Closure, contents: Iterable[BlobInfo], read: Callable[[Digest], bytes]
 ) -> tuple[list[Descriptor], dict[Digest, bytes]]:
-    """Return the blobs of an image and of its stored referrers, and the bytes of the stored manifests in it."""
+    """Return the blobs of an image and its stored referrers, and the bytes of their stored manifests."""
     blobs = closure.blobs
     documents = {blob.digest: closure.documents[blob.digest] for blob in blobs if blob.digest in closure.documents}
     attached = {
@@ -161,14 +161,14 @@ def push_image(
     """Push an image, as `Cache.push` does.
 
     Args:
-        database: the index.
-        session: of this process.
-        source: the name of the image.
+        database: the index of the cache.
+        session: the session that holds the image.
+        source: the name of the image in the cache.
         target: the repository to push to.
-        name: what the image is called there.
+        name: the name at the registry.
         platform: ``os/architecture[/variant]``, to push one platform of an index as an image of its own.
-        progress: is called with the bytes done and in all.
-        blob_progress: is called with each blob's bytes.
+        progress: called with the bytes done and the total.
+        blob_progress: called with the progress of each blob.
     """
     read = partial(read_document, database.directory)
     with held(database, session, source) as ((info, blobs),):

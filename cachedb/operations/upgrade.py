@@ -43,7 +43,7 @@ __all__ = ["Change", "Unread", "back_up", "backfill", "downgrade", "prepare", "u
 
 # A batch holds the write lock for a few hundredths of a second.
 _BATCH = 50  # images
-_BATCH_SIZE = 1024 * 1024  # bytes of configs
+_BATCH_BYTES = 1024 * 1024  # bytes of configs
 
 
 class Unread(NamedTuple):
@@ -244,13 +244,13 @@ def _read_configs(database: Database, progress: Progress | None) -> list[Unread]
 
 
 def _next_batch(connection: Connection, begin: int) -> tuple[int, set[Digest]]:
-    """Return the last image id of the next batch (``begin`` if it is empty), and the digests of its configs."""
+    """Return the last image id of the next batch, or ``begin``, and the digests of its configs."""
     query = select(IMAGES.c.id).where(IMAGES.c.id > begin).order_by(IMAGES.c.id).limit(_BATCH)
     last, digests, size = begin, set[Digest](), 0
     for image_id in connection.execute(query).scalars().all():
         found = describe.stored(connection, image_id)
         size += sum(found.values())
-        if size > _BATCH_SIZE and last > begin:
+        if size > _BATCH_BYTES and last > begin:
             break
         last = image_id
         digests.update(found)

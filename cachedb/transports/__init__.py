@@ -1,1 +1,1 @@
-"""Where images come from and go to: archives, registries, an index.json cache. Knows no index."""
+"""Read and write images in archives, registries and index.json caches, without an index."""

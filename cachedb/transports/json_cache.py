@@ -63,7 +63,7 @@ _INDEX_LIMIT = 1024**3  # bytes
 
 
 class LeftOut(NamedTuple):
-    """Something that was not adopted."""
+    """A file or an image that was not adopted."""
 
     kind: str  # one of KINDS
     name: str | None  # of the image that is left out or incomplete
@@ -95,10 +95,10 @@ class OldCache:
         self.paths = {digest: blob_file(directory, digest) for digest in self.blobs}
         self.manifests = dict(self._find_manifests())
         for name, entry in self.entries.items():
-            if name not in self.manifests and (path := self._inside(entry.get("manifest_path"))):
+            if name not in self.manifests and (path := self._find_inside(entry.get("manifest_path"))):
                 self.manifests[name] = path
             for digest, blob in read_blobs(entry).items():
-                if digest not in self.paths and (path := self._inside(blob.get("path"))):
+                if digest not in self.paths and (path := self._find_inside(blob.get("path"))):
                     self.paths[digest] = str(path)
 
     def _read_index(self) -> dict[Name, dict[str, Any]]:
@@ -117,7 +117,7 @@ class OldCache:
             entry = value if isinstance(value, dict) else {}
             repository, _, reference = key.rpartition("/")
             try:
-                name = _name(entry.get("repository", repository), entry.get("reference", reference))
+                name = _parse_name(entry.get("repository", repository), entry.get("reference", reference))
             except InvalidName as error:
                 self.left_out.append(LeftOut("name", key, None, path, str(error)))
             else:
@@ -125,26 +125,27 @@ class OldCache:
         return entries
 
     def _find_manifests(self) -> Iterator[tuple[Name, Path]]:
+        """Yield the name and path of each file in ``manifests/``; leave out those without a valid name."""
         top = self.directory / "manifests"
 
-        def leave(kind: str, path: Path, detail: str) -> None:
+        def leave_out(kind: str, path: Path, detail: str) -> None:
             self.left_out.append(LeftOut(kind, path.relative_to(top).as_posix(), None, path, detail))
 
-        def failed(error: OSError) -> None:
+        def report(error: OSError) -> None:
             if top.exists():
-                leave("unreadable", Path(error.filename), explain(error))
+                leave_out("unreadable", Path(error.filename), explain(error))
 
-        for folder, folders, files in os.walk(top, onerror=failed):
+        for folder, folders, files in os.walk(top, onerror=report):
             folders.sort()
             for path in (path for name in folders if (path := Path(folder, name)).is_symlink()):
-                leave("stray", path, "it is a symbolic link, which is not followed")
+                leave_out("stray", path, "it is a symbolic link, which is not followed")
             for path in (Path(folder, name) for name in sorted(files)):
                 try:
-                    yield _name(path.parent.relative_to(top).as_posix(), path.name), path
+                    yield _parse_name(path.parent.relative_to(top).as_posix(), path.name), path
                 except InvalidName as error:
-                    leave("name", path, str(error))
+                    leave_out("name", path, str(error))
 
-    def _inside(self, recorded: object) -> Path | None:
+    def _find_inside(self, recorded: object) -> Path | None:
         """Return the file of a recorded path if it is in this directory.
 
         The path is absolute, or relative to the working directory of the program that wrote the index.
@@ -191,7 +192,7 @@ class OldCache:
                 found[digest_of(_read(path))] = path
         return found
 
-    def child(self, blob: Descriptor) -> bytes | None:
+    def read_child(self, blob: Descriptor) -> bytes | None:
         """Return the bytes of an index's child, or None if it is missing or invalid.
 
         The child may be stored only in ``manifests/``.
@@ -221,7 +222,7 @@ class OldCache:
             raise DigestMismatch(f"the manifest should have digest {name.digest}, and has {digest}")
         media_type = oci.manifest_media_type(data)
         root = oci.root(digest, len(data), media_type)
-        closure = list(oci.walk(root, lambda blob: data if blob is root else self.child(blob)))
+        closure = list(oci.walk(root, lambda blob: data if blob is root else self.read_child(blob)))
         attached = read_blobs(self.entries.get(name, {}))
         for blob in closure:
             attached.pop(blob.digest, None)
@@ -237,7 +238,7 @@ class OldImage(NamedTuple):
     digest: Digest
     media_type: str
     closure: list[Descriptor]
-    wanted: list[Digest]  # its blobs without the manifest
+    wanted: list[Digest]  # its blobs except the manifest
     attached: dict[Digest, dict[str, Any]]  # the index entries of its blobs that no manifest references
 
 
@@ -288,7 +289,7 @@ def _read(path: Path | str, limit: int = DOCUMENT_LIMIT) -> bytes:
 
 
 def is_good(directory: Path, digest: Digest) -> bool:
-    """Read a blob of this cache and return whether it matches its digest."""
+    """Return whether a blob of this cache matches its digest, which reads all of it."""
     try:
         with reader.open_blob(directory, digest) as file, os_errors("read a blob"):
             writer.receive(file, None, digest=digest)
@@ -297,7 +298,7 @@ def is_good(directory: Path, digest: Digest) -> bool:
     return True
 
 
-def _name(repository: object, reference: object) -> Name:
+def _parse_name(repository: object, reference: object) -> Name:
     if not isinstance(repository, str) or not isinstance(reference, str):
         raise InvalidName(f"{shorten(repository)} and {shorten(reference)} do not form a name")
     return Name.parse(Name(repository, reference))

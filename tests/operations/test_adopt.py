@@ -509,7 +509,7 @@ def test_two_adopt_at_once(directory: Path, old: Path) -> None:
 def test_what_is_removed_and_collected_meanwhile_comes_again(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adopt, "_TOGETHER", 1)
+    monkeypatch.setattr(adopt, "_BATCH", 1)
     save = adopt._Adopter._save
 
     def saved(self: Any, connection: Any, part: Any) -> None:
@@ -537,7 +537,7 @@ def test_what_is_removed_and_collected_meanwhile_comes_again(
 def test_a_failure_leaves_what_was_done_and_nothing_half_done(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adopt, "_TOGETHER", 1)
+    monkeypatch.setattr(adopt, "_BATCH", 1)
     receive, bring, first = adopt._Adopter._receive, adopt._Adopter._adopt_part, threading.Event()
 
     def brought(self: Any, part: Any, *arguments: Any) -> None:
@@ -571,7 +571,7 @@ def test_progress_comes_to_the_bytes_of_all_blobs(cache: Cache, old: Path) -> No
 def test_a_blob_that_two_parts_read_at_once_counts_once(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adopt, "_TOGETHER", 1)
+    monkeypatch.setattr(adopt, "_BATCH", 1)
     receive, both = adopt._Adopter._receive, threading.Barrier(2, timeout=60)
     shared = make.digest_of(FIRST.layers[0])
 

@@ -587,7 +587,7 @@ def test_configs_are_read_without_the_write_lock(old: Path, monkeypatch: pytest.
 
 
 def test_large_configs_are_written_in_transactions_of_their_own(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upgrade, "_BATCH_SIZE", 1)
+    monkeypatch.setattr(upgrade, "_BATCH_BYTES", 1)
     told: list[int] = []
     upgrade.upgrade(old, progress=lambda what, done, _: told.append(done) if what == "reading configs" else None)
     assert told == [1, 2, 3, 4, 5, 6, 7, 7]

@@ -1,1 +1,1 @@
-"""Image archives: tars, folders and streams, read and written."""
+"""Read and write image archives: tars, folders and streams."""

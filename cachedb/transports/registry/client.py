@@ -47,9 +47,9 @@ _TIMEOUT = Timeout(connect=10, read=60)  # seconds; `read` applies to each read 
 _BODY_TIMEOUT = Timeout(connect=60, read=600)  # a registry may take long to store a body
 _FIRST_PAUSE_SECONDS = 0.5  # before the first retry; it doubles each time, and a longer Retry-After is respected
 _MAX_PAUSE_SECONDS = 60.0  # a registry that asks for more time counts as unavailable
-_REDIRECTS = 5
+_MAX_REDIRECTS = 5
 _POLL_SECONDS = 0.05  # between checks for a stop
-_CONNECTIONS = 16  # kept open to one host
+_MAX_CONNECTIONS = 16  # kept open to one host
 _TOKEN_LIMIT = 1024 * 1024  # bytes
 _RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 _CHALLENGE = re.compile(r'\b(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
@@ -63,15 +63,15 @@ Body = bytes | str | Iterable[bytes]
 class Client:
     """HTTP client for one repository; safe to use from several threads."""
 
-    def __init__(self, where: Place, authfile: str | os.PathLike[str] | None, *, push: bool = False) -> None:
+    def __init__(self, place: Place, authfile: str | os.PathLike[str] | None, *, push: bool = False) -> None:
         """Create a client without sending anything.
 
         Args:
-            where: the place of the repository.
+            place: the place of the repository.
             authfile: a file of credentials; None for the usual files.
             push: request tokens with write access from the start.
         """
-        self.place = where
+        self.place = place
         self._authfile, self._push = authfile, push
         self._guard, self._authorizing = threading.RLock(), threading.RLock()
         self._pools: dict[tuple[bool, str | None, str | None], urllib3.PoolManager] = {}
@@ -133,7 +133,7 @@ class Client:
         body: Body | None = None,
         failed: int | None = None,
     ) -> urllib3.BaseHTTPResponse:
-        """Send a request, and retry after a pause if the failure may pass.
+        """Send a request, and retry after a pause if the failure may be temporary.
 
         Args:
             method: the HTTP method.
@@ -141,7 +141,7 @@ class Client:
             what: what errors call the requested thing.
             headers: the headers of the request.
             good: the expected statuses.
-            token: the request is for a token; it has its own credentials, which must not be redirected.
+            token: whether the request is for a token; it has its own credentials, which must not be redirected.
             body: the body of the request.
             failed: for a request that must not be repeated unchanged: the number of earlier failures. After a failure
                 this pauses and raises instead of retrying.
@@ -150,12 +150,12 @@ class Client:
             RegistryUnavailable: if the registry is unreachable or overloaded.
             RegistryError: if the registry refuses the request, or does not have the requested thing.
         """
-        tries, asked = failed or 0, token
+        tries, has_asked = failed or 0, token
         while True:
             tries += 1
             sent = self._authorization
             try:
-                response, ours = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
+                response, is_ours = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
             except HTTPError as error:
                 if tries == TRIES or _is_final(error):
                     raise self._unreachable(error) from None  # urllib3's error may contain credentials
@@ -167,8 +167,8 @@ class Client:
                 return response
             with response:
                 # Only the registry itself may name a token server, not the target of a redirect.
-                if response.status == 401 and ours and not asked and tries < TRIES:
-                    asked = self._authorize(response, sent)
+                if response.status == 401 and is_ours and not has_asked and tries < TRIES:
+                    has_asked = self._authorize(response, sent)
                     continue
                 if response.status not in _RETRY_STATUSES or tries == TRIES or not self.pause(tries, response):
                     raise self.refusal(what, response)
@@ -185,13 +185,13 @@ class Client:
         *,
         redirects: bool,
     ) -> tuple[urllib3.BaseHTTPResponse, bool]:
-        """Send a request and follow redirects; return the answer, and whether it comes from the registry itself."""
-        for _ in range(_REDIRECTS + 1):
+        """Send a request and follow redirects; return the answer and whether the registry itself sent it."""
+        for _ in range(_MAX_REDIRECTS + 1):
             if self._stopped.is_set():
                 raise CacheError("cancelled: another transfer failed")
-            ours = _origin(url) == _origin(self.place.url)
-            secret = {"Authorization": authorization} if authorization and ours else {}
-            response = self._pool(url, ours=ours).request(
+            is_ours = _origin(url) == _origin(self.place.url)
+            secret = {"Authorization": authorization} if authorization and is_ours else {}
+            response = self._pool(url, is_ours=is_ours).request(
                 method,
                 url,
                 body=body,
@@ -205,10 +205,10 @@ class Client:
             if not location or not redirects:
                 with suppress(KeyError, ValueError):  # Location is relative to the URL that answered
                     response.headers["Location"] = urljoin(url, response.headers["Location"])
-                return response, ours
+                return response, is_ours
             response.close()
             url = self.follow(url, location)
-        raise RegistryError(f"{self.place.registry} redirects more than {_REDIRECTS} times")
+        raise RegistryError(f"{self.place.registry} redirects more than {_MAX_REDIRECTS} times")
 
     def follow(self, url: str, location: str) -> str:
         """Return the absolute URL of a Location header.
@@ -242,27 +242,29 @@ class Client:
         _sleep(seconds, self._stopped)
         return True
 
-    def _pool(self, url: str, *, ours: bool) -> urllib3.PoolManager:
+    def _pool(self, url: str, *, is_ours: bool) -> urllib3.PoolManager:
         """Return the connection pool for a URL, through a proxy if the environment sets one."""
         parts = parse_url(url)
         proxy = None if proxy_bypass(parts.host or "") else getproxies().get(parts.scheme or "")
-        key = ours, parts.scheme, proxy
+        key = is_ours, parts.scheme, proxy
         with self._guard:
             if key not in self._pools:
-                context = make_tls_context(self.place.registry if ours else None) if parts.scheme == "https" else None
+                context = (
+                    make_tls_context(self.place.registry if is_ours else None) if parts.scheme == "https" else None
+                )
                 if proxy:
                     login = _proxy_headers(proxy)
                     pool: urllib3.PoolManager = urllib3.ProxyManager(
-                        proxy, proxy_headers=login, maxsize=_CONNECTIONS, ssl_context=context
+                        proxy, proxy_headers=login, maxsize=_MAX_CONNECTIONS, ssl_context=context
                     )
                 else:
-                    pool = urllib3.PoolManager(maxsize=_CONNECTIONS, ssl_context=context)
+                    pool = urllib3.PoolManager(maxsize=_MAX_CONNECTIONS, ssl_context=context)
                 pool.pool_classes_by_scheme = self._pool_classes
                 self._pools[key] = pool
             return self._pools[key]
 
     def _authorize(self, response: urllib3.BaseHTTPResponse, sent: str) -> bool:
-        """Get the authorization that a challenge asks for; return False if another thread has got it meanwhile."""
+        """Get the authorization for a challenge; return False if another thread got it meanwhile."""
         challenges = [text.strip().partition(" ") for text in response.headers.getlist("WWW-Authenticate")]
         known = {scheme.lower(): rest for scheme, _, rest in challenges}
         with self._authorizing:
@@ -288,10 +290,12 @@ class Client:
         if scheme not in ("http", "https") or (self.place.url.startswith("https:") and scheme != "https"):
             raise RegistryError(f"{self.place.registry} has the token server {shorten(realm)}, which is not HTTPS")
         query = {"service": challenge.get("service", "")}
-        ours = f"repository:{self.place.repository}:pull"
-        scopes = (challenge.get("scope") or ours).split()
+        read_scope = f"repository:{self.place.repository}:pull"
+        scopes = (challenge.get("scope") or read_scope).split()
         # Some registries refuse a read token for a repository that does not exist, but create it for a write token.
-        query["scope"] = " ".join(f"{ours},push" if self._push and scope == ours else scope for scope in scopes)
+        query["scope"] = " ".join(
+            f"{read_scope},push" if self._push and scope == read_scope else scope for scope in scopes
+        )
         login, headers, body = self._login(), {}, None
         if login and login.identity_token:
             form = {**query, "grant_type": "refresh_token", "client_id": "cachedb"}
@@ -324,7 +328,7 @@ class Client:
         return RegistryUnavailable(f"{host} cannot be reached: {one_line(reason)}")
 
     def refusal(self, what: str, response: urllib3.BaseHTTPResponse) -> RegistryError:
-        """Return the error for an answer with an unexpected status."""
+        """Return the error for an answer with an unexpected status; ``what`` names the requested thing."""
         host, detail = self.place.registry, f"{response.status}{_error_detail(response)}"
         if response.status in (401, 403):
             return RegistryError(
@@ -345,7 +349,7 @@ class Client:
 def _pool_classes(
     connect: Callable[[HTTPConnection, Callable[[], None]], None],
 ) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return urllib3 pool classes, by scheme, whose connections call ``connect`` with their own connect method."""
+    """Return urllib3 pool classes by scheme; their connections pass their connect method to ``connect``."""
 
     class Plain(HTTPConnection):
         def connect(self) -> None:
@@ -439,7 +443,10 @@ def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> byte
 
 
 def _error_detail(response: urllib3.BaseHTTPResponse) -> str:
-    """Return the code and message of an error answer (distribution specification, "Error Codes") on one line."""
+    """Return the code and message of an error answer on one line, or an empty string.
+
+    The distribution specification defines them in "Error Codes".
+    """
     try:
         document = json.loads(response.read(_TOKEN_LIMIT, decode_content=False))
         error = document["errors"][0]
@@ -449,7 +456,7 @@ def _error_detail(response: urllib3.BaseHTTPResponse) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return untrusted text on one line, at most 200 characters, without the object reprs of urllib3's errors."""
+    """Return untrusted text on one line of at most 200 characters, without urllib3's object reprs."""
     if isinstance(text, (ProtocolError, ProxyError)) and len(text.args) == 2:
         what, cause = text.args
         text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {one_line(cause)}"

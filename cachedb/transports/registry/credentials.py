@@ -28,7 +28,7 @@ __all__ = ["Credentials", "find"]
 
 _FILE_LIMIT = 1024 * 1024  # bytes
 _ANSWER_LIMIT = 64 * 1024  # bytes that a helper may write; a token has a few thousand
-_TIMEOUT = 30.0  # seconds that a helper may take
+_TIMEOUT_SECONDS = 30.0  # for a helper
 _POLL_SECONDS = 0.1  # between checks for a stop
 _HELPER = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _NOT_FOUND = b"credentials not found in native keychain"
@@ -66,7 +66,7 @@ def find(
     Raises:
         RegistryError: if a file is invalid, a given file does not exist, or a helper fails.
     """
-    registry, stopped = _host(registry), stopped or threading.Event()
+    registry, stopped = _parse_registry(registry), stopped or threading.Event()
     named = authfile or os.environ.get("REGISTRY_AUTH_FILE")
     for file in [os.fspath(named)] if named else _usual_files():
         document = _load(file)
@@ -121,7 +121,7 @@ def _look_up(
     document: dict[str, Any], registry: str, repository: str, file: str, stopped: threading.Event
 ) -> Credentials | None:
     """Return the credentials in one file: from the registry's helper, the default helper, or the entries."""
-    helper = _entry(document.get("credHelpers") or {}, registry)
+    helper = _find_entry(document.get("credHelpers") or {}, registry)
     if helper:  # like Docker and containers/image, ignore the entries even if the helper has no credentials
         return _ask_helper(helper, registry, file, stopped)
     store = document.get("credsStore")
@@ -129,22 +129,25 @@ def _look_up(
     found = _ask_helper(store, registry, file, stopped) if store and helper is None else None
     if found is not None:
         return found
-    entry = _entry(document.get("auths") or {}, registry, repository)
+    entry = _find_entry(document.get("auths") or {}, registry, repository)
     return _decode(entry, registry, file) if entry else None
 
 
-def _entry(table: dict[str, Any], registry: str, repository: str = "") -> Any:  # noqa: ANN401 - any JSON value
-    """Return the value of the most specific key, or of a key that is another spelling of the registry, or None."""
+def _find_entry(table: dict[str, Any], registry: str, repository: str = "") -> Any:  # noqa: ANN401 - any JSON value
+    """Return the value of the most specific key, or of another spelling of the registry, or None."""
     key = f"{registry}/{repository}"
     while key:
         if key in table:
             return table[key]
         key = key.rpartition("/")[0]
-    return next((table[key] for key in table if _host(key) == registry), None)
+    return next((table[key] for key in table if _parse_registry(key) == registry), None)
 
 
-def _host(key: str) -> str:
-    """Return the registry of a key; the path of a URL is dropped, but any other path is a namespace and stays."""
+def _parse_registry(key: str) -> str:
+    """Return the registry of a key.
+
+    The path of a URL is dropped. Any other path is a namespace, and stays.
+    """
     rest = key.removeprefix("http://").removeprefix("https://")
     host = rest if rest == key else rest.partition("/")[0]
     return _HUB if host in _HUB_HOSTS else host
@@ -166,10 +169,10 @@ def _decode(entry: object, registry: str, file: str) -> Credentials | None:
         username, colon, password = pair.partition(":")
         if not colon:
             raise RegistryError(f'{what} has an "auth" that is not user:password in base64: log in again')
-    return _unless_empty(Credentials(username, password.strip("\0"), identity_token))  # Docker once wrote NULs
+    return _none_if_empty(Credentials(username, password.strip("\0"), identity_token))  # Docker once wrote NULs
 
 
-def _unless_empty(credentials: Credentials) -> Credentials | None:
+def _none_if_empty(credentials: Credentials) -> Credentials | None:
     return credentials if any(credentials) else None
 
 
@@ -190,12 +193,12 @@ def _ask_helper(helper: object, registry: str, file: str, stopped: threading.Eve
     username, secret = document.get("Username"), document.get("Secret")
     if not isinstance(username, str) or not isinstance(secret, str):
         raise RegistryError(f"{program} did not answer with credentials: update or replace it")
-    return _unless_empty(Credentials("", "", secret) if username == "<token>" else Credentials(username, secret, ""))
+    return _none_if_empty(Credentials("", "", secret) if username == "<token>" else Credentials(username, secret, ""))
 
 
 def _run_helper(program: str, server: str, file: str, stopped: threading.Event) -> tuple[int, bytes]:
     """Run a helper with the server as its input; return its exit code and its output."""
-    deadline = time.monotonic() + _TIMEOUT
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
     pipe = subprocess.PIPE
     try:  # in its own session, so that its child processes can be killed with it
         process = subprocess.Popen(  # noqa: S603 - no shell, and the user's own file names it
@@ -218,14 +221,14 @@ def _run_helper(program: str, server: str, file: str, stopped: threading.Event) 
                     if stopped.is_set():
                         raise CacheError(f"cancelled: {program} is no longer needed")
                     if time.monotonic() > deadline:
-                        raise subprocess.TimeoutExpired(program, _TIMEOUT)
+                        raise subprocess.TimeoutExpired(program, _TIMEOUT_SECONDS)
                 chunk = process.stdout.read(_ANSWER_LIMIT)
                 if not chunk:
                     return process.wait(max(0.0, deadline - time.monotonic())), answer
                 answer += chunk
             raise RegistryError(f"{program} wrote over {_ANSWER_LIMIT} bytes: update or replace it")
         except subprocess.TimeoutExpired:
-            what = f"{program} gave no answer in {_TIMEOUT:g} seconds"
+            what = f"{program} gave no answer in {_TIMEOUT_SECONDS:g} seconds"
             raise RegistryError(f"{what}: unlock its key store and try again") from None
         finally:
             if process.returncode is None:

@@ -6,9 +6,7 @@ import os
 import re
 from typing import Final, NamedTuple
 
-from cachedb.errors import (
-    InvalidName,
-)
+from cachedb.errors import InvalidName
 from cachedb.oci.names import Name
 from cachedb.text import shorten
 
@@ -54,9 +52,10 @@ def _has_valid_port(host: str) -> bool:
 
 
 def mirrors(name: Name) -> list[Place]:
-    """Return the mirrors of a name from ``CACHEDB_MIRRORS``: entries ``REGISTRY=MIRROR``, separated by spaces.
+    """Return the mirrors of a name that ``CACHEDB_MIRRORS`` lists.
 
-    A mirror is ``[http://]host[:port][/prefix]``. It is used like a registry, with the prefix before the repository.
+    Its entries are ``REGISTRY=MIRROR``, separated by spaces. A mirror is ``[http://]host[:port][/prefix]``. It is used
+    like a registry, with the prefix before the repository.
 
     Raises:
         InvalidName: if the variable has an invalid entry.

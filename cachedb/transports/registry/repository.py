@@ -1,4 +1,7 @@
-"""Read from and write to a repository (OCI distribution specification v1.1 and Docker registry API v2)."""
+"""Read from and write to a repository at a registry.
+
+This follows the OCI distribution specification v1.1 and the Docker registry API v2.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,10 @@ __all__ = ["Blob", "Fetched", "Repository"]
 
 _MIN_BYTES_PER_SECOND = 1024  # over a minute; a slower download has stalled
 _MINUTE = 60.0  # seconds
-_LOOK_SECONDS = 5.0  # between two calls of `look`
+_LOOK_SECONDS = 5.0  # between two calls of a download's `look`
 _CHUNK_BYTES = 16 * 1024 * 1024  # the size of a chunk of an upload
 _WRITE_BYTES = 256 * 1024  # written at once, small enough for the timeout of a slow network
-_MAX_REFERRERS = 1000  # accepted for one manifest
+_MAX_REFERRERS = 1000  # of one manifest
 _NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')  # RFC 8288
 _TYPES = MANIFEST_TYPES | INDEX_TYPES
 _ACCEPTED = {"Accept": ", ".join(sorted(_TYPES))}
@@ -58,16 +61,16 @@ class Fetched(NamedTuple):
 class Repository:
     """A repository at a registry; safe to use from several threads."""
 
-    def __init__(self, where: Place, *, authfile: str | os.PathLike[str] | None = None, push: bool = False) -> None:
+    def __init__(self, place: Place, *, authfile: str | os.PathLike[str] | None = None, push: bool = False) -> None:
         """Create a repository without sending anything.
 
         Args:
-            where: the place of the repository.
+            place: the place of the repository.
             authfile: a file of credentials; None for the usual files.
             push: whether the repository will be written to.
         """
-        self.place = where
-        self._client = Client(where, authfile, push=push)
+        self.place = place
+        self._client = Client(place, authfile, push=push)
 
     def close(self) -> None:
         """Close all connections."""
@@ -161,7 +164,7 @@ class Repository:
 
     def _referrers_index(self, digest: Digest) -> bytes:
         """Return the index under the referrers tag, for a registry without the API ("Referrers Tag Schema")."""
-        url, what = self._url(f"manifests/{_tag_of(digest)}"), f"referrers of {digest}"
+        url, what = self._url(f"manifests/{_referrers_tag(digest)}"), f"referrers of {digest}"
         with drained(self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 404))) as response:
             if response.status == 404:
                 return b'{"schemaVersion":2,"mediaType":"%s","manifests":[]}' % OCI_INDEX.encode()
@@ -183,7 +186,7 @@ class Repository:
     def mount(self, digest: Digest, source: str) -> bool:
         """Mount a blob from another repository of the registry ("Mounting a blob"); return whether it worked."""
         url = with_query(self._url("blobs/uploads/"), {"mount": digest, "from": source})
-        with suppress(RegistryError):  # the source may be unreadable, or the upload not cancellable: then upload it
+        with suppress(RegistryError):  # if mounting or cancelling fails, the caller uploads the blob
             with drained(
                 self._client.request("POST", url, f"blob {digest} of {source}", {}, good=(201, 202))
             ) as response:
@@ -208,25 +211,25 @@ class Repository:
             RegistryError: if the registry does not accept the blob.
         """
         what = f"upload of blob {digest}"
-        checked = _Checked(file, digest, size)
-        location, sent, furthest, failed, whole, chunk = None, 0, 0, 0, True, _CHUNK_BYTES
+        checked = _VerifiedFile(file, digest, size)
+        location, sent, furthest, failed, is_whole, chunk = None, 0, 0, 0, True, _CHUNK_BYTES
         while True:
             if location is None:
                 advance(-sent)
-                (location, least), sent = self._begin_upload(), 0
-                chunk = max(chunk, least)
-            body = _Part(checked, sent, size - sent if whole else min(chunk, size - sent), advance)
-            last = whole or not body.size
+                (location, min_chunk), sent = self._begin_upload(), 0
+                chunk = max(chunk, min_chunk)
+            body = _Part(checked, sent, size - sent if is_whole else min(chunk, size - sent), advance)
+            is_last = is_whole or not body.size
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(body.size)}
-            if not last:
+            if not is_last:
                 headers["Content-Range"] = f"{sent}-{sent + body.size - 1}"
-            method, url = ("PUT", with_query(location, {"digest": digest})) if last else ("PATCH", location)
-            good = (201 if last else 202, 400, 404, 413, 416)
+            method, url = ("PUT", with_query(location, {"digest": digest})) if is_last else ("PATCH", location)
+            good = (201 if is_last else 202, 400, 404, 413, 416)
             try:
                 response = self._client.request(method, url, what, headers, good=good, body=body, failed=failed)
             except RegistryUnavailable:
                 body.take_back()
-                failed, whole = failed + 1, False
+                failed, is_whole = failed + 1, False
                 if failed == TRIES:
                     raise
                 before, (location, sent) = sent, self._upload_so_far(location, size)
@@ -244,9 +247,9 @@ class Repository:
                 if response.status == 400:
                     raise self._client.refusal(what, response)
                 body.take_back()
-                if response.status == 413 and not whole:
+                if response.status == 413 and not is_whole:
                     chunk //= 4
-                failed, whole, location = failed + 1, False, None  # the upload is lost, or the chunk was too large
+                failed, is_whole, location = failed + 1, False, None  # the upload is lost, or its body was too large
                 if failed == TRIES:
                     raise self._client.refusal(what, response)
 
@@ -294,7 +297,7 @@ class Repository:
         with drained(self._client.request("PUT", url, what, headers, good=(200, 201, 202), body=data)) as response:
             stored, is_listed = _digest_header(response.headers), "OCI-Subject" in response.headers
             if response.status == 200 and stored is None:
-                raise self._client.refusal(what, response)  # the login page of a network answers like this
+                raise self._client.refusal(what, response)  # the login page of a network gives such an answer
         if stored is not None and stored != digest_of(data, stored):
             raise RegistryError(f"{self.place.registry} stored {what} as {stored}, which is not its digest")
         return is_listed
@@ -307,21 +310,21 @@ class Repository:
         config = document.get("config")
         kind = document.get("artifactType") or (config.get("mediaType") if isinstance(config, dict) else None)
         entry = {"mediaType": media_type, "digest": digest, "size": len(data)}
-        more = {"artifactType": kind, "annotations": document.get("annotations")}
+        optional = {"artifactType": kind, "annotations": document.get("annotations")}
         index = load_json(listed, "the index")
-        entry |= {key: value for key, value in more.items() if value}
+        entry |= {key: value for key, value in optional.items() if value}
         others = index["manifests"]
         try:
             self._put_referrers_index(subject, index | {"manifests": [*others, entry]})
         except RegistryError:  # the registry may refuse an index with deleted referrers: leave them out
-            there = [other for other in others if self.has("manifests", other["digest"])]
-            if there == others:
+            existing = [other for other in others if self.has("manifests", other["digest"])]
+            if existing == others:
                 raise
-            self._put_referrers_index(subject, index | {"manifests": [*there, entry]})
+            self._put_referrers_index(subject, index | {"manifests": [*existing, entry]})
 
     def _put_referrers_index(self, subject: Digest, index: dict[str, Any]) -> None:
-        # Not with put_manifest: it would recurse if the index itself had a subject.
-        self._put(_tag_of(subject), OCI_INDEX, json.dumps(index).encode())
+        # `put_manifest` would recurse if the index itself had a subject.
+        self._put(_referrers_tag(subject), OCI_INDEX, json.dumps(index).encode())
 
     def _url(self, path: str) -> str:
         return f"{self.place.url}/v2/{self.place.repository}/{path}"
@@ -342,9 +345,9 @@ class Blob:
         look: Callable[[bool], object] = lambda _: None,
     ) -> None:
         self._repository, self._digest, self._size, self._at = repository, digest, size, offset
-        self._look, self._looked, self._since_look = look, time.monotonic(), 0  # bytes since the last look
+        self._look, self._looked, self._since_look = look, time.monotonic(), 0  # the last call, and the bytes since
         self._response: urllib3.BaseHTTPResponse | None = None
-        self._failed, self._since, self._had = 0, time.monotonic(), 0
+        self._failed, self._since, self._received = 0, time.monotonic(), 0  # bytes since then
 
     def close(self) -> None:
         """Release the connection."""
@@ -385,7 +388,7 @@ class Blob:
 
     def _open(self) -> None:
         self._response, begins = self._repository.open_blob(self._digest, self._at)
-        while begins < self._at:  # the registry ignores ranges: skip what we have
+        while begins < self._at:  # the registry ignores ranges: skip the bytes that we have
             data = self._response.read1(min(CHUNK, self._at - begins), decode_content=False)
             if not data:
                 raise HTTPError("it ended too early")
@@ -393,23 +396,23 @@ class Blob:
             self._since = time.monotonic()  # skipping is not a stall
 
     def _check_speed(self, count: int) -> None:
-        """Count the bytes of the last minute; raise if they are too few, and forget earlier failures if enough came."""
-        self._had += count
+        """Count received bytes; raise if a minute brings too few, and reset the failures if enough came."""
+        self._received += count
         self._since_look += count
         now = time.monotonic()
         if now - self._looked >= _LOOK_SECONDS:
             is_fast = self._since_look >= _MIN_BYTES_PER_SECOND * (now - self._looked)
             self._looked, self._since_look = now, 0
             self._look(is_fast)
-        if self._had > _MIN_BYTES_PER_SECOND * _MINUTE:
-            self._failed, self._since, self._had = 0, now, 0
+        if self._received > _MIN_BYTES_PER_SECOND * _MINUTE:
+            self._failed, self._since, self._received = 0, now, 0
         elif now - self._since > _MINUTE:
-            self._since, self._had = now, 0
-            raise HTTPError(f"less than {_MIN_BYTES_PER_SECOND} bytes a second came")
+            self._since, self._received = now, 0
+            raise HTTPError(f"it is slower than {_MIN_BYTES_PER_SECOND} bytes per second")
 
 
-class _Checked:
-    """The file of a blob, read in parts; its last bytes are returned only if the whole digest matches."""
+class _VerifiedFile:
+    """File of a blob, read in parts; its last bytes are returned only if the whole digest matches."""
 
     def __init__(self, file: BinaryIO, digest: Digest, size: int) -> None:
         self._file, self._digest, self._size = file, digest, size
@@ -438,7 +441,7 @@ class _Checked:
         return data
 
     def _hash(self, start: int, data: bytes) -> None:
-        """Hash the bytes that were not hashed before; bytes that are sent again were."""
+        """Hash those bytes that were not hashed before; bytes that are sent again were."""
         new = memoryview(data)[max(self._hashed - start, 0) :]
         self._hasher.update(new)
         self._hashed += len(new)
@@ -450,9 +453,9 @@ class _Checked:
 
 
 class _Part:
-    """A part of a file as a request body; each iteration starts at its beginning."""
+    """Part of a file as a request body; each iteration starts at its beginning."""
 
-    def __init__(self, file: _Checked, start: int, size: int, advance: Advance) -> None:
+    def __init__(self, file: _VerifiedFile, start: int, size: int, advance: Advance) -> None:
         self.size = size
         self._file, self._start, self._advance, self._sent = file, start, advance, 0
 
@@ -470,7 +473,7 @@ class _Part:
             self._advance(len(data))
 
 
-def _tag_of(digest: Digest) -> str:
+def _referrers_tag(digest: Digest) -> str:
     """Return the referrers tag of a manifest (distribution specification, "Referrers Tag Schema")."""
     algorithm, encoded = split_digest(digest)
     return f"{algorithm}-{encoded[:64]}"

@@ -29,7 +29,7 @@ def advise_on_tls(host: str, error: SSLError) -> str:
 
 
 def make_tls_context(registry: str | None) -> ssl.SSLContext:
-    """Return a TLS context that trusts the system's certificates and those podman and Docker use for a registry."""
+    """Return a TLS context with the system's certificates and those of podman and Docker for a registry."""
     context = ssl.create_default_context()
     for top in _CERTIFICATES if registry else ():
         folder = Path(top).expanduser() / str(registry)

@@ -354,7 +354,7 @@ def test_a_helper_that_fails_is_named_and_what_it_wrote_is_not_shown(
     helper("x", script)
     docker(home, {"credsStore": "x", "auths": {REGISTRY: entry("auths")}})
     if "no answer" in message:
-        monkeypatch.setattr(credentials, "_TIMEOUT", 0.5)
+        monkeypatch.setattr(credentials, "_TIMEOUT_SECONDS", 0.5)
     with caplog.at_level(logging.DEBUG), pytest.raises(RegistryError, match=message) as caught:
         find(REGISTRY, "app")
     shown = everything_of(caught.value) + caplog.text + "".join(capfd.readouterr())
