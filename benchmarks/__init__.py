@@ -1,1 +1,1 @@
-"""cachedb measured beside its peers and beside what the machine can do: `python -m benchmarks`."""
+"""Compare cachedb with its peers and with the limits of the machine: `python -m benchmarks`."""

@@ -1,11 +1,11 @@
-"""cachedb measured beside every peer that is installed, and beside what the machine can do, in one run.
+"""Compare cachedb with every installed peer and with the limits of the machine, in one run.
 
 python -m benchmarks [--quick] [--only WORD ...] [--rounds N] [--images N] [--archive FILE] [--directory DIR]
 
-Prints a table for each section: medians, spread, CPU seconds, the memory of the largest process, and ratios to
-works of the same run; beside a ratio stands what is wanted of it. Works take turns. Images are made of the machine's
-own files, or are the one in --archive. About an hour and 10 GB of disk; --quick takes some minutes, with smaller
-images and caches.
+This prints a table for each section: medians, spread, CPU seconds, the memory of the largest process, and ratios to
+works of the same run. A target, if there is one, follows its ratio. Works take turns. The image is made of the
+machine's own files, or comes from --archive. A run takes about an hour and 10 GB of disk. --quick takes some minutes,
+with smaller images and caches.
 """
 
 from __future__ import annotations
@@ -43,21 +43,25 @@ SECTIONS: dict[str, Callable[[Plan], None]] = {
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the arguments, run the sections, and print their tables."""
     words = ", ".join(SECTIONS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller images and caches, and one round")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help=f"sections whose name has one of the words: {words}")
-    parser.add_argument("--rounds", type=int, help="how often each work is done (5; with --quick 1)")
-    parser.add_argument("--images", type=int, help="of the largest cache (100000; with --quick 1000)")
-    parser.add_argument("--archive", type=Path, help="an image to measure with, instead of one that is made")
-    parser.add_argument("--directory", type=Path, help="where to work; its file system is what is measured")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help=f"only sections whose name contains one of the words: {words}"
+    )
+    parser.add_argument("--rounds", type=int, help="number of times that each work runs (5; with --quick 1)")
+    parser.add_argument("--images", type=int, help="images in the largest cache (100000; with --quick 1000)")
+    parser.add_argument(
+        "--archive", type=Path, help="archive of the image to measure with; the default is a made image"
+    )
+    parser.add_argument("--directory", type=Path, help="folder to work in; the benchmark measures its file system")
     options = parser.parse_args()
     chosen = [name for name in SECTIONS if not options.only or any(word in name for word in options.only)]
     if not chosen:
-        parser.error(f"there is no section of that name: they are {words}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the end of the block, that cleans up
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode; a checkout gets it here
+        parser.error(f"no section matches {' '.join(options.only)!r}: use a word from {words}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the `with` block cleans up
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # let a checkout have bytecode, as an installed package has
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cachedb-benchmarks-", dir=options.directory) as folder:
         plan = Plan(
@@ -72,9 +76,7 @@ def main() -> None:
         for name in chosen:
             print(f"## {name}\n", flush=True)
             SECTIONS[name](plan)
-        print(
-            f"All of it took {(time.monotonic() - began) / 60:.0f} minutes; load at its end {os.getloadavg()[0]:.1f}."
-        )
+        print(f"The run took {(time.monotonic() - began) / 60:.0f} minutes; load at the end {os.getloadavg()[0]:.1f}.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The adoption of an `index.json` cache, beside a bare loop that copies the same files, durably, and `cp`.
+"""Compare the adoption of an `index.json` cache with `cp`, and with a bare loop that copies the files with fsync.
 
-Each image has a manifest, a config and two layers of its own, and eight layers of 200 that all images share.
+Each image has its own manifest, config and two layers. It also has eight of 200 layers that all images share.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from cachedb.operations.adopt import How
 
 
 def adopt(plan: Plan) -> None:
-    """Adopt once in each way, after the loop: it is long, and what is moved is gone."""
+    """Adopt once in each way: an adoption takes long, and `adopt --move` deletes the source, so it runs last."""
     place, images = plan.folder("adopt"), min(plan.images // 2, 10_000)
     old = place / ".cache"
-    in_child(_make, old, images)
+    in_child(_write_json_cache, old, images)
     count = size(old)
     print(f"{images} images, {len(files(old))} files, {count / 1e6:.0f} MB.\n")
-    bare = Work("the loop", "hash, write, fsync and rename", lambda: in_child(_loop, old, place / "loop"), count)
+    bare = Work("the loop", "hash, write, fsync and rename", lambda: in_child(_copy_files, old, place / "loop"), count)
 
     def work(what: str, runner: str, action: Callable[[], Cost]) -> Work:
         return Work(what, runner, action, count, [times(bare)])
@@ -46,7 +46,7 @@ def adopt(plan: Plan) -> None:
     shutil.rmtree(place)
 
 
-def _make(directory: Path, images: int) -> None:
+def _write_json_cache(directory: Path, images: int) -> None:
     chosen = random.Random(1)
     blobs = directory / "blobs" / "sha256"
     blobs.mkdir(parents=True)
@@ -68,7 +68,7 @@ def _make(directory: Path, images: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(json.dumps(manifest).encode())
         entries = {
-            str(item["digest"]): json_blob(str(item["digest"]), len_of(item), item is config)
+            str(item["digest"]): json_blob(str(item["digest"]), _size_of(item), item is config)
             for item in (config, *layers)
         }
         index[f"{repository}/{reference}"] = {
@@ -78,25 +78,24 @@ def _make(directory: Path, images: int) -> None:
     (directory / "index.json").write_text(json.dumps(index))
 
 
-def len_of(descriptor: dict[str, object]) -> int:
-    """Return the size that a descriptor has."""
+def _size_of(descriptor: dict[str, object]) -> int:
     found = descriptor["size"]
     assert isinstance(found, int)
     return found
 
 
-def _loop(source: Path, target: Path) -> Cost:
+def _copy_files(source: Path, target: Path) -> Cost:
     """Read, hash, write, fsync and rename each file, one after the other."""
 
     def write() -> None:
         for path in files(source):
             data = path.read_bytes()
             new = target / hashlib.sha256(data).hexdigest()
-            with new.with_suffix(".half").open("wb") as file:
+            with new.with_suffix(".part").open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            new.with_suffix(".half").rename(new)
+            new.with_suffix(".part").rename(new)
 
     target.mkdir()
     return cost(write)

@@ -1,4 +1,4 @@
-"""Archives and layouts: import, export, verify, and eight processes that import at once."""
+"""Measure archives and layouts: import, export, verify, and eight processes that import at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from benchmarks.plan import Plan
 from benchmarks.real_images import NAME, TAG, write_docker_archive
 
 SKOPEO = ["skopeo", "--insecure-policy", "copy", "-q"]
-TOGETHER = 8  # processes
+_PROCESSES = 8
 
 
 def files(source: Path) -> list[Path]:
@@ -47,7 +47,7 @@ def size(source: Path) -> int:
 
 
 def import_image(directory: Path, source: Path, link: bool = False) -> Cost:
-    """Import the image in an open process, which has imported what it needs of cachedb before."""
+    """Import the image in a process that has the cache open and cachedb's modules imported."""
     from cachedb import Cache
     from cachedb.transports.archive import read
 
@@ -57,7 +57,7 @@ def import_image(directory: Path, source: Path, link: bool = False) -> Cost:
 
 
 def export_image(directory: Path, target: Path, form: str, link: bool = False) -> Cost:
-    """Export the image in an open process, which has imported what it needs of cachedb before."""
+    """Export the image from a process that has the cache open and cachedb's modules imported."""
     from cachedb import Cache
     from cachedb.operations import export_archive
 
@@ -74,20 +74,20 @@ def _verify_cache(directory: Path) -> Cost:
 
 
 def imports(plan: Plan) -> None:
-    """Import the image from each of its forms, new and again."""
+    """Import the image from each kind of source, into an empty cache and again."""
     for form, source in plan.image._asdict().items():
         print(f"### from {form.replace('_', ' ')}, {size(source) / 1e6:.0f} MB\n")
-        print_works(take_turns(_import_works(form, source, plan.folder("import")), plan.rounds))
+        print_works(take_turns(_make_import_works(form, source, plan.folder("import")), plan.rounds))
 
 
-def _import_works(form: str, source: Path, place: Path) -> list[Work]:
+def _make_import_works(form: str, source: Path, place: Path) -> list[Work]:
     opened, whole, linked, copied = (place / name for name in ("opened", "whole", "linked", "copied"))
     count = size(source)
     hashing = Work("sha256, all cores", "limit", lambda: hash_on_all_cores(files(source)), count)
     copying = Work(
         "copy with fsync", "limit", lambda: copy_with_fsync(files(source), copied), count, before=lambda: empty(copied)
     )
-    peers = _importing_peers(form, source, place)
+    peers = _make_peer_works(form, source, place)
     new = [of_limit(hashing, copying, want=0.9)]
     new += [
         as_fast_as(peer, 2.5 if form == "docker_archive" else None) for peer in peers if peer.runner.endswith("dir:")
@@ -125,18 +125,18 @@ def _import_works(form: str, source: Path, place: Path) -> list[Work]:
     return works + peers
 
 
-def _importing_peers(form: str, source: Path, place: Path) -> list[Work]:
-    """Return what the peers that are here do with such a source that is most like an import."""
+def _make_peer_works(form: str, source: Path, place: Path) -> list[Work]:
+    """Return works of the installed peers that are comparable to an import of this source."""
     target, count = place / "peer", size(source)
     works: list[tuple[str, list[str], int | None]] = []
     if has("skopeo"):
         transport = "oci" if form == "layout" else form.replace("_", "-")
-        of = f"{transport}:{source}"
-        works.append(("skopeo copy to dir:", [*SKOPEO, of, f"dir:{target}"], None))
-        if form != "docker_archive":  # from there skopeo compresses, which is another work
-            works.append(("skopeo copy to oci:", [*SKOPEO, of, f"oci:{target}:real"], None))
+        image = f"{transport}:{source}"
+        works.append(("skopeo copy to dir:", [*SKOPEO, image, f"dir:{target}"], None))
+        if form != "docker_archive":  # skopeo would compress its layers, which is not comparable
+            works.append(("skopeo copy to oci:", [*SKOPEO, image, f"oci:{target}:real"], None))
     if has("podman") and form != "layout":
-        # Unpacks the layers, for images in podman's storage are folders.
+        # podman also unpacks the layers, because images in its storage are folders.
         storage = ["--root", f"{target}/root", "--runroot", f"{target}/run", "--storage-driver", "vfs"]
         works.append(("podman load (vfs)", ["podman", *storage, "load", "-q", "-i", str(source)], 1))
     if has("regctl"):
@@ -166,10 +166,10 @@ def exports(plan: Plan) -> None:
         ("oci-dir", place / "compressed", plan.image.layout),
     ):
         print(f"### to {form}, {size(source) / 1e6:.0f} MB\n")
-        print_works(take_turns(_export_works(form, cache, source, plan.image.layout, place), plan.rounds))
+        print_works(take_turns(_make_export_works(form, cache, source, plan.image.layout, place), plan.rounds))
 
 
-def _export_works(form: str, cache: Path, source: Path, layout: Path, place: Path) -> list[Work]:
+def _make_export_works(form: str, cache: Path, source: Path, layout: Path, place: Path) -> list[Work]:
     target, count = place / "target", size(source)
 
     def clear() -> None:
@@ -194,7 +194,7 @@ def _export_works(form: str, cache: Path, source: Path, layout: Path, place: Pat
             Work("export", "cachedb export --link", lambda: run(*whole, "--link"), count, (), clear),
         ]
     else:
-        # An export is on the disk when it is said to be there: so is what it is compared with.
+        # An export is on the disk before it returns, so the comparison uses fsync too.
         copying = Work("copy with fsync", "limit", lambda: copy_with_fsync([source], target), count, before=clear)
         no_fsync = "for comparison, no fsync"
         limits = [
@@ -215,7 +215,7 @@ def _export_works(form: str, cache: Path, source: Path, layout: Path, place: Pat
 
 
 def verify(plan: Plan) -> None:
-    """Verify a cache that has the image."""
+    """Verify a cache that contains the image."""
     cache = plan.folder("verify") / "cache"
     in_child(import_image, cache, plan.image.docker_archive)
     count = size(cache / "blobs")
@@ -230,10 +230,10 @@ def verify(plan: Plan) -> None:
 
 
 def processes(plan: Plan) -> None:
-    """Import eight images by eight processes at once, and by one, one after the other."""
+    """Import eight images with eight processes at once, and with one process in sequence."""
     place = plan.folder("processes")
-    archives = [place / f"{number}.tar" for number in range(TOGETHER)]
-    each = plan.bytes // TOGETHER
+    archives = [place / f"{number}.tar" for number in range(_PROCESSES)]
+    each = plan.bytes // _PROCESSES
     for number, archive in enumerate(archives):
         write_docker_archive(archive, f"image-{number}:1", [each // 2] * 2, seed=number + 1)
     cache, copied, count = place / "cache", place / "copied", sum(size(archive) for archive in archives)
@@ -243,7 +243,7 @@ def processes(plan: Plan) -> None:
     )
     commands = [cachedb("--dir", cache, "import", archive) for archive in archives]
 
-    def one_after_the_other() -> Cost:
+    def run_in_sequence() -> Cost:
         costs = [run(*command) for command in commands]
         return together(costs, sum(one.seconds for one in costs))
 
@@ -251,8 +251,8 @@ def processes(plan: Plan) -> None:
         empty(cache)
 
     limits = of_limit(hashing, copying)
-    one = Work("8 images", "one open process", lambda: _import_by(1, cache, archives), count, [limits], clear)
-    whole = Work("8 images", "cachedb import, one after the other", one_after_the_other, count, [limits], clear)
+    one = Work("8 images", "one open process", lambda: _import_with(1, cache, archives), count, [limits], clear)
+    whole = Work("8 images", "cachedb import, in sequence", run_in_sequence, count, [limits], clear)
     works = [
         hashing,
         copying,
@@ -260,7 +260,7 @@ def processes(plan: Plan) -> None:
         Work(
             "8 images",
             "8 open processes",
-            lambda: _import_by(TOGETHER, cache, archives),
+            lambda: _import_with(_PROCESSES, cache, archives),
             count,
             [as_fast_as(one, want=1.6), limits],
             clear,
@@ -278,8 +278,8 @@ def processes(plan: Plan) -> None:
     print_works(take_turns(works, plan.rounds))
 
 
-def _import_by(count: int, cache: Path, archives: list[Path]) -> Cost:
-    """Have so many processes open the cache, and then import the archives, each its share of them."""
+def _import_with(count: int, cache: Path, archives: list[Path]) -> Cost:
+    """Open the cache in ``count`` processes, then let each import its share of the archives."""
     context = get_context("spawn")
     ready = context.Barrier(count + 1)
     costs: SimpleQueue[Cost] = context.SimpleQueue()

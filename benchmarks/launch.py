@@ -1,6 +1,6 @@
-"""Run commands side by side, and print what they took, as `measure.Cost` has it.
+"""Run commands in parallel, and print their cost as JSON, in the order of the fields of `measure.Cost`.
 
-A small process of its own: what the kernel says of a child's memory begins with what its parent has.
+This is a small separate process: the peak memory that the kernel reports for a child includes that of its parent.
 """
 
 import json
@@ -9,8 +9,8 @@ import sys
 import time
 
 commands: list[list[str]] = json.loads(sys.argv[1])
-nothing = os.open(os.devnull, os.O_RDWR)
-quiet = [(os.POSIX_SPAWN_DUP2, nothing, 0), (os.POSIX_SPAWN_DUP2, nothing, 1)]
+devnull = os.open(os.devnull, os.O_RDWR)
+quiet = [(os.POSIX_SPAWN_DUP2, devnull, 0), (os.POSIX_SPAWN_DUP2, devnull, 1)]
 cpu, peak, written, failed = 0.0, 0, 0, []
 began = time.perf_counter()
 running = {os.posix_spawnp(command[0], command, os.environ, file_actions=quiet): command for command in commands}

@@ -1,4 +1,4 @@
-"""The machine that was measured on, and the peers that were there: the head of what is printed."""
+"""Print the machine and the installed peers, at the head of the output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.measure import CORES
 
-COMMANDS = {  # what says its version, and what installs it
+COMMANDS = {  # arguments that print the version, and the command that installs it
     "skopeo": (["--version"], "apt-get install skopeo"),
     "podman": (["--version"], "apt-get install podman"),
     "umoci": (["--version"], "apt-get install umoci"),
@@ -27,19 +27,19 @@ PACKAGES = {"disk-objectstore": "pip install disk-objectstore", "diskcache": "pi
 
 
 def find_go_commands() -> None:
-    """Have commands that `go install` has put in its own folder found as all others are."""
+    """Add the folder of `go install` to the PATH."""
     if shutil.which("go"):
         found = subprocess.run(["go", "env", "GOPATH"], capture_output=True, text=True, check=True).stdout.strip()
         os.environ["PATH"] += f":{found}/bin"
 
 
 def has(*commands: str) -> bool:
-    """Say whether all of the commands are installed."""
+    """Return whether all of the commands are installed."""
     return all(shutil.which(command) for command in commands)
 
 
 def print_machine(place: Path) -> None:
-    """Print the date, the machine, and which peers are there."""
+    """Print the date, the machine, and the installed and the missing peers."""
     find_go_commands()
     processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [platform.machine()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -53,8 +53,8 @@ def print_machine(place: Path) -> None:
         if not shutil.which(command):
             missing.append((command, install))
             continue
-        said = subprocess.run([command, *words], capture_output=True, text=True, check=False).stdout
-        version = re.search(r"\d+\.\d+\.\d+\S*", said)
+        output = subprocess.run([command, *words], capture_output=True, text=True, check=False).stdout
+        version = re.search(r"\d+\.\d+\.\d+\S*", output)
         print(f"- {command} {version[0] if version else 'of an unknown version'}")
     for package, install in PACKAGES.items():
         try:

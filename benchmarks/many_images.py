@@ -1,6 +1,6 @@
-"""Caches of many images, each blob a file: add, remove, list, look up, sweep and collect, at several sizes.
+"""Add, remove, list, look up, sweep and collect in caches of many images, at several sizes.
 
-Rows and files are written past cachedb, for that is quick; a file has a few bytes, manifests and configs too.
+The benchmark writes rows and files without cachedb, which is faster. Each file has only a few bytes.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from benchmarks.measure import (
 )
 from benchmarks.plan import Plan
 
-BLOBS = 10  # an image: its manifest, config and eight layers, none shared
+BLOBS = 10  # of an image: its manifest, config and eight layers, none of them shared
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 TIME = "2026-01-31T23:59:59.123456Z"
 WRITER = """
-# Gives names in a loop until stdin is closed, and prints when each was begun and how long it took.
+# Tags an image in a loop until stdin is closed, and prints the start and the duration of each call.
 import json, select, sys, time
 from cachedb import Cache
 with Cache.open(sys.argv[1]) as cache:
@@ -65,21 +65,21 @@ print(json.dumps(waits))
 
 
 def sizes(plan: Plan) -> list[int]:
-    """Return how many images the caches have."""
+    """Return the numbers of images of the caches."""
     return sorted({min(100, plan.images), plan.images} | ({plan.images // 10} if plan.images >= 20_000 else set()))
 
 
 def cache_of(plan: Plan, count: int) -> Path:
-    """Return a cache of so many images, made when it is first asked for."""
+    """Return a cache of ``count`` images; the first call makes it."""
     directory = plan.place / f"cache-{count}"
     if not directory.exists():
         note(f"  writing a cache of {count} images, {count * BLOBS} blobs")
-        in_child(_fill, directory, count)
+        in_child(_write_cache, directory, count)
     return directory
 
 
 def name_of(number: int) -> tuple[str, str]:
-    """Return repository and tag of the image with this number, from 0 on."""
+    """Return the repository and the tag of an image by its number; the first is 0."""
     return f"team/app-{number % 1000}", str(number // 1000)
 
 
@@ -91,7 +91,7 @@ def _digest(blob: int) -> str:
     return f"sha256:{hashlib.sha256(_content(blob)).hexdigest()}"
 
 
-def _fill(directory: Path, count: int) -> None:
+def _write_cache(directory: Path, count: int) -> None:
     from cachedb import Cache
 
     with Cache.open(directory):
@@ -138,7 +138,7 @@ def _write_files(directory: Path, blobs: range) -> None:
 
 
 def add_and_remove(plan: Plan) -> None:
-    """Add images of 12 blobs one by one, and remove as many others, by cachedb and as a JSON cache did it."""
+    """Add and remove images of 12 blobs one by one, with cachedb, a JSON cache and umoci."""
     turns = 1 if plan.quick else 4
     ours: dict[tuple[str, int], Calls] = {}
     for turn in range(turns):
@@ -149,7 +149,7 @@ def add_and_remove(plan: Plan) -> None:
                     ours[one.what, count].extend(one)
                 else:
                     ours[one.what, count] = one
-    calls = [in_child(_commits, plan.folder("commits"), plan.operations)]
+    calls = [in_child(_commit_rows, plan.folder("commits"), plan.operations)]
     for (what, count), one in ours.items():
         if what == "remove":
             one.wants = (0.005, 0.02)
@@ -159,9 +159,9 @@ def add_and_remove(plan: Plan) -> None:
     for count in sizes(plan):
         if count > 10_000:
             continue
-        peers = in_child(_json_cache, plan.folder("json"), count)
+        peers = in_child(_use_json_cache, plan.folder("json"), count)
         if has("umoci"):
-            peers.append(_umoci(plan.folder("umoci"), count))
+            peers.append(_use_umoci(plan.folder("umoci"), count))
         for peer in peers:
             peer.ratio = f"{peer.median / ours[peer.what, count].median:.1f} times cachedb"
             peer.what = f"{peer.what}, {count} images"
@@ -169,16 +169,18 @@ def add_and_remove(plan: Plan) -> None:
     print_calls(calls)
 
 
-def _commits(directory: Path, count: int) -> Calls:
-    """Commit one row at a time: what no change to an index of SQLite can be quicker than."""
+def _commit_rows(directory: Path, count: int) -> Calls:
+    """Commit one row at a time; no change of an SQLite index can be faster."""
     shell = sqlite3.connect(directory / "bare.db", isolation_level=None)
     shell.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; CREATE TABLE rows (number INTEGER)")
     insert = "INSERT INTO rows VALUES (?)"
-    return _calls("one row, one commit", "bare sqlite3", (partial(shell.execute, insert, (n,)) for n in range(count)))
+    return _time_calls(
+        "one row, one commit", "bare sqlite3", (partial(shell.execute, insert, (n,)) for n in range(count))
+    )
 
 
-def _image(number: int) -> tuple[bytes, list[bytes]]:
-    """Return a manifest, and the config and the ten layers that it names."""
+def _make_image(number: int) -> tuple[bytes, list[bytes]]:
+    """Return a manifest, and its config and ten layers."""
     layers = [b"layer %d of %d" % (layer, number) for layer in range(10)]
     diff_ids = [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
     rootfs = {"type": "layers", "diff_ids": diff_ids}
@@ -188,17 +190,17 @@ def _image(number: int) -> tuple[bytes, list[bytes]]:
     manifest = {
         "schemaVersion": 2,
         "mediaType": MANIFEST,
-        "config": _described(blobs[0], CONFIG),
-        "layers": [_described(data, LAYER) for data in blobs[1:]],
+        "config": _describe(blobs[0], CONFIG),
+        "layers": [_describe(data, LAYER) for data in blobs[1:]],
     }
     return json.dumps(manifest).encode(), blobs
 
 
-def _described(data: bytes, media_type: str) -> dict[str, object]:
+def _describe(data: bytes, media_type: str) -> dict[str, object]:
     return {"mediaType": media_type, "digest": f"sha256:{hashlib.sha256(data).hexdigest()}", "size": len(data)}
 
 
-def _calls(what: str, runner: str, actions: Iterable[Callable[[], object]]) -> Calls:
+def _time_calls(what: str, runner: str, actions: Iterable[Callable[[], object]]) -> Calls:
     each: list[float] = []
     total = cost(lambda: each.extend(seconds(action) for action in actions))
     return Calls(what, runner, each, total)
@@ -208,10 +210,10 @@ def _add_and_remove(directory: Path, operations: int) -> list[Calls]:
     from cachedb import Cache
 
     numbers = range(operations)
-    images = [_image(number) for number in (*numbers, operations)]
+    images = [_make_image(number) for number in (*numbers, operations)]
     layouts = directory.parent / "layouts"
     for number in numbers:
-        _write_layout(layouts / str(number), _image(operations + 1 + number))
+        _write_layout(layouts / str(number), _make_image(operations + 1 + number))
     with Cache.open(directory) as cache:
 
         def add(number: int) -> None:
@@ -220,18 +222,18 @@ def _add_and_remove(directory: Path, operations: int) -> list[Calls]:
                 cache.save_blob(hashlib.sha256(data).hexdigest(), data)
             cache.save_manifest(f"new/image:{number}", manifest)
 
-        def bring(number: int) -> None:
+        def import_layout(number: int) -> None:
             cache.cache_from_tar(layouts / str(number), f"new/layout:{number}")
 
         def remove(number: int) -> None:
             cache.remove_manifest(f"new/image:{number}")
 
-        add(operations)  # the first of a process puts its statements together
+        add(operations)  # the first call of a process compiles the statements
         remove(operations)
         calls = [
-            _calls("add", "cachedb, blob by blob", (partial(add, number) for number in numbers)),
-            _calls("add from a layout", "cachedb", (partial(bring, number) for number in numbers)),
-            _calls("remove", "cachedb", (partial(remove, number) for number in numbers)),
+            _time_calls("add", "cachedb, blob by blob", (partial(add, number) for number in numbers)),
+            _time_calls("add from a layout", "cachedb", (partial(import_layout, number) for number in numbers)),
+            _time_calls("remove", "cachedb", (partial(remove, number) for number in numbers)),
         ]
         cache.remove_manifest(*(f"new/layout:{number}" for number in numbers))
     empty(layouts)
@@ -245,11 +247,11 @@ def _write_layout(path: Path, image: tuple[bytes, list[bytes]]) -> None:
     for data in (manifest, *blobs):
         (folder / hashlib.sha256(data).hexdigest()).write_bytes(data)
     (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-    (path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [_described(manifest, MANIFEST)]}))
+    (path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [_describe(manifest, MANIFEST)]}))
 
 
 class JsonCache:
-    """A cache whose index is one JSON file, read whole when it is opened, and rewritten whole at each change."""
+    """A cache whose index is one JSON file; it reads the whole file at open, and rewrites it at each change."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -278,7 +280,7 @@ class JsonCache:
             self._rewrite()
 
     def remove(self, name: str) -> None:
-        """Remove an image, and the blobs that no other has."""
+        """Remove an image, and the blobs that no other image has."""
         gone = self.images.pop(name)["blobs"]
         used = {digest for image in self.images.values() for digest in image["blobs"]}
         self._rewrite()
@@ -287,7 +289,7 @@ class JsonCache:
 
 
 def json_entry(name: str, blobs: dict[str, dict[str, object]]) -> dict[str, Any]:
-    """Return what such an index says of an image."""
+    """Return the entry of an image in a JSON index."""
     repository, reference = name.rsplit(":", 1)
     path = f".cache/manifests/{repository}/{reference}"
     return {
@@ -300,7 +302,7 @@ def json_entry(name: str, blobs: dict[str, dict[str, object]]) -> dict[str, Any]
 
 
 def json_blob(digest: str, size: int, is_config: bool = False) -> dict[str, object]:
-    """Return what such an index says of an image's blob."""
+    """Return the entry of an image's blob in a JSON index."""
     return {
         "digest": digest,
         "size": size,
@@ -311,7 +313,7 @@ def json_blob(digest: str, size: int, is_config: bool = False) -> dict[str, obje
     }
 
 
-def _json_cache(directory: Path, count: int) -> list[Calls]:
+def _use_json_cache(directory: Path, count: int) -> list[Calls]:
     index = {}
     for number in range(count):
         name = ":".join(name_of(number))
@@ -319,20 +321,19 @@ def _json_cache(directory: Path, count: int) -> list[Calls]:
         index[name] = json_entry(name, blobs)
     (directory / "index.json").write_text(json.dumps(index))
     cache = JsonCache(directory)
-    numbers = range(50 if count <= 100 else 5)  # each takes long enough to be told from another
-    return [
-        _calls("add", "a JSON file", (partial(cache.add, f"new/image:{number}", _image(number)) for number in numbers)),
-        _calls("remove", "a JSON file", (partial(cache.remove, f"new/image:{number}") for number in numbers)),
-    ]
+    numbers = range(50 if count <= 100 else 5)  # at larger sizes each call takes long, and few are enough
+    add = (partial(cache.add, f"new/image:{number}", _make_image(number)) for number in numbers)
+    remove = (partial(cache.remove, f"new/image:{number}") for number in numbers)
+    return [_time_calls("add", "a JSON file", add), _time_calls("remove", "a JSON file", remove)]
 
 
-def _umoci(directory: Path, count: int) -> Calls:
-    """Remove names from a layout that has so many of one image: whole processes, and no blob is collected."""
+def _use_umoci(directory: Path, count: int) -> Calls:
+    """Remove names from a layout with ``count`` names of one image; umoci runs as a process, and collects no blob."""
     layout = directory / "layout"
-    manifest, blobs = _image(0)
+    manifest, blobs = _make_image(0)
     _write_layout(layout, (manifest, blobs))
     named = [
-        {**_described(manifest, MANIFEST), "annotations": {"org.opencontainers.image.ref.name": f"image-{number}"}}
+        {**_describe(manifest, MANIFEST), "annotations": {"org.opencontainers.image.ref.name": f"image-{number}"}}
         for number in range(count)
     ]
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": named}))
@@ -345,7 +346,7 @@ def _umoci(directory: Path, count: int) -> Calls:
 
 
 def lists(plan: Plan) -> None:
-    """Time the commands that tell of the whole cache, beside their start-up: the same of an empty cache."""
+    """Time the commands that list the whole cache, and compare them with the same command in an empty cache."""
     works = []
     empty_cache = cache_of(plan, 0)
     for words, want in ((["stats"], 0.1), (["ls", "-q"], 0.5), (["ls"], None), (["df"], None)):
@@ -359,10 +360,10 @@ def lists(plan: Plan) -> None:
 
 
 def lookups(plan: Plan) -> None:
-    """Time lookups in a loop, beside the same SELECT through bare sqlite3."""
+    """Time lookups in a loop, and compare them with the same SELECT through bare sqlite3."""
     rows = []
     for count in sizes(plan):
-        for what, want, ours, bare in in_child(_lookups, cache_of(plan, count)):
+        for what, want, ours, bare in in_child(_time_lookups, cache_of(plan, count)):
             rows.append(
                 [
                     f"{what}, {count} images",
@@ -374,8 +375,8 @@ def lookups(plan: Plan) -> None:
     print_table(["lookup", "cachedb µs", "bare sqlite3 µs", "difference µs"], rows)
 
 
-def _lookups(directory: Path) -> list[tuple[str, int, float, float]]:
-    """Return what was looked up, the microseconds over the bare SELECT that are wanted, and the seconds of both."""
+def _time_lookups(directory: Path) -> list[tuple[str, int, float, float]]:
+    """Return the name of each lookup, its target in µs beyond the bare SELECT, and the seconds of both."""
     from cachedb import Cache
 
     with Cache.open(directory) as cache:
@@ -415,7 +416,7 @@ def _lookups(directory: Path) -> list[tuple[str, int, float, float]]:
         ]
         found = []
         for what, want, ours, bare, calls in pairs:
-            ours(), bare()  # both have the pages in memory then
+            ours(), bare()  # load the pages into memory for both
             turns = [(seconds(ours), seconds(bare)) for _ in range(15)]
             medians = (statistics.median(times) / calls for times in zip(*turns, strict=True))
             found.append((what, want, *medians))
@@ -427,14 +428,14 @@ def _lookups(directory: Path) -> list[tuple[str, int, float, float]]:
 
 
 def sweep(plan: Plan) -> None:
-    """Collect where there is nothing to collect, with a writer beside."""
+    """Collect in caches without garbage, while a process writes."""
     rows = []
     for count in sizes(plan):
         directory = cache_of(plan, count)
-        with _writer(directory) as waits:
+        with _run_writer(directory) as waits:
             time.sleep(2)
             began = time.monotonic()
-            costs = in_child(_sweep, directory, plan.rounds)
+            costs = in_child(_time_sweeps, directory, plan.rounds)
             ended = time.monotonic()
         before = [wait for moment, wait in waits if moment + wait < began]
         during = [wait for moment, wait in waits if began <= moment + wait and moment <= ended]
@@ -446,28 +447,28 @@ def sweep(plan: Plan) -> None:
                 f"{min(taken):.3f} to {max(taken):.3f}",
                 f"{statistics.median(one.cpu for one in costs):.2f}",
                 f"{max(one.peak for one in costs) / 2**20:.0f}",
-                _waits(before),
-                f"{_waits(during)} (want ≤ 100)",
+                _format_waits(before),
+                f"{_format_waits(during)} (want ≤ 100)",
             ]
         )
     columns = ["cache", "sweep, median s", "min to max s", "CPU s", "peak MiB"]
     print_table([*columns, "a writer's wait before: median, longest ms", "and during: median, longest ms"], rows)
 
 
-def _sweep(directory: Path, rounds: int) -> list[Cost]:
+def _time_sweeps(directory: Path, rounds: int) -> list[Cost]:
     from cachedb import Cache
 
     with Cache.open(directory) as cache:
         return [cost(cache.collect_garbage) for _ in range(rounds)]
 
 
-def _waits(waits: list[float]) -> str:
+def _format_waits(waits: list[float]) -> str:
     return f"{statistics.median(waits) * 1000:.1f}, {max(waits) * 1000:.1f}" if waits else "none"
 
 
 @contextmanager
-def _writer(directory: Path) -> Iterator[list[tuple[float, float]]]:
-    """Have a process write in a loop during the block; after it the list has the times and the waits."""
+def _run_writer(directory: Path) -> Iterator[list[tuple[float, float]]]:
+    """Run a process that writes in a loop during the block; then list the start and duration of each write."""
     waits: list[tuple[float, float]] = []
     command = [sys.executable, "-c", WRITER, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -480,19 +481,19 @@ def _writer(directory: Path) -> Iterator[list[tuple[float, float]]]:
 
 
 def collect(plan: Plan) -> None:
-    """Take half of the images out of the largest cache, and collect their blobs, with a writer beside."""
+    """Delete half of the images of the largest cache, and collect their blobs, without and with a writer."""
     count = plan.images // 4 * BLOBS
     bare = in_child(_unlink_files, plan.folder("unlinked"), count)
     bare_row = [f"unlink of {count} files, a bare loop, the limit", f"{bare.seconds:.2f}"]
     rows = [[*bare_row, f"{500_000 / count * bare.seconds:.1f}", f"{bare.cpu:.2f}", "", "", "", ""]]
     for beside in (False, True):
         directory = cache_of(plan, plan.images)
-        # A quarter each time: with the writer, and without.
-        in_child(_forget_images, directory, plan.images // 4)
+        # Delete a quarter each time.
+        in_child(_delete_images, directory, plan.images // 4)
         with ExitStack() as stack:
-            waits = stack.enter_context(_writer(directory)) if beside else []
+            waits = stack.enter_context(_run_writer(directory)) if beside else []
             began = time.monotonic()
-            freed, taken, holds = in_child(_collect, directory)
+            freed, taken, holds = in_child(_time_collection, directory)
             ended = time.monotonic()
         during = [wait for moment, wait in waits if began <= moment + wait and moment <= ended]
         rows.append(
@@ -504,14 +505,14 @@ def collect(plan: Plan) -> None:
                 f"{taken.peak / 2**20:.0f}",
                 f"{holds[0] * 1000:.1f} (want ≤ 100)",
                 f"{holds[1] * 1000:.1f}",
-                _waits(during),
+                _format_waits(during),
             ]
         )
         note(f"  {rows[-1]}")
     columns = ["collect", "s", "s for 500,000", "CPU s", "peak MiB", "longest hold ms", "median hold ms"]
     print_table([*columns, "a writer's wait: median, longest ms"], rows)
-    print("A hold is the time from having the write lock to letting go of it.\n")
-    empty(plan.place / f"cache-{plan.images}")  # another section gets a whole one
+    print("A hold is the time for which the process holds the write lock.\n")
+    empty(plan.place / f"cache-{plan.images}")  # another section gets a new one
 
 
 def _unlink_files(directory: Path, count: int) -> Cost:
@@ -527,7 +528,7 @@ def _unlink_files(directory: Path, count: int) -> Cost:
     return cost(unlink)
 
 
-def _forget_images(directory: Path, count: int) -> None:
+def _delete_images(directory: Path, count: int) -> None:
     shell = sqlite3.connect(directory / "index.db")
     shell.execute("PRAGMA foreign_keys = ON")
     with shell:
@@ -537,8 +538,8 @@ def _forget_images(directory: Path, count: int) -> None:
     shell.close()
 
 
-def _collect(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
-    """Return how many blobs were freed, at what cost, and the longest and the median hold of the write lock."""
+def _time_collection(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
+    """Collect; return the number of freed blobs, the cost, and the longest and the median hold of the write lock."""
     from cachedb import Cache
     from cachedb.disk import locks
     from cachedb.disk.waiting import Wait
@@ -558,9 +559,9 @@ def _collect(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
         holds.clear()
         freed = 0
 
-        def all_of_it() -> None:
+        def collect_all() -> None:
             nonlocal freed
             freed = cache.collect_garbage().blobs
 
-        taken = cost(all_of_it)
+        taken = cost(collect_all)
         return freed, taken, (max(holds), statistics.median(holds))

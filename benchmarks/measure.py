@@ -1,4 +1,4 @@
-"""Timing, in turns, of whole processes and of work in one that is open already; and the tables that tell of it."""
+"""Time works in turns, as whole processes or inside an open process, and print tables of the results."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ CORES = len(os.sched_getaffinity(0))
 
 
 class Cost(NamedTuple):
-    """What a work took."""
+    """The time, memory and disk writes of a work."""
 
     seconds: float
-    cpu: float  # seconds, of all cores and of all children
+    cpu: float  # seconds, of all cores and children
     peak: int  # bytes of memory, of the largest process
-    written: int  # bytes, to the disk's cache
+    written: int  # bytes, to the page cache
 
 
 class Failed(Exception):
-    """A command did not do its work; says what it said."""
+    """A command failed; the message is its output."""
 
 
 def cachedb(*arguments: str | Path) -> list[str]:
-    """Return a command line of cachedb."""
+    """Return the command line of a cachedb command."""
     script = Path(sys.executable).with_name("cachedb")
     command = [str(script)] if script.exists() else [sys.executable, "-m", "cachedb"]
     return [*command, *map(str, arguments)]
 
 
 def run(*command: str | Path) -> Cost:
-    """Run a command, quietly."""
+    """Run a command without output, and return its cost."""
     return run_together([[str(word) for word in command]])
 
 
 def run_together(commands: list[list[str]]) -> Cost:
-    """Run commands side by side, quietly, until the last has ended."""
+    """Run commands in parallel without output until the last has ended, and return their cost."""
     launch = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), json.dumps(commands)]
     done = subprocess.run(launch, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -60,83 +60,84 @@ def run_together(commands: list[list[str]]) -> Cost:
 
 
 def in_child(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Call a function in a new process: that has a cache open, say, and times what it does there."""
+    """Call a function in a new process, and return its result."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **named).result()
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Return how long an action took."""
+    """Run an action, and return the seconds it took."""
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
 
 
 def cost(action: Callable[[], object]) -> Cost:
-    """Return what an action of this process took; of memory, what the process had at most."""
-    cpu, written = _used()
+    """Run an action in this process, and return its cost; the memory is the peak of the whole process."""
+    cpu, written = _get_usage()
     taken = seconds(action)
-    cpu_after, written_after = _used()
+    cpu_after, written_after = _get_usage()
     return Cost(taken, cpu_after - cpu, peak_memory(), written_after - written)
 
 
 def together(costs: Sequence[Cost], taken: float) -> Cost:
-    """Return the cost of several processes that took so many seconds in all."""
+    """Return the total cost of several processes that took ``taken`` seconds in all."""
     cpu, written = sum(one.cpu for one in costs), sum(one.written for one in costs)
     return Cost(taken, cpu, max(one.peak for one in costs), written)
 
 
-def _used() -> tuple[float, int]:
+def _get_usage() -> tuple[float, int]:
+    """Return the CPU seconds and the bytes written of this process and its children."""
     both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in both), sum(one.ru_oublock * 512 for one in both)
 
 
 def peak_memory() -> int:
-    """Return the bytes of memory that this process had at most, from its own start on."""
+    """Return the peak memory of this process in bytes, since its own start."""
     return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
 
 @dataclass(eq=False)
 class Work:
-    """Something to be timed: what is done, by whom, and what its time is told beside."""
+    """A work to time, the program that runs it, and the ratios to print."""
 
     what: str
     runner: str
     action: Callable[[], Cost]
-    size: int = 0  # bytes, of which MB/s are told
-    beside: Sequence[Callable[[Work], str]] = ()
-    before: Callable[[], object] = lambda: None  # is not timed
-    most_rounds: int | None = None  # of what takes long
+    size: int = 0  # bytes, to compute MB/s
+    beside: Sequence[Callable[[Work], str]] = ()  # each returns the text of a ratio
+    before: Callable[[], object] = lambda: None  # prepares the action, and is not timed
+    most_rounds: int | None = None  # for a work that takes long
     costs: list[Cost] = field(default_factory=list)
     failure: str = ""
 
     @property
     def median(self) -> float:
-        """The median of its seconds."""
+        """The median of the seconds."""
         return statistics.median(cost.seconds for cost in self.costs) if self.costs else math.nan
 
 
 def of_limit(*limits: Work, want: float | None = None) -> Callable[[Work], str]:
-    """Tell a work's speed as a part of the limit's: of several works that which takes the longest."""
+    """Return a function that formats the speed of a work as a fraction of the slowest limit's speed."""
 
-    def told(work: Work) -> str:
+    def format_ratio(work: Work) -> str:
         return f"{max(limit.median for limit in limits) / work.median:.2f} of the limit{_at_least(want)}"
 
-    return told
+    return format_ratio
 
 
 def as_fast_as(other: Work, want: float | None = None) -> Callable[[Work], str]:
-    """Tell how many times as fast as another a work is."""
+    """Return a function that formats the speed of a work divided by the speed of another."""
     return lambda work: f"{other.median / work.median:.2f} times as fast as {other.runner}{_at_least(want)}"
 
 
 def times(other: Work, want: float | None = None) -> Callable[[Work], str]:
-    """Tell how many times the time of another a work takes."""
+    """Return a function that formats the time of a work divided by the time of another."""
     return lambda work: f"{work.median / other.median:.2f} times `{other.what}`{_at_most(want)}"
 
 
 def beyond(other: Work, want: float | None = None) -> Callable[[Work], str]:
-    """Tell how much longer than another a work takes."""
+    """Return a function that formats the time of a work minus the time of another."""
     return lambda work: f"{work.median - other.median:+.3f} s beyond {other.what}{_at_most(want, ' s')}"
 
 
@@ -149,19 +150,19 @@ def _at_most(want: float | None, unit: str = "") -> str:
 
 
 def take_turns(works: Iterable[Work], rounds: int, *, warm: bool = True) -> list[Work]:
-    """Do all works in turns, so many times; once more before if the page cache is to be warm."""
+    """Run all works in turns, ``rounds`` times; if ``warm``, run one more round first to warm the page cache."""
     works = list(works)
     for turn in range(0 if warm else 1, rounds + 1):
-        note(f"  round {turn} of {rounds}, of {len(works)} works")
+        note(f"  round {turn} of {rounds}, {len(works)} works")
         for work in works:
             most = work.most_rounds
             if work.failure or (most is not None and not 0 < turn <= most):
                 continue
             try:
                 work.before()
-                os.sync()  # what another has left unwritten is not for this one to wait for
+                os.sync()  # so that this work does not wait for writes of another
                 taken = work.action()
-            except Exception as error:  # one that fails must not cost a long run its other works
+            except Exception as error:  # a long run continues with the other works
                 work.failure = str(error)
                 note(f"  {work.what}, {work.runner} failed: {error}")
                 continue
@@ -171,7 +172,7 @@ def take_turns(works: Iterable[Work], rounds: int, *, warm: bool = True) -> list
 
 
 def note(text: str) -> None:
-    """Say on stderr what is done now."""
+    """Print a line of progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -193,7 +194,7 @@ def print_works(works: Sequence[Work]) -> None:
                     f"{max(cost.peak for cost in work.costs) / 2**20:.0f}",
                     f"{statistics.median(cost.written for cost in work.costs) / 1e6:.1f}",
                     f"{work.size / work.median / 1e6:.0f}" if work.size else "",
-                    "; ".join(told(work) for told in work.beside),
+                    "; ".join(format_ratio(work) for format_ratio in work.beside),
                 ]
             )
     print_table(
@@ -209,11 +210,11 @@ class Calls:
     runner: str
     each: list[float]  # seconds
     cost: Cost
-    wants: tuple[float | None, float | None] = (None, None)  # at most so many seconds: median, 99th percentile
+    wants: tuple[float | None, float | None] = (None, None)  # targets in seconds: median, 99th percentile
     ratio: str = ""
 
     def extend(self, more: Calls) -> None:
-        """Add calls that were made at another turn."""
+        """Add the calls of another turn."""
         self.each += more.each
         self.cost = together([self.cost, more.cost], self.cost.seconds + more.cost.seconds)
 
@@ -229,7 +230,7 @@ class Calls:
 
 
 def print_calls(calls: Sequence[Calls]) -> None:
-    """Print the calls of operations, in milliseconds."""
+    """Print a table of calls, in milliseconds."""
 
     def milliseconds(value: float, want: float | None = None) -> str:
         return f"{value * 1000:.2f}" + ("" if want is None else f" (want ≤ {want * 1000:g})")
@@ -260,21 +261,21 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def empty(*paths: Path) -> None:
-    """Delete files and folders, that may not be there."""
+    """Delete files and folders, if they exist."""
     for path in paths:
         if path.is_dir():
-            # A folder of podman's storage may be closed to writing.
+            # podman's storage may have read-only folders.
             subprocess.run(["chmod", "-R", "u+w", str(path)], check=False, stderr=subprocess.DEVNULL)
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-# The limits: what the machine does with the same bytes, and nothing else.
+# The limits of the machine: it hashes or copies the same bytes, and does nothing else.
 
 
 def hash_on_all_cores(paths: Sequence[Path]) -> Cost:
-    """Hash files in parts, as many at once as there are cores, each part a sha256 of its own."""
+    """Hash parts of files on all cores; each part has its own sha256."""
     return in_child(_hash_parts, list(paths))
 
 
@@ -282,7 +283,7 @@ def _hash_parts(paths: list[Path]) -> Cost:
     import hashlib
     from concurrent.futures import ThreadPoolExecutor
 
-    part = 128 * 1024  # larger ones are no longer in the processor's cache when they are hashed
+    part = 128 * 1024  # bytes; a larger part leaves the processor's cache before it is hashed
 
     def hash_part(path: Path, start: int, end: int) -> None:
         digest, buffer = hashlib.sha256(), memoryview(bytearray(part))
@@ -292,7 +293,7 @@ def _hash_parts(paths: list[Path]) -> Cost:
                 digest.update(buffer[:count])
                 start += count
 
-    share = 16 * 2**20  # of a file: small enough that all cores end at the same time
+    share = 16 * 2**20  # bytes of a file; small enough that all cores end at the same time
     parts = []
     for path in paths:
         size = path.stat().st_size
@@ -302,12 +303,12 @@ def _hash_parts(paths: list[Path]) -> Cost:
 
 
 def copy_with_fsync(sources: Sequence[Path], target: Path) -> Cost:
-    """Copy files into a new folder by `copy_file_range`, durably."""
+    """Copy files into a new folder with `copy_file_range`, and fsync each."""
     return in_child(_copy_files, list(sources), target, True)
 
 
 def copy_without_fsync(source: Path, target: Path) -> Cost:
-    """Copy a file into a new folder by `copy_file_range`."""
+    """Copy a file into a new folder with `copy_file_range`, without fsync."""
     return in_child(_copy_files, [source], target, False)
 
 
@@ -325,7 +326,7 @@ def _copy_files(sources: list[Path], target: Path, durably: bool) -> Cost:
 
 
 def send_file(source: Path, target: Path) -> Cost:
-    """Copy a file by `sendfile`."""
+    """Copy a file with `sendfile`, without fsync."""
     return in_child(_send_file, source, target)
 
 

@@ -1,8 +1,8 @@
-"""Compare the checkout with an earlier commit: the same work in turns, and the ratio of each pair.
+"""Compare the checkout with an earlier commit: run the same work in turns, and compute the ratio of each pair.
 
-    python -m benchmarks.pair COMMIT [--rounds N] [--only WORD ...] [--directory DIR]
+    python -m benchmarks.pair COMMIT [--rounds N] [--only WORD ...] [--size BYTES] [--directory DIR]
 
-Prints the median of the ratios; above 1.00 the checkout is slower. Each work runs in a process of its own.
+This prints the median of the ratios. Above 1.00, the checkout is slower. Each work runs in a separate process.
 """
 
 from __future__ import annotations
@@ -109,15 +109,15 @@ WORKS = {
 
 
 def main() -> None:
-    """Parse, take turns, print."""
+    """Parse the arguments, run the works in turns, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", help="what the checkout is compared with")
-    parser.add_argument("--rounds", type=int, default=10, help="pairs of each work (10)")
+    parser.add_argument("commit", help="commit to compare the checkout with")
+    parser.add_argument("--rounds", type=int, default=10, help="pairs of runs of each work (10)")
     parser.add_argument(
-        "--only", nargs="+", metavar="WORD", help=f"works whose name has one of the words: {', '.join(WORKS)}"
+        "--only", nargs="+", metavar="WORD", help=f"only works whose name contains one of the words: {', '.join(WORKS)}"
     )
     parser.add_argument("--size", type=int, default=200_000_000, help="bytes of the image (200000000)")
-    parser.add_argument("--directory", type=Path, help="where to work; its file system is what is measured")
+    parser.add_argument("--directory", type=Path, help="folder to work in; the benchmark measures its file system")
     options = parser.parse_args()
     chosen = {
         name: code for name, code in WORKS.items() if not options.only or any(word in name for word in options.only)
@@ -130,20 +130,20 @@ def main() -> None:
         try:
             archive = place / "archive.tar"
             write_docker_archive(archive, NAME, [options.size // 4] * 4)
-            compare(chosen, [before, CHECKOUT], place, archive, options.rounds)
+            compare_trees(chosen, [before, CHECKOUT], place, archive, options.rounds)
         finally:
             subprocess.run([*git, "remove", "--force", str(before)], check=True)
 
 
-def compare(works: dict[str, str], trees: list[Path], place: Path, archive: Path, rounds: int) -> None:
-    """Run each work in both trees in turns and print the ratios."""
+def compare_trees(works: dict[str, str], trees: list[Path], place: Path, archive: Path, rounds: int) -> None:
+    """Run each work in both trees in turns, and print the ratios."""
     for number, tree in enumerate(trees):
         run_in(tree, place / f"work-{number}", FILL, archive)
     rows = []
     for name, code in works.items():
         note(f"  {name}")
         pairs: list[list[float]] = []
-        for turn in range(rounds + 1):  # the first warms the page cache
+        for turn in range(rounds + 1):  # the first turn warms the page cache
             order = [0, 1] if turn % 2 else [1, 0]
             taken = {number: run_in(trees[number], place / f"work-{number}", code, archive) for number in order}
             if turn:
@@ -153,11 +153,14 @@ def compare(works: dict[str, str], trees: list[Path], place: Path, archive: Path
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         figures = [f"{best[0] * 1000:.2f}", f"{best[1] * 1000:.2f}", f"{best[1] / best[0]:.3f}"]
         rows.append([name, *figures, f"{statistics.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"])
-    print_table(["work", "before, best ms", "after, best ms", "of the best", "median ratio", "middle half"], rows)
+    print_table(["work", "before, best ms", "after, best ms", "ratio of best", "median ratio", "middle half"], rows)
 
 
 def run_in(tree: Path, place: Path, code: str, archive: Path) -> float:
-    """Run code with one tree's cachedb, in a folder whose cache `filled` is kept, and return the seconds it printed."""
+    """Run code with the cachedb of a tree, and return the seconds that it prints.
+
+    The code runs in a folder that is empty except for the cache `filled`, which stays for the next run.
+    """
     place.mkdir(exist_ok=True)
     for old in place.iterdir():
         if old.name != "filled":

@@ -1,4 +1,4 @@
-"""What a run measures with: where it works, how often and how much, and the image that its sections share."""
+"""The plan of a run: its folder, its scale, and the image that the sections share."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ class Plan:
     place: Path
     quick: bool
     rounds: int
-    images: int  # of the largest cache
+    images: int  # in the largest cache
     archive: Path | None = None
 
     @property
     def bytes(self) -> int:
-        """How large the image is."""
+        """The size of the image."""
         return 50_000_000 if self.quick else 1_000_000_000
 
     @property
     def operations(self) -> int:
-        """How often a short operation is done, of which the median and the 99th percentile are told."""
+        """The number of calls of a short operation, for its median and 99th percentile."""
         return 50 if self.quick else 200
 
     @cached_property
     def image(self) -> RealImage:
-        """The image, made when the first section asks for it."""
+        """The image; the first section that needs it makes it."""
         return prepare(self.folder("image"), self.bytes, self.archive)
 
     def folder(self, name: str) -> Path:
-        """Return a new folder to work in."""
+        """Return a new, empty folder."""
         path = self.place / name
         empty(path)
         path.mkdir()

@@ -1,4 +1,4 @@
-"""Images to measure with: made of the files that the machine has, and of random bytes, in every form there is."""
+"""Make images to measure with, from the machine's files and random bytes, in every format."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from benchmarks.measure import empty, in_child, note, run
 from cachedb.transports.archive.formats import Format
 
 NAME = "benchmarks.example.org/real:1"
-TAG = "1"  # its name in a layout, where peers know tags alone
+TAG = "1"  # its name in a layout, because peers accept only tags there
 
 
 class RealImage(NamedTuple):
-    """One image, as three sources that hold it."""
+    """One image in three formats."""
 
-    docker_archive: Path  # layers are not compressed
-    oci_archive: Path  # as skopeo writes it, layers compressed; without skopeo, as cachedb does
+    docker_archive: Path  # with uncompressed layers
+    oci_archive: Path  # written by skopeo with compressed layers; without skopeo, written by cachedb
     layout: Path
 
 
 def prepare(place: Path, size: int, archive: Path | None = None) -> RealImage:
-    """Make an image of so many bytes, in four layers; or take the one that an archive holds."""
+    """Make an image of ``size`` bytes in four layers, or convert the image of an archive."""
     image = RealImage(place / "docker.tar", place / "oci.tar", place / "layout")
     if archive:
         note(f"preparing the image of {archive}")
@@ -38,12 +38,12 @@ def prepare(place: Path, size: int, archive: Path | None = None) -> RealImage:
         note(f"preparing a docker-archive of {size / 1e6:.0f} MB")
         write_docker_archive(image.docker_archive, NAME, [size // 4] * 4)
     if shutil.which("skopeo"):
-        note("and its other forms, by skopeo")
+        note("making its other formats with skopeo")
         copy = ["skopeo", "--insecure-policy", "copy", "-q"]
         run(*copy, f"docker-archive:{image.docker_archive}", f"oci:{image.layout}:{TAG}")
         run(*copy, f"oci:{image.layout}:{TAG}", f"oci-archive:{image.oci_archive}:{TAG}")
     else:
-        note("and its other forms, by cachedb")
+        note("making its other formats with cachedb")
         forms = {"oci-archive": image.oci_archive, "oci-dir": image.layout}
         in_child(_convert, image.docker_archive, forms, place / "converting")  # type: ignore[arg-type]
     return image
@@ -60,9 +60,9 @@ def _convert(archive: Path, forms: dict[Format, Path], place: Path) -> None:
 
 
 def write_docker_archive(path: Path, name: str, sizes: list[int], *, seed: int = 0) -> None:
-    """Write a docker-archive with layers of about these sizes: the last of random bytes, the others of files in /usr.
+    """Write a docker-archive with layers of about these sizes in bytes.
 
-    With another seed it has other content.
+    The last layer has random bytes, the others have files from /usr. Another seed gives other content.
     """
     found = _files_of_usr(skipped=seed * 500)
     layers = []
@@ -109,7 +109,7 @@ def _files_of_usr(skipped: int) -> Iterator[Path]:
 
 
 def _write_layer(file: IO[bytes], found: Iterator[Path], size: int, seed: int) -> None:
-    """Write a tar of files until the size is reached; random bytes take the place of those that are not there."""
+    """Write a tar of ``size`` bytes from files; add random bytes if there are too few files."""
     chosen = random.Random(seed)
     with tarfile.open(fileobj=file, mode="w") as tar:
         for path in found:

@@ -1,4 +1,4 @@
-"""How fast an image comes from a registry and goes to one, beside the peers, and how many bytes are moved for it."""
+"""Measure pulls and pushes of an image, compare them with the peers, and count the bytes that are transferred."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def docker_registry(storage: Path) -> Iterator[str]:
 
 
 class Counter:
-    """A port that leads to a host, and counts what comes back from there."""
+    """A TCP proxy of a host that counts the bytes of its answers."""
 
     def __init__(self, host: str) -> None:
         self.bytes = 0
-        self._to = host.rpartition(":")
+        self._target = host.rpartition(":")
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.host = f"127.0.0.1:{self._listening.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -70,7 +70,7 @@ class Counter:
     def _serve(self) -> None:
         while True:
             client, _ = self._listening.accept()
-            server = socket.create_connection((self._to[0], int(self._to[2])))
+            server = socket.create_connection((self._target[0], int(self._target[2])))
             threading.Thread(target=self._copy, args=(client, server, False), daemon=True).start()
             threading.Thread(target=self._copy, args=(server, client, True), daemon=True).start()
 
@@ -85,22 +85,23 @@ class Counter:
 
 
 def registry(plan: Plan) -> None:
-    """Pull into a cache that has nothing, push to a repository that has nothing, and count what is moved."""
+    """Pull into an empty cache, push to an empty repository, and count the bytes that are transferred."""
     if not has("docker-registry", "skopeo"):
-        print("docker-registry and skopeo are needed for this.\n")
+        print("This section needs docker-registry and skopeo.\n")
         return
     place, memory = plan.folder("registry"), "/dev/shm" if Path("/dev/shm").is_dir() else None
     layout = plan.image.layout
     with tempfile.TemporaryDirectory(dir=memory) as storage, docker_registry(Path(storage)) as port:
         host = f"127.0.0.1:{port}"
         run(*SKOPEO, "--dest-tls-verify=false", f"oci:{layout}:{TAG}", f"docker://{host}/image:1")
-        print_works(take_turns([*_pulls(place, host, layout), *_pushes(place, host, port, layout)], plan.rounds))
+        works = [*_make_pull_works(place, host, layout), *_make_push_works(place, host, port, layout)]
+        print_works(take_turns(works, plan.rounds))
         count = size(layout / "blobs")
-        moved = [[what, f"{number / count:.3f}"] for what, number in _moved(place, host)]
-        print_table(["what is moved from the registry", "bytes, divided by the image's"], moved)
+        rows = [[what, f"{number / count:.3f}"] for what, number in _count_downloads(place, host)]
+        print_table(["transfer from the registry", "bytes, divided by the image's"], rows)
 
 
-def _make(directory: Path) -> None:
+def _create_cache(directory: Path) -> None:
     from cachedb import Cache
 
     Cache.open(directory).close()
@@ -120,12 +121,12 @@ def _push(directory: Path, source: str, target: str) -> Cost:
         return cost(lambda: cache.push(source, target))
 
 
-def _pulls(place: Path, host: str, layout: Path) -> list[Work]:
+def _make_pull_works(place: Path, host: str, layout: Path) -> list[Work]:
     source, target, count = f"{host}/image:1", place / "target", size(layout / "blobs")
 
-    def new_cache() -> None:
+    def renew_cache() -> None:
         empty(target)
-        in_child(_make, target)
+        in_child(_create_cache, target)
 
     peers = [("skopeo copy", [*SKOPEO, "--src-tls-verify=false", f"docker://{source}", f"oci:{target}:1"])]
     if has("regctl"):
@@ -141,25 +142,25 @@ def _pulls(place: Path, host: str, layout: Path) -> list[Work]:
     beside = [as_fast_as(works[0])]
     whole = cachedb("--dir", target, "pull", source)
     return [
-        Work("pull", "cachedb, open process", lambda: in_child(_pull, target, source), count, beside, new_cache),
-        Work("pull", "cachedb pull", lambda: run(*whole), count, beside, new_cache),
+        Work("pull", "cachedb, open process", lambda: in_child(_pull, target, source), count, beside, renew_cache),
+        Work("pull", "cachedb pull", lambda: run(*whole), count, beside, renew_cache),
         *works,
     ]
 
 
-def _pushes(place: Path, host: str, port: str, layout: Path) -> list[Work]:
+def _make_push_works(place: Path, host: str, port: str, layout: Path) -> list[Work]:
     source, cache, count = f"{host}/image:1", place / "pushed", size(layout / "blobs")
     in_child(_pull, cache, source)
     turn = 0
 
-    def target(repository: str) -> str:
-        """Return a name that has never been: at another host, or blobs would be taken from repositories of before."""
+    def make_target(repository: str) -> str:
+        """Return a new name at a new host, so that no blob can be mounted from an earlier repository."""
         nonlocal turn
         turn += 1
         return f"127.0.{turn // 250 + 1}.{turn % 250 + 1}:{port}/{repository}-{turn}/image:1"
 
-    def push_by(command: Callable[[str], list[str]]) -> Cost:
-        return run(*command(target("peer")))
+    def push_with(command: Callable[[str], list[str]]) -> Cost:
+        return run(*command(make_target("peer")))
 
     def host_of(name: str) -> str:
         return name.partition("/")[0]
@@ -180,20 +181,20 @@ def _pushes(place: Path, host: str, port: str, layout: Path) -> list[Work]:
         peers.append(("oras copy", lambda to: [*oras, to]))
     if has("crane"):
         peers.append(("crane push", lambda to: ["crane", "push", "--insecure", str(layout), to]))
-    works = [Work("push", runner, partial(push_by, command), count) for runner, command in peers]
+    works = [Work("push", runner, partial(push_with, command), count) for runner, command in peers]
     beside = [as_fast_as(works[0])]
     return [
         Work(
             "push",
             "cachedb, open process",
-            lambda: in_child(_push, cache, source, target("open")),
+            lambda: in_child(_push, cache, source, make_target("open")),
             count,
             beside,
         ),
         Work(
             "push",
             "cachedb push",
-            lambda: run(*cachedb("--dir", cache, "push", "--plain-http", source, target("whole"))),
+            lambda: run(*cachedb("--dir", cache, "push", "--plain-http", source, make_target("whole"))),
             count,
             beside,
         ),
@@ -201,8 +202,8 @@ def _pushes(place: Path, host: str, port: str, layout: Path) -> list[Work]:
     ]
 
 
-def _moved(place: Path, host: str) -> Iterator[tuple[str, int]]:
-    """Yield what was done, and the bytes that came from the registry."""
+def _count_downloads(place: Path, host: str) -> Iterator[tuple[str, int]]:
+    """Yield the name of each transfer, and the bytes that the registry has sent."""
 
     def python(code: str) -> list[str]:
         return [sys.executable, "-c", f"import os\nfrom cachedb import Cache\n{code}"]
@@ -216,12 +217,12 @@ def _moved(place: Path, host: str) -> Iterator[tuple[str, int]]:
     codes = [process.wait() for process in running]
     if any(codes):
         raise Failed("a pull failed")
-    yield "8 processes pull it at once", counter.bytes
+    yield "8 processes pull the image at once", counter.bytes
     counter = Counter(host)
     source = f"{counter.host}/image:1"
     killed = (
-        "def told(done, total):\n    if done >= total * 0.9: os.kill(os.getpid(), 9)\n"
-        f"Cache.open({str(place / 'killed')!r}).pull({source!r}, progress=told)"
+        "def progress(done, total):\n    if done >= total * 0.9: os.kill(os.getpid(), 9)\n"
+        f"Cache.open({str(place / 'killed')!r}).pull({source!r}, progress=progress)"
     )
     subprocess.run(python(killed), check=False)
     yield "a pull that is killed at 90 %", counter.bytes
@@ -230,5 +231,5 @@ def _moved(place: Path, host: str) -> Iterator[tuple[str, int]]:
     yield "the pull after that", counter.bytes
     counter.bytes = 0
     pull(source)
-    yield "another, of a tag that has not moved", counter.bytes
+    yield "another pull, of a tag that has not moved", counter.bytes
     shutil.rmtree(place)

@@ -1,7 +1,7 @@
-"""How long each report takes on a large index, and what writers lose while reports run without a pause.
+"""Time each report on a large index, and measure how much reports slow writers down.
 
-Each image has a manifest, a config and eight layers of its own, and four of one of 200 bases, which are images too.
-Rows are written and no files: reports read none. Each report is run twice, and the quicker run counts.
+Each image has its own manifest, config and eight layers, and the four layers of one of 200 bases. The bases are images
+too. The benchmark writes only rows, because reports read no files. Each report runs twice, and the faster run counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.plan import Plan
 
 BASES = 200
 WRITERS = 16
-GIVEN = {
+GIVEN = {  # parameters of reports
     "freed-by": {"names": "team/app-1:0 team/app-2:0"},
     "added-by": {"name": "team/app-1:0", "over": "base/1:1"},
     "by-label": {"key": "version"},
@@ -32,14 +32,14 @@ import sys, time
 from cachedb import Cache
 with Cache.open(sys.argv[1]) as cache:
     begin, count = float(sys.argv[3]), 0
-    time.sleep(max(0, begin - time.monotonic()))  # until all of them are there
+    time.sleep(max(0, begin - time.monotonic()))  # until all writers are ready
     end = begin + float(sys.argv[4])
     while time.monotonic() < end:
         cache.tag("team/app-1:0", f"mine-{sys.argv[2]}:{count % 10}")
         count += 1
 print(count)
 """
-COUNTER = """
+BUSY_LOOP = """
 import os
 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 while True:
@@ -60,8 +60,8 @@ with Cache.open(sys.argv[1]) as cache:
 """
 
 
-def fill(directory: Path, count: int) -> int:
-    """Write the rows of so many images; return how many blobs there are."""
+def _write_index(directory: Path, count: int) -> int:
+    """Write the rows of ``count`` images; return the number of blobs."""
     from cachedb import Cache
 
     with Cache.open(directory):
@@ -116,8 +116,8 @@ def fill(directory: Path, count: int) -> int:
     return len(blobs)
 
 
-def rate(directory: Path, writers: int, length: float) -> float:
-    """Return how many times a second an image gets a second name."""
+def _measure_rate(directory: Path, writers: int, length: float) -> float:
+    """Return how many tags per second the writers write in ``length`` seconds."""
     command, begin = [sys.executable, "-c", WRITER, str(directory)], time.monotonic() + 1 + writers / 2
     running = [
         subprocess.Popen([*command, str(number), str(begin), str(length)], stdout=subprocess.PIPE, text=True)
@@ -127,18 +127,18 @@ def rate(directory: Path, writers: int, length: float) -> float:
 
 
 def reports(plan: Plan) -> None:
-    """Run every report, `df` and the page, and have writers write alone and beside reports."""
+    """Run every report, `df` and the HTML page; then run writers alone, beside reports, and beside a busy loop."""
     directory = plan.folder("reports") / "cache"
-    blobs = in_child(fill, directory, plan.images)
+    blobs = in_child(_write_index, directory, plan.images)
     print(f"{plan.images} images, {blobs} blobs.\n")
     print_table(["report", "rows", "seconds"], in_child(_time_reports, directory))
     length = 2 if plan.quick else 10
-    beside = {"alone": "", "beside reports": READER, "beside a loop that only counts, as low": COUNTER}
+    beside = {"alone": "", "beside reports": READER, "beside a busy loop of the same priority": BUSY_LOOP}
     rates: dict[str, list[float]] = {what: [] for what in beside}
     for _ in range(min(3, plan.rounds)):
         for what, code in beside.items():
             with subprocess.Popen([sys.executable, "-c", code, str(directory)]) as other:
-                rates[what].append(rate(directory, WRITERS, length))
+                rates[what].append(_measure_rate(directory, WRITERS, length))
                 other.kill()
     alone = statistics.median(rates["alone"])
     rows = [
@@ -146,11 +146,11 @@ def reports(plan: Plan) -> None:
         for what, each in rates.items()
         for ratio in [f"{statistics.median(each) / alone:.2f} of the rate alone" if beside[what] else ""]
     ]
-    print_table([f"{WRITERS} writers", "names a second, median", "min to max", "ratio"], rows)
+    print_table([f"{WRITERS} writers", "tags per second, median", "min to max", "ratio"], rows)
 
 
 def _time_reports(directory: Path) -> list[list[str]]:
-    """Return a row for each report: its name, how many rows it has, and the quicker run of two."""
+    """Return a row for each report: its name, its number of rows, and the seconds of the faster of two runs."""
     from cachedb import Cache
     from cachedb.reports import named
 

@@ -1,4 +1,4 @@
-"""Start-up: whole processes that have next to nothing to do."""
+"""Measure the start-up of processes that do almost nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.real_images import NAME, write_docker_archive
 
 
 def start_up(plan: Plan) -> None:
-    """Measure commands beside the import of the packages that they cannot do without."""
+    """Compare commands with the import of the packages that they need."""
     place = plan.folder("start-up")
     write_docker_archive(place / "small.tar", NAME, [10_000])
     in_child(import_image, place / "cache", place / "small.tar")
@@ -29,4 +29,4 @@ def start_up(plan: Plan) -> None:
         command = cachedb("--dir", place / "cache", *words)
         beside = [times(limit, want)]
         works.append(Work(" ".join(words[:2]), "cachedb", partial(run, *command), beside=beside))
-    print_works(take_turns(works, plan.rounds if plan.quick else plan.rounds * 4))  # they are short
+    print_works(take_turns(works, plan.rounds if plan.quick else plan.rounds * 4))  # short works need more rounds

@@ -1,4 +1,4 @@
-"""A thousand blobs of 64 KiB: the store alone, beside others, and beside a bare loop that writes the same files."""
+"""Store a thousand blobs of 64 KiB in cachedb, in other stores, and with a bare loop that writes the same files."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from benchmarks.machine import has
 from benchmarks.measure import Cost, Work, cost, empty, in_child, of_limit, print_works, run, take_turns
 from benchmarks.plan import Plan
 
-SIZE = 64 * 1024
+BLOB_BYTES = 64 * 1024
 LAYER = "application/vnd.oci.image.layer.v1.tar"
 
 
 def stores(plan: Plan) -> None:
-    """Put the blobs of one image into each store, and read them."""
+    """Write the blobs of one image into each store."""
     count = 200 if plan.quick else 1_000
     place = plan.folder("stores")
     layout, store = place / "layout", place / "store"
     write_layout(layout, count)
-    total = count * SIZE
+    total = count * BLOB_BYTES
 
     def work(what: str, runner: str, function: Callable[[Path, Path], Cost], *limits: Work) -> Work:
         beside = [of_limit(*limits, want=0.8)] if limits else []
@@ -59,7 +59,7 @@ def stores(plan: Plan) -> None:
 
 
 def write_layout(path: Path, count: int) -> None:
-    """Write an image layout whose one image has so many small layers."""
+    """Write an image layout with one image of ``count`` small layers."""
     chosen = random.Random(count)
     blobs = path / "blobs" / "sha256"
     blobs.mkdir(parents=True)
@@ -69,7 +69,7 @@ def write_layout(path: Path, count: int) -> None:
         (blobs / name).write_bytes(data)
         return {"mediaType": media_type, "digest": f"sha256:{name}", "size": len(data)}
 
-    layers = [blob(chosen.randbytes(SIZE), LAYER) for _ in range(count)]
+    layers = [blob(chosen.randbytes(BLOB_BYTES), LAYER) for _ in range(count)]
     rootfs = {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}
     config = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": rootfs}
     manifest = {
@@ -84,12 +84,12 @@ def write_layout(path: Path, count: int) -> None:
     (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
 
 
-def _contents(layout: Path) -> list[tuple[str, bytes]]:
+def _read_contents(layout: Path) -> list[tuple[str, bytes]]:
     return [(path.name, path.read_bytes()) for path in files(layout / "blobs")]
 
 
 def _write_each(layout: Path, store: Path) -> Cost:
-    contents = _contents(layout)
+    contents = _read_contents(layout)
 
     def write() -> None:
         for name, data in contents:
@@ -103,7 +103,7 @@ def _write_each(layout: Path, store: Path) -> Cost:
 
 
 def _write_in_batches(layout: Path, store: Path) -> Cost:
-    contents = _contents(layout)
+    contents = _read_contents(layout)
 
     def write() -> None:
         opened = []
@@ -124,13 +124,13 @@ def _write_in_batches(layout: Path, store: Path) -> Cost:
 def _save_each(layout: Path, store: Path) -> Cost:
     from cachedb import Cache
 
-    contents = _contents(layout)
+    contents = _read_contents(layout)
     with Cache.open(store) as cache:
         return cost(lambda: [cache.save_blob(name, data) for name, data in contents])
 
 
 def _loose_objects(layout: Path, store: Path) -> Cost:
-    contents = _contents(layout)
+    contents = _read_contents(layout)
     container = importlib.import_module("disk_objectstore").Container(store)
     container.init_container(hash_type="sha256")
     try:
@@ -140,7 +140,7 @@ def _loose_objects(layout: Path, store: Path) -> Cost:
 
 
 def _packed_objects(layout: Path, store: Path) -> Cost:
-    contents = [data for _, data in _contents(layout)]
+    contents = [data for _, data in _read_contents(layout)]
     container = importlib.import_module("disk_objectstore").Container(store)
     container.init_container(hash_type="sha256")
     try:
@@ -150,6 +150,6 @@ def _packed_objects(layout: Path, store: Path) -> Cost:
 
 
 def _disk_cache(layout: Path, store: Path) -> Cost:
-    contents = _contents(layout)
+    contents = _read_contents(layout)
     with importlib.import_module("diskcache").Cache(str(store), size_limit=2**40) as cache:
         return cost(lambda: [cache.set(name, data) for name, data in contents])

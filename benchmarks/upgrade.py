@@ -1,4 +1,4 @@
-"""An upgrade of the schema, and the disk it takes, beside a copy of the index by VACUUM INTO alone."""
+"""Measure an upgrade of the schema and its disk usage, and compare it with a copy of the index by VACUUM INTO."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.many_images import CONFIG, LAYER, MANIFEST, TIME
 from benchmarks.measure import cost, in_child, print_table
 from benchmarks.plan import Plan
 
-BLOBS = 10  # an image
+BLOBS = 10  # of an image
 DIFF_ID = f"sha256:{'ab' * 32}"
 
 
 def upgrade(plan: Plan) -> None:
-    """Upgrade a cache of schema 0002, in which each image has a config of its own."""
+    """Upgrade a cache of schema 0002 in which each image has its own config."""
     rows, text = in_child(_upgrade, plan.folder("upgrade"), plan.images)
     print(f"{plan.images} images, {plan.images * BLOBS} blobs; {text}\n")
     print_table(["step", "seconds", "ratio to the copy alone"], rows)
@@ -39,8 +39,8 @@ def _config(number: int, layers: int) -> bytes:
     ).encode()
 
 
-def _fill(directory: Path, images: int) -> None:
-    """Write the rows, and of the files the configs: an upgrade reads no others."""
+def _write_cache(directory: Path, images: int) -> None:
+    """Write the rows and the config files of a cache; an upgrade reads no other files."""
     from cachedb import Cache
     from cachedb.operations.upgrade import downgrade
 
@@ -83,7 +83,8 @@ def _fill(directory: Path, images: int) -> None:
     shell.close()
 
 
-def _index_bytes(directory: Path) -> int:
+def _measure_index(directory: Path) -> int:
+    """Return the bytes of the index, its WAL, and the backups."""
     total = 0
     for path in (*directory.glob("index.db*"), *directory.glob("backups/*")):
         try:
@@ -94,15 +95,15 @@ def _index_bytes(directory: Path) -> int:
 
 
 def _upgrade(place: Path, images: int) -> tuple[list[list[str]], str]:
-    """Return the steps with their seconds, and what is to be said of disk and memory."""
+    """Upgrade; return a row for each step, and a text about disk, memory and CPU."""
     from cachedb.operations import upgrade as operation
     from cachedb.operations.upgrade import back_up
 
     directory = place / "cache"
-    in_child(_fill, directory, images)
+    in_child(_write_cache, directory, images)
     for backup in directory.glob("backups/*"):
         backup.unlink()
-    size = _index_bytes(directory)
+    size = _measure_index(directory)
     alone = cost(lambda: back_up(directory, place / "copy.db"))
     (place / "copy.db").unlink()
 
@@ -112,7 +113,7 @@ def _upgrade(place: Path, images: int) -> tuple[list[list[str]], str]:
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.02):
-            peak = max(peak, _index_bytes(directory))
+            peak = max(peak, _measure_index(directory))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -121,16 +122,16 @@ def _upgrade(place: Path, images: int) -> tuple[list[list[str]], str]:
     def progress(what: str, _done: int, _total: int) -> None:
         last[what] = time.perf_counter() - began
 
-    all_of_it = cost(lambda: operation.upgrade(directory, progress=progress))
+    whole = cost(lambda: operation.upgrade(directory, progress=progress))
     done.set()
     watcher.join()
-    steps = [("VACUUM INTO and fsync, alone", alone.seconds), ("upgrade, all of it", all_of_it.seconds)]
+    steps = [("VACUUM INTO and fsync, alone", alone.seconds), ("the whole upgrade", whole.seconds)]
     ended = 0.0
     for what, moment in last.items():
-        steps.append((f"of it: {what}", moment - ended))
+        steps.append((f"step: {what}", moment - ended))
         ended = moment
     text = (
-        f"the index had {size / 1e6:.0f} MB, and the upgrade took {peak / 1e6:.0f} MB of disk at most, "
-        f"{peak / size:.2f} times that, {all_of_it.peak / 2**20:.0f} MiB of memory and {all_of_it.cpu:.1f} CPU seconds."
+        f"the index had {size / 1e6:.0f} MB; the upgrade took at most {peak / 1e6:.0f} MB of disk, "
+        f"{peak / size:.2f} times the index, {whole.peak / 2**20:.0f} MiB of memory and {whole.cpu:.1f} CPU seconds."
     )
     return [[what, f"{taken:.2f}", f"{taken / alone.seconds:.2f}"] for what, taken in steps], text
