@@ -1,4 +1,4 @@
-"""How Alembic reaches a cache's index: under the cache's own write lock, in its one transaction for all of it."""
+"""Run Alembic's migrations on a cache's index, all in one transaction under the write lock."""
 
 import re
 from collections.abc import Collection
@@ -16,12 +16,12 @@ from cachedb.index.tables import METADATA, UtcTime
 
 
 def render_item(kind: str, item: object, _context: object) -> str | Literal[False]:
-    # A migration is frozen, so it names no type of ours: what is stored is text.
+    # A migration is frozen, so it must not import our type; SQLite stores the time as text.
     return "sa.Text()" if kind == "type" and isinstance(item, UtcTime) else False
 
 
 def number(_context: object, _revision: object, scripts: list[MigrationScript]) -> None:
-    """Give a new revision the next number: schemas are compared by theirs. One that was chosen stands."""
+    """Number new revisions consecutively, because cachedb compares their numbers; keep a number that was chosen."""
     for script in scripts:
         if not re.fullmatch(r"[0-9]{4}", script.rev_id or ""):
             newest = max((int(known.revision) for known in context.script.walk_revisions()), default=0)
@@ -29,7 +29,7 @@ def number(_context: object, _revision: object, scripts: list[MigrationScript]) 
 
 
 def say_oldest(ctx: object, step: object, heads: Collection[Any], run_args: object) -> None:
-    """Note which releases can work with the schema from now on, and say how far the migrations are."""
+    """Store the oldest revision whose releases can use the new schema, and report the progress of the migrations."""
     for head in heads:
         script = context.script.get_revision(head)
         assert script is not None
@@ -67,7 +67,7 @@ def main() -> None:
             context.run_migrations()
         return
     connection = context.config.attributes.get("connection")
-    if isinstance(connection, Engine):  # as other tools of Alembic's have it
+    if isinstance(connection, Engine):  # given by other tools for Alembic, such as pytest-alembic
         with connection.begin() as begun:
             run(begun)
         return
@@ -81,7 +81,7 @@ def main() -> None:
     with closing(Database(Path(directory) if directory else default_directory())) as database:
         prepare(database)
         with database.write_schema() as connection:
-            # A table that a batch makes anew is away for a moment, and the views over it are not.
+            # A batch drops its table for a moment, but not the views over it.
             connection.exec_driver_sql("PRAGMA legacy_alter_table = ON")
             run(connection)
 

@@ -12,12 +12,13 @@ revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
-# The oldest schema whose releases can still read and write a cache after this migration.
+# The oldest revision whose releases can still read and write a cache after this migration.
 oldest = ${repr(up_revision)}
 
-# Not written by Alembic: the CHECK constraints of a column that is added; and views over what changes have to be dropped
-# before it and made again after it. And a batch copies the table and words its
-# definition anew, which `cachedb db check` reports: op.add_column and op.drop_column do neither, as in 0003.
+# Alembic does not write the CHECK constraints of an added column. Write them.
+# Drop the views over a table before you change or drop its columns, and create them again afterwards.
+# Use op.add_column and op.drop_column, as in 0003. A batch copies the table and rewrites its definition, and
+# `cachedb db check` reports the difference.
 
 
 def upgrade() -> None:

@@ -36,6 +36,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # An older release takes the leases of a hold for a dead session's, and sweeps them away.
+    # An older release would take the leases of a hold for those of a dead session, and delete them.
     op.execute("DELETE FROM leases WHERE session IN (SELECT id FROM holds)")
     op.drop_table("holds")

@@ -1,6 +1,6 @@
-"""what configs say of images and layers
+"""values from the configs of images and layers
 
-What is there already is read from the configs afterwards, in batches: `backfills` says how far that is.
+A backfill reads the configs of existing images afterwards, in batches. `backfills` records its progress.
 
 Revision: 0003
 Revises: 0002
@@ -14,7 +14,7 @@ revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
-# Releases before this one work with their own schema alone.
+# Releases before this one work only with their own schema.
 oldest = "0003"
 
 Integer = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -36,7 +36,7 @@ ASSOCIATION = {"diff_id": IS_DIGEST, "created_by": "length(created_by) BETWEEN 1
 
 
 def upgrade() -> None:
-    # A new column that may be empty costs no copy of the table.
+    # SQLite adds a nullable column without copying the table.
     for table, columns in (("images", IMAGE), ("image_blobs", ASSOCIATION)):
         for name, condition in columns.items():
             check = sa.CheckConstraint(condition, name=op.f(f"ck_{table}_{name}"))

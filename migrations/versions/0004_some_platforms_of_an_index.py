@@ -12,16 +12,16 @@ revision = "0004"
 down_revision = "0003"
 branch_labels = None
 depends_on = None
-# Releases before this one would take an image of some platforms for an incomplete one of all.
+# Releases before this one would take an image with some platforms for an incomplete image with all platforms.
 oldest = "0004"
 
 
 def upgrade() -> None:
-    # A new column that may be empty costs no copy of the table.
+    # SQLite adds a nullable column without copying the table.
     check = sa.CheckConstraint("some_platforms = 1", name=op.f("ck_images_some_platforms"))
     op.add_column("images", sa.Column("some_platforms", sa.Integer(), check, nullable=True))
 
 
 def downgrade() -> None:
-    # To an older release it is an image of all platforms that is not associated with all of them; `verify` says so.
+    # An older release expects that the image is associated with all platforms, and its `verify` reports that it is not.
     op.drop_column("images", "some_platforms")

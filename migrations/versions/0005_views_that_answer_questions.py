@@ -1,4 +1,4 @@
-"""views that answer questions
+"""views for queries
 
 Revision: 0005
 Revises: 0004
@@ -11,7 +11,7 @@ revision = "0005"
 down_revision = "0004"
 branch_labels = None
 depends_on = None
-# A release that does not know the views does not mind them.
+# A release that does not know the views works with them.
 oldest = "0004"
 
 
@@ -19,8 +19,8 @@ def name_of(image: str) -> str:
     return f"{image}.repository || CASE WHEN instr({image}.reference, ':') THEN '@' ELSE ':' END || {image}.reference"
 
 
-# Subqueries for each row: SQLite does one row by its indexes, and leaves out those that nobody reads. A CROSS JOIN
-# keeps the order of its tables; it has no ON here, which SQLite takes, and DuckDB, that parses what it reads, does not.
+# SQLite runs these subqueries row by row with its indexes, and skips the columns that a query does not use.
+# A CROSS JOIN keeps the order of its tables. It has no ON, because DuckDB parses the views and does not accept it.
 STORED = "b.stored_at IS NOT NULL"
 BLOBS_OF_IMAGE = "b.id IN (SELECT o.blob_id FROM image_blobs AS o WHERE o.image_id = i.id)"
 IN_ANOTHER = "EXISTS (SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id AND o.image_id <> i.id)"
@@ -39,9 +39,9 @@ MISSING = (
 )
 IMAGES_OF_BLOB = "(SELECT count(DISTINCT o.image_id) FROM image_blobs AS o WHERE o.blob_id = b.id)"
 COMMAND = "(SELECT min(o.created_by) FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer')"
-# Not EXISTS, which SQLite from 3.51 on turns into a join: what stands beside it is then computed for each row found.
+# This is not EXISTS, because SQLite >= 3.51 would turn it into a join and compute the other columns for each match.
 IS_LAYER = "(SELECT 1 FROM image_blobs AS o WHERE o.blob_id = b.id AND o.role = 'layer' LIMIT 1) IS NOT NULL"
-# The planner cannot know that a name stands for one image, and would look through all contents to find those of it.
+# The planner does not know that a name identifies one image, and would read the contents of all images.
 A_FEW = "likelihood(i.repository <> '', 0.0001)"
 IS_SHARED = "(SELECT min(o.image_id) <> max(o.image_id) FROM image_blobs AS o WHERE o.blob_id = b.id)"
 
@@ -51,7 +51,7 @@ def size_of(condition: str) -> str:
 
 
 def usage(own: str, others: str) -> str:
-    """What the blobs of something take, of which others have some."""
+    """Return SQL for the sizes of the blobs that match ``own``; ``others`` is true for a blob that others share."""
     return f"""{size_of(own)} AS size,
     {size_of(f"{own} AND NOT {STORED}")} AS missing_size,
     {size_of(f"{own} AND {STORED} AND NOT {others}")} AS unique_size,
