@@ -1,6 +1,6 @@
-"""Run the tests on every Python and every kind of host that cachedb claims.
+"""Run the tests on every Python and every kind of host that cachedb supports.
 
-`nox -f .ci/noxfile.py --list` shows the sessions.
+`nox -f .ci/noxfile.py --list` lists the sessions.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.default_venv_backend = "uv"  # its environments have no pip, which is one of the hosts
+nox.options.default_venv_backend = "uv"  # so that the tests also run in an environment without pip
 nox.options.sessions = ["tests"]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PYTHONS = nox.project.python_versions(nox.project.load_toml(CHECKOUT / "pyproject.toml"))
-"""Those that the classifiers name. One that is missing fails the run on CI, and is skipped elsewhere."""
-NEXT = ["3.14"]  # not claimed yet, as CI has none; tested where it is installed
+"""The Pythons in the classifiers. If one is missing, CI fails; elsewhere nox skips it."""
+NEXT = ["3.14"]  # not supported yet, because CI does not have it; tested if it is installed
 FAST = ("-m", "not slow and not attack")
 CORE = (
     "tests/index/sqlite",
@@ -34,13 +34,13 @@ CORE = (
     "tests/test_closing.py",
     "tests/test_exit.py",
 )
-"""What differs from one Python or user to another: connections, threads, forks, signals, owners."""
+"""Tests that may differ between Pythons and users: connections, threads, forks, signals, owners."""
 TEST_USER = "cachedb-ci"
-SYSTEM_PYTHON = "/usr/bin/python3"  # the others may be below a home directory that only its owner may enter
+SYSTEM_PYTHON = "/usr/bin/python3"  # another Python may be in a home directory that only its owner can enter
 
 
 def run_pytest(session: nox.Session, *arguments: str) -> None:
-    """Install cachedb with its newest dependencies and run the tests."""
+    """Install cachedb with its newest dependencies, and run the tests."""
     session.chdir(CHECKOUT)
     session.install("-e", ".[test]")
     session.run("pytest", "-q", "-n", "auto", *arguments, *session.posargs)
@@ -48,13 +48,13 @@ def run_pytest(session: nox.Session, *arguments: str) -> None:
 
 @nox.session(python=[*PYTHONS, *(version for version in NEXT if shutil.which(f"python{version}"))])
 def tests(session: nox.Session) -> None:
-    """Run the tests that take little time."""
+    """Run the fast tests."""
     run_pytest(session, *FAST)
 
 
 @nox.session(python=PYTHONS)
 def core(session: nox.Session) -> None:
-    """Run the fast tests of what differs from one Python to another."""
+    """Run the fast tests that may differ between Pythons."""
     run_pytest(session, *FAST, *CORE)
 
 
@@ -66,11 +66,13 @@ def full(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def user(session: nox.Session) -> None:
-    """Run the fast tests as a user without privileges, who is created if need be; needs root."""
+    """Run the fast tests as a user without privileges; needs root, and creates the user if it does not exist."""
     if os.geteuid():
-        session.skip("run `nox -s tests` instead: only root can become another user")
+        session.skip("only root can become another user: run `nox -s tests` instead")
     if TEST_USER not in {entry.pw_name for entry in pwd.getpwall()}:
-        session.run("useradd", "--create-home", TEST_USER, external=True)  # gives it the ids that podman needs too
+        session.run(
+            "useradd", "--create-home", TEST_USER, external=True
+        )  # also allocates the subordinate ids that podman needs
     home = Path(pwd.getpwnam(TEST_USER).pw_dir)
     with copied_checkout(home) as checkout:
         python = make_environment(session, checkout, SYSTEM_PYTHON)
@@ -85,7 +87,7 @@ def user(session: nox.Session) -> None:
 @nox.session(python=False)
 def hosts(session: nox.Session) -> None:
     """Run the fast tests with the lowest dependencies, no HOME, LANG=C, umask 077, a path with a space, on tmpfs."""
-    with copied_checkout(Path("/dev/shm")) as checkout:  # noqa: S108 - it is a tmpfs everywhere
+    with copied_checkout(Path("/dev/shm")) as checkout:  # noqa: S108 - a tmpfs on every Linux
         python = make_environment(session, checkout, f"python{PYTHONS[0]}", "--resolution", "lowest-direct")
         session.chdir(checkout)
         host = ["env", "-u", "HOME", "LANG=C", "LC_ALL=C", f"TMPDIR={checkout.parent}"]
@@ -95,18 +97,18 @@ def hosts(session: nox.Session) -> None:
 
 @contextmanager
 def copied_checkout(place: Path) -> Iterator[Path]:
-    """Copy the checkout to a path with a space, in a folder of its own that goes at the end.
+    """Copy the checkout to a new folder whose path has a space; delete the folder after the block.
 
-    The path is short, for the tests make sockets in it, whose path may have 107 bytes.
+    The path is short, because the tests create sockets in it, and a socket's path has at most 107 bytes.
     """
     with tempfile.TemporaryDirectory(prefix="db ", dir=place, ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)  # some tests are another user for a while
+        Path(folder).chmod(0o755)  # some tests switch to another user for a while
         ignored = shutil.ignore_patterns(".venv", ".nox", "*_cache", "__pycache__", ".hypothesis")
         yield Path(shutil.copytree(CHECKOUT, Path(folder) / "checkout", ignore=ignored))
 
 
 def make_environment(session: nox.Session, checkout: Path, interpreter: str, *options: str) -> str:
-    """Make a virtual environment in a checkout, without pip, and return its Python."""
+    """Create a virtual environment without pip in a checkout, install cachedb, and return its Python."""
     python = str(checkout / ".venv" / "bin" / "python")
     session.run("uv", "venv", "-q", "-p", interpreter, str(checkout / ".venv"), external=True)
     session.run("uv", "pip", "install", "-q", "-p", python, *options, "-e", f"{checkout}[test]", external=True)
