@@ -1,4 +1,4 @@
-"""Settings of the documentation: `sphinx-build -W -n -b html docs OUT`, and `-b man` for the manual pages."""
+"""Settings of the documentation, for `sphinx-build -W -n -b html docs OUT` and for `-b man`."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "cache
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_extension"]
 nitpicky = True
-# Types of Python and of libraries have no page here, and no page of another site is fetched to build this one.
+# Types of Python and of libraries have no page here, and the build fetches no other site.
 nitpick_ignore_regex = [("py:.*", r"(?!cachedb\.).*"), ("py:class", r"cachedb\.\w+\..*")]
 
 myst_enable_extensions = ["deflist"]
-smartquotes = False  # `--link` stays two hyphens
+smartquotes = False  # keep the two hyphens of `--link`
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_class_signature = "separated"  # people get objects from functions, and not from classes
+autodoc_class_signature = "separated"  # users get objects from methods, and do not call the classes
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

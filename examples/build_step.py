@@ -1,4 +1,4 @@
-"""A step of a build: add a layer to a cached image, and export the result as a folder of hard links.
+"""Run a build step: add a layer to a cached image, and export the result as a folder of hard links.
 
 python examples/build_step.py hello:1 FILE hello:2 layout/
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from cachedb import Cache, CacheError, InvalidManifest, NotInCache
 
-LAYER_TYPES = {  # of a gzip layer, by the media type of the manifest
+LAYER_TYPES = {  # media types of a gzip layer, by the media type of the manifest
     "application/vnd.oci.image.manifest.v1+json": "application/vnd.oci.image.layer.v1.tar+gzip",
     "application/vnd.docker.distribution.manifest.v2+json": "application/vnd.docker.image.rootfs.diff.tar.gzip",
 }
@@ -36,7 +36,7 @@ def build_layer(file: Path) -> bytes:
 
 
 def read_manifest(cache: Cache, name: str) -> dict[str, Any]:
-    """Return an image's manifest; of an index, the manifest for the host's platform."""
+    """Return an image's manifest; for an index, return the manifest for the host's platform."""
     manifest: dict[str, Any] = json.loads(cache.get_manifest(name))
     if "manifests" in manifest:
         wanted = {"os": "linux", "architecture": ARCHITECTURES.get(platform.machine(), platform.machine())}
@@ -44,17 +44,17 @@ def read_manifest(cache: Cache, name: str) -> dict[str, Any]:
         if not found:
             raise NotInCache(f"{name} has no manifest for {'/'.join(wanted.values())}")
         manifest = json.loads(cache.get_blob(found[0]["digest"]))
-    manifest.setdefault("mediaType", "application/vnd.oci.image.manifest.v1+json")  # OCI manifests may leave it out
+    manifest.setdefault("mediaType", "application/vnd.oci.image.manifest.v1+json")  # optional in an OCI manifest
     if manifest["mediaType"] not in LAYER_TYPES:
         raise InvalidManifest(f"{name} is not an image manifest: {manifest['mediaType']!r}")
     return manifest
 
 
 def add_layer(cache: Cache, base: str, file: Path, target: str) -> None:
-    """Save ``target``: the image ``base`` with one more layer."""
+    """Save the image ``base`` with one more layer as ``target``."""
     manifest = read_manifest(cache, base)
     blobs = [manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
-    # The hold raises NotInCache if a blob is missing, and keeps them all, even if another process removes the base.
+    # The hold raises NotInCache if a blob is missing. It keeps all blobs even if another process removes the base.
     with cache.hold(*blobs):
         config = json.loads(cache.get_blob(manifest["config"]["digest"]))
         diff_ids = config.get("rootfs", {}).get("diff_ids", [])
@@ -78,7 +78,7 @@ def add_layer(cache: Cache, base: str, file: Path, target: str) -> None:
 
 
 def main() -> None:
-    """Run the step with the command line's arguments."""
+    """Run the step with the arguments of the command line."""
     base, file, target, layout = sys.argv[1:]
     try:
         with Cache.open() as cache:

@@ -1,4 +1,4 @@
-"""Make pages from the code when the documentation is built: one for each command, and the fields of result types."""
+"""Generate documentation from the code: a page for each command, and the fields of the result types."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MARKDOWN = re.compile(r"([\\*_\[\]<>#|{}$])")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register with Sphinx."""
+    """Write the pages of the commands, and register the extension with Sphinx."""
     write_pages(Path(app.srcdir) / COMMANDS)
     app.connect("autodoc-process-docstring", _add_fields, priority=400)
-    app.connect("autodoc-process-docstring", _as_rst, priority=450)  # before napoleon
-    app.connect("autodoc-skip-member", _skip)
-    app.connect("doctree-resolved", _without_links)
+    app.connect("autodoc-process-docstring", _convert_to_rst, priority=450)  # before napoleon
+    app.connect("autodoc-skip-member", _skip_member)
+    app.connect("doctree-resolved", _remove_links)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -33,7 +33,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 
 def commands() -> Iterator[tuple[str, click.Command, click.Context]]:
-    """Yield every command with its full name, groups before what is in them."""
+    """Yield every command with its full name; a group comes before its commands."""
     yield from _walk("cachedb", cli, None)
 
 
@@ -51,83 +51,87 @@ def _walk(
 
 
 def man_pages_of(author: str) -> list[tuple[str, str, str, str, int]]:
-    """Return the setting `man_pages`: a manual page for each command."""
-    return [(f"{COMMANDS}/{_file(name)}", _file(name), _summary(command), author, 1) for name, command, _ in commands()]
+    """Return the Sphinx setting `man_pages`: a manual page for each command."""
+    pages = []
+    for name, command, _ in commands():
+        pages.append((f"{COMMANDS}/{_page_name(name)}", _page_name(name), _summarize(command), author, 1))
+    return pages
 
 
 def write_pages(folder: Path) -> None:
-    """Write a page for each command, and delete the pages of commands that are gone."""
+    """Write a page for each command, and delete the pages of commands that no longer exist."""
     folder.mkdir(exist_ok=True)
-    pages = {f"{_file(name)}.md": _page(name, command, context) for name, command, context in commands()}
+    pages = {f"{_page_name(name)}.md": _render_page(name, command, context) for name, command, context in commands()}
     for file in set(folder.iterdir()) - {folder / page for page in pages}:
         file.unlink()
     for page, text in pages.items():
         file = folder / page
-        if not file.exists() or file.read_text() != text:  # Sphinx reads again what has a new time
+        if not file.exists() or file.read_text() != text:  # Sphinx reads a file again if its time is new
             file.write_text(text)
 
 
-def _file(name: str) -> str:
+def _page_name(name: str) -> str:
     return name.replace(" ", "-")
 
 
-def _summary(command: click.Command) -> str:
-    """Return the first sentence of a command's help, as the name line of a manual page has it."""
-    return (_help(command).partition("\n\n")[0].replace("\n", " ").rstrip(".")).replace("`", "")
+def _summarize(command: click.Command) -> str:
+    """Return the first paragraph of a command's help on one line, for the name line of a manual page."""
+    return (_get_help(command).partition("\n\n")[0].replace("\n", " ").rstrip(".")).replace("`", "")
 
 
-def _help(command: click.Command) -> str:
+def _get_help(command: click.Command) -> str:
     return inspect.cleandoc(command.help or "").partition("\f")[0]
 
 
-def _without_links(app: Sphinx, tree: nodes.document, _page: str) -> None:
-    """Leave the text of links in manual pages, which would print an empty address behind it."""
+def _remove_links(app: Sphinx, tree: nodes.document, _page: str) -> None:
+    """Replace each link in a manual page by its text, because the page would print an empty address after it."""
     if app.builder.name == "man":
         for link in list(tree.findall(nodes.reference)):
             link.replace_self(link.children)
 
 
-def _page(name: str, command: click.Command, context: click.Context) -> str:
+def _render_page(name: str, command: click.Command, context: click.Context) -> str:
     usage = " ".join(command.collect_usage_pieces(context))
-    parts = [f"# {name}", "## Synopsis", f"```text\n{name} {usage}\n```", "## Description", _escaped(_help(command))]
-    options = [_option(option, context) for option in command.get_params(context)]
+    parts = [f"# {name}", "## Synopsis", f"```text\n{name} {usage}\n```", "## Description"]
+    parts.append(_escape_markdown(_get_help(command)))
+    options = [_render_option(option, context) for option in command.get_params(context)]
     if described := [text for text in options if text]:
         parts += ["## Options", f"```{{program}} {name}\n```", *described]
     if isinstance(command, click.Group):
         parts.append("## Commands")
         children = [(child, command.get_command(context, child)) for child in command.list_commands(context)]
         parts += [
-            f"[`{name} {child}`]({_file(f'{name} {child}')}.md)\n: {_escaped(_summary(found))}."
+            f"[`{name} {child}`]({_page_name(f'{name} {child}')}.md)\n: {_escape_markdown(_summarize(found))}."
             for child, found in children
             if found
         ]
     if command.epilog:
         examples = inspect.cleandoc(command.epilog).replace("\b\n", "").removeprefix("Examples:\n")
         parts += ["## Examples", f"```sh\n{inspect.cleandoc(examples)}\n```"]
-    parts += ["## Exit status", _exit_status()]
+    parts += ["## Exit status", _render_exit_codes()]
     if name != "cachedb":
-        above = name.rpartition(" ")[0]
-        parts += ["## See also", f"[{_file(above)}(1)]({_file(above)}.md)"]
+        group = _page_name(name.rpartition(" ")[0])
+        parts += ["## See also", f"[{group}(1)]({group}.md)"]
     return "\n\n".join(parts) + "\n"
 
 
-def _option(option: click.Parameter, context: click.Context) -> str | None:
+def _render_option(option: click.Parameter, context: click.Context) -> str | None:
     record = None if isinstance(option, click.Argument) else option.get_help_record(context)
     if record is None:
         return None
     names, text = record
-    # click writes a pair of switches as `--one / --other`; Sphinx reads names with a comma between them.
+    # click separates a pair of switches by a slash, `--one / --other`; Sphinx needs a comma.
     names = re.sub(r" ?/ ?(?=-)", ", ", names)
-    return f"```{{option}} {names}\n{_escaped(text)}\n```"
+    return f"```{{option}} {names}\n{_escape_markdown(text)}\n```"
 
 
-def _exit_status() -> str:
-    (codes,) = re.findall(r"^Exit codes: (.*?)\.$", _help(cli), re.MULTILINE)
+def _render_exit_codes() -> str:
+    (codes,) = re.findall(r"^Exit codes: (.*?)\.$", _get_help(cli), re.MULTILINE)
     return "\n".join(f"- `{code.partition(' ')[0]}`: {code.partition(' ')[2]}" for code in codes.split("; "))
 
 
-def _escaped(text: str) -> str:
-    """Return a text of `--help` as Markdown that reads the same, with what is between backticks as code."""
+def _escape_markdown(text: str) -> str:
+    """Escape the Markdown of a help text, except for code between backticks."""
     pieces = re.split(r"(`[^`]*`)", text)
     return "".join(piece if piece.startswith("`") else _MARKDOWN.sub(r"\\\1", piece) for piece in pieces)
 
@@ -139,13 +143,13 @@ def _is_record(found: object) -> bool:
     return isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields")
 
 
-def _skip(_app: Sphinx, _what: str, name: str, found: object, _skip: bool, _options: object) -> bool | None:
-    """Leave out constructors, and the fields of named tuples, which `_add_fields` describes."""
+def _skip_member(_app: Sphinx, _what: str, name: str, found: object, _skip: bool, _options: object) -> bool | None:
+    """Skip constructors, and the fields of named tuples, because `_add_fields` describes them."""
     return True if name in ("__init__", "__new__") or type(found).__name__ == "_tuplegetter" else None
 
 
 def _add_fields(_app: Sphinx, _what: str, _name: str, found: object, _options: object, lines: list[str]) -> None:
-    """Describe the fields of a named tuple by the comments that its source has behind them."""
+    """Describe the fields of a named tuple with the comments behind them in its source."""
     if not _is_record(found):
         return
     lines += ["", "Attributes:"]
@@ -154,7 +158,7 @@ def _add_fields(_app: Sphinx, _what: str, _name: str, found: object, _options: o
 
 
 def fields(record: Any) -> Iterator[tuple[str, str, str]]:  # noqa: ANN401
-    """Yield the fields of a named tuple: name, type, and the comment behind it."""
+    """Yield the name, the type and the comment of each field of a named tuple."""
     source = inspect.getsource(record)
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -166,7 +170,7 @@ def fields(record: Any) -> Iterator[tuple[str, str, str]]:  # noqa: ANN401
             yield match[1], match[2], comments.get(number, "")
 
 
-def _as_rst(_app: Sphinx, _what: str, _name: str, _found: object, _options: object, lines: list[str]) -> None:
+def _convert_to_rst(_app: Sphinx, _what: str, _name: str, _found: object, _options: object, lines: list[str]) -> None:
     """Turn `code` into ``code``, and indented examples and drawn trees into literal blocks."""
     new: list[str] = []
     if tree := [number for number, line in enumerate(lines) if "── " in line]:
@@ -182,7 +186,7 @@ def _as_rst(_app: Sphinx, _what: str, _name: str, _found: object, _options: obje
 
 
 def _in_section(before: list[str]) -> bool:
-    """Return whether the last line without indentation is a heading such as `Args:`."""
+    """Return whether the last unindented line is a heading such as `Args:`."""
     last = next((line for line in reversed(before) if line and not line.startswith(" ")), "")
     return last in ("Args:", "Returns:", "Raises:", "Attributes:")
 
