@@ -66,7 +66,7 @@ def full(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def user(session: nox.Session) -> None:
-    """Run the fast tests as a user without privileges; needs root, and creates the user if it does not exist."""
+    """Run the fast tests as a user without privileges; needs root, and creates the user."""
     if os.geteuid():
         session.skip("only root can become another user: run `nox -s tests` instead")
     if TEST_USER not in {entry.pw_name for entry in pwd.getpwall()}:
@@ -86,7 +86,10 @@ def user(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def hosts(session: nox.Session) -> None:
-    """Run the fast tests with the lowest dependencies, no HOME, LANG=C, umask 077, a path with a space, on tmpfs."""
+    """Run the fast tests with the lowest dependencies on a host with unusual settings.
+
+    It has no HOME, LANG=C, umask 077, a path with a space, and a tmpfs.
+    """
     with copied_checkout(Path("/dev/shm")) as checkout:  # noqa: S108 - a tmpfs on every Linux
         python = make_environment(session, checkout, f"python{PYTHONS[0]}", "--resolution", "lowest-direct")
         session.chdir(checkout)

@@ -1,4 +1,4 @@
-"""Compare the adoption of an `index.json` cache with `cp`, and with a bare loop that copies the files with fsync.
+"""Compare the adoption of an `index.json` cache with `cp`, and with a loop that copies with fsync.
 
 Each image has its own manifest, config and two layers. It also has eight of 200 layers that all images share.
 """
@@ -22,7 +22,7 @@ from cachedb.operations.adopt import How
 
 
 def adopt(plan: Plan) -> None:
-    """Adopt once in each way: an adoption takes long, and `adopt --move` deletes the source, so it runs last."""
+    """Adopt once in each way, because it takes long; `adopt --move` is last, as it deletes the source."""
     place, images = plan.folder("adopt"), min(plan.images // 2, 10_000)
     old = place / ".cache"
     in_child(_write_json_cache, old, images)

@@ -1,4 +1,4 @@
-"""Run commands in parallel, and print their cost as JSON, in the order of the fields of `measure.Cost`.
+"""Run commands in parallel, and print their cost as JSON, with the fields of `measure.Cost`.
 
 This is a small separate process: the peak memory that the kernel reports for a child includes that of its parent.
 """

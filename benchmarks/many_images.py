@@ -251,7 +251,7 @@ def _write_layout(path: Path, image: tuple[bytes, list[bytes]]) -> None:
 
 
 class JsonCache:
-    """A cache whose index is one JSON file; it reads the whole file at open, and rewrites it at each change."""
+    """A cache with one JSON file as its index, read whole at open and rewritten whole at each change."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -328,7 +328,7 @@ def _use_json_cache(directory: Path, count: int) -> list[Calls]:
 
 
 def _use_umoci(directory: Path, count: int) -> Calls:
-    """Remove names from a layout with ``count`` names of one image; umoci runs as a process, and collects no blob."""
+    """Remove names of an image from a layout with `umoci rm`, which collects no blob."""
     layout = directory / "layout"
     manifest, blobs = _make_image(0)
     _write_layout(layout, (manifest, blobs))
@@ -346,7 +346,7 @@ def _use_umoci(directory: Path, count: int) -> Calls:
 
 
 def lists(plan: Plan) -> None:
-    """Time the commands that list the whole cache, and compare them with the same command in an empty cache."""
+    """Time the commands that list the whole cache, and compare them with an empty cache."""
     works = []
     empty_cache = cache_of(plan, 0)
     for words, want in ((["stats"], 0.1), (["ls", "-q"], 0.5), (["ls"], None), (["df"], None)):
@@ -468,7 +468,7 @@ def _format_waits(waits: list[float]) -> str:
 
 @contextmanager
 def _run_writer(directory: Path) -> Iterator[list[tuple[float, float]]]:
-    """Run a process that writes in a loop during the block; then list the start and duration of each write."""
+    """Run a process that writes during the block; then list the start and the duration of each write."""
     waits: list[tuple[float, float]] = []
     command = [sys.executable, "-c", WRITER, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -539,7 +539,7 @@ def _delete_images(directory: Path, count: int) -> None:
 
 
 def _time_collection(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
-    """Collect; return the number of freed blobs, the cost, and the longest and the median hold of the write lock."""
+    """Collect; return the freed blobs, the cost, and the longest and the median hold of the write lock."""
     from cachedb import Cache
     from cachedb.disk import locks
     from cachedb.disk.waiting import Wait

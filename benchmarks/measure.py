@@ -150,7 +150,7 @@ def _at_most(want: float | None, unit: str = "") -> str:
 
 
 def take_turns(works: Iterable[Work], rounds: int, *, warm: bool = True) -> list[Work]:
-    """Run all works in turns, ``rounds`` times; if ``warm``, run one more round first to warm the page cache."""
+    """Run all works in turns, ``rounds`` times; ``warm`` adds a first round to warm the page cache."""
     works = list(works)
     for turn in range(0 if warm else 1, rounds + 1):
         note(f"  round {turn} of {rounds}, {len(works)} works")

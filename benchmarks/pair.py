@@ -1,4 +1,4 @@
-"""Compare the checkout with an earlier commit: run the same work in turns, and compute the ratio of each pair.
+"""Compare the checkout with an earlier commit: run the same work in turns, and print the ratios.
 
     python -m benchmarks.pair COMMIT [--rounds N] [--only WORD ...] [--size BYTES] [--directory DIR]
 

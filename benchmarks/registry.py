@@ -1,4 +1,4 @@
-"""Measure pulls and pushes of an image, compare them with the peers, and count the bytes that are transferred."""
+"""Measure pulls and pushes of an image, compare them with the peers, and count the bytes."""
 
 from __future__ import annotations
 

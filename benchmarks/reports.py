@@ -127,7 +127,7 @@ def _measure_rate(directory: Path, writers: int, length: float) -> float:
 
 
 def reports(plan: Plan) -> None:
-    """Run every report, `df` and the HTML page; then run writers alone, beside reports, and beside a busy loop."""
+    """Time every report, `df` and the HTML page, and compare writers alone, beside reports and a busy loop."""
     directory = plan.folder("reports") / "cache"
     blobs = in_child(_write_index, directory, plan.images)
     print(f"{plan.images} images, {blobs} blobs.\n")
@@ -150,7 +150,7 @@ def reports(plan: Plan) -> None:
 
 
 def _time_reports(directory: Path) -> list[list[str]]:
-    """Return a row for each report: its name, its number of rows, and the seconds of the faster of two runs."""
+    """Return a row for each report: its name, its number of rows, and the seconds of its faster run."""
     from cachedb import Cache
     from cachedb.reports import named
 

@@ -1,4 +1,4 @@
-"""Store a thousand blobs of 64 KiB in cachedb, in other stores, and with a bare loop that writes the same files."""
+"""Write a thousand blobs of 64 KiB with cachedb, with other stores, and with a bare loop."""
 
 from __future__ import annotations
 

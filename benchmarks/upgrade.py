@@ -1,4 +1,4 @@
-"""Measure an upgrade of the schema and its disk usage, and compare it with a copy of the index by VACUUM INTO."""
+"""Measure an upgrade of the schema and its disk usage, and compare it with VACUUM INTO."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def render_item(kind: str, item: object, _context: object) -> str | Literal[Fals
 
 
 def number(_context: object, _revision: object, scripts: list[MigrationScript]) -> None:
-    """Number new revisions consecutively, because cachedb compares their numbers; keep a number that was chosen."""
+    """Give a new revision the next number, unless one was chosen; cachedb compares the numbers."""
     for script in scripts:
         if not re.fullmatch(r"[0-9]{4}", script.rev_id or ""):
             newest = max((int(known.revision) for known in context.script.walk_revisions()), default=0)
@@ -29,7 +29,7 @@ def number(_context: object, _revision: object, scripts: list[MigrationScript]) 
 
 
 def say_oldest(ctx: object, step: object, heads: Collection[Any], run_args: object) -> None:
-    """Store the oldest revision whose releases can use the new schema, and report the progress of the migrations."""
+    """Store the oldest revision whose releases can use the schema, and report progress."""
     for head in heads:
         script = context.script.get_revision(head)
         assert script is not None

@@ -84,7 +84,7 @@ def _get_help(command: click.Command) -> str:
 
 
 def _remove_links(app: Sphinx, tree: nodes.document, _page: str) -> None:
-    """Replace each link in a manual page by its text, because the page would print an empty address after it."""
+    """Replace each link in a manual page by its text, as the page would print an empty address."""
     if app.builder.name == "man":
         for link in list(tree.findall(nodes.reference)):
             link.replace_self(link.children)

@@ -51,7 +51,7 @@ def size_of(condition: str) -> str:
 
 
 def usage(own: str, others: str) -> str:
-    """Return SQL for the sizes of the blobs that match ``own``; ``others`` is true for a blob that others share."""
+    """Return SQL for the sizes of the blobs that match ``own``; blobs that match ``others`` are shared."""
     return f"""{size_of(own)} AS size,
     {size_of(f"{own} AND NOT {STORED}")} AS missing_size,
     {size_of(f"{own} AND {STORED} AND NOT {others}")} AS unique_size,
