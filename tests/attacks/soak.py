@@ -1,4 +1,4 @@
-"""The soak, pointed at cachedb: `python -m tests.attacks.soak --help`."""
+"""Run the soak against a cache: `python -m tests.attacks.soak --help`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ WAITING = {"processes": 64, "seconds": 600.0}
 
 
 @contextmanager
-def absent() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
+    """Raise `soak.Absent` instead of `NotInCache` in the block."""
     try:
         yield
     except NotInCache as error:
@@ -32,7 +33,7 @@ def absent() -> Iterator[None]:
 
 
 class OpenCache:
-    """A cache as the soak knows a store."""
+    """An open cache with the interface of `soak.Store`."""
 
     def __init__(self, directory: Path) -> None:
         self._cache = Cache.open(directory)
@@ -51,34 +52,34 @@ class OpenCache:
         return self._cache.has_blob(digest)
 
     def read(self, digest: str) -> bytes:
-        with absent():
+        with translate_errors():
             return self._cache.get_blob(digest)
 
     def manifest(self, name: str) -> bytes:
-        with absent():
+        with translate_errors():
             return self._cache.get_manifest(name)
 
     def blobs(self, name: str) -> list[str]:
-        with absent():
+        with translate_errors():
             return [blob.digest for blob in self._cache.get_image_blobs(name) if blob.stored]
 
     def complete(self, name: str) -> bool:
-        # "No" is also said of what is not there, which is another thing.
-        with absent():
+        # `is_image_complete` is also False for an absent image, for which `get_image` raises an error.
+        with translate_errors():
             return self._cache.is_image_complete(name) or self._cache.get_image(name).complete
 
     def tag(self, source: str, target: str) -> None:
-        with absent():
+        with translate_errors():
             self._cache.tag(source, target)
 
     def remove(self, name: str) -> None:
-        with absent():
+        with translate_errors():
             self._cache.remove_manifest(name)
 
     @contextmanager
     def hold(self, name: str) -> Iterator[dict[str, Path]]:
-        with absent():
-            # By digest too: a hot name may move between the two lines.
+        with translate_errors():
+            # Hold the digests too: a hot name may move to another image before the hold.
             digests = [blob.digest for blob in self._cache.get_image_blobs(name)]
             held = self._cache.hold(name, *digests)
             held.__enter__()
@@ -88,7 +89,7 @@ class OpenCache:
             held.__exit__(None, None, None)
 
     def export(self, name: str, path: Path) -> None:
-        with absent():
+        with translate_errors():
             self._cache.export(name, path, format=next(self._formats))  # type: ignore[arg-type]
 
     def collect(self) -> None:
@@ -104,7 +105,7 @@ class OpenCache:
 
 
 class CacheDirectory:
-    """The cache in a directory as the target of an attack."""
+    """A cache in a directory as the target of an attack."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -115,7 +116,7 @@ class CacheDirectory:
 
         @contextmanager
         def timed(self: Database) -> Iterator[Connection]:
-            # At the lock file or in SQLite: all that is between a writer and its transaction.
+            # Everything before the transaction begins counts: waiting for the lock file, and in SQLite.
             began = time.perf_counter()
             with write(self) as connection:
                 waited(time.perf_counter() - began)
@@ -128,23 +129,23 @@ class CacheDirectory:
         promises.check(self._directory)
 
 
-def parsed() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.attacks.soak", description="Work a cache hard, and check it."
+        prog="python -m tests.attacks.soak", description="Load a cache with many processes, and check it."
     )
-    parser.add_argument("--processes", type=int, help="that use the cache (8; 64 with --waiting)")
-    parser.add_argument("--seconds", type=float, help="to work (60 without --operations; 600 with --waiting)")
-    parser.add_argument("--operations", type=float, help="to do")
-    parser.add_argument("--seed", type=int, default=1, help="of what the workers choose to do (1)")
-    parser.add_argument("--kills-per-second", type=float, default=2.0, help="by SIGKILL (2; 0 with --waiting)")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds between a process's operations (0)")
+    parser.add_argument("--processes", type=int, help="processes that use the cache (8; 64 with --waiting)")
+    parser.add_argument("--seconds", type=float, help="seconds of work (60 without --operations; 600 with --waiting)")
+    parser.add_argument("--operations", type=float, help="operations after which the soak ends")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the random choices (1)")
+    parser.add_argument("--kills-per-second", type=float, default=2.0, help="kills by SIGKILL (2; 0 with --waiting)")
+    parser.add_argument("--pause", type=float, default=0.0, help="average seconds between a process's operations (0)")
     parser.add_argument("--check-every", type=float, default=30.0, help="seconds between checks of all promises (30)")
+    parser.add_argument("--directory", type=Path, help="folder for the cache; /dev/shm is faster (a temporary folder)")
+    parser.add_argument("--waiting", action="store_true", help="no kills; fail if waits are too long or unfair")
+    parser.add_argument("--longest", type=float, default=1.0, help="longest wait with --waiting, in seconds (1)")
     parser.add_argument(
-        "--directory", type=Path, help="where to make the cache; /dev/shm is faster (a temporary folder)"
+        "--ratio", type=float, default=3.0, help="largest ratio of busiest to slowest process with --waiting (3)"
     )
-    parser.add_argument("--waiting", action="store_true", help="no kills, and judge how long and fairly they wait")
-    parser.add_argument("--longest", type=float, default=1.0, help="seconds of waiting allowed with --waiting (1)")
-    parser.add_argument("--ratio", type=float, default=3.0, help="busiest to slowest allowed with --waiting (3)")
     return parser.parse_args()
 
 
@@ -160,13 +161,13 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> soak.Plan:
         seed=options.seed,
         pause=options.pause,
         kills_per_second=0.0 if options.waiting else options.kills_per_second,
-        # A check ends all workers; who waits is to run all the time.
+        # A check ends all workers, but with --waiting they run all the time.
         check_every=float("inf") if options.waiting else options.check_every,
     )
 
 
 def main() -> int:
-    options = parsed()
+    options = parse_arguments()
     interval = 3 if sys.stdout.isatty() else 60
     printed = time.monotonic()
 

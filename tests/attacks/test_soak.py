@@ -1,4 +1,4 @@
-"""The soak, for some seconds; and stores that are broken on purpose, in which it must find what is wrong."""
+"""Run the soak for some seconds, and against broken stores in which it must find the fault."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.attack
 
 
 def run_soak(directory: Path, *arguments: object) -> str:
-    """Run the soak to its end, which must be a good one, and return what it printed."""
+    """Run the soak, assert that it succeeds, and return its output."""
     command = [sys.executable, "-m", "tests.attacks.soak", "--directory", directory, *arguments]
     done = subprocess.run([*map(str, command)], check=False, text=True, capture_output=True, timeout=300)
     print(done.stdout, done.stderr)
-    told = [line for line in done.stderr.splitlines() if not line.startswith("waiting for process ")]
-    assert (done.returncode, told) == (0, [])
+    complaints = [line for line in done.stderr.splitlines() if not line.startswith("waiting for process ")]
+    assert (done.returncode, complaints) == (0, [])
     return done.stdout
 
 
@@ -40,8 +40,8 @@ def test_a_cache_keeps_its_promises_while_its_users_are_killed(tmp_path: Path) -
     assert checks >= 2
 
 
-def test_many_who_wait_see_no_locked_database_and_have_their_turn(tmp_path: Path) -> None:
-    # Machines are noisy and this one is new to everything: what is strict is that nothing fails.
+def test_many_waiting_processes_get_their_turn_and_no_locked_database(tmp_path: Path) -> None:
+    # Test machines are noisy, so the limits on waiting are generous; no operation may fail.
     output = run_soak(tmp_path, "--waiting", "--processes", 16, "--seconds", 3, "--longest", 30, "--ratio", 30)
     assert "\nviolations 0\n" in output
     assert "of 16 workers that ran all the time" in output
@@ -53,11 +53,11 @@ def test_a_soak_ends_after_a_number_of_operations(tmp_path: Path) -> None:
     assert 200 <= int(done) < 1000
 
 
-# Stores that are right, or broken on purpose
+# A correct store, and stores that are broken on purpose
 
 
 class Folder:
-    """A store with an index in one JSON file, changed by its writers in turn; subclasses break it."""
+    """A correct store with its index in one JSON file, which a lock protects; subclasses break it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -87,7 +87,7 @@ class Folder:
 
     @contextmanager
     def changing(self) -> Iterator[dict[str, list[str]]]:
-        """Change the index, and collect what it does not name any more."""
+        """Yield the index for a change, and write it at the end of the block."""
         with self.lock():
             index = self.index()
             yield index
@@ -184,7 +184,7 @@ class Folder:
 
 
 class LostUpdates(Folder):
-    """Who changes the index reads it, and writes it, and does not look whether another does the same."""
+    """Changes the index without the lock, so that two writers overwrite each other's changes."""
 
     @contextmanager
     def changing(self) -> Iterator[dict[str, list[str]]]:
@@ -194,13 +194,13 @@ class LostUpdates(Folder):
         self.put(self.directory / "index.json", json.dumps(index).encode())
 
 
-class DeletesWhatIsHeld(Folder):
+class DeletesHeldBlobs(Folder):
     def held(self) -> set[str]:
         return set()
 
 
-class DeletesWhatIsShared(Folder):
-    """Removes an image with all its blobs, whoever else has them."""
+class DeletesSharedBlobs(Folder):
+    """Removes an image with all its blobs, also those that other images use."""
 
     def remove(self, name: str) -> None:
         with self.changing() as index:
@@ -212,7 +212,7 @@ class DeletesWhatIsShared(Folder):
 
 
 class AcknowledgesTooEarly(Folder):
-    """Writes the index now and then, and says at once that it is written."""
+    """Acknowledges an added image at once, but writes the index only now and then."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -239,7 +239,7 @@ class AcknowledgesTooEarly(Folder):
 
 
 class WritesInPlace(Folder):
-    """Writes a blob under its name, so that a kill leaves the half of it, which counts as stored."""
+    """Writes a blob under its final name, so that a kill leaves half of the blob, which counts as stored."""
 
     def put(self, path: Path, data: bytes) -> None:
         if path.parent.name != "blobs":
@@ -251,8 +251,8 @@ class WritesInPlace(Folder):
             file.write(data[len(data) // 2 :])
 
 
-class LosesAName(Folder):
-    """Gives back another image than the one that was added, now and then."""
+class TagsAnotherImage(Folder):
+    """Sometimes gives the new name to another image."""
 
     def tag(self, source: str, target: str) -> None:
         with self.changing() as index:
@@ -267,13 +267,13 @@ class SaysLocked(Folder):
         super().add(name, image)
 
 
-class LeavesAtOnce(Folder):
+class ExitsDuringCollection(Folder):
     def collect(self) -> None:
         os._exit(3)
 
 
-class Favours(Folder):
-    """Lets whoever came first have a turn at once, and has the others wait."""
+class IsUnfair(Folder):
+    """Serves the first worker at once, and delays the others."""
 
     def has(self, digest: str) -> bool:
         try:
@@ -285,7 +285,7 @@ class Favours(Folder):
         return super().has(digest)
 
 
-class InFolder:
+class FolderTarget:
     """A store in a folder as the target of an attack."""
 
     def __init__(self, store: Callable[[Path], Folder], directory: Path) -> None:
@@ -297,14 +297,14 @@ class InFolder:
 
     def check(self) -> None:
         for hold in (self.directory / "holds").iterdir():
-            hold.unlink()  # nobody works with the store: they are of the dead
+            hold.unlink()  # no worker runs now, so all holds belong to dead workers
         self.store(self.directory).collect()
         broken = self.store(self.directory).verify(quick=False)
         assert not broken, "a blob is broken"
 
 
-def attacked(store: type[Folder], tmp_path: Path, **options: object) -> tuple[int, dict[str, int], str]:
-    """Attack a store for a moment, in a process of its own, which forks; return what was found and told."""
+def attack_store(store: type[Folder], tmp_path: Path, **options: object) -> tuple[int, dict[str, int], str]:
+    """Attack a store in a new process, because the soak forks; return operations, violations, and unfair waits."""
     (tmp_path / "scratch").mkdir()
     output = run_python(
         """
@@ -314,7 +314,7 @@ def attacked(store: type[Folder], tmp_path: Path, **options: object) -> tuple[in
         from tests.support import soaking as soak
 
         directory, store, options = Path(sys.argv[1]), getattr(test_soak, sys.argv[2]), json.loads(sys.argv[3])
-        target = test_soak.InFolder(store, directory / "store")
+        target = test_soak.FolderTarget(store, directory / "store")
         result = soak.run(target, soak.Plan(3, directory / "scratch", **options))
         print(json.dumps([sum(result.operations.values()), result.violations, soak.unfair(result)]))
         """,
@@ -326,8 +326,8 @@ def attacked(store: type[Folder], tmp_path: Path, **options: object) -> tuple[in
     return operations, violations, " ".join(unfair)
 
 
-def test_nothing_is_found_in_a_store_that_is_right(tmp_path: Path) -> None:
-    operations, violations, _ = attacked(Folder, tmp_path, operations=10_000)
+def test_the_soak_finds_nothing_in_a_correct_store(tmp_path: Path) -> None:
+    operations, violations, _ = attack_store(Folder, tmp_path, operations=10_000)
     assert violations == {}
     assert operations >= 10_000
 
@@ -336,21 +336,21 @@ def test_nothing_is_found_in_a_store_that_is_right(tmp_path: Path) -> None:
     ("store", "found"),
     [
         (LostUpdates, "an acknowledged image|a canary is|was removed|was never stored"),
-        (DeletesWhatIsHeld, "FileNotFoundError"),
-        (DeletesWhatIsShared, "incomplete|is not stored|is missing|is gone"),
+        (DeletesHeldBlobs, "FileNotFoundError"),
+        (DeletesSharedBlobs, "incomplete|is not stored|is missing|is gone"),
         (AcknowledgesTooEarly, "an acknowledged image|a canary is|was removed|was never stored"),
-        (WritesInPlace, "another content|problems|was never stored|is broken"),
-        (LosesAName, "is image [0-9]+, and was image"),
+        (WritesInPlace, "has changed|problems|was never stored|is broken"),
+        (TagsAnotherImage, "is image [0-9]+, but was image"),
         (SaysLocked, "OSError: database is locked"),
-        (LeavesAtOnce, "a worker died: 3"),
+        (ExitsDuringCollection, "a worker died: 3"),
     ],
 )
-def test_what_is_broken_is_found(store: type[Folder], found: str, tmp_path: Path) -> None:
-    _, violations, _ = attacked(store, tmp_path, enough=5)
+def test_the_soak_finds_the_fault_of_a_broken_store(store: type[Folder], found: str, tmp_path: Path) -> None:
+    _, violations, _ = attack_store(store, tmp_path, enough=5)
     assert any(re.search(found, text) for text in violations), violations
 
 
-def test_a_store_that_favours_one_of_its_users_is_found(tmp_path: Path) -> None:
-    _, violations, unfair = attacked(Favours, tmp_path, seconds=1, kills_per_second=0, check_every=10)
+def test_the_soak_finds_a_store_that_favours_one_worker(tmp_path: Path) -> None:
+    _, violations, unfair = attack_store(IsUnfair, tmp_path, seconds=1, kills_per_second=0, check_every=10)
     assert violations == {}
     assert "the busiest worker did" in unfair

@@ -1,6 +1,6 @@
-"""Run the command line in a process that has everything imported: a fork of a server, in a tenth of the time.
+"""Run commands in forks of a server that has imported cachedb: ten times as fast as a new interpreter.
 
-A test of what happens while the interpreter starts or imports runs `sys.executable -m cachedb` itself.
+A test of the interpreter's start or of imports runs `sys.executable -m cachedb` instead.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 SUPPORTED: Final = {"text", "capture_output", "timeout", "input", "env", "cwd", "stdin"}
-"""The options of `subprocess.run` with which a command can be run by the server."""
+"""The options of `subprocess.run` that the server supports."""
 
 _START_VARIABLES: Final = ("PYTHON", "LANG", "LC_", "LD_", "MALLOC")
-"""Beginnings of the names of variables that an interpreter reads when it starts."""
+"""Prefixes of the environment variables that an interpreter reads when it starts."""
 
-# What the commands import, but for what few of them need.
+# The modules that most commands import.
 _IMPORTS: Final = (
     "alembic.command",
     "cachedb.cache",
@@ -41,15 +41,15 @@ _IMPORTS: Final = (
 
 
 class CommandServer:
-    """A process that is forked for each command."""
+    """A server process that forks for each command."""
 
     def __init__(self, checkout: Path) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="cachedb-server-")
         self._path = str(Path(self._folder.name) / "socket")
         self._environment = dict(os.environ)
-        self._state = _inherited()
+        self._state = _inherited_state()
         code = "import sys; from tests.support.command_server import serve; serve(sys.argv[1])"
-        # It ends when this process does: its stdin is closed then.
+        # The server ends when this process ends, because that closes its stdin.
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, self._path], cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -57,39 +57,39 @@ class CommandServer:
         assert self._process.stdout.readline() == b"ready\n"
 
     def close(self) -> None:
-        """End the server; commands that run go on."""
+        """Kill the server; commands that are running continue."""
         self._process.kill()
         self._process.communicate()
         self._folder.cleanup()
 
     def accepts(self, options: Mapping[str, Any]) -> bool:
-        """Return whether a command with these options of `subprocess.run` is the same when the server runs it."""
+        """Return whether the server runs a command with these options as `subprocess.run` would."""
         environment = options.get("env") or os.environ
         changed = environment.items() ^ self._environment.items()
-        if options.keys() - SUPPORTED or self._state != _inherited():
+        if options.keys() - SUPPORTED or self._state != _inherited_state():
             return False
         return not any(name.startswith(_START_VARIABLES) for name, _ in changed)
 
     def run(self, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
-        """Run a command; for the options see `subprocess.run`."""
+        """Run a command; the options are those of `subprocess.run` in `SUPPORTED`."""
         data, text = options.get("input"), options.get("text", False)
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            with tempfile.TemporaryFile() as given:
+            with tempfile.TemporaryFile() as input_file:
                 stdin: Any = options.get("stdin")
                 if data is not None:
-                    given.write(data.encode() if text else data)
-                    given.seek(0)
-                    stdin = given
+                    input_file.write(data.encode() if text else data)
+                    input_file.seek(0)
+                    stdin = input_file
                 fileno = 0 if stdin is None else stdin if isinstance(stdin, int) else stdin.fileno()
                 if fileno == subprocess.DEVNULL:
                     fileno = os.open(os.devnull, os.O_RDONLY)
                 files = [fileno, output.fileno(), errors.fileno()]
                 code = self._run(arguments, files, options)
-            found = []
+            printed = []
             for file in (output, errors):
                 file.seek(0)
-                found.append(file.read())
-        decoded = [part.decode() if text else part for part in found]
+                printed.append(file.read())
+        decoded = [part.decode() if text else part for part in printed]
         return subprocess.CompletedProcess(["cachedb", *arguments], code, *decoded)
 
     def _run(self, arguments: list[str], files: list[int], options: Mapping[str, Any]) -> int:
@@ -113,8 +113,8 @@ class CommandServer:
                     raise subprocess.TimeoutExpired(arguments, options.get("timeout", 120)) from None
 
 
-def _inherited() -> list[object]:
-    """Return what a process inherits besides its environment and files."""
+def _inherited_state() -> list[object]:
+    """Return the state that a child inherits besides its environment and files."""
     limits = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")]
     mounts = os.readlink("/proc/self/ns/mnt")
     return [*limits, mounts, os.geteuid(), os.getegid(), os.getgroups(), signal.getsignal(signal.SIGINT), _umask()]
@@ -126,13 +126,13 @@ def _umask() -> str:
 
 
 def serve(path: str) -> NoReturn:
-    """Fork for each connection to a socket, until stdin is closed."""
+    """Import the modules, listen at a socket, and fork for each connection until stdin is closed."""
     for name in _IMPORTS:
         __import__(name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         listening.bind(path)
         listening.listen(64)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who answers a connection
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
         print("ready", flush=True)
         os.set_blocking(0, False)
         listening.settimeout(1)
@@ -148,12 +148,12 @@ def serve(path: str) -> NoReturn:
                 continue
             if os.fork() == 0:
                 listening.close()
-                _answer(connection)
+                _serve_connection(connection)
             connection.close()
 
 
-def _answer(connection: socket.socket) -> NoReturn:
-    """Fork the command, wait for it, and send its number and its status."""
+def _serve_connection(connection: socket.socket) -> NoReturn:
+    """Fork the command, wait for it, and send its process ID and its wait status."""
     connection.setblocking(True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _, files, _, _ = socket.recv_fds(connection, 1, 3)
@@ -161,7 +161,7 @@ def _answer(connection: socket.socket) -> NoReturn:
         request = json.loads(stream.readline())
         if (child := os.fork()) == 0:
             connection.close()
-            _become(request, files)
+            _run_command(request, files)
         stream.write(f"{child}\n")
         stream.flush()
         for file in files:
@@ -172,8 +172,8 @@ def _answer(connection: socket.socket) -> NoReturn:
     os._exit(0)
 
 
-def _become(request: dict[str, Any], files: list[int]) -> NoReturn:
-    """Run the command line in this process, as `python -m cachedb` does."""
+def _run_command(request: dict[str, Any], files: list[int]) -> NoReturn:
+    """Run the command line in this process, as `python -m cachedb` does, and exit."""
     assert threading.active_count() == 1
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -1,6 +1,6 @@
-"""An HTTP server for the tests that says what it was asked, and does wrong as a test tells it.
+"""An HTTP server for the tests that records its requests and injects faults.
 
-A fault is given to `Server.fault` with the requests that it is for: ``server.fault(faults.changed(cut=9), path="/x")``.
+`Server.fault` takes a fault and says which requests meet it: ``server.fault(faults.changed(cut=9), path="/x")``.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ ALWAYS = -1
 
 
 class Request(NamedTuple):
-    """What a server was asked, and what it answered."""
+    """A request that a server received, with the status of the answer."""
 
     method: str
     path: str
-    query: dict[str, str]  # values of the same key with a space between, as scopes are joined
-    headers: dict[str, str]  # by names in lower case; values of the same name with a comma between
-    status: int  # 0: the connection was closed without an answer
-    size: int  # bytes of the body that were read
+    query: dict[str, str]  # values of the same key are joined by a space, as scopes are
+    headers: dict[str, str]  # the keys are in lower case; values of the same name are joined by a comma
+    status: int  # 0: the server closed the connection without an answer
+    size: int  # bytes of the body that the server read
 
 
 @dataclass
 class Answer:
-    """What is sent, and how."""
+    """An answer, and how the server sends it."""
 
     status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)  # Content-Length is put in, unless there is one
+    headers: dict[str, str] = field(default_factory=dict)  # the server adds Content-Length if it is missing
     body: bytes = b""
-    endless: bool = False  # the body is sent over and over; in chunks if the headers say so
-    delay: float = 0  # seconds before anything
-    drip: float = 0  # seconds after each byte
-    cut: int | None = None  # the connection ends after so many bytes of the body; -1: before any answer
-    reset: bool = False  # it ends with RST
-    early: bool = False  # sent without reading the rest of the request's body, and the connection ends
+    endless: bool = False  # send the body again and again; in chunks if the headers say so
+    delay: float = 0  # seconds to wait before the first byte
+    drip: float = 0  # seconds to wait after each byte of the body
+    cut: int | None = None  # close the connection after this many bytes of the body; -1: before the status line
+    reset: bool = False  # close the connection with RST
+    early: bool = False  # answer without reading the rest of the request's body, then close the connection
 
 
 @dataclass
 class Call:
-    """A request that is being served; what a fault changes in it is changed for the server."""
+    """A request that is being served; a fault may change it before the server sees it."""
 
     method: str
     path: str
@@ -68,52 +68,54 @@ class Call:
         return self.path + (f"?{urlencode(self.query)}" if self.query else "")
 
     def serve(self, limit: int | None = None) -> Answer:
-        """Let the server answer as it should; with only the first bytes of the body, if there is a limit."""
+        """Read the body, or only its first `limit` bytes, and return the server's correct answer."""
         self.body = self.read(limit)
         return self.answer(self)
 
 
 Do = Callable[[Call], Answer]
-"""What a fault does instead of `Call.serve`."""
+"""A fault: a function that is called instead of `Call.serve`."""
 
 
 def answer(status: int, headers: dict[str, str] | None = None, body: bytes = b"", **fields: Any) -> Do:
-    """Answer this, with other fields of `Answer`: ``early=True``; nothing is done."""
+    """Send this answer and do not serve the request; ``fields`` are those of `Answer`, such as ``early=True``."""
     return lambda call: Answer(status, dict(headers or {}), body, **fields)
 
 
 def retry_later(seconds: int, status: int = 429, *, date: bool = False) -> Do:
+    """Ask the client to retry after some seconds, given as a number or as a date."""
     return lambda call: Answer(
         status, {"Retry-After": formatdate(time.time() + seconds, usegmt=True) if date else str(seconds)}
     )
 
 
 def html(status: int = 200) -> Do:
+    """Send an HTML page, as a captive portal does."""
     return answer(status, {"Content-Type": "text/html"}, b"<html><body>Welcome to the hotel's network</body></html>")
 
 
 def redirect(base: str, status: int = 307) -> Do:
-    """Send the client to the same path at another server; at this one, it is a loop."""
+    """Redirect the client to the same path below another base URL; the server's own base makes a loop."""
     return lambda call: Answer(status, {"Location": base + call.target})
 
 
 def closed(*, reset: bool = False) -> Do:
-    """End the connection before anything is done or answered."""
+    """Close the connection without serving the request or answering it."""
     return lambda call: Answer(cut=-1, reset=reset)
 
 
 def lost(limit: int | None = None, *, reset: bool = False) -> Do:
-    """Do what is asked, with the first bytes of the body at most, and end the connection without an answer."""
+    """Serve the request with at most `limit` bytes of its body, then close the connection without an answer."""
     return lambda call: replace(call.serve(limit), cut=-1, reset=reset, early=True)
 
 
 def changed(**fields: Any) -> Do:
-    """Serve, and send the answer with these fields of `Answer`: ``cut=10, reset=True``; ``delay=5``; ``drip=0.1``."""
+    """Serve, and change these fields of the `Answer`: ``cut=10, reset=True``; ``delay=5``; ``drip=0.1``."""
     return lambda call: replace(call.serve(), **fields)
 
 
 def headers(values: dict[str, str | None], **fields: Any) -> Do:
-    """Serve, with other headers, of which None leaves one out, and fields of `Answer`."""
+    """Serve, and change headers of the answer (None removes one) and fields of the `Answer`."""
 
     def do(call: Call) -> Answer:
         served = call.serve()
@@ -124,13 +126,13 @@ def headers(values: dict[str, str | None], **fields: Any) -> Do:
 
 
 def endless(*, chunked: bool = False) -> Do:
-    """Send bytes until the client goes away."""
+    """Send zeros until the client closes the connection."""
     encoding = "chunked" if chunked else None
     return headers({"Content-Length": None, "Transfer-Encoding": encoding}, body=bytes(64 * 1024), endless=True)
 
 
 def rewritten(change: Callable[[bytes], bytes], *, length: bool = True) -> Do:
-    """Serve another body; without ``length``, Content-Length stays that of the right one."""
+    """Serve, and change the body; with ``length=False``, Content-Length stays that of the correct body."""
 
     def do(call: Call) -> Answer:
         served = call.serve()
@@ -141,17 +143,17 @@ def rewritten(change: Callable[[bytes], bytes], *, length: bool = True) -> Do:
 
 
 def corrupt(at: int = 0) -> Do:
-    """Change one byte of the body."""
+    """Flip one bit of the body, in the byte at this offset."""
     return rewritten(lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
 
 
 def more(extra: bytes) -> Do:
-    """Send more bytes than Content-Length says."""
+    """Append bytes to the body, beyond what Content-Length says."""
     return rewritten(lambda data: data + extra, length=False)
 
 
 def without(*, header: str = "", query: str = "") -> Do:
-    """Serve as if a header or a part of the query had not come: a registry that ignores Range, or mount."""
+    """Serve, but ignore a header or a part of the query, like a registry that does not support Range or mount."""
 
     def do(call: Call) -> Answer:
         call.headers.pop(header, None)
@@ -163,7 +165,7 @@ def without(*, header: str = "", query: str = "") -> Do:
 
 @dataclass
 class Fault:
-    """A rule: what is done with the next requests of a method to a path."""
+    """A rule: the next requests that match a method and a path meet this fault."""
 
     method: str
     path: re.Pattern[str]
@@ -175,7 +177,7 @@ class Fault:
 
 
 class Server:
-    """Serves at a free port of the loopback interface, in threads, as long as the block lasts.
+    """A server at a free port of the loopback interface; it serves in threads until the block ends.
 
     Args:
         tls: paths of a certificate and its key.
@@ -183,7 +185,7 @@ class Server:
 
     def __init__(self, *, tls: tuple[Path, Path] | None = None) -> None:
         self.requests: list[Request] = []
-        self.errors: list[BaseException] = []  # of the server's own code, raised at the end
+        self.errors: list[BaseException] = []  # errors of the server's own code; the end of the block raises one
         self._faults: list[Fault] = []
         self.lock = threading.RLock()
         self._server = _Server(("127.0.0.1", 0), _Handler, self)
@@ -193,7 +195,7 @@ class Server:
         if tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*tls)
-            # The handshake is left to the first read, which is in the connection's own thread.
+            # The first read does the handshake, so each connection's own thread does it.
             self._server.socket = context.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -204,7 +206,7 @@ class Server:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Raise the server's own error if there was one, and fail if a fault did not fire in a block that did well."""
+        """Stop; raise the server's first error, and fail if the block passed but a required fault did not fire."""
         self._server.stop()
         self._thread.join()
         for error in self.errors:
@@ -222,32 +224,37 @@ class Server:
         first: bool = False,
         optional: bool = False,
     ) -> None:
-        """Do this with the next requests of a method, if one is given, to where a path (a pattern) is found.
+        """Apply a fault to the next requests that match.
 
-        Requests that are refused for want of authorization do not count, unless it is to come ``first``. One request
-        at least must come, unless the fault is ``optional``.
+        Args:
+            do: the fault.
+            method: of the requests; empty for any method.
+            path: a pattern that is searched for in the path and query.
+            times: how many requests meet the fault; `ALWAYS` for all.
+            first: apply the fault before the authorization check; otherwise refused requests do not count.
+            optional: allow that no request meets the fault; otherwise the end of the block fails.
         """
         self._faults.append(Fault(method, re.compile(path), times, do, first, optional))
 
     def count(self, method: str = "", path: str = "") -> int:
-        """The requests so far of a method to where a path is found."""
+        """Count the requests so far that match a method and a pattern in the path."""
         return sum(method in ("", request.method) and bool(re.search(path, request.path)) for request in self.requests)
 
     def refuse(self, call: Call) -> Answer | None:
-        """Return the answer to a request without authorization."""
+        """Return the answer that refuses a request without authorization, or None to allow it."""
         return None
 
     def serve(self, call: Call) -> Answer:
-        """Answer as it should be answered."""
+        """Return the correct answer."""
         return Answer(404)
 
     def respond(self, call: Call) -> Answer:
-        """Answer, with the faults."""
-        if do := self._fault(call, first=True):
+        """Return the answer to a request, changed by a fault if one matches."""
+        if do := self._take_fault(call, first=True):
             return do(call)
-        return self.refuse(call) or (self._fault(call) or Call.serve)(call)
+        return self.refuse(call) or (self._take_fault(call) or Call.serve)(call)
 
-    def _fault(self, call: Call, *, first: bool = False) -> Do | None:
+    def _take_fault(self, call: Call, *, first: bool = False) -> Do | None:
         with self.lock:
             for fault in self._faults:
                 fits = fault.first == first and fault.method in ("", call.method) and fault.path.search(call.target)
@@ -259,12 +266,12 @@ class Server:
 
 
 def parse_query(text: str) -> dict[str, str]:
-    """The values by keys; those of the same key with a space between, as scopes are joined."""
+    """Return the values by key; values of the same key are joined by a space, as scopes are."""
     return {key: " ".join(values) for key, values in parse_qs(text, keep_blank_values=True).items()}
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that all of them have ended when it is closed
+    daemon_threads = False  # so server_close() waits for all of them
     request_queue_size = 64
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], owner: Server) -> None:
@@ -284,7 +291,7 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         error = sys.exception()
-        if error and not isinstance(error, OSError):  # which is a client that went away
+        if error and not isinstance(error, OSError):  # an OSError means that the client closed the connection
             self.owner.errors.append(error)
 
     def stop(self) -> None:
@@ -292,7 +299,8 @@ class _Server(ThreadingHTTPServer):
         self.shutdown()
         for connection in list(self._connections):
             with suppress(OSError):
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # not TLS's, which is for the thread that reads
+                # Not SSLSocket.shutdown: only the thread that reads the connection may call it.
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
         self.server_close()
 
 
@@ -301,26 +309,26 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     server: _Server
 
-    def _do(self) -> None:
+    def _handle(self) -> None:
         path, _, query = self.path.partition("?")
         values = {name.lower(): ", ".join(self.headers.get_all(name, [])) for name in self.headers}
         self._left = 0 if "content-length" not in values else int(values["content-length"])
         self._chunked = values.get("transfer-encoding") == "chunked"
         call = Call(self.command, path, parse_query(query), values, self._read, self.server.owner.serve)
-        asked = replace(call, query=dict(call.query), headers=dict(values))  # as it was before a fault changes it
-        answered = self.server.owner.respond(call)
-        if not answered.early:
+        received = replace(call, query=dict(call.query), headers=dict(values))  # a copy that no fault changes
+        reply = self.server.owner.respond(call)
+        if not reply.early:
             self._read(None)
-        status = 0 if answered.cut == -1 else answered.status
-        request = Request(asked.method, asked.path, asked.query, asked.headers, status, len(call.body))
+        status = 0 if reply.cut == -1 else reply.status
+        request = Request(received.method, received.path, received.query, received.headers, status, len(call.body))
         self.server.owner.requests.append(request)
-        self.server.stopping.wait(answered.delay)
-        if answered.cut != -1:
-            self._send(answered)
-        if answered.cut is not None or answered.early or answered.endless:
-            self._hang_up(answered)
+        self.server.stopping.wait(reply.delay)
+        if reply.cut != -1:
+            self._send(reply)
+        if reply.cut is not None or reply.early or reply.endless:
+            self._hang_up(reply)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _do  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _handle  # noqa: N815
 
     def log_message(self, *_: object) -> None:
         pass
@@ -333,45 +341,45 @@ class _Handler(BaseHTTPRequestHandler):
         data = b""
         while limit is None or len(data) < limit:
             if not (line := self.rfile.readline()):
-                break  # the client went away
+                break  # the client closed the connection
             size = int(line.split(b";")[0], 16)
             data += self.rfile.read(size)
             self.rfile.readline()
             if not size:
-                self._chunked = False  # and nothing is left
+                self._chunked = False  # and _left is 0: the next call reads nothing
                 break
         return data[:limit]
 
-    def _send(self, answered: Answer) -> None:
-        chunked = answered.headers.get("Transfer-Encoding") == "chunked"
-        if not chunked and not answered.endless and answered.status != 204:
-            answered.headers.setdefault("Content-Length", str(len(answered.body)))
-        self.send_response_only(answered.status)
-        for name, value in answered.headers.items():
+    def _send(self, reply: Answer) -> None:
+        chunked = reply.headers.get("Transfer-Encoding") == "chunked"
+        if not chunked and not reply.endless and reply.status != 204:
+            reply.headers.setdefault("Content-Length", str(len(reply.body)))
+        self.send_response_only(reply.status)
+        for name, value in reply.headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        left = sys.maxsize if answered.cut is None else answered.cut
-        for part in repeat(answered.body) if answered.endless else [answered.body]:
-            for piece in (part[i : i + 1] for i in range(len(part))) if answered.drip else [part]:
+        left = sys.maxsize if reply.cut is None else reply.cut
+        for part in repeat(reply.body) if reply.endless else [reply.body]:
+            for piece in (part[i : i + 1] for i in range(len(part))) if reply.drip else [part]:
                 if left and piece:
                     data = piece[:left]
                     left -= len(data)
                     self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
-                if self.server.stopping.wait(answered.drip):
+                if self.server.stopping.wait(reply.drip):
                     return
-        if chunked and answered.cut is None:
+        if chunked and reply.cut is None:
             self.wfile.write(b"0\r\n\r\n")
 
-    def _hang_up(self, answered: Answer) -> None:
+    def _hang_up(self, reply: Answer) -> None:
         self.close_connection = True
-        if answered.reset:
+        if reply.reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.rfile.close()
-            self.connection.close()  # here, before the server shuts it down, which would be an end without a fault
-        elif answered.early and answered.cut is None:
-            # What is unread when it is closed becomes a reset, which may overtake the answer.
+            self.connection.close()  # now: the server's own shutdown would send FIN instead of RST
+        elif reply.early and reply.cut is None:
+            # Closing a connection with unread data sends RST, which may overtake the answer.
             self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(64 * 1024):
                 pass

@@ -1,13 +1,13 @@
-"""Interleavings: two processes at one store, stepped through every order of their steps.
+"""Interleavings: step two processes that share a store through every order of their steps.
 
-Each of two actors is a function that runs in a process of its own. At each of its step points the process stops,
-and goes on when it is told to; between two stops it runs alone. So an order is a word of As and Bs, such as
-``AABBA``: it can be printed, and run again. `every_order` finds all words there are, by running each from the start.
+Each of the two actors is a function that runs in its own process. The process stops at each step point, and goes on
+when the test tells it to. Between two stops it runs alone. So an order is a word of As and Bs, such as ``AABBA``: a
+test can print it and run it again. `every_order` finds all words: it runs each of them from the start.
 
-An order that cannot happen is not one: an actor says which lock it is about to wait for, and is not told to go on
-while the other holds it. A store that has lost its lock says nothing, and then the orders that the lock kept out
-are run like the others. That is what step points inside a critical section are for; while the lock is held, they
-cost next to nothing, for there the other is most often waiting, and nothing branches.
+Orders that a lock prevents are left out: an actor announces the lock that it is about to take, and does not go on
+while the other actor holds it. If the code under test no longer takes the lock, no actor announces it, and the orders
+that the lock prevented run too. Step points inside a critical section are there to find these orders. They cost
+little while the lock works: the other actor usually waits for the lock, so there is no choice of who goes next.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from typing import Any, NamedTuple, Self
 __all__ = ["Choose", "Failed", "Order", "Outcome", "Steps", "Zygote", "every_order", "run", "serve"]
 
 Choose = Callable[[str], str]
-"""Says who goes, A or B, after the steps of a word."""
+"""Choose which actor goes next, A or B, after the steps of a word."""
 
 PATIENCE = 30.0  # seconds that an actor may take from one stop to the next
-_LIMIT = 1 << 16  # bytes of a message
+_MESSAGE_BYTES = 1 << 16
 _OTHER = {"A": "B", "B": "A"}
 
 
 class Failed(AssertionError):
-    """What went wrong, and in which order."""
+    """An order failed; the message says how and names the order."""
 
 
 class Steps:
-    """An actor's end: where it stops. Before and after the block of `stepped` it runs through."""
+    """The actor's side of the stepping: where it stops. It stops only inside the block of `stepped`."""
 
     def __init__(self, channel: socket.socket, kinds: Collection[str]) -> None:
         self._channel = channel
         self.kinds = kinds
-        self.held: set[str] = set()  # the locks that were announced
-        self._last = ""  # the kind of the last point, stopped at or not
+        self.held: set[str] = set()  # the locks that the actor announced and has not released
+        self._last = ""  # the kind of the last step point, whether the actor stopped there or not
         self._stepping = False
 
     @contextmanager
     def stepped(self) -> Iterator[None]:
-        """Step through the block: its end is a stop too, where it waits for the end of the other's."""
+        """Step through the block; stop at its end too, until the other actor is at the end of its own block."""
         self._stepping = True
         try:
             yield
@@ -65,7 +65,7 @@ class Steps:
 
     @contextmanager
     def passed_over(self) -> Iterator[None]:
-        """Stop nowhere in the block but before locks."""
+        """Stop only before locks during the block."""
         kinds, self.kinds = self.kinds, ()
         try:
             yield
@@ -73,19 +73,19 @@ class Steps:
             self.kinds = kinds
 
     def step(self, kind: str, label: str = "") -> None:
-        """Stop, if points of this kind are wanted: all of them, or, as ``kind*``, the first of several in a row."""
+        """Stop if points of this kind are wanted: all of them, or with ``kind*`` the first of several in a row."""
         if self._stepping and (kind in self.kinds or (f"{kind}*" in self.kinds and kind != self._last)):
             self._say("step", f"{kind} {label}".rstrip())
             self._wait()
         self._last = kind
 
     def wants(self, lock: str, label: str, *, inner: bool = False) -> None:
-        """Stop before waiting for a lock.
+        """Announce a lock, and stop before taking it.
 
         Args:
-            lock: which.
-            label: what to call it.
-            inner: it is taken within another, so if it is free, having it is no choice.
+            lock: its name.
+            label: a description of the step.
+            inner: the actor takes it inside another lock, so the actor goes on at once if the lock is free.
         """
         if self._stepping:
             self._say("inner" if inner else "wants", label, lock)
@@ -94,12 +94,12 @@ class Steps:
         self._last = ""
 
     def took(self, lock: str) -> None:
-        """Say that a lock was had without waiting."""
+        """Report that the actor took a lock without waiting."""
         if self._stepping:
             self._say("took", "", lock)
 
     def released(self, lock: str) -> None:
-        """Say that a lock was let go of."""
+        """Report that the actor released a lock."""
         if self._stepping:
             self._say("released", "", lock)
             self.held.discard(lock)
@@ -109,31 +109,31 @@ class Steps:
 
     def _wait(self) -> None:
         if not self._channel.recv(1):
-            os._exit(1)  # nobody is there any more
+            os._exit(1)  # the test has closed its end
 
 
 class Outcome(NamedTuple):
     """How an actor ended: with a value that JSON can hold, or with an error."""
 
     value: Any
-    error: str  # the name of its class, or empty
-    trace: str
+    error: str  # the name of the error's class, or empty
+    trace: str  # the traceback, or empty
 
 
 class Zygote:
-    """A process that has imported all that is needed, and is forked for each actor."""
+    """A process that has imported all modules and forks a child for each actor."""
 
     def __init__(self, module: str, root: Path) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
-            module: whose ``act(actor, directory, steps)`` does what an actor does, and whose ``warm()`` is called
-                once, before the first fork, for what is slow the first time.
-            root: where to import it from.
+            module: a module with ``act(actor, directory, steps)``, which does the actor's work, and ``warm()``, which
+                is called once before the first fork and does whatever is slow the first time.
+            root: the folder to import it from.
         """
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = "import sys; from tests.support.interleaving import serve; serve(sys.argv[1], int(sys.argv[2]))"
-        # Sets have the same order each time, so that an order that was printed can be run again.
+        # A fixed hash seed gives sets the same order each time, so a printed order can be run again.
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, module, str(theirs.fileno())],
             cwd=root,
@@ -148,7 +148,7 @@ class Zygote:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._socket.close()  # which ends it
+        self._socket.close()  # this ends the process
         self._process.wait()
 
     def start(self, actor: str, directory: Path, kinds: Collection[str]) -> _Process:
@@ -161,14 +161,14 @@ class Zygote:
 
 
 def serve(module: str, descriptor: int) -> None:
-    """Fork an actor for each request; the zygote's end."""
+    """Fork an actor for each request, in the zygote's process, until the socket is closed."""
     actors = importlib.import_module(module)
     actors.warm()
-    gc.freeze()  # a collection in a child would copy all that it shares with this process
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    gc.freeze()  # a collection in a child would copy the pages that it shares with this process
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     requests = socket.socket(fileno=descriptor)
     while True:
-        request, descriptors, _, _ = socket.recv_fds(requests, _LIMIT, 1)
+        request, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 1)
         if not request:
             return
         channel = socket.socket(fileno=descriptors[0])
@@ -187,48 +187,48 @@ def _act(
     try:
         outcome = Outcome(act(actor, Path(directory), Steps(channel, kinds)), "", "")
     except Exception as error:
-        outcome = Outcome(None, type(error).__name__, traceback.format_exc()[-_LIMIT // 4 :])
+        outcome = Outcome(None, type(error).__name__, traceback.format_exc()[-_MESSAGE_BYTES // 4 :])
     channel.send(json.dumps(["outcome", *outcome]).encode())
 
 
 class _Process:
-    """A running actor, seen from outside."""
+    """The test's side of a running actor."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._pid = 0
-        self.wanted = ""  # the lock that it stopped to wait for
-        self.inner = False  # whether that is within another
+        self.wanted = ""  # the lock that the actor stopped before
+        self.inner = False  # whether the actor takes that lock inside another
         self.held: set[str] = set()
-        self.label = ""  # of the stop
-        self.ended = False
+        self.label = ""  # the description of the step after the stop
+        self.ended = False  # whether the actor is at the end of its block
         self.outcome: Outcome | None = None
 
     def begin(self) -> None:
-        """Let it come to its first stop."""
+        """Wait until the actor is at its first stop."""
         self._channel.settimeout(PATIENCE)
-        self._pid = int(self._channel.recv(_LIMIT))
-        self._hear()
+        self._pid = int(self._channel.recv(_MESSAGE_BYTES))
+        self._receive()
 
     def go(self) -> None:
-        """Let it run to its next stop, which the end of its block is too."""
+        """Let the actor run to its next stop or to the end of its block."""
         if self.wanted:
             self.held.add(self.wanted)
             self.wanted = ""
         self._channel.send(b"g")
-        self._hear()
+        self._receive()
 
     def finish(self) -> Outcome:
-        """Let it run from the end of its block to its own."""
+        """Let the actor run from the end of its block to its own end, and return how it ended."""
         while self.outcome is None:
             self.go()
         return self.outcome
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         while True:
-            message = self._channel.recv(_LIMIT)
+            message = self._channel.recv(_MESSAGE_BYTES)
             if not message:
-                raise EOFError("it died")
+                raise EOFError("an actor died")
             what, label, *more = json.loads(message)
             if what == "outcome":
                 self.ended, self.outcome = True, Outcome(label, *more)
@@ -244,7 +244,7 @@ class _Process:
                 return
 
     def close(self) -> None:
-        """End it, wherever it is."""
+        """Kill the actor if it has not ended."""
         self._channel.close()
         if self.outcome is None and self._pid:
             with suppress(ProcessLookupError):
@@ -252,15 +252,15 @@ class _Process:
 
 
 class Order(NamedTuple):
-    """An order that was run to its end."""
+    """An order that ran to its end."""
 
-    word: str  # who went, step by step
+    word: str  # which actor went, step by step
     free: str  # for each step, who could have gone: A, B or * for both
-    labels: list[str]  # of each step: what was done first in it
+    labels: list[str]  # for each step, the description of its first action
     outcomes: tuple[Outcome, Outcome]
 
     def __str__(self) -> str:
-        """The word, and what it means."""
+        """Return the word and a line for each of its steps."""
         steps = "\n".join(f"  {who}: {label}" for who, label in zip(self.word, self.labels, strict=True))
         return f"order {self.word}\n{steps}"
 
@@ -277,15 +277,15 @@ def run(
     """Run two actors in one order.
 
     Args:
-        zygote: to fork them from.
+        zygote: forks the actors.
         actors: their names.
-        directory: that they share.
-        kinds: of the points they stop at.
-        choose: is asked who goes, with the word so far, where both can.
-        at_stop: is called whenever both have stopped, to look at what a crash would leave.
+        directory: the directory that they share.
+        kinds: of the step points at which they stop.
+        choose: returns who goes next when both can; it is called with the word so far.
+        at_stop: called after each step, while both actors are stopped, to check what a crash would leave.
 
     Raises:
-        Failed: with the order, if an actor dies or comes to no stop, or if ``at_stop`` finds something wrong.
+        Failed: if an actor dies or does not reach its next stop, or if ``at_stop`` raises an error.
     """
     done, free, labels = "", "", []
     processes: dict[str, _Process] = {}
@@ -315,7 +315,7 @@ def run(
 
 
 def _able(processes: dict[str, _Process]) -> str:
-    """Say who can go: A, B, * for both, or nobody."""
+    """Return who can go: A, B, * for both, or an empty string."""
     first, second = processes["A"], processes["B"]
     able = [
         not mine.ended and (not mine.wanted or mine.wanted not in other.held)
@@ -325,31 +325,31 @@ def _able(processes: dict[str, _Process]) -> str:
 
 
 def every_order(run_chosen: Callable[[Choose], Order], seed: int | None = None) -> Iterator[Order]:
-    """Run all the orders there are, each once and each from the start; whoever wants a sample stops early.
+    """Run every order once, each from the start; a caller that wants a sample stops iterating early.
 
     Args:
-        run_chosen: runs one order, in which its argument says who goes.
-        seed: take them at random, but the same for the same seed; by default, depth first.
+        run_chosen: runs one order; it calls its argument to choose who goes next.
+        seed: run the orders in a random sequence, the same for the same seed; by default, depth first.
     """
     chance = random.Random(seed)
-    closed: set[str] = set()  # the beginnings of which all orders were run
+    closed: set[str] = set()  # prefixes of words; all orders that begin with them have run
     while "" not in closed:
-        often = chance.choice((0.1, 0.3, 0.5))  # some orders change often from one to the other, some rarely
+        switch_rate = chance.choice((0.1, 0.3, 0.5))  # some orders often change from one actor to the other
 
-        def choose(begun: str, often: float = often) -> str:
+        def choose(prefix: str, switch_rate: float = switch_rate) -> str:
             who = "A"
-            if seed is not None and begun:
-                who = begun[-1] if chance.random() >= often else _OTHER[begun[-1]]
+            if seed is not None and prefix:
+                who = prefix[-1] if chance.random() >= switch_rate else _OTHER[prefix[-1]]
             elif seed is not None:
                 who = chance.choice("AB")
-            return who if begun + who not in closed else _OTHER[who]
+            return who if prefix + who not in closed else _OTHER[who]
 
         order = run_chosen(choose)
         yield order
         closed.add(order.word)
         for at in reversed(range(len(order.word))):
-            begun, able = order.word[:at], order.free[at].replace("*", "AB")
-            if not all(begun + who in closed for who in able):
+            prefix, able = order.word[:at], order.free[at].replace("*", "AB")
+            if not all(prefix + who in closed for who in able):
                 break
-            closed.difference_update(begun + who for who in able)
-            closed.add(begun)
+            closed.difference_update(prefix + who for who in able)
+            closed.add(prefix)

@@ -1,8 +1,8 @@
-"""End what a test run starts, however the run ends: also by SIGKILL, when no fixture is torn down.
+"""Clean up after a test run however it ends, also after SIGKILL, when no fixture is torn down.
 
-Mounts are made in a mount namespace of the run, so they go with its last process. A watcher kills the processes: it
-waits for the end of the run and then looks for what the run has marked. A process that runs another program has the
-mark in its environment. A fork has inherited a descriptor of the run's pipe.
+A run makes its mounts in a mount namespace of its own, so the kernel unmounts them when the last process of the run
+ends. A watcher waits for the end of the run and then kills the processes that the run has left. It finds a process
+that runs another program by a mark in the environment, and a fork by an inherited descriptor of the run's pipe.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "CACHEDB_TEST_RUNS"
-"""The environment variable with the marks of the runs that a process belongs to, divided by colons."""
+"""The environment variable with the marks of the runs that a process belongs to, separated by colons."""
 
-QUIET_LOOKS = 3  # looks at all processes that find none, before it is believed: one may just have forked
-LOOK_SECONDS = 0.02
-LIMIT_SECONDS = 60  # for a process that the kernel does not let go of
+QUIET_LOOKS = 3  # searches in a row that find nothing, before the watcher ends: a process may just have forked
+LOOK_SECONDS = 0.02  # seconds between two searches
+LIMIT_SECONDS = 60  # seconds until the watcher gives up on a process that does not die
 
 _CLONE_NEWNS = 0x20000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 
 
 def isolate_mounts() -> bool:
-    """Give this process a mount namespace of its own; return whether it may have one, which takes root."""
+    """Give this process its own mount namespace; return False if that is not permitted: it takes root."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS):
         return False
@@ -37,22 +37,22 @@ def isolate_mounts() -> bool:
 
 
 def watch() -> None:
-    """Have a watcher kill what this process starts from now on, once this process has ended."""
+    """Start a watcher that kills the processes started from now on, once this process has ended."""
     mark = secrets.token_hex(8)
-    before = dict(os.environ)  # without the mark: the watcher does not kill itself
+    before = dict(os.environ)  # without the mark, so that the watcher does not kill itself
     os.environ[MARK] = ":".join(filter(None, (os.environ.get(MARK), mark)))
     pipe, _ = os.pipe()  # both stay open until the end, in this process and in its forks
     command = [sys.executable, str(Path(__file__)), str(os.getpid()), mark, str(os.fstat(pipe).st_ino)]
     null = [(os.POSIX_SPAWN_OPEN, file, os.devnull, os.O_RDWR, 0) for file in (0, 1, 2)]
-    # A process group of its own: an interrupt of the run does not end the watcher. Not Popen, which asks for a wait.
+    # In its own process group, so an interrupt of the run does not end the watcher. Not Popen: nobody waits for it.
     os.posix_spawn(sys.executable, command, before, file_actions=null, setpgroup=0)
 
 
 def leftovers(mark: str, pipe: int) -> list[int]:
-    """Return the processes of a run.
+    """Return the IDs of the processes of a run that are alive.
 
     Args:
-        mark: of the run.
+        mark: the run's mark.
         pipe: the inode of the run's pipe.
     """
     return [int(name) for name in os.listdir("/proc") if name.isdecimal() and _belongs(Path("/proc", name), mark, pipe)]
@@ -61,7 +61,7 @@ def leftovers(mark: str, pipe: int) -> list[int]:
 def _belongs(process: Path, mark: str, pipe: int) -> bool:
     if int(process.name) == os.getpid():
         return False
-    with suppress(OSError):  # it has ended, or it is somebody else's
+    with suppress(OSError):  # the process has ended, or belongs to another user
         for value in process.joinpath("environ").read_bytes().split(b"\0"):
             name, _, marks = value.decode(errors="replace").partition("=")
             if name == MARK and mark in marks.split(":"):
@@ -74,16 +74,16 @@ def _belongs(process: Path, mark: str, pipe: int) -> bool:
 
 
 def _is_alive(process: Path) -> bool:
-    """Return whether a process has not ended: a zombie waits for its parent only."""
+    """Return whether a process has not ended; a zombie has ended."""
     return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def main() -> None:
-    """Wait for the end of a run and kill what it has left."""
+    """Wait for the end of a run and kill the processes that it has left."""
     run, mark, pipe = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     with suppress(ProcessLookupError):
         descriptor = os.pidfd_open(run)
-        if os.getppid() == run:  # else the number may be another process's by now
+        if os.getppid() == run:  # otherwise the run has ended, and its ID may belong to another process
             select.select([descriptor], [], [])
     end, quiet = time.monotonic() + LIMIT_SECONDS, 0
     while quiet < QUIET_LOOKS and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""Images and archives for the tests, made from nothing: real formats, a few kB, the same bytes every time."""
+"""Build small images and archives for the tests: real formats, a few kB, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def random_bytes(size: int, seed: int) -> bytes:
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
-    """A tar with these files, in this order."""
+    """Return a tar with these files, in this order."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in files.items():
@@ -43,7 +43,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 
 def layer(seed: int, size: int = 1000) -> bytes:
-    """An uncompressed layer with one file of random content."""
+    """Return an uncompressed layer with one file of random content."""
     return tar_of({f"file-{seed}": random_bytes(size, seed)})
 
 
@@ -66,7 +66,7 @@ def descriptor(data: bytes, media_type: str, **more: Any) -> dict[str, Any]:
 
 
 class Made(NamedTuple):
-    """An image: its manifest, its config, and its layers as they are stored."""
+    """An image: the bytes of its manifest, its config, and its layers as they are stored."""
 
     manifest: bytes
     config: bytes
@@ -82,7 +82,7 @@ class Made(NamedTuple):
 
 
 def image(*seeds: int, compression: str = "", architecture: str = "amd64", size: int = 1000) -> Made:
-    """An OCI image with a layer for each seed; the same seed gives the same layer."""
+    """Return an OCI image with a layer for each seed; the same seed gives the same layer."""
     plain = [layer(seed, size) for seed in seeds]
     compress = {"": lambda data: data, "gzip": gzipped, "zstd": zstd_compressed}[compression]
     layers = [compress(data) for data in plain]
@@ -108,7 +108,7 @@ def image(*seeds: int, compression: str = "", architecture: str = "amd64", size:
 
 
 def index(*children: Made, platforms: list[dict[str, str]] | None = None) -> bytes:
-    """An index over images."""
+    """Return an index over images."""
     platforms = platforms or [{"os": "linux", "architecture": arch} for arch in ("amd64", "arm64", "s390x")]
     return json.dumps(
         {
@@ -123,7 +123,7 @@ def index(*children: Made, platforms: list[dict[str, str]] | None = None) -> byt
 
 
 def docker_files(images: dict[str, Made]) -> dict[str, bytes]:
-    """The files of a docker-archive, by their names in it; an image's name may be empty, for none."""
+    """Return the files of a docker-archive by path; an image with an empty name gets no tag."""
     files: dict[str, bytes] = {}
     entries = []
     for name, made in images.items():
@@ -138,7 +138,12 @@ def docker_files(images: dict[str, Made]) -> dict[str, bytes]:
 
 
 def oci_files(images: dict[str, Made], roots: dict[str, bytes] | None = None) -> dict[str, bytes]:
-    """The files of an OCI image layout; ``roots`` are indexes by name, whose children are in ``images``."""
+    """Return the files of an OCI image layout by path.
+
+    Args:
+        images: by name. Without ``roots``, each gets an entry in index.json; an empty name gives an entry without one.
+        roots: indexes by name, which get the entries instead; their children are in ``images``.
+    """
     files = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}'}
     entries = []
     for made in images.values():
@@ -156,30 +161,30 @@ def oci_files(images: dict[str, Made], roots: dict[str, bytes] | None = None) ->
 
 
 def save(cache: Cache, name: str, image: Made) -> None:
-    """Put an image into a cache, under a name."""
+    """Save an image in a cache under a name."""
     for digest, data in image.blobs.items():
         cache.save_blob(digest, data)
     cache.save_manifest(name, image.manifest)
 
 
 def save_index(cache: Cache, name: str, *children: Made) -> bytes:
-    """Put an index over images into a cache, and these; return the index."""
+    """Save images and an index over them in a cache; return the index."""
     for child in children:
         for digest, data in child.blobs.items():
             cache.save_blob(digest, data)
-    found = index(*children)
-    cache.save_manifest(name, found)
-    return found
+    manifest = index(*children)
+    cache.save_manifest(name, manifest)
+    return manifest
 
 
 def write_bytes(path: Path, data: bytes) -> Path:
-    """Write a file, and return its path."""
+    """Write a file and return its path."""
     path.write_bytes(data)
     return path
 
 
 def write(path: Path, files: dict[str, bytes]) -> Path:
-    """Write files as a tar, or, to a path without a suffix, as a folder."""
+    """Write files as a tar, or as a folder if the path has no suffix; return the path."""
     if path.suffix:
         path.write_bytes(tar_of(files))
     else:
@@ -190,9 +195,12 @@ def write(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def json_cache(path: Path, images: dict[str, Made], *, writer: str = ".cache") -> dict[str, dict[str, Any]]:
-    """Write a cache whose index is one ``index.json``, as it was written in ``writer``; return that index.
+    """Write a cache whose index is one ``index.json``, and return that index.
 
-    Names are ``repository/reference``, as its keys are.
+    Args:
+        path: its directory.
+        images: by ``repository/reference``, as in the keys of the index.
+        writer: the directory that the index has in its paths.
     """
     document: dict[str, dict[str, Any]] = {}
     for name, made in images.items():
@@ -211,7 +219,7 @@ def json_cache(path: Path, images: dict[str, Made], *, writer: str = ".cache") -
 
 
 def json_blob(data: bytes, made: Made | None = None, writer: str = ".cache") -> dict[str, Any]:
-    """What an ``index.json`` has of a blob."""
+    """Return a blob's entry in an ``index.json``."""
     return {
         "digest": digest_of(data),
         "size": len(data),

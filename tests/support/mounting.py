@@ -1,4 +1,4 @@
-"""File systems for tests, in a mount namespace of our own: they go with the process, however it ends."""
+"""Mount file systems for tests in a private mount namespace: they go when the process ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLONE_NEWNS = 0x20000
 
 @cache
 def _unshare() -> bool:
-    """Give this thread, and what it starts, mounts that nobody else sees; return whether it could be done."""
+    """Move this thread and its children to a private mount namespace; return whether that worked."""
     if os.geteuid() != 0 or ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
         return False
     return not subprocess.run(["mount", "--make-rprivate", "/"], check=False, capture_output=True).returncode
@@ -28,13 +28,13 @@ def _unshare() -> bool:
 
 @contextmanager
 def mounted(path: Path, *arguments: object) -> Iterator[Path]:
-    """Mount at a path, with the arguments of mount(8), in a block; skip the test where that cannot be done."""
+    """Mount at a path, with arguments of mount(8), until the block ends; skip the test if mounting fails."""
     if not _unshare():
-        pytest.skip("nothing can be mounted: run as root, with CAP_SYS_ADMIN")
+        pytest.skip("cannot mount file systems: run as root, with CAP_SYS_ADMIN")
     path.mkdir(exist_ok=True)
     done = subprocess.run(["mount", *map(str, arguments), path], check=False, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"{' '.join(map(str, arguments))} cannot be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"cannot mount {' '.join(map(str, arguments))}: {done.stderr.strip()}")
     try:
         yield path
     finally:
@@ -42,7 +42,7 @@ def mounted(path: Path, *arguments: object) -> Iterator[Path]:
 
 
 def image(path: Path, size: int, program: str, *arguments: str, install: str = "") -> Path:
-    """Make a file with a file system in it; skip the test where the program is not installed."""
+    """Make a file that holds a file system; skip the test if the program is not installed or fails."""
     if not shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"):
         pytest.skip(f"{program} is not installed: apt-get install {install}")
     with path.open("wb") as file:
@@ -51,12 +51,12 @@ def image(path: Path, size: int, program: str, *arguments: str, install: str = "
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
-        pytest.skip(f"{program} cannot make a file system here: {done.stderr.strip()}")
+        pytest.skip(f"{program} cannot make a file system: {done.stderr.strip()}")
     return path
 
 
 def fill_space(path: Path) -> None:
-    """Take all the space of a file system with one file, to the last block."""
+    """Fill a file system to the last block with one file."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         end, step = 0, 64 * 1024 * 1024

@@ -1,24 +1,24 @@
-"""Power cuts: record what a command does to a directory, and build what a power cut may leave of it.
+"""Power cuts: record what a command does to a directory, and build the states that a power cut may leave.
 
-`record` runs any command under strace and turns its system calls into events; `states` yields directories that
-a power cut at any point may leave; `write_state` builds one, for the store at hand to recover. Nothing here
-knows what store that is: it says ``ack 3`` in one write, to stdout or to a file outside of the directory, when
-it has acknowledged its third step.
+`record` runs any command under strace and turns its system calls into events. `states` yields directories that a
+power cut at any point may leave. `write_state` writes one of them to disk, so that a test can open and check it.
+This module works for any command. The command acknowledges a step by writing ``ack 3`` and a newline, with the number
+of the step, in one write to stdout or to a file outside of the directory.
 
-What is assumed of the file system, which is what POSIX says rather than what ext4 or xfs do:
+The model of the file system assumes what POSIX promises, which is less than ext4 or xfs do:
 
-- ``fsync`` of a file keeps its content, size and mode, not its name; ``fdatasync`` not its mode. Both cover what
-  was done before they began, and hold from their end.
-- ``fsync`` of a directory keeps all changes of names in it. A rename is one change, kept as a whole by either
-  directory. ext4 and xfs also keep the names of a new file that is synced, and those changed before; here not.
-- Any other change of a name may be lost while a later one is kept, unless both are of the same name. The
-  journals of ext4 and xfs keep them in order.
-- Any other write may be kept, lost, or torn between sectors of 512 bytes, in any order; or only the size is
-  kept, with zeros where nothing was written. A sector holds what it held in memory at some moment.
-- A sector is written whole or not at all, and what was synced never changes by itself.
+- ``fsync`` of a file keeps its content, size and mode, but not its name. ``fdatasync`` does not keep the mode either.
+  Both cover the changes made before the call begins, and take effect when it ends.
+- ``fsync`` of a directory keeps all changes of names in it. A rename is one change: a sync of either directory keeps
+  it as a whole. ext4 and xfs also keep the name of a new file that is synced, and earlier changes; the model does not.
+- Any other change of a name may be lost while a later one is kept, unless both change the same name. The journals of
+  ext4 and xfs keep the order.
+- Any other write may be kept, lost, or torn between sectors of 512 bytes, in any order. Or only the new size is kept,
+  with zeros in place of the data. A kept sector has the content that it had in memory at some moment.
+- A sector is written whole or not at all, and synced data never changes by itself.
 
-What it cannot follow it refuses, with `Unfollowed`: changes through a shared mapping, ``io_uring``, copies in the
-kernel. So that nothing slips by, what all events together make must be what is in the directory afterwards.
+`record` raises `Unfollowed` for changes that it cannot follow: through a shared mapping, by ``io_uring``, by copies in
+the kernel. To prove that it missed nothing, it applies all events and compares the result with the real directory.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SECTOR = 512  # bytes
-ROOT = 0  # the inode of the directory that is recorded
-_LONGEST = 64 * 1024 * 1024  # bytes in one call
+ROOT = 0  # the inode number of the recorded directory
+_MAX_CALL_BYTES = 64 * 1024 * 1024  # of data in one system call
 
 _REFUSED = "copy_file_range,sendfile,splice,mmap,ioctl,io_uring_setup,io_submit,openat2,mknod,mknodat,sync,syncfs"
 _FOLLOWED = (
@@ -47,7 +47,8 @@ _FOLLOWED = (
     "rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,"
     "chmod,fchmod,fchmodat"
 )
-_COUNT_FROM_THE_BEGINNING = ("fsync", "fdatasync", "close")
+_CALLS_WITH_A_BEGINNING = ("fsync", "fdatasync", "close")
+"""Calls that take effect, or whose coverage is decided, when they begin."""
 _CALL = re.compile(r"(\w+)\((.*)\)\s+= (.*)")
 _RESUMED = re.compile(r"<\.\.\. \w+ resumed>(.*)")
 _DESCRIPTOR = re.compile(r"(\w+)<(.*)>(?:\(deleted\))?")
@@ -56,28 +57,28 @@ _ACK = re.compile(rb"ack (\d+)\n")
 
 
 class Unfollowed(Exception):
-    """The command did what the recorder or the model does not follow."""
+    """The command made a system call that the recorder or the model cannot follow."""
 
 
 class CommandFailed(Exception):
-    """The command that was to be recorded failed."""
+    """The recorded command failed, or strace could not trace it."""
 
 
 class Entry(NamedTuple):
-    """What is at a path."""
+    """A file, directory or symlink at a path."""
 
     kind: str  # file, directory or symlink
     mode: int
-    content: bytes  # of a file; a symlink's target
-    same_as: str  # the first path of the same file
+    content: bytes  # the data of a file, the target of a symlink
+    same_as: str  # the first path of the same inode
 
 
 Tree = dict[str, Entry]
-"""A directory by its paths, each relative to it, parents first."""
+"""The content of a directory: entries by relative path, parents first."""
 
 
 class Inode(NamedTuple):
-    """A file, directory or symlink as it was made."""
+    """A file, directory or symlink as it was created."""
 
     kind: str
     mode: int
@@ -85,14 +86,14 @@ class Inode(NamedTuple):
 
 
 class Names(NamedTuple):
-    """Names that change together: the directory, the name in it, and what it is a name of from now on."""
+    """A change of one or more directory entries in one step."""
 
     text: str
-    changes: tuple[tuple[int, str, int | None], ...]
+    changes: tuple[tuple[int, str, int | None], ...]  # directory, name, and the new inode or None
 
 
 class Write(NamedTuple):
-    """Bytes written to a file."""
+    """A write to a file."""
 
     text: str
     inode: int
@@ -101,7 +102,7 @@ class Write(NamedTuple):
 
 
 class Resize(NamedTuple):
-    """A file cut short or extended with zeros."""
+    """A truncation of a file, or an extension with zeros."""
 
     text: str
     inode: int
@@ -109,7 +110,7 @@ class Resize(NamedTuple):
 
 
 class Chmod(NamedTuple):
-    """A mode changed."""
+    """A change of a mode."""
 
     text: str
     inode: int
@@ -117,14 +118,14 @@ class Chmod(NamedTuple):
 
 
 class SyncBegun(NamedTuple):
-    """A sync begins: it covers what was done before."""
+    """The beginning of a sync, which covers the events before it."""
 
     text: str
     number: int
 
 
 class Synced(NamedTuple):
-    """A sync has come to its end."""
+    """The end of a sync: what it covers is durable now."""
 
     text: str
     number: int
@@ -133,7 +134,7 @@ class Synced(NamedTuple):
 
 
 class Ack(NamedTuple):
-    """The command has acknowledged a step."""
+    """An acknowledgement of a step by the command."""
 
     text: str
     number: int
@@ -144,20 +145,20 @@ Change = Names | Write | Resize | Chmod
 
 
 class Recording(NamedTuple):
-    """What a command did to a directory that was durable when it began."""
+    """The changes of a command to a directory, all of which was durable when the command began."""
 
-    inodes: dict[int, Inode]  # those there were, and those that were made
-    names: dict[int, dict[str, int]]  # that there were, by directory
+    inodes: dict[int, Inode]  # those at the beginning, and those that the command created
+    names: dict[int, dict[str, int]]  # the names at the beginning, by directory
     events: Sequence[Event]
-    end: Tree  # what was in the directory afterwards
+    end: Tree  # the content of the directory afterwards
 
 
 class Cut(NamedTuple):
-    """What a power cut may leave."""
+    """A state that a power cut may leave."""
 
     number: int  # in the sequence of `states`
-    position: int  # how many events there had been
-    acks: tuple[int, ...]  # acknowledged until then
+    position: int  # the number of events before the cut
+    acks: tuple[int, ...]  # the steps acknowledged before the cut
     description: str
     tree: Tree
 
@@ -174,26 +175,26 @@ def record(
     env: Mapping[str, str] | None = None,
     timeout: float = 120,
 ) -> Recording:
-    """Run a command and record what it does below a directory, which must exist.
+    """Run a command and record its changes below a directory.
 
     Args:
         command: the program and its arguments.
-        directory: what it works in; all that is there is taken for durable.
-        strace: the program that traces it.
-        leave_out: suffixes of files that no power cut leaves behind, such as SQLite's ``-shm``.
-        env: the command's environment, if not this process's.
+        directory: an existing directory; all of its content counts as durable.
+        strace: the path of strace.
+        leave_out: suffixes of files to ignore because a power cut never leaves them, such as SQLite's ``-shm``.
+        env: the command's environment; by default, this process's.
         timeout: seconds that the command may take.
 
     Raises:
-        Unfollowed: if something was done to the directory that is not understood.
+        Unfollowed: if the command changes the directory in a way that the recorder cannot follow.
         CommandFailed: if the command fails, or cannot be traced.
     """
     directory = directory.resolve(strict=True)
     before = read_tree(directory, leave_out)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace"
-        # -xx: nothing in a string can be mistaken for syntax; -y: each descriptor with its path.
-        options = ["-f", "--seccomp-bpf", "-y", "-xx", "-s", str(_LONGEST), "-e", "signal=none"]
+        # -xx: strings in hexadecimal, so no string looks like syntax; -y: each descriptor with its path.
+        options = ["-f", "--seccomp-bpf", "-y", "-xx", "-s", str(_MAX_CALL_BYTES), "-e", "signal=none"]
         calls = ["-e", f"trace={_FOLLOWED},{_REFUSED}"]
         process = subprocess.run(
             [strace, *options, *calls, "-o", str(trace), "--", *command],
@@ -213,18 +214,18 @@ def record(
 
 
 def verify(recording: Recording) -> None:
-    """Make sure that the events make what is in the directory: else a call was missed or misunderstood."""
+    """Raise `Unfollowed` unless the events make the real directory; otherwise the recorder missed a call."""
     made = final_state(recording)
     for path in sorted(made.keys() | recording.end.keys()):
         ours, real = made.get(path), recording.end.get(path)
         if ours != real:
             fields = [field for field in Entry._fields if getattr(ours, field, None) != getattr(real, field, None)]
-            recorded, there = ([str(getattr(entry, field, None))[:60] for field in fields] for entry in (ours, real))
-            raise Unfollowed(f"{path} is not what the events make: {fields} should be {there}, and are {recorded}")
+            recorded, actual = ([str(getattr(entry, field, None))[:60] for field in fields] for entry in (ours, real))
+            raise Unfollowed(f"{path} is not what the events make: {fields} should be {actual}, and are {recorded}")
 
 
 def final_state(recording: Recording) -> Tree:
-    """Return the directory after all events, with nothing lost."""
+    """Return the content of the directory after all events, with no change lost."""
     disk = Disk(recording)
     for event in recording.events:
         disk.add(event)
@@ -232,7 +233,7 @@ def final_state(recording: Recording) -> Tree:
 
 
 class _File:
-    """An open file, which descriptors share after a dup or a fork."""
+    """An open file description, which descriptors share after a dup or a fork."""
 
     def __init__(self, inode: int, flags: str) -> None:
         self.inode, self.offset = inode, 0
@@ -240,7 +241,7 @@ class _File:
 
 
 class _Reader:
-    """Reads a trace into events. Calls are in the order in which they end."""
+    """A parser that turns a trace into events, in the order in which the calls end."""
 
     def __init__(self, directory: Path, before: Tree, leave_out: tuple[str, ...]) -> None:
         self._directory, self._leave_out = str(directory), leave_out
@@ -250,9 +251,9 @@ class _Reader:
         self._inodes: dict[int, Inode] = {ROOT: Inode("directory", stat.S_IMODE(directory.stat().st_mode), b"")}
         self._names: dict[int, dict[str, int]] = {ROOT: {}}
         self._sizes: dict[int, int] = {}
-        self._files: dict[int, dict[int, _File]] = {}  # by process and descriptor; threads share theirs
+        self._files: dict[int, dict[int, _File]] = {}  # by thread and descriptor; the threads of a process share one
         self._events: list[Event] = []
-        self._begun: dict[int, int] = {}  # syncs under way, by thread
+        self._begun: dict[int, int] = {}  # the running sync of each thread
         self._syncs = 0
         numbers: dict[str, int] = {}
         for path, entry in before.items():
@@ -275,7 +276,7 @@ class _Reader:
                 self._begin(thread, call, _split(arguments))
             elif not result.startswith(("-", "?")):
                 self._call(thread, call, _split(arguments), result)
-        # Inodes that are made are named by events only.
+        # Only events give names to the inodes that the command created.
         for inode, made in self._inodes.items():
             inodes.setdefault(inode, made)
             if made.kind == "directory":
@@ -283,7 +284,7 @@ class _Reader:
         return Recording(inodes, names, self._events, end)
 
     def _know_thread(self, thread: int, parents: dict[int, tuple[int, bool]]) -> None:
-        """Give a thread that is seen for the first time its parent's descriptors, or a process a copy of them."""
+        """Give a new thread its parent's descriptors, and a new process a copy of them."""
         if thread in self._files:
             return
         self._files[thread] = {}
@@ -314,11 +315,11 @@ class _Reader:
             case "chmod" | "fchmod" | "fchmodat":
                 self._chmod(thread, call, arguments)
             case "chdir" | "fchdir":
-                raise Unfollowed(f"{call}: the working directory of the command changes")
+                raise Unfollowed(f"{call}: the command changes its working directory")
             case "umask":
                 self._umask = int(arguments[0], 8)
             case "close" | "clone" | "clone3" | "fork" | "vfork":
-                pass  # seen to before
+                pass  # handled before
             case _ if call in _REFUSED.split(","):
                 self._refuse(call, arguments)
             case _:
@@ -327,7 +328,7 @@ class _Reader:
     # Paths and inodes
 
     def _path(self, *arguments: str) -> str | None:
-        """Return the path below the directory that ``[folder,] "path"`` means, or None for another one."""
+        """Return the absolute path that ``[folder,] "path"`` means, or None if it is outside of the directory."""
         base = self._cwd if len(arguments) == 1 else _text(_parts(arguments[0])[1])
         path = os.path.normpath(os.path.join(base, _text(arguments[-1].strip('"'))))
         return path if self._is_ours(path) else None
@@ -336,13 +337,13 @@ class _Reader:
         return path.startswith(self._directory + "/") and not path.endswith(self._leave_out or ("\0",))
 
     def _place(self, path: str) -> tuple[int, str]:
-        """Return the directory that a path is in, and its name there."""
+        """Return the inode of a path's directory, and its name there."""
         *folders, name = path[len(self._directory) + 1 :].split("/")
         parent = ROOT
         for folder in folders:
             found = self._names.get(parent, {}).get(folder)
             if found is None or found not in self._names:
-                raise Unfollowed(f"{path} is in no directory that was recorded")
+                raise Unfollowed(f"{path} is not in a recorded directory")
             parent = found
         return parent, name
 
@@ -353,13 +354,13 @@ class _Reader:
         return self._names[parent].get(name)
 
     def _inode(self, *arguments: str) -> int | None:
-        """Return what an argument names, None if it is not in the directory."""
+        """Return the inode of a path, or None if the path is outside of the directory."""
         path = self._path(*arguments)
         if path is None:
             return None
         inode = self._find(path)
         if inode is None or self._inodes[inode].kind == "symlink":
-            raise Unfollowed(f"{path}: there is no such file, or it is a symlink")
+            raise Unfollowed(f"{path} does not exist, or is a symlink")
         return inode
 
     def _make(self, kind: str, mode: int, content: bytes = b"") -> int:
@@ -394,7 +395,7 @@ class _Reader:
         inode = self._find(real)
         if inode is None:
             if "O_CREAT" not in flags:
-                raise Unfollowed(f"{self._short(real)} was opened, and nothing recorded has made it")
+                raise Unfollowed(f"{self._short(real)} was opened, but no recorded call created it")
             inode = self._make("file", int(mode[0], 8) & ~self._umask)
             self._set_names(f"create {self._short(real)}", (real, inode))
         elif "O_TRUNC" in flags:
@@ -420,7 +421,7 @@ class _Reader:
         try:
             return self._files[thread][int(number)]
         except KeyError:
-            raise Unfollowed(f"{self._short(real)} is used through a descriptor from elsewhere") from None
+            raise Unfollowed(f"{self._short(real)} is used through a descriptor of unknown origin") from None
 
     def _file_of(self, thread: int, argument: str) -> int | None:
         file = self._file(thread, argument)
@@ -438,7 +439,7 @@ class _Reader:
             return
         data = data[:length]
         if len(data) < length or "RWF_" in arguments[-1]:
-            raise Unfollowed(f"{call}: the trace has not all that was written")
+            raise Unfollowed(f"{call}: the trace lacks data, or a flag is set")
         if call.startswith("p"):
             offset = int(arguments[3])
         elif file.append:
@@ -517,24 +518,24 @@ class _Reader:
             raise Unfollowed(f"rename of {source} to {target}, {flags}")
         inode, replaced = self._find(source), self._find(target)
         if inode is None:
-            raise Unfollowed(f"{source} is renamed, and nothing recorded has made it")
+            raise Unfollowed(f"{source} was renamed, but no recorded call created it")
         if inode == replaced:
-            return  # two names of one file stay as they are
+            return  # POSIX: a rename between two names of one file does nothing
         text = f"rename {self._short(source)} to {self._short(target)}"
         self._set_names(text, (source, replaced if flags == "RENAME_EXCHANGE" else None), (target, inode))
 
     def _link(self, source: str | None, target: str | None) -> None:
         if target is None:
             if source is not None:
-                raise Unfollowed(f"{source} gets a name outside of the directory")
+                raise Unfollowed(f"{source} was linked to a path outside of the directory")
             return
         inode = None if source is None else self._find(source)
         if source is None or inode is None:
-            raise Unfollowed(f"{target} is a name of a file that is not in the directory")
+            raise Unfollowed(f"{target} was linked to a file outside of the directory")
         self._set_names(f"link {self._short(source)} as {self._short(target)}", (target, inode))
 
     def _refuse(self, call: str, arguments: list[str]) -> None:
-        """Refuse what would change a file of ours and cannot be followed."""
+        """Raise `Unfollowed` if the call would change a file in the directory."""
         if call in ("io_uring_setup", "io_submit", "sync", "syncfs"):
             raise Unfollowed(call)
         if call == "mmap" and not ("PROT_WRITE" in arguments[2] and "MAP_SHARED" in arguments[3]):
@@ -552,10 +553,10 @@ class _Reader:
 
 
 def _calls(lines: Iterable[str]) -> Iterator[tuple[int, str, str, str]]:
-    """Yield thread, call, arguments and result, in the order of their ends.
+    """Yield thread, call, arguments and result of each call, in the order in which the calls end.
 
-    Of what counts from its beginning, that too, without a result: a sync covers no more than was done by then, and a
-    descriptor's number may be another file's before its close has ended.
+    `_CALLS_WITH_A_BEGINNING` are also yielded when they begin, with an empty result: a sync covers only what happened
+    before it began, and another thread may reuse a descriptor's number before the close of it ends.
     """
     unfinished: dict[int, str] = {}
     for line in lines:
@@ -564,7 +565,7 @@ def _calls(lines: Iterable[str]) -> Iterator[tuple[int, str, str, str]]:
         if text.endswith(" <unfinished ...>"):
             unfinished[thread] = text.removesuffix(" <unfinished ...>")
             begun, _, arguments = unfinished[thread].partition("(")
-            if begun in _COUNT_FROM_THE_BEGINNING:
+            if begun in _CALLS_WITH_A_BEGINNING:
                 yield thread, begun, arguments, ""
             continue
         resumed = _RESUMED.fullmatch(text)
@@ -572,7 +573,7 @@ def _calls(lines: Iterable[str]) -> Iterator[tuple[int, str, str, str]]:
             text = unfinished.pop(thread) + resumed[1]
         call = _CALL.fullmatch(text)
         if call:
-            if not resumed and call[1] in _COUNT_FROM_THE_BEGINNING:
+            if not resumed and call[1] in _CALLS_WITH_A_BEGINNING:
                 yield thread, call[1], call[2], ""
             yield thread, call[1], call[2], call[3]
 
@@ -595,36 +596,36 @@ def _text(escaped: str) -> str:
 
 
 class Fate(NamedTuple):
-    """What becomes of a change that was not synced: the sectors that are kept, and whether the size is."""
+    """The effect of a power cut on a change that was not synced."""
 
     text: str
-    sectors: frozenset[int] | None  # of a write; None for all
-    lost: bool = False
+    sectors: frozenset[int] | None  # the kept sectors of a write; None for all
+    lost: bool = False  # whether the whole change is lost
 
 
 KEEP = Fate("kept", None)
 DROP = Fate("lost", frozenset(), lost=True)
-ZERO = Fate("its size alone", frozenset())
+ZERO = Fate("only its size is kept", frozenset())
 
 Fates = Mapping[int, Fate]
-"""By the change's place among the events; one that is not here is lost."""
+"""Fates by the position of the change among the events; a change that is not here is lost."""
 
 
 class Disk:
-    """What is durable after some events, and the changes that are not."""
+    """The durable state after some events, and the pending changes, which are not durable."""
 
     def __init__(self, recording: Recording) -> None:
         self._inodes = recording.inodes
         self._content = {number: inode.content for number, inode in recording.inodes.items()}
         self._modes = {number: inode.mode for number, inode in recording.inodes.items()}
         self._names = {inode: dict(names) for inode, names in recording.names.items()}
-        self._begun: dict[int, int] = {}  # syncs under way, and how many events there had been
+        self._begun: dict[int, int] = {}  # the number of events before each running sync
         self._count = 0
         self.pending: dict[int, Change] = {}
         self.acks: tuple[int, ...] = ()
 
     def add(self, event: Event) -> None:
-        """Take the next event."""
+        """Apply the next event."""
         match event:
             case Ack():
                 self.acks += (event.number,)
@@ -639,7 +640,7 @@ class Disk:
     def _sync(self, sync: Synced, before: int) -> None:
         covered: dict[int, Change] = {}
         wanted: set[tuple[int, str]] = set()
-        # Backwards: what is kept of a name brings what was done to that name earlier.
+        # Backwards: keeping a change of a name also keeps the earlier changes of that name.
         for number, change in reversed(list(self.pending.items())):
             if number >= before:
                 continue
@@ -660,7 +661,7 @@ class Disk:
             del self.pending[number]
 
     def tree(self, fates: Fates) -> Tree:
-        """Return what is left, where the pending changes meet these fates."""
+        """Return the directory that is left if the pending changes have these fates."""
         names = self._names
         modes: dict[int, int] = {}
         changed: defaultdict[int, dict[int, Change]] = defaultdict(dict)
@@ -670,7 +671,7 @@ class Disk:
         for number, change in self.pending.items():
             kept = not fates.get(number, DROP).lost
             if isinstance(change, Names):
-                # What is done to a name stays in order: after one change is lost, all later ones are.
+                # Changes of one name stay in order: after one is lost, all later ones are lost.
                 if kept and not _keys(change) & lost:
                     _set_names(names, change)
                 else:
@@ -688,7 +689,7 @@ class Disk:
         def walk(folder: int, path: str, above: frozenset[int]) -> None:
             for name, inode in sorted(names[folder].items()):
                 if inode in above:
-                    continue  # renames of folders, some kept and some lost, have made a circle
+                    continue  # renames of folders, some kept and some lost, have made a cycle
                 place = f"{path}{name}"
                 kind = self._inodes[inode].kind
                 content = contents.get(inode, self._content[inode])
@@ -701,7 +702,7 @@ class Disk:
         return tree
 
     def _content_left(self, inode: int, changes: Mapping[int, Change], fates: Fates) -> bytes:
-        """Return a file's content where its changes, in their order, meet these fates."""
+        """Return a file's content if its changes, in their order, have these fates."""
         durable = self._content[inode]
         if not any(isinstance(change, (Write, Resize)) for change in changes.values()):
             return durable
@@ -715,7 +716,7 @@ class Disk:
                 if fate is ZERO:
                     _extend(left, end)
                 for begin, stop in _ranges(change, fate):
-                    # What is in memory is what goes to the disk: a sector's other bytes too.
+                    # A sector goes to the disk as it is in memory, with its bytes outside of this write.
                     _extend(left, min(begin, len(memory)))
                     left[begin:stop] = memory[begin : min(stop, len(memory))] + left[min(stop, len(memory)) : stop]
             elif isinstance(change, Resize):
@@ -754,19 +755,19 @@ def _extend(content: bytearray, size: int) -> None:
         content.extend(bytes(size - len(content)))
 
 
-# Which of all the states
+# The choice of states
 
 
 def states(recording: Recording, seed: int, count: int | None = None) -> Iterator[Cut]:
-    """Yield states that a power cut may leave, no two the same with the same acknowledgements.
+    """Yield states that a power cut may leave; no two have the same content and acknowledgements.
 
-    The sequence depends on nothing but the arguments. Each round goes through the events, or a sample of them
-    where fewer states are wanted, and gives each position another plan than the round before.
+    The sequence depends only on the arguments. Each round visits every position among the events, or a sample if fewer
+    states are wanted, and each position gets another plan than in the round before.
 
     Args:
-        recording: of the command.
-        seed: of the choices.
-        count: how many states; without it, endlessly, or until no new one is found.
+        recording: the recording of a command.
+        seed: of the random choices.
+        count: the number of states; None for all, until many rounds find no new one.
     """
     choices = random.Random(seed)
     seen: set[bytes] = set()
@@ -801,28 +802,28 @@ def _key(tree: Tree, acks: tuple[int, ...]) -> bytes:
 
 
 def _plan(pending: Mapping[int, Change], number: int, choices: random.Random) -> tuple[str, Fates]:
-    """Return one of the plans for these changes: the telling ones by their number, or a random one."""
+    """Return a plan, which is a name and a fate for each change, by its number."""
     names = {place: KEEP for place, change in pending.items() if isinstance(change, Names)}
     data = {place: KEEP for place in pending if place not in names}
     plans: list[Callable[[], tuple[str, Fates]]] = [
-        lambda: ("nothing unsynced is kept", {}),
-        lambda: ("all is kept", {**names, **data}),
+        lambda: ("no unsynced change is kept", {}),
+        lambda: ("all changes are kept", {**names, **data}),
         lambda: ("all names and no data", names),
         lambda: ("all data and no names", data),
-        lambda: ("all names and sizes, with zeros", {**names, **dict.fromkeys(data, ZERO)}),
+        lambda: ("all names and sizes, with zeros as data", {**names, **dict.fromkeys(data, ZERO)}),
         lambda: _prefix(pending, choices),
         lambda: _random("names kept, data at random", pending, choices, keep=names),
         lambda: _random("data kept, names at random", pending, choices, keep=data),
         lambda: _random("at random", pending, choices, keep={}),
     ]
     for place in pending:
-        plans.append(lambda place=place: ("one is lost", {**names, **data, place: DROP}))  # type: ignore[misc]
-        plans.append(lambda place=place: ("one is kept", _with_earlier(pending, place)))  # type: ignore[misc]
+        plans.append(lambda place=place: ("one change is lost", {**names, **data, place: DROP}))  # type: ignore[misc]
+        plans.append(lambda place=place: ("one change is kept", _with_earlier(pending, place)))  # type: ignore[misc]
     return plans[number % len(plans)]()
 
 
 def _with_earlier(pending: Mapping[int, Change], place: int) -> Fates:
-    """Keep one change, and of its names what was done to them before."""
+    """Return fates that keep one change and the earlier changes of its names."""
     fates = {place: KEEP}
     change = pending[place]
     wanted = _keys(change) if isinstance(change, Names) else set()
@@ -839,7 +840,7 @@ def _prefix(pending: Mapping[int, Change], choices: random.Random) -> tuple[str,
     fates = dict.fromkeys(places[:cut], KEEP)
     if cut < len(places):
         fates[places[cut]] = _fate(pending[places[cut]], choices, 0.5)
-    return "all in order up to one", fates
+    return "all changes up to a random one", fates
 
 
 def _random(name: str, pending: Mapping[int, Change], choices: random.Random, keep: Fates) -> tuple[str, Fates]:
@@ -871,7 +872,7 @@ def _describe(recording: Recording, position: int, name: str, fates: Fates, disk
 
 
 def read_tree(directory: Path, leave_out: tuple[str, ...] = ()) -> Tree:
-    """Return what is in a directory, but for files with one of the suffixes."""
+    """Return the content of a directory, without the files that have one of the suffixes."""
     tree: Tree = {}
     first: dict[tuple[int, int], str] = {}
 
@@ -895,13 +896,13 @@ def read_tree(directory: Path, leave_out: tuple[str, ...] = ()) -> Tree:
 
 
 def memory() -> Path | None:
-    """Return where files lie in memory, or None where nothing can be written there."""
+    """Return a folder in memory, or None if this process cannot write to it."""
     folder = Path("/dev/shm")
     return folder if os.access(folder, os.W_OK) else None
 
 
 def write_state(tree: Tree, directory: Path) -> None:
-    """Make a new directory of a state; what had two names has two again."""
+    """Create a directory with the content of a state; hard links become hard links again."""
     directory.mkdir()
     for place, entry in tree.items():
         path = f"{directory}/{place}"
@@ -920,5 +921,5 @@ def write_state(tree: Tree, directory: Path) -> None:
 
 
 def remove_state(directory: Path) -> None:
-    """Remove a state's directory."""
+    """Remove a state's directory, if it exists."""
     shutil.rmtree(directory, ignore_errors=True)

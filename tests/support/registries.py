@@ -1,6 +1,6 @@
-"""Registries for the tests: one in memory, which is right, and wrong as a test tells it; and Debian's docker-registry.
+"""Registries for the tests: one in memory, with faults where a test asks for them, and Debian's docker-registry.
 
-After the OCI distribution specification v1.1, and Docker's token authentication for bearer tokens.
+The one in memory follows the OCI distribution specification v1.1, and Docker's token authentication for bearer tokens.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ BINARY = {"Content-Type": "application/octet-stream"}
 
 _PATH = re.compile(r"/v2/(.+?)/(manifests|blobs/uploads|blobs|tags|referrers)/([^/]*)")
 _NAME = re.compile(r"[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*")
-_LIMIT = 4 * 1024 * 1024  # bytes of a manifest
+_MANIFEST_BYTES = 4 * 1024 * 1024  # of the largest manifest that is accepted
 
 
 class Refused(Exception):
-    """The registry refuses, with this answer."""
+    """The registry refuses a request; `answer` says why."""
 
     def __init__(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(code)
@@ -45,17 +45,17 @@ class Refused(Exception):
 
 
 def basic(user: str = USER, password: str = PASSWORD) -> str:
-    """The Authorization header."""
+    """Return the value of the Authorization header for basic authentication."""
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 PAUSES: list[float] = []
-"""The seconds of the pauses that `alone` left out."""
+"""The lengths, in seconds, of the pauses that `alone` skipped."""
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No credentials, mirrors or proxies of the user's; and pauses are not waited for."""
+    """Hide the user's credentials, mirrors and proxies, and skip the client's pauses."""
     for name in [*os.environ]:
         if name.lower().endswith("_proxy") or name.startswith(("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_")):
             monkeypatch.delenv(name)
@@ -65,10 +65,10 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Registry(Server):
-    """A registry in memory, at a free port of the loopback interface, with whatever is to be tested set by attributes.
+    """A registry in memory, at a free port of the loopback interface; tests configure it through its attributes.
 
     Args:
-        auth: "basic", or "bearer" with a token server at /token; USER and PASSWORD are who may do everything.
+        auth: "basic", or "bearer" with a token server at /token; USER with PASSWORD may do everything.
         tls: paths of a certificate and its key.
     """
 
@@ -77,26 +77,27 @@ class Registry(Server):
         self.auth = auth
         self.blobs: dict[tuple[str, str], bytes] = {}  # by repository and digest
         self.manifests: dict[tuple[str, str], tuple[str, bytes]] = {}  # by repository and digest or tag
-        self.uploads: dict[str, tuple[str, bytes]] = {}  # repository and bytes so far, by what is in the location
-        self.referrers = True  # False: not supported, as before v1.1
-        self.page_size: int | None = None  # entries of a list at most, whatever is asked for
+        self.uploads: dict[str, tuple[str, bytes]] = {}  # repository and bytes so far, by the ID in the location
+        self.referrers = True  # whether the referrers API is supported; registries before v1.1 do not
+        self.page_size: int | None = None  # the most entries in one page, whatever the client asks for
 
-        self.tokens: dict[str, tuple[float, set[tuple[str, str]]]] = {}  # when it expires, repositories and actions
-        self.grants: Callable[[str, str], bool] = lambda repository, action: True  # of what a token may be had
-        self.anonymous = False  # whether a token to pull is given to anyone
-        self.expires_in: float | None = 300  # None: not in the answer, which means 60
+        # By token: the time at which it expires, and the pairs of repository and action that it allows.
+        self.tokens: dict[str, tuple[float, set[tuple[str, str]]]] = {}
+        self.grants: Callable[[str, str], bool] = lambda repository, action: True  # whether a token allows an action
+        self.anonymous = False  # whether anyone gets a token to pull
+        self.expires_in: float | None = 300  # seconds; None: leave it out of the answer, which means 60
         self.token_fields = ["token", "access_token"]
 
         self.realm = f"{self.url}/token"
 
     def add(self, image: Made, repository: str, tag: str | None = None) -> str:
-        """Put an image in, and return its name with the host."""
+        """Store an image, and return its name with the host."""
         for data in (image.config, *image.layers):
             self.blobs[repository, digest_of(data)] = data
         return self.add_manifest(image.manifest, repository, tag)
 
     def add_index(self, index: bytes, repository: str, tag: str | None = None, children: Iterable[Made] = ()) -> str:
-        """Put an index and its images in, and return its name with the host."""
+        """Store an index and its images, and return its name with the host."""
         for image in children:
             self.add(image, repository)
         return self.add_manifest(index, repository, tag)
@@ -200,14 +201,14 @@ class Registry(Server):
     def _get_manifests(self, call: Call, repository: str, reference: str) -> Answer:
         media_type, data = self.manifests.get((repository, reference), ("", b""))
         accepted = [part.split(";")[0].strip() for part in call.headers.get("accept", "").split(",")]
-        # As docker-registry, which finds nothing for those who do not say that they take what there is.
+        # Like docker-registry: a client that does not accept the media type gets a 404.
         if not data or not {media_type, "*/*"}.intersection(accepted):
             raise Refused(404, "MANIFEST_UNKNOWN")
         digest = reference if ":" in reference else digest_of(data)
         return Answer(200, {"Content-Type": media_type, "Docker-Content-Digest": digest}, data)
 
     def _put_manifests(self, call: Call, repository: str, reference: str) -> Answer:
-        if len(call.body) > _LIMIT:
+        if len(call.body) > _MANIFEST_BYTES:
             raise Refused(413, "SIZE_INVALID")
         media_type = call.headers.get("content-type", "")
         try:
@@ -265,7 +266,7 @@ class Registry(Server):
         return Answer(200, {"Content-Type": OCI_INDEX, **headers}, json.dumps(index).encode())
 
     def _page(self, call: Call, keys: list[str]) -> tuple[list[str], dict[str, str]]:
-        """The part of a list that is asked for, and a link to the next."""
+        """Return the page of a list that the client asks for, and the header with the link to the next page."""
         rest = sorted(key for key in keys if key > call.query.get("last", ""))
         limit = min(int(call.query.get("n", len(rest))), self.page_size or len(rest))
         page = rest[:limit]
@@ -334,7 +335,7 @@ class Registry(Server):
     def _append(self, call: Call, repository: str, upload: str) -> None:
         data = self._upload(repository, upload)
         match = re.fullmatch(r"(\d+)-\d+", given := call.headers.get("content-range", ""))
-        # The state is of the last answer, whose location a client is to use.
+        # The client must use the location of the last answer, which has the current state.
         if call.query.get("state") != str(len(data)) or (given and (not match or int(match[1]) != len(data))):
             refused = Refused(416, "BLOB_UPLOAD_INVALID")
             refused.answer.headers.update(self._progress(416, upload).headers)
@@ -360,9 +361,9 @@ def _checked(digest: str, data: bytes) -> str:
 
 
 def certificate(directory: Path, host: str = "localhost") -> tuple[Path, Path, Path]:
-    """Make an authority and a certificate for a host, and return the paths of the two and of the second's key.
+    """Make an authority and a certificate for a host; return their paths and that of the certificate's key.
 
-    The folder is one for skopeo's --cert-dir: a name with .crt is an authority, and others must not be .cert or .key.
+    The folder fits skopeo's --cert-dir: a file named .crt is an authority, and no other file may be .cert or .key.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "openssl.cnf").write_text(
@@ -400,19 +401,21 @@ def docker_registry(
     tls: tuple[Path, Path] | None = None,
     proxy: str | None = None,
 ) -> Iterator[str]:
-    """Run Debian's docker-registry, and yield its host.
+    """Run Debian's docker-registry during the block, and yield its host and port.
 
     Args:
-        htpasswd: the content of such a file, with bcrypt's hashes: HTPASSWD.
+        tmp_path: the folder for its files.
+        htpasswd: the content of an htpasswd file with bcrypt hashes, such as HTPASSWD.
+        delete: whether it allows deletion.
         tls: paths of a certificate and its key.
-        proxy: the URL of another registry, of which it is a cache.
+        proxy: the URL of another registry that it caches.
     """
     folder = tmp_path / "docker-registry"
     folder.mkdir(exist_ok=True)
     settings: dict[str, Any] = {
         "version": "0.1",
         "storage": {"filesystem": {"rootdirectory": str(folder / "storage")}, "delete": {"enabled": delete}},
-        "http": {"addr": "127.0.0.1:0", "secret": "one that is no secret"},
+        "http": {"addr": "127.0.0.1:0", "secret": "not a real secret"},
     }
     if htpasswd is not None:
         (folder / "htpasswd").write_text(htpasswd)
@@ -421,11 +424,11 @@ def docker_registry(
         settings["http"]["tls"] = {"certificate": str(tls[0]), "key": str(tls[1])}
     if proxy is not None:
         settings["proxy"] = {"remoteurl": proxy}
-    (folder / "config.yml").write_text(json.dumps(settings))  # which is YAML, too
+    (folder / "config.yml").write_text(json.dumps(settings))  # JSON is YAML too
     command = [find_peer("docker-registry"), "serve", str(folder / "config.yml")]
     with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
-            # It says so when the port, which it chose, is open.
+            # It chooses a port, and logs it once the port is open.
             end = time.monotonic() + 30
             while not (match := re.search(r'listening on ([\d.:]+)[",]', text := (folder / "log").read_text())):
                 assert process.poll() is None, text

@@ -1,13 +1,13 @@
-"""A soak for any store of images that processes share: it works it hard, kills its workers, and checks all it says.
+"""A soak test for any store of images that processes share: load it, kill workers, and check every answer.
 
-Nothing here knows a particular store. Who has one writes a `Target` for it and calls `run`.
+This module works for any store: write a `Target` for the store and call `run`.
 
-Every worker owns a few images under names of its own, its canaries, made of blobs that all workers share. What
-the store has acknowledged about them is noted in shared memory, so whoever takes a killed worker's place knows
-what must be there; the one operation that was under way may have happened or not. Under the hot names, which
-everybody adds, moves and removes, an image may be there or not, but never wrong or incomplete.
+Every worker owns a few image names, its canaries. Their images are made of blobs that all workers share. The worker
+notes in shared memory what the store has acknowledged about its canaries, so the successor of a killed worker knows
+what must be there. The one operation that was running may have happened or not. All workers add, move and remove
+images under the hot names: such an image may be there or not, but it is never wrong or incomplete.
 
-The seed decides which operations a worker chooses, and whom the killer picks; how they fall in time it cannot.
+The seed decides which operations a worker chooses, and which worker is killed next, but not their timing.
 """
 
 from __future__ import annotations
@@ -49,36 +49,36 @@ WEIGHTS = {
     "verify": 1,
     "reopen": 1,
 }
-"""How often an operation is chosen: many cheap reads, and enough of the rest to make each of them doubtful."""
+"""How often an operation is chosen: many cheap reads, and enough changes that a read may meet any state."""
 
 KINDS = list(WEIGHTS)
 CANARIES = 4  # names that a worker owns
 HOT_NAMES = 16
-STUCK = 120.0  # seconds after which an operation does not come to its end any more
+STUCK = 120.0  # seconds after which a worker or a check counts as stuck
 
 
 class Absent(Exception):
-    """The store does not have the image or the blob. Any other error is a violation."""
+    """The store does not have the image or the blob; any other error is a violation."""
 
 
 class Image(NamedTuple):
-    """An image as it must come out of the store."""
+    """An image with the content that the store must return."""
 
     manifest: bytes
     blobs: dict[str, bytes]  # by digest; the manifest first, then the config, then the layers
 
 
 class Store(Protocol):
-    """A store that one worker has open. Every method may raise `Absent`, unless an image or blob is brought to it."""
+    """An open store; one worker uses it. Every method but `add` and `load` may raise `Absent`."""
 
     def add(self, name: str, image: Image) -> None:
-        """Store an image blob by blob, and give it a name, which may exist."""
+        """Store an image blob by blob under a new or existing name."""
 
     def load(self, name: str, archive: Path) -> None:
-        """Import an OCI archive with one image under a name, which may exist."""
+        """Import an OCI archive with one image under a new or existing name."""
 
     def has(self, digest: str) -> bool:
-        """Say whether a blob is stored."""
+        """Return whether a blob is stored."""
 
     def read(self, digest: str) -> bytes:
         """Return a blob's content."""
@@ -90,70 +90,70 @@ class Store(Protocol):
         """Return the digests of an image's blobs that are stored, in the order of `Image.blobs`."""
 
     def complete(self, name: str) -> bool:
-        """Say whether all blobs of an image are stored."""
+        """Return whether all blobs of an image are stored."""
 
     def tag(self, source: str, target: str) -> None:
         """Give an image a second name, which may exist."""
 
     def remove(self, name: str) -> None:
-        """Remove an image's name, and what only it used."""
+        """Remove an image's name, and the blobs that only this image used."""
 
     def hold(self, name: str) -> AbstractContextManager[dict[str, Path]]:
-        """Keep an image's files in a block, and give their paths by digest, in the order of `Image.blobs`."""
+        """Keep an image's files during the block; yield their paths by digest, in the order of `Image.blobs`."""
 
     def export(self, name: str, path: Path) -> None:
-        """Write an image to an OCI archive."""
+        """Write an image to an archive with an OCI layout."""
 
     def collect(self) -> None:
-        """Free what no image uses."""
+        """Delete the blobs that no image uses."""
 
     def verify(self, *, quick: bool) -> list[str]:
-        """Return what is wrong with the store."""
+        """Return the problems of the store."""
 
     def close(self) -> None:
-        """Stop using the store."""
+        """Close the store."""
 
 
 class Target(Protocol):
-    """What is attacked."""
+    """The store under attack."""
 
     def open(self, waited: Callable[[float], None]) -> Store:
-        """Open the store; ``waited`` is to be told the seconds of each wait for the right to write."""
+        """Open the store; call ``waited`` with the seconds of each wait for the write lock."""
 
     def check(self) -> None:
-        """Raise an error that says which promise is broken, if one is; nobody uses the store meanwhile."""
+        """Raise an error that names the broken promise, if one is broken; nobody else uses the store meanwhile."""
 
 
 class Plan(NamedTuple):
-    """How to attack, and for how long: whichever limit comes first."""
+    """How to attack, and for how long: the first limit that is reached ends the attack."""
 
     processes: int
-    scratch: Path  # a folder, for archives
+    scratch: Path  # a folder for archives
     seconds: float = float("inf")
     operations: float = float("inf")
     seed: int = 1
     kills_per_second: float = 2.0
-    check_every: float = 30.0  # seconds
-    pause: float = 0.0  # seconds, between a worker's operations, on average
-    enough: int = 200  # violations, after which there is no more to learn
+    check_every: float = 30.0  # seconds between checks
+    pause: float = 0.0  # average seconds between the operations of a worker
+    enough: int = 200  # violations that end the attack
 
 
 class Result(NamedTuple):
-    """What has been done so far, and what was wrong with it."""
+    """The work done so far, and the violations found."""
 
     seconds: float
     operations: dict[str, int]  # by kind
-    longest: dict[str, float]  # seconds, by kind
-    by_worker: list[int]  # operations
+    longest: dict[str, float]  # seconds of the longest operation, by kind
+    by_worker: list[int]  # operations of each worker
     steady: list[int]  # the workers that were never replaced
     longest_wait: list[float]  # seconds, by worker
-    waits: list[int]  # waits that took from 2**(n-1) to 2**n microseconds, at place n
+    waits: list[int]  # at index n, how many waits took from 2**(n-1) to 2**n microseconds
     kills: int
     checks: int
     violations: Counter[str]
 
     def ratio(self) -> float:
-        """How far the busiest steady worker is ahead of the slowest."""
+        """Return the operations of the busiest steady worker, divided by those of the slowest."""
         done = [self.by_worker[worker] for worker in self.steady]
         return max(done) / max(1, min(done)) if done else 1.0
 
@@ -166,10 +166,10 @@ def digest_of(data: bytes) -> str:
 
 
 def make_images(seed: int, count: int = 32, layers: int = 24) -> list[Image]:
-    """Make images of a few shared layers: most of some kB, a few of 100 kB."""
-    chosen = random.Random(f"images {seed}")
-    stored = [chosen.randbytes(100_000 if number < 3 else chosen.randrange(500, 8000)) for number in range(layers)]
-    return [make_image(number, chosen.sample(stored, chosen.randrange(1, 5))) for number in range(count)]
+    """Return images that share layers: most layers have a few kB, three have 100 kB."""
+    choices = random.Random(f"images {seed}")
+    stored = [choices.randbytes(100_000 if number < 3 else choices.randrange(500, 8000)) for number in range(layers)]
+    return [make_image(number, choices.sample(stored, choices.randrange(1, 5))) for number in range(count)]
 
 
 def make_image(number: int, layers: list[bytes]) -> Image:
@@ -213,7 +213,7 @@ def write_archive(path: Path, image: Image) -> None:
 
 
 def read_archive(path: Path) -> tuple[str, dict[str, bytes]]:
-    """Return the digest of the manifest in an OCI archive, and all blobs by the digests that they are named by."""
+    """Return the digest of the manifest in an OCI archive, and all blobs by the digests in their paths."""
     with tarfile.open(path) as tar:
         files = {}
         for member in tar:
@@ -227,10 +227,10 @@ def read_archive(path: Path) -> tuple[str, dict[str, bytes]]:
     return entry["digest"], blobs
 
 
-# What outlives a worker
+# Shared memory, which outlives a worker
 
 REMOVED, UNKNOWN = 0, -1
-"""A canary's state is the number of its image, from 1 on, or one of these."""
+"""The state of a canary is the number of its image, from 1 on, or one of these."""
 
 _BUCKETS = 40
 _CELLS = 2 * len(KINDS) + _BUCKETS + CANARIES + 4
@@ -238,7 +238,7 @@ _WAIT, _GENERATION = 0, 1
 
 
 class Slot:
-    """A worker's place in the shared memory. Whole numbers of eight bytes, which no kill can tear; times in us."""
+    """A worker's part of the shared memory: integers of eight bytes, which no kill can tear; times in microseconds."""
 
     def __init__(self, cells: memoryview) -> None:
         parts = itertools.accumulate((len(KINDS), len(KINDS), _BUCKETS, CANARIES, 2, 2), initial=0)
@@ -253,11 +253,11 @@ class Slot:
 
 
 class Shared(NamedTuple):
-    """What the workers and their parent have in common."""
+    """The memory and the pipe that the workers and their parent share."""
 
-    state: memoryview  # one cell: whether to work
+    state: memoryview  # one cell: WAIT, WORK or STOP
     slots: list[Slot]
-    reports: int  # the end of the pipe that violations are written to
+    reports: int  # the end of the pipe to which workers write violations
 
 
 WAIT, WORK, STOP = 0, 1, 2
@@ -270,7 +270,7 @@ def share(processes: int, reports: int) -> Shared:
 
 
 def report(shared: Shared, text: str) -> None:
-    """Tell the parent of a violation: one write, which is not torn, and survives its writer."""
+    """Send a violation to the parent: in one write, which is not torn, and survives a kill of the worker."""
     os.write(shared.reports, text.replace("\n", " ").encode()[:4000] + b"\n")
 
 
@@ -278,11 +278,11 @@ def report(shared: Shared, text: str) -> None:
 
 
 class Violation(Exception):
-    """The store said or did something that it must not."""
+    """The store gave a wrong answer or did something wrong."""
 
 
 class Worker:
-    """One process that uses the store, and what it knows must be true."""
+    """A process that uses the store and checks every answer against what it knows."""
 
     def __init__(self, target: Target, plan: Plan, shared: Shared, number: int, images: list[Image]) -> None:
         self.target, self.shared, self.number, self.images = target, shared, number, images
@@ -292,7 +292,7 @@ class Worker:
         self.by_digest = {digest_of(image.manifest): number for number, image in enumerate(images, 1)}
         self.content = {digest: data for image in images for digest, data in image.blobs.items()}
         self.digests = list(self.content)
-        self.canary: int | None = None  # the one that the operation is about
+        self.canary: int | None = None  # the canary of the current operation, if it uses one
         self.store = target.open(self.slot.waited)
         self.operations: dict[str, Callable[[], None]] = {
             "has": self.has,
@@ -313,7 +313,7 @@ class Worker:
         }
 
     def work(self) -> None:
-        """Do one operation after the other until told to stop."""
+        """Do one operation after another until the state is STOP or the parent has died."""
         parent = os.getppid()
         weights = list(itertools.accumulate(WEIGHTS.values()))
         numbers = range(len(KINDS))
@@ -335,12 +335,12 @@ class Worker:
         self.store.close()
 
     def attempt(self, kind: str, operation: Callable[[], None]) -> None:
-        """Do an operation; what is wrong with it is reported, and with it ends what is known of the canary."""
+        """Do an operation; if it fails, report a violation and set its canary to UNKNOWN."""
         self.canary = None
         try:
             operation()
         except Absent as error:
-            # Of a hot name, or of a canary that was removed.
+            # Allowed for a hot name, and for a canary that was removed or is unknown.
             if self.canary is None or self.slot.canaries[self.canary] in (REMOVED, UNKNOWN):
                 return
             report(self.shared, f"{kind}: an acknowledged image is gone: {error}")
@@ -353,7 +353,7 @@ class Worker:
         self.slot.intended[0] = 0
 
     def name(self) -> str:
-        """Choose a name to work with: a canary's, or a hot one."""
+        """Choose the name for an operation: a canary's, or a hot one."""
         if self.random.random() < 0.5:
             self.canary = self.random.randrange(CANARIES)
             return self.name_of(self.canary)
@@ -366,7 +366,7 @@ class Worker:
         return self.random.randrange(1, len(self.images) + 1)
 
     def change(self, state: int, call: Callable[[], object]) -> None:
-        """Do something that gives the canary another state; it is noted before, as intended, and after, as a fact."""
+        """Change the canary's state: note the new state as intended, call the store, and note it as acknowledged."""
         slot, canary = self.slot, self.canary
         if canary is None:
             call()
@@ -382,7 +382,7 @@ class Worker:
         slot.intended[0] = 0
 
     def settle(self) -> None:
-        """Find out whether what the killed predecessor was about to do has happened; both may be."""
+        """Find out whether the operation that a killed predecessor had begun has happened; either is right."""
         if not self.slot.intended[0]:
             return
         self.canary = canary = self.slot.intended[0] - 1
@@ -392,22 +392,22 @@ class Worker:
         except Absent:
             found = REMOVED
         if found not in possible and UNKNOWN not in possible:
-            raise Violation(f"a canary is {self.told(found)} and must be one of {[*map(self.told, possible)]}")
+            raise Violation(f"a canary is {self.describe(found)}, not one of {[*map(self.describe, possible)]}")
         self.slot.canaries[canary] = found
         self.slot.intended[0] = 0
 
-    def told(self, state: int) -> str:
+    def describe(self, state: int) -> str:
         return {REMOVED: "removed", UNKNOWN: "unknown"}.get(state, f"image {state}")
 
     def known(self, manifest_digest: str) -> Image:
-        """Return the image that has this manifest, which must be the canary's."""
+        """Return the image that has this manifest, and raise `Violation` if the canary should have another one."""
         found = self.by_digest.get(manifest_digest)
         if found is None:
             raise Violation(f"manifest {manifest_digest} was never stored")
         if self.canary is not None:
             state = self.slot.canaries[self.canary]
             if state not in (found, UNKNOWN):
-                raise Violation(f"{self.name_of(self.canary)} is image {found}, and was {self.told(state)}")
+                raise Violation(f"{self.name_of(self.canary)} is image {found}, but was {self.describe(state)}")
         return self.images[found - 1]
 
     # Operations
@@ -428,12 +428,12 @@ class Worker:
         if not self.store.complete(name):
             raise Violation(f"{name} is incomplete")
         if self.canary is not None and self.slot.canaries[self.canary] == REMOVED:
-            raise Violation(f"{name} is complete, and was removed")
+            raise Violation(f"{name} is complete, but was removed")
 
     def manifest(self) -> None:
         manifest = self.store.manifest(self.name())
         if self.known(digest_of(manifest)).manifest != manifest:
-            raise Violation("a manifest has another content than it was stored with")
+            raise Violation("the content of a manifest has changed")
 
     def blobs(self) -> None:
         name = self.name()
@@ -451,7 +451,7 @@ class Worker:
         else:
             digest = self.random.choice(self.digests)
         if self.store.read(digest) != self.content[digest]:
-            raise Violation(f"a blob has another content than it was stored with: {digest}")
+            raise Violation(f"the content of a blob has changed: {digest}")
 
     def add(self) -> None:
         name, image = self.name(), self.image()
@@ -472,7 +472,7 @@ class Worker:
             self.canary = source
             self.store.tag(self.name_of(source), f"hot:{self.random.randrange(HOT_NAMES)}")
             if state == REMOVED:
-                raise Violation(f"{self.name_of(source)} was tagged, and was removed")
+                raise Violation(f"{self.name_of(source)} was tagged, but was removed before")
             return
         try:
             self.change(state, lambda: self.store.tag(self.name_of(source), name))
@@ -482,19 +482,19 @@ class Worker:
 
     def remove(self) -> None:
         name = self.name()
-        there = self.canary is None or self.slot.canaries[self.canary] != REMOVED
+        may_exist = self.canary is None or self.slot.canaries[self.canary] != REMOVED
         self.change(REMOVED, lambda: self.store.remove(name))
-        if not there:
+        if not may_exist:
             raise Violation(f"{name} was removed twice")
         if self.canary is not None:
-            self.must_be_gone(name)
+            self.check_removed(name)
 
-    def must_be_gone(self, name: str) -> None:
+    def check_removed(self, name: str) -> None:
         try:
             self.store.manifest(name)
         except Absent:
             return
-        raise Violation(f"{name} is there, and was removed")
+        raise Violation(f"{name} exists, but was removed")
 
     def hold(self) -> None:
         with self.store.hold(self.name()) as paths:
@@ -504,7 +504,7 @@ class Worker:
             check_content("a held blob", image, {digest: path.read_bytes() for digest, path in paths.items()})
 
     def hold_and_remove(self) -> None:
-        """What is held stays, though its image goes and everything unused is collected."""
+        """Hold an image, remove it and collect garbage; the held blobs must stay."""
         name = self.name()
         with self.store.hold(name) as paths:
             image = self.known(next(iter(paths), ""))
@@ -531,7 +531,7 @@ class Worker:
         self.store = self.target.open(self.slot.waited)
 
     def check_canaries(self) -> None:
-        """Hold the store to every canary, each byte of it."""
+        """Check the state of every canary, and all bytes of its image."""
         self.attempt("settle", self.settle)
         for canary in range(CANARIES):
             self.attempt("canary", lambda canary=canary: self.check_canary(canary))  # type: ignore[misc]
@@ -539,7 +539,7 @@ class Worker:
     def check_canary(self, canary: int) -> None:
         self.canary, name, state = canary, self.name_of(canary), self.slot.canaries[canary]
         if state == REMOVED:
-            self.must_be_gone(name)
+            self.check_removed(name)
         elif state != UNKNOWN:
             image = self.known(digest_of(self.store.manifest(name)))
             check_content("a blob", image, {digest: self.store.read(digest) for digest in self.store.blobs(name)})
@@ -550,7 +550,7 @@ def check_content(what: str, image: Image, found: dict[str, bytes]) -> None:
         raise Violation(f"{what} is missing: {min(missing)}")
     for digest, data in image.blobs.items():
         if found[digest] != data:
-            raise Violation(f"{what} has another content than it was stored with: {digest}")
+            raise Violation(f"the content of {what} has changed: {digest}")
 
 
 def archive_path(scratch: Path, image: int) -> Path:
@@ -561,10 +561,10 @@ def archive_path(scratch: Path, image: int) -> Path:
 
 
 def run(target: Target, plan: Plan, progress: Callable[[Result], None] = lambda result: None) -> Result:
-    """Attack a store in rounds: work and kills, then a check of all promises while nobody works.
+    """Attack a store in rounds: work and kills, then a check of all promises while no worker runs.
 
-    The rounds end in turn by a word to the workers, who finish what they are doing, and by killing all of them at
-    once; without kills, always by a word. ``progress`` is called about once a second.
+    Odd rounds end when the workers have finished their current operations. Even rounds end with a kill of all workers,
+    unless the plan has no kills. ``progress`` is called about once a second.
     """
     images = make_images(plan.seed)
     for number, image in enumerate(images, 1):
@@ -588,7 +588,7 @@ def run(target: Target, plan: Plan, progress: Callable[[Result], None] = lambda 
 
 
 class Attack:
-    """A run under way: its workers, its killer, and what was reported."""
+    """A running attack: its workers, its kills, and its violations."""
 
     def __init__(
         self,
@@ -605,7 +605,7 @@ class Attack:
         self.random = random.Random(f"killer {plan.seed}")
         self.workers: dict[int, int] = {}  # number by process
         self.began = time.monotonic()
-        self.worked = 0.0  # seconds, without those of the checks
+        self.worked = 0.0  # seconds of work, without the checks
         self.kills = self.checks = self.rounds = 0
         self.violations: Counter[str] = Counter()
 
@@ -621,7 +621,7 @@ class Attack:
         return sum(self.shared.slots[worker].done)
 
     def work(self) -> None:
-        """Have all workers at it until the next check is due, and kill one now and then."""
+        """Run all workers until the next check is due, and kill one at random times."""
         self.rounds += 1
         self.shared.state[0] = WAIT
         for number in range(self.plan.processes):
@@ -655,12 +655,12 @@ class Attack:
         return Worker(self.target, self.plan, self.shared, number, self.images)
 
     def fork(self, call: Callable[[], None]) -> int:
-        """Call something in a child of its own."""
+        """Fork a child that calls a function; return its process ID."""
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees to us
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
                 call()
                 status = 0
             except Exception as error:
@@ -677,11 +677,11 @@ class Attack:
         except BlockingIOError:
             pass
         *lines, self.unread = self.unread.split(b"\n")
-        # One text for all processes, images and blobs.
+        # Remove digests and worker numbers, so that equal violations have equal texts.
         self.violations.update(re.sub(r"(?<![0-9a-z])[0-9a-f]{6,}|\d+(?=-)", "…", line.decode()) for line in lines)
 
     def replace_lost(self) -> None:
-        """See to workers that ended by themselves, which none should while it is to work."""
+        """Replace workers that ended by themselves, and report those that died."""
         for child, number in list(self.workers.items()):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
@@ -717,7 +717,7 @@ class Attack:
             del self.workers[child]
 
     def await_end(self, child: int, deadline: float, what: str) -> None:
-        """Wait for a child; one that does not end is killed."""
+        """Wait for a child until the deadline, then kill it."""
         while True:
             ended, status = os.waitpid(child, os.WNOHANG)
             self.read_reports()
@@ -726,14 +726,14 @@ class Attack:
                     self.violations[f"{what} died: {os.waitstatus_to_exitcode(status)}"] += 1
                 return
             if time.monotonic() > deadline:
-                self.violations[f"{what} did not come to its end"] += 1
+                self.violations[f"{what} did not end"] += 1
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return
             time.sleep(0.005)
 
     def check(self) -> None:
-        """Check the promises, and then every canary, in a child: the parent never opens the store."""
+        """Check the promises and every canary in a child, because the parent never opens the store."""
         self.await_end(self.fork(self.check_all), time.monotonic() + STUCK, "the check")
         self.checks += 1
         for path in self.plan.scratch.iterdir():
@@ -766,21 +766,27 @@ class Attack:
         )
 
 
-# Judging
+# The verdict
 
 
 def unfair(result: Result, *, longest: float = 1.0, ratio: float = 3.0) -> list[str]:
-    """Return what is wrong with the waiting in a run without kills."""
+    """Return messages about waits that are too long or unfair, for a run without kills.
+
+    Args:
+        result: of the run.
+        longest: seconds that every wait must stay below.
+        ratio: how many times the work of the slowest worker the busiest may do.
+    """
     faults = []
     if max(result.longest_wait) >= longest:
-        faults.append(f"the longest wait was {max(result.longest_wait):.3f} s, and may be {longest:g} s")
+        faults.append(f"the longest wait was {max(result.longest_wait):.3f} s: the limit is {longest:g} s")
     if result.ratio() > ratio:
-        faults.append(f"the busiest worker did {result.ratio():.2f} times what the slowest did: {ratio:g} is allowed")
+        faults.append(f"the busiest worker did {result.ratio():.2f} times the work of the slowest: limit {ratio:g}")
     return faults
 
 
 def lines(result: Result) -> Iterable[str]:
-    """Tell the result as a table."""
+    """Yield the result as lines of text."""
     total = sum(result.operations.values())
     yield f"{'operation':18} {'times':>10} {'longest, s':>11}"
     for kind, count in result.operations.items():
@@ -797,8 +803,8 @@ def lines(result: Result) -> Iterable[str]:
     if result.steady:
         done = [result.by_worker[worker] for worker in result.steady]
         yield (
-            f"busiest to slowest of {len(done)} workers that ran all the time: "
-            f"{max(done)} to {min(done)}, {result.ratio():.2f} times"
+            f"operations of the busiest and the slowest of {len(done)} workers that ran all the time: "
+            f"{max(done)} and {min(done)}, ratio {result.ratio():.2f}"
         )
     yield f"violations {result.violations.total()}"
     for text, count in result.violations.most_common(30):
@@ -806,7 +812,7 @@ def lines(result: Result) -> Iterable[str]:
 
 
 def quantile(waits: list[int], part: float) -> float:
-    """Return the seconds under which a part of the waits stayed, to a power of two."""
+    """Return the seconds that a part of the waits stayed below, rounded up to a power of two in microseconds."""
     wanted, seen = part * sum(waits), 0
     for place, count in enumerate(waits):
         seen += count

@@ -1,4 +1,4 @@
-"""System calls of a victim cut off or made to fail, one after the other, by strace."""
+"""Kill a victim at a system call, or make a system call of it fail, with strace."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ CHANGES = (
     "link,linkat,symlink,symlinkat,rename,renameat,renameat2,unlink,unlinkat,fsync,fdatasync,write,pwrite64,writev,"
     "pwritev,ftruncate,fallocate,copy_file_range,sendfile,mkdir,mkdirat,rmdir,flock,chmod,fchmod,fchmodat"
 )
-"""The system calls that change what is on a disk, or who has a lock."""
+"""The system calls that change a file system, and flock."""
 
 FALLIBLE = CHANGES.replace(",flock", "")
-"""Those that a full or failing disk makes fail."""
+"""The system calls that may fail on a full or failing disk."""
 
 
 class CannotTrace(Exception):
-    """strace is not allowed to trace here."""
+    """The kernel does not let strace trace."""
 
 
 @contextmanager
 def zygote(command: list[str], directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a process that forks a victim for each line it reads: it prints the victim's number, and its status."""
+    """Start a process that forks a victim for each line of stdin, and prints the victim's ID and its exit status."""
     with subprocess.Popen(
         command, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as process:
@@ -35,17 +35,17 @@ def zygote(command: list[str], directory: Path) -> Iterator[subprocess.Popen[str
 
 
 def inject(strace: str, zygote: subprocess.Popen[str], victim: str, injection: str, calls: str = CHANGES) -> int:
-    """Have a victim do its work under an injection, and return its exit status.
+    """Let a victim do its work while strace injects a fault; return the victim's exit status.
 
     Args:
-        strace: the program.
-        zygote: that forks the victim.
-        victim: the line that says what it is to do.
-        injection: in strace's words, such as ``signal=SIGKILL:when=3`` or ``error=ENOSPC:when=3+``.
-        calls: the system calls that are counted.
+        strace: the path of strace.
+        zygote: the process that forks the victim.
+        victim: the line for the zygote, which says what the victim does.
+        injection: in strace's syntax, such as ``signal=SIGKILL:when=3`` or ``error=ENOSPC:when=3+``.
+        calls: the system calls that ``when`` counts.
 
     Raises:
-        CannotTrace: if the kernel does not allow it.
+        CannotTrace: if the kernel does not let strace trace.
     """
     to, answers = _pipes(zygote)
     to.write(f"{victim}\n")

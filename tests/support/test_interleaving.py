@@ -1,4 +1,4 @@
-"""The stepping of two processes through every order, at a store that is one file with a number in it."""
+"""Step two processes through every order; their store is one file that holds a number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.attack
 
 
 def act(actor: str, directory: Path, steps: Steps) -> object:
-    """Add one to the number, in two steps; with the lock or without."""
+    """Add one to the number in two steps, with or without the lock."""
     path = directory / "number"
     with steps.stepped():
         if actor == "locked":
@@ -50,13 +50,13 @@ def zygote() -> Iterator[Zygote]:
         yield started
 
 
-def words(zygote: Zygote, actor: str, directory: Path, kinds: str = "file", seed: int | None = None) -> dict[str, int]:
-    """Run every order of two of the same, and return the number that each leaves."""
+def run_all(zygote: Zygote, actor: str, directory: Path, kind: str = "file", seed: int | None = None) -> dict[str, int]:
+    """Run every order of two equal actors; return the number that each order leaves, by word."""
     found = {}
 
     def run_one(choose: interleaving.Choose) -> Order:
         (directory / "number").write_text("0")
-        return run(zygote, (actor, actor), directory, [kinds], choose=choose)
+        return run(zygote, (actor, actor), directory, [kind], choose=choose)
 
     for order in every_order(run_one, seed):
         assert order.word not in found
@@ -64,37 +64,37 @@ def words(zygote: Zygote, actor: str, directory: Path, kinds: str = "file", seed
     return found
 
 
-def test_every_order_is_run_once_and_those_that_lose_an_update_are_found(zygote: Zygote, tmp_path: Path) -> None:
-    found = words(zygote, "plain", tmp_path)
+def test_every_order_runs_once_and_some_lose_an_update(zygote: Zygote, tmp_path: Path) -> None:
+    found = run_all(zygote, "plain", tmp_path)
     assert found == {"AABB": 2, "ABAB": 1, "ABBA": 1, "BAAB": 1, "BABA": 1, "BBAA": 2}
 
 
-def test_a_seed_gives_the_same_orders_in_an_order_of_its_own(zygote: Zygote, tmp_path: Path) -> None:
-    found = [list(words(zygote, "plain", tmp_path, seed=seed)) for seed in (1, 1, 2, 3, 4)]
+def test_each_seed_runs_the_same_orders_in_another_sequence(zygote: Zygote, tmp_path: Path) -> None:
+    found = [list(run_all(zygote, "plain", tmp_path, seed=seed)) for seed in (1, 1, 2, 3, 4)]
     assert found[0] == found[1]
     assert len({tuple(order) for order in found}) > 1
     assert all(sorted(order) == sorted(found[0]) for order in found)
 
 
-def test_an_order_that_a_lock_keeps_out_is_none(zygote: Zygote, tmp_path: Path) -> None:
-    assert words(zygote, "locked", tmp_path) == {"AAABBB": 2, "BBBAAA": 2}
+def test_orders_that_a_lock_prevents_do_not_run(zygote: Zygote, tmp_path: Path) -> None:
+    assert run_all(zygote, "locked", tmp_path) == {"AAABBB": 2, "BBBAAA": 2}
 
 
-def test_of_points_in_a_row_the_first_may_stand_for_all(zygote: Zygote, tmp_path: Path) -> None:
-    assert words(zygote, "plain", tmp_path, "file*") == {"AB": 2, "BA": 2}
+def test_with_an_asterisk_only_the_first_of_several_points_in_a_row_is_a_stop(zygote: Zygote, tmp_path: Path) -> None:
+    assert run_all(zygote, "plain", tmp_path, "file*") == {"AB": 2, "BA": 2}
 
 
 @pytest.mark.parametrize("actor", ["stuck", "dies"])
-def test_an_actor_that_comes_to_no_stop_is_a_failure_that_names_the_order(
+def test_an_actor_that_dies_or_does_not_stop_is_a_failure_that_names_the_order(
     zygote: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, actor: str
 ) -> None:
     monkeypatch.setattr(interleaving, "PATIENCE", 5.0)
     (tmp_path / "number").write_text("0")
     with pytest.raises(Failed, match=r"in the order AB: .*B at 'file read'"):
-        run(zygote, ("plain", actor), tmp_path, ["file"], choose=lambda begun: "ABBB"[len(begun)])
+        run(zygote, ("plain", actor), tmp_path, ["file"], choose=lambda word: "ABBB"[len(word)])
 
 
-def test_an_actor_that_fails_says_how(zygote: Zygote, tmp_path: Path) -> None:
+def test_the_outcome_of_a_failed_actor_names_the_error(zygote: Zygote, tmp_path: Path) -> None:
     (tmp_path / "number").write_text("0")
-    order = run(zygote, ("plain", "fails"), tmp_path, ["file"], choose=lambda begun: "A")
+    order = run(zygote, ("plain", "fails"), tmp_path, ["file"], choose=lambda word: "A")
     assert [(outcome.value, outcome.error) for outcome in order.outcomes] == [(0, ""), (None, "ValueError")]

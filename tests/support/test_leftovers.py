@@ -1,4 +1,4 @@
-"""A test run that is killed half way leaves no process and no mount behind."""
+"""A killed test run leaves no process and no mount behind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STARTED = """
 
 
 def is_running(process: int) -> bool:
-    """Return whether a process has not ended; a zombie has."""
+    """Return whether a process has not ended; a zombie has ended."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except FileNotFoundError:
@@ -53,13 +53,13 @@ def is_running(process: int) -> bool:
 
 
 def is_mounted(place: str) -> bool:
-    """Return whether anything is mounted there, in the namespace of any process."""
+    """Return whether a file system is mounted at a path in any process's mount namespace."""
     for process in Path("/proc").iterdir():
         try:
             if process.name.isdecimal() and place in process.joinpath("mountinfo").read_text():
                 return True
         except OSError:
-            continue  # it has ended, or it is somebody else's
+            continue  # the process has ended, or belongs to another user
     return False
 
 
@@ -73,7 +73,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_run_that_is_killed_leaves_no_process_and_no_mount(tmp_path: Path, workers: int) -> None:
+def test_a_killed_run_leaves_no_process_and_no_mount(tmp_path: Path, workers: int) -> None:
     test, started = tmp_path / "test_started.py", tmp_path / "started"
     test.write_text(textwrap.dedent(STARTED))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider"]
@@ -90,11 +90,11 @@ def test_a_run_that_is_killed_leaves_no_process_and_no_mount(tmp_path: Path, wor
         try:
             wait_until(lambda: not any(map(is_running, found["processes"])), "a process is left")
             wait_until(lambda: not is_mounted(found["place"]), "a mount is left")
-        finally:  # where it is left, it must not be left by this test
+        finally:  # this test must not leave the mount if the watcher did
             subprocess.run(["umount", "--lazy", found["place"]], check=False, capture_output=True)
 
 
-def test_what_a_test_starts_is_marked_and_the_mark_of_a_run_within_is_added() -> None:
+def test_a_run_adds_its_own_mark_to_the_environment() -> None:
     marks = os.environ[MARK].split(":")
     assert marks
     assert len(set(marks)) == len(marks)

@@ -1,9 +1,8 @@
-"""Processes that do one thing to a cache each, to be killed at it or to have a call fail.
+"""Victims: processes that each do one operation on a cache, while a test kills them or makes a system call fail.
 
-Run as `python -m tests.support.victims`.
-
-For each line ``OPERATION DIRECTORY`` a child is forked, so that nothing is imported again. Its number is
-printed, it does the operation once it is told to go, and its exit status is printed.
+Run as `python -m tests.support.victims FOLDER`; it makes a cache in the folder to import everything, and removes it.
+For each line of stdin, ``OPERATION<tab>DIRECTORY``, it forks a child, which imports nothing again. It prints the
+child's process ID. The child does the operation after the next line of stdin. Then its exit status is printed.
 """
 
 from __future__ import annotations
@@ -26,22 +25,26 @@ from tests.support import make
 from tests.support.make import save
 
 KEPT = make.image(1, 2)
-"""Saved before, as kept:1, and acknowledged."""
+"""The image that is saved as kept:1 before the operation."""
 GONE = make.image(2, 3)
-"""Saved before, as gone:1; shares a layer with the one that is kept."""
+"""The image that is saved as gone:1 before the operation; it shares a layer with `KEPT`."""
 NEW = make.image(2, 4)
 LARGE = make.random_bytes(3 * 1024 * 1024 + 1, 5)
 LOOSE = b"nothing refers to this"
 
 DONE, FAILED, GAVE_UP, RECOVERED = 0, 1, 3, 4
-"""How a victim ends: the operation was done; it failed with what is no `CacheError`; twice with one; once with one."""
+"""Exit codes of a victim.
+
+DONE: the operation succeeded. FAILED: it raised something other than a `CacheError`. GAVE_UP: it raised a `CacheError`
+twice. RECOVERED: it raised a `CacheError`, and succeeded when the same process tried again.
+"""
 
 
 def file_of(directory: Path, data: bytes) -> Path:
     return directory / "cache" / "blobs" / "sha256" / make.hex_of(data)
 
 
-# What an operation finds
+# Preparations: what an operation finds in its directory
 
 
 def nothing(_directory: Path) -> None:
@@ -49,7 +52,7 @@ def nothing(_directory: Path) -> None:
 
 
 def cache(directory: Path) -> None:
-    """Two images that share a layer, a blob that nothing refers to, an archive."""
+    """Make a cache with two images that share a layer and an unreferenced blob; write an archive."""
     with Cache.open(directory / "cache") as cache:
         save(cache, "kept:1", KEPT)
         save(cache, "gone:1", GONE)
@@ -58,7 +61,7 @@ def cache(directory: Path) -> None:
 
 
 def old_cache(directory: Path) -> None:
-    """A cache as the first release left it."""
+    """Make a cache with the schema of the first release."""
     cache(directory)
     downgrade_schema(directory / "cache", "0001")
     for backup in (directory / "cache" / "backups").glob("*.db"):
@@ -66,7 +69,7 @@ def old_cache(directory: Path) -> None:
 
 
 def damaged_cache(directory: Path) -> None:
-    """One blob of each kind of damage: altered, truncated, missing, unknown, and no blob at all."""
+    """Make a cache with every kind of damage: altered, truncated, missing and unknown blobs, and a stray file."""
     cache(directory)
     for layer, change in zip((GONE.layers[1], GONE.config), (b"x" * len(GONE.layers[1]), b"x"), strict=True):
         path = file_of(directory, layer)
@@ -78,14 +81,14 @@ def damaged_cache(directory: Path) -> None:
 
 
 def lost_index(directory: Path) -> None:
-    """A cache whose index is gone, with a backup of it."""
+    """Make a cache whose index is lost, but has a backup."""
     cache(directory)
     index = directory / "cache" / "index.db"
     index.rename(directory / "cache" / "backups" / "000001-0002.db")
 
 
 def damaged_index(directory: Path) -> None:
-    """An index with a row that refers to none."""
+    """Make a cache whose index has a row with a dangling foreign key."""
     cache(directory)
     shell = sqlite3.connect(directory / "cache" / "index.db")
     shell.execute("INSERT INTO image_blobs VALUES (1, 99, 99, 'layer', 'text/plain', NULL, NULL)")
@@ -94,7 +97,7 @@ def damaged_index(directory: Path) -> None:
 
 
 def dead_sessions(directory: Path) -> None:
-    """What a process left that was killed while it published, and one that was killed while it collected."""
+    """Make a cache with the leftovers of two processes: one killed while it published, one while it collected."""
     cache(directory)
     folder = directory / "cache" / "ingest" / "1-abcdefabcdef"
     folder.mkdir()
@@ -178,7 +181,7 @@ def repair(directory: Path) -> None:
 
 
 def json_cache(directory: Path) -> None:
-    """A cache, and one whose index is an `index.json`, with an image that lacks a blob."""
+    """Make a cache, and a cache with an `index.json`, in which one image lacks a blob."""
     cache(directory)
     make.json_cache(directory / "old", {"team/new/1": NEW, "app/2": make.image(1, 6), "app/3": make.image(7)})
     (directory / "old" / "blobs" / "sha256" / make.hex_of(make.image(7).layers[0])).unlink()
@@ -195,7 +198,7 @@ def adopt_by_moving(directory: Path) -> None:
 
 
 def layout(directory: Path) -> None:
-    """A cache, and an image layout folder, of which the cache has one layer."""
+    """Make a cache, and an image layout folder; the cache has one of its layers."""
     cache(directory)
     make.write(directory / "layout", make.oci_files({"new:1": NEW}))
 
@@ -206,7 +209,7 @@ def import_by_linking(directory: Path) -> None:
 
 
 def backed_up(directory: Path) -> None:
-    """A cache that has changed since its backup."""
+    """Make a cache that has changed since its backup."""
     with Cache.open(directory / "cache") as opened:
         save(opened, "kept:1", KEPT)
         back_up(directory / "cache", directory / "backup.db")
@@ -224,10 +227,10 @@ def copy(directory: Path) -> None:
 
 
 class Operation(NamedTuple):
-    """Something to be cut off in the middle."""
+    """An operation to interrupt."""
 
     prepare: Callable[[Path], None]
-    do: Callable[[Path], None]  # may be done again, whatever came of it before
+    do: Callable[[Path], None]  # can be repeated, even after it was interrupted
 
 
 OPERATIONS = {
@@ -256,7 +259,7 @@ _SET_PTRACER, _ANY = 0x59616D61, -1
 
 
 def attempt(operation: str, directory: Path) -> int:
-    """Do an operation; if it fails as it may, do it again in the same process."""
+    """Do an operation, and repeat it once if it raises a `CacheError`; return an exit code."""
     for code in (DONE, RECOVERED):
         try:
             OPERATIONS[operation].do(directory)
@@ -270,8 +273,7 @@ def attempt(operation: str, directory: Path) -> int:
 
 
 def main() -> None:
-
-    # What is imported late is imported now, and Alembic's migrations are compiled.
+    # Import the lazy modules before the first fork, and compile Alembic's migrations.
     warm = Path(sys.argv[1]) / "warm"
     with Cache.open(warm):
         pass
@@ -280,7 +282,7 @@ def main() -> None:
         operation, directory = line.rstrip("\n").split("\t")
         child = os.fork()
         if child == 0:
-            # Where the kernel allows tracing only to parents, let strace, a sister, be one.
+            # strace is no parent of this process, so allow any process to trace it where Yama restricts tracing.
             ctypes.CDLL(None).prctl(_SET_PTRACER, _ANY, 0, 0, 0)
             print(os.getpid(), flush=True)
             os.read(0, 1)
