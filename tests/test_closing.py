@@ -1,4 +1,4 @@
-"""A cache that is closed: nothing works on it, whoever closes it and whatever others do meanwhile."""
+"""A closed cache refuses all methods, also while other threads are using it."""
 
 from __future__ import annotations
 
@@ -68,20 +68,20 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 
 
 def methods() -> list[str]:
-    """The names of all public methods but those that end a cache, or begin one."""
+    """Return the names of all public methods except `open` and `close`."""
     found = [name for name, _ in inspect.getmembers(Cache, callable) if not name.startswith("_")]
     return sorted(set(found) - {"open", "close"})
 
 
 def call(cache: Cache, method: str, *arguments: object, **named: object) -> object:
-    """Call a method, and go through what it gives."""
-    given = getattr(cache, method)(*arguments, **named)
-    if inspect.isgenerator(given):
-        return list(given)
-    if hasattr(given, "__enter__") and not hasattr(given, "read"):
-        with given as inner:
+    """Call a method, and read its generator or enter its context manager if it returns one."""
+    result = getattr(cache, method)(*arguments, **named)
+    if inspect.isgenerator(result):
+        return list(result)
+    if hasattr(result, "__enter__") and not hasattr(result, "read"):
+        with result as inner:
             return inner
-    return given
+    return result
 
 
 @pytest.mark.parametrize("method", methods())
@@ -93,7 +93,7 @@ def test_a_method_of_a_closed_cache_is_refused(cache: Cache, directory: Path, me
     assert sorted(str(path) for path in directory.rglob("*")) == before
 
 
-def test_a_closed_cache_can_be_closed_again_and_not_be_entered(cache: Cache, directory: Path) -> None:
+def test_a_closed_cache_can_be_closed_again_but_not_entered(cache: Cache, directory: Path) -> None:
     cache.close()
     cache.close()
     with pytest.raises(CacheError, match=CLOSED), cache:
@@ -103,13 +103,13 @@ def test_a_closed_cache_can_be_closed_again_and_not_be_entered(cache: Cache, dir
         assert another.list_names() == []
 
 
-def test_a_cache_can_be_closed_in_a_block_of_its_own(cache: Cache) -> None:
+def test_a_cache_can_be_closed_inside_its_own_hold(cache: Cache) -> None:
     make.save(cache, "app:1", MADE)
     with cache.hold("app:1"):
         cache.close()
 
 
-def test_a_child_inherits_that_a_cache_is_closed_and_may_close_an_open_one(tmp_path: Path) -> None:
+def test_a_forked_child_inherits_a_closed_cache_and_may_close_an_open_one(tmp_path: Path) -> None:
     output = run_python(
         """
         import os, sys
@@ -134,14 +134,14 @@ def test_a_child_inherits_that_a_cache_is_closed_and_may_close_an_open_one(tmp_p
     assert output.splitlines() == [CLOSED, "True"]
 
 
-def test_threads_that_work_while_a_cache_is_closed_end_well_or_are_told(tmp_path: Path) -> None:
+def test_threads_that_use_a_cache_while_it_is_closed_end_with_a_cache_error(tmp_path: Path) -> None:
     directory, archive = tmp_path / "cache", tmp_path / "app.tar"
     make.write(archive, make.oci_files({"other:1": make.image(2, size=200_000)}))
     for _ in range(5):
-        cache, failures, begun = Cache.open(directory), list[BaseException](), threading.Barrier(4)
+        cache, failures, barrier = Cache.open(directory), list[BaseException](), threading.Barrier(4)
 
-        def work(number: int, cache: Cache = cache, failures: list[Any] = failures, begun: Any = begun) -> None:
-            begun.wait(60)
+        def work(number: int, cache: Cache = cache, failures: list[Any] = failures, barrier: Any = barrier) -> None:
+            barrier.wait(60)
             try:
                 while True:
                     cache.add_blob(os.urandom(1000))
@@ -156,14 +156,14 @@ def test_threads_that_work_while_a_cache_is_closed_end_well_or_are_told(tmp_path
         threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
         for thread in threads:
             thread.start()
-        begun.wait(60)
+        barrier.wait(60)
         cache.close()
         for thread in threads:
             thread.join(60)
             assert not thread.is_alive()
         assert {isinstance(error, CacheError) and not isinstance(error, DigestMismatch) for error in failures} == {True}
         assert cache._parts[0]._lookups._idle == []
-        assert [name for name in os.listdir("/proc/self/fd") if is_of(directory, name)] == []
+        assert [name for name in os.listdir("/proc/self/fd") if is_below(directory, name)] == []
     with Cache.open(directory) as opened:
         opened.collect_garbage()
         assert opened.verify().problems == []
@@ -172,19 +172,20 @@ def test_threads_that_work_while_a_cache_is_closed_end_well_or_are_told(tmp_path
     assert [name for name in os.listdir(directory / "locks") if name.endswith(".session")] == []
 
 
-def is_of(directory: Path, descriptor: str) -> bool:
+def is_below(directory: Path, descriptor: str) -> bool:
+    """Return whether a descriptor of this process is of a file in a directory."""
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(directory))
     except FileNotFoundError:
         return False
 
 
-def test_a_connection_that_a_thread_uses_while_a_cache_is_closed_is_closed_when_it_is_done(cache: Cache) -> None:
+def test_a_connection_in_use_stays_open_until_its_block_ends(cache: Cache) -> None:
     database = cache._database
     with database.read() as connection:
         cache.close()
         assert connection.exec_driver_sql("SELECT 1").scalar() == 1
-    assert [name for name in os.listdir("/proc/self/fd") if is_of(database.directory, name)] == []
+    assert [name for name in os.listdir("/proc/self/fd") if is_below(database.directory, name)] == []
     with pytest.raises(CacheError, match=CLOSED), database.read():
         pass
 

@@ -1,4 +1,4 @@
-"""Calls in the middle of another call of the same thread, and errors that are the caller's own."""
+"""Calls inside another call of the same thread, and errors raised by callbacks and signal handlers."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def filled(cache: Cache) -> Cache:
 
 
 @pytest.fixture(autouse=True)
-def _an_end() -> Iterator[None]:
-    """A call that waits for itself ends by this signal, which is none of the tests' own."""
+def _deadlock_alarm() -> Iterator[None]:
+    """Fail a test after a minute with SIGALRM, because a call that waits for itself never ends."""
 
-    def over(*_: object) -> None:
+    def fail(*_: object) -> None:
         pytest.fail("the thread waits for itself")
 
-    before = signal.signal(signal.SIGALRM, over)
+    before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(60)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
 
-def test_a_write_in_the_middle_of_a_write_of_the_same_thread_is_refused_at_once(filled: Cache) -> None:
+def test_a_write_inside_a_write_of_the_same_thread_is_refused_at_once(filled: Cache) -> None:
     with filled._database.write(), pytest.raises(ReentrantCall, match="this thread is already writing to the cache in"):
         filled.tag("app:1", "app:2")
     with Cache.open(filled.directory) as other, filled._database.write(), pytest.raises(ReentrantCall):
@@ -59,7 +59,7 @@ def test_a_write_in_the_middle_of_a_write_of_the_same_thread_is_refused_at_once(
     filled.tag("app:1", "app:2")
 
 
-def test_a_write_in_the_middle_of_one_that_does_not_wait_is_refused_at_once(filled: Cache) -> None:
+def test_a_write_inside_a_write_that_does_not_wait_is_refused_at_once(filled: Cache) -> None:
     with filled._database.write_at_once() as connection:
         assert connection is not None
         with pytest.raises(ReentrantCall):
@@ -69,7 +69,7 @@ def test_a_write_in_the_middle_of_one_that_does_not_wait_is_refused_at_once(fill
     filled.tag("app:1", "app:2")
 
 
-def test_what_is_only_read_can_be_read_in_the_middle_of_a_write(filled: Cache) -> None:
+def test_a_cache_can_be_read_inside_a_write(filled: Cache) -> None:
     with filled._database.write():
         assert filled.get_manifest("app:1")
         assert filled.is_image_complete("app:1")
@@ -78,7 +78,7 @@ def test_what_is_only_read_can_be_read_in_the_middle_of_a_write(filled: Cache) -
             assert list(answer.rows) == [("app:1",)]
 
 
-def test_another_thread_writes_after_a_write(filled: Cache) -> None:
+def test_a_write_of_another_thread_waits_for_the_first(filled: Cache) -> None:
     with filled._database.write():
         thread = threading.Thread(target=filled.tag, args=("app:1", "app:2"))
         thread.start()
@@ -122,7 +122,7 @@ def test_a_signal_handler_can_use_the_cache_at_any_moment(tmp_path: Path) -> Non
     assert output.split() == ["True", "True", "0"]
 
 
-def test_no_lock_of_a_moment_makes_a_thread_wait_for_itself(filled: Cache, tmp_path: Path) -> None:
+def test_no_lock_held_for_a_moment_makes_a_thread_wait_for_itself(filled: Cache, tmp_path: Path) -> None:
     from cachedb.disk import locks
 
     session, uses, once = filled._session, filled._uses, Once()
@@ -140,7 +140,7 @@ def test_no_lock_of_a_moment_makes_a_thread_wait_for_itself(filled: Cache, tmp_p
         assert once.run("what", lambda: 1).result() == 1
 
 
-def test_a_task_that_asks_for_itself_is_refused() -> None:
+def test_a_task_that_waits_for_itself_is_refused() -> None:
     once = Once()
 
     def work() -> int:
@@ -152,9 +152,7 @@ def test_a_task_that_asks_for_itself_is_refused() -> None:
     assert once.run("what", lambda: 3).result() == 1
 
 
-def test_a_session_is_not_begun_in_the_middle_of_its_beginning(
-    index: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_is_not_begun_inside_its_own_beginning(index: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     session, refused = Session(index), list[str]()
     real = Folders.make
 
@@ -172,14 +170,14 @@ def test_a_session_is_not_begun_in_the_middle_of_its_beginning(
     assert [name for name in os.listdir(index.directory / "locks") if name.endswith(".session")] == []
 
 
-def test_an_image_that_is_looked_for_cannot_be_produced_by_the_same_thread(
+def test_an_image_cannot_be_produced_by_a_thread_that_has_claimed_it(
     filled: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, looks = Cache.get_image, [0]
 
     def get_image(self: Cache, name: Any) -> Any:
         looks[0] += 1
-        if looks[0] == 2:  # the right is taken by now
+        if looks[0] == 2:  # the claim is held by now
             with pytest.raises(CacheError, match="by this thread already"), filled.producing("new:1"):
                 pass
         return real(self, name)
@@ -190,7 +188,7 @@ def test_an_image_that_is_looked_for_cannot_be_produced_by_the_same_thread(
     assert looks[0] >= 2
 
 
-def test_a_backup_in_the_middle_of_a_backup_is_refused(filled: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backup_inside_a_backup_is_refused(filled: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     from cachedb.index.sqlite import backups
 
     refused: list[int] = []
@@ -205,7 +203,7 @@ def test_a_backup_in_the_middle_of_a_backup_is_refused(filled: Cache, monkeypatc
     assert refused
 
 
-def test_an_export_to_a_layout_in_the_middle_of_one_is_refused(filled: Cache, tmp_path: Path) -> None:
+def test_an_export_inside_an_export_to_the_same_layout_is_refused(filled: Cache, tmp_path: Path) -> None:
     def progress(*_: object) -> None:
         with Cache.open(filled.directory, wait=2) as other:  # a wait without end would keep the thread, and the test
             other.export("app:1", tmp_path / "layout", format="oci-dir")
@@ -214,7 +212,7 @@ def test_an_export_to_a_layout_in_the_middle_of_one_is_refused(filled: Cache, tm
         filled.export("app:1", tmp_path / "layout", format="oci-dir", progress=progress)
 
 
-def test_an_index_is_not_replaced_while_the_same_thread_opens_it_nor_opened_while_it_replaces_it(
+def test_a_thread_cannot_open_and_replace_an_index_at_once(
     index: Database,
 ) -> None:
     with (
@@ -224,12 +222,12 @@ def test_an_index_is_not_replaced_while_the_same_thread_opens_it_nor_opened_whil
     ):
         pass
     with index.file.unreplaced(replacing=True), pytest.raises(ReentrantCall, match="replacing the index"):
-        index.rows(schema_versions(), {})
+        index.rows(image_ids(), {})
     with index.file.unreplaced(), index.file.unreplaced():
         pass
 
 
-def schema_versions() -> Any:
+def image_ids() -> Any:
     from sqlalchemy import select
 
     from cachedb.index.tables import IMAGES
@@ -252,7 +250,7 @@ def test_a_progress_callback_can_use_the_cache(filled: Cache, tmp_path: Path) ->
     assert calls[0] > 3
 
 
-# Errors of the caller's own
+# Errors raised by callbacks and signal handlers
 
 
 def test_an_error_of_a_signal_handler_passes_unchanged(filled: Cache) -> None:
@@ -272,7 +270,7 @@ def test_an_error_of_a_signal_handler_passes_unchanged(filled: Cache) -> None:
     filled.tag("app:1", "app:2")
 
 
-def test_an_error_without_a_reason_of_the_operating_system_is_not_ignored_or_translated() -> None:
+def test_an_os_error_without_an_errno_passes_unchanged() -> None:
     for block in (os_errors("work"), ignore_os_errors()):
         with pytest.raises(TimeoutError), block:
             raise TimeoutError
@@ -293,7 +291,7 @@ def test_an_error_of_a_callback_passes_unchanged() -> None:
 
 
 @pytest.mark.parametrize("what", ["import", "verify", "repair", "export", "oci-dir", "link", "backup", "upgrade"])
-def test_an_error_of_a_progress_callback_is_the_callers(
+def test_an_error_of_a_progress_callback_passes_unchanged_through_every_operation(
     filled: Cache, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cachedb.index.sqlite import backups
@@ -328,14 +326,14 @@ def test_an_error_of_a_callback_of_sqlite_is_raised_again() -> None:
     try:
         calls = 0
 
-        def late() -> bool:
+        def fail_at_third_call() -> bool:
             nonlocal calls
             calls += 1
             if calls == 3:
                 raise TimeoutError
             return False
 
-        connection.set_progress_handler(callbacks.progress_handler(late), 100)
+        connection.set_progress_handler(callbacks.progress_handler(fail_at_third_call), 100)
         endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
         with pytest.raises(sqlite3.OperationalError):
             connection.execute(endless)
@@ -354,7 +352,7 @@ def test_a_signal_handlers_error_ends_a_query(filled: Cache, query: str) -> None
     signal.signal(signal.SIGALRM, handler)
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
 
-    def ask() -> None:
+    def run_query() -> None:
         with filled.sql(endless + query) as answer:
             for _ in answer.rows:
                 pass
@@ -363,13 +361,13 @@ def test_a_signal_handlers_error_ends_a_query(filled: Cache, query: str) -> None
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
         with pytest.raises(TimeoutError):
-            ask()
+            run_query()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     assert time.monotonic() - began < 50
 
 
-def test_uses_are_noted_in_the_middle_of_a_note(index: Database) -> None:
+def test_uses_can_be_written_while_another_use_is_noted(index: Database) -> None:
     uses = Uses(index)
     with uses._guard:
         uses.write()

@@ -1,4 +1,4 @@
-"""The list of mutations fits the code: which of them is noticed, `python -m tests.attacks.mutations` says."""
+"""The table of mutations fits the code; `python -m tests.attacks.mutations` shows which of them a test notices."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tests.attacks.mutations import CHECKOUT, MUTATIONS, Mutation, mutated
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
-def test_a_mutation_is_of_a_line_that_is_there(mutation: Mutation) -> None:
+def test_the_line_and_the_tests_of_a_mutation_exist(mutation: Mutation) -> None:
     assert mutated(mutation) != (CHECKOUT / mutation.file).read_text()
     files = [word for word in mutation.tests.split() if word.endswith(".py")]
     assert files
     assert all((CHECKOUT / file).is_file() for file in files)
 
 
-def test_a_mutation_has_a_name_of_its_own() -> None:
+def test_no_two_mutations_have_the_same_name() -> None:
     assert max(Counter(mutation.what for mutation in MUTATIONS).values()) == 1
 
 
@@ -26,9 +26,9 @@ def test_a_mutation_has_a_name_of_its_own() -> None:
     [
         ("no such line", "", "has this line 0 times"),
         ("import ", "", "has this line . times"),
-        ("def blob_path(", "def (", "would be no Python"),
+        ("def blob_path(", "def (", "would not be valid Python"),
     ],
 )
-def test_what_cannot_be_taken_out_is_refused(line: str, without: str, why: str) -> None:
+def test_a_mutation_that_cannot_be_made_is_refused(line: str, without: str, why: str) -> None:
     with pytest.raises(ValueError, match=f"^it: cachedb/disk/layout.py {why}"):
         mutated(Mutation("it", "cachedb/disk/layout.py", line, without, ""))
