@@ -1,4 +1,4 @@
-"""What the tests share: a cache, what is on its disk, and the peers that may be installed."""
+"""Fixtures and helpers for all tests: a cache, its files and rows, processes, and other container tools."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from cachedb.index.sqlite.database import Database
 from tests.support import leftovers
 from tests.support.command_server import CommandServer
 
-# Whoever runs the tests in a shell's background has SIGINT ignored, and what they start would have it ignored too.
+# A shell's background job ignores SIGINT, and the processes that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure() -> None:
-    """Have nothing left when the run ends, however it does. The speed of this machine makes no example fail."""
+    """Clean up after the run however it ends, and let no Hypothesis example fail because the machine is slow."""
     leftovers.isolate_mounts()
     leftovers.watch()
-    from hypothesis import HealthCheck, settings  # which no script of a test needs
+    from hypothesis import HealthCheck, settings  # here, because the scripts that import this module do not need it
 
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
@@ -49,15 +49,15 @@ def cache(directory: Path) -> Iterator[Cache]:
 
 @pytest.fixture
 def index(cache: Cache) -> Iterator[Database]:
-    """The database of a new cache."""
+    """Yield the database of a new cache."""
     database = Database(cache.directory)
     yield database
     database.close()
 
 
 @pytest.fixture(autouse=True)
-def _no_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test may touch the cache of whoever runs it."""
+def _hide_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hide the default cache of the user who runs the tests."""
     monkeypatch.setenv("CACHEDB_DIR", str(tmp_path / "default-cache"))
 
 
@@ -66,7 +66,7 @@ Run = Callable[..., subprocess.CompletedProcess[Any]]
 
 @pytest.fixture(scope="session")
 def command_server() -> Iterator[CommandServer]:
-    """A server of this worker, that is forked for each command."""
+    """Yield a server of this pytest worker; it forks for each command."""
     server = CommandServer(Path(__file__).parents[1])
     yield server
     server.close()
@@ -74,7 +74,7 @@ def command_server() -> Iterator[CommandServer]:
 
 @pytest.fixture
 def cachedb(directory: Path, command_server: CommandServer) -> Run:
-    """Run the command line in a process of its own."""
+    """Return a function that runs a command in a new process."""
 
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[Any]:
         words = ["--dir", str(directory), *map(str, arguments)]
@@ -88,16 +88,16 @@ def cachedb(directory: Path, command_server: CommandServer) -> Run:
 
 @pytest.fixture
 def interrupted_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupt comes when a thread is to be started, before it runs."""
+    """Raise KeyboardInterrupt whenever a thread is started, before it runs."""
 
-    def interrupted(_thread: threading.Thread) -> None:
+    def interrupt(_thread: threading.Thread) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr(threading.Thread, "start", interrupt)
 
 
 def find_peer(program: str, install: str = "") -> str:
-    """Return a peer's program; without it, skip, or fail where CACHEDB_REQUIRE_PEERS says that it must be there."""
+    """Return the path of another container tool; without it, skip the test, or fail if CACHEDB_REQUIRE_PEERS is set."""
     path = shutil.which(program)
     if path is None:
         message = f"{program} is not installed: {install or f'apt-get install {program}'}"
@@ -113,7 +113,7 @@ def peer() -> Callable[[str], str]:
 
 
 def files_of(directory: Path) -> dict[str, int]:
-    """The blobs on disk: size by digest."""
+    """Return the blobs on disk: size by digest."""
     found = {}
     for folder in (directory / "blobs").iterdir():
         for path in folder.iterdir():
@@ -122,7 +122,7 @@ def files_of(directory: Path) -> dict[str, int]:
 
 
 def stored_rows(directory: Path) -> dict[str, int]:
-    """The blobs that the index says are stored: size by digest."""
+    """Return the blobs that are stored according to the index: size by digest."""
     connection = sqlite3.connect(directory / "index.db")
     try:
         return dict(connection.execute("SELECT digest, size FROM blobs WHERE stored_at IS NOT NULL"))
@@ -131,7 +131,7 @@ def stored_rows(directory: Path) -> dict[str, int]:
 
 
 def snapshot(directory: Path) -> dict[str, object]:
-    """All that a failed operation must leave as it was."""
+    """Return the rows and files that a failed operation must not change."""
     connection = sqlite3.connect(directory / "index.db")
     try:
         tables = {
@@ -145,23 +145,23 @@ def snapshot(directory: Path) -> dict[str, object]:
 
 
 def revision_of(directory: Path) -> str | None:
-    """The schema of a cache's index."""
+    """Return the revision of the schema of a cache's index."""
     with closing(Database(directory)) as database:
         return database.revision()
 
 
 def is_open(connection: sqlite3.Connection) -> bool:
-    """Whether a connection is open."""
+    """Return whether a connection is open."""
     try:
-        connection.total_changes  # noqa: B018 - a closed one raises
+        connection.total_changes  # noqa: B018 - a closed connection raises an error
     except sqlite3.ProgrammingError:
         return False
     return True
 
 
 def start_python(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start Python on a script, with pipes to its input and from its output."""
-    # A script forks on purpose, also with threads about, of which newer Pythons warn.
+    """Start Python on a script, with pipes to its stdin and from its stdout."""
+    # Some scripts fork while threads run, on purpose; newer Pythons warn about it.
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(script)]
     return subprocess.Popen(
         [*command, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -169,7 +169,7 @@ def start_python(script: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def run_python(script: str, *arguments: object) -> str:
-    """Run a script to its end, which must be a good one, and return what it printed."""
+    """Run a script, assert that it succeeds, and return its output."""
     with start_python(script, *arguments) as process:
         try:
             output, _ = process.communicate(timeout=300)
@@ -181,7 +181,7 @@ def run_python(script: str, *arguments: object) -> str:
 
 @contextmanager
 def running(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run a script beside the block, which begins when the script has printed a line; killed at the end."""
+    """Run a script during the block; begin the block after its first line of output, and kill it at the end."""
     with start_python(script, *arguments) as process:
         try:
             assert process.stdout is not None

@@ -1,8 +1,8 @@
 """Power cuts against a cache: `python -m tests.attacks.powercuts --states 50000 --seed 1 --jobs 2`.
 
-Each scenario is a process that acknowledges its steps, and what must be true after each of them. Its recording
-is cut at any event; what is left must open, hold P1 to P6, and have the images and blobs as they were after
-the last step that was acknowledged, or after the one that was under way (P7).
+A scenario is a process that acknowledges its steps, with the state that must hold after each step. The attack records
+the process and cuts the recording at any event. The cache that is left must open and keep P1 to P6. Its images and
+blobs must be those after the last acknowledged step, or after the step that was running (P7).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.conftest import files_of, stored_rows
 from tests.support import make, powercut
 from tests.support.promises import check
 
-LANE = 100  # acknowledgement 203 is of the fourth step of the third thread
+STEPS_PER_LANE = 100  # acknowledgement numbers per thread: 203 is the fourth step of the third thread
 
 A, B, C, D, E = (
     make.image(1, 2),
@@ -39,7 +39,7 @@ A, B, C, D, E = (
     make.image(2, 6, 7, 8, size=9000),
     make.image(7),
 )
-LOOSE, OTHER, NEW = b"attached to an image", b"nothing refers to this", b"stored after the power cut"
+LOOSE, OTHER, NEW = b"attached to an image", b"not referenced", b"stored after the power cut"
 CONTENT = {
     **{digest: data for made in (A, B, C, D, E) for digest, data in made.blobs.items()},
     **{make.digest_of(data): data for data in (LOOSE, OTHER)},
@@ -47,21 +47,21 @@ CONTENT = {
 
 
 class Known(NamedTuple):
-    """What is true after a step, of the images that a thread works with."""
+    """The state that must hold after a step, as far as one thread's images are concerned."""
 
-    images: dict[str, tuple[str, frozenset[str]]]  # by name: the manifest's digest, the blobs associated
-    blobs: frozenset[str]  # that must be there, with their content
+    images: dict[str, tuple[str, frozenset[str]]]  # by name: the manifest's digest, and the associated blobs
+    blobs: frozenset[str]  # the blobs that must be stored, with their content
 
 
 class Step(NamedTuple):
-    """An operation, and what is true once it is acknowledged."""
+    """An operation, and the state that must hold once it is acknowledged."""
 
     do: Callable[[], object]
     known: Known
 
 
 class Lane:
-    """The steps of one thread, and what is true after each."""
+    """The steps of one thread, and the state that must hold after each."""
 
     def __init__(self, before: Known) -> None:
         self._images, self._loose, self._missing = dict(before.images), set[str](), set[str]()
@@ -83,12 +83,12 @@ class Lane:
 
         Args:
             do: the operation.
-            images: saved or, with None, removed by it.
-            attached: a blob, to the image of a name.
-            loose: blobs stored, and kept until an image is associated or the cache is closed.
-            missing: blobs of images that are not stored yet.
-            stored: those that are, now.
-            closed: whether nothing is promised any more of loose blobs.
+            images: the images that it saves or, with None, removes.
+            attached: the name of an image, and a blob that it attaches to the image.
+            loose: blobs that it stores, and that stay until an image uses them or the cache is closed.
+            missing: blobs of the images that are not stored yet.
+            stored: blobs that were missing and that it stores.
+            closed: whether it closes the cache, after which loose blobs may be collected.
         """
         for name, made in (images or {}).items():
             if made is None:
@@ -112,13 +112,13 @@ class Lane:
 def known(
     images: dict[str, tuple[str, frozenset[str]]], loose: Iterable[str] = (), missing: Iterable[str] = ()
 ) -> Known:
-    """Return what is known where these images are, with all their blobs but the missing."""
+    """Return the state with these images and all their blobs, except for the missing ones."""
     closures = {digest for _, closure in images.values() for digest in closure}
     return Known(dict(images), frozenset(closures.union(loose).difference(missing)))
 
 
 def saved(images: dict[str, make.Made]) -> Known:
-    """Return what is known where these images were saved."""
+    """Return the state after these images were saved."""
     return known({name: (made.digest, frozenset(made.blobs)) for name, made in images.items()})
 
 
@@ -126,11 +126,11 @@ def saved(images: dict[str, make.Made]) -> Known:
 
 
 class Opened:
-    """A cache that one step opens and others use, and the archives that lie beside what is recorded."""
+    """A cache that one step opens and later steps use, and archives outside of the recorded directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.held = ExitStack()
+        self.holds = ExitStack()
 
     def archive(self, name: str) -> Path:
         return self._directory.with_name(f"{self._directory.name}-{name}.tar")
@@ -154,7 +154,7 @@ class Opened:
         return lambda: self.cache.cache_from_tar(self.archive(name))
 
     def writing_layout(self, name: str, made: make.Made) -> Callable[[], object]:
-        """Another program does, and syncs nothing."""
+        """Return a step that writes a layout like another program, without a sync."""
         return lambda: make.write(self._directory / "layout", make.oci_files({name: made}))
 
     def linking(self) -> Callable[[], object]:
@@ -175,7 +175,7 @@ def write_archives(directory: Path) -> None:
     at = Opened(directory)
     make.write(at.archive("b"), make.oci_files({"b:1": B}))
     make.write(at.archive("c"), make.oci_files({"c:1": C}))
-    # Compressed: it is spooled in the cache's own folder first.
+    # Compressed, so the import spools it in the cache's own folder first.
     at.archive("d").write_bytes(make.gzipped(make.tar_of(make.oci_files({"d:1": D}))))
 
 
@@ -190,7 +190,7 @@ def prepare_history(directory: Path) -> None:
 
 
 def prepare_killed(directory: Path) -> None:
-    """Be killed, and leave all that an open cleans up: trash, leases, received files, half a publication."""
+    """Kill this process; it leaves everything that an open cleans up: trash, leases, ingest, half a publication."""
     prepare_history(directory)
     cache = Cache.open(directory / "cache")
     collecting.empty_trash = lambda database: []
@@ -198,19 +198,19 @@ def prepare_killed(directory: Path) -> None:
     cache.save_blob(make.digest_of(OTHER), OTHER)
     links, link = 0, os.link
 
-    def killed_at_the_third(source: Path, target: str, **options: Any) -> None:
+    def kill_at_third_link(source: Path, target: str, **options: Any) -> None:
         nonlocal links
         links += 1
         if links == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         link(source, target, **options)
 
-    os.link = killed_at_the_third  # type: ignore[assignment]
+    os.link = kill_at_third_link  # type: ignore[assignment]
     cache.cache_from_tar(Opened(directory).archive("d"))
 
 
 def new_cache(at: Opened) -> list[Lane]:
-    """Every operation, from the first open on."""
+    """Return one thread that does every operation, from the first open on."""
     lane = Lane(NOTHING)
     lane.add(at.open)
     for data in (A.config, *A.layers):
@@ -223,10 +223,10 @@ def new_cache(at: Opened) -> list[Lane]:
     lane.add(at.saving_manifest("a:1", C), images={"a:1": C})
     lane.add(at.adding(LOOSE), loose=[LOOSE])
     lane.add(lambda: at.cache.associate_blob_with_image("b:1", make.digest_of(LOOSE)), attached=("b:1", LOOSE))
-    lane.add(lambda: at.held.enter_context(at.cache.hold("b:1")))
+    lane.add(lambda: at.holds.enter_context(at.cache.hold("b:1")))
     lane.add(at.removing("a:stable"), images={"a:stable": None})
     lane.add(at.removing("b:1"), images={"b:1": None})
-    lane.add(at.held.close)
+    lane.add(at.holds.close)
     lane.add(at.collect)
     lane.add(at.adding(B.layers[1]), loose=[B.layers[1]])
     lane.add(at.importing("b"), images={"b:1": B})
@@ -246,7 +246,7 @@ def new_cache(at: Opened) -> list[Lane]:
 
 
 def threads(at: Opened) -> list[Lane]:
-    """A cache with history, and threads that use it at once."""
+    """Return threads that use one cache at once, which has images already."""
     importer, saver, remover = Lane(NOTHING), Lane(NOTHING), Lane(BEFORE)
     importer.add(at.importing("d"), images={"d:1": D})
     importer.add(at.removing("d:1"), images={"d:1": None})
@@ -265,7 +265,7 @@ def threads(at: Opened) -> list[Lane]:
 
 
 def recovery(at: Opened) -> list[Lane]:
-    """The next open after a process was killed, and the same work again."""
+    """Return one thread that opens a cache after a process was killed, and repeats its work."""
     lane = Lane(AFTER_KILL)
     lane.add(at.open)
     lane.add(at.importing("d"), images={"d:1": D})
@@ -276,7 +276,7 @@ def recovery(at: Opened) -> list[Lane]:
 
 
 class Scenario(NamedTuple):
-    """What is there before, and what is done then, in a thread for each lane."""
+    """A preparation of the directory, and the lanes that then run, each in a thread."""
 
     prepare: Callable[[Path], None]
     lanes: Callable[[Opened], list[Lane]]
@@ -293,14 +293,14 @@ SCENARIOS = {
 
 
 def run(scenario: str, directory: Path) -> None:
-    """Do a scenario's steps, and say what is acknowledged."""
+    """Do a scenario's steps, and acknowledge each on stdout."""
     failed: list[BaseException] = []
 
     def follow(number: int, lane: Lane) -> None:
         try:
             for place, step in enumerate(lane.steps):
                 step.do()
-                os.write(1, b"ack %d\n" % (number * LANE + place))
+                os.write(1, b"ack %d\n" % (number * STEPS_PER_LANE + place))
         except BaseException as error:
             failed.append(error)
 
@@ -319,7 +319,7 @@ def run(scenario: str, directory: Path) -> None:
 
 
 def record(scenario: str, folder: Path, strace: str = "strace") -> powercut.Recording:
-    """Prepare a scenario and record it, each in a process of its own."""
+    """Prepare a scenario and record it, each in a new process."""
     directory = folder / scenario
     directory.mkdir()
     command = [sys.executable, "-m", "tests.attacks.powercuts"]
@@ -335,34 +335,34 @@ def record(scenario: str, folder: Path, strace: str = "strace") -> powercut.Reco
 
 @functools.cache
 def possible(scenario: str) -> list[list[Known]]:
-    """Return, for each lane, what is known before its first step and after each."""
+    """Return, for each lane, the states that must hold before its first step and after each step."""
     lanes = SCENARIOS[scenario].lanes(Opened(Path("nowhere")))
     return [[lane.before, *(step.known for step in lane.steps)] for lane in lanes]
 
 
-def take_for_original(directory: Path) -> None:
-    """Have a directory that was written anew be taken for the one that the power cut has hit, and not for a copy."""
+def mark_as_original(directory: Path) -> None:
+    """Change the marker so that the cache takes this directory for the original one, and not for a copy."""
     path = directory / "cachedb.json"
     with suppress(FileNotFoundError, ValueError):
-        said = json.loads(path.read_text())
-        if said.get("inode") is not None:
+        marker = json.loads(path.read_text())
+        if marker.get("inode") is not None:
             here = {"inode": path.stat().st_ino, "directory": directory.stat().st_ino}
-            path.write_text(json.dumps({**said, **here, "file_system": None, "boot": None}))
+            path.write_text(json.dumps({**marker, **here, "file_system": None, "boot": None}))
 
 
 def check_cut(scenario: str, directory: Path, acks: Iterable[int]) -> None:
-    """Open what a power cut has left, and hold it to what was acknowledged, and to the promises."""
+    """Open the cache that a power cut has left, and assert the acknowledged state and the promises."""
     acks = list(acks)
-    take_for_original(directory / "cache")
+    mark_as_original(directory / "cache")
     with Cache.open(directory / "cache") as cache:
         rows, files = stored_rows(directory / "cache"), files_of(directory / "cache")
-        assert rows.items() <= files.items(), "P1: a stored row has its file, of the right size"
+        assert rows.items() <= files.items(), "P1: every stored row has its file, of the right size"
         images, complete = {}, {}
         for image in cache.list_manifests():
             closure = frozenset(str(blob.digest) for blob in cache.get_image_blobs(image.name))
             images[str(image.name)], complete[str(image.name)] = (str(image.digest), closure), image.complete
         for number, steps in enumerate(possible(scenario)):
-            done = sum(ack // LANE == number for ack in acks)
+            done = sum(ack // STEPS_PER_LANE == number for ack in acks)
             last, next_one = steps[done], steps[min(done + 1, len(steps) - 1)]
             names = {name for step in steps for name in step.images}
             found = {name: images.pop(name) for name in names if name in images}
@@ -375,12 +375,12 @@ def check_cut(scenario: str, directory: Path, acks: Iterable[int]) -> None:
                 assert cache.get_manifest(name) == CONTENT[digest]
                 assert complete[name] or not closure <= required, f"P7: {name} is complete"
         assert not images, f"P7: {sorted(images)} were never saved"
-        cache.add_blob(NEW)  # it works on
+        cache.add_blob(NEW)  # the cache can still be written to
     check(directory / "cache")
 
 
 class Violation(NamedTuple):
-    """A state that was not recovered from."""
+    """A state from which the cache did not recover."""
 
     scenario: str
     cut: powercut.Cut
@@ -398,7 +398,18 @@ def attack(
     jobs: int = 1,
     most: int = 10,
 ) -> tuple[int, list[Violation]]:
-    """Recover from states of a recording, or from one job's share of them; stop after so many violations."""
+    """Check one job's share of a recording's states; return how many, and the violations.
+
+    Args:
+        scenario: its name.
+        recording: of the scenario.
+        scratch: the folder where states are made.
+        seed: of the choice of states.
+        count: states of all jobs together.
+        job: the number of this job, from 0.
+        jobs: the number of jobs.
+        most: the number of violations after which it stops.
+    """
     checked, violations = 0, list[Violation]()
     directory = scratch / f"{scenario}-{job}"
     for cut in powercut.states(recording, seed, count):
@@ -420,7 +431,7 @@ def attack(
 
 
 def keep(violation: Violation, folder: Path, seed: int) -> Path:
-    """Keep a state that was not recovered from, to be looked at and checked again."""
+    """Save the state of a violation in a folder, so that it can be inspected and checked again; return the folder."""
     directory = folder / f"{violation.scenario}-{violation.cut.number}"
     powercut.remove_state(directory)
     directory.mkdir(parents=True)
@@ -438,7 +449,7 @@ def keep(violation: Violation, folder: Path, seed: int) -> Path:
 
 
 def check_again(kept: Path) -> None:
-    """Check a copy of a state that was kept."""
+    """Check a copy of a saved state."""
     facts = json.loads((kept / "cut.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "state"
@@ -447,7 +458,7 @@ def check_again(kept: Path) -> None:
 
 
 def report(scenario: str, recording: powercut.Recording, scratch: Path, options: argparse.Namespace) -> int:
-    """Attack with all jobs, print what was found, and return the number of violations."""
+    """Attack with all jobs, print the violations, and return their number."""
     begun = time.monotonic()
     count = options.states // len(options.scenario)
     jobs = options.jobs
@@ -466,7 +477,7 @@ def report(scenario: str, recording: powercut.Recording, scratch: Path, options:
         kept = keep(violation, options.keep, options.seed)
         print(f"\nVIOLATION in {scenario}, state {violation.cut.number} of seed {options.seed}")
         print(violation.cut.description, violation.error, sep="\n")
-        print(f"again: python -m tests.attacks.powercuts --again {kept}", flush=True)
+        print(f"check it again: python -m tests.attacks.powercuts --again {kept}", flush=True)
     return len(violations)
 
 
@@ -474,13 +485,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.attacks.powercuts", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--states", type=int, default=3000, help="how many, over all scenarios")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="one, instead of all; may be repeated")
-    parser.add_argument("--scratch", type=Path, help="where states are made; in memory, by default")
-    parser.add_argument("--keep", type=Path, default=Path("powercuts"), help="where violations are kept")
-    parser.add_argument("--again", type=Path, help="a state that was kept, to be checked again")
+    parser.add_argument("--states", type=int, default=3000, help="states to check, over all scenarios (3000)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the choice of states (1)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that check (1)")
+    parser.add_argument(
+        "--scenario", action="append", choices=SCENARIOS, help="a scenario, instead of all; may be repeated"
+    )
+    parser.add_argument("--scratch", type=Path, help="folder where states are made (a folder in memory)")
+    parser.add_argument("--keep", type=Path, default=Path("powercuts"), help="folder for violations (powercuts)")
+    parser.add_argument("--again", type=Path, help="saved state to check again")
     parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

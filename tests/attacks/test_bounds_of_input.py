@@ -1,4 +1,4 @@
-"""Limits of what comes from files and archives, and of what is printed, on both sides."""
+"""Limits on input from files and archives, and on output: values at a limit and just beyond it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ IMAGE = make.image(1, 2)
 # Documents
 
 
-def test_a_manifest_and_a_config_of_the_largest_size_go_all_ways(cache: Cache, directory: Path, tmp_path: Path) -> None:
+def test_a_manifest_and_a_config_of_the_largest_size_are_saved_exported_imported_and_adopted(
+    cache: Cache, directory: Path, tmp_path: Path
+) -> None:
     config = IMAGE.config.ljust(DOCUMENT_LIMIT)
     document = json.loads(IMAGE.manifest)
     document["config"] |= {"digest": make.digest_of(config), "size": len(config)}
@@ -90,22 +92,22 @@ def test_show_names_the_author_of_an_image_that_has_one(cachedb: Run, cache: Cac
 # Archives
 
 
-def opened(tmp_path: Path, data: bytes) -> files.Tar:
+def open_tar(tmp_path: Path, data: bytes) -> files.Tar:
     path = tmp_path / "it.tar"
     path.write_bytes(data)
     with path.open("rb") as file:
         return files.Tar(file.fileno())
 
 
-def test_an_archive_of_as_many_members_as_may_be_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_is_read_up_to_the_limit_of_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_MEMBERS_LIMIT", 10)
-    assert opened(tmp_path, make.tar_of({f"f{n}": b"" for n in range(10)})).find("f9")
+    assert open_tar(tmp_path, make.tar_of({f"f{n}": b"" for n in range(10)})).find("f9")
     with pytest.raises(InvalidArchive, match="more than 10 members"):
-        opened(tmp_path, make.tar_of({f"f{n}": b"" for n in range(11)}))
+        open_tar(tmp_path, make.tar_of({f"f{n}": b"" for n in range(11)}))
 
 
-def linked(count: int) -> bytes:
-    """A tar with a file, and so many links to it, each to the one before."""
+def tar_with_links(count: int) -> bytes:
+    """Return a tar with a file and a chain of links, each to the one before."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as made:
         made.addfile(tarfile.TarInfo("l0"))
@@ -116,20 +118,20 @@ def linked(count: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_as_many_links_are_followed_as_linux_follows(tmp_path: Path) -> None:
-    assert opened(tmp_path, linked(40)).find("l40")
+def test_up_to_40_links_are_followed_as_on_linux(tmp_path: Path) -> None:
+    assert open_tar(tmp_path, tar_with_links(40)).find("l40")
     with pytest.raises(InvalidArchive, match="go in a circle"):
-        opened(tmp_path, linked(41))
+        open_tar(tmp_path, tar_with_links(41))
 
 
-def test_a_name_of_the_longest_path_is_one() -> None:
+def test_a_member_name_of_4096_characters_is_accepted() -> None:
     assert files._normalize_name("x" * 4096)
     with pytest.raises(InvalidArchive, match="has a name that no file can have"):
         files._normalize_name("x" * 4097)
 
 
-def extended(size: int) -> bytes:
-    """An extended header with a comment, of so many bytes without its own block."""
+def extended_header(size: int) -> bytes:
+    """Return an extended header whose data, a comment, has this many bytes."""
     digits = len(str(size))
     data = b"%d comment=" % size + b"x" * (size - digits - len(" comment=\n")) + b"\n"
     assert len(data) == size
@@ -138,24 +140,24 @@ def extended(size: int) -> bytes:
     return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-size % 512)
 
 
-def test_an_extended_header_of_a_mebibyte_is_read_and_64_of_them(tmp_path: Path) -> None:
+def test_an_extended_header_of_a_mebibyte_is_read(tmp_path: Path) -> None:
     small = make.tar_of({"f": b"x"})
-    assert opened(tmp_path, extended(1024 * 1024) + small).find("f")
+    assert open_tar(tmp_path, extended_header(1024 * 1024) + small).find("f")
     with pytest.raises(InvalidArchive, match="a header of over 1 MiB, or too many"):
-        opened(tmp_path, extended(1024 * 1024 + 1) + small)
+        open_tar(tmp_path, extended_header(1024 * 1024 + 1) + small)
 
 
-def test_all_extended_headers_together_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extended_headers_have_a_common_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = make.tar_of({"f": b"x"})
     monkeypatch.setattr(tar, "_HEADERS_LIMIT", 3 * (1000 + tar.BLOCK))
-    assert opened(tmp_path, extended(1000) * 3 + small).find("f")
+    assert open_tar(tmp_path, extended_header(1000) * 3 + small).find("f")
     monkeypatch.setattr(tar, "_HEADERS_LIMIT", 3 * (1000 + tar.BLOCK) - 1)
     with pytest.raises(InvalidArchive, match="or too many"):
-        opened(tmp_path, extended(1000) * 3 + small)
+        open_tar(tmp_path, extended_header(1000) * 3 + small)
 
 
 @pytest.mark.parametrize("length", [0, 1, 511, 512, 513, 1023, 1024])
-def test_content_of_any_length_in_blocks_is_found_whole(tmp_path: Path, length: int) -> None:
+def test_members_of_any_length_are_read_whole(tmp_path: Path, length: int) -> None:
     path = tmp_path / "it.tar"
     path.write_bytes(make.tar_of({"a": b"a" * length, "b": b"after"}))
     with path.open("rb") as file:
@@ -166,18 +168,18 @@ def test_content_of_any_length_in_blocks_is_found_whole(tmp_path: Path, length: 
             assert section.head(10_000) == content
 
 
-def test_a_member_that_ends_with_the_file_is_whole_and_a_byte_less_is_cut_short(tmp_path: Path) -> None:
+def test_a_tar_that_ends_early_is_refused_and_the_error_says_where(tmp_path: Path) -> None:
     data = make.tar_of({"a": b"a" * 512})[: 512 + 512]
     with pytest.raises(InvalidArchive, match="at byte 1024"):
-        opened(tmp_path, data)
+        open_tar(tmp_path, data)
     with pytest.raises(InvalidArchive, match="is cut short in 'a'"):
-        opened(tmp_path, data[:-1])
-    assert opened(tmp_path, data + bytes(1024)).find("a")
+        open_tar(tmp_path, data[:-1])
+    assert open_tar(tmp_path, data + bytes(1024)).find("a")
     with pytest.raises(InvalidArchive, match="at byte 1024"):
-        opened(tmp_path, data + bytes(1023))
+        open_tar(tmp_path, data + bytes(1023))
 
 
-def test_blobs_and_images_of_an_archive_are_counted_to_the_limit() -> None:
+def test_an_archive_may_have_100000_blobs_and_1000_images() -> None:
     model.check_rows(model._ROWS_LIMIT)
     model.check_number([None] * model._IMAGES_LIMIT)
     with pytest.raises(InvalidArchive, match="more than 100000 blobs"):
@@ -189,7 +191,7 @@ def test_blobs_and_images_of_an_archive_are_counted_to_the_limit() -> None:
 # Credentials
 
 
-def test_a_file_of_credentials_is_read_up_to_the_limit(tmp_path: Path) -> None:
+def test_a_credentials_file_is_read_up_to_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "auth.json"
     content = json.dumps({"auths": {"r.test": {"username": "me", "password": "p"}}}).encode()
     path.write_bytes(content.ljust(1024 * 1024))
@@ -202,7 +204,7 @@ def test_a_file_of_credentials_is_read_up_to_the_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "taken"), [(64 * 1024, True), (64 * 1024 + 1, False)])
-def test_what_a_credential_helper_writes_is_read_up_to_the_limit(
+def test_the_answer_of_a_credential_helper_is_read_up_to_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, taken: bool
 ) -> None:
     answer = json.dumps({"Username": "me", "Secret": "p"}).ljust(size)
@@ -220,11 +222,11 @@ def test_what_a_credential_helper_writes_is_read_up_to_the_limit(
             credentials.find("r.test", "app", path)
 
 
-# What is kept for a while
+# Limits of time
 
 
 @pytest.mark.parametrize(("seconds", "gone"), [(24 * 60 * 60 - 1, False), (24 * 60 * 60, True)])
-def test_what_is_left_of_a_download_is_kept_for_a_day(
+def test_a_partial_download_is_kept_for_a_day(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, seconds: int, gone: bool
 ) -> None:
     path = cache.directory / "ingest" / "partial" / make.digest_of(b"x").replace(":", "-")
@@ -236,14 +238,14 @@ def test_what_is_left_of_a_download_is_kept_for_a_day(
     assert path.exists() != gone
 
 
-@pytest.mark.parametrize(("there", "begun"), [(9, 9), (10, 10), (11, 0)])
-def test_a_download_is_gone_on_with_unless_there_is_more_than_all_of_it(tmp_path: Path, there: int, begun: int) -> None:
+@pytest.mark.parametrize(("size", "resumed_at"), [(9, 9), (10, 10), (11, 0)])
+def test_a_download_resumes_unless_its_file_is_larger_than_the_blob(tmp_path: Path, size: int, resumed_at: int) -> None:
     path = tmp_path / "partial"
-    path.write_bytes(bytes(there))
+    path.write_bytes(bytes(size))
     folder = os.open(tmp_path, os.O_RDONLY)
-    assert downloads.begun(folder, path.name, 10) == begun
+    assert downloads.begun(folder, path.name, 10) == resumed_at
     os.close(folder)
-    assert path.exists() == bool(begun)
+    assert path.exists() == bool(resumed_at)
 
 
 @pytest.mark.parametrize(("seconds", "possible"), [(36_525 * 86_400, True), (36_525 * 86_400 + 1, False)])
@@ -257,30 +259,32 @@ def test_a_hold_lasts_a_hundred_years_at_most(cache: Cache, seconds: float, poss
 
 
 @pytest.mark.parametrize(("seconds", "written"), [(last_used.RESOLUTION, False), (last_used.RESOLUTION + 0.001, True)])
-def test_uses_are_written_when_the_last_time_is_longer_ago_than_five_minutes(
+def test_uses_are_written_at_most_every_five_minutes(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, seconds: float, written: bool
 ) -> None:
-    noted = last_used.Uses(cache._database)
-    noted._written = 1000.0
+    uses = last_used.Uses(cache._database)
+    uses._written = 1000.0
     calls: list[object] = []
-    monkeypatch.setattr(noted, "write", lambda: calls.append(1))
-    monkeypatch.setattr(last_used, "time", SimpleNamespace(monotonic=lambda: noted._written + seconds))
-    noted.note(Name("app", "1"))
+    monkeypatch.setattr(uses, "write", lambda: calls.append(1))
+    monkeypatch.setattr(last_used, "time", SimpleNamespace(monotonic=lambda: uses._written + seconds))
+    uses.note(Name("app", "1"))
     assert bool(calls) == written
 
 
 @pytest.mark.parametrize(("seconds", "written"), [(200, False), (400, True)])
-def test_a_last_use_is_news_after_five_minutes(cache: Cache, directory: Path, seconds: int, written: bool) -> None:
+def test_a_last_use_is_updated_if_it_is_older_than_five_minutes(
+    cache: Cache, directory: Path, seconds: int, written: bool
+) -> None:
     save(cache, "app:1", IMAGE)
     then = datetime.now(UTC) - timedelta(seconds=seconds)
     change(directory, f"UPDATE images SET last_used_at = '{then:%Y-%m-%dT%H:%M:%S.%fZ}'")
-    noted = last_used.Uses(cache._database)
-    noted.note(Name("app", "1"))
-    noted.write()
+    uses = last_used.Uses(cache._database)
+    uses.note(Name("app", "1"))
+    uses.write()
     assert (cache.get_image("app:1").last_used_at > then) == written
 
 
-# What is printed
+# Output
 
 
 @pytest.mark.parametrize(
@@ -290,7 +294,7 @@ def test_a_last_use_is_news_after_five_minutes(cache: Cache, directory: Path, se
         (999_500_000, "1 GB"), (999_499_999_999, "999 GB"), (999_500_000_000, "1 TB"), (-1000, "-1 kB"),
     ],
 )  # fmt: skip
-def test_a_size_has_the_unit_in_which_it_is_below_a_thousand(size: int, text: str) -> None:
+def test_a_size_is_printed_in_the_unit_that_gives_at_most_three_digits(size: int, text: str) -> None:
     assert plain_text.human(size) == text
 
 
@@ -303,27 +307,27 @@ def test_a_size_has_the_unit_in_which_it_is_below_a_thousand(size: int, text: st
         (31_557_600, "1 year ago"), (63_115_200, "2 years ago"),
     ],
 )  # fmt: skip
-def test_a_time_is_so_long_ago(monkeypatch: pytest.MonkeyPatch, seconds: int, text: str) -> None:
+def test_a_time_is_printed_as_its_age(monkeypatch: pytest.MonkeyPatch, seconds: int, text: str) -> None:
     now = datetime(2026, 6, 1, tzinfo=UTC)
     monkeypatch.setattr(plain_text, "datetime", SimpleNamespace(now=lambda _: now))
     assert plain_text.ago(now - timedelta(seconds=seconds)) == text
 
 
-def test_a_text_is_cut_where_it_is_too_long() -> None:
+def test_long_texts_and_digests_are_cut() -> None:
     assert plain_text.cut("x" * 60) == "x" * 60
     assert plain_text.cut("x" * 61) == "x" * 59 + "…"
     assert plain_text.short("sha256:0123456789abcdef") == "sha256:0123456789ab"
 
 
 @pytest.mark.parametrize(("room", "fits"), [(12 + 12 + 5, True), (12 + 12 + 4, False)])
-def test_a_row_is_a_line_where_each_column_has_ten_characters_and_two_between(
+def test_a_table_fits_if_each_column_gets_ten_characters_and_two_spaces(
     monkeypatch: pytest.MonkeyPatch, room: int, fits: bool
 ) -> None:
     monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((room, 99)))
     assert output._fits(["name", "digest", "x"], [["a" * 10, "b" * 100, "ccc"]]) == fits
 
 
-def test_json_of_any_number_of_parts_is_whole(
+def test_json_written_in_any_number_of_parts_is_whole(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for parts in (1, 2, 3, 1000):
@@ -339,7 +343,7 @@ def test_json_of_any_number_of_parts_is_whole(
         ("1.5", 1.5), ("1.50", "1.50"), ("007", "007"),
     ],
 )  # fmt: skip
-def test_a_text_is_a_number_as_far_as_sql_has_them(text: str, value: object) -> None:
+def test_a_text_becomes_a_number_if_sql_can_store_it_unchanged(text: str, value: object) -> None:
     found: Any = number(text)
     assert (found, type(found)) == (value, type(value))
 
@@ -347,7 +351,7 @@ def test_a_text_is_a_number_as_far_as_sql_has_them(text: str, value: object) -> 
 # Names
 
 
-def test_a_repository_of_the_longest_name_is_one() -> None:
+def test_a_repository_of_255_and_a_tag_of_128_characters_are_accepted() -> None:
     make_name: Callable[[int], Name] = lambda length: Name.parse("a" * length + ":1")  # noqa: E731
     assert make_name(255).repository == "a" * 255
     with pytest.raises(CacheError, match="longer than 255 characters"):
@@ -357,10 +361,10 @@ def test_a_repository_of_the_longest_name_is_one() -> None:
         Name.parse("app:" + "t" * 129)
 
 
-def test_a_descriptor_of_the_largest_size_is_one() -> None:
-    def sized(size: int) -> oci.Descriptor:
+def test_a_descriptor_of_16_tebibytes_is_accepted() -> None:
+    def parse_size(size: int) -> oci.Descriptor:
         return oci.child({"mediaType": OCI_MANIFEST, "digest": IMAGE.digest, "size": size}, "it")
 
-    assert sized(16 * 1024**4).size == 16 * 1024**4
+    assert parse_size(16 * 1024**4).size == 16 * 1024**4
     with pytest.raises(InvalidManifest):
-        sized(16 * 1024**4 + 1)
+        parse_size(16 * 1024**4 + 1)

@@ -1,8 +1,8 @@
-"""Crashes and failing disks: whatever cuts an operation off, the next one finds the cache in order.
+"""Crashes and failing disks: whatever interrupts an operation, the next process recovers the cache.
 
-An operation is cut off in three ways: the directory is copied before each call that it makes; its process is killed
-at a system call, those of SQLite among them; a system call fails, once or from then on. By default at a sample of
-its system calls, and at all of them where ``CACHEDB_CRASH_EVERYWHERE`` is set.
+There are three kinds of interruptions. The directory is copied before each call that the operation makes. The process
+is killed at a system call, also at those of SQLite. A system call fails, once or from then on. By default the tests
+interrupt at a sample of the calls; with ``CACHEDB_CRASH_EVERYWHERE`` set, at all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.attack
 
 EVERYWHERE = bool(os.environ.get("CACHEDB_CRASH_EVERYWHERE"))
 COPY_STEP, KILL_STEP, FAULT_STEP = (1, 1, 1) if EVERYWHERE else (3, 17, 29)
-# A full disk stays full; a failing one fails now and then.
+# A full disk or quota stays full, so all later calls fail; a failing disk fails once.
 FAULTS = {
     "a full disk": "error=ENOSPC:when={}+",
     "a failing disk": "error=EIO:when={}",
@@ -56,11 +56,11 @@ def prepared(operation: str, tmp_path: Path) -> Path:
 
 
 def recover_from(operation: str, directory: Path) -> None:
-    """What comes after a crash: the next open, and the same operation again."""
+    """Check the cache after a crash, repeat the operation, and check the result."""
     cache = directory / "cache"
     if operation == "upgrade":
         check_either_schema(cache)
-    elif not operation.startswith(("repair", "rebuild")):  # what these were to mend is broken still
+    elif not operation.startswith(("repair", "rebuild")):  # these begin with a damaged cache
         check(cache)
     victims.OPERATIONS[operation].do(directory)
     check(cache)
@@ -90,7 +90,7 @@ def recover_from(operation: str, directory: Path) -> None:
 
 
 def check_either_schema(cache: Path) -> None:
-    """P8: the old schema or the new one, and every row."""
+    """Check P8: the index has the old schema or the new one, and every row."""
     shell = sqlite3.connect(cache / "index.db")
     try:
         (revision,) = shell.execute("SELECT version_num FROM alembic_version").fetchone()
@@ -105,14 +105,14 @@ def check_either_schema(cache: Path) -> None:
 
 def check_kept(directory: Path) -> None:
     with Cache.open(directory) as cache:
-        assert cache.is_image_complete("kept:1"), "P7: what was acknowledged survives"
+        assert cache.is_image_complete("kept:1"), "P7: an acknowledged image survives"
         for digest, data in victims.KEPT.blobs.items():
             assert cache.get_blob(digest) == data
 
 
 @contextmanager
 def copied_before_each_call(directory: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Copy what is on disk before each call that changes it, and before each commit, as a crash would leave it."""
+    """Copy the directory before each call that changes it and before each commit; a copy is what a crash leaves."""
     guard = threading.RLock()
     copying = False
 
@@ -121,13 +121,13 @@ def copied_before_each_call(directory: Path, copies: Path, monkeypatch: pytest.M
         with guard:
             if not copying:
                 copying = True
-                ignored = shutil.ignore_patterns("*-shm")  # of running processes alone
+                ignored = shutil.ignore_patterns("*-shm")  # shared memory has no meaning after a crash
                 shutil.copytree(directory, copies / str(len(os.listdir(copies))), ignore=ignored)
                 copying = False
 
-    def watched(call: Callable[..., object]) -> Callable[..., object]:
+    def copy_before(call: Callable[..., object]) -> Callable[..., object]:
         def replacement(*arguments: object, **options: object) -> object:
-            with guard:  # no other thread may take away what is being copied
+            with guard:  # no other thread may change the directory during the copy
                 copy()
                 return call(*arguments, **options)
 
@@ -135,7 +135,7 @@ def copied_before_each_call(directory: Path, copies: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         for name in ("link", "rename", "unlink", "rmdir", "mkdir", "fsync", "close"):
-            patch.setattr(os, name, watched(getattr(os, name)))
+            patch.setattr(os, name, copy_before(getattr(os, name)))
         event.listen(Engine, "commit", copy)
         try:
             yield
@@ -144,7 +144,7 @@ def copied_before_each_call(directory: Path, copies: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("operation", victims.OPERATIONS)
-def test_a_crash_between_any_two_calls_is_recovered_from(
+def test_a_cache_recovers_from_a_crash_between_any_two_calls(
     operation: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, copies = tmp_path / "work", tmp_path / "copies"
@@ -154,7 +154,7 @@ def test_a_crash_between_any_two_calls_is_recovered_from(
         victims.OPERATIONS[operation].do(directory)
     found = sorted(copies.iterdir(), key=lambda path: int(path.name))
     assert len(found) > 3
-    # `os.fsync` costs much of the time, and keeps nothing here: no power is cut.
+    # `os.fsync` takes most of the time, and has no effect here: there are no power cuts.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     for copy in found[::COPY_STEP]:
         recover_from(operation, copy)
@@ -169,7 +169,7 @@ def inject(program: str, zygote: subprocess.Popen[str], operation: str, director
 
 
 @pytest.mark.parametrize("operation", victims.OPERATIONS)
-def test_a_kill_at_a_system_call_is_recovered_from(
+def test_a_cache_recovers_from_a_kill_at_a_system_call(
     operation: str, peer: Callable[[str], str], zygote: subprocess.Popen[str], prepared: Path, tmp_path: Path
 ) -> None:
     program = peer("strace")
@@ -196,7 +196,7 @@ def test_a_kill_at_a_system_call_is_recovered_from(
         if EVERYWHERE or number % len(FAULTS) == place
     ],
 )
-def test_a_system_call_that_fails_is_an_error_and_no_damage(
+def test_a_failed_system_call_raises_an_error_and_does_no_damage(
     operation: str,
     fault: str,
     peer: Callable[[str], str],
@@ -208,7 +208,7 @@ def test_a_system_call_that_fails_is_an_error_and_no_damage(
     call = noticed = 0
     last = 1 << 30
     while call < last:
-        # The last calls of an operation may fail unnoticed, for they are of its cleaning up.
+        # The last calls of an operation may fail unnoticed, because they clean up.
         call += 1 if call < 2 else FAULT_STEP
         directory = tmp_path / str(call)
         shutil.copytree(prepared, directory)

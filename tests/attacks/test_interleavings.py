@@ -1,25 +1,25 @@
-"""Interleavings: two processes at one cache, stepped through the orders of the steps that each of them takes.
+"""Interleavings: step two processes that share a cache through the orders of their steps.
 
-Whatever the order, the two have done what they would have done one after the other: both outcomes, and the cache
-that they leave, are those of one of the two serial orders. At every stop the directory is what a kill would leave
-there, so every stored row must have its file (P1), and at the end all promises are checked.
+In any order, the two actors must do what they would do one after the other: their outcomes, and the cache that they
+leave, must equal those of one of the two serial orders. At every stop the directory is as a kill would leave it, so
+every stored row must have its file (P1). At the end of each order all promises are checked.
 
-By default a sample of the orders of each pair is run, the same each time; where ``CACHEDB_EVERY_ORDER`` is set, all
-of them; ``CACHEDB_ORDER`` is the word of one, from a failure, to run that alone. Each pair has step points of the
-kinds that matter to it, so that there are few enough:
+By default the test runs a sample of the orders of each pair, the same each time. With ``CACHEDB_EVERY_ORDER`` set it
+runs all orders. ``CACHEDB_ORDER`` is the word of one order, from a failure; only this order runs. Each pair has the
+kinds of step points that matter to it, to keep the number of orders small:
 
 ======== ==========================================================================
-(lock)   before a process waits for the write lock; there for every pair
-commit   before a write transaction's commit, in the critical section
-read     before a read transaction sees its snapshot
-blobs    before a file gets its name in ``blobs/`` or loses it, in the critical section
+(lock)   before a process waits for the write lock; every pair has these points
+commit   before the commit of a write transaction, in the critical section
+read     before a read transaction takes its snapshot
+blobs    before a link, rename or unlink in ``blobs/``, in the critical section
 trash    before ``trash/`` is listed, and before a file in it is unlinked
-ingest   before what is received is renamed, listed or unlinked
+ingest   before a received file is renamed, listed or unlinked
 open     before a blob's file is opened
-receive  before a blob is received, and after it
-session  before a session's lock file is tried or unlinked
-inside   where an actor of this module says so
-``…*``   of several of the kind in a row, the first
+receive  before a blob is received, and afterwards
+session  before a process tries or unlinks a session's lock file
+inside   where an actor in this module calls ``steps.step("inside")``
+``…*``   only the first of several points of this kind in a row
 ======== ==========================================================================
 """
 
@@ -61,34 +61,34 @@ pytestmark = pytest.mark.attack
 
 EVERY = bool(os.environ.get("CACHEDB_EVERY_ORDER"))
 ORDER = os.environ.get("CACHEDB_ORDER", "")
-"""A word from a failure, to run that order alone."""
+"""The word of the only order to run, from a failure."""
 SAMPLE = 20
-"""Orders of each pair that are run by default."""
+"""The number of orders of each pair that run by default."""
 
 OLD = make.image(1)
-"""Saved before, as old:1."""
+"""The image that is saved as old:1 before each order."""
 SHARING = make.image(1, 2)
-"""Saved before, as sharing:1; shares a layer with the old one."""
+"""The image that is saved as sharing:1 before each order; it shares a layer with `OLD`."""
 GARBAGE = make.image(3)
-"""Its blobs are there, and nothing refers to them; in garbage.tar it is an image, and in the folder garbage."""
+"""An image in garbage.tar and in the folder garbage; the cache "garbage" has its blobs, unreferenced."""
 HALF = make.layer(4)
-"""A dead session has linked it, and not committed."""
+"""A blob that a dead session has linked into blobs/ without a commit."""
 TRASHED = make.layer(5)
-"""A dead session has forgotten it, and not moved its file."""
+"""A blob whose row a dead session has moved to the trash table without moving the file."""
 LEFT = make.image(4, 5)
-"""Of both, in left.tar."""
+"""An image of `HALF` and `TRASHED`, in left.tar."""
 NEW = make.layer(6)
 
 
 WRITE_LOCK = "write.lock"
 
 
-# Actors. Each runs in a process of its own, and says how it ended in what JSON can hold.
+# Actors. Each runs in its own process and returns a value that JSON can hold.
 
 
 @contextmanager
 def opened(directory: Path, steps: Steps) -> Iterator[Cache]:
-    """A cache that was open before the stepping, and is closed after it."""
+    """Open a cache before the stepping, and close it afterwards."""
     with Cache.open(directory / "cache") as cache, steps.stepped():
         yield cache
 
@@ -112,7 +112,7 @@ def link_garbage(directory: Path, steps: Steps) -> list[str]:
 
 
 def import_left(directory: Path, steps: Steps) -> list[str]:
-    """Import what others left half done; this cache was open before they died, and has swept nothing away."""
+    """Import blobs that dead sessions left half done, through a cache that skipped the recovery when it was opened."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collecting, "recover", lambda database, **_: [])
         cache = Cache.open(directory / "cache")
@@ -131,15 +131,15 @@ def remove_sharing(directory: Path, steps: Steps) -> None:
 
 
 def collect(directory: Path, steps: Steps) -> None:
-    """Collect garbage; the recovery at the beginning of that has pairs of its own."""
+    """Collect garbage; do not stop in the recovery at its beginning, which other pairs test."""
     recover = collecting.recover
 
-    def passed_over(database: Database) -> None:
+    def recover_without_stops(database: Database) -> None:
         with steps.passed_over():
             recover(database)
 
     with opened(directory, steps) as cache, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collecting, "recover", passed_over)
+        patch.setattr(collecting, "recover", recover_without_stops)
         cache.collect_garbage()
 
 
@@ -149,7 +149,7 @@ def save_new(directory: Path, steps: Steps) -> str:
 
 
 def save_garbage(directory: Path, steps: Steps) -> str:
-    """Store an image, part by part, of which the blobs are there unreferenced."""
+    """Store an image blob by blob; the cache already has its blobs, unreferenced."""
     with opened(directory, steps) as cache:
         for data in GARBAGE.layers:
             cache.save_blob(make.digest_of(data), data)
@@ -163,21 +163,21 @@ def tag_old(directory: Path, steps: Steps) -> str:
 
 
 def export_old(directory: Path, steps: Steps) -> str:
-    hold, began = held, []
+    hold, held_images = held, []
 
     @contextmanager
-    def noted(*arguments: Any) -> Iterator[Any]:
+    def noting_held(*arguments: Any) -> Iterator[Any]:
         with hold(*arguments) as found:
-            began.append(found)
+            held_images.append(found)
             yield found
 
     with opened(directory, steps) as cache, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_archive, "held", noted)
+        patch.setattr(export_archive, "held", noting_held)
         try:
             cache.export("old:1", directory / "exported.tar")
         except CacheError as error:
-            if began:
-                raise AssertionError("P3: what an export has found, it exports") from error
+            if held_images:
+                raise AssertionError("P3: an export succeeds once it holds its image") from error
             raise
     return hashlib.sha256((directory / "exported.tar").read_bytes()).hexdigest()
 
@@ -186,12 +186,12 @@ def hold_old(directory: Path, steps: Steps) -> None:
     with opened(directory, steps) as cache, cache.hold("old:1"):
         for digest, data in OLD.blobs.items():
             steps.step("inside", "the hold")
-            assert cache.has_blob(digest), "P4: what is held is not forgotten"
-            assert cache.get_blob_path(digest).read_bytes() == data, "P4: what is held is there"
+            assert cache.has_blob(digest), "P4: a held blob keeps its row"
+            assert cache.get_blob_path(digest).read_bytes() == data, "P4: a held blob keeps its file"
 
 
 def move_old(directory: Path, steps: Steps) -> str:
-    """Have a name point to another image."""
+    """Point a name to another image."""
     with opened(directory, steps) as cache:
         return cache.tag("sharing:1", "old:1").digest
 
@@ -207,7 +207,7 @@ def open_and_close(directory: Path, steps: Steps) -> None:
 
 
 def visit(directory: Path, steps: Steps) -> None:
-    """Begin a session, and end it with a blob that nothing refers to."""
+    """Begin a session, and end it after adding an unreferenced blob."""
     with steps.stepped(), Cache.open(directory / "cache") as cache:
         cache.add_blob(NEW)
 
@@ -227,20 +227,20 @@ ACTORS: dict[str, Callable[[Path, Steps], object]] = {
 
 
 def act(actor: str, directory: Path, steps: Steps) -> object:
-    """Be an actor; in a process that was forked for it."""
+    """Run an actor in the process that was forked for it."""
     with pytest.MonkeyPatch.context() as patch:
         announce_locks(patch, steps)
         stop_at_files(patch, steps, directory)
         stop_at_transactions(patch, steps)
-        patch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here
-        # Whose turn it is says the word, and not who asked first.
+        patch.setattr(os, "fsync", lambda descriptor: None)  # there are no power cuts here
+        # The word decides who goes, not the queue at the write lock.
         patch.setattr(locks, "_await_turn", lambda queue, path, number, wait: None)
-        patch.setattr(os, "cpu_count", lambda: 1)  # an import's threads take no turns of their own
+        patch.setattr(os, "cpu_count", lambda: 1)  # an import starts no threads, which the steps could not order
         return ACTORS[actor](directory, steps)
 
 
 def warm() -> None:
-    """Have what is slow the first time done before any actor is forked."""
+    """Do the operations that are slow the first time, before any actor is forked."""
     with tempfile.TemporaryDirectory() as directory, Cache.open(directory) as cache:
         save(cache, "warm:1", OLD)
         cache.export("warm:1", io.BytesIO())
@@ -252,15 +252,15 @@ def warm() -> None:
 
 
 def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
-    """Announce `write.lock`; a session's lock is a step point, for it is waited for only while it is swept away."""
+    """Announce `write.lock` and the locks of producers, and stop before a process tries a session's lock."""
     flock = fcntl.flock
 
-    def announced(file: Any, operation: int) -> None:
+    def announcing_flock(file: Any, operation: int) -> None:
         descriptor = file if isinstance(file, int) else file.fileno()
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        # A session's by its inode: its lock file may be unlinked, and made anew.
+        # Other locks are known by inode, because a session's lock file may be unlinked and made again.
         lock = path.name if path.name == WRITE_LOCK else str(os.fstat(descriptor).st_ino)
-        if path.name == "write.queue" or operation == fcntl.LOCK_SH:  # who opens the index waits for nobody here
+        if path.name == "write.queue" or operation == fcntl.LOCK_SH:  # nobody waits for these locks here
             flock(file, operation)
         elif operation == fcntl.LOCK_UN:
             flock(file, operation)
@@ -273,7 +273,7 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
             steps.wants(lock, "wait for the write lock")
             flock(file, operation)
         elif path.suffix == ".producing":
-            steps.wants(lock, "wait for whoever makes it")
+            steps.wants(lock, "wait for the producer")
             flock(file, operation)
         elif "session" in steps.kinds:
             steps.wants(lock, "wait for the lock of a session")
@@ -281,23 +281,23 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
         else:
             flock(file, operation)
 
-    def waited_for(_path: Path, file: Any, operation: int, wait: object) -> None:
-        """Wait in the kernel, which who is announced there does to the end."""
+    def lock_in_kernel(_path: Path, file: Any, operation: int, wait: object) -> None:
+        """Wait for a lock with a blocking flock, where cachedb polls: the lock was announced, so the wait ends."""
         fcntl.flock(file, operation if wait else operation | fcntl.LOCK_NB)
 
-    def waited_for_maker(path: Path) -> None:
-        """Wait in the kernel for whoever makes something, where the product looks again and again."""
+    def wait_for_producer(path: Path) -> None:
+        """Wait for a producer with a blocking flock, where cachedb polls."""
         with suppress(FileNotFoundError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             fcntl.flock(file, fcntl.LOCK_UN)
 
-    patch.setattr(fcntl, "flock", announced)
-    patch.setattr(locks, "_lock", waited_for)
-    patch.setattr(single_flight, "_progress", waited_for_maker)
+    patch.setattr(fcntl, "flock", announcing_flock)
+    patch.setattr(locks, "_lock", lock_in_kernel)
+    patch.setattr(single_flight, "_progress", wait_for_producer)
 
 
 def full_path(path: Any, options: dict[str, Any], place: int) -> Path | None:
-    """Return the path that an argument means: of a descriptor, or within the folder that another option names."""
+    """Return the path of a descriptor, or a path joined to the folder that `dir_fd` or the like names."""
     if isinstance(path, int):
         return Path(os.readlink(f"/proc/self/fd/{path}"))
     if not isinstance(path, (str, os.PathLike)):
@@ -307,23 +307,24 @@ def full_path(path: Any, options: dict[str, Any], place: int) -> Path | None:
 
 
 def stop_at_files(patch: pytest.MonkeyPatch, steps: Steps, directory: Path) -> None:
+    """Stop before calls that change, list or open files of the cache, and around the receipt of a blob."""
     kinds = {"blobs": "blobs", "trash": "trash", "ingest": "ingest", "locks": "session"}
 
     def stop_before(module: Any, name: str, place: int = 0, only: str = "") -> None:
         call = getattr(module, name)
 
-        def stopped(*arguments: Any, **options: Any) -> Any:
+        def stop_and_call(*arguments: Any, **options: Any) -> Any:
             path = full_path(arguments[place], options, place) if len(arguments) > place else None
             if path is not None and path.is_relative_to(directory):
                 inside = path.relative_to(directory).parts[1:]
                 kind = kinds.get(inside[0], "") if inside else ""
                 if only and len(inside) < 3:
-                    kind = ""  # a folder, to be synced
+                    kind = ""  # a folder that is opened to sync it
                 if kind and kind == (only or kind):
                     steps.step("open" if only else kind, f"{name} {'/'.join(part[:12] for part in inside)}")
             return call(*arguments, **options)
 
-        patch.setattr(module, name, stopped)
+        patch.setattr(module, name, stop_and_call)
 
     stop_before(os, "link", 1)
     for name in ("rename", "unlink", "rmdir", "listdir"):
@@ -332,17 +333,17 @@ def stop_at_files(patch: pytest.MonkeyPatch, steps: Steps, directory: Path) -> N
 
     receive = publish.receive
 
-    def received(*arguments: Any, **options: Any) -> writer.Received:
+    def stop_around_receive(*arguments: Any, **options: Any) -> writer.Received:
         steps.step("receive", "begin to receive")
         blob = receive(*arguments, **options)
         steps.step("receive", "received")
         return blob
 
-    patch.setattr(publish, "receive", received)
+    patch.setattr(publish, "receive", stop_around_receive)
 
 
 def stop_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> None:
-    """Stop before reads and commits, and announce SQLite's own lock, which is within the write lock."""
+    """Stop before reads and commits, and announce SQLite's own lock, which is taken inside the write lock."""
     lock = "SQLite's"
 
     def begin(connection: Connection) -> None:
@@ -368,19 +369,19 @@ def stop_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> None:
     def announce_end(name: str) -> None:
         call = getattr(DefaultDialect, name)
 
-        def ended(dialect: DefaultDialect, connection: Any) -> None:
+        def end_and_report(dialect: DefaultDialect, connection: Any) -> None:
             call(dialect, connection)
             steps.released(lock)
 
-        patch.setattr(DefaultDialect, name, ended)
+        patch.setattr(DefaultDialect, name, end_and_report)
 
     announce_end("do_commit")
     announce_end("do_rollback")
 
 
-# The cache that each order begins with.
+# The caches with which orders begin.
 
-LEAVE = """
+DIE = """
 import os, sys
 from cachedb import Cache, cache
 from cachedb.content import collect
@@ -388,20 +389,20 @@ from tests.attacks.test_interleavings import HALF, TRASHED
 with Cache.open(sys.argv[1]) as opened:
     opened.add_blob(TRASHED)
 opened = Cache.open(sys.argv[1])
-opened.add_blob(b"leased by the dead")
+opened.add_blob(b"leased by a dead session")
 if os.fork() == 0:
     collect._move_out = lambda database: os._exit(0)
     collect.recover = lambda database, **_: []
     opened.collect_garbage()
 os.wait()
 link = os.link
-def dying(*paths, **options):
+def link_and_die(*paths, **options):
     link(*paths, **options)
     os._exit(0)
-os.link = dying
+os.link = link_and_die
 opened.add_blob(HALF)
 """
-"""Sessions that die: one between forgetting a blob and moving its file, one between a link and its commit."""
+"""Let two sessions die: one between deleting a blob's row and moving its file, one between a link and its commit."""
 
 
 def prepare(directory: Path) -> None:
@@ -416,7 +417,7 @@ def prepare(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """Where the orders run: in memory, if the machine has such a place."""
+    """The folder where the orders run: in memory, if possible."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
         yield Path(name)
@@ -424,7 +425,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def prepared(place: Path) -> dict[str, Path]:
-    """What an order may begin with, by its name."""
+    """The directories with which orders begin, by name."""
     found = {name: place / name for name in ("plain", "garbage", "left")}
     for directory in found.values():
         directory.mkdir()
@@ -432,7 +433,7 @@ def prepared(place: Path) -> dict[str, Path]:
     with Cache.open(found["garbage"] / "cache") as cache:
         for data in GARBAGE.blobs.values():
             cache.add_blob(data)
-    run_python(LEAVE, found["left"] / "cache")
+    run_python(DIE, found["left"] / "cache")
     return found
 
 
@@ -449,9 +450,9 @@ class Pair(NamedTuple):
     first: str
     second: str
     before: str
-    """What they find: plain, garbage or left."""
+    """The directory with which each order begins: plain, garbage or left."""
     kinds: str
-    """Of the step points."""
+    """The kinds of the step points."""
 
 
 PAIRS = [
@@ -474,21 +475,21 @@ PAIRS = [
 ]
 
 
-def look(directory: Path) -> Callable[[], None]:
-    """Return what looks at the directory between two steps: a kill would leave it as it is now."""
+def first_promise(directory: Path) -> Callable[[], None]:
+    """Return a function that checks P1 between two steps, because a kill would leave the directory as it is then."""
 
     def at_stop() -> None:
         with closing(sqlite3.connect(directory / "index.db")) as connection:
             tables = dict(connection.execute("SELECT name, type FROM sqlite_master"))
             query = "SELECT digest, size FROM blobs WHERE stored_at IS NOT NULL"
             rows = dict(connection.execute(query)) if "blobs" in tables else {}
-        assert rows.items() <= (files_of(directory) if rows else {}).items(), "P1: a stored row has its file"
+        assert rows.items() <= (files_of(directory) if rows else {}).items(), "P1: every stored row has its file"
 
     return at_stop
 
 
-def left_by(directory: Path) -> object:
-    """The images that two actors have left, to compare; of garbage there may be less or more until it is collected."""
+def read_images(directory: Path) -> object:
+    """Return the images and their blobs for a comparison; the amount of garbage may differ, so it is left out."""
     with closing(sqlite3.connect(directory / "index.db")) as connection:
         return connection.execute(
             "SELECT repository, reference, role, digest, stored_at IS NOT NULL FROM images "
@@ -498,7 +499,7 @@ def left_by(directory: Path) -> object:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.first}-{pair.second}")
-def test_in_every_order_two_do_what_they_would_do_one_after_the_other(
+def test_two_actors_do_in_every_order_what_they_do_one_after_the_other(
     pair: Pair, zygote: Zygote, prepared: dict[str, Path], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
@@ -509,23 +510,23 @@ def test_in_every_order_two_do_what_they_would_do_one_after_the_other(
     def run_one(choose: Choose) -> Order:
         shutil.copytree(prepared[pair.before], work)
         try:
-            order = run(zygote, actors, work, pair.kinds.split(), choose=choose, at_stop=look(directory))
+            order = run(zygote, actors, work, pair.kinds.split(), choose=choose, at_stop=first_promise(directory))
             try:
-                done = (results(order.outcomes), left_by(directory))
+                result = (comparable(order.outcomes), read_images(directory))
                 check(directory)
                 if len(serial) < 2:
-                    serial.append(done)
-                assert done in serial, f"neither one after the other nor the other way round: {order.outcomes}"
+                    serial.append(result)
+                assert result in serial, f"the result differs from both serial orders: {order.outcomes}"
             except Exception as error:
                 raise Failed(f"{actors} in the {order}\n{error}") from error
             return order
         finally:
             shutil.rmtree(work)
 
-    run_one(lambda begun: "A")
-    run_one(lambda begun: "B")
+    run_one(lambda word: "A")
+    run_one(lambda word: "B")
     if ORDER:
-        run_one(lambda begun: ORDER[len(begun)])
+        run_one(lambda word: ORDER[len(word)])
         return
     orders = every_order(run_one, seed=None if EVERY else 1)
     count = sum(1 for _ in (orders if EVERY else itertools.islice(orders, SAMPLE)))
@@ -533,6 +534,6 @@ def test_in_every_order_two_do_what_they_would_do_one_after_the_other(
     assert count > 3
 
 
-def results(outcomes: tuple[Outcome, Outcome]) -> object:
-    """What is to be compared: not where in the code an error arose."""
+def comparable(outcomes: tuple[Outcome, Outcome]) -> object:
+    """Return the values and errors of the actors, without the tracebacks, which differ between orders."""
     return [(outcome.value, outcome.error) for outcome in outcomes]

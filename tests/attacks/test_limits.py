@@ -1,4 +1,4 @@
-"""What a host may lack: the right to write, space, descriptors, a file system of its own."""
+"""Hosts with limits: shared or read-only file systems, too few descriptors, full disks."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ SHARED += ["fuse.blobfuse", "fuse.blobfuse2", "fuse.mountpoint-s3", "fuse.geesef
 
 @pytest.fixture
 def mount_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make up what is mounted where: pairs of a place and a type."""
+    """Return a function that fakes the table of mounts; it takes pairs of a mount point and a type."""
 
-    def make_up(*mounted: tuple[object, str]) -> None:
-        pairs = [(str(point).replace(" ", "\\040"), kind) for point, kind in mounted]
+    def fake_mounts(*mounts: tuple[object, str]) -> None:
+        pairs = [(str(point).replace(" ", "\\040"), kind) for point, kind in mounts]
         lines = [f"{n} 1 0:{n} / {point} rw shared:1 - {kind} dev rw" for n, (point, kind) in enumerate(pairs)]
         (tmp_path / "mountinfo").write_text("\n".join(lines) + "\nnonsense\n1 2 - x\n")
 
     monkeypatch.setattr(file_system, "_MOUNTS", tmp_path / "mountinfo")
-    return make_up
+    return fake_mounts
 
 
 @pytest.mark.parametrize("kind", SHARED)
-def test_a_file_system_that_hosts_share_is_refused_before_anything_is_made(
+def test_a_file_system_shared_by_hosts_is_refused_before_anything_is_made(
     mount_table: Callable[..., None], tmp_path: Path, kind: str
 ) -> None:
     mount_table(("/", "ext4"), (tmp_path / "share", kind))
@@ -69,7 +69,7 @@ def test_a_file_system_that_hosts_share_is_refused_before_anything_is_made(
 @pytest.mark.parametrize(
     ("source", "kind"), [("mountpoint-s3", "fuse.mountpoint-s3"), ("mfs#master:9421", "fuse.mfs"), ("/dev/fuse", None)]
 )
-def test_a_fuse_program_without_a_type_is_known_by_its_source(
+def test_a_fuse_file_system_without_a_subtype_is_recognized_by_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, kind: str | None
 ) -> None:
     (tmp_path / "mountinfo").write_text(f"52 35 0:30 / {tmp_path} rw,nosuid - fuse {source} rw,user_id=0\n")
@@ -83,12 +83,12 @@ def test_a_fuse_program_without_a_type_is_known_by_its_source(
 
 
 @pytest.mark.parametrize("kind", LOCAL)
-def test_a_local_file_system_is_welcome(mount_table: Callable[..., None], tmp_path: Path, kind: str) -> None:
+def test_a_local_file_system_is_accepted(mount_table: Callable[..., None], tmp_path: Path, kind: str) -> None:
     mount_table(("/", "nfs"), (tmp_path, kind))
     Cache.open(tmp_path / "cache").close()
 
 
-def test_without_a_table_of_mounts_everything_is_welcome(
+def test_without_a_table_of_mounts_every_file_system_is_accepted(
     tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_system, "_MOUNTS", tmp_path / "nothing")
@@ -104,42 +104,43 @@ def test_the_innermost_and_latest_mount_counts(mount_table: Callable[..., None],
     found = {name: file_system.file_system(tmp_path / name) for name in ("a", "a/b", "ab", ".", "..", "with space/x")}
     assert found == {"a": "over", "a/b": "over", "ab": "outer", ".": "outer", "..": "root", "with space/x": "s"}
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert file_system.file_system(tmp_path / "link" / "x") == "over", "a link is followed"
+    assert file_system.file_system(tmp_path / "link" / "x") == "over", "a link must be followed"
 
 
 @pytest.mark.skipif(not shutil.which("findmnt"), reason="findmnt is not installed: apt-get install util-linux")
 @pytest.mark.parametrize("path", ["/", "/proc", "/dev", "/tmp"])
-def test_the_real_table_is_read(path: str) -> None:
-    said = subprocess.run(["findmnt", "-no", "FSTYPE", "-T", path], capture_output=True, text=True, check=True).stdout
-    assert file_system.file_system(Path(path)) == said.split()[-1]
+def test_the_type_of_a_real_mount_is_that_of_findmnt(path: str) -> None:
+    output = subprocess.run(["findmnt", "-no", "FSTYPE", "-T", path], capture_output=True, text=True, check=True).stdout
+    assert file_system.file_system(Path(path)) == output.split()[-1]
 
 
 # Read-only
 
 
-def mounted(*arguments: object) -> None:
+def mount(*arguments: object) -> None:
+    """Run mount(8); skip the test if it fails."""
     if subprocess.run(["mount", *map(str, arguments)], check=False, capture_output=True).returncode:
-        pytest.skip("nothing can be mounted: run as root")
+        pytest.skip("cannot mount file systems: run as root")
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "disk"
     path.mkdir()
-    mounted("-t", "tmpfs", "-o", "size=16m", "tmpfs", path)
+    mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", path)
     yield path
     subprocess.run(["umount", "--lazy", path], check=True)
 
 
-def at_rest(path: Path) -> dict[str, bytes | None]:
-    """What is on disk, but for the memory that processes share."""
+def durable_files(path: Path) -> dict[str, bytes | None]:
+    """Return the content of the cache directory, without the shared memory of processes."""
     return {name: data for name, data in content(path).items() if not name.endswith("-shm")}
 
 
 def check_read_only(cachedb: Run, path: Path, tmp_path: Path, *, blobs: int = 5) -> None:
-    """What reads works, what writes says that it cannot, and nothing changes."""
+    """Assert that reading works, that writing raises an error, and that no file changes."""
     archive = make.write(tmp_path / "new.tar", make.oci_files({"new:1": make.image(9)}))
-    before = at_rest(path)
+    before = durable_files(path)
     with Cache.open(path) as cache:
         assert cache.is_image_complete("app:1")
         assert cache.get_manifest("app:1") == MADE.manifest
@@ -173,12 +174,12 @@ def check_read_only(cachedb: Run, path: Path, tmp_path: Path, *, blobs: int = 5)
         result = cachedb("--dir", path, *command)
         assert (result.returncode, result.stdout) == ((0, "app:1\n") if command[0] == "ls" else (1, "")), result
         assert result.stderr.count("\n") == (command[0] == "gc")
-    assert at_rest(path) == before
+    assert durable_files(path) == before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wal", ["none", "with its memory", "alone"])
-def test_a_cache_on_a_read_only_file_system_is_read(cachedb: Run, disk: Path, tmp_path: Path, wal: str) -> None:
+@pytest.mark.parametrize("wal", ["none", "with shared memory", "alone"])
+def test_a_cache_on_a_read_only_file_system_can_be_read(cachedb: Run, disk: Path, tmp_path: Path, wal: str) -> None:
     path = disk / "cache"
     if wal == "none":
         with Cache.open(path) as cache:
@@ -201,35 +202,33 @@ def test_a_cache_on_a_read_only_file_system_is_read(cachedb: Run, disk: Path, tm
         assert (path / "index.db-wal").stat().st_size
         if wal == "alone":
             (path / "index.db-shm").unlink()
-    mounted("-o", "remount,ro", disk)
+    mount("-o", "remount,ro", disk)
     check_read_only(cachedb, path, tmp_path)
 
 
-def test_a_read_only_cache_whose_configs_are_still_to_be_read_can_be_opened_by_who_would_upgrade_it(disk: Path) -> None:
+def test_a_read_only_cache_with_an_unfinished_backfill_opens_with_upgrade(disk: Path) -> None:
     with Cache.open(disk / "cache") as cache:
         save(cache, "app:1", MADE)
     shell = sqlite3.connect(disk / "cache" / "index.db")
     shell.execute(f"INSERT INTO backfills VALUES ('{REVISION}', 0)")
     shell.commit()
     shell.close()
-    mounted("-o", "remount,ro", disk)
+    mount("-o", "remount,ro", disk)
     with Cache.open(disk / "cache", upgrade=True) as cache:
         assert cache.is_image_complete("app:1")
     with pytest.raises(StorageError, match="ead-only"):
         upgrade.upgrade(disk / "cache")
 
 
-def test_a_read_only_view_of_a_cache_that_others_write_to_shows_what_they_do(
-    cachedb: Run, cache: Cache, tmp_path: Path
-) -> None:
+def test_a_read_only_mount_of_a_cache_shows_what_others_write(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     save(cache, "app:1", MADE)
     with Cache.open(cache.directory) as other:
         other.add_blob(b"garbage")
     view = tmp_path / "view"
     view.mkdir()
-    mounted("--bind", cache.directory, view)
+    mount("--bind", cache.directory, view)
     try:
-        mounted("-o", "remount,ro,bind", view)
+        mount("-o", "remount,ro,bind", view)
         check_read_only(cachedb, view, tmp_path)
         with Cache.open(view) as reader:
             save(cache, "app:2", make.image(3))
@@ -241,14 +240,14 @@ def test_a_read_only_view_of_a_cache_that_others_write_to_shows_what_they_do(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else: run as root")
-def test_who_may_only_read_a_cache_reads_it() -> None:
-    # Not below pytest's own folders, which are for their owner alone.
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user: run as root")
+def test_a_user_without_write_permission_can_read_a_cache() -> None:
+    # Not below pytest's own folders, which only their owner can read.
     with tempfile.TemporaryDirectory() as folder:
-        read_as_another(Path(folder) / "cache")
+        read_as_another_user(Path(folder) / "cache")
 
 
-def read_as_another(path: Path) -> None:
+def read_as_another_user(path: Path) -> None:
     cache = Cache.open(path)
     save(cache, "app:1", MADE)
     cache.add_blob(b"garbage")
@@ -281,7 +280,7 @@ def read_as_another(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_leaves_a_descriptor_open(cache: Cache, directory: Path, tmp_path: Path) -> None:
+def test_no_operation_leaves_a_descriptor_open(cache: Cache, directory: Path, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
 
     def work() -> None:
@@ -304,7 +303,7 @@ def test_nothing_leaves_a_descriptor_open(cache: Cache, directory: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_archive_of_more_blobs_than_there_may_be_files_open_is_imported(directory: Path, tmp_path: Path) -> None:
+def test_an_archive_with_more_blobs_than_the_limit_on_open_files_is_imported(directory: Path, tmp_path: Path) -> None:
     layers = [b"%d" % number for number in range(500)]
     made = make.image(1)._replace(layers=layers)
     config = b'{"architecture": "amd64", "os": "linux"}'
@@ -349,7 +348,7 @@ def test_an_archive_of_more_blobs_than_there_may_be_files_open_is_imported(direc
 
 
 @pytest.mark.slow
-def test_caches_are_opened_and_closed_without_end_and_a_hundred_threads_share_one(directory: Path) -> None:
+def test_a_process_opens_a_cache_400_times_and_a_hundred_threads_share_one(directory: Path) -> None:
     script = """
         import resource, sys
         from concurrent.futures import ThreadPoolExecutor
@@ -377,7 +376,7 @@ def test_caches_are_opened_and_closed_without_end_and_a_hundred_threads_share_on
 
 @pytest.fixture
 def full_disk(disk: Path) -> Path:
-    """A disk without a free byte, with a cache on it."""
+    """Return a cache on a disk without free space."""
     with Cache.open(disk / "cache") as cache:
         for number in range(600):
             cache.add_blob(b"garbage %d" % number * 100)
@@ -390,7 +389,7 @@ def full_disk(disk: Path) -> Path:
     return disk / "cache"
 
 
-def test_a_full_disk_is_read_and_freed_by_our_own_commands(cachedb: Run, full_disk: Path, tmp_path: Path) -> None:
+def test_commands_read_a_cache_on_a_full_disk_and_free_space(cachedb: Run, full_disk: Path, tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(3_000_000))
     assert cachedb("--dir", full_disk, "ls", "-q").stdout == "app:1\n"
     refused = cachedb("--dir", full_disk, "blob", "add", tmp_path / "large")
@@ -402,10 +401,10 @@ def test_a_full_disk_is_read_and_freed_by_our_own_commands(cachedb: Run, full_di
     assert (collected.returncode, collected.stdout[:15]) == (0, "freed 600 blobs"), collected.stderr
     (full_disk.parent / "full").unlink()
     check(full_disk)
-    assert (full_disk / "reserve").stat().st_blocks * 512 >= 1024 * 1024, "it is there again for the next time"
+    assert (full_disk / "reserve").stat().st_blocks * 512 >= 1024 * 1024, "the reserve must be there again"
 
 
-def test_a_process_that_has_the_cache_open_frees_a_full_disk(full_disk: Path) -> None:
+def test_a_process_with_an_open_cache_frees_a_full_disk(full_disk: Path) -> None:
     (full_disk.parent / "full").rename(full_disk.parent / "small")
     os.truncate(full_disk.parent / "small", (full_disk.parent / "small").stat().st_size - 200_000)
     with Cache.open(full_disk) as cache:
@@ -434,35 +433,35 @@ def test_a_pull_that_fills_the_disk_gives_the_space_back(cachedb: Run, disk: Pat
 
 
 @pytest.mark.parametrize("reserve", [True, False])
-def test_what_is_left_of_downloads_goes_when_the_disk_is_full(cachedb: Run, full_disk: Path, reserve: bool) -> None:
-    left = partial_path(full_disk, Digest(MADE.digest))
-    left.parent.mkdir()
-    (full_disk.parent / "full").rename(left)
+def test_partial_downloads_are_deleted_when_the_disk_is_full(cachedb: Run, full_disk: Path, reserve: bool) -> None:
+    partial = partial_path(full_disk, Digest(MADE.digest))
+    partial.parent.mkdir()
+    (full_disk.parent / "full").rename(partial)
     if not reserve:
         (full_disk / "reserve").unlink()
         with (full_disk.parent / "full").open("wb", buffering=0) as file, suppress(OSError):
             while file.write(bytes(4096)):
                 pass
     assert cachedb("--dir", full_disk, "gc").returncode == 0
-    assert not left.exists()
+    assert not partial.exists()
     check(full_disk)
 
 
-def test_there_is_no_reserve_where_there_is_no_space(disk: Path) -> None:
+def test_a_cache_without_space_for_a_reserve_opens_without_one(disk: Path) -> None:
     (disk / "large").write_bytes(bytes(15 * 1024 * 1024 + 800_000))
     with Cache.open(disk / "cache") as cache:
         assert cache.list_manifests() == []
     assert not (disk / "cache" / "reserve").exists()
 
 
-def test_a_reserve_that_was_cut_off_is_filled_again(directory: Path) -> None:
+def test_a_truncated_reserve_is_filled_again(directory: Path) -> None:
     Cache.open(directory).close()
     os.truncate(directory / "reserve", 0)
     Cache.open(directory).close()
     assert (directory / "reserve").stat().st_size == 1024 * 1024
 
 
-def test_the_reserve_is_not_for_other_errors(cache: Cache, directory: Path) -> None:
+def test_the_reserve_is_kept_on_other_errors_than_a_full_disk(cache: Cache, directory: Path) -> None:
     def fail() -> None:
         with os_errors("work"):
             raise PermissionError(errno.EACCES, "Permission denied")
@@ -472,7 +471,7 @@ def test_the_reserve_is_not_for_other_errors(cache: Cache, directory: Path) -> N
     assert (directory / "reserve").exists()
 
 
-def test_a_reader_that_may_not_write_sees_what_others_have_written_since(cache: Cache, directory: Path) -> None:
+def test_a_read_only_reader_sees_what_others_have_written_since(cache: Cache, directory: Path) -> None:
     save(cache, "app:1", MADE)
     cache.close()
     reader = Database(directory)
@@ -486,7 +485,7 @@ def test_a_reader_that_may_not_write_sees_what_others_have_written_since(cache: 
     reader.close()
 
 
-def test_a_name_that_is_too_long_for_a_directory_is_one_line(cachedb: Run) -> None:
+def test_a_directory_name_that_is_too_long_is_an_error_of_one_line(cachedb: Run) -> None:
     result = cachedb("--dir", "x" * 300, "ls")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "cannot use the cache directory: File name too long" in result.stderr

@@ -1,4 +1,4 @@
-"""Power cuts: of the cache, a few hundred states; and of small writers, to show that what is wrong is caught."""
+"""Power cuts: check states of a cache; and of small scripts, to prove that the model catches faults."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.attack
 
 STATES = int(os.environ.get("CACHEDB_POWER_CUTS", "80"))  # of each scenario
 
-Recorded = Callable[[str], Recording]
+RecordScript = Callable[[str], Recording]
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def strace(peer: Callable[[str], str]) -> str:
 
 
 @pytest.fixture
-def recorded(strace: str, tmp_path: Path) -> Recorded:
-    """Record a script that works in the folder ``work``, which is empty."""
+def record_script(strace: str, tmp_path: Path) -> RecordScript:
+    """Return a function that records a script; the script works in the empty folder ``work``."""
     work = tmp_path / "work"
     work.mkdir()
 
@@ -98,30 +98,33 @@ REPLACE = """
 """
 
 
-def replaced(recorded: Recorded, *, sync: bool, folder: bool) -> list[Cut]:
+def replace_file(record_script: RecordScript, *, sync: bool, folder: bool) -> list[Cut]:
+    """Return the states after a script that replaces a file, with or without a sync of the file and the folder."""
     body = REPLACE.format(sync=sync, folder="sync_folder()" if folder else "")
-    return list(states(recorded(script(body)), seed=1, count=500))
+    return list(states(record_script(script(body)), seed=1, count=500))
 
 
-def test_a_synced_file_that_is_renamed_over_another_is_the_one_or_the_other(recorded: Recorded) -> None:
-    cuts = replaced(recorded, sync=True, folder=True)
+def test_renaming_a_synced_file_over_another_leaves_one_of_the_two(record_script: RecordScript) -> None:
+    cuts = replace_file(record_script, sync=True, folder=True)
     assert {content(cut, "name") for cut in cuts if len(cut.acks) == 1} == {OLD, NEW}
     assert {content(cut, "name") for cut in cuts if len(cut.acks) == 2} == {NEW}
 
 
-def test_a_file_that_is_renamed_without_a_sync_is_torn_in_some_state(recorded: Recorded) -> None:
-    cuts = replaced(recorded, sync=False, folder=True)
+def test_a_file_renamed_without_a_sync_is_torn_in_some_state(record_script: RecordScript) -> None:
+    cuts = replace_file(record_script, sync=False, folder=True)
     left = {content(cut, "name") for cut in cuts if cut.acks}
     assert {b"", OLD, NEW, bytes(3000)} < left
-    assert any(data not in (OLD, NEW) and b"n" in data for data in left if data), "some sectors and not others"
+    assert any(data not in (OLD, NEW) and b"n" in data for data in left if data), "only some sectors are kept"
 
 
-def test_a_rename_without_a_sync_of_its_folder_is_lost_in_some_state(recorded: Recorded) -> None:
-    cuts = replaced(recorded, sync=True, folder=False)
+def test_a_rename_without_a_sync_of_its_folder_is_lost_in_some_state(record_script: RecordScript) -> None:
+    cuts = replace_file(record_script, sync=True, folder=False)
     assert {content(cut, "name") for cut in cuts if len(cut.acks) == 2} == {OLD, NEW}
 
 
-def test_what_is_unlinked_before_the_commit_is_lost_before_it_in_some_state(recorded: Recorded) -> None:
+def test_a_file_unlinked_before_the_commit_is_lost_without_the_commit_in_some_state(
+    record_script: RecordScript,
+) -> None:
     body = """
         write("index", b"blob", sync=True)
         write("blob", b"content", sync=True)
@@ -132,16 +135,16 @@ def test_what_is_unlinked_before_the_commit_is_lost_before_it_in_some_state(reco
     """
     commit, unlink = 'write("index", b"none", sync=True)', 'os.unlink(work + "blob")'
 
-    def dangling(first: str, second: str) -> list[Cut]:
-        cuts = states(recorded(script(body.format(first=first, second=second))), seed=1, count=500)
+    def find_dangling(first: str, second: str) -> list[Cut]:
+        cuts = states(record_script(script(body.format(first=first, second=second))), seed=1, count=500)
         return [cut for cut in cuts if cut.acks and content(cut, "index") == b"blob" and "blob" not in cut.tree]
 
-    assert dangling(unlink, commit)
-    assert not dangling(commit, unlink)
+    assert find_dangling(unlink, commit)
+    assert not find_dangling(commit, unlink)
 
 
-def test_an_append_that_is_not_synced_leaves_what_was_synced(recorded: Recorded) -> None:
-    recording = recorded(
+def test_an_append_without_a_sync_leaves_the_synced_content(record_script: RecordScript) -> None:
+    recording = record_script(
         script(
             """
             write("log", b"a" * 512, sync=True)
@@ -156,11 +159,13 @@ def test_an_append_that_is_not_synced_leaves_what_was_synced(recorded: Recorded)
     left = {content(cut, "log") or b"" for cut in states(recording, seed=1, count=500) if cut.acks}
     assert all(data.startswith(b"a" * 512) for data in left)
     assert {b"a" * 512, b"a" * 512 + b"b" * 1024 + b"c" * 1024} < left
-    assert any(b"b" not in data and b"c" in data for data in left), "the later one alone"
+    assert any(b"b" not in data and b"c" in data for data in left), "only the later append is kept"
 
 
-def test_a_file_has_no_name_until_a_folder_is_synced_and_then_every_folder_above(recorded: Recorded) -> None:
-    recording = recorded(
+def test_a_synced_file_exists_only_once_its_folder_and_the_folders_above_are_synced(
+    record_script: RecordScript,
+) -> None:
+    recording = record_script(
         script(
             """
             os.mkdir(work + "folder")
@@ -177,8 +182,8 @@ def test_a_file_has_no_name_until_a_folder_is_synced_and_then_every_folder_above
     assert {tuple(cut.tree) for cut in cuts if len(cut.acks) == 2} == {("folder", "folder/file")}
 
 
-def test_a_sync_covers_only_what_was_done_before_it_began(recorded: Recorded) -> None:
-    recording = recorded(
+def test_a_sync_covers_only_changes_made_before_it_began(record_script: RecordScript) -> None:
+    recording = record_script(
         script(
             """
             write("file", b"first", sync=True)
@@ -195,8 +200,10 @@ def test_a_sync_covers_only_what_was_done_before_it_began(recorded: Recorded) ->
     assert list(disk.tree({})) == ["file"]
 
 
-def test_threads_renames_links_and_modes_make_what_is_there(recorded: Recorded, tmp_path: Path) -> None:
-    recording = recorded(
+def test_events_of_threads_renames_links_and_modes_make_the_real_directory(
+    record_script: RecordScript, tmp_path: Path
+) -> None:
+    recording = record_script(
         script(
             """
             def work_in(name):
@@ -208,7 +215,7 @@ def test_threads_renames_links_and_modes_make_what_is_there(recorded: Recorded, 
                     os.chmod(f"{work}{name}/renamed-{number}", 0o444)
                     file = os.open(f"{work}{name}/both", os.O_RDWR | os.O_CREAT, 0o640)
                     os.read(file, 10)
-                    os.write(file, b"written after what was read")
+                    os.write(file, b"written after the data was read")
                     os.ftruncate(file, number * 3)
                     os.close(file)
                 sync_folder(name)
@@ -228,8 +235,8 @@ def test_threads_renames_links_and_modes_make_what_is_there(recorded: Recorded, 
     assert read_tree(tmp_path / "again") == recording.end
 
 
-def test_a_recording_that_lacks_a_call_is_refused(recorded: Recorded) -> None:
-    recording = recorded(script('write("file", b"content", sync=False)'))
+def test_a_recording_that_lacks_an_event_is_refused(record_script: RecordScript) -> None:
+    recording = record_script(script('write("file", b"content", sync=False)'))
     without: list[Event] = [event for event in recording.events if not isinstance(event, Write)]
     with pytest.raises(Unfollowed, match="file is not what the events make"):
         verify(recording._replace(events=without))
@@ -245,9 +252,9 @@ def test_a_recording_that_lacks_a_call_is_refused(recorded: Recorded) -> None:
         "os.chdir(work)",
     ],
 )
-def test_a_change_that_cannot_be_followed_is_refused(change: str, recorded: Recorded) -> None:
+def test_a_system_call_that_the_recorder_cannot_follow_is_refused(change: str, record_script: RecordScript) -> None:
     with pytest.raises(Unfollowed):
-        recorded(
+        record_script(
             script(
                 f"""
                 import mmap
@@ -260,13 +267,13 @@ def test_a_change_that_cannot_be_followed_is_refused(change: str, recorded: Reco
         )
 
 
-def test_a_command_that_fails_is_no_recording(recorded: Recorded) -> None:
+def test_a_failed_command_gives_no_recording(record_script: RecordScript) -> None:
     with pytest.raises(CommandFailed, match="it went wrong"):
-        recorded("raise SystemExit('it went wrong')")
+        record_script("raise SystemExit('it went wrong')")
 
 
-def test_the_same_seed_gives_the_same_states_and_none_twice(recorded: Recorded) -> None:
-    recording = recorded(script(textwrap.dedent(REPLACE).format(sync=False, folder="")))
+def test_the_same_seed_gives_the_same_states_and_no_state_twice(record_script: RecordScript) -> None:
+    recording = record_script(script(textwrap.dedent(REPLACE).format(sync=False, folder="")))
     once, again = (list(states(recording, seed=3, count=25)) for _ in range(2))
     assert once == again
     assert len({repr((cut.acks, cut.tree)) for cut in once}) == len(once) == 25
@@ -275,13 +282,13 @@ def test_the_same_seed_gives_the_same_states_and_none_twice(recorded: Recorded) 
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """Where states are made: in memory if possible, for a sync costs nothing there."""
+    """The folder where states are made: in memory if possible, because a sync costs nothing there."""
     with tempfile.TemporaryDirectory(dir=memory()) as folder:
         yield Path(folder)
 
 
 @pytest.mark.parametrize("scenario", powercuts.SCENARIOS)
-def test_what_was_acknowledged_survives_a_power_cut(scenario: str, strace: str, scratch: Path, tmp_path: Path) -> None:
+def test_acknowledged_steps_survive_a_power_cut(scenario: str, strace: str, scratch: Path, tmp_path: Path) -> None:
     recording = powercuts.record(scenario, scratch, strace)
     checked, violations = powercuts.attack(scenario, recording, scratch, seed=1, count=STATES, most=1)
     for violation in violations:
@@ -290,7 +297,9 @@ def test_what_was_acknowledged_survives_a_power_cut(scenario: str, strace: str, 
     assert checked == STATES
 
 
-def test_a_cache_that_lost_what_it_acknowledged_is_caught_and_kept(strace: str, scratch: Path, tmp_path: Path) -> None:
+def test_a_state_that_lacks_an_acknowledged_blob_is_caught_and_saved(
+    strace: str, scratch: Path, tmp_path: Path
+) -> None:
     recording = powercuts.record("recovery", scratch, strace)
     *_, last = states(recording, seed=1, count=60)
     write_state(last.tree, scratch / "good")
@@ -304,13 +313,13 @@ def test_a_cache_that_lost_what_it_acknowledged_is_caught_and_kept(strace: str, 
             powercuts.check_again(kept)
 
 
-def test_a_cache_that_forgot_a_step_or_is_ahead_of_one_is_caught(strace: str, scratch: Path) -> None:
+def test_a_state_that_lacks_a_step_or_has_one_too_many_is_caught(strace: str, scratch: Path) -> None:
     recording = powercuts.record("recovery", scratch, strace)
     before, after = final_state(recording._replace(events=[])), final_state(recording)
     steps = len(powercuts.possible("recovery")[0]) - 1
     write_state(after, scratch / "good")
     powercuts.check_cut("recovery", scratch / "good", range(steps))
-    for name, tree, acks in (("forgot", before, range(2)), ("ahead", after, range(1))):
+    for name, tree, acks in (("behind", before, range(2)), ("ahead", after, range(1))):
         write_state(tree, scratch / name)
         with pytest.raises(AssertionError, match="P7"):
             powercuts.check_cut("recovery", scratch / name, acks)

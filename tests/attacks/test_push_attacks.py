@@ -1,4 +1,4 @@
-"""Registries that lie to who pushes, or pulls what refers to an image: an error of one line, and no harm."""
+"""Faulty and hostile registries during push and pull of referrers: an error of one line, and no damage."""
 
 from __future__ import annotations
 
@@ -42,10 +42,8 @@ def remote() -> Iterator[Registry]:
         yield made
 
 
-def test_an_upload_that_is_cut_off_goes_on_over_tls_too(
-    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What OpenSSL says of it is not that nobody is to be trusted.
+def test_an_interrupted_upload_resumes_over_tls(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # OpenSSL's error for a closed connection must not count as an untrusted certificate.
     ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
     monkeypatch.setenv("SSL_CERT_FILE", str(ca))
     save(cache, "huge:1", huge := make.image(9, size=30_000_000))
@@ -57,8 +55,8 @@ def test_an_upload_that_is_cut_off_goes_on_over_tls_too(
     assert PAUSES
 
 
-def test_credentials_go_where_the_connection_goes(cache: Cache, tmp_path: Path) -> None:
-    # Parsers of URLs differ in where the host ends: at the backslash, or before the last @.
+def test_credentials_go_only_to_the_host_of_the_connection(cache: Cache, tmp_path: Path) -> None:
+    # URL parsers differ in where the host is: before the backslash, or after the last @.
     with Registry(auth="basic") as remote, Registry() as storage, Registry() as other:
         name, authfile = remote.add(FIRST, "app", "1"), login(tmp_path / "auth.json", remote.host)
         remote.fault(redirect(storage.url), method="GET", path="/blobs/", times=99)
@@ -71,7 +69,7 @@ def test_credentials_go_where_the_connection_goes(cache: Cache, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("command", ["pull", "push"])
-def test_nobody_but_the_registry_says_who_gives_tokens(cache: Cache, tmp_path: Path, command: str) -> None:
+def test_only_the_registry_chooses_the_token_server(cache: Cache, tmp_path: Path, command: str) -> None:
     with Registry(auth="bearer") as remote, Registry() as storage, Registry() as other:
         name, authfile = remote.add(make.image(7), "app", "1"), login(tmp_path / "auth.json", remote.host)
         if command == "pull":
@@ -88,14 +86,14 @@ def test_nobody_but_the_registry_says_who_gives_tokens(cache: Cache, tmp_path: P
 
 
 @pytest.mark.parametrize("port", ["", ":443"])
-def test_a_port_that_is_left_out_is_the_usual_one(port: str) -> None:
+def test_the_default_port_of_https_is_443(port: str) -> None:
     assert client._origin(f"https://registry.example.org{port}/v2/") == ("https", "registry.example.org", 443)
 
 
 @pytest.mark.parametrize(
     "after", ["²", "Wed, 21 Oct 99999 07:28:00 GMT", "Wed, 21 Oct 2015 07:28:00 +99999999999999999999", "-1", "soon"]
 )
-def test_a_time_to_wait_that_is_none_is_not_waited_for(cache: Cache, remote: Registry, after: str) -> None:
+def test_an_invalid_retry_after_is_ignored(cache: Cache, remote: Registry, after: str) -> None:
     remote.fault(answer(503, {"Retry-After": after}), method="PUT", path="/blobs/")
     cache.push("app:1", f"{remote.host}/app:1")
     assert_has(remote, "app", "1", FIRST)
@@ -105,41 +103,42 @@ def test_a_time_to_wait_that_is_none_is_not_waited_for(cache: Cache, remote: Reg
 def test_a_long_challenge_costs_no_time() -> None:
     began = time.process_time()
     assert client._CHALLENGE.findall("a" * 60_000) == []
-    assert time.process_time() - began < 2  # and a minute if it is tried from each letter on
+    assert time.process_time() - began < 2  # a minute if the pattern is tried from each letter on
 
 
-def test_an_answer_that_says_nothing_of_the_upload_is_told_of(cache: Cache, remote: Registry) -> None:
+def test_an_upload_answer_without_a_location_is_an_error(cache: Cache, remote: Registry) -> None:
     remote.fault(headers({"Location": None}), method="POST", times=99)
     with pytest.raises(RegistryError, match="answer without a Location"):
         cache.push("app:1", f"{remote.host}/app:1")
 
 
 @pytest.mark.parametrize("least", ["²", "9" * 5000, "-1"])
-def test_the_least_size_of_a_chunk_may_be_nonsense(cache: Cache, remote: Registry, least: str) -> None:
+def test_an_invalid_minimum_chunk_size_is_ignored(cache: Cache, remote: Registry, least: str) -> None:
     remote.fault(headers({"OCI-Chunk-Min-Length": least}), method="POST", times=99)
     remote.fault(lost(5), method="PUT", path="/blobs/")
     cache.push("app:1", f"{remote.host}/app:1")
     assert_has(remote, "app", "1", FIRST)
 
 
-def test_a_network_that_answers_everything_is_no_registry(cache: Cache, remote: Registry) -> None:
+def test_a_captive_portal_is_not_taken_for_a_registry(cache: Cache, remote: Registry) -> None:
     remote.fault(html(), times=99)
     with pytest.raises(RegistryError, match="answers 200 to a request for app:1"):
         cache.push("app:1", f"{remote.host}/app:1")
 
 
-def test_a_registry_that_makes_a_repository_for_who_may_write_is_asked_for_that(cache: Cache, tmp_path: Path) -> None:
-    def only_to_write(call: Call) -> Answer:
+def test_the_first_token_of_a_push_includes_the_right_to_push(cache: Cache, tmp_path: Path) -> None:
+    # Some registries create a repository only for a token that may push.
+    def refuse_without_push(call: Call) -> Answer:
         return call.serve() if "push" in call.query["scope"] else Answer(403)
 
     with Registry(auth="bearer") as remote:
-        remote.fault(only_to_write, path="/token", times=99)
+        remote.fault(refuse_without_push, path="/token", times=99)
         cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
         assert_has(remote, "app", "1", FIRST)
         assert remote.count(path="/token") == 1
 
 
-def test_who_is_not_there_is_told_of_without_our_objects(cache: Cache) -> None:
+def test_a_registry_that_is_down_is_named_without_internal_objects(cache: Cache) -> None:
     with pytest.raises(RegistryError) as raised:
         cache.push("app:1", "127.0.0.1:1/app:1")
     assert str(raised.value).startswith("127.0.0.1:1 cannot be reached: Failed to establish a new connection")
@@ -147,7 +146,7 @@ def test_who_is_not_there_is_told_of_without_our_objects(cache: Cache) -> None:
 
 @pytest.mark.parametrize("data", [b"no JSON", b"", None])
 @pytest.mark.parametrize("what", ["image", "referrer", "layer"])
-def test_a_file_that_is_damaged_or_gone_is_told_of(
+def test_a_push_of_a_damaged_or_missing_file_names_verify(
     directory: Path, cache: Cache, remote: Registry, what: str, data: bytes | None
 ) -> None:
     name, made = remote.add(FIRST, "app", "1"), referrer(FIRST.manifest)
@@ -168,7 +167,7 @@ def test_a_file_that_is_damaged_or_gone_is_told_of(
     path.chmod(0o444)
 
 
-def test_a_connection_is_used_again(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_are_reused(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     accept = remote._server.get_request
 
@@ -183,7 +182,7 @@ def test_a_connection_is_used_again(cache: Cache, remote: Registry, monkeypatch:
     assert len(made) <= 5
 
 
-def test_a_manifest_that_is_a_layer_of_another_goes_as_both(cache: Cache, remote: Registry) -> None:
+def test_a_manifest_that_is_also_a_layer_is_pushed_as_both(cache: Cache, remote: Registry) -> None:
     outer = make.image(9)
     document = json.loads(outer.manifest)
     document["layers"].append(make.descriptor(FIRST.manifest, "application/vnd.example.manifest+json"))
@@ -194,12 +193,12 @@ def test_a_manifest_that_is_a_layer_of_another_goes_as_both(cache: Cache, remote
     assert_has(remote, "both", outer.digest, outer)
 
 
-# Nobody waits for a registry that does not answer, once it is for nothing
+# Requests that have become useless are cancelled at once
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tls", [False, True])
-def test_what_is_refused_does_not_wait_for_what_is_not_answered(
+def test_a_refused_push_does_not_wait_for_unanswered_requests(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: bool
 ) -> None:
     ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
@@ -217,7 +216,7 @@ def test_what_is_refused_does_not_wait_for_what_is_not_answered(
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["push", "pull"])
 @pytest.mark.parametrize("do", [changed(delay=60), answer(503, {"Retry-After": "50"})], ids=["answer", "pause"])
-def test_an_interrupt_waits_for_no_registry(
+def test_an_interrupt_does_not_wait_for_the_registry(
     cache: Cache, directory: Path, remote: Registry, command: str, do: Callable[[Call], Answer]
 ) -> None:
     name = remote.add(make.image(7, 8), "app", "1")
@@ -227,16 +226,16 @@ def test_an_interrupt_waits_for_no_registry(
     arguments.append(name if command == "pull" else f"{remote.host}/app:2")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert eventually(lambda: any("/blobs/" in request.path for request in remote.requests), 60)
-        time.sleep(0.2)  # as often as not it has the answer that it is to pause after
+        time.sleep(0.2)  # so that the command may have received the answer that makes it pause
         process.send_signal(signal.SIGINT)
         try:
-            _, said = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert (process.returncode, said.strip()) == (130, "cachedb: interrupted")
+    assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
 
 
-# What refers to an image
+# Referrers
 
 NONE = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}).encode()
 
@@ -255,11 +254,11 @@ def test_a_long_link_costs_no_time(cache: Cache, remote: Registry) -> None:
     remote.fault(answer(200, {"Content-Type": OCI_INDEX, "Link": "<" * 60_000}, NONE), path="/referrers/")
     began = time.process_time()
     cache.pull(name, referrers=True)
-    assert time.process_time() - began < 5  # and a quarter of a minute if it is read to its end from each of them on
+    assert time.process_time() - began < 5  # 15 seconds if the pattern is tried from each "<" to the end
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
-def test_an_index_of_referrers_that_has_a_subject_is_no_referrer(
+def test_an_index_of_referrers_with_a_subject_does_not_count_as_a_referrer(
     cache: Cache, remote: Registry, algorithm: str
 ) -> None:
     remote.referrers = False
@@ -277,7 +276,7 @@ def test_an_index_of_referrers_that_has_a_subject_is_no_referrer(
     assert entry["digest"] == name.partition("@")[2]
 
 
-def test_what_refers_to_an_image_by_digest_comes_to_one_that_is_here(cache: Cache, remote: Registry) -> None:
+def test_a_pull_by_digest_adds_new_referrers_to_a_stored_image(cache: Cache, remote: Registry) -> None:
     name = remote.add(FIRST, "app")
     cache.pull(name)
     remote.add(made := referrer(FIRST.manifest), "app")
@@ -288,8 +287,8 @@ def test_what_refers_to_an_image_by_digest_comes_to_one_that_is_here(cache: Cach
     assert remote.requests == []
 
 
-def listing(remote: Registry, *others: make.Made) -> str:
-    """Have the registry list these as what refers to an image; return the image's name."""
+def list_as_referrers(remote: Registry, *others: make.Made) -> str:
+    """Let the registry list these images as referrers of `FIRST`; return the name of `FIRST`."""
     name, entries = remote.add(FIRST, "app", "1"), []
     for other in others:
         remote.add(other, "app")
@@ -300,34 +299,34 @@ def listing(remote: Registry, *others: make.Made) -> str:
     return name
 
 
-def test_what_refers_to_another_image_leaves_nothing_behind(cache: Cache, remote: Registry) -> None:
-    cache.pull(listing(remote, referrer(b"another")), referrers=True)
+def test_a_listed_referrer_of_another_image_leaves_nothing_behind(cache: Cache, remote: Registry) -> None:
+    cache.pull(list_as_referrers(remote, referrer(b"another")), referrers=True)
     assert cache.get_stats().reclaimable_blobs == 0
 
 
-def test_a_manifest_that_is_of_an_image_and_listed_falsely_stays(cache: Cache, remote: Registry) -> None:
+def test_a_falsely_listed_manifest_that_a_referrer_contains_is_kept(cache: Cache, remote: Registry) -> None:
     inner = referrer(b"another")
     index = json.loads(NONE) | {
         "manifests": [make.descriptor(inner.manifest, OCI_MANIFEST)],
         "subject": make.descriptor(FIRST.manifest, OCI_MANIFEST),
     }
     outer = make.Made(json.dumps(index).encode(), b"", [])
-    name = listing(remote, outer, inner)
+    name = list_as_referrers(remote, outer, inner)
     cache.pull(name, referrers=True)
     assert {outer.digest, inner.digest} <= {blob.digest for blob in cache.get_image_blobs(name)}
 
 
-def test_a_manifest_that_refers_is_asked_for_once(cache: Cache, remote: Registry) -> None:
+def test_the_manifest_of_a_referrer_is_requested_once(cache: Cache, remote: Registry) -> None:
     made = referrer(FIRST.manifest)
-    cache.pull(listing(remote, made), referrers=True)
+    cache.pull(list_as_referrers(remote, made), referrers=True)
     assert remote.count("GET", f"/manifests/{made.digest}") == 1
 
 
-def test_manifests_that_fill_the_memory_are_refused(
+def test_referrers_whose_manifests_exceed_the_memory_limit_are_refused(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cachedb.operations.pull_source._MANIFEST_BYTES", 10_000)
-    name = listing(remote, *(referrer(FIRST.manifest, bytes([number])) for number in range(30)))
+    name = list_as_referrers(remote, *(referrer(FIRST.manifest, bytes([number])) for number in range(30)))
     with pytest.raises(InvalidManifest, match="more than 10000 bytes in all"):
         cache.pull(name, referrers=True)
     assert cache.get_stats().reclaimable_blobs == 0

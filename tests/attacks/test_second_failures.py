@@ -1,4 +1,4 @@
-"""A clean-up that fails after a failure: the first error is the one that is reported."""
+"""If a clean-up fails after a failure, the first error is reported."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ IMAGE = make.image(1, 2)
 
 
 class Fault:
-    """Makes a function fail for some of its first arguments, and knows how often it did.
+    """A fault that makes a function fail for some of its first arguments, and counts how often it did.
 
-    Leaving the block fails if the fault never fired: nothing was tested then.
+    The end of the block fails if the fault never fired, because then nothing was tested.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Fault:
         return self._real(*arguments, **options)
 
     def __enter__(self) -> None:
-        # A function, for a method gets its object only if it is one.
+        # A function, because a bound method would not get the object of the patched method.
         self._set(lambda *arguments, **options: self._call(*arguments, **options))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -73,11 +73,11 @@ def test_a_fault_that_does_not_fire_fails_its_test(fault: MakeFault) -> None:
 
 
 @pytest.mark.parametrize("form", ["docker", "oci-dir"])
-def test_an_export_that_fails_and_cannot_be_taken_away(
+def test_a_failed_export_that_cannot_be_removed_reports_the_first_error(
     cache: Cache, fault: MakeFault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Format
 ) -> None:
     save(cache, "app:1", IMAGE)
-    monkeypatch.setattr(os, "O_TMPFILE", 0)  # as on a file system that has no files without a name
+    monkeypatch.setattr(os, "O_TMPFILE", 0)  # as on a file system without unnamed files
     with (
         fault(os, "fsync", errno.ENOSPC, ".part"),
         fault(Path, "unlink", errno.EIO, ".part"),
@@ -88,10 +88,12 @@ def test_an_export_that_fails_and_cannot_be_taken_away(
     assert left.is_file()
     if form == "oci-dir":
         cache.export("app:1", tmp_path / "out", format=form)
-        assert not list(tmp_path.rglob(".cachedb-*.part")), "the next export takes it away"
+        assert not list(tmp_path.rglob(".cachedb-*.part")), "the next export must remove it"
 
 
-def test_an_export_whose_link_cannot_be_renamed_nor_taken_away(cache: Cache, fault: MakeFault, tmp_path: Path) -> None:
+def test_an_export_whose_link_cannot_be_renamed_or_removed_reports_the_first_error(
+    cache: Cache, fault: MakeFault, tmp_path: Path
+) -> None:
     save(cache, "app:1", IMAGE)
     cache.export("app:1", tmp_path / "out", format="oci-dir", link=True)
     with (
@@ -103,7 +105,7 @@ def test_an_export_whose_link_cannot_be_renamed_nor_taken_away(cache: Cache, fau
 
 
 @pytest.mark.parametrize("damaged", [True, False])
-def test_a_spooled_archive_that_cannot_be_taken_away(
+def test_a_spooled_archive_that_cannot_be_removed_hides_no_error(
     cache: Cache, fault: MakeFault, tmp_path: Path, damaged: bool
 ) -> None:
     archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": IMAGE}))
@@ -117,7 +119,7 @@ def test_a_spooled_archive_that_cannot_be_taken_away(
             assert [str(image.name) for image in cache.cache_from_tar(archive)] == ["app:1"]
 
 
-def test_a_backup_that_fails_and_cannot_be_taken_away(cache: Cache, fault: MakeFault) -> None:
+def test_a_failed_backup_that_cannot_be_removed_reports_the_first_error(cache: Cache, fault: MakeFault) -> None:
     cache.add_blob(b"x")
     with (
         fault(os, "fsync", errno.ENOSPC, ".backup-"),
@@ -127,10 +129,10 @@ def test_a_backup_that_fails_and_cannot_be_taken_away(cache: Cache, fault: MakeF
         upgrade.back_up(cache.directory)
     assert list((cache.directory / "backups").glob("*.db")) == []
     upgrade.back_up(cache.directory)
-    assert list((cache.directory / "backups").glob(".backup-*")) == [], "the next backup takes away what was left"
+    assert list((cache.directory / "backups").glob(".backup-*")) == [], "the next backup must remove it"
 
 
-def test_a_change_of_the_schema_that_fails_and_whose_backup_cannot_be_taken_away(
+def test_a_failed_change_of_the_schema_whose_backup_cannot_be_removed_reports_the_first_error(
     directory: Path, fault: MakeFault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Cache.open(directory).close()
@@ -143,7 +145,7 @@ def test_a_change_of_the_schema_that_fails_and_whose_backup_cannot_be_taken_away
         upgrade.downgrade(directory, "-1")
 
 
-def test_a_blob_that_is_refused_and_cannot_be_taken_away(cache: Cache, fault: MakeFault) -> None:
+def test_a_refused_blob_that_cannot_be_removed_reports_the_first_error(cache: Cache, fault: MakeFault) -> None:
     with (
         fault(os, "unlink", errno.EIO, "/ingest/"),
         pytest.raises(CacheError, match="should have digest"),
@@ -151,7 +153,7 @@ def test_a_blob_that_is_refused_and_cannot_be_taken_away(cache: Cache, fault: Ma
         cache.save_blob(make.digest_of(b"x"), b"y")
 
 
-def test_a_publication_that_fails_and_cannot_be_taken_back(
+def test_a_failed_publication_that_cannot_be_retracted_reports_the_first_error(
     cache: Cache, fault: MakeFault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.add_blob(b"before")
@@ -170,7 +172,7 @@ def test_a_publication_that_fails_and_cannot_be_taken_back(
     assert failed
 
 
-def test_a_pull_that_fails_and_what_is_left_of_it_cannot_be_taken_away(
+def test_a_failed_pull_whose_download_cannot_be_removed_reports_the_first_error(
     cache: Cache, fault: MakeFault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("REGISTRY_AUTH_FILE", "")
@@ -185,7 +187,7 @@ def test_a_pull_that_fails_and_what_is_left_of_it_cannot_be_taken_away(
             cache.pull(f"{remote.host}/app:1")
 
 
-def test_work_that_fails_and_whose_lock_file_cannot_be_taken_away(cache: Cache, fault: MakeFault) -> None:
+def test_failed_work_whose_lock_file_cannot_be_removed_reports_the_first_error(cache: Cache, fault: MakeFault) -> None:
     def work() -> None:
         with single_flight.once(cache.directory, "app", lambda: None):
             raise ValueError("the first error")
@@ -193,18 +195,18 @@ def test_work_that_fails_and_whose_lock_file_cannot_be_taken_away(cache: Cache, 
     with fault(Path, "unlink", errno.EIO, ".producing"), pytest.raises(ValueError, match="the first error"):
         work()
     with single_flight.once(cache.directory, "app", lambda: None) as found:
-        assert found is None, "the lock was released all the same"
+        assert found is None, "the lock must be released"
 
 
-def test_who_asks_whether_something_is_made_and_fails_releases_its_lock(cache: Cache) -> None:
+def test_a_failed_block_releases_its_claim(cache: Cache) -> None:
     def work() -> None:
-        with single_flight.unless_made(cache.directory, "app") as nobody:
-            assert nobody
+        with single_flight.unless_made(cache.directory, "app") as is_claimed:
+            assert is_claimed
             raise ValueError("the first error")
 
     with pytest.raises(ValueError, match="the first error"):
         work()
-    with single_flight.unless_made(cache.directory, "app") as nobody:
-        assert nobody
+    with single_flight.unless_made(cache.directory, "app") as is_claimed:
+        assert is_claimed
     with single_flight.once(cache.directory, "app", lambda: None) as found:
         assert found is None

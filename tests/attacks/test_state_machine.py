@@ -1,7 +1,7 @@
-"""The whole of `Cache`, driven at random beside a model that is a few dicts: the two never differ.
+"""Call random methods of `Cache` and of a model made of a few dicts: the two never differ.
 
-What is modelled is who needs a blob: the images whose closure it is in, and the leases of each session. All that
-the cache answers follows from that.
+The model knows what needs a blob: the images whose closure contains it, and the leases of each session. All answers of
+the cache follow from that.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ IMAGES = [
     make.image(4, 4), make.image(3, compression="gzip"), make.image(3, 5, compression="gzip"),
     make.image(1, 5, architecture="arm64"), make.image(1, 2, architecture="arm64"), make.image(6, architecture="s390x"),
 ]  # fmt: skip
-"""They share layers, and configs with none."""
+"""Images that share layers with one another, but no configs."""
 CHILDREN = [[IMAGES[0], IMAGES[9]], [IMAGES[1], IMAGES[10], IMAGES[11]]]
 INDEXES = [make.index(*children) for children in CHILDREN]
 LOOSE = [b"", b"attached", make.random_bytes(2000, 9)]
@@ -56,7 +56,7 @@ NAMES = ["a:1", "a:2", "b:1", "c:1"]
 
 slots = st.integers(0, 1)
 names = st.sampled_from(NAMES)
-# By their places in the lists, which a failure can print.
+# Indexes into the lists, because a failure prints them.
 images = st.integers(0, len(IMAGES) - 1)
 indexes = st.integers(0, len(INDEXES) - 1)
 contents = st.integers(0, len(BLOBS) - 1)
@@ -64,7 +64,7 @@ digests = st.sampled_from([make.digest_of(data) for data in BLOBS])
 
 
 def named_by(document: bytes) -> list[tuple[str, int]]:
-    """What a manifest or index names, with the sizes it says; nothing, if it is neither."""
+    """Return the digests and sizes in a manifest or index; an empty list for other content."""
     try:
         parsed = json.loads(document)
     except ValueError:
@@ -77,7 +77,7 @@ def named_by(document: bytes) -> list[tuple[str, int]]:
 
 @dataclass
 class Image:
-    """A name's: what it points to, and what was attached to it."""
+    """The image of a name: its root manifest or index, and the attached blobs."""
 
     root: str
     attached: list[str] = field(default_factory=list)
@@ -85,16 +85,16 @@ class Image:
 
 @dataclass
 class Session:
-    """An open cache, and the leases it has."""
+    """An open cache, and its leases."""
 
     cache: Cache
-    unsaved: Counter[str] = field(default_factory=Counter)  # stored, and of no image that this session saved since
-    expected: set[str] = field(default_factory=set)  # that an image it saved was waiting for
+    unsaved: Counter[str] = field(default_factory=Counter)  # leased: stored, but no image was saved with them since
+    expected: set[str] = field(default_factory=set)  # blobs that were missing when this session saved their image
     holds: list[tuple[AbstractContextManager[None], set[str]]] = field(default_factory=list)
 
 
 class Caches(RuleBasedStateMachine):
-    """Two sessions with one cache, and the model of it."""
+    """Two sessions of one cache, and its model."""
 
     empty: ClassVar[Path]
     place: ClassVar[Path]
@@ -102,9 +102,9 @@ class Caches(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.stored: dict[str, bytes] = {}
-        self.sizes: dict[str, int] = {}  # of what is not stored too, as a manifest says
+        self.sizes: dict[str, int] = {}  # also of blobs that are not stored, from their manifests
         self.images: dict[str, Image] = {}
-        self.asked = 0
+        self.turn = 0  # the session that answers the next comparison
 
     @initialize()
     def open(self) -> None:
@@ -121,7 +121,7 @@ class Caches(RuleBasedStateMachine):
     # The model.
 
     def _closure(self, name: str) -> list[str]:
-        """An image's blobs in the order of their positions: each document, then what it names."""
+        """Return an image's blobs in the order of their positions: each document, then the blobs that it names."""
         image = self.images[name]
         found: list[str] = []
         stack, expanded = [image.root], set[str]()
@@ -155,7 +155,7 @@ class Caches(RuleBasedStateMachine):
             self.images[name] = Image(root)
 
     def _free(self, candidates: Iterable[str]) -> tuple[int, int]:
-        """Forget those that nobody needs; return how many there are, and their bytes."""
+        """Delete the candidates that nothing needs; return their number and their bytes."""
         freed = (set(candidates) & self.stored.keys()) - self._used() - self._leased()
         size = sum(len(self.stored.pop(digest)) for digest in freed)
         return len(freed), size
@@ -173,7 +173,7 @@ class Caches(RuleBasedStateMachine):
 
     @rule(slot=slots, name=names, image=images)
     def save_an_image(self, slot: int, name: str, image: int) -> None:
-        """As build systems do: the parts, and then the manifest."""
+        """Save the layers and the config, and then the manifest, as build systems do."""
         for data in (*IMAGES[image].layers, IMAGES[image].config):
             self._save_blob(slot, data, True)
         self._save_manifest(slot, name, IMAGES[image].manifest)
@@ -223,7 +223,7 @@ class Caches(RuleBasedStateMachine):
     def import_from_docker(self, slot: int, name: str, which: int) -> None:
         cache, image = self.sessions[slot].cache, IMAGES[which]
         (saved,) = cache.cache_from_tar(io.BytesIO(make.tar_of(make.docker_files({name: image}))))
-        manifest = cache.get_manifest(name)  # made by the cache
+        manifest = cache.get_manifest(name)  # which the cache has made
         assert [digest for digest, _ in named_by(manifest)] == [
             make.digest_of(x) for x in (image.config, *image.layers)
         ]
@@ -253,7 +253,7 @@ class Caches(RuleBasedStateMachine):
             self.images[name].attached.append(digest)
             session.unsaved -= Counter([digest])
 
-    # Leaving.
+    # Removing and holding.
 
     @rule(slot=slots, chosen=st.sets(names, min_size=1, max_size=3), dry_run=st.booleans())
     def remove(self, slot: int, chosen: set[str], dry_run: bool) -> None:
@@ -274,8 +274,8 @@ class Caches(RuleBasedStateMachine):
     @rule(slot=slots)
     def collect(self, slot: int) -> None:
         cache = self.sessions[slot].cache
-        foreseen = cache.collect_garbage(dry_run=True)
-        assert foreseen == cache.collect_garbage() == self._free(self.stored)
+        planned = cache.collect_garbage(dry_run=True)
+        assert planned == cache.collect_garbage() == self._free(self.stored)
 
     @rule(slot=slots, wanted=names | digests)
     def begin_to_hold(self, slot: int, wanted: str) -> None:
@@ -334,7 +334,7 @@ class Caches(RuleBasedStateMachine):
                     read(digest)
 
     @rule(slot=slots, blob=contents, name=names)
-    def what_is_wrong_is_refused(self, slot: int, blob: int, name: str) -> None:
+    def refuse_wrong_input(self, slot: int, blob: int, name: str) -> None:
         cache, data = self.sessions[slot].cache, BLOBS[blob]
         archive = make.tar_of(make.oci_files({name: IMAGES[3]}))
         wrong: list[tuple[type[CacheError], Callable[[], object]]] = [
@@ -349,9 +349,9 @@ class Caches(RuleBasedStateMachine):
                 call()
 
     @invariant()
-    def the_cache_is_as_the_model(self) -> None:
-        cache = self.sessions[self.asked].cache
-        self.asked = 1 - self.asked  # the other, next time
+    def the_cache_equals_the_model(self) -> None:
+        cache = self.sessions[self.turn].cache
+        self.turn = 1 - self.turn  # the sessions take turns
         closures = {name: self._closure(name) for name in self.images}
         found = {str(image.name): (image.digest, image.size, image.complete) for image in cache.list_manifests()}
         assert found == {
@@ -359,8 +359,8 @@ class Caches(RuleBasedStateMachine):
             for name, closure in closures.items()
         }
         for name, closure in closures.items():
-            there = [(blob.digest, blob.stored, blob.size) for blob in cache.get_image_blobs(name)]
-            assert there == [(digest, digest in self.stored, self.sizes[digest]) for digest in closure]
+            blobs = [(blob.digest, blob.stored, blob.size) for blob in cache.get_image_blobs(name)]
+            assert blobs == [(digest, digest in self.stored, self.sizes[digest]) for digest in closure]
         assert all(cache.is_image_complete(name) == (name in closures and found[name][2]) for name in NAMES)
         assert cache.list_blobs() == sorted(self.stored)
         assert cache.get_stats() == self._stats()
@@ -380,8 +380,8 @@ class Caches(RuleBasedStateMachine):
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The machine, in memory if the computer has a folder there."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here
+    """Return the state machine, whose caches lie in memory if possible."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # there are no power cuts here
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as place:
         Caches.place, Caches.empty = Path(place), Path(place) / "empty"
@@ -389,7 +389,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield Caches
 
 
-def test_a_cache_answers_as_a_model_of_dicts_does_whatever_is_done_to_it(machine: Any) -> None:
+def test_a_cache_answers_like_its_model_after_any_sequence_of_calls(machine: Any) -> None:
     run_state_machine_as_test(
         machine, settings=settings(max_examples=EXAMPLES // 3, stateful_step_count=STEPS, deadline=None)
     )
