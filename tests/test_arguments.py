@@ -1,4 +1,4 @@
-"""Arguments of a wrong type: a `TypeError`, or an error of our own, before anything is done."""
+"""An argument of a wrong type raises a `TypeError` or a `CacheError` before anything is done."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.support import make
 from tests.test_closing import ARGUMENTS, call, methods
 
 WRONG: list[Any] = [None, 3, 1.5, True, b"app:1", ["app:1"], {"app": 1}, object(), io.StringIO("text")]
-# What a parameter takes of these.
-TAKEN: dict[str, tuple[Any, ...]] = {
+# The types of these values that a parameter accepts.
+ACCEPTED: dict[str, tuple[Any, ...]] = {
     "data": (bytes,),
     "prefix": (str,),
     "seconds": (type(None), int, float),
@@ -29,7 +29,7 @@ TAKEN: dict[str, tuple[Any, ...]] = {
     "authfile": (type(None), str),
     "progress": (type(None),),
     "blob_progress": (type(None),),
-    "name": (type(None),),  # of an archive
+    "name": (type(None),),  # for an archive
     "target": (type(None),),
     "group": (type(None),),
     "is_working": (type(None),),
@@ -51,10 +51,11 @@ FLAGS = {
 
 
 def cases() -> list[tuple[str, str]]:
+    """Return all pairs of a method and one of its parameters that has a type."""
     found = []
     for method in methods():
         for parameter in list(inspect.signature(getattr(Cache, method)).parameters)[1:]:
-            if parameter not in FLAGS:  # a flag is true or false, as anything is
+            if parameter not in FLAGS:  # a flag accepts any value
                 found.append((method, parameter))
     return found
 
@@ -65,7 +66,7 @@ def test_an_argument_of_a_wrong_type_is_refused(cache: Cache, tmp_path: Path, me
     signature = inspect.signature(getattr(Cache, method))
     for wrong in WRONG:
         is_bool = type(wrong) is bool and parameter in ("seconds", "timeout")
-        if isinstance(wrong, TAKEN.get(parameter, ())) and not is_bool:
+        if isinstance(wrong, ACCEPTED.get(parameter, ())) and not is_bool:
             continue
         before = snapshot(cache.directory)
         bound = signature.bind(cache, *ARGUMENTS[method])
@@ -89,7 +90,7 @@ def test_a_directory_of_a_wrong_type_is_refused(wrong: Any) -> None:
         Name.parse(wrong)
 
 
-def test_a_progress_callback_that_is_none_is_refused_before_the_work(cache: Cache) -> None:
+def test_a_progress_callback_of_a_wrong_type_is_refused_before_the_work(cache: Cache) -> None:
     for function in (upgrade.upgrade, upgrade.back_up):
         with pytest.raises(TypeError, match="progress is of type 'int': give a function, or None"):
             function(cache.directory, progress=3)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The benchmarks run, and print what they say they print. Never how fast anything is: that is for people to read."""
+"""The benchmarks run and print their tables. No test here checks a speed."""
 
 import re
 import subprocess
@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def rows(printed: str) -> list[list[str]]:
+    """Return the cells of all tables in the output."""
     return [
         [cell.strip() for cell in line.strip("|").split(" | ")] for line in printed.splitlines() if line.startswith("|")
     ]
@@ -34,23 +35,23 @@ def test_a_section_prints_its_table(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_section_that_is_not_there_is_refused() -> None:
+def test_an_unknown_section_is_refused() -> None:
     command = [sys.executable, "-m", "benchmarks", "--only", "nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "start-up" in done.stderr
 
 
-def test_a_process_costs_its_own_memory_and_not_that_of_who_starts_it(tmp_path: Path) -> None:
+def test_the_cost_of_a_process_does_not_include_its_parents_memory(tmp_path: Path) -> None:
     large = bytearray(100_000_000)
     code = f"open({str(tmp_path / 'written')!r}, 'wb').write(bytes(3_000_000))"
     small = run(sys.executable, "-S", "-c", code)
     assert small.peak < len(large) / 2
-    assert 3_000_000 <= small.written < 4_000_000 or small.written == 0  # on a tmpfs nothing is
+    assert 3_000_000 <= small.written < 4_000_000 or small.written == 0  # on a tmpfs, nothing is written to a disk
 
 
-def test_commands_run_side_by_side(tmp_path: Path) -> None:
-    # Each waits until all of them are there.
+def test_commands_run_at_the_same_time(tmp_path: Path) -> None:
+    # Each command waits until all of them have begun.
     code = """import os, sys, time
 open(f"{sys.argv[1]}/{sys.argv[2]}", "w")
 while len(os.listdir(sys.argv[1])) < 3:
@@ -58,7 +59,7 @@ while len(os.listdir(sys.argv[1])) < 3:
     run_together([[sys.executable, "-S", "-c", code, str(tmp_path), name] for name in "abc"])
 
 
-def test_a_work_that_fails_costs_the_others_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_work_that_fails_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     limit = Work("limit", "nobody", lambda: Cost(1, 1, 2**20, 0))
     works = [
         limit,
@@ -73,7 +74,7 @@ def test_a_work_that_fails_costs_the_others_nothing(capsys: pytest.CaptureFixtur
     assert [len(work.costs) for work in works] == [3, 0, 3]
 
 
-def test_a_command_that_fails_says_why() -> None:
+def test_a_failed_command_reports_its_output_and_exit_code() -> None:
     with pytest.raises(Failed, match=r"it cannot[\s\S]*exit code 1"):
         run(sys.executable, "-c", "raise SystemExit('it cannot')")
 

@@ -1,4 +1,4 @@
-"""`Cache`: the operations, through the library."""
+"""The operations of `Cache`, called through the library."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_manifest_associates_blobs_that_are_not_stored_yet(cache: Cache) -> No
     assert cache.is_image_complete("app")
 
 
-def test_saving_a_name_again_moves_it_and_lets_go_of_what_it_pointed_to(cache: Cache, directory: Path) -> None:
+def test_saving_a_name_again_moves_it_and_frees_the_old_image(cache: Cache, directory: Path) -> None:
     old, new = make.image(1, 2), make.image(2, 3)
     save(cache, "app:1", old)
     before = cache.get_image("app:1")
@@ -81,7 +81,7 @@ def test_saving_a_name_again_moves_it_and_lets_go_of_what_it_pointed_to(cache: C
     assert files_of(directory) == stored_rows(directory) == {d: len(data) for d, data in new.blobs.items()}
 
 
-def test_saving_the_same_manifest_again_changes_nothing_but_the_time_of_use(cache: Cache) -> None:
+def test_saving_the_same_manifest_again_changes_only_the_time_of_use(cache: Cache) -> None:
     made = make.image(1)
     save(cache, "app:1", made)
     before = cache.get_image("app:1")
@@ -89,7 +89,7 @@ def test_saving_the_same_manifest_again_changes_nothing_but_the_time_of_use(cach
     assert cache.get_image("app:1")._replace(last_used_at=before.last_used_at) == before
 
 
-def test_what_is_shared_stays_until_the_last_image_goes(cache: Cache, directory: Path) -> None:
+def test_a_shared_blob_stays_until_its_last_image_is_removed(cache: Cache, directory: Path) -> None:
     one, two = make.image(1, 2), make.image(1, 3)
     save(cache, "one", one)
     save(cache, "two", two)
@@ -103,7 +103,7 @@ def test_what_is_shared_stays_until_the_last_image_goes(cache: Cache, directory:
     assert cache.get_stats().total_size == 0
 
 
-def test_a_dry_run_of_a_set_counts_what_only_the_set_uses(cache: Cache, directory: Path) -> None:
+def test_a_dry_run_for_several_images_counts_the_blobs_that_only_they_use(cache: Cache, directory: Path) -> None:
     one, two = make.image(1, 2), make.image(1, 3)
     save(cache, "one", one)
     save(cache, "two", two)
@@ -133,7 +133,7 @@ def test_a_tag_is_a_second_name_for_the_same_image(cache: Cache) -> None:
         cache.tag("nope", "other")
 
 
-def test_a_name_by_digest_must_be_the_manifests_and_a_digest_finds_a_tagged_image(cache: Cache) -> None:
+def test_a_name_with_a_digest_must_match_the_manifest_and_finds_a_tagged_image(cache: Cache) -> None:
     made = make.image(1)
     save(cache, "app:1", made)
     assert cache.get_image(f"app@{made.digest}").reference == "1"
@@ -150,7 +150,7 @@ def test_a_name_by_digest_must_be_the_manifests_and_a_digest_finds_a_tagged_imag
         cache.tag("app:1", "app@sha256:" + "0" * 64)
 
 
-def test_an_index_has_its_childrens_blobs_in_its_closure_whenever_they_come(cache: Cache) -> None:
+def test_an_index_is_associated_with_its_childrens_blobs_even_if_they_come_later(cache: Cache) -> None:
     one, two = make.image(1, 2), make.image(1, 3, architecture="arm64")
     save(cache, "one", one)
     index = make.index(one, two)
@@ -171,7 +171,7 @@ def test_an_index_has_its_childrens_blobs_in_its_closure_whenever_they_come(cach
     assert cache.is_image_complete("multi")
 
 
-def test_a_layer_may_stand_at_two_positions_and_counts_once(cache: Cache) -> None:
+def test_a_layer_at_two_positions_counts_once(cache: Cache) -> None:
     made = make.image(1, 1)
     save(cache, "app", made)
     blobs = cache.get_image_blobs("app")
@@ -180,7 +180,7 @@ def test_a_layer_may_stand_at_two_positions_and_counts_once(cache: Cache) -> Non
     assert cache.get_image("app").size == sum(map(len, made.blobs.values()))
 
 
-def test_an_attached_blob_stays_with_its_image(cache: Cache) -> None:
+def test_an_attached_blob_lives_as_long_as_its_image(cache: Cache) -> None:
     made = make.image(1)
     save(cache, "app", made)
     digest = cache.add_blob(b'{"spdxVersion": "SPDX-2.3"}')
@@ -195,7 +195,7 @@ def test_an_attached_blob_stays_with_its_image(cache: Cache) -> None:
     assert not cache.has_blob(digest)
 
 
-def test_attaching_needs_an_image_a_stored_blob_a_role_and_a_media_type(cache: Cache) -> None:
+def test_attaching_needs_an_image_a_stored_blob_and_a_valid_role_and_media_type(cache: Cache) -> None:
     made = make.image(1)
     cache.save_manifest("app", made.manifest)
     digest = cache.add_blob(b"x")
@@ -210,7 +210,7 @@ def test_attaching_needs_an_image_a_stored_blob_a_role_and_a_media_type(cache: C
 
 
 @pytest.mark.parametrize("kind", ["bytes", "file", "reader", "path"])
-def test_a_blob_comes_from_bytes_a_file_or_a_path(cache: Cache, tmp_path: Path, kind: str) -> None:
+def test_a_blob_is_added_from_bytes_a_file_or_a_path(cache: Cache, tmp_path: Path, kind: str) -> None:
     data = make.random_bytes(3_000_000, 1)
     path = tmp_path / "data"
     path.write_bytes(data)
@@ -219,8 +219,8 @@ def test_a_blob_comes_from_bytes_a_file_or_a_path(cache: Cache, tmp_path: Path, 
         def __init__(self) -> None:
             self.read = io.BytesIO(data).read
 
-    given = {"bytes": data, "file": io.BytesIO(data), "reader": Reader(), "path": path}[kind]
-    assert cache.add_blob(given) == make.digest_of(data)  # type: ignore[arg-type]
+    source = {"bytes": data, "file": io.BytesIO(data), "reader": Reader(), "path": path}[kind]
+    assert cache.add_blob(source) == make.digest_of(data)  # type: ignore[arg-type]
     assert cache.get_blob(make.hex_of(data)) == data
     with cache.open_blob(make.hex_of(data)) as file:
         assert file.read() == data
@@ -236,7 +236,7 @@ def test_sha512_is_stored_beside_sha256(cache: Cache, directory: Path) -> None:
         cache.add_blob(b"content", algorithm="md5")  # type: ignore[arg-type]
 
 
-def test_content_is_verified_also_when_it_is_stored_already(cache: Cache, directory: Path) -> None:
+def test_content_is_verified_even_if_the_blob_is_stored_already(cache: Cache, directory: Path) -> None:
     good = cache.add_blob(b"good")
     with pytest.raises(DigestMismatch):
         cache.save_blob(good, b"bad!")
@@ -249,7 +249,7 @@ def test_content_is_verified_also_when_it_is_stored_already(cache: Cache, direct
 
 
 @pytest.mark.parametrize("digest", ["", "sha256:", "sha256:../../etc", "md5:" + "0" * 32, "A" * 64, "0" * 63 + "\n"])
-def test_every_method_refuses_what_is_no_digest(cache: Cache, digest: str) -> None:
+def test_every_method_refuses_an_invalid_digest(cache: Cache, digest: str) -> None:
     for method in (cache.has_blob, cache.get_blob, cache.open_blob, cache.get_blob_path, cache.get_blob_size):
         with pytest.raises(InvalidDigest):
             method(digest)
@@ -257,7 +257,7 @@ def test_every_method_refuses_what_is_no_digest(cache: Cache, digest: str) -> No
         cache.save_blob(digest, b"")
 
 
-def test_what_is_not_here_is_said_to_be_not_here(cache: Cache) -> None:
+def test_an_absent_image_or_blob_raises_not_in_cache(cache: Cache) -> None:
     absent = "sha256:" + "0" * 64
     assert not cache.has_blob(absent)
     for method in (cache.get_blob, cache.open_blob, cache.get_blob_path, cache.get_blob_size):
@@ -275,13 +275,13 @@ def test_what_is_not_here_is_said_to_be_not_here(cache: Cache) -> None:
         pass
 
 
-def test_a_short_name_that_is_not_here_points_to_the_long_one_that_is(cache: Cache) -> None:
+def test_the_error_for_an_absent_short_name_suggests_the_long_one(cache: Cache) -> None:
     save(cache, "docker.io/library/app:1", make.image(1))
     with pytest.raises(NotInCache, match=r"^app:1 is not in the cache: did you mean docker.io/library/app:1\?$"):
         cache.get_image("app:1")
 
 
-def test_an_image_of_one_platform_is_exported_by_it_and_by_no_other(cache: Cache, tmp_path: Path) -> None:
+def test_an_image_of_one_platform_is_exported_only_for_that_platform(cache: Cache, tmp_path: Path) -> None:
     save(cache, "app", make.image(1, architecture="arm64"))
     for platform in ("linux/arm64", "linux/arm64/v8"):
         cache.export("app", tmp_path / "out.tar", platform=platform)
@@ -301,7 +301,7 @@ def test_held_blobs_outlive_their_image_until_the_block_ends(cache: Cache, direc
             other.collect_garbage()
             assert all(cache.get_blob(digest) == data for digest, data in made.blobs.items())
         assert other.collect_garbage().blobs == len(made.blobs)
-    assert cache.has_blob(extra), "it is this session's, until it ends"
+    assert cache.has_blob(extra), "the session that added it must keep it"
 
 
 def test_an_open_stream_outlives_its_blob(cache: Cache, directory: Path) -> None:
@@ -313,7 +313,7 @@ def test_an_open_stream_outlives_its_blob(cache: Cache, directory: Path) -> None
         assert json.loads(file.read())["architecture"] == "amd64"
 
 
-def test_a_blob_that_was_stored_is_kept_for_its_image_and_collectable_once_the_cache_is_closed(directory: Path) -> None:
+def test_an_added_blob_is_kept_until_the_cache_is_closed(directory: Path) -> None:
     with Cache.open(directory) as cache, Cache.open(directory) as other:
         digest = cache.add_blob(b"waiting for its image")
         assert other.collect_garbage() == Collected(0, 0)
@@ -322,17 +322,17 @@ def test_a_blob_that_was_stored_is_kept_for_its_image_and_collectable_once_the_c
         assert again.collect_garbage() == Collected(1, 21)
 
 
-def test_a_blob_that_an_image_waits_for_is_that_images_at_once(cache: Cache, directory: Path) -> None:
+def test_a_missing_blob_of_an_image_needs_no_lease_once_it_is_stored(cache: Cache, directory: Path) -> None:
     made = make.image(1)
     cache.save_manifest("app", made.manifest)
     cache.save_blob(make.digest_of(made.config), made.config)
     cache.add_blob(made.layers[0])
     assert cache.is_image_complete("app")
     cache.remove_manifest("app")
-    assert files_of(directory) == {}, "no lease of this session keeps it"
+    assert files_of(directory) == {}, "no lease of this session may keep it"
 
 
-def test_a_file_that_was_lost_or_cut_comes_back_with_the_next_import(cache: Cache, tmp_path: Path) -> None:
+def test_an_import_replaces_missing_and_truncated_files(cache: Cache, tmp_path: Path) -> None:
     made = make.image(1)
     archive = make.write(tmp_path / "a.tar", make.oci_files({"app": made}))
     cache.cache_from_tar(archive)
@@ -344,22 +344,22 @@ def test_a_file_that_was_lost_or_cut_comes_back_with_the_next_import(cache: Cach
     assert (config.read_bytes(), layer.read_bytes()) == (made.config, made.layers[0])
 
 
-def test_an_interrupted_import_keeps_the_record_of_what_it_published(directory: Path, tmp_path: Path) -> None:
+def test_an_interrupted_import_leaves_a_record_for_the_next_open_to_clean_up(directory: Path, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "a.tar", make.oci_files({"app": make.image(1)}))
     with pytest.MonkeyPatch.context() as patch, Cache.open(directory) as cache:
 
-        def interrupted(*_arguments: object) -> None:
+        def interrupt(*_arguments: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("cachedb.operations.import_archive.save_image", interrupted)
-        patch.setattr("cachedb.content.publish.retract", interrupted)
+        patch.setattr("cachedb.operations.import_archive.save_image", interrupt)
+        patch.setattr("cachedb.content.publish.retract", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cache.cache_from_tar(archive)
     Cache.open(directory).close()
     assert files_of(directory) == stored_rows(directory) == {}
 
 
-def test_what_a_killed_removal_left_is_cleaned_at_the_next_open(directory: Path) -> None:
+def test_the_next_open_cleans_up_after_a_killed_removal(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app", make.image(1))
         with pytest.MonkeyPatch.context() as patch:
@@ -370,22 +370,24 @@ def test_what_a_killed_removal_left_is_cleaned_at_the_next_open(directory: Path)
     assert files_of(directory) == {}
 
 
-def test_a_manifest_that_moves_while_it_is_read_is_the_new_one(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_whose_name_moves_while_it_is_read_is_the_new_one(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new = make.image(1), make.image(2)
     save(cache, "app", old)
     opened = reader.open_blob
 
-    def moved(directory: Path, digest: Digest) -> BinaryIO:
+    def move_and_open(directory: Path, digest: Digest) -> BinaryIO:
         if digest == old.digest and cache.get_image("app").digest == old.digest:
             save(cache, "app", new)
             cache.collect_garbage()
         return opened(directory, digest)
 
-    monkeypatch.setattr("cachedb.disk.reader.open_blob", moved)
+    monkeypatch.setattr("cachedb.disk.reader.open_blob", move_and_open)
     assert cache.get_manifest("app") == new.manifest
 
 
-def test_a_late_child_that_is_no_manifest_does_not_hide_its_siblings(cache: Cache) -> None:
+def test_a_late_child_that_is_not_a_manifest_does_not_hide_its_siblings(cache: Cache) -> None:
     good, bad = make.image(1), make.Made(b"no manifest", b"", [])
     cache.save_manifest("multi", make.index(bad, good))
     cache.add_blob(bad.manifest)
@@ -402,7 +404,7 @@ def test_an_empty_directory_name_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_that_store_one_blob_for_two_images_do_not_let_go_of_each_others(cache: Cache, directory: Path) -> None:
+def test_a_blob_stored_twice_for_two_images_keeps_its_lease_for_the_second(cache: Cache, directory: Path) -> None:
     one, two = make.image(1, 5), make.image(1, 6)
     for made in (one, two):
         for digest, data in made.blobs.items():
@@ -438,7 +440,7 @@ def test_many_threads_share_one_cache(cache: Cache, directory: Path) -> None:
     assert files_of(directory) == stored_rows(directory)
 
 
-def test_stats_count_images_blobs_bytes_and_what_is_reclaimable(cache: Cache, directory: Path) -> None:
+def test_stats_count_images_blobs_bytes_and_reclaimable_blobs(cache: Cache, directory: Path) -> None:
     one, two = make.image(1, 2), make.image(2, 3)
     save(cache, "one", one)
     save(cache, "two", two)
@@ -456,23 +458,23 @@ def test_stats_count_images_blobs_bytes_and_what_is_reclaimable(cache: Cache, di
     assert cache.collect_garbage() == dry
 
 
-def test_a_manifest_that_contradicts_a_stored_size_is_refused(cache: Cache, directory: Path) -> None:
+def test_a_manifest_with_a_wrong_size_of_a_stored_blob_is_refused(cache: Cache, directory: Path) -> None:
     made = make.image(1)
     save(cache, "app", made)
-    lying = json.loads(made.manifest)
-    lying["layers"][0]["size"] += 1
+    wrong = json.loads(made.manifest)
+    wrong["layers"][0]["size"] += 1
     before = snapshot(directory)
     with pytest.raises(InvalidManifest, match="it is"):
-        cache.save_manifest("lie", json.dumps(lying).encode())
+        cache.save_manifest("wrong", json.dumps(wrong).encode())
     after = snapshot(directory)
     assert after == before
 
 
 def test_a_wrong_size_in_a_manifest_does_not_keep_the_true_blob_out(cache: Cache) -> None:
     made = make.image(1)
-    lying = json.loads(made.manifest)
-    lying["layers"][0]["size"] += 1
-    cache.save_manifest("lie", json.dumps(lying).encode())
+    wrong = json.loads(made.manifest)
+    wrong["layers"][0]["size"] += 1
+    cache.save_manifest("wrong", json.dumps(wrong).encode())
     save(cache, "app", made)
     assert cache.is_image_complete("app")
 
@@ -481,7 +483,7 @@ def test_a_wrong_size_in_a_manifest_does_not_keep_the_true_blob_out(cache: Cache
     "manifest",
     [b"", b"null", b"[]", b"{}", b"{", b'{"schemaVersion": 1}', b"[" * 100_000, b'{"schemaVersion": 2, "config": {}}'],
 )
-def test_what_is_no_manifest_is_not_saved(cache: Cache, directory: Path, manifest: bytes) -> None:
+def test_an_invalid_manifest_is_not_saved(cache: Cache, directory: Path, manifest: bytes) -> None:
     with pytest.raises(InvalidManifest) as caught:
         cache.save_manifest("app", manifest)
     assert "\n" not in str(caught.value)
@@ -489,7 +491,7 @@ def test_what_is_no_manifest_is_not_saved(cache: Cache, directory: Path, manifes
     assert files_of(directory) == {}
 
 
-def test_a_manifest_of_another_media_type_than_said_is_not_saved(cache: Cache) -> None:
+def test_a_manifest_is_not_saved_with_another_media_type(cache: Cache) -> None:
     made = make.image(1)
     with pytest.raises(InvalidManifest):
         cache.save_manifest("app", made.manifest, OCI_INDEX)
@@ -497,7 +499,7 @@ def test_a_manifest_of_another_media_type_than_said_is_not_saved(cache: Cache) -
         cache.save_manifest("app", made.manifest, OCI_LAYER)
 
 
-def test_an_archive_is_imported_whole_and_its_images_listed(cache: Cache, tmp_path: Path) -> None:
+def test_an_import_returns_all_images_of_the_archive(cache: Cache, tmp_path: Path) -> None:
     images = {"app:1": make.image(1, 2), "app:2": make.image(1, 3)}
     found = cache.cache_from_tar(make.write(tmp_path / "a.tar", make.docker_files(images)))
     assert [str(image.name) for image in found] == ["app:1", "app:2"]
@@ -518,7 +520,7 @@ def test_an_import_reports_its_progress_to_the_last_byte(cache: Cache, tmp_path:
     assert calls[-1] == (size, size)
 
 
-def test_a_name_is_for_an_archive_of_one_image(cache: Cache, tmp_path: Path, directory: Path) -> None:
+def test_a_name_can_be_given_to_an_archive_of_one_image_only(cache: Cache, tmp_path: Path, directory: Path) -> None:
     one = make.write(tmp_path / "one.tar", make.docker_files({"app:1": make.image(1)}))
     two = make.write(tmp_path / "two.tar", make.docker_files({"app:1": make.image(1), "app:2": make.image(2)}))
     nameless = make.write(tmp_path / "nameless.tar", make.docker_files({"": make.image(1)}))
@@ -544,7 +546,7 @@ def test_an_incomplete_image_is_not_exported(cache: Cache, tmp_path: Path) -> No
     assert list(tmp_path.glob("*.tar*")) == []
 
 
-def test_options_that_do_not_fit_are_refused(cache: Cache, tmp_path: Path) -> None:
+def test_invalid_export_options_are_refused(cache: Cache, tmp_path: Path) -> None:
     save(cache, "app", make.image(1))
     for options in ({"format": "zip"}, {"link": True}):
         with pytest.raises(CacheError):
@@ -553,7 +555,7 @@ def test_options_that_do_not_fit_are_refused(cache: Cache, tmp_path: Path) -> No
         cache.export("app", io.BytesIO(), format="oci-dir")
 
 
-def test_removing_an_image_looks_at_that_image_alone(cache: Cache, directory: Path) -> None:
+def test_removing_an_image_scans_no_other_images(cache: Cache, directory: Path) -> None:
     save(cache, "app", make.image(1))
     connection = sqlite3.connect(directory / "index.db")
     plan = connection.execute(
@@ -564,12 +566,12 @@ def test_removing_an_image_looks_at_that_image_alone(cache: Cache, directory: Pa
     assert not [row for row in plan if row[3].startswith("SCAN")]
 
 
-def test_a_text_is_refused_where_bytes_or_a_path_are_meant(cache: Cache) -> None:
+def test_add_blob_refuses_a_str(cache: Cache) -> None:
     with pytest.raises(TypeError, match="data is a str: give bytes, or a Path to a file"):
         cache.add_blob("hello")  # type: ignore[arg-type]
 
 
-def test_what_is_not_in_the_cache_is_told_by_its_name(cache: Cache) -> None:
+def test_not_in_cache_has_the_name_of_the_absent_image_or_blob(cache: Cache) -> None:
     with pytest.raises(NotInCache) as missing:
         cache.get_image("none:1")
     assert missing.value.name == "none:1"
@@ -579,7 +581,7 @@ def test_what_is_not_in_the_cache_is_told_by_its_name(cache: Cache) -> None:
     assert pickle.loads(pickle.dumps(missing.value)).name == "none:1"
 
 
-def test_a_cache_shows_where_it_is_and_that_it_is_closed(directory: Path) -> None:
+def test_the_repr_of_a_cache_has_its_directory_and_whether_it_is_closed(directory: Path) -> None:
     with Cache.open(directory) as opened:
         assert repr(opened) == f"<Cache {str(directory)!r}>"
     assert repr(opened) == f"<Cache {str(directory)!r}, closed>"

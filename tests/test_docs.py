@@ -1,4 +1,4 @@
-"""The documentation is true: its examples run, and its tables have what the code has, no more and no less."""
+"""The documentation is true: its examples run, and its tables list exactly what the code has."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.make import image
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-GENERATED = DOCS / "reference" / "commands"  # by a build of the documentation; not in git
+GENERATED = DOCS / "reference" / "commands"  # a build of the documentation writes it; it is not in git
 PAGES = sorted(page for page in DOCS.rglob("*.md") if GENERATED not in page.parents)
 STEP = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 
@@ -33,13 +33,13 @@ class Block(NamedTuple):
     """A fenced block of a page."""
 
     line: int
-    language: str  # the first word behind the fence
-    marks: list[str]  # the others
+    language: str  # the first word after the fence
+    marks: list[str]  # the other words after the fence
     text: str
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Yield the outermost fenced blocks of a page, also those that stand in a list."""
+    """Yield the outermost fenced blocks of a page, including those in lists."""
     text = page.read_text()
     for match in re.finditer(r"^( *)(`{3,})([^\n`]*)\n(.*?)^\1\2 *$", text, re.MULTILINE | re.DOTALL):
         indent, _, info, inner = match.groups()
@@ -48,14 +48,14 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(text.count("\n", 0, match.start()) + 1, language, marks, inner)
 
 
-def runnable(page: Path) -> list[Block]:
-    """Return the blocks of a page that are examples, and not marked `no-test`."""
+def examples_of(page: Path) -> list[Block]:
+    """Return the examples of a page: blocks of console or Python without the mark `no-test`."""
     return [block for block in blocks(page) if block.language in ("console", "python") and "no-test" not in block.marks]
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the repository's examples, a cache of its own, and `cachedb` on the path."""
+    """Change to a folder with the repository's examples and its own cache, and put `cachedb` on the PATH."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -75,19 +75,19 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("place")
-@pytest.mark.parametrize("name", [str(page.relative_to(DOCS)) for page in PAGES if runnable(page)])
-def test_the_examples_of_a_page_give_the_output_that_it_shows(name: str) -> None:
-    """All blocks of a page run in their order, in one folder and with one cache."""
+@pytest.mark.parametrize("name", [str(page.relative_to(DOCS)) for page in PAGES if examples_of(page)])
+def test_the_examples_of_a_page_print_the_output_that_it_shows(name: str) -> None:
+    """Run all blocks of a page in order, in one folder and with one cache."""
     page = DOCS / name
     names: dict[str, Any] = {}
-    for block in runnable(page):
+    for block in examples_of(page):
         where = f"docs/{name}:{block.line}"
         if block.language == "python":
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
             continue
         steps = STEP.findall(block.text)
-        assert steps, f"{where}: a console block has lines that begin with `$ `"
+        assert steps, f"{where}: a console block needs lines that begin with `$ `"
         for command, expected in steps:
             result = subprocess.run(
                 command,
@@ -98,7 +98,7 @@ def test_the_examples_of_a_page_give_the_output_that_it_shows(name: str) -> None
                 text=True,
                 timeout=120,
             )
-            pattern = re.escape(expected).replace("…", "[^\n]+")  # what differs from one run to the next
+            pattern = re.escape(expected).replace("…", "[^\n]+")  # text that differs between runs
             assert re.fullmatch(pattern, result.stdout), f"{where}: {command}\n{result.stdout}"
 
 
@@ -113,13 +113,13 @@ def test_blocks_are_found_in_lists_and_inside_longer_fences(tmp_path: Path) -> N
         (5, "text", [], "```python\n1 / 0\n```\n"),
         (10, "python", [], "x\n"),
     ]
-    assert [block.line for block in runnable(page)] == [10]
+    assert [block.line for block in examples_of(page)] == [10]
     assert STEP.findall("$ a \\\n  b\nc\n$ d\n") == [("a \\\n  b", "c\n"), ("d", "")]
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_links_to_the_repository_lead_to_a_file(page: str) -> None:
-    """A build of the documentation looks at the links of its pages; these two are not among them."""
+    """Check the links of two pages that the build of the documentation does not check."""
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
         assert (ROOT / target).exists() or GENERATED in (ROOT / target).parents, f"{page}: {target}"
 
@@ -128,7 +128,7 @@ def test_links_to_the_repository_lead_to_a_file(page: str) -> None:
 
 
 def table(page: str, heading: str, text: str | None = None) -> dict[str, list[str]]:
-    """Return the rows of a table under a heading, by the code in their first cell."""
+    """Return the rows of the table under a heading, by the code in the first cell."""
     text = text or (DOCS / page).read_text()
     section = re.split(rf"^##+ {re.escape(heading)}\n", text, flags=re.MULTILINE)[1]
     section = re.split(r"^##+ ", section, flags=re.MULTILINE)[0]
@@ -136,13 +136,13 @@ def table(page: str, heading: str, text: str | None = None) -> dict[str, list[st
     return {key: [cell.strip() for cell in rest.split(" | ")] for key, rest in rows}
 
 
-def test_the_tables_of_the_reference_are_those_of_the_index() -> None:
+def test_the_sql_reference_lists_every_table() -> None:
     from cachedb.tables import METADATA
 
     assert set(table("reference/sql.md", "Tables")) == set(METADATA.tables)
 
 
-def test_the_page_about_python_has_every_public_name() -> None:
+def test_the_python_reference_has_every_public_name() -> None:
     text = (DOCS / "reference" / "python.md").read_text()
     documented = set(re.findall(r"^\.\. auto(?:class|data):: (\w+)$", text, re.MULTILINE))
     (members,) = re.findall(r":members: (Busy.*?)\n +:show", text, re.DOTALL)
@@ -151,7 +151,7 @@ def test_the_page_about_python_has_every_public_name() -> None:
     assert documented | documented_errors == set(cachedb.__all__) - {"__version__"}
 
 
-def test_the_configuration_has_every_variable_that_the_code_reads() -> None:
+def test_the_configuration_page_has_every_variable_that_the_code_reads() -> None:
     read = set()
     for file in [*(ROOT / "cachedb").rglob("*.py"), *(ROOT / "migrations").rglob("*.py")]:
         source = file.read_text()
@@ -161,13 +161,13 @@ def test_the_configuration_has_every_variable_that_the_code_reads() -> None:
         read |= set(re.findall(r"\bCACHEDB_[A-Z_]*[A-Z]\b", source))  # in messages and docstrings too
     described = table("reference/configuration.md", "Environment variables")
     ours = {name for row in described for name in row.split(", ")}
-    # These are read by Python, by OpenSSL, by platformdirs, and by click for completion.
+    # Python, OpenSSL and platformdirs read these.
     others = {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "XDG_CACHE_HOME", "TMPDIR"}
     internal = {"COMP_WORDS", "_CACHEDB_COMPLETE", "CACHEDB_COMPLETE"}
     assert read - internal == ours - others
 
 
-def test_the_exit_codes_are_those_of_the_help() -> None:
+def test_the_page_of_exit_codes_has_those_of_the_help() -> None:
     assert cli.help is not None
     (listed,) = re.findall(r"Exit codes: (.*?)\.$", cli.help, re.MULTILINE)
     codes = {code.partition(" ")[0] for code in listed.split("; ")}
@@ -178,22 +178,22 @@ def test_the_exit_codes_are_those_of_the_help() -> None:
 
 
 def shapes() -> dict[str, dict[str, list[str]]]:
-    """Return the tables of the page about JSON, by their headings."""
+    """Return the tables of the JSON reference, by heading."""
     text = (DOCS / "reference" / "json.md").read_text()
     return {heading: table("", heading, text) for heading in re.findall(r"^### (.*)$", text, re.MULTILINE)}
 
 
 def assert_has_shape(value: Any, shape: str, where: str) -> None:
-    """Compare an object with the table of its shape: names of fields, their order, and their types."""
+    """Assert that an object has the fields of a shape's table, in order, with their types."""
     found = shapes()
     described = {**(found["Image"] if shape == "Shown image" else {}), **found[shape]}
     assert list(value) == list(described), where
     for name, (kind, *_) in described.items():
-        assert_is(value[name], kind, f"{where}.{name}")
+        assert_has_type(value[name], kind, f"{where}.{name}")
 
 
-def assert_is(value: Any, kind: str, where: str) -> None:
-    """Compare a value with a type as the page writes it."""
+def assert_has_type(value: Any, kind: str, where: str) -> None:
+    """Assert that a value has a type, given as the page writes it."""
     kinds: dict[str, type] = {"string": str, "time": str, "number": int, "boolean": bool, "object": dict}
     if value is None:
         assert "null" in kind.split(" or "), where
@@ -202,7 +202,7 @@ def assert_is(value: Any, kind: str, where: str) -> None:
     if match := re.match(r"array of (.*)", kind):
         assert isinstance(value, list), where
         for number, one in enumerate(value):
-            assert_is(one, match[1], f"{where}[{number}]")
+            assert_has_type(one, match[1], f"{where}[{number}]")
     elif match := re.match(r"\[(.*?)\]\(.*?\)", kind):
         assert_has_shape(value, match[1], where)
     else:
@@ -212,8 +212,8 @@ def assert_is(value: Any, kind: str, where: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_about_json_describes_what_commands_print(place: Path) -> None:
-    """Each command of its table is run, and what it prints is compared with the tables of fields."""
+def test_the_output_of_commands_fits_the_json_reference(place: Path) -> None:
+    """Run each command of the reference's table, and compare its output with the tables of fields."""
     described = table("reference/json.md", "Commands")
     with Cache.open() as cache:
         lacking = image(5, 6)
@@ -225,24 +225,24 @@ def test_the_page_about_json_describes_what_commands_print(place: Path) -> None:
     (old / "blobs" / "sha256").mkdir(parents=True)
     (old / "index.json").write_text("{}")
     subprocess.run(["cachedb", "db", "backup", "backup.db"], check=True, stdout=subprocess.DEVNULL)
-    (place / "cache" / "blobs" / "sha256" / ("0" * 64)).write_bytes(b"x")  # a problem to be found
+    (place / "cache" / "blobs" / "sha256" / ("0" * 64)).write_bytes(b"x")  # a problem for `verify`
     arguments = {
         "import": "examples/hello.oci.tar", "show": "hello:1", "rm": "--dry-run hello:1", "gc": "--dry-run",
         "adopt": str(old), "copy": "copy", "hold": "hello:1 --for 2h", "df": "-v", "db downgrade": "0004",
         "db backup": "spare.db", "db restore": "backup.db", "report": "--list",
     }  # fmt: skip
-    assert {"pull", "push"} < set(described)  # which need a registry
-    # Last what changes the schema, and what it takes to come back.
+    assert {"pull", "push"} < set(described)  # these need a registry, and are not run
+    # The commands that change the schema come last.
     order = [*sorted(set(described) - {"pull", "push", "db downgrade", "db upgrade"}), "db downgrade", "db upgrade"]
     for command in order:
         kind = described[command][0]
         line = f"cachedb {command} {arguments.get(command, '')} --format json"
         done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
         assert done.returncode in (0, 1), f"{line}\n{done.stderr}"
-        assert_is(json.loads(done.stdout), kind, command)
+        assert_has_type(json.loads(done.stdout), kind, command)
 
 
-def test_the_page_about_json_has_the_fields_of_what_a_test_seldom_sees() -> None:
+def test_the_json_reference_has_the_fields_of_the_result_types() -> None:
     types: dict[str, Any] = {
         "Image": cachedb.ImageInfo, "Blob": cachedb.BlobInfo, "Platform": cachedb.PlatformInfo, "Push": cachedb.Pushed,
         "Problem": cachedb.Problem, "Leftover": cachedb.Leftover, "Session": cachedb.SessionInfo,
@@ -252,7 +252,7 @@ def test_the_page_about_json_has_the_fields_of_what_a_test_seldom_sees() -> None
     assert {name: tuple(described[name]) for name in types} == {name: one._fields for name, one in types.items()}
 
 
-def test_the_page_about_json_has_every_command_that_prints_json() -> None:
+def test_the_json_reference_has_every_command_that_prints_json() -> None:
     def walk(group: click.Group, before: str) -> Iterator[str]:
         context = click.Context(group)
         for name in group.list_commands(context):
@@ -271,7 +271,7 @@ def test_the_page_about_json_has_every_command_that_prints_json() -> None:
 # Promises
 
 
-def test_the_page_about_promises_has_each_promise_once() -> None:
+def test_the_page_of_promises_has_each_promise_and_names_existing_tests() -> None:
     rows = table("explanation/promises.md", "The promises")
     assert list(rows) == [f"P{number}" for number in (*range(1, 12), 14)]
     files = {file.name for file in (ROOT / "tests").rglob("*.py")}

@@ -1,4 +1,4 @@
-"""Work while the interpreter exits, when no thread can be started: the calling thread does it."""
+"""If no thread can be started, as during the interpreter's exit, the calling thread does the work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNK = 1024 * 1024
 
 @pytest.fixture
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thread can be started, as at a limit on them, or while the interpreter exits."""
+    """Let every start of a thread fail, as at a limit on threads or during the interpreter's exit."""
 
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -27,7 +27,7 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", refuse)
 
 
-def test_every_operation_works_in_a_handler_of_atexit(tmp_path: Path) -> None:
+def test_every_operation_works_in_an_atexit_handler(tmp_path: Path) -> None:
     archive = tmp_path / "app.tar"
     make.write(archive, make.oci_files({"app:1": make.image(1, size=2 * CHUNK)}))
     output = run_python(
@@ -91,13 +91,13 @@ def test_a_thread_that_outlives_the_main_thread_can_use_the_cache(tmp_path: Path
 
 
 @pytest.mark.usefixtures("no_threads")
-def test_the_calling_thread_does_the_work_where_no_other_can_be_started() -> None:
+def test_the_calling_thread_does_the_work_if_no_other_can_be_started() -> None:
     threads = in_threads(lambda item, _: (item, threading.get_ident()), range(5), summed(0, None), threads=3)
     assert threads == [(item, threading.get_ident()) for item in range(5)]
 
 
 @pytest.mark.usefixtures("no_threads")
-def test_what_the_calling_thread_does_fails_as_a_whole() -> None:
+def test_a_failure_in_the_calling_thread_stops_all_work() -> None:
     stopped: list[bool] = []
 
     def work(item: int, _: object) -> None:
@@ -109,13 +109,13 @@ def test_what_the_calling_thread_does_fails_as_a_whole() -> None:
 
 
 @pytest.mark.usefixtures("no_threads")
-def test_a_large_blob_is_hashed_where_no_thread_can_be_started(cache: Cache) -> None:
+def test_a_large_blob_is_hashed_if_no_thread_can_be_started(cache: Cache) -> None:
     data = bytes(CHUNK) * 6 + b"end"
     assert cache.get_blob(cache.add_blob(data)) == data
 
 
 @pytest.mark.usefixtures("no_threads")
-def test_many_files_are_unlinked_where_no_thread_can_be_started(directory: Path) -> None:
+def test_many_files_are_unlinked_if_no_thread_can_be_started(directory: Path) -> None:
     with Cache.open(directory) as cache:
         for number in range(100):
             cache.add_blob(b"%d" % number)
@@ -125,5 +125,5 @@ def test_many_files_are_unlinked_where_no_thread_can_be_started(directory: Path)
     assert files_of(directory) == {}
 
 
-def test_a_thread_that_was_started_is_told_from_one_that_was_not(no_threads: None) -> None:
+def test_start_returns_false_if_the_thread_cannot_be_started(no_threads: None) -> None:
     assert not start(threading.Thread())

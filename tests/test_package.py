@@ -1,4 +1,4 @@
-"""The package: what it exports, and that each way to install it carries all it needs."""
+"""The package: its exports, and that every kind of installation includes all files that it needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cachedb.index.tables import REVISION
 ROOT = Path(__file__).parent.parent
 
 
-def test_all_names_what_there_is() -> None:
+def test_all_lists_exactly_the_public_names() -> None:
     assert sorted(set(cachedb.__all__)) == sorted(cachedb.__all__)
     for name in cachedb.__all__:
         assert getattr(cachedb, name) is not None
@@ -28,7 +28,7 @@ def test_all_names_what_there_is() -> None:
     assert dir(cachedb) == sorted(cachedb.__all__)
 
 
-def test_every_error_is_under_one_root_and_drawn_in_the_tree() -> None:
+def test_every_error_is_a_cache_error_and_in_the_tree_of_the_docstring() -> None:
     from cachedb import errors
 
     assert errors.__doc__ is not None
@@ -40,7 +40,7 @@ def test_every_error_is_under_one_root_and_drawn_in_the_tree() -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git has, to build from."""
+    """Return a copy of the checkout's source files, to build from."""
     path = tmp_path_factory.mktemp("checkout") / "cachedb"
     kept = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "dist", "build")
     shutil.copytree(ROOT, path, ignore=kept)
@@ -49,7 +49,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def distributions(checkout: Path) -> dict[str, Path]:
-    """The sdist, and the wheel that is built from it."""
+    """Return the paths of the sdist and of the wheel built from it."""
     out = checkout.parent / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(checkout)]
     subprocess.run(command, check=True, capture_output=True)
@@ -58,13 +58,13 @@ def distributions(checkout: Path) -> dict[str, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
-def test_an_installed_package_makes_a_cache_and_changes_its_schema(
+def test_an_installed_package_creates_a_cache_and_migrates_its_schema(
     kind: str, checkout: Path, distributions: dict[str, Path], tmp_path: Path
 ) -> None:
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin" / "python"
-    # The dependencies are those of the tests' own environment.
+    # Use the dependencies of the tests' own environment.
     purelib = sysconfig.get_path("purelib", vars={"base": str(environment)})
     (Path(purelib) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     source = ["-e", str(checkout)] if kind == "editable" else [str(distributions[kind])]

@@ -1,4 +1,4 @@
-"""The README is true: its tour prints what it shows, and its examples run. `test_docs` is about docs/."""
+"""The README is true: its tour prints the output that it shows, and its examples run; `test_docs` checks docs/."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the repository's examples, a cache of its own, and `cachedb` on the path."""
+    """Change to a folder with the repository's examples and its own cache, and put `cachedb` on the PATH."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     program = tmp_path / "bin" / "cachedb"
     program.parent.mkdir()
@@ -42,7 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def set_up_command(mark: str) -> str:
-    """The command that `.ci/run` takes from the README, which may have several lines."""
+    """Return a command of one or more lines that `.ci/run` takes from the README."""
     block: str
     (block,) = re.findall(rf"<!-- {mark} -->\n```sh\n(.*?)```", README, re.DOTALL)
     return block
@@ -59,7 +59,7 @@ def test_the_tour_prints_what_the_readme_shows() -> None:
         result = subprocess.run(
             command, shell=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        pattern = re.escape(expected).replace("…", "[^\n]+")  # what differs from one run to the next
+        pattern = re.escape(expected).replace("…", "[^\n]+")  # text that differs between runs
         assert re.fullmatch(pattern, result.stdout), f"{command}\n{result.stdout}"
 
 
@@ -103,7 +103,7 @@ def test_the_build_step_adds_a_layer(place: Path) -> None:
         assert linked.samefile(layer)
 
 
-def test_the_build_step_takes_the_hosts_platform_of_an_index(place: Path) -> None:
+def test_the_build_step_uses_the_hosts_platform_of_an_index(place: Path) -> None:
     theirs, ours = make.image(1, architecture="s390x"), make.image(2, 3)
     here = {"os": "linux", "architecture": host_platform().split("/")[1]}
     root = make.index(theirs, ours, platforms=[{"os": "linux", "architecture": "s390x"}, here])
@@ -119,7 +119,7 @@ def test_the_build_step_takes_the_hosts_platform_of_an_index(place: Path) -> Non
         assert cache.is_image_complete("built:1")
 
 
-def test_the_build_step_keeps_dockers_media_types(place: Path) -> None:
+def test_the_build_step_keeps_docker_media_types(place: Path) -> None:
     made = make.image(1, compression="gzip")
     manifest = json.loads(made.manifest)
     manifest["mediaType"] = DOCKER_MANIFEST
@@ -156,7 +156,7 @@ def test_the_build_step_holds_its_base(place: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_the_build_step_fails_where_it_cannot_make_a_whole_image(place: Path) -> None:
+def test_the_build_step_fails_if_it_cannot_make_a_complete_image(place: Path) -> None:
     made = make.image(1)
     with Cache.open(place / "cache") as cache:
         cache.save_manifest("missing:1", made.manifest)
@@ -181,7 +181,7 @@ def test_the_build_step_fails_where_it_cannot_make_a_whole_image(place: Path) ->
             assert not cache.is_image_complete("built:1")
 
 
-def test_each_set_up_command_is_one_paste() -> None:
+def test_each_set_up_command_can_be_pasted_at_once() -> None:
     for mark in ("main", "test"):
         command = set_up_command(mark)
         assert command.startswith("python3 -m venv")
@@ -195,17 +195,17 @@ def test_each_set_up_command_is_one_paste() -> None:
 
 
 @pytest.mark.slow
-def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
-    told = " ".join(
+def test_the_code_has_every_message_of_the_troubleshooting_page() -> None:
+    texts = " ".join(
         f"{node.value} "
         for path in (ROOT / "cachedb").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
-    told += f"{os.strerror(errno.ENOSPC)} no such column: "  # the operating system's, and SQLite's
+    texts += f"{os.strerror(errno.ENOSPC)} no such column: "  # from the operating system, and from SQLite
     messages = re.findall(r"^### `(.*)`$", (ROOT / "docs/how-to/troubleshooting.md").read_text(), re.MULTILINE)
     assert len(messages) > 40
     for message in messages:
         parts = [part.strip() for part in message.split("…")]
         assert any(len(part) > 5 for part in parts), message
-        assert [part for part in parts if part not in told] == [], message
+        assert [part for part in parts if part not in texts] == [], message

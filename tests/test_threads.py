@@ -1,4 +1,4 @@
-"""Work in several threads: order, what is asked for and when, and how it stops."""
+"""Work in several threads: the order of items and results, progress, failures, and stopping."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert in_threads(work, [], summed(0, None)) == []
 
 
-def test_items_are_asked_for_when_a_thread_is_free() -> None:
-    asked: list[int] = []
+def test_an_item_is_taken_only_when_a_thread_is_free() -> None:
+    taken: list[int] = []
     done: list[int] = []
 
     def items() -> Iterator[int]:
         for item in range(20):
-            assert len(asked) - len(done) < 3
-            asked.append(item)
+            assert len(taken) - len(done) < 3
+            taken.append(item)
             yield item
 
     def work(item: int, _: Advance) -> None:
         done.append(item)
 
     in_threads(work, items(), summed(0, None), threads=3)
-    assert sorted(done) == asked == list(range(20))
+    assert sorted(done) == taken == list(range(20))
 
 
-def test_the_first_failure_is_raised_and_the_others_stop_where_they_say_how_far_they_are() -> None:
+def test_the_first_failure_is_raised_and_the_others_stop_when_they_report_progress() -> None:
     begun = threading.Event()
     stopped: list[BaseException] = []
 
@@ -52,7 +52,7 @@ def test_the_first_failure_is_raised_and_the_others_stop_where_they_say_how_far_
             assert begun.wait(60)
             raise KeyError(item)
         begun.set()
-        end = time.monotonic() + 60  # it is to be stopped long before
+        end = time.monotonic() + 60  # it should be stopped long before
         try:
             while time.monotonic() < end:
                 advance(1)
@@ -65,7 +65,7 @@ def test_the_first_failure_is_raised_and_the_others_stop_where_they_say_how_far_
     assert "cancelled" in str(stopped[0])
 
 
-def test_what_fails_to_give_the_next_item_is_raised() -> None:
+def test_an_error_of_the_iterator_of_items_is_raised() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise LookupError("no more")
@@ -74,32 +74,33 @@ def test_what_fails_to_give_the_next_item_is_raised() -> None:
         in_threads(lambda item, _: item, items(), summed(0, None))
 
 
-def test_progress_is_the_sum_of_what_all_have_done() -> None:
-    told: list[tuple[int, int]] = []
-    in_threads(lambda item, advance: advance(item), [1, 2, 3, 4], summed(10, lambda *now: told.append(now)), threads=2)
-    assert told[-1] == (10, 10)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+def test_progress_is_the_sum_over_all_threads() -> None:
+    reports: list[tuple[int, int]] = []
+    report = summed(10, lambda *now: reports.append(now))
+    in_threads(lambda item, advance: advance(item), [1, 2, 3, 4], report, threads=2)
+    assert reports[-1] == (10, 10)
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)
 
 
-def test_what_cannot_be_stopped_does_not_hold_up_an_end() -> None:
-    asked, free = threading.Event(), threading.Event()
+def test_stop_thread_does_not_wait_for_a_thread_that_does_not_end() -> None:
+    stopped, free = threading.Event(), threading.Event()
     thread = threading.Thread(target=free.wait, args=(30,), daemon=True)
     thread.start()
-    stop_thread(thread, asked.set)
-    assert asked.is_set()
+    stop_thread(thread, stopped.set)
+    assert stopped.is_set()
     assert thread.is_alive()
     free.set()
     thread.join(30)
 
 
-def test_what_is_told_beside_a_block_is_told_in_order_and_holds_up_nothing() -> None:
+def test_progress_beside_a_block_is_reported_in_order_without_delaying_the_block() -> None:
     begun, go_on = threading.Event(), threading.Event()
-    told: list[int] = []
+    reports: list[int] = []
 
     def progress(number: int) -> None:
         begun.set()
         assert go_on.wait(60)
-        told.append(number)
+        reports.append(number)
 
     with told_beside(progress) as tell:
         assert tell
@@ -107,14 +108,14 @@ def test_what_is_told_beside_a_block_is_told_in_order_and_holds_up_nothing() -> 
             tell(number)
             begun.wait(60)
         go_on.set()
-    assert told == sorted(told)
-    assert 1 < len(told) < 100
+    assert reports == sorted(reports)
+    assert 1 < len(reports) < 100
     with told_beside(None) as tell:
         assert tell is None
 
 
 @pytest.mark.parametrize("at", ["the next call", "the end"])
-def test_what_is_raised_beside_a_block_ends_it(at: str) -> None:
+def test_an_error_of_progress_beside_a_block_ends_the_block(at: str) -> None:
     raised = threading.Event()
 
     def progress() -> None:

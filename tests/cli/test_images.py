@@ -1,4 +1,4 @@
-"""Commands about images, beside other processes that change them."""
+"""Commands about images, while another process moves their tags."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with Cache.open(sys.argv[1]) as cache:
 
 @pytest.fixture
 def moving(cache: Cache) -> Iterator[Cache]:
-    """A cache in which another process moves two tags between two images."""
+    """Yield a cache in which another process moves two tags between two images."""
     make.save(cache, "first:1", make.image(1))
     make.save(cache, "second:1", make.image(2, 3, 4))
     cache.tag("first:1", "app:1")
@@ -42,6 +42,7 @@ def moving(cache: Cache) -> Iterator[Cache]:
 
 
 def run(cache: Cache, *words: str) -> str:
+    """Run a command, assert that it succeeds, and return its output."""
     done = CliRunner().invoke(cli, ["--dir", str(cache.directory), *words])
     assert done.exit_code == 0, done.output
     return done.output
@@ -59,7 +60,7 @@ def test_show_prints_one_image_while_its_tag_moves(moving: Cache) -> None:
 
 
 @pytest.mark.slow
-def test_details_are_of_one_moment(moving: Cache) -> None:
+def test_get_details_returns_one_image_while_its_tag_moves(moving: Cache) -> None:
     for _ in range(300):
         image, blobs, labels, platforms = moving.get_details("app:1")
         assert image.digest == blobs[0].digest
@@ -68,7 +69,7 @@ def test_details_are_of_one_moment(moving: Cache) -> None:
 
 
 @pytest.mark.slow
-def test_what_df_lists_adds_up_to_its_totals(moving: Cache) -> None:
+def test_the_images_of_df_add_up_to_its_totals_while_tags_move(moving: Cache) -> None:
     for _ in range(60):
         found = json.loads(run(moving, "df", "--verbose", "--format", "json"))
         listed = found["image_usage"]

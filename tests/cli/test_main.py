@@ -1,4 +1,4 @@
-"""The command line, as a process of its own: output, exit codes, errors of one line, completion, signals."""
+"""The command line as a process: output, exit codes, errors of one line, completion, signals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def archive(tmp_path: Path) -> Path:
     return make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
 
 
-def test_the_main_job_from_import_to_an_empty_disk(cachedb: Run, archive: Path, directory: Path) -> None:
+def test_an_image_is_imported_listed_shown_and_removed(cachedb: Run, archive: Path, directory: Path) -> None:
     imported = cachedb("import", archive, "--format", "json")
     assert (imported.returncode, imported.stderr) == (0, "")
     (image,) = json.loads(imported.stdout)
@@ -71,7 +71,7 @@ def test_the_main_job_from_import_to_an_empty_disk(cachedb: Run, archive: Path, 
     assert files_of(directory) == {}
 
 
-def test_tables_are_for_people(cachedb: Run, archive: Path) -> None:
+def test_the_default_output_is_a_readable_table(cachedb: Run, archive: Path) -> None:
     assert "app:1" in cachedb("import", archive).stdout
     heading, row = cachedb("ls").stdout.splitlines()
     assert heading.split() == ["NAME", "DIGEST", "SIZE", "CREATED", "STATE"]
@@ -86,7 +86,7 @@ def test_tables_are_for_people(cachedb: Run, archive: Path) -> None:
 
 
 def on_a_terminal(command: list[str], keep: str = "stdout") -> str:
-    """What a command shows when stdout (or stderr) is a terminal."""
+    """Run a command with stdout (or stderr) on a terminal, assert that it succeeds, and return its output there."""
     master, slave = pty.openpty()
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, keep: slave}
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
@@ -107,7 +107,7 @@ def on_a_terminal(command: list[str], keep: str = "stdout") -> str:
 
 
 @pytest.mark.slow
-def test_on_a_terminal_there_are_tables_and_progress_bars(archive: Path, directory: Path) -> None:
+def test_a_terminal_shows_tables_and_progress_bars(archive: Path, directory: Path) -> None:
     command = [sys.executable, "-m", "cachedb", "--dir", str(directory)]
     assert "importing" in on_a_terminal([*command, "import", str(archive)], keep="stderr")
     assert "app:1" in on_a_terminal([*command, "ls"])
@@ -116,7 +116,7 @@ def test_on_a_terminal_there_are_tables_and_progress_bars(archive: Path, directo
     assert on_a_terminal([*command, "import", "-q", str(archive)], keep="stderr") == ""
 
 
-def test_an_image_goes_through_pipes(cachedb: Run, archive: Path) -> None:
+def test_an_image_is_imported_and_exported_through_pipes(cachedb: Run, archive: Path) -> None:
     with archive.open("rb") as file:
         assert cachedb("import", "-", "copy:2", "-q", stdin=file).stdout == "copy:2\n"
     piped = cachedb("import", "-", "piped", "-q", input=archive.read_bytes(), text=False)
@@ -127,7 +127,7 @@ def test_an_image_goes_through_pipes(cachedb: Run, archive: Path) -> None:
     assert json.loads(again.stdout)[0]["digest"] == MADE.digest
 
 
-def test_blobs_are_added_read_and_found(cachedb: Run, tmp_path: Path) -> None:
+def test_a_blob_is_added_read_and_found(cachedb: Run, tmp_path: Path) -> None:
     data = b"\x00binary\xff"
     file = tmp_path / "data"
     file.write_bytes(data)
@@ -144,7 +144,7 @@ def test_blobs_are_added_read_and_found(cachedb: Run, tmp_path: Path) -> None:
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
 
 
-def test_tags_are_second_names(cachedb: Run, archive: Path) -> None:
+def test_a_tag_is_listed_and_removed_as_a_second_name(cachedb: Run, archive: Path) -> None:
     cachedb("import", archive)
     assert cachedb("tag", "app:1", "app:stable").returncode == 0
     assert cachedb("ls", "-q").stdout == "app:1\napp:stable\n"
@@ -187,7 +187,7 @@ def test_an_error_is_one_line_and_has_its_exit_code(cachedb: Run, arguments: lis
     assert re.fullmatch(r"cachedb: .+\n", result.stderr), result.stderr
 
 
-def test_what_is_not_here_does_not_exist(cachedb: Run, archive: Path, directory: Path) -> None:
+def test_exists_exits_with_3_if_the_image_is_absent_or_incomplete(cachedb: Run, archive: Path, directory: Path) -> None:
     assert cachedb("exists", "app:1").returncode == 3
     assert cachedb("exists", ABSENT).returncode == 3
     cachedb("import", archive)
@@ -198,7 +198,7 @@ def test_what_is_not_here_does_not_exist(cachedb: Run, archive: Path, directory:
     assert cachedb("exists", "No Name").returncode == 2
 
 
-def test_control_characters_of_strangers_do_not_reach_the_terminal(cachedb: Run, tmp_path: Path) -> None:
+def test_control_characters_in_an_archive_do_not_reach_the_terminal(cachedb: Run, tmp_path: Path) -> None:
     evil = make.write(tmp_path / "evil.tar", make.docker_files({"a\x1b[31m\nb": make.image(1)}))
     result = cachedb("import", evil)
     assert result.returncode == 1
@@ -206,18 +206,20 @@ def test_control_characters_of_strangers_do_not_reach_the_terminal(cachedb: Run,
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("what", ["a file", "somebody's database", "somebody's files", "nowhere"])
-def test_a_directory_that_is_no_cache_is_refused_and_left_alone(cachedb: Run, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("what", ["a file", "a foreign database", "foreign files", "proc"])
+def test_a_directory_that_is_not_a_cache_is_refused_and_stays_unchanged(
+    cachedb: Run, tmp_path: Path, what: str
+) -> None:
     path = tmp_path / "other"
     if what == "a file":
         path.write_text("x")
-    elif what == "somebody's database":
+    elif what == "a foreign database":
         path.mkdir()
         subprocess.run(
             [sys.executable, "-c", "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('CREATE TABLE t (x)')",
              str(path / "index.db")], check=True,
         )  # fmt: skip
-    elif what == "somebody's files":
+    elif what == "foreign files":
         path.mkdir()
         (path / "thesis.tex").write_text("x")
     else:
@@ -259,14 +261,14 @@ def test_every_command_has_help_with_an_example() -> None:
             assert "Examples:" in result.stdout, path
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_no_slow_modules() -> None:
     code = "import sys; from cachedb.cli.main import cli; print([m for m in sys.modules if m.partition('.')[0] in %r])"
-    heavy = {"sqlalchemy", "alembic", "rich", "sqlite3", "tarfile", "platformdirs"}
-    result = subprocess.run([sys.executable, "-c", code % heavy], capture_output=True, text=True, check=True)
+    slow = {"sqlalchemy", "alembic", "rich", "sqlite3", "tarfile", "platformdirs"}
+    result = subprocess.run([sys.executable, "-c", code % slow], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
 
 
-def test_listing_imports_neither_alembic_nor_rich_nor_the_archive_reader(directory: Path) -> None:
+def test_ls_imports_neither_alembic_nor_rich_nor_tarfile(directory: Path) -> None:
     Cache.open(directory).close()
     code = (
         f"import sys; sys.argv = ['cachedb', '--dir', {str(directory)!r}, 'ls']\n"
@@ -278,7 +280,7 @@ def test_listing_imports_neither_alembic_nor_rich_nor_the_archive_reader(directo
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(cachedb: Run, archive: Path, directory: Path) -> None:
+def test_a_reader_that_closes_the_pipe_early_is_no_error(cachedb: Run, archive: Path, directory: Path) -> None:
     cachedb("import", archive)
     command = (
         f"{shlex.join([sys.executable, '-m', 'cachedb', '--dir', str(directory)])} export app:1 - | head -c 10 | wc -c"
@@ -298,7 +300,7 @@ def test_an_interrupted_import_leaves_the_cache_as_it_was(
         command,
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # Whoever runs the tests in a shell's background has SIGINT ignored.
+        # A shell's background job ignores SIGINT, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdin is not None
@@ -306,7 +308,7 @@ def test_an_interrupted_import_leaves_the_cache_as_it_was(
     process.stdin.flush()
 
     def has_spool() -> bool:
-        """Whether the archive is being kept, in a file without a name."""
+        """Return whether the command spools the archive to a file without a name."""
         with suppress(FileNotFoundError):
             files = Path(f"/proc/{process.pid}/fd").iterdir()
             found = [os.readlink(file) for file in files]
@@ -323,12 +325,12 @@ def test_an_interrupted_import_leaves_the_cache_as_it_was(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
+    """Mount a file system of 4 MB."""
     path = tmp_path / "disk"
     path.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], check=False, capture_output=True)
     if mounted.returncode:
-        pytest.skip("a small file system cannot be mounted: run as root")
+        pytest.skip("cannot mount a small file system: run as root")
     yield path
     subprocess.run(["umount", path], check=True)
 
@@ -382,7 +384,7 @@ def test_bash_completes_commands_names_and_digests(
 
     assert complete("cachedb ex") == ["exists", "export"]
     assert complete("cachedb show ") == ["app:1", "app:12"]
-    assert complete("cachedb show app:1") == ["1", "12"], "bash keeps what stands before the colon"
+    assert complete("cachedb show app:1") == ["1", "12"], "bash keeps the text before the colon"
     assert complete("cachedb rm app:1 a") == ["app:1", "app:12"]
     prefix = MADE.digest[:12]
     assert complete(f"cachedb blob cat {prefix}") == [MADE.digest.partition(":")[2]]
@@ -390,7 +392,7 @@ def test_bash_completes_commands_names_and_digests(
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_long_json_is_not_put_together_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_json_is_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     from cachedb.cli.output import print_json
 
     class Written(io.StringIO):
@@ -407,7 +409,7 @@ def test_a_long_json_is_not_put_together_in_memory(monkeypatch: pytest.MonkeyPat
     assert Written.longest < len(written.getvalue()) / 4
 
 
-def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) -> None:
+def test_an_interrupt_while_a_connection_closes_is_an_error_of_one_line(directory: Path) -> None:
     script = """
     import sys
     from cachedb.cli import main
@@ -415,11 +417,11 @@ def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) 
 
     close = connection.CacheConnection.close
 
-    def interrupted(self):
+    def interrupt(self):
         connection.CacheConnection.close = close
         raise KeyboardInterrupt
 
-    connection.CacheConnection.close = interrupted
+    connection.CacheConnection.close = interrupt
     main.main()
     """
     command = [sys.executable, "-c", textwrap.dedent(script), "--dir", str(directory), "ls"]
@@ -428,21 +430,21 @@ def test_an_interrupt_while_a_connection_is_closed_is_one_line(directory: Path) 
 
 
 @pytest.mark.parametrize("moment", ["click is imported", "the command line begins"])
-def test_an_interrupt_before_there_is_a_command_is_one_line(moment: str) -> None:
+def test_an_interrupt_before_the_command_begins_is_an_error_of_one_line(moment: str) -> None:
     script = """
     import sys
 
-    def interrupted(*_):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     if sys.argv[1] == "the command line begins":
         import signal
-        signal.getsignal = interrupted
+        signal.getsignal = interrupt
 
     class Interrupting:
         def find_spec(self, name, path=None, target=None):
             if name == sys.argv[1].partition(" ")[0]:
-                interrupted()
+                interrupt()
 
     sys.meta_path.insert(0, Interrupting())
     from cachedb.__main__ import main

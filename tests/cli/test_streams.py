@@ -1,4 +1,4 @@
-"""The command line where stdin, stdout or stderr is closed, full, or a terminal: one line, and the right exit code."""
+"""Commands whose stdin, stdout or stderr is closed, full, or a terminal: an error of one line, and an exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def filled(cache: Cache) -> Cache:
 
 
 def run(cache: Cache, line: str, redirections: str) -> subprocess.CompletedProcess[str]:
-    """Run a command line by a shell, which closes what is to be closed."""
+    """Run a command in a shell, with redirections that close or replace streams."""
     python = f"{os.fspath(sys.executable)!r} -m cachedb --dir {os.fspath(cache.directory)!r}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = ["sh", "-c", f"{python} {line} {redirections}"]
@@ -28,7 +28,7 @@ def run(cache: Cache, line: str, redirections: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize("line", ["import -", "import - name:1", "blob add -", "sql -", "sql --file -"])
-def test_a_closed_stdin_is_wrong_usage(filled: Cache, line: str) -> None:
+def test_a_closed_stdin_is_a_usage_error(filled: Cache, line: str) -> None:
     done = run(filled, line, "<&-")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("cachedb: stdin is closed: send the ")
@@ -44,7 +44,7 @@ def test_content_is_not_written_to_a_closed_stdout(filled: Cache, line: str) -> 
 
 
 @pytest.mark.parametrize("line", ["ls", "manifest app:1", "export app:1 -", "sql 'SELECT 1'", "--help", "stats"])
-def test_a_full_stdout_is_one_line(filled: Cache, line: str) -> None:
+def test_a_full_stdout_is_an_error_of_one_line(filled: Cache, line: str) -> None:
     done = run(filled, line, ">/dev/full")
     assert done.returncode == 1
     assert done.stderr.startswith("cachedb: cannot ")
@@ -57,24 +57,24 @@ def test_a_full_stdout_is_one_line(filled: Cache, line: str) -> None:
     ("line", "code"), [("show none:1", 3), ("ls --none", 2), ("import /none", 1), ("ls", 0), ("show A", 2)]
 )
 @pytest.mark.parametrize("redirections", ["2>/dev/full", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
-def test_the_exit_code_is_right_where_stderr_cannot_be_written(
+def test_the_exit_code_is_right_if_stderr_cannot_be_written(
     filled: Cache, line: str, code: int, redirections: str
 ) -> None:
     assert run(filled, line, redirections).returncode == code
 
 
-def test_no_file_of_the_cache_takes_the_place_of_a_standard_file(filled: Cache, tmp_path: Path) -> None:
+def test_no_file_of_the_cache_takes_the_place_of_a_standard_stream(filled: Cache, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "other.tar", make.oci_files({"other:1": make.image(2)}))
     code = f"""
 import os, sys
 from cachedb import Cache
 from cachedb.cli import main as cli
 real = Cache.cache_from_tar
-def look(self, *arguments, **options):
+def note_streams(self, *arguments, **options):
     found = [os.readlink(f"/proc/self/fd/{{number}}") for number in range(3)]
     open({str(tmp_path / "found")!r}, "w").write(repr(found))
     return real(self, *arguments, **options)
-Cache.cache_from_tar = look
+Cache.cache_from_tar = note_streams
 sys.argv = ["cachedb", "--dir", {str(filled.directory)!r}, "import", {str(archive)!r}]
 cli.main()
 """
@@ -85,7 +85,7 @@ cli.main()
     assert filled.is_image_complete("other:1")
 
 
-def test_a_terminal_is_no_content(filled: Cache) -> None:
+def test_content_is_not_read_from_a_terminal(filled: Cache) -> None:
     ours, theirs = os.openpty()
     try:
         for line in ("import -", "blob add -"):
