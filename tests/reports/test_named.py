@@ -1,4 +1,4 @@
-"""Named questions: what each answers, and where they come from."""
+"""Named reports: what each returns, and where the files come from."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def cache(directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
         yield opened
 
 
-def ask(cache: Cache, which: str, /, **given: str) -> list[dict[str, object]]:
-    found = named.load(which)
-    with cache.sql(found.query, found.values(given)) as answer:
+def run_report(cache: Cache, which: str, /, **given: str) -> list[dict[str, object]]:
+    """Return the rows of a report as dicts."""
+    report = named.load(which)
+    with cache.sql(report.query, report.values(given)) as answer:
         return [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
 
 
@@ -44,75 +45,79 @@ def names(rows: list[dict[str, object]]) -> list[object]:
     return [row["name"] for row in rows]
 
 
-def test_every_report_says_what_it_is_and_runs(cache: Cache) -> None:
+def test_every_report_has_a_description_and_runs(cache: Cache) -> None:
     found = named.reports()
     assert len(found) >= 20
     for one in found:
         assert one.description.endswith(".")
         given = dict.fromkeys((name for name, value in one.parameters.items() if value is None), "app:1")
-        ask(cache, one.name, **given)
+        run_report(cache, one.name, **given)
 
 
-def test_images_are_listed_by_what_they_take(cache: Cache) -> None:
-    assert names(ask(cache, "largest-images", limit="2"))[0] == "app:2"
-    assert len(ask(cache, "largest-images", limit="2")) == 2
-    (first, *_) = ask(cache, "largest-unique")
+def test_images_are_listed_by_size_and_by_unique_size(cache: Cache) -> None:
+    assert names(run_report(cache, "largest-images", limit="2"))[0] == "app:2"
+    assert len(run_report(cache, "largest-images", limit="2")) == 2
+    (first, *_) = run_report(cache, "largest-unique")
     own = [OTHER.manifest, OTHER.config, *OTHER.layers[2:]]
     assert (first["name"], first["unique_size"]) == ("app:2", sum(map(len, own)))
 
 
-def test_what_sharing_saves_is_told(cache: Cache) -> None:
-    (first, *_) = ask(cache, "most-shared-layers")
+def test_reports_show_what_sharing_saves(cache: Cache) -> None:
+    (first, *_) = run_report(cache, "most-shared-layers")
     assert first["images"] == 4
-    (saved,) = ask(cache, "saved-by-sharing")
+    (saved,) = run_report(cache, "saved-by-sharing")
     layers = [len(layer) for layer in BASE.layers]
-    assert saved["saved_size"] == sum(3 * size for size in layers) + len(APP.layers[2])  # which app:stable has too
+    assert saved["saved_size"] == sum(3 * size for size in layers) + len(APP.layers[2])  # app:stable has this layer too
     assert saved["size"] == cache.get_stats().total_size
 
 
 @pytest.mark.parametrize("chosen", [["app:2"], ["app:1"], ["app:1", "app:stable"], ["app:1", "app:stable", "app:2"]])
-def test_what_removing_images_together_frees_is_told_exactly(cache: Cache, chosen: list[str]) -> None:
-    (row,) = ask(cache, "freed-by", names=" ".join(chosen))
+def test_freed_by_returns_exactly_what_removing_the_images_frees(cache: Cache, chosen: list[str]) -> None:
+    (row,) = run_report(cache, "freed-by", names=" ".join(chosen))
     freed = cache.remove_manifest(*chosen, dry_run=True)
     assert (row["blobs"], row["size"], row["images"]) == (freed.blobs, freed.bytes, len(chosen))
 
 
-def test_names_are_given_to_a_report_as_to_a_command(cachedb: Run, cache: Cache) -> None:
+def test_a_report_accepts_names_like_a_command(cachedb: Run, cache: Cache) -> None:
     cache.tag("app:1", "localhost:5000/app")
     make.save(cache, "app", make.image(20))
     names = f"localhost:5000/app\n{cachedb('ls', '-q').stdout}"
-    (row,) = ask(cache, "freed-by", names=names)
+    (row,) = run_report(cache, "freed-by", names=names)
     freed = cache.remove_manifest(*names.split(), dry_run=True)
     assert (row["blobs"], row["size"], row["images"]) == (freed.blobs, freed.bytes, 7)
-    (row,) = ask(cache, "freed-by", names="app  app localhost:5000/app ")
+    (row,) = run_report(cache, "freed-by", names="app  app localhost:5000/app ")
     assert (row["size"], row["images"]) == (cache.remove_manifest("app", dry_run=True).bytes, 2)
-    for none in ("", " ", "5", 'a"b', "\\", "localhost:5000", "app:1:latest"):
-        assert ask(cache, "freed-by", names=none) == [{"blobs": 0, "size": 0, "images": 0}]
-    assert ask(cache, "added-by", name="app", over="base:1") == ask(cache, "added-by", name="app:latest", over="base:1")
-    assert len(ask(cache, "added-by", name="localhost:5000/app", over="app")) == 5
+    for absent in ("", " ", "5", 'a"b', "\\", "localhost:5000", "app:1:latest"):
+        assert run_report(cache, "freed-by", names=absent) == [{"blobs": 0, "size": 0, "images": 0}]
+    assert run_report(cache, "added-by", name="app", over="base:1") == run_report(
+        cache, "added-by", name="app:latest", over="base:1"
+    )
+    assert len(run_report(cache, "added-by", name="localhost:5000/app", over="app")) == 5
 
 
-def test_images_that_were_not_used_are_listed(cache: Cache) -> None:
-    assert ask(cache, "not-used") == []
+def test_not_used_lists_images_that_were_not_used_for_long(cache: Cache) -> None:
+    assert run_report(cache, "not-used") == []
     change(cache.directory, "UPDATE images SET last_used_at = '2020-01-01T00:00:00.000000Z' WHERE repository = 'base'")
-    assert names(ask(cache, "not-used")) == ["base:1"]
+    assert names(run_report(cache, "not-used")) == ["base:1"]
 
 
-def test_names_of_one_manifest_are_listed_together(cache: Cache) -> None:
-    (row,) = ask(cache, "duplicates")
+def test_duplicates_lists_the_names_of_one_manifest_together(cache: Cache) -> None:
+    (row,) = run_report(cache, "duplicates")
     assert (row["digest"], row["names"], str(row["all_names"]).split()) == (APP.digest, 2, ["app:1", "app:stable"])
-    assert {str(row["repository"]): (row["tags"], row["images"]) for row in ask(cache, "tags-per-image")}["app"] == (
+    assert {str(row["repository"]): (row["tags"], row["images"]) for row in run_report(cache, "tags-per-image")}[
+        "app"
+    ] == (
         3,
         2,
     )
 
 
-def test_images_on_an_outdated_base_are_listed(cache: Cache) -> None:
-    assert ask(cache, "outdated-bases") == []
+def test_outdated_bases_lists_images_on_an_older_base(cache: Cache) -> None:
+    assert run_report(cache, "outdated-bases") == []
     make.save(cache, "base:2", make.image(1, 7))
     change(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
     change(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference = '2'")
-    found = ask(cache, "outdated-bases")
+    found = run_report(cache, "outdated-bases")
     assert [(row["name"], row["base"], row["newer"]) for row in found] == [
         ("app:1", "base:1", "base:2"),
         ("app:2", "base:1", "base:2"),
@@ -120,36 +125,36 @@ def test_images_on_an_outdated_base_are_listed(cache: Cache) -> None:
     ]
 
 
-def test_no_image_is_the_newer_one_of_its_own_base(cache: Cache) -> None:
+def test_an_image_is_not_its_own_newer_base(cache: Cache) -> None:
     cache.tag("app:2", "base:2")
     cache.tag("app:2", "base:latest")
     change(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
     change(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference <> '1'")
-    newer = {(row["name"], row["base"], row["newer"]) for row in ask(cache, "outdated-bases")}
+    newer = {(row["name"], row["base"], row["newer"]) for row in run_report(cache, "outdated-bases")}
     assert {name for name, _, _ in newer} == {"app:1", "app:stable"}
 
 
-def test_images_are_counted_by_what_they_run_on_and_by_label(cache: Cache) -> None:
-    counts = {row["architecture"]: row["images"] for row in ask(cache, "by-architecture")}
+def test_images_are_counted_by_architecture_and_by_label(cache: Cache) -> None:
+    counts = {row["architecture"]: row["images"] for row in run_report(cache, "by-architecture")}
     assert counts == {"amd64": 4, None: 1}
-    assert ask(cache, "by-label", key="nothing") == []
+    assert run_report(cache, "by-label", key="nothing") == []
 
 
-def test_what_is_missing_and_what_is_garbage_are_listed(cache: Cache) -> None:
-    assert {str(row["role"]) for row in ask(cache, "incomplete")} == {"config", "layer"}
-    assert set(names(ask(cache, "incomplete"))) == {"lacking:1"}
-    assert ask(cache, "garbage") == []
+def test_missing_blobs_and_garbage_are_listed(cache: Cache) -> None:
+    assert {str(row["role"]) for row in run_report(cache, "incomplete")} == {"config", "layer"}
+    assert set(names(run_report(cache, "incomplete"))) == {"lacking:1"}
+    assert run_report(cache, "garbage") == []
     change(
         cache.directory,
         f"INSERT INTO blobs (digest, size, stored_at) VALUES ('sha256:{'0' * 64}', 7, '2026-01-01T00:00:00.000000Z')",
     )
-    assert [row["size"] for row in ask(cache, "garbage")] == [7]
+    assert [row["size"] for row in run_report(cache, "garbage")] == [7]
 
 
-def test_layers_are_listed_with_the_command_that_made_them(cache: Cache) -> None:
-    (first, *_) = ask(cache, "largest-layers")
+def test_layers_are_listed_with_the_command_that_created_them(cache: Cache) -> None:
+    (first, *_) = run_report(cache, "largest-layers")
     assert str(first["created_by"]).startswith("layer ")
-    once = ask(cache, "layers-used-once")
+    once = run_report(cache, "layers-used-once")
     assert {(row["digest"], row["name"]) for row in once} == {
         (make.digest_of(layer), "app:2") for layer in OTHER.layers[2:]
     }
@@ -162,19 +167,19 @@ def test_the_largest_layers_are_found_among_larger_blobs(cache: Cache, which: st
     everything = f"SELECT digest FROM layers WHERE stored {once} ORDER BY size DESC, digest LIMIT {limit}"
     with cache.sql(everything) as answer:
         wanted = [digest for (digest,) in answer.rows]
-    assert [row["digest"] for row in ask(cache, which, limit=limit)] == wanted
-    # More than are looked at first, and no layers.
+    assert [row["digest"] for row in run_report(cache, which, limit=limit)] == wanted
+    # Add blobs that are larger, but no layers, and more of them than the report looks at first.
     change(
         cache.directory,
         "INSERT INTO blobs (digest, size, stored_at) SELECT printf('sha256:%064d', value), 1000000000, "
         "'2026-01-01T00:00:00.000000Z' FROM (WITH RECURSIVE n(value) AS (VALUES (1) UNION ALL "
         "SELECT value + 1 FROM n LIMIT 10100) SELECT value FROM n)",
     )
-    assert [row["digest"] for row in ask(cache, which, limit=limit)] == wanted
+    assert [row["digest"] for row in run_report(cache, which, limit=limit)] == wanted
 
 
-def test_what_one_image_adds_over_another_is_told(cache: Cache) -> None:
-    rows = ask(cache, "added-by", name="app:1", over="base:1")
+def test_added_by_lists_the_blobs_that_one_image_adds_to_another(cache: Cache) -> None:
+    rows = run_report(cache, "added-by", name="app:1", over="base:1")
     assert [(row["role"], row["digest"]) for row in rows] == [
         ("manifest", APP.digest),
         ("config", make.digest_of(APP.config)),
@@ -182,46 +187,48 @@ def test_what_one_image_adds_over_another_is_told(cache: Cache) -> None:
     ]
 
 
-def test_repositories_and_days_are_added_up(cache: Cache) -> None:
-    found = {row["repository"]: row["images"] for row in ask(cache, "by-repository")}
+def test_totals_are_computed_by_repository_and_by_day(cache: Cache) -> None:
+    found = {row["repository"]: row["images"] for row in run_report(cache, "by-repository")}
     assert found == {"base": 1, "app": 3, "lacking": 1}
-    (today,) = ask(cache, "growth")
+    (today,) = run_report(cache, "growth")
     stats = cache.get_stats()
     assert (today["images"], today["blobs"], today["size"]) == (5, stats.blob_count, stats.total_size)
-    assert names(ask(cache, "oldest", limit="1")) == ["base:1"] or ask(cache, "oldest")
-    assert names(ask(cache, "newest", limit="1")) == ["lacking:1"]
+    assert names(run_report(cache, "oldest", limit="1")) == ["base:1"] or run_report(cache, "oldest")
+    assert names(run_report(cache, "newest", limit="1")) == ["lacking:1"]
 
 
-# Where they come from
+# Where reports come from
 
 
-def test_a_users_own_report_goes_before_one_of_its_name(cache: Cache, tmp_path: Path) -> None:
+def test_a_users_report_replaces_a_shipped_report_of_the_same_name(cache: Cache, tmp_path: Path) -> None:
     folder = tmp_path / "reports"
     folder.mkdir()
     (folder / "mine.sql").write_text("-- Mine.\n-- :n 1\n-- :m\nSELECT :n + :m AS sum")
     (folder / "garbage.sql").write_text("SELECT 'theirs' AS name")
     found = {one.name: one for one in named.reports()}
     assert (found["mine"].description, found["mine"].parameters) == ("Mine.", {"n": "1", "m": None})
-    assert ask(cache, "mine", m="2.5") == [{"sum": 3.5}]
-    assert names(ask(cache, "garbage")) == ["theirs"]
+    assert run_report(cache, "mine", m="2.5") == [{"sum": 3.5}]
+    assert names(run_report(cache, "garbage")) == ["theirs"]
     with pytest.raises(InvalidQuery, match="needs a value for 'm': give one with -p m=VALUE"):
-        ask(cache, "mine")
+        run_report(cache, "mine")
     with pytest.raises(InvalidQuery, match="has no parameter 'k': it has n=1, m"):
-        ask(cache, "mine", k="1")
+        run_report(cache, "mine", k="1")
 
 
-def test_a_report_is_read_as_editors_write_it(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+def test_a_report_may_have_a_byte_order_mark_crlf_and_leading_blank_lines(
+    cachedb: Run, cache: Cache, tmp_path: Path
+) -> None:
     folder = tmp_path / "reports"
     folder.mkdir()
-    said = "-- Sagt: \u00e9.\n-- :n 1\nSELECT :n AS n"
-    (folder / "with a mark.sql").write_bytes(b"\xef\xbb\xbf" + said.replace("\n", "\r\n").encode())
-    (folder / "late.sql").write_text(f"\n\n{said}", encoding="utf-8")
-    (folder / ".#late.sql").symlink_to("editor@host.1:2")  # as Emacs notes that it is at work
+    text = "-- Sagt: \u00e9.\n-- :n 1\nSELECT :n AS n"
+    (folder / "with a mark.sql").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    (folder / "late.sql").write_text(f"\n\n{text}", encoding="utf-8")
+    (folder / ".#late.sql").symlink_to("editor@host.1:2")  # the lock file of Emacs
     (folder / "folder.sql").mkdir()
     found = {one.name: one for one in named.reports()}
     for name in ("with a mark", "late"):
         assert (found[name].description, found[name].parameters) == ("Sagt: \u00e9.", {"n": "1"})
-        assert ask(cache, name, n="2") == [{"n": 2}]
+        assert run_report(cache, name, n="2") == [{"n": 2}]
         printed = cachedb("report", name, env={**os.environ, "PYTHONUTF8": "0", "LC_ALL": "POSIX"})
         assert printed.stdout == "n\n1\n"
     assert not {"folder", ".#late"} & found.keys()
@@ -230,12 +237,12 @@ def test_a_report_is_read_as_editors_write_it(cachedb: Run, cache: Cache, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["nothing", "../report", "/etc/passwd", "", "a/b"])
-def test_a_report_that_there_is_not_is_an_error(name: str) -> None:
+def test_an_unknown_report_raises_not_in_cache(name: str) -> None:
     with pytest.raises(NotInCache, match="`cachedb report --list`"):
         named.load(name)
 
 
-def test_the_whole_cache_is_shown_on_a_page(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+def test_report_html_writes_a_page_about_the_whole_cache(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     assert cachedb("report", "--html", str(tmp_path / "page.html")).returncode == 0
     page = (tmp_path / "page.html").read_text()
     assert page.startswith("<!doctype html>")
@@ -247,7 +254,7 @@ def test_the_whole_cache_is_shown_on_a_page(cachedb: Run, cache: Cache, tmp_path
     assert cachedb("report", "--html", str(tmp_path / "x"), "--timeout", "1s").returncode == 2
 
 
-def test_reports_are_printed(cachedb: Run, cache: Cache) -> None:
+def test_reports_are_printed_in_every_format(cachedb: Run, cache: Cache) -> None:
     assert "largest-images      limit=20" in cachedb("report", "--list").stdout
     listed = json.loads(cachedb("report", "--list", "--format", "json").stdout)
     assert {"report", "description", "parameters", "path"} == set(listed[0])
@@ -264,7 +271,7 @@ def test_reports_are_printed(cachedb: Run, cache: Cache) -> None:
     assert cachedb("report", "freed-by").returncode == 2
 
 
-def test_a_page_goes_to_a_fifo_and_does_not_replace_it(cache: Cache, tmp_path: Path, cachedb: Run) -> None:
+def test_a_page_is_written_to_a_fifo_without_replacing_it(cache: Cache, tmp_path: Path, cachedb: Run) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE, text=True) as reader:
@@ -274,7 +281,7 @@ def test_a_page_goes_to_a_fifo_and_does_not_replace_it(cache: Cache, tmp_path: P
     assert fifo.is_fifo()
 
 
-def test_a_page_that_cannot_be_written_whole_leaves_the_one_that_is_there(
+def test_a_page_that_cannot_be_written_leaves_the_existing_page_unchanged(
     cachedb: Run, cache: Cache, tmp_path: Path
 ) -> None:
     page, link = tmp_path / "pages" / "page.html", tmp_path / "link.html"
@@ -282,7 +289,7 @@ def test_a_page_that_cannot_be_written_whole_leaves_the_one_that_is_there(
     page.write_text("as it was")
     page.chmod(0o640)
     link.symlink_to(page)
-    limit = (40_000, 40_000)  # bytes, as if the disk were full then
+    limit = (40_000, 40_000)  # bytes; the write fails as on a full disk
     failed = cachedb("report", "--html", link, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
     assert failed.stderr.startswith(f"cachedb: cannot write '{link}': File too large")

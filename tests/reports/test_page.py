@@ -1,4 +1,4 @@
-"""The HTML page: its figures are the views', its areas are true, and what strangers wrote stays text."""
+"""The HTML page: its numbers equal the views, its areas are to scale, and text from images is escaped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOSTILE = "</title></script><script>alert('x')</script><img src=x onerror=alert(
 
 
 def fill(directory: Path, images: int, seed: int = 1) -> None:
-    """Make a cache whose index has images that share, lack and hold; there are no files."""
+    """Make a cache whose index has images with shared, missing and held blobs; it has no files of blobs."""
     Cache.open(directory).close()
     draw = random.Random(seed)
     shell = sqlite3.connect(directory / "index.db")
@@ -90,7 +90,7 @@ def made(directory: Path) -> str:
 
 
 @given(st.lists(st.integers(1, 10**12), min_size=1, max_size=60), st.floats(10, 2000), st.floats(10, 2000))
-def test_areas_are_true_and_fill_the_whole_without_overlap(sizes: list[int], width: float, height: float) -> None:
+def test_areas_are_to_scale_and_fill_the_whole_without_overlap(sizes: list[int], width: float, height: float) -> None:
     sizes.sort(reverse=True)
     boxes = treemap.squarify(sizes, width, height)
     assert len(boxes) == len(sizes)
@@ -101,21 +101,21 @@ def test_areas_are_true_and_fill_the_whole_without_overlap(sizes: list[int], wid
         assert box.y >= -near
         assert box.x + box.width <= width + near
         assert box.y + box.height <= height + near
-    # With areas that add up to the whole, it is filled if none overlap.
+    # The areas add up to the whole, so they fill it if none overlap.
     for one, other in combinations(boxes, 2):
         beside = one.x + one.width <= other.x + near or other.x + other.width <= one.x + near
         above = one.y + one.height <= other.y + near or other.y + other.height <= one.y + near
         assert beside or above
 
 
-def test_areas_are_square_where_they_can_be() -> None:
+def test_areas_are_nearly_square_if_possible() -> None:
     assert {(round(box.width), round(box.height)) for box in treemap.squarify([1] * 16, 80, 80)} == {(20, 20)}
-    for box in treemap.squarify([6, 6, 4, 3, 2, 2, 1], 600, 400):  # the example of those who thought of it
+    for box in treemap.squarify([6, 6, 4, 3, 2, 2, 1], 600, 400):  # the example of the algorithm's authors
         assert max(box.width / box.height, box.height / box.width) < 3
 
 
 class _Parser(HTMLParser):
-    """HTML to elements, strictly: what is opened is closed, in order."""
+    """A strict parser of HTML: every element must be closed, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,12 +157,13 @@ def only(element: ElementTree.Element, path: str) -> ElementTree.Element:
 
 
 def exact(title: str) -> int:
+    """Return the exact number of bytes in a title."""
     (found,) = re.findall(r"([\d,]+) bytes", title)
     return int(found.replace(",", ""))
 
 
-def listed(html: str, section: str) -> list[list[ElementTree.Element]]:
-    """The cells of a table's rows."""
+def rows_of(html: str, section: str) -> list[list[ElementTree.Element]]:
+    """Return the cells of the rows of a section's table."""
     return [list(row) for row in parse(html).findall(f".//section[@id='{section}']//tbody/tr")]
 
 
@@ -170,7 +171,7 @@ def text_of(element: ElementTree.Element) -> str:
     return "".join(element.itertext())
 
 
-def test_the_treemap_has_each_byte_once(made: str, directory: Path) -> None:
+def test_the_treemap_has_each_stored_byte_once(made: str, directory: Path) -> None:
     shell = sqlite3.connect(directory / "index.db")
     ((stored,),) = shell.execute("SELECT sum(size) FROM blob_usage WHERE stored")
     sizes = dict(shell.execute("SELECT repository, unique_size FROM repository_usage"))
@@ -200,7 +201,7 @@ def test_the_treemap_has_each_byte_once(made: str, directory: Path) -> None:
     assert {name: first[name] for name in sizes} == sizes
 
 
-def test_figures_are_those_of_the_views(made: str, directory: Path) -> None:
+def test_the_numbers_are_those_of_the_views(made: str, directory: Path) -> None:
     shell = sqlite3.connect(directory / "index.db")
     figures = {
         "Stored": "SELECT sum(size) FROM blob_usage WHERE stored",
@@ -223,22 +224,22 @@ def test_figures_are_those_of_the_views(made: str, directory: Path) -> None:
     ):
         rows = [
             (text_of(only(cells[0], "bdi")), *(exact(cells[column].attrib["title"]) for column in columns))
-            for cells in listed(made, section)
+            for cells in rows_of(made, section)
         ]
         assert rows == shell.execute(f"{query} ORDER BY 2 DESC, 1").fetchall()
-    rows = [(cells[0].attrib["title"], exact(cells[1].attrib["title"])) for cells in listed(made, "layers")]
+    rows = [(cells[0].attrib["title"], exact(cells[1].attrib["title"])) for cells in rows_of(made, "layers")]
     assert rows == shell.execute("SELECT digest, size FROM layers ORDER BY size DESC, digest").fetchall()
-    # What removing all but the images of the last week frees is what no image of the last week has.
+    # Keeping only the images of the last week frees all blobs that none of them has.
     ((freed,),) = shell.execute(
         "SELECT sum(size) FROM blob_usage AS u WHERE stored AND images > 0 AND NOT EXISTS ("
         "SELECT 1 FROM image_contents AS c JOIN image_ages AS a ON a.name = c.name "
         "WHERE c.digest = u.digest AND a.unused_days <= 7)"
     )
     shell.close()
-    assert exact(listed(made, "use")[1][4].attrib["title"]) == freed
+    assert exact(rows_of(made, "use")[1][4].attrib["title"]) == freed
 
 
-def test_what_sharing_saves_is_that_of_df_and_what_layers_save_is_named_apart(cache: Cache) -> None:
+def test_the_savings_of_sharing_equal_those_of_df_and_layers_are_shown_separately(cache: Cache) -> None:
     for name in ("app:1", "app:2"):
         save(cache, name, image(1, 2))  # they share a manifest and a config too
     save(cache, "app:3", image(1, 3))
@@ -251,23 +252,23 @@ def test_what_sharing_saves_is_that_of_df_and_what_layers_save_is_named_apart(ca
     assert f'Without sharing, all layers would take <span title="{of_layers:,} bytes">' in html
 
 
-def test_what_strangers_wrote_stays_text(made: str) -> None:
+def test_text_from_images_is_escaped(made: str) -> None:
     root = parse(made)
     assert len(root.findall(".//script")) == 1
     assert root.findall(".//img") == []
     assert not any(name.startswith("on") for element in root.iter() for name in element.attrib)
     assert not re.search("[\x00-\x09\x0b-\x1f\u202a-\u202e\u2066-\u2069]", made)
-    (image_1,) = (cells for cells in listed(made, "images") if text_of(only(cells[0], "bdi")) == "team/app-1:1.1")
+    (image_1,) = (cells for cells in rows_of(made, "images") if text_of(only(cells[0], "bdi")) == "team/app-1:1.1")
     details = text_of(image_1[9])
     shown = HOSTILE.replace("\u202e", "\\u202e").replace("\x07", "\\x07").replace("\n", "\\n")
     assert f"Author: {shown}" in details
     assert f"key{shown}"[:60] in details
     assert f"=1 {shown}"[:60] in details
-    assert any(shown in text_of(cells[3]) for cells in listed(made, "layers"))
+    assert any(shown in text_of(cells[3]) for cells in rows_of(made, "layers"))
     assert any("<script>" in text_of(title) for title in root.findall(".//svg//title"))
 
 
-def test_it_loads_nothing_and_runs_one_script(made: str) -> None:
+def test_the_page_loads_nothing_and_runs_one_script(made: str) -> None:
     root = parse(made)
     policy = only(root, ".//meta[@http-equiv='Content-Security-Policy']").attrib["content"]
     script = text_of(only(root, ".//script"))
@@ -281,7 +282,7 @@ def test_it_loads_nothing_and_runs_one_script(made: str) -> None:
     assert "@import" not in made
 
 
-def test_it_can_be_read_by_all(made: str) -> None:
+def test_the_page_is_accessible(made: str) -> None:
     root = parse(made)
     assert root.attrib["lang"] == "en"
     assert {heading.attrib.get("scope") for heading in root.findall(".//th")} == {"col", "row"}
@@ -299,7 +300,7 @@ def test_long_tables_and_small_tiles_are_cut(directory: Path, monkeypatch: pytes
     monkeypatch.setattr(page, "_TABLE_ROWS", 5)
     monkeypatch.setattr(treemap, "_TILES", 5)
     html = render(directory)
-    assert [len(listed(html, section)) for section in ("images", "layers", "repositories")] == [5, 5, 5]
+    assert [len(rows_of(html, section)) for section in ("images", "layers", "repositories")] == [5, 5, 5]
     found = re.findall(r"there are ([\d,]+) more. All of them: <code>([^<]*)</code>", html)
     shell = sqlite3.connect(directory / "index.db")
     assert [int(more) + 5 for more, _ in found] == [len(shell.execute(query).fetchall()) for _, query in found]
@@ -316,18 +317,18 @@ def test_an_empty_cache_has_a_page(cache: Cache, directory: Path) -> None:
     html = render(directory)
     assert parse(html).findall(".//svg[@id='map']") == []
     assert "Nothing is stored." in html
-    (directory / "x").write_text(html)  # no surrogate, nothing that UTF-8 does not have
+    (directory / "x").write_text(html)  # raises if the page has characters that UTF-8 cannot encode
 
 
-def test_a_real_image_and_one_that_is_not_here(cache: Cache, directory: Path) -> None:
+def test_the_page_shows_a_complete_and_an_incomplete_image(cache: Cache, directory: Path) -> None:
     made = image(1, 2)
     for digest, data in made.blobs.items():
         cache.save_blob(digest, data)
     cache.save_manifest("app:1", made.manifest)
     cache.save_manifest("lost:1", image(2, 3).manifest)
     html = render(directory)
-    sharing = listed(html, "sharing")
-    states = {text_of(only(cells[0], "bdi")): text_of(cells[0]) for cells in listed(html, "images")}
+    sharing = rows_of(html, "sharing")
+    states = {text_of(only(cells[0], "bdi")): text_of(cells[0]) for cells in rows_of(html, "images")}
     assert states["app:1"] == "app:1"
     assert "incomplete, " in states["lost:1"]
     common = len(made.layers[1])
@@ -336,20 +337,20 @@ def test_a_real_image_and_one_that_is_not_here(cache: Cache, directory: Path) ->
     ] * 2
 
 
-def test_what_a_repository_lacks_it_does_not_share(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_blobs_of_a_repository_do_not_count_as_shared(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "_MATRIX_ROWS", 2)
     for name in ("app:1", "other:1"):
         save(cache, name, image(1))
     cache.save_manifest("lost:1", image(2, 3).manifest)
     html = render(cache.directory)
-    assert {text_of(cells[0])[2:] for cells in listed(html, "sharing")} == {"app", "other"}
-    assert {text_of(cells[0]): exact(cells[4].attrib["title"]) for cells in listed(html, "repositories")}["lost"] == 0
+    assert {text_of(cells[0])[2:] for cells in rows_of(html, "sharing")} == {"app", "other"}
+    assert {text_of(cells[0]): exact(cells[4].attrib["title"]) for cells in rows_of(html, "repositories")}["lost"] == 0
 
 
 @contextmanager
 def proxy() -> Iterator[tuple[int, list[bytes]]]:
-    """A proxy that notes what it is asked for, and gives nothing."""
-    asked: list[bytes] = []
+    """Run a proxy that records the requests and closes every connection; yield its port and the requests."""
+    requests: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -360,18 +361,18 @@ def proxy() -> Iterator[tuple[int, list[bytes]]]:
                     return
                 with connection:
                     line = connection.recv(4096).split(b"\r\n")[0]
-                if line and b"google" not in line:  # Chromium asks its makers this and that, whatever it shows
-                    asked.append(line)
+                if line and b"google" not in line:  # Chromium sends requests of its own to Google
+                    requests.append(line)
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        yield server.getsockname()[1], asked
+        yield server.getsockname()[1], requests
         server.shutdown(socket.SHUT_RDWR)
         thread.join(10)
 
 
 def browse(chromium: str, path: Path, port: int) -> str:
-    """Open a page in a browser, with that proxy for all that it loads, and return what has become of it."""
+    """Open a page in a browser that uses the proxy for everything, and return the resulting document."""
     options = [
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
         "--disable-background-networking", "--disable-component-update", "--disable-extensions",
@@ -383,18 +384,18 @@ def browse(chromium: str, path: Path, port: int) -> str:
 
 
 @pytest.mark.slow
-def test_in_a_browser_it_sorts_searches_and_zooms_and_asks_nobody(
+def test_in_a_browser_the_page_sorts_searches_and_zooms_without_requests(
     made: str, tmp_path: Path, peer: Callable[[str], str]
 ) -> None:
     chromium, path = peer("chromium"), tmp_path / "page.html"
     path.write_text(made, encoding="utf-8")
-    with proxy() as (port, asked):
+    with proxy() as (port, requests):
         shown = browse(chromium, path, port)
-        assert asked == []
+        assert requests == []
         assert 'id="path"' in shown
         assert "Click a rectangle" in shown  # the script ran, under the page's policy
 
-        # As a user would; the policy would not let it run, as it lets nothing run that gets into the page.
+        # This script acts like a user. The page's policy must block it, like any foreign script.
         script = """
             document.querySelector("#images thead th:nth-child(4) button").click();
             const find = document.querySelector("#repositories input");
@@ -410,12 +411,12 @@ def test_in_a_browser_it_sorts_searches_and_zooms_and_asks_nobody(
         """
         path.write_text(made.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
         assert "1 of 7" not in browse(chromium, path, port)
-        assert asked == []
+        assert requests == []
         allowed = re.sub(r"<meta http-equiv[^>]*>", "", path.read_text(encoding="utf-8"))
         path.write_text(allowed, encoding="utf-8")
         shown = browse(chromium, path, port)
-        assert asked == [b"GET http://picture.invalid/x.png HTTP/1.1"]  # what is asked is noticed
-    before = [int(cells[3].attrib["data-v"]) for cells in listed(made, "images")]
+        assert requests == [b"GET http://picture.invalid/x.png HTTP/1.1"]  # without the policy, the request is made
+    before = [int(cells[3].attrib["data-v"]) for cells in rows_of(made, "images")]
     (headings,) = re.findall(r'<section id="images">.*?<thead>(.*?)</thead>', shown, re.DOTALL)
     assert re.findall(r'aria-sort="(\w+)"><button>([^<]*)', headings) == [("descending", "Unique")]
     body = shown.split('<section id="images">')[1].split("<tbody>")[1].split("</tbody>")[0]

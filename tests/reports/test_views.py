@@ -1,4 +1,4 @@
-"""The views of the index: each says what the manifests, the configs and the files on disk say, whatever was done."""
+"""The views of the index agree with the manifests, the configs and the files on disk after any sequence of steps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ IMAGES = [
     made_of(config(1, 2, history=[{"created_by": "COPY x"}, {"created_by": "RUN y"}]), 1, 2),
     made_of(config(2, architecture="amd64", config={"Labels": {"version": "1", "empty": "no"}}), 2),
 ]  # fmt: skip
-"""They share layers and configs, stand on each other, have no layer or one of them twice."""
+"""Images that share layers and configs, build on each other, or have no layer or one layer twice."""
 
 
 def index_of(*children: bytes) -> bytes:
@@ -87,20 +87,20 @@ STEPS = st.lists(
 )
 
 
-# What a cache has, without its index.
+# The model: what a cache has, without its index.
 
 
 @dataclass
 class Entry:
-    """What a name points to."""
+    """The image of a name."""
 
     root: bytes
-    chosen: set[str] | None = None  # of an index's children, unless all
+    chosen: set[str] | None = None  # the chosen children of an index; None for all
     attached: list[tuple[str, str]] = field(default_factory=list)  # digest and role
 
 
 class Part(NamedTuple):
-    """A position of an image."""
+    """A blob at a position of an image."""
 
     digest: str
     role: str
@@ -110,7 +110,7 @@ class Part(NamedTuple):
 
 @dataclass
 class World:
-    """The names of a cache, what is held in it, and its files."""
+    """The names of a cache, its held blobs, and its files."""
 
     directory: Path
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -155,7 +155,7 @@ class World:
         return [Part(entry["digest"], role, entry["mediaType"], entry["size"]) for entry, role in named]
 
     def configs(self, name: str) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """What the stored configs of an image say, and the positions of their layers."""
+        """Yield each stored config of an image, and the positions of its layers."""
         contents = self.contents(name)
         for place, part in enumerate(contents):
             if part.role != "config" or (data := self.read(part.digest)) is None or not data.startswith(b"{"):
@@ -168,7 +168,7 @@ ATTACHED = {"other": "application/octet-stream", "layer": OCI_LAYER}
 
 
 class Builder:
-    """Does the steps to a cache, and notes them in its world."""
+    """Applies steps to a cache and to its model."""
 
     def __init__(self, world: World, cache: Cache, holder: Cache, holds: ExitStack) -> None:
         self.world, self.cache, self.holder, self.holds = world, cache, holder, holds
@@ -179,7 +179,14 @@ class Builder:
         self._point(name, IMAGES[number].manifest, None)
 
     def save_index(self, name: str, number: int, missing: set[int], chosen: set[int] | None) -> None:
-        """Without the children at some places, or with the blobs of the others, and with all platforms or some."""
+        """Save an index.
+
+        Args:
+            name: of the index.
+            number: its place in `INDEXES`.
+            missing: places of children that are not stored, and of blobs of the other children.
+            chosen: the places of the chosen platforms; None for all.
+        """
         root = INDEXES[number]
         for place, child in enumerate(self._below(root)):
             made = next((made for made in IMAGES if made.manifest == child), None)
@@ -194,7 +201,7 @@ class Builder:
         self.cache.save_blob(digest_of(root), root)
         children = [entry["digest"] for entry in json.loads(root)["manifests"]]
         wanted = {digest for place, digest in enumerate(children) if place in chosen} or {children[0]}
-        # As a pull does it, that brings some platforms.
+        # Save the index as a pull of some platforms does.
         with closing(Database(self.cache.directory)) as index, index.write() as connection:
             choose = oci.among({Digest(digest) for digest in wanted})
             parsed = Name.parse(name)
@@ -215,7 +222,7 @@ class Builder:
             self.world.entries[name].attached.append((digest, role))
 
     def store(self, data: bytes, working: bool) -> None:
-        """Store a blob of no image; one that a session works with, or one that is left."""
+        """Store a blob of no image, and keep its lease if `working`."""
         digest = (self.holder if working else self.cache).add_blob(data)
         if working:
             self.world.held.add(digest)
@@ -257,13 +264,13 @@ class Builder:
         self.world.entries[name] = Entry(root, chosen, attached)
 
 
-# What the views should say of it.
+# The rows that the views should have.
 
 Row = dict[str, Any]
 
 
 class Expected:
-    """The rows of each view, by going through everything."""
+    """The expected rows of each view, computed from the model by brute force."""
 
     def __init__(self, world: World, cache: Cache, times: dict[str, str], now: datetime) -> None:
         self.world, self.times, self.now = world, times, now
@@ -271,14 +278,14 @@ class Expected:
         self.known = {str(image.name): image for image in cache.list_manifests()}
         self.contents = {name: world.contents(name) for name in world.entries}
         self.sets = {name: {part.digest for part in parts} for name, parts in self.contents.items()}
-        said = {part.digest: part.size for parts in self.contents.values() for part in parts}
-        self.sizes = {**said, **self.files}
+        declared = {part.digest: part.size for parts in self.contents.values() for part in parts}
+        self.sizes = {**declared, **self.files}
         self.layers = {part.digest for parts in self.contents.values() for part in parts if part.role == "layer"}
         self.commands: dict[tuple[str, int], tuple[str | None, str | None]] = {
-            (name, position): said for name in world.entries for position, said in self._layers_said(name)
+            (name, position): values for name in world.entries for position, values in self._describe_layers(name)
         }
 
-    def _layers_said(self, name: str) -> Iterator[tuple[int, tuple[str | None, str | None]]]:
+    def _describe_layers(self, name: str) -> Iterator[tuple[int, tuple[str | None, str | None]]]:
         for document, positions in self.world.configs(name):
             diff_ids = document["rootfs"]["diff_ids"]
             commands = [entry["created_by"] for entry in document["history"] if not entry.get("empty_layer")]
@@ -300,7 +307,7 @@ class Expected:
         return min(commands, default=None)
 
     def stack(self, name: str) -> list[str]:
-        """The layers of an image that has those of one platform."""
+        """Return the layers of an image, or an empty list if it has layers of several platforms."""
         roles = [part.role for part in self.contents[name]]
         places = [place for place, role in enumerate(roles) if role == "layer"]
         if not places or places != list(range(places[0], places[-1] + 1)):
@@ -311,36 +318,36 @@ class Expected:
         return None if time is None else (self.now - time).total_seconds() / 86400
 
     def usage(self, found: set[str], others: set[str]) -> Row:
-        there, lost = found & self.files.keys(), found - self.files.keys()
+        stored, missing = found & self.files.keys(), found - self.files.keys()
         return {
             "size": self.size(found),
-            "missing_size": self.size(lost),
-            "unique_size": self.size(there - others),
-            "shared_size": self.size(there & others),
-            "freed_size": self.size(there - others - self.world.held),
+            "missing_size": self.size(missing),
+            "unique_size": self.size(stored - others),
+            "shared_size": self.size(stored & others),
+            "freed_size": self.size(stored - others - self.world.held),
         }
 
     def image_usage(self) -> Iterator[Row]:
         for name, found in self.sets.items():
             documents = [document for document, _ in self.world.configs(name)]
 
-            def agreed(key: str, of: list[Row] = documents) -> str | None:
+            def common_value(key: str, of: list[Row] = documents) -> str | None:
                 values = {document.get(key) for document in of}
                 return values.pop() if len(values) == 1 else None
 
             parsed, image = Name.parse(name), self.known[name]
             others = set().union(*(other for key, other in self.sets.items() if key != name))
-            created = agreed("created")
+            created = common_value("created")
             yield {
                 "name": name,
                 "repository": parsed.repository,
                 "reference": parsed.reference,
                 "digest": digest_of(self.world.entries[name].root),
                 "media_type": OCI_INDEX if self.world.entries[name].root in INDEXES else OCI_MANIFEST,
-                "os": agreed("os"),
-                "architecture": agreed("architecture"),
-                "variant": agreed("variant"),
-                "author": agreed("author"),
+                "os": common_value("os"),
+                "architecture": common_value("architecture"),
+                "variant": common_value("variant"),
+                "author": common_value("author"),
                 "created": f"{created[:26]}Z" if created else None,
                 "created_at": text(image.created_at),
                 "last_used_at": text(image.last_used_at),
@@ -390,7 +397,7 @@ class Expected:
                 if 0 < len(stack) < len(layers) and layers[: len(stack)] == stack
             }
             if bases:
-                base = max(bases, key=bases.__getitem__)  # of several the oldest, which is the first here
+                base = max(bases, key=bases.__getitem__)  # of equal bases the oldest, which comes first
                 digest = digest_of(self.world.entries[base].root)
                 own = {"base": base, "base_digest": digest, "base_layers": bases[base]}
                 yield {"name": name, "layers": len(layers), **own}
@@ -475,30 +482,31 @@ def text(time: datetime) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def ask(directory: Path, sql: str, *values: object) -> list[Row]:
+def query_rows(directory: Path, sql: str, *values: object) -> list[Row]:
+    """Return the rows of a query as dicts."""
     with closing(sqlite3.connect(f"file:{directory}/index.db?mode=ro", uri=True)) as shell:
         found = shell.execute(sql, values)
         return [dict(zip([column[0] for column in found.description], row, strict=True)) for row in found]
 
 
 def spread_over_days(directory: Path) -> None:
-    """Have blobs and images come on several days, as if the steps had taken months."""
+    """Change the times of blobs and images as if the steps had taken months."""
     with closing(sqlite3.connect(directory / "index.db")) as shell, shell:
         day = "'2026-0' || (1 + {} % 3) || '-0' || (1 + {} % 2) || 'T01:02:03.456789Z'"
-        came = day.format("id", "id")
-        shell.execute(f"UPDATE blobs SET stored_at = {came} WHERE stored_at IS NOT NULL")
-        shell.execute(f"UPDATE images SET created_at = {came}, last_used_at = {day.format('(id + 1)', 'id')}")
+        time = day.format("id", "id")
+        shell.execute(f"UPDATE blobs SET stored_at = {time} WHERE stored_at IS NOT NULL")
+        shell.execute(f"UPDATE images SET created_at = {time}, last_used_at = {day.format('(id + 1)', 'id')}")
 
 
 def in_order(rows: list[Row]) -> list[Row]:
-    # What is about right compares with what is right, and not with its text.
+    """Return the rows sorted by their values, without the ages, which are only approximate."""
     return sorted(rows, key=lambda row: [str(value) for key, value in row.items() if not key.endswith("_days")])
 
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder, in memory if the computer has one there, with an empty cache."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here
+    """Yield a folder with an empty cache, in memory if possible."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # there are no power cuts here
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         Cache.open(Path(folder) / "empty").close()
@@ -506,10 +514,10 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_every_view_says_what_the_manifests_and_files_say(place: Path) -> None:
+def test_every_view_agrees_with_the_manifests_and_files(place: Path) -> None:
     @settings(max_examples=EXAMPLES, deadline=None)
     @given(STEPS)
-    def whatever_was_done(steps: list[tuple[Any, ...]]) -> None:
+    def compare_after_steps(steps: list[tuple[Any, ...]]) -> None:
         directory = Path(tempfile.mkdtemp(dir=place)) / "cache"
         shutil.copytree(place / "empty", directory)
         world = World(directory)
@@ -522,7 +530,7 @@ def test_every_view_says_what_the_manifests_and_files_say(place: Path) -> None:
             compare(world, holder)
         shutil.rmtree(directory.parent)
 
-    whatever_was_done()
+    compare_after_steps()
 
 
 OUTDATED = report.load("outdated-bases").query
@@ -532,48 +540,48 @@ NAMES_OF_BASES = ", ".join(
 ) + " FROM bases AS s"  # fmt: skip
 
 
-def bases_found(directory: Path) -> list[Row]:
-    """What the report that finds bases for itself finds."""
-    return in_order(ask(directory, f"{OUTDATED.partition(', newest AS')[0]} SELECT {NAMES_OF_BASES}"))
+def bases_in_report(directory: Path) -> list[Row]:
+    """Return the bases that the report outdated-bases computes without the view."""
+    return in_order(query_rows(directory, f"{OUTDATED.partition(', newest AS')[0]} SELECT {NAMES_OF_BASES}"))
 
 
-def test_no_base_has_other_layers_below_or_is_found_below_several_platforms(place: Path) -> None:
+def test_a_base_needs_equal_lower_layers_and_an_image_of_one_platform(place: Path) -> None:
     with Cache.open(place / "empty") as cache:
         for number, image in enumerate([make.image(1, 2), make.image(3, 2, 4), make.image(1, 2, 4), make.image(1)]):
             cache.save_manifest(f"a:{number}", image.manifest)
         for number in (1, 9):
             cache.save_blob(digest_of(IMAGES[number].manifest), IMAGES[number].manifest)
         cache.save_manifest("several:1", index_of(IMAGES[1].manifest, IMAGES[9].manifest))
-    found = bases_found(place / "empty")
+    found = bases_in_report(place / "empty")
     assert [(row["name"], row["base"]) for row in found] == [("a:0", "a:3"), ("a:2", "a:0")]
-    assert found == in_order(ask(place / "empty", "SELECT name, base FROM image_bases"))
+    assert found == in_order(query_rows(place / "empty", "SELECT name, base FROM image_bases"))
 
 
 def compare(world: World, cache: Cache) -> None:
-    """Hold every view against what it should say, and what it foretells against what the cache foretells."""
+    """Compare every view with the expected rows, and the freed sizes with dry runs of the cache."""
     directory = world.directory
-    times = {row["digest"]: row["stored_at"] for row in ask(directory, "SELECT digest, stored_at FROM blobs")}
+    times = {row["digest"]: row["stored_at"] for row in query_rows(directory, "SELECT digest, stored_at FROM blobs")}
     expected = Expected(world, cache, times, datetime.now(UTC))
-    # What is held need not be known; and what is known for no reason was named by an image that is gone.
-    for row in ask(directory, "SELECT digest, size FROM blobs"):
+    # Add the blobs that the model does not know: unreferenced ones, and those of images that were removed.
+    for row in query_rows(directory, "SELECT digest, size FROM blobs"):
         expected.sizes.setdefault(row["digest"], row["size"])
     for view, rows in expected.views().items():
-        found = ask(directory, f"SELECT * FROM {view}")
+        found = query_rows(directory, f"SELECT * FROM {view}")
         wanted = list(rows())
         assert in_order(found) == in_order(wanted), view
         assert all(list(row) == list(found[0]) for row in wanted[:1] if found), view
-    # The report that finds bases for itself finds the same.
-    assert bases_found(directory) == in_order(
+    # The report outdated-bases computes the same bases without the view.
+    assert bases_in_report(directory) == in_order(
         [{key: row[key] for key in ("name", "base")} for row in expected.image_bases()]
     )
     for name in world.entries:
-        (row,) = ask(directory, "SELECT freed_size FROM image_usage WHERE name = ?", name)
+        (row,) = query_rows(directory, "SELECT freed_size FROM image_usage WHERE name = ?", name)
         assert row["freed_size"] == cache.remove_manifest(name, dry_run=True).bytes
     for repository in {Name.parse(name).repository for name in world.entries}:
-        (row,) = ask(directory, "SELECT freed_size FROM repository_usage WHERE repository = ?", repository)
+        (row,) = query_rows(directory, "SELECT freed_size FROM repository_usage WHERE repository = ?", repository)
         of = [name for name in world.entries if Name.parse(name).repository == repository]
         assert row["freed_size"] == cache.remove_manifest(*of, dry_run=True).bytes
-    (row,) = ask(directory, "SELECT count(*) AS blobs, coalesce(sum(size), 0) AS bytes FROM garbage")
+    (row,) = query_rows(directory, "SELECT count(*) AS blobs, coalesce(sum(size), 0) AS bytes FROM garbage")
     assert tuple(row.values()) == cache.collect_garbage(dry_run=True)
 
 
@@ -583,7 +591,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "sql.md").read_text()
 REFERENCE = PAGE.partition("\n## Views\n")[2].partition("\n## ")[0]
 
 
-def test_the_reference_has_every_view_and_every_column_in_order_and_nothing_else(cache: Cache) -> None:
+def test_the_reference_lists_exactly_the_views_and_their_columns_in_order(cache: Cache) -> None:
     parts = re.split(r"^\*\*`(\w+)`\*\*", REFERENCE, flags=re.MULTILINE)[1:]
     described = {
         view: re.findall(r"^\| `(\w+)` \| \S.* \|$", text, re.MULTILINE)
@@ -597,29 +605,29 @@ def test_the_reference_has_every_view_and_every_column_in_order_and_nothing_else
     assert REFERENCE.count("\n| ") == sum(map(len, there.values())) + 2 * len(views)
 
 
-def test_the_questions_of_the_reference_can_be_asked(cache: Cache) -> None:
-    (questions,) = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
-    statements = questions.strip().split(";\n\n")
+def test_the_example_queries_of_the_reference_run(cache: Cache) -> None:
+    (queries,) = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
+    statements = queries.strip().split(";\n\n")
     assert len(statements) == 7
     cache.save_manifest("debian:12", IMAGES[0].manifest)
     cache.save_manifest("app:1", IMAGES[1].manifest)
-    found = [ask(cache.directory, statement.rstrip(";")) for statement in statements]
+    found = [query_rows(cache.directory, statement.rstrip(";")) for statement in statements]
     assert [len(rows) for rows in found] == [0, 1, 0, 1, 1, 2, 1]
 
 
 # How the views are computed.
 
-QUESTIONS = {
+KEY_COLUMNS = {
     "image_usage": "name", "image_contents": "name", "labels": "name", "image_ages": "name", "blob_usage": "digest",
     "layers": "digest", "shared_layers": "digest", "common_layers": "name", "repository_usage": "repository",
     "garbage": "digest",
 }  # fmt: skip
-"""What one thing is asked of a view by. `image_bases`, `missing_blobs` and `growth` go through all there is."""
+"""The column by which each view is queried for one thing; the other views always read everything."""
 
 
 @pytest.fixture
 def large(place: Path) -> Iterator[sqlite3.Connection]:
-    """The index of a cache of 300 images."""
+    """Yield a connection to the index of a cache with 300 images."""
     directory = place / "empty"
     with Cache.open(directory) as cache:
         for number in (0, 1, 2, 11):
@@ -644,21 +652,19 @@ def large(place: Path) -> Iterator[sqlite3.Connection]:
 
 
 def scans(shell: sqlite3.Connection, query: str) -> list[str]:
-    """What a query goes through from one end to the other; of the tables with a row for each blob."""
+    """Return the full scans in a query's plan, of tables with a row for each blob."""
     (sql,) = shell.execute("SELECT group_concat(sql, ' ') FROM sqlite_master WHERE type = 'view'").fetchone()
     aliases = {"image_blobs", "blobs", *re.findall(r"\b(?:image_blobs|blobs) AS (\w+)", sql)}
     plan = [row[3] for row in shell.execute(f"EXPLAIN QUERY PLAN {query}")]
     return [step for step in plan if step.startswith("SCAN ") and step.split()[1] in aliases]
 
 
-@pytest.mark.parametrize(("view", "column"), QUESTIONS.items())
-def test_a_question_about_one_thing_goes_through_no_others_blobs(
-    large: sqlite3.Connection, view: str, column: str
-) -> None:
+@pytest.mark.parametrize(("view", "column"), KEY_COLUMNS.items())
+def test_a_query_for_one_thing_scans_no_other_blobs(large: sqlite3.Connection, view: str, column: str) -> None:
     assert scans(large, f"SELECT * FROM {view} WHERE {column} = 'x'") == []
 
 
-def test_what_contains_a_blob_is_found_by_its_digest(large: sqlite3.Connection) -> None:
+def test_a_query_for_the_images_of_a_blob_scans_no_other_blobs(large: sqlite3.Connection) -> None:
     assert scans(large, "SELECT name FROM image_contents WHERE digest = 'x'") == []
 
 
@@ -669,6 +675,6 @@ def test_bases_are_found_in_one_pass(large: sqlite3.Connection) -> None:
 def test_outdated_bases_are_found_in_one_pass_in_the_order_of_layers(large: sqlite3.Connection) -> None:
     assert scans(large, OUTDATED) == ["SCAN image_blobs"]
     stacks = OUTDATED.partition(", tops AS")[0]
-    # Nothing is sorted: layers come as they stand in the image.
+    # The plan has no sort: the scan returns layers in the order of their positions.
     plan = [row[3] for row in large.execute(f"EXPLAIN QUERY PLAN {stacks} SELECT * FROM stacks")]
     assert plan == ["MATERIALIZE stacks", "SCAN image_blobs", "SCAN stacks"]
