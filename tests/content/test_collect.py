@@ -1,4 +1,4 @@
-"""Collection: what nothing refers to goes, in an order that no crash can spoil, and nothing else goes."""
+"""Garbage collection: it deletes unreferenced blobs only, in an order that survives a crash at any point."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.support.make import digest_of, image, oci_files, save, write
 
 
 def abandon(cache: Cache, *contents: bytes) -> None:
-    """Store blobs that nothing refers to, and no session works with."""
+    """Store blobs that no image references and no session leases."""
     with Cache.open(cache.directory) as other:
         for data in contents:
             other.add_blob(data)
 
 
-def test_only_what_nothing_refers_to_is_collected(cache: Cache) -> None:
+def test_only_unreferenced_blobs_are_collected(cache: Cache) -> None:
     kept = image(1, 2)
     save(cache, "kept", kept)
     attached, mine = cache.add_blob(b"attached"), cache.add_blob(b"in work")
@@ -46,17 +46,17 @@ def test_only_what_nothing_refers_to_is_collected(cache: Cache) -> None:
     assert cache.collect_garbage() == (0, 0)
 
 
-def test_rows_of_blobs_that_never_came_go_too(cache: Cache) -> None:
+def test_rows_of_blobs_that_were_never_stored_are_deleted(cache: Cache) -> None:
     cache.save_manifest("app", image(1).manifest)
     assert cache.remove_manifest("app").blobs == 1
     assert snapshot(cache.directory)["blobs"] == []
 
 
 @pytest.mark.parametrize("how", ["collect", "remove"])
-def test_a_dry_run_says_what_the_real_thing_does_and_does_nothing(cache: Cache, how: str) -> None:
+def test_a_dry_run_returns_what_a_real_run_deletes_and_deletes_nothing(cache: Cache, how: str) -> None:
     save(cache, "kept", image(1, 2))
     save(cache, "gone", image(2, 3))
-    cache.save_manifest("moved", image(4).manifest)  # names blobs that never come
+    cache.save_manifest("moved", image(4).manifest)  # references blobs that are never stored
     cache.save_manifest("moved", image(5).manifest)
     cache.add_blob(b"in work")
     abandon(cache, b"nobody's")
@@ -67,21 +67,21 @@ def test_a_dry_run_says_what_the_real_thing_does_and_does_nothing(cache: Cache, 
         return cache.collect_garbage(dry_run=dry_run)
 
     before, files = snapshot(cache.directory), files_of(cache.directory)
-    said = run(dry_run=True)
+    planned = run(dry_run=True)
     assert snapshot(cache.directory) == before
-    assert run(dry_run=False) == said
+    assert run(dry_run=False) == planned
     gone = files.items() - files_of(cache.directory).items()
-    assert said == (len(gone), sum(size for _, size in gone))
+    assert planned == (len(gone), sum(size for _, size in gone))
     assert len(gone) == {"remove": 3, "collect": 2}[how]
 
 
-def test_a_sweep_and_a_removal_leave_the_same(tmp_path: Path) -> None:
+def test_a_collection_and_a_removal_keep_the_same_blobs(tmp_path: Path) -> None:
     left = []
-    for how in ("sweep", "removal"):
+    for how in ("collection", "removal"):
         with Cache.open(tmp_path / how) as cache:
             save(cache, "kept", image(1, 2))
             save(cache, "gone", image(2, 3))
-            cache.add_blob(image(3).layers[0])  # of the one that goes, and in work again
+            cache.add_blob(image(3).layers[0])  # a layer of the removed image, which this session leases again
             if how == "removal":
                 cache.remove_manifest("gone")
             else:
@@ -93,7 +93,7 @@ def test_a_sweep_and_a_removal_leave_the_same(tmp_path: Path) -> None:
     assert digest_of(image(3).layers[0]) in left[0]
 
 
-def test_what_a_living_process_works_with_is_not_collected_and_what_a_dead_one_did_is(cache: Cache) -> None:
+def test_blobs_leased_by_a_live_process_are_kept_until_it_dies(cache: Cache) -> None:
     digest = digest_of(b"data")
     with running(LIVING, cache.directory) as process:
         assert cache.collect_garbage() == (0, 0)
@@ -104,28 +104,28 @@ def test_what_a_living_process_works_with_is_not_collected_and_what_a_dead_one_d
     assert files_of(cache.directory) == {}
 
 
-def test_a_blob_that_is_taken_up_after_the_candidates_were_found_stays(
+def test_a_blob_that_an_image_references_after_the_search_is_kept(
     cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = image(1)
     abandon(cache, b"nobody's", *kept.blobs.values())
     forget = collect.forget
-    tried: list[object] = []
+    happened: list[object] = []
 
-    def taken_up_meanwhile(connection: Connection, ids: list[int]) -> collect.Collected:
-        tried.append(forget(connection, ids))
-        return tried[-1]  # type: ignore[return-value]
+    def forget_and_note(connection: Connection, ids: list[int]) -> collect.Collected:
+        happened.append(forget(connection, ids))
+        return happened[-1]  # type: ignore[return-value]
 
     write_ = Database.write
 
-    def write_after(self: Database) -> object:
-        if self is index and not tried:
-            tried.append("taken up")
+    def save_then_write(self: Database) -> object:
+        if self is index and not happened:
+            happened.append("saved")
             cache.save_manifest("app", kept.manifest)
         return write_(self)
 
-    monkeypatch.setattr(Database, "write", write_after)
-    monkeypatch.setattr(collect, "forget", taken_up_meanwhile)
+    monkeypatch.setattr(Database, "write", save_then_write)
+    monkeypatch.setattr(collect, "forget", forget_and_note)
     assert list(collect.collect(index)) == [(1, len(b"nobody's"))]
     assert cache.is_image_complete("app")
     assert files_of(cache.directory).keys() == kept.blobs.keys()
@@ -138,7 +138,7 @@ def test_a_blob_is_forgotten_then_moved_then_unlinked(
     happened: list[str] = []
     at_commit: list[list[int]] = []
 
-    def note(name: str) -> None:
+    def note_calls(name: str) -> None:
         call: Callable[..., object] = getattr(os, name)
 
         def replacement(path: object, *arguments: object, **options: int) -> object:
@@ -148,14 +148,14 @@ def test_a_blob_is_forgotten_then_moved_then_unlinked(
 
         monkeypatch.setattr(os, name, replacement)
 
-    def committed(connection: Connection) -> None:
+    def note_commit(connection: Connection) -> None:
         if connection.get_execution_options().get("cachedb_begin"):
             count = connection.exec_driver_sql
             at_commit.append([len(count(f"SELECT 1 FROM {table}").all()) for table in ("blobs", "trash")])
             happened.append("commit")
 
-    note("rename")
-    note("unlink")
+    note_calls("rename")
+    note_calls("unlink")
 
     def sync(descriptor: int) -> None:
         happened.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
@@ -163,11 +163,11 @@ def test_a_blob_is_forgotten_then_moved_then_unlinked(
 
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", sync)
-    event.listen(Engine, "commit", committed)
+    event.listen(Engine, "commit", note_commit)
     try:
         list(collect.collect(index))
     finally:
-        event.remove(Engine, "commit", committed)
+        event.remove(Engine, "commit", note_commit)
     assert happened == ["commit", "rename blobs", "sync sha256", "commit", "unlink trash"]
     assert at_commit == [[0, 1], [0, 0]]
 
@@ -191,24 +191,26 @@ def test_files_are_moved_under_the_lock_and_unlinked_outside_it(
     assert free == {"rename": False, "unlink": True}
 
 
-def test_the_write_lock_is_let_go_of_where_renames_take_long(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collection_with_slow_renames_releases_the_write_lock_between_them(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     abandon(cache, b"one", b"two", b"three")
     monkeypatch.setattr(collect, "_RENAME_SECONDS", 0)
     turns: list[str] = []
     under_lock = Database._under_lock
 
-    def counted(self: Database, *arguments: Any) -> object:
+    def count_turns(self: Database, *arguments: Any) -> object:
         turns.append("turn")
         return under_lock(self, *arguments)
 
-    monkeypatch.setattr(Database, "_under_lock", counted)
+    monkeypatch.setattr(Database, "_under_lock", count_turns)
     assert cache.collect_garbage() == (3, 11)
     assert len(turns) == 1 + 3
     assert files_of(cache.directory) == {}
     assert snapshot(cache.directory)["trash"] == []
 
 
-def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
+def test_several_threads_empty_a_full_trash_and_errors_are_reported(
     cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {f"sha256-{number:064x}" for number in range(200)}
@@ -219,7 +221,7 @@ def test_a_full_trash_is_emptied_by_several_threads_and_an_error_is_told(
     def refuse_one(path: str, *, dir_fd: int | None = None) -> None:
         if threading.get_ident() not in threads and len(threads) < collect._UNLINK_THREADS:
             threads.add(threading.get_ident())
-            meeting.wait()  # each is there, before any of them is through
+            meeting.wait()  # every thread has begun before one finishes
         if path.endswith("77"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         unlink(path, dir_fd=dir_fd)
@@ -257,24 +259,24 @@ def test_a_collection_frees_the_files_of_a_batch_before_the_next(cache: Cache, i
     assert files_of(cache.directory) == {}
 
 
-def test_what_is_in_work_is_no_candidate(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leased_blob_is_no_candidate_for_collection(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.add_blob(b"in work")
-    monkeypatch.setattr(collect, "forget", lambda *_: pytest.fail("nothing is to be forgotten"))
+    monkeypatch.setattr(collect, "forget", lambda *_: pytest.fail("a blob was forgotten"))
     assert cache.collect_garbage() == (0, 0)
 
 
-def test_a_collection_that_was_cut_off_is_finished_by_the_next(
+def test_the_next_collection_finishes_an_interrupted_one(
     cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     abandon(cache, b"one", b"two")
 
     def fail(*_: object, **__: object) -> None:
-        raise StorageError("cut off")
+        raise StorageError("interrupted")
 
-    for place in ("rename", "unlink"):
+    for step in ("rename", "unlink"):
         with monkeypatch.context() as patch:
-            patch.setattr(os, place, fail)
-            with pytest.raises(StorageError, match="cut off"):
+            patch.setattr(os, step, fail)
+            with pytest.raises(StorageError, match="interrupted"):
                 cache.collect_garbage()
         assert stored_rows(cache.directory) == {}
     assert files_of(cache.directory) == {}
@@ -283,7 +285,7 @@ def test_a_collection_that_was_cut_off_is_finished_by_the_next(
     assert os.listdir(cache.directory / "trash") == []
 
 
-def test_the_next_open_takes_out_what_a_dead_session_left_in_the_trash(cache: Cache, index: Database) -> None:
+def test_the_next_open_empties_the_trash_of_a_dead_session(cache: Cache, index: Database) -> None:
     abandon(cache, b"nobody's")
     with index.write() as connection:
         ids = connection.execute(select(BLOBS.c.id)).scalars().all()
@@ -303,7 +305,7 @@ def test_many_blobs_are_collected_in_batches(cache: Cache, monkeypatch: pytest.M
     assert files_of(cache.directory).keys() == image(1).blobs.keys()
 
 
-def test_many_that_store_remove_and_collect_leave_nothing_behind(cache: Cache, tmp_path: Path) -> None:
+def test_concurrent_imports_removals_and_collections_leave_nothing(cache: Cache, tmp_path: Path) -> None:
     source = write(tmp_path / "app.tar", oci_files({"app:1": image(1, 2)}))
     stop = threading.Event()
     failures: list[BaseException] = []
@@ -345,19 +347,19 @@ def test_many_that_store_remove_and_collect_leave_nothing_behind(cache: Cache, t
 # Cost
 
 
-def plans(index: Database, act: Callable[[Connection], object]) -> list[str]:
-    """How SQLite does the statements of an action: the steps of its query plans."""
+def explain_statements(index: Database, act: Callable[[Connection], object]) -> list[str]:
+    """Return the steps of SQLite's query explain_statements for the statements that `act` executes."""
     statements: list[tuple[str, object]] = []
 
-    def note(_c: object, _cursor: object, statement: str, parameters: object, _x: object, _many: bool) -> None:
+    def note_query(_c: object, _cursor: object, statement: str, parameters: object, _x: object, _many: bool) -> None:
         statements.append((statement, parameters))
 
     with index.read() as connection:
-        event.listen(connection, "before_cursor_execute", note)
+        event.listen(connection, "before_cursor_execute", note_query)
         try:
             act(connection)
         finally:
-            event.remove(connection, "before_cursor_execute", note)
+            event.remove(connection, "before_cursor_execute", note_query)
         steps = []
         for statement, parameters in statements:
             rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)  # type: ignore[arg-type]
@@ -366,38 +368,38 @@ def plans(index: Database, act: Callable[[Connection], object]) -> list[str]:
     return steps
 
 
-def test_forgetting_an_images_blobs_looks_at_those_alone(cache: Cache, index: Database) -> None:
+def test_forgetting_blobs_of_an_image_reads_only_their_rows(cache: Cache, index: Database) -> None:
     cache.add_blob(b"data")
-    steps = plans(index, lambda connection: collect.forget(connection, [1, 2, 3]))
+    steps = explain_statements(index, lambda connection: collect.forget(connection, [1, 2, 3]))
     assert any("image_blobs USING COVERING INDEX ix_image_blobs_blob_id (blob_id=?)" in step for step in steps)
     assert any("leases USING PRIMARY KEY (digest=?)" in step for step in steps)
     assert any("blobs USING INTEGER PRIMARY KEY (rowid=?)" in step for step in steps)
     assert not [step for step in steps if "SCAN" in step]
 
 
-def test_a_sweep_reads_the_blobs_once_and_looks_the_rest_up(index: Database) -> None:
-    steps = plans(index, collect.unreferenced)
+def test_a_collection_scans_only_the_blobs_and_only_once(index: Database) -> None:
+    steps = explain_statements(index, collect.unreferenced)
     assert [step for step in steps if "SCAN" in step] == ["SCAN blobs"]
 
 
 def test_candidates_are_found_in_one_pass_over_two_indexes(index: Database) -> None:
-    steps = plans(index, lambda connection: connection.execute(collect._select_candidates()))
+    steps = explain_statements(index, lambda connection: connection.execute(collect._select_candidates()))
     assert steps.count("MERGE (EXCEPT)") == 2
     scans = [step for step in steps if "SCAN" in step and "leases" not in step]
     assert scans == ["SCAN blobs", "SCAN image_blobs USING COVERING INDEX ix_image_blobs_blob_id"]
     assert not [step for step in steps if "TEMP B-TREE" in step and "ORDER BY" not in step]
 
 
-def test_sweeping_sessions_and_looking_up_what_is_stored_use_indexes(index: Database) -> None:
-    steps = plans(index, lambda connection: blobs.stored(connection, [Digest(digest_of(b"data"))]))
+def test_deleting_leases_and_looking_up_stored_blobs_use_indexes(index: Database) -> None:
+    steps = explain_statements(index, lambda connection: blobs.stored(connection, [Digest(digest_of(b"data"))]))
     assert not [step for step in steps if "SCAN" in step]
     delete = "DELETE FROM leases WHERE session = 'x' AND hold = 1"
-    steps = plans(index, lambda connection: connection.exec_driver_sql(delete))
+    steps = explain_statements(index, lambda connection: connection.exec_driver_sql(delete))
     assert not [step for step in steps if "SCAN" in step]
 
 
-def test_deleting_a_blob_looks_its_references_up_by_index(index: Database) -> None:
-    """What SQLite does for the foreign keys is in no query plan; without these indexes it reads whole tables."""
+def test_foreign_key_checks_use_indexes(index: Database) -> None:
+    """SQLite shows no foreign key check in a query plan; without these indexes it would scan whole tables."""
     with index.read() as connection:
         for table, column in (("image_blobs", "blob_id"), ("images", "manifest_id"), ("image_blobs", "image_id")):
             plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN SELECT 1 FROM {table} WHERE {column} = 1").all()
@@ -405,10 +407,10 @@ def test_deleting_a_blob_looks_its_references_up_by_index(index: Database) -> No
 
 
 @pytest.mark.parametrize("table", ["trash", "blobs"])
-def test_an_index_that_names_a_path_moves_nothing_out_of_its_place(cache: Cache, table: str, tmp_path: Path) -> None:
+def test_an_index_that_names_a_path_moves_no_other_file(cache: Cache, table: str, tmp_path: Path) -> None:
     victim = cache.directory.parent / "victim.txt"
     victim.write_text("precious")
-    # Once its first colon, or all of them, are slashes, as those of a digest are in `blobs/`.
+    # A digest becomes a path in `blobs/`: its first colon, or every colon, becomes a slash.
     paths = ["..:..:victim.txt", "..:cachedb.json"]
     marker = (cache.directory / "cachedb.json").read_bytes()
     connection = sqlite3.connect(cache.directory / "index.db", isolation_level=None)

@@ -1,4 +1,4 @@
-"""What configs say of images and layers: parsed with care, kept with the image, and brought when they come late."""
+"""Image descriptions: the index copies them from configs, also when a config is stored after its image."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ def made_of(document: dict[str, Any] | bytes, *seeds: int, kind: str = OCI_CONFI
     return Made(json.dumps(manifest).encode(), data, layers)
 
 
-def said(cache: Cache, name: str) -> tuple[Any, ...]:
+def read_description(cache: Cache, name: str) -> tuple[Any, ...]:
     found = cache.get_image(name)
     return found.os, found.architecture, found.variant, found.created, found.author, cache.get_labels(name)
 
 
-SAID = ("linux", "arm", "v7", BUILT, "A. Author <a@example.org>", {"empty": "", "version": "1"})
-NOTHING: tuple[Any, ...] = (None, None, None, None, None, {})
+DESCRIPTION = ("linux", "arm", "v7", BUILT, "A. Author <a@example.org>", {"empty": "", "version": "1"})
+NO_DESCRIPTION: tuple[Any, ...] = (None, None, None, None, None, {})
 
 
 @pytest.mark.parametrize("kind", [OCI_CONFIG, DOCKER_CONFIG])
 def test_an_image_is_described_by_its_config(cache: Cache, kind: str) -> None:
     save(cache, "app:1", made_of(config(1, 2), 1, 2, kind=kind))
-    assert said(cache, "app:1") == SAID
+    assert read_description(cache, "app:1") == DESCRIPTION
     assert [(blob.diff_id, blob.created_by) for blob in cache.get_image_blobs("app:1")] == [
         (None, None),
         (None, None),
@@ -78,56 +78,56 @@ def test_an_image_is_described_by_its_config(cache: Cache, kind: str) -> None:
     assert cache.list_manifests() == [cache.get_image("app:1")]
 
 
-def test_a_config_that_comes_after_its_manifest_describes_the_image(cache: Cache) -> None:
+def test_a_config_stored_after_its_manifest_describes_the_image(cache: Cache) -> None:
     made = made_of(config(1), 1)
     cache.save_manifest("app:1", made.manifest)
     cache.tag("app:1", "app:2")
-    assert said(cache, "app:1") == NOTHING
+    assert read_description(cache, "app:1") == NO_DESCRIPTION
     cache.save_blob(digest_of(made.config), made.config)
-    assert said(cache, "app:1") == said(cache, "app:2") == SAID
+    assert read_description(cache, "app:1") == read_description(cache, "app:2") == DESCRIPTION
     assert cache.get_image_blobs("app:2")[2].created_by == "RUN make 1"
 
 
-def test_an_image_that_is_imported_is_described(cache: Cache, tmp_path: Any) -> None:
+def test_an_imported_image_is_described(cache: Cache, tmp_path: Any) -> None:
     cache.cache_from_tar(write(tmp_path / "a.tar", docker_files({"app:1": made_of(config(1), 1)})))
-    assert said(cache, "app:1") == SAID
+    assert read_description(cache, "app:1") == DESCRIPTION
 
 
-def test_a_name_that_moves_is_described_anew(cache: Cache) -> None:
+def test_a_name_that_moves_gets_the_new_images_description(cache: Cache) -> None:
     save(cache, "app:1", made_of(config(1), 1))
     other = image(2)
     save(cache, "app:1", other)
-    assert said(cache, "app:1") == ("linux", "amd64", None, None, None, {})
+    assert read_description(cache, "app:1") == ("linux", "amd64", None, None, None, {})
     cache.save_manifest("app:1", image(3).manifest)
-    assert said(cache, "app:1") == NOTHING
+    assert read_description(cache, "app:1") == NO_DESCRIPTION
 
 
-def test_a_tag_has_all_that_its_source_has(cache: Cache) -> None:
+def test_a_tag_gets_the_description_and_blobs_of_its_source(cache: Cache) -> None:
     save(cache, "app:1", made_of(config(1, 2), 1, 2))
     save(cache, "app:2", image(3))
     cache.tag("app:1", "app:2")
-    assert said(cache, "app:2") == SAID
+    assert read_description(cache, "app:2") == DESCRIPTION
     assert cache.get_image_blobs("app:1") == cache.get_image_blobs("app:2")
 
 
-def test_labels_go_with_their_image(cache: Cache) -> None:
+def test_labels_are_deleted_with_their_image(cache: Cache) -> None:
     save(cache, "app:1", made_of(config(1), 1))
     cache.remove_manifest("app:1")
     cache.close()
     check(cache.directory)
 
 
-def test_several_platforms_have_what_all_of_them_agree_on(cache: Cache) -> None:
+def test_an_index_is_described_by_the_values_that_its_platforms_share(cache: Cache) -> None:
     first = made_of(config(1, config={"Labels": {"version": "1", "tuned": "yes"}}), 1)
     second = made_of(config(2, architecture="amd64", config={"Labels": {"version": "1", "tuned": "no"}}), 2)
     save_index(cache, "app:1", first, second)
     author = "A. Author <a@example.org>"
-    assert said(cache, "app:1") == ("linux", None, "v7", BUILT, author, {"version": "1"})
+    assert read_description(cache, "app:1") == ("linux", None, "v7", BUILT, author, {"version": "1"})
     layers = [blob for blob in cache.get_image_blobs("app:1") if blob.role == "layer"]
     assert [blob.created_by for blob in layers] == ["RUN make 1", "RUN make 2"]
 
 
-def test_a_platform_that_comes_later_is_agreed_with_too(cache: Cache) -> None:
+def test_a_platform_stored_later_changes_the_shared_values(cache: Cache) -> None:
     first, second = made_of(config(1), 1), made_of(config(2, architecture="amd64"), 2)
     cache.save_manifest("app:1", index(first, second))
     for child, architecture in ((first, "arm"), (second, None)):
@@ -136,14 +136,14 @@ def test_a_platform_that_comes_later_is_agreed_with_too(cache: Cache) -> None:
         assert cache.get_image("app:1").architecture == architecture
 
 
-def test_what_builders_put_beside_an_image_does_not_describe_it(cache: Cache) -> None:
+def test_an_attestation_does_not_describe_its_image(cache: Cache) -> None:
     made = made_of(config(1), 1)
     attestation = made_of({"os": "unknown", "architecture": "unknown", "config": {}}, 9)
     save_index(cache, "app:1", made, attestation)
-    assert said(cache, "app:1") == SAID
+    assert read_description(cache, "app:1") == DESCRIPTION
 
 
-def test_what_is_attached_after_the_layers_is_no_layer_of_the_config(cache: Cache) -> None:
+def test_an_attached_layer_gets_no_command_from_the_config(cache: Cache) -> None:
     save(cache, "app:1", made_of(config(1), 1))
     cache.associate_blob_with_image("app:1", cache.add_blob(b"attached"), role="layer")
     cache.save_manifest("app:1", made_of(config(1), 1).manifest)
@@ -151,9 +151,9 @@ def test_what_is_attached_after_the_layers_is_no_layer_of_the_config(cache: Cach
 
 
 @pytest.mark.parametrize("data", [b"{not json", b"[]", b"null", b"\xff", b"[" * 100_000])
-def test_a_config_that_cannot_be_read_costs_the_image_nothing_else(cache: Cache, data: bytes) -> None:
+def test_an_image_with_an_unreadable_config_is_complete_but_not_described(cache: Cache, data: bytes) -> None:
     save(cache, "app:1", made_of(data, 1))
-    assert said(cache, "app:1") == NOTHING
+    assert read_description(cache, "app:1") == NO_DESCRIPTION
     assert cache.is_image_complete("app:1")
 
 
@@ -180,7 +180,7 @@ def test_a_config_that_cannot_be_read_costs_the_image_nothing_else(cache: Cache,
     ]
     + [("author", value) for value in ("", "a\0b", "\ud800", "a" * (TEXT_LIMIT + 1), ["a"])],
 )  # fmt: skip
-def test_a_value_that_is_none_is_left_out(cache: Cache, key: str, value: object) -> None:
+def test_an_invalid_value_is_left_out(cache: Cache, key: str, value: object) -> None:
     save(cache, "app:1", made_of(config(1, **{key: value}), 1))
     assert getattr(cache.get_image("app:1"), key) is None
     assert cache.get_image("app:1").os == "linux"
@@ -200,13 +200,13 @@ def test_a_time_is_kept_in_utc(cache: Cache, text: str, time: datetime) -> None:
     assert cache.get_image("app:1").created == time
 
 
-def test_labels_that_are_none_are_left_out(cache: Cache) -> None:
+def test_invalid_labels_are_left_out(cache: Cache) -> None:
     labels = {"a": "1", "": "2", "b": 3, "c": "x" * (TEXT_LIMIT + 1), "d\0": "4", "e": "\udc00", "f": None}
     save(cache, "app:1", made_of(config(1, config={"Labels": labels}), 1))
     assert cache.get_labels("app:1") == {"a": "1"}
 
 
-def test_labels_that_do_not_fit_beside_those_before_them_are_left_out(cache: Cache) -> None:
+def test_labels_beyond_the_limit_are_left_out(cache: Cache) -> None:
     sizes = {"b": 60_000, "c": 60_000, "a": 60_000, "d": 60_000, "large": 30_000, "e": 20_000, "more": 3_000, "last": 2}
     labels = {key: "x" * size for key, size in sizes.items()}
     save(cache, "app:1", made_of(config(1, config={"Labels": labels}), 1))
@@ -215,7 +215,7 @@ def test_labels_that_do_not_fit_beside_those_before_them_are_left_out(cache: Cac
     assert sum(len(key) + len(value) for key, value in kept.items()) <= CONFIG_LIMIT
 
 
-def test_commands_that_do_not_fit_beside_those_before_them_are_left_out(cache: Cache) -> None:
+def test_commands_beyond_the_limit_are_left_out(cache: Cache) -> None:
     seeds = range(1, 8)
     sizes = [60_000] * 4 + [30_000, 20_000, 3_000]
     history = [{"created_by": "x" * size} for size in sizes]
@@ -234,13 +234,13 @@ def test_commands_that_do_not_fit_beside_those_before_them_are_left_out(cache: C
         {"history": ["RUN a"]},
     ],
 )
-def test_a_history_that_does_not_fit_the_layers_tells_nothing_of_them(cache: Cache, more: dict[str, Any]) -> None:
+def test_a_history_that_does_not_match_the_layers_is_ignored(cache: Cache, more: dict[str, Any]) -> None:
     save(cache, "app:1", made_of(config(1, **more), 1))
     found = cache.get_image_blobs("app:1")[2]
     assert (found.diff_id, found.created_by) == (digest_of(layer(1)), None)
 
 
-def test_a_config_that_names_more_layers_than_there_are_tells_nothing_of_them(cache: Cache) -> None:
+def test_diff_ids_are_ignored_if_the_config_names_more_layers_than_the_manifest(cache: Cache) -> None:
     save(cache, "app:1", made_of(config(1, 2), 1))
     assert cache.get_image_blobs("app:1")[2].diff_id is None
 
@@ -254,7 +254,7 @@ JSON = st.recursive(
 
 @pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(sorted(config())) | st.text(), JSON), st.binary())
-def test_no_config_is_too_odd_to_read(document: dict[str, Any], data: bytes) -> None:
+def test_parsing_a_strange_config_raises_no_other_error(document: dict[str, Any], data: bytes) -> None:
     parse_config(json.dumps({**config(1), **document}).encode(), 100)
     for entry in ("Labels", "diff_ids"):
         nested = {"config": {entry: document}, "rootfs": {entry: [document]}, "history": [document]}
@@ -263,7 +263,7 @@ def test_no_config_is_too_odd_to_read(document: dict[str, Any], data: bytes) -> 
         parse_config(data, 100)
 
 
-def test_a_config_that_could_not_be_read_is_found_by_verify_once_it_can(
+def test_verify_describes_an_image_whose_config_could_not_be_read_before(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = made_of(config(1), 1)
@@ -278,14 +278,14 @@ def test_a_config_that_could_not_be_read_is_found_by_verify_once_it_can(
 
     monkeypatch.setattr(reader, "open_blob", fail)
     cache.save_manifest("app:1", made.manifest)
-    assert cache.verify().problems == []  # as long as it cannot be read there is nothing to compare with
+    assert cache.verify().problems == []  # verify skips a config that it cannot read
     monkeypatch.undo()
-    assert said(cache, "app:1") == NOTHING
+    assert read_description(cache, "app:1") == NO_DESCRIPTION
     (problem,) = cache.verify().problems
     assert (problem.kind, problem.digest) == ("index", made.digest)
     assert problem.detail == "app:1: its description in the index differs from its config"
     assert cache.verify(repair=True).problems[0].repair
-    assert said(cache, "app:1") == SAID
+    assert read_description(cache, "app:1") == DESCRIPTION
     assert cache.verify().problems == []
 
 
@@ -299,17 +299,17 @@ def test_a_config_that_could_not_be_read_is_found_by_verify_once_it_can(
         "UPDATE image_blobs SET diff_id = NULL",
     ],
 )
-def test_what_the_index_says_otherwise_than_a_config_is_found_and_repaired(cache: Cache, sql: str) -> None:
+def test_verify_repairs_values_that_differ_from_the_config(cache: Cache, sql: str) -> None:
     save(cache, "app:1", made_of(config(1), 1))
     contents = cache.get_image_blobs("app:1")
     change(cache.directory, sql)
     assert [problem.kind for problem in cache.verify().problems] == ["index"]
     cache.verify(repair=True)
-    assert (said(cache, "app:1"), cache.get_image_blobs("app:1")) == (SAID, contents)
+    assert (read_description(cache, "app:1"), cache.get_image_blobs("app:1")) == (DESCRIPTION, contents)
     assert cache.verify().problems == []
 
 
-def test_verify_waits_for_a_backfill_to_come_to_an_image(cache: Cache) -> None:
+def test_verify_skips_descriptions_that_a_backfill_has_not_reached(cache: Cache) -> None:
     save(cache, "app:1", made_of(config(1), 1))
     change(cache.directory, "UPDATE images SET author = NULL")
     change(cache.directory, "INSERT INTO backfills VALUES ('0003', 0)")
@@ -318,18 +318,18 @@ def test_verify_waits_for_a_backfill_to_come_to_an_image(cache: Cache) -> None:
     assert [problem.kind for problem in cache.verify().problems] == ["index"]
 
 
-def test_an_attached_config_describes_at_once_as_it_does_when_the_image_is_saved_again(cache: Cache) -> None:
+def test_an_attached_config_describes_the_image_now_and_when_it_is_saved_again(cache: Cache) -> None:
     save(cache, "app:1", made_of(config(1), 1))
     other = cache.add_blob(json.dumps(config(author="B", config={})).encode())
     cache.associate_blob_with_image("app:1", other, role="config", media_type=OCI_CONFIG)
     assert cache.verify().problems == []
-    found = said(cache, "app:1")
-    assert found == (*SAID[:4], None, {})
+    found = read_description(cache, "app:1")
+    assert found == (*DESCRIPTION[:4], None, {})
     cache.save_manifest("app:1", made_of(config(1), 1).manifest)
-    assert said(cache, "app:1") == found
+    assert read_description(cache, "app:1") == found
 
 
-def test_a_config_is_read_in_a_command_that_lists_nothing_of_alembic(cache: Cache) -> None:
+def test_reading_a_description_does_not_import_alembic(cache: Cache) -> None:
     save(cache, "app:1", image(1))
     output = run_python(
         """

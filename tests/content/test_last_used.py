@@ -1,4 +1,4 @@
-"""The last use of images: what is one, and that it makes nobody wait."""
+"""The last use of images: which calls count as a use, and that noting a use never waits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONG_AGO = "2020-01-01T00:00:00.000000Z"
 
 @pytest.fixture
 def old(directory: Path) -> Path:
-    """A cache with an image that was not used for long."""
+    """Make a cache whose image was last used years ago."""
     with Cache.open(directory) as cache:
         for data in (IMAGE.config, *IMAGE.layers):
             cache.add_blob(data)
@@ -36,7 +36,7 @@ def old(directory: Path) -> Path:
     return directory
 
 
-def last_use(directory: Path) -> str:
+def read_last_use(directory: Path) -> str:
     shell = sqlite3.connect(directory / "index.db")
     (found,) = shell.execute("SELECT last_used_at FROM images").fetchone()
     shell.close()
@@ -58,7 +58,7 @@ def produce(cache: Cache) -> None:
 
 
 USES["produce"] = produce
-LOOKS: dict[str, Callable[[Cache], object]] = {
+LISTINGS: dict[str, Callable[[Cache], object]] = {
     "image": lambda cache: cache.get_image("app:1"),
     "blobs": lambda cache: cache.get_image_blobs("app:1"),
     "list": lambda cache: cache.list_manifests(),
@@ -69,48 +69,46 @@ LOOKS: dict[str, Callable[[Cache], object]] = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_a_use_is_in_the_index_when_the_cache_is_closed(old: Path, name: str) -> None:
+def test_closing_the_cache_writes_uses_to_the_index(old: Path, name: str) -> None:
     with Cache.open(old) as cache:
         USES[name](cache)
-    assert last_use(old) > "2026"
+    assert read_last_use(old) > "2026"
 
 
-@pytest.mark.parametrize("name", LOOKS)
-def test_a_look_is_no_use(old: Path, name: str) -> None:
+@pytest.mark.parametrize("name", LISTINGS)
+def test_a_listing_is_no_use(old: Path, name: str) -> None:
     with Cache.open(old) as cache:
-        LOOKS[name](cache)
-    assert last_use(old) == LONG_AGO
+        LISTINGS[name](cache)
+    assert read_last_use(old) == LONG_AGO
 
 
-def test_the_command_line_uses_what_it_asks_for(cachedb: Run, old: Path) -> None:
+def test_the_command_exists_is_a_use_and_show_is_none(cachedb: Run, old: Path) -> None:
     cachedb("show", "app:1")
-    assert last_use(old) == LONG_AGO
+    assert read_last_use(old) == LONG_AGO
     cachedb("exists", "app:1")
-    assert last_use(old) > "2026"
+    assert read_last_use(old) > "2026"
 
 
-def test_a_read_takes_no_lock_and_a_use_within_five_minutes_writes_nothing(
-    old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_use_within_five_minutes_takes_no_lock_and_writes_nothing(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Cache.open(old) as cache:
         assert cache.is_image_complete("app:1")
-    before = last_use(old)
+    before = read_last_use(old)
     taken: list[Path] = []
     with Cache.open(old) as cache:
         acquire = locks.acquire
 
-        def noted(path: Path, **how: bool) -> object:
+        def note_and_acquire(path: Path, **how: bool) -> object:
             taken.append(path)
             return acquire(path, **how)
 
-        monkeypatch.setattr(locks, "acquire", noted)
+        monkeypatch.setattr(locks, "acquire", note_and_acquire)
         assert cache.is_image_complete("app:1")
         assert cache.get_manifest("app:1")
     assert taken == []
-    assert last_use(old) == before
+    assert read_last_use(old) == before
 
 
-def test_a_child_notes_uses_whatever_a_thread_of_its_parent_was_doing(old: Path) -> None:
+def test_a_child_notes_uses_though_a_thread_of_its_parent_held_the_guard(old: Path) -> None:
     with Cache.open(old) as cache:
         assert cache.is_image_complete("app:1")
         with cache._uses._guard:
@@ -118,10 +116,10 @@ def test_a_child_notes_uses_whatever_a_thread_of_its_parent_was_doing(old: Path)
                 signal.alarm(30)
                 os._exit(not (cache.get_manifest("app:1") and cache._uses._names == {Name("app", "1")}))
         assert os.waitpid(child, 0)[1] == 0
-    assert last_use(old) > "2026"
+    assert read_last_use(old) > "2026"
 
 
-def test_nobody_waits_for_a_writer_to_note_a_use(old: Path) -> None:
+def test_closing_does_not_wait_for_the_write_lock_to_note_a_use(old: Path) -> None:
     with Cache.open(old) as cache:
         assert cache.is_image_complete("app:1")
         lock = locks.acquire(old / "locks" / "write.lock")
@@ -133,22 +131,24 @@ def test_nobody_waits_for_a_writer_to_note_a_use(old: Path) -> None:
         locks.release(lock)
         closing.join()
         assert not waited
-    assert last_use(old) == LONG_AGO
+    assert read_last_use(old) == LONG_AGO
 
 
-def test_a_cache_that_stays_open_writes_its_uses_after_some_minutes(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_stays_open_writes_its_uses_after_the_resolution(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Cache.open(old) as cache:
         assert cache.is_image_complete("app:1")
-        assert last_use(old) == LONG_AGO
+        assert read_last_use(old) == LONG_AGO
         now = time.monotonic()
         monkeypatch.setattr(
             "cachedb.content.last_used.time", SimpleNamespace(monotonic=lambda: now + last_used.RESOLUTION + 1)
         )
         assert cache.is_image_complete("app:1")
-        assert last_use(old) > "2026"
+        assert read_last_use(old) > "2026"
 
 
-def test_an_image_that_is_gone_by_then_is_no_error(old: Path) -> None:
+def test_closing_ignores_uses_of_removed_images(old: Path) -> None:
     with Cache.open(old) as cache:
         assert cache.is_image_complete("app:1")
         cache.remove_manifest("app:1")

@@ -1,4 +1,4 @@
-"""Blobs on disk: what is received is what was verified, and it is stored whole or not at all."""
+"""Storing blobs: the stored bytes are the verified bytes, and a blob is stored whole or not at all."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def session(index: Database) -> Iterator[Session]:
     session.close()
 
 
-def take(session: Session, data: bytes, *, write: bool = True) -> Received:
+def receive(session: Session, data: bytes, *, write: bool = True) -> Received:
     return publish.receive(session, io.BytesIO(data), write=write)
 
 
-class Dripping(io.RawIOBase):
-    """A source that gives what it likes, when it likes, and differently each time it is read."""
+class RandomChunks(io.RawIOBase):
+    """A source that returns chunks of random sizes."""
 
     def __init__(self, data: bytes) -> None:
         self._data = memoryview(data)
@@ -62,10 +62,10 @@ class Dripping(io.RawIOBase):
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
 @pytest.mark.parametrize("size", SIZES)
-def test_content_of_any_size_is_stored_as_it_came(cache: Cache, session: Session, size: int, algorithm: str) -> None:
+def test_content_of_any_size_is_stored_unchanged(cache: Cache, session: Session, size: int, algorithm: str) -> None:
     data = random_bytes(size, seed=size)
     reported: list[int] = []
-    received = publish.receive(session, Dripping(data), algorithm=algorithm, progress=reported.append)
+    received = publish.receive(session, RandomChunks(data), algorithm=algorithm, progress=reported.append)
     assert received.path is not None
     assert received.path.read_bytes() == data
     assert received[:2] == (digest_of(data, algorithm), size)
@@ -82,16 +82,18 @@ def test_a_stored_blob_cannot_be_written_to(cache: Cache) -> None:
 
 @pytest.mark.parametrize("size", [10, 3 * MIB])
 @pytest.mark.parametrize("wrong", ["digest", "longer", "shorter"])
-def test_content_that_differs_from_what_was_said_is_refused(session: Session, size: int, wrong: str) -> None:
+def test_content_that_differs_from_its_declared_digest_or_size_is_refused(
+    session: Session, size: int, wrong: str
+) -> None:
     data = random_bytes(size, seed=1)
     digest = Digest(digest_of(data if wrong != "digest" else b"other"))
-    said = {"digest": size, "longer": size - 1, "shorter": size + 1}[wrong]
+    declared_size = {"digest": size, "longer": size - 1, "shorter": size + 1}[wrong]
     with pytest.raises(DigestMismatch):
-        publish.receive(session, io.BytesIO(data), digest=digest, size=said)
+        publish.receive(session, io.BytesIO(data), digest=digest, size=declared_size)
     assert os.listdir(session.folder) == []
 
 
-def test_no_more_is_read_than_was_said(session: Session) -> None:
+def test_reading_stops_after_the_declared_size(session: Session) -> None:
     class Endless:
         given = 0
 
@@ -122,7 +124,7 @@ def test_a_source_that_fails_leaves_nothing(session: Session, write: bool) -> No
 
 
 @pytest.mark.parametrize("failing", range(1, 8))
-def test_what_looks_at_content_on_its_way_may_refuse_it_at_any_chunk(session: Session, failing: int) -> None:
+def test_an_observer_may_refuse_content_at_any_chunk(session: Session, failing: int) -> None:
     class Refusing:
         seen = 0
 
@@ -136,13 +138,13 @@ def test_what_looks_at_content_on_its_way_may_refuse_it_at_any_chunk(session: Se
     assert os.listdir(session.folder) == []
 
 
-def test_content_that_is_here_already_can_be_verified_and_not_written(session: Session) -> None:
+def test_stored_content_can_be_verified_without_being_written(session: Session) -> None:
     data = random_bytes(2 * MIB + 1, seed=2)
-    assert take(session, data, write=False) == (digest_of(data), len(data), None)
+    assert receive(session, data, write=False) == (digest_of(data), len(data), None)
     assert os.listdir(session.folder) == []
 
 
-def test_what_is_hashed_is_what_is_written_though_the_source_changes(session: Session, tmp_path: Path) -> None:
+def test_the_hashed_bytes_are_written_though_the_source_changes(session: Session, tmp_path: Path) -> None:
     path = tmp_path / "source"
     path.write_bytes(bytes(9 * MIB))
 
@@ -170,29 +172,27 @@ def test_a_full_disk_while_receiving_leaves_nothing(session: Session, monkeypatc
     folder = session.folder
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(StorageError, match="No space left on device; free some space"):
-        take(session, bytes(3 * MIB))
+        receive(session, bytes(3 * MIB))
     assert os.listdir(folder) == []
 
 
-def test_a_write_that_writes_a_part_is_continued(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partial_write_is_continued(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:100_000]))
     data = random_bytes(2 * MIB + 5, seed=3)
-    received = take(session, data)
+    received = receive(session, data)
     assert received.path is not None
     assert received.path.read_bytes() == data
     received.path.unlink()
 
 
-def test_the_disk_is_told_of_what_is_written_and_not_of_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda _file, offset, length, _advice: told.append((offset, length)))
+def test_fadvise_covers_only_the_newly_written_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _file, offset, length, _advice: advised.append((offset, length)))
     path = tmp_path / "partial"
     path.write_bytes(bytes(3 * MIB))
     writer.receive(io.BytesIO(bytes(20 * MIB)), path, size=23 * MIB, go_on=True)
-    assert told == [(3 * MIB, 8 * MIB), (11 * MIB, 8 * MIB)]
+    assert advised == [(3 * MIB, 8 * MIB), (11 * MIB, 8 * MIB)]
     assert path.stat().st_size == 23 * MIB
 
 
@@ -217,14 +217,14 @@ def test_memory_does_not_depend_on_the_size(session: Session) -> None:
 # Publishing
 
 
-def test_data_is_on_disk_before_its_name_and_its_name_before_its_row(
+def test_data_is_synced_before_its_name_and_its_name_before_its_row(
     index: Database, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order that a power cut must not find otherwise."""
+    """A power cut between two steps must never leave a row without its data."""
     happened: list[str] = []
     folders = {session.folder: "session", index.directory / "blobs" / "sha256": "blobs"}
 
-    def note(what: str, name: str, path_of: Callable[..., Path]) -> None:
+    def note_calls(what: str, name: str, path_of: Callable[..., Path]) -> None:
         call = getattr(os, name)
 
         def replacement(*arguments: object, **options: Any) -> object:
@@ -238,22 +238,22 @@ def test_data_is_on_disk_before_its_name_and_its_name_before_its_row(
 
         monkeypatch.setattr(os, name, replacement)
 
-    def committed(_: object) -> None:
+    def note_commit(_: object) -> None:
         happened.append("commit")
 
-    note("sync", "fsync", lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-    note("name", "rename", lambda _source, target: Path(target))
-    note("link", "link", lambda _source, target: Path(target))
-    event.listen(Engine, "commit", committed)
+    note_calls("sync", "fsync", lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+    note_calls("name", "rename", lambda _source, target: Path(target))
+    note_calls("link", "link", lambda _source, target: Path(target))
+    event.listen(Engine, "commit", note_commit)
     try:
-        with publish.publish_blobs(index, session, [take(session, b"data")]):
+        with publish.publish_blobs(index, session, [receive(session, b"data")]):
             pass
     finally:
-        event.remove(Engine, "commit", committed)
+        event.remove(Engine, "commit", note_commit)
     assert happened == [
         "sync a file in session",
         "name a file in session",
-        "sync session",  # so that it is found after a power cut
+        "sync session",  # so that the next open finds it after a power cut
         "link a file in blobs",
         "sync blobs",
         "commit",
@@ -261,12 +261,12 @@ def test_data_is_on_disk_before_its_name_and_its_name_before_its_row(
     assert os.listdir(session.folder) == []
 
 
-def test_a_publication_stores_what_is_new_once(index: Database, session: Session) -> None:
-    with publish.publish_blobs(index, session, [take(session, b"old")]):
+def test_a_publication_stores_each_new_blob_once(index: Database, session: Session) -> None:
+    with publish.publish_blobs(index, session, [receive(session, b"old")]):
         pass
     inode = blob_path(index.directory, Digest(digest_of(b"old"))).stat().st_ino
-    received = [take(session, data) for data in (b"old", b"new", b"new", b"")]
-    received.append(take(session, b"held elsewhere", write=False))
+    received = [receive(session, data) for data in (b"old", b"new", b"new", b"")]
+    received.append(receive(session, b"held elsewhere", write=False))
     with publish.publish_blobs(index, session, received) as connection:
         assert blobs.stored(connection, [blob.digest for blob in received]).keys() == {
             digest_of(data) for data in (b"old", b"new", b"")
@@ -277,7 +277,7 @@ def test_a_publication_stores_what_is_new_once(index: Database, session: Session
     assert os.listdir(session.folder) == []
 
 
-def test_a_blob_that_the_index_knew_becomes_stored_with_its_true_size(cache: Cache, index: Database) -> None:
+def test_storing_a_known_blob_corrects_its_size_in_the_index(cache: Cache, index: Database) -> None:
     made = image(1)
     cache.save_manifest("app", made.manifest)
     layer = digest_of(made.layers[0])
@@ -289,11 +289,11 @@ def test_a_blob_that_the_index_knew_becomes_stored_with_its_true_size(cache: Cac
 
 
 def test_a_publication_whose_block_fails_leaves_no_file_and_no_row(index: Database, session: Session) -> None:
-    with publish.publish_blobs(index, session, [take(session, b"before")]):
+    with publish.publish_blobs(index, session, [receive(session, b"before")]):
         pass
     with (
         pytest.raises(KeyError),
-        publish.publish_blobs(index, session, [take(session, b"before"), take(session, b"data")]),
+        publish.publish_blobs(index, session, [receive(session, b"before"), receive(session, b"data")]),
     ):
         raise KeyError
     assert files_of(index.directory) == stored_rows(index.directory) == {digest_of(b"before"): 6}
@@ -309,7 +309,7 @@ def test_a_full_disk_while_publishing_leaves_no_file_and_no_row(
     full: list[OSError] = []
 
     def fail_once(subject: object, *_: object, **__: object) -> None:
-        # Not of what comes before the publication, reads, and after it, which takes it back.
+        # Fail only during the publication, not before it, in a read, or in the retraction after it.
         before = isinstance(subject, Connection) and not subject.get_execution_options().get("cachedb_begin")
         if not full and not before and subject != cache._session.folder:
             full.append(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -340,7 +340,7 @@ def test_a_full_disk_while_publishing_leaves_no_file_and_no_row(
     cache.add_blob(b"data")
 
 
-def test_a_publication_that_cannot_be_taken_back_is_taken_back_by_the_next_open(
+def test_the_next_open_retracts_a_publication_that_could_not_be_retracted(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Cache.open(directory) as cache, monkeypatch.context() as patch:
@@ -359,7 +359,7 @@ def test_a_publication_that_cannot_be_taken_back_is_taken_back_by_the_next_open(
     assert os.listdir(directory / "ingest") == []
 
 
-def test_a_blob_that_is_forgotten_is_stored_anew_at_every_step_of_its_collection(
+def test_a_blob_can_be_stored_again_at_every_step_of_its_collection(
     cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = b"data"
@@ -374,7 +374,7 @@ def test_a_blob_that_is_forgotten_is_stored_anew_at_every_step_of_its_collection
     forget()
     assert files_of(index.directory) == {digest: 4}
     assert not cache.has_blob(digest)
-    # The file that no row knows is in the way, and may be another, that was cut short.
+    # A file without a row has the blob's name. It may be incomplete.
     path = blob_path(index.directory, digest)
     path.unlink()
     path.write_bytes(b"da")
@@ -382,23 +382,23 @@ def test_a_blob_that_is_forgotten_is_stored_anew_at_every_step_of_its_collection
     collect.empty_trash(index)
     assert cache.get_blob(digest) == data
 
-    forget()  # between the look for trash and the lock
+    forget()  # the blob is stored again after the trash was read and before the lock
     rows = Database.rows
     stored: list[Digest] = []
 
-    def stored_meanwhile(self: Database, *arguments: Any) -> object:
+    def store_then_read(self: Database, *arguments: Any) -> object:
         if self is index and not stored:
             stored.append(Digest("being stored"))
             stored.append(cache.add_blob(data))
         return rows(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Database, "rows", stored_meanwhile)
+        patch.setattr(Database, "rows", store_then_read)
         collect.empty_trash(index)
     assert stored == ["being stored", digest]
     assert cache.get_blob(digest) == data
 
-    forget()  # forgotten, stored and forgotten once more, with the first note still in the trash
+    forget()  # the blob is forgotten twice, and the row of the first time is still in the trash
     cache.add_blob(data)
     forget()
     collect.empty_trash(index)
@@ -408,7 +408,7 @@ def test_a_blob_that_is_forgotten_is_stored_anew_at_every_step_of_its_collection
     assert cache.get_blob(digest) == data
 
 
-def test_threads_that_store_the_same_blob_store_one(cache: Cache) -> None:
+def test_threads_that_store_the_same_blob_store_it_once(cache: Cache) -> None:
     data = random_bytes(MIB + 1, seed=4)
     together = threading.Barrier(8)
     digests = []
@@ -437,7 +437,7 @@ def test_many_digests_are_looked_up_in_batches(index: Database) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_what_is_no_file_in_the_place_of_a_blob_is_refused_and_not_waited_for(
+def test_a_pipe_or_folder_in_the_place_of_a_blob_is_refused_at_once(
     cache: Cache, cachedb: Run, make: Callable[[Path], None]
 ) -> None:
     digest = cache.add_blob(b"a file")

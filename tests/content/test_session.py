@@ -1,4 +1,4 @@
-"""Sessions: what a process claims while it lives, and what becomes of it when the process dies."""
+"""Sessions: a process owns leases, a lock file and a folder; after its death others remove them."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def leases(index: Database) -> list[str]:
 
 
 def traces(directory: Path) -> dict[str, object]:
-    """What sessions leave in a cache."""
+    """Return the leases, the folders in ingest/ and the lock files of a cache."""
     found = snapshot(directory)
     return {name: found[name] for name in ("leases", "ingest", "locks")}
 
 
-def test_a_session_begins_when_it_is_needed(cache: Cache, index: Database) -> None:
+def test_a_session_begins_with_the_first_write(cache: Cache, index: Database) -> None:
     cache.list_manifests()
     assert traces(cache.directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
     cache.add_blob(b"data")
@@ -59,7 +59,7 @@ def test_a_session_begins_when_it_is_needed(cache: Cache, index: Database) -> No
     assert not is_free(lock_path(cache.directory, leases(index)[0]))
 
 
-def test_a_session_that_is_closed_leaves_nothing(directory: Path) -> None:
+def test_a_closed_session_leaves_nothing(directory: Path) -> None:
     before = None
     for _ in range(2):
         with Cache.open(directory) as cache:
@@ -70,7 +70,7 @@ def test_a_session_that_is_closed_leaves_nothing(directory: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_dead_session_is_swept_at_the_next_open_and_a_living_one_never(directory: Path) -> None:
+def test_the_next_open_removes_a_dead_session_and_keeps_a_live_one(directory: Path) -> None:
     with running(LIVING, directory) as living, running(LIVING, directory) as dead:
         assert living.pid != dead.pid
         dead.kill()
@@ -90,7 +90,7 @@ def test_a_dead_session_is_swept_at_the_next_open_and_a_living_one_never(directo
             assert cache.collect_garbage().blobs == 1
 
 
-def test_a_collection_sweeps_dead_sessions_too(cache: Cache) -> None:
+def test_a_collection_removes_dead_sessions(cache: Cache) -> None:
     with running(LIVING, cache.directory) as process:
         assert cache.collect_garbage().blobs == 0
         process.kill()
@@ -98,7 +98,7 @@ def test_a_collection_sweeps_dead_sessions_too(cache: Cache) -> None:
         assert cache.collect_garbage().blobs == 1
 
 
-def test_what_a_dead_session_left_is_swept_whatever_part_of_it_is_there(cache: Cache, index: Database) -> None:
+def test_the_next_open_removes_a_folder_a_lock_file_or_a_lease_alone(cache: Cache, index: Database) -> None:
     (cache.directory / "ingest" / "1-0000000f01de").mkdir()
     (cache.directory / "ingest" / "1-0000000f01de" / "1").write_bytes(b"half")
     lock_path(cache.directory, "1-0000000010c4").touch()
@@ -109,8 +109,8 @@ def test_what_a_dead_session_left_is_swept_whatever_part_of_it_is_there(cache: C
 
 
 @pytest.mark.parametrize("session", ["", ".", "..", "../..", "../outside", "a/b"])
-def test_a_lease_of_a_strange_session_touches_no_file(cache: Cache, directory: Path, session: str) -> None:
-    """Anybody with an SQL shell can write one."""
+def test_a_lease_with_an_invalid_session_deletes_no_file(cache: Cache, directory: Path, session: str) -> None:
+    """Anybody with a SQL shell can write such a lease."""
     (directory.parent / "outside.session").touch()
     mine = cache.add_blob(b"data")
     shell = sqlite3.connect(directory / "index.db")
@@ -124,7 +124,7 @@ def test_a_lease_of_a_strange_session_touches_no_file(cache: Cache, directory: P
     assert (directory.parent / "outside.session").exists()
 
 
-def test_what_is_not_ours_in_the_folder_of_a_dead_session_stays(cache: Cache) -> None:
+def test_foreign_files_in_the_folder_of_a_dead_session_are_kept(cache: Cache) -> None:
     folder = cache.directory / "ingest" / "1-00000000dead"
     folder.mkdir()
     strange = [".nfs0001", "1.sha256-xyz", "1.", "noise.txt"]
@@ -137,22 +137,22 @@ def test_what_is_not_ours_in_the_folder_of_a_dead_session_stays(cache: Cache) ->
     assert sorted(path.name for path in folder.iterdir()) == sorted(strange)
 
 
-def test_a_publication_that_was_cut_off_is_taken_back_by_the_next_open(cache: Cache) -> None:
+def test_the_next_open_retracts_an_interrupted_publication(cache: Cache) -> None:
     folder = cache.directory / "ingest" / "1-00000000dead"
     folder.mkdir()
     stored = cache.add_blob(b"stored")
-    for data in (b"cut off", b"stored"):
+    for data in (b"interrupted", b"stored"):
         path = folder / f"1.{digest_of(data).replace(':', '-')}"
         path.write_bytes(data)
-        if data == b"cut off":
+        if data == b"interrupted":
             os.link(path, cache.directory / "blobs" / digest_of(data).replace(":", "/"))
-    assert files_of(cache.directory).keys() == {stored, digest_of(b"cut off")}
+    assert files_of(cache.directory).keys() == {stored, digest_of(b"interrupted")}
     Cache.open(cache.directory).close()
     assert files_of(cache.directory).keys() == {stored}
     assert not folder.exists()
 
 
-def test_two_sweepers_do_not_sweep_one_session(index: Database) -> None:
+def test_two_processes_do_not_remove_the_same_session(index: Database) -> None:
     lock_path(index.directory, "1-0000000010c4").touch()
     (index.directory / "ingest" / "2-0000000f01de").mkdir()
     first = dead_sessions(index.folders, [])
@@ -160,32 +160,34 @@ def test_two_sweepers_do_not_sweep_one_session(index: Database) -> None:
     assert list(dead_sessions(index.folders, [])) == ["2-0000000f01de"]
 
 
-def test_a_session_that_begins_while_it_is_swept_begins_anew(index: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its lock file is seen, locked and unlinked by a sweeper before the session comes to lock it."""
-    sweepers: list[Iterator[str]] = []
+def test_a_session_that_is_removed_while_it_begins_begins_again(
+    index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finds, locks and unlinks the lock file before the session locks it."""
+    removals: list[Iterator[str]] = []
     flock = fcntl.flock
 
-    def swept_first(file: int, operation: int) -> None:
-        # Two sweepers come between the making of the lock file and its locking.
-        if not sweepers:
-            sweepers.extend([dead_sessions(index.folders, []), dead_sessions(index.folders, [])])
-            swept.append(next(sweepers[0]))
-            assert next(sweepers[1], None) is None
-            assert next(sweepers[0], None) is None
+    def remove_then_lock(file: int, operation: int) -> None:
+        # Two other processes come after the lock file was made and before it is locked.
+        if not removals:
+            removals.extend([dead_sessions(index.folders, []), dead_sessions(index.folders, [])])
+            removed.append(next(removals[0]))
+            assert next(removals[1], None) is None
+            assert next(removals[0], None) is None
         flock(file, operation)
 
-    swept: list[str] = []
-    monkeypatch.setattr(fcntl, "flock", swept_first)
+    removed: list[str] = []
+    monkeypatch.setattr(fcntl, "flock", remove_then_lock)
     session = Session(index)
-    assert swept == [session.id]
+    assert removed == [session.id]
     assert session.folder.is_dir()
     assert not is_free(lock_path(index.directory, session.id))
     assert list(dead_sessions(index.folders, [])) == []
     session.close()
 
 
-def test_a_session_is_locked_while_it_is_swept(index: Database) -> None:
-    """Also one that had no lock file: one of its name that begins meanwhile must wait."""
+def test_a_session_is_locked_while_it_is_removed(index: Database) -> None:
+    """A session without a lock file is locked too: a new session of the same name must wait."""
     lock_path(index.directory, "1-0000000010c4").touch()
     (index.directory / "ingest" / "2-0000000f01de").mkdir()
     for session in dead_sessions(index.folders, []):
@@ -194,7 +196,7 @@ def test_a_session_is_locked_while_it_is_swept(index: Database) -> None:
 
 
 @pytest.mark.slow
-def test_sessions_begin_and_end_while_others_sweep(directory: Path) -> None:
+def test_sessions_begin_and_end_while_others_collect(directory: Path) -> None:
     output = run_python(
         """
         import os, sys
@@ -252,7 +254,7 @@ def test_threads_of_one_cache_share_its_session(cache: Cache) -> None:
     assert len(set(found)) == 1
 
 
-def test_a_childs_exit_ends_neither_the_session_nor_the_holds_of_its_parent(directory: Path) -> None:
+def test_a_childs_exit_keeps_the_session_and_the_holds_of_its_parent(directory: Path) -> None:
     output = run_python(
         """
         import os, sys
@@ -282,7 +284,7 @@ def test_a_childs_exit_ends_neither_the_session_nor_the_holds_of_its_parent(dire
     assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
 
 
-def test_a_hold_that_a_child_leaves_stays_its_parents(directory: Path) -> None:
+def test_a_child_that_leaves_a_hold_keeps_its_parents_leases(directory: Path) -> None:
     output = run_python(
         """
         import os, sys
@@ -308,7 +310,7 @@ def test_a_hold_that_a_child_leaves_stays_its_parents(directory: Path) -> None:
     assert output == "done\n"
 
 
-def test_a_session_dies_with_its_process_though_a_child_lives(directory: Path) -> None:
+def test_a_session_ends_with_its_process_though_a_child_lives(directory: Path) -> None:
     script = """
         import os, sys, time
         from cachedb import Cache
@@ -331,7 +333,7 @@ def test_a_session_dies_with_its_process_though_a_child_lives(directory: Path) -
 
 
 def test_a_session_works_in_the_folder_that_it_has_opened(directory: Path, tmp_path: Path) -> None:
-    """Even if a link takes the folder's place: whoever shares the cache could put one there."""
+    """A user who shares the cache can put a symbolic link in the folder's place."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with Cache.open(directory) as cache:
@@ -364,6 +366,6 @@ def test_the_folder_of_a_new_index_is_in_our_own_folder(directory: Path, tmp_pat
             folder.symlink_to(other)
         with pytest.raises(NotOurs, match=r"is a symbolic link|was replaced by another folder"):
             cache._session.new_folder()
-        assert set(content(other).values()) == {None}, "nothing was made there"
+        assert set(content(other).values()) == {None}, "the session wrote to the other folder"
         (folder.unlink if is_link else lambda: shutil.rmtree(folder))()
         (tmp_path / "moved").rename(folder)

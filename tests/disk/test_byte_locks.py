@@ -1,4 +1,4 @@
-"""Locks on the bytes of an open file: who has one, and what is said where there are none."""
+"""Locks on single bytes of an open file, also on a kernel that has no such locks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cachedb.disk.byte_locks import find_first_locked, lock_byte
 
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[list[int]]:
-    """One file, opened three times."""
+    """Open one file three times."""
     with ExitStack() as stack:
         found = []
         for _ in range(3):
@@ -25,28 +25,28 @@ def files(tmp_path: Path) -> Iterator[list[int]]:
         yield found
 
 
-def test_a_byte_is_locked_by_one(files: list[int]) -> None:
+def test_only_one_open_file_locks_a_byte(files: list[int]) -> None:
     assert lock_byte(files[0], 5)
     assert not lock_byte(files[1], 5)
     assert lock_byte(files[1], 6)
-    assert lock_byte(files[0], 5), "its own lock is in nobody's way"
+    assert lock_byte(files[0], 5), "its own lock does not conflict"
 
 
-def test_the_lowest_locked_byte_is_found_whoever_locked_first(files: list[int]) -> None:
+def test_the_lowest_byte_that_another_file_locks_is_found(files: list[int]) -> None:
     assert find_first_locked(files[2], 1, 9) is None
     assert lock_byte(files[0], 7)
     assert lock_byte(files[1], 3)
     assert find_first_locked(files[2], 1, 9) == 3
     assert find_first_locked(files[2], 4, 9) == 7
     assert find_first_locked(files[2], 8, 9) is None
-    assert find_first_locked(files[0], 4, 9) is None, "its own lock is in nobody's way"
+    assert find_first_locked(files[0], 4, 9) is None, "its own lock is ignored"
 
 
-def test_without_such_locks_nobody_else_has_one(files: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_kernel_without_byte_locks_every_lock_succeeds(files: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     assert lock_byte(files[0], 5)
     assert lock_byte(files[1], 5)
-    assert find_first_locked(files[0], 1, 9) == 1, "it cannot be told"
+    assert find_first_locked(files[0], 1, 9) == 1, "any byte may be locked"

@@ -1,4 +1,4 @@
-"""Files that appear when they are whole: what is left of them by those who were killed, and who removes it."""
+"""Atomic files: they appear when they are complete; the next writer removes what a killed one left."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "folder"
 
 
-_NAMED = """
+_DISABLE_UNNAMED_FILES = """
 import errno, os
 real = os.open
 def named(path, flags, *arguments, **options):
@@ -40,12 +40,12 @@ def named(path, flags, *arguments, **options):
         raise OSError(errno.EOPNOTSUPP, "not supported")
     return real(path, flags, *arguments, **options)
 os.open = named
-"""  # a file system on which all files have names
+"""
 
 
 @pytest.fixture
 def named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system on which all files have names."""
+    """Make O_TMPFILE fail, as on a file system without unnamed files."""
     real = os.open
 
     def open_(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
@@ -56,10 +56,10 @@ def named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "open", open_)
 
 
-def exporting(cache: Cache, target: Path, form: Format, *, named: bool) -> subprocess.Popen[str]:
-    """An export that waits at its first progress until it may read a line."""
+def start_export(cache: Cache, target: Path, form: Format, *, named: bool) -> subprocess.Popen[str]:
+    """Start an export that waits at its first progress until it reads a line."""
     process = start_python(
-        (_NAMED if named else "")
+        (_DISABLE_UNNAMED_FILES if named else "")
         + """
 import sys
 from cachedb import Cache
@@ -81,7 +81,7 @@ with Cache.open(sys.argv[1]) as cache:
     return process
 
 
-def is_unnamed_possible(folder: Path) -> bool:
+def has_unnamed_files(folder: Path) -> bool:
     try:
         os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR))
     except OSError:
@@ -90,27 +90,27 @@ def is_unnamed_possible(folder: Path) -> bool:
 
 
 def test_a_killed_export_leaves_nothing_where_files_need_no_name(filled: Cache, folder: Path) -> None:
-    if not is_unnamed_possible(folder):
+    if not has_unnamed_files(folder):
         pytest.skip("needs a file system with O_TMPFILE")
-    with exporting(filled, folder / "out.tar", "docker", named=False) as process:
+    with start_export(filled, folder / "out.tar", "docker", named=False) as process:
         assert os.listdir(folder) == []
         process.kill()
     assert os.listdir(folder) == []
 
 
 @pytest.mark.parametrize("form", ["docker", "oci-dir"])
-def test_what_killed_exports_leave_goes_at_the_next_export_and_what_lives_stays(
+def test_an_export_removes_files_of_killed_exports_and_keeps_those_of_live_ones(
     filled: Cache, folder: Path, form: Format
 ) -> None:
     target = folder / "layout" if form == "oci-dir" else folder / "out.tar"
-    with exporting(filled, target, form, named=True) as process:
+    with start_export(filled, target, form, named=True) as process:
         process.kill()
     left = list(folder.rglob("*.part"))
     assert len(left) in ((1,) if form == "docker" else (1, 2)), "a folder's files are written two at a time"
     if form == "oci-dir":
         filled.export("app:1", target, format=form)
     else:
-        with exporting(filled, folder / "live.tar", form, named=True) as process:
+        with start_export(filled, folder / "live.tar", form, named=True) as process:
             (live,) = set(folder.rglob("*.part")) - set(left)
             filled.export("app:1", target, format=form)
             assert list(folder.rglob("*.part")) == [live]
@@ -120,9 +120,9 @@ def test_what_killed_exports_leave_goes_at_the_next_export_and_what_lives_stays(
     assert list(folder.rglob("*.part")) == []
 
 
-def test_a_living_export_into_a_layout_is_left_by_one_of_the_layout(filled: Cache, folder: Path) -> None:
+def test_exporting_a_layout_keeps_the_file_of_a_live_export_inside_it(filled: Cache, folder: Path) -> None:
     filled.export("app:1", folder / "layout", format="oci-dir")
-    with exporting(filled, folder / "layout" / "out.tar", "docker", named=True) as process:
+    with start_export(filled, folder / "layout" / "out.tar", "docker", named=True) as process:
         filled.export("app:1", folder / "layout", format="oci-dir")
         process.communicate("\n", timeout=60)
         assert process.returncode == 0
@@ -131,7 +131,7 @@ def test_a_living_export_into_a_layout_is_left_by_one_of_the_layout(filled: Cach
 def test_only_files_that_are_provably_ours_are_removed(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("kept")
-    (folder / ".cachedb-0123456789abcdef.part").touch()  # an earlier release's, which did not lock it
+    (folder / ".cachedb-0123456789abcdef.part").touch()  # an earlier release did not lock its files
     (folder / ".cachedb-.part").touch()
     (folder / f"{part_path(folder).name}.bak").touch()
     part_path(folder).mkdir()
@@ -152,7 +152,7 @@ def test_only_files_that_are_provably_ours_are_removed(folder: Path, tmp_path: P
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a file of another user")
-def test_files_of_other_users_are_left(folder: Path) -> None:
+def test_files_of_other_users_are_kept(folder: Path) -> None:
     part = part_path(folder)
     part.touch()
     os.chown(part, 65534, 65534)
@@ -178,7 +178,7 @@ def test_a_file_that_was_removed_before_it_was_locked_is_made_again(
     assert (folder / "file").read_bytes() == b"whole"
 
 
-def test_a_file_that_cannot_be_given_a_name_is_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unnamed_file_that_cannot_be_linked_is_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(*_: object, **__: object) -> None:
         raise OSError(errno.ENOENT, "no such file")
 
@@ -190,7 +190,7 @@ def test_a_file_that_cannot_be_given_a_name_is_copied(folder: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", ["named", "unnamed"])
-def test_a_file_is_as_it_was_after_an_error(folder: Path, kind: Format, request: pytest.FixtureRequest) -> None:
+def test_a_failed_write_leaves_the_file_unchanged(folder: Path, kind: Format, request: pytest.FixtureRequest) -> None:
     if kind == "named":  # type: ignore[comparison-overlap]
         request.getfixturevalue("named")
     (folder / "file").write_text("before")
@@ -210,7 +210,7 @@ def test_a_file_is_as_it_was_after_an_error(folder: Path, kind: Format, request:
     assert os.listdir(folder) == ["file"]
 
 
-def test_a_file_has_the_mode_that_the_umask_leaves(folder: Path) -> None:
+def test_the_umask_sets_the_mode_of_a_file(folder: Path) -> None:
     before = os.umask(0o027)
     try:
         with atomic_file(folder / "file"):
@@ -220,7 +220,7 @@ def test_a_file_has_the_mode_that_the_umask_leaves(folder: Path) -> None:
     assert (folder / "file").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_report_removes_what_killed_ones_have_left(filled: Cache, folder: Path, cachedb: Run) -> None:
+def test_a_report_removes_files_of_killed_reports(filled: Cache, folder: Path, cachedb: Run) -> None:
     part_path(folder).touch()
     (folder / "page.html").touch(mode=0o600)
     (folder / "page.html").chmod(0o604)
@@ -230,9 +230,8 @@ def test_a_report_removes_what_killed_ones_have_left(filled: Cache, folder: Path
     assert "app" in (folder / "page.html").read_text()
 
 
-def test_what_a_killed_backup_leaves_in_another_folder_goes_at_the_next_backup(filled: Cache, folder: Path) -> None:
+def test_the_next_backup_removes_what_a_killed_backup_left_in_another_folder(filled: Cache, folder: Path) -> None:
     script = """
-        import sys, time
         import sys
         from pathlib import Path
         from cachedb.index.sqlite import backups
@@ -248,7 +247,7 @@ def test_what_a_killed_backup_leaves_in_another_folder_goes_at_the_next_backup(f
         assert process.stdout.readline() == "begun\n"
         (live,) = [name for name in os.listdir(folder) if not name.endswith("-journal")]
         upgrade.back_up(filled.directory, folder / "second.db")
-        assert live in os.listdir(folder), "it belongs to a process that lives"
+        assert live in os.listdir(folder), "its process is alive"
         process.kill()
     (folder / f"{live}-journal").touch()
     (folder / ".backup-of-somebody").touch()

@@ -1,4 +1,4 @@
-"""What is not provably the cache's is never deleted or changed, whatever lies where the cache's own folders should."""
+"""Only files that provably belong to the cache are deleted or changed, even if a link replaces one of its folders."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from tests.support.make import digest_of, image, save
 APP = image(1, 2)
 
 
-def works(cachedb: Run, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_successfully(cachedb: Run, *arguments: object) -> subprocess.CompletedProcess[str]:
     done = cachedb(*arguments)
     assert done.returncode == 0, done.stderr
     return done
 
 
-def fails(cachedb: Run, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_failing(cachedb: Run, *arguments: object) -> subprocess.CompletedProcess[str]:
     done = cachedb(*arguments)
     assert done.returncode == 1, done.stderr
-    assert len(done.stderr.splitlines()) <= 1, "an error is one line"
+    assert len(done.stderr.splitlines()) <= 1, "the error has several lines"
     return done
 
 
@@ -47,7 +47,7 @@ NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the t
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
-    """A folder of somebody's, with names of every form that cachedb deletes in its own folders."""
+    """Make a user's folder whose names have every form that cachedb deletes in its own folders."""
     folder = tmp_path / "elsewhere"
     names = (
         "thesis.txt",
@@ -73,7 +73,7 @@ FOLDERS = ("blobs", "blobs/sha256", "ingest", "trash", "locks", "backups")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_that_is_a_link_is_refused_and_what_is_behind_it_stays(
+def test_a_folder_that_is_a_link_is_refused_and_its_target_unchanged(
     cachedb: Run, directory: Path, elsewhere: Path, name: str
 ) -> None:
     with Cache.open(directory) as cache:
@@ -82,13 +82,13 @@ def test_a_folder_that_is_a_link_is_refused_and_what_is_behind_it_stays(
     (directory / name).symlink_to(elsewhere)
     before = content(elsewhere)
     for arguments in (["ls"], ["gc"], ["verify", "--repair"], ["rm", "app:1"], ["db", "backup"]):
-        done = fails(cachedb, *arguments)
+        done = run_failing(cachedb, *arguments)
         assert f"'{directory / name}' is a symbolic link: put a folder back in its place" in done.stderr, arguments
     assert content(elsewhere) == before
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_that_becomes_a_link_while_the_cache_is_open_leads_nowhere(
+def test_a_link_that_replaces_a_folder_of_an_open_cache_is_not_followed(
     directory: Path, elsewhere: Path, name: str
 ) -> None:
     with Cache.open(directory) as cache:
@@ -107,11 +107,11 @@ def test_a_folder_that_becomes_a_link_while_the_cache_is_open_leads_nowhere(
             with suppress(CacheError):
                 operation()
         after = content(elsewhere)
-    # A lock file may be made behind a link that came since; nothing that was there is touched.
+    # The cache may create a lock file behind the new link, but changes no existing file.
     assert {path: data for path, data in after.items() if path in before} == before
 
 
-def test_a_session_folder_that_is_a_link_leads_nowhere(directory: Path, elsewhere: Path) -> None:
+def test_a_session_folder_that_is_a_link_is_not_followed(directory: Path, elsewhere: Path) -> None:
     Cache.open(directory).close()
     link = directory / "ingest" / "1-00000000dead"
     link.symlink_to(elsewhere)
@@ -124,7 +124,7 @@ def test_a_session_folder_that_is_a_link_leads_nowhere(directory: Path, elsewher
     assert content(elsewhere) == before
 
 
-def test_a_partial_folder_that_is_a_link_leads_nowhere(directory: Path, elsewhere: Path) -> None:
+def test_a_folder_of_partial_downloads_that_is_a_link_is_not_followed(directory: Path, elsewhere: Path) -> None:
     Cache.open(directory).close()
     (directory / "ingest" / "partial").symlink_to(elsewhere)
     before = content(elsewhere)
@@ -134,8 +134,10 @@ def test_a_partial_folder_that_is_a_link_leads_nowhere(directory: Path, elsewher
 
 
 @pytest.mark.parametrize("name", ["trash", "index.db-wal"])
-def test_a_folder_in_a_new_index_that_is_a_link_leads_nowhere(directory: Path, elsewhere: Path, name: str) -> None:
-    """A session's folder may hold a folder of its own, in which a new index is made."""
+def test_a_name_in_the_folder_of_a_new_index_that_is_a_link_is_not_followed(
+    directory: Path, elsewhere: Path, name: str
+) -> None:
+    """A session makes a new index in a folder inside its own."""
     Cache.open(directory).close()
     inner = directory / "ingest" / "1-00000000dead" / "3"
     inner.mkdir(parents=True)
@@ -147,14 +149,14 @@ def test_a_folder_in_a_new_index_that_is_a_link_leads_nowhere(directory: Path, e
     assert content(elsewhere) == before
 
 
-def test_a_new_index_that_a_killed_process_has_left_goes(directory: Path) -> None:
+def test_the_next_open_removes_the_new_index_of_a_killed_process(directory: Path) -> None:
     Cache.open(directory).close()
     inner = directory / "ingest" / "1-00000000dead" / "3"
     with closing(Database(inner)) as new:
         upgrade.prepare(new)
         with new.write():
             shutil.copytree(inner, inner.with_name("4"))
-    for name in ("5", "6"):  # it was killed at the beginning
+    for name in ("5", "6"):  # of a process killed at the beginning
         inner.with_name(name).mkdir()
     inner.with_name("6").joinpath("blobs").mkdir()
     with Cache.open(directory) as cache:
@@ -165,13 +167,13 @@ def test_a_new_index_that_a_killed_process_has_left_goes(directory: Path) -> Non
 @pytest.mark.parametrize(
     "name", ["1/docs/thesis.txt", "1/thesis.txt", "1/index.db/thesis.txt", "1/blobs/sha256/thesis.txt", "1/trash/x/y"]
 )
-def test_a_folder_in_a_session_folder_that_is_no_new_index_stays(directory: Path, name: str) -> None:
+def test_a_folder_in_a_session_folder_that_is_no_new_index_is_kept(directory: Path, name: str) -> None:
     Cache.open(directory).close()
     session = directory / "ingest" / "123-aaaaaaaaaaaa"
     (session / name).parent.mkdir(parents=True)
     (session / name).write_text("thesis")
     (session / "1" / "cachedb.json").write_text("{}")
-    (session / "2").write_text("a blob, half received")
+    (session / "2").write_text("a partial blob")
     Cache.open(directory).close()
     assert (session / name).read_text() == "thesis"
     assert (session / "1" / "cachedb.json").exists()
@@ -184,7 +186,7 @@ def test_a_folder_in_a_session_folder_that_is_no_new_index_stays(directory: Path
 
 @NEEDS_ROOT
 @pytest.mark.parametrize("place", ["2", "2/blobs"])
-def test_another_file_system_in_a_session_folder_stays(directory: Path, tmp_path: Path, place: str) -> None:
+def test_another_file_system_in_a_session_folder_is_kept(directory: Path, tmp_path: Path, place: str) -> None:
     Cache.open(directory).close()
     disk, inner = tmp_path / "disk", directory / "ingest" / "123-aaaaaaaaaaaa" / place
     disk.mkdir()
@@ -223,7 +225,7 @@ def test_a_folder_on_another_file_system_is_refused(directory: Path) -> None:
 
 @pytest.fixture
 def content_store(tmp_path: Path) -> Path:
-    """What containerd keeps its content in."""
+    """Make a content store of containerd."""
     store = tmp_path / "io.containerd.content.v1.content"
     for path, data in {f"blobs/sha256/{digest_of(b'layer')[7:]}": b"layer", "ingest/ab12/data": b"partial"}.items():
         (store / path).parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +233,7 @@ def content_store(tmp_path: Path) -> Path:
     return store
 
 
-def test_a_content_store_of_another_program_is_refused_and_left_alone(cachedb: Run, content_store: Path) -> None:
+def test_a_content_store_of_another_program_is_refused_and_unchanged(cachedb: Run, content_store: Path) -> None:
     before = content(content_store)
     for arguments in (["ls"], ["verify", "--repair"], ["gc"], ["db", "upgrade"], ["import", "examples/hello.oci.tar"]):
         done = cachedb("--dir", content_store, *arguments)
@@ -242,14 +244,14 @@ def test_a_content_store_of_another_program_is_refused_and_left_alone(cachedb: R
         Cache.open(content_store)
 
 
-def test_nothing_is_moved_out_of_a_content_store_by_adopt(content_store: Path, cache: Cache) -> None:
+def test_adopt_moves_nothing_out_of_a_content_store(content_store: Path, cache: Cache) -> None:
     before = content(content_store)
     with pytest.raises(NotACache, match="adopt it without --move"):
         cache.adopt(content_store, how="move")
     assert content(content_store) == before
 
 
-def test_a_move_out_of_a_cache_through_a_link_is_refused(cache: Cache, content_store: Path, tmp_path: Path) -> None:
+def test_adopt_refuses_to_move_blobs_through_a_link(cache: Cache, content_store: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     (old / "manifests" / "app").mkdir(parents=True)
     (old / "manifests" / "app" / "1").write_bytes(APP.manifest)
@@ -263,13 +265,11 @@ def test_a_move_out_of_a_cache_through_a_link_is_refused(cache: Cache, content_s
 # The marker
 
 
-def test_the_marker_is_written_and_synced_before_anything_else_is_made(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_marker_is_synced_before_any_folder_is_made(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[str] = []
     real = {name: getattr(os, name) for name in ("fsync", "link", "mkdir")}
 
-    def note(name: str) -> None:
+    def note_calls(name: str) -> None:
         def replacement(first: object, *arguments: object, **options: object) -> object:
             path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
             happened.append(f"{name} {Path(path).name.split('-')[0]}")
@@ -278,14 +278,14 @@ def test_the_marker_is_written_and_synced_before_anything_else_is_made(
         monkeypatch.setattr(os, name, replacement)
 
     for name in real:
-        note(name)
+        note_calls(name)
     Cache.open(directory).close()
     made = [step for step in happened if not step.startswith("mkdir cache")]
     assert made[made.index("fsync .cachedb") :][:3] == ["fsync .cachedb", "link .cachedb", "fsync cache"]
     assert made.index("fsync .cachedb") < made.index("mkdir blobs")
 
 
-def test_a_marker_says_format_and_id_and_stays(directory: Path) -> None:
+def test_a_marker_has_a_format_and_an_id_and_never_changes(directory: Path) -> None:
     Cache.open(directory).close()
     first = json.loads((directory / "cachedb.json").read_text())
     assert first["format"] == 1
@@ -301,21 +301,21 @@ def test_a_cache_of_an_older_release_gets_a_marker_at_its_next_open(cachedb: Run
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
     (directory / "cachedb.json").unlink()
-    assert works(cachedb, "ls", "-q").stdout == "app:1\n"
+    assert run_successfully(cachedb, "ls", "-q").stdout == "app:1\n"
     assert (directory / "cachedb.json").exists()
 
 
-def test_a_cache_of_an_older_release_whose_index_is_lost_is_known_by_a_backup(cachedb: Run, directory: Path) -> None:
+def test_a_cache_without_marker_and_index_is_recognized_by_a_backup(cachedb: Run, directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
-    works(cachedb, "db", "backup")
+    run_successfully(cachedb, "db", "backup")
     (directory / "cachedb.json").unlink()
     (directory / "index.db").unlink()
-    fails(cachedb, "verify", "--repair")
-    assert works(cachedb, "ls", "-q").stdout == "app:1\n"
+    run_failing(cachedb, "verify", "--repair")
+    assert run_successfully(cachedb, "ls", "-q").stdout == "app:1\n"
 
 
-def test_without_marker_and_index_nothing_is_repaired_swept_or_collected(cachedb: Run, directory: Path) -> None:
+def test_a_cache_without_marker_index_and_backup_is_left_unchanged(cachedb: Run, directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
     (directory / "cachedb.json").unlink()
@@ -323,12 +323,12 @@ def test_without_marker_and_index_nothing_is_repaired_swept_or_collected(cachedb
     (directory / "trash" / f"sha256-{'a' * 64}").touch()
     before = content(directory)
     for arguments in (["ls"], ["verify", "--repair"], ["gc"]):
-        assert "name another directory" in fails(cachedb, *arguments).stderr
+        assert "name another directory" in run_failing(cachedb, *arguments).stderr
     assert content(directory) == before
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"format": 1}', '{"format": "1", "id": ""}', "\0" * 99])
-def test_a_marker_that_is_none_is_refused(directory: Path, text: str) -> None:
+def test_an_invalid_marker_is_refused(directory: Path, text: str) -> None:
     Cache.open(directory).close()
     (directory / "cachedb.json").write_text(text)
     with pytest.raises(NotACache, match=r"'cachedb.json' is not a marker of cachedb: delete it"):
@@ -343,7 +343,7 @@ def test_a_marker_of_a_newer_release_is_refused(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "fifo"])
-def test_a_marker_that_is_no_file_is_refused(directory: Path, elsewhere: Path, kind: str) -> None:
+def test_a_marker_that_is_no_regular_file_is_refused(directory: Path, elsewhere: Path, kind: str) -> None:
     Cache.open(directory).close()
     path = directory / "cachedb.json"
     path.unlink()
@@ -357,7 +357,7 @@ def test_a_marker_that_is_no_file_is_refused(directory: Path, elsewhere: Path, k
         Cache.open(directory)
 
 
-def test_a_marker_that_was_being_written_does_not_keep_a_cache_from_being_made(directory: Path) -> None:
+def test_a_cache_can_be_made_beside_an_unfinished_marker(directory: Path) -> None:
     directory.mkdir()
     (directory / f".cachedb-{'0' * 16}.marker").touch()
     (directory / "lost+found").mkdir()
@@ -365,7 +365,7 @@ def test_a_marker_that_was_being_written_does_not_keep_a_cache_from_being_made(d
     assert (directory / "cachedb.json").exists()
 
 
-def test_many_that_make_one_cache_agree_on_its_id(directory: Path) -> None:
+def test_threads_that_make_one_cache_agree_on_its_id(directory: Path) -> None:
     directory.mkdir()
     found: list[marker.Marker] = []
     start = threading.Barrier(8)
@@ -385,10 +385,10 @@ def test_many_that_make_one_cache_agree_on_its_id(directory: Path) -> None:
     assert os.listdir(directory) == ["cachedb.json"]
 
 
-# What is not ours in our folders
+# Foreign files in the folders of a cache
 
 
-def test_what_is_not_ours_stays_and_verify_names_it(cachedb: Run, directory: Path) -> None:
+def test_foreign_files_are_kept_and_verify_names_them(cachedb: Run, directory: Path) -> None:
     strange = [
         "ingest/notes.txt",
         "ingest/1-aa/1",
@@ -412,7 +412,7 @@ def test_what_is_not_ours_stays_and_verify_names_it(cachedb: Run, directory: Pat
     with Cache.open(directory) as cache:
         cache.collect_garbage()
         for _ in range(5):
-            works(cachedb, "db", "backup")
+            run_successfully(cachedb, "db", "backup")
         named = {
             str(problem.path.relative_to(directory)) for problem in cache.verify(repair=True).problems if problem.path
         }
@@ -434,7 +434,7 @@ def test_what_is_not_ours_stays_and_verify_names_it(cachedb: Run, directory: Pat
 
 @pytest.fixture
 def immovable(directory: Path) -> Iterator[Callable[[str], Path]]:
-    """A function that makes a file in the cache that even root cannot remove."""
+    """Return a function that makes a file in the cache that even root cannot remove."""
     made: list[Path] = []
 
     def make(name: str) -> Path:
@@ -462,24 +462,24 @@ def immovable(directory: Path) -> Iterator[Callable[[str], Path]]:
         "locks/1-00000000dead.session",
     ],
 )
-def test_what_cannot_be_cleaned_up_keeps_nobody_from_working(
+def test_every_command_works_while_a_leftover_cannot_be_removed(
     cachedb: Run, directory: Path, tmp_path: Path, immovable: Callable[[str], Path], name: str
 ) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
     path = immovable(name)
-    works(cachedb, "ls", "-q")
-    works(cachedb, "exists", "app:1")
-    works(cachedb, "export", "app:1", tmp_path / "app.tar")
-    works(cachedb, "tag", "app:1", "app:2")
-    works(cachedb, "rm", "app:2")
+    run_successfully(cachedb, "ls", "-q")
+    run_successfully(cachedb, "exists", "app:1")
+    run_successfully(cachedb, "export", "app:1", tmp_path / "app.tar")
+    run_successfully(cachedb, "tag", "app:1", "app:2")
+    run_successfully(cachedb, "rm", "app:2")
     with Cache.open(directory) as cache:
         (leftover,) = cache.get_leftovers()
         assert leftover.path == path or leftover.path in path.parents
         assert "Operation not permitted" in leftover.reason
         assert [problem.path for problem in cache.verify().problems] == [leftover.path]
-    assert json.loads(works(cachedb, "df", "--format", "json").stdout)["leftovers"][0]["reason"]
-    shown = works(cachedb, "df")
+    assert json.loads(run_successfully(cachedb, "df", "--format", "json").stdout)["leftovers"][0]["reason"]
+    shown = run_successfully(cachedb, "df")
     assert "cannot be cleaned up" in shown.stdout
     assert "see `cachedb verify`" in shown.stderr
 
@@ -501,13 +501,13 @@ def test_another_users_directory_is_refused_unless_it_is_trusted(cachedb: Run) -
         with pytest.raises(NotOurs, match=r"belongs to user .*\(uid 65534\): share it with .*, or pass --trust"):
             Cache.open(directory)
         assert content(directory) == before
-        assert "pass --trust" in fails(cachedb, "--dir", directory, "ls").stderr
-        assert works(cachedb, "--dir", directory, "--trust", "ls", "-q").stdout == "app:1\n"
+        assert "pass --trust" in run_failing(cachedb, "--dir", directory, "ls").stderr
+        assert run_successfully(cachedb, "--dir", directory, "--trust", "ls", "-q").stdout == "app:1\n"
         with Cache.open(directory, trust=True) as cache:
             save(cache, "app:2", image(3))
             with cache.hold("app:2"):
                 owners = {(path.lstat().st_uid, path.lstat().st_gid) for path in directory.rglob("*")}
-        assert owners == {(OTHER_USER, OTHER_USER)}, "what root makes is the owner's"
+        assert owners == {(OTHER_USER, OTHER_USER)}, "root made a file of its own"
 
 
 @NEEDS_ROOT
@@ -536,7 +536,7 @@ def test_a_file_that_was_made_in_another_folder_gets_the_group_of_a_shared_one(t
 # A cache that changes under a live process
 
 
-def test_a_cache_that_was_moved_is_not_called_damaged(directory: Path) -> None:
+def test_a_cache_that_was_moved_is_reported_as_replaced(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
         directory.rename(directory.with_name("moved"))
@@ -555,7 +555,7 @@ def test_a_cache_that_was_moved_is_not_called_damaged(directory: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["directory", "content"])
-def test_nothing_is_written_to_a_cache_that_took_the_place_of_ours(cachedb: Run, directory: Path, how: str) -> None:
+def test_nothing_is_written_to_a_cache_that_replaced_the_open_one(cachedb: Run, directory: Path, how: str) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
         if how == "directory":
@@ -584,10 +584,10 @@ def test_nothing_is_written_to_a_cache_that_took_the_place_of_ours(cachedb: Run,
         with pytest.raises(StorageError):
             cache.add_blob(b"new")
         assert files_of(directory) == before
-    assert works(cachedb, "ls", "-q").stdout == "app:1\n"
+    assert run_successfully(cachedb, "ls", "-q").stdout == "app:1\n"
 
 
-def test_a_hold_whose_session_lost_its_lock_file_says_so(cache: Cache) -> None:
+def test_a_hold_whose_session_lost_its_lock_file_raises(cache: Cache) -> None:
     save(cache, "app:1", APP)
     held = cache.hold("app:1")
     held.__enter__()

@@ -1,4 +1,4 @@
-"""A fork waits for no caller's code and for no other process, whatever another thread does with a cache."""
+"""A fork never waits for a caller's code or another process, whatever another thread does with a cache."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.operations.test_upgrade import frozen
 from tests.support import make
 from tests.support.make import save
 
-# One thread comes to a place inside an operation and stays there; the main thread forks, and lets it go on. Were the
-# fork to wait for the place, the script would come to no end: it is ended with the stacks of all threads.
+# One thread stops inside an operation; the main thread forks, then lets it continue. If the fork waited for that
+# thread, the script would hang: faulthandler then prints the stacks of all threads and exits.
 SCRIPT = """
     import faulthandler, fcntl, os, sqlite3, subprocess, sys, threading
     from concurrent.futures import ThreadPoolExecutor
@@ -39,16 +39,16 @@ SCRIPT = """
     faulthandler.dump_traceback_later(100, exit=True)
     directory, other = map(Path, sys.argv[1:])
     cache = Cache.open(directory)
-    here, leave, errors = threading.Event(), threading.Event(), []
+    stopped, resume, errors = threading.Event(), threading.Event(), []
 
-    def stay(*_):
-        here.set()
-        assert leave.wait(90)
+    def stop_here(*_):
+        stopped.set()
+        assert resume.wait(90)
         return True
 
-    def calls_when_waiting(function):
+    def signal_and_call(function):
         def call(*arguments, **options):
-            here.set()
+            stopped.set()
             return function(*arguments, **options)
         return call
 
@@ -60,14 +60,14 @@ SCRIPT = """
         except BaseException as error:
             errors.append(repr(error))
         finally:
-            here.set()
+            stopped.set()
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert here.wait(90)
+    assert stopped.wait(90)
     assert not errors, errors
     FORK
-    leave.set()
+    resume.set()
     RELEASE
     thread.join()
     assert not errors, errors
@@ -80,11 +80,11 @@ FORK = """
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 """
-USES = 'assert cache.list_names(); assert cache.has_blob(cache.add_blob(b"of the child")); cache.close()'
+USE_CACHE = 'assert cache.list_names(); assert cache.has_blob(cache.add_blob(b"of the child")); cache.close()'
 
 
 def run(directory: Path, other: Path, work: str, prepare: str = "", release: str = "", fork: str = "") -> None:
-    fork = fork or FORK.replace("CHILD", USES)
+    fork = fork or FORK.replace("CHILD", USE_CACHE)
     script = textwrap.dedent(SCRIPT)
     for name, text in (("PREPARE", prepare), ("WORK", work), ("FORK", fork), ("RELEASE", release)):
         place = next(line for line in script.splitlines() if line.strip() == name)
@@ -95,35 +95,35 @@ def run(directory: Path, other: Path, work: str, prepare: str = "", release: str
 
 ROWS = "SELECT value FROM json_each('[1, 2, 3]')"
 CALLERS = {
-    "rows of an answer": f'with cache.sql("{ROWS}") as answer: assert [stay() and row for row in answer.rows]',
+    "rows of an answer": f'with cache.sql("{ROWS}") as answer: assert [stop_here() and row for row in answer.rows]',
     "many rows of an answer": 'with cache.sql("WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT '
-    '9999) SELECT hex(zeroblob(x % 999)) FROM c") as answer: assert sum(stay() for _ in answer.rows) == 9999',
-    "a hold": 'with cache.hold("app:1"): stay()',
-    "producing": 'with cache.producing("app:2"): stay()',
-    "producing a blob": 'with cache.producing_blob("sha256:" + 64 * "0"): stay()',
-    "an open blob": 'with cache.open_blob(cache.add_blob(b"x")): stay()',
+    '9999) SELECT hex(zeroblob(x % 999)) FROM c") as answer: assert sum(stop_here() for _ in answer.rows) == 9999',
+    "a hold": 'with cache.hold("app:1"): stop_here()',
+    "producing": 'with cache.producing("app:2"): stop_here()',
+    "producing a blob": 'with cache.producing_blob("sha256:" + 64 * "0"): stop_here()',
+    "an open blob": 'with cache.open_blob(cache.add_blob(b"x")): stop_here()',
     "the source of a blob": "cache.add_blob(Source())",
-    "the progress of an import": 'cache.cache_from_tar(other / "a.tar", progress=stay)',
-    "the progress of an export": 'cache.export("app:1", other / "out.tar", progress=stay)',
-    "the progress of a verification": "cache.verify(repair=True, progress=stay)",
-    "the progress of an adoption": 'cache.adopt(other / "old", progress=stay)',
-    "the progress of an adoption of what is here": 'cache.adopt(other / "same", progress=stay)',
-    "the progress of a backup": "backups._OPCODES = 10; upgrade.back_up(directory, progress=stay)",
-    "the progress of an upgrade": 'upgrade.upgrade(other / "0001", progress=stay)',
+    "the progress of an import": 'cache.cache_from_tar(other / "a.tar", progress=stop_here)',
+    "the progress of an export": 'cache.export("app:1", other / "out.tar", progress=stop_here)',
+    "the progress of a verification": "cache.verify(repair=True, progress=stop_here)",
+    "the progress of an adoption": 'cache.adopt(other / "old", progress=stop_here)',
+    "the progress of an adoption of stored blobs": 'cache.adopt(other / "same", progress=stop_here)',
+    "the progress of a backup": "backups._OPCODES = 10; upgrade.back_up(directory, progress=stop_here)",
+    "the progress of an upgrade": 'upgrade.upgrade(other / "0001", progress=stop_here)',
     "the progress of a backup before an upgrade": "backups._OPCODES = 10\n"
-    'upgrade.upgrade(other / "0001", progress=lambda what, *_: what == "backing up" and stay())',
+    'upgrade.upgrade(other / "0001", progress=lambda what, *_: what == "backing up" and stop_here())',
 }
 SOURCE = """
     class Source:
         def read(self, _size=-1):
-            stay()
+            stop_here()
             return b""
 """
 
 
 @pytest.fixture
 def other(tmp_path: Path, directory: Path) -> Path:
-    """A folder with what the operations need."""
+    """Make a folder with an archive, two caches to adopt and one to upgrade."""
     folder = tmp_path / "other"
     folder.mkdir()
     with Cache.open(directory) as cache:
@@ -137,18 +137,18 @@ def other(tmp_path: Path, directory: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", CALLERS)
-def test_a_fork_waits_for_no_code_of_a_caller(directory: Path, other: Path, place: str) -> None:
+def test_a_fork_does_not_wait_for_a_callers_code(directory: Path, other: Path, place: str) -> None:
     run(directory, other, CALLERS[place], SOURCE)
 
 
 @pytest.mark.slow
-def test_a_process_that_is_begun_with_a_function_waits_for_no_reader(directory: Path, other: Path) -> None:
+def test_a_subprocess_with_a_preexec_function_does_not_wait_for_a_reader(directory: Path, other: Path) -> None:
     fork = 'assert subprocess.run(["true"], preexec_fn=int).returncode == 0'
     run(directory, other, CALLERS["rows of an answer"], fork=fork)
 
 
 @pytest.mark.slow
-def test_who_reads_an_answer_may_have_a_pool_fork_and_use_the_cache_for_each_row(directory: Path, other: Path) -> None:
+def test_a_reader_of_an_answer_may_fork_and_use_the_cache_in_a_pool(directory: Path, other: Path) -> None:
     pool = """
     pool = ThreadPoolExecutor(2)
     def fork():
@@ -167,60 +167,60 @@ def test_who_reads_an_answer_may_have_a_pool_fork_and_use_the_cache_for_each_row
 
 
 @pytest.mark.slow
-def test_an_answer_that_nobody_ends_holds_up_no_fork(directory: Path, other: Path) -> None:
+def test_a_fork_does_not_wait_for_an_answer_that_stays_open(directory: Path, other: Path) -> None:
     work = f"""
     kept.append(cache.sql("{ROWS}"))
     kept.append(kept[0].__enter__())
     next(kept[1].rows)
     """
-    run(directory, other, work, "kept = []", fork=f"thread.join()\n{textwrap.dedent(FORK).replace('CHILD', USES)}")
+    run(directory, other, work, "kept = []", fork=f"thread.join()\n{textwrap.dedent(FORK).replace('CHILD', USE_CACHE)}")
 
 
-# Each has the place of the waiting, the operation that waits, and what lets it go on.
+# Each value: code that makes the operation wait, the operation, and code that ends the wait.
 WAITING = {
     "the write lock": (
         'lock = open(directory / "locks" / "write.lock")\nfcntl.flock(lock, fcntl.LOCK_EX)\n'
-        "locks._await_turn = calls_when_waiting(locks._await_turn)",
+        "locks._await_turn = signal_and_call(locks._await_turn)",
         'cache.tag("app:1", "app:2")',
         "fcntl.flock(lock, fcntl.LOCK_UN)",
     ),
     "a transaction of another program": (
         'shell = sqlite3.connect(directory / "index.db", isolation_level=None)\nshell.execute("BEGIN IMMEDIATE")\n'
-        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        "from cachedb.disk.waiting import Wait; Wait.nap = signal_and_call(Wait.nap)",
         'cache.tag("app:1", "app:2")',
         'shell.execute("COMMIT")',
     ),
     "the folder, to read": (
         'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
         "cache._database.close()\n"
-        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        "from cachedb.disk.waiting import Wait; Wait.nap = signal_and_call(Wait.nap)",
         "assert cache.list_manifests()",
         "fcntl.flock(folder, fcntl.LOCK_UN)",
     ),
-    "the folder, to ask": (
+    "the folder, to query": (
         'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
         "cache._database.close()\n"
-        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        "from cachedb.disk.waiting import Wait; Wait.nap = signal_and_call(Wait.nap)",
         'with cache.sql("SELECT 1") as answer: assert list(answer.rows) == [(1,)]',
         "fcntl.flock(folder, fcntl.LOCK_UN)",
     ),
     "the folder, to look up": (
         'folder = os.open(directory / "locks", os.O_RDONLY)\nfcntl.flock(folder, fcntl.LOCK_EX)\n'
         "cache._database.close()\n"
-        "from cachedb.disk.waiting import Wait; Wait.nap = calls_when_waiting(Wait.nap)",
+        "from cachedb.disk.waiting import Wait; Wait.nap = signal_and_call(Wait.nap)",
         'assert not cache.has_blob("sha256:" + 64 * "0")',
         "fcntl.flock(folder, fcntl.LOCK_UN)",
     ),
     "another backup": (
         'lock = (directory / "backups" / ".lock").open("w")\nfcntl.flock(lock, fcntl.LOCK_EX)\n'
-        "locks.held = calls_when_waiting(locks.held)",
+        "locks.held = signal_and_call(locks.held)",
         "upgrade.back_up(directory)",
         "fcntl.flock(lock, fcntl.LOCK_UN)",
     ),
-    "who makes the same": (
+    "another producer": (
         'import hashlib; key = hashlib.sha256(b"app:2").hexdigest()\n'
         'lock = (directory / "locks" / f"{key}.producing").open("w")\nfcntl.flock(lock, fcntl.LOCK_EX)\n'
-        "locks.acquire = calls_when_waiting(locks.acquire)",
+        "locks.acquire = signal_and_call(locks.acquire)",
         'with cache.producing("app:2"): pass',
         "fcntl.flock(lock, fcntl.LOCK_UN)",
     ),
@@ -229,15 +229,15 @@ WAITING = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", WAITING)
-def test_a_fork_waits_for_no_other_process(directory: Path, other: Path, what: str) -> None:
+def test_a_fork_does_not_wait_for_another_process(directory: Path, other: Path, what: str) -> None:
     prepare, work, release = WAITING[what]
     fork = FORK.replace("CHILD", "pass")  # the child has copies of the locks of this script
     run(directory, other, work, prepare, release, fork)
 
 
-def test_a_fork_stops_a_long_query_which_is_begun_anew(directory: Path, other: Path) -> None:
+def test_a_fork_interrupts_a_long_query_which_then_runs_again(directory: Path, other: Path) -> None:
     prepare = """
-    query._human = lambda _: here.set() or (None if leave.is_set() else "")
+    query._human = lambda _: stopped.set() or (None if resume.is_set() else "")
     """
     work = """
     with cache.sql("WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
@@ -247,7 +247,7 @@ def test_a_fork_stops_a_long_query_which_is_begun_anew(directory: Path, other: P
     run(directory, other, work, prepare)
 
 
-def test_a_fork_ends_an_answer_that_is_streamed_and_its_child_can_use_the_cache(directory: Path) -> None:
+def test_a_fork_ends_a_streamed_answer_and_the_child_can_use_the_cache(directory: Path) -> None:
     with Cache.open(directory) as cache:
         mine = cache.add_blob(b"mine")
         with cache.sql(ROWS, stream=True) as answer:
@@ -279,11 +279,11 @@ def test_a_large_answer_is_not_kept_in_memory(directory: Path) -> None:
         """,
         directory,
     )
-    few, all_of_it = map(int, output.split())
-    assert all_of_it - few < 60 * 1024, "KiB; the rows are 100 MB"
+    small_peak, large_peak = map(int, output.split())
+    assert large_peak - small_peak < 60 * 1024, "KiB; the rows are 100 MB"
 
 
-def test_rows_are_what_was_added_however_large(tmp_path: Path) -> None:
+def test_rows_of_any_size_are_returned_as_added(tmp_path: Path) -> None:
     added = [(number, None, 1.5, "\udcff\0é" * (number % 50), bytes(number * 30)) for number in range(1000)]
     rows = _Rows()
     for row in added:
@@ -292,10 +292,10 @@ def test_rows_are_what_was_added_however_large(tmp_path: Path) -> None:
     rows.close()
 
 
-# The block that a fork waits for
+# The blocks that a fork waits for
 
 
-def test_an_interrupt_at_the_end_of_a_block_leaves_no_fork_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_at_the_end_of_a_block_blocks_no_later_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = locks._changed
 
     class Interrupted:
@@ -325,7 +325,7 @@ def test_an_interrupt_at_the_end_of_a_block_leaves_no_fork_waiting(monkeypatch: 
     assert not any(locks._unforked.values())
 
 
-def test_an_interrupt_that_comes_while_a_fork_waits_leaves_the_locks_in_order() -> None:
+def test_an_interrupt_while_a_fork_waits_leaves_the_locks_usable() -> None:
     output = run_python(
         """
         import os, signal, sys, threading, time
@@ -358,7 +358,9 @@ def test_an_interrupt_that_comes_while_a_fork_waits_leaves_the_locks_in_order() 
     assert output == "KeyboardInterrupt\nfree\n"
 
 
-def test_a_signals_handler_forks_while_a_lock_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signals_handler_may_fork_while_a_lock_file_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     create, children = locks._open_or_create, []
 
     def interrupted(path: str, flags: int) -> int:
@@ -380,13 +382,13 @@ def test_a_signals_handler_forks_while_a_lock_file_is_opened(tmp_path: Path, mon
     assert [os.waitpid(child, 0)[1] for child in children] == [0]
 
 
-def test_who_fails_in_the_queue_lets_go_of_it_for_copies_of_its_file_too(
+def test_an_error_in_the_queue_releases_its_lock_though_a_child_has_the_file_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[int] = []
 
     def fail(queue: object, _place: int) -> int:
-        copies.append(os.dup(queue.fileno()))  # type: ignore[attr-defined] # as a child has one, until it has begun
+        copies.append(os.dup(queue.fileno()))  # type: ignore[attr-defined] # a new child has such a copy
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -399,7 +401,7 @@ def test_who_fails_in_the_queue_lets_go_of_it_for_copies_of_its_file_too(
     os.close(copies[0])
 
 
-def test_a_program_that_locks_the_index_for_too_long_is_an_error_that_says_so(
+def test_a_write_fails_if_another_program_locks_the_index_for_too_long(
     index: Database,
 ) -> None:
     index.wait_seconds = 0.1

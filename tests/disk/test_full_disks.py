@@ -1,4 +1,4 @@
-"""Full disks of every kind: without space, without inodes, over a quota, and what only looks like one."""
+"""Full disks: no space, no inodes, a used-up quota; and errors that only look like a full disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RESERVED = {str(number) for number in range(1, 9)}
 
 
 def fill_inodes(folder: Path) -> None:
-    """Take all the inodes of a file system with empty files."""
+    """Use up all inodes of a file system with empty files."""
     with suppress(OSError):
         for number in count():
             (folder / str(number)).touch(exist_ok=False)
@@ -48,7 +48,7 @@ def fill_inodes(folder: Path) -> None:
 
 @pytest.fixture(params=["tmpfs", "ext4", "xfs"])
 def full(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A cache on a file system on which no file can be made; ``full`` beside it is what fills it."""
+    """Make a cache on a file system without free inodes; the file `full` beside it takes the space of XFS."""
     arguments: tuple[object, ...] = ("-t", "tmpfs", "-o", "size=64m,nr_inodes=200", "tmpfs")
     if request.param == "ext4":
         # 64 MiB and 256 inodes.
@@ -65,14 +65,14 @@ def full(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         for folder in (disk / "small", disk / "more", disk / "cache" / "ingest" / "partial"):
             folder.mkdir()
         if request.param == "xfs":
-            fill_space(disk / "full")  # XFS makes inodes of free space
+            fill_space(disk / "full")  # XFS turns free space into inodes
         fill_inodes(disk / "small")
         yield disk / "cache"
 
 
 @pytest.fixture
 def without_reserve(full: Path) -> Path:
-    """The same where nothing is set aside, as in a cache of an older release."""
+    """Make a cache on a full disk without a reserve, as an older release would."""
     for path in (full / "reserve.inodes").iterdir():
         path.unlink()
     (full / "reserve").rename(full.parent / "reserve")
@@ -81,13 +81,13 @@ def without_reserve(full: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_disk_on_which_no_file_can_be_made_is_read_and_freed(cachedb: Run, full: Path, tmp_path: Path) -> None:
+def test_a_cache_without_free_inodes_can_be_read_and_emptied(cachedb: Run, full: Path, tmp_path: Path) -> None:
     for command, output in (
         (["ls", "-q"], "app:1\nother:1\n"),
         (["exists", "app:1"], ""),
         (["sql", "--format", "json", "select count(*) as n from images"], '[{"n": 2}]'),
         (["df", "--format", "json"], '"images": 2'),
-        (["export", "app:1", tmp_path / "out.tar"], ""),  # it begins a session
+        (["export", "app:1", tmp_path / "out.tar"], ""),  # an export begins a session
         (["tag", "app:1", "app:2"], ""),
         (["rm", "other:1"], "freed 3 blobs"),
         (["gc"], "freed 1 blob"),
@@ -105,14 +105,14 @@ def test_a_disk_on_which_no_file_can_be_made_is_read_and_freed(cachedb: Run, ful
 
 
 @pytest.mark.parametrize("full", ["tmpfs", "ext4"], indirect=True)
-def test_what_was_given_up_is_set_aside_again_by_whatever_took_it(full: Path) -> None:
+def test_a_reader_that_used_the_reserve_sets_it_aside_again(full: Path) -> None:
     assert schema.current(full).usable
     assert set(os.listdir(full / "reserve.inodes")) == RESERVED
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("full", ["tmpfs", "ext4"], indirect=True)
-def test_downloads_are_kept_where_inodes_are_all_that_it_takes(cachedb: Run, full: Path) -> None:
+def test_downloads_are_kept_where_the_reserved_inodes_suffice(cachedb: Run, full: Path) -> None:
     left = partial_path(full, Digest(MADE.digest))
     (full / "reserve").rename(left)
     fill_inodes(full.parent / "more")
@@ -122,7 +122,7 @@ def test_downloads_are_kept_where_inodes_are_all_that_it_takes(cachedb: Run, ful
 
 
 @pytest.mark.slow
-def test_without_a_reserve_it_can_still_be_read_and_an_error_names_the_cause(
+def test_a_full_cache_without_a_reserve_can_be_read_and_a_write_names_the_cause(
     cachedb: Run, without_reserve: Path
 ) -> None:
     for command in (["ls", "-q"], ["exists", "app:1"], ["sql", "select count(*) from images"], ["df"], ["verify"]):
@@ -135,7 +135,7 @@ def test_without_a_reserve_it_can_still_be_read_and_an_error_names_the_cause(
     assert cachedb("--dir", without_reserve, "ls", "-q").stdout == "app:1\nother:1\n"
 
 
-def test_a_cache_that_was_opened_in_a_shortage_is_written_to_when_it_is_over(without_reserve: Path) -> None:
+def test_a_cache_opened_in_a_shortage_can_be_written_to_after_it(without_reserve: Path) -> None:
     with Cache.open(without_reserve) as cache:
         assert [str(image.name) for image in cache.list_manifests()] == ["app:1", "other:1"]
         with pytest.raises(StorageError) as caught:
@@ -150,14 +150,14 @@ def test_a_cache_that_was_opened_in_a_shortage_is_written_to_when_it_is_over(wit
 
 
 @pytest.mark.parametrize("full", ["tmpfs", "ext4"], indirect=True)
-def test_an_inode_that_is_missing_is_named_in_the_error(full: Path) -> None:
+def test_missing_inodes_are_named_in_the_error(full: Path) -> None:
     for path in (full / "reserve.inodes").iterdir():
         path.rename(full.parent / f"taken-{path.name}")
     with pytest.raises(StorageError, match=f"^cannot work: {NO_INODES}: '.*new'; delete some files"), os_errors("work"):
         (full / "new").touch()
 
 
-def test_what_is_set_aside_is_never_taken_from_behind_a_link(directory: Path, tmp_path: Path) -> None:
+def test_no_inodes_are_given_up_behind_a_link(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "1").touch()
     Cache.open(directory).close()
@@ -169,7 +169,7 @@ def test_what_is_set_aside_is_never_taken_from_behind_a_link(directory: Path, tm
 
 
 @pytest.mark.parametrize("name", ["reserve", "reserve.inodes/3", "reserve.inodes/8"])
-def test_what_is_set_aside_is_no_file_with_a_second_name(directory: Path, tmp_path: Path, name: str) -> None:
+def test_a_file_with_a_second_name_is_not_used_as_a_reserve(directory: Path, tmp_path: Path, name: str) -> None:
     precious = tmp_path / "precious"
     precious.write_bytes(b"mine")
     precious.chmod(0o640)
@@ -195,15 +195,15 @@ def test_only_our_own_names_are_given_up(cache: Cache, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("full", ["tmpfs", "ext4"], indirect=True)
-def test_a_session_begins_with_what_is_set_aside_or_leaves_nothing(full: Path) -> None:
+def test_a_session_begins_with_the_reserved_inodes_or_leaves_nothing(full: Path) -> None:
     with Cache.open(full) as cache, cache.hold("app:1"):
-        # SQLite has its files, and the session two of what was set aside.
+        # SQLite has its files already, and the session took two of the reserved inodes.
         for path in (full / "reserve.inodes").iterdir():
             path.rename(full.parent / "small" / f"taken-{path.name}")
         fill_inodes(full.parent / "more")
         before = sorted(os.listdir(full / "locks"))
         with Cache(Database(full)) as other:
-            (full.parent / "small" / "0").unlink()  # one is too few
+            (full.parent / "small" / "0").unlink()  # one inode is too few
             with pytest.raises(StorageError, match=f"^cannot begin a session in the cache: {NO_INODES}"):
                 other.hold("app:1").__enter__()
             assert sorted(os.listdir(full / "locks")) == before
@@ -212,8 +212,7 @@ def test_a_session_begins_with_what_is_set_aside_or_leaves_nothing(full: Path) -
             assert len(os.listdir(full / "locks")) == len(before) + 1
 
 
-# What is no full disk
-
+# Errors that are no full disk
 
 LIMITED = """
 import resource, runpy, sys
@@ -224,14 +223,14 @@ runpy.run_module("cachedb", run_name="__main__")
 
 
 def run_limited(size: int, directory: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process that may write files of so many bytes at most."""
+    """Run the command line in a process that may write files of at most `size` bytes."""
     command = [sys.executable, "-c", LIMITED, str(size), "--dir", str(directory), *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
 def partial(cache: Cache, directory: Path) -> Path:
-    """What is left of a download, in a cache that nobody has open."""
+    """Make a partial download in a closed cache."""
     save(cache, "app:1", MADE)
     cache.close()
     left = partial_path(directory, Digest(OTHER.digest))
@@ -242,7 +241,7 @@ def partial(cache: Cache, directory: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 4096, 100 * 1024])
-def test_a_limit_on_the_size_of_files_is_named_and_nothing_is_deleted(
+def test_a_limit_on_file_size_is_named_and_nothing_is_deleted(
     directory: Path, partial: Path, tmp_path: Path, size: int
 ) -> None:
     (tmp_path / "large").write_bytes(bytes(3_000_000))
@@ -253,7 +252,7 @@ def test_a_limit_on_the_size_of_files_is_named_and_nothing_is_deleted(
         result = run_limited(size, directory, "rm", "app:1")
         assert (result.returncode, result.stderr.count("\n")) == (1, 1)
         assert "raise the limit (`ulimit -f`)" in result.stderr
-    assert run_limited(size, directory, "ls", "-q").stdout == "app:1\n", "what reads needs to write no file"
+    assert run_limited(size, directory, "ls", "-q").stdout == "app:1\n", "a read sqlite_error, though it writes no file"
     assert partial.read_bytes() == b"begun"
     assert (directory / "reserve").stat().st_size == 1024 * 1024
     assert set(os.listdir(directory / "reserve.inodes")) == RESERVED
@@ -261,9 +260,7 @@ def test_a_limit_on_the_size_of_files_is_named_and_nothing_is_deleted(
 
 
 @pytest.mark.parametrize("before", [None, 0, 4096])
-def test_a_limit_on_the_size_of_files_leaves_the_reserve_as_it_is(
-    directory: Path, partial: Path, before: int | None
-) -> None:
+def test_a_limit_on_file_size_leaves_the_reserve_unchanged(directory: Path, partial: Path, before: int | None) -> None:
     reserve = directory / "reserve"
     reserve.unlink()
     if before is not None:
@@ -272,7 +269,7 @@ def test_a_limit_on_the_size_of_files_leaves_the_reserve_as_it_is(
     assert (reserve.stat().st_size if reserve.exists() else 0) == (before or 0)
 
 
-def test_an_index_that_outgrows_the_limit_is_told_from_a_full_disk(directory: Path, cache: Cache) -> None:
+def test_an_index_that_outgrows_the_limit_is_not_reported_as_a_full_disk(directory: Path, cache: Cache) -> None:
     output = run_python(
         """
         import errno, os, resource, sqlite3, sys
@@ -294,8 +291,8 @@ def test_an_index_that_outgrows_the_limit_is_told_from_a_full_disk(directory: Pa
     assert output == "False\nTrue\n"
 
 
-def failed(code: int, text: str = "disk I/O error") -> sqlite3.OperationalError:
-    """An error as SQLite would raise it."""
+def sqlite_error(code: int, text: str = "disk I/O error") -> sqlite3.OperationalError:
+    """Return an error as SQLite raises it."""
     error = sqlite3.OperationalError(text)
     error.sqlite_errorcode = code
     return error
@@ -314,10 +311,10 @@ def failed(code: int, text: str = "disk I/O error") -> sqlite3.OperationalError:
         (sqlite3.SQLITE_CANTOPEN, errno.EMFILE, "ulimit -n", False),
         (sqlite3.SQLITE_CANTOPEN, None, "owner and mode", False),
         (sqlite3.SQLITE_FULL, errno.ENOSPC, "No space left on device", True),
-        (sqlite3.SQLITE_FULL, None, "free some space", False),  # a query's temporary files are elsewhere
+        (sqlite3.SQLITE_FULL, None, "free some space", False),  # a query's temporary files are on another file system
     ],
 )
-def test_an_error_of_sqlite_is_full_if_the_disk_is(
+def test_an_sqlite_error_is_full_if_the_disk_is_full(
     directory: Path,
     partial: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -334,7 +331,7 @@ def test_an_error_of_sqlite_is_full_if_the_disk_is(
         calls.append(1)
         if len(calls) < 3:
             with sqlite_errors(database.path, database.directory):
-                raise failed(code)
+                raise sqlite_error(code)
 
     if full:
         database.reserve.run(fail)
@@ -344,10 +341,10 @@ def test_an_error_of_sqlite_is_full_if_the_disk_is(
         assert not is_full(caught.value)
     assert partial.exists() is not full
     assert (directory / "reserve").exists() is not full
-    assert expected in str(translate(failed(code), database.path, database.directory))
+    assert expected in str(translate(sqlite_error(code), database.path, database.directory))
 
 
-def test_a_directory_with_room_has_no_shortage(tmp_path: Path) -> None:
+def test_a_directory_with_free_space_has_no_shortage(tmp_path: Path) -> None:
     assert space.find_shortage(tmp_path, 1 << 20) is None
     assert os.listdir(tmp_path) == []
     missing = space.find_shortage(tmp_path / "missing", 1)
@@ -356,7 +353,7 @@ def test_a_directory_with_room_has_no_shortage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["open", "posix_fallocate"])
-def test_where_no_file_without_a_name_can_be_made_the_numbers_tell(
+def test_without_unnamed_files_the_numbers_of_statvfs_show_a_shortage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     def unsupported(*_: object, **__: object) -> int:
@@ -372,20 +369,20 @@ def test_where_no_file_without_a_name_can_be_made_the_numbers_tell(
     assert shortage is not None
     assert shortage.errno == errno.ENOSPC
     assert space.has_no_inodes(tmp_path)
-    numbers[5] = 0  # there is no table of inodes
+    numbers[5] = 0  # a file system without a table of inodes
     assert space.find_shortage(tmp_path, 1) is None
     assert not space.has_no_inodes(tmp_path)
     numbers[4] = 0  # f_bavail
     assert space.find_shortage(tmp_path, 1) is not None
     numbers[5] = 100
-    assert not space.has_no_inodes(tmp_path), "what is missing is space"
+    assert not space.has_no_inodes(tmp_path), "space is missing, not inodes"
     monkeypatch.setattr(space, "file_size_limit", lambda: 10)
     shortage = space.find_shortage(tmp_path, 5, offset=6)
     assert shortage is not None
     assert shortage.errno == errno.EFBIG
 
 
-# What a file system must be able to do
+# What a cache needs from a file system
 
 
 def refuse(number: int) -> Callable[..., Any]:
@@ -396,7 +393,7 @@ def refuse(number: int) -> Callable[..., Any]:
 
 
 class Unshared(mmap.mmap):
-    """Memory that is this process's own."""
+    """A mapping whose changes other processes do not see."""
 
     def __new__(cls, file: int, size: int) -> Unshared:
         return super().__new__(cls, file, size, flags=mmap.MAP_PRIVATE)
@@ -417,7 +414,7 @@ class Unshared(mmap.mmap):
         (os, "rename", lambda old, new: Path(new).touch(), "a renamed file keeps its name"),
     ],
 )
-def test_a_file_system_that_cannot_do_what_a_cache_needs_is_refused_when_the_cache_is_made(
+def test_a_new_cache_is_refused_on_a_file_system_that_lacks_what_it_needs(
     directory: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, replacement: Any, expected: str
 ) -> None:
     monkeypatch.setattr(module, name, replacement)
@@ -428,19 +425,21 @@ def test_a_file_system_that_cannot_do_what_a_cache_needs_is_refused_when_the_cac
     Cache.open(directory).close()
 
 
-def test_a_cache_that_is_there_is_not_tested_again(
+def test_the_file_system_of_an_existing_cache_is_not_tested_again(
     cache: Cache, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_system, "_find_inability", lambda _: "nothing works")
     Cache.open(directory).close()
 
 
-def test_a_kernel_without_locks_of_open_files_is_welcome(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_open_file_description_locks_is_accepted(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fcntl, "fcntl", refuse(errno.EINVAL))
     Cache.open(directory).close()
 
 
-def test_a_full_disk_is_no_inability(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_reported_as_an_inability(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", refuse(errno.ENOSPC))
     with pytest.raises(StorageError, match="cannot use the cache directory: No space left on device"):
         Cache.open(directory)

@@ -1,4 +1,4 @@
-"""Files of a cache that are removed, renamed, replaced or linked while it is in use: no write is lost silently."""
+"""No write is lost silently when files of an open cache are removed, renamed, replaced or linked."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def link_and_remove(path: Path) -> None:
     path.unlink()
 
 
-LOSSES = [rename_file, rename_folder, link_and_remove, Path.unlink]
+WAYS_TO_LOSE = [rename_file, rename_folder, link_and_remove, Path.unlink]
 Loss = Callable[[Path], None]
 
 
-def names(cache: Cache) -> list[str]:
+def list_names(cache: Cache) -> list[str]:
     return sorted(str(found.name) for found in cache.list_manifests())
 
 
 # Lock files
 
 
-@pytest.mark.parametrize("lose", LOSSES)
+@pytest.mark.parametrize("lose", WAYS_TO_LOSE)
 def test_a_write_without_its_lock_is_rolled_back(cache: Cache, index: Database, lose: Loss) -> None:
     save(cache, "app:1", APP)
 
@@ -62,17 +62,17 @@ def test_a_write_without_its_lock_is_rolled_back(cache: Cache, index: Database, 
 
     with pytest.raises(CacheReplaced, match=r"write.lock' was removed or renamed while .*; nothing was written"):
         lose_the_lock()
-    assert names(cache) == ["app:1"]
+    assert list_names(cache) == ["app:1"]
     cache.tag("app:1", "app:2")
 
 
-@pytest.mark.parametrize("lose", LOSSES)
-def test_a_block_that_lost_the_write_lock_says_so(index: Database, lose: Loss) -> None:
+@pytest.mark.parametrize("lose", WAYS_TO_LOSE)
+def test_a_block_that_lost_the_write_lock_raises(index: Database, lose: Loss) -> None:
     def lose_the_lock() -> None:
         with index.alone():
             lose(index.write_lock)
             with locks.in_turn(index.write_lock, Wait("it", 0)):
-                pass  # another process would get it
+                pass  # another process can now take the lock
 
     with pytest.raises(CacheReplaced, match=r"another process may have written meanwhile: run `cachedb verify`"):
         lose_the_lock()
@@ -80,8 +80,8 @@ def test_a_block_that_lost_the_write_lock_says_so(index: Database, lose: Loss) -
         pass
 
 
-@pytest.mark.parametrize("lose", LOSSES)
-def test_a_hold_whose_lock_file_is_lost_says_so(cache: Cache, cachedb: Run, lose: Loss) -> None:
+@pytest.mark.parametrize("lose", WAYS_TO_LOSE)
+def test_a_hold_that_lost_its_lock_file_raises(cache: Cache, cachedb: Run, lose: Loss) -> None:
     save(cache, "app:1", APP)
     held = cache.hold("app:1")
     held.__enter__()
@@ -95,7 +95,7 @@ def test_a_hold_whose_lock_file_is_lost_says_so(cache: Cache, cachedb: Run, lose
         cache.add_blob(b"more")
 
 
-def test_a_hold_whose_leases_were_swept_says_so(cache: Cache, cachedb: Run) -> None:
+def test_a_hold_whose_leases_were_removed_raises(cache: Cache, cachedb: Run) -> None:
     """The lock file is back in its place by the end of the hold."""
     save(cache, "app:1", APP)
     held = cache.hold("app:1")
@@ -108,7 +108,7 @@ def test_a_hold_whose_leases_were_swept_says_so(cache: Cache, cachedb: Run) -> N
         held.__exit__(None, None, None)
 
 
-def test_blobs_that_were_kept_for_an_image_by_a_lost_session_are_not_taken_for_kept(cache: Cache) -> None:
+def test_an_image_is_not_saved_by_a_lost_session(cache: Cache) -> None:
     cache.add_blob(APP.config)
     (path,) = (cache.directory / "locks").glob("*.session")
     rename_file(path)
@@ -117,7 +117,7 @@ def test_blobs_that_were_kept_for_an_image_by_a_lost_session_are_not_taken_for_k
 
 
 @pytest.mark.parametrize("lose", [rename_file, rename_folder])
-def test_who_waits_for_a_lock_that_is_renamed_gets_the_one_that_others_lock(tmp_path: Path, lose: Loss) -> None:
+def test_a_waiter_for_a_lock_file_that_is_renamed_locks_the_new_file(tmp_path: Path, lose: Loss) -> None:
     path = tmp_path / "locks" / "lock"
     path.parent.mkdir()
     with locks.held(path):
@@ -127,17 +127,17 @@ def test_who_waits_for_a_lock_that_is_renamed_gets_the_one_that_others_lock(tmp_
             assert locks.leads_to(path, file.fileno())
 
 
-def test_who_waits_for_a_folder_that_is_renamed_gets_the_one_that_others_lock(tmp_path: Path) -> None:
+def test_a_waiter_for_a_folder_that_is_renamed_locks_the_new_folder(tmp_path: Path) -> None:
     path = tmp_path / "locks"
     path.mkdir()
     with locks.held_folder(path, Wait("it", 0), shared=False):
         wait = Wait("it", 30)
         wait.on_begin = lambda: rename_folder(path / "lock")
         with locks.held_folder(path, wait, shared=False), pytest.raises(BlockingIOError):
-            os.close(_locked(path))
+            os.close(_lock_now(path))
 
 
-def _locked(path: Path) -> int:
+def _lock_now(path: Path) -> int:
     import fcntl
 
     folder = os.open(path, os.O_RDONLY)
@@ -159,12 +159,12 @@ def test_a_claim_whose_file_is_renamed_is_lost(directory: Path) -> None:
             single_flight.check_claim(directory, "key")
 
 
-# The index is replaced without the lock
+# The index is not replaced without the lock
 
 
 @pytest.fixture
 def interrupted(cache: Cache, cachedb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the making of a new index and its rename the write lock is lost, and another process writes."""
+    """Remove the write lock and let another process write after a new index is made and before it is renamed."""
     from cachedb.index.sqlite.replace import replace as original
 
     def replace(database: Database, turn: locks.Turn, new: Path, old: Path) -> bool:
@@ -182,23 +182,23 @@ def test_a_restore_that_lost_the_lock_loses_no_write(cache: Cache, cachedb: Run,
     assert cachedb("db", "backup", backup).returncode == 0
     with pytest.raises(CacheReplaced, match="the index was not replaced: try again"):
         restore.restore(cache.directory, backup)
-    assert names(cache) == ["acknowledged:1", "app:1"]
+    assert list_names(cache) == ["acknowledged:1", "app:1"]
     assert not list((cache.directory / "backups").glob("*-rebuilt.db"))
     assert not list((cache.directory / "quarantine").iterdir())
 
 
 @pytest.mark.usefixtures("interrupted")
-def test_a_rebuilding_that_lost_the_lock_loses_no_write(
+def test_a_rebuild_that_lost_the_lock_loses_no_write(
     cache: Cache, index: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(cache, "app:1", APP)
     monkeypatch.setattr(rebuild, "find_faults", lambda _: ["a fault"])
     with pytest.raises(CacheReplaced, match="the index was not replaced: try again"):
         rebuild.rebuild(index, cache._session.new_folder())
-    assert names(cache) == ["acknowledged:1", "app:1"]
+    assert list_names(cache) == ["acknowledged:1", "app:1"]
 
 
-# What SQLite has beside the index
+# SQLite's files beside the index
 
 
 REMOVALS = [("index.db-shm",), ("index.db-wal",), ("index.db-shm", "index.db-wal")]
@@ -207,7 +207,7 @@ REMOVALS = [("index.db-shm",), ("index.db-wal",), ("index.db-shm", "index.db-wal
 @pytest.mark.slow
 @pytest.mark.parametrize("removed", REMOVALS, ids="+".join)
 @pytest.mark.parametrize("first", ["daemon", "other", "close"])
-def test_no_commit_is_lost_silently_when_files_beside_the_index_are_removed(
+def test_removing_files_beside_the_index_loses_no_commit_silently(
     directory: Path, cachedb: Run, removed: tuple[str, ...], first: str
 ) -> None:
     with Cache.open(directory) as cache:
@@ -237,8 +237,8 @@ def test_no_commit_is_lost_silently_when_files_beside_the_index_are_removed(
     found = set(cachedb("ls", "-q").stdout.split())
     if first != "close":
         assert "was removed or replaced while the index was open; nothing was written" in errors[0]
-        assert len(errors) < 3, "the next call opens the index again"
-    if first == "other" and "index.db-wal" in removed:  # its commits were nowhere else when another WAL was made
+        assert len(errors) < 3, "the next call did not open the index again"
+    if first == "other" and "index.db-wal" in removed:  # only the removed WAL had these commits
         acknowledged = {name for name in acknowledged if not name.startswith("before:")}
         acknowledged -= {"app:1"}
     else:
@@ -261,7 +261,7 @@ def test_a_commit_without_the_shared_memory_is_rolled_back(cache: Cache, index: 
     assert cachedb("ls", "-q").stdout == "app:1\n"
 
 
-def test_a_look_up_does_not_read_files_that_others_do_not_write(cache: Cache, cachedb: Run) -> None:
+def test_a_look_up_does_not_read_removed_files(cache: Cache, cachedb: Run) -> None:
     assert not cache.has_blob(APP.digest)
     (cache.directory / "index.db-shm").unlink()
     assert cachedb("ls").returncode == 0
@@ -270,7 +270,7 @@ def test_a_look_up_does_not_read_files_that_others_do_not_write(cache: Cache, ca
 
 
 def test_no_second_connection_shares_removed_files_with_the_first(cache: Cache, directory: Path) -> None:
-    """SQLite shares the memory of an index within a process, whatever has the name by then."""
+    """Connections of one process share the -shm file that the first one opened, even if it was removed since."""
     with cache.sql("SELECT 1", stream=True):
         (directory / "index.db-shm").unlink()
         with pytest.raises(CacheReplaced):
@@ -279,7 +279,7 @@ def test_no_second_connection_shares_removed_files_with_the_first(cache: Cache, 
             cache.has_blob(APP.digest)
 
 
-def test_what_only_a_removed_wal_has_is_saved_while_another_process_reads(
+def test_commits_of_a_removed_wal_are_saved_while_another_process_reads(
     cache: Cache, directory: Path, cachedb: Run
 ) -> None:
     save(cache, "app:1", APP)
@@ -291,19 +291,19 @@ def test_what_only_a_removed_wal_has_is_saved_while_another_process_reads(
             print("open", flush=True)
             input()
         """
-    with running(script, directory):  # else our closing of the index would save it
+    with running(script, directory):  # otherwise closing the last connection would save them
         for name in ("index.db-wal", "index.db-shm"):
             (directory / name).unlink()
         with pytest.raises(CacheReplaced):
             cache.tag("app:1", "app:2")
-        assert names(cache) == ["app:1"]
+        assert list_names(cache) == ["app:1"]
         assert cachedb("ls", "-q").stdout == "app:1\n"
 
 
 # Copies by hard links
 
 
-def link_copy(source: Path, target: Path) -> None:
+def copy_by_hard_links(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=os.link)
 
 
@@ -312,7 +312,7 @@ def test_a_copy_by_hard_links_and_its_source_can_only_be_read(cachedb: Run, dire
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
     copy = tmp_path / "copy"
-    link_copy(directory, copy)
+    copy_by_hard_links(directory, copy)
     for there in (directory, copy):
         assert cachedb("--dir", there, "ls", "-q").stdout == "app:1\n"
         done = cachedb("--dir", there, "tag", "app:1", "app:2")
@@ -326,15 +326,15 @@ def test_a_copy_by_hard_links_and_its_source_can_only_be_read(cachedb: Run, dire
     assert cachedb("--dir", tmp_path / "own", "tag", "app:1", "app:2").returncode == 0
 
 
-def test_an_open_cache_is_not_written_to_once_it_has_a_copy_by_hard_links(
+def test_an_open_cache_with_a_copy_by_hard_links_can_only_be_read(
     cache: Cache, directory: Path, tmp_path: Path
 ) -> None:
     save(cache, "app:1", APP)
-    link_copy(directory, tmp_path / "copy")
+    copy_by_hard_links(directory, tmp_path / "copy")
     for _ in range(2):
         with pytest.raises(NotOurs, match="has 2 hard links"):
             cache.tag("app:1", "app:2")
-    assert names(cache) == ["app:1"]
+    assert list_names(cache) == ["app:1"]
     shutil.rmtree(tmp_path / "copy")
     cache.tag("app:1", "app:2")
 
@@ -346,14 +346,14 @@ def test_a_link_of_the_index_alone_is_noticed(directory: Path, tmp_path: Path) -
         cache.add_blob(b"")
 
 
-def test_a_marker_whose_writer_was_killed_is_no_copy(directory: Path) -> None:
+def test_a_second_link_left_by_a_killed_marker_writer_is_no_copy(directory: Path) -> None:
     Cache.open(directory).close()
     os.link(directory / "cachedb.json", directory / f".cachedb-{'0' * 16}.marker")
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
 
 
-# Copies to where a file has the number of the source's
+# Copies whose files have the inode number of their source
 
 
 def edit_marker(cache: Path, /, **values: object) -> None:
@@ -361,16 +361,16 @@ def edit_marker(cache: Path, /, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def marker_of(directory: Path) -> dict[str, object]:
+def read_marker(directory: Path) -> dict[str, object]:
     found: dict[str, object] = json.loads((directory / "cachedb.json").read_text())
     return found
 
 
 @pytest.mark.parametrize("field", ["directory", "file_system"])
-def test_a_copy_whose_marker_has_the_number_of_the_sources_is_checked(directory: Path, field: str) -> None:
+def test_a_copy_whose_marker_has_the_inode_number_of_its_source_is_checked(directory: Path, field: str) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
-    before = marker_of(directory)
+    before = read_marker(directory)
     edit_marker(directory, **{field: 0 if field == "directory" else "id 0"})
     blob = blob_path(directory, Digest(APP.digest))
     blob.rename(blob.with_name("moved"))
@@ -378,44 +378,44 @@ def test_a_copy_whose_marker_has_the_number_of_the_sources_is_checked(directory:
         Cache.open(directory)
     blob.with_name("moved").rename(blob)
     Cache.open(directory).close()
-    after = marker_of(directory)
+    after = read_marker(directory)
     assert after["id"] != before["id"]
     assert after[field] == before[field]
 
 
-def test_a_cache_that_was_moved_or_whose_host_was_restarted_is_no_copy(directory: Path) -> None:
+def test_a_moved_cache_on_a_restarted_host_is_no_copy(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
-    before = marker_of(directory)
+    before = read_marker(directory)
     moved = directory.rename(directory.with_name("moved"))
     edit_marker(moved, boot="another", file_system="device 1")
     with Cache.open(moved) as cache:
         cache.tag("app:1", "app:2")
-    after = marker_of(moved)
+    after = read_marker(moved)
     assert after.pop("inode") == (moved / "cachedb.json").stat().st_ino
-    assert after == {name: value for name, value in before.items() if name != "inode"}, "it was refreshed"
+    assert after == {name: value for name, value in before.items() if name != "inode"}, "it was not refreshed"
 
 
 def test_a_marker_of_an_older_release_is_refreshed_and_its_cache_is_no_copy(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
-        before = marker_of(directory)
+        before = read_marker(directory)
         old = {name: before[name] for name in ("format", "id", "inode")}
         (directory / "cachedb.json").write_text(json.dumps(old))
         Cache.open(directory).close()
-        after = marker_of(directory)
+        after = read_marker(directory)
         assert after["id"] == before["id"]
         assert after["directory"] == directory.stat().st_ino
         cache.tag("app:1", "app:2")
 
 
-# Who has a lock, where no record says so
+# The holder of a lock without a record
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock(1), of util-linux")
 @pytest.mark.parametrize("name", ["locks/write.lock", "locks"])
-def test_a_process_that_locks_without_a_name_is_named_by_the_kernel(cachedb: Run, directory: Path, name: str) -> None:
+def test_a_lock_holder_without_a_record_is_named_by_the_kernel(cachedb: Run, directory: Path, name: str) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
     command: list[str | Path] = ["flock", "--no-fork", directory / name, "sleep", "60"]
@@ -434,14 +434,14 @@ def test_a_process_that_locks_without_a_name_is_named_by_the_kernel(cachedb: Run
 
 def _is_locked(path: Path) -> bool:
     try:
-        os.close(_locked(path))
+        os.close(_lock_now(path))
     except BlockingIOError:
         return True
     return False
 
 
 @pytest.mark.slow
-def test_a_process_that_has_the_index_for_itself_alone_is_named(cachedb: Run, directory: Path) -> None:
+def test_a_process_that_locks_the_index_exclusively_is_named(cachedb: Run, directory: Path) -> None:
     Cache.open(directory).close()
     script = """
         import sqlite3, sys, time

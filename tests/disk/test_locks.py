@@ -1,4 +1,4 @@
-"""Lock files: who holds one, who lets go of it, and what a fork does to it."""
+"""Lock files: one process holds one, in the order of asking; death, errors and forks release what they should."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOLDER = """
 
 
 def is_free(path: Path) -> bool:
-    """Whether nobody, here or in another process, holds the lock."""
+    """Return whether no process holds the lock."""
     lock = locks.acquire(path, wait=False)
     if lock is not None:
         locks.release(lock)
@@ -39,7 +39,7 @@ def is_free(path: Path) -> bool:
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    """Whether it comes true, on whatever machine."""
+    """Return whether a condition becomes true in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -48,13 +48,13 @@ def eventually(condition: Callable[[], bool], seconds: float = 60) -> bool:
     return True
 
 
-def waiting_for(path: Path) -> int:
-    """How many wait for the lock."""
+def count_waiters(path: Path) -> int:
+    """Return how many processes and threads wait for the lock."""
     return len(re.findall(rf"-> .*:{path.stat().st_ino} ", Path("/proc/locks").read_text()))
 
 
 def open_files() -> int:
-    """How many this process has open, those of other tests that are garbage not counted."""
+    """Return how many files this process has open, after collecting garbage of other tests."""
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
 
@@ -66,7 +66,7 @@ def test_a_lock_has_one_holder(tmp_path: Path) -> None:
     assert is_free(path)
 
 
-def test_a_lock_goes_when_its_holder_is_killed(tmp_path: Path) -> None:
+def test_a_lock_is_released_when_its_holder_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with running(HOLDER, path) as holder:
         assert not is_free(path)
@@ -75,14 +75,14 @@ def test_a_lock_goes_when_its_holder_is_killed(tmp_path: Path) -> None:
         assert is_free(path)
 
 
-def test_a_lock_is_let_go_when_the_block_fails(tmp_path: Path) -> None:
+def test_a_lock_is_released_when_the_block_fails(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with pytest.raises(KeyError), locks.held(path):
         raise KeyError
     assert is_free(path)
 
 
-def test_locks_that_are_held_refused_and_let_go_leave_no_file_open(tmp_path: Path) -> None:
+def test_locking_and_failing_to_lock_leave_no_file_open(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     before = open_files()
     for _ in range(3):
@@ -93,14 +93,14 @@ def test_locks_that_are_held_refused_and_let_go_leave_no_file_open(tmp_path: Pat
     assert open_files() == before
 
 
-def test_a_lock_file_that_is_unlinked_meanwhile_is_not_taken(tmp_path: Path) -> None:
+def test_a_waiter_for_an_unlinked_lock_file_locks_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     first = locks.acquire(path)
     assert first is not None
     taken = []
     waiter = threading.Thread(target=lambda: taken.append(locks.acquire(path)))
     waiter.start()
-    assert eventually(lambda: waiting_for(path) == 1)
+    assert eventually(lambda: count_waiters(path) == 1)
     path.unlink()
     locks.release(first)
     waiter.join(60)
@@ -119,7 +119,7 @@ def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_killed(tmp_path: Pat
         lock = locks.acquire(Path(sys.argv[1]))
         if os.fork() == 0:
             print("child", flush=True)
-            sys.stdin.read()  # until the test goes away
+            sys.stdin.read()  # until the test ends
             os._exit(0)
         time.sleep(60)
     """
@@ -130,7 +130,7 @@ def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_killed(tmp_path: Pat
         assert eventually(lambda: is_free(path))
 
 
-def test_a_child_lets_go_of_its_own_locks_only(tmp_path: Path) -> None:
+def test_a_child_releases_only_its_own_locks(tmp_path: Path) -> None:
     output = run_python(
         """
         import os, sys
@@ -141,18 +141,18 @@ def test_a_child_lets_go_of_its_own_locks_only(tmp_path: Path) -> None:
         with locks.held(mine):
             child = os.fork()
             if child == 0:
-                # Takes over the number of the file that the fork closed.
+                # The new file gets the descriptor of the one that the fork closed.
                 lock = locks.acquire(other)
         if child == 0:
             assert lock is not None and not lock.closed
-            assert locks.acquire(other, wait=False) is None, "the parent's block let go of the child's lock"
+            assert locks.acquire(other, wait=False) is None, "the parent's block released the child's lock"
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         with locks.held(mine):
             if (child := os.fork()) == 0:
                 sys.exit(0)
             assert os.waitpid(child, 0)[1] == 0
-            assert locks.acquire(mine, wait=False) is None, "the child let go of the parent's lock"
+            assert locks.acquire(mine, wait=False) is None, "the child released the parent's lock"
         print("done")
         """,
         tmp_path,
@@ -160,7 +160,7 @@ def test_a_child_lets_go_of_its_own_locks_only(tmp_path: Path) -> None:
     assert output == "done\n"
 
 
-def test_a_fork_waits_for_what_may_not_be_cut_in_two_and_holds_off_what_comes_after(tmp_path: Path) -> None:
+def test_a_fork_waits_for_begun_blocks_and_new_blocks_wait_for_the_fork(tmp_path: Path) -> None:
     output = run_python(
         """
         import os, sys, threading, time
@@ -179,7 +179,7 @@ def test_a_fork_waits_for_what_may_not_be_cut_in_two_and_holds_off_what_comes_af
             with locks.unforked():
                 inside.set()
                 leave.wait()
-                with locks.unforked():  # one that is in such a block may begin another
+                with locks.unforked():  # a thread inside a block may begin another
                     lock = locks.acquire(Path(sys.argv[1]) / "lock")
                     locks.release(lock)
                 order.append("first")
@@ -204,7 +204,7 @@ def test_a_fork_waits_for_what_may_not_be_cut_in_two_and_holds_off_what_comes_af
             inside.wait()
             while thread is threads[1] and not locks._forking and not order:
                 time.sleep(0.001)
-        time.sleep(0.2)  # in which the last one could begin
+        time.sleep(0.2)  # time for the last thread to begin
         assert order == [], order
         leave.set()
         for thread in threads:
@@ -218,8 +218,8 @@ def test_a_fork_waits_for_what_may_not_be_cut_in_two_and_holds_off_what_comes_af
     assert output == "done\n"
 
 
-def test_who_a_fork_waits_for_may_log_and_hand_work_to_threads() -> None:
-    """Whatever is imported first: `logging` and `concurrent.futures` have locks that are taken for a fork as well."""
+def test_a_thread_that_a_fork_waits_for_may_log_and_use_a_pool() -> None:
+    """A fork takes the locks of `logging` and `concurrent.futures` too, in any order of imports."""
     script = """
         import os, threading, time
         from cachedb.disk import locks
@@ -288,9 +288,9 @@ def test_threads_that_lock_and_threads_that_fork_do_not_deadlock(tmp_path: Path)
 
 
 class Queue:
-    """Processes that ask for a lock one after the other, and note their names when they have it.
+    """Processes that ask for a lock one after the other, and note their names when they get it.
 
-    Their clock goes on when a test says so: nobody loses a turn because a busy machine lets it sleep.
+    Only a test advances their clock, so no process loses its turn because a busy machine delays it.
     """
 
     SCRIPT = """
@@ -302,7 +302,7 @@ class Queue:
         clock = folder / "clock"
         clock.touch()
         locks.time = SimpleNamespace(sleep=time.sleep, monotonic=lambda: clock.stat().st_size)
-        locks._PATIENCE_SECONDS = 1  # tick: so there is one look at each
+        locks._PATIENCE_SECONDS = 1  # tick, so each waiter is checked once
         print("ready", flush=True)
         for name in sys.stdin:
             if (child := os.fork()):
@@ -322,16 +322,16 @@ class Queue:
 
     @property
     def last(self) -> int:
-        """The last number that was taken."""
+        """Return the last number that a process took."""
         return int.from_bytes(self.file.read_bytes()[:8], "little")
 
     @property
     def order(self) -> str:
-        """Who has had the lock, in order."""
+        """Return the names of the processes that got the lock, in order."""
         return self._order.read_text().replace("\n", "") if self._order.exists() else ""
 
     def ask(self, name: str, *, wait: bool = True) -> int:
-        """Have a process ask; return its id once it has a number."""
+        """Let a new process ask for the lock; return its id once it has a number."""
         assert self._process.stdout is not None
         before = self.last
         print(name, file=self._process.stdin, flush=True)
@@ -341,21 +341,21 @@ class Queue:
         return child
 
     def tick(self, ticks: int = 1) -> None:
-        """Have time go on, by the half of anybody's patience and more."""
+        """Advance the clock; one tick is the patience of the waiters."""
         with self._clock.open("ab") as file:
             file.write(b"." * ticks)
 
-    def comes_to(self, order: str, *, gone: str = "", file: Path | None = None) -> bool:
-        """Whether it comes to an order. Time goes on only while it is the turn of one of those who are gone."""
+    def reaches(self, order: str, *, gone: str = "", file: Path | None = None) -> bool:
+        """Return whether the processes get the lock in this order; advance the clock only at the turn of `gone`."""
         numbers = {self._numbers[name] for name in gone}
         with (file or self.file).open("rb", buffering=0) as queue:
 
-            def come() -> bool:
+            def is_reached() -> bool:
                 if 1 + int.from_bytes(os.pread(queue.fileno(), 8, 8), "little") in numbers:
                     self.tick()
                 return self.order == order
 
-            return eventually(come)
+            return eventually(is_reached)
 
 
 @pytest.fixture
@@ -370,55 +370,55 @@ def turn(folder: Path) -> Iterator[locks.Turn]:
         yield held
 
 
-def test_a_lock_is_had_in_the_order_of_asking(queue: Queue, tmp_path: Path) -> None:
+def test_processes_get_a_lock_in_the_order_of_asking(queue: Queue, tmp_path: Path) -> None:
     with turn(tmp_path):
         first, *_ = [queue.ask(name) for name in "abcdefgh"]
-        for _ in range(10):  # longer than anybody's patience
+        for _ in range(10):  # longer than the patience of the waiters
             queue.tick()
             time.sleep(0.02)
         assert queue.order == ""
         os.kill(first, signal.SIGSTOP)
     time.sleep(0.2)
-    assert queue.order == "", "as long as the patience of the others lasts"
+    assert queue.order == "", "a waiter lost its patience though no time passed"
     os.kill(first, signal.SIGCONT)
-    assert queue.comes_to("abcdefgh"), queue.order
+    assert queue.reaches("abcdefgh"), queue.order
 
 
 def is_stopped(process: int) -> bool:
-    """Whether a signal to stop has come to a process: it is sent before that."""
+    """Return whether a process has stopped: a signal takes effect some time after it is sent."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def test_who_dies_waiting_or_is_stopped_does_not_hold_up_the_rest(queue: Queue, tmp_path: Path) -> None:
+def test_dead_and_stopped_waiters_are_passed_over(queue: Queue, tmp_path: Path) -> None:
     with turn(tmp_path):
         waiting = {name: queue.ask(name) for name in "abcdefghijkl"}
         for name in "adefk":
             os.kill(waiting[name], signal.SIGKILL)
         for name in "bh":
             os.kill(waiting[name], signal.SIGSTOP)
-            assert eventually(partial(is_stopped, waiting[name])), "else it may get the lock first"
-    assert queue.comes_to("cgijl", gone="abdefhk"), queue.order
+            assert eventually(partial(is_stopped, waiting[name])), "it could still get the lock first"
+    assert queue.reaches("cgijl", gone="abdefhk"), queue.order
     os.kill(waiting["h"], signal.SIGCONT)
-    assert queue.comes_to("cgijlh"), "one that is continued has its turn"
+    assert queue.reaches("cgijlh"), "a continued process did not get its turn"
     queue.ask("m")
-    assert queue.comes_to("cgijlhm")
+    assert queue.reaches("cgijlhm")
     os.kill(waiting["b"], signal.SIGCONT)
-    assert queue.comes_to("cgijlhmb")
+    assert queue.reaches("cgijlhmb")
     with turn(tmp_path):
         for name in "no":
             queue.ask(name)
         time.sleep(0.05)
-        assert queue.order == "cgijlhmb", "who was late has not put the numbers back"
-    assert queue.comes_to("cgijlhmbno"), queue.order
+        assert queue.order == "cgijlhmb", "a late process put the numbers back"
+    assert queue.reaches("cgijlhmbno"), queue.order
 
 
-def test_who_is_next_and_not_awake_yet_keeps_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = [True, False, True, True]  # whether the lock is found free
+def test_the_next_waiter_keeps_its_turn_until_it_is_awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    are_free = [True, False, True, True]  # what each look at the lock finds
     acquire = locks.acquire
 
     def look(path: Path, *, wait: bool = True) -> Any:
         assert locks._read_number(numbers, locks._SERVED_OFFSET) == 0
-        return acquire(tmp_path / "free") if looks.pop(0) else None
+        return acquire(tmp_path / "free") if are_free.pop(0) else None
 
     first = acquire(tmp_path / "lock.queue")
     assert first is not None
@@ -431,10 +431,12 @@ def test_who_is_next_and_not_awake_yet_keeps_its_turn(tmp_path: Path, monkeypatc
         locks._await_turn(numbers, tmp_path / "lock", 2, wait=True)
         assert locks._read_number(numbers, locks._SERVED_OFFSET) == 1
     locks.release(first)
-    assert looks == []
+    assert are_free == []
 
 
-def test_who_is_served_late_does_not_put_the_numbers_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiter_that_is_served_late_does_not_put_the_numbers_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def pass_over(queue: Any, path: Path, number: int, wait: object) -> None:
         locks._write_number(queue, locks._LAST_OFFSET, number + 3)
         locks._write_number(queue, locks._SERVED_OFFSET, number + 2)
@@ -446,7 +448,7 @@ def test_who_is_served_late_does_not_put_the_numbers_back(tmp_path: Path, monkey
             assert int.from_bytes((tmp_path / "lock.queue").read_bytes()[8:16], "little") == 4
 
 
-def test_numbers_go_on_when_all_have_died(queue: Queue, tmp_path: Path) -> None:
+def test_the_queue_continues_after_all_waiters_died(queue: Queue, tmp_path: Path) -> None:
     with turn(tmp_path):
         for child in [queue.ask(name) for name in "abcde"]:
             os.kill(child, signal.SIGKILL)
@@ -456,7 +458,7 @@ def test_numbers_go_on_when_all_have_died(queue: Queue, tmp_path: Path) -> None:
         assert queue.last == 7
         queue.ask("f")
         queue.ask("g")
-    assert queue.comes_to("fg"), queue.order
+    assert queue.reaches("fg"), queue.order
 
 
 @pytest.mark.parametrize(
@@ -473,16 +475,16 @@ def test_numbers_go_on_when_all_have_died(queue: Queue, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("while_waiting", [False, True])
-def test_a_queue_that_holds_garbage_holds_nobody_up(
+def test_a_queue_that_contains_garbage_blocks_nobody(
     queue: Queue, tmp_path: Path, content: bytes, while_waiting: bool
 ) -> None:
-    """A power cut may leave anything: the file is never synced."""
+    """A power cut may leave any content: the file is never synced."""
     with turn(tmp_path):
         if while_waiting:
             for name in "ab":
                 queue.ask(name)
         queue.file.write_bytes(content)
-    for _ in range(1000):  # longer than anybody's patience with some who are not there
+    for _ in range(1000):  # longer than the patience with many absent waiters
         if len(queue.order) == (2 if while_waiting else 0):
             break
         queue.tick()
@@ -494,10 +496,10 @@ def test_a_queue_that_holds_garbage_holds_nobody_up(
         assert time.monotonic() - began < 20
         for name in "cdefg":
             queue.ask(name)
-    assert queue.comes_to(f"{before}cdefg"), f"and there is an order again: {queue.order}"
+    assert queue.reaches(f"{before}cdefg"), f"there is no order again: {queue.order}"
 
 
-def test_a_queue_that_is_lost_while_some_wait_holds_nobody_up(queue: Queue, tmp_path: Path) -> None:
+def test_a_queue_that_is_replaced_while_processes_wait_blocks_nobody(queue: Queue, tmp_path: Path) -> None:
     with turn(tmp_path):
         first = [queue.ask(name) for name in "abc"]
         os.link(queue.file, tmp_path / "old")
@@ -511,7 +513,7 @@ def test_a_queue_that_is_lost_while_some_wait_holds_nobody_up(queue: Queue, tmp_
     assert [name for name in queue.order if name in "bc"] == ["b", "c"]
 
 
-def test_a_mark_outlives_the_holder_that_is_killed_with_it(tmp_path: Path) -> None:
+def test_a_mark_survives_the_death_of_its_holder(tmp_path: Path) -> None:
     script = """
         import sys, time
         from pathlib import Path

@@ -1,4 +1,4 @@
-"""Many processes and threads, however they are begun, copied and ended: one cache, and it stays in order (P11)."""
+"""Many processes and threads use one cache, and no way to start, copy or end them breaks its promises (P11)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METHODS = ("fork", "spawn", "forkserver")
 
 
 def store(cache: Cache, number: int) -> str:
-    """What a worker does: store an image, read it, and close what it was given."""
+    """Store an image, read it and close the cache: the work of one worker."""
     with cache:
         save(cache, f"app:{number}", make.image(number, 99))
         with cache.hold(f"app:{number}"):
@@ -41,14 +41,14 @@ def store_one(pair: tuple[Cache, int]) -> str:
 
 
 def store_and_wait(cache: Cache) -> None:
-    cache.add_blob(b"of a child that is killed")
+    cache.add_blob(b"of a killed child")
     time.sleep(60)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_cache_is_an_argument_of_processes_and_pools(cache: Cache, method: str) -> None:
+def test_a_cache_can_be_passed_to_processes_and_pools(cache: Cache, method: str) -> None:
     context = multiprocessing.get_context(method)
     mine = cache.add_blob(b"mine")
     process = context.Process(target=store, args=(cache, 0))  # type: ignore[attr-defined]
@@ -63,12 +63,12 @@ def test_a_cache_is_an_argument_of_processes_and_pools(cache: Cache, method: str
         assert set(executor.map(store, [cache] * 2, (3, 4))) == {str(cache.directory)}
     assert [str(image.name) for image in cache.list_manifests()] == [f"app:{number}" for number in range(5)]
     cache.collect_garbage()
-    assert cache.get_blob(mine) == b"mine", "what the parent stored is its own still"
+    assert cache.get_blob(mine) == b"mine", "the parent lost its lease"
     cache.close()
     check(cache.directory)
 
 
-def test_a_copy_of_a_cache_is_the_same_cache_in_a_session_of_its_own(cache: Cache) -> None:
+def test_a_copied_or_pickled_cache_has_its_own_session(cache: Cache) -> None:
     mine = cache.add_blob(b"mine")
     for other in (copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         with other:
@@ -79,10 +79,10 @@ def test_a_copy_of_a_cache_is_the_same_cache_in_a_session_of_its_own(cache: Cach
             assert other.has_blob(theirs)
         cache.collect_garbage()
         assert cache.has_blob(mine)
-        assert not cache.has_blob(theirs), "it went with its session"
+        assert not cache.has_blob(theirs), "it survived its session"
 
 
-def test_a_killed_child_leaves_the_cache_in_order(cache: Cache) -> None:
+def test_a_killed_child_breaks_no_promise(cache: Cache) -> None:
     process = multiprocessing.get_context("spawn").Process(target=store_and_wait, args=(cache,))
     process.start()
     assert eventually(lambda: len(stored_rows(cache.directory)) == 1, 30)
@@ -175,7 +175,7 @@ CLI = """
     import cachedb.cache, cachedb.cli.main, cachedb.operations.verify
     import cachedb.transports.archive.read, cachedb.transports.archive.write_layout
     from cachedb.cli.main import main
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it ends a child that has not begun yet
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends a child that has not begun yet
     print("ready", flush=True)
     for line in sys.stdin:
         arguments = line.split()
@@ -188,7 +188,7 @@ CLI = """
                 main()
             except KeyboardInterrupt:
                 if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-                    raise  # it has begun, and lets nothing through
+                    raise  # main() has begun and must catch every interrupt
                 os._exit(130)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -197,7 +197,7 @@ CLI = """
 
 @pytest.fixture(scope="module")
 def command_line() -> Iterator[subprocess.Popen[str]]:
-    """Runs command lines in children, which need not import anything any more."""
+    """Start a process that runs command lines in children, which need no imports of their own."""
     with start_python(CLI) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -211,8 +211,8 @@ def large_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make.write(tmp_path_factory.mktemp("archives") / "large.tar", make.oci_files({"large:1": made}))
 
 
-def signalled(process: subprocess.Popen[str], number: int, wait: float, errors: Path, *arguments: object) -> int:
-    """Run a command line, which is sent a signal after a while; return its exit code."""
+def run_and_signal(process: subprocess.Popen[str], number: int, wait: float, errors: Path, *arguments: object) -> int:
+    """Run a command line, send it a signal after `wait` seconds and return its exit code."""
     assert process.stdout is not None
     print(errors, *arguments, file=process.stdin, flush=True)
     child = int(process.stdout.readline())
@@ -224,7 +224,7 @@ def signalled(process: subprocess.Popen[str], number: int, wait: float, errors: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
-def test_a_command_that_is_interrupted_leaves_the_cache_in_order(
+def test_an_interrupted_command_breaks_no_promise(
     command_line: subprocess.Popen[str], large_archive: Path, directory: Path, tmp_path: Path, seed: int
 ) -> None:
     rng = random.Random(seed)
@@ -235,7 +235,7 @@ def test_a_command_that_is_interrupted_leaves_the_cache_in_order(
     exported = tmp_path / "out" / "exported.tar"
     exported.parent.mkdir()
     errors = tmp_path / "errors"
-    errors.touch()  # it may end before it has begun
+    errors.touch()  # the command may end before it opens this file
     commands = [
         ("import", large_archive),
         ("gc",),
@@ -246,21 +246,21 @@ def test_a_command_that_is_interrupted_leaves_the_cache_in_order(
     ]
     for command in (commands[0], rng.choice(commands[1:])):
         number, code = rng.choice([(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-        # From before it listens to signals (then they end it, or are not seen) to after its end.
-        ended = signalled(command_line, number, rng.uniform(0.02, 0.12), errors, "--dir", directory, *command)
-        said = errors.read_text()
-        assert ended in (0, code, -number), said
-        words = [line for line in said.splitlines() if line and not line.startswith("cachedb: waiting for ")]
-        assert words in ([], ["cachedb: interrupted"]), said
+        # The signal comes at any time from before main() handles signals until after the command's end.
+        ended = run_and_signal(command_line, number, rng.uniform(0.02, 0.12), errors, "--dir", directory, *command)
+        stderr = errors.read_text()
+        assert ended in (0, code, -number), stderr
+        messages = [line for line in stderr.splitlines() if line and not line.startswith("cachedb: waiting for ")]
+        assert messages in ([], ["cachedb: interrupted"]), stderr
         with Cache.open(directory) as cache:
             left = snapshot(directory)
             assert left["ingest"] == left["trash"] == []
             assert left["locks"] == ["write.lock", "write.queue"]
             holds = cache.list_holds()
             assert len(holds) == (2 if command[0] == "hold" and ended == 0 else len(holds))
-            assert len(holds) in (0, 2), "all or none"
+            assert len(holds) in (0, 2), "one of two holds was made"
             assert {row[1] for row in left["leases"]} == {hold.id for hold in holds}  # type: ignore[attr-defined]
             assert cache.is_image_complete("kept:1")
             assert cache.is_image_complete("large:1") or command[0] != "import" or ended != 0
-        assert os.listdir(exported.parent) in ([], [exported.name]), "no half file"
+        assert os.listdir(exported.parent) in ([], [exported.name]), "the export left a part file"
         check(directory)

@@ -1,4 +1,4 @@
-"""Single flight: of many who want an image one makes it, and whatever becomes of that one, the next has its turn."""
+"""Single flight: one of many callers produces an image; if it fails or dies, the next one does."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from tests.support.make import save
 from tests.support.promises import check
 
 MADE = make.image(1)
-MAKER = """
+PRODUCER = """
     import os, sys, time
     from cachedb import Cache
     from tests.support import make
     from tests.support.make import save
     with Cache.open(sys.argv[1]) as cache, cache.producing("app:1") as image:
         assert image is None
-        print("making", flush=True)
+        print("producing", flush=True)
         sys.stdin.readline()
         save(cache, "app:1", make.image(1))
 """
 
 
-def being_made(directory: Path) -> list[str]:
-    """The lock files of those who make something, or wait for it."""
+def list_claims(directory: Path) -> list[str]:
+    """Return the lock files of producers and of those who wait for them."""
     return [name for name in os.listdir(directory / "locks") if name.endswith(".producing")]
 
 
 def is_napping(thread: threading.Thread) -> bool:
-    """Whether a thread waits for another process."""
+    """Return whether a thread waits for another process."""
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None and frame.f_code.co_name != "nap":
         frame = frame.f_back
     return frame is not None
 
 
-def waiting(cache: Cache, name: str = "app:1") -> list[object]:
-    """Have a thread want an image that is being made; what it gets when its turn has come, in a list."""
+def start_waiting(cache: Cache, name: str = "app:1") -> list[object]:
+    """Let a thread wait for an image that is being produced; return the list that gets its result."""
     got: list[object] = []
 
     def want() -> None:
@@ -63,7 +63,7 @@ def waiting(cache: Cache, name: str = "app:1") -> list[object]:
 
 
 @pytest.mark.slow
-def test_of_many_processes_one_makes_the_image_and_all_get_it(directory: Path) -> None:
+def test_one_of_many_processes_produces_the_image_and_all_get_it(directory: Path) -> None:
     output = run_python(
         """
         import os, sys, time
@@ -91,73 +91,73 @@ def test_of_many_processes_one_makes_the_image_and_all_get_it(directory: Path) -
         directory,
     )
     assert sorted(output.split()) == ["found"] * 7 + ["made"]
-    assert being_made(directory) == []
+    assert list_claims(directory) == []
     check(directory)
 
 
-def test_if_the_maker_is_killed_the_next_one_takes_over(cache: Cache) -> None:
-    with running(MAKER, cache.directory) as maker:
-        got = waiting(cache)
-        maker.kill()
-        maker.wait()
-        assert eventually(lambda: got == [None]), "the kernel took the right from the dead"
-    assert eventually(lambda: being_made(cache.directory) == [])
+def test_the_next_one_takes_over_if_the_producer_is_killed(cache: Cache) -> None:
+    with running(PRODUCER, cache.directory) as producer:
+        got = start_waiting(cache)
+        producer.kill()
+        producer.wait()
+        assert eventually(lambda: got == [None]), "the dead process still has the claim"
+    assert eventually(lambda: list_claims(cache.directory) == [])
 
 
-def test_what_a_killed_maker_left_is_swept_at_the_next_open_and_what_a_living_one_has_never(directory: Path) -> None:
-    with running(MAKER, directory) as maker:
+def test_the_next_open_removes_the_claim_of_a_killed_producer_only(directory: Path) -> None:
+    with running(PRODUCER, directory) as producer:
         Cache.open(directory).close()
-        assert len(being_made(directory)) == 1
-        maker.kill()
-        maker.wait()
-        assert len(being_made(directory)) == 1
+        assert len(list_claims(directory)) == 1
+        producer.kill()
+        producer.wait()
+        assert len(list_claims(directory)) == 1
         Cache.open(directory).close()
-        assert being_made(directory) == []
+        assert list_claims(directory) == []
 
 
-def test_who_waits_gets_the_image_when_the_maker_is_done(cache: Cache) -> None:
-    with running(MAKER, cache.directory) as maker:
-        got = waiting(cache)
-        print(file=maker.stdin)
+def test_a_waiter_gets_the_image_when_the_producer_is_done(cache: Cache) -> None:
+    with running(PRODUCER, cache.directory) as producer:
+        got = start_waiting(cache)
+        print(file=producer.stdin)
         assert eventually(lambda: len(got) == 1)
         assert got == [cache.get_image("app:1")]
 
 
-def test_if_the_block_fails_the_next_one_has_its_turn(cache: Cache) -> None:
+def test_the_next_one_takes_over_if_the_block_fails(cache: Cache) -> None:
     with pytest.raises(KeyError), cache.producing("app:1") as image:  # noqa: PT012
         assert image is None
-        got = waiting(cache)
+        got = start_waiting(cache)
         raise KeyError
     assert eventually(lambda: got == [None])
     with cache.producing("app:1") as image:
-        assert image is None, "and this thread may try again"
-    assert eventually(lambda: being_made(cache.directory) == [])
+        assert image is None, "this thread cannot try again"
+    assert eventually(lambda: list_claims(cache.directory) == [])
 
 
-def test_threads_of_one_process_wait_for_each_other_and_a_name_is_the_same_with_its_tag(cache: Cache) -> None:
+def test_threads_wait_for_each_other_also_if_one_leaves_out_the_tag(cache: Cache) -> None:
     with cache.producing("app") as image:
         assert image is None
-        got = [waiting(cache, name) for name in ("app:latest", "app")]
+        got = [start_waiting(cache, name) for name in ("app:latest", "app")]
         save(cache, "app", MADE)
         time.sleep(0.05)
-        assert got == [[], []], "the turn ends with the block"
+        assert got == [[], []], "the claim ended before the block"
     assert eventually(lambda: got == [[cache.get_image("app")]] * 2)
-    assert eventually(lambda: being_made(cache.directory) == [])
+    assert eventually(lambda: list_claims(cache.directory) == [])
 
 
-def test_an_image_that_is_there_costs_no_lock(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_image_is_returned_without_a_lock(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     save(cache, "app:1", MADE)
 
-    def none(*_: object, **__: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(locks, "acquire", none)
+        patch.setattr(locks, "acquire", refuse)
         with cache.producing("app:1") as image, cache.producing("app:1") as again:
             assert image == again == cache.get_image("app:1")
 
 
-def test_an_incomplete_image_is_still_to_be_made(cache: Cache) -> None:
+def test_an_incomplete_image_is_produced(cache: Cache) -> None:
     cache.save_manifest("app:1", MADE.manifest)
     with cache.producing("app:1") as image:
         assert image is None
@@ -166,7 +166,7 @@ def test_an_incomplete_image_is_still_to_be_made(cache: Cache) -> None:
         assert image is not None
 
 
-def test_a_blob_is_brought_once(cache: Cache) -> None:
+def test_a_blob_is_produced_once(cache: Cache) -> None:
     digest = make.digest_of(b"data")
     got: list[bool] = []
 
@@ -183,22 +183,22 @@ def test_a_blob_is_brought_once(cache: Cache) -> None:
         cache.save_blob(digest, b"data")
     thread.join(60)
     assert got == [True]
-    assert being_made(cache.directory) == []
+    assert list_claims(cache.directory) == []
 
 
-def test_a_thread_does_not_wait_for_itself_and_different_names_not_for_each_other(cache: Cache) -> None:
+def test_a_thread_cannot_wait_for_itself_and_names_do_not_wait_for_each_other(cache: Cache) -> None:
     with cache.producing("app:1") as first, cache.producing("app:2") as second:
         assert first is second is None
         for name in ("app:1", "app:2"):
             with pytest.raises(CacheError, match="being made by this thread already"), cache.producing(name):
-                pytest.fail("it would wait for itself")
+                pytest.fail("the thread got its own claim again")
         with Cache.open(cache.directory) as other, pytest.raises(CacheError), other.producing("app:1"):
-            pytest.fail("through another Cache, too")
+            pytest.fail("the thread got its own claim through another Cache")
     with cache.producing("app:1") as image:
         assert image is None
 
 
-def test_a_child_that_is_forked_in_the_block_neither_frees_nor_keeps_its_parents_right(directory: Path) -> None:
+def test_a_child_forked_in_the_block_neither_releases_nor_keeps_the_claim(directory: Path) -> None:
     output = run_python(
         """
         import os, sys
@@ -214,15 +214,15 @@ def test_a_child_that_is_forked_in_the_block_neither_frees_nor_keeps_its_parents
                 pass  # leaves the block
             else:
                 assert os.waitpid(leaver, 0)[1] == 0
-                assert path.exists(), "the child took its parent's lock file away"
-                assert locks.acquire(path, wait=False) is None, "the child freed its parent's right"
+                assert path.exists(), "the child removed its parent's lock file"
+                assert locks.acquire(path, wait=False) is None, "the child released its parent's claim"
                 if (stayer := os.fork()) == 0:
                     sys.stdin.read()
                     os._exit(0)
         if leaver == 0:
             os._exit(0)
         with Cache.open(sys.argv[1]) as other, other.producing("app:1") as image:
-            assert image is None, "the child that lives on keeps the right of its parent"
+            assert image is None, "the child that lives on kept the claim of its parent"
         os.kill(stayer, 9)
         os.waitpid(stayer, 0)
         print("done")
@@ -234,7 +234,7 @@ def test_a_child_that_is_forked_in_the_block_neither_frees_nor_keeps_its_parents
 
 # The command line
 
-BRING = """
+STORE = """
 import sys, time
 from pathlib import Path
 from cachedb import Cache
@@ -243,19 +243,19 @@ from tests.support.make import save
 with Path(sys.argv[1]).open("a") as file:
     file.write("ran\\n")
 time.sleep(0.3)
-with Cache.open() as cache:  # which one, CACHEDB_DIR says
+with Cache.open() as cache:  # the directory is in CACHEDB_DIR
     save(cache, "app:1", make.image(1))
 """
-WAIT = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
+SLEEP = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
 
 
-def producer(directory: Path, *command: object) -> subprocess.Popen[str]:
+def start_produce(directory: Path, *command: object) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "cachedb", "--dir", directory, "produce", "app:1", "--", sys.executable, *command]
     return subprocess.Popen([*map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there and no zombie, which its new parent may be slow to bury."""
+    """Return whether a process exists and is no zombie, which its new parent may reap late."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -263,34 +263,34 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_of_many_at_once_one_runs_its_command(directory: Path, tmp_path: Path) -> None:
+def test_one_of_many_produce_commands_runs_its_command(directory: Path, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
-    processes = [producer(directory, "-c", BRING, ran) for _ in range(5)]
+    processes = [start_produce(directory, "-c", STORE, ran) for _ in range(5)]
     for process in processes:
-        output, said = process.communicate(timeout=60)
+        output, messages = process.communicate(timeout=60)
         assert (output, process.returncode) == ("", 0)
-        assert said == "" or said.startswith("cachedb: waiting for process "), said
+        assert messages == "" or messages.startswith("cachedb: waiting for process "), messages
     assert ran.read_text() == "ran\n"
     check(directory)
 
 
 @pytest.mark.slow
-def test_if_one_is_killed_in_its_command_the_next_one_takes_over(directory: Path, tmp_path: Path) -> None:
-    with producer(directory, "-c", WAIT) as killed:
+def test_the_next_one_takes_over_if_produce_is_killed_in_its_command(directory: Path, tmp_path: Path) -> None:
+    with start_produce(directory, "-c", SLEEP) as killed:
         assert killed.stdout is not None
         command = int(killed.stdout.readline())
-        with producer(directory, "-c", BRING, tmp_path / "ran") as other:
+        with start_produce(directory, "-c", STORE, tmp_path / "ran") as other:
             assert other.stderr is not None
             assert f"waiting for process {killed.pid} (" in other.stderr.readline()
             killed.kill()
             assert other.wait(60) == 0
-        os.kill(command, signal.SIGKILL)  # of a process that is killed so, nobody tells its children
+        os.kill(command, signal.SIGKILL)  # SIGKILL ended only the parent of this command
     check(directory)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_command_too(directory: Path, number: signal.Signals, code: int) -> None:
-    line = [sys.executable, "-m", "cachedb", "--dir", str(directory), "produce", "app:1", sys.executable, "-c", WAIT]
+def test_a_signal_to_produce_ends_its_command(directory: Path, number: signal.Signals, code: int) -> None:
+    line = [sys.executable, "-m", "cachedb", "--dir", str(directory), "produce", "app:1", sys.executable, "-c", SLEEP]
     with subprocess.Popen(
         line,
         stdout=subprocess.PIPE,
@@ -305,7 +305,7 @@ def test_a_signal_ends_the_command_too(directory: Path, number: signal.Signals, 
         assert process.wait(60) == code
         assert "Traceback" not in process.stderr.read()
     assert eventually(lambda: not is_alive(command))
-    assert being_made(directory) == []
+    assert list_claims(directory) == []
 
 
 @pytest.mark.slow
@@ -317,13 +317,15 @@ def test_a_signal_ends_the_command_too(directory: Path, number: signal.Signals, 
         ("true", 1, "cachedb: the command succeeded, but 'app:1' is missing or incomplete: store it under this name\n"),
     ],
 )
-def test_the_exit_code_is_the_commands(cachedb: Run, directory: Path, script: str, code: int, message: str) -> None:
+def test_produce_exits_with_the_code_of_its_command(
+    cachedb: Run, directory: Path, script: str, code: int, message: str
+) -> None:
     result = cachedb("produce", "app:1", "sh", "-c", script)
     assert (result.returncode, result.stdout, result.stderr) == (code, "", message)
-    assert being_made(directory) == []
+    assert list_claims(directory) == []
 
 
-def test_what_is_there_is_not_made_again_and_what_is_no_command_is_refused(cachedb: Run, cache: Cache) -> None:
+def test_produce_runs_nothing_for_a_complete_image_and_refuses_an_invalid_command(cachedb: Run, cache: Cache) -> None:
     for arguments in (["app:1"], ["app:1", "--"], ["app:1", "--", "/does/not/exist"], ["No Name", "--", "true"]):
         result = cachedb("produce", *arguments)
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
@@ -334,7 +336,7 @@ def test_what_is_there_is_not_made_again_and_what_is_no_command_is_refused(cache
 @pytest.mark.slow
 @pytest.mark.parametrize(("outer", "inner"), [("app:1", "app:1"), ("app:latest", "app"), ("app", "app:latest")])
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_command_that_would_wait_for_itself_is_refused(
+def test_a_nested_produce_of_the_same_name_is_refused(
     cachedb: Run, directory: Path, outer: str, inner: str, linked: bool
 ) -> None:
     if linked:
@@ -346,7 +348,7 @@ def test_a_command_that_would_wait_for_itself_is_refused(
     assert f"a parent process is already producing {inner!r}" in result.stderr
 
 
-def test_it_is_refused_in_a_directory_of_two_lines_as_well(cachedb: Run, tmp_path: Path) -> None:
+def test_a_nested_produce_is_refused_if_the_directorys_name_has_two_lines(cachedb: Run, tmp_path: Path) -> None:
     place = ("--dir", str(tmp_path / "two\nlines"), "produce", "app:1", "--")
     result = cachedb(*place, sys.executable, "-m", "cachedb", *place, "true", timeout=30)
     assert result.returncode == 1
@@ -354,7 +356,7 @@ def test_it_is_refused_in_a_directory_of_two_lines_as_well(cachedb: Run, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_command_may_make_the_same_name_in_another_cache(cachedb: Run, directory: Path, tmp_path: Path) -> None:
+def test_a_command_may_produce_the_same_name_in_another_cache(cachedb: Run, directory: Path, tmp_path: Path) -> None:
     archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": MADE}))
     script = (
         "python=$1 archive=$2 here=$3 other=$4\n"

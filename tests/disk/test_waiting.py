@@ -1,4 +1,4 @@
-"""Waiting for other processes: it has an end, it is said for whom, and the dead and the stopped are passed over."""
+"""Waiting for other processes: it ends, it names the other process, and it skips dead and stopped waiters."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ PRODUCER = """
 
 @pytest.fixture
 def full(directory: Path) -> Path:
-    """A cache with an image."""
+    """Make a cache with an image."""
     with Cache.open(directory) as cache:
         save(cache, "app:1", make.image(1))
     return directory
 
 
 def leave_behind(directory: Path) -> None:
-    """Leave what a process that died in a publication would."""
+    """Leave the files of a process that died in a publication."""
     folder = directory / "ingest" / "1-aaaaaaaaaaaa"
     folder.mkdir()
     (folder / f"1.sha256-{'0' * 64}").touch()
 
 
-def test_a_write_gives_up_after_its_time_and_names_who_has_the_lock(full: Path) -> None:
+def test_a_write_gives_up_after_its_time_and_names_the_lock_holder(full: Path) -> None:
     with running(WRITER, full) as holder, Cache.open(full, wait=0.2) as cache:
         os.kill(holder.pid, signal.SIGSTOP)
         with pytest.raises(
@@ -64,7 +64,7 @@ def test_a_write_gives_up_after_its_time_and_names_who_has_the_lock(full: Path) 
         assert str(holder.pid) in busy.value.holder
 
 
-def test_nothing_that_only_reads_waits_for_a_writer_though_there_is_something_to_clean_up(full: Path) -> None:
+def test_an_open_that_only_reads_does_not_wait_for_a_writer_to_clean_up(full: Path) -> None:
     with running(WRITER, full):
         leave_behind(full)
         with Cache.open(full, wait=math.inf) as cache:
@@ -72,11 +72,11 @@ def test_nothing_that_only_reads_waits_for_a_writer_though_there_is_something_to
             assert [str(image.name) for image in cache.list_manifests()] == ["app:1"]
     assert os.listdir(full / "ingest") != []
     Cache.open(full).close()
-    assert os.listdir(full / "ingest") == [], "the next one cleans up"
+    assert os.listdir(full / "ingest") == [], "the next open did not clean up"
 
 
 @pytest.mark.slow
-def test_the_command_line_says_for_whom_it_waits_in_one_line(cachedb: Run, full: Path) -> None:
+def test_the_command_line_names_the_process_it_waits_for_in_one_line(cachedb: Run, full: Path) -> None:
     with running(WRITER, full) as holder:
         result = cachedb("--wait", "3", "tag", "app:1", "app:2")
     first, last = result.stderr.splitlines()
@@ -86,20 +86,20 @@ def test_the_command_line_says_for_whom_it_waits_in_one_line(cachedb: Run, full:
 
 
 @pytest.mark.slow
-def test_a_wait_is_said_once_a_second_and_its_end_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wait_is_logged_once_a_second_and_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "cachedb")
     wait = waiting.Wait("it", 60)
     with wait:
         while len(caplog.records) < 2:
             wait.nap(0.01, lambda: "process 1 (x)")
-    said = [(record.levelname, record.getMessage()) for record in caplog.records]
-    assert said[0] == ("WARNING", "waiting for process 1 (x), 1 s")
-    assert said[1] == ("DEBUG", "waiting for process 1 (x), 2 s")
-    assert said[2][1].startswith("waited for process 1 (x), ")
+    logged = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert logged[0] == ("WARNING", "waiting for process 1 (x), 1 s")
+    assert logged[1] == ("DEBUG", "waiting for process 1 (x), 2 s")
+    assert logged[2][1].startswith("waited for process 1 (x), ")
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "soon"])
-def test_a_time_to_wait_that_is_none_is_refused(
+def test_an_invalid_time_to_wait_is_refused(
     directory: Path, monkeypatch: pytest.MonkeyPatch, cachedb: Run, value: str
 ) -> None:
     monkeypatch.setenv("CACHEDB_WAIT", value)
@@ -111,7 +111,7 @@ def test_a_time_to_wait_that_is_none_is_refused(
 
 
 @pytest.mark.slow
-def test_writers_do_not_wait_for_another_program_one_after_the_other(full: Path) -> None:
+def test_writers_wait_for_another_program_together_not_one_after_the_other(full: Path) -> None:
     shell = sqlite3.connect(full / "index.db", isolation_level=None)
     shell.execute("BEGIN IMMEDIATE")
     errors: list[BaseException] = []
@@ -134,11 +134,11 @@ def test_writers_do_not_wait_for_another_program_one_after_the_other(full: Path)
     shell.close()
     assert [type(error) for error in errors] == [Busy] * 8
     assert "database is locked" not in f"{errors}"
-    assert took < 8, "as long as one of them, and not eight times as long"
+    assert took < 8, "the writers waited one after the other"
     assert locks.acquire(full / "locks" / "write.lock", wait=False) is not None
 
 
-def test_who_only_reads_is_told_of_another_program_in_our_own_words(full: Path) -> None:
+def test_a_reader_blocked_by_another_program_gets_our_own_error(full: Path) -> None:
     shell = sqlite3.connect(full / "index.db", isolation_level=None)
     shell.execute("PRAGMA locking_mode = EXCLUSIVE")
     shell.execute("BEGIN IMMEDIATE")
@@ -168,7 +168,7 @@ def test_dead_waiters_are_skipped_without_patience(tmp_path: Path, monkeypatch: 
         pass
 
 
-def test_a_queue_whose_file_is_locked_by_a_stopped_process_holds_nobody_up(
+def test_a_queue_whose_file_a_stopped_process_locks_blocks_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_QUEUE_LOCK_SECONDS", 0.05)
@@ -177,7 +177,7 @@ def test_a_queue_whose_file_is_locked_by_a_stopped_process_holds_nobody_up(
 
 
 @pytest.mark.slow
-def test_a_script_may_lock_the_directory(cachedb: Run, full: Path) -> None:
+def test_a_script_that_locks_the_directory_blocks_no_command(cachedb: Run, full: Path) -> None:
     folder = os.open(full, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     try:
@@ -188,7 +188,7 @@ def test_a_script_may_lock_the_directory(cachedb: Run, full: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_production_is_waited_for_while_it_makes_progress_and_no_longer(full: Path) -> None:
+def test_a_producer_is_waited_for_only_while_it_makes_progress(full: Path) -> None:
     other = full.parent / "other"
     with running(PRODUCER, other) as producer, Cache.open(other, wait=2.5) as cache:
         got: list[object] = []
@@ -203,7 +203,7 @@ def test_a_production_is_waited_for_while_it_makes_progress_and_no_longer(full: 
         thread = threading.Thread(target=want)
         thread.start()
         thread.join(5)
-        assert got == [], "it is waited for, as it is not stopped"
+        assert got == [], "the producer is not stopped, but the wait ended"
         os.kill(producer.pid, signal.SIGSTOP)
         thread.join(60)
         assert isinstance(got[0], Busy)
@@ -211,7 +211,7 @@ def test_a_production_is_waited_for_while_it_makes_progress_and_no_longer(full: 
 
 
 @pytest.mark.slow
-def test_a_stopped_command_is_no_progress(cachedb: Run, directory: Path) -> None:
+def test_a_stopped_command_makes_no_progress(cachedb: Run, directory: Path) -> None:
     cachedb("ls")
     script = """
         import subprocess, sys
@@ -231,7 +231,7 @@ def test_a_stopped_command_is_no_progress(cachedb: Run, directory: Path) -> None
     assert f"waited 2 s for app:1, which process {maker['pid']} (cachedb " in result.stderr
 
 
-def test_a_claim_without_progress_is_taken_over_and_its_owner_sees_that(
+def test_a_claim_without_progress_is_taken_over_and_its_owner_notices(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (directory / "locks").mkdir(parents=True)
@@ -250,12 +250,12 @@ def test_a_claim_without_progress_is_taken_over_and_its_owner_sees_that(
         thread.start()
         thread.join(60)
         assert took == [True]
-        single_flight._claims[path] = lost  # of another process, which threads of one stand for here
+        single_flight._claims[path] = lost  # the first claim stands for that of another process
         with pytest.raises(single_flight.ClaimLost):
             single_flight.check_claim(directory, "it")
         other = locks.acquire(path, wait=False)
         assert other is not None
-    assert path.exists(), "who has lost a claim does not take away the file of the next"
+    assert path.exists(), "the owner of a lost claim removed the file of the next"
     locks.release(other)
 
 
@@ -287,7 +287,7 @@ def test_a_claim_with_progress_is_not_taken_over(directory: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_sessions_tell_who_writes_who_waits_and_who_holds(cachedb: Run, full: Path) -> None:
+def test_ps_shows_which_process_writes_and_which_waits(cachedb: Run, full: Path) -> None:
     waiter = WRITER.replace("with Cache", "print('begun', flush=True)\n    with Cache")
     with (
         running(WRITER, full) as holder,
@@ -305,7 +305,7 @@ def test_sessions_tell_who_writes_who_waits_and_who_holds(cachedb: Run, full: Pa
         table = cachedb("ps").stdout
         assert "wait for the write lock" in table
         os.kill(second.pid, signal.SIGKILL)
-        assert eventually(lambda: len(cache.sessions()) == 1), "a name in a file is no process"
+        assert eventually(lambda: len(cache.sessions()) == 1), "a dead process is listed"
 
 
 def test_a_session_is_listed_while_it_lives(full: Path) -> None:
@@ -322,12 +322,12 @@ def test_a_session_is_listed_while_it_lives(full: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"\0", b"\0{}\n", b"\0[1]\n", b"\0" + b"[" * 5000, b'\0{"pid": "x"}\n', b"\xff" * 99]
 )
-def test_a_lock_file_that_holds_garbage_names_nobody(tmp_path: Path, content: bytes) -> None:
+def test_a_lock_file_that_contains_garbage_names_nobody(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "lock").write_bytes(content)
     assert locks.holder_of(tmp_path / "lock") is None
 
 
-def test_a_process_that_is_gone_is_not_named(tmp_path: Path) -> None:
+def test_a_process_that_has_ended_is_not_named(tmp_path: Path) -> None:
     with locks.held(tmp_path / "lock") as file:
         assert locks.holder_of(tmp_path / "lock") == processes.this_process()
         gone = processes.this_process()._replace(start="0")
@@ -338,7 +338,7 @@ def test_a_process_that_is_gone_is_not_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_verbose_says_what_is_left_to_others(cachedb: Run, full: Path) -> None:
+def test_verbose_reports_that_cleaning_up_was_left_to_others(cachedb: Run, full: Path) -> None:
     with running(WRITER, full):
         leave_behind(full)
         assert "the next process that opens the cache cleans up" in cachedb("--verbose", "ls").stderr
