@@ -1,4 +1,4 @@
-"""Holds that outlive the process that took them: what they keep, for how long, and how they end."""
+"""Holds that outlive their process: which blobs they keep, for how long, and how they end."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SetClock = Callable[[datetime], None]
 
 @pytest.fixture
 def set_clock(monkeypatch: pytest.MonkeyPatch) -> SetClock:
-    """Set the clock that cachedb reads, of which it has one a module."""
+    """Return a function that sets the clock in every module that reads it."""
 
-    def to(time: datetime) -> None:
+    def set_to(time: datetime) -> None:
         class Clock(datetime):
             @classmethod
             def now(cls, tz: object = None) -> Clock:
@@ -38,17 +38,17 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> SetClock:
         for module in ("index.holds", "index.images", "content.save", "index.blobs", "text"):
             monkeypatch.setattr(f"cachedb.{module}.datetime", Clock)
 
-    return to
+    return set_to
 
 
-def held_by(directory: Path) -> set[str]:
-    """The ids in the index, of holds that last and of others."""
+def list_hold_ids(directory: Path) -> set[str]:
+    """Return the ids of all holds in the index, expired ones included."""
     rows = snapshot(directory)["holds"]
     assert isinstance(rows, list)
     return {row[0] for row in rows}
 
 
-def test_held_blobs_outlive_their_image_and_the_process_until_they_are_released(directory: Path) -> None:
+def test_held_blobs_outlive_their_image_and_process_until_released(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", MADE)
         (hold,) = cache.add_hold("app:1")
@@ -72,7 +72,7 @@ def test_held_blobs_outlive_their_image_and_the_process_until_they_are_released(
     assert files_of(directory) == {}
 
 
-def test_a_hold_whose_time_is_over_counts_no_more_and_is_swept_at_the_next_open(
+def test_an_expired_hold_has_no_effect_and_the_next_open_deletes_it(
     cache: Cache, directory: Path, set_clock: SetClock
 ) -> None:
     save(cache, "app:1", MADE)
@@ -87,16 +87,16 @@ def test_a_hold_whose_time_is_over_counts_no_more_and_is_swept_at_the_next_open(
     assert cache.list_holds() == [lasting]
     with pytest.raises(NotInCache):
         cache.release_hold(hold.id)
-    assert held_by(directory) == {hold.id, lasting.id}, "nobody has looked yet"
+    assert list_hold_ids(directory) == {hold.id, lasting.id}, "a hold was deleted before the next open"
     Cache.open(directory).close()
-    assert held_by(directory) == {lasting.id}
+    assert list_hold_ids(directory) == {lasting.id}
     assert cache.collect_garbage().blobs == 0
     set_clock(hold.created_at + timedelta(days=1))
-    assert cache.collect_garbage().blobs == 4, "a collection sweeps, too"
-    assert held_by(directory) == set()
+    assert cache.collect_garbage().blobs == 4, "a collection did not delete expired holds"
+    assert list_hold_ids(directory) == set()
 
 
-def test_a_hold_ends_at_its_very_time(cache: Cache, set_clock: SetClock) -> None:
+def test_a_hold_ends_exactly_at_its_time(cache: Cache, set_clock: SetClock) -> None:
     save(cache, "app:1", MADE)
     (hold,) = cache.add_hold("app:1", seconds=HOUR)
     assert hold.expires_at is not None
@@ -104,17 +104,17 @@ def test_a_hold_ends_at_its_very_time(cache: Cache, set_clock: SetClock) -> None
     assert cache.list_holds() == []
 
 
-def test_a_hold_of_a_name_keeps_what_the_image_was(cache: Cache, directory: Path) -> None:
+def test_a_hold_of_a_name_keeps_the_image_that_the_name_had(cache: Cache, directory: Path) -> None:
     save(cache, "app:1", MADE)
     cache.add_hold("app:1")
     save(cache, "app:1", OTHER)
     cache.tag("app:1", "other")
     cache.remove_manifest("app:1", "other")
     cache.collect_garbage()
-    assert files_of(directory).keys() == MADE.blobs.keys(), "the new image is not held"
+    assert files_of(directory).keys() == MADE.blobs.keys(), "the new image is held too"
 
 
-def test_a_digest_is_held_by_itself_and_released_by_any_spelling(cache: Cache, directory: Path) -> None:
+def test_a_single_blob_is_held_and_released_by_its_digest_in_any_spelling(cache: Cache, directory: Path) -> None:
     save(cache, "app:1", MADE)
     digest = make.digest_of(MADE.layers[0])
     (hold,) = cache.add_hold(digest.removeprefix("sha256:"))
@@ -130,17 +130,17 @@ def test_holds_of_one_name_are_released_together_and_single_ones_by_id(cache: Ca
     save(cache, "other", OTHER)
     first, second, third = (cache.add_hold("app", seconds=seconds)[0] for seconds in (None, HOUR, HOUR))
     (other,) = cache.add_hold("other")
-    assert cache.list_holds() == [first, second, third, other], "the oldest first"
+    assert cache.list_holds() == [first, second, third, other], "the oldest is not first"
     cache.remove_manifest("app")
     assert cache.release_hold(second.id) == 1
     assert cache.collect_garbage().blobs == 0
-    assert cache.release_hold("app:latest") == 2, "by the name in another spelling"
+    assert cache.release_hold("app:latest") == 2, "another spelling of the name was not understood"
     assert cache.list_holds() == [other]
     cache.collect_garbage()
     assert files_of(directory).keys() == OTHER.blobs.keys()
 
 
-def test_of_several_names_all_are_held_or_none_and_released_or_none(cache: Cache, directory: Path) -> None:
+def test_several_names_are_held_or_released_together_or_not_at_all(cache: Cache, directory: Path) -> None:
     save(cache, "app:1", MADE)
     save(cache, "app:2", OTHER)
     before = snapshot(directory)
@@ -149,7 +149,7 @@ def test_of_several_names_all_are_held_or_none_and_released_or_none(cache: Cache
             cache.add_hold(*names)
         assert snapshot(directory) == before
     made = cache.add_hold("app:2", "app:1", seconds=60)
-    assert [hold.name for hold in made] == ["app:2", "app:1"], "one for each name, in their order"
+    assert [hold.name for hold in made] == ["app:2", "app:1"], "the holds are not in the order of the names"
     before = snapshot(directory)
     with pytest.raises(NotInCache):
         cache.release_hold("app:1", "app:2", "nope")
@@ -160,7 +160,7 @@ def test_of_several_names_all_are_held_or_none_and_released_or_none(cache: Cache
 
 
 @pytest.mark.parametrize("seconds", [-1, -1e-9, 0, 1e11, 1e300, float("inf"), float("nan")])
-def test_a_time_that_is_none_is_refused(cache: Cache, directory: Path, seconds: float) -> None:
+def test_an_invalid_time_to_hold_is_refused(cache: Cache, directory: Path, seconds: float) -> None:
     save(cache, "app:1", MADE)
     before = snapshot(directory)
     with pytest.raises(CacheError, match="cannot hold for"):
@@ -168,8 +168,8 @@ def test_a_time_that_is_none_is_refused(cache: Cache, directory: Path, seconds: 
     assert snapshot(directory) == before
 
 
-def test_a_hold_of_an_incomplete_image_keeps_what_is_there_and_what_comes(cache: Cache, directory: Path) -> None:
-    """The digests that the manifest names are held, stored or not."""
+def test_a_hold_of_an_incomplete_image_keeps_blobs_that_are_stored_later(cache: Cache, directory: Path) -> None:
+    """All digests that the manifest references are held, stored or not."""
     cache.save_manifest("part", MADE.manifest)
     (hold,) = cache.add_hold("part")
     assert (hold.blobs, hold.size) == (4, sum(map(len, MADE.blobs.values())))
@@ -181,18 +181,18 @@ def test_a_hold_of_an_incomplete_image_keeps_what_is_there_and_what_comes(cache:
     assert cache.collect_garbage().blobs == 2
 
 
-def test_more_holds_than_a_statement_has_variables_are_swept_and_released(
+def test_more_holds_than_a_statement_has_variables_can_be_deleted(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else no open would succeed any more."""
+    """If this failed, no later open would succeed."""
     connect = Database._open
 
-    def limited(database: Database, **options: bool) -> sqlite3.Connection:
+    def open_limited(database: Database, **options: bool) -> sqlite3.Connection:
         connection = connect(database, **options)
-        connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)  # what older releases of SQLite have
+        connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)  # the limit of older releases of SQLite
         return connection
 
-    monkeypatch.setattr(Database, "_open", limited)
+    monkeypatch.setattr(Database, "_open", open_limited)
     with Cache.open(directory) as cache:
         save(cache, "app:1", MADE)
         with cache._database.write() as connection:
@@ -203,12 +203,12 @@ def test_more_holds_than_a_statement_has_variables_are_swept_and_released(
                 row = f"'{MADE.digest}', printf('hold-%012x', i), 0"
                 connection.exec_driver_sql(f"{numbers} INSERT INTO leases SELECT {row} FROM n")
         Cache.open(directory).close()
-        assert len(held_by(directory)) == 1200
+        assert len(list_hold_ids(directory)) == 1200
         assert cache.release_hold("app:2") == 1200
 
 
 @pytest.mark.parametrize("year", [1970, datetime.now(UTC).year - 1])
-def test_a_clock_that_jumps_back_keeps_holds_longer_and_breaks_nothing(
+def test_a_clock_that_jumps_back_makes_holds_longer_and_breaks_nothing(
     cache: Cache, directory: Path, tmp_path: Path, set_clock: SetClock, cachedb: Run, year: int
 ) -> None:
     save(cache, "app:1", MADE)
@@ -225,14 +225,14 @@ def test_a_clock_that_jumps_back_keeps_holds_longer_and_breaks_nothing(
     cache.collect_garbage()
     assert MADE.blobs.keys() <= files_of(directory).keys()
     cache.close()
-    # And with the clock as it was: what was held by the old one is over, and is listed no more.
+    # The command line has the true clock: the hold of the old clock has expired and is not listed.
     assert "years ago" in (listed := cachedb("ls").stdout) or "year ago" in listed or "months ago" in listed
     holds = cachedb("holds")
     assert (holds.returncode, "app:1" in holds.stdout, "old:1" in holds.stdout) == (0, True, False)
     check(directory)
 
 
-def test_times_to_come_are_printed_as_just_now(cache: Cache, cachedb: Run, set_clock: SetClock) -> None:
+def test_future_times_are_printed_as_just_now(cache: Cache, cachedb: Run, set_clock: SetClock) -> None:
     set_clock(datetime.now(UTC) + timedelta(days=400))
     save(cache, "app:1", MADE)
     cache.add_hold("app:1")
@@ -243,7 +243,7 @@ def test_times_to_come_are_printed_as_just_now(cache: Cache, cachedb: Run, set_c
 # The command line
 
 
-def test_the_commands_hold_list_and_release(cachedb: Run, directory: Path) -> None:
+def test_the_commands_hold_holds_and_release(cachedb: Run, directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", MADE)
     held = cachedb("hold", "app:1", MADE.digest, "--for", "2h", "--format", "json")
@@ -266,7 +266,7 @@ def test_the_commands_hold_list_and_release(cachedb: Run, directory: Path) -> No
     assert cachedb("gc").stdout.startswith("freed 4 blobs")
 
 
-def test_a_hold_without_an_end_says_so(cachedb: Run, cache: Cache) -> None:
+def test_a_hold_without_an_end_is_printed_as_ending_when_released(cachedb: Run, cache: Cache) -> None:
     save(cache, "app:1", MADE)
     assert cachedb("hold", "app:1").stdout.splitlines()[1].endswith("just now  when released")
     identifier = cachedb("hold", "-q", "app:1").stdout
@@ -304,14 +304,14 @@ def test_an_error_is_one_line_and_has_its_exit_code(
     ("text", "seconds"),
     [("90s", 90), ("30m", 1800), ("2h", 7200), ("7d", 604_800), ("1w", 604_800), ("1h30m", 5400), ("1h1h", 7200)],
 )
-def test_a_duration_is_read(text: str, seconds: int) -> None:
+def test_a_duration_is_parsed(text: str, seconds: int) -> None:
     from cachedb.cli.options import DurationParameter
 
     assert DurationParameter().convert(text, None, None) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "1", "h", "1.5h", "1 h", "-1h", "1h\n", "1H", "1y", "9" * 10 + "s", "1hm"])
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_an_invalid_duration_is_refused(text: str) -> None:
     import click
 
     from cachedb.cli.options import DurationParameter
@@ -320,7 +320,7 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
         DurationParameter().convert(text, None, None)
 
 
-def test_an_error_in_a_hold_is_not_hidden_by_one_of_letting_go(cache: Cache, directory: Path) -> None:
+def test_an_error_in_a_hold_is_not_hidden_by_an_error_of_its_release(cache: Cache, directory: Path) -> None:
     digest = cache.add_blob(b"data")
     with pytest.raises(KeyError), cache.hold(digest):  # noqa: PT012
         (directory / "index.db").rename(directory / "away.db")
@@ -328,7 +328,7 @@ def test_an_error_in_a_hold_is_not_hidden_by_one_of_letting_go(cache: Cache, dir
     (directory / "away.db").rename(directory / "index.db")
 
 
-def test_holds_are_released_by_their_names_however_often_these_are_given(cache: Cache) -> None:
+def test_holds_are_released_once_though_a_name_is_repeated(cache: Cache) -> None:
     digest = cache.add_blob(b"data")
     save(cache, "app:1", make.image(1))
     (by_name,) = cache.add_hold("app:1")

@@ -1,4 +1,4 @@
-"""The models as others use them: SQLAlchemy's ORM over a cache's index, and the constraints behind it."""
+"""The ORM models over a cache's index, as other programs use them."""
 
 from __future__ import annotations
 

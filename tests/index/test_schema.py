@@ -1,4 +1,4 @@
-"""The schema: creating a cache, alone and in a crowd; upgrades, downgrades, refusals; what no row may be."""
+"""The schema: creation by one or many processes, upgrades, downgrades, refusals, and the constraints of rows."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tables(directory: Path) -> set[str]:
 
 
 def rows(directory: Path) -> dict[str, list[tuple[object, ...]]]:
-    """All rows of all tables but Alembic's."""
+    """Return all rows of all tables except Alembic's."""
     names = tables(directory) - {"alembic_version"}
     shell = sqlite3.connect(directory / "index.db")
     try:
@@ -77,7 +77,7 @@ def change(directory: Path, sql: str) -> None:
 # Creation
 
 
-def test_a_new_cache_has_the_newest_schema_and_our_mark(directory: Path) -> None:
+def test_a_new_cache_has_the_newest_schema_and_our_application_id(directory: Path) -> None:
     Cache.open(directory).close()
     assert tables(directory) == TABLES
     shell = sqlite3.connect(directory / "index.db")
@@ -89,7 +89,7 @@ def test_a_new_cache_has_the_newest_schema_and_our_mark(directory: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 16])
-def test_64_processes_that_come_to_a_new_directory_at_once_all_work_with_it(directory: Path, killed: int) -> None:
+def test_64_processes_can_create_one_cache_at_once(directory: Path, killed: int) -> None:
     output = run_python(
         """
         import os, random, signal, sys
@@ -124,7 +124,7 @@ def test_64_processes_that_come_to_a_new_directory_at_once_all_work_with_it(dire
     assert left == {name: type(left[name])() for name in left} | {"locks": ["write.lock", "write.queue"]}
 
 
-def test_what_a_creation_that_was_killed_left_is_completed(directory: Path) -> None:
+def test_the_next_open_completes_an_interrupted_creation(directory: Path) -> None:
     stages = directory.parent
     prepare(Database(stages / "folders"))
     prepare(Database(stages / "empty file"))
@@ -139,7 +139,7 @@ def test_what_a_creation_that_was_killed_left_is_completed(directory: Path) -> N
         assert tables(stages / stage) == TABLES
 
 
-def test_a_cache_that_lost_its_index_is_refused_and_its_blobs_left_alone(directory: Path) -> None:
+def test_a_cache_that_lost_its_index_is_refused_and_keeps_its_blobs(directory: Path) -> None:
     with Cache.open(directory) as cache:
         digest = cache.add_blob(b"data")
         path = cache.get_blob_path(digest)
@@ -153,7 +153,7 @@ def test_a_cache_that_lost_its_index_is_refused_and_its_blobs_left_alone(directo
         assert cache.get_blob(digest) == b"data"
 
 
-def test_a_cache_that_lost_its_index_and_had_no_blobs_begins_anew(directory: Path) -> None:
+def test_a_cache_that_lost_its_index_and_had_no_blobs_gets_a_new_one(directory: Path) -> None:
     Cache.open(directory).close()
     (directory / "index.db").unlink()
     Cache.open(directory).close()
@@ -164,7 +164,7 @@ def test_a_cache_that_lost_its_index_and_had_no_blobs_begins_anew(directory: Pat
 
 
 @pytest.mark.parametrize("upgrade", [False, True])
-def test_a_schema_from_the_future_is_refused_before_anything_is_written(directory: Path, upgrade: bool) -> None:
+def test_a_newer_schema_is_refused_before_any_write(directory: Path, upgrade: bool) -> None:
     with Cache.open(directory) as cache:
         cache.add_blob(b"data")
     change(directory, "UPDATE alembic_version SET version_num = '9999'")
@@ -175,7 +175,7 @@ def test_a_schema_from_the_future_is_refused_before_anything_is_written(director
     assert content(directory) == before
 
 
-def test_a_cache_that_is_upgraded_while_it_is_open_is_not_written_to(cache: Cache, directory: Path) -> None:
+def test_an_open_cache_is_not_written_to_after_an_upgrade(cache: Cache, directory: Path) -> None:
     digest = cache.add_blob(b"data")
     change(directory, "UPDATE alembic_version SET version_num = '9999'")
     change(directory, "PRAGMA user_version = 9999")
@@ -210,7 +210,7 @@ def test_an_older_schema_is_upgraded_only_when_asked(directory: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_older_schema_is_upgraded_where_the_environment_asks_for_it(
+def test_an_older_schema_is_upgraded_if_the_environment_asks_for_it(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Cache.open(directory).close()
@@ -232,17 +232,17 @@ def test_an_index_without_a_schema_is_damaged(directory: Path) -> None:
 # Migrations
 
 
-def test_the_models_name_the_newest_migration() -> None:
+def test_the_models_have_the_revision_of_the_newest_migration() -> None:
     assert ScriptDirectory.from_config(schema.alembic_config()).get_heads() == [REVISION]
 
 
-def test_the_migrations_make_what_the_models_describe(cache: Cache) -> None:
+def test_the_migrations_create_the_tables_of_the_models(cache: Cache) -> None:
     with closing(Database(cache.directory)) as index, index.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
 
 
 def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path) -> None:
-    """Alembic does not compare CHECK constraints, nor STRICT."""
+    """Alembic compares neither CHECK constraints nor STRICT."""
 
     def definitions(path: Path) -> dict[str, list[str]]:
         shell = sqlite3.connect(path)
@@ -250,7 +250,7 @@ def test_tables_have_the_constraints_of_the_models(cache: Cache, tmp_path: Path)
             "SELECT name, sql FROM sqlite_master "
             "WHERE type IN ('table', 'index') AND sql IS NOT NULL AND name != 'alembic_version'"
         )
-        # What was added to a table later is written on one line.
+        # SQLite writes a column that was added later on one line.
         lines = {name: re.split(r"\n|, (?=[a-z_]+ [A-Z])", sql) for name, sql in rows}
         found = {name: sorted(line.strip(" ,\t") for line in split) for name, split in lines.items()}
         shell.close()
@@ -282,7 +282,7 @@ def test_every_migration_goes_down_and_up_again(directory: Path) -> None:
 
 
 @pytest.mark.slow
-def test_0002_carries_a_cache_up_and_down(directory: Path) -> None:
+def test_0002_upgrades_and_downgrades_a_cache(directory: Path) -> None:
     with Cache.open(directory) as cache:
         made = image(1, 2)
         for digest, data in made.blobs.items():
@@ -300,7 +300,7 @@ def test_0002_carries_a_cache_up_and_down(directory: Path) -> None:
         cache.add_hold("app:1")
         assert len(rows(directory)["leases"]) == 1 + len(made.blobs)
         assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
-        assert rows(directory) == before, "a hold goes with its leases, and nothing else"
+        assert rows(directory) == before, "the downgrade deleted more than the hold and its leases"
         assert alembic("upgrade", "head", CACHEDB_DIR=str(directory)).returncode == 0
     with Cache.open(directory) as cache:
         assert cache.is_image_complete("app:1")
@@ -308,7 +308,7 @@ def test_0002_carries_a_cache_up_and_down(directory: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["CACHEDB_DIR", "-x", "-x, relative"])
-def test_the_alembic_command_works_on_the_cache_it_is_told(directory: Path, how: str) -> None:
+def test_the_alembic_command_uses_the_chosen_cache(directory: Path, how: str) -> None:
     named = os.path.relpath(directory, CHECKOUT) if "relative" in how else str(directory)
     chosen = ["-x", f"dir={named}"] if "-x" in how else []
     default = str(directory if how == "CACHEDB_DIR" else directory.parent / "other")
@@ -324,7 +324,7 @@ def test_the_alembic_command_works_on_the_cache_it_is_told(directory: Path, how:
 
 
 @pytest.mark.slow
-def test_a_revision_that_alembic_makes_has_the_next_number_and_goes_up_and_down(directory: Path) -> None:
+def test_a_new_revision_gets_the_next_number_and_can_be_downgraded(directory: Path) -> None:
     copy = directory.parent / "checkout"
     for name in ("cachedb", "migrations"):
         shutil.copytree(CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -357,7 +357,7 @@ def test_a_revision_that_alembic_makes_has_the_next_number_and_goes_up_and_down(
 
 
 @pytest.mark.slow
-def test_alembic_leaves_another_programs_database_alone(tmp_path: Path) -> None:
+def test_alembic_refuses_another_programs_database(tmp_path: Path) -> None:
     change(tmp_path, "CREATE TABLE diary (entry TEXT)")
     before = content(tmp_path)
     done = alembic("upgrade", "head", CACHEDB_DIR=str(tmp_path))
@@ -385,12 +385,12 @@ ASSOCIATION = {"image_id": 1, "position": 7, "blob_id": 1, "role": "layer", "med
 LEASE = {"digest": DIGEST, "session": "1-abc", "hold": 1}
 TRASH = {"digest": DIGEST, "size": 0}
 HOLD = {"id": "hold-0123456789ab", "name": "app:1", "created_at": TIME, "expires_at": None}
-GOOD: dict[str, dict[str, Any]] = {
+VALID: dict[str, dict[str, Any]] = {
     "blobs": BLOB, "images": IMAGE, "image_blobs": ASSOCIATION, "image_labels": LABEL, "leases": LEASE, "holds": HOLD,
     "trash": TRASH
 }  # fmt: skip
 
-NO_DIGESTS = [
+INVALID_DIGESTS = [
     "",
     "ab" * 32,
     f"sha256:{'ab' * 31}",
@@ -408,7 +408,7 @@ NO_DIGESTS = [
     7,
     b"x" * 71,
 ]
-NO_TIMES = [
+INVALID_TIMES = [
     "",
     "2026-01-31",
     "2026-01-31 23:59:59.123456Z",
@@ -418,13 +418,13 @@ NO_TIMES = [
     7,
     1769903999.5,
 ]
-NO_TYPES = ["", "json", "/json", "application/", None]
-WRONG = [
-    *((table, "digest", value) for table in ("blobs", "leases", "trash") for value in NO_DIGESTS),
+INVALID_MEDIA_TYPES = ["", "json", "/json", "application/", None]
+INVALID = [
+    *((table, "digest", value) for table in ("blobs", "leases", "trash") for value in INVALID_DIGESTS),
     *((table, "size", value) for table in ("blobs", "trash") for value in (-1, None, 1.5, "many")),
-    *(("blobs", "stored_at", value) for value in NO_TIMES),
-    *(("images", column, value) for column in ("created_at", "last_used_at") for value in [*NO_TIMES, None]),
-    *((table, "media_type", value) for table in ("images", "image_blobs") for value in NO_TYPES),
+    *(("blobs", "stored_at", value) for value in INVALID_TIMES),
+    *(("images", column, value) for column in ("created_at", "last_used_at") for value in [*INVALID_TIMES, None]),
+    *((table, "media_type", value) for table in ("images", "image_blobs") for value in INVALID_MEDIA_TYPES),
     *(("images", "repository", value) for value in ("", "a" * 256, None)),
     *(("images", "reference", value) for value in ("", "a" * 136, None)),
     *(("images", "manifest_id", value) for value in (99, None, "x")),
@@ -434,68 +434,68 @@ WRONG = [
     *(("leases", column, None) for column in ("session", "hold")),
     *(("holds", "id", value) for value in ("", "hold-", "hold-0123456789abc", "1-abc", None)),
     *(("holds", "name", value) for value in ("", "a" * 401, None)),
-    *(("holds", "created_at", value) for value in [*NO_TIMES, None]),
-    *(("holds", "expires_at", value) for value in NO_TIMES),
+    *(("holds", "created_at", value) for value in [*INVALID_TIMES, None]),
+    *(("holds", "expires_at", value) for value in INVALID_TIMES),
     *(("images", column, value) for column in ("architecture", "os", "variant") for value in ("", "a" * 65, b"x")),
-    *(("images", "created", value) for value in NO_TIMES),
+    *(("images", "created", value) for value in INVALID_TIMES),
     *(("images", "author", value) for value in ("", "a" * 65537)),
     *(("images", "some_platforms", value) for value in (0, 2, "all")),
-    *(("image_blobs", "diff_id", value) for value in NO_DIGESTS if value is not None),
+    *(("image_blobs", "diff_id", value) for value in INVALID_DIGESTS if value is not None),
     *(("image_blobs", "created_by", value) for value in ("", "a" * 65537)),
     *(("image_labels", column, value) for column in ("key", "value") for value in (None, "a" * 65537)),
     *(("image_labels", "image_id", value) for value in (99, None)),
 ]
 
 
-def put(shell: sqlite3.Connection, table: str, row: dict[str, object]) -> None:
+def insert_row(shell: sqlite3.Connection, table: str, row: dict[str, object]) -> None:
     marks = ", ".join("?" * len(row))
     shell.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", [*row.values()])
 
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sqlite3.Connection]:
-    """A cache's index as a person with an SQL shell sees it, with a blob and an image in it."""
+    """Open an index that has a blob and an image, as a person with a SQL shell does."""
     directory = tmp_path_factory.mktemp("rows")
     Cache.open(directory).close()
     connection = sqlite3.connect(directory / "index.db", isolation_level=None)
     connection.execute("PRAGMA foreign_keys = ON")
-    put(connection, "blobs", {"id": 1, "digest": f"sha512:{'ef' * 64}", "size": 0, "stored_at": None})
-    put(connection, "images", {**IMAGE, "id": 1, "reference": "latest"})
+    insert_row(connection, "blobs", {"id": 1, "digest": f"sha512:{'ef' * 64}", "size": 0, "stored_at": None})
+    insert_row(connection, "images", {**IMAGE, "id": 1, "reference": "latest"})
     yield connection
     connection.close()
 
 
-@pytest.mark.parametrize("table", GOOD)
-def test_a_good_row_can_be_written(shell: sqlite3.Connection, table: str) -> None:
+@pytest.mark.parametrize("table", VALID)
+def test_a_valid_row_can_be_inserted(shell: sqlite3.Connection, table: str) -> None:
     shell.execute("BEGIN")
-    put(shell, table, GOOD[table])
+    insert_row(shell, table, VALID[table])
     shell.execute("ROLLBACK")
 
 
-@pytest.mark.parametrize(("table", "column", "value"), WRONG)
-def test_a_wrong_value_cannot_be_written(shell: sqlite3.Connection, table: str, column: str, value: object) -> None:
+@pytest.mark.parametrize(("table", "column", "value"), INVALID)
+def test_an_invalid_value_cannot_be_inserted(shell: sqlite3.Connection, table: str, column: str, value: object) -> None:
     shell.execute("BEGIN")
     with pytest.raises(sqlite3.IntegrityError):
-        put(shell, table, {**GOOD[table], column: value})
+        insert_row(shell, table, {**VALID[table], column: value})
     shell.execute("ROLLBACK")
 
 
-@pytest.mark.parametrize("table", GOOD)
-def test_a_row_cannot_be_written_twice(shell: sqlite3.Connection, table: str) -> None:
+@pytest.mark.parametrize("table", VALID)
+def test_a_row_cannot_be_inserted_twice(shell: sqlite3.Connection, table: str) -> None:
     shell.execute("BEGIN")
-    put(shell, table, GOOD[table])
-    row = {column: value for column, value in GOOD[table].items() if column != "id"}
+    insert_row(shell, table, VALID[table])
+    row = {column: value for column, value in VALID[table].items() if column != "id"}
     with pytest.raises(sqlite3.IntegrityError):
-        put(shell, table, row)
+        insert_row(shell, table, row)
     shell.execute("ROLLBACK")
 
 
-def test_what_is_referred_to_cannot_be_deleted_and_associations_go_with_their_image(shell: sqlite3.Connection) -> None:
+def test_a_referenced_blob_cannot_be_deleted_and_an_image_takes_its_associations(shell: sqlite3.Connection) -> None:
     shell.execute("BEGIN")
     with pytest.raises(sqlite3.IntegrityError):
         shell.execute("DELETE FROM blobs WHERE id = 1")
-    put(shell, "blobs", BLOB)
-    put(shell, "image_blobs", {**ASSOCIATION, "blob_id": BLOB["id"]})
+    insert_row(shell, "blobs", BLOB)
+    insert_row(shell, "image_blobs", {**ASSOCIATION, "blob_id": BLOB["id"]})
     with pytest.raises(sqlite3.IntegrityError):
         shell.execute("DELETE FROM blobs WHERE id = 7")
     shell.execute("DELETE FROM images WHERE id = 1")

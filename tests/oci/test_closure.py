@@ -1,4 +1,4 @@
-"""What a manifest or index reaches."""
+"""The closure of a manifest or index: every blob it reaches, all of them or for one platform."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OUTER = index((AMD, oci.OCI_MANIFEST, "amd64"), (INNER, oci.OCI_INDEX, "arm64"))
 STORED = {digest_of(data): data for data in (AMD, ARM, INNER, OUTER)}
 
 
-def read_closure(here: set[Digest] | None = None) -> tuple[oci.Closure, list[Digest]]:
+def read_closure(present: set[Digest] | None = None) -> tuple[oci.Closure, list[Digest]]:
     read: list[Digest] = []
 
     def data(blob: Descriptor) -> bytes:
@@ -48,14 +48,14 @@ def read_closure(here: set[Digest] | None = None) -> tuple[oci.Closure, list[Dig
         return STORED[blob.digest]
 
     root = oci.root(digest_of(OUTER), len(OUTER), oci.OCI_INDEX)
-    return oci.read_closure(root, data, oci.among(here) if here is not None else None), read
+    return oci.read_closure(root, data, oci.among(present) if present is not None else None), read
 
 
-def no_config(_digest: Digest) -> bytes:
-    raise AssertionError("the index says the platform")
+def refuse_config(_digest: Digest) -> bytes:
+    raise AssertionError("the config was read, though the index names the platform")
 
 
-def test_each_manifest_is_read_once_and_comes_before_what_it_refers_to() -> None:
+def test_each_manifest_is_read_once_and_comes_before_its_references() -> None:
     closure, read = read_closure()
     assert read == [digest_of(OUTER), digest_of(AMD), digest_of(INNER), digest_of(ARM)]
     digests = [blob.digest for blob in closure.blobs]
@@ -64,15 +64,15 @@ def test_each_manifest_is_read_once_and_comes_before_what_it_refers_to() -> None
     assert [blob.digest for blob in closure.images] == [digest_of(AMD), digest_of(ARM)]
 
 
-def test_an_index_of_which_all_is_present_stays_as_it_is() -> None:
+def test_an_index_with_all_blobs_present_is_unchanged() -> None:
     closure, _ = read_closure()
     assert closure.only(set(STORED)) is closure
 
 
-def test_an_index_without_what_is_absent_refers_to_the_rest_alone() -> None:
-    here = {digest_of(OUTER), digest_of(AMD), digest_of(INNER)}
-    closure, _ = read_closure(here)
-    pruned = closure.only(here)
+def test_an_index_is_rebuilt_without_its_absent_manifests() -> None:
+    present = {digest_of(OUTER), digest_of(AMD), digest_of(INNER)}
+    closure, _ = read_closure(present)
+    pruned = closure.only(present)
     assert pruned.root.digest in pruned.made
     document = json.loads(pruned.documents[pruned.root.digest])
     first, second = document["manifests"]
@@ -83,17 +83,17 @@ def test_an_index_without_what_is_absent_refers_to_the_rest_alone() -> None:
     assert pruned.root.size == len(pruned.documents[pruned.root.digest])
 
 
-def test_a_platform_is_found_in_an_index_below() -> None:
+def test_a_platform_is_found_in_a_nested_index() -> None:
     closure, _ = read_closure()
-    chosen = closure.for_platform(NAME, "linux/arm64", no_config)
+    chosen = closure.for_platform(NAME, "linux/arm64", refuse_config)
     assert chosen.root.digest == digest_of(ARM)
     assert [blob.digest for blob in chosen.blobs] == [digest_of(ARM), digest_of(b"config 2"), digest_of(b"layer 2")]
 
 
-def test_a_platform_that_is_not_here_is_told_from_one_that_is_not_there() -> None:
-    here = {digest_of(OUTER), digest_of(INNER), digest_of(ARM)}
-    closure, _ = read_closure(here)
+def test_a_platform_that_is_not_stored_and_an_unknown_platform_give_different_errors() -> None:
+    present = {digest_of(OUTER), digest_of(INNER), digest_of(ARM)}
+    closure, _ = read_closure(present)
     with pytest.raises(NotInCache, match="is not here for platform 'linux/amd64': pull it"):
-        closure.for_platform(NAME, "linux/amd64", no_config)
+        closure.for_platform(NAME, "linux/amd64", refuse_config)
     with pytest.raises(NotInCache, match="is not for platform 'linux/s390x', but for linux/arm64"):
-        closure.for_platform(NAME, "linux/s390x", no_config)
+        closure.for_platform(NAME, "linux/s390x", refuse_config)

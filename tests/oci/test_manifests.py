@@ -1,3 +1,5 @@
+"""Manifests and indexes: parsing, refusing and building them, and walking their closure."""
+
 from __future__ import annotations
 
 import json
@@ -27,7 +29,7 @@ EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "60")) * 5
 KINDS = [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST]
 
 
-def encoded(document: object) -> bytes:
+def encode(document: object) -> bytes:
     return json.dumps(document).encode()
 
 
@@ -35,14 +37,14 @@ def entry(seed: int, media_type: str = OCI_LAYER, **more: Any) -> dict[str, Any]
     return make.descriptor(b"%d" % seed, media_type, **more)
 
 
-def described(data: bytes, media_type: str) -> Descriptor:
+def describe(data: bytes, media_type: str) -> Descriptor:
     return Descriptor(parse_digest(make.digest_of(data)), len(data), media_type, oci.role_of(media_type))
 
 
-# What a document says
+# Parsing
 
 
-def test_a_manifest_names_its_config_and_then_its_layers() -> None:
+def test_a_manifest_lists_its_config_before_its_layers() -> None:
     made = make.image(1, 2, compression="gzip")
     found = oci.descriptors(made.manifest, OCI_MANIFEST)
     assert [(blob.role, blob.digest, blob.size) for blob in found] == [
@@ -52,13 +54,13 @@ def test_a_manifest_names_its_config_and_then_its_layers() -> None:
     assert [oci.is_compressed(blob.media_type) for blob in found] == [False, True, True]
 
 
-def test_an_index_names_its_children_with_their_platforms() -> None:
+def test_an_index_lists_its_children_with_their_platforms() -> None:
     children = [
         entry(1, OCI_MANIFEST, platform={"os": "linux", "architecture": "arm", "variant": "v7"}),
         entry(2, OCI_INDEX, platform={"os": "linux", "architecture": "amd64", "variant": ""}),
         entry(3, "application/x-other"),
     ]
-    found = oci.descriptors(encoded({"schemaVersion": 2, "manifests": children}), OCI_INDEX)
+    found = oci.descriptors(encode({"schemaVersion": 2, "manifests": children}), OCI_INDEX)
     assert [(blob.role, blob.platform) for blob in found] == [
         ("manifest", "linux/arm/v7"),
         ("index", "linux/amd64"),
@@ -67,7 +69,7 @@ def test_an_index_names_its_children_with_their_platforms() -> None:
 
 
 @pytest.mark.parametrize("platform", [None, [], "linux", {"os": 1}, {"os": "a\nb"}, {"os": "\ud800"}, {"os": "x" * 65}])
-def test_a_platform_that_is_none_is_left_out(platform: object) -> None:
+def test_an_invalid_platform_is_left_out(platform: object) -> None:
     assert oci.child(entry(1, OCI_MANIFEST, platform=platform), "the index").platform is None
 
 
@@ -82,22 +84,22 @@ def test_a_platform_that_is_none_is_left_out(platform: object) -> None:
         ({"mediaType": OCI_INDEX}, OCI_INDEX, OCI_INDEX),
     ],
 )
-def test_the_media_type_is_what_the_document_says_or_was_said_or_its_shape(
+def test_the_media_type_is_that_of_the_document_or_the_declared_one_or_guessed(
     document: object, declared: str | None, kind: str
 ) -> None:
-    assert oci.manifest_media_type(encoded(document), declared) == kind
+    assert oci.manifest_media_type(encode(document), declared) == kind
 
 
 @pytest.mark.parametrize("own", [[], ["x"], {}, {"a": 1}, 0, 1, True, False, "", "x", OCI_CONFIG, OCI_LAYER])
 @pytest.mark.parametrize("declared", [None, OCI_MANIFEST])
-def test_a_media_type_that_is_no_manifest_is_refused(own: object, declared: str | None) -> None:
+def test_a_media_type_of_no_manifest_is_refused(own: object, declared: str | None) -> None:
     with pytest.raises(InvalidManifest):
-        oci.manifest_media_type(encoded({"mediaType": own}), declared)
+        oci.manifest_media_type(encode({"mediaType": own}), declared)
 
 
-def test_a_document_that_says_something_else_of_itself_than_was_said_is_refused() -> None:
+def test_a_document_with_another_media_type_than_declared_is_refused() -> None:
     with pytest.raises(InvalidManifest, match="but was declared as"):
-        oci.manifest_media_type(encoded({"mediaType": OCI_INDEX}), OCI_MANIFEST)
+        oci.manifest_media_type(encode({"mediaType": OCI_INDEX}), OCI_MANIFEST)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +114,9 @@ def test_a_document_that_says_something_else_of_itself_than_was_said_is_refused(
         ({"schemaVersion": 2}, OCI_INDEX),
     ],
 )
-def test_a_document_of_another_shape_than_its_media_type_is_refused(document: object, media_type: str) -> None:
+def test_a_document_that_does_not_fit_its_media_type_is_refused(document: object, media_type: str) -> None:
     with pytest.raises(InvalidManifest):
-        oci.descriptors(encoded(document), media_type)
+        oci.descriptors(encode(document), media_type)
 
 
 @pytest.mark.parametrize("size", [-1, True, 1.0, "1", None, 16 * 1024**4 + 1, 2**63 - 1, 2**64, 10**400])
@@ -124,7 +126,7 @@ def test_a_size_that_no_file_can_have_is_refused(size: object) -> None:
 
 
 @pytest.mark.parametrize("media_type", [None, 1, "", "x", "a/b\n", "a b/c", "a/" + "b" * 128, "/", "a/é", []])
-def test_what_is_not_a_media_type_is_refused(media_type: object) -> None:
+def test_an_invalid_media_type_is_refused(media_type: object) -> None:
     with pytest.raises(InvalidManifest, match="media type"):
         oci.check_media_type(media_type, "the blob")
 
@@ -132,7 +134,7 @@ def test_what_is_not_a_media_type_is_refused(media_type: object) -> None:
 def test_a_manifest_with_the_largest_sizes_can_be_listed(cache: Cache) -> None:
     layers = [entry(number) | {"size": 16 * 1024**4} for number in range(1000)]
     document = {"schemaVersion": 2, "config": entry(1000), "layers": layers}
-    cache.save_manifest("app:1", encoded(document), OCI_MANIFEST)
+    cache.save_manifest("app:1", encode(document), OCI_MANIFEST)
     assert cache.list_manifests()[0].size > 1000 * 16 * 1024**4
 
 
@@ -143,14 +145,14 @@ def test_a_manifest_with_the_largest_sizes_can_be_listed(cache: Cache) -> None:
     "data",
     [b"", b"nan", b"NaN", b"[Infinity]", b"-Infinity", b"\xff", b"\xef\xbb\xbf{}", b"{", b"1 2", b"9" * 5000, b"'a'"],
 )
-def test_what_is_not_json_is_refused(data: bytes) -> None:
+def test_invalid_json_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidArchive, match="the thing is not JSON") as caught:
         oci.load_json(data, "the thing", InvalidArchive)
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000])
-def test_json_that_is_nested_too_deep_is_refused(data: bytes) -> None:
+def test_json_that_is_nested_too_deeply_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidManifest, match="nested too deeply"):
         oci.load_json(data, "the manifest")
 
@@ -162,53 +164,53 @@ def test_a_document_of_over_4_mib_is_refused() -> None:
         oci.load_json(document + b" ", "the manifest")
 
 
-def test_of_a_key_that_stands_twice_the_later_is_meant_as_in_other_tools() -> None:
+def test_the_last_value_of_a_repeated_key_wins_as_in_other_tools() -> None:
     assert oci.load_json(b'{"a": 1, "a": 2}', "the manifest") == {"a": 2}
 
 
 # The closure
 
 
-def test_the_closure_of_nested_indexes_is_in_order_and_whole() -> None:
+def test_the_closure_of_nested_indexes_is_complete_and_in_order() -> None:
     amd, arm = make.image(1, 2), make.image(1, 3)
     inner = make.index(amd, arm)
-    outer = encoded({"schemaVersion": 2, "manifests": [make.descriptor(inner, OCI_INDEX)]})
-    there = {make.digest_of(data): data for data in (inner, outer)} | amd.blobs | arm.blobs
-    found = [blob.digest for blob in oci.walk(described(outer, OCI_INDEX), lambda blob: there[blob.digest])]
+    outer = encode({"schemaVersion": 2, "manifests": [make.descriptor(inner, OCI_INDEX)]})
+    stored = {make.digest_of(data): data for data in (inner, outer)} | amd.blobs | arm.blobs
+    found = [blob.digest for blob in oci.walk(describe(outer, OCI_INDEX), lambda blob: stored[blob.digest])]
     assert found == [make.digest_of(outer), make.digest_of(inner), *amd.blobs, *arm.blobs]
 
 
-def test_what_is_not_at_hand_is_named_and_not_expanded() -> None:
+def test_an_absent_manifest_is_listed_and_not_expanded() -> None:
     amd, arm = make.image(1), make.image(2)
     index = make.index(amd, arm)
-    there = {make.digest_of(index): index} | arm.blobs
-    found = {blob.digest for blob in oci.walk(described(index, OCI_INDEX), lambda blob: there.get(blob.digest))}
+    stored = {make.digest_of(index): index} | arm.blobs
+    found = {blob.digest for blob in oci.walk(describe(index, OCI_INDEX), lambda blob: stored.get(blob.digest))}
     assert found == {make.digest_of(index), amd.digest, *arm.blobs}
 
 
-def test_a_child_that_says_something_else_of_itself_than_its_index_is_refused() -> None:
-    manifest = encoded({"schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "config": entry(1), "layers": []})
-    index = encoded({"schemaVersion": 2, "manifests": [make.descriptor(manifest, OCI_MANIFEST)]})
-    there = {make.digest_of(data): data for data in (manifest, index)}
+def test_a_child_with_another_media_type_than_its_index_declares_is_refused() -> None:
+    manifest = encode({"schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "config": entry(1), "layers": []})
+    index = encode({"schemaVersion": 2, "manifests": [make.descriptor(manifest, OCI_MANIFEST)]})
+    stored = {make.digest_of(data): data for data in (manifest, index)}
     with pytest.raises(InvalidManifest, match="but was declared as"):
-        list(oci.walk(described(index, OCI_INDEX), lambda blob: there.get(blob.digest)))
+        list(oci.walk(describe(index, OCI_INDEX), lambda blob: stored.get(blob.digest)))
 
 
-def test_indexes_that_list_the_next_one_twice_are_expanded_once() -> None:
+def test_an_index_that_is_listed_twice_is_expanded_once() -> None:
     data = make.image(1).manifest
-    there = {make.digest_of(data): data}
+    stored = {make.digest_of(data): data}
     media_type = OCI_MANIFEST
     for _ in range(200):
-        data = encoded({"schemaVersion": 2, "manifests": [make.descriptor(data, media_type)] * 2})
-        there[make.digest_of(data)], media_type = data, OCI_INDEX
+        data = encode({"schemaVersion": 2, "manifests": [make.descriptor(data, media_type)] * 2})
+        stored[make.digest_of(data)], media_type = data, OCI_INDEX
     begin = time.process_time()
-    closure = list(oci.walk(described(data, OCI_INDEX), lambda blob: there[blob.digest]))
+    closure = list(oci.walk(describe(data, OCI_INDEX), lambda blob: stored[blob.digest]))
     assert len(closure) == 1 + 2 * 200 + 2
     assert time.process_time() - begin < 2
 
 
-def test_a_made_manifest_is_one_and_always_the_same() -> None:
-    config, layer = described(b"{}", OCI_CONFIG), described(b"x", OCI_LAYER)
+def test_a_built_manifest_is_valid_and_reproducible() -> None:
+    config, layer = describe(b"{}", OCI_CONFIG), describe(b"x", OCI_LAYER)
     data = oci.build_manifest(config, [layer, layer])
     assert data == oci.build_manifest(config, [layer, layer])
     assert oci.manifest_media_type(data) == OCI_MANIFEST
@@ -258,12 +260,12 @@ documents = st.fixed_dictionaries(
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(document=documents | values, declared=st.none() | st.sampled_from(KINDS))
-def test_any_document_is_understood_or_refused(document: object, declared: str | None) -> None:
-    data = encoded(document)
+def test_any_document_is_parsed_or_refused(document: object, declared: str | None) -> None:
+    data = encode(document)
     try:
         media_type = oci.manifest_media_type(data, declared)
         found = oci.descriptors(data, media_type)
-        closure = list(oci.walk(described(data, media_type), lambda blob: data if blob.role != "other" else None))
+        closure = list(oci.walk(describe(data, media_type), lambda blob: data if blob.role != "other" else None))
     except InvalidManifest as error:
         assert str(error).isprintable()  # noqa: PT017
     else:

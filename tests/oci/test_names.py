@@ -1,3 +1,5 @@
+"""Names and digests: which texts are valid, how they are parsed, and how errors quote them."""
+
 from __future__ import annotations
 
 import os
@@ -19,7 +21,7 @@ LOWER = string.ascii_lowercase + string.digits
 SHA256, SHA512 = "sha256:" + "a" * 64, "sha512:" + "b" * 128
 
 
-# An oracle: the same grammar, read character by character.
+# An oracle: the same grammar, parsed character by character.
 
 
 def is_component(text: str) -> bool:
@@ -130,12 +132,12 @@ def test_a_digest_is_accepted_if_and_only_if_it_is_in_the_grammar(text: str) -> 
         ("app@" + SHA256, "app", SHA256),
     ],
 )
-def test_a_name_is_taken_apart_and_kept_as_given(text: str, repository: str, reference: str) -> None:
+def test_a_name_is_split_and_kept_as_given(text: str, repository: str, reference: str) -> None:
     assert Name.parse(text) == (repository, reference)
 
 
 @pytest.mark.parametrize("value", [None, 1, b"app:1", ["app"], ("app", "1"), {}])
-def test_what_is_not_a_string_is_no_name_and_no_digest(value: object) -> None:
+def test_a_value_that_is_no_string_is_no_name_and_no_digest(value: object) -> None:
     with pytest.raises(InvalidName):
         Name.parse(value)  # type: ignore[arg-type]
     with pytest.raises(InvalidDigest):
@@ -145,7 +147,7 @@ def test_what_is_not_a_string_is_no_name_and_no_digest(value: object) -> None:
 @pytest.mark.parametrize(
     "parts", [("A", "1"), ("a", "1\n"), ("a", ""), ("", "1"), ("a@b", "1"), ("a", "b:c"), ("a/", "1")]
 )
-def test_a_name_that_was_put_together_wrong_is_refused(parts: tuple[str, str]) -> None:
+def test_a_name_with_invalid_parts_is_refused(parts: tuple[str, str]) -> None:
     with pytest.raises(InvalidName):
         Name.parse(Name(*parts))
 
@@ -161,13 +163,13 @@ def test_a_name_that_was_put_together_wrong_is_refused(parts: tuple[str, str]) -
         ("a b", "expected app or registry:5000/team/app"),
     ],
 )
-def test_an_invalid_name_is_told_what_is_wrong(text: str, hint: str) -> None:
+def test_the_error_of_an_invalid_name_explains_the_mistake(text: str, hint: str) -> None:
     with pytest.raises(InvalidName, match=hint):
         Name.parse(text)
 
 
 @pytest.mark.parametrize("part", ["a", "-", "a-", "a.", "a/", "a_", "__", ":", "a:", "@", "[", "[:", "A", "\n", "0.-"])
-def test_a_name_of_megabytes_is_answered_at_once(part: str) -> None:
+def test_a_name_of_megabytes_is_refused_at_once(part: str) -> None:
     for text in (part * 1_000_000, part * (254 // len(part)) + "!", "a/" + part * (250 // len(part)) + "!"):
         begin = time.process_time()
         with pytest.raises(InvalidName) as caught:
@@ -177,12 +179,12 @@ def test_a_name_of_megabytes_is_answered_at_once(part: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["x" * 10_000, "a\nb\x1b[31m\u202e", [[1] * 1000], {"a": 1}, 10**1000, None])
-def test_what_a_stranger_sent_is_quoted_on_one_short_line(value: object) -> None:
+def test_any_value_is_quoted_on_one_short_line(value: object) -> None:
     assert shorten(value).isprintable()
     assert len(shorten(value)) < 150
 
 
-def test_what_is_nested_too_deep_to_be_written_out_is_quoted_too() -> None:
+def test_a_deeply_nested_value_is_quoted() -> None:
     value: list[object] = []
     for _ in range(100_000):
         value = [value]
@@ -199,7 +201,7 @@ def test_what_is_nested_too_deep_to_be_written_out_is_quoted_too() -> None:
         ("ghcr.io/a/b@" + SHA256, "ghcr.io/a/b@" + SHA256),
     ],
 )
-def test_a_name_in_full_has_its_registry(text: str, full: str) -> None:
+def test_a_qualified_name_has_its_registry(text: str, full: str) -> None:
     assert Name.parse(text).qualified() == full
 
 

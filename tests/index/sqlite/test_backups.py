@@ -25,12 +25,12 @@ Free = namedtuple("Free", "free")
 
 
 def open_files() -> int:
-    """Return how many files this process has open, without those that are garbage."""
+    """Return how many files this process has open, after collecting garbage."""
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_of_two_backups_at_once_the_second_waits_and_both_are_whole(
+def test_a_second_backup_waits_for_the_first_and_both_are_complete(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(cache, "app:1", make.image(1))
@@ -38,22 +38,22 @@ def test_of_two_backups_at_once_the_second_waits_and_both_are_whole(
     held, asked, made = locks.held, threading.Event(), list[Path]()
 
     @contextmanager
-    def held_by_second(path: Path, *arguments: Any) -> Any:
+    def note_second_and_hold(path: Path, *arguments: Any) -> Any:
         if threading.current_thread() is second:
             asked.set()
         with held(path, *arguments) as lock:
             yield lock
 
-    monkeypatch.setattr(locks, "held", held_by_second)
+    monkeypatch.setattr(locks, "held", note_second_and_hold)
     second = threading.Thread(target=lambda: made.append(upgrade.back_up(cache.directory)))
 
     def progress(*_: object) -> None:
-        """Begin the second in the middle of the first, and go on once it waits, or has ended."""
+        """Start the second backup in the middle of the first; return when the second waits or has ended."""
         if second.ident is None:
             second.start()
             while not asked.wait(0.01) and second.is_alive():
                 pass
-            assert not made, "the second has not waited"
+            assert not made, "the second backup did not wait"
 
     first = upgrade.back_up(cache.directory, progress=progress)
     second.join(60)
@@ -90,7 +90,7 @@ def test_a_backup_leaves_no_descriptor_open(cache: Cache, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(("missing", "enough"), [(0, True), (1, False)])
-def test_a_change_of_the_schema_needs_twice_the_index_and_a_mebibyte(
+def test_a_schema_change_needs_twice_the_indexs_size_and_one_mebibyte_free(
     index: Database, monkeypatch: pytest.MonkeyPatch, missing: int, enough: bool
 ) -> None:
     with index.raw() as connection:
@@ -103,7 +103,7 @@ def test_a_change_of_the_schema_needs_twice_the_index_and_a_mebibyte(
             backups.before_change(index, "0004", "0005")
 
 
-def test_while_the_schema_is_changed_one_backup_more_is_kept(cache: Cache, index: Database) -> None:
+def test_one_more_backup_is_kept_during_a_schema_change(cache: Cache, index: Database) -> None:
     for _ in range(backups.KEPT + 3):
         backups.before_change(index, "0004", "0005")
     assert len(backups.newest_first(cache.directory)) == backups.KEPT + 1
@@ -111,7 +111,7 @@ def test_while_the_schema_is_changed_one_backup_more_is_kept(cache: Cache, index
     assert [path.name[:6] for path in backups.newest_first(cache.directory)] == ["000006", "000005", "000004"]
 
 
-def damaged(path: Path, damage: str) -> None:
+def damage_backup(path: Path, damage: str) -> None:
     data = path.read_bytes()
     if damage == "cut short":
         path.write_bytes(data[: len(data) // 2])
@@ -137,7 +137,7 @@ def damaged(path: Path, damage: str) -> None:
         ("cut short", "database disk image is malformed"),
         ("no database", "file is not a database"),
         ("no schema", "it has lost its schema"),
-        ("a row that is gone", "row 1 of images refers to a row of blobs that is not there"),
+        ("a missing row", "row 1 of images refers to a row of blobs that is not there"),
     ],
 )
 def test_the_error_of_a_damaged_backup_names_the_file_and_the_damage(
@@ -145,14 +145,14 @@ def test_the_error_of_a_damaged_backup_names_the_file_and_the_damage(
 ) -> None:
     save(cache, "app:1", make.image(1))
     backup = upgrade.back_up(cache.directory, tmp_path / "backup.db")
-    damaged(backup, damage)
+    damage_backup(backup, damage)
     with pytest.raises(DamagedIndex) as raised:
         restore.restore(cache.directory, backup)
     text = str(raised.value)
     assert text.startswith(f"{str(backup)!r} is damaged, and was not restored: "), text
     assert words in text
     assert "\n" not in text
-    assert cache.is_image_complete("app:1"), "the index is as it was"
+    assert cache.is_image_complete("app:1"), "the failed restore changed the index"
 
 
 def test_only_backups_from_before_changes_of_the_schema_are_deleted(cache: Cache) -> None:

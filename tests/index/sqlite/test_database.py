@@ -1,4 +1,4 @@
-"""The database: transactions of many processes and threads, forks, and directories that are not ours."""
+"""The database: transactions of processes and threads, look-ups, forks, and directories that are no cache."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tests.disk.test_locks import eventually, open_files
 from tests.support.make import digest_of
 
 
-def note(data: bytes) -> dict[str, object]:
-    """A row of the simplest table."""
+def trash_row(data: bytes) -> dict[str, object]:
+    """Return a row of the simplest table."""
     return {"digest": digest_of(data), "size": len(data)}
 
 
-def noted(directory: Path) -> int:
+def count_trash(directory: Path) -> int:
     connection = sqlite3.connect(directory / "index.db")
     try:
         return int(connection.execute("SELECT count(*) FROM trash").fetchone()[0])
@@ -44,13 +44,13 @@ def noted(directory: Path) -> int:
 
 
 def content(directory: Path) -> dict[str, bytes | None]:
-    """Every file and folder below a directory, with its bytes; but for whose turn it is to write."""
+    """Return every file and folder below a directory with its bytes, except the queue of the write lock."""
     paths = sorted(path for path in directory.rglob("*") if path.name != "write.queue")
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def set_revision(index: Database, revision: str, oldest: int) -> None:
-    """Have the index say that it has another schema, and which releases can work with it."""
+    """Give the index another schema revision, and the oldest revision whose release can use it."""
     shell = sqlite3.connect(index.path)
     shell.execute("UPDATE alembic_version SET version_num = ?", (revision,))
     shell.execute(f"PRAGMA user_version = {oldest}")
@@ -61,16 +61,16 @@ def set_revision(index: Database, revision: str, oldest: int) -> None:
 # Transactions
 
 
-def test_a_write_transaction_is_committed_at_the_end_and_rolled_back_on_an_error(index: Database) -> None:
+def test_a_write_commits_at_the_end_of_its_block_and_rolls_back_on_an_error(index: Database) -> None:
     with index.write() as connection:
-        connection.execute(insert(TRASH), [note(b"kept")])
+        connection.execute(insert(TRASH), [trash_row(b"kept")])
     with pytest.raises(KeyError), index.write() as connection:  # noqa: PT012
-        connection.execute(insert(TRASH), [note(b"undone")])
+        connection.execute(insert(TRASH), [trash_row(b"undone")])
         raise KeyError
-    assert noted(index.directory) == 1
+    assert count_trash(index.directory) == 1
 
 
-def test_a_write_waits_at_the_lock_file(index: Database) -> None:
+def test_a_write_waits_for_the_lock_file(index: Database) -> None:
     entered = threading.Event()
 
     def write() -> None:
@@ -86,32 +86,32 @@ def test_a_write_waits_at_the_lock_file(index: Database) -> None:
     assert entered.is_set()
 
 
-def test_a_write_waits_for_a_writer_that_knows_nothing_of_the_lock_file(index: Database) -> None:
+def test_a_write_waits_for_a_program_that_ignores_the_lock_file(index: Database) -> None:
     entered = threading.Event()
 
     def write() -> None:
         with index.write() as connection:
             entered.set()
-            connection.execute(insert(TRASH), [note(b"ours")])
+            connection.execute(insert(TRASH), [trash_row(b"ours")])
 
     shell = sqlite3.connect(index.path, isolation_level=None)
     shell.execute("BEGIN IMMEDIATE")
     writer = threading.Thread(target=write)
     writer.start()
-    # Before it does anything: what it reads in its transaction must be what it changes.
+    # The write waits before its block begins: the block must read what it will change.
     assert not entered.wait(0.2)
     shell.execute("INSERT INTO trash VALUES (?, 1)", (digest_of(b"theirs"),))
     shell.execute("COMMIT")
     shell.close()
     writer.join(60)
-    assert noted(index.directory) == 2
+    assert count_trash(index.directory) == 2
 
 
-def test_readers_take_no_lock_and_see_one_moment(index: Database) -> None:
+def test_a_reader_takes_no_lock_and_sees_one_snapshot(index: Database) -> None:
     with index.read() as reader:
         assert reader.execute(select(TRASH.c.digest)).all() == []
         with index.write() as connection:
-            connection.execute(insert(TRASH), [note(b"new")])
+            connection.execute(insert(TRASH), [trash_row(b"new")])
             with index.read() as other:
                 assert other.execute(select(TRASH.c.digest)).all() == []
         assert reader.execute(select(TRASH.c.digest)).all() == []
@@ -119,7 +119,7 @@ def test_readers_take_no_lock_and_see_one_moment(index: Database) -> None:
         assert len(reader.execute(select(TRASH.c.digest)).all()) == 1
 
 
-def test_the_transaction_and_the_lock_of_a_writer_that_is_killed_go_with_it(index: Database) -> None:
+def test_killing_a_writer_rolls_back_its_transaction_and_releases_its_lock(index: Database) -> None:
     script = """
         import sys, time
         from pathlib import Path
@@ -133,8 +133,8 @@ def test_the_transaction_and_the_lock_of_a_writer_that_is_killed_go_with_it(inde
         writer.kill()
         writer.wait()
         with index.write() as connection:
-            connection.execute(insert(TRASH), [note(b"whole")])
-    assert noted(index.directory) == 1
+            connection.execute(insert(TRASH), [trash_row(b"whole")])
+    assert count_trash(index.directory) == 1
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -
         turns.touch()
 
         def write(number):
-            most = 0  # turns that others have had while we waited for ours
+            most = 0  # turns of other writers during one of our waits
             for turn in range(25):
                 before = turns.stat().st_size
                 with index.write() as connection:
@@ -166,13 +166,13 @@ def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -
                         file.write(b".")
             return most
 
-        with index.read() as connection:  # a reader stays all the while
+        with index.read() as connection:  # one reader reads during all writes
             connection.exec_driver_sql("SELECT * FROM trash")
             children = []
             if (writers := os.fork()) == 0:
                 for number in range(16):
                     if (child := os.fork()) == 0:
-                        os._exit(0 if write(number) < 100 else 1)  # 15, and more if one slept through its turn
+                        os._exit(0 if write(number) < 100 else 1)  # usually 15; more if this one missed its turn
                     children.append(child)
                 os._exit(max(os.waitpid(child, 0)[1] for child in children) != 0)
             assert os.waitpid(writers, 0)[1] == 0
@@ -181,23 +181,23 @@ def test_writers_wait_in_turn_and_never_see_a_locked_database(index: Database) -
         index.directory,
     )
     assert output == "400\n"
-    assert noted(index.directory) == 400
+    assert count_trash(index.directory) == 400
 
 
-def test_a_writer_that_is_killed_leaves_its_mark_and_the_next_one_commits_before_anything_else(index: Database) -> None:
+def test_the_write_after_a_killed_writer_commits_before_its_block(index: Database) -> None:
     script = """
         import sys, time
         from pathlib import Path
         from cachedb.index.sqlite.database import Database
         with Database(Path(sys.argv[1])).write():
-            print("in it", flush=True)
+            print("writing", flush=True)
             time.sleep(60)
     """
 
     def wal_size() -> int:
         return index.path.with_name("index.db-wal").stat().st_size
 
-    with index.read() as reader:  # which keeps the WAL from beginning anew
+    with index.read() as reader:  # a reader keeps SQLite from restarting the WAL
         reader.exec_driver_sql("SELECT * FROM trash")
         for end, grown in (("well", False), ("killed", True), ("well", False)):
             if end == "killed":
@@ -210,16 +210,17 @@ def test_a_writer_that_is_killed_leaves_its_mark_and_the_next_one_commits_before
     with pytest.raises(KeyError), index.write():
         raise KeyError
     with index.alone() as turn:
-        assert not turn.marked, "what was rolled back leaves no mark"
+        assert not turn.marked, "a rolled-back write left its mark"
 
 
 @pytest.mark.slow
-def test_a_commit_that_nobody_saw_does_not_come_back(
+def test_a_commit_that_no_process_saw_does_not_reappear(
     directory: Path, peer: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """Killed in the sync of its commit, a writer leaves all of it in the WAL, unseen while others have it open.
+    """A writer killed in the sync of its commit leaves the whole commit in the WAL.
 
-    The next open takes the blob's file away. When all are gone, SQLite reads the WAL to its end.
+    Processes that have the index open do not see it, and the next open removes the blob's file. When all of them
+    have closed the index, SQLite reads the WAL to its end.
     """
     Cache.open(directory).close()
     bystander = """
@@ -233,13 +234,13 @@ def test_a_commit_that_nobody_saw_does_not_come_back(
     writer = """
         import ctypes, sys
         from cachedb import Cache
-        ctypes.CDLL(None).prctl(0x59616d61, -1, 0, 0, 0)  # let strace, a sister, trace this one
+        ctypes.CDLL(None).prctl(0x59616d61, -1, 0, 0, 0)  # let strace, a sibling process, trace this one
         with Cache.open(sys.argv[1]) as cache:
             print("open", flush=True)
             sys.stdin.readline()
             cache.add_blob(b"data")
     """
-    for sync in (1, 2, 3):  # one of them is of the commit that stores
+    for sync in (1, 2, 3):  # one of the syncs belongs to the commit that stores the blob
         path = tmp_path / str(sync)
         Cache.open(path).close()
         with running(bystander, path) as first, running(writer, path) as victim:
@@ -261,7 +262,7 @@ def test_a_commit_that_nobody_saw_does_not_come_back(
             assert stored_rows(path) == files_of(path), sync
 
 
-def test_as_many_threads_as_there_are_may_be_in_a_transaction(index: Database) -> None:
+def test_any_number_of_threads_may_be_in_transactions(index: Database) -> None:
     together = threading.Barrier(24)
     done = []
 
@@ -282,7 +283,7 @@ def test_as_many_threads_as_there_are_may_be_in_a_transaction(index: Database) -
 def test_a_write_in_another_schema_is_refused_before_its_block(index: Database, revision: str, advice: str) -> None:
     set_revision(index, revision, int(revision))
     with pytest.raises(SchemaMismatch, match=advice), index.write():
-        pytest.fail("the block was begun")
+        pytest.fail("the block began")
 
 
 # Look-ups
@@ -292,15 +293,15 @@ DIGESTS = select(TRASH.c.digest)
 
 def test_a_look_up_takes_no_lock_and_sees_the_last_commit(index: Database) -> None:
     with index.write() as connection:
-        connection.execute(insert(TRASH), [note(b"new")])
+        connection.execute(insert(TRASH), [trash_row(b"new")])
         assert index.rows(DIGESTS, {}) == []
     assert index.rows(DIGESTS, {}) == [(digest_of(b"new"),)]
     assert index.rows(DIGESTS.where(TRASH.c.size == bindparam("size")).limit(1), {"size": -1}) == []
 
 
-def test_a_look_up_is_in_the_index_that_has_the_name(index: Database, new: Path) -> None:
+def test_a_look_up_reads_a_replaced_index(index: Database, new: Path) -> None:
     with index.write() as connection:
-        connection.execute(insert(TRASH), [note(b"in the old one")])
+        connection.execute(insert(TRASH), [trash_row(b"in the old one")])
     with closing(Database(index.directory)) as other:
         assert len(other.rows(DIGESTS, {})) == 1
         with index.alone() as turn:
@@ -316,26 +317,28 @@ def test_a_look_up_in_another_schema_is_refused(index: Database, revision: str, 
         index.rows(DIGESTS, {})
 
 
-def test_a_look_up_in_a_newer_schema_that_allows_it(index: Database) -> None:
+def test_a_look_up_in_a_newer_compatible_schema_succeeds(index: Database) -> None:
     with index.write() as connection:
-        connection.execute(insert(TRASH), [note(b"kept")])
+        connection.execute(insert(TRASH), [trash_row(b"kept")])
     set_revision(index, "9999", 1)
     assert index.rows(DIGESTS, {}) == [(digest_of(b"kept"),)]
 
 
-def test_a_look_up_sees_the_index_at_the_moment_of_its_schema(index: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_up_reads_the_schema_and_the_rows_in_one_snapshot(
+    index: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled = lookups._compile
 
-    def upgraded_meanwhile(statement: Any) -> Any:
+    def write_then_compile(statement: Any) -> Any:
         with index.write() as connection:
-            connection.execute(insert(TRASH), [note(b"in another schema")])
+            connection.execute(insert(TRASH), [trash_row(b"in another schema")])
         return compiled(statement)
 
-    monkeypatch.setattr(lookups, "_compile", upgraded_meanwhile)
+    monkeypatch.setattr(lookups, "_compile", write_then_compile)
     assert index.rows(DIGESTS, {}) == []
 
 
-def test_a_look_up_that_fails_leaves_nothing_behind(index: Database) -> None:
+def test_a_failed_look_up_leaves_no_connection_open(index: Database) -> None:
     index.rows(DIGESTS, {})
     gone = select(Table("gone", MetaData(), Column("name", Text)))
     with pytest.raises(StorageError, match="no such table: gone"):
@@ -344,7 +347,7 @@ def test_a_look_up_that_fails_leaves_nothing_behind(index: Database) -> None:
     assert index.rows(DIGESTS, {}) == []
 
 
-def test_what_is_looked_up_in_is_closed_before_a_fork(index: Database) -> None:
+def test_look_up_connections_are_closed_before_a_fork(index: Database) -> None:
     index.rows(DIGESTS, {})
     assert len(index._lookups._idle) == 1
     if (child := os.fork()) == 0:
@@ -397,7 +400,7 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
 
 def test_many_threads_look_up_at_once(index: Database) -> None:
     with index.write() as connection:
-        connection.execute(insert(TRASH), [note(b"there")])
+        connection.execute(insert(TRASH), [trash_row(b"there")])
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda _: index.rows(DIGESTS, {}), range(500)))
     assert found == [[(digest_of(b"there"),)]] * 500
@@ -407,7 +410,7 @@ def test_many_threads_look_up_at_once(index: Database) -> None:
 # Connections
 
 
-def test_every_connection_is_durable_and_holds_to_foreign_keys(index: Database) -> None:
+def test_every_connection_is_durable_and_enforces_foreign_keys(index: Database) -> None:
     with index.read() as first, index.read() as second, index.write() as third:
         for connection in (first, second, third):
             pragmas = ("synchronous", "foreign_keys", "journal_mode", "application_id")
@@ -415,14 +418,14 @@ def test_every_connection_is_durable_and_holds_to_foreign_keys(index: Database) 
             assert values == [2, 1, "wal", APPLICATION_ID]
 
 
-def test_foreign_keys_hold_again_after_a_migration(index: Database) -> None:
+def test_foreign_keys_are_enforced_again_after_a_migration(index: Database) -> None:
     with index.write_schema() as connection:
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 0
     with index.write() as connection:
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
 
 
-def test_a_migration_that_fails_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_failed_migration_is_rolled_back(tmp_path: Path) -> None:
     with closing(Database(tmp_path / "new")) as index:
         prepare(index)
         with pytest.raises(KeyError), index.write_schema() as connection:  # noqa: PT012
@@ -434,17 +437,17 @@ def test_a_migration_that_fails_leaves_no_trace(tmp_path: Path) -> None:
     shell.close()
 
 
-def test_a_full_disk_is_said_to_be_full_and_undoes_the_transaction(index: Database) -> None:
+def test_a_full_disk_is_reported_and_rolls_back_the_transaction(index: Database) -> None:
     with pytest.raises(StorageError, match="full; free some space"), index.write() as connection:  # noqa: PT012
         connection.exec_driver_sql("PRAGMA max_page_count = 1")
-        connection.execute(insert(TRASH), [note(b"%d" % number) for number in range(1000)])
+        connection.execute(insert(TRASH), [trash_row(b"%d" % number) for number in range(1000)])
     index.close()
-    assert noted(index.directory) == 0
+    assert count_trash(index.directory) == 0
     with index.write() as connection:
-        connection.execute(insert(TRASH), [note(b"later")])
+        connection.execute(insert(TRASH), [trash_row(b"later")])
 
 
-def test_a_cache_that_is_opened_and_closed_leaves_no_file_open(directory: Path, tmp_path: Path) -> None:
+def test_opening_and_closing_a_cache_leaves_no_file_open(directory: Path, tmp_path: Path) -> None:
     def use() -> None:
         with Cache.open(directory) as cache:
             cache.add_blob(b"data")
@@ -465,28 +468,28 @@ def test_a_cache_that_is_opened_and_closed_leaves_no_file_open(directory: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["close", "exit"])
-def test_what_a_child_stores_outlives_its_parents_close(directory: Path, end: str) -> None:
+def test_blobs_that_a_child_stores_survive_its_parents_close(directory: Path, end: str) -> None:
     output = run_python(
         """
         import os, sys
         from cachedb import Cache
 
-        closed, tell = os.pipe()
-        stored, told = os.pipe()
+        close_read, close_write = os.pipe()
+        stored_read, stored_write = os.pipe()
         cache = Cache.open(sys.argv[1])
         cache.add_blob(b"parent")
         if (child := os.fork()) == 0:
             cache.add_blob(b"one")
-            os.write(told, b"x")
-            os.read(closed, 1)
+            os.write(stored_write, b"x")
+            os.read(close_read, 1)
             cache.add_blob(b"two")
             if sys.argv[2] == "close":
                 cache.close()
             os._exit(0)
-        os.read(stored, 1)
+        os.read(stored_read, 1)
         cache.add_blob(b"parent again")
         cache.close()
-        os.write(tell, b"x")
+        os.write(close_write, b"x")
         assert os.waitpid(child, 0)[1] == 0
         print("done")
         """,
@@ -609,7 +612,7 @@ def test_a_cache_works_in_workers_of_multiprocessing(directory: Path) -> None:
 # Directories
 
 
-def test_a_new_directory_and_its_folders_are_on_disk_before_the_index(
+def test_a_new_directory_and_its_folders_are_synced_before_the_index_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
@@ -620,12 +623,12 @@ def test_a_new_directory_and_its_folders_are_on_disk_before_the_index(
     assert not (directory / "index.db").exists()
 
 
-def test_a_cache_is_for_its_owner_alone(cache: Cache) -> None:
+def test_only_the_owner_can_access_a_new_cache(cache: Cache) -> None:
     paths = [cache.directory, *(path for path in cache.directory.iterdir() if path.is_dir())]
     assert {path.stat().st_mode & 0o777 for path in paths} == {0o700}
 
 
-def test_an_index_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_an_index_that_is_no_database_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "index.db").write_text("dear diary " * 100)
     before = content(tmp_path)
     with pytest.raises(NotACache, match="not an SQLite database: name another directory"):
@@ -634,7 +637,7 @@ def test_an_index_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("journal", ["delete", "wal"])
-def test_another_programs_database_is_refused_and_left_alone(tmp_path: Path, journal: str) -> None:
+def test_another_programs_database_is_refused_and_unchanged(tmp_path: Path, journal: str) -> None:
     shell = sqlite3.connect(tmp_path / "index.db")
     shell.execute(f"PRAGMA journal_mode = {journal}")
     shell.execute("CREATE TABLE diary (entry TEXT)")
@@ -648,7 +651,7 @@ def test_another_programs_database_is_refused_and_left_alone(tmp_path: Path, jou
 
 
 @pytest.mark.parametrize("index", [None, b""])
-def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path: Path, index: bytes | None) -> None:
+def test_a_folder_of_other_files_is_refused_and_unchanged(tmp_path: Path, index: bytes | None) -> None:
     (tmp_path / "thesis.txt").write_text("chapter one")
     if index is not None:
         (tmp_path / "index.db").write_bytes(index)
@@ -666,12 +669,12 @@ def test_a_file_is_no_cache_directory(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "data"
 
 
-def test_a_place_where_nothing_can_be_made_is_refused() -> None:
+def test_a_place_where_no_directory_can_be_made_is_refused() -> None:
     with pytest.raises(StorageError, match=r"cannot use the cache directory: .*'/proc/cachedb'"):
         Cache.open("/proc/cachedb")
 
 
-def test_a_damaged_index_is_said_to_be_damaged(directory: Path) -> None:
+def test_an_error_of_a_damaged_index_names_the_repair(directory: Path) -> None:
     with Cache.open(directory) as cache:
         cache.add_blob(b"data")
     with (directory / "index.db").open("r+b") as file:
@@ -682,12 +685,12 @@ def test_a_damaged_index_is_said_to_be_damaged(directory: Path) -> None:
         cache.list_manifests()
 
 
-# Replaced
+# Replacing the index
 
 
 @pytest.fixture
 def new(index: Database) -> Path:
-    """Another index, to be put in the place of the first."""
+    """Make a second index, which replaces the first."""
     path = index.directory / "backups" / "new.db"
     with index.raw() as connection:
         connection.execute("VACUUM INTO ?", (str(path),))
@@ -695,7 +698,7 @@ def new(index: Database) -> Path:
     return path
 
 
-def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_name(
+def test_an_index_cannot_be_opened_while_it_is_replaced_and_always_exists(
     index: Database, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, sync = threading.Event(), os.fsync
@@ -705,7 +708,7 @@ def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_
         revision_of(index.directory)
         opened.set()
 
-    def look(file: int) -> None:
+    def sync_and_open(file: int) -> None:
         sync(file)
         assert index.path.exists()
         if not threads:
@@ -715,13 +718,13 @@ def test_nobody_opens_an_index_that_is_being_replaced_and_it_is_never_without_a_
             assert not opened.wait(0.2)
 
     with index.alone() as turn, monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", look)
+        patch.setattr(os, "fsync", sync_and_open)
         assert replace(index, turn, new, index.directory / "quarantine" / "old.db")
     assert opened.wait(60)
     threads[0].join()
 
 
-def test_an_index_that_is_replaced_has_all_that_was_in_its_wal(index: Database, new: Path, cache: Cache) -> None:
+def test_a_replaced_index_contains_its_wal(index: Database, new: Path, cache: Cache) -> None:
     cache.add_blob(b"in the WAL")
     wal = index.path.with_name("index.db-wal")
     assert wal.stat().st_size
@@ -733,7 +736,7 @@ def test_an_index_that_is_replaced_has_all_that_was_in_its_wal(index: Database, 
     shell.close()
 
 
-def test_an_index_that_somebody_reads_for_long_is_not_replaced(
+def test_an_index_that_another_program_reads_is_not_replaced(
     index: Database, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cachedb.index.sqlite.replace._READING_SECONDS", 0)
@@ -741,7 +744,7 @@ def test_an_index_that_somebody_reads_for_long_is_not_replaced(
     shell.execute("BEGIN")
     shell.execute("SELECT * FROM images").fetchall()
     with index.write() as connection:
-        connection.execute(insert(TRASH), [note(b"written meanwhile")])
+        connection.execute(insert(TRASH), [trash_row(b"written meanwhile")])
     before, old = index.path.stat().st_ino, index.directory / "quarantine" / "old.db"
     with index.alone() as turn, pytest.raises(StorageError, match="another program has been reading it"):
         replace(index, turn, new, old)
@@ -752,13 +755,13 @@ def test_an_index_that_somebody_reads_for_long_is_not_replaced(
 
 
 def long_path(folder: Path, length: int) -> Path:
-    """A directory whose index has a path of so many bytes."""
+    """Return a directory whose index has a path of `length` bytes."""
     while (left := length - len(os.fsencode(folder)) - len("/index.db")) > 101:
         folder /= "x" * 100 if left > 202 else "x" * (left // 2)
     return folder / ("y" * (left - 1))
 
 
-def test_a_path_that_is_too_long_for_sqlite_is_named(tmp_path: Path, cachedb: Run) -> None:
+def test_a_path_that_is_too_long_for_sqlite_is_refused(tmp_path: Path, cachedb: Run) -> None:
     with Cache.open(long_path(tmp_path, 504)) as cache:
         cache.add_blob(b"here")
     long = long_path(tmp_path, 505)
@@ -771,7 +774,7 @@ def test_a_path_that_is_too_long_for_sqlite_is_named(tmp_path: Path, cachedb: Ru
 
 
 @pytest.mark.slow
-def test_a_backup_to_a_path_that_is_too_long_for_sqlite_is_an_error_of_one_line(tmp_path: Path, cachedb: Run) -> None:
+def test_a_backup_to_a_path_that_is_too_long_for_sqlite_fails_in_one_line(tmp_path: Path, cachedb: Run) -> None:
     (long := long_path(tmp_path, 520)).mkdir(parents=True)
     cachedb("ls")
     done = cachedb("db", "backup", long / "index.db")
@@ -789,7 +792,7 @@ def test_a_symbolic_link_does_not_make_a_path_shorter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
 @pytest.mark.parametrize("is_cache", [False, True])
-def test_an_index_that_is_not_a_regular_file_is_named(
+def test_an_index_that_is_not_a_regular_file_is_refused(
     directory: Path, make: Callable[[Path], None], is_cache: bool
 ) -> None:
     directory.mkdir()
@@ -801,7 +804,7 @@ def test_an_index_that_is_not_a_regular_file_is_named(
         Cache.open(directory)
 
 
-def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
+def test_a_deleted_working_directory_is_reported(tmp_path: Path) -> None:
     script = """
         import os, subprocess, sys
         os.mkdir("gone")

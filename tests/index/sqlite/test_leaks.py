@@ -28,71 +28,71 @@ from tests.support.make import image, save
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
-    """The connections that this process has opened in this test."""
+    """Return a list that gets every connection that this process opens in this test."""
     found: list[sqlite3.Connection] = []
     connect = sqlite3.connect
 
-    def noted(*arguments: Any, **options: Any) -> sqlite3.Connection:
+    def connect_and_note(*arguments: Any, **options: Any) -> sqlite3.Connection:
         found.append(connect(*arguments, **options))
         return found[-1]
 
-    for module in (sqlite3, sqlite3.dbapi2):  # SQLAlchemy takes it from the second
-        monkeypatch.setattr(module, "connect", noted)
+    for module in (sqlite3, sqlite3.dbapi2):  # SQLAlchemy calls connect() of the second
+        monkeypatch.setattr(module, "connect", connect_and_note)
     return found
 
 
 @pytest.fixture
-def made(directory: Path) -> Path:
+def filled(directory: Path) -> Path:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     return directory
 
 
 def fail(*_arguments: object, **_options: object) -> None:
-    raise StorageError("it fails")
+    raise StorageError("failed on purpose")
 
 
-def open_cut_index(made: Path, _patch: pytest.MonkeyPatch) -> None:
-    os.truncate(made / "index.db", 1000)
-    Cache.open(made)
+def open_cut_index(filled: Path, _patch: pytest.MonkeyPatch) -> None:
+    os.truncate(filled / "index.db", 1000)
+    Cache.open(filled)
 
 
-def open_other_database(made: Path, _patch: pytest.MonkeyPatch) -> None:
-    (made / "index.db").write_bytes(b"no database " * 500)
-    Cache.open(made)
+def open_other_database(filled: Path, _patch: pytest.MonkeyPatch) -> None:
+    (filled / "index.db").write_bytes(b"no database " * 500)
+    Cache.open(filled)
 
 
-def look_up_in_cut_index(made: Path, _patch: pytest.MonkeyPatch) -> None:
-    os.truncate(made / "index.db", 1000)
-    Cache.open(made, damaged=True).has_blob(image(1).digest)
+def look_up_in_cut_index(filled: Path, _patch: pytest.MonkeyPatch) -> None:
+    os.truncate(filled / "index.db", 1000)
+    Cache.open(filled, damaged=True).has_blob(image(1).digest)
 
 
-def restore_cut_backup(made: Path, _patch: pytest.MonkeyPatch) -> None:
-    backup = shutil.copyfile(made / "index.db", made / "backups" / "cut.db")
+def restore_cut_backup(filled: Path, _patch: pytest.MonkeyPatch) -> None:
+    backup = shutil.copyfile(filled / "index.db", filled / "backups" / "cut.db")
     os.truncate(backup, 9000)
-    restore.restore(made, backup)
+    restore.restore(filled, backup)
 
 
-def restore_without_agreement(made: Path, patch: pytest.MonkeyPatch) -> None:
+def restore_without_agreement(filled: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(restore, "_match_cache", fail)
-    restore.restore(made, shutil.copyfile(made / "index.db", made / "backups" / "good.db"))
+    restore.restore(filled, shutil.copyfile(filled / "index.db", filled / "backups" / "good.db"))
 
 
-def rebuild_without_rows(made: Path, patch: pytest.MonkeyPatch) -> None:
+def rebuild_without_rows(filled: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rebuild, "_write_index", fail)
-    os.truncate(made / "index.db", 1000)
-    with Cache.open(made, damaged=True) as cache:
+    os.truncate(filled / "index.db", 1000)
+    with Cache.open(filled, damaged=True) as cache:
         cache.verify(repair=True)
 
 
-def check_with_failing_migrations(made: Path, patch: pytest.MonkeyPatch) -> None:
+def check_with_failing_migrations(filled: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(drift, "run_migrations", fail)
-    drift.check(made)
+    drift.check(filled)
 
 
-def run_alembic_on_unmarked_index(made: Path, patch: pytest.MonkeyPatch) -> None:
-    change(made, "PRAGMA application_id = 5")
-    patch.setenv("CACHEDB_DIR", str(made))
+def run_alembic_on_unmarked_index(filled: Path, patch: pytest.MonkeyPatch) -> None:
+    change(filled, "PRAGMA application_id = 5")
+    patch.setenv("CACHEDB_DIR", str(filled))
     command.upgrade(schema.alembic_config(), "head")
 
 
@@ -111,24 +111,24 @@ def run_alembic_on_unmarked_index(made: Path, patch: pytest.MonkeyPatch) -> None
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_failed_operation_closes_its_connections(
-    made: Path,
+    filled: Path,
     opened: list[sqlite3.Connection],
     monkeypatch: pytest.MonkeyPatch,
     operation: Callable[[Path, pytest.MonkeyPatch], None],
     error: type[CacheError],
 ) -> None:
     with pytest.raises(error) as raised:
-        operation(made, monkeypatch)
+        operation(filled, monkeypatch)
     assert opened
     assert not [connection for connection in opened if is_open(connection)]
     del raised
 
 
-def test_a_repair_closes_its_connections(made: Path, opened: list[sqlite3.Connection]) -> None:
-    backup = shutil.copyfile(made / "index.db", made / "backups" / "000001-cut.db")
+def test_a_repair_closes_its_connections(filled: Path, opened: list[sqlite3.Connection]) -> None:
+    backup = shutil.copyfile(filled / "index.db", filled / "backups" / "000001-cut.db")
     os.truncate(backup, 9000)
-    os.truncate(made / "index.db", 1000)
-    with Cache.open(made, damaged=True) as cache:
+    os.truncate(filled / "index.db", 1000)
+    with Cache.open(filled, damaged=True) as cache:
         assert cache.verify(repair=True).problems
     assert not [connection for connection in opened if is_open(connection)]
 

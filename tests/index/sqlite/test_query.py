@@ -1,4 +1,4 @@
-"""Questions in SQL: what they see, what they may not do, and how they end."""
+"""SQL queries: what they read, what they must not do, how they end, and how their rows are printed."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ def cache(directory: Path) -> Iterator[Cache]:
     check(directory)
 
 
-def rows(cache: Cache, query: str, **parameters: int | float | str | None) -> list[tuple[object, ...]]:
+def run_query(cache: Cache, query: str, **parameters: int | float | str | None) -> list[tuple[object, ...]]:
     with cache.sql(query, parameters) as answer:
         return list(answer.rows)
 
 
-def test_a_question_is_answered(cache: Cache) -> None:
+def test_a_query_returns_columns_and_rows(cache: Cache) -> None:
     with cache.sql("SELECT name, blobs AS n FROM image_usage WHERE blobs > :least", {"least": 3}) as answer:
         assert answer.columns == ("name", "n")
         assert list(answer.rows) == [("app:1", 4)]
-    assert rows(cache, "-- a comment\nSELECT value FROM json_each('[1, 2]');") == [(1,), (2,)]
-    assert ("name",) in rows(cache, "SELECT name FROM pragma_table_info('image_usage')")
-    assert rows(cache, "EXPLAIN QUERY PLAN SELECT 1")
+    assert run_query(cache, "-- a comment\nSELECT value FROM json_each('[1, 2]');") == [(1,), (2,)]
+    assert ("name",) in run_query(cache, "SELECT name FROM pragma_table_info('image_usage')")
+    assert run_query(cache, "EXPLAIN QUERY PLAN SELECT 1")
 
 
-def test_sizes_and_times_can_be_read_by_people(cache: Cache) -> None:
-    assert rows(cache, "SELECT human(0), human(1234567), human(NULL), human('much')") == [
+def test_human_and_ago_format_sizes_and_times(cache: Cache) -> None:
+    assert run_query(cache, "SELECT human(0), human(1234567), human(NULL), human('much')") == [
         ("0 B", "1.23 MB", None, None)
     ]
-    (row,) = rows(
+    (row,) = run_query(
         cache, "SELECT ago(strftime('%Y-%m-%dT%H:%M:%SZ', 'now', '-50 hours')), ago('then'), ago(NULL), ago(1)"
     )
     assert row == ("2 days ago", None, None, None)
-    assert rows(cache, "SELECT ago(strftime('%Y-%m-%d %H:%M', 'now', '-90 minutes'))") == [("1 hour ago",)]
+    assert run_query(cache, "SELECT ago(strftime('%Y-%m-%d %H:%M', 'now', '-90 minutes'))") == [("1 hour ago",)]
 
 
 @pytest.mark.parametrize(
@@ -89,21 +89,23 @@ def test_sizes_and_times_can_be_read_by_people(cache: Cache) -> None:
         "UPDATE labels SET value = ''",
     ],
 )
-def test_nothing_can_be_changed(cache: Cache, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_query_that_would_write_is_refused(
+    cache: Cache, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     before = (cache.directory / "index.db").read_bytes(), sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(InvalidQuery, match="only read-only queries are allowed"):
-        rows(cache, query)
+        run_query(cache, query)
     assert ((cache.directory / "index.db").read_bytes(), sorted(path.name for path in tmp_path.iterdir())) == before
     assert cache.is_image_complete("app:1")
 
 
-def test_the_file_is_open_only_to_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were the authorizer to let something through."""
+def test_the_index_is_opened_read_only(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only connection refuses a write even if the authorizer allows it."""
     monkeypatch.setattr("cachedb.index.sqlite.query._authorizer", lambda: lambda *_: sqlite3.SQLITE_OK)
     for query in ("DELETE FROM images", "PRAGMA user_version = 7", "CREATE TEMP TABLE mine (x)"):
         with pytest.raises(InvalidQuery, match="only read-only queries are allowed"):
-            rows(cache, query)
+            run_query(cache, query)
     assert cache.is_image_complete("app:1")
 
 
@@ -127,9 +129,9 @@ def test_the_file_is_open_only_to_read(cache: Cache, monkeypatch: pytest.MonkeyP
         ("SELECT name -- nme\nFROM image_usage WHERE name = 'nme' AND nme = 1 /* nme */", "nme = "),
     ],
 )
-def test_an_error_says_where_it_is(cache: Cache, query: str, marked: str | None) -> None:
+def test_an_error_has_the_place_of_the_mistake(cache: Cache, query: str, marked: str | None) -> None:
     with pytest.raises(InvalidQuery) as caught:
-        rows(cache, query)
+        run_query(cache, query)
     place = caught.value.place
     if marked is None:
         assert place == (len(query), len(query))
@@ -140,7 +142,7 @@ def test_an_error_says_where_it_is(cache: Cache, query: str, marked: str | None)
 
 
 @pytest.mark.parametrize(
-    ("query", "meant"),
+    ("query", "suggestion"),
     [
         ("SELECT unique_sise FROM image_usage", "unique_size"),
         ("SELECT g.sise FROM garbage AS g", "size"),
@@ -148,38 +150,38 @@ def test_an_error_says_where_it_is(cache: Cache, query: str, marked: str | None)
         ("SELECT xyzzy FROM garbage", None),
     ],
 )
-def test_an_error_says_what_may_be_meant(cache: Cache, query: str, meant: str | None) -> None:
+def test_an_error_suggests_a_similar_name(cache: Cache, query: str, suggestion: str | None) -> None:
     with pytest.raises(InvalidQuery) as caught:
-        rows(cache, query)
-    assert str(caught.value).endswith(f"; did you mean {meant}?") is (meant is not None)
+        run_query(cache, query)
+    assert str(caught.value).endswith(f"; did you mean {suggestion}?") is (suggestion is not None)
 
 
 @pytest.mark.parametrize("query", ["", "  \n", "-- nothing", ";"])
-def test_no_question_is_an_error(cache: Cache, query: str) -> None:
+def test_an_empty_query_is_refused(cache: Cache, query: str) -> None:
     with pytest.raises(InvalidQuery, match="there is no query"):
-        rows(cache, query)
+        run_query(cache, query)
 
 
-def test_what_is_no_single_question_is_an_error(cache: Cache) -> None:
+def test_several_queries_and_wrong_parameters_are_refused(cache: Cache) -> None:
     with pytest.raises(InvalidQuery, match="only one query is allowed at a time"):
-        rows(cache, "SELECT 1; SELECT 2")
+        run_query(cache, "SELECT 1; SELECT 2")
     with pytest.raises(InvalidQuery, match="no value for :least: give one with -p least=VALUE"):
-        rows(cache, "SELECT :least")
+        run_query(cache, "SELECT :least")
     for query in ("SELECT ?, :n", "SELECT ?1, :n"):
         with pytest.raises(InvalidQuery, match="write :NAME instead"):
-            rows(cache, query, n=1)
+            run_query(cache, query, n=1)
     with pytest.raises(InvalidQuery, match="type 'list' is not supported"):
-        rows(cache, "SELECT :least", least=[1])  # type: ignore[arg-type]
+        run_query(cache, "SELECT :least", least=[1])  # type: ignore[arg-type]
     with pytest.raises(InvalidQuery, match="the query has no :dyas; it has :days"):
-        rows(cache, "SELECT :days", dyas=1)
+        run_query(cache, "SELECT :days", dyas=1)
     with pytest.raises(InvalidQuery):
-        rows(cache, "SELECT '\0'")
+        run_query(cache, "SELECT '\0'")
     with pytest.raises(InvalidQuery):
-        rows(cache, "SELECT abs(-9223372036854775808)")
+        run_query(cache, "SELECT abs(-9223372036854775808)")
 
 
 @pytest.mark.parametrize("what", ["count(*)", "x"], ids=["before-a-row", "between-rows"])
-def test_a_question_is_given_so_long_and_no_longer(cache: Cache, what: str) -> None:
+def test_a_query_that_takes_too_long_is_stopped(cache: Cache, what: str) -> None:
     start = time.monotonic()
     with pytest.raises(CacheError, match=r"took over 0\.2 s"), cache.sql(ENDLESS.format(what), timeout=0.2) as answer:
         for _ in answer.rows:
@@ -187,21 +189,21 @@ def test_a_question_is_given_so_long_and_no_longer(cache: Cache, what: str) -> N
     assert time.monotonic() - start < 30
 
 
-def test_a_question_is_answered_from_one_moment_and_holds_up_no_writer(cache: Cache) -> None:
+def test_a_query_reads_one_snapshot_and_blocks_no_writer(cache: Cache) -> None:
     with cache.sql("SELECT name FROM image_usage, json_each('[1, 2, 3]')") as answer:
         first = next(answer.rows)
         with Cache.open(cache.directory) as other:
             other.tag("app:1", "app:2")
             other.remove_manifest("app:1")
         assert [first, *answer.rows] == [("app:1",)] * 3
-    assert rows(cache, "SELECT name FROM image_usage") == [("app:2",)]
+    assert run_query(cache, "SELECT name FROM image_usage") == [("app:2",)]
 
 
-def test_questions_are_asked_by_several_threads(cache: Cache) -> None:
+def test_several_threads_may_query_at_once(cache: Cache) -> None:
     found: list[list[tuple[object, ...]]] = []
 
     def ask() -> None:
-        found.extend(rows(cache, "SELECT name FROM image_usage") for _ in range(20))
+        found.extend(run_query(cache, "SELECT name FROM image_usage") for _ in range(20))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -211,14 +213,14 @@ def test_questions_are_asked_by_several_threads(cache: Cache) -> None:
     assert found == [[("app:1",)]] * 80
 
 
-def test_a_cache_that_may_only_be_read_can_be_asked(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_can_be_queried(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda *_: False)
         with Cache.open(cache.directory) as other:
-            assert rows(other, "SELECT name FROM image_usage") == [("app:1",)]
+            assert run_query(other, "SELECT name FROM image_usage") == [("app:1",)]
 
 
-def test_views_are_listed_with_what_they_have(cache: Cache) -> None:
+def test_views_are_listed_with_columns_and_descriptions(cache: Cache) -> None:
     found = {view.name: view for view in cache.list_views()}
     assert found["garbage"].columns == ("digest", "size", "stored_at")
     assert all(view.description and view.definition.startswith("CREATE VIEW") for view in found.values())
@@ -240,10 +242,10 @@ LONG = "printf('%.*c', 5000000, 'a')"
         "\"FTS3_Tokenizer\"('simple')",
     ],
 )
-def test_only_functions_that_are_known_to_be_harmless_are_called(cache: Cache, call: str) -> None:
+def test_only_harmless_functions_may_be_called(cache: Cache, call: str) -> None:
     parameters = {"pointer": "AAAAAAAA"} if ":pointer" in call else {}
     with pytest.raises(InvalidQuery, match=r"^(the function '\w+' is not allowed in a query|no such function)"):
-        rows(cache, f"SELECT {call}", **parameters)
+        run_query(cache, f"SELECT {call}", **parameters)
 
 
 @pytest.mark.parametrize(
@@ -266,13 +268,13 @@ def test_only_functions_that_are_known_to_be_harmless_are_called(cache: Cache, c
         f"(SELECT group_concat(x) FROM (SELECT {LONG} AS x UNION ALL SELECT {LONG}))",
     ],
 )
-def test_a_value_has_a_size_that_is_made_in_no_time(cache: Cache, value: str) -> None:
+def test_a_value_has_a_size_limit(cache: Cache, value: str) -> None:
     with pytest.raises(InvalidQuery, match=r"^a value in the query is over 5\.24 MB: "):
-        rows(cache, f"SELECT length({value})")
+        run_query(cache, f"SELECT length({value})")
 
 
 @pytest.mark.parametrize("name", ["printf", "format"])
-def test_a_format_gives_what_sqlite_gives(cache: Cache, name: str) -> None:
+def test_a_format_returns_what_sqlite_returns(cache: Cache, name: str) -> None:
     plain = sqlite3.connect(":memory:")
     for arguments in (
         "",
@@ -285,12 +287,12 @@ def test_a_format_gives_what_sqlite_gives(cache: Cache, name: str) -> None:
         "7",
     ):
         call = f"{name.replace('format', 'printf')}({arguments})"
-        assert rows(cache, f"SELECT {name}({arguments})") == plain.execute(f"SELECT {call}").fetchall(), call
+        assert run_query(cache, f"SELECT {name}({arguments})") == plain.execute(f"SELECT {call}").fetchall(), call
     plain.close()
 
 
 def test_a_value_may_be_as_long_as_the_longest_document(cache: Cache) -> None:
-    assert rows(cache, "SELECT length(:x)", x="a" * DOCUMENT_LIMIT) == [(DOCUMENT_LIMIT,)]
+    assert run_query(cache, "SELECT length(:x)", x="a" * DOCUMENT_LIMIT) == [(DOCUMENT_LIMIT,)]
 
 
 @pytest.mark.parametrize(
@@ -302,23 +304,23 @@ def test_a_value_may_be_as_long_as_the_longest_document(cache: Cache) -> None:
         (f"length(trim({LONG}, replace(substr({LONG}, 2500000), 'a', 'b') || 'a'))", 0),
     ],
 )
-def test_a_search_takes_time_that_grows_with_the_length(cache: Cache, call: str, result: int) -> None:
+def test_a_search_in_a_long_text_takes_linear_time(cache: Cache, call: str, result: int) -> None:
     began = time.process_time()
-    assert rows(cache, f"SELECT {call}") == [(result,)]
-    assert time.process_time() - began < 20  # and not hours, as SQLite's own do
+    assert run_query(cache, f"SELECT {call}") == [(result,)]
+    assert time.process_time() - began < 20  # SQLite's own functions would take hours
 
 
-def test_a_pattern_has_a_length(cache: Cache) -> None:
-    assert rows(cache, "SELECT 'app:1' LIKE :x", x="%" * 128) == [(1,)]
+def test_a_pattern_has_a_length_limit(cache: Cache) -> None:
+    assert run_query(cache, "SELECT 'app:1' LIKE :x", x="%" * 128) == [(1,)]
     for operator in ("LIKE", "GLOB"):
         with pytest.raises(InvalidQuery, match=r"^a pattern of LIKE or GLOB is over 128 bytes: "):
-            rows(cache, f"SELECT 'app:1' {operator} :x", x="%" * 129)
+            run_query(cache, f"SELECT 'app:1' {operator} :x", x="%" * 129)
 
 
-def test_a_query_calls_so_many_functions(cache: Cache) -> None:
-    assert rows(cache, f"SELECT {' + '.join(['abs(1)'] * 200)}") == [(200,)]
+def test_a_query_has_a_limit_of_calls_of_functions(cache: Cache) -> None:
+    assert run_query(cache, f"SELECT {' + '.join(['abs(1)'] * 200)}") == [(200,)]
     with pytest.raises(InvalidQuery, match=r"^the query has over 200 function calls: "):
-        rows(cache, f"SELECT {' + '.join(['abs(1)'] * 201)}")
+        run_query(cache, f"SELECT {' + '.join(['abs(1)'] * 201)}")
 
 
 def test_a_loop_of_long_steps_is_stopped(cache: Cache) -> None:
@@ -335,13 +337,13 @@ VALUES = ("'axbxc'", "'x'", "''", "NULL", "7", "1.5", "x'78'", "'é'", "'axbxcax
 
 
 @pytest.mark.parametrize("function", ["instr", "replace", "trim", "ltrim", "rtrim"])
-def test_a_function_in_place_of_one_of_sqlite_gives_the_same(cache: Cache, function: str) -> None:
+def test_our_functions_return_what_sqlites_functions_return(cache: Cache, function: str) -> None:
     plain = sqlite3.connect(":memory:")
     for text in VALUES:
         for part in VALUES:
             call = f"{function}({text}, {part}{', 5' if function == 'replace' else ''})"
             assert (
-                rows(cache, f"SELECT {call}, instr('a' || 'b', 'b')")[0][:1]
+                run_query(cache, f"SELECT {call}, instr('a' || 'b', 'b')")[0][:1]
                 == plain.execute(f"SELECT {call}").fetchone()
             ), call
     plain.close()
@@ -360,7 +362,7 @@ PRINTED = {
 
 
 @pytest.mark.parametrize("form", PRINTED)
-def test_rows_are_printed_as_it_is_asked_for(cachedb: Run, cache: Cache, form: str) -> None:
+def test_rows_are_printed_in_the_chosen_format(cachedb: Run, cache: Cache, form: str) -> None:
     query = "SELECT name, :n + 2 AS n, 'a|\"b,' || char(10) AS t FROM image_usage"
     assert cachedb("sql", "--format", form, "-p", "n=10", query).stdout == PRINTED[form]
 
@@ -377,8 +379,8 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("form", STRANGE)
-def test_what_is_strange_is_printed_so_that_it_is_read_again(cachedb: Run, cache: Cache, form: str) -> None:
-    """A blob, a carriage return, infinity, and a column that is there twice and has two lines."""
+def test_special_values_and_names_are_printed_in_every_format(cachedb: Run, cache: Cache, form: str) -> None:
+    """The row has a blob, a carriage return and infinity; a column name is repeated and has two lines."""
     query = "SELECT 1 AS 'a\nb', x'00ff' AS b, NULL AS c, 'x' || char(13) || 'y' AS e, 1e999 AS i, 2 AS 'a\nb'"
     assert cachedb("sql", "--format", form, query, text=False).stdout.decode() == STRANGE[form]
 
@@ -418,7 +420,7 @@ def test_a_number_stays_a_number_in_a_cell(cachedb: Run, cache: Cache, form: str
     assert cachedb("sql", "--format", form, query).stdout.splitlines()[1:] == ["-1", "-1.5", "-2", "+3.25e-7", "a=1"]
 
 
-def test_a_cell_of_markdown_is_no_html_and_no_link(cachedb: Run, cache: Cache) -> None:
+def test_a_cell_of_markdown_contains_no_html_and_no_link(cachedb: Run, cache: Cache) -> None:
     text = "<img src=x onerror=alert(1)> & ![x](http://example.org/x) `code`"
     printed = cachedb("sql", "--format", "markdown", f"SELECT '{text}' AS '<b>'").stdout.splitlines()
     assert printed[0] == "| &lt;b&gt; |"
@@ -433,7 +435,7 @@ def test_a_terminal_gets_no_escape_sequence_in_a_cell(cache: Cache) -> None:
 
 
 @pytest.mark.slow
-def test_a_row_for_which_a_terminal_has_no_room_is_a_line_for_each_value(cache: Cache) -> None:
+def test_a_row_wider_than_the_terminal_is_printed_with_one_line_a_value(cache: Cache) -> None:
     command = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), "sql"]
     cache.tag("app:1", "app:2")
     shown = on_a_terminal([*command, "SELECT * FROM image_usage"]).replace("\r\n", "\n").split("\n\n")
@@ -447,7 +449,7 @@ def test_a_row_for_which_a_terminal_has_no_room_is_a_line_for_each_value(cache: 
 
 
 @pytest.mark.parametrize("form", PRINTED)
-def test_no_rows_are_no_rows(cachedb: Run, cache: Cache, form: str) -> None:
+def test_an_empty_result_is_printed_in_every_format(cachedb: Run, cache: Cache, form: str) -> None:
     done = cachedb("sql", "--format", form, "SELECT 1 AS one WHERE 0")
     assert done.returncode == 0
     if form == "json":
@@ -457,7 +459,7 @@ def test_no_rows_are_no_rows(cachedb: Run, cache: Cache, form: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_value_that_is_written_as_a_number_is_one(cachedb: Run, cache: Cache) -> None:
+def test_a_parameter_written_as_a_number_is_a_number(cachedb: Run, cache: Cache) -> None:
     for text, kind in {
         "10": "integer",
         "-1.5": "real",
@@ -475,7 +477,7 @@ def test_a_value_that_is_written_as_a_number_is_one(cachedb: Run, cache: Cache) 
 
 
 @pytest.mark.parametrize("command", [["sql", "SELECT 1"], ["sql"], ["sql", "--schema"], ["report", "garbage"], ["df"]])
-def test_a_question_makes_no_cache(cachedb: Run, directory: Path, command: list[str]) -> None:
+def test_a_query_creates_no_cache(cachedb: Run, directory: Path, command: list[str]) -> None:
     done = cachedb(*command)
     assert done.returncode == 3
     assert done.stderr == f"cachedb: there is no cache in {str(directory)!r}: check --dir and CACHEDB_DIR\n"
@@ -484,7 +486,7 @@ def test_a_question_makes_no_cache(cachedb: Run, directory: Path, command: list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["csv", "markdown", "table"])
-def test_what_the_encoding_of_the_user_has_not_is_written_out(cachedb: Run, cache: Cache, form: str) -> None:
+def test_a_character_that_the_users_encoding_lacks_is_escaped(cachedb: Run, cache: Cache, form: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
     done = cachedb("sql", "--format", form, "SELECT char(0xe9, 0x65e5) AS x", text=False, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -494,20 +496,20 @@ def test_what_the_encoding_of_the_user_has_not_is_written_out(cachedb: Run, cach
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["sql", "SELECT 1"], ["sql", "--format", "csv", "SELECT 1"], ["df"], ["ls"]])
 @pytest.mark.parametrize("closed", [1, 2])
-def test_a_result_that_nobody_wants_is_no_error(cachedb: Run, cache: Cache, arguments: list[str], closed: int) -> None:
+def test_a_closed_stdout_or_stderr_is_no_error(cachedb: Run, cache: Cache, arguments: list[str], closed: int) -> None:
     done = cachedb(*arguments, preexec_fn=lambda: os.close(closed))
     assert (done.returncode, done.stderr, bool(done.stdout)) == (0, "", closed == 2)
 
 
 @pytest.mark.slow
-def test_a_question_for_which_there_is_no_memory_is_an_error(cachedb: Run, cache: Cache) -> None:
+def test_a_query_that_runs_out_of_memory_fails_in_one_line(cachedb: Run, cache: Cache) -> None:
     limit = (400 * 1024 * 1024,) * 2
     query = ENDLESS.format("randomblob(4000000)")
     failed = cachedb("sql", query, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
     assert (failed.returncode, failed.stderr.count("\n"), "out of memory" in failed.stderr) == (1, 1, True)
 
 
-def test_a_query_comes_from_a_file_or_from_stdin(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+def test_a_query_is_read_from_a_file_or_stdin(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "query.sql").write_text("SELECT count(*) AS n FROM images")
     assert cachedb("sql", "--file", str(tmp_path / "query.sql")).stdout == "n\n1\n"
     assert cachedb("sql", "-", input="SELECT 2 AS n").stdout == "n\n2\n"
@@ -527,7 +529,7 @@ def test_a_query_comes_from_a_file_or_from_stdin(cachedb: Run, cache: Cache, tmp
     assert cachedb("sql", "--schema", "SELECT 1").returncode == 2
 
 
-def test_sql_alone_lists_the_views_and_its_schema_makes_another_index(cachedb: Run, cache: Cache) -> None:
+def test_sql_without_a_query_lists_the_views_and_the_schema_is_valid_sql(cachedb: Run, cache: Cache) -> None:
     assert "image_usage  " in cachedb("sql").stdout
     assert "image_usage" in [view["view"] for view in json.loads(cachedb("sql", "--format", "json").stdout)]
     shell = sqlite3.connect(":memory:")
@@ -550,7 +552,7 @@ def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
 
 
 def cpu_time(pid: int) -> float:
-    """The seconds that a process has had of a processor."""
+    """Return the seconds of processor time that a process has used."""
     times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
@@ -562,7 +564,7 @@ def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
     command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format(what)]
     environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        # It asks at the priority of what is idle, so a busy machine gives it little of its time.
+        # The query runs at idle priority, so a busy machine gives it little time.
         assert eventually(lambda: os.sched_getscheduler(process.pid) == os.SCHED_IDLE, 60)
         begun = cpu_time(process.pid)
         assert eventually(lambda: cpu_time(process.pid) >= begun + 0.1, 120)
@@ -579,7 +581,7 @@ FIRST = {"json": b"[\n", "ndjson": b'{"x": 1}\n', "csv": b"x\n1\n", "markdown": 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FIRST)
-def test_rows_come_while_there_are_more(cache: Cache, form: str) -> None:
+def test_rows_are_printed_before_the_query_ends(cache: Cache, form: str) -> None:
     command = [sys.executable, "-m", "cachedb", "sql", "--format", form, ENDLESS.format("x")]
     environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -592,28 +594,28 @@ def test_rows_come_while_there_are_more(cache: Cache, form: str) -> None:
         assert process.stderr.read() == b""
 
 
-GIVES_WAY = """
+PRINT_PRIORITIES = """
 import os, sys
 from cachedb import cache
 from cachedb.cli import main
-def told(name):
+def print_priority_of(name):
     method = getattr(cache.Cache, name)
-    def tell(*arguments, **options):
+    def print_and_call(*arguments, **options):
         print(name, os.sched_getscheduler(0) == os.SCHED_IDLE, os.getpriority(os.PRIO_PROCESS, 0), file=sys.stderr)
         return method(*arguments, **options)
-    setattr(cache.Cache, name, tell)
+    setattr(cache.Cache, name, print_and_call)
 for name in ("open", "sql", "get_html_report", "close"):
-    told(name)
-REFUSED
+    print_priority_of(name)
+REFUSE
 main.cli(sys.argv[1:])
 """
 
 
-def priorities(directory: Path, *arguments: str, refused: str = "") -> dict[str, tuple[str, int]]:
-    """Whether the methods that a command calls run at the priority of what is idle, and how nice they are."""
-    command = [sys.executable, "-c", GIVES_WAY.replace("REFUSED", refused), "--dir", str(directory), *arguments]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return {name: (idle, int(nice)) for name, idle, nice in map(str.split, said.splitlines())}
+def read_priorities(directory: Path, *arguments: str, refuse: str = "") -> dict[str, tuple[str, int]]:
+    """Return, for each method that a command calls, whether it runs at idle priority, and its nice value."""
+    command = [sys.executable, "-c", PRINT_PRIORITIES.replace("REFUSE", refuse), "--dir", str(directory), *arguments]
+    stderr = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {name: (idle, int(nice)) for name, idle, nice in map(str.split, stderr.splitlines())}
 
 
 @pytest.mark.slow
@@ -625,16 +627,18 @@ def priorities(directory: Path, *arguments: str, refused: str = "") -> dict[str,
         (("report", "--html", "-"), "get_html_report"),
     ],
 )
-def test_a_question_gives_way_once_the_cache_is_open(cache: Cache, arguments: tuple[str, ...], method: str) -> None:
+def test_a_query_runs_at_idle_priority_once_the_cache_is_open(
+    cache: Cache, arguments: tuple[str, ...], method: str
+) -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    found = priorities(cache.directory, *arguments)
-    assert found["open"] == ("False", own)  # which may take the write lock
+    found = read_priorities(cache.directory, *arguments)
+    assert found["open"] == ("False", own)  # opening may take the write lock
     assert found[method] == ("True", own)
-    if os.geteuid() == 0:  # others may not have it back
+    if os.geteuid() == 0:  # other users cannot raise their priority again
         assert found["close"] == ("False", own)
 
 
-def test_where_there_is_no_such_priority_a_question_is_nice(cache: Cache) -> None:
-    refused = "def refuse(*_): raise PermissionError\nos.sched_setscheduler = refuse"
-    found = priorities(cache.directory, "sql", "SELECT 1", refused=refused)
+def test_a_query_is_nice_if_idle_priority_is_not_allowed(cache: Cache) -> None:
+    refuse = "def refuse(*_): raise PermissionError\nos.sched_setscheduler = refuse"
+    found = read_priorities(cache.directory, "sql", "SELECT 1", refuse=refuse)
     assert found["sql"] == ("False", 19)

@@ -1,4 +1,4 @@
-"""Who may only read a cache sees its index at one moment, also when somebody begins to write to it."""
+"""A process that can only read a cache sees one snapshot of its index, even if another one writes meanwhile."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from cachedb.index.tables import TRASH
 from tests.conftest import running
 from tests.support.make import digest_of
 
-ROWS = 3000  # which take hundreds of pages
+ROWS = 3000  # enough for hundreds of pages
 ALL = "SELECT digest, size FROM trash ORDER BY digest"
 
 
 def fill(directory: Path, size: int, *, close: bool = True) -> sqlite3.Connection:
-    """Give all rows of the simplest table a size, in one transaction."""
+    """Replace all rows of the simplest table by rows of one size, in one transaction."""
     shell = sqlite3.connect(directory / "index.db", isolation_level=None)
     shell.execute("PRAGMA wal_autocheckpoint = 0")
     shell.execute("BEGIN IMMEDIATE")
@@ -50,7 +50,7 @@ def at_rest(directory: Path) -> Path:
 
 @pytest.fixture
 def with_wal(directory: Path, tmp_path: Path) -> Path:
-    """An index that was copied with its WAL, without the file that SQLite shares memory by."""
+    """Make an index that was copied with its WAL, but without its -shm file."""
     Cache.open(directory).close()
     shell = fill(directory, 1, close=False)
     for name in ("index.db", "index.db-wal"):
@@ -74,30 +74,30 @@ def only_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(directory: Path) -> None:
-    """Write to the index as another process does, and to its file; take all its files away but the one."""
+    """Write to the index as another process does; closing it checkpoints and removes the WAL."""
     fill(directory, 2)
 
 
-def is_of_one_moment(rows: list[Any]) -> bool:
+def is_one_snapshot(rows: list[Any]) -> bool:
     sizes = {size for _, size in rows}
     return len(sizes) == 1 and len(rows) == ROWS * max(sizes) == len({digest for digest, _ in rows})
 
 
 @pytest.mark.usefixtures("only_read")
-def test_an_answer_is_of_one_moment(filled: Path) -> None:
+def test_an_answer_is_one_snapshot(filled: Path) -> None:
     with Cache.open(filled) as cache:
         for stream in (False, True):
             with cache.sql(ALL, stream=stream) as answer:
                 rows = [next(answer.rows) for _ in range(10)]
                 write(filled)
                 rows += answer.rows
-            assert is_of_one_moment(rows)
+            assert is_one_snapshot(rows)
         with cache.sql(ALL) as answer:
             assert next(answer.rows)[1] == 2
 
 
 @pytest.mark.usefixtures("only_read")
-def test_a_transaction_is_of_one_moment(filled: Path) -> None:
+def test_a_transaction_is_one_snapshot(filled: Path) -> None:
     index = Database(filled)
     with index.read() as connection:
         found = connection.execute(select(TRASH.c.digest, TRASH.c.size).order_by(TRASH.c.digest))
@@ -105,21 +105,21 @@ def test_a_transaction_is_of_one_moment(filled: Path) -> None:
         write(filled)
         rows += map(tuple, found)
         assert connection.exec_driver_sql("SELECT max(size) FROM trash").scalar_one() == 1
-    assert is_of_one_moment(rows)
+    assert is_one_snapshot(rows)
     assert index.rows(select(TRASH.c.size).limit(1), {}) == [(2,)]
     index.close()
 
 
 @pytest.fixture
 def writers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], None]:
-    """Have somebody write while an index is copied, so many times."""
+    """Return a function that calls `work` during the next `times` copies of an index."""
     snapshot = connection.take_snapshot
 
-    def begin(work: Callable[[], object], times: int) -> None:
+    def write_during_copies(work: Callable[[], object], times: int) -> None:
         left = [work] * times
 
         def copy(opened: Any, *how: Any) -> Any:
-            class Copied:
+            class Source:
                 file, is_settled = opened.file, opened.is_settled
 
                 def backup(self, target: sqlite3.Connection) -> None:
@@ -128,11 +128,11 @@ def writers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], 
                 def close(self) -> None:
                     opened.close()
 
-            return snapshot(Copied(), *how)  # type: ignore[arg-type]
+            return snapshot(Source(), *how)  # type: ignore[arg-type]
 
         monkeypatch.setattr(database, "take_snapshot", copy)
 
-    return begin
+    return write_during_copies
 
 
 @pytest.mark.usefixtures("only_read")
@@ -143,13 +143,13 @@ def test_an_index_that_changes_while_it_is_read_is_read_again(
     index = Database(filled)
     with index.read() as connection:
         rows = [tuple(row) for row in connection.execute(select(TRASH.c.digest, TRASH.c.size))]
-    assert is_of_one_moment(rows)
+    assert is_one_snapshot(rows)
     assert rows[0][1] == 2
     index.close()
 
 
 @pytest.mark.usefixtures("only_read")
-def test_an_index_that_looks_damaged_because_it_changes_is_read_again(
+def test_an_index_that_looks_damaged_while_it_changes_is_read_again(
     at_rest: Path, writers: Callable[[Callable[[], object], int], None]
 ) -> None:
     def tear() -> None:
@@ -164,7 +164,7 @@ def test_an_index_that_looks_damaged_because_it_changes_is_read_again(
 
 @pytest.mark.usefixtures("only_read")
 @pytest.mark.parametrize("how", ["read", "rows", "sql"])
-def test_an_index_that_changes_all_the_time_is_an_error_that_says_so(
+def test_reading_an_index_that_changes_all_the_time_fails(
     at_rest: Path, writers: Callable[[Callable[[], object], int], None], how: str
 ) -> None:
     times = iter(range(10**9, 10**10))
@@ -180,8 +180,8 @@ def test_an_index_that_changes_all_the_time_is_an_error_that_says_so(
 
 
 @pytest.mark.usefixtures("only_read")
-def test_what_was_written_a_moment_ago_is_read_again(at_rest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another change in the same moment would not show in the file's time."""
+def test_an_index_that_was_just_written_is_read_again(at_rest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second change within the same clock step would not alter the file's modification time."""
     settled = [False, False, True]
     monkeypatch.setattr(IndexFile, "is_settled", lambda _: settled.pop(0))
     index = Database(at_rest)
@@ -196,7 +196,7 @@ def test_what_was_written_a_moment_ago_is_read_again(at_rest: Path, monkeypatch:
 
 
 @pytest.mark.usefixtures("only_read")
-def test_nothing_is_written_to_what_can_only_be_read(at_rest: Path) -> None:
+def test_a_write_to_a_read_only_index_is_refused(at_rest: Path) -> None:
     index = Database(at_rest)
     before = (at_rest / "index.db").read_bytes()
     with pytest.raises(StorageError, match="check the owner and mode"), index.write() as connection:
@@ -225,7 +225,7 @@ def check_reader(directory: Path, path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-def test_a_mount_that_can_only_be_read_is_read_at_one_moment(at_rest: Path, tmp_path: Path) -> None:
+def test_a_read_only_mount_is_read_in_one_snapshot(at_rest: Path, tmp_path: Path) -> None:
     mount = tmp_path / "mount"
     mount.mkdir()
     if subprocess.run(["mount", "--bind", at_rest, mount], check=False, capture_output=True).returncode:
@@ -237,8 +237,8 @@ def test_a_mount_that_can_only_be_read_is_read_at_one_moment(at_rest: Path, tmp_
         subprocess.run(["umount", "--lazy", mount], check=True)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write whatever the mode is")
-def test_a_folder_that_may_not_be_written_to_is_read_at_one_moment(at_rest: Path) -> None:
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a folder of any mode")
+def test_a_read_only_folder_is_read_in_one_snapshot(at_rest: Path) -> None:
     at_rest.chmod(0o500)
     try:
         with running(READER, at_rest) as reader:
@@ -251,7 +251,7 @@ def test_a_folder_that_may_not_be_written_to_is_read_at_one_moment(at_rest: Path
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
-def test_another_user_reads_at_one_moment(at_rest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_user_reads_one_snapshot(at_rest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["chmod", "-R", "a+rX", at_rest], check=True)
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     if subprocess.run([*user, sys.executable, "-c", f"import cachedb, os; os.listdir({str(at_rest)!r})"],
