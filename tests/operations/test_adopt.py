@@ -1,4 +1,4 @@
-"""Adoption of a cache whose index is one `index.json`: what is good comes, and the rest is told."""
+"""Adoption of a cache whose index is one `index.json`: intact images are adopted, and the rest is reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FIRST = IMAGES["app/1"]
 
 @pytest.fixture
 def cache(directory: Path) -> Iterator[Cache]:
-    """A cache that keeps its promises, whatever a test did to it."""
+    """Open a cache, and check after the test that it keeps its promises."""
     with Cache.open(directory) as opened:
         yield opened
     check(directory)
@@ -47,28 +47,28 @@ def old(tmp_path: Path) -> Path:
     return path
 
 
-def blob_of(old: Path, data: bytes) -> Path:
+def blob_path(old: Path, data: bytes) -> Path:
     return old / "blobs" / "sha256" / make.hex_of(data)
 
 
-def tree(path: Path) -> dict[str, tuple[bytes | None, int]]:
-    """All files and folders below a path, with their content and mode."""
+def read_tree(path: Path) -> dict[str, tuple[bytes | None, int]]:
+    """Return all files and folders below a path with their content and mode."""
     return {
         str(found.relative_to(path)): (found.read_bytes() if found.is_file() else None, found.lstat().st_mode)
         for found in sorted(path.rglob("*"))
     }
 
 
-def told(adoption: Adoption) -> list[tuple[str, str | None]]:
+def list_left_out(adoption: Adoption) -> list[tuple[str, str | None]]:
     return [(item.kind, item.name) for item in adoption.left_out]
 
 
-# What is good
+# Intact images
 
 
 @pytest.mark.parametrize("how", adopt.HOWS)
-def test_all_images_come_with_their_names_and_blobs(cache: Cache, old: Path, how: How) -> None:
-    before = tree(old)
+def test_all_images_are_adopted_with_their_names_and_blobs(cache: Cache, old: Path, how: How) -> None:
+    before = read_tree(old)
     found = cache.adopt(old, how=how)
     assert [str(image.name) for image in found.images] == NAMES
     assert all(image.complete for image in found.images)
@@ -78,7 +78,7 @@ def test_all_images_come_with_their_names_and_blobs(cache: Cache, old: Path, how
     for name, image in zip(NAMES, IMAGES.values(), strict=True):
         assert_is_here(cache, name, image)
     if how != "move":
-        assert tree(old) == before
+        assert read_tree(old) == before
 
 
 def test_media_types_and_roles_are_those_of_the_manifest(cache: Cache, old: Path) -> None:
@@ -92,146 +92,148 @@ def test_media_types_and_roles_are_those_of_the_manifest(cache: Cache, old: Path
     assert (image.os, image.architecture) == ("linux", "amd64")
 
 
-def test_blobs_are_linked_where_that_is_asked_for_and_manifests_never_are(cache: Cache, old: Path) -> None:
+def test_how_link_links_blobs_and_copies_manifests(cache: Cache, old: Path) -> None:
     cache.adopt(old, how="link")
     for data in (FIRST.config, *FIRST.layers):
-        assert cache.get_blob_path(make.digest_of(data)).samefile(blob_of(old, data))
+        assert cache.get_blob_path(make.digest_of(data)).samefile(blob_path(old, data))
     assert not cache.get_blob_path(FIRST.digest).samefile(old / "manifests" / "app" / "1")
-    (old / "manifests" / "app" / "1").write_bytes(b"the old cache moves a tag")
+    (old / "manifests" / "app" / "1").write_bytes(b"the old cache writes to a tag")
 
 
 @pytest.mark.parametrize("how", ["link", "move"])
-def test_what_cannot_be_linked_is_copied(cache: Cache, old: Path, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blob_that_cannot_be_linked_is_copied(
+    cache: Cache, old: Path, how: How, monkeypatch: pytest.MonkeyPatch
+) -> None:
     link, refused = os.link, set()
 
-    def across(source: Path, target: Path, **options: Any) -> None:
+    def refuse_across(source: Path, target: Path, **options: Any) -> None:
         if Path(source).is_relative_to(old):
             refused.add(Path(source))
             raise OSError(18, "Invalid cross-device link")
         link(source, target, **options)
 
-    monkeypatch.setattr(os, "link", across)
+    monkeypatch.setattr(os, "link", refuse_across)
     found = cache.adopt(old, how=how)
-    assert blob_of(old, FIRST.config) in refused
+    assert blob_path(old, FIRST.config) in refused
     assert not found.left_out
     assert_is_here(cache, "app:1", FIRST)
     if how == "link":
-        assert not cache.get_blob_path(make.digest_of(FIRST.config)).samefile(blob_of(old, FIRST.config))
+        assert not cache.get_blob_path(make.digest_of(FIRST.config)).samefile(blob_path(old, FIRST.config))
 
 
 def test_a_file_that_is_replaced_while_it_is_linked_is_left_out(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link, victim = os.link, blob_of(old, FIRST.layers[1])
+    link, victim = os.link, blob_path(old, FIRST.layers[1])
 
-    def replaced(source: Path, target: Path, **options: Any) -> None:
+    def replace_and_link(source: Path, target: Path, **options: Any) -> None:
         if Path(source) == victim:
             victim.unlink()
             victim.write_bytes(b"something else")
         link(source, target, **options)
 
-    monkeypatch.setattr(os, "link", replaced)
+    monkeypatch.setattr(os, "link", replace_and_link)
     found = cache.adopt(old, how="link")
-    assert told(found) == [("unreadable", "app:1")]
+    assert list_left_out(found) == [("unreadable", "app:1")]
 
 
-def test_what_is_moved_can_be_written_to_by_nobody(cache: Cache, old: Path) -> None:
-    assert blob_of(old, FIRST.config).stat().st_mode & 0o222
+def test_a_moved_blob_is_read_only(cache: Cache, old: Path) -> None:
+    assert blob_path(old, FIRST.config).stat().st_mode & 0o222
     cache.adopt(old, how="move")
     for digest in FIRST.blobs:
         assert cache.get_blob_path(digest).stat().st_mode & 0o777 == 0o444
 
 
-def test_a_move_leaves_nothing_but_what_was_left_out(cache: Cache, old: Path) -> None:
+def test_a_move_deletes_all_files_except_those_it_left_out(cache: Cache, old: Path) -> None:
     (old / "manifests" / "app" / "bad").write_bytes(b"no manifest")
     found = cache.adopt(old, how="move")
-    assert told(found) == [("manifest", "app:bad")]
+    assert list_left_out(found) == [("manifest", "app:bad")]
     files = [str(path.relative_to(old)) for path in sorted(old.rglob("*")) if path.is_file()]
     assert files == ["index.json", "manifests/app/bad"]
     (old / "manifests" / "app" / "bad").unlink()
     again = cache.adopt(old, how="move")
     assert again.left_out == []
-    assert [str(image.name) for image in again.images] == NAMES, "the index still names them, and they are here"
+    assert [str(image.name) for image in again.images] == NAMES, "the images are still in index.json and stored here"
     assert [path.name for path in old.rglob("*") if path.is_file()] == []
     assert cache.adopt(old, how="move").images == []
 
 
-def test_a_move_goes_on_where_it_was_cut_off(cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_move_resumes(cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(adopt._Adopter, "_delete_adopted", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             cache.adopt(old, how="move")
-    assert blob_of(old, FIRST.config).exists()
+    assert blob_path(old, FIRST.config).exists()
     found = cache.adopt(old, how="move")
     assert (found.blobs, found.left_out, len(found.images)) == (0, [], 3)
     assert [path for path in old.rglob("*") if path.is_file()] == []
 
 
-def test_a_move_takes_nothing_away_of_which_the_copy_here_is_bad(cache: Cache, old: Path) -> None:
+def test_a_move_does_not_delete_a_blob_whose_stored_copy_is_damaged(cache: Cache, old: Path) -> None:
     cache.adopt(old)
     layer = FIRST.layers[0]
     path = cache.get_blob_path(make.digest_of(layer))
     path.chmod(0o600)
     path.write_bytes(b"x" * len(layer))
     cache.adopt(old, how="move")
-    assert blob_of(old, layer).read_bytes() == layer
+    assert blob_path(old, layer).read_bytes() == layer
     path.write_bytes(layer)
-    assert not blob_of(old, FIRST.config).exists()
+    assert not blob_path(old, FIRST.config).exists()
 
 
-def test_a_move_takes_nothing_away_that_is_not_here_any_more(
+def test_a_move_does_not_delete_a_blob_that_was_removed_meanwhile(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adopt._Adopter, "_leave_out_lost", lambda self: cache.remove_manifest("app:1"))
     cache.adopt(old, how="move")
-    own = FIRST.layers[1]  # which no other image has
-    assert blob_of(old, own).read_bytes() == own
-    assert not blob_of(old, FIRST.layers[0]).exists()
+    own = FIRST.layers[1]  # a layer of no other image
+    assert blob_path(old, own).read_bytes() == own
+    assert not blob_path(old, FIRST.layers[0]).exists()
 
 
 @pytest.mark.parametrize("how", adopt.HOWS[:2])
-def test_doing_it_again_changes_nothing_and_reads_no_blob(
+def test_a_second_adoption_changes_nothing_and_reads_no_blob(
     cache: Cache, old: Path, how: How, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.adopt(old, how=how)
-    before, rows = tree(cache.directory / "blobs"), stored_rows(cache.directory)
+    before, rows = read_tree(cache.directory / "blobs"), stored_rows(cache.directory)
     images = cache.list_manifests()
     monkeypatch.setattr(adopt._Adopter, "_receive", lambda *_: pytest.fail("a blob was read"))
     found = cache.adopt(old, how=how)
     assert (found.blobs, found.bytes, found.left_out) == (0, 0, [])
     assert found.images == images == cache.list_manifests()
-    assert (tree(cache.directory / "blobs"), stored_rows(cache.directory)) == (before, rows)
+    assert (read_tree(cache.directory / "blobs"), stored_rows(cache.directory)) == (before, rows)
 
 
-def test_what_the_index_does_not_know_is_adopted(cache: Cache, old: Path) -> None:
+def test_files_that_the_index_does_not_name_are_adopted(cache: Cache, old: Path) -> None:
     make.write_index(old, {})
-    blob_of(old, b"nobody's").write_bytes(b"nobody's")
+    blob_path(old, b"nobody's").write_bytes(b"nobody's")
     found = cache.adopt(old)
     assert (found.left_out, len(found.images), found.unused) == ([], 3, 1)
     assert cache.get_blob(make.digest_of(b"nobody's")) == b"nobody's"
     assert cache.collect_garbage().blobs == 1
 
 
-def test_a_blob_that_the_index_has_for_an_image_is_attached_to_it(cache: Cache, old: Path) -> None:
+def test_an_extra_blob_that_the_index_lists_for_an_image_is_attached_to_it(cache: Cache, old: Path) -> None:
     document = make.json_cache(old, IMAGES)
     signature = b"a signature"
-    blob_of(old, signature).write_bytes(signature)
-    said = {**make.json_blob(signature), "media_type": "application/vnd.example.signature"}
-    document["app/1"]["blobs"][said["digest"]] = said
+    blob_path(old, signature).write_bytes(signature)
+    listed = {**make.json_blob(signature), "media_type": "application/vnd.example.signature"}
+    document["app/1"]["blobs"][listed["digest"]] = listed
     document["app/1"]["blobs"][make.digest_of(b"gone")] = make.json_blob(b"gone")
     make.write_index(old, document)
     found = cache.adopt(old)
-    assert told(found) == [("missing", "app:1")]
+    assert list_left_out(found) == [("missing", "app:1")]
     blob = cache.get_image_blobs("app:1")[-1]
-    assert (blob.digest, blob.role, blob.media_type) == (said["digest"], "other", "application/vnd.example.signature")
+    assert (blob.digest, blob.role, blob.media_type) == (listed["digest"], "other", "application/vnd.example.signature")
     assert cache.collect_garbage().blobs == 0
 
 
-def test_an_index_of_platforms_finds_its_children_among_blobs_and_manifests(cache: Cache, old: Path) -> None:
+def test_children_of_an_image_index_are_found_among_blobs_and_manifests(cache: Cache, old: Path) -> None:
     arm, amd = make.image(8, architecture="arm64"), make.image(9)
     make.json_cache(old, {"app/amd": amd, f"app/{arm.digest}": arm})
     (old / "manifests" / "app" / "all").write_bytes(make.index(amd, arm))
-    blob_of(old, amd.manifest).write_bytes(amd.manifest)
+    blob_path(old, amd.manifest).write_bytes(amd.manifest)
     found = cache.adopt(old)
     assert found.left_out == []
     assert {*amd.blobs, *arm.blobs} < {blob.digest for blob in cache.get_image_blobs("app:all")}
@@ -254,7 +256,7 @@ def test_an_index_of_platforms_finds_its_children_among_blobs_and_manifests(cach
         (lambda data: None, "No such file"),
     ],
 )
-def test_a_damaged_index_is_told_and_the_files_are_enough(
+def test_a_damaged_index_is_reported_and_its_files_are_adopted(
     cache: Cache, old: Path, damage: Callable[[bytes], bytes | None], words: str
 ) -> None:
     data = damage((old / "index.json").read_bytes())
@@ -276,14 +278,12 @@ def test_paths_in_the_index_may_be_stale(cache: Cache, tmp_path: Path, writer: s
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_what_is_not_where_it_should_be_is_looked_for_where_the_index_says(
-    cache: Cache, old: Path, absolute: bool
-) -> None:
+def test_a_file_in_another_place_is_found_by_its_path_in_the_index(cache: Cache, old: Path, absolute: bool) -> None:
     document = make.json_cache(old, IMAGES)
     place = str(old) if absolute else old.name
     for data in FIRST.layers:
         (old / "blobs" / "elsewhere").mkdir(exist_ok=True)
-        blob_of(old, data).rename(old / "blobs" / "elsewhere" / make.hex_of(data))
+        blob_path(old, data).rename(old / "blobs" / "elsewhere" / make.hex_of(data))
         document["app/1"]["blobs"][make.digest_of(data)]["path"] = f"{place}/blobs/elsewhere/{make.hex_of(data)}"
     (old / "manifests" / "app" / "1").rename(old / "manifest-of-app")
     document["app/1"]["manifest_path"] = f"{place}/manifest-of-app"
@@ -299,19 +299,19 @@ def test_nothing_outside_the_directory_is_read_linked_or_deleted(cache: Cache, o
     outside.mkdir()
     document = make.json_cache(old, IMAGES)
     for data in FIRST.layers:
-        blob_of(old, data).rename(outside / make.hex_of(data))
+        blob_path(old, data).rename(outside / make.hex_of(data))
     document["app/1"]["blobs"][make.digest_of(FIRST.layers[0])]["path"] = str(outside / make.hex_of(FIRST.layers[0]))
     document["app/1"]["blobs"][make.digest_of(FIRST.layers[1])]["path"] = "../outside/" + make.hex_of(FIRST.layers[1])
     (outside / "manifest").write_bytes(make.image(20).manifest)
     document["evil/1"] = {"manifest_path": str(outside / "manifest"), "blobs": {}}
     (old / "manifests" / "link").symlink_to(outside / "manifest")
     (old / "manifests" / "folder").symlink_to(outside)
-    blob_of(old, b"linked").symlink_to(outside / make.hex_of(FIRST.layers[0]))
+    blob_path(old, b"linked").symlink_to(outside / make.hex_of(FIRST.layers[0]))
     make.write_index(old, document)
-    before = tree(outside)
+    before = read_tree(outside)
     found = cache.adopt(old, how=how)
-    assert tree(outside) == before
-    assert sorted(told(found), key=str) == sorted(
+    assert read_tree(outside) == before
+    assert sorted(list_left_out(found), key=str) == sorted(
         [
             ("missing", "app:1"), ("missing", "app:1"), ("missing", "app:2"), ("missing", "evil:1"),
             ("name", "link"), ("stray", "folder"), ("stray", None),
@@ -330,7 +330,7 @@ def test_nothing_outside_the_directory_is_read_linked_or_deleted(cache: Cache, o
         {"repository": "UPPER", "reference": "1"}, {"repository": "../..", "reference": "1"},
     ],
 )  # fmt: skip
-def test_an_odd_entry_costs_nothing_else(cache: Cache, old: Path, entry: object) -> None:
+def test_an_invalid_entry_does_not_prevent_the_adoption_of_others(cache: Cache, old: Path, entry: object) -> None:
     document: dict[str, Any] = make.json_cache(old, IMAGES)
     make.write_index(old, {**document, "odd/1": entry, "no-slash": entry, "": entry})
     found = cache.adopt(old)
@@ -339,60 +339,60 @@ def test_an_odd_entry_costs_nothing_else(cache: Cache, old: Path, entry: object)
     assert found.left_out
 
 
-# What is left out
+# Files that are left out
 
 
 def test_a_blob_that_fails_its_digest_is_left_out_and_its_images_are_incomplete(cache: Cache, old: Path) -> None:
     shared = FIRST.layers[0]
-    blob_of(old, shared).write_bytes(b"x" * len(shared))
-    blob_of(old, b"nobody's").write_bytes(b"nobody's, and altered")
+    blob_path(old, shared).write_bytes(b"x" * len(shared))
+    blob_path(old, b"nobody's").write_bytes(b"nobody's, and altered")
     found = cache.adopt(old)
-    assert told(found) == [("corrupt", "app:1"), ("corrupt", "app:2"), ("corrupt", None)]
+    assert list_left_out(found) == [("corrupt", "app:1"), ("corrupt", "app:2"), ("corrupt", None)]
     item = found.left_out[0]
-    assert (item.digest, item.path) == (make.digest_of(shared), blob_of(old, shared))
+    assert (item.digest, item.path) == (make.digest_of(shared), blob_path(old, shared))
     assert "has sha256:" in item.detail
     assert [image.complete for image in found.images] == [False, False, True]
-    blob_of(old, shared).write_bytes(shared)
-    assert told(cache.adopt(old)) == [("corrupt", None)], "it heals"
+    blob_path(old, shared).write_bytes(shared)
+    assert list_left_out(cache.adopt(old)) == [("corrupt", None)], "the damaged blob was not replaced"
     assert_is_here(cache, "app:1", FIRST)
 
 
-def test_an_absent_blob_is_named_unless_it_is_here(cache: Cache, old: Path) -> None:
-    blob_of(old, FIRST.layers[1]).unlink()
-    blob_of(old, IMAGES["app/2"].layers[1]).unlink()
+def test_a_missing_blob_is_reported_unless_it_is_stored_already(cache: Cache, old: Path) -> None:
+    blob_path(old, FIRST.layers[1]).unlink()
+    blob_path(old, IMAGES["app/2"].layers[1]).unlink()
     cache.add_blob(IMAGES["app/2"].layers[1])
     found = cache.adopt(old)
-    assert told(found) == [("missing", "app:1")]
+    assert list_left_out(found) == [("missing", "app:1")]
     assert found.left_out[0].digest == make.digest_of(FIRST.layers[1])
     assert_is_here(cache, "app:2", IMAGES["app/2"])
 
 
-def test_a_name_that_is_another_images_here_is_not_touched(cache: Cache, old: Path) -> None:
+def test_a_name_of_another_image_here_is_not_changed(cache: Cache, old: Path) -> None:
     mine = make.image(30)
     cache.save_manifest("app:1", mine.manifest)
     found = cache.adopt(old)
-    assert told(found) == [("exists", "app:1")]
+    assert list_left_out(found) == [("exists", "app:1")]
     assert mine.digest in found.left_out[0].detail
     assert cache.get_manifest("app:1") == mine.manifest
     assert [str(image.name) for image in found.images] == NAMES[1:]
-    assert not cache.has_blob(make.digest_of(FIRST.layers[1])), "nothing of it is brought"
+    assert not cache.has_blob(make.digest_of(FIRST.layers[1])), "a blob of the image was adopted"
     cache.tag("app:1", "mine:1")
     cache.remove_manifest("app:1")
     assert cache.adopt(old).left_out == []
 
 
-def test_a_name_that_is_taken_meanwhile_is_not_touched(
+def test_a_name_that_is_taken_during_the_adoption_is_not_changed(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, receive = make.image(30), adopt._Adopter._receive
 
-    def taken(self: Any, *arguments: Any) -> None:
+    def take_name_and_receive(self: Any, *arguments: Any) -> None:
         with Cache.open(cache.directory) as other:
             other.save_manifest("app:1", mine.manifest)
         receive(self, *arguments)
 
-    monkeypatch.setattr(adopt._Adopter, "_receive", taken)
-    assert ("exists", "app:1") in told(cache.adopt(old))
+    monkeypatch.setattr(adopt._Adopter, "_receive", take_name_and_receive)
+    assert ("exists", "app:1") in list_left_out(cache.adopt(old))
     assert cache.get_manifest("app:1") == mine.manifest
 
 
@@ -411,7 +411,7 @@ def test_a_name_that_is_taken_meanwhile_is_not_touched(
         ("app/new\nline", FIRST.manifest, "name", "a tag has"),
     ],
 )
-def test_a_manifest_that_is_none_or_has_no_name_is_left_out(
+def test_an_invalid_or_unnamed_manifest_is_left_out(
     cache: Cache, old: Path, name: str, data: bytes, kind: str, words: str
 ) -> None:
     make.write(old, {f"manifests/{name}": data})
@@ -423,33 +423,33 @@ def test_a_manifest_that_is_none_or_has_no_name_is_left_out(
     assert [str(image.name) for image in found.images] == NAMES
 
 
-def test_a_manifest_that_lies_about_a_size_is_left_out(cache: Cache, old: Path) -> None:
+def test_a_manifest_that_declares_a_wrong_size_is_left_out(cache: Cache, old: Path) -> None:
     document = json.loads(FIRST.manifest)
     document["layers"][0]["size"] += 1
-    (old / "manifests" / "app" / "lie").write_text(json.dumps(document))
+    (old / "manifests" / "app" / "wrong").write_text(json.dumps(document))
     found = cache.adopt(old)
-    assert told(found) == [("manifest", "app:lie")]
+    assert list_left_out(found) == [("manifest", "app:wrong")]
     assert [str(image.name) for image in found.images] == NAMES
 
 
-def test_what_is_no_blob_is_told(cache: Cache, old: Path) -> None:
+def test_stray_files_among_the_blobs_are_reported(cache: Cache, old: Path) -> None:
     (old / "blobs" / "sha256" / "readme.txt").write_text("x")
     (old / "blobs" / "md5").mkdir()
     found = cache.adopt(old)
-    assert told(found) == [("stray", None), ("stray", None)]
+    assert list_left_out(found) == [("stray", None), ("stray", None)]
 
 
-def test_a_fifo_holds_nobody_up(cache: Cache, old: Path) -> None:
+def test_a_fifo_does_not_block_the_adoption(cache: Cache, old: Path) -> None:
     os.mkfifo(old / "manifests" / "app" / "fifo")
-    os.mkfifo(blob_of(old, b"fifo"))
-    assert told(cache.adopt(old)) == [("unreadable", "app:fifo"), ("stray", None)]
+    os.mkfifo(blob_path(old, b"fifo"))
+    assert list_left_out(cache.adopt(old)) == [("unreadable", "app:fifo"), ("stray", None)]
 
 
-def test_what_cannot_be_read_is_told(cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    locked = {old / "manifests" / "app" / "2", blob_of(old, FIRST.layers[1]), old / "manifests" / "locked"}
+def test_unreadable_files_are_reported(cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = {old / "manifests" / "app" / "2", blob_path(old, FIRST.layers[1]), old / "manifests" / "locked"}
     (old / "manifests" / "locked").mkdir()
 
-    def refused(call: Callable[..., Any]) -> Callable[..., Any]:
+    def refuse_locked(call: Callable[..., Any]) -> Callable[..., Any]:
         def replacement(path: Any, *arguments: Any, **options: Any) -> Any:
             if not isinstance(path, int) and Path(path) in locked:
                 raise PermissionError(13, "Permission denied", str(path))
@@ -458,15 +458,15 @@ def test_what_cannot_be_read_is_told(cache: Cache, old: Path, monkeypatch: pytes
         return replacement
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refused(os.open))
-        patch.setattr(os, "scandir", refused(os.scandir))
+        patch.setattr(os, "open", refuse_locked(os.open))
+        patch.setattr(os, "scandir", refuse_locked(os.scandir))
         found = cache.adopt(old)
-    assert told(found) == [("unreadable", "app:1"), ("unreadable", "app:2"), ("unreadable", "locked")]
+    assert list_left_out(found) == [("unreadable", "app:1"), ("unreadable", "app:2"), ("unreadable", "locked")]
     assert all("Permission denied" in item.detail for item in found.left_out)
 
 
 @pytest.mark.parametrize("what", ["nothing", "empty", "file", "cache", "itself", "layout"])
-def test_what_is_no_such_cache_is_refused(cache: Cache, tmp_path: Path, what: str) -> None:
+def test_a_directory_that_is_no_index_json_cache_is_refused(cache: Cache, tmp_path: Path, what: str) -> None:
     path = tmp_path / "it"
     if what == "itself":
         path.symlink_to(cache.directory)
@@ -482,15 +482,15 @@ def test_what_is_no_such_cache_is_refused(cache: Cache, tmp_path: Path, what: st
         cache.adopt(path)
 
 
-def test_a_way_that_is_none_is_refused(cache: Cache, old: Path) -> None:
+def test_an_unknown_way_to_adopt_is_refused(cache: Cache, old: Path) -> None:
     with pytest.raises(CacheError, match="use one of copy, link, move"):
         cache.adopt(old, how="steal")  # type: ignore[arg-type]
 
 
-# Beside others, and cut off
+# Concurrent and interrupted adoptions
 
 
-def test_two_adopt_at_once(directory: Path, old: Path) -> None:
+def test_several_threads_may_adopt_at_once(directory: Path, old: Path) -> None:
     results: list[Adoption] = []
 
     def work() -> None:
@@ -506,53 +506,53 @@ def test_two_adopt_at_once(directory: Path, old: Path) -> None:
     check(directory)
 
 
-def test_what_is_removed_and_collected_meanwhile_comes_again(
+def test_blobs_shared_with_an_image_that_is_removed_meanwhile_are_adopted(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adopt, "_BATCH", 1)
     save = adopt._Adopter._save
 
-    def saved(self: Any, connection: Any, part: Any) -> None:
+    def save_and_note(self: Any, connection: Any, part: Any) -> None:
         save(self, connection, part)
         if "app:1" in [str(image.name) for image in part]:
             later.append("app:1")
 
     later: list[str] = []
     removed: list[str] = []
-    bring = adopt._Adopter._adopt_part
+    adopt_part = adopt._Adopter._adopt_part
 
-    def bring_and_remove(self: Any, *arguments: Any) -> None:
-        bring(self, *arguments)
+    def adopt_and_remove(self: Any, *arguments: Any) -> None:
+        adopt_part(self, *arguments)
         while later:
             removed.append(later.pop())
             cache.remove_manifest(removed[-1])
 
-    monkeypatch.setattr(adopt._Adopter, "_save", saved)
-    monkeypatch.setattr(adopt._Adopter, "_adopt_part", bring_and_remove)
+    monkeypatch.setattr(adopt._Adopter, "_save", save_and_note)
+    monkeypatch.setattr(adopt._Adopter, "_adopt_part", adopt_and_remove)
     cache.adopt(old)
     assert removed == ["app:1"]
-    assert_is_here(cache, "app:2", IMAGES["app/2"])  # which shares a layer with the one that was removed
+    assert_is_here(cache, "app:2", IMAGES["app/2"])  # shares a layer with the removed image
 
 
-def test_a_failure_leaves_what_was_done_and_nothing_half_done(
+def test_a_failed_adoption_keeps_complete_images_and_no_partial_blobs(
     cache: Cache, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adopt, "_BATCH", 1)
-    receive, bring, first = adopt._Adopter._receive, adopt._Adopter._adopt_part, threading.Event()
+    receive, adopt_part, first = adopt._Adopter._receive, adopt._Adopter._adopt_part, threading.Event()
 
-    def brought(self: Any, part: Any, *arguments: Any) -> None:
-        bring(self, part, *arguments)
+    def adopt_and_signal(self: Any, part: Any, *arguments: Any) -> None:
+        adopt_part(self, part, *arguments)
         if [str(image.name) for image in part] == ["app:1"]:
             first.set()
 
-    def full(self: Any, received: Any, digest: Any, advance: Any) -> None:
+    def fail_full(self: Any, received: Any, digest: Any, advance: Any) -> None:
         if digest not in FIRST.blobs and first.wait(60):
             raise StorageError("no space left")
         receive(self, received, digest, advance)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adopt._Adopter, "_adopt_part", brought)
-        patch.setattr(adopt._Adopter, "_receive", full)
+        patch.setattr(adopt._Adopter, "_adopt_part", adopt_and_signal)
+        patch.setattr(adopt._Adopter, "_receive", fail_full)
         with pytest.raises(StorageError, match="no space"):
             cache.adopt(old)
     assert cache.is_image_complete("app:1")
@@ -560,7 +560,7 @@ def test_a_failure_leaves_what_was_done_and_nothing_half_done(
     assert cache.adopt(old).left_out == []
 
 
-def test_progress_comes_to_the_bytes_of_all_blobs(cache: Cache, old: Path) -> None:
+def test_progress_ends_at_the_bytes_of_all_blobs(cache: Cache, old: Path) -> None:
     for _ in range(2):
         calls: list[tuple[int, int]] = []
         cache.adopt(old, progress=lambda done, total, calls=calls: calls.append((done, total)))  # type: ignore[misc]
@@ -575,12 +575,12 @@ def test_a_blob_that_two_parts_read_at_once_counts_once(
     receive, both = adopt._Adopter._receive, threading.Barrier(2, timeout=60)
     shared = make.digest_of(FIRST.layers[0])
 
-    def meet(self: Any, received: Any, digest: Any, advance: Any) -> None:
+    def meet_and_receive(self: Any, received: Any, digest: Any, advance: Any) -> None:
         if digest == shared:
             both.wait()
         receive(self, received, digest, advance)
 
-    monkeypatch.setattr(adopt._Adopter, "_receive", meet)
+    monkeypatch.setattr(adopt._Adopter, "_receive", meet_and_receive)
     calls: list[tuple[int, int]] = []
     found = cache.adopt(old, progress=lambda done, total: calls.append((done, total)))
     total = sum(path.stat().st_size for path in (old / "blobs" / "sha256").iterdir())
@@ -595,7 +595,7 @@ def test_a_blob_that_two_parts_read_at_once_counts_once(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data())
-def test_whatever_is_damaged_what_is_good_comes(tmp_path: Path, data: st.DataObject) -> None:
+def test_intact_files_are_adopted_whatever_other_files_are_damaged(tmp_path: Path, data: st.DataObject) -> None:
     place = tmp_path / "fuzz"
     shutil.rmtree(place, ignore_errors=True)
     old = place / ".cache"
@@ -627,14 +627,14 @@ def test_whatever_is_damaged_what_is_good_comes(tmp_path: Path, data: st.DataObj
             image = IMAGES[key]
             for blob in cache.get_image_blobs(name):
                 if blob.position:
-                    assert blob.stored == (blob_of(old, image.blobs[blob.digest]) not in bad)
+                    assert blob.stored == (blob_path(old, image.blobs[blob.digest]) not in bad)
     check(place / "cache")
 
 
 # The command line
 
 
-def test_the_command_line_tells_what_was_left_out_and_says_so_by_its_exit_code(cachedb: Run, old: Path) -> None:
+def test_the_command_prints_what_was_left_out_and_exits_with_1(cachedb: Run, old: Path) -> None:
     done = cachedb("adopt", old)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "images: 3; new blobs: 10, 16.4 kB\n"
@@ -645,7 +645,7 @@ def test_the_command_line_tells_what_was_left_out_and_says_so_by_its_exit_code(c
     assert found["images"] == json.loads(cachedb("ls", "--format", "json").stdout)
     assert cachedb("adopt", "-q", old).stdout.split() == NAMES
 
-    blob_of(old, b"x").write_bytes(b"y")
+    blob_path(old, b"x").write_bytes(b"y")
     (old / "index.json").write_text("{")
     table = cachedb("adopt", old)
     assert table.returncode == 1
@@ -658,16 +658,16 @@ def test_the_command_line_tells_what_was_left_out_and_says_so_by_its_exit_code(c
     listed = cachedb("adopt", old, "--format", "json")
     assert listed.returncode == 1
     (item,) = json.loads(listed.stdout)["left_out"]
-    assert item["path"] == str(blob_of(old, b"x"))
+    assert item["path"] == str(blob_path(old, b"x"))
     assert (item["kind"], item["name"], item["digest"]) == ("corrupt", None, make.digest_of(b"x"))
 
 
-def test_ways_exclude_each_other(cachedb: Run, old: Path) -> None:
+def test_link_and_move_exclude_each_other(cachedb: Run, old: Path) -> None:
     assert cachedb("adopt", "--link", "--move", old).returncode == 2
     assert cachedb("adopt", old / "nowhere").returncode == 1
 
 
-def test_a_real_image_comes_through_whole(
+def test_an_image_written_by_skopeo_keeps_its_digest(
     cachedb: Run, peer: Callable[[str], str], tmp_path: Path, directory: Path
 ) -> None:
     import subprocess

@@ -1,4 +1,4 @@
-"""Copies of a cache: of one moment while others write, whole or none at all, and bound to nothing of the source."""
+"""Copies of a cache: a copy is one snapshot while others write, complete or absent, and independent of its source."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def target(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the file system make neither reflinks nor hard links."""
+    """Make reflinks and hard links fail."""
 
-    def cannot(*_: object, **__: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    monkeypatch.setattr(fcntl, "ioctl", cannot)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
     monkeypatch.setattr(copy, "_link", lambda *_: False)
 
 
-def names(directory: Path) -> set[str]:
+def list_names(directory: Path) -> set[str]:
     with Cache.open(directory) as cache:
         return {str(name) for name in cache.list_names()}
 
 
-def path_of(directory: Path, data: bytes) -> Path:
+def blob_path(directory: Path, data: bytes) -> Path:
     return directory / "blobs" / "sha256" / make.hex_of(data)
 
 
@@ -67,7 +67,7 @@ def overwrite(path: Path, data: bytes) -> None:
 # What is copied
 
 
-def test_a_copy_has_the_images_and_blobs_and_is_sound(cache: Cache, target: Path) -> None:
+def test_a_copy_has_all_images_and_blobs_and_is_sound(cache: Cache, target: Path) -> None:
     save(cache, "app:1", image(1, 2))
     save(cache, "app:2", image(2, 3))
     done = cache.copy(target)
@@ -80,38 +80,38 @@ def test_a_copy_has_the_images_and_blobs_and_is_sound(cache: Cache, target: Path
     for digest in files_of(target):
         assert (target / "blobs" / digest.replace(":", "/")).stat().st_mode & 0o777 == 0o444
     check(target)
-    assert names(target) == {"app:1", "app:2"}
+    assert list_names(target) == {"app:1", "app:2"}
 
 
-def test_an_empty_cache_and_an_empty_directory_are_good_enough(cache: Cache, target: Path) -> None:
+def test_an_empty_cache_is_copied_into_an_empty_directory(cache: Cache, target: Path) -> None:
     target.mkdir()
     assert cache.copy(target)[1:4] == (0, 0, 0)
     check(target)
 
 
-def test_a_name_of_no_text_is_good_enough(cache: Cache, tmp_path: Path) -> None:
+def test_a_directory_may_have_a_name_that_is_no_text(cache: Cache, tmp_path: Path) -> None:
     save(cache, "app:1", image(1))
     cache.copy(tmp_path / os.fsdecode(b"deep/\xff\n"))
     check(tmp_path / os.fsdecode(b"deep/\xff\n"))
 
 
-def test_leases_of_processes_and_trash_stay_behind_and_holds_come_along(cache: Cache, target: Path) -> None:
+def test_leases_of_processes_and_trash_stay_behind_and_holds_are_copied(cache: Cache, target: Path) -> None:
     save(cache, "app:1", image(1))
     cache.add_hold("app:1")
     loose = cache.add_blob(b"leased by a live process")
     change(cache.directory, f"INSERT INTO trash (digest, size) VALUES ('{make.digest_of(b'forgotten')}', 9)")
     before = snapshot(cache.directory)
     cache.copy(target)
-    assert snapshot(cache.directory) == before, "the copy's own leases are gone"
-    left: dict[str, Any] = {**snapshot_tables(target)}
+    assert snapshot(cache.directory) == before, "the copy left its own leases"
+    left: dict[str, Any] = {**read_tables(target)}
     assert {row[1] for row in left["leases"]} == {row[0] for row in left["holds"]} != set()
     assert left["trash"] == []
-    assert loose in files_of(target), "it is stored at that moment"
+    assert loose in files_of(target), "a blob stored at the snapshot is missing"
     check(target)
     assert loose not in files_of(target)
 
 
-def snapshot_tables(directory: Path) -> dict[str, list[tuple[object, ...]]]:
+def read_tables(directory: Path) -> dict[str, list[tuple[object, ...]]]:
     shell = sqlite3.connect(directory / "index.db")
     try:
         return {name: shell.execute(f"SELECT * FROM {name}").fetchall() for name in ("leases", "holds", "trash")}
@@ -134,39 +134,41 @@ while True:
     if number > 3:
         cache.remove_manifest(f"left:{number - 3}", f"right:{number - 3}")
     if number == 4:
-        print("busy", flush=True)
+        print("running", flush=True)
     cache.collect_garbage()
 """
 
 
 @pytest.mark.slow
-def test_a_copy_is_of_one_moment_while_others_write_and_collect(cache: Cache, tmp_path: Path) -> None:
+def test_a_copy_is_one_snapshot_while_others_write_and_collect(cache: Cache, tmp_path: Path) -> None:
     with running(WRITER, cache.directory, tmp_path):
         found = set()
         for number in range(6):
             target = tmp_path / f"copy-{number}"
             cache.copy(target)
             check(target)
-            there = names(target)
-            left, right = ({name.partition(":")[2] for name in there if name.startswith(of)} for of in ("l", "r"))
-            assert left == right, "both names came in one transaction, and went in one"
+            copied_names = list_names(target)
+            left, right = (
+                {name.partition(":")[2] for name in copied_names if name.startswith(side)} for side in ("l", "r")
+            )
+            assert left == right, "the copy has only one of two names that one transaction added or removed"
             assert len(left) in (3, 4)
             with Cache.open(target) as copied:
-                assert all(copied.is_image_complete(name) for name in there)
-            found.add(frozenset(there))
-        assert len(found) > 1, "nobody wrote meanwhile"
+                assert all(copied.is_image_complete(name) for name in copied_names)
+            found.add(frozenset(copied_names))
+        assert len(found) > 1, "nothing was written meanwhile"
     cache.close()
     check(cache.directory)
 
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("step", ["copy_snapshot", "_copy_blobs"])
-def test_what_is_removed_during_the_copy_is_in_it(
+def test_an_image_that_is_removed_during_the_copy_is_in_it(
     cache: Cache, target: Path, late: bool, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(cache, "app:1", image(1))
     owner: Any = backups if step == "copy_snapshot" else copy
-    go_on, lease = getattr(owner, step), copy._lease_stored
+    run_step, lease = getattr(owner, step), copy._lease_stored
 
     def save_late(*arguments: Any) -> None:
         lease(*arguments)
@@ -178,21 +180,21 @@ def test_what_is_removed_during_the_copy_is_in_it(
         with Cache.open(cache.directory) as other:
             other.remove_manifest(*other.list_names())
             other.collect_garbage()
-        return go_on(*arguments, **options)
+        return run_step(*arguments, **options)
 
     monkeypatch.setattr(copy, "_lease_stored", save_late)
     monkeypatch.setattr(owner, step, remove_first)
     cache.copy(target)
     monkeypatch.undo()
     check(target)
-    assert names(target) == ({"app:1", "late:1"} if late else {"app:1"})
+    assert list_names(target) == ({"app:1", "late:1"} if late else {"app:1"})
     cache.close()
     with Cache.open(cache.directory) as other:
         other.collect_garbage()
-    assert files_of(cache.directory) == {}, "nothing keeps it any more"
+    assert files_of(cache.directory) == {}, "a lease of the copy was left"
 
 
-def test_few_blobs_are_leased_at_a_time(cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_leases_blobs_in_batches(cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy, "_LEASES_PER_WRITE", 2)
     save(cache, "app:1", image(1, 2, 3))
     before = snapshot(cache.directory)
@@ -211,26 +213,28 @@ def test_a_cache_that_can_only_be_read_is_copied(cache: Cache, target: Path) -> 
     check(target)
 
 
-# How blobs come
+# Reflinks, hard links and copies of blobs
 
 
-def test_blobs_are_linked_where_they_can_be(cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cannot(*_: object) -> None:
+def test_blobs_are_hard_links_if_the_file_system_has_no_reflinks(
+    cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    monkeypatch.setattr(fcntl, "ioctl", cannot)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
     made = image(1)
     save(cache, "app:1", made)
     done = cache.copy(target)
     assert (done.reflinks, done.hard_links) == (0, 3)
-    assert path_of(target, made.config).samefile(path_of(cache.directory, made.config))
+    assert blob_path(target, made.config).samefile(blob_path(cache.directory, made.config))
     cache.remove_manifest("app:1")
     cache.collect_garbage()
     check(target)
     assert files_of(target) == {digest: len(data) for digest, data in made.blobs.items()}
 
 
-def test_blobs_are_reflinks_where_the_file_system_can(
+def test_blobs_are_reflinks_if_the_file_system_has_them(
     cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def clone(made: int, request: int, file: int) -> None:
@@ -242,13 +246,13 @@ def test_blobs_are_reflinks_where_the_file_system_can(
     save(cache, "app:1", made)
     done = cache.copy(target)
     assert (done.reflinks, done.hard_links) == (3, 0)
-    assert not path_of(target, made.config).samefile(path_of(cache.directory, made.config))
-    assert path_of(target, made.config).stat().st_mode & 0o777 == 0o444
+    assert not blob_path(target, made.config).samefile(blob_path(cache.directory, made.config))
+    assert blob_path(target, made.config).stat().st_mode & 0o777 == 0o444
     check(target)
 
 
 @pytest.mark.parametrize("can_clone", [False, True])
-def test_a_rotted_blob_is_neither_linked_nor_cloned(
+def test_a_corrupt_blob_is_neither_linked_nor_cloned(
     cache: Cache, cachedb: Run, target: Path, can_clone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def clone(made: int, target: str) -> bool:
@@ -257,7 +261,7 @@ def test_a_rotted_blob_is_neither_linked_nor_cloned(
 
     made = image(1)
     save(cache, "app:1", made)
-    overwrite(path_of(cache.directory, made.config), made.config[::-1])
+    overwrite(blob_path(cache.directory, made.config), made.config[::-1])
     with monkeypatch.context() as patch:
         patch.setattr(copy, "_clone", clone if can_clone else lambda *_: False)
         with pytest.raises(DigestMismatch, match=r"and has sha256:.*: run `cachedb verify --repair` and copy again"):
@@ -269,16 +273,16 @@ def test_a_rotted_blob_is_neither_linked_nor_cloned(
 
 
 @pytest.mark.parametrize("mode", [0o464, 0o446])
-def test_what_others_can_write_to_is_copied(
+def test_a_blob_that_others_can_write_to_is_copied(
     cache: Cache, target: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(copy, "_clone", lambda *_: False)
     made = image(1)
     save(cache, "app:1", made)
-    path_of(cache.directory, made.config).chmod(mode)
+    blob_path(cache.directory, made.config).chmod(mode)
     assert cache.copy(target).hard_links == 2
-    assert not path_of(target, made.config).samefile(path_of(cache.directory, made.config))
-    assert path_of(target, made.config).stat().st_mode & 0o777 == 0o444
+    assert not blob_path(target, made.config).samefile(blob_path(cache.directory, made.config))
+    assert blob_path(target, made.config).stat().st_mode & 0o777 == 0o444
 
 
 @pytest.mark.usefixtures("no_links")
@@ -289,7 +293,7 @@ def test_without_links_the_content_is_verified(cache: Cache, target: Path) -> No
     assert cache.copy(target)[4:] == (0, 0)
     check(target)
     shutil.rmtree(target)
-    overwrite(path_of(cache.directory, made.layers[0]), b"x" * len(made.layers[0]))
+    overwrite(blob_path(cache.directory, made.layers[0]), b"x" * len(made.layers[0]))
     with pytest.raises(DigestMismatch, match=r"should have digest .*: run `cachedb verify --repair` and copy again$"):
         cache.copy(target)
     assert not target.exists()
@@ -298,13 +302,13 @@ def test_without_links_the_content_is_verified(cache: Cache, target: Path) -> No
 def test_a_missing_or_short_file_fails_the_copy(cache: Cache, target: Path) -> None:
     made = image(1)
     save(cache, "app:1", made)
-    overwrite(path_of(cache.directory, made.config), made.config[:-1])
+    overwrite(blob_path(cache.directory, made.config), made.config[:-1])
     with pytest.raises(StorageError, match=r"has \d+ bytes and should have \d+: run `cachedb verify --repair` and"):
         cache.copy(target)
-    path_of(cache.directory, made.config).unlink()
+    blob_path(cache.directory, made.config).unlink()
     with pytest.raises(StorageError, match=r"is missing: run `cachedb verify --repair` and copy again$"):
         cache.copy(target)
-    path_of(cache.directory, made.config).symlink_to("/etc/hostname")
+    blob_path(cache.directory, made.config).symlink_to("/etc/hostname")
     with pytest.raises(StorageError, match="symbolic links"):
         cache.copy(target)
     assert not target.exists()
@@ -319,10 +323,12 @@ def test_a_damaged_index_is_not_copied(cache: Cache, target: Path) -> None:
     assert not target.exists()
 
 
-# Where to
+# The target directory
 
 
-def test_only_a_new_or_empty_directory_outside_the_cache_is_filled(cache: Cache, tmp_path: Path, target: Path) -> None:
+def test_only_a_new_or_empty_directory_outside_the_cache_is_accepted(
+    cache: Cache, tmp_path: Path, target: Path
+) -> None:
     save(cache, "app:1", image(1))
     before = snapshot(cache.directory)
     for inside in (cache.directory, cache.directory / "backups" / "copy"):
@@ -345,7 +351,7 @@ def test_only_a_new_or_empty_directory_outside_the_cache_is_filled(cache: Cache,
     check(tmp_path / "second")
 
 
-def test_one_process_copies_into_a_directory(cache: Cache, target: Path) -> None:
+def test_only_one_process_copies_into_a_directory(cache: Cache, target: Path) -> None:
     target.mkdir()
     lock = locks.acquire(target / UNFINISHED)
     assert lock is not None
@@ -357,8 +363,7 @@ def test_one_process_copies_into_a_directory(cache: Cache, target: Path) -> None
     check(target)
 
 
-# Interrupted
-
+# Interrupted copies
 
 KILLED = """
 import os, signal, sys
@@ -400,12 +405,12 @@ def test_a_killed_copy_is_no_cache_and_the_next_one_succeeds(cachedb: Run, cache
         (target / "blobs" / "sha256" / "notes.txt").unlink()
     cache.copy(target)
     check(target)
-    assert names(target) == {"app:1"}
+    assert list_names(target) == {"app:1"}
     cache.close()
     check(cache.directory)
 
 
-def test_what_a_link_of_a_killed_copy_leads_to_is_not_deleted(cache: Cache, target: Path, tmp_path: Path) -> None:
+def test_a_link_in_an_unfinished_copy_is_not_followed(cache: Cache, target: Path, tmp_path: Path) -> None:
     save(cache, "app:1", image(1))
     cache.copy(tmp_path / "other")
     target.mkdir()
@@ -421,7 +426,7 @@ def test_what_a_link_of_a_killed_copy_leads_to_is_not_deleted(cache: Cache, targ
     check(tmp_path / "other")
 
 
-def test_a_file_of_the_name_that_an_unfinished_copy_has_is_not_emptied(
+def test_a_foreign_file_with_the_name_of_an_unfinished_copy_is_not_emptied(
     cache: Cache, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(cache, "app:1", image(1))
@@ -433,7 +438,7 @@ def test_a_file_of_the_name_that_an_unfinished_copy_has_is_not_emptied(
     with pytest.raises(NotACache, match=f"it holds '{UNFINISHED}'"):
         cache.copy(target)
     assert os.listdir(target) == [UNFINISHED]
-    monkeypatch.setattr(copy, "_is_leftover", lambda _: True)  # it came after the look
+    monkeypatch.setattr(copy, "_is_leftover", lambda _: True)  # the file appears after the check
     with pytest.raises(NotACache, match="belongs to another program"):
         cache.copy(target)
     assert precious.read_bytes() == b"mine"
@@ -464,7 +469,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", path], check=True)
 
 
-def test_a_disk_that_is_full_is_as_it_was(cache: Cache, small_disk: Path) -> None:
+def test_a_copy_to_a_full_disk_leaves_no_files(cache: Cache, small_disk: Path) -> None:
     save(cache, "app:1", image(1))
     large = cache.add_blob(LARGE)
     with pytest.raises(StorageError, match="No space left on device"):
@@ -478,20 +483,20 @@ def test_a_disk_that_is_full_is_as_it_was(cache: Cache, small_disk: Path) -> Non
         other.collect_garbage()
         assert not other.has_blob(large)
         other.copy(small_disk)
-    assert names(small_disk) == {"app:1"}
+    assert list_names(small_disk) == {"app:1"}
 
 
-def test_progress_comes_to_all_bytes(cache: Cache, target: Path) -> None:
+def test_progress_ends_at_all_bytes(cache: Cache, target: Path) -> None:
     save(cache, "app:1", image(1, 2))
-    told: list[tuple[int, int]] = []
-    done = cache.copy(target, progress=lambda count, total: told.append((count, total)))
-    assert told[-1] == (done.bytes, done.bytes)
+    calls: list[tuple[int, int]] = []
+    done = cache.copy(target, progress=lambda count, total: calls.append((count, total)))
+    assert calls[-1] == (done.bytes, done.bytes)
 
 
 # The command line
 
 
-def test_the_command_says_what_it_has_done(cachedb: Run, cache: Cache, tmp_path: Path, target: Path) -> None:
+def test_the_command_prints_a_summary(cachedb: Run, cache: Cache, tmp_path: Path, target: Path) -> None:
     save(cache, "app:1", image(1))
     done = cachedb("copy", target)
     assert (done.returncode, done.stderr) == (0, "")
@@ -517,12 +522,12 @@ def copy_files(source: Path, target: Path, *, without: tuple[str, ...] = ()) -> 
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*-shm", *without))
 
 
-def marker_of(directory: Path) -> dict[str, Any]:
+def read_marker(directory: Path) -> dict[str, Any]:
     return dict(json.loads((directory / "cachedb.json").read_text()))
 
 
-def tear(source: Path, target: Path, *, without: tuple[str, ...] = ()) -> None:
-    """Copy a live cache with a pause between its index and the index's WAL, in which many images come and go."""
+def make_torn_copy(source: Path, target: Path, *, without: tuple[str, ...] = ()) -> None:
+    """Copy a live cache file by file; many images are added and removed between the index and its WAL."""
     with Cache.open(source) as cache:
         for number in range(60):
             cache.tag("app:1", f"name-{number}:1")
@@ -545,7 +550,7 @@ def test_a_torn_copy_is_refused_until_it_is_repaired(
 ) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1, 2))
-    tear(directory, target, without=without)
+    make_torn_copy(directory, target, without=without)
     for _ in range(2):
         for command in ("ls", "gc", "stats", "db check", "db backup"):
             done = cachedb("--dir", target, *command.split())
@@ -564,42 +569,42 @@ def test_a_copy_that_lacks_a_blob_is_refused_until_it_is_repaired(cachedb: Run, 
     with Cache.open(directory) as cache:
         save(cache, "app:1", made)
     copy_files(directory, target)
-    path_of(target, made.config).unlink()
+    blob_path(target, made.config).unlink()
     with pytest.raises(DamagedIndex, match=r"is a damaged copy of a cache \(sha256:.* is missing or has"):
         Cache.open(target)
     assert cachedb("--dir", target, "verify", "--quick", "--repair").returncode == 1
     with Cache.open(target) as cache:
         assert not cache.is_image_complete("app:1")
-    path_of(directory, made.config).unlink()
-    with Cache.open(directory) as cache:  # it is no copy: what is left of it is of use
+    blob_path(directory, made.config).unlink()
+    with Cache.open(directory) as cache:  # an original is opened even if it lacks a blob
         assert cache.has_blob(make.digest_of(made.layers[0]))
 
 
-def test_a_sound_copy_is_a_cache_with_an_id_of_its_own(
+def test_a_sound_copy_is_a_cache_with_its_own_id(
     directory: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     copy_files(directory, target)
-    first = marker_of(directory)
+    first = read_marker(directory)
     checks = []
     check_copy = prepare._check_copy
 
-    def counted(database: Database, folders: Folders) -> None:
+    def count_and_check(database: Database, folders: Folders) -> None:
         checks.append(database.directory)
         check_copy(database, folders)
 
-    monkeypatch.setattr(prepare, "_check_copy", counted)
+    monkeypatch.setattr(prepare, "_check_copy", count_and_check)
     for _ in range(2):
-        assert names(target) == {"app:1"}
-        assert names(directory) == {"app:1"}
+        assert list_names(target) == {"app:1"}
+        assert list_names(directory) == {"app:1"}
     assert checks == [target]
-    assert marker_of(directory) == first
-    assert marker_of(target)["id"] != first["id"]
-    assert marker_of(target)["inode"] == (target / "cachedb.json").stat().st_ino
+    assert read_marker(directory) == first
+    assert read_marker(target)["id"] != first["id"]
+    assert read_marker(target)["inode"] == (target / "cachedb.json").stat().st_ino
     target.rename(target.with_name("renamed"))
-    assert names(target.with_name("renamed")) == {"app:1"}
-    assert checks == [target], "a cache that was renamed is no copy"
+    assert list_names(target.with_name("renamed")) == {"app:1"}
+    assert checks == [target], "a renamed cache was checked as a copy"
 
 
 def test_a_copy_that_can_only_be_read_is_checked_each_time(
@@ -610,14 +615,14 @@ def test_a_copy_that_can_only_be_read_is_checked_each_time(
         save(cache, "app:1", made)
     copy_files(directory, target)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    before = marker_of(target)
+    before = read_marker(target)
     for _ in range(2):
-        assert names(target) == {"app:1"}
-    assert marker_of(target) == before
-    path_of(target, made.config).unlink()
+        assert list_names(target) == {"app:1"}
+    assert read_marker(target) == before
+    blob_path(target, made.config).unlink()
     with pytest.raises(DamagedIndex, match="is a damaged copy"):
         Cache.open(target)
-    assert names(directory) == {"app:1"}
+    assert list_names(directory) == {"app:1"}
 
 
 def test_a_copy_on_a_full_disk_can_be_read(directory: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,10 +634,10 @@ def test_a_copy_on_a_full_disk_can_be_read(directory: Path, target: Path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(marker, "renew", full)
-    assert names(target) == {"app:1"}
+    assert list_names(target) == {"app:1"}
     monkeypatch.undo()
-    assert names(target) == {"app:1"}
-    assert marker_of(target)["id"] != marker_of(directory)["id"]
+    assert list_names(target) == {"app:1"}
+    assert read_marker(target)["id"] != read_marker(directory)["id"]
 
 
 @pytest.mark.slow
@@ -647,7 +652,7 @@ def test_many_processes_open_a_copy_at_once(directory: Path, target: Path) -> No
     for process in started:
         process.communicate(timeout=120)
         assert process.returncode == 0
-    assert len(names(target)) == 7
+    assert len(list_names(target)) == 7
 
 
 def test_a_copy_is_accepted_once(directory: Path, target: Path) -> None:
@@ -657,14 +662,14 @@ def test_a_copy_is_accepted_once(directory: Path, target: Path) -> None:
     assert first.folders.is_copy
     assert second.folders.is_copy
     prepare.accept_copy(first, check=True)
-    accepted = marker_of(target)
+    accepted = read_marker(target)
     prepare.accept_copy(second, check=True)
-    assert marker_of(target) == accepted, "to have another id would end the work of the first"
+    assert read_marker(target) == accepted, "a second id would end the work of the first process"
     first.close()
     second.close()
 
 
-def test_a_repaired_copy_is_accepted_with_what_cannot_be_repaired(directory: Path, target: Path) -> None:
+def test_a_repaired_copy_is_accepted_though_problems_remain(directory: Path, target: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     copy_files(directory, target)
@@ -675,17 +680,17 @@ def test_a_repaired_copy_is_accepted_with_what_cannot_be_repaired(directory: Pat
     verify.verify(database, session, quick=False, repair=True)
     session.close()
     database.close()
-    assert marker_of(target)["inode"] == (target / "cachedb.json").stat().st_ino
+    assert read_marker(target)["inode"] == (target / "cachedb.json").stat().st_ino
 
 
-def test_a_cache_of_an_older_release_that_lacks_a_blob_is_of_use(directory: Path) -> None:
+def test_a_cache_of_an_older_release_that_lacks_a_blob_can_be_opened(directory: Path) -> None:
     made = image(1)
     with Cache.open(directory) as cache:
         save(cache, "app:1", made)
-    path_of(directory, made.config).unlink()
+    blob_path(directory, made.config).unlink()
     (directory / "cachedb.json").unlink()
-    assert names(directory) == {"app:1"}
-    assert marker_of(directory)["inode"] == (directory / "cachedb.json").stat().st_ino
+    assert list_names(directory) == {"app:1"}
+    assert read_marker(directory)["inode"] == (directory / "cachedb.json").stat().st_ino
 
 
 def test_a_copy_whose_index_lacks_entries_is_refused(directory: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pulling: what comes from a registry, how often it is asked, and what happens when it fails."""
+"""Pulling: which blobs are downloaded, which requests are sent, and what happens when a registry fails."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def remote() -> Iterator[Registry]:
 
 
 def asked(remote: Registry) -> list[tuple[str, str]]:
-    """What the registry was asked for, without `/v2/`; and forget it."""
+    """Return and clear the requests that the registry got, without `/v2/`."""
     found = [(request.method, request.path.removeprefix("/v2/")) for request in remote.requests]
     remote.requests.clear()
     return found
@@ -94,10 +94,10 @@ def assert_is_here(cache: Cache, name: str, image: make.Made) -> None:
         assert cache.get_blob(digest) == data
 
 
-# What comes, and what is asked
+# Downloads and requests
 
 
-def test_an_image_comes_whole_under_the_name_that_was_given(cache: Cache, remote: Registry) -> None:
+def test_a_complete_image_is_pulled_under_the_given_name(cache: Cache, remote: Registry) -> None:
     pulled = cache.pull(f"{remote.host}/app:1")
     assert str(pulled.image.name) == f"{remote.host}/app:1"
     assert (pulled.image.digest, pulled.image.complete, pulled.stale) == (FIRST.digest, True, None)
@@ -119,7 +119,7 @@ def test_a_tag_that_has_moved_is_followed(cache: Cache, remote: Registry) -> Non
     assert_is_here(cache, f"{remote.host}/app:1", SECOND)
 
 
-def test_only_what_is_not_here_is_downloaded(cache: Cache, remote: Registry) -> None:
+def test_only_missing_blobs_are_downloaded(cache: Cache, remote: Registry) -> None:
     cache.pull(f"{remote.host}/app:1")
     asked(remote)
     pulled = cache.pull(f"{remote.host}/app:2")
@@ -128,7 +128,7 @@ def test_only_what_is_not_here_is_downloaded(cache: Cache, remote: Registry) -> 
     assert (pulled.blobs, pulled.bytes) == (len(new), sum(len(SECOND.blobs[digest]) for digest in new))
 
 
-def test_what_is_named_by_digest_and_here_is_not_asked_for(cache: Cache, remote: Registry) -> None:
+def test_a_stored_image_named_by_digest_costs_no_request(cache: Cache, remote: Registry) -> None:
     name = f"{remote.host}/app@{FIRST.digest}"
     cache.pull(name)
     assert_is_here(cache, name, FIRST)
@@ -137,7 +137,7 @@ def test_what_is_named_by_digest_and_here_is_not_asked_for(cache: Cache, remote:
     assert asked(remote) == []
 
 
-def test_if_missing_asks_nobody_for_what_is_here(cache: Cache, remote: Registry) -> None:
+def test_if_missing_sends_no_request_for_a_complete_image(cache: Cache, remote: Registry) -> None:
     cache.pull(f"{remote.host}/app:1", if_missing=True)
     remote.add(SECOND, "app", "1")
     asked(remote)
@@ -145,7 +145,7 @@ def test_if_missing_asks_nobody_for_what_is_here(cache: Cache, remote: Registry)
     assert asked(remote) == []
 
 
-def test_an_image_that_lacks_a_blob_is_made_whole(cache: Cache, remote: Registry) -> None:
+def test_an_incomplete_image_is_completed(cache: Cache, remote: Registry) -> None:
     name = f"{remote.host}/app:1"
     cache.save_manifest(name, FIRST.manifest)
     assert not cache.is_image_complete(name)
@@ -153,7 +153,7 @@ def test_an_image_that_lacks_a_blob_is_made_whole(cache: Cache, remote: Registry
     assert_is_here(cache, name, FIRST)
 
 
-def test_a_registry_that_says_no_digest_is_asked_for_the_manifest(cache: Cache, remote: Registry) -> None:
+def test_the_manifest_is_downloaded_from_a_registry_that_returns_no_digest(cache: Cache, remote: Registry) -> None:
     remote.fault(answer(405), method="HEAD", times=9)
     for _ in range(2):
         cache.pull(f"{remote.host}/app:1")
@@ -172,7 +172,7 @@ def several(remote: Registry, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"{remote.host}/several:1"
 
 
-def test_the_hosts_platform_comes_and_the_index_is_kept(cache: Cache, several: str) -> None:
+def test_the_hosts_platform_is_pulled_and_the_index_is_kept(cache: Cache, several: str) -> None:
     pulled = cache.pull(several)
     assert pulled.image.complete
     assert pulled.image.architecture == "amd64"
@@ -181,7 +181,7 @@ def test_the_hosts_platform_comes_and_the_index_is_kept(cache: Cache, several: s
     assert cache.verify().problems == []
 
 
-def test_another_platform_comes_to_those_that_are_here(cache: Cache, several: str, remote: Registry) -> None:
+def test_another_platform_is_added_to_the_stored_ones(cache: Cache, several: str, remote: Registry) -> None:
     index = cache.pull(several).image.digest
     asked(remote)
     assert cache.pull(several, platform="linux/arm64").image.complete
@@ -196,7 +196,7 @@ def test_another_platform_comes_to_those_that_are_here(cache: Cache, several: st
     assert cache.verify().problems == []
 
 
-def test_all_platforms_come_if_asked_for(cache: Cache, several: str) -> None:
+def test_all_platforms_are_pulled_if_asked_for(cache: Cache, several: str) -> None:
     cache.pull(several)
     pulled = cache.pull(several, all_platforms=True)
     assert pulled.image.complete
@@ -204,13 +204,13 @@ def test_all_platforms_come_if_asked_for(cache: Cache, several: str) -> None:
     assert digests == {pulled.image.digest, *FIRST.blobs, *ARM.blobs, *ODD.blobs}
 
 
-def test_a_platform_that_there_is_not_is_an_error_that_names_those_there_are(cache: Cache, several: str) -> None:
+def test_the_error_of_an_unknown_platform_names_the_known_ones(cache: Cache, several: str) -> None:
     with pytest.raises(NotInCache, match=r"not for platform 'linux/s390x', but for linux/amd64, linux/arm64, linux/r"):
         cache.pull(several, platform="linux/s390x")
     assert cache.list_manifests() == []
 
 
-def test_a_blob_that_comes_later_adds_no_platform(cache: Cache, several: str) -> None:
+def test_a_manifest_stored_later_adds_no_platform(cache: Cache, several: str) -> None:
     cache.pull(several)
     before = cache.get_image_blobs(several)
     cache.add_blob(ARM.manifest)
@@ -225,7 +225,7 @@ def test_a_repair_adds_no_platform(cache: Cache, several: str) -> None:
     assert cache.get_image_blobs(several) == before
 
 
-def test_a_platform_that_is_known_and_not_here_is_told_of(cache: Cache, several: str, tmp_path: Path) -> None:
+def test_the_error_of_a_platform_that_is_not_stored_says_to_pull_it(cache: Cache, several: str, tmp_path: Path) -> None:
     cache.pull(several, platform="linux/arm64")
     advice = "is not here for platform 'linux/amd64': pull it with --platform"
     with pytest.raises(NotInCache, match=advice):
@@ -236,7 +236,7 @@ def test_a_platform_that_is_known_and_not_here_is_told_of(cache: Cache, several:
         cache.push(several, platform="linux/s390x")
 
 
-def test_an_export_names_no_platform_that_is_not_here(cache: Cache, several: str, tmp_path: Path) -> None:
+def test_an_export_lists_only_the_stored_platforms(cache: Cache, several: str, tmp_path: Path) -> None:
     cache.pull(several)
     cache.export(several, tmp_path / "layout", format="oci-dir")
     cache.export(several, tmp_path / "image.tar")
@@ -251,10 +251,10 @@ def test_an_export_names_no_platform_that_is_not_here(cache: Cache, several: str
     assert index["manifests"][0]["digest"] == cache.get_image(several).digest
 
 
-# Cut off, and gone on with
+# Interrupted downloads
 
 
-def test_a_layer_that_is_cut_off_is_gone_on_with(cache: Cache, remote: Registry) -> None:
+def test_an_interrupted_download_resumes(cache: Cache, remote: Registry) -> None:
     layer = make.digest_of(LARGE.layers[0])
     remote.fault(changed(cut=1_000_000), method="GET", path=layer)
     cache.pull(f"{remote.host}/large:1")
@@ -266,19 +266,19 @@ def test_a_layer_that_is_cut_off_is_gone_on_with(cache: Cache, remote: Registry)
 
 
 @pytest.mark.slow
-def test_a_killed_pull_is_gone_on_with_where_it_stopped(directory: Path, remote: Registry) -> None:
+def test_a_pull_resumes_the_download_of_a_killed_one(directory: Path, remote: Registry) -> None:
     name, layer = f"{remote.host}/large:1", make.digest_of(LARGE.layers[0])
     code = (
         "import os, sys; from cachedb import Cache\n"
-        "def told(done, total):\n"
+        "def progress(done, total):\n"
         "    if done > 1_500_000: os.kill(os.getpid(), 9)\n"
-        f"Cache.open({str(directory)!r}).pull({name!r}, progress=told)"
+        f"Cache.open({str(directory)!r}).pull({name!r}, progress=progress)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     asked(remote)
     with Cache.open(directory) as cache:
         assert cache.list_manifests() == []
-        assert cache.collect_garbage().blobs < 3  # which leaves what is being downloaded alone
+        assert cache.collect_garbage().blobs < 3  # it keeps partial downloads
         cache.pull(name)
         assert_is_here(cache, name, LARGE)
     (request,) = (request for request in remote.requests if request.path.endswith(layer))
@@ -287,9 +287,7 @@ def test_a_killed_pull_is_gone_on_with_where_it_stopped(directory: Path, remote:
 
 
 @pytest.mark.slow
-def test_a_pull_that_is_killed_when_a_layer_is_all_there_does_not_download_it_again(
-    directory: Path, remote: Registry
-) -> None:
+def test_a_layer_that_a_killed_pull_had_downloaded_is_not_downloaded_again(directory: Path, remote: Registry) -> None:
     name, layer = f"{remote.host}/large:1", make.digest_of(LARGE.layers[0])
     code = (
         "import os, time; from cachedb import Cache; from cachedb.content import publish\n"
@@ -307,10 +305,10 @@ def test_a_pull_that_is_killed_when_a_layer_is_all_there_does_not_download_it_ag
     check(directory)
 
 
-def test_what_is_left_of_a_download_that_was_stored_is_not_written_to(cache: Cache, remote: Registry) -> None:
+def test_a_partial_download_that_is_a_link_to_a_blob_is_not_written_to(cache: Cache, remote: Registry) -> None:
     cache.pull(f"{remote.host}/large:1")
     data = LARGE.layers[0]
-    left, stored = partial(cache, data, b""), cache.get_blob_path(make.digest_of(data))
+    left, stored = write_partial(cache, data, b""), cache.get_blob_path(make.digest_of(data))
     left.unlink()
     os.link(stored, left)
     change(cache.directory, f"UPDATE blobs SET stored_at = NULL WHERE digest = '{make.digest_of(data)}'")
@@ -322,7 +320,7 @@ def test_what_is_left_of_a_download_that_was_stored_is_not_written_to(cache: Cac
     assert stored.stat().st_ino != before
 
 
-def partial(cache: Cache, data: bytes, content: bytes) -> Path:
+def write_partial(cache: Cache, data: bytes, content: bytes) -> Path:
     path = cache.directory / "ingest" / "partial" / make.digest_of(data).replace(":", "-")
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
@@ -330,20 +328,20 @@ def partial(cache: Cache, data: bytes, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("content", [b"x" * 1000, LARGE.layers[0][:-1] + b"!", LARGE.layers[0] + b"!", LARGE.layers[0]])
-def test_what_is_left_of_a_download_is_not_trusted(cache: Cache, remote: Registry, content: bytes) -> None:
-    path = partial(cache, LARGE.layers[0], content)
+def test_a_partial_download_is_not_trusted(cache: Cache, remote: Registry, content: bytes) -> None:
+    path = write_partial(cache, LARGE.layers[0], content)
     cache.pull(f"{remote.host}/large:1")
     assert_is_here(cache, f"{remote.host}/large:1", LARGE)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "fifo"])
-def test_what_somebody_has_put_in_the_place_of_a_download_is_not_written_to(
+def test_a_file_put_in_the_place_of_a_download_is_not_written_to(
     cache: Cache, remote: Registry, tmp_path: Path, kind: str
 ) -> None:
     precious = write_bytes(tmp_path / "precious", b"mine")
     precious.chmod(0o640)
-    path = partial(cache, LARGE.layers[0], b"")
+    path = write_partial(cache, LARGE.layers[0], b"")
     path.unlink()
     if kind == "fifo":
         os.mkfifo(path)
@@ -359,7 +357,7 @@ def test_what_somebody_has_put_in_the_place_of_a_download_is_not_written_to(
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "fifo"])
-def test_what_takes_the_place_of_a_download_at_the_last_moment_is_not_written_to(tmp_path: Path, kind: str) -> None:
+def test_a_file_put_in_place_at_the_last_moment_is_not_written_to(tmp_path: Path, kind: str) -> None:
     precious = write_bytes(tmp_path / "precious", b"mine")
     precious.chmod(0o640)
     path = tmp_path / "partial"
@@ -378,62 +376,62 @@ def test_what_takes_the_place_of_a_download_at_the_last_moment_is_not_written_to
 def test_a_download_goes_to_the_folder_that_was_opened(
     cache: Cache, remote: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if a link takes the folder's place meanwhile."""
+    """A symbolic link that replaces the folder during the download is not followed."""
     elsewhere, folder = tmp_path / "elsewhere", cache.directory / "ingest" / "partial"
     elsewhere.mkdir()
     begun = downloads.begun
 
-    def replaced(descriptor: int, name: str, size: int) -> int:
+    def replace_folder_and_begin(descriptor: int, name: str, size: int) -> int:
         if not folder.is_symlink():
             folder.rename(tmp_path / "moved")
             folder.symlink_to(elsewhere)
             write_bytes(elsewhere / name, b"mine")
         return begun(descriptor, name, size)
 
-    monkeypatch.setattr(downloads, "begun", replaced)
+    monkeypatch.setattr(downloads, "begun", replace_folder_and_begin)
     with pytest.raises(CacheError):
         cache.pull(f"{remote.host}/large:1")
     assert {path.read_bytes() for path in elsewhere.iterdir()} == {b"mine"}
     folder.unlink()
 
 
-def test_what_nobody_goes_on_with_for_a_day_is_collected(cache: Cache) -> None:
-    old, new = partial(cache, b"old", b"o"), partial(cache, b"new", b"n")
+def test_a_partial_download_older_than_a_day_is_collected(cache: Cache) -> None:
+    old, new = write_partial(cache, b"old", b"o"), write_partial(cache, b"new", b"n")
     os.utime(old, (time.time() - 100_000,) * 2)
     cache.collect_garbage()
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_a_registry_that_knows_no_ranges_sends_it_all_again(cache: Cache, remote: Registry) -> None:
-    partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
+def test_a_download_begins_again_at_a_registry_without_ranges(cache: Cache, remote: Registry) -> None:
+    write_partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
     remote.fault(without(header="range"), method="GET", path=make.digest_of(LARGE.layers[0]))
     cache.pull(f"{remote.host}/large:1")
     assert_is_here(cache, f"{remote.host}/large:1", LARGE)
 
 
-def test_progress_comes_to_the_bytes_that_are_downloaded(cache: Cache, remote: Registry) -> None:
-    partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
+def test_progress_ends_at_the_bytes_that_are_downloaded(cache: Cache, remote: Registry) -> None:
+    write_partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
     calls: list[tuple[int, int]] = []
     pulled = cache.pull(f"{remote.host}/large:1", progress=lambda done, total: calls.append((done, total)))
     assert calls[-1] == (pulled.bytes, pulled.bytes)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else: run as root")
-def test_a_layer_that_is_all_there_is_gone_on_with_by_who_is_not_root(remote: Registry) -> None:
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root: run as root to become another user")
+def test_a_user_who_is_not_root_stores_a_complete_partial_download(remote: Registry) -> None:
     name, data = f"{remote.host}/large:1", LARGE.layers[0]
     code = f"""if True:
         import os
-        # While it can read them.
+        # Import these while root can still read them.
         import encodings.ascii, encodings.idna, cachedb.operations.pull, cachedb.transports.registry.repository
         from cachedb import Cache
-        from tests.operations.test_pull import LARGE, partial
+        from tests.operations.test_pull import LARGE, write_partial
         os.setuid(65534)
         with Cache.open("cache") as cache:
-            partial(cache, LARGE.layers[0], LARGE.layers[0]).chmod(0o444)  # as it is left when it is being stored
+            write_partial(cache, LARGE.layers[0], LARGE.layers[0]).chmod(0o444)  # as a killed publication leaves it
             assert cache.pull({name!r}).image.complete
         """
-    # Not below pytest's own folders, which are for their owner alone.
+    # Only their owner can read pytest's own folders.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -441,10 +439,10 @@ def test_a_layer_that_is_all_there_is_gone_on_with_by_who_is_not_root(remote: Re
     assert make.digest_of(data) not in blobs_of(remote)
 
 
-# Many at once
+# Concurrent pulls
 
 
-def test_what_has_come_is_not_collected_before_its_image_appears(
+def test_downloaded_blobs_are_not_collected_before_their_image_is_saved(
     cache: Cache, remote: Registry, directory: Path
 ) -> None:
     many = make.image(*range(20, 32))
@@ -455,7 +453,7 @@ def test_what_has_come_is_not_collected_before_its_image_appears(
 
 
 @pytest.mark.slow
-def test_many_who_want_one_image_download_it_once(directory: Path, remote: Registry) -> None:
+def test_processes_that_pull_one_image_download_it_once(directory: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
     code = f"from cachedb import Cache\nwith Cache.open({str(directory)!r}) as cache: cache.pull({name!r})"
     remote.fault(changed(delay=0.5), method="GET", path=make.digest_of(LARGE.layers[0]))
@@ -467,7 +465,7 @@ def test_many_who_want_one_image_download_it_once(directory: Path, remote: Regis
         assert_is_here(cache, name, LARGE)
 
 
-def test_images_that_share_a_layer_and_are_pulled_at_once_download_it_once(directory: Path, remote: Registry) -> None:
+def test_a_layer_shared_by_two_concurrent_pulls_is_downloaded_once(directory: Path, remote: Registry) -> None:
     shared = make.digest_of(FIRST.layers[0])
     remote.fault(changed(delay=0.5), method="GET", path=shared)
     with Cache.open(directory) as cache:
@@ -482,10 +480,10 @@ def test_images_that_share_a_layer_and_are_pulled_at_once_download_it_once(direc
     check(directory)
 
 
-# Registries that lie or fail
+# Registries that fail or send wrong content
 
 
-def refused(cache: Cache, name: str, data: bytes, match: str) -> None:
+def assert_refused(cache: Cache, name: str, data: bytes, match: str) -> None:
     with pytest.raises(DigestMismatch, match=match):
         cache.pull(name)
     assert cache.list_manifests() == []
@@ -494,13 +492,13 @@ def refused(cache: Cache, name: str, data: bytes, match: str) -> None:
 
 def test_content_of_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
     remote.fault(corrupt(), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
-    refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "should have digest")
+    assert_refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "should have digest")
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_content_without_an_end_is_refused(cache: Cache, remote: Registry, chunked: bool) -> None:
     remote.fault(endless(chunked=chunked), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
-    refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "bytes, and is more")
+    assert_refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "bytes, and is more")
 
 
 def test_a_manifest_of_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
@@ -518,13 +516,13 @@ def test_a_manifest_of_many_megabytes_is_refused(cache: Cache, remote: Registry)
         cache.pull(f"{remote.host}/app:huge")
 
 
-def test_what_there_is_not_is_an_error_that_says_so(cache: Cache, remote: Registry) -> None:
+def test_an_image_that_the_registry_lacks_is_an_error(cache: Cache, remote: Registry) -> None:
     with pytest.raises(RegistryError, match=rf"{remote.host} has no app:9 \(404"):
         cache.pull(f"{remote.host}/app:9")
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_failure_that_passes_is_waited_for(cache: Cache, remote: Registry, status: int) -> None:
+def test_a_temporary_failure_is_retried(cache: Cache, remote: Registry, status: int) -> None:
     remote.fault(retry_later(7, status), method="GET", times=2)
     cache.pull(f"{remote.host}/app:1")
     assert_is_here(cache, f"{remote.host}/app:1", FIRST)
@@ -532,7 +530,7 @@ def test_a_failure_that_passes_is_waited_for(cache: Cache, remote: Registry, sta
     assert min(PAUSES) >= 7
 
 
-def test_a_registry_that_wants_an_hour_is_unavailable(cache: Cache, remote: Registry) -> None:
+def test_a_registry_that_asks_to_wait_an_hour_is_unavailable(cache: Cache, remote: Registry) -> None:
     remote.fault(retry_later(3600), method="HEAD", times=9)
     with pytest.raises(RegistryUnavailable, match=r"overloaded, or failing \(429"):
         cache.pull(f"{remote.host}/app:1")
@@ -540,9 +538,11 @@ def test_a_registry_that_wants_an_hour_is_unavailable(cache: Cache, remote: Regi
 
 
 @pytest.mark.parametrize(
-    ("status", "asked_for"), [(429, {"method": "HEAD"}), (503, {"path": "/blobs/"})], ids=["at once", "on the way"]
+    ("status", "asked_for"),
+    [(429, {"method": "HEAD"}), (503, {"path": "/blobs/"})],
+    ids=["first request", "later request"],
 )
-def test_the_copy_that_is_here_is_taken_only_if_asked_for(
+def test_a_stale_image_is_returned_only_if_allowed(
     cache: Cache, remote: Registry, status: int, asked_for: dict[str, Any]
 ) -> None:
     name = f"{remote.host}/app:1"
@@ -560,42 +560,40 @@ def test_the_copy_that_is_here_is_taken_only_if_asked_for(
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_connection_that_is_closed_before_an_answer_is_tried_again(
-    cache: Cache, remote: Registry, reset: bool
-) -> None:
+def test_a_request_whose_connection_is_closed_is_retried(cache: Cache, remote: Registry, reset: bool) -> None:
     remote.fault(closed(reset=reset), times=3)
     cache.pull(f"{remote.host}/app:1")
     assert_is_here(cache, f"{remote.host}/app:1", FIRST)
 
 
-def test_a_registry_that_drips_is_given_up(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_is_too_slow_fails(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repository, "_MINUTE", 0.2)
     remote.fault(changed(drip=0.05), method="GET", path=make.digest_of(LARGE.layers[0]), times=99)
     with pytest.raises(RegistryUnavailable, match="less than 1024 bytes a second"):
         cache.pull(f"{remote.host}/large:1")
 
 
-# Where to, and with which credentials
+# Addresses, mirrors and credentials
 
 
-def test_a_name_is_on_the_wire_where_docker_has_it() -> None:
-    def where(name: str, plain: bool | None = None) -> tuple[str, str]:
+def test_a_name_has_the_address_that_docker_gives_it() -> None:
+    def find_place(name: str, plain: bool | None = None) -> tuple[str, str]:
         found = places.place(Name.parse(name), plain_http=plain)
         return found.url, found.repository
 
-    assert where("alpine") == ("https://registry-1.docker.io", "library/alpine")
-    assert where("team/app:1") == ("https://registry-1.docker.io", "team/app")
-    assert where("docker.io/library/alpine:3") == ("https://registry-1.docker.io", "library/alpine")
-    assert where("ghcr.io/team/app@sha256:" + "0" * 64) == ("https://ghcr.io", "team/app")
-    assert where("localhost/app") == ("http://localhost", "app")
-    assert where("127.0.0.1:5000/app") == ("http://127.0.0.1:5000", "app")
-    assert where("registry:5000/app") == ("https://registry:5000", "app")
-    assert where("registry:5000/app", plain=True) == ("http://registry:5000", "app")
-    assert where("localhost:5000/app", plain=False) == ("https://localhost:5000", "app")
+    assert find_place("alpine") == ("https://registry-1.docker.io", "library/alpine")
+    assert find_place("team/app:1") == ("https://registry-1.docker.io", "team/app")
+    assert find_place("docker.io/library/alpine:3") == ("https://registry-1.docker.io", "library/alpine")
+    assert find_place("ghcr.io/team/app@sha256:" + "0" * 64) == ("https://ghcr.io", "team/app")
+    assert find_place("localhost/app") == ("http://localhost", "app")
+    assert find_place("127.0.0.1:5000/app") == ("http://127.0.0.1:5000", "app")
+    assert find_place("registry:5000/app") == ("https://registry:5000", "app")
+    assert find_place("registry:5000/app", plain=True) == ("http://registry:5000", "app")
+    assert find_place("localhost:5000/app", plain=False) == ("https://localhost:5000", "app")
 
 
 @pytest.mark.parametrize("port", ["65536", "99999", "655350"])
-def test_a_port_that_cannot_be_is_named(cache: Cache, monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+def test_a_port_above_65535_is_refused(cache: Cache, monkeypatch: pytest.MonkeyPatch, port: str) -> None:
     if len(port) <= 5:
         with pytest.raises(InvalidName, match=f"'localhost:{port}' has a port above 65535"):
             cache.pull(f"localhost:{port}/app:1")
@@ -604,16 +602,14 @@ def test_a_port_that_cannot_be_is_named(cache: Cache, monkeypatch: pytest.Monkey
         cache.pull("alpine:3")
 
 
-def test_mirrors_are_asked_first_and_the_registry_in_the_end(
-    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mirrors_are_tried_before_the_registry(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     with Registry() as mirror:
         mirror.add(FIRST, "mirrored/app", "1")
         monkeypatch.setenv("CACHEDB_MIRRORS", f"docker.io=unused {remote.host}={mirror.host}/mirrored")
         cache.pull(f"{remote.host}/app:1")
         assert_is_here(cache, f"{remote.host}/app:1", FIRST)
         assert asked(remote) == []
-        cache.pull(f"{remote.host}/app:2")  # which the mirror has not
+        cache.pull(f"{remote.host}/app:2")  # the mirror lacks this tag
         assert_is_here(cache, f"{remote.host}/app:2", SECOND)
 
 
@@ -626,7 +622,7 @@ def test_mirrors_are_asked_first_and_the_registry_in_the_end(
         (corrupt(), "/blobs/"),
     ],
 )
-def test_a_mirror_that_has_something_else_is_passed_over(
+def test_a_mirror_with_other_content_is_skipped(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, fault: Do, path: str
 ) -> None:
     seen: list[tuple[int, int]] = []
@@ -636,7 +632,7 @@ def test_a_mirror_that_has_something_else_is_passed_over(
         mirror.fault(fault, path=path, times=99)
         monkeypatch.setenv("CACHEDB_MIRRORS", f"{remote.host}={mirror.host}")
         name = f"{remote.host}/several:1"
-        cache.pull(name, all_platforms=True, referrers=True, progress=lambda *told: seen.append(told))
+        cache.pull(name, all_platforms=True, referrers=True, progress=lambda *counts: seen.append(counts))
         assert cache.is_image_complete(name)
         assert all(cache.get_blob(digest) == data for digest, data in {**FIRST.blobs, **ARM.blobs}.items())
     assert seen[-1][0] == seen[-1][1] == max(done for done, _ in seen)
@@ -649,7 +645,7 @@ def login(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> 
 
 
 @pytest.mark.parametrize("auth", ["basic", "bearer"])
-def test_credentials_are_shown_to_the_registry_that_asks(cache: Cache, tmp_path: Path, auth: str) -> None:
+def test_credentials_are_sent_to_a_registry_that_asks_for_them(cache: Cache, tmp_path: Path, auth: str) -> None:
     with Registry(auth=auth) as remote:
         remote.add(FIRST, "app", "1")
         with pytest.raises(RegistryError, match=r"refuses .*log in with `skopeo login") as error:
@@ -662,7 +658,7 @@ def test_credentials_are_shown_to_the_registry_that_asks(cache: Cache, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_token_that_expires_on_the_way_is_replaced(cache: Cache, tmp_path: Path) -> None:
+def test_a_token_that_expires_during_a_pull_is_replaced(cache: Cache, tmp_path: Path) -> None:
     with Registry(auth="bearer") as remote:
         remote.expires_in = 1
         remote.add(LARGE, "large", "1")
@@ -671,7 +667,7 @@ def test_a_token_that_expires_on_the_way_is_replaced(cache: Cache, tmp_path: Pat
         assert_is_here(cache, f"{remote.host}/large:1", LARGE)
 
 
-def test_credentials_do_not_go_along_a_redirect(cache: Cache, tmp_path: Path) -> None:
+def test_credentials_are_not_sent_along_a_redirect(cache: Cache, tmp_path: Path) -> None:
     with Registry() as storage, Registry(auth="basic") as remote:
         remote.add(FIRST, "app", "1")
         storage.add(FIRST, "app", "1")
@@ -682,7 +678,7 @@ def test_credentials_do_not_go_along_a_redirect(cache: Cache, tmp_path: Path) ->
         assert all("authorization" not in request.headers for request in storage.requests)
 
 
-def test_nothing_that_was_https_goes_on_without(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_https_registry_cannot_lead_to_http(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
     monkeypatch.setenv("SSL_CERT_FILE", str(ca))
     with Registry() as other, Registry(auth="bearer", tls=(certified, key)) as remote:
@@ -698,29 +694,27 @@ def test_nothing_that_was_https_goes_on_without(cache: Cache, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_a_registry_that_speaks_https_where_http_is_usual_is_an_error_that_names_tls(
-    cache: Cache, remote: Registry, method: str
-) -> None:
-    # What Go's servers say on such a port; to a request for a body, with a line that is not JSON.
+def test_the_error_of_an_https_registry_on_an_http_port_names_tls(cache: Cache, remote: Registry, method: str) -> None:
+    # The answer of Go's HTTPS servers to an HTTP request. Its body is not JSON.
     remote.fault(answer(400, body=b"Client sent an HTTP request to an HTTPS server.\n"), method=method, times=9)
     with pytest.raises(RegistryError, match=r"answers 400 to a request for app[^ ]+; if it speaks HTTPS, use --tls$"):
         cache.pull(f"{remote.host}/app:1")
 
 
-def test_a_redirect_without_an_end_is_given_up(cache: Cache, remote: Registry) -> None:
+def test_an_endless_redirect_fails(cache: Cache, remote: Registry) -> None:
     remote.fault(redirect(remote.url), method="GET", path="/blobs/", times=99)
     with pytest.raises(RegistryError, match="redirects more than 5 times"):
         cache.pull(f"{remote.host}/app:1")
 
 
 @pytest.mark.parametrize("location", ["http://host:99999999/", "http://[bad", "file:///etc/passwd", "ftp://host/x"])
-def test_a_redirect_to_what_is_no_url_of_the_web_is_refused(cache: Cache, remote: Registry, location: str) -> None:
+def test_a_redirect_to_an_invalid_or_other_url_is_refused(cache: Cache, remote: Registry, location: str) -> None:
     remote.fault(answer(307, {"Location": location}), method="GET", path="/blobs/", times=99)
     with pytest.raises(RegistryError):
         cache.pull(f"{remote.host}/app:1")
 
 
-def test_an_identity_token_is_exchanged_and_shown_to_nobody_else(cache: Cache, tmp_path: Path) -> None:
+def test_an_identity_token_is_exchanged_by_post(cache: Cache, tmp_path: Path) -> None:
     with Registry(auth="bearer") as remote:
         name = remote.add(FIRST, "app", "1")
         path = tmp_path / "auth.json"
@@ -730,32 +724,36 @@ def test_an_identity_token_is_exchanged_and_shown_to_nobody_else(cache: Cache, t
         assert {request.method for request in remote.requests if request.path == "/token"} == {"POST"}
 
 
-def test_an_image_of_another_platform_than_was_asked_for_is_refused(cache: Cache, remote: Registry) -> None:
+def test_an_image_for_another_platform_is_refused(cache: Cache, remote: Registry) -> None:
     with pytest.raises(NotInCache, match=r"not for platform 'linux/arm64', but for linux/amd64"):
         cache.pull(f"{remote.host}/app:1", platform="linux/arm64")
     assert cache.list_manifests() == []
     assert cache.pull(f"{remote.host}/app:1", platform="linux/amd64").image.complete
     with pytest.raises(NotInCache, match=r"not for platform 'linux/arm64', but for linux/amd64"):
-        cache.pull(f"{remote.host}/app:1", platform="linux/arm64", if_missing=True)  # which is here, and does not do
+        cache.pull(
+            f"{remote.host}/app:1", platform="linux/arm64", if_missing=True
+        )  # the stored image has another platform
     assert cache.is_image_complete(f"{remote.host}/app:1")
 
 
-def test_what_is_here_needs_no_right_to_write(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_missing_takes_no_lock_for_a_complete_image(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache.pull(f"{remote.host}/app:1")
 
-    def denied(*_: object, **__: object) -> None:
-        raise AssertionError("it took a lock")
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the pull took a lock")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cachedb.disk.locks.acquire", denied)
+        patch.setattr("cachedb.disk.locks.acquire", refuse)
         assert cache.pull(f"{remote.host}/app:1", if_missing=True).image.complete
 
 
 # Debian's registry, and images that skopeo pushed
 
 
-def push(peer: Callable[[str], str], host: str, *options: str) -> str:
-    """Push the example with skopeo, and return the digest that it has then."""
+def push_with_skopeo(peer: Callable[[str], str], host: str, *options: str) -> str:
+    """Push the example with skopeo, and return its digest at the registry."""
     skopeo, image = peer("skopeo"), f"docker://{host}/hello:1"
     source = f"oci-archive:{Path(__file__).parents[2]}/examples/hello.oci.tar"
     command = [skopeo, "copy", "-q", *(f"--dest-{option}" for option in options), source, image]
@@ -767,9 +765,9 @@ def push(peer: Callable[[str], str], host: str, *options: str) -> str:
 
 
 @pytest.mark.slow
-def test_what_skopeo_pushed_has_its_digest(cache: Cache, tmp_path: Path, peer: Callable[[str], str]) -> None:
+def test_an_image_that_skopeo_pushed_keeps_its_digest(cache: Cache, tmp_path: Path, peer: Callable[[str], str]) -> None:
     with docker_registry(tmp_path, htpasswd=HTPASSWD) as host:
-        digest = push(peer, host, "tls-verify=false", f"creds={USER}:{PASSWORD}")
+        digest = push_with_skopeo(peer, host, "tls-verify=false", f"creds={USER}:{PASSWORD}")
         with pytest.raises(RegistryError, match="log in"):
             cache.pull(f"{host}/hello:1")
         pulled = cache.pull(f"{host}/hello:1", authfile=login(tmp_path / "auth.json", host))
@@ -777,12 +775,12 @@ def test_what_skopeo_pushed_has_its_digest(cache: Cache, tmp_path: Path, peer: C
     assert cache.verify().problems == []
 
 
-def test_a_certificate_is_looked_at(
+def test_the_certificate_of_a_registry_is_verified(
     cache: Cache, tmp_path: Path, peer: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
     with docker_registry(tmp_path, tls=(certified, key)) as host:
-        digest = push(peer, host, f"cert-dir={ca.parent}")
+        digest = push_with_skopeo(peer, host, f"cert-dir={ca.parent}")
         with pytest.raises(RegistryError, match=r"cannot be trusted: .*certs\.d/"):
             cache.pull(f"{host}/hello:1", plain_http=False)
         monkeypatch.setenv("SSL_CERT_FILE", str(ca))
@@ -794,7 +792,7 @@ def test_a_certificate_is_looked_at(
         assert cache.pull(f"{host}/hello:1", plain_http=False).image.digest == digest
 
 
-def test_what_is_wrong_with_tls_is_told_with_what_to_do(
+def test_a_tls_error_says_what_to_do(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: Registry
 ) -> None:
     ca, certified, key = certificate(tmp_path / "tls", "localhost")
@@ -809,7 +807,7 @@ def test_what_is_wrong_with_tls_is_told_with_what_to_do(
     assert "clock" in tls.advise_on_tls("registry:5000", SSLError(out_of_date))
 
 
-def test_a_proxy_and_a_broken_answer_are_told_of_without_our_objects(
+def test_connection_errors_are_printed_without_python_objects(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote.fault(closed(), path="manifests/1", times=99)
@@ -831,7 +829,7 @@ def test_a_proxy_and_a_broken_answer_are_told_of_without_our_objects(
 # The command line
 
 
-def test_pull_prints_the_images_as_import_does(cachedb: Run, remote: Registry) -> None:
+def test_pull_prints_images_as_import_does(cachedb: Run, remote: Registry) -> None:
     name = f"{remote.host}/app:1"
     (image,) = json.loads(cachedb("pull", "--format", "json", name).stdout)
     assert (image["repository"], image["reference"], image["digest"]) == (f"{remote.host}/app", "1", FIRST.digest)
@@ -841,7 +839,7 @@ def test_pull_prints_the_images_as_import_does(cachedb: Run, remote: Registry) -
     assert cachedb("pull", "--platform", "linux/arm64", "--all-platforms", name).returncode == 2
 
 
-def test_what_came_is_printed_where_another_could_not_be_had(cachedb: Run, remote: Registry) -> None:
+def test_images_pulled_before_a_failure_are_printed(cachedb: Run, remote: Registry) -> None:
     names = f"{remote.host}/app:1", f"{remote.host}/app:nope", f"{remote.host}/app:2"
     done = cachedb("pull", "-q", *names)
     assert (done.returncode, done.stdout) == (1, f"{names[0]}\n")
@@ -849,7 +847,7 @@ def test_what_came_is_printed_where_another_could_not_be_had(cachedb: Run, remot
     assert cachedb("pull", names[1]).stdout == ""
 
 
-def test_a_copy_that_may_be_out_of_date_is_told(cachedb: Run) -> None:
+def test_pull_warns_about_a_stale_image(cachedb: Run) -> None:
     with Registry() as remote:
         name = remote.add(FIRST, "app", "1")
         cachedb("pull", name)

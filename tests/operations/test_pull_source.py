@@ -1,4 +1,4 @@
-"""What a pull begins before the index is open: it is asked for once, and trusted no more than any download."""
+"""Early downloads of a pull, before the index is open: they are requested once and verified like any download."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ LAYER = Digest(make.digest_of(LARGE.layers[0]))
 
 @pytest.fixture
 def remote() -> Iterator[Registry]:
-    with Registry() as made:
-        made.add(FIRST, "app", "1")
-        made.add(SECOND, "app", "2")
-        made.add(LARGE, "large", "1")
-        yield made
+    with Registry() as registry:
+        registry.add(FIRST, "app", "1")
+        registry.add(SECOND, "app", "2")
+        registry.add(LARGE, "large", "1")
+        yield registry
 
 
 @pytest.fixture
-def made(directory: Path) -> Path:
-    """A cache that is there, and that nobody has open."""
+def closed_cache(directory: Path) -> Path:
+    """Make a cache that no process has open."""
     Cache.open(directory).close()
     return directory
 
 
-def begun(directory: Path, name: str, **options: str) -> Source:
-    """A source whose thread has come to its end."""
+def run_early_downloads(directory: Path, name: str, **options: str) -> Source:
+    """Return a source whose thread has finished."""
     source = Source(directory, Name.parse(name), **options)  # type: ignore[arg-type]
     source.begin()
     assert source._thread is not None
@@ -62,52 +62,52 @@ def begun(directory: Path, name: str, **options: str) -> Source:
     return source
 
 
-def downloaded(directory: Path) -> set[str]:
+def list_downloaded(directory: Path) -> set[str]:
     return {path.name.replace("-", ":") for path in directory.glob("ingest/partial/*")}
 
 
-def test_blobs_come_before_the_cache_is_open_and_are_asked_for_once(made: Path, remote: Registry) -> None:
+def test_blobs_are_downloaded_once_before_the_cache_is_open(closed_cache: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
-    with begun(made, name) as source:
-        assert downloaded(made) == LARGE.blobs.keys() - {LARGE.digest}
-        with Cache.open(made) as cache:
+    with run_early_downloads(closed_cache, name) as source:
+        assert list_downloaded(closed_cache) == LARGE.blobs.keys() - {LARGE.digest}
+        with Cache.open(closed_cache) as cache:
             pulled = cache.pull(source)
             assert (pulled.blobs, pulled.image.digest) == (2, LARGE.digest)
             assert_is_here(cache, name, LARGE)
-    ways = sorted((method, path.rpartition("/")[0]) for method, path in asked(remote))
-    assert ways == [
+    requests = sorted((method, path.rpartition("/")[0]) for method, path in asked(remote))
+    assert requests == [
         ("GET", "large/blobs"),
         ("GET", "large/blobs"),
         ("GET", "large/manifests"),
         ("HEAD", "large/manifests"),
     ]
-    assert downloaded(made) == set()
-    check(made)
+    assert list_downloaded(closed_cache) == set()
+    check(closed_cache)
 
 
-def test_the_command_asks_for_each_thing_once(made: Path, remote: Registry, cachedb: Run) -> None:
+def test_the_command_sends_each_request_once(closed_cache: Path, remote: Registry, cachedb: Run) -> None:
     for tag, image in (("1", FIRST), ("2", SECOND), ("2", SECOND)):
         done = cachedb("pull", "-q", f"{remote.host}/app:{tag}")
         assert (done.returncode, done.stdout, done.stderr) == (0, f"{remote.host}/app:{tag}\n", "")
-        with Cache.open(made) as cache:
+        with Cache.open(closed_cache) as cache:
             assert_is_here(cache, f"{remote.host}/app:{tag}", image)
     found = asked(remote)
     assert len(found) == len(set(found)) + 1
-    assert found[-1] == ("HEAD", "app/manifests/2")  # it has not moved
+    assert found[-1] == ("HEAD", "app/manifests/2")  # the tag has not moved
 
 
 @pytest.mark.slow
-def test_the_command_does_not_download_again_what_it_has_begun(made: Path, remote: Registry, cachedb: Run) -> None:
+def test_the_command_continues_its_early_downloads(closed_cache: Path, remote: Registry, cachedb: Run) -> None:
     layer = make.digest_of(FIRST.layers[0])
     remote.fault(changed(delay=1.5), method="GET", path=layer)  # longer than it takes to open the cache
     assert cachedb("pull", f"{remote.host}/app:1").returncode == 0
     assert blobs_of(remote).count(layer) == 1
-    with Cache.open(made) as cache:
+    with Cache.open(closed_cache) as cache:
         assert_is_here(cache, f"{remote.host}/app:1", FIRST)
 
 
 @pytest.mark.slow
-def test_many_images_are_pulled_with_the_connections_of_one(made: Path, remote: Registry) -> None:
+def test_many_images_are_pulled_with_few_open_files(closed_cache: Path, remote: Registry) -> None:
     for tag in range(60):
         remote.add(FIRST, "many", str(tag))
     names = [f"{remote.host}/many:{tag}" for tag in range(60)]
@@ -119,192 +119,200 @@ def test_many_images_are_pulled_with_the_connections_of_one(made: Path, remote: 
         sys.argv[1:] = ["--dir", sys.argv[1], "pull", "-q", *sys.argv[2:]]
         main()
         """,
-        made,
+        closed_cache,
         *names,
     )
     assert output.splitlines() == names
 
 
-def test_nothing_is_begun_where_there_is_no_cache_yet(directory: Path, remote: Registry) -> None:
+def test_no_early_download_begins_without_a_cache(directory: Path, remote: Registry) -> None:
     with Source(directory, Name.parse(f"{remote.host}/app:1")) as source:
         source.begin()
         assert source._thread is None
     assert (asked(remote), directory.exists()) == ([], False)
 
 
-def test_a_directory_that_cannot_be_looked_at_is_told_as_by_any_command(cachedb: Run, remote: Registry) -> None:
+def test_an_invalid_directory_gives_the_same_error_as_in_any_command(cachedb: Run, remote: Registry) -> None:
     name = "x" * 300
     pulled = cachedb("--dir", name, "pull", f"{remote.host}/app:1")
     assert (pulled.returncode, pulled.stderr) == (1, cachedb("--dir", name, "ls").stderr)
 
 
-def test_what_is_here_is_not_asked_for(made: Path, remote: Registry) -> None:
-    with Cache.open(made) as cache:
+def test_stored_blobs_are_not_requested(closed_cache: Path, remote: Registry) -> None:
+    with Cache.open(closed_cache) as cache:
         cache.pull(f"{remote.host}/app:1")
     asked(remote)
-    begun(made, f"{remote.host}/app:1").__exit__(None, None, None)
+    run_early_downloads(closed_cache, f"{remote.host}/app:1").__exit__(None, None, None)
     assert asked(remote) == [("HEAD", "app/manifests/1")]
-    begun(made, f"{remote.host}/app@{FIRST.digest}").__exit__(None, None, None)
+    run_early_downloads(closed_cache, f"{remote.host}/app@{FIRST.digest}").__exit__(None, None, None)
     assert asked(remote) == []
-    begun(made, f"{remote.host}/app:2").__exit__(None, None, None)
+    run_early_downloads(closed_cache, f"{remote.host}/app:2").__exit__(None, None, None)
     assert set(blobs_of(remote)) == SECOND.blobs.keys() - FIRST.blobs.keys() - {SECOND.digest}
 
 
-def test_of_an_index_the_platform_comes_that_is_wanted(made: Path, remote: Registry) -> None:
+def test_only_the_chosen_platform_of_an_index_is_downloaded(closed_cache: Path, remote: Registry) -> None:
     children = FIRST, ARM, ODD
     platforms = [{"os": "linux", "architecture": name} for name in ("amd64", "arm64", "riscv64")]
     remote.add_index(make.index(*children, platforms=platforms), "several", "1", children)
     name = f"{remote.host}/several:1"
-    with begun(made, name, platform="linux/arm64") as source:
-        assert downloaded(made) == ARM.blobs.keys() - {ARM.digest}
-        with Cache.open(made) as cache:
+    with run_early_downloads(closed_cache, name, platform="linux/arm64") as source:
+        assert list_downloaded(closed_cache) == ARM.blobs.keys() - {ARM.digest}
+        with Cache.open(closed_cache) as cache:
             assert cache.pull(source, platform="linux/arm64").image.complete
     found = asked(remote)
     assert len(found) == len(set(found))
     with (
-        begun(made, name, platform="linux/s390x") as source,
-        Cache.open(made) as cache,
+        run_early_downloads(closed_cache, name, platform="linux/s390x") as source,
+        Cache.open(closed_cache) as cache,
         pytest.raises(NotInCache, match="is not for platform 'linux/s390x'"),
     ):
         cache.pull(source, platform="linux/s390x")
 
 
-def test_an_index_of_manifests_that_memory_has_no_room_for_is_refused(
-    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+def test_an_index_whose_manifests_exceed_the_memory_limit_is_refused(
+    closed_cache: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     children = FIRST, ARM, ODD
     remote.add_index(make.index(*children), "several", "1", children)
     name = f"{remote.host}/several:1"
     monkeypatch.setattr("cachedb.operations.pull_source._MANIFEST_BYTES", len(FIRST.manifest) + len(ARM.manifest))
-    with Cache.open(made) as cache, pytest.raises(InvalidManifest, match="has manifests of more than"):
+    with Cache.open(closed_cache) as cache, pytest.raises(InvalidManifest, match="has manifests of more than"):
         cache.pull(name, all_platforms=True)
 
 
-def test_an_error_is_the_same_and_costs_no_second_request(made: Path, remote: Registry) -> None:
+def test_an_early_error_is_raised_without_a_second_request(closed_cache: Path, remote: Registry) -> None:
     remote.fault(answer(403), method="HEAD", times=9)
     with (
-        begun(made, f"{remote.host}/app:1") as source,
-        Cache.open(made) as cache,
+        run_early_downloads(closed_cache, f"{remote.host}/app:1") as source,
+        Cache.open(closed_cache) as cache,
         pytest.raises(RegistryError, match="refuses"),
     ):
         cache.pull(source)
     assert len(asked(remote)) == 1
-    assert downloaded(made) == set()
+    assert list_downloaded(closed_cache) == set()
 
 
 @pytest.mark.parametrize(("fault", "error"), [(answer(403), RegistryError), (corrupt(), DigestMismatch)])
-def test_a_blob_that_cannot_be_had_is_not_asked_for_again(
-    made: Path, remote: Registry, fault: Do, error: type[CacheError]
+def test_a_blob_that_failed_early_is_not_requested_again(
+    closed_cache: Path, remote: Registry, fault: Do, error: type[CacheError]
 ) -> None:
     remote.fault(fault, path=LAYER, times=9)
-    with begun(made, f"{remote.host}/large:1") as source, Cache.open(made) as cache, pytest.raises(error):
+    with (
+        run_early_downloads(closed_cache, f"{remote.host}/large:1") as source,
+        Cache.open(closed_cache) as cache,
+        pytest.raises(error),
+    ):
         cache.pull(source)
     assert blobs_of(remote).count(LAYER) == 1
-    assert LAYER not in downloaded(made)
-    check(made)
+    assert LAYER not in list_downloaded(closed_cache)
+    check(closed_cache)
 
 
-def test_a_download_that_was_stored_since_is_not_stored_again(made: Path, remote: Registry) -> None:
+def test_a_download_with_a_second_link_is_not_stored_as_that_file(closed_cache: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
-    with begun(made, name) as source:
-        os.link(partial_path(made, LAYER), made / "ingest" / "second")  # by who was killed then
-        with Cache.open(made) as cache:
+    with run_early_downloads(closed_cache, name) as source:
+        os.link(
+            partial_path(closed_cache, LAYER), closed_cache / "ingest" / "second"
+        )  # a killed process leaves such a link
+        with Cache.open(closed_cache) as cache:
             cache.pull(source)
             assert_is_here(cache, name, LARGE)
             assert cache.get_blob_path(LAYER).stat().st_nlink == 1
-    (made / "ingest" / "second").unlink()
-    check(made)
+    (closed_cache / "ingest" / "second").unlink()
+    check(closed_cache)
 
 
 @pytest.mark.parametrize("content", [LARGE.layers[0][:-1] + b"!", LARGE.layers[0][:1000], None])
-def test_a_download_that_was_touched_since_is_not_trusted(made: Path, remote: Registry, content: bytes | None) -> None:
+def test_a_download_that_was_changed_since_is_not_trusted(
+    closed_cache: Path, remote: Registry, content: bytes | None
+) -> None:
     name = f"{remote.host}/large:1"
-    with begun(made, name) as source:
-        path = partial_path(made, LAYER)
+    with run_early_downloads(closed_cache, name) as source:
+        path = partial_path(closed_cache, LAYER)
         path.chmod(0o600)
         if content is None:
             path.unlink()
         else:
             path.write_bytes(content)
-        with Cache.open(made) as cache:
+        with Cache.open(closed_cache) as cache:
             cache.pull(source)
             assert_is_here(cache, name, LARGE)
-    check(made)
+    check(closed_cache)
 
 
-def test_what_others_download_is_left_to_them(made: Path, remote: Registry) -> None:
-    with single_flight.once(made, downloads.key_of(LAYER), lambda: None):
-        begun(made, f"{remote.host}/large:1").__exit__(None, None, None)
-    assert LAYER not in downloaded(made)
+def test_a_blob_that_another_process_downloads_is_not_requested(closed_cache: Path, remote: Registry) -> None:
+    with single_flight.once(closed_cache, downloads.key_of(LAYER), lambda: None):
+        run_early_downloads(closed_cache, f"{remote.host}/large:1").__exit__(None, None, None)
+    assert LAYER not in list_downloaded(closed_cache)
     assert LAYER not in blobs_of(remote)
 
 
-def test_nothing_is_begun_while_others_pull_the_same(made: Path, remote: Registry) -> None:
+def test_no_early_download_begins_while_another_process_pulls_the_name(closed_cache: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
-    with Source(made, Name.parse(name)) as first, Source(made, Name.parse(name)) as second:
+    with Source(closed_cache, Name.parse(name)) as first, Source(closed_cache, Name.parse(name)) as second:
         first.begin()
         second.begin()
         assert second._thread is None
-        with Cache.open(made) as cache:
+        with Cache.open(closed_cache) as cache:
             cache.pull(first)
             cache.pull(second)
     assert sorted(method for method, path in asked(remote) if "manifests" in path) == ["GET", "HEAD", "HEAD"]
-    check(made)
+    check(closed_cache)
 
 
-def test_a_thread_that_has_begun_does_not_wait_for_itself(made: Path, remote: Registry) -> None:
+def test_a_thread_does_not_wait_for_its_own_early_downloads(closed_cache: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
-    with Source(made, Name.parse(name)) as source, Cache.open(made) as cache:
+    with Source(closed_cache, Name.parse(name)) as source, Cache.open(closed_cache) as cache:
         source.begin()
         with pytest.raises(CacheError, match="being made by this thread already"):
             cache.pull(name)
         cache.pull(source)
         cache.pull(name)
-    check(made)
+    check(closed_cache)
 
 
-def test_the_right_may_be_left_by_another_thread(made: Path, remote: Registry) -> None:
+def test_another_thread_may_release_the_claim(closed_cache: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
-    with Cache.open(made) as cache, Source(made, Name.parse(name)) as source:
+    with Cache.open(closed_cache) as cache, Source(closed_cache, Name.parse(name)) as source:
         source.begin()
         with ThreadPoolExecutor(1) as other:
             other.submit(cache.pull, source).result()
         cache.pull(name)
 
 
-def test_what_others_have_stored_meanwhile_is_not_downloaded(made: Path, remote: Registry) -> None:
-    with Cache.open(made) as cache:
+def test_a_blob_stored_meanwhile_is_not_downloaded(closed_cache: Path, remote: Registry) -> None:
+    with Cache.open(closed_cache) as cache:
         cache.add_blob(LARGE.layers[0])
-        begun(made, f"{remote.host}/large:1").__exit__(None, None, None)
+        run_early_downloads(closed_cache, f"{remote.host}/large:1").__exit__(None, None, None)
     assert LAYER not in blobs_of(remote)
 
 
-def test_an_end_is_not_held_up_by_what_was_begun(made: Path, remote: Registry) -> None:
+def test_closing_a_source_stops_its_early_downloads(closed_cache: Path, remote: Registry) -> None:
     remote.fault(changed(drip=0.1), method="GET", path=LAYER)
     before = time.monotonic()
-    with Source(made, Name.parse(f"{remote.host}/large:1")) as source:
+    with Source(closed_cache, Name.parse(f"{remote.host}/large:1")) as source:
         source.begin()
-        while not partial_path(made, LAYER).exists():
+        while not partial_path(closed_cache, LAYER).exists():
             time.sleep(0.01)
     assert time.monotonic() - before < 20
     assert not source._thread or not source._thread.is_alive()
 
 
-def test_on_a_full_disk_what_was_begun_ends_before_its_room_is_freed(
-    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+def test_on_a_full_disk_early_downloads_end_before_space_is_freed(
+    closed_cache: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would write on into a file that has no name any more, and keep the room."""
+    """A running download would keep writing to its unlinked file, so its space would not be free."""
     remote.fault(changed(drip=0.1), method="GET", path=LAYER)
     sweep, alive = downloads.sweep, []
 
     def fill(*_: object) -> None:
         raise StorageError("cannot write: No space left on device", errno=errno.ENOSPC)
 
-    with Source(made, Name.parse(f"{remote.host}/large:1")) as source, Cache.open(made) as cache:
+    with Source(closed_cache, Name.parse(f"{remote.host}/large:1")) as source, Cache.open(closed_cache) as cache:
         source.begin()
         thread = source._thread
         assert thread is not None
-        while not partial_path(made, LAYER).exists():
+        while not partial_path(closed_cache, LAYER).exists():
             time.sleep(0.01)
 
         def watch(folders: Folders, *, age: float) -> bool:
@@ -317,10 +325,10 @@ def test_on_a_full_disk_what_was_begun_ends_before_its_room_is_freed(
         with pytest.raises(StorageError, match="No space left"):
             cache.pull(source)
     assert alive[0] is False
-    assert not downloaded(made)
+    assert not list_downloaded(closed_cache)
 
 
-def test_if_missing_asks_for_nothing_that_is_here(made: Path, remote: Registry, cachedb: Run) -> None:
+def test_if_missing_sends_no_request_for_a_stored_image(closed_cache: Path, remote: Registry, cachedb: Run) -> None:
     assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
     assert asked(remote)
     assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
@@ -329,24 +337,24 @@ def test_if_missing_asks_for_nothing_that_is_here(made: Path, remote: Registry, 
 
 @pytest.fixture
 def unreachable() -> Iterator[str]:
-    """A host to which no connection is made, nor refused."""
-    with closing(socket.create_server(("127.0.0.1", 0), backlog=0)) as server, ExitStack() as waiting:
-        for _ in range(3):  # as many as nobody will accept
-            connection = waiting.enter_context(closing(socket.socket()))
+    """Listen on a port that neither accepts nor refuses connections; yield its address."""
+    with closing(socket.create_server(("127.0.0.1", 0), backlog=0)) as server, ExitStack() as stack:
+        for _ in range(3):  # enough to fill the backlog
+            connection = stack.enter_context(closing(socket.socket()))
             connection.setblocking(False)
             connection.connect_ex(server.getsockname())
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
 def connecting(host: str) -> int:
-    """How many connections to a host wait for its answer."""
+    """Return how many connections to a host wait for its answer."""
     waiting = f":{int(host.rpartition(':')[2]):04X} 02 "
     return Path("/proc/net/tcp").read_text().count(waiting)
 
 
 @pytest.mark.parametrize("what", ["a host", "a helper"])
-def test_an_interrupt_waits_neither_for_a_host_nor_for_a_helper(
-    made: Path, unreachable: str, tmp_path: Path, what: str
+def test_an_interrupt_waits_neither_for_a_host_nor_for_a_credential_helper(
+    closed_cache: Path, unreachable: str, tmp_path: Path, what: str
 ) -> None:
     pid = tmp_path / "pid"
     with Registry(auth="basic") as remote:
@@ -356,11 +364,21 @@ def test_an_interrupt_waits_neither_for_a_host_nor_for_a_helper(
         (tmp_path / "docker-credential-slow").write_text(f"#!/bin/sh\necho $$ > {pid}; exec sleep 25\n")
         (tmp_path / "docker-credential-slow").chmod(0o755)
         process = subprocess.Popen(
-            [sys.executable, "-m", "cachedb", "--dir", made, "pull", "--authfile", tmp_path / "auth.json", f"{host}/a"],
+            [
+                sys.executable,
+                "-m",
+                "cachedb",
+                "--dir",
+                closed_cache,
+                "pull",
+                "--authfile",
+                tmp_path / "auth.json",
+                f"{host}/a",
+            ],
             env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
             stderr=subprocess.PIPE,
             text=True,
-            # Whoever runs the tests in a shell's background has SIGINT ignored.
+            # A shell ignores SIGINT in background jobs, such as this test run may be.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         if what == "a host":
@@ -370,43 +388,43 @@ def test_an_interrupt_waits_neither_for_a_host_nor_for_a_helper(
         before = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
-        assert time.monotonic() - before < 8, "a host is waited for for 10 seconds, the helper sleeps for 25"
+        assert time.monotonic() - before < 8, "the pull waited for the host (10 s) or the helper (25 s)"
     assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
     assert what == "a host" or is_over(int(pid.read_text()))
 
 
-def test_an_interrupt_before_its_thread_runs_is_no_other_error(
-    made: Path, remote: Registry, interrupted_start: None
+def test_an_interrupt_before_the_thread_runs_is_raised_unchanged(
+    closed_cache: Path, remote: Registry, interrupted_start: None
 ) -> None:
-    with pytest.raises(KeyboardInterrupt), Source(made, Name.parse(f"{remote.host}/large:1")) as source:
+    with pytest.raises(KeyboardInterrupt), Source(closed_cache, Name.parse(f"{remote.host}/large:1")) as source:
         source.begin()
 
 
-def test_what_was_begun_by_who_is_killed_is_gone_on_with(made: Path, remote: Registry) -> None:
+def test_a_pull_resumes_an_early_download_of_a_killed_process(closed_cache: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
     code = f"""if True:
         import os, pathlib, time
         from cachedb.disk.layout import partial_path
         from cachedb.oci.names import Name
         from cachedb.operations.pull_source import Source
-        directory = pathlib.Path({str(made)!r})
+        directory = pathlib.Path({str(closed_cache)!r})
         Source(directory, Name.parse({name!r})).begin()
         path = partial_path(directory, {LAYER!r})
         while not path.exists() or path.stat().st_size < 1_500_000:
             time.sleep(0.001)
         os.kill(os.getpid(), 9)
         """
-    remote.fault(changed(cut=2_000_000), method="GET", path=LAYER)  # after which it waits, before it tries again
+    remote.fault(changed(cut=2_000_000), method="GET", path=LAYER)  # then the download waits before it retries
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == -9
-    with Cache.open(made) as cache:
+    with Cache.open(closed_cache) as cache:
         cache.pull(name)
         assert_is_here(cache, name, LARGE)
     request = [request for request in remote.requests if request.path.endswith(LAYER)][-1]
     assert int(request.headers["range"].removeprefix("bytes=").removesuffix("-")) >= 1_500_000
-    check(made)
+    check(closed_cache)
 
 
-def test_nothing_of_sqlalchemy_is_imported_for_it() -> None:
+def test_early_downloads_do_not_import_sqlalchemy() -> None:
     imports = "import sys, cachedb.cli.main, cachedb.operations.pull_source"
     code = f"{imports}; print([name for name in sys.modules if name == 'sqlalchemy'])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ})

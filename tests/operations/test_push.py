@@ -1,4 +1,4 @@
-"""Pushing, and what refers to an image: what a registry gets, in which order, and what happens when it fails."""
+"""Pushing images and referrers: which blobs are sent, in which order, and what happens when a registry fails."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EMPTY = b"{}"
 
 
 def referrer(subject: bytes, what: bytes = b"a signature", media_type: str = OCI_MANIFEST) -> make.Made:
-    """An artifact that refers to a manifest (image specification, "Guidelines for Artifact Usage")."""
+    """Make an artifact whose subject is a manifest (image specification, "Guidelines for Artifact Usage")."""
     manifest = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
@@ -64,16 +64,16 @@ def assert_has(remote: Registry, repository: str, reference: str, image: make.Ma
 
 
 def sent(remote: Registry) -> list[str]:
-    """The digests of the blobs that the registry was sent; and forget them."""
+    """Return the digests of the blobs that the registry was sent, and clear its requests."""
     found = [str(request.query["digest"]) for request in remote.requests if request.method == "PUT" and request.query]
     remote.requests.clear()
     return found
 
 
-# What goes, in which order
+# What is sent, in which order
 
 
-def test_an_image_goes_whole_and_keeps_its_digest(cache: Cache, remote: Registry) -> None:
+def test_a_pushed_image_is_complete_and_keeps_its_digest(cache: Cache, remote: Registry) -> None:
     pushed = cache.push("app:1", f"{remote.host}/team/app:stable")
     assert_has(remote, "team/app", "stable", FIRST)
     assert (str(pushed.name), pushed.digest, pushed.media_type) == (
@@ -85,13 +85,13 @@ def test_an_image_goes_whole_and_keeps_its_digest(cache: Cache, remote: Registry
     assert pushed.bytes == sum(len(data) for data in (FIRST.config, *FIRST.layers))
 
 
-def test_an_image_goes_to_where_its_name_is(cache: Cache, remote: Registry) -> None:
+def test_an_image_without_a_target_is_pushed_to_its_own_name(cache: Cache, remote: Registry) -> None:
     cache.tag("app:1", f"{remote.host}/app:1")
     cache.push(f"{remote.host}/app:1")
     assert_has(remote, "app", "1", FIRST)
 
 
-def test_the_name_comes_last(cache: Cache, remote: Registry) -> None:
+def test_the_tag_is_written_last(cache: Cache, remote: Registry) -> None:
     index = make.save_index(cache, "several:1", FIRST, ARM)
     cache.push("several:1", f"{remote.host}/several:1")
     puts = [request.path.rpartition("/")[2] for request in remote.requests if request.method == "PUT"]
@@ -100,7 +100,7 @@ def test_the_name_comes_last(cache: Cache, remote: Registry) -> None:
     assert remote.manifests["several", "1"] == (OCI_INDEX, index)
 
 
-def test_an_index_in_an_index_comes_before_it(cache: Cache, remote: Registry) -> None:
+def test_a_nested_index_is_pushed_before_the_outer_one(cache: Cache, remote: Registry) -> None:
     inner = make.save_index(cache, "inner:1", FIRST, ARM)
     child = make.descriptor(inner, OCI_INDEX)
     outer = {
@@ -113,7 +113,7 @@ def test_an_index_in_an_index_comes_before_it(cache: Cache, remote: Registry) ->
     assert remote.manifests["outer", make.digest_of(inner)] == (OCI_INDEX, inner)
 
 
-def test_only_what_is_not_there_is_sent(cache: Cache, remote: Registry) -> None:
+def test_only_blobs_that_the_registry_lacks_are_sent(cache: Cache, remote: Registry) -> None:
     cache.push("app:1", f"{remote.host}/app:1")
     sent(remote)
     pushed = cache.push("app:2", f"{remote.host}/app:2")
@@ -125,10 +125,10 @@ def test_only_what_is_not_there_is_sent(cache: Cache, remote: Registry) -> None:
     assert sent(remote) == []
 
 
-def test_what_another_repository_has_is_mounted(cache: Cache, remote: Registry) -> None:
+def test_a_blob_of_another_repository_is_mounted(cache: Cache, remote: Registry) -> None:
     remote.add(FIRST, "base")
     cache.tag("app:1", f"{remote.host}/base:1")
-    cache.tag("app:1", f"{remote.host}/none:1")  # is not there
+    cache.tag("app:1", f"{remote.host}/none:1")  # the registry does not have it
     pushed = cache.push("app:2", f"{remote.host}/app:2")
     assert (pushed.mounted, pushed.blobs) == (1, 2)
     assert_has(remote, "app", "2", SECOND)
@@ -137,7 +137,7 @@ def test_what_another_repository_has_is_mounted(cache: Cache, remote: Registry) 
     assert remote.uploads == {}
 
 
-def test_what_may_not_be_mounted_is_sent(cache: Cache, tmp_path: Path) -> None:
+def test_a_blob_that_may_not_be_mounted_is_sent(cache: Cache, tmp_path: Path) -> None:
     with Registry(auth="bearer") as remote:
         remote.grants = lambda repository, action: repository != "secret"
         remote.add(FIRST, "secret")
@@ -147,7 +147,7 @@ def test_what_may_not_be_mounted_is_sent(cache: Cache, tmp_path: Path) -> None:
         assert_has(remote, "app", "1", FIRST)
 
 
-def test_all_tags_of_a_repository_go(cache: Cache, remote: Registry) -> None:
+def test_push_tags_pushes_all_tags_of_a_repository(cache: Cache, remote: Registry) -> None:
     cache.tag("app:1", f"app@{FIRST.digest}")
     cache.tag("app:1", "other:1")
     pushed = list(cache.push_tags("app", f"{remote.host}/team/app"))
@@ -156,14 +156,14 @@ def test_all_tags_of_a_repository_go(cache: Cache, remote: Registry) -> None:
     assert_has(remote, "team/app", "1", FIRST)
     assert_has(remote, "team/app", "2", SECOND)
     asks = [request.path for request in remote.requests if request.method == "HEAD"]
-    assert len(asks) == len(set(asks)) == 5  # a layer of both is asked for once
+    assert len(asks) == len(set(asks)) == 5  # the shared layer is checked once
     with pytest.raises(InvalidName, match="'app:1' has a tag"):
         next(cache.push_tags("app:1"))
     with pytest.raises(NotInCache, match="no tags"):
         next(cache.push_tags("nothing"))
 
 
-def test_a_name_by_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
+def test_a_target_with_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
     with pytest.raises(InvalidName, match="its digest is another"):
         cache.push("app:1", f"{remote.host}/app@{SECOND.digest}")
     assert remote.requests == []
@@ -171,7 +171,7 @@ def test_a_name_by_another_digest_is_refused(cache: Cache, remote: Registry) -> 
     assert_has(remote, "app", FIRST.digest, FIRST)
 
 
-def test_what_is_not_here_or_incomplete_is_an_error_before_anything_is_sent(cache: Cache, remote: Registry) -> None:
+def test_a_missing_or_incomplete_image_is_refused_before_any_request(cache: Cache, remote: Registry) -> None:
     with pytest.raises(NotInCache):
         cache.push("nothing:1", f"{remote.host}/app:1")
     cache.save_manifest("lacking:1", make.image(1, 9).manifest)
@@ -185,7 +185,7 @@ def test_what_is_not_here_or_incomplete_is_an_error_before_anything_is_sent(cach
 
 @pytest.fixture
 def partly(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An image of two platforms of which one was pulled."""
+    """Pull one of two platforms of an image; return its name."""
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     name = remote.add_index(make.index(FIRST, ARM), "source", "1", [FIRST, ARM])
     cache.pull(name)
@@ -193,15 +193,17 @@ def partly(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> s
     return name
 
 
-def test_an_index_goes_only_where_all_that_it_names_is(cache: Cache, partly: str, remote: Registry) -> None:
+def test_a_partial_index_is_pushed_only_where_its_other_manifests_are(
+    cache: Cache, partly: str, remote: Registry
+) -> None:
     with pytest.raises(IncompleteImage, match=r"for linux/arm64 too, .* --all-platforms, or push one .* --platform"):
         cache.push(partly, f"{remote.host}/target:1")
     assert [request.method for request in remote.requests] == ["HEAD"]
-    cache.push(partly, f"{remote.host}/source:2")  # where it is
+    cache.push(partly, f"{remote.host}/source:2")  # this repository has all manifests
     assert remote.manifests["source", "2"] == remote.manifests["source", "1"]
 
 
-def test_one_platform_goes_as_an_image_of_its_own(cache: Cache, partly: str, remote: Registry) -> None:
+def test_one_platform_is_pushed_as_an_image_without_an_index(cache: Cache, partly: str, remote: Registry) -> None:
     pushed = cache.push(partly, f"{remote.host}/target:1", platform="linux/amd64")
     assert pushed.digest == FIRST.digest
     assert_has(remote, "target", "1", FIRST)
@@ -209,7 +211,7 @@ def test_one_platform_goes_as_an_image_of_its_own(cache: Cache, partly: str, rem
         cache.push(partly, f"{remote.host}/target:2", platform="linux/arm64")
 
 
-def test_the_platforms_of_an_image_are_told_and_which_are_here(cache: Cache, partly: str) -> None:
+def test_get_platforms_returns_all_platforms_and_which_are_complete(cache: Cache, partly: str) -> None:
     assert [tuple(found) for found in cache.get_platforms(partly)] == [
         ("linux/amd64", FIRST.digest, True),
         ("linux/arm64", ARM.digest, False),
@@ -219,11 +221,11 @@ def test_the_platforms_of_an_image_are_told_and_which_are_here(cache: Cache, par
     assert cache.get_platforms("app:1") == []
 
 
-# What refers to an image
+# Referrers
 
 
 @pytest.mark.parametrize("lists", [True, False], ids=["listed", "by-tag"])
-def test_what_refers_to_an_image_comes_and_goes_with_it(
+def test_referrers_are_pulled_and_pushed_with_their_image(
     cache: Cache, remote: Registry, directory: Path, lists: bool
 ) -> None:
     remote.referrers = lists
@@ -263,7 +265,7 @@ def test_what_refers_to_an_image_comes_and_goes_with_it(
                 assert listed is None
 
 
-def test_what_refers_to_another_image_is_left_where_it_is(cache: Cache, remote: Registry) -> None:
+def test_a_listed_artifact_of_another_image_is_not_pulled(cache: Cache, remote: Registry) -> None:
     remote.referrers = False
     name, stranger = remote.add(FIRST, "app", "1"), referrer(SECOND.manifest)
     remote.add(stranger, "app")
@@ -275,14 +277,14 @@ def test_what_refers_to_another_image_is_left_where_it_is(cache: Cache, remote: 
 
 
 def list_by_tag(remote: Registry, repository: str, subject: make.Made, *artifacts: make.Made) -> None:
-    """Have a tag list what refers to an image, as where a registry knows no referrers."""
+    """List the referrers of an image in a tag, as for a registry without the referrers API."""
     remote.referrers = False
     entries = [make.descriptor(made.manifest, OCI_MANIFEST) for made in artifacts]
     index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
     remote.add_manifest(json.dumps(index).encode(), repository, subject.digest.replace(":", "-"))
 
 
-def test_what_is_listed_and_was_deleted_is_passed_over(cache: Cache, remote: Registry) -> None:
+def test_a_listed_referrer_that_was_deleted_is_skipped(cache: Cache, remote: Registry) -> None:
     name, deleted, signature = remote.add(FIRST, "app", "1"), referrer(FIRST.manifest, b"old"), referrer(FIRST.manifest)
     remote.add(signature, "app")
     list_by_tag(remote, "app", FIRST, deleted, signature)
@@ -290,12 +292,12 @@ def test_what_is_listed_and_was_deleted_is_passed_over(cache: Cache, remote: Reg
     assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs, *signature.blobs}
     cache.remove_manifest(name)
     cache.collect_garbage()
-    remote.fault(answer(400), method="GET", path=signature.digest, times=9)  # which is there, and cannot be had
+    remote.fault(answer(400), method="GET", path=signature.digest, times=9)  # it exists but cannot be downloaded
     with pytest.raises(RegistryError, match="answers 400"):
         cache.pull(name, referrers=True)
 
 
-def test_a_list_that_names_what_was_deleted_is_added_to_without_that(cache: Cache, remote: Registry) -> None:
+def test_deleted_referrers_are_dropped_from_the_list_when_one_is_added(cache: Cache, remote: Registry) -> None:
     deleted, other, signature = (referrer(FIRST.manifest, what) for what in (b"old", b"other", b"new"))
     remote.add(other, "app")
     list_by_tag(remote, "app", FIRST, deleted, other)
@@ -310,7 +312,7 @@ def test_a_list_that_names_what_was_deleted_is_added_to_without_that(cache: Cach
         cache.push("signature:2", f"{remote.host}/app:newer")
 
 
-def test_a_list_of_referrers_comes_in_pages(cache: Cache, remote: Registry) -> None:
+def test_all_pages_of_a_list_of_referrers_are_read(cache: Cache, remote: Registry) -> None:
     remote.page_size = 1
     name, made = remote.add(FIRST, "app", "1"), [referrer(FIRST.manifest, bytes([n])) for n in range(3)]
     for signature in made:
@@ -320,7 +322,7 @@ def test_a_list_of_referrers_comes_in_pages(cache: Cache, remote: Registry) -> N
     assert digests == set().union(FIRST.blobs, *(signature.blobs for signature in made))
 
 
-def test_a_new_signature_comes_to_an_image_that_is_here(cache: Cache, remote: Registry) -> None:
+def test_a_new_signature_is_pulled_to_a_stored_image(cache: Cache, remote: Registry) -> None:
     name = remote.add(FIRST, "app", "1")
     cache.pull(name, referrers=True)
     signature = referrer(FIRST.manifest)
@@ -336,10 +338,10 @@ def test_a_new_signature_comes_to_an_image_that_is_here(cache: Cache, remote: Re
     assert not cache.has_blob(signature.digest)
 
 
-# Registries that lie or fail
+# Registries that fail or return wrong values
 
 
-def test_an_upload_that_is_cut_off_goes_on_in_chunks_where_it_stopped(
+def test_an_interrupted_upload_resumes_in_chunks(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_CHUNK_BYTES", 800_000)
@@ -352,11 +354,11 @@ def test_an_upload_that_is_cut_off_goes_on_in_chunks_where_it_stopped(
     assert max(done for done, _ in calls) <= whole
     assert pushed.bytes == whole
     ranges = [request.headers["content-range"] for request in remote.requests if "content-range" in request.headers]
-    assert ranges or len(LARGE.layers[0]) < 1_000_000  # the small one may be what was cut
+    assert ranges or len(LARGE.layers[0]) < 1_000_000  # the interrupted blob may be the small one
 
 
 @pytest.mark.parametrize("status", [404, 413, 416])
-def test_an_upload_that_is_lost_or_too_large_begins_again_in_chunks(
+def test_an_upload_that_is_lost_or_too_large_restarts_in_chunks(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     monkeypatch.setattr(registry, "_CHUNK_BYTES", 700_000)
@@ -367,18 +369,18 @@ def test_an_upload_that_is_lost_or_too_large_begins_again_in_chunks(
     assert [request.size for request in patched][:4] == [700_000] * 4
 
 
-def test_a_registry_that_loses_every_upload_is_given_up(
+def test_a_push_fails_if_the_registry_loses_every_upload(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_CHUNK_BYTES", 700_000)
     remote.fault(answer(404), method="PUT", path="/uploads/", times=-1)
-    calls = iter(range(500))  # or it would go on for ever
+    calls = iter(range(500))  # ends an endless push
     with pytest.raises(RegistryError, match="404"):
         cache.push("large:1", f"{remote.host}/large:1", progress=lambda done, total: print(next(calls)))
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_failure_that_passes_is_waited_for(cache: Cache, remote: Registry, status: int) -> None:
+def test_a_temporary_failure_is_retried(cache: Cache, remote: Registry, status: int) -> None:
     remote.fault(retry_later(7, status), method="PUT", times=2)
     remote.fault(retry_later(7, status), method="POST", times=1)
     cache.push("app:1", f"{remote.host}/app:1")
@@ -393,14 +395,14 @@ def test_a_registry_that_is_overloaded_for_long_is_unavailable(cache: Cache, rem
     assert remote.manifests == {}
 
 
-def test_a_registry_that_stores_something_else_is_told_of(cache: Cache, remote: Registry) -> None:
+def test_a_registry_that_returns_another_digest_is_an_error(cache: Cache, remote: Registry) -> None:
     remote.fault(headers({"Docker-Content-Digest": SECOND.digest}), method="PUT", path="/manifests/")
     with pytest.raises(RegistryError, match="is not its digest"):
         cache.push("app:1", f"{remote.host}/app:1")
 
 
 @pytest.mark.parametrize("auth", ["basic", "bearer"])
-def test_who_may_push_is_who_logged_in(cache: Cache, tmp_path: Path, auth: str) -> None:
+def test_only_a_logged_in_user_may_push(cache: Cache, tmp_path: Path, auth: str) -> None:
     with Registry(auth=auth) as remote:
         with pytest.raises(RegistryError, match="log in with"):
             cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "no", remote.host, password="x"))
@@ -417,7 +419,7 @@ def test_a_token_that_expires_during_an_upload_is_replaced(cache: Cache, tmp_pat
         assert_has(remote, "large", "1", LARGE)
 
 
-def test_credentials_and_content_do_not_go_where_an_upload_is_not_https(
+def test_nothing_is_sent_to_an_upload_url_that_is_not_https(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.support.registries import certificate
@@ -433,26 +435,26 @@ def test_credentials_and_content_do_not_go_where_an_upload_is_not_https(
 
 
 @pytest.mark.parametrize("data", [LARGE.manifest, LARGE.layers[0]], ids=["manifest", "layer"])
-def test_a_file_that_is_damaged_is_stored_nowhere(cache: Cache, remote: Registry, data: bytes) -> None:
+def test_a_damaged_blob_is_not_pushed(cache: Cache, remote: Registry, data: bytes) -> None:
     path = cache.get_blob_path(make.digest_of(data))
     path.chmod(0o600)
     path.write_bytes(data.replace(b": 2", b" :2", 1) if data == LARGE.manifest else data[:-1] + b"!")
     with pytest.raises(DigestMismatch, match=f"the file of {make.digest_of(data)} is damaged.*cachedb verify"):
         cache.push("large:1", f"{remote.host}/large:1")
     assert remote.manifests == {}
-    if data == LARGE.layers[0]:  # its end is not sent
+    if data == LARGE.layers[0]:  # the end of the blob is not sent
         assert ("large", make.digest_of(data)) not in remote.blobs
         assert all(len(sent) < len(data) for _, sent in remote.uploads.values())
     path.write_bytes(data)
 
 
-def test_a_killed_push_is_gone_on_with(directory: Path, cache: Cache, remote: Registry) -> None:
+def test_a_push_succeeds_after_a_killed_one(directory: Path, cache: Cache, remote: Registry) -> None:
     target = f"{remote.host}/large:1"
     code = (
         "import os; from cachedb import Cache\n"
-        "def told(done, total):\n"
+        "def progress(done, total):\n"
         "    if done > 1_500_000: os.kill(os.getpid(), 9)\n"
-        f"Cache.open({str(directory)!r}).push('large:1', {target!r}, progress=told)"
+        f"Cache.open({str(directory)!r}).push('large:1', {target!r}, progress=progress)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert ("large", "1") not in remote.manifests
@@ -460,16 +462,16 @@ def test_a_killed_push_is_gone_on_with(directory: Path, cache: Cache, remote: Re
     assert_has(remote, "large", "1", LARGE)
 
 
-def test_an_image_that_is_removed_meanwhile_goes_whole(cache: Cache, remote: Registry) -> None:
-    many = make.image(*range(20, 32))  # more blobs than are sent at once, so that most are not open yet
+def test_an_image_that_is_removed_during_its_push_is_pushed_completely(cache: Cache, remote: Registry) -> None:
+    many = make.image(*range(20, 32))  # more blobs than are sent at once, so most are not open yet
     make.save(cache, "many:1", many)
 
-    def told(done: int, total: int) -> None:
+    def remove_and_collect(done: int, total: int) -> None:
         if cache.is_image_complete("many:1"):
             cache.remove_manifest("many:1")
             cache.collect_garbage()
 
-    cache.push("many:1", f"{remote.host}/many:1", progress=told)
+    cache.push("many:1", f"{remote.host}/many:1", progress=remove_and_collect)
     assert_has(remote, "many", "1", many)
     cache.collect_garbage()
     assert not cache.has_blob(many.digest)
@@ -478,7 +480,7 @@ def test_an_image_that_is_removed_meanwhile_goes_whole(cache: Cache, remote: Reg
 # The command line
 
 
-def test_push_prints_what_became_of_it(cachedb: Run, cache: Cache, remote: Registry) -> None:
+def test_push_prints_its_results(cachedb: Run, cache: Cache, remote: Registry) -> None:
     target = f"{remote.host}/team/app"
     (pushed,) = json.loads(cachedb("push", "--format", "json", "app:1", f"{target}:1").stdout)
     assert pushed | {"bytes": 0} == {
@@ -500,50 +502,48 @@ def test_push_prints_what_became_of_it(cachedb: Run, cache: Cache, remote: Regis
     assert cachedb("push", "app:1", "127.0.0.1:1/app:1").returncode == 1
 
 
-def test_tags_that_were_pushed_before_one_could_not_be_are_printed(
-    cachedb: Run, cache: Cache, remote: Registry
-) -> None:
+def test_tags_pushed_before_a_failure_are_printed(cachedb: Run, cache: Cache, remote: Registry) -> None:
     remote.fault(answer(400), method="PUT", path="/manifests/2", times=-1)
     done = cachedb("push", "-q", "--all-tags", "app", f"{remote.host}/app")
     assert (done.returncode, done.stdout) == (1, f"{remote.host}/app@{FIRST.digest}\n")
     assert "400" in done.stderr
 
 
-def test_each_blob_is_told_of_until_it_is_done(cache: Cache, remote: Registry, directory: Path) -> None:
-    def bars() -> tuple[dict[str, tuple[int, int]], Any]:
+def test_blob_progress_ends_at_the_size_of_each_blob(cache: Cache, remote: Registry, directory: Path) -> None:
+    def make_bars() -> tuple[dict[str, tuple[int, int]], Any]:
         found: dict[str, tuple[int, int]] = {}
         return found, lambda digest, done, total: found.__setitem__(digest, (done, total))
 
     expected = {make.digest_of(data): (len(data), len(data)) for data in (FIRST.config, *FIRST.layers)}
-    found, each = bars()
+    found, each = make_bars()
     cache.push("app:1", f"{remote.host}/app:1", blob_progress=each)
     assert found == expected
     with Cache.open(directory.parent / "other") as other:
-        found, each = bars()
+        found, each = make_bars()
         other.pull(f"{remote.host}/app:1", blob_progress=each)
         assert found == expected
 
 
-def test_an_upload_goes_on_where_a_redirect_has_led(cache: Cache, remote: Registry) -> None:
+def test_an_upload_continues_at_the_host_of_its_redirect(cache: Cache, remote: Registry) -> None:
     with Registry() as storage:
         remote.fault(redirect(storage.url), method="POST", path="/blobs/uploads/", times=99)
         storage.fault(
             headers({"Location": "/v2/app/blobs/uploads/one"}), method="POST", path="/blobs/uploads/", times=99
         )
         with pytest.raises(RegistryError):
-            cache.push("app:1", f"{remote.host}/app:1")  # which has none of them in the end
+            cache.push("app:1", f"{remote.host}/app:1")  # the storage host does not commit any blob
         assert storage.count("PUT", "/blobs/uploads/one")
     assert not remote.count("PUT", "/blobs/uploads/")
 
 
-def test_a_registry_that_only_reads_is_said_to_be_one(cache: Cache, remote: Registry) -> None:
+def test_the_error_of_a_read_only_registry_says_so(cache: Cache, remote: Registry) -> None:
     remote.fault(answer(405), method="POST", times=99)
     with pytest.raises(RegistryError, match=r"does not accept repository app \(405\); it is read-only, or a mirror"):
         cache.push("app:1", f"{remote.host}/app:1")
 
 
-def test_where_what_was_taken_is_said_to_be_does_not_matter(cache: Cache, remote: Registry) -> None:
-    for said in ("http://elsewhere.example/", "https://[", "ftp:x"):
-        remote.fault(headers({"Location": said}), method="PUT", path="/manifests/")
+def test_the_location_of_a_pushed_manifest_is_ignored(cache: Cache, remote: Registry) -> None:
+    for location in ("http://elsewhere.example/", "https://[", "ftp:x"):
+        remote.fault(headers({"Location": location}), method="PUT", path="/manifests/")
         cache.push("app:1", f"{remote.host}/app:1")
     assert_has(remote, "app", "1", FIRST)

@@ -1,4 +1,4 @@
-"""Pushing begins before the cache is open: what is begun, what is left, and how it ends."""
+"""Early uploads of a push, before the cache is open: what they send, when none begin, and how they end."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ LAYER = make.digest_of(LARGE.layers[0])
 
 
 @pytest.fixture
-def made(directory: Path) -> Path:
-    """A cache that is there, and that nobody has open."""
+def closed_cache(directory: Path) -> Path:
+    """Make a cache that no process has open."""
     with Cache.open(directory) as cache:
         for name, image in (("app:1", FIRST), ("app:2", SECOND), ("large:1", LARGE)):
             make.save(cache, name, image)
@@ -50,32 +50,32 @@ def made(directory: Path) -> Path:
 
 @pytest.fixture
 def remote() -> Iterator[Registry]:
-    with Registry() as made:
-        yield made
+    with Registry() as registry:
+        yield registry
 
 
-def begun(directory: Path, source: str, name: str) -> Target:
-    """A target whose thread has come to its end."""
-    there = Target(directory, Name.parse(name))
-    there.begin(Name.parse(source))
-    assert there._thread is not None
-    there._thread.join(60)
-    return there
+def run_early_uploads(directory: Path, source: str, name: str) -> Target:
+    """Return a target whose thread has finished."""
+    target = Target(directory, Name.parse(name))
+    target.begin(Name.parse(source))
+    assert target._thread is not None
+    target._thread.join(60)
+    return target
 
 
 @pytest.mark.parametrize(
     ("source", "images"), [("large:1", [LARGE]), ("app:2", [SECOND]), ("several:1", [FIRST, ARM])], ids=lambda it: it
 )
-def test_blobs_go_before_the_cache_is_open_and_are_asked_for_once(
-    made: Path, remote: Registry, source: str, images: list[make.Made]
+def test_blobs_are_sent_once_before_the_cache_is_open(
+    closed_cache: Path, remote: Registry, source: str, images: list[make.Made]
 ) -> None:
     parts = {make.digest_of(data) for image in images for data in (image.config, *image.layers)}
-    with begun(made, source, f"{remote.host}/it:1") as there:
+    with run_early_uploads(closed_cache, source, f"{remote.host}/it:1") as target:
         assert {digest for _, digest in remote.blobs} == parts
         assert remote.manifests == {}
         seen: list[tuple[int, int]] = []
-        with Cache.open(made) as cache:
-            pushed = cache.push(source, there, progress=lambda *it: seen.append(it))
+        with Cache.open(closed_cache) as cache:
+            pushed = cache.push(source, target, progress=lambda *it: seen.append(it))
     assert (pushed.blobs, pushed.existing, str(pushed.name)) == (len(parts), 0, f"{remote.host}/it:1")
     assert pushed.bytes == seen[-1][0] == seen[-1][1]
     asks = [request.path for request in remote.requests if request.method == "HEAD"]
@@ -83,11 +83,11 @@ def test_blobs_go_before_the_cache_is_open_and_are_asked_for_once(
     assert sorted(sent(remote)) == sorted(parts)
     for image in images:
         assert_has(remote, "it", "1" if len(images) == 1 else image.digest, image)
-    check(made)
+    check(closed_cache)
 
 
 @pytest.mark.slow
-def test_the_command_sends_each_blob_once(made: Path, remote: Registry, cachedb: Run) -> None:
+def test_the_command_sends_each_blob_once(closed_cache: Path, remote: Registry, cachedb: Run) -> None:
     remote.fault(changed(delay=1.5), method="PUT", path="/blobs/")  # longer than it takes to open the cache
     for blobs, existing in ((2, 0), (0, 2)):
         done = cachedb("push", "--format", "json", "large:1", f"{remote.host}/it:1")
@@ -98,60 +98,58 @@ def test_the_command_sends_each_blob_once(made: Path, remote: Registry, cachedb:
 
 
 @pytest.mark.slow
-def test_who_pushes_is_told_how_far_the_upload_is_that_was_begun(made: Path, remote: Registry) -> None:
+def test_the_progress_of_a_push_includes_early_uploads(closed_cache: Path, remote: Registry) -> None:
     remote.fault(changed(delay=2), method="PUT", path="/blobs/", times=2)
     seen: list[int] = []
-    with Target(made, Name.parse(f"{remote.host}/it:1")) as there, Cache.open(made) as cache:
-        there.begin(Name.parse("large:1"))
-        while there._sent.get(LAYER, 0) < len(LARGE.layers[0]):  # type: ignore[call-overload]
+    with Target(closed_cache, Name.parse(f"{remote.host}/it:1")) as target, Cache.open(closed_cache) as cache:
+        target.begin(Name.parse("large:1"))
+        while target._sent.get(LAYER, 0) < len(LARGE.layers[0]):  # type: ignore[call-overload]
             time.sleep(0.01)
-        cache.push("large:1", there, progress=lambda done, _: seen.append(done))
+        cache.push("large:1", target, progress=lambda done, _: seen.append(done))
     assert len(LARGE.layers[0]) in seen or len(LARGE.layers[0]) + len(LARGE.config) in seen[:-1]
 
 
-def test_what_another_repository_has_is_mounted_before_the_cache_is_open(made: Path, remote: Registry) -> None:
+def test_a_blob_of_another_repository_is_mounted_early(closed_cache: Path, remote: Registry) -> None:
     remote.add(FIRST, "base")
-    with Cache.open(made) as cache:
+    with Cache.open(closed_cache) as cache:
         cache.tag("app:1", f"{remote.host}/base:1")
         cache.tag("app:1", "localhost:99999/not/there:1")
-        with begun(made, "app:2", f"{remote.host}/app:2") as there:
+        with run_early_uploads(closed_cache, "app:2", f"{remote.host}/app:2") as target:
             assert {digest for repository, digest in remote.blobs if repository == "app"} == (
                 SECOND.blobs.keys() - {SECOND.digest}
             )
-            pushed = cache.push("app:2", there)
+            pushed = cache.push("app:2", target)
     assert (pushed.mounted, pushed.blobs) == (1, 2)
     assert_has(remote, "app", "2", SECOND)
 
 
-def test_what_is_incomplete_or_cannot_be_sent_is_not_begun(made: Path, remote: Registry) -> None:
-    with Cache.open(made) as cache:
+def test_no_early_upload_begins_for_an_incomplete_image(closed_cache: Path, remote: Registry) -> None:
+    with Cache.open(closed_cache) as cache:
         for data in (FIRST.config, FIRST.layers[0]):
             cache.add_blob(data)
         cache.save_manifest("lacking:1", make.image(1, 9).manifest)
         cache.save_manifest("partly:1", make.index(FIRST, make.image(7)))
-        make.save(cache, "other:1", OTHER)  # and so it is here, but not of the index that names it
+        make.save(cache, "other:1", OTHER)  # the image is stored, but not as part of the index
         one = remote.add_index(make.index(SECOND, OTHER), "one", "1", [SECOND])
         cache.pull(one, platform="linux/amd64")
     remote.requests.clear()
     for source in ("nothing:1", "lacking:1", "partly:1", one):
-        begun(made, source, f"{remote.host}/it:1").__exit__(None, None, None)
-    begun(made, "app:1", f"{remote.host}/it@{SECOND.digest}").__exit__(None, None, None)
+        run_early_uploads(closed_cache, source, f"{remote.host}/it:1").__exit__(None, None, None)
+    run_early_uploads(closed_cache, "app:1", f"{remote.host}/it@{SECOND.digest}").__exit__(None, None, None)
     assert remote.requests == []
 
 
-def test_a_manifest_that_is_damaged_begins_nothing(made: Path, remote: Registry) -> None:
-    with Cache.open(made) as cache:
+def test_no_early_upload_begins_for_a_damaged_manifest(closed_cache: Path, remote: Registry) -> None:
+    with Cache.open(closed_cache) as cache:
         path = cache.get_blob_path(FIRST.digest)
     path.chmod(0o600)
     path.write_bytes(FIRST.manifest.replace(b"sha256", b"sha255"))
-    begun(made, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
+    run_early_uploads(closed_cache, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
     assert remote.requests == []
 
 
-@pytest.mark.parametrize("index", [b"", b"no index" * 1000, None], ids=["empty", "damaged", "of others"])
-def test_an_index_that_cannot_be_read_begins_nothing_and_stays(
-    tmp_path: Path, remote: Registry, index: bytes | None
-) -> None:
+@pytest.mark.parametrize("index", [b"", b"no index" * 1000, None], ids=["empty", "damaged", "another program's"])
+def test_no_early_upload_begins_with_an_unreadable_index(tmp_path: Path, remote: Registry, index: bytes | None) -> None:
     file = tmp_path / "index.db"
     if index is None:
         with sqlite3.connect(file) as other:
@@ -160,89 +158,87 @@ def test_an_index_that_cannot_be_read_begins_nothing_and_stays(
     else:
         file.write_bytes(index)
     before = file.read_bytes()
-    begun(tmp_path, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
+    run_early_uploads(tmp_path, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
     assert (remote.requests, file.read_bytes()) == ([], before)
 
 
 @pytest.mark.parametrize("revision", ["0004", "9999"])
-def test_what_has_another_schema_is_not_sent(made: Path, remote: Registry, revision: str) -> None:
-    with closing(sqlite3.connect(made / "index.db")) as index, index:
+def test_no_early_upload_begins_with_another_schema(closed_cache: Path, remote: Registry, revision: str) -> None:
+    with closing(sqlite3.connect(closed_cache / "index.db")) as index, index:
         index.execute("UPDATE alembic_version SET version_num = ?", (revision,))
-    begun(made, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
+    run_early_uploads(closed_cache, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
     assert remote.requests == []
 
 
-def test_an_index_that_has_values_of_other_types_begins_nothing(
-    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+def test_no_early_upload_begins_with_values_of_wrong_types(
+    closed_cache: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(push_target, "look", lambda *_: [(FIRST.digest, "large", OCI_MANIFEST, FIRST.digest, 1)])
-    Target(made, Name.parse(f"{remote.host}/it:1"))._begin(Name.parse("app:1"))
+    Target(closed_cache, Name.parse(f"{remote.host}/it:1"))._begin(Name.parse("app:1"))
     assert remote.requests == []
 
 
-def test_of_an_index_at_rest_nothing_is_left(made: Path, remote: Registry) -> None:
-    with begun(made, "app:1", f"{remote.host}/it:1"):
+def test_reading_an_idle_index_leaves_no_files(closed_cache: Path, remote: Registry) -> None:
+    with run_early_uploads(closed_cache, "app:1", f"{remote.host}/it:1"):
         assert {digest for _, digest in remote.blobs} == FIRST.blobs.keys() - {FIRST.digest}
-    assert [path.name for path in made.glob("index.db*")] == ["index.db"]
+    assert [path.name for path in closed_cache.glob("index.db*")] == ["index.db"]
 
 
-def test_what_is_in_the_wal_alone_is_begun_and_stays_there(directory: Path, remote: Registry, tmp_path: Path) -> None:
-    left = tmp_path / "left"  # as by a process that was killed
+def test_early_uploads_read_the_wal_and_do_not_change_it(directory: Path, remote: Registry, tmp_path: Path) -> None:
+    left = tmp_path / "left"  # as a killed process leaves the cache
     with Cache.open(directory) as cache:
         make.save(cache, "app:1", FIRST)
         shutil.copytree(directory, left)
     before = {path.name: path.read_bytes() for path in left.glob("index.db*") if not path.name.endswith("-shm")}
     assert before["index.db-wal"]
-    begun(left, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
+    run_early_uploads(left, "app:1", f"{remote.host}/it:1").__exit__(None, None, None)
     assert {digest for _, digest in remote.blobs} == FIRST.blobs.keys() - {FIRST.digest}
     assert {name: (left / name).read_bytes() for name in before} == before
 
 
-def test_nothing_is_begun_where_there_is_no_cache(directory: Path, remote: Registry) -> None:
-    with Target(directory, Name.parse(f"{remote.host}/it:1")) as there:
-        there.begin(Name.parse("app:1"))
-        assert there._thread is None
+def test_no_early_upload_begins_without_a_cache(directory: Path, remote: Registry) -> None:
+    with Target(directory, Name.parse(f"{remote.host}/it:1")) as target:
+        target.begin(Name.parse("app:1"))
+        assert target._thread is None
     assert not directory.exists()
 
 
-def test_a_directory_that_cannot_be_looked_at_is_the_caches_error(tmp_path: Path, cachedb: Run) -> None:
+def test_an_invalid_directory_gives_the_error_of_opening_the_cache(tmp_path: Path, cachedb: Run) -> None:
     done = cachedb("--dir", tmp_path / ("long" * 100), "push", "app:1", "127.0.0.1:1/it:1")
     assert (done.returncode, done.stderr[:40]) == (1, "cachedb: cannot use the cache directory:")
 
 
-def test_what_refers_to_an_image_goes_with_it_all_the_same(made: Path, remote: Registry) -> None:
+def test_referrers_are_pushed_after_early_uploads(closed_cache: Path, remote: Registry) -> None:
     signature = referrer(FIRST.manifest)
     name = remote.add(FIRST, "app", "1")
     remote.add(signature, "app")
-    with Cache.open(made) as cache:
+    with Cache.open(closed_cache) as cache:
         cache.pull(name, referrers=True)
-        with begun(made, name, f"{remote.host}/copy:1") as there:
-            cache.push(name, there)
+        with run_early_uploads(closed_cache, name, f"{remote.host}/copy:1") as target:
+            cache.push(name, target)
     assert_has(remote, "copy", "1", FIRST)
     assert_has(remote, "copy", signature.digest, signature)
 
 
-def test_what_fails_is_told_to_who_waits_for_it_and_tried_again_for_who_comes_later(
-    made: Path, remote: Registry
-) -> None:
-    file = blob_path(made, Digest(LAYER))
-    file.rename(made / "away")
-    with begun(made, "large:1", f"{remote.host}/it:1") as there, Cache.open(made) as cache:
-        assert remote.count("PUT", "/blobs/") <= 1  # of the config
-        (made / "away").rename(file)
-        assert cache.push("large:1", there).blobs == 2
+def test_a_failed_early_upload_is_retried_unless_the_push_waits_for_it(closed_cache: Path, remote: Registry) -> None:
+    file = blob_path(closed_cache, Digest(LAYER))
+    file.rename(closed_cache / "away")
+    with run_early_uploads(closed_cache, "large:1", f"{remote.host}/it:1") as target, Cache.open(closed_cache) as cache:
+        assert remote.count("PUT", "/blobs/") <= 1  # the config
+        (closed_cache / "away").rename(file)
+        assert cache.push("large:1", target).blobs == 2
     remote.fault(answer(403, delay=1), method="POST", path="/blobs/", times=2)
-    with Target(made, Name.parse(f"{remote.host}/other:1")) as there, Cache.open(made) as cache:
-        there.begin(Name.parse("large:1"))
-        while not there._sent:
+    with Target(closed_cache, Name.parse(f"{remote.host}/other:1")) as target, Cache.open(closed_cache) as cache:
+        target.begin(Name.parse("large:1"))
+        while not target._sent:
             time.sleep(0.001)
         with pytest.raises(RegistryError, match="refuses"):
-            cache.push("large:1", there)
+            cache.push("large:1", target)
     assert remote.count("POST") == 2 + 2
 
 
-def test_a_registry_that_refuses_is_asked_no_more(made: Path, tmp_path: Path) -> None:
-    with Cache.open(made) as cache:
+def test_no_more_uploads_begin_after_the_registry_refused_one(closed_cache: Path, tmp_path: Path) -> None:
+    with Cache.open(closed_cache) as cache:
         make.save(cache, "many:1", make.image(*range(30)))
     for program, answers in (("wrong", '{"Username":"user","Secret":"wrong"}'), ("broken", "")):
         asked = tmp_path / "asked"
@@ -252,88 +248,92 @@ def test_a_registry_that_refuses_is_asked_no_more(made: Path, tmp_path: Path) ->
         with Registry(auth="basic") as remote, pytest.MonkeyPatch.context() as patch:
             patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
             patch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
-            there = begun(made, "many:1", f"{remote.host}/it:1")
-            with there, Cache.open(made) as cache, pytest.raises(RegistryError):
-                cache.push("many:1", there)
+            target = run_early_uploads(closed_cache, "many:1", f"{remote.host}/it:1")
+            with target, Cache.open(closed_cache) as cache, pytest.raises(RegistryError):
+                cache.push("many:1", target)
         assert len(asked.read_text()) <= push_target.AT_ONCE
         asked.unlink()
 
 
-def test_an_image_that_moves_on_meanwhile_goes_as_it_is_now(made: Path, remote: Registry) -> None:
-    with begun(made, "app:1", f"{remote.host}/it:1") as there, Cache.open(made) as cache:
+def test_a_name_that_moves_meanwhile_is_pushed_as_its_new_image(closed_cache: Path, remote: Registry) -> None:
+    with run_early_uploads(closed_cache, "app:1", f"{remote.host}/it:1") as target, Cache.open(closed_cache) as cache:
         cache.tag("large:1", "app:1")
-        pushed = cache.push("app:1", there)
+        pushed = cache.push("app:1", target)
     assert pushed.digest == LARGE.digest
     assert_has(remote, "it", "1", LARGE)
 
 
-def test_an_end_is_not_held_up_by_what_was_begun(made: Path, remote: Registry) -> None:
+def test_closing_a_target_stops_its_early_uploads(closed_cache: Path, remote: Registry) -> None:
     remote.fault(changed(delay=20), method="PUT", path="/blobs/", times=9)
     before = time.monotonic()
-    with Target(made, Name.parse(f"{remote.host}/it:1")) as there:
-        there.begin(Name.parse("large:1"))
-        while not there._sent.get(LAYER, 0):  # type: ignore[call-overload]
+    with Target(closed_cache, Name.parse(f"{remote.host}/it:1")) as target:
+        target.begin(Name.parse("large:1"))
+        while not target._sent.get(LAYER, 0):  # type: ignore[call-overload]
             time.sleep(0.01)
     assert time.monotonic() - before < 15
-    assert not there._thread or not there._thread.is_alive()
+    assert not target._thread or not target._thread.is_alive()
 
 
-def test_an_interrupt_before_its_thread_runs_is_no_other_error(
-    made: Path, remote: Registry, interrupted_start: None
+def test_an_interrupt_before_the_thread_runs_is_raised_unchanged(
+    closed_cache: Path, remote: Registry, interrupted_start: None
 ) -> None:
-    with pytest.raises(KeyboardInterrupt), Target(made, Name.parse(f"{remote.host}/it:1")) as there:
-        there.begin(Name.parse("app:1"))
+    with pytest.raises(KeyboardInterrupt), Target(closed_cache, Name.parse(f"{remote.host}/it:1")) as target:
+        target.begin(Name.parse("app:1"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--platform", "linux/amd64"]], ids=["begun", "not begun"])
+@pytest.mark.parametrize(
+    "options", [[], ["--platform", "linux/amd64"]], ids=["with early uploads", "without early uploads"]
+)
 def test_an_interrupt_does_not_wait_for_a_connection(
-    made: Path,
+    closed_cache: Path,
     unreachable: str,  # noqa: F811 - the fixture
     options: list[str],
 ) -> None:
     others = connecting(unreachable)
     process = subprocess.Popen(
-        [sys.executable, "-m", "cachedb", "--dir", made, "push", *options, "several:1", f"{unreachable}/it:1"],
+        [sys.executable, "-m", "cachedb", "--dir", closed_cache, "push", *options, "several:1", f"{unreachable}/it:1"],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert eventually(lambda: connecting(unreachable) > others, 60)
-    time.sleep(0.5)  # for those that were begun to be waited for
+    time.sleep(0.5)  # time for the push to wait for its early uploads
     before = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - before < 5, "a connection is waited for for 10 seconds"
+    assert time.monotonic() - before < 5, "the push waited for the connection (10 s)"
     assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
 
 
-def test_two_do_not_send_the_same_blob(made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked = threading.Event()
+def test_a_push_and_its_early_uploads_do_not_send_the_same_blob(
+    closed_cache: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_pushed = threading.Event()
     look = peek.look
 
-    def late(directory: Path, query: str, *values: str) -> list[tuple[object, ...]]:
+    def look_and_wait(directory: Path, query: str, *values: str) -> list[tuple[object, ...]]:
         found = look(directory, query, *values)
         if query == peek.CONTENTS:
-            looked.wait(30)
+            is_pushed.wait(30)
         return found
 
-    monkeypatch.setattr(push_target, "look", late)
-    with Target(made, Name.parse(f"{remote.host}/it:1")) as there, Cache.open(made) as cache:
-        there.begin(Name.parse("large:1"))
-        assert cache.push("large:1", there).blobs == 2
-        looked.set()
-        assert there._thread
-        there._thread.join(30)
+    monkeypatch.setattr(push_target, "look", look_and_wait)
+    with Target(closed_cache, Name.parse(f"{remote.host}/it:1")) as target, Cache.open(closed_cache) as cache:
+        target.begin(Name.parse("large:1"))
+        assert cache.push("large:1", target).blobs == 2
+        is_pushed.set()
+        assert target._thread
+        target._thread.join(30)
     assert len(sent(remote)) == 2
 
 
-def test_an_index_at_rest_that_changes_while_it_is_looked_up_in_is_not_believed(
-    made: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
+def test_an_idle_index_that_changes_while_it_is_read_is_an_error(
+    closed_cache: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = iter(range(9))
-    with Target(made, Name.parse(f"{remote.host}/it:1")) as there:
-        assert peek.look(there._directory, "SELECT count(*) FROM images")
+    with Target(closed_cache, Name.parse(f"{remote.host}/it:1")) as target:
+        assert peek.look(target._directory, "SELECT count(*) FROM images")
         monkeypatch.setattr(peek, "_state", lambda _: peek._State(next(states), 0, has_wal=False))
         with pytest.raises(StorageError, match="changed while it was read"):
-            peek.look(there._directory, "SELECT count(*) FROM images")
+            peek.look(target._directory, "SELECT count(*) FROM images")

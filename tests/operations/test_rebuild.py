@@ -1,4 +1,4 @@
-"""Rebuilding: whatever becomes of index.db, the cache opens again, and nothing good is lost."""
+"""Rebuilding: after any damage to index.db the cache opens again, and every intact blob and image is kept."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SIGNATURE = b"a signature"
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty images, one of them with a blob attached, an index of two, and a hold."""
+    """Make a cache with thirty images, one attached blob, an image index of two platforms, and a hold."""
     directory = tmp_path_factory.mktemp("prepared") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
@@ -61,7 +61,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def made(prepared: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, closed."""
+    """Copy the prepared cache; no process has the copy open."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     shutil.copytree(prepared, directory)
     return directory
@@ -72,37 +72,37 @@ def back_up(directory: Path, name: str) -> Path:
     return shutil.copyfile(directory / "index.db", directory / "backups" / name)
 
 
-def repaired(directory: Path) -> list[Problem]:
+def repair_cache(directory: Path) -> list[Problem]:
     with Cache.open(directory, damaged=True) as cache:
         found = cache.verify(repair=True).problems
         assert cache.verify().problems == []
     return found
 
 
-def names(directory: Path) -> dict[str, str]:
+def read_names(directory: Path) -> dict[str, str]:
     with Cache.open(directory) as cache:
         return {str(image.name): image.digest for image in cache.list_manifests()}
 
 
-def whole(directory: Path, files: dict[str, int]) -> None:
-    """Nothing good is lost: all blobs are there, and every image under its own name or one by its digest."""
+def assert_complete(directory: Path, files: dict[str, int]) -> None:
+    """Check that all blobs are stored, and every image under its own name or a recovered one."""
     assert files_of(directory) == files
-    there = names(directory)
+    found = read_names(directory)
     wanted = {**{name: made.digest for name, made in IMAGES.items()}, "many:1": digest_of(INDEX)}
     for name, digest in wanted.items():
-        assert there.get(name) == digest or there.get(f"recovered@{digest}") == digest
+        assert found.get(name) == digest or found.get(f"recovered@{digest}") == digest
     with Cache.open(directory) as cache:
         assert all(image.complete for image in cache.list_manifests())
 
 
-def all_names_are_back(directory: Path) -> None:
-    assert set(names(directory)) == {*NAMES, "many:1"}
+def assert_all_names(directory: Path) -> None:
+    assert set(read_names(directory)) == {*NAMES, "many:1"}
 
 
-# What is lost, and where the rest comes from
+# A lost index
 
 
-def test_a_lost_index_is_named_with_advice_and_refused(made: Path) -> None:
+def test_a_cache_that_lost_its_index_is_refused_with_advice(made: Path) -> None:
     (made / "index.db").unlink()
     with pytest.raises(DamagedIndex, match=r"`cachedb verify --repair` rebuilds it from the newest backup"):
         Cache.open(made)
@@ -115,19 +115,19 @@ def test_a_lost_index_is_named_with_advice_and_refused(made: Path) -> None:
     assert not (made / "quarantine").exists()
 
 
-def test_without_an_index_and_backups_images_are_recovered_by_their_digests(made: Path) -> None:
+def test_without_backups_images_are_recovered_under_their_digests(made: Path) -> None:
     files = files_of(made)
     (made / "index.db").unlink()
-    found = repaired(made)
+    found = repair_cache(made)
     wanted = {f"recovered@{digest}" for digest in [*(image.digest for image in IMAGES.values()), digest_of(INDEX)]}
-    assert set(names(made)) == wanted, "and a child of an index has no name"
-    whole(made, files)
-    assert all(any(name in problem.detail for problem in found) for name in wanted), "each is named"
+    assert set(read_names(made)) == wanted, "a child of an image index got a name"
+    assert_complete(made, files)
+    assert all(any(name in problem.detail for problem in found) for name in wanted), "a recovered image is not reported"
     assert "rebuilt" in (found[0].repair or "")
     check(made)
 
 
-def test_names_come_back_from_the_newest_backup_and_what_is_newer_is_recovered(made: Path) -> None:
+def test_names_are_restored_from_the_newest_backup_and_newer_images_recovered(made: Path) -> None:
     with Cache.open(made) as cache:
         before = {image.name: (image.created_at, image.last_used_at) for image in cache.list_manifests()}
     back_up(made, "000002-newest.db")
@@ -136,8 +136,8 @@ def test_names_come_back_from_the_newest_backup_and_what_is_newer_is_recovered(m
     with Cache.open(made) as cache:
         save(cache, "new:1", image(99))
     (made / "index.db").unlink()
-    found = repaired(made)
-    assert set(names(made)) == {*NAMES, "many:1", f"recovered@{image(99).digest}"}
+    found = repair_cache(made)
+    assert set(read_names(made)) == {*NAMES, "many:1", f"recovered@{image(99).digest}"}
     assert any("000002-newest.db" in problem.detail for problem in found)
     with Cache.open(made) as cache:
         for one in cache.list_manifests():
@@ -147,30 +147,30 @@ def test_names_come_back_from_the_newest_backup_and_what_is_newer_is_recovered(m
     check(made)
 
 
-def test_the_number_tells_which_backup_is_the_newest(made: Path) -> None:
+def test_the_backup_with_the_highest_number_is_the_newest(made: Path) -> None:
     back_up(made, "1000000-newest.db")
     change(made, "UPDATE images SET repository = 'older' WHERE repository = 'many'")
     back_up(made, "999999-older.db")
     back_up(made, "somebody's.db")
     (made / "index.db").unlink()
-    repaired(made)
-    all_names_are_back(made)
+    repair_cache(made)
+    assert_all_names(made)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + b"\xff" * 9000])
-def test_backups_that_cannot_be_read_are_passed_over(made: Path, content: bytes) -> None:
+def test_unreadable_backups_are_skipped(made: Path, content: bytes) -> None:
     back_up(made, "000001-good.db")
     (made / "backups" / "000002-bad.db").write_bytes(content)
     (made / "backups" / "000003-cut.db").write_bytes((made / "index.db").read_bytes()[:9000])
     (made / "index.db").unlink()
-    repaired(made)
-    all_names_are_back(made)
+    repair_cache(made)
+    assert_all_names(made)
     assert (made / "backups" / "000002-bad.db").read_bytes() == content
     check(made)
 
 
-def test_a_backup_of_an_older_schema_does(made: Path, tmp_path: Path) -> None:
+def test_names_are_restored_from_a_backup_of_an_older_schema(made: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(made, old)
     index = Database(old)
@@ -182,16 +182,16 @@ def test_a_backup_of_an_older_schema_does(made: Path, tmp_path: Path) -> None:
     (made / "backups").mkdir(exist_ok=True)
     shutil.copyfile(old / "index.db", made / "backups" / "000001-schema-0001.db")
     (made / "index.db").unlink()
-    repaired(made)
-    all_names_are_back(made)
+    repair_cache(made)
+    assert_all_names(made)
     check(made)
 
 
-def test_a_name_in_the_backup_whose_manifest_is_gone_is_named(made: Path) -> None:
+def test_a_name_in_the_backup_whose_manifest_is_missing_is_reported(made: Path) -> None:
     back_up(made, "000001-a.db")
     blob_path(made, Digest(IMAGES[NAMES[3]].digest)).unlink()
     (made / "index.db").unlink()
-    found = repaired(made)
+    found = repair_cache(made)
     assert any(NAMES[3] in problem.detail and "lost its manifest" in problem.detail for problem in found)
     with Cache.open(made) as cache:
         assert not cache.is_image_complete(NAMES[3])
@@ -200,14 +200,14 @@ def test_a_name_in_the_backup_whose_manifest_is_gone_is_named(made: Path) -> Non
     check(made)
 
 
-def test_the_index_is_preferred_to_the_backup(made: Path) -> None:
-    """What was removed since the backup stays removed, if the index can be read."""
+def test_a_readable_index_is_preferred_to_the_backup(made: Path) -> None:
+    """An image that was removed after the backup stays removed."""
     back_up(made, "000001-a.db")
     with Cache.open(made) as cache:
         cache.remove_manifest("many:1")
     change(made, "DELETE FROM alembic_version")
-    repaired(made)
-    assert set(names(made)) == set(NAMES)
+    repair_cache(made)
+    assert set(read_names(made)) == set(NAMES)
 
 
 # Damage
@@ -219,22 +219,22 @@ def page_count(directory: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 100, 4096, "half"])
-def test_an_index_that_was_cut(made: Path, size: int | str) -> None:
+def test_a_truncated_index_is_rebuilt(made: Path, size: int | str) -> None:
     files = files_of(made)
     length = (made / "index.db").stat().st_size
     os.truncate(made / "index.db", length // 2 if isinstance(size, str) else size)
-    assert repaired(made)
-    whole(made, files)
+    assert repair_cache(made)
+    assert_complete(made, files)
     check(made)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ones", "random"])
 @pytest.mark.parametrize("part", range(4))
-def test_any_one_page_that_was_overwritten(made: Path, tmp_path: Path, how: str, part: int) -> None:
+def test_an_index_with_any_overwritten_page_is_rebuilt(made: Path, tmp_path: Path, how: str, part: int) -> None:
     count = page_count(made)
     assert count >= 8
-    back = 0
+    restored = 0
     for page in range(part, count, 4 if EXAMPLES > 20 else 12):
         directory = tmp_path / str(page)
         shutil.copytree(made, directory)
@@ -243,15 +243,15 @@ def test_any_one_page_that_was_overwritten(made: Path, tmp_path: Path, how: str,
         with (directory / "index.db").open("r+b") as file:
             file.seek(page * 4096)
             file.write(data)
-        repaired(directory)
-        whole(directory, files)
-        back += len(names(directory).keys() & set(NAMES))
+        repair_cache(directory)
+        assert_complete(directory, files)
+        restored += len(read_names(directory).keys() & set(NAMES))
         check(directory)
         shutil.rmtree(directory)
-    assert back or part == 3, "that is where the names are"
+    assert restored or part == 3, "no name was restored, and only part 3 has the pages of the names"
 
 
-def test_a_few_bytes_anywhere(made: Path, tmp_path: Path) -> None:
+def test_an_index_with_random_overwritten_bytes_is_rebuilt(made: Path, tmp_path: Path) -> None:
     files, dice = files_of(made), random.Random(7)
     length = (made / "index.db").stat().st_size
     for number in range(int(os.environ.get("CACHEDB_FUZZ", "60")) // 20):
@@ -261,22 +261,22 @@ def test_a_few_bytes_anywhere(made: Path, tmp_path: Path) -> None:
             for _ in range(3):
                 file.seek(dice.randrange(length))
                 file.write(dice.randbytes(dice.choice([1, 4, 40])))
-        repaired(directory)
-        whole(directory, files)
+        repair_cache(directory)
+        assert_complete(directory, files)
         check(directory)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 16, 18, 19, 20, 21, 28, 44, 47, 56, 59, 68, 100, 103, 105])
-def test_a_byte_of_the_header(made: Path, place: int) -> None:
+def test_an_index_with_a_changed_byte_in_its_header_is_rebuilt(made: Path, place: int) -> None:
     files = files_of(made)
     with (made / "index.db").open("r+b") as file:
         file.seek(place)
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ 0x7D]))
-    repaired(made)
-    whole(made, files)
+    repair_cache(made)
+    assert_complete(made, files)
     check(made)
 
 
@@ -297,14 +297,14 @@ def test_a_byte_of_the_header(made: Path, place: int) -> None:
         "UPDATE images SET manifest_id = 99999 WHERE repository = 'many'",
     ],
 )
-def test_a_statement_that_breaks_the_index(made: Path, statement: str) -> None:
+def test_an_index_that_a_statement_broke_is_rebuilt(made: Path, statement: str) -> None:
     files = files_of(made)
     change(made, statement)
-    found = repaired(made)
+    found = repair_cache(made)
     assert {problem.kind for problem in found} == {"index"}
-    whole(made, files)
+    assert_complete(made, files)
     if "images SE" not in statement and "blobs WHERE" not in statement and statement != "DROP TABLE images":
-        assert {*NAMES, "many:1"} <= set(names(made))
+        assert {*NAMES, "many:1"} <= set(read_names(made))
     check(made)
 
 
@@ -319,7 +319,7 @@ def test_a_statement_that_breaks_the_index(made: Path, statement: str) -> None:
         "repository = CAST(x'ff41' AS TEXT)",
     ],
 )
-def test_a_row_that_is_no_good_costs_its_image_the_name_at_most(made: Path, assignment: str) -> None:
+def test_an_image_with_an_invalid_row_loses_at_most_its_name(made: Path, assignment: str) -> None:
     files = files_of(made)
     shell = sqlite3.connect(made / "index.db")
     shell.execute("PRAGMA ignore_check_constraints = ON")
@@ -327,13 +327,13 @@ def test_a_row_that_is_no_good_costs_its_image_the_name_at_most(made: Path, assi
     shell.execute("DELETE FROM alembic_version")
     shell.commit()
     shell.close()
-    repaired(made)
-    assert set(NAMES) <= set(names(made))
-    whole(made, files)
+    repair_cache(made)
+    assert set(NAMES) <= set(read_names(made))
+    assert_complete(made, files)
     check(made)
 
 
-def test_an_index_out_of_step_with_its_table_is_found_but_by_a_quick_look(made: Path) -> None:
+def test_an_sqlite_index_that_differs_from_its_table_is_repaired(made: Path) -> None:
     shell = sqlite3.connect(made / "index.db")
     shell.execute("PRAGMA writable_schema = ON")
     shell.execute(
@@ -342,13 +342,13 @@ def test_an_index_out_of_step_with_its_table_is_found_but_by_a_quick_look(made: 
     )
     shell.commit()
     shell.close()
-    repaired(made)
-    all_names_are_back(made)
+    repair_cache(made)
+    assert_all_names(made)
     check(made)
 
 
-def test_images_that_a_damaged_page_hides_are_not_taken_for_removed(made: Path) -> None:
-    """A page whose count of cells is zero reads as one with no rows, and raises nothing."""
+def test_images_hidden_by_a_damaged_page_are_recovered(made: Path) -> None:
+    """SQLite reads a page whose cell count was zeroed as empty, without an error."""
     files = files_of(made)
     shell = sqlite3.connect(made / "index.db")
     (root,) = shell.execute("SELECT rootpage FROM sqlite_master WHERE name = 'images'").fetchone()
@@ -356,29 +356,29 @@ def test_images_that_a_damaged_page_hides_are_not_taken_for_removed(made: Path) 
     with (made / "index.db").open("r+b") as file:
         file.seek((root - 1) * 4096 + 3)
         file.write(b"\0\0")
-    repaired(made)
-    whole(made, files)
+    repair_cache(made)
+    assert_complete(made, files)
     check(made)
 
 
-def test_what_people_said_survives_where_it_can_be_read(made: Path) -> None:
+def test_readable_holds_times_and_attached_blobs_survive(made: Path) -> None:
     with Cache.open(made) as cache:
         holds, images = cache.list_holds(), cache.list_manifests()
     change(made, "DELETE FROM alembic_version")
-    repaired(made)
+    repair_cache(made)
     with Cache.open(made) as cache:
         assert cache.list_holds() == holds
         assert cache.list_manifests() == images
         assert cache.get_image_blobs(NAMES[0])[-1].media_type == "text/x-signature"
         cache.remove_manifest(NAMES[1])
-        assert cache.has_blob(IMAGES[NAMES[1]].digest), "it is held"
+        assert cache.has_blob(IMAGES[NAMES[1]].digest), "the held blob was deleted"
     check(made)
 
 
 @pytest.mark.parametrize("table", ["image_blobs", "holds"])
-def test_what_cannot_be_restored_is_named(made: Path, table: str) -> None:
+def test_rows_that_cannot_be_restored_are_reported(made: Path, table: str) -> None:
     change(made, f"DROP TABLE {table}")
-    found = repaired(made)
+    found = repair_cache(made)
     assert any(table.split("_")[-1] in problem.detail for problem in found if problem.repair is None)
 
 
@@ -393,14 +393,14 @@ cache = Cache.open(sys.argv[1])
 made = image(77)
 for digest, data in made.blobs.items():
     cache.save_blob(digest, data)
-cache.save_manifest("walled:1", made.manifest)
+cache.save_manifest("in-wal:1", made.manifest)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["left", "deleted", "garbage", "cut"])
-def test_a_wal_that_a_killed_process_left(made: Path, how: str) -> None:
+def test_an_index_is_rebuilt_with_any_wal_of_a_killed_process(made: Path, how: str) -> None:
     with start_python(KILLED, made) as process:
         assert process.wait(60) == -signal.SIGKILL
     wal = made / "index.db-wal"
@@ -412,11 +412,11 @@ def test_a_wal_that_a_killed_process_left(made: Path, how: str) -> None:
     elif how == "cut":
         os.truncate(wal, wal.stat().st_size // 2)
     files = files_of(made)
-    repaired(made)
+    repair_cache(made)
     if how == "left":
-        assert "walled:1" in names(made)
-    assert set(NAMES) <= names(made).keys()
-    assert files_of(made) == files, "what no row knew is a blob now"
+        assert "in-wal:1" in read_names(made)
+    assert set(NAMES) <= read_names(made).keys()
+    assert files_of(made) == files, "a file without a row did not become a blob"
     check(made)
 
 
@@ -425,13 +425,13 @@ def test_the_old_wal_is_not_applied_to_the_new_index(made: Path) -> None:
         assert process.wait(60) == -signal.SIGKILL
     wal = (made / "index.db-wal").read_bytes()
     (made / "index.db").unlink()
-    repaired(made)
+    repair_cache(made)
     kept = {path.name: path.read_bytes() for path in (made / "quarantine").iterdir()}
     assert wal in kept.values()
     check(made)
 
 
-def test_an_old_index_and_its_wal_are_kept_and_never_overwritten(made: Path) -> None:
+def test_old_indexes_and_wals_are_kept_and_never_overwritten(made: Path) -> None:
     kept: set[bytes] = set()
     for number in range(3):
         data = (made / "index.db").read_bytes()
@@ -440,24 +440,24 @@ def test_an_old_index_and_its_wal_are_kept_and_never_overwritten(made: Path) -> 
         if number == 0:
             (made / "index.db").unlink()
             garbage = wal
-        repaired(made)
-        kept.add(garbage)  # SQLite itself may do away with a WAL that holds nothing
-        there = {path.read_bytes() for path in (made / "quarantine").iterdir()}
-        assert kept <= there
+        repair_cache(made)
+        kept.add(garbage)  # SQLite itself may delete a WAL without valid frames
+        found = {path.read_bytes() for path in (made / "quarantine").iterdir()}
+        assert kept <= found
 
 
-# Others
+# Other processes and threads
 
 
-def test_who_had_the_cache_open_goes_on_with_the_new_index(made: Path) -> None:
+def test_an_open_cache_continues_with_the_new_index(made: Path) -> None:
     with Cache.open(made) as other:
         other.save_manifest("before:1", image(5).manifest)
         change(made, "DELETE FROM alembic_version")
-        repaired(made)
+        repair_cache(made)
         save(other, "after:1", image(88))
         assert {"before:1", "after:1"} <= {str(image.name) for image in other.list_manifests()}
-        assert "after:1" in names(made)
-    assert {"before:1", "after:1"} <= set(names(made)), "its old connection took nothing with it"
+        assert "after:1" in read_names(made)
+    assert {"before:1", "after:1"} <= set(read_names(made)), "closing the old connection lost rows"
     check(made)
 
 
@@ -477,7 +477,7 @@ with Cache.open(sys.argv[1]) as cache:
 """
 
 
-def test_another_process_goes_on_with_the_new_index_and_may_close_last_or_first(made: Path) -> None:
+def test_another_process_continues_with_the_new_index(made: Path) -> None:
     with start_python(READER, made) as process:
         assert process.stdin
         assert process.stdout
@@ -496,15 +496,13 @@ def test_another_process_goes_on_with_the_new_index_and_may_close_last_or_first(
             assert process.wait(60) == 0
             assert cache.is_image_complete("mine:2")
             save(cache, "mine:3", image(91))
-    assert {"after:1", "mine:1", "mine:2", "mine:3"} <= set(names(made))
+    assert {"after:1", "mine:1", "mine:2", "mine:3"} <= set(read_names(made))
     check(made)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["no revision", "no file"])
-def test_another_process_that_has_written_to_the_old_wal_shares_no_memory_with_the_new_one(
-    made: Path, damage: str
-) -> None:
+def test_a_process_with_the_old_wal_does_not_affect_the_new_index(made: Path, damage: str) -> None:
     script = """
         import sys
         from cachedb import Cache
@@ -516,11 +514,11 @@ def test_another_process_that_has_written_to_the_old_wal_shares_no_memory_with_t
             sys.stdin.read()
     """
     with running(script, made):
-        if damage == "no file":  # then the WAL is not written back, and its memory tells of frames
+        if damage == "no file":  # then the WAL is not checkpointed, and the -shm file still lists its frames
             (made / "index.db").unlink()
         else:
             change(made, "DELETE FROM alembic_version")
-        repaired(made)
+        repair_cache(made)
         with Cache.open(made) as cache:
             for number in range(70, 80):
                 save(cache, f"new:{number}", image(number))
@@ -528,16 +526,16 @@ def test_another_process_that_has_written_to_the_old_wal_shares_no_memory_with_t
         expected = {f"new:{number}" for number in range(70, 80)}
         if damage != "no file":
             expected |= {f"old:{number}" for number in range(60, 70)}
-        assert expected <= set(names(made))
-    assert expected <= set(names(made))
+        assert expected <= set(read_names(made))
+    assert expected <= set(read_names(made))
     check(made)
 
 
-def test_an_old_connection_that_closes_leaves_the_new_wal_alone(made: Path) -> None:
+def test_closing_an_old_connection_keeps_the_new_wal(made: Path) -> None:
     old = sqlite3.connect(made / "index.db")
     assert old.execute("SELECT count(*) FROM images").fetchone() == (31,)
     change(made, "DELETE FROM alembic_version")
-    repaired(made)
+    repair_cache(made)
     with Cache.open(made) as cache:
         save(cache, "after:1", image(88))
         wal = (made / "index.db-wal").stat()
@@ -547,20 +545,20 @@ def test_an_old_connection_that_closes_leaves_the_new_wal_alone(made: Path) -> N
     check(made)
 
 
-def test_no_old_connection_is_used_again(made: Path) -> None:
+def test_a_connection_to_the_old_index_is_not_used_again(made: Path) -> None:
     index = Database(made)
     with index.read() as connection:
         old = connection.connection.driver_connection
     change(made, "DELETE FROM alembic_version")
-    repaired(made)
+    repair_cache(made)
     with index.write() as connection:
         assert connection.connection.driver_connection is not old
         connection.exec_driver_sql("UPDATE images SET repository = 'written' WHERE repository = 'many'")
     index.close()
-    assert "written:1" in names(made)
+    assert "written:1" in read_names(made)
 
 
-def test_two_repair_at_once(made: Path) -> None:
+def test_several_threads_may_repair_at_once(made: Path) -> None:
     files = files_of(made)
     (made / "index.db").unlink()
     found: list[list[Problem]] = []
@@ -575,15 +573,15 @@ def test_two_repair_at_once(made: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 3
-    assert len(names(made)) == 31
-    whole(made, files)
+    assert len(read_names(made)) == 31
+    assert_complete(made, files)
     assert [path.name for path in (made / "backups").iterdir()] == []
     check(made)
 
 
-def test_who_comes_second_does_not_rebuild_again(made: Path) -> None:
+def test_an_index_that_was_rebuilt_is_not_rebuilt_again(made: Path) -> None:
     change(made, "DELETE FROM alembic_version")
-    repaired(made)
+    repair_cache(made)
     status = (made / "index.db").stat()
     with Cache.open(made) as cache:
         assert rebuild.rebuild(cache._database, made / "ingest" / "unused") == []
@@ -599,7 +597,7 @@ class Crash(BaseException):
 
 @contextmanager
 def crash_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
-    """Have the so-manieth rename, unlink, sync of a folder or commit fail."""
+    """Make every rename, unlink, sync or commit fail from step `number` on."""
     seen = 0
 
     def step(*_: object) -> None:
@@ -611,11 +609,11 @@ def crash_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
     for name in ("rename", "unlink", "fsync"):
         real = getattr(os, name)
 
-        def watched(*arguments: object, _real: object = real, **options: object) -> object:
+        def count_and_call(*arguments: object, _real: object = real, **options: object) -> object:
             step()
             return _real(*arguments, **options)  # type: ignore[operator]
 
-        patch.setattr(os, name, watched)
+        patch.setattr(os, name, count_and_call)
     event.listen(Engine, "commit", step)
     try:
         yield
@@ -624,8 +622,8 @@ def crash_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["lost", "emptied", "emptied, and there is no backup"])
-def test_a_repair_that_dies_anywhere_is_finished_by_the_next(
+@pytest.mark.parametrize("damage", ["lost", "emptied", "emptied, without a backup"])
+def test_the_next_repair_finishes_one_that_crashed_at_any_step(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
@@ -636,8 +634,8 @@ def test_a_repair_that_dies_anywhere_is_finished_by_the_next(
         (made / "index.db").unlink()
     else:
         change(made, "DELETE FROM alembic_version")
-    every = EXAMPLES > 20 or "no backup" in damage
-    if "no backup" in damage:
+    every = EXAMPLES > 20 or "without a backup" in damage
+    if "without a backup" in damage:
         (made / "backups" / "000001-a.db").unlink()
     number = 1 if every or damage == "lost" else 0
     while crashed:
@@ -653,40 +651,40 @@ def test_a_repair_that_dies_anywhere_is_finished_by_the_next(
                 crashed = True
         with suppress(DamagedIndex):
             Cache.open(directory).close()
-        repaired(directory)
+        repair_cache(directory)
         assert files_of(directory) == files
-        assert names(directory) == {name: one.digest for name, one in SMALL.items()}
+        assert read_names(directory) == {name: one.digest for name, one in SMALL.items()}
         shutil.rmtree(directory)
     assert number > 6
 
 
-def test_a_file_that_cannot_be_read_does_not_stop_the_rebuilding(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rebuild_continues_past_an_unreadable_file(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.operations.test_verify import fail_reading
 
     (made / "index.db").unlink()
     digest = IMAGES[NAMES[4]].digest
     path = blob_path(made, Digest(digest))
 
-    def refused(file: Any, *arguments: Any, **options: Any) -> Any:
+    def refuse_path(file: Any, *arguments: Any, **options: Any) -> Any:
         if Path(file) == path:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
         return open(file, *arguments, **options)
 
     with monkeypatch.context() as patch:
         fail_reading(patch, path, "open")
-        patch.setattr("cachedb.disk.reader.open", refused, raising=False)
+        patch.setattr("cachedb.disk.reader.open", refuse_path, raising=False)
         with Cache.open(made, damaged=True) as cache:
             found = cache.verify(repair=True).problems
     assert ("corrupt", digest) in [(problem.kind, problem.digest) for problem in found]
-    assert len(names(made)) == 30
+    assert len(read_names(made)) == 30
     check(made)
 
 
-# What is not ours
+# Directories that are no cache
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_a_directory_of_somebody_else_is_refused_and_untouched(tmp_path: Path, damaged: bool) -> None:
+def test_a_directory_that_is_no_cache_is_refused_and_unchanged(tmp_path: Path, damaged: bool) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "index.db").write_bytes(b"somebody's")
@@ -699,7 +697,7 @@ def test_a_directory_of_somebody_else_is_refused_and_untouched(tmp_path: Path, d
     assert {path.name: path.read_bytes() for path in foreign.iterdir()} == {"notes": b"notes"}
 
 
-# Anything
+# Random damage
 
 
 SMALL = {f"app-{number}:1": image(number, number + 1, size=20) for number in range(4)}
@@ -731,7 +729,9 @@ damages = st.lists(
 @pytest.mark.slow
 @given(damages)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-def test_whatever_is_damaged_what_is_good_stays(small: Path, found: list[tuple[int, str, int, bytes, bool]]) -> None:
+def test_intact_blobs_and_images_survive_any_damage(
+    small: Path, found: list[tuple[int, str, int, bytes, bool]]
+) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         directory = Path(folder) / "cache"
@@ -757,7 +757,7 @@ def test_whatever_is_damaged_what_is_good_stays(small: Path, found: list[tuple[i
             for digest, size in files_of(directory).items()
             if digest_of(blob_path(directory, Digest(digest)).read_bytes()) == digest
         }
-        repaired(directory)
+        repair_cache(directory)
         assert files_of(directory) == good
         with Cache.open(directory) as cache:
             complete = {image.digest for image in cache.list_manifests() if image.complete}
@@ -770,7 +770,7 @@ def test_whatever_is_damaged_what_is_good_stays(small: Path, found: list[tuple[i
 # The command line
 
 
-def test_the_command_line_rebuilds_and_names_what_is_lost(cachedb: Run, made: Path) -> None:
+def test_the_command_rebuilds_and_prints_recovered_names(cachedb: Run, made: Path) -> None:
     (made / "index.db").unlink()
     ran = cachedb("ls")
     assert ran.returncode == 1
@@ -784,12 +784,12 @@ def test_the_command_line_rebuilds_and_names_what_is_lost(cachedb: Run, made: Pa
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
-def test_holds_are_there_after_a_rebuilding_that_was_cut_off(made: Path) -> None:
+def test_holds_survive_an_interrupted_rebuild(made: Path) -> None:
     with Cache.open(made) as cache:
         (hold,) = cache.add_hold(NAMES[0])
         cache.remove_manifest(NAMES[0])
-    (made / "index.db").rename(made / "backups" / "000001-rebuilt.db")  # where a kill may have left it
-    repaired(made)
+    (made / "index.db").rename(made / "backups" / "000001-rebuilt.db")  # where a killed rebuild may leave the old index
+    repair_cache(made)
     with Cache.open(made) as cache:
         assert hold in cache.list_holds()
         cache.collect_garbage()
@@ -797,7 +797,7 @@ def test_holds_are_there_after_a_rebuilding_that_was_cut_off(made: Path) -> None
     assert [path.name for path in (made / "backups").glob("*-rebuilt.db")] == []
 
 
-def test_an_index_of_a_newer_schema_is_not_taken_for_a_damaged_one(made: Path) -> None:
+def test_an_index_of_a_newer_schema_is_not_rebuilt(made: Path) -> None:
     status = (made / "index.db").stat()
     with Cache.open(made) as cache:
         change(made, "ALTER TABLE holds RENAME COLUMN name TO names")
@@ -808,25 +808,25 @@ def test_an_index_of_a_newer_schema_is_not_taken_for_a_damaged_one(made: Path) -
     assert (made / "index.db").stat().st_ino == status.st_ino
 
 
-def test_a_damaged_index_is_rebuilt_though_a_folder_is_gone_as_well(made: Path) -> None:
+def test_a_damaged_index_is_rebuilt_though_a_folder_is_missing(made: Path) -> None:
     shutil.rmtree(made / "locks")
     (made / "index.db").write_bytes(b"garbage" * 1000)
-    repaired(made)
+    repair_cache(made)
     check(made)
 
 
-def test_a_time_that_is_none_is_damage(made: Path) -> None:
+def test_an_invalid_time_is_damage(made: Path) -> None:
     change(made, "UPDATE images SET created_at = '2026-99-99T00:00:00.000000Z' WHERE id = 1")
     with Cache.open(made) as cache, pytest.raises(DamagedIndex, match="has the invalid time"):
         cache.list_manifests()
-    repaired(made)
+    repair_cache(made)
     check(made)
 
 
-def test_a_new_index_that_has_a_wal_still_is_not_put_in_place(made: Path) -> None:
+def test_a_new_index_that_still_has_a_wal_is_not_put_in_place(made: Path) -> None:
     new, index = made / "ingest" / "new.db", Database(made)
     new.write_bytes(b"new")
-    new.with_name("new.db-wal").write_bytes(b"what could not be written back")
+    new.with_name("new.db-wal").write_bytes(b"frames that were not checkpointed")
     before = (made / "index.db").read_bytes()
     with closing(index), index.alone() as turn, pytest.raises(StorageError, match="not whole"):
         backups.put_in_place(index, turn, new)

@@ -1,4 +1,4 @@
-"""Several users share one cache: what one leaves, the others can use, clean up and replace."""
+"""Several users share one cache: each can use, clean up and replace the files of the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ APP = image(1, 2)
 GROUP = 64999
 NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root to become other users")
 
-AS = f"""
+BECOME = f"""
 import os, sys, tempfile
 from pathlib import Path
 from cachedb import Cache, CacheError
@@ -40,50 +40,49 @@ def become(user):
     os.environ["HOME"] = "/"
 os.umask(0o077)
 """
-"""Begins a script that becomes another user. All is used once before: the interpreter may lie where only root reads."""
+"""The beginning of a script that becomes another user. It imports everything first: perhaps only root reads Python."""
 
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A cache that user 1001 has shared with a group, which 1002 and 1003 are in and 65534 is not."""
-    # Not below pytest's own folders, which are for their owner alone.
+    """Make a cache that user 1001 shares with a group; users 1002 and 1003 are members, 65534 is none."""
+    # Only their owner can read pytest's own folders.
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         path = Path(folder) / "cache"
         run_python(
-            AS + "become(1001)\nwith Cache.open(sys.argv[1]) as cache:\n"
+            BECOME + "become(1001)\nwith Cache.open(sys.argv[1]) as cache:\n"
             f"    save(cache, 'app:1', image(1, 2))\n    cache.share('{GROUP}')",
             path,
         )
         yield path
 
 
-def modes(directory: Path) -> dict[str, tuple[int, int]]:
-    """What the group may do with each file and folder, but for the blobs."""
+def read_modes(directory: Path) -> dict[str, tuple[int, int]]:
+    """Return the group and the mode of each file and folder except the blobs."""
     paths = [directory, *(path for path in directory.rglob("*") if path.parent.parent.name != "blobs")]
     return {
         str(path.relative_to(directory)): (path.lstat().st_gid, stat.S_IMODE(path.lstat().st_mode)) for path in paths
     }
 
 
-def is_open_to_the_group(directory: Path) -> bool:
+def assert_open_to_group(directory: Path) -> None:
     wrong = {
         name: (gid, oct(mode))
-        for name, (gid, mode) in modes(directory).items()
+        for name, (gid, mode) in read_modes(directory).items()
         if gid != GROUP or mode != (0o2770 if (directory / name).is_dir() else 0o660)
     }
     assert wrong == {}
     assert {stat.S_IMODE(path.stat().st_mode) for path in (directory / "blobs").glob("*/*")} == {0o444}
-    return True
 
 
 @pytest.mark.slow
 @NEEDS_ROOT
-def test_all_of_a_group_work_with_a_shared_cache_whatever_their_umask(shared: Path) -> None:
-    assert is_open_to_the_group(shared)
+def test_all_members_of_a_group_can_use_a_shared_cache_with_any_umask(shared: Path) -> None:
+    assert_open_to_group(shared)
     for user in (1002, 1003):
         run_python(
-            AS
+            BECOME
             + f"""
 become({user})
 with Cache.open(sys.argv[1]) as cache:
@@ -96,20 +95,20 @@ with Cache.open(sys.argv[1]) as cache:
 """,
             shared,
         )
-        assert is_open_to_the_group(shared)
-    with Cache.open(shared) as cache:  # root's cron job, without --trust: it is shared
+        assert_open_to_group(shared)
+    with Cache.open(shared) as cache:  # root needs no --trust for a shared cache
         save(cache, "app:root", image(9))
         with cache.hold("app:root"):
             assert {path.lstat().st_uid for path in shared.rglob("*")} >= {1001}
             assert 0 not in {path.lstat().st_uid for path in shared.rglob("*")}
-    assert is_open_to_the_group(shared)
+    assert_open_to_group(shared)
 
 
 @NEEDS_ROOT
-def test_others_are_refused_and_change_nothing(shared: Path) -> None:
+def test_users_outside_the_group_are_refused(shared: Path) -> None:
     before = content(shared)
     run_python(
-        AS
+        BECOME
         + """
 become(65534)
 try:
@@ -126,9 +125,9 @@ else:
 
 @pytest.mark.slow
 @NEEDS_ROOT
-def test_what_a_killed_process_of_one_user_leaves_another_cleans_up(shared: Path) -> None:
+def test_another_user_cleans_up_after_a_killed_process(shared: Path) -> None:
     script = (
-        AS
+        BECOME
         + """
 become(1001)
 cache = Cache.open(sys.argv[1])
@@ -144,7 +143,7 @@ with cache.hold("app:1"), cache.producing("never:1"):
         process.wait()
     assert list((shared / "ingest").iterdir())
     run_python(
-        AS
+        BECOME
         + """
 become(1002)
 with Cache.open(sys.argv[1]) as cache:
@@ -160,10 +159,10 @@ with Cache.open(sys.argv[1]) as cache:
 
 @pytest.mark.slow
 @NEEDS_ROOT
-def test_an_index_that_one_user_rebuilds_is_the_groups(shared: Path) -> None:
+def test_a_rebuilt_index_belongs_to_the_group(shared: Path) -> None:
     (shared / "index.db").write_bytes(b"damaged")
     run_python(
-        AS
+        BECOME
         + """
 become(1002)
 with Cache.open(sys.argv[1], damaged=True) as cache:
@@ -171,19 +170,21 @@ with Cache.open(sys.argv[1], damaged=True) as cache:
 """,
         shared,
     )
-    assert modes(shared)["index.db"] == (GROUP, 0o660)
-    run_python(AS + "become(1003)\nwith Cache.open(sys.argv[1]) as cache:\n    save(cache, 'app:3', image(3))", shared)
+    assert read_modes(shared)["index.db"] == (GROUP, 0o660)
+    run_python(
+        BECOME + "become(1003)\nwith Cache.open(sys.argv[1]) as cache:\n    save(cache, 'app:3', image(3))", shared
+    )
 
 
 @pytest.mark.slow
 @NEEDS_ROOT
-def test_a_damaged_blob_of_another_user_is_put_aside(shared: Path) -> None:
+def test_a_damaged_blob_of_another_user_is_moved_to_quarantine(shared: Path) -> None:
     path = shared / "blobs" / digest_of(APP.config).replace(":", "/")
     path.chmod(0o644)
     path.write_bytes(b"x" * len(APP.config))
     path.chmod(0o444)
     run_python(
-        AS
+        BECOME
         + """
 become(1002)
 with Cache.open(sys.argv[1]) as cache:
@@ -197,15 +198,17 @@ with Cache.open(sys.argv[1]) as cache:
 
 @pytest.mark.slow
 @NEEDS_ROOT
-def test_roots_cache_of_a_user_leaves_the_user_everything() -> None:
+def test_files_that_root_makes_in_a_users_cache_belong_to_the_user() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         path = Path(folder) / "cache"
-        run_python(AS + "become(1001)\nwith Cache.open(sys.argv[1]) as cache: save(cache, 'app:1', image(1, 2))", path)
+        run_python(
+            BECOME + "become(1001)\nwith Cache.open(sys.argv[1]) as cache: save(cache, 'app:1', image(1, 2))", path
+        )
         with Cache.open(path, trust=True) as cache, cache.hold("app:1"):
             cache.add_blob(b"of root")
             run_python(
-                AS
+                BECOME
                 + """
 become(1001)
 with Cache.open(sys.argv[1]) as cache:
@@ -218,10 +221,10 @@ with Cache.open(sys.argv[1]) as cache:
         assert {path.lstat().st_uid for path in path.rglob("*")} == {1001}
 
 
-def test_a_cache_is_its_owners_alone_unless_it_is_shared(directory: Path) -> None:
+def test_only_the_owner_can_access_a_cache_that_is_not_shared(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
-        found = {mode for _, mode in modes(directory).values()}
+        found = {mode for _, mode in read_modes(directory).values()}
     assert found == {0o700, 0o600}
 
 
@@ -237,11 +240,11 @@ def test_modes_do_not_depend_on_the_umask(cachedb: Run, directory: Path, umask: 
         )
     finally:
         os.umask(before)
-    assert {mode for _, mode in modes(directory).values()} == {0o700, 0o600}
+    assert {mode for _, mode in read_modes(directory).values()} == {0o700, 0o600}
     assert {stat.S_IMODE(path.stat().st_mode) for path in (directory / "blobs").glob("*/*")} == {0o444}
 
 
-def test_init_makes_and_shares_a_cache(cachedb: Run, directory: Path) -> None:
+def test_init_creates_and_shares_a_cache(cachedb: Run, directory: Path) -> None:
     done = cachedb("init")
     assert (done.returncode, done.stdout) == (0, f"{directory} is a cache\n")
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -250,19 +253,19 @@ def test_init_makes_and_shares_a_cache(cachedb: Run, directory: Path) -> None:
     assert done.stdout.startswith(f"{directory} is shared with group ")
     assert stat.S_IMODE(directory.stat().st_mode) == 0o2770
     assert cachedb("import", "examples/hello.oci.tar").returncode == 0
-    found = modes(directory)
+    found = read_modes(directory)
     assert {mode for _, mode in found.values()} == {0o2770, 0o660}
     assert {gid for gid, _ in found.values()} == {os.getegid()}
 
 
-def test_init_refuses_a_group_that_there_is_not(cachedb: Run, directory: Path) -> None:
+def test_init_refuses_an_unknown_group(cachedb: Run, directory: Path) -> None:
     done = cachedb("init", "--shared=no-such-group")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "cachedb: there is no group 'no-such-group': name one that `getent group` lists\n"
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
-def test_sharing_leaves_links_alone(cache: Cache, tmp_path: Path) -> None:
+def test_sharing_does_not_change_the_targets_of_links(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "precious").chmod(0o600)
     (cache.directory / "locks" / "link").symlink_to(tmp_path / "precious")
@@ -272,7 +275,7 @@ def test_sharing_leaves_links_alone(cache: Cache, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["group", "acl"])
-def test_a_file_that_the_group_may_write_to_is_copied_and_not_linked(cache: Cache, tmp_path: Path, how: str) -> None:
+def test_a_file_that_the_group_can_write_to_is_copied_and_not_linked(cache: Cache, tmp_path: Path, how: str) -> None:
     folder = tmp_path / "layout"
     for name, data in oci_files({"app:1": APP}).items():
         path = folder / name
@@ -291,7 +294,7 @@ def test_a_file_that_the_group_may_write_to_is_copied_and_not_linked(cache: Cach
 
 @pytest.mark.parametrize(("mode", "links"), [(0o600, 1), (0o400, 1), (0o644, 1), (0o444, 2)])
 @pytest.mark.parametrize("shared", [True, False])
-def test_in_a_shared_cache_only_what_all_can_read_and_nobody_write_is_linked(
+def test_in_a_shared_cache_only_files_that_all_can_read_and_none_write_are_linked(
     cache: Cache, tmp_path: Path, mode: int, links: int, shared: bool
 ) -> None:
     folder = tmp_path / "layout"
@@ -308,8 +311,8 @@ def test_in_a_shared_cache_only_what_all_can_read_and_nobody_write_is_linked(
 
 
 @NEEDS_ROOT
-def test_a_download_that_another_user_began_is_begun_anew(tmp_path: Path) -> None:
-    """He may still write to it when it is a blob."""
+def test_a_download_of_another_user_begins_again(tmp_path: Path) -> None:
+    """That user could still write to the file when it is a blob."""
     path = tmp_path / "download"
     path.write_bytes(b"half")
     folder = os.open(tmp_path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Changes of the schema: up and down with real data, beside others at work, cut off, on a full disk; backups; drift."""
+"""Schema changes: upgrades and downgrades with real data, other processes, kills and full disks; backups; drift."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ REVISIONS = [f"{number:04}" for number in range(1, int(REVISION) + 1)]
 ADDED = {"some_platforms", "architecture", "os", "variant", "created", "author", "diff_id", "created_by"}
 
 
-# What pytest-alembic asks of all migrations. Its plugin does not work with pytest 9, its tests do.
+# The tests of pytest-alembic for all migrations. Its plugin does not work with pytest 9, but its tests do.
 
 __all__ = [
     "test_model_definitions_match_ddl",
@@ -88,11 +88,11 @@ def alembic_runner(tmp_path: Path) -> Iterator[Any]:
     engine.dispose()
 
 
-# Every revision that ever landed
+# Every revision that was ever released
 
 
 def frozen(revision: str, directory: Path) -> Path:
-    """The cache that the release of a revision has made."""
+    """Unpack the cache that the release of a revision made."""
     directory.mkdir()
     with tarfile.open(FROZEN / f"{revision}.tar.xz") as tar:
         tar.extractall(directory, filter="data")
@@ -101,8 +101,8 @@ def frozen(revision: str, directory: Path) -> Path:
     return directory
 
 
-def known(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """All rows, without the columns and tables that came later than the first revision."""
+def read_common_rows(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return all rows without the columns and tables that were added after the first revision."""
     found: dict[str, list[dict[str, Any]]] = {}
     shell = sqlite3.connect(directory / "index.db")
     shell.row_factory = sqlite3.Row
@@ -116,15 +116,13 @@ def known(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row_and_blob(
-    revision: str, tmp_path: Path
-) -> None:
+def test_a_cache_of_any_release_keeps_rows_and_blobs_in_upgrades_and_downgrades(revision: str, tmp_path: Path) -> None:
     directory = frozen(revision, tmp_path / "cache")
-    before, all_rows, files = known(directory), rows(directory), files_of(directory)
+    before, all_rows, files = read_common_rows(directory), rows(directory), files_of(directory)
     assert len(before["images"]) == (7 if revision < "0004" else 8)
     changed = upgrade.upgrade(directory)
     assert (changed.before, changed.after) == (revision, REVISION)
-    assert known(directory) == before
+    assert read_common_rows(directory) == before
     assert drift_module.check(directory) == []
     with Cache.open(directory) as cache:
         assert cache.get_image("frozen:2").author == cache.get_image("team/frozen:stable").author == "A. Author"
@@ -137,9 +135,9 @@ def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row
         ]
         assert all(blob.diff_id for blob in cache.get_image_blobs("frozen:2") if blob.role == "layer")
         cache.export("frozen:2", tmp_path / "frozen.tar")
-    after = known(directory)
+    after = read_common_rows(directory)
     upgrade.downgrade(directory, revision)
-    assert {name: known(directory)[name] for name in ("blobs", "image_blobs")} == {
+    assert {name: read_common_rows(directory)[name] for name in ("blobs", "image_blobs")} == {
         name: after[name] for name in ("blobs", "image_blobs")
     }
     assert tables(directory) - {"alembic_version"} == all_rows.keys()
@@ -149,7 +147,7 @@ def test_a_cache_that_its_own_release_made_goes_up_and_down_again_with_every_row
 
 
 @pytest.mark.parametrize("revision", REVISIONS[:-1])
-def test_a_downgrade_takes_away_what_the_upgrade_brought_and_nothing_else(revision: str, tmp_path: Path) -> None:
+def test_a_downgrade_removes_exactly_what_the_upgrade_added(revision: str, tmp_path: Path) -> None:
     directory = frozen(revision, tmp_path / "cache")
     before = rows(directory)
     upgrade.upgrade(directory)
@@ -172,8 +170,8 @@ def test_a_config_that_cannot_be_read_is_skipped_and_reported(tmp_path: Path) ->
         assert cache.get_image("frozen:2").os == "linux"
 
 
-def config_of(directory: Path, name: str) -> Path:
-    """The file of an image's config, in a cache of any schema."""
+def find_config(directory: Path, name: str) -> Path:
+    """Return the path of an image's config in a cache of any schema."""
     shell = sqlite3.connect(directory / "index.db")
     query = (
         "SELECT digest FROM images JOIN image_blobs ON image_id = images.id JOIN blobs ON blobs.id = blob_id "
@@ -184,9 +182,9 @@ def config_of(directory: Path, name: str) -> Path:
     return directory / "blobs" / str(digest).replace(":", "/")
 
 
-def test_a_config_that_is_not_what_its_digest_says_is_skipped_and_reported(tmp_path: Path) -> None:
+def test_a_corrupt_config_is_skipped_and_reported(tmp_path: Path) -> None:
     directory = frozen("0001", tmp_path / "cache")
-    path = config_of(directory, "hello:1")
+    path = find_config(directory, "hello:1")
     path.chmod(0o600)
     path.write_text(json.dumps({"os": "plan9"}))
     found = {str(name): detail for name, _, detail in upgrade.upgrade(directory).unread}
@@ -195,15 +193,15 @@ def test_a_config_that_is_not_what_its_digest_says_is_skipped_and_reported(tmp_p
         assert cache.get_image("hello:1").os is None
 
 
-def test_who_has_not_enough_to_read_configs_with_stops_and_skips_none(
+def test_a_backfill_that_runs_out_of_file_descriptors_stops_and_skips_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = frozen("0001", tmp_path / "cache")
 
-    def open_none(path: str, _flags: int) -> int:
+    def refuse_open(path: str, _flags: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files", path)
 
-    monkeypatch.setattr(reader, "open_regular", open_none)
+    monkeypatch.setattr(reader, "open_regular", refuse_open)
     with pytest.raises(StorageError, match="raise the limit on open files"):
         upgrade.upgrade(directory)
     assert schema.current(directory).pending == 7
@@ -219,11 +217,11 @@ def old(tmp_path: Path) -> Path:
     return frozen("0001", tmp_path / "old")
 
 
-def backups_in(directory: Path) -> list[str]:
+def list_backups(directory: Path) -> list[str]:
     return sorted(path.name for path in (directory / "backups").iterdir() if path.name != ".lock")
 
 
-def test_an_upgrade_makes_a_backup_from_which_all_comes_back(old: Path) -> None:
+def test_an_upgrade_makes_a_backup_with_all_rows(old: Path) -> None:
     before = rows(old)
     changed = upgrade.upgrade(old)
     assert changed.backup == old / "backups" / "000001-0001-before-0005.db"
@@ -231,35 +229,35 @@ def test_an_upgrade_makes_a_backup_from_which_all_comes_back(old: Path) -> None:
     shutil.copy(changed.backup, old.parent / "index.db")
     assert rows(old.parent) == before
     assert upgrade.upgrade(old) == (REVISION, REVISION, None, [])
-    assert backups_in(old) == ["000001-0001-before-0005.db"]
+    assert list_backups(old) == ["000001-0001-before-0005.db"]
 
 
-def test_a_backup_is_on_disk_before_it_has_its_name(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backup_is_synced_before_it_has_its_name(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
     fsync, rename = os.fsync, Path.rename
 
-    def synced(descriptor: int) -> None:
+    def sync_and_note(descriptor: int) -> None:
         fsync(descriptor)
         calls.append(("sync", os.fstat(descriptor).st_ino))
 
-    def renamed(path: Path, target: Path) -> Path:
+    def note_and_rename(path: Path, target: Path) -> Path:
         calls.append(("name", path.stat().st_ino))
         return rename(path, target)
 
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(os, "fsync", sync_and_note)
+    monkeypatch.setattr(Path, "rename", note_and_rename)
     backup = upgrade.back_up(cache.directory)
     file, folder = backup.stat().st_ino, backup.parent.stat().st_ino
     assert calls == [("sync", file), ("name", file), ("sync", folder)]
 
 
-def test_the_last_few_backups_from_before_changes_are_kept_and_all_that_a_person_made(old: Path) -> None:
-    asked = upgrade.back_up(old)
+def test_the_newest_automatic_backups_and_all_manual_ones_are_kept(old: Path) -> None:
+    manual = upgrade.back_up(old)
     for _ in range(3):
         upgrade.upgrade(old)
         upgrade.downgrade(old, "0001")
-    assert backups_in(old) == [
-        asked.name,
+    assert list_backups(old) == [
+        manual.name,
         "000005-0005-before-0001.db",
         "000006-0001-before-0005.db",
         "000007-0005-before-0001.db",
@@ -267,10 +265,10 @@ def test_the_last_few_backups_from_before_changes_are_kept_and_all_that_a_person
 
 
 @pytest.mark.slow
-def test_changes_that_fail_or_are_killed_do_not_pile_up_backups(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_and_killed_changes_do_not_accumulate_backups(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upgrade.upgrade(old)
     upgrade.downgrade(old, "0001")
-    before = backups_in(old)
+    before = list_backups(old)
 
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -280,7 +278,7 @@ def test_changes_that_fail_or_are_killed_do_not_pile_up_backups(old: Path, monke
         for _ in range(5):
             with pytest.raises(KeyboardInterrupt):
                 upgrade.upgrade(old)
-            assert backups_in(old) == before
+            assert list_backups(old) == before
     script = """
         import os, sys
         from pathlib import Path
@@ -293,14 +291,12 @@ def test_changes_that_fail_or_are_killed_do_not_pile_up_backups(old: Path, monke
     for _ in range(5):
         with start_python(script, old) as process:
             assert process.wait() == -9
-    assert len(backups_in(old)) == backups.KEPT + 1
+    assert len(list_backups(old)) == backups.KEPT + 1
     upgrade.upgrade(old)
-    assert len(backups_in(old)) == backups.KEPT
+    assert len(list_backups(old)) == backups.KEPT
 
 
-def test_an_old_backup_that_cannot_be_deleted_is_an_error_of_one_line(
-    old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_of_an_old_backup_that_cannot_be_deleted_names_it(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(backups.KEPT):
         (old / "backups" / f"{number + 1:06}-0001-before-0005.db").touch()
     real = os.unlink
@@ -316,12 +312,12 @@ def test_an_old_backup_that_cannot_be_deleted_is_an_error_of_one_line(
 
 
 @pytest.mark.parametrize("step", ["0002", "head"])
-def test_an_upgrade_comes_to_the_revision_that_is_asked_for(old: Path, step: str) -> None:
+def test_an_upgrade_stops_at_the_given_revision(old: Path, step: str) -> None:
     after = upgrade.upgrade(old, step).after
     assert revision_of(old) == after == {"0002": "0002", "head": REVISION}[step]
 
 
-def test_an_upgrade_that_needs_no_other_process_to_stop_says_so_to_those_who_have_the_cache_open(
+def test_an_open_cache_works_again_after_a_downgrade_and_an_upgrade(
     directory: Path,
 ) -> None:
     with Cache.open(directory) as cache:
@@ -335,7 +331,7 @@ def test_an_upgrade_that_needs_no_other_process_to_stop_says_so_to_those_who_hav
         cache.add_blob(b"x")
 
 
-def test_a_newer_schema_that_says_so_can_be_worked_with(directory: Path) -> None:
+def test_a_newer_schema_that_declares_itself_compatible_can_be_used(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
         change(directory, "ALTER TABLE images ADD COLUMN stars INTEGER")
@@ -354,7 +350,7 @@ def test_a_newer_schema_that_says_so_can_be_worked_with(directory: Path) -> None
         Cache.open(directory)
 
 
-def test_every_migration_states_the_oldest_release_that_can_work_after_it(directory: Path) -> None:
+def test_every_migration_sets_the_oldest_schema_whose_release_can_use_it(directory: Path) -> None:
     Cache.open(directory).close()
     for revision in reversed(schema.history(directory)):
         assert revision.oldest <= revision.revision
@@ -367,7 +363,7 @@ def test_every_migration_states_the_oldest_release_that_can_work_after_it(direct
 
 
 @pytest.mark.slow
-def test_of_many_who_upgrade_at_once_one_does_and_all_go_on(old: Path) -> None:
+def test_one_of_many_processes_upgrades_and_all_continue(old: Path) -> None:
     output = run_python(
         """
         import os, sys
@@ -390,7 +386,7 @@ def test_of_many_who_upgrade_at_once_one_does_and_all_go_on(old: Path) -> None:
         old,
     )
     assert output == "{0}\n"
-    assert backups_in(old) == ["000001-0001-before-0005.db"]
+    assert list_backups(old) == ["000001-0001-before-0005.db"]
     check(old)
 
 
@@ -398,7 +394,7 @@ SECONDS = float(os.environ.get("CACHEDB_UPGRADE_SECONDS", "4"))
 
 
 @pytest.mark.slow
-def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_lost(directory: Path) -> None:
+def test_32_processes_lose_no_write_during_upgrades_and_downgrades(directory: Path) -> None:
     Cache.open(directory).close()
     output = run_python(
         """
@@ -409,7 +405,7 @@ def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_los
         from tests.support.make import image, save
 
         directory, until = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
-        some_refused = mmap.mmap(-1, 1)  # which all share
+        some_refused = mmap.mmap(-1, 1)  # shared by all processes
 
         def work(number):
             refused, done = 0, 0
@@ -473,11 +469,9 @@ def test_32_processes_write_while_the_schema_goes_up_and_down_and_nothing_is_los
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["upgrade", "downgrade"])
-def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_new_one(
-    how: str, tmp_path: Path
-) -> None:
+def test_a_change_killed_at_any_statement_leaves_the_old_or_the_new_schema(how: str, tmp_path: Path) -> None:
     made = frozen("0001" if how == "upgrade" else REVISION, tmp_path / "made")
-    before = known(made)
+    before = read_common_rows(made)
     output = run_python(
         """
         import os, shutil, sys
@@ -520,20 +514,20 @@ def test_a_change_that_is_killed_at_any_statement_leaves_the_old_schema_or_the_n
         database = Database(directory)
         found.add(database.revision())
         database.close()
-        kept = {name: table for name, table in known(directory).items() if name != "leases"}
+        kept = {name: table for name, table in read_common_rows(directory).items() if name != "leases"}
         assert kept == {name: table for name, table in before.items() if name != "leases"}
         if number % 5 == 0:
             upgrade.upgrade(directory)
             assert drift_module.check(directory) == []
             with Cache.open(directory) as cache:
                 assert cache.get_image("frozen:2").os == "linux"
-                if how == "downgrade":  # an image of some platforms has become one that lacks the others
+                if how == "downgrade":  # an image with some platforms became one that lacks the others
                     assert {problem.kind for problem in cache.verify(repair=True).problems} <= {"index"}
             check(directory)
     assert found == {"0001", REVISION}
 
 
-def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_backfill_resumes(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upgrade, "_BATCH", 2)
     told: list[tuple[str, int, int]] = []
 
@@ -551,9 +545,8 @@ def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch
     assert schema.current(old) == (REVISION, REVISION, True, 3)
     assert [drift.kind for drift in drift_module.check(old)] == ["backfill"]
     with Cache.open(old) as cache:
-        assert (
-            cache.get_image("docker.io/library/docker:2").os == "linux"
-        )  # what is read is there, and the cache can be used
+        # The cache can be used, and has the values of the configs read so far.
+        assert cache.get_image("docker.io/library/docker:2").os == "linux"
     again: list[tuple[str, int, int]] = []
     upgrade.upgrade(old, progress=lambda *step: again.append(step))
     assert again == [("reading configs", 2, 3), ("reading configs", 3, 3), ("reading configs", 3, 3)]
@@ -561,7 +554,7 @@ def test_reading_configs_is_taken_up_where_it_was_cut_off(old: Path, monkeypatch
 
 
 @pytest.mark.parametrize("pending", [True, False])
-def test_what_another_migration_has_left_to_be_done_is_left_alone(old: Path, pending: bool) -> None:
+def test_a_backfill_of_another_migration_is_left_pending(old: Path, pending: bool) -> None:
     upgrade.upgrade(old)
     change(old, "INSERT INTO backfills VALUES ('0004', 3)")
     if pending:
@@ -586,7 +579,7 @@ def test_configs_are_read_without_the_write_lock(old: Path, monkeypatch: pytest.
         assert cache.get_image("frozen:2").os == "linux"
 
 
-def test_large_configs_are_written_in_transactions_of_their_own(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_configs_are_written_in_separate_transactions(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upgrade, "_BATCH_BYTES", 1)
     told: list[int] = []
     upgrade.upgrade(old, progress=lambda what, done, _: told.append(done) if what == "reading configs" else None)
@@ -594,8 +587,8 @@ def test_large_configs_are_written_in_transactions_of_their_own(old: Path, monke
     assert drift_module.check(old) == []
 
 
-def meanwhile(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
-    """Have something done between the reading of the first configs and the writing of what they say."""
+def run_during_reading(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Call `work` after the first configs are read and before their values are written."""
     read = describe.read_ahead
 
     def read_and_work(*arguments: Any) -> Any:
@@ -607,7 +600,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> No
     monkeypatch.setattr(describe, "read_ahead", read_and_work)
 
 
-def test_an_image_that_changes_while_its_config_is_read_is_described_as_it_is_then(
+def test_an_image_that_changes_during_a_backfill_gets_its_new_description(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work() -> None:
@@ -615,7 +608,7 @@ def test_an_image_that_changes_while_its_config_is_read_is_described_as_it_is_th
             save(cache, "frozen:2", image(7, architecture="riscv64"))
             cache.remove_manifest("hello:1")
 
-    meanwhile(monkeypatch, work)
+    run_during_reading(monkeypatch, work)
     upgrade.upgrade(old)
     with Cache.open(old) as cache:
         assert cache.get_image("frozen:2").architecture == "riscv64"
@@ -623,21 +616,21 @@ def test_an_image_that_changes_while_its_config_is_read_is_described_as_it_is_th
     check(old)
 
 
-def test_a_config_that_comes_back_while_the_others_are_read_is_not_missed(
-    old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = config_of(old, "hello:1")
+def test_a_config_that_reappears_during_a_backfill_is_read(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = find_config(old, "hello:1")
     aside = path.rename(old.parent / "aside")
-    meanwhile(monkeypatch, lambda: aside.rename(path))
+    run_during_reading(monkeypatch, lambda: aside.rename(path))
     assert {str(name) for name, _, _ in upgrade.upgrade(old).unread} == {"broken:1"}
     with Cache.open(old) as cache:
         assert cache.get_image("hello:1").os == "linux"
 
 
-def test_what_another_has_read_meanwhile_is_not_written_again(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs_that_another_process_backfilled_are_not_written_again(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(upgrade, "_BATCH", 2)
     found: list[upgrade.Unread] = []
-    meanwhile(monkeypatch, lambda: found.extend(upgrade.upgrade(old).unread))
+    run_during_reading(monkeypatch, lambda: found.extend(upgrade.upgrade(old).unread))
     told: list[str] = []
     assert upgrade.upgrade(old, progress=lambda what, *_: told.append(what)).unread == []
     assert "reading configs" not in told
@@ -645,9 +638,7 @@ def test_what_another_has_read_meanwhile_is_not_written_again(old: Path, monkeyp
     assert drift_module.check(old) == []
 
 
-def test_a_disk_that_is_too_full_is_said_so_before_anything_is_changed(
-    old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_disk_space_is_reported_before_any_change(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(Database(old)) as database:
         prepare(database)  # a cache of an older release gets its marker
     before = content(old)
@@ -674,26 +665,24 @@ def test_a_backup_that_cannot_be_written_stops_the_upgrade(old: Path, monkeypatc
         upgrade.upgrade(old)
     monkeypatch.undo()
     assert revision_of(old) == "0001"
-    assert backups_in(old) == []
+    assert list_backups(old) == []
 
 
-def test_a_change_that_would_leave_rows_that_refer_to_none_is_not_made(
-    old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_that_would_break_references_is_rolled_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = schema.run_migrations
 
-    def broken(change: Any, connection: Any, *arguments: Any) -> None:
+    def migrate_and_break(change: Any, connection: Any, *arguments: Any) -> None:
         real(change, connection, *arguments)
         connection.exec_driver_sql("UPDATE images SET manifest_id = 999 WHERE id = 1")
 
-    monkeypatch.setattr(schema, "run_migrations", broken)
+    monkeypatch.setattr(schema, "run_migrations", migrate_and_break)
     with pytest.raises(DamagedIndex, match=r"was not changed: 1 rows would have broken references: images 1 to blobs"):
         upgrade.upgrade(old)
     assert revision_of(old) == "0001"
 
 
 @pytest.mark.parametrize("call", ["upgrade", "downgrade", "check", "back_up"])
-def test_what_is_no_cache_is_left_alone(call: str, tmp_path: Path) -> None:
+def test_a_directory_that_is_no_cache_is_unchanged(call: str, tmp_path: Path) -> None:
     def run(directory: Path) -> object:
         arguments = ("0001",) if call == "downgrade" else ()
         return OPERATIONS[call](directory, *arguments)
@@ -722,7 +711,7 @@ def test_what_is_no_cache_is_left_alone(call: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["current", "upgrade", "downgrade", "check", "back_up"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "no tables", "no schema"])
-def test_a_cache_that_has_lost_its_index_is_told_from_one_that_is_not_there_yet(
+def test_a_lost_index_and_a_cache_not_created_yet_give_different_errors(
     directory: Path, damage: str, call: str
 ) -> None:
     def run() -> object:
@@ -751,7 +740,7 @@ def test_a_cache_that_has_lost_its_index_is_told_from_one_that_is_not_there_yet(
 
 
 @pytest.mark.parametrize("call", ["upgrade", "downgrade", "check", "back_up"])
-def test_folders_that_are_gone_are_brought_back(old: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_folders_are_created_again(old: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if call == "check":
         upgrade.upgrade(old)
         shutil.rmtree(old / "backups")
@@ -766,13 +755,13 @@ def test_folders_that_are_gone_are_brought_back(old: Path, call: str, monkeypatc
     arguments = ("0001",) if call == "downgrade" else ()
     run(old, *arguments)
     assert {path.name for path in old.iterdir() if path.is_dir()} >= {"backups", "locks", "trash", "ingest"}
-    monkeypatch.setattr("cachedb.index.sqlite.prepare.refuse_shared", lambda _: "it is on nfs")
-    with pytest.raises(StorageError, match="it is on nfs"):
+    monkeypatch.setattr("cachedb.index.sqlite.prepare.refuse_shared", lambda _: "the directory is on nfs")
+    with pytest.raises(StorageError, match="the directory is on nfs"):
         run(old, *arguments)
 
 
 @pytest.mark.parametrize("revision", ["0009", "x", "", "-9", "base", "-x", "000"])
-def test_a_revision_that_is_none_is_refused(directory: Path, revision: str) -> None:
+def test_an_unknown_revision_is_refused(directory: Path, revision: str) -> None:
     Cache.open(directory).close()
     for call in (upgrade.upgrade, upgrade.downgrade):
         with pytest.raises(InvalidRevision, match="is not one of the revisions 0001, "):
@@ -786,7 +775,7 @@ def migrate(directory: Path, *arguments: Any, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("revision", ["0000", "00025", "0002a", "", None])
-def test_a_cache_of_a_schema_that_no_release_makes_is_left_alone(directory: Path, revision: str | None) -> None:
+def test_a_cache_with_a_schema_of_no_release_is_unchanged(directory: Path, revision: str | None) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     copy = upgrade.back_up(directory)
@@ -794,7 +783,7 @@ def test_a_cache_of_a_schema_that_no_release_makes_is_left_alone(directory: Path
         change(directory, "DELETE FROM alembic_version")
     else:
         change(directory, f"UPDATE alembic_version SET version_num = '{revision}'")
-    before, kept = rows(directory), backups_in(directory)
+    before, kept = rows(directory), list_backups(directory)
     if not revision:
         for look in (schema.current, drift_module.check):
             with pytest.raises(DamagedIndex, match="lost its schema"):
@@ -809,20 +798,20 @@ def test_a_cache_of_a_schema_that_no_release_makes_is_left_alone(directory: Path
     ):
         with pytest.raises(SchemaMismatch if revision else DamagedIndex, match=r"no release of|lost its schema"):
             call(directory)
-    assert (rows(directory), backups_in(directory)) == (before, kept)
+    assert (rows(directory), list_backups(directory)) == (before, kept)
     restore.restore(directory, copy)
     check(directory)
 
 
 @pytest.mark.slow
-def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> None:
+def test_the_error_of_a_trigger_that_blocks_a_change_quotes_it(cachedb: Run, old: Path) -> None:
     refuse = "BEGIN SELECT RAISE({}, 'not on a Friday'); END"
     for how in ("ABORT", "FAIL", "ROLLBACK"):
         change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON alembic_version {refuse.format(how)}")
         done = cachedb("--dir", old, "db", "upgrade")
         expected = "cachedb: the schema was not changed: SQLite refused a row: not on a Friday\n"
         assert (done.returncode, done.stderr) == (1, expected)
-        assert (revision_of(old), backups_in(old)) == ("0001", [])
+        assert (revision_of(old), list_backups(old)) == ("0001", [])
         change(old, "DROP TRIGGER mine")
     change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON images {refuse.format('ABORT')}")
     with pytest.raises(
@@ -837,7 +826,7 @@ def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("sql", "said"),
+    ("sql", "message"),
     [
         ("CREATE INDEX mine ON images (author)", "the index 'mine' is over what it takes away (no such column"),
         (
@@ -851,16 +840,16 @@ def test_a_trigger_that_refuses_a_change_is_quoted(cachedb: Run, old: Path) -> N
         ),
     ],
 )
-def test_what_is_over_a_column_that_goes_is_to_be_dropped_first(directory: Path, sql: str, said: str) -> None:
+def test_objects_over_a_removed_column_must_be_dropped_first(directory: Path, sql: str, message: str) -> None:
     Cache.open(directory).close()
     change(directory, sql)
     with pytest.raises(StorageError, match=r"^the schema was not changed: .*: drop it first$") as caught:
         upgrade.downgrade(directory, "0002")
-    assert said in str(caught.value)
-    assert (revision_of(directory), backups_in(directory)) == (REVISION, [])
+    assert message in str(caught.value)
+    assert (revision_of(directory), list_backups(directory)) == (REVISION, [])
 
 
-def test_up_is_not_down(directory: Path) -> None:
+def test_upgrade_refuses_an_older_revision_and_downgrade_a_newer_one(directory: Path) -> None:
     Cache.open(directory).close()
     with pytest.raises(SchemaMismatch, match=r"newer than 0001: use `cachedb db downgrade 0001`"):
         upgrade.upgrade(directory, "0001")
@@ -895,7 +884,7 @@ def test_drift_is_found(directory: Path, sql: str, kind: str, name: str) -> None
     assert (kind, name) in [drift[:2] for drift in drift_module.check(directory)]
 
 
-def test_an_index_over_an_expression_is_drift_and_no_warning(cachedb: Run, directory: Path) -> None:
+def test_an_index_over_an_expression_is_drift_without_a_warning(cachedb: Run, directory: Path) -> None:
     Cache.open(directory).close()
     change(directory, "CREATE INDEX mine ON blobs (size + 1)")
     done = cachedb("db", "check", "--format", "json")
@@ -904,7 +893,7 @@ def test_an_index_over_an_expression_is_drift_and_no_warning(cachedb: Run, direc
 
 
 @pytest.mark.parametrize("version", ["0002", "0009", "mine"])
-def test_a_second_version_is_drift_and_stops_a_change(directory: Path, version: str) -> None:
+def test_a_second_row_of_alembic_version_is_drift_and_blocks_changes(directory: Path, version: str) -> None:
     Cache.open(directory).close()
     change(directory, f"INSERT INTO alembic_version VALUES ('{version}')")
     assert [drift[:2] for drift in drift_module.check(directory)] == [("row", "alembic_version")]
@@ -915,10 +904,10 @@ def test_a_second_version_is_drift_and_stops_a_change(directory: Path, version: 
             upgrade.upgrade(directory)
     with pytest.raises(SchemaMismatch, match="2 rows"):
         upgrade.downgrade(directory, "0001")
-    assert backups_in(directory) == []
+    assert list_backups(directory) == []
 
 
-def test_a_constraint_that_is_not_ours_is_drift(directory: Path) -> None:
+def test_a_changed_constraint_is_drift(directory: Path) -> None:
     Cache.open(directory).close()
     shell = sqlite3.connect(directory / "index.db")
     shell.execute("PRAGMA writable_schema = ON")
@@ -933,7 +922,7 @@ def test_a_constraint_that_is_not_ours_is_drift(directory: Path) -> None:
 # Backups and restoring them
 
 
-def test_a_backup_is_of_one_moment_while_others_write(cache: Cache, tmp_path: Path) -> None:
+def test_a_backup_is_a_sound_snapshot_while_others_write(cache: Cache, tmp_path: Path) -> None:
     save(cache, "app:1", image(1))
     stop = threading.Event()
 
@@ -959,7 +948,7 @@ def test_a_backup_is_of_one_moment_while_others_write(cache: Cache, tmp_path: Pa
         upgrade.back_up(cache.directory, copies[0])
 
 
-def test_a_restored_backup_has_its_images_and_agrees_with_the_blobs(cache: Cache) -> None:
+def test_a_restored_backup_has_its_images_and_marks_lost_blobs_as_missing(cache: Cache) -> None:
     save(cache, "kept:1", image(1))
     save(cache, "gone:1", image(2))
     gone = cache.get_image_blobs("gone:1")
@@ -976,7 +965,7 @@ def test_a_restored_backup_has_its_images_and_agrees_with_the_blobs(cache: Cache
     assert [str(one.name) for one in cache.list_manifests()] == ["gone:1", "kept:1"]
     assert cache.get_image("kept:1").digest == image(1).digest
     assert not cache.is_image_complete("gone:1")
-    assert cache.collect_garbage().blobs == 3  # of the late image, and not what is leased
+    assert cache.collect_garbage().blobs == 3  # three blobs of the late image, but not the leased blob
     assert cache.has_blob(leased)
     save(cache, "gone:1", image(2))
     assert cache.get_image_blobs("gone:1") == gone
@@ -984,7 +973,7 @@ def test_a_restored_backup_has_its_images_and_agrees_with_the_blobs(cache: Cache
     check(cache.directory)
 
 
-def test_a_restored_backup_keeps_the_holds_of_today(cache: Cache) -> None:
+def test_restoring_a_backup_keeps_the_current_holds(cache: Cache) -> None:
     save(cache, "app:1", image(1))
     backup = upgrade.back_up(cache.directory)
     (hold,) = cache.add_hold("app:1")
@@ -996,9 +985,9 @@ def test_a_restored_backup_keeps_the_holds_of_today(cache: Cache) -> None:
 def test_a_backup_of_any_schema_can_be_restored(revision: str, tmp_path: Path) -> None:
     directory = frozen(REVISION, tmp_path / "cache")
     old = frozen(revision, tmp_path / "old")
-    before = [row["repository"] for row in known(old)["images"]]
+    before = [row["repository"] for row in read_common_rows(old)["images"]]
     restore.restore(directory, old / "index.db")
-    assert [row["repository"] for row in known(directory)["images"]] == before
+    assert [row["repository"] for row in read_common_rows(directory)["images"]] == before
     assert drift_module.check(directory) == []
     with Cache.open(directory) as cache:
         assert cache.get_image("hello:1").os == "linux"
@@ -1006,7 +995,7 @@ def test_a_backup_of_any_schema_can_be_restored(revision: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", ["lost", "garbage"])
-def test_a_backup_takes_the_place_of_an_index_that_is_lost_or_damaged(directory: Path, damage: str) -> None:
+def test_a_backup_replaces_a_lost_or_damaged_index(directory: Path, damage: str) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     backup = upgrade.back_up(directory)
@@ -1019,7 +1008,7 @@ def test_a_backup_takes_the_place_of_an_index_that_is_lost_or_damaged(directory:
     check(directory)
 
 
-def test_a_child_that_came_after_the_backup_brings_what_it_names(cache: Cache) -> None:
+def test_a_child_manifest_stored_after_the_backup_is_expanded(cache: Cache) -> None:
     child = image(1)
     cache.save_manifest("several:1", index(child))
     backup = upgrade.back_up(cache.directory)
@@ -1029,7 +1018,7 @@ def test_a_child_that_came_after_the_backup_brings_what_it_names(cache: Cache) -
     assert cache.is_image_complete("several:1")
 
 
-def test_what_is_no_backup_is_refused_and_nothing_is_changed(cache: Cache, tmp_path: Path) -> None:
+def test_an_invalid_backup_is_refused_and_the_index_unchanged(cache: Cache, tmp_path: Path) -> None:
     save(cache, "app:1", image(1))
     backup = upgrade.back_up(cache.directory, tmp_path / "backup.db")
     data = backup.read_bytes()
@@ -1074,7 +1063,7 @@ TAMPERED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TAMPERED)
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_a_backup_with_what_no_migration_makes_is_refused(
+def test_a_backup_with_a_foreign_schema_object_is_refused(
     revision: str, kind: str, directory: Path, tmp_path: Path
 ) -> None:
     with Cache.open(directory) as cache:
@@ -1092,7 +1081,7 @@ def test_a_backup_with_what_no_migration_makes_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("sql", "said"),
+    ("sql", "message"),
     [
         (
             "UPDATE sqlite_master SET name = 'sqlite_evil', sql = replace(sql, 'evil', 'sqlite_evil') "
@@ -1109,7 +1098,7 @@ def test_a_backup_with_what_no_migration_makes_is_refused(
         ),
     ],
 )
-def test_a_backup_whose_schema_was_forged_is_refused(directory: Path, tmp_path: Path, sql: str, said: str) -> None:
+def test_a_backup_with_a_forged_schema_is_refused(directory: Path, tmp_path: Path, sql: str, message: str) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     upgrade.back_up(directory, tmp_path / "index.db")
@@ -1120,12 +1109,12 @@ def test_a_backup_whose_schema_was_forged_is_refused(directory: Path, tmp_path: 
     shell.execute(sql)
     shell.commit()
     shell.close()
-    with pytest.raises(NotACache, match=said):
+    with pytest.raises(NotACache, match=message):
         restore.restore(directory, tmp_path / "index.db")
-    assert names_in(directory) == ["app"]
+    assert list_repositories(directory) == ["app"]
 
 
-def names_in(directory: Path) -> list[str]:
+def list_repositories(directory: Path) -> list[str]:
     with Cache.open(directory) as cache:
         return [name.repository for name in cache.list_names()]
 
@@ -1141,7 +1130,7 @@ def test_a_backup_of_a_newer_schema_with_a_trigger_is_refused(directory: Path, t
 
 
 @pytest.mark.parametrize("kind", TAMPERED)
-def test_a_rebuilt_index_takes_nothing_but_rows_from_a_backup(kind: str, directory: Path) -> None:
+def test_a_rebuild_takes_only_rows_from_a_backup(kind: str, directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     backup = upgrade.back_up(directory)
@@ -1154,10 +1143,10 @@ def test_a_rebuilt_index_takes_nothing_but_rows_from_a_backup(kind: str, directo
         cache.verify(repair=True)
     assert drift_module.check(directory) == []
     check(directory)
-    assert names_in(directory) == ["app"]
+    assert list_repositories(directory) == ["app"]
 
 
-def test_statistics_and_other_pages_are_no_drift(directory: Path) -> None:
+def test_statistics_page_size_and_encoding_are_no_drift(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     shell = sqlite3.connect(directory / "index.db", isolation_level=None)
@@ -1172,7 +1161,7 @@ def test_statistics_and_other_pages_are_no_drift(directory: Path) -> None:
     check(directory)
 
 
-def test_an_index_that_a_newer_release_has_taken_over_is_not_replaced(directory: Path, tmp_path: Path) -> None:
+def test_an_index_of_an_incompatible_newer_schema_is_not_replaced(directory: Path, tmp_path: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     backup = upgrade.back_up(directory, tmp_path / "backup.db")
@@ -1182,12 +1171,12 @@ def test_an_index_that_a_newer_release_has_taken_over_is_not_replaced(directory:
     with pytest.raises(SchemaMismatch, match="use a newer release"):
         restore.restore(directory, backup)
     assert content(directory) == before
-    change(directory, f"PRAGMA user_version = {int(REVISION)}")  # it says now that we can work with it
+    change(directory, f"PRAGMA user_version = {int(REVISION)}")  # now this release can use the schema
     assert restore.restore(directory, backup).images == 1
     assert schema.current(directory).revision == REVISION
 
 
-def test_a_backup_of_a_newer_schema_that_we_can_work_with_is_restored(directory: Path, tmp_path: Path) -> None:
+def test_a_backup_of_a_compatible_newer_schema_is_restored(directory: Path, tmp_path: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     backup = upgrade.back_up(directory, tmp_path / "index.db")
@@ -1197,12 +1186,12 @@ def test_a_backup_of_a_newer_schema_that_we_can_work_with_is_restored(directory:
     assert schema.current(directory).revision == "9999"
 
 
-def test_a_backup_that_is_restored_is_only_read(directory: Path, tmp_path: Path) -> None:
+def test_restoring_does_not_change_the_backup(directory: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-        for name in ("index.db", "index.db-wal"):  # as somebody might who copies files
+        for name in ("index.db", "index.db-wal"):  # a backup made by copying files
             shutil.copy(directory / name, copy / name)
             assert (copy / name).stat().st_size
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
@@ -1211,7 +1200,7 @@ def test_a_backup_that_is_restored_is_only_read(directory: Path, tmp_path: Path)
     assert (directory / "index.db").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_config_that_cannot_be_read_is_told_by_a_restoration_too(directory: Path, tmp_path: Path) -> None:
+def test_a_restore_reports_unreadable_configs(directory: Path, tmp_path: Path) -> None:
     old = frozen("0001", tmp_path / "old")
     with Cache.open(directory):
         pass
@@ -1222,7 +1211,7 @@ def test_a_config_that_cannot_be_read_is_told_by_a_restoration_too(directory: Pa
 
 
 @pytest.mark.slow
-def test_nobody_notices_that_a_backup_is_restored(directory: Path) -> None:
+def test_other_processes_keep_working_while_a_backup_is_restored(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "kept:1", image(1))
     backup = upgrade.back_up(directory)
@@ -1249,14 +1238,14 @@ def test_nobody_notices_that_a_backup_is_restored(directory: Path) -> None:
         (directory / "enough").touch()
         for process in others:
             assert process.stdout is not None
-            said = process.stdout.read()
-            assert said.startswith("done "), said
+            output = process.stdout.read()
+            assert output.startswith("done "), output
             assert process.wait(120) == 0
     (directory / "enough").unlink()
     check(directory)
 
 
-def test_a_rebuilding_takes_names_from_a_backup_of_an_older_schema(tmp_path: Path) -> None:
+def test_a_rebuild_restores_names_from_a_backup_of_an_older_schema(tmp_path: Path) -> None:
     directory = frozen("0001", tmp_path / "cache")
     upgrade.upgrade(directory)
     (directory / "index.db").write_bytes(b"garbage" * 1000)
@@ -1275,7 +1264,7 @@ def test_a_rebuilding_takes_names_from_a_backup_of_an_older_schema(tmp_path: Pat
         assert cache.get_image("frozen:2").author == "A. Author"
 
 
-def test_backups_are_numbered_whatever_the_clock_says(cache: Cache) -> None:
+def test_backups_are_numbered_independently_of_the_clock(cache: Cache) -> None:
     (cache.directory / "backups" / "000041-mine.db").touch()
     (cache.directory / "backups" / "notes.db").touch()
     assert upgrade.back_up(cache.directory).name == f"000042-{REVISION}.db"
@@ -1287,9 +1276,7 @@ def test_backups_are_numbered_whatever_the_clock_says(cache: Cache) -> None:
 
 
 @pytest.mark.slow
-def test_a_backup_leaves_the_files_of_others_alone_and_takes_away_what_a_killed_one_left(
-    cache: Cache, tmp_path: Path
-) -> None:
+def test_a_backup_deletes_the_files_of_killed_backups_only(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "mine.db.half").write_text("mine")
     (tmp_path / "mine.db.half-journal").write_text("mine")
     assert upgrade.back_up(cache.directory, tmp_path / "mine.db") == tmp_path / "mine.db"
@@ -1310,11 +1297,11 @@ def test_a_backup_leaves_the_files_of_others_alone_and_takes_away_what_a_killed_
         (half,) = (path for path in folder.glob(".backup-*") if not path.name.endswith("-journal"))
         half.with_name(f"{half.name}-journal").touch()
         upgrade.back_up(cache.directory, folder / "killed.db")
-    assert backups_in(cache.directory) == ["killed.db"]
+    assert list_backups(cache.directory) == ["killed.db"]
     assert (tmp_path / "mine.db.half").read_text() == "mine"
 
 
-def test_a_cache_and_a_backup_whose_paths_are_not_text_are_as_good_as_others(cachedb: Run, tmp_path: Path) -> None:
+def test_paths_of_a_cache_and_a_backup_may_be_no_text(cachedb: Run, tmp_path: Path) -> None:
     old = frozen("0001", Path(f"{tmp_path}/old\udcff"))
     assert upgrade.upgrade(old).after == REVISION
     copy = Path(f"{tmp_path}/copy\udcff")
@@ -1325,7 +1312,7 @@ def test_a_cache_and_a_backup_whose_paths_are_not_text_are_as_good_as_others(cac
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "code", "said"),
+    ("name", "code", "message"),
     [
         ("nowhere/x.db", 1, "there is no folder for '{path}': make '{path.parent}' first"),
         ("file/x.db", 1, "cannot make a backup of the index: Not a directory: '{path}'"),
@@ -1341,37 +1328,39 @@ def test_a_cache_and_a_backup_whose_paths_are_not_text_are_as_good_as_others(cac
         ("cache/backups/x.db", 0, ""),
     ],
 )
-def test_a_backup_goes_to_where_one_can_be_and_no_other_path_is_spoken_of(
-    cachedb: Run, directory: Path, tmp_path: Path, name: str, code: int, said: str
+def test_the_error_of_an_invalid_backup_path_names_only_that_path(
+    cachedb: Run, directory: Path, tmp_path: Path, name: str, code: int, message: str
 ) -> None:
     Cache.open(directory).close()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(directory / "blobs")
     path = tmp_path / name
     done = cachedb("db", "backup", path)
-    assert done.stderr == (f"cachedb: {said.format(path=path)}\n" if said else "")
+    assert done.stderr == (f"cachedb: {message.format(path=path)}\n" if message else "")
     assert done.returncode == code
     assert os.path.lexists(tmp_path / "cache" / "backups" / "x.db") == (name == "cache/backups/x.db")
 
 
-def test_a_folder_that_may_not_be_written_to_is_an_error_of_the_file_that_was_named(
+def test_the_error_of_a_read_only_folder_names_the_given_file(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.open
 
-    def refused(path: Any, *arguments: Any, **options: Any) -> int:
+    def refuse_part(path: Any, *arguments: Any, **options: Any) -> int:
         if ".backup-" in str(path):
-            raise PermissionError(13, "Permission denied", "a name by chance")
+            raise PermissionError(13, "Permission denied", "a random name")
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(os, "open", refuse_part)
     with pytest.raises(StorageError) as caught:
         upgrade.back_up(cache.directory, tmp_path / "x.db")
-    said = f"cannot make a backup of the index: Permission denied: '{tmp_path / 'x.db'}'; check the owner and mode of"
-    assert str(caught.value).startswith(said)
+    message = (
+        f"cannot make a backup of the index: Permission denied: '{tmp_path / 'x.db'}'; check the owner and mode of"
+    )
+    assert str(caught.value).startswith(message)
 
 
-def test_an_upgrade_says_how_far_its_backup_is(old: Path) -> None:
+def test_an_upgrade_reports_the_progress_of_its_backup(old: Path) -> None:
     shell = sqlite3.connect(old / "index.db")
     shell.executemany(
         "INSERT INTO blobs (digest, size) VALUES (?, 1)", [(f"sha256:{number:064x}",) for number in range(20_000)]
@@ -1389,7 +1378,7 @@ def test_an_upgrade_says_how_far_its_backup_is(old: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_goes_up_and_down_and_says_so(cachedb: Run, old: Path) -> None:
+def test_the_db_commands_print_json(cachedb: Run, old: Path) -> None:
     def run(*arguments: str, code: int = 0) -> Any:
         done = cachedb("--dir", old, "db", *arguments, "--format", "json")
         assert done.returncode == code, done.stderr
@@ -1413,7 +1402,7 @@ def test_the_command_line_goes_up_and_down_and_says_so(cachedb: Run, old: Path) 
 
 
 @pytest.mark.slow
-def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> None:
+def test_the_db_commands_print_text(cachedb: Run, old: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> str:
         done = cachedb("--dir", old, "db", *arguments)
         assert done.returncode == 0, done.stderr
@@ -1435,7 +1424,7 @@ def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("upgrade", "nonsense"), "'nonsense' is not one of the revisions"),
         (("downgrade", "nonsense"), "'nonsense' is not one of the revisions"),
@@ -1445,20 +1434,20 @@ def test_people_are_told_in_words(cachedb: Run, old: Path, tmp_path: Path) -> No
         (("backup", __file__), f"{__file__!r} already exists: name another file"),
     ],
 )
-def test_wrong_usage_has_a_code_of_its_own(
-    cachedb: Run, directory: Path, arguments: tuple[str, ...], said: str
+def test_wrong_arguments_of_db_commands_exit_with_2(
+    cachedb: Run, directory: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     Cache.open(directory).close()
     done = cachedb("db", *arguments)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith(f"cachedb: {said}")
-    assert backups_in(directory) == []
+    assert done.stderr.startswith(f"cachedb: {message}")
+    assert list_backups(directory) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["backup", "upgrade"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_during_a_backup_ends_it_with_the_exit_code_of_the_signal(
+def test_a_signal_ends_a_backup_with_the_exit_code_of_the_signal(
     old: Path, command: str, number: signal.Signals, code: int
 ) -> None:
     shell = sqlite3.connect(old / "index.db")
@@ -1470,7 +1459,7 @@ def test_a_signal_during_a_backup_ends_it_with_the_exit_code_of_the_signal(
     shell.close()
 
     def has_begun(directory: Path) -> bool:
-        with contextlib.suppress(FileNotFoundError):  # it has its name meanwhile
+        with contextlib.suppress(FileNotFoundError):  # the backup got its name meanwhile
             return any(path.stat().st_size for path in (directory / "backups").glob(".backup-*"))
         return False
 
@@ -1482,17 +1471,17 @@ def test_a_signal_during_a_backup_ends_it_with_the_exit_code_of_the_signal(
                 pass
             process.send_signal(number)
             _, stderr = process.communicate(timeout=60)
-        if not backups_in(directory):
+        if not list_backups(directory):
             break
-        # The backup was whole before the signal came: that is another matter, so once more.
+        # The backup was complete before the signal arrived, so try again.
     assert (process.returncode, stderr.strip()) == (code, "cachedb: interrupted" if code == 130 else "")
-    assert backups_in(directory) == []
+    assert list_backups(directory) == []
     assert revision_of(directory) == "0001"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["current", "history", "upgrade", "downgrade", "check", "backup", "restore"])
-def test_an_empty_name_of_a_directory_is_not_the_users_own_cache(cachedb: Run, command: str) -> None:
+def test_an_empty_directory_name_is_refused(cachedb: Run, command: str) -> None:
     done = cachedb("--dir", "", "db", command, *(["0001"] if command in ("downgrade", "restore") else []))
     assert (done.returncode, done.stderr) == (
         1,
@@ -1500,17 +1489,17 @@ def test_an_empty_name_of_a_directory_is_not_the_users_own_cache(cachedb: Run, c
     )
 
 
-def test_one_statement_says_that_a_cache_has_the_newest_schema(directory: Path) -> None:
+def test_opening_reads_the_revision_with_one_statement(directory: Path) -> None:
     Cache.open(directory).close()
     seen: list[str] = []
 
-    def note(_c: object, _d: object, statement: str, *_: object) -> None:
+    def note_statement(_c: object, _d: object, statement: str, *_: object) -> None:
         seen.append(statement)
 
-    event.listen(Engine, "before_cursor_execute", note)
+    event.listen(Engine, "before_cursor_execute", note_statement)
     try:
         with closing(Database(directory)) as index:
             upgrade.prepare(index)
     finally:
-        event.remove(Engine, "before_cursor_execute", note)
+        event.remove(Engine, "before_cursor_execute", note_statement)
     assert sum("version_num" in statement for statement in seen) == 1

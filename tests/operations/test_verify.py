@@ -1,4 +1,4 @@
-"""Verification: what is wrong is found and named, what is right is not; repair heals and loses nothing good."""
+"""Verification finds every problem and reports no false one; a repair loses no intact blob."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LAYER = digest_of(APP.layers[0])
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two images that share a layer, and an index of two."""
+    """Make a cache with two images that share a layer, and an image index of two platforms."""
     directory = tmp_path_factory.mktemp("prepared") / "cache"
     with Cache.open(directory) as cache:
         save(cache, "app:1", APP)
@@ -57,37 +57,37 @@ def cache(prepared: Path, directory: Path) -> Iterator[Cache]:
         yield opened
 
 
-def path_of(cache: Cache, digest: str) -> Path:
+def find_blob(cache: Cache, digest: str) -> Path:
     return blob_path(cache.directory, Digest(digest))
 
 
-def put(path: Path, data: bytes) -> None:
-    """Write a file that may be write-protected, in place."""
+def overwrite(path: Path, data: bytes) -> None:
+    """Write to a file in place, even if it is read-only."""
     if path.exists():
         path.chmod(0o644)
     path.write_bytes(data)
 
 
 def alter(cache: Cache, digest: str) -> bytes:
-    """Change a byte of a blob; return what its file has now."""
-    data = bytearray(path_of(cache, digest).read_bytes())
+    """Change a byte of a blob; return the new content of its file."""
+    data = bytearray(find_blob(cache, digest).read_bytes())
     data[len(data) // 2] ^= 1
-    put(path_of(cache, digest), bytes(data))
+    overwrite(find_blob(cache, digest), bytes(data))
     return bytes(data)
 
 
 def truncate(cache: Cache, digest: str) -> None:
-    put(path_of(cache, digest), path_of(cache, digest).read_bytes()[:-1])
+    overwrite(find_blob(cache, digest), find_blob(cache, digest).read_bytes()[:-1])
 
 
 def add_orphan(cache: Cache, data: bytes, content: bytes | None = None) -> str:
-    """Put a file where the blob of ``data`` would lie."""
-    path_of(cache, digest_of(data)).write_bytes(data if content is None else content)
+    """Write a file at the path of the blob of `data`, without a row in the index."""
+    find_blob(cache, digest_of(data)).write_bytes(data if content is None else content)
     return digest_of(data)
 
 
-def shell(directory: Path, *statements: str) -> None:
-    """Change the index as somebody with a shell would, with foreign keys off."""
+def execute(directory: Path, *statements: str) -> None:
+    """Execute SQL statements with foreign keys off, as a SQL shell does."""
     connection = sqlite3.connect(directory / "index.db")
     with connection:
         for statement in statements:
@@ -99,22 +99,22 @@ def kinds(problems: list[Problem]) -> list[tuple[str, str | None]]:
     return [(problem.kind, problem.digest) for problem in problems]
 
 
-def quarantined(cache: Cache) -> dict[str, bytes]:
+def read_quarantine(cache: Cache) -> dict[str, bytes]:
     folder = cache.directory / "quarantine"
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
 
 
-def sound(cache: Cache) -> None:
-    """End the session, and hold the cache to its promises."""
+def close_and_check(cache: Cache) -> None:
+    """End the session, and check the promises of the cache."""
     cache.close()
     check(cache.directory)
 
 
-def id_of(cache: Cache, name: str) -> str:
+def select_id(cache: Cache, name: str) -> str:
     return f"(SELECT id FROM images WHERE repository = '{name}')"
 
 
-# What is sound
+# Sound caches
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -154,7 +154,7 @@ def test_every_byte_is_read_and_progress_reaches_the_total(cache: Cache, monkeyp
     assert len(seen) > total // 100
 
 
-def test_a_quick_look_reads_no_file(cache: Cache) -> None:
+def test_a_quick_verification_reads_no_file(cache: Cache) -> None:
     seen: list[tuple[int, int]] = []
     cache.verify(quick=True, progress=lambda done, total: seen.append((done, total)))
     assert seen == []
@@ -167,82 +167,82 @@ def test_several_files_are_read_at_once(cache: Cache, monkeypatch: pytest.Monkey
     both = threading.Barrier(2, timeout=60)
     read_file = verify._hash_file
 
-    def together(*arguments: Any) -> object:
+    def meet_and_read(*arguments: Any) -> object:
         both.wait()
         return read_file(*arguments)
 
-    monkeypatch.setattr(verify, "_hash_file", together)
+    monkeypatch.setattr(verify, "_hash_file", meet_and_read)
     if len(files_of(cache.directory)) % 2:
-        cache.add_blob(b"an even number")
+        cache.add_blob(b"makes the number of files even")
     assert cache.verify().problems == []
 
 
-def test_an_interrupt_stops_the_reading_soon(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_stops_the_verification_soon(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "CHUNK", 1000)
     cache.add_blob(make.random_bytes(2_000_000, 1))
-    told, seen = threading.Event(), list[tuple[int, int]]()
+    is_interrupted, seen = threading.Event(), list[tuple[int, int]]()
 
-    def interrupted(_number: int, _frame: object) -> None:
-        told.set()
+    def interrupt(_number: int, _frame: object) -> None:
+        is_interrupted.set()
         raise KeyboardInterrupt
 
-    def slow(done: int, total: int) -> None:
+    def wait_and_note(done: int, total: int) -> None:
         seen.append((done, total))
         if len(seen) == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        assert told.wait(60)
+        assert is_interrupted.wait(60)
         time.sleep(0.001)
 
-    ignored = signal.signal(signal.SIGINT, interrupted)
+    ignored = signal.signal(signal.SIGINT, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            cache.verify(progress=slow)
+            cache.verify(progress=wait_and_note)
     finally:
         signal.signal(signal.SIGINT, ignored)
     assert seen[-1][0] < seen[-1][1] / 2
     assert cache.verify().problems == []
 
 
-# What is found
+# Problems that are found
 
 
-def test_the_kinds_are_what_is_documented() -> None:
+def test_the_kinds_of_problems_are_as_documented() -> None:
     assert KINDS == ("missing", "corrupt", "wrong_size", "orphan", "index")
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_a_file_that_is_missing_is_found(cache: Cache, quick: bool) -> None:
-    path_of(cache, LAYER).unlink()
+def test_a_missing_file_is_found(cache: Cache, quick: bool) -> None:
+    find_blob(cache, LAYER).unlink()
     (problem,) = cache.verify(quick=quick).problems
-    assert problem[:3] == ("missing", LAYER, path_of(cache, LAYER))
+    assert problem[:3] == ("missing", LAYER, find_blob(cache, LAYER))
     assert problem.repair is None
 
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("content", [b"", b"x", APP.layers[0] + b"\0"])
 def test_a_file_of_another_size_is_found(cache: Cache, quick: bool, content: bytes) -> None:
-    put(path_of(cache, LAYER), content)
+    overwrite(find_blob(cache, LAYER), content)
     (problem,) = cache.verify(quick=quick).problems
-    assert problem[:3] == ("wrong_size", LAYER, path_of(cache, LAYER))
+    assert problem[:3] == ("wrong_size", LAYER, find_blob(cache, LAYER))
     assert str(len(content)) in problem.detail
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_a_file_that_no_row_knows_is_found(cache: Cache, quick: bool) -> None:
-    digest = add_orphan(cache, b"nobody knows me")
+def test_a_file_without_a_row_is_found(cache: Cache, quick: bool) -> None:
+    digest = add_orphan(cache, b"without a row")
     (problem,) = cache.verify(quick=quick).problems
-    assert problem[:3] == ("orphan", digest, path_of(cache, digest))
+    assert problem[:3] == ("orphan", digest, find_blob(cache, digest))
 
 
-def test_altered_bytes_of_the_same_size_are_found_but_by_a_quick_look(cache: Cache) -> None:
+def test_a_quick_verification_does_not_find_altered_bytes(cache: Cache) -> None:
     altered = alter(cache, LAYER)
     assert cache.verify(quick=True).problems == []
     (problem,) = cache.verify().problems
-    assert problem[:3] == ("corrupt", LAYER, path_of(cache, LAYER))
+    assert problem[:3] == ("corrupt", LAYER, find_blob(cache, LAYER))
     assert digest_of(altered) in problem.detail
 
 
-def test_a_sha512_blob_is_looked_into_too(cache: Cache) -> None:
+def test_a_sha512_blob_is_verified(cache: Cache) -> None:
     digest = cache.add_blob(b"some data", algorithm="sha512")
     assert cache.verify().problems == []
     alter(cache, digest)
@@ -250,13 +250,13 @@ def test_a_sha512_blob_is_looked_into_too(cache: Cache) -> None:
 
 
 def test_a_row_of_another_size_is_found(cache: Cache) -> None:
-    shell(cache.directory, f"UPDATE blobs SET size = 3 WHERE digest = '{LAYER}'")
+    execute(cache.directory, f"UPDATE blobs SET size = 3 WHERE digest = '{LAYER}'")
     assert ("wrong_size", LAYER) in kinds(cache.verify(quick=True).problems)
 
 
-def test_all_kinds_at_once_are_each_reported_once(cache: Cache) -> None:
+def test_each_problem_is_reported_once(cache: Cache) -> None:
     gone, cut, altered = digest_of(APP.layers[1]), digest_of(OTHER.layers[1]), LAYER
-    path_of(cache, gone).unlink()
+    find_blob(cache, gone).unlink()
     truncate(cache, cut)
     alter(cache, altered)
     orphan = add_orphan(cache, b"orphan")
@@ -266,19 +266,19 @@ def test_all_kinds_at_once_are_each_reported_once(cache: Cache) -> None:
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_without_repair_nothing_is_changed(cache: Cache, quick: bool) -> None:
-    path_of(cache, digest_of(APP.layers[1])).unlink()
+    find_blob(cache, digest_of(APP.layers[1])).unlink()
     truncate(cache, digest_of(OTHER.layers[1]))
     alter(cache, LAYER)
     add_orphan(cache, b"orphan")
     add_orphan(cache, b"another", b"not that")
     (cache.directory / "blobs" / "sha256" / "stray").write_bytes(b"")
-    shell(cache.directory, f"DELETE FROM image_blobs WHERE image_id = {id_of(cache, 'many')} AND position = 2")
-    before = snapshot_of_all(cache)
+    execute(cache.directory, f"DELETE FROM image_blobs WHERE image_id = {select_id(cache, 'many')} AND position = 2")
+    before = snapshot_with_files(cache)
     assert cache.verify(quick=quick).problems
-    assert snapshot_of_all(cache) == before
+    assert snapshot_with_files(cache) == before
 
 
-def snapshot_of_all(cache: Cache) -> tuple[object, ...]:
+def snapshot_with_files(cache: Cache) -> tuple[object, ...]:
     content = {path: path.read_bytes() for path in sorted((cache.directory / "blobs").rglob("*")) if path.is_file()}
     return {**snapshot(cache.directory), "files": 0}, content, (cache.directory / "quarantine").exists()
 
@@ -292,7 +292,7 @@ def test_a_file_that_cannot_be_read_is_reported_and_the_others_are_checked(
     altered = digest_of(OTHER.layers[1])
     alter(cache, altered)
     with monkeypatch.context() as patch:
-        fail_reading(patch, path_of(cache, digest), fails)
+        fail_reading(patch, find_blob(cache, digest), fails)
         found = cache.verify().problems
         assert sorted(kinds(found)) == sorted([("corrupt", digest), ("corrupt", altered)])
         assert next(problem for problem in found if problem.digest == digest).detail.startswith(
@@ -300,8 +300,8 @@ def test_a_file_that_cannot_be_read_is_reported_and_the_others_are_checked(
         )
         assert all(problem.repair for problem in cache.verify(repair=True).problems)
     assert not cache.is_image_complete("app:1")
-    assert quarantined(cache)[digest.replace(":", "-")] == APP.blobs[digest]
-    sound(cache)
+    assert read_quarantine(cache)[digest.replace(":", "-")] == APP.blobs[digest]
+    close_and_check(cache)
 
 
 def fail_reading(patch: pytest.MonkeyPatch, path: Path, fails: str, code: int = errno.EIO) -> None:
@@ -314,27 +314,29 @@ def fail_reading(patch: pytest.MonkeyPatch, path: Path, fails: str, code: int = 
 
         read = readall  # type: ignore[assignment]
 
-    def opened(file: Path, *arguments: Any, **options: Any) -> Any:
+    def open_failing(file: Path, *arguments: Any, **options: Any) -> Any:
         if file != path:
             return open(file, *arguments, **options)
         if fails == "open":
             raise OSError(code, os.strerror(code), str(path))
         return Failing(path)
 
-    patch.setattr(verify, "open", opened, raising=False)
+    patch.setattr(verify, "open", open_failing, raising=False)
 
 
-def test_a_limit_of_the_process_is_no_fault_of_a_file(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_of_the_process_is_not_reported_as_a_damaged_file(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = files_of(cache.directory)
     with monkeypatch.context() as patch:
-        fail_reading(patch, path_of(cache, LAYER), "open", errno.EMFILE)
+        fail_reading(patch, find_blob(cache, LAYER), "open", errno.EMFILE)
         with pytest.raises(StorageError, match="ulimit"):
             cache.verify(repair=True)
     assert files_of(cache.directory) == before
     assert cache.verify().problems == []
 
 
-# Others are at work
+# Concurrent changes
 
 
 WORKING = """
@@ -359,102 +361,100 @@ with Cache.open(sys.argv[1]) as cache:
 
 
 @pytest.mark.slow
-def test_who_works_meanwhile_is_never_taken_for_a_problem(cache: Cache) -> None:
+def test_concurrent_changes_are_never_reported_as_problems(cache: Cache) -> None:
     with running(WORKING, cache.directory):
         end, runs = time.monotonic() + 0.8, 0
         while time.monotonic() < end or runs <= 3:
             assert cache.verify(quick=runs % 2 == 1, repair=runs % 4 > 1).problems == []
             runs += 1
-    sound(cache)
+    close_and_check(cache)
 
 
-def before_settling(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
+def run_before_settling(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
     settle = verify._check_again
 
-    def late(*arguments: Any, **options: Any) -> object:
-        do()
+    def work_and_settle(*arguments: Any, **options: Any) -> object:
+        work()
         return settle(*arguments, **options)
 
-    monkeypatch.setattr(verify, "_check_again", late)
+    monkeypatch.setattr(verify, "_check_again", work_and_settle)
 
 
 @pytest.mark.parametrize("repair", [False, True])
 def test_a_file_that_is_being_published_is_no_orphan(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, repair: bool
 ) -> None:
-    linked, looked = threading.Event(), threading.Event()
+    is_linked, is_verifying = threading.Event(), threading.Event()
     set_stored = blobs.set_stored
 
-    def slow(*arguments: Any) -> None:
-        linked.set()
-        assert looked.wait(60)
+    def wait_and_store(*arguments: Any) -> None:
+        is_linked.set()
+        assert is_verifying.wait(60)
         set_stored(*arguments)
 
     with monkeypatch.context() as patch, Cache.open(cache.directory) as other:
-        patch.setattr("cachedb.content.publish.set_stored", slow)
-        before_settling(patch, looked.set)
+        patch.setattr("cachedb.content.publish.set_stored", wait_and_store)
+        run_before_settling(patch, is_verifying.set)
         thread = threading.Thread(target=other.add_blob, args=[b"on its way"])
         thread.start()
-        assert linked.wait(60)
-        assert path_of(cache, digest_of(b"on its way")).exists()
+        assert is_linked.wait(60)
+        assert find_blob(cache, digest_of(b"on its way")).exists()
         assert cache.verify(repair=repair).problems == []
         thread.join()
-        assert looked.is_set()
+        assert is_verifying.is_set()
         assert other.get_blob(digest_of(b"on its way")) == b"on its way"
 
 
 @pytest.mark.parametrize("repair", [False, True])
-def test_a_file_whose_publication_was_killed_is_no_orphan_but_the_next_opens(cache: Cache, repair: bool) -> None:
+def test_a_file_of_a_killed_publication_is_left_to_the_next_open(cache: Cache, repair: bool) -> None:
     folder = cache.directory / "ingest" / "1-abcdefabcdef"
     folder.mkdir()
     (cache.directory / "locks" / "1-abcdefabcdef.session").touch()
     published = folder / f"2.{digest_of(b'half').replace(':', '-')}"
     published.write_bytes(b"half")
-    os.link(published, path_of(cache, digest_of(b"half")))
+    os.link(published, find_blob(cache, digest_of(b"half")))
     assert cache.verify(repair=repair).problems == []
-    assert path_of(cache, digest_of(b"half")).exists()
+    assert find_blob(cache, digest_of(b"half")).exists()
     Cache.open(cache.directory).close()
-    assert not path_of(cache, digest_of(b"half")).exists()
-    sound(cache)
+    assert not find_blob(cache, digest_of(b"half")).exists()
+    close_and_check(cache)
 
 
 @pytest.mark.parametrize("repair", [False, True])
-def test_a_forgotten_blob_whose_file_is_still_there_is_no_orphan(cache: Cache, repair: bool) -> None:
+def test_the_file_of_a_blob_in_the_trash_is_no_orphan(cache: Cache, repair: bool) -> None:
     digest = add_orphan(cache, b"forgotten")
-    shell(cache.directory, f"INSERT INTO trash VALUES ('{digest}', 9)")
+    execute(cache.directory, f"INSERT INTO trash VALUES ('{digest}', 9)")
     assert cache.verify(repair=repair).problems == []
     assert digest not in stored_rows(cache.directory)
 
 
 @pytest.mark.parametrize("repair", [False, True])
-def test_a_file_that_was_replaced_since_it_was_read_is_not_called_corrupt(
+def test_a_file_replaced_after_it_was_read_is_not_reported_as_corrupt(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, repair: bool
 ) -> None:
     alter(cache, LAYER)
-    path = path_of(cache, LAYER)
+    path = find_blob(cache, LAYER)
 
     def replace() -> None:
         new = cache.directory / "new"
         new.write_bytes(APP.layers[0])
         new.rename(path)
 
-    before_settling(monkeypatch, replace)
+    run_before_settling(monkeypatch, replace)
     assert cache.verify(repair=repair).problems == []
     assert cache.is_image_complete("app:1")
 
 
-def test_an_orphan_that_was_replaced_since_it_was_read_is_not_adopted_unread(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_orphan_replaced_after_it_was_read_is_not_adopted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = add_orphan(cache, b"orphan")
 
     def replace() -> None:
         new = cache.directory / "new"
         new.write_bytes(b"altered")
-        new.rename(path_of(cache, digest))
+        new.rename(find_blob(cache, digest))
 
     with monkeypatch.context() as patch:
-        before_settling(patch, replace)
+        run_before_settling(patch, replace)
         (problem,) = cache.verify(repair=True).problems
     assert problem[:2] == ("orphan", digest)
     assert problem.repair is None
@@ -463,71 +463,69 @@ def test_an_orphan_that_was_replaced_since_it_was_read_is_not_adopted_unread(
     assert cache.verify().problems == []
 
 
-def test_a_blob_that_was_removed_since_it_was_found_odd_is_no_problem(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_blob_removed_meanwhile_is_no_problem(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     alter(cache, digest_of(OTHER.layers[1]))
-    before_settling(monkeypatch, lambda: cache.remove_manifest("other:1"))
+    run_before_settling(monkeypatch, lambda: cache.remove_manifest("other:1"))
     assert cache.verify(repair=True).problems == []
-    assert quarantined(cache) == {}
+    assert read_quarantine(cache) == {}
 
 
 def test_an_image_that_is_removed_meanwhile_is_no_problem(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     settle = verify._check_images
 
-    def late(*arguments: Any, **options: Any) -> Iterator[Problem]:
+    def settle_and_remove(*arguments: Any, **options: Any) -> Iterator[Problem]:
         found = settle(*arguments, **options)
         cache.remove_manifest("other:1")
         yield from found
 
-    monkeypatch.setattr(verify, "_check_images", late)
+    monkeypatch.setattr(verify, "_check_images", settle_and_remove)
     assert cache.verify(repair=True).problems == []
 
 
 # Repair of files
 
 
-def heal_by_import(cache: Cache, tmp_path: Path) -> None:
+def store_by_import(cache: Cache, tmp_path: Path) -> None:
     cache.cache_from_tar(make.write(tmp_path / "app.tar", make.oci_files({"app:1": APP})))
 
 
-def heal_by_blobs(cache: Cache, _tmp_path: Path) -> None:
+def store_blobs(cache: Cache, _tmp_path: Path) -> None:
     for digest, data in APP.blobs.items():
         cache.save_blob(digest, data)
 
 
-@pytest.mark.parametrize("heal", [heal_by_import, heal_by_blobs])
+@pytest.mark.parametrize("store_again", [store_by_import, store_blobs])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["manifest", "config", "layer"])
 @pytest.mark.parametrize("kind", ["missing", "wrong_size", "corrupt"])
-def test_a_damaged_blob_is_put_aside_and_its_image_heals(
-    cache: Cache, tmp_path: Path, kind: str, which: int, heal: Callable[[Cache, Path], None]
+def test_a_damaged_blob_is_moved_to_quarantine_and_can_be_stored_again(
+    cache: Cache, tmp_path: Path, kind: str, which: int, store_again: Callable[[Cache, Path], None]
 ) -> None:
     digest = list(APP.blobs)[which]
-    {"missing": lambda c, d: path_of(c, d).unlink(), "wrong_size": truncate, "corrupt": alter}[kind](cache, digest)
-    damaged = b"" if kind == "missing" else path_of(cache, digest).read_bytes()
+    {"missing": lambda c, d: find_blob(c, d).unlink(), "wrong_size": truncate, "corrupt": alter}[kind](cache, digest)
+    damaged = b"" if kind == "missing" else find_blob(cache, digest).read_bytes()
     (problem,) = cache.verify(repair=True).problems
     assert problem[:2] == (kind, digest)
     assert problem.repair
     assert "import or pull it again" in problem.repair
     kept = {} if kind == "missing" else {digest.replace(":", "-"): damaged}
-    assert quarantined(cache) == kept
+    assert read_quarantine(cache) == kept
     assert digest not in stored_rows(cache.directory)
     assert digest not in files_of(cache.directory)
     assert not cache.has_blob(digest)
     assert not cache.is_image_complete("app:1")
     assert cache.is_image_complete("many:1")
     assert cache.verify().problems == []
-    heal(cache, tmp_path)
+    store_again(cache, tmp_path)
     assert cache.is_image_complete("app:1")
     assert cache.get_blob(digest) == APP.blobs[digest]
     assert [blob.digest for blob in cache.get_image_blobs("app:1")] == list(APP.blobs)
-    assert quarantined(cache) == kept
-    sound(cache)
+    assert read_quarantine(cache) == kept
+    close_and_check(cache)
 
 
-def test_a_quick_repair_puts_aside_what_is_missing_or_cut(cache: Cache) -> None:
+def test_a_quick_repair_handles_missing_truncated_and_orphaned_files(cache: Cache) -> None:
     gone, cut = digest_of(APP.layers[1]), digest_of(OTHER.layers[1])
-    path_of(cache, gone).unlink()
+    find_blob(cache, gone).unlink()
     truncate(cache, cut)
     orphan = add_orphan(cache, b"orphan")
     wrong = add_orphan(cache, b"wrong", b"other")
@@ -537,69 +535,67 @@ def test_a_quick_repair_puts_aside_what_is_missing_or_cut(cache: Cache) -> None:
     )
     assert all(problem.repair for problem in found)
     assert cache.has_blob(orphan)
-    sound(cache)
+    close_and_check(cache)
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_a_good_file_is_not_put_aside_for_a_row_that_has_its_size_wrong(cache: Cache, quick: bool) -> None:
-    shell(cache.directory, f"UPDATE blobs SET size = 3 WHERE digest = '{LAYER}'")
+def test_an_intact_file_is_kept_though_its_row_has_a_wrong_size(cache: Cache, quick: bool) -> None:
+    execute(cache.directory, f"UPDATE blobs SET size = 3 WHERE digest = '{LAYER}'")
     assert ("wrong_size", LAYER) in kinds(cache.verify(quick=quick, repair=True).problems)
     assert cache.is_image_complete("app:1")
-    assert quarantined(cache) == {}
+    assert read_quarantine(cache) == {}
     assert cache.get_blob_size(LAYER) == len(APP.layers[0])
     assert cache.verify().problems == []
 
 
 def test_a_corrupt_manifest_is_one_problem(cache: Cache) -> None:
-    put(path_of(cache, APP.digest), b"x" * len(APP.manifest))
+    overwrite(find_blob(cache, APP.digest), b"x" * len(APP.manifest))
     assert kinds(cache.verify().problems) == [("corrupt", APP.digest)]
 
 
 @pytest.mark.parametrize("kind", ["missing", "corrupt"])
-def test_a_damaged_child_of_an_index_is_one_problem_and_heals(cache: Cache, kind: str) -> None:
+def test_a_damaged_child_of_an_index_is_one_problem_and_can_be_stored_again(cache: Cache, kind: str) -> None:
     child = CHILDREN[0]
     before = cache.get_image_blobs("many:1")
     if kind == "missing":
-        path_of(cache, child.digest).unlink()
+        find_blob(cache, child.digest).unlink()
     else:
-        put(path_of(cache, child.digest), b"x" * len(child.manifest))
+        overwrite(find_blob(cache, child.digest), b"x" * len(child.manifest))
     assert kinds(cache.verify().problems) == [(kind, child.digest)]
     assert kinds(cache.verify(repair=True).problems) == [(kind, child.digest)]
     assert cache.verify().problems == []
     assert not cache.is_image_complete("many:1")
-    assert cache.collect_garbage().blobs == 0, "what the child names is still the image's"
+    assert cache.collect_garbage().blobs == 0, "the image lost the blobs of its damaged child"
     cache.save_blob(child.digest, child.manifest)
     assert cache.is_image_complete("many:1")
     assert cache.get_image_blobs("many:1") == before
-    sound(cache)
+    close_and_check(cache)
 
 
-def test_what_is_put_aside_is_never_overwritten(cache: Cache) -> None:
+def test_files_in_quarantine_are_never_overwritten(cache: Cache) -> None:
     first = alter(cache, LAYER)
     cache.verify(repair=True)
     cache.save_blob(LAYER, APP.layers[0])
-    put(path_of(cache, LAYER), b"second")
+    overwrite(find_blob(cache, LAYER), b"second")
     cache.verify(repair=True)
     cache.save_blob(LAYER, APP.layers[0])
-    put(path_of(cache, LAYER), b"third")
+    overwrite(find_blob(cache, LAYER), b"third")
     cache.verify(repair=True)
     name = LAYER.replace(":", "-")
-    assert quarantined(cache) == {name: first, f"{name}.1": b"second", f"{name}.2": b"third"}
+    assert read_quarantine(cache) == {name: first, f"{name}.1": b"second", f"{name}.2": b"third"}
 
 
-def test_a_held_blob_that_is_damaged_is_put_aside_and_still_held(cache: Cache) -> None:
+def test_a_damaged_held_blob_is_moved_to_quarantine_and_stays_held(cache: Cache) -> None:
     cache.add_hold("app:1")
     alter(cache, LAYER)
     assert len(cache.verify(repair=True).problems) == 1
     cache.save_blob(LAYER, APP.layers[0])
     cache.remove_manifest("app:1")
     assert cache.has_blob(LAYER)
-    sound(cache)
+    close_and_check(cache)
 
 
-def test_a_commit_that_fails_leaves_the_damaged_blob_where_it_was(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_repair_leaves_the_damaged_blob_in_place(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     altered = alter(cache, LAYER)
 
     def fail(*_: object) -> str:
@@ -610,13 +606,13 @@ def test_a_commit_that_fails_leaves_the_damaged_blob_where_it_was(
         with pytest.raises(StorageError):
             cache.verify(repair=True)
     assert LAYER in stored_rows(cache.directory)
-    assert path_of(cache, LAYER).read_bytes() == altered, "P1: a stored row has its file"
+    assert find_blob(cache, LAYER).read_bytes() == altered, "P1: a stored row has its file"
     assert kinds(cache.verify(repair=True).problems) == [("corrupt", LAYER)]
-    assert altered in quarantined(cache).values()
-    sound(cache)
+    assert altered in read_quarantine(cache).values()
+    close_and_check(cache)
 
 
-def test_a_repair_that_dies_before_it_empties_the_trash_is_finished_by_the_next_open(
+def test_the_next_open_finishes_a_repair_that_died_before_it_emptied_the_trash(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     altered = alter(cache, LAYER)
@@ -629,37 +625,35 @@ def test_a_repair_that_dies_before_it_empties_the_trash_is_finished_by_the_next_
         with pytest.raises(KeyboardInterrupt):
             cache.verify(repair=True)
     Cache.open(cache.directory).close()
-    assert not path_of(cache, LAYER).exists()
-    assert quarantined(cache) == {LAYER.replace(":", "-"): altered}
-    sound(cache)
+    assert not find_blob(cache, LAYER).exists()
+    assert read_quarantine(cache) == {LAYER.replace(":", "-"): altered}
+    close_and_check(cache)
 
 
-def test_the_damaged_file_is_safe_in_quarantine_before_its_row_changes(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_file_is_in_quarantine_before_its_row_changes(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     altered = alter(cache, LAYER)
     unstore = verify._mark_missing
 
-    def look(*arguments: Any) -> str:
-        assert quarantined(cache) == {LAYER.replace(":", "-"): altered}
+    def check_and_unstore(*arguments: Any) -> str:
+        assert read_quarantine(cache) == {LAYER.replace(":", "-"): altered}
         return unstore(*arguments)
 
-    monkeypatch.setattr(verify, "_mark_missing", look)
+    monkeypatch.setattr(verify, "_mark_missing", check_and_unstore)
     assert cache.verify(repair=True).problems
 
 
 # Orphans
 
 
-def test_an_orphan_becomes_a_blob_that_no_image_uses(cache: Cache) -> None:
+def test_an_orphan_becomes_an_unreferenced_blob(cache: Cache) -> None:
     digest = add_orphan(cache, b"orphan")
     (problem,) = cache.verify(repair=True).problems
     assert problem.repair == "added to the index"
     assert cache.get_blob(digest) == b"orphan"
-    assert path_of(cache, digest).stat().st_mode & 0o777 == 0o444
+    assert find_blob(cache, digest).stat().st_mode & 0o777 == 0o444
     assert cache.verify().problems == []
     assert cache.collect_garbage() == (1, 6)
-    sound(cache)
+    close_and_check(cache)
 
 
 def test_an_orphan_that_is_a_manifest_becomes_an_image_and_is_not_collected(cache: Cache) -> None:
@@ -669,14 +663,14 @@ def test_an_orphan_that_is_a_manifest_becomes_an_image_and_is_not_collected(cach
         add_orphan(cache, data)
     repairs = {problem.digest: problem.repair for problem in cache.verify(repair=True).problems}
     named = {f"recovered@{digest}" for digest in (make.digest_of(index), other.digest)}
-    assert {str(image.name) for image in cache.list_manifests()} >= named, "a child needs no name"
+    assert {str(image.name) for image in cache.list_manifests()} >= named, "an image is missing"
     assert named == {repair.split()[-1] for repair in repairs.values() if repair and "recovered" in repair}
     assert cache.collect_garbage() == (0, 0)
     assert all(cache.is_image_complete(name) for name in named)
-    sound(cache)
+    close_and_check(cache)
 
 
-def test_an_orphan_that_an_image_waits_for_makes_it_complete(cache: Cache) -> None:
+def test_an_orphan_that_an_image_lacks_completes_it(cache: Cache) -> None:
     new = image(7)
     cache.save_manifest("new:1", new.manifest)
     for data in (new.config, *new.layers):
@@ -684,10 +678,10 @@ def test_an_orphan_that_an_image_waits_for_makes_it_complete(cache: Cache) -> No
     assert len(cache.verify(repair=True).problems) == 2
     assert cache.is_image_complete("new:1")
     assert cache.collect_garbage() == (0, 0)
-    sound(cache)
+    close_and_check(cache)
 
 
-def test_an_orphan_that_is_a_child_of_an_index_brings_what_it_names(cache: Cache) -> None:
+def test_an_orphan_that_is_a_child_of_an_index_is_expanded(cache: Cache) -> None:
     children = (image(21), image(22, architecture="arm64"))
     cache.save_manifest("late:1", make.index(*children))
     for child in children:
@@ -696,18 +690,18 @@ def test_an_orphan_that_is_a_child_of_an_index_brings_what_it_names(cache: Cache
     assert {problem.kind for problem in cache.verify(repair=True).problems} == {"orphan"}
     assert {blob.digest for blob in cache.get_image_blobs("late:1")} > {*children[0].blobs, *children[1].blobs}
     assert cache.is_image_complete("late:1")
-    sound(cache)
+    close_and_check(cache)
 
 
-def test_an_orphan_of_wrong_content_is_put_aside(cache: Cache) -> None:
+def test_an_orphan_with_wrong_content_is_moved_to_quarantine(cache: Cache) -> None:
     digest = add_orphan(cache, b"right", b"wrong")
     assert kinds(cache.verify(repair=True).problems) == [("corrupt", digest)]
-    assert quarantined(cache) == {digest.replace(":", "-"): b"wrong"}
+    assert read_quarantine(cache) == {digest.replace(":", "-"): b"wrong"}
     assert digest not in files_of(cache.directory)
-    sound(cache)
+    close_and_check(cache)
 
 
-def test_what_is_no_blob_is_moved_away(cache: Cache, tmp_path: Path) -> None:
+def test_files_that_are_no_blobs_are_moved_to_quarantine(cache: Cache, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(b"somebody's")
     places = cache.directory / "blobs"
@@ -738,21 +732,21 @@ def test_what_is_no_blob_is_moved_away(cache: Cache, tmp_path: Path) -> None:
     assert (kept / link.name).is_symlink()
     assert (kept / "sha1" / "inside").read_bytes() == b"inside"
     assert outside.read_bytes() == b"somebody's"
-    sound(cache)
+    close_and_check(cache)
 
 
 def test_a_link_in_the_place_of_a_blob_is_moved_and_the_blob_is_missing(cache: Cache, tmp_path: Path) -> None:
-    path = path_of(cache, LAYER)
+    path = find_blob(cache, LAYER)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     found = cache.verify(repair=True).problems
     assert sorted(problem.kind for problem in found) == ["missing", "orphan"]
     assert (tmp_path / "elsewhere").read_bytes() == APP.layers[0]
     assert not cache.is_image_complete("app:1")
-    sound(cache)
+    close_and_check(cache)
 
 
-# Rows that contradict the manifests
+# Rows that differ from the manifests
 
 
 @pytest.mark.parametrize(
@@ -773,12 +767,12 @@ def test_a_link_in_the_place_of_a_blob_is_moved_and_the_blob_is_missing(cache: C
         f"UPDATE images SET media_type = '{OCI_MANIFEST}' WHERE id = {{many}}",
     ],
 )
-def test_the_index_is_made_to_say_what_the_manifests_say(cache: Cache, statement: str) -> None:
+def test_a_repair_makes_the_index_agree_with_the_manifests(cache: Cache, statement: str) -> None:
     signature = cache.add_blob(b"a signature")
     cache.associate_blob_with_image("app:1", signature, role="other", media_type="text/x-signature")
     right = {name: cache.get_image_blobs(name) for name in ("app:1", "many:1", "other:1")}
     images = {image.name: image.media_type for image in cache.list_manifests()}
-    shell(cache.directory, statement.format(app=id_of(cache, "app"), many=id_of(cache, "many")))
+    execute(cache.directory, statement.format(app=select_id(cache, "app"), many=select_id(cache, "many")))
     assert {problem.kind for problem in cache.verify().problems} == {"index"}
     assert cache.verify(quick=True).problems == []
     found = cache.verify(repair=True).problems
@@ -786,57 +780,57 @@ def test_the_index_is_made_to_say_what_the_manifests_say(cache: Cache, statement
     assert all(problem.repair for problem in found)
     assert cache.verify().problems == []
     for name, blobs_ in right.items():
-        there = cache.get_image_blobs(name)
+        found_blobs = cache.get_image_blobs(name)
         manifest = [blob for blob in blobs_ if blob.digest != signature]
-        assert there[: len(manifest)] == manifest
-        attached = [blob[:4] for blob in there[len(manifest) :]]
+        assert found_blobs[: len(manifest)] == manifest
+        attached = [blob[:4] for blob in found_blobs[len(manifest) :]]
         if name == "app:1" and statement != "DELETE FROM image_blobs":
-            assert (signature, 11, "other", "text/x-signature") in attached, "what was attached stays"
+            assert (signature, 11, "other", "text/x-signature") in attached, "the attached blob was lost"
     assert {image.name: image.media_type for image in cache.list_manifests()} == images
-    sound(cache)
+    close_and_check(cache)
 
 
-def test_a_contradiction_is_named_with_the_image(cache: Cache) -> None:
-    shell(cache.directory, f"DELETE FROM image_blobs WHERE image_id = {id_of(cache, 'app')} AND position = 2")
+def test_a_difference_is_reported_with_its_image(cache: Cache) -> None:
+    execute(cache.directory, f"DELETE FROM image_blobs WHERE image_id = {select_id(cache, 'app')} AND position = 2")
     (problem,) = cache.verify().problems
     assert problem.digest == APP.digest
     assert "app:1" in problem.detail
 
 
 def test_an_extra_row_is_kept_as_an_attachment(cache: Cache) -> None:
-    """Whether somebody attached it cannot be told, and to keep it costs little."""
-    shell(
+    """A user may have attached the blob, and keeping it costs little."""
+    execute(
         cache.directory,
-        f"INSERT INTO image_blobs SELECT {id_of(cache, 'app')}, 9, blob_id, role, media_type, NULL, NULL "
+        f"INSERT INTO image_blobs SELECT {select_id(cache, 'app')}, 9, blob_id, role, media_type, NULL, NULL "
         "FROM image_blobs "
-        f"WHERE image_id = {id_of(cache, 'other')} AND position = 3",
+        f"WHERE image_id = {select_id(cache, 'other')} AND position = 3",
     )
     assert cache.verify(repair=True).problems == []
-    sound(cache)
+    close_and_check(cache)
 
 
-def lying_manifest() -> tuple[bytes, Made]:
+def make_manifest_with_wrong_size() -> tuple[bytes, Made]:
     made = image(31)
     document = json.loads(made.manifest)
     document["layers"][0]["size"] += 1
     return json.dumps(document).encode(), made
 
 
-def test_a_manifest_that_lies_about_a_size_is_reported_and_cannot_be_repaired(cache: Cache) -> None:
-    manifest, made = lying_manifest()
-    cache.save_manifest("liar:1", manifest)  # before the blob is there to compare with
+def test_a_manifest_with_a_wrong_size_is_reported_and_not_repaired(cache: Cache) -> None:
+    manifest, made = make_manifest_with_wrong_size()
+    cache.save_manifest("wrong:1", manifest)  # accepted, as the layer is not stored yet
     for data in (made.config, *made.layers):
         cache.add_blob(data)
     for repair in (False, True, False):
         (problem,) = cache.verify(repair=repair).problems
         assert problem[:2] == ("index", digest_of(made.layers[0]))
-        assert "liar:1" in problem.detail
+        assert "wrong:1" in problem.detail
         assert problem.repair is None
     assert cache.has_blob(digest_of(made.layers[0]))
 
 
-def test_a_child_of_an_index_that_is_no_manifest_is_reported_and_cannot_be_repaired(cache: Cache) -> None:
-    child = b"I am no manifest"
+def test_a_child_of_an_index_that_is_no_manifest_is_reported_and_not_repaired(cache: Cache) -> None:
+    child = b"no manifest"
     index = json.dumps(
         {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [make.descriptor(child, OCI_MANIFEST)]}
     ).encode()
@@ -850,23 +844,21 @@ def test_a_child_of_an_index_that_is_no_manifest_is_reported_and_cannot_be_repai
     assert cache.has_blob(digest_of(child))
 
 
-def test_a_name_that_points_to_what_is_no_manifest_is_reported(cache: Cache) -> None:
-    shell(
+def test_a_name_that_points_to_a_layer_is_reported(cache: Cache) -> None:
+    execute(
         cache.directory,
         f"UPDATE images SET manifest_id = (SELECT id FROM blobs WHERE digest = '{LAYER}') "
-        f"WHERE id = {id_of(cache, 'app')}",
+        f"WHERE id = {select_id(cache, 'app')}",
     )
     found = cache.verify(repair=True).problems
     assert {problem.kind for problem in found} == {"index"}
     assert "app:1" in found[0].detail
 
 
-# Who may not write
+# Read-only caches
 
 
-def test_a_cache_that_cannot_be_written_to_is_verified_and_not_repaired(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_cache_is_verified_and_not_repaired(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = add_orphan(cache, b"orphan")
     alter(cache, LAYER)
     cache.close()
@@ -884,7 +876,7 @@ def test_a_cache_that_cannot_be_written_to_is_verified_and_not_repaired(
 
 
 @pytest.mark.slow
-def test_the_command_line_of_a_sound_cache(cachedb: Run, cache: Cache) -> None:
+def test_the_command_exits_with_0_for_a_sound_cache(cachedb: Run, cache: Cache) -> None:
     ran = cachedb("verify")
     assert (ran.returncode, ran.stderr) == (0, "")
     count = len(files_of(cache.directory))
@@ -895,7 +887,7 @@ def test_the_command_line_of_a_sound_cache(cachedb: Run, cache: Cache) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_says_what_is_wrong_and_exits_with_1_also_if_repaired(cachedb: Run, cache: Cache) -> None:
+def test_the_command_prints_problems_and_exits_with_1_even_after_a_repair(cachedb: Run, cache: Cache) -> None:
     alter(cache, LAYER)
     stray = cache.directory / "blobs" / "sha256" / "stray"
     stray.write_bytes(b"")
@@ -907,7 +899,7 @@ def test_the_command_line_says_what_is_wrong_and_exits_with_1_also_if_repaired(c
     by_kind = {problem["kind"]: problem for problem in document["problems"]}
     assert list(by_kind["corrupt"]) == ["kind", "digest", "path", "detail", "repair"]
     assert by_kind["corrupt"]["digest"] == LAYER
-    assert by_kind["corrupt"]["path"] == str(path_of(cache, LAYER))
+    assert by_kind["corrupt"]["path"] == str(find_blob(cache, LAYER))
     assert by_kind["corrupt"]["repair"] is None
     assert (by_kind["orphan"]["digest"], by_kind["orphan"]["path"]) == (None, str(stray))
     ran = cachedb("verify", "--repair")
@@ -934,11 +926,11 @@ def test_the_help_names_the_options(cachedb: Run) -> None:
     assert all(text in ran.stdout for text in ("--quick", "--repair", "quarantine/", "exit code is 1", "Examples"))
 
 
-def test_an_image_whose_index_is_gone_stops_neither_repair_nor_others(cache: Cache) -> None:
+def test_an_image_with_a_missing_index_blocks_neither_a_repair_nor_other_images(cache: Cache) -> None:
     children = (image(21), image(22, architecture="arm64"))
     root = make.save_index(cache, "lost:1", *children)
-    path_of(cache, digest_of(root)).unlink()
-    shell(cache.directory, f"UPDATE blobs SET stored_at = NULL WHERE digest = '{children[0].digest}'")
+    find_blob(cache, digest_of(root)).unlink()
+    execute(cache.directory, f"UPDATE blobs SET stored_at = NULL WHERE digest = '{children[0].digest}'")
     cache.save_manifest("other:1", children[0].manifest)
     assert cache.is_image_complete("other:1")
     cache.remove_manifest("other:1")
@@ -947,15 +939,15 @@ def test_an_image_whose_index_is_gone_stops_neither_repair_nor_others(cache: Cac
     assert not cache.is_image_complete("lost:1")
 
 
-def test_an_image_without_blobs_is_damage_and_is_mended(cache: Cache) -> None:
-    shell(cache.directory, "DELETE FROM image_blobs")
+def test_an_image_without_blobs_is_damage_and_is_repaired(cache: Cache) -> None:
+    execute(cache.directory, "DELETE FROM image_blobs")
     with pytest.raises(DamagedIndex, match="has no blobs"):
         cache.get_image("app:1")
     cache.verify(repair=True)
     assert cache.is_image_complete("app:1")
 
 
-def test_a_name_that_would_move_the_cursor_is_written_out(cache: Cache, cachedb: Run) -> None:
+def test_control_characters_in_a_file_name_are_escaped(cache: Cache, cachedb: Run) -> None:
     (cache.directory / "blobs" / "sha256" / "\x1b[31mred\n").touch()
     result = cachedb("verify")
     assert result.returncode == 1
@@ -963,10 +955,10 @@ def test_a_name_that_would_move_the_cursor_is_written_out(cache: Cache, cachedb:
     assert "\x1b" not in result.stdout
 
 
-# What outside programs change in the index file
+# Changes that other programs make to the index file
 
 
-def journal_mode(directory: Path) -> str:
+def read_journal_mode(directory: Path) -> str:
     shell = sqlite3.connect(directory / "index.db")
     try:
         return str(shell.execute("PRAGMA journal_mode").fetchone()[0])
@@ -981,7 +973,7 @@ def leave_wal_mode(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_lost_wal_mode_is_reported_and_put_back(directory: Path, read_only: bool) -> None:
+def test_a_lost_wal_mode_is_reported_and_restored(directory: Path, read_only: bool) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     leave_wal_mode(directory)
@@ -993,7 +985,7 @@ def test_a_lost_wal_mode_is_reported_and_put_back(directory: Path, read_only: bo
         cache._database.access.read_only = False
         (problem,) = cache.verify(repair=True).problems
         assert problem.repair == "it is in WAL mode again"
-        assert journal_mode(directory) == "wal"
+        assert read_journal_mode(directory) == "wal"
         cache._database.access.read_only = read_only
         assert cache.verify().problems == []
         cache._database.access.read_only = False
@@ -1001,7 +993,7 @@ def test_a_lost_wal_mode_is_reported_and_put_back(directory: Path, read_only: bo
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_a_writer_puts_wal_mode_back(directory: Path, at_once: bool) -> None:
+def test_a_writer_restores_wal_mode(directory: Path, at_once: bool) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     leave_wal_mode(directory)
@@ -1009,10 +1001,10 @@ def test_a_writer_puts_wal_mode_back(directory: Path, at_once: bool) -> None:
     with database.write_at_once() if at_once else database.write() as connection:
         assert connection is not None
     database.close()
-    assert journal_mode(directory) == "wal"
+    assert read_journal_mode(directory) == "wal"
 
 
-def test_a_writer_does_not_wait_without_end_for_a_program_that_reads_without_wal(directory: Path) -> None:
+def test_a_writer_does_not_wait_forever_for_a_reader_without_wal_mode(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     leave_wal_mode(directory)
@@ -1027,13 +1019,13 @@ def test_a_writer_does_not_wait_without_end_for_a_program_that_reads_without_wal
         cache.tag("app:1", "app:2")
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM images").fetchall()
-        cache.tag("app:1", "app:3")  # in WAL mode nobody is in the way
+        cache.tag("app:1", "app:3")  # in WAL mode a reader blocks no writer
     reader.close()
-    assert journal_mode(directory) == "wal"
+    assert read_journal_mode(directory) == "wal"
     check(directory)
 
 
-def test_a_trigger_is_reported_and_left(directory: Path) -> None:
+def test_a_trigger_is_reported_and_kept(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     change(directory, "CREATE TRIGGER mine AFTER INSERT ON images BEGIN DELETE FROM image_blobs; END")
@@ -1045,7 +1037,7 @@ def test_a_trigger_is_reported_and_left(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ingest", "trash", "locks", "blobs"])
-def test_a_folder_that_is_gone_is_an_error_of_ours_or_put_back(cache: Cache, name: str) -> None:
+def test_verifying_a_cache_with_a_missing_folder_raises_no_other_error(cache: Cache, name: str) -> None:
     shutil.rmtree(cache.directory / name)
     with suppress(CacheError):
         cache.verify()
@@ -1054,7 +1046,7 @@ def test_a_folder_that_is_gone_is_an_error_of_ours_or_put_back(cache: Cache, nam
     (cache.directory / name).mkdir(exist_ok=True)
 
 
-def test_without_its_ingest_folder_a_cache_cannot_be_verified(cache: Cache) -> None:
+def test_a_cache_without_its_ingest_folder_cannot_be_verified(cache: Cache) -> None:
     shutil.rmtree(cache.directory / "ingest")
     with pytest.raises(StorageError, match="cannot verify the cache: No such file or directory"):
         cache.verify()
