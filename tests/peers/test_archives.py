@@ -1,4 +1,4 @@
-"""Against the tools that people use: what they make is imported, what is exported they read, and the digests agree."""
+"""Archives and other tools: cachedb imports what they write, they read what it exports, and the digests agree."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ TRANSPORTS = [
     ("oci-archive", "oci-archive"),
     ("oci-dir", "oci"),
 ]
-"""A format of ours, and how skopeo calls what it reads it as."""
+"""An export format, and skopeo's name of the transport that reads it."""
 
 OCI_SOURCES = {"gzip.oci.tar": "gzip", "zstd.oci.tar": "zstd", "plain.oci.tar": "", "layout": "gzip"}
-"""What peers made in OCI formats, and the compression of the layers."""
+"""The OCI archives and layouts that peers make, and the compression of their layers."""
 
 
 class Tools:
-    """Runs the peers with a storage of their own, apart from that of whoever runs the tests."""
+    """Runner of peers with a storage of their own, separate from that of the user."""
 
     def __init__(self, home: Path, find: Callable[[str], str]) -> None:
         self.home, self._find = home, find
@@ -47,7 +47,7 @@ class Tools:
             )
 
     def __call__(self, *command: object, stdin: bytes | None = None) -> str:
-        """Run a peer and return its output; a failure of it is one of the test."""
+        """Run a peer and return its output; fail the test if the peer fails."""
         program, *arguments = map(str, command)
         environment = {
             **os.environ,
@@ -64,7 +64,7 @@ class Tools:
 
 @pytest.fixture
 def tools(tmp_path: Path, peer: Callable[[str], str]) -> Tools:
-    """The peers that read, with an empty storage."""
+    """Return a runner of peers with an empty storage."""
     return Tools(tmp_path / "home", peer)
 
 
@@ -75,7 +75,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def made(shelf: Path, peer: Callable[[str], str]) -> Path:
-    """A folder with archives of small images that the peers made, once for all tests."""
+    """Return a folder with archives of small images, which the peers make once for all tests."""
     if not (shelf / "images").exists():
         work = Path(tempfile.mkdtemp(dir=shelf))
         (work / "images").mkdir()
@@ -121,28 +121,28 @@ def _make_images(tools: Tools, target: Path) -> None:
     tools("buildah", "manifest", "push", "--all", "multi:1", f"oci-archive:{target}/multi.oci.tar:multi:1")
 
 
-def where(path: Path) -> str:
-    """How skopeo calls an archive of the folder that `made` returns."""
+def skopeo_name(path: Path) -> str:
+    """Return skopeo's name of an archive or layout that the peers made."""
     if path.is_dir():
         return f"oci:{path}"
     return f"{'oci' if path.name.endswith('.oci.tar') else 'docker'}-archive:{path}"
 
 
-def raw(tools: Tools, place: str) -> str:
-    """The digest of the manifest that skopeo finds."""
+def inspect_digest(tools: Tools, place: str) -> str:
+    """Return the digest of the manifest that skopeo reports."""
     return str(json.loads(tools("skopeo", "inspect", place))["Digest"])
 
 
-def parts(manifest: str | bytes) -> tuple[str, list[str]]:
-    """The digests of the config and the layers that a manifest names."""
+def list_parts(manifest: str | bytes) -> tuple[str, list[str]]:
+    """Return the digests of the config and the layers of a manifest."""
     document: dict[str, Any] = json.loads(manifest)
     return document["config"]["digest"], [layer["digest"] for layer in document["layers"]]
 
 
-def plain_parts(tools: Tools, place: str, target: Path) -> tuple[str, list[str]]:
-    """The digests of the config and of the uncompressed layers in an image that skopeo copied to a folder."""
+def list_plain_parts(tools: Tools, place: str, target: Path) -> tuple[str, list[str]]:
+    """Let skopeo copy an image to a folder and decompress it; return the digests of its config and layers."""
     tools("skopeo", "copy", "--dest-decompress", place, f"dir:{target}")
-    return parts((target / "manifest.json").read_bytes())
+    return list_parts((target / "manifest.json").read_bytes())
 
 
 def export(cache: Cache, tmp_path: Path, form: Format, name: str = "app:1", **options: Any) -> Path:
@@ -157,13 +157,15 @@ def test_an_import_has_the_digest_and_the_bytes_that_skopeo_reports(
     cache: Cache, tools: Tools, made: Path, source: str
 ) -> None:
     (image,) = cache.cache_from_tar(made / source)
-    assert image.digest == raw(tools, where(made / source)) == digest_of(cache.get_manifest(image.name))
-    assert cache.get_manifest(image.name).decode() == tools("skopeo", "inspect", "--raw", where(made / source))
+    assert (
+        image.digest == inspect_digest(tools, skopeo_name(made / source)) == digest_of(cache.get_manifest(image.name))
+    )
+    assert cache.get_manifest(image.name).decode() == tools("skopeo", "inspect", "--raw", skopeo_name(made / source))
     assert image.complete
 
 
 @pytest.mark.parametrize("source", OCI_SOURCES)
-def test_layers_are_kept_as_their_maker_compressed_them(cache: Cache, made: Path, source: str) -> None:
+def test_layers_are_not_recompressed(cache: Cache, made: Path, source: str) -> None:
     cache.cache_from_tar(made / source)
     layers = [blob for blob in cache.get_image_blobs("app:1") if blob.role == "layer"]
     magic = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "": b"base\0"}[OCI_SOURCES[source]]
@@ -177,21 +179,21 @@ def test_a_docker_archive_has_the_config_and_the_layers_that_skopeo_reports(
 ) -> None:
     (image,) = cache.cache_from_tar(made / "docker.tar")
     reported = tools("skopeo", "inspect", "--raw", f"docker-archive:{made}/docker.tar")
-    assert parts(cache.get_manifest(image.name)) == parts(reported)
+    assert list_parts(cache.get_manifest(image.name)) == list_parts(reported)
 
 
 @pytest.mark.parametrize(("form", "transport"), TRANSPORTS)
 @pytest.mark.parametrize("source", ["docker.tar", *OCI_SOURCES])
-def test_skopeo_reads_in_an_export_what_its_maker_put_in(
+def test_skopeo_reads_the_same_config_and_layers_from_an_export(
     cache: Cache, tools: Tools, made: Path, tmp_path: Path, source: str, form: Format, transport: str
 ) -> None:
     (image,) = cache.cache_from_tar(made / source, "app:1")
     place = f"{transport}:{export(cache, tmp_path, form)}:app:1"
     if transport != "docker-archive":
-        assert raw(tools, place) == image.digest
+        assert inspect_digest(tools, place) == image.digest
         assert tools("skopeo", "inspect", "--raw", place).encode() == cache.get_manifest("app:1")
-    expected = plain_parts(tools, where(made / source), tmp_path / "before")
-    assert plain_parts(tools, place, tmp_path / "after") == expected
+    expected = list_plain_parts(tools, skopeo_name(made / source), tmp_path / "before")
+    assert list_plain_parts(tools, place, tmp_path / "after") == expected
 
 
 @pytest.mark.parametrize("form", ARCHIVES)
@@ -230,7 +232,7 @@ def test_buildah_builds_from_an_export(
 ) -> None:
     cache.cache_from_tar(made / "gzip.oci.tar")
     transport = {"docker": "oci-archive", "oci-dir": "oci"}.get(form, form)
-    monkeypatch.chdir(tmp_path)  # buildah makes a name of the path of a layout, which may have no space
+    monkeypatch.chdir(tmp_path)  # buildah turns the path of a layout into a name, which must not contain spaces
     container = tools("buildah", "from", f"{transport}:{export(cache, tmp_path, form).name}:app:1")
     root = copy_rootfs(tools, container, tmp_path / "rootfs")
     assert sorted(path.name for path in root.iterdir() if path.is_file()) == ["base", "one"]
@@ -243,33 +245,33 @@ def test_umoci_unpacks_an_exported_layout(
 ) -> None:
     cache.cache_from_tar(made / source, "app:1")
     layout = export(cache, tmp_path, "oci-dir", link=link)
-    tools("umoci", "unpack", *rootless(), "--image", f"{layout}:app:1", tmp_path / "bundle")
+    tools("umoci", "unpack", *rootless_options(), "--image", f"{layout}:app:1", tmp_path / "bundle")
     for name in ("base", "one"):
         assert (tmp_path / "bundle" / "rootfs" / name).read_bytes() == (made / name).read_bytes()
 
 
 def copy_rootfs(tools: Tools, container: str, target: Path) -> Path:
-    """Copy the files of a container of buildah's, which without root mounts in a namespace of its own only."""
+    """Copy the files of a buildah container; without root, buildah mounts it only in its own namespace."""
     unshare = ["buildah", "unshare"] if os.geteuid() else []
     tools(*unshare, "sh", "-c", 'cp -r "$(buildah mount "$1")" "$2"', "sh", container, target)
     return target
 
 
-def rootless() -> list[str]:
+def rootless_options() -> list[str]:
     return ["--rootless"] if os.geteuid() else []
 
 
-def test_a_layout_that_umoci_made_comes_back_to_umoci(cache: Cache, tools: Tools, made: Path, tmp_path: Path) -> None:
+def test_umoci_unpacks_an_export_of_its_own_layout(cache: Cache, tools: Tools, made: Path, tmp_path: Path) -> None:
     layout = tmp_path / "umoci"
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "greeting").write_text("hello\n")
     tools("umoci", "init", "--layout", layout)
     tools("umoci", "new", "--image", f"{layout}:latest")
-    tools("umoci", "insert", *rootless(), "--image", f"{layout}:latest", tmp_path / "tree", "/srv")
+    tools("umoci", "insert", *rootless_options(), "--image", f"{layout}:latest", tmp_path / "tree", "/srv")
     (image,) = cache.cache_from_tar(layout, "greeter")
-    assert image.digest == raw(tools, f"oci:{layout}:latest")
+    assert image.digest == inspect_digest(tools, f"oci:{layout}:latest")
     ours = export(cache, tmp_path, "oci-dir", "greeter")
-    tools("umoci", "unpack", *rootless(), "--image", f"{ours}:greeter:latest", tmp_path / "bundle")
+    tools("umoci", "unpack", *rootless_options(), "--image", f"{ours}:greeter:latest", tmp_path / "bundle")
     assert (tmp_path / "bundle" / "rootfs" / "srv" / "greeting").read_text() == "hello\n"
 
 
@@ -283,22 +285,24 @@ def test_an_export_that_skopeo_converted_imports_with_its_digests(
     tools("skopeo", "copy", f"{transport}:{export(cache, tmp_path, form)}", f"oci:{layout}:other:2")
     (image,) = cache.cache_from_tar(layout)
     assert str(image.name) == "other:2"
-    assert image.digest == raw(tools, f"oci:{layout}:other:2")
-    assert parts(cache.get_manifest("other:2"))[0] == parts(cache.get_manifest("app:1"))[0]
+    assert image.digest == inspect_digest(tools, f"oci:{layout}:other:2")
+    assert list_parts(cache.get_manifest("other:2"))[0] == list_parts(cache.get_manifest("app:1"))[0]
 
 
-def test_podman_reads_back_both_images_of_its_archive(cache: Cache, tools: Tools, made: Path, tmp_path: Path) -> None:
+def test_podman_loads_exports_of_both_images_of_its_archive(
+    cache: Cache, tools: Tools, made: Path, tmp_path: Path
+) -> None:
     images = cache.cache_from_tar(made / "both.docker.tar")
     assert sorted(str(image.name) for image in images) == ["localhost/app:1", "localhost/app:2"]
     for position, image in enumerate(images):
         reported = tools("skopeo", "inspect", "--raw", f"docker-archive:{made}/both.docker.tar:@{position}")
-        assert parts(cache.get_manifest(image.name)) == parts(reported)
+        assert list_parts(cache.get_manifest(image.name)) == list_parts(reported)
         archive = export(cache, tmp_path, "docker", str(image.name))
         assert tools("podman", "load", "--quiet", "--input", archive) == f"Loaded image: {image.name}"
 
 
 @pytest.mark.parametrize(("form", "transport"), [(form, kind) for form, kind in TRANSPORTS if kind != "docker-archive"])
-def test_an_index_reaches_the_peers_with_all_its_platforms(
+def test_skopeo_copies_all_platforms_of_an_exported_index(
     cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: Format, transport: str
 ) -> None:
     (image,) = cache.cache_from_tar(made / "multi.oci.tar")
@@ -320,14 +324,14 @@ def test_one_platform_of_an_index_is_the_image_that_skopeo_chooses(
     cache.cache_from_tar(made / "multi.oci.tar")
     place = f"{transport}:{export(cache, tmp_path, form, 'multi:1', platform=f'linux/{arch}')}:multi:1"
     config = tools("skopeo", "inspect", "--config", place)
-    assert config == tools("skopeo", "--override-arch", arch, "inspect", "--config", where(made / "multi.oci.tar"))
+    assert config == tools(
+        "skopeo", "--override-arch", arch, "inspect", "--config", skopeo_name(made / "multi.oci.tar")
+    )
     assert json.loads(config)["architecture"] == arch
 
 
 @pytest.mark.parametrize("form", ["docker", "oci-archive"])
-def test_podman_loads_its_platform_of_an_index(
-    cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: Format
-) -> None:
+def test_podman_loads_an_exported_index(cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: Format) -> None:
     cache.cache_from_tar(made / "multi.oci.tar")
     assert tools("podman", "load", "--quiet", "--input", export(cache, tmp_path, form, "multi:1")).endswith("/multi:1")
 
@@ -340,11 +344,11 @@ def test_skopeo_reads_an_export_under_a_name_by_digest(cache: Cache, tools: Tool
         archive = export(cache, tmp_path, form, name)  # type: ignore[arg-type]
         assert tools("podman", "load", "--quiet", "--input", archive)
         if form != "docker-archive":
-            assert raw(tools, f"oci-archive:{archive}:{name}") == image.digest
+            assert inspect_digest(tools, f"oci-archive:{archive}:{name}") == image.digest
 
 
 @pytest.mark.slow
-def test_a_shared_base_is_stored_once_and_goes_with_the_last_that_uses_it(
+def test_a_shared_base_is_stored_once_and_deleted_with_its_last_image(
     cachedb: Run, directory: Path, tools: Tools, made: Path
 ) -> None:
     expected: list[dict[str, int]] = []

@@ -1,4 +1,4 @@
-"""Against real registries and the tools that push to them: what goes through cachedb has one digest everywhere."""
+"""Real registries and the tools that push to them: an image keeps its digest on the way through cachedb."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ PLAIN = "--tls-verify=false"
 
 
 def as_docker(image: Made) -> Made:
-    """The same image, gzipped, with the media types of Docker's schema 2."""
+    """Return a gzipped image with the media types of Docker's schema 2."""
     text = image.manifest.decode().replace(OCI_MANIFEST, DOCKER_MANIFEST).replace(OCI_CONFIG, DOCKER_CONFIG)
     layer = "application/vnd.docker.image.rootfs.diff.tar.gzip"
     return image._replace(manifest=text.replace(f"{OCI_LAYER}+gzip", layer).encode())
 
 
 def without_media_type(image: Made) -> Made:
-    """The same image, with a manifest that does not say what it is, as it need not."""
+    """Return the image with a manifest without the optional field mediaType."""
     document = json.loads(image.manifest)
     del document["mediaType"]
     return image._replace(manifest=json.dumps(document).encode())
@@ -65,7 +65,7 @@ MULTI = make.index(FIRST, ARM)
 
 @pytest.fixture(autouse=True)
 def _host_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The platform is one that the images are for."""
+    """Set the host's platform to one that the images are for."""
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
 
 
@@ -78,7 +78,7 @@ def cache(directory: Path) -> Iterator[Cache]:
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Iterator[Cache]:
-    """Another cache, which has nothing."""
+    """Open a second, empty cache."""
     with Cache.open(tmp_path / "fresh") as opened:
         yield opened
     check(tmp_path / "fresh")
@@ -91,7 +91,7 @@ def tools(tmp_path: Path, peer: Callable[[str], str]) -> Tools:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[str]:
-    """Debian's docker-registry, empty."""
+    """Run Debian's docker-registry, empty."""
     with docker_registry(tmp_path) as running:
         yield running
 
@@ -104,15 +104,15 @@ def other_host(tmp_path: Path) -> Iterator[str]:
 
 
 def ask(host: str, method: str, path: str, body: bytes | None = None, **headers: str) -> urllib3.BaseHTTPResponse:
-    """Send one request to a registry, without cachedb; the path may be a URL, as of an upload."""
+    """Send one request to a registry without cachedb; the path may be a URL, such as that of an upload."""
     with urllib3.PoolManager() as pool:
         url = path if path.startswith("http:") else f"http://{host}/v2/{path}"
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         return pool.request(method, url, body=body, headers=headers, retries=False)
 
 
-def put(host: str, repository: str, image: Made, tag: str | None = None) -> None:
-    """Push an image, or an artifact, without cachedb."""
+def put_image(host: str, repository: str, image: Made, tag: str | None = None) -> None:
+    """Push an image or an artifact without cachedb."""
     for data in {image.config, *image.layers}:
         location = ask(host, "POST", f"{repository}/blobs/uploads/").headers["Location"]
         assert ask(host, "PUT", f"{location}&digest={digest_of(data)}", data).status == 201
@@ -125,26 +125,26 @@ def put_manifest(host: str, repository: str, data: bytes, tag: str | None = None
 
 
 def inspect(tools: Tools, name: str, *options: object) -> str:
-    """The digest that skopeo reports of an image at a registry; of what it reads, it is the digest, too."""
+    """Return the digest that skopeo reports of an image at a registry; check that its manifest has this digest."""
     digest = json.loads(tools("skopeo", "inspect", *(options or [PLAIN]), f"docker://{name}"))["Digest"]
     raw = tools("skopeo", "inspect", "--raw", *(options or [PLAIN]), f"docker://{name}")
     assert digest_of(raw.encode()) == digest
     return str(digest)
 
 
-def assert_is_here(cache: Cache, name: str, digest: str) -> None:
-    """An image is in a cache with this digest, and whole."""
+def assert_is_stored(cache: Cache, name: str, digest: str) -> None:
+    """Check that a complete image with this digest is stored."""
     assert cache.get_image(name).digest == digest == digest_of(cache.get_manifest(name))
     assert cache.is_image_complete(name)
     assert all(blob.stored for blob in cache.get_image_blobs(name))
     assert cache.verify().problems == []
 
 
-# What cachedb pushes, the tools pull
+# Other tools pull what cachedb pushes
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_skopeo_copies_what_is_pushed_with_its_digest(
+def test_skopeo_copies_a_pushed_image_with_its_digest(
     cache: Cache, tools: Tools, host: str, tmp_path: Path, kind: str
 ) -> None:
     image, name = IMAGES[kind], f"{host}/team/app:1"
@@ -158,7 +158,7 @@ def test_skopeo_copies_what_is_pushed_with_its_digest(
     assert image.blobs.keys() <= copied
 
 
-def test_skopeo_makes_a_layout_of_what_is_pushed(cache: Cache, tools: Tools, host: str, tmp_path: Path) -> None:
+def test_skopeo_copies_a_pushed_image_to_a_layout(cache: Cache, tools: Tools, host: str, tmp_path: Path) -> None:
     save(cache, f"{host}/app:1", FIRST)
     cache.push(f"{host}/app:1")
     tools("skopeo", "copy", "--src-tls-verify=false", f"docker://{host}/app:1", f"oci:{tmp_path}/layout:app:1")
@@ -168,7 +168,7 @@ def test_skopeo_makes_a_layout_of_what_is_pushed(cache: Cache, tools: Tools, hos
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_podman_pulls_what_is_pushed_with_its_digest(cache: Cache, tools: Tools, host: str, kind: str) -> None:
+def test_podman_pulls_a_pushed_image_with_its_digest(cache: Cache, tools: Tools, host: str, kind: str) -> None:
     image, name = IMAGES[kind], f"{host}/team/app:1"
     save(cache, name, image)
     cache.push(name)
@@ -177,7 +177,7 @@ def test_podman_pulls_what_is_pushed_with_its_digest(cache: Cache, tools: Tools,
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_buildah_builds_from_what_is_pushed(cache: Cache, tools: Tools, host: str, kind: str, tmp_path: Path) -> None:
+def test_buildah_builds_from_a_pushed_image(cache: Cache, tools: Tools, host: str, kind: str, tmp_path: Path) -> None:
     image, name = IMAGES[kind], f"{host}/team/app:1"
     save(cache, name, image)
     cache.push(name)
@@ -188,7 +188,7 @@ def test_buildah_builds_from_what_is_pushed(cache: Cache, tools: Tools, host: st
 
 
 @pytest.mark.parametrize("arch", ["amd64", "arm64"])
-def test_podman_pulls_a_platform_of_an_index_that_is_pushed(cache: Cache, tools: Tools, host: str, arch: str) -> None:
+def test_podman_pulls_a_platform_of_a_pushed_index(cache: Cache, tools: Tools, host: str, arch: str) -> None:
     save_index(cache, "multi:1", FIRST, ARM)
     pushed = cache.push("multi:1", f"{host}/multi:1")
     assert (pushed.digest, pushed.media_type) == (digest_of(MULTI), OCI_INDEX)
@@ -197,7 +197,7 @@ def test_podman_pulls_a_platform_of_an_index_that_is_pushed(cache: Cache, tools:
     assert tools("podman", "pull", "--quiet", PLAIN, "--arch", arch, f"{host}/multi:1") == make.hex_of(config)
 
 
-# What the tools push, cachedb pulls
+# cachedb pulls what other tools push
 
 
 PUSHES = [
@@ -208,11 +208,11 @@ PUSHES = [
     ),
     ("skopeo", "oci", ""),
 ]
-"""A tool, the format of the manifest that it pushes, and how it compresses the layers."""
+"""A tool, the format of the manifest that it pushes, and the compression of the layers."""
 
 
 def make_and_push(tools: Tools, tool: str, form: str, compression: str, name: str, work: Path) -> None:
-    """Have a tool push an image, which, but for skopeo, it has made."""
+    """Let a tool push an image; podman and buildah also make it, and skopeo copies it."""
     if tool == "skopeo":
         layout = make.write(work / "layout", make.oci_files({"app:1": IMAGES["plain"]}))
         how = ["--format", form, "--dest-compress-format", compression] if compression else ["--preserve-digests"]
@@ -232,13 +232,13 @@ def make_and_push(tools: Tools, tool: str, form: str, compression: str, name: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tool", "form", "compression"), PUSHES)
-def test_what_a_tool_pushes_has_the_digest_that_skopeo_reports(
+def test_an_image_that_a_tool_pushed_is_pulled_with_the_digest_that_skopeo_reports(
     cache: Cache, tools: Tools, host: str, tmp_path: Path, tool: str, form: str, compression: str
 ) -> None:
     name = f"{host}/team/app:1"
     make_and_push(tools, tool, form, compression, name, tmp_path)
     pulled = cache.pull(name)
-    assert_is_here(cache, name, inspect(tools, name))
+    assert_is_stored(cache, name, inspect(tools, name))
     assert pulled.image.media_type == {"v2s2": DOCKER_MANIFEST, "oci": OCI_MANIFEST}[form]
     layers = [blob for blob in cache.get_image_blobs(name) if blob.role == "layer"]
     magic = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "": b"file-"}[compression]
@@ -249,7 +249,7 @@ def test_what_a_tool_pushes_has_the_digest_that_skopeo_reports(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["oci", "v2s2"])
-def test_an_index_that_buildah_pushes_comes_with_all_its_platforms(
+def test_an_index_that_buildah_pushed_is_pulled_with_all_platforms(
     cache: Cache, tools: Tools, host: str, tmp_path: Path, form: str
 ) -> None:
     name = f"{host}/multi:1"
@@ -262,7 +262,7 @@ def test_an_index_that_buildah_pushes_comes_with_all_its_platforms(
         tools("buildah", "manifest", "add", "multi:1", f"containers-storage:localhost/{arch}:1")
     tools("buildah", "manifest", "push", "--quiet", "--all", "--format", form, PLAIN, "multi:1", f"docker://{name}")
     pulled = cache.pull(name, all_platforms=True)
-    assert_is_here(cache, name, inspect(tools, name))
+    assert_is_stored(cache, name, inspect(tools, name))
     assert pulled.image.media_type == {"v2s2": DOCKER_LIST, "oci": OCI_INDEX}[form]
     assert [(child.platform, child.complete) for child in cache.get_platforms(name)] == [
         ("linux/amd64", True),
@@ -274,17 +274,17 @@ def test_an_index_that_buildah_pushes_comes_with_all_its_platforms(
 
 
 @pytest.mark.parametrize("image", [*IMAGES.values(), *ODD.values()], ids=[*IMAGES, *ODD])
-def test_an_image_goes_from_one_registry_to_another_with_its_digest(
+def test_an_image_is_copied_between_registries_with_its_digest(
     cache: Cache, tools: Tools, host: str, other_host: str, image: Made
 ) -> None:
-    put(host, "app", image, "1")
+    put_image(host, "app", image, "1")
     cache.pull(f"{host}/app:1")
-    assert_is_here(cache, f"{host}/app:1", image.digest)
+    assert_is_stored(cache, f"{host}/app:1", image.digest)
     cache.push(f"{host}/app:1", f"{other_host}/copies/app:2")
     assert inspect(tools, f"{host}/app:1") == inspect(tools, f"{other_host}/copies/app:2") == image.digest
 
 
-def test_what_is_pushed_by_digest_has_no_tag(cache: Cache, tools: Tools, host: str) -> None:
+def test_an_image_pushed_by_digest_has_no_tag(cache: Cache, tools: Tools, host: str) -> None:
     save(cache, "app:1", FIRST)
     cache.push("app:1", f"{host}/app@{FIRST.digest}")
     assert tools("skopeo", "inspect", "--raw", PLAIN, f"docker://{host}/app@{FIRST.digest}").encode() == FIRST.manifest
@@ -293,27 +293,29 @@ def test_what_is_pushed_by_digest_has_no_tag(cache: Cache, tools: Tools, host: s
         cache.push("app:1", f"{host}/app@{SECOND.digest}")
 
 
-def test_a_registry_that_caches_another_is_a_mirror(
+def test_a_pull_through_registry_can_be_a_mirror(
     cache: Cache, fresh: Cache, tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(host, "team/app", FIRST, "1")
+    put_image(host, "team/app", FIRST, "1")
     (tmp_path / "mirror").mkdir()
     with docker_registry(tmp_path / "mirror", proxy=f"http://{host}") as mirror:
         monkeypatch.setenv("CACHEDB_MIRRORS", f"registry.test={mirror} {host}={mirror}")
         for opened in (cache, fresh):
-            opened.pull("registry.test/team/app:1")  # which is only there by its mirror
-            assert_is_here(opened, "registry.test/team/app:1", FIRST.digest)
-        assert cache.push("registry.test/team/app:1", f"{host}/team/app:2").existing == 3  # for a mirror takes nothing
+            opened.pull("registry.test/team/app:1")  # only the mirror exists
+            assert_is_stored(opened, "registry.test/team/app:1", FIRST.digest)
+        assert (
+            cache.push("registry.test/team/app:1", f"{host}/team/app:2").existing == 3
+        )  # a push does not go to a mirror
 
 
 def put_multi(host: str, repository: str, tag: str) -> None:
-    put(host, repository, FIRST)
-    put(host, repository, ARM)
+    put_image(host, repository, FIRST)
+    put_image(host, repository, ARM)
     put_manifest(host, repository, MULTI, tag)
 
 
 @pytest.mark.slow
-def test_an_index_goes_from_one_registry_to_another_with_all_platforms(
+def test_an_index_is_copied_between_registries_with_all_platforms(
     cachedb: Run, tools: Tools, host: str, other_host: str
 ) -> None:
     put_multi(host, "multi", "1")
@@ -326,7 +328,7 @@ def test_an_index_goes_from_one_registry_to_another_with_all_platforms(
 
 
 @pytest.mark.slow
-def test_one_platform_goes_to_another_registry_as_an_image_of_its_own(
+def test_one_platform_is_copied_to_another_registry_as_an_image(
     cachedb: Run, tools: Tools, host: str, other_host: str
 ) -> None:
     put_multi(host, "multi", "1")
@@ -340,7 +342,9 @@ def test_one_platform_goes_to_another_registry_as_an_image_of_its_own(
     assert inspect(tools, f"{other_host}/multi:1", "--override-arch=arm64", PLAIN) == ARM.digest
 
 
-def test_a_platform_that_is_not_here_need_not_be_if_the_registry_has_it(cache: Cache, tools: Tools, host: str) -> None:
+def test_a_partial_index_can_be_pushed_if_the_registry_has_the_other_platforms(
+    cache: Cache, tools: Tools, host: str
+) -> None:
     put_multi(host, "multi", "1")
     cache.pull(f"{host}/multi:1", platform="linux/arm64")
     with pytest.raises(IncompleteImage, match="is for linux/amd64 too"):
@@ -355,7 +359,7 @@ def test_a_platform_that_is_not_here_need_not_be_if_the_registry_has_it(cache: C
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["skopeo", "podman", "buildah"])
-def test_credentials_that_a_tool_has_written_are_good_for_a_push(
+def test_a_push_uses_the_credentials_that_a_tool_wrote(
     cachedb: Run, cache: Cache, tools: Tools, tmp_path: Path, tool: str
 ) -> None:
     save(cache, "app:1", FIRST)
@@ -371,13 +375,13 @@ def test_credentials_that_a_tool_has_written_are_good_for_a_push(
         with pytest.raises(RegistryError, match=f"log in with `skopeo login {host}`"):
             cache.pull(f"{host}/app:1")
         cache.pull(f"{host}/app:1", authfile=authfile)
-        assert_is_here(cache, f"{host}/app:1", FIRST.digest)
+        assert_is_stored(cache, f"{host}/app:1", FIRST.digest)
         tools(tool, "logout", "--authfile", authfile, host)
         with pytest.raises(RegistryError, match="log in with"):
             cache.push(f"{host}/app:1", f"{host}/app:2", authfile=authfile)
 
 
-def test_the_file_that_podman_writes_by_itself_is_found(
+def test_the_default_credentials_file_of_podman_is_found(
     cache: Cache, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(cache, "app:1", FIRST)
@@ -388,7 +392,7 @@ def test_the_file_that_podman_writes_by_itself_is_found(
         assert cache.push("app:1", f"{host}/app:1").digest == FIRST.digest
 
 
-def test_an_authority_of_its_own_is_trusted_by_what_is_in_certs_d(
+def test_a_private_authority_is_trusted_if_it_is_in_certs_d(
     cache: Cache, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authority, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
@@ -410,34 +414,32 @@ def test_an_authority_of_its_own_is_trusted_by_what_is_in_certs_d(
         cache.push("app:1", f"{host}/app:1", plain_http=False, authfile=authfile)
         assert inspect(tools, f"{host}/app:1", trust, f"--authfile={authfile}") == FIRST.digest
         cache.pull(f"{host}/app:1", plain_http=False, authfile=authfile)
-        assert_is_here(cache, f"{host}/app:1", FIRST.digest)
+        assert_is_stored(cache, f"{host}/app:1", FIRST.digest)
 
 
-# Deleted there
+# Deleted at the registry
 
 
 @pytest.mark.slow
-def test_a_manifest_that_is_deleted_there_is_not_found_until_it_is_pushed_again(
+def test_a_deleted_manifest_is_not_found_until_it_is_pushed_again(
     cachedb: Run, cache: Cache, tools: Tools, host: str
 ) -> None:
     name = f"{host}/app:1"
-    put(host, "app", FIRST, "1")
+    put_image(host, "app", FIRST, "1")
     cache.pull(name)
     assert ask(host, "DELETE", f"app/manifests/{FIRST.digest}").status == 202
-    for option in ([], ["--allow-stale"]):  # the registry answers, and its answer is that there is none
+    for option in ([], ["--allow-stale"]):  # the registry is available and answers 404
         gone = cachedb("pull", *option, name)
         assert (gone.returncode, gone.stdout) == (1, "")
         assert gone.stderr == f"cachedb: {host} has no app:1 (404)\n"
     cache.pull(name, if_missing=True)
-    assert_is_here(cache, name, FIRST.digest)
+    assert_is_stored(cache, name, FIRST.digest)
     pushed = cache.push(name)
     assert (pushed.blobs, pushed.existing) == (0, 3)
     assert inspect(tools, name) == cache.pull(name).image.digest == FIRST.digest
 
 
-def test_a_blob_that_is_deleted_there_is_sent_again_and_no_other(
-    cache: Cache, tools: Tools, host: str, tmp_path: Path
-) -> None:
+def test_a_push_sends_only_the_blob_that_was_deleted(cache: Cache, tools: Tools, host: str, tmp_path: Path) -> None:
     name, layer = f"{host}/app:1", FIRST.layers[1]
     save(cache, name, FIRST)
     cache.push(name)
@@ -448,9 +450,9 @@ def test_a_blob_that_is_deleted_there_is_sent_again_and_no_other(
     assert cache.push(name).blobs == 0
 
 
-def test_a_layer_that_is_gone_there_is_one_line(cachedb: Run, host: str) -> None:
+def test_the_error_of_a_deleted_layer_is_one_line(cachedb: Run, host: str) -> None:
     layer = digest_of(FIRST.layers[1])
-    put(host, "app", FIRST, "1")
+    put_image(host, "app", FIRST, "1")
     assert ask(host, "DELETE", f"app/blobs/{layer}").status == 202
     failed = cachedb("pull", f"{host}/app:1")
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
@@ -461,7 +463,7 @@ def test_a_layer_that_is_gone_there_is_one_line(cachedb: Run, host: str) -> None
 # Several repositories and tags of one registry
 
 
-def test_what_another_repository_of_the_registry_has_is_mounted(cache: Cache, tools: Tools, host: str) -> None:
+def test_blobs_of_another_repository_are_mounted(cache: Cache, tools: Tools, host: str) -> None:
     save(cache, f"{host}/one/app:1", FIRST)
     assert cache.push(f"{host}/one/app:1").blobs == 3
     cache.tag(f"{host}/one/app:1", f"{host}/two/app:1")
@@ -474,7 +476,7 @@ def test_what_another_repository_of_the_registry_has_is_mounted(cache: Cache, to
     assert inspect(tools, f"{host}/three/app:2") == SECOND.digest
 
 
-def test_what_is_to_be_mounted_and_is_gone_there_is_sent(cache: Cache, tools: Tools, host: str) -> None:
+def test_a_blob_that_cannot_be_mounted_is_sent(cache: Cache, tools: Tools, host: str) -> None:
     layer = FIRST.layers[0]
     save(cache, f"{host}/one/app:1", FIRST)
     cache.push(f"{host}/one/app:1")
@@ -484,15 +486,15 @@ def test_what_is_to_be_mounted_and_is_gone_there_is_sent(cache: Cache, tools: To
     assert inspect(tools, f"{host}/two/app:1") == FIRST.digest
 
 
-def test_all_tags_go_and_what_they_share_goes_once(cachedb: Run, cache: Cache, tools: Tools, host: str) -> None:
+def test_push_all_tags_sends_shared_blobs_once(cachedb: Run, cache: Cache, tools: Tools, host: str) -> None:
     save(cache, "app:1", FIRST)
     save(cache, "app:2", SECOND)
     cache.tag("app:1", "app:latest")
     cache.tag("app:1", f"app@{FIRST.digest}")
     done = cachedb("push", "--all-tags", "--format", "json", "app", f"{host}/team/app")
     assert (done.returncode, done.stderr) == (0, "")
-    told = {push["name"]: (push["digest"], push["blobs"], push["existing"]) for push in json.loads(done.stdout)}
-    assert told == {
+    printed = {push["name"]: (push["digest"], push["blobs"], push["existing"]) for push in json.loads(done.stdout)}
+    assert printed == {
         f"{host}/team/app:1": (FIRST.digest, 3, 0),
         f"{host}/team/app:2": (SECOND.digest, 2, 1),
         f"{host}/team/app:latest": (FIRST.digest, 0, 3),
@@ -502,26 +504,26 @@ def test_all_tags_go_and_what_they_share_goes_once(cachedb: Run, cache: Cache, t
     assert inspect(tools, f"{host}/team/app:latest") == FIRST.digest
 
 
-# What refers to an image, at a registry that lists no referrers
+# Referrers at a registry without the referrers API
 
 
-def entry(made: Made) -> dict[str, Any]:
-    """How an artifact is listed."""
+def list_entry(made: Made) -> dict[str, Any]:
+    """Return the descriptor that lists an artifact."""
     document = json.loads(made.manifest)
     more = {key: document[key] for key in ("artifactType", "annotations")}
     return descriptor(made.manifest, OCI_MANIFEST, **more)
 
 
 def put_referrers(host: str, repository: str, subject: bytes, *artifacts: Made) -> None:
-    """Push artifacts and list them, as a client does where the registry lists none ("Referrers Tag Schema")."""
+    """Push artifacts and list them in a tag (distribution specification, "Referrers Tag Schema")."""
     for made in artifacts:
-        put(host, repository, made)
-    listed = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry(made) for made in artifacts]}
+        put_image(host, repository, made)
+    listed = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [list_entry(made) for made in artifacts]}
     put_manifest(host, repository, json.dumps(listed).encode(), digest_of(subject).replace(":", "-"))
 
 
-def referrers(host: str, repository: str, subject: bytes) -> list[dict[str, Any]]:
-    """What is listed by the tag."""
+def read_referrers(host: str, repository: str, subject: bytes) -> list[dict[str, Any]]:
+    """Return the referrers that the tag lists."""
     tag = digest_of(subject).replace(":", "-")
     reply = ask(host, "GET", f"{repository}/manifests/{tag}", Accept=OCI_INDEX)
     assert (reply.status, reply.headers["Content-Type"]) == (200, OCI_INDEX)
@@ -535,7 +537,7 @@ SIGNED_ARM = referrer(ARM.manifest, b"a signature of one for arm64")
 SIGNED_MULTI = referrer(MULTI, b"a signature of the index", OCI_INDEX)
 
 
-def digests(cache: Cache, name: str) -> set[str]:
+def list_digests(cache: Cache, name: str) -> set[str]:
     return {blob.digest for blob in cache.get_image_blobs(name)}
 
 
@@ -543,46 +545,46 @@ def closure(*images: Made) -> set[str]:
     return {digest for image in images for digest in image.blobs}
 
 
-def test_referrers_go_from_one_registry_to_another(
+def test_referrers_are_copied_between_registries(
     cache: Cache, fresh: Cache, tools: Tools, host: str, other_host: str
 ) -> None:
-    put(host, "app", FIRST, "1")
+    put_image(host, "app", FIRST, "1")
     put_referrers(host, "app", FIRST.manifest, BILL, SIGNED)
     put_referrers(host, "app", BILL.manifest, SIGNED_BILL)
     cache.pull(f"{host}/app:1")
-    assert digests(cache, f"{host}/app:1") == closure(FIRST)
+    assert list_digests(cache, f"{host}/app:1") == closure(FIRST)
     cache.pull(f"{host}/app:1", referrers=True)
     everything = closure(FIRST, BILL, SIGNED, SIGNED_BILL)
-    assert digests(cache, f"{host}/app:1") == everything
-    assert_is_here(cache, f"{host}/app:1", FIRST.digest)
+    assert list_digests(cache, f"{host}/app:1") == everything
+    assert_is_stored(cache, f"{host}/app:1", FIRST.digest)
 
     pushed = cache.push(f"{host}/app:1", f"{other_host}/copy:1")
-    assert (pushed.digest, pushed.blobs) == (FIRST.digest, len(everything) - 4)  # manifests
-    listed = {listed["digest"]: listed for listed in referrers(other_host, "copy", FIRST.manifest)}
-    assert listed == {made.digest: entry(made) for made in (BILL, SIGNED)}
-    assert referrers(other_host, "copy", BILL.manifest) == [entry(SIGNED_BILL)]
+    assert (pushed.digest, pushed.blobs) == (FIRST.digest, len(everything) - 4)  # without the four manifests
+    listed = {listed["digest"]: listed for listed in read_referrers(other_host, "copy", FIRST.manifest)}
+    assert listed == {made.digest: list_entry(made) for made in (BILL, SIGNED)}
+    assert read_referrers(other_host, "copy", BILL.manifest) == [list_entry(SIGNED_BILL)]
     raw = tools("skopeo", "inspect", "--raw", PLAIN, f"docker://{other_host}/copy@{BILL.digest}")
     assert raw.encode() == BILL.manifest
 
     fresh.pull(f"{other_host}/copy:1", referrers=True)
-    assert digests(fresh, f"{other_host}/copy:1") == everything
-    assert_is_here(fresh, f"{other_host}/copy:1", FIRST.digest)
+    assert list_digests(fresh, f"{other_host}/copy:1") == everything
+    assert_is_stored(fresh, f"{other_host}/copy:1", FIRST.digest)
 
 
-def test_a_second_push_lists_nothing_twice_and_keeps_what_others_listed(
+def test_a_second_push_lists_no_referrer_twice_and_keeps_those_of_others(
     cache: Cache, host: str, other_host: str
 ) -> None:
-    put(host, "app", FIRST, "1")
+    put_image(host, "app", FIRST, "1")
     put_referrers(host, "app", FIRST.manifest, BILL)
-    put(other_host, "app", FIRST, "1")
+    put_image(other_host, "app", FIRST, "1")
     put_referrers(other_host, "app", FIRST.manifest, SIGNED)
     cache.pull(f"{host}/app:1", referrers=True)
     for _ in range(2):
         cache.push(f"{host}/app:1", f"{other_host}/app:1")
-        assert referrers(other_host, "app", FIRST.manifest) == [entry(SIGNED), entry(BILL)]
+        assert read_referrers(other_host, "app", FIRST.manifest) == [list_entry(SIGNED), list_entry(BILL)]
 
 
-def test_referrers_of_an_index_and_of_its_platforms_go_along(
+def test_referrers_of_an_index_and_its_platforms_are_copied(
     cache: Cache, fresh: Cache, host: str, other_host: str
 ) -> None:
     put_multi(host, "multi", "1")
@@ -593,58 +595,58 @@ def test_referrers_of_an_index_and_of_its_platforms_go_along(
     cache.push(f"{host}/multi:1", f"{other_host}/multi:1")
     fresh.pull(f"{other_host}/multi:1", platform="linux/arm64", referrers=True)
     index = {digest_of(MULTI)}
-    assert digests(fresh, f"{other_host}/multi:1") == closure(ARM, SIGNED_ARM, SIGNED_MULTI) | index
-    assert_is_here(fresh, f"{other_host}/multi:1", digest_of(MULTI))
+    assert list_digests(fresh, f"{other_host}/multi:1") == closure(ARM, SIGNED_ARM, SIGNED_MULTI) | index
+    assert_is_stored(fresh, f"{other_host}/multi:1", digest_of(MULTI))
     cache.push(f"{host}/multi:1", f"{other_host}/arm:1", platform="linux/arm64")
     fresh.pull(f"{other_host}/arm:1", platform="linux/arm64", referrers=True)
-    assert digests(fresh, f"{other_host}/arm:1") == closure(ARM, SIGNED_ARM)
+    assert list_digests(fresh, f"{other_host}/arm:1") == closure(ARM, SIGNED_ARM)
 
 
-def test_referrers_stay_when_another_platform_comes(cache: Cache, host: str) -> None:
+def test_referrers_are_kept_when_another_platform_is_pulled(cache: Cache, host: str) -> None:
     put_multi(host, "multi", "1")
     put_referrers(host, "multi", MULTI, SIGNED_MULTI)
     cache.pull(f"{host}/multi:1", referrers=True)
     cache.pull(f"{host}/multi:1", platform="linux/arm64")
     everything = closure(FIRST, ARM, SIGNED_MULTI) | {digest_of(MULTI)}
-    assert digests(cache, f"{host}/multi:1") == everything
+    assert list_digests(cache, f"{host}/multi:1") == everything
     cache.tag(f"{host}/multi:1", "mine:1")
-    assert digests(cache, "mine:1") == everything
+    assert list_digests(cache, "mine:1") == everything
     assert cache.verify(repair=True).problems == []
 
 
-def test_a_referrer_that_comes_later_is_found(cache: Cache, host: str) -> None:
-    put(host, "app", FIRST, "1")
+def test_a_referrer_added_later_is_pulled(cache: Cache, host: str) -> None:
+    put_image(host, "app", FIRST, "1")
     cache.pull(f"{host}/app:1", referrers=True)
-    assert digests(cache, f"{host}/app:1") == closure(FIRST)
+    assert list_digests(cache, f"{host}/app:1") == closure(FIRST)
     put_referrers(host, "app", FIRST.manifest, SIGNED)
     cache.pull(f"{host}/app:1")
-    assert digests(cache, f"{host}/app:1") == closure(FIRST)
+    assert list_digests(cache, f"{host}/app:1") == closure(FIRST)
     assert cache.pull(f"{host}/app:1", referrers=True).blobs == 2
-    assert digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
+    assert list_digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
 
 
 def test_an_artifact_is_pulled_and_pushed_by_its_own_name(cache: Cache, host: str, other_host: str) -> None:
-    put(host, "app", FIRST, "1")
+    put_image(host, "app", FIRST, "1")
     put_referrers(host, "app", FIRST.manifest, BILL)
     name = f"{host}/app@{BILL.digest}"
     cache.pull(name)
-    assert_is_here(cache, name, BILL.digest)
+    assert_is_stored(cache, name, BILL.digest)
     cache.push(name, f"{other_host}/app:bill")
-    assert referrers(other_host, "app", FIRST.manifest) == [entry(BILL)]
+    assert read_referrers(other_host, "app", FIRST.manifest) == [list_entry(BILL)]
 
 
-def test_what_is_listed_and_was_deleted_there_is_in_nobodys_way(cache: Cache, fresh: Cache, host: str) -> None:
-    put(host, "app", FIRST, "1")
+def test_a_listed_referrer_that_was_deleted_is_skipped(cache: Cache, fresh: Cache, host: str) -> None:
+    put_image(host, "app", FIRST, "1")
     put_referrers(host, "app", FIRST.manifest, BILL, SIGNED)
-    assert ask(host, "DELETE", f"app/manifests/{BILL.digest}").status == 202  # and the tag lists it still
-    assert referrers(host, "app", FIRST.manifest) == [entry(BILL), entry(SIGNED)]
+    assert ask(host, "DELETE", f"app/manifests/{BILL.digest}").status == 202  # the tag still lists it
+    assert read_referrers(host, "app", FIRST.manifest) == [list_entry(BILL), list_entry(SIGNED)]
     cache.pull(f"{host}/app:1", referrers=True)
-    assert digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
+    assert list_digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
     other = referrer(FIRST.manifest, b"another signature")
     save(cache, "signature:1", other)
     cache.push("signature:1", f"{host}/app:signature")
-    assert referrers(host, "app", FIRST.manifest) == [entry(SIGNED), entry(other)]
+    assert read_referrers(host, "app", FIRST.manifest) == [list_entry(SIGNED), list_entry(other)]
     save(cache, "bill:1", BILL)
     cache.push("bill:1", f"{host}/app@{BILL.digest}")
     fresh.pull(f"{host}/app:1", referrers=True)
-    assert digests(fresh, f"{host}/app:1") == closure(FIRST, SIGNED, other, BILL)
+    assert list_digests(fresh, f"{host}/app:1") == closure(FIRST, SIGNED, other, BILL)

@@ -1,4 +1,4 @@
-"""The tools that people have for SQLite read the views of a cache that another process is writing to."""
+"""Common SQLite tools read the views of a cache while another process writes to it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.make import image, save
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "sql.md").read_text()
 INSTALL = {name: f"pip install {name}" for name in ("datasette", "sqlite-utils")} | {"duckdb": "pip install duckdb-cli"}
-QUESTION = "SELECT name, freed_size FROM image_usage WHERE repository = 'app' ORDER BY name"
+QUERY = "SELECT name, freed_size FROM image_usage WHERE repository = 'app' ORDER BY name"
 WRITER = """
 import sys
 from cachedb import Cache
 
 with Cache.open(sys.argv[1]) as cache:
-    print("begins", flush=True)
+    print("writing", flush=True)
     number = 0
     while True:
         cache.tag("app:1", "busy:1")
@@ -40,7 +40,7 @@ Tool = Callable[..., Any]
 
 @pytest.fixture
 def index(directory: Path) -> Iterator[Path]:
-    """The index of a cache that another process has open, and writes to without a pause."""
+    """Yield the index of a cache that another process writes to without a pause."""
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1, 2))
         save(cache, "app:2", image(1, 3))
@@ -53,7 +53,7 @@ def index(directory: Path) -> Iterator[Path]:
 
 
 def assert_is_written_to(index: Path) -> None:
-    """The writer goes on, after what a tool has done."""
+    """Check that the writer still commits."""
     with closing(sqlite3.connect(f"file:{index}?mode=ro", uri=True)) as shell:
         before = shell.execute("PRAGMA data_version").fetchone()
         end = time.monotonic() + 30
@@ -69,15 +69,15 @@ def run(program: str, *arguments: object, stdin: str = "") -> str:
     return done.stdout
 
 
-def by_sqlite3(index: Path, query: str) -> list[dict[str, Any]]:
+def query_with_sqlite3(index: Path, query: str) -> list[dict[str, Any]]:
     return list(json.loads(run("sqlite3", "-readonly", "-json", index, query) or "[]"))
 
 
-def by_sqlite_utils(index: Path, query: str) -> list[dict[str, Any]]:
+def query_with_sqlite_utils(index: Path, query: str) -> list[dict[str, Any]]:
     return list(json.loads(run("sqlite-utils", "query", index, query)))
 
 
-def by_datasette(index: Path, query: str) -> list[dict[str, Any]]:
+def query_with_datasette(index: Path, query: str) -> list[dict[str, Any]]:
     from urllib.parse import urlencode
 
     return list(
@@ -85,22 +85,22 @@ def by_datasette(index: Path, query: str) -> list[dict[str, Any]]:
     )
 
 
-def by_duckdb(index: Path, query: str) -> list[dict[str, Any]]:
-    """Over what sqlite3 has written: DuckDB opens a SQLite database only with an extension that it downloads."""
+def query_with_duckdb(index: Path, query: str) -> list[dict[str, Any]]:
+    """Query the JSON output of sqlite3: DuckDB needs a downloaded extension to open a SQLite database."""
     found = run("sqlite3", "-readonly", "-json", index, query)
     return list(json.loads(run("duckdb", "-json", "-c", "SELECT * FROM read_json('/dev/stdin')", stdin=found)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", [by_sqlite3, by_sqlite_utils, by_datasette, by_duckdb])
-def test_a_tool_answers_a_question_from_the_views(index: Path, tool: Tool) -> None:
+@pytest.mark.parametrize("tool", [query_with_sqlite3, query_with_sqlite_utils, query_with_datasette, query_with_duckdb])
+def test_a_tool_can_query_the_views(index: Path, tool: Tool) -> None:
     with Cache.open(index.parent) as cache:
         freed = [cache.remove_manifest(name, dry_run=True).bytes for name in ("app:1", "app:2")]
         held = {name: cache.get_image(name).size for name in ("app:1", "app:2")}
     assert freed[1] > 0
-    rows = tool(index, QUESTION)
+    rows = tool(index, QUERY)
     assert [row["name"] for row in rows] == ["app:1", "app:2"]
-    # The writer gives app:1 a second name now and then, and then its removal frees nothing.
+    # While the writer has given app:1 a second name, the removal of app:1 frees nothing.
     assert rows[1]["freed_size"] == freed[1]
     assert rows[0]["freed_size"] in (0, held["app:1"] - (held["app:2"] - freed[1]))
 
@@ -114,7 +114,7 @@ def test_sqlite_utils_and_datasette_list_the_views(index: Path) -> None:
 
 
 def test_duckdb_can_parse_the_views(cache: Cache) -> None:
-    """As its extension for SQLite does before it reads one."""
+    """DuckDB's extension for SQLite parses a view before it reads it."""
     with closing(sqlite3.connect(cache.directory / "index.db")) as shell:
         views = dict(shell.execute("SELECT name, sql FROM sqlite_master WHERE type = 'view'"))
     queries = {name: sql.partition(" AS")[2].replace("'", "''") for name, sql in views.items()}
@@ -124,7 +124,7 @@ def test_duckdb_can_parse_the_views(cache: Cache) -> None:
     assert {name: answer.get("error_message") for name, answer in parsed.items()} == dict.fromkeys(views)
 
 
-def test_the_commands_of_the_reference_answer(index: Path) -> None:
+def test_the_commands_of_the_sql_reference_work(index: Path) -> None:
     (block,) = re.findall(r"```sh\n(sqlite3 -readonly.*?)```", PAGE, re.DOTALL)
     commands = block.splitlines()
     assert [command.split()[0] for command in commands] == ["sqlite3", "sqlite-utils", "datasette", "sqlite3"]

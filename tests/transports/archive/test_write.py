@@ -1,4 +1,4 @@
-"""What an export consists of, that it is the same every time, and that it is there whole or not at all."""
+"""Exports: their contents, that they are reproducible, and that they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ FORMATS = (*ARCHIVES, "oci-dir")
 IMAGE = make.image(1, 2, compression="gzip")
 
 
-def add(cache: Cache, tmp_path: Path, image: make.Made = IMAGE, name: str = "app:1") -> None:
-    """Put an image into the cache as an OCI archive."""
+def import_image(cache: Cache, tmp_path: Path, image: make.Made = IMAGE, name: str = "app:1") -> None:
+    """Import an image from an OCI archive."""
     cache.cache_from_tar(make.write(tmp_path / "source.tar", make.oci_files({"source:1": image})), name)
 
 
-def add_index(cache: Cache, tmp_path: Path, data: bytes, *images: make.Made, name: str = "app:1") -> None:
+def import_index(cache: Cache, tmp_path: Path, data: bytes, *images: make.Made, name: str = "app:1") -> None:
     files = make.oci_files({str(number): image for number, image in enumerate(images)}, {"source:1": data})
     cache.cache_from_tar(make.write(tmp_path / "source.tar", files), name)
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    """The files in an archive or a folder, in their order there."""
+def read_contents(path: Path) -> dict[str, bytes]:
+    """Return the files of an archive in their order, or those of a folder, sorted."""
     if path.is_dir():
         return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
     with tarfile.open(path) as tar:
-        return {member.name: read(tar, member) for member in tar if member.isfile()}
+        return {member.name: read_member(tar, member) for member in tar if member.isfile()}
 
 
-def read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     assert file is not None
     return file.read()
 
 
-def names_in(index: bytes) -> list[str]:
+def list_names(index: bytes) -> list[str]:
     return [entry["annotations"][make.REF_NAME] for entry in json.loads(index)["manifests"]]
 
 
@@ -65,14 +65,14 @@ def blob_files(*images: make.Made) -> dict[str, bytes]:
     return {f"blobs/{digest.replace(':', '/')}": data for image in images for digest, data in image.blobs.items()}
 
 
-# What is in it
+# Contents
 
 
 @pytest.mark.parametrize("form", ["docker", "oci-archive", "oci-dir"])
 def test_an_oci_format_is_an_image_layout(cache: Cache, tmp_path: Path, form: Format) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "out", format=form)
-    files = contents(tmp_path / "out")
+    files = read_contents(tmp_path / "out")
     assert json.loads(files.pop("oci-layout")) == {"imageLayoutVersion": "1.0.0"}
     assert json.loads(files.pop("index.json")) == {
         "schemaVersion": 2,
@@ -95,9 +95,9 @@ def test_an_oci_format_is_an_image_layout(cache: Cache, tmp_path: Path, form: Fo
 
 
 def test_the_default_format_is_a_docker_archive_as_well(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "out")
-    files = contents(tmp_path / "out")
+    files = read_contents(tmp_path / "out")
     ((entry),) = json.loads(files["manifest.json"])
     assert entry["RepoTags"] == ["app:1"]
     assert files[entry["Config"]] == IMAGE.config
@@ -109,10 +109,10 @@ def test_a_docker_archive_has_manifest_config_and_layers(
     cache: Cache, tmp_path: Path, compression: str, suffix: str
 ) -> None:
     image = make.image(1, 2, compression=compression)
-    add(cache, tmp_path, image)
+    import_image(cache, tmp_path, image)
     cache.export("app:1", tmp_path / "out", format="docker-archive")
     config, layers = f"{make.hex_of(image.config)}.json", [make.hex_of(layer) + suffix for layer in image.layers]
-    files = contents(tmp_path / "out")
+    files = read_contents(tmp_path / "out")
     assert json.loads(files["manifest.json"]) == [{"Config": config, "RepoTags": ["app:1"], "Layers": layers}]
     assert files[config] == image.config
     assert [files[path] for path in layers] == image.layers
@@ -121,7 +121,7 @@ def test_a_docker_archive_has_manifest_config_and_layers(
 
 def test_a_layer_that_occurs_twice_is_written_once(cache: Cache, tmp_path: Path) -> None:
     image = make.image(1, 1)
-    add(cache, tmp_path, image)
+    import_image(cache, tmp_path, image)
     for form in ARCHIVES:
         cache.export("app:1", tmp_path / form, format=form)  # type: ignore[arg-type]
         with tarfile.open(tmp_path / form) as tar:
@@ -133,8 +133,8 @@ def test_a_layer_that_occurs_twice_is_written_once(cache: Cache, tmp_path: Path)
 
 @pytest.mark.parametrize("form", ARCHIVES)
 def test_a_folder_in_an_archive_is_a_member_before_its_files(cache: Cache, tmp_path: Path, form: Format) -> None:
-    """Else skopeo makes it, gives it to root, and fails where it may not."""
-    add(cache, tmp_path)
+    """Without such a member skopeo makes the folder itself, owned by root, and fails if it may not."""
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "out", format=form)
     folders: list[str] = ["."]
     with tarfile.open(tmp_path / "out") as tar:
@@ -147,13 +147,13 @@ def test_a_folder_in_an_archive_is_a_member_before_its_files(cache: Cache, tmp_p
 
 
 def test_the_documents_of_a_stream_come_before_its_layers(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "out")
-    first = list(contents(tmp_path / "out"))[:4]
+    first = list(read_contents(tmp_path / "out"))[:4]
     assert first == ["oci-layout", "index.json", "manifest.json", f"blobs/sha256/{IMAGE.digest.partition(':')[2]}"]
 
 
-# The same every time
+# Reproducible exports
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -173,7 +173,7 @@ def test_the_same_image_gives_the_same_bytes_from_any_cache(
     finally:
         os.umask(old)
     if form == "oci-dir":
-        assert contents(tmp_path / "first") == contents(tmp_path / "second")
+        assert read_contents(tmp_path / "first") == read_contents(tmp_path / "second")
     else:
         assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
@@ -187,12 +187,12 @@ def test_an_export_of_an_export_has_the_same_bytes(cache: Cache, tmp_path: Path,
         assert other.get_image("app:1").digest == cache.get_image("app:1").digest
         other.export("app:1", tmp_path / "second", format=form)
     if form == "oci-dir":
-        assert contents(tmp_path / "first") == contents(tmp_path / "second")
+        assert read_contents(tmp_path / "first") == read_contents(tmp_path / "second")
     else:
         assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
-# There and back
+# Importing an export
 
 
 @pytest.mark.parametrize("form", ["docker", "oci-archive", "oci-dir"])
@@ -208,10 +208,10 @@ def test_an_export_of_an_export_has_the_same_bytes(cache: Cache, tmp_path: Path,
         f"registry.example/app@{make.digest_of(IMAGE.manifest, 'sha512')}",
     ],
 )
-def test_an_export_comes_back_with_its_digests_and_its_name(
+def test_an_imported_export_has_the_same_digests_and_name(
     cache: Cache, tmp_path: Path, form: Format, name: str
 ) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     if "@sha512" in name:
         cache.save_manifest(name, IMAGE.manifest)
     else:
@@ -226,19 +226,19 @@ def test_an_export_comes_back_with_its_digests_and_its_name(
         assert found == {blob.digest for blob in cache.get_image_blobs(name)}
 
 
-def test_a_docker_archive_has_no_name_for_a_digest(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path, name=f"app@{IMAGE.digest}")
+def test_a_docker_archive_of_a_name_by_digest_has_no_tag(cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path, name=f"app@{IMAGE.digest}")
     cache.export(f"app@{IMAGE.digest}", tmp_path / "out", format="docker-archive")
-    assert json.loads(contents(tmp_path / "out")["manifest.json"])[0]["RepoTags"] is None
+    assert json.loads(read_contents(tmp_path / "out")["manifest.json"])[0]["RepoTags"] is None
 
 
-def test_an_image_is_found_by_the_digest_that_a_tag_points_to(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+def test_an_image_is_exported_by_the_digest_that_a_tag_points_to(cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path)
     cache.export(f"app@{IMAGE.digest}", tmp_path / "out")
-    assert names_in(contents(tmp_path / "out")["index.json"]) == [f"app@{IMAGE.digest}"]
+    assert list_names(read_contents(tmp_path / "out")["index.json"]) == [f"app@{IMAGE.digest}"]
 
 
-def test_paths_of_over_a_hundred_characters_are_whole(cache: Cache, tmp_path: Path) -> None:
+def test_paths_of_over_a_hundred_characters_are_not_truncated(cache: Cache, tmp_path: Path) -> None:
     layer = make.layer(1)
     config = json.dumps(
         {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": [make.digest_of(layer)]}}
@@ -263,11 +263,11 @@ def test_paths_of_over_a_hundred_characters_are_whole(cache: Cache, tmp_path: Pa
                 assert {other.get_blob(digest) for digest in digests} == {config, layer}
 
 
-# Where to
+# Destinations
 
 
 def test_an_export_can_go_to_stdout(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "out")
     piped: Any = cachedb("export", "app:1", "-", text=False)
     assert (piped.returncode, piped.stderr) == (0, b"")
@@ -279,10 +279,8 @@ def test_an_export_can_go_to_stdout(cachedb: Run, cache: Cache, tmp_path: Path) 
     assert (tmp_path / "redirected").read_bytes() == b"before" + piped.stdout
 
 
-def test_an_export_to_a_pipe_that_nobody_reads_is_an_error_of_one_line(
-    cachedb: Run, cache: Cache, tmp_path: Path
-) -> None:
-    add(cache, tmp_path, make.image(1, size=300_000))
+def test_the_error_of_a_closed_pipe_is_at_most_one_line(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path, make.image(1, size=300_000))
     reading, writing = os.pipe()
     os.close(reading)
     failed = cachedb("export", "app:1", "-", capture_output=False, stdout=writing, stderr=subprocess.PIPE)
@@ -292,8 +290,8 @@ def test_an_export_to_a_pipe_that_nobody_reads_is_an_error_of_one_line(
     assert "Traceback" not in failed.stderr
 
 
-def test_an_export_fits_a_pipe_that_does_not_block(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path, make.image(1, size=300_000))
+def test_an_export_can_go_to_a_nonblocking_pipe(cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path, make.image(1, size=300_000))
     cache.export("app:1", tmp_path / "out")
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -328,10 +326,10 @@ def open_unbuffered(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("opened", [open_gzip, open_plain, open_both_ways, open_unbuffered])
-def test_an_export_goes_through_the_file_that_was_given(
+def test_an_export_is_written_to_the_given_file_object(
     cache: Cache, tmp_path: Path, opened: Callable[[Path], Any]
 ) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "expected")
     with opened(tmp_path / "out") as file:
         file.write(b"before")
@@ -342,8 +340,8 @@ def test_an_export_goes_through_the_file_that_was_given(
     assert data == b"before" + (tmp_path / "expected").read_bytes() + b"after"
 
 
-def test_an_export_can_stay_in_memory_or_in_a_temporary_file(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+def test_an_export_can_go_to_memory_or_a_temporary_file(cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "expected")
     memory = io.BytesIO()
     cache.export("app:1", memory)
@@ -355,8 +353,8 @@ def test_an_export_can_stay_in_memory_or_in_a_temporary_file(cache: Cache, tmp_p
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_export_appears_with_the_mode_of_any_new_file(cache: Cache, tmp_path: Path, form: Format) -> None:
-    add(cache, tmp_path)
+def test_the_umask_sets_the_mode_of_an_export(cache: Cache, tmp_path: Path, form: Format) -> None:
+    import_image(cache, tmp_path)
     old = os.umask(0o027)
     try:
         cache.export("app:1", tmp_path / "out", format=form)
@@ -366,22 +364,22 @@ def test_an_export_appears_with_the_mode_of_any_new_file(cache: Cache, tmp_path:
     assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
-def test_an_existing_file_is_replaced_when_the_new_one_is_whole(
+def test_an_existing_file_is_replaced_when_the_new_one_is_complete(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     (tmp_path / "sub").mkdir()
     target = tmp_path / "sub" / "out"
     target.write_bytes(b"old")
     seen = set[bytes]()
     cache.export("app:1", target, progress=lambda *_: seen.add(target.read_bytes()))
     assert seen == {b"old"}
-    assert "manifest.json" in contents(target)
+    assert "manifest.json" in read_contents(target)
     assert os.listdir(tmp_path / "sub") == ["out"]
 
 
-def test_an_export_through_a_symbolic_link_replaces_what_it_points_to(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+def test_an_export_through_a_symbolic_link_replaces_its_target(cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real/out")
     cache.export("app:1", tmp_path / "link")
@@ -390,14 +388,14 @@ def test_an_export_through_a_symbolic_link_replaces_what_it_points_to(cache: Cac
     assert os.listdir(tmp_path / "real") == ["out"]
 
 
-def test_the_longest_name_that_a_file_can_have_will_do(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+def test_a_destination_may_have_the_longest_possible_name(cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / ("ü" * 127))
     assert (tmp_path / ("ü" * 127)).is_file()
 
 
 def test_an_export_can_go_to_a_device_or_a_fifo(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "out")
     assert cachedb("export", "app:1", "/dev/null").returncode == 0
     assert not Path("/dev/null").is_file()
@@ -411,11 +409,11 @@ def test_an_export_can_go_to_a_device_or_a_fifo(cachedb: Run, cache: Cache, tmp_
     assert (tmp_path / "fifo").is_fifo()
 
 
-# What fails leaves nothing
+# Failed exports leave nothing
 
 
-def fails(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
-    """Check that a command failed as it should; return its one line."""
+def check_failure(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
+    """Check that a command failed with one line on stderr; return the line."""
     assert done.returncode == code
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -424,33 +422,31 @@ def fails(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_destination_in_a_missing_folder_is_an_error_of_one_line(
-    cachedb: Run, cache: Cache, tmp_path: Path, form: Format
-) -> None:
-    add(cache, tmp_path)
-    line = fails(cachedb("export", "--format", form, "app:1", tmp_path / "missing" / "out"))
+def test_the_error_of_a_missing_folder_is_one_line(cachedb: Run, cache: Cache, tmp_path: Path, form: Format) -> None:
+    import_image(cache, tmp_path)
+    line = check_failure(cachedb("export", "--format", form, "app:1", tmp_path / "missing" / "out"))
     assert "No such file or directory" in line
     assert not (tmp_path / "missing").exists()
 
 
 @pytest.mark.parametrize("form", ARCHIVES)
 def test_an_archive_does_not_replace_a_folder(cachedb: Run, cache: Cache, tmp_path: Path, form: Format) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     (tmp_path / "folder").mkdir()
-    assert "directory" in fails(cachedb("export", "--format", form, "app:1", tmp_path / "folder"))
+    assert "directory" in check_failure(cachedb("export", "--format", form, "app:1", tmp_path / "folder"))
     assert os.listdir(tmp_path / "folder") == []
 
 
 def test_a_folder_does_not_replace_a_file(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     (tmp_path / "file").write_bytes(b"kept")
-    assert "Not a directory" in fails(cachedb("export", "--format", "oci-dir", "app:1", tmp_path / "file"))
+    assert "Not a directory" in check_failure(cachedb("export", "--format", "oci-dir", "app:1", tmp_path / "file"))
     assert (tmp_path / "file").read_bytes() == b"kept"
 
 
-def test_an_image_that_is_not_there_leaves_the_destination_alone(cachedb: Run, tmp_path: Path) -> None:
+def test_exporting_an_unknown_image_leaves_the_destination_unchanged(cachedb: Run, tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"kept")
-    fails(cachedb("export", "app:1", tmp_path / "out"), 3)
+    check_failure(cachedb("export", "app:1", tmp_path / "out"), 3)
     assert (tmp_path / "out").read_bytes() == b"kept"
 
 
@@ -464,8 +460,8 @@ def test_an_incomplete_image_is_refused(cache: Cache, tmp_path: Path, form: Form
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_blob_that_lost_bytes_on_disk_is_not_exported(cache: Cache, tmp_path: Path, form: Format) -> None:
-    add(cache, tmp_path)
+def test_a_truncated_blob_is_not_exported(cache: Cache, tmp_path: Path, form: Format) -> None:
+    import_image(cache, tmp_path)
     path = cache.get_blob_path(make.digest_of(IMAGE.layers[1]))
     path.chmod(0o644)
     os.truncate(path, 10)
@@ -475,7 +471,7 @@ def test_a_blob_that_lost_bytes_on_disk_is_not_exported(cache: Cache, tmp_path: 
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def rot(cache: Cache, digest: str) -> None:
+def corrupt_blob(cache: Cache, digest: str) -> None:
     """Change a byte in the middle of a blob's file."""
     path = cache.get_blob_path(digest)
     path.chmod(0o644)
@@ -487,32 +483,32 @@ def rot(cache: Cache, digest: str) -> None:
     path.chmod(0o444)
 
 
-ROTTEN = make.image(1, 2, size=3_000_000)  # more than one chunk
+LARGE = make.image(1, 2, size=3_000_000)  # more than one chunk
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [*FORMATS, "link"])
-@pytest.mark.parametrize("blob", [ROTTEN.layers[0], ROTTEN.layers[1], ROTTEN.config], ids=["first", "second", "config"])
+@pytest.mark.parametrize("blob", [LARGE.layers[0], LARGE.layers[1], LARGE.config], ids=["first", "second", "config"])
 def test_a_blob_with_another_content_is_not_exported(
     cachedb: Run, cache: Cache, tmp_path: Path, form: Format, blob: bytes
 ) -> None:
-    add(cache, tmp_path, ROTTEN)
-    rot(cache, make.digest_of(blob))
+    import_image(cache, tmp_path, LARGE)
+    corrupt_blob(cache, make.digest_of(blob))
     options = ["--format", "oci-dir", "--link"] if form == "link" else ["--format", form]  # type: ignore[comparison-overlap]
     (tmp_path / "sub").mkdir()
-    line = fails(cachedb("export", *options, "app:1", tmp_path / "sub" / "out"))
+    line = check_failure(cachedb("export", *options, "app:1", tmp_path / "sub" / "out"))
     assert f"the file of {make.digest_of(blob)} is damaged" in line
     assert "verify --repair" in line
     assert list((tmp_path / "sub").iterdir()) == []
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "oci-dir"])
-def test_a_stream_with_a_damaged_blob_has_no_end(
+def test_a_streamed_export_with_a_damaged_blob_is_incomplete(
     cachedb: Run, cache: Cache, directory: Path, tmp_path: Path, form: Format
 ) -> None:
-    add(cache, tmp_path, ROTTEN)
-    last = sorted(ROTTEN.blobs)[-1]
-    rot(cache, last)
+    import_image(cache, tmp_path, LARGE)
+    last = sorted(LARGE.blobs)[-1]
+    corrupt_blob(cache, last)
     done: Any = cachedb("export", "--format", form, "app:1", "-", text=False)
     assert done.returncode == 1
     assert b"is damaged" in done.stderr
@@ -523,19 +519,19 @@ def test_a_stream_with_a_damaged_blob_has_no_end(
 
 @pytest.mark.parametrize("link", [False, True])
 def test_a_layout_that_an_image_cannot_be_added_to_stays_as_it_was(cache: Cache, tmp_path: Path, link: bool) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "layout", format="oci-dir")
-    before = contents(tmp_path / "layout")
-    add(cache, tmp_path, ROTTEN)
-    rot(cache, make.digest_of(ROTTEN.layers[0]))
+    before = read_contents(tmp_path / "layout")
+    import_image(cache, tmp_path, LARGE)
+    corrupt_blob(cache, make.digest_of(LARGE.layers[0]))
     with pytest.raises(DigestMismatch, match="is damaged"):
         cache.export("app:1", tmp_path / "layout", format="oci-dir", link=link)
-    assert contents(tmp_path / "layout") == before
+    assert read_contents(tmp_path / "layout") == before
 
 
 @pytest.mark.parametrize("form", [*FORMATS, "link"])
 def test_a_blob_that_is_a_symbolic_link_is_not_exported(cache: Cache, tmp_path: Path, form: Format) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     path = cache.get_blob_path(make.digest_of(IMAGE.layers[0]))
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
@@ -571,7 +567,7 @@ def locked_layout(tmp_path: Path) -> Iterator[Path]:
 def test_an_export_waits_for_one_that_fails_and_makes_the_folder_again(
     cache: Cache, tmp_path: Path, waits: threading.Event
 ) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     layout = tmp_path / "layout"
     layout.mkdir()
     lock = os.open(layout, os.O_RDONLY)
@@ -588,7 +584,7 @@ def test_an_export_waits_for_one_that_fails_and_makes_the_folder_again(
 def test_an_export_waits_for_another_only_as_long_as_the_cache_allows(
     directory: Path, cache: Cache, tmp_path: Path, locked_layout: Path
 ) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     holder = rf"waited 0\.1 s for the lock of the layout '{locked_layout}', which process {os.getpid()} "
     with Cache.open(directory, wait=0.1) as hurried, pytest.raises(Busy, match=holder):
         hurried.export("app:1", locked_layout, format="oci-dir")
@@ -598,7 +594,7 @@ def test_an_export_waits_for_another_only_as_long_as_the_cache_allows(
 def test_an_export_waits_longer_while_the_other_one_makes_progress(
     directory: Path, cache: Cache, tmp_path: Path, locked_layout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     looks, real = [0], write_layout._noted_progress
 
     def noted_progress(destination: Path) -> int | None:
@@ -616,7 +612,7 @@ def test_an_export_waits_longer_while_the_other_one_makes_progress(
 def test_an_export_into_a_layout_shows_its_progress(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add(cache, tmp_path, make.image(1, size=20 * 1024 * 1024))
+    import_image(cache, tmp_path, make.image(1, size=20 * 1024 * 1024))
     monkeypatch.setattr(write_layout, "_PROGRESS_SECONDS", 0)
     layout, noted = tmp_path / "layout", list[int | None]()
 
@@ -630,14 +626,14 @@ def test_an_export_into_a_layout_shows_its_progress(
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_file_that_is_cut_short_while_it_is_read_is_no_export(cache: Cache, tmp_path: Path, form: Format) -> None:
+def test_a_blob_that_is_cut_short_while_it_is_read_fails_the_export(cache: Cache, tmp_path: Path, form: Format) -> None:
     large = make.image(1, size=20 * 1024 * 1024)
-    add(cache, tmp_path, large)
+    import_image(cache, tmp_path, large)
     path = cache.get_blob_path(make.digest_of(large.layers[0]))
     path.chmod(0o644)
 
     def cut(done: int, _total: int) -> None:
-        if done > 8 * 1024 * 1024:  # some of it is written, and not all
+        if done > 8 * 1024 * 1024:  # a part of the blob is written
             os.truncate(path, 1024)
 
     with pytest.raises(CacheError, match="was cut short while it was read"):
@@ -650,17 +646,17 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_no_export(cache: Cache, tm
 @pytest.mark.parametrize(
     ("form", "target"), [*((form, "out") for form in FORMATS), ("docker", "/dev/full"), ("docker-archive", "/dev/full")]
 )
-def test_a_full_disk_is_an_error_of_one_line(
+def test_the_error_of_a_full_disk_is_one_line(
     cache: Cache, directory: Path, tmp_path: Path, form: Format, target: str
 ) -> None:
-    add(cache, tmp_path, make.image(1, size=300_000))
-    # No file may be longer than this; the index of the cache is not.
+    import_image(cache, tmp_path, make.image(1, size=300_000))
+    # The limit on file size is smaller than the layer and larger than the index.
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2)"
     code = f"import resource; from cachedb.cli.main import main; {limit}; main()"
     (tmp_path / "sub").mkdir()
     arguments = ["--dir", str(directory), "export", "--format", form, "app:1", str(tmp_path / "sub" / target)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], text=True, capture_output=True, check=False)
-    line = fails(done)
+    line = check_failure(done)
     assert ("No space left on device" if target == "/dev/full" else "File too large") in line
     left = [path for path in (tmp_path / "sub").rglob("*") if path.is_file()]
     assert {path.name for path in left if path.stat().st_size > 100_000} == set()
@@ -670,15 +666,15 @@ def test_a_full_disk_is_an_error_of_one_line(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system to fill it")
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_full_file_system_is_an_error_of_one_line(cachedb: Run, cache: Cache, tmp_path: Path, form: Format) -> None:
-    add(cache, tmp_path, make.image(1, size=300_000))
+def test_the_error_of_a_full_file_system_is_one_line(cachedb: Run, cache: Cache, tmp_path: Path, form: Format) -> None:
+    import_image(cache, tmp_path, make.image(1, size=300_000))
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
     try:
-        line = fails(cachedb("export", "--format", form, "app:1", small / "out"))
+        line = check_failure(cachedb("export", "--format", form, "app:1", small / "out"))
         assert "No space left on device" in line
         assert "free some space" in line
         left = [path.name for path in small.rglob("*") if path.is_file()]
@@ -700,9 +696,9 @@ def test_a_full_file_system_is_an_error_of_one_line(cachedb: Run, cache: Cache, 
 def test_a_killed_export_leaves_nothing_under_the_final_name(
     cache: Cache, directory: Path, tmp_path: Path, form: Format, number: int
 ) -> None:
-    add(cache, tmp_path, make.image(1, size=300_000))
+    import_image(cache, tmp_path, make.image(1, size=300_000))
     (tmp_path / "sub").mkdir()
-    # The first progress comes when the first blob is written; then it waits to be killed.
+    # The script waits to be killed at its first progress, when the first blob is written.
     code = f"""
 import signal, threading
 from cachedb import Cache
@@ -729,7 +725,7 @@ with Cache.open({str(directory)!r}) as cache:
     assert not {"out", "index.json"} & set(left)
     if number != signal.SIGKILL:
         assert not [name for name in left if name.endswith(".part")]
-    # And it does not stand in the way of the next.
+    # The remains do not block the next export.
     cache.export("app:1", tmp_path / "sub" / "out", format=form)
     with Cache.open(tmp_path / "other") as other:
         assert other.cache_from_tar(tmp_path / "sub" / "out")[0].complete
@@ -745,24 +741,24 @@ ARM, AMD = make.image(1, 2, architecture="arm64"), make.image(1, 3, architecture
 OTHERS = [{"os": "linux", "architecture": "s390x"}, {"os": "linux", "architecture": "arm64", "variant": "v8"}]
 
 
-def test_an_index_is_exported_whole(cache: Cache, tmp_path: Path) -> None:
+def test_an_index_is_exported_with_all_platforms(cache: Cache, tmp_path: Path) -> None:
     data = make.index(AMD, ARM)
-    add_index(cache, tmp_path, data, AMD, ARM)
+    import_index(cache, tmp_path, data, AMD, ARM)
     for form in ("docker", "oci-archive", "oci-dir"):
         cache.export("app:1", tmp_path / form, format=form)
-        files = contents(tmp_path / form)
+        files = read_contents(tmp_path / form)
         assert files.pop(f"blobs/sha256/{make.hex_of(data)}") == data
         assert {files.pop("oci-layout"), files.pop("index.json")}
-        # Of several platforms, Docker's own format can name none.
+        # Docker's own format cannot list several platforms, so there is no manifest.json.
         assert files == blob_files(AMD, ARM)
 
 
 @pytest.mark.parametrize("platform", ["linux/arm64", "linux/arm64/v8"])
 @pytest.mark.parametrize("form", FORMATS)
-def test_one_platform_is_exported_as_an_image_of_its_own(
+def test_one_platform_is_exported_as_an_image_without_an_index(
     cache: Cache, tmp_path: Path, form: Format, platform: str
 ) -> None:
-    add_index(cache, tmp_path, make.index(AMD, ARM, platforms=OTHERS), AMD, ARM)
+    import_index(cache, tmp_path, make.index(AMD, ARM, platforms=OTHERS), AMD, ARM)
     cache.export("app:1", tmp_path / "out", format=form, platform=platform)
     with Cache.open(tmp_path / "other") as other:
         (image,) = other.cache_from_tar(tmp_path / "out")
@@ -774,10 +770,10 @@ def test_one_platform_is_exported_as_an_image_of_its_own(
             assert image.digest == ARM.digest
 
 
-def test_one_platform_of_an_index_by_digest_has_a_digest_of_its_own(cache: Cache, tmp_path: Path) -> None:
+def test_one_platform_of_an_index_by_digest_is_named_by_its_own_digest(cache: Cache, tmp_path: Path) -> None:
     data = make.index(AMD, ARM)
     name = f"app@{make.digest_of(data)}"
-    add_index(cache, tmp_path, data, AMD, ARM, name=name)
+    import_index(cache, tmp_path, data, AMD, ARM, name=name)
     cache.export(name, tmp_path / "out", platform="linux/arm64")
     with Cache.open(tmp_path / "other") as other:
         (image,) = other.cache_from_tar(tmp_path / "out")
@@ -785,23 +781,23 @@ def test_one_platform_of_an_index_by_digest_has_a_digest_of_its_own(cache: Cache
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_platform_that_is_not_there_is_an_error_that_names_those_that_are(
+def test_the_error_of_an_unknown_platform_names_the_known_ones(
     cachedb: Run, cache: Cache, tmp_path: Path, form: Format
 ) -> None:
-    add_index(cache, tmp_path, make.index(AMD, ARM, platforms=OTHERS), AMD, ARM)
-    line = fails(cachedb("export", "--format", form, "--platform", "linux/arm", "app:1", tmp_path / "out"), 3)
+    import_index(cache, tmp_path, make.index(AMD, ARM, platforms=OTHERS), AMD, ARM)
+    line = check_failure(cachedb("export", "--format", form, "--platform", "linux/arm", "app:1", tmp_path / "out"), 3)
     assert "linux/arm64/v8, linux/s390x" in line
     assert not (tmp_path / "out").exists()
 
 
-def test_a_docker_archive_of_an_index_is_of_the_host_or_of_the_platform_asked_for(
+def test_a_docker_archive_of_an_index_has_the_hosts_platform(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_index(cache, tmp_path, make.index(AMD, ARM), AMD, ARM)
+    import_index(cache, tmp_path, make.index(AMD, ARM), AMD, ARM)
     for machine, image in (("x86_64", AMD), ("aarch64", ARM)):
         monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
         cache.export("app:1", tmp_path / machine, format="docker-archive")
-        assert contents(tmp_path / machine)[f"{make.hex_of(image.config)}.json"] == image.config
+        assert read_contents(tmp_path / machine)[f"{make.hex_of(image.config)}.json"] == image.config
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(NotInCache, match=r"linux/riscv64.*linux/amd64, linux/arm64.*--platform"):
         cache.export("app:1", tmp_path / "out", format="docker-archive")
@@ -811,13 +807,13 @@ def test_a_docker_archive_of_an_index_is_of_the_host_or_of_the_platform_asked_fo
 def test_an_attestation_is_kept_and_is_no_platform(cache: Cache, tmp_path: Path) -> None:
     attestation = make.image(9)
     platforms = [{"os": "linux", "architecture": "s390x"}, {"os": "unknown", "architecture": "unknown"}]
-    add_index(cache, tmp_path, make.index(AMD, attestation, platforms=platforms), AMD, attestation)
+    import_index(cache, tmp_path, make.index(AMD, attestation, platforms=platforms), AMD, attestation)
     cache.export("app:1", tmp_path / "whole")
-    files = contents(tmp_path / "whole")
+    files = read_contents(tmp_path / "whole")
     assert blob_files(AMD, attestation).items() <= files.items()
     assert json.loads(files["manifest.json"])[0]["Config"].endswith(make.hex_of(AMD.config))
     cache.export("app:1", tmp_path / "one", format="docker-archive")
-    assert set(contents(tmp_path / "one").values()) >= {AMD.config, *AMD.layers}
+    assert set(read_contents(tmp_path / "one").values()) >= {AMD.config, *AMD.layers}
     with pytest.raises(NotInCache, match="'unknown/unknown', but for linux/s390x:"):
         cache.export("app:1", tmp_path / "none", platform="unknown/unknown")
 
@@ -825,13 +821,13 @@ def test_an_attestation_is_kept_and_is_no_platform(cache: Cache, tmp_path: Path)
 # Image layout folders
 
 
-def test_a_layout_that_exists_is_added_to(cache: Cache, tmp_path: Path) -> None:
+def test_an_image_is_added_to_an_existing_layout(cache: Cache, tmp_path: Path) -> None:
     two = make.image(1, 3)
     layout = make.write(tmp_path / "layout", make.oci_files({"theirs:1": two, "app:1": make.image(7)}))
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     cache.export("app:1", layout, format="oci-dir")
-    files = contents(layout)
-    assert names_in(files["index.json"]) == ["theirs:1", "app:1"]
+    files = read_contents(layout)
+    assert list_names(files["index.json"]) == ["theirs:1", "app:1"]
     assert blob_files(IMAGE, two).items() <= files.items()
     with Cache.open(tmp_path / "other") as other:
         assert {str(image.name): image.digest for image in other.cache_from_tar(layout)} == {
@@ -841,24 +837,24 @@ def test_a_layout_that_exists_is_added_to(cache: Cache, tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_becomes_a_layout(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     (tmp_path / "out").mkdir()
     cache.export("app:1", tmp_path / "out", format="oci-dir")
     assert (tmp_path / "out" / "index.json").is_file()
 
 
-def test_a_folder_that_holds_something_else_is_refused(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+def test_a_folder_with_other_files_is_refused(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("dear")
-    line = fails(cachedb("export", "--format", "oci-dir", "app:1", tmp_path / "out"))
+    line = check_failure(cachedb("export", "--format", "oci-dir", "app:1", tmp_path / "out"))
     assert "neither empty nor an OCI image layout" in line
     assert os.listdir(tmp_path / "out") == ["letter.txt"]
 
 
 @pytest.mark.parametrize("index", [b"null", b"[]", b"{}", b'{"manifests": 1}', b"not JSON"])
 def test_a_layout_whose_index_cannot_be_read_is_refused(cache: Cache, tmp_path: Path, index: bytes) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     make.write(tmp_path / "layout", {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": index})
     with pytest.raises(CacheError, match=r"index\.json"):
         cache.export("app:1", tmp_path / "layout", format="oci-dir")
@@ -866,7 +862,7 @@ def test_a_layout_whose_index_cannot_be_read_is_refused(cache: Cache, tmp_path: 
 
 
 def test_entries_of_a_layout_without_a_name_are_kept(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     entries: list[object] = [{"digest": "x"}, {"annotations": None}, {"annotations": {"a": "b"}}, "odd"]
     index = json.dumps({"schemaVersion": 2, "manifests": entries, "annotations": {"own": "kept"}}).encode()
     make.write(tmp_path / "layout", {"oci-layout": b"{}", "index.json": index})
@@ -877,10 +873,10 @@ def test_entries_of_a_layout_without_a_name_are_kept(cache: Cache, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_exports_into_one_new_layout_at_once_all_end_up_in_it(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+def test_concurrent_exports_into_one_new_layout_are_all_in_it(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     names = [f"app:{number}" for number in range(6)]
     for number, name in enumerate(names):
-        add(cache, tmp_path, make.image(100, number), name)
+        import_image(cache, tmp_path, make.image(100, number), name)
     results: list[subprocess.CompletedProcess[str]] = []
     threads = [
         threading.Thread(
@@ -893,16 +889,16 @@ def test_exports_into_one_new_layout_at_once_all_end_up_in_it(cachedb: Run, cach
     for thread in threads:
         thread.join()
     assert [(done.returncode, done.stderr) for done in results] == [(0, "")] * len(names)
-    assert sorted(names_in((tmp_path / "layout" / "index.json").read_bytes())) == names
+    assert sorted(list_names((tmp_path / "layout" / "index.json").read_bytes())) == names
 
 
 def test_an_export_into_a_layout_waits_for_another(cache: Cache, tmp_path: Path, waits: threading.Event) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     layout = tmp_path / "layout"
     layout.mkdir()
     lock = os.open(layout, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    (layout / ".half-written").write_bytes(b"")  # by the one that has the lock, as yet without an `oci-layout`
+    (layout / ".half-written").write_bytes(b"")  # of the export that has the lock and has not written `oci-layout` yet
     thread = threading.Thread(target=cache.export, args=("app:1", layout), kwargs={"format": "oci-dir"})
     thread.start()
     assert waits.wait(60)
@@ -910,13 +906,13 @@ def test_an_export_into_a_layout_waits_for_another(cache: Cache, tmp_path: Path,
     (layout / ".half-written").unlink()
     os.close(lock)
     thread.join()
-    assert names_in((layout / "index.json").read_bytes()) == ["app:1"]
+    assert list_names((layout / "index.json").read_bytes()) == ["app:1"]
 
 
-def test_all_that_an_index_names_is_on_disk_before_the_index_is(
+def test_all_blobs_of_a_layout_are_synced_before_its_index(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     layout, synced, renamed = tmp_path / "layout", set[int](), list[str]()  # a file has no name when it is synced
     real_fsync, real_rename = os.fsync, Path.rename
 
@@ -926,8 +922,8 @@ def test_all_that_an_index_names_is_on_disk_before_the_index_is(
 
     def rename(self: Path, target: Path) -> Path:
         if layout in target.parents:
-            assert self.stat().st_ino in synced, "a file has its name before its content is on disk"
-            # What is renamed into a folder after it was synced is not on disk.
+            assert self.stat().st_ino in synced, "a file was renamed before it was synced"
+            # A later rename into a folder makes another sync of the folder necessary.
             synced.discard(target.parent.stat().st_ino)
             renamed.append(target.name)
             if target.name == "index.json":
@@ -943,10 +939,10 @@ def test_all_that_an_index_names_is_on_disk_before_the_index_is(
     assert layout.stat().st_ino in synced
 
 
-def test_an_archive_is_on_disk_when_the_call_returns(
+def test_an_archive_and_its_folder_are_synced_when_the_call_returns(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     (tmp_path / "sub").mkdir()
     synced, real = list[int](), os.fsync
 
@@ -962,8 +958,8 @@ def test_an_archive_is_on_disk_when_the_call_returns(
 # Links
 
 
-def linked(cache: Cache, layout: Path) -> set[bool]:
-    """Whether the layout's blobs are the cache's own files."""
+def compare_files(cache: Cache, layout: Path) -> set[bool]:
+    """Return the results of comparing each blob of a layout with the cache's file: same file or not."""
     return {
         os.path.samefile(path, cache.get_blob_path(f"{path.parent.name}:{path.name}"))
         for path in (layout / "blobs").rglob("*")
@@ -971,45 +967,45 @@ def linked(cache: Cache, layout: Path) -> set[bool]:
     }
 
 
-def test_links_share_the_files_of_the_cache(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
-    told: list[tuple[int, int]] = []
-    cache.export("app:1", tmp_path / "linked", format="oci-dir", link=True, progress=lambda *done: told.append(done))
+def test_a_linked_layout_shares_the_files_of_the_cache(cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path)
+    calls: list[tuple[int, int]] = []
+    cache.export(
+        "app:1", tmp_path / "linked", format="oci-dir", link=True, progress=lambda *counts: calls.append(counts)
+    )
     cache.export("app:1", tmp_path / "copied", format="oci-dir")
-    assert linked(cache, tmp_path / "linked") == {True}
-    assert linked(cache, tmp_path / "copied") == {False}
-    assert contents(tmp_path / "linked") == contents(tmp_path / "copied")
+    assert compare_files(cache, tmp_path / "linked") == {True}
+    assert compare_files(cache, tmp_path / "copied") == {False}
+    assert read_contents(tmp_path / "linked") == read_contents(tmp_path / "copied")
     total = sum(len(data) for data in IMAGE.blobs.values())
-    assert told[-1] == (total, total)
+    assert calls[-1] == (total, total)
 
 
-def test_links_are_made_again_over_links_and_over_copies(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+def test_an_export_replaces_links_and_copies_in_a_layout(cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path)
     for link in (False, True, True):
         cache.export("app:1", tmp_path / "layout", format="oci-dir", link=link)
-        assert linked(cache, tmp_path / "layout") == {link}
-    assert len(contents(tmp_path / "layout")) == 6  # nothing is left of the making
+        assert compare_files(cache, tmp_path / "layout") == {link}
+    assert len(read_contents(tmp_path / "layout")) == 6  # no temporary file is left
     cache.export("app:1", tmp_path / "layout", format="oci-dir")
-    assert linked(cache, tmp_path / "layout") == {False}
-    assert contents(tmp_path / "layout").keys() >= blob_files(IMAGE).keys()
+    assert compare_files(cache, tmp_path / "layout") == {False}
+    assert read_contents(tmp_path / "layout").keys() >= blob_files(IMAGE).keys()
 
 
-def test_where_links_cannot_be_made_blobs_are_copied(
-    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add(cache, tmp_path)
+def test_blobs_that_cannot_be_linked_are_copied(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_image(cache, tmp_path)
 
-    def link(source: object, target: object, **_: object) -> None:
+    def refuse(source: object, target: object, **_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "link", refuse)
     cache.export("app:1", tmp_path / "layout", format="oci-dir", link=True)
-    assert linked(cache, tmp_path / "layout") == {False}
-    assert contents(tmp_path / "layout").items() >= blob_files(IMAGE).items()
+    assert compare_files(cache, tmp_path / "layout") == {False}
+    assert read_contents(tmp_path / "layout").items() >= blob_files(IMAGE).items()
 
 
-def test_links_outlive_the_image_in_the_cache(cache: Cache, directory: Path, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+def test_a_linked_layout_survives_the_removal_of_its_image(cache: Cache, directory: Path, tmp_path: Path) -> None:
+    import_image(cache, tmp_path)
     cache.export("app:1", tmp_path / "layout", format="oci-dir", link=True)
     cache.remove_manifest("app:1")
     cache.collect_garbage()
@@ -1017,19 +1013,17 @@ def test_links_outlive_the_image_in_the_cache(cache: Cache, directory: Path, tmp
     assert cache.cache_from_tar(tmp_path / "layout")[0].digest == IMAGE.digest
 
 
-def test_links_are_for_folders_only(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
-    assert "oci-dir" in fails(cachedb("export", "--link", "app:1", tmp_path / "out"), 2)
+def test_links_are_refused_for_archives(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path)
+    assert "oci-dir" in check_failure(cachedb("export", "--link", "app:1", tmp_path / "out"), 2)
     assert not (tmp_path / "out").exists()
 
 
-# And besides
+# Reflinks, formats and errors
 
 
-def test_blobs_are_cloned_where_the_file_system_can(
-    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add(cache, tmp_path, make.image(1, size=3_000_000))
+def test_blobs_are_cloned_if_the_file_system_can(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_image(cache, tmp_path, make.image(1, size=3_000_000))
     cache.export("app:1", tmp_path / "copied", format="oci-dir")
     cloned: list[int] = []
 
@@ -1039,28 +1033,28 @@ def test_blobs_are_cloned_where_the_file_system_can(
     monkeypatch.setattr("cachedb.transports.archive.write_layout.fcntl.ioctl", clone)
     cache.export("app:1", tmp_path / "cloned", format="oci-dir")
     assert sum(cloned) > 3_000_000
-    assert contents(tmp_path / "cloned") == contents(tmp_path / "copied")
-    rot(cache, make.digest_of(make.image(1, size=3_000_000).layers[0]))
+    assert read_contents(tmp_path / "cloned") == read_contents(tmp_path / "copied")
+    corrupt_blob(cache, make.digest_of(make.image(1, size=3_000_000).layers[0]))
     with pytest.raises(DigestMismatch, match="is damaged"):
         cache.export("app:1", tmp_path / "rotten", format="oci-dir")
     assert not (tmp_path / "rotten").exists()
 
 
 def test_an_unknown_format_is_an_error(cache: Cache, cachedb: Run, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     with pytest.raises(CacheError, match="'zip' is not a format"):
         cache.export("app:1", tmp_path / "out", format="zip")  # type: ignore[arg-type]
-    fails(cachedb("export", "--format", "zip", "app:1", tmp_path / "out"), 2)
+    check_failure(cachedb("export", "--format", "zip", "app:1", tmp_path / "out"), 2)
 
 
 def test_an_image_layout_cannot_go_to_a_stream(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+    import_image(cache, tmp_path)
     with pytest.raises(CacheError, match="give its path"):
         cache.export("app:1", io.BytesIO(), format="oci-dir")
 
 
-def test_the_file_system_s_errors_are_errors_of_the_storage(cache: Cache, tmp_path: Path) -> None:
-    add(cache, tmp_path)
+def test_errors_of_the_file_system_are_storage_errors(cache: Cache, tmp_path: Path) -> None:
+    import_image(cache, tmp_path)
     (tmp_path / "file").write_bytes(b"")
     for form in FORMATS:
         with pytest.raises(StorageError, match="cannot write the export"):

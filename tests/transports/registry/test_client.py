@@ -1,4 +1,4 @@
-"""Limits, on both sides: what is just within one is taken, and what is just beyond it is not."""
+"""Limits of the client: a value at a limit is accepted, and a value just beyond it is refused."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.support.registries import PASSWORD, PAUSES, USER, Registry, alone  # 
 IMAGE = make.image(1, 2, 3, 4, 5)
 
 
-# A download
+# Downloads
 
 
 class Clock:
-    """Stands still unless it is moved."""
+    """A clock that only a test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -36,7 +36,7 @@ class Clock:
 
 
 class SlowRepository:
-    """A registry that sends a blob a piece a second; a response ends early after ``cut`` pieces."""
+    """A registry that sends one piece of a blob a second; a response ends early after `cut` pieces."""
 
     place = SimpleNamespace(registry="slow.test")
 
@@ -63,7 +63,7 @@ class SlowRepository:
         self.pauses += 1
 
 
-def downloaded(repository: SlowRepository, data: bytes) -> bytes:
+def download(repository: SlowRepository, data: bytes) -> bytes:
     blob = registry.Blob(repository, Digest(make.digest_of(data)), len(data), 0)  # type: ignore[arg-type]
     buffer, found = memoryview(bytearray(64 * 1024)), b""
     while count := blob.readinto(buffer):
@@ -74,11 +74,11 @@ def downloaded(repository: SlowRepository, data: bytes) -> bytes:
 def test_a_download_that_is_just_fast_enough_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make.random_bytes(1024 * 60 * 10, 1)  # ten minutes
     remote = SlowRepository(Clock(monkeypatch), data, 1024)
-    assert downloaded(remote, data) == data
+    assert download(remote, data) == data
     assert (remote.requests, remote.pauses) == (1, 0)
 
 
-def test_of_a_download_that_is_all_there_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_download_sends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     remote = SlowRepository(Clock(monkeypatch), b"data", 1024)
     digest, buffer = Digest(make.digest_of(b"data")), memoryview(bytearray(10))
     assert registry.Blob(remote, digest, 4, 4).readinto(buffer) == 0  # type: ignore[arg-type]
@@ -87,54 +87,54 @@ def test_of_a_download_that_is_all_there_nothing_is_asked_for(monkeypatch: pytes
     assert remote.requests == 1
 
 
-def test_a_download_that_is_just_too_slow_is_asked_for_again_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_is_just_too_slow_is_retried_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make.random_bytes(1024 * 60 * 10, 1)
     remote = SlowRepository(Clock(monkeypatch), data, 1000)
     with pytest.raises(RegistryUnavailable, match="slower than 1024 bytes per second"):
-        downloaded(remote, data)
+        download(remote, data)
     assert remote.requests == client.TRIES
 
 
-def test_each_try_of_a_download_has_a_minute_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_try_of_a_download_gets_a_full_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     data = make.random_bytes(1000 * 61 * 2 + 1024 * 60 * 5, 1)
     remote = SlowRepository(clock, data, 1000)
     open_blob = remote.open_blob
 
-    def faster_from_the_third(digest: Digest, offset: int) -> tuple[Any, int]:
+    def open_faster_from_third(digest: Digest, offset: int) -> tuple[Any, int]:
         remote._piece = 1000 if remote.requests < 2 else 1024
         return open_blob(digest, offset)
 
-    monkeypatch.setattr(remote, "open_blob", faster_from_the_third)
-    assert downloaded(remote, data) == data
+    monkeypatch.setattr(remote, "open_blob", open_faster_from_third)
+    assert download(remote, data) == data
     assert remote.requests == 3
 
 
-@pytest.mark.parametrize(("pieces", "whole"), [(13, True), (12, False)])
-def test_a_download_that_is_cut_off_again_and_again_goes_on_if_a_minutes_worth_comes_before_the_last_try(
-    monkeypatch: pytest.MonkeyPatch, pieces: int, whole: bool
+@pytest.mark.parametrize(("pieces", "succeeds"), [(13, True), (12, False)])
+def test_an_often_interrupted_download_continues_if_its_tries_bring_enough_for_a_minute(
+    monkeypatch: pytest.MonkeyPatch, pieces: int, succeeds: bool
 ) -> None:
     data = make.random_bytes(1024 * (pieces * client.TRIES + 3), 1)
     remote = SlowRepository(Clock(monkeypatch), data, 1024, cut=pieces)
-    if whole:
-        assert downloaded(remote, data) == data
+    if succeeds:
+        assert download(remote, data) == data
         return
     with pytest.raises(RegistryUnavailable, match="keeps interrupting"):
-        downloaded(remote, data)
+        download(remote, data)
     assert remote.requests == client.TRIES
 
 
-def test_what_a_registry_without_ranges_sends_again_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_a_registry_without_ranges_sends_again_are_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make.random_bytes(1024 * 60 * 10, 1)
     remote = SlowRepository(Clock(monkeypatch), data, 1024, cut=400)
     open_blob = remote.open_blob
 
-    def from_the_beginning(digest: Digest, offset: int) -> tuple[Any, int]:
+    def open_from_beginning(digest: Digest, offset: int) -> tuple[Any, int]:
         remote._cut = 400 if remote.requests == 0 else None
         return open_blob(digest, 0)
 
-    monkeypatch.setattr(remote, "open_blob", from_the_beginning)
-    assert downloaded(remote, data) == data
+    monkeypatch.setattr(remote, "open_blob", open_from_beginning)
+    assert download(remote, data) == data
     assert remote.requests == 2
 
 
@@ -149,49 +149,49 @@ def guarded() -> Iterator[Registry]:
 
 
 @pytest.fixture
-def login(guarded: Registry, tmp_path: Path) -> Path:
+def authfile(guarded: Registry, tmp_path: Path) -> Path:
     path = tmp_path / "auth.json"
     path.write_text(json.dumps({"auths": {guarded.host: {"username": USER, "password": PASSWORD}}}))
     return path
 
 
-def test_a_request_that_is_refused_with_a_new_token_asks_for_no_other(
-    cache: Cache, guarded: Registry, login: Path
+def test_a_request_refused_with_a_new_token_gets_no_second_token(
+    cache: Cache, guarded: Registry, authfile: Path
 ) -> None:
     challenge = f'Bearer realm="{guarded.realm}",service="x",scope="repository:app:pull"'
     guarded.fault(answer(401, {"WWW-Authenticate": challenge}), path="/manifests/", times=99)
     with pytest.raises(RegistryError, match="refuses app:1"):
-        cache.pull(f"{guarded.host}/app:1", authfile=login)
+        cache.pull(f"{guarded.host}/app:1", authfile=authfile)
     assert guarded.count(path="/token") == 1
-    assert guarded.count(path="/manifests/") == 2, "without a token, and with one"
+    assert guarded.count(path="/manifests/") == 2, "one request without a token, one with it"
 
 
-def test_requests_that_are_refused_together_ask_for_one_token(cache: Cache, guarded: Registry, login: Path) -> None:
-    """The token that the manifest was fetched with has expired when the blobs are asked for, all at once."""
-    together = threading.Barrier(4, timeout=60)  # as many as are downloaded at a time
+def test_requests_refused_together_get_one_token(cache: Cache, guarded: Registry, authfile: Path) -> None:
+    """The token of the manifest's request has expired when all blobs are requested at once."""
+    together = threading.Barrier(4, timeout=60)  # the number of concurrent downloads
     refused = threading.Semaphore(4)
 
-    def expired(call: Call) -> Answer:
+    def refuse_or_serve(call: Call) -> Answer:
         if refused.acquire(blocking=False):
             together.wait()
             challenge = f'Bearer realm="{guarded.realm}",service="x",scope="repository:app:pull"'
             return Answer(401, {"WWW-Authenticate": challenge})
         return call.serve()
 
-    guarded.fault(expired, method="GET", path="/blobs/", times=99)
-    cache.pull(f"{guarded.host}/app:1", authfile=login)
+    guarded.fault(refuse_or_serve, method="GET", path="/blobs/", times=99)
+    cache.pull(f"{guarded.host}/app:1", authfile=authfile)
     assert guarded.count(path="/token") == 2, "one for the manifest, one for all blobs"
 
 
-def test_a_token_of_the_largest_size_is_taken_and_no_larger_one(
-    cache: Cache, guarded: Registry, login: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_token_of_the_largest_size_is_accepted_and_a_larger_one_refused(
+    cache: Cache, guarded: Registry, authfile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_TOKEN_LIMIT", 2000)
     guarded.fault(rewritten(lambda data: data.ljust(2000)), path="/token")
-    cache.pull(f"{guarded.host}/app:1", authfile=login)
+    cache.pull(f"{guarded.host}/app:1", authfile=authfile)
     guarded.fault(rewritten(lambda data: data.ljust(2001)), path="/token")
     with pytest.raises(RegistryError, match="is over 2000 bytes"):
-        cache.pull(f"{guarded.host}/app:1", authfile=login)
+        cache.pull(f"{guarded.host}/app:1", authfile=authfile)
 
 
 # Requests
@@ -204,12 +204,12 @@ def remote() -> Iterator[Registry]:
         yield made
 
 
-def repository_at(remote: Registry) -> registry.Repository:
+def open_repository(remote: Registry) -> registry.Repository:
     return registry.Repository(places.place(Name.parse(f"{remote.host}/app:1")))
 
 
-def test_a_request_is_sent_five_times_and_not_more(remote: Registry) -> None:
-    repository = repository_at(remote)
+def test_a_request_is_sent_at_most_five_times(remote: Registry) -> None:
+    repository = open_repository(remote)
     remote.fault(closed(), times=4)
     assert repository.digest("1") == IMAGE.digest
     remote.fault(closed(), times=5)
@@ -219,41 +219,41 @@ def test_a_request_is_sent_five_times_and_not_more(remote: Registry) -> None:
     repository.close()
 
 
-@pytest.mark.parametrize(("failures", "goes_on"), [(3, True), (4, False)])
-def test_a_token_is_asked_for_while_a_try_is_left_to_use_it(
-    guarded: Registry, login: Path, failures: int, goes_on: bool
+@pytest.mark.parametrize(("failures", "succeeds"), [(3, True), (4, False)])
+def test_a_token_is_requested_only_if_a_try_is_left_to_use_it(
+    guarded: Registry, authfile: Path, failures: int, succeeds: bool
 ) -> None:
-    repository = registry.Repository(places.place(Name.parse(f"{guarded.host}/app:1")), authfile=login)
+    repository = registry.Repository(places.place(Name.parse(f"{guarded.host}/app:1")), authfile=authfile)
     guarded.fault(closed(), method="HEAD", times=failures, first=True)
-    if goes_on:
+    if succeeds:
         assert repository.digest("1") == IMAGE.digest
     else:
         with pytest.raises(RegistryError, match="refuses app:1"):
             repository.digest("1")
-    assert guarded.count(path="/token") == goes_on
+    assert guarded.count(path="/token") == succeeds
     repository.close()
 
 
 @pytest.mark.parametrize(
-    ("said", "there"), [("0-0", None), ("0-1", 2), ("0-8", 9), ("0-9", 10), ("0-10", None), ("1-5", None)]
+    ("range_header", "offset"), [("0-0", None), ("0-1", 2), ("0-8", 9), ("0-9", 10), ("0-10", None), ("1-5", None)]
 )
-def test_an_upload_goes_on_where_the_registry_has_more_than_a_byte_and_no_more_than_all(
-    remote: Registry, said: str, there: int | None
+def test_an_upload_resumes_at_a_valid_offset_of_the_registry(
+    remote: Registry, range_header: str, offset: int | None
 ) -> None:
-    repository = repository_at(remote)
-    remote.fault(answer(204, {"Range": said, "Location": f"{remote.url}/next"}), method="GET", path="/upload")
+    repository = open_repository(remote)
+    remote.fault(answer(204, {"Range": range_header, "Location": f"{remote.url}/next"}), method="GET", path="/upload")
     found = repository._upload_so_far(f"{remote.url}/upload", 10)
-    assert found == ((None, 0) if there is None else (f"{remote.url}/next", there))
+    assert found == ((None, 0) if offset is None else (f"{remote.url}/next", offset))
     repository.close()
 
 
-def test_what_a_stranger_says_is_quoted_to_200_characters() -> None:
+def test_text_of_a_registry_is_quoted_up_to_200_characters() -> None:
     assert client.one_line("x" * 200) == "x" * 200
     assert client.one_line("x" * 201) == "x" * 200 + "..."
 
 
-def test_a_registry_that_wants_a_minute_has_it_and_no_longer(remote: Registry) -> None:
-    repository = repository_at(remote)
+def test_retry_after_is_obeyed_up_to_a_minute(remote: Registry) -> None:
+    repository = open_repository(remote)
     remote.fault(retry_later(60))
     assert repository.digest("1") == IMAGE.digest
     assert PAUSES == [60]
@@ -264,9 +264,9 @@ def test_a_registry_that_wants_a_minute_has_it_and_no_longer(remote: Registry) -
     repository.close()
 
 
-def test_pauses_double(remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_between_tries_double(remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("random.uniform", lambda *_: 1.0)
-    repository = repository_at(remote)
+    repository = open_repository(remote)
     remote.fault(closed(), times=4)
     repository.digest("1")
     assert PAUSES == [0.5, 1, 2, 4]
@@ -274,7 +274,7 @@ def test_pauses_double(remote: Registry, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_five_redirects_are_followed(remote: Registry) -> None:
-    repository = repository_at(remote)
+    repository = open_repository(remote)
     remote.fault(redirect(remote.url), times=5)
     assert repository.digest("1") == IMAGE.digest
     remote.fault(redirect(remote.url), times=6)
@@ -283,8 +283,8 @@ def test_five_redirects_are_followed(remote: Registry) -> None:
     repository.close()
 
 
-def test_a_manifest_of_the_largest_size_is_taken(remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    repository = repository_at(remote)
+def test_a_manifest_of_the_largest_size_is_accepted(remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = open_repository(remote)
     monkeypatch.setattr(registry, "DOCUMENT_LIMIT", len(IMAGE.manifest))
     assert repository.manifest("1").data == IMAGE.manifest
     monkeypatch.setattr(registry, "DOCUMENT_LIMIT", len(IMAGE.manifest) - 1)
@@ -293,13 +293,13 @@ def test_a_manifest_of_the_largest_size_is_taken(remote: Registry, monkeypatch: 
     repository.close()
 
 
-def test_the_largest_port_is_one() -> None:
+def test_the_largest_port_is_accepted() -> None:
     assert places.place(Name.parse("localhost:65535/app:1")).registry == "localhost:65535"
     with pytest.raises(InvalidName, match="above 65535"):
         places.place(Name.parse("localhost:65536/app:1"))
 
 
-def referrer(number: int) -> bytes:
+def make_referrer(number: int) -> bytes:
     config = b"{}"
     return json.dumps(
         {
@@ -314,11 +314,11 @@ def referrer(number: int) -> bytes:
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_as_many_referrers_as_may_be_are_listed(remote: Registry, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_the_number_of_referrers_is_limited(remote: Registry, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(registry, "_MAX_REFERRERS", 3)
     for number in range(count):
-        remote.add_manifest(referrer(number), "app")
-    repository = repository_at(remote)
+        remote.add_manifest(make_referrer(number), "app")
+    repository = open_repository(remote)
     if count == 3:
         assert len(repository.referrers(Digest(IMAGE.digest))) == 3
     else:
@@ -328,13 +328,13 @@ def test_as_many_referrers_as_may_be_are_listed(remote: Registry, monkeypatch: p
 
 
 @pytest.mark.parametrize("pages", [3, 4])
-def test_as_many_pages_of_referrers_as_may_be_are_read(
+def test_the_number_of_pages_of_referrers_is_limited(
     remote: Registry, monkeypatch: pytest.MonkeyPatch, pages: int
 ) -> None:
     monkeypatch.setattr(registry, "_MAX_REFERRERS", 3)
     more = {"Content-Type": OCI_INDEX, "Link": f'</v2/app/referrers/{IMAGE.digest}>; rel="next"'}
     remote.fault(headers(dict(more)), path="/referrers/", times=pages - 1)
-    repository = repository_at(remote)
+    repository = open_repository(remote)
     if pages == 3:
         assert repository.referrers(Digest(IMAGE.digest)) == []
     else:
@@ -344,13 +344,13 @@ def test_as_many_pages_of_referrers_as_may_be_are_read(
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_an_image_has_as_many_manifests_that_refer_to_it_as_may_be(
+def test_the_number_of_manifests_that_refer_to_an_image_is_limited(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     monkeypatch.setattr("cachedb.operations.pull._MAX_MANIFESTS", 3)
     remote.blobs["app", make.digest_of(b"{}")] = b"{}"
     for number in range(count):
-        remote.add_manifest(referrer(number), "app")
+        remote.add_manifest(make_referrer(number), "app")
     if count == 2:
         cache.pull(f"{remote.host}/app:1", referrers=True)
     else:

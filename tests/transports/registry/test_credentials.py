@@ -1,3 +1,5 @@
+"""Credentials: which files and helpers are read, in which order, and that no secret is shown."""
+
 from __future__ import annotations
 
 import base64
@@ -30,7 +32,7 @@ Helper = Callable[[str, str], Path]
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home in which nobody has logged in, and no way to the real one."""
+    """Make an empty home, and hide the real one."""
     for name in ("REGISTRY_AUTH_FILE", "XDG_CONFIG_HOME", "DOCKER_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "home"
@@ -42,16 +44,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Helper:
-    """Install a credential helper: a shell script that has what it was asked in $server; what is asked is noted."""
+    """Return a function that installs a credential helper, a shell script, and returns the file of its last request."""
     programs = tmp_path / "bin"
     programs.mkdir()
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
 
     def install(name: str, script: str) -> Path:
-        path, asked = programs / f"docker-credential-{name}", tmp_path / f"asked-{name}"
-        path.write_text(f'#!/bin/sh\nserver=$(cat)\nprintf %s "$1 $server" > {asked}\n{script}\n')
+        path, noted = programs / f"docker-credential-{name}", tmp_path / f"asked-{name}"
+        path.write_text(f'#!/bin/sh\nserver=$(cat)\nprintf %s "$1 $server" > {noted}\n{script}\n')
         path.chmod(0o755)
-        return asked
+        return noted
 
     return install
 
@@ -70,39 +72,37 @@ def write(path: Path, document: object) -> Path:
     return path
 
 
-def user(found: Credentials | None) -> str | None:
+def username_of(found: Credentials | None) -> str | None:
     return None if found is None else found.username
 
 
-def docker(home: Path, document: dict[str, Any]) -> Path:
+def write_docker_config(home: Path, document: dict[str, Any]) -> Path:
     return write(home / ".docker/config.json", document)
 
 
-# Where
+# The files
 
 
-def test_without_a_file_it_is_anonymous() -> None:
+def test_without_a_file_there_are_no_credentials() -> None:
     assert find(REGISTRY, "app") is None
 
 
-def test_the_files_are_looked_at_in_the_documented_order(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_read_in_the_documented_order(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
     places = ["run/containers/auth.json", "xdg/containers/auth.json", "docker/config.json"]
     files = [write(tmp_path / place, {"auths": {REGISTRY: entry(place)}}) for place in places]
     files.append(write(home / ".dockercfg", {REGISTRY: entry(".dockercfg")}))
     for file, place in zip(files, [*places, ".dockercfg"], strict=True):
-        assert user(find(REGISTRY, "app")) == place
+        assert username_of(find(REGISTRY, "app")) == place
         file.unlink()
     assert find(REGISTRY, "app") is None
 
 
 @pytest.mark.parametrize("place", [".config/containers/auth.json", ".docker/config.json"])
-def test_the_files_are_in_the_home_where_no_variable_says_otherwise(place: str, home: Path) -> None:
+def test_files_are_in_the_home_if_no_variable_is_set(place: str, home: Path) -> None:
     write(home / place, {"auths": {REGISTRY: entry("me")}})
-    assert user(find(REGISTRY, "app")) == "me"
+    assert username_of(find(REGISTRY, "app")) == "me"
 
 
 def test_without_a_runtime_directory_the_first_file_is_in_run_containers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,22 +116,22 @@ def test_without_a_runtime_directory_the_first_file_is_in_run_containers(monkeyp
 
 def test_a_file_without_the_registry_does_not_hide_the_next(home: Path, tmp_path: Path) -> None:
     write(tmp_path / "run/containers/auth.json", {"auths": {"other.example.org": entry("other")}})
-    docker(home, {"auths": {REGISTRY: entry("docker")}})
-    assert user(find(REGISTRY, "app")) == "docker"
+    write_docker_config(home, {"auths": {REGISTRY: entry("docker")}})
+    assert username_of(find(REGISTRY, "app")) == "docker"
 
 
-def test_a_file_that_is_named_is_the_only_one(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    docker(home, {"auths": {REGISTRY: entry("home"), "other.example.org": entry("home")}})
+def test_a_named_file_is_the_only_one_that_is_read(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_docker_config(home, {"auths": {REGISTRY: entry("home"), "other.example.org": entry("home")}})
     by_variable = write(tmp_path / "by-variable.json", {"auths": {REGISTRY: entry("variable")}})
     by_argument = write(tmp_path / "by-argument.json", {"auths": {REGISTRY: entry("argument")}})
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(by_variable))
-    assert user(find(REGISTRY, "app")) == "variable"
+    assert username_of(find(REGISTRY, "app")) == "variable"
     assert find("other.example.org", "app") is None
-    assert user(find(REGISTRY, "app", by_argument)) == "argument"
+    assert username_of(find(REGISTRY, "app", by_argument)) == "argument"
     assert find("other.example.org", "app", by_argument) is None
 
 
-def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_file_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = tmp_path / "missing.json"
     with pytest.raises(RegistryError, match=r"missing\.json"):
         find(REGISTRY, "app", missing)
@@ -141,14 +141,14 @@ def test_a_file_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("place", [".config/containers/auth.json", ".docker/config.json"])
-def test_an_empty_variable_says_nothing(place: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_is_ignored(place: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(home / place, {"auths": {REGISTRY: entry("home")}})
     for name in ("REGISTRY_AUTH_FILE", "XDG_CONFIG_HOME", "DOCKER_CONFIG"):
         monkeypatch.setenv(name, "")
-    assert user(find(REGISTRY, "app")) == "home"
+    assert username_of(find(REGISTRY, "app")) == "home"
 
 
-# Which entry
+# The entries of a file
 
 
 def test_the_most_specific_key_wins(home: Path) -> None:
@@ -158,166 +158,172 @@ def test_the_most_specific_key_wins(home: Path) -> None:
         f"{REGISTRY}/team": "team",
         f"{REGISTRY}/team/app": "app",
     }
-    docker(home, {"auths": {key: entry(name) for key, name in keys.items()}})
-    assert user(find(REGISTRY, "team/app")) == "app"
-    assert user(find(REGISTRY, "team/app2")) == "team"
-    assert user(find(REGISTRY, "teams/app")) == "host"
+    write_docker_config(home, {"auths": {key: entry(name) for key, name in keys.items()}})
+    assert username_of(find(REGISTRY, "team/app")) == "app"
+    assert username_of(find(REGISTRY, "team/app2")) == "team"
+    assert username_of(find(REGISTRY, "teams/app")) == "host"
 
 
-def test_a_namespace_is_not_for_the_whole_registry(home: Path) -> None:
-    docker(home, {"auths": {f"{REGISTRY}/team": entry("team")}})
+def test_an_entry_of_a_namespace_is_not_used_for_the_whole_registry(home: Path) -> None:
+    write_docker_config(home, {"auths": {f"{REGISTRY}/team": entry("team")}})
     assert find(REGISTRY, "other/app") is None
 
 
 @pytest.mark.parametrize("key", [f"https://{REGISTRY}", f"http://{REGISTRY}/v1/", f"https://{REGISTRY}/v2/"])
-def test_a_url_is_for_its_host(key: str, home: Path) -> None:
-    docker(home, {"auths": {key: entry("me")}})
-    assert user(find(REGISTRY, "app")) == "me"
+def test_an_entry_of_a_url_is_used_for_its_host(key: str, home: Path) -> None:
+    write_docker_config(home, {"auths": {key: entry("me")}})
+    assert username_of(find(REGISTRY, "app")) == "me"
     assert find(REGISTRY.partition(":")[0], "app") is None
 
 
 @pytest.mark.parametrize("key", [HUB, "docker.io", "index.docker.io", "https://registry-1.docker.io/v2/"])
 @pytest.mark.parametrize("registry", ["docker.io", "index.docker.io", "registry-1.docker.io"])
-def test_docker_hub_has_many_names(key: str, registry: str, home: Path) -> None:
-    docker(home, {"auths": {key: entry("me")}})
-    assert user(find(registry, "library/alpine")) == "me"
+def test_all_names_of_docker_hub_are_equal(key: str, registry: str, home: Path) -> None:
+    write_docker_config(home, {"auths": {key: entry("me")}})
+    assert username_of(find(registry, "library/alpine")) == "me"
     assert find("quay.io", "library/alpine") is None
 
 
-def test_in_the_oldest_file_a_key_is_a_host_with_any_path(home: Path) -> None:
+def test_the_path_of_a_key_in_dockercfg_is_ignored(home: Path) -> None:
     write(home / ".dockercfg", {f"{REGISTRY}/v1/": entry("me"), "docker.io/library/alpine": entry("hub")})
-    assert user(find(REGISTRY, "app")) == "me"
-    assert user(find("docker.io", "team/app")) == "hub"
+    assert username_of(find(REGISTRY, "app")) == "me"
+    assert username_of(find("docker.io", "team/app")) == "hub"
 
 
-# What an entry says
+# The content of an entry
 
 
 def test_a_password_may_have_colons(home: Path) -> None:
-    docker(home, {"auths": {REGISTRY: entry("me", "a:b:c")}})
+    write_docker_config(home, {"auths": {REGISTRY: entry("me", "a:b:c")}})
     assert find(REGISTRY, "app") == Credentials("me", "a:b:c", "")
 
 
-def test_the_nuls_that_docker_wrote_are_no_part_of_a_password(home: Path) -> None:
-    docker(home, {"auths": {REGISTRY: entry("me", "secret\0\0\0")}})
+def test_trailing_nuls_are_removed_from_a_password(home: Path) -> None:
+    write_docker_config(home, {"auths": {REGISTRY: entry("me", "secret\0\0\0")}})
     assert find(REGISTRY, "app") == Credentials("me", "secret", "")
 
 
-def test_an_identity_token_is_beside_the_rest_or_alone(home: Path) -> None:
-    docker(home, {"auths": {REGISTRY: entry("me", "") | {"identitytoken": "t"}, "quay.io": {"identitytoken": "u"}}})
+def test_an_identity_token_may_stand_alone_or_with_other_fields(home: Path) -> None:
+    write_docker_config(
+        home, {"auths": {REGISTRY: entry("me", "") | {"identitytoken": "t"}, "quay.io": {"identitytoken": "u"}}}
+    )
     assert find(REGISTRY, "app") == Credentials("me", "", "t")
     assert find("quay.io", "app") == Credentials("", "", "u")
 
 
-def test_the_fields_of_docker_count_where_there_is_no_auth(home: Path) -> None:
+def test_username_and_password_are_used_if_there_is_no_auth(home: Path) -> None:
     fields = {"username": "me", "password": "p"}
-    docker(home, {"auths": {REGISTRY: fields, "quay.io": fields | entry("auth", "q")}})
+    write_docker_config(home, {"auths": {REGISTRY: fields, "quay.io": fields | entry("auth", "q")}})
     assert find(REGISTRY, "app") == Credentials("me", "p", "")
     assert find("quay.io", "app") == Credentials("auth", "q", "")
 
 
 @pytest.mark.parametrize("empty", [{}, None, {"auth": ""}, {"auth": None}, {"email": "me@example.org"}, entry("", "")])
-def test_an_empty_entry_leaves_it_to_the_next_file(empty: object, home: Path, tmp_path: Path) -> None:
+def test_an_empty_entry_is_skipped(empty: object, home: Path, tmp_path: Path) -> None:
     write(tmp_path / "run/containers/auth.json", {"auths": {REGISTRY: empty}})
     assert find(REGISTRY, "app") is None
-    docker(home, {"auths": {REGISTRY: entry("docker")}})
-    assert user(find(REGISTRY, "app")) == "docker"
+    write_docker_config(home, {"auths": {REGISTRY: entry("docker")}})
+    assert username_of(find(REGISTRY, "app")) == "docker"
 
 
 # Helpers
 
 
-def test_a_registrys_helper_comes_before_the_store_and_the_store_before_entries(home: Path, helper: Helper) -> None:
+def test_a_registrys_helper_is_tried_before_the_store_and_that_before_entries(home: Path, helper: Helper) -> None:
     helper("own", answer("own", "s"))
     helper("all", answer("all", "s"))
     document = {"auths": {REGISTRY: entry("auths")}, "credsStore": "all", "credHelpers": {REGISTRY: "own"}}
-    docker(home, document)
+    write_docker_config(home, document)
     assert find(REGISTRY, "app") == Credentials("own", "s", "")
-    docker(home, document | {"credHelpers": {}})
+    write_docker_config(home, document | {"credHelpers": {}})
     assert find(REGISTRY, "app") == Credentials("all", "s", "")
-    docker(home, {"auths": document["auths"]})
+    write_docker_config(home, {"auths": document["auths"]})
     assert find(REGISTRY, "app") == Credentials("auths", SECRET, "")
 
 
-def test_an_empty_entry_is_for_the_store(home: Path, helper: Helper) -> None:
+def test_an_empty_entry_is_looked_up_in_the_store(home: Path, helper: Helper) -> None:
     asked = helper("all", answer("all", "s"))
-    docker(home, {"auths": {REGISTRY: {}}, "credsStore": "all"})
-    assert user(find(REGISTRY, "app")) == "all"
+    write_docker_config(home, {"auths": {REGISTRY: {}}, "credsStore": "all"})
+    assert username_of(find(REGISTRY, "app")) == "all"
     assert asked.read_text() == f"get {REGISTRY}"
 
 
 @pytest.mark.parametrize(
     "document", [{"credsStore": "x"}, {"credHelpers": {HUB: "x"}}, {"credHelpers": {"docker.io": "x"}}]
 )
-def test_a_helper_knows_docker_hub_by_its_old_address(document: dict[str, Any], home: Path, helper: Helper) -> None:
+def test_a_helper_is_asked_for_docker_hub_by_its_old_address(
+    document: dict[str, Any], home: Path, helper: Helper
+) -> None:
     asked = helper("x", answer("me", "s"))
-    docker(home, document)
-    assert user(find("docker.io", "library/alpine")) == "me"
+    write_docker_config(home, document)
+    assert username_of(find("docker.io", "library/alpine")) == "me"
     assert asked.read_text() == f"get {HUB}"
 
 
-def test_a_registry_may_have_no_helper_where_all_others_have(home: Path) -> None:
-    docker(home, {"auths": {REGISTRY: entry("auths")}, "credsStore": "missing", "credHelpers": {REGISTRY: ""}})
-    assert user(find(REGISTRY, "app")) == "auths"
+def test_an_empty_helper_disables_the_store_for_a_registry(home: Path) -> None:
+    write_docker_config(
+        home, {"auths": {REGISTRY: entry("auths")}, "credsStore": "missing", "credHelpers": {REGISTRY: ""}}
+    )
+    assert username_of(find(REGISTRY, "app")) == "auths"
 
 
-def test_the_user_called_token_has_an_identity_token(home: Path, helper: Helper) -> None:
+def test_a_helpers_secret_for_the_user_token_is_an_identity_token(home: Path, helper: Helper) -> None:
     helper("x", answer("<token>", "refresh"))
-    docker(home, {"credsStore": "x"})
+    write_docker_config(home, {"credsStore": "x"})
     assert find(REGISTRY, "app") == Credentials("", "", "refresh")
 
 
 @pytest.mark.parametrize("script", [NOT_FOUND, answer("", "")])
-def test_a_store_that_has_nothing_leaves_it_to_the_entries(script: str, home: Path, helper: Helper) -> None:
+def test_entries_are_read_if_the_store_has_no_credentials(script: str, home: Path, helper: Helper) -> None:
     helper("x", script)
-    path = docker(home, {"credsStore": "x", "auths": {REGISTRY: entry("auths")}})
-    assert user(find(REGISTRY, "app")) == "auths"
+    path = write_docker_config(home, {"credsStore": "x", "auths": {REGISTRY: entry("auths")}})
+    assert username_of(find(REGISTRY, "app")) == "auths"
     write(path, {"credsStore": "x"})
     assert find(REGISTRY, "app") is None
 
 
-def test_a_registrys_helper_that_has_nothing_leaves_it_to_the_next_file(
+def test_the_next_file_is_read_if_a_registrys_helper_has_no_credentials(
     home: Path, tmp_path: Path, helper: Helper
 ) -> None:
     helper("x", NOT_FOUND)
     entries = {REGISTRY: entry("stale")}
     write(tmp_path / "run/containers/auth.json", {"credHelpers": {REGISTRY: "x"}, "auths": entries})
-    docker(home, {"auths": {REGISTRY: entry("docker")}})
-    assert user(find(REGISTRY, "app")) == "docker"
+    write_docker_config(home, {"auths": {REGISTRY: entry("docker")}})
+    assert username_of(find(REGISTRY, "app")) == "docker"
 
 
-def test_a_helper_that_does_not_read_what_it_is_asked_is_heard(home: Path, tmp_path: Path, helper: Helper) -> None:
+def test_the_answer_of_a_helper_that_reads_no_input_is_used(home: Path, tmp_path: Path, helper: Helper) -> None:
     helper("x", "")
     (tmp_path / "bin/docker-credential-x").write_text(f"#!/bin/sh\nexec <&-\n{answer('me', 's')}\n")
-    docker(home, {"credsStore": "x"})
-    assert user(find(REGISTRY, "app")) == "me"
+    write_docker_config(home, {"credsStore": "x"})
+    assert username_of(find(REGISTRY, "app")) == "me"
 
 
-def test_a_helper_that_is_not_installed_is_named(home: Path, helper: Helper) -> None:
-    docker(home, {"credsStore": "missing"})
+def test_the_error_of_a_missing_helper_names_it(home: Path, helper: Helper) -> None:
+    write_docker_config(home, {"credsStore": "missing"})
     with pytest.raises(RegistryError, match="install docker-credential-missing"):
         find(REGISTRY, "app")
 
 
-def test_a_helper_that_cannot_be_run_is_named(home: Path, tmp_path: Path, helper: Helper) -> None:
+def test_the_error_of_a_helper_that_cannot_be_run_names_it(home: Path, tmp_path: Path, helper: Helper) -> None:
     helper("x", "")
     (tmp_path / "bin/docker-credential-x").write_bytes(b"\x7fELF no more")
-    docker(home, {"credsStore": "x"})
+    write_docker_config(home, {"credsStore": "x"})
     with pytest.raises(RegistryError, match="cannot run docker-credential-x"):
         find(REGISTRY, "app")
 
 
 @pytest.mark.parametrize("name", ["../x", "x/y", "x;y", "x y", "x\n", "x\0", "$(id)", 1, ["x"], "x" * 101])
-def test_a_helper_is_the_name_of_a_program(name: object, home: Path, tmp_path: Path, helper: Helper) -> None:
+def test_an_invalid_helper_name_is_refused(name: object, home: Path, tmp_path: Path, helper: Helper) -> None:
     asked = helper("x", answer("me", "s"))
-    docker(home, {"credsStore": name})
+    write_docker_config(home, {"credsStore": name})
     with pytest.raises(RegistryError, match="as a credential helper"):
         find(REGISTRY, "app")
     assert not asked.exists()
 
 
-def everything_of(error: BaseException) -> str:
-    """All that a log could take from an error: its text, its causes, and what they hold."""
+def collect_text(error: BaseException) -> str:
+    """Return all text that a log could show of an error: its message, its causes and their attributes."""
     text = "".join(traceback.format_exception(error))
     while True:
         text += repr(error) + repr(vars(error))
@@ -342,7 +348,7 @@ def everything_of(error: BaseException) -> str:
         (f"echo {SECRET}; sleep 100", "docker-credential-x gave no answer in 0.5 seconds"),
     ],
 )
-def test_a_helper_that_fails_is_named_and_what_it_wrote_is_not_shown(
+def test_the_error_of_a_failed_helper_names_it_and_hides_its_output(
     script: str,
     message: str,
     home: Path,
@@ -352,22 +358,22 @@ def test_a_helper_that_fails_is_named_and_what_it_wrote_is_not_shown(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     helper("x", script)
-    docker(home, {"credsStore": "x", "auths": {REGISTRY: entry("auths")}})
+    write_docker_config(home, {"credsStore": "x", "auths": {REGISTRY: entry("auths")}})
     if "no answer" in message:
         monkeypatch.setattr(credentials, "_TIMEOUT_SECONDS", 0.5)
     with caplog.at_level(logging.DEBUG), pytest.raises(RegistryError, match=message) as caught:
         find(REGISTRY, "app")
-    shown = everything_of(caught.value) + caplog.text + "".join(capfd.readouterr())
+    shown = collect_text(caught.value) + caplog.text + "".join(capfd.readouterr())
     assert SECRET not in shown
 
 
 @pytest.mark.parametrize("script", ["sleep 100 & echo $! > {0}; wait", "sleep 100 >&- & echo $! > {0}; exec >&-; wait"])
-def test_a_helper_that_hangs_is_ended_with_all_it_began(
+def test_a_hanging_helper_is_killed_with_its_children(
     script: str, home: Path, tmp_path: Path, helper: Helper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = tmp_path / "pid"
     helper("x", script.format(pid))
-    docker(home, {"credsStore": "x"})
+    write_docker_config(home, {"credsStore": "x"})
     began = time.monotonic()
     later = SimpleNamespace(monotonic=lambda: time.monotonic() + (30 if is_written(pid) else 0))
     monkeypatch.setattr(credentials, "time", later)
@@ -377,10 +383,10 @@ def test_a_helper_that_hangs_is_ended_with_all_it_began(
     assert is_over(int(pid.read_text()))
 
 
-def test_a_helper_is_ended_when_nobody_wants_its_answer_any_more(home: Path, tmp_path: Path, helper: Helper) -> None:
+def test_a_helper_is_killed_when_its_answer_is_no_longer_needed(home: Path, tmp_path: Path, helper: Helper) -> None:
     pid, stopped = tmp_path / "pid", threading.Event()
     helper("x", f"sleep 100 & echo $! > {pid}; wait")
-    docker(home, {"credsStore": "x"})
+    write_docker_config(home, {"credsStore": "x"})
 
     def stop() -> None:
         if eventually(lambda: is_written(pid), 25):
@@ -395,12 +401,12 @@ def test_a_helper_is_ended_when_nobody_wants_its_answer_any_more(home: Path, tmp
 
 
 def is_written(path: Path) -> bool:
-    """Whether a file has a whole line."""
+    """Return whether a file contains a complete line."""
     return path.exists() and path.read_text().endswith("\n")
 
 
 def is_over(pid: int) -> bool:
-    """Wait until a process has ended; one that nobody has waited for yet has, too."""
+    """Return whether a process ends in time; a zombie counts as ended."""
 
     def ended() -> bool:
         try:
@@ -411,7 +417,7 @@ def is_over(pid: int) -> bool:
     return eventually(ended, 30)
 
 
-# What cannot be used
+# Invalid files
 
 
 @pytest.mark.parametrize(
@@ -428,18 +434,18 @@ def is_over(pid: int) -> bool:
     ],
     ids=["empty", "text", "list", "bytes", "deep", "large", "auths", "credHelpers"],
 )
-def test_a_file_that_is_none_of_credentials_is_named(content: bytes, home: Path) -> None:
-    path = docker(home, {})
+def test_the_error_of_an_invalid_file_names_it(content: bytes, home: Path) -> None:
+    path = write_docker_config(home, {})
     path.write_bytes(content)
     with pytest.raises(RegistryError, match=r"config\.json' is not a JSON object .* log in again") as caught:
         find(REGISTRY, "app")
-    assert SECRET not in everything_of(caught.value)
+    assert SECRET not in collect_text(caught.value)
 
 
 def test_a_file_of_the_largest_size_is_read(home: Path) -> None:
-    path = docker(home, {"auths": {REGISTRY: entry("me")}})
+    path = write_docker_config(home, {"auths": {REGISTRY: entry("me")}})
     path.write_bytes(path.read_bytes().ljust(1024 * 1024))
-    assert user(find(REGISTRY, "app")) == "me"
+    assert username_of(find(REGISTRY, "app")) == "me"
 
 
 @pytest.mark.parametrize(
@@ -457,18 +463,18 @@ def test_a_file_of_the_largest_size_is_read(home: Path) -> None:
         SECRET,
     ],
 )
-def test_an_entry_that_cannot_be_used_is_named_and_not_shown(bad: object, home: Path) -> None:
-    docker(home, {"auths": {REGISTRY: bad, "quay.io": entry("me")}})
+def test_the_error_of_an_invalid_entry_names_it_and_hides_its_content(bad: object, home: Path) -> None:
+    write_docker_config(home, {"auths": {REGISTRY: bad, "quay.io": entry("me")}})
     with pytest.raises(RegistryError, match=rf"the entry for '{REGISTRY}' in .*config\.json.* log in again") as caught:
         find(REGISTRY, "app")
-    shown = everything_of(caught.value)
+    shown = collect_text(caught.value)
     assert SECRET not in shown
     assert base64.b64encode(SECRET.encode()).decode()[:12] not in shown
-    assert user(find("quay.io", "app")) == "me"
+    assert username_of(find("quay.io", "app")) == "me"
 
 
-def test_a_file_that_may_not_be_read_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: str, mode: str) -> None:  # root, who may run this, is never refused
+def test_the_error_of_an_unreadable_file_names_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: str, mode: str) -> None:  # a mode would not stop root
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
 
     monkeypatch.setattr(credentials, "open", refuse, raising=False)
@@ -476,7 +482,7 @@ def test_a_file_that_may_not_be_read_is_named(home: Path, monkeypatch: pytest.Mo
         find(REGISTRY, "app")
 
 
-def test_a_directory_in_a_files_place_is_named(home: Path) -> None:
+def test_the_error_of_a_directory_in_place_of_the_file_names_it(home: Path) -> None:
     (home / ".docker/config.json").mkdir(parents=True)
     with pytest.raises(RegistryError, match=r"config\.json'.*s a directory"):
         find(REGISTRY, "app")

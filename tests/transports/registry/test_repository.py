@@ -1,4 +1,4 @@
-"""The registries that the tests of the client run against are themselves right, and wrong where a test wants it."""
+"""The registry of the test support follows the specification, and produces the faults that a test asks for."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Reply(NamedTuple):
 
 
 def ask(registry: Registry, method: str, path: str, body: Any = None, **headers: str) -> Reply:
-    """Ask with a connection of its own."""
+    """Send a request over a new connection."""
     connection = http.client.HTTPConnection(registry.host, timeout=10)
     try:
         return ask_on(connection, method, path, body, **headers)
@@ -66,21 +66,21 @@ def ask_on(connection: http.client.HTTPConnection, method: str, path: str, body:
 
 @pytest.fixture
 def registry() -> Iterator[Registry]:
-    """One with an image, which is team/app:1."""
+    """Run a registry with the image team/app:1."""
     with Registry() as running:
         running.add(IMAGE, "team/app", "1")
         yield running
 
 
-# What is right
+# Correct answers
 
 
-def test_the_base_answers(registry: Registry) -> None:
+def test_the_base_url_answers(registry: Registry) -> None:
     assert ask(registry, "GET", "/v2/").status == 200
 
 
 @pytest.mark.parametrize("reference", ["1", IMAGE.digest])
-def test_a_manifest_is_had_by_tag_and_by_digest(registry: Registry, reference: str) -> None:
+def test_a_manifest_is_returned_by_tag_and_by_digest(registry: Registry, reference: str) -> None:
     for method, body in (("GET", IMAGE.manifest), ("HEAD", b"")):
         reply = ask(registry, method, f"/v2/team/app/manifests/{reference}", **ACCEPT)
         assert (reply.status, reply.body) == (200, body)
@@ -89,7 +89,7 @@ def test_a_manifest_is_had_by_tag_and_by_digest(registry: Registry, reference: s
         assert reply.headers["Content-Length"] == str(len(IMAGE.manifest))
 
 
-def test_a_manifest_is_only_for_those_who_accept_its_type(registry: Registry) -> None:
+def test_a_manifest_is_returned_only_if_its_type_is_accepted(registry: Registry) -> None:
     assert ask(registry, "GET", MANIFEST, Accept="*/*").status == 200
     assert ask(registry, "GET", MANIFEST, Accept=OCI_INDEX).status == 404
     assert ask(registry, "GET", MANIFEST).status == 404
@@ -109,13 +109,13 @@ def test_a_manifest_is_only_for_those_who_accept_its_type(registry: Registry) ->
         ("GET", "/elsewhere", 404, "NOT_FOUND"),
     ],
 )
-def test_a_refusal_has_a_code(registry: Registry, method: str, path: str, status: int, code: str) -> None:
+def test_an_error_has_a_code(registry: Registry, method: str, path: str, status: int, code: str) -> None:
     reply = ask(registry, method, path)
     assert (reply.status, reply.code) == (status, code)
     assert reply.headers["Content-Type"] == "application/json"
 
 
-def test_a_blob_is_had_whole_or_from_a_byte_on(registry: Registry) -> None:
+def test_a_blob_is_returned_completely_or_in_a_range(registry: Registry) -> None:
     assert ask(registry, "GET", BLOB).body == LAYER
     head = ask(registry, "HEAD", BLOB)
     assert (head.status, head.headers["Content-Length"], head.body) == (200, str(len(LAYER)), b"")
@@ -127,7 +127,7 @@ def test_a_blob_is_had_whole_or_from_a_byte_on(registry: Registry) -> None:
     assert (beyond.status, beyond.headers["Content-Range"]) == (416, f"bytes */{len(LAYER)}")
 
 
-def test_one_connection_serves_many_requests_in_the_order_that_is_recorded(registry: Registry) -> None:
+def test_requests_of_one_connection_are_recorded_in_order(registry: Registry) -> None:
     connection = http.client.HTTPConnection(registry.host, timeout=10)
     ask_on(connection, "HEAD", BLOB)
     first = connection.sock
@@ -143,7 +143,7 @@ def test_one_connection_serves_many_requests_in_the_order_that_is_recorded(regis
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_blob_is_uploaded_in_chunks_that_follow_each_other(registry: Registry, chunked: bool) -> None:
+def test_a_blob_is_uploaded_in_consecutive_chunks(registry: Registry, chunked: bool) -> None:
     start = ask(registry, "POST", UPLOADS)
     assert start.status == 202
     body: Any = iter([b"hello ", b"world"]) if chunked else b"hello world"  # http.client sends an iterator in chunks
@@ -176,18 +176,20 @@ def test_a_blob_is_uploaded_in_one_request_or_two(registry: Registry) -> None:
 @pytest.mark.parametrize(
     ("kind", "part"), [("Content-Length: 10", b"hello"), ("Transfer-Encoding: chunked", b"a\r\nhello")]
 )
-def test_what_came_of_a_chunk_is_kept_when_the_client_goes_away(registry: Registry, kind: str, part: bytes) -> None:
+def test_the_received_part_of_a_chunk_is_kept_when_the_client_disconnects(
+    registry: Registry, kind: str, part: bytes
+) -> None:
     place = ask(registry, "POST", UPLOADS).headers["Location"]
     with socket.create_connection(("127.0.0.1", registry.port)) as connection:
         connection.sendall(f"PATCH {place} HTTP/1.1\r\n{kind}\r\n\r\n".encode() + part)
         connection.shutdown(socket.SHUT_WR)
-        received(connection)
+        receive_all(connection)
     state = ask(registry, "GET", place)
     assert state.headers["Range"] == "0-4"
     assert ask(registry, "PATCH", state.headers["Location"], b" world").headers["Range"] == "0-10"
 
 
-def test_an_upload_is_given_up(registry: Registry) -> None:
+def test_an_upload_can_be_cancelled(registry: Registry) -> None:
     place = ask(registry, "POST", UPLOADS).headers["Location"]
     assert ask(registry, "DELETE", place).status == 204
     assert not registry.uploads
@@ -201,7 +203,7 @@ def test_a_blob_is_mounted_from_a_repository_that_has_it(registry: Registry) -> 
     assert registry.blobs["new", digest_of(LAYER)] == LAYER
 
 
-def test_a_manifest_is_taken_when_all_it_names_is_there(registry: Registry) -> None:
+def test_a_manifest_is_accepted_if_all_its_references_exist(registry: Registry) -> None:
     put = {"Content_Type": OCI_MANIFEST}
     missing = ask(registry, "PUT", "/v2/new/manifests/1", IMAGE.manifest, **put)
     assert (missing.status, missing.code) == (400, "MANIFEST_BLOB_UNKNOWN")
@@ -221,7 +223,7 @@ def test_a_manifest_is_taken_when_all_it_names_is_there(registry: Registry) -> N
     assert ask(registry, "PUT", "/v2/new/manifests/all", index, Content_Type=OCI_INDEX).status == 400
 
 
-def test_an_index_is_put_in_with_its_images(registry: Registry) -> None:
+def test_add_index_stores_the_index_and_its_images(registry: Registry) -> None:
     index = make.index(IMAGE, make.image(3))
     name = registry.add_index(index, "multi", "1", [IMAGE, make.image(3)])
     assert name == f"{registry.host}/multi:1"
@@ -230,7 +232,7 @@ def test_an_index_is_put_in_with_its_images(registry: Registry) -> None:
     assert json.loads(ask(registry, "GET", "/v2/multi/tags/list").body)["tags"] == ["1"]
 
 
-def test_deleting_a_tag_leaves_the_manifest_and_deleting_that_takes_its_tags(registry: Registry) -> None:
+def test_deleting_a_tag_keeps_the_manifest_and_deleting_a_manifest_removes_its_tags(registry: Registry) -> None:
     registry.add(IMAGE, "team/app", "2")
     registry.add(IMAGE, "other", "1")
     assert ask(registry, "DELETE", MANIFEST).status == 202
@@ -247,7 +249,7 @@ def test_deleting_a_tag_leaves_the_manifest_and_deleting_that_takes_its_tags(reg
 
 
 @pytest.mark.parametrize("page_size", [None, 2])
-def test_tags_come_in_pages(registry: Registry, page_size: int | None) -> None:
+def test_tags_are_listed_in_pages(registry: Registry, page_size: int | None) -> None:
     for tag in ("3", "2", "latest", "4"):
         registry.add(IMAGE, "team/app", tag)
     registry.page_size = page_size
@@ -291,7 +293,7 @@ def test_referrers_are_found_and_filtered(registry: Registry) -> None:
 
 @pytest.fixture
 def guarded() -> Iterator[Registry]:
-    """One with bearer tokens, and an image."""
+    """Run a registry with an image that requires bearer tokens."""
     with Registry(auth="bearer") as running:
         running.add(IMAGE, "team/app", "1")
         yield running
@@ -304,7 +306,7 @@ def token(registry: Registry, scope: str, **headers: str) -> str:
     return "Bearer " + str(json.loads(reply.body)["token"])
 
 
-def test_basic_auth_is_asked_for() -> None:
+def test_basic_auth_is_required() -> None:
     with Registry(auth="basic") as registry:
         reply = ask(registry, "GET", "/v2/")
         assert (reply.status, reply.code) == (401, "UNAUTHORIZED")
@@ -313,7 +315,7 @@ def test_basic_auth_is_asked_for() -> None:
         assert ask(registry, "GET", "/v2/", Authorization=basic()).status == 200
 
 
-def test_a_challenge_says_which_token_is_needed(guarded: Registry) -> None:
+def test_a_challenge_names_the_needed_scope(guarded: Registry) -> None:
     start = f'Bearer realm="http://{guarded.host}/token",service="registry.test"'
     scopes = {
         ("GET", "/v2/"): "",
@@ -327,7 +329,7 @@ def test_a_challenge_says_which_token_is_needed(guarded: Registry) -> None:
         assert (reply.status, reply.headers["WWW-Authenticate"]) == (401, start + scope)
 
 
-def test_a_token_is_good_for_its_scope(guarded: Registry) -> None:
+def test_a_token_is_valid_for_its_scope_only(guarded: Registry) -> None:
     pull = token(guarded, "repository:team/app:pull")
     assert ask(guarded, "GET", "/v2/", Authorization=pull).status == 200
     assert ask(guarded, "GET", BLOB, Authorization=pull).body == LAYER
@@ -356,7 +358,7 @@ def test_a_token_expires(guarded: Registry) -> None:
     assert ask(guarded, "GET", BLOB, Authorization=long).status == 401
 
 
-def test_tokens_are_for_those_who_may_have_them(guarded: Registry) -> None:
+def test_a_token_contains_only_granted_actions(guarded: Registry) -> None:
     path = "/token?scope=repository:team/app:pull,push"
     assert ask(guarded, "GET", path).status == 401
     assert ask(guarded, "GET", path, Authorization=basic("other")).status == 401
@@ -380,7 +382,7 @@ def test_tokens_are_for_those_who_may_have_them(guarded: Registry) -> None:
         ({}, 401),
     ],
 )
-def test_a_token_is_had_by_post(guarded: Registry, form: dict[str, str], status: int) -> None:
+def test_a_token_is_returned_to_a_post(guarded: Registry, form: dict[str, str], status: int) -> None:
     guarded.token_fields = ["access_token"]
     guarded.expires_in = None
     reply = ask(guarded, "POST", "/token", urlencode({**form, "scope": "repository:team/app:pull"}))
@@ -395,7 +397,7 @@ def test_a_token_is_had_by_post(guarded: Registry, form: dict[str, str], status:
 # Faults
 
 
-def test_a_fault_comes_as_often_as_it_is_told_and_where(registry: Registry) -> None:
+def test_a_fault_happens_as_often_and_where_it_should(registry: Registry) -> None:
     registry.fault(faults.answer(503, {"X": "y"}, b"busy"), method="GET", path="/blobs/", times=2)
     assert ask(registry, "GET", MANIFEST, **ACCEPT).status == ask(registry, "HEAD", BLOB).status == 200
     reply = ask(registry, "GET", BLOB)
@@ -403,13 +405,13 @@ def test_a_fault_comes_as_often_as_it_is_told_and_where(registry: Registry) -> N
     assert [ask(registry, "GET", BLOB).status for _ in range(2)] == [503, 200]
 
 
-def test_what_is_refused_by_a_fault_is_not_done(registry: Registry) -> None:
+def test_a_request_that_a_fault_answers_has_no_effect(registry: Registry) -> None:
     registry.fault(faults.answer(500), method="POST", times=faults.ALWAYS)
     assert [ask(registry, "POST", UPLOADS, b"data").status for _ in range(3)] == [500] * 3
     assert not registry.uploads
 
 
-def test_a_fault_waits_for_authorization_unless_it_is_first(guarded: Registry) -> None:
+def test_a_fault_happens_after_authorization_unless_it_is_first(guarded: Registry) -> None:
     guarded.fault(faults.answer(500), path="/blobs/")
     assert ask(guarded, "GET", BLOB).status == 401
     assert ask(guarded, "GET", BLOB, Authorization=token(guarded, "repository:team/app:pull")).status == 500
@@ -418,7 +420,7 @@ def test_a_fault_waits_for_authorization_unless_it_is_first(guarded: Registry) -
     assert (reply.status, reply.headers["Content-Type"]) == (200, "text/html")
 
 
-def test_a_fault_says_when_to_come_again(registry: Registry) -> None:
+def test_the_fault_retry_later_sets_retry_after(registry: Registry) -> None:
     registry.fault(faults.retry_later(3))
     registry.fault(faults.retry_later(30, 503, date=True))
     assert ask(registry, "GET", "/v2/").headers["Retry-After"] == "3"
@@ -430,19 +432,19 @@ def test_a_fault_says_when_to_come_again(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize(("cut", "reset"), [(100, False), (0, False), (100, True)])
-def test_a_connection_is_cut_within_the_body(registry: Registry, cut: int, reset: bool) -> None:
+def test_a_fault_can_cut_the_connection_within_the_body(registry: Registry, cut: int, reset: bool) -> None:
     registry.fault(faults.changed(cut=cut, reset=reset))
     with socket.create_connection(("127.0.0.1", registry.port)) as connection:
         connection.sendall(f"GET {BLOB} HTTP/1.1\r\n\r\n".encode())
-        data = received(connection)
+        data = receive_all(connection)
     head, _, body = data[0].partition(b"\r\n\r\n")
     assert b"Content-Length: %d" % len(LAYER) in head
     assert body == LAYER[:cut]
     assert data[1] is reset
 
 
-def received(connection: socket.socket) -> tuple[bytes, bool]:
-    """All that comes, and whether it ends with a reset."""
+def receive_all(connection: socket.socket) -> tuple[bytes, bool]:
+    """Return all received bytes, and whether the connection was reset."""
     data = b""
     try:
         while part := connection.recv(65536):
@@ -453,7 +455,7 @@ def received(connection: socket.socket) -> tuple[bytes, bool]:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_connection_is_closed_before_an_answer(registry: Registry, reset: bool) -> None:
+def test_a_fault_can_close_the_connection_before_an_answer(registry: Registry, reset: bool) -> None:
     registry.fault(faults.closed(reset=reset))
     with pytest.raises(ConnectionResetError if reset else http.client.RemoteDisconnected) as caught:
         ask(registry, "POST", UPLOADS)
@@ -463,7 +465,7 @@ def test_a_connection_is_closed_before_an_answer(registry: Registry, reset: bool
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_part_of_an_upload_arrives_and_the_client_is_not_told(registry: Registry, chunked: bool) -> None:
+def test_a_fault_can_lose_the_answer_to_a_partial_upload(registry: Registry, chunked: bool) -> None:
     place = ask(registry, "POST", UPLOADS).headers["Location"]
     registry.fault(faults.lost(5), method="PATCH")
     with pytest.raises(ConnectionError):
@@ -473,14 +475,14 @@ def test_a_part_of_an_upload_arrives_and_the_client_is_not_told(registry: Regist
     assert ask(registry, "PATCH", state.headers["Location"], b" world", Content_Range="5-10").status == 202
 
 
-def test_an_answer_is_lost_after_all_is_done(registry: Registry) -> None:
+def test_a_fault_can_lose_the_answer_to_a_completed_request(registry: Registry) -> None:
     registry.fault(faults.lost(), method="DELETE")
     with pytest.raises(ConnectionError):
         ask(registry, "DELETE", MANIFEST)
     assert ("team/app", "1") not in registry.manifests
 
 
-def test_an_answer_comes_before_the_body_is_read(registry: Registry) -> None:
+def test_a_fault_can_answer_before_the_body_is_read(registry: Registry) -> None:
     registry.fault(faults.answer(413, early=True), method="POST")
     reply = ask(registry, "POST", UPLOADS, bytes(8 * 1024 * 1024))
     assert reply.status == 413
@@ -488,14 +490,14 @@ def test_an_answer_comes_before_the_body_is_read(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"delay": 0.1}, {"drip": 0.1 / len(LAYER)}])
-def test_an_answer_is_late_or_slow(registry: Registry, fields: dict[str, float]) -> None:
+def test_a_fault_can_delay_or_slow_down_an_answer(registry: Registry, fields: dict[str, float]) -> None:
     registry.fault(faults.changed(**fields))
     begin = time.monotonic()
     assert ask(registry, "GET", BLOB).body == LAYER
     assert time.monotonic() - begin >= 0.1
 
 
-def test_a_late_answer_does_not_hold_up_the_end() -> None:
+def test_a_registry_with_a_delayed_answer_stops_at_once() -> None:
     begin = time.monotonic()
     with Registry() as registry, socket.create_connection(("127.0.0.1", registry.port)) as connection:
         registry.fault(faults.changed(delay=60))
@@ -505,7 +507,7 @@ def test_a_late_answer_does_not_hold_up_the_end() -> None:
     assert time.monotonic() - begin < 30
 
 
-def test_bodies_lie(registry: Registry) -> None:
+def test_a_fault_can_change_bodies_and_headers(registry: Registry) -> None:
     def fault(do: faults.Do) -> Reply:
         registry.fault(do)
         return ask(registry, "GET", BLOB)
@@ -514,7 +516,7 @@ def test_bodies_lie(registry: Registry) -> None:
     assert [at for at in range(len(LAYER)) if corrupt[at] != LAYER[at]] == [7]
     assert len(corrupt) == len(LAYER)
     assert fault(faults.rewritten(lambda data: b"another")).body == b"another"
-    assert fault(faults.more(b"x")).body == LAYER  # as http.client reads to Content-Length
+    assert fault(faults.more(b"x")).body == LAYER  # http.client reads only to Content-Length
     assert fault(faults.headers({"Content-Length": "5"})).body == LAYER[:5]
     assert fault(faults.headers({"Docker-Content-Digest": "sha256:0"})).headers["Docker-Content-Digest"] == "sha256:0"
     assert fault(faults.headers({"Docker-Content-Digest": None})).headers["Docker-Content-Digest"] is None
@@ -524,17 +526,17 @@ def test_bodies_lie(registry: Registry) -> None:
         fault(faults.headers({"Content-Length": str(len(LAYER) + 1)}, cut=len(LAYER)))
 
 
-def test_more_bytes_than_content_length_are_on_the_wire(registry: Registry) -> None:
+def test_a_fault_can_send_more_bytes_than_content_length(registry: Registry) -> None:
     registry.fault(faults.more(b"extra"))
     with socket.create_connection(("127.0.0.1", registry.port)) as connection:
         connection.sendall(f"GET {BLOB} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
-        data, _ = received(connection)
+        data, _ = receive_all(connection)
     assert data.endswith(LAYER + b"extra")
     assert b"Content-Length: %d" % len(LAYER) in data
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_has_no_end(registry: Registry, chunked: bool) -> None:
+def test_a_fault_can_send_an_endless_body(registry: Registry, chunked: bool) -> None:
     registry.fault(faults.endless(chunked=chunked))
     connection = http.client.HTTPConnection(registry.host, timeout=10)
     connection.request("GET", BLOB)
@@ -544,7 +546,7 @@ def test_a_body_has_no_end(registry: Registry, chunked: bool) -> None:
     connection.close()
 
 
-def test_ranges_are_ignored_or_answered_wrongly(registry: Registry) -> None:
+def test_a_fault_can_ignore_a_range_or_answer_it_wrongly(registry: Registry) -> None:
     registry.fault(faults.without(header="range"))
     reply = ask(registry, "GET", BLOB, Range="bytes=5-")
     assert (reply.status, reply.body) == (200, LAYER)
@@ -554,12 +556,12 @@ def test_ranges_are_ignored_or_answered_wrongly(registry: Registry) -> None:
     assert (reply.status, reply.headers["Content-Range"]) == (206, "bytes 0-9/10")
 
 
-def test_a_registry_that_does_not_mount(registry: Registry) -> None:
+def test_a_fault_can_disable_mounts(registry: Registry) -> None:
     registry.fault(faults.without(query="mount"))
     assert ask(registry, "POST", f"/v2/new/blobs/uploads/?mount={digest_of(LAYER)}&from=team/app").status == 202
 
 
-def test_another_server_is_where_a_redirect_leads(registry: Registry) -> None:
+def test_a_fault_can_redirect_to_another_server(registry: Registry) -> None:
     with Registry() as storage:
         storage.blobs = registry.blobs
         registry.fault(faults.redirect(storage.url))
@@ -572,11 +574,11 @@ def test_another_server_is_where_a_redirect_leads(registry: Registry) -> None:
 
 
 def test_an_error_in_the_registry_itself_fails_the_test() -> None:
-    def broken(call: faults.Call) -> faults.Answer:
+    def raise_error(call: faults.Call) -> faults.Answer:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), Registry() as registry:  # noqa: PT012
-        registry.fault(broken)
+        registry.fault(raise_error)
         with pytest.raises(http.client.RemoteDisconnected):
             ask(registry, "GET", "/v2/")
 
@@ -589,10 +591,10 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, 
     return certificate(tmp_path_factory.mktemp("certificates"))
 
 
-def test_a_certificate_is_good_for_its_host_alone(certificates: tuple[Path, Path, Path]) -> None:
+def test_a_certificate_is_valid_for_its_host_only(certificates: tuple[Path, Path, Path]) -> None:
     authority, *pair = certificates
     context = ssl.create_default_context(cafile=str(authority))
-    context.verify_flags |= ssl.VERIFY_X509_STRICT  # which Python 3.13 has by default
+    context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default of Python 3.13
     with Registry(tls=(pair[0], pair[1])) as registry:
         registry.fault(faults.changed(cut=0, reset=True), path="/elsewhere")
         connection = http.client.HTTPSConnection("localhost", registry.port, context=context, timeout=10)
@@ -613,7 +615,7 @@ def tools(tmp_path: Path, peer: Callable[[str], str]) -> Tools:
 
 
 def round_trip(tools: Tools, tmp_path: Path, host: str, *, creds: str = "", cert_dir: Path | None = None) -> None:
-    """Push an image by skopeo and pull it again: what comes back is what went."""
+    """Push an image with skopeo and pull it again; check that the blobs are the same."""
     layout = make.write(tmp_path / "layout", make.oci_files({"app:1": IMAGE}))
 
     def options(side: str) -> list[str]:
@@ -677,7 +679,7 @@ def test_docker_registry_works_with_skopeo_over_tls(
 
 
 @pytest.mark.parametrize("delete", [True, False])
-def test_docker_registry_deletes_if_it_may(tools: Tools, tmp_path: Path, delete: bool) -> None:
+def test_docker_registry_deletes_only_if_deletion_is_enabled(tools: Tools, tmp_path: Path, delete: bool) -> None:
     with docker_registry(tmp_path, delete=delete) as host:
         round_trip(tools, tmp_path, host)
         connection = http.client.HTTPConnection(host, timeout=10)
@@ -685,7 +687,7 @@ def test_docker_registry_deletes_if_it_may(tools: Tools, tmp_path: Path, delete:
         connection.close()
 
 
-def test_a_fault_that_no_request_meets_fails_its_test() -> None:
+def test_a_fault_that_no_request_meets_fails_the_test() -> None:
     def never_met(**options: bool) -> None:
         with Registry() as registry:
             registry.fault(faults.answer(500), path="/nowhere", **options)  # type: ignore[arg-type]
@@ -695,7 +697,7 @@ def test_a_fault_that_no_request_meets_fails_its_test() -> None:
     never_met(optional=True)
 
 
-def test_what_fails_in_the_block_comes_before_a_fault_that_was_not_met() -> None:
+def test_an_error_in_the_block_is_raised_instead_of_an_unmet_fault() -> None:
     def fail() -> None:
         with Registry() as registry:
             registry.fault(faults.answer(500), path="/nowhere")
