@@ -88,7 +88,7 @@ MUTATIONS = [
     Mutation("a copy truncates only its own user's files", "cachedb/operations/copy.py", "        if not _is_ours(os.fstat(file)):\n", "        if False:\n", "tests/operations/test_copy.py -k not_emptied"),
     Mutation("a verification without its folder raises a StorageError", "cachedb/operations/verify.py", 'with os_errors("verify the cache"):', "if True:", "tests/operations/test_verify.py -k without_its_ingest"),
     Mutation("a folder in ingest/ that is no new index stays", "cachedb/content/session.py", "                    return  # not a file of ours\n", "                    pass\n", "tests/disk/test_folders.py -k no_new_index"),
-    Mutation("a link with the name of an index stays", "cachedb/content/session.py", " and entry.is_file(follow_symlinks=False)", "", "tests/disk/test_folders.py -k new_index_that_is_a_link"),
+    Mutation("a link with the name of an index stays", "cachedb/content/session.py", " and entry.is_file(follow_symlinks=False)", "", "tests/disk/test_folders.py -k folder_of_a_new_index"),
     Mutation("a lock file that is no claim stays", "cachedb/disk/single_flight.py", 'if lock_kind(name) != "producing":', 'if not name.endswith(_SUFFIX):', "tests/disk/test_folders.py"),
     Mutation("a user's own backup stays", "cachedb/index/sqlite/backups.py", "if _BEFORE_CHANGE.fullmatch(path.name)", "if _BEFORE in path.name", "tests/index/sqlite/test_backups.py -k only_backups"),
     Mutation("a file that is no unfinished backup stays", "cachedb/index/sqlite/backups.py", "filter(_UNFINISHED.fullmatch, os.listdir(opened))", "(name for name in os.listdir(opened) if name.startswith(_PART_PREFIX))", "tests/disk/test_folders.py"),

@@ -39,8 +39,8 @@ def test_only_unreferenced_blobs_are_collected(cache: Cache) -> None:
     save(cache, "kept", kept)
     attached, mine = cache.add_blob(b"attached"), cache.add_blob(b"in work")
     cache.associate_blob_with_image("kept", attached)
-    abandon(cache, b"nobody's", b"nobody's either")
-    assert cache.collect_garbage() == (2, len(b"nobody's" + b"nobody's either"))
+    abandon(cache, b"unreferenced", b"unreferenced too")
+    assert cache.collect_garbage() == (2, len(b"unreferenced" + b"unreferenced too"))
     assert files_of(cache.directory).keys() == {*kept.blobs, attached, mine}
     assert files_of(cache.directory) == stored_rows(cache.directory)
     assert cache.collect_garbage() == (0, 0)
@@ -59,7 +59,7 @@ def test_a_dry_run_returns_what_a_real_run_deletes_and_deletes_nothing(cache: Ca
     cache.save_manifest("moved", image(4).manifest)  # references blobs that are never stored
     cache.save_manifest("moved", image(5).manifest)
     cache.add_blob(b"in work")
-    abandon(cache, b"nobody's")
+    abandon(cache, b"unreferenced")
 
     def run(dry_run: bool) -> tuple[int, int]:
         if how == "remove":
@@ -108,7 +108,7 @@ def test_a_blob_that_an_image_references_after_the_search_is_kept(
     cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = image(1)
-    abandon(cache, b"nobody's", *kept.blobs.values())
+    abandon(cache, b"unreferenced", *kept.blobs.values())
     forget = collect.forget
     happened: list[object] = []
 
@@ -126,7 +126,7 @@ def test_a_blob_that_an_image_references_after_the_search_is_kept(
 
     monkeypatch.setattr(Database, "write", save_then_write)
     monkeypatch.setattr(collect, "forget", forget_and_note)
-    assert list(collect.collect(index)) == [(1, len(b"nobody's"))]
+    assert list(collect.collect(index)) == [(1, len(b"unreferenced"))]
     assert cache.is_image_complete("app")
     assert files_of(cache.directory).keys() == kept.blobs.keys()
 
@@ -134,7 +134,7 @@ def test_a_blob_that_an_image_references_after_the_search_is_kept(
 def test_a_blob_is_forgotten_then_moved_then_unlinked(
     cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    abandon(cache, b"nobody's")
+    abandon(cache, b"unreferenced")
     happened: list[str] = []
     at_commit: list[list[int]] = []
 
@@ -175,7 +175,7 @@ def test_a_blob_is_forgotten_then_moved_then_unlinked(
 def test_files_are_moved_under_the_lock_and_unlinked_outside_it(
     cache: Cache, index: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    abandon(cache, b"nobody's")
+    abandon(cache, b"unreferenced")
     free: dict[str, bool] = {}
     for name in ("rename", "unlink"):
         call = getattr(os, name)
@@ -286,10 +286,10 @@ def test_the_next_collection_finishes_an_interrupted_one(
 
 
 def test_the_next_open_empties_the_trash_of_a_dead_session(cache: Cache, index: Database) -> None:
-    abandon(cache, b"nobody's")
+    abandon(cache, b"unreferenced")
     with index.write() as connection:
         ids = connection.execute(select(BLOBS.c.id)).scalars().all()
-        assert collect.forget(connection, ids) == (1, len(b"nobody's"))
+        assert collect.forget(connection, ids) == (1, len(b"unreferenced"))
     (cache.directory / "ingest" / "1-00000000dead").mkdir()
     Cache.open(cache.directory).close()
     assert files_of(cache.directory) == {}
@@ -322,7 +322,7 @@ def test_concurrent_imports_removals_and_collections_leave_nothing(cache: Cache,
         except BaseException as error:
             failures.append(error)
 
-    def sweep() -> None:
+    def collect_until_stopped() -> None:
         try:
             with Cache.open(cache.directory) as own:
                 while not stop.is_set():
@@ -331,13 +331,13 @@ def test_concurrent_imports_removals_and_collections_leave_nothing(cache: Cache,
             failures.append(error)
 
     workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    sweeper = threading.Thread(target=sweep)
-    for thread in (*workers, sweeper):
+    collector = threading.Thread(target=collect_until_stopped)
+    for thread in (*workers, collector):
         thread.start()
     for thread in workers:
         thread.join()
     stop.set()
-    sweeper.join()
+    collector.join()
     assert failures == []
     cache.collect_garbage()
     left = snapshot(cache.directory)
@@ -348,7 +348,7 @@ def test_concurrent_imports_removals_and_collections_leave_nothing(cache: Cache,
 
 
 def explain_statements(index: Database, act: Callable[[Connection], object]) -> list[str]:
-    """Return the steps of SQLite's query explain_statements for the statements that `act` executes."""
+    """Return the steps of SQLite's query plans for the statements that `act` executes."""
     statements: list[tuple[str, object]] = []
 
     def note_query(_c: object, _cursor: object, statement: str, parameters: object, _x: object, _many: bool) -> None:

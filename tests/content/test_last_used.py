@@ -134,9 +134,7 @@ def test_closing_does_not_wait_for_the_write_lock_to_note_a_use(old: Path) -> No
     assert read_last_use(old) == LONG_AGO
 
 
-def test_a_cache_that_stays_open_writes_its_uses_after_the_resolution(
-    old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_stays_open_writes_its_uses_after_five_minutes(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Cache.open(old) as cache:
         assert cache.is_image_complete("app:1")
         assert read_last_use(old) == LONG_AGO

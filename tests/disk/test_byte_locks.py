@@ -29,7 +29,7 @@ def test_only_one_open_file_locks_a_byte(files: list[int]) -> None:
     assert lock_byte(files[0], 5)
     assert not lock_byte(files[1], 5)
     assert lock_byte(files[1], 6)
-    assert lock_byte(files[0], 5), "its own lock does not conflict"
+    assert lock_byte(files[0], 5), "its own lock conflicts"
 
 
 def test_the_lowest_byte_that_another_file_locks_is_found(files: list[int]) -> None:
@@ -39,7 +39,7 @@ def test_the_lowest_byte_that_another_file_locks_is_found(files: list[int]) -> N
     assert find_first_locked(files[2], 1, 9) == 3
     assert find_first_locked(files[2], 4, 9) == 7
     assert find_first_locked(files[2], 8, 9) is None
-    assert find_first_locked(files[0], 4, 9) is None, "its own lock is ignored"
+    assert find_first_locked(files[0], 4, 9) is None, "its own lock was found"
 
 
 def test_on_a_kernel_without_byte_locks_every_lock_succeeds(files: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,4 +49,4 @@ def test_on_a_kernel_without_byte_locks_every_lock_succeeds(files: list[int], mo
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     assert lock_byte(files[0], 5)
     assert lock_byte(files[1], 5)
-    assert find_first_locked(files[0], 1, 9) == 1, "any byte may be locked"
+    assert find_first_locked(files[0], 1, 9) == 1, "the kernel cannot tell, so the first byte is returned"

@@ -106,7 +106,7 @@ def test_an_export_removes_files_of_killed_exports_and_keeps_those_of_live_ones(
     with start_export(filled, target, form, named=True) as process:
         process.kill()
     left = list(folder.rglob("*.part"))
-    assert len(left) in ((1,) if form == "docker" else (1, 2)), "a folder's files are written two at a time"
+    assert len(left) in ((1,) if form == "docker" else (1, 2)), "two files of a folder are written at once"
     if form == "oci-dir":
         filled.export("app:1", target, format=form)
     else:
@@ -247,7 +247,7 @@ def test_the_next_backup_removes_what_a_killed_backup_left_in_another_folder(fil
         assert process.stdout.readline() == "begun\n"
         (live,) = [name for name in os.listdir(folder) if not name.endswith("-journal")]
         upgrade.back_up(filled.directory, folder / "second.db")
-        assert live in os.listdir(folder), "its process is alive"
+        assert live in os.listdir(folder), "the file of a live backup was removed"
         process.kill()
     (folder / f"{live}-journal").touch()
     (folder / ".backup-of-somebody").touch()

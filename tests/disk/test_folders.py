@@ -134,9 +134,7 @@ def test_a_folder_of_partial_downloads_that_is_a_link_is_not_followed(directory:
 
 
 @pytest.mark.parametrize("name", ["trash", "index.db-wal"])
-def test_a_name_in_the_folder_of_a_new_index_that_is_a_link_is_not_followed(
-    directory: Path, elsewhere: Path, name: str
-) -> None:
+def test_a_link_in_the_folder_of_a_new_index_is_not_followed(directory: Path, elsewhere: Path, name: str) -> None:
     """A session makes a new index in a folder inside its own."""
     Cache.open(directory).close()
     inner = directory / "ingest" / "1-00000000dead" / "3"
@@ -285,7 +283,7 @@ def test_the_marker_is_synced_before_any_folder_is_made(directory: Path, monkeyp
     assert made.index("fsync .cachedb") < made.index("mkdir blobs")
 
 
-def test_a_marker_has_a_format_and_an_id_and_never_changes(directory: Path) -> None:
+def test_a_marker_has_a_format_and_an_id_and_the_next_open_keeps_it(directory: Path) -> None:
     Cache.open(directory).close()
     first = json.loads((directory / "cachedb.json").read_text())
     assert first["format"] == 1

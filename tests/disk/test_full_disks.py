@@ -252,7 +252,7 @@ def test_a_limit_on_file_size_is_named_and_nothing_is_deleted(
         result = run_limited(size, directory, "rm", "app:1")
         assert (result.returncode, result.stderr.count("\n")) == (1, 1)
         assert "raise the limit (`ulimit -f`)" in result.stderr
-    assert run_limited(size, directory, "ls", "-q").stdout == "app:1\n", "a read sqlite_error, though it writes no file"
+    assert run_limited(size, directory, "ls", "-q").stdout == "app:1\n", "a read failed, though it writes no file"
     assert partial.read_bytes() == b"begun"
     assert (directory / "reserve").stat().st_size == 1024 * 1024
     assert set(os.listdir(directory / "reserve.inodes")) == RESERVED

@@ -1,4 +1,4 @@
-"""Lock files: one process holds one, in the order of asking; death, errors and forks release what they should."""
+"""Lock files: one holder at a time, in the order of asking; what death, errors and forks do to a lock."""
 
 from __future__ import annotations
 

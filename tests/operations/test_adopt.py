@@ -207,10 +207,10 @@ def test_a_second_adoption_changes_nothing_and_reads_no_blob(
 
 def test_files_that_the_index_does_not_name_are_adopted(cache: Cache, old: Path) -> None:
     make.write_index(old, {})
-    blob_path(old, b"nobody's").write_bytes(b"nobody's")
+    blob_path(old, b"unreferenced").write_bytes(b"unreferenced")
     found = cache.adopt(old)
     assert (found.left_out, len(found.images), found.unused) == ([], 3, 1)
-    assert cache.get_blob(make.digest_of(b"nobody's")) == b"nobody's"
+    assert cache.get_blob(make.digest_of(b"unreferenced")) == b"unreferenced"
     assert cache.collect_garbage().blobs == 1
 
 
@@ -345,7 +345,7 @@ def test_an_invalid_entry_does_not_prevent_the_adoption_of_others(cache: Cache, 
 def test_a_blob_that_fails_its_digest_is_left_out_and_its_images_are_incomplete(cache: Cache, old: Path) -> None:
     shared = FIRST.layers[0]
     blob_path(old, shared).write_bytes(b"x" * len(shared))
-    blob_path(old, b"nobody's").write_bytes(b"nobody's, and altered")
+    blob_path(old, b"unreferenced").write_bytes(b"altered")
     found = cache.adopt(old)
     assert list_left_out(found) == [("corrupt", "app:1"), ("corrupt", "app:2"), ("corrupt", None)]
     item = found.left_out[0]

@@ -730,9 +730,8 @@ def test_an_image_for_another_platform_is_refused(cache: Cache, remote: Registry
     assert cache.list_manifests() == []
     assert cache.pull(f"{remote.host}/app:1", platform="linux/amd64").image.complete
     with pytest.raises(NotInCache, match=r"not for platform 'linux/arm64', but for linux/amd64"):
-        cache.pull(
-            f"{remote.host}/app:1", platform="linux/arm64", if_missing=True
-        )  # the stored image has another platform
+        # The stored image has another platform.
+        cache.pull(f"{remote.host}/app:1", platform="linux/arm64", if_missing=True)
     assert cache.is_image_complete(f"{remote.host}/app:1")
 
 

@@ -208,12 +208,11 @@ def test_a_blob_that_failed_early_is_not_requested_again(
     check(closed_cache)
 
 
-def test_a_download_with_a_second_link_is_not_stored_as_that_file(closed_cache: Path, remote: Registry) -> None:
+def test_a_download_with_a_second_hard_link_is_stored_as_a_copy(closed_cache: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
     with run_early_downloads(closed_cache, name) as source:
-        os.link(
-            partial_path(closed_cache, LAYER), closed_cache / "ingest" / "second"
-        )  # a killed process leaves such a link
+        # A killed process leaves such a link.
+        os.link(partial_path(closed_cache, LAYER), closed_cache / "ingest" / "second")
         with Cache.open(closed_cache) as cache:
             cache.pull(source)
             assert_is_here(cache, name, LARGE)
@@ -240,14 +239,14 @@ def test_a_download_that_was_changed_since_is_not_trusted(
     check(closed_cache)
 
 
-def test_a_blob_that_another_process_downloads_is_not_requested(closed_cache: Path, remote: Registry) -> None:
+def test_a_blob_that_is_being_downloaded_is_not_requested(closed_cache: Path, remote: Registry) -> None:
     with single_flight.once(closed_cache, downloads.key_of(LAYER), lambda: None):
         run_early_downloads(closed_cache, f"{remote.host}/large:1").__exit__(None, None, None)
     assert LAYER not in list_downloaded(closed_cache)
     assert LAYER not in blobs_of(remote)
 
 
-def test_no_early_download_begins_while_another_process_pulls_the_name(closed_cache: Path, remote: Registry) -> None:
+def test_no_early_download_begins_while_the_name_is_being_pulled(closed_cache: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
     with Source(closed_cache, Name.parse(name)) as first, Source(closed_cache, Name.parse(name)) as second:
         first.begin()
@@ -378,7 +377,7 @@ def test_an_interrupt_waits_neither_for_a_host_nor_for_a_credential_helper(
             env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
             stderr=subprocess.PIPE,
             text=True,
-            # A shell ignores SIGINT in background jobs, such as this test run may be.
+            # A background job of a shell ignores SIGINT, and the tests may run in one.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         if what == "a host":

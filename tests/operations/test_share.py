@@ -40,7 +40,7 @@ def become(user):
     os.environ["HOME"] = "/"
 os.umask(0o077)
 """
-"""The beginning of a script that becomes another user. It imports everything first: perhaps only root reads Python."""
+"""The beginning of a script that becomes another user. It imports everything while root can read the interpreter."""
 
 
 @pytest.fixture

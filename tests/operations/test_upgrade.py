@@ -529,19 +529,19 @@ def test_a_change_killed_at_any_statement_leaves_the_old_or_the_new_schema(how: 
 
 def test_an_interrupted_backfill_resumes(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upgrade, "_BATCH", 2)
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
 
     class Stop(Exception):
         pass
 
     def stop(what: str, done: int, total: int) -> None:
-        told.append((what, done, total))
+        calls.append((what, done, total))
         if (what, done) == ("reading configs", 4):
             raise Stop
 
     with pytest.raises(Stop):
         upgrade.upgrade(old, progress=stop)
-    assert {what for what, _, _ in told} >= {"migrating", "reading configs"}
+    assert {what for what, _, _ in calls} >= {"migrating", "reading configs"}
     assert schema.current(old) == (REVISION, REVISION, True, 3)
     assert [drift.kind for drift in drift_module.check(old)] == ["backfill"]
     with Cache.open(old) as cache:
@@ -559,9 +559,9 @@ def test_a_backfill_of_another_migration_is_left_pending(old: Path, pending: boo
     change(old, "INSERT INTO backfills VALUES ('0004', 3)")
     if pending:
         change(old, "INSERT INTO backfills VALUES ('0003', 1)")
-    told: list[tuple[str, int, int]] = []
-    upgrade.upgrade(old, progress=lambda *step: told.append(step))
-    assert told == ([("reading configs", 6, 6), ("reading configs", 6, 6)] if pending else [])
+    calls: list[tuple[str, int, int]] = []
+    upgrade.upgrade(old, progress=lambda *step: calls.append(step))
+    assert calls == ([("reading configs", 6, 6), ("reading configs", 6, 6)] if pending else [])
     shell = sqlite3.connect(old / "index.db")
     assert shell.execute("SELECT * FROM backfills").fetchall() == [("0004", 3)]
     shell.close()
@@ -581,9 +581,9 @@ def test_configs_are_read_without_the_write_lock(old: Path, monkeypatch: pytest.
 
 def test_large_configs_are_written_in_separate_transactions(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upgrade, "_BATCH_BYTES", 1)
-    told: list[int] = []
-    upgrade.upgrade(old, progress=lambda what, done, _: told.append(done) if what == "reading configs" else None)
-    assert told == [1, 2, 3, 4, 5, 6, 7, 7]
+    calls: list[int] = []
+    upgrade.upgrade(old, progress=lambda what, done, _: calls.append(done) if what == "reading configs" else None)
+    assert calls == [1, 2, 3, 4, 5, 6, 7, 7]
     assert drift_module.check(old) == []
 
 
@@ -631,9 +631,9 @@ def test_configs_that_another_process_backfilled_are_not_written_again(
     monkeypatch.setattr(upgrade, "_BATCH", 2)
     found: list[upgrade.Unread] = []
     run_during_reading(monkeypatch, lambda: found.extend(upgrade.upgrade(old).unread))
-    told: list[str] = []
-    assert upgrade.upgrade(old, progress=lambda what, *_: told.append(what)).unread == []
-    assert "reading configs" not in told
+    calls: list[str] = []
+    assert upgrade.upgrade(old, progress=lambda what, *_: calls.append(what)).unread == []
+    assert "reading configs" not in calls
     assert [str(unread.name) for unread in found] == ["broken:1"]
     assert drift_module.check(old) == []
 
@@ -1367,9 +1367,9 @@ def test_an_upgrade_reports_the_progress_of_its_backup(old: Path) -> None:
     )
     shell.commit()
     shell.close()
-    told: list[tuple[str, int, int]] = []
-    upgrade.upgrade(old, progress=lambda *step: told.append(step))
-    parts = [done for what, done, _ in told if what == "backing up"]
+    calls: list[tuple[str, int, int]] = []
+    upgrade.upgrade(old, progress=lambda *step: calls.append(step))
+    parts = [done for what, done, _ in calls if what == "backing up"]
     assert len(parts) > 3
     assert parts == sorted(parts)
 

@@ -303,9 +303,8 @@ def test_a_pull_through_registry_can_be_a_mirror(
         for opened in (cache, fresh):
             opened.pull("registry.test/team/app:1")  # only the mirror exists
             assert_is_stored(opened, "registry.test/team/app:1", FIRST.digest)
-        assert (
-            cache.push("registry.test/team/app:1", f"{host}/team/app:2").existing == 3
-        )  # a push does not go to a mirror
+        # A push does not go to a mirror.
+        assert cache.push("registry.test/team/app:1", f"{host}/team/app:2").existing == 3
 
 
 def put_multi(host: str, repository: str, tag: str) -> None:

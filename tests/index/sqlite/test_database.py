@@ -262,7 +262,7 @@ def test_a_commit_that_no_process_saw_does_not_reappear(
             assert stored_rows(path) == files_of(path), sync
 
 
-def test_any_number_of_threads_may_be_in_transactions(index: Database) -> None:
+def test_24_threads_may_be_in_transactions_at_once(index: Database) -> None:
     together = threading.Barrier(24)
     done = []
 
@@ -299,7 +299,7 @@ def test_a_look_up_takes_no_lock_and_sees_the_last_commit(index: Database) -> No
     assert index.rows(DIGESTS.where(TRASH.c.size == bindparam("size")).limit(1), {"size": -1}) == []
 
 
-def test_a_look_up_reads_a_replaced_index(index: Database, new: Path) -> None:
+def test_a_look_up_reads_the_new_index_after_a_replacement(index: Database, new: Path) -> None:
     with index.write() as connection:
         connection.execute(insert(TRASH), [trash_row(b"in the old one")])
     with closing(Database(index.directory)) as other:
