@@ -178,7 +178,7 @@ def test_an_image_cannot_be_produced_by_a_thread_that_has_claimed_it(
     def get_image(self: Cache, name: Any) -> Any:
         looks[0] += 1
         if looks[0] == 2:  # the claim is held by now
-            with pytest.raises(CacheError, match="by this thread already"), filled.producing("new:1"):
+            with pytest.raises(CacheError, match="this thread is already producing"), filled.producing("new:1"):
                 pass
         return real(self, name)
 

@@ -1,4 +1,4 @@
-"""Downloads in ``ingest/partial/``, where an interrupted one stays until a process resumes it."""
+"""Find and remove partial downloads in ``ingest/partial/``, which a later process can resume."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from cachedb.oci.digests import Digest
 __all__ = ["begun", "key_of", "sweep"]
 
 
-_AGE = 24 * 60 * 60  # seconds after which no process is expected to resume one
-_NOT_OPENED = (errno.ELOOP, errno.EACCES, errno.ENXIO)  # a symbolic link, another user's file, a socket
+_STALE_SECONDS = 24 * 60 * 60  # after this time nobody is expected to resume a download
+_UNOPENABLE_ERRNOS = (errno.ELOOP, errno.EACCES, errno.ENXIO)  # for a symbolic link, another user's file and a socket
 
 
 def key_of(digest: Digest) -> str:
-    """Return the key of the claim on a blob's download; only the owner of the claim writes to the file."""
+    """Return the key of the claim on a blob's download; only the holder of the claim writes to the file."""
     return f"blob {digest}"
 
 
 def begun(folder: int, name: str, size: int) -> int:
-    """Return how many bytes of a download are there to resume from; unlink a file that cannot be resumed.
+    """Return how many bytes of a download can be resumed; unlink a file that cannot be resumed.
 
-    A file that another process still writes to, because its claim was taken over, is unlinked: that process keeps it
-    without a name. Whoever can write to the folder may have put a link there, so no link is followed.
+    A process that lost its claim may still write to the file. Then the file is unlinked, and that process continues
+    with a file without a name. No link is followed, because other users may be able to put one there.
 
     Args:
         folder: descriptor of ``ingest/partial/``.
@@ -39,7 +39,7 @@ def begun(folder: int, name: str, size: int) -> int:
         size: of the whole blob, in bytes.
 
     Raises:
-        StorageError: if the file can be neither resumed nor unlinked.
+        StorageError: if the file can be neither opened nor unlinked.
     """
     with os_errors("write to the cache"):
         try:
@@ -47,14 +47,14 @@ def begun(folder: int, name: str, size: int) -> int:
         except FileNotFoundError:
             return 0
         except OSError as error:
-            if error.errno not in _NOT_OPENED:
+            if error.errno not in _UNOPENABLE_ERRNOS:
                 raise
             os.unlink(name, dir_fd=folder)
             return 0
         try:
             found = os.fstat(file)
-            # A second name means that a killed process has stored it, or that somebody has linked another file here.
-            if found.st_nlink > 1 or found.st_size > size or not _is_our_file(found) or _is_written_to(file):
+            # A second name means that a killed process stored the file, or that somebody linked another file here.
+            if found.st_nlink > 1 or found.st_size > size or not _is_our_file(found) or _has_writer(file):
                 os.unlink(name, dir_fd=folder)
                 return 0
             os.fchmod(file, 0o600)
@@ -64,12 +64,12 @@ def begun(folder: int, name: str, size: int) -> int:
 
 
 def _is_our_file(found: os.stat_result) -> bool:
-    """Return whether this is a regular file of our user; another user may write to his own later."""
+    """Return whether this is a regular file of our user; other users could write to theirs later."""
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
 
 
-def _is_written_to(file: int) -> bool:
-    """Return whether `receive` has this file open in any process."""
+def _has_writer(file: int) -> bool:
+    """Return whether `receive` has this file open in another process or thread."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -77,7 +77,7 @@ def _is_written_to(file: int) -> bool:
     return False
 
 
-def sweep(folders: Folders, *, age: float = _AGE) -> bool:
+def sweep(folders: Folders, *, age: float = _STALE_SECONDS) -> bool:
     """Remove partial downloads that no process has resumed for a day, or for ``age`` seconds.
 
     Returns:

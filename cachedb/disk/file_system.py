@@ -1,4 +1,4 @@
-"""The file system that a directory is on, and whether a cache can live there."""
+"""Find the file system of a directory, and check whether it can hold a cache."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _SHARED = re.compile(
     r"nfs\d?|cifs|smb\d?|smbfs|9p|afs|kafs|ncpfs|coda|ceph|lustre|gfs2?|ocfs2|gpfs|beegfs|orangefs|pvfs2|vboxsf|prl_fs"
     r"|fuse\.(sshfs|s3fs|goofys|gcsfuse|rclone|glusterfs|ceph|ceph-fuse|curlftpfs|davfs|moosefs|mfs|juicefs|vmhgfs-fuse)"
     r"|vmhgfs|davfs"
-    # Between a virtual machine and its host, as Docker Desktop and WSL have it.
+    # Shared between a virtual machine and its host, as by Docker Desktop and WSL.
     r"|virtiofs|fakeowner|drvfs|fuse\.(osxfs|grpcfuse)"
-    # Clusters.
+    # Of clusters.
     r"|wekafs|panfs|fhgfs|beegfs_nodev|mmfs|cvfs|acfs|scoutfs|quobyte"
     r"|fuse\.(quobyte|daos|seaweedfs|lizardfs|cephfs|alluxio-fuse|goosefs-fuse|jindofs-fuse|cvmfs2?|fuse_dfs)"
-    # Buckets and servers.
+    # Of object stores and file servers.
     r"|fuse\.(blobfuse2?|mountpoint-s3|geesefs|ossfs2?|davfs2|smbnetfs|gvfsd-fuse|kio-fuse|onedriver|drivefs)"
 )
 _PAGE = mmap.PAGESIZE
 
 
 def file_system(directory: Path) -> str | None:
-    """Return the type of the file system that a directory is on, as the kernel calls it, or None.
+    """Return the kernel's name for the type of a directory's file system, or None if it is unknown.
 
-    A FUSE program that gives no type of its own is told by its source: ``fuse mountpoint-s3`` is
-    ``fuse.mountpoint-s3``, and ``fuse mfs#master:9421`` is ``fuse.mfs``.
+    A FUSE program may have no type of its own. Then its source names it, if it is a shared one: ``fuse mountpoint-s3``
+    becomes ``fuse.mountpoint-s3``, and ``fuse mfs#master:9421`` becomes ``fuse.mfs``.
     """
     try:
         mounts = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
@@ -53,7 +53,7 @@ def file_system(directory: Path) -> str | None:
             continue
         point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4])
         inside = path == point or path.startswith(point.rstrip("/") + "/")
-        # Of two at one place, the later one covers the earlier.
+        # If two file systems are mounted on one point, the later one hides the earlier.
         if inside and len(point) >= longest:
             kind, source = (*right.split(" "), "")[:2]
             subtype = source.partition("#")[0]
@@ -63,10 +63,10 @@ def file_system(directory: Path) -> str | None:
 
 
 def refuse_shared(directory: Path) -> str | None:
-    """Return why a cache must not be in a directory: a file system that hosts share; None where it may be.
+    """Return the error text for a directory on a file system that hosts share, or None for other ones.
 
-    The processes of one host share SQLite's WAL through memory, and find each other's locks in one kernel. On another
-    host neither is so: two hosts would write over one another (https://sqlite.org/wal.html, "Overview").
+    The processes of one host share SQLite's WAL through memory, and one kernel keeps their locks. Two hosts share
+    neither, so they would overwrite each other's data (https://sqlite.org/wal.html, "Overview").
     """
     kind = file_system(directory)
     if kind is None or not _SHARED.fullmatch(kind):
@@ -78,25 +78,25 @@ def refuse_shared(directory: Path) -> str | None:
 
 
 def refuse_unable(directory: Path) -> None:
-    """Raise if the file system of a new cache's directory cannot do what a cache needs.
+    """Raise if the file system of a new cache's directory lacks a feature that a cache needs.
 
-    This tells more than a name does: a FUSE program may pass locks on or not, as it is configured.
+    A test tells more than the type does: the configuration of a FUSE program decides whether it supports locks.
 
     Raises:
-        StorageError: if a lock does not keep two out, memory is not shared, or hard links or renames do not work.
-        OSError: if no file can be made there.
+        StorageError: if locks, shared memory, hard links or renames do not work.
+        OSError: if no file can be made in the directory.
     """
-    if inability := _find_inability(directory):
+    if fault := _find_fault(directory):
         kind = file_system(directory) or "a file system"
         raise StorageError(
-            f"{str(directory)!r} is on {kind}, where {inability}: "
+            f"{str(directory)!r} is on {kind}, where {fault}: "
             "name a directory on a local disk, with --dir or CACHEDB_DIR"
         )
 
 
-def _find_inability(directory: Path) -> str | None:
-    """Return what a cache needs and files in a directory cannot do, or None if they can do all of it."""
-    # The names look like those of SQLite: whoever makes the same cache beside us takes them for the index's.
+def _find_fault(directory: Path) -> str | None:
+    """Return the first feature a cache needs that does not work in a directory, or None if all work."""
+    # The names look like SQLite's, so a process that makes the same cache takes them for files of the index.
     name = f"{directory}/index.db-test-{secrets.token_hex(6)}"
     path, second = f"{name}.test", f"{name}-2.test"
     with ExitStack() as stack:
@@ -104,7 +104,7 @@ def _find_inability(directory: Path) -> str | None:
             stack.callback(_remove, name)
         ours = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, ours)
-        # Written, and not only extended: a full disk is an error here, and a signal where memory is written to.
+        # Write the page instead of extending the file: on a full disk a write to memory would raise a signal.
         os.pwrite(ours, bytes(_PAGE), 0)
         other = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         stack.callback(os.close, other)
@@ -137,11 +137,11 @@ def _find_posix_lock_fault(ours: int, other: int) -> str | None:
         fcntl.lockf(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return f"files cannot be locked (fcntl): {error.strerror}"
-    # A process does not lock itself out. The lock of an open file has another owner, as another process's has.
+    # A POSIX lock does not conflict within its process. The lock of an open file conflicts, as another process's does.
     try:
         lock_bytes(other, fcntl.F_WRLCK, 0, 0)
     except OSError:
-        return None  # refused; or a kernel that does not know such locks, which tells nothing
+        return None  # refused as it should be, or not supported by the kernel
     return "two can hold one lock (fcntl)"
 
 

@@ -1,8 +1,8 @@
-"""The cache directory and its folders, reached so that nothing outside them can be changed.
+"""The cache directory and its folders, opened so that no operation can change files outside them.
 
-The directory is opened once. Each folder in it is opened from there when it is needed: never through a symbolic link,
-never on another file system, never another user's. What is deleted or renamed is named within such a descriptor. So
-neither a link that somebody has put there nor another directory that takes the cache's place can lead us elsewhere.
+The directory is opened once. Each of its folders is opened relative to it when needed. A folder is refused if it is a
+symbolic link, on another file system, or another user's. Files are deleted and renamed relative to these descriptors.
+So neither a planted link nor another directory in the cache's place can lead us elsewhere.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BLOB_FOLDERS = ("blobs", "blobs/sha256", "blobs/sha512")
 FOLDERS = (*BLOB_FOLDERS, "ingest", "trash", "locks", "backups")
 """The folders of every cache, in the order they are made."""
 
-_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Leftover(NamedTuple):
@@ -47,13 +47,13 @@ class Leftover(NamedTuple):
 
 
 class OpenFolder:
-    """A folder of the cache that stays open while anybody refers to it, wherever it is moved."""
+    """A folder of the cache that stays open while this object is referenced, even if it is moved."""
 
     def __init__(self, folder: int) -> None:
-        """Keep an open folder open.
+        """Duplicate the descriptor of an open folder.
 
         Args:
-            folder: its descriptor, which the caller may close.
+            folder: the descriptor, which the caller may close.
         """
         self.descriptor = os.dup(folder)
         weakref.finalize(self, os.close, self.descriptor)
@@ -66,43 +66,46 @@ class Folders:
         """Open the directory, which must exist.
 
         Raises:
-            OSError: if it cannot be opened.
+            OSError: if the directory cannot be opened.
         """
         self.directory = directory
-        self.root = os.open(directory, _OPEN)
+        self.root = os.open(directory, _OPEN_FOLDER)
         weakref.finalize(self, os.close, self.root)
         self.status = os.fstat(self.root)
         self._marker: tuple[tuple[int, int, int, int], str] | None = None
         self.is_copy = False
-        """Whether the cache may have been copied file by file, and nobody has checked it since."""
+        """Whether the cache may be a copy, made file by file, that nobody has checked yet."""
         self.is_outdated = False
         """Whether the marker names an earlier place of the cache: see `refresh_marker`."""
         self.had_marker = False
         """Whether the marker was there before this open; caches of older releases have none."""
 
     def check_owner(self, *, trust: bool = False) -> None:
-        """Refuse another user's directory, unless it is shared, or trusted: ``CACHEDB_TRUST=1`` trusts any.
+        """Raise if the directory is another user's, and neither shared nor trusted.
+
+        Args:
+            trust: trust the directory's owner, as ``CACHEDB_TRUST=1`` does.
 
         Raises:
-            NotOurs: if it is another user's.
+            NotOurs: if the directory is refused.
         """
         owner, trust = self.status.st_uid, trust or os.environ.get("CACHEDB_TRUST") == "1"
         if owner != os.geteuid() and not trust and not is_shared(self.status):
             raise NotOurs(
-                f"{str(self.directory)!r} belongs to user {_user(owner)}: share it with `cachedb init --shared` as its "
-                "owner, or pass --trust if you trust whoever can write to it"
+                f"{str(self.directory)!r} belongs to user {_describe_user(owner)}: share it with "
+                "`cachedb init --shared` as its owner, or pass --trust if you trust whoever can write to it"
             )
 
     @property
     def is_marked(self) -> bool:
-        """Whether the directory had a marker when it was last looked at."""
+        """Whether the directory had a marker at the last call of `mark`."""
         return self._marker is not None
 
     def mark(self, *, new: bool, is_sound: bool = True) -> None:
-        """Remember which cache this is.
+        """Read the marker, and remember which cache this is.
 
         Args:
-            new: write a marker first, if there is none.
+            new: write a marker first if the directory has none.
             is_sound: as for `marker.write`.
         """
         found = marker.read(self.root)
@@ -116,12 +119,12 @@ class Folders:
         self.is_outdated = found is not None and not self.is_copy and found.is_outdated(self.root)
 
     def accept_copy(self) -> None:
-        """Give a checked copy its own id; the caller holds the write lock."""
+        """Give a checked copy its own id; the caller must hold the write lock."""
         marker.renew(self.root, lambda file: follow(file, self.status))
         self.mark(new=False)
 
     def refresh_marker(self) -> None:
-        """Write the present place of this cache into its marker; the caller holds the write lock."""
+        """Write the present place of this cache into its marker; the caller must hold the write lock."""
         self.mark(new=False)
         found = marker.read(self.root)
         if self.is_outdated and found is not None:
@@ -129,7 +132,7 @@ class Folders:
             self.mark(new=False)
 
     def check_links(self) -> None:
-        """Refuse a cache that shares its files with a copy, by hard links.
+        """Raise if the cache shares its files with a copy through hard links.
 
         Raises:
             NotOurs: if the marker or the index has a second link.
@@ -148,8 +151,8 @@ class Folders:
         """Check, before each write, that the path still leads to this cache.
 
         Raises:
-            CacheReplaced: if the directory was moved, removed, or made anew since it was opened.
-            NotOurs: if it was copied by hard links since.
+            CacheReplaced: if the directory was moved, removed or replaced while it was open.
+            NotOurs: if the cache was copied by hard links while it was open.
         """
         try:
             status = os.stat(self.directory)
@@ -165,13 +168,13 @@ class Folders:
         found = marker.read(self.root)
         if found is None or found.id != self._marker[1]:
             raise CacheReplaced(
-                f"another cache is in {str(self.directory)!r} than the one that was opened: open it again"
+                f"{str(self.directory)!r} is another cache than the one that was opened: open the cache again"
             )
         self.check_links()
         self.mark(new=False)
 
     def make(self, name: str) -> None:
-        """Make a folder of the cache, unless it is there."""
+        """Make a folder of the cache with the mode of the directory, unless it exists."""
         outer, _, inner = name.rpartition("/")
         with self.open(outer) if outer else nullcontext(self.root) as parent:
             try:
@@ -184,14 +187,14 @@ class Folders:
             follow(folder, self.status, is_folder=True)
 
     def make_file(self, path: str) -> int:
-        """Make a file with the mode of the directory, or open the one that is there, and return its descriptor.
+        """Make a file with the mode of the directory, or open it if it exists; return its descriptor.
 
         Args:
             path: relative to the cache directory.
 
         Raises:
-            NotOurs: if a folder on the way leads elsewhere, or is another user's.
-            OSError: if it cannot be made or opened; a symbolic link is not followed.
+            NotOurs: if a folder in the path is refused: see `open`.
+            OSError: if the file cannot be made or opened, or is a symbolic link.
         """
         folder, _, name = path.rpartition("/")
         with self.open(folder) if folder else nullcontext(self.root) as parent:
@@ -205,14 +208,14 @@ class Folders:
         return file
 
     def remove(self, path: str) -> None:
-        """Unlink a file, unless it is gone already.
+        """Unlink a file; do nothing if it does not exist.
 
         Args:
             path: relative to the cache directory.
 
         Raises:
-            NotOurs: if a folder on the way leads elsewhere, or is another user's.
-            OSError: if it cannot be unlinked.
+            NotOurs: if a folder in the path is refused: see `open`.
+            OSError: if the file cannot be unlinked.
         """
         folder, _, name = path.rpartition("/")
         with suppress(FileNotFoundError), self.open(folder) if folder else nullcontext(self.root) as parent:
@@ -226,16 +229,16 @@ class Folders:
             name: relative to the cache directory.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if the folder does not exist.
             NotOurs: if it is a symbolic link, not a folder, another user's, or on another file system.
         """
         folder = self.root
         for part in name.split("/"):
             try:
-                inner = os.open(part, _OPEN | os.O_NOFOLLOW, dir_fd=folder)
+                inner = os.open(part, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=folder)
             except NotADirectoryError:
                 found = os.stat(part, dir_fd=folder, follow_symlinks=False)
-                what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no folder"
+                what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "not a folder"
                 raise NotOurs(
                     f"{self._path(name)!r} is {what}: put a folder back in its place, or move the whole cache"
                 ) from None
@@ -254,8 +257,8 @@ class Folders:
             raise NotOurs(f"{self._path(name)!r} is on another file system: move the whole cache to one file system")
         if found.st_uid not in (self.status.st_uid, os.geteuid()) and not is_shared(self.status):
             raise NotOurs(
-                f"{self._path(name)!r} belongs to user {_user(found.st_uid)}, and the cache to user "
-                f"{_user(self.status.st_uid)}: give it back to its owner with chown"
+                f"{self._path(name)!r} belongs to user {_describe_user(found.st_uid)}, and the cache to user "
+                f"{_describe_user(self.status.st_uid)}: give it back to its owner with chown"
             )
 
     def _path(self, name: str) -> str:
@@ -275,37 +278,37 @@ def find_links(directory: Path) -> NotOurs | None:
 
 
 def is_shared(folder: os.stat_result) -> bool:
-    """Return whether a cache directory is shared by a group: its mode says so, as `cachedb init --shared` sets it."""
+    """Return whether a group shares a cache directory, by the mode that `cachedb init --shared` sets."""
     return folder.st_mode & (stat.S_ISGID | stat.S_IWGRP) == stat.S_ISGID | stat.S_IWGRP
 
 
 def mode_in(folder: os.stat_result) -> int:
-    """Return the mode of a new file in a folder: the folder's, without execution."""
+    """Return the mode of a new file in a folder: the folder's mode without the execute bits."""
     return folder.st_mode & 0o666
 
 
 def give(file: int, folder: os.stat_result) -> None:
-    """Make a file that root made in another user's folder that user's own."""
+    """Give a file that root made in another user's folder to that user."""
     if folder.st_uid != 0 and os.geteuid() == 0:
         os.fchown(file, folder.st_uid, folder.st_gid)
 
 
 def follow(file: int, folder: os.stat_result, *, is_folder: bool = False) -> None:
-    """Give a new file or folder the mode of its folder, whatever the umask; if root made it, the owner too."""
+    """Give a new file or folder the mode of its folder, despite the umask; if root made it, the owner too."""
     found = os.fstat(file)
     if found.st_uid != os.geteuid():
-        return  # another process has made it meanwhile
+        return  # another user's process has made it meanwhile
     if found.st_nlink > 1 and not is_folder:
-        return  # another file was linked here
+        return  # somebody linked another file here
     give(file, folder)
     if folder.st_mode & stat.S_ISGID and found.st_gid != folder.st_gid:
-        os.fchown(file, -1, folder.st_gid)  # it was made elsewhere
+        os.fchown(file, -1, folder.st_gid)  # it was made in another folder
     mode = stat.S_IMODE(folder.st_mode) if is_folder else mode_in(folder)
     if stat.S_IMODE(found.st_mode) != mode:
         os.fchmod(file, mode)
 
 
-def _user(uid: int) -> str:
+def _describe_user(uid: int) -> str:
     import pwd
 
     try:

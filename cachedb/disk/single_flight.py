@@ -1,8 +1,8 @@
 """Single flight: if several processes want the same thing, one produces it and the others wait for it.
 
-The producer has a claim: a lock file that it holds. `show_progress` sets the file's modification time, which says when
-the work last made progress. A waiting process may take over a claim without progress, such as a download that
-trickles. It unlinks the file, and the former owner, if it continues, sees that its claim is lost.
+The producer holds a claim: a locked file. `show_progress` sets the file's modification time, so that other processes
+see when the work last made progress. A waiting process may take over a claim without progress, such as that of a
+stalled download: it unlinks the file. If the former holder continues, it sees that its claim is lost.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ __all__ = ["Claim", "ClaimLost", "check_claim", "claims", "once", "show_progress
 
 T = TypeVar("T")
 
-_SUFFIX = ".producing"
-_NAP = 0.02  # seconds between two looks
-_PROGRESS_SECONDS = 1.0  # between two notes of progress
-_STALLED_SECONDS = 30.0  # without progress, after which a claim may be taken over
-_REMOVING = 1 << 40  # the byte of a claim's file that is locked while it is unlinked
-_REMOVAL_SECONDS = 1.0  # to wait for that lock, which is held for a moment
-_mine = threading.local()
-_claims: dict[Path, FileIO] = {}  # of this process
-_noted: dict[Path, float] = {}  # when progress was last noted
-# What its parent makes is not a child's own.
+_CLAIM_SUFFIX = ".producing"
+_POLL_SECONDS = 0.02  # between two attempts to take a claim
+_PROGRESS_SECONDS = 1.0  # between two updates of the modification time
+_STALLED_SECONDS = 30.0  # after so long without progress, a claim may be taken over
+_REMOVAL_BYTE = 1 << 40  # the byte that a process locks in a claim's file while it unlinks the file
+_REMOVAL_SECONDS = 1.0  # how long to wait for that lock, which is held for a moment
+_of_thread = threading.local()
+_claims: dict[Path, FileIO] = {}  # the lock files of this process's claims
+_progress_noted: dict[Path, float] = {}  # when progress was last noted
+# A forked child has none of its parent's claims.
 os.register_at_fork(after_in_child=_claims.clear)
-os.register_at_fork(after_in_child=lambda: _mine.__dict__.clear())
+os.register_at_fork(after_in_child=lambda: _of_thread.__dict__.clear())
 
 
 class ClaimLost(CacheError):
-    """Another process has taken over a claim of this one, because it made no progress."""
+    """Another process has taken over a claim of this process, which made no progress."""
 
 
-def _path(directory: Path, key: str) -> Path:
-    return directory / "locks" / f"{hashlib.sha256(key.encode()).hexdigest()}{_SUFFIX}"
+def _claim_path(directory: Path, key: str) -> Path:
+    return directory / "locks" / f"{hashlib.sha256(key.encode()).hexdigest()}{_CLAIM_SUFFIX}"
 
 
-def _making() -> set[Path]:
-    """Return the paths of the claims that this thread has."""
-    making: set[Path] = _mine.__dict__.setdefault("making", set())
-    return making
+def _claims_of_thread() -> set[Path]:
+    """Return the paths of the claims that this thread holds or is taking."""
+    paths: set[Path] = _of_thread.__dict__.setdefault("paths", set())
+    return paths
 
 
-def _claim(path: Path, key: str) -> FileIO | None:
-    """Take a claim; return its lock, or None if another has it."""
+def _take_claim(path: Path, key: str) -> FileIO | None:
+    """Take a claim; return its lock, or None if another process or thread has it."""
     lock = locks.acquire(path, wait=False)
     if lock is not None:
         processes.write_record(lock.fileno(), key=key, since=time.time())
@@ -67,7 +67,7 @@ def _claim(path: Path, key: str) -> FileIO | None:
     return lock
 
 
-def _let_go(path: Path, lock: FileIO) -> None:
+def _release_claim(path: Path, lock: FileIO) -> None:
     if _claims.get(path) is lock:
         del _claims[path]
     try:
@@ -78,18 +78,18 @@ def _let_go(path: Path, lock: FileIO) -> None:
 
 
 def _remove(path: Path, lock: FileIO, seconds: float = _REMOVAL_SECONDS) -> bool:
-    """Unlink a claim's file, unless another one has the name by now; return whether it was unlinked.
+    """Unlink a claim's file, unless its name leads to a newer file; return whether it was unlinked.
 
     Args:
         path: of the file.
-        lock: the file, open.
-        seconds: to wait for another process that unlinks it at this moment.
+        lock: the open file.
+        seconds: to wait for another process that is unlinking the file.
     """
     end = time.monotonic() + seconds
-    while not byte_locks.lock_byte(lock.fileno(), _REMOVING):
+    while not byte_locks.lock_byte(lock.fileno(), _REMOVAL_BYTE):
         if time.monotonic() >= end:
             return False
-        time.sleep(_NAP)
+        time.sleep(_POLL_SECONDS)
     if not locks.leads_to(path, lock.fileno()):
         return False
     path.unlink()
@@ -97,28 +97,28 @@ def _remove(path: Path, lock: FileIO, seconds: float = _REMOVAL_SECONDS) -> bool
 
 
 def show_progress(directory: Path, key: str) -> None:
-    """Note that a claim of this process makes progress; do nothing without a claim.
+    """Note that the holder of a claim makes progress; do nothing if this process has no such claim.
 
     Raises:
-        ClaimLost: if another process has taken it over.
+        ClaimLost: if another process has taken over the claim.
     """
-    path = _path(directory, key)
+    path = _claim_path(directory, key)
     lock, now = _claims.get(path), time.monotonic()
-    if lock is None or now - _noted.get(path, 0.0) < _PROGRESS_SECONDS:
+    if lock is None or now - _progress_noted.get(path, 0.0) < _PROGRESS_SECONDS:
         return
-    _noted[path] = now
+    _progress_noted[path] = now
     check_claim(directory, key)
-    with suppress(OSError, ValueError):  # it has been closed by another thread since
+    with suppress(OSError, ValueError):  # another thread has closed the file
         os.utime(lock.fileno())
 
 
 def check_claim(directory: Path, key: str) -> None:
-    """Check that a claim of this process, if it has one, was not taken over.
+    """Check that no other process has taken over a claim of this process.
 
     Raises:
-        ClaimLost: if it was.
+        ClaimLost: if one has.
     """
-    path = _path(directory, key)
+    path = _claim_path(directory, key)
     lock = _claims.get(path)
     with suppress(OSError, ValueError):
         if lock is not None and not locks.leads_to(path, lock.fileno()):
@@ -126,8 +126,8 @@ def check_claim(directory: Path, key: str) -> None:
 
 
 @contextmanager
-def _beating(directory: Path, key: str, is_working: Callable[[], bool]) -> Iterator[None]:
-    """Note progress in the block every second, from a thread, while the work goes on."""
+def _noting_progress(directory: Path, key: str, is_working: Callable[[], bool]) -> Iterator[None]:
+    """Note progress every second during the block, from a thread, as long as the work makes progress."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -137,7 +137,7 @@ def _beating(directory: Path, key: str, is_working: Callable[[], bool]) -> Itera
                     show_progress(directory, key)
 
     thread = threading.Thread(target=beat, daemon=True, name="cachedb progress")
-    start(thread)  # where none can be, as while the interpreter exits, no progress is noted
+    start(thread)  # if no thread can start, as while the interpreter exits, nothing is noted
     try:
         yield
     finally:
@@ -155,71 +155,72 @@ def once(
     may_take_over: bool = False,
     is_working: Callable[[], bool] | None = lambda: True,
 ) -> Iterator[T | None]:
-    """Yield what ``find`` returns, or None and the claim to produce it; others that want it wait for the block.
+    """Yield the result of ``find``; if it is None, hold the claim to produce it during the block.
 
-    The claim is a lock, which the kernel releases when the process dies.
+    Other processes and threads that want the same key wait until the block ends. The kernel releases the claim if the
+    process dies.
 
     Args:
         directory: of the cache.
-        key: names what is wanted.
-        find: returns it, or None if it is not there.
-        sleep: called with seconds while another process produces it; it may raise to stop the wait.
-        seconds: to wait for a process that makes no progress; the default is that of `chosen_seconds`.
+        key: names the thing that is wanted.
+        find: returns the thing, or None if it does not exist yet.
+        sleep: called with seconds while another process produces the thing; it may raise to stop the wait.
+        seconds: how long to wait for a process without progress; None for the default of `chosen_seconds`.
         may_take_over: take the claim from a process that has made no progress for half a minute.
         is_working: called every second, returns whether the block makes progress; None if the block calls
             `show_progress` itself.
 
     Raises:
         Busy: if the other process makes no progress for that time.
-        CacheError: if this thread has the claim already: it would wait for itself.
+        CacheError: if this thread has the claim already, so that it would wait for itself.
     """
     found = find()
     if found is not None:
         yield found
         return
-    path, making = _path(directory, key), _making()
-    if path in making:
-        raise CacheError(f"{key} is being made by this thread already, which would wait for itself")
+    path, own_paths = _claim_path(directory, key), _claims_of_thread()
+    if path in own_paths:
+        raise CacheError(f"this thread is already producing {key!r}: end that block first")
     lock = None
     try:
-        making.add(path)  # before the lock: a signal handler that asks for it meanwhile would wait for its own thread
+        own_paths.add(path)  # before the lock, so that a signal handler does not wait for its own thread
         what = f"make a lock file for {key}"
-        with os_errors(what), Wait(key, chosen_seconds(seconds), lambda: _progress(path)) as wait:
-            while (lock := _claim(path, key)) is None:
-                wait.nap(_NAP, lambda: locks.holder_of(path), sleep)
+        with os_errors(what), Wait(key, chosen_seconds(seconds), lambda: _read_progress(path)) as wait:
+            while (lock := _take_claim(path, key)) is None:
+                wait.nap(_POLL_SECONDS, lambda: locks.holder_of(path), sleep)
                 if may_take_over and wait.stalled_seconds >= _STALLED_SECONDS:
                     _take_over(path, key, wait.seen)
         with ExitStack() as block:
             found = find()
             if found is None:
                 if is_working is not None:
-                    block.enter_context(_beating(directory, key, is_working))
+                    block.enter_context(_noting_progress(directory, key, is_working))
                 yield None
                 return
     finally:
-        making.discard(path)
-        if lock is not None and not lock.closed:  # in a forked child it is, and the right is its parent's
-            _let_go(path, lock)
+        own_paths.discard(path)
+        if lock is not None and not lock.closed:  # a fork closes it in the child, and the parent has the claim
+            _release_claim(path, lock)
     yield found
 
 
-def _progress(path: Path) -> object:
-    """Return a value that changes while the owner of a claim makes progress."""
+def _read_progress(path: Path) -> object:
+    """Return a value that changes while the holder of a claim makes progress."""
     with suppress(OSError), FileIO(path) as file:
         if processes.read_record(file.fileno()) is None:
-            return time.monotonic()  # an old release has the claim, and it notes no progress
+            return time.monotonic()  # the holder is an old release, which notes no progress
         status = os.fstat(file.fileno())
         return status.st_ino, status.st_mtime_ns
     return None
 
 
 def _take_over(path: Path, key: str, stalled: object) -> None:
-    """Unlink a claim without progress, so that the first who asks gets it.
+    """Unlink the file of a claim without progress, so that another process can take the claim.
 
     Args:
         path: of the claim's file.
-        key: what is claimed.
-        stalled: the value that `_progress` has returned all the time.
+        key: of the claim.
+        stalled: the value that `_read_progress` has returned since the last progress.
     """
     with suppress(OSError), FileIO(path, "r+") as file:
         status = os.fstat(file.fileno())
@@ -231,22 +232,22 @@ def _take_over(path: Path, key: str, stalled: object) -> None:
 
 @contextmanager
 def unless_made(directory: Path, key: str) -> Iterator[bool]:
-    """Yield whether this thread got the claim on a key; if so, nobody else gets it during the block."""
-    path, making = _path(directory, key), _making()  # of this thread, whichever ends the block
-    if path in making:
+    """Yield whether this thread got the claim on a key; if it did, it keeps the claim during the block."""
+    path, own_paths = _claim_path(directory, key), _claims_of_thread()  # another thread may end the block
+    if path in own_paths:
         yield False
         return
     lock = None
     try:
-        making.add(path)
-        lock = _claim(path, key)
+        own_paths.add(path)
+        lock = _take_claim(path, key)
         if lock is None:
-            making.discard(path)
+            own_paths.discard(path)
         yield lock is not None
     finally:
-        making.discard(path)
+        own_paths.discard(path)
         if lock is not None and not lock.closed:
-            _let_go(path, lock)
+            _release_claim(path, lock)
 
 
 class Claim(NamedTuple):
@@ -262,7 +263,7 @@ def claims(directory: Path) -> list[Claim]:
     found = []
     for name in os.listdir(directory / "locks"):
         path = directory / "locks" / name
-        if name.endswith(_SUFFIX) and locks.is_held(path):
+        if name.endswith(_CLAIM_SUFFIX) and locks.is_held(path):
             with suppress(OSError, TypeError, ValueError), FileIO(path) as file:
                 record = processes.read_record(file.fileno())
                 if record is None:
@@ -273,7 +274,7 @@ def claims(directory: Path) -> list[Claim]:
 
 
 def sweep(folders: Folders) -> Iterator[Leftover]:
-    """Remove the lock files of killed producers; yield those that cannot be removed."""
+    """Remove the claims of dead processes; yield the files that cannot be removed."""
     with folders.open("locks") as folder:
         for name in os.listdir(folder):
             if lock_kind(name) != "producing":

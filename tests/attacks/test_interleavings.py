@@ -293,7 +293,7 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
 
     patch.setattr(fcntl, "flock", announcing_flock)
     patch.setattr(locks, "_lock", lock_in_kernel)
-    patch.setattr(single_flight, "_progress", wait_for_producer)
+    patch.setattr(single_flight, "_read_progress", wait_for_producer)
 
 
 def full_path(path: Any, options: dict[str, Any], place: int) -> Path | None:

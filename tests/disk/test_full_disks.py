@@ -428,7 +428,7 @@ def test_a_new_cache_is_refused_on_a_file_system_that_lacks_what_it_needs(
 def test_the_file_system_of_an_existing_cache_is_not_tested_again(
     cache: Cache, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_system, "_find_inability", lambda _: "nothing works")
+    monkeypatch.setattr(file_system, "_find_fault", lambda _: "nothing works")
     Cache.open(directory).close()
 
 

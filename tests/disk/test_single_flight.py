@@ -190,7 +190,7 @@ def test_a_thread_cannot_wait_for_itself_and_names_do_not_wait_for_each_other(ca
     with cache.producing("app:1") as first, cache.producing("app:2") as second:
         assert first is second is None
         for name in ("app:1", "app:2"):
-            with pytest.raises(CacheError, match="being made by this thread already"), cache.producing(name):
+            with pytest.raises(CacheError, match="this thread is already producing"), cache.producing(name):
                 pytest.fail("the thread got its own claim again")
         with Cache.open(cache.directory) as other, pytest.raises(CacheError), other.producing("app:1"):
             pytest.fail("the thread got its own claim through another Cache")

@@ -263,7 +263,7 @@ def test_a_thread_does_not_wait_for_its_own_early_downloads(closed_cache: Path, 
     name = f"{remote.host}/large:1"
     with Source(closed_cache, Name.parse(name)) as source, Cache.open(closed_cache) as cache:
         source.begin()
-        with pytest.raises(CacheError, match="being made by this thread already"):
+        with pytest.raises(CacheError, match="this thread is already producing"):
             cache.pull(name)
         cache.pull(source)
         cache.pull(name)
