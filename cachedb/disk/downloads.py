@@ -93,8 +93,8 @@ def sweep(folders: Folders, *, age: float = _STALE_SECONDS) -> bool:
                 status = os.stat(name, dir_fd=partial, follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode) or time.time() - status.st_mtime < age:
                     continue
-                with single_flight.unless_made(folders.directory, key_of(digest)) as nobody:
-                    if nobody:
+                with single_flight.unless_made(folders.directory, key_of(digest)) as has_claim:
+                    if has_claim:
                         os.unlink(name, dir_fd=partial)
                         found = True
     return found

@@ -66,7 +66,7 @@ def atomic_file(path: Path) -> Iterator[FileIO]:
                 _link_part(file, part)
             part.rename(path)  # the file is still locked here
     finally:
-        with ignore_os_errors():  # it would hide the error that came first
+        with ignore_os_errors():  # an error here would hide the first one
             part.unlink(missing_ok=True)
 
 

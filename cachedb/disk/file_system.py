@@ -72,8 +72,8 @@ def refuse_shared(directory: Path) -> str | None:
     if kind is None or not _SHARED.fullmatch(kind):
         return None
     return (
-        f"{str(directory)!r} is on {kind}, which other hosts may mount too, and SQLite's WAL is for the processes of "
-        "one host: name a directory on a local disk, with --dir or CACHEDB_DIR"
+        f"{str(directory)!r} is on {kind}, which other hosts may mount too, but SQLite's WAL works only on one host: "
+        "name a directory on a local disk, with --dir or CACHEDB_DIR"
     )
 
 
@@ -129,7 +129,7 @@ def _find_flock_fault(ours: int, other: int) -> str | None:
         return None
     except OSError as error:
         return f"files cannot be locked (flock): {error.strerror}"
-    return "two can hold one lock (flock)"
+    return "two processes can hold one lock (flock)"
 
 
 def _find_posix_lock_fault(ours: int, other: int) -> str | None:
@@ -142,7 +142,7 @@ def _find_posix_lock_fault(ours: int, other: int) -> str | None:
         lock_bytes(other, fcntl.F_WRLCK, 0, 0)
     except OSError:
         return None  # refused as it should be, or not supported by the kernel
-    return "two can hold one lock (fcntl)"
+    return "two processes can hold one lock (fcntl)"
 
 
 def _find_mmap_fault(ours: int, other: int) -> str | None:

@@ -78,7 +78,7 @@ def _read_namespace() -> str:
 
 @cache
 def _begin_record(process: Process) -> str:
-    return json.dumps(process._asdict())[:-1]
+    return json.dumps(process._asdict())[:-1]  # without the last brace: more values may follow
 
 
 def write_record(file: int, offset: int = RECORD, **more: object) -> None:
@@ -89,7 +89,7 @@ def write_record(file: int, offset: int = RECORD, **more: object) -> None:
     Args:
         file: descriptor of the lock file.
         offset: of the record, in bytes.
-        more: the values, which must fit JSON.
+        more: the values, which must be serializable as JSON.
     """
     rest = f", {json.dumps(more)[1:]}" if more else "}"
     with suppress(OSError):

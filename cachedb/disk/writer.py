@@ -139,7 +139,7 @@ def _check_partial(file: int) -> None:
     """Check that a download's file is a regular file of our user with one name.
 
     Raises:
-        StorageError: if it is not; then another program has put it there.
+        StorageError: if it is another kind of file, which some other program has put there.
     """
     found = os.fstat(file)
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:

@@ -412,7 +412,7 @@ MUTATIONS = [
     Mutation("a size is printed with at most three digits", "cachedb/text.py", "if abs(size) < 999.5", "if abs(size) < 1000", "tests/attacks/test_bounds_of_input.py -k unit"),
     Mutation("`show` prints the author", "cachedb/cli/images.py", ', ("author", image.author or "")]', "]", "tests/attacks/test_bounds_of_input.py -k author"),
     # Second failures
-    Mutation("a failed export reports the first error", "cachedb/disk/durable.py", "        with ignore_os_errors():  # it would hide the error that came first\n            part.unlink(missing_ok=True)\n", "        part.unlink(missing_ok=True)\n", "tests/attacks/test_second_failures.py -k export"),
+    Mutation("a failed export reports the first error", "cachedb/disk/durable.py", "        with ignore_os_errors():  # an error here would hide the first one\n            part.unlink(missing_ok=True)\n", "        part.unlink(missing_ok=True)\n", "tests/attacks/test_second_failures.py -k export"),
     Mutation("a failed link reports the first error", "cachedb/transports/archive/write_layout.py", "        discard(part)  #", "        part.unlink(missing_ok=True)  #", "tests/attacks/test_second_failures.py -k export"),
     Mutation("a failed import reports the first error", "cachedb/content/session.py", "discard(name, folder.descriptor)", "os.unlink(name, dir_fd=folder.descriptor)", "tests/attacks/test_second_failures.py -k spooled"),
     Mutation("a failed backup reports the first error", "cachedb/index/sqlite/backups.py", "                with ignore_os_errors():\n                    made.unlink()\n", "                made.unlink()\n", "tests/attacks/test_second_failures.py -k backup"),

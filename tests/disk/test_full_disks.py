@@ -402,9 +402,9 @@ class Unshared(mmap.mmap):
 @pytest.mark.parametrize(
     ("module", "name", "replacement", "expected"),
     [
-        (fcntl, "flock", lambda *_: None, r"two can hold one lock \(flock\)"),
+        (fcntl, "flock", lambda *_: None, r"two processes can hold one lock \(flock\)"),
         (fcntl, "flock", refuse(errno.ENOSYS), r"files cannot be locked \(flock\): Function not implemented"),
-        (fcntl, "fcntl", lambda *_: b"", r"two can hold one lock \(fcntl\)"),
+        (fcntl, "fcntl", lambda *_: b"", r"two processes can hold one lock \(fcntl\)"),
         (fcntl, "lockf", refuse(errno.ENOLCK), r"files cannot be locked \(fcntl\): No locks available"),
         (mmap, "mmap", refuse(errno.ENODEV), r"processes cannot share memory \(mmap\): No such device"),
         (mmap, "mmap", Unshared, r"processes do not share memory \(mmap\)"),
