@@ -20,7 +20,7 @@ __all__ = ["begin", "driver_of", "ensure_wal", "immediate", "transaction"]
 def transaction(connection: Connection, turn: locks.Turn, check_files: Callable[[], None]) -> Iterator[None]:
     """Commit the changes of the block, or roll them back on an error.
 
-    A process that is killed during a commit, or cannot sync it, may leave a whole commit in the WAL that no process
+    A process that is killed during a commit, or cannot sync it, may leave a complete commit in the WAL that no process
     sees. SQLite would apply it after all processes have closed the index, when its blobs may be deleted. So another
     commit first overwrites it.
 
