@@ -303,8 +303,8 @@ def _copy_blob(source: str, target: str, digest: Digest, size: int, can_clone: b
         if can_clone and _clone(file, target):
             return "reflink"
         # Never share a file that others can write to: they could change the copy through its name in the source.
-        ours = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if ours and _link(source, target, status):
+        is_private = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if is_private and _link(source, target, status):
             return "hard link"
         _receive(opened, Path(target), digest, size, advance)
         return "copy"

@@ -38,7 +38,7 @@ __all__ = ["insert_rows", "name_unnamed", "read_rows", "rebuild"]
 RECOVERED = "recovered"
 """The repository of images whose names are lost."""
 
-_TABLES = ("blobs", "images", "image_blobs", "holds", "leases")  # the others are derived from the blobs
+_TABLES = ("blobs", "images", "image_blobs", "holds", "leases")  # the other tables are not salvaged
 _LOSSES = {"image_blobs": "blobs attached to images", "holds": "holds", "leases": "leases of holds"}
 
 
@@ -62,7 +62,7 @@ def rebuild(database: Database, folder: Path) -> list[str]:
         database: the index of the cache.
         folder: a new folder of a session, for the new index.
     """
-    with os_errors("rebuild the index"), database.alone() as turn:
+    with os_errors("rebuild the index"), database.alone() as write_turn:
         if not find_faults(database):
             return []
         files, _ = layout.on_disk(database.directory)
@@ -71,7 +71,7 @@ def rebuild(database: Database, folder: Path) -> list[str]:
             upgrade.prepare(new)
             with new.write() as connection:
                 notes += _write_index(connection, database.directory, files, salvage)
-        backups.put_in_place(database, turn, new.path)
+        backups.put_in_place(database, write_turn, new.path)
     return notes
 
 

@@ -569,7 +569,7 @@ def test_a_request_whose_connection_is_closed_is_retried(cache: Cache, remote: R
 def test_a_download_that_is_too_slow_fails(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repository, "_MINUTE", 0.2)
     remote.fault(changed(drip=0.05), method="GET", path=make.digest_of(LARGE.layers[0]), times=99)
-    with pytest.raises(RegistryUnavailable, match="less than 1024 bytes a second"):
+    with pytest.raises(RegistryUnavailable, match="slower than 1024 bytes per second"):
         cache.pull(f"{remote.host}/large:1")
 
 

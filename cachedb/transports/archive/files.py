@@ -26,6 +26,7 @@ __all__ = ["Files", "Section", "UnpackLimit", "descriptor", "max_unpacked", "ope
 
 
 _MEMBERS_LIMIT = 100_000
+_NAMES_LIMIT = 16 * 1024 * 1024  # characters in the names and links of all members
 _NAME_LIMIT = 4096  # bytes, the limit of a path on Linux
 _LINKS_LIMIT = 40  # links to follow from one name, the limit on Linux
 _UNPACKED_LIMIT = 64 * 1024**3  # bytes
@@ -129,28 +130,29 @@ class Tar:
         self._descriptor = descriptor
         self._files: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
-        names_length = 0
+        name_characters = 0
         for member in tar.members(descriptor):
-            names_length += len(member.name) + len(member.link)
-            if len(self._files) + len(self._links) >= _MEMBERS_LIMIT or names_length > 16 * 1024 * 1024:
+            name_characters += len(member.name) + len(member.link)
+            if len(self._files) + len(self._links) >= _MEMBERS_LIMIT or name_characters > _NAMES_LIMIT:
                 raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: not an image")
-            self._add(member)
+            self._add_member(member)
         for name in self._links:
-            self._resolve(name)
+            self._follow_links(name)  # raises if they form a circle
 
     def find(self, name: str) -> Section | None:
         """Return the content of a file or link, or None if there is no such file."""
-        place = self._files.get(self._resolve(_normalize_name(name)))
+        place = self._files.get(self._follow_links(_normalize_name(name)))
         return None if place is None else Section(self._descriptor, *place)
 
-    def _resolve(self, name: str) -> str:
+    def _follow_links(self, name: str) -> str:
+        """Return the name of the file that a name leads to."""
         for _ in range(_LINKS_LIMIT + 1):
             if name not in self._links:
                 return name
             name = self._links[name]
         raise InvalidArchive(f"links in the archive go in a circle at {shorten(name)}")
 
-    def _add(self, member: tar.Member) -> None:
+    def _add_member(self, member: tar.Member) -> None:
         name = _normalize_name(member.name)
         self._files.pop(name, None)  # a later member replaces an earlier one of the same name
         self._links.pop(name, None)
