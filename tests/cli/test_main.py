@@ -18,7 +18,9 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from cachedb import Cache
 from cachedb.cli.main import cli
@@ -245,20 +247,31 @@ def test_the_directory_comes_from_the_option_the_environment_or_the_platform(tmp
     assert (tmp_path / "given").stat().st_mode & 0o777 == 0o700
 
 
-def test_every_command_has_help_with_an_example() -> None:
-    def commands(group: object, path: list[str]) -> list[list[str]]:
-        found = [path]
-        for name, command in getattr(group, "commands", {}).items():
-            found += commands(command, [*path, name])
-        return found
+def find_commands(group: click.Group, path: list[str]) -> dict[str, click.Command]:
+    """Return all commands of a group and of the groups in it, by their path."""
+    context, found = click.Context(group), dict[str, click.Command]()
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None, name
+        found[" ".join([*path, name])] = command
+        if isinstance(command, click.Group):
+            found |= find_commands(command, [*path, name])
+    return found
 
-    for path in commands(cli, []):
-        result = subprocess.run(
-            [sys.executable, "-m", "cachedb", *path, "--help"], capture_output=True, text=True, check=True
-        )
-        assert result.stdout.startswith(f"Usage: cachedb {' '.join(path)}".rstrip())
-        if path not in (["blob"], ["db"]):
-            assert "Examples:" in result.stdout, path
+
+COMMANDS = find_commands(cli, [])
+
+
+def test_commands_are_found_in_groups_too() -> None:
+    assert {"import", "ls", "db upgrade", "blob cat"} <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_command_has_help_with_an_example(path: str) -> None:
+    result = CliRunner().invoke(cli, [*path.split(), "--help"], prog_name="cachedb")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"Usage: cachedb {path}")
+    assert isinstance(COMMANDS[path], click.Group) or "Examples:" in result.output
 
 
 def test_help_imports_no_slow_modules() -> None:
