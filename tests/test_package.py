@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +102,36 @@ def test_an_installed_package_creates_a_cache_and_migrates_its_schema(
     assert db("check") == []
     assert db("restore", backup)["images"] == 1
     assert db("current") == {"revision": REVISION, "newest": REVISION, "usable": True, "pending": 0}
+
+
+def names_used_of_other_modules() -> Iterator[tuple[str, str, str]]:
+    """Yield each module of the package, another one that it uses, and the name that it uses of it."""
+    package = Path(cachedb.__file__).parent
+    modules = {".".join(path.relative_to(package.parent).with_suffix("").parts): path for path in package.rglob("*.py")}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text())
+        bound: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cachedb"):
+                for alias in node.names:
+                    if (whole := f"{node.module}.{alias.name}") in modules:
+                        bound[alias.asname or alias.name] = whole
+                    elif node.module in modules:
+                        yield module, node.module, alias.name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
+                yield module, bound[node.value.id], node.attr
+
+
+def test_a_module_uses_only_names_that_another_one_offers() -> None:
+    used = list(names_used_of_other_modules())
+    assert ("cachedb.cache", "cachedb.errors", "CacheError") in used
+    missing = [
+        f"{module} uses {name} of {other}"
+        for module, other, name in used
+        # `errors.__all__` lists the public errors: not the functions beside them, which are for the package alone.
+        if other != "cachedb.errors"
+        and name not in ("*", "__all__")
+        and name not in getattr(importlib.import_module(other), "__all__", [name])
+    ]
+    assert missing == []

@@ -46,7 +46,16 @@ from cachedb.index.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 from cachedb.oci.digests import Digest, is_digest, split_digest
 from cachedb.threads import start
 
-__all__ = ["Collected", "collect", "empty_trash", "forget", "recover", "recover_at_once", "unreferenced"]
+__all__ = [
+    "SMALL_BATCH",
+    "Collected",
+    "collect",
+    "empty_trash",
+    "forget",
+    "recover",
+    "recover_at_once",
+    "unreferenced",
+]
 
 
 SMALL_BATCH = 16  # blobs to collect at a time on a full disk

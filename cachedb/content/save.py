@@ -63,6 +63,8 @@ __all__ = [
     "attach",
     "choice",
     "closure",
+    "details",
+    "platforms",
     "reassociate",
     "restore",
     "save_image",

@@ -33,7 +33,16 @@ from cachedb.index.tables import LEASES
 from cachedb.oci.digests import Digest
 from cachedb.reentry import not_reentered
 
-__all__ = ["Hold", "Session", "dead_sessions", "half_published", "locked_sessions", "remove_folder"]
+__all__ = [
+    "NO_HOLD",
+    "Hold",
+    "Session",
+    "dead_sessions",
+    "half_published",
+    "lock_path",
+    "locked_sessions",
+    "remove_folder",
+]
 
 
 _LOCK_SUFFIX = ".session"

@@ -13,7 +13,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["UNKNOWN", "Process", "flock_holder", "index_writer", "read_record", "this_process", "write_record"]
+__all__ = [
+    "RECORD",
+    "UNKNOWN",
+    "Process",
+    "clear_record",
+    "flock_holder",
+    "index_writer",
+    "read_record",
+    "this_process",
+    "write_record",
+]
 
 
 RECORD = 1

@@ -69,6 +69,7 @@ __all__ = [
     "repositories_with",
     "root_of",
     "tags",
+    "touch",
     "waiting_for",
     "without_associations",
 ]

@@ -13,7 +13,11 @@ from cachedb.oci.digests import Digest, parse_digest
 from cachedb.oci.manifests import load_json
 from cachedb.oci.platforms import PLATFORM_PART
 
-__all__ = ["ImageConfig", "parse_config"]
+__all__ = [
+    "CONFIG_LIMIT",
+    "ImageConfig",
+    "parse_config",
+]
 
 
 CONFIG_LIMIT: Final = 256 * 1024

@@ -9,7 +9,15 @@ from typing import Literal, NewType
 from cachedb.errors import InvalidDigest
 from cachedb.text import shorten
 
-__all__ = ["Algorithm", "Digest", "digest_of", "is_digest", "parse_digest", "split_digest"]
+__all__ = [
+    "HEX_LENGTH",
+    "Algorithm",
+    "Digest",
+    "digest_of",
+    "is_digest",
+    "parse_digest",
+    "split_digest",
+]
 
 
 Algorithm = Literal["sha256", "sha512"]

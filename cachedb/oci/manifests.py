@@ -16,9 +16,22 @@ from cachedb.oci.platforms import platform_label
 from cachedb.text import shorten
 
 __all__ = [
+    "CONFIG_TYPES",
+    "DOCKER_CONFIG",
+    "DOCKER_LIST",
+    "DOCKER_MANIFEST",
+    "DOCUMENT_LIMIT",
+    "INDEX_TYPES",
+    "MANIFEST_TYPES",
+    "OCI_CONFIG",
+    "OCI_INDEX",
+    "OCI_LAYER",
+    "OCI_MANIFEST",
+    "ROLES",
     "Descriptor",
     "Role",
     "build_manifest",
+    "check_media_type",
     "child",
     "descriptors",
     "is_compressed",
@@ -26,6 +39,7 @@ __all__ = [
     "manifest_media_type",
     "read_descriptors",
     "read_media_type",
+    "role_of",
     "root",
     "subject_of",
 ]

@@ -15,7 +15,13 @@ from typing import NamedTuple
 
 from cachedb.errors import InvalidQuery, NotInCache, os_errors
 
-__all__ = ["Report", "folder", "load", "reports"]
+__all__ = [
+    "Report",
+    "folder",
+    "load",
+    "number",
+    "reports",
+]
 
 
 _BUILT_IN_FOLDER = Path(__file__).parent / "sql"
