@@ -116,7 +116,7 @@ class _Adopter:
         if self._how == "move":
             self._old.check_ours()
         # One thread reads a part while the other saves one. More threads would only wait for the write lock.
-        in_threads(self._adopt_part, self._parts(), self._advance, threads=2)
+        in_threads(self._adopt_part, self._read_parts(), self._advance, threads=2)
         used = len(self._new)
         done = self._here | self._bad.keys() | self._unwanted
         rest = (digest for digest in self._old.blobs if digest not in done)
@@ -141,11 +141,11 @@ class _Adopter:
         path = self._old.paths.get(digest) if digest else self._old.manifests.get(name) if name else None
         self._left_out.append(LeftOut(kind, name and str(name), digest, Path(path) if path else None, detail))
 
-    def _parts(self) -> Iterator[list[OldImage]]:
+    def _read_parts(self) -> Iterator[list[OldImage]]:
         """Yield the images that are not complete here, in parts that are saved together."""
         part: list[OldImage] = []
         wanted: dict[Digest, int] = {}
-        for name, is_here in self._names_to_adopt():
+        for name, is_here in self._look_up_names():
             try:
                 image = self._old.image(name)
             except (UnreadableEntry, DigestMismatch, InvalidManifest) as error:
@@ -168,7 +168,7 @@ class _Adopter:
         if part:
             yield part
 
-    def _names_to_adopt(self) -> Iterator[tuple[Name, bool]]:
+    def _look_up_names(self) -> Iterator[tuple[Name, bool]]:
         """Yield each name and whether this cache has it; the names are looked up in batches for speed."""
         for names in batched(self._old.manifests):
             with self._database.read() as connection:
@@ -272,7 +272,7 @@ class _Adopter:
         ours = self._database.directory
         here = look_up_all(connection, [image.name for image in part])
         rest = [image for image in part if image.name not in here or not self._is_settled(connection, image)]
-        refused = save_new(connection, ours, [_as_new(image) for image in rest if image.name not in here])
+        refused = save_new(connection, ours, [_to_new_image(image) for image in rest if image.name not in here])
         for image in rest:
             if image.name in here:  # its image is incomplete
                 try:
@@ -331,7 +331,7 @@ class _Adopter:
                 self._old.remove(self._old.directory / "index.json")
 
 
-def _as_new(image: OldImage) -> NewImage:
+def _to_new_image(image: OldImage) -> NewImage:
     """Return an image to save; that of an index has no closure yet, which depends on adopted children."""
     contents = image.closure if oci.role_of(image.media_type) == "manifest" else None
     return NewImage(image.name, image.digest, image.media_type, contents)

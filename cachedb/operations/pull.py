@@ -89,7 +89,7 @@ def pull(
     work = _Pull(database, session, source, platform, referrers, progress, blob_progress)
 
     def find() -> Pulled | None:
-        here = work.here() if if_missing or (source.name.digest and not referrers) else None
+        here = work.find_complete() if if_missing or (source.name.digest and not referrers) else None
         return here and Pulled(here, 0, 0, None)
 
     source.release_claim()
@@ -120,18 +120,18 @@ class _Pull:
         self._downloaded: dict[Digest, int] = {}
 
     def run(self, allow_stale: bool) -> Pulled:
-        here = self.here()
+        here = self.find_complete()
         try:
             digest = self._source.digest()
             if here and here.digest == digest and not self._referrers:
                 return Pulled(here, 0, 0, None)
-            return self._download_image(self._root(digest))
+            return self._download_image(self._read_root(digest))
         except RegistryUnavailable as error:
             if here and allow_stale:
                 return Pulled(here, 0, 0, str(error))
             raise
 
-    def here(self) -> ImageInfo | None:
+    def find_complete(self) -> ImageInfo | None:
         """Return the image if all its wanted parts are stored, else None."""
         with self._database.read() as connection:
             found = images.look_up(connection, self._name)
@@ -149,24 +149,24 @@ class _Pull:
                 )
         return None
 
-    def _root(self, digest: Digest | None) -> Root:
+    def _read_root(self, digest: Digest | None) -> Root:
         """Return the manifest or index of the name, from the cache if it has it."""
-        if digest is not None and (data := self._stored(digest)) is not None:
+        if digest is not None and (data := self._read_stored(digest)) is not None:
             return Root(digest, oci.manifest_media_type(data), data)
         return self._source.root(digest)
 
-    def _stored(self, digest: Digest) -> bytes | None:
+    def _read_stored(self, digest: Digest) -> bytes | None:
         """Return a manifest's bytes if it is stored and intact, else None."""
         with self._database.read() as connection:
             size = stored(connection, [digest]).get(digest)
         return None if size is None else reader.document(self._database.directory, digest, size)
 
-    def _child(self, blob: Descriptor) -> bytes:
+    def _read_child(self, blob: Descriptor) -> bytes:
         """Return the bytes of an index's child."""
-        return self._source.child(blob, self._stored)
+        return self._source.child(blob, self._read_stored)
 
     def _download_image(self, root: Root) -> Pulled:
-        closure, chosen = self._closure(root)
+        closure, chosen = self._read_closure(root)
         top = closure[0]
         attached = self._find_referrers(closure) if self._referrers else []
         wanted = {blob.digest: blob for blob in [*closure, *attached]}
@@ -185,7 +185,7 @@ class _Pull:
         def save_all(connection: Connection) -> ImageInfo:
             for hold in self._holds:
                 self._session.release(connection, hold)
-            among = chosen | self._stored_before(connection, root.digest) if self._source.wanted else None
+            among = chosen | self._find_stored_before(connection, root.digest) if self._source.wanted else None
             image_id = save.save_image(
                 connection,
                 self._database.directory,
@@ -210,7 +210,7 @@ class _Pull:
             raise
         return Pulled(info, len(self._downloaded), sum(self._downloaded.values()), None)
 
-    def _closure(self, root: Root) -> tuple[list[Descriptor], set[Digest]]:
+    def _read_closure(self, root: Root) -> tuple[list[Descriptor], set[Digest]]:
         """Return the wanted closure of an image, root first, and the chosen children of its indexes."""
         self._source.documents[root.digest] = root.data
         top, chosen = root.descriptor, set[Digest]()
@@ -220,7 +220,7 @@ class _Pull:
             chosen.update(child.digest for child in found)
             return found
 
-        return list(oci.walk(top, lambda blob: root.data if blob is top else self._child(blob), choose)), chosen
+        return list(oci.walk(top, lambda blob: root.data if blob is top else self._read_child(blob), choose)), chosen
 
     def _give_up(self, error: BaseException) -> None:
         """Release the stored blobs after a failure; on a full disk also delete partial downloads."""
@@ -240,20 +240,20 @@ class _Pull:
             subject = pending.pop().digest
             for root in self._list_referrers(subject):
                 # Skip manifests with another subject, and those of a type that cannot be stored.
-                if root.digest in known or root.role == "other" or not self._refers(root, subject):
+                if root.digest in known or root.role == "other" or not self._is_referrer(root, subject):
                     continue
                 if len(known) >= _MAX_MANIFESTS:
                     raise RegistryError(f"{self._name} has more than {_MAX_MANIFESTS} manifests that refer to it")
                 known.add(root.digest)
                 pending.append(root)
-                found += oci.walk(root, self._child)
+                found += oci.walk(root, self._read_child)
         return found
 
-    def _refers(self, root: Descriptor, subject: Digest) -> bool:
+    def _is_referrer(self, root: Descriptor, subject: Digest) -> bool:
         """Return whether a listed referrer has this subject; a list may name deleted or wrong manifests."""
         is_new = root.digest not in self._source.documents
         try:
-            refers = oci.subject_of(self._child(root)) == subject
+            refers = oci.subject_of(self._read_child(root)) == subject
         except RegistryError:
             if self._source.repositories[-1].has("manifests", root.digest):
                 raise
@@ -275,7 +275,7 @@ class _Pull:
         label = info.platform
         return not (self._platform and root.role == "manifest" and label and not oci.is_for(label, self._platform))
 
-    def _stored_before(self, connection: Connection, digest: Digest) -> set[Digest]:
+    def _find_stored_before(self, connection: Connection, digest: Digest) -> set[Digest]:
         """Return the stored blobs of an index that was pulled before, for another platform."""
         found = images.look_up(connection, self._name)
         if found is None or found.digest != digest:

@@ -186,9 +186,9 @@ class Source:
         if data is None:
             data = stored(blob.digest)
         if data is None:
-            fetch = lambda repository: _verified(blob, repository.manifest(blob.digest).data)  # noqa: E731
+            fetch = lambda repository: _verify(blob, repository.manifest(blob.digest).data)  # noqa: E731
             data = self._once.run(("child", blob.digest), lambda: self.ask(fetch)).result()
-        self.documents[blob.digest] = _verified(blob, data)
+        self.documents[blob.digest] = _verify(blob, data)
         return data
 
     def choose(self, children: list[Descriptor]) -> list[Descriptor]:
@@ -307,12 +307,14 @@ class Source:
             if self._has_file(root.digest):
                 return
             top = root.descriptor
-            closure = list(oci.walk(top, lambda blob: root.data if blob is top else self._new_child(blob), self.choose))
+            closure = list(
+                oci.walk(top, lambda blob: root.data if blob is top else self._read_new_child(blob), self.choose)
+            )
             absent = {blob.digest: blob for blob in closure if blob.role not in ("manifest", "index")}
             large_first = sorted(absent.values(), key=lambda blob: -blob.size)
             in_threads(self._begin_download, large_first, lambda _: None, threads=AT_ONCE)
 
-    def _new_child(self, blob: Descriptor) -> bytes | None:
+    def _read_new_child(self, blob: Descriptor) -> bytes | None:
         return None if self._has_file(blob.digest) else self.child(blob, lambda _: None)
 
     def _begin_download(self, blob: Descriptor, advance: Advance) -> None:
@@ -390,7 +392,7 @@ def _download(
         source.close()
 
 
-def _verified(blob: Descriptor, data: bytes) -> bytes:
+def _verify(blob: Descriptor, data: bytes) -> bytes:
     """Return a manifest's bytes; raise if they do not match the descriptor."""
     if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
         raise DigestMismatch(f"manifest {blob.digest}: the content has another digest or size")

@@ -109,7 +109,7 @@ class Target:
             seen += count
             advance(count)
 
-        future = self._sending(blob, repositories, sent)
+        future = self._start_sending(blob, repositories, sent)
         while wait([future], _POLL_SECONDS).not_done:
             sent(self._sent.get(blob.digest, 0) - seen)
         outcome = future.result()
@@ -119,14 +119,14 @@ class Target:
             self._reported.add(blob.digest)
         return "existing" if known else outcome
 
-    def _sending(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Future[Outcome]:
+    def _start_sending(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Future[Outcome]:
         """Send a blob, unless another thread does; return the future of the outcome."""
         return self._blobs.run(blob.digest, lambda: self._send(blob, repositories, advance), retry_if=_is_retryable)
 
     def _send(self, blob: Descriptor, repositories: Repositories, advance: Advance) -> Outcome:
         if self.repository.has("blobs", blob.digest):
             return "existing"
-        for source in self._mount_sources(repositories(blob.digest))[:_SOURCES]:
+        for source in self._find_mount_sources(repositories(blob.digest))[:_SOURCES]:
             if self.repository.mount(blob.digest, source):
                 return "mounted"
         try:
@@ -137,7 +137,7 @@ class Target:
             self.repository.put_blob(blob.digest, blob.size, file, advance)
         return "uploaded"
 
-    def _mount_sources(self, repositories: Iterable[str]) -> list[str]:
+    def _find_mount_sources(self, repositories: Iterable[str]) -> list[str]:
         """Return the repositories of the same registry, to mount from, that correspond to these in the cache."""
         ours, found = self.repository.place, set[str]()
         for repository in repositories:
@@ -166,10 +166,10 @@ class Target:
     def _begin(self, source: Name) -> None:
         # A damaged index may cause any error; opening the cache reports it. `send` reports blobs that fail.
         with suppress(Exception):
-            blobs = sorted(self._contents(source), key=lambda blob: -blob.size)
+            blobs = sorted(self._read_contents(source), key=lambda blob: -blob.size)
             in_threads(self._begin_upload, blobs, lambda _: None, threads=AT_ONCE)
 
-    def _contents(self, source: Name) -> Iterable[Descriptor]:
+    def _read_contents(self, source: Name) -> Iterable[Descriptor]:
         """Return the configs and layers of an image.
 
         Raises:
@@ -205,9 +205,10 @@ class Target:
         def count(new: int) -> None:
             self._sent[blob.digest] += new
 
-        self._sending(blob, self._repositories, count).result()  # raise a failure, so that no more uploads start
+        # A failure is raised here, so that no more uploads start.
+        self._start_sending(blob, self._find_repositories, count).result()
 
-    def _repositories(self, digest: Digest) -> list[str]:
+    def _find_repositories(self, digest: Digest) -> list[str]:
         with suppress(StorageError):
             return [repository for (repository,) in look(self._directory, REPOSITORIES, digest)]
         return []

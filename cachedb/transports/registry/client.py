@@ -78,7 +78,7 @@ class Client:
         self._authorization = ""
         self._stopped = threading.Event()
         self._connections: WeakSet[HTTPConnection] = WeakSet()
-        self._pool_classes = _pool_classes(self._connect)
+        self._pool_classes = _create_pool_classes(self._connect)
 
     def close(self) -> None:
         """Close all connections."""
@@ -158,10 +158,10 @@ class Client:
                 response, is_ours = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
             except HTTPError as error:
                 if tries == TRIES or _is_final(error):
-                    raise self._unreachable(error) from None  # urllib3's error may contain credentials
+                    raise self._explain_unreachable(error) from None  # urllib3's error may contain credentials
                 self.pause(tries, None)
                 if failed is not None:
-                    raise self._unreachable(error) from None
+                    raise self._explain_unreachable(error) from None
                 continue
             if response.status in good:
                 return response
@@ -191,7 +191,7 @@ class Client:
                 raise CacheError("cancelled: another transfer failed")
             is_ours = _origin(url) == _origin(self.place.url)
             secret = {"Authorization": authorization} if authorization and is_ours else {}
-            response = self._pool(url, is_ours=is_ours).request(
+            response = self._get_pool(url, is_ours=is_ours).request(
                 method,
                 url,
                 body=body,
@@ -242,7 +242,7 @@ class Client:
         _sleep(seconds, self._stopped)
         return True
 
-    def _pool(self, url: str, *, is_ours: bool) -> urllib3.PoolManager:
+    def _get_pool(self, url: str, *, is_ours: bool) -> urllib3.PoolManager:
         """Return the connection pool for a URL, through a proxy if the environment sets one."""
         parts = parse_url(url)
         proxy = None if proxy_bypass(parts.host or "") else getproxies().get(parts.scheme or "")
@@ -272,18 +272,18 @@ class Client:
                 return False  # the new token may still lack our scope; then the caller asks again
             if "bearer" in known:
                 challenge = {key.lower(): quoted or bare for key, quoted, bare in _CHALLENGE.findall(known["bearer"])}
-                self._authorization = f"Bearer {self._token(challenge)}"
+                self._authorization = f"Bearer {self._request_token(challenge)}"
                 return True
-            login = self._login()
+            login = self._find_login()
             if "basic" not in known or login is None or not login.password:
                 raise self.refusal(self.place.repository, response)
-            self._authorization = _basic(login)
+            self._authorization = _format_basic(login)
             return True
 
-    def _login(self) -> credentials.Credentials | None:
+    def _find_login(self) -> credentials.Credentials | None:
         return credentials.find(self.place.registry, self.place.repository, self._authfile, stopped=self._stopped)
 
-    def _token(self, challenge: Mapping[str, str]) -> str:
+    def _request_token(self, challenge: Mapping[str, str]) -> str:
         """Get a token from the server in a challenge (distribution's token and OAuth2 specifications)."""
         realm = challenge.get("realm", "")
         scheme, host, _ = _origin(realm)
@@ -296,7 +296,7 @@ class Client:
         query["scope"] = " ".join(
             f"{read_scope},push" if self._push and scope == read_scope else scope for scope in scopes
         )
-        login, headers, body = self._login(), {}, None
+        login, headers, body = self._find_login(), {}, None
         if login and login.identity_token:
             form = {**query, "grant_type": "refresh_token", "client_id": "cachedb"}
             body = urlencode({**form, "refresh_token": login.identity_token})
@@ -304,7 +304,7 @@ class Client:
         else:
             realm = with_query(realm, query)
             if login:
-                headers["Authorization"] = _basic(login)
+                headers["Authorization"] = _format_basic(login)
         what = f"a token for {self.place.repository}"
         with self.request("POST" if body else "GET", realm, what, headers, token=True, body=body) as response:
             data = read_body(response, _TOKEN_LIMIT, f"the token of {host}")
@@ -317,7 +317,7 @@ class Client:
             raise RegistryError(f"{host} sent no usable token") from None
         return token
 
-    def _unreachable(self, error: HTTPError) -> RegistryError:
+    def _explain_unreachable(self, error: HTTPError) -> RegistryError:
         """Return the error for a registry that did not answer."""
         host = self.place.registry
         reason = getattr(error, "reason", None) or error
@@ -329,7 +329,7 @@ class Client:
 
     def refusal(self, what: str, response: urllib3.BaseHTTPResponse) -> RegistryError:
         """Return the error for an answer with an unexpected status; ``what`` names the requested thing."""
-        host, detail = self.place.registry, f"{response.status}{_error_detail(response)}"
+        host, detail = self.place.registry, f"{response.status}{_read_error_detail(response)}"
         if response.status in (401, 403):
             return RegistryError(
                 f"{host} refuses {what} ({detail}); log in with `skopeo login {host}` or `docker login {host}`, "
@@ -346,7 +346,7 @@ class Client:
         return RegistryError(f"{host} answers {detail} to a request for {what}{advice}")
 
 
-def _pool_classes(
+def _create_pool_classes(
     connect: Callable[[HTTPConnection, Callable[[], None]], None],
 ) -> dict[str, type[urllib3.HTTPConnectionPool]]:
     """Return urllib3 pool classes by scheme; their connections pass their connect method to ``connect``."""
@@ -407,7 +407,7 @@ def with_query(url: str, values: Mapping[str, str]) -> str:
     return f"{url}{'&' if '?' in url else '?'}{urlencode(values)}"
 
 
-def _basic(login: credentials.Credentials) -> str:
+def _format_basic(login: credentials.Credentials) -> str:
     return "Basic " + base64.b64encode(f"{login.username}:{login.password}".encode()).decode()
 
 
@@ -442,7 +442,7 @@ def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> byte
     return data
 
 
-def _error_detail(response: urllib3.BaseHTTPResponse) -> str:
+def _read_error_detail(response: urllib3.BaseHTTPResponse) -> str:
     """Return the code and message of an error answer on one line, or an empty string.
 
     The distribution specification defines them in "Error Codes".

@@ -90,11 +90,11 @@ class Repository:
         Raises:
             RegistryError: if there is no such manifest, or the request fails.
         """
-        url = self._url(f"manifests/{reference}")
+        url = self._build_url(f"manifests/{reference}")
         with drained(
-            self._client.request("HEAD", url, self._full_name(reference), _ACCEPTED, good=(200, 405))
+            self._client.request("HEAD", url, self._format_name(reference), _ACCEPTED, good=(200, 405))
         ) as response:
-            return _digest_header(response.headers) if response.status == 200 else None
+            return _read_digest(response.headers) if response.status == 200 else None
 
     def manifest(self, reference: str) -> Fetched:
         """Download a manifest or index.
@@ -103,11 +103,13 @@ class Repository:
             RegistryError: if there is no such manifest, or the request fails.
         """
         with drained(
-            self._client.request("GET", self._url(f"manifests/{reference}"), self._full_name(reference), _ACCEPTED)
+            self._client.request(
+                "GET", self._build_url(f"manifests/{reference}"), self._format_name(reference), _ACCEPTED
+            )
         ) as response:
             data = read_body(response, DOCUMENT_LIMIT, f"manifest {reference} at {self.place.registry}")
-            media_type = _media_type_header(response.headers)
-            return Fetched(_digest_header(response.headers), media_type if media_type in _TYPES else None, data)
+            media_type = _read_media_type(response.headers)
+            return Fetched(_read_digest(response.headers), media_type if media_type in _TYPES else None, data)
 
     def blob(self, digest: Digest, size: int, offset: int = 0, look: Callable[[bool], object] = lambda _: None) -> Blob:
         """Return a blob's content as a stream that resumes after an interruption.
@@ -127,7 +129,9 @@ class Repository:
             RegistryError: if there is no such blob, or the request fails.
         """
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        response = self._client.request("GET", self._url(f"blobs/{digest}"), f"blob {digest}", headers, good=(200, 206))
+        response = self._client.request(
+            "GET", self._build_url(f"blobs/{digest}"), f"blob {digest}", headers, good=(200, 206)
+        )
         if response.status == 200:
             return response, 0
         begins = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range", ""))
@@ -146,15 +150,15 @@ class Repository:
             InvalidManifest: if the answer is not an index.
         """
         what, found, pages = f"referrers of {digest} at {self.place.registry}", list[Descriptor](), 0
-        url: str | None = self._url(f"referrers/{digest}")
+        url: str | None = self._build_url(f"referrers/{digest}")
         while url:
             pages += 1
             # Registries without this API answer in various ways.
             with drained(
                 self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 400, 404, 405))
             ) as response:
-                if response.status != 200 or _media_type_header(response.headers) != OCI_INDEX:
-                    return descriptors(self._referrers_index(digest), OCI_INDEX, what)
+                if response.status != 200 or _read_media_type(response.headers) != OCI_INDEX:
+                    return descriptors(self._read_referrers_index(digest), OCI_INDEX, what)
                 found += descriptors(read_body(response, DOCUMENT_LIMIT, what), OCI_INDEX, what)
                 following = _NEXT.search(response.headers.get("Link", ""))
                 url = self._client.follow(url, following[1]) if following else None
@@ -162,9 +166,9 @@ class Repository:
                 raise RegistryError(f"{self.place.registry} lists more than {_MAX_REFERRERS} referrers of {digest}")
         return found
 
-    def _referrers_index(self, digest: Digest) -> bytes:
+    def _read_referrers_index(self, digest: Digest) -> bytes:
         """Return the index under the referrers tag, for a registry without the API ("Referrers Tag Schema")."""
-        url, what = self._url(f"manifests/{_referrers_tag(digest)}"), f"referrers of {digest}"
+        url, what = self._build_url(f"manifests/{_build_referrers_tag(digest)}"), f"referrers of {digest}"
         with drained(self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 404))) as response:
             if response.status == 404:
                 return b'{"schemaVersion":2,"mediaType":"%s","manifests":[]}' % OCI_INDEX.encode()
@@ -179,13 +183,13 @@ class Repository:
         headers = _ACCEPTED if kind == "manifests" else {}
         what = f"{kind} of {self.place.repository}"
         with drained(
-            self._client.request("HEAD", self._url(f"{kind}/{digest}"), what, headers, good=(200, 404))
+            self._client.request("HEAD", self._build_url(f"{kind}/{digest}"), what, headers, good=(200, 404))
         ) as response:
             return response.status == 200
 
     def mount(self, digest: Digest, source: str) -> bool:
         """Mount a blob from another repository of the registry ("Mounting a blob"); return whether it worked."""
-        url = with_query(self._url("blobs/uploads/"), {"mount": digest, "from": source})
+        url = with_query(self._build_url("blobs/uploads/"), {"mount": digest, "from": source})
         with suppress(RegistryError):  # if mounting or cancelling fails, the caller uploads the blob
             with drained(
                 self._client.request("POST", url, f"blob {digest} of {source}", {}, good=(201, 202))
@@ -232,7 +236,7 @@ class Repository:
                 failed, is_whole = failed + 1, False
                 if failed == TRIES:
                     raise
-                before, (location, sent) = sent, self._upload_so_far(location, size)
+                before, (location, sent) = sent, self._find_upload_state(location, size)
                 advance(sent - before)
                 continue
             with drained(response):
@@ -255,7 +259,7 @@ class Repository:
 
     def _begin_upload(self) -> tuple[str, int]:
         """Start an upload; return its URL and the minimum size of a chunk in bytes."""
-        url = self._url("blobs/uploads/")
+        url = self._build_url("blobs/uploads/")
         with drained(
             self._client.request("POST", url, f"repository {self.place.repository}", {}, good=(202,))
         ) as response:
@@ -263,7 +267,7 @@ class Repository:
             location = self._client.follow(url, response.headers.get("Location", ""))
             return location, int(least[:12]) if least.isdecimal() else 0
 
-    def _upload_so_far(self, location: str, size: int) -> tuple[str | None, int]:
+    def _find_upload_state(self, location: str, size: int) -> tuple[str | None, int]:
         """Return the URL of an interrupted upload and the bytes it has; None if it must restart."""
         with (
             suppress(RegistryError),
@@ -292,10 +296,10 @@ class Repository:
 
     def _put(self, reference: str, media_type: str, data: bytes) -> bool:
         """Upload a manifest or index; return whether the registry lists it as a referrer of its subject."""
-        url, headers = self._url(f"manifests/{reference}"), {"Content-Type": media_type}
-        what = self._full_name(reference)
+        url, headers = self._build_url(f"manifests/{reference}"), {"Content-Type": media_type}
+        what = self._format_name(reference)
         with drained(self._client.request("PUT", url, what, headers, good=(200, 201, 202), body=data)) as response:
-            stored, is_listed = _digest_header(response.headers), "OCI-Subject" in response.headers
+            stored, is_listed = _read_digest(response.headers), "OCI-Subject" in response.headers
             if response.status == 200 and stored is None:
                 raise self._client.refusal(what, response)  # the login page of a network gives such an answer
         if stored is not None and stored != digest_of(data, stored):
@@ -304,7 +308,7 @@ class Repository:
 
     def _add_referrer(self, subject: Digest, digest: Digest, media_type: str, data: bytes) -> None:
         """Add a manifest to the index under its subject's referrers tag, for a registry without the API."""
-        listed, document = self._referrers_index(subject), load_json(data, "the manifest")
+        listed, document = self._read_referrers_index(subject), load_json(data, "the manifest")
         if any(other.digest == digest for other in descriptors(listed, OCI_INDEX, f"referrers of {subject}")):
             return
         config = document.get("config")
@@ -324,12 +328,12 @@ class Repository:
 
     def _put_referrers_index(self, subject: Digest, index: dict[str, Any]) -> None:
         # `put_manifest` would recurse if the index itself had a subject.
-        self._put(_referrers_tag(subject), OCI_INDEX, json.dumps(index).encode())
+        self._put(_build_referrers_tag(subject), OCI_INDEX, json.dumps(index).encode())
 
-    def _url(self, path: str) -> str:
+    def _build_url(self, path: str) -> str:
         return f"{self.place.url}/v2/{self.place.repository}/{path}"
 
-    def _full_name(self, reference: str) -> str:
+    def _format_name(self, reference: str) -> str:
         return str(Name(self.place.repository, reference))
 
 
@@ -473,17 +477,17 @@ class _Part:
             self._advance(len(data))
 
 
-def _referrers_tag(digest: Digest) -> str:
+def _build_referrers_tag(digest: Digest) -> str:
     """Return the referrers tag of a manifest (distribution specification, "Referrers Tag Schema")."""
     algorithm, encoded = split_digest(digest)
     return f"{algorithm}-{encoded[:64]}"
 
 
-def _media_type_header(headers: Mapping[str, str]) -> str:
+def _read_media_type(headers: Mapping[str, str]) -> str:
     return headers.get("Content-Type", "").partition(";")[0].strip()
 
 
-def _digest_header(headers: Mapping[str, str]) -> Digest | None:
+def _read_digest(headers: Mapping[str, str]) -> Digest | None:
     try:
         return parse_digest(headers.get("Docker-Content-Digest", ""))
     except InvalidDigest:

@@ -242,7 +242,7 @@ def test_an_upload_resumes_at_a_valid_offset_of_the_registry(
 ) -> None:
     repository = open_repository(remote)
     remote.fault(answer(204, {"Range": range_header, "Location": f"{remote.url}/next"}), method="GET", path="/upload")
-    found = repository._upload_so_far(f"{remote.url}/upload", 10)
+    found = repository._find_upload_state(f"{remote.url}/upload", 10)
     assert found == ((None, 0) if offset is None else (f"{remote.url}/next", offset))
     repository.close()
 
