@@ -102,7 +102,7 @@ def _read_index(database: Database) -> Salvage:
     stored = {row["id"]: row for row in found["blobs"][0]}
     contents: dict[int, list[Descriptor]] = {}
     saved = {}
-    for row in sorted(found["image_blobs"][0], key=lambda row: (str(row["image_id"]), _as_number(row["position"]))):
+    for row in sorted(found["image_blobs"][0], key=lambda row: (str(row["image_id"]), _to_number(row["position"]))):
         with suppress(CacheError, KeyError):
             blob, media_type = stored[row["blob_id"]], check_media_type(row["media_type"], "a blob")
             if row["role"] not in ROLES or type(blob["size"]) is not int or blob["size"] < 0:
@@ -129,7 +129,7 @@ def _read_index(database: Database) -> Salvage:
     return Salvage(saved, {name: found[name][0] for name in ("holds", "leases")}, has_all, losses)
 
 
-def _as_number(value: object) -> int:
+def _to_number(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 

@@ -33,7 +33,7 @@ def share(folders: Folders, group: str | None = None) -> str:
         CacheError: if there is no such group.
         StorageError: if this user does not own the cache, or is not a member of the group.
     """
-    gid = _group_id(folders, group)
+    gid = _find_group_id(folders, group)
     with os_errors("share the cache"):
         for name in (*FOLDERS, "quarantine", "reserve.inodes", "ingest/partial"):
             try:
@@ -44,7 +44,7 @@ def share(folders: Folders, group: str | None = None) -> str:
                 pass  # it is created when needed
         _share_files(folders.root, gid)
         _set_group_and_mode(folders.root, gid, _FOLDER_MODE)
-    return _group_name(gid)
+    return _find_group_name(gid)
 
 
 def _share_files(folder: int, gid: int) -> None:
@@ -71,7 +71,7 @@ def _set_group_and_mode(file: int, gid: int, mode: int) -> None:
         os.chmod(path, mode)
 
 
-def _group_id(folders: Folders, group: str | None) -> int:
+def _find_group_id(folders: Folders, group: str | None) -> int:
     if group is None:
         return folders.status.st_gid if is_shared(folders.status) else os.getegid()
     try:
@@ -80,7 +80,7 @@ def _group_id(folders: Folders, group: str | None) -> int:
         raise CacheError(f"there is no group {group!r}: name one that `getent group` lists") from None
 
 
-def _group_name(gid: int) -> str:
+def _find_group_name(gid: int) -> str:
     try:
         return grp.getgrgid(gid).gr_name
     except KeyError:

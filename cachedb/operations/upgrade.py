@@ -221,7 +221,7 @@ def _read_configs(database: Database, progress: Progress | None) -> list[Unread]
             begin = descriptions.backfilled(connection)
             if begin is None:
                 break  # another process may have finished it
-            last, digests = _next_batch(connection, begin)
+            last, digests = _select_batch(connection, begin)
         known = describe.read_ahead(database.directory, digests)
         with database.write() as connection:
             if descriptions.backfilled(connection) != begin:
@@ -243,7 +243,7 @@ def _read_configs(database: Database, progress: Progress | None) -> list[Unread]
     return unread
 
 
-def _next_batch(connection: Connection, begin: int) -> tuple[int, set[Digest]]:
+def _select_batch(connection: Connection, begin: int) -> tuple[int, set[Digest]]:
     """Return the last image id of the next batch, or ``begin``, and the digests of its configs."""
     query = select(IMAGES.c.id).where(IMAGES.c.id > begin).order_by(IMAGES.c.id).limit(_BATCH)
     last, digests, size = begin, set[Digest](), 0

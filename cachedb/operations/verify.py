@@ -254,7 +254,7 @@ def _check_again(database: Database, suspects: dict[Digest, Reading | None], *, 
         in_transit.update(map(Digest, connection.execute(collected).scalars()))
         for digest, reading in suspects.items():
             path = blob_path(database.directory, digest)
-            status = _file_status(path)
+            status = _read_status(path)
             if reading and (status is None or reading.file != identity(status)):
                 reading = None  # the file was replaced since it was read
             if digest in in_transit and digest not in rows:
@@ -288,7 +288,7 @@ def _judge_blob(
     return "", ""
 
 
-def _file_status(path: Path) -> os.stat_result | None:
+def _read_status(path: Path) -> os.stat_result | None:
     try:
         status = path.lstat()
     except FileNotFoundError:

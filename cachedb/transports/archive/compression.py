@@ -53,7 +53,7 @@ class Decompressor:
                     self._stream, self.ended = self._create_stream(), False
                 part = self._stream.decompress(pending, CHUNK)
                 self.ended = self._stream.eof
-                pending = self._stream.unused_data if self.ended else self._unconsumed()
+                pending = self._stream.unused_data if self.ended else self._take_unconsumed()
                 if part:
                     yield part
                 if not self.ended and not pending and len(part) < CHUNK:
@@ -80,6 +80,6 @@ class Decompressor:
             from backports import zstd
         return zstd.ZstdDecompressor()
 
-    def _unconsumed(self) -> bytes:
+    def _take_unconsumed(self) -> bytes:
         # zlib returns input that it has not used; the others keep it.
         return bytes(self._stream.unconsumed_tail) if self._compression == "gzip" else b""

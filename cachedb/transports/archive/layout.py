@@ -58,7 +58,7 @@ def read_layout(files: Files, section: Section, tags: dict[Digest, list[object]]
             raise InvalidManifest(f"index.json names a {shorten(root.media_type)}, which is not an image")
         roots[root.digest] = root
         annotations = entry.get("annotations")
-        if isinstance(annotations, dict) and (name := _annotated_name(annotations)):
+        if isinstance(annotations, dict) and (name := _find_annotated_name(annotations)):
             names.setdefault(root.digest, []).append(name)
     images = []
     rows = 0
@@ -102,7 +102,7 @@ def _qualify(text: object) -> object:
         return text
 
 
-def _annotated_name(annotations: dict[str, Any]) -> object:
+def _find_annotated_name(annotations: dict[str, Any]) -> object:
     """Return the name in annotations, or None.
 
     skopeo and podman write the full name to ref.name, but Docker writes only the tag.

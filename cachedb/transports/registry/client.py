@@ -253,7 +253,7 @@ class Client:
                     make_tls_context(self.place.registry if is_ours else None) if parts.scheme == "https" else None
                 )
                 if proxy:
-                    login = _proxy_headers(proxy)
+                    login = _build_proxy_headers(proxy)
                     pool: urllib3.PoolManager = urllib3.ProxyManager(
                         proxy, proxy_headers=login, maxsize=_MAX_CONNECTIONS, ssl_context=context
                     )
@@ -411,7 +411,7 @@ def _format_basic(login: credentials.Credentials) -> str:
     return "Basic " + base64.b64encode(f"{login.username}:{login.password}".encode()).decode()
 
 
-def _proxy_headers(proxy: str) -> dict[str, str]:
+def _build_proxy_headers(proxy: str) -> dict[str, str]:
     login = parse_url(proxy).auth
     return make_headers(proxy_basic_auth=login) if login else {}
 

@@ -98,7 +98,7 @@ def _load(file: str) -> dict[str, Any] | None:
     except OSError as error:
         advice = "make it readable, or name another file in REGISTRY_AUTH_FILE"
         raise RegistryError(f"cannot read the credentials in {file!r}: {error.strerror}; {advice}") from error
-    document = _json_object(data) if len(data) <= _FILE_LIMIT else None
+    document = _parse_json_object(data) if len(data) <= _FILE_LIMIT else None
     if document is None or not all(isinstance(document.get(name) or {}, dict) for name in ("auths", "credHelpers")):
         what = f"{file!r} is not a JSON object of at most {_FILE_LIMIT} bytes whose auths and credHelpers are objects"
         raise RegistryError(f"{what}: repair it, or remove it and log in again")
@@ -108,7 +108,7 @@ def _load(file: str) -> dict[str, Any] | None:
     return document
 
 
-def _json_object(data: bytes) -> dict[str, Any] | None:
+def _parse_json_object(data: bytes) -> dict[str, Any] | None:
     # The parser's errors contain the text and its secrets, so they must not leave this function.
     try:
         document = json.loads(data)
@@ -189,7 +189,7 @@ def _ask_helper(helper: object, registry: str, file: str, stopped: threading.Eve
     if status != 0:
         what = f"{program} failed with exit code {status} for {shorten(server)}"
         raise RegistryError(f"{what}: run `{program} get` with that as its input to see why")
-    document = _json_object(answer) or {}
+    document = _parse_json_object(answer) or {}
     username, secret = document.get("Username"), document.get("Secret")
     if not isinstance(username, str) or not isinstance(secret, str):
         raise RegistryError(f"{program} did not answer with credentials: update or replace it")
