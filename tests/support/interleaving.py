@@ -60,7 +60,7 @@ class Steps:
             yield
         finally:
             self._stepping = False
-            self._say("end", "end")
+            self._send("end", "end")
             self._wait()
 
     @contextmanager
@@ -75,7 +75,7 @@ class Steps:
     def step(self, kind: str, label: str = "") -> None:
         """Stop if points of this kind are wanted: all of them, or with ``kind*`` the first of several in a row."""
         if self._stepping and (kind in self.kinds or (f"{kind}*" in self.kinds and kind != self._last)):
-            self._say("step", f"{kind} {label}".rstrip())
+            self._send("step", f"{kind} {label}".rstrip())
             self._wait()
         self._last = kind
 
@@ -88,7 +88,7 @@ class Steps:
             inner: the actor takes it inside another lock, so the actor goes on at once if the lock is free.
         """
         if self._stepping:
-            self._say("inner" if inner else "wants", label, lock)
+            self._send("inner" if inner else "wants", label, lock)
             self._wait()
             self.held.add(lock)
         self._last = ""
@@ -96,15 +96,15 @@ class Steps:
     def took(self, lock: str) -> None:
         """Report that the actor took a lock without waiting."""
         if self._stepping:
-            self._say("took", "", lock)
+            self._send("took", "", lock)
 
     def released(self, lock: str) -> None:
         """Report that the actor released a lock."""
         if self._stepping:
-            self._say("released", "", lock)
+            self._send("released", "", lock)
             self.held.discard(lock)
 
-    def _say(self, what: str, label: str, lock: str = "") -> None:
+    def _send(self, what: str, label: str, lock: str = "") -> None:
         self._channel.send(json.dumps([what, label, lock]).encode())
 
     def _wait(self) -> None:
@@ -293,12 +293,12 @@ def run(
         for who, actor in zip("AB", actors, strict=True):
             processes[who] = zygote.start(actor, directory, kinds)
             processes[who].begin()
-        while able := _able(processes):
+        while able := _ready_actors(processes):
             who = choose(done) if able == "*" else able
             done, free = done + who, free + able
             labels.append(processes[who].label)
             processes[who].go()
-            while processes[who].inner and who in _able(processes).replace("*", "AB"):
+            while processes[who].inner and who in _ready_actors(processes).replace("*", "AB"):
                 processes[who].go()
             at_stop()
         if not all(process.ended for process in processes.values()):
@@ -314,7 +314,7 @@ def run(
             process.close()
 
 
-def _able(processes: dict[str, _Process]) -> str:
+def _ready_actors(processes: dict[str, _Process]) -> str:
     """Return who can go: A, B, * for both, or an empty string."""
     first, second = processes["A"], processes["B"]
     able = [

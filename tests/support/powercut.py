@@ -259,23 +259,23 @@ class _Reader:
         for path, entry in before.items():
             inode = numbers.get(entry.same_as)
             if inode is None:
-                inode = numbers[path] = self._make(entry.kind, entry.mode, entry.content)
-            parent, name = self._place(f"{self._directory}/{path}")
+                inode = numbers[path] = self._create_inode(entry.kind, entry.mode, entry.content)
+            parent, name = self._locate(f"{self._directory}/{path}")
             self._names[parent][name] = inode
 
     def read(self, lines: Iterable[str], end: Tree) -> Recording:
         inodes, names = dict(self._inodes), {inode: dict(entries) for inode, entries in self._names.items()}
-        calls = list(_calls(lines))
+        calls = list(_parse_calls(lines))
         parents = {}
         for thread, call, arguments, result in calls:
             if call in ("clone", "clone3", "fork", "vfork") and result.isdigit():
                 parents[int(result)] = (thread, "CLONE_FILES" in arguments)
         for thread, call, arguments, result in calls:
-            self._know_thread(thread, parents)
+            self._register_thread(thread, parents)
             if not result:
-                self._begin(thread, call, _split(arguments))
+                self._begin_call(thread, call, _split_arguments(arguments))
             elif not result.startswith(("-", "?")):
-                self._call(thread, call, _split(arguments), result)
+                self._call(thread, call, _split_arguments(arguments), result)
         # Only events give names to the inodes that the command created.
         for inode, made in self._inodes.items():
             inodes.setdefault(inode, made)
@@ -283,14 +283,14 @@ class _Reader:
                 names.setdefault(inode, {})
         return Recording(inodes, names, self._events, end)
 
-    def _know_thread(self, thread: int, parents: dict[int, tuple[int, bool]]) -> None:
+    def _register_thread(self, thread: int, parents: dict[int, tuple[int, bool]]) -> None:
         """Give a new thread its parent's descriptors, and a new process a copy of them."""
         if thread in self._files:
             return
         self._files[thread] = {}
         if thread in parents:
             parent, shared = parents[thread]
-            self._know_thread(parent, parents)
+            self._register_thread(parent, parents)
             self._files[thread] = self._files[parent] if shared else dict(self._files[parent])
 
     def _call(self, thread: int, call: str, arguments: list[str], result: str) -> None:
@@ -306,10 +306,14 @@ class _Reader:
             case "write" | "pwrite64" | "writev" | "pwritev" | "pwritev2":
                 self._write(thread, call, arguments, int(result))
             case "truncate" | "ftruncate":
-                inode = self._file_of(thread, arguments[0]) if call == "ftruncate" else self._inode(arguments[0])
+                inode = (
+                    self._find_inode_of(thread, arguments[0])
+                    if call == "ftruncate"
+                    else self._resolve_inode(arguments[0])
+                )
                 self._resize(inode, int(arguments[1]), call)
             case "fallocate":
-                self._allocate(thread, arguments)
+                self._apply_fallocate(thread, arguments)
             case "fsync" | "fdatasync":
                 self._end_sync(thread, call, arguments)
             case "chmod" | "fchmod" | "fchmodat":
@@ -321,22 +325,22 @@ class _Reader:
             case "close" | "clone" | "clone3" | "fork" | "vfork":
                 pass  # handled before
             case _ if call in _REFUSED.split(","):
-                self._refuse(call, arguments)
+                self._refuse_change(call, arguments)
             case _:
                 self._change_names(call, arguments)
 
     # Paths and inodes
 
-    def _path(self, *arguments: str) -> str | None:
+    def _resolve_path(self, *arguments: str) -> str | None:
         """Return the absolute path that ``[folder,] "path"`` means, or None if it is outside of the directory."""
-        base = self._cwd if len(arguments) == 1 else _text(_parts(arguments[0])[1])
-        path = os.path.normpath(os.path.join(base, _text(arguments[-1].strip('"'))))
+        base = self._cwd if len(arguments) == 1 else _decode(_parse_descriptor(arguments[0])[1])
+        path = os.path.normpath(os.path.join(base, _decode(arguments[-1].strip('"'))))
         return path if self._is_ours(path) else None
 
     def _is_ours(self, path: str) -> bool:
         return path.startswith(self._directory + "/") and not path.endswith(self._leave_out or ("\0",))
 
-    def _place(self, path: str) -> tuple[int, str]:
+    def _locate(self, path: str) -> tuple[int, str]:
         """Return the inode of a path's directory, and its name there."""
         *folders, name = path[len(self._directory) + 1 :].split("/")
         parent = ROOT
@@ -350,12 +354,12 @@ class _Reader:
     def _find(self, path: str) -> int | None:
         if path == self._directory:
             return ROOT
-        parent, name = self._place(path)
+        parent, name = self._locate(path)
         return self._names[parent].get(name)
 
-    def _inode(self, *arguments: str) -> int | None:
+    def _resolve_inode(self, *arguments: str) -> int | None:
         """Return the inode of a path, or None if the path is outside of the directory."""
-        path = self._path(*arguments)
+        path = self._resolve_path(*arguments)
         if path is None:
             return None
         inode = self._find(path)
@@ -363,7 +367,7 @@ class _Reader:
             raise Unfollowed(f"{path} does not exist, or is a symlink")
         return inode
 
-    def _make(self, kind: str, mode: int, content: bytes = b"") -> int:
+    def _create_inode(self, kind: str, mode: int, content: bytes = b"") -> int:
         inode = len(self._inodes)
         self._inodes[inode] = Inode(kind, mode, content)
         self._sizes[inode] = len(content)
@@ -371,11 +375,11 @@ class _Reader:
             self._names[inode] = {}
         return inode
 
-    def _short(self, path: str) -> str:
+    def _relative(self, path: str) -> str:
         return path[len(self._directory) + 1 :]
 
     def _set_names(self, text: str, *changes: tuple[str, int | None]) -> None:
-        placed = tuple((*self._place(path), inode) for path, inode in changes)
+        placed = tuple((*self._locate(path), inode) for path, inode in changes)
         for parent, name, inode in placed:
             if inode is None:
                 self._names[parent].pop(name, None)
@@ -386,51 +390,51 @@ class _Reader:
     # Descriptors
 
     def _open(self, thread: int, flags: str, mode: list[str], result: str) -> None:
-        number, path = _parts(result)
-        real = _text(path)
+        number, path = _parse_descriptor(result)
+        real = _decode(path)
         if not self._is_ours(real) and real != self._directory:
             return
         if "O_TMPFILE" in flags or "SYNC" in flags:
-            raise Unfollowed(f"{self._short(real)} was opened with {flags}")
+            raise Unfollowed(f"{self._relative(real)} was opened with {flags}")
         inode = self._find(real)
         if inode is None:
             if "O_CREAT" not in flags:
-                raise Unfollowed(f"{self._short(real)} was opened, but no recorded call created it")
-            inode = self._make("file", int(mode[0], 8) & ~self._umask)
-            self._set_names(f"create {self._short(real)}", (real, inode))
+                raise Unfollowed(f"{self._relative(real)} was opened, but no recorded call created it")
+            inode = self._create_inode("file", int(mode[0], 8) & ~self._umask)
+            self._set_names(f"create {self._relative(real)}", (real, inode))
         elif "O_TRUNC" in flags:
             self._resize(inode, 0, "truncate")
         self._files[thread][int(number)] = _File(inode, flags)
 
     def _descriptor_call(self, thread: int, call: str, arguments: list[str], result: str) -> None:
-        files, (number, path) = self._files[thread], _parts(arguments[0])
-        if not self._is_ours(_text(path)):
+        files, (number, path) = self._files[thread], _parse_descriptor(arguments[0])
+        if not self._is_ours(_decode(path)):
             return
         if call == "lseek":
             files[int(number)].offset = int(result)
         elif call.startswith("read"):
             files[int(number)].offset += int(result)
         elif call.startswith("dup") or arguments[1].startswith("F_DUPFD"):
-            files[int(_parts(result)[0])] = files[int(number)]
+            files[int(_parse_descriptor(result)[0])] = files[int(number)]
 
-    def _file(self, thread: int, argument: str) -> _File | None:
-        number, path = _parts(argument)
-        real = _text(path)
+    def _find_file(self, thread: int, argument: str) -> _File | None:
+        number, path = _parse_descriptor(argument)
+        real = _decode(path)
         if not self._is_ours(real) and real != self._directory:
             return None
         try:
             return self._files[thread][int(number)]
         except KeyError:
-            raise Unfollowed(f"{self._short(real)} is used through a descriptor of unknown origin") from None
+            raise Unfollowed(f"{self._relative(real)} is used through a descriptor of unknown origin") from None
 
-    def _file_of(self, thread: int, argument: str) -> int | None:
-        file = self._file(thread, argument)
+    def _find_inode_of(self, thread: int, argument: str) -> int | None:
+        file = self._find_file(thread, argument)
         return None if file is None else file.inode
 
     # Content
 
     def _write(self, thread: int, call: str, arguments: list[str], length: int) -> None:
-        file = self._file(thread, arguments[0])
+        file = self._find_file(thread, arguments[0])
         strings = re.findall('"(.*?)"', ",".join(arguments[1:]))
         data = b"".join(bytes.fromhex(string.replace("\\x", "")) for string in strings)
         if file is None:
@@ -447,16 +451,16 @@ class _Reader:
         else:
             offset, file.offset = file.offset, file.offset + length
         self._sizes[file.inode] = max(self._sizes[file.inode], offset + length)
-        where = _text(_parts(arguments[0])[1])
-        self._events.append(Write(f"write {self._short(where)} {offset}+{length}", file.inode, offset, data))
+        where = _decode(_parse_descriptor(arguments[0])[1])
+        self._events.append(Write(f"write {self._relative(where)} {offset}+{length}", file.inode, offset, data))
 
     def _resize(self, inode: int | None, size: int, text: str) -> None:
         if inode is not None and size != self._sizes[inode]:
             self._sizes[inode] = size
             self._events.append(Resize(f"{text} to {size}", inode, size))
 
-    def _allocate(self, thread: int, arguments: list[str]) -> None:
-        inode = self._file_of(thread, arguments[0])
+    def _apply_fallocate(self, thread: int, arguments: list[str]) -> None:
+        inode = self._find_inode_of(thread, arguments[0])
         if inode is None or arguments[1] == "FALLOC_FL_KEEP_SIZE":
             return
         if arguments[1] != "0":
@@ -465,22 +469,22 @@ class _Reader:
 
     def _chmod(self, thread: int, call: str, arguments: list[str]) -> None:
         where, mode = arguments[: 2 if call == "fchmodat" else 1], arguments[2 if call == "fchmodat" else 1]
-        inode = self._file_of(thread, where[0]) if call == "fchmod" else self._inode(*where)
+        inode = self._find_inode_of(thread, where[0]) if call == "fchmod" else self._resolve_inode(*where)
         if inode is not None:
             self._events.append(Chmod(f"chmod {mode}", inode, int(mode, 8)))
 
-    def _begin(self, thread: int, call: str, arguments: list[str]) -> None:
+    def _begin_call(self, thread: int, call: str, arguments: list[str]) -> None:
         if call == "close":
-            self._files[thread].pop(int(_parts(arguments[0])[0]), None)
-        elif self._file(thread, arguments[0]) is not None:
+            self._files[thread].pop(int(_parse_descriptor(arguments[0])[0]), None)
+        elif self._find_file(thread, arguments[0]) is not None:
             self._syncs += 1
             self._begun[thread] = self._syncs
             self._events.append(SyncBegun("sync begins", self._syncs))
 
     def _end_sync(self, thread: int, call: str, arguments: list[str]) -> None:
-        inode = self._file_of(thread, arguments[0])
+        inode = self._find_inode_of(thread, arguments[0])
         if inode is not None:
-            path = self._short(_text(_parts(arguments[0])[1]))
+            path = self._relative(_decode(_parse_descriptor(arguments[0])[1]))
             self._events.append(Synced(f"{call} {path}", self._begun.pop(thread), inode, call == "fsync"))
 
     # Names
@@ -488,26 +492,28 @@ class _Reader:
     def _change_names(self, call: str, arguments: list[str]) -> None:
         match call:
             case "rename":
-                self._rename(self._path(arguments[0]), self._path(arguments[1]), "")
+                self._rename(self._resolve_path(arguments[0]), self._resolve_path(arguments[1]), "")
             case "renameat" | "renameat2":
-                self._rename(self._path(*arguments[:2]), self._path(*arguments[2:4]), "".join(arguments[4:]))
+                self._rename(
+                    self._resolve_path(*arguments[:2]), self._resolve_path(*arguments[2:4]), "".join(arguments[4:])
+                )
             case "link":
-                self._link(self._path(arguments[0]), self._path(arguments[1]))
+                self._link(self._resolve_path(arguments[0]), self._resolve_path(arguments[1]))
             case "linkat":
                 if arguments[4] != "0":
                     raise Unfollowed(f"linkat with {arguments[4]}")
-                self._link(self._path(*arguments[:2]), self._path(*arguments[2:4]))
+                self._link(self._resolve_path(*arguments[:2]), self._resolve_path(*arguments[2:4]))
             case "symlink" | "symlinkat":
-                if path := self._path(*arguments[1:]):
-                    inode = self._make("symlink", 0o777, os.fsencode(_text(arguments[0].strip('"'))))
-                    self._set_names(f"symlink {self._short(path)}", (path, inode))
+                if path := self._resolve_path(*arguments[1:]):
+                    inode = self._create_inode("symlink", 0o777, os.fsencode(_decode(arguments[0].strip('"'))))
+                    self._set_names(f"symlink {self._relative(path)}", (path, inode))
             case "mkdir" | "mkdirat":
-                if path := self._path(*arguments[:-1]):
-                    inode = self._make("directory", int(arguments[-1], 8) & ~self._umask)
-                    self._set_names(f"mkdir {self._short(path)}", (path, inode))
+                if path := self._resolve_path(*arguments[:-1]):
+                    inode = self._create_inode("directory", int(arguments[-1], 8) & ~self._umask)
+                    self._set_names(f"mkdir {self._relative(path)}", (path, inode))
             case "unlink" | "rmdir" | "unlinkat":
-                if path := self._path(*arguments[:2] if call == "unlinkat" else arguments):
-                    self._set_names(f"{call} {self._short(path)}", (path, None))
+                if path := self._resolve_path(*arguments[:2] if call == "unlinkat" else arguments):
+                    self._set_names(f"{call} {self._relative(path)}", (path, None))
             case _:
                 raise Unfollowed(call)
 
@@ -521,7 +527,7 @@ class _Reader:
             raise Unfollowed(f"{source} was renamed, but no recorded call created it")
         if inode == replaced:
             return  # POSIX: a rename between two names of one file does nothing
-        text = f"rename {self._short(source)} to {self._short(target)}"
+        text = f"rename {self._relative(source)} to {self._relative(target)}"
         self._set_names(text, (source, replaced if flags == "RENAME_EXCHANGE" else None), (target, inode))
 
     def _link(self, source: str | None, target: str | None) -> None:
@@ -532,9 +538,9 @@ class _Reader:
         inode = None if source is None else self._find(source)
         if source is None or inode is None:
             raise Unfollowed(f"{target} was linked to a file outside of the directory")
-        self._set_names(f"link {self._short(source)} as {self._short(target)}", (target, inode))
+        self._set_names(f"link {self._relative(source)} as {self._relative(target)}", (target, inode))
 
-    def _refuse(self, call: str, arguments: list[str]) -> None:
+    def _refuse_change(self, call: str, arguments: list[str]) -> None:
         """Raise `Unfollowed` if the call would change a file in the directory."""
         if call in ("io_uring_setup", "io_submit", "sync", "syncfs"):
             raise Unfollowed(call)
@@ -544,15 +550,15 @@ class _Reader:
             return
         place = {"copy_file_range": 2, "splice": 2, "sendfile": 0, "ioctl": 0, "mmap": 4}.get(call)
         if place is None:
-            ours = self._path(*arguments[:2]) if call != "mknod" else self._path(arguments[0])
+            ours = self._resolve_path(*arguments[:2]) if call != "mknod" else self._resolve_path(arguments[0])
         else:
-            path = _text(_parts(arguments[place])[1])
+            path = _decode(_parse_descriptor(arguments[place])[1])
             ours = path if self._is_ours(path) else None
         if ours is not None:
-            raise Unfollowed(f"{call} changes {self._short(ours)}")
+            raise Unfollowed(f"{call} changes {self._relative(ours)}")
 
 
-def _calls(lines: Iterable[str]) -> Iterator[tuple[int, str, str, str]]:
+def _parse_calls(lines: Iterable[str]) -> Iterator[tuple[int, str, str, str]]:
     """Yield thread, call, arguments and result of each call, in the order in which the calls end.
 
     `_CALLS_WITH_A_BEGINNING` are also yielded when they begin, with an empty result: a sync covers only what happened
@@ -578,17 +584,17 @@ def _calls(lines: Iterable[str]) -> Iterator[tuple[int, str, str, str]]:
             yield thread, call[1], call[2], call[3]
 
 
-def _split(arguments: str) -> list[str]:
+def _split_arguments(arguments: str) -> list[str]:
     return arguments.split(", ")
 
 
-def _parts(argument: str) -> tuple[str, str]:
+def _parse_descriptor(argument: str) -> tuple[str, str]:
     """Return the number and the path of a descriptor as strace writes it, or the number and nothing."""
     found = _DESCRIPTOR.fullmatch(argument)
     return (found[1], found[2]) if found else (argument, "")
 
 
-def _text(escaped: str) -> str:
+def _decode(escaped: str) -> str:
     return os.fsdecode(_HEX.sub(lambda run: os.fsdecode(bytes.fromhex(run[0].replace("\\x", ""))), escaped))
 
 
@@ -645,7 +651,7 @@ class Disk:
             if number >= before:
                 continue
             if isinstance(change, Names):
-                keys = _keys(change)
+                keys = _changed_names(change)
                 if any(parent == sync.inode for parent, _ in keys) or keys & wanted:
                     wanted |= keys
                     covered[number] = change
@@ -672,10 +678,10 @@ class Disk:
             kept = not fates.get(number, DROP).lost
             if isinstance(change, Names):
                 # Changes of one name stay in order: after one is lost, all later ones are lost.
-                if kept and not _keys(change) & lost:
+                if kept and not _changed_names(change) & lost:
                     _set_names(names, change)
                 else:
-                    lost |= _keys(change)
+                    lost |= _changed_names(change)
             elif isinstance(change, Chmod):
                 if kept:
                     modes[change.inode] = change.mode
@@ -726,7 +732,7 @@ class Disk:
         return bytes(left)
 
 
-def _keys(change: Names) -> set[tuple[int, str]]:
+def _changed_names(change: Names) -> set[tuple[int, str]]:
     return {(parent, name) for parent, name, _ in change.changes}
 
 
@@ -780,9 +786,9 @@ def states(recording: Recording, seed: int, count: int | None = None) -> Iterato
             visited = set(choices.sample(sorted(visited), count - found))
         for position in range(len(recording.events) + 1):
             if position in visited:
-                name, fates = _plan(disk.pending, rounds + position, choices)
+                name, fates = _make_plan(disk.pending, rounds + position, choices)
                 tree = disk.tree(fates)
-                key = _key(tree, disk.acks)
+                key = _hash_state(tree, disk.acks)
                 if key not in seen:
                     yield Cut(len(seen), position, disk.acks, _describe(recording, position, name, fates, disk), tree)
                     seen.add(key)
@@ -792,7 +798,7 @@ def states(recording: Recording, seed: int, count: int | None = None) -> Iterato
         barren = barren + 1 if len(seen) == found else 0
 
 
-def _key(tree: Tree, acks: tuple[int, ...]) -> bytes:
+def _hash_state(tree: Tree, acks: tuple[int, ...]) -> bytes:
     hasher = hashlib.blake2b(repr(acks).encode(), digest_size=16)
     for path, entry in tree.items():
         hasher.update(f"{path}\0{entry.kind}\0{entry.mode}\0{entry.same_as}\0{len(entry.content)}\0".encode())
@@ -801,7 +807,7 @@ def _key(tree: Tree, acks: tuple[int, ...]) -> bytes:
     return hasher.digest()
 
 
-def _plan(pending: Mapping[int, Change], number: int, choices: random.Random) -> tuple[str, Fates]:
+def _make_plan(pending: Mapping[int, Change], number: int, choices: random.Random) -> tuple[str, Fates]:
     """Return a plan, which is a name and a fate for each change, by its number."""
     names = {place: KEEP for place, change in pending.items() if isinstance(change, Names)}
     data = {place: KEEP for place in pending if place not in names}
@@ -811,10 +817,10 @@ def _plan(pending: Mapping[int, Change], number: int, choices: random.Random) ->
         lambda: ("all names and no data", names),
         lambda: ("all data and no names", data),
         lambda: ("all names and sizes, with zeros as data", {**names, **dict.fromkeys(data, ZERO)}),
-        lambda: _prefix(pending, choices),
-        lambda: _random("names kept, data at random", pending, choices, keep=names),
-        lambda: _random("data kept, names at random", pending, choices, keep=data),
-        lambda: _random("at random", pending, choices, keep={}),
+        lambda: _prefix_plan(pending, choices),
+        lambda: _random_plan("names kept, data at random", pending, choices, keep=names),
+        lambda: _random_plan("data kept, names at random", pending, choices, keep=data),
+        lambda: _random_plan("at random", pending, choices, keep={}),
     ]
     for place in pending:
         plans.append(lambda place=place: ("one change is lost", {**names, **data, place: DROP}))  # type: ignore[misc]
@@ -826,29 +832,29 @@ def _with_earlier(pending: Mapping[int, Change], place: int) -> Fates:
     """Return fates that keep one change and the earlier changes of its names."""
     fates = {place: KEEP}
     change = pending[place]
-    wanted = _keys(change) if isinstance(change, Names) else set()
+    wanted = _changed_names(change) if isinstance(change, Names) else set()
     for number, earlier in reversed(list(pending.items())):
-        if number < place and isinstance(earlier, Names) and _keys(earlier) & wanted:
-            wanted |= _keys(earlier)
+        if number < place and isinstance(earlier, Names) and _changed_names(earlier) & wanted:
+            wanted |= _changed_names(earlier)
             fates[number] = KEEP
     return fates
 
 
-def _prefix(pending: Mapping[int, Change], choices: random.Random) -> tuple[str, Fates]:
+def _prefix_plan(pending: Mapping[int, Change], choices: random.Random) -> tuple[str, Fates]:
     places = list(pending)
     cut = choices.randint(0, len(places))
     fates = dict.fromkeys(places[:cut], KEEP)
     if cut < len(places):
-        fates[places[cut]] = _fate(pending[places[cut]], choices, 0.5)
+        fates[places[cut]] = _choose_fate(pending[places[cut]], choices, 0.5)
     return "all changes up to a random one", fates
 
 
-def _random(name: str, pending: Mapping[int, Change], choices: random.Random, keep: Fates) -> tuple[str, Fates]:
+def _random_plan(name: str, pending: Mapping[int, Change], choices: random.Random, keep: Fates) -> tuple[str, Fates]:
     share = choices.choice((0.1, 0.5, 0.9))
-    return name, {place: keep.get(place) or _fate(change, choices, share) for place, change in pending.items()}
+    return name, {place: keep.get(place) or _choose_fate(change, choices, share) for place, change in pending.items()}
 
 
-def _fate(change: Change, choices: random.Random, share: float) -> Fate:
+def _choose_fate(change: Change, choices: random.Random, share: float) -> Fate:
     if not isinstance(change, Write):
         return KEEP if choices.random() < share else DROP
     drawn = choices.random()

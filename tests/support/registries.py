@@ -123,7 +123,7 @@ class Registry(Server):
 
     def _route(self, call: Call) -> Answer:
         if call.path == "/token" and self.auth == "bearer":
-            return self._token(call)
+            return self._grant_token(call)
         if call.path == "/v2/":
             return Answer(200, {"Content-Type": "application/json"}, b"{}")
         if not (match := _PATH.fullmatch(call.path)):
@@ -169,7 +169,7 @@ class Registry(Server):
         challenge = ",".join(f'{key}="{value}"' for key, value in fields.items() if value)
         raise Refused(401, "UNAUTHORIZED", {"WWW-Authenticate": f"Bearer {challenge}"})
 
-    def _token(self, call: Call) -> Answer:
+    def _grant_token(self, call: Call) -> Answer:
         form, given = call.query, call.headers.get("authorization")
         if call.method == "POST":
             form = parse_query(call.body.decode())
@@ -220,7 +220,7 @@ class Registry(Server):
             raise Refused(400, "MANIFEST_INVALID") from None
         if document.get("mediaType", media_type) != media_type:
             raise Refused(400, "MANIFEST_INVALID")
-        digest = _checked(reference, call.body) if ":" in reference else digest_of(call.body)
+        digest = _check_digest(reference, call.body) if ":" in reference else digest_of(call.body)
         if any((repository, part) not in {*self.blobs, *self.manifests} for part in digests):
             raise Refused(400, "MANIFEST_BLOB_UNKNOWN")
         self.manifests[repository, digest] = self.manifests[repository, reference] = media_type, call.body
@@ -243,7 +243,7 @@ class Registry(Server):
         if reference != "list" or repository not in known:
             raise Refused(404, "NAME_UNKNOWN")
         tags = [tag for name, tag in self.manifests if name == repository and ":" not in tag]
-        page, headers = self._page(call, tags)
+        page, headers = self._take_page(call, tags)
         body = json.dumps({"name": repository, "tags": page}).encode()
         return Answer(200, {"Content-Type": "application/json", **headers}, body)
 
@@ -259,13 +259,15 @@ class Registry(Server):
                 found[digest] = {"mediaType": media_type, "digest": digest, "size": len(data)}
                 found[digest].update({key: value for key, value in more.items() if value})
         wanted = call.query.get("artifactType")
-        page, headers = self._page(call, [key for key in found if wanted in (None, found[key].get("artifactType"))])
+        page, headers = self._take_page(
+            call, [key for key in found if wanted in (None, found[key].get("artifactType"))]
+        )
         if wanted:
             headers["OCI-Filters-Applied"] = "artifactType"
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [found[digest] for digest in page]}
         return Answer(200, {"Content-Type": OCI_INDEX, **headers}, json.dumps(index).encode())
 
-    def _page(self, call: Call, keys: list[str]) -> tuple[list[str], dict[str, str]]:
+    def _take_page(self, call: Call, keys: list[str]) -> tuple[list[str], dict[str, str]]:
         """Return the page of a list that the client asks for, and the header with the link to the next page."""
         rest = sorted(key for key in keys if key > call.query.get("last", ""))
         limit = min(int(call.query.get("n", len(rest))), self.page_size or len(rest))
@@ -301,48 +303,48 @@ class Registry(Server):
         if (source, mount) in self.blobs:
             return self._store(repository, mount, self.blobs[source, mount])
         if digest := call.query.get("digest"):
-            return self._store(repository, _checked(digest, call.body), call.body)
+            return self._store(repository, _check_digest(digest, call.body), call.body)
         upload = f"upload-{len(self.requests)}-{time.monotonic_ns()}"
         self.uploads[upload] = repository, b""
-        return self._progress(202, upload)
+        return self._upload_answer(202, upload)
 
     def _get_blobs_uploads(self, call: Call, repository: str, upload: str) -> Answer:
-        self._upload(repository, upload)
-        return self._progress(204, upload)
+        self._find_upload(repository, upload)
+        return self._upload_answer(204, upload)
 
     def _patch_blobs_uploads(self, call: Call, repository: str, upload: str) -> Answer:
         self._append(call, repository, upload)
-        return self._progress(202, upload)
+        return self._upload_answer(202, upload)
 
     def _put_blobs_uploads(self, call: Call, repository: str, upload: str) -> Answer:
         self._append(call, repository, upload)
         data = self.uploads[upload][1]
-        digest = _checked(call.query.get("digest", ""), data)
+        digest = _check_digest(call.query.get("digest", ""), data)
         del self.uploads[upload]
         return self._store(repository, digest, data)
 
     def _delete_blobs_uploads(self, call: Call, repository: str, upload: str) -> Answer:
-        self._upload(repository, upload)
+        self._find_upload(repository, upload)
         del self.uploads[upload]
         return Answer(204)
 
-    def _upload(self, repository: str, upload: str) -> bytes:
+    def _find_upload(self, repository: str, upload: str) -> bytes:
         name, data = self.uploads.get(upload, ("", b""))
         if name != repository:
             raise Refused(404, "BLOB_UPLOAD_UNKNOWN")
         return data
 
     def _append(self, call: Call, repository: str, upload: str) -> None:
-        data = self._upload(repository, upload)
+        data = self._find_upload(repository, upload)
         match = re.fullmatch(r"(\d+)-\d+", given := call.headers.get("content-range", ""))
         # The client must use the location of the last answer, which has the current state.
         if call.query.get("state") != str(len(data)) or (given and (not match or int(match[1]) != len(data))):
             refused = Refused(416, "BLOB_UPLOAD_INVALID")
-            refused.answer.headers.update(self._progress(416, upload).headers)
+            refused.answer.headers.update(self._upload_answer(416, upload).headers)
             raise refused
         self.uploads[upload] = repository, data + call.body
 
-    def _progress(self, status: int, upload: str) -> Answer:
+    def _upload_answer(self, status: int, upload: str) -> Answer:
         repository, data = self.uploads[upload]
         location = f"/v2/{repository}/blobs/uploads/{upload}?state={len(data)}"
         return Answer(status, {"Location": location, "Range": f"0-{max(len(data) - 1, 0)}"})
@@ -353,7 +355,7 @@ class Registry(Server):
         return Answer(201, {"Location": location, "Docker-Content-Digest": digest})
 
 
-def _checked(digest: str, data: bytes) -> str:
+def _check_digest(digest: str, data: bytes) -> str:
     algorithm = digest.partition(":")[0]
     if algorithm not in ("sha256", "sha512") or digest != f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}":
         raise Refused(400, "DIGEST_INVALID")

@@ -352,7 +352,7 @@ class Worker:
             self.slot.canaries[self.canary] = UNKNOWN
         self.slot.intended[0] = 0
 
-    def name(self) -> str:
+    def choose_name(self) -> str:
         """Choose the name for an operation: a canary's, or a hot one."""
         if self.random.random() < 0.5:
             self.canary = self.random.randrange(CANARIES)
@@ -362,7 +362,7 @@ class Worker:
     def name_of(self, canary: int) -> str:
         return f"worker-{self.number}/canary:{canary}"
 
-    def image(self) -> int:
+    def choose_image(self) -> int:
         return self.random.randrange(1, len(self.images) + 1)
 
     def change(self, state: int, call: Callable[[], object]) -> None:
@@ -399,7 +399,7 @@ class Worker:
     def describe(self, state: int) -> str:
         return {REMOVED: "removed", UNKNOWN: "unknown"}.get(state, f"image {state}")
 
-    def known(self, manifest_digest: str) -> Image:
+    def identify_image(self, manifest_digest: str) -> Image:
         """Return the image that has this manifest, and raise `Violation` if the canary should have another one."""
         found = self.by_digest.get(manifest_digest)
         if found is None:
@@ -424,21 +424,21 @@ class Worker:
             self.store.has(self.random.choice(self.digests))
 
     def complete(self) -> None:
-        name = self.name()
+        name = self.choose_name()
         if not self.store.complete(name):
             raise Violation(f"{name} is incomplete")
         if self.canary is not None and self.slot.canaries[self.canary] == REMOVED:
             raise Violation(f"{name} is complete, but was removed")
 
     def manifest(self) -> None:
-        manifest = self.store.manifest(self.name())
-        if self.known(digest_of(manifest)).manifest != manifest:
+        manifest = self.store.manifest(self.choose_name())
+        if self.identify_image(digest_of(manifest)).manifest != manifest:
             raise Violation("the content of a manifest has changed")
 
     def blobs(self) -> None:
-        name = self.name()
+        name = self.choose_name()
         found = self.store.blobs(name)
-        image = self.known(found[0]) if found else None
+        image = self.identify_image(found[0]) if found else None
         if image is None or list(image.blobs) != found:
             raise Violation(f"{name} is incomplete: only {len(found)} of its blobs are stored")
 
@@ -454,15 +454,15 @@ class Worker:
             raise Violation(f"the content of a blob has changed: {digest}")
 
     def add(self) -> None:
-        name, image = self.name(), self.image()
+        name, image = self.choose_name(), self.choose_image()
         self.change(image, lambda: self.store.add(name, self.images[image - 1]))
 
     def load(self) -> None:
-        name, image = self.name(), self.image()
+        name, image = self.choose_name(), self.choose_image()
         self.change(image, lambda: self.store.load(name, archive_path(self.scratch, image)))
 
     def tag(self) -> None:
-        name = self.name()
+        name = self.choose_name()
         if self.canary is None:
             self.store.tag(name, f"hot:{self.random.randrange(HOT_NAMES)}")
             return
@@ -481,7 +481,7 @@ class Worker:
             raise
 
     def remove(self) -> None:
-        name = self.name()
+        name = self.choose_name()
         may_exist = self.canary is None or self.slot.canaries[self.canary] != REMOVED
         self.change(REMOVED, lambda: self.store.remove(name))
         if not may_exist:
@@ -497,17 +497,17 @@ class Worker:
         raise Violation(f"{name} exists, but was removed")
 
     def hold(self) -> None:
-        with self.store.hold(self.name()) as paths:
-            image = self.known(next(iter(paths), ""))
+        with self.store.hold(self.choose_name()) as paths:
+            image = self.identify_image(next(iter(paths), ""))
             if self.random.random() < 0.3:
                 time.sleep(self.random.random() * 0.02)
             check_content("a held blob", image, {digest: path.read_bytes() for digest, path in paths.items()})
 
     def hold_and_remove(self) -> None:
         """Hold an image, remove it and collect garbage; the held blobs must stay."""
-        name = self.name()
+        name = self.choose_name()
         with self.store.hold(name) as paths:
-            image = self.known(next(iter(paths), ""))
+            image = self.identify_image(next(iter(paths), ""))
             self.change(REMOVED, lambda: self.store.remove(name))
             self.store.collect()
             check_content("a held blob", image, {digest: path.read_bytes() for digest, path in paths.items()})
@@ -515,9 +515,9 @@ class Worker:
     def export(self) -> None:
         path = self.scratch / f"export-{self.number}.tar"
         path.unlink(missing_ok=True)
-        self.store.export(self.name(), path)
+        self.store.export(self.choose_name(), path)
         manifest, found = read_archive(path)
-        check_content("an exported blob", self.known(manifest), found)
+        check_content("an exported blob", self.identify_image(manifest), found)
 
     def collect(self) -> None:
         self.store.collect()
@@ -541,7 +541,7 @@ class Worker:
         if state == REMOVED:
             self.check_removed(name)
         elif state != UNKNOWN:
-            image = self.known(digest_of(self.store.manifest(name)))
+            image = self.identify_image(digest_of(self.store.manifest(name)))
             check_content("a blob", image, {digest: self.store.read(digest) for digest in self.store.blobs(name)})
 
 
@@ -575,7 +575,7 @@ def run(target: Target, plan: Plan, progress: Callable[[Result], None] = lambda 
     gc.collect()
     gc.freeze()  # the workers share these pages
     try:
-        while not attack.over():
+        while not attack.is_over():
             attack.work()
             attack.end_round()
             attack.check()
@@ -609,15 +609,15 @@ class Attack:
         self.kills = self.checks = self.rounds = 0
         self.violations: Counter[str] = Counter()
 
-    def over(self) -> bool:
-        done = sum(self.done(worker) for worker in range(self.plan.processes))
+    def is_over(self) -> bool:
+        done = sum(self.count_operations(worker) for worker in range(self.plan.processes))
         return (
             self.worked >= self.plan.seconds
             or done >= self.plan.operations
             or self.violations.total() >= self.plan.enough
         )
 
-    def done(self, worker: int) -> int:
+    def count_operations(self, worker: int) -> int:
         return sum(self.shared.slots[worker].done)
 
     def work(self) -> None:
@@ -629,8 +629,8 @@ class Attack:
         self.shared.state[0] = WORK
         now = time.monotonic()
         until = now + min(self.plan.check_every, self.plan.seconds - self.worked)
-        next_kill, next_progress = self.moment_of_next_kill(now), now + 1
-        while now < until and not self.over():
+        next_kill, next_progress = self.draw_next_kill(now), now + 1
+        while now < until and not self.is_over():
             select.select([self.reports], [], [], max(0.0, min(next_kill, until, now + 0.05) - now))
             before, now = now, time.monotonic()
             self.worked += now - before
@@ -638,12 +638,12 @@ class Attack:
             self.replace_lost()
             if now >= next_kill:
                 self.kill_one()
-                next_kill = self.moment_of_next_kill(now)
+                next_kill = self.draw_next_kill(now)
             if now >= next_progress:
                 self.progress(self.result())
                 next_progress = now + 1
 
-    def moment_of_next_kill(self, now: float) -> float:
+    def draw_next_kill(self, now: float) -> float:
         rate = self.plan.kills_per_second
         return now + self.random.expovariate(rate) if rate else float("inf")
 
@@ -756,7 +756,7 @@ class Attack:
             seconds=self.worked,
             operations={kind: sum(slot.done[place] for slot in slots) for place, kind in enumerate(KINDS)},
             longest={kind: max(slot.longest[place] for slot in slots) / 1e6 for place, kind in enumerate(KINDS)},
-            by_worker=[self.done(number) for number in range(len(slots))],
+            by_worker=[self.count_operations(number) for number in range(len(slots))],
             steady=[number for number, slot in enumerate(slots) if slot.other[_GENERATION] == 1],
             longest_wait=[slot.other[_WAIT] / 1e6 for slot in slots],
             waits=[sum(slot.waits[place] for slot in slots) for place in range(_BUCKETS)],
