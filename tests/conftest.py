@@ -1,4 +1,4 @@
-"""Fixtures and helpers for all tests: a cache, its files and rows, processes, and other container tools."""
+"""Fixtures and helpers for all tests: a cache, its files and rows, processes, other tools."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure() -> None:
-    """Clean up after the run however it ends, and let no Hypothesis example fail because the machine is slow."""
+    """Clean up after the run however it ends, and let no Hypothesis example fail for slowness."""
     leftovers.isolate_mounts()
     leftovers.watch()
     from hypothesis import HealthCheck, settings  # here, because the scripts that import this module do not need it
@@ -97,7 +97,7 @@ def interrupted_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def find_peer(program: str, install: str = "") -> str:
-    """Return the path of another container tool; without it, skip the test, or fail if CACHEDB_REQUIRE_PEERS is set."""
+    """Return a peer's path; without it, skip the test, or fail if CACHEDB_REQUIRE_PEERS is set."""
     path = shutil.which(program)
     if path is None:
         message = f"{program} is not installed: {install or f'apt-get install {program}'}"
@@ -181,7 +181,7 @@ def run_python(script: str, *arguments: object) -> str:
 
 @contextmanager
 def running(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run a script during the block; begin the block after its first line of output, and kill it at the end."""
+    """Run a script during the block, which begins after its first line of output; kill it at the end."""
     with start_python(script, *arguments) as process:
         try:
             assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The README is true: its tour prints the output that it shows, and its examples run; `test_docs` checks docs/."""
+"""The README is true: its tour prints the output that it shows, and its examples run."""
 
 from __future__ import annotations
 

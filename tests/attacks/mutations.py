@@ -1,4 +1,4 @@
-"""Remove one line that keeps a promise, and see that a test fails: `python -m tests.attacks.mutations`.
+"""Remove a line that keeps a promise, and see that a test fails: `python -m tests.attacks.mutations`.
 
 Each mutation is made in a copy of the checkout, which then runs the tests that should fail. If they all pass, the tests
 have a gap, and the exit code is 1.
@@ -509,7 +509,7 @@ def mutated(mutation: Mutation) -> str:
 
 
 def find_failure(mutation: Mutation, scratch: Path) -> tuple[str | None, float]:
-    """Run the tests on a mutated copy; return the test that failed, or None, and the seconds that they took."""
+    """Run the tests on a mutated copy; return the failed test, or None, and the seconds they took."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         Path(name).chmod(0o755)  # some tests become another user for a while

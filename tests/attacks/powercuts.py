@@ -190,7 +190,7 @@ def prepare_history(directory: Path) -> None:
 
 
 def prepare_killed(directory: Path) -> None:
-    """Kill this process; it leaves everything that an open cleans up: trash, leases, ingest, half a publication."""
+    """Kill this process, and leave what an open cleans up: trash, leases, ingest, half a publication."""
     prepare_history(directory)
     cache = Cache.open(directory / "cache")
     collecting.empty_trash = lambda database: []
@@ -431,7 +431,7 @@ def attack(
 
 
 def keep(violation: Violation, folder: Path, seed: int) -> Path:
-    """Save the state of a violation in a folder, so that it can be inspected and checked again; return the folder."""
+    """Save the state of a violation in a new folder, so that it can be checked again; return the folder."""
     directory = folder / f"{violation.scenario}-{violation.cut.number}"
     powercut.remove_state(directory)
     directory.mkdir(parents=True)

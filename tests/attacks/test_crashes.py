@@ -112,7 +112,7 @@ def check_kept(directory: Path) -> None:
 
 @contextmanager
 def copied_before_each_call(directory: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Copy the directory before each call that changes it and before each commit; a copy is what a crash leaves."""
+    """Copy the directory before each change and each commit; a copy is what a crash would leave."""
     guard = threading.RLock()
     copying = False
 

@@ -112,7 +112,7 @@ def link_garbage(directory: Path, steps: Steps) -> list[str]:
 
 
 def import_left(directory: Path, steps: Steps) -> list[str]:
-    """Import blobs that dead sessions left half done, through a cache that skipped the recovery when it was opened."""
+    """Import blobs that dead sessions left half done, without a recovery when the cache is opened."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collecting, "recover", lambda database, **_: [])
         cache = Cache.open(directory / "cache")
@@ -282,7 +282,7 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
             flock(file, operation)
 
     def lock_in_kernel(_path: Path, file: Any, operation: int, wait: object) -> None:
-        """Wait for a lock with a blocking flock, where cachedb polls: the lock was announced, so the wait ends."""
+        """Wait with a blocking flock, where cachedb polls; the lock was announced, so the wait ends."""
         fcntl.flock(file, operation if wait else operation | fcntl.LOCK_NB)
 
     def wait_for_producer(path: Path) -> None:
@@ -475,8 +475,8 @@ PAIRS = [
 ]
 
 
-def first_promise(directory: Path) -> Callable[[], None]:
-    """Return a function that checks P1 between two steps, because a kill would leave the directory as it is then."""
+def make_p1_check(directory: Path) -> Callable[[], None]:
+    """Return a check of P1 for each stop, because a kill would leave the directory as it is then."""
 
     def at_stop() -> None:
         with closing(sqlite3.connect(directory / "index.db")) as connection:
@@ -489,7 +489,7 @@ def first_promise(directory: Path) -> Callable[[], None]:
 
 
 def read_images(directory: Path) -> object:
-    """Return the images and their blobs for a comparison; the amount of garbage may differ, so it is left out."""
+    """Return the images and their blobs for a comparison, without garbage, which may differ."""
     with closing(sqlite3.connect(directory / "index.db")) as connection:
         return connection.execute(
             "SELECT repository, reference, role, digest, stored_at IS NOT NULL FROM images "
@@ -510,7 +510,7 @@ def test_two_actors_do_in_every_order_what_they_do_one_after_the_other(
     def run_one(choose: Choose) -> Order:
         shutil.copytree(prepared[pair.before], work)
         try:
-            order = run(zygote, actors, work, pair.kinds.split(), choose=choose, at_stop=first_promise(directory))
+            order = run(zygote, actors, work, pair.kinds.split(), choose=choose, at_stop=make_p1_check(directory))
             try:
                 result = (comparable(order.outcomes), read_images(directory))
                 check(directory)

@@ -1,4 +1,4 @@
-"""The table of mutations fits the code; `python -m tests.attacks.mutations` shows which of them a test notices."""
+"""The table of mutations fits the code; `python -m tests.attacks.mutations` runs the mutations."""
 
 from __future__ import annotations
 

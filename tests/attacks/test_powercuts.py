@@ -99,7 +99,7 @@ REPLACE = """
 
 
 def replace_file(record_script: RecordScript, *, sync: bool, folder: bool) -> list[Cut]:
-    """Return the states after a script that replaces a file, with or without a sync of the file and the folder."""
+    """Return the states after a script that replaces a file, with or without syncs."""
     body = REPLACE.format(sync=sync, folder="sync_folder()" if folder else "")
     return list(states(record_script(script(body)), seed=1, count=500))
 

@@ -1,4 +1,4 @@
-"""Faulty and hostile registries during push and pull of referrers: an error of one line, and no damage."""
+"""Faulty and hostile registries during push and pull: an error of one line, and no damage."""
 
 from __future__ import annotations
 

@@ -304,7 +304,7 @@ class FolderTarget:
 
 
 def attack_store(store: type[Folder], tmp_path: Path, **options: object) -> tuple[int, dict[str, int], str]:
-    """Attack a store in a new process, because the soak forks; return operations, violations, and unfair waits."""
+    """Attack a store in a new process; return operations, violations, and unfair waits."""
     (tmp_path / "scratch").mkdir()
     output = run_python(
         """

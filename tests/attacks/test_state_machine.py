@@ -121,7 +121,7 @@ class Caches(RuleBasedStateMachine):
     # The model.
 
     def _closure(self, name: str) -> list[str]:
-        """Return an image's blobs in the order of their positions: each document, then the blobs that it names."""
+        """Return an image's blobs in the order of positions: each document, then the blobs it names."""
         image = self.images[name]
         found: list[str] = []
         stack, expanded = [image.root], set[str]()

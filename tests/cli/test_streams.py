@@ -1,4 +1,4 @@
-"""Commands whose stdin, stdout or stderr is closed, full, or a terminal: an error of one line, and an exit code."""
+"""Commands whose stdin, stdout or stderr is closed, full, or a terminal: one line and an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The views of the index agree with the manifests, the configs and the files on disk after any sequence of steps."""
+"""The views of the index agree with the manifests, configs and files after any sequence of steps."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ Do = Callable[[Call], Answer]
 
 
 def answer(status: int, headers: dict[str, str] | None = None, body: bytes = b"", **fields: Any) -> Do:
-    """Send this answer and do not serve the request; ``fields`` are those of `Answer`, such as ``early=True``."""
+    """Send this answer without serving the request; ``fields`` are those of `Answer`."""
     return lambda call: Answer(status, dict(headers or {}), body, **fields)
 
 
@@ -105,7 +105,7 @@ def closed(*, reset: bool = False) -> Do:
 
 
 def lost(limit: int | None = None, *, reset: bool = False) -> Do:
-    """Serve the request with at most `limit` bytes of its body, then close the connection without an answer."""
+    """Serve the request with at most `limit` bytes of its body, then close without an answer."""
     return lambda call: replace(call.serve(limit), cut=-1, reset=reset, early=True)
 
 
@@ -153,7 +153,7 @@ def more(extra: bytes) -> Do:
 
 
 def without(*, header: str = "", query: str = "") -> Do:
-    """Serve, but ignore a header or a part of the query, like a registry that does not support Range or mount."""
+    """Serve, but ignore a header or a part of the query, like a registry without Range or mount."""
 
     def do(call: Call) -> Answer:
         call.headers.pop(header, None)
@@ -206,7 +206,7 @@ class Server:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Stop; raise the server's first error, and fail if the block passed but a required fault did not fire."""
+        """Stop; raise the server's first error, and fail if the block passed but a fault did not fire."""
         self._server.stop()
         self._thread.join()
         for error in self.errors:

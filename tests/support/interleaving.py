@@ -73,7 +73,7 @@ class Steps:
             self.kinds = kinds
 
     def step(self, kind: str, label: str = "") -> None:
-        """Stop if points of this kind are wanted: all of them, or with ``kind*`` the first of several in a row."""
+        """Stop if points of this kind are wanted: all, or with ``kind*`` the first of several in a row."""
         if self._stepping and (kind in self.kinds or (f"{kind}*" in self.kinds and kind != self._last)):
             self._send("step", f"{kind} {label}".rstrip())
             self._wait()

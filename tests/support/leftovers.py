@@ -20,9 +20,9 @@ from pathlib import Path
 MARK = "CACHEDB_TEST_RUNS"
 """The environment variable with the marks of the runs that a process belongs to, separated by colons."""
 
-QUIET_LOOKS = 3  # searches in a row that find nothing, before the watcher ends: a process may just have forked
-LOOK_SECONDS = 0.02  # seconds between two searches
-LIMIT_SECONDS = 60  # seconds until the watcher gives up on a process that does not die
+QUIET_SEARCHES = 3  # searches in a row that find nothing, before the watcher ends: a process may just have forked
+SEARCH_SECONDS = 0.02  # the pause between two searches
+LIMIT_SECONDS = 60  # the time after which the watcher gives up on a process that does not die
 
 _CLONE_NEWNS = 0x20000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
@@ -86,13 +86,13 @@ def main() -> None:
         if os.getppid() == run:  # otherwise the run has ended, and its ID may belong to another process
             select.select([descriptor], [], [])
     end, quiet = time.monotonic() + LIMIT_SECONDS, 0
-    while quiet < QUIET_LOOKS and time.monotonic() < end:
+    while quiet < QUIET_SEARCHES and time.monotonic() < end:
         found = leftovers(mark, pipe)
         for process in found:
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)
         quiet = 0 if found else quiet + 1
-        time.sleep(LOOK_SECONDS)
+        time.sleep(SEARCH_SECONDS)
 
 
 if __name__ == "__main__":

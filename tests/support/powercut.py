@@ -1,4 +1,4 @@
-"""Power cuts: record what a command does to a directory, and build the states that a power cut may leave.
+"""Power cuts: record what a command does to a directory, and build what a power cut may leave.
 
 `record` runs any command under strace and turns its system calls into events. `states` yields directories that a
 power cut at any point may leave. `write_state` writes one of them to disk, so that a test can open and check it.
@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-SECTOR = 512  # bytes
+SECTOR_BYTES = 512
 ROOT = 0  # the inode number of the recorded directory
 _MAX_CALL_BYTES = 64 * 1024 * 1024  # of data in one system call
 
@@ -745,15 +745,17 @@ def _set_names(names: dict[int, dict[str, int]], change: Names) -> None:
 
 
 def _sectors(write: Write) -> range:
-    return range(write.offset // SECTOR, (write.offset + len(write.data) + SECTOR - 1) // SECTOR)
+    return range(write.offset // SECTOR_BYTES, (write.offset + len(write.data) + SECTOR_BYTES - 1) // SECTOR_BYTES)
 
 
 def _ranges(write: Write, fate: Fate) -> Iterator[tuple[int, int]]:
     sectors = _sectors(write)
     if fate.sectors is None:
-        yield sectors.start * SECTOR, sectors.stop * SECTOR
+        yield sectors.start * SECTOR_BYTES, sectors.stop * SECTOR_BYTES
     else:
-        yield from ((sector * SECTOR, (sector + 1) * SECTOR) for sector in sectors if sector in fate.sectors)
+        yield from (
+            (sector * SECTOR_BYTES, (sector + 1) * SECTOR_BYTES) for sector in sectors if sector in fate.sectors
+        )
 
 
 def _extend(content: bytearray, size: int) -> None:

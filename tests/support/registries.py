@@ -1,4 +1,4 @@
-"""Registries for the tests: one in memory, with faults where a test asks for them, and Debian's docker-registry.
+"""Registries for the tests: one in memory, with faults on request, and Debian's docker-registry.
 
 The one in memory follows the OCI distribution specification v1.1, and Docker's token authentication for bearer tokens.
 """
@@ -65,7 +65,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Registry(Server):
-    """A registry in memory, at a free port of the loopback interface; tests configure it through its attributes.
+    """A registry in memory, at a free port of the loopback interface; tests set its attributes.
 
     Args:
         auth: "basic", or "bearer" with a token server at /token; USER with PASSWORD may do everything.
@@ -363,7 +363,7 @@ def _check_digest(digest: str, data: bytes) -> str:
 
 
 def certificate(directory: Path, host: str = "localhost") -> tuple[Path, Path, Path]:
-    """Make an authority and a certificate for a host; return their paths and that of the certificate's key.
+    """Make an authority and a certificate for a host; return their paths and the path of the key.
 
     The folder fits skopeo's --cert-dir: a file named .crt is an authority, and no other file may be .cert or .key.
     """

@@ -1,4 +1,4 @@
-"""A soak test for any store of images that processes share: load it, kill workers, and check every answer.
+"""A soak test for any store of images that processes share: load it, kill workers, check all answers.
 
 This module works for any store: write a `Target` for the store and call `run`.
 
@@ -54,7 +54,7 @@ WEIGHTS = {
 KINDS = list(WEIGHTS)
 CANARIES = 4  # names that a worker owns
 HOT_NAMES = 16
-STUCK = 120.0  # seconds after which a worker or a check counts as stuck
+STUCK_SECONDS = 120.0  # the time after which a worker or a check counts as stuck
 
 
 class Absent(Exception):
@@ -121,7 +121,7 @@ class Target(Protocol):
         """Open the store; call ``waited`` with the seconds of each wait for the write lock."""
 
     def check(self) -> None:
-        """Raise an error that names the broken promise, if one is broken; nobody else uses the store meanwhile."""
+        """Raise an error that names a broken promise; no other process uses the store meanwhile."""
 
 
 class Plan(NamedTuple):
@@ -238,7 +238,7 @@ _WAIT, _GENERATION = 0, 1
 
 
 class Slot:
-    """A worker's part of the shared memory: integers of eight bytes, which no kill can tear; times in microseconds."""
+    """A worker's part of the shared memory: 8-byte integers, which no kill can tear; times in µs."""
 
     def __init__(self, cells: memoryview) -> None:
         parts = itertools.accumulate((len(KINDS), len(KINDS), _BUCKETS, CANARIES, 2, 2), initial=0)
@@ -366,7 +366,7 @@ class Worker:
         return self.random.randrange(1, len(self.images) + 1)
 
     def change(self, state: int, call: Callable[[], object]) -> None:
-        """Change the canary's state: note the new state as intended, call the store, and note it as acknowledged."""
+        """Change a canary: note the new state as intended, call the store, and note it as acknowledged."""
         slot, canary = self.slot, self.canary
         if canary is None:
             call()
@@ -400,7 +400,7 @@ class Worker:
         return {REMOVED: "removed", UNKNOWN: "unknown"}.get(state, f"image {state}")
 
     def identify_image(self, manifest_digest: str) -> Image:
-        """Return the image that has this manifest, and raise `Violation` if the canary should have another one."""
+        """Return the image with this manifest; raise `Violation` if the canary should have another one."""
         found = self.by_digest.get(manifest_digest)
         if found is None:
             raise Violation(f"manifest {manifest_digest} was never stored")
@@ -711,7 +711,7 @@ class Attack:
             self.kill_all()
             return
         self.shared.state[0] = STOP
-        deadline = time.monotonic() + STUCK
+        deadline = time.monotonic() + STUCK_SECONDS
         for child in list(self.workers):
             self.await_end(child, deadline, "a worker")
             del self.workers[child]
@@ -734,7 +734,7 @@ class Attack:
 
     def check(self) -> None:
         """Check the promises and every canary in a child, because the parent never opens the store."""
-        self.await_end(self.fork(self.check_all), time.monotonic() + STUCK, "the check")
+        self.await_end(self.fork(self.check_all), time.monotonic() + STUCK_SECONDS, "the check")
         self.checks += 1
         for path in self.plan.scratch.iterdir():
             if not path.name.startswith("image-"):
@@ -812,7 +812,7 @@ def lines(result: Result) -> Iterable[str]:
 
 
 def quantile(waits: list[int], part: float) -> float:
-    """Return the seconds that a part of the waits stayed below, rounded up to a power of two in microseconds."""
+    """Return the seconds that a part of the waits stayed below, up to a power of two in microseconds."""
     wanted, seen = part * sum(waits), 0
     for place, count in enumerate(waits):
         seen += count

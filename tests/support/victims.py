@@ -1,4 +1,4 @@
-"""Victims: processes that each do one operation on a cache, while a test kills them or makes a system call fail.
+"""Victims: processes that do one operation each, while a test kills them or lets a system call fail.
 
 Run as `python -m tests.support.victims FOLDER`; it makes a cache in the folder to import everything, and removes it.
 For each line of stdin, ``OPERATION<tab>DIRECTORY``, it forks a child, which imports nothing again. It prints the
@@ -69,7 +69,7 @@ def old_cache(directory: Path) -> None:
 
 
 def damaged_cache(directory: Path) -> None:
-    """Make a cache with every kind of damage: altered, truncated, missing and unknown blobs, and a stray file."""
+    """Make a cache with altered, truncated, missing and unknown blobs, and a stray file."""
     cache(directory)
     for layer, change in zip((GONE.layers[1], GONE.config), (b"x" * len(GONE.layers[1]), b"x"), strict=True):
         path = file_of(directory, layer)
@@ -97,7 +97,7 @@ def damaged_index(directory: Path) -> None:
 
 
 def dead_sessions(directory: Path) -> None:
-    """Make a cache with the leftovers of two processes: one killed while it published, one while it collected."""
+    """Make a cache with leftovers of two killed processes: one published, one collected."""
     cache(directory)
     folder = directory / "cache" / "ingest" / "1-abcdefabcdef"
     folder.mkdir()
