@@ -23,14 +23,14 @@ from typing import NamedTuple
 from tests.support import leftovers
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 600  # seconds
+TIMEOUT_SECONDS = 600
 POWER_CUTS = "400"  # states of each scenario; with fewer, no state may notice the mutation
 
 
 class Mutation(NamedTuple):
     """A protection in the code, and its removal."""
 
-    what: str  # the behavior that the line ensures
+    what: str  # the behaviour that the line ensures
     file: str
     line: str  # text that must occur exactly once in the file
     without: str  # the text that replaces it

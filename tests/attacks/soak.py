@@ -149,7 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan_of(options: argparse.Namespace, scratch: Path) -> soak.Plan:
+def make_plan(options: argparse.Namespace, scratch: Path) -> soak.Plan:
     seconds = options.seconds
     if seconds is None and options.operations is None:
         seconds = WAITING["seconds"] if options.waiting else 60.0
@@ -193,7 +193,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="cachedb-soak-", dir=options.directory) as folder:
         scratch = Path(folder) / "scratch"
         scratch.mkdir()
-        result = soak.run(CacheDirectory(Path(folder) / "cache"), plan_of(options, scratch), progress)
+        result = soak.run(CacheDirectory(Path(folder) / "cache"), make_plan(options, scratch), progress)
     faults = soak.unfair(result, longest=options.longest, ratio=options.ratio) if options.waiting else []
     for line in (*soak.lines(result), *faults):
         print(line)

@@ -235,7 +235,7 @@ def act(actor: str, directory: Path, steps: Steps) -> object:
         patch.setattr(os, "fsync", lambda descriptor: None)  # there are no power cuts here
         # The word decides who goes, not the queue at the write lock.
         patch.setattr(locks, "_await_turn", lambda queue, path, number, wait: None)
-        patch.setattr(os, "cpu_count", lambda: 1)  # an import starts no threads, which the steps could not order
+        patch.setattr(os, "cpu_count", lambda: 1)  # an import uses one thread: the steps cannot order several
         return ACTORS[actor](directory, steps)
 
 

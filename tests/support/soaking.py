@@ -677,7 +677,7 @@ class Attack:
         except BlockingIOError:
             pass
         *lines, self.unread = self.unread.split(b"\n")
-        # Remove digests and worker numbers, so that equal violations have equal texts.
+        # Remove digests and process IDs, so that equal violations have equal texts.
         self.violations.update(re.sub(r"(?<![0-9a-z])[0-9a-f]{6,}|\d+(?=-)", "…", line.decode()) for line in lines)
 
     def replace_lost(self) -> None:
