@@ -1,10 +1,12 @@
-"""Check the types of a caller's arguments before they are used."""
+"""Check a caller's arguments before they are used."""
 
 from __future__ import annotations
 
 import io
 import os
 from collections.abc import Mapping
+
+from cachedb.errors import CacheError
 
 __all__ = [
     "check_functions",
@@ -29,10 +31,26 @@ def check_functions(**values: object) -> None:
 
 
 def check_text(*, optional: bool = False, **values: object) -> None:
-    """Raise `TypeError` if one of the values is not a string; ``optional`` allows None too."""
+    """Raise `TypeError` if one of the values is not a string, and `CacheError` if it is not valid Unicode text.
+
+    ``optional`` allows None too.
+    """
     for name, value in values.items():
-        if not isinstance(value, str) and not (optional and value is None):
+        if isinstance(value, str):
+            _check_characters(name, value)
+        elif not (optional and value is None):
             raise _type_error(name, value, "a string, or None" if optional else "a string")
+
+
+def _check_characters(name: str, text: str, surrogates: str = "strict") -> None:
+    """Raise `CacheError` for a NUL, and for a surrogate unless the error handler ``surrogates`` can encode it."""
+    try:
+        text.encode("utf-8", surrogates)
+        is_valid = "\0" not in text
+    except UnicodeEncodeError:
+        is_valid = False
+    if not is_valid:
+        raise CacheError(f"{name} has a NUL character or a lone surrogate: {text[:100]!r}")
 
 
 def check_numbers(**values: object) -> None:
@@ -49,14 +67,20 @@ def check_mapping(**values: object) -> None:
             raise _type_error(name, value, "a mapping whose keys are strings, or None")
 
 
-def _is_path(value: object) -> bool:
-    return isinstance(value, (str, os.PathLike)) and isinstance(os.fspath(value), str)
+def _is_path(name: str, value: object) -> bool:
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str):
+        return False
+    _check_characters(name, path, "surrogateescape")  # as `os.fsdecode` gives the names of files
+    return True
 
 
 def check_paths(*, optional: bool = False, **values: object) -> None:
-    """Raise `TypeError` if one of the values is not a path; ``optional`` allows None too."""
+    """Raise `TypeError` if one of the values is not a path, and `CacheError` if no file can have it.
+
+    ``optional`` allows None too.
+    """
     for name, value in values.items():
-        if not _is_path(value) and not (optional and value is None):
+        if not _is_path(name, value) and not (optional and value is None):
             raise _type_error(name, value, "a path, or None" if optional else "a path")
 
 
@@ -73,5 +97,5 @@ def check_writable(**values: object) -> None:
 def _check_files(*methods: str, **values: object) -> None:
     for name, value in values.items():
         has_methods = all(callable(getattr(value, method, None)) for method in methods)
-        if not _is_path(value) and (not has_methods or isinstance(value, io.TextIOBase)):
+        if not _is_path(name, value) and (not has_methods or isinstance(value, io.TextIOBase)):
             raise _type_error(name, value, "a path, or a file open in binary mode")

@@ -45,7 +45,7 @@ from cachedb.index.holds import HoldInfo
 from cachedb.index.records import BlobInfo, ImageDetails, ImageInfo, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import BLOBS
-from cachedb.oci.digests import Algorithm, Digest, parse_digest
+from cachedb.oci.digests import Algorithm, Digest, digest_of, parse_digest
 from cachedb.oci.manifests import Role
 from cachedb.oci.names import Name
 from cachedb.operations.upgrade import prepare as prepare_schema
@@ -463,10 +463,11 @@ class Cache:
         return publish.store_manifest(self._database, self._session, parsed, manifest, media_type)
 
     def get_manifest(self, name: str | Name) -> bytes:
-        """Return the exact bytes of an image's manifest or index.
+        """Return the exact bytes of an image's manifest or index, verified against its digest.
 
         Raises:
             NotInCache: if there is no such image.
+            DigestMismatch: if the manifest's file is damaged.
         """
         parsed, tried = Name.parse(name), None
         while True:
@@ -475,7 +476,10 @@ class Cache:
             try:
                 with reader.open_blob(self.directory, digest) as file, os_errors("read a manifest"):
                     self._uses.note(parsed)
-                    return file.read()
+                    data = file.read()
+                if digest_of(data, digest) != digest:
+                    raise reader.damaged(digest)
+                return data
             except NotInCache:
                 # Since the look-up, the name may have moved and the manifest may have been collected: look once more.
                 if digest == tried:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, Name
+from cachedb import Cache, CacheError, Name, StorageError
 from cachedb.index import drift, schema
 from cachedb.operations import upgrade
 from tests.conftest import snapshot
@@ -107,3 +109,32 @@ def test_a_file_in_text_mode_is_refused(cache: Cache, tmp_path: Path) -> None:
 def test_a_manifest_as_text_is_refused(cache: Cache) -> None:
     with pytest.raises(TypeError, match="manifest is of type 'str': give its bytes"):
         cache.save_manifest("app:1", make.image(1).manifest.decode())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+def test_a_path_or_text_with_an_impossible_character_is_refused(cache: Cache, tmp_path: Path, text: str) -> None:
+    wrong = "has a NUL character or a lone surrogate: "
+    calls: dict[str, Callable[[], object]] = {
+        "directory": lambda: Cache.open(text),
+        "source": lambda: cache.cache_from_tar(text),
+        "destination": lambda: cache.export("app:1", text),
+        "group": lambda: cache.share(text),
+        "prefix": lambda: cache.list_blobs(text),
+    }
+    for name, refused in calls.items():
+        with pytest.raises(CacheError, match=f"^{name} {wrong}"):
+            refused()
+    for refused in (lambda: cache.copy(text), lambda: cache.adopt(text)):
+        with pytest.raises(CacheError, match=f"^directory {wrong}"):
+            refused()
+
+
+def test_a_path_may_have_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
+    directory = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    Cache.open(directory).close()
+    assert os.path.isfile(f"{directory}/index.db")
+
+
+def test_a_path_that_is_too_long_is_not_adopted(cache: Cache) -> None:
+    with pytest.raises(StorageError, match=r"^cannot read the cache to adopt: File name too long"):
+        cache.adopt("a" * 5000)

@@ -387,6 +387,16 @@ def test_a_manifest_whose_name_moves_while_it_is_read_is_the_new_one(
     assert cache.get_manifest("app") == new.manifest
 
 
+def test_a_damaged_manifest_is_not_returned(cache: Cache) -> None:
+    made = make.image(1)
+    save(cache, "app:1", made)
+    path = cache.get_blob_path(make.digest_of(made.manifest))
+    path.chmod(0o644)
+    path.write_bytes(made.manifest.replace(b"schemaVersion", b"SchemaVersion"))
+    with pytest.raises(DigestMismatch, match="is damaged"):
+        cache.get_manifest("app:1")
+
+
 def test_a_late_child_that_is_not_a_manifest_does_not_hide_its_siblings(cache: Cache) -> None:
     good, bad = make.image(1), make.Made(b"no manifest", b"", [])
     cache.save_manifest("multi", make.index(bad, good))

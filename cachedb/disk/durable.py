@@ -19,6 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+from cachedb.disk.folders import follow
 from cachedb.errors import ignore_os_errors
 
 __all__ = [
@@ -144,7 +145,7 @@ def _remove_leftover(path: str, beside: str) -> None:
 
 
 def copy_to_new(source: BinaryIO, name: str, folder: int) -> None:
-    """Copy an open file durably to a new file; never follow a link with that name.
+    """Copy an open file durably to a new file with the mode of its folder; never follow a link with that name.
 
     Args:
         source: open for reading.
@@ -157,6 +158,7 @@ def copy_to_new(source: BinaryIO, name: str, folder: int) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with FileIO(os.open(name, flags, 0o600, dir_fd=folder), "rb+") as copy:
         shutil.copyfileobj(source, copy, 1024 * 1024)
+        follow(copy.fileno(), os.fstat(folder))
         os.fsync(copy.fileno())
 
 

@@ -15,6 +15,7 @@ no time-out, so we try again after short pauses.
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401 - it must register its fork hooks before ours, see below
+import errno
 import fcntl
 import logging  # noqa: F401 - as above
 import os
@@ -426,10 +427,14 @@ def after_fork(forkable: Forkable) -> None:
 
 def _open_or_create(path: str, _flags: int) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        file, is_new = os.open(path, os.O_RDWR | os.O_NOFOLLOW), False
     except FileNotFoundError:
-        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT, 0o600)
-    follow(file, os.stat(os.path.dirname(path)))
+        file, is_new = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT, 0o600), True
+    if os.fstat(file).st_nlink > 1:
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is a second name of another file, which the lock would change: delete it", path)
+    if is_new:
+        follow(file, os.stat(os.path.dirname(path)))
     return file
 
 

@@ -81,7 +81,9 @@ class OldCache:
 
     def __init__(self, directory: Path, ours: Path) -> None:
         self.directory = directory
-        if not any((directory / name).exists() for name in ("manifests", "blobs", "index.json")):
+        with os_errors("read the cache to adopt"):
+            found = any((directory / name).exists() for name in ("manifests", "blobs", "index.json"))
+        if not found:
             raise NotACache(f"{str(directory)!r} has no manifests, blobs or index.json: there is nothing to adopt")
         if (directory / "index.db").exists() or directory.resolve() == ours.resolve():
             raise NotACache(f"{str(directory)!r} is already a cache of cachedb: use it with --dir")

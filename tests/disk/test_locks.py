@@ -532,3 +532,15 @@ def test_a_mark_survives_the_death_of_its_holder(tmp_path: Path) -> None:
         mine.unmark()
     with turn(tmp_path) as mine:
         assert not mine.marked
+
+
+def test_a_lock_file_that_is_a_second_name_of_another_file_is_refused(tmp_path: Path) -> None:
+    thesis, lock = tmp_path / "thesis.txt", tmp_path / "write.lock"
+    thesis.write_text("the only copy")
+    os.link(thesis, lock)
+    with pytest.raises(OSError, match="it is a second name of another file"), locks.held(lock):
+        pytest.fail("the lock's record overwrites the file")
+    assert thesis.read_text() == "the only copy"
+    thesis.unlink()
+    with locks.held(lock):
+        assert locks.is_held(lock)

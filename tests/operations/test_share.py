@@ -176,6 +176,20 @@ with Cache.open(sys.argv[1], damaged=True) as cache:
     )
 
 
+@NEEDS_ROOT
+def test_the_replaced_index_in_quarantine_belongs_to_the_group(shared: Path) -> None:
+    run_python(
+        BECOME
+        + """
+from cachedb.operations import restore, upgrade
+become(1002)
+restore.restore(Path(sys.argv[1]), upgrade.back_up(Path(sys.argv[1])))
+""",
+        shared,
+    )
+    assert read_modes(shared)["quarantine/index.db"] == (GROUP, 0o660)
+
+
 @pytest.mark.slow
 @NEEDS_ROOT
 def test_a_damaged_blob_of_another_user_is_moved_to_quarantine(shared: Path) -> None:

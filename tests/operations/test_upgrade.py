@@ -188,7 +188,7 @@ def test_a_corrupt_config_is_skipped_and_reported(tmp_path: Path) -> None:
     path.chmod(0o600)
     path.write_text(json.dumps({"os": "plan9"}))
     found = {str(name): detail for name, _, detail in upgrade.upgrade(directory).unread}
-    assert "another content: run `cachedb verify`" in found["hello:1"]
+    assert "is damaged: run `cachedb verify`" in found["hello:1"]
     with Cache.open(directory) as cache:
         assert cache.get_image("hello:1").os is None
 
