@@ -13,7 +13,7 @@ import click
 from cachedb.cli.context import open_cache
 from cachedb.cli.options import format_examples, read_values, row_format_option, timeout_option
 from cachedb.cli.output import print_rows, print_table
-from cachedb.cli.signals import received_signals
+from cachedb.cli.signals import exit_if_stuck, received_signals
 from cachedb.cli.streams import closed_streams, get_stdout
 from cachedb.errors import InvalidQuery, explain
 from cachedb.text import printable
@@ -104,6 +104,7 @@ def _run_query(query: str, parameters: dict[str, Any], form: str, seconds: int |
         with (
             open_cache(existing=True) as cache,
             _use_idle_priority(),
+            exit_if_stuck(seconds, f"the query took over {seconds} s: narrow it, or give it more time"),
             cache.sql(query, parameters, timeout=seconds, stream=True) as found,
         ):
             print_rows(found.columns, found.rows, form, sizes=sizes)
