@@ -14,9 +14,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.archives import files, size
+from benchmarks.archives import list_files, measure_size
 from benchmarks.many_images import CONFIG, LAYER, MANIFEST, json_blob, json_entry
-from benchmarks.measure import Cost, Work, cost, in_child, print_works, run, take_turns, times
+from benchmarks.measure import Cost, Work, compare_time, measure_cost, print_works, run, run_in_child, take_turns
 from benchmarks.plan import Plan
 from cachedb.operations.adopt import How
 
@@ -25,22 +25,24 @@ def adopt(plan: Plan) -> None:
     """Adopt once in each way, because it takes long; `adopt --move` is last, as it deletes the source."""
     place, images = plan.folder("adopt"), min(plan.images // 2, 10_000)
     old = place / ".cache"
-    in_child(_write_json_cache, old, images)
-    count = size(old)
-    print(f"{images} images, {len(files(old))} files, {count / 1e6:.0f} MB.\n")
-    bare = Work("the loop", "hash, write, fsync and rename", lambda: in_child(_copy_files, old, place / "loop"), count)
+    run_in_child(_write_json_cache, old, images)
+    count = measure_size(old)
+    print(f"{images} images, {len(list_files(old))} files, {count / 1e6:.0f} MB.\n")
+    bare = Work(
+        "the loop", "hash, write, fsync and rename", lambda: run_in_child(_copy_files, old, place / "loop"), count
+    )
 
     def work(what: str, runner: str, action: Callable[[], Cost]) -> Work:
-        return Work(what, runner, action, count, [times(bare)])
+        return Work(what, runner, action, count, [compare_time(bare)])
 
     copy = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(old), str(place / "cp")]
     works = [
         bare,
         work("copy", "cp -r, and sync", partial(run, *copy)),
-        work("adopt", "cachedb", partial(in_child, _adopt, old, place / "copied", "copy")),
-        work("adopt, again", "cachedb", partial(in_child, _adopt, old, place / "copied", "copy")),
-        work("adopt --link", "cachedb", partial(in_child, _adopt, old, place / "linked", "link")),
-        work("adopt --move", "cachedb", partial(in_child, _adopt, old, place / "moved", "move")),
+        work("adopt", "cachedb", partial(run_in_child, _adopt, old, place / "copied", "copy")),
+        work("adopt, again", "cachedb", partial(run_in_child, _adopt, old, place / "copied", "copy")),
+        work("adopt --link", "cachedb", partial(run_in_child, _adopt, old, place / "linked", "link")),
+        work("adopt --move", "cachedb", partial(run_in_child, _adopt, old, place / "moved", "move")),
     ]
     print_works(take_turns(works, 1, warm=False))
     shutil.rmtree(place)
@@ -88,7 +90,7 @@ def _copy_files(source: Path, target: Path) -> Cost:
     """Read, hash, write, fsync and rename each file, one after the other."""
 
     def write() -> None:
-        for path in files(source):
+        for path in list_files(source):
             data = path.read_bytes()
             new = target / hashlib.sha256(data).hexdigest()
             with new.with_suffix(".part").open("wb") as file:
@@ -98,7 +100,7 @@ def _copy_files(source: Path, target: Path) -> Cost:
             new.with_suffix(".part").rename(new)
 
     target.mkdir()
-    return cost(write)
+    return measure_cost(write)
 
 
 def _adopt(source: Path, target: Path, how: How) -> Cost:
@@ -109,4 +111,4 @@ def _adopt(source: Path, target: Path, how: How) -> Cost:
             found = cache.adopt(source, how=how)
             assert not found.left_out, found.left_out[:3]
 
-    return cost(adopt_all)
+    return measure_cost(adopt_all)

@@ -33,7 +33,7 @@ def find_go_commands() -> None:
         os.environ["PATH"] += f":{found}/bin"
 
 
-def has(*commands: str) -> bool:
+def are_installed(*commands: str) -> bool:
     """Return whether all of the commands are installed."""
     return all(shutil.which(command) for command in commands)
 

@@ -21,24 +21,24 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import has
+from benchmarks.machine import are_installed
 from benchmarks.measure import (
     Calls,
     Cost,
     Work,
-    beyond,
+    add_costs,
     cachedb,
-    cost,
-    empty,
-    in_child,
-    note,
+    delete_paths,
+    measure_cost,
+    measure_seconds,
     print_calls,
+    print_note,
     print_table,
     print_works,
     run,
-    seconds,
+    run_in_child,
+    subtract_time,
     take_turns,
-    together,
 )
 from benchmarks.plan import Plan
 
@@ -64,17 +64,17 @@ print(json.dumps(waits))
 """
 
 
-def sizes(plan: Plan) -> list[int]:
+def list_sizes(plan: Plan) -> list[int]:
     """Return the numbers of images of the caches."""
     return sorted({min(100, plan.images), plan.images} | ({plan.images // 10} if plan.images >= 20_000 else set()))
 
 
-def cache_of(plan: Plan, count: int) -> Path:
+def get_cache(plan: Plan, count: int) -> Path:
     """Return a cache of ``count`` images; the first call makes it."""
     directory = plan.place / f"cache-{count}"
     if not directory.exists():
-        note(f"  writing a cache of {count} images, {count * BLOBS} blobs")
-        in_child(_write_cache, directory, count)
+        print_note(f"  writing a cache of {count} images, {count * BLOBS} blobs")
+        run_in_child(_write_cache, directory, count)
     return directory
 
 
@@ -130,37 +130,37 @@ def _write_files(directory: Path, blobs: range) -> None:
         os.write(file, _content(blob))
         os.close(file)
         if blob % 100_000 == 0:
-            note(f"    {blob} files")
+            print_note(f"    {blob} files")
     os.close(folder)
 
 
 # Add and remove.
 
 
-def add_and_remove(plan: Plan) -> None:
+def measure_changes(plan: Plan) -> None:
     """Add and remove images of 12 blobs one by one, with cachedb, a JSON cache and umoci."""
     turns = 1 if plan.quick else 4
     ours: dict[tuple[str, int], Calls] = {}
     for turn in range(turns):
-        note(f"  turn {turn + 1} of {turns}")
-        for count in sizes(plan):
-            for one in in_child(_add_and_remove, cache_of(plan, count), plan.operations // turns):
+        print_note(f"  turn {turn + 1} of {turns}")
+        for count in list_sizes(plan):
+            for one in run_in_child(_add_and_remove, get_cache(plan, count), plan.operations // turns):
                 if (one.what, count) in ours:
                     ours[one.what, count].extend(one)
                 else:
                     ours[one.what, count] = one
-    calls = [in_child(_commit_rows, plan.folder("commits"), plan.operations)]
+    calls = [run_in_child(_commit_rows, plan.folder("commits"), plan.operations)]
     for (what, count), one in ours.items():
         if what == "remove":
             one.wants = (0.005, 0.02)
-        one.ratio = f"{one.median / ours[what, sizes(plan)[0]].median:.2f} times the smallest cache (want ≤ 2)"
+        one.ratio = f"{one.median / ours[what, list_sizes(plan)[0]].median:.2f} times the smallest cache (want ≤ 2)"
         one.what = f"{what}, {count} images"
         calls.append(one)
-    for count in sizes(plan):
+    for count in list_sizes(plan):
         if count > 10_000:
             continue
-        peers = in_child(_use_json_cache, plan.folder("json"), count)
-        if has("umoci"):
+        peers = run_in_child(_use_json_cache, plan.folder("json"), count)
+        if are_installed("umoci"):
             peers.append(_use_umoci(plan.folder("umoci"), count))
         for peer in peers:
             peer.ratio = f"{peer.median / ours[peer.what, count].median:.1f} times cachedb"
@@ -202,7 +202,7 @@ def _describe(data: bytes, media_type: str) -> dict[str, object]:
 
 def _time_calls(what: str, runner: str, actions: Iterable[Callable[[], object]]) -> Calls:
     each: list[float] = []
-    total = cost(lambda: each.extend(seconds(action) for action in actions))
+    total = measure_cost(lambda: each.extend(measure_seconds(action) for action in actions))
     return Calls(what, runner, each, total)
 
 
@@ -236,7 +236,7 @@ def _add_and_remove(directory: Path, operations: int) -> list[Calls]:
             _time_calls("remove", "cachedb", (partial(remove, number) for number in numbers)),
         ]
         cache.remove_manifest(*(f"new/layout:{number}" for number in numbers))
-    empty(layouts)
+    delete_paths(layouts)
     return calls
 
 
@@ -338,32 +338,32 @@ def _use_umoci(directory: Path, count: int) -> Calls:
     ]
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": named}))
     costs = [run("umoci", "rm", "--image", f"{layout}:image-{number}") for number in range(10)]
-    total = together(costs, sum(one.seconds for one in costs))
+    total = add_costs(costs, sum(one.seconds for one in costs))
     return Calls("remove", "umoci rm, whole process", [one.seconds for one in costs], total)
 
 
 # Lists and lookups.
 
 
-def lists(plan: Plan) -> None:
+def measure_lists(plan: Plan) -> None:
     """Time the commands that list the whole cache, and compare them with an empty cache."""
     works = []
-    empty_cache = cache_of(plan, 0)
+    empty_cache = get_cache(plan, 0)
     for words, want in ((["stats"], 0.1), (["ls", "-q"], 0.5), (["ls"], None), (["df"], None)):
         alone = Work(f"{' '.join(words)}, no images", "cachedb", partial(run, *cachedb("--dir", empty_cache, *words)))
         works.append(alone)
-        for count in sizes(plan):
-            command = cachedb("--dir", cache_of(plan, count), *words)
-            beside = [beyond(alone, want if count >= 100_000 else None)]
+        for count in list_sizes(plan):
+            command = cachedb("--dir", get_cache(plan, count), *words)
+            beside = [subtract_time(alone, want if count >= 100_000 else None)]
             works.append(Work(f"{' '.join(words)}, {count} images", "cachedb", partial(run, *command), beside=beside))
     print_works(take_turns(works, plan.rounds))
 
 
-def lookups(plan: Plan) -> None:
+def measure_lookups(plan: Plan) -> None:
     """Time lookups in a loop, and compare them with the same SELECT through bare sqlite3."""
     rows = []
-    for count in sizes(plan):
-        for what, want, ours, bare in in_child(_time_lookups, cache_of(plan, count)):
+    for count in list_sizes(plan):
+        for what, want, ours, bare in run_in_child(_time_lookups, get_cache(plan, count)):
             rows.append(
                 [
                     f"{what}, {count} images",
@@ -417,7 +417,7 @@ def _time_lookups(directory: Path) -> list[tuple[str, int, float, float]]:
         found = []
         for what, want, ours, bare, calls in pairs:
             ours(), bare()  # load the pages into memory for both
-            turns = [(seconds(ours), seconds(bare)) for _ in range(15)]
+            turns = [(measure_seconds(ours), measure_seconds(bare)) for _ in range(15)]
             medians = (statistics.median(times) / calls for times in zip(*turns, strict=True))
             found.append((what, want, *medians))
         shell.close()
@@ -430,12 +430,12 @@ def _time_lookups(directory: Path) -> list[tuple[str, int, float, float]]:
 def sweep(plan: Plan) -> None:
     """Collect in caches without garbage, while a process writes."""
     rows = []
-    for count in sizes(plan):
-        directory = cache_of(plan, count)
+    for count in list_sizes(plan):
+        directory = get_cache(plan, count)
         with _run_writer(directory) as waits:
             time.sleep(2)
             began = time.monotonic()
-            costs = in_child(_time_sweeps, directory, plan.rounds)
+            costs = run_in_child(_time_sweeps, directory, plan.rounds)
             ended = time.monotonic()
         before = [wait for moment, wait in waits if moment + wait < began]
         during = [wait for moment, wait in waits if began <= moment + wait and moment <= ended]
@@ -459,7 +459,7 @@ def _time_sweeps(directory: Path, rounds: int) -> list[Cost]:
     from cachedb import Cache
 
     with Cache.open(directory) as cache:
-        return [cost(cache.collect_garbage) for _ in range(rounds)]
+        return [measure_cost(cache.collect_garbage) for _ in range(rounds)]
 
 
 def _format_waits(waits: list[float]) -> str:
@@ -483,17 +483,17 @@ def _run_writer(directory: Path) -> Iterator[list[tuple[float, float]]]:
 def collect(plan: Plan) -> None:
     """Delete half of the images of the largest cache, and collect their blobs, without and with a writer."""
     count = plan.images // 4 * BLOBS
-    bare = in_child(_unlink_files, plan.folder("unlinked"), count)
+    bare = run_in_child(_unlink_files, plan.folder("unlinked"), count)
     bare_row = [f"unlink of {count} files, a bare loop, the limit", f"{bare.seconds:.2f}"]
     rows = [[*bare_row, f"{500_000 / count * bare.seconds:.1f}", f"{bare.cpu:.2f}", "", "", "", ""]]
     for beside in (False, True):
-        directory = cache_of(plan, plan.images)
+        directory = get_cache(plan, plan.images)
         # Delete a quarter each time.
-        in_child(_delete_images, directory, plan.images // 4)
+        run_in_child(_delete_images, directory, plan.images // 4)
         with ExitStack() as stack:
             waits = stack.enter_context(_run_writer(directory)) if beside else []
             began = time.monotonic()
-            freed, taken, holds = in_child(_time_collection, directory)
+            freed, taken, holds = run_in_child(_time_collection, directory)
             ended = time.monotonic()
         during = [wait for moment, wait in waits if began <= moment + wait and moment <= ended]
         rows.append(
@@ -508,11 +508,11 @@ def collect(plan: Plan) -> None:
                 _format_waits(during),
             ]
         )
-        note(f"  {rows[-1]}")
+        print_note(f"  {rows[-1]}")
     columns = ["collect", "s", "s for 500,000", "CPU s", "peak MiB", "longest hold ms", "median hold ms"]
     print_table([*columns, "a writer's wait: median, longest ms"], rows)
     print("A hold is the time for which the process holds the write lock.\n")
-    empty(plan.place / f"cache-{plan.images}")  # another section gets a new one
+    delete_paths(plan.place / f"cache-{plan.images}")  # another section gets a new one
 
 
 def _unlink_files(directory: Path, count: int) -> Cost:
@@ -525,7 +525,7 @@ def _unlink_files(directory: Path, count: int) -> Cost:
         for name in os.listdir(folder):
             os.unlink(folder / name)
 
-    return cost(unlink)
+    return measure_cost(unlink)
 
 
 def _delete_images(directory: Path, count: int) -> None:
@@ -545,7 +545,7 @@ def _time_collection(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
     from cachedb.disk.waiting import Wait
 
     holds: list[float] = []
-    held = locks.held
+    held = locks.hold_lock
 
     @contextmanager
     def timed(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
@@ -554,7 +554,7 @@ def _time_collection(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
             yield file
             holds.append(time.monotonic() - began)
 
-    locks.held = timed
+    locks.hold_lock = timed
     with Cache.open(directory) as cache:
         holds.clear()
         freed = 0
@@ -563,5 +563,5 @@ def _time_collection(directory: Path) -> tuple[int, Cost, tuple[float, float]]:
             nonlocal freed
             freed = cache.collect_garbage().blobs
 
-        taken = cost(collect_all)
+        taken = measure_cost(collect_all)
         return freed, taken, (max(holds), statistics.median(holds))

@@ -59,28 +59,28 @@ def run_together(commands: list[list[str]]) -> Cost:
     return Cost(*json.loads(done.stdout))
 
 
-def in_child(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+def run_in_child(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     """Call a function in a new process, and return its result."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **named).result()
 
 
-def seconds(action: Callable[[], object]) -> float:
+def measure_seconds(action: Callable[[], object]) -> float:
     """Run an action, and return the seconds it took."""
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
 
 
-def cost(action: Callable[[], object]) -> Cost:
+def measure_cost(action: Callable[[], object]) -> Cost:
     """Run an action in this process, and return its cost; the memory is the peak of the whole process."""
     cpu, written = _get_usage()
-    taken = seconds(action)
+    taken = measure_seconds(action)
     cpu_after, written_after = _get_usage()
     return Cost(taken, cpu_after - cpu, peak_memory(), written_after - written)
 
 
-def together(costs: Sequence[Cost], taken: float) -> Cost:
+def add_costs(costs: Sequence[Cost], taken: float) -> Cost:
     """Return the total cost of several processes that took ``taken`` seconds in all."""
     cpu, written = sum(one.cpu for one in costs), sum(one.written for one in costs)
     return Cost(taken, cpu, max(one.peak for one in costs), written)
@@ -117,7 +117,7 @@ class Work:
         return statistics.median(cost.seconds for cost in self.costs) if self.costs else math.nan
 
 
-def of_limit(*limits: Work, want: float | None = None) -> Callable[[Work], str]:
+def compare_with_limit(*limits: Work, want: float | None = None) -> Callable[[Work], str]:
     """Return a function that formats the speed of a work as a fraction of the slowest limit's speed."""
 
     def format_ratio(work: Work) -> str:
@@ -126,17 +126,17 @@ def of_limit(*limits: Work, want: float | None = None) -> Callable[[Work], str]:
     return format_ratio
 
 
-def as_fast_as(other: Work, want: float | None = None) -> Callable[[Work], str]:
+def compare_speed(other: Work, want: float | None = None) -> Callable[[Work], str]:
     """Return a function that formats the speed of a work divided by the speed of another."""
     return lambda work: f"{other.median / work.median:.2f} times as fast as {other.runner}{_at_least(want)}"
 
 
-def times(other: Work, want: float | None = None) -> Callable[[Work], str]:
+def compare_time(other: Work, want: float | None = None) -> Callable[[Work], str]:
     """Return a function that formats the time of a work divided by the time of another."""
     return lambda work: f"{work.median / other.median:.2f} times `{other.what}`{_at_most(want)}"
 
 
-def beyond(other: Work, want: float | None = None) -> Callable[[Work], str]:
+def subtract_time(other: Work, want: float | None = None) -> Callable[[Work], str]:
     """Return a function that formats the time of a work minus the time of another."""
     return lambda work: f"{work.median - other.median:+.3f} s beyond {other.what}{_at_most(want, ' s')}"
 
@@ -153,7 +153,7 @@ def take_turns(works: Iterable[Work], rounds: int, *, warm: bool = True) -> list
     """Run all works in turns, ``rounds`` times; ``warm`` adds a first round to warm the page cache."""
     works = list(works)
     for turn in range(0 if warm else 1, rounds + 1):
-        note(f"  round {turn} of {rounds}, {len(works)} works")
+        print_note(f"  round {turn} of {rounds}, {len(works)} works")
         for work in works:
             most = work.most_rounds
             if work.failure or (most is not None and not 0 < turn <= most):
@@ -164,14 +164,14 @@ def take_turns(works: Iterable[Work], rounds: int, *, warm: bool = True) -> list
                 taken = work.action()
             except Exception as error:  # a long run continues with the other works
                 work.failure = str(error)
-                note(f"  {work.what}, {work.runner} failed: {error}")
+                print_note(f"  {work.what}, {work.runner} failed: {error}")
                 continue
             if turn:
                 work.costs.append(taken)
     return works
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Print a line of progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
@@ -216,7 +216,7 @@ class Calls:
     def extend(self, more: Calls) -> None:
         """Add the calls of another turn."""
         self.each += more.each
-        self.cost = together([self.cost, more.cost], self.cost.seconds + more.cost.seconds)
+        self.cost = add_costs([self.cost, more.cost], self.cost.seconds + more.cost.seconds)
 
     @property
     def median(self) -> float:
@@ -260,7 +260,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print(flush=True)
 
 
-def empty(*paths: Path) -> None:
+def delete_paths(*paths: Path) -> None:
     """Delete files and folders, if they exist."""
     for path in paths:
         if path.is_dir():
@@ -276,7 +276,7 @@ def empty(*paths: Path) -> None:
 
 def hash_on_all_cores(paths: Sequence[Path]) -> Cost:
     """Hash parts of files on all cores; each part has its own sha256."""
-    return in_child(_hash_parts, list(paths))
+    return run_in_child(_hash_parts, list(paths))
 
 
 def _hash_parts(paths: list[Path]) -> Cost:
@@ -299,17 +299,17 @@ def _hash_parts(paths: list[Path]) -> Cost:
         size = path.stat().st_size
         parts += [(path, start, min(size, start + share)) for start in range(0, size, share)]
     with ThreadPoolExecutor(CORES) as pool:
-        return cost(lambda: list(pool.map(lambda arguments: hash_part(*arguments), parts)))
+        return measure_cost(lambda: list(pool.map(lambda arguments: hash_part(*arguments), parts)))
 
 
 def copy_with_fsync(sources: Sequence[Path], target: Path) -> Cost:
     """Copy files into a new folder with `copy_file_range`, and fsync each."""
-    return in_child(_copy_files, list(sources), target, True)
+    return run_in_child(_copy_files, list(sources), target, True)
 
 
 def copy_without_fsync(source: Path, target: Path) -> Cost:
     """Copy a file into a new folder with `copy_file_range`, without fsync."""
-    return in_child(_copy_files, [source], target, False)
+    return run_in_child(_copy_files, [source], target, False)
 
 
 def _copy_files(sources: list[Path], target: Path, durably: bool) -> Cost:
@@ -322,12 +322,12 @@ def _copy_files(sources: list[Path], target: Path, durably: bool) -> Cost:
                     os.fsync(writing.fileno())
 
     target.mkdir()
-    return cost(copy)
+    return measure_cost(copy)
 
 
 def send_file(source: Path, target: Path) -> Cost:
     """Copy a file with `sendfile`, without fsync."""
-    return in_child(_send_file, source, target)
+    return run_in_child(_send_file, source, target)
 
 
 def _send_file(source: Path, target: Path) -> Cost:
@@ -336,4 +336,4 @@ def _send_file(source: Path, target: Path) -> Cost:
             while os.sendfile(writing.fileno(), reading.fileno(), None, 2**30):
                 pass
 
-    return cost(send)
+    return measure_cost(send)

@@ -16,7 +16,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from benchmarks.measure import note, print_table
+from benchmarks.measure import print_note, print_table
 from benchmarks.real_images import NAME, write_docker_archive
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -141,7 +141,7 @@ def compare_trees(works: dict[str, str], trees: list[Path], place: Path, archive
         run_in(tree, place / f"work-{number}", FILL, archive)
     rows = []
     for name, code in works.items():
-        note(f"  {name}")
+        print_note(f"  {name}")
         pairs: list[list[float]] = []
         for turn in range(rounds + 1):  # the first turn warms the page cache
             order = [0, 1] if turn % 2 else [1, 0]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from benchmarks.measure import empty
-from benchmarks.real_images import RealImage, prepare
+from benchmarks.measure import delete_paths
+from benchmarks.real_images import RealImage, prepare_image
 
 
 @dataclass
@@ -33,11 +33,11 @@ class Plan:
     @cached_property
     def image(self) -> RealImage:
         """The image; the first section that needs it makes it."""
-        return prepare(self.folder("image"), self.bytes, self.archive)
+        return prepare_image(self.folder("image"), self.bytes, self.archive)
 
     def folder(self, name: str) -> Path:
         """Return a new, empty folder."""
         path = self.place / name
-        empty(path)
+        delete_paths(path)
         path.mkdir()
         return path

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from benchmarks.measure import empty, in_child, note, run
+from benchmarks.measure import delete_paths, print_note, run, run_in_child
 from cachedb.transports.archive.formats import Format
 
 NAME = "benchmarks.example.org/real:1"
@@ -28,24 +28,24 @@ class RealImage(NamedTuple):
     layout: Path
 
 
-def prepare(place: Path, size: int, archive: Path | None = None) -> RealImage:
+def prepare_image(place: Path, size: int, archive: Path | None = None) -> RealImage:
     """Make an image of ``size`` bytes in four layers, or convert the image of an archive."""
     image = RealImage(place / "docker.tar", place / "oci.tar", place / "layout")
     if archive:
-        note(f"preparing the image of {archive}")
-        in_child(_convert, archive, {"docker-archive": image.docker_archive}, place / "converting")
+        print_note(f"preparing the image of {archive}")
+        run_in_child(_convert, archive, {"docker-archive": image.docker_archive}, place / "converting")
     else:
-        note(f"preparing a docker-archive of {size / 1e6:.0f} MB")
+        print_note(f"preparing a docker-archive of {size / 1e6:.0f} MB")
         write_docker_archive(image.docker_archive, NAME, [size // 4] * 4)
     if shutil.which("skopeo"):
-        note("making its other formats with skopeo")
+        print_note("making its other formats with skopeo")
         copy = ["skopeo", "--insecure-policy", "copy", "-q"]
         run(*copy, f"docker-archive:{image.docker_archive}", f"oci:{image.layout}:{TAG}")
         run(*copy, f"oci:{image.layout}:{TAG}", f"oci-archive:{image.oci_archive}:{TAG}")
     else:
-        note("making its other formats with cachedb")
+        print_note("making its other formats with cachedb")
         forms = {"oci-archive": image.oci_archive, "oci-dir": image.layout}
-        in_child(_convert, image.docker_archive, forms, place / "converting")  # type: ignore[arg-type]
+        run_in_child(_convert, image.docker_archive, forms, place / "converting")  # type: ignore[arg-type]
     return image
 
 
@@ -56,7 +56,7 @@ def _convert(archive: Path, forms: dict[Format, Path], place: Path) -> None:
         cache.cache_from_tar(archive, NAME)
         for form, path in forms.items():
             cache.export(NAME, path, format=form)
-    empty(place)
+    delete_paths(place)
 
 
 def write_docker_archive(path: Path, name: str, sizes: list[int], *, seed: int = 0) -> None:

@@ -15,20 +15,20 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from benchmarks.archives import SKOPEO, size
-from benchmarks.machine import has
+from benchmarks.archives import SKOPEO, measure_size
+from benchmarks.machine import are_installed
 from benchmarks.measure import (
     Cost,
     Failed,
     Work,
-    as_fast_as,
     cachedb,
-    cost,
-    empty,
-    in_child,
+    compare_speed,
+    delete_paths,
+    measure_cost,
     print_table,
     print_works,
     run,
+    run_in_child,
     take_turns,
 )
 from benchmarks.plan import Plan
@@ -86,7 +86,7 @@ class Counter:
 
 def registry(plan: Plan) -> None:
     """Pull into an empty cache, push to an empty repository, and count the bytes that are transferred."""
-    if not has("docker-registry", "skopeo"):
+    if not are_installed("docker-registry", "skopeo"):
         print("This section needs docker-registry and skopeo.\n")
         return
     place, memory = plan.folder("registry"), "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -96,7 +96,7 @@ def registry(plan: Plan) -> None:
         run(*SKOPEO, "--dest-tls-verify=false", f"oci:{layout}:{TAG}", f"docker://{host}/image:1")
         works = [*_make_pull_works(place, host, layout), *_make_push_works(place, host, port, layout)]
         print_works(take_turns(works, plan.rounds))
-        count = size(layout / "blobs")
+        count = measure_size(layout / "blobs")
         rows = [[what, f"{number / count:.3f}"] for what, number in _count_downloads(place, host)]
         print_table(["transfer from the registry", "bytes, divided by the image's"], rows)
 
@@ -111,46 +111,47 @@ def _pull(directory: Path, source: str) -> Cost:
     from cachedb import Cache
 
     with Cache.open(directory) as cache:
-        return cost(lambda: cache.pull(source))
+        return measure_cost(lambda: cache.pull(source))
 
 
 def _push(directory: Path, source: str, target: str) -> Cost:
     from cachedb import Cache
 
     with Cache.open(directory) as cache:
-        return cost(lambda: cache.push(source, target))
+        return measure_cost(lambda: cache.push(source, target))
 
 
 def _make_pull_works(place: Path, host: str, layout: Path) -> list[Work]:
-    source, target, count = f"{host}/image:1", place / "target", size(layout / "blobs")
+    source, target, count = f"{host}/image:1", place / "target", measure_size(layout / "blobs")
 
     def renew_cache() -> None:
-        empty(target)
-        in_child(_create_cache, target)
+        delete_paths(target)
+        run_in_child(_create_cache, target)
 
     peers = [("skopeo copy", [*SKOPEO, "--src-tls-verify=false", f"docker://{source}", f"oci:{target}:1"])]
-    if has("regctl"):
+    if are_installed("regctl"):
         regctl = ["regctl", "image", "copy", "--host", f"reg={host},tls=disabled", source, f"ocidir://{target}:1"]
         peers.append(("regctl image copy", regctl))
-    if has("oras"):
+    if are_installed("oras"):
         peers.append(("oras copy", ["oras", "copy", "--from-plain-http", source, "--to-oci-layout", f"{target}:1"]))
-    if has("crane"):
+    if are_installed("crane"):
         peers.append(("crane pull", ["crane", "pull", "--insecure", "--format", "oci", source, str(target)]))
     works = [
-        Work("pull", runner, partial(run, *command), count, (), lambda: empty(target)) for runner, command in peers
+        Work("pull", runner, partial(run, *command), count, (), lambda: delete_paths(target))
+        for runner, command in peers
     ]
-    beside = [as_fast_as(works[0])]
+    beside = [compare_speed(works[0])]
     whole = cachedb("--dir", target, "pull", source)
     return [
-        Work("pull", "cachedb, open process", lambda: in_child(_pull, target, source), count, beside, renew_cache),
+        Work("pull", "cachedb, open process", lambda: run_in_child(_pull, target, source), count, beside, renew_cache),
         Work("pull", "cachedb pull", lambda: run(*whole), count, beside, renew_cache),
         *works,
     ]
 
 
 def _make_push_works(place: Path, host: str, port: str, layout: Path) -> list[Work]:
-    source, cache, count = f"{host}/image:1", place / "pushed", size(layout / "blobs")
-    in_child(_pull, cache, source)
+    source, cache, count = f"{host}/image:1", place / "pushed", measure_size(layout / "blobs")
+    run_in_child(_pull, cache, source)
     turn = 0
 
     def make_target(repository: str) -> str:
@@ -168,7 +169,7 @@ def _make_push_works(place: Path, host: str, port: str, layout: Path) -> list[Wo
     peers: list[tuple[str, Callable[[str], list[str]]]] = [
         ("skopeo copy", lambda to: [*SKOPEO, "--dest-tls-verify=false", f"oci:{layout}:{TAG}", f"docker://{to}"])
     ]
-    if has("regctl"):
+    if are_installed("regctl"):
         copy = ["regctl", "image", "copy", "--host"]
         peers.append(
             (
@@ -176,18 +177,18 @@ def _make_push_works(place: Path, host: str, port: str, layout: Path) -> list[Wo
                 lambda to: [*copy, f"reg={host_of(to)},tls=disabled", f"ocidir://{layout}:{TAG}", to],
             )
         )
-    if has("oras"):
+    if are_installed("oras"):
         oras = ["oras", "copy", "--from-oci-layout", f"{layout}:{TAG}", "--to-plain-http"]
         peers.append(("oras copy", lambda to: [*oras, to]))
-    if has("crane"):
+    if are_installed("crane"):
         peers.append(("crane push", lambda to: ["crane", "push", "--insecure", str(layout), to]))
     works = [Work("push", runner, partial(push_with, command), count) for runner, command in peers]
-    beside = [as_fast_as(works[0])]
+    beside = [compare_speed(works[0])]
     return [
         Work(
             "push",
             "cachedb, open process",
-            lambda: in_child(_push, cache, source, make_target("open")),
+            lambda: run_in_child(_push, cache, source, make_target("open")),
             count,
             beside,
         ),
@@ -209,7 +210,7 @@ def _count_downloads(place: Path, host: str) -> Iterator[tuple[str, int]]:
         return [sys.executable, "-c", f"import os\nfrom cachedb import Cache\n{code}"]
 
     def pull(source: str) -> Cost:
-        return in_child(_pull, place / "killed", source)
+        return run_in_child(_pull, place / "killed", source)
 
     counter = Counter(host)
     many = f"with Cache.open({str(place / 'many')!r}) as cache: cache.pull('{counter.host}/image:1')"

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.many_images import CONFIG, LAYER, MANIFEST
-from benchmarks.measure import in_child, print_table, seconds
+from benchmarks.measure import measure_seconds, print_table, run_in_child
 from benchmarks.plan import Plan
 
 BASES = 200
@@ -53,7 +53,7 @@ given = {"freed-by": {"names": "team/app-1:0"}, "added-by": {"name": "team/app-1
 with Cache.open(sys.argv[1]) as cache:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # as the command line does
     while True:
-        for one in named.reports():
+        for one in named.list_reports():
             with cache.sql(one.query, one.values(given.get(one.name, {}))) as answer:
                 for _ in answer.rows:
                     pass
@@ -129,9 +129,9 @@ def _measure_rate(directory: Path, writers: int, length: float) -> float:
 def reports(plan: Plan) -> None:
     """Time every report, `df` and the HTML page, and compare writers alone, beside reports and a busy loop."""
     directory = plan.folder("reports") / "cache"
-    blobs = in_child(_write_index, directory, plan.images)
+    blobs = run_in_child(_write_index, directory, plan.images)
     print(f"{plan.images} images, {blobs} blobs.\n")
-    print_table(["report", "rows", "seconds"], in_child(_time_reports, directory))
+    print_table(["report", "rows", "seconds"], run_in_child(_time_reports, directory))
     length = 2 if plan.quick else 10
     beside = {"alone": "", "beside reports": READER, "beside a busy loop of the same priority": BUSY_LOOP}
     rates: dict[str, list[float]] = {what: [] for what in beside}
@@ -158,12 +158,12 @@ def _time_reports(directory: Path) -> list[list[str]]:
     with Cache.open(directory) as cache:
 
         def ask(one: named.Report) -> int:
-            with cache.sql(one.query, one.values(GIVEN.get(one.name, {}))) as answer:
+            with cache.sql(one.query, one.fill_parameters(GIVEN.get(one.name, {}))) as answer:
                 return sum(1 for _ in answer.rows)
 
-        for one in named.reports():
-            taken = [seconds(partial(ask, one)) for _ in range(2)]
+        for one in named.list_reports():
+            taken = [measure_seconds(partial(ask, one)) for _ in range(2)]
             rows.append([one.name, str(ask(one)), f"{min(taken):.2f}"])
-        rows.append(["`cachedb df`", "", f"{seconds(cache.get_usage):.2f}"])
-        rows.append(["`report --html`", "", f"{seconds(cache.get_html_report):.2f}"])
+        rows.append(["`cachedb df`", "", f"{measure_seconds(cache.get_usage):.2f}"])
+        rows.append(["`report --html`", "", f"{measure_seconds(cache.get_html_report):.2f}"])
     return rows

@@ -12,9 +12,19 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.archives import SKOPEO, files, import_image
-from benchmarks.machine import has
-from benchmarks.measure import Cost, Work, cost, empty, in_child, of_limit, print_works, run, take_turns
+from benchmarks.archives import SKOPEO, import_image, list_files
+from benchmarks.machine import are_installed
+from benchmarks.measure import (
+    Cost,
+    Work,
+    compare_with_limit,
+    delete_paths,
+    measure_cost,
+    print_works,
+    run,
+    run_in_child,
+    take_turns,
+)
 from benchmarks.plan import Plan
 
 BLOB_BYTES = 64 * 1024
@@ -30,8 +40,10 @@ def stores(plan: Plan) -> None:
     total = count * BLOB_BYTES
 
     def work(what: str, runner: str, function: Callable[[Path, Path], Cost], *limits: Work) -> Work:
-        beside = [of_limit(*limits, want=0.8)] if limits else []
-        return Work(what, runner, lambda: in_child(function, layout, store), total, beside, lambda: empty(store))
+        beside = [compare_with_limit(*limits, want=0.8)] if limits else []
+        return Work(
+            what, runner, lambda: run_in_child(function, layout, store), total, beside, lambda: delete_paths(store)
+        )
 
     bare = work("write, fsync, rename", "a bare loop, the limit", _write_each)
     works = [
@@ -40,16 +52,16 @@ def stores(plan: Plan) -> None:
         Work(
             "import of the layout",
             "cachedb, open process",
-            lambda: in_child(import_image, store, layout),
+            lambda: run_in_child(import_image, store, layout),
             total,
-            [of_limit(bare, want=0.8)],
-            lambda: empty(store),
+            [compare_with_limit(bare, want=0.8)],
+            lambda: delete_paths(store),
         ),
         work("save_blob, one by one", "cachedb, open process", _save_each, bare),
     ]
-    if has("skopeo"):
+    if are_installed("skopeo"):
         copy = [*SKOPEO, f"oci:{layout}:small", f"dir:{store}"]
-        works.append(Work("copy to dir:", "skopeo", lambda: run(*copy), total, before=lambda: empty(store)))
+        works.append(Work("copy to dir:", "skopeo", lambda: run(*copy), total, before=lambda: delete_paths(store)))
     if importlib.util.find_spec("disk_objectstore"):
         works.append(work("loose objects", "disk-objectstore", _loose_objects))
         works.append(work("one pack", "disk-objectstore", _packed_objects))
@@ -85,7 +97,7 @@ def write_layout(path: Path, count: int) -> None:
 
 
 def _read_contents(layout: Path) -> list[tuple[str, bytes]]:
-    return [(path.name, path.read_bytes()) for path in files(layout / "blobs")]
+    return [(path.name, path.read_bytes()) for path in list_files(layout / "blobs")]
 
 
 def _write_each(layout: Path, store: Path) -> Cost:
@@ -99,7 +111,7 @@ def _write_each(layout: Path, store: Path) -> Cost:
             (store / "new").rename(store / name)
 
     store.mkdir()
-    return cost(write)
+    return measure_cost(write)
 
 
 def _write_in_batches(layout: Path, store: Path) -> Cost:
@@ -118,7 +130,7 @@ def _write_in_batches(layout: Path, store: Path) -> Cost:
             (store / f"{name}.new").rename(store / name)
 
     store.mkdir()
-    return cost(write)
+    return measure_cost(write)
 
 
 def _save_each(layout: Path, store: Path) -> Cost:
@@ -126,7 +138,7 @@ def _save_each(layout: Path, store: Path) -> Cost:
 
     contents = _read_contents(layout)
     with Cache.open(store) as cache:
-        return cost(lambda: [cache.save_blob(name, data) for name, data in contents])
+        return measure_cost(lambda: [cache.save_blob(name, data) for name, data in contents])
 
 
 def _loose_objects(layout: Path, store: Path) -> Cost:
@@ -134,7 +146,7 @@ def _loose_objects(layout: Path, store: Path) -> Cost:
     container = importlib.import_module("disk_objectstore").Container(store)
     container.init_container(hash_type="sha256")
     try:
-        return cost(lambda: [container.add_streamed_object(io.BytesIO(data)) for _, data in contents])
+        return measure_cost(lambda: [container.add_streamed_object(io.BytesIO(data)) for _, data in contents])
     finally:
         container.close()
 
@@ -144,7 +156,7 @@ def _packed_objects(layout: Path, store: Path) -> Cost:
     container = importlib.import_module("disk_objectstore").Container(store)
     container.init_container(hash_type="sha256")
     try:
-        return cost(lambda: container.add_objects_to_pack(contents))
+        return measure_cost(lambda: container.add_objects_to_pack(contents))
     finally:
         container.close()
 
@@ -152,4 +164,4 @@ def _packed_objects(layout: Path, store: Path) -> Cost:
 def _disk_cache(layout: Path, store: Path) -> Cost:
     contents = _read_contents(layout)
     with importlib.import_module("diskcache").Cache(str(store), size_limit=2**40) as cache:
-        return cost(lambda: [cache.set(name, data) for name, data in contents])
+        return measure_cost(lambda: [cache.set(name, data) for name, data in contents])

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.many_images import CONFIG, LAYER, MANIFEST, TIME
-from benchmarks.measure import cost, in_child, print_table
+from benchmarks.measure import measure_cost, print_table, run_in_child
 from benchmarks.plan import Plan
 
 BLOBS = 10  # of an image
@@ -20,7 +20,7 @@ DIFF_ID = f"sha256:{'ab' * 32}"
 
 def upgrade(plan: Plan) -> None:
     """Upgrade a cache of schema 0002 in which each image has its own config."""
-    rows, text = in_child(_upgrade, plan.folder("upgrade"), plan.images)
+    rows, text = run_in_child(_upgrade, plan.folder("upgrade"), plan.images)
     print(f"{plan.images} images, {plan.images * BLOBS} blobs; {text}\n")
     print_table(["step", "seconds", "ratio to the copy alone"], rows)
 
@@ -100,11 +100,11 @@ def _upgrade(place: Path, images: int) -> tuple[list[list[str]], str]:
     from cachedb.operations.upgrade import back_up
 
     directory = place / "cache"
-    in_child(_write_cache, directory, images)
+    run_in_child(_write_cache, directory, images)
     for backup in directory.glob("backups/*"):
         backup.unlink()
     size = _measure_index(directory)
-    alone = cost(lambda: back_up(directory, place / "copy.db"))
+    alone = measure_cost(lambda: back_up(directory, place / "copy.db"))
     (place / "copy.db").unlink()
 
     last: dict[str, float] = {}
@@ -122,7 +122,7 @@ def _upgrade(place: Path, images: int) -> tuple[list[list[str]], str]:
     def progress(what: str, _done: int, _total: int) -> None:
         last[what] = time.perf_counter() - began
 
-    whole = cost(lambda: operation.upgrade(directory, progress=progress))
+    whole = measure_cost(lambda: operation.upgrade(directory, progress=progress))
     done.set()
     watcher.join()
     steps = [("VACUUM INTO and fsync, alone", alone.seconds), ("the whole upgrade", whole.seconds)]

@@ -24,12 +24,12 @@ from cachedb.arguments import (
 )
 from cachedb.content import collect, publish, save
 from cachedb.content.collect import Collected
-from cachedb.content.held import find_held, held, hold_name
+from cachedb.content.held import find_image_or_digest, hold_images, hold_name
 from cachedb.content.last_used import Uses
 from cachedb.content.session import Session
 from cachedb.disk import reader, single_flight
 from cachedb.disk.folders import Leftover
-from cachedb.disk.layout import blob_path, chosen
+from cachedb.disk.layout import blob_path, choose_directory
 from cachedb.disk.writer import Data
 from cachedb.errors import (
     CacheError,
@@ -117,14 +117,14 @@ class Cache:
             SchemaMismatch: if the schema is too new for this release, or older and ``upgrade`` is false.
             StorageError: if the directory cannot be created or read, or is on a file system that several hosts share.
         """
-        database = Database(chosen(directory), wait=wait, trust=trust)
+        database = Database(choose_directory(directory), wait=wait, trust=trust)
         upgrade = upgrade or os.environ.get("CACHEDB_AUTO_UPGRADE") == "1"
 
         def prepare() -> list[Leftover]:
             prepare_schema(database, upgrade=upgrade)
             if database.read_only:
                 return []
-            leftovers = collect.recover_at_once(database)
+            leftovers = collect.recover_without_waiting(database)
             database.reserve.keep()
             return leftovers
 
@@ -264,7 +264,7 @@ class Cache:
 
     def has_blob(self, digest: str) -> bool:
         """Return whether a blob is stored."""
-        return blobs.size_of(self._database, parse_digest(digest)) is not None
+        return blobs.read_stored_size(self._database, parse_digest(digest)) is not None
 
     def list_blobs(self, prefix: str = "") -> list[Digest]:
         """Return the digests of stored blobs that start with ``prefix``, sorted."""
@@ -282,7 +282,7 @@ class Cache:
             NotInCache: if the blob is not stored.
         """
         wanted = parse_digest(digest)
-        size = blobs.size_of(self._database, wanted)
+        size = blobs.read_stored_size(self._database, wanted)
         if size is None:
             raise NotInCache(f"{wanted} is not in the cache", name=wanted)
         return size
@@ -326,7 +326,7 @@ class Cache:
         Raises:
             NotInCache: if an image is not in the cache, or a blob is not stored.
         """
-        with held(self._database, self._session, *names_or_digests):
+        with hold_images(self._database, self._session, *names_or_digests):
             yield
 
     def add_hold(self, *names_or_digests: str | Name, seconds: float | None = None) -> list[HoldInfo]:
@@ -347,19 +347,19 @@ class Cache:
         with self._database.write() as connection:
             added = []
             for wanted in names_or_digests:
-                found = find_held(connection, wanted)
+                found = find_image_or_digest(connection, wanted)
                 if isinstance(found, str):
                     name, digests = str(found), {found}
                 else:
-                    contents = images.image_blobs(connection, self.directory, found)
+                    contents = images.read_image_blobs(connection, self.directory, found)
                     name, digests = str(Name.parse(wanted)), {blob.digest for blob in contents}
                 added.append(holds.add(connection, name, digests, seconds))
-            return [hold for hold in holds.holds(connection) if hold.id in added]
+            return [hold for hold in holds.read_holds(connection) if hold.id in added]
 
     def list_holds(self) -> list[HoldInfo]:
         """Return the holds that `add_hold` made and that have not ended, oldest first."""
         with self._database.read() as connection:
-            return holds.holds(connection)
+            return holds.read_holds(connection)
 
     def release_hold(self, *holds_or_names: str | Name) -> int:
         """Release holds that `add_hold` made: all of them, or none.
@@ -381,10 +381,10 @@ class Cache:
 
         A process that only reads has no session, and is not listed.
         """
-        from cachedb.reports.sessions import sessions
+        from cachedb.reports.sessions import list_sessions
 
         self._check_open()
-        return sessions(self.directory)
+        return list_sessions(self.directory)
 
     @contextmanager
     def producing(
@@ -419,7 +419,7 @@ class Cache:
                 return None
             return image if image.complete else None
 
-        with single_flight.once(
+        with single_flight.claim_or_find(
             self.directory, str(wanted), find, seconds=self._database.wait_seconds, is_working=is_working
         ) as found:
             if found:
@@ -437,7 +437,7 @@ class Cache:
         """
         wanted = parse_digest(digest)
         find = lambda: self.has_blob(wanted) or None  # noqa: E731
-        with single_flight.once(self.directory, wanted, find, seconds=self._database.wait_seconds) as found:
+        with single_flight.claim_or_find(self.directory, wanted, find, seconds=self._database.wait_seconds) as found:
             yield bool(found)
 
     # Images
@@ -478,7 +478,7 @@ class Cache:
                     self._uses.note(parsed)
                     data = file.read()
                 if digest_of(data, digest) != digest:
-                    raise reader.damaged(digest)
+                    raise reader.damaged_error(digest)
                 return data
             except NotInCache:
                 # Since the look-up, the name may have moved and the manifest may have been collected: look once more.
@@ -493,7 +493,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return images.image(connection, self.directory, images.find(connection, Name.parse(name)).id)[0]
+            return images.read_image(connection, self.directory, images.find(connection, Name.parse(name)).id)[0]
 
     def get_details(self, name: str | Name) -> ImageDetails:
         """Return an image with its blobs, labels and platforms, all read at one moment.
@@ -502,16 +502,16 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return save.details(connection, self.directory, images.find(connection, Name.parse(name)).id)
+            return save.read_details(connection, self.directory, images.find(connection, Name.parse(name)).id)
 
     def list_manifests(self) -> list[ImageInfo]:
         """Return all images, sorted by name."""
         with self._database.read() as connection:
-            return images.images(connection)
+            return images.read_images(connection)
 
     def list_names(self) -> list[Name]:
         """Return the names of all images, sorted."""
-        return images.names(self._database)
+        return images.read_names(self._database)
 
     def get_image_blobs(self, name: str | Name) -> list[BlobInfo]:
         """Return an image's blobs in the order of their positions: the manifest, the config, the layers.
@@ -520,11 +520,11 @@ class Cache:
             NotInCache: if there is no such image.
         """
         parsed = Name.parse(name)
-        found = images.blobs_of(self._database, parsed)
+        found = images.look_up_image_blobs(self._database, parsed)
         if found:
             return found
         with self._database.read() as connection:
-            return images.image_blobs(connection, self.directory, images.find(connection, parsed).id)
+            return images.read_image_blobs(connection, self.directory, images.find(connection, parsed).id)
 
     def get_platforms(self, name: str | Name) -> list[PlatformInfo]:
         """Return the children of an image's index, and whether each is complete; none without an index.
@@ -533,7 +533,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return save.platforms(connection, self.directory, images.find(connection, Name.parse(name)).id)
+            return save.read_platforms(connection, self.directory, images.find(connection, Name.parse(name)).id)
 
     def is_image_complete(self, name: str | Name) -> bool:
         """Return whether an image and all its blobs are stored; False if there is no such image.
@@ -588,7 +588,7 @@ class Cache:
         """
         with self._database.write() as connection:
             image_id = save.tag(connection, Name.parse(source), Name.parse(target))
-            return images.image(connection, self.directory, image_id)[0]
+            return images.read_image(connection, self.directory, image_id)[0]
 
     def remove_manifest(self, *names: str | Name, dry_run: bool = False) -> Collected:
         """Remove images, all of them or none, and free the blobs that only they used.
@@ -607,7 +607,7 @@ class Cache:
 
         def remove_rows() -> Collected:
             with self._database.write() as connection:
-                freed = collect.forget(connection, images.remove(connection, parsed))
+                freed = collect.delete_unreferenced(connection, images.remove(connection, parsed))
                 if dry_run:
                     connection.rollback()
                 return freed
@@ -630,11 +630,11 @@ class Cache:
             freed: list[Collected] = []
             self._database.reserve.run(
                 lambda: freed.extend(collect.collect(self._database)),
-                lambda: freed.extend(collect.collect(self._database, batch=collect.SMALL_BATCH)),
+                lambda: freed.extend(collect.collect(self._database, batch=collect.SMALL_BATCH_BLOBS)),
             )
             return Collected(sum(part.blobs for part in freed), sum(part.bytes for part in freed))
         with self._database.read() as connection:
-            return collect.unreferenced(connection)
+            return collect.sum_unreferenced(connection)
 
     def get_labels(self, name: str | Name) -> dict[str, str]:
         """Return the labels in an image's config; for several platforms, those that all configs share.
@@ -643,7 +643,7 @@ class Cache:
             NotInCache: if there is no such image.
         """
         with self._database.read() as connection:
-            return descriptions.labels(connection, images.find(connection, Name.parse(name)).id)
+            return descriptions.read_labels(connection, images.find(connection, Name.parse(name)).id)
 
     @contextmanager
     def sql(
@@ -674,19 +674,19 @@ class Cache:
             InvalidQuery: if the query is invalid, or would do more than read.
             CacheError: if the query takes longer than ``timeout``.
         """
-        from cachedb.index.sqlite.query import answer
+        from cachedb.index.sqlite.query import run_query
 
         check_text(query=query)
         check_mapping(parameters=parameters)
         check_numbers(timeout=timeout)
-        with answer(self._database, query, parameters, timeout, stream=stream) as found:
+        with run_query(self._database, query, parameters, timeout, stream=stream) as found:
             yield found
 
     def list_views(self) -> list[View]:
         """Return the views of the index, which queries can use."""
-        from cachedb.reports.views import views
+        from cachedb.reports.views import list_views
 
-        return views(self._database)
+        return list_views(self._database)
 
     def get_leftovers(self) -> list[Leftover]:
         """Return the leftovers of dead processes that opening this cache could not clean up, with reasons."""
@@ -699,9 +699,9 @@ class Cache:
         Args:
             by_image: also return the usage of each image, from the same moment.
         """
-        from cachedb.reports.usage import usage
+        from cachedb.reports.usage import measure_usage
 
-        return usage(self._database, by_image=by_image)
+        return measure_usage(self._database, by_image=by_image)
 
     def get_html_report(self) -> str:
         """Return a self-contained HTML page that shows disk usage, sharing, growth and unused images."""
@@ -712,9 +712,9 @@ class Cache:
 
     def get_stats(self) -> Stats:
         """Return the totals of the cache."""
-        from cachedb.reports.usage import stats
+        from cachedb.reports.usage import count_totals
 
-        return stats(self._database)
+        return count_totals(self._database)
 
     def verify(self, *, quick: bool = False, repair: bool = False, progress: Progress | None = None) -> Verification:
         """Check that files match their digests, the index is sound, and both agree.
@@ -789,7 +789,7 @@ class Cache:
         self._uses.write()
         check_paths(directory=directory)
         check_functions(progress=progress)
-        return copy(self._database, self._session, chosen(directory), verify=verify, progress=progress)
+        return copy(self._database, self._session, choose_directory(directory), verify=verify, progress=progress)
 
     # Registries
 
@@ -963,7 +963,7 @@ class Cache:
             if Name.parse(given).repository != given:
                 raise InvalidName(f"{shorten(given)} has a tag or a digest: name the repository alone")
         with self._database.read() as connection:
-            names = images.tags(connection, repository)
+            names = images.read_tags(connection, repository)
         if not names:
             raise NotInCache(f"{repository} has no tags in the cache: `cachedb ls` lists all images", name=repository)
         target_names = [name._replace(repository=target or repository) for name in names]

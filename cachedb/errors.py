@@ -198,12 +198,12 @@ def os_errors(action: str) -> Iterator[None]:
 def is_callers(error: BaseException) -> bool:
     """Return whether an `OSError` comes from the caller's code rather than from the operating system.
 
-    It does if `callers_own` marked it or if it has no errno, like the `TimeoutError` of a signal handler.
+    It does if `mark_callers_errors` marked it or if it has no errno, like the `TimeoutError` of a signal handler.
     """
     return isinstance(error, OSError) and (error.errno is None or hasattr(error, _CALLERS))
 
 
-def callers_own(function: Callable[P, R]) -> Callable[P, R]:
+def mark_callers_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a caller's function, such as a progress callback, so its errors pass `os_errors` unchanged."""
 
     def call(*arguments: P.args, **named: P.kwargs) -> R:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from cachedb.errors import callers_own
+from cachedb.errors import mark_callers_errors
 
-__all__ = ["Advance", "BlobProgress", "Progress", "blob_reporter", "summed"]
+__all__ = ["Advance", "BlobProgress", "Progress", "blob_reporter", "sum_progress"]
 
 
 Progress = Callable[[int, int], None]
@@ -20,10 +20,10 @@ Advance = Callable[[int], None]
 """Called from any thread with the number of bytes done since the last call."""
 
 
-def summed(total: int, progress: Progress | None) -> Advance:
+def sum_progress(total: int, progress: Progress | None) -> Advance:
     """Return a function that adds up the bytes of all threads and reports the sum, one call at a time."""
     guard, done = threading.Lock(), 0
-    report = progress and callers_own(progress)
+    report = progress and mark_callers_errors(progress)
 
     def add(count: int) -> None:
         nonlocal done
@@ -38,7 +38,7 @@ def summed(total: int, progress: Progress | None) -> Advance:
 def blob_reporter(digest: str, total: int, blob_progress: BlobProgress | None, advance: Advance) -> Advance:
     """Return a function that reports the bytes of one blob to ``blob_progress`` and to ``advance``."""
     done = 0
-    report = blob_progress and callers_own(blob_progress)
+    report = blob_progress and mark_callers_errors(blob_progress)
 
     def add(count: int) -> None:
         nonlocal done

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 
-__all__ = ["ago", "cut", "human", "parse_size", "printable", "short", "shorten"]
+__all__ = ["format_age", "format_size", "parse_size", "printable", "shorten", "shorten_digest", "truncate"]
 
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,3})?) ?(?:([kmgtp])(i?))?b?", re.IGNORECASE)
 
 
-def human(size: float) -> str:
+def format_size(size: float) -> str:
     """Format a size in bytes as Docker does, in powers of 1000: ``1.23 MB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(size) < 999.5 or unit == "TB":
@@ -29,7 +29,7 @@ def parse_size(text: str) -> int | None:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
-def ago(time: datetime) -> str:
+def format_age(time: datetime) -> str:
     """Format how long ago a time was: ``3 days ago``."""
     seconds = max(0, (datetime.now(UTC) - time).total_seconds())
     for unit, length in (("year", 31_557_600), ("month", 2_629_800), ("day", 86_400), ("hour", 3_600), ("minute", 60)):
@@ -39,12 +39,12 @@ def ago(time: datetime) -> str:
     return "just now"
 
 
-def cut(text: str, length: int = 60) -> str:
+def truncate(text: str, length: int = 60) -> str:
     """Shorten a text to ``length`` characters, with … at the end if it was cut."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def short(digest: str) -> str:
+def shorten_digest(digest: str) -> str:
     """Return a digest with only its first twelve digits."""
     algorithm, _, encoded = digest.partition(":")
     return f"{algorithm}:{encoded[:12]}"

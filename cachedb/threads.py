@@ -18,7 +18,7 @@ from cachedb.errors import CacheError, ReentrantCall
 from cachedb.progress import Advance
 from cachedb.reentry import on_behalf_of
 
-__all__ = ["Once", "in_threads", "start", "stop_thread", "told_beside"]
+__all__ = ["Once", "in_threads", "report_in_thread", "start", "stop_thread"]
 
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def start(thread: threading.Thread) -> bool:
 
 
 @contextmanager
-def told_beside(progress: Callable[..., object] | None) -> Iterator[Callable[..., None] | None]:
+def report_in_thread(progress: Callable[..., object] | None) -> Iterator[Callable[..., None] | None]:
     """Yield a function that calls ``progress`` in another thread and returns at once.
 
     Use it for a block that a caller's function must not delay, such as a transaction. An error of ``progress`` is

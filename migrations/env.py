@@ -20,7 +20,7 @@ def render_item(kind: str, item: object, _context: object) -> str | Literal[Fals
     return "sa.Text()" if kind == "type" and isinstance(item, UtcTime) else False
 
 
-def number(_context: object, _revision: object, scripts: list[MigrationScript]) -> None:
+def number_revisions(_context: object, _revision: object, scripts: list[MigrationScript]) -> None:
     """Give a new revision the next number, unless one was chosen; cachedb compares the numbers."""
     for script in scripts:
         if not re.fullmatch(r"[0-9]{4}", script.rev_id or ""):
@@ -28,7 +28,7 @@ def number(_context: object, _revision: object, scripts: list[MigrationScript]) 
             script.rev_id = f"{newest + 1:04}"
 
 
-def say_oldest(ctx: object, step: object, heads: Collection[Any], run_args: object) -> None:
+def record_oldest_revision(ctx: object, step: object, heads: Collection[Any], run_args: object) -> None:
     """Store the oldest revision whose releases can use the schema, and report progress."""
     for head in heads:
         script = context.script.get_revision(head)
@@ -47,8 +47,8 @@ def run(connection: Connection) -> None:
         render_item=render_item,
         compare_type=True,
         compare_server_default=True,
-        process_revision_directives=number,
-        on_version_apply=say_oldest,
+        process_revision_directives=number_revisions,
+        on_version_apply=record_oldest_revision,
     )
     with context.begin_transaction():
         context.run_migrations()
@@ -61,7 +61,7 @@ def main() -> None:
             target_metadata=METADATA,
             literal_binds=True,
             dialect_opts={"paramstyle": "named"},
-            on_version_apply=say_oldest,
+            on_version_apply=record_oldest_revision,
         )
         with context.begin_transaction():
             context.run_migrations()

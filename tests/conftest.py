@@ -29,7 +29,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_configure() -> None:
     """Clean up after the run however it ends, and let no Hypothesis example fail for slowness."""
     leftovers.isolate_mounts()
-    leftovers.watch()
+    leftovers.start_watcher()
     from hypothesis import HealthCheck, settings  # here, because the scripts that import this module do not need it
 
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -144,7 +144,7 @@ def snapshot(directory: Path) -> dict[str, object]:
     return {"files": files_of(directory), **tables, **folders}
 
 
-def revision_of(directory: Path) -> str | None:
+def read_revision(directory: Path) -> str | None:
     """Return the revision of the schema of a cache's index."""
     with closing(Database(directory)) as database:
         return database.revision()

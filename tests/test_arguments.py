@@ -16,7 +16,7 @@ from cachedb.index import drift, schema
 from cachedb.operations import upgrade
 from tests.conftest import snapshot
 from tests.support import make
-from tests.test_closing import ARGUMENTS, call, methods
+from tests.test_closing import ARGUMENTS, call, list_public_methods
 
 WRONG: list[Any] = [None, 3, 1.5, True, b"app:1", ["app:1"], {"app": 1}, object(), io.StringIO("text")]
 # The types of these values that a parameter accepts.
@@ -55,7 +55,7 @@ FLAGS = {
 def cases() -> list[tuple[str, str]]:
     """Return all pairs of a method and one of its parameters that has a type."""
     found = []
-    for method in methods():
+    for method in list_public_methods():
         for parameter in list(inspect.signature(getattr(Cache, method)).parameters)[1:]:
             if parameter not in FLAGS:  # a flag accepts any value
                 found.append((method, parameter))

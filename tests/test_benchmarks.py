@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.measure import Cost, Failed, Work, cost, of_limit, print_works, run, run_together, take_turns
+from benchmarks.measure import (
+    Cost,
+    Failed,
+    Work,
+    compare_with_limit,
+    measure_cost,
+    print_works,
+    run,
+    run_together,
+    take_turns,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,7 +74,7 @@ def test_a_work_that_fails_does_not_stop_the_others(capsys: pytest.CaptureFixtur
     works = [
         limit,
         Work("fails", "somebody", lambda: run(sys.executable, "-c", "raise SystemExit('it cannot')")),
-        Work("half as fast", "somebody", lambda: Cost(2, 1, 2**20, 0), beside=[of_limit(limit, want=0.9)]),
+        Work("half as fast", "somebody", lambda: Cost(2, 1, 2**20, 0), beside=[compare_with_limit(limit, want=0.9)]),
     ]
     print_works(take_turns(works, 3))
     table = rows(capsys.readouterr().out)[2:]
@@ -80,4 +90,4 @@ def test_a_failed_command_reports_its_output_and_exit_code() -> None:
 
 
 def test_an_action_is_timed() -> None:
-    assert cost(lambda: sum(range(1_000_000))).cpu > 0
+    assert measure_cost(lambda: sum(range(1_000_000))).cpu > 0

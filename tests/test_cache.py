@@ -398,7 +398,7 @@ def test_a_damaged_manifest_is_not_returned(cache: Cache) -> None:
 
 
 def test_a_late_child_that_is_not_a_manifest_does_not_hide_its_siblings(cache: Cache) -> None:
-    good, bad = make.image(1), make.Made(b"no manifest", b"", [])
+    good, bad = make.image(1), make.ImageContent(b"no manifest", b"", [])
     cache.save_manifest("multi", make.index(bad, good))
     cache.add_blob(bad.manifest)
     cache.add_blob(good.manifest)

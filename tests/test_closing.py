@@ -67,7 +67,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def methods() -> list[str]:
+def list_public_methods() -> list[str]:
     """Return the names of all public methods except `open` and `close`."""
     found = [name for name, _ in inspect.getmembers(Cache, callable) if not name.startswith("_")]
     return sorted(set(found) - {"open", "close"})
@@ -84,7 +84,7 @@ def call(cache: Cache, method: str, *arguments: object, **named: object) -> obje
     return result
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_public_methods())
 def test_a_method_of_a_closed_cache_is_refused(cache: Cache, directory: Path, method: str) -> None:
     cache.close()
     before = sorted(str(path) for path in directory.rglob("*"))

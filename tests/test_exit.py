@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache
-from cachedb.progress import summed
+from cachedb.progress import sum_progress
 from cachedb.threads import in_threads, start
 from tests.conftest import files_of, run_python
 from tests.support import make
@@ -92,7 +92,7 @@ def test_a_thread_that_outlives_the_main_thread_can_use_the_cache(tmp_path: Path
 
 @pytest.mark.usefixtures("no_threads")
 def test_the_calling_thread_does_the_work_if_no_other_can_be_started() -> None:
-    threads = in_threads(lambda item, _: (item, threading.get_ident()), range(5), summed(0, None), threads=3)
+    threads = in_threads(lambda item, _: (item, threading.get_ident()), range(5), sum_progress(0, None), threads=3)
     assert threads == [(item, threading.get_ident()) for item in range(5)]
 
 
@@ -104,7 +104,7 @@ def test_a_failure_in_the_calling_thread_stops_all_work() -> None:
         raise KeyError(item)
 
     with pytest.raises(KeyError, match="0"):
-        in_threads(work, range(5), summed(0, None), stop=lambda: stopped.append(True))
+        in_threads(work, range(5), sum_progress(0, None), stop=lambda: stopped.append(True))
     assert stopped == [True]
 
 

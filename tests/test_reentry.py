@@ -20,7 +20,7 @@ from cachedb.content.last_used import Uses
 from cachedb.content.session import Session
 from cachedb.disk.folders import Folders
 from cachedb.disk.locks import acquire, release
-from cachedb.errors import callers_own, ignore_os_errors, os_errors
+from cachedb.errors import ignore_os_errors, mark_callers_errors, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import upgrade
 from cachedb.threads import Once
@@ -216,14 +216,14 @@ def test_a_thread_cannot_open_and_replace_an_index_at_once(
     index: Database,
 ) -> None:
     with (
-        index.file.unreplaced(),
+        index.file.no_replacement(),
         pytest.raises(ReentrantCall, match="opening the index"),
-        index.file.unreplaced(replacing=True),
+        index.file.no_replacement(replacing=True),
     ):
         pass
-    with index.file.unreplaced(replacing=True), pytest.raises(ReentrantCall, match="replacing the index"):
+    with index.file.no_replacement(replacing=True), pytest.raises(ReentrantCall, match="replacing the index"):
         index.rows(image_ids(), {})
-    with index.file.unreplaced(), index.file.unreplaced():
+    with index.file.no_replacement(), index.file.no_replacement():
         pass
 
 
@@ -281,7 +281,7 @@ def test_an_os_error_without_an_errno_passes_unchanged() -> None:
 
 
 def test_an_error_of_a_callback_passes_unchanged() -> None:
-    @callers_own
+    @mark_callers_errors
     def fail() -> None:
         raise OSError(errno.EIO, "the caller's")
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cachedb.progress import Advance, summed
-from cachedb.threads import in_threads, stop_thread, told_beside
+from cachedb.progress import Advance, sum_progress
+from cachedb.threads import in_threads, report_in_thread, stop_thread
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -22,8 +22,8 @@ def test_results_come_in_the_order_of_the_items() -> None:
             second.set()
         return -item
 
-    assert in_threads(work, range(50), summed(0, None), threads=2) == [-item for item in range(50)]
-    assert in_threads(work, [], summed(0, None)) == []
+    assert in_threads(work, range(50), sum_progress(0, None), threads=2) == [-item for item in range(50)]
+    assert in_threads(work, [], sum_progress(0, None)) == []
 
 
 def test_an_item_is_taken_only_when_a_thread_is_free() -> None:
@@ -39,7 +39,7 @@ def test_an_item_is_taken_only_when_a_thread_is_free() -> None:
     def work(item: int, _: Advance) -> None:
         done.append(item)
 
-    in_threads(work, items(), summed(0, None), threads=3)
+    in_threads(work, items(), sum_progress(0, None), threads=3)
     assert sorted(done) == taken == list(range(20))
 
 
@@ -61,7 +61,7 @@ def test_the_first_failure_is_raised_and_the_others_stop_when_they_report_progre
             raise
 
     with pytest.raises(KeyError):
-        in_threads(work, range(10), summed(0, None), threads=2)
+        in_threads(work, range(10), sum_progress(0, None), threads=2)
     assert "cancelled" in str(stopped[0])
 
 
@@ -71,12 +71,12 @@ def test_an_error_of_the_iterator_of_items_is_raised() -> None:
         raise LookupError("no more")
 
     with pytest.raises(LookupError, match="no more"):
-        in_threads(lambda item, _: item, items(), summed(0, None))
+        in_threads(lambda item, _: item, items(), sum_progress(0, None))
 
 
 def test_progress_is_the_sum_over_all_threads() -> None:
     reports: list[tuple[int, int]] = []
-    report = summed(10, lambda *now: reports.append(now))
+    report = sum_progress(10, lambda *now: reports.append(now))
     in_threads(lambda item, advance: advance(item), [1, 2, 3, 4], report, threads=2)
     assert reports[-1] == (10, 10)
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
@@ -102,7 +102,7 @@ def test_progress_beside_a_block_is_reported_in_order_without_delaying_the_block
         assert go_on.wait(60)
         reports.append(number)
 
-    with told_beside(progress) as tell:
+    with report_in_thread(progress) as tell:
         assert tell
         for number in range(1000):
             tell(number)
@@ -110,7 +110,7 @@ def test_progress_beside_a_block_is_reported_in_order_without_delaying_the_block
         go_on.set()
     assert reports == sorted(reports)
     assert 1 < len(reports) < 100
-    with told_beside(None) as tell:
+    with report_in_thread(None) as tell:
         assert tell is None
 
 
@@ -123,7 +123,7 @@ def test_an_error_of_progress_beside_a_block_ends_the_block(at: str) -> None:
         raise KeyError
 
     reached = False
-    with pytest.raises(KeyError), told_beside(progress) as tell:  # noqa: PT012
+    with pytest.raises(KeyError), report_in_thread(progress) as tell:  # noqa: PT012
         assert tell
         tell()
         assert raised.wait(60)

@@ -18,7 +18,7 @@ from cachedb.cache import Cache
 from cachedb.disk.layout import default_directory
 from cachedb.errors import CacheError
 
-__all__ = ["complete_holds", "complete_names", "completion_script"]
+__all__ = ["complete_holds", "complete_names", "format_completion_script"]
 
 
 def complete_names(ctx: click.Context, incomplete: str, *, names: bool, digests: bool) -> list[CompletionItem]:
@@ -49,7 +49,7 @@ def _complete(ctx: click.Context, incomplete: str, find: Callable[[Cache], list[
     return [CompletionItem(value) for value in dict.fromkeys(found) if value.startswith(incomplete)]
 
 
-def completion_script(command: click.Command, shell: str, variable: str) -> str:
+def format_completion_script(command: click.Command, shell: str, variable: str) -> str:
     """Return the completion script of a command for ``bash``, ``zsh`` or ``fish``.
 
     The script sets ``variable`` to ask the command for completions.

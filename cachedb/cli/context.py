@@ -21,9 +21,9 @@ __all__ = ["cache_directory", "open_cache"]
 
 def cache_directory() -> Path:
     """Return the directory given by --dir or CACHEDB_DIR, or the default."""
-    from cachedb.disk.layout import chosen
+    from cachedb.disk.layout import choose_directory
 
-    return chosen(click.get_current_context().find_root().params["directory"])
+    return choose_directory(click.get_current_context().find_root().params["directory"])
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from cachedb.cli.options import (
 )
 from cachedb.cli.output import print_json, print_table
 from cachedb.errors import CacheError
-from cachedb.text import ago, human
+from cachedb.text import format_age, format_size
 
 if TYPE_CHECKING:
     from cachedb.index.holds import HoldInfo
@@ -40,8 +40,8 @@ def _print_holds(found: list[HoldInfo], form: str, *, quiet: bool) -> None:
                 hold.id,
                 hold.name,
                 str(hold.blobs),
-                human(hold.size),
-                ago(hold.created_at),
+                format_size(hold.size),
+                format_age(hold.created_at),
                 f"{hold.expires_at:%Y-%m-%d %H:%M:%S} UTC" if hold.expires_at else "when released",
             )
             for hold in found

@@ -12,7 +12,7 @@ from cachedb.cli.options import NAME, NAME_OR_DIGEST, dry_run_option, format_exa
 from cachedb.cli.output import print_collected, print_images, print_json, print_table
 from cachedb.cli.streams import get_stdout
 from cachedb.errors import InvalidDigest
-from cachedb.text import cut, human, short
+from cachedb.text import format_size, shorten_digest, truncate
 
 if TYPE_CHECKING:
     from cachedb.index.records import ImageInfo, PlatformInfo
@@ -56,11 +56,11 @@ def show(name: str, form: str, quiet: bool) -> None:
             (
                 str(blob.position),
                 blob.role,
-                short(blob.digest),
-                human(blob.size),
+                shorten_digest(blob.digest),
+                format_size(blob.size),
                 "stored" if blob.stored else "missing",
                 blob.media_type,
-                cut(blob.created_by or ""),
+                truncate(blob.created_by or ""),
             )
             for blob in blobs
         )
@@ -80,7 +80,7 @@ def _print_platforms(platforms: list[PlatformInfo], stored: Container[str]) -> N
     rows = [
         (
             child.platform or "-",
-            short(child.digest),
+            shorten_digest(child.digest),
             "complete" if child.complete else "incomplete" if child.digest in stored else "not here",
         )
         for child in platforms

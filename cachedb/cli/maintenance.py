@@ -8,7 +8,7 @@ from cachedb.cli.context import cache_directory, open_cache
 from cachedb.cli.options import dry_run_option, format_examples, format_option, quiet_option
 from cachedb.cli.output import print_collected, print_images, print_json, print_table
 from cachedb.cli.progress import show_progress
-from cachedb.text import ago, human, printable
+from cachedb.text import format_age, format_size, printable
 
 __all__ = []
 
@@ -69,7 +69,7 @@ def adopt(directory: str, link: bool, move: bool, form: str, quiet: bool) -> Non
             print_table(("LEFT OUT", "NAME", "DIGEST OR PATH", "DETAIL"), rows)
             click.echo()
         unused = f", {found.unused} of them used by no image" if found.unused else ""
-        click.echo(f"images: {len(found.images)}; new blobs: {found.blobs}{unused}, {human(found.bytes)}")
+        click.echo(f"images: {len(found.images)}; new blobs: {found.blobs}{unused}, {format_size(found.bytes)}")
     if found.index_damage and form != "json":
         click.echo(f"index.json was not used: {printable(found.index_damage)}", err=True)
     if found.left_out:
@@ -104,7 +104,7 @@ def copy(directory: str, no_verify: bool, form: str, quiet: bool) -> None:
         links = [f"{count} {kind}" for count, kind in ((done.reflinks, "reflinks"), (done.hard_links, "hard links"))]
         shared = " and ".join(link for link in links if not link.startswith("0 "))
         click.echo(
-            f"images: {done.images}; blobs: {done.blobs}, {human(done.bytes)}" + (f"; {shared}" if shared else "")
+            f"images: {done.images}; blobs: {done.blobs}, {format_size(done.bytes)}" + (f"; {shared}" if shared else "")
         )
 
 
@@ -161,11 +161,11 @@ def ps(form: str) -> None:
     A process may be writing, waiting, downloading or producing an image. A process that only reads is not listed.
     """
     from cachedb.index.sqlite.revision import is_ours
-    from cachedb.reports.sessions import sessions
+    from cachedb.reports.sessions import list_sessions
 
     directory = cache_directory()
     if is_ours(directory) and (directory / "locks").is_dir():
-        found = sessions(directory)  # works even if another program locks the index
+        found = list_sessions(directory)  # works even if another program locks the index
     else:
         with open_cache() as cache:
             found = cache.sessions()
@@ -176,8 +176,10 @@ def ps(form: str) -> None:
         return
     rows = []
     for session in found:
-        activities = [(ago(activity.since), f"{activity.kind} {activity.name}".rstrip()) for activity in session.doing]
-        for since, doing in activities or [(ago(session.started_at), "idle")]:
+        activities = [
+            (format_age(activity.since), f"{activity.kind} {activity.name}".rstrip()) for activity in session.doing
+        ]
+        for since, doing in activities or [(format_age(session.started_at), "idle")]:
             rows.append((str(session.pid or "?"), session.user or "?", since, doing, session.command or "?"))
     print_table(("PID", "USER", "SINCE", "DOING", "COMMAND"), rows, right=("PID",))
 
@@ -196,8 +198,8 @@ def stats(form: str) -> None:
         ("  incomplete", str(totals.incomplete_count)),
         ("blobs", str(totals.blob_count)),
         ("  reclaimable", str(totals.reclaimable_blobs)),
-        ("size", human(totals.total_size)),
-        ("  reclaimable", human(totals.reclaimable_size)),
+        ("size", format_size(totals.total_size)),
+        ("  reclaimable", format_size(totals.reclaimable_size)),
     ]
     print_table(("", "TOTAL"), rows, right=("TOTAL",))
 
@@ -226,10 +228,10 @@ def df(verbose: bool, form: str) -> None:
     rows = [("images", images, "")]
     for name in ("stored", "unique", "shared", "held", "reclaimable"):
         share = getattr(found, name)
-        rows.append((f"  {name}" if name != "stored" else "blobs", str(share.blobs), human(share.size)))
-    rows += [("saved by sharing", "", human(found.saved_size)), ("index", "", human(found.index_size))]
+        rows.append((f"  {name}" if name != "stored" else "blobs", str(share.blobs), format_size(share.size)))
+    rows += [("saved by sharing", "", format_size(found.saved_size)), ("index", "", format_size(found.index_size))]
     others = {**found.folder_sizes, "reserve": found.reserve_size}
-    rows += [(name, "", human(size)) for name, size in others.items() if size]
+    rows += [(name, "", format_size(size)) for name, size in others.items() if size]
     if leftovers:
         rows.append(("cannot be cleaned up", str(len(leftovers)), ""))
         click.echo("cachedb: some leftovers of dead processes cannot be cleaned up: see `cachedb verify`", err=True)
@@ -239,9 +241,9 @@ def df(verbose: bool, form: str) -> None:
         listing = [
             (
                 name,
-                *map(human, sizes),
+                *map(format_size, sizes),
                 "complete" if complete else "incomplete",
-                ago(last_used_at),
+                format_age(last_used_at),
             )
             for name, *sizes, complete, last_used_at in found.image_usage
         ]

@@ -29,9 +29,9 @@ __all__ = [
     "dry_run_option",
     "format_examples",
     "format_option",
+    "parameters_option",
     "plain_http_option",
     "quiet_option",
-    "read_values",
     "row_format_option",
     "timeout_option",
 ]
@@ -152,7 +152,7 @@ timeout_option = click.option(
     type=DurationParameter(),
     help="Stop the query after a time such as 30s or 5m.",
 )
-read_values = click.option(
+parameters_option = click.option(
     "-p",
     "parameters",
     metavar="NAME=VALUE",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cachedb.text import ago, human, printable, short
+from cachedb.text import format_age, format_size, printable, shorten_digest
 
 if TYPE_CHECKING:
     from cachedb.content.collect import Collected
@@ -162,7 +162,7 @@ def _print_values(columns: Sequence[str], rows: list[Sequence[Any]], *, sizes: b
     are_sizes = [sizes and (name == "size" or name.endswith("_size")) for name in columns]
 
     def format_cell(value: object, is_size: bool) -> str:
-        return human(value) if is_size and isinstance(value, (int, float)) else _format_value(value)
+        return format_size(value) if is_size and isinstance(value, (int, float)) else _format_value(value)
 
     cells = [list(map(format_cell, row, are_sizes)) for row in rows]
     if rows and sys.stdout.isatty() and not _fits(columns, cells):
@@ -217,9 +217,9 @@ def print_images(found: list[ImageInfo], form: str, *, quiet: bool) -> None:
         rows = (
             (
                 str(image.name),
-                short(image.digest),
-                human(image.size),
-                ago(image.created_at),
+                shorten_digest(image.digest),
+                format_size(image.size),
+                format_age(image.created_at),
                 "complete" if image.complete else "incomplete",
             )
             for image in found
@@ -233,4 +233,4 @@ def print_collected(freed: Collected, form: str, *, dry_run: bool) -> None:
         print_json(freed._asdict())
     else:
         blobs = f"{freed.blobs} blob{'' if freed.blobs == 1 else 's'}"
-        click.echo(f"{'would free' if dry_run else 'freed'} {blobs}, {human(freed.bytes)}")
+        click.echo(f"{'would free' if dry_run else 'freed'} {blobs}, {format_size(freed.bytes)}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cachedb.text import short
+from cachedb.text import shorten_digest
 
 if TYPE_CHECKING:
     import rich.progress
@@ -62,7 +62,7 @@ def _blob_reporter(bars: rich.progress.Progress) -> BlobProgress:
 
     def show(digest: str, done: int, total: int) -> None:
         if digest not in tasks:
-            tasks[digest] = bars.add_task(f"  {short(digest)}", total=total)
+            tasks[digest] = bars.add_task(f"  {shorten_digest(digest)}", total=total)
         bars.update(tasks[digest], completed=done, visible=done < total)
 
     return show

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cachedb.cli.context import open_cache
-from cachedb.cli.options import format_examples, read_values, row_format_option, timeout_option
+from cachedb.cli.options import format_examples, parameters_option, row_format_option, timeout_option
 from cachedb.cli.output import print_rows, print_table
 from cachedb.cli.signals import exit_if_stuck, received_signals
 from cachedb.cli.streams import closed_streams, get_stdout
@@ -31,7 +31,7 @@ __all__ = []
 @click.argument("query", required=False)
 @click.option("--file", type=click.Path(), help="Read the query from a file, or - for stdin.")
 @click.option("--schema", is_flag=True, help="Print the SQL of the tables, indexes and views.")
-@read_values
+@parameters_option
 @row_format_option
 @timeout_option
 def sql(
@@ -43,7 +43,7 @@ def sql(
     query only reads, blocks no writer, and runs at the lowest priority. docs/reference/sql.md describes the columns of
     each view.
     """
-    from cachedb.reports.named import number
+    from cachedb.reports.named import parse_number
 
     if sum(map(bool, (query, file, schema))) > 1:
         raise click.UsageError("QUERY, --file and --schema exclude each other: give one of them")
@@ -64,7 +64,7 @@ def sql(
             rows = [(view.name, view.description, " ".join(view.columns)) for view in views]
             print_rows(("view", "description", "columns"), rows, form)
         return
-    _run_query(query, {name: number(value) for name, value in parameters.items()}, form, seconds)
+    _run_query(query, {name: parse_number(value) for name, value in parameters.items()}, form, seconds)
 
 
 def _read_query(file: str) -> str:
@@ -135,7 +135,7 @@ def _run_query(query: str, parameters: dict[str, Any], form: str, seconds: int |
 @click.argument("name", required=False)
 @click.option("--list", "list_", is_flag=True, help="List the reports and their parameters.")
 @click.option("--html", "file", metavar="FILE", type=click.Path(), help="Write an HTML page about the whole cache.")
-@read_values
+@parameters_option
 @row_format_option
 @timeout_option
 def report(
@@ -159,10 +159,10 @@ def report(
     elif list_:
         _list_reports(form)
     else:
-        from cachedb.reports.named import load
+        from cachedb.reports.named import load_report
 
-        chosen = load(name or "")
-        _run_query(chosen.query, chosen.values(parameters), form, seconds, sizes=True)
+        chosen = load_report(name or "")
+        _run_query(chosen.query, chosen.fill_parameters(parameters), form, seconds, sizes=True)
 
 
 def _write_page(file: str) -> None:
@@ -182,16 +182,16 @@ def _write_page(file: str) -> None:
 
 
 def _list_reports(form: str) -> None:
-    from cachedb.reports.named import reports
+    from cachedb.reports.named import list_reports
 
-    found = reports()
+    found = list_reports()
     if form == "table":
-        listing = [(entry.name, " ".join(entry.wanted()), entry.description) for entry in found]
+        listing = [(entry.name, " ".join(entry.list_parameters()), entry.description) for entry in found]
         print_table(("REPORT", "PARAMETERS", "DESCRIPTION"), listing)
         return
     nested = form in ("json", "ndjson")
     rows = [
-        (entry.name, entry.description, entry.parameters if nested else " ".join(entry.wanted()), entry.path)
+        (entry.name, entry.description, entry.parameters if nested else " ".join(entry.list_parameters()), entry.path)
         for entry in found
     ]
     print_rows(("report", "description", "parameters", "path"), rows, form)

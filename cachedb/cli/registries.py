@@ -12,7 +12,7 @@ from cachedb.cli.context import cache_directory, open_cache
 from cachedb.cli.options import NAME, authfile_option, format_examples, format_option, plain_http_option, quiet_option
 from cachedb.cli.output import print_images, print_json, print_table
 from cachedb.cli.progress import show_transfer
-from cachedb.text import human, printable, short
+from cachedb.text import format_size, printable, shorten_digest
 
 if TYPE_CHECKING:
     from cachedb.index.records import ImageInfo
@@ -173,8 +173,8 @@ def _print_pushed(found: list[Pushed], form: str, *, quiet: bool) -> None:
         rows = [
             (
                 str(pushed.name),
-                short(pushed.digest),
-                f"{pushed.blobs} ({human(pushed.bytes)})" if pushed.blobs else "-",
+                shorten_digest(pushed.digest),
+                f"{pushed.blobs} ({format_size(pushed.bytes)})" if pushed.blobs else "-",
                 str(pushed.mounted or "-"),
                 str(pushed.existing or "-"),
             )

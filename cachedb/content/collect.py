@@ -39,26 +39,26 @@ from cachedb.disk.layout import trash_digest, trash_name
 from cachedb.disk.waiting import LOG
 from cachedb.errors import Busy, CacheError, StorageError, explain, os_errors
 from cachedb.index import holds
-from cachedb.index.blobs import stored
-from cachedb.index.sqlite.batches import BATCH, batched
+from cachedb.index.blobs import read_stored_sizes
+from cachedb.index.sqlite.batches import BATCH, split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, LEASES, TRASH
 from cachedb.oci.digests import Digest, is_digest, split_digest
 from cachedb.threads import start
 
 __all__ = [
-    "SMALL_BATCH",
+    "SMALL_BATCH_BLOBS",
     "Collected",
     "collect",
+    "delete_unreferenced",
     "empty_trash",
-    "forget",
     "recover",
-    "recover_at_once",
-    "unreferenced",
+    "recover_without_waiting",
+    "sum_unreferenced",
 ]
 
 
-SMALL_BATCH = 16  # blobs to collect at a time on a full disk
+SMALL_BATCH_BLOBS = 16  # blobs to collect at a time on a full disk
 _LARGE_BATCH = 250  # blobs; a larger batch holds the write lock for too long
 _FEW_FILES = 64  # for so few files, starting threads takes longer than unlinking
 _RECOVERY_SECONDS = 1.0  # the longest recovery when a cache is opened
@@ -113,7 +113,7 @@ def _delete_trash() -> Delete:
     return delete(TRASH).where(TRASH.c.digest.in_(bindparam("digests", expanding=True)))
 
 
-def unreferenced(connection: Connection) -> Collected:
+def sum_unreferenced(connection: Connection) -> Collected:
     """Return how many blobs and bytes a full collection would free now."""
     totals = select(func.count(), func.coalesce(func.sum(BLOBS.c.size), 0)).where(
         *_UNREFERENCED, BLOBS.c.stored_at.is_not(None)
@@ -121,10 +121,10 @@ def unreferenced(connection: Connection) -> Collected:
     return Collected(*connection.execute(totals).one())
 
 
-def forget(connection: Connection, blob_ids: Iterable[int]) -> Collected:
+def delete_unreferenced(connection: Connection, blob_ids: Iterable[int]) -> Collected:
     """Delete the rows of those blobs that nothing references, and note their files for the trash."""
     blobs = size = 0
-    for part in batched(sorted(blob_ids)):
+    for part in split_batches(sorted(blob_ids)):
         rows = connection.execute(_delete_unreferenced(), {"ids": part}).all()
         files = [row for row in rows if row.stored_at is not None and is_digest(row.digest)]
         if files:
@@ -148,14 +148,14 @@ def collect(database: Database, *, batch: int = _LARGE_BATCH) -> Iterator[Collec
         StorageError: at the end, if a file cannot be unlinked.
     """
     recover(database)
-    downloads.sweep(database.folders)
+    downloads.remove_stale_downloads(database.folders)
     with database.read() as connection:
         candidates = connection.execute(_select_candidates()).scalars().all()
     left: list[Leftover] = []
     with _unlinking(database.folders, left) as unlink:
-        for blob_ids in batched(candidates, batch):
+        for blob_ids in split_batches(candidates, batch):
             with database.write() as connection:
-                part = forget(connection, blob_ids)
+                part = delete_unreferenced(connection, blob_ids)
             yield part
             _move_out(database)
             unlink()  # in each round, so that a large collection frees space from the start
@@ -180,7 +180,7 @@ def _move_out(database: Database) -> None:
         with database.write() as connection:
             start_time = time.monotonic()
             digests = [Digest(row) for row in connection.execute(_select_trash(), {"most": BATCH}).scalars()]
-            stored_again = stored(connection, digests)
+            stored_again = read_stored_sizes(connection, digests)
             done = []
             with ExitStack() as opened:
                 trash = opened.enter_context(database.folders.open("trash"))
@@ -282,7 +282,7 @@ def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
         Busy: if another process holds the write lock for longer than the database waits.
     """
     with database.read() as connection:
-        leased = holds.lapsed(connection)
+        leased = holds.read_lapsed(connection)
     folders, left, end = database.folders, list[Leftover](), time.monotonic() + seconds
     with os_errors("clean up after a dead session"):
         left += single_flight.sweep(folders)
@@ -307,7 +307,7 @@ def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
     return left + empty_trash(database)
 
 
-def recover_at_once(database: Database) -> list[Leftover]:
+def recover_without_waiting(database: Database) -> list[Leftover]:
     """Clean up after dead processes, but do not wait; the next process that opens the cache does the rest.
 
     The command that opens the cache does not depend on this.

@@ -19,11 +19,11 @@ from cachedb.index.descriptions import (
     ATTRIBUTES,
     Association,
     Description,
-    associations,
-    backfilled,
-    described_layer,
-    labels,
+    read_associations,
+    read_backfill,
+    read_labels,
     select_attributes,
+    update_layer,
     write,
 )
 from cachedb.index.tables import TEXT_LIMIT
@@ -31,7 +31,7 @@ from cachedb.oci.configs import ImageConfig, parse_config
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import CONFIG_TYPES, DOCUMENT_LIMIT
 
-__all__ = ["Unreadable", "agrees", "describe", "description", "read_ahead", "stored"]
+__all__ = ["Unreadable", "describe", "find_stored_configs", "matches_configs", "read_configs", "read_description"]
 
 
 _RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process lacks them; the file may be sound
@@ -44,12 +44,12 @@ class Unreadable(NamedTuple):
     detail: str
 
 
-def stored(connection: Connection, image_id: int) -> dict[Digest, int]:
+def find_stored_configs(connection: Connection, image_id: int) -> dict[Digest, int]:
     """Return the stored configs that describe an image, with their sizes in bytes."""
-    return {config.digest: config.size for config, _ in _configs(associations(connection, image_id))}
+    return {config.digest: config.size for config, _ in _configs(read_associations(connection, image_id))}
 
 
-def read_ahead(directory: Path, digests: Iterable[Digest]) -> dict[Digest, ImageConfig | InvalidManifest]:
+def read_configs(directory: Path, digests: Iterable[Digest]) -> dict[Digest, ImageConfig | InvalidManifest]:
     """Read configs for `describe` without the write lock; return the configs and the errors.
 
     The result has an error only for an invalid config. It lacks configs whose files are lost, damaged or unreadable:
@@ -79,18 +79,18 @@ def describe(
     Raises:
         StorageError: if this process lacks file descriptors or memory to read them.
     """
-    described = description(directory, associations(connection, image_id), known)
+    described = read_description(directory, read_associations(connection, image_id), known)
     write(connection, image_id, described)
     if described.layers:
         layers = [
             {"of": image_id, "at": position, "diff_id": diff_id, "created_by": command}
             for position, (diff_id, command) in described.layers.items()
         ]
-        connection.execute(described_layer(), layers)
+        connection.execute(update_layer(), layers)
     return [Unreadable(digest, str(error)) for digest, error in described.unreadable.items()]
 
 
-def agrees(connection: Connection, directory: Path, image_id: int) -> bool:
+def matches_configs(connection: Connection, directory: Path, image_id: int) -> bool:
     """Return whether the index matches an image's configs.
 
     It is True if a config is not stored or its file cannot be read, and until the backfill has read the configs.
@@ -98,24 +98,24 @@ def agrees(connection: Connection, directory: Path, image_id: int) -> bool:
     Raises:
         StorageError: if this process lacks file descriptors or memory to read them.
     """
-    last_read = backfilled(connection)
-    contents = associations(connection, image_id)
+    last_read = read_backfill(connection)
+    contents = read_associations(connection, image_id)
     wanted = [blob for blob in contents if blob.role == "config" and blob.media_type in CONFIG_TYPES]
     if (last_read is not None and image_id > last_read) or not wanted or not all(blob.stored for blob in wanted):
         return True
-    described = description(directory, contents)
+    described = read_description(directory, contents)
     if not all(isinstance(error, InvalidManifest) for error in described.unreadable.values()):
         return True  # the file was perhaps sound when the image was described
     row = connection.execute(select_attributes(), {"of": image_id}).one()
     layers = {blob.position: (blob.diff_id, blob.created_by) for blob in contents}
     return (
         row._asdict() == described.values
-        and labels(connection, image_id) == described.labels
+        and read_labels(connection, image_id) == described.labels
         and all(layers[position] == layer for position, layer in described.layers.items())
     )
 
 
-def description(
+def read_description(
     directory: Path,
     contents: list[Association],
     known: Mapping[Digest, ImageConfig | InvalidManifest] | None = None,

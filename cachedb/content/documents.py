@@ -30,9 +30,9 @@ def read_closure(directory: Path, name: Name, info: ImageInfo, blobs: list[BlobI
         DigestMismatch: if the file of a manifest is damaged.
     """
     if not info.complete:
-        raise images.incomplete(name, blobs)
-    root = oci.root(info.digest, blobs[0].size, info.media_type)
-    choose = oci.among({blob.digest for blob in blobs})
+        raise images.incomplete_error(name, blobs)
+    root = oci.root_descriptor(info.digest, blobs[0].size, info.media_type)
+    choose = oci.choose_among({blob.digest for blob in blobs})
     return oci.read_closure(root, lambda blob: read_document(directory, blob.digest), choose)
 
 

@@ -16,11 +16,11 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest, parse_digest
 from cachedb.oci.names import Name
 
-__all__ = ["find_held", "held", "hold_name"]
+__all__ = ["find_image_or_digest", "hold_images", "hold_name"]
 
 
 @contextmanager
-def held(
+def hold_images(
     database: Database, session: Session, *names_or_digests: str | Name
 ) -> Iterator[list[tuple[ImageInfo, list[BlobInfo]]]]:
     """Hold images and blobs during the block, and yield each image with its blobs.
@@ -33,13 +33,13 @@ def held(
     with database.read() if read_only else database.write() as connection:
         digests: set[Digest] = set()
         for wanted in names_or_digests:
-            image_or_digest = find_held(connection, wanted)
+            image_or_digest = find_image_or_digest(connection, wanted)
             if isinstance(image_or_digest, str):
                 digests.add(image_or_digest)
                 continue
             if not read_only:
                 images.touch(connection, image_or_digest)
-            info, contents = images.image(connection, database.directory, image_or_digest)
+            info, contents = images.read_image(connection, database.directory, image_or_digest)
             digests.update(blob.digest for blob in contents)
             found.append((info, contents))
         hold = NO_HOLD if read_only else session.lease(connection, digests)
@@ -52,7 +52,7 @@ def held(
         release_hold(database, session, hold)
 
 
-def find_held(connection: Connection, wanted: str | Name) -> int | Digest:
+def find_image_or_digest(connection: Connection, wanted: str | Name) -> int | Digest:
     """Return the id of a named image, or the given digest if its blob is stored.
 
     Raises:
@@ -60,7 +60,7 @@ def find_held(connection: Connection, wanted: str | Name) -> int | Digest:
     """
     if not (isinstance(wanted, str) and (digest := _as_digest(wanted))):
         return images.find(connection, Name.parse(wanted)).id
-    if digest not in blobs.stored(connection, [digest]):
+    if digest not in blobs.read_stored_sizes(connection, [digest]):
         raise NotInCache(f"{digest} is not in the cache", name=digest)
     return digest
 

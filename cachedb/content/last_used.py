@@ -20,10 +20,10 @@ from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import IMAGES, UtcTime
 from cachedb.oci.names import Name
 
-__all__ = ["RESOLUTION", "Uses"]
+__all__ = ["RESOLUTION_SECONDS", "Uses"]
 
 
-RESOLUTION = 5 * 60.0
+RESOLUTION_SECONDS = 5 * 60.0
 """Seconds by which the last use in the index may be older than the real one."""
 
 
@@ -32,7 +32,7 @@ class Uses:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        locks.after_fork(self)
+        locks.reset_after_fork(self)
         self.forked()
 
     def forked(self) -> None:
@@ -48,7 +48,7 @@ class Uses:
         """Note that an image is used now."""
         with self._guard:
             self._names.add(name)
-            due = time.monotonic() - self._written > RESOLUTION
+            due = time.monotonic() - self._written > RESOLUTION_SECONDS
         if due:
             self.write()
 
@@ -62,7 +62,7 @@ class Uses:
 
     def _write(self, names: Iterable[Name]) -> None:
         now = datetime.now(UTC)
-        old = IMAGES.c.last_used_at < now - timedelta(seconds=RESOLUTION)
+        old = IMAGES.c.last_used_at < now - timedelta(seconds=RESOLUTION_SECONDS)
         one = select(IMAGES.c.id).where(
             IMAGES.c.repository == bindparam("repository"), IMAGES.c.reference == bindparam("reference"), old
         )

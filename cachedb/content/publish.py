@@ -22,16 +22,16 @@ from cachedb.content.session import NO_HOLD, Hold, Session
 from cachedb.disk import writer
 from cachedb.disk.layout import blob_file, received_digest
 from cachedb.disk.single_flight import ClaimLost
-from cachedb.disk.writer import Content, Data, Hasher, Readable, Received, discard, identity, open_data
+from cachedb.disk.writer import Content, Data, Hasher, Readable, Received, discard, file_identity, open_data
 from cachedb.errors import (
     CacheError,
     StorageError,
     ignore_os_errors,
     os_errors,
 )
-from cachedb.index.blobs import set_stored, stored
-from cachedb.index.images import image as read_image
+from cachedb.index.blobs import read_stored_sizes, set_stored
 from cachedb.index.images import is_associated
+from cachedb.index.images import read_image as read_image
 from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest, split_digest
@@ -43,19 +43,19 @@ from cachedb.progress import Advance
 
 __all__ = [
     "Replaced",
+    "find_intact",
     "hold_stored",
-    "intact",
     "publish",
     "publish_blobs",
     "receive",
     "receive_and_save",
+    "receive_download",
     "receive_linked",
     "release_after_error",
     "release_hold",
     "retract",
     "store_blob",
     "store_manifest",
-    "take",
 ]
 
 
@@ -175,7 +175,7 @@ def receive_linked(
                 return receive(session, source(), digest=digest, size=size, what=what)
             raise
         found = os.stat(named.name, dir_fd=folder, follow_symlinks=False)
-        if identity(found) != identity(before):
+        if file_identity(found) != file_identity(before):
             os.unlink(named.name, dir_fd=folder)
             if stat.S_ISLNK(found.st_mode):
                 return receive(session, source(), digest=digest, size=size, what=what)
@@ -183,7 +183,7 @@ def receive_linked(
     return verified._replace(path=named)
 
 
-def take(session: Session, path: Path, content: Content) -> Received:
+def receive_download(session: Session, path: Path, content: Content) -> Received:
     """Receive a downloaded and verified blob; it keeps its name in ``ingest/partial`` until it is stored.
 
     Raises:
@@ -215,7 +215,7 @@ def publish_blobs(database: Database, session: Session, received: Iterable[Recei
             os.fsync(received_in)
     try:
         with database.write() as connection:
-            known = intact(connection, database.directory, [blob.digest for blob in files.values()])
+            known = find_intact(connection, database.directory, [blob.digest for blob in files.values()])
             new = {blob.digest: (path, blob) for path, blob in files.items() if blob.digest not in known}
             with ExitStack() as opened:
                 algorithms = {split_digest(digest)[0] for digest in new}
@@ -264,7 +264,7 @@ def retract(database: Database, folder: int, names: Iterable[str]) -> None:
     published = {name: digest for name in names if (digest := received_digest(name))}
     if published:
         with database.write() as connection:
-            known = stored(connection, published.values())
+            known = read_stored_sizes(connection, published.values())
             with ExitStack() as opened:
                 folders: dict[str, int] = {}
                 for digest in set(published.values()) - known.keys():
@@ -279,10 +279,10 @@ def retract(database: Database, folder: int, names: Iterable[str]) -> None:
         discard(name, folder)
 
 
-def intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -> dict[Digest, int]:
+def find_intact(connection: Connection, directory: Path, digests: Iterable[Digest]) -> dict[Digest, int]:
     """Return the stored blobs whose files exist and have the right size; the others can be stored again."""
     found = {}
-    for digest, size in stored(connection, digests).items():
+    for digest, size in read_stored_sizes(connection, digests).items():
         with suppress(FileNotFoundError):
             if os.stat(blob_file(directory, digest)).st_size == size:
                 found[digest] = size
@@ -293,10 +293,10 @@ def hold_stored(database: Database, session: Session, digests: Iterable[Digest])
     """Hold the digests whose blobs are stored and whose files have the right size."""
     wanted = list(digests)
     with database.read() as connection:
-        found = stored(connection, wanted)
+        found = read_stored_sizes(connection, wanted)
     if found:
         with database.write() as connection:
-            return session.lease(connection, intact(connection, database.directory, found))
+            return session.lease(connection, find_intact(connection, database.directory, found))
     return NO_HOLD
 
 

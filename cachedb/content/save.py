@@ -29,22 +29,22 @@ from cachedb.errors import (
 from cachedb.index import blobs as blob_rows
 from cachedb.index import descriptions
 from cachedb.index.images import (
-    copied_associations,
+    copy_associations,
+    delete_associations,
     find,
-    image_blobs,
     insert_associations,
+    insert_image,
+    insert_images,
     look_up_all,
     look_up_blobs,
-    new_image,
-    new_images,
     point_name,
-    root_of,
-    waiting_for,
-    without_associations,
+    read_image_blobs,
+    read_root,
+    select_images_waiting_for,
 )
-from cachedb.index.images import image as read_image
+from cachedb.index.images import read_image as read_image
 from cachedb.index.records import BlobRow, ImageDetails, PlatformInfo
-from cachedb.index.sqlite.batches import batched
+from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import (
@@ -61,12 +61,12 @@ __all__ = [
     "T",
     "associate_waiting",
     "attach",
-    "choice",
     "closure",
-    "details",
-    "platforms",
+    "platform_choice",
+    "read_details",
+    "read_platforms",
     "reassociate",
-    "restore",
+    "restore_image",
     "save_image",
     "save_new",
     "tag",
@@ -110,28 +110,28 @@ def reassociate(connection: Connection, directory: Path, image_id: int) -> None:
 
     If the image has only some platforms of its index, the closure keeps those platforms.
     """
-    recorded = root_of(connection, image_id)
+    recorded = read_root(connection, image_id)
     root = _correct_media_type(connection, directory, recorded)
     if root != recorded:
         connection.execute(update(IMAGES).where(IMAGES.c.id == image_id).values(media_type=root.media_type))
     known: dict[Digest, BlobRow] = {}
-    choose = choice(connection, image_id)
+    choose = platform_choice(connection, image_id)
     found = closure(connection, directory, root, choose, strict=False, known=known)
     _ensure_rows(connection, found, known, strict=False)
     _associate(connection, directory, image_id, found, known)
 
 
-def choice(connection: Connection, image_id: int) -> Choice | None:
+def platform_choice(connection: Connection, image_id: int) -> Choice | None:
     """Return a function that chooses the index's children in an image's closure; None if all are in it."""
     query = select(IMAGES.c.some_platforms).where(IMAGES.c.id == image_id)
     if connection.execute(query).scalar_one() is None:
         return None
-    return oci.among({blob.digest for blob in descriptions.associations(connection, image_id)})
+    return oci.choose_among({blob.digest for blob in descriptions.read_associations(connection, image_id)})
 
 
 def _correct_media_type(connection: Connection, directory: Path, root: Descriptor) -> Descriptor:
     """Return a manifest with the media type of its content if the recorded media type does not fit."""
-    if blob_rows.stored(connection, [root.digest]).get(root.digest, DOCUMENT_LIMIT + 1) > DOCUMENT_LIMIT:
+    if blob_rows.read_stored_sizes(connection, [root.digest]).get(root.digest, DOCUMENT_LIMIT + 1) > DOCUMENT_LIMIT:
         return root
     with suppress(InvalidManifest, NotInCache, StorageError):
         with reader.open_blob(directory, root.digest) as file, os_errors("read a manifest"):
@@ -141,15 +141,15 @@ def _correct_media_type(connection: Connection, directory: Path, root: Descripto
             return root
         media_type = manifest_media_type(data)
         descriptors(data, media_type)
-        return oci.root(root.digest, root.size, media_type)
+        return oci.root_descriptor(root.digest, root.size, media_type)
     return root
 
 
 def _find_waiting(connection: Connection, digests: list[Digest]) -> list[int]:
     """Return the ids of the images that reference one of these blobs as a child manifest or a config."""
     found: set[int] = set()
-    for part in batched(digests):
-        found.update(connection.execute(waiting_for(), {"digests": part}).scalars())
+    for part in split_batches(digests):
+        found.update(connection.execute(select_images_waiting_for(), {"digests": part}).scalars())
     return sorted(found)
 
 
@@ -175,7 +175,7 @@ def save_image(
     if name.digest not in (None, digest):
         raise InvalidName(f"{name} cannot be the name of {digest}: its digest is another")
     known = look_up_blobs(connection, [digest])
-    root = oci.root(digest, known[digest].size, media_type)
+    root = oci.root_descriptor(digest, known[digest].size, media_type)
     found = closure(connection, directory, root, choose, known=known)
     _ensure_rows(connection, found, known)
     image_id, new = point_name(connection, name, known[digest].id, media_type, 1 if choose else None)
@@ -198,7 +198,7 @@ def save_new(connection: Connection, directory: Path, new: Iterable[NewImage]) -
     known = look_up_blobs(connection, {image.digest for image in wanted.values()})
     contents: dict[Name, list[Descriptor]] = {}
     for name, image in wanted.items():
-        root = oci.root(image.digest, known[image.digest].size, image.media_type)
+        root = oci.root_descriptor(image.digest, known[image.digest].size, image.media_type)
         try:
             contents[name] = image.contents or closure(connection, directory, root, known=known)
         except InvalidManifest as error:
@@ -233,7 +233,7 @@ def _insert_new(
         values = {"manifest_id": known[image.digest].id, "media_type": image.media_type, **description.values}
         rows.append({**image.name._asdict(), **values, "created_at": now, "last_used_at": now})
         labels[image.name] = description.labels
-    connection.execute(new_images(), rows)
+    connection.execute(insert_images(), rows)
     ids = {name: row.id for name, row in look_up_all(connection, wanted).items()}
     insert_associations(connection, {ids[name]: blobs for name, blobs in wanted.items()})
     descriptions.add_labels(connection, {ids[name]: pairs for name, pairs in labels.items()})
@@ -323,14 +323,14 @@ def _associate(
     new: bool = False,
 ) -> None:
     """Associate an image with its closure, followed by its attached blobs, and write its description."""
-    old = [] if new else descriptions.associations(connection, image_id)
+    old = [] if new else descriptions.read_associations(connection, image_id)
     reached = _associations(found, known)
     attached = [blob._replace(diff_id=None, created_by=None) for blob in old if blob.digest not in known]
     wanted = [blob._replace(position=position) for position, blob in enumerate([*reached, *attached])]
     description = _describe(directory, wanted)
     if wanted != old:
         if old:
-            connection.execute(without_associations(), {"of": image_id})
+            connection.execute(delete_associations(), {"of": image_id})
         insert_associations(connection, {image_id: wanted})
     descriptions.write(connection, image_id, description, new=new)
 
@@ -346,16 +346,16 @@ def _associations(contents: list[Descriptor], known: dict[Digest, BlobRow]) -> l
 
 def _describe(directory: Path, wanted: list[descriptions.Association]) -> descriptions.Description:
     """Return the description of an image; put the diff ids and commands of its layers into ``wanted``."""
-    description = describe.description(directory, wanted)
+    description = describe.read_description(directory, wanted)
     for position, (diff_id, created_by) in description.layers.items():
         wanted[position] = wanted[position]._replace(diff_id=diff_id, created_by=created_by)
     return description
 
 
-def restore(connection: Connection, directory: Path, name: Name, saved: SavedImage) -> None:
+def restore_image(connection: Connection, directory: Path, name: Name, saved: SavedImage) -> None:
     """Insert an image as another index records it, then associate it with the stored part of its closure."""
     size = next((blob.size for blob in saved.contents if blob.digest == saved.digest), 0)
-    root = oci.root(saved.digest, size, saved.media_type)
+    root = oci.root_descriptor(saved.digest, size, saved.media_type)
     contents = saved.contents or [root]
     known: dict[Digest, BlobRow] = {}
     _ensure_rows(connection, [root, *contents], known, strict=False)
@@ -367,7 +367,7 @@ def restore(connection: Connection, directory: Path, name: Name, saved: SavedIma
         "created_at": saved.created_at,
         "last_used_at": saved.last_used_at,
     }
-    image_id = connection.execute(new_image(), values).scalar_one()
+    image_id = connection.execute(insert_image(), values).scalar_one()
     insert_associations(connection, {image_id: _associations(contents, known)})
     reassociate(connection, directory, image_id)
 
@@ -387,13 +387,13 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     target_id, _ = point_name(connection, target, image.manifest_id, image.media_type, image.some_platforms)
     if target_id == image.id:
         return target_id
-    connection.execute(without_associations(), {"of": target_id})
-    connection.execute(copied_associations(), {"of": image.id, "target": target_id})
+    connection.execute(delete_associations(), {"of": target_id})
+    connection.execute(copy_associations(), {"of": image.id, "target": target_id})
     descriptions.copy(connection, image.id, target_id)
     return target_id
 
 
-def details(connection: Connection, directory: Path, image_id: int) -> ImageDetails:
+def read_details(connection: Connection, directory: Path, image_id: int) -> ImageDetails:
     """Return an image with its blobs, labels and platforms.
 
     Args:
@@ -405,24 +405,24 @@ def details(connection: Connection, directory: Path, image_id: int) -> ImageDeta
         DamagedIndex: if the image has no blobs.
     """
     info, blobs = read_image(connection, directory, image_id)
-    labels = descriptions.labels(connection, image_id)
-    return ImageDetails(info, blobs, labels, platforms(connection, directory, image_id))
+    labels = descriptions.read_labels(connection, image_id)
+    return ImageDetails(info, blobs, labels, read_platforms(connection, directory, image_id))
 
 
-def platforms(connection: Connection, directory: Path, image_id: int) -> list[PlatformInfo]:
+def read_platforms(connection: Connection, directory: Path, image_id: int) -> list[PlatformInfo]:
     """Return the children of an image's index, in order, and whether the closure of each is stored.
 
     The list is empty if the image is no index, or its index cannot be read.
     """
-    root = root_of(connection, image_id)
+    root = read_root(connection, image_id)
     if root.role != "index":
         return []
-    stored = {blob.digest for blob in image_blobs(connection, directory, image_id) if blob.stored}
+    stored = {blob.digest for blob in read_image_blobs(connection, directory, image_id) if blob.stored}
 
     def is_complete(child: Descriptor) -> bool:
         return stored.issuperset(blob.digest for blob in closure(connection, directory, child, strict=False))
 
-    data = reader.document(directory, root.digest, root.size)
+    data = reader.read_small_blob(directory, root.digest, root.size)
     children = [] if data is None else descriptors(data, root.media_type)
     return [PlatformInfo(child.platform, child.digest, is_complete(child)) for child in children]
 

@@ -38,7 +38,7 @@ __all__ = [
     "Hold",
     "Session",
     "dead_sessions",
-    "half_published",
+    "find_unfinished_digests",
     "lock_path",
     "locked_sessions",
     "remove_folder",
@@ -75,7 +75,7 @@ def locked_sessions(directory: Path) -> set[str]:
     return {name.removesuffix(_LOCK_SUFFIX) for name in os.listdir(directory / "locks") if lock_kind(name) == "session"}
 
 
-def half_published(directory: Path) -> set[Digest]:
+def find_unfinished_digests(directory: Path) -> set[Digest]:
     """Return the digests named in all sessions' folders, including those of interrupted publications."""
     folders = [entry.path for entry in os.scandir(directory / "ingest") if entry.is_dir(follow_symlinks=False)]
     found: set[Digest] = set()
@@ -91,7 +91,7 @@ class Session:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._closed = False
-        locks.after_fork(self)
+        locks.reset_after_fork(self)
         self.forked()
 
     def forked(self) -> None:

@@ -15,19 +15,19 @@ from cachedb.disk.layout import partial_digest
 from cachedb.errors import os_errors
 from cachedb.oci.digests import Digest
 
-__all__ = ["begun", "key_of", "sweep"]
+__all__ = ["claim_key", "find_resumable_bytes", "remove_stale_downloads"]
 
 
 _STALE_SECONDS = 24 * 60 * 60  # after this time nobody is expected to resume a download
 _UNOPENABLE_ERRNOS = (errno.ELOOP, errno.EACCES, errno.ENXIO)  # for a symbolic link, another user's file and a socket
 
 
-def key_of(digest: Digest) -> str:
+def claim_key(digest: Digest) -> str:
     """Return the key of the claim on a blob's download; only the holder of the claim writes to the file."""
     return f"blob {digest}"
 
 
-def begun(folder: int, name: str, size: int) -> int:
+def find_resumable_bytes(folder: int, name: str, size: int) -> int:
     """Return how many bytes of a download can be resumed; unlink a file that cannot be resumed.
 
     A process that lost its claim may still write to the file. Then the file is unlinked, and that process continues
@@ -77,7 +77,7 @@ def _has_writer(file: int) -> bool:
     return False
 
 
-def sweep(folders: Folders, *, age: float = _STALE_SECONDS) -> bool:
+def remove_stale_downloads(folders: Folders, *, age: float = _STALE_SECONDS) -> bool:
     """Remove partial downloads that no process has resumed for a day, or for ``age`` seconds.
 
     Returns:
@@ -93,7 +93,7 @@ def sweep(folders: Folders, *, age: float = _STALE_SECONDS) -> bool:
                 status = os.stat(name, dir_fd=partial, follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode) or time.time() - status.st_mtime < age:
                     continue
-                with single_flight.unless_made(folders.directory, key_of(digest)) as has_claim:
+                with single_flight.try_claim(folders.directory, claim_key(digest)) as has_claim:
                     if has_claim:
                         os.unlink(name, dir_fd=partial)
                         found = True

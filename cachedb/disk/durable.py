@@ -19,11 +19,11 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from cachedb.disk.folders import follow
+from cachedb.disk.folders import apply_folder_mode
 from cachedb.errors import ignore_os_errors
 
 __all__ = [
-    "PART",
+    "PART_NAME",
     "atomic_file",
     "copy_to_new",
     "lock_part",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-PART = re.compile(r"\.cachedb-[0-9a-f]{32}\.part")
+PART_NAME = re.compile(r"\.cachedb-[0-9a-f]{32}\.part")
 """Matches the names of `part_path`. Old releases used names of half that length, without locks."""
 
 _UNSUPPORTED_ERRNOS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
@@ -111,7 +111,7 @@ def _link_part(file: FileIO, part: Path) -> None:
         os.close(folder)
 
 
-def remove_leftovers(folder: Path, names: re.Pattern[str] = PART, *, beside: str = "") -> None:
+def remove_leftovers(folder: Path, names: re.Pattern[str] = PART_NAME, *, beside: str = "") -> None:
     """Remove the files of killed processes from a folder: files of our user that are not locked.
 
     A file stays if it cannot be removed, or if its process may be alive.
@@ -158,7 +158,7 @@ def copy_to_new(source: BinaryIO, name: str, folder: int) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with FileIO(os.open(name, flags, 0o600, dir_fd=folder), "rb+") as copy:
         shutil.copyfileobj(source, copy, 1024 * 1024)
-        follow(copy.fileno(), os.fstat(folder))
+        apply_folder_mode(copy.fileno(), os.fstat(folder))
         os.fsync(copy.fileno())
 
 

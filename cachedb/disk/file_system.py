@@ -14,7 +14,7 @@ from pathlib import Path
 from cachedb.disk.byte_locks import lock_bytes
 from cachedb.errors import StorageError
 
-__all__ = ["file_system", "refuse_shared", "refuse_unable"]
+__all__ = ["check_features", "explain_shared", "find_file_system_type"]
 
 
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -33,7 +33,7 @@ _SHARED = re.compile(
 _PAGE = mmap.PAGESIZE
 
 
-def file_system(directory: Path) -> str | None:
+def find_file_system_type(directory: Path) -> str | None:
     """Return the kernel's name for the type of a directory's file system, or None if it is unknown.
 
     A FUSE program may have no type of its own. Then its source names it, if it is a shared one: ``fuse mountpoint-s3``
@@ -62,13 +62,13 @@ def file_system(directory: Path) -> str | None:
     return found
 
 
-def refuse_shared(directory: Path) -> str | None:
+def explain_shared(directory: Path) -> str | None:
     """Return the error text for a directory on a file system that hosts share, or None for other ones.
 
     The processes of one host share SQLite's WAL through memory, and one kernel keeps their locks. Two hosts share
     neither, so they would overwrite each other's data (https://sqlite.org/wal.html, "Overview").
     """
-    kind = file_system(directory)
+    kind = find_file_system_type(directory)
     if kind is None or not _SHARED.fullmatch(kind):
         return None
     return (
@@ -77,7 +77,7 @@ def refuse_shared(directory: Path) -> str | None:
     )
 
 
-def refuse_unable(directory: Path) -> None:
+def check_features(directory: Path) -> None:
     """Raise if the file system of a new cache's directory lacks a feature that a cache needs.
 
     A test tells more than the type does: the configuration of a FUSE program decides whether it supports locks.
@@ -87,7 +87,7 @@ def refuse_unable(directory: Path) -> None:
         OSError: if no file can be made in the directory.
     """
     if fault := _find_fault(directory):
-        kind = file_system(directory) or "a file system"
+        kind = find_file_system_type(directory) or "a file system"
         raise StorageError(
             f"{str(directory)!r} is on {kind}, where {fault}: "
             "name a directory on a local disk, with --dir or CACHEDB_DIR"

@@ -24,11 +24,11 @@ __all__ = [
     "Folders",
     "Leftover",
     "OpenFolder",
+    "apply_folder_mode",
+    "file_mode_in",
     "find_links",
-    "follow",
-    "give",
+    "give_to_folder_owner",
     "is_shared",
-    "mode_in",
 ]
 
 
@@ -110,8 +110,8 @@ class Folders:
         """
         found = marker.read(self.root)
         if found is None and new:
-            found = marker.write(self.root, lambda file: follow(file, self.status), is_sound=is_sound)
-        status = marker.identity(self.root)
+            found = marker.write(self.root, lambda file: apply_folder_mode(file, self.status), is_sound=is_sound)
+        status = marker.marker_identity(self.root)
         if found is not None and status is not None:
             self._marker = (status, found.id)
         self.had_marker = found is not None and found.inode is not None
@@ -120,7 +120,7 @@ class Folders:
 
     def accept_copy(self) -> None:
         """Give a checked copy its own id; the caller must hold the write lock."""
-        marker.renew(self.root, lambda file: follow(file, self.status))
+        marker.renew(self.root, lambda file: apply_folder_mode(file, self.status))
         self.mark(new=False)
 
     def refresh_marker(self) -> None:
@@ -128,7 +128,7 @@ class Folders:
         self.mark(new=False)
         found = marker.read(self.root)
         if self.is_outdated and found is not None:
-            marker.refresh(self.root, lambda file: follow(file, self.status), found)
+            marker.refresh(self.root, lambda file: apply_folder_mode(file, self.status), found)
             self.mark(new=False)
 
     def check_links(self) -> None:
@@ -163,7 +163,7 @@ class Folders:
                 f"the cache directory {str(self.directory)!r} was moved, removed or replaced while it was open: "
                 "open the cache again"
             )
-        if self._marker is None or marker.identity(self.root) == self._marker[0]:
+        if self._marker is None or marker.marker_identity(self.root) == self._marker[0]:
             return
         found = marker.read(self.root)
         if found is None or found.id != self._marker[1]:
@@ -184,7 +184,7 @@ class Folders:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, self._path(name)) from error
         with self.open(name) as folder:
-            follow(folder, self.status, is_folder=True)
+            apply_folder_mode(folder, self.status, is_folder=True)
 
     def make_file(self, path: str) -> int:
         """Make a file with the mode of the directory, or open it if it exists; return its descriptor.
@@ -201,7 +201,7 @@ class Folders:
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             file = os.open(name, flags, 0o600, dir_fd=parent)
         try:
-            follow(file, self.status)
+            apply_folder_mode(file, self.status)
         except BaseException:
             os.close(file)
             raise
@@ -282,28 +282,28 @@ def is_shared(folder: os.stat_result) -> bool:
     return folder.st_mode & (stat.S_ISGID | stat.S_IWGRP) == stat.S_ISGID | stat.S_IWGRP
 
 
-def mode_in(folder: os.stat_result) -> int:
+def file_mode_in(folder: os.stat_result) -> int:
     """Return the mode of a new file in a folder: the folder's mode without the execute bits."""
     return folder.st_mode & 0o666
 
 
-def give(file: int, folder: os.stat_result) -> None:
+def give_to_folder_owner(file: int, folder: os.stat_result) -> None:
     """Give a file that root made in another user's folder to that user."""
     if folder.st_uid != 0 and os.geteuid() == 0:
         os.fchown(file, folder.st_uid, folder.st_gid)
 
 
-def follow(file: int, folder: os.stat_result, *, is_folder: bool = False) -> None:
+def apply_folder_mode(file: int, folder: os.stat_result, *, is_folder: bool = False) -> None:
     """Give a new file or folder the mode of its folder, despite the umask; if root made it, the owner too."""
     found = os.fstat(file)
     if found.st_uid != os.geteuid():
         return  # another user's process has made it meanwhile
     if found.st_nlink > 1 and not is_folder:
         return  # somebody linked another file here
-    give(file, folder)
+    give_to_folder_owner(file, folder)
     if folder.st_mode & stat.S_ISGID and found.st_gid != folder.st_gid:
         os.fchown(file, -1, folder.st_gid)  # it was made in another folder
-    mode = stat.S_IMODE(folder.st_mode) if is_folder else mode_in(folder)
+    mode = stat.S_IMODE(folder.st_mode) if is_folder else file_mode_in(folder)
     if stat.S_IMODE(found.st_mode) != mode:
         os.fchmod(file, mode)
 

@@ -18,19 +18,19 @@ from cachedb.oci.digests import Digest, is_digest, parse_digest
 
 __all__ = [
     "REVISION",
-    "UNFINISHED",
+    "UNFINISHED_INDEX",
     "blob_file",
     "blob_path",
-    "chosen",
+    "choose_directory",
     "default_directory",
     "has_blobs",
     "is_received",
     "is_session",
+    "list_blob_files",
     "lock_kind",
-    "on_disk",
     "partial_digest",
     "partial_path",
-    "partials",
+    "partials_folder",
     "quarantine_path",
     "received_digest",
     "trash_digest",
@@ -41,7 +41,7 @@ __all__ = [
 REVISION = "0005"
 """The newest migration, whose schema `cachedb.index.tables` describes; here for readers without SQLAlchemy."""
 
-UNFINISHED = ".cachedb-copy"
+UNFINISHED_INDEX = ".cachedb-copy"
 """The name of the index in a directory that `cachedb copy` has not finished."""
 
 
@@ -54,7 +54,7 @@ def default_directory() -> Path:
     return Path(platformdirs.user_cache_dir("cachedb"))
 
 
-def chosen(directory: str | os.PathLike[str] | None) -> Path:
+def choose_directory(directory: str | os.PathLike[str] | None) -> Path:
     """Return the given directory, or the default one, as an absolute path.
 
     Raises:
@@ -91,14 +91,14 @@ def blob_file(directory: Path, digest: Digest) -> str:
     return f"{directory}/blobs/{digest.replace(':', '/')}"
 
 
-def partials(directory: Path) -> Path:
+def partials_folder(directory: Path) -> Path:
     """Return the folder in ``ingest/`` for partial downloads, which belongs to no session."""
     return directory / "ingest" / "partial"
 
 
 def partial_path(directory: Path, digest: Digest) -> Path:
     """Return the path of a blob's running or interrupted download."""
-    return partials(directory) / digest.replace(":", "-")
+    return partials_folder(directory) / digest.replace(":", "-")
 
 
 def trash_name(digest: Digest) -> str:
@@ -151,7 +151,7 @@ _SESSION_NAME = re.compile(r"[0-9]+-[0-9a-f]{12}")
 _CLAIM_KEY = re.compile(r"[0-9a-f]{64}")
 
 
-def on_disk(directory: Path) -> tuple[dict[Digest, int], list[Path]]:
+def list_blob_files(directory: Path) -> tuple[dict[Digest, int], list[Path]]:
     """Return the blobs on disk with their sizes, and the other files among them."""
     found: dict[Digest, int] = {}
     strays: list[Path] = []

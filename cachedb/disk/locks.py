@@ -4,8 +4,8 @@ The kernel releases a `flock` when its process dies. The lock belongs to the ope
 files. The child closes its copies at once, so it neither keeps its parent's locks nor releases them.
 
 When a `flock` is released, the kernel wakes all waiting processes, and the quickest gets the lock. Of 64 processes one
-waited 4.5 seconds, a hundred times the mean. So in `in_turn` each process takes a number first. The numbers only give
-the order; the lock alone keeps two processes apart.
+waited 4.5 seconds, a hundred times the mean. So in `hold_in_turn` each process takes a number first. The numbers only
+give the order; the lock alone keeps two processes apart.
 
 A waiting process locks the byte of its number in the queue's file. The kernel releases that lock when the process
 dies, so the others notice at once. A wait that can be long is a `Wait`: it ends, and it names the holder. `flock` has
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from cachedb.disk import byte_locks, processes
-from cachedb.disk.folders import follow
+from cachedb.disk.folders import apply_folder_mode
 from cachedb.disk.processes import Process
 from cachedb.disk.waiting import LOG, Wait
 from cachedb.errors import Busy, CacheReplaced
@@ -40,21 +40,21 @@ __all__ = [
     "Turn",
     "Waiter",
     "acquire",
-    "after_fork",
-    "before_fork",
+    "close_before_fork",
     "find_holder",
-    "find_holder_of",
-    "held",
-    "held_folder",
-    "holder",
-    "holder_of",
-    "in_turn",
+    "find_holder_at",
+    "find_waiters",
+    "hold_folder_lock",
+    "hold_in_turn",
+    "hold_lock",
     "is_fork_waiting",
     "is_held",
     "leads_to",
+    "no_fork",
+    "read_holder",
+    "read_holder_of",
     "release",
-    "unforked",
-    "waiters",
+    "reset_after_fork",
 ]
 
 
@@ -77,8 +77,8 @@ _guard = threading.RLock()  # held while a lock file is opened, so that no fork 
 _forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
 _closable: weakref.WeakSet[Closable] = weakref.WeakSet()
 _changed = threading.Condition()  # guards the next two variables; held during a fork
-_unforked: Counter[int] = Counter()  # for each thread, the number of its open `unforked` blocks
-_forking = False  # whether a fork waits for `unforked` blocks
+_unforked: Counter[int] = Counter()  # for each thread, the number of its open `no_fork` blocks
+_forking = False  # whether a fork waits for `no_fork` blocks
 
 
 def acquire(path: Path, *, wait: bool | Wait = True) -> FileIO | None:
@@ -119,7 +119,7 @@ def leads_to(path: Path, file: int) -> bool:
 
 
 @contextmanager
-def held_folder(path: Path, wait: Wait, *, shared: bool) -> Iterator[None]:
+def hold_folder_lock(path: Path, wait: Wait, *, shared: bool) -> Iterator[None]:
     """Hold the lock of a folder in a block: exclusively, or shared with other processes.
 
     Raises:
@@ -154,7 +154,7 @@ def _lock(path: Path, file: int, operation: int, wait: bool | Wait) -> None:
         wait.nap(nap, lambda: find_holder(file))
 
 
-def holder(file: int) -> Process | None:
+def read_holder(file: int) -> Process | None:
     """Return the process whose record is in a lock file, or None if that process is gone."""
     record = processes.read_record(file)
     return None if record is None or record[0].is_gone else record[0]
@@ -162,7 +162,7 @@ def holder(file: int) -> Process | None:
 
 def find_holder(file: int) -> Process | None:
     """Return which process holds a lock, from its record in the file or from the kernel."""
-    return holder(file) or processes.flock_holder(file)
+    return read_holder(file) or processes.flock_holder(file)
 
 
 def is_held(path: Path) -> bool:
@@ -188,7 +188,7 @@ def release(file: FileIO) -> None:
 
 
 @contextmanager
-def held(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
+def hold_lock(path: Path, wait: bool | Wait = True) -> Iterator[FileIO]:
     """Hold a lock in a block, with a record of this process in its file.
 
     Raises:
@@ -253,7 +253,7 @@ class Waiter(NamedTuple):
 
 
 @contextmanager
-def in_turn(path: Path, wait: bool | Wait = True) -> Iterator[Turn]:
+def hold_in_turn(path: Path, wait: bool | Wait = True) -> Iterator[Turn]:
     """Hold a lock in a block; processes get it in the order in which they ask.
 
     A fork need not wait for the block: the child closes its copies of the files.
@@ -267,7 +267,7 @@ def in_turn(path: Path, wait: bool | Wait = True) -> Iterator[Turn]:
             if isinstance(wait, Wait):
                 wait.on_begin = partial(_write_waiter, *queue)
             _await_turn(queue[0], path, queue[1], wait)
-        with held(path, wait) as file:
+        with hold_lock(path, wait) as file:
             if queue is not None:
                 _write_number(queue[0], _SERVED_OFFSET, max(queue[1], _read_number(queue[0], _SERVED_OFFSET)))
             yield Turn(file, path)
@@ -338,19 +338,19 @@ def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> No
             since, free = now, lock is not None
         nap = min((number - first) * _NAP_SECONDS, _PATIENCE_SECONDS)
         if isinstance(wait, Wait):
-            wait.nap(nap, lambda: find_holder_of(path))
+            wait.nap(nap, lambda: find_holder_at(path))
         else:
             time.sleep(nap)
 
 
-def holder_of(path: Path) -> Process | None:
-    """Return the process whose record is in the lock file at a path, as `holder` does."""
+def read_holder_of(path: Path) -> Process | None:
+    """Return the process whose record is in the lock file at a path, as `read_holder` does."""
     with suppress(OSError), FileIO(path) as file:
-        return holder(file.fileno())
+        return read_holder(file.fileno())
     return None
 
 
-def find_holder_of(path: Path) -> Process | None:
+def find_holder_at(path: Path) -> Process | None:
     """Return which process holds the lock at a path, as `find_holder` does."""
     with suppress(OSError), FileIO(path) as file:
         return find_holder(file.fileno())
@@ -362,7 +362,7 @@ def _write_waiter(queue: FileIO, number: int) -> None:
     processes.write_record(queue.fileno(), place, number=number, since=time.time())
 
 
-def waiters(path: Path) -> list[Waiter]:
+def find_waiters(path: Path) -> list[Waiter]:
     """Return the processes that wait for a lock, in the order of their turns."""
     found = []
     with suppress(FileNotFoundError), FileIO(path.with_suffix(".queue")) as queue:
@@ -385,7 +385,7 @@ def _write_number(queue: FileIO, place: int, number: int) -> None:
 
 
 @contextmanager
-def unforked() -> Iterator[None]:
+def no_fork() -> Iterator[None]:
     """Block `os.fork` in other threads during this block; a block that begins during a fork waits for it.
 
     The block must end whatever others do. So it calls no function of a caller, and waits for no other process or
@@ -410,17 +410,17 @@ def unforked() -> Iterator[None]:
 
 
 def is_fork_waiting() -> bool:
-    """Return whether a fork waits for the end of an `unforked` block in another thread."""
+    """Return whether a fork waits for the end of an `no_fork` block in another thread."""
     return _forking
 
 
-def before_fork(closable: Closable) -> None:
+def close_before_fork(closable: Closable) -> None:
     """Register an object whose `close` is called before every fork while the object lives."""
     with _changed:
         _closable.add(closable)
 
 
-def after_fork(forkable: Forkable) -> None:
+def reset_after_fork(forkable: Forkable) -> None:
     """Register an object whose `forked` is called in every forked child while the object lives."""
     _forkable.add(forkable)
 
@@ -434,7 +434,7 @@ def _open_or_create(path: str, _flags: int) -> int:
         os.close(file)
         raise OSError(errno.EINVAL, "it is a second name of another file, which the lock would change: delete it", path)
     if is_new:
-        follow(file, os.stat(os.path.dirname(path)))
+        apply_folder_mode(file, os.stat(os.path.dirname(path)))
     return file
 
 
@@ -454,14 +454,14 @@ def _prepare_fork() -> None:
             _changed.wait(_FORK_POLL_SECONDS)
         except BaseException as error:  # from a signal handler; Python prints it and forks nevertheless
             raised = error
-    _unforked[thread] += 1  # `close` may use `unforked` blocks
+    _unforked[thread] += 1  # `close` may use `no_fork` blocks
     for closable in list(_closable):
         with suppress(Exception):  # the fork must go on
             closable.close()
     _unforked[thread] -= 1
     if not _unforked[thread]:
         del _unforked[thread]
-    _guard.acquire()  # last, because a thread in an `unforked` block may wait for it
+    _guard.acquire()  # last, because a thread in an `no_fork` block may wait for it
     if raised:
         raise raised
 

@@ -17,13 +17,23 @@ from typing import NamedTuple
 
 from cachedb.errors import NotACache, SchemaMismatch
 
-__all__ = ["MARKER", "UNFINISHED", "Marker", "count_links", "identity", "read", "refresh", "renew", "write"]
+__all__ = [
+    "MARKER",
+    "UNFINISHED_MARKER",
+    "Marker",
+    "count_links",
+    "marker_identity",
+    "read",
+    "refresh",
+    "renew",
+    "write",
+]
 
 
 MARKER = "cachedb.json"
 """The name of the marker in the cache directory."""
 
-UNFINISHED = re.compile(r"\.cachedb-[0-9a-f]{16}\.marker")
+UNFINISHED_MARKER = re.compile(r"\.cachedb-[0-9a-f]{16}\.marker")
 """Matches the name of an unfinished marker, which stays if its writer dies."""
 
 _FORMAT = 1  # of the directory: which files are where; the index has its own schema
@@ -153,7 +163,7 @@ def count_links(folder: int, status: os.stat_result) -> int:
     if status.st_nlink == 1:
         return 1
     with os.scandir(folder) as entries:
-        unfinished = [entry for entry in entries if UNFINISHED.fullmatch(entry.name)]
+        unfinished = [entry for entry in entries if UNFINISHED_MARKER.fullmatch(entry.name)]
         return status.st_nlink - sum(entry.inode() == status.st_ino for entry in unfinished)
 
 
@@ -210,7 +220,7 @@ def _read_boot_id() -> str | None:
     return None
 
 
-def identity(folder: int) -> tuple[int, int, int, int] | None:
+def marker_identity(folder: int) -> tuple[int, int, int, int] | None:
     """Return values that change if the marker is replaced or linked; None if there is no marker."""
     try:
         status = os.stat(MARKER, dir_fd=folder, follow_symlinks=False)

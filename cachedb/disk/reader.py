@@ -14,7 +14,7 @@ from cachedb.errors import CacheError, DigestMismatch, NotInCache, os_errors
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 
-__all__ = ["damaged", "document", "open_blob", "open_regular"]
+__all__ = ["damaged_error", "open_blob", "open_regular", "read_small_blob"]
 
 
 def open_blob(directory: Path, digest: Digest) -> BufferedReader:
@@ -32,7 +32,7 @@ def open_blob(directory: Path, digest: Digest) -> BufferedReader:
             raise NotInCache(f"{digest} is not in the cache", name=digest) from None
 
 
-def document(directory: Path, digest: Digest, size: int) -> bytes | None:
+def read_small_blob(directory: Path, digest: Digest, size: int) -> bytes | None:
     """Return the content of a small blob; None if it is large, unreadable or damaged."""
     if size > DOCUMENT_LIMIT:
         return None
@@ -57,7 +57,7 @@ def open_regular(path: str, flags: int) -> int:
     raise OSError(errno.EINVAL, "it is not a regular file", path)
 
 
-def damaged(digest: Digest) -> DigestMismatch:
+def damaged_error(digest: Digest) -> DigestMismatch:
     """Return the error for a blob whose file has the wrong content."""
     return DigestMismatch(
         f"the file of {digest} is damaged, its content has another digest: run `cachedb verify --repair`, "

@@ -14,11 +14,13 @@ from cachedb.disk import downloads
 from cachedb.disk.folders import Folders
 from cachedb.errors import CacheError, StorageError, ignore_os_errors
 
-__all__ = ["NO_ROOM", "RESERVE_BYTES", "Reserve", "is_full"]
+__all__ = ["NO_ROOM_ERRNOS", "RESERVE_BYTES", "Reserve", "is_full"]
 
 T = TypeVar("T")
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # no file can be made or extended; reading may work
+NO_ROOM_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+)  # no file can be made or extended; reading may work
 RESERVE_BYTES = 1024 * 1024
 # SQLite needs two for index.db-wal and index.db-shm, a session needs two, and locks need the rest.
 _RESERVE_INODES = 8
@@ -111,7 +113,7 @@ class Reserve:
                         raise
             freed = False
             with suppress(CacheError), ignore_os_errors():
-                freed = downloads.sweep(self._open_folders(), age=0)
+                freed = downloads.remove_stale_downloads(self._open_folders(), age=0)
             with ignore_os_errors():
                 os.unlink("reserve", dir_fd=self._open_folders().root)
                 freed = True

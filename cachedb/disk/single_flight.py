@@ -21,11 +21,11 @@ from cachedb.disk import byte_locks, locks, processes
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import lock_kind
 from cachedb.disk.processes import Process
-from cachedb.disk.waiting import LOG, Wait, chosen_seconds
+from cachedb.disk.waiting import LOG, Wait, choose_wait_seconds
 from cachedb.errors import CacheError, explain, ignore_os_errors, os_errors
 from cachedb.threads import start
 
-__all__ = ["Claim", "ClaimLost", "check_claim", "claims", "once", "show_progress", "sweep", "unless_made"]
+__all__ = ["Claim", "ClaimLost", "check_claim", "claim_or_find", "list_claims", "show_progress", "sweep", "try_claim"]
 
 
 T = TypeVar("T")
@@ -145,7 +145,7 @@ def _noting_progress(directory: Path, key: str, is_working: Callable[[], bool]) 
 
 
 @contextmanager
-def once(
+def claim_or_find(
     directory: Path,
     key: str,
     find: Callable[[], T | None],
@@ -165,7 +165,7 @@ def once(
         key: names the thing that is wanted.
         find: returns the thing, or None if it does not exist yet.
         sleep: called with seconds while another process produces the thing; it may raise to stop the wait.
-        seconds: how long to wait for a process without progress; None for the default of `chosen_seconds`.
+        seconds: how long to wait for a process without progress; None for the default of `choose_wait_seconds`.
         may_take_over: take the claim from a process that has made no progress for half a minute.
         is_working: called every second, returns whether the block makes progress; None if the block calls
             `show_progress` itself.
@@ -185,9 +185,9 @@ def once(
     try:
         own_paths.add(path)  # before the lock, so that a signal handler does not wait for its own thread
         what = f"make a lock file for {key}"
-        with os_errors(what), Wait(key, chosen_seconds(seconds), lambda: _read_progress(path)) as wait:
+        with os_errors(what), Wait(key, choose_wait_seconds(seconds), lambda: _read_progress(path)) as wait:
             while (lock := _take_claim(path, key)) is None:
-                wait.nap(_POLL_SECONDS, lambda: locks.holder_of(path), sleep)
+                wait.nap(_POLL_SECONDS, lambda: locks.read_holder_of(path), sleep)
                 if may_take_over and wait.stalled_seconds >= _STALLED_SECONDS:
                     _take_over(path, key, wait.seen)
         with ExitStack() as block:
@@ -225,13 +225,13 @@ def _take_over(path: Path, key: str, stalled: object) -> None:
     with suppress(OSError), FileIO(path, "r+") as file:
         status = os.fstat(file.fileno())
         if (status.st_ino, status.st_mtime_ns) == stalled and path.stat().st_ino == status.st_ino:
-            holder = locks.holder(file.fileno())
+            holder = locks.read_holder(file.fileno())
             if _remove(path, file, 0):
                 LOG.warning("taking over %s from %s, which makes no progress", key, holder or processes.UNKNOWN)
 
 
 @contextmanager
-def unless_made(directory: Path, key: str) -> Iterator[bool]:
+def try_claim(directory: Path, key: str) -> Iterator[bool]:
     """Yield whether this thread got the claim on a key; if it did, it keeps the claim during the block."""
     path, own_paths = _claim_path(directory, key), _claims_of_thread()  # another thread may end the block
     if path in own_paths:
@@ -258,7 +258,7 @@ class Claim(NamedTuple):
     since: float  # seconds since 1970
 
 
-def claims(directory: Path) -> list[Claim]:
+def list_claims(directory: Path) -> list[Claim]:
     """Return the claims that are held, the oldest first."""
     found = []
     for name in os.listdir(directory / "locks"):

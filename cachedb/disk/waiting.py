@@ -17,7 +17,7 @@ from typing import Self
 from cachedb.disk.processes import UNKNOWN
 from cachedb.errors import Busy, CacheError
 
-__all__ = ["LOG", "Wait", "chosen_seconds"]
+__all__ = ["LOG", "Wait", "choose_wait_seconds"]
 
 
 LOG = logging.getLogger("cachedb")
@@ -28,7 +28,7 @@ _logged_holders: set[str] = set()  # the holders that threads of this process wa
 os.register_at_fork(after_in_child=_logged_holders.clear)
 
 
-def chosen_seconds(seconds: float | None = None) -> float:
+def choose_wait_seconds(seconds: float | None = None) -> float:
     """Return how many seconds to wait: the argument, else ``CACHEDB_WAIT``, else 60.
 
     Raises:

@@ -22,31 +22,31 @@ from typing import BinaryIO, NamedTuple, Protocol
 from cachedb.arguments import (
     check_readable,
 )
-from cachedb.disk.folders import give
+from cachedb.disk.folders import give_to_folder_owner
 from cachedb.errors import DigestMismatch, StorageError, ignore_os_errors, os_errors
 from cachedb.oci.digests import Digest, parse_digest, split_digest
 from cachedb.progress import Advance
 from cachedb.threads import start
 
 __all__ = [
-    "CHUNK",
-    "WRITTEN_BACK",
+    "CHUNK_BYTES",
+    "WRITE_BACK_BYTES",
     "Content",
     "Data",
     "Hasher",
     "Readable",
     "Received",
     "discard",
-    "hashing",
-    "identity",
+    "file_identity",
+    "hash_chunks",
     "open_data",
     "receive",
     "write_back",
 ]
 
 
-CHUNK = 1024 * 1024  # bytes read, hashed and written at a time
-WRITTEN_BACK = 8 * CHUNK  # bytes written back to the disk at a time
+CHUNK_BYTES = 1024 * 1024  # bytes read, hashed and written at a time
+WRITE_BACK_BYTES = 8 * CHUNK_BYTES  # bytes written back to the disk at a time
 _BUFFER_COUNT = 4  # chunks of one blob in memory: one is read or written while others are hashed
 
 
@@ -115,7 +115,7 @@ def receive(
             with os_errors("write to a download that another process writes to"):
                 fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if target is not None and path is not None and os.geteuid() == 0:
-            give(target, os.stat(os.path.dirname(path)) if folder is None else os.fstat(folder))
+            give_to_folder_owner(target, os.stat(os.path.dirname(path)) if folder is None else os.fstat(folder))
         resumed_from = _hash_existing(target, hashers) if go_on and target is not None else 0
         rest = None if size is None else size - resumed_from
         length = resumed_from + _copy_and_hash(source, target, hashers, rest, progress)
@@ -148,7 +148,7 @@ def _check_partial(file: int) -> None:
 
 def _hash_existing(file: int, hashers: Sequence[Hasher]) -> int:
     """Hash the bytes of a file; return their number, and leave the file position at the end."""
-    buffer, length = memoryview(bytearray(CHUNK)), 0
+    buffer, length = memoryview(bytearray(CHUNK_BYTES)), 0
     with os_errors("read from the cache"):
         while count := os.readv(file, [buffer]):
             length += count
@@ -168,7 +168,7 @@ def discard(path: Path | str, folder: int | None = None) -> None:
         os.unlink(path, dir_fd=folder)
 
 
-def identity(status: os.stat_result) -> tuple[int, int, int]:
+def file_identity(status: os.stat_result) -> tuple[int, int, int]:
     """Return values that change if a file is replaced or written to."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -186,9 +186,9 @@ def _copy_and_hash(
     if limit is None and isinstance(source, BytesIO):
         expected = len(source.getbuffer())
     else:
-        expected = CHUNK if limit is None else limit
-    chunk_size = min(CHUNK, expected + 1)
-    with hashing(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
+        expected = CHUNK_BYTES if limit is None else limit
+    chunk_size = min(CHUNK_BYTES, expected + 1)
+    with hash_chunks(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
         while True:
             chunk = _fill_buffer(source, next(buffers))
             length += len(chunk)
@@ -197,7 +197,7 @@ def _copy_and_hash(
             hash_chunk(chunk)
             if target is not None:
                 _write_chunk(target, chunk)
-                if length - written >= WRITTEN_BACK:
+                if length - written >= WRITE_BACK_BYTES:
                     write_back(target, length - written)
                     written = length
             if progress is not None:
@@ -207,7 +207,7 @@ def _copy_and_hash(
 
 
 @contextmanager
-def hashing(
+def hash_chunks(
     hashers: Sequence[Hasher], size: int, *, beside: bool
 ) -> Iterator[tuple[Iterator[memoryview], Callable[[memoryview], None]]]:
     """Yield buffers to fill, and a function that hashes them in order; all are hashed when the block ends.

@@ -11,12 +11,12 @@ from sqlalchemy import Connection, Select, bindparam, select
 from sqlalchemy.dialects.sqlite import Insert, insert
 
 from cachedb.disk.writer import Received
-from cachedb.index.sqlite.batches import batched
+from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS
 from cachedb.oci.digests import Digest
 
-__all__ = ["set_stored", "size_of", "stored"]
+__all__ = ["read_stored_size", "read_stored_sizes", "set_stored"]
 
 
 def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
@@ -35,15 +35,15 @@ def _upsert_stored() -> Insert:
     )
 
 
-def stored(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
+def read_stored_sizes(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
     """Return the sizes in bytes of the stored blobs among some digests."""
     found: dict[Digest, int] = {}
-    for part in batched(digests):
+    for part in split_batches(digests):
         found.update((Digest(digest), size) for digest, size in connection.execute(_select_stored(), {"digests": part}))
     return found
 
 
-def size_of(database: Database, digest: Digest) -> int | None:
+def read_stored_size(database: Database, digest: Digest) -> int | None:
     """Return a blob's size in bytes, or None if it is not stored."""
     rows = database.rows(_select_size(), {"digest": digest})
     return rows[0][0] if rows else None

@@ -18,12 +18,12 @@ __all__ = [
     "Association",
     "Description",
     "add_labels",
-    "associations",
-    "backfilled",
     "copy",
-    "described_layer",
-    "labels",
+    "read_associations",
+    "read_backfill",
+    "read_labels",
     "select_attributes",
+    "update_layer",
     "write",
 ]
 
@@ -75,7 +75,7 @@ def add_labels(connection: Connection, labels: Mapping[int, Mapping[str, str]]) 
         connection.execute(_insert_labels(), rows)
 
 
-def backfilled(connection: Connection) -> int | None:
+def read_backfill(connection: Connection) -> int | None:
     """Return the last image id whose configs the backfill has read; None if the backfill is complete."""
     return connection.execute(select(BACKFILLS.c.image_id).where(BACKFILLS.c.revision == BACKFILL)).scalar()
 
@@ -128,7 +128,7 @@ def _insert_labels() -> Insert:
 
 
 @cache
-def described_layer() -> Update:
+def update_layer() -> Update:
     """Return the statement that sets the command and the diff id of a layer."""
     update_one = update(IMAGE_BLOBS).where(
         IMAGE_BLOBS.c.image_id == bindparam("of"), IMAGE_BLOBS.c.position == bindparam("at")
@@ -136,7 +136,7 @@ def described_layer() -> Update:
     return update_one.values(diff_id=bindparam("diff_id"), created_by=bindparam("created_by"))
 
 
-def associations(connection: Connection, image_id: int) -> list[Association]:
+def read_associations(connection: Connection, image_id: int) -> list[Association]:
     """Return an image's associations by position."""
     return [Association(*row) for row in connection.execute(_select_associations(), {"of": image_id})]
 
@@ -147,9 +147,9 @@ def copy(connection: Connection, source_id: int, target_id: int) -> None:
     The caller has copied the associations, which include the layers' commands and diff ids.
     """
     row = connection.execute(select_attributes(), {"of": source_id}).one()
-    write(connection, target_id, Description(row._asdict(), labels(connection, source_id), {}, {}))
+    write(connection, target_id, Description(row._asdict(), read_labels(connection, source_id), {}, {}))
 
 
-def labels(connection: Connection, image_id: int) -> dict[str, str]:
+def read_labels(connection: Connection, image_id: int) -> dict[str, str]:
     """Return an image's labels, sorted by key."""
     return {row.key: row.value for row in connection.execute(_select_labels(), {"of": image_id})}

@@ -17,7 +17,7 @@ from cachedb.index.sqlite.inspect import read_journal_mode
 from cachedb.index.sqlite.revision import mismatch, read_objects, read_oldest, read_revision, read_versions
 from cachedb.index.tables import METADATA, REVISION
 
-__all__ = ["Drift", "check", "foreign_objects", "foreign_triggers"]
+__all__ = ["Drift", "check", "find_foreign_objects", "find_foreign_triggers"]
 
 
 class Drift(NamedTuple):
@@ -66,7 +66,7 @@ def check(directory: Path) -> list[Drift]:
     return found
 
 
-def foreign_objects(connection: Connection) -> list[Drift]:
+def find_foreign_objects(connection: Connection) -> list[Drift]:
     """Compare the tables, indexes, triggers and views of an index with the migrations up to its revision.
 
     Of a newer schema, return only the triggers, because this release does not know its other objects.
@@ -77,7 +77,7 @@ def foreign_objects(connection: Connection) -> list[Drift]:
     return [Drift(kind, name, UNKNOWN) for kind, name in sorted(there) if kind == "trigger"]
 
 
-def foreign_triggers(database: Database) -> list[str]:
+def find_foreign_triggers(database: Database) -> list[str]:
     """Return the names of all triggers in an index of this release's schema, which has none of its own."""
     with database.read() as connection:
         if read_revision(connection) != REVISION:

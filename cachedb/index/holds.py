@@ -15,12 +15,12 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select
 
 from cachedb.errors import CacheError, NotInCache
-from cachedb.index.sqlite.batches import batched
+from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.tables import BLOBS, HOLDS, LEASES
 from cachedb.oci.digests import Digest
 from cachedb.text import shorten
 
-__all__ = ["HoldInfo", "add", "forget", "holds", "is_id", "lapsed", "release"]
+__all__ = ["HoldInfo", "add", "forget", "is_id", "read_holds", "read_lapsed", "release"]
 
 
 _LONGEST_HOLD = timedelta(days=36_525)
@@ -63,7 +63,7 @@ def is_id(text: str) -> bool:
     return re.fullmatch("hold-[0-9a-f]{12}", text) is not None
 
 
-def holds(connection: Connection) -> list[HoldInfo]:
+def read_holds(connection: Connection) -> list[HoldInfo]:
     """Return the holds that have not expired, oldest first."""
     query = (
         select(
@@ -100,7 +100,7 @@ def release(connection: Connection, *wanted: str) -> int:
     return len(found)
 
 
-def lapsed(connection: Connection) -> set[str]:
+def read_lapsed(connection: Connection) -> set[str]:
     """Return the sessions (alive or not) and expired holds that have leases."""
     lasting = select(HOLDS.c.id).where(HOLDS.c.id == LEASES.c.session, _is_unexpired()).exists()
     return set(connection.execute(select(LEASES.c.session).where(~lasting).distinct()).scalars())
@@ -108,7 +108,7 @@ def lapsed(connection: Connection) -> set[str]:
 
 def forget(connection: Connection, sessions: Iterable[str]) -> None:
     """Delete the leases of sessions and holds, and the holds themselves."""
-    for part in batched(sessions):
+    for part in split_batches(sessions):
         connection.execute(delete(LEASES).where(LEASES.c.session.in_(part)))
         connection.execute(delete(HOLDS).where(HOLDS.c.id.in_(part)))
 

@@ -35,8 +35,8 @@ from cachedb.errors import (
     NotInCache,
 )
 from cachedb.index import descriptions
-from cachedb.index.records import BlobInfo, BlobRow, Found, ImageInfo
-from cachedb.index.sqlite.batches import batched
+from cachedb.index.records import BlobInfo, BlobRow, ImageInfo, ImageRow
+from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES, UtcTime
 from cachedb.oci.digests import Digest
@@ -48,30 +48,30 @@ from cachedb.oci.manifests import (
 from cachedb.oci.names import Name
 
 __all__ = [
-    "blobs_of",
-    "copied_associations",
+    "copy_associations",
     "count_incomplete",
+    "delete_associations",
     "find",
-    "image",
-    "image_blobs",
-    "images",
-    "incomplete",
+    "find_repositories",
+    "incomplete_error",
     "insert_associations",
+    "insert_image",
+    "insert_images",
     "is_associated",
     "look_up",
     "look_up_all",
     "look_up_blobs",
-    "names",
-    "new_image",
-    "new_images",
+    "look_up_image_blobs",
     "point_name",
+    "read_image",
+    "read_image_blobs",
+    "read_images",
+    "read_names",
+    "read_root",
+    "read_tags",
     "remove",
-    "repositories_with",
-    "root_of",
-    "tags",
+    "select_images_waiting_for",
     "touch",
-    "waiting_for",
-    "without_associations",
 ]
 
 
@@ -91,10 +91,10 @@ _IMAGE_COLUMNS = (
 
 
 _FOUND_COLUMNS = (IMAGES.c.id, IMAGES.c.manifest_id, BLOBS.c.digest, IMAGES.c.media_type, IMAGES.c.some_platforms)
-"""The columns of a `Found`."""
+"""The columns of a `ImageRow`."""
 
 
-def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
+def find(connection: Connection, name: Name, *, exact: bool = False) -> ImageRow:
     """Return an image's row.
 
     Unless ``exact``, ``repository@digest`` also finds an image of the repository whose tag points to the digest.
@@ -106,31 +106,31 @@ def find(connection: Connection, name: Name, *, exact: bool = False) -> Found:
     if found is None and name.digest and not exact:
         values = {"repository": name.repository, "digest": name.digest}
         row = connection.execute(_select_with_manifest(), values).first()
-        found = None if row is None else Found(*row)
+        found = None if row is None else ImageRow(*row)
     if found is None:
         hint = _suggest(connection, name) or "`cachedb ls` lists the images"
         raise NotInCache(f"{name} is not in the cache: {hint}", name=name)
     return found
 
 
-def look_up(connection: Connection, name: Name) -> Found | None:
+def look_up(connection: Connection, name: Name) -> ImageRow | None:
     """Return the row of the image with exactly this name, or None."""
     row = connection.execute(_select_named(), name._asdict()).first()
-    return None if row is None else Found(*row)
+    return None if row is None else ImageRow(*row)
 
 
-def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, Found]:
+def look_up_all(connection: Connection, names: Iterable[Name]) -> dict[Name, ImageRow]:
     """Return the rows of the images that exist, by name."""
     wanted = set(names)
-    found: dict[Name, Found] = {}
-    for part in batched(wanted):
+    found: dict[Name, ImageRow] = {}
+    for part in split_batches(wanted):
         values = {
             "repositories": list({name.repository for name in part}),
             "references": list({name.reference for name in part}),
         }
         for repository, reference, *row in connection.execute(_select_all_named(), values):
             if (name := Name(repository, reference)) in wanted:
-                found[name] = Found(*row)
+                found[name] = ImageRow(*row)
     return found
 
 
@@ -144,7 +144,7 @@ def _suggest(connection: Connection, name: Name) -> str | None:
     return repository and f"did you mean {Name(repository, name.reference)}?"
 
 
-def images(connection: Connection) -> list[ImageInfo]:
+def read_images(connection: Connection) -> list[ImageInfo]:
     """Return all images, sorted by name."""
     contents = select(IMAGE_BLOBS.c.image_id, IMAGE_BLOBS.c.blob_id).distinct().subquery()
     totals = (
@@ -177,7 +177,7 @@ def images(connection: Connection) -> list[ImageInfo]:
     ]
 
 
-def names(database: Database) -> list[Name]:
+def read_names(database: Database) -> list[Name]:
     """Return the names of all images, sorted."""
     return [Name(*row) for row in database.rows(_select_names(), {})]
 
@@ -187,14 +187,14 @@ def _select_names() -> Select[*tuple[Any, ...]]:
     return select(IMAGES.c.repository, IMAGES.c.reference).order_by(IMAGES.c.repository, IMAGES.c.reference)
 
 
-def image(connection: Connection, directory: Path, image_id: int) -> tuple[ImageInfo, list[BlobInfo]]:
+def read_image(connection: Connection, directory: Path, image_id: int) -> tuple[ImageInfo, list[BlobInfo]]:
     """Return an image, and its blobs by position.
 
     Raises:
         DamagedIndex: if the image has no blobs.
     """
     row = connection.execute(_select_image(), {"of": image_id}).one()
-    contents = image_blobs(connection, directory, image_id)
+    contents = read_image_blobs(connection, directory, image_id)
     if not contents:
         raise DamagedIndex("an image has no blobs in the index: find them with `cachedb verify --repair`")
     size = sum({blob.digest: blob.size for blob in contents}.values())
@@ -231,13 +231,13 @@ def _select_with_manifest() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def new_image() -> ReturningInsert[*tuple[Any, ...]]:
+def insert_image() -> ReturningInsert[*tuple[Any, ...]]:
     """Return the statement that inserts an image and returns its id."""
     return insert(IMAGES).returning(IMAGES.c.id)
 
 
 @cache
-def new_images() -> Insert:
+def insert_images() -> Insert:
     """Return the statement that inserts images."""
     return insert(IMAGES)
 
@@ -248,7 +248,7 @@ def _insert_associations() -> Insert:
 
 
 @cache
-def without_associations() -> Delete:
+def delete_associations() -> Delete:
     """Return the statement that deletes the associations of an image."""
     return delete(IMAGE_BLOBS).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
 
@@ -275,7 +275,7 @@ def _update_manifest() -> Update:
 
 
 @cache
-def copied_associations() -> Insert:
+def copy_associations() -> Insert:
     """Return the statement that copies the associations of one image to another."""
     columns = [IMAGE_BLOBS.c[name] for name in _ASSOCIATION_COLUMNS]
     target = bindparam("target", type_=Integer)
@@ -290,7 +290,7 @@ def _select_blob_ids() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def waiting_for() -> Select[*tuple[Any, ...]]:
+def select_images_waiting_for() -> Select[*tuple[Any, ...]]:
     """Return the query for the images that reference one of some manifests or configs."""
     is_manifest = IMAGE_BLOBS.c.role.in_(("manifest", "index"))
     is_config = and_(IMAGE_BLOBS.c.role == "config", IMAGE_BLOBS.c.media_type.in_(CONFIG_TYPES))
@@ -342,12 +342,12 @@ def _select_contents_by_name() -> Select[*tuple[Any, ...]]:
     return joined.where(IMAGES.c.repository == bindparam("repository"), IMAGES.c.reference == bindparam("reference"))
 
 
-def image_blobs(connection: Connection, directory: Path, image_id: int) -> list[BlobInfo]:
+def read_image_blobs(connection: Connection, directory: Path, image_id: int) -> list[BlobInfo]:
     """Return an image's blobs by position."""
     return _to_blob_infos(directory, connection.execute(_select_contents_by_id(), {"of": image_id}))
 
 
-def blobs_of(database: Database, name: Name) -> list[BlobInfo]:
+def look_up_image_blobs(database: Database, name: Name) -> list[BlobInfo]:
     """Return the blobs of the image with exactly this name, by position; empty if there is no such image."""
     return _to_blob_infos(database.directory, database.rows(_select_contents_by_name(), name._asdict()))
 
@@ -370,11 +370,11 @@ def _to_blob_infos(directory: Path, rows: Iterable[Sequence[Any]]) -> list[BlobI
     ]
 
 
-def root_of(connection: Connection, image_id: int) -> Descriptor:
+def read_root(connection: Connection, image_id: int) -> Descriptor:
     """Return the descriptor of an image's manifest or index."""
     query = select(BLOBS.c.digest, BLOBS.c.size, IMAGES.c.media_type).join(BLOBS, BLOBS.c.id == IMAGES.c.manifest_id)
     row = connection.execute(query.where(IMAGES.c.id == image_id)).one()
-    return oci.root(Digest(row.digest), row.size, row.media_type)
+    return oci.root_descriptor(Digest(row.digest), row.size, row.media_type)
 
 
 def point_name(
@@ -394,9 +394,9 @@ def point_name(
     }
     row = look_up(connection, name)
     if row is None:
-        return int(connection.execute(new_image(), {**name._asdict(), **values}).scalar_one()), True
+        return int(connection.execute(insert_image(), {**name._asdict(), **values}).scalar_one()), True
     if row.manifest_id != manifest_id:
-        connection.execute(without_associations(), {"of": row.id})
+        connection.execute(delete_associations(), {"of": row.id})
     connection.execute(_update_manifest(), {"of": row.id, **values})
     return int(row.id), False
 
@@ -404,7 +404,7 @@ def point_name(
 def look_up_blobs(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, BlobRow]:
     """Return the rows of the known blobs among some digests, by digest."""
     found: dict[Digest, BlobRow] = {}
-    for part in batched(digests):
+    for part in split_batches(digests):
         for digest, *row in connection.execute(_select_blobs(), {"digests": part}):
             found[Digest(digest)] = BlobRow(*row)
     return found
@@ -433,14 +433,14 @@ def is_associated(connection: Connection, digest: Digest) -> bool:
     return connection.execute(query.limit(1)).first() is not None
 
 
-def tags(connection: Connection, repository: str) -> list[Name]:
+def read_tags(connection: Connection, repository: str) -> list[Name]:
     """Return the names of a repository's tags, sorted."""
     query = select(IMAGES.c.reference).where(IMAGES.c.repository == repository).order_by(IMAGES.c.reference)
     names = [Name(repository, reference) for reference in connection.execute(query).scalars()]
     return [name for name in names if not name.digest]
 
 
-def repositories_with(connection: Connection, digest: Digest) -> list[str]:
+def find_repositories(connection: Connection, digest: Digest) -> list[str]:
     """Return the repositories of the images that use a blob, sorted."""
     query = (
         select(IMAGES.c.repository)
@@ -467,7 +467,7 @@ def remove(connection: Connection, names: Iterable[Name]) -> set[int]:
     return touched
 
 
-def incomplete(name: Name, contents: Iterable[BlobInfo]) -> IncompleteImage:
+def incomplete_error(name: Name, contents: Iterable[BlobInfo]) -> IncompleteImage:
     """Return the error for an image with missing blobs."""
     missing = [blob for blob in contents if not blob.stored]
     more = f", nor are {len(missing) - 1} more blobs" if len(missing) > 1 else ""

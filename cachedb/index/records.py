@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 
-__all__ = ["BlobInfo", "BlobRow", "Found", "ImageDetails", "ImageInfo", "PlatformInfo"]
+__all__ = ["BlobInfo", "BlobRow", "ImageDetails", "ImageInfo", "ImageRow", "PlatformInfo"]
 
 
 class ImageInfo(NamedTuple):
@@ -86,7 +86,7 @@ class ImageDetails(NamedTuple):
     platforms: list[PlatformInfo]  # the children of its index; empty without an index
 
 
-class Found(NamedTuple):
+class ImageRow(NamedTuple):
     """An image's row."""
 
     id: int

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Connection, func, select
 
-from cachedb.disk.layout import chosen, has_blobs
+from cachedb.disk.layout import choose_directory, has_blobs
 from cachedb.errors import (
     CacheError,
     DamagedIndex,
@@ -43,7 +43,7 @@ from cachedb.index.sqlite.revision import (
     revision_of,
 )
 from cachedb.index.tables import BACKFILLS, IMAGES, REVISION
-from cachedb.threads import told_beside
+from cachedb.threads import report_in_thread
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -125,7 +125,7 @@ def current(directory: Path) -> State:
         NotACache: if the directory is not a cache.
         DamagedIndex: if the index is damaged.
     """
-    with closing(Database(chosen(directory))) as database:
+    with closing(Database(choose_directory(directory))) as database:
         revision = database.reserve.run(database.revision)
         if not revision:
             if error := _lost_index_error(database):
@@ -143,7 +143,7 @@ def history(directory: Path) -> list[Revision]:
     """
     from alembic.script import ScriptDirectory
 
-    with closing(Database(chosen(directory))) as database:
+    with closing(Database(choose_directory(directory))) as database:
         revision = database.reserve.run(database.revision)
     return [
         Revision(
@@ -163,7 +163,7 @@ def check_existing(directory: Path) -> Database:
     Raises:
         NotInCache: if there is no cache.
     """
-    database = Database(chosen(directory))
+    database = Database(choose_directory(directory))
     try:
         has_index = database.path.exists() and database.path.stat().st_size
         # Change nothing in a directory that is not a cache.
@@ -252,9 +252,9 @@ def migrate(
             return
         check_known(database, found)
         report = report_stage("backing up", progress)
-        backup = backups.before_change(database, found, target, report)
+        backup = backups.back_up_before_change(database, found, target, report)
 
-    with told_beside(progress) as report_beside, database.write_schema(back_up) as connection:
+    with report_in_thread(progress) as report_beside, database.write_schema(back_up) as connection:
         try:
             found = read_revision(connection)
             if is_empty(connection):

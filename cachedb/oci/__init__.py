@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cachedb.oci.closure import Closure, among, choose, read_closure, walk
+from cachedb.oci.closure import Closure, choose, choose_among, read_closure, walk
 from cachedb.oci.configs import CONFIG_LIMIT, ImageConfig, parse_config
 from cachedb.oci.manifests import (
     CONFIG_TYPES,
@@ -20,13 +20,13 @@ from cachedb.oci.manifests import (
     Descriptor,
     build_manifest,
     check_media_type,
-    child,
     descriptors,
     is_compressed,
     load_json,
     manifest_media_type,
+    parse_entry,
     role_of,
-    root,
+    root_descriptor,
     subject_of,
 )
 from cachedb.oci.platforms import host_platform, is_for, platform_label
@@ -48,11 +48,10 @@ __all__ = [
     "Closure",
     "Descriptor",
     "ImageConfig",
-    "among",
     "build_manifest",
     "check_media_type",
-    "child",
     "choose",
+    "choose_among",
     "descriptors",
     "host_platform",
     "is_compressed",
@@ -60,10 +59,11 @@ __all__ = [
     "load_json",
     "manifest_media_type",
     "parse_config",
+    "parse_entry",
     "platform_label",
     "read_closure",
     "role_of",
-    "root",
+    "root_descriptor",
     "subject_of",
     "walk",
 ]

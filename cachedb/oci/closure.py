@@ -19,7 +19,7 @@ from cachedb.oci.names import Name
 from cachedb.oci.platforms import host_platform, is_for, platform_label
 from cachedb.text import shorten
 
-__all__ = ["Closure", "among", "choose", "read_closure", "walk"]
+__all__ = ["Closure", "choose", "choose_among", "read_closure", "walk"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Closure:
         root: the manifest or index.
         documents: the exact bytes of the manifests and indexes that were read.
         children: the descriptors in each of the documents, in order, also of children that were not read.
-        made: the digests of the documents that `only` created; they are not stored.
+        made: the digests of the documents that `keep_present` created; they are not stored.
     """
 
     root: Descriptor
@@ -63,7 +63,7 @@ class Closure:
             if blob.digest in self.documents and blob.platform != "unknown/unknown":
                 yield from self._find_images(blob)
 
-    def only(self, present: Container[Digest]) -> Closure:
+    def keep_present(self, present: Container[Digest]) -> Closure:
         """Return a closure whose indexes list only the children that are present; this one if all are.
 
         Args:
@@ -202,6 +202,6 @@ def walk(
             stack.extend(reversed(choose(found) if choose and blob.role == "index" else found))
 
 
-def among(digests: Container[Digest]) -> Callable[[list[Descriptor]], list[Descriptor]]:
+def choose_among(digests: Container[Digest]) -> Callable[[list[Descriptor]], list[Descriptor]]:
     """Return a ``choose`` function that keeps the children among the digests, or all if none is."""
     return lambda children: [child for child in children if child.digest in digests] or children

@@ -32,15 +32,15 @@ __all__ = [
     "Role",
     "build_manifest",
     "check_media_type",
-    "child",
     "descriptors",
     "is_compressed",
     "load_json",
     "manifest_media_type",
+    "parse_entry",
     "read_descriptors",
     "read_media_type",
     "role_of",
-    "root",
+    "root_descriptor",
     "subject_of",
 ]
 
@@ -174,7 +174,7 @@ def read_descriptors(document: object, media_type: str, what: str) -> list[Descr
     if media_type in INDEX_TYPES:
         if "config" in document or "layers" in document:
             raise InvalidManifest(f"{what} is an index, but has config or layers")
-        return [child(entry, what) for entry in _get_list(document, "manifests", what)]
+        return [parse_entry(entry, what) for entry in _get_list(document, "manifests", what)]
     if "manifests" in document:
         raise InvalidManifest(f"{what} is an image manifest, but has manifests")
     config = _parse_descriptor(document.get("config"), "config", f"the config in {what}")
@@ -204,14 +204,14 @@ def _parse_descriptor(value: object, role: str, what: str) -> Descriptor:
     return Descriptor(digest, size, check_media_type(value.get("mediaType"), what), role)
 
 
-def child(value: object, what: str) -> Descriptor:
+def parse_entry(value: object, what: str) -> Descriptor:
     """Return an entry of an index as a descriptor with its platform (image-index.md)."""
     child = _parse_descriptor(value, "other", f"an entry of {what}")
     assert isinstance(value, dict)
     return child._replace(role=role_of(child.media_type), platform=platform_label(value.get("platform")))
 
 
-def root(digest: Digest, size: int, media_type: str) -> Descriptor:
+def root_descriptor(digest: Digest, size: int, media_type: str) -> Descriptor:
     """Return the descriptor of a manifest or index that nothing else references."""
     return Descriptor(digest, size, media_type, role_of(media_type))
 

@@ -31,25 +31,25 @@ from cachedb.errors import (
     ignore_os_errors,
     os_errors,
 )
-from cachedb.index.images import image_blobs, look_up, look_up_all
-from cachedb.index.images import images as stored_images
+from cachedb.index.images import look_up, look_up_all, read_image_blobs
+from cachedb.index.images import read_images as stored_images
 from cachedb.index.records import ImageInfo
-from cachedb.index.sqlite.batches import batched
+from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
-from cachedb.progress import Advance, Progress, summed
+from cachedb.progress import Advance, Progress, sum_progress
 from cachedb.threads import in_threads
 from cachedb.transports.json_cache import (
     LeftOut,
-    OldBlobs,
     OldCache,
+    OldFile,
     OldImage,
     UnreadableEntry,
-    is_good,
+    is_intact,
     open_bounded,
     read_blobs,
-    role_and_media_type,
+    read_role_and_media_type,
 )
 
 __all__ = ["HOWS", "Adoption", "How", "adopt"]
@@ -101,7 +101,7 @@ class _Adopter:
         self, database: Database, session: Session, old: OldCache, how: How, progress: Progress | None
     ) -> None:
         self._database, self._session, self._old, self._how = database, session, old, how
-        self._advance = summed(sum(old.blobs.values()), progress)
+        self._advance = sum_progress(sum(old.blobs.values()), progress)
         self._guard = threading.Lock()
         self._counted: set[Digest] = set()  # blobs already counted in the progress
         self._unreported = 0  # bytes of stored blobs that are not yet reported to `_advance`
@@ -120,7 +120,7 @@ class _Adopter:
         used = len(self._new)
         done = self._here | self._bad.keys() | self._unwanted
         rest = (digest for digest in self._old.blobs if digest not in done)
-        for part in batched(rest, _BATCH):
+        for part in split_batches(rest, _BATCH):
             self._adopt_part([], self._advance, part)
         reported = {item.digest for item in self._left_out}
         for digest, (kind, detail) in self._bad.items():
@@ -170,7 +170,7 @@ class _Adopter:
 
     def _look_up_names(self) -> Iterator[tuple[Name, bool]]:
         """Yield each name and whether this cache has it; the names are looked up in batches for speed."""
-        for names in batched(self._old.manifests):
+        for names in split_batches(self._old.manifests):
             with self._database.read() as connection:
                 here = look_up_all(connection, names)
             yield from ((name, name in here) for name in names)
@@ -185,7 +185,7 @@ class _Adopter:
             self._leave_out("exists", image.name, detail)
             self._unwanted.update(image.wanted)
             return True
-        contents = image_blobs(connection, self._database.directory, found.id)
+        contents = read_image_blobs(connection, self._database.directory, found.id)
         if not {blob.digest for blob in contents if blob.stored}.issuperset([image.digest, *image.wanted]):
             return False
         self._names.add(image.name)
@@ -250,9 +250,9 @@ class _Adopter:
             with open_bounded(path) as file:
                 size = os.fstat(file).st_size
 
-                def source() -> OldBlobs:
+                def source() -> OldFile:
                     os.lseek(file, 0, os.SEEK_SET)
-                    return OldBlobs(file)
+                    return OldFile(file)
 
                 if self._how == "copy":
                     found = publish.receive(self._session, source(), digest=digest, size=size, progress=advance)
@@ -288,7 +288,7 @@ class _Adopter:
         """Attach blobs to a saved image that no manifest references, and record its missing blobs."""
         for digest, entry in image.attached.items():
             if digest in self._here:
-                attached = (image.name, digest, *role_and_media_type(entry))
+                attached = (image.name, digest, *read_role_and_media_type(entry))
                 attach(connection, self._database.directory, *attached)
         self._names.add(image.name)
         for digest in image.wanted:
@@ -304,7 +304,7 @@ class _Adopter:
                 continue
             with self._database.read() as connection:
                 found = look_up(connection, name)
-                contents = image_blobs(connection, self._database.directory, found.id) if found else []
+                contents = read_image_blobs(connection, self._database.directory, found.id) if found else []
                 if found and {blob.digest for blob in contents if blob.stored}.issuperset(read_blobs(entry)):
                     self._names.add(name)
                     continue
@@ -315,10 +315,10 @@ class _Adopter:
         """Delete the adopted files from the older cache, including those of an interrupted adoption."""
         ours = self._database.directory
         with self._database.read() as connection:
-            stored = publish.intact(connection, ours, self._old.paths)
+            stored = publish.find_intact(connection, ours, self._old.paths)
         with os_errors("delete the adopted files"):
             for digest in stored:
-                if digest in self._new or is_good(ours, digest):
+                if digest in self._new or is_intact(ours, digest):
                     self._old.remove(self._old.paths[digest])
             for name, path in self._old.manifests.items():
                 if name in self._names:

@@ -1,8 +1,8 @@
 """Copy a cache as of one moment, even while other processes use it.
 
 All stored blobs are leased first, so that no collection deletes one. The index is copied in one read transaction, which
-begins under the write lock. The copied index has the name `UNFINISHED` until all blobs are copied. Then it is renamed
-to ``index.db``, and the destination is a cache. The next attempt deletes the leftovers of an interrupted one.
+begins under the write lock. The copied index has the name `UNFINISHED_INDEX` until all blobs are copied. Then it is
+renamed to ``index.db``, and the destination is a cache. The next attempt deletes the leftovers of an interrupted one.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from cachedb.content import publish
 from cachedb.content.session import Hold, Session
 from cachedb.disk import layout, locks, writer
 from cachedb.disk.durable import sync_file, sync_folder
-from cachedb.disk.file_system import refuse_shared
+from cachedb.disk.file_system import explain_shared
 from cachedb.disk.folders import BLOB_FOLDERS
-from cachedb.disk.layout import UNFINISHED, blob_file
+from cachedb.disk.layout import UNFINISHED_INDEX, blob_file
 from cachedb.disk.writer import Readable
 from cachedb.errors import CacheError, DamagedIndex, DigestMismatch, NotACache, StorageError, os_errors
-from cachedb.index.blobs import stored
+from cachedb.index.blobs import read_stored_sizes
 from cachedb.index.sqlite import backups
-from cachedb.index.sqlite.batches import batched
+from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import find_faults
 from cachedb.index.tables import BLOBS, HOLDS, IMAGES, LEASES, TRASH
 from cachedb.oci.digests import Digest
-from cachedb.progress import Advance, Progress, summed
+from cachedb.progress import Advance, Progress, sum_progress
 from cachedb.threads import in_threads
 
 __all__ = ["Copied", "copy"]
@@ -104,14 +104,14 @@ def _prepare_destination(directory: Path, source: Path) -> Iterator[Path]:
     """Yield an empty file for the index in a new or empty directory; undo all changes if the block fails."""
     if directory.resolve().is_relative_to(source.resolve()):
         raise NotACache(f"{str(directory)!r} is inside the cache: name a directory elsewhere")
-    if reason := refuse_shared(directory):
+    if reason := explain_shared(directory):
         raise StorageError(reason)
     new_folders = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for folder in new_folders:
         sync_folder(folder.parent)
     _check_destination(directory)
-    staged = directory / UNFINISHED
+    staged = directory / UNFINISHED_INDEX
     lock = locks.acquire(staged, wait=False)
     if lock is None:
         raise CacheError(f"another process is copying into {str(directory)!r}: wait for it or name another directory")
@@ -150,8 +150,8 @@ def _check_destination(directory: Path) -> None:
     if "index.db" in entries:
         raise NotACache(f"{str(directory)!r} is a cache already: name a new or empty directory")
     unknown = set(entries)
-    if UNFINISHED in entries and _is_leftover(directory / UNFINISHED):
-        unknown -= {UNFINISHED, *(f"{UNFINISHED}-{suffix}" for suffix in _SUFFIXES)}
+    if UNFINISHED_INDEX in entries and _is_leftover(directory / UNFINISHED_INDEX):
+        unknown -= {UNFINISHED_INDEX, *(f"{UNFINISHED_INDEX}-{suffix}" for suffix in _SUFFIXES)}
         if "blobs" in entries and entries["blobs"].is_dir(follow_symlinks=False):
             unknown.remove("blobs")
     if unknown:
@@ -176,11 +176,11 @@ def _delete_leftovers(directory: Path) -> None:
     Raises:
         NotACache: if there is a file that no copy creates.
     """
-    _empty_index(directory / UNFINISHED)
+    _empty_index(directory / UNFINISHED_INDEX)
     for suffix in _SUFFIXES:
-        (directory / f"{UNFINISHED}-{suffix}").unlink(missing_ok=True)
+        (directory / f"{UNFINISHED_INDEX}-{suffix}").unlink(missing_ok=True)
     if (directory / "blobs").exists():
-        found, strays = layout.on_disk(directory)
+        found, strays = layout.list_blob_files(directory)
         if strays:
             raise NotACache(f"{str(strays[0])!r} is not a blob: name a new or empty directory")
         for digest in found:
@@ -217,9 +217,9 @@ def _lease_stored(database: Database, session: Session, leased: list[Hold]) -> N
     """
     with database.read() as connection:
         found = _read_stored_sizes(connection)
-    for part in batched(found.keys() - _leased_digests(leased), _LEASES_PER_WRITE):
+    for part in split_batches(found.keys() - _leased_digests(leased), _LEASES_PER_WRITE):
         with database.write() as connection:
-            leased.append(session.lease(connection, stored(connection, part)))
+            leased.append(session.lease(connection, read_stored_sizes(connection, part)))
 
 
 def _leased_digests(leased: list[Hold]) -> set[Digest]:
@@ -257,7 +257,7 @@ def _clean_index(copied: Database) -> tuple[dict[Digest, int], int]:
             image_count = connection.execute(select(func.count()).select_from(IMAGES)).scalar_one()
     finally:
         copied.close()
-    if copied.path.with_name(f"{UNFINISHED}-wal").exists():
+    if copied.path.with_name(f"{UNFINISHED_INDEX}-wal").exists():
         raise StorageError(f"{str(copied.path)!r} is in use by another program: close it and copy again")
     sync_file(copied.path)
     return wanted, image_count
@@ -286,7 +286,7 @@ def _copy_blobs(
 
     # Large blobs first, so that all threads finish at about the same time.
     order = sorted(wanted, key=lambda digest: -wanted[digest])
-    in_threads(copy_one, order, summed(sum(wanted.values()), progress))
+    in_threads(copy_one, order, sum_progress(sum(wanted.values()), progress))
     return how
 
 

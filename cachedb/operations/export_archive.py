@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cachedb.content.documents import read_closure, read_document
-from cachedb.content.held import held
+from cachedb.content.held import hold_images
 from cachedb.content.session import Session
 from cachedb.errors import CacheError
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.names import Name
-from cachedb.progress import Progress, summed
+from cachedb.progress import Progress, sum_progress
 from cachedb.text import shorten
 from cachedb.transports.archive.entries import list_entries
 from cachedb.transports.archive.formats import FORMATS
@@ -39,14 +39,14 @@ def export_archive(
     if link and format != "oci-dir":
         raise CacheError("only a folder can have links: use the format oci-dir, or leave out --link")
     read = partial(read_document, database.directory)
-    with held(database, session, name) as ((info, blobs),):
+    with hold_images(database, session, name) as ((info, blobs),):
         closure = read_closure(database.directory, name, info, blobs)
         if platform is not None or format == "docker-archive":
             closure = closure.for_platform(name, platform, read)
         else:
-            closure = closure.only({blob.digest for blob in blobs})
+            closure = closure.keep_present({blob.digest for blob in blobs})
         files = list_entries(name, closure, format)
-        advance = summed(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
+        advance = sum_progress(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
         if format != "oci-dir":
             write_tar(database.directory, files, destination, advance)
         elif isinstance(destination, Path):

@@ -20,7 +20,7 @@ from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
-from cachedb.progress import Advance, Progress, summed
+from cachedb.progress import Advance, Progress, sum_progress
 from cachedb.threads import in_threads
 from cachedb.transports.archive import files, model
 from cachedb.transports.archive.read import read_images
@@ -41,7 +41,7 @@ def import_archive(
     """Import the images of an archive, as `Cache.cache_from_tar` does."""
     if link and not (isinstance(source, Path) and (source.is_dir() or not source.exists())):
         raise CacheError("only an image layout folder can be imported with links: leave out --link")
-    max_bytes = files.max_unpacked() if max_unpacked is None else max_unpacked
+    max_bytes = files.read_max_unpacked() if max_unpacked is None else max_unpacked
     with files.open_files(source, session.new_file, max_bytes) as opened_files:
         return _import(database, session, read_images(opened_files, name), progress, max_bytes, link=link)
 
@@ -70,7 +70,7 @@ def _import(
             for image, (digest, media_type) in zip(found, roots, strict=True)
             for name in image.names
         ]
-        return [images.image(connection, database.directory, image_id)[0] for image_id in dict.fromkeys(ids)]
+        return [images.read_image(connection, database.directory, image_id)[0] for image_id in dict.fromkeys(ids)]
 
     return publish.receive_and_save(database, session, digests, receive, save_all)
 
@@ -122,7 +122,7 @@ def _receive(
 
     # Large blobs first, so that all threads finish at about the same time.
     order = sorted(wanted.values(), key=lambda blob: -blob.size)
-    in_threads(receive, order, summed(sum(blob.size for blob in order), progress))
+    in_threads(receive, order, sum_progress(sum(blob.size for blob in order), progress))
 
 
 def _find_root(session: Session, image: model.ArchivedImage, received: dict[object, Received]) -> tuple[Digest, str]:

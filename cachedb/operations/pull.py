@@ -30,13 +30,13 @@ from cachedb.errors import (
     ignore_os_errors,
 )
 from cachedb.index import images
-from cachedb.index.blobs import stored
+from cachedb.index.blobs import read_stored_sizes
 from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
-from cachedb.operations.pull_source import AT_ONCE, Root, Source
-from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, summed
+from cachedb.operations.pull_source import PARALLEL_DOWNLOADS, Root, Source
+from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, sum_progress
 from cachedb.text import shorten
 from cachedb.threads import in_threads
 
@@ -94,7 +94,7 @@ def pull(
 
     source.release_claim()
     # A waiting process may take over from one without progress; then both continue and wait for each other's blobs.
-    with single_flight.once(
+    with single_flight.claim_or_find(
         database.directory, source.key, find, seconds=database.wait_seconds, may_take_over=True, is_working=None
     ) as found:
         return found or work.run(allow_stale)
@@ -137,8 +137,8 @@ class _Pull:
             found = images.look_up(connection, self._name)
             if found is None:
                 return None
-            info, contents = images.image(connection, self._database.directory, found.id)
-            root = images.root_of(connection, found.id)
+            info, contents = images.read_image(connection, self._database.directory, found.id)
+            root = images.read_root(connection, found.id)
             known = {blob.digest for blob in contents if blob.stored}
             with suppress(InvalidManifest, NotInCache):
                 closure = save.closure(connection, self._database.directory, root, self._source.choose)
@@ -158,8 +158,8 @@ class _Pull:
     def _read_stored(self, digest: Digest) -> bytes | None:
         """Return a manifest's bytes if it is stored and intact, else None."""
         with self._database.read() as connection:
-            size = stored(connection, [digest]).get(digest)
-        return None if size is None else reader.document(self._database.directory, digest, size)
+            size = read_stored_sizes(connection, [digest]).get(digest)
+        return None if size is None else reader.read_small_blob(self._database.directory, digest, size)
 
     def _read_child(self, blob: Descriptor) -> bytes:
         """Return the bytes of an index's child."""
@@ -179,8 +179,8 @@ class _Pull:
             rest = sorted(
                 (blob for digest, blob in wanted.items() if digest not in known), key=lambda blob: -blob.size
             )  # large blobs first, so that all threads finish at about the same time
-            advance = summed(sum(blob.size for blob in rest), self._progress)
-            in_threads(self._fetch, rest, advance, threads=AT_ONCE, stop=self._source.stop)
+            advance = sum_progress(sum(blob.size for blob in rest), self._progress)
+            in_threads(self._fetch, rest, advance, threads=PARALLEL_DOWNLOADS, stop=self._source.stop)
 
         def save_all(connection: Connection) -> ImageInfo:
             for hold in self._holds:
@@ -192,12 +192,12 @@ class _Pull:
                 self._name,
                 root.digest,
                 root.media_type,
-                oci.among(among) if among and top.role == "index" else None,
+                oci.choose_among(among) if among and top.role == "index" else None,
             )
             for blob in attached:
                 role = blob.role if blob.role in ("manifest", "index") else "other"
                 save.attach(connection, self._database.directory, self._name, blob.digest, role, blob.media_type)
-            info = images.image(connection, self._database.directory, image_id)[0]
+            info = images.read_image(connection, self._database.directory, image_id)[0]
             if not self._has_wanted_platform(top, info):
                 asked = shorten(self._platform)
                 raise NotInCache(f"{self._name} is not for platform {asked}, but for {info.platform}", name=self._name)
@@ -229,7 +229,8 @@ class _Pull:
         if isinstance(error, StorageError) and is_full(error):
             self._source.stop_early_downloads()  # they would continue to write
             with suppress(CacheError), ignore_os_errors():
-                downloads.sweep(self._database.folders, age=0)  # free space matters more than a later resume
+                # Free space matters more than a later resume.
+                downloads.remove_stale_downloads(self._database.folders, age=0)
 
     def _find_referrers(self, closure: list[Descriptor]) -> list[Descriptor]:
         """Return the blobs of the referrers (signatures, SBOMs) of a closure, and of their own referrers."""
@@ -280,7 +281,7 @@ class _Pull:
         found = images.look_up(connection, self._name)
         if found is None or found.digest != digest:
             return set()
-        contents = images.image_blobs(connection, self._database.directory, found.id)
+        contents = images.read_image_blobs(connection, self._database.directory, found.id)
         return {blob.digest for blob in contents if blob.stored}
 
     def _fetch(self, blob: Descriptor, advance: Advance) -> None:
@@ -319,8 +320,8 @@ class _Pull:
             done += new
             advance(new)
 
-        key = downloads.key_of(blob.digest)
-        with single_flight.once(
+        key = downloads.claim_key(blob.digest)
+        with single_flight.claim_or_find(
             directory,
             key,
             find,
@@ -337,7 +338,7 @@ class _Pull:
             path, content = partial_path(directory, blob.digest), self._source.download(blob, count)
             try:
                 single_flight.check_claim(directory, key)
-                received = publish.take(self._session, path, content)
+                received = publish.receive_download(self._session, path, content)
             except single_flight.ClaimLost:
                 advance(-done)
                 raise

@@ -38,10 +38,10 @@ from cachedb.threads import Once, in_threads, start, stop_thread
 from cachedb.transports.registry.places import mirrors, place
 from cachedb.transports.registry.repository import Repository
 
-__all__ = ["AT_ONCE", "Root", "Source"]
+__all__ = ["PARALLEL_DOWNLOADS", "Root", "Source"]
 
 
-AT_ONCE = 4  # parallel downloads
+PARALLEL_DOWNLOADS = 4  # parallel downloads
 _MANIFEST_BYTES = 64 * 1024 * 1024  # the limit for all manifests of an image, which are kept in memory
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class Root(NamedTuple):
     @property
     def descriptor(self) -> Descriptor:
         """The root as a descriptor."""
-        return oci.root(self.digest, len(self.data), self.media_type)
+        return oci.root_descriptor(self.digest, len(self.data), self.media_type)
 
 
 class Source:
@@ -213,7 +213,7 @@ class Source:
         """Download a verified and durable blob into ``ingest/partial``.
 
         It comes from the first repository that has it. An interrupted download resumes. The caller must have the claim
-        on the blob (`downloads.key_of`).
+        on the blob (`downloads.claim_key`).
 
         Raises:
             RegistryError: if the registry refuses or fails.
@@ -221,7 +221,7 @@ class Source:
             StorageError: if the file cannot be written.
             ClaimLost: if another process has taken over the download because it was too slow.
         """
-        path, key = partial_path(self._directory, blob.digest), downloads.key_of(blob.digest)
+        path, key = partial_path(self._directory, blob.digest), downloads.claim_key(blob.digest)
         if failure := self._failed.pop(blob.digest, None):
             raise failure
         if (mark := self._complete.get(blob.digest)) and mark == _fingerprint(path):
@@ -245,7 +245,7 @@ class Source:
                 folders = Folders(self._directory)
                 folders.make("ingest/partial")
                 folder = stack.enter_context(folders.open("ingest/partial"))  # a link is refused
-            has_part = downloads.begun(folder, path.name, blob.size)
+            has_part = downloads.find_resumable_bytes(folder, path.name, blob.size)
             try:
                 return ask(folder)
             except DigestMismatch:
@@ -284,7 +284,7 @@ class Source:
             if (
                 (self._directory / "index.db").exists()
                 and self._is_ours()
-                and self._claim.enter_context(single_flight.unless_made(self._directory, self.key))
+                and self._claim.enter_context(single_flight.try_claim(self._directory, self.key))
             ):
                 self._thread = threading.Thread(target=self._begin, daemon=True)
                 start(self._thread)  # if it cannot start, the pull does all the work
@@ -312,7 +312,7 @@ class Source:
             )
             absent = {blob.digest: blob for blob in closure if blob.role not in ("manifest", "index")}
             large_first = sorted(absent.values(), key=lambda blob: -blob.size)
-            in_threads(self._begin_download, large_first, lambda _: None, threads=AT_ONCE)
+            in_threads(self._begin_download, large_first, lambda _: None, threads=PARALLEL_DOWNLOADS)
 
     def _read_new_child(self, blob: Descriptor) -> bytes | None:
         return None if self._has_file(blob.digest) else self.child(blob, lambda _: None)
@@ -323,7 +323,7 @@ class Source:
         try:
             with (
                 suppress(CacheError, OSError),
-                single_flight.unless_made(self._directory, downloads.key_of(blob.digest)) as is_claimed,
+                single_flight.try_claim(self._directory, downloads.claim_key(blob.digest)) as is_claimed,
             ):
                 if is_claimed and not self._has_file(blob.digest):
                     try:
@@ -359,7 +359,7 @@ def _download(
 ) -> Content:
     """Download a blob from one repository to a file in an open folder, resuming a partial file."""
     look(False)
-    done = downloads.begun(folder, file, blob.size)
+    done = downloads.find_resumable_bytes(folder, file, blob.size)
     advance(done)
 
     def count(new: int) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from cachedb import oci
 from cachedb.content.documents import read_closure, read_document
-from cachedb.content.held import held
+from cachedb.content.held import hold_images
 from cachedb.content.session import Session
 from cachedb.errors import IncompleteImage, InvalidName
 from cachedb.index import images
@@ -23,8 +23,8 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
-from cachedb.operations.push_target import AT_ONCE, Outcome, Target
-from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, summed
+from cachedb.operations.push_target import PARALLEL_UPLOADS, Outcome, Target
+from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, sum_progress
 from cachedb.threads import in_threads
 
 __all__ = ["Pushed", "push", "push_image"]
@@ -89,15 +89,15 @@ def push(
 
     def repositories(digest: Digest) -> list[str]:
         with database.read() as connection:
-            return images.repositories_with(connection, digest)
+            return images.find_repositories(connection, digest)
 
     def send(blob: Descriptor, advance: Advance) -> tuple[Outcome, int]:
         report = blob_reporter(blob.digest, blob.size, blob_progress, advance)
         return target.send(blob, repositories, report), blob.size
 
     rest = sorted(parts.values(), key=lambda blob: -blob.size)
-    advance = summed(sum(blob.size for blob in rest), progress)
-    done = in_threads(send, rest, advance, threads=AT_ONCE, stop=repository.stop)
+    advance = sum_progress(sum(blob.size for blob in rest), progress)
+    done = in_threads(send, rest, advance, threads=PARALLEL_UPLOADS, stop=repository.stop)
     references = {
         digest: [child.digest for child in oci.descriptors(data, wanted[digest].media_type)]
         for digest, data in documents.items()
@@ -171,7 +171,7 @@ def push_image(
         blob_progress: called with the progress of each blob.
     """
     read = partial(read_document, database.directory)
-    with held(database, session, source) as ((info, blobs),):
+    with hold_images(database, session, source) as ((info, blobs),):
         closure = read_closure(database.directory, source, info, blobs)
         if platform is not None:
             closure = closure.for_platform(source, platform, read)

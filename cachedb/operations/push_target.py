@@ -17,7 +17,7 @@ from typing import Literal, Self
 
 from cachedb import oci
 from cachedb.disk.layout import REVISION
-from cachedb.disk.reader import document, open_blob
+from cachedb.disk.reader import open_blob, read_small_blob
 from cachedb.errors import (
     IncompleteImage,
     InvalidName,
@@ -27,7 +27,7 @@ from cachedb.errors import (
     StorageError,
     ignore_os_errors,
 )
-from cachedb.index.sqlite.peek import CONTENTS, REPOSITORIES, look
+from cachedb.index.sqlite.peek import CONTENTS, REPOSITORIES, query_index
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
@@ -36,7 +36,7 @@ from cachedb.threads import Once, in_threads, start, stop_thread
 from cachedb.transports.registry.places import place
 from cachedb.transports.registry.repository import Repository
 
-__all__ = ["AT_ONCE", "Outcome", "Repositories", "Target"]
+__all__ = ["PARALLEL_UPLOADS", "Outcome", "Repositories", "Target"]
 
 
 Outcome = Literal["uploaded", "mounted", "existing"]
@@ -45,7 +45,7 @@ Outcome = Literal["uploaded", "mounted", "existing"]
 Repositories = Callable[[Digest], Iterable[str]]
 """Returns the repositories of the images in the cache that use a blob."""
 
-AT_ONCE = 4  # parallel uploads
+PARALLEL_UPLOADS = 4  # parallel uploads
 _SOURCES = 3  # repositories to try to mount a blob from
 _POLL_SECONDS = 0.05  # between checks of another thread's progress
 
@@ -167,7 +167,7 @@ class Target:
         # A damaged index may cause any error; opening the cache reports it. `send` reports blobs that fail.
         with suppress(Exception):
             blobs = sorted(self._read_contents(source), key=lambda blob: -blob.size)
-            in_threads(self._begin_upload, blobs, lambda _: None, threads=AT_ONCE)
+            in_threads(self._begin_upload, blobs, lambda _: None, threads=PARALLEL_UPLOADS)
 
     def _read_contents(self, source: Name) -> Iterable[Descriptor]:
         """Return the configs and layers of an image.
@@ -177,7 +177,7 @@ class Target:
             IncompleteImage: if one of its blobs is missing.
         """
         # With another schema this finds no rows; opening the cache reports that.
-        rows = look(self._directory, CONTENTS, source.repository, source.reference, REVISION)
+        rows = query_index(self._directory, CONTENTS, source.repository, source.reference, REVISION)
         if not rows or self.name.digest not in (None, rows[0][0]):
             raise NotInCache(str(source), name=source)
         if not all(stored for *_, stored in rows):
@@ -185,7 +185,7 @@ class Target:
         held = {Digest(digest) for *_, digest, _ in rows}
 
         def read(blob: Descriptor) -> bytes:
-            data = document(self._directory, blob.digest, blob.size)
+            data = read_small_blob(self._directory, blob.digest, blob.size)
             if data is None:
                 raise IncompleteImage(str(source))
             return data
@@ -196,7 +196,9 @@ class Target:
             return children
 
         digest, size, media_type, *_ = rows[0]
-        closure = {blob.digest: blob for blob in oci.walk(oci.root(Digest(digest), size, media_type), read, choose)}
+        closure = {
+            blob.digest: blob for blob in oci.walk(oci.root_descriptor(Digest(digest), size, media_type), read, choose)
+        }
         return [blob for blob in closure.values() if blob.role not in ("manifest", "index")]
 
     def _begin_upload(self, blob: Descriptor, _advance: Advance) -> None:
@@ -210,7 +212,7 @@ class Target:
 
     def _find_repositories(self, digest: Digest) -> list[str]:
         with suppress(StorageError):
-            return [repository for (repository,) in look(self._directory, REPOSITORIES, digest)]
+            return [repository for (repository,) in query_index(self._directory, REPOSITORIES, digest)]
         return []
 
 

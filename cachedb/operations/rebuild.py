@@ -65,7 +65,7 @@ def rebuild(database: Database, folder: Path) -> list[str]:
     with os_errors("rebuild the index"), database.alone() as write_turn:
         if not find_faults(database):
             return []
-        files, _ = layout.on_disk(database.directory)
+        files, _ = layout.list_blob_files(database.directory)
         salvage, notes = _collect_salvage(database)
         with closing(Database(folder)) as new:
             upgrade.prepare(new)
@@ -83,7 +83,7 @@ def _collect_salvage(database: Database) -> tuple[Salvage, list[str]]:
         notes = [f"some {what} may be lost: not all of them could be read from the index" for what in found.losses]
     if found.has_all_images:
         return found, notes
-    for path in backups.newest_first(database.directory):
+    for path in backups.list_backups(database.directory):
         with closing(Database(database.directory, path)) as other:
             backup = _read_index(other)
         if backup.has_all_images:
@@ -171,7 +171,7 @@ def _write_index(connection: Connection, directory: Path, files: dict[Digest, in
             with connection.begin_nested():
                 if image.digest in files:
                     _check_manifest(directory, image.digest, files[image.digest])
-                save.restore(connection, directory, name, image)
+                save.restore_image(connection, directory, name, image)
         except (CacheError, IntegrityError) as error:
             has_all = False
             reason = error.orig if isinstance(error, IntegrityError) else error
@@ -209,7 +209,7 @@ def name_unnamed(connection: Connection, directory: Path, files: dict[Digest, in
     now, names = datetime.now(UTC), []
     for digest, media_type in _find_unnamed(connection, directory, files):
         names.append(Name(RECOVERED, digest))
-        save.restore(connection, directory, names[-1], save.SavedImage(digest, media_type, now, now, None, []))
+        save.restore_image(connection, directory, names[-1], save.SavedImage(digest, media_type, now, now, None, []))
     return names
 
 
@@ -219,7 +219,7 @@ def _check_manifest(directory: Path, digest: Digest, size: int) -> None:
     Raises:
         InvalidManifest: if the blob is not a manifest.
     """
-    data = reader.document(directory, digest, size)
+    data = reader.read_small_blob(directory, digest, size)
     if data is not None:
         descriptors(data, manifest_media_type(data))
     elif size > DOCUMENT_LIMIT:
@@ -236,7 +236,7 @@ def _find_unnamed(connection: Connection, directory: Path, files: dict[Digest, i
     for digest, size in files.items():
         if digest in used:
             continue
-        data = reader.document(directory, digest, size)
+        data = reader.read_small_blob(directory, digest, size)
         if data is None or not data.lstrip().startswith(b"{"):
             continue
         with suppress(InvalidManifest):

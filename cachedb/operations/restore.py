@@ -13,7 +13,7 @@ from cachedb.content.session import Session
 from cachedb.disk import layout, writer
 from cachedb.disk.durable import copy_to_new
 from cachedb.disk.folders import FOLDERS, Folders
-from cachedb.disk.layout import chosen
+from cachedb.disk.layout import choose_directory
 from cachedb.errors import (
     DamagedIndex,
     NotACache,
@@ -22,7 +22,7 @@ from cachedb.errors import (
     os_errors,
 )
 from cachedb.index import blobs, schema
-from cachedb.index.drift import foreign_objects
+from cachedb.index.drift import find_foreign_objects
 from cachedb.index.images import count_incomplete
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
@@ -34,7 +34,7 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 from cachedb.operations import upgrade
 from cachedb.operations.rebuild import insert_rows, read_rows
-from cachedb.text import cut
+from cachedb.text import truncate
 
 __all__ = ["Restored", "restore"]
 
@@ -56,7 +56,7 @@ def restore(directory: Path, file: Path) -> Restored:
         SchemaMismatch: if the schema of the backup, or of the current index, is too new for this release.
         StorageError: if the backup cannot be read, or the cache cannot be written.
     """
-    database = Database(chosen(directory))
+    database = Database(choose_directory(directory))
     if not is_ours(database.directory) and not has_our_mark(database):
         raise NotACache(f"{str(directory)!r} is not a cache: restore a backup into the directory it was made of")
     with os_errors("mark the cache"):
@@ -128,12 +128,12 @@ def _refuse_foreign_objects(new: Database, file: Path) -> None:
     A trigger could change what cachedb writes.
     """
     with new.look() as connection:
-        foreign = foreign_objects(connection) if read_revision(connection) else []
+        foreign = find_foreign_objects(connection) if read_revision(connection) else []
     if foreign:
         found = ", ".join(f"{kind} {name!r}: {detail}" for kind, name, detail in foreign)
         advice = "drop it from a copy of the backup" if {schema.UNKNOWN} == {drift.detail for drift in foreign} else ""
         raise NotACache(
-            f"{str(file)!r} was changed by another program, and was not restored: {cut(found, 300)}: "
+            f"{str(file)!r} was changed by another program, and was not restored: {truncate(found, 300)}: "
             + (advice or "restore another backup")
         )
 
@@ -149,7 +149,7 @@ def _refuse_newer(database: Database) -> None:
 def _match_cache(connection: Connection, database: Database) -> Restored:
     """Make a restored index match the blobs on disk and the current holds and leases; return the counts."""
     directory = database.directory
-    files, _ = layout.on_disk(directory)
+    files, _ = layout.list_blob_files(directory)
     rows = {
         Digest(digest): size
         for digest, size in connection.execute(

@@ -16,7 +16,7 @@ from cachedb.errors import (
     CacheError,
     SchemaMismatch,
     StorageError,
-    callers_own,
+    mark_callers_errors,
     os_errors,
 )
 from cachedb.index import descriptions
@@ -91,7 +91,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
         return found if found == REVISION else None
 
     # Of many processes one migrates; the others wait here and not at the write lock, so they delay no writer.
-    with single_flight.once(database.directory, "schema", find, seconds=database.wait_seconds) as found:
+    with single_flight.claim_or_find(database.directory, "schema", find, seconds=database.wait_seconds) as found:
         if found is None:
             migrate(database)
     if upgrade:
@@ -116,7 +116,7 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
         StorageError: if the disk is too full, before anything is changed.
     """
     check_functions(progress=progress)
-    progress = progress and callers_own(progress)
+    progress = progress and mark_callers_errors(progress)
     with closing(check_existing(directory)) as database:
         target = resolve_revision(revision)
         found = check_known(database, database.revision())
@@ -144,7 +144,7 @@ def downgrade(directory: Path, revision: str, *, progress: Progress | None = Non
         StorageError: if the disk is too full, before anything is changed.
     """
     check_functions(progress=progress)
-    progress = progress and callers_own(progress)
+    progress = progress and mark_callers_errors(progress)
     with closing(check_existing(directory)) as database:
         found = check_known(database, database.revision())
         if found > REVISION:
@@ -175,7 +175,7 @@ def back_up(directory: Path, file: Path | None = None, *, progress: Progress | N
         StorageError: if the file cannot be written.
     """
     check_functions(progress=progress)
-    progress = progress and callers_own(progress)
+    progress = progress and mark_callers_errors(progress)
     with closing(check_existing(directory)) as database:
         if file is not None:
             file = file.absolute()
@@ -218,13 +218,13 @@ def _read_configs(database: Database, progress: Progress | None) -> list[Unread]
     done, finished = 0, False
     while not finished:
         with database.read() as connection:
-            begin = descriptions.backfilled(connection)
+            begin = descriptions.read_backfill(connection)
             if begin is None:
                 break  # another process may have finished it
             last, digests = _select_batch(connection, begin)
-        known = describe.read_ahead(database.directory, digests)
+        known = describe.read_configs(database.directory, digests)
         with database.write() as connection:
-            if descriptions.backfilled(connection) != begin:
+            if descriptions.read_backfill(connection) != begin:
                 continue  # another process has done this batch
             query = select(IMAGES.c.id, IMAGES.c.repository, IMAGES.c.reference).where(
                 IMAGES.c.id > begin, IMAGES.c.id <= last
@@ -248,7 +248,7 @@ def _select_batch(connection: Connection, begin: int) -> tuple[int, set[Digest]]
     query = select(IMAGES.c.id).where(IMAGES.c.id > begin).order_by(IMAGES.c.id).limit(_BATCH)
     last, digests, size = begin, set[Digest](), 0
     for image_id in connection.execute(query).scalars().all():
-        found = describe.stored(connection, image_id)
+        found = describe.find_stored_configs(connection, image_id)
         size += sum(found.values())
         if size > _BATCH_BYTES and last > begin:
             break

@@ -21,25 +21,25 @@ from typing import NamedTuple
 from sqlalchemy import Connection, delete, insert, select, update
 
 from cachedb.content import collect, describe, save
-from cachedb.content.session import Session, half_published
+from cachedb.content.session import Session, find_unfinished_digests
 from cachedb.disk.durable import copy_to_new, sync_folder
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import (
     blob_path,
     is_received,
     is_session,
+    list_blob_files,
     lock_kind,
-    on_disk,
     partial_digest,
     quarantine_path,
     trash_digest,
 )
 from cachedb.disk.reader import open_regular
-from cachedb.disk.writer import CHUNK, Received, identity
+from cachedb.disk.writer import CHUNK_BYTES, Received, file_identity
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers, os_errors
 from cachedb.index import drift, images
-from cachedb.index.blobs import set_stored, stored
-from cachedb.index.sqlite.batches import batched
+from cachedb.index.blobs import read_stored_sizes, set_stored
+from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import find_faults, read_journal_mode
 from cachedb.index.sqlite.prepare import accept_copy
@@ -48,7 +48,7 @@ from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 from cachedb.oci.names import Name
 from cachedb.operations import rebuild
-from cachedb.progress import Advance, Progress, summed
+from cachedb.progress import Advance, Progress, sum_progress
 from cachedb.threads import in_threads
 
 __all__ = ["KINDS", "Problem", "Verification", "verify"]
@@ -135,7 +135,7 @@ def _verify(
         lost = rebuild.rebuild(database, session.new_folder())
         problems = [problem._replace(repair="the index was rebuilt") for problem in problems]
         problems += [Problem("index", None, database.path, line, None) for line in lost]
-    files, strays = on_disk(database.directory)
+    files, strays = list_blob_files(database.directory)
     if problems and not repair:
         # A damaged index cannot be trusted, but files can still be checked against their names.
         readings = {} if quick else _hash_files(database.directory, files, progress)
@@ -150,7 +150,7 @@ def _verify(
     problems += _check_strays(database, strays, repair=repair)
     problems += _find_foreign_files(database.directory)
     problems += [Problem("orphan", None, path, f"it cannot be removed: {reason}", None) for path, reason in left]
-    for part in batched(sorted(suspects)):
+    for part in split_batches(sorted(suspects)):
         problems += _check_again(database, {digest: readings.get(digest) for digest in part}, repair=repair)
     if repair and suspects:
         collect.empty_trash(database)
@@ -173,7 +173,7 @@ def _check_settings(database: Database, *, repair: bool) -> Iterator[Problem]:
                 done = "it is in WAL mode again"
         detail = f"its journal mode is {mode!r}, not WAL: readers and writers block each other"
         yield Problem("index", None, database.path, detail, done)
-    for trigger in drift.foreign_triggers(database):
+    for trigger in drift.find_foreign_triggers(database):
         # Never drop it: somebody may have created it on purpose.
         detail = f"no migration creates the trigger {trigger!r}, which may change what cachedb writes: drop it"
         yield Problem("index", None, database.path, detail, None)
@@ -195,11 +195,11 @@ def _hash_files(directory: Path, files: dict[Digest, int], progress: Progress | 
     """Hash files in several threads; skip files that were deleted meanwhile."""
 
     def read(digests: list[Digest], advance: Advance) -> list[tuple[Digest, Reading]]:
-        buffer = memoryview(bytearray(CHUNK))
+        buffer = memoryview(bytearray(CHUNK_BYTES))
         found = ((digest, _hash_file(blob_path(directory, digest), digest, buffer, advance)) for digest in digests)
         return [(digest, reading) for digest, reading in found if reading]
 
-    parts = in_threads(read, _group_files(files), summed(sum(files.values()), progress))
+    parts = in_threads(read, _group_files(files), sum_progress(sum(files.values()), progress))
     return {digest: reading for part in parts for digest, reading in part}
 
 
@@ -208,7 +208,7 @@ def _group_files(files: dict[Digest, int]) -> Iterator[list[Digest]]:
     part: list[Digest] = []
     for digest in sorted(files, key=lambda digest: -files[digest]):
         part.append(digest)
-        if len(part) == _FILES_PER_TASK or files[digest] > CHUNK:
+        if len(part) == _FILES_PER_TASK or files[digest] > CHUNK_BYTES:
             yield part
             part = []
     if part:
@@ -221,9 +221,9 @@ def _hash_file(path: Path, digest: Digest, buffer: memoryview, advance: Advance)
     hasher, size = hashlib.new(algorithm), 0
     read = (0, 0, 0)
     try:
-        read = identity(path.lstat())  # for a file that cannot be opened
+        read = file_identity(path.lstat())  # for a file that cannot be opened
         with open(path, "rb", buffering=0, opener=open_regular) as file:
-            read = identity(os.fstat(file.fileno()))
+            read = file_identity(os.fstat(file.fileno()))
             while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
                 size += count
@@ -247,15 +247,15 @@ def _check_again(database: Database, suspects: dict[Digest, Reading | None], *, 
     """
     problems = []
     with database.read() if database.read_only else database.write() as connection:
-        rows = stored(connection, suspects)
+        rows = read_stored_sizes(connection, suspects)
         # Unfinished publications and collections have files without a row, which their process or the next open fixes.
-        in_transit = half_published(database.directory)
+        in_transit = find_unfinished_digests(database.directory)
         collected = select(TRASH.c.digest).where(TRASH.c.digest.in_(suspects))
         in_transit.update(map(Digest, connection.execute(collected).scalars()))
         for digest, reading in suspects.items():
             path = blob_path(database.directory, digest)
             status = _read_status(path)
-            if reading and (status is None or reading.file != identity(status)):
+            if reading and (status is None or reading.file != file_identity(status)):
                 reading = None  # the file was replaced since it was read
             if digest in in_transit and digest not in rows:
                 continue
@@ -319,7 +319,7 @@ def _mark_missing(connection: Connection, _directory: Path, digest: Digest, _rea
 def _quarantine(connection: Connection, directory: Path, digest: Digest, _reading: Reading | None) -> str:
     path = blob_path(directory, digest)
     kept = quarantine_path(directory, digest.replace(":", "-"))
-    if digest not in stored(connection, [digest]):
+    if digest not in read_stored_sizes(connection, [digest]):
         _move_to_quarantine(directory, path, kept)
     else:
         # The file keeps its first name until the change of its row is committed; then the trash takes it.
@@ -444,7 +444,7 @@ def _check_images(database: Database, bad: set[Digest], *, repair: bool) -> Iter
 
 
 def _has_bad_manifest(connection: Connection, directory: Path, image_id: int, bad: set[Digest]) -> bool:
-    contents = images.image_blobs(connection, directory, image_id)
+    contents = images.read_image_blobs(connection, directory, image_id)
     return any(blob.digest in bad and blob.role in ("manifest", "index") for blob in contents)
 
 
@@ -454,16 +454,16 @@ def _compare_image(connection: Connection, directory: Path, image_id: int, bad: 
     if name is None:
         return []  # removed meanwhile
     image = Name(*name)
-    root = images.root_of(connection, image_id)
-    if root.digest not in stored(connection, [root.digest]):
+    root = images.read_root(connection, image_id)
+    if root.digest not in read_stored_sizes(connection, [root.digest]):
         return []  # without the manifest there is nothing to compare
 
     def problem(digest: Digest, detail: str) -> Problem:
         return Problem("index", digest, blob_path(directory, digest), f"{image}: {detail}", None)
 
     problems = []
-    contents = images.image_blobs(connection, directory, image_id)
-    choose = save.choice(connection, image_id)
+    contents = images.read_image_blobs(connection, directory, image_id)
+    choose = save.platform_choice(connection, image_id)
     try:
         closure = save.closure(connection, directory, root, choose)
     except NotInCache:
@@ -482,6 +482,6 @@ def _compare_image(connection: Connection, directory: Path, image_id: int, bad: 
         if sizes.get(blob.digest, blob.size) != blob.size:
             detail = f"{blob.digest} has {sizes[blob.digest]} bytes, but {blob.size} in the manifest"
             problems.append(problem(blob.digest, detail))
-    if not describe.agrees(connection, directory, image_id):
+    if not describe.matches_configs(connection, directory, image_id):
         problems.append(problem(root.digest, "its description in the index differs from its config"))
     return problems

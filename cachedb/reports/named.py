@@ -17,10 +17,10 @@ from cachedb.errors import InvalidQuery, NotInCache, os_errors
 
 __all__ = [
     "Report",
-    "folder",
-    "load",
-    "number",
-    "reports",
+    "find_report_folder",
+    "list_reports",
+    "load_report",
+    "parse_number",
 ]
 
 
@@ -37,11 +37,11 @@ class Report(NamedTuple):
     query: str  # SQL
     path: Path
 
-    def wanted(self) -> list[str]:
+    def list_parameters(self) -> list[str]:
         """Return the parameters as ``name`` or ``name=default``."""
         return [name if value is None else f"{name}={value}" for name, value in self.parameters.items()]
 
-    def values(self, given: Mapping[str, str]) -> dict[str, int | float | str]:
+    def fill_parameters(self, given: Mapping[str, str]) -> dict[str, int | float | str]:
         """Return a value for each parameter.
 
         Args:
@@ -51,17 +51,17 @@ class Report(NamedTuple):
             InvalidQuery: if a parameter has no value, or a given parameter does not exist.
         """
         values = {**{key: value for key, value in self.parameters.items() if value is not None}, **given}
-        known = ", ".join(self.wanted()) or "none"
+        known = ", ".join(self.list_parameters()) or "none"
         for key in given:
             if key not in self.parameters:
                 raise InvalidQuery(f"the report {self.name!r} has no parameter {key!r}: it has {known}")
         for key in self.parameters:
             if key not in values:
                 raise InvalidQuery(f"the report {self.name!r} needs a value for {key!r}: give one with -p {key}=VALUE")
-        return {key: number(value) for key, value in values.items()}
+        return {key: parse_number(value) for key, value in values.items()}
 
 
-def number(text: str) -> int | float | str:
+def parse_number(text: str) -> int | float | str:
     """Convert a text to a number if that keeps its exact form; ``1.10``, ``007`` and ``nan`` stay text."""
     for kind in (int, float):
         with suppress(ValueError):
@@ -70,7 +70,7 @@ def number(text: str) -> int | float | str:
     return text
 
 
-def folder() -> Path:
+def find_report_folder() -> Path:
     """Return the folder of the user's reports: ``CACHEDB_REPORTS``, else a default folder."""
     if named := os.environ.get("CACHEDB_REPORTS"):
         return Path(named)
@@ -79,7 +79,7 @@ def folder() -> Path:
     return Path(platformdirs.user_config_dir("cachedb")) / "reports"
 
 
-def reports() -> list[Report]:
+def list_reports() -> list[Report]:
     """Return all named reports, sorted by name.
 
     Raises:
@@ -87,21 +87,21 @@ def reports() -> list[Report]:
     """
     paths = {
         path.stem: path
-        for directory in (_BUILT_IN_FOLDER, folder())
+        for directory in (_BUILT_IN_FOLDER, find_report_folder())
         for path in directory.glob("*.sql")
         if path.is_file()
     }
     return [_read_report(paths[name]) for name in sorted(paths)]
 
 
-def load(name: str) -> Report:
+def load_report(name: str) -> Report:
     """Return the report of this name.
 
     Raises:
         NotInCache: if there is no such report.
         StorageError: if its file cannot be read.
     """
-    for directory in (folder(), _BUILT_IN_FOLDER):
+    for directory in (find_report_folder(), _BUILT_IN_FOLDER):
         path = directory / f"{name}.sql"
         if name and os.sep not in name and path.is_file():
             return _read_report(path)

@@ -18,8 +18,16 @@ from sqlalchemy import Connection, text
 
 from cachedb.reports import usage
 from cachedb.reports.treemap import lay_out_treemap
-from cachedb.reports.words import AGES, Row, clean_text, fetch_rows, find_age, format_count, format_platform
-from cachedb.text import human, short
+from cachedb.reports.words import (
+    AGE_DAYS,
+    Row,
+    build_age_expression,
+    clean_text,
+    fetch_rows,
+    format_count,
+    format_platform,
+)
+from cachedb.text import format_size, shorten_digest
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -44,7 +52,7 @@ def render(connection: Connection, directory: Path) -> str:
     """
     now = datetime.now(UTC)
     repositories = fetch_rows(connection, "SELECT * FROM repository_usage ORDER BY size DESC, repository")
-    age, limits = find_age("last_used_at", now)
+    age, limits = build_age_expression("last_used_at", now)
     ages = fetch_rows(
         connection,
         f"""
@@ -58,7 +66,7 @@ def render(connection: Connection, directory: Path) -> str:
     return _load_template().render(
         directory=str(directory),
         now=now,
-        ages=AGES,
+        ages=AGE_DAYS,
         rows=_TABLE_ROWS,
         totals=totals,
         tiles=lay_out_treemap(connection, totals, repositories, ages, now),
@@ -104,17 +112,17 @@ def _load_template() -> Template:
         count=format_count,
         exact=lambda size: f"{size:,} bytes",
         grouped=lambda number: f"{number:,}",
-        human=human,
+        format_size=format_size,
         platform=format_platform,
         policy=_make_policy,
-        short=short,
+        shorten_digest=shorten_digest,
     )
     return environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
 
 
 def _fetch_totals(connection: Connection, repositories: Sequence[Row], ages: Sequence[Row]) -> dict[str, int]:
     """Return the totals; each stored blob is unique, shared, held or garbage."""
-    found, saved = usage.shares(connection)
+    found, saved = usage.measure_shares(connection)
     totals = {
         "repositories": len(repositories),
         "images": sum(row.images for row in ages),
@@ -166,7 +174,7 @@ def _fetch_uses(connection: Connection, ages: Sequence[Row], now: datetime) -> l
 
     The age is the time since the last use. A blob of several images has the age of the image that was used last.
     """
-    age, limits = find_age("used", now)
+    age, limits = build_age_expression("used", now)
     sizes = {
         row.age: row
         for row in fetch_rows(
@@ -186,7 +194,7 @@ def _fetch_uses(connection: Connection, ages: Sequence[Row], now: datetime) -> l
         )
     }
     found = []
-    for number in range(len(AGES) + 1):
+    for number in range(len(AGE_DAYS) + 1):
         images = sum(row.images for row in ages if row.age == number)
         size = sizes[number].size if number in sizes else 0
         freed = sum(row.freed for other, row in sizes.items() if other >= number)

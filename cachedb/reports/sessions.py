@@ -15,7 +15,7 @@ from cachedb.disk import locks, processes, single_flight
 from cachedb.disk.processes import Process
 from cachedb.errors import os_errors
 
-__all__ = ["Activity", "SessionInfo", "sessions"]
+__all__ = ["Activity", "SessionInfo", "list_sessions"]
 
 
 _KINDS = {"blob ": "download", "pull ": "pull"}  # the kind of activity, by the prefix of a claim's key
@@ -40,7 +40,7 @@ class SessionInfo(NamedTuple):
     doing: list[Activity]
 
 
-def sessions(directory: Path) -> list[SessionInfo]:
+def list_sessions(directory: Path) -> list[SessionInfo]:
     """Return the processes that have a session or an activity, oldest first.
 
     Args:
@@ -90,10 +90,10 @@ def _list_activities(directory: Path) -> list[tuple[Process | None, Activity]]:
     with suppress(FileNotFoundError):
         since = lock.stat().st_mtime
         if locks.is_held(lock):
-            found.append((locks.find_holder_of(lock), Activity("write", "", _to_utc(since))))
-    for waiter in locks.waiters(lock):
+            found.append((locks.find_holder_at(lock), Activity("write", "", _to_utc(since))))
+    for waiter in locks.find_waiters(lock):
         found.append((waiter.process, Activity("wait", "for the write lock", _to_utc(waiter.since))))
-    for claim in single_flight.claims(directory):
+    for claim in single_flight.list_claims(directory):
         kind = next((kind for prefix, kind in _KINDS.items() if claim.key.startswith(prefix)), "produce")
         name = claim.key if kind == "produce" else claim.key.partition(" ")[2]
         found.append((claim.process, Activity(kind, name, _to_utc(claim.since))))

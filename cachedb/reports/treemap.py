@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import Connection
 
-from cachedb.reports.words import Row, clean_text, fetch_rows, format_age, format_command, format_count
-from cachedb.text import cut, short
+from cachedb.reports.words import Row, clean_text, fetch_rows, find_age_group, format_command, format_count
+from cachedb.text import shorten_digest, truncate
 
 __all__ = ["lay_out_treemap"]
 
@@ -139,7 +139,7 @@ def _make_blob_tiles(connection: Connection, min_bytes: int) -> dict[tuple[str, 
         if blob.repositories > 1:
             where += f" of {blob.repositories:,} repositories"
         detail = "\n".join(filter(None, (clean_text(blob.created_by or ""), blob.digest, where)))
-        name = format_command(blob.created_by) or blob.role or short(blob.digest)
+        name = format_command(blob.created_by) or blob.role or shorten_digest(blob.digest)
         found[place].append(Tile(name, blob.size, place[0], detail))
     return found
 
@@ -159,7 +159,7 @@ def _make_image_tiles(
         "FROM image_usage WHERE unique_size >= :min_bytes",
         min_bytes=min_bytes,
     ):
-        kind = f"age{format_age(image.last_used_at, now)}"
+        kind = f"age{find_age_group(image.last_used_at, now)}"
         detail = f"{clean_text(image.name)}\nonly in this image\nlast used {image.last_used_at[:10]}"
         layers = blobs["image", image.repository, image.reference]
         tile = Tile(clean_text(image.reference), image.unique_size, kind, detail, layers)
@@ -224,5 +224,5 @@ def _lay_out(tiles: list[Tile], width: float, height: float, scale: float, depth
         letters = int((box.width - 12) / (8 if depth == 1 else 6.6))
         needed = (22, 22 if box.y > 20 else 40, 60)[depth - 1]
         if letters >= min(len(tile.name), 6) and box.height >= needed:
-            tile.label = cut(tile.name, letters)
+            tile.label = truncate(tile.name, letters)
         _lay_out(tile.inside, box.width, box.height, scale, depth + 1)

@@ -18,7 +18,7 @@ from cachedb.index.images import count_incomplete
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES
 
-__all__ = ["ImageUsage", "Share", "Stats", "Usage", "shares", "stats", "usage"]
+__all__ = ["ImageUsage", "Share", "Stats", "Usage", "count_totals", "measure_shares", "measure_usage"]
 
 
 # The inner query reads the index on the blobs of associations in order. One result row needs no GROUP BY and its sort.
@@ -83,7 +83,7 @@ class Usage(NamedTuple):
     image_usage: list[ImageUsage]  # empty unless requested
 
 
-def shares(connection: Connection) -> tuple[dict[str, Share], int]:
+def measure_shares(connection: Connection) -> tuple[dict[str, Share], int]:
     """Return how many blobs are stored, in all and by use, and the bytes that sharing saves."""
     stored, used, held = (
         connection.exec_driver_sql(query).one() for query in (_STORED_QUERY, _USED_QUERY, _HELD_QUERY)
@@ -107,7 +107,7 @@ def _subtract(share: Share, other: Share) -> Share:
     return Share(share.blobs - other.blobs, share.size - other.size)
 
 
-def usage(database: Database, *, by_image: bool = False) -> Usage:
+def measure_usage(database: Database, *, by_image: bool = False) -> Usage:
     """Return the disk usage of a cache.
 
     Args:
@@ -118,7 +118,7 @@ def usage(database: Database, *, by_image: bool = False) -> Usage:
         StorageError: if a folder of the cache cannot be read.
     """
     with database.read() as connection:
-        found, saved_size = shares(connection)
+        found, saved_size = measure_shares(connection)
         images = int(connection.exec_driver_sql("SELECT count(*) FROM images").scalar_one())
         incomplete = count_incomplete(connection)
         listed = [_make_image_usage(row) for row in connection.exec_driver_sql(_BY_IMAGE_QUERY)] if by_image else []
@@ -169,7 +169,7 @@ class Stats(NamedTuple):
     reclaimable_size: int  # bytes of those
 
 
-def stats(database: Database) -> Stats:
+def count_totals(database: Database) -> Stats:
     """Return the totals of a cache."""
     with database.read() as connection:
         size = func.sum(BLOBS.c.size).filter(BLOBS.c.stored_at.is_not(None))
@@ -177,7 +177,7 @@ def stats(database: Database) -> Stats:
         known, blob_count, total_size = connection.execute(totals).one()
         # Counting incomplete images and unreferenced blobs is slow. These cheap counts show whether there are any.
         used = connection.execute(select(func.count(IMAGE_BLOBS.c.blob_id.distinct()))).scalar_one()
-        reclaimable = collect.unreferenced(connection) if used < known else Collected(0, 0)
+        reclaimable = collect.sum_unreferenced(connection) if used < known else Collected(0, 0)
         return Stats(
             manifest_count=connection.execute(select(func.count()).select_from(IMAGES)).scalar_one(),
             blob_count=blob_count,

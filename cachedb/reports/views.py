@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cachedb.index.sqlite.database import Database
 
-__all__ = ["View", "views"]
+__all__ = ["View", "list_views"]
 
 
 class View(NamedTuple):
@@ -19,7 +19,7 @@ class View(NamedTuple):
     definition: str  # SQL
 
 
-def views(database: Database) -> list[View]:
+def list_views(database: Database) -> list[View]:
     """Return the views sorted by name, each with the description from its SQL."""
     found = []
     with database.read() as connection:

@@ -8,15 +8,15 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
-from cachedb.text import cut, printable
+from cachedb.text import printable, truncate
 
 __all__ = [
-    "AGES",
+    "AGE_DAYS",
     "Row",
+    "build_age_expression",
     "clean_text",
     "fetch_rows",
-    "find_age",
-    "format_age",
+    "find_age_group",
     "format_command",
     "format_count",
     "format_platform",
@@ -24,7 +24,7 @@ __all__ = [
 
 
 _TEXT_CHARACTERS: Final = 160  # the shown part of an untrusted text; queries read 200 characters
-AGES: Final = (7, 30, 90, 180)  # days since the last use, where one age group ends and the next begins
+AGE_DAYS: Final = (7, 30, 90, 180)  # days since the last use, where one age group ends and the next begins
 
 Row = Any  # a row of SQLAlchemy, with the columns of a view as attributes
 
@@ -41,7 +41,7 @@ def format_count(number: int, noun: str, nouns: str = "") -> str:
 
 def clean_text(words: str, length: int = _TEXT_CHARACTERS) -> str:
     """Shorten an untrusted text and escape its control characters, which could reorder the displayed text."""
-    return printable(cut(words, length))
+    return printable(truncate(words, length))
 
 
 def format_command(created_by: str | None) -> str:
@@ -57,16 +57,16 @@ def format_platform(row: Row) -> str:
     return clean_text("/".join(filter(None, (row.os, row.architecture, row.variant)))) or "unknown, or several"
 
 
-def format_age(last_used_at: str, now: datetime) -> int:
+def find_age_group(last_used_at: str, now: datetime) -> int:
     """Return the number of the age group that a time belongs to; 0 is the most recent."""
-    return sum(last_used_at < _format_time(now - timedelta(days=days)) for days in AGES)
+    return sum(last_used_at < _format_time(now - timedelta(days=days)) for days in AGE_DAYS)
 
 
-def find_age(column: str, now: datetime) -> tuple[str, dict[str, str]]:
+def build_age_expression(column: str, now: datetime) -> tuple[str, dict[str, str]]:
     """Return an SQL expression that computes the age group of a column, and its parameters."""
-    cases = " ".join(f"WHEN {column} >= :limit{age} THEN {age}" for age in range(len(AGES)))
-    limits = {f"limit{age}": _format_time(now - timedelta(days=days)) for age, days in enumerate(AGES)}
-    return f"CASE {cases} ELSE {len(AGES)} END", limits
+    cases = " ".join(f"WHEN {column} >= :limit{age} THEN {age}" for age in range(len(AGE_DAYS)))
+    limits = {f"limit{age}": _format_time(now - timedelta(days=days)) for age, days in enumerate(AGE_DAYS)}
+    return f"CASE {cases} ELSE {len(AGE_DAYS)} END", limits
 
 
 def _format_time(time: datetime) -> str:

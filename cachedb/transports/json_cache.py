@@ -37,14 +37,14 @@ from cachedb.text import shorten
 __all__ = [
     "KINDS",
     "LeftOut",
-    "OldBlobs",
     "OldCache",
+    "OldFile",
     "OldImage",
     "UnreadableEntry",
-    "is_good",
+    "is_intact",
     "open_bounded",
     "read_blobs",
-    "role_and_media_type",
+    "read_role_and_media_type",
 ]
 
 
@@ -92,7 +92,7 @@ class OldCache:
         self.left_out: list[LeftOut] = []
         self.damage: str | None = None
         self.entries = self._read_index()
-        self.blobs, strays = layout.on_disk(directory) if (directory / "blobs").exists() else ({}, [])
+        self.blobs, strays = layout.list_blob_files(directory) if (directory / "blobs").exists() else ({}, [])
         self.left_out += [LeftOut("stray", None, None, path, "it is not a blob") for path in strays]
         self.paths = {digest: blob_file(directory, digest) for digest in self.blobs}
         self.manifests = dict(self._find_manifests())
@@ -223,7 +223,7 @@ class OldCache:
         if name.digest not in (None, digest):
             raise DigestMismatch(f"the manifest should have digest {name.digest}, and has {digest}")
         media_type = oci.manifest_media_type(data)
-        root = oci.root(digest, len(data), media_type)
+        root = oci.root_descriptor(digest, len(data), media_type)
         closure = list(oci.walk(root, lambda blob: data if blob is root else self.read_child(blob)))
         attached = read_blobs(self.entries.get(name, {}))
         for blob in closure:
@@ -244,7 +244,7 @@ class OldImage(NamedTuple):
     attached: dict[Digest, dict[str, Any]]  # the index entries of its blobs that no manifest references
 
 
-class OldBlobs:
+class OldFile:
     """An open file of the older cache."""
 
     def __init__(self, file: int) -> None:
@@ -290,7 +290,7 @@ def _read(path: Path | str, limit: int = DOCUMENT_LIMIT) -> bytes:
             return os.pread(file, size, 0)
 
 
-def is_good(directory: Path, digest: Digest) -> bool:
+def is_intact(directory: Path, digest: Digest) -> bool:
     """Return whether a blob of this cache matches its digest, which reads all of it."""
     try:
         with reader.open_blob(directory, digest) as file, os_errors("read a blob"):
@@ -316,7 +316,7 @@ def read_blobs(entry: dict[str, Any]) -> dict[Digest, dict[str, Any]]:
     return found
 
 
-def role_and_media_type(entry: dict[str, Any]) -> tuple[str, str]:
+def read_role_and_media_type(entry: dict[str, Any]) -> tuple[str, str]:
     """Return the role and media type in the index entry of a blob that no manifest references."""
     media_type = entry.get("media_type") or "application/octet-stream"
     with suppress(InvalidManifest):

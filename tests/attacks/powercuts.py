@@ -72,7 +72,7 @@ class Lane:
         self,
         do: Callable[[], object],
         *,
-        images: Mapping[str, make.Made | None] | None = None,
+        images: Mapping[str, make.ImageContent | None] | None = None,
         attached: tuple[str, bytes] | None = None,
         loose: Iterable[bytes] = (),
         missing: Iterable[bytes] = (),
@@ -117,7 +117,7 @@ def known(
     return Known(dict(images), frozenset(closures.union(loose).difference(missing)))
 
 
-def saved(images: dict[str, make.Made]) -> Known:
+def saved(images: dict[str, make.ImageContent]) -> Known:
     """Return the state after these images were saved."""
     return known({name: (made.digest, frozenset(made.blobs)) for name, made in images.items()})
 
@@ -147,13 +147,13 @@ class Opened:
     def adding(self, data: bytes) -> Callable[[], object]:
         return lambda: self.cache.add_blob(data)
 
-    def saving_manifest(self, name: str, made: make.Made) -> Callable[[], object]:
+    def saving_manifest(self, name: str, made: make.ImageContent) -> Callable[[], object]:
         return lambda: self.cache.save_manifest(name, made.manifest)
 
     def importing(self, name: str) -> Callable[[], object]:
         return lambda: self.cache.cache_from_tar(self.archive(name))
 
-    def writing_layout(self, name: str, made: make.Made) -> Callable[[], object]:
+    def writing_layout(self, name: str, made: make.ImageContent) -> Callable[[], object]:
         """Return a step that writes a layout like another program, without a sync."""
         return lambda: make.write(self._directory / "layout", make.oci_files({name: made}))
 
@@ -334,7 +334,7 @@ def record(scenario: str, folder: Path, strace: str = "strace") -> powercut.Reco
 
 
 @functools.cache
-def possible(scenario: str) -> list[list[Known]]:
+def possible_states(scenario: str) -> list[list[Known]]:
     """Return, for each lane, the states that must hold before its first step and after each step."""
     lanes = SCENARIOS[scenario].lanes(Opened(Path("nowhere")))
     return [[lane.before, *(step.known for step in lane.steps)] for lane in lanes]
@@ -361,7 +361,7 @@ def check_cut(scenario: str, directory: Path, acks: Iterable[int]) -> None:
         for image in cache.list_manifests():
             closure = frozenset(str(blob.digest) for blob in cache.get_image_blobs(image.name))
             images[str(image.name)], complete[str(image.name)] = (str(image.digest), closure), image.complete
-        for number, steps in enumerate(possible(scenario)):
+        for number, steps in enumerate(possible_states(scenario)):
             done = sum(ack // STEPS_PER_LANE == number for ack in acks)
             last, next_one = steps[done], steps[min(done + 1, len(steps) - 1)]
             names = {name for step in steps for name in step.images}
@@ -412,7 +412,7 @@ def attack(
     """
     checked, violations = 0, list[Violation]()
     directory = scratch / f"{scenario}-{job}"
-    for cut in powercut.states(recording, seed, count):
+    for cut in powercut.generate_states(recording, seed, count):
         if cut.number % jobs != job:
             continue
         powercut.write_state(cut.tree, directory)
@@ -430,7 +430,7 @@ def attack(
 # The command line
 
 
-def keep(violation: Violation, folder: Path, seed: int) -> Path:
+def save_violation(violation: Violation, folder: Path, seed: int) -> Path:
     """Save the state of a violation in a new folder, so that it can be checked again; return the folder."""
     directory = folder / f"{violation.scenario}-{violation.cut.number}"
     powercut.remove_state(directory)
@@ -474,7 +474,7 @@ def report(scenario: str, recording: powercut.Recording, scratch: Path, options:
     )
     violations = [violation for _, found in results for violation in found]
     for violation in violations:
-        kept = keep(violation, options.keep, options.seed)
+        kept = save_violation(violation, options.keep, options.seed)
         print(f"\nVIOLATION in {scenario}, state {violation.cut.number} of seed {options.seed}")
         print(violation.cut.description, violation.error, sep="\n")
         print(f"check it again: python -m tests.attacks.powercuts --again {kept}", flush=True)
@@ -507,7 +507,7 @@ def main() -> int:
         check_again(options.again)
         return 0
     options.scenario = options.scenario or list(SCENARIOS)
-    with tempfile.TemporaryDirectory(dir=options.scratch or powercut.memory()) as folder:
+    with tempfile.TemporaryDirectory(dir=options.scratch or powercut.memory_folder()) as folder:
         found = [report(name, record(name, Path(folder)), Path(folder), options) for name in options.scenario]
     return 1 if sum(found) else 0
 

@@ -194,12 +194,12 @@ def main() -> int:
         scratch = Path(folder) / "scratch"
         scratch.mkdir()
         result = soak.run(CacheDirectory(Path(folder) / "cache"), make_plan(options, scratch), progress)
-    faults = soak.unfair(result, longest=options.longest, ratio=options.ratio) if options.waiting else []
-    for line in (*soak.lines(result), *faults):
+    faults = soak.find_unfair_waits(result, longest=options.longest, ratio=options.ratio) if options.waiting else []
+    for line in (*soak.format_result(result), *faults):
         print(line)
     return 1 if result.violations or faults else 0
 
 
 if __name__ == "__main__":
-    leftovers.watch()
+    leftovers.start_watcher()
     sys.exit(main())

@@ -23,12 +23,12 @@ from cachedb.disk.folders import Folders
 from cachedb.index.tables import TEXT_LIMIT
 from cachedb.oci.manifests import DOCUMENT_LIMIT, OCI_MANIFEST
 from cachedb.oci.names import Name
-from cachedb.reports.named import number
+from cachedb.reports.named import parse_number
 from cachedb.transports.archive import files, model, tar
 from cachedb.transports.archive.files import Section
 from cachedb.transports.registry import credentials
 from tests.conftest import Run
-from tests.index.test_schema import change
+from tests.index.test_schema import change_index
 from tests.support import make
 from tests.support.make import save
 from tests.support.promises import check
@@ -180,12 +180,12 @@ def test_a_tar_that_ends_early_is_refused_and_the_error_says_where(tmp_path: Pat
 
 
 def test_an_archive_may_have_100000_blobs_and_1000_images() -> None:
-    model.check_rows(model._ROWS_LIMIT)
-    model.check_number([None] * model._IMAGES_LIMIT)
+    model.check_blob_count(model._ROWS_LIMIT)
+    model.check_image_count([None] * model._IMAGES_LIMIT)
     with pytest.raises(InvalidArchive, match="more than 100000 blobs"):
-        model.check_rows(model._ROWS_LIMIT + 1)
+        model.check_blob_count(model._ROWS_LIMIT + 1)
     with pytest.raises(InvalidArchive, match="1001 images; more than 1000"):
-        model.check_number([None] * (model._IMAGES_LIMIT + 1))
+        model.check_image_count([None] * (model._IMAGES_LIMIT + 1))
 
 
 # Credentials
@@ -234,7 +234,7 @@ def test_a_partial_download_is_kept_for_a_day(
     path.write_bytes(b"half")
     begun = path.stat().st_mtime
     monkeypatch.setattr(downloads, "time", SimpleNamespace(time=lambda: begun + seconds))
-    assert downloads.sweep(Folders(cache.directory)) == gone
+    assert downloads.remove_stale_downloads(Folders(cache.directory)) == gone
     assert path.exists() != gone
 
 
@@ -243,7 +243,7 @@ def test_a_download_resumes_unless_its_file_is_larger_than_the_blob(tmp_path: Pa
     path = tmp_path / "partial"
     path.write_bytes(bytes(size))
     folder = os.open(tmp_path, os.O_RDONLY)
-    assert downloads.begun(folder, path.name, 10) == resumed_at
+    assert downloads.find_resumable_bytes(folder, path.name, 10) == resumed_at
     os.close(folder)
     assert path.exists() == bool(resumed_at)
 
@@ -258,7 +258,9 @@ def test_a_hold_lasts_a_hundred_years_at_most(cache: Cache, seconds: float, poss
             cache.add_hold("app:1", seconds=seconds)
 
 
-@pytest.mark.parametrize(("seconds", "written"), [(last_used.RESOLUTION, False), (last_used.RESOLUTION + 0.001, True)])
+@pytest.mark.parametrize(
+    ("seconds", "written"), [(last_used.RESOLUTION_SECONDS, False), (last_used.RESOLUTION_SECONDS + 0.001, True)]
+)
 def test_uses_are_written_at_most_every_five_minutes(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, seconds: float, written: bool
 ) -> None:
@@ -277,7 +279,7 @@ def test_a_last_use_is_updated_if_it_is_older_than_five_minutes(
 ) -> None:
     save(cache, "app:1", IMAGE)
     then = datetime.now(UTC) - timedelta(seconds=seconds)
-    change(directory, f"UPDATE images SET last_used_at = '{then:%Y-%m-%dT%H:%M:%S.%fZ}'")
+    change_index(directory, f"UPDATE images SET last_used_at = '{then:%Y-%m-%dT%H:%M:%S.%fZ}'")
     uses = last_used.Uses(cache._database)
     uses.note(Name("app", "1"))
     uses.write()
@@ -295,7 +297,7 @@ def test_a_last_use_is_updated_if_it_is_older_than_five_minutes(
     ],
 )  # fmt: skip
 def test_a_size_is_printed_in_the_unit_that_gives_at_most_three_digits(size: int, text: str) -> None:
-    assert plain_text.human(size) == text
+    assert plain_text.format_size(size) == text
 
 
 @pytest.mark.parametrize(
@@ -310,13 +312,13 @@ def test_a_size_is_printed_in_the_unit_that_gives_at_most_three_digits(size: int
 def test_a_time_is_printed_as_its_age(monkeypatch: pytest.MonkeyPatch, seconds: int, text: str) -> None:
     now = datetime(2026, 6, 1, tzinfo=UTC)
     monkeypatch.setattr(plain_text, "datetime", SimpleNamespace(now=lambda _: now))
-    assert plain_text.ago(now - timedelta(seconds=seconds)) == text
+    assert plain_text.format_age(now - timedelta(seconds=seconds)) == text
 
 
 def test_long_texts_and_digests_are_cut() -> None:
-    assert plain_text.cut("x" * 60) == "x" * 60
-    assert plain_text.cut("x" * 61) == "x" * 59 + "…"
-    assert plain_text.short("sha256:0123456789abcdef") == "sha256:0123456789ab"
+    assert plain_text.truncate("x" * 60) == "x" * 60
+    assert plain_text.truncate("x" * 61) == "x" * 59 + "…"
+    assert plain_text.shorten_digest("sha256:0123456789abcdef") == "sha256:0123456789ab"
 
 
 @pytest.mark.parametrize(("room", "fits"), [(12 + 12 + 5, True), (12 + 12 + 4, False)])
@@ -344,7 +346,7 @@ def test_json_written_in_any_number_of_parts_is_whole(
     ],
 )  # fmt: skip
 def test_a_text_becomes_a_number_if_sql_can_store_it_unchanged(text: str, value: object) -> None:
-    found: Any = number(text)
+    found: Any = parse_number(text)
     assert (found, type(found)) == (value, type(value))
 
 
@@ -363,7 +365,7 @@ def test_a_repository_of_255_and_a_tag_of_128_characters_are_accepted() -> None:
 
 def test_a_descriptor_of_16_tebibytes_is_accepted() -> None:
     def parse_size(size: int) -> oci.Descriptor:
-        return oci.child({"mediaType": OCI_MANIFEST, "digest": IMAGE.digest, "size": size}, "it")
+        return oci.parse_entry({"mediaType": OCI_MANIFEST, "digest": IMAGE.digest, "size": size}, "it")
 
     assert parse_size(16 * 1024**4).size == 16 * 1024**4
     with pytest.raises(InvalidManifest):

@@ -23,7 +23,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from cachedb import Cache
-from cachedb.disk.layout import UNFINISHED
+from cachedb.disk.layout import UNFINISHED_INDEX
 from cachedb.index.tables import REVISION
 from tests.support import make, strace, victims
 from tests.support.promises import check
@@ -43,7 +43,7 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "tests.support.victims", str(tmp_path_factory.mktemp("zygote"))]
-    with strace.zygote(command, Path(__file__).parents[2]) as process:
+    with strace.start_zygote(command, Path(__file__).parents[2]) as process:
         yield process
 
 
@@ -83,7 +83,7 @@ def recover_from(operation: str, directory: Path) -> None:
     if operation == "copy":
         check(directory / "copy")
         check_kept(directory / "copy")
-        assert not (directory / "copy" / UNFINISHED).exists()
+        assert not (directory / "copy" / UNFINISHED_INDEX).exists()
     if operation == "export a folder":
         files = {path.name for path in (directory / "layout").rglob("*") if path.is_file()}
         assert files == {"oci-layout", "index.json", *(make.hex_of(data) for data in victims.KEPT.blobs.values())}

@@ -47,7 +47,7 @@ import cachedb.transports.archive.write_layout  # noqa: F401 - for the zygote, s
 from cachedb import Cache, CacheError
 from cachedb.content import collect as collecting
 from cachedb.content import publish
-from cachedb.content.held import held
+from cachedb.content.held import hold_images
 from cachedb.disk import locks, single_flight, writer
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import export_archive
@@ -135,7 +135,7 @@ def collect(directory: Path, steps: Steps) -> None:
     recover = collecting.recover
 
     def recover_without_stops(database: Database) -> None:
-        with steps.passed_over():
+        with steps.without_stops():
             recover(database)
 
     with opened(directory, steps) as cache, pytest.MonkeyPatch.context() as patch:
@@ -163,7 +163,7 @@ def tag_old(directory: Path, steps: Steps) -> str:
 
 
 def export_old(directory: Path, steps: Steps) -> str:
-    hold, held_images = held, []
+    hold, held_images = hold_images, []
 
     @contextmanager
     def noting_held(*arguments: Any) -> Iterator[Any]:
@@ -264,19 +264,19 @@ def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
             flock(file, operation)
         elif operation == fcntl.LOCK_UN:
             flock(file, operation)
-            steps.released(lock)
+            steps.report_released(lock)
         elif operation & fcntl.LOCK_NB:
             steps.step("session", "try the lock of a session")
             flock(file, operation)
-            steps.took(lock)
+            steps.report_taken(lock)
         elif lock == WRITE_LOCK:
-            steps.wants(lock, "wait for the write lock")
+            steps.announce_lock(lock, "wait for the write lock")
             flock(file, operation)
         elif path.suffix == ".producing":
-            steps.wants(lock, "wait for the producer")
+            steps.announce_lock(lock, "wait for the producer")
             flock(file, operation)
         elif "session" in steps.kinds:
-            steps.wants(lock, "wait for the lock of a session")
+            steps.announce_lock(lock, "wait for the lock of a session")
             flock(file, operation)
         else:
             flock(file, operation)
@@ -348,7 +348,7 @@ def stop_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> None:
 
     def begin(connection: Connection) -> None:
         if "cachedb_begin" in connection.get_execution_options():
-            steps.wants(lock, "begin to write", inner=WRITE_LOCK in steps.held)
+            steps.announce_lock(lock, "begin to write", inner=WRITE_LOCK in steps.held)
         else:
             steps.step("read")
 
@@ -371,7 +371,7 @@ def stop_at_transactions(patch: pytest.MonkeyPatch, steps: Steps) -> None:
 
         def end_and_report(dialect: DefaultDialect, connection: Any) -> None:
             call(dialect, connection)
-            steps.released(lock)
+            steps.report_released(lock)
 
         patch.setattr(DefaultDialect, name, end_and_report)
 

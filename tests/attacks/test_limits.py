@@ -26,7 +26,7 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
 from cachedb.operations import upgrade
 from tests.conftest import Run, run_python
-from tests.disk.test_locks import open_files
+from tests.disk.test_locks import count_open_files
 from tests.index.sqlite.test_database import content
 from tests.support import make
 from tests.support.make import save
@@ -74,7 +74,7 @@ def test_a_fuse_file_system_without_a_subtype_is_recognized_by_its_source(
 ) -> None:
     (tmp_path / "mountinfo").write_text(f"52 35 0:30 / {tmp_path} rw,nosuid - fuse {source} rw,user_id=0\n")
     monkeypatch.setattr(file_system, "_MOUNTS", tmp_path / "mountinfo")
-    assert file_system.file_system(tmp_path) == (kind or "fuse")
+    assert file_system.find_file_system_type(tmp_path) == (kind or "fuse")
     if kind:
         with pytest.raises(StorageError, match=f"is on {kind}, which other hosts may mount too"):
             Cache.open(tmp_path / "cache")
@@ -92,7 +92,7 @@ def test_without_a_table_of_mounts_every_file_system_is_accepted(
     tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_system, "_MOUNTS", tmp_path / "nothing")
-    assert file_system.file_system(directory) is None
+    assert file_system.find_file_system_type(directory) is None
     Cache.open(directory).close()
 
 
@@ -101,17 +101,20 @@ def test_the_innermost_and_latest_mount_counts(mount_table: Callable[..., None],
     mount_table(
         ("/", "root"), (tmp_path, "outer"), (f"{tmp_path}/a", "under"), (f"{tmp_path}/a", "over"), (spaced, "s")
     )
-    found = {name: file_system.file_system(tmp_path / name) for name in ("a", "a/b", "ab", ".", "..", "with space/x")}
+    found = {
+        name: file_system.find_file_system_type(tmp_path / name)
+        for name in ("a", "a/b", "ab", ".", "..", "with space/x")
+    }
     assert found == {"a": "over", "a/b": "over", "ab": "outer", ".": "outer", "..": "root", "with space/x": "s"}
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert file_system.file_system(tmp_path / "link" / "x") == "over", "a link must be followed"
+    assert file_system.find_file_system_type(tmp_path / "link" / "x") == "over", "a link must be followed"
 
 
 @pytest.mark.skipif(not shutil.which("findmnt"), reason="findmnt is not installed: apt-get install util-linux")
 @pytest.mark.parametrize("path", ["/", "/proc", "/dev", "/tmp"])
 def test_the_type_of_a_real_mount_is_that_of_findmnt(path: str) -> None:
     output = subprocess.run(["findmnt", "-no", "FSTYPE", "-T", path], capture_output=True, text=True, check=True).stdout
-    assert file_system.file_system(Path(path)) == output.split()[-1]
+    assert file_system.find_file_system_type(Path(path)) == output.split()[-1]
 
 
 # Read-only
@@ -296,10 +299,10 @@ def test_no_operation_leaves_a_descriptor_open(cache: Cache, directory: Path, tm
         Cache.open(directory).close()
 
     work()
-    before = open_files()
+    before = count_open_files()
     for _ in range(20):
         work()
-    assert open_files() == before
+    assert count_open_files() == before
 
 
 @pytest.mark.slow
@@ -480,7 +483,7 @@ def test_a_read_only_reader_sees_what_others_have_written_since(cache: Cache, di
         with Cache.open(directory) as writer:
             save(writer, f"app:{number}", make.image(number))
         with reader.read() as connection:
-            found = {image.reference for image in images.images(connection)}
+            found = {image.reference for image in images.read_images(connection)}
         assert str(number) in found
     reader.close()
 

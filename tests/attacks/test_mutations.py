@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 
-from tests.attacks.mutations import CHECKOUT, MUTATIONS, Mutation, mutated
+from tests.attacks.mutations import CHECKOUT, MUTATIONS, Mutation, mutate
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
 def test_the_line_and_the_tests_of_a_mutation_exist(mutation: Mutation) -> None:
-    assert mutated(mutation) != (CHECKOUT / mutation.file).read_text()
+    assert mutate(mutation) != (CHECKOUT / mutation.file).read_text()
     files = [word for word in mutation.tests.split() if word.endswith(".py")]
     assert files
     assert all((CHECKOUT / file).is_file() for file in files)
@@ -31,4 +31,4 @@ def test_no_two_mutations_have_the_same_name() -> None:
 )
 def test_a_mutation_that_cannot_be_made_is_refused(line: str, without: str, why: str) -> None:
     with pytest.raises(ValueError, match=f"^it: cachedb/disk/layout.py {why}"):
-        mutated(Mutation("it", "cachedb/disk/layout.py", line, without, ""))
+        mutate(Mutation("it", "cachedb/disk/layout.py", line, without, ""))

@@ -25,10 +25,10 @@ from tests.support.powercut import (
     Unfollowed,
     Write,
     final_state,
-    memory,
+    generate_states,
+    memory_folder,
     read_tree,
     record,
-    states,
     verify,
     write_state,
 )
@@ -101,7 +101,7 @@ REPLACE = """
 def replace_file(record_script: RecordScript, *, sync: bool, folder: bool) -> list[Cut]:
     """Return the states after a script that replaces a file, with or without syncs."""
     body = REPLACE.format(sync=sync, folder="sync_folder()" if folder else "")
-    return list(states(record_script(script(body)), seed=1, count=500))
+    return list(generate_states(record_script(script(body)), seed=1, count=500))
 
 
 def test_renaming_a_synced_file_over_another_leaves_one_of_the_two(record_script: RecordScript) -> None:
@@ -136,7 +136,7 @@ def test_a_file_unlinked_before_the_commit_is_lost_without_the_commit_in_some_st
     commit, unlink = 'write("index", b"none", sync=True)', 'os.unlink(work + "blob")'
 
     def find_dangling(first: str, second: str) -> list[Cut]:
-        cuts = states(record_script(script(body.format(first=first, second=second))), seed=1, count=500)
+        cuts = generate_states(record_script(script(body.format(first=first, second=second))), seed=1, count=500)
         return [cut for cut in cuts if cut.acks and content(cut, "index") == b"blob" and "blob" not in cut.tree]
 
     assert find_dangling(unlink, commit)
@@ -156,7 +156,7 @@ def test_an_append_without_a_sync_leaves_the_synced_content(record_script: Recor
             """
         )
     )
-    left = {content(cut, "log") or b"" for cut in states(recording, seed=1, count=500) if cut.acks}
+    left = {content(cut, "log") or b"" for cut in generate_states(recording, seed=1, count=500) if cut.acks}
     assert all(data.startswith(b"a" * 512) for data in left)
     assert {b"a" * 512, b"a" * 512 + b"b" * 1024 + b"c" * 1024} < left
     assert any(b"b" not in data and b"c" in data for data in left), "only the later append is kept"
@@ -177,7 +177,7 @@ def test_a_synced_file_exists_only_once_its_folder_and_the_folders_above_are_syn
             """
         )
     )
-    cuts = list(states(recording, seed=1, count=100))
+    cuts = list(generate_states(recording, seed=1, count=100))
     assert {tuple(cut.tree) for cut in cuts if len(cut.acks) == 1} == {(), ("folder", "folder/file")}
     assert {tuple(cut.tree) for cut in cuts if len(cut.acks) == 2} == {("folder", "folder/file")}
 
@@ -274,16 +274,16 @@ def test_a_failed_command_gives_no_recording(record_script: RecordScript) -> Non
 
 def test_the_same_seed_gives_the_same_states_and_no_state_twice(record_script: RecordScript) -> None:
     recording = record_script(script(textwrap.dedent(REPLACE).format(sync=False, folder="")))
-    once, again = (list(states(recording, seed=3, count=25)) for _ in range(2))
+    once, again = (list(generate_states(recording, seed=3, count=25)) for _ in range(2))
     assert once == again
     assert len({repr((cut.acks, cut.tree)) for cut in once}) == len(once) == 25
-    assert list(states(recording, seed=4, count=25)) != once
+    assert list(generate_states(recording, seed=4, count=25)) != once
 
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
     """The folder where states are made: in memory if possible, because a sync costs nothing there."""
-    with tempfile.TemporaryDirectory(dir=memory()) as folder:
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
         yield Path(folder)
 
 
@@ -292,7 +292,7 @@ def test_acknowledged_steps_survive_a_power_cut(scenario: str, strace: str, scra
     recording = powercuts.record(scenario, scratch, strace)
     checked, violations = powercuts.attack(scenario, recording, scratch, seed=1, count=STATES, most=1)
     for violation in violations:
-        kept = powercuts.keep(violation, tmp_path, seed=1)
+        kept = powercuts.save_violation(violation, tmp_path, seed=1)
         pytest.fail(f"{violation.cut.description}\n{violation.error}\nkept in {kept}")
     assert checked == STATES
 
@@ -301,13 +301,13 @@ def test_a_state_that_lacks_an_acknowledged_blob_is_caught_and_saved(
     strace: str, scratch: Path, tmp_path: Path
 ) -> None:
     recording = powercuts.record("recovery", scratch, strace)
-    *_, last = states(recording, seed=1, count=60)
+    *_, last = generate_states(recording, seed=1, count=60)
     write_state(last.tree, scratch / "good")
     powercuts.check_cut("recovery", scratch / "good", last.acks)
     (blob,) = (path for path in last.tree if path.endswith(hex_of(powercuts.A.config)))
     tree = {path: entry for path, entry in last.tree.items() if path != blob}
     violation = powercuts.Violation("recovery", last._replace(tree=tree), "P1")
-    kept = powercuts.keep(violation, tmp_path, seed=1)
+    kept = powercuts.save_violation(violation, tmp_path, seed=1)
     for _ in range(2):
         with pytest.raises(AssertionError, match="P1"):
             powercuts.check_again(kept)
@@ -316,7 +316,7 @@ def test_a_state_that_lacks_an_acknowledged_blob_is_caught_and_saved(
 def test_a_state_that_lacks_a_step_or_has_one_too_many_is_caught(strace: str, scratch: Path) -> None:
     recording = powercuts.record("recovery", scratch, strace)
     before, after = final_state(recording._replace(events=[])), final_state(recording)
-    steps = len(powercuts.possible("recovery")[0]) - 1
+    steps = len(powercuts.possible_states("recovery")[0]) - 1
     write_state(after, scratch / "good")
     powercuts.check_cut("recovery", scratch / "good", range(steps))
     for name, tree, acks in (("behind", before, range(2)), ("ahead", after, range(1))):

@@ -18,14 +18,14 @@ import pytest
 from cachedb import Cache, CacheError, InvalidManifest, NotInCache, RegistryError
 from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from cachedb.transports.registry import client
-from tests.disk.test_locks import eventually
-from tests.operations.test_pull import login
-from tests.operations.test_push import FIRST, assert_has, referrer
+from tests.disk.test_locks import wait_until
+from tests.operations.test_pull import write_login
+from tests.operations.test_push import FIRST, assert_has, make_referrer
 from tests.support import make
-from tests.support.faults import Answer, Call, answer, changed, headers, html, lost, redirect
+from tests.support.faults import Answer, Call, answer, answer_html, change_answer, change_headers, drop_answer, redirect
 from tests.support.make import save, save_index
 from tests.support.promises import check
-from tests.support.registries import PAUSES, Registry, alone, certificate  # noqa: F401 - alone is a fixture
+from tests.support.registries import SKIPPED_PAUSE_SECONDS, Registry, certificate, isolate_client  # noqa: F401 - isolate_client is a fixture
 
 
 @pytest.fixture
@@ -49,16 +49,16 @@ def test_an_interrupted_upload_resumes_over_tls(cache: Cache, tmp_path: Path, mo
     save(cache, "huge:1", huge := make.image(9, size=30_000_000))
     with Registry(tls=(certified, key)) as remote:
         for _ in range(3):
-            remote.fault(lost(3_000_000, reset=True), path="/blobs/uploads/.*state=")
+            remote.fault(drop_answer(3_000_000, reset=True), path="/blobs/uploads/.*state=")
         cache.push("huge:1", f"{remote.host}/huge:1", plain_http=False)
         assert_has(remote, "huge", "1", huge)
-    assert PAUSES
+    assert SKIPPED_PAUSE_SECONDS
 
 
 def test_credentials_go_only_to_the_host_of_the_connection(cache: Cache, tmp_path: Path) -> None:
     # URL parsers differ in where the host is: before the backslash, or after the last @.
     with Registry(auth="basic") as remote, Registry() as storage, Registry() as other:
-        name, authfile = remote.add(FIRST, "app", "1"), login(tmp_path / "auth.json", remote.host)
+        name, authfile = remote.add(FIRST, "app", "1"), write_login(tmp_path / "auth.json", remote.host)
         remote.fault(redirect(storage.url), method="GET", path="/blobs/", times=99)
         storage.fault(answer(307, {"Location": f"http://{other.host}\\@{remote.host}/x"}), times=99)
         cache.remove_manifest("app:1")
@@ -71,11 +71,11 @@ def test_credentials_go_only_to_the_host_of_the_connection(cache: Cache, tmp_pat
 @pytest.mark.parametrize("command", ["pull", "push"])
 def test_only_the_registry_chooses_the_token_server(cache: Cache, tmp_path: Path, command: str) -> None:
     with Registry(auth="bearer") as remote, Registry() as storage, Registry() as other:
-        name, authfile = remote.add(make.image(7), "app", "1"), login(tmp_path / "auth.json", remote.host)
+        name, authfile = remote.add(make.image(7), "app", "1"), write_login(tmp_path / "auth.json", remote.host)
         if command == "pull":
             remote.fault(redirect(storage.url), method="GET", path="/blobs/", times=99)
         else:
-            remote.fault(headers({"Location": f"{storage.url}/upload"}), method="POST", path="/blobs/", times=99)
+            remote.fault(change_headers({"Location": f"{storage.url}/upload"}), method="POST", path="/blobs/", times=99)
         challenge = {"WWW-Authenticate": f'Bearer realm="{other.url}/token",service="x",scope="repository:app:pull"'}
         storage.fault(answer(401, challenge), times=99)
         call = cache.pull if command == "pull" else partial(cache.push, "app:1")
@@ -97,7 +97,7 @@ def test_an_invalid_retry_after_is_ignored(cache: Cache, remote: Registry, after
     remote.fault(answer(503, {"Retry-After": after}), method="PUT", path="/blobs/")
     cache.push("app:1", f"{remote.host}/app:1")
     assert_has(remote, "app", "1", FIRST)
-    assert len(PAUSES) == 1
+    assert len(SKIPPED_PAUSE_SECONDS) == 1
 
 
 def test_a_long_challenge_costs_no_time() -> None:
@@ -107,21 +107,21 @@ def test_a_long_challenge_costs_no_time() -> None:
 
 
 def test_an_upload_answer_without_a_location_is_an_error(cache: Cache, remote: Registry) -> None:
-    remote.fault(headers({"Location": None}), method="POST", times=99)
+    remote.fault(change_headers({"Location": None}), method="POST", times=99)
     with pytest.raises(RegistryError, match="answer without a Location"):
         cache.push("app:1", f"{remote.host}/app:1")
 
 
 @pytest.mark.parametrize("least", ["²", "9" * 5000, "-1"])
 def test_an_invalid_minimum_chunk_size_is_ignored(cache: Cache, remote: Registry, least: str) -> None:
-    remote.fault(headers({"OCI-Chunk-Min-Length": least}), method="POST", times=99)
-    remote.fault(lost(5), method="PUT", path="/blobs/")
+    remote.fault(change_headers({"OCI-Chunk-Min-Length": least}), method="POST", times=99)
+    remote.fault(drop_answer(5), method="PUT", path="/blobs/")
     cache.push("app:1", f"{remote.host}/app:1")
     assert_has(remote, "app", "1", FIRST)
 
 
 def test_a_captive_portal_is_not_taken_for_a_registry(cache: Cache, remote: Registry) -> None:
-    remote.fault(html(), times=99)
+    remote.fault(answer_html(), times=99)
     with pytest.raises(RegistryError, match="answers 200 to a request for app:1"):
         cache.push("app:1", f"{remote.host}/app:1")
 
@@ -133,7 +133,7 @@ def test_the_first_token_of_a_push_includes_the_right_to_push(cache: Cache, tmp_
 
     with Registry(auth="bearer") as remote:
         remote.fault(refuse_without_push, path="/token", times=99)
-        cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+        cache.push("app:1", f"{remote.host}/app:1", authfile=write_login(tmp_path / "auth.json", remote.host))
         assert_has(remote, "app", "1", FIRST)
         assert remote.count(path="/token") == 1
 
@@ -149,7 +149,7 @@ def test_a_registry_that_is_down_is_named_without_internal_objects(cache: Cache)
 def test_a_push_of_a_damaged_or_missing_file_names_verify(
     directory: Path, cache: Cache, remote: Registry, what: str, data: bytes | None
 ) -> None:
-    name, made = remote.add(FIRST, "app", "1"), referrer(FIRST.manifest)
+    name, made = remote.add(FIRST, "app", "1"), make_referrer(FIRST.manifest)
     remote.add(made, "app")
     cache.pull(name, referrers=True)
     digests = {"image": FIRST.digest, "referrer": made.digest, "layer": make.digest_of(FIRST.layers[0])}
@@ -205,7 +205,7 @@ def test_a_refused_push_does_not_wait_for_unanswered_requests(
     monkeypatch.setenv("SSL_CERT_FILE", str(ca))
     layer = make.digest_of(FIRST.layers[0])
     with Registry(tls=(certified, key) if tls else None) as remote:
-        remote.fault(changed(delay=60), method="PUT", path=f"/blobs/.*{layer.partition(':')[2]}", times=99)
+        remote.fault(change_answer(delay=60), method="PUT", path=f"/blobs/.*{layer.partition(':')[2]}", times=99)
         remote.fault(answer(403, delay=1), method="PUT", path="/blobs/", times=99)
         began = time.monotonic()
         with pytest.raises(RegistryError, match="refuses upload"):
@@ -215,7 +215,7 @@ def test_a_refused_push_does_not_wait_for_unanswered_requests(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["push", "pull"])
-@pytest.mark.parametrize("do", [changed(delay=60), answer(503, {"Retry-After": "50"})], ids=["answer", "pause"])
+@pytest.mark.parametrize("do", [change_answer(delay=60), answer(503, {"Retry-After": "50"})], ids=["answer", "pause"])
 def test_an_interrupt_does_not_wait_for_the_registry(
     cache: Cache, directory: Path, remote: Registry, command: str, do: Callable[[Call], Answer]
 ) -> None:
@@ -225,7 +225,7 @@ def test_an_interrupt_does_not_wait_for_the_registry(
     arguments = [sys.executable, "-m", "cachedb", "--dir", str(directory), command]
     arguments.append(name if command == "pull" else f"{remote.host}/app:2")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert eventually(lambda: any("/blobs/" in request.path for request in remote.requests), 60)
+        assert wait_until(lambda: any("/blobs/" in request.path for request in remote.requests), 60)
         time.sleep(0.2)  # so that the command may have received the answer that makes it pause
         process.send_signal(signal.SIGINT)
         try:
@@ -262,7 +262,7 @@ def test_an_index_of_referrers_with_a_subject_does_not_count_as_a_referrer(
     cache: Cache, remote: Registry, algorithm: str
 ) -> None:
     remote.referrers = False
-    made = referrer(FIRST.manifest)
+    made = make_referrer(FIRST.manifest)
     tag = FIRST.digest.replace(":", "-")
     own = json.loads(NONE) | {"subject": make.descriptor(FIRST.manifest, OCI_MANIFEST)}
     remote.add_manifest(json.dumps(own).encode(), "app", tag)
@@ -279,7 +279,7 @@ def test_an_index_of_referrers_with_a_subject_does_not_count_as_a_referrer(
 def test_a_pull_by_digest_adds_new_referrers_to_a_stored_image(cache: Cache, remote: Registry) -> None:
     name = remote.add(FIRST, "app")
     cache.pull(name)
-    remote.add(made := referrer(FIRST.manifest), "app")
+    remote.add(made := make_referrer(FIRST.manifest), "app")
     cache.pull(name, referrers=True)
     assert made.digest in {blob.digest for blob in cache.get_image_blobs(name)}
     remote.requests.clear()
@@ -287,7 +287,7 @@ def test_a_pull_by_digest_adds_new_referrers_to_a_stored_image(cache: Cache, rem
     assert remote.requests == []
 
 
-def list_as_referrers(remote: Registry, *others: make.Made) -> str:
+def list_as_referrers(remote: Registry, *others: make.ImageContent) -> str:
     """Let the registry list these images as referrers of `FIRST`; return the name of `FIRST`."""
     name, entries = remote.add(FIRST, "app", "1"), []
     for other in others:
@@ -300,24 +300,24 @@ def list_as_referrers(remote: Registry, *others: make.Made) -> str:
 
 
 def test_a_listed_referrer_of_another_image_leaves_nothing_behind(cache: Cache, remote: Registry) -> None:
-    cache.pull(list_as_referrers(remote, referrer(b"another")), referrers=True)
+    cache.pull(list_as_referrers(remote, make_referrer(b"another")), referrers=True)
     assert cache.get_stats().reclaimable_blobs == 0
 
 
 def test_a_falsely_listed_manifest_that_a_referrer_contains_is_kept(cache: Cache, remote: Registry) -> None:
-    inner = referrer(b"another")
+    inner = make_referrer(b"another")
     index = json.loads(NONE) | {
         "manifests": [make.descriptor(inner.manifest, OCI_MANIFEST)],
         "subject": make.descriptor(FIRST.manifest, OCI_MANIFEST),
     }
-    outer = make.Made(json.dumps(index).encode(), b"", [])
+    outer = make.ImageContent(json.dumps(index).encode(), b"", [])
     name = list_as_referrers(remote, outer, inner)
     cache.pull(name, referrers=True)
     assert {outer.digest, inner.digest} <= {blob.digest for blob in cache.get_image_blobs(name)}
 
 
 def test_the_manifest_of_a_referrer_is_requested_once(cache: Cache, remote: Registry) -> None:
-    made = referrer(FIRST.manifest)
+    made = make_referrer(FIRST.manifest)
     cache.pull(list_as_referrers(remote, made), referrers=True)
     assert remote.count("GET", f"/manifests/{made.digest}") == 1
 
@@ -326,7 +326,7 @@ def test_referrers_whose_manifests_exceed_the_memory_limit_are_refused(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cachedb.operations.pull_source._MANIFEST_BYTES", 10_000)
-    name = list_as_referrers(remote, *(referrer(FIRST.manifest, bytes([number])) for number in range(30)))
+    name = list_as_referrers(remote, *(make_referrer(FIRST.manifest, bytes([number])) for number in range(30)))
     with pytest.raises(InvalidManifest, match="more than 10000 bytes in all"):
         cache.pull(name, referrers=True)
     assert cache.get_stats().reclaimable_blobs == 0

@@ -181,7 +181,7 @@ def test_a_failed_pull_whose_download_cannot_be_removed_reports_the_first_error(
         remote.add(IMAGE, "app", "1")
         with (
             fault(os, "fsync", errno.ENOSPC, "/ingest/partial/"),
-            fault(downloads, "sweep", errno.EIO, ""),
+            fault(downloads, "remove_stale_downloads", errno.EIO, ""),
             pytest.raises(StorageError, match="No space left"),
         ):
             cache.pull(f"{remote.host}/app:1")
@@ -189,24 +189,24 @@ def test_a_failed_pull_whose_download_cannot_be_removed_reports_the_first_error(
 
 def test_failed_work_whose_lock_file_cannot_be_removed_reports_the_first_error(cache: Cache, fault: MakeFault) -> None:
     def work() -> None:
-        with single_flight.once(cache.directory, "app", lambda: None):
+        with single_flight.claim_or_find(cache.directory, "app", lambda: None):
             raise ValueError("the first error")
 
     with fault(Path, "unlink", errno.EIO, ".producing"), pytest.raises(ValueError, match="the first error"):
         work()
-    with single_flight.once(cache.directory, "app", lambda: None) as found:
+    with single_flight.claim_or_find(cache.directory, "app", lambda: None) as found:
         assert found is None, "the lock must be released"
 
 
 def test_a_failed_block_releases_its_claim(cache: Cache) -> None:
     def work() -> None:
-        with single_flight.unless_made(cache.directory, "app") as is_claimed:
+        with single_flight.try_claim(cache.directory, "app") as is_claimed:
             assert is_claimed
             raise ValueError("the first error")
 
     with pytest.raises(ValueError, match="the first error"):
         work()
-    with single_flight.unless_made(cache.directory, "app") as is_claimed:
+    with single_flight.try_claim(cache.directory, "app") as is_claimed:
         assert is_claimed
-    with single_flight.once(cache.directory, "app", lambda: None) as found:
+    with single_flight.claim_or_find(cache.directory, "app", lambda: None) as found:
         assert found is None

@@ -25,7 +25,7 @@ from click.testing import CliRunner
 from cachedb import Cache
 from cachedb.cli.main import cli
 from tests.conftest import Run, files_of, snapshot
-from tests.disk.test_locks import eventually
+from tests.disk.test_locks import wait_until
 from tests.support import make
 
 MADE = make.image(1, 2, compression="gzip")
@@ -87,7 +87,7 @@ def test_the_default_output_is_a_readable_table(cachedb: Run, archive: Path) -> 
     assert re.fullmatch(r"freed 4 blobs, [0-9.]+ kB\n", cachedb("rm", "app:1").stdout)
 
 
-def on_a_terminal(command: list[str], keep: str = "stdout") -> str:
+def run_on_terminal(command: list[str], keep: str = "stdout") -> str:
     """Run a command with stdout or stderr on a terminal, and return its output there."""
     master, slave = pty.openpty()
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, keep: slave}
@@ -111,11 +111,11 @@ def on_a_terminal(command: list[str], keep: str = "stdout") -> str:
 @pytest.mark.slow
 def test_a_terminal_shows_tables_and_progress_bars(archive: Path, directory: Path) -> None:
     command = [sys.executable, "-m", "cachedb", "--dir", str(directory)]
-    assert "importing" in on_a_terminal([*command, "import", str(archive)], keep="stderr")
-    assert "app:1" in on_a_terminal([*command, "ls"])
+    assert "importing" in run_on_terminal([*command, "import", str(archive)], keep="stderr")
+    assert "app:1" in run_on_terminal([*command, "ls"])
     exported = str(directory.parent / "out.tar")
-    assert "exporting" in on_a_terminal([*command, "export", "app:1", exported], keep="stderr")
-    assert on_a_terminal([*command, "import", "-q", str(archive)], keep="stderr") == ""
+    assert "exporting" in run_on_terminal([*command, "export", "app:1", exported], keep="stderr")
+    assert run_on_terminal([*command, "import", "-q", str(archive)], keep="stderr") == ""
 
 
 def test_an_image_is_imported_and_exported_through_pipes(cachedb: Run, archive: Path) -> None:
@@ -328,7 +328,7 @@ def test_an_interrupted_import_leaves_the_cache_as_it_was(
             return any(link.startswith(f"{directory}/ingest/") and link.endswith(" (deleted)") for link in found)
         return False
 
-    assert eventually(has_spool)
+    assert wait_until(has_spool)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code

@@ -109,7 +109,7 @@ def test_a_blob_that_an_image_references_after_the_search_is_kept(
 ) -> None:
     kept = image(1)
     abandon(cache, b"unreferenced", *kept.blobs.values())
-    forget = collect.forget
+    forget = collect.delete_unreferenced
     happened: list[object] = []
 
     def forget_and_note(connection: Connection, ids: list[int]) -> collect.Collected:
@@ -125,7 +125,7 @@ def test_a_blob_that_an_image_references_after_the_search_is_kept(
         return write_(self)
 
     monkeypatch.setattr(Database, "write", save_then_write)
-    monkeypatch.setattr(collect, "forget", forget_and_note)
+    monkeypatch.setattr(collect, "delete_unreferenced", forget_and_note)
     assert list(collect.collect(index)) == [(1, len(b"unreferenced"))]
     assert cache.is_image_complete("app")
     assert files_of(cache.directory).keys() == kept.blobs.keys()
@@ -261,7 +261,7 @@ def test_a_collection_frees_the_files_of_a_batch_before_the_next(cache: Cache, i
 
 def test_a_leased_blob_is_no_candidate_for_collection(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.add_blob(b"in work")
-    monkeypatch.setattr(collect, "forget", lambda *_: pytest.fail("a blob was forgotten"))
+    monkeypatch.setattr(collect, "delete_unreferenced", lambda *_: pytest.fail("a blob was forgotten"))
     assert cache.collect_garbage() == (0, 0)
 
 
@@ -289,7 +289,7 @@ def test_the_next_open_empties_the_trash_of_a_dead_session(cache: Cache, index: 
     abandon(cache, b"unreferenced")
     with index.write() as connection:
         ids = connection.execute(select(BLOBS.c.id)).scalars().all()
-        assert collect.forget(connection, ids) == (1, len(b"unreferenced"))
+        assert collect.delete_unreferenced(connection, ids) == (1, len(b"unreferenced"))
     (cache.directory / "ingest" / "1-00000000dead").mkdir()
     Cache.open(cache.directory).close()
     assert files_of(cache.directory) == {}
@@ -370,7 +370,7 @@ def explain_statements(index: Database, act: Callable[[Connection], object]) -> 
 
 def test_forgetting_blobs_of_an_image_reads_only_their_rows(cache: Cache, index: Database) -> None:
     cache.add_blob(b"data")
-    steps = explain_statements(index, lambda connection: collect.forget(connection, [1, 2, 3]))
+    steps = explain_statements(index, lambda connection: collect.delete_unreferenced(connection, [1, 2, 3]))
     assert any("image_blobs USING COVERING INDEX ix_image_blobs_blob_id (blob_id=?)" in step for step in steps)
     assert any("leases USING PRIMARY KEY (digest=?)" in step for step in steps)
     assert any("blobs USING INTEGER PRIMARY KEY (rowid=?)" in step for step in steps)
@@ -378,7 +378,7 @@ def test_forgetting_blobs_of_an_image_reads_only_their_rows(cache: Cache, index:
 
 
 def test_a_collection_scans_only_the_blobs_and_only_once(index: Database) -> None:
-    steps = explain_statements(index, collect.unreferenced)
+    steps = explain_statements(index, collect.sum_unreferenced)
     assert [step for step in steps if "SCAN" in step] == ["SCAN blobs"]
 
 
@@ -391,7 +391,9 @@ def test_candidates_are_found_in_one_pass_over_two_indexes(index: Database) -> N
 
 
 def test_deleting_leases_and_looking_up_stored_blobs_use_indexes(index: Database) -> None:
-    steps = explain_statements(index, lambda connection: blobs.stored(connection, [Digest(digest_of(b"data"))]))
+    steps = explain_statements(
+        index, lambda connection: blobs.read_stored_sizes(connection, [Digest(digest_of(b"data"))])
+    )
     assert not [step for step in steps if "SCAN" in step]
     delete = "DELETE FROM leases WHERE session = 'x' AND hold = 1"
     steps = explain_statements(index, lambda connection: connection.exec_driver_sql(delete))

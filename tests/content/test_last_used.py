@@ -18,7 +18,7 @@ from cachedb.content import last_used
 from cachedb.disk import locks
 from cachedb.oci.names import Name
 from tests.conftest import Run
-from tests.index.test_schema import change
+from tests.index.test_schema import change_index
 from tests.support import make
 
 IMAGE = make.image(1)
@@ -32,7 +32,7 @@ def old(directory: Path) -> Path:
         for data in (IMAGE.config, *IMAGE.layers):
             cache.add_blob(data)
         cache.save_manifest("app:1", IMAGE.manifest)
-    change(directory, f"UPDATE images SET last_used_at = '{LONG_AGO}'")
+    change_index(directory, f"UPDATE images SET last_used_at = '{LONG_AGO}'")
     return directory
 
 
@@ -140,7 +140,7 @@ def test_a_cache_that_stays_open_writes_its_uses_after_five_minutes(old: Path, m
         assert read_last_use(old) == LONG_AGO
         now = time.monotonic()
         monkeypatch.setattr(
-            "cachedb.content.last_used.time", SimpleNamespace(monotonic=lambda: now + last_used.RESOLUTION + 1)
+            "cachedb.content.last_used.time", SimpleNamespace(monotonic=lambda: now + last_used.RESOLUTION_SECONDS + 1)
         )
         assert cache.is_image_complete("app:1")
         assert read_last_use(old) > "2026"

@@ -268,7 +268,7 @@ def test_a_publication_stores_each_new_blob_once(index: Database, session: Sessi
     received = [receive(session, data) for data in (b"old", b"new", b"new", b"")]
     received.append(receive(session, b"held elsewhere", write=False))
     with publish.publish_blobs(index, session, received) as connection:
-        assert blobs.stored(connection, [blob.digest for blob in received]).keys() == {
+        assert blobs.read_stored_sizes(connection, [blob.digest for blob in received]).keys() == {
             digest_of(data) for data in (b"old", b"new", b"")
         }
     assert files_of(index.directory) == stored_rows(index.directory)
@@ -368,7 +368,7 @@ def test_a_blob_can_be_stored_again_at_every_step_of_its_collection(
         with index.write() as connection:
             connection.exec_driver_sql("DELETE FROM leases")
             ids = connection.exec_driver_sql("SELECT id FROM blobs").scalars().all()
-            assert collect.forget(connection, ids) == (1, 4)
+            assert collect.delete_unreferenced(connection, ids) == (1, 4)
 
     digest = cache.add_blob(data)
     forget()
@@ -433,7 +433,7 @@ def test_many_digests_are_looked_up_in_batches(index: Database) -> None:
         insert = "INSERT INTO blobs (digest, size, stored_at) VALUES (?, 1, '2026-01-31T23:59:59.123456Z')"
         connection.exec_driver_sql(insert, [(digest,) for digest in wanted])
         connection.exec_driver_sql("INSERT INTO blobs (digest, size) VALUES (?, 1)", (digest_of(b"unstored"),))
-        assert blobs.stored(connection, [*wanted, Digest(digest_of(b"unstored"))]).keys() == set(wanted)
+        assert blobs.read_stored_sizes(connection, [*wanted, Digest(digest_of(b"unstored"))]).keys() == set(wanted)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])

@@ -23,7 +23,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import LEASES
 from cachedb.oci.digests import Digest
 from tests.conftest import files_of, run_python, running, snapshot
-from tests.disk.test_locks import is_free, open_files
+from tests.disk.test_locks import count_open_files, is_free
 from tests.index.sqlite.test_database import content
 from tests.support.make import digest_of, image, save
 
@@ -65,8 +65,8 @@ def test_a_closed_session_leaves_nothing(directory: Path) -> None:
         with Cache.open(directory) as cache:
             cache.add_blob(b"data")
         assert traces(directory) == {"leases": [], "ingest": [], "locks": ["write.lock", "write.queue"]}
-        assert before in (None, open_files())
-        before = open_files()
+        assert before in (None, count_open_files())
+        before = count_open_files()
 
 
 @pytest.mark.slow
@@ -229,8 +229,8 @@ def test_a_session_that_cannot_begin_leaves_no_file_open(cache: Cache) -> None:
     for _ in range(3):
         with pytest.raises(StorageError, match="cannot begin a session"):
             cache.add_blob(b"data")
-        assert before in (None, open_files())
-        before = open_files()
+        assert before in (None, count_open_files())
+        before = count_open_files()
     ingest.mkdir()
     cache.add_blob(b"data")
     Cache.open(cache.directory).close()

@@ -17,7 +17,7 @@ import pytest
 
 from cachedb import Cache, CacheError, CacheReplaced, NotACache, NotOurs, SchemaMismatch, StorageError
 from cachedb.disk import marker
-from cachedb.disk.folders import Folders, follow
+from cachedb.disk.folders import Folders, apply_folder_mode
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import upgrade
@@ -527,7 +527,7 @@ def test_a_file_that_was_made_in_another_folder_gets_the_group_of_a_shared_one(t
     folder.chmod(0o2770)
     file.touch(0o600)
     with file.open() as opened:
-        follow(opened.fileno(), folder.stat())
+        apply_folder_mode(opened.fileno(), folder.stat())
     assert (file.stat().st_uid, file.stat().st_gid, stat.S_IMODE(file.stat().st_mode)) == (0, OTHER_USER, 0o660)
 
 

@@ -17,7 +17,7 @@ from cachedb.disk import locks
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.query import _Rows
 from tests.conftest import run_python
-from tests.operations.test_upgrade import frozen
+from tests.operations.test_upgrade import unpack_frozen_cache
 from tests.support import make
 from tests.support.make import save
 
@@ -131,7 +131,7 @@ def other(tmp_path: Path, directory: Path) -> Path:
     make.write(folder / "a.tar", make.oci_files({"new:1": make.image(2)}))
     make.json_cache(folder / "old", {"new/2": make.image(3)})
     make.json_cache(folder / "same", {"app/1": make.image(1)})
-    frozen("0001", folder / "0001")
+    unpack_frozen_cache("0001", folder / "0001")
     return folder
 
 
@@ -213,7 +213,7 @@ WAITING = {
     ),
     "another backup": (
         'lock = (directory / "backups" / ".lock").open("w")\nfcntl.flock(lock, fcntl.LOCK_EX)\n'
-        "locks.held = signal_and_call(locks.held)",
+        "locks.hold_lock = signal_and_call(locks.hold_lock)",
         "upgrade.back_up(directory)",
         "fcntl.flock(lock, fcntl.LOCK_UN)",
     ),
@@ -314,7 +314,7 @@ def test_an_interrupt_at_the_end_of_a_block_blocks_no_later_fork(monkeypatch: py
             changed.notify_all()
 
     def work() -> None:
-        with pytest.raises(KeyboardInterrupt), locks.unforked():
+        with pytest.raises(KeyboardInterrupt), locks.no_fork():
             pass
 
     with monkeypatch.context() as patch:
@@ -335,7 +335,7 @@ def test_an_interrupt_while_a_fork_waits_leaves_the_locks_usable() -> None:
         sys.unraisablehook = lambda raised: print(raised.exc_type.__name__, flush=True)
 
         def work():
-            with locks.unforked():
+            with locks.no_fork():
                 inside.set()
                 while not locks.is_fork_waiting():
                     time.sleep(0.001)
@@ -346,12 +346,12 @@ def test_an_interrupt_while_a_fork_waits_leaves_the_locks_usable() -> None:
         thread.start()
         inside.wait()
         if os.fork() == 0:
-            with locks.unforked():
+            with locks.no_fork():
                 os._exit(0)
         assert os.wait()[1] == 0
         thread.join()
         assert not locks.is_fork_waiting()
-        with locks.unforked():
+        with locks.no_fork():
             print("free")
         """
     )
@@ -375,7 +375,7 @@ def test_a_signals_handler_may_fork_while_a_lock_file_is_opened(
     monkeypatch.setattr(locks, "_open_or_create", interrupted)
     before = signal.signal(signal.SIGUSR1, fork)
     try:
-        with locks.held(tmp_path / "lock"):
+        with locks.hold_lock(tmp_path / "lock"):
             pass
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -393,7 +393,7 @@ def test_an_error_in_the_queue_releases_its_lock_though_a_child_has_the_file_ope
 
     with monkeypatch.context() as patch:
         patch.setattr(locks, "_read_number", fail)
-        with pytest.raises(KeyboardInterrupt), locks.in_turn(tmp_path / "lock"):
+        with pytest.raises(KeyboardInterrupt), locks.hold_in_turn(tmp_path / "lock"):
             pass
     lock = locks.acquire(tmp_path / "lock.queue", wait=False)
     assert lock is not None

@@ -20,7 +20,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.operations import rebuild, restore
 from tests.conftest import Run, running
-from tests.disk.test_locks import eventually
+from tests.disk.test_locks import wait_until
 from tests.support.make import image, save
 
 APP = image(1)
@@ -71,7 +71,7 @@ def test_a_block_that_lost_the_write_lock_raises(index: Database, lose: Loss) ->
     def lose_the_lock() -> None:
         with index.alone():
             lose(index.write_lock)
-            with locks.in_turn(index.write_lock, Wait("it", 0)):
+            with locks.hold_in_turn(index.write_lock, Wait("it", 0)):
                 pass  # another process can now take the lock
 
     with pytest.raises(CacheReplaced, match=r"another process may have written meanwhile: run `cachedb verify`"):
@@ -120,20 +120,20 @@ def test_an_image_is_not_saved_by_a_lost_session(cache: Cache) -> None:
 def test_a_waiter_for_a_lock_file_that_is_renamed_locks_the_new_file(tmp_path: Path, lose: Loss) -> None:
     path = tmp_path / "locks" / "lock"
     path.parent.mkdir()
-    with locks.held(path):
+    with locks.hold_lock(path):
         wait = Wait("it", 30)
         wait.on_begin = lambda: lose(path)
-        with locks.held(path, wait) as file:
+        with locks.hold_lock(path, wait) as file:
             assert locks.leads_to(path, file.fileno())
 
 
 def test_a_waiter_for_a_folder_that_is_renamed_locks_the_new_folder(tmp_path: Path) -> None:
     path = tmp_path / "locks"
     path.mkdir()
-    with locks.held_folder(path, Wait("it", 0), shared=False):
+    with locks.hold_folder_lock(path, Wait("it", 0), shared=False):
         wait = Wait("it", 30)
         wait.on_begin = lambda: rename_folder(path / "lock")
-        with locks.held_folder(path, wait, shared=False), pytest.raises(BlockingIOError):
+        with locks.hold_folder_lock(path, wait, shared=False), pytest.raises(BlockingIOError):
             os.close(_lock_now(path))
 
 
@@ -151,7 +151,7 @@ def _lock_now(path: Path) -> int:
 
 def test_a_claim_whose_file_is_renamed_is_lost(directory: Path) -> None:
     Cache.open(directory).close()
-    with single_flight.unless_made(directory, "key"):
+    with single_flight.try_claim(directory, "key"):
         single_flight.check_claim(directory, "key")
         (path,) = (directory / "locks").glob("*.producing")
         rename_file(path)
@@ -421,7 +421,7 @@ def test_a_lock_holder_without_a_record_is_named_by_the_kernel(cachedb: Run, dir
     command: list[str | Path] = ["flock", "--no-fork", directory / name, "sleep", "60"]
     with subprocess.Popen(command) as process:
         try:
-            assert eventually(lambda: _is_locked(directory / name))
+            assert wait_until(lambda: _is_locked(directory / name))
             done = cachedb("tag", "app:1", "app:2", env={**os.environ, "CACHEDB_WAIT": "0.3"})
             assert done.returncode == 1
             assert f"process {process.pid} (sleep 60)" in done.stderr

@@ -38,7 +38,7 @@ def is_free(path: Path) -> bool:
     return lock is not None
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 60) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
     """Return whether a condition becomes true in time."""
     end = time.monotonic() + seconds
     while not condition():
@@ -53,7 +53,7 @@ def count_waiters(path: Path) -> int:
     return len(re.findall(rf"-> .*:{path.stat().st_ino} ", Path("/proc/locks").read_text()))
 
 
-def open_files() -> int:
+def count_open_files() -> int:
     """Return how many files this process has open, after collecting garbage of other tests."""
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
@@ -61,7 +61,7 @@ def open_files() -> int:
 
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with locks.held(path):
+    with locks.hold_lock(path):
         assert not is_free(path)
     assert is_free(path)
 
@@ -77,20 +77,20 @@ def test_a_lock_is_released_when_its_holder_is_killed(tmp_path: Path) -> None:
 
 def test_a_lock_is_released_when_the_block_fails(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with pytest.raises(KeyError), locks.held(path):
+    with pytest.raises(KeyError), locks.hold_lock(path):
         raise KeyError
     assert is_free(path)
 
 
 def test_locking_and_failing_to_lock_leave_no_file_open(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    before = open_files()
+    before = count_open_files()
     for _ in range(3):
-        with locks.held(path):
+        with locks.hold_lock(path):
             assert not is_free(path)
     with pytest.raises(FileNotFoundError):
         locks.acquire(tmp_path / "nowhere" / "lock")
-    assert open_files() == before
+    assert count_open_files() == before
 
 
 def test_a_waiter_for_an_unlinked_lock_file_locks_the_new_one(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_waiter_for_an_unlinked_lock_file_locks_the_new_one(tmp_path: Path) ->
     taken = []
     waiter = threading.Thread(target=lambda: taken.append(locks.acquire(path)))
     waiter.start()
-    assert eventually(lambda: count_waiters(path) == 1)
+    assert wait_until(lambda: count_waiters(path) == 1)
     path.unlink()
     locks.release(first)
     waiter.join(60)
@@ -127,7 +127,7 @@ def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_killed(tmp_path: Pat
         assert not is_free(path)
         parent.kill()
         parent.wait()
-        assert eventually(lambda: is_free(path))
+        assert wait_until(lambda: is_free(path))
 
 
 def test_a_child_releases_only_its_own_locks(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_child_releases_only_its_own_locks(tmp_path: Path) -> None:
         from cachedb.disk import locks
 
         mine, other = Path(sys.argv[1]) / "mine", Path(sys.argv[1]) / "other"
-        with locks.held(mine):
+        with locks.hold_lock(mine):
             child = os.fork()
             if child == 0:
                 # The new file gets the descriptor of the one that the fork closed.
@@ -148,7 +148,7 @@ def test_a_child_releases_only_its_own_locks(tmp_path: Path) -> None:
             assert locks.acquire(other, wait=False) is None, "the parent's block released the child's lock"
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        with locks.held(mine):
+        with locks.hold_lock(mine):
             if (child := os.fork()) == 0:
                 sys.exit(0)
             assert os.waitpid(child, 0)[1] == 0
@@ -173,25 +173,25 @@ def test_a_fork_waits_for_begun_blocks_and_new_blocks_wait_for_the_fork(tmp_path
 
         order, inside, leave = [], threading.Event(), threading.Event()
         closed = Closed()
-        locks.before_fork(closed)
+        locks.close_before_fork(closed)
 
         def first():
-            with locks.unforked():
+            with locks.no_fork():
                 inside.set()
                 leave.wait()
-                with locks.unforked():  # a thread inside a block may begin another
+                with locks.no_fork():  # a thread inside a block may begin another
                     lock = locks.acquire(Path(sys.argv[1]) / "lock")
                     locks.release(lock)
                 order.append("first")
 
         def second():
-            with locks.unforked():
+            with locks.no_fork():
                 order.append("second")
 
         def fork():
             child = os.fork()
             if child == 0:
-                with locks.unforked():
+                with locks.no_fork():
                     pass
                 os._exit(0 if order == ["first", "closed"] else 1)
             order.append("forked")
@@ -232,7 +232,7 @@ def test_a_thread_that_a_fork_waits_for_may_log_and_use_a_pool() -> None:
             statuses.append(os.waitpid(child, 0)[1])
 
         statuses = []
-        with locks.unforked():
+        with locks.no_fork():
             forker = threading.Thread(target=fork, daemon=True)
             forker.start()
             while not locks._forking:
@@ -260,7 +260,7 @@ def test_threads_that_lock_and_threads_that_fork_do_not_deadlock(tmp_path: Path)
 
         def lock(number):
             for _ in range(200):
-                with locks.unforked(), locks.held(Path(sys.argv[1]) / f"lock-{number % 2}"):
+                with locks.no_fork(), locks.hold_lock(Path(sys.argv[1]) / f"lock-{number % 2}"):
                     pass
 
         def fork():
@@ -308,7 +308,7 @@ class Queue:
             if (child := os.fork()):
                 print(child, flush=True)
                 continue
-            with locks.unforked(), locks.in_turn(folder / "lock"):
+            with locks.no_fork(), locks.hold_in_turn(folder / "lock"):
                 with (folder / "order").open("a") as file:
                     file.write(name)
                 time.sleep(0.005)
@@ -336,7 +336,7 @@ class Queue:
         before = self.last
         print(name, file=self._process.stdin, flush=True)
         child = int(self._process.stdout.readline())
-        assert not wait or eventually(lambda: self.last == before + 1)
+        assert not wait or wait_until(lambda: self.last == before + 1)
         self._numbers[name] = before + 1
         return child
 
@@ -355,7 +355,7 @@ class Queue:
                     self.tick()
                 return self.order == order
 
-            return eventually(is_reached)
+            return wait_until(is_reached)
 
 
 @pytest.fixture
@@ -366,7 +366,7 @@ def queue(tmp_path: Path) -> Iterator[Queue]:
 
 @contextmanager
 def turn(folder: Path) -> Iterator[locks.Turn]:
-    with locks.unforked(), locks.in_turn(folder / "lock") as held:
+    with locks.no_fork(), locks.hold_in_turn(folder / "lock") as held:
         yield held
 
 
@@ -396,7 +396,7 @@ def test_dead_and_stopped_waiters_are_passed_over(queue: Queue, tmp_path: Path) 
             os.kill(waiting[name], signal.SIGKILL)
         for name in "bh":
             os.kill(waiting[name], signal.SIGSTOP)
-            assert eventually(partial(is_stopped, waiting[name])), "it could still get the lock first"
+            assert wait_until(partial(is_stopped, waiting[name])), "it could still get the lock first"
     assert queue.reaches("cgijl", gone="abdefhk"), queue.order
     os.kill(waiting["h"], signal.SIGCONT)
     assert queue.reaches("cgijlh"), "a continued process did not get its turn"
@@ -442,7 +442,7 @@ def test_a_waiter_that_is_served_late_does_not_put_the_numbers_back(
         locks._write_number(queue, locks._SERVED_OFFSET, number + 2)
 
     with turn(tmp_path), monkeypatch.context() as patch:
-        patch.setattr(locks, "held", lambda path, wait: (tmp_path / "other").open("w"))
+        patch.setattr(locks, "hold_lock", lambda path, wait: (tmp_path / "other").open("w"))
         patch.setattr(locks, "_await_turn", pass_over)
         with turn(tmp_path):
             assert int.from_bytes((tmp_path / "lock.queue").read_bytes()[8:16], "little") == 4
@@ -508,7 +508,7 @@ def test_a_queue_that_is_replaced_while_processes_wait_blocks_nobody(queue: Queu
         for name in "de":
             queue.ask(name)
         os.kill(first[0], signal.SIGKILL)
-    assert eventually(lambda: len(queue.order) == 4), queue.order
+    assert wait_until(lambda: len(queue.order) == 4), queue.order
     assert [name for name in queue.order if name in "de"] == ["d", "e"]
     assert [name for name in queue.order if name in "bc"] == ["b", "c"]
 
@@ -518,7 +518,7 @@ def test_a_mark_survives_the_death_of_its_holder(tmp_path: Path) -> None:
         import sys, time
         from pathlib import Path
         from cachedb.disk import locks
-        with locks.unforked(), locks.in_turn(Path(sys.argv[1]) / "lock") as turn:
+        with locks.no_fork(), locks.hold_in_turn(Path(sys.argv[1]) / "lock") as turn:
             assert not turn.marked
             turn.mark()
             print("marked", flush=True)
@@ -538,9 +538,9 @@ def test_a_lock_file_that_is_a_second_name_of_another_file_is_refused(tmp_path: 
     thesis, lock = tmp_path / "thesis.txt", tmp_path / "write.lock"
     thesis.write_text("the only copy")
     os.link(thesis, lock)
-    with pytest.raises(OSError, match="it is a second name of another file"), locks.held(lock):
+    with pytest.raises(OSError, match="it is a second name of another file"), locks.hold_lock(lock):
         pytest.fail("the lock's record overwrites the file")
     assert thesis.read_text() == "the only copy"
     thesis.unlink()
-    with locks.held(lock):
+    with locks.hold_lock(lock):
         assert locks.is_held(lock)

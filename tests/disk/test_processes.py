@@ -19,7 +19,7 @@ import pytest
 
 from cachedb import Cache, NotInCache
 from tests.conftest import run_python, snapshot, start_python, stored_rows
-from tests.disk.test_locks import eventually
+from tests.disk.test_locks import wait_until
 from tests.support import make
 from tests.support.make import save
 from tests.support.promises import check
@@ -85,7 +85,7 @@ def test_a_copied_or_pickled_cache_has_its_own_session(cache: Cache) -> None:
 def test_a_killed_child_breaks_no_promise(cache: Cache) -> None:
     process = multiprocessing.get_context("spawn").Process(target=store_and_wait, args=(cache,))
     process.start()
-    assert eventually(lambda: len(stored_rows(cache.directory)) == 1, 30)
+    assert wait_until(lambda: len(stored_rows(cache.directory)) == 1, 30)
     process.kill()
     process.join()
     assert cache.collect_garbage().blobs == 1

@@ -15,7 +15,7 @@ import pytest
 from cachedb import Cache, CacheError
 from cachedb.disk import locks
 from tests.conftest import Run, run_python, running
-from tests.disk.test_locks import eventually
+from tests.disk.test_locks import wait_until
 from tests.support import make
 from tests.support.make import save
 from tests.support.promises import check
@@ -57,7 +57,7 @@ def start_waiting(cache: Cache, name: str = "app:1") -> list[object]:
 
     thread = threading.Thread(target=want, daemon=True)
     thread.start()
-    assert eventually(lambda: got != [] or is_napping(thread))
+    assert wait_until(lambda: got != [] or is_napping(thread))
     assert got == []
     return got
 
@@ -100,8 +100,8 @@ def test_the_next_one_takes_over_if_the_producer_is_killed(cache: Cache) -> None
         got = start_waiting(cache)
         producer.kill()
         producer.wait()
-        assert eventually(lambda: got == [None]), "the dead process still has the claim"
-    assert eventually(lambda: list_claims(cache.directory) == [])
+        assert wait_until(lambda: got == [None]), "the dead process still has the claim"
+    assert wait_until(lambda: list_claims(cache.directory) == [])
 
 
 def test_the_next_open_removes_the_claim_of_a_killed_producer_only(directory: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_waiter_gets_the_image_when_the_producer_is_done(cache: Cache) -> None
     with running(PRODUCER, cache.directory) as producer:
         got = start_waiting(cache)
         print(file=producer.stdin)
-        assert eventually(lambda: len(got) == 1)
+        assert wait_until(lambda: len(got) == 1)
         assert got == [cache.get_image("app:1")]
 
 
@@ -128,10 +128,10 @@ def test_the_next_one_takes_over_if_the_block_fails(cache: Cache) -> None:
         assert image is None
         got = start_waiting(cache)
         raise KeyError
-    assert eventually(lambda: got == [None])
+    assert wait_until(lambda: got == [None])
     with cache.producing("app:1") as image:
         assert image is None, "this thread cannot try again"
-    assert eventually(lambda: list_claims(cache.directory) == [])
+    assert wait_until(lambda: list_claims(cache.directory) == [])
 
 
 def test_threads_wait_for_each_other_also_if_one_leaves_out_the_tag(cache: Cache) -> None:
@@ -141,8 +141,8 @@ def test_threads_wait_for_each_other_also_if_one_leaves_out_the_tag(cache: Cache
         save(cache, "app", MADE)
         time.sleep(0.05)
         assert got == [[], []], "the claim ended before the block"
-    assert eventually(lambda: got == [[cache.get_image("app")]] * 2)
-    assert eventually(lambda: list_claims(cache.directory) == [])
+    assert wait_until(lambda: got == [[cache.get_image("app")]] * 2)
+    assert wait_until(lambda: list_claims(cache.directory) == [])
 
 
 def test_a_complete_image_is_returned_without_a_lock(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_a_blob_is_produced_once(cache: Cache) -> None:
         assert stored is False
         thread = threading.Thread(target=want)
         thread.start()
-        assert eventually(lambda: got != [] or is_napping(thread))
+        assert wait_until(lambda: got != [] or is_napping(thread))
         assert got == []
         cache.save_blob(digest, b"data")
     thread.join(60)
@@ -304,7 +304,7 @@ def test_a_signal_to_produce_ends_its_command(directory: Path, number: signal.Si
         process.send_signal(number)
         assert process.wait(60) == code
         assert "Traceback" not in process.stderr.read()
-    assert eventually(lambda: not is_alive(command))
+    assert wait_until(lambda: not is_alive(command))
     assert list_claims(directory) == []
 
 

@@ -19,7 +19,7 @@ from cachedb import Busy, Cache, CacheError
 from cachedb.disk import locks, processes, single_flight, waiting
 from cachedb.index.sqlite.database import Database
 from tests.conftest import Run, running
-from tests.disk.test_locks import eventually
+from tests.disk.test_locks import wait_until
 from tests.support import make
 from tests.support.make import save
 
@@ -151,20 +151,20 @@ def test_a_reader_blocked_by_another_program_gets_our_own_error(full: Path) -> N
 
 @pytest.mark.slow
 def test_dead_waiters_are_skipped_without_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with locks.held(tmp_path / "lock"):
+    with locks.hold_lock(tmp_path / "lock"):
         children = []
         for _ in range(20):
             if (child := os.fork()) == 0:
-                with locks.in_turn(tmp_path / "lock"):
+                with locks.hold_in_turn(tmp_path / "lock"):
                     os._exit(0)
             children.append(child)
         queue = tmp_path / "lock.queue"
-        assert eventually(lambda: queue.exists() and queue.read_bytes()[:1] == b"\x14")
+        assert wait_until(lambda: queue.exists() and queue.read_bytes()[:1] == b"\x14")
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 1000.0)
-    with locks.in_turn(tmp_path / "lock", waiting.Wait("it", 30)):
+    with locks.hold_in_turn(tmp_path / "lock", waiting.Wait("it", 30)):
         pass
 
 
@@ -172,7 +172,7 @@ def test_a_queue_whose_file_a_stopped_process_locks_blocks_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_QUEUE_LOCK_SECONDS", 0.05)
-    with locks.held(tmp_path / "lock.queue"), locks.in_turn(tmp_path / "lock"):
+    with locks.hold_lock(tmp_path / "lock.queue"), locks.hold_in_turn(tmp_path / "lock"):
         assert locks.is_held(tmp_path / "lock")
 
 
@@ -236,13 +236,15 @@ def test_a_claim_without_progress_is_taken_over_and_its_owner_notices(
 ) -> None:
     (directory / "locks").mkdir(parents=True)
     monkeypatch.setattr(single_flight, "_STALLED_SECONDS", 0.1)
-    with single_flight.once(directory, "it", lambda: None, is_working=None):
+    with single_flight.claim_or_find(directory, "it", lambda: None, is_working=None):
         (path,) = (directory / "locks").glob("*.producing")
         inode = path.stat().st_ino
         took: list[bool] = []
 
         def want() -> None:
-            with single_flight.once(directory, "it", lambda: None, seconds=30, may_take_over=True, is_working=None):
+            with single_flight.claim_or_find(
+                directory, "it", lambda: None, seconds=30, may_take_over=True, is_working=None
+            ):
                 took.append(path.stat().st_ino != inode)
 
         thread = threading.Thread(target=want)
@@ -264,7 +266,7 @@ def test_a_claim_with_progress_is_not_taken_over(directory: Path, monkeypatch: p
     (directory / "locks").mkdir(parents=True)
     monkeypatch.setattr(single_flight, "_STALLED_SECONDS", 1.0)
     monkeypatch.setattr(single_flight, "_PROGRESS_SECONDS", 0.05)
-    with single_flight.once(directory, "it", lambda: None):
+    with single_flight.claim_or_find(directory, "it", lambda: None):
         ended = threading.Event()
 
         def stop(seconds: float) -> None:
@@ -275,7 +277,7 @@ def test_a_claim_with_progress_is_not_taken_over(directory: Path, monkeypatch: p
         def want() -> None:
             with (
                 pytest.raises((InterruptedError, CacheError)),
-                single_flight.once(directory, "it", lambda: None, stop, seconds=30, may_take_over=True),
+                single_flight.claim_or_find(directory, "it", lambda: None, stop, seconds=30, may_take_over=True),
             ):
                 pass
             ended.set()
@@ -294,7 +296,7 @@ def test_ps_shows_which_process_writes_and_which_waits(cachedb: Run, full: Path)
         running(waiter, full) as second,
         Cache.open(full, wait=0) as cache,
     ):
-        assert eventually(lambda: len(cache.sessions()) == 2)
+        assert wait_until(lambda: len(cache.sessions()) == 2)
         writing, queued = cache.sessions()
         assert (writing.pid, [one.kind for one in writing.doing]) == (holder.pid, ["write"])
         assert (queued.pid, [one.kind for one in queued.doing]) == (second.pid, ["wait"])
@@ -305,7 +307,7 @@ def test_ps_shows_which_process_writes_and_which_waits(cachedb: Run, full: Path)
         table = cachedb("ps").stdout
         assert "wait for the write lock" in table
         os.kill(second.pid, signal.SIGKILL)
-        assert eventually(lambda: len(cache.sessions()) == 1), "a dead process is listed"
+        assert wait_until(lambda: len(cache.sessions()) == 1), "a dead process is listed"
 
 
 def test_a_session_is_listed_while_it_lives(full: Path) -> None:
@@ -324,17 +326,17 @@ def test_a_session_is_listed_while_it_lives(full: Path) -> None:
 )
 def test_a_lock_file_that_contains_garbage_names_nobody(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "lock").write_bytes(content)
-    assert locks.holder_of(tmp_path / "lock") is None
+    assert locks.read_holder_of(tmp_path / "lock") is None
 
 
 def test_a_process_that_has_ended_is_not_named(tmp_path: Path) -> None:
-    with locks.held(tmp_path / "lock") as file:
-        assert locks.holder_of(tmp_path / "lock") == processes.this_process()
+    with locks.hold_lock(tmp_path / "lock") as file:
+        assert locks.read_holder_of(tmp_path / "lock") == processes.this_process()
         gone = processes.this_process()._replace(start="0")
         record = json.dumps(gone._asdict()).encode()
         os.pwrite(file.fileno(), record + b"\n", processes.RECORD)
-        assert locks.holder_of(tmp_path / "lock") is None
-    assert locks.holder_of(tmp_path / "lock") is None
+        assert locks.read_holder_of(tmp_path / "lock") is None
+    assert locks.read_holder_of(tmp_path / "lock") is None
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from cachedb.index.sqlite.prepare import prepare
 from cachedb.index.sqlite.revision import APPLICATION_ID
 from cachedb.index.tables import METADATA, REVISION
 from cachedb.operations import upgrade as upgrade_module
-from tests.conftest import revision_of, run_python, snapshot, stored_rows
+from tests.conftest import read_revision, run_python, snapshot, stored_rows
 from tests.index.sqlite.test_database import content
 from tests.support.make import digest_of, image
 
@@ -49,7 +49,7 @@ def alembic(*arguments: str, checkout: Path = CHECKOUT, **environment: str) -> s
     )
 
 
-def tables(directory: Path) -> set[str]:
+def list_tables(directory: Path) -> set[str]:
     shell = sqlite3.connect(directory / "index.db")
     try:
         return {name for (name,) in shell.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -57,9 +57,9 @@ def tables(directory: Path) -> set[str]:
         shell.close()
 
 
-def rows(directory: Path) -> dict[str, list[tuple[object, ...]]]:
+def read_rows(directory: Path) -> dict[str, list[tuple[object, ...]]]:
     """Return all rows of all tables except Alembic's."""
-    names = tables(directory) - {"alembic_version"}
+    names = list_tables(directory) - {"alembic_version"}
     shell = sqlite3.connect(directory / "index.db")
     try:
         return {name: sorted(shell.execute(f"SELECT * FROM {name}"), key=repr) for name in names}
@@ -67,7 +67,7 @@ def rows(directory: Path) -> dict[str, list[tuple[object, ...]]]:
         shell.close()
 
 
-def change(directory: Path, sql: str) -> None:
+def change_index(directory: Path, sql: str) -> None:
     shell = sqlite3.connect(directory / "index.db")
     with shell:
         shell.execute(sql)
@@ -79,7 +79,7 @@ def change(directory: Path, sql: str) -> None:
 
 def test_a_new_cache_has_the_newest_schema_and_our_application_id(directory: Path) -> None:
     Cache.open(directory).close()
-    assert tables(directory) == TABLES
+    assert list_tables(directory) == TABLES
     shell = sqlite3.connect(directory / "index.db")
     assert shell.execute("SELECT version_num FROM alembic_version").fetchall() == [(REVISION,)]
     assert shell.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
@@ -136,7 +136,7 @@ def test_the_next_open_completes_an_interrupted_creation(directory: Path) -> Non
     assert wal.path.stat().st_size
     for stage in ("folders", "empty file", "wal"):
         Cache.open(stages / stage).close()
-        assert tables(stages / stage) == TABLES
+        assert list_tables(stages / stage) == TABLES
 
 
 def test_a_cache_that_lost_its_index_is_refused_and_keeps_its_blobs(directory: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_cache_that_lost_its_index_and_had_no_blobs_gets_a_new_one(directory: 
     Cache.open(directory).close()
     (directory / "index.db").unlink()
     Cache.open(directory).close()
-    assert tables(directory) == TABLES
+    assert list_tables(directory) == TABLES
 
 
 # Other schemas
@@ -167,8 +167,8 @@ def test_a_cache_that_lost_its_index_and_had_no_blobs_gets_a_new_one(directory: 
 def test_a_newer_schema_is_refused_before_any_write(directory: Path, upgrade: bool) -> None:
     with Cache.open(directory) as cache:
         cache.add_blob(b"data")
-    change(directory, "UPDATE alembic_version SET version_num = '9999'")
-    change(directory, "PRAGMA user_version = 9999")
+    change_index(directory, "UPDATE alembic_version SET version_num = '9999'")
+    change_index(directory, "PRAGMA user_version = 9999")
     before = content(directory)
     with pytest.raises(SchemaMismatch, match=f"schema 9999, and this release knows {REVISION} at most: use a newer"):
         Cache.open(directory, upgrade=upgrade)
@@ -177,8 +177,8 @@ def test_a_newer_schema_is_refused_before_any_write(directory: Path, upgrade: bo
 
 def test_an_open_cache_is_not_written_to_after_an_upgrade(cache: Cache, directory: Path) -> None:
     digest = cache.add_blob(b"data")
-    change(directory, "UPDATE alembic_version SET version_num = '9999'")
-    change(directory, "PRAGMA user_version = 9999")
+    change_index(directory, "UPDATE alembic_version SET version_num = '9999'")
+    change_index(directory, "PRAGMA user_version = 9999")
     before = snapshot(directory)
     for write in (
         lambda: cache.add_blob(b"more"),
@@ -193,20 +193,20 @@ def test_an_open_cache_is_not_written_to_after_an_upgrade(cache: Cache, director
     after = snapshot(directory)
     del before["ingest"], after["ingest"]
     assert after == before
-    change(directory, f"UPDATE alembic_version SET version_num = '{REVISION}'")
+    change_index(directory, f"UPDATE alembic_version SET version_num = '{REVISION}'")
 
 
 def test_an_older_schema_is_upgraded_only_when_asked(directory: Path) -> None:
     Cache.open(directory).close()
     assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
-    assert tables(directory) == FIRST
+    assert list_tables(directory) == FIRST
     before = content(directory)
     with pytest.raises(SchemaMismatch, match=r"schema 0001, .* needs 0005: run `cachedb db upgrade`, or set"):
         Cache.open(directory)
     assert content(directory) == before
     with Cache.open(directory, upgrade=True) as cache:
         cache.add_blob(b"data")
-    assert tables(directory) == TABLES
+    assert list_tables(directory) == TABLES
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_an_older_schema_is_upgraded_if_the_environment_asks_for_it(
     monkeypatch.setenv("CACHEDB_AUTO_UPGRADE", "1")
     with Cache.open(directory) as cache:
         cache.add_blob(b"data")
-    assert tables(directory) == TABLES
+    assert list_tables(directory) == TABLES
 
 
 def test_an_index_without_a_schema_is_damaged(directory: Path) -> None:
@@ -275,9 +275,9 @@ def test_every_migration_goes_down_and_up_again(directory: Path) -> None:
 
         for _ in ScriptDirectory.from_config(schema.alembic_config()).walk_revisions():
             migrate("-1")
-        assert tables(directory) == {"alembic_version"}
+        assert list_tables(directory) == {"alembic_version"}
         migrate("head")
-        assert tables(directory) == TABLES
+        assert list_tables(directory) == TABLES
         assert database.revision() == REVISION
 
 
@@ -289,18 +289,18 @@ def test_0002_upgrades_and_downgrades_a_cache(directory: Path) -> None:
             cache.save_blob(digest, data)
         cache.save_manifest("app:1", made.manifest)
         lease = cache.add_blob(b"leased")
-        assert [row[0] for row in rows(directory)["leases"]] == [lease]
+        assert [row[0] for row in read_rows(directory)["leases"]] == [lease]
         assert alembic("downgrade", "0002", CACHEDB_DIR=str(directory)).returncode == 0
-        before = {name: table for name, table in rows(directory).items() if name != "holds"}
+        before = {name: table for name, table in read_rows(directory).items() if name != "holds"}
         assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
-        assert rows(directory) == before
+        assert read_rows(directory) == before
         assert alembic("upgrade", "0002", CACHEDB_DIR=str(directory)).returncode == 0
-        assert rows(directory) == {**before, "holds": []}
+        assert read_rows(directory) == {**before, "holds": []}
         assert alembic("upgrade", "head", CACHEDB_DIR=str(directory)).returncode == 0
         cache.add_hold("app:1")
-        assert len(rows(directory)["leases"]) == 1 + len(made.blobs)
+        assert len(read_rows(directory)["leases"]) == 1 + len(made.blobs)
         assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
-        assert rows(directory) == before, "the downgrade deleted more than the hold and its leases"
+        assert read_rows(directory) == before, "the downgrade deleted more than the hold and its leases"
         assert alembic("upgrade", "head", CACHEDB_DIR=str(directory)).returncode == 0
     with Cache.open(directory) as cache:
         assert cache.is_image_complete("app:1")
@@ -314,7 +314,7 @@ def test_the_alembic_command_uses_the_chosen_cache(directory: Path, how: str) ->
     default = str(directory if how == "CACHEDB_DIR" else directory.parent / "other")
     done = alembic(*chosen, "upgrade", "head", CACHEDB_DIR=default)
     assert done.returncode == 0, done.stderr
-    assert tables(directory) == TABLES
+    assert list_tables(directory) == TABLES
     done = alembic(*chosen, "check", CACHEDB_DIR=default)
     assert done.returncode == 0, done.stderr
     assert "No new upgrade operations detected" in done.stdout
@@ -345,12 +345,12 @@ def test_a_new_revision_gets_the_next_number_and_can_be_downgraded(directory: Pa
     run("upgrade", "head")
     run("check")
     run("downgrade", "-1")
-    assert revision_of(directory) == REVISION
+    assert read_revision(directory) == REVISION
     run("revision", "-m", "by hand")
     run("revision", "-m", "chosen", "--rev-id", f"{number + 7:04}")
     run("revision", "-m", "after it")
     run("upgrade", "head")
-    assert revision_of(directory) == f"{number + 8:04}"
+    assert read_revision(directory) == f"{number + 8:04}"
     assert [line.split()[2].rstrip(",") for line in run("history").splitlines()] == [
         f"{number + step:04}" for step in (8, 7, 2, 1)
     ] + [f"{earlier:04}" for earlier in range(number, 0, -1)]
@@ -358,7 +358,7 @@ def test_a_new_revision_gets_the_next_number_and_can_be_downgraded(directory: Pa
 
 @pytest.mark.slow
 def test_alembic_refuses_another_programs_database(tmp_path: Path) -> None:
-    change(tmp_path, "CREATE TABLE diary (entry TEXT)")
+    change_index(tmp_path, "CREATE TABLE diary (entry TEXT)")
     before = content(tmp_path)
     done = alembic("upgrade", "head", CACHEDB_DIR=str(tmp_path))
     assert done.returncode == 1

@@ -47,8 +47,8 @@ def read_closure(present: set[Digest] | None = None) -> tuple[oci.Closure, list[
         read.append(blob.digest)
         return STORED[blob.digest]
 
-    root = oci.root(digest_of(OUTER), len(OUTER), oci.OCI_INDEX)
-    return oci.read_closure(root, data, oci.among(present) if present is not None else None), read
+    root = oci.root_descriptor(digest_of(OUTER), len(OUTER), oci.OCI_INDEX)
+    return oci.read_closure(root, data, oci.choose_among(present) if present is not None else None), read
 
 
 def refuse_config(_digest: Digest) -> bytes:
@@ -66,13 +66,13 @@ def test_each_manifest_is_read_once_and_comes_before_its_references() -> None:
 
 def test_an_index_with_all_blobs_present_is_unchanged() -> None:
     closure, _ = read_closure()
-    assert closure.only(set(STORED)) is closure
+    assert closure.keep_present(set(STORED)) is closure
 
 
 def test_an_index_is_rebuilt_without_its_absent_manifests() -> None:
     present = {digest_of(OUTER), digest_of(AMD), digest_of(INNER)}
     closure, _ = read_closure(present)
-    pruned = closure.only(present)
+    pruned = closure.keep_present(present)
     assert pruned.root.digest in pruned.made
     document = json.loads(pruned.documents[pruned.root.digest])
     first, second = document["manifests"]

@@ -70,7 +70,7 @@ def test_an_index_lists_its_children_with_their_platforms() -> None:
 
 @pytest.mark.parametrize("platform", [None, [], "linux", {"os": 1}, {"os": "a\nb"}, {"os": "\ud800"}, {"os": "x" * 65}])
 def test_an_invalid_platform_is_left_out(platform: object) -> None:
-    assert oci.child(entry(1, OCI_MANIFEST, platform=platform), "the index").platform is None
+    assert oci.parse_entry(entry(1, OCI_MANIFEST, platform=platform), "the index").platform is None
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_document_that_does_not_fit_its_media_type_is_refused(document: object
 @pytest.mark.parametrize("size", [-1, True, 1.0, "1", None, 16 * 1024**4 + 1, 2**63 - 1, 2**64, 10**400])
 def test_a_size_that_no_file_can_have_is_refused(size: object) -> None:
     with pytest.raises(InvalidManifest, match="the invalid size"):
-        oci.child(entry(1) | {"size": size}, "the index")
+        oci.parse_entry(entry(1) | {"size": size}, "the index")
 
 
 @pytest.mark.parametrize("media_type", [None, 1, "", "x", "a/b\n", "a b/c", "a/" + "b" * 128, "/", "a/é", []])

@@ -19,7 +19,7 @@ from cachedb.oci.manifests import OCI_MANIFEST
 from cachedb.operations import adopt
 from cachedb.operations.adopt import How
 from tests.conftest import Run, files_of, stored_rows
-from tests.operations.test_pull import assert_is_here
+from tests.operations.test_pull import assert_is_stored
 from tests.support import make
 from tests.support.promises import check
 
@@ -76,7 +76,7 @@ def test_all_images_are_adopted_with_their_names_and_blobs(cache: Cache, old: Pa
     everything = {digest: data for image in IMAGES.values() for digest, data in image.blobs.items()}
     assert (found.blobs, found.bytes) == (len(everything), sum(map(len, everything.values())))
     for name, image in zip(NAMES, IMAGES.values(), strict=True):
-        assert_is_here(cache, name, image)
+        assert_is_stored(cache, name, image)
     if how != "move":
         assert read_tree(old) == before
 
@@ -116,7 +116,7 @@ def test_a_blob_that_cannot_be_linked_is_copied(
     found = cache.adopt(old, how=how)
     assert blob_path(old, FIRST.config) in refused
     assert not found.left_out
-    assert_is_here(cache, "app:1", FIRST)
+    assert_is_stored(cache, "app:1", FIRST)
     if how == "link":
         assert not cache.get_blob_path(make.digest_of(FIRST.config)).samefile(blob_path(old, FIRST.config))
 
@@ -290,7 +290,7 @@ def test_a_file_in_another_place_is_found_by_its_path_in_the_index(cache: Cache,
     make.write_index(old, document)
     found = cache.adopt(old)
     assert [item for item in found.left_out if item.name] == []
-    assert_is_here(cache, "app:1", FIRST)
+    assert_is_stored(cache, "app:1", FIRST)
 
 
 @pytest.mark.parametrize("how", adopt.HOWS)
@@ -354,7 +354,7 @@ def test_a_blob_that_fails_its_digest_is_left_out_and_its_images_are_incomplete(
     assert [image.complete for image in found.images] == [False, False, True]
     blob_path(old, shared).write_bytes(shared)
     assert list_left_out(cache.adopt(old)) == [("corrupt", None)], "the damaged blob was not replaced"
-    assert_is_here(cache, "app:1", FIRST)
+    assert_is_stored(cache, "app:1", FIRST)
 
 
 def test_a_missing_blob_is_reported_unless_it_is_stored_already(cache: Cache, old: Path) -> None:
@@ -364,7 +364,7 @@ def test_a_missing_blob_is_reported_unless_it_is_stored_already(cache: Cache, ol
     found = cache.adopt(old)
     assert list_left_out(found) == [("missing", "app:1")]
     assert found.left_out[0].digest == make.digest_of(FIRST.layers[1])
-    assert_is_here(cache, "app:2", IMAGES["app/2"])
+    assert_is_stored(cache, "app:2", IMAGES["app/2"])
 
 
 def test_a_name_of_another_image_here_is_not_changed(cache: Cache, old: Path) -> None:
@@ -531,7 +531,7 @@ def test_blobs_shared_with_an_image_that_is_removed_meanwhile_are_adopted(
     monkeypatch.setattr(adopt._Adopter, "_adopt_part", adopt_and_remove)
     cache.adopt(old)
     assert removed == ["app:1"]
-    assert_is_here(cache, "app:2", IMAGES["app/2"])  # shares a layer with the removed image
+    assert_is_stored(cache, "app:2", IMAGES["app/2"])  # shares a layer with the removed image
 
 
 def test_a_failed_adoption_keeps_complete_images_and_no_partial_blobs(

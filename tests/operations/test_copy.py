@@ -20,13 +20,13 @@ from cachedb import Cache, CacheError, DamagedIndex, DigestMismatch, NotACache, 
 from cachedb.content.session import Session
 from cachedb.disk import locks, marker
 from cachedb.disk.folders import Folders
-from cachedb.disk.layout import UNFINISHED
+from cachedb.disk.layout import UNFINISHED_INDEX
 from cachedb.index import drift
 from cachedb.index.sqlite import backups, prepare
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import copy, verify
 from tests.conftest import Run, files_of, running, snapshot, start_python, stored_rows
-from tests.index.test_schema import change
+from tests.index.test_schema import change_index
 from tests.support import make
 from tests.support.make import image, save
 from tests.support.promises import check
@@ -99,7 +99,7 @@ def test_leases_of_processes_and_trash_stay_behind_and_holds_are_copied(cache: C
     save(cache, "app:1", image(1))
     cache.add_hold("app:1")
     loose = cache.add_blob(b"leased by a live process")
-    change(cache.directory, f"INSERT INTO trash (digest, size) VALUES ('{make.digest_of(b'forgotten')}', 9)")
+    change_index(cache.directory, f"INSERT INTO trash (digest, size) VALUES ('{make.digest_of(b'forgotten')}', 9)")
     before = snapshot(cache.directory)
     cache.copy(target)
     assert snapshot(cache.directory) == before, "the copy left its own leases"
@@ -317,7 +317,7 @@ def test_a_missing_or_short_file_fails_the_copy(cache: Cache, target: Path) -> N
 
 def test_a_damaged_index_is_not_copied(cache: Cache, target: Path) -> None:
     save(cache, "app:1", image(1))
-    change(cache.directory, "INSERT INTO image_blobs VALUES (1, 99, 99, 'layer', 'text/plain', NULL, NULL)")
+    change_index(cache.directory, "INSERT INTO image_blobs VALUES (1, 99, 99, 'layer', 'text/plain', NULL, NULL)")
     with pytest.raises(DamagedIndex, match="refers to a row of blobs that is not there: run `cachedb verify --repair`"):
         cache.copy(target)
     assert not target.exists()
@@ -353,11 +353,11 @@ def test_only_a_new_or_empty_directory_outside_the_cache_is_accepted(
 
 def test_only_one_process_copies_into_a_directory(cache: Cache, target: Path) -> None:
     target.mkdir()
-    lock = locks.acquire(target / UNFINISHED)
+    lock = locks.acquire(target / UNFINISHED_INDEX)
     assert lock is not None
     with pytest.raises(CacheError, match="another process is copying into"):
         cache.copy(target)
-    assert os.listdir(target) == [UNFINISHED]
+    assert os.listdir(target) == [UNFINISHED_INDEX]
     locks.release(lock)
     cache.copy(target)
     check(target)
@@ -389,7 +389,7 @@ def test_a_killed_copy_is_no_cache_and_the_next_one_succeeds(cachedb: Run, cache
     for left in (1, 3):
         with running(KILLED, cache.directory, target, left) as process:
             process.wait(60)
-        assert (target / UNFINISHED).exists()
+        assert (target / UNFINISHED_INDEX).exists()
         with pytest.raises(NotACache):
             Cache.open(target)
         for command in ("ls", "verify --repair", "gc", "db current"):
@@ -414,14 +414,14 @@ def test_a_link_in_an_unfinished_copy_is_not_followed(cache: Cache, target: Path
     save(cache, "app:1", image(1))
     cache.copy(tmp_path / "other")
     target.mkdir()
-    (target / UNFINISHED).touch()
+    (target / UNFINISHED_INDEX).touch()
     (target / "blobs").symlink_to(tmp_path / "other" / "blobs")
     with pytest.raises(NotACache, match="it holds 'blobs'"):
         cache.copy(target)
     (target / "blobs").unlink()
-    (target / UNFINISHED).unlink()
-    (target / UNFINISHED).symlink_to(tmp_path / "other" / "index.db")
-    with pytest.raises(NotACache, match=f"it holds '{UNFINISHED}'"):
+    (target / UNFINISHED_INDEX).unlink()
+    (target / UNFINISHED_INDEX).symlink_to(tmp_path / "other" / "index.db")
+    with pytest.raises(NotACache, match=f"it holds '{UNFINISHED_INDEX}'"):
         cache.copy(target)
     check(tmp_path / "other")
 
@@ -434,10 +434,10 @@ def test_a_foreign_file_with_the_name_of_an_unfinished_copy_is_not_emptied(
     precious.write_bytes(b"mine")
     precious.chmod(0o640)
     target.mkdir()
-    (target / UNFINISHED).hardlink_to(precious)
-    with pytest.raises(NotACache, match=f"it holds '{UNFINISHED}'"):
+    (target / UNFINISHED_INDEX).hardlink_to(precious)
+    with pytest.raises(NotACache, match=f"it holds '{UNFINISHED_INDEX}'"):
         cache.copy(target)
-    assert os.listdir(target) == [UNFINISHED]
+    assert os.listdir(target) == [UNFINISHED_INDEX]
     monkeypatch.setattr(copy, "_is_leftover", lambda _: True)  # the file appears after the check
     with pytest.raises(NotACache, match="belongs to another program"):
         cache.copy(target)

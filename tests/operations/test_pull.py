@@ -36,21 +36,32 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 from cachedb.transports.registry import client, places, repository, tls
 from tests.conftest import Run
-from tests.index.test_schema import change
+from tests.index.test_schema import change_index
 from tests.support import make
-from tests.support.faults import Do, answer, changed, closed, corrupt, endless, html, redirect, retry_later, without
+from tests.support.faults import (
+    Do,
+    answer,
+    answer_endlessly,
+    answer_html,
+    change_answer,
+    closed,
+    corrupt_body,
+    ignore_part,
+    redirect,
+    retry_later,
+)
 from tests.support.make import write_bytes
 from tests.support.promises import check
-from tests.support.registries import (  # noqa: F401 - alone is a fixture
+from tests.support.registries import (  # noqa: F401 - isolate_client is a fixture
     HTPASSWD,
     PASSWORD,
-    PAUSES,
     REFRESH_TOKEN,
+    SKIPPED_PAUSE_SECONDS,
     USER,
     Registry,
-    alone,
     certificate,
     docker_registry,
+    isolate_client,
 )
 
 FIRST = make.image(1, 2, compression="gzip")
@@ -76,18 +87,18 @@ def remote() -> Iterator[Registry]:
         yield made
 
 
-def asked(remote: Registry) -> list[tuple[str, str]]:
+def take_requests(remote: Registry) -> list[tuple[str, str]]:
     """Return and clear the requests that the registry got, without `/v2/`."""
     found = [(request.method, request.path.removeprefix("/v2/")) for request in remote.requests]
     remote.requests.clear()
     return found
 
 
-def blobs_of(remote: Registry) -> list[str]:
-    return [path.rpartition("/")[2] for method, path in asked(remote) if method == "GET" and "/blobs/" in path]
+def take_downloaded_digests(remote: Registry) -> list[str]:
+    return [path.rpartition("/")[2] for method, path in take_requests(remote) if method == "GET" and "/blobs/" in path]
 
 
-def assert_is_here(cache: Cache, name: str, image: make.Made) -> None:
+def assert_is_stored(cache: Cache, name: str, image: make.ImageContent) -> None:
     assert cache.is_image_complete(name)
     assert cache.get_manifest(name) == image.manifest
     for digest, data in image.blobs.items():
@@ -101,14 +112,14 @@ def test_a_complete_image_is_pulled_under_the_given_name(cache: Cache, remote: R
     pulled = cache.pull(f"{remote.host}/app:1")
     assert str(pulled.image.name) == f"{remote.host}/app:1"
     assert (pulled.image.digest, pulled.image.complete, pulled.stale) == (FIRST.digest, True, None)
-    assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+    assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
 
 
 def test_a_tag_that_has_not_moved_costs_one_request(cache: Cache, remote: Registry) -> None:
     cache.pull(f"{remote.host}/app:1")
-    asked(remote)
+    take_requests(remote)
     pulled = cache.pull(f"{remote.host}/app:1")
-    assert asked(remote) == [("HEAD", "app/manifests/1")]
+    assert take_requests(remote) == [("HEAD", "app/manifests/1")]
     assert (pulled.blobs, pulled.bytes, pulled.image.digest) == (0, 0, FIRST.digest)
 
 
@@ -116,33 +127,33 @@ def test_a_tag_that_has_moved_is_followed(cache: Cache, remote: Registry) -> Non
     cache.pull(f"{remote.host}/app:1")
     remote.add(SECOND, "app", "1")
     cache.pull(f"{remote.host}/app:1")
-    assert_is_here(cache, f"{remote.host}/app:1", SECOND)
+    assert_is_stored(cache, f"{remote.host}/app:1", SECOND)
 
 
 def test_only_missing_blobs_are_downloaded(cache: Cache, remote: Registry) -> None:
     cache.pull(f"{remote.host}/app:1")
-    asked(remote)
+    take_requests(remote)
     pulled = cache.pull(f"{remote.host}/app:2")
     new = SECOND.blobs.keys() - FIRST.blobs.keys() - {SECOND.digest}
-    assert sorted(blobs_of(remote)) == sorted(new)
+    assert sorted(take_downloaded_digests(remote)) == sorted(new)
     assert (pulled.blobs, pulled.bytes) == (len(new), sum(len(SECOND.blobs[digest]) for digest in new))
 
 
 def test_a_stored_image_named_by_digest_costs_no_request(cache: Cache, remote: Registry) -> None:
     name = f"{remote.host}/app@{FIRST.digest}"
     cache.pull(name)
-    assert_is_here(cache, name, FIRST)
-    asked(remote)
+    assert_is_stored(cache, name, FIRST)
+    take_requests(remote)
     cache.pull(name)
-    assert asked(remote) == []
+    assert take_requests(remote) == []
 
 
 def test_if_missing_sends_no_request_for_a_complete_image(cache: Cache, remote: Registry) -> None:
     cache.pull(f"{remote.host}/app:1", if_missing=True)
     remote.add(SECOND, "app", "1")
-    asked(remote)
+    take_requests(remote)
     assert cache.pull(f"{remote.host}/app:1", if_missing=True).image.digest == FIRST.digest
-    assert asked(remote) == []
+    assert take_requests(remote) == []
 
 
 def test_an_incomplete_image_is_completed(cache: Cache, remote: Registry) -> None:
@@ -150,14 +161,14 @@ def test_an_incomplete_image_is_completed(cache: Cache, remote: Registry) -> Non
     cache.save_manifest(name, FIRST.manifest)
     assert not cache.is_image_complete(name)
     cache.pull(name, if_missing=True)
-    assert_is_here(cache, name, FIRST)
+    assert_is_stored(cache, name, FIRST)
 
 
 def test_the_manifest_is_downloaded_from_a_registry_that_returns_no_digest(cache: Cache, remote: Registry) -> None:
     remote.fault(answer(405), method="HEAD", times=9)
     for _ in range(2):
         cache.pull(f"{remote.host}/app:1")
-        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+        assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
 
 
 # Platforms
@@ -183,14 +194,14 @@ def test_the_hosts_platform_is_pulled_and_the_index_is_kept(cache: Cache, severa
 
 def test_another_platform_is_added_to_the_stored_ones(cache: Cache, several: str, remote: Registry) -> None:
     index = cache.pull(several).image.digest
-    asked(remote)
+    take_requests(remote)
     assert cache.pull(several, platform="linux/arm64").image.complete
-    assert set(blobs_of(remote)) == ARM.blobs.keys() - FIRST.blobs.keys() - {ARM.digest}
+    assert set(take_downloaded_digests(remote)) == ARM.blobs.keys() - FIRST.blobs.keys() - {ARM.digest}
     digests = {blob.digest for blob in cache.get_image_blobs(several)}
     assert digests == {index, *FIRST.blobs, *ARM.blobs}
     cache.pull(several)
     cache.pull(several, platform="linux/arm64/v8")
-    assert asked(remote) == [("HEAD", "several/manifests/1")] * 2
+    assert take_requests(remote) == [("HEAD", "several/manifests/1")] * 2
     cache.tag(several, "mine:1")
     assert {blob.digest for blob in cache.get_image_blobs("mine:1")} == digests
     assert cache.verify().problems == []
@@ -220,7 +231,7 @@ def test_a_manifest_stored_later_adds_no_platform(cache: Cache, several: str) ->
 def test_a_repair_adds_no_platform(cache: Cache, several: str) -> None:
     cache.pull(several)
     before = cache.get_image_blobs(several)
-    change(cache.directory, "UPDATE image_blobs SET role = 'other' WHERE position = 2")
+    change_index(cache.directory, "UPDATE image_blobs SET role = 'other' WHERE position = 2")
     assert [problem.kind for problem in cache.verify(repair=True).problems] == ["index"]
     assert cache.get_image_blobs(several) == before
 
@@ -256,9 +267,9 @@ def test_an_export_lists_only_the_stored_platforms(cache: Cache, several: str, t
 
 def test_an_interrupted_download_resumes(cache: Cache, remote: Registry) -> None:
     layer = make.digest_of(LARGE.layers[0])
-    remote.fault(changed(cut=1_000_000), method="GET", path=layer)
+    remote.fault(change_answer(cut=1_000_000), method="GET", path=layer)
     cache.pull(f"{remote.host}/large:1")
-    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    assert_is_stored(cache, f"{remote.host}/large:1", LARGE)
     first, second = (request for request in remote.requests if request.path.endswith(layer))
     assert "range" not in first.headers
     assert second.headers["range"].startswith("bytes=")
@@ -275,12 +286,12 @@ def test_a_pull_resumes_the_download_of_a_killed_one(directory: Path, remote: Re
         f"Cache.open({str(directory)!r}).pull({name!r}, progress=progress)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    asked(remote)
+    take_requests(remote)
     with Cache.open(directory) as cache:
         assert cache.list_manifests() == []
         assert cache.collect_garbage().blobs < 3  # it keeps partial downloads
         cache.pull(name)
-        assert_is_here(cache, name, LARGE)
+        assert_is_stored(cache, name, LARGE)
     (request,) = (request for request in remote.requests if request.path.endswith(layer))
     assert int(request.headers["range"].removeprefix("bytes=").removesuffix("-")) > 1_000_000
     check(directory)
@@ -296,11 +307,11 @@ def test_a_layer_that_a_killed_pull_had_downloaded_is_not_downloaded_again(direc
         f"Cache.open({str(directory)!r}).pull({name!r})"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    asked(remote)
+    take_requests(remote)
     with Cache.open(directory) as cache:
         cache.pull(name)
-        assert_is_here(cache, name, LARGE)
-    assert layer not in blobs_of(remote)
+        assert_is_stored(cache, name, LARGE)
+    assert layer not in take_downloaded_digests(remote)
     assert list(directory.glob("ingest/partial/*")) == []
     check(directory)
 
@@ -311,12 +322,12 @@ def test_a_partial_download_that_is_a_link_to_a_blob_is_not_written_to(cache: Ca
     left, stored = write_partial(cache, data, b""), cache.get_blob_path(make.digest_of(data))
     left.unlink()
     os.link(stored, left)
-    change(cache.directory, f"UPDATE blobs SET stored_at = NULL WHERE digest = '{make.digest_of(data)}'")
+    change_index(cache.directory, f"UPDATE blobs SET stored_at = NULL WHERE digest = '{make.digest_of(data)}'")
     stored.chmod(0o600)
     stored.write_bytes(data[:1000])
     before = stored.stat().st_ino
     cache.pull(f"{remote.host}/large:1")
-    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    assert_is_stored(cache, f"{remote.host}/large:1", LARGE)
     assert stored.stat().st_ino != before
 
 
@@ -331,7 +342,7 @@ def write_partial(cache: Cache, data: bytes, content: bytes) -> Path:
 def test_a_partial_download_is_not_trusted(cache: Cache, remote: Registry, content: bytes) -> None:
     path = write_partial(cache, LARGE.layers[0], content)
     cache.pull(f"{remote.host}/large:1")
-    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    assert_is_stored(cache, f"{remote.host}/large:1", LARGE)
     assert not path.exists()
 
 
@@ -350,7 +361,7 @@ def test_a_file_put_in_the_place_of_a_download_is_not_written_to(
     else:
         path.symlink_to(precious if kind == "link" else tmp_path / "new")
     cache.pull(f"{remote.host}/large:1")
-    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    assert_is_stored(cache, f"{remote.host}/large:1", LARGE)
     assert precious.read_bytes() == b"mine"
     assert stat.S_IMODE(precious.stat().st_mode) == 0o640
     assert not (tmp_path / "new").exists()
@@ -379,7 +390,7 @@ def test_a_download_goes_to_the_folder_that_was_opened(
     """A symbolic link that replaces the folder during the download is not followed."""
     elsewhere, folder = tmp_path / "elsewhere", cache.directory / "ingest" / "partial"
     elsewhere.mkdir()
-    begun = downloads.begun
+    begun = downloads.find_resumable_bytes
 
     def replace_folder_and_begin(descriptor: int, name: str, size: int) -> int:
         if not folder.is_symlink():
@@ -388,7 +399,7 @@ def test_a_download_goes_to_the_folder_that_was_opened(
             write_bytes(elsewhere / name, b"mine")
         return begun(descriptor, name, size)
 
-    monkeypatch.setattr(downloads, "begun", replace_folder_and_begin)
+    monkeypatch.setattr(downloads, "find_resumable_bytes", replace_folder_and_begin)
     with pytest.raises(CacheError):
         cache.pull(f"{remote.host}/large:1")
     assert {path.read_bytes() for path in elsewhere.iterdir()} == {b"mine"}
@@ -404,9 +415,9 @@ def test_a_partial_download_older_than_a_day_is_collected(cache: Cache) -> None:
 
 def test_a_download_begins_again_at_a_registry_without_ranges(cache: Cache, remote: Registry) -> None:
     write_partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
-    remote.fault(without(header="range"), method="GET", path=make.digest_of(LARGE.layers[0]))
+    remote.fault(ignore_part(header="range"), method="GET", path=make.digest_of(LARGE.layers[0]))
     cache.pull(f"{remote.host}/large:1")
-    assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+    assert_is_stored(cache, f"{remote.host}/large:1", LARGE)
 
 
 def test_progress_ends_at_the_bytes_that_are_downloaded(cache: Cache, remote: Registry) -> None:
@@ -436,7 +447,7 @@ def test_a_user_who_is_not_root_stores_a_complete_partial_download(remote: Regis
         Path(folder).chmod(0o777)
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
-    assert make.digest_of(data) not in blobs_of(remote)
+    assert make.digest_of(data) not in take_downloaded_digests(remote)
 
 
 # Concurrent pulls
@@ -449,34 +460,34 @@ def test_downloaded_blobs_are_not_collected_before_their_image_is_saved(
     name = remote.add(many, "many", "1")
     with Cache.open(directory) as other:
         cache.pull(name, progress=lambda done, total: other.collect_garbage() and None)
-    assert_is_here(cache, name, many)
+    assert_is_stored(cache, name, many)
 
 
 @pytest.mark.slow
 def test_processes_that_pull_one_image_download_it_once(directory: Path, remote: Registry) -> None:
     name = f"{remote.host}/large:1"
     code = f"from cachedb import Cache\nwith Cache.open({str(directory)!r}) as cache: cache.pull({name!r})"
-    remote.fault(changed(delay=0.5), method="GET", path=make.digest_of(LARGE.layers[0]))
+    remote.fault(change_answer(delay=0.5), method="GET", path=make.digest_of(LARGE.layers[0]))
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(6)]
     assert [process.wait(60) for process in running] == [0] * 6
-    found = blobs_of(remote)
+    found = take_downloaded_digests(remote)
     assert len(found) == len(set(found)) == 2
     with Cache.open(directory) as cache:
-        assert_is_here(cache, name, LARGE)
+        assert_is_stored(cache, name, LARGE)
 
 
 def test_a_layer_shared_by_two_concurrent_pulls_is_downloaded_once(directory: Path, remote: Registry) -> None:
     shared = make.digest_of(FIRST.layers[0])
-    remote.fault(changed(delay=0.5), method="GET", path=shared)
+    remote.fault(change_answer(delay=0.5), method="GET", path=shared)
     with Cache.open(directory) as cache:
         threads = [threading.Thread(target=cache.pull, args=(f"{remote.host}/app:{tag}",)) for tag in (1, 2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
-        assert_is_here(cache, f"{remote.host}/app:2", SECOND)
-    assert blobs_of(remote).count(shared) == 1
+        assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
+        assert_is_stored(cache, f"{remote.host}/app:2", SECOND)
+    assert take_downloaded_digests(remote).count(shared) == 1
     check(directory)
 
 
@@ -491,19 +502,19 @@ def assert_refused(cache: Cache, name: str, data: bytes, match: str) -> None:
 
 
 def test_content_of_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
-    remote.fault(corrupt(), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
+    remote.fault(corrupt_body(), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
     assert_refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "should have digest")
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_content_without_an_end_is_refused(cache: Cache, remote: Registry, chunked: bool) -> None:
-    remote.fault(endless(chunked=chunked), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
+    remote.fault(answer_endlessly(chunked=chunked), method="GET", path=make.digest_of(FIRST.layers[1]), times=9)
     assert_refused(cache, f"{remote.host}/app:1", FIRST.layers[1], "bytes, and is more")
 
 
 def test_a_manifest_of_another_digest_is_refused(cache: Cache, remote: Registry) -> None:
     remote.fault(answer(405), method="HEAD", times=9)
-    remote.fault(corrupt(30), method="GET", path="manifests", times=9)
+    remote.fault(corrupt_body(30), method="GET", path="manifests", times=9)
     with pytest.raises((DigestMismatch, InvalidManifest)):
         cache.pull(f"{remote.host}/app:1")
     with pytest.raises(DigestMismatch, match=FIRST.digest):
@@ -525,16 +536,16 @@ def test_an_image_that_the_registry_lacks_is_an_error(cache: Cache, remote: Regi
 def test_a_temporary_failure_is_retried(cache: Cache, remote: Registry, status: int) -> None:
     remote.fault(retry_later(7, status), method="GET", times=2)
     cache.pull(f"{remote.host}/app:1")
-    assert_is_here(cache, f"{remote.host}/app:1", FIRST)
-    assert len(PAUSES) == 2
-    assert min(PAUSES) >= 7
+    assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
+    assert len(SKIPPED_PAUSE_SECONDS) == 2
+    assert min(SKIPPED_PAUSE_SECONDS) >= 7
 
 
 def test_a_registry_that_asks_to_wait_an_hour_is_unavailable(cache: Cache, remote: Registry) -> None:
     remote.fault(retry_later(3600), method="HEAD", times=9)
     with pytest.raises(RegistryUnavailable, match=r"overloaded, or failing \(429"):
         cache.pull(f"{remote.host}/app:1")
-    assert PAUSES == []
+    assert SKIPPED_PAUSE_SECONDS == []
 
 
 @pytest.mark.parametrize(
@@ -556,19 +567,19 @@ def test_a_stale_image_is_returned_only_if_allowed(
     pulled = cache.pull(name, allow_stale=True)
     assert str(status) in (pulled.stale or "")
     assert pulled.image.digest == FIRST.digest
-    assert_is_here(cache, name, FIRST)
+    assert_is_stored(cache, name, FIRST)
 
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_request_whose_connection_is_closed_is_retried(cache: Cache, remote: Registry, reset: bool) -> None:
     remote.fault(closed(reset=reset), times=3)
     cache.pull(f"{remote.host}/app:1")
-    assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+    assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
 
 
 def test_a_download_that_is_too_slow_fails(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repository, "_MINUTE", 0.2)
-    remote.fault(changed(drip=0.05), method="GET", path=make.digest_of(LARGE.layers[0]), times=99)
+    remote.fault(change_answer(drip=0.05), method="GET", path=make.digest_of(LARGE.layers[0]), times=99)
     with pytest.raises(RegistryUnavailable, match="slower than 1024 bytes per second"):
         cache.pull(f"{remote.host}/large:1")
 
@@ -607,19 +618,19 @@ def test_mirrors_are_tried_before_the_registry(cache: Cache, remote: Registry, m
         mirror.add(FIRST, "mirrored/app", "1")
         monkeypatch.setenv("CACHEDB_MIRRORS", f"docker.io=unused {remote.host}={mirror.host}/mirrored")
         cache.pull(f"{remote.host}/app:1")
-        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
-        assert asked(remote) == []
+        assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
+        assert take_requests(remote) == []
         cache.pull(f"{remote.host}/app:2")  # the mirror lacks this tag
-        assert_is_here(cache, f"{remote.host}/app:2", SECOND)
+        assert_is_stored(cache, f"{remote.host}/app:2", SECOND)
 
 
 @pytest.mark.parametrize(
     ("fault", "path"),
     [
-        (html(), ""),
-        (corrupt(30), "/manifests/sha256"),
-        (corrupt(30), f"/manifests/{ARM.digest}"),
-        (corrupt(), "/blobs/"),
+        (answer_html(), ""),
+        (corrupt_body(30), "/manifests/sha256"),
+        (corrupt_body(30), f"/manifests/{ARM.digest}"),
+        (corrupt_body(), "/blobs/"),
     ],
 )
 def test_a_mirror_with_other_content_is_skipped(
@@ -638,7 +649,7 @@ def test_a_mirror_with_other_content_is_skipped(
     assert seen[-1][0] == seen[-1][1] == max(done for done, _ in seen)
 
 
-def login(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> Path:
+def write_login(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> Path:
     auth = {"username": user, "password": password}
     path.write_text(json.dumps({"auths": {host: auth}}))
     return path
@@ -650,11 +661,12 @@ def test_credentials_are_sent_to_a_registry_that_asks_for_them(cache: Cache, tmp
         remote.add(FIRST, "app", "1")
         with pytest.raises(RegistryError, match=r"refuses .*log in with `skopeo login") as error:
             cache.pull(
-                f"{remote.host}/app:1", authfile=login(tmp_path / "wrong.json", remote.host, password="wrong-word")
+                f"{remote.host}/app:1",
+                authfile=write_login(tmp_path / "wrong.json", remote.host, password="wrong-word"),
             )
         assert "wrong-word" not in str(error.value)
-        cache.pull(f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
-        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+        cache.pull(f"{remote.host}/app:1", authfile=write_login(tmp_path / "auth.json", remote.host))
+        assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
 
 
 @pytest.mark.slow
@@ -662,9 +674,9 @@ def test_a_token_that_expires_during_a_pull_is_replaced(cache: Cache, tmp_path: 
     with Registry(auth="bearer") as remote:
         remote.expires_in = 1
         remote.add(LARGE, "large", "1")
-        remote.fault(changed(delay=1.5), method="GET", path="manifests")
-        cache.pull(f"{remote.host}/large:1", authfile=login(tmp_path / "auth.json", remote.host))
-        assert_is_here(cache, f"{remote.host}/large:1", LARGE)
+        remote.fault(change_answer(delay=1.5), method="GET", path="manifests")
+        cache.pull(f"{remote.host}/large:1", authfile=write_login(tmp_path / "auth.json", remote.host))
+        assert_is_stored(cache, f"{remote.host}/large:1", LARGE)
 
 
 def test_credentials_are_not_sent_along_a_redirect(cache: Cache, tmp_path: Path) -> None:
@@ -672,8 +684,8 @@ def test_credentials_are_not_sent_along_a_redirect(cache: Cache, tmp_path: Path)
         remote.add(FIRST, "app", "1")
         storage.add(FIRST, "app", "1")
         remote.fault(redirect(storage.url), method="GET", path="/blobs/", times=99)
-        cache.pull(f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
-        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+        cache.pull(f"{remote.host}/app:1", authfile=write_login(tmp_path / "auth.json", remote.host))
+        assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
         assert storage.requests
         assert all("authorization" not in request.headers for request in storage.requests)
 
@@ -682,7 +694,7 @@ def test_an_https_registry_cannot_lead_to_http(cache: Cache, tmp_path: Path, mon
     ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
     monkeypatch.setenv("SSL_CERT_FILE", str(ca))
     with Registry() as other, Registry(auth="bearer", tls=(certified, key)) as remote:
-        name, authfile = remote.add(FIRST, "app", "1"), login(tmp_path / "auth.json", remote.host)
+        name, authfile = remote.add(FIRST, "app", "1"), write_login(tmp_path / "auth.json", remote.host)
         remote.realm = f"{other.url}/token"
         with pytest.raises(RegistryError, match=r"token server .*, which is not HTTPS"):
             cache.pull(name, plain_http=False, authfile=authfile)
@@ -720,7 +732,7 @@ def test_an_identity_token_is_exchanged_by_post(cache: Cache, tmp_path: Path) ->
         path = tmp_path / "auth.json"
         path.write_text(json.dumps({"auths": {remote.host: {"identitytoken": REFRESH_TOKEN}}}))
         cache.pull(name, authfile=path)
-        assert_is_here(cache, name, FIRST)
+        assert_is_stored(cache, name, FIRST)
         assert {request.method for request in remote.requests if request.path == "/token"} == {"POST"}
 
 
@@ -769,7 +781,7 @@ def test_an_image_that_skopeo_pushed_keeps_its_digest(cache: Cache, tmp_path: Pa
         digest = push_with_skopeo(peer, host, "tls-verify=false", f"creds={USER}:{PASSWORD}")
         with pytest.raises(RegistryError, match="log in"):
             cache.pull(f"{host}/hello:1")
-        pulled = cache.pull(f"{host}/hello:1", authfile=login(tmp_path / "auth.json", host))
+        pulled = cache.pull(f"{host}/hello:1", authfile=write_login(tmp_path / "auth.json", host))
     assert (pulled.image.digest, pulled.image.complete) == (digest, True)
     assert cache.verify().problems == []
 
@@ -814,7 +826,7 @@ def test_connection_errors_are_printed_without_python_objects(
         cache.pull(f"{remote.host}/app:1")
     reason = "Connection aborted: Remote end closed connection without response"
     assert str(raised.value) == f"{remote.host} cannot be reached: {reason}"
-    remote.fault(changed(cut=10), method="GET", path="/blobs/", times=99)
+    remote.fault(change_answer(cut=10), method="GET", path="/blobs/", times=99)
     with pytest.raises(RegistryError, match=r"broken: IncompleteRead\(10 bytes read, \d+ more expected\); try"):
         cache.pull(f"{remote.host}/app@{FIRST.digest}")
     monkeypatch.setenv("https_proxy", "http://somebody:secret@127.0.0.1:1")

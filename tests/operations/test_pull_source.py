@@ -26,13 +26,22 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 from cachedb.operations.pull_source import Source
 from tests.conftest import Run, run_python
-from tests.disk.test_locks import eventually
-from tests.operations.test_pull import ARM, FIRST, LARGE, ODD, SECOND, asked, assert_is_here, blobs_of
+from tests.disk.test_locks import wait_until
+from tests.operations.test_pull import (
+    ARM,
+    FIRST,
+    LARGE,
+    ODD,
+    SECOND,
+    assert_is_stored,
+    take_downloaded_digests,
+    take_requests,
+)
 from tests.support import make
-from tests.support.faults import Do, answer, changed, corrupt
+from tests.support.faults import Do, answer, change_answer, corrupt_body
 from tests.support.promises import check
-from tests.support.registries import Registry, alone  # noqa: F401 - alone is a fixture
-from tests.transports.registry.test_credentials import is_over, is_written
+from tests.support.registries import Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
+from tests.transports.registry.test_credentials import has_ended, is_written
 
 LAYER = Digest(make.digest_of(LARGE.layers[0]))
 
@@ -73,8 +82,8 @@ def test_blobs_are_downloaded_once_before_the_cache_is_open(closed_cache: Path, 
         with Cache.open(closed_cache) as cache:
             pulled = cache.pull(source)
             assert (pulled.blobs, pulled.image.digest) == (2, LARGE.digest)
-            assert_is_here(cache, name, LARGE)
-    requests = sorted((method, path.rpartition("/")[0]) for method, path in asked(remote))
+            assert_is_stored(cache, name, LARGE)
+    requests = sorted((method, path.rpartition("/")[0]) for method, path in take_requests(remote))
     assert requests == [
         ("GET", "large/blobs"),
         ("GET", "large/blobs"),
@@ -90,8 +99,8 @@ def test_the_command_sends_each_request_once(closed_cache: Path, remote: Registr
         done = cachedb("pull", "-q", f"{remote.host}/app:{tag}")
         assert (done.returncode, done.stdout, done.stderr) == (0, f"{remote.host}/app:{tag}\n", "")
         with Cache.open(closed_cache) as cache:
-            assert_is_here(cache, f"{remote.host}/app:{tag}", image)
-    found = asked(remote)
+            assert_is_stored(cache, f"{remote.host}/app:{tag}", image)
+    found = take_requests(remote)
     assert len(found) == len(set(found)) + 1
     assert found[-1] == ("HEAD", "app/manifests/2")  # the tag has not moved
 
@@ -99,11 +108,11 @@ def test_the_command_sends_each_request_once(closed_cache: Path, remote: Registr
 @pytest.mark.slow
 def test_the_command_continues_its_early_downloads(closed_cache: Path, remote: Registry, cachedb: Run) -> None:
     layer = make.digest_of(FIRST.layers[0])
-    remote.fault(changed(delay=1.5), method="GET", path=layer)  # longer than it takes to open the cache
+    remote.fault(change_answer(delay=1.5), method="GET", path=layer)  # longer than it takes to open the cache
     assert cachedb("pull", f"{remote.host}/app:1").returncode == 0
-    assert blobs_of(remote).count(layer) == 1
+    assert take_downloaded_digests(remote).count(layer) == 1
     with Cache.open(closed_cache) as cache:
-        assert_is_here(cache, f"{remote.host}/app:1", FIRST)
+        assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
 
 
 @pytest.mark.slow
@@ -129,7 +138,7 @@ def test_no_early_download_begins_without_a_cache(directory: Path, remote: Regis
     with Source(directory, Name.parse(f"{remote.host}/app:1")) as source:
         source.begin()
         assert source._thread is None
-    assert (asked(remote), directory.exists()) == ([], False)
+    assert (take_requests(remote), directory.exists()) == ([], False)
 
 
 def test_an_invalid_directory_gives_the_same_error_as_in_any_command(cachedb: Run, remote: Registry) -> None:
@@ -141,13 +150,13 @@ def test_an_invalid_directory_gives_the_same_error_as_in_any_command(cachedb: Ru
 def test_stored_blobs_are_not_requested(closed_cache: Path, remote: Registry) -> None:
     with Cache.open(closed_cache) as cache:
         cache.pull(f"{remote.host}/app:1")
-    asked(remote)
+    take_requests(remote)
     run_early_downloads(closed_cache, f"{remote.host}/app:1").__exit__(None, None, None)
-    assert asked(remote) == [("HEAD", "app/manifests/1")]
+    assert take_requests(remote) == [("HEAD", "app/manifests/1")]
     run_early_downloads(closed_cache, f"{remote.host}/app@{FIRST.digest}").__exit__(None, None, None)
-    assert asked(remote) == []
+    assert take_requests(remote) == []
     run_early_downloads(closed_cache, f"{remote.host}/app:2").__exit__(None, None, None)
-    assert set(blobs_of(remote)) == SECOND.blobs.keys() - FIRST.blobs.keys() - {SECOND.digest}
+    assert set(take_downloaded_digests(remote)) == SECOND.blobs.keys() - FIRST.blobs.keys() - {SECOND.digest}
 
 
 def test_only_the_chosen_platform_of_an_index_is_downloaded(closed_cache: Path, remote: Registry) -> None:
@@ -159,7 +168,7 @@ def test_only_the_chosen_platform_of_an_index_is_downloaded(closed_cache: Path, 
         assert list_downloaded(closed_cache) == ARM.blobs.keys() - {ARM.digest}
         with Cache.open(closed_cache) as cache:
             assert cache.pull(source, platform="linux/arm64").image.complete
-    found = asked(remote)
+    found = take_requests(remote)
     assert len(found) == len(set(found))
     with (
         run_early_downloads(closed_cache, name, platform="linux/s390x") as source,
@@ -188,11 +197,11 @@ def test_an_early_error_is_raised_without_a_second_request(closed_cache: Path, r
         pytest.raises(RegistryError, match="refuses"),
     ):
         cache.pull(source)
-    assert len(asked(remote)) == 1
+    assert len(take_requests(remote)) == 1
     assert list_downloaded(closed_cache) == set()
 
 
-@pytest.mark.parametrize(("fault", "error"), [(answer(403), RegistryError), (corrupt(), DigestMismatch)])
+@pytest.mark.parametrize(("fault", "error"), [(answer(403), RegistryError), (corrupt_body(), DigestMismatch)])
 def test_a_blob_that_failed_early_is_not_requested_again(
     closed_cache: Path, remote: Registry, fault: Do, error: type[CacheError]
 ) -> None:
@@ -203,7 +212,7 @@ def test_a_blob_that_failed_early_is_not_requested_again(
         pytest.raises(error),
     ):
         cache.pull(source)
-    assert blobs_of(remote).count(LAYER) == 1
+    assert take_downloaded_digests(remote).count(LAYER) == 1
     assert LAYER not in list_downloaded(closed_cache)
     check(closed_cache)
 
@@ -215,7 +224,7 @@ def test_a_download_with_a_second_hard_link_is_stored_as_a_copy(closed_cache: Pa
         os.link(partial_path(closed_cache, LAYER), closed_cache / "ingest" / "second")
         with Cache.open(closed_cache) as cache:
             cache.pull(source)
-            assert_is_here(cache, name, LARGE)
+            assert_is_stored(cache, name, LARGE)
             assert cache.get_blob_path(LAYER).stat().st_nlink == 1
     (closed_cache / "ingest" / "second").unlink()
     check(closed_cache)
@@ -235,15 +244,15 @@ def test_a_download_that_was_changed_since_is_not_trusted(
             path.write_bytes(content)
         with Cache.open(closed_cache) as cache:
             cache.pull(source)
-            assert_is_here(cache, name, LARGE)
+            assert_is_stored(cache, name, LARGE)
     check(closed_cache)
 
 
 def test_a_blob_that_is_being_downloaded_is_not_requested(closed_cache: Path, remote: Registry) -> None:
-    with single_flight.once(closed_cache, downloads.key_of(LAYER), lambda: None):
+    with single_flight.claim_or_find(closed_cache, downloads.claim_key(LAYER), lambda: None):
         run_early_downloads(closed_cache, f"{remote.host}/large:1").__exit__(None, None, None)
     assert LAYER not in list_downloaded(closed_cache)
-    assert LAYER not in blobs_of(remote)
+    assert LAYER not in take_downloaded_digests(remote)
 
 
 def test_no_early_download_begins_while_the_name_is_being_pulled(closed_cache: Path, remote: Registry) -> None:
@@ -255,7 +264,7 @@ def test_no_early_download_begins_while_the_name_is_being_pulled(closed_cache: P
         with Cache.open(closed_cache) as cache:
             cache.pull(first)
             cache.pull(second)
-    assert sorted(method for method, path in asked(remote) if "manifests" in path) == ["GET", "HEAD", "HEAD"]
+    assert sorted(method for method, path in take_requests(remote) if "manifests" in path) == ["GET", "HEAD", "HEAD"]
     check(closed_cache)
 
 
@@ -283,11 +292,11 @@ def test_a_blob_stored_meanwhile_is_not_downloaded(closed_cache: Path, remote: R
     with Cache.open(closed_cache) as cache:
         cache.add_blob(LARGE.layers[0])
         run_early_downloads(closed_cache, f"{remote.host}/large:1").__exit__(None, None, None)
-    assert LAYER not in blobs_of(remote)
+    assert LAYER not in take_downloaded_digests(remote)
 
 
 def test_closing_a_source_stops_its_early_downloads(closed_cache: Path, remote: Registry) -> None:
-    remote.fault(changed(drip=0.1), method="GET", path=LAYER)
+    remote.fault(change_answer(drip=0.1), method="GET", path=LAYER)
     before = time.monotonic()
     with Source(closed_cache, Name.parse(f"{remote.host}/large:1")) as source:
         source.begin()
@@ -301,8 +310,8 @@ def test_on_a_full_disk_early_downloads_end_before_space_is_freed(
     closed_cache: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A running download would keep writing to its unlinked file, so its space would not be free."""
-    remote.fault(changed(drip=0.1), method="GET", path=LAYER)
-    sweep, alive = downloads.sweep, []
+    remote.fault(change_answer(drip=0.1), method="GET", path=LAYER)
+    sweep, alive = downloads.remove_stale_downloads, []
 
     def fill(*_: object) -> None:
         raise StorageError("cannot write: No space left on device", errno=errno.ENOSPC)
@@ -320,7 +329,7 @@ def test_on_a_full_disk_early_downloads_end_before_space_is_freed(
 
         monkeypatch.setattr(threads, "_STOP_SECONDS", 60)  # a slow disk must not make the test fail
         monkeypatch.setattr(publish, "receive_and_save", fill)
-        monkeypatch.setattr(downloads, "sweep", watch)
+        monkeypatch.setattr(downloads, "remove_stale_downloads", watch)
         with pytest.raises(StorageError, match="No space left"):
             cache.pull(source)
     assert alive[0] is False
@@ -329,9 +338,9 @@ def test_on_a_full_disk_early_downloads_end_before_space_is_freed(
 
 def test_if_missing_sends_no_request_for_a_stored_image(closed_cache: Path, remote: Registry, cachedb: Run) -> None:
     assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
-    assert asked(remote)
+    assert take_requests(remote)
     assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
-    assert asked(remote) == []
+    assert take_requests(remote) == []
 
 
 @pytest.fixture
@@ -345,7 +354,7 @@ def unreachable() -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def connecting(host: str) -> int:
+def count_connecting(host: str) -> int:
     """Return how many connections to a host wait for its answer."""
     waiting = f":{int(host.rpartition(':')[2]):04X} 02 "
     return Path("/proc/net/tcp").read_text().count(waiting)
@@ -358,7 +367,7 @@ def test_an_interrupt_waits_neither_for_a_host_nor_for_a_credential_helper(
     pid = tmp_path / "pid"
     with Registry(auth="basic") as remote:
         host = unreachable if what == "a host" else remote.host
-        others = connecting(unreachable)
+        others = count_connecting(unreachable)
         (tmp_path / "auth.json").write_text(json.dumps({"credsStore": "slow"}))
         (tmp_path / "docker-credential-slow").write_text(f"#!/bin/sh\necho $$ > {pid}; exec sleep 25\n")
         (tmp_path / "docker-credential-slow").chmod(0o755)
@@ -381,15 +390,15 @@ def test_an_interrupt_waits_neither_for_a_host_nor_for_a_credential_helper(
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         if what == "a host":
-            assert eventually(lambda: connecting(unreachable) > others, 60)
+            assert wait_until(lambda: count_connecting(unreachable) > others, 60)
         else:
-            assert eventually(lambda: is_written(pid), 60)
+            assert wait_until(lambda: is_written(pid), 60)
         before = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         assert time.monotonic() - before < 8, "the pull waited for the host (10 s) or the helper (25 s)"
     assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
-    assert what == "a host" or is_over(int(pid.read_text()))
+    assert what == "a host" or has_ended(int(pid.read_text()))
 
 
 def test_an_interrupt_before_the_thread_runs_is_raised_unchanged(
@@ -413,11 +422,11 @@ def test_a_pull_resumes_an_early_download_of_a_killed_process(closed_cache: Path
             time.sleep(0.001)
         os.kill(os.getpid(), 9)
         """
-    remote.fault(changed(cut=2_000_000), method="GET", path=LAYER)  # then the download waits before it retries
+    remote.fault(change_answer(cut=2_000_000), method="GET", path=LAYER)  # then the download waits before it retries
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == -9
     with Cache.open(closed_cache) as cache:
         cache.pull(name)
-        assert_is_here(cache, name, LARGE)
+        assert_is_stored(cache, name, LARGE)
     request = [request for request in remote.requests if request.path.endswith(LAYER)][-1]
     assert int(request.headers["range"].removeprefix("bytes=").removesuffix("-")) >= 1_500_000
     check(closed_cache)

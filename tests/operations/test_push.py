@@ -15,11 +15,11 @@ from cachedb import Cache, DigestMismatch, IncompleteImage, InvalidName, NotInCa
 from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from cachedb.transports.registry import repository as registry
 from tests.conftest import Run
-from tests.operations.test_pull import login
+from tests.operations.test_pull import write_login
 from tests.support import make
-from tests.support.faults import answer, changed, headers, lost, redirect, retry_later
+from tests.support.faults import answer, change_answer, change_headers, drop_answer, redirect, retry_later
 from tests.support.promises import check
-from tests.support.registries import PAUSES, Registry, alone  # noqa: F401 - alone is a fixture
+from tests.support.registries import SKIPPED_PAUSE_SECONDS, Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
 
 FIRST = make.image(1, 2, compression="gzip")
 SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first
@@ -28,7 +28,7 @@ ARM = make.image(1, 5, architecture="arm64")
 EMPTY = b"{}"
 
 
-def referrer(subject: bytes, what: bytes = b"a signature", media_type: str = OCI_MANIFEST) -> make.Made:
+def make_referrer(subject: bytes, what: bytes = b"a signature", media_type: str = OCI_MANIFEST) -> make.ImageContent:
     """Make an artifact whose subject is a manifest (image specification, "Guidelines for Artifact Usage")."""
     manifest = {
         "schemaVersion": 2,
@@ -39,7 +39,7 @@ def referrer(subject: bytes, what: bytes = b"a signature", media_type: str = OCI
         "subject": make.descriptor(subject, media_type),
         "annotations": {"org.example.by": "tests"},
     }
-    return make.Made(json.dumps(manifest).encode(), EMPTY, [what])
+    return make.ImageContent(json.dumps(manifest).encode(), EMPTY, [what])
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ def remote() -> Iterator[Registry]:
         yield made
 
 
-def assert_has(remote: Registry, repository: str, reference: str, image: make.Made) -> None:
+def assert_has(remote: Registry, repository: str, reference: str, image: make.ImageContent) -> None:
     assert remote.manifests[repository, reference][1] == image.manifest
     for data in (image.config, *image.layers):
         assert remote.blobs[repository, make.digest_of(data)] == data
 
 
-def sent(remote: Registry) -> list[str]:
+def take_sent_digests(remote: Registry) -> list[str]:
     """Return the digests of the blobs that the registry was sent, and clear its requests."""
     found = [str(request.query["digest"]) for request in remote.requests if request.method == "PUT" and request.query]
     remote.requests.clear()
@@ -115,14 +115,14 @@ def test_a_nested_index_is_pushed_before_the_outer_one(cache: Cache, remote: Reg
 
 def test_only_blobs_that_the_registry_lacks_are_sent(cache: Cache, remote: Registry) -> None:
     cache.push("app:1", f"{remote.host}/app:1")
-    sent(remote)
+    take_sent_digests(remote)
     pushed = cache.push("app:2", f"{remote.host}/app:2")
     new = SECOND.blobs.keys() - FIRST.blobs.keys() - {SECOND.digest}
-    assert sorted(sent(remote)) == sorted(new)
+    assert sorted(take_sent_digests(remote)) == sorted(new)
     assert (pushed.blobs, pushed.existing) == (2, 1)
     again = cache.push("app:2", f"{remote.host}/app:2")
     assert (again.blobs, again.bytes, again.existing) == (0, 0, 3)
-    assert sent(remote) == []
+    assert take_sent_digests(remote) == []
 
 
 def test_a_blob_of_another_repository_is_mounted(cache: Cache, remote: Registry) -> None:
@@ -142,7 +142,7 @@ def test_a_blob_that_may_not_be_mounted_is_sent(cache: Cache, tmp_path: Path) ->
         remote.grants = lambda repository, action: repository != "secret"
         remote.add(FIRST, "secret")
         cache.tag("app:1", f"{remote.host}/secret:1")
-        pushed = cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+        pushed = cache.push("app:1", f"{remote.host}/app:1", authfile=write_login(tmp_path / "auth.json", remote.host))
         assert (pushed.mounted, pushed.blobs) == (0, 3)
         assert_has(remote, "app", "1", FIRST)
 
@@ -229,8 +229,8 @@ def test_referrers_are_pulled_and_pushed_with_their_image(
     cache: Cache, remote: Registry, directory: Path, lists: bool
 ) -> None:
     remote.referrers = lists
-    signature = referrer(FIRST.manifest)
-    about = referrer(signature.manifest, b"about the signature")
+    signature = make_referrer(FIRST.manifest)
+    about = make_referrer(signature.manifest, b"about the signature")
     name = remote.add(FIRST, "app", "1")
     for made in (signature, about):
         remote.add(made, "app")
@@ -267,7 +267,7 @@ def test_referrers_are_pulled_and_pushed_with_their_image(
 
 def test_a_listed_artifact_of_another_image_is_not_pulled(cache: Cache, remote: Registry) -> None:
     remote.referrers = False
-    name, stranger = remote.add(FIRST, "app", "1"), referrer(SECOND.manifest)
+    name, stranger = remote.add(FIRST, "app", "1"), make_referrer(SECOND.manifest)
     remote.add(stranger, "app")
     index = {"schemaVersion": 2, "mediaType": OCI_INDEX}
     index |= {"manifests": [make.descriptor(stranger.manifest, OCI_MANIFEST)]}
@@ -276,7 +276,7 @@ def test_a_listed_artifact_of_another_image_is_not_pulled(cache: Cache, remote: 
     assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs}
 
 
-def list_by_tag(remote: Registry, repository: str, subject: make.Made, *artifacts: make.Made) -> None:
+def list_by_tag(remote: Registry, repository: str, subject: make.ImageContent, *artifacts: make.ImageContent) -> None:
     """List the referrers of an image in a tag, as for a registry without the referrers API."""
     remote.referrers = False
     entries = [make.descriptor(made.manifest, OCI_MANIFEST) for made in artifacts]
@@ -285,7 +285,11 @@ def list_by_tag(remote: Registry, repository: str, subject: make.Made, *artifact
 
 
 def test_a_listed_referrer_that_was_deleted_is_skipped(cache: Cache, remote: Registry) -> None:
-    name, deleted, signature = remote.add(FIRST, "app", "1"), referrer(FIRST.manifest, b"old"), referrer(FIRST.manifest)
+    name, deleted, signature = (
+        remote.add(FIRST, "app", "1"),
+        make_referrer(FIRST.manifest, b"old"),
+        make_referrer(FIRST.manifest),
+    )
     remote.add(signature, "app")
     list_by_tag(remote, "app", FIRST, deleted, signature)
     cache.pull(name, referrers=True)
@@ -298,14 +302,14 @@ def test_a_listed_referrer_that_was_deleted_is_skipped(cache: Cache, remote: Reg
 
 
 def test_deleted_referrers_are_dropped_from_the_list_when_one_is_added(cache: Cache, remote: Registry) -> None:
-    deleted, other, signature = (referrer(FIRST.manifest, what) for what in (b"old", b"other", b"new"))
+    deleted, other, signature = (make_referrer(FIRST.manifest, what) for what in (b"old", b"other", b"new"))
     remote.add(other, "app")
     list_by_tag(remote, "app", FIRST, deleted, other)
     make.save(cache, "signature:1", signature)
     cache.push("signature:1", f"{remote.host}/app:signature")
     listed = json.loads(remote.manifests["app", FIRST.digest.replace(":", "-")][1])["manifests"]
     assert [entry["digest"] for entry in listed] == [other.digest, signature.digest]
-    newer = referrer(FIRST.manifest, b"newer")
+    newer = make_referrer(FIRST.manifest, b"newer")
     make.save(cache, "signature:2", newer)
     remote.fault(answer(400), method="PUT", path=FIRST.digest.replace(":", "-"))
     with pytest.raises(RegistryError, match="answers 400"):
@@ -314,7 +318,7 @@ def test_deleted_referrers_are_dropped_from_the_list_when_one_is_added(cache: Ca
 
 def test_all_pages_of_a_list_of_referrers_are_read(cache: Cache, remote: Registry) -> None:
     remote.page_size = 1
-    name, made = remote.add(FIRST, "app", "1"), [referrer(FIRST.manifest, bytes([n])) for n in range(3)]
+    name, made = remote.add(FIRST, "app", "1"), [make_referrer(FIRST.manifest, bytes([n])) for n in range(3)]
     for signature in made:
         remote.add(signature, "app")
     cache.pull(name, referrers=True)
@@ -325,7 +329,7 @@ def test_all_pages_of_a_list_of_referrers_are_read(cache: Cache, remote: Registr
 def test_a_new_signature_is_pulled_to_a_stored_image(cache: Cache, remote: Registry) -> None:
     name = remote.add(FIRST, "app", "1")
     cache.pull(name, referrers=True)
-    signature = referrer(FIRST.manifest)
+    signature = make_referrer(FIRST.manifest)
     remote.add(signature, "app")
     cache.pull(name)
     assert len(cache.get_image_blobs(name)) == 4
@@ -345,7 +349,7 @@ def test_an_interrupted_upload_resumes_in_chunks(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_CHUNK_BYTES", 800_000)
-    remote.fault(lost(1_000_000), method="PUT", path="/uploads/", times=1)
+    remote.fault(drop_answer(1_000_000), method="PUT", path="/uploads/", times=1)
     calls: list[tuple[int, int]] = []
     pushed = cache.push("large:1", f"{remote.host}/large:1", progress=lambda done, total: calls.append((done, total)))
     assert_has(remote, "large", "1", LARGE)
@@ -385,7 +389,7 @@ def test_a_temporary_failure_is_retried(cache: Cache, remote: Registry, status: 
     remote.fault(retry_later(7, status), method="POST", times=1)
     cache.push("app:1", f"{remote.host}/app:1")
     assert_has(remote, "app", "1", FIRST)
-    assert len([pause for pause in PAUSES if pause >= 7]) == 3
+    assert len([pause for pause in SKIPPED_PAUSE_SECONDS if pause >= 7]) == 3
 
 
 def test_a_registry_that_is_overloaded_for_long_is_unavailable(cache: Cache, remote: Registry) -> None:
@@ -396,7 +400,7 @@ def test_a_registry_that_is_overloaded_for_long_is_unavailable(cache: Cache, rem
 
 
 def test_a_registry_that_returns_another_digest_is_an_error(cache: Cache, remote: Registry) -> None:
-    remote.fault(headers({"Docker-Content-Digest": SECOND.digest}), method="PUT", path="/manifests/")
+    remote.fault(change_headers({"Docker-Content-Digest": SECOND.digest}), method="PUT", path="/manifests/")
     with pytest.raises(RegistryError, match="is not its digest"):
         cache.push("app:1", f"{remote.host}/app:1")
 
@@ -405,8 +409,10 @@ def test_a_registry_that_returns_another_digest_is_an_error(cache: Cache, remote
 def test_only_a_logged_in_user_may_push(cache: Cache, tmp_path: Path, auth: str) -> None:
     with Registry(auth=auth) as remote:
         with pytest.raises(RegistryError, match="log in with"):
-            cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "no", remote.host, password="x"))
-        cache.push("app:1", f"{remote.host}/app:1", authfile=login(tmp_path / "auth.json", remote.host))
+            cache.push(
+                "app:1", f"{remote.host}/app:1", authfile=write_login(tmp_path / "no", remote.host, password="x")
+            )
+        cache.push("app:1", f"{remote.host}/app:1", authfile=write_login(tmp_path / "auth.json", remote.host))
         assert_has(remote, "app", "1", FIRST)
 
 
@@ -414,8 +420,8 @@ def test_only_a_logged_in_user_may_push(cache: Cache, tmp_path: Path, auth: str)
 def test_a_token_that_expires_during_an_upload_is_replaced(cache: Cache, tmp_path: Path) -> None:
     with Registry(auth="bearer") as remote:
         remote.expires_in = 1
-        remote.fault(changed(delay=1.5), method="POST", path="/uploads/", times=3)
-        cache.push("large:1", f"{remote.host}/large:1", authfile=login(tmp_path / "auth.json", remote.host))
+        remote.fault(change_answer(delay=1.5), method="POST", path="/uploads/", times=3)
+        cache.push("large:1", f"{remote.host}/large:1", authfile=write_login(tmp_path / "auth.json", remote.host))
         assert_has(remote, "large", "1", LARGE)
 
 
@@ -427,8 +433,8 @@ def test_nothing_is_sent_to_an_upload_url_that_is_not_https(
     ca, certified, key = certificate(tmp_path / "tls", "127.0.0.1")
     monkeypatch.setenv("SSL_CERT_FILE", str(ca))
     with Registry() as other, Registry(auth="basic", tls=(certified, key)) as remote:
-        authfile = login(tmp_path / "auth.json", remote.host)
-        remote.fault(headers({"Location": f"{other.url}/v2/app/blobs/uploads/x"}), method="POST", times=1)
+        authfile = write_login(tmp_path / "auth.json", remote.host)
+        remote.fault(change_headers({"Location": f"{other.url}/v2/app/blobs/uploads/x"}), method="POST", times=1)
         with pytest.raises(RegistryError, match="not HTTPS"):
             cache.push("app:1", f"{remote.host}/app:1", plain_http=False, authfile=authfile)
         assert other.requests == []
@@ -528,7 +534,7 @@ def test_an_upload_continues_at_the_host_of_its_redirect(cache: Cache, remote: R
     with Registry() as storage:
         remote.fault(redirect(storage.url), method="POST", path="/blobs/uploads/", times=99)
         storage.fault(
-            headers({"Location": "/v2/app/blobs/uploads/one"}), method="POST", path="/blobs/uploads/", times=99
+            change_headers({"Location": "/v2/app/blobs/uploads/one"}), method="POST", path="/blobs/uploads/", times=99
         )
         with pytest.raises(RegistryError):
             cache.push("app:1", f"{remote.host}/app:1")  # the storage host does not commit any blob
@@ -544,6 +550,6 @@ def test_the_error_of_a_read_only_registry_says_so(cache: Cache, remote: Registr
 
 def test_the_location_of_a_pushed_manifest_is_ignored(cache: Cache, remote: Registry) -> None:
     for location in ("http://elsewhere.example/", "https://[", "ftp:x"):
-        remote.fault(headers({"Location": location}), method="PUT", path="/manifests/")
+        remote.fault(change_headers({"Location": location}), method="PUT", path="/manifests/")
         cache.push("app:1", f"{remote.host}/app:1")
     assert_has(remote, "app", "1", FIRST)

@@ -26,13 +26,13 @@ from cachedb.oci.names import Name
 from cachedb.operations import push_target
 from cachedb.operations.push_target import Target
 from tests.conftest import Run
-from tests.disk.test_locks import eventually
-from tests.operations.test_pull_source import connecting, unreachable  # noqa: F401 - the second is a fixture
-from tests.operations.test_push import ARM, FIRST, LARGE, SECOND, assert_has, referrer, sent
+from tests.disk.test_locks import wait_until
+from tests.operations.test_pull_source import count_connecting, unreachable  # noqa: F401 - the second is a fixture
+from tests.operations.test_push import ARM, FIRST, LARGE, SECOND, assert_has, make_referrer, take_sent_digests
 from tests.support import make
-from tests.support.faults import answer, changed
+from tests.support.faults import answer, change_answer
 from tests.support.promises import check
-from tests.support.registries import Registry, alone  # noqa: F401 - alone is a fixture
+from tests.support.registries import Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
 
 OTHER = make.image(8, architecture="arm64")
 LAYER = make.digest_of(LARGE.layers[0])
@@ -67,7 +67,7 @@ def run_early_uploads(directory: Path, source: str, name: str) -> Target:
     ("source", "images"), [("large:1", [LARGE]), ("app:2", [SECOND]), ("several:1", [FIRST, ARM])], ids=lambda it: it
 )
 def test_blobs_are_sent_once_before_the_cache_is_open(
-    closed_cache: Path, remote: Registry, source: str, images: list[make.Made]
+    closed_cache: Path, remote: Registry, source: str, images: list[make.ImageContent]
 ) -> None:
     parts = {make.digest_of(data) for image in images for data in (image.config, *image.layers)}
     with run_early_uploads(closed_cache, source, f"{remote.host}/it:1") as target:
@@ -80,7 +80,7 @@ def test_blobs_are_sent_once_before_the_cache_is_open(
     assert pushed.bytes == seen[-1][0] == seen[-1][1]
     asks = [request.path for request in remote.requests if request.method == "HEAD"]
     assert len(asks) == len(set(asks)) == len(parts)
-    assert sorted(sent(remote)) == sorted(parts)
+    assert sorted(take_sent_digests(remote)) == sorted(parts)
     for image in images:
         assert_has(remote, "it", "1" if len(images) == 1 else image.digest, image)
     check(closed_cache)
@@ -88,18 +88,18 @@ def test_blobs_are_sent_once_before_the_cache_is_open(
 
 @pytest.mark.slow
 def test_the_command_sends_each_blob_once(closed_cache: Path, remote: Registry, cachedb: Run) -> None:
-    remote.fault(changed(delay=1.5), method="PUT", path="/blobs/")  # longer than it takes to open the cache
+    remote.fault(change_answer(delay=1.5), method="PUT", path="/blobs/")  # longer than it takes to open the cache
     for blobs, existing in ((2, 0), (0, 2)):
         done = cachedb("push", "--format", "json", "large:1", f"{remote.host}/it:1")
         (found,) = json.loads(done.stdout)
         assert (found["blobs"], found["existing"], done.stderr) == (blobs, existing, "")
-    assert sorted(sent(remote)) == sorted([LAYER, make.digest_of(LARGE.config)])
+    assert sorted(take_sent_digests(remote)) == sorted([LAYER, make.digest_of(LARGE.config)])
     assert_has(remote, "it", "1", LARGE)
 
 
 @pytest.mark.slow
 def test_the_progress_of_a_push_includes_early_uploads(closed_cache: Path, remote: Registry) -> None:
-    remote.fault(changed(delay=2), method="PUT", path="/blobs/", times=2)
+    remote.fault(change_answer(delay=2), method="PUT", path="/blobs/", times=2)
     seen: list[int] = []
     with Target(closed_cache, Name.parse(f"{remote.host}/it:1")) as target, Cache.open(closed_cache) as cache:
         target.begin(Name.parse("large:1"))
@@ -209,7 +209,7 @@ def test_an_invalid_directory_gives_the_error_of_opening_the_cache(tmp_path: Pat
 
 
 def test_referrers_are_pushed_after_early_uploads(closed_cache: Path, remote: Registry) -> None:
-    signature = referrer(FIRST.manifest)
+    signature = make_referrer(FIRST.manifest)
     name = remote.add(FIRST, "app", "1")
     remote.add(signature, "app")
     with Cache.open(closed_cache) as cache:
@@ -251,7 +251,7 @@ def test_no_more_uploads_begin_after_the_registry_refused_one(closed_cache: Path
             target = run_early_uploads(closed_cache, "many:1", f"{remote.host}/it:1")
             with target, Cache.open(closed_cache) as cache, pytest.raises(RegistryError):
                 cache.push("many:1", target)
-        assert len(asked.read_text()) <= push_target.AT_ONCE
+        assert len(asked.read_text()) <= push_target.PARALLEL_UPLOADS
         asked.unlink()
 
 
@@ -264,7 +264,7 @@ def test_a_name_that_moves_meanwhile_is_pushed_as_its_new_image(closed_cache: Pa
 
 
 def test_closing_a_target_stops_its_early_uploads(closed_cache: Path, remote: Registry) -> None:
-    remote.fault(changed(delay=20), method="PUT", path="/blobs/", times=9)
+    remote.fault(change_answer(delay=20), method="PUT", path="/blobs/", times=9)
     before = time.monotonic()
     with Target(closed_cache, Name.parse(f"{remote.host}/it:1")) as target:
         target.begin(Name.parse("large:1"))
@@ -290,14 +290,14 @@ def test_an_interrupt_does_not_wait_for_a_connection(
     unreachable: str,  # noqa: F811 - the fixture
     options: list[str],
 ) -> None:
-    others = connecting(unreachable)
+    others = count_connecting(unreachable)
     process = subprocess.Popen(
         [sys.executable, "-m", "cachedb", "--dir", closed_cache, "push", *options, "several:1", f"{unreachable}/it:1"],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    assert eventually(lambda: connecting(unreachable) > others, 60)
+    assert wait_until(lambda: count_connecting(unreachable) > others, 60)
     time.sleep(0.5)  # time for the push to wait for its early uploads
     before = time.monotonic()
     process.send_signal(signal.SIGINT)
@@ -310,7 +310,7 @@ def test_a_push_and_its_early_uploads_do_not_send_the_same_blob(
     closed_cache: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_pushed = threading.Event()
-    look = peek.look
+    look = peek.query_index
 
     def look_and_wait(directory: Path, query: str, *values: str) -> list[tuple[object, ...]]:
         found = look(directory, query, *values)
@@ -325,7 +325,7 @@ def test_a_push_and_its_early_uploads_do_not_send_the_same_blob(
         is_pushed.set()
         assert target._thread
         target._thread.join(30)
-    assert len(sent(remote)) == 2
+    assert len(take_sent_digests(remote)) == 2
 
 
 def test_an_idle_index_that_changes_while_it_is_read_is_an_error(
@@ -333,7 +333,7 @@ def test_an_idle_index_that_changes_while_it_is_read_is_an_error(
 ) -> None:
     states = iter(range(9))
     with Target(closed_cache, Name.parse(f"{remote.host}/it:1")) as target:
-        assert peek.look(target._directory, "SELECT count(*) FROM images")
+        assert peek.query_index(target._directory, "SELECT count(*) FROM images")
         monkeypatch.setattr(peek, "_state", lambda _: peek._State(next(states), 0, has_wal=False))
         with pytest.raises(StorageError, match="changed while it was read"):
-            peek.look(target._directory, "SELECT count(*) FROM images")
+            peek.query_index(target._directory, "SELECT count(*) FROM images")

@@ -30,7 +30,7 @@ from cachedb.oci.digests import Digest
 from cachedb.operations import rebuild
 from cachedb.operations.verify import Problem
 from tests.conftest import Run, files_of, running, start_python
-from tests.index.test_schema import change
+from tests.index.test_schema import change_index
 from tests.support import make
 from tests.support.make import digest_of, image, save
 from tests.support.promises import check
@@ -131,7 +131,7 @@ def test_names_are_restored_from_the_newest_backup_and_newer_images_recovered(ma
     with Cache.open(made) as cache:
         before = {image.name: (image.created_at, image.last_used_at) for image in cache.list_manifests()}
     back_up(made, "000002-newest.db")
-    change(made, "UPDATE images SET repository = 'older' WHERE repository = 'many'")
+    change_index(made, "UPDATE images SET repository = 'older' WHERE repository = 'many'")
     back_up(made, "000001-older.db")
     with Cache.open(made) as cache:
         save(cache, "new:1", image(99))
@@ -149,7 +149,7 @@ def test_names_are_restored_from_the_newest_backup_and_newer_images_recovered(ma
 
 def test_the_backup_with_the_highest_number_is_the_newest(made: Path) -> None:
     back_up(made, "1000000-newest.db")
-    change(made, "UPDATE images SET repository = 'older' WHERE repository = 'many'")
+    change_index(made, "UPDATE images SET repository = 'older' WHERE repository = 'many'")
     back_up(made, "999999-older.db")
     back_up(made, "somebody's.db")
     (made / "index.db").unlink()
@@ -205,7 +205,7 @@ def test_a_readable_index_is_preferred_to_the_backup(made: Path) -> None:
     back_up(made, "000001-a.db")
     with Cache.open(made) as cache:
         cache.remove_manifest("many:1")
-    change(made, "DELETE FROM alembic_version")
+    change_index(made, "DELETE FROM alembic_version")
     repair_cache(made)
     assert set(read_names(made)) == set(NAMES)
 
@@ -299,7 +299,7 @@ def test_an_index_with_a_changed_byte_in_its_header_is_rebuilt(made: Path, place
 )
 def test_an_index_that_a_statement_broke_is_rebuilt(made: Path, statement: str) -> None:
     files = files_of(made)
-    change(made, statement)
+    change_index(made, statement)
     found = repair_cache(made)
     assert {problem.kind for problem in found} == {"index"}
     assert_complete(made, files)
@@ -364,7 +364,7 @@ def test_images_hidden_by_a_damaged_page_are_recovered(made: Path) -> None:
 def test_readable_holds_times_and_attached_blobs_survive(made: Path) -> None:
     with Cache.open(made) as cache:
         holds, images = cache.list_holds(), cache.list_manifests()
-    change(made, "DELETE FROM alembic_version")
+    change_index(made, "DELETE FROM alembic_version")
     repair_cache(made)
     with Cache.open(made) as cache:
         assert cache.list_holds() == holds
@@ -377,7 +377,7 @@ def test_readable_holds_times_and_attached_blobs_survive(made: Path) -> None:
 
 @pytest.mark.parametrize("table", ["image_blobs", "holds"])
 def test_rows_that_cannot_be_restored_are_reported(made: Path, table: str) -> None:
-    change(made, f"DROP TABLE {table}")
+    change_index(made, f"DROP TABLE {table}")
     found = repair_cache(made)
     assert any(table.split("_")[-1] in problem.detail for problem in found if problem.repair is None)
 
@@ -452,7 +452,7 @@ def test_old_indexes_and_wals_are_kept_and_never_overwritten(made: Path) -> None
 def test_an_open_cache_continues_with_the_new_index(made: Path) -> None:
     with Cache.open(made) as other:
         other.save_manifest("before:1", image(5).manifest)
-        change(made, "DELETE FROM alembic_version")
+        change_index(made, "DELETE FROM alembic_version")
         repair_cache(made)
         save(other, "after:1", image(88))
         assert {"before:1", "after:1"} <= {str(image.name) for image in other.list_manifests()}
@@ -517,7 +517,7 @@ def test_a_process_with_the_old_wal_does_not_affect_the_new_index(made: Path, da
         if damage == "no file":  # then the WAL is not checkpointed, and the -shm file still lists its frames
             (made / "index.db").unlink()
         else:
-            change(made, "DELETE FROM alembic_version")
+            change_index(made, "DELETE FROM alembic_version")
         repair_cache(made)
         with Cache.open(made) as cache:
             for number in range(70, 80):
@@ -534,7 +534,7 @@ def test_a_process_with_the_old_wal_does_not_affect_the_new_index(made: Path, da
 def test_closing_an_old_connection_keeps_the_new_wal(made: Path) -> None:
     old = sqlite3.connect(made / "index.db")
     assert old.execute("SELECT count(*) FROM images").fetchone() == (31,)
-    change(made, "DELETE FROM alembic_version")
+    change_index(made, "DELETE FROM alembic_version")
     repair_cache(made)
     with Cache.open(made) as cache:
         save(cache, "after:1", image(88))
@@ -549,7 +549,7 @@ def test_a_connection_to_the_old_index_is_not_used_again(made: Path) -> None:
     index = Database(made)
     with index.read() as connection:
         old = connection.connection.driver_connection
-    change(made, "DELETE FROM alembic_version")
+    change_index(made, "DELETE FROM alembic_version")
     repair_cache(made)
     with index.write() as connection:
         assert connection.connection.driver_connection is not old
@@ -580,7 +580,7 @@ def test_several_threads_may_repair_at_once(made: Path) -> None:
 
 
 def test_an_index_that_was_rebuilt_is_not_rebuilt_again(made: Path) -> None:
-    change(made, "DELETE FROM alembic_version")
+    change_index(made, "DELETE FROM alembic_version")
     repair_cache(made)
     status = (made / "index.db").stat()
     with Cache.open(made) as cache:
@@ -633,7 +633,7 @@ def test_the_next_repair_finishes_one_that_crashed_at_any_step(
     if damage == "lost":
         (made / "index.db").unlink()
     else:
-        change(made, "DELETE FROM alembic_version")
+        change_index(made, "DELETE FROM alembic_version")
     every = EXAMPLES > 20 or "without a backup" in damage
     if "without a backup" in damage:
         (made / "backups" / "000001-a.db").unlink()
@@ -800,9 +800,9 @@ def test_holds_survive_an_interrupted_rebuild(made: Path) -> None:
 def test_an_index_of_a_newer_schema_is_not_rebuilt(made: Path) -> None:
     status = (made / "index.db").stat()
     with Cache.open(made) as cache:
-        change(made, "ALTER TABLE holds RENAME COLUMN name TO names")
-        change(made, "UPDATE alembic_version SET version_num = '9999'")
-        change(made, "PRAGMA user_version = 9999")
+        change_index(made, "ALTER TABLE holds RENAME COLUMN name TO names")
+        change_index(made, "UPDATE alembic_version SET version_num = '9999'")
+        change_index(made, "PRAGMA user_version = 9999")
         with pytest.raises(SchemaMismatch, match="newer release"):
             cache.verify(repair=True)
     assert (made / "index.db").stat().st_ino == status.st_ino
@@ -816,7 +816,7 @@ def test_a_damaged_index_is_rebuilt_though_a_folder_is_missing(made: Path) -> No
 
 
 def test_an_invalid_time_is_damage(made: Path) -> None:
-    change(made, "UPDATE images SET created_at = '2026-99-99T00:00:00.000000Z' WHERE id = 1")
+    change_index(made, "UPDATE images SET created_at = '2026-99-99T00:00:00.000000Z' WHERE id = 1")
     with Cache.open(made) as cache, pytest.raises(DamagedIndex, match="has the invalid time"):
         cache.list_manifests()
     repair_cache(made)

@@ -330,8 +330,8 @@ def test_a_download_of_another_user_begins_again(tmp_path: Path) -> None:
     path = tmp_path / "download"
     path.write_bytes(b"half")
     folder = os.open(tmp_path, os.O_RDONLY)
-    assert downloads.begun(folder, path.name, 10) == 4
+    assert downloads.find_resumable_bytes(folder, path.name, 10) == 4
     os.chown(path, 65534, 65534)
-    assert downloads.begun(folder, path.name, 10) == 0
+    assert downloads.find_resumable_bytes(folder, path.name, 10) == 0
     os.close(folder)
     assert not path.exists()

@@ -50,9 +50,9 @@ from cachedb.index.sqlite.revision import APPLICATION_ID
 from cachedb.index.tables import REVISION
 from cachedb.oci.configs import ImageConfig, parse_config
 from cachedb.operations import restore, upgrade
-from tests.conftest import Run, files_of, revision_of, run_python, running, start_python
+from tests.conftest import Run, files_of, read_revision, run_python, running, start_python
 from tests.index.sqlite.test_database import content
-from tests.index.test_schema import change, rows, tables
+from tests.index.test_schema import change_index, list_tables, read_rows
 from tests.support.make import image, index, save
 from tests.support.promises import check
 
@@ -91,7 +91,7 @@ def alembic_runner(tmp_path: Path) -> Iterator[Any]:
 # Every revision that was ever released
 
 
-def frozen(revision: str, directory: Path) -> Path:
+def unpack_frozen_cache(revision: str, directory: Path) -> Path:
     """Unpack the cache that the release of a revision made."""
     directory.mkdir()
     with tarfile.open(FROZEN / f"{revision}.tar.xz") as tar:
@@ -117,8 +117,8 @@ def read_common_rows(directory: Path) -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_a_cache_of_any_release_keeps_rows_and_blobs_in_upgrades_and_downgrades(revision: str, tmp_path: Path) -> None:
-    directory = frozen(revision, tmp_path / "cache")
-    before, all_rows, files = read_common_rows(directory), rows(directory), files_of(directory)
+    directory = unpack_frozen_cache(revision, tmp_path / "cache")
+    before, all_rows, files = read_common_rows(directory), read_rows(directory), files_of(directory)
     assert len(before["images"]) == (7 if revision < "0004" else 8)
     changed = upgrade.upgrade(directory)
     assert (changed.before, changed.after) == (revision, REVISION)
@@ -140,7 +140,7 @@ def test_a_cache_of_any_release_keeps_rows_and_blobs_in_upgrades_and_downgrades(
     assert {name: read_common_rows(directory)[name] for name in ("blobs", "image_blobs")} == {
         name: after[name] for name in ("blobs", "image_blobs")
     }
-    assert tables(directory) - {"alembic_version"} == all_rows.keys()
+    assert list_tables(directory) - {"alembic_version"} == all_rows.keys()
     assert files_of(directory) == files
     upgrade.upgrade(directory)
     check(directory)
@@ -148,16 +148,16 @@ def test_a_cache_of_any_release_keeps_rows_and_blobs_in_upgrades_and_downgrades(
 
 @pytest.mark.parametrize("revision", REVISIONS[:-1])
 def test_a_downgrade_removes_exactly_what_the_upgrade_added(revision: str, tmp_path: Path) -> None:
-    directory = frozen(revision, tmp_path / "cache")
-    before = rows(directory)
+    directory = unpack_frozen_cache(revision, tmp_path / "cache")
+    before = read_rows(directory)
     upgrade.upgrade(directory)
     upgrade.downgrade(directory, revision)
-    assert rows(directory) == before
+    assert read_rows(directory) == before
 
 
 def test_a_config_that_cannot_be_read_is_skipped_and_reported(tmp_path: Path) -> None:
-    directory = frozen("0001", tmp_path / "cache")
-    with Cache.open(frozen(REVISION, tmp_path / "newest")) as cache:
+    directory = unpack_frozen_cache("0001", tmp_path / "cache")
+    with Cache.open(unpack_frozen_cache(REVISION, tmp_path / "newest")) as cache:
         lost = next(blob.path for blob in cache.get_image_blobs("hello:1") if blob.is_config)
     assert lost is not None
     (directory / lost.relative_to(tmp_path / "newest")).unlink()
@@ -183,7 +183,7 @@ def find_config(directory: Path, name: str) -> Path:
 
 
 def test_a_corrupt_config_is_skipped_and_reported(tmp_path: Path) -> None:
-    directory = frozen("0001", tmp_path / "cache")
+    directory = unpack_frozen_cache("0001", tmp_path / "cache")
     path = find_config(directory, "hello:1")
     path.chmod(0o600)
     path.write_text(json.dumps({"os": "plan9"}))
@@ -196,7 +196,7 @@ def test_a_corrupt_config_is_skipped_and_reported(tmp_path: Path) -> None:
 def test_a_backfill_that_runs_out_of_file_descriptors_stops_and_skips_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = frozen("0001", tmp_path / "cache")
+    directory = unpack_frozen_cache("0001", tmp_path / "cache")
 
     def refuse_open(path: str, _flags: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files", path)
@@ -214,7 +214,7 @@ def test_a_backfill_that_runs_out_of_file_descriptors_stops_and_skips_nothing(
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    return frozen("0001", tmp_path / "old")
+    return unpack_frozen_cache("0001", tmp_path / "old")
 
 
 def list_backups(directory: Path) -> list[str]:
@@ -222,12 +222,12 @@ def list_backups(directory: Path) -> list[str]:
 
 
 def test_an_upgrade_makes_a_backup_with_all_rows(old: Path) -> None:
-    before = rows(old)
+    before = read_rows(old)
     changed = upgrade.upgrade(old)
     assert changed.backup == old / "backups" / "000001-0001-before-0005.db"
     assert changed.backup.stat().st_mode & 0o777 == old.stat().st_mode & 0o666
     shutil.copy(changed.backup, old.parent / "index.db")
-    assert rows(old.parent) == before
+    assert read_rows(old.parent) == before
     assert upgrade.upgrade(old) == (REVISION, REVISION, None, [])
     assert list_backups(old) == ["000001-0001-before-0005.db"]
 
@@ -314,7 +314,7 @@ def test_the_error_of_an_old_backup_that_cannot_be_deleted_names_it(old: Path, m
 @pytest.mark.parametrize("step", ["0002", "head"])
 def test_an_upgrade_stops_at_the_given_revision(old: Path, step: str) -> None:
     after = upgrade.upgrade(old, step).after
-    assert revision_of(old) == after == {"0002": "0002", "head": REVISION}[step]
+    assert read_revision(old) == after == {"0002": "0002", "head": REVISION}[step]
 
 
 def test_an_open_cache_works_again_after_a_downgrade_and_an_upgrade(
@@ -334,9 +334,9 @@ def test_an_open_cache_works_again_after_a_downgrade_and_an_upgrade(
 def test_a_newer_schema_that_declares_itself_compatible_can_be_used(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-        change(directory, "ALTER TABLE images ADD COLUMN stars INTEGER")
-        change(directory, "UPDATE alembic_version SET version_num = '0099'")
-        change(directory, f"PRAGMA user_version = {int(REVISION)}")
+        change_index(directory, "ALTER TABLE images ADD COLUMN stars INTEGER")
+        change_index(directory, "UPDATE alembic_version SET version_num = '0099'")
+        change_index(directory, f"PRAGMA user_version = {int(REVISION)}")
         cache.tag("app:1", "app:2")
     with Cache.open(directory) as cache:
         assert [image.reference for image in cache.list_manifests()] == ["1", "2"]
@@ -345,7 +345,7 @@ def test_a_newer_schema_that_declares_itself_compatible_can_be_used(directory: P
     for call in (upgrade.upgrade, drift_module.check, lambda path: upgrade.downgrade(path, "0001")):
         with pytest.raises(SchemaMismatch, match="newer"):
             call(directory)
-    change(directory, "PRAGMA user_version = 99")
+    change_index(directory, "PRAGMA user_version = 99")
     with pytest.raises(SchemaMismatch, match="use a newer release"):
         Cache.open(directory)
 
@@ -354,7 +354,7 @@ def test_every_migration_sets_the_oldest_schema_whose_release_can_use_it(directo
     Cache.open(directory).close()
     for revision in reversed(schema.history(directory)):
         assert revision.oldest <= revision.revision
-        if revision_of(directory) != revision.revision:
+        if read_revision(directory) != revision.revision:
             upgrade.downgrade(directory, revision.revision)
         shell = sqlite3.connect(directory / "index.db")
         assert shell.execute("PRAGMA user_version").fetchone() == (int(revision.oldest),)
@@ -470,7 +470,7 @@ def test_32_processes_lose_no_write_during_upgrades_and_downgrades(directory: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["upgrade", "downgrade"])
 def test_a_change_killed_at_any_statement_leaves_the_old_or_the_new_schema(how: str, tmp_path: Path) -> None:
-    made = frozen("0001" if how == "upgrade" else REVISION, tmp_path / "made")
+    made = unpack_frozen_cache("0001" if how == "upgrade" else REVISION, tmp_path / "made")
     before = read_common_rows(made)
     output = run_python(
         """
@@ -556,9 +556,9 @@ def test_an_interrupted_backfill_resumes(old: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("pending", [True, False])
 def test_a_backfill_of_another_migration_is_left_pending(old: Path, pending: bool) -> None:
     upgrade.upgrade(old)
-    change(old, "INSERT INTO backfills VALUES ('0004', 3)")
+    change_index(old, "INSERT INTO backfills VALUES ('0004', 3)")
     if pending:
-        change(old, "INSERT INTO backfills VALUES ('0003', 1)")
+        change_index(old, "INSERT INTO backfills VALUES ('0003', 1)")
     calls: list[tuple[str, int, int]] = []
     upgrade.upgrade(old, progress=lambda *step: calls.append(step))
     assert calls == ([("reading configs", 6, 6), ("reading configs", 6, 6)] if pending else [])
@@ -589,15 +589,15 @@ def test_large_configs_are_written_in_separate_transactions(old: Path, monkeypat
 
 def run_during_reading(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
     """Call `work` after the first configs are read and before their values are written."""
-    read = describe.read_ahead
+    read = describe.read_configs
 
     def read_and_work(*arguments: Any) -> Any:
         found = read(*arguments)
-        monkeypatch.setattr(describe, "read_ahead", read)
+        monkeypatch.setattr(describe, "read_configs", read)
         work()
         return found
 
-    monkeypatch.setattr(describe, "read_ahead", read_and_work)
+    monkeypatch.setattr(describe, "read_configs", read_and_work)
 
 
 def test_an_image_that_changes_during_a_backfill_gets_its_new_description(
@@ -664,7 +664,7 @@ def test_a_backup_that_cannot_be_written_stops_the_upgrade(old: Path, monkeypatc
     with pytest.raises(StorageError, match="cannot make a backup of the index: No space left"):
         upgrade.upgrade(old)
     monkeypatch.undo()
-    assert revision_of(old) == "0001"
+    assert read_revision(old) == "0001"
     assert list_backups(old) == []
 
 
@@ -678,7 +678,7 @@ def test_a_change_that_would_break_references_is_rolled_back(old: Path, monkeypa
     monkeypatch.setattr(schema, "run_migrations", migrate_and_break)
     with pytest.raises(DamagedIndex, match=r"was not changed: 1 rows would have broken references: images 1 to blobs"):
         upgrade.upgrade(old)
-    assert revision_of(old) == "0001"
+    assert read_revision(old) == "0001"
 
 
 @pytest.mark.parametrize("call", ["upgrade", "downgrade", "check", "back_up"])
@@ -691,17 +691,17 @@ def test_a_directory_that_is_no_cache_is_unchanged(call: str, tmp_path: Path) ->
         run(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
     (tmp_path / "diary").mkdir()
-    change(tmp_path / "diary", "CREATE TABLE diary (entry TEXT)")
+    change_index(tmp_path / "diary", "CREATE TABLE diary (entry TEXT)")
     before = content(tmp_path / "diary")
     with pytest.raises(NotACache, match="another program's database"):
         run(tmp_path / "diary")
     assert content(tmp_path / "diary") == before
-    half = frozen("0001", tmp_path / "half")
+    half = unpack_frozen_cache("0001", tmp_path / "half")
     data = (half / "index.db").read_bytes()
     (half / "index.db").write_bytes(data[: len(data) // 2])
     with pytest.raises(DamagedIndex):
         run(half)
-    lost = frozen("0001", tmp_path / "lost")
+    lost = unpack_frozen_cache("0001", tmp_path / "lost")
     with closing(Database(lost)) as database:
         prepare(database)  # a cache of an older release gets its marker
     (lost / "index.db").unlink()
@@ -722,10 +722,10 @@ def test_a_lost_index_and_a_cache_not_created_yet_give_different_errors(
     if damage == "empty":
         (directory / "index.db").touch()
     elif damage == "no tables":
-        change(directory, "PRAGMA journal_mode = WAL")
+        change_index(directory, "PRAGMA journal_mode = WAL")
     elif damage == "no schema":
-        change(directory, "CREATE TABLE alembic_version (version_num TEXT)")
-        change(directory, f"PRAGMA application_id = {APPLICATION_ID}")
+        change_index(directory, "CREATE TABLE alembic_version (version_num TEXT)")
+        change_index(directory, f"PRAGMA application_id = {APPLICATION_ID}")
         with pytest.raises(DamagedIndex, match="has lost its schema"):
             run()
         return
@@ -766,7 +766,7 @@ def test_an_unknown_revision_is_refused(directory: Path, revision: str) -> None:
     for call in (upgrade.upgrade, upgrade.downgrade):
         with pytest.raises(InvalidRevision, match="is not one of the revisions 0001, "):
             call(directory, revision)
-    assert revision_of(directory) == REVISION
+    assert read_revision(directory) == REVISION
 
 
 def migrate(directory: Path, *arguments: Any, **options: Any) -> None:
@@ -780,10 +780,10 @@ def test_a_cache_with_a_schema_of_no_release_is_unchanged(directory: Path, revis
         save(cache, "app:1", image(1))
     copy = upgrade.back_up(directory)
     if revision is None:
-        change(directory, "DELETE FROM alembic_version")
+        change_index(directory, "DELETE FROM alembic_version")
     else:
-        change(directory, f"UPDATE alembic_version SET version_num = '{revision}'")
-    before, kept = rows(directory), list_backups(directory)
+        change_index(directory, f"UPDATE alembic_version SET version_num = '{revision}'")
+    before, kept = read_rows(directory), list_backups(directory)
     if not revision:
         for look in (schema.current, drift_module.check):
             with pytest.raises(DamagedIndex, match="lost its schema"):
@@ -798,7 +798,7 @@ def test_a_cache_with_a_schema_of_no_release_is_unchanged(directory: Path, revis
     ):
         with pytest.raises(SchemaMismatch if revision else DamagedIndex, match=r"no release of|lost its schema"):
             call(directory)
-    assert (rows(directory), list_backups(directory)) == (before, kept)
+    assert (read_rows(directory), list_backups(directory)) == (before, kept)
     restore.restore(directory, copy)
     check(directory)
 
@@ -807,20 +807,20 @@ def test_a_cache_with_a_schema_of_no_release_is_unchanged(directory: Path, revis
 def test_the_error_of_a_trigger_that_blocks_a_change_quotes_it(cachedb: Run, old: Path) -> None:
     refuse = "BEGIN SELECT RAISE({}, 'not on a Friday'); END"
     for how in ("ABORT", "FAIL", "ROLLBACK"):
-        change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON alembic_version {refuse.format(how)}")
+        change_index(old, f"CREATE TRIGGER mine BEFORE UPDATE ON alembic_version {refuse.format(how)}")
         done = cachedb("--dir", old, "db", "upgrade")
         expected = "cachedb: the schema was not changed: SQLite refused a row: not on a Friday\n"
         assert (done.returncode, done.stderr) == (1, expected)
-        assert (revision_of(old), list_backups(old)) == ("0001", [])
-        change(old, "DROP TRIGGER mine")
-    change(old, f"CREATE TRIGGER mine BEFORE UPDATE ON images {refuse.format('ABORT')}")
+        assert (read_revision(old), list_backups(old)) == ("0001", [])
+        change_index(old, "DROP TRIGGER mine")
+    change_index(old, f"CREATE TRIGGER mine BEFORE UPDATE ON images {refuse.format('ABORT')}")
     with pytest.raises(
         StorageError, match=r"schema is 0005, but .* not on a Friday: continue it with `cachedb db upgrade`"
     ):
         upgrade.upgrade(old)
     with pytest.raises(StorageError, match="not on a Friday"):
         Cache.open(old, upgrade=True)
-    change(old, "DROP TRIGGER mine")
+    change_index(old, "DROP TRIGGER mine")
     upgrade.upgrade(old)
     assert drift_module.check(old) == []
 
@@ -842,11 +842,11 @@ def test_the_error_of_a_trigger_that_blocks_a_change_quotes_it(cachedb: Run, old
 )
 def test_objects_over_a_removed_column_must_be_dropped_first(directory: Path, sql: str, message: str) -> None:
     Cache.open(directory).close()
-    change(directory, sql)
+    change_index(directory, sql)
     with pytest.raises(StorageError, match=r"^the schema was not changed: .*: drop it first$") as caught:
         upgrade.downgrade(directory, "0002")
     assert message in str(caught.value)
-    assert (revision_of(directory), list_backups(directory)) == (REVISION, [])
+    assert (read_revision(directory), list_backups(directory)) == (REVISION, [])
 
 
 def test_upgrade_refuses_an_older_revision_and_downgrade_a_newer_one(directory: Path) -> None:
@@ -880,13 +880,13 @@ def test_upgrade_refuses_an_older_revision_and_downgrade_a_newer_one(directory: 
 def test_drift_is_found(directory: Path, sql: str, kind: str, name: str) -> None:
     Cache.open(directory).close()
     assert drift_module.check(directory) == []
-    change(directory, sql)
+    change_index(directory, sql)
     assert (kind, name) in [drift[:2] for drift in drift_module.check(directory)]
 
 
 def test_an_index_over_an_expression_is_drift_without_a_warning(cachedb: Run, directory: Path) -> None:
     Cache.open(directory).close()
-    change(directory, "CREATE INDEX mine ON blobs (size + 1)")
+    change_index(directory, "CREATE INDEX mine ON blobs (size + 1)")
     done = cachedb("db", "check", "--format", "json")
     assert (done.returncode, done.stderr) == (1, "")
     assert [(drift["kind"], drift["name"]) for drift in json.loads(done.stdout)] == [("index", "mine")]
@@ -895,11 +895,11 @@ def test_an_index_over_an_expression_is_drift_without_a_warning(cachedb: Run, di
 @pytest.mark.parametrize("version", ["0002", "0009", "mine"])
 def test_a_second_row_of_alembic_version_is_drift_and_blocks_changes(directory: Path, version: str) -> None:
     Cache.open(directory).close()
-    change(directory, f"INSERT INTO alembic_version VALUES ('{version}')")
+    change_index(directory, f"INSERT INTO alembic_version VALUES ('{version}')")
     assert [drift[:2] for drift in drift_module.check(directory)] == [("row", "alembic_version")]
     if version == "0002":
-        change(directory, "DELETE FROM alembic_version WHERE version_num = '0005'")
-        change(directory, "INSERT INTO alembic_version VALUES ('0005')")
+        change_index(directory, "DELETE FROM alembic_version WHERE version_num = '0005'")
+        change_index(directory, "INSERT INTO alembic_version VALUES ('0005')")
         with pytest.raises(SchemaMismatch, match="2 rows"):
             upgrade.upgrade(directory)
     with pytest.raises(SchemaMismatch, match="2 rows"):
@@ -983,8 +983,8 @@ def test_restoring_a_backup_keeps_the_current_holds(cache: Cache) -> None:
 
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_a_backup_of_any_schema_can_be_restored(revision: str, tmp_path: Path) -> None:
-    directory = frozen(REVISION, tmp_path / "cache")
-    old = frozen(revision, tmp_path / "old")
+    directory = unpack_frozen_cache(REVISION, tmp_path / "cache")
+    old = unpack_frozen_cache(revision, tmp_path / "old")
     before = [row["repository"] for row in read_common_rows(old)["images"]]
     restore.restore(directory, old / "index.db")
     assert [row["repository"] for row in read_common_rows(directory)["images"]] == before
@@ -1025,7 +1025,7 @@ def test_an_invalid_backup_is_refused_and_the_index_unchanged(cache: Cache, tmp_
     (tmp_path / "half.db").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.db").write_text("no database" * 1000)
     (tmp_path / "empty.db").touch()
-    change(tmp_path, "CREATE TABLE diary (entry TEXT)")
+    change_index(tmp_path, "CREATE TABLE diary (entry TEXT)")
     (tmp_path / "link.db").symlink_to(cache.directory / "index.db")
     future = shutil.copy(backup, tmp_path / "future.db")
     shell = sqlite3.connect(future)
@@ -1033,7 +1033,7 @@ def test_an_invalid_backup_is_refused_and_the_index_unchanged(cache: Cache, tmp_
     shell.execute("PRAGMA user_version = 9999")
     shell.commit()
     shell.close()
-    before = rows(cache.directory)
+    before = read_rows(cache.directory)
     for name, error, text in (
         ("nothing.db", NotInCache, "there is no backup"),
         ("half.db", DamagedIndex, "is damaged, and was not restored"),
@@ -1045,7 +1045,7 @@ def test_an_invalid_backup_is_refused_and_the_index_unchanged(cache: Cache, tmp_
     ):
         with pytest.raises(error, match=text):
             restore.restore(cache.directory, tmp_path / name)
-        assert rows(cache.directory) == before
+        assert read_rows(cache.directory) == before
     with pytest.raises(NotACache, match="is not a cache"):
         restore.restore(tmp_path, backup)
     cache.close()
@@ -1068,14 +1068,14 @@ def test_a_backup_with_a_foreign_schema_object_is_refused(
 ) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-    before = rows(directory)
-    old = frozen(revision, tmp_path / "old")
-    change(old, TAMPERED[kind])
+    before = read_rows(directory)
+    old = unpack_frozen_cache(revision, tmp_path / "old")
+    change_index(old, TAMPERED[kind])
     message = rf"changed by another program, and was not restored: {kind} 'evil': no migration creates it: drop"
     with pytest.raises(NotACache, match=message):
         restore.restore(directory, old / "index.db")
-    assert rows(directory) == before
-    change(old, f"DROP {kind} evil")
+    assert read_rows(directory) == before
+    change_index(old, f"DROP {kind} evil")
     restore.restore(directory, old / "index.db")
     check(directory)
 
@@ -1103,7 +1103,7 @@ def test_a_backup_with_a_forged_schema_is_refused(directory: Path, tmp_path: Pat
         save(cache, "app:1", image(1))
     upgrade.back_up(directory, tmp_path / "index.db")
     if "evil" in sql:
-        change(tmp_path, TAMPERED["trigger"])
+        change_index(tmp_path, TAMPERED["trigger"])
     shell = sqlite3.connect(tmp_path / "index.db")
     shell.execute("PRAGMA writable_schema = ON")
     shell.execute(sql)
@@ -1122,9 +1122,9 @@ def list_repositories(directory: Path) -> list[str]:
 def test_a_backup_of_a_newer_schema_with_a_trigger_is_refused(directory: Path, tmp_path: Path) -> None:
     Cache.open(directory).close()
     backup = upgrade.back_up(directory, tmp_path / "index.db")
-    change(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
-    change(tmp_path, f"PRAGMA user_version = {int(REVISION)}")
-    change(tmp_path, TAMPERED["trigger"])
+    change_index(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
+    change_index(tmp_path, f"PRAGMA user_version = {int(REVISION)}")
+    change_index(tmp_path, TAMPERED["trigger"])
     with pytest.raises(NotACache, match="trigger 'evil': no migration creates it"):
         restore.restore(directory, backup)
 
@@ -1165,13 +1165,13 @@ def test_an_index_of_an_incompatible_newer_schema_is_not_replaced(directory: Pat
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     backup = upgrade.back_up(directory, tmp_path / "backup.db")
-    change(directory, "UPDATE alembic_version SET version_num = '9999'")
-    change(directory, "PRAGMA user_version = 9999")
+    change_index(directory, "UPDATE alembic_version SET version_num = '9999'")
+    change_index(directory, "PRAGMA user_version = 9999")
     before = content(directory)
     with pytest.raises(SchemaMismatch, match="use a newer release"):
         restore.restore(directory, backup)
     assert content(directory) == before
-    change(directory, f"PRAGMA user_version = {int(REVISION)}")  # now this release can use the schema
+    change_index(directory, f"PRAGMA user_version = {int(REVISION)}")  # now this release can use the schema
     assert restore.restore(directory, backup).images == 1
     assert schema.current(directory).revision == REVISION
 
@@ -1180,8 +1180,8 @@ def test_a_backup_of_a_compatible_newer_schema_is_restored(directory: Path, tmp_
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
     backup = upgrade.back_up(directory, tmp_path / "index.db")
-    change(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
-    change(tmp_path, f"PRAGMA user_version = {int(REVISION)}")
+    change_index(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
+    change_index(tmp_path, f"PRAGMA user_version = {int(REVISION)}")
     assert restore.restore(directory, backup).images == 1
     assert schema.current(directory).revision == "9999"
 
@@ -1201,7 +1201,7 @@ def test_restoring_does_not_change_the_backup(directory: Path, tmp_path: Path) -
 
 
 def test_a_restore_reports_unreadable_configs(directory: Path, tmp_path: Path) -> None:
-    old = frozen("0001", tmp_path / "old")
+    old = unpack_frozen_cache("0001", tmp_path / "old")
     with Cache.open(directory):
         pass
     for path in old.glob("blobs/sha256/*"):
@@ -1246,7 +1246,7 @@ def test_other_processes_keep_working_while_a_backup_is_restored(directory: Path
 
 
 def test_a_rebuild_restores_names_from_a_backup_of_an_older_schema(tmp_path: Path) -> None:
-    directory = frozen("0001", tmp_path / "cache")
+    directory = unpack_frozen_cache("0001", tmp_path / "cache")
     upgrade.upgrade(directory)
     (directory / "index.db").write_bytes(b"garbage" * 1000)
     with Cache.open(directory, damaged=True) as cache:
@@ -1268,7 +1268,7 @@ def test_backups_are_numbered_independently_of_the_clock(cache: Cache) -> None:
     (cache.directory / "backups" / "000041-mine.db").touch()
     (cache.directory / "backups" / "notes.db").touch()
     assert upgrade.back_up(cache.directory).name == f"000042-{REVISION}.db"
-    assert [path.name for path in backups.newest_first(cache.directory)] == [
+    assert [path.name for path in backups.list_backups(cache.directory)] == [
         f"000042-{REVISION}.db",
         "000041-mine.db",
         "notes.db",
@@ -1302,7 +1302,7 @@ def test_a_backup_deletes_the_files_of_killed_backups_only(cache: Cache, tmp_pat
 
 
 def test_paths_of_a_cache_and_a_backup_may_be_no_text(cachedb: Run, tmp_path: Path) -> None:
-    old = frozen("0001", Path(f"{tmp_path}/old\udcff"))
+    old = unpack_frozen_cache("0001", Path(f"{tmp_path}/old\udcff"))
     assert upgrade.upgrade(old).after == REVISION
     copy = Path(f"{tmp_path}/copy\udcff")
     done = cachedb("--dir", old, "db", "backup", copy, text=False)
@@ -1396,7 +1396,7 @@ def test_the_db_commands_print_json(cachedb: Run, old: Path) -> None:
     assert cachedb("--dir", old, "ls").returncode == 1
     restored = run("restore", str(old / "backups" / f"000002-{REVISION}.db"))
     assert (restored["images"], restored["incomplete"]) == (7, 1)
-    change(old, "DROP INDEX ix_image_blobs_blob_id")
+    change_index(old, "DROP INDEX ix_image_blobs_blob_id")
     assert run("check", code=1)[0]["name"] == "ix_image_blobs_blob_id"
     assert run("restore", str(old / "none.db"), code=3).startswith("cachedb: there is no backup")
 
@@ -1476,7 +1476,7 @@ def test_a_signal_ends_a_backup_with_the_exit_code_of_the_signal(
         # The backup was complete before the signal arrived, so try again.
     assert (process.returncode, stderr.strip()) == (code, "cachedb: interrupted" if code == 130 else "")
     assert list_backups(directory) == []
-    assert revision_of(directory) == "0001"
+    assert read_revision(directory) == "0001"
 
 
 @pytest.mark.slow

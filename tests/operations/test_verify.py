@@ -28,9 +28,9 @@ from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from cachedb.operations import verify
 from cachedb.operations.verify import KINDS, Problem
 from tests.conftest import Run, files_of, running, snapshot, stored_rows
-from tests.index.test_schema import change
+from tests.index.test_schema import change_index
 from tests.support import make
-from tests.support.make import Made, digest_of, hex_of, image, save
+from tests.support.make import ImageContent, digest_of, hex_of, image, save
 from tests.support.promises import check
 
 APP, OTHER = image(1, 2), image(2, 3)
@@ -809,7 +809,7 @@ def test_an_extra_row_is_kept_as_an_attachment(cache: Cache) -> None:
     close_and_check(cache)
 
 
-def make_manifest_with_wrong_size() -> tuple[bytes, Made]:
+def make_manifest_with_wrong_size() -> tuple[bytes, ImageContent]:
     made = image(31)
     document = json.loads(made.manifest)
     document["layers"][0]["size"] += 1
@@ -1028,7 +1028,7 @@ def test_a_writer_does_not_wait_forever_for_a_reader_without_wal_mode(directory:
 def test_a_trigger_is_reported_and_kept(directory: Path) -> None:
     with Cache.open(directory) as cache:
         save(cache, "app:1", image(1))
-    change(directory, "CREATE TRIGGER mine AFTER INSERT ON images BEGIN DELETE FROM image_blobs; END")
+    change_index(directory, "CREATE TRIGGER mine AFTER INSERT ON images BEGIN DELETE FROM image_blobs; END")
     with Cache.open(directory) as cache:
         for repair in (False, True):
             (problem,) = cache.verify(repair=repair).problems

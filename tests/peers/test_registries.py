@@ -22,24 +22,24 @@ from cachedb.oci.manifests import (
 )
 from cachedb.transports.registry import tls
 from tests.conftest import Run
-from tests.operations.test_push import referrer
+from tests.operations.test_push import make_referrer
 from tests.peers.test_archives import Tools, copy_rootfs
 from tests.support import make
-from tests.support.make import Made, descriptor, digest_of, save, save_index
+from tests.support.make import ImageContent, descriptor, digest_of, save, save_index
 from tests.support.promises import check
-from tests.support.registries import HTPASSWD, PASSWORD, USER, alone, certificate, docker_registry  # noqa: F401 - alone is a fixture
+from tests.support.registries import HTPASSWD, PASSWORD, USER, certificate, docker_registry, isolate_client  # noqa: F401 - isolate_client is a fixture
 
 PLAIN = "--tls-verify=false"
 
 
-def as_docker(image: Made) -> Made:
+def as_docker(image: ImageContent) -> ImageContent:
     """Return a gzipped image with the media types of Docker's schema 2."""
     text = image.manifest.decode().replace(OCI_MANIFEST, DOCKER_MANIFEST).replace(OCI_CONFIG, DOCKER_CONFIG)
     layer = "application/vnd.docker.image.rootfs.diff.tar.gzip"
     return image._replace(manifest=text.replace(f"{OCI_LAYER}+gzip", layer).encode())
 
 
-def without_media_type(image: Made) -> Made:
+def without_media_type(image: ImageContent) -> ImageContent:
     """Return the image with a manifest without the optional field mediaType."""
     document = json.loads(image.manifest)
     del document["mediaType"]
@@ -111,7 +111,7 @@ def ask(host: str, method: str, path: str, body: bytes | None = None, **headers:
         return pool.request(method, url, body=body, headers=headers, retries=False)
 
 
-def put_image(host: str, repository: str, image: Made, tag: str | None = None) -> None:
+def put_image(host: str, repository: str, image: ImageContent, tag: str | None = None) -> None:
     """Push an image or an artifact without cachedb."""
     for data in {image.config, *image.layers}:
         location = ask(host, "POST", f"{repository}/blobs/uploads/").headers["Location"]
@@ -275,7 +275,7 @@ def test_an_index_that_buildah_pushed_is_pulled_with_all_platforms(
 
 @pytest.mark.parametrize("image", [*IMAGES.values(), *ODD.values()], ids=[*IMAGES, *ODD])
 def test_an_image_is_copied_between_registries_with_its_digest(
-    cache: Cache, tools: Tools, host: str, other_host: str, image: Made
+    cache: Cache, tools: Tools, host: str, other_host: str, image: ImageContent
 ) -> None:
     put_image(host, "app", image, "1")
     cache.pull(f"{host}/app:1")
@@ -506,14 +506,14 @@ def test_push_all_tags_sends_shared_blobs_once(cachedb: Run, cache: Cache, tools
 # Referrers at a registry without the referrers API
 
 
-def list_entry(made: Made) -> dict[str, Any]:
+def list_entry(made: ImageContent) -> dict[str, Any]:
     """Return the descriptor that lists an artifact."""
     document = json.loads(made.manifest)
     more = {key: document[key] for key in ("artifactType", "annotations")}
     return descriptor(made.manifest, OCI_MANIFEST, **more)
 
 
-def put_referrers(host: str, repository: str, subject: bytes, *artifacts: Made) -> None:
+def put_referrers(host: str, repository: str, subject: bytes, *artifacts: ImageContent) -> None:
     """Push artifacts and list them in a tag (distribution specification, "Referrers Tag Schema")."""
     for made in artifacts:
         put_image(host, repository, made)
@@ -529,18 +529,18 @@ def read_referrers(host: str, repository: str, subject: bytes) -> list[dict[str,
     return list(json.loads(reply.data)["manifests"])
 
 
-SIGNED = referrer(FIRST.manifest, b"a signature of the image")
-BILL = referrer(FIRST.manifest, b"what is in the image")
-SIGNED_BILL = referrer(BILL.manifest, b"a signature of what is in the image")
-SIGNED_ARM = referrer(ARM.manifest, b"a signature of one for arm64")
-SIGNED_MULTI = referrer(MULTI, b"a signature of the index", OCI_INDEX)
+SIGNED = make_referrer(FIRST.manifest, b"a signature of the image")
+BILL = make_referrer(FIRST.manifest, b"what is in the image")
+SIGNED_BILL = make_referrer(BILL.manifest, b"a signature of what is in the image")
+SIGNED_ARM = make_referrer(ARM.manifest, b"a signature of one for arm64")
+SIGNED_MULTI = make_referrer(MULTI, b"a signature of the index", OCI_INDEX)
 
 
 def list_digests(cache: Cache, name: str) -> set[str]:
     return {blob.digest for blob in cache.get_image_blobs(name)}
 
 
-def closure(*images: Made) -> set[str]:
+def closure(*images: ImageContent) -> set[str]:
     return {digest for image in images for digest in image.blobs}
 
 
@@ -641,7 +641,7 @@ def test_a_listed_referrer_that_was_deleted_is_skipped(cache: Cache, fresh: Cach
     assert read_referrers(host, "app", FIRST.manifest) == [list_entry(BILL), list_entry(SIGNED)]
     cache.pull(f"{host}/app:1", referrers=True)
     assert list_digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
-    other = referrer(FIRST.manifest, b"another signature")
+    other = make_referrer(FIRST.manifest, b"another signature")
     save(cache, "signature:1", other)
     cache.push("signature:1", f"{host}/app:signature")
     assert read_referrers(host, "app", FIRST.manifest) == [list_entry(SIGNED), list_entry(other)]

@@ -14,7 +14,7 @@ import pytest
 from cachedb import Cache, InvalidQuery, NotInCache
 from cachedb.reports import named
 from tests.conftest import Run
-from tests.index.test_schema import change
+from tests.index.test_schema import change_index
 from tests.support import make
 
 BASE = make.image(1, 2)
@@ -36,8 +36,8 @@ def cache(directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
 
 def run_report(cache: Cache, which: str, /, **given: str) -> list[dict[str, object]]:
     """Return the rows of a report as dicts."""
-    report = named.load(which)
-    with cache.sql(report.query, report.values(given)) as answer:
+    report = named.load_report(which)
+    with cache.sql(report.query, report.fill_parameters(given)) as answer:
         return [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
 
 
@@ -46,7 +46,7 @@ def names(rows: list[dict[str, object]]) -> list[object]:
 
 
 def test_every_report_has_a_description_and_runs(cache: Cache) -> None:
-    found = named.reports()
+    found = named.list_reports()
     assert len(found) >= 20
     for one in found:
         assert one.description.endswith(".")
@@ -97,7 +97,9 @@ def test_a_report_accepts_names_like_a_command(cachedb: Run, cache: Cache) -> No
 
 def test_not_used_lists_images_that_were_not_used_for_long(cache: Cache) -> None:
     assert run_report(cache, "not-used") == []
-    change(cache.directory, "UPDATE images SET last_used_at = '2020-01-01T00:00:00.000000Z' WHERE repository = 'base'")
+    change_index(
+        cache.directory, "UPDATE images SET last_used_at = '2020-01-01T00:00:00.000000Z' WHERE repository = 'base'"
+    )
     assert names(run_report(cache, "not-used")) == ["base:1"]
 
 
@@ -115,8 +117,8 @@ def test_duplicates_lists_the_names_of_one_manifest_together(cache: Cache) -> No
 def test_outdated_bases_lists_images_on_an_older_base(cache: Cache) -> None:
     assert run_report(cache, "outdated-bases") == []
     make.save(cache, "base:2", make.image(1, 7))
-    change(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
-    change(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference = '2'")
+    change_index(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
+    change_index(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference = '2'")
     found = run_report(cache, "outdated-bases")
     assert [(row["name"], row["base"], row["newer"]) for row in found] == [
         ("app:1", "base:1", "base:2"),
@@ -128,8 +130,8 @@ def test_outdated_bases_lists_images_on_an_older_base(cache: Cache) -> None:
 def test_an_image_is_not_its_own_newer_base(cache: Cache) -> None:
     cache.tag("app:2", "base:2")
     cache.tag("app:2", "base:latest")
-    change(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
-    change(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference <> '1'")
+    change_index(cache.directory, "UPDATE images SET created = '2026-01-01T00:00:00.000000Z'")
+    change_index(cache.directory, "UPDATE images SET created = '2026-02-01T00:00:00.000000Z' WHERE reference <> '1'")
     newer = {(row["name"], row["base"], row["newer"]) for row in run_report(cache, "outdated-bases")}
     assert {name for name, _, _ in newer} == {"app:1", "app:stable"}
 
@@ -144,7 +146,7 @@ def test_missing_blobs_and_garbage_are_listed(cache: Cache) -> None:
     assert {str(row["role"]) for row in run_report(cache, "incomplete")} == {"config", "layer"}
     assert set(names(run_report(cache, "incomplete"))) == {"lacking:1"}
     assert run_report(cache, "garbage") == []
-    change(
+    change_index(
         cache.directory,
         f"INSERT INTO blobs (digest, size, stored_at) VALUES ('sha256:{'0' * 64}', 7, '2026-01-01T00:00:00.000000Z')",
     )
@@ -169,7 +171,7 @@ def test_the_largest_layers_are_found_among_larger_blobs(cache: Cache, which: st
         wanted = [digest for (digest,) in answer.rows]
     assert [row["digest"] for row in run_report(cache, which, limit=limit)] == wanted
     # Add blobs that are larger, but no layers, and more of them than the report looks at first.
-    change(
+    change_index(
         cache.directory,
         "INSERT INTO blobs (digest, size, stored_at) SELECT printf('sha256:%064d', value), 1000000000, "
         "'2026-01-01T00:00:00.000000Z' FROM (WITH RECURSIVE n(value) AS (VALUES (1) UNION ALL "
@@ -205,7 +207,7 @@ def test_a_users_report_replaces_a_shipped_report_of_the_same_name(cache: Cache,
     folder.mkdir()
     (folder / "mine.sql").write_text("-- Mine.\n-- :n 1\n-- :m\nSELECT :n + :m AS sum")
     (folder / "garbage.sql").write_text("SELECT 'theirs' AS name")
-    found = {one.name: one for one in named.reports()}
+    found = {one.name: one for one in named.list_reports()}
     assert (found["mine"].description, found["mine"].parameters) == ("Mine.", {"n": "1", "m": None})
     assert run_report(cache, "mine", m="2.5") == [{"sum": 3.5}]
     assert names(run_report(cache, "garbage")) == ["theirs"]
@@ -225,7 +227,7 @@ def test_a_report_may_have_a_byte_order_mark_crlf_and_leading_blank_lines(
     (folder / "late.sql").write_text(f"\n\n{text}", encoding="utf-8")
     (folder / ".#late.sql").symlink_to("editor@host.1:2")  # the lock file of Emacs
     (folder / "folder.sql").mkdir()
-    found = {one.name: one for one in named.reports()}
+    found = {one.name: one for one in named.list_reports()}
     for name in ("with a mark", "late"):
         assert (found[name].description, found[name].parameters) == ("Sagt: \u00e9.", {"n": "1"})
         assert run_report(cache, name, n="2") == [{"n": 2}]
@@ -239,7 +241,7 @@ def test_a_report_may_have_a_byte_order_mark_crlf_and_leading_blank_lines(
 @pytest.mark.parametrize("name", ["nothing", "../report", "/etc/passwd", "", "a/b"])
 def test_an_unknown_report_raises_not_in_cache(name: str) -> None:
     with pytest.raises(NotInCache, match="`cachedb report --list`"):
-        named.load(name)
+        named.load_report(name)
 
 
 def test_report_html_writes_a_page_about_the_whole_cache(cachedb: Run, cache: Cache, tmp_path: Path) -> None:

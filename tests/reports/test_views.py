@@ -28,9 +28,9 @@ from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from cachedb.oci.names import Name
 from cachedb.reports import named as report
 from tests.conftest import files_of
-from tests.content.test_describe import config, made_of
+from tests.content.test_describe import make_config, make_image
 from tests.support import make
-from tests.support.make import Made, descriptor, digest_of
+from tests.support.make import ImageContent, descriptor, digest_of
 
 EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "40"))
 
@@ -38,9 +38,10 @@ IMAGES = [
     make.image(1), make.image(1, 2), make.image(1, 2, 3), make.image(2), make.image(2, 1), make.image(),
     make.image(4, 4), make.image(4, 4, 4), make.image(4, 5, 4), make.image(1, architecture="arm64"),
     make.image(1, 2, 5, architecture="arm64"), make.image(3, compression="gzip"), make.image(3, 6, compression="gzip"),
-    made_of(config(1), 1), made_of(config(1, 2, author="B", created=None), 1, 2), made_of(b"no config", 2, 3),
-    made_of(config(1, 2, history=[{"created_by": "COPY x"}, {"created_by": "RUN y"}]), 1, 2),
-    made_of(config(2, architecture="amd64", config={"Labels": {"version": "1", "empty": "no"}}), 2),
+    make_image(make_config(1), 1), make_image(make_config(1, 2, author="B", created=None), 1, 2),
+    make_image(b"no config", 2, 3),
+    make_image(make_config(1, 2, history=[{"created_by": "COPY x"}, {"created_by": "RUN y"}]), 1, 2),
+    make_image(make_config(2, architecture="amd64", config={"Labels": {"version": "1", "empty": "no"}}), 2),
 ]  # fmt: skip
 """Images that share layers and configs, build on each other, or have no layer or one layer twice."""
 
@@ -203,7 +204,7 @@ class Builder:
         wanted = {digest for place, digest in enumerate(children) if place in chosen} or {children[0]}
         # Save the index as a pull of some platforms does.
         with closing(Database(self.cache.directory)) as index, index.write() as connection:
-            choose = oci.among({Digest(digest) for digest in wanted})
+            choose = oci.choose_among({Digest(digest) for digest in wanted})
             parsed = Name.parse(name)
             save_image(connection, self.cache.directory, parsed, Digest(digest_of(root)), OCI_INDEX, choose)
         self._point(name, root, wanted)
@@ -246,7 +247,7 @@ class Builder:
         for name in there:
             del self.world.entries[name]
 
-    def _store(self, made: Made, missing: set[int]) -> None:
+    def _store(self, made: ImageContent, missing: set[int]) -> None:
         for place, data in enumerate([made.config, *made.layers]):
             if place not in missing:
                 self.cache.save_blob(digest_of(data), data)
@@ -533,7 +534,7 @@ def test_every_view_agrees_with_the_manifests_and_files(place: Path) -> None:
     compare_after_steps()
 
 
-OUTDATED = report.load("outdated-bases").query
+OUTDATED = report.load_report("outdated-bases").query
 NAMES_OF_BASES = ", ".join(
     f"(SELECT u.name FROM images AS i JOIN image_usage AS u USING (repository, reference) WHERE i.id = s.{of}) AS {key}"
     for of, key in (("image_id", "name"), ("base_id", "base"))

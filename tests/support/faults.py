@@ -1,6 +1,6 @@
 """An HTTP server for the tests that records its requests and injects faults.
 
-`Server.fault` takes a fault and says which requests meet it: ``server.fault(faults.changed(cut=9), path="/x")``.
+`Server.fault` takes a fault and says which requests meet it: ``server.fault(faults.change_answer(cut=9), path="/x")``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def retry_later(seconds: int, status: int = 429, *, date: bool = False) -> Do:
     )
 
 
-def html(status: int = 200) -> Do:
+def answer_html(status: int = 200) -> Do:
     """Send an HTML page, as a captive portal does."""
     return answer(status, {"Content-Type": "text/html"}, b"<html><body>Welcome to the hotel's network</body></html>")
 
@@ -104,17 +104,17 @@ def closed(*, reset: bool = False) -> Do:
     return lambda call: Answer(cut=-1, reset=reset)
 
 
-def lost(limit: int | None = None, *, reset: bool = False) -> Do:
+def drop_answer(limit: int | None = None, *, reset: bool = False) -> Do:
     """Serve the request with at most `limit` bytes of its body, then close without an answer."""
     return lambda call: replace(call.serve(limit), cut=-1, reset=reset, early=True)
 
 
-def changed(**fields: Any) -> Do:
+def change_answer(**fields: Any) -> Do:
     """Serve, and change these fields of the `Answer`: ``cut=10, reset=True``; ``delay=5``; ``drip=0.1``."""
     return lambda call: replace(call.serve(), **fields)
 
 
-def headers(values: dict[str, str | None], **fields: Any) -> Do:
+def change_headers(values: dict[str, str | None], **fields: Any) -> Do:
     """Serve, and change headers of the answer (None removes one) and fields of the `Answer`."""
 
     def do(call: Call) -> Answer:
@@ -125,13 +125,13 @@ def headers(values: dict[str, str | None], **fields: Any) -> Do:
     return do
 
 
-def endless(*, chunked: bool = False) -> Do:
+def answer_endlessly(*, chunked: bool = False) -> Do:
     """Send zeros until the client closes the connection."""
     encoding = "chunked" if chunked else None
-    return headers({"Content-Length": None, "Transfer-Encoding": encoding}, body=bytes(64 * 1024), endless=True)
+    return change_headers({"Content-Length": None, "Transfer-Encoding": encoding}, body=bytes(64 * 1024), endless=True)
 
 
-def rewritten(change: Callable[[bytes], bytes], *, length: bool = True) -> Do:
+def rewrite_body(change: Callable[[bytes], bytes], *, length: bool = True) -> Do:
     """Serve, and change the body; with ``length=False``, Content-Length stays that of the correct body."""
 
     def do(call: Call) -> Answer:
@@ -142,17 +142,17 @@ def rewritten(change: Callable[[bytes], bytes], *, length: bool = True) -> Do:
     return do
 
 
-def corrupt(at: int = 0) -> Do:
+def corrupt_body(at: int = 0) -> Do:
     """Flip one bit of the body, in the byte at this offset."""
-    return rewritten(lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    return rewrite_body(lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
 
 
-def more(extra: bytes) -> Do:
+def append_bytes(extra: bytes) -> Do:
     """Append bytes to the body, beyond what Content-Length says."""
-    return rewritten(lambda data: data + extra, length=False)
+    return rewrite_body(lambda data: data + extra, length=False)
 
 
-def without(*, header: str = "", query: str = "") -> Do:
+def ignore_part(*, header: str = "", query: str = "") -> Do:
     """Serve, but ignore a header or a part of the query, like a registry without Range or mount."""
 
     def do(call: Call) -> Answer:

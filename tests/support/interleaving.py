@@ -33,7 +33,7 @@ __all__ = ["Choose", "Failed", "Order", "Outcome", "Steps", "Zygote", "every_ord
 Choose = Callable[[str], str]
 """Choose which actor goes next, A or B, after the steps of a word."""
 
-PATIENCE = 30.0  # seconds that an actor may take from one stop to the next
+STEP_SECONDS = 30.0  # seconds that an actor may take from one stop to the next
 _MESSAGE_BYTES = 1 << 16
 _OTHER = {"A": "B", "B": "A"}
 
@@ -64,7 +64,7 @@ class Steps:
             self._wait()
 
     @contextmanager
-    def passed_over(self) -> Iterator[None]:
+    def without_stops(self) -> Iterator[None]:
         """Stop only before locks during the block."""
         kinds, self.kinds = self.kinds, ()
         try:
@@ -79,7 +79,7 @@ class Steps:
             self._wait()
         self._last = kind
 
-    def wants(self, lock: str, label: str, *, inner: bool = False) -> None:
+    def announce_lock(self, lock: str, label: str, *, inner: bool = False) -> None:
         """Announce a lock, and stop before taking it.
 
         Args:
@@ -93,12 +93,12 @@ class Steps:
             self.held.add(lock)
         self._last = ""
 
-    def took(self, lock: str) -> None:
+    def report_taken(self, lock: str) -> None:
         """Report that the actor took a lock without waiting."""
         if self._stepping:
             self._send("took", "", lock)
 
-    def released(self, lock: str) -> None:
+    def report_released(self, lock: str) -> None:
         """Report that the actor released a lock."""
         if self._stepping:
             self._send("released", "", lock)
@@ -206,7 +206,7 @@ class _Process:
 
     def begin(self) -> None:
         """Wait until the actor is at its first stop."""
-        self._channel.settimeout(PATIENCE)
+        self._channel.settimeout(STEP_SECONDS)
         self._pid = int(self._channel.recv(_MESSAGE_BYTES))
         self._receive()
 

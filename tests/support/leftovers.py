@@ -36,7 +36,7 @@ def isolate_mounts() -> bool:
     return bool(libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0)
 
 
-def watch() -> None:
+def start_watcher() -> None:
     """Start a watcher that kills the processes started from now on, once this process has ended."""
     mark = secrets.token_hex(8)
     before = dict(os.environ)  # without the mark, so that the watcher does not kill itself
@@ -48,7 +48,7 @@ def watch() -> None:
     os.posix_spawn(sys.executable, command, before, file_actions=null, setpgroup=0)
 
 
-def leftovers(mark: str, pipe: int) -> list[int]:
+def find_leftovers(mark: str, pipe: int) -> list[int]:
     """Return the IDs of the processes of a run that are alive.
 
     Args:
@@ -87,7 +87,7 @@ def main() -> None:
             select.select([descriptor], [], [])
     end, quiet = time.monotonic() + LIMIT_SECONDS, 0
     while quiet < QUIET_SEARCHES and time.monotonic() < end:
-        found = leftovers(mark, pipe)
+        found = find_leftovers(mark, pipe)
         for process in found:
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)

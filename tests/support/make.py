@@ -65,7 +65,7 @@ def descriptor(data: bytes, media_type: str, **more: Any) -> dict[str, Any]:
     return {"mediaType": media_type, "digest": digest_of(data), "size": len(data), **more}
 
 
-class Made(NamedTuple):
+class ImageContent(NamedTuple):
     """An image: the bytes of its manifest, its config, and its layers as they are stored."""
 
     manifest: bytes
@@ -81,7 +81,7 @@ class Made(NamedTuple):
         return {digest_of(data): data for data in (self.manifest, self.config, *self.layers)}
 
 
-def image(*seeds: int, compression: str = "", architecture: str = "amd64", size: int = 1000) -> Made:
+def image(*seeds: int, compression: str = "", architecture: str = "amd64", size: int = 1000) -> ImageContent:
     """Return an OCI image with a layer for each seed; the same seed gives the same layer."""
     plain = [layer(seed, size) for seed in seeds]
     compress = {"": lambda data: data, "gzip": gzipped, "zstd": zstd_compressed}[compression]
@@ -104,10 +104,10 @@ def image(*seeds: int, compression: str = "", architecture: str = "amd64", size:
             "layers": [descriptor(data, kind) for data in layers],
         }
     ).encode()
-    return Made(manifest, config, layers)
+    return ImageContent(manifest, config, layers)
 
 
-def index(*children: Made, platforms: list[dict[str, str]] | None = None) -> bytes:
+def index(*children: ImageContent, platforms: list[dict[str, str]] | None = None) -> bytes:
     """Return an index over images."""
     platforms = platforms or [{"os": "linux", "architecture": arch} for arch in ("amd64", "arm64", "s390x")]
     return json.dumps(
@@ -122,7 +122,7 @@ def index(*children: Made, platforms: list[dict[str, str]] | None = None) -> byt
     ).encode()
 
 
-def docker_files(images: dict[str, Made]) -> dict[str, bytes]:
+def docker_files(images: dict[str, ImageContent]) -> dict[str, bytes]:
     """Return the files of a docker-archive by path; an image with an empty name gets no tag."""
     files: dict[str, bytes] = {}
     entries = []
@@ -137,7 +137,7 @@ def docker_files(images: dict[str, Made]) -> dict[str, bytes]:
     return {**files, "manifest.json": json.dumps(entries).encode()}
 
 
-def oci_files(images: dict[str, Made], roots: dict[str, bytes] | None = None) -> dict[str, bytes]:
+def oci_files(images: dict[str, ImageContent], roots: dict[str, bytes] | None = None) -> dict[str, bytes]:
     """Return the files of an OCI image layout by path.
 
     Args:
@@ -160,14 +160,14 @@ def oci_files(images: dict[str, Made], roots: dict[str, bytes] | None = None) ->
     return files
 
 
-def save(cache: Cache, name: str, image: Made) -> None:
+def save(cache: Cache, name: str, image: ImageContent) -> None:
     """Save an image in a cache under a name."""
     for digest, data in image.blobs.items():
         cache.save_blob(digest, data)
     cache.save_manifest(name, image.manifest)
 
 
-def save_index(cache: Cache, name: str, *children: Made) -> bytes:
+def save_index(cache: Cache, name: str, *children: ImageContent) -> bytes:
     """Save images and an index over them in a cache; return the index."""
     for child in children:
         for digest, data in child.blobs.items():
@@ -194,7 +194,7 @@ def write(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def json_cache(path: Path, images: dict[str, Made], *, writer: str = ".cache") -> dict[str, dict[str, Any]]:
+def json_cache(path: Path, images: dict[str, ImageContent], *, writer: str = ".cache") -> dict[str, dict[str, Any]]:
     """Write a cache whose index is one ``index.json``, and return that index.
 
     Args:
@@ -218,7 +218,7 @@ def json_cache(path: Path, images: dict[str, Made], *, writer: str = ".cache") -
     return document
 
 
-def json_blob(data: bytes, made: Made | None = None, writer: str = ".cache") -> dict[str, Any]:
+def json_blob(data: bytes, made: ImageContent | None = None, writer: str = ".cache") -> dict[str, Any]:
     """Return a blob's entry in an ``index.json``."""
     return {
         "digest": digest_of(data),

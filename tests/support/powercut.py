@@ -1,9 +1,9 @@
 """Power cuts: record what a command does to a directory, and build what a power cut may leave.
 
-`record` runs any command under strace and turns its system calls into events. `states` yields directories that a
-power cut at any point may leave. `write_state` writes one of them to disk, so that a test can open and check it.
-This module works for any command. The command acknowledges a step by writing ``ack 3`` and a newline, with the number
-of the step, in one write to stdout or to a file outside of the directory.
+`record` runs any command under strace and turns its system calls into events. `generate_states` yields directories that
+a power cut at any point may leave. `write_state` writes one of them to disk, so that a test can open and check it. This
+module works for any command. The command acknowledges a step by writing ``ack 3`` and a newline, with the number of the
+step, in one write to stdout or to a file outside of the directory.
 
 The model of the file system assumes what POSIX promises, which is less than ext4 or xfs do:
 
@@ -156,7 +156,7 @@ class Recording(NamedTuple):
 class Cut(NamedTuple):
     """A state that a power cut may leave."""
 
-    number: int  # in the sequence of `states`
+    number: int  # in the sequence of `generate_states`
     position: int  # the number of events before the cut
     acks: tuple[int, ...]  # the steps acknowledged before the cut
     description: str
@@ -766,7 +766,7 @@ def _extend(content: bytearray, size: int) -> None:
 # The choice of states
 
 
-def states(recording: Recording, seed: int, count: int | None = None) -> Iterator[Cut]:
+def generate_states(recording: Recording, seed: int, count: int | None = None) -> Iterator[Cut]:
     """Yield states that a power cut may leave; no two have the same content and acknowledgements.
 
     The sequence depends only on the arguments. Each round visits every position among the events, or a sample if fewer
@@ -903,7 +903,7 @@ def read_tree(directory: Path, leave_out: tuple[str, ...] = ()) -> Tree:
     return tree
 
 
-def memory() -> Path | None:
+def memory_folder() -> Path | None:
     """Return a folder in memory, or None if this process cannot write to it."""
     folder = Path("/dev/shm")
     return folder if os.access(folder, os.W_OK) else None

@@ -24,7 +24,7 @@ from cachedb.oci.manifests import OCI_INDEX
 from cachedb.transports.registry import client
 from tests.conftest import find_peer
 from tests.support.faults import Answer, Call, Server, parse_query
-from tests.support.make import Made, digest_of
+from tests.support.make import ImageContent, digest_of
 
 USER, PASSWORD, REFRESH_TOKEN = "user", "secret", "identity-token"
 HTPASSWD = f"{USER}:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n"  # bcrypt of PASSWORD
@@ -35,7 +35,7 @@ _NAME = re.compile(r"[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
 _MANIFEST_BYTES = 4 * 1024 * 1024  # of the largest manifest that is accepted
 
 
-class Refused(Exception):
+class Refusal(Exception):
     """The registry refuses a request; `answer` says why."""
 
     def __init__(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
@@ -49,19 +49,19 @@ def basic(user: str = USER, password: str = PASSWORD) -> str:
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
-PAUSES: list[float] = []
-"""The lengths, in seconds, of the pauses that `alone` skipped."""
+SKIPPED_PAUSE_SECONDS: list[float] = []
+"""The lengths, in seconds, of the pauses that `isolate_client` skipped."""
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def isolate_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Hide the user's credentials, mirrors and proxies, and skip the client's pauses."""
     for name in [*os.environ]:
         if name.lower().endswith("_proxy") or name.startswith(("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: PAUSES.append(seconds))
-    PAUSES.clear()
+    monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: SKIPPED_PAUSE_SECONDS.append(seconds))
+    SKIPPED_PAUSE_SECONDS.clear()
 
 
 class Registry(Server):
@@ -90,13 +90,15 @@ class Registry(Server):
 
         self.realm = f"{self.url}/token"
 
-    def add(self, image: Made, repository: str, tag: str | None = None) -> str:
+    def add(self, image: ImageContent, repository: str, tag: str | None = None) -> str:
         """Store an image, and return its name with the host."""
         for data in (image.config, *image.layers):
             self.blobs[repository, digest_of(data)] = data
         return self.add_manifest(image.manifest, repository, tag)
 
-    def add_index(self, index: bytes, repository: str, tag: str | None = None, children: Iterable[Made] = ()) -> str:
+    def add_index(
+        self, index: bytes, repository: str, tag: str | None = None, children: Iterable[ImageContent] = ()
+    ) -> str:
         """Store an index and its images, and return its name with the host."""
         for image in children:
             self.add(image, repository)
@@ -110,7 +112,7 @@ class Registry(Server):
     def refuse(self, call: Call) -> Answer | None:
         try:
             self._authorize(call)
-        except Refused as refused:
+        except Refusal as refused:
             return refused.answer
         return None
 
@@ -118,7 +120,7 @@ class Registry(Server):
         with self.lock:
             try:
                 return self._route(call)
-            except Refused as refused:
+            except Refusal as refused:
                 return refused.answer
 
     def _route(self, call: Call) -> Answer:
@@ -127,14 +129,14 @@ class Registry(Server):
         if call.path == "/v2/":
             return Answer(200, {"Content-Type": "application/json"}, b"{}")
         if not (match := _PATH.fullmatch(call.path)):
-            raise Refused(404, "NOT_FOUND")
+            raise Refusal(404, "NOT_FOUND")
         repository, kind, reference = match.groups()
         if not _NAME.fullmatch(repository):
-            raise Refused(400, "NAME_INVALID")
+            raise Refusal(400, "NAME_INVALID")
         method = "get" if call.method == "HEAD" else call.method.lower()
         handler: Callable[..., Answer] | None = getattr(self, f"_{method}_{kind.replace('/', '_')}", None)
         if handler is None:
-            raise Refused(405, "UNSUPPORTED")
+            raise Refusal(405, "UNSUPPORTED")
         return handler(call, repository, reference)
 
     # Authorization
@@ -145,7 +147,7 @@ class Registry(Server):
             return
         if self.auth == "basic":
             if given != basic():
-                raise Refused(401, "UNAUTHORIZED", {"WWW-Authenticate": 'Basic realm="registry.test"'})
+                raise Refusal(401, "UNAUTHORIZED", {"WWW-Authenticate": 'Basic realm="registry.test"'})
             return
         needed: dict[str, str] = {}
         if match := _PATH.fullmatch(call.path):
@@ -167,7 +169,7 @@ class Registry(Server):
             "error": error,
         }
         challenge = ",".join(f'{key}="{value}"' for key, value in fields.items() if value)
-        raise Refused(401, "UNAUTHORIZED", {"WWW-Authenticate": f"Bearer {challenge}"})
+        raise Refusal(401, "UNAUTHORIZED", {"WWW-Authenticate": f"Bearer {challenge}"})
 
     def _grant_token(self, call: Call) -> Answer:
         form, given = call.query, call.headers.get("authorization")
@@ -180,7 +182,7 @@ class Registry(Server):
         else:
             known = call.method == "GET" and given == basic()
         if not known and (given or call.method != "GET" or not self.anonymous):
-            raise Refused(401, "UNAUTHORIZED")
+            raise Refusal(401, "UNAUTHORIZED")
         granted = set()
         for scope in form.get("scope", "").split():
             repository, _, actions = scope.removeprefix("repository:").rpartition(":")
@@ -203,13 +205,13 @@ class Registry(Server):
         accepted = [part.split(";")[0].strip() for part in call.headers.get("accept", "").split(",")]
         # Like docker-registry: a client that does not accept the media type gets a 404.
         if not data or not {media_type, "*/*"}.intersection(accepted):
-            raise Refused(404, "MANIFEST_UNKNOWN")
+            raise Refusal(404, "MANIFEST_UNKNOWN")
         digest = reference if ":" in reference else digest_of(data)
         return Answer(200, {"Content-Type": media_type, "Docker-Content-Digest": digest}, data)
 
     def _put_manifests(self, call: Call, repository: str, reference: str) -> Answer:
         if len(call.body) > _MANIFEST_BYTES:
-            raise Refused(413, "SIZE_INVALID")
+            raise Refusal(413, "SIZE_INVALID")
         media_type = call.headers.get("content-type", "")
         try:
             document = json.loads(call.body)
@@ -217,12 +219,12 @@ class Registry(Server):
             digests = [part["digest"] for part in parts if "urls" not in part]
             subject = document["subject"]["digest"] if "subject" in document else None
         except (ValueError, KeyError, TypeError):
-            raise Refused(400, "MANIFEST_INVALID") from None
+            raise Refusal(400, "MANIFEST_INVALID") from None
         if document.get("mediaType", media_type) != media_type:
-            raise Refused(400, "MANIFEST_INVALID")
+            raise Refusal(400, "MANIFEST_INVALID")
         digest = _check_digest(reference, call.body) if ":" in reference else digest_of(call.body)
         if any((repository, part) not in {*self.blobs, *self.manifests} for part in digests):
-            raise Refused(400, "MANIFEST_BLOB_UNKNOWN")
+            raise Refusal(400, "MANIFEST_BLOB_UNKNOWN")
         self.manifests[repository, digest] = self.manifests[repository, reference] = media_type, call.body
         headers = {"Location": f"/v2/{repository}/manifests/{digest}", "Docker-Content-Digest": digest}
         if subject and self.referrers:
@@ -232,7 +234,7 @@ class Registry(Server):
     def _delete_manifests(self, call: Call, repository: str, reference: str) -> Answer:
         found = self.manifests.get((repository, reference))
         if found is None:
-            raise Refused(404, "MANIFEST_UNKNOWN")
+            raise Refusal(404, "MANIFEST_UNKNOWN")
         for key, value in list(self.manifests.items()):
             if key == (repository, reference) or (":" in reference and key[0] == repository and value == found):
                 del self.manifests[key]
@@ -241,7 +243,7 @@ class Registry(Server):
     def _get_tags(self, call: Call, repository: str, reference: str) -> Answer:
         known = {name for name, _ in (*self.manifests, *self.blobs)}
         if reference != "list" or repository not in known:
-            raise Refused(404, "NAME_UNKNOWN")
+            raise Refusal(404, "NAME_UNKNOWN")
         tags = [tag for name, tag in self.manifests if name == repository and ":" not in tag]
         page, headers = self._take_page(call, tags)
         body = json.dumps({"name": repository, "tags": page}).encode()
@@ -249,7 +251,7 @@ class Registry(Server):
 
     def _get_referrers(self, call: Call, repository: str, reference: str) -> Answer:
         if not self.referrers:
-            raise Refused(404, "NOT_FOUND")
+            raise Refusal(404, "NOT_FOUND")
         found = {}
         for (name, digest), (media_type, data) in self.manifests.items():
             document = json.loads(data)
@@ -282,20 +284,20 @@ class Registry(Server):
     def _get_blobs(self, call: Call, repository: str, digest: str) -> Answer:
         data = self.blobs.get((repository, digest))
         if data is None:
-            raise Refused(404, "BLOB_UNKNOWN")
+            raise Refusal(404, "BLOB_UNKNOWN")
         headers = {**BINARY, "Docker-Content-Digest": digest, "Accept-Ranges": "bytes"}
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", call.headers.get("range", ""))
         if not match or call.method == "HEAD":
             return Answer(200, headers, data)
         start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
         if start > end:
-            raise Refused(416, "RANGE_INVALID", {"Content-Range": f"bytes */{len(data)}"})
+            raise Refusal(416, "RANGE_INVALID", {"Content-Range": f"bytes */{len(data)}"})
         headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
         return Answer(206, headers, data[start : end + 1])
 
     def _delete_blobs(self, call: Call, repository: str, digest: str) -> Answer:
         if self.blobs.pop((repository, digest), None) is None:
-            raise Refused(404, "BLOB_UNKNOWN")
+            raise Refusal(404, "BLOB_UNKNOWN")
         return Answer(202)
 
     def _post_blobs_uploads(self, call: Call, repository: str, reference: str) -> Answer:
@@ -331,7 +333,7 @@ class Registry(Server):
     def _find_upload(self, repository: str, upload: str) -> bytes:
         name, data = self.uploads.get(upload, ("", b""))
         if name != repository:
-            raise Refused(404, "BLOB_UPLOAD_UNKNOWN")
+            raise Refusal(404, "BLOB_UPLOAD_UNKNOWN")
         return data
 
     def _append(self, call: Call, repository: str, upload: str) -> None:
@@ -339,7 +341,7 @@ class Registry(Server):
         match = re.fullmatch(r"(\d+)-\d+", given := call.headers.get("content-range", ""))
         # The client must use the location of the last answer, which has the current state.
         if call.query.get("state") != str(len(data)) or (given and (not match or int(match[1]) != len(data))):
-            refused = Refused(416, "BLOB_UPLOAD_INVALID")
+            refused = Refusal(416, "BLOB_UPLOAD_INVALID")
             refused.answer.headers.update(self._upload_answer(416, upload).headers)
             raise refused
         self.uploads[upload] = repository, data + call.body
@@ -358,7 +360,7 @@ class Registry(Server):
 def _check_digest(digest: str, data: bytes) -> str:
     algorithm = digest.partition(":")[0]
     if algorithm not in ("sha256", "sha512") or digest != f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}":
-        raise Refused(400, "DIGEST_INVALID")
+        raise Refusal(400, "DIGEST_INVALID")
     return digest
 
 

@@ -769,7 +769,7 @@ class Attack:
 # The verdict
 
 
-def unfair(result: Result, *, longest: float = 1.0, ratio: float = 3.0) -> list[str]:
+def find_unfair_waits(result: Result, *, longest: float = 1.0, ratio: float = 3.0) -> list[str]:
     """Return messages about waits that are too long or unfair, for a run without kills.
 
     Args:
@@ -785,7 +785,7 @@ def unfair(result: Result, *, longest: float = 1.0, ratio: float = 3.0) -> list[
     return faults
 
 
-def lines(result: Result) -> Iterable[str]:
+def format_result(result: Result) -> Iterable[str]:
     """Yield the result as lines of text."""
     total = sum(result.operations.values())
     yield f"{'operation':18} {'times':>10} {'longest, s':>11}"

@@ -25,7 +25,7 @@ class CannotTrace(Exception):
 
 
 @contextmanager
-def zygote(command: list[str], directory: Path) -> Iterator[subprocess.Popen[str]]:
+def start_zygote(command: list[str], directory: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a process that forks a victim for each line of stdin, and prints its ID and exit status."""
     with subprocess.Popen(
         command, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1

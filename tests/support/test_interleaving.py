@@ -22,7 +22,7 @@ def act(actor: str, directory: Path, steps: Steps) -> object:
     with steps.stepped():
         if actor == "locked":
             lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT)
-            steps.wants("lock", "wait for the lock")
+            steps.announce_lock("lock", "wait for the lock")
             fcntl.flock(lock, fcntl.LOCK_EX)
         steps.step("file", "read")
         number = int(path.read_text())
@@ -34,7 +34,7 @@ def act(actor: str, directory: Path, steps: Steps) -> object:
         path.write_text(str(number + 1))
         if actor == "locked":
             fcntl.flock(lock, fcntl.LOCK_UN)
-            steps.released("lock")
+            steps.report_released("lock")
     if actor == "fails":
         raise ValueError("as it must")
     return number
@@ -88,7 +88,7 @@ def test_with_an_asterisk_only_the_first_of_several_points_in_a_row_is_a_stop(zy
 def test_an_actor_that_dies_or_does_not_stop_is_a_failure_that_names_the_order(
     zygote: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, actor: str
 ) -> None:
-    monkeypatch.setattr(interleaving, "PATIENCE", 5.0)
+    monkeypatch.setattr(interleaving, "STEP_SECONDS", 5.0)
     (tmp_path / "number").write_text("0")
     with pytest.raises(Failed, match=r"in the order AB: .*B at 'file read'"):
         run(zygote, ("plain", actor), tmp_path, ["file"], choose=lambda word: "ABBB"[len(word)])

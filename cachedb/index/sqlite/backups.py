@@ -14,17 +14,25 @@ from pathlib import Path
 from cachedb.callbacks import Callbacks
 from cachedb.disk import locks
 from cachedb.disk.durable import lock_part, remove_leftovers, sync_file, sync_folder
-from cachedb.disk.file_system import refuse_shared
-from cachedb.disk.folders import Folders, follow
+from cachedb.disk.file_system import explain_shared
+from cachedb.disk.folders import Folders, apply_folder_mode
 from cachedb.disk.layout import quarantine_path
-from cachedb.disk.waiting import Wait, chosen_seconds
+from cachedb.disk.waiting import Wait, choose_wait_seconds
 from cachedb.errors import CacheReplaced, StorageError, ignore_os_errors, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.replace import replace
 from cachedb.reentry import not_reentered
-from cachedb.threads import told_beside
+from cachedb.threads import report_in_thread
 
-__all__ = ["back_up", "before_change", "copy_snapshot", "keep_newest", "newest_first", "put_in_place", "size_of"]
+__all__ = [
+    "back_up",
+    "back_up_before_change",
+    "copy_snapshot",
+    "keep_newest",
+    "list_backups",
+    "put_in_place",
+    "size_of",
+]
 
 
 KEPT = 3
@@ -42,7 +50,7 @@ _OPCODES = 1000  # of SQLite's virtual machine, between two progress reports
 _PAGES = 1000  # copied before Python can handle a signal
 
 
-def newest_first(directory: Path) -> list[Path]:
+def list_backups(directory: Path) -> list[Path]:
     """Return a cache's backups, newest first.
 
     The number in the name decides; a backup without a number comes last.
@@ -81,13 +89,15 @@ def back_up(
                 pass  # before the lock file is created: raises if the folder is a link
             lock = folder / ".lock"
             stack.enter_context(not_reentered(os.path.realpath(lock), "making a backup of the index"))
-            wait = stack.enter_context(Wait("the lock of backups", chosen_seconds(), lambda: _read_part_times(folder)))
-            stack.enter_context(locks.held(lock, wait))
+            wait = stack.enter_context(
+                Wait("the lock of backups", choose_wait_seconds(), lambda: _read_part_times(folder))
+            )
+            stack.enter_context(locks.hold_lock(lock, wait))
             with folders.open("backups") as opened:
                 # Killed processes left these unfinished backups and journals.
                 for name in filter(_UNFINISHED.fullmatch, os.listdir(opened)):
                     os.unlink(name, dir_fd=opened)
-        elif is_lockable := not refuse_shared(path.parent):
+        elif is_lockable := not explain_shared(path.parent):
             remove_leftovers(path.parent, _PART, beside=_JOURNAL)
         path = path or _next_path(database.directory, label)
         part, file = _create_part(path)
@@ -95,10 +105,10 @@ def back_up(
         if is_lockable:
             lock_part(file)
         try:
-            with told_beside(progress) as report, database.raw() as connection:
+            with report_in_thread(progress) as report, database.raw() as connection:
                 _copy_index(connection, part, report)
             if path.parent == folder:
-                follow(file, os.stat(database.directory))
+                apply_folder_mode(file, os.stat(database.directory))
             part.rename(path)
             sync_folder(path.parent)
         except BaseException:
@@ -156,7 +166,7 @@ def copy_snapshot(connection: sqlite3.Connection, path: Path) -> None:
         connection.backup(target, pages=_PAGES, progress=lambda _status, _left, _total: None)
 
 
-def before_change(
+def back_up_before_change(
     database: Database,
     old: str,
     new: str,
@@ -185,7 +195,7 @@ def keep_newest(directory: Path, count: int = KEPT) -> None:
     """Delete old backups from before schema changes; keep the newest ``count``."""
     with os_errors("delete an old backup"):
         folders = Folders(directory)
-        for path in [path for path in newest_first(directory) if _BEFORE_CHANGE.fullmatch(path.name)][count:]:
+        for path in [path for path in list_backups(directory) if _BEFORE_CHANGE.fullmatch(path.name)][count:]:
             folders.remove(f"backups/{path.name}")
 
 
@@ -219,7 +229,7 @@ def put_in_place(database: Database, turn: locks.Turn, new: Path) -> Path | None
     with database.folders.open(str(source_folder)) as source, database.folders.open("backups") as target:
         file = os.open(new.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source)
         try:
-            follow(file, database.folders.status)
+            apply_folder_mode(file, database.folders.status)
         finally:
             os.close(file)
         os.rename(new.name, staged.name, src_dir_fd=source, dst_dir_fd=target)

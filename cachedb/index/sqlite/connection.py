@@ -20,7 +20,7 @@ from cachedb.disk.byte_locks import lock_bytes
 from cachedb.disk.waiting import Wait
 from cachedb.errors import Busy, CacheReplaced, StorageError
 
-__all__ = ["CacheConnection", "IndexChanged", "connect", "files_lost", "pause_before_retry", "take_snapshot"]
+__all__ = ["CacheConnection", "IndexChanged", "connect", "lost_files_error", "pause_before_retry", "take_snapshot"]
 
 _POLL_SECONDS = 0.02
 _SUFFIXES = ("-wal", "-shm")
@@ -63,7 +63,7 @@ class CacheConnection(sqlite3.Connection):
             CacheReplaced: if the -shm was removed or replaced.
         """
         if self.beside and self.beside[1] is not None and self.beside[1] != _identify(f"{self.path}-shm"):
-            raise files_lost(self.path)
+            raise lost_files_error(self.path)
 
     def save_commits(self) -> None:
         """Write the commits of a removed WAL back to the index, unless there is a new WAL.
@@ -85,7 +85,7 @@ class CacheConnection(sqlite3.Connection):
         super().close()
 
 
-def files_lost(path: str) -> CacheReplaced:
+def lost_files_error(path: str) -> CacheReplaced:
     """Return the error for files beside an index that were removed while it was in use."""
     return CacheReplaced(
         f"'{path}-wal' or its -shm was removed or replaced while the index was open; nothing was written: "
@@ -140,7 +140,7 @@ def _register(connection: CacheConnection, path: str) -> None:
     with _guard:
         others = [other for other in _connections if other.file[:2] == connection.file[:2]]
         if any(_is_lost(other.beside, found) for other in others):
-            raise files_lost(path)
+            raise lost_files_error(path)
         connection.path, connection.beside = path, found
         _connections.add(connection)
 

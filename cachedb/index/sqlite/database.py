@@ -21,15 +21,15 @@ from sqlalchemy.exc import DisconnectionError
 
 from cachedb.disk import locks, processes
 from cachedb.disk.folders import Folders
-from cachedb.disk.reserve import NO_ROOM, Reserve
-from cachedb.disk.waiting import Wait, chosen_seconds
+from cachedb.disk.reserve import NO_ROOM_ERRNOS, Reserve
+from cachedb.disk.waiting import Wait, choose_wait_seconds
 from cachedb.errors import Busy, CacheError, StorageError, os_errors
 from cachedb.index.sqlite.access import Access
 from cachedb.index.sqlite.connection import (
     CacheConnection,
     IndexChanged,
     connect,
-    files_lost,
+    lost_files_error,
     pause_before_retry,
     take_snapshot,
 )
@@ -77,9 +77,9 @@ class Database:
             directory: of the cache.
             path: of another index, such as a backup; the default is ``index.db``.
             trust: work with a directory of another user.
-            wait: seconds to wait for a lock of another process; the default is that of `chosen_seconds`.
+            wait: seconds to wait for a lock of another process; the default is that of `choose_wait_seconds`.
         """
-        self.wait_seconds = chosen_seconds(wait)
+        self.wait_seconds = choose_wait_seconds(wait)
         self.directory = directory.absolute()
         self.path = (path or directory / "index.db").absolute()
         self.file = IndexFile(self.path, self.directory)
@@ -90,7 +90,7 @@ class Database:
         self._lookups = Lookups(self._open, self._is_current)
         self.reserve = Reserve(self.directory, lambda: self.folders)
         self.ended = False  # by `end`
-        locks.before_fork(self)
+        locks.close_before_fork(self)
 
     def identify_file(self) -> tuple[int, int, str]:
         """Return the identity of ``index.db``, as `IndexFile.identify` does."""
@@ -102,7 +102,7 @@ class Database:
 
     def unreplaced(self) -> AbstractContextManager[None]:
         """A block in which no process replaces the index; a cache that can only be read has no such lock."""
-        return nullcontext() if self.read_only else self.file.unreplaced()
+        return nullcontext() if self.read_only else self.file.no_replacement()
 
     def _connect(self) -> Engine:
         url = URL.create("sqlite", database=str(self.path))
@@ -151,7 +151,7 @@ class Database:
             self.file.save_commits(connection)
         self._engine.dispose()  # while one connection is open, SQLite gives its files to new ones
         self._lookups.close()
-        raise files_lost(str(self.path))
+        raise lost_files_error(str(self.path))
 
     @property
     def read_only(self) -> bool:
@@ -199,7 +199,7 @@ class Database:
         """A read transaction whose first read is ``first``. It works as `entered`, in half the time."""
         wait: Wait | None = None
         while True:
-            with locks.unforked():
+            with locks.no_fork():
                 connection = None
                 try:
                     connection = self._engine.connect()
@@ -233,7 +233,7 @@ class Database:
         with self._index_wait() as wait:
             while True:
                 with ExitStack() as stack:
-                    stack.enter_context(locks.unforked())
+                    stack.enter_context(locks.no_fork())
                     try:
                         found = enter(stack)
                     except (Busy, IndexChanged) as error:
@@ -366,7 +366,7 @@ class Database:
             stack.enter_context(not_reentered(self._resolved, f"writing to the cache in {str(self.directory)!r}"))
             wait = wait or stack.enter_context(self.write_wait())
             stack.enter_context(os_errors("write to the cache"))
-            turn = stack.enter_context(locks.in_turn(self.write_lock, wait))
+            turn = stack.enter_context(locks.hold_in_turn(self.write_lock, wait))
             self.folders.check()  # again: the wait may have been long
             yield turn
 
@@ -443,7 +443,7 @@ class Database:
             Busy: before the block, if another program is writing.
         """
         with ExitStack() as stack:
-            stack.enter_context(locks.unforked())
+            stack.enter_context(locks.no_fork())
             connection = stack.enter_context(self._engine.connect())
             driver = driver_of(connection)
             with sqlite_errors(self.path, self.directory):
@@ -468,7 +468,7 @@ class Database:
         Returns:
             Whether it was switched. The switch ends with the shortage.
         """
-        if error.errno not in NO_ROOM or self.file.is_new:
+        if error.errno not in NO_ROOM_ERRNOS or self.file.is_new:
             return False
         self.close()
         self.access.only_read(error)
@@ -476,7 +476,7 @@ class Database:
 
     def close(self) -> None:
         """Close the idle connections; later calls open new ones."""
-        with locks.unforked():
+        with locks.no_fork():
             self._engine.dispose()
             self._lookups.close()
         self.reserve.refill()  # SQLite has just released two inodes

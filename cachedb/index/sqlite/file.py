@@ -101,7 +101,7 @@ class IndexFile:
         return not any(file and 0 <= now - file.st_mtime_ns < _TICK_NANOSECONDS for file in files)
 
     @contextmanager
-    def unreplaced(self, *, replacing: bool = False) -> Iterator[None]:
+    def no_replacement(self, *, replacing: bool = False) -> Iterator[None]:
         """Keep other processes from replacing the file in this block; with ``replacing``, from opening it.
 
         Raises:
@@ -115,7 +115,7 @@ class IndexFile:
             stack.enter_context(holding(replaced if replacing else opened))
             with os_errors("open the index"), Wait("the index", 0) as wait:
                 if self._write_lock.parent.is_dir():  # another program's directory has no such folder
-                    stack.enter_context(locks.held_folder(self._write_lock.parent, wait, shared=not replacing))
+                    stack.enter_context(locks.hold_folder_lock(self._write_lock.parent, wait, shared=not replacing))
                 stack.enter_context(self._unreplaced_by_old(fcntl.LOCK_EX if replacing else fcntl.LOCK_SH))
             yield
 
@@ -131,7 +131,7 @@ class IndexFile:
                 if lock is None:
                     return  # its holder finds the loss too
                 stack.callback(locks.release, lock)
-            stack.enter_context(self.unreplaced(replacing=True))
+            stack.enter_context(self.no_replacement(replacing=True))
             connection.save_commits()
 
     @contextmanager
@@ -150,7 +150,7 @@ class IndexFile:
                     break
                 except BlockingIOError:
                     # An old release replaces the index under the write lock, and writes no record into the lock file.
-                    old = locks.is_held(self._write_lock) and locks.holder_of(self._write_lock) is None
+                    old = locks.is_held(self._write_lock) and locks.read_holder_of(self._write_lock) is None
                     if time.monotonic() > end or not (operation == fcntl.LOCK_EX or old):
                         break
                 time.sleep(_OLD_RELEASE_POLL_SECONDS)

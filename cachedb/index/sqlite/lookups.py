@@ -34,7 +34,7 @@ class Lookups:
         Raises:
             sqlite3.Error: if SQLite fails.
         """
-        with locks.unforked():
+        with locks.no_fork():
             try:
                 connection = self._idle.pop()
             except IndexError:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from cachedb.disk import locks
 from cachedb.errors import StorageError, os_errors
 
-__all__ = ["CONTENTS", "REPOSITORIES", "look"]
+__all__ = ["CONTENTS", "REPOSITORIES", "query_index"]
 
 
 CONTENTS = """
@@ -26,14 +26,14 @@ WHERE blobs.digest = ?
 """
 
 
-def look(directory: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
+def query_index(directory: Path, query: str, *values: str) -> list[tuple[Any, ...]]:
     """Return the rows of a query on the index of a cache; the connection cannot write to the index.
 
     Raises:
         StorageError: if the index cannot be read, or changed while it was read.
     """
     index = (directory / "index.db").absolute()
-    with locks.unforked(), os_errors("read the index"):
+    with locks.no_fork(), os_errors("read the index"):
         # Opening an idle index would leave -shm and -wal files behind, so open it as immutable.
         before = _state(index)
         immutable = "" if before.has_wal else "&immutable=1"

@@ -10,7 +10,7 @@ from itertools import filterfalse
 
 from cachedb.disk import locks, marker
 from cachedb.disk.durable import sync_folder
-from cachedb.disk.file_system import refuse_shared, refuse_unable
+from cachedb.disk.file_system import check_features, explain_shared
 from cachedb.disk.folders import FOLDERS, Folders
 from cachedb.disk.layout import blob_file
 from cachedb.errors import CacheError, DamagedIndex, NotACache, StorageError, os_errors
@@ -21,7 +21,9 @@ from cachedb.oci.digests import Digest
 
 __all__ = ["accept_copy", "has_our_mark", "prepare"]
 
-_TRANSIENT = re.compile(rf"{marker.UNFINISHED.pattern}|index\.db-test-.*")  # while another process creates the cache
+_TRANSIENT = re.compile(
+    rf"{marker.UNFINISHED_MARKER.pattern}|index\.db-test-.*"
+)  # while another process creates the cache
 
 
 def prepare(database: Database) -> str | None:
@@ -35,7 +37,7 @@ def prepare(database: Database) -> str | None:
         NotOurs: if the directory belongs to another user, or a folder in it leads out of the cache.
         StorageError: if the directory cannot be created or read.
     """
-    if reason := refuse_shared(database.directory) or explain_path_limit(database.path):
+    if reason := explain_shared(database.directory) or explain_path_limit(database.path):
         raise StorageError(reason)
     if database.read_only:
         revision = database.revision()
@@ -81,7 +83,7 @@ def accept_copy(database: Database, *, check: bool) -> None:
     with (
         database.write_wait() as wait,
         os_errors("use the cache directory"),
-        locks.in_turn(database.write_lock, wait=wait) as turn,
+        locks.hold_in_turn(database.write_lock, wait=wait) as turn,
     ):
         database.folders.mark(new=False)  # another process may have done so meanwhile
         if database.folders.is_copy:
@@ -171,5 +173,5 @@ def _write_marker(database: Database) -> None:
                 "name another directory"
             )
     if database.file.is_new and not database.folders.is_marked:
-        refuse_unable(database.directory)
+        check_features(database.directory)
     database.folders.mark(new=True, is_sound=database.file.is_new)

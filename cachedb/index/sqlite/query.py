@@ -19,9 +19,9 @@ from cachedb.callbacks import Callbacks
 from cachedb.disk import locks
 from cachedb.errors import CacheError, InvalidQuery, os_errors
 from cachedb.index.sqlite.database import Database
-from cachedb.text import ago, human
+from cachedb.text import format_age, format_size
 
-__all__ = ["Answer", "answer"]
+__all__ = ["Answer", "run_query"]
 
 
 Value = str | int | float | None
@@ -94,7 +94,7 @@ class Answer(NamedTuple):
 
 
 @contextmanager
-def answer(
+def run_query(
     database: Database,
     query: str,
     parameters: Mapping[str, Value] | None = None,
@@ -256,7 +256,7 @@ class _Stream:
         self._is_reading = False
         with database.connected(read_only=True) as connection:
             self._connection = connection
-            locks.before_fork(self)
+            locks.close_before_fork(self)
             try:
                 self._cursor = _begin_query(connection, query, parameters, end, timeout, self._callbacks)
             except BaseException:
@@ -267,7 +267,7 @@ class _Stream:
     def rows(self) -> Iterator[tuple[Any, ...]]:
         """Yield the rows."""
         while True:
-            with locks.unforked():
+            with locks.no_fork():
                 if self._connection is None:
                     raise CacheError("a fork ended the query: run it again, and read all rows before the fork")
                 self._is_reading = True
@@ -282,7 +282,7 @@ class _Stream:
 
     def close(self) -> None:
         """Close the connection, unless this call interrupts a read: a signal handler may fork then."""
-        with locks.unforked():
+        with locks.no_fork():
             if self._connection and not self._is_reading:
                 self._connection.set_progress_handler(None, 0)
                 self._connection.close()
@@ -319,7 +319,7 @@ def _translate_errors(
                 raise InvalidQuery(f"the query has over {_CALLS_LIMIT} function calls: make it shorter") from None
             raise InvalidQuery(f"the function {function[1]!r} is not allowed in a query: leave it out") from None
         if code == sqlite3.SQLITE_TOOBIG and message.startswith("string or blob"):
-            most = human(_LIMITS[sqlite3.SQLITE_LIMIT_LENGTH])
+            most = format_size(_LIMITS[sqlite3.SQLITE_LIMIT_LENGTH])
             raise InvalidQuery(f"a value in the query is over {most}: split it into rows") from None
         if message.startswith("LIKE or GLOB pattern"):
             limit = _LIMITS[sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH]
@@ -458,7 +458,7 @@ def _find_place(connection: sqlite3.Connection, query: str, message: str) -> tup
 
 
 def _human(size: Value) -> str | None:
-    return human(size) if isinstance(size, (int, float)) else None
+    return format_size(size) if isinstance(size, (int, float)) else None
 
 
 def _ago(time: Value) -> str | None:
@@ -466,7 +466,7 @@ def _ago(time: Value) -> str | None:
         then = datetime.fromisoformat(time) if isinstance(time, str) else None
     except ValueError:
         return None
-    return None if then is None else ago(then if then.tzinfo else then.replace(tzinfo=UTC))
+    return None if then is None else format_age(then if then.tzinfo else then.replace(tzinfo=UTC))
 
 
 def _suggest_name(connection: sqlite3.Connection, query: str, message: str) -> str:

@@ -41,7 +41,7 @@ def replace(database: Database, turn: Turn, new: Path, old: Path) -> bool:
     database.close()
     folders = database.folders
     with (
-        database.entered(lambda stack: stack.enter_context(database.file.unreplaced(replacing=True))),
+        database.entered(lambda stack: stack.enter_context(database.file.no_replacement(replacing=True))),
         folders.open("quarantine") as quarantine,
         folders.open("backups") as backups,
     ):

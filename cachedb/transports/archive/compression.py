@@ -7,10 +7,10 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from cachedb.disk.writer import CHUNK
+from cachedb.disk.writer import CHUNK_BYTES
 from cachedb.errors import InvalidArchive
 
-__all__ = ["MAGIC", "MAGIC_LENGTH", "Decompressor", "compression_of"]
+__all__ = ["MAGIC", "MAGIC_LENGTH", "Decompressor", "detect_compression"]
 
 
 _SLICE_BYTES = 64 * 1024  # given to a decompressor at a time; it may return most of them unused
@@ -18,10 +18,10 @@ MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": 
 # Not only "BZh": a file name, and so an uncompressed tar, may begin with it.
 MAGIC |= {b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)}
 MAGIC_LENGTH = max(map(len, MAGIC))
-"""The number of first bytes that `compression_of` needs."""
+"""The number of first bytes that `detect_compression` needs."""
 
 
-def compression_of(head: bytes) -> str | None:
+def detect_compression(head: bytes) -> str | None:
     """Return the compression of content with these first bytes (a value of `MAGIC`), or None."""
     return next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
 
@@ -51,12 +51,12 @@ class Decompressor:
                     if not pending.lstrip(b"\0"):  # some tools pad the end with zeros
                         return
                     self._stream, self.ended = self._create_stream(), False
-                part = self._stream.decompress(pending, CHUNK)
+                part = self._stream.decompress(pending, CHUNK_BYTES)
                 self.ended = self._stream.eof
                 pending = self._stream.unused_data if self.ended else self._take_unconsumed()
                 if part:
                     yield part
-                if not self.ended and not pending and len(part) < CHUNK:
+                if not self.ended and not pending and len(part) < CHUNK_BYTES:
                     return
         except InvalidArchive:
             raise

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO
 
-from cachedb.disk.reader import damaged, open_blob
-from cachedb.disk.writer import CHUNK, WRITTEN_BACK, hashing, write_back
+from cachedb.disk.reader import damaged_error, open_blob
+from cachedb.disk.writer import CHUNK_BYTES, WRITE_BACK_BYTES, hash_chunks, write_back
 from cachedb.errors import CacheError, os_errors
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.progress import Advance
@@ -61,7 +61,7 @@ class FileWriter:
         write_at(self._file, self._offset, data)
         self._offset += len(data)
         self._pending += len(data)
-        if self._pending >= WRITTEN_BACK:
+        if self._pending >= WRITE_BACK_BYTES:
             write_back(self._file, self._pending, self._offset)
             self._pending = 0
 
@@ -134,8 +134,8 @@ def read_blob(
         beside: hash in a second thread.
     """
     digest = Digest(str(entry.content))
-    hasher, done, length = hashlib.new(split_digest(digest)[0]), 0, min(CHUNK, entry.size)
-    with hashing([hasher], length, beside=beside) as (buffers, hash_chunk):
+    hasher, done, length = hashlib.new(split_digest(digest)[0]), 0, min(CHUNK_BYTES, entry.size)
+    with hash_chunks([hasher], length, beside=beside) as (buffers, hash_chunk):
         while done < entry.size:
             chunk = next(buffers)[: entry.size - done]
             filled = 0
@@ -152,7 +152,7 @@ def read_blob(
             if progress is not None:
                 progress(filled)
     if f"{hasher.name}:{hasher.hexdigest()}" != digest:
-        raise damaged(digest)
+        raise damaged_error(digest)
 
 
 def write_all(stream: BinaryIO, data: bytes | memoryview) -> None:

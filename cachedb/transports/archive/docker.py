@@ -9,11 +9,11 @@ from cachedb.errors import CacheError, DigestMismatch, InvalidArchive
 from cachedb.oci.digests import Digest, digest_of, parse_digest, split_digest
 from cachedb.oci.manifests import load_json
 from cachedb.text import shorten
-from cachedb.transports.archive.compression import MAGIC_LENGTH, compression_of
+from cachedb.transports.archive.compression import MAGIC_LENGTH, detect_compression
 from cachedb.transports.archive.files import Files, Section
-from cachedb.transports.archive.model import ArchivedBlob, ArchivedImage, check_number, read_document, read_small
+from cachedb.transports.archive.model import ArchivedBlob, ArchivedImage, check_image_count, read_document, read_small
 
-__all__ = ["read_docker", "read_entries", "repo_tags"]
+__all__ = ["read_docker", "read_entries", "read_repo_tags"]
 
 
 def read_entries(section: Section) -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def read_entries(section: Section) -> list[dict[str, Any]]:
     entries = read_document(section, "manifest.json")
     if not isinstance(entries, list) or not entries:
         raise InvalidArchive("manifest.json is not a list of images")
-    check_number(entries)
+    check_image_count(entries)
     for entry in entries:
         if isinstance(entry, dict) and "Layers" in entry and entry["Layers"] is None:
             entry["Layers"] = []  # Docker writes null for an image without layers
@@ -40,7 +40,7 @@ def _find_required(files: Files, name: str) -> Section:
     return section
 
 
-def repo_tags(files: Files, section: Section) -> dict[Digest, list[object]]:
+def read_repo_tags(files: Files, section: Section) -> dict[Digest, list[object]]:
     """Return the names in manifest.json, as the user gave them, by the digest of the config.
 
     Docker's index.json has the same names with the registry in front.
@@ -75,7 +75,7 @@ def read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
         except CacheError as error:
             raise InvalidArchive(f"the config's diff id {error}") from error
         layer, what = _find_required(files, name), f"layer {shorten(name)}"
-        compression = compression_of(layer.head(MAGIC_LENGTH))
+        compression = detect_compression(layer.head(MAGIC_LENGTH))
         if compression is None:
             blobs.append(ArchivedBlob(layer, what, layer.size, expected, oci.OCI_LAYER))
         elif compression in ("gzip", "zstd"):

@@ -13,7 +13,7 @@ from cachedb.oci.closure import Closure
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
-from cachedb.transports.archive.model import CONTAINERD_NAME, REF_NAME, layout_path
+from cachedb.transports.archive.model import CONTAINERD_NAME, REF_NAME, path_in_layout
 
 __all__ = ["Entry", "json_entry", "list_entries"]
 
@@ -51,15 +51,17 @@ def list_entries(name: Name, closure: Closure, format: str) -> list[Entry]:
     images = closure.images
     if format == "docker" and len(images) == 1:
         config, *layers = closure.children[images[0].digest]
-        found.append(_manifest_json(name, layout_path(config.digest), [layout_path(layer.digest) for layer in layers]))
+        found.append(
+            _manifest_json(name, path_in_layout(config.digest), [path_in_layout(layer.digest) for layer in layers])
+        )
     # Documents come first, so that a reader of a stream learns early what the image is.
-    documents = {layout_path(digest) for digest in closure.documents}
+    documents = {path_in_layout(digest) for digest in closure.documents}
     return found + sorted(blobs.values(), key=lambda entry: (entry.path not in documents, entry.path))
 
 
 def _entry(blob: Descriptor, closure: Closure) -> Entry:
     content = closure.documents[blob.digest] if blob.digest in closure.made else blob.digest
-    return Entry(layout_path(blob.digest), blob.size, content)
+    return Entry(path_in_layout(blob.digest), blob.size, content)
 
 
 def json_entry(path: str, document: object) -> Entry:

@@ -16,13 +16,13 @@ from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from cachedb.disk.writer import CHUNK
+from cachedb.disk.writer import CHUNK_BYTES
 from cachedb.errors import CacheError, InvalidArchive, StorageError, os_errors
-from cachedb.text import human, parse_size, shorten
+from cachedb.text import format_size, parse_size, shorten
 from cachedb.transports.archive import tar
-from cachedb.transports.archive.compression import MAGIC_LENGTH, Decompressor, compression_of
+from cachedb.transports.archive.compression import MAGIC_LENGTH, Decompressor, detect_compression
 
-__all__ = ["Files", "Section", "UnpackLimit", "descriptor", "max_unpacked", "open_files"]
+__all__ = ["Files", "Section", "UnpackLimit", "descriptor", "open_files", "read_max_unpacked"]
 
 
 _MEMBERS_LIMIT = 100_000
@@ -32,7 +32,7 @@ _LINKS_LIMIT = 40  # links to follow from one name, the limit on Linux
 _UNPACKED_LIMIT = 64 * 1024**3  # bytes
 _RATIO_LIMIT = 100  # unpacked bytes allowed per compressed byte
 _RATIO_FREE = 256 * 1024**2  # unpacked bytes allowed whatever the ratio
-_SPACE_CHECK_BYTES = 8 * CHUNK  # unpacked between two checks of the free space
+_SPACE_CHECK_BYTES = 8 * CHUNK_BYTES  # unpacked between two checks of the free space
 _SPACE_SHARE = 3  # unpacked bytes allowed per free byte
 
 
@@ -131,7 +131,7 @@ class Tar:
         self._files: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
         name_characters = 0
-        for member in tar.members(descriptor):
+        for member in tar.read_members(descriptor):
             name_characters += len(member.name) + len(member.link)
             if len(self._files) + len(self._links) >= _MEMBERS_LIMIT or name_characters > _NAMES_LIMIT:
                 raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: not an image")
@@ -179,7 +179,7 @@ def _normalize_name(name: str, link: str | None = None) -> str:
     return normal
 
 
-def max_unpacked() -> int | None:
+def read_max_unpacked() -> int | None:
     """Return the size in ``CACHEDB_MAX_UNPACKED`` in bytes; None if it is not set.
 
     Raises:
@@ -231,7 +231,7 @@ class UnpackLimit:
                 why = f"the cap for content over {_RATIO_LIMIT} times the compressed size"
         if unpacked > cap:
             raise InvalidArchive(
-                f"{self._what} to more than {human(cap)}, {why}: "
+                f"{self._what} to more than {format_size(cap)}, {why}: "
                 "if you trust it, raise the cap with --max-unpacked SIZE or CACHEDB_MAX_UNPACKED=SIZE"
             )
 
@@ -255,7 +255,7 @@ def open_files(source: Path | BinaryIO, new_spool: Callable[[], FileIO], most: i
                 files: Files = Folder(source)
             else:
                 file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
-                if not _is_regular(file) or compression_of(os.pread(file.fileno(), MAGIC_LENGTH, 0)):
+                if not _is_regular(file) or detect_compression(os.pread(file.fileno(), MAGIC_LENGTH, 0)):
                     # The file is unbuffered, so that closing it cannot fail on a full disk.
                     spooled = stack.enter_context(new_spool())
                     _copy_decompressed(file, spooled, most)
@@ -275,9 +275,9 @@ def _is_regular(file: BinaryIO, *, anywhere: bool = False) -> bool:
 def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) -> None:
     """Copy a stream to a file, and decompress it if it is compressed."""
     chunk = b""
-    while len(chunk) < MAGIC_LENGTH and (more := source.read(CHUNK)):
+    while len(chunk) < MAGIC_LENGTH and (more := source.read(CHUNK_BYTES)):
         chunk += more  # a pipe may return fewer bytes than requested
-    compression = compression_of(chunk)
+    compression = detect_compression(chunk)
     unpack = Decompressor(compression) if compression else None
     compressed = os.fstat(source.fileno()).st_size if _is_regular(source, anywhere=True) else 0
     limit = UnpackLimit(f"the {compression} compressed archive unpacks", compressed, most)
@@ -297,7 +297,7 @@ def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) ->
             view = memoryview(part)
             while view:
                 view = view[target.write(view) :]
-        chunk = source.read(CHUNK)
+        chunk = source.read(CHUNK_BYTES)
     if unpack and not unpack.ended:
         raise InvalidArchive(f"the {compression} compressed archive is cut short")
 
@@ -311,6 +311,6 @@ def _check_space(file: int, written: int) -> None:
     left = status.f_bavail * status.f_frsize
     if written > _SPACE_SHARE * left:
         raise StorageError(
-            f"the archive unpacks to more than {human(written)}, but the file system of the cache has only "
-            f"{human(left)} left: free some space, or unpack the archive elsewhere and import the result"
+            f"the archive unpacks to more than {format_size(written)}, but the file system of the cache has only "
+            f"{format_size(left)} left: free some space, or unpack the archive elsewhere and import the result"
         )

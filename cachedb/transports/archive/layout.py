@@ -18,9 +18,9 @@ from cachedb.transports.archive.model import (
     ArchivedBlob,
     ArchivedImage,
     Found,
-    check_number,
-    check_rows,
-    layout_path,
+    check_blob_count,
+    check_image_count,
+    path_in_layout,
     read_document,
     read_small,
 )
@@ -45,7 +45,7 @@ def read_layout(files: Files, section: Section, tags: dict[Digest, list[object]]
     entries = index.get("manifests") if isinstance(index, dict) else None
     if not isinstance(entries, list):
         raise InvalidArchive("index.json is not an image index: it has no list of manifests")
-    check_number(entries)
+    check_image_count(entries)
     names: dict[Digest, list[object]] = {}
     roots: dict[Digest, Descriptor] = {}
     for entry in entries:
@@ -53,7 +53,7 @@ def read_layout(files: Files, section: Section, tags: dict[Digest, list[object]]
             raise InvalidArchive("index.json has an entry that is not a descriptor")
         if "mediaType" not in entry:
             entry = {**entry, "mediaType": oci.OCI_MANIFEST}
-        root = oci.child(entry, "index.json")
+        root = oci.parse_entry(entry, "index.json")
         if root.role == "other":
             raise InvalidManifest(f"index.json names a {shorten(root.media_type)}, which is not an image")
         roots[root.digest] = root
@@ -65,7 +65,7 @@ def read_layout(files: Files, section: Section, tags: dict[Digest, list[object]]
     for root in roots.values():
         closure = _read_closure(files, root)
         rows += len(closure)
-        check_rows(rows)
+        check_blob_count(rows)
         blobs = [_find_blob(files, blob) for blob in dict.fromkeys(closure)]
         images.append(ArchivedImage([], root, blobs))
     # Some tools list the children of an index beside it. Without a name they are not separate images.
@@ -128,7 +128,7 @@ def _read_closure(files: Files, root: Descriptor) -> list[Descriptor]:
 
 def _find_blob(files: Files, blob: Descriptor) -> ArchivedBlob:
     what = f"{blob.role} {blob.digest}"
-    section = files.find(layout_path(blob.digest))
+    section = files.find(path_in_layout(blob.digest))
     if section is None:
         raise InvalidArchive(f"{what} is referenced in the archive, but is not in it")
     return ArchivedBlob(section, what, blob.size, blob.digest, blob.media_type)

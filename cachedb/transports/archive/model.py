@@ -20,9 +20,9 @@ __all__ = [
     "ArchivedImage",
     "DiffId",
     "Found",
-    "check_number",
-    "check_rows",
-    "layout_path",
+    "check_blob_count",
+    "check_image_count",
+    "path_in_layout",
     "read_document",
     "read_small",
 ]
@@ -99,19 +99,19 @@ class ArchivedImage(NamedTuple):
         return oci.build_manifest(config, layers)
 
 
-def layout_path(digest: Digest) -> str:
+def path_in_layout(digest: Digest) -> str:
     """Return the path of a blob in an image layout (image-layout.md, "Blobs")."""
     algorithm, encoded = split_digest(digest)
     return f"blobs/{algorithm}/{encoded}"
 
 
-def check_rows(count: int) -> None:
+def check_blob_count(count: int) -> None:
     """Raise `InvalidArchive` if the images of an archive have too many blobs."""
     if count > _ROWS_LIMIT:
         raise InvalidArchive(f"the images in the archive have more than {_ROWS_LIMIT} blobs")
 
 
-def check_number(images: list[Any]) -> None:
+def check_image_count(images: list[Any]) -> None:
     """Raise `InvalidArchive` if an archive has too many images."""
     if len(images) > _IMAGES_LIMIT:
         raise InvalidArchive(f"the archive holds {len(images)} images; more than {_IMAGES_LIMIT} are refused")

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 from cachedb.errors import InvalidArchive, InvalidName
 from cachedb.oci.names import Name
-from cachedb.transports.archive.docker import read_docker, read_entries, repo_tags
+from cachedb.transports.archive.docker import read_docker, read_entries, read_repo_tags
 from cachedb.transports.archive.files import Files
 from cachedb.transports.archive.layout import read_layout
-from cachedb.transports.archive.model import ArchivedImage, check_rows
+from cachedb.transports.archive.model import ArchivedImage, check_blob_count
 
 __all__ = ["read_images"]
 
@@ -35,7 +35,7 @@ def read_images(files: Files, name: Name | None = None) -> list[ArchivedImage]:
     """
     index, docker = files.find("index.json"), files.find("manifest.json")
     if index is not None:
-        found = read_layout(files, index, repo_tags(files, docker) if docker else {})
+        found = read_layout(files, index, read_repo_tags(files, docker) if docker else {})
     elif docker is not None:
         found = [(entry.get("RepoTags") or [], read_docker(files, entry)) for entry in read_entries(docker)]
     else:
@@ -64,7 +64,7 @@ def _check_names(images: list[ArchivedImage]) -> None:
             # The second image would replace the first.
             if named.setdefault(name, image.identity) != image.identity:
                 raise InvalidArchive(f"two images in the archive have the name {name}")
-    check_rows(sum(len(image.names) * len(image.blobs) for image in images))
+    check_blob_count(sum(len(image.names) * len(image.blobs) for image in images))
 
 
 def _parse_names(texts: Iterable[object]) -> list[Name]:

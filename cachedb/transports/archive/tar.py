@@ -13,7 +13,7 @@ from typing import NamedTuple
 from cachedb.errors import InvalidArchive
 from cachedb.text import shorten
 
-__all__ = ["BLOCK", "FOLDER", "HARD_LINK", "REGULAR", "SYMBOLIC_LINK", "Member", "check_header", "members"]
+__all__ = ["BLOCK", "FOLDER", "HARD_LINK", "REGULAR", "SYMBOLIC_LINK", "Member", "check_header", "read_members"]
 
 
 BLOCK = 512  # bytes
@@ -35,7 +35,7 @@ class Member(NamedTuple):
     size: int  # bytes
 
 
-def members(descriptor: int) -> Iterator[Member]:
+def read_members(descriptor: int) -> Iterator[Member]:
     """Yield the members of a tar without reading their content.
 
     The format is POSIX.1-2017, pax, "ustar Interchange Format".

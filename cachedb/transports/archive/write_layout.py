@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Final
 
 from cachedb import oci
-from cachedb.disk.durable import PART, atomic_file, lock_part, part_path, remove_leftovers, sync_folder
+from cachedb.disk.durable import PART_NAME, atomic_file, lock_part, part_path, remove_leftovers, sync_folder
 from cachedb.disk.layout import blob_path
-from cachedb.disk.locks import held_folder
+from cachedb.disk.locks import hold_folder_lock
 from cachedb.disk.reader import open_blob, open_regular
-from cachedb.disk.waiting import Wait, chosen_seconds
+from cachedb.disk.waiting import Wait, choose_wait_seconds
 from cachedb.disk.writer import discard
 from cachedb.errors import CacheError, is_callers, os_errors
 from cachedb.progress import Advance
@@ -57,7 +57,7 @@ def write_layout(
         destination: the folder; its parent must exist.
         link: make hard links to the cache's files where the file system can.
         wait_seconds: to wait for another export into the layout that makes no progress; the default is that of
-            `chosen_seconds`.
+            `choose_wait_seconds`.
         progress: takes the bytes written or verified.
 
     Raises:
@@ -69,11 +69,11 @@ def write_layout(
     with os_errors("write the export"), ExitStack() as stack:
         # Exports into one layout take turns, because each rewrites its index.
         stack.enter_context(not_reentered(f"export {destination.resolve()}", f"exporting to {str(destination)!r}"))
-        is_new = _lock_folder(stack, destination, chosen_seconds(wait_seconds))
+        is_new = _lock_folder(stack, destination, choose_wait_seconds(wait_seconds))
         made = [destination] if is_new else []
         folders = {destination, destination.parent} if is_new else {destination}
         try:
-            parts = re.compile(f"{PART.pattern}|{_OLD_PART.pattern}")
+            parts = re.compile(f"{PART_NAME.pattern}|{_OLD_PART.pattern}")
             strange = [name for name in os.listdir(destination) if not parts.fullmatch(name)]
             if strange and not (destination / "oci-layout").is_file():
                 raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout")
@@ -127,7 +127,7 @@ def _lock_folder(stack: ExitStack, destination: Path, wait_seconds: float) -> bo
             destination.mkdir()
             is_new = True
         try:
-            stack.enter_context(held_folder(destination, wait, shared=False))
+            stack.enter_context(hold_folder_lock(destination, wait, shared=False))
         except FileNotFoundError:  # an export that fails while we wait removes the folder that it made
             if destination.is_symlink():
                 raise

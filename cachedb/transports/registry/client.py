@@ -29,7 +29,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, ProtocolError, ProxyError, SSLError
 from urllib3.util import Timeout, make_headers, parse_url
 
-from cachedb.disk.writer import CHUNK
+from cachedb.disk.writer import CHUNK_BYTES
 from cachedb.errors import CacheError, RegistryError, RegistryUnavailable, ignore_os_errors
 from cachedb.text import shorten
 from cachedb.threads import start
@@ -37,7 +37,7 @@ from cachedb.transports.registry import credentials
 from cachedb.transports.registry.places import Place
 from cachedb.transports.registry.tls import advise_on_tls, make_tls_context
 
-__all__ = ["TRIES", "Client", "drained", "one_line", "read_body", "with_query"]
+__all__ = ["TRIES", "Client", "drain_after", "read_body", "to_one_line", "with_query"]
 
 
 TRIES: Final = 5
@@ -322,10 +322,10 @@ class Client:
         host = self.place.registry
         reason = getattr(error, "reason", None) or error
         if isinstance(error, SSLError) and _is_final(error):
-            return RegistryError(f"{host} cannot be trusted: {one_line(reason)}; {advise_on_tls(host, error)}")
+            return RegistryError(f"{host} cannot be trusted: {to_one_line(reason)}; {advise_on_tls(host, error)}")
         if isinstance(error, NameResolutionError):
             return RegistryUnavailable(f"{host} cannot be resolved: check the name and the network")
-        return RegistryUnavailable(f"{host} cannot be reached: {one_line(reason)}")
+        return RegistryUnavailable(f"{host} cannot be reached: {to_one_line(reason)}")
 
     def refusal(self, what: str, response: urllib3.BaseHTTPResponse) -> RegistryError:
         """Return the error for an answer with an unexpected status; ``what`` names the requested thing."""
@@ -417,12 +417,12 @@ def _build_proxy_headers(proxy: str) -> dict[str, str]:
 
 
 @contextmanager
-def drained(response: urllib3.BaseHTTPResponse) -> Iterator[urllib3.BaseHTTPResponse]:
+def drain_after(response: urllib3.BaseHTTPResponse) -> Iterator[urllib3.BaseHTTPResponse]:
     """Yield an answer and read the rest of its small body at the end, so that its connection is reused."""
     with response:
         yield response
         with suppress(HTTPError):
-            response.read1(CHUNK, decode_content=False)
+            response.read1(CHUNK_BYTES, decode_content=False)
 
 
 def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
@@ -433,12 +433,12 @@ def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> byte
     """
     try:
         data = b""
-        while chunk := response.read(min(CHUNK, limit + 1 - len(data)), decode_content=False):
+        while chunk := response.read(min(CHUNK_BYTES, limit + 1 - len(data)), decode_content=False):
             data += chunk
             if len(data) > limit:
                 raise RegistryError(f"{what} is over {limit} bytes")
     except HTTPError as error:
-        raise RegistryUnavailable(f"{what} was interrupted: {one_line(error)}; try again") from None
+        raise RegistryUnavailable(f"{what} was interrupted: {to_one_line(error)}; try again") from None
     return data
 
 
@@ -450,16 +450,16 @@ def _read_error_detail(response: urllib3.BaseHTTPResponse) -> str:
     try:
         document = json.loads(response.read(_TOKEN_LIMIT, decode_content=False))
         error = document["errors"][0]
-        return f" {one_line(error['code'])}: {one_line(error.get('message', ''))}"
+        return f" {to_one_line(error['code'])}: {to_one_line(error.get('message', ''))}"
     except (HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
 
 
-def one_line(text: object) -> str:
+def to_one_line(text: object) -> str:
     """Return untrusted text on one line of at most 200 characters, without urllib3's object reprs."""
     if isinstance(text, (ProtocolError, ProxyError)) and len(text.args) == 2:
         what, cause = text.args
-        text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {one_line(cause)}"
+        text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {to_one_line(cause)}"
     line = " ".join(_OBJECT.sub("", str(text), count=1).split())
     line = "".join(char if char.isprintable() else "?" for char in line)
     return line if len(line) <= 200 else f"{line[:200]}..."

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from cachedb.disk.reader import damaged
-from cachedb.disk.writer import CHUNK
+from cachedb.disk.reader import damaged_error
+from cachedb.disk.writer import CHUNK_BYTES
 from cachedb.errors import InvalidDigest, RegistryError, RegistryUnavailable, StorageError, os_errors
 from cachedb.oci.digests import Digest, digest_of, parse_digest, split_digest
 from cachedb.oci.manifests import (
@@ -33,7 +33,7 @@ from cachedb.oci.manifests import (
 )
 from cachedb.oci.names import Name
 from cachedb.progress import Advance
-from cachedb.transports.registry.client import TRIES, Client, drained, one_line, read_body, with_query
+from cachedb.transports.registry.client import TRIES, Client, drain_after, read_body, to_one_line, with_query
 from cachedb.transports.registry.places import Place
 
 __all__ = ["Blob", "Fetched", "Repository"]
@@ -91,7 +91,7 @@ class Repository:
             RegistryError: if there is no such manifest, or the request fails.
         """
         url = self._build_url(f"manifests/{reference}")
-        with drained(
+        with drain_after(
             self._client.request("HEAD", url, self._format_name(reference), _ACCEPTED, good=(200, 405))
         ) as response:
             return _read_digest(response.headers) if response.status == 200 else None
@@ -102,7 +102,7 @@ class Repository:
         Raises:
             RegistryError: if there is no such manifest, or the request fails.
         """
-        with drained(
+        with drain_after(
             self._client.request(
                 "GET", self._build_url(f"manifests/{reference}"), self._format_name(reference), _ACCEPTED
             )
@@ -154,7 +154,7 @@ class Repository:
         while url:
             pages += 1
             # Registries without this API answer in various ways.
-            with drained(
+            with drain_after(
                 self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 400, 404, 405))
             ) as response:
                 if response.status != 200 or _read_media_type(response.headers) != OCI_INDEX:
@@ -169,7 +169,7 @@ class Repository:
     def _read_referrers_index(self, digest: Digest) -> bytes:
         """Return the index under the referrers tag, for a registry without the API ("Referrers Tag Schema")."""
         url, what = self._build_url(f"manifests/{_build_referrers_tag(digest)}"), f"referrers of {digest}"
-        with drained(self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 404))) as response:
+        with drain_after(self._client.request("GET", url, what, {"Accept": OCI_INDEX}, good=(200, 404))) as response:
             if response.status == 404:
                 return b'{"schemaVersion":2,"mediaType":"%s","manifests":[]}' % OCI_INDEX.encode()
             return read_body(response, DOCUMENT_LIMIT, what)
@@ -182,7 +182,7 @@ class Repository:
         """
         headers = _ACCEPTED if kind == "manifests" else {}
         what = f"{kind} of {self.place.repository}"
-        with drained(
+        with drain_after(
             self._client.request("HEAD", self._build_url(f"{kind}/{digest}"), what, headers, good=(200, 404))
         ) as response:
             return response.status == 200
@@ -191,13 +191,13 @@ class Repository:
         """Mount a blob from another repository of the registry ("Mounting a blob"); return whether it worked."""
         url = with_query(self._build_url("blobs/uploads/"), {"mount": digest, "from": source})
         with suppress(RegistryError):  # if mounting or cancelling fails, the caller uploads the blob
-            with drained(
+            with drain_after(
                 self._client.request("POST", url, f"blob {digest} of {source}", {}, good=(201, 202))
             ) as response:
                 if response.status == 201:
                     return True
                 upload = self._client.follow(url, response.headers.get("Location", ""))
-            with drained(self._client.request("DELETE", upload, "an upload", {}, good=(204,))):
+            with drain_after(self._client.request("DELETE", upload, "an upload", {}, good=(204,))):
                 pass
         return False
 
@@ -239,7 +239,7 @@ class Repository:
                 before, (location, sent) = sent, self._find_upload_state(location, size)
                 advance(sent - before)
                 continue
-            with drained(response):
+            with drain_after(response):
                 if response.status == 201:
                     return
                 if response.status == 202:
@@ -260,7 +260,7 @@ class Repository:
     def _begin_upload(self) -> tuple[str, int]:
         """Start an upload; return its URL and the minimum size of a chunk in bytes."""
         url = self._build_url("blobs/uploads/")
-        with drained(
+        with drain_after(
             self._client.request("POST", url, f"repository {self.place.repository}", {}, good=(202,))
         ) as response:
             least = response.headers.get("OCI-Chunk-Min-Length", "")
@@ -271,7 +271,7 @@ class Repository:
         """Return the URL of an interrupted upload and the bytes it has; None if it must restart."""
         with (
             suppress(RegistryError),
-            drained(self._client.request("GET", location, "an upload", {}, good=(204,))) as response,
+            drain_after(self._client.request("GET", location, "an upload", {}, good=(204,))) as response,
         ):
             range_ = re.fullmatch(r"(?:bytes=)?0-(\d{1,18})", response.headers.get("Range", ""))
             if range_ and 0 < int(range_[1]) < size:  # "0-0" may mean one byte or none
@@ -298,7 +298,7 @@ class Repository:
         """Upload a manifest or index; return whether the registry lists it as a referrer of its subject."""
         url, headers = self._build_url(f"manifests/{reference}"), {"Content-Type": media_type}
         what = self._format_name(reference)
-        with drained(self._client.request("PUT", url, what, headers, good=(200, 201, 202), body=data)) as response:
+        with drain_after(self._client.request("PUT", url, what, headers, good=(200, 201, 202), body=data)) as response:
             stored, is_listed = _read_digest(response.headers), "OCI-Subject" in response.headers
             if response.status == 200 and stored is None:
                 raise self._client.refusal(what, response)  # the login page of a network gives such an answer
@@ -382,7 +382,7 @@ class Blob:
                 if self._failed == TRIES:
                     raise RegistryUnavailable(
                         f"{self._repository.place.registry} keeps interrupting the download of {self._digest}: "
-                        f"{one_line(error)}; try again"
+                        f"{to_one_line(error)}; try again"
                     ) from None
                 self._repository.pause(self._failed)
                 continue
@@ -393,7 +393,7 @@ class Blob:
     def _open(self) -> None:
         self._response, begins = self._repository.open_blob(self._digest, self._at)
         while begins < self._at:  # the registry ignores ranges: skip the bytes that we have
-            data = self._response.read1(min(CHUNK, self._at - begins), decode_content=False)
+            data = self._response.read1(min(CHUNK_BYTES, self._at - begins), decode_content=False)
             if not data:
                 raise HTTPError("it ended too early")
             begins += len(data)
@@ -431,7 +431,7 @@ class _VerifiedFile:
             StorageError: if the file cannot be read or is too short.
         """
         while self._hashed < start:  # a registry may claim to have more than we sent
-            self._hash(self._hashed, self._read(self._hashed, min(CHUNK, start - self._hashed)))
+            self._hash(self._hashed, self._read(self._hashed, min(CHUNK_BYTES, start - self._hashed)))
         data = self._read(start, count)
         self._hash(start, data)
         return data
@@ -453,7 +453,7 @@ class _VerifiedFile:
 
     def _verify(self) -> None:
         if self._hashed == self._size and f"{self._hasher.name}:{self._hasher.hexdigest()}" != self._digest:
-            raise damaged(self._digest)
+            raise damaged_error(self._digest)
 
 
 class _Part:

@@ -35,7 +35,7 @@ def test_a_second_backup_waits_for_the_first_and_both_are_complete(
 ) -> None:
     save(cache, "app:1", make.image(1))
     monkeypatch.setattr(backups, "_OPCODES", 10)
-    held, asked, made = locks.held, threading.Event(), list[Path]()
+    held, asked, made = locks.hold_lock, threading.Event(), list[Path]()
 
     @contextmanager
     def note_second_and_hold(path: Path, *arguments: Any) -> Any:
@@ -44,7 +44,7 @@ def test_a_second_backup_waits_for_the_first_and_both_are_complete(
         with held(path, *arguments) as lock:
             yield lock
 
-    monkeypatch.setattr(locks, "held", note_second_and_hold)
+    monkeypatch.setattr(locks, "hold_lock", note_second_and_hold)
     second = threading.Thread(target=lambda: made.append(upgrade.back_up(cache.directory)))
 
     def progress(*_: object) -> None:
@@ -97,18 +97,18 @@ def test_a_schema_change_needs_twice_the_indexs_size_and_one_mebibyte_free(
         needed = 2 * backups.size_of(connection) + 1024 * 1024
     monkeypatch.setattr("shutil.disk_usage", lambda _: Free(needed - missing))
     if enough:
-        assert backups.before_change(index, "0004", "0005").exists()
+        assert backups.back_up_before_change(index, "0004", "0005").exists()
     else:
         with pytest.raises(StorageError, match=f"take up to {needed} bytes of disk, and {needed - missing} are free"):
-            backups.before_change(index, "0004", "0005")
+            backups.back_up_before_change(index, "0004", "0005")
 
 
 def test_one_more_backup_is_kept_during_a_schema_change(cache: Cache, index: Database) -> None:
     for _ in range(backups.KEPT + 3):
-        backups.before_change(index, "0004", "0005")
-    assert len(backups.newest_first(cache.directory)) == backups.KEPT + 1
+        backups.back_up_before_change(index, "0004", "0005")
+    assert len(backups.list_backups(cache.directory)) == backups.KEPT + 1
     backups.keep_newest(cache.directory)
-    assert [path.name[:6] for path in backups.newest_first(cache.directory)] == ["000006", "000005", "000004"]
+    assert [path.name[:6] for path in backups.list_backups(cache.directory)] == ["000006", "000005", "000004"]
 
 
 def damage_backup(path: Path, damage: str) -> None:

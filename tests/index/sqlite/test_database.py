@@ -25,8 +25,8 @@ from cachedb.index.sqlite.prepare import prepare
 from cachedb.index.sqlite.replace import replace
 from cachedb.index.sqlite.revision import APPLICATION_ID
 from cachedb.index.tables import TRASH
-from tests.conftest import Run, files_of, revision_of, run_python, running, stored_rows
-from tests.disk.test_locks import eventually, open_files
+from tests.conftest import Run, files_of, read_revision, run_python, running, stored_rows
+from tests.disk.test_locks import count_open_files, wait_until
 from tests.support.make import digest_of
 
 
@@ -77,10 +77,10 @@ def test_a_write_waits_for_the_lock_file(index: Database) -> None:
         with index.write():
             entered.set()
 
-    with locks.held(index.write_lock):
+    with locks.hold_lock(index.write_lock):
         writer = threading.Thread(target=write)
         writer.start()
-        assert eventually(lambda: entered.is_set() or len(locks.waiters(index.write_lock)) == 1)
+        assert wait_until(lambda: entered.is_set() or len(locks.find_waiters(index.write_lock)) == 1)
         assert not entered.is_set()
     writer.join(60)
     assert entered.is_set()
@@ -457,10 +457,10 @@ def test_opening_and_closing_a_cache_leaves_no_file_open(directory: Path, tmp_pa
             Cache.open(tmp_path / "text")
 
     use()
-    before = open_files()
+    before = count_open_files()
     for _ in range(3):
         use()
-    assert open_files() == before
+    assert count_open_files() == before
 
 
 # Forks
@@ -705,7 +705,7 @@ def test_an_index_cannot_be_opened_while_it_is_replaced_and_always_exists(
     threads: list[threading.Thread] = []
 
     def open_it() -> None:
-        revision_of(index.directory)
+        read_revision(index.directory)
         opened.set()
 
     def sync_and_open(file: int) -> None:

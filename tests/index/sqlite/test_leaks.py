@@ -22,7 +22,7 @@ from cachedb.index.sqlite import connection
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import rebuild, restore
 from tests.conftest import is_open
-from tests.index.test_schema import change
+from tests.index.test_schema import change_index
 from tests.support.make import image, save
 
 
@@ -91,7 +91,7 @@ def check_with_failing_migrations(filled: Path, patch: pytest.MonkeyPatch) -> No
 
 
 def run_alembic_on_unmarked_index(filled: Path, patch: pytest.MonkeyPatch) -> None:
-    change(filled, "PRAGMA application_id = 5")
+    change_index(filled, "PRAGMA application_id = 5")
     patch.setenv("CACHEDB_DIR", str(filled))
     command.upgrade(schema.alembic_config(), "head")
 

@@ -20,9 +20,9 @@ import pytest
 
 from cachedb import Cache, CacheError, InvalidQuery
 from cachedb.oci.manifests import DOCUMENT_LIMIT
-from tests.cli.test_main import on_a_terminal
+from tests.cli.test_main import run_on_terminal
 from tests.conftest import Run
-from tests.disk.test_locks import eventually
+from tests.disk.test_locks import wait_until
 from tests.support import make
 from tests.support.promises import check
 
@@ -429,7 +429,7 @@ def test_a_cell_of_markdown_contains_no_html_and_no_link(cachedb: Run, cache: Ca
 
 def test_a_terminal_gets_no_escape_sequence_in_a_cell(cache: Cache) -> None:
     command = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), "sql", "--format", "csv"]
-    shown = on_a_terminal([*command, "SELECT 'a' || char(27) || '[2J' AS x"])
+    shown = run_on_terminal([*command, "SELECT 'a' || char(27) || '[2J' AS x"])
     assert "\x1b[2J" not in shown
     assert "a\\x1b[2J" in shown
 
@@ -438,14 +438,14 @@ def test_a_terminal_gets_no_escape_sequence_in_a_cell(cache: Cache) -> None:
 def test_a_row_wider_than_the_terminal_is_printed_with_one_line_a_value(cache: Cache) -> None:
     command = [sys.executable, "-m", "cachedb", "--dir", str(cache.directory), "sql"]
     cache.tag("app:1", "app:2")
-    shown = on_a_terminal([*command, "SELECT * FROM image_usage"]).replace("\r\n", "\n").split("\n\n")
+    shown = run_on_terminal([*command, "SELECT * FROM image_usage"]).replace("\r\n", "\n").split("\n\n")
     assert [image.splitlines()[0].split() for image in shown] == [["name", "app:1"], ["name", "app:2"]]
     assert [line.split()[0] for line in shown[0].splitlines()[:4]] == ["name", "repository", "reference", "digest"]
     assert (
         "app:1"
-        not in on_a_terminal([*command, "SELECT name, created_at, blobs, size FROM image_usage"]).splitlines()[0]
+        not in run_on_terminal([*command, "SELECT name, created_at, blobs, size FROM image_usage"]).splitlines()[0]
     )
-    assert on_a_terminal([*command, "SELECT * FROM image_usage WHERE 0"]).startswith("\x1b[1m")
+    assert run_on_terminal([*command, "SELECT * FROM image_usage WHERE 0"]).startswith("\x1b[1m")
 
 
 @pytest.mark.parametrize("form", PRINTED)
@@ -565,9 +565,9 @@ def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
     environment = {**os.environ, "CACHEDB_DIR": str(cache.directory)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         # The query runs at idle priority, so a busy machine gives it little time.
-        assert eventually(lambda: os.sched_getscheduler(process.pid) == os.SCHED_IDLE, 60)
+        assert wait_until(lambda: os.sched_getscheduler(process.pid) == os.SCHED_IDLE, 60)
         begun = cpu_time(process.pid)
-        assert eventually(lambda: cpu_time(process.pid) >= begun + 0.1, 120)
+        assert wait_until(lambda: cpu_time(process.pid) >= begun + 0.1, 120)
         process.send_signal(signal.SIGINT)
         try:
             _, error = process.communicate(timeout=120)

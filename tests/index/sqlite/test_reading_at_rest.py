@@ -18,7 +18,7 @@ from cachedb import Cache, StorageError
 from cachedb.index.sqlite import connection, database
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.file import IndexFile
-from cachedb.index.sqlite.query import answer
+from cachedb.index.sqlite.query import run_query
 from cachedb.index.tables import TRASH
 from tests.conftest import running
 from tests.support.make import digest_of
@@ -173,7 +173,7 @@ def test_reading_an_index_that_changes_all_the_time_fails(
     reads: dict[str, Callable[[], object]] = {
         "rows": lambda: index.rows(select(TRASH.c.size), {}),
         "read": index.revision,
-        "sql": lambda: answer(index, ALL).__enter__(),
+        "sql": lambda: run_query(index, ALL).__enter__(),
     }
     with pytest.raises(StorageError, match="the index changed while it was read: try again"):
         reads[how]()

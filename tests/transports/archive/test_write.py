@@ -33,12 +33,12 @@ FORMATS = (*ARCHIVES, "oci-dir")
 IMAGE = make.image(1, 2, compression="gzip")
 
 
-def import_image(cache: Cache, tmp_path: Path, image: make.Made = IMAGE, name: str = "app:1") -> None:
+def import_image(cache: Cache, tmp_path: Path, image: make.ImageContent = IMAGE, name: str = "app:1") -> None:
     """Import an image from an OCI archive."""
     cache.cache_from_tar(make.write(tmp_path / "source.tar", make.oci_files({"source:1": image})), name)
 
 
-def import_index(cache: Cache, tmp_path: Path, data: bytes, *images: make.Made, name: str = "app:1") -> None:
+def import_index(cache: Cache, tmp_path: Path, data: bytes, *images: make.ImageContent, name: str = "app:1") -> None:
     files = make.oci_files({str(number): image for number, image in enumerate(images)}, {"source:1": data})
     cache.cache_from_tar(make.write(tmp_path / "source.tar", files), name)
 
@@ -61,7 +61,7 @@ def list_names(index: bytes) -> list[str]:
     return [entry["annotations"][make.REF_NAME] for entry in json.loads(index)["manifests"]]
 
 
-def blob_files(*images: make.Made) -> dict[str, bytes]:
+def blob_files(*images: make.ImageContent) -> dict[str, bytes]:
     return {f"blobs/{digest.replace(':', '/')}": data for image in images for digest, data in image.blobs.items()}
 
 

@@ -18,8 +18,8 @@ from cachedb.oci.names import Name
 from cachedb.transports.registry import client, places
 from cachedb.transports.registry import repository as registry
 from tests.support import make
-from tests.support.faults import Answer, Call, answer, closed, headers, redirect, retry_later, rewritten
-from tests.support.registries import PASSWORD, PAUSES, USER, Registry, alone  # noqa: F401 - alone is a fixture
+from tests.support.faults import Answer, Call, answer, change_headers, closed, redirect, retry_later, rewrite_body
+from tests.support.registries import PASSWORD, SKIPPED_PAUSE_SECONDS, USER, Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
 
 IMAGE = make.image(1, 2, 3, 4, 5)
 
@@ -187,9 +187,9 @@ def test_a_token_of_the_largest_size_is_accepted_and_a_larger_one_refused(
     cache: Cache, guarded: Registry, authfile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_TOKEN_LIMIT", 2000)
-    guarded.fault(rewritten(lambda data: data.ljust(2000)), path="/token")
+    guarded.fault(rewrite_body(lambda data: data.ljust(2000)), path="/token")
     cache.pull(f"{guarded.host}/app:1", authfile=authfile)
-    guarded.fault(rewritten(lambda data: data.ljust(2001)), path="/token")
+    guarded.fault(rewrite_body(lambda data: data.ljust(2001)), path="/token")
     with pytest.raises(RegistryError, match="is over 2000 bytes"):
         cache.pull(f"{guarded.host}/app:1", authfile=authfile)
 
@@ -248,19 +248,19 @@ def test_an_upload_resumes_at_a_valid_offset_of_the_registry(
 
 
 def test_text_of_a_registry_is_quoted_up_to_200_characters() -> None:
-    assert client.one_line("x" * 200) == "x" * 200
-    assert client.one_line("x" * 201) == "x" * 200 + "..."
+    assert client.to_one_line("x" * 200) == "x" * 200
+    assert client.to_one_line("x" * 201) == "x" * 200 + "..."
 
 
 def test_retry_after_is_obeyed_up_to_a_minute(remote: Registry) -> None:
     repository = open_repository(remote)
     remote.fault(retry_later(60))
     assert repository.digest("1") == IMAGE.digest
-    assert PAUSES == [60]
+    assert SKIPPED_PAUSE_SECONDS == [60]
     remote.fault(retry_later(61))
     with pytest.raises(RegistryUnavailable, match="overloaded"):
         repository.digest("1")
-    assert PAUSES == [60]
+    assert SKIPPED_PAUSE_SECONDS == [60]
     repository.close()
 
 
@@ -269,7 +269,7 @@ def test_pauses_between_tries_double(remote: Registry, monkeypatch: pytest.Monke
     repository = open_repository(remote)
     remote.fault(closed(), times=4)
     repository.digest("1")
-    assert PAUSES == [0.5, 1, 2, 4]
+    assert SKIPPED_PAUSE_SECONDS == [0.5, 1, 2, 4]
     repository.close()
 
 
@@ -333,7 +333,7 @@ def test_the_number_of_pages_of_referrers_is_limited(
 ) -> None:
     monkeypatch.setattr(registry, "_MAX_REFERRERS", 3)
     more = {"Content-Type": OCI_INDEX, "Link": f'</v2/app/referrers/{IMAGE.digest}>; rel="next"'}
-    remote.fault(headers(dict(more)), path="/referrers/", times=pages - 1)
+    remote.fault(change_headers(dict(more)), path="/referrers/", times=pages - 1)
     repository = open_repository(remote)
     if pages == 3:
         assert repository.referrers(Digest(IMAGE.digest)) == []

@@ -20,7 +20,7 @@ import pytest
 from cachedb.errors import CacheError, RegistryError
 from cachedb.transports.registry import credentials
 from cachedb.transports.registry.credentials import Credentials, find
-from tests.disk.test_locks import eventually
+from tests.disk.test_locks import wait_until
 
 HUB = "https://index.docker.io/v1/"
 REGISTRY = "registry.example.org:5000"
@@ -380,7 +380,7 @@ def test_a_hanging_helper_is_killed_with_its_children(
     with pytest.raises(RegistryError, match="docker-credential-x gave no answer in 30 seconds"):
         find(REGISTRY, "app")
     assert time.monotonic() - began < 80
-    assert is_over(int(pid.read_text()))
+    assert has_ended(int(pid.read_text()))
 
 
 def test_a_helper_is_killed_when_its_answer_is_no_longer_needed(home: Path, tmp_path: Path, helper: Helper) -> None:
@@ -389,7 +389,7 @@ def test_a_helper_is_killed_when_its_answer_is_no_longer_needed(home: Path, tmp_
     write_docker_config(home, {"credsStore": "x"})
 
     def stop() -> None:
-        if eventually(lambda: is_written(pid), 25):
+        if wait_until(lambda: is_written(pid), 25):
             stopped.set()
 
     stopper = threading.Thread(target=stop)
@@ -397,7 +397,7 @@ def test_a_helper_is_killed_when_its_answer_is_no_longer_needed(home: Path, tmp_
     with pytest.raises(CacheError, match="cancelled: docker-credential-x is no longer needed"):
         find(REGISTRY, "app", stopped=stopped)
     stopper.join()
-    assert is_over(int(pid.read_text()))
+    assert has_ended(int(pid.read_text()))
 
 
 def is_written(path: Path) -> bool:
@@ -405,7 +405,7 @@ def is_written(path: Path) -> bool:
     return path.exists() and path.read_text().endswith("\n")
 
 
-def is_over(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     """Return whether a process ends in time; a zombie counts as ended."""
 
     def ended() -> bool:
@@ -414,7 +414,7 @@ def is_over(pid: int) -> bool:
         except (FileNotFoundError, ProcessLookupError):
             return True
 
-    return eventually(ended, 30)
+    return wait_until(ended, 30)
 
 
 # Invalid files

@@ -415,7 +415,7 @@ def test_a_fault_happens_after_authorization_unless_it_is_first(guarded: Registr
     guarded.fault(faults.answer(500), path="/blobs/")
     assert ask(guarded, "GET", BLOB).status == 401
     assert ask(guarded, "GET", BLOB, Authorization=token(guarded, "repository:team/app:pull")).status == 500
-    guarded.fault(faults.html(), path="/v2/$", first=True)
+    guarded.fault(faults.answer_html(), path="/v2/$", first=True)
     reply = ask(guarded, "GET", "/v2/")
     assert (reply.status, reply.headers["Content-Type"]) == (200, "text/html")
 
@@ -433,7 +433,7 @@ def test_the_fault_retry_later_sets_retry_after(registry: Registry) -> None:
 
 @pytest.mark.parametrize(("cut", "reset"), [(100, False), (0, False), (100, True)])
 def test_a_fault_can_cut_the_connection_within_the_body(registry: Registry, cut: int, reset: bool) -> None:
-    registry.fault(faults.changed(cut=cut, reset=reset))
+    registry.fault(faults.change_answer(cut=cut, reset=reset))
     with socket.create_connection(("127.0.0.1", registry.port)) as connection:
         connection.sendall(f"GET {BLOB} HTTP/1.1\r\n\r\n".encode())
         data = receive_all(connection)
@@ -467,7 +467,7 @@ def test_a_fault_can_close_the_connection_before_an_answer(registry: Registry, r
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_fault_can_lose_the_answer_to_a_partial_upload(registry: Registry, chunked: bool) -> None:
     place = ask(registry, "POST", UPLOADS).headers["Location"]
-    registry.fault(faults.lost(5), method="PATCH")
+    registry.fault(faults.drop_answer(5), method="PATCH")
     with pytest.raises(ConnectionError):
         ask(registry, "PATCH", place, iter([b"hello world"]) if chunked else b"hello world")
     state = ask(registry, "GET", place)
@@ -476,7 +476,7 @@ def test_a_fault_can_lose_the_answer_to_a_partial_upload(registry: Registry, chu
 
 
 def test_a_fault_can_lose_the_answer_to_a_completed_request(registry: Registry) -> None:
-    registry.fault(faults.lost(), method="DELETE")
+    registry.fault(faults.drop_answer(), method="DELETE")
     with pytest.raises(ConnectionError):
         ask(registry, "DELETE", MANIFEST)
     assert ("team/app", "1") not in registry.manifests
@@ -491,7 +491,7 @@ def test_a_fault_can_answer_before_the_body_is_read(registry: Registry) -> None:
 
 @pytest.mark.parametrize("fields", [{"delay": 0.1}, {"drip": 0.1 / len(LAYER)}])
 def test_a_fault_can_delay_or_slow_down_an_answer(registry: Registry, fields: dict[str, float]) -> None:
-    registry.fault(faults.changed(**fields))
+    registry.fault(faults.change_answer(**fields))
     begin = time.monotonic()
     assert ask(registry, "GET", BLOB).body == LAYER
     assert time.monotonic() - begin >= 0.1
@@ -500,7 +500,7 @@ def test_a_fault_can_delay_or_slow_down_an_answer(registry: Registry, fields: di
 def test_a_registry_with_a_delayed_answer_stops_at_once() -> None:
     begin = time.monotonic()
     with Registry() as registry, socket.create_connection(("127.0.0.1", registry.port)) as connection:
-        registry.fault(faults.changed(delay=60))
+        registry.fault(faults.change_answer(delay=60))
         connection.sendall(b"GET /v2/ HTTP/1.1\r\n\r\n")
         while not registry.requests:
             time.sleep(0.01)
@@ -512,22 +512,25 @@ def test_a_fault_can_change_bodies_and_headers(registry: Registry) -> None:
         registry.fault(do)
         return ask(registry, "GET", BLOB)
 
-    corrupt = fault(faults.corrupt(7)).body
+    corrupt = fault(faults.corrupt_body(7)).body
     assert [at for at in range(len(LAYER)) if corrupt[at] != LAYER[at]] == [7]
     assert len(corrupt) == len(LAYER)
-    assert fault(faults.rewritten(lambda data: b"another")).body == b"another"
-    assert fault(faults.more(b"x")).body == LAYER  # http.client reads only to Content-Length
-    assert fault(faults.headers({"Content-Length": "5"})).body == LAYER[:5]
-    assert fault(faults.headers({"Docker-Content-Digest": "sha256:0"})).headers["Docker-Content-Digest"] == "sha256:0"
-    assert fault(faults.headers({"Docker-Content-Digest": None})).headers["Docker-Content-Digest"] is None
-    chunked = fault(faults.headers({"Content-Length": None, "Transfer-Encoding": "chunked"}))
+    assert fault(faults.rewrite_body(lambda data: b"another")).body == b"another"
+    assert fault(faults.append_bytes(b"x")).body == LAYER  # http.client reads only to Content-Length
+    assert fault(faults.change_headers({"Content-Length": "5"})).body == LAYER[:5]
+    assert (
+        fault(faults.change_headers({"Docker-Content-Digest": "sha256:0"})).headers["Docker-Content-Digest"]
+        == "sha256:0"
+    )
+    assert fault(faults.change_headers({"Docker-Content-Digest": None})).headers["Docker-Content-Digest"] is None
+    chunked = fault(faults.change_headers({"Content-Length": None, "Transfer-Encoding": "chunked"}))
     assert (chunked.body, chunked.headers["Content-Length"]) == (LAYER, None)
     with pytest.raises(http.client.IncompleteRead):
-        fault(faults.headers({"Content-Length": str(len(LAYER) + 1)}, cut=len(LAYER)))
+        fault(faults.change_headers({"Content-Length": str(len(LAYER) + 1)}, cut=len(LAYER)))
 
 
 def test_a_fault_can_send_more_bytes_than_content_length(registry: Registry) -> None:
-    registry.fault(faults.more(b"extra"))
+    registry.fault(faults.append_bytes(b"extra"))
     with socket.create_connection(("127.0.0.1", registry.port)) as connection:
         connection.sendall(f"GET {BLOB} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
         data, _ = receive_all(connection)
@@ -537,7 +540,7 @@ def test_a_fault_can_send_more_bytes_than_content_length(registry: Registry) -> 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_fault_can_send_an_endless_body(registry: Registry, chunked: bool) -> None:
-    registry.fault(faults.endless(chunked=chunked))
+    registry.fault(faults.answer_endlessly(chunked=chunked))
     connection = http.client.HTTPConnection(registry.host, timeout=10)
     connection.request("GET", BLOB)
     with connection.getresponse() as response:
@@ -547,17 +550,17 @@ def test_a_fault_can_send_an_endless_body(registry: Registry, chunked: bool) -> 
 
 
 def test_a_fault_can_ignore_a_range_or_answer_it_wrongly(registry: Registry) -> None:
-    registry.fault(faults.without(header="range"))
+    registry.fault(faults.ignore_part(header="range"))
     reply = ask(registry, "GET", BLOB, Range="bytes=5-")
     assert (reply.status, reply.body) == (200, LAYER)
     assert registry.requests[-1].headers["range"] == "bytes=5-"
-    registry.fault(faults.headers({"Content-Range": "bytes 0-9/10"}))
+    registry.fault(faults.change_headers({"Content-Range": "bytes 0-9/10"}))
     reply = ask(registry, "GET", BLOB, Range="bytes=5-")
     assert (reply.status, reply.headers["Content-Range"]) == (206, "bytes 0-9/10")
 
 
 def test_a_fault_can_disable_mounts(registry: Registry) -> None:
-    registry.fault(faults.without(query="mount"))
+    registry.fault(faults.ignore_part(query="mount"))
     assert ask(registry, "POST", f"/v2/new/blobs/uploads/?mount={digest_of(LAYER)}&from=team/app").status == 202
 
 
@@ -596,7 +599,7 @@ def test_a_certificate_is_valid_for_its_host_only(certificates: tuple[Path, Path
     context = ssl.create_default_context(cafile=str(authority))
     context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default of Python 3.13
     with Registry(tls=(pair[0], pair[1])) as registry:
-        registry.fault(faults.changed(cut=0, reset=True), path="/elsewhere")
+        registry.fault(faults.change_answer(cut=0, reset=True), path="/elsewhere")
         connection = http.client.HTTPSConnection("localhost", registry.port, context=context, timeout=10)
         assert ask_on(connection, "GET", "/v2/").status == 200
         with pytest.raises((ConnectionResetError, http.client.IncompleteRead)):
