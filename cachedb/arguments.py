@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from cachedb.errors import CacheError
 
 __all__ = [
+    "check_characters",
     "check_functions",
     "check_mapping",
     "check_numbers",
@@ -31,15 +32,17 @@ def check_functions(**values: object) -> None:
 
 
 def check_text(*, optional: bool = False, **values: object) -> None:
-    """Raise `TypeError` if one of the values is not a string, and `CacheError` if it is not valid Unicode text.
-
-    ``optional`` allows None too.
-    """
+    """Raise `TypeError` if one of the values is not a string; ``optional`` allows None too."""
     for name, value in values.items():
-        if isinstance(value, str):
-            _check_characters(name, value)
-        elif not (optional and value is None):
+        if not isinstance(value, str) and not (optional and value is None):
             raise _type_error(name, value, "a string, or None" if optional else "a string")
+
+
+def check_characters(**values: str | None) -> None:
+    """Raise `CacheError` if one of the values has a NUL or a surrogate, which neither SQLite nor the system takes."""
+    for name, value in values.items():
+        if value is not None:
+            _check_characters(name, value)
 
 
 def _check_characters(name: str, text: str, surrogates: str = "strict") -> None:

@@ -14,6 +14,7 @@ from sqlalchemy import select
 
 from cachedb import oci
 from cachedb.arguments import (
+    check_characters,
     check_functions,
     check_mapping,
     check_numbers,
@@ -221,6 +222,7 @@ class Cache:
         from cachedb.operations.share import share
 
         check_text(optional=True, group=group)
+        check_characters(group=group)
         return share(self._database.folders, group)
 
     @property
@@ -269,6 +271,7 @@ class Cache:
     def list_blobs(self, prefix: str = "") -> list[Digest]:
         """Return the digests of stored blobs that start with ``prefix``, sorted."""
         check_text(prefix=prefix)
+        check_characters(prefix=prefix)
         query = select(BLOBS.c.digest).where(BLOBS.c.stored_at.is_not(None)).order_by(BLOBS.c.digest)
         with self._database.read() as connection:
             if prefix:

@@ -123,10 +123,10 @@ def test_a_signal_handler_can_use_the_cache_at_any_moment(tmp_path: Path) -> Non
 
 
 def test_no_lock_held_for_a_moment_makes_a_thread_wait_for_itself(filled: Cache, tmp_path: Path) -> None:
-    from cachedb.disk import locks
+    from cachedb.disk import forks
 
     session, uses, once = filled._session, filled._uses, Once()
-    with locks._guard:
+    with forks._guard:
         lock = acquire(tmp_path / "lock")
         assert lock is not None
         release(lock)

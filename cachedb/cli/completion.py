@@ -19,7 +19,7 @@ __all__ = []
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print a shell script that completes commands, options, names and digests."""
-    from cachedb.cli.candidates import format_completion_script
+    from cachedb.cli.shell_completion import format_completion_script
 
     command = click.get_current_context().find_root().command
     click.echo(format_completion_script(command, shell, COMPLETE_VARIABLE))

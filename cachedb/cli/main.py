@@ -50,7 +50,7 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, raise_interrupt)
     try:
         if COMPLETE_VARIABLE in os.environ:
-            import cachedb.cli.candidates  # noqa: F401 - registers the bash script with click
+            import cachedb.cli.shell_completion  # noqa: F401 - registers the bash script with click
         code = cli.main(prog_name="cachedb", standalone_mode=False) or 0
         sys.stdout.flush()
         sys.exit(code)

@@ -56,7 +56,7 @@ class _NameParameter(_Parameter):
         self.name, self._names, self._digests = name, names, digests
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from cachedb.cli.candidates import complete_names
+        from cachedb.cli.shell_completion import complete_names
 
         return complete_names(ctx, incomplete, names=self._names, digests=self._digests)
 
@@ -68,7 +68,7 @@ class HoldParameter(_Parameter):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the completions of the typed text."""
-        from cachedb.cli.candidates import complete_holds
+        from cachedb.cli.shell_completion import complete_holds
 
         return complete_holds(ctx, incomplete)
 

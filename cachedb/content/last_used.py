@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import bindparam, select, update
 
-from cachedb.disk import locks
+from cachedb.disk import forks
 from cachedb.errors import CacheError
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import IMAGES, UtcTime
@@ -32,7 +32,7 @@ class Uses:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        locks.reset_after_fork(self)
+        forks.reset_after_fork(self)
         self.forked()
 
     def forked(self) -> None:

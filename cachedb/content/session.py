@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Delete, Insert, bindparam, delete, insert
 
-from cachedb.disk import locks, processes
+from cachedb.disk import forks, locks, processes
 from cachedb.disk.durable import sync_folder
 from cachedb.disk.folders import FOLDERS, Folders, Leftover, OpenFolder, is_shared
 from cachedb.disk.layout import is_received, is_session, lock_kind, received_digest
@@ -91,7 +91,7 @@ class Session:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._closed = False
-        locks.reset_after_fork(self)
+        forks.reset_after_fork(self)
         self.forked()
 
     def forked(self) -> None:

@@ -27,7 +27,7 @@ __all__ = [
 
 
 RECORD = 1
-"""The offset of the record in a lock file, in bytes: after the mark of `locks.Turn`."""
+"""The offset of the record in a lock file, in bytes: after the mark of `turns.Turn`."""
 
 _RECORD_BYTES = 4096  # a longer record is not read
 _MAX_COMMAND_CHARS = 120

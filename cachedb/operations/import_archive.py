@@ -23,6 +23,7 @@ from cachedb.oci.names import Name
 from cachedb.progress import Advance, Progress, sum_progress
 from cachedb.threads import in_threads
 from cachedb.transports.archive import files, model
+from cachedb.transports.archive.diff_ids import DiffId
 from cachedb.transports.archive.read import read_images
 
 __all__ = ["import_archive"]
@@ -106,7 +107,7 @@ def _receive(
         if link and blob.digest and blob.section.path and blob.digest not in hold.digests:
             received[blob.key] = receive_linked(blob, blob.digest, blob.section.path, advance)
             return
-        diff_id = model.DiffId(*blob.diff_id, blob.what, limit) if blob.diff_id else None
+        diff_id = DiffId(*blob.diff_id, blob.what, limit) if blob.diff_id else None
         received[blob.key] = publish.receive(
             session,
             blob.section.again(),

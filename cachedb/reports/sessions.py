@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachedb.content.session import lock_path, locked_sessions
-from cachedb.disk import locks, processes, single_flight
+from cachedb.disk import locks, processes, single_flight, turns
 from cachedb.disk.processes import Process
 from cachedb.errors import os_errors
 
@@ -91,7 +91,7 @@ def _list_activities(directory: Path) -> list[tuple[Process | None, Activity]]:
         since = lock.stat().st_mtime
         if locks.is_held(lock):
             found.append((locks.find_holder_at(lock), Activity("write", "", _to_utc(since))))
-    for waiter in locks.find_waiters(lock):
+    for waiter in turns.find_waiters(lock):
         found.append((waiter.process, Activity("wait", "for the write lock", _to_utc(waiter.since))))
     for claim in single_flight.list_claims(directory):
         kind = next((kind for prefix, kind in _KINDS.items() if claim.key.startswith(prefix)), "produce")

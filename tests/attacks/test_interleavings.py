@@ -48,7 +48,7 @@ from cachedb import Cache, CacheError
 from cachedb.content import collect as collecting
 from cachedb.content import publish
 from cachedb.content.held import hold_images
-from cachedb.disk import locks, single_flight, writer
+from cachedb.disk import locks, single_flight, turns, writer
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import export_archive
 from tests.conftest import files_of, run_python
@@ -234,7 +234,7 @@ def act(actor: str, directory: Path, steps: Steps) -> object:
         stop_at_transactions(patch, steps)
         patch.setattr(os, "fsync", lambda descriptor: None)  # there are no power cuts here
         # The word decides who goes, not the queue at the write lock.
-        patch.setattr(locks, "_await_turn", lambda queue, path, number, wait: None)
+        patch.setattr(turns, "_await_turn", lambda queue, path, number, wait: None)
         patch.setattr(os, "cpu_count", lambda: 1)  # an import uses one thread: the steps cannot order several
         return ACTORS[actor](directory, steps)
 

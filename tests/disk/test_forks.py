@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, CacheError
-from cachedb.disk import locks
+from cachedb.disk import forks, locks, turns
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.query import _Rows
 from tests.conftest import run_python
@@ -30,7 +30,7 @@ SCRIPT = """
     from cachedb import Cache
     from cachedb.index.sqlite import backups
     from cachedb.index.sqlite import database
-    from cachedb.disk import locks
+    from cachedb.disk import forks, locks, turns
     from cachedb.index.sqlite import query
     from cachedb.operations import upgrade
     from tests.support import make
@@ -180,7 +180,7 @@ def test_a_fork_does_not_wait_for_an_answer_that_stays_open(directory: Path, oth
 WAITING = {
     "the write lock": (
         'lock = open(directory / "locks" / "write.lock")\nfcntl.flock(lock, fcntl.LOCK_EX)\n'
-        "locks._await_turn = signal_and_call(locks._await_turn)",
+        "turns._await_turn = signal_and_call(turns._await_turn)",
         'cache.tag("app:1", "app:2")',
         "fcntl.flock(lock, fcntl.LOCK_UN)",
     ),
@@ -296,7 +296,7 @@ def test_rows_of_any_size_are_returned_as_added(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_at_the_end_of_a_block_blocks_no_later_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = locks._changed
+    changed = forks._changed
 
     class Interrupted:
         entered = 0
@@ -314,30 +314,30 @@ def test_an_interrupt_at_the_end_of_a_block_blocks_no_later_fork(monkeypatch: py
             changed.notify_all()
 
     def work() -> None:
-        with pytest.raises(KeyboardInterrupt), locks.no_fork():
+        with pytest.raises(KeyboardInterrupt), forks.no_fork():
             pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(locks, "_changed", Interrupted())
+        patch.setattr(forks, "_changed", Interrupted())
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-    assert not any(locks._unforked.values())
+    assert not any(forks._unforked.values())
 
 
 def test_an_interrupt_while_a_fork_waits_leaves_the_locks_usable() -> None:
     output = run_python(
         """
         import os, signal, sys, threading, time
-        from cachedb.disk import locks
+        from cachedb.disk import forks, locks, turns
         inside, seen = threading.Event(), threading.Event()
         signal.signal(signal.SIGINT, lambda *_: seen.set() or signal.default_int_handler(*_))
         sys.unraisablehook = lambda raised: print(raised.exc_type.__name__, flush=True)
 
         def work():
-            with locks.no_fork():
+            with forks.no_fork():
                 inside.set()
-                while not locks.is_fork_waiting():
+                while not forks.is_fork_waiting():
                     time.sleep(0.001)
                 os.kill(os.getpid(), signal.SIGINT)
                 seen.wait()
@@ -346,12 +346,12 @@ def test_an_interrupt_while_a_fork_waits_leaves_the_locks_usable() -> None:
         thread.start()
         inside.wait()
         if os.fork() == 0:
-            with locks.no_fork():
+            with forks.no_fork():
                 os._exit(0)
         assert os.wait()[1] == 0
         thread.join()
-        assert not locks.is_fork_waiting()
-        with locks.no_fork():
+        assert not forks.is_fork_waiting()
+        with forks.no_fork():
             print("free")
         """
     )
@@ -392,8 +392,8 @@ def test_an_error_in_the_queue_releases_its_lock_though_a_child_has_the_file_ope
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(locks, "_read_number", fail)
-        with pytest.raises(KeyboardInterrupt), locks.hold_in_turn(tmp_path / "lock"):
+        patch.setattr(turns, "_read_number", fail)
+        with pytest.raises(KeyboardInterrupt), turns.hold_in_turn(tmp_path / "lock"):
             pass
     lock = locks.acquire(tmp_path / "lock.queue", wait=False)
     assert lock is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, CacheReplaced, DamagedIndex, NotInCache, NotOurs, StorageError
-from cachedb.disk import locks, single_flight
+from cachedb.disk import locks, single_flight, turns
 from cachedb.disk.layout import blob_path
 from cachedb.disk.waiting import Wait
 from cachedb.index.sqlite import backups
@@ -71,7 +71,7 @@ def test_a_block_that_lost_the_write_lock_raises(index: Database, lose: Loss) ->
     def lose_the_lock() -> None:
         with index.alone():
             lose(index.write_lock)
-            with locks.hold_in_turn(index.write_lock, Wait("it", 0)):
+            with turns.hold_in_turn(index.write_lock, Wait("it", 0)):
                 pass  # another process can now take the lock
 
     with pytest.raises(CacheReplaced, match=r"another process may have written meanwhile: run `cachedb verify`"):
@@ -167,7 +167,7 @@ def interrupted(cache: Cache, cachedb: Run, monkeypatch: pytest.MonkeyPatch) -> 
     """Remove the write lock and let another process write after a new index is made and before it is renamed."""
     from cachedb.index.sqlite.replace import replace as original
 
-    def replace(database: Database, turn: locks.Turn, new: Path, old: Path) -> bool:
+    def replace(database: Database, turn: turns.Turn, new: Path, old: Path) -> bool:
         database.write_lock.unlink()
         assert cachedb("tag", "app:1", "acknowledged:1").returncode == 0
         return original(database, turn, new, old)

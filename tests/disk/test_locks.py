@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from cachedb.disk import byte_locks, locks
+from cachedb.disk import byte_locks, forks, locks, turns
 from tests.conftest import run_python, running
 
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from cachedb.disk import locks
+    from cachedb.disk import forks, locks, turns
     lock = locks.acquire(Path(sys.argv[1]))
     print("held", flush=True)
     time.sleep(60)
@@ -115,7 +115,7 @@ def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_killed(tmp_path: Pat
     script = """
         import os, sys, time
         from pathlib import Path
-        from cachedb.disk import locks
+        from cachedb.disk import forks, locks, turns
         lock = locks.acquire(Path(sys.argv[1]))
         if os.fork() == 0:
             print("child", flush=True)
@@ -135,7 +135,7 @@ def test_a_child_releases_only_its_own_locks(tmp_path: Path) -> None:
         """
         import os, sys
         from pathlib import Path
-        from cachedb.disk import locks
+        from cachedb.disk import forks, locks, turns
 
         mine, other = Path(sys.argv[1]) / "mine", Path(sys.argv[1]) / "other"
         with locks.hold_lock(mine):
@@ -165,7 +165,7 @@ def test_a_fork_waits_for_begun_blocks_and_new_blocks_wait_for_the_fork(tmp_path
         """
         import os, sys, threading, time
         from pathlib import Path
-        from cachedb.disk import locks
+        from cachedb.disk import forks, locks, turns
 
         class Closed:
             def close(self):
@@ -173,25 +173,25 @@ def test_a_fork_waits_for_begun_blocks_and_new_blocks_wait_for_the_fork(tmp_path
 
         order, inside, leave = [], threading.Event(), threading.Event()
         closed = Closed()
-        locks.close_before_fork(closed)
+        forks.close_before_fork(closed)
 
         def first():
-            with locks.no_fork():
+            with forks.no_fork():
                 inside.set()
                 leave.wait()
-                with locks.no_fork():  # a thread inside a block may begin another
+                with forks.no_fork():  # a thread inside a block may begin another
                     lock = locks.acquire(Path(sys.argv[1]) / "lock")
                     locks.release(lock)
                 order.append("first")
 
         def second():
-            with locks.no_fork():
+            with forks.no_fork():
                 order.append("second")
 
         def fork():
             child = os.fork()
             if child == 0:
-                with locks.no_fork():
+                with forks.no_fork():
                     pass
                 os._exit(0 if order == ["first", "closed"] else 1)
             order.append("forked")
@@ -202,7 +202,7 @@ def test_a_fork_waits_for_begun_blocks_and_new_blocks_wait_for_the_fork(tmp_path
         for thread in threads:
             thread.start()
             inside.wait()
-            while thread is threads[1] and not locks._forking and not order:
+            while thread is threads[1] and not forks._forking and not order:
                 time.sleep(0.001)
         time.sleep(0.2)  # time for the last thread to begin
         assert order == [], order
@@ -222,7 +222,7 @@ def test_a_thread_that_a_fork_waits_for_may_log_and_use_a_pool() -> None:
     """A fork takes the locks of `logging` and `concurrent.futures` too, in any order of imports."""
     script = """
         import os, threading, time
-        from cachedb.disk import locks
+        from cachedb.disk import forks, locks, turns
         import logging
         from concurrent.futures import ThreadPoolExecutor
 
@@ -232,10 +232,10 @@ def test_a_thread_that_a_fork_waits_for_may_log_and_use_a_pool() -> None:
             statuses.append(os.waitpid(child, 0)[1])
 
         statuses = []
-        with locks.no_fork():
+        with forks.no_fork():
             forker = threading.Thread(target=fork, daemon=True)
             forker.start()
-            while not locks._forking:
+            while not forks._forking:
                 time.sleep(0.001)
             done = []
             def work():
@@ -256,11 +256,11 @@ def test_threads_that_lock_and_threads_that_fork_do_not_deadlock(tmp_path: Path)
     script = """
         import os, sys, threading
         from pathlib import Path
-        from cachedb.disk import locks
+        from cachedb.disk import forks, locks, turns
 
         def lock(number):
             for _ in range(200):
-                with locks.no_fork(), locks.hold_lock(Path(sys.argv[1]) / f"lock-{number % 2}"):
+                with forks.no_fork(), locks.hold_lock(Path(sys.argv[1]) / f"lock-{number % 2}"):
                     pass
 
         def fork():
@@ -297,18 +297,18 @@ class Queue:
         import os, sys, time
         from pathlib import Path
         from types import SimpleNamespace
-        from cachedb.disk import locks
+        from cachedb.disk import forks, locks, turns
         folder = Path(sys.argv[1])
         clock = folder / "clock"
         clock.touch()
         locks.time = SimpleNamespace(sleep=time.sleep, monotonic=lambda: clock.stat().st_size)
-        locks._PATIENCE_SECONDS = 1  # tick, so each waiter is checked once
+        turns._PATIENCE_SECONDS = 1  # tick, so each waiter is checked once
         print("ready", flush=True)
         for name in sys.stdin:
             if (child := os.fork()):
                 print(child, flush=True)
                 continue
-            with locks.no_fork(), locks.hold_in_turn(folder / "lock"):
+            with forks.no_fork(), turns.hold_in_turn(folder / "lock"):
                 with (folder / "order").open("a") as file:
                     file.write(name)
                 time.sleep(0.005)
@@ -365,8 +365,8 @@ def queue(tmp_path: Path) -> Iterator[Queue]:
 
 
 @contextmanager
-def turn(folder: Path) -> Iterator[locks.Turn]:
-    with locks.no_fork(), locks.hold_in_turn(folder / "lock") as held:
+def turn(folder: Path) -> Iterator[turns.Turn]:
+    with forks.no_fork(), turns.hold_in_turn(folder / "lock") as held:
         yield held
 
 
@@ -417,7 +417,7 @@ def test_the_next_waiter_keeps_its_turn_until_it_is_awake(tmp_path: Path, monkey
     acquire = locks.acquire
 
     def look(path: Path, *, wait: bool = True) -> Any:
-        assert locks._read_number(numbers, locks._SERVED_OFFSET) == 0
+        assert turns._read_number(numbers, turns._SERVED_OFFSET) == 0
         return acquire(tmp_path / "free") if are_free.pop(0) else None
 
     first = acquire(tmp_path / "lock.queue")
@@ -425,11 +425,11 @@ def test_the_next_waiter_keeps_its_turn_until_it_is_awake(tmp_path: Path, monkey
     assert byte_locks.lock_byte(first.fileno(), 1)
     with (tmp_path / "lock.queue").open("r+b", buffering=0) as file:
         numbers: Any = file
-        locks._write_number(numbers, locks._LAST_OFFSET, 2)
-        locks._write_number(numbers, locks._SERVED_OFFSET, 0)
+        turns._write_number(numbers, turns._LAST_OFFSET, 2)
+        turns._write_number(numbers, turns._SERVED_OFFSET, 0)
         monkeypatch.setattr(locks, "acquire", look)
-        locks._await_turn(numbers, tmp_path / "lock", 2, wait=True)
-        assert locks._read_number(numbers, locks._SERVED_OFFSET) == 1
+        turns._await_turn(numbers, tmp_path / "lock", 2, wait=True)
+        assert turns._read_number(numbers, turns._SERVED_OFFSET) == 1
     locks.release(first)
     assert are_free == []
 
@@ -438,12 +438,12 @@ def test_a_waiter_that_is_served_late_does_not_put_the_numbers_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pass_over(queue: Any, path: Path, number: int, wait: object) -> None:
-        locks._write_number(queue, locks._LAST_OFFSET, number + 3)
-        locks._write_number(queue, locks._SERVED_OFFSET, number + 2)
+        turns._write_number(queue, turns._LAST_OFFSET, number + 3)
+        turns._write_number(queue, turns._SERVED_OFFSET, number + 2)
 
     with turn(tmp_path), monkeypatch.context() as patch:
         patch.setattr(locks, "hold_lock", lambda path, wait: (tmp_path / "other").open("w"))
-        patch.setattr(locks, "_await_turn", pass_over)
+        patch.setattr(turns, "_await_turn", pass_over)
         with turn(tmp_path):
             assert int.from_bytes((tmp_path / "lock.queue").read_bytes()[8:16], "little") == 4
 
@@ -517,8 +517,8 @@ def test_a_mark_survives_the_death_of_its_holder(tmp_path: Path) -> None:
     script = """
         import sys, time
         from pathlib import Path
-        from cachedb.disk import locks
-        with locks.no_fork(), locks.hold_in_turn(Path(sys.argv[1]) / "lock") as turn:
+        from cachedb.disk import forks, locks, turns
+        with forks.no_fork(), turns.hold_in_turn(Path(sys.argv[1]) / "lock") as turn:
             assert not turn.marked
             turn.mark()
             print("marked", flush=True)

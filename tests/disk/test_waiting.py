@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Busy, Cache, CacheError
-from cachedb.disk import locks, processes, single_flight, waiting
+from cachedb.disk import locks, processes, single_flight, turns, waiting
 from cachedb.index.sqlite.database import Database
 from tests.conftest import Run, running
 from tests.disk.test_locks import wait_until
@@ -155,7 +155,7 @@ def test_dead_waiters_are_skipped_without_patience(tmp_path: Path, monkeypatch: 
         children = []
         for _ in range(20):
             if (child := os.fork()) == 0:
-                with locks.hold_in_turn(tmp_path / "lock"):
+                with turns.hold_in_turn(tmp_path / "lock"):
                     os._exit(0)
             children.append(child)
         queue = tmp_path / "lock.queue"
@@ -163,16 +163,16 @@ def test_dead_waiters_are_skipped_without_patience(tmp_path: Path, monkeypatch: 
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 1000.0)
-    with locks.hold_in_turn(tmp_path / "lock", waiting.Wait("it", 30)):
+    monkeypatch.setattr(turns, "_PATIENCE_SECONDS", 1000.0)
+    with turns.hold_in_turn(tmp_path / "lock", waiting.Wait("it", 30)):
         pass
 
 
 def test_a_queue_whose_file_a_stopped_process_locks_blocks_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_QUEUE_LOCK_SECONDS", 0.05)
-    with locks.hold_lock(tmp_path / "lock.queue"), locks.hold_in_turn(tmp_path / "lock"):
+    monkeypatch.setattr(turns, "_QUEUE_LOCK_SECONDS", 0.05)
+    with locks.hold_lock(tmp_path / "lock.queue"), turns.hold_in_turn(tmp_path / "lock"):
         assert locks.is_held(tmp_path / "lock")
 
 

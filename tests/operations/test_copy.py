@@ -439,10 +439,24 @@ def test_a_foreign_file_with_the_name_of_an_unfinished_copy_is_not_emptied(
         cache.copy(target)
     assert os.listdir(target) == [UNFINISHED_INDEX]
     monkeypatch.setattr(copy, "_is_leftover", lambda _: True)  # the file appears after the check
-    with pytest.raises(NotACache, match="belongs to another program"):
+    with pytest.raises(StorageError, match="it is a second name of another file"):
         cache.copy(target)
     assert precious.read_bytes() == b"mine"
     assert stat.S_IMODE(precious.stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root to give a file to another user")
+def test_a_file_of_another_user_with_the_name_of_an_unfinished_copy_is_not_emptied(
+    cache: Cache, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(cache, "app:1", image(1))
+    target.mkdir()
+    (target / UNFINISHED_INDEX).write_bytes(b"theirs")
+    os.chown(target / UNFINISHED_INDEX, 65534, 65534)
+    monkeypatch.setattr(copy, "_is_leftover", lambda _: True)  # the file appears after the check
+    with pytest.raises(NotACache, match="belongs to another program"):
+        cache.copy(target)
+    assert (target / UNFINISHED_INDEX).read_bytes() == b"theirs"
 
 
 def test_an_interrupt_leaves_nothing(cache: Cache, target: Path) -> None:

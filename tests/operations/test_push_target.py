@@ -173,7 +173,7 @@ def test_no_early_upload_begins_with_another_schema(closed_cache: Path, remote: 
 def test_no_early_upload_begins_with_values_of_wrong_types(
     closed_cache: Path, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(push_target, "look", lambda *_: [(FIRST.digest, "large", OCI_MANIFEST, FIRST.digest, 1)])
+    monkeypatch.setattr(push_target, "query_index", lambda *_: [(FIRST.digest, "large", OCI_MANIFEST, FIRST.digest, 1)])
     Target(closed_cache, Name.parse(f"{remote.host}/it:1"))._begin(Name.parse("app:1"))
     assert remote.requests == []
 
@@ -318,7 +318,7 @@ def test_a_push_and_its_early_uploads_do_not_send_the_same_blob(
             is_pushed.wait(30)
         return found
 
-    monkeypatch.setattr(push_target, "look", look_and_wait)
+    monkeypatch.setattr(push_target, "query_index", look_and_wait)
     with Target(closed_cache, Name.parse(f"{remote.host}/it:1")) as target, Cache.open(closed_cache) as cache:
         target.begin(Name.parse("large:1"))
         assert cache.push("large:1", target).blobs == 2

@@ -755,7 +755,7 @@ def test_missing_folders_are_created_again(old: Path, call: str, monkeypatch: py
     arguments = ("0001",) if call == "downgrade" else ()
     run(old, *arguments)
     assert {path.name for path in old.iterdir() if path.is_dir()} >= {"backups", "locks", "trash", "ingest"}
-    monkeypatch.setattr("cachedb.index.sqlite.prepare.refuse_shared", lambda _: "the directory is on nfs")
+    monkeypatch.setattr("cachedb.index.sqlite.prepare.explain_shared", lambda _: "the directory is on nfs")
     with pytest.raises(StorageError, match="the directory is on nfs"):
         run(old, *arguments)
 

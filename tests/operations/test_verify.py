@@ -145,7 +145,7 @@ def test_incomplete_images_and_attached_blobs_are_no_problem(cache: Cache) -> No
 
 
 def test_every_byte_is_read_and_progress_reaches_the_total(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "CHUNK", 100)
+    monkeypatch.setattr(verify, "CHUNK_BYTES", 100)
     seen: list[tuple[int, int]] = []
     cache.verify(progress=lambda done, total: seen.append((done, total)))
     total = sum(files_of(cache.directory).values())
@@ -161,7 +161,7 @@ def test_a_quick_verification_reads_no_file(cache: Cache) -> None:
 
 
 def test_several_files_are_read_at_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "CHUNK", 100)
+    monkeypatch.setattr(verify, "CHUNK_BYTES", 100)
     monkeypatch.setattr(verify, "_FILES_PER_TASK", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     both = threading.Barrier(2, timeout=60)
@@ -178,7 +178,7 @@ def test_several_files_are_read_at_once(cache: Cache, monkeypatch: pytest.Monkey
 
 
 def test_an_interrupt_stops_the_verification_soon(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "CHUNK", 1000)
+    monkeypatch.setattr(verify, "CHUNK_BYTES", 1000)
     cache.add_blob(make.random_bytes(2_000_000, 1))
     is_interrupted, seen = threading.Event(), list[tuple[int, int]]()
 

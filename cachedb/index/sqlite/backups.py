@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from cachedb.callbacks import Callbacks
-from cachedb.disk import locks
+from cachedb.disk import locks, turns
 from cachedb.disk.durable import lock_part, remove_leftovers, sync_file, sync_folder
 from cachedb.disk.file_system import explain_shared
 from cachedb.disk.folders import Folders, apply_folder_mode
@@ -205,7 +205,7 @@ def size_of(connection: sqlite3.Connection) -> int:
     return int(pages) * int(size)
 
 
-def put_in_place(database: Database, turn: locks.Turn, new: Path) -> Path | None:
+def put_in_place(database: Database, turn: turns.Turn, new: Path) -> Path | None:
     """Replace the index by a new one. The caller holds the write lock.
 
     The new index moves to ``backups/`` first, so a crash after the old WAL was moved away loses nothing.

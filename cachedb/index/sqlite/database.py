@@ -19,12 +19,12 @@ from sqlalchemy import URL, Connection, Engine, Select, create_engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
-from cachedb.disk import locks, processes
+from cachedb.disk import forks, locks, processes, turns
+from cachedb.disk.access import Access
 from cachedb.disk.folders import Folders
 from cachedb.disk.reserve import NO_ROOM_ERRNOS, Reserve
 from cachedb.disk.waiting import Wait, choose_wait_seconds
 from cachedb.errors import Busy, CacheError, StorageError, os_errors
-from cachedb.index.sqlite.access import Access
 from cachedb.index.sqlite.connection import (
     CacheConnection,
     IndexChanged,
@@ -90,7 +90,7 @@ class Database:
         self._lookups = Lookups(self._open, self._is_current)
         self.reserve = Reserve(self.directory, lambda: self.folders)
         self.ended = False  # by `end`
-        locks.close_before_fork(self)
+        forks.close_before_fork(self)
 
     def identify_file(self) -> tuple[int, int, str]:
         """Return the identity of ``index.db``, as `IndexFile.identify` does."""
@@ -199,7 +199,7 @@ class Database:
         """A read transaction whose first read is ``first``. It works as `entered`, in half the time."""
         wait: Wait | None = None
         while True:
-            with locks.no_fork():
+            with forks.no_fork():
                 connection = None
                 try:
                     connection = self._engine.connect()
@@ -233,7 +233,7 @@ class Database:
         with self._index_wait() as wait:
             while True:
                 with ExitStack() as stack:
-                    stack.enter_context(locks.no_fork())
+                    stack.enter_context(forks.no_fork())
                     try:
                         found = enter(stack)
                     except (Busy, IndexChanged) as error:
@@ -316,7 +316,7 @@ class Database:
                 self.folders.check()
                 with ExitStack() as stack:
                     try:
-                        connection = stack.enter_context(self._writing(locks.Turn(file, self.write_lock)))
+                        connection = stack.enter_context(self._writing(turns.Turn(file, self.write_lock)))
                     except (Busy, IndexChanged):
                         yield None  # another program is writing
                         return
@@ -344,7 +344,7 @@ class Database:
             connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
 
     @contextmanager
-    def alone(self, wait: Wait | None = None) -> Iterator[locks.Turn]:
+    def alone(self, wait: Wait | None = None) -> Iterator[turns.Turn]:
         """Hold the write lock without a transaction.
 
         Args:
@@ -359,14 +359,14 @@ class Database:
             turn.check("another process may have written meanwhile: run `cachedb verify`")
 
     @contextmanager
-    def _under_lock(self, wait: Wait | None) -> Iterator[locks.Turn]:
+    def _under_lock(self, wait: Wait | None) -> Iterator[turns.Turn]:
         """Hold the write lock; the block must check itself whether the lock was lost."""
         self.folders.check()
         with ExitStack() as stack:
             stack.enter_context(not_reentered(self._resolved, f"writing to the cache in {str(self.directory)!r}"))
             wait = wait or stack.enter_context(self.write_wait())
             stack.enter_context(os_errors("write to the cache"))
-            turn = stack.enter_context(locks.hold_in_turn(self.write_lock, wait))
+            turn = stack.enter_context(turns.hold_in_turn(self.write_lock, wait))
             self.folders.check()  # again: the wait may have been long
             yield turn
 
@@ -436,14 +436,14 @@ class Database:
                 wait.nap(nap, lambda: processes.index_writer(self.path))
 
     @contextmanager
-    def _writing(self, turn: locks.Turn, *, schema: bool = False) -> Iterator[Connection]:
+    def _writing(self, turn: turns.Turn, *, schema: bool = False) -> Iterator[Connection]:
         """A write transaction, under the write lock.
 
         Raises:
             Busy: before the block, if another program is writing.
         """
         with ExitStack() as stack:
-            stack.enter_context(locks.no_fork())
+            stack.enter_context(forks.no_fork())
             connection = stack.enter_context(self._engine.connect())
             driver = driver_of(connection)
             with sqlite_errors(self.path, self.directory):
@@ -476,7 +476,7 @@ class Database:
 
     def close(self) -> None:
         """Close the idle connections; later calls open new ones."""
-        with locks.no_fork():
+        with forks.no_fork():
             self._engine.dispose()
             self._lookups.close()
         self.reserve.refill()  # SQLite has just released two inodes

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Select
 from sqlalchemy.dialects import sqlite
 
-from cachedb.disk import locks
+from cachedb.disk import forks
 from cachedb.index.sqlite.connection import CacheConnection
 from cachedb.index.sqlite.revision import SELECT_REVISION
 from cachedb.index.tables import REVISION
@@ -34,7 +34,7 @@ class Lookups:
         Raises:
             sqlite3.Error: if SQLite fails.
         """
-        with locks.no_fork():
+        with forks.no_fork():
             try:
                 connection = self._idle.pop()
             except IndexError:

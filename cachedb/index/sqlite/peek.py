@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cachedb.disk import locks
+from cachedb.disk import forks
 from cachedb.errors import StorageError, os_errors
 
 __all__ = ["CONTENTS", "REPOSITORIES", "query_index"]
@@ -33,7 +33,7 @@ def query_index(directory: Path, query: str, *values: str) -> list[tuple[Any, ..
         StorageError: if the index cannot be read, or changed while it was read.
     """
     index = (directory / "index.db").absolute()
-    with locks.no_fork(), os_errors("read the index"):
+    with forks.no_fork(), os_errors("read the index"):
         # Opening an idle index would leave -shm and -wal files behind, so open it as immutable.
         before = _state(index)
         immutable = "" if before.has_wal else "&immutable=1"

@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import closing, suppress
 from itertools import filterfalse
 
-from cachedb.disk import locks, marker
+from cachedb.disk import locks, marker, turns
 from cachedb.disk.durable import sync_folder
 from cachedb.disk.file_system import check_features, explain_shared
 from cachedb.disk.folders import FOLDERS, Folders
@@ -83,7 +83,7 @@ def accept_copy(database: Database, *, check: bool) -> None:
     with (
         database.write_wait() as wait,
         os_errors("use the cache directory"),
-        locks.hold_in_turn(database.write_lock, wait=wait) as turn,
+        turns.hold_in_turn(database.write_lock, wait=wait) as turn,
     ):
         database.folders.mark(new=False)  # another process may have done so meanwhile
         if database.folders.is_copy:

@@ -16,7 +16,7 @@ from tempfile import SpooledTemporaryFile
 from typing import Any, Final, NamedTuple
 
 from cachedb.callbacks import Callbacks
-from cachedb.disk import locks
+from cachedb.disk import forks
 from cachedb.errors import CacheError, InvalidQuery, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.text import format_age, format_size
@@ -153,7 +153,7 @@ def _read_rows(
 
     def should_stop() -> bool:
         nonlocal fork_began, stopped
-        if locks.is_fork_waiting():
+        if forks.is_fork_waiting():
             fork_began = fork_began or time.monotonic()
             stopped = time.monotonic() - fork_began > fork_wait
         return stopped
@@ -256,7 +256,7 @@ class _Stream:
         self._is_reading = False
         with database.connected(read_only=True) as connection:
             self._connection = connection
-            locks.close_before_fork(self)
+            forks.close_before_fork(self)
             try:
                 self._cursor = _begin_query(connection, query, parameters, end, timeout, self._callbacks)
             except BaseException:
@@ -267,7 +267,7 @@ class _Stream:
     def rows(self) -> Iterator[tuple[Any, ...]]:
         """Yield the rows."""
         while True:
-            with locks.no_fork():
+            with forks.no_fork():
                 if self._connection is None:
                     raise CacheError("a fork ended the query: run it again, and read all rows before the fork")
                 self._is_reading = True
@@ -282,7 +282,7 @@ class _Stream:
 
     def close(self) -> None:
         """Close the connection, unless this call interrupts a read: a signal handler may fork then."""
-        with locks.no_fork():
+        with forks.no_fork():
             if self._connection and not self._is_reading:
                 self._connection.set_progress_handler(None, 0)
                 self._connection.close()

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cachedb.disk.durable import copy_to_new
-from cachedb.disk.locks import Turn
+from cachedb.disk.turns import Turn
 from cachedb.errors import DamagedIndex, NotACache, StorageError
 from cachedb.index.sqlite.database import Database
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from sqlalchemy import Connection
 
-from cachedb.disk import locks
+from cachedb.disk import turns
 from cachedb.errors import CacheReplaced
 from cachedb.index.sqlite.revision import is_compatible, read_oldest, read_revision
 from cachedb.index.tables import REVISION
@@ -17,7 +17,7 @@ __all__ = ["begin", "driver_of", "ensure_wal", "immediate", "transaction"]
 
 
 @contextmanager
-def transaction(connection: Connection, turn: locks.Turn, check_files: Callable[[], None]) -> Iterator[None]:
+def transaction(connection: Connection, turn: turns.Turn, check_files: Callable[[], None]) -> Iterator[None]:
     """Commit the changes of the block, or roll them back on an error.
 
     A process that is killed during a commit, or cannot sync it, may leave a complete commit in the WAL that no process

@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import Column, MetaData, Table, Text, bindparam, insert, select
 
 from cachedb import Cache, NotACache, SchemaMismatch, StorageError
-from cachedb.disk import locks
+from cachedb.disk import locks, turns
 from cachedb.index.sqlite import lookups
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.prepare import prepare
@@ -80,7 +80,7 @@ def test_a_write_waits_for_the_lock_file(index: Database) -> None:
     with locks.hold_lock(index.write_lock):
         writer = threading.Thread(target=write)
         writer.start()
-        assert wait_until(lambda: entered.is_set() or len(locks.find_waiters(index.write_lock)) == 1)
+        assert wait_until(lambda: entered.is_set() or len(turns.find_waiters(index.write_lock)) == 1)
         assert not entered.is_set()
     writer.join(60)
     assert entered.is_set()
@@ -364,7 +364,7 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
         from sqlalchemy import select
         from cachedb.index.sqlite import lookups
         from cachedb.index.sqlite import database
-        from cachedb.disk import locks
+        from cachedb.disk import forks, locks
         from cachedb.index.tables import TRASH
 
         index = database.Database(Path(sys.argv[1]))
@@ -380,7 +380,7 @@ def test_a_fork_waits_for_a_look_up_of_another_thread(index: Database) -> None:
 
         def compile_slowly(statement):
             within.set()
-            while not (locks._forking or forked.is_set()):
+            while not (forks._forking or forked.is_set()):
                 time.sleep(0.001)
             seen.append(forked.is_set())
             return compiled(statement)
@@ -507,7 +507,7 @@ def test_a_fork_waits_for_the_transactions_of_other_threads(index: Database, tra
         """
         import os, sys, threading, time
         from pathlib import Path
-        from cachedb.disk import locks
+        from cachedb.disk import forks, locks
         from cachedb.index.sqlite.database import Database
 
         index = Database(Path(sys.argv[1]))
@@ -522,7 +522,7 @@ def test_a_fork_waits_for_the_transactions_of_other_threads(index: Database, tra
         with getattr(index, sys.argv[2])():
             forker = threading.Thread(target=fork)
             forker.start()
-            while not (locks._forking or forked.is_set()):
+            while not (forks._forking or forked.is_set()):
                 time.sleep(0.001)
             assert not forked.is_set()
         forker.join(50)
