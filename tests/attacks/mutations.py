@@ -412,6 +412,7 @@ MUTATIONS = [
     Mutation("a size is printed with at most three digits", "cachedb/text.py", "if abs(size) < 999.5", "if abs(size) < 1000", "tests/attacks/test_bounds_of_input.py -k unit"),
     Mutation("`show` prints the author", "cachedb/cli/images.py", ', ("author", image.author or "")]', "]", "tests/attacks/test_bounds_of_input.py -k author"),
     # Second failures
+    Mutation("the widths of a format are added up", "cachedb/index/sqlite/query.py", "            size += _absolute(", "            size = _absolute(", "tests/index/sqlite/test_query.py -k size_of_a_format"),
     Mutation("a query that is stuck ends after its time", "cachedb/cli/signals.py", "None if seconds is None else seconds + _GRACE_SECONDS", "None", "tests/cli/test_queries.py -k after_its_time"),
     Mutation("a query that is stuck ends on a signal", "cachedb/cli/signals.py", "                wait, code, text = _GRACE_SECONDS, 128 + received[0], \"interrupted\"\n", "                pass\n", "tests/cli/test_queries.py -k on_a_signal"),
     Mutation("a manifest is verified before it is returned", "cachedb/cache.py", "                if digest_of(data, digest) != digest:\n", "                if False:\n", "tests/test_cache.py -k damaged_manifest"),

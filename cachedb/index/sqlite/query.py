@@ -55,7 +55,8 @@ _MAX_DIGITS: Final = 9  # a number with more digits exceeds every limit
 _CALLS_LIMIT: Final = 200  # function calls in a query; one row may execute all of them
 _SLOW_CALL: Final = re.compile(r"\b(?:instr|replace|[lr]?trim)\b", re.IGNORECASE)
 _FORMAT_CALL: Final = re.compile(r"\b(?:printf|format)\b", re.IGNORECASE)
-_SPECIFIER: Final = re.compile(r"%[-+ #!0,]*(\d+|\*)?(?:\.(\d+|\*))?")  # groups: width, precision
+# The groups are width, precision and type.
+_SPECIFIER: Final = re.compile(r"%[-+ #!0,]*(\d+|\*)?(?:\.(\d+|\*)?)?l{0,2}(.?)", re.DOTALL)
 _QUICK_CALL: Final = re.compile(r"\b(?:instr|[lr]?trim)\([\w.]+, ?'[^']{1,8}'\)")
 # SQLite's functions that change nothing, access only the index, and take time proportional to their arguments.
 # `_instr`, `_replace`, `_trim` and `_Format` replace those that take longer. Later releases of SQLite may add unsafe
@@ -409,26 +410,37 @@ class _Format:
 
     def __call__(self, *arguments: Value) -> Value:
         if arguments and arguments[0] is not None:
-            limit = _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH]
-            parts = [part for found in _SPECIFIER.findall(_as_text(arguments[0])) for part in found if part]
-            sizes = [len(part) for part in parts if part != "*"]
-            if any(size > _MAX_DIGITS for size in sizes) or any(part != "*" and int(part) > limit for part in parts):
-                raise OverflowError
-            if "*" in parts and any(_exceeds(value, limit) for value in arguments[1:]):
-                raise OverflowError
+            _check_format(_as_text(arguments[0]), iter(arguments[1:]))
         if self._connection is None:
             self._connection = sqlite3.connect(":memory:", check_same_thread=False)
+            for limit, value in _LIMITS.items():
+                self._connection.setlimit(limit, value)
         placeholders = ", ".join("?" * len(arguments))
         found: Value = self._connection.execute(f"SELECT printf({placeholders})", arguments).fetchone()[0]
         return found
 
 
-def _exceeds(value: Value, limit: int) -> bool:
-    """Return whether the absolute value, as SQLite converts it to an integer, exceeds a limit."""
+def _check_format(text: str, values: Iterator[Value]) -> None:
+    """Raise `OverflowError` if the widths and precisions of a format add up to a value that is too large."""
+    limit, size = _LIMITS[sqlite3.SQLITE_LIMIT_LENGTH], 0
+    for specifier in _SPECIFIER.finditer(text):
+        width, precision, kind = specifier.groups()
+        for number in (width, precision):
+            size += _absolute(next(values, None) if number == "*" else number, limit)
+        if size > limit:
+            raise OverflowError
+        if kind not in ("%", "n"):  # these two take no value
+            next(values, None)
+
+
+def _absolute(value: Value, limit: int) -> int:
+    """Return the absolute value, as SQLite converts it to an integer; ``limit + 1`` stands for all larger ones."""
     if isinstance(value, (str, bytes)):
-        number = re.match(r"\s*[-+]?(\d+)", _as_text(value))
-        return number is not None and (len(number[1].lstrip("0")) > _MAX_DIGITS or int(number[1]) > limit)
-    return value is not None and not abs(value) <= limit
+        number = re.match(r"\s*[-+]?0*(\d+)", _as_text(value))
+        if number is None:
+            return 0
+        value = int(number[1]) if len(number[1]) <= _MAX_DIGITS else limit + 1
+    return 0 if value is None else int(min(abs(value), limit + 1))
 
 
 def _as_text(value: Any) -> str:  # noqa: ANN401

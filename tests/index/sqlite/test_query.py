@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from cachedb import Cache, CacheError, InvalidQuery
+from cachedb.index.sqlite import query as query_module
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 from tests.cli.test_main import run_on_terminal
 from tests.conftest import Run
@@ -259,6 +260,8 @@ def test_only_harmless_functions_may_be_called(cache: Cache, call: str) -> None:
         "printf('%.*c', -2147483647, 'a')",
         "printf('%.*c', 2e9, 'a')",
         "format('%.2147483647c', 'a')",
+        "printf(replace(hex(zeroblob(2000)), '00', '%5000000d'), 1)",
+        "printf('%.3000000f%.*f', 1, 3000000, 1)",
         "format('%5.99999999999c', 'a')",
         "length(replace(printf('%.*c', 900000000, 'a'), 'a', 'bb'))",
         f"replace({LONG}, 'a', 'bb')",
@@ -273,6 +276,21 @@ def test_a_value_has_a_size_limit(cache: Cache, value: str) -> None:
         run_query(cache, f"SELECT length({value})")
 
 
+def test_the_size_of_a_format_is_checked_before_it_is_made(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[object, ...]] = []
+    real = query_module._check_format
+
+    def check_format(text: str, values: Iterator[query_module.Value]) -> None:
+        real(text, values)
+        made.append((text,))
+
+    monkeypatch.setattr(query_module, "_check_format", check_format)
+    for call in ("printf('%3000000d%-.3000000d', 1, 2)", "printf('%*d%*d', 3000000, 1, '-3000000', 2)"):
+        with pytest.raises(InvalidQuery, match=r"^a value in the query is over 5\.24 MB: "):
+            run_query(cache, f"SELECT length({call})")
+    assert made == []
+
+
 @pytest.mark.parametrize("name", ["printf", "format"])
 def test_a_format_returns_what_sqlite_returns(cache: Cache, name: str) -> None:
     plain = sqlite3.connect(":memory:")
@@ -284,6 +302,7 @@ def test_a_format_returns_what_sqlite_returns(cache: Cache, name: str) -> None:
         "'12345678901 %q %w %Q', 'a''b', 'c\"d', NULL",
         "'%s', x'6162'",
         "'%*s', '4', 'a'",
+        "'%*d %% %d %.*ld %s', 5, 1, 600000000, 3, 2, 'x'",
         "7",
     ):
         call = f"{name.replace('format', 'printf')}({arguments})"
