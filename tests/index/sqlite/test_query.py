@@ -329,6 +329,12 @@ def test_a_search_in_a_long_text_takes_linear_time(cache: Cache, call: str, resu
     assert time.process_time() - began < 20  # SQLite's own functions would take hours
 
 
+def test_a_search_for_a_long_text_uses_our_functions(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query_module, "_instr", lambda *_: -1)
+    assert run_query(cache, "SELECT instr(x, x || 'b') FROM (SELECT 'a' AS x)") == [(-1,)]
+    assert run_query(cache, "SELECT instr(x, 'short') FROM (SELECT 'a' AS x)") == [(0,)], "SQLite's own is faster here"
+
+
 def test_a_pattern_has_a_length_limit(cache: Cache) -> None:
     assert run_query(cache, "SELECT 'app:1' LIKE :x", x="%" * 128) == [(1,)]
     for operator in ("LIKE", "GLOB"):
