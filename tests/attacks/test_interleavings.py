@@ -172,7 +172,7 @@ def export_old(directory: Path, steps: Steps) -> str:
             yield found
 
     with opened(directory, steps) as cache, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_archive, "held", noting_held)
+        patch.setattr(export_archive, "hold_images", noting_held)
         try:
             cache.export("old:1", directory / "exported.tar")
         except CacheError as error:

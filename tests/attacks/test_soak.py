@@ -316,7 +316,7 @@ def attack_store(store: type[Folder], tmp_path: Path, **options: object) -> tupl
         directory, store, options = Path(sys.argv[1]), getattr(test_soak, sys.argv[2]), json.loads(sys.argv[3])
         target = test_soak.FolderTarget(store, directory / "store")
         result = soak.run(target, soak.Plan(3, directory / "scratch", **options))
-        print(json.dumps([sum(result.operations.values()), result.violations, soak.unfair(result)]))
+        print(json.dumps([sum(result.operations.values()), result.violations, soak.find_unfair_waits(result)]))
         """,
         tmp_path,
         store.__name__,
