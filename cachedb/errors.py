@@ -1,4 +1,4 @@
-"""Define every error that cachedb raises on purpose, under one root.
+"""Define the errors that callers can catch; all are subclasses of `CacheError`.
 
 CacheError
 ├── Busy                 another process holds a lock, and the time to wait for it is over
@@ -11,15 +11,17 @@ CacheError
 ├── DigestMismatch       content differs from its declared digest or size
 ├── IncompleteImage      a blob that the operation needs is not stored
 ├── NotACache            the directory is not a cache and cannot become one
-├── NotOurs              a directory or folder belongs to another user, or leads out of the cache
-├── ReentrantCall        a signal handler or callback needs a lock that its own thread holds
+├── NotOurs              a directory or file is not safely ours: it belongs to another user, is a link or has hard
+│                        links, was replaced, or is on another file system; nothing in it is changed
+├── ReentrantCall        a signal handler, finalizer or callback needs a lock that its own thread already holds
 ├── RegistryError        a registry refused a request or failed, or the network failed
 │   └── RegistryUnavailable  the registry is unreachable or overloaded; a retry may succeed
 ├── SchemaMismatch       this release cannot use the schema of the index
 │   └── InvalidRevision  a given schema revision does not exist
 └── StorageError         an operation of the operating system or of SQLite failed
     ├── CacheReplaced    the cache directory was moved, removed or replaced while it was open
-    └── DamagedIndex     index.db is lost or damaged; it can be rebuilt
+    └── DamagedIndex     the index or a backup of it is lost or damaged; `Cache.verify(repair=True)` rebuilds the
+                         index
 
 A message is one line: what is wrong and, if possible, what to do.
 """
@@ -60,7 +62,7 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_CALLERS = "_cachedb_callers_own"  # an attribute that marks errors of the caller's own code
+_CALLER_MARK = "_cachedb_callers_own"  # an attribute that marks errors of the caller's own code
 
 
 class CacheError(Exception):
@@ -124,11 +126,14 @@ class NotACache(CacheError):
 
 
 class NotOurs(CacheError):
-    """A directory or folder belongs to another user, or leads out of the cache; nothing in it is changed."""
+    """A directory or file is not safely ours; nothing in it is changed.
+
+    It belongs to another user, is a link or has hard links, was replaced, or is on another file system.
+    """
 
 
 class ReentrantCall(CacheError):
-    """A signal handler, a finalizer or a callback needs a lock that the interrupted call holds."""
+    """A signal handler, finalizer or callback needs a lock that its own thread already holds."""
 
 
 class RegistryError(CacheError):
@@ -164,7 +169,7 @@ class CacheReplaced(StorageError):
 
 
 class DamagedIndex(StorageError):
-    """``index.db`` is lost or damaged; `Cache.verify` can rebuild it."""
+    """The index or a backup of it is lost or damaged; `Cache.verify(repair=True)` rebuilds the index."""
 
 
 _ADVICE = {
@@ -196,11 +201,12 @@ def os_errors(action: str) -> Iterator[None]:
 
 
 def is_callers(error: BaseException) -> bool:
-    """Return whether an `OSError` comes from the caller's code rather than from the operating system.
+    """Return whether an `OSError` comes from the caller's code.
 
-    It does if `mark_callers_errors` marked it or if it has no errno, like the `TimeoutError` of a signal handler.
+    True if `mark_callers_errors` marked the error, or if it has no errno, such as a `TimeoutError` that a signal
+    handler raises.
     """
-    return isinstance(error, OSError) and (error.errno is None or hasattr(error, _CALLERS))
+    return isinstance(error, OSError) and (error.errno is None or hasattr(error, _CALLER_MARK))
 
 
 def mark_callers_errors(function: Callable[P, R]) -> Callable[P, R]:
@@ -210,7 +216,7 @@ def mark_callers_errors(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*arguments, **named)
         except OSError as error:
-            setattr(error, _CALLERS, True)
+            setattr(error, _CALLER_MARK, True)
             raise
 
     return call

@@ -33,7 +33,13 @@ def open_blob(directory: Path, digest: Digest) -> BufferedReader:
 
 
 def read_small_blob(directory: Path, digest: Digest, size: int) -> bytes | None:
-    """Return the content of a small blob; None if it is large, unreadable or damaged."""
+    """Return a small blob's content; None if it is missing, too large, unreadable or damaged.
+
+    Args:
+        directory: the cache directory.
+        digest: the blob's digest.
+        size: the blob's size in bytes, from the index.
+    """
     if size > DOCUMENT_LIMIT:
         return None
     with suppress(CacheError), open_blob(directory, digest) as file, os_errors("read a blob"):
@@ -43,7 +49,11 @@ def read_small_blob(directory: Path, digest: Digest, size: int) -> bytes | None:
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, as the opener of `open`; raise `OSError` for other files and symbolic links."""
+    """Open a regular file and return its descriptor; pass this as `opener` to `open`.
+
+    Raises:
+        OSError: for symbolic links and other files that are not regular.
+    """
     try:
         # Opening a pipe without a writer would block, perhaps under the write lock.
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)

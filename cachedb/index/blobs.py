@@ -36,7 +36,7 @@ def _upsert_stored() -> Insert:
 
 
 def read_stored_sizes(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
-    """Return the sizes in bytes of the stored blobs among some digests."""
+    """Return the size in bytes of each given digest that is stored."""
     found: dict[Digest, int] = {}
     for part in split_batches(digests):
         found.update((Digest(digest), size) for digest, size in connection.execute(_select_stored(), {"digests": part}))

@@ -117,7 +117,7 @@ class Closure:
         for blob in self.blobs:
             if blob.role == "manifest" and blob.digest not in self.documents and is_for(blob.platform, asked):
                 raise NotInCache(
-                    f"{name} is not here for platform {shorten(asked)}: pull it with --platform", name=name
+                    f"{name} for platform {shorten(asked)} is not in the cache: pull it with --platform", name=name
                 )
         known = ", ".join(sorted(labels.values()))
         raise NotInCache(

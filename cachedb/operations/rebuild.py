@@ -62,7 +62,7 @@ def rebuild(database: Database, folder: Path) -> list[str]:
         database: the index of the cache.
         folder: a new folder of a session, for the new index.
     """
-    with os_errors("rebuild the index"), database.alone() as write_turn:
+    with os_errors("rebuild the index"), database.alone() as write_lock:
         if not find_faults(database):
             return []
         files, _ = layout.list_blob_files(database.directory)
@@ -71,7 +71,7 @@ def rebuild(database: Database, folder: Path) -> list[str]:
             upgrade.prepare(new)
             with new.write() as connection:
                 notes += _write_index(connection, database.directory, files, salvage)
-        backups.put_in_place(database, write_turn, new.path)
+        backups.put_in_place(database, write_lock, new.path)
     return notes
 
 

@@ -42,8 +42,9 @@ __all__ = ["Restored", "restore"]
 def restore(directory: Path, file: Path) -> Restored:
     """Replace the index by a backup, upgrade its schema, and make it match the blobs on disk.
 
-    The write lock is held after the backup has been copied and checked. Blobs that are newer than the backup stay, but
-    no image uses them unless one in the backup does. The current holds and leases stay.
+    This takes the write lock only after it has copied, migrated and checked the backup. Blobs that were stored after
+    the backup stay. They belong to no image, unless an image in the backup uses them. The current holds and leases
+    stay.
 
     Args:
         directory: the cache directory; its index may be lost or damaged.
@@ -55,6 +56,7 @@ def restore(directory: Path, file: Path) -> Restored:
         DamagedIndex: if the backup is damaged.
         SchemaMismatch: if the schema of the backup, or of the current index, is too new for this release.
         StorageError: if the backup cannot be read, or the cache cannot be written.
+        Busy: if another process holds the write lock for too long.
     """
     database = Database(choose_directory(directory))
     if not is_ours(database.directory) and not has_our_mark(database):
@@ -70,12 +72,12 @@ def restore(directory: Path, file: Path) -> Restored:
     try:
         with closing(Database(session.new_folder())) as new:
             _copy_backup(new, file)
-            with os_errors("restore the index"), database.alone() as write_turn:
+            with os_errors("restore the index"), database.alone() as write_lock:
                 _refuse_newer(database)
                 with new.write() as connection:
                     restored = _match_cache(connection, database)
                 new.close()
-                restored = restored._replace(old=backups.put_in_place(database, write_turn, new.path))
+                restored = restored._replace(old=backups.put_in_place(database, write_lock, new.path))
         with suppress(SchemaMismatch):  # another process has changed the schema meanwhile
             restored = restored._replace(unread=upgrade.backfill(database))
         return restored
@@ -103,7 +105,7 @@ def _copy_backup(new: Database, file: Path) -> None:
             folders.make(folder)
         with file.open("rb") as backup:
             copy_to_new(backup, new.path.name, folders.root)
-        # A copy of an index that was in use has a WAL beside it.
+        # A plain file copy of an index in use may have a WAL beside it; copy the WAL too.
         with suppress(FileNotFoundError), open(f"{file}-wal", "rb") as wal:
             copy_to_new(wal, f"{new.path.name}-wal", folders.root)
     try:
@@ -123,15 +125,16 @@ def _copy_backup(new: Database, file: Path) -> None:
 
 
 def _refuse_foreign_objects(new: Database, file: Path) -> None:
-    """Raise if a backup has a trigger, view, table or index that no migration creates.
+    """Raise if a backup's tables, views, indexes or triggers differ from what the migrations create.
 
-    A trigger could change what cachedb writes.
+    For a newer schema only triggers are checked, because they could change what cachedb writes.
     """
     with new.look() as connection:
         foreign = find_foreign_objects(connection) if read_revision(connection) else []
     if foreign:
         found = ", ".join(f"{kind} {name!r}: {detail}" for kind, name, detail in foreign)
-        advice = "drop it from a copy of the backup" if {schema.UNKNOWN} == {drift.detail for drift in foreign} else ""
+        can_drop = {schema.UNKNOWN} == {drift.detail for drift in foreign}
+        advice = "drop these objects from a copy of the backup and restore that copy" if can_drop else ""
         raise NotACache(
             f"{str(file)!r} was changed by another program, and was not restored: {truncate(found, 300)}: "
             + (advice or "restore another backup")
@@ -162,7 +165,8 @@ def _match_cache(connection: Connection, database: Database) -> Restored:
     new = [writer.Received(digest, size, None) for digest, size in files.items() if rows.get(digest) != size]
     blobs.set_stored(connection, new)
     save.associate_waiting(connection, directory, [blob.digest for blob in new if blob.size <= DOCUMENT_LIMIT])
-    connection.execute(delete(TRASH))  # files that were not deleted yet are blobs again
+    # The backup lists files to delete; those still in `blobs/` are now stored blobs again.
+    connection.execute(delete(TRASH))
     connection.execute(delete(LEASES))
     connection.execute(delete(HOLDS))
     for name in ("holds", "leases"):

@@ -149,7 +149,7 @@ MUTATIONS = [
     Mutation("a backup inside a backup is refused", "cachedb/index/sqlite/backups.py", '            stack.enter_context(not_reentered(os.path.realpath(lock), "making a backup of the index"))\n', "", "tests/test_reentry.py -k backup_inside"),
     Mutation("an error of a signal handler is not translated", "cachedb/errors.py", "        if is_callers(error):\n            raise\n        raise StorageError", "        raise StorageError", "tests/test_reentry.py -k unchanged"),
     Mutation("an error of a signal handler is not ignored", "cachedb/errors.py", "return isinstance(error, OSError) and not is_callers(error)", "return isinstance(error, OSError)", "tests/test_reentry.py -k unchanged"),
-    Mutation("an error of a callback is marked", "cachedb/errors.py", "            setattr(error, _CALLERS, True)\n", "", "tests/test_reentry.py -k callback"),
+    Mutation("an error of a callback is marked", "cachedb/errors.py", "            setattr(error, _CALLER_MARK, True)\n", "", "tests/test_reentry.py -k callback"),
     Mutation("an error of a callback does not count as a damaged blob", "cachedb/operations/verify.py", "        if is_callers(error):\n            raise  # the callback", "        if False:\n            raise  # the callback", "tests/test_reentry.py -k callback"),
     Mutation("an error raised in a callback of SQLite is kept", "cachedb/index/sqlite/query.py", "        callbacks.raise_again()\n", "", "tests/test_reentry.py -k handlers_error"),
     Mutation("a file has no name before it is whole", "cachedb/disk/durable.py", "        unnamed = os.open(part.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)\n", "        raise OSError(errno.EOPNOTSUPP, '')\n", "tests/disk/test_durable.py -k need_no_name"),
@@ -557,7 +557,7 @@ def main() -> int:
         Path(scratch).chmod(0o755)
         if options.control:
             tests = " ".join(sorted({test for mutation in chosen for test in shlex.split(mutation.tests)}))
-            docstring = '"""Errors'  # replaced by itself
+            docstring = '"""Define the errors'  # replaced by itself
             control = Mutation("no mutation", "cachedb/errors.py", docstring, docstring, tests)
             failed, seconds = find_failure(control, Path(scratch))
             print(f"{control.what:68} {seconds:4.0f} s  {failed or 'all tests pass'}", flush=True)

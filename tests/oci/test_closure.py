@@ -93,7 +93,7 @@ def test_a_platform_is_found_in_a_nested_index() -> None:
 def test_a_platform_that_is_not_stored_and_an_unknown_platform_give_different_errors() -> None:
     present = {digest_of(OUTER), digest_of(INNER), digest_of(ARM)}
     closure, _ = read_closure(present)
-    with pytest.raises(NotInCache, match="is not here for platform 'linux/amd64': pull it"):
+    with pytest.raises(NotInCache, match="for platform 'linux/amd64' is not in the cache: pull it"):
         closure.for_platform(NAME, "linux/amd64", refuse_config)
     with pytest.raises(NotInCache, match="is not for platform 'linux/s390x', but for linux/arm64"):
         closure.for_platform(NAME, "linux/s390x", refuse_config)

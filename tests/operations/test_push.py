@@ -207,7 +207,7 @@ def test_one_platform_is_pushed_as_an_image_without_an_index(cache: Cache, partl
     pushed = cache.push(partly, f"{remote.host}/target:1", platform="linux/amd64")
     assert pushed.digest == FIRST.digest
     assert_has(remote, "target", "1", FIRST)
-    with pytest.raises(NotInCache, match="not here for platform"):
+    with pytest.raises(NotInCache, match="for platform 'linux/arm64' is not in the cache"):
         cache.push(partly, f"{remote.host}/target:2", platform="linux/arm64")
 
 
@@ -435,7 +435,7 @@ def test_nothing_is_sent_to_an_upload_url_that_is_not_https(
     with Registry() as other, Registry(auth="basic", tls=(certified, key)) as remote:
         authfile = write_login(tmp_path / "auth.json", remote.host)
         remote.fault(change_headers({"Location": f"{other.url}/v2/app/blobs/uploads/x"}), method="POST", times=1)
-        with pytest.raises(RegistryError, match="not HTTPS"):
+        with pytest.raises(RegistryError, match="redirect to a URL whose scheme is not allowed"):
             cache.push("app:1", f"{remote.host}/app:1", plain_http=False, authfile=authfile)
         assert other.requests == []
 
@@ -544,7 +544,7 @@ def test_an_upload_continues_at_the_host_of_its_redirect(cache: Cache, remote: R
 
 def test_the_error_of_a_read_only_registry_says_so(cache: Cache, remote: Registry) -> None:
     remote.fault(answer(405), method="POST", times=99)
-    with pytest.raises(RegistryError, match=r"does not accept repository app \(405\); it is read-only, or a mirror"):
+    with pytest.raises(RegistryError, match=r"does not accept repository app \(405\); it may be read-only or a mirror"):
         cache.push("app:1", f"{remote.host}/app:1")
 
 

@@ -137,7 +137,7 @@ def mismatch(directory: Path, revision: str | None) -> SchemaMismatch | DamagedI
     if revision < REVISION:
         return SchemaMismatch(
             f"the index in {str(directory)!r} has schema {revision}, and this release needs {REVISION}: "
-            "run `cachedb db upgrade`, or set CACHEDB_AUTO_UPGRADE=1 or open it with Cache.open(upgrade=True) once"
+            "run `cachedb db upgrade`, set CACHEDB_AUTO_UPGRADE=1, or call Cache.open(upgrade=True)"
         )
     return SchemaMismatch(
         f"the index in {str(directory)!r} has schema {revision}, and this release knows {REVISION} at most: "

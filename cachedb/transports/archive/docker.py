@@ -20,7 +20,7 @@ def read_entries(section: Section) -> list[dict[str, Any]]:
     """Return the entries of manifest.json, one for each image."""
     entries = read_document(section, "manifest.json")
     if not isinstance(entries, list) or not entries:
-        raise InvalidArchive("manifest.json is not a list of images")
+        raise InvalidArchive("manifest.json is not a list of images, or the list is empty")
     check_image_count(entries)
     for entry in entries:
         if isinstance(entry, dict) and "Layers" in entry and entry["Layers"] is None:

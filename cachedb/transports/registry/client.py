@@ -1,7 +1,8 @@
 """Send HTTP requests to a registry, with authorization, redirects, proxies, certificates and retries.
 
 Answers are untrusted. Bodies are read up to a limit, and the receiver verifies content. Credentials are sent only to
-their registry and to the token server it names. They never follow a redirect and never appear in an error.
+their registry and to the token server it names. Credentials are not sent to another host after a redirect. They never
+appear in an error.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ __all__ = ["TRIES", "Client", "drain_after", "read_body", "to_one_line", "with_q
 
 
 TRIES: Final = 5
-"""The number of attempts at a request that may succeed on retry."""
+"""How many times a request is sent in total, if its failures may be temporary."""
 
 _TIMEOUT = Timeout(connect=10, read=60)  # seconds; `read` applies to each read from the socket
 _BODY_TIMEOUT = Timeout(connect=60, read=600)  # a registry may take long to store a body
@@ -54,10 +55,10 @@ _TOKEN_LIMIT = 1024 * 1024  # bytes
 _RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 _CHALLENGE = re.compile(r'\b(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
 
-_OBJECT = re.compile(r"^(?:<.*>|\w+\(host=[^)]*\)): ")  # the repr that urllib3 puts before a message
+_OBJECT_REPR = re.compile(r"^(?:<.*>|\w+\(host=[^)]*\)): ")  # the repr that urllib3 puts before a message
 
 Body = bytes | str | Iterable[bytes]
-"""The body of a request; each iteration starts at the beginning."""
+"""The body of a request. An iterable must start again at each iteration, because a retry sends the body again."""
 
 
 class Client:
@@ -73,7 +74,7 @@ class Client:
         """
         self.place = place
         self._authfile, self._push = authfile, push
-        self._guard, self._authorizing = threading.RLock(), threading.RLock()
+        self._guard, self._authorization_lock = threading.RLock(), threading.RLock()
         self._pools: dict[tuple[bool, str | None, str | None], urllib3.PoolManager] = {}
         self._authorization = ""
         self._stopped = threading.Event()
@@ -88,7 +89,7 @@ class Client:
     def stop(self) -> None:
         """Cancel running requests and refuse new ones.
 
-        Without this, a stop could wait ten minutes for the answer of a registry.
+        Without it, a cancelled transfer could wait ten minutes for a slow registry.
         """
         self._stopped.set()
         with self._guard:
@@ -138,13 +139,13 @@ class Client:
         Args:
             method: the HTTP method.
             url: a URL of the repository or of a token server.
-            what: what errors call the requested thing.
+            what: the name of the requested thing in error messages.
             headers: the headers of the request.
             good: the expected statuses.
-            token: whether the request is for a token; it has its own credentials, which must not be redirected.
+            token: True if this requests a token. Its headers or body carry credentials, so redirects are not followed.
             body: the body of the request.
-            failed: for a request that must not be repeated unchanged: the number of earlier failures. After a failure
-                this pauses and raises instead of retrying.
+            failed: the number of earlier failures, if the caller itself must retry with a changed request. After a
+                temporary failure, `request` pauses and then raises; None to retry here.
 
         Raises:
             RegistryUnavailable: if the registry is unreachable or overloaded.
@@ -214,7 +215,8 @@ class Client:
         """Return the absolute URL of a Location header.
 
         Raises:
-            RegistryError: if the location is missing, not a URL, or leads from HTTPS to another scheme.
+            RegistryError: if the location is missing or not a URL, or if its scheme is not allowed. Only HTTPS is
+                allowed after HTTPS; HTTP and HTTPS are allowed after HTTP.
         """
         if not location:
             raise RegistryError(f"{self.place.registry}: answer without a Location: check that it is a registry")
@@ -223,7 +225,7 @@ class Client:
         except ValueError:
             raise RegistryError(f"{self.place.registry}: redirect to an invalid URL") from None
         if _origin(following)[0] not in ({"https"} if _origin(url)[0] == "https" else {"http", "https"}):
-            raise RegistryError(f"{self.place.registry}: redirect to a URL that is not HTTPS")
+            raise RegistryError(f"{self.place.registry}: redirect to a URL whose scheme is not allowed")
         return following
 
     def pause(self, tries: int, response: urllib3.BaseHTTPResponse | None) -> bool:
@@ -267,7 +269,7 @@ class Client:
         """Get the authorization for a challenge; return False if another thread got it meanwhile."""
         challenges = [text.strip().partition(" ") for text in response.headers.getlist("WWW-Authenticate")]
         known = {scheme.lower(): rest for scheme, _, rest in challenges}
-        with self._authorizing:
+        with self._authorization_lock:
             if self._authorization != sent:
                 return False  # the new token may still lack our scope; then the caller asks again
             if "bearer" in known:
@@ -284,7 +286,10 @@ class Client:
         return credentials.find(self.place.registry, self.place.repository, self._authfile, stopped=self._stopped)
 
     def _request_token(self, challenge: Mapping[str, str]) -> str:
-        """Get a token from the server in a challenge (distribution's token and OAuth2 specifications)."""
+        """Request a token from the token server that a challenge names.
+
+        The token and OAuth2 specifications of distribution define the request.
+        """
         realm = challenge.get("realm", "")
         scheme, host, _ = _origin(realm)
         if scheme not in ("http", "https") or (self.place.url.startswith("https:") and scheme != "https"):
@@ -292,7 +297,8 @@ class Client:
         query = {"service": challenge.get("service", "")}
         read_scope = f"repository:{self.place.repository}:pull"
         scopes = (challenge.get("scope") or read_scope).split()
-        # Some registries refuse a read token for a repository that does not exist, but create it for a write token.
+        # For a repository that does not exist, some registries refuse a read token but grant a write token and create
+        # the repository.
         query["scope"] = " ".join(
             f"{read_scope},push" if self._push and scope == read_scope else scope for scope in scopes
         )
@@ -340,7 +346,7 @@ class Client:
         if response.status in _RETRY_STATUSES:
             return RegistryUnavailable(f"{host} is overloaded, or failing ({detail}); try again later")
         if response.status == 405:
-            return RegistryError(f"{host} does not accept {what} ({detail}); it is read-only, or a mirror")
+            return RegistryError(f"{host} does not accept {what} ({detail}); it may be read-only or a mirror")
         # A server that expects HTTPS answers 400 to HTTP, without a registry's error document.
         advice = "; if it speaks HTTPS, use --tls" if detail == "400" and self.place.url.startswith("http:") else ""
         return RegistryError(f"{host} answers {detail} to a request for {what}{advice}")
@@ -349,7 +355,10 @@ class Client:
 def _create_pool_classes(
     connect: Callable[[HTTPConnection, Callable[[], None]], None],
 ) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return urllib3 pool classes by scheme; their connections pass their connect method to ``connect``."""
+    """Return urllib3 pool classes by scheme.
+
+    Each connection calls ``connect`` with itself and its original connect method.
+    """
 
     class Plain(HTTPConnection):
         def connect(self) -> None:
@@ -381,7 +390,10 @@ def _sleep(seconds: float, stopped: threading.Event) -> None:
 
 
 def _is_final(error: HTTPError) -> bool:
-    """Return whether a retry would fail too; an SSLError may be only a connection that ended."""
+    """Return whether a retry would fail too.
+
+    An SSLError that only reports a closed connection is not final.
+    """
     if isinstance(error, SSLError):
         return not any(isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) for cause in error.args)
     return isinstance(error, NewConnectionError)
@@ -394,7 +406,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
         RegistryError: if it is not a URL. The message does not quote it, because it may contain a secret.
     """
     try:
-        # Use the parser of the connection: another one may see another host.
+        # Parse with urllib3, as the connection does: another parser may find another host.
         parts = parse_url(url)
     except ValueError:
         raise RegistryError("a registry sent an invalid URL") from None
@@ -460,6 +472,6 @@ def to_one_line(text: object) -> str:
     if isinstance(text, (ProtocolError, ProxyError)) and len(text.args) == 2:
         what, cause = text.args
         text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {to_one_line(cause)}"
-    line = " ".join(_OBJECT.sub("", str(text), count=1).split())
+    line = " ".join(_OBJECT_REPR.sub("", str(text), count=1).split())
     line = "".join(char if char.isprintable() else "?" for char in line)
     return line if len(line) <= 200 else f"{line[:200]}..."

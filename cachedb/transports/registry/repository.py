@@ -163,7 +163,9 @@ class Repository:
                 following = _NEXT.search(response.headers.get("Link", ""))
                 url = self._client.follow(url, following[1]) if following else None
             if max(len(found), pages) > _MAX_REFERRERS:
-                raise RegistryError(f"{self.place.registry} lists more than {_MAX_REFERRERS} referrers of {digest}")
+                raise RegistryError(
+                    f"{self.place.registry} lists more than {_MAX_REFERRERS} referrers, or pages of them, for {digest}"
+                )
         return found
 
     def _read_referrers_index(self, digest: Digest) -> bytes:
