@@ -1,11 +1,13 @@
-"""Interleavings: step two processes that share a cache through the orders of their steps.
+"""Interleavings: run two processes that share a cache in many orders of their steps.
 
 In any order, the two actors must do what they would do one after the other: their outcomes, and the cache that they
-leave, must equal those of one of the two serial orders. At every stop the directory is as a kill would leave it, so
-every stored row must have its file (P1). At the end of each order all promises are checked.
+leave, must equal those of one of the two serial orders. A kill at a stop would leave the directory in exactly this
+state, so at every stop every stored row must have its file (P1). At the end of each order,
+`tests/support/promises.py` checks P1, P2, P3, P5 and P6.
 
 By default the test runs a sample of the orders of each pair, the same each time. With ``CACHEDB_EVERY_ORDER`` set it
-runs all orders. ``CACHEDB_ORDER`` is the word of one order, from a failure; only this order runs. Each pair has the
+runs all orders. An order is written as As and Bs, such as ``AABBA``: each letter says which actor makes the next step.
+``CACHEDB_ORDER`` is one order, from a failure; then only this order and the two serial orders run. Each pair has the
 kinds of step points that matter to it, to keep the number of orders small:
 
 ======== ==========================================================================
@@ -14,10 +16,11 @@ commit   before the commit of a write transaction, in the critical section
 read     before a read transaction takes its snapshot
 blobs    before a link, rename or unlink in ``blobs/``, in the critical section
 trash    before ``trash/`` is listed, and before a file in it is unlinked
-ingest   before a received file is renamed, listed or unlinked
+ingest   before ``ingest/`` or a folder in it is listed, and before an entry in it is renamed or removed
 open     before a blob's file is opened
 receive  before a blob is received, and afterwards
-session  before a process tries or unlinks a session's lock file
+session  before ``locks/`` is listed, before a non-blocking attempt to take a lock, and before a lock file is unlinked;
+         without ``*`` also before a wait for a session's lock
 inside   where an actor in this module calls ``steps.step("inside")``
 ``…*``   only the first of several points of this kind in a row
 ======== ==========================================================================
@@ -61,7 +64,7 @@ pytestmark = pytest.mark.attack
 
 EVERY = bool(os.environ.get("CACHEDB_EVERY_ORDER"))
 ORDER = os.environ.get("CACHEDB_ORDER", "")
-"""The word of the only order to run, from a failure."""
+"""An order from a failure, such as ``AABBA``; only this order and the two serial orders run."""
 SAMPLE = 20
 """The number of orders of each pair that run by default."""
 
@@ -131,7 +134,10 @@ def remove_sharing(directory: Path, steps: Steps) -> None:
 
 
 def collect(directory: Path, steps: Steps) -> None:
-    """Collect garbage; do not stop in the recovery at its beginning, which other pairs test."""
+    """Collect garbage.
+
+    The recovery at its start stops only before locks, because other pairs test the recovery.
+    """
     recover = collecting.recover
 
     def recover_without_stops(database: Database) -> None:
@@ -233,9 +239,10 @@ def act(actor: str, directory: Path, steps: Steps) -> object:
         stop_at_files(patch, steps, directory)
         stop_at_transactions(patch, steps)
         patch.setattr(os, "fsync", lambda descriptor: None)  # there are no power cuts here
-        # The word decides who goes, not the queue at the write lock.
+        # The chosen order decides which process runs next, so skip the queue of the write lock.
         patch.setattr(turns, "_await_turn", lambda queue, path, number, wait: None)
-        patch.setattr(os, "cpu_count", lambda: 1)  # an import uses one thread: the steps cannot order several
+        # Let an import use one thread, because the steps cannot control the order of threads.
+        patch.setattr(os, "cpu_count", lambda: 1)
         return ACTORS[actor](directory, steps)
 
 
@@ -252,7 +259,7 @@ def warm() -> None:
 
 
 def announce_locks(patch: pytest.MonkeyPatch, steps: Steps) -> None:
-    """Announce `write.lock` and the locks of producers, and stop before a process tries a session's lock."""
+    """Announce `write.lock` and the locks of claims, and stop before a process tries a session's lock."""
     flock = fcntl.flock
 
     def announcing_flock(file: Any, operation: int) -> None:
@@ -476,7 +483,10 @@ PAIRS = [
 
 
 def make_p1_check(directory: Path) -> Callable[[], None]:
-    """Return a check of P1 for each stop, because a kill would leave the directory as it is then."""
+    """Return a function that checks P1 at a stop.
+
+    A kill at that stop would leave the directory in this state.
+    """
 
     def at_stop() -> None:
         with closing(sqlite3.connect(directory / "index.db")) as connection:
