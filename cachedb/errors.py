@@ -66,7 +66,7 @@ _CALLER_MARK = "_cachedb_callers_own"  # an attribute that marks errors of the c
 
 
 class CacheError(Exception):
-    """The root of all errors that cachedb raises on purpose."""
+    """The root of all errors that cachedb raises on purpose, except `TypeError`."""
 
 
 class Busy(CacheError):

@@ -134,10 +134,13 @@ def _refuse_foreign_objects(new: Database, file: Path) -> None:
     if foreign:
         found = ", ".join(f"{kind} {name!r}: {detail}" for kind, name, detail in foreign)
         can_drop = {schema.UNKNOWN} == {drift.detail for drift in foreign}
-        advice = "drop these objects from a copy of the backup and restore that copy" if can_drop else ""
+        advice = (
+            "drop these objects from a copy of the backup and restore that copy"
+            if can_drop
+            else "restore another backup"
+        )
         raise NotACache(
-            f"{str(file)!r} was changed by another program, and was not restored: {truncate(found, 300)}: "
-            + (advice or "restore another backup")
+            f"{str(file)!r} was changed by another program, and was not restored: {truncate(found, 300)}: {advice}"
         )
 
 

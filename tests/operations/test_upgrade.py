@@ -1071,7 +1071,9 @@ def test_a_backup_with_a_foreign_schema_object_is_refused(
     before = read_rows(directory)
     old = unpack_frozen_cache(revision, tmp_path / "old")
     change_index(old, TAMPERED[kind])
-    message = rf"changed by another program, and was not restored: {kind} 'evil': no migration creates it: drop"
+    message = (
+        rf"changed by another program, and was not restored: {kind} 'evil': no migration creates it: drop these objects"
+    )
     with pytest.raises(NotACache, match=message):
         restore.restore(directory, old / "index.db")
     assert read_rows(directory) == before
