@@ -669,7 +669,8 @@ class Cache:
         Args:
             query: SQL as SQLite understands it, with the extra functions ``human(bytes)`` and ``ago(time)``.
             parameters: a value for each ``:name`` in the query.
-            timeout: seconds after which the query is stopped.
+            timeout: seconds after which the query is stopped. SQLite checks this between its steps, and a step on
+                values of megabytes can take seconds.
             stream: return each row as soon as it is found, and keep none. A fork of this process ends the answer;
                 reading the next row then raises CacheError.
 
