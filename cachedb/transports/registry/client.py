@@ -293,7 +293,9 @@ class Client:
         realm = challenge.get("realm", "")
         scheme, host, _ = _origin(realm)
         if scheme not in ("http", "https") or (self.place.url.startswith("https:") and scheme != "https"):
-            raise RegistryError(f"{self.place.registry} has the token server {shorten(realm)}, which is not HTTPS")
+            raise RegistryError(
+                f"{self.place.registry}: the scheme of the token server {shorten(realm)} is not allowed"
+            )
         query = {"service": challenge.get("service", "")}
         read_scope = f"repository:{self.place.repository}:pull"
         scopes = (challenge.get("scope") or read_scope).split()
