@@ -162,7 +162,7 @@ def collect(database: Database, *, batch: int = _LARGE_BATCH) -> Iterator[Collec
         unlink()
     if left:
         path, reason = left[0]
-        raise StorageError(f"all was collected, but {str(path)!r} cannot be unlinked: {reason}")
+        raise StorageError(f"collected all garbage, but cannot unlink {str(path)!r}: {reason}")
 
 
 def empty_trash(database: Database) -> list[Leftover]:

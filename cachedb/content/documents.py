@@ -47,7 +47,7 @@ def read_document(directory: Path, digest: Digest) -> bytes:
         with open_blob(directory, digest) as file, os_errors("read a blob"):
             data = file.read()
     except NotInCache:
-        raise StorageError(f"the file of {digest} is gone: run `cachedb verify`") from None
+        raise StorageError(f"the file of {digest} is missing: run `cachedb verify`") from None
     if digest_of(data, digest) != digest:
         raise DigestMismatch(f"the file of {digest} is damaged: run `cachedb verify`")
     return data

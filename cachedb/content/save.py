@@ -173,7 +173,7 @@ def save_image(
         InvalidManifest: if a manifest of the closure is invalid; then nothing is written.
     """
     if name.digest not in (None, digest):
-        raise InvalidName(f"{name} cannot be the name of {digest}: its digest is another")
+        raise InvalidName(f"{name} names another digest than {digest}: use a tag or this digest")
     known = look_up_blobs(connection, [digest])
     root = oci.root_descriptor(digest, known[digest].size, media_type)
     found = closure(connection, directory, root, choose, known=known)
@@ -273,7 +273,9 @@ def closure(
             return None
         try:
             if row.size > DOCUMENT_LIMIT:
-                raise InvalidManifest(f"manifest {blob.digest} is {row.size} bytes; {DOCUMENT_LIMIT} at most are read")
+                raise InvalidManifest(
+                    f"manifest {blob.digest} has {row.size} bytes, over the limit of {DOCUMENT_LIMIT}"
+                )
             with reader.open_blob(directory, blob.digest) as file, os_errors("read a manifest"):
                 data = file.read()
             if not strict:
@@ -302,7 +304,7 @@ def _check_sizes(found: Iterable[Descriptor], known: dict[Digest, BlobRow]) -> N
     for digest, size in {blob.digest: blob.size for blob in found}.items():
         row = known.get(digest)
         if row is not None and row.stored and row.size != size:
-            raise InvalidManifest(f"the manifest says that {digest} is {size} bytes; it is {row.size}")
+            raise InvalidManifest(f"the manifest declares {size} bytes for {digest}, but the blob has {row.size}")
 
 
 def _add_rows(connection: Connection, found: Iterable[Descriptor], known: dict[Digest, BlobRow]) -> None:
@@ -383,7 +385,7 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     """
     image = find(connection, source)
     if target.digest not in (None, image.digest):
-        raise InvalidName(f"{target} cannot be a name of {source}: its digest is {image.digest}")
+        raise InvalidName(f"{target} names another digest than {source}, which is {image.digest}: use a tag")
     target_id, _ = point_name(connection, target, image.manifest_id, image.media_type, image.some_platforms)
     if target_id == image.id:
         return target_id

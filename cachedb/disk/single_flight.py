@@ -122,7 +122,7 @@ def check_claim(directory: Path, key: str) -> None:
     lock = _claims.get(path)
     with suppress(OSError, ValueError):
         if lock is not None and not locks.leads_to(path, lock.fileno()):
-            raise ClaimLost(f"{key} was taken over by another process: it made no progress here")
+            raise ClaimLost(f"another process took over {key}, because this one made no progress: try again")
 
 
 @contextmanager

@@ -181,7 +181,7 @@ class _Adopter:
         if found is None:
             return False
         if found.digest != image.digest:
-            detail = f"it is {found.digest} in this cache: `cachedb rm` that first, or `cachedb tag` it"
+            detail = f"here the name has {found.digest}: first remove it with `cachedb rm`"
             self._leave_out("exists", image.name, detail)
             self._unwanted.update(image.wanted)
             return True
@@ -308,7 +308,7 @@ class _Adopter:
                 if found and {blob.digest for blob in contents if blob.stored}.issuperset(read_blobs(entry)):
                     self._names.add(name)
                     continue
-            detail = "it is in index.json, but its manifest is missing"
+            detail = "index.json names the image, but its manifest is missing"
             self._left_out.append(LeftOut("missing", str(name), None, path, detail))
 
     def _delete_adopted(self) -> None:

@@ -244,7 +244,9 @@ class _Pull:
                 if root.digest in known or root.role == "other" or not self._is_referrer(root, subject):
                     continue
                 if len(known) >= _MAX_MANIFESTS:
-                    raise RegistryError(f"{self._name} has more than {_MAX_MANIFESTS} manifests that refer to it")
+                    raise RegistryError(
+                        f"{self._name} has more than {_MAX_MANIFESTS} referrers: pull without --referrers"
+                    )
                 known.add(root.digest)
                 pending.append(root)
                 found += oci.walk(root, self._read_child)

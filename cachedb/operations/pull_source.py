@@ -182,7 +182,7 @@ class Source:
             )
         data = self.documents.get(blob.digest)
         if data is None and sum(map(len, self.documents.values())) + blob.size > _MANIFEST_BYTES:
-            raise InvalidManifest(f"{self.name} has manifests of more than {_MANIFEST_BYTES} bytes in all")
+            raise InvalidManifest(f"the manifests of {self.name} have more than {_MANIFEST_BYTES} bytes together")
         if data is None:
             data = stored(blob.digest)
         if data is None:

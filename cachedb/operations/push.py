@@ -74,7 +74,7 @@ def push(
     """
     root = closure.root
     if name.digest not in (None, root.digest):
-        raise InvalidName(f"{name} cannot be the name of {root.digest}: its digest is another")
+        raise InvalidName(f"{name} names another digest than {root.digest}: use a tag or this digest")
     repository = target.repository
     blobs, documents = _add_referrers(closure, contents, read)
     # Divide by role: a manifest may also be a layer of another one.

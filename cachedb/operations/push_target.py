@@ -132,7 +132,7 @@ class Target:
         try:
             file = open_blob(self._directory, blob.digest)
         except NotInCache:
-            raise StorageError(f"the file of {blob.digest} is gone: run `cachedb verify`") from None
+            raise StorageError(f"the file of {blob.digest} is missing: run `cachedb verify`") from None
         with file:
             self.repository.put_blob(blob.digest, blob.size, file, advance)
         return "uploaded"

@@ -120,13 +120,13 @@ def tar_with_links(count: int) -> bytes:
 
 def test_up_to_40_links_are_followed_as_on_linux(tmp_path: Path) -> None:
     assert open_tar(tmp_path, tar_with_links(40)).find("l40")
-    with pytest.raises(InvalidArchive, match="go in a circle"):
+    with pytest.raises(InvalidArchive, match="form a loop"):
         open_tar(tmp_path, tar_with_links(41))
 
 
 def test_a_member_name_of_4096_characters_is_accepted() -> None:
     assert files._normalize_name("x" * 4096)
-    with pytest.raises(InvalidArchive, match="has a name that no file can have"):
+    with pytest.raises(InvalidArchive, match="has an invalid file name"):
         files._normalize_name("x" * 4097)
 
 

@@ -327,6 +327,6 @@ def test_referrers_whose_manifests_exceed_the_memory_limit_are_refused(
 ) -> None:
     monkeypatch.setattr("cachedb.operations.pull_source._MANIFEST_BYTES", 10_000)
     name = list_as_referrers(remote, *(make_referrer(FIRST.manifest, bytes([number])) for number in range(30)))
-    with pytest.raises(InvalidManifest, match="more than 10000 bytes in all"):
+    with pytest.raises(InvalidManifest, match="more than 10000 bytes together"):
         cache.pull(name, referrers=True)
     assert cache.get_stats().reclaimable_blobs == 0

@@ -230,7 +230,7 @@ def test_several_threads_empty_a_full_trash_and_errors_are_reported(
         patch.setattr(os, "unlink", refuse_one)
         left = collect.empty_trash(index)
         assert [(path.name, reason[:17]) for path, reason in left] == [(f"sha256-{0x77:064x}", "Permission denied")]
-        with pytest.raises(StorageError, match=r"all was collected, but '.*77' cannot be unlinked: Permission denied"):
+        with pytest.raises(StorageError, match=r"collected all garbage, but cannot unlink '.*77': Permission denied"):
             cache.collect_garbage()
     assert len(threads) == collect._UNLINK_THREADS > 1
     assert collect.empty_trash(index) == []

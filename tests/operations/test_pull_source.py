@@ -185,7 +185,8 @@ def test_an_index_whose_manifests_exceed_the_memory_limit_is_refused(
     remote.add_index(make.index(*children), "several", "1", children)
     name = f"{remote.host}/several:1"
     monkeypatch.setattr("cachedb.operations.pull_source._MANIFEST_BYTES", len(FIRST.manifest) + len(ARM.manifest))
-    with Cache.open(closed_cache) as cache, pytest.raises(InvalidManifest, match="has manifests of more than"):
+    message = r"the manifests of .* have more than \d+ bytes together"
+    with Cache.open(closed_cache) as cache, pytest.raises(InvalidManifest, match=message):
         cache.pull(name, all_platforms=True)
 
 

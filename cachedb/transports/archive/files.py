@@ -150,7 +150,7 @@ class Tar:
             if name not in self._links:
                 return name
             name = self._links[name]
-        raise InvalidArchive(f"links in the archive go in a circle at {shorten(name)}")
+        raise InvalidArchive(f"links in the archive form a loop, or a chain that is too long, at {shorten(name)}")
 
     def _add_member(self, member: tar.Member) -> None:
         name = _normalize_name(member.name)
@@ -170,7 +170,7 @@ def _normalize_name(name: str, link: str | None = None) -> str:
     """Return a member's name in its normal form; raise if it leads out of the archive."""
     what = f"{shorten(name)} in the archive" if link is None else f"the link {shorten(link)} in the archive"
     if len(os.fsencode(name)) > _NAME_LIMIT or "\0" in name:
-        raise InvalidArchive(f"{what} has a name that no file can have")
+        raise InvalidArchive(f"{what} has an invalid file name")
     normal = posixpath.normpath(name)
     # A link may contain ".." if it stays inside the archive; a name may not contain it.
     climbs = normal.startswith("../") or normal == ".." if link else ".." in name.split("/")

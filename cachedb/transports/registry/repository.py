@@ -376,7 +376,7 @@ class Blob:
                 assert self._response is not None
                 data = self._response.read1(len(buffer), decode_content=False)
                 if not data and self._at < self._size:
-                    raise HTTPError("it ended too early")
+                    raise HTTPError("the response ended too early")
                 self._check_speed(len(data))
             except HTTPError as error:
                 self.close()
@@ -397,7 +397,7 @@ class Blob:
         while begins < self._at:  # the registry ignores ranges: skip the bytes that we have
             data = self._response.read1(min(CHUNK_BYTES, self._at - begins), decode_content=False)
             if not data:
-                raise HTTPError("it ended too early")
+                raise HTTPError("the response ended too early")
             begins += len(data)
             self._since = time.monotonic()  # skipping is not a stall
 

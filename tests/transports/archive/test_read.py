@@ -716,16 +716,16 @@ def test_a_link_that_leaves_the_archive_is_refused(unchanged: Cache, kind: bytes
 
 @pytest.mark.parametrize("kind", [b"1", b"2"])
 def test_links_in_a_circle_are_refused(unchanged: Cache, kind: bytes) -> None:
-    assert "circle" in import_refused(
+    assert "form a loop" in import_refused(
         unchanged, prepend_members(make_header("a", 0, kind, "b"), make_header("b", 0, kind, "a"))
     )
-    assert "circle" in import_refused(unchanged, prepend_members(make_header("a", 0, kind, "a")))
+    assert "form a loop" in import_refused(unchanged, prepend_members(make_header("a", 0, kind, "a")))
 
 
 def test_a_chain_of_very_many_links_is_refused_at_once(unchanged: Cache) -> None:
     links = [make_header(f"l{number}", 0, b"2", f"l{number + 1}") for number in range(10_000)]
     begin = time.process_time()
-    assert "circle" in import_refused(unchanged, prepend_members(*links))
+    assert "form a loop" in import_refused(unchanged, prepend_members(*links))
     assert time.process_time() - begin < 5
 
 
@@ -1219,9 +1219,9 @@ def test_an_invalid_name_is_refused(unchanged: Cache, name: str) -> None:
 
 def test_a_name_by_another_digest_is_refused(unchanged: Cache) -> None:
     name = "app@sha256:" + "0" * 64
-    assert "its digest is another" in import_refused(unchanged, tar_file(tiny_oci()), InvalidName, name=name)
+    assert "names another digest than" in import_refused(unchanged, tar_file(tiny_oci()), InvalidName, name=name)
     files = oci_of(json.loads(tiny_manifest()), name=name)
-    assert "its digest is another" in import_refused(unchanged, tar_file(files), InvalidName)
+    assert "names another digest than" in import_refused(unchanged, tar_file(files), InvalidName)
 
 
 def tiny_manifest() -> bytes:

@@ -354,5 +354,5 @@ def test_the_number_of_manifests_that_refer_to_an_image_is_limited(
     if count == 2:
         cache.pull(f"{remote.host}/app:1", referrers=True)
     else:
-        with pytest.raises(RegistryError, match="has more than 3 manifests that refer to it"):
+        with pytest.raises(RegistryError, match="has more than 3 referrers"):
             cache.pull(f"{remote.host}/app:1", referrers=True)
