@@ -255,13 +255,13 @@ MUTATIONS = [
     Mutation("an interrupt does not end a fork's wait", "cachedb/disk/forks.py", "            raised = error\n", "            raise\n", "tests/disk/test_forks.py -k interrupt"),
     Mutation("a signal handler may fork while a lock file is opened", "cachedb/disk/forks.py", "_guard = threading.RLock()", "_guard = threading.Lock()", "tests/disk/test_forks.py -k signals"),
     Mutation("a waiter that fails releases the queue", "cachedb/disk/turns.py", "        locks.release(queue)  #", "        queue.close()  #", "tests/disk/test_forks.py -k queue"),
-    Mutation("a forking thread does not wait for its own fork", "cachedb/disk/forks.py", "    _unforked[thread] += 1  # `close` may use `no_fork` blocks\n", "    _unforked[thread] += 0\n", "tests/index/sqlite/test_database.py -k before_a_fork"),
+    Mutation("a forking thread does not wait for its own fork", "cachedb/disk/forks.py", "    _unforked[thread] += 1  # `close` may use `no_fork` blocks\n", "    _unforked[thread] += 0\n", "tests/disk/test_forks.py -k closes_before"),
     # Reading without locks
     Mutation("an index read without locks is copied to memory first", "cachedb/index/sqlite/database.py", "            if \"changed=\" not in file[2]:\n                return opened\n", "            if True:\n                return opened\n", "tests/index/sqlite/test_reading_at_rest.py"),
     Mutation("an index that changed during the copy is read again", "cachedb/index/sqlite/connection.py", "    if identify() != connection.file or not connection.is_settled:\n", "    if not connection.is_settled:\n", "tests/index/sqlite/test_reading_at_rest.py"),
     Mutation("an index that was just written is read again", "cachedb/index/sqlite/connection.py", " or not connection.is_settled:\n", ":\n", "tests/index/sqlite/test_reading_at_rest.py"),
     Mutation("an index that looks damaged because it changed is read again", "cachedb/index/sqlite/connection.py", "        if isinstance(error, StorageError) and identify() != connection.file:\n", "        if False:\n", "tests/index/sqlite/test_reading_at_rest.py"),
-    Mutation("a copy of the index in memory is read-only", "cachedb/index/sqlite/connection.py", "            copy.execute(\"PRAGMA query_only = ON\")\n", "", "tests/index/sqlite/test_reading_at_rest.py"),
+    Mutation("a copy of the index in memory is read-only", "cachedb/index/sqlite/connection.py", "            copy.execute(\"PRAGMA query_only = ON\")\n", "", "tests/index/sqlite/test_reading_at_rest.py -k refuses_changes"),
     Mutation("no early upload begins from an index that changed", "cachedb/index/sqlite/peek.py", "        if immutable and _state(index) != before:\n", "        if False:\n", "tests/operations/test_push_target.py -k changes"),
     # Waiting
     Mutation("a wait has an end", "cachedb/disk/waiting.py", "        if left <= 0:\n", "        if self._seconds == 0.2 and False:\n", "tests/disk/test_waiting.py -k gives_up"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sqlite3
 import textwrap
 import threading
@@ -358,28 +357,65 @@ def test_an_interrupt_while_a_fork_waits_leaves_the_locks_usable() -> None:
     assert output == "KeyboardInterrupt\nfree\n"
 
 
-def test_a_signals_handler_may_fork_while_a_lock_file_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    create, children = locks._open_or_create, []
+def test_a_signals_handler_may_fork_while_a_lock_file_is_opened(tmp_path: Path) -> None:
+    output = run_python(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from cachedb.disk import locks
+        signal.alarm(60)  # ends a fork that waits for its own process
+        create, children = locks._open_or_create, []
 
-    def interrupted(path: str, flags: int) -> int:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        return create(path, flags)
+        def interrupted(path, flags):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return create(path, flags)
 
-    def fork(*_: object) -> None:
-        if (child := os.fork()) == 0:
-            os._exit(0)
-        children.append(child)
+        def fork(*_):
+            if (child := os.fork()) == 0:
+                os._exit(0)
+            children.append(child)
 
-    monkeypatch.setattr(locks, "_open_or_create", interrupted)
-    before = signal.signal(signal.SIGUSR1, fork)
-    try:
-        with locks.hold_lock(tmp_path / "lock"):
+        locks._open_or_create = interrupted
+        signal.signal(signal.SIGUSR1, fork)
+        with locks.hold_lock(Path(sys.argv[1])):
             pass
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0]
+        print([os.waitpid(child, 0)[1] for child in children])
+        """,
+        tmp_path / "lock",
+    )
+    assert output == "[0]\n"
+
+
+def test_what_closes_before_a_fork_may_use_blocks_that_forks_wait_for() -> None:
+    output = run_python(
+        """
+        import os, signal, threading, time
+        from cachedb.disk import forks
+        signal.alarm(60)  # ends a fork that waits for its own thread
+        inside = threading.Event()
+
+        class Closable:
+            def close(self):
+                with forks.no_fork():
+                    print("closed", flush=True)
+
+        def work():
+            with forks.no_fork():
+                inside.set()
+                while not forks.is_fork_waiting():
+                    time.sleep(0.001)
+
+        closable, thread = Closable(), threading.Thread(target=work)
+        forks.close_before_fork(closable)
+        thread.start()
+        inside.wait()
+        if os.fork() == 0:
+            os._exit(0)
+        thread.join()
+        print(os.wait()[1])
+        """
+    )
+    assert output == "closed\n0\n"
 
 
 def test_an_error_in_the_queue_releases_its_lock_though_a_child_has_the_file_open(

@@ -110,6 +110,14 @@ def test_a_transaction_is_one_snapshot(filled: Path) -> None:
     index.close()
 
 
+@pytest.mark.usefixtures("only_read")
+def test_a_copy_in_memory_refuses_changes(at_rest: Path) -> None:
+    index = Database(at_rest)
+    with index.raw() as copy, pytest.raises(sqlite3.OperationalError, match="attempt to write a readonly database"):
+        copy.execute("DELETE FROM trash")
+    index.close()
+
+
 @pytest.fixture
 def writers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], None]:
     """Return a function that calls `work` during the next `times` copies of an index."""
