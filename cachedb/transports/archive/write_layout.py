@@ -16,7 +16,7 @@ from cachedb.disk.durable import PART_NAME, atomic_file, lock_part, part_path, r
 from cachedb.disk.layout import blob_path
 from cachedb.disk.locks import hold_folder_lock
 from cachedb.disk.reader import open_blob, open_regular
-from cachedb.disk.waiting import Wait, choose_wait_seconds
+from cachedb.disk.waiting import Wait
 from cachedb.disk.writer import discard
 from cachedb.errors import CacheError, is_callers, os_errors
 from cachedb.progress import Advance
@@ -45,9 +45,9 @@ def write_layout(
     files: list[Entry],
     destination: Path,
     *,
-    link: bool = False,
-    wait_seconds: float | None = None,
-    progress: Advance | None = None,
+    link: bool,
+    wait_seconds: float,
+    progress: Advance | None,
 ) -> None:
     """Write an image layout folder, or add to the one that is there; ``index.json`` is written last.
 
@@ -56,8 +56,7 @@ def write_layout(
         files: from `list_entries`.
         destination: the folder; its parent must exist.
         link: make hard links to the cache's files where the file system can.
-        wait_seconds: to wait for another export into the layout that makes no progress; the default is that of
-            `choose_wait_seconds`.
+        wait_seconds: to wait for another export into the layout that makes no progress.
         progress: takes the bytes written or verified.
 
     Raises:
@@ -69,7 +68,7 @@ def write_layout(
     with os_errors("write the export"), ExitStack() as stack:
         # Exports into one layout take turns, because each rewrites its index.
         stack.enter_context(not_reentered(f"export {destination.resolve()}", f"exporting to {str(destination)!r}"))
-        is_new = _lock_folder(stack, destination, choose_wait_seconds(wait_seconds))
+        is_new = _lock_folder(stack, destination, wait_seconds)
         made = [destination] if is_new else []
         folders = {destination, destination.parent} if is_new else {destination}
         try:
@@ -143,7 +142,8 @@ def _noting_progress(destination: Path, progress: Advance | None) -> Advance:
         nonlocal noted
         if time.monotonic() - noted >= _PROGRESS_SECONDS:
             noted = time.monotonic()
-            os.utime(destination)
+            with suppress(OSError):  # whoever waits sees less then, and the export goes on
+                os.utime(destination)
         if progress is not None:
             progress(size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import io
@@ -623,6 +624,24 @@ def test_an_export_into_a_layout_shows_its_progress(
     cache.export("app:1", layout, format="oci-dir", progress=progress)
     assert len(noted) > 2
     assert 0 not in noted[1:]
+
+
+def test_an_export_that_cannot_show_its_progress_goes_on(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_image(cache, tmp_path)
+    refused: list[object] = []
+
+    def utime(path: object, *_: object, **__: object) -> None:
+        refused.append(path)
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write_layout, "_PROGRESS_SECONDS", 0)
+        patch.setattr(os, "utime", utime)
+        cache.export("app:1", tmp_path / "layout", format="oci-dir")
+    assert refused
+    assert list_names((tmp_path / "layout" / "index.json").read_bytes()) == ["app:1"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
