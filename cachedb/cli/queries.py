@@ -13,7 +13,8 @@ import click
 from cachedb.cli.context import open_cache
 from cachedb.cli.options import format_examples, parameters_option, row_format_option, timeout_option
 from cachedb.cli.output import print_rows, print_table
-from cachedb.cli.signals import exit_if_stuck, received_signals
+from cachedb.cli.signals import received_signals
+from cachedb.cli.step_watcher import StepWatcher
 from cachedb.cli.streams import closed_streams, get_stdout
 from cachedb.errors import InvalidQuery, explain
 from cachedb.text import printable
@@ -100,14 +101,15 @@ def _use_idle_priority() -> Iterator[None]:
 
 
 def _run_query(query: str, parameters: dict[str, Any], form: str, seconds: int | None, *, sizes: bool = False) -> None:
+    watcher = StepWatcher(seconds, f"the query took over {seconds} s: narrow it, or give it more time")
     try:
         with (
             open_cache(existing=True) as cache,
+            watcher.watching(),  # before the priority is lowered: the thread must run while other processes compute
             _use_idle_priority(),
-            exit_if_stuck(seconds, f"the query took over {seconds} s: narrow it, or give it more time"),
             cache.sql(query, parameters, timeout=seconds, stream=True) as found,
         ):
-            print_rows(found.columns, found.rows, form, sizes=sizes)
+            print_rows(found.columns, watcher.watch_rows(found.rows), form, sizes=sizes)
             sys.stdout.flush()
     except InvalidQuery as error:
         if received_signals:  # SQLite replaces what a signal handler raises inside `human` or `ago`
