@@ -17,7 +17,7 @@ from cachedb.disk.durable import lock_part, remove_leftovers, sync_file, sync_fo
 from cachedb.disk.file_system import explain_shared
 from cachedb.disk.folders import Folders, apply_folder_mode
 from cachedb.disk.layout import quarantine_path
-from cachedb.disk.waiting import Wait, choose_wait_seconds
+from cachedb.disk.waiting import Wait
 from cachedb.errors import CacheReplaced, StorageError, ignore_os_errors, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.replace import replace
@@ -89,10 +89,10 @@ def back_up(
                 pass  # before the lock file is created: raises if the folder is a link
             lock = folder / ".lock"
             stack.enter_context(not_reentered(os.path.realpath(lock), "making a backup of the index"))
-            wait = stack.enter_context(
-                Wait("the lock of backups", choose_wait_seconds(), lambda: _read_part_times(folder))
-            )
+            wait = Wait("the lock of backups", database.wait_seconds, lambda: _read_part_times(folder))
+            stack.enter_context(wait)
             stack.enter_context(locks.hold_lock(lock, wait))
+            wait.end()
             with folders.open("backups") as opened:
                 # Killed processes left these unfinished backups and journals.
                 for name in filter(_UNFINISHED.fullmatch, os.listdir(opened)):

@@ -131,6 +131,7 @@ def _lock_folder(stack: ExitStack, destination: Path, wait_seconds: float) -> bo
             if destination.is_symlink():
                 raise
         else:
+            wait.end()
             return is_new
 
 

@@ -7,14 +7,15 @@ import os
 import sqlite3
 import threading
 from collections import namedtuple
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cachedb import Cache, CacheError, DamagedIndex, StorageError
-from cachedb.disk import locks
+from cachedb import Busy, Cache, CacheError, DamagedIndex, StorageError
+from cachedb.disk import locks, waiting
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import restore, upgrade
@@ -161,3 +162,30 @@ def test_only_backups_from_before_changes_of_the_schema_are_deleted(cache: Cache
         (folder / name).touch()
     backups.keep_newest(cache.directory, 1)
     assert sorted(os.listdir(folder)) == ["000002-0004-before-0005.db", "000004-mine.db", "3-before-the-move.db"]
+
+
+def test_a_backup_waits_for_another_only_as_long_as_the_cache_allows(cache: Cache) -> None:
+    index = Database(cache.directory, wait=0)
+    with locks.hold_lock(cache.directory / "backups" / ".lock"), pytest.raises(Busy, match="did not wait for the lock"):
+        backups.back_up(index, "mine")
+    index.close()
+
+
+def test_a_wait_for_a_backup_ends_when_this_one_begins(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "_SILENT_SECONDS", 0)
+    save(cache, "app:1", make.image(1))
+    awaited: list[set[str]] = []
+    hold_lock = locks.hold_lock
+
+    @contextmanager
+    def hold_late(path: Path, wait: waiting.Wait) -> Iterator[Any]:
+        for _ in range(2):
+            wait.nap(0, lambda: "another process")
+        assert waiting._logged_holders
+        with hold_lock(path, wait) as file:
+            yield file
+
+    monkeypatch.setattr(locks, "hold_lock", hold_late)
+    monkeypatch.setattr(backups, "_copy_index", lambda *_: awaited.append(set(waiting._logged_holders)))
+    upgrade.back_up(cache.directory)
+    assert awaited == [set()]

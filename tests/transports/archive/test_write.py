@@ -23,10 +23,12 @@ from typing import Any
 import pytest
 
 from cachedb import Busy, Cache, CacheError, DigestMismatch, IncompleteImage, NotInCache, StorageError
+from cachedb.disk import waiting
 from cachedb.oci.manifests import OCI_INDEX
 from cachedb.transports.archive import write_layout
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
+from tests.disk.test_locks import wait_until
 from tests.support import make
 
 ARCHIVES = ("docker", "docker-archive", "oci-archive")
@@ -624,6 +626,25 @@ def test_an_export_into_a_layout_shows_its_progress(
     cache.export("app:1", layout, format="oci-dir", progress=progress)
     assert len(noted) > 2
     assert 0 not in noted[1:]
+
+
+def test_a_wait_for_a_layout_ends_when_the_export_begins(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_image(cache, tmp_path)
+    monkeypatch.setattr(waiting, "_SILENT_SECONDS", 0)
+    layout, awaited = tmp_path / "layout", list[set[str]]()
+    layout.mkdir()
+    lock = os.open(layout, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    arguments = {"format": "oci-dir", "progress": lambda *_: awaited.append(set(waiting._logged_holders))}
+    thread = threading.Thread(target=cache.export, args=("app:1", layout), kwargs=arguments)
+    thread.start()
+    assert wait_until(lambda: bool(waiting._logged_holders))
+    os.close(lock)
+    thread.join()
+    assert awaited
+    assert not any(awaited)
 
 
 def test_an_export_that_cannot_show_its_progress_goes_on(
