@@ -21,17 +21,21 @@ class Access:
 
         Args:
             directory: of the cache.
-            index: the database to open; if it is missing, the directory must be changed.
+            index: the database to open; if it is missing, the directory is not only read.
             trust: change the directory of another user.
-            search_links: only read the directory if its index has hard links elsewhere.
+            search_links: whether a directory whose marker or index has hard links elsewhere is only read.
         """
         self._directory, self._trust = directory, trust
         self._folders: Folders | None = None
         self._shortage: StorageError | None = None
         with os_errors("use the cache directory"):
-            self.read_only = index.exists() and not os.access(directory, os.W_OK)
-            self._refusal = find_links(directory) if search_links and not self.read_only else None
-        self.read_only = self.read_only or self._refusal is not None
+            self.is_writable = os.access(directory, os.W_OK) or not index.exists()
+            self._refusal = find_links(directory) if search_links and self.is_writable else None
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the directory is only read, for one cause or several."""
+        return not self.is_writable or self._refusal is not None or self._shortage is not None
 
     @property
     def folders(self) -> Folders:
@@ -72,7 +76,7 @@ class Access:
         Args:
             shortage: the error to raise for changes until then.
         """
-        self.read_only, self._shortage = True, shortage
+        self._shortage = shortage
 
     def end_shortage(self) -> bool:
         """End a shortage that is over; return whether there was one. If it goes on, raise its error."""
@@ -80,7 +84,7 @@ class Access:
             return False
         if space.find_shortage(self._directory, RESERVE_BYTES):
             raise StorageError(str(self._shortage), errno=self._shortage.errno) from self._shortage
-        self.read_only, self._shortage = False, None
+        self._shortage = None
         return True
 
     def close(self) -> None:

@@ -478,7 +478,7 @@ def test_a_read_only_reader_sees_what_others_have_written_since(cache: Cache, di
     save(cache, "app:1", MADE)
     cache.close()
     reader = Database(directory)
-    reader.access.read_only = True
+    reader.access.is_writable = False
     for number in range(3):
         with Cache.open(directory) as writer:
             save(writer, f"app:{number}", make.image(number))

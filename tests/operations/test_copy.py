@@ -206,9 +206,9 @@ def test_a_copy_leases_blobs_in_batches(cache: Cache, target: Path, monkeypatch:
 def test_a_cache_that_can_only_be_read_is_copied(cache: Cache, target: Path) -> None:
     save(cache, "app:1", image(1))
     before = snapshot(cache.directory)
-    cache._database.access.read_only = True
+    cache._database.access.is_writable = False
     cache.copy(target)
-    cache._database.access.read_only = False
+    cache._database.access.is_writable = True
     assert snapshot(cache.directory) == before
     check(target)
 

@@ -978,17 +978,17 @@ def test_a_lost_wal_mode_is_reported_and_restored(directory: Path, read_only: bo
         save(cache, "app:1", image(1))
     leave_wal_mode(directory)
     with Cache.open(directory) as cache:
-        cache._database.access.read_only = read_only
+        cache._database.access.is_writable = not read_only
         (problem,) = cache.verify().problems
         assert problem[:3] == ("index", None, directory / "index.db")
         assert problem[3:] == ("its journal mode is 'delete', not WAL: readers and writers block each other", None)
-        cache._database.access.read_only = False
+        cache._database.access.is_writable = True
         (problem,) = cache.verify(repair=True).problems
         assert problem.repair == "it is in WAL mode again"
         assert read_journal_mode(directory) == "wal"
-        cache._database.access.read_only = read_only
+        cache._database.access.is_writable = not read_only
         assert cache.verify().problems == []
-        cache._database.access.read_only = False
+        cache._database.access.is_writable = True
     check(directory)
 
 
