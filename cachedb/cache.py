@@ -46,7 +46,7 @@ from cachedb.index.holds import HoldInfo
 from cachedb.index.records import BlobInfo, ImageDetails, ImageInfo, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import BLOBS
-from cachedb.oci.digests import Algorithm, Digest, digest_of, parse_digest
+from cachedb.oci.digests import Algorithm, Digest, parse_digest
 from cachedb.oci.manifests import Role
 from cachedb.oci.names import Name
 from cachedb.operations.upgrade import prepare as prepare_schema
@@ -477,17 +477,15 @@ class Cache:
             with self._database.read() as connection:
                 digest = images.find(connection, parsed).digest
             try:
-                with reader.open_blob(self.directory, digest) as file, os_errors("read a manifest"):
-                    self._uses.note(parsed)
-                    data = file.read()
-                if digest_of(data, digest) != digest:
-                    raise reader.damaged_error(digest)
-                return data
+                data = reader.read_verified(self.directory, digest)
             except NotInCache:
                 # Since the look-up, the name may have moved and the manifest may have been collected: look once more.
                 if digest == tried:
                     raise
                 tried = digest
+            else:
+                self._uses.note(parsed)
+                return data
 
     def get_image(self, name: str | Name) -> ImageInfo:
         """Return an image.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from cachedb import oci
-from cachedb.disk.reader import open_blob
-from cachedb.errors import DigestMismatch, NotInCache, StorageError, os_errors
+from cachedb.disk.reader import read_verified
+from cachedb.errors import NotInCache, StorageError
 from cachedb.index import images
 from cachedb.index.records import BlobInfo, ImageInfo
 from cachedb.oci import Closure
-from cachedb.oci.digests import Digest, digest_of
+from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 
 __all__ = ["read_closure", "read_document"]
@@ -44,10 +44,6 @@ def read_document(directory: Path, digest: Digest) -> bytes:
         StorageError: if its file is gone.
     """
     try:
-        with open_blob(directory, digest) as file, os_errors("read a blob"):
-            data = file.read()
+        return read_verified(directory, digest)
     except NotInCache:
         raise StorageError(f"the file of {digest} is missing: run `cachedb verify`") from None
-    if digest_of(data, digest) != digest:
-        raise DigestMismatch(f"the file of {digest} is damaged: run `cachedb verify`")
-    return data

@@ -14,7 +14,7 @@ from cachedb.errors import CacheError, DigestMismatch, NotInCache, os_errors
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 
-__all__ = ["damaged_error", "open_blob", "open_regular", "read_small_blob"]
+__all__ = ["damaged_error", "open_blob", "open_regular", "read_small_blob", "read_verified"]
 
 
 def open_blob(directory: Path, digest: Digest) -> BufferedReader:
@@ -30,6 +30,21 @@ def open_blob(directory: Path, digest: Digest) -> BufferedReader:
             return open(blob_file(directory, digest), "rb", opener=open_regular)
         except FileNotFoundError:
             raise NotInCache(f"{digest} is not in the cache", name=digest) from None
+
+
+def read_verified(directory: Path, digest: Digest) -> bytes:
+    """Return the content of a manifest or config, verified against its digest.
+
+    Raises:
+        NotInCache: if the file does not exist.
+        DigestMismatch: if the file is damaged.
+        StorageError: if it cannot be read.
+    """
+    with open_blob(directory, digest) as file, os_errors("read a blob"):
+        data = file.read()
+    if digest_of(data, digest) != digest:
+        raise damaged_error(digest)
+    return data
 
 
 def read_small_blob(directory: Path, digest: Digest, size: int) -> bytes | None:

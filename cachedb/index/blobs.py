@@ -16,7 +16,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import BLOBS
 from cachedb.oci.digests import Digest
 
-__all__ = ["read_stored_size", "read_stored_sizes", "set_stored"]
+__all__ = ["read_all_stored_sizes", "read_stored_size", "read_stored_sizes", "set_stored"]
 
 
 def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
@@ -33,6 +33,12 @@ def _upsert_stored() -> Insert:
     return new.on_conflict_do_update(
         index_elements=[BLOBS.c.digest], set_={"size": new.excluded.size, "stored_at": new.excluded.stored_at}
     )
+
+
+def read_all_stored_sizes(connection: Connection) -> dict[Digest, int]:
+    """Return the size in bytes of each digest that is stored."""
+    query = select(BLOBS.c.digest, BLOBS.c.size).where(BLOBS.c.stored_at.is_not(None))
+    return {Digest(digest): size for digest, size in connection.execute(query)}
 
 
 def read_stored_sizes(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import delete, func, select
 
 from cachedb.content import publish
 from cachedb.content.session import Hold, Session
@@ -29,12 +29,12 @@ from cachedb.disk.folders import BLOB_FOLDERS
 from cachedb.disk.layout import UNFINISHED_INDEX, blob_file
 from cachedb.disk.writer import Readable
 from cachedb.errors import CacheError, DamagedIndex, DigestMismatch, NotACache, StorageError, os_errors
-from cachedb.index.blobs import read_stored_sizes
+from cachedb.index.blobs import read_all_stored_sizes, read_stored_sizes
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import find_faults
-from cachedb.index.tables import BLOBS, HOLDS, IMAGES, LEASES, TRASH
+from cachedb.index.tables import HOLDS, IMAGES, LEASES, TRASH
 from cachedb.oci.digests import Digest
 from cachedb.progress import Advance, Progress, sum_progress
 from cachedb.threads import in_threads
@@ -205,18 +205,13 @@ def _empty_index(staged: Path) -> None:
         os.close(file)
 
 
-def _read_stored_sizes(connection: Connection) -> dict[Digest, int]:
-    query = select(BLOBS.c.digest, BLOBS.c.size).where(BLOBS.c.stored_at.is_not(None))
-    return {Digest(digest): size for digest, size in connection.execute(query)}
-
-
 def _lease_stored(database: Database, session: Session, leased: list[Hold]) -> None:
     """Lease the blobs that are stored now, in short transactions.
 
     Then `_copy_index` has few blobs left to lease while it holds the write lock.
     """
     with database.read() as connection:
-        found = _read_stored_sizes(connection)
+        found = read_all_stored_sizes(connection)
     for part in split_batches(found.keys() - _leased_digests(leased), _LEASES_PER_WRITE):
         with database.write() as connection:
             leased.append(session.lease(connection, read_stored_sizes(connection, part)))
@@ -234,7 +229,7 @@ def _copy_index(database: Database, session: Session, staged: Path, leased: list
         else:
             with database.write() as connection:
                 leased.append(
-                    session.lease(connection, _read_stored_sizes(connection).keys() - _leased_digests(leased))
+                    session.lease(connection, read_all_stored_sizes(connection).keys() - _leased_digests(leased))
                 )
                 reader = stack.enter_context(database.raw(read_only=True))  # it begins to read before others can write
         backups.copy_snapshot(reader, staged)
@@ -253,7 +248,7 @@ def _clean_index(copied: Database) -> tuple[dict[Digest, int], int]:
             # Leases of the source's sessions do not apply to the copy, but those of holds do.
             connection.execute(delete(LEASES).where(LEASES.c.session.not_in(select(HOLDS.c.id))))
             connection.execute(delete(TRASH))
-            wanted = _read_stored_sizes(connection)
+            wanted = read_all_stored_sizes(connection)
             image_count = connection.execute(select(func.count()).select_from(IMAGES)).scalar_one()
     finally:
         copied.close()

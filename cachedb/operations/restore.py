@@ -30,7 +30,6 @@ from cachedb.index.sqlite.inspect import find_faults
 from cachedb.index.sqlite.prepare import has_our_mark
 from cachedb.index.sqlite.revision import APPLICATION_ID, is_compatible, is_ours, mismatch, read_revision
 from cachedb.index.tables import BLOBS, HOLDS, IMAGE_BLOBS, IMAGES, LEASES, METADATA, REVISION, TRASH
-from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 from cachedb.operations import upgrade
 from cachedb.operations.rebuild import insert_rows, read_rows
@@ -156,12 +155,7 @@ def _match_cache(connection: Connection, database: Database) -> Restored:
     """Make a restored index match the blobs on disk and the current holds and leases; return the counts."""
     directory = database.directory
     files, _ = layout.list_blob_files(directory)
-    rows = {
-        Digest(digest): size
-        for digest, size in connection.execute(
-            select(BLOBS.c.digest, BLOBS.c.size).where(BLOBS.c.stored_at.is_not(None))
-        )
-    }
+    rows = blobs.read_all_stored_sizes(connection)
     missing = [{"missing": digest} for digest, size in rows.items() if files.get(digest) != size]
     if missing:
         connection.execute(update(BLOBS).where(BLOBS.c.digest == bindparam("missing")).values(stored_at=None), missing)

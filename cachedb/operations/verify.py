@@ -38,7 +38,7 @@ from cachedb.disk.reader import open_regular
 from cachedb.disk.writer import CHUNK_BYTES, Received, file_identity
 from cachedb.errors import CacheError, InvalidManifest, NotInCache, StorageError, explain, is_callers, os_errors
 from cachedb.index import drift, images
-from cachedb.index.blobs import read_stored_sizes, set_stored
+from cachedb.index.blobs import read_all_stored_sizes, read_stored_sizes, set_stored
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import find_faults, read_journal_mode
@@ -141,7 +141,8 @@ def _verify(
         readings = {} if quick else _hash_files(database.directory, files, progress)
         return Verification(len(files), problems + list(_find_corrupt(database.directory, readings)))
     problems += _check_settings(database, repair=repair)
-    rows = _read_stored_sizes(database)
+    with database.read() as connection:
+        rows = read_all_stored_sizes(connection)
     suspects = {digest for digest in files.keys() | rows.keys() if files.get(digest) != rows.get(digest)}
     # A quick repair reads the suspects too: a file may be intact although its size differs from its row.
     wanted = files.keys() if not quick else files.keys() & suspects if repair else set()
@@ -183,12 +184,6 @@ def _find_corrupt(directory: Path, readings: dict[Digest, Reading]) -> Iterator[
     for digest, reading in readings.items():
         if reading.digest != digest:
             yield Problem("corrupt", digest, blob_path(directory, digest), reading.detail, None)
-
-
-def _read_stored_sizes(database: Database) -> dict[Digest, int]:
-    with database.read() as connection:
-        query = select(BLOBS.c.digest, BLOBS.c.size).where(BLOBS.c.stored_at.is_not(None))
-        return {Digest(digest): size for digest, size in connection.execute(query)}
 
 
 def _hash_files(directory: Path, files: dict[Digest, int], progress: Progress | None) -> dict[Digest, Reading]:
