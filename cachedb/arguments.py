@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeGuard
 
 from cachedb.errors import CacheError
+from cachedb.text import shorten
 
 __all__ = [
     "check_characters",
@@ -42,18 +44,16 @@ def check_characters(**values: str | None) -> None:
     """Raise `CacheError` if one of the values has a NUL or a surrogate, which neither SQLite nor the system takes."""
     for name, value in values.items():
         if value is not None:
-            _check_characters(name, value)
+            _check_encoding(name, value, str.encode)
 
 
-def _check_characters(name: str, text: str, surrogates: str = "strict") -> None:
-    """Raise `CacheError` for a NUL, and for a surrogate unless the error handler ``surrogates`` can encode it."""
+def _check_encoding(name: str, text: str, encode: Callable[[str], bytes]) -> None:
     try:
-        text.encode("utf-8", surrogates)
-        is_valid = "\0" not in text
+        is_valid = b"\0" not in encode(text)
     except UnicodeEncodeError:
         is_valid = False
     if not is_valid:
-        raise CacheError(f"{name} has a NUL character or a lone surrogate: {text[:100]!r}")
+        raise CacheError(f"{name} has a NUL character or a lone surrogate: leave it out of {shorten(text)}")
 
 
 def check_numbers(**values: object) -> None:
@@ -70,11 +70,8 @@ def check_mapping(**values: object) -> None:
             raise _type_error(name, value, "a mapping whose keys are strings, or None")
 
 
-def _is_path(name: str, value: object) -> bool:
-    if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str):
-        return False
-    _check_characters(name, path, "surrogateescape")  # as `os.fsdecode` gives the names of files
-    return True
+def _is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(value, (str, os.PathLike)) and isinstance(os.fspath(value), str)
 
 
 def check_paths(*, optional: bool = False, **values: object) -> None:
@@ -83,7 +80,9 @@ def check_paths(*, optional: bool = False, **values: object) -> None:
     ``optional`` allows None too.
     """
     for name, value in values.items():
-        if not _is_path(name, value) and not (optional and value is None):
+        if _is_path(value):
+            _check_encoding(name, os.fspath(value), os.fsencode)
+        elif not (optional and value is None):
             raise _type_error(name, value, "a path, or None" if optional else "a path")
 
 
@@ -100,5 +99,7 @@ def check_writable(**values: object) -> None:
 def _check_files(*methods: str, **values: object) -> None:
     for name, value in values.items():
         has_methods = all(callable(getattr(value, method, None)) for method in methods)
-        if not _is_path(name, value) and (not has_methods or isinstance(value, io.TextIOBase)):
+        if _is_path(value):
+            _check_encoding(name, os.fspath(value), os.fsencode)
+        elif not has_methods or isinstance(value, io.TextIOBase):
             raise _type_error(name, value, "a path, or a file open in binary mode")

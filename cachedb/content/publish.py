@@ -30,8 +30,7 @@ from cachedb.errors import (
     os_errors,
 )
 from cachedb.index.blobs import read_stored_sizes, set_stored
-from cachedb.index.images import is_associated
-from cachedb.index.images import read_image as read_image
+from cachedb.index.images import is_associated, read_image
 from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest, split_digest
@@ -59,7 +58,7 @@ __all__ = [
 ]
 
 
-_UNLINKABLE_ERRNOS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
+_NO_HARD_LINK_ERRNOS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
 
 
 def receive(
@@ -171,7 +170,7 @@ def receive_linked(
         try:
             os.link(path, named.name, dst_dir_fd=folder, follow_symlinks=False)
         except OSError as error:
-            if error.errno in _UNLINKABLE_ERRNOS:
+            if error.errno in _NO_HARD_LINK_ERRNOS:
                 return receive(session, source(), digest=digest, size=size, what=what)
             raise
         found = os.stat(named.name, dir_fd=folder, follow_symlinks=False)

@@ -38,11 +38,11 @@ from cachedb.index.images import (
     look_up_all,
     look_up_blobs,
     point_name,
+    read_image,
     read_image_blobs,
     read_root,
     select_images_waiting_for,
 )
-from cachedb.index.images import read_image as read_image
 from cachedb.index.records import BlobRow, ImageDetails, PlatformInfo
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES

@@ -76,7 +76,7 @@ def locked_sessions(directory: Path) -> set[str]:
 
 
 def find_unfinished_digests(directory: Path) -> set[Digest]:
-    """Return the digests named in all sessions' folders, including those of interrupted publications."""
+    """Return the digests named in any session's folder, including those of interrupted publications."""
     folders = [entry.path for entry in os.scandir(directory / "ingest") if entry.is_dir(follow_symlinks=False)]
     found: set[Digest] = set()
     for folder in folders:

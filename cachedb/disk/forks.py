@@ -94,7 +94,7 @@ def no_fork() -> Iterator[None]:
 
 
 def is_fork_waiting() -> bool:
-    """Return whether a fork waits for the end of an `no_fork` block in another thread."""
+    """Return whether a fork waits for the end of a `no_fork` block in another thread."""
     return _forking
 
 
@@ -127,7 +127,7 @@ def _prepare_fork() -> None:
     _unforked[thread] -= 1
     if not _unforked[thread]:
         del _unforked[thread]
-    _guard.acquire()  # last, because a thread in an `no_fork` block may wait for it
+    _guard.acquire()  # last, because a thread in a `no_fork` block may wait for it
     if raised:
         raise raised
 

@@ -46,7 +46,7 @@ def acquire(path: Path, *, wait: bool | Wait = True) -> FileIO | None:
 
     Args:
         path: of the file.
-        wait: False to return None if another process holds the lock; True to wait without limit.
+        wait: False to return None if another process holds the lock; True to wait without limit; a `Wait` ends.
 
     Raises:
         Busy: if the time to wait is over.
@@ -180,10 +180,13 @@ def _open_or_create(path: str, _flags: int) -> int:
         file, is_new = os.open(path, os.O_RDWR | os.O_NOFOLLOW), False
     except FileNotFoundError:
         file, is_new = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT, 0o600), True
-    if os.fstat(file).st_nlink > 1:
+    try:
+        if os.fstat(file).st_nlink > 1:
+            why = "the lock file is a hard link to another file, which it would overwrite: delete the lock file"
+            raise OSError(errno.EINVAL, why, os.fspath(path))
+        if is_new:
+            apply_folder_mode(file, os.stat(os.path.dirname(path)))
+    except BaseException:
         os.close(file)
-        why = "it is a second name of another file, which the lock would change: delete it"
-        raise OSError(errno.EINVAL, why, os.fspath(path))
-    if is_new:
-        apply_folder_mode(file, os.stat(os.path.dirname(path)))
+        raise
     return file

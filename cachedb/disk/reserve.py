@@ -55,9 +55,10 @@ class Reserve:
     def _keep_inodes(self) -> None:
         if os.path.lexists(self._directory / "reserve.inodes" / str(_RESERVE_INODES)):  # the last one made
             return
-        self._open_folders().make("reserve.inodes")
+        folders = self._open_folders()
+        folders.make("reserve.inodes")
         for number in range(1, _RESERVE_INODES + 1):
-            os.close(self._open_folders().make_file(f"reserve.inodes/{number}"))
+            os.close(folders.make_file(f"reserve.inodes/{number}"))
 
     def give_up_inodes(self) -> bool:
         """Unlink the reserved inodes; return whether the file system has room now."""

@@ -140,7 +140,7 @@ def _await_turn(queue: FileIO, path: Path, number: int, wait: bool | Wait) -> No
     while number - 1 - (now_served := _read_number(queue, _SERVED_OFFSET)) > 0:
         if number > _read_number(queue, _LAST_OFFSET):
             return  # the numbers have started again
-        # If the kernel cannot tell, this is the next number; we wait for it until its patience is over.
+        # If the kernel cannot tell, this is the next number; we wait for it for `_PATIENCE_SECONDS`.
         first = byte_locks.find_first_locked(queue.fileno(), now_served + 1, number - 1)
         if first is None:
             return  # the processes before us died

@@ -538,7 +538,7 @@ def test_a_lock_file_that_is_a_second_name_of_another_file_is_refused(tmp_path: 
     thesis, lock = tmp_path / "thesis.txt", tmp_path / "write.lock"
     thesis.write_text("the only copy")
     os.link(thesis, lock)
-    with pytest.raises(OSError, match="it is a second name of another file"), locks.hold_lock(lock):
+    with pytest.raises(OSError, match="the lock file is a hard link to another file"), locks.hold_lock(lock):
         pytest.fail("the lock's record overwrites the file")
     assert thesis.read_text() == "the only copy"
     thesis.unlink()

@@ -439,7 +439,7 @@ def test_a_foreign_file_with_the_name_of_an_unfinished_copy_is_not_emptied(
         cache.copy(target)
     assert os.listdir(target) == [UNFINISHED_INDEX]
     monkeypatch.setattr(copy, "_is_leftover", lambda _: True)  # the file appears after the check
-    with pytest.raises(StorageError, match="it is a second name of another file"):
+    with pytest.raises(StorageError, match="the lock file is a hard link to another file"):
         cache.copy(target)
     assert precious.read_bytes() == b"mine"
     assert stat.S_IMODE(precious.stat().st_mode) == 0o640

@@ -339,10 +339,14 @@ def _translate_errors(
         raise InvalidQuery(message + _suggest_name(connection, query, message), place) from None
 
 
-def _limit_opcodes(connection: sqlite3.Connection, query: str) -> None:
-    """Ensure that no single opcode of a query takes long, because SQLite cannot be stopped during one."""
+def _set_limits(connection: sqlite3.Connection) -> None:
     for limit, value in _LIMITS.items():
         connection.setlimit(limit, value)
+
+
+def _limit_opcodes(connection: sqlite3.Connection, query: str) -> None:
+    """Ensure that no single opcode of a query takes long, because SQLite cannot be stopped during one."""
+    _set_limits(connection)
     # The time of SQLite's own functions is proportional to the product of both lengths. With a short literal, as in
     # the views, they are faster than ours.
     if _SLOW_CALL.search(_QUICK_CALL.sub("", query)):
@@ -413,8 +417,7 @@ class _Format:
             _check_format(_as_text(arguments[0]), iter(arguments[1:]))
         if self._connection is None:
             self._connection = sqlite3.connect(":memory:", check_same_thread=False)
-            for limit, value in _LIMITS.items():
-                self._connection.setlimit(limit, value)
+            _set_limits(self._connection)
         placeholders = ", ".join("?" * len(arguments))
         found: Value = self._connection.execute(f"SELECT printf({placeholders})", arguments).fetchone()[0]
         return found

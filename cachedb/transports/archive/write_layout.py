@@ -143,7 +143,7 @@ def _noting_progress(destination: Path, progress: Advance | None) -> Advance:
         nonlocal noted
         if time.monotonic() - noted >= _PROGRESS_SECONDS:
             noted = time.monotonic()
-            with suppress(OSError):  # whoever waits sees less then, and the export goes on
+            with suppress(OSError):  # waiting processes then see no progress, and the export goes on
                 os.utime(destination)
         if progress is not None:
             progress(size)
