@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -59,9 +59,7 @@ if TYPE_CHECKING:
     from cachedb.operations.adopt import Adoption, How
     from cachedb.operations.copy import Copied
     from cachedb.operations.pull import Pulled
-    from cachedb.operations.pull_source import Source
     from cachedb.operations.push import Pushed
-    from cachedb.operations.push_target import Target
     from cachedb.operations.verify import Verification
     from cachedb.reports.sessions import SessionInfo
     from cachedb.reports.usage import Usage
@@ -797,7 +795,7 @@ class Cache:
 
     def pull(
         self,
-        name: str | Name | Source,
+        name: str | Name,
         *,
         platform: str | None = None,
         all_platforms: bool = False,
@@ -816,8 +814,7 @@ class Cache:
 
         Args:
             name: the image's name, which is stored as given. It leads to the same registry as in Docker; a name without
-                a registry belongs to Docker Hub. A `Source`, which may download before the cache is open, has its own
-                platforms, ``plain_http`` and ``authfile``.
+                a registry belongs to Docker Hub.
             platform: ``os/architecture[/variant]``; the default is the host's. An index is stored whole; its other
                 platforms become part of the image when they are pulled.
             all_platforms: pull all platforms of an index.
@@ -838,43 +835,32 @@ class Cache:
             DigestMismatch: if downloaded content has a wrong digest or size.
         """
         from cachedb.operations.pull import pull
-        from cachedb.operations.pull_source import Source
 
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
         check_functions(progress=progress, blob_progress=blob_progress)
-        with ExitStack() as opened:
-            if isinstance(name, Source):
-                source = name
-            else:
-                source = opened.enter_context(
-                    Source(
-                        self.directory,
-                        Name.parse(name),
-                        platform=platform,
-                        all_platforms=all_platforms,
-                        plain_http=plain_http,
-                        authfile=authfile,
-                    )
-                )
-            pulled = pull(
-                self._database,
-                self._session,
-                source,
-                platform=platform,
-                if_missing=if_missing,
-                allow_stale=allow_stale,
-                referrers=referrers,
-                progress=progress,
-                blob_progress=blob_progress,
-            )
-        self._uses.note(source.name)
+        parsed = Name.parse(name)
+        pulled = pull(
+            self._database,
+            self._session,
+            parsed,
+            platform=platform,
+            all_platforms=all_platforms,
+            if_missing=if_missing,
+            allow_stale=allow_stale,
+            referrers=referrers,
+            plain_http=plain_http,
+            authfile=authfile,
+            progress=progress,
+            blob_progress=blob_progress,
+        )
+        self._uses.note(parsed)
         return pulled
 
     def push(
         self,
         name: str | Name,
-        target: str | Name | Target | None = None,
+        target: str | Name | None = None,
         *,
         platform: str | None = None,
         plain_http: bool | None = None,
@@ -888,8 +874,7 @@ class Cache:
 
         Args:
             name: the image's name in the cache.
-            target: the name to push to; the default is the image's name. It leads to the same registry as in Docker. A
-                `Target`, which may upload before the cache is open, has its own ``plain_http`` and ``authfile``.
+            target: the name to push to; the default is the image's name. It leads to the same registry as in Docker.
             platform: ``os/architecture[/variant]``, to push one platform of an index as an image of its own.
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
             authfile: a file of credentials; the default is the files of podman and Docker.
@@ -904,27 +889,20 @@ class Cache:
             StorageError: if a blob's file is missing or too short.
             RegistryError: if the registry refuses or fails.
         """
-        from cachedb.operations.push import push_image
-        from cachedb.operations.push_target import Target
+        from cachedb.operations.push import Target, push_image
 
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
         check_functions(progress=progress, blob_progress=blob_progress)
         source = Name.parse(name)
-        with ExitStack() as opened:
-            if isinstance(target, Target):
-                pushed_to = target
-            else:
-                parsed = Name.parse(target) if target is not None else source
-                pushed_to = opened.enter_context(
-                    Target(self.directory, parsed, plain_http=plain_http, authfile=authfile)
-                )
+        pushed_name = Name.parse(target) if target is not None else source
+        with closing(Target(self.directory, pushed_name, plain_http=plain_http, authfile=authfile)) as pushed_to:
             return push_image(
                 self._database,
                 self._session,
                 source,
                 pushed_to,
-                pushed_to.name,
+                pushed_name,
                 platform=platform,
                 progress=progress,
                 blob_progress=blob_progress,
@@ -956,8 +934,7 @@ class Cache:
             IncompleteImage: as for `push`.
             RegistryError: as for `push`.
         """
-        from cachedb.operations.push import push_image
-        from cachedb.operations.push_target import Target
+        from cachedb.operations.push import Target, push_image
 
         check_paths(authfile=authfile, optional=True)
         check_functions(progress=progress, blob_progress=blob_progress)
@@ -969,7 +946,7 @@ class Cache:
         if not names:
             raise NotInCache(f"{repository} has no tags in the cache: `cachedb ls` lists all images", name=repository)
         target_names = [name._replace(repository=target or repository) for name in names]
-        with Target(self.directory, target_names[0], plain_http=plain_http, authfile=authfile) as pushed_to:
+        with closing(Target(self.directory, target_names[0], plain_http=plain_http, authfile=authfile)) as pushed_to:
             for name, target_name in zip(names, target_names, strict=True):
                 yield push_image(
                     self._database,

@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -84,16 +83,6 @@ def cachedb(directory: Path, command_server: CommandServer) -> Run:
         return subprocess.run([sys.executable, "-m", "cachedb", *words], check=False, **options)
 
     return run
-
-
-@pytest.fixture
-def interrupted_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raise KeyboardInterrupt whenever a thread is started, before it runs."""
-
-    def interrupt(_thread: threading.Thread) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "start", interrupt)
 
 
 def find_peer(program: str, install: str = "") -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cachedb.cli.context import cache_directory, open_cache
+from cachedb.cli.context import open_cache
 from cachedb.cli.options import NAME, authfile_option, format_examples, format_option, plain_http_option, quiet_option
 from cachedb.cli.output import print_images, print_json, print_table
 from cachedb.cli.progress import show_transfer
@@ -19,9 +17,6 @@ if TYPE_CHECKING:
     from cachedb.operations.push import Pushed
 
 __all__ = []
-
-
-_SWITCH_SECONDS = 0.0001  # how long a thread keeps the interpreter while another thread downloads
 
 
 @click.command(
@@ -67,43 +62,27 @@ def pull(
     if platform and all_platforms:
         raise click.UsageError("--platform and --all-platforms exclude each other: give one of them")
     from cachedb.oci.names import Name
-    from cachedb.operations.pull_source import Source
 
+    parsed = [Name.parse(name) for name in names]
     found: list[ImageInfo] = []
     try:
-        with ExitStack() as opened:
-            sources = [
-                opened.enter_context(
-                    Source(
-                        cache_directory(),
-                        Name.parse(name),
+        with open_cache() as cache:
+            for name in parsed:
+                with show_transfer(f"pulling {name}", quiet=quiet) as callbacks:
+                    pulled = cache.pull(
+                        name,
                         platform=platform,
                         all_platforms=all_platforms,
-                        plain_http=plain_http,
-                        authfile=authfile,
-                    )
-                )
-                for name in names
-            ]
-            if not if_missing:
-                # The download thread must not wait long for the interpreter while this thread imports SQLAlchemy.
-                sys.setswitchinterval(_SWITCH_SECONDS)
-                sources[0].begin()
-            cache = opened.enter_context(open_cache())
-            for source in sources:
-                with show_transfer(f"pulling {source.name}", quiet=quiet) as callbacks:
-                    pulled = cache.pull(
-                        source,
-                        platform=platform,
                         if_missing=if_missing,
                         allow_stale=allow_stale,
                         referrers=referrers,
+                        plain_http=plain_http,
+                        authfile=authfile,
                         **callbacks,
                     )
-                source.close()  # pulling hundreds of names must not keep hundreds of connections open
                 found.append(pulled.image)
                 if pulled.stale:
-                    click.echo(f"cachedb: {source.name} may be out of date: {printable(pulled.stale)}", err=True)
+                    click.echo(f"cachedb: {name} may be out of date: {printable(pulled.stale)}", err=True)
     finally:  # print the images that were pulled before a failure
         if found:
             print_images(found, form, quiet=quiet)
@@ -141,24 +120,14 @@ def push(
     """
     if all_tags and platform:
         raise click.UsageError("--all-tags and --platform exclude each other: give one of them")
-    from cachedb.oci.names import Name
-    from cachedb.operations.push_target import Target
-
+    options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile}
     found: list[Pushed] = []
     try:
-        with ExitStack() as opened:
-            options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile}
-            if not all_tags:
-                pushed_to = opened.enter_context(Target(cache_directory(), Name.parse(target or name), **options))
-                if not platform:
-                    sys.setswitchinterval(_SWITCH_SECONDS)
-                    pushed_to.begin(Name.parse(name))
-            cache = opened.enter_context(open_cache())
-            callbacks = opened.enter_context(show_transfer(f"pushing {name}", quiet=quiet))
+        with open_cache() as cache, show_transfer(f"pushing {name}", quiet=quiet) as callbacks:
             if all_tags:
                 found.extend(cache.push_tags(name, target, **options, **callbacks))
             else:
-                found.append(cache.push(name, pushed_to, platform=platform, **callbacks))
+                found.append(cache.push(name, target, platform=platform, **options, **callbacks))
     finally:  # print the tags that were pushed before a failure
         _print_pushed(found, form, quiet=quiet)
 

@@ -6,8 +6,11 @@ resumes where it stopped. The image appears only when it is complete.
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
+import time
+from contextlib import closing, suppress
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import Connection
@@ -35,14 +38,16 @@ from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
-from cachedb.operations.pull_source import PARALLEL_DOWNLOADS, Root, Source
+from cachedb.oci.names import Name
 from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, sum_progress
 from cachedb.text import shorten
 from cachedb.threads import in_threads
+from cachedb.transports.registry.source import Root, Source
 
 __all__ = ["Pulled", "pull"]
 
 
+_PARALLEL_DOWNLOADS = 4
 _MAX_MANIFESTS = 1000  # allowed for an image and its referrers
 
 
@@ -58,12 +63,15 @@ class Pulled(NamedTuple):
 def pull(
     database: Database,
     session: Session,
-    source: Source,
+    name: Name,
     *,
     platform: str | None = None,
+    all_platforms: bool = False,
     if_missing: bool = False,
     allow_stale: bool = False,
     referrers: bool = False,
+    plain_http: bool | None = None,
+    authfile: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     blob_progress: BlobProgress | None = None,
 ) -> Pulled:
@@ -72,11 +80,14 @@ def pull(
     Args:
         database: the index of the cache.
         session: the session that receives the blobs.
-        source: the image at its registry.
-        platform: ``os/architecture[/variant]``, if requested.
+        name: the image's name.
+        platform: ``os/architecture[/variant]``; the default is the host's.
+        all_platforms: pull all platforms of an index.
         if_missing: do not contact the registry for an image that is complete here, even if its tag has moved.
         allow_stale: use the cached image if no registry is reachable.
         referrers: also pull the image's referrers and attach them.
+        plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+        authfile: a file of credentials; the default is those of podman and Docker.
         progress: called with the bytes done and the total.
         blob_progress: called with the progress of each blob.
 
@@ -86,18 +97,27 @@ def pull(
         InvalidManifest: if one of its manifests is invalid.
         DigestMismatch: if downloaded content has a wrong digest or size.
     """
-    work = _Pull(database, session, source, platform, referrers, progress, blob_progress)
+    with closing(
+        Source(
+            database.directory,
+            name,
+            platform=platform,
+            all_platforms=all_platforms,
+            plain_http=plain_http,
+            authfile=authfile,
+        )
+    ) as source:
+        work = _Pull(database, session, source, platform, referrers, progress, blob_progress)
 
-    def find() -> Pulled | None:
-        here = work.find_complete() if if_missing or (source.name.digest and not referrers) else None
-        return here and Pulled(here, 0, 0, None)
+        def find() -> Pulled | None:
+            here = work.find_complete() if if_missing or (name.digest and not referrers) else None
+            return here and Pulled(here, 0, 0, None)
 
-    source.release_claim()
-    # A waiting process may take over from one without progress; then both continue and wait for each other's blobs.
-    with single_flight.claim_or_find(
-        database.directory, source.key, find, seconds=database.wait_seconds, may_take_over=True, is_working=None
-    ) as found:
-        return found or work.run(allow_stale)
+        # A waiting process may take over from one without progress; then both continue and wait for each other's blobs.
+        with single_flight.claim_or_find(
+            database.directory, source.key, find, seconds=database.wait_seconds, may_take_over=True, is_working=None
+        ) as found:
+            return found or work.run(allow_stale)
 
 
 class _Pull:
@@ -180,7 +200,7 @@ class _Pull:
                 (blob for digest, blob in wanted.items() if digest not in known), key=lambda blob: -blob.size
             )  # large blobs first, so that all threads finish at about the same time
             advance = sum_progress(sum(blob.size for blob in rest), self._progress)
-            in_threads(self._fetch, rest, advance, threads=PARALLEL_DOWNLOADS, stop=self._source.stop)
+            in_threads(self._fetch, rest, advance, threads=_PARALLEL_DOWNLOADS, stop=self._source.stop)
 
         def save_all(connection: Connection) -> ImageInfo:
             for hold in self._holds:
@@ -227,7 +247,6 @@ class _Pull:
         for hold in self._holds:
             publish.release_after_error(self._database, self._session, hold)
         if isinstance(error, StorageError) and is_full(error):
-            self._source.stop_early_downloads()  # they would continue to write
             with suppress(CacheError), ignore_os_errors():
                 # Free space matters more than a later resume.
                 downloads.remove_stale_downloads(self._database.folders, age=0)
@@ -305,6 +324,7 @@ class _Pull:
             ClaimLost: if another process has taken over the download.
         """
         directory = self._database.directory
+        path = partial_path(directory, blob.digest)
         seen = done = 0
 
         def find() -> Hold | None:
@@ -313,7 +333,8 @@ class _Pull:
 
         def sleep(seconds: float) -> None:
             nonlocal seen
-            downloaded = self._source.wait(blob, seconds)
+            time.sleep(seconds)
+            downloaded = _measure_partial(path, blob.size)
             advance(downloaded - seen)
             seen = downloaded
 
@@ -337,7 +358,7 @@ class _Pull:
                 self._holds.append(held)
                 advance(blob.size)
                 return
-            path, content = partial_path(directory, blob.digest), self._source.download(blob, count)
+            content = self._source.download(blob, count)
             try:
                 single_flight.check_claim(directory, key)
                 received = publish.receive_download(self._session, path, content)
@@ -348,3 +369,10 @@ class _Pull:
                 self._holds.append(self._session.lease(connection, [blob.digest]))
             with suppress(CacheError), ignore_os_errors():  # the blob is stored already
                 self._database.folders.remove(f"ingest/partial/{path.name}")
+
+
+def _measure_partial(path: Path, size: int) -> int:
+    """Return the bytes of a partial download, at most those of the blob; 0 if there is none."""
+    with ignore_os_errors():
+        return min(path.lstat().st_size, size)
+    return 0

@@ -6,28 +6,38 @@ name never points to an incomplete image.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from graphlib import TopologicalSorter
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from cachedb import oci
 from cachedb.content.documents import read_closure, read_document
 from cachedb.content.held import hold_images
 from cachedb.content.session import Session
-from cachedb.errors import IncompleteImage, InvalidName
+from cachedb.disk.reader import open_blob
+from cachedb.errors import IncompleteImage, InvalidName, NotInCache, StorageError
 from cachedb.index import images
 from cachedb.index.records import BlobInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
-from cachedb.operations.push_target import PARALLEL_UPLOADS, Outcome, Target
 from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, sum_progress
 from cachedb.threads import in_threads
+from cachedb.transports.registry.places import place
+from cachedb.transports.registry.repository import Repository
 
-__all__ = ["Pushed", "push", "push_image"]
+__all__ = ["Pushed", "Target", "push", "push_image"]
+
+
+_Outcome = Literal["uploaded", "mounted", "existing"]  # how a blob got into a repository
+_PARALLEL_UPLOADS = 4
+_MOUNT_SOURCES = 3  # repositories to try to mount a blob from
 
 
 class Pushed(NamedTuple):
@@ -40,6 +50,83 @@ class Pushed(NamedTuple):
     bytes: int  # of the uploaded blobs
     mounted: int  # blobs mounted from another repository of the registry
     existing: int  # blobs the repository already had
+
+
+class Target:
+    """A repository that images are pushed to; safe to use from several threads."""
+
+    def __init__(
+        self,
+        directory: Path,
+        name: Name,
+        *,
+        plain_http: bool | None = None,
+        authfile: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Create a target without sending anything.
+
+        Args:
+            directory: the cache directory.
+            name: the name at the registry.
+            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            authfile: a file of credentials; the default is those of podman and Docker.
+        """
+        self.repository = Repository(place(name, plain_http=plain_http), authfile=authfile, push=True)
+        self._directory = directory
+        self._known: set[Digest] = set()  # blobs that the repository has; the tags of a repository share blobs
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.repository.close()
+
+    def send(self, blob: Descriptor, find_repositories: Callable[[Digest], list[str]], advance: Advance) -> _Outcome:
+        """Ensure that the repository has a blob: mount or upload it if necessary.
+
+        Args:
+            blob: a stored blob.
+            find_repositories: returns the repositories of images in the cache that use a blob; it may be mounted
+                from them.
+            advance: called with the bytes done.
+
+        Returns:
+            How the blob got there; ``existing`` for all but the first call.
+
+        Raises:
+            DigestMismatch: if the blob's file has other content.
+            RegistryError: if the registry refuses or fails.
+            StorageError: if the blob's file is missing or too short.
+        """
+        outcome: _Outcome
+        if blob.digest in self._known or self.repository.has("blobs", blob.digest):
+            outcome = "existing"
+            advance(blob.size)
+        elif self._mount(blob.digest, find_repositories(blob.digest)):
+            outcome = "mounted"
+            advance(blob.size)
+        else:
+            outcome = "uploaded"
+            self._upload(blob, advance)
+        self._known.add(blob.digest)
+        return outcome
+
+    def _mount(self, digest: Digest, repositories: list[str]) -> bool:
+        """Mount a blob from a repository of the same registry; return whether it worked."""
+        ours, sources = self.repository.place, set[str]()
+        for repository in repositories:
+            with suppress(InvalidName):  # a name that no registry can have
+                other = place(Name(repository, "latest"))
+                if other.registry == ours.registry:
+                    sources.add(other.repository)
+        tried = sorted(sources - {ours.repository})[:_MOUNT_SOURCES]
+        return any(self.repository.mount(digest, source) for source in tried)
+
+    def _upload(self, blob: Descriptor, advance: Advance) -> None:
+        try:
+            file = open_blob(self._directory, blob.digest)
+        except NotInCache:
+            raise StorageError(f"the file of {blob.digest} is missing: run `cachedb verify`") from None
+        with file:
+            self.repository.put_blob(blob.digest, blob.size, file, advance)
 
 
 def push(
@@ -87,17 +174,17 @@ def push(
                 "or push one platform with --platform"
             )
 
-    def repositories(digest: Digest) -> list[str]:
+    def find_repositories(digest: Digest) -> list[str]:
         with database.read() as connection:
             return images.find_repositories(connection, digest)
 
-    def send(blob: Descriptor, advance: Advance) -> tuple[Outcome, int]:
+    def send(blob: Descriptor, advance: Advance) -> tuple[_Outcome, int]:
         report = blob_reporter(blob.digest, blob.size, blob_progress, advance)
-        return target.send(blob, repositories, report), blob.size
+        return target.send(blob, find_repositories, report), blob.size
 
     rest = sorted(parts.values(), key=lambda blob: -blob.size)
     advance = sum_progress(sum(blob.size for blob in rest), progress)
-    done = in_threads(send, rest, advance, threads=PARALLEL_UPLOADS, stop=repository.stop)
+    done = in_threads(send, rest, advance, threads=_PARALLEL_UPLOADS, stop=repository.stop)
     references = {
         digest: [child.digest for child in oci.descriptors(data, wanted[digest].media_type)]
         for digest, data in documents.items()

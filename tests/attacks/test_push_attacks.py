@@ -325,7 +325,7 @@ def test_the_manifest_of_a_referrer_is_requested_once(cache: Cache, remote: Regi
 def test_referrers_whose_manifests_exceed_the_memory_limit_are_refused(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cachedb.operations.pull_source._MANIFEST_BYTES", 10_000)
+    monkeypatch.setattr("cachedb.transports.registry.source._MANIFEST_BYTES", 10_000)
     name = list_as_referrers(remote, *(make_referrer(FIRST.manifest, bytes([number])) for number in range(30)))
     with pytest.raises(InvalidManifest, match="more than 10000 bytes together"):
         cache.pull(name, referrers=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import socket
 import ssl
 import stat
 import subprocess
@@ -13,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,9 @@ from cachedb.disk import downloads
 from cachedb.disk.writer import receive
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
-from cachedb.transports.registry import client, places, repository, tls
-from tests.conftest import Run
+from cachedb.transports.registry import client, places, repository, source, tls
+from tests.conftest import Run, run_python
+from tests.disk.test_locks import wait_until
 from tests.index.test_schema import change_index
 from tests.support import make
 from tests.support.faults import (
@@ -63,6 +67,7 @@ from tests.support.registries import (  # noqa: F401 - isolate_client is a fixtu
     docker_registry,
     isolate_client,
 )
+from tests.transports.registry.test_credentials import has_ended, is_written
 
 FIRST = make.image(1, 2, compression="gzip")
 SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first
@@ -527,6 +532,14 @@ def test_a_manifest_of_many_megabytes_is_refused(cache: Cache, remote: Registry)
         cache.pull(f"{remote.host}/app:huge")
 
 
+def test_an_index_whose_manifests_exceed_the_memory_limit_is_refused(
+    cache: Cache, several: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_MANIFEST_BYTES", len(FIRST.manifest) + len(ARM.manifest))
+    with pytest.raises(InvalidManifest, match=r"the manifests of .* have more than \d+ bytes together"):
+        cache.pull(several, all_platforms=True)
+
+
 def test_an_image_that_the_registry_lacks_is_an_error(cache: Cache, remote: Registry) -> None:
     with pytest.raises(RegistryError, match=rf"{remote.host} has no app:9 \(404"):
         cache.pull(f"{remote.host}/app:9")
@@ -866,3 +879,104 @@ def test_pull_warns_about_a_stale_image(cachedb: Run) -> None:
     done = cachedb("pull", "--allow-stale", "-q", name)
     assert done.stdout == f"{name}\n"
     assert "may be out of date" in done.stderr
+
+
+def test_the_command_sends_each_request_once(directory: Path, remote: Registry, cachedb: Run) -> None:
+    for tag, image in (("1", FIRST), ("2", SECOND), ("2", SECOND)):
+        done = cachedb("pull", "-q", f"{remote.host}/app:{tag}")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{remote.host}/app:{tag}\n", "")
+        with Cache.open(directory) as cache:
+            assert_is_stored(cache, f"{remote.host}/app:{tag}", image)
+    found = take_requests(remote)
+    assert len(found) == len(set(found)) + 1
+    assert found[-1] == ("HEAD", "app/manifests/2")  # the tag has not moved
+
+
+def test_the_command_sends_no_request_for_a_complete_image_with_if_missing(cachedb: Run, remote: Registry) -> None:
+    assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
+    assert take_requests(remote)
+    assert cachedb("pull", "--if-missing", f"{remote.host}/app:1").returncode == 0
+    assert take_requests(remote) == []
+
+
+def test_the_command_pulls_all_platforms_if_asked_for(cachedb: Run, several: str, directory: Path) -> None:
+    assert cachedb("pull", "--all-platforms", several).returncode == 0
+    with Cache.open(directory) as cache:
+        assert all(platform.complete for platform in cache.get_platforms(several))
+
+
+@pytest.mark.slow
+def test_many_images_are_pulled_with_few_open_files(directory: Path, remote: Registry) -> None:
+    for tag in range(60):
+        remote.add(FIRST, "many", str(tag))
+    names = [f"{remote.host}/many:{tag}" for tag in range(60)]
+    output = run_python(
+        """
+        import resource, sys
+        from cachedb.cli.main import main
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        sys.argv[1:] = ["--dir", sys.argv[1], "pull", "-q", *sys.argv[2:]]
+        main()
+        """,
+        directory,
+        *names,
+    )
+    assert output.splitlines() == names
+
+
+@pytest.fixture
+def unreachable() -> Iterator[str]:
+    """Listen on a port that neither accepts nor refuses connections; yield its address."""
+    with closing(socket.create_server(("127.0.0.1", 0), backlog=0)) as server, ExitStack() as stack:
+        for _ in range(3):  # enough to fill the backlog
+            connection = stack.enter_context(closing(socket.socket()))
+            connection.setblocking(False)
+            connection.connect_ex(server.getsockname())
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def count_connecting(host: str) -> int:
+    """Return how many connections to a host wait for its answer."""
+    waiting = f":{int(host.rpartition(':')[2]):04X} 02 "
+    return Path("/proc/net/tcp").read_text().count(waiting)
+
+
+@pytest.mark.parametrize("what", ["a host", "a helper"])
+def test_an_interrupt_waits_neither_for_a_host_nor_for_a_credential_helper(
+    directory: Path, unreachable: str, tmp_path: Path, what: str
+) -> None:
+    pid = tmp_path / "pid"
+    with Registry(auth="basic") as remote:
+        host = unreachable if what == "a host" else remote.host
+        others = count_connecting(unreachable)
+        (tmp_path / "auth.json").write_text(json.dumps({"credsStore": "slow"}))
+        (tmp_path / "docker-credential-slow").write_text(f"#!/bin/sh\necho $$ > {pid}; exec sleep 25\n")
+        (tmp_path / "docker-credential-slow").chmod(0o755)
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "cachedb",
+                "--dir",
+                directory,
+                "pull",
+                "--authfile",
+                tmp_path / "auth.json",
+                f"{host}/a",
+            ],
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            stderr=subprocess.PIPE,
+            text=True,
+            # A background job of a shell ignores SIGINT, and the tests may run in one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        if what == "a host":
+            assert wait_until(lambda: count_connecting(unreachable) > others, 60)
+        else:
+            assert wait_until(lambda: is_written(pid), 60)
+        before = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert time.monotonic() - before < 8, "the pull waited for the host (10 s) or the helper (25 s)"
+    assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
+    assert what == "a host" or has_ended(int(pid.read_text()))

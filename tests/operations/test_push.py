@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ import pytest
 
 from cachedb import Cache, DigestMismatch, IncompleteImage, InvalidName, NotInCache, RegistryError, RegistryUnavailable
 from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb.operations import push
 from cachedb.transports.registry import repository as registry
 from tests.conftest import Run
-from tests.operations.test_pull import write_login
+from tests.disk.test_locks import wait_until
+from tests.operations.test_pull import count_connecting, unreachable, write_login  # noqa: F401 - a fixture
 from tests.support import make
 from tests.support.faults import answer, change_answer, change_headers, drop_answer, redirect, retry_later
 from tests.support.promises import check
@@ -129,6 +134,7 @@ def test_a_blob_of_another_repository_is_mounted(cache: Cache, remote: Registry)
     remote.add(FIRST, "base")
     cache.tag("app:1", f"{remote.host}/base:1")
     cache.tag("app:1", f"{remote.host}/none:1")  # the registry does not have it
+    cache.tag("app:1", "localhost:99999/not/there:1")  # no registry can have this port
     pushed = cache.push("app:2", f"{remote.host}/app:2")
     assert (pushed.mounted, pushed.blobs) == (1, 2)
     assert_has(remote, "app", "2", SECOND)
@@ -416,6 +422,21 @@ def test_only_a_logged_in_user_may_push(cache: Cache, tmp_path: Path, auth: str)
         assert_has(remote, "app", "1", FIRST)
 
 
+def test_no_more_uploads_begin_after_the_registry_refused_one(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "many:1", make.image(*range(30)))
+    for program, answers in (("wrong", '{"Username":"user","Secret":"wrong"}'), ("broken", "")):
+        asked = tmp_path / "asked"
+        (tmp_path / f"docker-credential-{program}").write_text(f"#!/bin/sh\necho >>{asked}; echo '{answers}'\n")
+        (tmp_path / f"docker-credential-{program}").chmod(0o755)
+        (tmp_path / "auth.json").write_text(json.dumps({"credsStore": program}))
+        with Registry(auth="basic") as remote, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+            with pytest.raises(RegistryError):
+                cache.push("many:1", f"{remote.host}/it:1", authfile=tmp_path / "auth.json")
+        assert len(asked.read_text()) <= push._PARALLEL_UPLOADS
+        asked.unlink()
+
+
 @pytest.mark.slow
 def test_a_token_that_expires_during_an_upload_is_replaced(cache: Cache, tmp_path: Path) -> None:
     with Registry(auth="bearer") as remote:
@@ -553,3 +574,24 @@ def test_the_location_of_a_pushed_manifest_is_ignored(cache: Cache, remote: Regi
         remote.fault(change_headers({"Location": location}), method="PUT", path="/manifests/")
         cache.push("app:1", f"{remote.host}/app:1")
     assert_has(remote, "app", "1", FIRST)
+
+
+@pytest.mark.slow
+def test_an_interrupt_does_not_wait_for_a_connection(
+    directory: Path,
+    cache: Cache,
+    unreachable: str,  # noqa: F811 - the fixture
+) -> None:
+    others = count_connecting(unreachable)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cachedb", "--dir", directory, "push", "app:1", f"{unreachable}/it:1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert wait_until(lambda: count_connecting(unreachable) > others, 60)
+    before = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - before < 5, "the push waited for the connection (10 s)"
+    assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")

@@ -1,47 +1,30 @@
-"""Read an image at its registry and mirrors, and download its blobs.
-
-Nothing here needs the index, so a command can start to download while SQLAlchemy is imported and the cache is opened.
-A blob without a file in the cache is not stored, whatever the index says, so it is safe to download it.
-"""
+"""Read an image at its registry and mirrors, and download its blobs."""
 
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, TypeVar
 
 from cachedb import oci
-from cachedb.disk import downloads, marker, single_flight
+from cachedb.disk import downloads, single_flight
 from cachedb.disk.folders import Folders
-from cachedb.disk.layout import blob_path, partial_path
+from cachedb.disk.layout import partial_path
 from cachedb.disk.writer import Content, discard, receive
-from cachedb.errors import (
-    CacheError,
-    DigestMismatch,
-    InvalidManifest,
-    NotInCache,
-    RegistryError,
-    ignore_os_errors,
-    os_errors,
-)
+from cachedb.errors import DigestMismatch, InvalidManifest, NotInCache, RegistryError, os_errors
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import DOCUMENT_LIMIT, Descriptor
 from cachedb.oci.names import Name
 from cachedb.progress import Advance
 from cachedb.text import shorten
-from cachedb.threads import Once, in_threads, start, stop_thread
 from cachedb.transports.registry.places import mirrors, place
 from cachedb.transports.registry.repository import Repository
 
-__all__ = ["PARALLEL_DOWNLOADS", "Root", "Source"]
+__all__ = ["Root", "Source"]
 
 
-PARALLEL_DOWNLOADS = 4  # parallel downloads
 _MANIFEST_BYTES = 64 * 1024 * 1024  # the limit for all manifests of an image, which are kept in memory
 
 T = TypeVar("T")
@@ -61,7 +44,7 @@ class Root(NamedTuple):
 
 
 class Source:
-    """An image at its registry and mirrors; a context manager, safe to use from several threads."""
+    """An image at its registry and mirrors; safe to use from several threads."""
 
     def __init__(
         self,
@@ -90,27 +73,11 @@ class Source:
         places = [*mirrors(name), place(name, plain_http=plain_http)]
         self.repositories: Sequence[Repository] = [Repository(where, authfile=authfile) for where in places]
         self._directory = directory
-        self._once = Once()  # the requests for manifests
-        self._thread: threading.Thread | None = None
-        self._claim = ExitStack()  # the claim on the pull, taken before the index is open
-        # The downloads that `begin` started: the event of their end, the fingerprints of complete files, and errors.
-        self._finished: dict[Digest, threading.Event] = {}
-        self._complete: dict[Digest, tuple[int, int, int] | None] = {}
-        self._failed: dict[Digest, CacheError] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop_early_downloads()
-        self.release_claim()
-        self.close()
-
-    def stop_early_downloads(self) -> None:
-        """Cancel what `begin` started, and wait a moment for its thread to end."""
-        stop_thread(self._thread, self.stop)
+    @property
+    def key(self) -> str:
+        """The key of the claim on the pull."""
+        return f"pull {self.name}"
 
     def close(self) -> None:
         """Close all connections; a later request opens new ones."""
@@ -140,8 +107,7 @@ class Source:
         Raises:
             RegistryError: if the registry refuses or fails.
         """
-        ask = lambda: self.ask(lambda repository: repository.digest(self.name.reference))  # noqa: E731
-        return self.name.digest or self._once.run("digest", ask).result()
+        return self.name.digest or self.ask(lambda repository: repository.digest(self.name.reference))
 
     def root(self, expected: Digest | None) -> Root:
         """Download the manifest or index of the name.
@@ -162,7 +128,7 @@ class Source:
                 raise DigestMismatch(f"{self.name} should have digest {like}, and has {digest}")
             return Root(digest, oci.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
 
-        return self._once.run(("root", expected), lambda: self.ask(fetch)).result()
+        return self.ask(fetch)
 
     def child(self, blob: Descriptor, stored: Callable[[Digest], bytes | None]) -> bytes:
         """Return the bytes of an index's child, from the cache or the registry.
@@ -186,8 +152,7 @@ class Source:
         if data is None:
             data = stored(blob.digest)
         if data is None:
-            fetch = lambda repository: _verify(blob, repository.manifest(blob.digest).data)  # noqa: E731
-            data = self._once.run(("child", blob.digest), lambda: self.ask(fetch)).result()
+            data = self.ask(lambda repository: _verify(blob, repository.manifest(blob.digest).data))
         self.documents[blob.digest] = _verify(blob, data)
         return data
 
@@ -222,11 +187,6 @@ class Source:
             ClaimLost: if another process has taken over the download because it was too slow.
         """
         path, key = partial_path(self._directory, blob.digest), downloads.claim_key(blob.digest)
-        if failure := self._failed.pop(blob.digest, None):
-            raise failure
-        if (mark := self._complete.get(blob.digest)) and mark == _fingerprint(path):
-            advance(blob.size)
-            return Content(blob.digest, blob.size, mark[0])
 
         def look(is_fast: bool) -> None:
             if not is_fast:
@@ -252,90 +212,6 @@ class Source:
                 if not has_part:
                     raise
                 return ask(folder)  # a power cut may have damaged the earlier part: start again without it
-
-    def wait(self, blob: Descriptor, seconds: float) -> int:
-        """Wait for another thread or process that downloads a blob; return the bytes downloaded so far."""
-        finished = self._finished.get(blob.digest)
-        if finished is None or finished.is_set():
-            time.sleep(seconds)
-        else:
-            finished.wait(seconds)
-        with ignore_os_errors():
-            return min(partial_path(self._directory, blob.digest).lstat().st_size, blob.size)
-        return 0
-
-    # Before the index is open
-
-    def _is_ours(self) -> bool:
-        """Return whether the directory is a cache this user may write to; if not, opening it explains why."""
-        with suppress(CacheError):
-            folders = Folders(self._directory)
-            folders.check_owner()
-            return marker.read(folders.root) is not None
-        return False
-
-    def begin(self) -> None:
-        """Start downloading in a thread, if the cache exists and no other process pulls the image.
-
-        Errors are kept and raised by the pull itself. Other processes that pull the image wait until the claim is
-        released. A second claim by this thread would deadlock, so it raises.
-        """
-        with ignore_os_errors():  # a directory that cannot be used is reported when it is opened
-            if (
-                (self._directory / "index.db").exists()
-                and self._is_ours()
-                and self._claim.enter_context(single_flight.try_claim(self._directory, self.key))
-            ):
-                self._thread = threading.Thread(target=self._begin, daemon=True)
-                start(self._thread)  # if it cannot start, the pull does all the work
-
-    @property
-    def key(self) -> str:
-        """The key of the claim on the pull."""
-        return f"pull {self.name}"
-
-    def release_claim(self) -> None:
-        """Release the claim on the pull that `begin` may have taken."""
-        self._claim.close()
-
-    def _begin(self) -> None:
-        with suppress(CacheError, OSError):
-            digest = self.digest()
-            if digest and self._has_file(digest):
-                return  # only the index knows which blobs are missing
-            root = self.root(digest)
-            if self._has_file(root.digest):
-                return
-            top = root.descriptor
-            closure = list(
-                oci.walk(top, lambda blob: root.data if blob is top else self._read_new_child(blob), self.choose)
-            )
-            absent = {blob.digest: blob for blob in closure if blob.role not in ("manifest", "index")}
-            large_first = sorted(absent.values(), key=lambda blob: -blob.size)
-            in_threads(self._begin_download, large_first, lambda _: None, threads=PARALLEL_DOWNLOADS)
-
-    def _read_new_child(self, blob: Descriptor) -> bytes | None:
-        return None if self._has_file(blob.digest) else self.child(blob, lambda _: None)
-
-    def _begin_download(self, blob: Descriptor, advance: Advance) -> None:
-        """Download a blob, unless it is stored or another process downloads it."""
-        self._finished[blob.digest] = finished = threading.Event()
-        try:
-            with (
-                suppress(CacheError, OSError),
-                single_flight.try_claim(self._directory, downloads.claim_key(blob.digest)) as is_claimed,
-            ):
-                if is_claimed and not self._has_file(blob.digest):
-                    try:
-                        self.download(blob, advance)
-                        self._complete[blob.digest] = _fingerprint(partial_path(self._directory, blob.digest))
-                    except (RegistryError, DigestMismatch) as error:
-                        self._failed[blob.digest] = error
-        finally:
-            finished.set()
-
-    def _has_file(self, digest: Digest) -> bool:
-        return blob_path(self._directory, digest).exists()
 
 
 class _ChunkObserver:
@@ -397,12 +273,3 @@ def _verify(blob: Descriptor, data: bytes) -> bytes:
     if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
         raise DigestMismatch(f"manifest {blob.digest}: the content has another digest or size")
     return data
-
-
-def _fingerprint(path: Path) -> tuple[int, int, int] | None:
-    """Return a value that changes if the file is replaced or written to; None if it does not exist."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_size, found.st_ctime_ns  # a hard link changes the ctime too
