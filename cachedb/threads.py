@@ -9,22 +9,20 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from cachedb.errors import CacheError, ReentrantCall
+from cachedb.errors import CacheError
 from cachedb.progress import Advance
 from cachedb.reentry import on_behalf_of
 
-__all__ = ["Once", "in_threads", "report_in_thread", "start", "stop_thread"]
+__all__ = ["in_threads", "report_in_thread", "start"]
 
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_STOP_SECONDS = 1.0  # how long to wait for a thread to stop; a thread that waits for a disk cannot stop
 _MAX_QUEUED_CALLS = 16
 
 
@@ -160,57 +158,3 @@ def in_threads(
             with suppress(RuntimeError):  # not started: an interrupt came first
                 thread.join()
     return [done[number] for number in sorted(done)]
-
-
-class Once:
-    """Run a task once; every caller gets its result."""
-
-    def __init__(self) -> None:
-        """Start without tasks."""
-        self._guard, self._futures = threading.RLock(), dict[object, Future[Any]]()
-        self._runners: dict[object, int] = {}  # the thread that runs or ran each task
-
-    def run(
-        self, key: object, task: Callable[[], T], *, retry_if: Callable[[BaseException], bool] = lambda _: False
-    ) -> Future[T]:
-        """Run a task, unless another thread is running it or has run it.
-
-        Args:
-            key: identifies the task.
-            task: returns the result.
-            retry_if: returns whether a later caller may retry after an error.
-
-        Returns:
-            The future of the result; it is done if this call ran the task.
-        """
-        with self._guard:
-            known = self._futures.get(key)
-            future = known or self._futures.setdefault(key, Future())
-            if known is None:
-                self._runners[key] = threading.get_ident()
-            elif not known.done() and self._runners[key] == threading.get_ident():
-                raise ReentrantCall(
-                    "this thread is already running this task: ask again after it, or from another thread"
-                )
-        if known is None:
-            try:
-                future.set_result(task())
-            except BaseException as error:
-                if retry_if(error):
-                    with self._guard:
-                        del self._futures[key]
-                future.set_exception(error)
-        return future
-
-
-def stop_thread(thread: threading.Thread | None, stop: Callable[[], None]) -> None:
-    """Cancel the work of a thread, and wait a moment for the thread to end.
-
-    Args:
-        thread: the thread, if there is one.
-        stop: cancels what the thread waits for.
-    """
-    if thread:
-        stop()  # has no effect if the thread has finished
-        with suppress(RuntimeError):  # not started: an interrupt came first
-            thread.join(_STOP_SECONDS)

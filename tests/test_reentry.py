@@ -23,7 +23,6 @@ from cachedb.disk.locks import acquire, release
 from cachedb.errors import ignore_os_errors, mark_callers_errors, os_errors
 from cachedb.index.sqlite.database import Database
 from cachedb.operations import upgrade
-from cachedb.threads import Once
 from tests.conftest import run_python
 from tests.support import make
 
@@ -125,7 +124,7 @@ def test_a_signal_handler_can_use_the_cache_at_any_moment(tmp_path: Path) -> Non
 def test_no_lock_held_for_a_moment_makes_a_thread_wait_for_itself(filled: Cache, tmp_path: Path) -> None:
     from cachedb.disk import forks
 
-    session, uses, once = filled._session, filled._uses, Once()
+    session, uses = filled._session, filled._uses
     with forks._guard:
         lock = acquire(tmp_path / "lock")
         assert lock is not None
@@ -136,20 +135,6 @@ def test_no_lock_held_for_a_moment_makes_a_thread_wait_for_itself(filled: Cache,
     with uses._guard:
         filled.get_manifest("app:1")
         uses.write()
-    with once._guard:
-        assert once.run("what", lambda: 1).result() == 1
-
-
-def test_a_task_that_waits_for_itself_is_refused() -> None:
-    once = Once()
-
-    def work() -> int:
-        with pytest.raises(ReentrantCall):
-            once.run("what", lambda: 2)
-        return 1
-
-    assert once.run("what", work).result() == 1
-    assert once.run("what", lambda: 3).result() == 1
 
 
 def test_a_session_is_not_begun_inside_its_own_beginning(index: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from cachedb.progress import Advance, sum_progress
-from cachedb.threads import in_threads, report_in_thread, stop_thread
+from cachedb.threads import in_threads, report_in_thread
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -80,17 +80,6 @@ def test_progress_is_the_sum_over_all_threads() -> None:
     in_threads(lambda item, advance: advance(item), [1, 2, 3, 4], report, threads=2)
     assert reports[-1] == (10, 10)
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
-
-
-def test_stop_thread_does_not_wait_for_a_thread_that_does_not_end() -> None:
-    stopped, free = threading.Event(), threading.Event()
-    thread = threading.Thread(target=free.wait, args=(30,), daemon=True)
-    thread.start()
-    stop_thread(thread, stopped.set)
-    assert stopped.is_set()
-    assert thread.is_alive()
-    free.set()
-    thread.join(30)
 
 
 def test_progress_beside_a_block_is_reported_in_order_without_delaying_the_block() -> None:

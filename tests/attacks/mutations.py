@@ -329,8 +329,6 @@ MUTATIONS = [
     Mutation("a name that was taken meanwhile is not adopted", "cachedb/operations/adopt.py", "image.name not in here or not self._is_settled(connection, image)]", "True]", "tests/operations/test_adopt.py"),
     Mutation("a moved file becomes read-only", "cachedb/content/publish.py", "                os.fchmod(file, 0o444)\n", "                pass\n", "tests/operations/test_adopt.py"),
     Mutation("progress counts a shared blob once", "cachedb/operations/adopt.py", "is_first = self._is_first(digest)\n", "is_first = True\n", "tests/operations/test_adopt.py"),
-    Mutation("a task that waits for itself is refused", "cachedb/threads.py", "            elif not known.done() and self._runners[key] == threading.get_ident():\n", "            elif False:\n", "tests/test_reentry.py -k waits_for_itself"),
-    Mutation("an early download does not delay the exit", "cachedb/threads.py", "            thread.join(_STOP_SECONDS)\n", "            thread.join()\n", "tests/test_threads.py"),
     # Registries
     Mutation("credentials are not sent to another host", "cachedb/transports/registry/client.py", 'if authorization and is_ours else {}', 'if authorization else {}', "tests/operations/test_pull.py"),
     Mutation("a redirect from HTTPS to HTTP is refused", "cachedb/transports/registry/client.py", 'not in ({"https"} if _origin(url)[0] == "https" else {"http", "https"})', 'not in {"http", "https"}', "tests/operations/test_pull.py"),
