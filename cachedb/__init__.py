@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cachedb.index.records import BlobInfo as BlobInfo
     from cachedb.index.records import ImageDetails as ImageDetails
     from cachedb.index.records import ImageInfo as ImageInfo
+    from cachedb.index.records import ImportedImage as ImportedImage
     from cachedb.index.records import PlatformInfo as PlatformInfo
     from cachedb.index.sqlite.query import Answer as Answer
     from cachedb.oci.digests import Digest as Digest
@@ -64,6 +65,7 @@ _MODULES = {
     "HoldInfo": "cachedb.index.holds",
     "ImageDetails": "cachedb.index.records",
     "ImageInfo": "cachedb.index.records",
+    "ImportedImage": "cachedb.index.records",
     "ImageUsage": "cachedb.reports.usage",
     "LeftOut": "cachedb.transports.json_cache",
     "Leftover": "cachedb.disk.folders",

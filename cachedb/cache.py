@@ -43,7 +43,7 @@ from cachedb.errors import (
 )
 from cachedb.index import blobs, descriptions, holds, images
 from cachedb.index.holds import HoldInfo
-from cachedb.index.records import BlobInfo, ImageDetails, ImageInfo, PlatformInfo
+from cachedb.index.records import BlobInfo, ImageDetails, ImageInfo, ImportedImage, PlatformInfo
 from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import BLOBS
 from cachedb.oci.digests import Algorithm, Digest, parse_digest
@@ -965,17 +965,29 @@ class Cache:
         source: str | os.PathLike[str] | BinaryIO,
         name: str | Name | None = None,
         *,
+        repository: str | None = None,
+        select: str | None = None,
+        platform: str | None = None,
+        replace: bool = True,
         link: bool = False,
         max_unpacked: int | None = None,
         progress: Progress | None = None,
-    ) -> list[ImageInfo]:
-        """Import the images of a docker-archive, an OCI archive or an OCI image layout folder.
+    ) -> list[ImportedImage]:
+        """Import the images of an archive: a docker-archive, an OCI archive, or a folder with an image layout.
 
-        All images are saved in one transaction, or none. Every blob is verified, even if it is stored already.
+        A folder may also have skopeo's ``dir:`` format. All images are saved in one transaction, or none. Every blob is
+        verified, even if it is stored already. The log has a warning for each part that is not imported, and for each
+        name that is replaced.
 
         Args:
             source: a path, or a file open for reading in binary mode, which need not be seekable.
-            name: a name that replaces the one in an archive of one image.
+            name: a name that replaces the one in an archive of one image. Manifests for several platforms that the
+                archive lists without an index become one image.
+            repository: names the images that the archive gives only a tag, or no name; the latter by digest.
+            select: imports one image: a name in the archive, or a digest of a manifest or config, or the first 12
+                digits or more of its hex part.
+            platform: ``os/architecture[/variant]``, to import only this platform of each image.
+            replace: False to refuse an archive with a name that is another image in the cache.
             link: hard-link the files of a layout folder if the file system allows it, and no other user can write to
                 them. Nobody may write to these files afterwards.
             max_unpacked: the most bytes that a compressed archive may unpack to, or all compressed layers of a
@@ -987,19 +999,32 @@ class Cache:
             The images, one for each name.
 
         Raises:
-            InvalidArchive: if the source is not such an archive, is damaged, has an image without a name, or unpacks to
-                more than the limit.
+            InvalidArchive: if the source is not such an archive, is damaged, has no image that can be named, or unpacks
+                to more than the limit.
             InvalidManifest: if a manifest in the archive is invalid.
+            NameInUse: if a name is another image in the cache, and ``replace`` is false or the archive gives the name
+                only as a tag.
             DigestMismatch: if content of the archive has a wrong digest or size.
         """
         from cachedb.operations.import_archive import import_archive
+        from cachedb.transports.archive.names import Wanted
 
         check_readable(source=source)
         check_functions(progress=progress)
+        check_text(repository=repository, select=select, platform=platform, optional=True)
         parsed = Name.parse(name) if name is not None else None
+        if repository is not None:
+            Name.parse(f"{repository}:latest")
         opened = Path(source) if isinstance(source, (str, os.PathLike)) else source
         return import_archive(
-            self._database, self._session, opened, parsed, link=link, max_unpacked=max_unpacked, progress=progress
+            self._database,
+            self._session,
+            opened,
+            Wanted(parsed, repository, select, platform),
+            replace=replace,
+            link=link,
+            max_unpacked=max_unpacked,
+            progress=progress,
         )
 
     def export(

@@ -3,6 +3,7 @@
 CacheError
 ├── Busy                 another process holds a lock, and the time to wait for it is over
 ├── InvalidName          a name is not ``repository[:tag]`` or ``repository@digest``
+├── NameInUse            a name is another image in the cache, and must not be replaced
 ├── InvalidDigest        a digest is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``
 ├── NotInCache           the requested image or blob is not in the cache
 ├── InvalidQuery         an SQL query is invalid, or would do more than read
@@ -48,6 +49,7 @@ __all__ = [
     "InvalidName",
     "InvalidQuery",
     "InvalidRevision",
+    "NameInUse",
     "NotACache",
     "NotInCache",
     "NotOurs",
@@ -79,6 +81,10 @@ class Busy(CacheError):
 
 class InvalidName(CacheError):
     """A name is not ``repository[:tag]`` or ``repository@digest``."""
+
+
+class NameInUse(CacheError):
+    """A name is another image in the cache, and must not be replaced."""
 
 
 class InvalidDigest(CacheError):

@@ -186,7 +186,7 @@ def shapes() -> dict[str, dict[str, list[str]]]:
 def assert_has_shape(value: Any, shape: str, where: str) -> None:
     """Assert that an object has the fields of a shape's table, in order, with their types."""
     found = shapes()
-    described = {**(found["Image"] if shape == "Shown image" else {}), **found[shape]}
+    described = {**(found["Image"] if shape in ("Shown image", "Imported image") else {}), **found[shape]}
     assert list(value) == list(described), where
     for name, (kind, *_) in described.items():
         assert_has_type(value[name], kind, f"{where}.{name}")

@@ -9,7 +9,7 @@ import click
 
 from cachedb.cli.context import open_cache
 from cachedb.cli.options import NAME, SizeParameter, format_examples, format_option, quiet_option
-from cachedb.cli.output import print_images
+from cachedb.cli.output import print_images, print_json
 from cachedb.cli.progress import show_progress
 from cachedb.cli.streams import get_stdin, get_stdout
 from cachedb.transports.archive.formats import FORMATS
@@ -22,12 +22,26 @@ __all__ = []
     epilog=format_examples(
         "cachedb import app.tar",
         "cachedb import layout/ team/app:2",
+        "cachedb import layout/ team/app:        # the tags of the layout: team/app:1.0, team/app:1.1",
+        "cachedb import --select 3f57d9401f8d app.tar team/app:2",
         "cachedb import --link layout/",
         "docker save app:1 | cachedb import -",
     ),
 )
 @click.argument("source", type=click.Path())
 @click.argument("name", required=False, type=NAME)
+@click.option(
+    "--repository",
+    metavar="REPOSITORY",
+    help="Name images that the archive gives only a tag, or no name; those by digest. The same as NAME with a colon.",
+)
+@click.option(
+    "--select",
+    metavar="NAME|DIGEST",
+    help="Import one image: a name in the archive, or a manifest or config by digest or its first 12 digits.",
+)
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Import only this platform of each image.")
+@click.option("--no-replace", is_flag=True, help="Refuse an archive with a name that is another image in the cache.")
 @click.option(
     "--link", is_flag=True, help="Hard-link a layout's files instead of copying them. Do not write to them afterwards."
 )
@@ -40,12 +54,28 @@ __all__ = []
 )
 @format_option
 @quiet_option("the images' names")
-def import_(source: str, name: str | None, link: bool, max_unpacked: int | None, form: str, quiet: bool) -> None:
+def import_(
+    source: str,
+    name: str | None,
+    repository: str | None,
+    select: str | None,
+    platform: str | None,
+    no_replace: bool,
+    link: bool,
+    max_unpacked: int | None,
+    form: str,
+    quiet: bool,
+) -> None:
     """Import the images of an archive under the names stored in it.
 
-    SOURCE is a docker-archive, an OCI archive, an OCI image layout folder, or - for stdin. Archives may be compressed.
-    NAME replaces the name in an archive of one image.
+    SOURCE is a docker-archive, an OCI archive, an OCI image layout folder, a folder of skopeo's dir:, or - for stdin.
+    Archives may be compressed. NAME replaces the name in an archive of one image. NAME with a colon at its end is a
+    repository for tags that have none. What is not imported, and what is replaced, is told on stderr.
     """
+    if name is not None and name.endswith(":"):
+        if repository is not None:
+            raise click.UsageError("NAME is a repository, and --repository was given too: give one of them")
+        repository, name = name.removesuffix(":"), None
     opened: str | IO[bytes] = source
     if source == "-":
         opened = get_stdin()
@@ -53,11 +83,18 @@ def import_(source: str, name: str | None, link: bool, max_unpacked: int | None,
         found = cache.cache_from_tar(
             opened,  # type: ignore[arg-type]
             name,
+            repository=repository,
+            select=select,
+            platform=platform,
+            replace=not no_replace,
             link=link,
             max_unpacked=max_unpacked,
             progress=progress,
         )
-    print_images(found, form, quiet=quiet)
+    if form == "json" and not quiet:
+        print_json([{**image._asdict(), "replaced": image.replaced} for image in found])
+    else:
+        print_images(list(found), form, quiet=quiet)
 
 
 @click.command(

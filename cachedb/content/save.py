@@ -35,6 +35,7 @@ from cachedb.index.images import (
     insert_associations,
     insert_image,
     insert_images,
+    look_up,
     look_up_all,
     look_up_blobs,
     point_name,
@@ -62,6 +63,7 @@ __all__ = [
     "associate_waiting",
     "attach",
     "closure",
+    "find_stored_part",
     "platform_choice",
     "read_details",
     "read_platforms",
@@ -86,7 +88,7 @@ class SavedImage(NamedTuple):
     media_type: str
     created_at: datetime  # UTC
     last_used_at: datetime  # UTC
-    some_platforms: int | None  # 1 if its closure has only some platforms of its index
+    some_platforms: int | None  # 1 if its closure lacks platforms of its index, or foreign layers
     contents: list[Descriptor]  # by position
 
 
@@ -181,6 +183,17 @@ def save_image(
     image_id, new = point_name(connection, name, known[digest].id, media_type, 1 if choose else None)
     _associate(connection, directory, image_id, found, known, new=new)
     return image_id
+
+
+def find_stored_part(connection: Connection, directory: Path, name: Name, digest: Digest) -> set[Digest]:
+    """Return the stored blobs of an image with this name and digest; none if the name points elsewhere.
+
+    A pull or import of one platform keeps the platforms that are stored already.
+    """
+    found = look_up(connection, name)
+    if found is None or found.digest != digest:
+        return set()
+    return {blob.digest for blob in read_image_blobs(connection, directory, found.id) if blob.stored}
 
 
 def save_new(connection: Connection, directory: Path, new: Iterable[NewImage]) -> dict[Name, InvalidManifest]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
 
-__all__ = ["BlobInfo", "BlobRow", "ImageDetails", "ImageInfo", "ImageRow", "PlatformInfo"]
+__all__ = ["BlobInfo", "BlobRow", "ImageDetails", "ImageInfo", "ImageRow", "ImportedImage", "PlatformInfo"]
 
 
 class ImageInfo(NamedTuple):
@@ -39,6 +39,18 @@ class ImageInfo(NamedTuple):
     def platform(self) -> str:
         """``os/architecture[/variant]``, without unknown parts."""
         return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+
+
+class ImportedImage(ImageInfo):
+    """An image that an import saved."""
+
+    replaced: Digest | None
+    """The digest that its name pointed to before, if the import has replaced another image."""
+
+    def __new__(cls, info: ImageInfo, replaced: Digest | None) -> ImportedImage:  # noqa: D102
+        image = super().__new__(cls, *info)
+        image.replaced = replaced
+        return image
 
 
 class BlobInfo(NamedTuple):
@@ -93,4 +105,4 @@ class ImageRow(NamedTuple):
     manifest_id: int
     digest: Digest
     media_type: str
-    some_platforms: int | None  # 1 if only some platforms of its index were saved
+    some_platforms: int | None  # 1 if its closure lacks platforms of its index, or foreign layers

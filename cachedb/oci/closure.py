@@ -29,7 +29,8 @@ class Closure:
     Attributes:
         root: the manifest or index.
         documents: the exact bytes of the manifests and indexes that were read.
-        children: the descriptors in each of the documents, in order, also of children that were not read.
+        children: the descriptors in each of the documents, in order. Those of an index are all that it lists; those of
+            a manifest are without the foreign layers that are not in the closure.
         made: the digests of the documents that `keep_present` created; they are not stored.
     """
 
@@ -142,7 +143,7 @@ def read_closure(
     Args:
         root: the manifest or index.
         read: returns the bytes of a manifest.
-        choose: returns the children of an index to read; the default is all.
+        choose: returns the children that belong to the closure, from those of a manifest or index; the default is all.
 
     Raises:
         InvalidManifest: if a manifest does not match its media type.
@@ -155,9 +156,10 @@ def read_closure(
         if blob.role not in ("manifest", "index") or blob.digest in documents:
             continue
         documents[blob.digest] = read(blob)
-        children[blob.digest] = _parse_children(blob, documents[blob.digest])
-        found = children[blob.digest]
-        stack.extend(reversed(choose(found) if choose and blob.role == "index" else found))
+        found = _parse_children(blob, documents[blob.digest])
+        chosen = choose(found) if choose else found
+        children[blob.digest] = found if blob.role == "index" else chosen
+        stack.extend(reversed(chosen))
     return Closure(root, documents, children)
 
 
@@ -184,7 +186,7 @@ def walk(
     Args:
         root: the manifest or index to begin with.
         read: returns a manifest's bytes, or None to leave out its children.
-        choose: returns the children of an index to follow; the default is all.
+        choose: returns the children that belong to the closure, from those of a manifest or index; the default is all.
 
     Raises:
         InvalidManifest: if a manifest does not match its media type.
@@ -199,7 +201,7 @@ def walk(
         data = read(blob)
         if data is not None:
             found = _parse_children(blob, data)
-            stack.extend(reversed(choose(found) if choose and blob.role == "index" else found))
+            stack.extend(reversed(choose(found) if choose else found))
 
 
 def choose_among(digests: Container[Digest]) -> Callable[[list[Descriptor]], list[Descriptor]]:

@@ -30,6 +30,7 @@ __all__ = [
     "ROLES",
     "Descriptor",
     "Role",
+    "build_index",
     "build_manifest",
     "check_media_type",
     "descriptors",
@@ -75,6 +76,15 @@ class Descriptor(NamedTuple):
     media_type: str
     role: str
     platform: str | None = None  # os/architecture[/variant], if an index states it
+    urls: tuple[str, ...] = ()  # where else to download the blob
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is a layer that a registry or archive may leave out, because its URLs have it.
+
+        Its media type is one of layer.md, "Non-Distributable Layers", or Docker's type of a foreign layer.
+        """
+        return bool(self.urls) and (".nondistributable." in self.media_type or ".foreign." in self.media_type)
 
 
 def load_json(data: bytes, what: str, error: type[CacheError] = InvalidManifest) -> Any:  # noqa: ANN401
@@ -201,7 +211,9 @@ def _parse_descriptor(value: object, role: str, what: str) -> Descriptor:
         digest = parse_digest(value.get("digest", ""))
     except InvalidDigest as error:
         raise InvalidManifest(f"{what}: {error}") from error
-    return Descriptor(digest, size, check_media_type(value.get("mediaType"), what), role)
+    urls = value.get("urls")
+    texts = tuple(url for url in urls if isinstance(url, str)) if isinstance(urls, list) else ()
+    return Descriptor(digest, size, check_media_type(value.get("mediaType"), what), role, urls=texts)
 
 
 def parse_entry(value: object, what: str) -> Descriptor:
@@ -236,4 +248,10 @@ def build_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:
         "config": entry(config),
         "layers": [entry(layer) for layer in layers],
     }
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def build_index(entries: list[dict[str, Any]]) -> bytes:
+    """Build an index from its entries; the same entries give the same bytes."""
+    document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
     return json.dumps(document, separators=(",", ":")).encode()

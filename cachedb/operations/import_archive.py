@@ -11,12 +11,13 @@ from sqlalchemy import Connection
 
 from cachedb import oci
 from cachedb.content import publish
-from cachedb.content.save import save_image
+from cachedb.content.save import attach, find_stored_part, save_image
 from cachedb.content.session import Hold, Session
+from cachedb.disk.waiting import LOG
 from cachedb.disk.writer import Received
-from cachedb.errors import CacheError, os_errors
+from cachedb.errors import CacheError, NameInUse, os_errors
 from cachedb.index import images
-from cachedb.index.records import ImageInfo
+from cachedb.index.records import ImageInfo, ImportedImage
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
@@ -24,6 +25,7 @@ from cachedb.progress import Advance, Progress, sum_progress
 from cachedb.threads import in_threads
 from cachedb.transports.archive import files, model
 from cachedb.transports.archive.diff_ids import DiffId
+from cachedb.transports.archive.names import Wanted
 from cachedb.transports.archive.read import read_images
 
 __all__ = ["import_archive"]
@@ -33,47 +35,94 @@ def import_archive(
     database: Database,
     session: Session,
     source: Path | BinaryIO,
-    name: Name | None,
+    wanted: Wanted,
     *,
+    replace: bool,
     link: bool,
     max_unpacked: int | None,
     progress: Progress | None,
-) -> list[ImageInfo]:
+) -> list[ImportedImage]:
     """Import the images of an archive, as `Cache.cache_from_tar` does."""
     if link and not (isinstance(source, Path) and (source.is_dir() or not source.exists())):
         raise CacheError("only an image layout folder can be imported with links: leave out --link")
+    if wanted.name is not None and wanted.repository is not None:
+        raise CacheError("a name and a repository were given: give one of them")
     max_bytes = files.read_max_unpacked() if max_unpacked is None else max_unpacked
     with files.open_files(source, session.new_file, max_bytes) as opened_files:
-        return _import(database, session, read_images(opened_files, name), progress, max_bytes, link=link)
+        images = read_images(opened_files, wanted)
+        saved = _import(database, session, images, progress, max_bytes, replace=replace, link=link)
+    for image in saved:
+        if image.replaced:
+            LOG.warning("replaced %s, which was %s", image.name, image.replaced)
+    return saved
 
 
 def _import(
     database: Database,
     session: Session,
-    found: list[model.ArchivedImage],
+    found: list[model.NamedImage],
     progress: Progress | None,
     max_bytes: int | None,
     *,
+    replace: bool,
     link: bool,
-) -> list[ImageInfo]:
+) -> list[ImportedImage]:
     # Images may share a blob. Its key is its digest or its place in the archive.
-    wanted = {blob.key: blob for image in found for blob in image.blobs}
+    wanted = {blob.key: blob for item in found for blob in (*item.image.blobs, *item.image.referrers)}
     digests = {blob.digest for blob in wanted.values() if blob.digest}
     roots: list[tuple[Digest, str]] = []
 
     def receive(hold: Hold, received: dict[object, Received]) -> None:
         _receive(session, wanted, hold, received, progress, max_bytes, link=link)
-        roots.extend(_find_root(session, image, received) for image in found)
+        roots.extend(_find_root(session, item.image, received) for item in found)
 
-    def save_all(connection: Connection) -> list[ImageInfo]:
-        ids = [
-            save_image(connection, database.directory, name, digest, media_type)
-            for image, (digest, media_type) in zip(found, roots, strict=True)
-            for name in image.names
-        ]
-        return [images.read_image(connection, database.directory, image_id)[0] for image_id in dict.fromkeys(ids)]
+    def save_all(connection: Connection) -> list[ImportedImage]:
+        saved: dict[Name, ImportedImage] = {}
+        for item, (digest, media_type) in zip(found, roots, strict=True):
+            for name in item.names or [Name(str(item.repository), digest)]:
+                if name not in saved:
+                    replaced = _find_replaced(connection, name, digest, item, replace=replace)
+                    info = _save(connection, database.directory, name, digest, media_type, item.image)
+                    saved[name] = ImportedImage(info, replaced)
+        return list(saved.values())
 
     return publish.receive_and_save(database, session, digests, receive, save_all)
+
+
+def _find_replaced(
+    connection: Connection, name: Name, digest: Digest, item: model.NamedImage, *, replace: bool
+) -> Digest | None:
+    """Return the digest that a name points to until the import replaces it; None if there is nothing to replace.
+
+    Raises:
+        NameInUse: if it must not be replaced.
+    """
+    row = images.look_up(connection, name)
+    if row is None or row.digest == digest:
+        return None
+    if item.is_bare:
+        raise NameInUse(
+            f"the archive gives the tag {str(name).partition(':')[0]!r} without a repository, and {name} is another "
+            "image in the cache: give a repository with `cachedb import SOURCE REPOSITORY:`"
+        )
+    if not replace:
+        raise NameInUse(f"{name} names another image in the cache: import without --no-replace, or under another name")
+    return row.digest
+
+
+def _save(
+    connection: Connection, directory: Path, name: Name, digest: Digest, media_type: str, image: model.ArchivedImage
+) -> ImageInfo:
+    """Point a name to a stored image, and attach its referrers."""
+    choose = None
+    if image.chosen is not None:
+        choose = oci.choose_among(image.chosen | find_stored_part(connection, directory, name, digest))
+    image_id = save_image(connection, directory, name, digest, media_type, choose)
+    for blob in image.referrers:
+        if blob.digest:
+            role = blob.role if blob.role in ("manifest", "index") else "other"
+            attach(connection, directory, name, blob.digest, role, blob.media_type)
+    return images.read_image(connection, directory, image_id)[0]
 
 
 def _receive(

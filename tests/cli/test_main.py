@@ -47,6 +47,7 @@ def test_an_image_is_imported_listed_shown_and_removed(cachedb: Run, archive: Pa
     imported = cachedb("import", archive, "--format", "json")
     assert (imported.returncode, imported.stderr) == (0, "")
     (image,) = json.loads(imported.stdout)
+    assert image.pop("replaced") is None
     assert list(image) == IMAGE_KEYS
     assert (image["repository"], image["reference"], image["complete"]) == ("app", "1", True)
     assert image["digest"] == MADE.digest

@@ -17,6 +17,8 @@ _SLICE_BYTES = 64 * 1024  # given to a decompressor at a time; it may return mos
 MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
 # Not only "BZh": a file name, and so an uncompressed tar, may begin with it.
 MAGIC |= {b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)}
+# A zstd stream may begin with a skippable frame (RFC 8878, section 3.1.2); pzstd writes one.
+MAGIC |= {bytes([0x50 + kind]) + b"\x2a\x4d\x18": "zstd" for kind in range(16)}
 MAGIC_LENGTH = max(map(len, MAGIC))
 """The number of first bytes that `detect_compression` needs."""
 

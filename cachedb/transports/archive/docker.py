@@ -11,16 +11,17 @@ from cachedb.oci.manifests import load_json
 from cachedb.text import shorten
 from cachedb.transports.archive.compression import MAGIC_LENGTH, detect_compression
 from cachedb.transports.archive.files import Files, Section
-from cachedb.transports.archive.model import ArchivedBlob, ArchivedImage, check_image_count, read_document, read_small
+from cachedb.transports.archive.model import ArchivedBlob, ArchivedImage, check_image_count, read_small
 
-__all__ = ["read_docker", "read_entries", "read_repo_tags"]
+__all__ = ["read_config_digest", "read_docker", "read_entries", "read_repo_tags"]
 
 
-def read_entries(section: Section) -> list[dict[str, Any]]:
-    """Return the entries of manifest.json, one for each image."""
-    entries = read_document(section, "manifest.json")
-    if not isinstance(entries, list) or not entries:
-        raise InvalidArchive("manifest.json is not a list of images, or the list is empty")
+def read_entries(entries: object) -> list[dict[str, Any]]:
+    """Return the entries of a parsed manifest.json, one for each image, after a check of their fields."""
+    if entries is None:
+        return []
+    if not isinstance(entries, list):
+        raise InvalidArchive("manifest.json is not a list of images")
     check_image_count(entries)
     for entry in entries:
         if isinstance(entry, dict) and "Layers" in entry and entry["Layers"] is None:
@@ -28,9 +29,19 @@ def read_entries(section: Section) -> list[dict[str, Any]]:
         layers = entry.get("Layers") if isinstance(entry, dict) else None
         texts = [entry.get("Config"), *layers] if isinstance(layers, list) else [None]
         tags = (entry.get("RepoTags") or []) if isinstance(entry, dict) else None
-        if not isinstance(tags, list) or not all(isinstance(text, str) for text in texts):
+        if not isinstance(tags, list) or not all(isinstance(text, str) for text in [*texts, *tags]):
             raise InvalidArchive("manifest.json has an entry with a missing or invalid Config, Layers or RepoTags")
     return entries
+
+
+def read_repo_tags(entry: dict[str, Any]) -> list[str]:
+    """Return the names in an entry of manifest.json, as the user gave them."""
+    return [text for text in entry.get("RepoTags") or [] if text not in ("", "<none>:<none>")]
+
+
+def read_config_digest(files: Files, entry: dict[str, Any]) -> Digest:
+    """Return the digest of the config of an entry of manifest.json."""
+    return digest_of(read_small(_find_required(files, entry["Config"]), "the config", InvalidArchive))
 
 
 def _find_required(files: Files, name: str) -> Section:
@@ -40,20 +51,8 @@ def _find_required(files: Files, name: str) -> Section:
     return section
 
 
-def read_repo_tags(files: Files, section: Section) -> dict[Digest, list[object]]:
-    """Return the names in manifest.json, as the user gave them, by the digest of the config.
-
-    Docker's index.json has the same names with the registry in front.
-    """
-    tags: dict[Digest, list[object]] = {}
-    for entry in read_entries(section):
-        config = read_small(_find_required(files, entry["Config"]), "the config", InvalidArchive)
-        tags.setdefault(digest_of(config), []).extend(entry.get("RepoTags") or [])
-    return tags
-
-
-def read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
-    """Return the image of one entry of manifest.json."""
+def read_docker(files: Files, entry: dict[str, Any]) -> tuple[ArchivedImage, str | None]:
+    """Return the image of one entry of manifest.json, and its platform if the config states it."""
     section = _find_required(files, entry["Config"])
     data = read_small(section, "the config", InvalidArchive)
     config = load_json(data, "the config", InvalidArchive)
@@ -68,7 +67,7 @@ def read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
     stem = entry["Config"].rpartition("/")[2].removesuffix(".json").removeprefix("sha256:")
     if len(stem) == 64 and set(stem) <= set("0123456789abcdef") and stem != split_digest(digest)[1]:
         raise DigestMismatch(f"the config {shorten(entry['Config'])} has digest {digest}")
-    blobs = [ArchivedBlob(section, "the config", len(data), digest, oci.OCI_CONFIG)]
+    blobs = [ArchivedBlob(section, "the config", len(data), digest, oci.OCI_CONFIG, "config")]
     for name, diff_id in zip(entry["Layers"], diff_ids, strict=True):
         try:
             expected = parse_digest(diff_id)
@@ -77,10 +76,10 @@ def read_docker(files: Files, entry: dict[str, Any]) -> ArchivedImage:
         layer, what = _find_required(files, name), f"layer {shorten(name)}"
         compression = detect_compression(layer.head(MAGIC_LENGTH))
         if compression is None:
-            blobs.append(ArchivedBlob(layer, what, layer.size, expected, oci.OCI_LAYER))
+            blobs.append(ArchivedBlob(layer, what, layer.size, expected, oci.OCI_LAYER, "layer"))
         elif compression in ("gzip", "zstd"):
             media_type = f"{oci.OCI_LAYER}+{compression}"
-            blobs.append(ArchivedBlob(layer, what, layer.size, None, media_type, (compression, expected)))
+            blobs.append(ArchivedBlob(layer, what, layer.size, None, media_type, "layer", (compression, expected)))
         else:
             raise InvalidArchive(f"{what} is compressed with {compression}: use gzip, zstd or no compression")
-    return ArchivedImage([], None, blobs)
+    return ArchivedImage(None, blobs), oci.platform_label(config)

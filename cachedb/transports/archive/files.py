@@ -37,14 +37,14 @@ _SPACE_SHARE = 3  # unpacked bytes allowed per free byte
 
 
 class Section:
-    """Range of bytes in a file; several may be read at once, because each has its own position."""
+    """Range of bytes in a file or in memory; several may be read at once, because each has its own position."""
 
-    def __init__(self, file: int | Path, offset: int, size: int) -> None:
+    def __init__(self, file: int | Path | bytes, offset: int, size: int) -> None:
         self._file, self._offset, self.size = file, offset, size
         self._done = 0
 
     @property
-    def place(self) -> tuple[int | Path, int]:
+    def place(self) -> tuple[int | Path | bytes, int]:
         """The file and the offset in it, which identify the section."""
         return self._file, self._offset
 
@@ -62,12 +62,18 @@ class Section:
         count = min(len(buffer), self.size - self._done)
         if count == 0:
             return 0
-        with os_errors("read the archive"), descriptor(self._file) as file:
-            read = os.preadv(file, [buffer[:count]], self._offset + self._done)
+        read = self._read_into(buffer[:count], self._offset + self._done)
         if read == 0:
             raise InvalidArchive("the archive is cut short")
         self._done += read
         return read
+
+    def _read_into(self, buffer: memoryview, offset: int) -> int:
+        if isinstance(self._file, bytes):
+            buffer[:] = self._file[offset : offset + len(buffer)]
+            return len(buffer)
+        with os_errors("read the archive"), descriptor(self._file) as file:
+            return os.preadv(file, [buffer], offset)
 
     def head(self, count: int) -> bytes:
         """Return the first bytes without changing the position."""
@@ -99,12 +105,17 @@ def descriptor(file: int | Path) -> Iterator[int]:
 class Files(Protocol):
     """The files of an archive or a folder."""
 
+    has_end: bool
+    """False for a tar without the blocks that end it, which may be cut short between two files."""
+
     def find(self, name: str) -> Section | None:
         """Return a file's content, or None if there is no such file."""
 
 
 class Folder:
     """The files in a folder, such as an OCI image layout."""
+
+    has_end = True
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -130,12 +141,14 @@ class Tar:
         self._descriptor = descriptor
         self._files: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
-        name_characters = 0
+        name_characters = end = 0
         for member in tar.read_members(descriptor):
             name_characters += len(member.name) + len(member.link)
             if len(self._files) + len(self._links) >= _MEMBERS_LIMIT or name_characters > _NAMES_LIMIT:
                 raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: not an image")
             self._add_member(member)
+            end = member.end
+        self.has_end = tar.has_end(descriptor, end)
         for name in self._links:
             self._follow_links(name)  # raises if they form a circle
 
@@ -154,6 +167,8 @@ class Tar:
 
     def _add_member(self, member: tar.Member) -> None:
         name = _normalize_name(member.name)
+        if member.kind == tar.HARD_LINK and name in self._files and name == _normalize_name(member.link, link=name):
+            return  # GNU tar writes this for a file that it was given twice
         self._files.pop(name, None)  # a later member replaces an earlier one of the same name
         self._links.pop(name, None)
         if member.kind == tar.SYMBOLIC_LINK:

@@ -2,133 +2,213 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 from cachedb import oci
-from cachedb.errors import DigestMismatch, InvalidArchive, InvalidManifest, InvalidName
-from cachedb.oci.digests import Digest, digest_of
-from cachedb.oci.manifests import Descriptor
-from cachedb.oci.names import Name
+from cachedb.disk.waiting import LOG
+from cachedb.errors import InvalidArchive, InvalidDigest
+from cachedb.oci.digests import Digest, digest_of, parse_digest
+from cachedb.oci.manifests import Descriptor, load_json
 from cachedb.text import shorten
+from cachedb.transports.archive.contents import Contents
 from cachedb.transports.archive.files import Files, Section
 from cachedb.transports.archive.model import (
     CONTAINERD_NAME,
     REF_NAME,
+    REFERRER_SUBJECT,
     ArchivedBlob,
     ArchivedImage,
-    Found,
-    check_blob_count,
+    FoundImage,
     check_image_count,
+    list_digests,
     path_in_layout,
     read_document,
-    read_small,
 )
 
-__all__ = ["read_layout"]
+__all__ = ["open_layout", "read_layout"]
 
 
-def read_layout(files: Files, section: Section, tags: dict[Digest, list[object]]) -> list[Found]:
-    """Return the images in index.json with their names.
+_FALLBACK_TAG = re.compile(
+    r"(?:.*:)?(sha256|sha512)-([0-9a-f]{64,128})"
+)  # distribution specification, "Referrers Tag Schema"
 
-    Args:
-        files: the files of the archive.
-        section: index.json.
-        tags: the names in manifest.json, by the digest of the config.
-    """
+
+class _Listed(NamedTuple):
+    """A manifest or index in index.json, which may list it several times."""
+
+    root: Descriptor
+    entry: dict[str, Any]
+    names: list[str]
+    tags: list[str]
+    subjects: set[Digest]  # of the manifests that annotations say it refers to
+
+
+def open_layout(files: Files, platform: str | None) -> Contents:
+    """Return the blobs of an image layout, after a check of its version."""
     layout = files.find("oci-layout")
     if layout is not None:
         version = read_document(layout, "oci-layout")
         if not isinstance(version, dict) or not str(version.get("imageLayoutVersion")).startswith("1."):
             raise InvalidArchive("oci-layout has an unsupported version: only 1.x is supported")
+    return Contents(lambda blob: files.find(path_in_layout(blob.digest)), platform, has_end=files.has_end)
+
+
+def read_layout(contents: Contents, section: Section, *, as_one: bool) -> list[FoundImage]:
+    """Return the images in index.json with their names and referrers.
+
+    Args:
+        contents: the blobs of the layout.
+        section: index.json.
+        as_one: return manifests for several platforms, which have no name, as one image.
+    """
     index = read_document(section, "index.json")
-    entries = index.get("manifests") if isinstance(index, dict) else None
+    entries = (index.get("manifests") or []) if isinstance(index, dict) else [] if index is None else None
     if not isinstance(entries, list):
         raise InvalidArchive("index.json is not an image index: it has no list of manifests")
     check_image_count(entries)
-    names: dict[Digest, list[object]] = {}
-    roots: dict[Digest, Descriptor] = {}
+    listed = _read_entries(contents, entries)
+    found = [
+        FoundImage(image, item.names, item.tags, item.entry)
+        for item in listed
+        if not _is_only_referrer(contents, item) and (image := contents.read_image(item.root)) is not None
+    ]
+    # Some tools list the children of an index beside it. Without a name they are not separate images.
+    reachable = {blob.digest for item in found for blob in item.image.blobs[1:]}
+    found = [item for item in found if item.names or item.tags or item.image.identity not in reachable]
+    found = _join_platforms(contents, found, section, as_one=as_one)
+    return _attach_referrers(contents, found, listed)
+
+
+def _join_platforms(contents: Contents, found: list[FoundImage], section: Section, *, as_one: bool) -> list[FoundImage]:
+    """Return the images; manifests for several platforms with the same names become one image.
+
+    Args:
+        contents: the blobs of the layout.
+        found: the images.
+        section: index.json, which is the joined image's index if it lists nothing else.
+        as_one: also join the manifests that have no name.
+    """
+    groups: dict[object, list[FoundImage]] = {}
+    for item in found:
+        groups.setdefault((tuple(item.names), tuple(item.tags)), []).append(item)
+    joined = []
+    for group in groups.values():
+        is_named = bool(group[0].names or group[0].tags)
+        if len(group) > 1 and (is_named or as_one) and _are_for_different_platforms(contents, group):
+            entries = [_add_platform(item.entry or {}, contents) for item in group]
+            joined.append(_join(group, entries, section))
+        else:
+            joined += group
+    return joined
+
+
+def _are_for_different_platforms(contents: Contents, group: list[FoundImage]) -> bool:
+    roots = [item.image.root for item in group if item.image.root]
+    platforms = {contents.read_platform(root) if root.role == "manifest" else None for root in roots}
+    return len(platforms) == len(group) and None not in platforms
+
+
+def _add_platform(entry: dict[str, Any], contents: Contents) -> dict[str, Any]:
+    """Return an entry of an index with its platform, from the config if the entry does not state it."""
+    root = oci.parse_entry(entry, "index.json")
+    if root.platform:
+        return entry
+    fields = zip(("os", "architecture", "variant"), (contents.read_platform(root) or "").split("/"), strict=False)
+    return {**entry, "platform": dict(fields)}
+
+
+def _join(group: list[FoundImage], entries: list[dict[str, Any]], section: Section) -> FoundImage:
+    """Return one image whose index has these entries, which list the manifests of several images."""
+    data = section.head(section.size)
+    if load_json(data, "index.json").get("manifests") != entries:
+        data = oci.build_index(entries)
+    root = oci.root_descriptor(digest_of(data), len(data), oci.OCI_INDEX)
+    index = ArchivedBlob(Section(data, 0, len(data)), "the index", root.size, root.digest, root.media_type, "index")
+    blobs = [index, *dict.fromkeys(blob for item in group for blob in item.image.blobs)]
+    is_whole = all(item.image.chosen is None for item in group)
+    image = ArchivedImage(root, blobs, None if is_whole else list_digests(blobs))
+    return FoundImage(image, group[0].names, group[0].tags)
+
+
+def _read_entries(contents: Contents, entries: list[Any]) -> list[_Listed]:
+    """Return the manifests and indexes in index.json, each once."""
+    listed: dict[Digest, _Listed] = {}
     for entry in entries:
         if not isinstance(entry, dict):
             raise InvalidArchive("index.json has an entry that is not a descriptor")
-        if "mediaType" not in entry:
-            entry = {**entry, "mediaType": oci.OCI_MANIFEST}
+        entry = {"mediaType": oci.OCI_MANIFEST, **entry}
         root = oci.parse_entry(entry, "index.json")
+        contents.add_embedded(entry)
         if root.role == "other":
-            raise InvalidManifest(f"index.json names a {shorten(root.media_type)}, which is not an image")
-        roots[root.digest] = root
-        annotations = entry.get("annotations")
-        if isinstance(annotations, dict) and (name := _find_annotated_name(annotations)):
-            names.setdefault(root.digest, []).append(name)
-    images = []
-    rows = 0
-    for root in roots.values():
-        closure = _read_closure(files, root)
-        rows += len(closure)
-        check_blob_count(rows)
-        blobs = [_find_blob(files, blob) for blob in dict.fromkeys(closure)]
-        images.append(ArchivedImage([], root, blobs))
-    # Some tools list the children of an index beside it. Without a name they are not separate images.
-    reachable = {blob.digest for image in images for blob in image.blobs[1:]}
-    named = zip(_choose_names(images, names, tags), images, strict=True)
-    return [(texts, image) for texts, image in named if texts or image.identity not in reachable]
+            LOG.warning("not imported: %s is %s, not an image", root.digest, shorten(root.media_type))
+            continue
+        item = listed.setdefault(root.digest, _Listed(root, entry, [], [], set()))
+        _read_annotations(entry.get("annotations"), item)
+    return list(listed.values())
 
 
-def _choose_names(
-    images: list[ArchivedImage], annotated: dict[Digest, list[object]], tags: dict[Digest, list[object]]
-) -> list[list[object]]:
-    """Return the names of each image, from manifest.json if they are unambiguous, else from index.json.
+def _read_annotations(annotations: object, item: _Listed) -> None:
+    """Add the name in an entry's annotations, or the subject that they state.
 
-    A name from index.json gets the spelling of manifest.json if both have it.
+    skopeo and podman write the full name to ref.name, but Docker writes only the tag, and the name beside it.
     """
-    reached = Counter(digest for image in images for digest in {blob.digest for blob in image.blobs})
-    short = {_qualify(text): text for texts in tags.values() for text in texts}
-    found = []
-    for image in images:
-        digests = [blob.digest for blob in image.blobs if blob.digest]
-        configs = [digest for digest in dict.fromkeys(digests) if digest in tags]
-        tagged = [text for config in configs for text in tags[config]]
-        if tagged and all(reached[config] == 1 for config in configs):
-            found.append(tagged)
-        else:
-            found.append([short.get(_qualify(text), text) for text in annotated.get(digests[0], [])])
-    return found
-
-
-def _qualify(text: object) -> object:
-    try:
-        return Name.parse(text).qualified()  # type: ignore[arg-type]
-    except InvalidName:
-        return text
-
-
-def _find_annotated_name(annotations: dict[str, Any]) -> object:
-    """Return the name in annotations, or None.
-
-    skopeo and podman write the full name to ref.name, but Docker writes only the tag.
-    """
+    if not isinstance(annotations, dict):
+        return
     reference, full = annotations.get(REF_NAME), annotations.get(CONTAINERD_NAME)
-    if isinstance(reference, str) and (full is None or ":" in reference or "/" in reference):
-        return reference
-    return full
+    subject = annotations.get(REFERRER_SUBJECT)
+    if isinstance(reference, str) and (fallback := _FALLBACK_TAG.fullmatch(reference)):
+        subject = ":".join(fallback.groups())
+    if isinstance(subject, str):
+        try:
+            item.subjects.add(parse_digest(subject))
+        except InvalidDigest as error:
+            raise InvalidArchive(f"index.json refers to an invalid subject: {error}") from error
+    elif isinstance(reference, str) and (":" in reference or "/" in reference):
+        item.names.append(reference)
+    elif isinstance(full, str):
+        item.names.append(full)
+    elif isinstance(reference, str):
+        item.tags.append(reference)
 
 
-def _read_closure(files: Files, root: Descriptor) -> list[Descriptor]:
-    def read(blob: Descriptor) -> bytes:
-        found = _find_blob(files, blob)
-        data = read_small(found.section, found.what, InvalidManifest)
-        if len(data) != blob.size:
-            raise DigestMismatch(f"{found.what} should be {blob.size} bytes, and is {len(data)}")
-        if digest_of(data, blob.digest) != blob.digest:
-            raise DigestMismatch(f"{found.what} in the archive does not match its digest")
-        return data
-
-    return list(oci.walk(root, read))
+def _is_only_referrer(contents: Contents, item: _Listed) -> bool:
+    """Return whether an entry is no image of its own: it has no name, and refers to a manifest in the archive."""
+    if item.names or item.tags:
+        return False
+    subject = contents.read_subject(item.root)
+    return bool(item.subjects) or (subject is not None and contents.has_manifest(subject))
 
 
-def _find_blob(files: Files, blob: Descriptor) -> ArchivedBlob:
-    what = f"{blob.role} {blob.digest}"
-    section = files.find(path_in_layout(blob.digest))
-    if section is None:
-        raise InvalidArchive(f"{what} is referenced in the archive, but is not in it")
-    return ArchivedBlob(section, what, blob.size, blob.digest, blob.media_type)
+def _attach_referrers(contents: Contents, found: list[FoundImage], listed: list[_Listed]) -> list[FoundImage]:
+    """Return the images with the referrers of their manifests, and the referrers of those."""
+    referrers = _list_referrers(contents, listed)
+    attached = set[Digest]()
+    result = []
+    for item in found:
+        known = set(list_digests(item.image.blobs))
+        blobs = dict[ArchivedBlob, None]()
+        pending = referrers
+        while ready := [root for root, subject in pending if subject in known]:
+            pending = [(root, subject) for root, subject in pending if subject not in known]
+            known.update(root.digest for root in ready)
+            for root in ready:
+                blobs.update(dict.fromkeys(contents.read_referrer(root)))
+        attached |= known
+        result.append(item._replace(image=item.image._replace(referrers=tuple(blobs))))
+    for root, subject in referrers:
+        if root.digest not in attached:
+            LOG.warning("not imported: %s refers to %s, which is not imported", root.digest, subject)
+    return result
+
+
+def _list_referrers(contents: Contents, listed: list[_Listed]) -> list[tuple[Descriptor, Digest]]:
+    """Return the manifests that refer to another one, each with its subject."""
+    found = []
+    for item in listed:
+        if subject := contents.read_subject(item.root):
+            found.append((item.root, subject))
+        # An index that has a fallback tag only lists referrers.
+        roots = contents.read_children(item.root) if item.root.role == "index" else [item.root]
+        found += [(root, subject) for subject in item.subjects for root in roots if contents.is_present(root)]
+    return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""Represent an image in an archive of any format."""
+"""Represent the images in an archive of any format."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from cachedb.transports.archive.files import Section
 
 __all__ = [
     "CONTAINERD_NAME",
+    "REFERRER_SUBJECT",
     "REF_NAME",
     "ArchivedBlob",
     "ArchivedImage",
-    "Found",
+    "FoundImage",
+    "NamedImage",
     "check_blob_count",
     "check_image_count",
+    "list_digests",
     "path_in_layout",
     "read_document",
     "read_small",
@@ -28,7 +31,9 @@ __all__ = [
 REF_NAME = "org.opencontainers.image.ref.name"  # image specification, annotations.md
 CONTAINERD_NAME = "io.containerd.image.name"  # the full name, written by containerd and Docker
 
-_ROWS_LIMIT = 100_000  # blobs in an archive's images, counted once for each name of an image
+REFERRER_SUBJECT = "org.opencontainers.image.referrer.subject"  # a digest, written by regctl for a referrers list
+
+_BLOBS_LIMIT = 100_000  # blobs in an archive's images, counted once for each name of an image
 _IMAGES_LIMIT = 1000
 
 
@@ -40,6 +45,7 @@ class ArchivedBlob(NamedTuple):
     size: int  # the expected size in bytes
     digest: Digest | None  # the expected digest; None for a compressed layer of a docker-archive
     media_type: str
+    role: str
     diff_id: tuple[str, Digest] | None = None  # for that layer: its compression and diff id
 
     @property
@@ -51,9 +57,10 @@ class ArchivedBlob(NamedTuple):
 class ArchivedImage(NamedTuple):
     """An image in an archive."""
 
-    names: list[Name]
     root: Descriptor | None  # the manifest or index; None in a docker-archive
     blobs: list[ArchivedBlob]  # the closure; in a docker-archive the config, then the layers
+    chosen: frozenset[Digest] | None = None  # the digests of the closure if it is a part of the image's closure
+    referrers: tuple[ArchivedBlob, ...] = ()  # the closures of the manifests that refer to the image
 
     @property
     def identity(self) -> object:
@@ -69,6 +76,29 @@ class ArchivedImage(NamedTuple):
         return oci.build_manifest(config, layers)
 
 
+class FoundImage(NamedTuple):
+    """An image in an archive, with its names as the archive spells them."""
+
+    image: ArchivedImage
+    names: list[str]
+    tags: list[str]  # without a repository
+    entry: dict[str, Any] | None = None  # its descriptor in index.json
+
+
+class NamedImage(NamedTuple):
+    """An image in an archive, with the names to save it under."""
+
+    image: ArchivedImage
+    names: list[Name]
+    repository: str | None = None  # where its name is its digest, if it has no other name
+    is_bare: bool = False  # whether its names are tags that the archive gives without a repository
+
+
+def list_digests(blobs: list[ArchivedBlob]) -> frozenset[Digest]:
+    """Return the known digests of blobs."""
+    return frozenset(blob.digest for blob in blobs if blob.digest)
+
+
 def path_in_layout(digest: Digest) -> str:
     """Return the path of a blob in an image layout (image-layout.md, "Blobs")."""
     algorithm, encoded = split_digest(digest)
@@ -77,18 +107,14 @@ def path_in_layout(digest: Digest) -> str:
 
 def check_blob_count(count: int) -> None:
     """Raise `InvalidArchive` if the images of an archive have too many blobs."""
-    if count > _ROWS_LIMIT:
-        raise InvalidArchive(f"the images in the archive have more than {_ROWS_LIMIT} blobs")
+    if count > _BLOBS_LIMIT:
+        raise InvalidArchive(f"the images in the archive have more than {_BLOBS_LIMIT} blobs")
 
 
 def check_image_count(images: list[Any]) -> None:
     """Raise `InvalidArchive` if an archive has too many images."""
     if len(images) > _IMAGES_LIMIT:
         raise InvalidArchive(f"the archive holds {len(images)} images; more than {_IMAGES_LIMIT} are refused")
-
-
-Found = tuple[list[object], ArchivedImage]
-"""The names of an image, as the archive spells them, and the image."""
 
 
 def read_document(section: Section, what: str, error: type[CacheError] = InvalidArchive) -> Any:  # noqa: ANN401

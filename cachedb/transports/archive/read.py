@@ -1,4 +1,4 @@
-"""Read the images of a docker-archive, an OCI archive or an OCI image layout folder.
+"""Read the images of a docker-archive, an OCI archive, an OCI image layout folder, or skopeo's directory format.
 
 Nothing is copied: the content of an image is returned as sections of files. Archives are untrusted. Every name, link,
 size and document is checked, and an archive with one invalid part is refused.
@@ -6,72 +6,105 @@ size and document is checked, and an archive with one invalid part is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from typing import Any
 
-from cachedb.errors import InvalidArchive, InvalidName
-from cachedb.oci.names import Name
-from cachedb.transports.archive.docker import read_docker, read_entries, read_repo_tags
+from cachedb.errors import InvalidArchive
+from cachedb.oci.digests import Digest
+from cachedb.oci.platforms import is_for
+from cachedb.text import shorten
+from cachedb.transports.archive.directory import open_directory
+from cachedb.transports.archive.docker import read_config_digest, read_docker, read_entries, read_repo_tags
 from cachedb.transports.archive.files import Files
-from cachedb.transports.archive.layout import read_layout
-from cachedb.transports.archive.model import ArchivedImage, check_blob_count
+from cachedb.transports.archive.layout import open_layout, read_layout
+from cachedb.transports.archive.model import FoundImage, NamedImage, read_document
+from cachedb.transports.archive.names import Wanted, name_images, qualify
 
 __all__ = ["read_images"]
 
 
-def read_images(files: Files, name: Name | None = None) -> list[ArchivedImage]:
-    """Return the images in an archive.
+def read_images(files: Files, wanted: Wanted) -> list[NamedImage]:
+    """Return the images of an archive that are wanted.
 
-    If an archive has both formats, this reads its OCI image layout, which keeps the digests.
+    If an archive has both formats, this reads its OCI image layout, which keeps the digests, and from manifest.json
+    what index.json lacks.
 
     Args:
         files: the files of the archive.
-        name: the name of the image; the names in the archive are then ignored, even if they are invalid.
+        wanted: which images to import, and how to name them.
 
     Raises:
-        InvalidArchive: if it is not an image archive or is incomplete; if a name is given for several images; if no
-            name is given for an image that has none.
+        InvalidArchive: if it is not an image archive or is incomplete; if a name is missing or ambiguous.
         InvalidManifest: if a manifest is invalid.
         DigestMismatch: if a manifest or config does not match its digest or size.
     """
-    index, docker = files.find("index.json"), files.find("manifest.json")
-    if index is not None:
-        found = read_layout(files, index, read_repo_tags(files, docker) if docker else {})
-    elif docker is not None:
-        found = [(entry.get("RepoTags") or [], read_docker(files, entry)) for entry in read_entries(docker)]
-    else:
+    found, other_platforms = _find_images(files, wanted)
+    if not found and other_platforms:
+        known = ", ".join(sorted(other_platforms))
+        raise InvalidArchive(
+            f"the archive has no image for platform {shorten(wanted.platform)}, but for {known}: "
+            "choose one with --platform"
+        )
+    if not found:
+        raise InvalidArchive("the archive holds no image")
+    return name_images(found, wanted)
+
+
+def _find_images(files: Files, wanted: Wanted) -> tuple[list[FoundImage], set[str]]:
+    """Return the images of an archive, and the platforms of those that are not for the wanted platform."""
+    index, manifest = files.find("index.json"), files.find("manifest.json")
+    if index is None and manifest is None:
         raise InvalidArchive(
             "the archive has neither index.json nor manifest.json: make an image archive with "
             "`docker save`, `podman save` or `skopeo copy`"
         )
-    if not found:
-        raise InvalidArchive("the archive holds no image")
-    if name is not None and len(found) > 1:
-        raise InvalidArchive(f"the archive holds {len(found)} images, but one NAME was given: leave it out")
-    images = [image._replace(names=_parse_names(texts) if name is None else [name]) for texts, image in found]
-    _check_names(images)
-    return images
+    document = read_document(manifest, "manifest.json") if manifest else []
+    if manifest and isinstance(document, dict):
+        contents, root = open_directory(files, manifest, wanted.platform)
+        image = contents.read_image(root)
+        return [] if image is None else [FoundImage(image, [], [])], contents.other_platforms
+    contents = open_layout(files, wanted.platform)
+    found: list[FoundImage] = []
+    if index is not None:
+        # The manifests of several platforms become one image, unless one of them is selected.
+        found = read_layout(contents, index, as_one=wanted.name is not None and wanted.select is None)
+    entries: dict[Digest, list[dict[str, Any]]] = {}
+    for entry in read_entries(document):
+        entries.setdefault(read_config_digest(files, entry), []).append(entry)
+    tags = {config: [text for entry in found for text in read_repo_tags(entry)] for config, found in entries.items()}
+    covered = {blob.digest for item in found for blob in item.image.blobs}
+    found = _add_repo_tags(found, tags)
+    for config, repeated in entries.items():
+        if config not in covered:
+            for entry in repeated:
+                image, platform = read_docker(files, entry)
+                if wanted.platform and platform and not is_for(platform, wanted.platform):
+                    contents.other_platforms.add(platform)
+                else:
+                    found.append(FoundImage(image, read_repo_tags(entry), []))
+    return found, contents.other_platforms
 
 
-def _check_names(images: list[ArchivedImage]) -> None:
-    named: dict[Name, object] = {}
-    for image in images:
-        if not image.names:
-            which = f" ({image.root.digest})" if image.root and len(images) > 1 else ""
-            raise InvalidArchive(
-                f"an image in the archive has no name{which}: give one with `cachedb import SOURCE NAME`"
-            )
-        for name in image.names:
-            # The second image would replace the first.
-            if named.setdefault(name, image.identity) != image.identity:
-                raise InvalidArchive(f"two images in the archive have the name {name}")
-    check_blob_count(sum(len(image.names) * len(image.blobs) for image in images))
+def _add_repo_tags(found: list[FoundImage], tags: dict[Digest, list[str]]) -> list[FoundImage]:
+    """Return images of index.json with their names in manifest.json, where these are unambiguous.
 
+    A name that both files have is spelled as in manifest.json, where Docker puts no registry in front.
 
-def _parse_names(texts: Iterable[object]) -> list[Name]:
-    names = []
-    for text in texts:
-        try:
-            names.append(Name.parse(text))  # type: ignore[arg-type]
-        except InvalidName as error:
-            raise InvalidArchive(f"a name in the archive is invalid: {error}: give another name as NAME") from error
-    return list(dict.fromkeys(names))
+    Args:
+        found: the images in index.json.
+        tags: the names in manifest.json, by the digest of the config.
+    """
+    reached = Counter(digest for item in found for digest in {blob.digest for blob in item.image.blobs})
+    spelled = {qualify(text): text for texts in tags.values() for text in texts}
+    result = []
+    for item in found:
+        names = [spelled.get(qualify(text), text) for text in item.names]
+        configs = [digest for digest in {blob.digest: None for blob in item.image.blobs} if digest in tags]
+        if all(reached[config] == 1 for config in configs):
+            names += [text for config in configs for text in tags[config]]
+        # Docker writes the tag alone to index.json, and the whole name to manifest.json.
+        whole = {text.rpartition(":")[2] for text in names}
+        result.append(
+            item._replace(names=list(dict.fromkeys(names)), tags=[tag for tag in item.tags if tag not in whole])
+        )
+    return result

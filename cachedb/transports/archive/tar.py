@@ -1,7 +1,7 @@
 """Read the members of a tar in POSIX's pax and ustar formats, with GNU's long names.
 
 This replaces the standard library's `tarfile`. In releases still in use, some malicious headers take it time and memory
-that grow with the square of their size. It also accepts a tar that is cut short between two members.
+that grow with the square of their size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ from typing import NamedTuple
 from cachedb.errors import InvalidArchive
 from cachedb.text import shorten
 
-__all__ = ["BLOCK", "FOLDER", "HARD_LINK", "REGULAR", "SYMBOLIC_LINK", "Member", "check_header", "read_members"]
+__all__ = [
+    "BLOCK",
+    "FOLDER",
+    "HARD_LINK",
+    "REGULAR",
+    "SYMBOLIC_LINK",
+    "Member",
+    "check_header",
+    "has_end",
+    "read_members",
+]
 
 
 BLOCK = 512  # bytes
@@ -33,6 +43,11 @@ class Member(NamedTuple):
     link: str
     offset: int  # of the content
     size: int  # bytes
+
+    @property
+    def end(self) -> int:
+        """The offset of what follows the member."""
+        return self.offset + _pad_size(self.size)
 
 
 def read_members(descriptor: int) -> Iterator[Member]:
@@ -64,12 +79,16 @@ def read_members(descriptor: int) -> Iterator[Member]:
             raise InvalidArchive(f"the archive is cut short in {shorten(member.name)}")
         yield member
         extended = {}
-        offset = start + _pad_size(member.size)
-    # Two blocks of zeros end every tar. Without them it may be cut short.
+        offset = member.end
     if not offset:
         raise InvalidArchive(_NOT_A_TAR)
-    if extended or os.pread(descriptor, 2 * BLOCK, offset) != bytes(2 * BLOCK):
+    if extended or any(os.pread(descriptor, 2 * BLOCK, offset)):
         raise InvalidArchive(f"the archive is cut short, or not a tar, at byte {offset}")
+
+
+def has_end(descriptor: int, offset: int) -> bool:
+    """Return whether the two blocks of zeros that end a tar follow; GNU tar and Docker also read a tar without them."""
+    return len(os.pread(descriptor, 2 * BLOCK, offset)) == 2 * BLOCK
 
 
 def check_header(block: bytes, offset: int) -> None:

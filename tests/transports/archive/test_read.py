@@ -35,6 +35,7 @@ from cachedb.transports.archive import compression as compression_
 from cachedb.transports.archive import files as files_module
 from cachedb.transports.archive import model
 from cachedb.transports.archive import read as archive
+from cachedb.transports.archive.names import Wanted
 from tests.conftest import Run, snapshot
 from tests.support import make
 from tests.support.make import digest_of, hex_of, tar_of
@@ -173,9 +174,9 @@ def make_spool_factory(folder: Path) -> Callable[[], FileIO]:
     return new
 
 
-def read_images(source: Path | BinaryIO, tmp_path: Path, name: Name | None = None) -> list[model.ArchivedImage]:
+def read_images(source: Path | BinaryIO, tmp_path: Path, name: Name | None = None) -> list[model.NamedImage]:
     with files_module.open_files(source, make_spool_factory(tmp_path)) as files:
-        return archive.read_images(files, name)
+        return archive.read_images(files, Wanted(name))
 
 
 def list_names(cache: Cache) -> list[str]:
@@ -644,13 +645,18 @@ def test_a_size_may_be_in_base_256_or_in_a_pax_header(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("files", [tiny_docker(), tiny_oci()], ids=["docker", "oci"])
-def test_an_archive_that_is_cut_short_anywhere_is_refused(
+def test_an_archive_that_is_cut_short_anywhere_is_refused_unless_only_its_end_is_missing(
     unchanged: Cache, tmp_path: Path, files: dict[str, bytes]
 ) -> None:
     data = small_tar(files)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        end = tar.getmembers()[-1].offset_data + tar.getmembers()[-1].size
     (tmp_path / "cut.tar").write_bytes(data)
     for length in reversed(range(len(data))):
         os.truncate(tmp_path / "cut.tar", length)
+        if length >= end:
+            assert len(read_images(tmp_path / "cut.tar", tmp_path)) == 1
+            continue
         with pytest.raises(InvalidArchive):
             read_images(tmp_path / "cut.tar", tmp_path)
         if length % 512 in (0, 1, 511):
@@ -720,6 +726,31 @@ def test_links_in_a_circle_are_refused(unchanged: Cache, kind: bytes) -> None:
         unchanged, prepend_members(make_header("a", 0, kind, "b"), make_header("b", 0, kind, "a"))
     )
     assert "form a loop" in import_refused(unchanged, prepend_members(make_header("a", 0, kind, "a")))
+
+
+def test_a_hard_link_of_a_file_to_itself_is_ignored(tmp_path: Path) -> None:
+    """GNU tar writes it for a file that it was given twice."""
+    data = tar_of(tiny_docker())
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + -(-last.size // 512) * 512
+    source = data[:end] + make_header("layer.tar", 0, b"1", "layer.tar") + bytes(1024)
+    assert len(read_images(io.BytesIO(source), tmp_path)) == 1
+
+
+@pytest.mark.parametrize("kind", [0x50, 0x5F])
+def test_zstd_may_begin_with_a_skippable_frame(cache: Cache, kind: int) -> None:
+    """pzstd writes one (RFC 8878, section 3.1.2)."""
+    frame = bytes([kind]) + b"\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+    layer = make.layer(1)
+    (archive,) = cache.cache_from_tar(
+        io.BytesIO(frame + make.zstd_compressed(tar_of(make.docker_files({"a:1": make.image(1)}))))
+    )
+    assert archive.complete
+    files = tiny_docker(layer)
+    files["layer.tar"] = frame + make.zstd_compressed(layer)
+    cache.cache_from_tar(tar_file(files))
+    assert list_layers(cache, "app:1") == [(digest_of(files["layer.tar"]), f"{OCI_LAYER}+zstd")]
 
 
 def test_a_chain_of_very_many_links_is_refused_at_once(unchanged: Cache) -> None:
@@ -1249,7 +1280,7 @@ def test_a_layer_declared_as_a_manifest_is_refused(unchanged: Cache) -> None:
 
 def test_an_entry_of_an_unknown_media_type_is_no_image(unchanged: Cache) -> None:
     files = oci_of(json.loads(tiny_manifest()), media_type="application/x-other")
-    assert "which is not an image" in import_refused(unchanged, tar_file(files), InvalidManifest)
+    assert "the archive holds no image" in import_refused(unchanged, tar_file(files))
 
 
 def test_a_file_after_a_link_of_the_same_name_is_used(tmp_path: Path) -> None:
@@ -1276,7 +1307,7 @@ def test_an_index_that_is_listed_twice_is_read_once(cache: Cache) -> None:
 
 
 def test_too_many_blobs_images_or_names_are_refused(unchanged: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "_ROWS_LIMIT", 10)
+    monkeypatch.setattr(model, "_BLOBS_LIMIT", 10)
     entries = [make.descriptor(b"x", OCI_LAYER)] * 10
     manifest = {"schemaVersion": 2, "config": make.descriptor(b"{}", OCI_CONFIG), "layers": entries}
     assert "more than 10 blobs" in import_refused(unchanged, tar_file(oci_of(manifest)))
@@ -1347,10 +1378,10 @@ def test_a_spool_has_no_name(cache: Cache) -> None:
 def test_a_layout_that_is_truncated_while_it_is_read_is_refused(tmp_path: Path) -> None:
     folder = make.write(tmp_path / "layout", tiny_oci())
     with files_module.open_files(folder, make_spool_factory(tmp_path)) as files:
-        (image,) = archive.read_images(files)
+        (image,) = archive.read_images(files, Wanted())
         os.truncate(folder / f"blobs/sha256/{hex_of(b'x')}", 0)
         with pytest.raises(InvalidArchive, match="cut short"):
-            image.blobs[-1].section.head(1)
+            image.image.blobs[-1].section.head(1)
 
 
 # The command line

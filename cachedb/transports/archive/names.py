@@ -1,0 +1,163 @@
+"""Choose the images of an archive to import, and the names to save them under."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from cachedb.disk.waiting import LOG
+from cachedb.errors import InvalidArchive, InvalidName
+from cachedb.oci.names import Name
+from cachedb.text import shorten, shorten_digest
+from cachedb.transports.archive.model import FoundImage, NamedImage, check_blob_count
+
+__all__ = ["Wanted", "name_images", "qualify"]
+
+
+_DIGEST_PREFIX = re.compile(r"(?:sha256:)?([0-9a-f]{12,64})|sha512:[0-9a-f]{12,128}")
+_LISTED_LIMIT = 10  # images in an error
+
+
+class Wanted(NamedTuple):
+    """Which images of an archive to import, and how to name them."""
+
+    name: Name | None = None  # replaces the names of the only image
+    repository: str | None = None  # of tags without one, and of images without a name
+    select: str | None = None  # a name in the archive, or a digest or at least 12 of its digits
+    platform: str | None = None  # the only one to import; None for all
+
+
+def name_images(found: list[FoundImage], wanted: Wanted) -> list[NamedImage]:
+    """Return the images to import with their names.
+
+    Images without a name are left out if others have one; a warning tells so.
+
+    Raises:
+        InvalidArchive: if a name is invalid; if two images have the same name; if one name was given for several
+            images, or none for images without a name; if no image was selected.
+    """
+    if wanted.select is not None:
+        found = [_select(found, wanted.select)]
+    if wanted.name is not None:
+        if len(found) > 1:
+            raise InvalidArchive(
+                f"the archive holds {len(found)} images, but one NAME was given: leave it out, "
+                f"or choose one with --select: {_list_images(found)}"
+            )
+        images = [NamedImage(found[0].image, [wanted.name])]
+    else:
+        images = [_name_image(item, wanted.repository) for item in found]
+        images = _leave_out_unnamed(images, found)
+    _check_names(images)
+    return images
+
+
+def qualify(text: str) -> str:
+    """Return a name as Docker writes it in full; the text itself if it is no name."""
+    try:
+        return Name.parse(text).qualified()
+    except InvalidName:
+        return text
+
+
+def _select(found: list[FoundImage], text: str) -> FoundImage:
+    """Return the image with a name or a digest; an image that is selected by a name keeps only this one."""
+    for item in found:
+        for name in item.names:
+            if text == name or qualify(text) == qualify(name):
+                return item._replace(names=[name], tags=[])
+        if text in item.tags:
+            return item._replace(names=[], tags=[text])
+    if match := _DIGEST_PREFIX.fullmatch(text):
+        prefix = f"sha256:{match[1]}" if match[1] else text
+        chosen = [item for item in found if _has_digest(item, prefix)]
+        if len(chosen) == 1:
+            return chosen[0]
+        if chosen:
+            raise InvalidArchive(
+                f"{len(chosen)} images in the archive have the digest {shorten(text)}: give more digits"
+            )
+    raise InvalidArchive(f"the archive has no image {shorten(text)}: select one of {_list_images(found)}")
+
+
+def _has_digest(item: FoundImage, prefix: str) -> bool:
+    """Return whether the manifest, or the config, has a digest with this start; Docker's image id is the config's."""
+    if item.image.root and item.image.root.digest.startswith(prefix):
+        return True
+    return any(blob.role == "config" and (blob.digest or "").startswith(prefix) for blob in item.image.blobs)
+
+
+def _list_images(found: list[FoundImage]) -> str:
+    """Return the names, or the digests, of images for an error."""
+    texts = [_identify(item) for item in found[:_LISTED_LIMIT]]
+    return ", ".join(texts) + (", ..." if len(found) > _LISTED_LIMIT else "")
+
+
+def _identify(item: FoundImage) -> str:
+    """Return a name of an image, or the start of its digest, which `--select` takes too."""
+    if names := item.names or item.tags:
+        return shorten(names[0])
+    root, config = item.image.root, item.image.blobs[0]
+    return shorten_digest(root.digest if root else str(config.digest))
+
+
+def _name_image(item: FoundImage, repository: str | None) -> NamedImage:
+    """Return an image with the names that the archive gives it; none if it has no name."""
+    names = _parse_names(item.names)
+    if item.tags and repository is None:
+        return NamedImage(item.image, [*names, *_parse_names(item.tags)], is_bare=not names)
+    names += _parse_names(f"{repository}:{tag}" for tag in item.tags)
+    return NamedImage(item.image, list(dict.fromkeys(names)), repository if not names else None)
+
+
+def _leave_out_unnamed(images: list[NamedImage], found: list[FoundImage]) -> list[NamedImage]:
+    """Return the images that have a name; warn about the others.
+
+    Raises:
+        InvalidArchive: if none has a name.
+    """
+    unnamed = [item for image, item in zip(images, found, strict=True) if not (image.names or image.repository)]
+    if len(unnamed) == len(images) == 1:
+        raise InvalidArchive("the image in the archive has no name: give one with `cachedb import SOURCE NAME`")
+    if len(unnamed) == len(images):
+        raise InvalidArchive(
+            f"the {len(images)} images in the archive have no name: give --repository to name them by digest, "
+            f"or choose one with --select and give NAME: {_list_images(unnamed)}"
+        )
+    if unnamed:
+        LOG.warning(
+            "not imported, because they have no name: %s: give --repository to name them by digest",
+            _list_images(unnamed),
+        )
+    return [image for image in images if image.names or image.repository]
+
+
+def _check_names(images: list[NamedImage]) -> None:
+    named: dict[Name, object] = {}
+    for image in images:
+        for name in image.names:
+            # The second image would replace the first.
+            if named.setdefault(name, image.image.identity) != image.image.identity:
+                raise InvalidArchive(f"two images in the archive have the name {name}: choose one with --select DIGEST")
+    check_blob_count(sum(max(len(item.names), 1) * len([*item.image.blobs, *item.image.referrers]) for item in images))
+
+
+def _parse_names(texts: Iterable[str]) -> list[Name]:
+    names = []
+    for text in texts:
+        for part in text.split(","):  # BuildKit joins several names
+            try:
+                names.append(Name.parse(_without_digest(part)))
+            except InvalidName as error:
+                raise InvalidArchive(
+                    f"a name in the archive is invalid: {error}: give another name as NAME, with --select if the "
+                    "archive has several images"
+                ) from error
+    return list(dict.fromkeys(names))
+
+
+def _without_digest(text: str) -> str:
+    """Return ``repository:tag`` of ``repository:tag@digest``; other names are unchanged."""
+    name, at, _ = text.partition("@")
+    return name if at and ":" in name.rpartition("/")[2] else text

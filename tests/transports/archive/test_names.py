@@ -1,0 +1,216 @@
+"""Test under which names the images of an archive are imported, and which of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from cachedb import Cache
+from cachedb.errors import CacheError, InvalidArchive, InvalidName, NameInUse
+from cachedb.oci.manifests import OCI_MANIFEST
+from tests.support import make
+from tests.support.make import digest_of, hex_of
+from tests.transports.archive.test_layout import import_files, layout_of, named
+
+ONE, TWO = make.image(1), make.image(2)
+
+
+def two_tags() -> dict[str, bytes]:
+    """Return a layout with two bare tags, as umoci and `skopeo copy ... oci:layout:1.0` write it."""
+    return make.oci_files({"1.0": ONE, "1.1": TWO})
+
+
+def docker_29(*, with_second_name: bool = False) -> dict[str, bytes]:
+    """Return what `docker save app:1 ID` writes: two images in manifest.json, one of them in index.json."""
+    annotations = {"io.containerd.image.name": "docker.io/library/app:1", make.REF_NAME: "1"}
+    files = layout_of(
+        make.descriptor(ONE.manifest, OCI_MANIFEST, annotations=annotations),
+        blobs=[*ONE.blobs.values(), TWO.config, *TWO.layers],
+    )
+    entries = [
+        {
+            "Config": f"blobs/sha256/{hex_of(made.config)}",
+            "RepoTags": tags,
+            "Layers": [f"blobs/sha256/{hex_of(layer)}" for layer in made.layers],
+        }
+        for made, tags in ((ONE, ["app:1"]), (TWO, ["other:2"] if with_second_name else None))
+    ]
+    return {**files, "manifest.json": json.dumps(entries).encode()}
+
+
+# Unnamed images
+
+
+def test_named_images_are_imported_and_unnamed_ones_reported(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+    assert import_files(cache, make.docker_files({"app:1": ONE, "": TWO})) == ["app:1"]
+    assert (
+        f"not imported, because they have no name: sha256:{hex_of(TWO.config)[:12]}: give --repository" in caplog.text
+    )
+    caplog.clear()
+    assert import_files(cache, make.oci_files({"app:1": ONE, "": TWO})) == ["app:1"]
+    assert f"not imported, because they have no name: {TWO.digest[:19]}: give --repository" in caplog.text
+
+
+@pytest.mark.parametrize("make_files", [make.oci_files, make.docker_files])
+def test_unnamed_images_are_named_by_digest_in_a_repository(cache: Cache, make_files: object) -> None:
+    assert callable(make_files)
+    names = import_files(cache, make_files({"": ONE, "app:1": TWO}), repository="team/app")
+    assert sorted(names) == ["app:1", f"team/app@{cache.get_image(names[0]).digest}"]
+
+
+def test_several_images_without_a_name_are_refused_with_what_to_do(cache: Cache) -> None:
+    files = layout_of(
+        *(make.descriptor(made.manifest, OCI_MANIFEST) for made in (ONE, TWO)),
+        blobs=[*ONE.blobs.values(), *TWO.blobs.values()],
+    )
+    with pytest.raises(
+        InvalidArchive, match=f"2 images in the archive have no name: .*{ONE.digest[:19]}, {TWO.digest[:19]}"
+    ):
+        import_files(cache, files)
+
+
+@pytest.mark.parametrize("tag", ["", "<none>:<none>"])
+def test_an_empty_repo_tag_is_no_name(cache: Cache, tag: str) -> None:
+    files = make.docker_files({"x": ONE})
+    entries = json.loads(files["manifest.json"])
+    entries[0]["RepoTags"] = [tag]
+    files["manifest.json"] = json.dumps(entries).encode()
+    with pytest.raises(InvalidArchive, match="the image in the archive has no name"):
+        import_files(cache, files)
+    assert import_files(cache, files, "app:1") == ["app:1"]
+
+
+# manifest.json beside index.json
+
+
+def test_an_image_that_only_manifest_json_lists_is_imported(cache: Cache) -> None:
+    assert import_files(cache, docker_29(with_second_name=True)) == ["app:1", "other:2"]
+    assert cache.get_image("app:1").digest == ONE.digest
+    assert [blob.digest for blob in cache.get_image_blobs("other:2")][1:] == [
+        digest_of(TWO.config),
+        *map(digest_of, TWO.layers),
+    ]
+
+
+def test_an_unnamed_image_that_only_manifest_json_lists_is_reported(
+    cache: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert import_files(cache, docker_29()) == ["app:1"]
+    assert f"no name: sha256:{hex_of(TWO.config)[:12]}" in caplog.text
+    assert len(import_files(cache, docker_29(), repository="team/app")) == 2
+
+
+@pytest.mark.parametrize(
+    "index", [None, {"schemaVersion": 2, "manifests": None}, {"schemaVersion": 2, "manifests": []}]
+)
+def test_manifest_json_is_read_if_index_json_is_empty(cache: Cache, index: object) -> None:
+    files = {**make.docker_files({"app:1": ONE}), "index.json": json.dumps(index).encode()}
+    assert import_files(cache, files) == ["app:1"]
+
+
+def test_names_of_both_tables_are_imported(cache: Cache) -> None:
+    files = docker_29()
+    files |= layout_of(
+        *(named(ONE.manifest, name) for name in ("docker.io/library/app:1", "registry.example.com/app:2")), blobs=[]
+    )
+    assert import_files(cache, files) == ["app:1", "registry.example.com/app:2"]
+
+
+# Tags without a repository
+
+
+def test_bare_tags_are_put_into_the_repository_given(cache: Cache) -> None:
+    assert import_files(cache, two_tags(), repository="team/app") == ["team/app:1.0", "team/app:1.1"]
+    assert import_files(cache, make.oci_files({"app:1": ONE}), repository="team/app") == ["app:1"]
+
+
+def test_a_bare_tag_never_replaces_another_image(cache: Cache) -> None:
+    assert import_files(cache, make.oci_files({"latest": ONE})) == ["latest:latest"]
+    assert import_files(cache, make.oci_files({"latest": ONE})) == ["latest:latest"]
+    with pytest.raises(NameInUse, match="the tag 'latest' without a repository, and latest:latest is another image"):
+        import_files(cache, make.oci_files({"latest": TWO}))
+    assert cache.get_image("latest:latest").digest == ONE.digest
+    assert import_files(cache, make.oci_files({"latest": TWO}), repository="two") == ["two:latest"]
+
+
+@pytest.mark.parametrize("repository", ["", "Team", "app:1", "app@sha256"])
+def test_an_invalid_repository_is_refused(cache: Cache, repository: str) -> None:
+    with pytest.raises(InvalidName):
+        import_files(cache, two_tags(), repository=repository)
+
+
+def test_a_name_and_a_repository_are_not_both_accepted(cache: Cache) -> None:
+    with pytest.raises(CacheError, match="a name and a repository were given: give one of them"):
+        import_files(cache, make.oci_files({"1": ONE}), "app:1", repository="app")
+
+
+# Names of other forms
+
+
+def test_the_digest_after_a_tag_is_left_out_of_the_name(cache: Cache) -> None:
+    assert import_files(cache, make.oci_files({f"docker.io/library/app:1@{ONE.digest}": ONE})) == [
+        "docker.io/library/app:1"
+    ]
+
+
+def test_several_names_may_be_joined_by_commas(cache: Cache) -> None:
+    assert import_files(cache, make.oci_files({"team/app:1,team/app:2": ONE})) == ["team/app:1", "team/app:2"]
+
+
+# Selection
+
+
+@pytest.mark.parametrize(
+    "select", ["app:2", "docker.io/library/app:2", TWO.digest, TWO.digest[:19], TWO.digest[7:19], digest_of(TWO.config)]
+)
+def test_one_image_is_selected_by_name_or_digest(cache: Cache, select: str) -> None:
+    files = make.oci_files({"app:1": ONE, "app:2": TWO})
+    assert import_files(cache, files, select=select) == ["app:2"]
+    assert import_files(cache, files, "other:1", select=select) == ["other:1"]
+    assert cache.get_image("other:1").digest == TWO.digest
+
+
+def test_an_image_of_a_docker_archive_is_selected_by_its_id(cache: Cache) -> None:
+    files = make.docker_files({"": ONE})
+    entries = json.loads(files["manifest.json"]) + json.loads(make.docker_files({"": TWO})["manifest.json"])
+    files |= {**make.docker_files({"": TWO}), "manifest.json": json.dumps(entries).encode()}
+    assert import_files(cache, files, "app:2", select=hex_of(TWO.config)[:12]) == ["app:2"]
+    assert digest_of(TWO.config) in [blob.digest for blob in cache.get_image_blobs("app:2")]
+
+
+def test_an_image_that_is_selected_by_one_of_its_names_gets_only_this_one(cache: Cache) -> None:
+    files = layout_of(*(named(ONE.manifest, name) for name in ("app:1", "app:2")), blobs=list(ONE.blobs.values()))
+    assert import_files(cache, files, select="app:2") == ["app:2"]
+
+
+def test_one_of_several_platform_manifests_can_be_selected(cache: Cache) -> None:
+    arm = make.image(3, architecture="arm64")
+    files = layout_of(
+        *(make.descriptor(made.manifest, OCI_MANIFEST) for made in (ONE, arm)),
+        blobs=[*ONE.blobs.values(), *arm.blobs.values()],
+    )
+    assert import_files(cache, files, "app:1", select=arm.digest) == ["app:1"]
+    assert cache.get_image("app:1").digest == arm.digest
+
+
+@pytest.mark.parametrize("select", ["app:3", "sha256:" + "0" * 64, TWO.digest[7:18], ""])
+def test_a_selection_that_matches_no_image_is_refused(cache: Cache, select: str) -> None:
+    with pytest.raises(InvalidArchive, match=f"has no image {select!r}: select one of 'app:1', 'app:2'"):
+        import_files(cache, make.oci_files({"app:1": ONE, "app:2": TWO}), select=select)
+
+
+# Replaced names
+
+
+def test_a_replaced_name_is_reported_or_refused(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    import_files(cache, make.oci_files({"app:1": ONE}))
+    assert caplog.messages == []
+    with pytest.raises(NameInUse, match="app:1 names another image in the cache"):
+        import_files(cache, make.oci_files({"app:1": TWO, "app:2": TWO}), replace=False)
+    assert [str(image.name) for image in cache.list_manifests()] == ["app:1"]
+    import_files(cache, make.oci_files({"app:1": ONE}), replace=False)
+    import_files(cache, make.oci_files({"app:1": TWO}))
+    assert caplog.messages == [f"replaced app:1, which was {ONE.digest}"]
