@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def test_a_write_gives_up_after_its_time_and_names_the_lock_holder(full: Path) -
         assert str(holder.pid) in busy.value.holder
 
 
+def test_a_wait_ends_after_its_time() -> None:
+    wait = waiting.Wait("it", 0.05)
+
+    def nap_ten_times() -> None:
+        for _ in range(10):
+            wait.nap(0.01, lambda: "process 1")
+
+    with pytest.raises(Busy, match=r"waited 0\.05 s for it, which process 1 has"):
+        nap_ten_times()
+
+
 def test_an_open_that_only_reads_does_not_wait_for_a_writer_to_clean_up(full: Path) -> None:
     with running(WRITER, full):
         leave_behind(full)
@@ -110,32 +122,37 @@ def test_an_invalid_time_to_wait_is_refused(
     assert (result.returncode, result.stderr.count("\n")) == ((2, 1) if value != "nan" else (1, 1))
 
 
-@pytest.mark.slow
-def test_writers_wait_for_another_program_together_not_one_after_the_other(full: Path) -> None:
-    shell = sqlite3.connect(full / "index.db", isolation_level=None)
-    shell.execute("BEGIN IMMEDIATE")
-    errors: list[BaseException] = []
+def test_a_writer_waits_for_another_program_without_the_write_lock(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_program = sqlite3.connect(full / "index.db", isolation_level=None)
+    other_program.execute("BEGIN IMMEDIATE")
+    was_free: list[bool] = []
+    nap = waiting.Wait.nap
 
-    def tag(number: int) -> None:
-        with Cache.open(full, wait=2) as cache:
-            try:
-                cache.tag("app:1", f"tag:{number}")
-            except BaseException as error:
-                errors.append(error)
+    def check_and_nap(wait: waiting.Wait, seconds: float, holder: Callable[[], object]) -> None:
+        lock = locks.acquire(full / "locks" / "write.lock", wait=False)
+        was_free.append(lock is not None)
+        if lock is not None:
+            locks.release(lock)
+        if len(was_free) == 3:
+            other_program.execute("ROLLBACK")
+        nap(wait, seconds, holder)
 
-    threads = [threading.Thread(target=tag, args=(number,)) for number in range(8)]
-    began = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    took = time.monotonic() - began
-    shell.execute("ROLLBACK")
-    shell.close()
-    assert [type(error) for error in errors] == [Busy] * 8
-    assert "database is locked" not in f"{errors}"
-    assert took < 8, "the writers waited one after the other"
-    assert locks.acquire(full / "locks" / "write.lock", wait=False) is not None
+    with Cache.open(full) as cache:
+        monkeypatch.setattr(waiting.Wait, "nap", check_and_nap)
+        cache.tag("app:1", "app:2")
+    other_program.close()
+    assert was_free == [True] * 3
+
+
+def test_a_writer_blocked_by_another_program_gets_our_own_error(full: Path) -> None:
+    other_program = sqlite3.connect(full / "index.db", isolation_level=None)
+    other_program.execute("BEGIN IMMEDIATE")
+    with Cache.open(full, wait=0.1) as cache:
+        with pytest.raises(Busy, match=r"waited 0\.1 s for the write lock"):
+            cache.tag("app:1", "app:2")
+        other_program.execute("ROLLBACK")
+        cache.tag("app:1", "app:2")
+    other_program.close()
 
 
 def test_a_reader_blocked_by_another_program_gets_our_own_error(full: Path) -> None:
