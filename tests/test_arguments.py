@@ -112,7 +112,7 @@ def test_a_manifest_as_text_is_refused(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
-def test_a_path_or_text_with_an_impossible_character_is_refused(cache: Cache, tmp_path: Path, text: str) -> None:
+def test_a_path_or_text_with_an_impossible_character_is_refused(cache: Cache, text: str) -> None:
     wrong = "has a NUL character or a lone surrogate: leave it out of "
     calls: dict[str, Callable[[], object]] = {
         "directory": lambda: Cache.open(text),

@@ -257,7 +257,7 @@ MUTATIONS = [
     # The same line as in "a signal handler may lock a file", other tests.
     Mutation("a signal handler may fork while a lock file is opened", "cachedb/disk/forks.py", "_guard = threading.RLock()", "_guard = threading.Lock()", "tests/disk/test_forks.py -k signals"),
     Mutation("a waiter that fails releases the queue", "cachedb/disk/turns.py", "        locks.release(queue)  #", "        queue.close()  #", "tests/disk/test_forks.py -k queue"),
-    Mutation("a forking thread does not wait for its own fork", "cachedb/disk/forks.py", "    _unforked[thread] += 1  # `close` may use `no_fork` blocks\n", "    _unforked[thread] += 0\n", "tests/disk/test_forks.py -k closes_before"),
+    Mutation("a forking thread does not wait for its own fork", "cachedb/disk/forks.py", "    _unforked[thread] += 1  # `close` may use `no_fork` blocks\n", "    _unforked[thread] += 0\n", "tests/disk/test_forks.py -k no_fork_block"),
     # Reading without locks
     Mutation("an index read without locks is copied to memory first", "cachedb/index/sqlite/database.py", "            if \"changed=\" not in file[2]:\n                return opened\n", "            if True:\n                return opened\n", "tests/index/sqlite/test_reading_at_rest.py"),
     Mutation("an index that changed during the copy is read again", "cachedb/index/sqlite/connection.py", "    if identify() != connection.file or not connection.is_settled:\n", "    if not connection.is_settled:\n", "tests/index/sqlite/test_reading_at_rest.py"),

@@ -13,7 +13,7 @@ import pytest
 from cachedb import Cache
 from tests.conftest import run_python
 from tests.disk.test_locks import wait_until
-from tests.index.sqlite.test_query import cpu_time
+from tests.support.processes import cpu_seconds
 
 # SQLite checks the time only between instructions. Here one of them takes seconds, and 150 have no check in between.
 STUCK = "WITH t AS MATERIALIZED (SELECT printf('%.*c', 4900000, 'a') AS x) SELECT {} FROM t".format(
@@ -29,8 +29,8 @@ def begin_query(directory: Path, *options: str) -> subprocess.Popen[str]:
 def wait_until_it_computes(process: subprocess.Popen[str]) -> None:
     """Wait until the query, which runs at idle priority, has taken a second of CPU time."""
     assert wait_until(lambda: os.sched_getscheduler(process.pid) == os.SCHED_IDLE)
-    begun = cpu_time(process.pid)
-    assert wait_until(lambda: cpu_time(process.pid) >= begun + 1)
+    begun = cpu_seconds(process.pid)
+    assert wait_until(lambda: cpu_seconds(process.pid) >= begun + 1)
 
 
 def test_a_query_that_is_stuck_ends_after_its_time(directory: Path) -> None:

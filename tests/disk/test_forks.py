@@ -386,7 +386,7 @@ def test_a_signals_handler_may_fork_while_a_lock_file_is_opened(tmp_path: Path) 
     assert output == "[0]\n"
 
 
-def test_what_closes_before_a_fork_may_use_blocks_that_forks_wait_for() -> None:
+def test_an_object_closed_before_a_fork_may_use_a_no_fork_block() -> None:
     output = run_python(
         """
         import os, signal, threading, time

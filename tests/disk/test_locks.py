@@ -19,6 +19,7 @@ import pytest
 
 from cachedb.disk import byte_locks, forks, locks, turns
 from tests.conftest import run_python, running
+from tests.support.processes import read_state
 
 HOLDER = """
     import sys, time
@@ -386,7 +387,7 @@ def test_processes_get_a_lock_in_the_order_of_asking(queue: Queue, tmp_path: Pat
 
 def is_stopped(process: int) -> bool:
     """Return whether a process has stopped: a signal takes effect some time after it is sent."""
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return read_state(process) == "T"
 
 
 def test_dead_and_stopped_waiters_are_passed_over(queue: Queue, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests.conftest import Run, run_python, running
 from tests.disk.test_locks import wait_until
 from tests.support import make
 from tests.support.make import save
+from tests.support.processes import is_alive
 from tests.support.promises import check
 
 MADE = make.image(1)
@@ -252,14 +253,6 @@ SLEEP = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
 def start_produce(directory: Path, *command: object) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "cachedb", "--dir", directory, "produce", "app:1", "--", sys.executable, *command]
     return subprocess.Popen([*map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether a process exists and is no zombie, which its new parent may reap late."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from tests.support.processes import is_alive
+
 MARK = "CACHEDB_TEST_RUNS"
 """The environment variable with the marks of the runs that a process belongs to, separated by colons."""
 
@@ -39,10 +41,11 @@ def isolate_mounts() -> bool:
 def start_watcher() -> None:
     """Start a watcher that kills the processes started from now on, once this process has ended."""
     mark = secrets.token_hex(8)
-    before = dict(os.environ)  # without the mark, so that the watcher does not kill itself
+    # Without the mark, so that the watcher does not kill itself.
+    before = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     os.environ[MARK] = ":".join(filter(None, (os.environ.get(MARK), mark)))
     pipe, _ = os.pipe()  # both stay open until the end, in this process and in its forks
-    command = [sys.executable, str(Path(__file__)), str(os.getpid()), mark, str(os.fstat(pipe).st_ino)]
+    command = [sys.executable, "-m", "tests.support.leftovers", str(os.getpid()), mark, str(os.fstat(pipe).st_ino)]
     null = [(os.POSIX_SPAWN_OPEN, file, os.devnull, os.O_RDWR, 0) for file in (0, 1, 2)]
     # In its own process group, so an interrupt of the run does not end the watcher. Not Popen: nobody waits for it.
     os.posix_spawn(sys.executable, command, before, file_actions=null, setpgroup=0)
@@ -65,17 +68,12 @@ def _belongs(process: Path, mark: str, pipe: int) -> bool:
         for value in process.joinpath("environ").read_bytes().split(b"\0"):
             name, _, marks = value.decode(errors="replace").partition("=")
             if name == MARK and mark in marks.split(":"):
-                return _is_alive(process)
+                return is_alive(int(process.name))
         for file in os.listdir(process / "fd"):
             with suppress(OSError):
                 if os.readlink(process / "fd" / file) == f"pipe:[{pipe}]":
-                    return _is_alive(process)
+                    return is_alive(int(process.name))
     return False
-
-
-def _is_alive(process: Path) -> bool:
-    """Return whether a process has not ended; a zombie has ended."""
-    return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.leftovers import MARK
+from tests.support.processes import is_alive
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -42,14 +43,6 @@ STARTED = """
         started.with_suffix(".half").rename(started)
         time.sleep(600)
 """
-
-
-def is_running(process: int) -> bool:
-    """Return whether a process has not ended; a zombie has ended."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except FileNotFoundError:
-        return False
 
 
 def is_mounted(place: str) -> bool:
@@ -84,11 +77,11 @@ def test_a_killed_run_leaves_no_process_and_no_mount(tmp_path: Path, workers: in
         wait_until(lambda: started.exists() or run.poll() is not None, "the test has not begun")
         assert run.poll() is None, run.stdout.read()
         found = json.loads(started.read_text())
-        assert all(map(is_running, found["processes"]))
+        assert all(map(is_alive, found["processes"]))
         assert is_mounted(found["place"]) == found["mounted"]
         run.send_signal(signal.SIGKILL)
         try:
-            wait_until(lambda: not any(map(is_running, found["processes"])), "a process is left")
+            wait_until(lambda: not any(map(is_alive, found["processes"])), "a process is left")
             wait_until(lambda: not is_mounted(found["place"]), "a mount is left")
         finally:  # this test must not leave the mount if the watcher did
             subprocess.run(["umount", "--lazy", found["place"]], check=False, capture_output=True)

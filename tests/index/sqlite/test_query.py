@@ -25,6 +25,7 @@ from tests.cli.test_main import run_on_terminal
 from tests.conftest import Run
 from tests.disk.test_locks import wait_until
 from tests.support import make
+from tests.support.processes import cpu_seconds
 from tests.support.promises import check
 
 IMAGE = make.image(1, 2)
@@ -576,12 +577,6 @@ def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
     assert cachedb("sql", "--timeout", "1s", ENDLESS.format("count(*)")).returncode == 1
 
 
-def cpu_time(pid: int) -> float:
-    """Return the seconds of processor time that a process has used."""
-    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["count(*)", "sum(length(human(x)))", "count(ago('2020-01-01'))"])
 @pytest.mark.parametrize("form", ["table", "ndjson"])
@@ -591,8 +586,8 @@ def test_an_interrupt_ends_a_query(cache: Cache, form: str, what: str) -> None:
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         # The query runs at idle priority, so a busy machine gives it little time.
         assert wait_until(lambda: os.sched_getscheduler(process.pid) == os.SCHED_IDLE, 60)
-        begun = cpu_time(process.pid)
-        assert wait_until(lambda: cpu_time(process.pid) >= begun + 0.1, 120)
+        begun = cpu_seconds(process.pid)
+        assert wait_until(lambda: cpu_seconds(process.pid) >= begun + 0.1, 120)
         process.send_signal(signal.SIGINT)
         try:
             _, error = process.communicate(timeout=120)

@@ -998,8 +998,8 @@ def test_an_archive_and_its_folder_are_synced_when_the_call_returns(
 # Links
 
 
-def compare_files(cache: Cache, layout: Path) -> set[bool]:
-    """Return the results of comparing each blob of a layout with the cache's file: same file or not."""
+def compare_with_cache(cache: Cache, layout: Path) -> set[bool]:
+    """Return whether the blobs of a layout are the cache's own files; both answers if some are and some are not."""
     return {
         os.path.samefile(path, cache.get_blob_path(f"{path.parent.name}:{path.name}"))
         for path in (layout / "blobs").rglob("*")
@@ -1014,8 +1014,8 @@ def test_a_linked_layout_shares_the_files_of_the_cache(cache: Cache, tmp_path: P
         "app:1", tmp_path / "linked", format="oci-dir", link=True, progress=lambda *counts: calls.append(counts)
     )
     cache.export("app:1", tmp_path / "copied", format="oci-dir")
-    assert compare_files(cache, tmp_path / "linked") == {True}
-    assert compare_files(cache, tmp_path / "copied") == {False}
+    assert compare_with_cache(cache, tmp_path / "linked") == {True}
+    assert compare_with_cache(cache, tmp_path / "copied") == {False}
     assert read_contents(tmp_path / "linked") == read_contents(tmp_path / "copied")
     total = sum(len(data) for data in IMAGE.blobs.values())
     assert calls[-1] == (total, total)
@@ -1025,10 +1025,10 @@ def test_an_export_replaces_links_and_copies_in_a_layout(cache: Cache, tmp_path:
     import_image(cache, tmp_path)
     for link in (False, True, True):
         cache.export("app:1", tmp_path / "layout", format="oci-dir", link=link)
-        assert compare_files(cache, tmp_path / "layout") == {link}
+        assert compare_with_cache(cache, tmp_path / "layout") == {link}
     assert len(read_contents(tmp_path / "layout")) == 6  # no temporary file is left
     cache.export("app:1", tmp_path / "layout", format="oci-dir")
-    assert compare_files(cache, tmp_path / "layout") == {False}
+    assert compare_with_cache(cache, tmp_path / "layout") == {False}
     assert read_contents(tmp_path / "layout").keys() >= blob_files(IMAGE).keys()
 
 
@@ -1040,7 +1040,7 @@ def test_blobs_that_cannot_be_linked_are_copied(cache: Cache, tmp_path: Path, mo
 
     monkeypatch.setattr(os, "link", refuse)
     cache.export("app:1", tmp_path / "layout", format="oci-dir", link=True)
-    assert compare_files(cache, tmp_path / "layout") == {False}
+    assert compare_with_cache(cache, tmp_path / "layout") == {False}
     assert read_contents(tmp_path / "layout").items() >= blob_files(IMAGE).items()
 
 

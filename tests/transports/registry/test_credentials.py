@@ -21,6 +21,7 @@ from cachedb.errors import CacheError, RegistryError
 from cachedb.transports.registry import credentials
 from cachedb.transports.registry.credentials import Credentials, find
 from tests.disk.test_locks import wait_until
+from tests.support.processes import is_alive
 
 HUB = "https://index.docker.io/v1/"
 REGISTRY = "registry.example.org:5000"
@@ -407,14 +408,7 @@ def is_written(path: Path) -> bool:
 
 def has_ended(pid: int) -> bool:
     """Return whether a process ends in time; a zombie counts as ended."""
-
-    def ended() -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-
-    return wait_until(ended, 30)
+    return wait_until(lambda: not is_alive(pid), 30)
 
 
 # Invalid files
