@@ -59,24 +59,27 @@ def test_a_query_that_is_stuck_ends_on_a_signal(directory: Path, number: signal.
         assert cache.verify().problems == []
 
 
-# Watch rows with a grace of 10 ms, until the watcher has looked ten times after the time of the query.
+# Watch rows. The watcher looks not after a time, but when `may_look` allows it, given the step of the last look.
 WATCH = """
-import itertools, os, select, sys, time
+import select, time
 from cachedb.cli import step_watcher
 
-step_watcher._GRACE_SECONDS, looks, real = 0.01, itertools.count(), select.select
+looked, real = 0, select.select
 
-def look(*arguments):
+def look(readable, *_):
     global looked
-    looked = next(looks)
-    return real(*arguments)
+    last = watcher._step
+    looked += 1
+    while not (found := real(readable, [], [], 0.001))[0] and not may_look(last):
+        pass
+    return found
 
-def wait_for_looks():
+def wait_for_looks(number):
     last = looked
-    while looked < last + 10:
+    while looked < last + number:
         time.sleep(0.001)
 
-looked, step_watcher.select.select = 0, look
+select.select = look
 watcher = step_watcher.StepWatcher(0.01, "stuck")
 with watcher.watching():
 """
@@ -84,15 +87,17 @@ with watcher.watching():
 
 def test_a_slow_reader_does_not_end_a_query() -> None:
     script = (
-        WATCH + "    for row in watcher.watch_rows(iter(range(3))):\n        wait_for_looks()\n        print(row)\n"
+        f"may_look = lambda last: not watcher._is_in_step\n{WATCH}"
+        "    for row in watcher.watch_rows(iter(range(3))):\n        wait_for_looks(10)\n        print(row)\n"
     )
     assert run_python(script) == "0\n1\n2\n"
 
 
 def test_steps_that_end_in_time_do_not_end_a_query() -> None:
-    rows = "(row for row in range(3000) if not time.sleep(0.0005))"
-    script = WATCH + f"    print(sum(1 for _ in watcher.watch_rows({rows})), looked > 10)\n"
-    assert run_python(script) == "3000 True\n"
+    # The watcher looks once in each step.
+    script = f"may_look = lambda last: watcher._is_in_step and watcher._step > last\n{WATCH}"
+    rows = "(row for row in range(20) if not wait_for_looks(1))"
+    assert run_python(f"{script}    print(list(watcher.watch_rows({rows})))\n") == f"{list(range(20))}\n"
 
 
 def test_a_query_runs_where_no_thread_can_be_started() -> None:
