@@ -1,4 +1,4 @@
-"""Check the promises P1, P2, P3, P5 and P6 of the design; every attack ends with this check."""
+"""Check the promises P1, P2, P3, P5 and P6 of the design; many attacks end with this check."""
 
 from __future__ import annotations
 
