@@ -593,5 +593,5 @@ def test_an_interrupt_does_not_wait_for_a_connection(
     before = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - before < 5, "the push waited for the connection (10 s)"
+    assert time.monotonic() - before < 8, "the push waited for the connection (10 s)"
     assert (process.returncode, stderr.strip()) == (130, "cachedb: interrupted")
