@@ -84,13 +84,13 @@ _UNREFERENCED = (
 
 
 @cache
-def _delete_unreferenced() -> ReturningDelete[*tuple[Any, ...]]:
+def _build_unreferenced_delete() -> ReturningDelete[*tuple[Any, ...]]:
     these = BLOBS.c.id.in_(bindparam("ids", expanding=True))
     return delete(BLOBS).where(*_UNREFERENCED, these).returning(BLOBS.c.digest, BLOBS.c.size, BLOBS.c.stored_at)
 
 
 @cache
-def _insert_trash() -> Insert:
+def _build_trash_insert() -> Insert:
     return insert(TRASH)
 
 
@@ -109,7 +109,7 @@ def _select_candidates() -> CompoundSelect[int]:
 
 
 @cache
-def _delete_trash() -> Delete:
+def _build_trash_delete() -> Delete:
     return delete(TRASH).where(TRASH.c.digest.in_(bindparam("digests", expanding=True)))
 
 
@@ -125,11 +125,11 @@ def delete_unreferenced(connection: Connection, blob_ids: Iterable[int]) -> Coll
     """Delete the rows of those blobs that nothing references, and note their files for the trash."""
     blobs = size = 0
     for part in split_batches(sorted(blob_ids)):
-        rows = connection.execute(_delete_unreferenced(), {"ids": part}).all()
+        rows = connection.execute(_build_unreferenced_delete(), {"ids": part}).all()
         files = [row for row in rows if row.stored_at is not None and is_digest(row.digest)]
         if files:
-            connection.execute(_delete_trash(), {"digests": [row.digest for row in files]})
-            connection.execute(_insert_trash(), [{"digest": row.digest, "size": row.size} for row in files])
+            connection.execute(_build_trash_delete(), {"digests": [row.digest for row in files]})
+            connection.execute(_build_trash_insert(), [{"digest": row.digest, "size": row.size} for row in files])
         blobs += len(files)
         size += sum(row.size for row in files)
     return Collected(blobs, size)
@@ -199,7 +199,7 @@ def _move_out(database: Database) -> None:
                         break
                 for folder in sources.values():
                     os.fsync(folder)
-            connection.execute(_delete_trash(), {"digests": done})
+            connection.execute(_build_trash_delete(), {"digests": done})
         if len(done) == len(digests) < BATCH:
             break
 

@@ -19,11 +19,11 @@ from cachedb.index.descriptions import (
     ATTRIBUTES,
     Association,
     Description,
+    build_layer_update,
     read_associations,
     read_backfill,
     read_labels,
     select_attributes,
-    update_layer,
     write,
 )
 from cachedb.index.tables import TEXT_LIMIT
@@ -86,7 +86,7 @@ def describe(
             {"of": image_id, "at": position, "diff_id": diff_id, "created_by": command}
             for position, (diff_id, command) in described.layers.items()
         ]
-        connection.execute(update_layer(), layers)
+        connection.execute(build_layer_update(), layers)
     return [Unreadable(digest, str(error)) for digest, error in described.unreadable.items()]
 
 

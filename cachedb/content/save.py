@@ -29,12 +29,12 @@ from cachedb.errors import (
 from cachedb.index import blobs as blob_rows
 from cachedb.index import descriptions
 from cachedb.index.images import (
-    copy_associations,
-    delete_associations,
+    build_associations_copy,
+    build_associations_delete,
+    build_image_insert,
+    build_images_insert,
     find,
     insert_associations,
-    insert_image,
-    insert_images,
     look_up,
     look_up_all,
     look_up_blobs,
@@ -246,7 +246,7 @@ def _insert_new(
         values = {"manifest_id": known[image.digest].id, "media_type": image.media_type, **description.values}
         rows.append({**image.name._asdict(), **values, "created_at": now, "last_used_at": now})
         labels[image.name] = description.labels
-    connection.execute(insert_images(), rows)
+    connection.execute(build_images_insert(), rows)
     ids = {name: row.id for name, row in look_up_all(connection, wanted).items()}
     insert_associations(connection, {ids[name]: blobs for name, blobs in wanted.items()})
     descriptions.add_labels(connection, {ids[name]: pairs for name, pairs in labels.items()})
@@ -345,7 +345,7 @@ def _associate(
     description = _describe(directory, wanted)
     if wanted != old:
         if old:
-            connection.execute(delete_associations(), {"of": image_id})
+            connection.execute(build_associations_delete(), {"of": image_id})
         insert_associations(connection, {image_id: wanted})
     descriptions.write(connection, image_id, description, new=new)
 
@@ -382,7 +382,7 @@ def restore_image(connection: Connection, directory: Path, name: Name, saved: Sa
         "created_at": saved.created_at,
         "last_used_at": saved.last_used_at,
     }
-    image_id = connection.execute(insert_image(), values).scalar_one()
+    image_id = connection.execute(build_image_insert(), values).scalar_one()
     insert_associations(connection, {image_id: _associations(contents, known)})
     reassociate(connection, directory, image_id)
 
@@ -402,8 +402,8 @@ def tag(connection: Connection, source: Name, target: Name) -> int:
     target_id, _ = point_name(connection, target, image.manifest_id, image.media_type, image.some_platforms)
     if target_id == image.id:
         return target_id
-    connection.execute(delete_associations(), {"of": target_id})
-    connection.execute(copy_associations(), {"of": image.id, "target": target_id})
+    connection.execute(build_associations_delete(), {"of": target_id})
+    connection.execute(build_associations_copy(), {"of": image.id, "target": target_id})
     descriptions.copy(connection, image.id, target_id)
     return target_id
 

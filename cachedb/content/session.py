@@ -221,7 +221,7 @@ class Session:
             self._check_lock()
             self._leased = True
             rows = [{"digest": digest, "session": hold.session, "hold": hold.number} for digest in hold.digests]
-            connection.execute(_insert_leases(), rows)
+            connection.execute(_build_leases_insert(), rows)
         return hold
 
     def release(self, connection: Connection, hold: Hold) -> None:
@@ -232,7 +232,7 @@ class Session:
         """
         if hold.session == self._id:
             self._check_lock()
-            deleted = connection.execute(_delete_holds(), {"of": hold.session, "numbers": [hold.number]}).rowcount
+            deleted = connection.execute(_build_holds_delete(), {"of": hold.session, "numbers": [hold.number]}).rowcount
             if deleted < len(hold.digests):
                 raise _hold_lost("its leases were removed")
 
@@ -264,7 +264,7 @@ class Session:
         numbers = [hold.number for hold in holds if hold.session == self._id]
         if numbers:
             self._check_lock()
-            connection.execute(_delete_holds(), {"of": self._id, "numbers": numbers})
+            connection.execute(_build_holds_delete(), {"of": self._id, "numbers": numbers})
 
     def expect(self, digests: Iterable[Digest]) -> None:
         """Note the blobs that an image saved by this session still lacks."""
@@ -310,12 +310,12 @@ def _hold_lost(reason: str) -> CacheReplaced:
 
 
 @cache
-def _insert_leases() -> Insert:
+def _build_leases_insert() -> Insert:
     return insert(LEASES)
 
 
 @cache
-def _delete_holds() -> Delete:
+def _build_holds_delete() -> Delete:
     return delete(LEASES).where(
         LEASES.c.session == bindparam("of"), LEASES.c.hold.in_(bindparam("numbers", expanding=True))
     )

@@ -24,11 +24,11 @@ def set_stored(connection: Connection, blobs: Iterable[Received]) -> None:
     now = datetime.now(UTC)
     rows = [{"digest": blob.digest, "size": blob.size, "stored_at": now} for blob in blobs]
     if rows:
-        connection.execute(_upsert_stored(), rows)
+        connection.execute(_build_stored_upsert(), rows)
 
 
 @cache
-def _upsert_stored() -> Insert:
+def _build_stored_upsert() -> Insert:
     new = insert(BLOBS)
     return new.on_conflict_do_update(
         index_elements=[BLOBS.c.digest], set_={"size": new.excluded.size, "stored_at": new.excluded.stored_at}

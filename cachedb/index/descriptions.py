@@ -18,12 +18,12 @@ __all__ = [
     "Association",
     "Description",
     "add_labels",
+    "build_layer_update",
     "copy",
     "read_associations",
     "read_backfill",
     "read_labels",
     "select_attributes",
-    "update_layer",
     "write",
 ]
 
@@ -58,9 +58,9 @@ class Description(NamedTuple):
 
 def write(connection: Connection, image_id: int, description: Description, *, new: bool = False) -> None:
     """Write an image's attributes and labels; ``new`` means that it has no labels to replace."""
-    connection.execute(_update_attributes(), {"of": image_id, **description.values})
+    connection.execute(_build_attributes_update(), {"of": image_id, **description.values})
     if not new:
-        connection.execute(_delete_labels(), {"of": image_id})
+        connection.execute(_build_labels_delete(), {"of": image_id})
     add_labels(connection, {image_id: description.labels})
 
 
@@ -72,7 +72,7 @@ def add_labels(connection: Connection, labels: Mapping[int, Mapping[str, str]]) 
         for key, value in sorted(labels_of_image.items())
     ]
     if rows:
-        connection.execute(_insert_labels(), rows)
+        connection.execute(_build_labels_insert(), rows)
 
 
 def read_backfill(connection: Connection) -> int | None:
@@ -101,12 +101,12 @@ def _select_associations() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def _update_attributes() -> Update:
+def _build_attributes_update() -> Update:
     return update(IMAGES).where(IMAGES.c.id == bindparam("of")).values({name: bindparam(name) for name in ATTRIBUTES})
 
 
 @cache
-def _delete_labels() -> Delete:
+def _build_labels_delete() -> Delete:
     return delete(IMAGE_LABELS).where(IMAGE_LABELS.c.image_id == bindparam("of"))
 
 
@@ -123,12 +123,12 @@ def _select_labels() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def _insert_labels() -> Insert:
+def _build_labels_insert() -> Insert:
     return insert(IMAGE_LABELS)
 
 
 @cache
-def update_layer() -> Update:
+def build_layer_update() -> Update:
     """Return the statement that sets the command and the diff id of a layer."""
     update_one = update(IMAGE_BLOBS).where(
         IMAGE_BLOBS.c.image_id == bindparam("of"), IMAGE_BLOBS.c.position == bindparam("at")

@@ -48,15 +48,15 @@ from cachedb.oci.manifests import (
 from cachedb.oci.names import Name
 
 __all__ = [
-    "copy_associations",
+    "build_associations_copy",
+    "build_associations_delete",
+    "build_image_insert",
+    "build_images_insert",
     "count_incomplete",
-    "delete_associations",
     "find",
     "find_repositories",
     "incomplete_error",
     "insert_associations",
-    "insert_image",
-    "insert_images",
     "is_associated",
     "look_up",
     "look_up_all",
@@ -231,35 +231,35 @@ def _select_with_manifest() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def insert_image() -> ReturningInsert[*tuple[Any, ...]]:
+def build_image_insert() -> ReturningInsert[*tuple[Any, ...]]:
     """Return the statement that inserts an image and returns its id."""
     return insert(IMAGES).returning(IMAGES.c.id)
 
 
 @cache
-def insert_images() -> Insert:
+def build_images_insert() -> Insert:
     """Return the statement that inserts images."""
     return insert(IMAGES)
 
 
 @cache
-def _insert_associations() -> Insert:
+def _build_associations_insert() -> Insert:
     return insert(IMAGE_BLOBS)
 
 
 @cache
-def delete_associations() -> Delete:
+def build_associations_delete() -> Delete:
     """Return the statement that deletes the associations of an image."""
     return delete(IMAGE_BLOBS).where(IMAGE_BLOBS.c.image_id == bindparam("of"))
 
 
 @cache
-def _delete_image() -> Delete:
+def _build_image_delete() -> Delete:
     return delete(IMAGES).where(IMAGES.c.id == bindparam("of"))
 
 
 @cache
-def _update_manifest() -> Update:
+def _build_manifest_update() -> Update:
     manifest_id, now = bindparam("manifest_id", type_=Integer), bindparam("created_at", type_=UtcTime)
     return (
         update(IMAGES)
@@ -275,7 +275,7 @@ def _update_manifest() -> Update:
 
 
 @cache
-def copy_associations() -> Insert:
+def build_associations_copy() -> Insert:
     """Return the statement that copies the associations of one image to another."""
     columns = [IMAGE_BLOBS.c[name] for name in _ASSOCIATION_COLUMNS]
     target = bindparam("target", type_=Integer)
@@ -394,10 +394,10 @@ def point_name(
     }
     row = look_up(connection, name)
     if row is None:
-        return int(connection.execute(insert_image(), {**name._asdict(), **values}).scalar_one()), True
+        return int(connection.execute(build_image_insert(), {**name._asdict(), **values}).scalar_one()), True
     if row.manifest_id != manifest_id:
-        connection.execute(delete_associations(), {"of": row.id})
-    connection.execute(_update_manifest(), {"of": row.id, **values})
+        connection.execute(build_associations_delete(), {"of": row.id})
+    connection.execute(_build_manifest_update(), {"of": row.id, **values})
     return int(row.id), False
 
 
@@ -417,7 +417,7 @@ def insert_associations(connection: Connection, wanted: dict[int, list[descripti
         for image_id, contents in wanted.items()
         for blob in contents
     ]
-    connection.execute(_insert_associations(), rows)
+    connection.execute(_build_associations_insert(), rows)
 
 
 def touch(connection: Connection, image_id: int) -> None:
@@ -463,7 +463,7 @@ def remove(connection: Connection, names: Iterable[Name]) -> set[int]:
     touched: set[int] = set()
     for image_id in found:
         touched.update(connection.execute(_select_blob_ids(), {"of": image_id}).scalars())
-        connection.execute(_delete_image(), {"of": image_id})
+        connection.execute(_build_image_delete(), {"of": image_id})
     return touched
 
 
