@@ -59,7 +59,7 @@ __all__ = [
 
 
 SMALL_BATCH_BLOBS = 16  # blobs to collect at a time on a full disk
-_LARGE_BATCH = 250  # blobs; a larger batch holds the write lock for too long
+_LARGE_BATCH_BLOBS = 250  # blobs; a larger batch holds the write lock for too long
 _FEW_FILES = 64  # for so few files, starting threads takes longer than unlinking
 _RECOVERY_SECONDS = 1.0  # the longest recovery when a cache is opened
 _UNLINK_THREADS = 2
@@ -135,7 +135,7 @@ def delete_unreferenced(connection: Connection, blob_ids: Iterable[int]) -> Coll
     return Collected(blobs, size)
 
 
-def collect(database: Database, *, batch: int = _LARGE_BATCH) -> Iterator[Collected]:
+def collect(database: Database, *, batch: int = _LARGE_BATCH_BLOBS) -> Iterator[Collected]:
     """Remove all unreferenced blobs from the index and the disk in batches; yield each batch's total.
 
     The candidates are found without the write lock. Under the lock, each is checked again with the same condition.

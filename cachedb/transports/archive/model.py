@@ -30,7 +30,6 @@ __all__ = [
 
 REF_NAME = "org.opencontainers.image.ref.name"  # image specification, annotations.md
 CONTAINERD_NAME = "io.containerd.image.name"  # the full name, written by containerd and Docker
-
 REFERRER_SUBJECT = "org.opencontainers.image.referrer.subject"  # a digest, written by regctl for a referrers list
 
 _BLOBS_LIMIT = 100_000  # blobs in an archive's images, counted once for each name of an image
