@@ -14,7 +14,7 @@ from sqlalchemy.exc import SAWarning
 from cachedb.index.schema import UNKNOWN, check_existing, pending_backfills, read_revisions, run_migrations
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import read_journal_mode
-from cachedb.index.sqlite.revision import mismatch, read_objects, read_oldest, read_revision, read_versions
+from cachedb.index.sqlite.revision import read_objects, read_oldest, read_revision, read_versions, schema_error
 from cachedb.index.tables import METADATA, REVISION
 
 __all__ = ["Drift", "check", "find_foreign_objects", "find_foreign_triggers"]
@@ -44,7 +44,7 @@ def check(directory: Path) -> list[Drift]:
     with closing(check_existing(directory)) as database, database.look() as connection:
         versions = read_versions(connection)
         if REVISION not in versions:
-            raise mismatch(database.directory, read_revision(connection))
+            raise schema_error(database.directory, read_revision(connection))
         options = {"compare_type": True, "compare_server_default": True}
         context = MigrationContext.configure(connection, opts=options)
         with warnings.catch_warnings():

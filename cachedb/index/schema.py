@@ -36,11 +36,11 @@ from cachedb.index.sqlite.revision import (
     is_compatible,
     is_empty,
     is_ours,
-    lost,
-    mismatch,
+    lost_index_error,
     read_revision,
     read_versions,
     revision_of,
+    schema_error,
 )
 from cachedb.index.tables import BACKFILLS, IMAGES, REVISION
 from cachedb.threads import report_in_thread
@@ -128,7 +128,7 @@ def current(directory: Path) -> State:
     with closing(Database(choose_directory(directory))) as database:
         revision = database.reserve.run(database.revision)
         if not revision:
-            if error := _lost_index_error(database):
+            if error := _find_loss_error(database):
                 raise error
             return State(None, REVISION, usable=False, pending=0)
         with database.look() as connection:
@@ -168,21 +168,21 @@ def check_existing(directory: Path) -> Database:
         has_index = database.path.exists() and database.path.stat().st_size
         # Change nothing in a directory that is not a cache.
         if not has_index or not database.reserve.run(lambda: prepare(database)):
-            raise _lost_index_error(database) or NotInCache(f"there is no cache in {str(directory)!r}")
+            raise _find_loss_error(database) or NotInCache(f"there is no cache in {str(directory)!r}")
     except BaseException:
         database.close()
         raise
     return database
 
 
-def _lost_index_error(database: Database) -> CacheError | None:
+def _find_loss_error(database: Database) -> CacheError | None:
     """Return the error for a cache whose index or schema is lost; None if there is no cache yet."""
     if database.path.exists() and database.path.stat().st_size:
         with database.look() as connection:
             if not is_empty(connection):
-                return mismatch(database.directory, None)
+                return schema_error(database.directory, None)
     if is_ours(database.directory) and has_blobs(database.directory):
-        return lost(database.directory)
+        return lost_index_error(database.directory)
     return None
 
 
@@ -196,7 +196,7 @@ def read_revisions() -> list[str]:
 def check_known(database: Database, found: str | None) -> str:
     """Return the revision of a cache; raise if it is missing, or if it is old and no release creates it."""
     if not found:
-        raise mismatch(database.directory, None)
+        raise schema_error(database.directory, None)
     if found <= REVISION and found not in read_revisions():
         raise SchemaMismatch(
             f"the index in {str(database.directory)!r} has schema {found!r}, which no release of cachedb creates: "
@@ -260,9 +260,9 @@ def migrate(
             if is_empty(connection):
                 # With a new index the stored blobs would be orphans, and the next collection would delete them.
                 if has_blobs(database.directory):
-                    raise lost(database.directory)
+                    raise lost_index_error(database.directory)
             elif found != REVISION and check_known(database, found) > REVISION and not is_compatible(connection):
-                raise mismatch(database.directory, found)
+                raise schema_error(database.directory, found)
             if found is not None and not is_due(found):
                 return found, None
             if found is not None and len(rows := read_versions(connection)) > 1:

@@ -28,7 +28,7 @@ from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import find_faults
 from cachedb.index.sqlite.prepare import has_our_mark
-from cachedb.index.sqlite.revision import APPLICATION_ID, is_compatible, is_ours, mismatch, read_revision
+from cachedb.index.sqlite.revision import APPLICATION_ID, is_compatible, is_ours, read_revision, schema_error
 from cachedb.index.tables import BLOBS, HOLDS, IMAGE_BLOBS, IMAGES, LEASES, METADATA, REVISION, TRASH
 from cachedb.oci.manifests import DOCUMENT_LIMIT
 from cachedb.operations import upgrade
@@ -148,7 +148,7 @@ def _refuse_newer(database: Database) -> None:
     with suppress(DamagedIndex), database.look() as connection:
         revision = read_revision(connection) or ""
         if revision > REVISION and not is_compatible(connection):
-            raise mismatch(database.directory, revision)
+            raise schema_error(database.directory, revision)
 
 
 def _match_cache(connection: Connection, database: Database) -> Restored:

@@ -33,7 +33,7 @@ from cachedb.index.schema import (
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.prepare import prepare as prepare_directory
-from cachedb.index.sqlite.revision import mismatch
+from cachedb.index.sqlite.revision import schema_error
 from cachedb.index.tables import BACKFILLS, IMAGES, REVISION
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
@@ -84,7 +84,7 @@ def prepare(database: Database, *, upgrade: bool = False) -> None:
         with database.read():  # raises if the schema is too new
             return
     if revision is not None and not upgrade:
-        raise mismatch(database.directory, revision)
+        raise schema_error(database.directory, revision)
 
     def find() -> str | None:
         found = database.revision()
@@ -148,7 +148,7 @@ def downgrade(directory: Path, revision: str, *, progress: Progress | None = Non
     with closing(check_existing(directory)) as database:
         found = check_known(database, database.revision())
         if found > REVISION:
-            raise mismatch(database.directory, found)
+            raise schema_error(database.directory, found)
         target = resolve_revision(revision, found)
         if found < target:
             raise SchemaMismatch(

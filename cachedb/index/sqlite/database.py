@@ -39,10 +39,10 @@ from cachedb.index.sqlite.lookups import Lookups
 from cachedb.index.sqlite.revision import (
     APPLICATION_ID,
     SELECT_REVISION,
-    identify,
     is_compatible,
-    lost,
-    mismatch,
+    lost_index_error,
+    read_own_revision,
+    schema_error,
 )
 from cachedb.index.sqlite.transaction import begin, driver_of, ensure_wal, immediate, transaction
 from cachedb.index.tables import REVISION
@@ -98,10 +98,10 @@ class Database:
             return self.file.identify(read_only=self.read_only)
         except FileNotFoundError:
             self.access.check()
-            raise lost(self.directory) from None
+            raise lost_index_error(self.directory) from None
 
-    def unreplaced(self) -> AbstractContextManager[None]:
-        """A block in which no process replaces the index; a cache that can only be read has no such lock."""
+    def no_replacement(self) -> AbstractContextManager[None]:
+        """Keep other processes from replacing the index in this block; a cache that is only read has no such lock."""
         return nullcontext() if self.read_only else self.file.no_replacement()
 
     def _connect(self) -> Engine:
@@ -119,7 +119,7 @@ class Database:
         if self.ended:
             raise CacheError(CLOSED)
         self.access.check()
-        with self.unreplaced():
+        with self.no_replacement():
             file = self.identify_file()
             settled = not self.read_only or self.file.is_settled()
             with sqlite_errors(self.path, self.directory):
@@ -142,7 +142,7 @@ class Database:
             return False
         if not connection.is_outdated():
             return True
-        with self.unreplaced():
+        with self.no_replacement():
             # A replacement of the index removes its WAL first.
             is_lost = connection.file == self.identify_file() and connection.has_lost_files()
         if not is_lost:
@@ -175,15 +175,16 @@ class Database:
         """Return the schema's revision, or None if the database has no schema yet.
 
         Raises:
+            DamagedIndex: if the database has lost its application_id.
             NotACache: if the database belongs to another program.
         """
         if self.file.is_new:
             return None
         with self.look() as connection:
-            return identify(connection, self.path, self.directory)
+            return read_own_revision(connection, self.path, self.directory)
 
     def read(self) -> AbstractContextManager[Connection]:
-        """A read transaction: all its statements see the index at one moment.
+        """Begin a read transaction: all its statements see the index at one moment.
 
         Raises:
             SchemaMismatch: if the schema is not one that this release works with.
@@ -191,12 +192,15 @@ class Database:
         return self._reading(self._check_schema)
 
     def look(self) -> AbstractContextManager[Connection]:
-        """A read transaction, whatever the schema."""
+        """Begin a read transaction, whatever the schema."""
         return self._reading(_read_first)
 
     @contextmanager
     def _reading(self, first: Callable[[Connection], object]) -> Iterator[Connection]:
-        """A read transaction whose first read is ``first``. It works as `entered`, in half the time."""
+        """Begin a read transaction whose first read is ``first``.
+
+        It works as `entered`, in half the time.
+        """
         wait: Wait | None = None
         while True:
             with forks.no_fork():
@@ -222,7 +226,7 @@ class Database:
 
     @contextmanager
     def entered(self, enter: Callable[[ExitStack], T]) -> Iterator[T]:
-        """A block in which no other thread forks; while another process locks the index, wait and enter again.
+        """Enter contexts for a block without forks; while another process locks the index, wait and enter again.
 
         Args:
             enter: enters the contexts of the block, and returns the value to yield. It must not wait.
@@ -292,7 +296,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A write transaction under the write lock; committed at the end of the block, rolled back on an error.
+        """Begin a write transaction under the write lock; commit it after the block, or roll back on an error.
 
         Raises:
             SchemaMismatch: before anything is written, if the schema is not one that this release works with.
@@ -304,7 +308,7 @@ class Database:
 
     @contextmanager
     def write_at_once(self) -> Iterator[Connection | None]:
-        """A write transaction if the write lock is free; the block gets None if it is not."""
+        """Begin a write transaction if the write lock is free; yield None if it is not."""
         # This thread may hold the lock, or wait for it, in a call that was interrupted for this one.
         interrupted = is_held(self._resolved)
         with holding(self._resolved), os_errors("write to the cache"):
@@ -330,11 +334,11 @@ class Database:
         with sqlite_errors(self.path, self.directory):
             row = driver_of(connection).execute(SELECT_REVISION).fetchone()
         if row != (REVISION,) and not is_compatible(connection):
-            raise mismatch(self.directory, row and row[0])
+            raise schema_error(self.directory, row and row[0])
 
     @contextmanager
     def write_schema(self, before: Callable[[], None] | None = None) -> Iterator[Connection]:
-        """A write transaction for a migration: of any schema, and without foreign key checks.
+        """Begin a write transaction for a migration: of any schema, and without foreign key checks.
 
         Args:
             before: called under the write lock before the transaction begins.
@@ -376,7 +380,7 @@ class Database:
 
     @contextmanager
     def without_waiting(self) -> Iterator[None]:
-        """A block that waits for no lock: a lock that another process holds raises `Busy` at once."""
+        """Wait for no lock in this block: a lock that another process holds raises `Busy` at once."""
         before, self.wait_seconds = self.wait_seconds, 0.0
         try:
             yield
@@ -385,7 +389,7 @@ class Database:
 
     @contextmanager
     def raw(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
-        """The driver's own connection outside a transaction, for commands that SQLite refuses in one.
+        """Open the driver's own connection outside a transaction, for commands that SQLite refuses in one.
 
         Args:
             read_only: begin a read transaction instead.
@@ -395,7 +399,10 @@ class Database:
 
     @contextmanager
     def connected(self, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
-        """As `raw`, but the connection stays open after the block; the caller must close it before a fork."""
+        """Open a connection as `raw` does, but leave it open after the block.
+
+        The caller must close it before a fork.
+        """
 
         def enter(_: ExitStack) -> sqlite3.Connection:
             with ExitStack() as on_error:
@@ -412,7 +419,7 @@ class Database:
 
     @contextmanager
     def _locked(self, *, schema: bool = False, before: Callable[[], None] | None = None) -> Iterator[Connection]:
-        """A write transaction under the write lock, which is released while another program is writing."""
+        """Begin a write transaction under the write lock; release the lock while another program is writing."""
         with self.write_wait() as wait:
             outside = 0.0  # seconds waited for another program
             while True:
@@ -437,7 +444,7 @@ class Database:
 
     @contextmanager
     def _writing(self, turn: turns.Turn, *, schema: bool = False) -> Iterator[Connection]:
-        """A write transaction, under the write lock.
+        """Begin a write transaction; the caller holds the write lock.
 
         Raises:
             Busy: before the block, if another program is writing.

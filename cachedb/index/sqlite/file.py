@@ -21,7 +21,7 @@ from cachedb.disk.layout import has_blobs
 from cachedb.disk.waiting import Wait
 from cachedb.errors import Busy, NotACache, os_errors
 from cachedb.index.sqlite.connection import CacheConnection
-from cachedb.index.sqlite.revision import lost
+from cachedb.index.sqlite.revision import lost_index_error
 from cachedb.reentry import holding, is_held, refuse_reentry
 
 __all__ = ["IndexFile"]
@@ -61,7 +61,7 @@ class IndexFile:
         # An existing file is not opened: closing it would release SQLite's locks on it.
         if not self.path.exists():
             if has_blobs(self._directory):
-                raise lost(self._directory)
+                raise lost_index_error(self._directory)
             os.close(folders.make_file(self.path.name))
 
     def identify(self, *, read_only: bool) -> tuple[int, int, str]:
@@ -116,7 +116,7 @@ class IndexFile:
             with os_errors("open the index"), Wait("the index", 0) as wait:
                 if self._write_lock.parent.is_dir():  # another program's directory has no such folder
                     stack.enter_context(locks.hold_folder_lock(self._write_lock.parent, wait, shared=not replacing))
-                stack.enter_context(self._unreplaced_by_old(fcntl.LOCK_EX if replacing else fcntl.LOCK_SH))
+                stack.enter_context(self._no_replacement_by_old_releases(fcntl.LOCK_EX if replacing else fcntl.LOCK_SH))
             yield
 
     def save_commits(self, connection: CacheConnection) -> None:
@@ -135,8 +135,8 @@ class IndexFile:
             connection.save_commits()
 
     @contextmanager
-    def _unreplaced_by_old(self, operation: int) -> Iterator[None]:
-        """Do the same for releases before 0.2, which lock the directory itself; wait at most a second.
+    def _no_replacement_by_old_releases(self, operation: int) -> Iterator[None]:
+        """Do as `no_replacement` for releases before 0.2, which lock the directory itself; wait at most a second.
 
         If another process keeps the lock, the block runs without it: a script may lock the directory with flock(1) and
         start this process.

@@ -23,17 +23,17 @@ __all__ = [
     "explain_refusal",
     "find_broken_keys",
     "has_backup",
-    "identify",
     "is_compatible",
     "is_empty",
     "is_ours",
-    "lost",
-    "mismatch",
+    "lost_index_error",
     "read_objects",
     "read_oldest",
+    "read_own_revision",
     "read_revision",
     "read_versions",
     "revision_of",
+    "schema_error",
 ]
 
 
@@ -84,7 +84,7 @@ SELECT_REVISION = "SELECT version_num FROM alembic_version"
 REBUILD_ADVICE = "`cachedb verify --repair` rebuilds it from the newest backup and from the blobs"
 
 
-def lost(directory: Path) -> DamagedIndex:
+def lost_index_error(directory: Path) -> DamagedIndex:
     """Return the error for a cache that has its blobs, and no index."""
     return DamagedIndex(f"{str(directory)!r} has lost its index.db, but not its blobs; {REBUILD_ADVICE}")
 
@@ -96,7 +96,7 @@ def is_ours(directory: Path) -> bool:
     return False
 
 
-def identify(connection: Connection, path: Path, directory: Path) -> str | None:
+def read_own_revision(connection: Connection, path: Path, directory: Path) -> str | None:
     """Return the schema's revision, or None if the database has no schema yet.
 
     Args:
@@ -112,7 +112,7 @@ def identify(connection: Connection, path: Path, directory: Path) -> str | None:
     if mark == APPLICATION_ID or (mark == 0 and is_empty(connection)):
         return read_revision(connection)
     if is_ours(directory):
-        raise DamagedIndex(f"{str(path)!r} has lost its mark; {REBUILD_ADVICE}")
+        raise DamagedIndex(f"{str(path)!r} has lost its application_id; {REBUILD_ADVICE}")
     raise NotACache(f"{str(path)!r} is another program's database: name another directory")
 
 
@@ -130,7 +130,7 @@ def has_backup(directory: Path) -> bool:
     return False
 
 
-def mismatch(directory: Path, revision: str | None) -> SchemaMismatch | DamagedIndex:
+def schema_error(directory: Path, revision: str | None) -> SchemaMismatch | DamagedIndex:
     """Return the error for a schema that is older or newer than ours, or lost."""
     if not revision:
         return DamagedIndex(f"the index in {str(directory)!r} has lost its schema; {REBUILD_ADVICE}")
