@@ -137,7 +137,7 @@ MUTATIONS = [
     Mutation("a thread that cannot be started is no error", "cachedb/threads.py", "    except RuntimeError:\n        return False\n", "    except ZeroDivisionError:\n        return False\n", "tests/test_exit.py"),
     Mutation("files are unlinked if no thread can be started", "cachedb/content/collect.py", "                started.pop()\n                unlink(share)\n", "                started.pop()\n", "tests/test_exit.py"),
     Mutation("a write inside a write is refused", "cachedb/reentry.py", "    if is_held(lock):\n", "    if False:\n", "tests/test_reentry.py -k same_thread"),
-    Mutation("a write without waiting counts as a write for re-entry", "cachedb/index/sqlite/database.py", "with holding(self._resolved), os_errors", "with os_errors", "tests/test_reentry.py -k does_not_wait"),
+    Mutation("a write without waiting counts as a write for re-entry", "cachedb/index/sqlite/database.py", "with holding(self.file.reentry_key), os_errors", "with os_errors", "tests/test_reentry.py -k does_not_wait"),
     Mutation("an index is not replaced while the same thread opens it", "cachedb/index/sqlite/file.py", '            refuse_reentry(opened, f"opening', '            str(f"opening', "tests/test_reentry.py -k open_and_replace"),
     Mutation("a signal handler may use the session", "cachedb/content/session.py", "threading.RLock()", "threading.Lock()", "tests/test_reentry.py -k for_a_moment"),
     Mutation("a signal handler may note a use", "cachedb/content/last_used.py", "threading.RLock()", "threading.Lock()", "tests/test_reentry.py -k for_a_moment"),

@@ -8,7 +8,6 @@ SQLite 3.7.0 to 3.51.2. Readers take no lock: they see the last commit.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -83,9 +82,8 @@ class Database:
         self.directory = directory.absolute()
         self.path = (path or directory / "index.db").absolute()
         self.file = IndexFile(self.path, self.directory)
-        self.write_lock = self.directory / "locks" / "write.lock"
+        self.write_lock = self.file.write_lock
         self.access = Access(self.directory, self.path, trust=trust, search_links=path is None)
-        self._resolved = os.path.realpath(self.directory)  # by which a thread knows what it holds
         self._engine = self._connect()
         self._lookups = Lookups(self._open, self._is_current)
         self.reserve = Reserve(self.directory, lambda: self.folders)
@@ -310,8 +308,8 @@ class Database:
     def write_at_once(self) -> Iterator[Connection | None]:
         """Begin a write transaction if the write lock is free; yield None if it is not."""
         # This thread may hold the lock, or wait for it, in a call that was interrupted for this one.
-        interrupted = is_held(self._resolved)
-        with holding(self._resolved), os_errors("write to the cache"):
+        interrupted = is_held(self.file.reentry_key)
+        with holding(self.file.reentry_key), os_errors("write to the cache"):
             file = None if interrupted else locks.acquire(self.write_lock, wait=False)
             if file is None:
                 yield None
@@ -367,7 +365,8 @@ class Database:
         """Hold the write lock; the block must check itself whether the lock was lost."""
         self.folders.check()
         with ExitStack() as stack:
-            stack.enter_context(not_reentered(self._resolved, f"writing to the cache in {str(self.directory)!r}"))
+            what = f"writing to the cache in {str(self.directory)!r}"
+            stack.enter_context(not_reentered(self.file.reentry_key, what))
             wait = wait or stack.enter_context(self.write_wait())
             stack.enter_context(os_errors("write to the cache"))
             turn = stack.enter_context(turns.hold_in_turn(self.write_lock, wait))

@@ -43,8 +43,8 @@ class IndexFile:
         self.path = path
         self._name = str(path)
         self._directory = directory
-        self._resolved = os.path.realpath(directory)  # names the locks of this cache for `reentry`
-        self._write_lock = directory / "locks" / "write.lock"
+        self.reentry_key = os.path.realpath(directory)  # names the locks of this cache for `reentry`
+        self.write_lock = directory / "locks" / "write.lock"
 
     @property
     def is_new(self) -> bool:
@@ -107,15 +107,15 @@ class IndexFile:
         Raises:
             Busy: at once, if another process is replacing or opening it.
         """
-        opened, replaced = f"{self._resolved} is opened", f"{self._resolved} is replaced"
+        opened, replaced = f"{self.reentry_key} is opened", f"{self.reentry_key} is replaced"
         refuse_reentry(replaced, f"replacing the index in {str(self._directory)!r}")
         if replacing:
             refuse_reentry(opened, f"opening the index in {str(self._directory)!r}")
         with ExitStack() as stack:
             stack.enter_context(holding(replaced if replacing else opened))
             with os_errors("open the index"), Wait("the index", 0) as wait:
-                if self._write_lock.parent.is_dir():  # another program's directory has no such folder
-                    stack.enter_context(locks.hold_folder_lock(self._write_lock.parent, wait, shared=not replacing))
+                if self.write_lock.parent.is_dir():  # another program's directory has no such folder
+                    stack.enter_context(locks.hold_folder_lock(self.write_lock.parent, wait, shared=not replacing))
                 stack.enter_context(self._no_replacement_by_old_releases(fcntl.LOCK_EX if replacing else fcntl.LOCK_SH))
             yield
 
@@ -126,8 +126,8 @@ class IndexFile:
             connection: that has the removed WAL open.
         """
         with ExitStack() as stack, suppress(Busy, OSError):
-            if not is_held(self._resolved):
-                lock = locks.acquire(self._write_lock, wait=False)
+            if not is_held(self.reentry_key):
+                lock = locks.acquire(self.write_lock, wait=False)
                 if lock is None:
                     return  # its holder finds the loss too
                 stack.callback(locks.release, lock)
@@ -150,7 +150,7 @@ class IndexFile:
                     break
                 except BlockingIOError:
                     # An old release replaces the index under the write lock, and writes no record into the lock file.
-                    old = locks.is_held(self._write_lock) and locks.read_holder_of(self._write_lock) is None
+                    old = locks.is_held(self.write_lock) and locks.read_holder_of(self.write_lock) is None
                     if time.monotonic() > end or not (operation == fcntl.LOCK_EX or old):
                         break
                 time.sleep(_OLD_RELEASE_POLL_SECONDS)
