@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cachedb.disk.folders import apply_folder_mode
-from cachedb.errors import ignore_os_errors
+from cachedb.errors import ignore_os_errors, is_callers
 
 __all__ = [
     "PART_NAME",
     "atomic_file",
+    "clone_content",
     "copy_to_new",
     "lock_part",
     "part_path",
@@ -38,6 +39,7 @@ PART_NAME = re.compile(r"\.cachedb-[0-9a-f]{32}\.part")
 """Matches the names of `part_path`. Old releases used names of half that length, without locks."""
 
 _UNSUPPORTED_ERRNOS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
+_FICLONE = 0x40049409  # ioctl_ficlone(2)
 
 
 def part_path(folder: Path) -> Path:
@@ -160,6 +162,25 @@ def copy_to_new(source: BinaryIO, name: str, folder: int) -> None:
         shutil.copyfileobj(source, copy, 1024 * 1024)
         apply_folder_mode(copy.fileno(), os.fstat(folder))
         os.fsync(copy.fileno())
+
+
+def clone_content(source: int, target: int) -> bool:
+    """Make an empty file share the bytes of another file, as a reflink; return whether the file systems can.
+
+    Args:
+        source: descriptor of the file with the bytes.
+        target: descriptor of the empty file.
+
+    Raises:
+        OSError: if the disk is full or fails.
+    """
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError as error:
+        if is_callers(error) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        return False
+    return True
 
 
 def sync_folder(folder: Path | str) -> None:

@@ -8,7 +8,6 @@ renamed to ``index.db``, and the destination is a cache. The next attempt delete
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import threading
@@ -23,7 +22,7 @@ from sqlalchemy import delete, func, select
 from cachedb.content import publish
 from cachedb.content.session import Hold, Session
 from cachedb.disk import layout, locks, writer
-from cachedb.disk.durable import sync_file, sync_folder
+from cachedb.disk.durable import clone_content, sync_file, sync_folder
 from cachedb.disk.file_system import explain_shared
 from cachedb.disk.folders import BLOB_FOLDERS
 from cachedb.disk.layout import UNFINISHED_INDEX, blob_file
@@ -44,7 +43,6 @@ __all__ = ["Copied", "copy"]
 
 _SUFFIXES = ("wal", "shm", "journal")  # of the files that SQLite creates beside an index
 _LEASES_PER_WRITE = 5000  # more would hold the write lock for too long
-_FICLONE = 0x40049409  # ioctl_ficlone(2)
 _ADVICE = "run `cachedb verify --repair` and copy again"
 _NOT_LINKABLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
 
@@ -315,18 +313,17 @@ def _receive(source: Readable, target: Path | None, digest: Digest, size: int, a
 
 def _clone(file: int, target: str) -> bool:
     """Create a reflink to an open file; return whether the file systems support it."""
-    clone = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    clone, is_cloned = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), False
     try:
         try:
-            fcntl.ioctl(clone, _FICLONE, file)
-        except OSError as error:
-            os.unlink(target)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                raise
-            return False
-        os.fchmod(clone, 0o444)
-        os.fsync(clone)
-        return True
+            is_cloned = clone_content(file, clone)
+        finally:
+            if not is_cloned:
+                os.unlink(target)
+        if is_cloned:
+            os.fchmod(clone, 0o444)
+            os.fsync(clone)
+        return is_cloned
     finally:
         os.close(clone)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache
-from cachedb.disk.durable import atomic_file, copy_to_new, part_path, remove_leftovers
+from cachedb.disk.durable import atomic_file, clone_content, copy_to_new, part_path, remove_leftovers
 from cachedb.operations import upgrade
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, start_python
@@ -273,3 +273,26 @@ def test_a_copy_of_a_file_is_a_new_file(tmp_path: Path, kind: str) -> None:
         os.close(folder)
     assert (precious.read_bytes(), name.read_bytes()) == (b"mine", b"data")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "raises"),
+    [
+        (OSError(errno.EXDEV, "another file system"), False),
+        (OSError(errno.EOPNOTSUPP, "no reflinks"), False),
+        (OSError(errno.ENOSPC, "full disk"), True),
+        (TimeoutError("by a signal handler"), True),
+    ],
+)
+def test_content_is_cloned_or_not_but_errors_of_the_disk_and_the_caller_are_raised(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, raises: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(fcntl, "ioctl", fail)
+    if raises:
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            clone_content(-1, -1)
+    else:
+        assert not clone_content(-1, -1)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Final
 
 from cachedb import oci
-from cachedb.disk.durable import PART_NAME, atomic_file, lock_part, part_path, remove_leftovers, sync_folder
+from cachedb.disk.durable import (
+    PART_NAME,
+    atomic_file,
+    clone_content,
+    lock_part,
+    part_path,
+    remove_leftovers,
+    sync_folder,
+)
 from cachedb.disk.layout import blob_path
 from cachedb.disk.locks import hold_folder_lock
 from cachedb.disk.reader import open_blob, open_regular
@@ -35,7 +41,6 @@ from cachedb.transports.archive.model import REF_NAME
 __all__ = ["write_layout"]
 
 
-_FICLONE: Final = 0x40049409  # ioctl_ficlone(2)
 _PROGRESS_SECONDS = 1.0  # between two notes of progress
 _OLD_PART = re.compile(r"\.cachedb-[0-9a-f]{16}\.part")  # written by earlier releases
 
@@ -183,12 +188,8 @@ def _clone(directory: Path, entry: Entry, target: int, progress: Advance | None)
     assert isinstance(entry.content, str)
     with open_blob(directory, entry.content) as blob:
         check_size(entry, os.fstat(blob.fileno()).st_size)
-        try:
-            fcntl.ioctl(target, _FICLONE, blob.fileno())
-        except OSError as error:
-            if is_callers(error):
-                raise
-            return False  # the two files may be unable to share; any other cause fails the copy as well
+        if not clone_content(blob.fileno(), target):
+            return False
     read_blob(entry, target, None, progress)
     return True
 

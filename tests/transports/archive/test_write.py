@@ -1070,7 +1070,7 @@ def test_blobs_are_cloned_if_the_file_system_can(cache: Cache, tmp_path: Path, m
     def clone(target: int, _request: int, source: int) -> None:
         cloned.append(os.copy_file_range(source, target, 100_000_000))
 
-    monkeypatch.setattr("cachedb.transports.archive.write_layout.fcntl.ioctl", clone)
+    monkeypatch.setattr(fcntl, "ioctl", clone)
     cache.export("app:1", tmp_path / "cloned", format="oci-dir")
     assert sum(cloned) > 3_000_000
     assert read_contents(tmp_path / "cloned") == read_contents(tmp_path / "copied")
