@@ -14,7 +14,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from io import BytesIO
+from io import BytesIO, RawIOBase
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO, NamedTuple, Protocol
@@ -41,6 +41,7 @@ __all__ = [
     "hash_chunks",
     "open_data",
     "receive",
+    "write_all",
     "write_back",
 ]
 
@@ -281,6 +282,13 @@ def _write_chunk(target: int, chunk: memoryview) -> None:
     with os_errors("write to the cache"):
         while chunk:
             chunk = chunk[os.write(target, chunk) :]
+
+
+def write_all(stream: BinaryIO | RawIOBase, data: bytes | memoryview) -> None:
+    """Write all bytes to a stream, which may take only a part of them at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) or 0 :]  # a full pipe that does not block returns None
 
 
 def write_back(file: int, count: int, end: int | None = None) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import BinaryIO
 
 from cachedb.disk.reader import damaged_error, open_blob
 from cachedb.disk.writer import CHUNK_BYTES, WRITE_BACK_BYTES, hash_chunks, write_back
@@ -22,7 +21,6 @@ __all__ = [
     "copy_blob",
     "copy_in_threads",
     "read_blob",
-    "write_all",
     "write_at",
 ]
 
@@ -153,10 +151,3 @@ def read_blob(
                 progress(filled)
     if f"{hasher.name}:{hasher.hexdigest()}" != digest:
         raise damaged_error(digest)
-
-
-def write_all(stream: BinaryIO, data: bytes | memoryview) -> None:
-    """Write all bytes to a stream, which may take only a part of them at a time."""
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view) or 0 :]  # a full pipe that does not block returns None

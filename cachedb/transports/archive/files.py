@@ -16,7 +16,7 @@ from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from cachedb.disk.writer import CHUNK_BYTES
+from cachedb.disk.writer import CHUNK_BYTES, write_all
 from cachedb.errors import CacheError, InvalidArchive, StorageError, os_errors
 from cachedb.text import format_size, parse_size, shorten
 from cachedb.transports.archive import tar
@@ -309,9 +309,7 @@ def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) ->
                 if written - checked >= _SPACE_CHECK_BYTES:
                     _check_space(target.fileno(), written)
                     checked = written
-            view = memoryview(part)
-            while view:
-                view = view[target.write(view) :]
+            write_all(target, part)
         chunk = source.read(CHUNK_BYTES)
     if unpack and not unpack.ended:
         raise InvalidArchive(f"the {compression} compressed archive is cut short")

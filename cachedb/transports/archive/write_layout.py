@@ -23,7 +23,7 @@ from cachedb.disk.layout import blob_path
 from cachedb.disk.locks import hold_folder_lock
 from cachedb.disk.reader import open_blob, open_regular
 from cachedb.disk.waiting import Wait
-from cachedb.disk.writer import discard
+from cachedb.disk.writer import discard, write_all
 from cachedb.errors import CacheError, is_callers, os_errors
 from cachedb.progress import Advance
 from cachedb.reentry import not_reentered
@@ -33,7 +33,6 @@ from cachedb.transports.archive.copy_blob import (
     copy_blob,
     copy_in_threads,
     read_blob,
-    write_all,
 )
 from cachedb.transports.archive.entries import Entry, json_entry
 from cachedb.transports.archive.model import REF_NAME

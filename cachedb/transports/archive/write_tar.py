@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from cachedb.disk.durable import atomic_file, remove_leftovers, sync_folder
+from cachedb.disk.writer import write_all
 from cachedb.errors import os_errors
 from cachedb.progress import Advance
 from cachedb.transports.archive.copy_blob import (
     FileWriter,
     copy_blob,
     copy_in_threads,
-    write_all,
     write_at,
 )
 from cachedb.transports.archive.entries import Entry
