@@ -189,7 +189,7 @@ def _copy_and_hash(
     else:
         expected = CHUNK_BYTES if limit is None else limit
     chunk_size = min(CHUNK_BYTES, expected + 1)
-    with hash_chunks(hashers, chunk_size, beside=target is not None) as (buffers, hash_chunk):
+    with hash_chunks(hashers, chunk_size, hash_in_thread=target is not None) as (buffers, hash_chunk):
         while True:
             chunk = _fill_buffer(source, next(buffers))
             length += len(chunk)
@@ -209,14 +209,14 @@ def _copy_and_hash(
 
 @contextmanager
 def hash_chunks(
-    hashers: Sequence[Hasher], size: int, *, beside: bool
+    hashers: Sequence[Hasher], size: int, *, hash_in_thread: bool
 ) -> Iterator[tuple[Iterator[memoryview], Callable[[memoryview], None]]]:
     """Yield buffers to fill, and a function that hashes them in order; all are hashed when the block ends.
 
     Args:
         hashers: get each chunk.
         size: of a buffer, in bytes.
-        beside: hash full chunks in a thread, while the block does other work with them; both release the
+        hash_in_thread: hash full chunks in a thread, while the block does other work with them; both release the
             interpreter's lock.
     """
     full, free = SimpleQueue[memoryview | None](), SimpleQueue[memoryview | BaseException]()
@@ -235,11 +235,11 @@ def hash_chunks(
             free.put(error)
 
     def hash_chunk(chunk: memoryview) -> None:
-        nonlocal thread, beside
-        if thread is None and beside and len(chunk) == size:
+        nonlocal thread, hash_in_thread
+        if thread is None and hash_in_thread and len(chunk) == size:
             thread = threading.Thread(target=run)
             if not start(thread):
-                thread, beside = None, False
+                thread, hash_in_thread = None, False
         if thread is None:
             hash_now(chunk)
             free.put(chunk)
@@ -247,7 +247,7 @@ def hash_chunks(
             full.put(chunk)
 
     def buffers() -> Iterator[memoryview]:
-        for _ in range(_BUFFER_COUNT if beside else 1):
+        for _ in range(_BUFFER_COUNT if hash_in_thread else 1):
             yield memoryview(bytearray(size))
         while True:
             yield finished(free.get())

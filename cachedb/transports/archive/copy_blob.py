@@ -25,9 +25,7 @@ __all__ = [
 ]
 
 
-def copy_in_threads(
-    blobs: Collection[Entry], copy: Callable[[Entry, Advance, bool], None], progress: Advance | None
-) -> None:
+def copy_in_threads(blobs: Collection[Entry], copy: Callable[[Entry, Advance, bool], None], progress: Advance) -> None:
     """Copy several blobs at once, because hashing a blob takes longer than copying it.
 
     Args:
@@ -41,11 +39,7 @@ def copy_in_threads(
     def copy_one(entry: Entry, advance: Advance) -> None:
         copy(entry, advance, entry.size > share)
 
-    in_threads(copy_one, sorted(blobs, key=lambda entry: -entry.size), progress or _ignore_progress)
-
-
-def _ignore_progress(_size: int) -> None:
-    """Do nothing, where nobody wants to see progress."""
+    in_threads(copy_one, sorted(blobs, key=lambda entry: -entry.size), progress)
 
 
 class FileWriter:
@@ -75,9 +69,9 @@ def copy_blob(
     directory: Path,
     entry: Entry,
     write: Callable[[memoryview], None],
-    progress: Advance | None,
+    progress: Advance,
     *,
-    hash_beside: bool,
+    hash_in_thread: bool,
 ) -> None:
     """Copy a blob, and verify the bytes that are written: the same buffers are hashed.
 
@@ -86,7 +80,7 @@ def copy_blob(
         entry: of the blob.
         write: takes the next bytes.
         progress: takes the number of bytes copied.
-        hash_beside: hash in a second thread.
+        hash_in_thread: hash in a second thread.
 
     Raises:
         DigestMismatch: if the blob's file is damaged.
@@ -97,7 +91,7 @@ def copy_blob(
     assert isinstance(digest, str)
     with open_blob(directory, digest) as blob:
         check_size(entry, os.fstat(blob.fileno()).st_size)
-        read_blob(entry, blob.fileno(), write, progress, beside=hash_beside)
+        read_blob(entry, blob.fileno(), write, progress, hash_in_thread=hash_in_thread)
 
 
 def check_size(entry: Entry, size: int) -> None:
@@ -118,9 +112,9 @@ def read_blob(
     entry: Entry,
     file: int,
     write: Callable[[memoryview], None] | None,
-    progress: Advance | None,
+    progress: Advance,
     *,
-    beside: bool = False,
+    hash_in_thread: bool = False,
 ) -> None:
     """Read a file that holds a blob, pass on its bytes, and raise `DigestMismatch` unless they have its digest.
 
@@ -129,11 +123,11 @@ def read_blob(
         file: a descriptor of the file.
         write: takes the next bytes; None only verifies.
         progress: takes the number of bytes read.
-        beside: hash in a second thread.
+        hash_in_thread: hash in a second thread.
     """
     digest = Digest(str(entry.content))
     hasher, done, length = hashlib.new(split_digest(digest)[0]), 0, min(CHUNK_BYTES, entry.size)
-    with hash_chunks([hasher], length, beside=beside) as (buffers, hash_chunk):
+    with hash_chunks([hasher], length, hash_in_thread=hash_in_thread) as (buffers, hash_chunk):
         while done < entry.size:
             chunk = next(buffers)[: entry.size - done]
             filled = 0
@@ -147,7 +141,6 @@ def read_blob(
             if write is not None:
                 write(chunk)
             done += filled
-            if progress is not None:
-                progress(filled)
+            progress(filled)
     if f"{hasher.name}:{hasher.hexdigest()}" != digest:
         raise damaged_error(digest)

@@ -51,7 +51,7 @@ def write_layout(
     *,
     link: bool,
     wait_seconds: float,
-    progress: Advance | None,
+    progress: Advance,
 ) -> None:
     """Write an image layout folder, or add to the one that is there; ``index.json`` is written last.
 
@@ -99,21 +99,21 @@ def write_layout(
                 if not os.path.lexists(path):
                     made.append(path)
                 if isinstance(entry.content, bytes):
-                    _write_file(directory, entry, path, None)
+                    _write_document(entry, path)
                 else:
                     blobs.append(entry)
 
-            def write(entry: Entry, advance: Advance, hash_beside: bool) -> None:
+            def write(entry: Entry, advance: Advance, hash_in_thread: bool) -> None:
                 path = destination / entry.path
                 if not (link and _link(directory, entry, path, advance)):
-                    _write_file(directory, entry, path, advance, hash_beside=hash_beside)
+                    _write_blob(directory, entry, path, advance, hash_in_thread=hash_in_thread)
 
-            copy_in_threads(blobs, write, _noting_progress(destination, progress))
+            copy_in_threads(blobs, write, _with_progress_notes(destination, progress))
             for folder in folders:
                 sync_folder(folder)
             # Everything that the index references is on disk now.
             path = destination / index.path
-            _write_file(directory, _merged(path, index), path, None)
+            _write_document(_merge_index(path, index), path)
             sync_folder(destination)
         except BaseException:
             _remove(made)
@@ -123,7 +123,7 @@ def write_layout(
 def _lock_folder(stack: ExitStack, destination: Path, wait_seconds: float) -> bool:
     """Lock a layout's folder until the stack ends, and return whether it was made here."""
     what = f"the lock of the layout {str(destination)!r}"
-    wait = stack.enter_context(Wait(what, wait_seconds, lambda: _noted_progress(destination)))
+    wait = stack.enter_context(Wait(what, wait_seconds, lambda: _read_progress(destination)))
     while True:
         is_new = False
         with suppress(FileExistsError):
@@ -139,7 +139,7 @@ def _lock_folder(stack: ExitStack, destination: Path, wait_seconds: float) -> bo
             return is_new
 
 
-def _noting_progress(destination: Path, progress: Advance | None) -> Advance:
+def _with_progress_notes(destination: Path, progress: Advance) -> Advance:
     """Return a function that calls ``progress``, and sets the folder's modification time for processes that wait."""
     noted = time.monotonic()
 
@@ -149,13 +149,12 @@ def _noting_progress(destination: Path, progress: Advance | None) -> Advance:
             noted = time.monotonic()
             with suppress(OSError):  # waiting processes then see no progress, and the export goes on
                 os.utime(destination)
-        if progress is not None:
-            progress(size)
+        progress(size)
 
     return note
 
 
-def _noted_progress(destination: Path) -> int | None:
+def _read_progress(destination: Path) -> int | None:
     """Return a value that changes while an export into the folder makes progress."""
     with suppress(OSError):
         return destination.stat().st_mtime_ns
@@ -172,17 +171,19 @@ def _remove(made: list[Path]) -> None:
                 path.unlink()
 
 
-def _write_file(
-    directory: Path, entry: Entry, path: Path, progress: Advance | None, *, hash_beside: bool = False
-) -> None:
+def _write_document(entry: Entry, path: Path) -> None:
+    assert isinstance(entry.content, bytes)
     with atomic_file(path) as file:
-        if isinstance(entry.content, bytes):
-            write_all(file, entry.content)
-        elif not _clone(directory, entry, file.fileno(), progress):
-            copy_blob(directory, entry, FileWriter(file.fileno(), 0).write, progress, hash_beside=hash_beside)
+        write_all(file, entry.content)
 
 
-def _clone(directory: Path, entry: Entry, target: int, progress: Advance | None) -> bool:
+def _write_blob(directory: Path, entry: Entry, path: Path, progress: Advance, *, hash_in_thread: bool) -> None:
+    with atomic_file(path) as file:
+        if not _clone(directory, entry, file.fileno(), progress):
+            copy_blob(directory, entry, FileWriter(file.fileno(), 0).write, progress, hash_in_thread=hash_in_thread)
+
+
+def _clone(directory: Path, entry: Entry, target: int, progress: Advance) -> bool:
     """Share a blob's bytes with a new file and verify them; return False if the file system cannot."""
     assert isinstance(entry.content, str)
     with open_blob(directory, entry.content) as blob:
@@ -193,7 +194,7 @@ def _clone(directory: Path, entry: Entry, target: int, progress: Advance | None)
     return True
 
 
-def _link(directory: Path, entry: Entry, path: Path, progress: Advance | None) -> bool:
+def _link(directory: Path, entry: Entry, path: Path, progress: Advance) -> bool:
     """Make a hard link to a blob's file and verify it; return False if the file system cannot."""
     assert isinstance(entry.content, str)
     part = part_path(path.parent)
@@ -218,8 +219,8 @@ def _link(directory: Path, entry: Entry, path: Path, progress: Advance | None) -
     return True
 
 
-def _merged(path: Path, entry: Entry) -> Entry:
-    """Return the layout's index with the image added; it replaces an image of the same name."""
+def _merge_index(path: Path, entry: Entry) -> Entry:
+    """Add an image to the layout's index and return the index; the image replaces one of the same name."""
     assert isinstance(entry.content, bytes)
     try:
         old = oci.load_json(path.read_bytes(), str(path))

@@ -29,9 +29,7 @@ __all__ = ["write_tar"]
 _END: Final = bytes(2 * tarfile.BLOCKSIZE)  # of a tar
 
 
-def write_tar(
-    directory: Path, files: list[Entry], destination: Path | BinaryIO, progress: Advance | None = None
-) -> None:
+def write_tar(directory: Path, files: list[Entry], destination: Path | BinaryIO, progress: Advance) -> None:
     """Write a tar to a stream or a file; a file appears once all of it is verified and on disk.
 
     If a blob is damaged, a stream never gets the end of the tar.
@@ -65,19 +63,19 @@ def write_tar(
             sync_folder(path.parent)
 
 
-def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progress: Advance | None) -> None:
+def _write_members(directory: Path, files: list[Entry], stream: BinaryIO, progress: Advance) -> None:
     """Write a tar from its beginning to its end."""
     for entry, header in _headers(files):
         write_all(stream, header)
         if isinstance(entry.content, bytes):
             write_all(stream, entry.content)
         else:
-            copy_blob(directory, entry, partial(write_all, stream), progress, hash_beside=True)
+            copy_blob(directory, entry, partial(write_all, stream), progress, hash_in_thread=True)
         write_all(stream, bytes(-entry.size % tarfile.BLOCKSIZE))
     write_all(stream, _END)
 
 
-def _write_members_at_once(directory: Path, files: list[Entry], file: int, progress: Advance | None) -> None:
+def _write_members_at_once(directory: Path, files: list[Entry], file: int, progress: Advance) -> None:
     """Write a tar to a new file, several blobs at once."""
     offsets: dict[Entry, int] = {}
     offset = 0
@@ -91,8 +89,8 @@ def _write_members_at_once(directory: Path, files: list[Entry], file: int, progr
         offset += entry.size + -entry.size % tarfile.BLOCKSIZE  # a gap in a file reads as zeros
     write_at(file, offset, memoryview(_END))
 
-    def copy(entry: Entry, advance: Advance, hash_beside: bool) -> None:
-        copy_blob(directory, entry, FileWriter(file, offsets[entry]).write, advance, hash_beside=hash_beside)
+    def copy(entry: Entry, advance: Advance, hash_in_thread: bool) -> None:
+        copy_blob(directory, entry, FileWriter(file, offsets[entry]).write, advance, hash_in_thread=hash_in_thread)
 
     copy_in_threads(offsets, copy, progress)
 

@@ -546,13 +546,13 @@ def test_a_blob_that_is_a_symbolic_link_is_not_exported(cache: Cache, tmp_path: 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set when an export begins to wait for the lock of a layout."""
-    event, real = threading.Event(), write_layout._noted_progress
+    event, real = threading.Event(), write_layout._read_progress
 
     def noted_progress(destination: Path) -> int | None:
         event.set()
         return real(destination)
 
-    monkeypatch.setattr(write_layout, "_noted_progress", noted_progress)
+    monkeypatch.setattr(write_layout, "_read_progress", noted_progress)
     return event
 
 
@@ -598,7 +598,7 @@ def test_an_export_waits_longer_while_the_other_one_makes_progress(
     directory: Path, cache: Cache, tmp_path: Path, locked_layout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import_image(cache, tmp_path)
-    looks, real = [0], write_layout._noted_progress
+    looks, real = [0], write_layout._read_progress
 
     def noted_progress(destination: Path) -> int | None:
         looks[0] += 1
@@ -606,7 +606,7 @@ def test_an_export_waits_longer_while_the_other_one_makes_progress(
             os.utime(destination, ns=(0, looks[0]))
         return real(destination)
 
-    monkeypatch.setattr(write_layout, "_noted_progress", noted_progress)
+    monkeypatch.setattr(write_layout, "_read_progress", noted_progress)
     with Cache.open(directory, wait=0.2) as hurried, pytest.raises(Busy):
         hurried.export("app:1", locked_layout, format="oci-dir")
     assert looks[0] > 200
@@ -620,7 +620,7 @@ def test_an_export_into_a_layout_shows_its_progress(
     layout, noted = tmp_path / "layout", list[int | None]()
 
     def progress(_done: int, _total: int) -> None:
-        noted.append(write_layout._noted_progress(layout))
+        noted.append(write_layout._read_progress(layout))
         os.utime(layout, ns=(0, 0))
 
     cache.export("app:1", layout, format="oci-dir", progress=progress)
