@@ -25,7 +25,7 @@ from cachedb.arguments import (
 )
 from cachedb.content import collect, publish, save
 from cachedb.content.collect import Collected
-from cachedb.content.held import find_image_or_digest, hold_images, hold_name
+from cachedb.content.held import find_image_or_digest, hold_images, parse_hold_name
 from cachedb.content.last_used import Uses
 from cachedb.content.session import Session
 from cachedb.disk import reader, single_flight
@@ -375,7 +375,7 @@ class Cache:
             NotInCache: if there is no hold of one of them.
         """
         with self._database.write() as connection:
-            return holds.release(connection, *map(hold_name, holds_or_names))
+            return holds.release(connection, *map(parse_hold_name, holds_or_names))
 
     def sessions(self) -> list[SessionInfo]:
         """Return the processes that use the cache, each with what it does or waits for, and since when.

@@ -119,7 +119,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: str,
         writer = csv.writer(buffer, delimiter="," if form == "csv" else "\t", lineterminator="\r\n")
         is_terminal = sys.stdout.isatty()
         for row in chain([columns], rows):
-            writer.writerow([_format_cell(value, is_terminal=is_terminal) for value in row])
+            writer.writerow([_format_csv_cell(value, is_terminal=is_terminal) for value in row])
             write(buffer.getvalue().removesuffix("\r\n") + "\n")
             buffer.seek(0)
             buffer.truncate()
@@ -132,7 +132,7 @@ def _escape_markdown(value: object) -> str:
     return html.escape(re.sub(r"([\\|`\[\]])", r"\\\1", _format_value(value)), quote=False)
 
 
-def _format_cell(value: object, *, is_terminal: bool) -> object:
+def _format_csv_cell(value: object, *, is_terminal: bool) -> object:
     """Return a value for CSV; put ``'`` before text that a spreadsheet would run as a formula."""
     if isinstance(value, bytes):
         return value.hex()

@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import ReturningDelete
 
 from cachedb.content.publish import retract
-from cachedb.content.session import dead_sessions, locked_sessions, remove_folder
+from cachedb.content.session import list_sessions_with_locks, lock_dead_sessions, remove_folder
 from cachedb.disk import downloads, single_flight
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import trash_digest, trash_name
@@ -285,8 +285,8 @@ def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
         leased = holds.read_lapsed(connection)
     folders, left, end = database.folders, list[Leftover](), time.monotonic() + seconds
     with os_errors("clean up after a dead session"):
-        left += single_flight.sweep(folders)
-        for session in dead_sessions(folders, left):
+        left += single_flight.remove_dead_claims(folders)
+        for session in lock_dead_sessions(folders, left):
             if time.monotonic() > end:
                 break
             folder = database.directory / "ingest" / session
@@ -300,7 +300,7 @@ def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
                 except (OSError, CacheError) as error:
                     left.append(Leftover(folder, explain(error) if isinstance(error, OSError) else str(error)))
         # A session's lock file exists before its first lease, and until its last lease is deleted.
-        gone = leased - locked_sessions(database.directory)
+        gone = leased - list_sessions_with_locks(database.directory)
     if gone:
         with database.write() as connection:
             holds.forget(connection, gone)

@@ -16,7 +16,7 @@ from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest, parse_digest
 from cachedb.oci.names import Name
 
-__all__ = ["find_image_or_digest", "hold_images", "hold_name"]
+__all__ = ["find_image_or_digest", "hold_images", "parse_hold_name"]
 
 
 @contextmanager
@@ -65,8 +65,8 @@ def find_image_or_digest(connection: Connection, wanted: str | Name) -> int | Di
     return digest
 
 
-def hold_name(wanted: str | Name) -> str:
-    """Return the name a hold is listed under: an id or a digest unchanged, an image name in full."""
+def parse_hold_name(wanted: str | Name) -> str:
+    """Return the name that a hold is listed under: an id or a digest unchanged, an image name in full."""
     if not isinstance(wanted, str):
         return str(Name.parse(wanted))
     if holds.is_id(wanted):

@@ -37,10 +37,10 @@ __all__ = [
     "NO_HOLD",
     "Hold",
     "Session",
-    "dead_sessions",
     "find_unfinished_digests",
+    "list_sessions_with_locks",
+    "lock_dead_sessions",
     "lock_path",
-    "locked_sessions",
     "remove_folder",
 ]
 
@@ -70,7 +70,7 @@ def lock_path(directory: Path, session: str) -> Path:
     return directory / "locks" / f"{session}{_LOCK_SUFFIX}"
 
 
-def locked_sessions(directory: Path) -> set[str]:
+def list_sessions_with_locks(directory: Path) -> set[str]:
     """Return the sessions that have a lock file, alive or not."""
     return {name.removesuffix(_LOCK_SUFFIX) for name in os.listdir(directory / "locks") if lock_kind(name) == "session"}
 
@@ -373,7 +373,7 @@ def _is_file_of_new_index(path: str, entry: os.DirEntry[str]) -> bool:
     return _NEW_INDEX.fullmatch(path) is not None and entry.is_file(follow_symlinks=False)
 
 
-def dead_sessions(folders: Folders, left: list[Leftover]) -> Iterator[str]:
+def lock_dead_sessions(folders: Folders, left: list[Leftover]) -> Iterator[str]:
     """Yield the dead sessions that left files; hold the lock of each until the next is wanted.
 
     Args:
@@ -381,7 +381,7 @@ def dead_sessions(folders: Folders, left: list[Leftover]) -> Iterator[str]:
         left: gets the sessions that cannot be examined, such as another user's.
     """
     directory = folders.directory
-    names = locked_sessions(directory) | set(filter(is_session, os.listdir(directory / "ingest")))
+    names = list_sessions_with_locks(directory) | set(filter(is_session, os.listdir(directory / "ingest")))
     for session in sorted(names):
         path = lock_path(directory, session)
         try:

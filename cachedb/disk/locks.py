@@ -118,7 +118,7 @@ def read_holder(file: int) -> Process | None:
 
 def find_holder(file: int) -> Process | None:
     """Return which process holds a lock, from its record in the file or from the kernel."""
-    return read_holder(file) or processes.flock_holder(file)
+    return read_holder(file) or processes.find_flock_holder(file)
 
 
 def is_held(path: Path) -> bool:

@@ -18,8 +18,8 @@ __all__ = [
     "UNKNOWN",
     "Process",
     "clear_record",
-    "flock_holder",
-    "index_writer",
+    "find_flock_holder",
+    "find_index_writer",
     "read_record",
     "this_process",
     "write_record",
@@ -87,7 +87,7 @@ def _read_namespace() -> str:
 
 
 @cache
-def _begin_record(process: Process) -> str:
+def _format_record_start(process: Process) -> str:
     return json.dumps(process._asdict())[:-1]  # without the last brace: more values may follow
 
 
@@ -103,7 +103,7 @@ def write_record(file: int, offset: int = RECORD, **more: object) -> None:
     """
     rest = f", {json.dumps(more)[1:]}" if more else "}"
     with suppress(OSError):
-        os.pwrite(file, f"{_begin_record(this_process())}{rest}\n".encode(), offset)
+        os.pwrite(file, f"{_format_record_start(this_process())}{rest}\n".encode(), offset)
 
 
 def clear_record(file: int) -> None:
@@ -127,7 +127,7 @@ def read_record(file: int, offset: int = RECORD) -> tuple[Process, dict[str, Any
     return None
 
 
-def index_writer(index: Path) -> str:
+def find_index_writer(index: Path) -> str:
     """Return the process with a write transaction in an index, or "another program" if it is unknown."""
     # Never open these files: closing them would release SQLite's locks in this process. A process with exclusive
     # access locks the index instead of the -shm file.
@@ -138,7 +138,7 @@ def index_writer(index: Path) -> str:
     return "another program"
 
 
-def flock_holder(file: int) -> Process | None:
+def find_flock_holder(file: int) -> Process | None:
     """Return a process that has locked an open file with `flock`; None if the kernel lists none."""
     with suppress(OSError):
         return _find_kernel_holder("FLOCK", os.fstat(file))

@@ -25,7 +25,16 @@ from cachedb.disk.waiting import LOG, Wait, choose_wait_seconds
 from cachedb.errors import CacheError, explain, ignore_os_errors, os_errors
 from cachedb.threads import start
 
-__all__ = ["Claim", "ClaimLost", "check_claim", "claim_or_find", "list_claims", "show_progress", "sweep", "try_claim"]
+__all__ = [
+    "Claim",
+    "ClaimLost",
+    "check_claim",
+    "claim_or_find",
+    "list_claims",
+    "remove_dead_claims",
+    "show_progress",
+    "try_claim",
+]
 
 
 T = TypeVar("T")
@@ -273,7 +282,7 @@ def list_claims(directory: Path) -> list[Claim]:
     return sorted(found, key=lambda claim: claim.since)
 
 
-def sweep(folders: Folders) -> Iterator[Leftover]:
+def remove_dead_claims(folders: Folders) -> Iterator[Leftover]:
     """Remove the claims of dead processes; yield the files that cannot be removed."""
     with folders.open("locks") as folder:
         for name in os.listdir(folder):

@@ -64,7 +64,7 @@ class Turn:
             )
 
     @property
-    def marked(self) -> bool:
+    def is_marked(self) -> bool:
         """Whether the last holder of the lock left its mark."""
         return os.pread(self._file.fileno(), 1, 0) == b"!"
 

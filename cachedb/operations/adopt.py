@@ -31,8 +31,7 @@ from cachedb.errors import (
     ignore_os_errors,
     os_errors,
 )
-from cachedb.index.images import look_up, look_up_all, read_image_blobs
-from cachedb.index.images import read_images as stored_images
+from cachedb.index.images import look_up, look_up_all, read_image_blobs, read_images
 from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.batches import split_batches
 from cachedb.index.sqlite.database import Database
@@ -128,7 +127,7 @@ class _Adopter:
                 self._leave_out(kind, None, detail, digest)
         self._leave_out_lost()
         with self._database.read() as connection:
-            found = [image for image in stored_images(connection) if image.name in self._names]
+            found = [image for image in read_images(connection) if image.name in self._names]
         if self._how == "move":
             self._delete_adopted()
         unused = len(self._new) - used

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from cachedb.content.session import lock_path, locked_sessions
+from cachedb.content.session import list_sessions_with_locks, lock_path
 from cachedb.disk import locks, processes, single_flight, turns
 from cachedb.disk.processes import Process
 from cachedb.errors import os_errors
@@ -65,7 +65,7 @@ def list_sessions(directory: Path) -> list[SessionInfo]:
 def _list_live_sessions(directory: Path) -> list[tuple[Process | None, str, datetime]]:
     """Return the process, the id and the start of each live session."""
     found = []
-    for session in sorted(locked_sessions(directory)):
+    for session in sorted(list_sessions_with_locks(directory)):
         path = lock_path(directory, session)
         with suppress(FileNotFoundError):
             since = _to_utc(path.stat().st_mtime)

@@ -17,7 +17,7 @@ from sqlalchemy import select
 
 from cachedb import Cache, NotOurs, StorageError
 from cachedb.content import collect
-from cachedb.content.session import Session, dead_sessions, lock_path
+from cachedb.content.session import Session, lock_dead_sessions, lock_path
 from cachedb.disk.layout import received_digest
 from cachedb.index.sqlite.database import Database
 from cachedb.index.tables import LEASES
@@ -155,9 +155,9 @@ def test_the_next_open_retracts_an_interrupted_publication(cache: Cache) -> None
 def test_two_processes_do_not_remove_the_same_session(index: Database) -> None:
     lock_path(index.directory, "1-0000000010c4").touch()
     (index.directory / "ingest" / "2-0000000f01de").mkdir()
-    first = dead_sessions(index.folders, [])
+    first = lock_dead_sessions(index.folders, [])
     assert next(first) == "1-0000000010c4"
-    assert list(dead_sessions(index.folders, [])) == ["2-0000000f01de"]
+    assert list(lock_dead_sessions(index.folders, [])) == ["2-0000000f01de"]
 
 
 def test_a_session_that_is_removed_while_it_begins_begins_again(
@@ -170,7 +170,7 @@ def test_a_session_that_is_removed_while_it_begins_begins_again(
     def remove_then_lock(file: int, operation: int) -> None:
         # Two other processes come after the lock file was made and before it is locked.
         if not removals:
-            removals.extend([dead_sessions(index.folders, []), dead_sessions(index.folders, [])])
+            removals.extend([lock_dead_sessions(index.folders, []), lock_dead_sessions(index.folders, [])])
             removed.append(next(removals[0]))
             assert next(removals[1], None) is None
             assert next(removals[0], None) is None
@@ -182,7 +182,7 @@ def test_a_session_that_is_removed_while_it_begins_begins_again(
     assert removed == [session.id]
     assert session.folder.is_dir()
     assert not is_free(lock_path(index.directory, session.id))
-    assert list(dead_sessions(index.folders, [])) == []
+    assert list(lock_dead_sessions(index.folders, [])) == []
     session.close()
 
 
@@ -190,7 +190,7 @@ def test_a_session_is_locked_while_it_is_removed(index: Database) -> None:
     """A session without a lock file is locked too: a new session of the same name must wait."""
     lock_path(index.directory, "1-0000000010c4").touch()
     (index.directory / "ingest" / "2-0000000f01de").mkdir()
-    for session in dead_sessions(index.folders, []):
+    for session in lock_dead_sessions(index.folders, []):
         assert not is_free(lock_path(index.directory, session))
     assert sorted(os.listdir(index.directory / "locks")) == ["write.lock", "write.queue"]
 

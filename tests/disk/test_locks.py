@@ -520,7 +520,7 @@ def test_a_mark_survives_the_death_of_its_holder(tmp_path: Path) -> None:
         from pathlib import Path
         from cachedb.disk import forks, locks, turns
         with forks.no_fork(), turns.hold_in_turn(Path(sys.argv[1]) / "lock") as turn:
-            assert not turn.marked
+            assert not turn.is_marked
             turn.mark()
             print("marked", flush=True)
             time.sleep(60)
@@ -529,10 +529,10 @@ def test_a_mark_survives_the_death_of_its_holder(tmp_path: Path) -> None:
         holder.kill()
         holder.wait()
     with turn(tmp_path) as mine:
-        assert mine.marked
+        assert mine.is_marked
         mine.unmark()
     with turn(tmp_path) as mine:
-        assert not mine.marked
+        assert not mine.is_marked
 
 
 def test_a_lock_file_that_is_a_second_name_of_another_file_is_refused(tmp_path: Path) -> None:

@@ -439,7 +439,7 @@ class Database:
                 shortest, longest = _OUTSIDER_NAPS
                 nap = min(max(outside / 4, shortest), longest)
                 outside += nap
-                wait.nap(nap, lambda: processes.index_writer(self.path))
+                wait.nap(nap, lambda: processes.find_index_writer(self.path))
 
     @contextmanager
     def _writing(self, turn: turns.Turn, *, schema: bool = False) -> Iterator[Connection]:

@@ -54,7 +54,7 @@ def translate(
     """
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_BUSY:
-        holder = processes.index_writer(path)
+        holder = processes.find_index_writer(path)
         return Busy(f"{holder} has locked the index in a transaction: end it, or try again later", holder)
     damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(DAMAGED_TEXTS)
     damaged = damaged or isinstance(error, UnicodeDecodeError)

@@ -29,7 +29,7 @@ def transaction(connection: Connection, turn: turns.Turn, check_files: Callable[
         turn: the write lock that the caller holds.
         check_files: called before the commit; raises if the -shm was removed or replaced.
     """
-    if turn.marked:
+    if turn.is_marked:
         with connection.begin():
             # Only newer releases may write to a newer schema.
             if (read_revision(connection) or "") <= REVISION or is_compatible(connection):

@@ -210,7 +210,7 @@ def test_the_write_after_a_killed_writer_commits_before_its_block(index: Databas
     with pytest.raises(KeyError), index.write():
         raise KeyError
     with index.alone() as turn:
-        assert not turn.marked, "a rolled-back write left its mark"
+        assert not turn.is_marked, "a rolled-back write left its mark"
 
 
 @pytest.mark.slow
