@@ -144,8 +144,10 @@ class Tar:
         name_characters = end = 0
         for member in tar.read_members(descriptor):
             name_characters += len(member.name) + len(member.link)
-            if len(self._files) + len(self._links) >= _MEMBERS_LIMIT or name_characters > _NAMES_LIMIT:
+            if len(self._files) + len(self._links) >= _MEMBERS_LIMIT:
                 raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: not an image")
+            if name_characters > _NAMES_LIMIT:
+                raise InvalidArchive(f"the archive has names of more than {_NAMES_LIMIT} characters: not an image")
             self._add_member(member)
             end = member.end
         self.has_end = tar.has_end(descriptor, end)

@@ -79,7 +79,7 @@ def write_layout(
             parts = re.compile(f"{PART_NAME.pattern}|{_OLD_PART.pattern}")
             strange = [name for name in os.listdir(destination) if not parts.fullmatch(name)]
             if strange and not (destination / "oci-layout").is_file():
-                raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout")
+                raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout: name another folder")
             for folder in (destination / "blobs", *destination.glob("blobs/*")):
                 if folder.is_symlink():
                     raise CacheError(f"{str(folder)!r} is a symbolic link: name a layout whose folders are its own")
@@ -228,7 +228,7 @@ def _merge_index(path: Path, entry: Entry) -> Entry:
         return entry
     new = json.loads(entry.content)
     if not isinstance(old, dict) or not isinstance(old.get("manifests"), list):
-        raise CacheError(f"{str(path)!r} is not an image index")
+        raise CacheError(f"{str(path)!r} is not an image index: name another folder")
 
     def ref_name(descriptor: object) -> object:
         annotations = descriptor.get("annotations") if isinstance(descriptor, dict) else None
