@@ -192,7 +192,7 @@ _ADVICE = {
 
 @contextmanager
 def os_errors(action: str) -> Iterator[None]:
-    """Turn an `OSError` in the block into a `StorageError`: "cannot ACTION: reason: file; advice".
+    """Turn an `OSError` in the block into a `StorageError`: "cannot ACTION: reason: file: advice".
 
     An error raised by the caller's own code passes unchanged; see `is_callers`.
     """
@@ -249,4 +249,4 @@ def explain(error: OSError) -> str:
         advice = "delete some files there (`cachedb gc` may help) and try again"
     if error.errno == errno.EFBIG and (limit := space.file_size_limit()) is not None:
         advice = f"this process may write files of {limit} bytes at most: raise the limit (`ulimit -f`)"
-    return f"{reason}{file}" + (f"; {advice}" if advice else "")
+    return f"{reason}{file}" + (f": {advice}" if advice else "")

@@ -472,7 +472,7 @@ def incomplete_error(name: Name, contents: Iterable[BlobInfo]) -> IncompleteImag
     missing = [blob for blob in contents if not blob.stored]
     more = f", nor are {len(missing) - 1} more blobs" if len(missing) > 1 else ""
     return IncompleteImage(
-        f"{name} is incomplete: {missing[0].role} {missing[0].digest} is not in the cache{more}; import it again"
+        f"{name} is incomplete: {missing[0].role} {missing[0].digest} is not in the cache{more}: import it again"
     )
 
 

@@ -65,7 +65,7 @@ class Name(NamedTuple):
             hint = "use lower case" if re.search("[A-Z]", repository) else "expected app or registry:5000/team/app"
             if at and ":" in repository.rpartition("/")[2]:
                 hint = "give either a tag or a digest, not both"
-            raise InvalidName(f"{shorten(text)} is not a name: {shorten(repository)} is not a repository; {hint}")
+            raise InvalidName(f"{shorten(text)} is not a name: {shorten(repository)} is not a repository: {hint}")
         return cls(repository, reference)
 
     @property

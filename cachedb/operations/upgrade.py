@@ -123,7 +123,7 @@ def upgrade(directory: Path, revision: str = "head", *, progress: Progress | Non
         if found > target:
             raise SchemaMismatch(
                 f"the cache has schema {found}, which is newer than {target}"
-                + ("; use a newer release of cachedb" if found > REVISION else f": use `cachedb db downgrade {target}`")
+                + (": use a newer release of cachedb" if found > REVISION else f": use `cachedb db downgrade {target}`")
             )
         before, backup = migrate(database, target, progress)
         return Change(before, target, backup, backfill(database, progress) if target == REVISION else [])

@@ -397,7 +397,7 @@ def test_commands_read_a_cache_on_a_full_disk_and_free_space(cachedb: Run, full_
     assert cachedb("--dir", full_disk, "ls", "-q").stdout == "app:1\n"
     refused = cachedb("--dir", full_disk, "blob", "add", tmp_path / "large")
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
-    assert "No space left on device; free some space (`cachedb gc` may help)" in refused.stderr
+    assert "No space left on device: free some space (`cachedb gc` may help)" in refused.stderr
     removed = cachedb("--dir", full_disk, "rm", "app:1")
     assert (removed.returncode, removed.stdout) == (0, "freed 4 blobs, 21.5 kB\n"), removed.stderr
     collected = cachedb("--dir", full_disk, "gc")

@@ -171,7 +171,7 @@ def test_a_full_disk_while_receiving_leaves_nothing(session: Session, monkeypatc
 
     folder = session.folder
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(StorageError, match="No space left on device; free some space"):
+    with pytest.raises(StorageError, match="No space left on device: free some space"):
         receive(session, bytes(3 * MIB))
     assert os.listdir(folder) == []
 
@@ -330,7 +330,7 @@ def test_a_full_disk_while_publishing_leaves_no_file_and_no_row(
         else:
             event.listen(Engine, "commit", fail_once)
         try:
-            with pytest.raises(StorageError, match="No space left on device; free some space"):
+            with pytest.raises(StorageError, match="No space left on device: free some space"):
                 cache.add_blob(b"data")
         finally:
             if step == "commit":

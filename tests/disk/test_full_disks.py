@@ -153,7 +153,7 @@ def test_a_cache_opened_in_a_shortage_can_be_written_to_after_it(without_reserve
 def test_missing_inodes_are_named_in_the_error(full: Path) -> None:
     for path in (full / "reserve.inodes").iterdir():
         path.rename(full.parent / f"taken-{path.name}")
-    with pytest.raises(StorageError, match=f"^cannot work: {NO_INODES}: '.*new'; delete some files"), os_errors("work"):
+    with pytest.raises(StorageError, match=f"^cannot work: {NO_INODES}: '.*new': delete some files"), os_errors("work"):
         (full / "new").touch()
 
 
@@ -303,7 +303,7 @@ def sqlite_error(code: int, text: str = "disk I/O error") -> sqlite3.Operational
     [
         (sqlite3.SQLITE_IOERR_READ, None, "see the kernel's log", False),
         (sqlite3.SQLITE_IOERR_NOMEM, errno.ENOSPC, "not enough memory", False),
-        (sqlite3.SQLITE_IOERR_WRITE, errno.EIO, "Input/output error; the disk may be failing", False),
+        (sqlite3.SQLITE_IOERR_WRITE, errno.EIO, "Input/output error: the disk may be failing", False),
         (sqlite3.SQLITE_IOERR_WRITE, errno.EROFS, "mounted read-only", False),
         (sqlite3.SQLITE_IOERR_WRITE, errno.EDQUOT, "quota is used up", True),
         (sqlite3.SQLITE_IOERR_SHMSIZE, errno.ENOSPC, "No space left on device", True),

@@ -145,7 +145,7 @@ def test_a_cache_that_lost_its_index_is_refused_and_keeps_its_blobs(directory: P
         path = cache.get_blob_path(digest)
     (directory / "index.db").rename(directory.parent / "backup.db")
     for upgrade in (False, True):
-        with pytest.raises(DamagedIndex, match=r"lost its index.db, but not its blobs; `cachedb verify --repair`"):
+        with pytest.raises(DamagedIndex, match=r"lost its index.db, but not its blobs: `cachedb verify --repair`"):
             Cache.open(directory, upgrade=upgrade)
         assert path.read_bytes() == b"data"
     shutil.copy(directory.parent / "backup.db", directory / "index.db")

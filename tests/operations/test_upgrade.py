@@ -644,7 +644,7 @@ def test_too_little_disk_space_is_reported_before_any_change(old: Path, monkeypa
     before = content(old)
     usage = shutil.disk_usage(old)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    with pytest.raises(StorageError, match=r"was not changed: .* and 1000000 are free; free some space"):
+    with pytest.raises(StorageError, match=r"was not changed: .* and 1000000 are free: free some space"):
         upgrade.upgrade(old)
     monkeypatch.undo()
     left = content(old)
@@ -1357,7 +1357,7 @@ def test_the_error_of_a_read_only_folder_names_the_given_file(
     with pytest.raises(StorageError) as caught:
         upgrade.back_up(cache.directory, tmp_path / "x.db")
     message = (
-        f"cannot make a backup of the index: Permission denied: '{tmp_path / 'x.db'}'; check the owner and mode of"
+        f"cannot make a backup of the index: Permission denied: '{tmp_path / 'x.db'}': check the owner and mode of"
     )
     assert str(caught.value).startswith(message)
 

@@ -184,7 +184,7 @@ def back_up_before_change(
     if free < needed:
         raise StorageError(
             f"the schema was not changed: a backup of the index and the change take up to {needed} bytes of disk, "
-            f"and {free} are free; free some space (`cachedb gc` may help) and try again"
+            f"and {free} are free: free some space (`cachedb gc` may help) and try again"
         )
     path = back_up(database, f"{old}{_BEFORE}{new}", progress=progress)
     keep_newest(database.directory, KEPT + 1)  # keep the earlier ones until the change succeeds
@@ -223,7 +223,7 @@ def put_in_place(database: Database, turn: turns.Turn, new: Path) -> Path | None
         StorageError: if the new index still has a WAL, because SQLite could not write it back.
     """
     if new.with_name(f"{new.name}-wal").exists():
-        raise StorageError("the new index is not whole: its WAL could not be written back to it; try again")
+        raise StorageError("the new index is not whole: its WAL could not be written back to it: try again")
     staged = _next_path(database.directory, "rebuilt")
     source_folder = new.parent.relative_to(database.directory)
     with database.folders.open(str(source_folder)) as source, database.folders.open("backups") as target:

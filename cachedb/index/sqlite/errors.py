@@ -59,7 +59,7 @@ def translate(
     damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith(DAMAGED_TEXTS)
     damaged = damaged or isinstance(error, UnicodeDecodeError)
     if damaged and is_ours(directory):
-        return DamagedIndex(f"the index is damaged: {error}; {REBUILD_ADVICE}")
+        return DamagedIndex(f"the index is damaged: {error}: {REBUILD_ADVICE}")
     if code == sqlite3.SQLITE_NOTADB:
         return NotACache("index.db is not an SQLite database: name another directory")
     if code == sqlite3.SQLITE_CANTOPEN and (reason := explain_path_limit(path)):
@@ -76,7 +76,7 @@ def translate(
         sizes = (_size(f"{path}{suffix}") for suffix in ("", "-wal", "-shm"))
         if shortage := space.find_shortage(directory, RESERVE_BYTES, offset=max(sizes)):
             return StorageError(f"the index failed: {error}: {explain(shortage)}", errno=shortage.errno)
-    return StorageError(f"the index failed: {error}" + (f"; {advice}" if advice else ""))
+    return StorageError(f"the index failed: {error}" + (f": {advice}" if advice else ""))
 
 
 def explain_path_limit(path: Path) -> str | None:

@@ -199,7 +199,7 @@ def _begin_query(
     for name in parameters:
         if not re.search(rf"[:@$]{re.escape(name)}\b", query):
             known = ", ".join(sorted(set(re.findall(r":\w+", query)))) or "none"
-            raise InvalidQuery(f"the query has no :{name}; it has {known}")
+            raise InvalidQuery(f"the query has no :{name}: it has {known}")
     with _translate_errors(connection, query, timeout, callbacks, should_stop):
         cursor = connection.execute(query, parameters)
         if cursor.description is None:
@@ -497,4 +497,4 @@ def _suggest_name(connection: sqlite3.Connection, query: str, message: str) -> s
     else:
         known = set(tables)
     near = difflib.get_close_matches(named[2].lower(), sorted(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f": did you mean {near[0]}?" if near else ""

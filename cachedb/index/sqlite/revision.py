@@ -86,7 +86,7 @@ REBUILD_ADVICE = "`cachedb verify --repair` rebuilds it from the newest backup a
 
 def lost_index_error(directory: Path) -> DamagedIndex:
     """Return the error for a cache that has its blobs, and no index."""
-    return DamagedIndex(f"{str(directory)!r} has lost its index.db, but not its blobs; {REBUILD_ADVICE}")
+    return DamagedIndex(f"{str(directory)!r} has lost its index.db, but not its blobs: {REBUILD_ADVICE}")
 
 
 def is_ours(directory: Path) -> bool:
@@ -112,7 +112,7 @@ def read_own_revision(connection: Connection, path: Path, directory: Path) -> st
     if mark == APPLICATION_ID or (mark == 0 and is_empty(connection)):
         return read_revision(connection)
     if is_ours(directory):
-        raise DamagedIndex(f"{str(path)!r} has lost its application_id; {REBUILD_ADVICE}")
+        raise DamagedIndex(f"{str(path)!r} has lost its application_id: {REBUILD_ADVICE}")
     raise NotACache(f"{str(path)!r} is another program's database: name another directory")
 
 
@@ -133,7 +133,7 @@ def has_backup(directory: Path) -> bool:
 def schema_error(directory: Path, revision: str | None) -> SchemaMismatch | DamagedIndex:
     """Return the error for a schema that is older or newer than ours, or lost."""
     if not revision:
-        return DamagedIndex(f"the index in {str(directory)!r} has lost its schema; {REBUILD_ADVICE}")
+        return DamagedIndex(f"the index in {str(directory)!r} has lost its schema: {REBUILD_ADVICE}")
     if revision < REVISION:
         return SchemaMismatch(
             f"the index in {str(directory)!r} has schema {revision}, and this release needs {REVISION}: "

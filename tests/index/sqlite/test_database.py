@@ -438,7 +438,7 @@ def test_a_failed_migration_is_rolled_back(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_reported_and_rolls_back_the_transaction(index: Database) -> None:
-    with pytest.raises(StorageError, match="full; free some space"), index.write() as connection:  # noqa: PT012
+    with pytest.raises(StorageError, match="full: free some space"), index.write() as connection:  # noqa: PT012
         connection.exec_driver_sql("PRAGMA max_page_count = 1")
         connection.execute(insert(TRASH), [trash_row(b"%d" % number) for number in range(1000)])
     index.close()

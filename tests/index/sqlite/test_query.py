@@ -155,7 +155,7 @@ def test_an_error_has_the_place_of_the_mistake(cache: Cache, query: str, marked:
 def test_an_error_suggests_a_similar_name(cache: Cache, query: str, suggestion: str | None) -> None:
     with pytest.raises(InvalidQuery) as caught:
         run_query(cache, query)
-    assert str(caught.value).endswith(f"; did you mean {suggestion}?") is (suggestion is not None)
+    assert str(caught.value).endswith(f": did you mean {suggestion}?") is (suggestion is not None)
 
 
 @pytest.mark.parametrize("query", ["", "  \n", "-- nothing", ";"])
@@ -174,7 +174,7 @@ def test_several_queries_and_wrong_parameters_are_refused(cache: Cache) -> None:
             run_query(cache, query, n=1)
     with pytest.raises(InvalidQuery, match="type 'list' is not supported"):
         run_query(cache, "SELECT :least", least=[1])  # type: ignore[arg-type]
-    with pytest.raises(InvalidQuery, match="the query has no :dyas; it has :days"):
+    with pytest.raises(InvalidQuery, match="the query has no :dyas: it has :days"):
         run_query(cache, "SELECT :days", dyas=1)
     with pytest.raises(InvalidQuery):
         run_query(cache, "SELECT '\0'")
@@ -569,7 +569,7 @@ def test_the_place_of_an_error_is_marked(cachedb: Run, cache: Cache) -> None:
     failed = cachedb("sql", "SELECT name\nFROM image_usge WHERE 1")
     assert failed.returncode == 2
     assert failed.stderr == (
-        "cachedb: no such table: image_usge; did you mean image_usage?, in line 2:\n"
+        "cachedb: no such table: image_usge: did you mean image_usage?, in line 2:\n"
         "  FROM image_usge WHERE 1\n       ^^^^^^^^^^\n"
     )
     failed = cachedb("sql", "DELETE FROM images")
