@@ -239,6 +239,11 @@ class ignore_os_errors:  # noqa: N801 - named like `contextlib.suppress`
         return isinstance(error, OSError) and not is_callers(error)
 
 
+def query_timeout_error(seconds: float) -> CacheError:
+    """Return the error for a query that took longer than its time limit, in seconds."""
+    return CacheError(f"the query took over {seconds:g} s: narrow it, or give it more time")
+
+
 def explain(error: OSError) -> str:
     """Return an operating system error as text: the reason, the file, and advice."""
     reason = error.strerror or str(error)

@@ -101,7 +101,7 @@ def _use_idle_priority() -> Iterator[None]:
 
 
 def _run_query(query: str, parameters: dict[str, Any], form: str, seconds: int | None, *, sizes: bool = False) -> None:
-    watcher = StepWatcher(seconds, f"the query took over {seconds} s: narrow it, or give it more time")
+    watcher = StepWatcher(seconds)
     try:
         with (
             open_cache(existing=True) as cache,

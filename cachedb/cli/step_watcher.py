@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from cachedb.errors import query_timeout_error
 from cachedb.threads import start
 
 __all__ = ["StepWatcher"]
@@ -28,14 +29,13 @@ class StepWatcher:
     query: only the steps count.
     """
 
-    def __init__(self, seconds: float | None, message: str) -> None:
+    def __init__(self, seconds: float | None) -> None:
         """Prepare to watch.
 
         Args:
             seconds: the time after which the query should end by itself; None for no limit.
-            message: the error if it does not.
         """
-        self._seconds, self._message = seconds, message
+        self._seconds = seconds
         self._step, self._is_in_step = 0, True  # the first step begins the query
 
     def watch_rows(self, rows: Iterator[T]) -> Iterator[T]:
@@ -73,7 +73,8 @@ class StepWatcher:
             os.close(readable)
 
     def _watch(self, readable: int) -> None:
-        wait, code, text = self._seconds, 1, self._message
+        wait, code = self._seconds, 1
+        text = "" if wait is None else str(query_timeout_error(wait))
         stuck: int | None = None  # the step that must have ended at the next look
         while True:
             if select.select([readable], [], [], wait)[0]:

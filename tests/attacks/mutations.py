@@ -181,7 +181,7 @@ MUTATIONS = [
     Mutation("a new session's folder is synced", "cachedb/content/session.py", '                sync_folder(self._database.directory / "ingest")\n', "", POWER),
     Mutation("a live session is not swept", "cachedb/content/session.py", "        if lock is None:\n            continue\n", "        if lock is None:\n            lock = locks.acquire(path.with_suffix('.x'))\n            assert lock\n", "tests/content/test_session.py tests/content/test_collect.py"),
     # The database
-    Mutation("writers take one lock", "cachedb/index/sqlite/database.py", "turns.hold_in_turn(self.write_lock, wait)", "turns.hold_in_turn(self.write_lock.with_suffix(f'.{os.getpid()}'), wait)", "tests/index/sqlite/test_database.py"),
+    Mutation("writers take one lock", "cachedb/index/sqlite/database.py", "turns.hold_in_turn(self.write_lock, wait)", "turns.hold_in_turn(self.write_lock.with_suffix(f'.{id(self)}'), wait)", "tests/index/sqlite/test_database.py"),
     Mutation("a write transaction locks the index from its beginning", "cachedb/index/sqlite/transaction.py", 'cachedb_begin="BEGIN IMMEDIATE"', 'cachedb_begin="BEGIN"', "tests/index/sqlite/test_database.py tests/disk/test_locks.py"),
     Mutation("commits are synced", "cachedb/index/sqlite/connection.py", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = NORMAL"', POWER),
     Mutation("foreign keys are enforced", "cachedb/index/sqlite/connection.py", "        connection.execute(\"PRAGMA foreign_keys = ON\")\n", "", "tests/index/sqlite/test_database.py tests/index/test_schema.py"),

@@ -80,7 +80,7 @@ def wait_for_looks(number):
         time.sleep(0.001)
 
 select.select = look
-watcher = step_watcher.StepWatcher(0.01, "stuck")
+watcher = step_watcher.StepWatcher(0.01)
 with watcher.watching():
 """
 

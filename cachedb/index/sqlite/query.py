@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from cachedb.callbacks import Callbacks
 from cachedb.disk import forks
-from cachedb.errors import CacheError, InvalidQuery, os_errors
+from cachedb.errors import CacheError, InvalidQuery, os_errors, query_timeout_error
 from cachedb.index.sqlite.database import Database
 from cachedb.text import format_age, format_size
 
@@ -312,7 +312,8 @@ def _translate_errors(
         if code == sqlite3.SQLITE_INTERRUPT:
             if should_stop():
                 raise _Stopped from None
-            raise CacheError(f"the query took over {timeout:g} s: narrow it, or give it more time") from None
+            assert timeout is not None
+            raise query_timeout_error(timeout) from None
         if code in _STORAGE_CODES:
             raise
         if function := re.match("not authorized to use function: (.+)", message):
