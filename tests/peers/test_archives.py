@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from cachedb import Cache
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
+from tests.support import make
 from tests.support.make import digest_of
 
 ARCHIVES = ("docker", "docker-archive", "oci-archive")
@@ -30,12 +31,23 @@ TRANSPORTS = [
 OCI_SOURCES = {"gzip.oci.tar": "gzip", "zstd.oci.tar": "zstd", "plain.oci.tar": "", "layout": "gzip"}
 """The OCI archives and layouts that peers make, and the compression of their layers."""
 
+ORDINARY_USER = 65534
+
+IMAGE = make.image(1, 2, compression="gzip")
+
 
 class Tools:
-    """Runner of peers with a storage of their own, separate from that of the user."""
+    """Runner of peers with a storage of their own, separate from that of the user.
 
-    def __init__(self, home: Path, find: Callable[[str], str]) -> None:
+    Args:
+        home: the folder that is HOME for the peers.
+        find: returns the path of a peer.
+        user: the id of the user who runs the peers; the default is the user of the tests.
+    """
+
+    def __init__(self, home: Path, find: Callable[[str], str], user: int | None = None) -> None:
         self.home, self._find = home, find
+        self._identity: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": []}
         settings = home / ".config" / "containers"
         if not settings.exists():
             settings.mkdir(parents=True)
@@ -57,7 +69,8 @@ class Tools:
             "BUILDAH_ISOLATION": "chroot",
         }
         line = [self._find(program), *arguments]
-        done = subprocess.run(line, input=stdin, capture_output=True, env=environment, check=False, timeout=300)
+        options: dict[str, Any] = {"input": stdin, "env": environment, "timeout": 300, **self._identity}
+        done: subprocess.CompletedProcess[bytes] = subprocess.run(line, capture_output=True, check=False, **options)
         assert done.returncode == 0, f"{line}: {done.stderr.decode()}"
         return done.stdout.decode().strip()
 
@@ -66,6 +79,20 @@ class Tools:
 def tools(tmp_path: Path, peer: Callable[[str], str]) -> Tools:
     """Return a runner of peers with an empty storage."""
     return Tools(tmp_path / "home", peer)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Yield a folder that every user may enter; only the user of the tests may enter pytest's own folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def ordinary_tools(open_folder: Path, peer: Callable[[str], str]) -> Tools:
+    """Return a runner of peers as a user without privileges."""
+    return Tools(open_folder / "home", peer, ORDINARY_USER if os.geteuid() == 0 else None)
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +221,17 @@ def test_skopeo_reads_the_same_config_and_layers_from_an_export(
         assert tools("skopeo", "inspect", "--raw", place).encode() == cache.get_manifest("app:1")
     expected = list_plain_parts(tools, skopeo_name(made / source), tmp_path / "before")
     assert list_plain_parts(tools, place, tmp_path / "after") == expected
+
+
+@pytest.mark.parametrize(("form", "transport"), TRANSPORTS)
+def test_skopeo_reads_an_export_as_an_ordinary_user(
+    cache: Cache, ordinary_tools: Tools, open_folder: Path, form: Format, transport: str
+) -> None:
+    make.save(cache, "app:1", IMAGE)
+    place = f"{transport}:{export(cache, open_folder, form)}:app:1"
+    assert list_parts(ordinary_tools("skopeo", "inspect", "--raw", place))[0] == make.digest_of(IMAGE.config)
+    if transport != "docker-archive":
+        assert inspect_digest(ordinary_tools, place) == IMAGE.digest
 
 
 @pytest.mark.parametrize("form", ARCHIVES)
