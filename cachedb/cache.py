@@ -1037,15 +1037,18 @@ class Cache:
         link: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Export an image to an archive or a folder; the same image always gives the same bytes.
+        """Export an image to an archive or a folder.
 
-        Every blob is verified. A file gets its name only when it is complete.
+        Every blob is verified. A file gets its name only when it is complete. The same image gives the same bytes on
+        all hosts of one platform.
 
         Args:
             name: the image's name.
             destination: a path; or a file open for writing in binary mode, for all formats except ``oci-dir``.
             format: ``docker`` for an OCI archive that ``docker load`` reads too, ``docker-archive``, ``oci-archive``,
-                or ``oci-dir`` for an image layout folder. An existing image layout gains the image.
+                or ``oci-dir`` for an image layout folder. An existing image layout gains the image. A
+                ``docker-archive`` holds one platform of an index: the host's. In a ``docker`` archive, the classic
+                ``docker load`` finds the host's platform, or else the first.
             platform: ``os/architecture[/variant]``, to export one platform of an index as an image of its own.
             link: hard-link the cache's files into an ``oci-dir`` where the file system allows it.
             progress: called with the bytes written so far and the total.

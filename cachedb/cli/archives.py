@@ -120,7 +120,7 @@ def export(name: str, destination: str, form: str, platform: str | None, link: b
     """Export an image to an archive or a folder.
 
     DEST is a file, a folder for oci-dir, or - for stdout. An existing file is replaced only by a complete archive. An
-    existing image layout gains the image. The same image always gives the same bytes.
+    existing image layout gains the image. The same image gives the same bytes on all hosts of one platform.
     """
     if link and form != "oci-dir":
         raise click.UsageError("--link works only with --format oci-dir")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from cachedb.errors import NotInCache
+from cachedb.errors import InvalidManifest, NotInCache
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import (
     DOCUMENT_LIMIT,
@@ -111,7 +112,7 @@ class Closure:
         if wanted is None and len(images) == 1:
             return replace(self, root=images[0])
         asked = wanted or host_platform()
-        labels = {image: image.platform or self._read_platform(image, read) for image in images}
+        labels = self.read_platforms(read)
         for image, label in labels.items():
             if is_for(label, asked):
                 return replace(self, root=image)
@@ -125,12 +126,21 @@ class Closure:
             f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform", name=name
         )
 
+    def read_platforms(self, read: Callable[[Digest], bytes]) -> dict[Descriptor, str]:
+        """Return the platform of each image, from its index or else from its config; ``unknown`` if neither states it.
+
+        Args:
+            read: returns the bytes of a config.
+        """
+        return {image: image.platform or self._read_platform(image, read) for image in self.images}
+
     def _read_platform(self, image: Descriptor, read: Callable[[Digest], bytes]) -> str:
         """Return the platform that the config of an image states."""
         config = self.children[image.digest][0]
-        if config.size > DOCUMENT_LIMIT:
-            return "unknown"
-        return platform_label(load_json(read(config.digest), f"config {config.digest}")) or "unknown"
+        if config.size <= DOCUMENT_LIMIT:
+            with suppress(InvalidManifest):  # the config of an artifact may be anything
+                return platform_label(load_json(read(config.digest), "the config")) or "unknown"
+        return "unknown"
 
 
 def read_closure(

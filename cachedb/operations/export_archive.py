@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +12,11 @@ from cachedb.content.held import hold_images
 from cachedb.content.session import Session
 from cachedb.errors import CacheError
 from cachedb.index.sqlite.database import Database
+from cachedb.oci.closure import Closure
+from cachedb.oci.digests import Digest
+from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
+from cachedb.oci.platforms import host_platform, is_for
 from cachedb.progress import Progress, sum_progress
 from cachedb.text import shorten
 from cachedb.transports.archive.entries import list_entries
@@ -45,7 +50,7 @@ def export_archive(
             closure = closure.for_platform(name, platform, read)
         else:
             closure = closure.keep_present({blob.digest for blob in blobs})
-        files = list_entries(name, closure, format)
+        files = list_entries(name, closure, format, _choose_docker_image(closure, read) if format == "docker" else None)
         advance = sum_progress(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
         if format != "oci-dir":
             write_tar(database.directory, files, destination, advance)
@@ -54,3 +59,17 @@ def export_archive(
             write_layout(database.directory, files, destination, link=link, wait_seconds=seconds, progress=advance)
         else:
             raise CacheError("the format oci-dir writes a folder: give its path")
+
+
+def _choose_docker_image(closure: Closure, read: Callable[[Digest], bytes]) -> Descriptor | None:
+    """Return the image that `docker load` gets: the one for the host's platform, else the first; None without images.
+
+    Args:
+        closure: of the image.
+        read: returns the bytes of a config, which states the platform if no index does.
+    """
+    images = closure.images
+    if len(images) > 1:
+        platforms = closure.read_platforms(read)
+        images.sort(key=lambda image: not is_for(platforms[image], host_platform()))
+    return next(iter(images), None)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache
+from cachedb.oci.platforms import host_platform
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
 from tests.support import make
@@ -372,6 +373,15 @@ def test_one_platform_of_an_index_is_the_image_that_skopeo_chooses(
 def test_podman_loads_an_exported_index(cache: Cache, tools: Tools, made: Path, tmp_path: Path, form: Format) -> None:
     cache.cache_from_tar(made / "multi.oci.tar")
     assert tools("podman", "load", "--quiet", "--input", export(cache, tmp_path, form, "multi:1")).endswith("/multi:1")
+
+
+def test_a_reader_of_docker_archives_gets_the_hosts_platform_of_an_exported_index(
+    cache: Cache, tools: Tools, tmp_path: Path
+) -> None:
+    make.save_index(cache, "app:1", make.image(1, architecture="amd64"), make.image(2, architecture="arm64"))
+    place = f"docker-archive:{export(cache, tmp_path, 'docker')}:app:1"
+    architecture = host_platform().split("/")[1]
+    assert json.loads(tools("skopeo", "inspect", "--config", place))["architecture"] == architecture
 
 
 def test_skopeo_reads_an_export_under_a_name_by_digest(cache: Cache, tools: Tools, made: Path, tmp_path: Path) -> None:

@@ -26,13 +26,14 @@ class Entry(NamedTuple):
     content: bytes | Digest
 
 
-def list_entries(name: Name, closure: Closure, format: str) -> list[Entry]:
+def list_entries(name: Name, closure: Closure, format: str, docker_image: Descriptor | None) -> list[Entry]:
     """Return the files that an export consists of, in the order of a tar.
 
     Args:
         name: of the image.
         closure: of its manifest or index; a docker-archive needs the closure of a manifest.
         format: one of `FORMATS`.
+        docker_image: the image that the manifest.json of the format ``docker`` names; None leaves out the file.
     """
     root = closure.root
     if name.digest:
@@ -48,9 +49,8 @@ def list_entries(name: Name, closure: Closure, format: str) -> list[Entry]:
             *(blobs[digest]._replace(path=path) for digest, path in paths.items()),
         ]
     found = [json_entry("oci-layout", {"imageLayoutVersion": "1.0.0"}), json_entry("index.json", _index(name, root))]
-    images = closure.images
-    if format == "docker" and len(images) == 1:
-        config, *layers = closure.children[images[0].digest]
+    if format == "docker" and docker_image is not None:
+        config, *layers = closure.children[docker_image.digest]
         found.append(
             _manifest_json(name, path_in_layout(config.digest), [path_in_layout(layer.digest) for layer in layers])
         )

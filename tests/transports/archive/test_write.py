@@ -789,8 +789,47 @@ def test_an_index_is_exported_with_all_platforms(cache: Cache, tmp_path: Path) -
         files = read_contents(tmp_path / form)
         assert files.pop(f"blobs/sha256/{make.hex_of(data)}") == data
         assert {files.pop("oci-layout"), files.pop("index.json")}
-        # Docker's own format cannot list several platforms, so there is no manifest.json.
+        assert ("manifest.json" in files) == (form == "docker")
+        files.pop("manifest.json", None)
         assert files == blob_files(AMD, ARM)
+
+
+def read_docker_config(archive: Path) -> bytes:
+    """Return the config that manifest.json names; check that all its layers are in the archive."""
+    files = read_contents(archive)
+    (entry,) = json.loads(files["manifest.json"])
+    assert entry["RepoTags"] == ["app:1"]
+    assert entry["Layers"]
+    assert files.keys() >= set(entry["Layers"])
+    return files[entry["Config"]]
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [("x86_64", "amd64"), ("aarch64", "arm64"), ("riscv64", "arm64")],
+    ids=["first", "second", "absent"],
+)
+def test_the_default_format_of_an_index_is_a_docker_archive_of_the_hosts_platform_or_else_the_first(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, expected: str
+) -> None:
+    data = make.index(ARM, AMD, platforms=[{"os": "linux", "architecture": arch} for arch in ("arm64", "amd64")])
+    import_index(cache, tmp_path, data, ARM, AMD)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    cache.export("app:1", tmp_path / "out")
+    assert json.loads(read_docker_config(tmp_path / "out"))["architecture"] == expected
+    with Cache.open(tmp_path / "other") as other:
+        (image,) = other.cache_from_tar(tmp_path / "out")
+        assert (str(image.name), image.digest) == ("app:1", make.digest_of(data))
+
+
+def test_the_configs_say_the_platforms_that_an_index_does_not_state(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make.index(AMD, ARM, platforms=[{}, {}])
+    import_index(cache, tmp_path, data, AMD, ARM)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    cache.export("app:1", tmp_path / "out")
+    assert read_docker_config(tmp_path / "out") == ARM.config
 
 
 @pytest.mark.parametrize("platform", ["linux/arm64", "linux/arm64/v8"])
