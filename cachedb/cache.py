@@ -1057,6 +1057,8 @@ class Cache:
             NotInCache: if there is no such image, or the image does not have the platform.
             IncompleteImage: if a blob is not stored.
             DigestMismatch: if a blob's file is damaged; a file is then neither created nor replaced.
+            CacheError: if the format cannot hold the image: a ``docker-archive`` holds no artifacts, such as Helm
+                charts.
         """
         from cachedb.operations.export_archive import export_archive
 

@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Final
 
 from cachedb.errors import InvalidManifest, NotInCache
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import (
+    CONFIG_TYPES,
     DOCUMENT_LIMIT,
     Descriptor,
+    artifact_type,
     load_json,
     read_descriptors,
     read_media_type,
@@ -21,6 +24,11 @@ from cachedb.oci.platforms import host_platform, is_for, platform_label
 from cachedb.text import shorten
 
 __all__ = ["Closure", "choose", "choose_among", "read_closure", "walk"]
+
+
+_EMPTY_CONFIG: Final = digest_of(
+    b"{}"
+)  # of an artifact without a config (manifest.md, "Guidance for an Empty Descriptor")
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,17 @@ class Closure:
             with suppress(InvalidManifest):  # the config of an artifact may be anything
                 return platform_label(load_json(read(config.digest), "the config")) or "unknown"
         return "unknown"
+
+    def find_artifact_type(self, manifest: Descriptor) -> str | None:
+        """Return the type of an artifact, such as a Helm chart; None for a container image.
+
+        Args:
+            manifest: one of `images`.
+        """
+        document, config = load_json(self.documents[manifest.digest], "the manifest"), self.children[manifest.digest][0]
+        # Some tools give the empty config the media type of an image config.
+        is_empty = "artifactType" in document and config.digest == _EMPTY_CONFIG
+        return None if config.media_type in CONFIG_TYPES and not is_empty else artifact_type(document)
 
 
 def read_closure(

@@ -30,6 +30,7 @@ __all__ = [
     "ROLES",
     "Descriptor",
     "Role",
+    "artifact_type",
     "build_index",
     "build_manifest",
     "check_media_type",
@@ -234,6 +235,16 @@ def subject_of(data: bytes) -> Digest | None:
         return parse_digest(load_json(data, "the manifest")["subject"]["digest"])
     except (InvalidManifest, InvalidDigest, LookupError, TypeError):
         return None
+
+
+def artifact_type(document: dict[str, Any]) -> str | None:
+    """Return the artifact type of a manifest or index, as registries list it among referrers; None if it has none.
+
+    It is the type of the config if the manifest states none (distribution specification v1.1, "Listing Referrers").
+    """
+    config = document.get("config")
+    kinds = (document.get("artifactType"), config.get("mediaType") if isinstance(config, dict) else None)
+    return next((kind for kind in kinds if isinstance(kind, str) and kind), None)
 
 
 def build_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:

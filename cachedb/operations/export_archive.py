@@ -50,6 +50,11 @@ def export_archive(
             closure = closure.for_platform(name, platform, read)
         else:
             closure = closure.keep_present({blob.digest for blob in blobs})
+        if format == "docker-archive" and (kind := closure.find_artifact_type(closure.root)):
+            raise CacheError(
+                f"{name} is an artifact of type {shorten(kind)}, which a docker-archive cannot hold: "
+                "use the format oci-archive"
+            )
         files = list_entries(name, closure, format, _choose_docker_image(closure, read) if format == "docker" else None)
         advance = sum_progress(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
         if format != "oci-dir":
@@ -68,7 +73,7 @@ def _choose_docker_image(closure: Closure, read: Callable[[Digest], bytes]) -> D
         closure: of the image.
         read: returns the bytes of a config, which states the platform if no index does.
     """
-    images = closure.images
+    images = [image for image in closure.images if closure.find_artifact_type(image) is None]
     if len(images) > 1:
         platforms = closure.read_platforms(read)
         images.sort(key=lambda image: not is_for(platforms[image], host_platform()))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cachedb import Cache
 
 REF_NAME = "org.opencontainers.image.ref.name"
+EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 
 
 def digest_of(data: bytes, algorithm: str = "sha256") -> str:
@@ -105,6 +106,34 @@ def image(*seeds: int, compression: str = "", architecture: str = "amd64", size:
         }
     ).encode()
     return ImageContent(manifest, config, layers)
+
+
+def artifact(
+    kind: str,
+    *,
+    config: bytes = b"{}",
+    config_type: str = EMPTY_TYPE,
+    content: bytes = b"content",
+    subject: bytes | None = None,
+) -> ImageContent:
+    """Return an artifact, such as a Helm chart or a signature.
+
+    Args:
+        kind: its ``artifactType``; an empty text leaves the field out.
+        config: the bytes of its config.
+        config_type: the media type of its config.
+        content: its only layer.
+        subject: the manifest that it refers to.
+    """
+    document = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        **({"artifactType": kind} if kind else {}),
+        "config": descriptor(config, config_type),
+        "layers": [descriptor(content, "application/octet-stream")],
+        **({"subject": descriptor(subject, json.loads(subject)["mediaType"])} if subject is not None else {}),
+    }
+    return ImageContent(json.dumps(document).encode(), config, [content])
 
 
 def index(*children: ImageContent, platforms: list[dict[str, str]] | None = None) -> bytes:

@@ -27,6 +27,7 @@ from cachedb.oci.manifests import (
     MANIFEST_TYPES,
     OCI_INDEX,
     Descriptor,
+    artifact_type,
     descriptors,
     load_json,
     subject_of,
@@ -314,10 +315,8 @@ class Repository:
         listed, document = self._read_referrers_index(subject), load_json(data, "the manifest")
         if any(other.digest == digest for other in descriptors(listed, OCI_INDEX, f"referrers of {subject}")):
             return
-        config = document.get("config")
-        kind = document.get("artifactType") or (config.get("mediaType") if isinstance(config, dict) else None)
         entry = {"mediaType": media_type, "digest": digest, "size": len(data)}
-        optional = {"artifactType": kind, "annotations": document.get("annotations")}
+        optional = {"artifactType": artifact_type(document), "annotations": document.get("annotations")}
         index = load_json(listed, "the index")
         entry |= {key: value for key, value in optional.items() if value}
         others = index["manifests"]

@@ -24,7 +24,7 @@ import pytest
 
 from cachedb import Busy, Cache, CacheError, DigestMismatch, IncompleteImage, NotInCache, StorageError
 from cachedb.disk import waiting
-from cachedb.oci.manifests import OCI_INDEX
+from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX
 from cachedb.transports.archive import write_layout
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
@@ -895,6 +895,54 @@ def test_an_attestation_is_kept_and_is_no_platform(cache: Cache, tmp_path: Path)
     assert set(read_contents(tmp_path / "one").values()) >= {AMD.config, *AMD.layers}
     with pytest.raises(NotInCache, match="'unknown/unknown', but for linux/s390x:"):
         cache.export("app:1", tmp_path / "none", platform="unknown/unknown")
+
+
+# Artifacts
+
+HELM = "application/vnd.cncf.helm.config.v1+json"
+ARTIFACTS = {
+    "helm": make.artifact("", config=b'{"name": "chart"}', config_type=HELM),
+    "wasm": make.artifact("", config=b"not JSON", config_type="application/vnd.wasm.config.v0+json"),
+    "oras": make.artifact("application/vnd.example.sbom"),
+    "empty image config": make.artifact("application/vnd.example.sbom", config_type=OCI_CONFIG),
+}
+
+
+@pytest.mark.parametrize("kind", ARTIFACTS)
+def test_an_artifact_is_refused_as_a_docker_archive(cachedb: Run, cache: Cache, tmp_path: Path, kind: str) -> None:
+    make.save(cache, "app:1", ARTIFACTS[kind])
+    line = check_failure(cachedb("export", "--format", "docker-archive", "app:1", tmp_path / "out"))
+    named = {"helm": HELM, "wasm": "application/vnd.wasm.config.v0+json"}.get(kind, "application/vnd.example.sbom")
+    assert f"artifact of type '{named}', which a docker-archive cannot hold: use the format oci-archive" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ARTIFACTS)
+def test_the_default_format_of_an_artifact_is_no_docker_archive(cache: Cache, tmp_path: Path, kind: str) -> None:
+    make.save(cache, "app:1", ARTIFACTS[kind])
+    cache.export("app:1", tmp_path / "out")
+    assert "manifest.json" not in read_contents(tmp_path / "out")
+    with Cache.open(tmp_path / "other") as other:
+        (image,) = other.cache_from_tar(tmp_path / "out")
+        assert image.digest == ARTIFACTS[kind].digest
+
+
+def test_an_image_with_an_artifact_type_is_an_image(cache: Cache, tmp_path: Path) -> None:
+    manifest = json.dumps({**json.loads(IMAGE.manifest), "artifactType": "application/vnd.example.app"}).encode()
+    make.save(cache, "app:1", IMAGE._replace(manifest=manifest))
+    cache.export("app:1", tmp_path / "out", format="docker-archive")
+    assert "manifest.json" in read_contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["docker", "docker-archive"])
+def test_docker_load_gets_the_image_beside_an_artifact(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Format
+) -> None:
+    data = make.index(ARTIFACTS["wasm"], ARM, platforms=[{}, {"os": "linux", "architecture": "arm64"}])
+    import_index(cache, tmp_path, data, ARTIFACTS["wasm"], ARM)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64" if form == "docker" else "aarch64")
+    cache.export("app:1", tmp_path / "out", format=form)
+    assert read_docker_config(tmp_path / "out") == ARM.config
 
 
 # Image layout folders
