@@ -1035,6 +1035,7 @@ class Cache:
         format: Format = "docker",
         platform: str | None = None,
         link: bool = False,
+        referrers: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Export an image to an archive or a folder.
@@ -1051,6 +1052,8 @@ class Cache:
                 ``docker load`` finds the host's platform, or else the first.
             platform: ``os/architecture[/variant]``, to export one platform of an index as an image of its own.
             link: hard-link the cache's files into an ``oci-dir`` where the file system allows it.
+            referrers: also export the referrers (signatures, SBOMs) that a pull has attached to the image. Without
+                it, the logger ``cachedb`` gets a warning that says how many are left out.
             progress: called with the bytes written so far and the total.
 
         Raises:
@@ -1058,7 +1061,8 @@ class Cache:
             IncompleteImage: if a blob is not stored.
             DigestMismatch: if a blob's file is damaged; a file is then neither created nor replaced.
             CacheError: if the format cannot hold the image: a ``docker-archive`` holds no artifacts, such as Helm
-                charts.
+                charts, and no referrers.
+            InvalidManifest: if the manifest of a referrer is invalid.
         """
         from cachedb.operations.export_archive import export_archive
 
@@ -1074,5 +1078,6 @@ class Cache:
             format=format,
             platform=platform,
             link=link,
+            referrers=referrers,
             progress=progress,
         )

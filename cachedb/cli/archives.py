@@ -102,6 +102,7 @@ def import_(
         "cachedb export app:1 app.tar",
         "cachedb export app:1 - | docker load",
         "cachedb export --format oci-dir --link app:1 layout/",
+        "cachedb export --format oci-archive --referrers app:1 app.tar",
     )
 )
 @click.argument("name", type=NAME)
@@ -116,7 +117,8 @@ def import_(
 )
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Export one platform of a multi-platform image.")
 @click.option("--link", is_flag=True, help="Hard-link blobs into an oci-dir where the file system allows it.")
-def export(name: str, destination: str, form: str, platform: str | None, link: bool) -> None:
+@click.option("--referrers", is_flag=True, help="Also export signatures, SBOMs and other referrers of the image.")
+def export(name: str, destination: str, form: str, platform: str | None, link: bool, referrers: bool) -> None:
     """Export an image to an archive or a folder.
 
     DEST is a file, a folder for oci-dir, or - for stdout. An existing file is replaced only by a complete archive. An
@@ -132,4 +134,12 @@ def export(name: str, destination: str, form: str, platform: str | None, link: b
             raise click.UsageError("stdout is a terminal: redirect it or name a file")
         opened = get_stdout()
     with open_cache() as cache, show_progress("exporting") as progress:
-        cache.export(name, opened, format=form, platform=platform, link=link, progress=progress)  # type: ignore[arg-type]
+        cache.export(
+            name,
+            opened,  # type: ignore[arg-type]
+            format=form,  # type: ignore[arg-type]
+            platform=platform,
+            link=link,
+            referrers=referrers,
+            progress=progress,
+        )

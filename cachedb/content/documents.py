@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cachedb import oci
@@ -11,9 +12,10 @@ from cachedb.index import images
 from cachedb.index.records import BlobInfo, ImageInfo
 from cachedb.oci import Closure
 from cachedb.oci.digests import Digest
+from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
 
-__all__ = ["read_closure", "read_document"]
+__all__ = ["read_attached", "read_closure", "read_document"]
 
 
 def read_closure(directory: Path, name: Name, info: ImageInfo, blobs: list[BlobInfo]) -> Closure:
@@ -34,6 +36,25 @@ def read_closure(directory: Path, name: Name, info: ImageInfo, blobs: list[BlobI
     root = oci.root_descriptor(info.digest, blobs[0].size, info.media_type)
     choose = oci.choose_among({blob.digest for blob in blobs})
     return oci.read_closure(root, lambda blob: read_document(directory, blob.digest), choose)
+
+
+def read_attached(
+    closure: Closure, blobs: Iterable[BlobInfo], read: Callable[[Digest], bytes]
+) -> dict[Descriptor, bytes]:
+    """Return the manifests and indexes that are attached to a held image, such as its referrers, with their bytes.
+
+    Args:
+        closure: of the image.
+        blobs: of the image; those outside the closure are attached.
+        read: returns the bytes of a manifest.
+    """
+    return {
+        Descriptor(blob.digest, blob.size, blob.media_type, blob.role): read(blob.digest)
+        for blob in blobs
+        if blob.role in ("manifest", "index")
+        and blob.digest not in closure.documents
+        and blob.size <= oci.DOCUMENT_LIMIT
+    }
 
 
 def read_document(directory: Path, digest: Digest) -> bytes:

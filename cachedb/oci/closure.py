@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -18,6 +18,7 @@ from cachedb.oci.manifests import (
     load_json,
     read_descriptors,
     read_media_type,
+    subject_of,
 )
 from cachedb.oci.names import Name
 from cachedb.oci.platforms import host_platform, is_for, platform_label
@@ -149,6 +150,29 @@ class Closure:
             with suppress(InvalidManifest):  # the config of an artifact may be anything
                 return platform_label(load_json(read(config.digest), "the config")) or "unknown"
         return "unknown"
+
+    def find_referrers(self, attached: Mapping[Descriptor, bytes]) -> list[Closure]:
+        """Return the closures of the referrers of these manifests, and of their own referrers.
+
+        Args:
+            attached: manifests and indexes outside this closure, with their bytes.
+
+        Raises:
+            InvalidManifest: if one of the referrers does not match its media type.
+        """
+        data = {blob.digest: data for blob, data in attached.items()}
+        subjects = {blob: subject_of(data) for blob, data in attached.items()}
+        known = {blob.digest for blob in self.blobs if blob.digest in self.documents}
+        found: list[Closure] = []
+
+        def choose(children: list[Descriptor]) -> list[Descriptor]:
+            return [child for child in children if child.digest in data]
+
+        while new := [blob for blob, subject in subjects.items() if blob.digest not in known and subject in known]:
+            for root in new:
+                found.append(read_closure(root, lambda blob: data[blob.digest], choose))
+                known |= found[-1].documents.keys()
+        return found
 
     def find_artifact_type(self, manifest: Descriptor) -> str | None:
         """Return the type of an artifact, such as a Helm chart; None for a container image.

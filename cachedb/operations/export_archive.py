@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from cachedb.content.documents import read_closure, read_document
+from cachedb.content.documents import read_attached, read_closure, read_document
 from cachedb.content.held import hold_images
 from cachedb.content.session import Session
-from cachedb.errors import CacheError
+from cachedb.disk.reader import read_small_blob
+from cachedb.disk.waiting import LOG
+from cachedb.errors import CacheError, InvalidManifest
+from cachedb.index.records import BlobInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.closure import Closure
 from cachedb.oci.digests import Digest
@@ -36,6 +40,7 @@ def export_archive(
     format: str,
     platform: str | None,
     link: bool,
+    referrers: bool,
     progress: Progress | None,
 ) -> None:
     """Export an image, as `Cache.export` does."""
@@ -43,9 +48,11 @@ def export_archive(
         raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(FORMATS)}")
     if link and format != "oci-dir":
         raise CacheError("only a folder can have links: use the format oci-dir, or leave out --link")
+    if referrers and format == "docker-archive":
+        raise CacheError("a docker-archive cannot hold referrers: use another format, or leave out --referrers")
     read = partial(read_document, database.directory)
     with hold_images(database, session, name) as ((info, blobs),):
-        closure = read_closure(database.directory, name, info, blobs)
+        whole = closure = read_closure(database.directory, name, info, blobs)
         if platform is not None or format == "docker-archive":
             closure = closure.for_platform(name, platform, read)
         else:
@@ -55,7 +62,13 @@ def export_archive(
                 f"{name} is an artifact of type {shorten(kind)}, which a docker-archive cannot hold: "
                 "use the format oci-archive"
             )
-        files = list_entries(name, closure, format, _choose_docker_image(closure, read) if format == "docker" else None)
+        docker_image = _choose_docker_image(closure, read) if format == "docker" else None
+        attached: list[Closure] = []
+        if referrers:
+            attached = _find_referrers(database.directory, name, whole, closure, blobs)
+        else:
+            _warn_of_referrers(database.directory, name, whole, blobs, format)
+        files = list_entries(name, closure, format, docker_image, attached)
         advance = sum_progress(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
         if format != "oci-dir":
             write_tar(database.directory, files, destination, advance)
@@ -78,3 +91,42 @@ def _choose_docker_image(closure: Closure, read: Callable[[Digest], bytes]) -> D
         platforms = closure.read_platforms(read)
         images.sort(key=lambda image: not is_for(platforms[image], host_platform()))
     return next(iter(images), None)
+
+
+def _find_referrers(
+    directory: Path, name: Name, whole: Closure, exported: Closure, blobs: list[BlobInfo]
+) -> list[Closure]:
+    """Return the referrers of an image to export; warn of those whose subject is not exported.
+
+    Args:
+        directory: of the cache.
+        name: of the image, for the warning.
+        whole: the closure of the image.
+        exported: the closure that is exported.
+        blobs: of the image.
+
+    Raises:
+        DigestMismatch: if the file of a referrer's manifest is damaged.
+        InvalidManifest: if a referrer's manifest is invalid.
+    """
+    attached = read_attached(whole, blobs, partial(read_document, directory))
+    found = exported.find_referrers(attached)
+    _warn_of_left_out(name, len(whole.find_referrers(attached)) - len(found), "their subjects are not exported")
+    return found
+
+
+def _warn_of_referrers(directory: Path, name: Name, closure: Closure, blobs: list[BlobInfo], format: str) -> None:
+    """Warn of the referrers of an image that are not exported."""
+    sizes = {blob.digest: blob.size for blob in blobs}
+
+    def read(digest: Digest) -> bytes:
+        return read_small_blob(directory, digest, sizes[digest]) or b""  # what is not exported may be damaged
+
+    hint = "a docker-archive cannot hold them" if format == "docker-archive" else "add them with --referrers"
+    with suppress(InvalidManifest):
+        _warn_of_left_out(name, len(closure.find_referrers(read_attached(closure, blobs, read))), hint)
+
+
+def _warn_of_left_out(name: Name, count: int, hint: str) -> None:
+    if count:
+        LOG.warning("the export of %s lacks %d referrer%s: %s", name, count, "s" if count > 1 else "", hint)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cachedb import oci
-from cachedb.content.documents import read_closure, read_document
+from cachedb.content.documents import read_attached, read_closure, read_document
 from cachedb.content.held import hold_images
 from cachedb.content.session import Session
 from cachedb.disk.reader import open_blob
@@ -216,21 +216,9 @@ def _add_referrers(
     """Return the blobs of an image and its stored referrers, and the bytes of their stored manifests."""
     blobs = closure.blobs
     documents = {blob.digest: closure.documents[blob.digest] for blob in blobs if blob.digest in closure.documents}
-    attached = {
-        blob.digest: Descriptor(blob.digest, blob.size, blob.media_type, blob.role)
-        for blob in contents
-        if blob.role in ("manifest", "index")
-        and blob.digest not in closure.documents
-        and blob.size <= oci.DOCUMENT_LIMIT
-    }
-    others = {digest: read(digest) for digest in attached}
-    while found := [
-        digest for digest in others if digest not in documents and oci.subject_of(others[digest]) in documents
-    ]:
-        for digest in found:
-            reached = list(oci.walk(attached[digest], lambda blob: others.get(blob.digest)))
-            blobs += reached
-            documents |= {blob.digest: others[blob.digest] for blob in reached if blob.digest in others}
+    for referrer in closure.find_referrers(read_attached(closure, contents, read)):
+        blobs += referrer.blobs
+        documents |= referrer.documents
     return blobs, documents
 
 

@@ -384,6 +384,23 @@ def test_a_reader_of_docker_archives_gets_the_hosts_platform_of_an_exported_inde
     assert json.loads(tools("skopeo", "inspect", "--config", place))["architecture"] == architecture
 
 
+@pytest.mark.parametrize(("form", "transport"), [(form, kind) for form, kind in TRANSPORTS if kind != "docker-archive"])
+def test_peers_read_the_image_of_an_export_with_referrers(
+    cache: Cache, tools: Tools, tmp_path: Path, form: Format, transport: str
+) -> None:
+    signature = make.artifact("application/vnd.example.signature", subject=IMAGE.manifest)
+    make.save(cache, "app:1", IMAGE)
+    make.attach(cache, "app:1", signature)
+    exported = export(cache, tmp_path, form, referrers=True)
+    assert inspect_digest(tools, f"{transport}:{exported}:app:1") == IMAGE.digest
+    if form == "docker":
+        assert tools("podman", "load", "--quiet", "--input", exported).endswith("/app:1")
+    else:  # `podman load` cannot be told which image of several to load
+        assert tools("podman", "pull", "--quiet", f"{transport}:{exported}:app:1")
+    if form == "oci-dir":
+        assert tools("umoci", "ls", "--layout", exported) == "app:1"
+
+
 def test_skopeo_reads_an_export_under_a_name_by_digest(cache: Cache, tools: Tools, made: Path, tmp_path: Path) -> None:
     (image,) = cache.cache_from_tar(made / "gzip.oci.tar")
     name = f"app@{image.digest}"

@@ -15,6 +15,7 @@ from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 
 if TYPE_CHECKING:
     from cachedb import Cache
+    from cachedb.oci.manifests import Role
 
 REF_NAME = "org.opencontainers.image.ref.name"
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
@@ -194,6 +195,16 @@ def save(cache: Cache, name: str, image: ImageContent) -> None:
     for digest, data in image.blobs.items():
         cache.save_blob(digest, data)
     cache.save_manifest(name, image.manifest)
+
+
+def attach(cache: Cache, name: str, *artifacts: ImageContent) -> None:
+    """Save artifacts in a cache and attach them to an image, as `pull --referrers` does."""
+    for made in artifacts:
+        for digest, data in made.blobs.items():
+            cache.save_blob(digest, data)
+            role: Role = "manifest" if data == made.manifest else "other"
+            media_type = OCI_MANIFEST if role == "manifest" else "application/octet-stream"
+            cache.associate_blob_with_image(name, digest, role=role, media_type=media_type)
 
 
 def save_index(cache: Cache, name: str, *children: ImageContent) -> bytes:

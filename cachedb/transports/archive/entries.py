@@ -26,7 +26,9 @@ class Entry(NamedTuple):
     content: bytes | Digest
 
 
-def list_entries(name: Name, closure: Closure, format: str, docker_image: Descriptor | None) -> list[Entry]:
+def list_entries(
+    name: Name, closure: Closure, format: str, docker_image: Descriptor | None, referrers: list[Closure]
+) -> list[Entry]:
     """Return the files that an export consists of, in the order of a tar.
 
     Args:
@@ -34,11 +36,12 @@ def list_entries(name: Name, closure: Closure, format: str, docker_image: Descri
         closure: of its manifest or index; a docker-archive needs the closure of a manifest.
         format: one of `FORMATS`.
         docker_image: the image that the manifest.json of the format ``docker`` names; None leaves out the file.
+        referrers: the closures of the image's referrers to export; a docker-archive can hold none.
     """
     root = closure.root
     if name.digest:
         name = Name(name.repository, root.digest)  # the manifest of one platform has another digest than its index
-    blobs = {blob.digest: _entry(blob, closure) for blob in closure.blobs}
+    blobs = {blob.digest: _entry(blob, part) for part in (closure, *referrers) for blob in part.blobs}
     if format == "docker-archive":
         config, *layers = closure.children[root.digest]
         config_path = f"{split_digest(config.digest)[1]}.json"
@@ -48,14 +51,17 @@ def list_entries(name: Name, closure: Closure, format: str, docker_image: Descri
             Entry(config_path, config.size, config.digest),
             *(blobs[digest]._replace(path=path) for digest, path in paths.items()),
         ]
-    found = [json_entry("oci-layout", {"imageLayoutVersion": "1.0.0"}), json_entry("index.json", _index(name, root))]
+    found = [
+        json_entry("oci-layout", {"imageLayoutVersion": "1.0.0"}),
+        json_entry("index.json", _index(name, root, referrers)),
+    ]
     if format == "docker" and docker_image is not None:
         config, *layers = closure.children[docker_image.digest]
         found.append(
             _manifest_json(name, path_in_layout(config.digest), [path_in_layout(layer.digest) for layer in layers])
         )
     # Documents come first, so that a reader of a stream learns early what the image is.
-    documents = {path_in_layout(digest) for digest in closure.documents}
+    documents = {path_in_layout(digest) for part in (closure, *referrers) for digest in part.documents}
     return found + sorted(blobs.values(), key=lambda entry: (entry.path not in documents, entry.path))
 
 
@@ -81,16 +87,20 @@ def _suffix(media_type: str) -> str:
     return ".tar.zst" if media_type.endswith("zstd") else ".tar"
 
 
-def _index(name: Name, root: Descriptor) -> dict[str, Any]:
+def _index(name: Name, root: Descriptor, referrers: list[Closure]) -> dict[str, Any]:
+    annotations = {CONTAINERD_NAME: name.qualified(), REF_NAME: str(name)}
     return {
         "schemaVersion": 2,
         "mediaType": oci.OCI_INDEX,
-        "manifests": [
-            {
-                "mediaType": root.media_type,
-                "digest": root.digest,
-                "size": root.size,
-                "annotations": {CONTAINERD_NAME: name.qualified(), REF_NAME: str(name)},
-            }
-        ],
+        "manifests": [{**_descriptor(root), "annotations": annotations}, *map(_describe_referrer, referrers)],
     }
+
+
+def _descriptor(blob: Descriptor) -> dict[str, Any]:
+    return {"mediaType": blob.media_type, "digest": blob.digest, "size": blob.size}
+
+
+def _describe_referrer(closure: Closure) -> dict[str, Any]:
+    """Return the entry of a referrer in index.json; it has no name, because its subject says what it belongs to."""
+    kind = oci.artifact_type(oci.load_json(closure.documents[closure.root.digest], "the referrer"))
+    return {**_descriptor(closure.root), **({"artifactType": kind} if kind else {})}

@@ -220,7 +220,7 @@ def _link(directory: Path, entry: Entry, path: Path, progress: Advance) -> bool:
 
 
 def _merge_index(path: Path, entry: Entry) -> Entry:
-    """Add an image to the layout's index and return the index; the image replaces one of the same name."""
+    """Return the layout's index with the image and its referrers added; it replaces an image of the same name."""
     assert isinstance(entry.content, bytes)
     try:
         old = oci.load_json(path.read_bytes(), str(path))
@@ -230,10 +230,16 @@ def _merge_index(path: Path, entry: Entry) -> Entry:
     if not isinstance(old, dict) or not isinstance(old.get("manifests"), list):
         raise CacheError(f"{str(path)!r} is not an image index: name another folder")
 
-    def ref_name(descriptor: object) -> object:
-        annotations = descriptor.get("annotations") if isinstance(descriptor, dict) else None
-        return annotations.get(REF_NAME) if isinstance(annotations, dict) else None
-
-    name = ref_name(new["manifests"][0])
-    kept = [descriptor for descriptor in old["manifests"] if ref_name(descriptor) != name]
+    name, listed = _read_name(new["manifests"][0]), {entry["digest"] for entry in new["manifests"][1:]}
+    kept = [entry for entry in old["manifests"] if _read_name(entry) != name and not _is_listed(entry, listed)]
     return json_entry("index.json", {**old, "manifests": kept + new["manifests"]})
+
+
+def _read_name(entry: object) -> object:
+    annotations = entry.get("annotations") if isinstance(entry, dict) else None
+    return annotations.get(REF_NAME) if isinstance(annotations, dict) else None
+
+
+def _is_listed(entry: object, digests: set[str]) -> bool:
+    """Return whether an entry lists one of these manifests without a name, as an earlier export of it did."""
+    return isinstance(entry, dict) and _read_name(entry) is None and entry.get("digest") in digests

@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from cachedb import Busy, Cache, CacheError, DigestMismatch, IncompleteImage, NotInCache, StorageError
+from cachedb import Busy, Cache, CacheError, DigestMismatch, IncompleteImage, InvalidManifest, NotInCache, StorageError
 from cachedb.disk import waiting
-from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX
+from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 from cachedb.transports.archive import write_layout
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
@@ -943,6 +943,100 @@ def test_docker_load_gets_the_image_beside_an_artifact(
     monkeypatch.setattr(platform, "machine", lambda: "x86_64" if form == "docker" else "aarch64")
     cache.export("app:1", tmp_path / "out", format=form)
     assert read_docker_config(tmp_path / "out") == ARM.config
+
+
+# Referrers
+
+SIGNATURE = make.artifact("application/vnd.example.signature", content=b"signature", subject=IMAGE.manifest)
+ABOUT = make.artifact("", config=b"{}\n", config_type="application/vnd.example.note", subject=SIGNATURE.manifest)
+REFERRERS = [
+    {"mediaType": OCI_MANIFEST, "digest": made.digest, "size": len(made.manifest), "artifactType": kind}
+    for made, kind in ((SIGNATURE, "application/vnd.example.signature"), (ABOUT, "application/vnd.example.note"))
+]
+
+
+@pytest.fixture
+def signed(cache: Cache) -> Cache:
+    """Return a cache with an image that has a referrer, which has a referrer of its own."""
+    make.save(cache, "app:1", IMAGE)
+    make.attach(cache, "app:1", ABOUT, SIGNATURE)
+    return cache
+
+
+@pytest.mark.parametrize("form", ["docker", "oci-archive", "oci-dir"])
+def test_referrers_are_exported_without_a_name_after_their_image(signed: Cache, tmp_path: Path, form: Format) -> None:
+    signed.export("app:1", tmp_path / "out", format=form, referrers=True)
+    files = read_contents(tmp_path / "out")
+    image, *others = json.loads(files["index.json"])["manifests"]
+    assert (image["digest"], image["annotations"][make.REF_NAME]) == (IMAGE.digest, "app:1")
+    assert others == REFERRERS
+    assert blob_files(IMAGE, SIGNATURE, ABOUT).items() <= files.items()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_without_referrers_tells_how_many_are_left_out(
+    cachedb: Run, signed: Cache, tmp_path: Path, form: Format
+) -> None:
+    done = cachedb("export", "--format", form, "app:1", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (0, "")
+    hint = "a docker-archive cannot hold them" if form == "docker-archive" else "add them with --referrers"
+    assert done.stderr == f"cachedb: the export of app:1 lacks 2 referrers: {hint}\n"
+    with Cache.open(tmp_path / "plain") as other:
+        make.save(other, "app:1", IMAGE)
+        other.export("app:1", tmp_path / "same", format=form)
+    assert read_contents(tmp_path / "out") == read_contents(tmp_path / "same")
+
+
+def test_an_export_without_referrers_ignores_a_damaged_one(signed: Cache, tmp_path: Path) -> None:
+    corrupt_blob(signed, SIGNATURE.digest)
+    signed.export("app:1", tmp_path / "out")
+    with pytest.raises(DigestMismatch, match=SIGNATURE.digest):
+        signed.export("app:1", tmp_path / "signed", referrers=True)
+    assert not (tmp_path / "signed").exists()
+
+
+def test_an_export_without_referrers_ignores_an_invalid_one(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    document = {**json.loads(SIGNATURE.manifest), "schemaVersion": 3}
+    make.attach(cache, "app:1", SIGNATURE._replace(manifest=json.dumps(document).encode()))
+    cache.export("app:1", tmp_path / "out")
+    with pytest.raises(InvalidManifest, match="schemaVersion"):
+        cache.export("app:1", tmp_path / "signed", referrers=True)
+
+
+def test_a_docker_archive_with_referrers_is_refused(cachedb: Run, signed: Cache, tmp_path: Path) -> None:
+    line = check_failure(cachedb("export", "--format", "docker-archive", "--referrers", "app:1", tmp_path / "out"))
+    assert "a docker-archive cannot hold referrers: use another format" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_platform_is_exported_with_its_own_referrers(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    data = make.save_index(cache, "app:1", AMD, ARM)
+    kind = "application/vnd.example.signature"
+    own, others, of_index = (make.artifact(kind, subject=subject) for subject in (ARM.manifest, AMD.manifest, data))
+    make.attach(cache, "app:1", own, others, of_index)
+    done = cachedb("export", "--referrers", "--platform", "linux/arm64", "app:1", tmp_path / "one")
+    assert done.stderr == "cachedb: the export of app:1 lacks 2 referrers: their subjects are not exported\n"
+    files = read_contents(tmp_path / "one")
+    assert [entry["digest"] for entry in json.loads(files["index.json"])["manifests"]] == [ARM.digest, own.digest]
+    assert not files.keys() & {f"blobs/sha256/{make.hex_of(made.manifest)}" for made in (others, of_index)}
+    assert cachedb("export", "--referrers", "app:1", tmp_path / "all").stderr == ""
+    assert len(json.loads(read_contents(tmp_path / "all")["index.json"])["manifests"]) == 4
+
+
+def test_a_second_export_into_a_layout_lists_referrers_once(signed: Cache, tmp_path: Path) -> None:
+    for _ in range(2):
+        signed.export("app:1", tmp_path / "layout", format="oci-dir", referrers=True)
+    entries = json.loads((tmp_path / "layout" / "index.json").read_bytes())["manifests"]
+    assert [entry["digest"] for entry in entries] == [IMAGE.digest, SIGNATURE.digest, ABOUT.digest]
+
+
+def test_an_attached_manifest_of_another_subject_is_no_referrer(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    make.attach(cache, "app:1", make.artifact("application/vnd.example.note", subject=AMD.manifest))
+    done = cachedb("export", "--referrers", "app:1", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(json.loads(read_contents(tmp_path / "out")["index.json"])["manifests"]) == 1
 
 
 # Image layout folders
