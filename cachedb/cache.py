@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Literal, Self
 
 from sqlalchemy import select
 
@@ -1036,6 +1036,7 @@ class Cache:
         platform: str | None = None,
         link: bool = False,
         referrers: bool = False,
+        convert: Literal["oci"] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Export an image to an archive or a folder.
@@ -1054,6 +1055,9 @@ class Cache:
             link: hard-link the cache's files into an ``oci-dir`` where the file system allows it.
             referrers: also export the referrers (signatures, SBOMs) that a pull has attached to the image. Without
                 it, the logger ``cachedb`` gets a warning that says how many are left out.
+            convert: ``oci`` to replace Docker's media types in the manifests by those of OCI. The digests of changed
+                manifests differ from those in the cache; configs and layers stay the same. Without it, the logger
+                ``cachedb`` gets a warning for an image whose name in a layout skopeo cannot find.
             progress: called with the bytes written so far and the total.
 
         Raises:
@@ -1061,13 +1065,13 @@ class Cache:
             IncompleteImage: if a blob is not stored.
             DigestMismatch: if a blob's file is damaged; a file is then neither created nor replaced.
             CacheError: if the format cannot hold the image: a ``docker-archive`` holds no artifacts, such as Helm
-                charts, and no referrers.
+                charts, and no referrers. If the options contradict each other.
             InvalidManifest: if the manifest of a referrer is invalid.
         """
         from cachedb.operations.export_archive import export_archive
 
         check_writable(destination=destination)
-        check_text(platform=platform, optional=True)
+        check_text(platform=platform, convert=convert, optional=True)
         check_functions(progress=progress)
         path = Path(destination) if isinstance(destination, (str, os.PathLike)) else destination
         export_archive(
@@ -1079,5 +1083,6 @@ class Cache:
             platform=platform,
             link=link,
             referrers=referrers,
+            convert=convert,
             progress=progress,
         )

@@ -28,6 +28,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "parameters": (type(None),),
     "query": (),
     "platform": (type(None),),
+    "convert": (type(None),),
     "authfile": (type(None), str),
     "progress": (type(None),),
     "blob_progress": (type(None),),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import IO
+from typing import IO, Literal
 
 import click
 
@@ -103,6 +103,7 @@ def import_(
         "cachedb export app:1 - | docker load",
         "cachedb export --format oci-dir --link app:1 layout/",
         "cachedb export --format oci-archive --referrers app:1 app.tar",
+        "cachedb export --format oci-archive --convert oci app:1 app.tar",
     )
 )
 @click.argument("name", type=NAME)
@@ -118,7 +119,20 @@ def import_(
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Export one platform of a multi-platform image.")
 @click.option("--link", is_flag=True, help="Hard-link blobs into an oci-dir where the file system allows it.")
 @click.option("--referrers", is_flag=True, help="Also export signatures, SBOMs and other referrers of the image.")
-def export(name: str, destination: str, form: str, platform: str | None, link: bool, referrers: bool) -> None:
+@click.option(
+    "--convert",
+    type=click.Choice(["oci"]),
+    help="Replace Docker's media types by OCI's, so that skopeo finds the image by name. Its digest changes.",
+)
+def export(
+    name: str,
+    destination: str,
+    form: str,
+    platform: str | None,
+    link: bool,
+    referrers: bool,
+    convert: Literal["oci"] | None,
+) -> None:
     """Export an image to an archive or a folder.
 
     DEST is a file, a folder for oci-dir, or - for stdout. An existing file is replaced only by a complete archive. An
@@ -141,5 +155,6 @@ def export(name: str, destination: str, form: str, platform: str | None, link: b
             platform=platform,
             link=link,
             referrers=referrers,
+            convert=convert,
             progress=progress,
         )

@@ -41,7 +41,7 @@ class Closure:
         documents: the exact bytes of the manifests and indexes that were read.
         children: the descriptors in each of the documents, in order. Those of an index are all that it lists; those of
             a manifest are without the foreign layers that are not in the closure.
-        made: the digests of the documents that `keep_present` created; they are not stored.
+        made: the digests of the documents that `keep_present` or a conversion created; they are not stored.
     """
 
     root: Descriptor

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from cachedb import oci
 from cachedb.content.documents import read_attached, read_closure, read_document
 from cachedb.content.held import hold_images
 from cachedb.content.session import Session
@@ -17,6 +18,7 @@ from cachedb.errors import CacheError, InvalidManifest
 from cachedb.index.records import BlobInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.closure import Closure
+from cachedb.oci.conversion import convert_to_oci
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
@@ -41,6 +43,7 @@ def export_archive(
     platform: str | None,
     link: bool,
     referrers: bool,
+    convert: str | None,
     progress: Progress | None,
 ) -> None:
     """Export an image, as `Cache.export` does."""
@@ -48,6 +51,10 @@ def export_archive(
         raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(FORMATS)}")
     if link and format != "oci-dir":
         raise CacheError("only a folder can have links: use the format oci-dir, or leave out --link")
+    if convert not in (None, "oci"):
+        raise CacheError(f"images cannot be converted to {shorten(convert)}: only to oci")
+    if convert and format == "docker-archive":
+        raise CacheError("a docker-archive has no manifest to convert: use another format, or leave out --convert")
     if referrers and format == "docker-archive":
         raise CacheError("a docker-archive cannot hold referrers: use another format, or leave out --referrers")
     read = partial(read_document, database.directory)
@@ -57,6 +64,10 @@ def export_archive(
             closure = closure.for_platform(name, platform, read)
         else:
             closure = closure.keep_present({blob.digest for blob in blobs})
+        if convert:
+            closure = convert_to_oci(closure)
+        elif format != "docker-archive" and closure.root.media_type in (oci.DOCKER_MANIFEST, oci.DOCKER_LIST):
+            LOG.warning("skopeo cannot find %s by name, because it has Docker media types: add --convert oci", name)
         if format == "docker-archive" and (kind := closure.find_artifact_type(closure.root)):
             raise CacheError(
                 f"{name} is an artifact of type {shorten(kind)}, which a docker-archive cannot hold: "

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cachedb import Cache
+from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from cachedb.oci.platforms import host_platform
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
@@ -399,6 +400,21 @@ def test_peers_read_the_image_of_an_export_with_referrers(
         assert tools("podman", "pull", "--quiet", f"{transport}:{exported}:app:1")
     if form == "oci-dir":
         assert tools("umoci", "ls", "--layout", exported) == "app:1"
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["manifest", "list"])
+@pytest.mark.parametrize(("form", "transport"), [(form, kind) for form, kind in TRANSPORTS if kind != "docker-archive"])
+def test_skopeo_finds_a_converted_image_by_name(
+    cache: Cache, ordinary_tools: Tools, open_folder: Path, form: Format, transport: str, several: bool
+) -> None:
+    image = make.with_docker_types(IMAGE)
+    make.save(cache, "app:1", image)
+    if several:
+        cache.save_manifest("app:1", make.docker_list(make.index(image)))
+    place = f"{transport}:{export(cache, open_folder, form, convert='oci')}:app:1"
+    assert json.loads(ordinary_tools("skopeo", "inspect", "--raw", place))["mediaType"] in (OCI_MANIFEST, OCI_INDEX)
+    config = ordinary_tools("skopeo", "--override-arch", "amd64", "inspect", "--config", place)
+    assert json.loads(config)["rootfs"] == json.loads(IMAGE.config)["rootfs"]
 
 
 def test_skopeo_reads_an_export_under_a_name_by_digest(cache: Cache, tools: Tools, made: Path, tmp_path: Path) -> None:

@@ -11,13 +11,22 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb.oci.manifests import (
+    DOCKER_CONFIG,
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_LAYER,
+    OCI_MANIFEST,
+)
 
 if TYPE_CHECKING:
     from cachedb import Cache
     from cachedb.oci.manifests import Role
 
 REF_NAME = "org.opencontainers.image.ref.name"
+DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 
 
@@ -107,6 +116,24 @@ def image(*seeds: int, compression: str = "", architecture: str = "amd64", size:
         }
     ).encode()
     return ImageContent(manifest, config, layers)
+
+
+def with_docker_types(made: ImageContent) -> ImageContent:
+    """Return an image with Docker's media types (image manifest version 2, schema 2) instead of OCI's."""
+    document = json.loads(made.manifest)
+    document["mediaType"], document["config"]["mediaType"] = DOCKER_MANIFEST, DOCKER_CONFIG
+    for entry in document["layers"]:
+        entry["mediaType"] = entry["mediaType"].replace(OCI_LAYER, DOCKER_LAYER).replace("+", ".")
+    return made._replace(manifest=json.dumps(document).encode())
+
+
+def docker_list(index: bytes) -> bytes:
+    """Return an index over images with Docker's media types as a manifest list."""
+    document = json.loads(index)
+    document["mediaType"] = DOCKER_LIST
+    for entry in document["manifests"]:
+        entry["mediaType"] = DOCKER_MANIFEST
+    return json.dumps(document).encode()
 
 
 def artifact(

@@ -1039,6 +1039,85 @@ def test_an_attached_manifest_of_another_subject_is_no_referrer(cachedb: Run, ca
     assert len(json.loads(read_contents(tmp_path / "out")["index.json"])["manifests"]) == 1
 
 
+# Conversion
+
+DOCKER_IMAGE = make.with_docker_types(IMAGE)
+
+
+@pytest.mark.parametrize("form", ["docker", "oci-archive", "oci-dir"])
+def test_an_image_is_exported_with_oci_media_types(cachedb: Run, cache: Cache, tmp_path: Path, form: Format) -> None:
+    make.save(cache, "app:1", DOCKER_IMAGE)
+    done = cachedb("export", "--convert", "oci", "--format", form, "app:1", tmp_path / "out")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    files = read_contents(tmp_path / "out")
+    (entry,) = json.loads(files["index.json"])["manifests"]
+    manifest = files[f"blobs/{entry['digest'].replace(':', '/')}"]
+    assert entry["mediaType"] == OCI_MANIFEST
+    assert json.loads(manifest) == json.loads(IMAGE.manifest)
+    expected = blob_files(IMAGE._replace(manifest=manifest))
+    assert {path: data for path, data in files.items() if path.startswith("blobs/")} == expected
+    assert not cache.has_blob(entry["digest"])
+    assert cache.get_image("app:1").digest == DOCKER_IMAGE.digest
+
+
+def test_a_manifest_list_is_exported_as_an_index(cache: Cache, tmp_path: Path) -> None:
+    amd, arm = make.with_docker_types(AMD), make.with_docker_types(ARM)
+    for name, image in (("amd:1", amd), ("arm:1", arm)):
+        make.save(cache, name, image)
+    cache.save_manifest("app:1", make.docker_list(make.index(amd, arm)))
+    cache.export("app:1", tmp_path / "out", convert="oci")
+    with Cache.open(tmp_path / "other") as other:
+        (converted,) = other.cache_from_tar(tmp_path / "out")
+        assert converted.media_type == OCI_INDEX
+        assert {blob.media_type for blob in other.get_image_blobs("app:1") if blob.role == "manifest"} == {OCI_MANIFEST}
+        assert converted.complete
+    cache.export("app:1", tmp_path / "one", convert="oci", platform="linux/arm64")
+    (entry,) = json.loads(read_contents(tmp_path / "one")["index.json"])["manifests"]
+    assert entry["mediaType"] == OCI_MANIFEST
+
+
+def test_a_converted_image_with_a_name_by_digest_gets_its_new_digest(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, f"app@{DOCKER_IMAGE.digest}", DOCKER_IMAGE)
+    cache.export(f"app@{DOCKER_IMAGE.digest}", tmp_path / "out", convert="oci")
+    (entry,) = json.loads(read_contents(tmp_path / "out")["index.json"])["manifests"]
+    assert entry["digest"] != DOCKER_IMAGE.digest
+    assert entry["annotations"][make.REF_NAME] == f"app@{entry['digest']}"
+
+
+def test_the_conversion_of_an_image_with_oci_media_types_changes_nothing(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    cache.export("app:1", tmp_path / "out")
+    cache.export("app:1", tmp_path / "converted", convert="oci")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "converted").read_bytes()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_tells_that_skopeo_cannot_find_a_docker_manifest_by_name(
+    cachedb: Run, cache: Cache, tmp_path: Path, form: Format
+) -> None:
+    make.save(cache, "app:1", DOCKER_IMAGE)
+    done = cachedb("export", "--format", form, "app:1", tmp_path / "out")
+    warning = "skopeo cannot find app:1 by name, because it has Docker media types: add --convert oci"
+    assert done.stderr == ("" if form == "docker-archive" else f"cachedb: {warning}\n")
+    assert done.returncode == 0
+
+
+def test_an_export_tells_of_referrers_that_a_conversion_leaves_out(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", DOCKER_IMAGE)
+    make.attach(cache, "app:1", make.artifact("application/vnd.example.signature", subject=DOCKER_IMAGE.manifest))
+    done = cachedb("export", "--convert", "oci", "--referrers", "app:1", tmp_path / "out")
+    assert done.stderr == "cachedb: the export of app:1 lacks 1 referrer: their subjects are not exported\n"
+
+
+def test_a_conversion_without_a_manifest_to_convert_is_refused(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", DOCKER_IMAGE)
+    line = check_failure(cachedb("export", "--convert", "oci", "--format", "docker-archive", "app:1", tmp_path / "out"))
+    assert "a docker-archive has no manifest to convert" in line
+    with pytest.raises(CacheError, match="images cannot be converted to 'docker': only to oci"):
+        cache.export("app:1", tmp_path / "out", convert="docker")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 # Image layout folders
 
 
