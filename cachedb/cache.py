@@ -1033,6 +1033,7 @@ class Cache:
         destination: str | os.PathLike[str] | BinaryIO,
         *,
         format: Format = "docker",
+        tag: str | None = None,
         platform: str | None = None,
         link: bool = False,
         referrers: bool = False,
@@ -1046,13 +1047,16 @@ class Cache:
 
         Args:
             name: the image's name.
-            destination: a path; or a file open for writing in binary mode, for all formats except ``oci-dir``.
+            destination: a path; or a file open for writing in binary mode, for the formats of archives.
             format: ``docker`` for an OCI archive that ``docker load`` reads too, ``docker-archive``, ``oci-archive``,
                 or ``oci-dir`` for an image layout folder. An existing image layout gains the image. A
                 ``docker-archive`` holds one platform of an index: the host's. In a ``docker`` archive, the classic
-                ``docker load`` finds the host's platform, or else the first.
+                ``docker load`` finds the host's platform, or else the first. ``dir`` is the folder of skopeo's
+                transport of that name, which holds one platform too, and no name.
+            tag: the name in the archive, instead of ``name``. For an image layout, this may be only a tag, which
+                skopeo then finds.
             platform: ``os/architecture[/variant]``, to export one platform of an index as an image of its own.
-            link: hard-link the cache's files into an ``oci-dir`` where the file system allows it.
+            link: hard-link the cache's files into a folder where the file system allows it.
             referrers: also export the referrers (signatures, SBOMs) that a pull has attached to the image. Without
                 it, the logger ``cachedb`` gets a warning that says how many are left out.
             convert: ``oci`` to replace Docker's media types in the manifests by those of OCI. The digests of changed
@@ -1065,13 +1069,14 @@ class Cache:
             IncompleteImage: if a blob is not stored.
             DigestMismatch: if a blob's file is damaged; a file is then neither created nor replaced.
             CacheError: if the format cannot hold the image: a ``docker-archive`` holds no artifacts, such as Helm
-                charts, and no referrers. If the options contradict each other.
+                charts. If the options contradict each other.
+            InvalidName: if the tag is invalid, or has another digest.
             InvalidManifest: if the manifest of a referrer is invalid.
         """
         from cachedb.operations.export_archive import export_archive
 
         check_writable(destination=destination)
-        check_text(platform=platform, convert=convert, optional=True)
+        check_text(tag=tag, platform=platform, convert=convert, optional=True)
         check_functions(progress=progress)
         path = Path(destination) if isinstance(destination, (str, os.PathLike)) else destination
         export_archive(
@@ -1080,6 +1085,7 @@ class Cache:
             Name.parse(name),
             path,
             format=format,
+            tag=tag,
             platform=platform,
             link=link,
             referrers=referrers,

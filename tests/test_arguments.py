@@ -29,6 +29,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "query": (),
     "platform": (type(None),),
     "convert": (type(None),),
+    "tag": (type(None),),
     "authfile": (type(None), str),
     "progress": (type(None),),
     "blob_progress": (type(None),),

@@ -12,7 +12,8 @@ from cachedb.cli.options import NAME, SizeParameter, format_examples, format_opt
 from cachedb.cli.output import print_images, print_json
 from cachedb.cli.progress import show_progress
 from cachedb.cli.streams import get_stdin, get_stdout
-from cachedb.transports.archive.formats import FORMATS
+from cachedb.transports.archive.formats import FOLDER_FORMATS, FORMATS, Format
+from cachedb.transports.archive.locations import parse_location
 
 __all__ = []
 
@@ -100,24 +101,27 @@ def import_(
 @click.command(
     epilog=format_examples(
         "cachedb export app:1 app.tar",
+        "cachedb export app:1 -o app.tar",
         "cachedb export app:1 - | docker load",
+        "cachedb export app:1 oci:layout:1",
         "cachedb export --format oci-dir --link app:1 layout/",
         "cachedb export --format oci-archive --referrers app:1 app.tar",
         "cachedb export --format oci-archive --convert oci app:1 app.tar",
     )
 )
 @click.argument("name", type=NAME)
-@click.argument("destination", metavar="DEST", type=click.Path())
+@click.argument("destination", metavar="[DEST]", required=False, type=click.Path())
+@click.option(
+    "-o", "--output", metavar="DEST", type=click.Path(), help="Another way to give DEST, as in `docker save`."
+)
 @click.option(
     "--format",
     "form",
     type=click.Choice(FORMATS),
-    default="docker",
-    show_default=True,
-    help="The format to write; docker is an OCI archive that `docker load` reads too.",
+    help="The format to write; docker is an OCI archive that `docker load` reads too.  [default: docker]",
 )
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Export one platform of a multi-platform image.")
-@click.option("--link", is_flag=True, help="Hard-link blobs into an oci-dir where the file system allows it.")
+@click.option("--link", is_flag=True, help="Hard-link blobs into a folder where the file system allows it.")
 @click.option("--referrers", is_flag=True, help="Also export signatures, SBOMs and other referrers of the image.")
 @click.option(
     "--convert",
@@ -126,8 +130,9 @@ def import_(
 )
 def export(
     name: str,
-    destination: str,
-    form: str,
+    destination: str | None,
+    output: str | None,
+    form: Format | None,
     platform: str | None,
     link: bool,
     referrers: bool,
@@ -135,15 +140,21 @@ def export(
 ) -> None:
     """Export an image to an archive or a folder.
 
-    DEST is a file, a folder for oci-dir, or - for stdout. An existing file is replaced only by a complete archive. An
-    existing image layout gains the image. The same image gives the same bytes on all hosts of one platform.
+    DEST is a file, a folder for oci-dir and dir, or - for stdout. A transport of skopeo in front sets the format, as
+    in oci-archive:PATH[:TAG]; the others are oci:, docker-archive: and dir:. TAG is the name in the archive. An
+    existing file is replaced only by a complete archive. An existing image layout gains the image. The same image
+    gives the same bytes on all hosts of one platform.
     """
-    if link and form != "oci-dir":
-        raise click.UsageError("--link works only with --format oci-dir")
-    if destination == "-" and form == "oci-dir":
-        raise click.UsageError("an oci-dir cannot be written to stdout: name a folder")
-    opened: str | IO[bytes] = destination
-    if destination == "-":
+    location = parse_location(_choose_destination(destination, output))
+    if location.format and form not in (None, location.format):
+        raise click.UsageError(f"DEST begins with another format than --format {form}: leave one of them out")
+    form = location.format or form or "docker"
+    if link and form not in FOLDER_FORMATS:
+        raise click.UsageError("--link works only with --format oci-dir or dir")
+    opened: str | IO[bytes] = location.path
+    if opened == "-":
+        if form in FOLDER_FORMATS:
+            raise click.UsageError(f"the format {form} cannot be written to stdout: name a folder")
         if sys.stdout.isatty():
             raise click.UsageError("stdout is a terminal: redirect it or name a file")
         opened = get_stdout()
@@ -151,10 +162,18 @@ def export(
         cache.export(
             name,
             opened,  # type: ignore[arg-type]
-            format=form,  # type: ignore[arg-type]
+            format=form,
+            tag=location.tag,
             platform=platform,
             link=link,
             referrers=referrers,
             convert=convert,
             progress=progress,
         )
+
+
+def _choose_destination(destination: str | None, output: str | None) -> str:
+    given = [text for text in (destination, output) if text is not None]
+    if len(given) != 1:
+        raise click.UsageError("give the destination once: as DEST, or with -o DEST")
+    return given[0]

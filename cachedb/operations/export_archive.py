@@ -14,7 +14,7 @@ from cachedb.content.held import hold_images
 from cachedb.content.session import Session
 from cachedb.disk.reader import read_small_blob
 from cachedb.disk.waiting import LOG
-from cachedb.errors import CacheError, InvalidManifest
+from cachedb.errors import CacheError, InvalidManifest, InvalidName
 from cachedb.index.records import BlobInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.closure import Closure
@@ -26,7 +26,7 @@ from cachedb.oci.platforms import host_platform, is_for
 from cachedb.progress import Progress, sum_progress
 from cachedb.text import shorten
 from cachedb.transports.archive.entries import list_entries
-from cachedb.transports.archive.formats import FORMATS
+from cachedb.transports.archive.formats import FOLDER_FORMATS, FORMATS, MANIFEST_FORMATS
 from cachedb.transports.archive.write_layout import write_layout
 from cachedb.transports.archive.write_tar import write_tar
 
@@ -40,6 +40,7 @@ def export_archive(
     destination: Path | BinaryIO,
     *,
     format: str,
+    tag: str | None,
     platform: str | None,
     link: bool,
     referrers: bool,
@@ -47,27 +48,21 @@ def export_archive(
     progress: Progress | None,
 ) -> None:
     """Export an image, as `Cache.export` does."""
-    if format not in FORMATS:
-        raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(FORMATS)}")
-    if link and format != "oci-dir":
-        raise CacheError("only a folder can have links: use the format oci-dir, or leave out --link")
-    if convert not in (None, "oci"):
-        raise CacheError(f"images cannot be converted to {shorten(convert)}: only to oci")
-    if convert and format == "docker-archive":
-        raise CacheError("a docker-archive has no manifest to convert: use another format, or leave out --convert")
-    if referrers and format == "docker-archive":
-        raise CacheError("a docker-archive cannot hold referrers: use another format, or leave out --referrers")
+    _check_options(format, tag, link=link, referrers=referrers, convert=convert)
+    named = name if tag is None else _parse_tag(name, tag, format)
     read = partial(read_document, database.directory)
     with hold_images(database, session, name) as ((info, blobs),):
         whole = closure = read_closure(database.directory, name, info, blobs)
-        if platform is not None or format == "docker-archive":
+        if platform is not None or format in MANIFEST_FORMATS:
             closure = closure.for_platform(name, platform, read)
         else:
             closure = closure.keep_present({blob.digest for blob in blobs})
         if convert:
             closure = convert_to_oci(closure)
-        elif format != "docker-archive" and closure.root.media_type in (oci.DOCKER_MANIFEST, oci.DOCKER_LIST):
+        elif format not in MANIFEST_FORMATS and closure.root.media_type in (oci.DOCKER_MANIFEST, oci.DOCKER_LIST):
             LOG.warning("skopeo cannot find %s by name, because it has Docker media types: add --convert oci", name)
+        if tag is not None and named.digest not in (None, closure.root.digest):
+            raise InvalidName(f"{named} names another digest than {closure.root.digest}: use a tag or this digest")
         if format == "docker-archive" and (kind := closure.find_artifact_type(closure.root)):
             raise CacheError(
                 f"{name} is an artifact of type {shorten(kind)}, which a docker-archive cannot hold: "
@@ -79,15 +74,46 @@ def export_archive(
             attached = _find_referrers(database.directory, name, whole, closure, blobs)
         else:
             _warn_of_referrers(database.directory, name, whole, blobs, format)
-        files = list_entries(name, closure, format, docker_image, attached)
+        files = list_entries(named, closure, format, ref_name=tag, docker_image=docker_image, referrers=attached)
         advance = sum_progress(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
-        if format != "oci-dir":
+        if format not in FOLDER_FORMATS:
             write_tar(database.directory, files, destination, advance)
         elif isinstance(destination, Path):
             seconds = database.wait_seconds
             write_layout(database.directory, files, destination, link=link, wait_seconds=seconds, progress=advance)
         else:
-            raise CacheError("the format oci-dir writes a folder: give its path")
+            raise CacheError(f"the format {format} writes a folder: give its path")
+
+
+def _check_options(format: str, tag: str | None, *, link: bool, referrers: bool, convert: str | None) -> None:
+    """Raise `CacheError` if there is no such format or conversion, or the format does not allow an option."""
+    if format not in FORMATS:
+        raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(FORMATS)}")
+    if tag is not None and format == "dir":
+        raise CacheError(f"the format dir has no place for the tag {shorten(tag)}: leave it out")
+    if link and format not in FOLDER_FORMATS:
+        raise CacheError("only a folder can have links: use the format oci-dir, or leave out --link")
+    if convert not in (None, "oci"):
+        raise CacheError(f"images cannot be converted to {shorten(convert)}: only to oci")
+    if convert and format == "docker-archive":
+        raise CacheError("a docker-archive has no manifest to convert: use another format, or leave out --convert")
+    if referrers and format in MANIFEST_FORMATS:
+        raise CacheError(f"a {format} cannot hold referrers: use another format, or leave out --referrers")
+
+
+def _parse_tag(name: Name, tag: str, format: str) -> Name:
+    """Return the name that a tag gives to an image in an archive.
+
+    Args:
+        name: of the image in the cache.
+        tag: a name; or, in an image layout, only a tag.
+        format: one of `FORMATS`.
+
+    Raises:
+        InvalidName: if the tag is invalid.
+    """
+    is_name = format == "docker-archive" or any(sign in tag for sign in ":/@")
+    return Name.parse(tag if is_name else f"{name.repository}:{tag}")
 
 
 def _choose_docker_image(closure: Closure, read: Callable[[Digest], bytes]) -> Descriptor | None:
@@ -133,7 +159,7 @@ def _warn_of_referrers(directory: Path, name: Name, closure: Closure, blobs: lis
     def read(digest: Digest) -> bytes:
         return read_small_blob(directory, digest, sizes[digest]) or b""  # what is not exported may be damaged
 
-    hint = "a docker-archive cannot hold them" if format == "docker-archive" else "add them with --referrers"
+    hint = f"a {format} cannot hold them" if format in MANIFEST_FORMATS else "add them with --referrers"
     with suppress(InvalidManifest):
         _warn_of_left_out(name, len(closure.find_referrers(read_attached(closure, blobs, read))), hint)
 

@@ -417,6 +417,31 @@ def test_skopeo_finds_a_converted_image_by_name(
     assert json.loads(config)["rootfs"] == json.loads(IMAGE.config)["rootfs"]
 
 
+def test_skopeo_reads_and_writes_the_same_dir(cache: Cache, tools: Tools, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    ours = export(cache, tmp_path, "dir")
+    assert inspect_digest(tools, f"dir:{ours}") == IMAGE.digest
+    tools("skopeo", "copy", f"dir:{ours}", f"dir:{tmp_path}/theirs")
+    assert read_files(tmp_path / "theirs") == read_files(ours)
+    make.save(cache, "app:1", make.image(3))
+    cache.export("app:1", tmp_path / "theirs", format="dir")
+    assert inspect_digest(tools, f"dir:{tmp_path}/theirs") == make.image(3).digest
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("form", ["oci-archive", "oci-dir"])
+def test_skopeo_finds_an_image_by_its_tag_in_a_layout(cache: Cache, tools: Tools, tmp_path: Path, form: Format) -> None:
+    make.save(cache, "app:1", IMAGE)
+    exported = export(cache, tmp_path, form, tag="stable")
+    transport = "oci" if form == "oci-dir" else form
+    assert inspect_digest(tools, f"{transport}:{exported}:stable") == IMAGE.digest
+    if form == "oci-dir":
+        assert tools("umoci", "ls", "--layout", exported) == "stable"
+
+
 def test_skopeo_reads_an_export_under_a_name_by_digest(cache: Cache, tools: Tools, made: Path, tmp_path: Path) -> None:
     (image,) = cache.cache_from_tar(made / "gzip.oci.tar")
     name = f"app@{image.digest}"

@@ -6,7 +6,7 @@ The same image gives the same bytes: the order of the files, and their times, ow
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from cachedb import oci
 from cachedb.oci.closure import Closure
@@ -18,6 +18,9 @@ from cachedb.transports.archive.model import CONTAINERD_NAME, REF_NAME, path_in_
 __all__ = ["Entry", "json_entry", "list_entries"]
 
 
+_DIR_VERSION: Final = b"Directory Transport Version: 1.1\n"  # of skopeo's transport `dir:`
+
+
 class Entry(NamedTuple):
     """A file of an archive: its path, and its content or the digest of the blob that it holds."""
 
@@ -27,16 +30,25 @@ class Entry(NamedTuple):
 
 
 def list_entries(
-    name: Name, closure: Closure, format: str, docker_image: Descriptor | None, referrers: list[Closure]
+    name: Name,
+    closure: Closure,
+    format: str,
+    *,
+    ref_name: str | None,
+    docker_image: Descriptor | None,
+    referrers: list[Closure],
 ) -> list[Entry]:
     """Return the files that an export consists of, in the order of a tar.
 
+    In a folder, the first marks its format, and the second refers to all others.
+
     Args:
         name: of the image.
-        closure: of its manifest or index; a docker-archive needs the closure of a manifest.
+        closure: of its manifest or index; `MANIFEST_FORMATS` need the closure of a manifest.
         format: one of `FORMATS`.
+        ref_name: the name in index.json; None for the image's name.
         docker_image: the image that the manifest.json of the format ``docker`` names; None leaves out the file.
-        referrers: the closures of the image's referrers to export; a docker-archive can hold none.
+        referrers: the closures of the image's referrers to export; `MANIFEST_FORMATS` hold none.
     """
     root = closure.root
     if name.digest:
@@ -51,9 +63,16 @@ def list_entries(
             Entry(config_path, config.size, config.digest),
             *(blobs[digest]._replace(path=path) for digest, path in paths.items()),
         ]
+    if format == "dir":
+        manifest = closure.documents[root.digest]
+        return [
+            Entry("version", len(_DIR_VERSION), _DIR_VERSION),
+            Entry("manifest.json", len(manifest), manifest),
+            *(blob._replace(path=split_digest(digest)[1]) for digest, blob in blobs.items() if digest != root.digest),
+        ]
     found = [
         json_entry("oci-layout", {"imageLayoutVersion": "1.0.0"}),
-        json_entry("index.json", _index(name, root, referrers)),
+        json_entry("index.json", _index(name, ref_name or str(name), root, referrers)),
     ]
     if format == "docker" and docker_image is not None:
         config, *layers = closure.children[docker_image.digest]
@@ -87,8 +106,8 @@ def _suffix(media_type: str) -> str:
     return ".tar.zst" if media_type.endswith("zstd") else ".tar"
 
 
-def _index(name: Name, root: Descriptor, referrers: list[Closure]) -> dict[str, Any]:
-    annotations = {CONTAINERD_NAME: name.qualified(), REF_NAME: str(name)}
+def _index(name: Name, ref_name: str, root: Descriptor, referrers: list[Closure]) -> dict[str, Any]:
+    annotations = {CONTAINERD_NAME: name.qualified(), REF_NAME: ref_name}
     return {
         "schemaVersion": 2,
         "mediaType": oci.OCI_INDEX,

@@ -1,4 +1,4 @@
-"""Write an image as an OCI image layout folder, or add it to one."""
+"""Write an image as an OCI image layout folder, or add it to one; or write a folder for skopeo's ``dir:``."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ __all__ = ["write_layout"]
 
 _PROGRESS_SECONDS = 1.0  # between two notes of progress
 _OLD_PART = re.compile(r"\.cachedb-[0-9a-f]{16}\.part")  # written by earlier releases
+_IN_DIR = re.compile(r"([0-9a-f]{64}|[0-9a-f]{128})(\.manifest\.json)?|signature-[0-9]+")  # written by skopeo
 
 
 def write_layout(
@@ -53,11 +54,13 @@ def write_layout(
     wait_seconds: float,
     progress: Advance,
 ) -> None:
-    """Write an image layout folder, or add to the one that is there; ``index.json`` is written last.
+    """Write a folder; the file that refers to all others is written last.
+
+    An existing image layout gains the image. In an existing folder of the format ``dir``, it replaces the image.
 
     Args:
         directory: of the cache.
-        files: from `list_entries`.
+        files: from `list_entries`, for a folder format.
         destination: the folder; its parent must exist.
         link: make hard links to the cache's files where the file system can.
         wait_seconds: to wait for another export into the layout that makes no progress.
@@ -78,18 +81,18 @@ def write_layout(
         try:
             parts = re.compile(f"{PART_NAME.pattern}|{_OLD_PART.pattern}")
             strange = [name for name in os.listdir(destination) if not parts.fullmatch(name)]
-            if strange and not (destination / "oci-layout").is_file():
-                raise CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout: name another folder")
+            marker, index, *others = files
+            if strange and not _has_marker(destination, marker):
+                what = "an OCI image layout" if index.path == "index.json" else "a folder of skopeo's dir: transport"
+                raise CacheError(f"{str(destination)!r} is neither empty nor {what}: name another folder")
             for folder in (destination / "blobs", *destination.glob("blobs/*")):
                 if folder.is_symlink():
                     raise CacheError(f"{str(folder)!r} is a symbolic link: name a layout whose folders are its own")
             for folder in (destination, *destination.glob("blobs/*")):
                 remove_leftovers(folder, parts)  # no other export is writing: earlier releases take the lock, too
-            # `oci-layout` first: a killed export leaves a layout. `index.json` last: it references complete blobs only.
-            order = {"oci-layout": 0, "index.json": 2}
-            *others, index = sorted(files, key=lambda entry: order.get(entry.path, 1))
+            # The marker first: a killed export leaves a folder of its format. The index last: its blobs are complete.
             blobs = []
-            for entry in others:
+            for entry in (marker, *others):
                 path = destination / entry.path
                 for parent in reversed(Path(entry.path).parents):
                     if not (destination / parent).is_dir():
@@ -113,11 +116,27 @@ def write_layout(
                 sync_folder(folder)
             # Everything that the index references is on disk now.
             path = destination / index.path
-            _write_document(_merge_index(path, index), path)
+            _write_document(_merge_index(path, index) if index.path == "index.json" else index, path)
             sync_folder(destination)
         except BaseException:
             _remove(made)
             raise
+        if index.path == "manifest.json":
+            _remove_replaced(destination, {entry.path for entry in files})
+
+
+def _has_marker(destination: Path, marker: Entry) -> bool:
+    """Return whether a folder has the file that marks its format; many folders have a file called ``version``."""
+    path = destination / marker.path
+    return path.is_file() and (marker.path == "oci-layout" or path.read_bytes() == marker.content)
+
+
+def _remove_replaced(destination: Path, written: set[str]) -> None:
+    """Remove the files of the image that was in a folder for ``dir:`` before; its signatures fit no other image."""
+    for name in os.listdir(destination):
+        if name not in written and _IN_DIR.fullmatch(name):
+            with suppress(OSError):  # the export is complete
+                (destination / name).unlink()
 
 
 def _lock_folder(stack: ExitStack, destination: Path, wait_seconds: float) -> bool:

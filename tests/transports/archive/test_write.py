@@ -22,7 +22,17 @@ from typing import Any
 
 import pytest
 
-from cachedb import Busy, Cache, CacheError, DigestMismatch, IncompleteImage, InvalidManifest, NotInCache, StorageError
+from cachedb import (
+    Busy,
+    Cache,
+    CacheError,
+    DigestMismatch,
+    IncompleteImage,
+    InvalidManifest,
+    InvalidName,
+    NotInCache,
+    StorageError,
+)
 from cachedb.disk import waiting
 from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 from cachedb.transports.archive import write_layout
@@ -1115,6 +1125,198 @@ def test_a_conversion_without_a_manifest_to_convert_is_refused(cachedb: Run, cac
     assert "a docker-archive has no manifest to convert" in line
     with pytest.raises(CacheError, match="images cannot be converted to 'docker': only to oci"):
         cache.export("app:1", tmp_path / "out", convert="docker")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+# Folders for skopeo's `dir:`
+
+
+def read_dir(path: Path) -> dict[str, bytes]:
+    files = read_contents(path)
+    assert files.pop("version") == b"Directory Transport Version: 1.1\n"
+    return files
+
+
+def dir_files(image: make.ImageContent) -> dict[str, bytes]:
+    blobs = {make.hex_of(data): data for data in (image.config, *image.layers)}
+    return {"manifest.json": image.manifest, **blobs}
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_dir_has_the_manifest_and_its_blobs(cache: Cache, tmp_path: Path, link: bool) -> None:
+    make.save(cache, "app:1", IMAGE)
+    cache.export("app:1", tmp_path / "out", format="dir", link=link)
+    assert read_dir(tmp_path / "out") == dir_files(IMAGE)
+
+
+def test_a_dir_of_an_index_has_the_hosts_platform_or_the_named_one(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_index(cache, tmp_path, make.index(AMD, ARM), AMD, ARM)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    cache.export("app:1", tmp_path / "host", format="dir")
+    assert read_dir(tmp_path / "host") == dir_files(AMD)
+    cache.export("app:1", tmp_path / "named", format="dir", platform="linux/arm64")
+    assert read_dir(tmp_path / "named") == dir_files(ARM)
+
+
+def test_a_dir_holds_an_artifact(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", ARTIFACTS["helm"])
+    cache.export("app:1", tmp_path / "out", format="dir")
+    assert read_dir(tmp_path / "out") == dir_files(ARTIFACTS["helm"])
+
+
+def test_a_dir_gets_a_converted_manifest(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", DOCKER_IMAGE)
+    cache.export("app:1", tmp_path / "out", format="dir", convert="oci")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_bytes()) == json.loads(IMAGE.manifest)
+
+
+def test_an_image_in_a_dir_is_replaced(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    make.save(cache, "app:2", ARM)
+    cache.export("app:1", tmp_path / "out", format="dir")
+    for name in ("signature-1", "notes.txt"):
+        (tmp_path / "out" / name).write_text("by others")
+    cache.export("app:2", tmp_path / "out", format="dir")
+    assert read_dir(tmp_path / "out") == {**dir_files(ARM), "notes.txt": b"by others"}
+
+
+def test_an_old_file_that_cannot_be_removed_from_a_dir_fails_no_export(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    cache.export("app:1", tmp_path / "out", format="dir")
+    (tmp_path / "out" / ("a" * 64)).mkdir()
+    cache.export("app:1", tmp_path / "out", format="dir")
+    assert read_dir(tmp_path / "out") == dir_files(IMAGE)
+
+
+def test_an_image_in_a_dir_stays_if_the_next_one_is_damaged(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    make.save(cache, "app:2", ARM)
+    cache.export("app:1", tmp_path / "out", format="dir")
+    corrupt_blob(cache, make.digest_of(ARM.layers[1]))
+    with pytest.raises(DigestMismatch):
+        cache.export("app:2", tmp_path / "out", format="dir")
+    assert read_dir(tmp_path / "out") == dir_files(IMAGE)
+
+
+def test_a_dir_does_not_replace_another_folder(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "version").write_text("2.0\n")
+    line = check_failure(cachedb("export", "app:1", f"dir:{tmp_path}/out"))
+    assert "out' is neither empty nor a folder of skopeo's dir: transport" in line
+    assert os.listdir(tmp_path / "out") == ["version"]
+
+
+def test_a_dir_with_referrers_or_a_tag_is_refused(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    with pytest.raises(CacheError, match="a dir cannot hold referrers"):
+        cache.export("app:1", tmp_path / "out", format="dir", referrers=True)
+    with pytest.raises(CacheError, match="has no place for the tag 'x'"):
+        cache.export("app:1", tmp_path / "out", format="dir", tag="x")
+    assert not (tmp_path / "out").exists()
+
+
+# Transports of skopeo, and names in the archive
+
+
+@pytest.mark.parametrize(
+    ("place", "form"),
+    [("docker-archive", "docker-archive"), ("oci-archive", "oci-archive"), ("oci", "oci-dir"), ("dir", "dir")],
+)
+@pytest.mark.parametrize("option", [[], ["-o"]], ids=["argument", "option"])
+def test_a_transport_in_the_destination_sets_the_format(
+    cachedb: Run, cache: Cache, tmp_path: Path, place: str, form: Format, option: list[str]
+) -> None:
+    make.save(cache, "app:1", IMAGE)
+    done = cachedb("export", "app:1", *option, f"{place}:{tmp_path}/out")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    cache.export("app:1", tmp_path / "expected", format=form)
+    assert read_contents(tmp_path / "out") == read_contents(tmp_path / "expected")
+
+
+def test_a_path_with_a_colon_is_a_path(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    assert cachedb("export", "app:1", "./oci:b.tar", cwd=tmp_path).returncode == 0
+    assert "manifest.json" in read_contents(tmp_path / "oci:b.tar")
+
+
+def test_a_transport_may_write_to_stdout(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    cache.export("app:1", tmp_path / "out", format="docker-archive", tag="other:2")
+    piped: Any = cachedb("export", "app:1", "docker-archive:-:other:2", text=False)
+    assert piped.stdout == (tmp_path / "out").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["app:1"], "give the destination once"),
+        (["app:1", "a.tar", "-o", "b.tar"], "give the destination once"),
+        (["--format", "docker", "app:1", "oci:layout"], "DEST begins with another format than --format docker"),
+        (["--link", "app:1", "oci-archive:a.tar"], "--link works only with --format oci-dir or dir"),
+        (["app:1", "dir:-"], "the format dir cannot be written to stdout"),
+    ],
+)
+def test_a_contradiction_of_destination_and_options_is_a_usage_error(
+    cachedb: Run, cache: Cache, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    make.save(cache, "app:1", IMAGE)
+    done = cachedb("export", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert not {"a.tar", "b.tar", "layout"} & set(os.listdir(tmp_path))
+
+
+def test_a_format_may_repeat_the_transport(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    assert cachedb("export", "--format", "oci-dir", "app:1", f"oci:{tmp_path}/out").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("tag", "expected"),
+    [
+        ("2", ("2", "docker.io/library/app:2")),
+        ("other:2", ("other:2", "docker.io/library/other:2")),
+        ("quay.io/team/app", ("quay.io/team/app", "quay.io/team/app:latest")),
+        (f"other@{IMAGE.digest}", (f"other@{IMAGE.digest}", f"docker.io/library/other@{IMAGE.digest}")),
+    ],
+)
+def test_a_tag_names_the_image_in_a_layout(
+    cachedb: Run, cache: Cache, tmp_path: Path, tag: str, expected: tuple[str, str]
+) -> None:
+    make.save(cache, "app:1", IMAGE)
+    assert cachedb("export", "app:1", f"oci:{tmp_path}/out:{tag}").returncode == 0
+    (entry,) = json.loads((tmp_path / "out" / "index.json").read_bytes())["manifests"]
+    names = entry["annotations"]
+    assert (names[make.REF_NAME], names["io.containerd.image.name"]) == expected
+
+
+@pytest.mark.parametrize(("tag", "expected"), [("other", "other:latest"), ("team/other:2", "team/other:2")])
+def test_a_tag_names_the_image_in_a_docker_archive(
+    cachedb: Run, cache: Cache, tmp_path: Path, tag: str, expected: str
+) -> None:
+    make.save(cache, "app:1", IMAGE)
+    assert cachedb("export", "app:1", f"docker-archive:{tmp_path}/out:{tag}").returncode == 0
+    assert json.loads(read_contents(tmp_path / "out")["manifest.json"])[0]["RepoTags"] == [expected]
+
+
+def test_a_tag_replaces_the_image_of_that_tag_in_a_layout(cache: Cache, tmp_path: Path) -> None:
+    make.save(cache, "app:1", IMAGE)
+    make.save(cache, "app:2", ARM)
+    for name, tag in (("app:1", "latest"), ("app:1", "old"), ("app:2", "latest")):
+        cache.export(name, tmp_path / "out", format="oci-dir", tag=tag)
+    entries = json.loads((tmp_path / "out" / "index.json").read_bytes())["manifests"]
+    found = {entry["annotations"][make.REF_NAME]: entry["digest"] for entry in entries}
+    assert found == {"old": IMAGE.digest, "latest": ARM.digest}
+
+
+@pytest.mark.parametrize("tag", ["a b", "Team/app:1", "", "-x", f"app@{ARM.digest}"])
+def test_an_invalid_tag_is_refused(cache: Cache, tmp_path: Path, tag: str) -> None:
+    make.save(cache, "app:1", IMAGE)
+    with pytest.raises(InvalidName):
+        cache.export("app:1", tmp_path / "out", format="oci-dir", tag=tag)
     assert not (tmp_path / "out").exists()
 
 
