@@ -209,7 +209,7 @@ class Client:
                 return response, is_ours
             response.close()
             url = self.follow(url, location)
-        raise RegistryError(f"{self.place.registry}: more than {_MAX_REDIRECTS} redirects: check that it is a registry")
+        raise RegistryError(f"{self.place.registry} redirects more than {_MAX_REDIRECTS} times")
 
     def follow(self, url: str, location: str) -> str:
         """Return the absolute URL of a Location header.
@@ -223,15 +223,9 @@ class Client:
         try:
             following = urljoin(url, location)
         except ValueError:
-            raise RegistryError(
-                f"{self.place.registry}: redirect to an invalid URL: check that it is a registry"
-            ) from None
-        allowed = ("https",) if _origin(url)[0] == "https" else ("http", "https")
-        if _origin(following)[0] not in allowed:
-            raise RegistryError(
-                f"{self.place.registry}: redirect to a URL whose scheme is not allowed: "
-                f"its operator must redirect to {' or '.join(allowed)}"
-            )
+            raise RegistryError(f"{self.place.registry}: redirect to an invalid URL") from None
+        if _origin(following)[0] not in ({"https"} if _origin(url)[0] == "https" else {"http", "https"}):
+            raise RegistryError(f"{self.place.registry}: redirect to a URL whose scheme is not allowed")
         return following
 
     def pause(self, tries: int, response: urllib3.BaseHTTPResponse | None) -> bool:
@@ -298,11 +292,9 @@ class Client:
         """
         realm = challenge.get("realm", "")
         scheme, host, _ = _origin(realm)
-        allowed = ("https",) if self.place.url.startswith("https:") else ("http", "https")
-        if scheme not in allowed:
+        if scheme not in ("http", "https") or (self.place.url.startswith("https:") and scheme != "https"):
             raise RegistryError(
-                f"{self.place.registry}: the scheme of the token server {shorten(realm)} is not allowed: "
-                f"its operator must name a server with {' or '.join(allowed)}"
+                f"{self.place.registry}: the scheme of the token server {shorten(realm)} is not allowed"
             )
         query = {"service": challenge.get("service", "")}
         read_scope = f"repository:{self.place.repository}:pull"
@@ -330,7 +322,7 @@ class Client:
         except (ValueError, AttributeError, RecursionError):
             token = None
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
-            raise RegistryError(f"{host} sent no usable token: check that it is the registry's token server") from None
+            raise RegistryError(f"{host} sent no usable token") from None
         return token
 
     def _explain_unreachable(self, error: HTTPError) -> RegistryError:
@@ -338,7 +330,7 @@ class Client:
         host = self.place.registry
         reason = getattr(error, "reason", None) or error
         if isinstance(error, SSLError) and _is_final(error):
-            return RegistryError(f"{host} cannot be trusted: {to_one_line(reason)}: {advise_on_tls(host, error)}")
+            return RegistryError(f"{host} cannot be trusted: {to_one_line(reason)}; {advise_on_tls(host, error)}")
         if isinstance(error, NameResolutionError):
             return RegistryUnavailable(f"{host} cannot be resolved: check the name and the network")
         return RegistryUnavailable(f"{host} cannot be reached: {to_one_line(reason)}")
@@ -348,19 +340,17 @@ class Client:
         host, detail = self.place.registry, f"{response.status}{_read_error_detail(response)}"
         if response.status in (401, 403):
             return RegistryError(
-                f"{host} refuses {what} ({detail}): log in with `skopeo login {host}` or `docker login {host}`, "
+                f"{host} refuses {what} ({detail}); log in with `skopeo login {host}` or `docker login {host}`, "
                 "or name a file of credentials with --authfile"
             )
         if response.status == 404:
             return RegistryError(f"{host} has no {what} ({detail})")
         if response.status in _RETRY_STATUSES:
-            return RegistryUnavailable(f"{host} is overloaded, or failing ({detail}): try again later")
+            return RegistryUnavailable(f"{host} is overloaded, or failing ({detail}); try again later")
         if response.status == 405:
-            return RegistryError(
-                f"{host} does not accept {what} ({detail}): check that it is neither read-only nor a mirror"
-            )
+            return RegistryError(f"{host} does not accept {what} ({detail}); it may be read-only or a mirror")
         # A server that expects HTTPS answers 400 to HTTP, without a registry's error document.
-        advice = ": if it speaks HTTPS, use --tls" if detail == "400" and self.place.url.startswith("http:") else ""
+        advice = "; if it speaks HTTPS, use --tls" if detail == "400" and self.place.url.startswith("http:") else ""
         return RegistryError(f"{host} answers {detail} to a request for {what}{advice}")
 
 
@@ -421,7 +411,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
         # Parse with urllib3, as the connection does: another parser may find another host.
         parts = parse_url(url)
     except ValueError:
-        raise RegistryError("a registry sent an invalid URL: check that it is a registry") from None
+        raise RegistryError("a registry sent an invalid URL") from None
     scheme = parts.scheme or ""
     return scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(scheme)
 
@@ -462,7 +452,7 @@ def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> byte
             if len(data) > limit:
                 raise RegistryError(f"{what} is over {limit} bytes")
     except HTTPError as error:
-        raise RegistryUnavailable(f"{what} was interrupted: {to_one_line(error)}: try again") from None
+        raise RegistryUnavailable(f"{what} was interrupted: {to_one_line(error)}; try again") from None
     return data
 
 

@@ -165,8 +165,7 @@ class Repository:
                 url = self._client.follow(url, following[1]) if following else None
             if max(len(found), pages) > _MAX_REFERRERS:
                 raise RegistryError(
-                    f"{self.place.registry} lists more than {_MAX_REFERRERS} referrers, or pages of them, "
-                    f"for {digest}: pull without --referrers"
+                    f"{self.place.registry} lists more than {_MAX_REFERRERS} referrers, or pages of them, for {digest}"
                 )
         return found
 
@@ -384,7 +383,7 @@ class Blob:
                 if self._failed == TRIES:
                     raise RegistryUnavailable(
                         f"{self._repository.place.registry} keeps interrupting the download of {self._digest}: "
-                        f"{to_one_line(error)}: try again"
+                        f"{to_one_line(error)}; try again"
                     ) from None
                 self._repository.pause(self._failed)
                 continue

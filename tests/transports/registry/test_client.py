@@ -278,7 +278,7 @@ def test_five_redirects_are_followed(remote: Registry) -> None:
     remote.fault(redirect(remote.url), times=5)
     assert repository.digest("1") == IMAGE.digest
     remote.fault(redirect(remote.url), times=6)
-    with pytest.raises(RegistryError, match="more than 5 redirects"):
+    with pytest.raises(RegistryError, match="redirects more than 5 times"):
         repository.digest("1")
     repository.close()
 
@@ -322,7 +322,7 @@ def test_the_number_of_referrers_is_limited(remote: Registry, monkeypatch: pytes
     if count == 3:
         assert len(repository.referrers(Digest(IMAGE.digest))) == 3
     else:
-        with pytest.raises(RegistryError, match=r"more than 3 referrers, .*: pull without --referrers$"):
+        with pytest.raises(RegistryError, match="lists more than 3 referrers, or pages of them, for"):
             repository.referrers(Digest(IMAGE.digest))
     repository.close()
 
@@ -338,7 +338,7 @@ def test_the_number_of_pages_of_referrers_is_limited(
     if pages == 3:
         assert repository.referrers(Digest(IMAGE.digest)) == []
     else:
-        with pytest.raises(RegistryError, match=r"more than 3 referrers, .*: pull without --referrers$"):
+        with pytest.raises(RegistryError, match="lists more than 3 referrers, or pages of them, for"):
             repository.referrers(Digest(IMAGE.digest))
     repository.close()
 
