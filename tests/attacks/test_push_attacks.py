@@ -17,7 +17,7 @@ import pytest
 
 from cachedb import Cache, CacheError, InvalidManifest, NotInCache, RegistryError
 from cachedb.oci.manifests import OCI_INDEX, OCI_MANIFEST
-from cachedb.transports.registry import client
+from cachedb.transports.registry import authorization, urls
 from tests.disk.test_locks import wait_until
 from tests.operations.test_pull import write_login
 from tests.operations.test_push import FIRST, assert_has, make_referrer
@@ -87,7 +87,7 @@ def test_only_the_registry_chooses_the_token_server(cache: Cache, tmp_path: Path
 
 @pytest.mark.parametrize("port", ["", ":443"])
 def test_the_default_port_of_https_is_443(port: str) -> None:
-    assert client._origin(f"https://registry.example.org{port}/v2/") == ("https", "registry.example.org", 443)
+    assert urls.origin(f"https://registry.example.org{port}/v2/") == ("https", "registry.example.org", 443)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_an_invalid_retry_after_is_ignored(cache: Cache, remote: Registry, after
 
 def test_a_long_challenge_costs_no_time() -> None:
     began = time.process_time()
-    assert client._CHALLENGE.findall("a" * 60_000) == []
+    assert authorization._CHALLENGE.findall("a" * 60_000) == []
     assert time.process_time() - began < 2  # a minute if the pattern is tried from each letter on
 
 

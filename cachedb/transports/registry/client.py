@@ -7,38 +7,30 @@ appear in an error.
 
 from __future__ import annotations
 
-import base64
 import email.utils
-import json
 import os
 import random
-import re
-import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Final
-from urllib.parse import urlencode, urljoin
-from urllib.request import getproxies, proxy_bypass
-from weakref import WeakSet
+from urllib.parse import urljoin
 
 import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, ProtocolError, ProxyError, SSLError
-from urllib3.util import Timeout, make_headers, parse_url
+from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, SSLError
+from urllib3.util import Timeout
 
-from cachedb.disk.writer import CHUNK_BYTES
-from cachedb.errors import CacheError, RegistryError, RegistryUnavailable, ignore_os_errors
-from cachedb.text import shorten
-from cachedb.threads import start
-from cachedb.transports.registry import credentials
+from cachedb.errors import RegistryError, RegistryUnavailable
+from cachedb.transports.registry.answers import read_error_detail, to_one_line
+from cachedb.transports.registry.authorization import Authorization
+from cachedb.transports.registry.connections import Connections
 from cachedb.transports.registry.places import Place
-from cachedb.transports.registry.tls import advise_on_tls, make_tls_context
+from cachedb.transports.registry.tls import advise_on_tls
+from cachedb.transports.registry.urls import origin
 
-__all__ = ["TRIES", "Client", "drain_after", "read_body", "to_one_line", "with_query"]
+__all__ = ["TRIES", "Client"]
 
 
 TRIES: Final = 5
@@ -49,13 +41,7 @@ _BODY_TIMEOUT = Timeout(connect=60, read=600)  # a registry may take long to sto
 _FIRST_PAUSE_SECONDS = 0.5  # before the first retry; it doubles each time, and a longer Retry-After is respected
 _MAX_PAUSE_SECONDS = 60.0  # a registry that asks for more time counts as unavailable
 _MAX_REDIRECTS = 5
-_POLL_SECONDS = 0.05  # between checks for a stop
-_MAX_CONNECTIONS = 16  # kept open to one host
-_TOKEN_LIMIT = 1024 * 1024  # bytes
 _RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
-_CHALLENGE = re.compile(r'\b(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
-
-_OBJECT_REPR = re.compile(r"^(?:<.*>|\w+\(host=[^)]*\)): ")  # the repr that urllib3 puts before a message
 
 Body = bytes | str | Iterable[bytes]
 """The body of a request. An iterable must start again at each iteration, because a retry sends the body again."""
@@ -73,54 +59,16 @@ class Client:
             push: request tokens with write access from the start.
         """
         self.place = place
-        self._authfile, self._push = authfile, push
-        self._guard, self._authorization_lock = threading.RLock(), threading.RLock()
-        self._pools: dict[tuple[bool, str | None, str | None], urllib3.PoolManager] = {}
-        self._authorization = ""
-        self._stopped = threading.Event()
-        self._connections: WeakSet[HTTPConnection] = WeakSet()
-        self._pool_classes = _create_pool_classes(self._connect)
+        self._connections = Connections(place.registry)
+        self._authorization = Authorization(place, authfile, self.request, self._connections.stopped, push=push)
 
     def close(self) -> None:
         """Close all connections."""
-        for pool in self._pools.values():
-            pool.clear()
+        self._connections.close()
 
     def stop(self) -> None:
-        """Cancel running requests and refuse new ones.
-
-        Without it, a cancelled transfer could wait ten minutes for a slow registry.
-        """
-        self._stopped.set()
-        with self._guard:
-            connections = list(self._connections)
-        for connection in connections:
-            _shut_down(connection)
-
-    def _connect(self, connection: HTTPConnection, connect: Callable[[], None]) -> None:
-        """Connect in a thread, which is abandoned on a stop because connecting cannot be cancelled."""
-        future = Future[None]()
-
-        def run() -> None:
-            try:
-                connect()
-                future.set_result(None)
-            except BaseException as error:
-                future.set_exception(error)
-
-        if not start(threading.Thread(target=run, daemon=True)):
-            run()
-        while wait([future], _POLL_SECONDS).not_done:
-            if self._stopped.is_set():
-                raise CacheError("cancelled: another transfer failed")
-        future.result()
-        self._add_connection(connection)
-
-    def _add_connection(self, connection: HTTPConnection) -> None:
-        with self._guard:
-            self._connections.add(connection)
-        if self._stopped.is_set():
-            _shut_down(connection)
+        """Cancel running requests and refuse new ones."""
+        self._connections.stop()
 
     def request(
         self,
@@ -154,7 +102,7 @@ class Client:
         tries, has_asked = failed or 0, token
         while True:
             tries += 1
-            sent = self._authorization
+            sent = self._authorization.header
             try:
                 response, is_ours = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
             except HTTPError as error:
@@ -169,7 +117,10 @@ class Client:
             with response:
                 # Only the registry itself may name a token server, not the target of a redirect.
                 if response.status == 401 and is_ours and not has_asked and tries < TRIES:
-                    has_asked = self._authorize(response, sent)
+                    outcome = self._authorization.renew(response.headers.getlist("WWW-Authenticate"), sent)
+                    if outcome == "missing":
+                        raise self.refusal(self.place.repository, response)
+                    has_asked = outcome == "renewed"
                     continue
                 if response.status not in _RETRY_STATUSES or tries == TRIES or not self.pause(tries, response):
                     raise self.refusal(what, response)
@@ -188,11 +139,10 @@ class Client:
     ) -> tuple[urllib3.BaseHTTPResponse, bool]:
         """Send a request and follow redirects; return the answer and whether the registry itself sent it."""
         for _ in range(_MAX_REDIRECTS + 1):
-            if self._stopped.is_set():
-                raise CacheError("cancelled: another transfer failed")
-            is_ours = _origin(url) == _origin(self.place.url)
+            self._connections.check_stopped()
+            is_ours = origin(url) == origin(self.place.url)
             secret = {"Authorization": authorization} if authorization and is_ours else {}
-            response = self._get_pool(url, is_ours=is_ours).request(
+            response = self._connections.get_pool(url, is_ours=is_ours).request(
                 method,
                 url,
                 body=body,
@@ -224,7 +174,7 @@ class Client:
             following = urljoin(url, location)
         except ValueError:
             raise RegistryError(f"{self.place.registry}: redirect to an invalid URL") from None
-        if _origin(following)[0] not in ({"https"} if _origin(url)[0] == "https" else {"http", "https"}):
+        if origin(following)[0] not in ({"https"} if origin(url)[0] == "https" else {"http", "https"}):
             raise RegistryError(f"{self.place.registry}: redirect to a URL whose scheme is not allowed")
         return following
 
@@ -241,89 +191,8 @@ class Client:
                     seconds = max(seconds, email.utils.mktime_tz(date) - time.time())
         if seconds > _MAX_PAUSE_SECONDS:
             return False
-        _sleep(seconds, self._stopped)
+        _sleep(seconds, self._connections.stopped)
         return True
-
-    def _get_pool(self, url: str, *, is_ours: bool) -> urllib3.PoolManager:
-        """Return the connection pool for a URL, through a proxy if the environment sets one."""
-        parts = parse_url(url)
-        proxy = None if proxy_bypass(parts.host or "") else getproxies().get(parts.scheme or "")
-        key = is_ours, parts.scheme, proxy
-        with self._guard:
-            if key not in self._pools:
-                context = (
-                    make_tls_context(self.place.registry if is_ours else None) if parts.scheme == "https" else None
-                )
-                if proxy:
-                    login = _build_proxy_headers(proxy)
-                    pool: urllib3.PoolManager = urllib3.ProxyManager(
-                        proxy, proxy_headers=login, maxsize=_MAX_CONNECTIONS, ssl_context=context
-                    )
-                else:
-                    pool = urllib3.PoolManager(maxsize=_MAX_CONNECTIONS, ssl_context=context)
-                pool.pool_classes_by_scheme = self._pool_classes
-                self._pools[key] = pool
-            return self._pools[key]
-
-    def _authorize(self, response: urllib3.BaseHTTPResponse, sent: str) -> bool:
-        """Get the authorization for a challenge; return False if another thread got it meanwhile."""
-        challenges = [text.strip().partition(" ") for text in response.headers.getlist("WWW-Authenticate")]
-        known = {scheme.lower(): rest for scheme, _, rest in challenges}
-        with self._authorization_lock:
-            if self._authorization != sent:
-                return False  # the new token may still lack our scope; then the caller asks again
-            if "bearer" in known:
-                challenge = {key.lower(): quoted or bare for key, quoted, bare in _CHALLENGE.findall(known["bearer"])}
-                self._authorization = f"Bearer {self._request_token(challenge)}"
-                return True
-            login = self._find_login()
-            if "basic" not in known or login is None or not login.password:
-                raise self.refusal(self.place.repository, response)
-            self._authorization = _format_basic(login)
-            return True
-
-    def _find_login(self) -> credentials.Credentials | None:
-        return credentials.find(self.place.registry, self.place.repository, self._authfile, stopped=self._stopped)
-
-    def _request_token(self, challenge: Mapping[str, str]) -> str:
-        """Request a token from the token server that a challenge names.
-
-        The token and OAuth2 specifications of distribution define the request.
-        """
-        realm = challenge.get("realm", "")
-        scheme, host, _ = _origin(realm)
-        if scheme not in ("http", "https") or (self.place.url.startswith("https:") and scheme != "https"):
-            raise RegistryError(
-                f"{self.place.registry}: the scheme of the token server {shorten(realm)} is not allowed"
-            )
-        query = {"service": challenge.get("service", "")}
-        read_scope = f"repository:{self.place.repository}:pull"
-        scopes = (challenge.get("scope") or read_scope).split()
-        # For a repository that does not exist, some registries refuse a read token but grant a write token and create
-        # the repository.
-        query["scope"] = " ".join(
-            f"{read_scope},push" if self._push and scope == read_scope else scope for scope in scopes
-        )
-        login, headers, body = self._find_login(), {}, None
-        if login and login.identity_token:
-            form = {**query, "grant_type": "refresh_token", "client_id": "cachedb"}
-            body = urlencode({**form, "refresh_token": login.identity_token})
-            headers["Content-Type"] = "application/x-www-form-urlencoded"
-        else:
-            realm = with_query(realm, query)
-            if login:
-                headers["Authorization"] = _format_basic(login)
-        what = f"a token for {self.place.repository}"
-        with self.request("POST" if body else "GET", realm, what, headers, token=True, body=body) as response:
-            data = read_body(response, _TOKEN_LIMIT, f"the token of {host}")
-        try:
-            document = json.loads(data)
-            token = document.get("token") or document.get("access_token")
-        except (ValueError, AttributeError, RecursionError):
-            token = None
-        if not isinstance(token, str) or not token.isascii() or not token.isprintable():
-            raise RegistryError(f"{host} sent no usable token") from None
-        return token
 
     def _explain_unreachable(self, error: HTTPError) -> RegistryError:
         """Return the error for a registry that did not answer."""
@@ -337,7 +206,7 @@ class Client:
 
     def refusal(self, what: str, response: urllib3.BaseHTTPResponse) -> RegistryError:
         """Return the error for an answer with an unexpected status; ``what`` names the requested thing."""
-        host, detail = self.place.registry, f"{response.status}{_read_error_detail(response)}"
+        host, detail = self.place.registry, f"{response.status}{read_error_detail(response)}"
         if response.status in (401, 403):
             return RegistryError(
                 f"{host} refuses {what} ({detail}); log in with `skopeo login {host}` or `docker login {host}`, "
@@ -354,39 +223,6 @@ class Client:
         return RegistryError(f"{host} answers {detail} to a request for {what}{advice}")
 
 
-def _create_pool_classes(
-    connect: Callable[[HTTPConnection, Callable[[], None]], None],
-) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """Return urllib3 pool classes by scheme.
-
-    Each connection calls ``connect`` with itself and its original connect method.
-    """
-
-    class Plain(HTTPConnection):
-        def connect(self) -> None:
-            connect(self, super().connect)
-
-    class Secure(HTTPSConnection):
-        def connect(self) -> None:
-            connect(self, super().connect)
-
-    class PlainPool(urllib3.HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class SecurePool(urllib3.HTTPSConnectionPool):
-        ConnectionCls = Secure
-
-    return {"http": PlainPool, "https": SecurePool}
-
-
-def _shut_down(connection: HTTPConnection) -> None:
-    """Shut a connection down, so that a thread waiting for it sees its end."""
-    if isinstance(connection.sock, socket.socket):
-        with ignore_os_errors():
-            # The TLS socket's own shutdown would drop the TLS state that the thread still uses.
-            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
-
-
 def _sleep(seconds: float, stopped: threading.Event) -> None:
     stopped.wait(seconds)
 
@@ -399,81 +235,3 @@ def _is_final(error: HTTPError) -> bool:
     if isinstance(error, SSLError):
         return not any(isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) for cause in error.args)
     return isinstance(error, NewConnectionError)
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    """Return the scheme, host and port of a URL; credentials are sent only to the same origin.
-
-    Raises:
-        RegistryError: if it is not a URL. The message does not quote it, because it may contain a secret.
-    """
-    try:
-        # Parse with urllib3, as the connection does: another parser may find another host.
-        parts = parse_url(url)
-    except ValueError:
-        raise RegistryError("a registry sent an invalid URL") from None
-    scheme = parts.scheme or ""
-    return scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(scheme)
-
-
-def with_query(url: str, values: Mapping[str, str]) -> str:
-    """Append values to the query of a URL."""
-    return f"{url}{'&' if '?' in url else '?'}{urlencode(values)}"
-
-
-def _format_basic(login: credentials.Credentials) -> str:
-    return "Basic " + base64.b64encode(f"{login.username}:{login.password}".encode()).decode()
-
-
-def _build_proxy_headers(proxy: str) -> dict[str, str]:
-    login = parse_url(proxy).auth
-    return make_headers(proxy_basic_auth=login) if login else {}
-
-
-@contextmanager
-def drain_after(response: urllib3.BaseHTTPResponse) -> Iterator[urllib3.BaseHTTPResponse]:
-    """Yield an answer and read the rest of its small body at the end, so that its connection is reused."""
-    with response:
-        yield response
-        with suppress(HTTPError):
-            response.read1(CHUNK_BYTES, decode_content=False)
-
-
-def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
-    """Read the body of an answer.
-
-    Raises:
-        RegistryError: if it has more than ``limit`` bytes, or is interrupted.
-    """
-    try:
-        data = b""
-        while chunk := response.read(min(CHUNK_BYTES, limit + 1 - len(data)), decode_content=False):
-            data += chunk
-            if len(data) > limit:
-                raise RegistryError(f"{what} is over {limit} bytes")
-    except HTTPError as error:
-        raise RegistryUnavailable(f"{what} was interrupted: {to_one_line(error)}; try again") from None
-    return data
-
-
-def _read_error_detail(response: urllib3.BaseHTTPResponse) -> str:
-    """Return the code and message of an error answer on one line, or an empty string.
-
-    The distribution specification defines them in "Error Codes".
-    """
-    try:
-        document = json.loads(response.read(_TOKEN_LIMIT, decode_content=False))
-        error = document["errors"][0]
-        return f" {to_one_line(error['code'])}: {to_one_line(error.get('message', ''))}"
-    except (HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return ""
-
-
-def to_one_line(text: object) -> str:
-    """Return untrusted text on one line of at most 200 characters, without urllib3's object reprs."""
-    if isinstance(text, (ProtocolError, ProxyError)) and len(text.args) == 2:
-        what, cause = text.args
-        text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {to_one_line(cause)}"
-    line = " ".join(_OBJECT_REPR.sub("", str(text), count=1).split())
-    line = "".join(char if char.isprintable() else "?" for char in line)
-    return line if len(line) <= 200 else f"{line[:200]}..."

@@ -34,8 +34,10 @@ from cachedb.oci.manifests import (
 )
 from cachedb.oci.names import Name
 from cachedb.progress import Advance
-from cachedb.transports.registry.client import TRIES, Client, drain_after, read_body, to_one_line, with_query
+from cachedb.transports.registry.answers import drain_after, read_body, to_one_line
+from cachedb.transports.registry.client import TRIES, Client
 from cachedb.transports.registry.places import Place
+from cachedb.transports.registry.urls import with_query
 
 __all__ = ["Blob", "Fetched", "Repository"]
 

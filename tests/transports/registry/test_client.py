@@ -15,7 +15,7 @@ from cachedb import Cache, InvalidName, RegistryError, RegistryUnavailable
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 from cachedb.oci.names import Name
-from cachedb.transports.registry import client, places
+from cachedb.transports.registry import answers, authorization, client, places
 from cachedb.transports.registry import repository as registry
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, change_headers, closed, redirect, retry_later, rewrite_body
@@ -186,7 +186,7 @@ def test_requests_refused_together_get_one_token(cache: Cache, guarded: Registry
 def test_a_token_of_the_largest_size_is_accepted_and_a_larger_one_refused(
     cache: Cache, guarded: Registry, authfile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "_TOKEN_LIMIT", 2000)
+    monkeypatch.setattr(authorization, "_TOKEN_LIMIT", 2000)
     guarded.fault(rewrite_body(lambda data: data.ljust(2000)), path="/token")
     cache.pull(f"{guarded.host}/app:1", authfile=authfile)
     guarded.fault(rewrite_body(lambda data: data.ljust(2001)), path="/token")
@@ -248,8 +248,8 @@ def test_an_upload_resumes_at_a_valid_offset_of_the_registry(
 
 
 def test_text_of_a_registry_is_quoted_up_to_200_characters() -> None:
-    assert client.to_one_line("x" * 200) == "x" * 200
-    assert client.to_one_line("x" * 201) == "x" * 200 + "..."
+    assert answers.to_one_line("x" * 200) == "x" * 200
+    assert answers.to_one_line("x" * 201) == "x" * 200 + "..."
 
 
 def test_retry_after_is_obeyed_up_to_a_minute(remote: Registry) -> None:

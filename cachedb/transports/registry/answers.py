@@ -1,0 +1,69 @@
+"""Read the answers of registries: bodies up to a limit, and error documents."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import urllib3
+from urllib3.exceptions import HTTPError, ProtocolError, ProxyError
+
+from cachedb.disk.writer import CHUNK_BYTES
+from cachedb.errors import RegistryError, RegistryUnavailable
+
+__all__ = ["drain_after", "read_body", "read_error_detail", "to_one_line"]
+
+
+_ERROR_LIMIT = 1024 * 1024  # bytes of an error document
+_OBJECT_REPR = re.compile(r"^(?:<.*>|\w+\(host=[^)]*\)): ")  # the repr that urllib3 puts before a message
+
+
+@contextmanager
+def drain_after(response: urllib3.BaseHTTPResponse) -> Iterator[urllib3.BaseHTTPResponse]:
+    """Yield an answer and read the rest of its small body at the end, so that its connection is reused."""
+    with response:
+        yield response
+        with suppress(HTTPError):
+            response.read1(CHUNK_BYTES, decode_content=False)
+
+
+def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
+    """Read the body of an answer.
+
+    Raises:
+        RegistryError: if it has more than ``limit`` bytes, or is interrupted.
+    """
+    try:
+        data = b""
+        while chunk := response.read(min(CHUNK_BYTES, limit + 1 - len(data)), decode_content=False):
+            data += chunk
+            if len(data) > limit:
+                raise RegistryError(f"{what} is over {limit} bytes")
+    except HTTPError as error:
+        raise RegistryUnavailable(f"{what} was interrupted: {to_one_line(error)}; try again") from None
+    return data
+
+
+def read_error_detail(response: urllib3.BaseHTTPResponse) -> str:
+    """Return the code and message of an error answer on one line, or an empty string.
+
+    The distribution specification defines them in "Error Codes".
+    """
+    try:
+        document = json.loads(response.read(_ERROR_LIMIT, decode_content=False))
+        error = document["errors"][0]
+        return f" {to_one_line(error['code'])}: {to_one_line(error.get('message', ''))}"
+    except (HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return ""
+
+
+def to_one_line(text: object) -> str:
+    """Return untrusted text on one line of at most 200 characters, without urllib3's object reprs."""
+    if isinstance(text, (ProtocolError, ProxyError)) and len(text.args) == 2:
+        what, cause = text.args
+        text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {to_one_line(cause)}"
+    line = " ".join(_OBJECT_REPR.sub("", str(text), count=1).split())
+    line = "".join(char if char.isprintable() else "?" for char in line)
+    return line if len(line) <= 200 else f"{line[:200]}..."

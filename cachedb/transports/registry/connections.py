@@ -1,0 +1,150 @@
+"""Connect to a registry and the hosts it leads to, through proxies and with certificates; cancel connections."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Final
+from urllib.request import getproxies, proxy_bypass
+from weakref import WeakSet
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util import make_headers, parse_url
+
+from cachedb.errors import CacheError, ignore_os_errors
+from cachedb.threads import start
+from cachedb.transports.registry.tls import make_tls_context
+
+__all__ = ["Connections"]
+
+
+_POLL_SECONDS: Final = 0.05  # between checks for a stop
+_MAX_CONNECTIONS: Final = 16  # kept open to one host
+
+
+class Connections:
+    """The connections of one client; safe to use from several threads."""
+
+    def __init__(self, registry: str) -> None:
+        """Create the connections without opening any.
+
+        Args:
+            registry: the registry's ``host[:port]``, whose certificates are used.
+        """
+        self.stopped = threading.Event()
+        """Set when requests are cancelled."""
+        self._registry = registry
+        self._guard = threading.RLock()
+        self._pools: dict[tuple[bool, str | None, str | None], urllib3.PoolManager] = {}
+        self._connections: WeakSet[HTTPConnection] = WeakSet()
+        self._pool_classes = _create_pool_classes(self._connect)
+
+    def close(self) -> None:
+        """Close all connections."""
+        for pool in self._pools.values():
+            pool.clear()
+
+    def stop(self) -> None:
+        """Cancel running requests and refuse new ones.
+
+        Without it, a cancelled transfer could wait ten minutes for a slow registry.
+        """
+        self.stopped.set()
+        with self._guard:
+            connections = list(self._connections)
+        for connection in connections:
+            _shut_down(connection)
+
+    def check_stopped(self) -> None:
+        """Raise `CacheError` if requests are cancelled."""
+        if self.stopped.is_set():
+            raise CacheError("cancelled: another transfer failed")
+
+    def get_pool(self, url: str, *, is_ours: bool) -> urllib3.PoolManager:
+        """Return the connection pool for a URL, through a proxy if the environment sets one.
+
+        Args:
+            url: the URL of a request.
+            is_ours: whether the URL belongs to the registry itself.
+        """
+        parts = parse_url(url)
+        proxy = None if proxy_bypass(parts.host or "") else getproxies().get(parts.scheme or "")
+        key = is_ours, parts.scheme, proxy
+        with self._guard:
+            if key not in self._pools:
+                context = make_tls_context(self._registry if is_ours else None) if parts.scheme == "https" else None
+                if proxy:
+                    login = _build_proxy_headers(proxy)
+                    pool: urllib3.PoolManager = urllib3.ProxyManager(
+                        proxy, proxy_headers=login, maxsize=_MAX_CONNECTIONS, ssl_context=context
+                    )
+                else:
+                    pool = urllib3.PoolManager(maxsize=_MAX_CONNECTIONS, ssl_context=context)
+                pool.pool_classes_by_scheme = self._pool_classes
+                self._pools[key] = pool
+            return self._pools[key]
+
+    def _connect(self, connection: HTTPConnection, connect: Callable[[], None]) -> None:
+        """Connect in a thread, which is abandoned on a stop because connecting cannot be cancelled."""
+        future = Future[None]()
+
+        def run() -> None:
+            try:
+                connect()
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+
+        if not start(threading.Thread(target=run, daemon=True)):
+            run()
+        while wait([future], _POLL_SECONDS).not_done:
+            self.check_stopped()
+        future.result()
+        self._add_connection(connection)
+
+    def _add_connection(self, connection: HTTPConnection) -> None:
+        with self._guard:
+            self._connections.add(connection)
+        if self.stopped.is_set():
+            _shut_down(connection)
+
+
+def _create_pool_classes(
+    connect: Callable[[HTTPConnection, Callable[[], None]], None],
+) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    """Return urllib3 pool classes by scheme.
+
+    Each connection calls ``connect`` with itself and its original connect method.
+    """
+
+    class Plain(HTTPConnection):
+        def connect(self) -> None:
+            connect(self, super().connect)
+
+    class Secure(HTTPSConnection):
+        def connect(self) -> None:
+            connect(self, super().connect)
+
+    class PlainPool(urllib3.HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class SecurePool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = Secure
+
+    return {"http": PlainPool, "https": SecurePool}
+
+
+def _shut_down(connection: HTTPConnection) -> None:
+    """Shut a connection down, so that a thread waiting for it sees its end."""
+    if isinstance(connection.sock, socket.socket):
+        with ignore_os_errors():
+            # The TLS socket's own shutdown would drop the TLS state that the thread still uses.
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
+
+def _build_proxy_headers(proxy: str) -> dict[str, str]:
+    login = parse_url(proxy).auth
+    return make_headers(proxy_basic_auth=login) if login else {}

@@ -1,0 +1,32 @@
+"""Compare and build URLs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from urllib.parse import urlencode
+
+from urllib3.util import parse_url
+
+from cachedb.errors import RegistryError
+
+__all__ = ["origin", "with_query"]
+
+
+def origin(url: str) -> tuple[str, str | None, int | None]:
+    """Return the scheme, host and port of a URL; credentials are sent only to the same origin.
+
+    Raises:
+        RegistryError: if it is not a URL. The message does not quote it, because it may contain a secret.
+    """
+    try:
+        # Parse with urllib3, as the connection does: another parser may find another host.
+        parts = parse_url(url)
+    except ValueError:
+        raise RegistryError("a registry sent an invalid URL") from None
+    scheme = parts.scheme or ""
+    return scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(scheme)
+
+
+def with_query(url: str, values: Mapping[str, str]) -> str:
+    """Append values to the query of a URL."""
+    return f"{url}{'&' if '?' in url else '?'}{urlencode(values)}"
