@@ -336,6 +336,11 @@ MUTATIONS = [
     # Registries
     Mutation("credentials are not sent to another host", "cachedb/transports/registry/client.py", 'if authorization and is_ours else {}', 'if authorization else {}', "tests/operations/test_pull.py"),
     Mutation("a redirect from HTTPS to HTTP is refused", "cachedb/transports/registry/client.py", 'not in ({"https"} if origin(url)[0] == "https" else {"http", "https"})', 'not in {"http", "https"}', "tests/operations/test_pull.py"),
+    Mutation("loopback has no proxy", "cachedb/transports/registry/proxies.py", '    if host == "localhost" or (address and address.is_loopback):\n', '    if host == "localhost":\n', "tests/transports/registry/test_proxies.py"),
+    Mutation("a port in no_proxy is compared", "cachedb/transports/registry/proxies.py", "    if wanted and int(wanted) != port:\n", "    if False:\n", "tests/transports/registry/test_proxies.py"),
+    Mutation("no_proxy lists networks", "cachedb/transports/registry/proxies.py", "return address is not None and address in ip_network(entry, strict=False)", "return False", "tests/transports/registry/test_proxies.py"),
+    Mutation("the login of a proxy is percent-decoded", "cachedb/transports/registry/proxies.py", 'f"{unquote(user)}:{unquote(password)}"', 'f"{user}:{password}"', "tests/transports/registry/test_proxies.py"),
+    Mutation("a CGI script ignores HTTP_PROXY", "cachedb/transports/registry/proxies.py", 'names = ["http_proxy"] if scheme == "http" and "REQUEST_METHOD" in os.environ else', 'names =', "tests/transports/registry/test_proxies.py"),
     Mutation("two processes do not download the same blob", "cachedb/operations/pull.py", "        key = downloads.claim_key(blob.digest)\n", "        key = str(id(blob))\n", "tests/operations/test_pull.py"),
     Mutation("a download whose earlier part is damaged starts again", "cachedb/transports/registry/source.py", "            if not has_part:\n", "            if True:\n", "tests/operations/test_pull.py"),
     Mutation("a download keeps its name until it is stored", "cachedb/content/publish.py", "    with os_errors(\"write to the cache\"):\n        os.link(path, named.name, dst_dir_fd=folder, follow_symlinks=False)\n", "    with os_errors(\"write to the cache\"):\n        os.rename(path, named.name, dst_dir_fd=folder)\n", "tests/operations/test_pull.py"),

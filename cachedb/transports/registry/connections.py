@@ -7,15 +7,15 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Final
-from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.util import make_headers, parse_url
+from urllib3.util import parse_url
 
 from cachedb.errors import CacheError, ignore_os_errors
 from cachedb.threads import start
+from cachedb.transports.registry.proxies import Proxy, find_proxy
 from cachedb.transports.registry.tls import make_tls_context
 
 __all__ = ["Connections"]
@@ -38,7 +38,7 @@ class Connections:
         """Set when requests are cancelled."""
         self._registry = registry
         self._guard = threading.RLock()
-        self._pools: dict[tuple[bool, str | None, str | None], urllib3.PoolManager] = {}
+        self._pools: dict[tuple[bool, str | None, Proxy | None], urllib3.PoolManager] = {}
         self._connections: WeakSet[HTTPConnection] = WeakSet()
         self._pool_classes = _create_pool_classes(self._connect)
 
@@ -69,17 +69,19 @@ class Connections:
         Args:
             url: the URL of a request.
             is_ours: whether the URL belongs to the registry itself.
+
+        Raises:
+            RegistryError: if the environment names an invalid proxy.
         """
-        parts = parse_url(url)
-        proxy = None if proxy_bypass(parts.host or "") else getproxies().get(parts.scheme or "")
-        key = is_ours, parts.scheme, proxy
+        scheme, proxy = parse_url(url).scheme, find_proxy(url)
+        key = is_ours, scheme, proxy
         with self._guard:
             if key not in self._pools:
-                context = make_tls_context(self._registry if is_ours else None) if parts.scheme == "https" else None
+                context = make_tls_context(self._registry if is_ours else None) if scheme == "https" else None
                 if proxy:
-                    login = _build_proxy_headers(proxy)
+                    login = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
                     pool: urllib3.PoolManager = urllib3.ProxyManager(
-                        proxy, proxy_headers=login, maxsize=_MAX_CONNECTIONS, ssl_context=context
+                        proxy.url, proxy_headers=login, maxsize=_MAX_CONNECTIONS, ssl_context=context
                     )
                 else:
                     pool = urllib3.PoolManager(maxsize=_MAX_CONNECTIONS, ssl_context=context)
@@ -143,8 +145,3 @@ def _shut_down(connection: HTTPConnection) -> None:
         with ignore_os_errors():
             # The TLS socket's own shutdown would drop the TLS state that the thread still uses.
             socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
-
-
-def _build_proxy_headers(proxy: str) -> dict[str, str]:
-    login = parse_url(proxy).auth
-    return make_headers(proxy_basic_auth=login) if login else {}
