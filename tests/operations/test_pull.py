@@ -828,7 +828,7 @@ def test_a_tls_error_says_what_to_do(
         cache.pull(f"{remote.host}/app:1", plain_http=False)
     out_of_date = ssl.SSLCertVerificationError("certificate has expired")
     out_of_date.verify_code = 10
-    assert "clock" in tls.advise_on_tls("registry:5000", SSLError(out_of_date))
+    assert "clock" in tls.advise_on_tls("registry:5000", tls.Certificates((), ()), SSLError(out_of_date))
 
 
 def test_connection_errors_are_printed_without_python_objects(

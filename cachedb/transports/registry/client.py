@@ -47,6 +47,14 @@ Body = bytes | str | Iterable[bytes]
 """The body of a request. An iterable must start again at each iteration, because a retry sends the body again."""
 
 
+class _NoAnswer(Exception):
+    """A request to a URL got no answer."""
+
+    def __init__(self, url: str, error: HTTPError) -> None:
+        super().__init__(url, error)
+        self.url, self.error = url, error
+
+
 class Client:
     """HTTP client for one repository; safe to use from several threads."""
 
@@ -105,12 +113,12 @@ class Client:
             sent = self._authorization.header
             try:
                 response, is_ours = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
-            except HTTPError as error:
-                if tries == TRIES or _is_final(error):
-                    raise self._explain_unreachable(error) from None  # urllib3's error may contain credentials
+            except _NoAnswer as failure:
+                if tries == TRIES or _is_final(failure.error):
+                    raise self._explain_unreachable(failure) from None  # urllib3's error may contain credentials
                 self.pause(tries, None)
                 if failed is not None:
-                    raise self._explain_unreachable(error) from None
+                    raise self._explain_unreachable(failure) from None
                 continue
             if response.status in good:
                 return response
@@ -142,16 +150,19 @@ class Client:
             self._connections.check_stopped()
             is_ours = origin(url) == origin(self.place.url)
             secret = {"Authorization": authorization} if authorization and is_ours else {}
-            response = self._connections.get_pool(url, is_ours=is_ours).request(
-                method,
-                url,
-                body=body,
-                headers={"User-Agent": "cachedb", "Accept-Encoding": "identity", **headers, **secret},
-                redirect=False,
-                retries=False,
-                timeout=_TIMEOUT if body is None else _BODY_TIMEOUT,
-                preload_content=False,
-            )
+            try:
+                response = self._connections.get_pool(url, is_ours=is_ours).request(
+                    method,
+                    url,
+                    body=body,
+                    headers={"User-Agent": "cachedb", "Accept-Encoding": "identity", **headers, **secret},
+                    redirect=False,
+                    retries=False,
+                    timeout=_TIMEOUT if body is None else _BODY_TIMEOUT,
+                    preload_content=False,
+                )
+            except HTTPError as error:
+                raise _NoAnswer(url, error) from error
             location = response.get_redirect_location()
             if not location or not redirects:
                 with suppress(KeyError, ValueError):  # Location is relative to the URL that answered
@@ -194,12 +205,15 @@ class Client:
         _sleep(seconds, self._connections.stopped)
         return True
 
-    def _explain_unreachable(self, error: HTTPError) -> RegistryError:
-        """Return the error for a registry that did not answer."""
-        host = self.place.registry
+    def _explain_unreachable(self, failure: _NoAnswer) -> RegistryError:
+        """Return the error for a request without an answer."""
+        host, error = self.place.registry, failure.error
         reason = getattr(error, "reason", None) or error
         if isinstance(error, SSLError) and _is_final(error):
-            return RegistryError(f"{host} cannot be trusted: {to_one_line(reason)}; {advise_on_tls(host, error)}")
+            is_ours = origin(failure.url) == origin(self.place.url)
+            certificates = self._connections.find_certificates(failure.url, is_ours=is_ours)
+            advice = advise_on_tls(host, certificates, error)
+            return RegistryError(f"{host} cannot be trusted: {to_one_line(reason)}; {advice}")
         if isinstance(error, NameResolutionError):
             return RegistryUnavailable(f"{host} cannot be resolved: check the name and the network")
         return RegistryUnavailable(f"{host} cannot be reached: {to_one_line(reason)}")

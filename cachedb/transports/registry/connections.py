@@ -16,7 +16,8 @@ from urllib3.util import parse_url
 from cachedb.errors import CacheError, ignore_os_errors
 from cachedb.threads import start
 from cachedb.transports.registry.proxies import Proxy, find_proxy
-from cachedb.transports.registry.tls import make_tls_context
+from cachedb.transports.registry.tls import Certificates, find_certificates, make_tls_context
+from cachedb.transports.registry.urls import host_of
 
 __all__ = ["Connections"]
 
@@ -38,7 +39,7 @@ class Connections:
         """Set when requests are cancelled."""
         self._registry = registry
         self._guard = threading.RLock()
-        self._pools: dict[tuple[bool, str | None, Proxy | None], urllib3.PoolManager] = {}
+        self._pools: dict[tuple[Certificates | None, str | None, Proxy | None], urllib3.PoolManager] = {}
         self._connections: WeakSet[HTTPConnection] = WeakSet()
         self._pool_classes = _create_pool_classes(self._connect)
 
@@ -71,13 +72,14 @@ class Connections:
             is_ours: whether the URL belongs to the registry itself.
 
         Raises:
-            RegistryError: if the environment names an invalid proxy.
+            RegistryError: if the environment names an invalid proxy, or a client certificate cannot be used.
         """
         scheme, proxy = parse_url(url).scheme, find_proxy(url)
-        key = is_ours, scheme, proxy
+        certificates = self.find_certificates(url, is_ours=is_ours) if scheme == "https" else None
+        key = certificates, scheme, proxy
         with self._guard:
             if key not in self._pools:
-                context = make_tls_context(self._registry if is_ours else None) if scheme == "https" else None
+                context = make_tls_context(certificates) if certificates else None
                 if proxy:
                     login = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
                     pool: urllib3.PoolManager = urllib3.ProxyManager(
@@ -88,6 +90,10 @@ class Connections:
                 pool.pool_classes_by_scheme = self._pool_classes
                 self._pools[key] = pool
             return self._pools[key]
+
+    def find_certificates(self, url: str, *, is_ours: bool) -> Certificates:
+        """Return the certificates of podman and Docker for a URL; see `get_pool`."""
+        return find_certificates(self._registry, None if is_ours else host_of(url))
 
     def _connect(self, connection: HTTPConnection, connect: Callable[[], None]) -> None:
         """Connect in a thread, which is abandoned on a stop because connecting cannot be cancelled."""

@@ -9,7 +9,7 @@ from urllib3.util import parse_url
 
 from cachedb.errors import RegistryError
 
-__all__ = ["origin", "with_query"]
+__all__ = ["host_of", "origin", "with_query"]
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
@@ -25,6 +25,12 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
         raise RegistryError("a registry sent an invalid URL") from None
     scheme = parts.scheme or ""
     return scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(scheme)
+
+
+def host_of(url: str) -> str:
+    """Return the ``host[:port]`` of a URL."""
+    parts = parse_url(url)
+    return f"{parts.host}:{parts.port}" if parts.port else parts.host or ""
 
 
 def with_query(url: str, values: Mapping[str, str]) -> str:
