@@ -803,6 +803,7 @@ class Cache:
         allow_stale: bool = False,
         referrers: bool = False,
         plain_http: bool | None = None,
+        tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
@@ -824,6 +825,8 @@ class Cache:
                 specification, "Listing Referrers"). The registry is asked for them even if the image is complete here,
                 unless ``if_missing`` is set.
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            tls_verify: if False, accept any certificate, and use HTTP if HTTPS fails; the default is to verify, except
+                for what is ``insecure`` in registries.conf.
             authfile: a file of credentials; the default is the files of podman and Docker.
             progress: called with the bytes done so far and the total.
             blob_progress: called with the progress of each blob.
@@ -835,6 +838,7 @@ class Cache:
             DigestMismatch: if downloaded content has a wrong digest or size.
         """
         from cachedb.operations.pull import pull
+        from cachedb.transports.registry.access import Access
 
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
@@ -849,8 +853,7 @@ class Cache:
             if_missing=if_missing,
             allow_stale=allow_stale,
             referrers=referrers,
-            plain_http=plain_http,
-            authfile=authfile,
+            access=Access(plain_http, tls_verify, authfile),
             progress=progress,
             blob_progress=blob_progress,
         )
@@ -864,6 +867,7 @@ class Cache:
         *,
         platform: str | None = None,
         plain_http: bool | None = None,
+        tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
@@ -877,6 +881,8 @@ class Cache:
             target: the name to push to; the default is the image's name. It leads to the same registry as in Docker.
             platform: ``os/architecture[/variant]``, to push one platform of an index as an image of its own.
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            tls_verify: if False, accept any certificate, and use HTTP if HTTPS fails; the default is to verify, except
+                for what is ``insecure`` in registries.conf.
             authfile: a file of credentials; the default is the files of podman and Docker.
             progress: called with the bytes done so far and the total.
             blob_progress: called with the progress of each blob.
@@ -890,13 +896,15 @@ class Cache:
             RegistryError: if the registry refuses or fails.
         """
         from cachedb.operations.push import Target, push_image
+        from cachedb.transports.registry.access import Access
 
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
         check_functions(progress=progress, blob_progress=blob_progress)
         source = Name.parse(name)
         pushed_name = Name.parse(target) if target is not None else source
-        with closing(Target(self.directory, pushed_name, plain_http=plain_http, authfile=authfile)) as pushed_to:
+        access = Access(plain_http, tls_verify, authfile)
+        with closing(Target(self.directory, pushed_name, access=access)) as pushed_to:
             return push_image(
                 self._database,
                 self._session,
@@ -914,6 +922,7 @@ class Cache:
         target: str | None = None,
         *,
         plain_http: bool | None = None,
+        tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
@@ -924,6 +933,7 @@ class Cache:
             repository: the repository in the cache, without a tag.
             target: the repository to push to, without a tag; the default is the same repository.
             plain_http: as for `push`.
+            tls_verify: as for `push`.
             authfile: as for `push`.
             progress: called for each image with the bytes done so far and the total.
             blob_progress: called with the progress of each blob.
@@ -935,6 +945,7 @@ class Cache:
             RegistryError: as for `push`.
         """
         from cachedb.operations.push import Target, push_image
+        from cachedb.transports.registry.access import Access
 
         check_paths(authfile=authfile, optional=True)
         check_functions(progress=progress, blob_progress=blob_progress)
@@ -946,7 +957,8 @@ class Cache:
         if not names:
             raise NotInCache(f"{repository} has no tags in the cache: `cachedb ls` lists all images", name=repository)
         target_names = [name._replace(repository=target or repository) for name in names]
-        with closing(Target(self.directory, target_names[0], plain_http=plain_http, authfile=authfile)) as pushed_to:
+        access = Access(plain_http, tls_verify, authfile)
+        with closing(Target(self.directory, target_names[0], access=access)) as pushed_to:
             for name, target_name in zip(names, target_names, strict=True):
                 yield push_image(
                     self._database,

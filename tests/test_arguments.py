@@ -51,6 +51,7 @@ FLAGS = {
     "allow_stale",
     "referrers",
     "plain_http",
+    "tls_verify",
 }
 
 

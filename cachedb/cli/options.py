@@ -25,13 +25,12 @@ __all__ = [
     "DurationParameter",
     "HoldParameter",
     "SizeParameter",
-    "authfile_option",
     "dry_run_option",
     "format_examples",
     "format_option",
     "parameters_option",
-    "plain_http_option",
     "quiet_option",
+    "registry_options",
     "row_format_option",
     "timeout_option",
 ]
@@ -97,16 +96,31 @@ format_option = click.option(
     show_default=True,
     help="How to print the result.",
 )
-plain_http_option = click.option(
-    "--plain-http/--tls",
-    "plain_http",
-    default=None,
-    help="Use HTTP or HTTPS.  [default: HTTP for localhost, else HTTPS]",
-)
-authfile_option = click.option(
-    "--authfile", type=click.Path(), help="A file of credentials.  [default: the files of podman and Docker]"
-)
 dry_run_option = click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be freed.")
+
+
+def registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how a registry is reached; their names are those of the fields of `Access`."""
+    options = (
+        click.option(
+            "--plain-http/--tls",
+            "plain_http",
+            default=None,
+            help="Use HTTP or HTTPS.  [default: HTTP for localhost, else HTTPS]",
+        ),
+        click.option(
+            "--tls-verify",
+            metavar="true|false",
+            type=bool,
+            help="With false, accept any certificate, and use HTTP if HTTPS fails.  [default: as in registries.conf]",
+        ),
+        click.option(
+            "--authfile", type=click.Path(), help="A file of credentials.  [default: the files of podman and Docker]"
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def quiet_option(what: str) -> Callable[[Any], Any]:

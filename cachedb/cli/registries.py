@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cachedb.cli.context import open_cache
-from cachedb.cli.options import NAME, authfile_option, format_examples, format_option, plain_http_option, quiet_option
+from cachedb.cli.options import NAME, format_examples, format_option, quiet_option, registry_options
 from cachedb.cli.output import print_images, print_json, print_table
 from cachedb.cli.progress import show_transfer
 from cachedb.text import format_size, printable, shorten_digest
@@ -37,8 +37,7 @@ __all__ = []
 @click.option("--if-missing", is_flag=True, help="Do not contact the registry for an image that is complete here.")
 @click.option("--allow-stale", is_flag=True, help="Use the cached image if the registry is unreachable.")
 @click.option("--referrers", is_flag=True, help="Also pull signatures, SBOMs and other referrers of the images.")
-@plain_http_option
-@authfile_option
+@registry_options
 @format_option
 @quiet_option("the images' names")
 def pull(
@@ -48,16 +47,16 @@ def pull(
     if_missing: bool,
     allow_stale: bool,
     referrers: bool,
-    plain_http: bool | None,
-    authfile: str | None,
     form: str,
     quiet: bool,
+    **access: Any,  # noqa: ANN401 - the options of `registry_options`
 ) -> None:
     """Pull images from their registries, downloading only missing blobs.
 
     A NAME without a registry belongs to Docker Hub. localhost is contacted over HTTP. The image is stored under NAME as
     given. Only the host's platform of a multi-platform image is pulled, unless --platform or --all-platforms is given.
     CACHEDB_MIRRORS="REGISTRY=[http://]HOST[:PORT][/PREFIX] ..." lists mirrors to try first.
+    Mirrors, locations and aliases of podman's registries.conf are used too.
     """
     if platform and all_platforms:
         raise click.UsageError("--platform and --all-platforms exclude each other: give one of them")
@@ -76,8 +75,7 @@ def pull(
                         if_missing=if_missing,
                         allow_stale=allow_stale,
                         referrers=referrers,
-                        plain_http=plain_http,
-                        authfile=authfile,
+                        **access,
                         **callbacks,
                     )
                 found.append(pulled.image)
@@ -99,8 +97,7 @@ def pull(
 @click.argument("target", required=False, type=NAME)
 @click.option("-a", "--all-tags", is_flag=True, help="Push all tags of the repository NAME to the repository TARGET.")
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Push one platform of a multi-platform image.")
-@plain_http_option
-@authfile_option
+@registry_options
 @format_option
 @quiet_option("the pushed images' names by digest")
 def push(
@@ -108,10 +105,9 @@ def push(
     target: str | None,
     all_tags: bool,
     platform: str | None,
-    plain_http: bool | None,
-    authfile: str | None,
     form: str,
     quiet: bool,
+    **access: Any,  # noqa: ANN401 - the options of `registry_options`
 ) -> None:
     """Push an image to a registry, uploading only missing blobs.
 
@@ -120,14 +116,13 @@ def push(
     """
     if all_tags and platform:
         raise click.UsageError("--all-tags and --platform exclude each other: give one of them")
-    options: dict[str, Any] = {"plain_http": plain_http, "authfile": authfile}
     found: list[Pushed] = []
     try:
         with open_cache() as cache, show_transfer(f"pushing {name}", quiet=quiet) as callbacks:
             if all_tags:
-                found.extend(cache.push_tags(name, target, **options, **callbacks))
+                found.extend(cache.push_tags(name, target, **access, **callbacks))
             else:
-                found.append(cache.push(name, target, platform=platform, **options, **callbacks))
+                found.append(cache.push(name, target, platform=platform, **access, **callbacks))
     finally:  # print the tags that were pushed before a failure
         _print_pushed(found, form, quiet=quiet)
 

@@ -6,7 +6,6 @@ resumes where it stopped. The image appears only when it is complete.
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import closing, suppress
 from io import BytesIO
@@ -42,6 +41,7 @@ from cachedb.oci.names import Name
 from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, sum_progress
 from cachedb.text import shorten
 from cachedb.threads import in_threads
+from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
 from cachedb.transports.registry.source import Root, Source
 
 __all__ = ["Pulled", "pull"]
@@ -70,8 +70,7 @@ def pull(
     if_missing: bool = False,
     allow_stale: bool = False,
     referrers: bool = False,
-    plain_http: bool | None = None,
-    authfile: str | os.PathLike[str] | None = None,
+    access: Access = DEFAULT_ACCESS,
     progress: Progress | None = None,
     blob_progress: BlobProgress | None = None,
 ) -> Pulled:
@@ -86,8 +85,7 @@ def pull(
         if_missing: do not contact the registry for an image that is complete here, even if its tag has moved.
         allow_stale: use the cached image if no registry is reachable.
         referrers: also pull the image's referrers and attach them.
-        plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
-        authfile: a file of credentials; the default is those of podman and Docker.
+        access: how to reach the registry.
         progress: called with the bytes done and the total.
         blob_progress: called with the progress of each blob.
 
@@ -103,8 +101,7 @@ def pull(
             name,
             platform=platform,
             all_platforms=all_platforms,
-            plain_http=plain_http,
-            authfile=authfile,
+            access=access,
         )
     ) as source:
         work = _Pull(database, session, source, platform, referrers, progress, blob_progress)

@@ -6,7 +6,6 @@ name never points to an incomplete image.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -29,8 +28,10 @@ from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
 from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, sum_progress
 from cachedb.threads import in_threads
+from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
 from cachedb.transports.registry.places import place
 from cachedb.transports.registry.repository import Repository
+from cachedb.transports.registry.routes import push_place
 
 __all__ = ["Pushed", "Target", "push", "push_image"]
 
@@ -60,18 +61,16 @@ class Target:
         directory: Path,
         name: Name,
         *,
-        plain_http: bool | None = None,
-        authfile: str | os.PathLike[str] | None = None,
+        access: Access = DEFAULT_ACCESS,
     ) -> None:
         """Create a target without sending anything.
 
         Args:
             directory: the cache directory.
             name: the name at the registry.
-            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
-            authfile: a file of credentials; the default is those of podman and Docker.
+            access: how to reach the registry.
         """
-        self.repository = Repository(place(name, plain_http=plain_http), authfile=authfile, push=True)
+        self.repository = Repository(push_place(name, access), access, push=True)
         self._directory = directory
         self._known: set[Digest] = set()  # blobs that the repository has; the tags of a repository share blobs
 

@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 import pytest
 
 from cachedb.oci.manifests import OCI_INDEX
-from cachedb.transports.registry import client
+from cachedb.transports.registry import client, registries_conf
 from tests.conftest import find_peer
 from tests.support.faults import Answer, Call, Server, parse_query
 from tests.support.make import ImageContent, digest_of
@@ -55,11 +55,14 @@ SKIPPED_PAUSE_SECONDS: list[float] = []
 
 @pytest.fixture(autouse=True)
 def isolate_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Hide the user's credentials, mirrors and proxies, and skip the client's pauses."""
+    """Hide the user's and the system's configuration of registries, and skip the client's pauses."""
     for name in [*os.environ]:
-        if name.lower().endswith("_proxy") or name.startswith(("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_")):
+        if name.lower().endswith("_proxy") or name.startswith(
+            ("CACHEDB_MIRRORS", "REGISTRY_", "XDG_", "DOCKER_", "CONTAINERS_")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(registries_conf, "_SYSTEM_FOLDER", str(tmp_path / "etc"))
     monkeypatch.setattr(client, "_sleep", lambda seconds, stopped: SKIPPED_PAUSE_SECONDS.append(seconds))
     SKIPPED_PAUSE_SECONDS.clear()
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import urllib3
 from cachedb.errors import RegistryError
 from cachedb.text import shorten
 from cachedb.transports.registry import credentials
+from cachedb.transports.registry.access import Access
 from cachedb.transports.registry.answers import read_body
 from cachedb.transports.registry.places import Place
 from cachedb.transports.registry.urls import origin, with_query
@@ -44,7 +44,7 @@ class Authorization:
     def __init__(
         self,
         place: Place,
-        authfile: str | os.PathLike[str] | None,
+        access: Access,
         ask: _Ask,
         stopped: threading.Event,
         *,
@@ -54,21 +54,22 @@ class Authorization:
 
         Args:
             place: the place of the repository.
-            authfile: a file of credentials; None for the usual files.
+            access: how to reach the registry.
             ask: sends a request for a token.
             stopped: set to cancel a credential helper.
             push: request tokens with write access from the start.
         """
         self.header = ""
         """The value of the header that is sent; empty for anonymous access."""
-        self._place, self._authfile, self._push = place, authfile, push
+        self._place, self._access, self._push = place, access, push
         self._ask, self._stopped = ask, stopped
         self._lock = threading.RLock()
 
-    def renew(self, challenges: Sequence[str], sent: str) -> Literal["renewed", "changed", "missing"]:
+    def renew(self, url: str, challenges: Sequence[str], sent: str) -> Literal["renewed", "changed", "missing"]:
         """Get the authorization for a refused request.
 
         Args:
+            url: the URL of the request.
             challenges: the values of the WWW-Authenticate headers.
             sent: the authorization that was refused.
 
@@ -85,7 +86,7 @@ class Authorization:
                 return "changed"  # the new token may still lack our scope; then the caller asks again
             if "bearer" in known:
                 challenge = {key.lower(): quoted or bare for key, quoted, bare in _CHALLENGE.findall(known["bearer"])}
-                self.header = f"Bearer {self._request_token(challenge)}"
+                self.header = f"Bearer {self._request_token(url, challenge)}"
                 return "renewed"
             login = self._find_login()
             if "basic" not in known or login is None or not login.password:
@@ -94,13 +95,15 @@ class Authorization:
             return "renewed"
 
     def _find_login(self) -> credentials.Credentials | None:
-        return credentials.find(self._place.registry, self._place.repository, self._authfile, stopped=self._stopped)
+        return credentials.find(
+            self._place.registry, self._place.repository, self._access.authfile, stopped=self._stopped
+        )
 
-    def _request_token(self, challenge: Mapping[str, str]) -> str:
+    def _request_token(self, url: str, challenge: Mapping[str, str]) -> str:
         """Request a token from the token server that a challenge names."""
         realm = challenge.get("realm", "")
         scheme, host, _ = origin(realm)
-        if scheme not in ("http", "https") or (self._place.url.startswith("https:") and scheme != "https"):
+        if scheme not in ("http", "https") or (origin(url)[0] == "https" and scheme != "https"):
             raise RegistryError(
                 f"{self._place.registry}: the scheme of the token server {shorten(realm)} is not allowed"
             )

@@ -8,7 +8,6 @@ appear in an error.
 from __future__ import annotations
 
 import email.utils
-import os
 import random
 import ssl
 import threading
@@ -23,6 +22,7 @@ from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionErro
 from urllib3.util import Timeout
 
 from cachedb.errors import RegistryError, RegistryUnavailable
+from cachedb.transports.registry.access import Access
 from cachedb.transports.registry.answers import read_error_detail, to_one_line
 from cachedb.transports.registry.authorization import Authorization
 from cachedb.transports.registry.connections import Connections
@@ -58,17 +58,18 @@ class _NoAnswer(Exception):
 class Client:
     """HTTP client for one repository; safe to use from several threads."""
 
-    def __init__(self, place: Place, authfile: str | os.PathLike[str] | None, *, push: bool = False) -> None:
+    def __init__(self, place: Place, access: Access, *, push: bool = False) -> None:
         """Create a client without sending anything.
 
         Args:
             place: the place of the repository.
-            authfile: a file of credentials; None for the usual files.
+            access: how to reach the registry.
             push: request tokens with write access from the start.
         """
         self.place = place
-        self._connections = Connections(place.registry)
-        self._authorization = Authorization(place, authfile, self.request, self._connections.stopped, push=push)
+        self._guard = threading.RLock()
+        self._connections = Connections(place.registry, verify=place.is_verified)
+        self._authorization = Authorization(place, access, self.request, self._connections.stopped, push=push)
 
     def close(self) -> None:
         """Close all connections."""
@@ -77,6 +78,21 @@ class Client:
     def stop(self) -> None:
         """Cancel running requests and refuse new ones."""
         self._connections.stop()
+
+    def find_url(self) -> str:
+        """Return the scheme and host of the registry.
+
+        An insecure place is asked over HTTPS first, and uses HTTP if that fails.
+        """
+        with self._guard:
+            if self.place.allows_http:
+                url = self.place.url
+                try:
+                    self._send("GET", f"{url}/v2/", {}, "", None, redirects=False)[0].close()
+                except _NoAnswer:
+                    url = f"http://{url.partition('://')[2]}"
+                self.place = self.place._replace(url=url, allows_http=False)
+            return self.place.url
 
     def request(
         self,
@@ -125,7 +141,7 @@ class Client:
             with response:
                 # Only the registry itself may name a token server, not the target of a redirect.
                 if response.status == 401 and is_ours and not has_asked and tries < TRIES:
-                    outcome = self._authorization.renew(response.headers.getlist("WWW-Authenticate"), sent)
+                    outcome = self._authorization.renew(url, response.headers.getlist("WWW-Authenticate"), sent)
                     if outcome == "missing":
                         raise self.refusal(self.place.repository, response)
                     has_asked = outcome == "renewed"

@@ -29,15 +29,16 @@ _MAX_CONNECTIONS: Final = 16  # kept open to one host
 class Connections:
     """The connections of one client; safe to use from several threads."""
 
-    def __init__(self, registry: str) -> None:
+    def __init__(self, registry: str, *, verify: bool = True) -> None:
         """Create the connections without opening any.
 
         Args:
             registry: the registry's ``host[:port]``, whose certificates are used.
+            verify: whether to verify the certificates of servers.
         """
         self.stopped = threading.Event()
         """Set when requests are cancelled."""
-        self._registry = registry
+        self._registry, self._verify = registry, verify
         self._guard = threading.RLock()
         self._pools: dict[tuple[Certificates | None, str | None, Proxy | None], urllib3.PoolManager] = {}
         self._connections: WeakSet[HTTPConnection] = WeakSet()
@@ -79,7 +80,7 @@ class Connections:
         key = certificates, scheme, proxy
         with self._guard:
             if key not in self._pools:
-                context = make_tls_context(certificates) if certificates else None
+                context = make_tls_context(certificates, verify=self._verify) if certificates else None
                 if proxy:
                     login = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
                     pool: urllib3.PoolManager = urllib3.ProxyManager(
@@ -135,6 +136,7 @@ def _create_pool_classes(
     class Secure(HTTPSConnection):
         def connect(self) -> None:
             connect(self, super().connect)
+            self.is_verified = True  # urllib3 would warn, but the user wants it
 
     class PlainPool(urllib3.HTTPConnectionPool):
         ConnectionCls = Plain

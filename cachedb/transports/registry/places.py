@@ -10,7 +10,7 @@ from cachedb.errors import InvalidName
 from cachedb.oci.names import Name
 from cachedb.text import shorten
 
-__all__ = ["Place", "mirrors", "place"]
+__all__ = ["Place", "build_place", "mirrors", "place"]
 
 
 class Place(NamedTuple):
@@ -19,6 +19,8 @@ class Place(NamedTuple):
     url: str  # scheme and host of the registry
     registry: str  # host[:port] as credentials know it; docker.io for Docker Hub
     repository: str
+    is_verified: bool = True  # whether the certificates of the registry, and of hosts it leads to, are verified
+    allows_http: bool = False  # whether HTTP is used if HTTPS fails
 
 
 _HUB: Final = "docker.io"
@@ -38,6 +40,11 @@ def place(name: Name, *, plain_http: bool | None = None) -> Place:
     """
     registry, _, repository = str(Name.parse(name).qualified()).partition("/")
     repository = repository.removesuffix(f"{'@' if name.digest else ':'}{name.reference}")
+    return build_place(registry, repository, plain_http=plain_http)
+
+
+def build_place(registry: str, repository: str, *, plain_http: bool | None) -> Place:
+    """Return the place of a repository; see `place`."""
     plain = bool(_LOOPBACK.fullmatch(registry)) if plain_http is None else plain_http
     host = "registry-1.docker.io" if registry in (_HUB, "index.docker.io") else registry
     if not _has_valid_port(host):

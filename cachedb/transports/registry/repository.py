@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +33,7 @@ from cachedb.oci.manifests import (
 )
 from cachedb.oci.names import Name
 from cachedb.progress import Advance
+from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
 from cachedb.transports.registry.answers import drain_after, read_body, to_one_line
 from cachedb.transports.registry.client import TRIES, Client
 from cachedb.transports.registry.places import Place
@@ -64,16 +64,16 @@ class Fetched(NamedTuple):
 class Repository:
     """A repository at a registry; safe to use from several threads."""
 
-    def __init__(self, place: Place, *, authfile: str | os.PathLike[str] | None = None, push: bool = False) -> None:
+    def __init__(self, place: Place, access: Access = DEFAULT_ACCESS, *, push: bool = False) -> None:
         """Create a repository without sending anything.
 
         Args:
             place: the place of the repository.
-            authfile: a file of credentials; None for the usual files.
+            access: how to reach the registry.
             push: whether the repository will be written to.
         """
         self.place = place
-        self._client = Client(place, authfile, push=push)
+        self._client = Client(place, access, push=push)
 
     def close(self) -> None:
         """Close all connections."""
@@ -334,7 +334,7 @@ class Repository:
         self._put(_build_referrers_tag(subject), OCI_INDEX, json.dumps(index).encode())
 
     def _build_url(self, path: str) -> str:
-        return f"{self.place.url}/v2/{self.place.repository}/{path}"
+        return f"{self._client.find_url()}/v2/{self.place.repository}/{path}"
 
     def _format_name(self, reference: str) -> str:
         return str(Name(self.place.repository, reference))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,8 +18,9 @@ from cachedb.oci.manifests import DOCUMENT_LIMIT, Descriptor
 from cachedb.oci.names import Name
 from cachedb.progress import Advance
 from cachedb.text import shorten
-from cachedb.transports.registry.places import mirrors, place
+from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
 from cachedb.transports.registry.repository import Repository
+from cachedb.transports.registry.routes import pull_places
 
 __all__ = ["Root", "Source"]
 
@@ -53,8 +53,7 @@ class Source:
         *,
         platform: str | None = None,
         all_platforms: bool = False,
-        plain_http: bool | None = None,
-        authfile: str | os.PathLike[str] | None = None,
+        access: Access = DEFAULT_ACCESS,
     ) -> None:
         """Create a source without sending anything.
 
@@ -63,15 +62,13 @@ class Source:
             name: the image's name.
             platform: ``os/architecture[/variant]``; the default is the host's.
             all_platforms: pull all children of an index.
-            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
-            authfile: a file of credentials; the default is those of podman and Docker.
+            access: how to reach the registry.
         """
         self.name = name
         self.wanted = None if all_platforms else (platform or oci.host_platform())
         self.documents: dict[Digest, bytes] = {}
         """The bytes of the manifests and indexes read so far, from the registry or the cache."""
-        places = [*mirrors(name), place(name, plain_http=plain_http)]
-        self.repositories: Sequence[Repository] = [Repository(where, authfile=authfile) for where in places]
+        self.repositories: Sequence[Repository] = [Repository(where, access) for where in pull_places(name, access)]
         self._directory = directory
 
     @property

@@ -15,7 +15,7 @@ from cachedb import Cache, InvalidName, RegistryError, RegistryUnavailable
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 from cachedb.oci.names import Name
-from cachedb.transports.registry import answers, authorization, client, places
+from cachedb.transports.registry import access, answers, authorization, client, places
 from cachedb.transports.registry import repository as registry
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, change_headers, closed, redirect, retry_later, rewrite_body
@@ -223,7 +223,9 @@ def test_a_request_is_sent_at_most_five_times(remote: Registry) -> None:
 def test_a_token_is_requested_only_if_a_try_is_left_to_use_it(
     guarded: Registry, authfile: Path, failures: int, succeeds: bool
 ) -> None:
-    repository = registry.Repository(places.place(Name.parse(f"{guarded.host}/app:1")), authfile=authfile)
+    repository = registry.Repository(
+        places.place(Name.parse(f"{guarded.host}/app:1")), access.Access(authfile=authfile)
+    )
     guarded.fault(closed(), method="HEAD", times=failures, first=True)
     if succeeds:
         assert repository.digest("1") == IMAGE.digest

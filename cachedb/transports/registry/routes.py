@@ -1,0 +1,90 @@
+"""Choose the places from which an image is pulled, or to which it is pushed: mirrors, locations, TLS."""
+
+from __future__ import annotations
+
+from cachedb.errors import InvalidName, RegistryError
+from cachedb.oci.names import Name
+from cachedb.text import shorten
+from cachedb.transports.registry.access import Access
+from cachedb.transports.registry.places import Place, build_place, mirrors, place
+from cachedb.transports.registry.registries_conf import Configuration, Registry, read_configuration
+
+__all__ = ["pull_places", "push_place"]
+
+
+def pull_places(name: Name, access: Access) -> list[Place]:
+    """Return the places of an image in the order in which they are asked; the registry itself is the last.
+
+    The mirrors of ``CACHEDB_MIRRORS`` come first, then those of registries.conf.
+
+    Args:
+        name: the image's name; it may be an alias of registries.conf.
+        access: how to reach the registry. Mirrors have their own settings.
+
+    Raises:
+        InvalidName: if the name, or ``CACHEDB_MIRRORS``, has an invalid place.
+        RegistryError: if registries.conf is invalid, or blocks the registry.
+    """
+    configuration = read_configuration()
+    name = _resolve_alias(name, configuration)
+    origin = place(name, plain_http=access.plain_http)
+    full = f"{origin.registry}/{origin.repository}"
+    registry = _find_allowed(configuration, full)
+    if registry is None:
+        return [*mirrors(name), _secure(origin, access, insecure=False)]
+    rest, found = full[registry.match(full) :], list[Place]()
+    for mirror in registry.mirrors:
+        if mirror.pull_by in ("all", "digest-only" if name.digest else "tag-only"):
+            where = _locate(f"{mirror.location}{rest}", registry, plain_http=None)
+            found.append(_secure(where, Access(tls_verify=access.tls_verify or None), insecure=mirror.insecure))
+    if registry.location:
+        origin = _locate(f"{registry.location}{rest}", registry, plain_http=access.plain_http)
+    return [*mirrors(name), *found, _secure(origin, access, insecure=registry.insecure)]
+
+
+def push_place(name: Name, access: Access) -> Place:
+    """Return the place to which an image is pushed: its registry, without mirrors, locations and aliases.
+
+    Raises:
+        InvalidName: if the name has an invalid place.
+        RegistryError: if registries.conf is invalid, or blocks the registry.
+    """
+    origin = place(name, plain_http=access.plain_http)
+    registry = _find_allowed(read_configuration(), f"{origin.registry}/{origin.repository}")
+    return _secure(origin, access, insecure=bool(registry and registry.insecure))
+
+
+def _resolve_alias(name: Name, configuration: Configuration) -> Name:
+    alias = configuration.aliases.get(name.repository)
+    return name if alias is None else name._replace(repository=alias)
+
+
+def _find_allowed(configuration: Configuration, full: str) -> Registry | None:
+    """Return the configuration of ``registry/repository``, or None if there is none; raise if it is blocked."""
+    registry = configuration.find(full)
+    if registry and registry.blocked:
+        raise RegistryError(f"{full} is blocked: {registry.file!r} blocks {registry.prefix!r}")
+    return registry
+
+
+def _locate(location: str, registry: Registry, *, plain_http: bool | None) -> Place:
+    """Return the place of ``registry/repository`` in registries.conf."""
+    host, _, repository = location.partition("/")
+    try:
+        return build_place(host, repository, plain_http=plain_http)
+    except InvalidName as error:
+        raise RegistryError(f"{registry.file!r} has the location {shorten(location)}: {error}") from None
+
+
+def _secure(where: Place, access: Access, *, insecure: bool) -> Place:
+    """Return a place with the rules for its certificate.
+
+    An insecure place is asked over HTTPS without verification, and over HTTP if that fails, as by skopeo and podman.
+    """
+    if access.tls_verify is None and not insecure:
+        return where
+    if access.tls_verify:
+        return where
+    if access.plain_http is not None:
+        return where._replace(is_verified=False)
+    return where._replace(url=f"https://{where.url.partition('://')[2]}", is_verified=False, allows_http=True)
