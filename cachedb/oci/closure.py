@@ -21,7 +21,7 @@ from cachedb.oci.manifests import (
     subject_of,
 )
 from cachedb.oci.names import Name
-from cachedb.oci.platforms import host_platform, is_for, platform_label
+from cachedb.oci.platforms import choose_platform, host_platform, platform_label
 from cachedb.text import shorten
 
 __all__ = ["Closure", "choose", "choose_among", "read_closure", "walk"]
@@ -122,14 +122,14 @@ class Closure:
             return replace(self, root=images[0])
         asked = wanted or host_platform()
         labels = self.read_platforms(read)
-        for image, label in labels.items():
-            if is_for(label, asked):
-                return replace(self, root=image)
-        for blob in self.blobs:
-            if blob.role == "manifest" and blob.digest not in self.documents and is_for(blob.platform, asked):
-                raise NotInCache(
-                    f"{name} for platform {shorten(asked)} is not in the cache: pull it with --platform", name=name
-                )
+        absent = [blob for blob in self.blobs if blob.role == "manifest" and blob.digest not in self.documents]
+        chosen = choose_platform([*labels.items(), *((blob, blob.platform) for blob in absent)], asked)
+        if chosen in labels:
+            return replace(self, root=chosen)
+        if chosen:
+            raise NotInCache(
+                f"{name} for platform {shorten(asked)} is not in the cache: pull it with --platform", name=name
+            )
         known = ", ".join(sorted(labels.values()))
         raise NotInCache(
             f"{name} is not for platform {shorten(asked)}, but for {known}: choose one with --platform", name=name
@@ -224,9 +224,9 @@ def _parse_children(blob: Descriptor, data: bytes) -> list[Descriptor]:
 
 
 def choose(children: list[Descriptor], wanted: str) -> list[Descriptor]:
-    """Return an index's first child for a platform; if none matches, the children without a platform."""
-    first = next((child for child in children if is_for(child.platform, wanted)), None)
-    return [child for child in children if child is first or (first is None and child.platform is None)]
+    """Return an index's best child for a platform; if none matches, the children without a platform."""
+    best = choose_platform([(child, child.platform) for child in children], wanted)
+    return [best] if best else [child for child in children if child.platform is None]
 
 
 def walk(

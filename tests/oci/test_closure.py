@@ -26,7 +26,7 @@ def index(*entries: tuple[bytes, str, str]) -> bytes:
             "mediaType": media_type,
             "digest": digest_of(data),
             "size": len(data),
-            "platform": {"os": "linux", "architecture": architecture},
+            "platform": dict(zip(("architecture", "variant"), architecture.split("/"), strict=False), os="linux"),
             "annotations": {"kept": "yes"},
         }
         for data, media_type, architecture in entries
@@ -97,3 +97,13 @@ def test_a_platform_that_is_not_stored_and_an_unknown_platform_give_different_er
         closure.for_platform(NAME, "linux/amd64", refuse_config)
     with pytest.raises(NotInCache, match="is not for platform 'linux/s390x', but for linux/arm64"):
         closure.for_platform(NAME, "linux/s390x", refuse_config)
+
+
+def test_a_better_platform_that_is_not_stored_is_not_replaced_by_another() -> None:
+    outer = index((AMD, oci.OCI_MANIFEST, "amd64"), (ARM, oci.OCI_MANIFEST, "amd64/v3"))
+    stored = {digest_of(data): data for data in (AMD, outer)}
+    root = oci.root_descriptor(digest_of(outer), len(outer), oci.OCI_INDEX)
+    closure = oci.read_closure(root, lambda blob: stored[blob.digest], oci.choose_among(set(stored)))
+    with pytest.raises(NotInCache, match="'linux/amd64/v3' is not in the cache: pull it"):
+        closure.for_platform(NAME, "linux/amd64/v3", refuse_config)
+    assert closure.for_platform(NAME, "linux/amd64/v2", refuse_config).root.digest == digest_of(AMD)
