@@ -1,21 +1,27 @@
 """Parse the names of images.
 
 The grammar is that of the OCI distribution specification (v1.1, "Pulling manifests"). A registry's ``host[:port]/``
-may precede the repository. Digests follow the OCI image specification (v1.1, descriptor.md, "Digests").
+may precede the repository; its case does not matter. Digests follow the OCI image specification (v1.1, descriptor.md,
+"Digests").
 """
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cachedb.errors import InvalidDigest, InvalidName
 from cachedb.oci.digests import Digest, parse_digest
 from cachedb.text import shorten
 
-__all__ = ["Name"]
+__all__ = ["HUB", "HUB_HOSTS", "Name", "RemoteName"]
 
 
+HUB: Final = "docker.io"
+HUB_HOSTS: Final = frozenset({HUB, "index.docker.io", "registry-1.docker.io"})
+"""The hosts that mean Docker Hub in a name."""
+
+_TRANSPORT = "docker://"  # skopeo and podman put it before names at a registry
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _HOST = r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])(?::[0-9]{1,5})?"
 _REPOSITORY = re.compile(rf"(?:{_HOST}/)?{_COMPONENT}(?:/{_COMPONENT})*")
@@ -24,7 +30,7 @@ _REPOSITORY_LIMIT = 255  # characters; Docker and registries have the same limit
 
 
 class Name(NamedTuple):
-    """An image's name: a repository with a tag or a digest, kept exactly as given."""
+    """An image's name: a repository with a tag or a digest, kept as given; only its host gets lower case."""
 
     repository: str
     reference: str
@@ -57,6 +63,9 @@ class Name(NamedTuple):
                     f"{shorten(text)} is not a name: a tag has up to 128 letters, digits and _.-, "
                     "and does not start with . or -"
                 )
+        host, slash, path = repository.partition("/")
+        if slash and _is_host(lower := host.lower()) and host.isascii():
+            repository = f"{lower}/{path}"
         if len(repository) > _REPOSITORY_LIMIT:
             raise InvalidName(
                 f"{shorten(text)} is not a name: its repository is longer than {_REPOSITORY_LIMIT} characters"
@@ -64,7 +73,7 @@ class Name(NamedTuple):
         if not _REPOSITORY.fullmatch(repository):
             hint = "use lower case" if re.search("[A-Z]", repository) else "expected app or registry:5000/team/app"
             if at and ":" in repository.rpartition("/")[2]:
-                hint = "give either a tag or a digest, not both"
+                hint = "give either a tag or a digest: only a pull takes both, and keeps the tag"
             raise InvalidName(f"{shorten(text)} is not a name: {shorten(repository)} is not a repository: {hint}")
         return cls(repository, reference)
 
@@ -92,7 +101,41 @@ class Name(NamedTuple):
 
     def qualified(self) -> str:
         """Return the full name as Docker writes it, such as ``docker.io/library/app:1`` for ``app:1``."""
-        first, slash, _ = self.repository.partition("/")
-        if slash and (first == "localhost" or "." in first or ":" in first):
-            return str(self)
-        return f"docker.io/{self}" if slash else f"docker.io/library/{self}"
+        host, slash, path = self.repository.partition("/")
+        if not (slash and _is_host(host)):
+            host, path = HUB, self.repository
+        if host in HUB_HOSTS:
+            host, path = HUB, path if "/" in path else f"library/{path}"
+        return f"{host}/{path}{'@' if self.digest else ':'}{self.reference}"
+
+
+def _is_host(first: str) -> bool:
+    """Return whether the first part of a repository with several parts is a registry's host, as in Docker."""
+    return first == "localhost" or "." in first or ":" in first
+
+
+class RemoteName(NamedTuple):
+    """An image at a registry: the name that the cache keeps, and the digest that is requested."""
+
+    name: Name
+    digest: Digest | None  # None: the digest that the tag points to
+
+    @classmethod
+    def parse(cls, text: str | Name) -> RemoteName:
+        """Parse ``[docker://]repository[:tag][@digest]``; with a digest, the default is no tag.
+
+        If the text has both, the digest is requested, as in Docker, and the cache keeps the name with the tag.
+
+        Raises:
+            InvalidName: if ``text`` does not match the grammar.
+        """
+        if not isinstance(text, str):
+            name = Name.parse(text)
+            return cls(name, name.digest)
+        text = text.removeprefix(_TRANSPORT)
+        head, at, digest = text.partition("@")
+        repository, colon, tail = head.rpartition(":")
+        if at and colon and "/" not in tail:
+            return cls(Name.parse(head), Name.parse(f"{repository}@{digest}").digest)
+        name = Name.parse(text)
+        return cls(name, name.digest)

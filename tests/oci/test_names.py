@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cachedb.errors import InvalidDigest, InvalidName
 from cachedb.oci.digests import parse_digest
-from cachedb.oci.names import Name
+from cachedb.oci.names import Name, RemoteName
 from cachedb.text import shorten
 
 EXAMPLES = int(os.environ.get("CACHEDB_FUZZ", "60")) * 10
@@ -59,7 +59,15 @@ def is_digest(text: str) -> bool:
     return len(encoded) == {"sha256": 64, "sha512": 128}.get(algorithm) and not set(encoded) - set(HEX)
 
 
+def lower_host(text: str) -> str:
+    """Return a name with a host in lower case; without a host, the text itself."""
+    first, slash, rest = text.partition("/")
+    marked = first.lower() == "localhost" or "." in first or ":" in first
+    return f"{first.lower()}/{rest}" if slash and marked and first.isascii() and "@" not in first else text
+
+
 def is_name(text: str) -> bool:
+    text = lower_host(text)
     if "@" in text:
         repository, _, digest = text.partition("@")
         return is_repository(repository) and is_digest(digest)
@@ -71,7 +79,7 @@ def is_name(text: str) -> bool:
 
 
 _ODD = [*"a0A./:@ []_-", "--", "__", "___", "//", "\n", "é", "\u0660", "\0"]
-_WORDS = ["app", "localhost", "docker.io", "::1", ":5000", ":123456", ":latest", "a" * 128]
+_WORDS = ["app", "localhost", "LocalHost", "docker.io", "Docker.IO", "::1", ":5000", ":123456", ":latest", "a" * 128]
 pieces = st.sampled_from([*_ODD, *_WORDS, "@" + SHA256, "@" + SHA512, "@md5:0"])
 texts = st.lists(pieces, max_size=8).map("".join) | st.text(max_size=20) | st.text("aA0._-/:@[]", max_size=12)
 
@@ -84,6 +92,11 @@ texts = st.lists(pieces, max_size=8).map("".join) | st.text(max_size=20) | st.te
 @example("a" * 256)
 @example("[::1]:5000/app:1")
 @example("[::1]")
+@example("LOCALHOST:5000/app:1")
+@example("LOCALHOST/app")
+@example("[FE80::1]:5000/app:1")
+@example("MYHOST/app")
+@example("\u212a.io/app")
 @example("host:5000/app@" + SHA512)
 @example("a:1@" + SHA256)
 @example("app:1\n")
@@ -99,7 +112,7 @@ def test_a_name_is_accepted_if_and_only_if_it_is_in_the_grammar(text: str) -> No
     else:
         assert is_name(text)
         assert Name.parse(str(name)) == name == Name.parse(name)
-        assert str(name) in (text, f"{text}:latest")
+        assert str(name) in (lower_host(text), f"{lower_host(text)}:latest")
 
 
 @pytest.mark.slow
@@ -199,10 +212,39 @@ def test_a_deeply_nested_value_is_quoted() -> None:
         ("localhost/app:1", "localhost/app:1"),
         ("host:5000/app:1", "host:5000/app:1"),
         ("ghcr.io/a/b@" + SHA256, "ghcr.io/a/b@" + SHA256),
+        ("docker.io/app:1", "docker.io/library/app:1"),
+        ("index.docker.io/app:1", "docker.io/library/app:1"),
+        ("registry-1.docker.io/team/app:1", "docker.io/team/app:1"),
+        ("LOCALHOST:5000/app:1", "localhost:5000/app:1"),
     ],
 )
 def test_a_qualified_name_has_its_registry(text: str, full: str) -> None:
     assert Name.parse(text).qualified() == full
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "digest"),
+    [
+        ("app:1", "app:1", None),
+        ("docker://app", "app:latest", None),
+        (f"docker://host:5000/app:1@{SHA256}", "host:5000/app:1", SHA256),
+        (f"app:1@{SHA512}", "app:1", SHA512),
+        (f"host:5000/app@{SHA256}", f"host:5000/app@{SHA256}", SHA256),
+    ],
+)
+def test_a_name_at_a_registry_may_have_a_transport_and_both_a_tag_and_a_digest(
+    text: str, name: str, digest: str | None
+) -> None:
+    assert RemoteName.parse(text) == (Name.parse(name), digest)
+    assert RemoteName.parse(Name.parse(name)).name == name
+
+
+@pytest.mark.parametrize(
+    "text", ["app:1@latest", f"app:@{SHA256}", f"app:-1@{SHA256}", f"App:1@{SHA256}", "docker://", f"a:1@{SHA256}@b"]
+)
+def test_a_name_at_a_registry_is_refused_if_a_part_is_invalid(text: str) -> None:
+    with pytest.raises(InvalidName):
+        RemoteName.parse(text)
 
 
 def test_a_name_is_equal_to_its_text() -> None:

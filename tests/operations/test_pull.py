@@ -607,7 +607,11 @@ def test_a_name_has_the_address_that_docker_gives_it() -> None:
 
     assert find_place("alpine") == ("https://registry-1.docker.io", "library/alpine")
     assert find_place("team/app:1") == ("https://registry-1.docker.io", "team/app")
-    assert find_place("docker.io/library/alpine:3") == ("https://registry-1.docker.io", "library/alpine")
+    for hub in ("docker.io", "index.docker.io", "registry-1.docker.io", "Docker.IO"):
+        assert find_place(f"{hub}/library/alpine:3") == ("https://registry-1.docker.io", "library/alpine")
+        assert find_place(f"{hub}/alpine@sha256:" + "0" * 64) == ("https://registry-1.docker.io", "library/alpine")
+        assert places.place(Name.parse(f"{hub}/alpine")).registry == "docker.io"  # as credentials know it
+    assert find_place("LOCALHOST:5000/app") == ("http://localhost:5000", "app")
     assert find_place("ghcr.io/team/app@sha256:" + "0" * 64) == ("https://ghcr.io", "team/app")
     assert find_place("localhost/app") == ("http://localhost", "app")
     assert find_place("127.0.0.1:5000/app") == ("http://127.0.0.1:5000", "app")
@@ -635,6 +639,18 @@ def test_mirrors_are_tried_before_the_registry(cache: Cache, remote: Registry, m
         assert take_requests(remote) == []
         cache.pull(f"{remote.host}/app:2")  # the mirror lacks this tag
         assert_is_stored(cache, f"{remote.host}/app:2", SECOND)
+
+
+@pytest.mark.parametrize("hub", ["", "docker.io/", "index.docker.io/", "registry-1.docker.io/", "DOCKER.io/"])
+@pytest.mark.parametrize("origin", ["docker.io", "index.docker.io"])
+def test_every_name_of_docker_hub_leads_to_its_mirror(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, hub: str, origin: str
+) -> None:
+    with Registry() as mirror:
+        mirror.add(FIRST, "library/alpine", "3")
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"{origin}={mirror.host}")
+        cache.pull(f"{hub}alpine:3")
+        assert_is_stored(cache, f"{hub.lower()}alpine:3", FIRST)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 from typing import Final, NamedTuple
 
 from cachedb.errors import InvalidName
-from cachedb.oci.names import Name
+from cachedb.oci.names import HUB, HUB_HOSTS, Name
 from cachedb.text import shorten
 
 __all__ = ["Place", "build_place", "mirrors", "place"]
@@ -23,7 +23,7 @@ class Place(NamedTuple):
     allows_http: bool = False  # whether HTTP is used if HTTPS fails
 
 
-_HUB: Final = "docker.io"
+_HUB_SERVER: Final = "registry-1.docker.io"
 _LAST_PORT: Final = 65535
 _LOOPBACK = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?")
 
@@ -38,18 +38,18 @@ def place(name: Name, *, plain_http: bool | None = None) -> Place:
     Raises:
         InvalidName: if the registry's port is above 65535.
     """
-    registry, _, repository = str(Name.parse(name).qualified()).partition("/")
+    host, _, repository = Name.parse(name).qualified().partition("/")
     repository = repository.removesuffix(f"{'@' if name.digest else ':'}{name.reference}")
-    return build_place(registry, repository, plain_http=plain_http)
+    return build_place(host, repository, plain_http=plain_http)
 
 
-def build_place(registry: str, repository: str, *, plain_http: bool | None) -> Place:
+def build_place(host: str, repository: str, *, plain_http: bool | None) -> Place:
     """Return the place of a repository; see `place`."""
-    plain = bool(_LOOPBACK.fullmatch(registry)) if plain_http is None else plain_http
-    host = "registry-1.docker.io" if registry in (_HUB, "index.docker.io") else registry
     if not _has_valid_port(host):
         raise InvalidName(f"{shorten(host)} has a port above {_LAST_PORT}")
-    return Place(f"{'http' if plain else 'https'}://{host}", registry, repository)
+    plain = bool(_LOOPBACK.fullmatch(host)) if plain_http is None else plain_http
+    server = _HUB_SERVER if host in HUB_HOSTS else host
+    return Place(f"{'http' if plain else 'https'}://{server}", HUB if host in HUB_HOSTS else host, repository)
 
 
 def _has_valid_port(host: str) -> bool:
@@ -71,12 +71,12 @@ def mirrors(name: Name) -> list[Place]:
     found = []
     for entry in os.environ.get("CACHEDB_MIRRORS", "").split():
         registry, _, mirror = entry.partition("=")
+        registry = registry.lower()
         scheme, separator, rest = mirror.rpartition("://")
         host, _, prefix = rest.strip("/").partition("/")
         if not registry or not host or not _has_valid_port(host) or (separator and scheme not in ("http", "https")):
             raise InvalidName(f"CACHEDB_MIRRORS has {shorten(entry)}: expected REGISTRY=[http://]HOST[:PORT][/PREFIX]")
-        if registry == origin.registry:
-            scheme = scheme or ("http" if _LOOPBACK.fullmatch(host) else "https")
+        if origin.registry == (HUB if registry in HUB_HOSTS else registry):
             path = f"{prefix}/{origin.repository}" if prefix else origin.repository
-            found.append(Place(f"{scheme}://{host}", host, path))
+            found.append(build_place(host.lower(), path, plain_http=scheme == "http" if scheme else None))
     return found
