@@ -197,6 +197,8 @@ def read_descriptors(document: object, media_type: str, what: str) -> list[Descr
 
 def _get_list(document: dict[str, Any], key: str, what: str) -> list[Any]:
     value = document.get(key)
+    if value is None and key in document:
+        return []  # Go writes an empty list so
     if not isinstance(value, list):
         raise InvalidManifest(f"{what} has no list of {key}")
     return value

@@ -37,12 +37,14 @@ from cachedb.disk import downloads
 from cachedb.disk.writer import receive
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
-from cachedb.transports.registry import places, repository, source, tls
+from cachedb.transports.registry import download, places, source, tls
 from tests.conftest import Run, run_python
 from tests.disk.test_locks import wait_until
 from tests.index.test_schema import change_index
 from tests.support import make
 from tests.support.faults import (
+    Answer,
+    Call,
     Do,
     answer,
     answer_endlessly,
@@ -167,6 +169,20 @@ def test_an_incomplete_image_is_completed(cache: Cache, remote: Registry) -> Non
     assert not cache.is_image_complete(name)
     cache.pull(name, if_missing=True)
     assert_is_stored(cache, name, FIRST)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 429, 500, 501])
+def test_a_registry_that_refuses_head_is_asked_by_get(cache: Cache, remote: Registry, status: int) -> None:
+    name = f"{remote.host}/app:1"
+    remote.fault(answer(status), method="HEAD", times=99)
+    cache.pull(name)
+    assert_is_stored(cache, name, FIRST)
+    asked = [request for request in take_requests(remote) if "/manifests/" in request[1]]
+    assert asked == [("HEAD", "app/manifests/1"), ("GET", "app/manifests/1")]
+    pulled = cache.pull(name)
+    assert (pulled.blobs, pulled.image.digest) == (0, FIRST.digest)
+    assert take_requests(remote) == [("HEAD", "app/manifests/1"), ("GET", "app/manifests/1")]
+    assert SKIPPED_PAUSE_SECONDS == []
 
 
 def test_the_manifest_is_downloaded_from_a_registry_that_returns_no_digest(cache: Cache, remote: Registry) -> None:
@@ -425,6 +441,53 @@ def test_a_download_begins_again_at_a_registry_without_ranges(cache: Cache, remo
     assert_is_stored(cache, f"{remote.host}/large:1", LARGE)
 
 
+@pytest.mark.parametrize("status", [400, 403, 404, 406, 416, 500, 501, 503])
+def test_a_download_begins_again_at_a_registry_that_refuses_ranges(cache: Cache, remote: Registry, status: int) -> None:
+    """`crane registry serve` answers 416 to a range without an end."""
+    layer = make.digest_of(LARGE.layers[0])
+    write_partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
+
+    def refuse_ranges(call: Call) -> Answer:
+        return Answer(status) if "range" in call.headers else call.serve()
+
+    remote.fault(refuse_ranges, method="GET", path=layer, times=99)
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_stored(cache, f"{remote.host}/large:1", LARGE)
+    assert "range" not in [request for request in remote.requests if request.path.endswith(layer)][-1].headers
+
+
+@pytest.mark.parametrize(
+    ("start", "total"), [("0", 0), ("999999", 0), ("1000001", 0), ("1000000", 1), ("*", 0), ("", 0)]
+)
+def test_a_download_begins_again_after_an_answer_with_another_range(
+    cache: Cache, remote: Registry, start: str, total: int
+) -> None:
+    layer, data = make.digest_of(LARGE.layers[0]), LARGE.layers[0]
+    write_partial(cache, data, data[:1_000_000])
+    range_ = f"bytes {start}-{len(data) - 1}/{len(data) + total}" if start else ""
+    remote.fault(answer(206, {"Content-Range": range_}, b"x" * 10), method="GET", path=layer)
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_stored(cache, f"{remote.host}/large:1", LARGE)
+    asked = [request.headers.get("range") for request in remote.requests if request.path.endswith(layer)]
+    assert asked == ["bytes=1000000-", None]
+
+
+def test_a_download_resumes_if_the_registry_does_not_tell_the_total(cache: Cache, remote: Registry) -> None:
+    layer, data = make.digest_of(LARGE.layers[0]), LARGE.layers[0]
+    write_partial(cache, data, data[:1_000_000])
+    headers = {"Content-Range": f"bytes 1000000-{len(data) - 1}/*"}
+    remote.fault(answer(206, headers, data[1_000_000:]), method="GET", path=layer)
+    cache.pull(f"{remote.host}/large:1")
+    assert_is_stored(cache, f"{remote.host}/large:1", LARGE)
+    assert remote.count("GET", layer) == 1
+
+
+def test_a_range_for_the_whole_blob_is_checked(cache: Cache, remote: Registry) -> None:
+    remote.fault(answer(206, {"Content-Range": "bytes 5-9/10"}), method="GET", path=make.digest_of(LARGE.layers[0]))
+    with pytest.raises(RegistryError, match=r"sent another range of sha256:.* than requested"):
+        cache.pull(f"{remote.host}/large:1")
+
+
 def test_progress_ends_at_the_bytes_that_are_downloaded(cache: Cache, remote: Registry) -> None:
     write_partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
     calls: list[tuple[int, int]] = []
@@ -555,7 +618,7 @@ def test_a_temporary_failure_is_retried(cache: Cache, remote: Registry, status: 
 
 
 def test_a_registry_that_asks_to_wait_an_hour_is_unavailable(cache: Cache, remote: Registry) -> None:
-    remote.fault(retry_later(3600), method="HEAD", times=9)
+    remote.fault(retry_later(3600), path="/manifests/", times=9)
     with pytest.raises(RegistryUnavailable, match=r"overloaded, or failing \(429"):
         cache.pull(f"{remote.host}/app:1")
     assert SKIPPED_PAUSE_SECONDS == []
@@ -563,7 +626,7 @@ def test_a_registry_that_asks_to_wait_an_hour_is_unavailable(cache: Cache, remot
 
 @pytest.mark.parametrize(
     ("status", "asked_for"),
-    [(429, {"method": "HEAD"}), (503, {"path": "/blobs/"})],
+    [(429, {"path": "/manifests/1"}), (503, {"path": "/blobs/"})],
     ids=["first request", "later request"],
 )
 def test_a_stale_image_is_returned_only_if_allowed(
@@ -591,7 +654,7 @@ def test_a_request_whose_connection_is_closed_is_retried(cache: Cache, remote: R
 
 
 def test_a_download_that_is_too_slow_fails(cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repository, "_MINUTE", 0.2)
+    monkeypatch.setattr(download, "_MINUTE", 0.2)
     remote.fault(change_answer(drip=0.05), method="GET", path=make.digest_of(LARGE.layers[0]), times=99)
     with pytest.raises(RegistryUnavailable, match="slower than 1024 bytes per second"):
         cache.pull(f"{remote.host}/large:1")
@@ -734,10 +797,9 @@ def test_an_https_registry_cannot_lead_to_http(cache: Cache, tmp_path: Path, mon
         assert other.requests == []
 
 
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_the_error_of_an_https_registry_on_an_http_port_names_tls(cache: Cache, remote: Registry, method: str) -> None:
+def test_the_error_of_an_https_registry_on_an_http_port_names_tls(cache: Cache, remote: Registry) -> None:
     # The answer of Go's HTTPS servers to an HTTP request. Its body is not JSON.
-    remote.fault(answer(400, body=b"Client sent an HTTP request to an HTTPS server.\n"), method=method, times=9)
+    remote.fault(answer(400, body=b"Client sent an HTTP request to an HTTPS server.\n"), times=9)
     with pytest.raises(RegistryError, match=r"answers 400 to a request for app[^ ]+; if it speaks HTTPS, use --tls$"):
         cache.pull(f"{remote.host}/app:1")
 
@@ -882,7 +944,7 @@ def test_images_pulled_before_a_failure_are_printed(cachedb: Run, remote: Regist
     names = f"{remote.host}/app:1", f"{remote.host}/app:nope", f"{remote.host}/app:2"
     done = cachedb("pull", "-q", *names)
     assert (done.returncode, done.stdout) == (1, f"{names[0]}\n")
-    assert done.stderr == f"cachedb: {remote.host} has no app:nope (404)\n"
+    assert done.stderr == f"cachedb: {remote.host} has no app:nope (404 MANIFEST_UNKNOWN: manifest unknown)\n"
     assert cachedb("pull", names[1]).stdout == ""
 
 

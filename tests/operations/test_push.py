@@ -22,7 +22,7 @@ from tests.conftest import Run
 from tests.disk.test_locks import wait_until
 from tests.operations.test_pull import count_connecting, unreachable, write_login  # noqa: F401 - a fixture
 from tests.support import make
-from tests.support.faults import answer, change_answer, change_headers, drop_answer, redirect, retry_later
+from tests.support.faults import Answer, Call, answer, change_answer, change_headers, drop_answer, redirect, retry_later
 from tests.support.promises import check
 from tests.support.registries import SKIPPED_PAUSE_SECONDS, Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
 
@@ -332,6 +332,63 @@ def test_all_pages_of_a_list_of_referrers_are_read(cache: Cache, remote: Registr
     assert digests == set().union(FIRST.blobs, *(signature.blobs for signature in made))
 
 
+@pytest.mark.parametrize("status", [303, 400, 401, 403, 404, 405, 406, 410, 415, 429, 500, 501])
+def test_the_tag_lists_the_referrers_if_the_registry_refuses_to(cache: Cache, remote: Registry, status: int) -> None:
+    name, signature = remote.add(FIRST, "app", "1"), make_referrer(FIRST.manifest)
+    remote.add(signature, "app")
+    list_by_tag(remote, "app", FIRST, signature)
+    with Registry() as other:
+        refused = redirect(other.url, 303) if status == 303 else answer(status)
+        other.fault(answer(429), times=99, optional=True)
+        remote.fault(refused, path="/referrers/", times=99)
+        cache.pull(name, referrers=True)
+    assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs, *signature.blobs}
+    assert remote.count(path="/referrers/") <= 5, "one failing request for all manifests"
+
+
+def test_a_later_page_of_referrers_that_fails_is_an_error(cache: Cache, remote: Registry) -> None:
+    remote.page_size = 1
+    name = remote.add(FIRST, "app", "1")
+    for number in range(3):
+        remote.add(make_referrer(FIRST.manifest, bytes([number])), "app")
+    remote.fault(answer(404), path="/referrers/.*last=")
+    with pytest.raises(RegistryError, match="has no referrers of sha256"):
+        cache.pull(name, referrers=True)
+
+
+def test_a_list_that_is_null_is_empty(cache: Cache, remote: Registry) -> None:
+    name = remote.add(FIRST, "app", "1")
+    null = b'{"schemaVersion":2,"mediaType":"%s","manifests":null}' % OCI_INDEX.encode()
+    remote.fault(answer(200, {"Content-Type": OCI_INDEX}, null), path="/referrers/", times=9)
+    cache.pull(name, referrers=True)
+    assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs}
+
+
+@pytest.mark.parametrize("is_index", [False, True])
+def test_a_tag_that_gives_the_image_itself_lists_no_referrers(
+    cache: Cache, remote: Registry, directory: Path, is_index: bool
+) -> None:
+    """registry.gitlab.com takes the tag sha256-HEX for the digest."""
+    subject, media_type = (make.index(FIRST), OCI_INDEX) if is_index else (FIRST.manifest, OCI_MANIFEST)
+    digest, tag = make.digest_of(subject), make.digest_of(subject).replace(":", "-")
+
+    def serve_digest(call: Call) -> Answer:
+        known = ("app", tag) in remote.manifests
+        return call.serve() if known else Answer(200, {"Content-Type": media_type}, subject)
+
+    remote.referrers = False
+    remote.add(FIRST, "app")
+    name = remote.add_manifest(subject, "app", "1")
+    remote.fault(serve_digest, method="GET", path=tag, times=99)
+    cache.pull(name, referrers=True)
+    assert cache.get_image(name).digest == digest
+    signature = make_referrer(subject, media_type=media_type)
+    make.save(cache, "signature:1", signature)
+    cache.push("signature:1", f"{remote.host}/app:signature")
+    listed = json.loads(remote.manifests["app", tag][1])["manifests"]
+    assert [entry["digest"] for entry in listed] == [signature.digest]
+
+
 def test_a_new_signature_is_pulled_to_a_stored_image(cache: Cache, remote: Registry) -> None:
     name = remote.add(FIRST, "app", "1")
     cache.pull(name, referrers=True)
@@ -377,6 +434,51 @@ def test_an_upload_that_is_lost_or_too_large_restarts_in_chunks(
     assert_has(remote, "large", "1", LARGE)
     patched = [request for request in remote.requests if request.method == "PATCH" and request.size > 100_000]
     assert [request.size for request in patched][:4] == [700_000] * 4
+
+
+@pytest.mark.parametrize("status", [400, 403, 405, 411, 415, 501])
+def test_a_blob_is_sent_in_chunks_if_the_registry_refuses_it_whole(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(registry, "_CHUNK_BYTES", 700_000)
+
+    def refuse_bodies(call: Call) -> Answer:
+        return Answer(status) if call.headers.get("content-length", "0") != "0" else call.serve()
+
+    remote.fault(refuse_bodies, method="PUT", path="/uploads/", times=99)
+    pushed = cache.push("large:1", f"{remote.host}/large:1")
+    assert_has(remote, "large", "1", LARGE)
+    assert pushed.bytes == sum(len(data) for data in (LARGE.config, *LARGE.layers))
+
+
+def test_a_registry_that_refuses_whole_blobs_is_not_offered_all_of_them(cache: Cache, remote: Registry) -> None:
+    make.save(cache, "many:1", make.image(*range(20)))
+
+    def refuse_bodies(call: Call) -> Answer:
+        return Answer(501) if call.headers.get("content-length", "0") != "0" else call.serve()
+
+    remote.fault(refuse_bodies, method="PUT", path="/uploads/", times=99)
+    cache.push("many:1", f"{remote.host}/many:1")
+    assert sum(request.status == 501 for request in remote.requests) <= push._PARALLEL_UPLOADS
+
+
+def test_an_upload_that_cannot_be_cancelled_is_left(cache: Cache, remote: Registry) -> None:
+    for number in range(3):
+        make.save(cache, f"{remote.host}/other{number}:1", LARGE)
+    remote.fault(answer(500), method="DELETE", times=99)
+    cache.push("large:1", f"{remote.host}/large:1")
+    assert_has(remote, "large", "1", LARGE)
+    assert remote.count("DELETE") == 1
+    assert SKIPPED_PAUSE_SECONDS == []
+
+
+@pytest.mark.parametrize("status", [400, 403, 405, 501])
+def test_a_blob_is_found_at_a_registry_that_refuses_head(cache: Cache, remote: Registry, status: int) -> None:
+    cache.push("app:1", f"{remote.host}/app:1")
+    remote.requests.clear()
+    remote.fault(answer(status), method="HEAD", times=99)
+    pushed = cache.push("app:1", f"{remote.host}/app:2")
+    assert (pushed.blobs, pushed.existing) == (0, 3)
 
 
 def test_a_push_fails_if_the_registry_loses_every_upload(

@@ -105,6 +105,7 @@ class Client:
         token: bool = False,
         body: Body | None = None,
         failed: int | None = None,
+        max_tries: int = TRIES,
     ) -> urllib3.BaseHTTPResponse:
         """Send a request, and retry after a pause if the failure may be temporary.
 
@@ -118,6 +119,7 @@ class Client:
             body: the body of the request.
             failed: the number of earlier failures, if the caller itself must retry with a changed request. After a
                 temporary failure, `request` pauses and then raises; None to retry here.
+            max_tries: how many times the request is sent in total, if its failures may be temporary.
 
         Raises:
             RegistryUnavailable: if the registry is unreachable or overloaded.
@@ -130,7 +132,7 @@ class Client:
             try:
                 response, is_ours = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
             except _NoAnswer as failure:
-                if tries == TRIES or _is_final(failure.error):
+                if tries >= max_tries or _is_final(failure.error):
                     raise self._explain_unreachable(failure) from None  # urllib3's error may contain credentials
                 self.pause(tries, None)
                 if failed is not None:
@@ -146,7 +148,7 @@ class Client:
                         raise self.refusal(self.place.repository, response)
                     has_asked = outcome == "renewed"
                     continue
-                if response.status not in _RETRY_STATUSES or tries == TRIES or not self.pause(tries, response):
+                if response.status not in _RETRY_STATUSES or tries >= max_tries or not self.pause(tries, response):
                     raise self.refusal(what, response)
                 if failed is not None:
                     raise self.refusal(what, response)

@@ -16,7 +16,9 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 from cachedb.oci.names import Name
 from cachedb.transports.registry import access, answers, authorization, client, places
+from cachedb.transports.registry import download as download_module
 from cachedb.transports.registry import repository as registry
+from cachedb.transports.registry.download import Download
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, change_headers, closed, redirect, retry_later, rewrite_body
 from tests.support.registries import PASSWORD, SKIPPED_PAUSE_SECONDS, USER, Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
@@ -32,19 +34,20 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(registry, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(download_module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 class SlowRepository:
     """A registry that sends one piece of a blob a second; a response ends early after `cut` pieces."""
 
     place = SimpleNamespace(registry="slow.test")
+    tries = client.TRIES
 
     def __init__(self, clock: Clock, data: bytes, piece: int, cut: int | None = None) -> None:
         self._clock, self._data, self._piece, self._cut = clock, data, piece, cut
         self.requests = self.pauses = 0
 
-    def open_blob(self, digest: Digest, offset: int) -> tuple[Any, int]:
+    def open_blob(self, digest: Digest, size: int, offset: int) -> tuple[Any, int]:
         self.requests += 1
         at, pieces = offset, 0
 
@@ -63,8 +66,8 @@ class SlowRepository:
         self.pauses += 1
 
 
-def download(repository: SlowRepository, data: bytes) -> bytes:
-    blob = registry.Blob(repository, Digest(make.digest_of(data)), len(data), 0)  # type: ignore[arg-type]
+def read_slowly(repository: SlowRepository, data: bytes) -> bytes:
+    blob = Download(repository, Digest(make.digest_of(data)), len(data), 0)  # type: ignore[arg-type]
     buffer, found = memoryview(bytearray(64 * 1024)), b""
     while count := blob.readinto(buffer):
         found += buffer[:count]
@@ -74,16 +77,16 @@ def download(repository: SlowRepository, data: bytes) -> bytes:
 def test_a_download_that_is_just_fast_enough_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make.random_bytes(1024 * 60 * 10, 1)  # ten minutes
     remote = SlowRepository(Clock(monkeypatch), data, 1024)
-    assert download(remote, data) == data
+    assert read_slowly(remote, data) == data
     assert (remote.requests, remote.pauses) == (1, 0)
 
 
 def test_a_complete_download_sends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     remote = SlowRepository(Clock(monkeypatch), b"data", 1024)
     digest, buffer = Digest(make.digest_of(b"data")), memoryview(bytearray(10))
-    assert registry.Blob(remote, digest, 4, 4).readinto(buffer) == 0  # type: ignore[arg-type]
+    assert Download(remote, digest, 4, 4).readinto(buffer) == 0  # type: ignore[arg-type]
     assert remote.requests == 0
-    assert registry.Blob(remote, digest, 4, 3).readinto(buffer) == 1  # type: ignore[arg-type]
+    assert Download(remote, digest, 4, 3).readinto(buffer) == 1  # type: ignore[arg-type]
     assert remote.requests == 1
 
 
@@ -91,7 +94,7 @@ def test_a_download_that_is_just_too_slow_is_retried_and_fails(monkeypatch: pyte
     data = make.random_bytes(1024 * 60 * 10, 1)
     remote = SlowRepository(Clock(monkeypatch), data, 1000)
     with pytest.raises(RegistryUnavailable, match="slower than 1024 bytes per second"):
-        download(remote, data)
+        read_slowly(remote, data)
     assert remote.requests == client.TRIES
 
 
@@ -101,12 +104,12 @@ def test_each_try_of_a_download_gets_a_full_minute(monkeypatch: pytest.MonkeyPat
     remote = SlowRepository(clock, data, 1000)
     open_blob = remote.open_blob
 
-    def open_faster_from_third(digest: Digest, offset: int) -> tuple[Any, int]:
+    def open_faster_from_third(digest: Digest, size: int, offset: int) -> tuple[Any, int]:
         remote._piece = 1000 if remote.requests < 2 else 1024
-        return open_blob(digest, offset)
+        return open_blob(digest, size, offset)
 
     monkeypatch.setattr(remote, "open_blob", open_faster_from_third)
-    assert download(remote, data) == data
+    assert read_slowly(remote, data) == data
     assert remote.requests == 3
 
 
@@ -117,10 +120,10 @@ def test_an_often_interrupted_download_continues_if_its_tries_bring_enough_for_a
     data = make.random_bytes(1024 * (pieces * client.TRIES + 3), 1)
     remote = SlowRepository(Clock(monkeypatch), data, 1024, cut=pieces)
     if succeeds:
-        assert download(remote, data) == data
+        assert read_slowly(remote, data) == data
         return
     with pytest.raises(RegistryUnavailable, match="keeps interrupting"):
-        download(remote, data)
+        read_slowly(remote, data)
     assert remote.requests == client.TRIES
 
 
@@ -129,12 +132,12 @@ def test_bytes_that_a_registry_without_ranges_sends_again_are_no_stall(monkeypat
     remote = SlowRepository(Clock(monkeypatch), data, 1024, cut=400)
     open_blob = remote.open_blob
 
-    def open_from_beginning(digest: Digest, offset: int) -> tuple[Any, int]:
+    def open_from_beginning(digest: Digest, size: int, offset: int) -> tuple[Any, int]:
         remote._cut = 400 if remote.requests == 0 else None
-        return open_blob(digest, 0)
+        return open_blob(digest, size, 0)
 
     monkeypatch.setattr(remote, "open_blob", open_from_beginning)
-    assert download(remote, data) == data
+    assert read_slowly(remote, data) == data
     assert remote.requests == 2
 
 
@@ -257,11 +260,11 @@ def test_text_of_a_registry_is_quoted_up_to_200_characters() -> None:
 def test_retry_after_is_obeyed_up_to_a_minute(remote: Registry) -> None:
     repository = open_repository(remote)
     remote.fault(retry_later(60))
-    assert repository.digest("1") == IMAGE.digest
+    assert repository.manifest("1").data == IMAGE.manifest
     assert SKIPPED_PAUSE_SECONDS == [60]
     remote.fault(retry_later(61))
     with pytest.raises(RegistryUnavailable, match="overloaded"):
-        repository.digest("1")
+        repository.manifest("1")
     assert SKIPPED_PAUSE_SECONDS == [60]
     repository.close()
 

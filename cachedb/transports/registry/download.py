@@ -1,0 +1,134 @@
+"""Read a blob from a repository as a stream that resumes after an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import urllib3
+from urllib3.exceptions import HTTPError
+
+from cachedb.disk.writer import CHUNK_BYTES
+from cachedb.errors import RegistryUnavailable
+from cachedb.oci.digests import Digest
+from cachedb.transports.registry.answers import to_one_line
+from cachedb.transports.registry.places import Place
+
+__all__ = ["Download"]
+
+
+_MIN_BYTES_PER_SECOND = 1024  # over a minute; a slower download has stalled
+_MINUTE = 60.0  # seconds
+_LOOK_SECONDS = 5.0  # between two calls of a download's `look`
+
+
+class Origin(Protocol):
+    """The repository that a blob comes from."""
+
+    @property
+    def place(self) -> Place:
+        """The place of the repository."""
+
+    @property
+    def tries(self) -> int:
+        """How many times a read is tried in total, if its failures may be temporary."""
+
+    def open_blob(self, digest: Digest, size: int, offset: int) -> tuple[urllib3.BaseHTTPResponse, int]:
+        """Request a blob's content from an offset; return the answer and the offset where it really starts."""
+
+    def pause(self, tries: int) -> None:
+        """Wait before a retry."""
+
+
+class Download:
+    """A stream of a blob's content; after an interruption it resumes with another request."""
+
+    def __init__(
+        self,
+        repository: Origin,
+        digest: Digest,
+        size: int,
+        offset: int,
+        look: Callable[[bool], object] = lambda _: None,
+    ) -> None:
+        """Create a download without sending anything.
+
+        Args:
+            repository: where the blob is.
+            digest: the blob's digest.
+            size: the blob's size in bytes.
+            offset: where to start, in bytes.
+            look: called every few seconds with whether the download is fast enough; it may raise to end the download.
+        """
+        self._repository, self._digest, self._size, self._at = repository, digest, size, offset
+        self._look, self._looked, self._since_look = look, time.monotonic(), 0  # the last call, and the bytes since
+        self._response: urllib3.BaseHTTPResponse | None = None
+        self._failed, self._since, self._received = 0, time.monotonic(), 0  # bytes since then
+
+    def close(self) -> None:
+        """Release the connection."""
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Read into the start of the buffer and return the number of bytes; 0 is the end.
+
+        Raises:
+            RegistryError: if the download fails or is too slow.
+        """
+        while True:
+            if self._response is None and self._at >= self._size:
+                return 0
+            try:
+                if self._response is None:
+                    self._open()
+                assert self._response is not None
+                data = self._response.read1(len(buffer), decode_content=False)
+                if not data and self._at < self._size:
+                    raise HTTPError("the response ended too early")
+                self._check_speed(len(data))
+            except HTTPError as error:
+                self.close()
+                self._failed += 1
+                if self._failed >= self._repository.tries:
+                    raise RegistryUnavailable(
+                        f"{self._repository.place.registry} keeps interrupting the download of {self._digest}: "
+                        f"{to_one_line(error)}; try again"
+                    ) from None
+                self._repository.pause(self._failed)
+                continue
+            buffer[: len(data)] = data
+            self._at += len(data)
+            return len(data)
+
+    def _open(self) -> None:
+        self._response, begins = self._repository.open_blob(self._digest, self._size, self._at)
+        while begins < self._at:  # the registry ignores ranges: skip the bytes that we have
+            data = self._response.read1(min(CHUNK_BYTES, self._at - begins), decode_content=False)
+            if not data:
+                raise HTTPError("the response ended too early")
+            begins += len(data)
+            self._since = time.monotonic()  # skipping is not a stall
+            self._report_speed(len(data))
+
+    def _check_speed(self, count: int) -> None:
+        """Count received bytes; raise if a minute brings too few, and reset the failures if enough came."""
+        self._report_speed(count)
+        self._received += count
+        now = time.monotonic()
+        if self._received > _MIN_BYTES_PER_SECOND * _MINUTE:
+            self._failed, self._since, self._received = 0, now, 0
+        elif now - self._since > _MINUTE:
+            self._since, self._received = now, 0
+            raise HTTPError(f"it is slower than {_MIN_BYTES_PER_SECOND} bytes per second")
+
+    def _report_speed(self, count: int) -> None:
+        """Call `look` every few seconds."""
+        self._since_look += count
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_SECONDS:
+            is_fast = self._since_look >= _MIN_BYTES_PER_SECOND * (now - self._looked)
+            self._looked, self._since_look = now, 0
+            self._look(is_fast)
