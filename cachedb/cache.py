@@ -36,7 +36,6 @@ from cachedb.errors import (
     CacheError,
     DamagedIndex,
     InvalidManifest,
-    InvalidName,
     NotInCache,
     StorageError,
     os_errors,
@@ -48,7 +47,7 @@ from cachedb.index.sqlite.database import CLOSED, Database
 from cachedb.index.tables import BLOBS
 from cachedb.oci.digests import Algorithm, Digest, parse_digest
 from cachedb.oci.manifests import Role
-from cachedb.oci.names import Name
+from cachedb.oci.names import Name, RemoteName, parse_repository, strip_transport
 from cachedb.operations.upgrade import prepare as prepare_schema
 from cachedb.progress import BlobProgress, Progress
 from cachedb.reports.usage import Stats
@@ -815,7 +814,8 @@ class Cache:
 
         Args:
             name: the image's name, which is stored as given. It leads to the same registry as in Docker; a name without
-                a registry belongs to Docker Hub.
+                a registry belongs to Docker Hub. ``docker://`` may precede it. A name with a tag and a digest pulls the
+                digest, and is stored with the tag.
             platform: ``os/architecture[/variant]``; the default is the host's. An index is stored whole; its other
                 platforms become part of the image when they are pulled.
             all_platforms: pull all platforms of an index.
@@ -843,11 +843,11 @@ class Cache:
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
         check_functions(progress=progress, blob_progress=blob_progress)
-        parsed = Name.parse(name)
+        wanted = RemoteName.parse(name)
         pulled = pull(
             self._database,
             self._session,
-            parsed,
+            wanted,
             platform=platform,
             all_platforms=all_platforms,
             if_missing=if_missing,
@@ -857,7 +857,7 @@ class Cache:
             progress=progress,
             blob_progress=blob_progress,
         )
-        self._uses.note(parsed)
+        self._uses.note(wanted.name)
         return pulled
 
     def push(
@@ -879,6 +879,7 @@ class Cache:
         Args:
             name: the image's name in the cache.
             target: the name to push to; the default is the image's name. It leads to the same registry as in Docker.
+                ``docker://`` may precede it.
             platform: ``os/architecture[/variant]``, to push one platform of an index as an image of its own.
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
             tls_verify: if False, accept any certificate, and use HTTP if HTTPS fails; the default is to verify, except
@@ -902,7 +903,7 @@ class Cache:
         check_paths(authfile=authfile, optional=True)
         check_functions(progress=progress, blob_progress=blob_progress)
         source = Name.parse(name)
-        pushed_name = Name.parse(target) if target is not None else source
+        pushed_name = Name.parse(strip_transport(target)) if target is not None else source
         access = Access(plain_http, tls_verify, authfile)
         with closing(Target(self.directory, pushed_name, access=access)) as pushed_to:
             return push_image(
@@ -949,14 +950,13 @@ class Cache:
 
         check_paths(authfile=authfile, optional=True)
         check_functions(progress=progress, blob_progress=blob_progress)
-        for given in filter(None, (repository, target)):
-            if Name.parse(given).repository != given:
-                raise InvalidName(f"{shorten(given)} has a tag or a digest: name the repository alone")
+        repository = parse_repository(repository)
+        target = repository if target is None else parse_repository(target)
         with self._database.read() as connection:
             names = images.read_tags(connection, repository)
         if not names:
             raise NotInCache(f"{repository} has no tags in the cache: `cachedb ls` lists all images", name=repository)
-        target_names = [name._replace(repository=target or repository) for name in names]
+        target_names = [name._replace(repository=target) for name in names]
         access = Access(plain_http, tls_verify, authfile)
         with closing(Target(self.directory, target_names[0], access=access)) as pushed_to:
             for name, target_name in zip(names, target_names, strict=True):

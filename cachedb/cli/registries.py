@@ -54,19 +54,21 @@ def pull(
     """Pull images from their registries, downloading only missing blobs.
 
     A NAME without a registry belongs to Docker Hub. localhost is contacted over HTTP. The image is stored under NAME as
-    given. Only the host's platform of a multi-platform image is pulled, unless --platform or --all-platforms is given.
+    given; docker:// may precede it. REPOSITORY:TAG@DIGEST pulls the digest, and stores it under the tag. Only the
+    host's platform of a multi-platform image is pulled, unless --platform or --all-platforms is given.
     CACHEDB_MIRRORS="REGISTRY=[http://]HOST[:PORT][/PREFIX] ..." lists mirrors to try first.
     Mirrors, locations and aliases of podman's registries.conf are used too.
     """
     if platform and all_platforms:
         raise click.UsageError("--platform and --all-platforms exclude each other: give one of them")
-    from cachedb.oci.names import Name
+    from cachedb.oci.names import RemoteName
 
-    parsed = [Name.parse(name) for name in names]
+    for name in names:
+        RemoteName.parse(name)  # before the first pull
     found: list[ImageInfo] = []
     try:
         with open_cache() as cache:
-            for name in parsed:
+            for name in names:
                 with show_transfer(f"pulling {name}", quiet=quiet) as callbacks:
                     pulled = cache.pull(
                         name,

@@ -14,14 +14,14 @@ from cachedb.errors import InvalidDigest, InvalidName
 from cachedb.oci.digests import Digest, parse_digest
 from cachedb.text import shorten
 
-__all__ = ["HUB", "HUB_HOSTS", "Name", "RemoteName"]
+__all__ = ["HUB", "HUB_HOSTS", "Name", "RemoteName", "parse_repository", "strip_transport"]
 
 
 HUB: Final = "docker.io"
 HUB_HOSTS: Final = frozenset({HUB, "index.docker.io", "registry-1.docker.io"})
 """The hosts that mean Docker Hub in a name."""
 
-_TRANSPORT = "docker://"  # skopeo and podman put it before names at a registry
+_TRANSPORT = "docker://"
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _HOST = r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])(?::[0-9]{1,5})?"
 _REPOSITORY = re.compile(rf"(?:{_HOST}/)?{_COMPONENT}(?:/{_COMPONENT})*")
@@ -122,20 +122,43 @@ class RemoteName(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | Name) -> RemoteName:
-        """Parse ``[docker://]repository[:tag][@digest]``; with a digest, the default is no tag.
+        """Parse ``[docker://]repository[:tag][@digest]``.
 
-        If the text has both, the digest is requested, as in Docker, and the cache keeps the name with the tag.
+        If the text has a tag and a digest, the digest is requested, as in Docker, and the cache keeps the tag.
 
         Raises:
             InvalidName: if ``text`` does not match the grammar.
         """
-        if not isinstance(text, str):
-            name = Name.parse(text)
-            return cls(name, name.digest)
-        text = text.removeprefix(_TRANSPORT)
-        head, at, digest = text.partition("@")
-        repository, colon, tail = head.rpartition(":")
-        if at and colon and "/" not in tail:
-            return cls(Name.parse(head), Name.parse(f"{repository}@{digest}").digest)
+        text = strip_transport(text)
+        if isinstance(text, str):
+            head, at, digest = text.partition("@")
+            repository, colon, tail = head.rpartition(":")
+            if at and colon and "/" not in tail:
+                return cls(Name.parse(head), Name.parse(f"{repository}@{digest}").digest)
         name = Name.parse(text)
         return cls(name, name.digest)
+
+    @property
+    def exact_name(self) -> Name:
+        """The name with the digest, if there is one."""
+        return self.name._replace(reference=self.digest) if self.digest else self.name
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.digest}" if self.digest and not self.name.digest else str(self.name)
+
+
+def strip_transport(text: str | Name) -> str | Name:
+    """Return a name without ``docker://``, which skopeo and podman put before names at a registry."""
+    return text.removeprefix(_TRANSPORT) if isinstance(text, str) else text
+
+
+def parse_repository(text: str) -> str:
+    """Return a repository, without ``docker://`` and with its host in lower case.
+
+    Raises:
+        InvalidName: if the text is not a repository, or has a tag or a digest.
+    """
+    name = Name.parse(strip_transport(text))
+    if "@" in text or ":" in text.rpartition("/")[2]:
+        raise InvalidName(f"{shorten(text)} has a tag or a digest: name the repository alone")
+    return name.repository

@@ -37,7 +37,7 @@ from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
-from cachedb.oci.names import Name
+from cachedb.oci.names import RemoteName
 from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, sum_progress
 from cachedb.text import shorten
 from cachedb.threads import in_threads
@@ -63,7 +63,7 @@ class Pulled(NamedTuple):
 def pull(
     database: Database,
     session: Session,
-    name: Name,
+    wanted: RemoteName,
     *,
     platform: str | None = None,
     all_platforms: bool = False,
@@ -79,7 +79,7 @@ def pull(
     Args:
         database: the index of the cache.
         session: the session that receives the blobs.
-        name: the image's name.
+        wanted: the image's name, and its digest if a certain one is wanted.
         platform: ``os/architecture[/variant]``; the default is the host's.
         all_platforms: pull all platforms of an index.
         if_missing: do not contact the registry for an image that is complete here, even if its tag has moved.
@@ -98,7 +98,7 @@ def pull(
     with closing(
         Source(
             database.directory,
-            name,
+            wanted,
             platform=platform,
             all_platforms=all_platforms,
             access=access,
@@ -107,7 +107,7 @@ def pull(
         work = _Pull(database, session, source, platform, referrers, progress, blob_progress)
 
         def find() -> Pulled | None:
-            here = work.find_complete() if if_missing or (name.digest and not referrers) else None
+            here = work.find_complete() if if_missing or (wanted.digest and not referrers) else None
             return here and Pulled(here, 0, 0, None)
 
         # A waiting process may take over from one without progress; then both continue and wait for each other's blobs.
@@ -155,6 +155,8 @@ class _Pull:
             if found is None:
                 return None
             info, contents = images.read_image(connection, self._database.directory, found.id)
+            if self._source.expected not in (None, info.digest):
+                return None
             root = images.read_root(connection, found.id)
             known = {blob.digest for blob in contents if blob.stored}
             with suppress(InvalidManifest, NotInCache):
@@ -166,9 +168,9 @@ class _Pull:
                 )
         return None
 
-    def _read_root(self, digest: Digest | None) -> Root:
+    def _read_root(self, digest: Digest) -> Root:
         """Return the manifest or index of the name, from the cache if it has it."""
-        if digest is not None and (data := self._read_stored(digest)) is not None:
+        if (data := self._read_stored(digest)) is not None:
             return Root(digest, oci.manifest_media_type(data), data)
         return self._source.root(digest)
 
@@ -202,7 +204,7 @@ class _Pull:
         def save_all(connection: Connection) -> ImageInfo:
             for hold in self._holds:
                 self._session.release(connection, hold)
-            among = chosen | self._find_stored_before(connection, root.digest) if self._source.wanted else None
+            among = chosen | self._find_stored_before(connection, root.digest) if self._source.wanted_platform else None
             image_id = save.save_image(
                 connection,
                 self._database.directory,

@@ -122,6 +122,17 @@ def test_a_complete_image_is_pulled_under_the_given_name(cache: Cache, remote: R
     assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
 
 
+def test_names_of_skopeo_and_hosts_in_upper_case_are_accepted(cache: Cache, remote: Registry) -> None:
+    port = remote.host.partition(":")[2]
+    assert cache.pull(f"docker://LOCALHOST:{port}/app:1").image.name == f"localhost:{port}/app:1"
+    pushed = cache.push(f"LOCALHOST:{port}/app:1", f"docker://LocalHost:{port}/copy:1")
+    assert pushed.name == f"localhost:{port}/copy:1"
+    (tag,) = cache.push_tags(f"LOCALHOST:{port}/app", f"docker://LOCALHOST:{port}/tags")
+    assert tag.name == f"localhost:{port}/tags:1"
+    with pytest.raises(InvalidName):
+        cache.export(f"docker://localhost:{port}/app:1", "unused")
+
+
 def test_a_tag_that_has_not_moved_costs_one_request(cache: Cache, remote: Registry) -> None:
     cache.pull(f"{remote.host}/app:1")
     take_requests(remote)
@@ -702,6 +713,22 @@ def test_mirrors_are_tried_before_the_registry(cache: Cache, remote: Registry, m
         assert take_requests(remote) == []
         cache.pull(f"{remote.host}/app:2")  # the mirror lacks this tag
         assert_is_stored(cache, f"{remote.host}/app:2", SECOND)
+
+
+def test_a_name_with_a_tag_and_a_digest_pulls_the_digest_and_keeps_the_tag(cache: Cache, remote: Registry) -> None:
+    """Renovate, Dependabot and Kubernetes pin images so."""
+    name = f"{remote.host}/app:1"
+    cache.pull(f"docker://{name}@{SECOND.digest}")
+    assert_is_stored(cache, name, SECOND)
+    take_requests(remote)
+    assert cache.pull(f"{name}@{SECOND.digest}").blobs == 0
+    assert take_requests(remote) == []
+    cache.pull(f"{name}@{FIRST.digest}", if_missing=True)
+    assert_is_stored(cache, name, FIRST)
+    assert ("HEAD", "app/manifests/1") not in take_requests(remote)
+    with pytest.raises(RegistryError, match=f"has no app@{LARGE.digest}"):
+        cache.pull(f"{name}@{LARGE.digest}", allow_stale=True)
+    assert cache.list_names() == [name]
 
 
 @pytest.mark.parametrize("hub", ["", "docker.io/", "index.docker.io/", "registry-1.docker.io/", "DOCKER.io/"])

@@ -15,7 +15,7 @@ from cachedb.disk.writer import Content, discard, receive
 from cachedb.errors import DigestMismatch, InvalidManifest, NotInCache, RegistryError, os_errors
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import DOCUMENT_LIMIT, Descriptor
-from cachedb.oci.names import Name
+from cachedb.oci.names import RemoteName
 from cachedb.progress import Advance
 from cachedb.text import shorten
 from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
@@ -49,7 +49,7 @@ class Source:
     def __init__(
         self,
         directory: Path,
-        name: Name,
+        wanted: RemoteName,
         *,
         platform: str | None = None,
         all_platforms: bool = False,
@@ -59,16 +59,18 @@ class Source:
 
         Args:
             directory: the cache directory.
-            name: the image's name.
+            wanted: the image's name, and its digest if a certain one is wanted.
             platform: ``os/architecture[/variant]``; the default is the host's.
             all_platforms: pull all children of an index.
             access: how to reach the registry.
         """
-        self.name = name
-        self.wanted = None if all_platforms else (platform or oci.host_platform())
+        self.name, self.expected = wanted
+        self.wanted_platform = None if all_platforms else (platform or oci.host_platform())
         self.documents: dict[Digest, bytes] = {}
         """The bytes of the manifests and indexes read so far, from the registry or the cache."""
-        self.repositories: Sequence[Repository] = [Repository(where, access) for where in pull_places(name, access)]
+        self.repositories: Sequence[Repository] = [
+            Repository(where, access) for where in pull_places(wanted.exact_name, access)
+        ]
         self._directory = directory
 
     @property
@@ -98,19 +100,19 @@ class Source:
                 return call(repository)
         return call(self.repositories[-1])
 
-    def digest(self) -> Digest | None:
-        """Return the digest of the name, with one request per repository at most; None if it is not sent.
+    def digest(self) -> Digest:
+        """Return the digest of the image, with one request for headers if its tag must be looked up.
 
         Raises:
             RegistryError: if the registry refuses or fails.
         """
-        return self.name.digest or self.ask(lambda repository: repository.digest(self.name.reference))
+        return self.expected or self.ask(lambda repository: repository.digest(self.name.reference))
 
-    def root(self, expected: Digest | None) -> Root:
+    def root(self, expected: Digest) -> Root:
         """Download the manifest or index of the name.
 
         Args:
-            expected: the digest it must have, if known.
+            expected: the digest it must have.
 
         Raises:
             RegistryError: if the registry refuses or fails.
@@ -118,11 +120,10 @@ class Source:
         """
 
         def fetch(repository: Repository) -> Root:
-            fetched = repository.manifest(expected or self.name.reference)
-            like = expected or fetched.digest
-            digest = digest_of(fetched.data, like)
-            if like not in (None, digest):
-                raise DigestMismatch(f"{self.name} should have digest {like}, and has {digest}")
+            fetched = repository.manifest(expected)
+            digest = digest_of(fetched.data, expected)
+            if digest != expected:
+                raise DigestMismatch(f"{self.name} should have digest {expected}, and has {digest}")
             return Root(digest, oci.manifest_media_type(fetched.data, fetched.media_type), fetched.data)
 
         return self.ask(fetch)
@@ -159,14 +160,13 @@ class Source:
         Raises:
             NotInCache: if there is none.
         """
-        if self.wanted is None:
+        if self.wanted_platform is None:
             return children
-        chosen = oci.choose(children, self.wanted)
+        chosen = oci.choose(children, self.wanted_platform)
         if not chosen:
             known = ", ".join(sorted({child.platform or "unknown" for child in children})) or "none"
-            raise NotInCache(
-                f"{self.name} is not for platform {shorten(self.wanted)}, but for {known}: choose one with --platform"
-            )
+            asked = shorten(self.wanted_platform)
+            raise NotInCache(f"{self.name} is not for platform {asked}, but for {known}: choose one with --platform")
         return chosen
 
     # Blobs
