@@ -15,6 +15,7 @@ __all__ = [
     "check_functions",
     "check_mapping",
     "check_numbers",
+    "check_pair",
     "check_paths",
     "check_readable",
     "check_text",
@@ -61,6 +62,14 @@ def check_numbers(**values: object) -> None:
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise _type_error(name, value, "a number, or None")
+
+
+def check_pair(**values: object) -> None:
+    """Raise `TypeError` if one of the values is neither a pair of strings nor None."""
+    for name, value in values.items():
+        is_pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
+        if value is not None and not is_pair:
+            raise _type_error(name, value, "a pair of strings, or None")
 
 
 def check_mapping(**values: object) -> None:

@@ -18,6 +18,7 @@ from cachedb.arguments import (
     check_functions,
     check_mapping,
     check_numbers,
+    check_pair,
     check_paths,
     check_readable,
     check_text,
@@ -804,6 +805,7 @@ class Cache:
         plain_http: bool | None = None,
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
+        credentials: tuple[str, str] | None = None,
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
     ) -> Pulled:
@@ -828,6 +830,7 @@ class Cache:
             tls_verify: if False, accept any certificate, and use HTTP if HTTPS fails; the default is to verify, except
                 for what is ``insecure`` in registries.conf.
             authfile: a file of credentials; the default is the files of podman and Docker.
+            credentials: the user and the password; they replace the files, and are not sent to mirrors.
             progress: called with the bytes done so far and the total.
             blob_progress: called with the progress of each blob.
 
@@ -842,6 +845,7 @@ class Cache:
 
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
+        check_pair(credentials=credentials)
         check_functions(progress=progress, blob_progress=blob_progress)
         wanted = RemoteName.parse(name)
         pulled = pull(
@@ -853,7 +857,7 @@ class Cache:
             if_missing=if_missing,
             allow_stale=allow_stale,
             referrers=referrers,
-            access=Access(plain_http, tls_verify, authfile),
+            access=Access(plain_http, tls_verify, authfile, credentials),
             progress=progress,
             blob_progress=blob_progress,
         )
@@ -869,6 +873,7 @@ class Cache:
         plain_http: bool | None = None,
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
+        credentials: tuple[str, str] | None = None,
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
     ) -> Pushed:
@@ -885,6 +890,7 @@ class Cache:
             tls_verify: if False, accept any certificate, and use HTTP if HTTPS fails; the default is to verify, except
                 for what is ``insecure`` in registries.conf.
             authfile: a file of credentials; the default is the files of podman and Docker.
+            credentials: the user and the password; they replace the files.
             progress: called with the bytes done so far and the total.
             blob_progress: called with the progress of each blob.
 
@@ -901,10 +907,11 @@ class Cache:
 
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
+        check_pair(credentials=credentials)
         check_functions(progress=progress, blob_progress=blob_progress)
         source = Name.parse(name)
         pushed_name = Name.parse(strip_transport(target)) if target is not None else source
-        access = Access(plain_http, tls_verify, authfile)
+        access = Access(plain_http, tls_verify, authfile, credentials)
         with closing(Target(self.directory, pushed_name, access=access)) as pushed_to:
             return push_image(
                 self._database,
@@ -925,6 +932,7 @@ class Cache:
         plain_http: bool | None = None,
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
+        credentials: tuple[str, str] | None = None,
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
     ) -> Iterator[Pushed]:
@@ -936,6 +944,7 @@ class Cache:
             plain_http: as for `push`.
             tls_verify: as for `push`.
             authfile: as for `push`.
+            credentials: as for `push`.
             progress: called for each image with the bytes done so far and the total.
             blob_progress: called with the progress of each blob.
 
@@ -949,6 +958,7 @@ class Cache:
         from cachedb.transports.registry.access import Access
 
         check_paths(authfile=authfile, optional=True)
+        check_pair(credentials=credentials)
         check_functions(progress=progress, blob_progress=blob_progress)
         repository = parse_repository(repository)
         target = repository if target is None else parse_repository(target)
@@ -957,7 +967,7 @@ class Cache:
         if not names:
             raise NotInCache(f"{repository} has no tags in the cache: `cachedb ls` lists all images", name=repository)
         target_names = [name._replace(repository=target) for name in names]
-        access = Access(plain_http, tls_verify, authfile)
+        access = Access(plain_http, tls_verify, authfile, credentials)
         with closing(Target(self.directory, target_names[0], access=access)) as pushed_to:
             for name, target_name in zip(names, target_names, strict=True):
                 yield push_image(

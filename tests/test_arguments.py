@@ -31,6 +31,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "convert": (type(None),),
     "tag": (type(None),),
     "authfile": (type(None), str),
+    "credentials": (type(None),),
     "progress": (type(None),),
     "blob_progress": (type(None),),
     "name": (type(None),),  # for an archive

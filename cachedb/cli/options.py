@@ -99,6 +99,15 @@ format_option = click.option(
 dry_run_option = click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be freed.")
 
 
+def _parse_credentials(_context: click.Context, _option: click.Parameter, given: str | None) -> Any:  # noqa: ANN401
+    if given is None:
+        return None
+    user, colon, password = given.partition(":")
+    if not colon or not user:
+        raise click.BadParameter("expected USER:PASSWORD")  # do not quote it: it may be the password
+    return user, password
+
+
 def registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how a registry is reached; their names are those of the fields of `Access`."""
     options = (
@@ -116,6 +125,13 @@ def registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--authfile", type=click.Path(), help="A file of credentials.  [default: the files of podman and Docker]"
+        ),
+        click.option(
+            "--creds",
+            "credentials",
+            metavar="USER:PASSWORD",
+            callback=_parse_credentials,
+            help="Credentials instead of a file. Other users of this host can see them (ps): prefer `skopeo login`.",
         ),
     )
     for option in reversed(options):

@@ -220,7 +220,7 @@ def test_the_answer_of_a_credential_helper_is_read_up_to_the_limit(
     path = tmp_path / "auth.json"
     path.write_text('{"credsStore": "x"}')
     if taken:
-        assert credentials.find("r.test", "app", path) == ("me", "p", "")
+        assert credentials.find("r.test", "app", path) == credentials.Credentials("me", "p", "")
     else:
         with pytest.raises(RegistryError, match="wrote over 65536 bytes"):
             credentials.find("r.test", "app", path)

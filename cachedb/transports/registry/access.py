@@ -14,6 +14,10 @@ class Access(NamedTuple):
     plain_http: bool | None = None  # True: HTTP, False: HTTPS, None: HTTP only for localhost
     tls_verify: bool | None = None  # False: any certificate, and HTTP if there is no HTTPS; None: as in registries.conf
     authfile: str | os.PathLike[str] | None = None  # a file of credentials; None: the files of podman and Docker
+    credentials: tuple[str, str] | None = None  # user and password; they replace the files
+
+    def __repr__(self) -> str:
+        return f"Access(plain_http={self.plain_http!r}, tls_verify={self.tls_verify!r}, ...)"  # not the password
 
 
 DEFAULT_ACCESS: Final = Access()

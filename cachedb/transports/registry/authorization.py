@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal, Protocol
+from typing import Literal, Protocol
 from urllib.parse import urlencode
 
 import urllib3
 
 from cachedb.errors import RegistryError
 from cachedb.text import shorten
-from cachedb.transports.registry import credentials
 from cachedb.transports.registry.access import Access
 from cachedb.transports.registry.answers import read_body
+from cachedb.transports.registry.challenges import Challenge
+from cachedb.transports.registry.credentials import Credentials, find
 from cachedb.transports.registry.places import Place
 from cachedb.transports.registry.urls import origin, with_query
 
@@ -27,14 +27,13 @@ __all__ = ["Authorization"]
 
 
 _TOKEN_LIMIT = 1024 * 1024  # bytes
-_CHALLENGE: Final = re.compile(r'\b(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')  # RFC 9110, 11.6.1
 
 
 class _Ask(Protocol):
     """A function that sends a request for a token and returns the answer."""
 
     def __call__(
-        self, method: str, url: str, what: str, headers: Mapping[str, str], *, token: bool, body: str | None
+        self, method: str, url: str, what: str, headers: Mapping[str, str], *, login: str, body: str | None
     ) -> urllib3.BaseHTTPResponse: ...
 
 
@@ -65,12 +64,12 @@ class Authorization:
         self._ask, self._stopped = ask, stopped
         self._lock = threading.RLock()
 
-    def renew(self, url: str, challenges: Sequence[str], sent: str) -> Literal["renewed", "changed", "missing"]:
+    def renew(self, url: str, challenges: Sequence[Challenge], sent: str) -> Literal["renewed", "changed", "missing"]:
         """Get the authorization for a refused request.
 
         Args:
             url: the URL of the request.
-            challenges: the values of the WWW-Authenticate headers.
+            challenges: the challenges of the registry.
             sent: the authorization that was refused.
 
         Returns:
@@ -80,52 +79,68 @@ class Authorization:
         Raises:
             RegistryError: if the token server refuses or fails, or the credentials cannot be read.
         """
-        known = {scheme.lower(): rest for scheme, _, rest in (text.strip().partition(" ") for text in challenges)}
         with self._lock:
             if self.header != sent:
                 return "changed"  # the new token may still lack our scope; then the caller asks again
-            if "bearer" in known:
-                challenge = {key.lower(): quoted or bare for key, quoted, bare in _CHALLENGE.findall(known["bearer"])}
-                self.header = f"Bearer {self._request_token(url, challenge)}"
-                return "renewed"
-            login = self._find_login()
-            if "basic" not in known or login is None or not login.password:
+            header = self._answer(url, challenges, self._find_login())
+            if not header:
                 return "missing"
-            self.header = _format_basic(login)
+            self.header = header
             return "renewed"
 
-    def _find_login(self) -> credentials.Credentials | None:
-        return credentials.find(
-            self._place.registry, self._place.repository, self._access.authfile, stopped=self._stopped
-        )
+    def has_login(self) -> bool:
+        """Return whether there are credentials for the repository.
 
-    def _request_token(self, url: str, challenge: Mapping[str, str]) -> str:
-        """Request a token from the token server that a challenge names."""
-        realm = challenge.get("realm", "")
+        Raises:
+            RegistryError: if the credentials cannot be read.
+        """
+        return self._find_login() is not None
+
+    def _find_login(self) -> Credentials | None:
+        if self._access.credentials:
+            return Credentials(*self._access.credentials, identity_token="")
+        return find(self._place.registry, self._place.repository, self._access.authfile, stopped=self._stopped)
+
+    def _answer(self, url: str, challenges: Sequence[Challenge], login: Credentials | None) -> str:
+        """Return the authorization that answers one of the challenges; empty if there is none."""
+        if login and login.registry_token:
+            return f"Bearer {login.registry_token}"
+        for challenge in challenges:
+            if challenge.scheme == "bearer" and "realm" in challenge.parameters:
+                return f"Bearer {self._request_token(url, challenge.parameters, login)}"
+        if login and login.password and any(challenge.scheme == "basic" for challenge in challenges):
+            return _format_basic(login)
+        return ""
+
+    def _request_token(self, url: str, challenge: Mapping[str, str], login: Credentials | None) -> str:
+        """Request a token from the token server that a challenge names.
+
+        A scope is a parameter of its own in a query, and part of a list in a form; Quay accepts nothing else.
+        """
+        realm = challenge["realm"]
         scheme, host, _ = origin(realm)
         if scheme not in ("http", "https") or (origin(url)[0] == "https" and scheme != "https"):
             raise RegistryError(
                 f"{self._place.registry}: the scheme of the token server {shorten(realm)} is not allowed"
             )
-        query = {"service": challenge.get("service", "")}
+        service = [("service", challenge["service"])] if "service" in challenge else []
         read_scope = f"repository:{self._place.repository}:pull"
-        scopes = (challenge.get("scope") or read_scope).split()
         # For a repository that does not exist, some registries refuse a read token but grant a write token and create
         # the repository.
-        query["scope"] = " ".join(
-            f"{read_scope},push" if self._push and scope == read_scope else scope for scope in scopes
-        )
-        login, headers, body = self._find_login(), {}, None
+        scopes = [
+            f"{read_scope},push" if self._push and scope == read_scope else scope
+            for scope in (challenge.get("scope") or read_scope).split()
+        ]
+        method, headers, body, header = "GET", dict[str, str](), None, ""
         if login and login.identity_token:
-            form = {**query, "grant_type": "refresh_token", "client_id": "cachedb"}
-            body = urlencode({**form, "refresh_token": login.identity_token})
-            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            method, headers = "POST", {"Content-Type": "application/x-www-form-urlencoded"}
+            grant = [("grant_type", "refresh_token"), ("client_id", "cachedb")]
+            body = urlencode([*service, ("scope", " ".join(scopes)), *grant, ("refresh_token", login.identity_token)])
         else:
-            realm = with_query(realm, query)
-            if login:
-                headers["Authorization"] = _format_basic(login)
+            realm = with_query(realm, [*service, *(("scope", scope) for scope in scopes)])
+            header = _format_basic(login) if login else ""
         what = f"a token for {self._place.repository}"
-        with self._ask("POST" if body else "GET", realm, what, headers, token=True, body=body) as response:
+        with self._ask(method, realm, what, headers, login=header, body=body) as response:
             data = read_body(response, _TOKEN_LIMIT, f"the token of {host}")
         try:
             document = json.loads(data)
@@ -137,5 +152,5 @@ class Authorization:
         return token
 
 
-def _format_basic(login: credentials.Credentials) -> str:
+def _format_basic(login: Credentials) -> str:
     return "Basic " + base64.b64encode(f"{login.username}:{login.password}".encode()).decode()

@@ -25,6 +25,7 @@ from cachedb.errors import RegistryError, RegistryUnavailable
 from cachedb.transports.registry.access import Access
 from cachedb.transports.registry.answers import read_error_detail, to_one_line
 from cachedb.transports.registry.authorization import Authorization
+from cachedb.transports.registry.challenges import Challenge, parse_challenges
 from cachedb.transports.registry.connections import Connections
 from cachedb.transports.registry.places import Place
 from cachedb.transports.registry.tls import advise_on_tls
@@ -68,6 +69,8 @@ class Client:
         """
         self.place = place
         self._guard = threading.RLock()
+        self._base_challenges: list[Challenge] | None = None
+        self._is_open = False  # whether the registry has answered without authorization
         self._connections = Connections(place.registry, verify=place.is_verified)
         self._authorization = Authorization(place, access, self.request, self._connections.stopped, push=push)
 
@@ -88,7 +91,7 @@ class Client:
             if self.place.allows_http:
                 url = self.place.url
                 try:
-                    self._send("GET", f"{url}/v2/", {}, "", None, redirects=False)[0].close()
+                    self._send("GET", f"{url}/v2/", {}, "", None)[0].close()
                 except _NoAnswer:
                     url = f"http://{url.partition('://')[2]}"
                 self.place = self.place._replace(url=url, allows_http=False)
@@ -102,7 +105,7 @@ class Client:
         headers: Mapping[str, str],
         *,
         good: tuple[int, ...] = (200,),
-        token: bool = False,
+        login: str | None = None,
         body: Body | None = None,
         failed: int | None = None,
         max_tries: int = TRIES,
@@ -115,7 +118,8 @@ class Client:
             what: the name of the requested thing in error messages.
             headers: the headers of the request.
             good: the expected statuses.
-            token: True if this requests a token. Its headers or body carry credentials, so redirects are not followed.
+            login: the authorization of a request for a token, which may be empty; None for a request to the registry.
+                It is not sent to another host after a redirect, and a body is not either.
             body: the body of the request.
             failed: the number of earlier failures, if the caller itself must retry with a changed request. After a
                 temporary failure, `request` pauses and then raises; None to retry here.
@@ -125,12 +129,12 @@ class Client:
             RegistryUnavailable: if the registry is unreachable or overloaded.
             RegistryError: if the registry refuses the request, or does not have the requested thing.
         """
-        tries, has_asked = failed or 0, token
+        tries, has_asked = failed or 0, login is not None
         while True:
             tries += 1
-            sent = self._authorization.header
+            sent = self._authorization.header if login is None else login
             try:
-                response, is_ours = self._send(method, url, headers, "" if token else sent, body, redirects=not token)
+                response, is_ours = self._send(method, url, headers, sent, body, is_token=login is not None)
             except _NoAnswer as failure:
                 if tries >= max_tries or _is_final(failure.error):
                     raise self._explain_unreachable(failure) from None  # urllib3's error may contain credentials
@@ -138,12 +142,14 @@ class Client:
                 if failed is not None:
                     raise self._explain_unreachable(failure) from None
                 continue
-            if response.status in good:
+            # Only the registry itself may name a token server, not the target of a redirect.
+            may_ask = is_ours and not has_asked and tries < TRIES
+            challenges = self._find_challenges(response, sent, good) if may_ask else []
+            if response.status in good and not challenges:
                 return response
             with response:
-                # Only the registry itself may name a token server, not the target of a redirect.
-                if response.status == 401 and is_ours and not has_asked and tries < TRIES:
-                    outcome = self._authorization.renew(url, response.headers.getlist("WWW-Authenticate"), sent)
+                if challenges:
+                    outcome = self._authorization.renew(url, challenges, sent)
                     if outcome == "missing":
                         raise self.refusal(self.place.repository, response)
                     has_asked = outcome == "renewed"
@@ -153,6 +159,38 @@ class Client:
                 if failed is not None:
                     raise self.refusal(what, response)
 
+    def _find_challenges(self, response: urllib3.BaseHTTPResponse, sent: str, good: tuple[int, ...]) -> list[Challenge]:
+        """Return the challenges of an answer of the registry; empty if it need not be repeated with authorization.
+
+        Some registries hide a private repository from the anonymous: they answer 403 or 404, or 401 without a
+        challenge. Their challenge is at the base URL.
+        """
+        if response.status == 401:
+            found = parse_challenges(response.headers.getlist("WWW-Authenticate"))
+            if found:
+                return found
+        if sent or response.status not in (401, 403, 404):
+            self._is_open = self._is_open or (not sent and response.status < 400)
+            return []
+        if self._is_open:
+            return []
+        try:
+            return self._read_base_challenges() if self._authorization.has_login() else []
+        except RegistryError:
+            if response.status in good:
+                return []
+            raise
+
+    def _read_base_challenges(self) -> list[Challenge]:
+        """Return the challenges of the registry's base URL."""
+        with self._guard:
+            if self._base_challenges is None:
+                self._base_challenges = []
+                with suppress(_NoAnswer), self._send("GET", f"{self.place.url}/v2/", {}, "", None)[0] as response:
+                    if response.status == 401:
+                        self._base_challenges = parse_challenges(response.headers.getlist("WWW-Authenticate"))
+            return self._base_challenges
+
     def _send(
         self,
         method: str,
@@ -161,13 +199,17 @@ class Client:
         authorization: str,
         body: Body | None,
         *,
-        redirects: bool,
+        is_token: bool = False,
     ) -> tuple[urllib3.BaseHTTPResponse, bool]:
-        """Send a request and follow redirects; return the answer and whether the registry itself sent it."""
+        """Send a request and follow redirects; return the answer and whether the registry itself sent it.
+
+        The authorization is sent to the registry only; that of a request for a token to its token server only.
+        """
+        owner = origin(url if is_token else self.place.url)
         for _ in range(_MAX_REDIRECTS + 1):
             self._connections.check_stopped()
             is_ours = origin(url) == origin(self.place.url)
-            secret = {"Authorization": authorization} if authorization and is_ours else {}
+            secret = {"Authorization": authorization} if authorization and origin(url) == owner else {}
             try:
                 response = self._connections.get_pool(url, is_ours=is_ours).request(
                     method,
@@ -182,12 +224,14 @@ class Client:
             except HTTPError as error:
                 raise _NoAnswer(url, error) from error
             location = response.get_redirect_location()
-            if not location or not redirects:
+            if not location:
                 with suppress(KeyError, ValueError):  # Location is relative to the URL that answered
                     response.headers["Location"] = urljoin(url, response.headers["Location"])
                 return response, is_ours
             response.close()
             url = self.follow(url, location)
+            if is_token and body is not None and origin(url) != owner:
+                raise RegistryError(f"{self.place.registry}: its token server redirects a secret to another host")
         raise RegistryError(f"{self.place.registry} redirects more than {_MAX_REDIRECTS} times")
 
     def follow(self, url: str, location: str) -> str:

@@ -43,6 +43,7 @@ class Credentials(NamedTuple):
     username: str
     password: str
     identity_token: str  # a refresh token that replaces the password; "" if there is none
+    registry_token: str = ""  # a bearer token that is sent to the registry as it is; "" if there is none
 
     def __repr__(self) -> str:
         return f"Credentials(username={self.username!r}, ...)"
@@ -156,11 +157,11 @@ def _parse_registry(key: str) -> str:
 def _decode(entry: object, registry: str, file: str) -> Credentials | None:
     """Return the credentials of an entry of ``auths``, or None if it is empty."""
     what = f"the entry for {shorten(registry)} in {file!r}"
-    names = ("auth", "username", "password", "identitytoken")
+    names = ("auth", "username", "password", "identitytoken", "registrytoken")
     fields: list[Any] = [entry.get(name) or "" for name in names] if isinstance(entry, dict) else [None]
     if not all(isinstance(field, str) for field in fields):
         raise RegistryError(f"{what} is not an object of strings: log in again")
-    auth, username, password, identity_token = fields
+    auth, username, password, identity_token, registry_token = fields
     if auth:
         try:
             pair = base64.b64decode("".join(auth.split()), validate=True).decode()
@@ -169,7 +170,8 @@ def _decode(entry: object, registry: str, file: str) -> Credentials | None:
         username, colon, password = pair.partition(":")
         if not colon:
             raise RegistryError(f'{what} has an "auth" that is not user:password in base64: log in again')
-    return _none_if_empty(Credentials(username, password.strip("\0"), identity_token))  # Docker once wrote NULs
+    password = password.strip("\0")  # Docker once wrote NULs
+    return _none_if_empty(Credentials(username, password, identity_token, registry_token))
 
 
 def _none_if_empty(credentials: Credentials) -> Credentials | None:

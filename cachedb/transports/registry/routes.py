@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from cachedb.errors import InvalidName, RegistryError
 from cachedb.oci.names import Name
 from cachedb.text import shorten
@@ -9,17 +11,25 @@ from cachedb.transports.registry.access import Access
 from cachedb.transports.registry.places import Place, build_place, mirrors, place
 from cachedb.transports.registry.registries_conf import Configuration, Registry, read_configuration
 
-__all__ = ["pull_places", "push_place"]
+__all__ = ["Route", "pull_routes", "push_place"]
 
 
-def pull_places(name: Name, access: Access) -> list[Place]:
+class Route(NamedTuple):
+    """A place from which an image is pulled, and how to reach it."""
+
+    place: Place
+    access: Access
+
+
+def pull_routes(name: Name, access: Access) -> list[Route]:
     """Return the places of an image in the order in which they are asked; the registry itself is the last.
 
-    The mirrors of ``CACHEDB_MIRRORS`` come first, then those of registries.conf.
+    The mirrors of ``CACHEDB_MIRRORS`` come first, then those of registries.conf. Credentials that were given for the
+    registry are not for its mirrors.
 
     Args:
         name: the image's name; it may be an alias of registries.conf.
-        access: how to reach the registry. Mirrors have their own settings.
+        access: how to reach the registry.
 
     Raises:
         InvalidName: if the name, or ``CACHEDB_MIRRORS``, has an invalid place.
@@ -29,17 +39,19 @@ def pull_places(name: Name, access: Access) -> list[Place]:
     name = _resolve_alias(name, configuration)
     origin = place(name, plain_http=access.plain_http)
     full = f"{origin.registry}/{origin.repository}"
-    registry = _find_allowed(configuration, full)
-    if registry is None:
-        return [*mirrors(name), _secure(origin, access, insecure=False)]
-    rest, found = full[registry.match(full) :], list[Place]()
-    for mirror in registry.mirrors:
-        if mirror.pull_by in ("all", "digest-only" if name.digest else "tag-only"):
-            where = _locate(f"{mirror.location}{rest}", registry, plain_http=None)
-            found.append(_secure(where, Access(tls_verify=access.tls_verify or None), insecure=mirror.insecure))
-    if registry.location:
-        origin = _locate(f"{registry.location}{rest}", registry, plain_http=access.plain_http)
-    return [*mirrors(name), *found, _secure(origin, access, insecure=registry.insecure)]
+    registry, found, is_insecure = _find_allowed(configuration, full), mirrors(name), False
+    # Mirrors have their own settings, but --tls-verify=true is for all.
+    of_mirrors = access._replace(plain_http=None, tls_verify=access.tls_verify or None, credentials=None)
+    if registry:
+        is_insecure, rest = registry.insecure, full[registry.match(full) :]
+        for mirror in registry.mirrors:
+            if mirror.pull_by in ("all", "digest-only" if name.digest else "tag-only"):
+                where = _locate(f"{mirror.location}{rest}", registry, plain_http=None)
+                found.append(_secure(where, of_mirrors, insecure=mirror.insecure))
+        if registry.location:
+            origin = _locate(f"{registry.location}{rest}", registry, plain_http=access.plain_http)
+    routes = [Route(where, of_mirrors) for where in found]
+    return [*routes, Route(_secure(origin, access, insecure=is_insecure), access)]
 
 
 def push_place(name: Name, access: Access) -> Place:

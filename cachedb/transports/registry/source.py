@@ -20,7 +20,7 @@ from cachedb.progress import Advance
 from cachedb.text import shorten
 from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
 from cachedb.transports.registry.repository import Repository
-from cachedb.transports.registry.routes import pull_places
+from cachedb.transports.registry.routes import pull_routes
 
 __all__ = ["Root", "Source"]
 
@@ -69,7 +69,7 @@ class Source:
         self.documents: dict[Digest, bytes] = {}
         """The bytes of the manifests and indexes read so far, from the registry or the cache."""
         self.repositories: Sequence[Repository] = [
-            Repository(where, access) for where in pull_places(wanted.exact_name, access)
+            Repository(*route) for route in pull_routes(wanted.exact_name, access)
         ]
         self._directory = directory
 

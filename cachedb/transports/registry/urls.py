@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from urllib.parse import urlencode
 
 from urllib3.util import parse_url
@@ -33,6 +33,6 @@ def host_of(url: str) -> str:
     return f"{parts.host}:{parts.port}" if parts.port else parts.host or ""
 
 
-def with_query(url: str, values: Mapping[str, str]) -> str:
+def with_query(url: str, values: Mapping[str, str] | Sequence[tuple[str, str]]) -> str:
     """Append values to the query of a URL."""
     return f"{url}{'&' if '?' in url else '?'}{urlencode(values)}"

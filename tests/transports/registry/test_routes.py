@@ -12,7 +12,7 @@ from cachedb import Cache, RegistryError
 from cachedb.oci.names import Name
 from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
 from cachedb.transports.registry.places import Place
-from cachedb.transports.registry.routes import pull_places, push_place
+from cachedb.transports.registry.routes import pull_routes, push_place
 from tests.conftest import Run
 from tests.support import make
 from tests.support.faults import redirect
@@ -52,7 +52,7 @@ def secured(tmp_path: Path) -> Iterator[Registry]:
 
 
 def find(name: str, access: Access = DEFAULT_ACCESS) -> list[Place]:
-    return pull_places(Name.parse(name), access)
+    return [route.place for route in pull_routes(Name.parse(name), access)]
 
 
 def find_urls(name: str, access: Access = DEFAULT_ACCESS) -> list[str]:
