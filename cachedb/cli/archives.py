@@ -25,12 +25,21 @@ __all__ = []
         "cachedb import layout/ team/app:2",
         "cachedb import layout/ team/app:        # the tags of the layout: team/app:1.0, team/app:1.1",
         "cachedb import --select 3f57d9401f8d app.tar team/app:2",
+        "cachedb import oci:layout:1.0 app:1.0",
         "cachedb import --link layout/",
         "docker save app:1 | cachedb import -",
     ),
 )
-@click.argument("source", type=click.Path())
+@click.argument("source", metavar="[SOURCE]", required=False, type=click.Path())
 @click.argument("name", required=False, type=NAME)
+@click.option(
+    "-i",
+    "--input",
+    "input_",
+    metavar="SOURCE",
+    type=click.Path(),
+    help="Another way to give SOURCE, as in `docker load`.",
+)
 @click.option(
     "--repository",
     metavar="REPOSITORY",
@@ -56,8 +65,9 @@ __all__ = []
 @format_option
 @quiet_option("the images' names")
 def import_(
-    source: str,
+    source: str | None,
     name: str | None,
+    input_: str | None,
     repository: str | None,
     select: str | None,
     platform: str | None,
@@ -70,15 +80,30 @@ def import_(
     """Import the images of an archive under the names stored in it.
 
     SOURCE is a docker-archive, an OCI archive, an OCI image layout folder, a folder of skopeo's dir:, or - for stdin.
-    Archives may be compressed. NAME replaces the name in an archive of one image. NAME with a colon at its end is a
-    repository for tags that have none. What is not imported, and what is replaced, is told on stderr.
+    Archives may be compressed. A transport of skopeo may stand in front, as in oci:PATH[:TAG]; TAG selects an image.
+
+    NAME replaces the name in an archive of one image. NAME with a colon at its end is a repository for tags that have
+    none. A warning on stderr names what is not imported, and what is replaced.
     """
+    if input_ is not None:
+        if name is not None:
+            raise click.UsageError("give the source once: as SOURCE, or with -i SOURCE")
+        source, name = input_, source
+    if source is None:
+        raise click.UsageError("give a source: cachedb import SOURCE [NAME]")
+    if source.startswith("docker://"):
+        raise click.UsageError(f"{source!r} is in a registry: use `cachedb pull {source.removeprefix('docker://')}`")
+    location = parse_location(source)
+    if location.tag is not None:
+        if select is not None:
+            raise click.UsageError("SOURCE has a tag, and --select was given too: give one of them")
+        select = location.tag
     if name is not None and name.endswith(":"):
         if repository is not None:
             raise click.UsageError("NAME is a repository, and --repository was given too: give one of them")
         repository, name = name.removesuffix(":"), None
-    opened: str | IO[bytes] = source
-    if source == "-":
+    opened: str | IO[bytes] = location.path
+    if opened == "-":
         opened = get_stdin()
     with open_cache() as cache, show_progress("importing", quiet=quiet) as progress:
         found = cache.cache_from_tar(

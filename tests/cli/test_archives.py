@@ -13,6 +13,30 @@ from tests.support import make
 ONE, TWO = make.image(1), make.image(2)
 
 
+@pytest.mark.parametrize("tag", ["1.0", "team/app:2"])
+def test_a_tag_in_the_source_selects_an_image(cachedb: Run, tmp_path: Path, tag: str) -> None:
+    make.write(tmp_path / "layout", make.oci_files({"1.0": ONE, "team/app:2": TWO}))
+    name = tag if "/" in tag else f"{tag}:latest"
+    assert cachedb("import", "-q", f"oci:{tmp_path}/layout:{tag}").stdout == f"{name}\n"
+    assert cachedb("import", "-q", f"oci:{tmp_path}/layout:{tag}", "other:1").stdout == "other:1\n"
+    assert cachedb("import", f"oci:{tmp_path}/layout:{tag}", "--select", tag).returncode == 2
+    assert "has no image '3'" in cachedb("import", f"oci:{tmp_path}/layout:3").stderr
+
+
+def test_the_source_may_be_an_option_as_in_docker_load(cachedb: Run, tmp_path: Path) -> None:
+    archive = make.write(tmp_path / "app.tar", make.oci_files({"app:1": ONE}))
+    assert cachedb("import", "-q", "-i", archive).stdout == "app:1\n"
+    assert cachedb("import", "-q", "-i", f"oci-archive:{archive}", "other:1").stdout == "other:1\n"
+    for arguments in ([], ["-i", archive, "app:1", "app:2"]):
+        assert cachedb("import", *arguments).returncode == 2
+
+
+def test_an_import_from_a_registry_names_the_command_for_it(cachedb: Run) -> None:
+    refused = cachedb("import", "docker://registry.example.org/app:1")
+    assert refused.returncode == 2
+    assert "use `cachedb pull registry.example.org/app:1`" in refused.stderr
+
+
 @pytest.mark.parametrize("arguments", [["team/app:"], ["--repository", "team/app"]])
 def test_a_name_with_a_colon_at_its_end_is_a_repository(cachedb: Run, tmp_path: Path, arguments: list[str]) -> None:
     layout = make.write(tmp_path / "layout", make.oci_files({"1.0": ONE, "1.1": TWO}))
