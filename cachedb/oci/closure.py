@@ -166,7 +166,7 @@ class Closure:
         found: list[Closure] = []
 
         def choose(children: list[Descriptor]) -> list[Descriptor]:
-            return [child for child in children if child.digest in data]
+            return [child for child in children if child.role in ("config", "layer") or child.digest in data]
 
         while new := [blob for blob, subject in subjects.items() if blob.digest not in known and subject in known]:
             for root in new:
