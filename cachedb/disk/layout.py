@@ -138,12 +138,12 @@ def is_session(name: str) -> bool:
 
 
 def lock_kind(name: str) -> str | None:
-    """Return the kind of a lock file: ``session``, ``producing`` or ``write``; None if it is not ours."""
+    """Return the kind of a file in ``locks/``: session, producing, failure or write; None if it is not ours."""
     stem, _, suffix = name.rpartition(".")
     if suffix == "session" and is_session(stem):
         return "session"
-    if suffix == "producing" and _CLAIM_KEY.fullmatch(stem):
-        return "producing"
+    if suffix in ("producing", "failed") and _CLAIM_KEY.fullmatch(stem):
+        return "producing" if suffix == "producing" else "failure"
     return "write" if name in ("write.lock", "write.queue") else None
 
 

@@ -257,7 +257,7 @@ class _Pull:
         known = {blob.digest for blob in pending}
         while pending:
             subject = pending.pop().digest
-            for root in self._list_referrers(subject):
+            for root in self._source.referrers(subject):
                 # Skip manifests with another subject, and those of a type that cannot be stored.
                 if root.digest in known or root.role == "other" or not self._is_referrer(root, subject):
                     continue
@@ -276,20 +276,12 @@ class _Pull:
         try:
             refers = oci.subject_of(self._read_child(root)) == subject
         except RegistryError:
-            if self._source.repositories[-1].has("manifests", root.digest):
+            if self._source.registry.has("manifests", root.digest):
                 raise
             return False
         if is_new and not refers:
             del self._source.documents[root.digest]  # `receive` stores all of `documents`
         return refers
-
-    def _list_referrers(self, subject: Digest) -> list[Descriptor]:
-        """Return the listed referrers of a manifest, from the registry if the mirrors have none."""
-        for repository in self._source.repositories[:-1]:
-            with suppress(RegistryError, InvalidManifest):
-                if found := repository.referrers(subject):
-                    return found
-        return self._source.repositories[-1].referrers(subject)
 
     def _has_wanted_platform(self, root: Descriptor, info: ImageInfo) -> bool:
         """Return whether an image without an index has the wanted platform, or an unknown one."""

@@ -768,6 +768,51 @@ def test_a_mirror_with_other_content_is_skipped(
     assert seen[-1][0] == seen[-1][1] == max(done for done, _ in seen)
 
 
+@pytest.mark.parametrize(
+    ("fault", "requests"), [(answer(503), 2), (retry_later(20), 2), (retry_later(20, 503), 2), (closed(), 1)]
+)
+def test_an_unavailable_mirror_is_asked_once_in_five_minutes(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch, fault: Do, requests: int
+) -> None:
+    with Registry() as mirror:
+        mirror.fault(fault, times=99)
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"{remote.host}={mirror.host}")
+        cache.pull(f"{remote.host}/app:1")
+        assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
+        assert (len(mirror.requests), SKIPPED_PAUSE_SECONDS) == (requests, [])
+        mirror.requests.clear()
+        cache.pull(f"{remote.host}/app:2", referrers=True)
+        assert mirror.requests == []
+        (mark,) = cache.directory.glob("locks/*.failed")
+        os.utime(mark, (time.time() - 301,) * 2)
+        cache.pull(f"{remote.host}/large:1")
+        assert mirror.requests
+
+
+def test_a_mirror_that_lacks_an_image_is_asked_again(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Registry() as mirror:
+        mirror.add(FIRST, "app", "other")  # its blobs are of use, though it lacks the tag
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"{remote.host}={mirror.host}")
+        cache.pull(f"{remote.host}/app:1")
+        assert set(take_downloaded_digests(mirror)) == FIRST.blobs.keys() - {FIRST.digest}
+        assert not list(cache.directory.glob("locks/*.failed"))
+
+
+def test_skipped_mirrors_are_asked_if_the_registry_is_unavailable(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Registry() as mirror:
+        mirror.add(FIRST, "app", "1")
+        mirror.fault(answer(503), times=3)
+        remote.fault(answer(503), times=99)
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"{remote.host}={mirror.host}")
+        cache.pull(f"{remote.host}/app:1")
+        assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
+        assert not list(cache.directory.glob("locks/*.failed"))
+
+
 def write_login(path: Path, host: str, user: str = USER, password: str = PASSWORD) -> Path:
     auth = {"username": user, "password": password}
     path.write_text(json.dumps({"auths": {host: auth}}))

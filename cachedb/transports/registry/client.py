@@ -59,15 +59,16 @@ class _NoAnswer(Exception):
 class Client:
     """HTTP client for one repository; safe to use from several threads."""
 
-    def __init__(self, place: Place, access: Access, *, push: bool = False) -> None:
+    def __init__(self, place: Place, access: Access, *, push: bool = False, tries: int = TRIES) -> None:
         """Create a client without sending anything.
 
         Args:
             place: the place of the repository.
             access: how to reach the registry.
             push: request tokens with write access from the start.
+            tries: how many times a request is sent in total, if its failures may be temporary.
         """
-        self.place = place
+        self.place, self.tries = place, tries
         self._guard = threading.RLock()
         self._base_challenges: list[Challenge] | None = None
         self._is_open = False  # whether the registry has answered without authorization
@@ -108,7 +109,7 @@ class Client:
         login: str | None = None,
         body: Body | None = None,
         failed: int | None = None,
-        max_tries: int = TRIES,
+        max_tries: int | None = None,
     ) -> urllib3.BaseHTTPResponse:
         """Send a request, and retry after a pause if the failure may be temporary.
 
@@ -123,20 +124,22 @@ class Client:
             body: the body of the request.
             failed: the number of earlier failures, if the caller itself must retry with a changed request. After a
                 temporary failure, `request` pauses and then raises; None to retry here.
-            max_tries: how many times the request is sent in total, if its failures may be temporary.
+            max_tries: how many times the request is sent in total, if its failures may be temporary; None for
+                ``tries``.
 
         Raises:
             RegistryUnavailable: if the registry is unreachable or overloaded.
             RegistryError: if the registry refuses the request, or does not have the requested thing.
         """
         tries, has_asked = failed or 0, login is not None
+        limit = self.tries if max_tries is None else max_tries
         while True:
             tries += 1
             sent = self._authorization.header if login is None else login
             try:
                 response, is_ours = self._send(method, url, headers, sent, body, is_token=login is not None)
             except _NoAnswer as failure:
-                if tries >= max_tries or _is_final(failure.error):
+                if tries >= limit or _is_final(failure.error):
                     raise self._explain_unreachable(failure) from None  # urllib3's error may contain credentials
                 self.pause(tries, None)
                 if failed is not None:
@@ -154,7 +157,7 @@ class Client:
                         raise self.refusal(self.place.repository, response)
                     has_asked = outcome == "renewed"
                     continue
-                if response.status not in _RETRY_STATUSES or tries >= max_tries or not self.pause(tries, response):
+                if response.status not in _RETRY_STATUSES or tries >= limit or not self.pause(tries, response):
                     raise self.refusal(what, response)
                 if failed is not None:
                     raise self.refusal(what, response)

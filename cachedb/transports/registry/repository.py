@@ -69,13 +69,22 @@ class Repository:
             place: the place of the repository.
             access: how to reach the registry.
             push: whether the repository will be written to.
-            tries: how many times a read is tried in total, if its failures may be temporary.
+            tries: how many times a request is sent in total, if its failures may be temporary.
         """
-        self.place, self.tries = place, tries
-        self._client = Client(place, access, push=push)
+        self.place = place
+        self._client = Client(place, access, push=push, tries=tries)
         self._fetched: dict[str, Fetched] = {}  # manifests that only their digest was wanted of, by digest
         # What the registry can do, until a refusal shows otherwise.
         self._accepts_whole_blobs = self._deletes_uploads = self._has_referrers_api = True
+
+    @property
+    def tries(self) -> int:
+        """How many times a request is sent in total, if its failures may be temporary."""
+        return self._client.tries
+
+    @tries.setter
+    def tries(self, tries: int) -> None:
+        self._client.tries = tries
 
     def close(self) -> None:
         """Close all connections."""
@@ -100,9 +109,7 @@ class Repository:
             InvalidManifest: if the answer is not a manifest.
         """
         url, what = self._build_url(f"manifests/{reference}"), self._format_name(reference)
-        with drain_after(
-            self._client.request("HEAD", url, what, _ACCEPTED, good=_ANSWERS, max_tries=self.tries)
-        ) as response:
+        with drain_after(self._client.request("HEAD", url, what, _ACCEPTED, good=_ANSWERS)) as response:
             digest = _read_digest(response.headers) if response.status == 200 else None
         if digest is None:
             fetched = self.manifest(reference)
@@ -120,7 +127,7 @@ class Repository:
         if fetched := self._fetched.pop(reference, None):
             return fetched
         url, what = self._build_url(f"manifests/{reference}"), self._format_name(reference)
-        with drain_after(self._client.request("GET", url, what, _ACCEPTED, max_tries=self.tries)) as response:
+        with drain_after(self._client.request("GET", url, what, _ACCEPTED)) as response:
             data = read_body(response, DOCUMENT_LIMIT, f"manifest {reference} at {self.place.registry}")
             media_type = _read_media_type(response.headers)
             return Fetched(_read_digest(response.headers), media_type if media_type in _TYPES else None, data)
@@ -152,12 +159,10 @@ class Repository:
             RegistryError: if there is no such blob, or the request fails.
         """
         url, what = self._build_url(f"blobs/{digest}"), f"blob {digest}"
-        tries = self.tries
+        tries = None
         if offset:
             try:
-                response = self._client.request(
-                    "GET", url, what, {"Range": f"bytes={offset}-"}, good=(200, 206), max_tries=tries
-                )
+                response = self._client.request("GET", url, what, {"Range": f"bytes={offset}-"}, good=(200, 206))
             except RegistryUnavailable:
                 tries = 1  # perhaps it fails only for ranges
             except RegistryError:
@@ -187,7 +192,7 @@ class Repository:
         url: str | None = self._build_url(f"referrers/{digest}") if self._has_referrers_api else None
         while url:
             try:
-                response = self._client.request("GET", url, what, {"Accept": OCI_INDEX}, max_tries=self.tries)
+                response = self._client.request("GET", url, what, {"Accept": OCI_INDEX})
                 if _read_media_type(response.headers) != OCI_INDEX:
                     with response:
                         raise self._client.refusal(what, response)

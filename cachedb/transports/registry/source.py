@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from cachedb import oci
-from cachedb.disk import downloads, single_flight
+from cachedb.disk import downloads, failures, single_flight
 from cachedb.disk.folders import Folders
 from cachedb.disk.layout import partial_path
+from cachedb.disk.waiting import LOG
 from cachedb.disk.writer import Content, discard, receive
-from cachedb.errors import DigestMismatch, InvalidManifest, NotInCache, RegistryError, os_errors
+from cachedb.errors import DigestMismatch, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable, os_errors
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import DOCUMENT_LIMIT, Descriptor
 from cachedb.oci.names import RemoteName
 from cachedb.progress import Advance
 from cachedb.text import shorten
 from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
+from cachedb.transports.registry.client import TRIES
 from cachedb.transports.registry.repository import Repository
 from cachedb.transports.registry.routes import pull_routes
 
@@ -68,9 +70,11 @@ class Source:
         self.wanted_platform = None if all_platforms else (platform or oci.host_platform())
         self.documents: dict[Digest, bytes] = {}
         """The bytes of the manifests and indexes read so far, from the registry or the cache."""
-        self.repositories: Sequence[Repository] = [
-            Repository(*route) for route in pull_routes(wanted.exact_name, access)
-        ]
+        *mirrors, registry = pull_routes(wanted.exact_name, access)
+        self.registry = Repository(*registry)
+        # A mirror is tried once, because there is another place to ask.
+        self._mirrors = [Repository(*mirror, tries=1) for mirror in mirrors]
+        self._skipped = {mirror for mirror in self._mirrors if failures.has_failed(directory, _failure_key(mirror))}
         self._directory = directory
 
     @property
@@ -80,12 +84,12 @@ class Source:
 
     def close(self) -> None:
         """Close all connections; a later request opens new ones."""
-        for repository in self.repositories:
+        for repository in (*self._mirrors, self.registry):
             repository.close()
 
     def stop(self) -> None:
         """Cancel running requests and refuse new ones."""
-        for repository in self.repositories:
+        for repository in (*self._mirrors, self.registry):
             repository.stop()
 
     # Manifests
@@ -93,12 +97,33 @@ class Source:
     def ask(self, call: Callable[[Repository], T]) -> T:
         """Call a function with each repository, mirrors first, until one succeeds.
 
-        A mirror that lacks the image, or serves other content, is skipped.
+        A mirror that lacks the image is passed over. One that serves other content is not asked again by this pull. An
+        unavailable one is not asked again by any pull for five minutes, unless the registry is unavailable too.
         """
-        for repository in self.repositories[:-1]:
-            with suppress(RegistryError, DigestMismatch, InvalidManifest):
-                return call(repository)
-        return call(self.repositories[-1])
+        for mirror in self._mirrors:
+            if mirror in self._skipped:
+                continue
+            try:
+                return call(mirror)
+            except RegistryUnavailable as error:
+                LOG.warning("skipping the mirror %s for five minutes: %s", mirror.place.registry, error)
+                failures.note_failure(self._directory, _failure_key(mirror))
+                self._skipped.add(mirror)
+            except (DigestMismatch, InvalidManifest):
+                self._skipped.add(mirror)
+            except RegistryError:
+                pass
+        try:
+            return call(self.registry)
+        except RegistryUnavailable:
+            for mirror in list(self._skipped):
+                with suppress(RegistryError, DigestMismatch, InvalidManifest):
+                    mirror.tries = TRIES
+                    found = call(mirror)
+                    failures.forget_failure(self._directory, _failure_key(mirror))
+                    self._skipped.discard(mirror)
+                    return found
+            raise
 
     def digest(self) -> Digest:
         """Return the digest of the image, with one request for headers if its tag must be looked up.
@@ -153,6 +178,22 @@ class Source:
             data = self.ask(lambda repository: _verify(blob, repository.manifest(blob.digest).data))
         self.documents[blob.digest] = _verify(blob, data)
         return data
+
+    def referrers(self, subject: Digest) -> list[Descriptor]:
+        """Return the listed referrers of a manifest, from the registry if no mirror lists any.
+
+        Raises:
+            RegistryError: if the registry refuses or fails.
+            InvalidManifest: if the list is not an index.
+        """
+
+        def fetch(repository: Repository) -> list[Descriptor]:
+            found = repository.referrers(subject)
+            if not found and repository is not self.registry:
+                raise RegistryError(f"the mirror {repository.place.registry} lists no referrers of {subject}")
+            return found
+
+        return self.ask(fetch)
 
     def choose(self, children: list[Descriptor]) -> list[Descriptor]:
         """Return the children of an index for the wanted platform.
@@ -263,6 +304,10 @@ def _download(
         raise
     finally:
         source.close()
+
+
+def _failure_key(mirror: Repository) -> str:
+    return f"mirror {mirror.place.registry}"
 
 
 def _verify(blob: Descriptor, data: bytes) -> bytes:
