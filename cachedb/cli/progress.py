@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cachedb.text import shorten_digest
+from cachedb.text import format_size, shorten_digest
 
 if TYPE_CHECKING:
     import rich.progress
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cachedb.progress import BlobProgress
 
 
-__all__ = ["show_progress", "show_stages", "show_transfer"]
+__all__ = ["show_downloads", "show_progress", "show_stages", "show_transfer"]
 
 
 @contextmanager
@@ -66,6 +66,23 @@ def _blob_reporter(bars: rich.progress.Progress) -> BlobProgress:
         bars.update(tasks[digest], completed=done, visible=done < total)
 
     return show
+
+
+@contextmanager
+def show_downloads(action: str, *, quiet: bool) -> Iterator[dict[str, Any]]:
+    """Show bars as `show_transfer` does, or print a line for each blob if stderr is not a terminal."""
+    if quiet or sys.stderr.isatty():
+        with show_transfer(action, quiet=quiet) as callbacks:
+            yield callbacks
+        return
+    printed = set[str]()
+
+    def show(digest: str, done: int, total: int) -> None:
+        if done >= total and digest not in printed:
+            printed.add(digest)
+            print(f"cachedb: downloaded {shorten_digest(digest)}, {format_size(total)}", file=sys.stderr, flush=True)
+
+    yield {"blob_progress": show}
 
 
 @contextmanager

@@ -8,12 +8,13 @@ import click
 
 from cachedb.cli.context import open_cache
 from cachedb.cli.options import NAME, format_examples, format_option, quiet_option, registry_options
-from cachedb.cli.output import print_images, print_json, print_table
-from cachedb.cli.progress import show_transfer
+from cachedb.cli.output import print_json, print_table
+from cachedb.cli.progress import show_downloads, show_transfer
 from cachedb.text import format_size, printable, shorten_digest
 
 if TYPE_CHECKING:
     from cachedb.index.records import ImageInfo
+    from cachedb.operations.pull import Pulled
     from cachedb.operations.push import Pushed
 
 __all__ = []
@@ -65,11 +66,11 @@ def pull(
 
     for name in names:
         RemoteName.parse(name)  # before the first pull
-    found: list[ImageInfo] = []
+    found: list[Pulled] = []
     try:
         with open_cache() as cache:
             for name in names:
-                with show_transfer(f"pulling {name}", quiet=quiet) as callbacks:
+                with show_downloads(f"pulling {name}", quiet=quiet) as callbacks:
                     pulled = cache.pull(
                         name,
                         platform=platform,
@@ -80,12 +81,41 @@ def pull(
                         **access,
                         **callbacks,
                     )
-                found.append(pulled.image)
+                found.append(pulled)
                 if pulled.stale:
                     click.echo(f"cachedb: {name} may be out of date: {printable(pulled.stale)}", err=True)
     finally:  # print the images that were pulled before a failure
         if found:
-            print_images(found, form, quiet=quiet)
+            _print_pulled(found, form, quiet=quiet)
+
+
+def _print_pulled(found: list[Pulled], form: str, *, quiet: bool) -> None:
+    if quiet:
+        for pulled in found:
+            click.echo(str(pulled.image.name))
+    elif form == "json":
+        print_json([_flatten(pulled) for pulled in found])
+    else:
+        rows = [
+            (
+                str(pulled.image.name),
+                shorten_digest(pulled.image.digest),
+                f"{pulled.blobs} ({format_size(pulled.bytes)})" if pulled.blobs else "-",
+                format_size(pulled.resumed) if pulled.resumed else "-",
+                f"{pulled.seconds:.1f} s",
+                "stale" if pulled.stale else "up to date" if pulled.up_to_date else "pulled",
+            )
+            for pulled in found
+        ]
+        counts = ("DOWNLOADED", "RESUMED", "TIME")
+        print_table(("NAME", "DIGEST", *counts, "STATE"), rows, right=counts)
+
+
+def _flatten(pulled: Pulled) -> dict[str, object]:
+    """Return the fields of the image and those of its pull."""
+    fields = pulled._asdict()
+    image: ImageInfo = fields.pop("image")
+    return {**image._asdict(), **fields}
 
 
 @click.command(

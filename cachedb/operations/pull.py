@@ -58,6 +58,9 @@ class Pulled(NamedTuple):
     blobs: int  # downloaded by this process or another one
     bytes: int  # of those blobs
     stale: str | None  # why the registry was unavailable, if the cached image is used instead
+    up_to_date: bool = False  # whether the image was complete here, so that nothing was downloaded
+    resumed: int = 0  # of the bytes, those that an interrupted pull had downloaded
+    seconds: float = 0.0
 
 
 def pull(
@@ -95,6 +98,7 @@ def pull(
         InvalidManifest: if one of its manifests is invalid.
         DigestMismatch: if downloaded content has a wrong digest or size.
     """
+    started = time.monotonic()
     with closing(
         Source(
             database.directory,
@@ -108,13 +112,14 @@ def pull(
 
         def find() -> Pulled | None:
             here = work.find_complete() if if_missing or (wanted.digest and not referrers) else None
-            return here and Pulled(here, 0, 0, None)
+            return here and Pulled(here, 0, 0, None, up_to_date=True)
 
         # A waiting process may take over from one without progress; then both continue and wait for each other's blobs.
         with single_flight.claim_or_find(
             database.directory, source.key, find, seconds=database.wait_seconds, may_take_over=True, is_working=None
         ) as found:
-            return found or work.run(allow_stale)
+            pulled = found or work.run(allow_stale)
+            return pulled._replace(seconds=round(time.monotonic() - started, 3))
 
 
 class _Pull:
@@ -141,7 +146,7 @@ class _Pull:
         try:
             digest = self._source.digest()
             if here and here.digest == digest and not self._referrers:
-                return Pulled(here, 0, 0, None)
+                return Pulled(here, 0, 0, None, up_to_date=True)
             return self._download_image(self._read_root(digest))
         except RegistryUnavailable as error:
             if here and allow_stale:
@@ -227,7 +232,13 @@ class _Pull:
         except BaseException as error:
             self._give_up(error)
             raise
-        return Pulled(info, len(self._downloaded), sum(self._downloaded.values()), None)
+        return Pulled(
+            info,
+            len(self._downloaded),
+            sum(self._downloaded.values()),
+            None,
+            resumed=sum(self._source.resumed.values()),
+        )
 
     def _read_closure(self, root: Root) -> tuple[list[Descriptor], set[Digest]]:
         """Return the wanted closure of an image, root first, and the chosen children of its indexes."""

@@ -37,6 +37,7 @@ from cachedb.disk import downloads
 from cachedb.disk.writer import receive
 from cachedb.oci.digests import Digest
 from cachedb.oci.names import Name
+from cachedb.text import format_size, shorten_digest
 from cachedb.transports.registry import download, places, source, tls
 from tests.conftest import Run, run_python
 from tests.disk.test_locks import wait_until
@@ -295,6 +296,19 @@ def test_an_export_lists_only_the_stored_platforms(cache: Cache, several: str, t
 
 
 # Interrupted downloads
+
+
+def test_a_pull_returns_how_much_an_interrupted_one_had_left(cache: Cache, remote: Registry) -> None:
+    write_partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
+    pulled = cache.pull(f"{remote.host}/large:1")
+    assert (pulled.resumed, pulled.up_to_date) == (1_000_000, False)
+    assert pulled.bytes == sum(len(data) for data in (LARGE.config, *LARGE.layers))
+    assert (cache.pull(f"{remote.host}/large:1").resumed, cache.pull(f"{remote.host}/large:1").up_to_date) == (0, True)
+    cache.remove_manifest(f"{remote.host}/large:1")
+    cache.collect_garbage()
+    write_partial(cache, LARGE.layers[0], LARGE.layers[0][:1_000_000])
+    remote.fault(ignore_part(header="range"), method="GET", path=make.digest_of(LARGE.layers[0]))
+    assert cache.pull(f"{remote.host}/large:1").resumed == 0
 
 
 def test_an_interrupted_download_resumes(cache: Cache, remote: Registry) -> None:
@@ -1002,10 +1016,21 @@ def test_connection_errors_are_printed_without_python_objects(
 # The command line
 
 
-def test_pull_prints_images_as_import_does(cachedb: Run, remote: Registry) -> None:
+def test_pull_prints_what_it_did(cachedb: Run, remote: Registry) -> None:
     name = f"{remote.host}/app:1"
-    (image,) = json.loads(cachedb("pull", "--format", "json", name).stdout)
+    done = cachedb("pull", "--format", "json", name)
+    (image,) = json.loads(done.stdout)
     assert (image["repository"], image["reference"], image["digest"]) == (f"{remote.host}/app", "1", FIRST.digest)
+    sizes = {digest: len(data) for digest, data in FIRST.blobs.items() if digest != FIRST.digest}
+    assert (image["blobs"], image["bytes"], image["resumed"]) == (len(sizes), sum(sizes.values()), 0)
+    assert (image["up_to_date"], image["stale"]) == (False, None)
+    assert 0 < image["seconds"] < 600
+    printed = [f"cachedb: downloaded {shorten_digest(digest)}, {format_size(size)}" for digest, size in sizes.items()]
+    assert sorted(done.stderr.splitlines()) == sorted(printed)
+    done = cachedb("pull", name)
+    assert done.stdout.split()[:6] == ["NAME", "DIGEST", "DOWNLOADED", "RESUMED", "TIME", "STATE"]
+    assert done.stdout.endswith("  up to date\n")
+    assert done.stderr == ""
     assert cachedb("pull", "-q", name).stdout == f"{name}\n"
     failed = cachedb("pull", f"{remote.host}/app:9")
     assert (failed.returncode, failed.stderr.startswith(f"cachedb: {remote.host} has no app:9")) == (1, True)

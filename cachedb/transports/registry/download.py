@@ -64,6 +64,9 @@ class Download:
         self._repository, self._digest, self._size, self._at = repository, digest, size, offset
         self._look, self._looked, self._since_look = look, time.monotonic(), 0  # the last call, and the bytes since
         self._response: urllib3.BaseHTTPResponse | None = None
+        self.resumed = offset
+        """How many bytes before the offset were not requested; 0 if the registry sent the blob from its beginning."""
+        self._has_begun = False
         self._failed, self._since, self._received = 0, time.monotonic(), 0  # bytes since then
 
     def close(self) -> None:
@@ -105,6 +108,8 @@ class Download:
 
     def _open(self) -> None:
         self._response, begins = self._repository.open_blob(self._digest, self._size, self._at)
+        if not self._has_begun:
+            self.resumed, self._has_begun = begins, True
         while begins < self._at:  # the registry ignores ranges: skip the bytes that we have
             data = self._response.read1(min(CHUNK_BYTES, self._at - begins), decode_content=False)
             if not data:

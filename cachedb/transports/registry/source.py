@@ -76,6 +76,8 @@ class Source:
         self._mirrors = [Repository(*mirror, tries=1) for mirror in mirrors]
         self._skipped = {mirror for mirror in self._mirrors if failures.has_failed(directory, _failure_key(mirror))}
         self._directory = directory
+        self.resumed: dict[Digest, int] = {}
+        """For each downloaded blob, the bytes that an interrupted download had left."""
 
     @property
     def key(self) -> str:
@@ -236,7 +238,9 @@ class Source:
 
         def ask(folder: int) -> Content:
             single_flight.check_claim(self._directory, key)
-            return self.ask(lambda repository: _download(repository, blob, folder, path.name, advance, look))
+            return self.ask(
+                lambda repository: _download(repository, blob, folder, path.name, advance, look, self.resumed)
+            )
 
         with ExitStack() as stack:
             with os_errors("write to the cache"):
@@ -270,6 +274,7 @@ def _download(
     file: str,
     advance: Advance,
     look: Callable[[bool], None],
+    resumed: dict[Digest, int],
 ) -> Content:
     """Download a blob from one repository to a file in an open folder, resuming a partial file."""
     look(False)
@@ -283,7 +288,7 @@ def _download(
 
     source = repository.blob(blob.digest, blob.size, done, look)
     try:
-        return receive(
+        content = receive(
             source,
             file,
             folder=folder,
@@ -294,6 +299,8 @@ def _download(
             progress=count,
             what=f"blob {blob.digest}",
         )
+        resumed[blob.digest] = source.resumed
+        return content
     except single_flight.ClaimLost:
         advance(-done)
         raise
