@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from cachedb.oci.names import Name as Name
     from cachedb.operations.adopt import Adoption as Adoption
     from cachedb.operations.copy import Copied as Copied
+    from cachedb.operations.inspect import RemoteBlob as RemoteBlob
+    from cachedb.operations.inspect import RemoteImage as RemoteImage
+    from cachedb.operations.inspect import RemotePlatform as RemotePlatform
     from cachedb.operations.pull import Pulled as Pulled
+    from cachedb.operations.pull import PullPlan as PullPlan
     from cachedb.operations.push import Pushed as Pushed
     from cachedb.operations.verify import Problem as Problem
     from cachedb.operations.verify import Verification as Verification
@@ -73,8 +77,12 @@ _MODULES = {
     "PlatformInfo": "cachedb.index.records",
     "Problem": "cachedb.operations.verify",
     "Progress": "cachedb.progress",
+    "PullPlan": "cachedb.operations.pull",
     "Pulled": "cachedb.operations.pull",
     "Pushed": "cachedb.operations.push",
+    "RemoteBlob": "cachedb.operations.inspect",
+    "RemoteImage": "cachedb.operations.inspect",
+    "RemotePlatform": "cachedb.operations.inspect",
     "SessionInfo": "cachedb.reports.sessions",
     "Share": "cachedb.reports.usage",
     "Stats": "cachedb.reports.usage",

@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from cachedb.index.sqlite.query import Answer
     from cachedb.operations.adopt import Adoption, How
     from cachedb.operations.copy import Copied
-    from cachedb.operations.pull import Pulled
+    from cachedb.operations.inspect import RemoteImage
+    from cachedb.operations.pull import Pulled, PullPlan
     from cachedb.operations.push import Pushed
     from cachedb.operations.verify import Verification
     from cachedb.reports.sessions import SessionInfo
@@ -863,6 +864,136 @@ class Cache:
         )
         self._uses.note(wanted.name)
         return pulled
+
+    def plan_pull(
+        self,
+        name: str | Name,
+        *,
+        platform: str | None = None,
+        all_platforms: bool = False,
+        referrers: bool = False,
+        plain_http: bool | None = None,
+        tls_verify: bool | None = None,
+        authfile: str | os.PathLike[str] | None = None,
+    ) -> PullPlan:
+        """Return what `pull` would download. Only manifests are read from the registry, and nothing is stored.
+
+        Args:
+            name: as for `pull`.
+            platform: as for `pull`.
+            all_platforms: as for `pull`.
+            referrers: as for `pull`.
+            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            tls_verify: as for `pull`.
+            authfile: a file of credentials; the default is the files of podman and Docker.
+
+        Raises:
+            RegistryError: if the registry refuses or fails.
+            NotInCache: if the image does not have the platform.
+            InvalidManifest: if one of the image's manifests is invalid.
+        """
+        from cachedb.operations.pull import plan_pull
+        from cachedb.transports.registry.access import Access
+
+        check_text(platform=platform, optional=True)
+        check_paths(authfile=authfile, optional=True)
+        return plan_pull(
+            self._database,
+            self._session,
+            RemoteName.parse(name),
+            platform=platform,
+            all_platforms=all_platforms,
+            referrers=referrers,
+            access=Access(plain_http, tls_verify, authfile),
+        )
+
+    def get_remote_digest(
+        self,
+        name: str | Name,
+        *,
+        plain_http: bool | None = None,
+        tls_verify: bool | None = None,
+        authfile: str | os.PathLike[str] | None = None,
+    ) -> Digest:
+        """Return the digest that a name has at its registry, with one request for a tag.
+
+        Args:
+            name: as for `pull`. If it has a digest, the manifest is downloaded and verified.
+            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            tls_verify: as for `pull`.
+            authfile: a file of credentials; the default is the files of podman and Docker.
+
+        Raises:
+            RegistryError: if the registry refuses or fails, or has no such image.
+            DigestMismatch: if the manifest has another digest than the name.
+        """
+        from cachedb.operations.inspect import resolve_digest
+        from cachedb.transports.registry.access import Access
+
+        check_paths(authfile=authfile, optional=True)
+        self._check_open()
+        access = Access(plain_http, tls_verify, authfile)
+        return resolve_digest(self.directory, RemoteName.parse(name), access)
+
+    def list_remote_tags(
+        self,
+        repository: str,
+        *,
+        plain_http: bool | None = None,
+        tls_verify: bool | None = None,
+        authfile: str | os.PathLike[str] | None = None,
+    ) -> list[str]:
+        """Return the tags of a repository at its registry, in the registry's order.
+
+        Args:
+            repository: the repository, without a tag; ``docker://`` may precede it.
+            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            tls_verify: as for `pull`.
+            authfile: a file of credentials; the default is the files of podman and Docker.
+
+        Raises:
+            InvalidName: if the repository has a tag or a digest.
+            RegistryError: if the registry refuses or fails, or has no such repository.
+        """
+        from cachedb.operations.inspect import list_tags
+        from cachedb.transports.registry.access import Access
+
+        check_paths(authfile=authfile, optional=True)
+        self._check_open()
+        return list_tags(self.directory, parse_repository(repository), Access(plain_http, tls_verify, authfile))
+
+    def inspect_remote(
+        self,
+        name: str | Name,
+        *,
+        platform: str | None = None,
+        plain_http: bool | None = None,
+        tls_verify: bool | None = None,
+        authfile: str | os.PathLike[str] | None = None,
+    ) -> RemoteImage:
+        """Return what the manifest and the config of an image at its registry say; nothing is stored.
+
+        Args:
+            name: as for `pull`.
+            platform: ``os/architecture[/variant]`` of the image to describe; the default is the host's.
+            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            tls_verify: as for `pull`.
+            authfile: a file of credentials; the default is the files of podman and Docker.
+
+        Raises:
+            RegistryError: if the registry refuses or fails, or has no such image.
+            NotInCache: if the image does not have the platform.
+            InvalidManifest: if a manifest or the config is invalid.
+            DigestMismatch: if downloaded content has a wrong digest or size.
+        """
+        from cachedb.operations.inspect import inspect_image
+        from cachedb.transports.registry.access import Access
+
+        check_text(platform=platform, optional=True)
+        check_paths(authfile=authfile, optional=True)
+        self._check_open()
+        access = Access(plain_http, tls_verify, authfile)
+        return inspect_image(self.directory, RemoteName.parse(name), platform, access)
 
     def push(
         self,

@@ -35,6 +35,8 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "pull": ("localhost:1/app:1",),
     "push": ("app:1", "localhost:1/app:1"),
     "push_tags": ("app", "localhost:1/app"),
+    "list_remote_tags": ("localhost:1/app",),
+    **dict.fromkeys(["plan_pull", "get_remote_digest", "inspect_remote"], ("localhost:1/app:1",)),
     "cache_from_tar": ("/dev/null",),
     "export": ("app:1", "/nowhere/out"),
     "list_blobs": (),

@@ -103,7 +103,13 @@ _SECTIONS = {
         "rm": "images",
     },
     "Archives": {"import": "archives", "export": "archives"},
-    "Registries": {"pull": "registries", "push": "registries"},
+    "Registries": {
+        "pull": "registries",
+        "push": "registries",
+        "inspect": "remote",
+        "digest": "remote",
+        "tags": "remote",
+    },
     "Queries": {"sql": "queries", "report": "queries", "stats": "maintenance", "df": "maintenance"},
     "Holds": {"hold": "holds", "holds": "holds", "release": "holds", "produce": "holds"},
     "Maintenance": {

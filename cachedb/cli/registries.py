@@ -10,12 +10,17 @@ from cachedb.cli.context import open_cache
 from cachedb.cli.options import NAME, format_examples, format_option, quiet_option, registry_options
 from cachedb.cli.output import print_json, print_table
 from cachedb.cli.progress import show_downloads, show_transfer
+from cachedb.cli.streams import closed_streams
+from cachedb.errors import CacheError
 from cachedb.text import format_size, printable, shorten_digest
+from cachedb.threads import in_threads
 
 if TYPE_CHECKING:
+    from cachedb.cache import Cache
     from cachedb.index.records import ImageInfo
-    from cachedb.operations.pull import Pulled
+    from cachedb.operations.pull import Pulled, PullPlan
     from cachedb.operations.push import Pushed
+    from cachedb.progress import Advance
 
 __all__ = []
 
@@ -26,9 +31,27 @@ __all__ = []
         "cachedb pull --platform linux/arm64 ghcr.io/team/app:1",
         "cachedb pull --if-missing registry.example.org:5000/team/app:1",
         "cachedb pull --referrers ghcr.io/team/app:1",
+        "cachedb pull --from names.txt --jobs 4",
+        "cachedb pull --dry-run ghcr.io/team/app:1",
     )
 )
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=NAME)
+@click.argument("names", metavar="NAME...", nargs=-1, type=NAME)
+@click.option(
+    "--from",
+    "file",
+    metavar="FILE",
+    type=click.Path(),
+    help="Also pull the names in a file: one per line, # starts a comment, - is stdin. A failure stops no other name.",
+)
+@click.option(
+    "--jobs",
+    metavar="N",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Pull so many images at once.",
+)
+@click.option("--dry-run", is_flag=True, help="Store nothing; print how many blobs and bytes would be downloaded.")
 @click.option(
     "--platform",
     metavar="OS/ARCH[/VARIANT]",
@@ -43,6 +66,9 @@ __all__ = []
 @quiet_option("the images' names")
 def pull(
     names: tuple[str, ...],
+    file: str | None,
+    jobs: int,
+    dry_run: bool,
     platform: str | None,
     all_platforms: bool,
     if_missing: bool,
@@ -57,39 +83,100 @@ def pull(
     A NAME without a registry belongs to Docker Hub. localhost is contacted over HTTP. The image is stored under NAME as
     given; docker:// may precede it. REPOSITORY:TAG@DIGEST pulls the digest, and stores it under the tag. Only the
     host's platform of a multi-platform image is pulled, unless --platform or --all-platforms is given.
+    With --from or several --jobs, a name that fails stops no other, and the exit code at the end is 1.
     CACHEDB_MIRRORS="REGISTRY=[http://]HOST[:PORT][/PREFIX] ..." lists mirrors to try first.
     Mirrors, locations and aliases of podman's registries.conf are used too.
     """
     if platform and all_platforms:
         raise click.UsageError("--platform and --all-platforms exclude each other: give one of them")
+    if dry_run and (if_missing or allow_stale):
+        raise click.UsageError("--dry-run excludes --if-missing and --allow-stale: leave them out")
+    if not names and file is None:
+        raise click.UsageError("expected the names of images: give them, or --from with a file of names")
     from cachedb.oci.names import RemoteName
 
     for name in names:
         RemoteName.parse(name)  # before the first pull
-    found: list[Pulled] = []
+    wanted = list(dict.fromkeys([*names, *(_read_names(file) if file is not None else [])]))
+    options = {"platform": platform, "all_platforms": all_platforms, "referrers": referrers, **access}
+    with open_cache() as cache:
+        if dry_run:
+            _print_plans([cache.plan_pull(name, **options) for name in wanted], form, quiet=quiet)
+            return
+        options |= {"if_missing": if_missing, "allow_stale": allow_stale}
+        found: dict[str, Pulled] = {}
+        try:
+            if file is None and jobs == 1:
+                for name in wanted:
+                    with show_downloads(f"pulling {name}", quiet=quiet) as callbacks:
+                        found[name] = _pull(cache, name, **options, **callbacks)
+            else:
+                _pull_all(cache, wanted, jobs, found, options, quiet=quiet)
+        finally:  # print the images that were pulled before a failure
+            _print_pulled([found[name] for name in wanted if name in found], form, quiet=quiet)
+    if len(found) < len(wanted):
+        click.get_current_context().exit(1)
+
+
+def _read_names(file: str) -> list[str]:
+    """Return the names in a file, or on stdin for ``-``; ``#`` starts a comment."""
+    if file == "-" and "stdin" in closed_streams:
+        raise click.UsageError("stdin is closed: send the names to it or name a file")
     try:
-        with open_cache() as cache:
-            for name in names:
-                with show_downloads(f"pulling {name}", quiet=quiet) as callbacks:
-                    pulled = cache.pull(
-                        name,
-                        platform=platform,
-                        all_platforms=all_platforms,
-                        if_missing=if_missing,
-                        allow_stale=allow_stale,
-                        referrers=referrers,
-                        **access,
-                        **callbacks,
-                    )
-                found.append(pulled)
-                if pulled.stale:
-                    click.echo(f"cachedb: {name} may be out of date: {printable(pulled.stale)}", err=True)
-    finally:  # print the images that were pulled before a failure
-        if found:
-            _print_pulled(found, form, quiet=quiet)
+        with open(0 if file == "-" else file, encoding="utf-8-sig") as opened:
+            lines = [line.partition("#")[0].strip() for line in opened]
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise click.UsageError(f"cannot read {file!r}: {reason}") from error
+    return [line for line in lines if line]
+
+
+def _pull(cache: Cache, name: str, **options: Any) -> Pulled:  # noqa: ANN401 - the arguments of `Cache.pull`
+    pulled = cache.pull(name, **options)
+    if pulled.stale:
+        click.echo(f"cachedb: {name} may be out of date: {printable(pulled.stale)}", err=True)
+    return pulled
+
+
+def _pull_all(
+    cache: Cache, names: list[str], jobs: int, found: dict[str, Pulled], options: dict[str, Any], *, quiet: bool
+) -> None:
+    """Pull several images at once, and put the results into ``found``; a failure is printed and stops no other."""
+    with show_downloads(f"pulling {len(names)} images", quiet=quiet) as callbacks:
+        callbacks.pop("progress", None)  # each image has a total of its own
+
+        def pull_one(name: str, advance: Advance) -> None:
+            try:
+                # The call of `advance` ends the pull if the command is interrupted.
+                found[name] = _pull(cache, name, **options, **callbacks, progress=lambda _done, _total: advance(0))
+            except CacheError as error:
+                click.echo(f"cachedb: {printable(name)}: {printable(str(error))}", err=True)
+
+        in_threads(pull_one, names, lambda _: None, threads=jobs)
+
+
+def _print_plans(plans: list[PullPlan], form: str, *, quiet: bool) -> None:
+    if quiet:
+        for plan in plans:
+            click.echo(str(plan.name))
+    elif form == "json":
+        print_json([{**plan._asdict(), "name": str(plan.name)} for plan in plans])
+    else:
+        rows = [
+            (
+                str(plan.name),
+                shorten_digest(plan.digest),
+                f"{plan.blobs} ({format_size(plan.bytes)})" if plan.blobs else "-",
+                "up to date" if plan.up_to_date else "would be pulled",
+            )
+            for plan in plans
+        ]
+        print_table(("NAME", "DIGEST", "BLOBS", "STATE"), rows, right=("BLOBS",))
 
 
 def _print_pulled(found: list[Pulled], form: str, *, quiet: bool) -> None:
+    if not found:
+        return
     if quiet:
         for pulled in found:
             click.echo(str(pulled.image.name))

@@ -33,7 +33,8 @@ from sqlalchemy.sql.dml import ReturningDelete
 
 from cachedb.content.publish import retract
 from cachedb.content.session import list_sessions_with_locks, lock_dead_sessions, remove_folder
-from cachedb.disk import downloads, failures, single_flight
+from cachedb.disk import downloads, single_flight
+from cachedb.disk.failures import sweep_failures
 from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import trash_digest, trash_name
 from cachedb.disk.waiting import LOG
@@ -286,7 +287,7 @@ def recover(database: Database, *, seconds: float = math.inf) -> list[Leftover]:
     folders, left, end = database.folders, list[Leftover](), time.monotonic() + seconds
     with os_errors("clean up after a dead session"):
         left += single_flight.remove_dead_claims(folders)
-        left += failures.sweep(folders)
+        left += sweep_failures(folders)
         for session in lock_dead_sessions(folders, left):
             if time.monotonic() > end:
                 break

@@ -18,7 +18,7 @@ from cachedb.disk.folders import Folders, Leftover
 from cachedb.disk.layout import lock_kind
 from cachedb.errors import CacheError, explain, ignore_os_errors
 
-__all__ = ["forget_failure", "has_failed", "note_failure", "sweep"]
+__all__ = ["forget_failure", "has_failed", "note_failure", "sweep_failures"]
 
 
 _SECONDS = 300.0  # how long a failure is remembered
@@ -61,7 +61,7 @@ def _is_recent(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) and 0 <= time.time() - found.st_mtime < _SECONDS
 
 
-def sweep(folders: Folders) -> Iterator[Leftover]:
+def sweep_failures(folders: Folders) -> Iterator[Leftover]:
     """Remove the files of old failures; yield those that cannot be removed."""
     with folders.open("locks") as folder:
         for name in os.listdir(folder):

@@ -14,7 +14,7 @@ from cachedb.errors import InvalidDigest, InvalidName
 from cachedb.oci.digests import Digest, parse_digest
 from cachedb.text import shorten
 
-__all__ = ["HUB", "HUB_HOSTS", "Name", "RemoteName", "parse_repository", "strip_transport"]
+__all__ = ["HUB", "HUB_HOSTS", "Name", "RemoteName", "is_tag", "parse_repository", "strip_transport"]
 
 
 HUB: Final = "docker.io"
@@ -58,7 +58,7 @@ class Name(NamedTuple):
             # A colon after the last slash starts the tag; an earlier one starts a registry's port.
             head, colon, tail = text.rpartition(":")
             repository, reference = (head, tail) if colon and "/" not in tail else (text, "latest")
-            if not _TAG.fullmatch(reference):
+            if not is_tag(reference):
                 raise InvalidName(
                     f"{shorten(text)} is not a name: a tag has up to 128 letters, digits and _.-, "
                     "and does not start with . or -"
@@ -145,6 +145,11 @@ class RemoteName(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}@{self.digest}" if self.digest and not self.name.digest else str(self.name)
+
+
+def is_tag(text: str) -> bool:
+    """Return whether a text has the grammar of a tag."""
+    return _TAG.fullmatch(text) is not None
 
 
 def strip_transport(text: str | Name) -> str | Name:

@@ -37,14 +37,14 @@ from cachedb.index.records import ImageInfo
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
-from cachedb.oci.names import RemoteName
+from cachedb.oci.names import Name, RemoteName
 from cachedb.progress import Advance, BlobProgress, Progress, blob_reporter, sum_progress
 from cachedb.text import shorten
 from cachedb.threads import in_threads
 from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
 from cachedb.transports.registry.source import Root, Source
 
-__all__ = ["Pulled", "pull"]
+__all__ = ["PullPlan", "Pulled", "plan_pull", "pull"]
 
 
 _PARALLEL_DOWNLOADS = 4
@@ -61,6 +61,48 @@ class Pulled(NamedTuple):
     up_to_date: bool = False  # whether the image was complete here, so that nothing was downloaded
     resumed: int = 0  # of the bytes, those that an interrupted pull had downloaded
     seconds: float = 0.0
+
+
+class PullPlan(NamedTuple):
+    """What a pull would download."""
+
+    name: Name  # in the cache
+    digest: Digest  # of the manifest or index
+    blobs: int  # that would be downloaded, without manifests
+    bytes: int  # of those blobs
+    up_to_date: bool  # whether the image is complete here
+
+
+def plan_pull(
+    database: Database,
+    session: Session,
+    wanted: RemoteName,
+    *,
+    platform: str | None = None,
+    all_platforms: bool = False,
+    referrers: bool = False,
+    access: Access = DEFAULT_ACCESS,
+) -> PullPlan:
+    """Return what a pull would download; only manifests are read, and nothing is stored.
+
+    Args:
+        database: the index of the cache.
+        session: a session of the cache.
+        wanted: the image's name, and its digest if a certain one is wanted.
+        platform: as for `pull`.
+        all_platforms: as for `pull`.
+        referrers: as for `pull`.
+        access: how to reach the registry.
+
+    Raises:
+        RegistryError: if the registry refuses or fails.
+        NotInCache: if the image does not have the platform.
+        InvalidManifest: if one of its manifests is invalid.
+    """
+    with closing(
+        Source(database.directory, wanted, platform=platform, all_platforms=all_platforms, access=access)
+    ) as source:
+        return _Pull(database, session, source, platform, referrers, None, None).plan()
 
 
 def pull(
@@ -152,6 +194,20 @@ class _Pull:
             if here and allow_stale:
                 return Pulled(here, 0, 0, str(error))
             raise
+
+    def plan(self) -> PullPlan:
+        """Return what `run` would download."""
+        here, digest = self.find_complete(), self._source.digest()
+        if here and here.digest == digest and not self._referrers:
+            return PullPlan(self._name, digest, 0, 0, up_to_date=True)
+        closure, _ = self._read_closure(self._read_root(digest))
+        blobs = {blob.digest: blob for blob in [*closure, *(self._find_referrers(closure) if self._referrers else [])]}
+        with self._database.read() as connection:
+            stored = read_stored_sizes(connection, blobs)
+        absent = [blob.size for digest, blob in blobs.items() if digest not in {*stored, *self._source.documents}]
+        return PullPlan(
+            self._name, digest, len(absent), sum(absent), up_to_date=bool(here) and stored.keys() >= blobs.keys()
+        )
 
     def find_complete(self) -> ImageInfo | None:
         """Return the image if all its wanted parts are stored, else None."""

@@ -27,7 +27,7 @@ from cachedb.oci.manifests import (
     manifest_media_type,
     subject_of,
 )
-from cachedb.oci.names import Name
+from cachedb.oci.names import Name, is_tag
 from cachedb.progress import Advance
 from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
 from cachedb.transports.registry.answers import drain_after, read_body
@@ -42,6 +42,7 @@ __all__ = ["Fetched", "Repository"]
 
 _CHUNK_BYTES = 16 * 1024 * 1024  # the size of a chunk of an upload
 _MAX_REFERRERS = 1000  # of one manifest
+_MAX_TAG_PAGES = 10_000
 _NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')  # RFC 8288
 _ANSWERS = tuple(status for status in range(200, 600) if status != 401)  # all but the request for credentials
 _NO_REFERRERS = b'{"schemaVersion":2,"mediaType":"%s","manifests":[]}' % OCI_INDEX.encode()
@@ -219,6 +220,27 @@ class Repository:
             data = read_body(response, DOCUMENT_LIMIT, what) if response.status == 200 else b""
         # Some registries take the tag for the digest, and answer with the manifest itself.
         return data if data and digest_of(data, digest) != digest else _NO_REFERRERS
+
+    def tags(self) -> list[str]:
+        """Return the tags of the repository ("Listing Tags"), in the registry's order.
+
+        Raises:
+            RegistryError: if there is no such repository, or the request fails.
+        """
+        what, found = f"tags of {self.place.repository}", dict[str, None]()
+        url = self._build_url("tags/list")
+        for _ in range(_MAX_TAG_PAGES):
+            with drain_after(self._client.request("GET", url, what, {})) as response:
+                document = load_json(read_body(response, DOCUMENT_LIMIT, what), what, RegistryError)
+                following = _NEXT.search(response.headers.get("Link", ""))
+                listed = document.get("tags") if isinstance(document, dict) else ""
+                if not isinstance(listed, list | None):
+                    raise RegistryError(f"{self.place.registry} sent no list of {what}: check that it is a registry")
+                found |= dict.fromkeys(tag for tag in listed or [] if isinstance(tag, str) and is_tag(tag))
+                if not following:
+                    return list(found)
+                url = self._client.follow(url, following[1])
+        raise RegistryError(f"{self.place.registry} lists more than {_MAX_TAG_PAGES} pages of {what}")
 
     def has(self, kind: str, digest: Digest) -> bool:
         """Return whether the repository has a digest among its ``blobs`` or ``manifests``.

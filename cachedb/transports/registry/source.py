@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -181,6 +181,26 @@ class Source:
         self.documents[blob.digest] = _verify(blob, data)
         return data
 
+    def read_config(self, blob: Descriptor) -> bytes:
+        """Return the bytes of a config.
+
+        Raises:
+            RegistryError: if the registry refuses or fails.
+            InvalidManifest: if the config is too large.
+            DigestMismatch: if the content has another digest or size.
+        """
+        if blob.size > DOCUMENT_LIMIT:
+            raise InvalidManifest(f"config {blob.digest} is {blob.size} bytes; more than {DOCUMENT_LIMIT} are refused")
+
+        def fetch(repository: Repository) -> bytes:
+            buffer, done = memoryview(bytearray(blob.size)), 0
+            with closing(repository.blob(blob.digest, blob.size)) as stream:
+                while done < blob.size and (count := stream.readinto(buffer[done:])):
+                    done += count
+            return _verify(blob, bytes(buffer))
+
+        return self.ask(fetch)
+
     def referrers(self, subject: Digest) -> list[Descriptor]:
         """Return the listed referrers of a manifest, from the registry if no mirror lists any.
 
@@ -318,7 +338,7 @@ def _failure_key(mirror: Repository) -> str:
 
 
 def _verify(blob: Descriptor, data: bytes) -> bytes:
-    """Return a manifest's bytes; raise if they do not match the descriptor."""
+    """Return the bytes of a manifest or config; raise if they do not match the descriptor."""
     if digest_of(data, blob.digest) != blob.digest or len(data) != blob.size:
-        raise DigestMismatch(f"manifest {blob.digest}: the content has another digest or size")
+        raise DigestMismatch(f"{blob.role} {blob.digest}: the content has another digest or size")
     return data
