@@ -69,6 +69,9 @@ def _select(found: list[FoundImage], text: str) -> FoundImage:
                 return item._replace(names=[name], tags=[])
         if text in item.tags:
             return item._replace(names=[], tags=[text])
+    tagged = [(item, name) for item in found for name in item.names if name.rpartition(":")[2] == text]
+    if len(tagged) == 1:  # skopeo selects an image by its tag alone
+        return tagged[0][0]._replace(names=[tagged[0][1]], tags=[])
     if match := _DIGEST_PREFIX.fullmatch(text):
         prefix = f"sha256:{match[1]}" if match[1] else text
         chosen = [item for item in found if _has_digest(item, prefix)]

@@ -172,6 +172,13 @@ def test_one_image_is_selected_by_name_or_digest(cache: Cache, select: str) -> N
     assert cache.get_image("other:1").digest == TWO.digest
 
 
+def test_an_image_is_selected_by_its_tag_if_no_other_has_it(cache: Cache) -> None:
+    files = make.oci_files({"app:1": ONE, "app:2": TWO})
+    assert import_files(cache, files, select="2") == ["app:2"]
+    with pytest.raises(InvalidArchive, match="has no image '2'"):
+        import_files(cache, make.oci_files({"app:2": ONE, "other:2": TWO}), select="2")
+
+
 def test_an_image_of_a_docker_archive_is_selected_by_its_id(cache: Cache) -> None:
     files = make.docker_files({"": ONE})
     entries = json.loads(files["manifest.json"]) + json.loads(make.docker_files({"": TWO})["manifest.json"])
