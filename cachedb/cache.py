@@ -803,6 +803,7 @@ class Cache:
         if_missing: bool = False,
         allow_stale: bool = False,
         referrers: bool = False,
+        foreign_layers: bool = False,
         plain_http: bool | None = None,
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
@@ -827,6 +828,8 @@ class Cache:
             referrers: also pull the image's referrers and attach them: signatures, SBOMs, attestations (distribution
                 specification, "Listing Referrers"). The registry is asked for them even if the image is complete here,
                 unless ``if_missing`` is set.
+            foreign_layers: download foreign layers that the registry lacks from the URLs in the manifest. By default,
+                the image is stored without them. Windows images have such layers.
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
             tls_verify: if False, accept any certificate, and use HTTP if HTTPS fails; the default is to verify, except
                 for what is ``insecure`` in registries.conf.
@@ -858,6 +861,7 @@ class Cache:
             if_missing=if_missing,
             allow_stale=allow_stale,
             referrers=referrers,
+            foreign_layers=foreign_layers,
             access=Access(plain_http, tls_verify, authfile, credentials),
             progress=progress,
             blob_progress=blob_progress,
@@ -872,6 +876,7 @@ class Cache:
         platform: str | None = None,
         all_platforms: bool = False,
         referrers: bool = False,
+        foreign_layers: bool = False,
         plain_http: bool | None = None,
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
@@ -883,6 +888,7 @@ class Cache:
             platform: as for `pull`.
             all_platforms: as for `pull`.
             referrers: as for `pull`.
+            foreign_layers: as for `pull`.
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
             tls_verify: as for `pull`.
             authfile: a file of credentials; the default is the files of podman and Docker.
@@ -904,6 +910,7 @@ class Cache:
             platform=platform,
             all_platforms=all_platforms,
             referrers=referrers,
+            foreign_layers=foreign_layers,
             access=Access(plain_http, tls_verify, authfile),
         )
 

@@ -51,6 +51,7 @@ FLAGS = {
     "if_missing",
     "allow_stale",
     "referrers",
+    "foreign_layers",
     "plain_http",
     "tls_verify",
 }

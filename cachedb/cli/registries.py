@@ -61,6 +61,9 @@ __all__ = []
 @click.option("--if-missing", is_flag=True, help="Do not contact the registry for an image that is complete here.")
 @click.option("--allow-stale", is_flag=True, help="Use the cached image if the registry is unreachable.")
 @click.option("--referrers", is_flag=True, help="Also pull signatures, SBOMs and other referrers of the images.")
+@click.option(
+    "--foreign-layers", is_flag=True, help="Download layers that the registry lacks from the URLs in the manifest."
+)
 @registry_options
 @format_option
 @quiet_option("the images' names")
@@ -74,6 +77,7 @@ def pull(
     if_missing: bool,
     allow_stale: bool,
     referrers: bool,
+    foreign_layers: bool,
     form: str,
     quiet: bool,
     **access: Any,  # noqa: ANN401 - the options of `registry_options`
@@ -98,7 +102,13 @@ def pull(
     for name in names:
         RemoteName.parse(name)  # before the first pull
     wanted = list(dict.fromkeys([*names, *(_read_names(file) if file is not None else [])]))
-    options = {"platform": platform, "all_platforms": all_platforms, "referrers": referrers, **access}
+    options = {
+        "platform": platform,
+        "all_platforms": all_platforms,
+        "referrers": referrers,
+        "foreign_layers": foreign_layers,
+        **access,
+    }
     with open_cache() as cache:
         if dry_run:
             _print_plans([cache.plan_pull(name, **options) for name in wanted], form, quiet=quiet)

@@ -61,6 +61,7 @@ class Pulled(NamedTuple):
     up_to_date: bool = False  # whether the image was complete here, so that nothing was downloaded
     resumed: int = 0  # of the bytes, those that an interrupted pull had downloaded
     seconds: float = 0.0
+    left_out: int = 0  # foreign layers that are left out, because the registry lacks them
 
 
 class PullPlan(NamedTuple):
@@ -81,6 +82,7 @@ def plan_pull(
     platform: str | None = None,
     all_platforms: bool = False,
     referrers: bool = False,
+    foreign_layers: bool = False,
     access: Access = DEFAULT_ACCESS,
 ) -> PullPlan:
     """Return what a pull would download; only manifests are read, and nothing is stored.
@@ -92,6 +94,7 @@ def plan_pull(
         platform: as for `pull`.
         all_platforms: as for `pull`.
         referrers: as for `pull`.
+        foreign_layers: as for `pull`.
         access: how to reach the registry.
 
     Raises:
@@ -100,7 +103,14 @@ def plan_pull(
         InvalidManifest: if one of its manifests is invalid.
     """
     with closing(
-        Source(database.directory, wanted, platform=platform, all_platforms=all_platforms, access=access)
+        Source(
+            database.directory,
+            wanted,
+            platform=platform,
+            all_platforms=all_platforms,
+            foreign_layers=foreign_layers,
+            access=access,
+        )
     ) as source:
         return _Pull(database, session, source, platform, referrers, None, None).plan()
 
@@ -115,6 +125,7 @@ def pull(
     if_missing: bool = False,
     allow_stale: bool = False,
     referrers: bool = False,
+    foreign_layers: bool = False,
     access: Access = DEFAULT_ACCESS,
     progress: Progress | None = None,
     blob_progress: BlobProgress | None = None,
@@ -130,6 +141,7 @@ def pull(
         if_missing: do not contact the registry for an image that is complete here, even if its tag has moved.
         allow_stale: use the cached image if no registry is reachable.
         referrers: also pull the image's referrers and attach them.
+        foreign_layers: download foreign layers that the registry lacks from their URLs.
         access: how to reach the registry.
         progress: called with the bytes done and the total.
         blob_progress: called with the progress of each blob.
@@ -147,6 +159,7 @@ def pull(
             wanted,
             platform=platform,
             all_platforms=all_platforms,
+            foreign_layers=foreign_layers,
             access=access,
         )
     ) as source:
@@ -204,7 +217,8 @@ class _Pull:
         blobs = {blob.digest: blob for blob in [*closure, *(self._find_referrers(closure) if self._referrers else [])]}
         with self._database.read() as connection:
             stored = read_stored_sizes(connection, blobs)
-        absent = [blob.size for digest, blob in blobs.items() if digest not in {*stored, *self._source.documents}]
+        known = {*stored, *self._source.documents, *self._find_left_out(closure)}
+        absent = [blob.size for digest, blob in blobs.items() if digest not in known]
         return PullPlan(
             self._name, digest, len(absent), sum(absent), up_to_date=bool(here) and stored.keys() >= blobs.keys()
         )
@@ -224,10 +238,22 @@ class _Pull:
                 closure = save.closure(connection, self._database.directory, root, self._source.choose)
                 return (
                     info
-                    if known.issuperset(blob.digest for blob in closure) and self._has_wanted_platform(root, info)
+                    if known.issuperset(blob.digest for blob in closure if self._is_needed(blob))
+                    and self._has_wanted_platform(root, info)
                     else None
                 )
         return None
+
+    def _is_needed(self, blob: Descriptor) -> bool:
+        """Return whether an image without the blob is not complete for this pull."""
+        return self._source.foreign_layers or not blob.is_foreign
+
+    def _find_left_out(self, closure: list[Descriptor]) -> set[Digest]:
+        """Return the foreign layers that this pull leaves out."""
+        foreign = {blob.digest: blob for blob in closure if blob.is_foreign}
+        with self._database.read() as connection:
+            stored = read_stored_sizes(connection, foreign)
+        return self._source.find_unavailable(blob for digest, blob in foreign.items() if digest not in stored)
 
     def _read_root(self, digest: Digest) -> Root:
         """Return the manifest or index of the name, from the cache if it has it."""
@@ -249,7 +275,8 @@ class _Pull:
         closure, chosen = self._read_closure(root)
         top = closure[0]
         attached = self._find_referrers(closure) if self._referrers else []
-        wanted = {blob.digest: blob for blob in [*closure, *attached]}
+        left_out = self._find_left_out(closure)
+        wanted = {blob.digest: blob for blob in [*closure, *attached] if blob.digest not in left_out}
 
         def receive(hold: Hold, received: dict[object, Received]) -> None:
             for digest, data in self._source.documents.items():
@@ -265,14 +292,15 @@ class _Pull:
         def save_all(connection: Connection) -> ImageInfo:
             for hold in self._holds:
                 self._session.release(connection, hold)
-            among = chosen | self._find_stored_before(connection, root.digest) if self._source.wanted_platform else None
+            among = (chosen - left_out) | self._find_stored_before(connection, root.digest)
+            is_part = left_out or (self._source.wanted_platform and top.role == "index")
             image_id = save.save_image(
                 connection,
                 self._database.directory,
                 self._name,
                 root.digest,
                 root.media_type,
-                oci.choose_among(among) if among and top.role == "index" else None,
+                oci.choose_among(among) if is_part else None,
             )
             for blob in attached:
                 role = blob.role if blob.role in ("manifest", "index") else "other"
@@ -283,6 +311,12 @@ class _Pull:
                 raise NotInCache(f"{self._name} is not for platform {asked}, but for {info.platform}", name=self._name)
             return info
 
+        if left_out:
+            LOG.warning(
+                "%s: %d foreign layers are left out, because the registry lacks them: pull with --foreign-layers",
+                self._name,
+                len(left_out),
+            )
         try:
             info = publish.receive_and_save(self._database, self._session, wanted, receive, save_all)
         except BaseException as error:
@@ -294,6 +328,7 @@ class _Pull:
             sum(self._downloaded.values()),
             None,
             resumed=sum(self._source.resumed.values()),
+            left_out=len(left_out),
         )
 
     def _read_closure(self, root: Root) -> tuple[list[Descriptor], set[Digest]]:

@@ -76,6 +76,7 @@ FIRST = make.image(1, 2, compression="gzip")
 SECOND = make.image(1, 3, compression="gzip")  # shares a layer with the first
 LARGE = make.image(4, size=3_000_000)
 ARM = make.image(1, 5, architecture="arm64")
+FOREIGN = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
 ODD = make.image(6, architecture="riscv64")
 
 
@@ -293,6 +294,75 @@ def test_an_export_lists_only_the_stored_platforms(cache: Cache, several: str, t
     cache.export(several, tmp_path / "all", format="oci-dir")
     index = json.loads((tmp_path / "all" / "index.json").read_bytes())
     assert index["manifests"][0]["digest"] == cache.get_image(several).digest
+
+
+# Foreign layers
+
+
+def make_windows_image(*urls: str, media_type: str = FOREIGN) -> make.ImageContent:
+    """Make an image whose first layer may be at other URLs only."""
+    manifest = json.loads(FIRST.manifest)
+    manifest["layers"][0] |= {"mediaType": media_type, "urls": list(urls)}
+    return make.ImageContent(json.dumps(manifest).encode(), FIRST.config, FIRST.layers)
+
+
+def add_without_first_layer(remote: Registry, image: make.ImageContent, *, index: bool) -> str:
+    name = remote.add_index(make.index(image), "win", "1", [image]) if index else remote.add(image, "win", "1")
+    del remote.blobs["win", make.digest_of(image.layers[0])]
+    return name
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("media_type", [FOREIGN, "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"])
+def test_foreign_layers_are_left_out_unless_they_are_wanted(
+    cache: Cache, remote: Registry, tmp_path: Path, media_type: str, index: bool
+) -> None:
+    with Registry() as other:
+        layer = make.digest_of(FIRST.layers[0])
+        other.blobs["base", layer] = FIRST.layers[0]
+        url = f"{other.url}/v2/base/blobs/{layer}"
+        image = make_windows_image("file:///etc/passwd", f"{other.url}/nothing", url, media_type=media_type)
+        name = add_without_first_layer(remote, image, index=index)
+        pulled = cache.pull(name)
+        assert (pulled.image.complete, pulled.left_out, other.requests) == (True, 1, [])
+        assert layer not in {blob.digest for blob in cache.get_image_blobs(name)}
+        take_requests(remote)
+        assert cache.pull(name).up_to_date
+        assert cache.plan_pull(name, foreign_layers=True).bytes == len(FIRST.layers[0])
+        pulled = cache.pull(name, foreign_layers=True)
+        assert (pulled.blobs, pulled.left_out) == (1, 0)
+        assert cache.get_blob(layer) == FIRST.layers[0]
+        assert layer in {blob.digest for blob in cache.get_image_blobs(name)}
+        assert [request.path for request in other.requests] == ["/nothing", f"/v2/base/blobs/{layer}"]
+        assert SKIPPED_PAUSE_SECONDS == []
+        assert cache.pull(name).up_to_date
+        assert cache.pull(name, foreign_layers=True).up_to_date
+
+
+def test_a_foreign_layer_that_the_registry_has_is_pulled(cache: Cache, remote: Registry) -> None:
+    image = make_windows_image("http://127.0.0.1:1/unused")
+    pulled = cache.pull(remote.add(image, "win", "1"))
+    assert (pulled.left_out, pulled.blobs) == (0, len(FIRST.layers) + 1)
+    assert_is_stored(cache, f"{remote.host}/win:1", image)
+
+
+def test_a_foreign_layer_is_verified(cache: Cache, remote: Registry) -> None:
+    with Registry() as other:
+        other.fault(answer(200, body=b"x" * len(FIRST.layers[0])), times=9)
+        name = add_without_first_layer(remote, make_windows_image(f"{other.url}/layer"), index=False)
+        with pytest.raises(DigestMismatch):
+            cache.pull(name, foreign_layers=True)
+    assert cache.list_manifests() == []
+
+
+def test_the_urls_of_a_layer_that_is_not_foreign_are_not_used(cache: Cache, remote: Registry) -> None:
+    with Registry() as other:
+        layer_type = json.loads(FIRST.manifest)["layers"][0]["mediaType"]
+        image = make_windows_image(f"{other.url}/layer", media_type=layer_type)
+        name = add_without_first_layer(remote, image, index=False)
+        with pytest.raises(RegistryError, match="has no blob"):
+            cache.pull(name, foreign_layers=True)
+        assert other.requests == []
 
 
 # Interrupted downloads

@@ -34,7 +34,9 @@ class Origin(Protocol):
     def tries(self) -> int:
         """How many times a read is tried in total, if its failures may be temporary."""
 
-    def open_blob(self, digest: Digest, size: int, offset: int) -> tuple[urllib3.BaseHTTPResponse, int]:
+    def open_blob(
+        self, digest: Digest, size: int, offset: int, url: str | None
+    ) -> tuple[urllib3.BaseHTTPResponse, int]:
         """Request a blob's content from an offset; return the answer and the offset where it really starts."""
 
     def pause(self, tries: int) -> None:
@@ -51,6 +53,7 @@ class Download:
         size: int,
         offset: int,
         look: Callable[[bool], object] = lambda _: None,
+        url: str | None = None,
     ) -> None:
         """Create a download without sending anything.
 
@@ -60,13 +63,14 @@ class Download:
             size: the blob's size in bytes.
             offset: where to start, in bytes.
             look: called every few seconds with whether the download is fast enough; it may raise to end the download.
+            url: where the blob is; None for the repository.
         """
         self._repository, self._digest, self._size, self._at = repository, digest, size, offset
         self._look, self._looked, self._since_look = look, time.monotonic(), 0  # the last call, and the bytes since
         self._response: urllib3.BaseHTTPResponse | None = None
         self.resumed = offset
         """How many bytes before the offset were not requested; 0 if the registry sent the blob from its beginning."""
-        self._has_begun = False
+        self._has_begun, self._url = False, url
         self._failed, self._since, self._received = 0, time.monotonic(), 0  # bytes since then
 
     def close(self) -> None:
@@ -107,7 +111,7 @@ class Download:
             return len(data)
 
     def _open(self) -> None:
-        self._response, begins = self._repository.open_blob(self._digest, self._size, self._at)
+        self._response, begins = self._repository.open_blob(self._digest, self._size, self._at, self._url)
         if not self._has_begun:
             self.resumed, self._has_begun = begins, True
         while begins < self._at:  # the registry ignores ranges: skip the bytes that we have

@@ -134,7 +134,12 @@ class Repository:
             return Fetched(_read_digest(response.headers), media_type if media_type in _TYPES else None, data)
 
     def blob(
-        self, digest: Digest, size: int, offset: int = 0, look: Callable[[bool], object] = lambda _: None
+        self,
+        digest: Digest,
+        size: int,
+        offset: int = 0,
+        look: Callable[[bool], object] = lambda _: None,
+        url: str | None = None,
     ) -> Download:
         """Return a blob's content as a stream that resumes after an interruption.
 
@@ -143,10 +148,13 @@ class Repository:
             size: the blob's size in bytes.
             offset: where to start, in bytes.
             look: called every few seconds with whether the download is fast enough; it may raise to end the download.
+            url: where the blob is; None for the repository.
         """
-        return Download(self, digest, size, offset, look)
+        return Download(self, digest, size, offset, look, url)
 
-    def open_blob(self, digest: Digest, size: int, offset: int) -> tuple[urllib3.BaseHTTPResponse, int]:
+    def open_blob(
+        self, digest: Digest, size: int, offset: int, url: str | None = None
+    ) -> tuple[urllib3.BaseHTTPResponse, int]:
         """Request a blob's content from an offset; return the answer and the offset where it really starts.
 
         It starts at 0 if the registry does not send the range.
@@ -155,11 +163,12 @@ class Repository:
             digest: the blob's digest.
             size: the blob's size in bytes.
             offset: where to start, in bytes.
+            url: where the blob is; None for the repository.
 
         Raises:
             RegistryError: if there is no such blob, or the request fails.
         """
-        url, what = self._build_url(f"blobs/{digest}"), f"blob {digest}"
+        url, what = url or self._build_url(f"blobs/{digest}"), f"blob {digest}"
         tries = None
         if offset:
             try:

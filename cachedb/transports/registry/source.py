@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -55,6 +55,7 @@ class Source:
         *,
         platform: str | None = None,
         all_platforms: bool = False,
+        foreign_layers: bool = False,
         access: Access = DEFAULT_ACCESS,
     ) -> None:
         """Create a source without sending anything.
@@ -64,9 +65,11 @@ class Source:
             wanted: the image's name, and its digest if a certain one is wanted.
             platform: ``os/architecture[/variant]``; the default is the host's.
             all_platforms: pull all children of an index.
+            foreign_layers: download foreign layers that the registry lacks from their URLs.
             access: how to reach the registry.
         """
         self.name, self.expected = wanted
+        self.foreign_layers = foreign_layers
         self.wanted_platform = None if all_platforms else (platform or oci.host_platform())
         self.documents: dict[Digest, bytes] = {}
         """The bytes of the manifests and indexes read so far, from the registry or the cache."""
@@ -234,6 +237,19 @@ class Source:
 
     # Blobs
 
+    def find_unavailable(self, layers: Iterable[Descriptor]) -> set[Digest]:
+        """Return the foreign layers that a pull leaves out: those that neither the mirrors nor the registry have.
+
+        Args:
+            layers: the foreign layers that are not stored.
+
+        Raises:
+            RegistryError: if the registry fails.
+        """
+        if self.foreign_layers:
+            return set()
+        return {layer.digest for layer in layers if not self.registry.has("blobs", layer.digest)}
+
     def download(self, blob: Descriptor, advance: Advance) -> Content:
         """Download a verified and durable blob into ``ingest/partial``.
 
@@ -258,9 +274,18 @@ class Source:
 
         def ask(folder: int) -> Content:
             single_flight.check_claim(self._directory, key)
-            return self.ask(
-                lambda repository: _download(repository, blob, folder, path.name, advance, look, self.resumed)
-            )
+            try:
+                return self.ask(
+                    lambda repository: _download(repository, blob, folder, path.name, advance, look, self.resumed)
+                )
+            except RegistryError as error:
+                urls = [url for url in blob.urls if url.startswith(("https://", "http://"))]
+                if not (self.foreign_layers and blob.is_foreign and urls):
+                    raise
+                for url in urls:
+                    with suppress(RegistryError):
+                        return _download(self.registry, blob, folder, path.name, advance, look, self.resumed, url)
+                raise RegistryError(f"{error}, and none of its {len(urls)} URLs has it") from error
 
         with ExitStack() as stack:
             with os_errors("write to the cache"):
@@ -295,6 +320,7 @@ def _download(
     advance: Advance,
     look: Callable[[bool], None],
     resumed: dict[Digest, int],
+    url: str | None = None,
 ) -> Content:
     """Download a blob from one repository to a file in an open folder, resuming a partial file."""
     look(False)
@@ -306,7 +332,7 @@ def _download(
         done += new
         advance(new)
 
-    source = repository.blob(blob.digest, blob.size, done, look)
+    source = repository.blob(blob.digest, blob.size, done, look, url)
     try:
         content = receive(
             source,

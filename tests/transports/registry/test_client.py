@@ -47,7 +47,7 @@ class SlowRepository:
         self._clock, self._data, self._piece, self._cut = clock, data, piece, cut
         self.requests = self.pauses = 0
 
-    def open_blob(self, digest: Digest, size: int, offset: int) -> tuple[Any, int]:
+    def open_blob(self, digest: Digest, size: int, offset: int, url: str | None) -> tuple[Any, int]:
         self.requests += 1
         at, pieces = offset, 0
 
@@ -104,9 +104,9 @@ def test_each_try_of_a_download_gets_a_full_minute(monkeypatch: pytest.MonkeyPat
     remote = SlowRepository(clock, data, 1000)
     open_blob = remote.open_blob
 
-    def open_faster_from_third(digest: Digest, size: int, offset: int) -> tuple[Any, int]:
+    def open_faster_from_third(digest: Digest, size: int, offset: int, url: str | None) -> tuple[Any, int]:
         remote._piece = 1000 if remote.requests < 2 else 1024
-        return open_blob(digest, size, offset)
+        return open_blob(digest, size, offset, url)
 
     monkeypatch.setattr(remote, "open_blob", open_faster_from_third)
     assert read_slowly(remote, data) == data
@@ -132,9 +132,9 @@ def test_bytes_that_a_registry_without_ranges_sends_again_are_no_stall(monkeypat
     remote = SlowRepository(Clock(monkeypatch), data, 1024, cut=400)
     open_blob = remote.open_blob
 
-    def open_from_beginning(digest: Digest, size: int, offset: int) -> tuple[Any, int]:
+    def open_from_beginning(digest: Digest, size: int, offset: int, url: str | None) -> tuple[Any, int]:
         remote._cut = 400 if remote.requests == 0 else None
-        return open_blob(digest, size, 0)
+        return open_blob(digest, size, 0, url)
 
     monkeypatch.setattr(remote, "open_blob", open_from_beginning)
     assert read_slowly(remote, data) == data
