@@ -174,6 +174,15 @@ class Closure:
                 known |= found[-1].documents.keys()
         return found
 
+    def lacks_layers(self, manifest: Descriptor) -> bool:
+        """Return whether the closure lacks foreign layers of a manifest.
+
+        Args:
+            manifest: one of `images`.
+        """
+        listed = _parse_children(manifest, self.documents[manifest.digest])
+        return len(self.children[manifest.digest]) < len(listed)
+
     def find_artifact_type(self, manifest: Descriptor) -> str | None:
         """Return the type of an artifact, such as a Helm chart; None for a container image.
 

@@ -17,6 +17,7 @@ from cachedb.oci.manifests import (
     OCI_MANIFEST,
     Descriptor,
     load_json,
+    read_descriptors,
 )
 
 __all__ = ["convert_to_oci"]
@@ -59,14 +60,17 @@ def convert_to_oci(closure: Closure) -> Closure:
     def convert_document(blob: Descriptor) -> Descriptor:
         if blob.digest not in closure.documents:
             return blob
-        media_type, listed = _DOCUMENT_TYPES.get(blob.media_type, blob.media_type), children[blob.digest]
+        document = load_json(documents[blob.digest], "the manifest")
+        media_type = _DOCUMENT_TYPES.get(blob.media_type, blob.media_type)
+        # The closure may lack foreign layers, which the manifest lists.
+        listed, kept = read_descriptors(document, blob.media_type, "the manifest"), set(children[blob.digest])
         found = [convert(child) for child in listed]
         if (media_type, found) == (blob.media_type, listed):
             return blob
-        document = load_json(documents[blob.digest], "the manifest")
         data = json.dumps(_rewrite(document, media_type, found), separators=(",", ":")).encode()
         digest = digest_of(data)
-        documents[digest], children[digest] = data, found
+        documents[digest] = data
+        children[digest] = [new for old, new in zip(listed, found, strict=True) if old in kept]
         made.add(digest)
         return blob._replace(digest=digest, size=len(data), media_type=media_type)
 
@@ -82,7 +86,8 @@ def _convert_content(blob: Descriptor) -> Descriptor:
 def _rewrite(document: dict[str, Any], media_type: str, found: list[Descriptor]) -> dict[str, Any]:
     """Return a manifest or index of another media type, which lists these children in place of its own."""
     is_index = "manifests" in document
-    listed = document["manifests"] if is_index else [document["config"], *document["layers"]]
+    # Go writes an empty list as null.
+    listed = (document["manifests"] or []) if is_index else [document["config"], *(document["layers"] or [])]
     entries = [_replace(entry, child) for entry, child in zip(listed, found, strict=True)]
     if not is_index:
         return {**document, "mediaType": media_type, "config": entries[0], "layers": entries[1:]}

@@ -68,6 +68,10 @@ def export_archive(
                 f"{name} is an artifact of type {shorten(kind)}, which a docker-archive cannot hold: "
                 "use the format oci-archive"
             )
+        if format == "docker-archive" and closure.lacks_layers(closure.root):
+            raise CacheError(
+                f"{name} lacks foreign layers, which a docker-archive must hold: use the format oci-archive"
+            )
         docker_image = _choose_docker_image(closure, read) if format == "docker" else None
         attached: list[Closure] = []
         if referrers:
@@ -119,11 +123,17 @@ def _parse_tag(name: Name, tag: str, format: str) -> Name:
 def _choose_docker_image(closure: Closure, read: Callable[[Digest], bytes]) -> Descriptor | None:
     """Return the image that `docker load` gets: the one for the host's platform, else the first; None without images.
 
+    An image that lacks foreign layers is not among them, because `docker load` needs all layers.
+
     Args:
         closure: of the image.
         read: returns the bytes of a config, which states the platform if no index does.
     """
-    images = [image for image in closure.images if closure.find_artifact_type(image) is None]
+    images = [
+        image
+        for image in closure.images
+        if closure.find_artifact_type(image) is None and not closure.lacks_layers(image)
+    ]
     if len(images) > 1:
         platforms = closure.read_platforms(read)
         images.sort(key=lambda image: not is_for(platforms[image], host_platform()))

@@ -69,6 +69,13 @@ def test_a_manifest_gets_oci_media_types_and_keeps_all_else() -> None:
     assert [blob.digest for blob in closure.blobs[1:]] == [blob.digest for blob in read_closure(IMAGE).blobs[1:]]
 
 
+@pytest.mark.parametrize("key", ["layers", "manifests"])
+def test_an_empty_list_may_be_null(key: str) -> None:
+    document = json.loads(index(DOCKER_LIST) if key == "manifests" else manifest(DOCKER_MANIFEST, DOCKER_CONFIG))
+    closure = convert_to_oci(read_closure(json.dumps({**document, key: None}).encode()))
+    assert json.loads(closure.documents[closure.root.digest])[key] == []
+
+
 def test_a_list_becomes_an_index_of_the_converted_manifests() -> None:
     platform = {"os": "linux", "architecture": "amd64", "features": ["sse4"]}
     other = manifest(OCI_MANIFEST, OCI_CONFIG, f"{LAYER}v1.tar")

@@ -34,7 +34,7 @@ from cachedb import (
     StorageError,
 )
 from cachedb.disk import waiting
-from cachedb.oci.manifests import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
+from cachedb.oci.manifests import DOCKER_MANIFEST, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 from cachedb.transports.archive import write_layout
 from cachedb.transports.archive.formats import Format
 from tests.conftest import Run, files_of
@@ -953,6 +953,51 @@ def test_docker_load_gets_the_image_beside_an_artifact(
     monkeypatch.setattr(platform, "machine", lambda: "x86_64" if form == "docker" else "aarch64")
     cache.export("app:1", tmp_path / "out", format=form)
     assert read_docker_config(tmp_path / "out") == ARM.config
+
+
+# Absent foreign layers
+
+
+@pytest.fixture
+def windows(cache: Cache, tmp_path: Path) -> make.ImageContent:
+    """Import an image as app:1 whose first layer is foreign and not stored; return it without this layer."""
+    document = json.loads(make.with_docker_types(IMAGE).manifest)
+    foreign = {
+        "mediaType": f"{make.DOCKER_LAYER.replace('diff', 'foreign.diff')}.gzip",
+        "urls": ["https://example.org"],
+    }
+    document["layers"][0].update(foreign)
+    made = IMAGE._replace(manifest=json.dumps(document).encode(), layers=IMAGE.layers[1:])
+    files = make.oci_files({"app:1": made})
+    files["index.json"] = files["index.json"].replace(OCI_MANIFEST.encode(), DOCKER_MANIFEST.encode())
+    (imported,) = cache.cache_from_tar(make.write(tmp_path / "windows", files))
+    assert imported.complete
+    return made
+
+
+@pytest.mark.parametrize("form", ["docker", "oci-archive", "oci-dir", "dir"])
+@pytest.mark.parametrize("convert", [None, "oci"])
+def test_an_image_without_its_foreign_layers_is_exported_and_can_be_imported(
+    cache: Cache, tmp_path: Path, windows: make.ImageContent, form: Format, convert: Any
+) -> None:
+    cache.export("app:1", tmp_path / "out", format=form, convert=convert)
+    assert form == "dir" or "manifest.json" not in read_contents(tmp_path / "out")
+    with Cache.open(tmp_path / "other") as other:
+        (imported,) = other.cache_from_tar(tmp_path / "out", "app:1")
+        blobs = [blob.digest for blob in other.get_image_blobs("app:1")]
+        assert blobs[1:] == [make.digest_of(data) for data in (windows.config, *windows.layers)]
+        assert imported.complete
+        document = json.loads(other.get_manifest("app:1"))
+        assert [entry["digest"] for entry in document["layers"]] == [make.digest_of(data) for data in IMAGE.layers]
+
+
+@pytest.mark.usefixtures("windows")
+def test_an_image_without_its_foreign_layers_is_refused_as_a_docker_archive(
+    cachedb: Run, cache: Cache, tmp_path: Path
+) -> None:
+    line = check_failure(cachedb("export", "--format", "docker-archive", "app:1", tmp_path / "out"))
+    assert "app:1 lacks foreign layers, which a docker-archive must hold" in line
+    assert not (tmp_path / "out").exists()
 
 
 # Referrers
