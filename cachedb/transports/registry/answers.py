@@ -13,7 +13,7 @@ from urllib3.exceptions import HTTPError, ProtocolError, ProxyError
 from cachedb.disk.writer import CHUNK_BYTES
 from cachedb.errors import RegistryError, RegistryUnavailable
 
-__all__ = ["drain_after", "read_body", "read_error_detail", "to_one_line"]
+__all__ = ["drain_after", "is_encoded", "read_body", "read_error_detail", "to_one_line"]
 
 
 _ERROR_LIMIT = 1024 * 1024  # bytes of an error document
@@ -26,18 +26,18 @@ def drain_after(response: urllib3.BaseHTTPResponse) -> Iterator[urllib3.BaseHTTP
     with response:
         yield response
         with suppress(HTTPError):
-            response.read1(CHUNK_BYTES, decode_content=False)
+            response.read1(CHUNK_BYTES)
 
 
 def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
-    """Read the body of an answer.
+    """Read the body of an answer, and decode it if it is encoded.
 
     Raises:
         RegistryError: if it has more than ``limit`` bytes, or is interrupted.
     """
     try:
         data = b""
-        while chunk := response.read(min(CHUNK_BYTES, limit + 1 - len(data)), decode_content=False):
+        while chunk := response.read(min(CHUNK_BYTES, limit + 1 - len(data))):
             data += chunk
             if len(data) > limit:
                 raise RegistryError(f"{what} is over {limit} bytes")
@@ -46,13 +46,22 @@ def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> byte
     return data
 
 
+def is_encoded(response: urllib3.BaseHTTPResponse) -> bool:
+    """Return whether the body has an encoding of its own, such as gzip, that urllib3 can decode.
+
+    Some proxies encode answers although the request refuses it.
+    """
+    encodings = response.headers.get("Content-Encoding", "").lower().split(",")
+    return any(encoding.strip() in urllib3.HTTPResponse.CONTENT_DECODERS for encoding in encodings)
+
+
 def read_error_detail(response: urllib3.BaseHTTPResponse) -> str:
     """Return the code and message of an error answer on one line, or an empty string.
 
     The distribution specification defines them in "Error Codes".
     """
     try:
-        document = json.loads(response.read(_ERROR_LIMIT, decode_content=False))
+        document = json.loads(response.read(_ERROR_LIMIT))
         error = document["errors"][0]
         return f" {to_one_line(error['code'])}: {to_one_line(error.get('message', ''))}"
     except (HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError):

@@ -42,7 +42,7 @@ _BODY_TIMEOUT = Timeout(connect=60, read=600)  # a registry may take long to sto
 _FIRST_PAUSE_SECONDS = 0.5  # before the first retry; it doubles each time, and a longer Retry-After is respected
 _MAX_PAUSE_SECONDS = 60.0  # a registry that asks for more time counts as unavailable
 _MAX_REDIRECTS = 5
-_RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+_RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504, *range(520, 525)})  # 520 to 524 are Cloudflare's
 
 Body = bytes | str | Iterable[bytes]
 """The body of a request. An iterable must start again at each iteration, because a retry sends the body again."""

@@ -15,6 +15,7 @@ from urllib3.util import parse_url
 
 from cachedb.errors import CacheError, ignore_os_errors
 from cachedb.threads import start
+from cachedb.transports.registry.heads import Response
 from cachedb.transports.registry.proxies import Proxy, find_proxy
 from cachedb.transports.registry.tls import Certificates, find_certificates, make_tls_context
 from cachedb.transports.registry.urls import host_of
@@ -130,10 +131,14 @@ def _create_pool_classes(
     """
 
     class Plain(HTTPConnection):
+        response_class = Response
+
         def connect(self) -> None:
             connect(self, super().connect)
 
     class Secure(HTTPSConnection):
+        response_class = Response
+
         def connect(self) -> None:
             connect(self, super().connect)
             self.is_verified = True  # urllib3 would warn, but the user wants it

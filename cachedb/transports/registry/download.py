@@ -12,7 +12,7 @@ from urllib3.exceptions import HTTPError
 from cachedb.disk.writer import CHUNK_BYTES
 from cachedb.errors import RegistryUnavailable
 from cachedb.oci.digests import Digest
-from cachedb.transports.registry.answers import to_one_line
+from cachedb.transports.registry.answers import is_encoded, to_one_line
 from cachedb.transports.registry.places import Place
 
 __all__ = ["Download"]
@@ -72,6 +72,7 @@ class Download:
         """How many bytes before the offset were not requested; 0 if the registry sent the blob from its beginning."""
         self._has_begun, self._url = False, url
         self._failed, self._since, self._received = 0, time.monotonic(), 0  # bytes since then
+        self._decodes = False  # whether the body is encoded
 
     def close(self) -> None:
         """Release the connection."""
@@ -92,7 +93,7 @@ class Download:
                 if self._response is None:
                     self._open()
                 assert self._response is not None
-                data = self._response.read1(len(buffer), decode_content=False)
+                data = self._response.read1(len(buffer), decode_content=self._decodes)
                 if not data and self._at < self._size:
                     raise HTTPError("the response ended too early")
                 self._check_speed(len(data))
@@ -114,8 +115,11 @@ class Download:
         self._response, begins = self._repository.open_blob(self._digest, self._size, self._at, self._url)
         if not self._has_begun:
             self.resumed, self._has_begun = begins, True
+        # Some stores call a compressed blob an encoded one; then its length is the blob's size.
+        has_size = self._response.headers.get("Content-Length") == str(self._size)
+        self._decodes = self._response.status == 200 and is_encoded(self._response) and not has_size
         while begins < self._at:  # the registry ignores ranges: skip the bytes that we have
-            data = self._response.read1(min(CHUNK_BYTES, self._at - begins), decode_content=False)
+            data = self._response.read1(min(CHUNK_BYTES, self._at - begins), decode_content=self._decodes)
             if not data:
                 raise HTTPError("the response ended too early")
             begins += len(data)

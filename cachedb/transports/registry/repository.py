@@ -30,7 +30,7 @@ from cachedb.oci.manifests import (
 from cachedb.oci.names import Name, is_tag
 from cachedb.progress import Advance
 from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
-from cachedb.transports.registry.answers import drain_after, read_body
+from cachedb.transports.registry.answers import drain_after, is_encoded, read_body
 from cachedb.transports.registry.client import TRIES, Client
 from cachedb.transports.registry.download import Download
 from cachedb.transports.registry.places import Place
@@ -434,7 +434,10 @@ def _build_referrers_tag(digest: Digest) -> str:
 def _is_range(response: urllib3.BaseHTTPResponse, offset: int, size: int) -> bool:
     """Return whether an answer contains a part of a blob that begins at an offset."""
     sent = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", response.headers.get("Content-Range", "").strip())
-    return sent is not None and int(sent[1]) == offset and sent[2] in ("*", str(size))
+    if sent is None or int(sent[1]) != offset:
+        return False
+    # A range of an encoded body is useless. If the whole has the blob's size, it is not encoded, whatever it says.
+    return sent[2] == str(size) or (sent[2] == "*" and not is_encoded(response))
 
 
 def _read_media_type(headers: Mapping[str, str]) -> str:

@@ -60,7 +60,7 @@ class SlowRepository:
             start, at = at, min(at + min(self._piece, size), len(self._data))
             return self._data[start:at]
 
-        return SimpleNamespace(read1=read1, close=lambda: None), offset
+        return SimpleNamespace(read1=read1, close=lambda: None, headers={}, status=200), offset
 
     def pause(self, tries: int) -> None:
         self.pauses += 1
