@@ -17,6 +17,7 @@ __all__ = [
     "check_numbers",
     "check_pair",
     "check_paths",
+    "check_positive",
     "check_readable",
     "check_text",
     "check_writable",
@@ -62,6 +63,15 @@ def check_numbers(**values: object) -> None:
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise _type_error(name, value, "a number, or None")
+
+
+def check_positive(**values: object) -> None:
+    """Raise `TypeError` if one of the values is no number, and `CacheError` if one is not above 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise _type_error(name, value, "a number")
+        if not value > 0:
+            raise CacheError(f"{name} is {value!r}: give a number above 0")
 
 
 def check_pair(**values: object) -> None:

@@ -20,6 +20,7 @@ from cachedb.arguments import (
     check_numbers,
     check_pair,
     check_paths,
+    check_positive,
     check_readable,
     check_text,
     check_writable,
@@ -808,6 +809,7 @@ class Cache:
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
         credentials: tuple[str, str] | None = None,
+        timeout: float = 600.0,
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
     ) -> Pulled:
@@ -835,6 +837,7 @@ class Cache:
                 for what is ``insecure`` in registries.conf.
             authfile: a file of credentials; the default is the files of podman and Docker.
             credentials: the user and the password; they replace the files, and are not sent to mirrors.
+            timeout: seconds to wait for the first byte of an answer.
             progress: called with the bytes done so far and the total.
             blob_progress: called with the progress of each blob.
 
@@ -850,6 +853,7 @@ class Cache:
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
         check_pair(credentials=credentials)
+        check_positive(timeout=timeout)
         check_functions(progress=progress, blob_progress=blob_progress)
         wanted = RemoteName.parse(name)
         pulled = pull(
@@ -862,7 +866,7 @@ class Cache:
             allow_stale=allow_stale,
             referrers=referrers,
             foreign_layers=foreign_layers,
-            access=Access(plain_http, tls_verify, authfile, credentials),
+            access=Access(plain_http, tls_verify, authfile, credentials, timeout),
             progress=progress,
             blob_progress=blob_progress,
         )
@@ -880,6 +884,8 @@ class Cache:
         plain_http: bool | None = None,
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
+        credentials: tuple[str, str] | None = None,
+        timeout: float = 600.0,
     ) -> PullPlan:
         """Return what `pull` would download. Only manifests are read from the registry, and nothing is stored.
 
@@ -892,6 +898,8 @@ class Cache:
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
             tls_verify: as for `pull`.
             authfile: a file of credentials; the default is the files of podman and Docker.
+            credentials: as for `pull`.
+            timeout: as for `pull`.
 
         Raises:
             RegistryError: if the registry refuses or fails.
@@ -903,6 +911,8 @@ class Cache:
 
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
+        check_pair(credentials=credentials)
+        check_positive(timeout=timeout)
         return plan_pull(
             self._database,
             self._session,
@@ -911,7 +921,7 @@ class Cache:
             all_platforms=all_platforms,
             referrers=referrers,
             foreign_layers=foreign_layers,
-            access=Access(plain_http, tls_verify, authfile),
+            access=Access(plain_http, tls_verify, authfile, credentials, timeout),
         )
 
     def get_remote_digest(
@@ -921,6 +931,8 @@ class Cache:
         plain_http: bool | None = None,
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
+        credentials: tuple[str, str] | None = None,
+        timeout: float = 600.0,
     ) -> Digest:
         """Return the digest that a name has at its registry, with one request for a tag.
 
@@ -929,6 +941,8 @@ class Cache:
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
             tls_verify: as for `pull`.
             authfile: a file of credentials; the default is the files of podman and Docker.
+            credentials: as for `pull`.
+            timeout: as for `pull`.
 
         Raises:
             RegistryError: if the registry refuses or fails, or has no such image.
@@ -938,8 +952,10 @@ class Cache:
         from cachedb.transports.registry.access import Access
 
         check_paths(authfile=authfile, optional=True)
+        check_pair(credentials=credentials)
+        check_positive(timeout=timeout)
         self._check_open()
-        access = Access(plain_http, tls_verify, authfile)
+        access = Access(plain_http, tls_verify, authfile, credentials, timeout)
         return resolve_digest(self.directory, RemoteName.parse(name), access)
 
     def list_remote_tags(
@@ -949,6 +965,8 @@ class Cache:
         plain_http: bool | None = None,
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
+        credentials: tuple[str, str] | None = None,
+        timeout: float = 600.0,
     ) -> list[str]:
         """Return the tags of a repository at its registry, in the registry's order.
 
@@ -957,6 +975,8 @@ class Cache:
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
             tls_verify: as for `pull`.
             authfile: a file of credentials; the default is the files of podman and Docker.
+            credentials: as for `pull`.
+            timeout: as for `pull`.
 
         Raises:
             InvalidName: if the repository has a tag or a digest.
@@ -966,8 +986,12 @@ class Cache:
         from cachedb.transports.registry.access import Access
 
         check_paths(authfile=authfile, optional=True)
+        check_pair(credentials=credentials)
+        check_positive(timeout=timeout)
         self._check_open()
-        return list_tags(self.directory, parse_repository(repository), Access(plain_http, tls_verify, authfile))
+        return list_tags(
+            self.directory, parse_repository(repository), Access(plain_http, tls_verify, authfile, credentials, timeout)
+        )
 
     def inspect_remote(
         self,
@@ -977,6 +1001,8 @@ class Cache:
         plain_http: bool | None = None,
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
+        credentials: tuple[str, str] | None = None,
+        timeout: float = 600.0,
     ) -> RemoteImage:
         """Return what the manifest and the config of an image at its registry say; nothing is stored.
 
@@ -986,6 +1012,8 @@ class Cache:
             plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
             tls_verify: as for `pull`.
             authfile: a file of credentials; the default is the files of podman and Docker.
+            credentials: as for `pull`.
+            timeout: as for `pull`.
 
         Raises:
             RegistryError: if the registry refuses or fails, or has no such image.
@@ -998,8 +1026,10 @@ class Cache:
 
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
+        check_pair(credentials=credentials)
+        check_positive(timeout=timeout)
         self._check_open()
-        access = Access(plain_http, tls_verify, authfile)
+        access = Access(plain_http, tls_verify, authfile, credentials, timeout)
         return inspect_image(self.directory, RemoteName.parse(name), platform, access)
 
     def push(
@@ -1012,6 +1042,7 @@ class Cache:
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
         credentials: tuple[str, str] | None = None,
+        timeout: float = 600.0,
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
     ) -> Pushed:
@@ -1029,6 +1060,7 @@ class Cache:
                 for what is ``insecure`` in registries.conf.
             authfile: a file of credentials; the default is the files of podman and Docker.
             credentials: the user and the password; they replace the files.
+            timeout: seconds to wait for the first byte of an answer.
             progress: called with the bytes done so far and the total.
             blob_progress: called with the progress of each blob.
 
@@ -1046,10 +1078,11 @@ class Cache:
         check_text(platform=platform, optional=True)
         check_paths(authfile=authfile, optional=True)
         check_pair(credentials=credentials)
+        check_positive(timeout=timeout)
         check_functions(progress=progress, blob_progress=blob_progress)
         source = Name.parse(name)
         pushed_name = Name.parse(strip_transport(target)) if target is not None else source
-        access = Access(plain_http, tls_verify, authfile, credentials)
+        access = Access(plain_http, tls_verify, authfile, credentials, timeout)
         with closing(Target(self.directory, pushed_name, access=access)) as pushed_to:
             return push_image(
                 self._database,
@@ -1071,6 +1104,7 @@ class Cache:
         tls_verify: bool | None = None,
         authfile: str | os.PathLike[str] | None = None,
         credentials: tuple[str, str] | None = None,
+        timeout: float = 600.0,
         progress: Progress | None = None,
         blob_progress: BlobProgress | None = None,
     ) -> Iterator[Pushed]:
@@ -1083,6 +1117,7 @@ class Cache:
             tls_verify: as for `push`.
             authfile: as for `push`.
             credentials: as for `push`.
+            timeout: as for `push`.
             progress: called for each image with the bytes done so far and the total.
             blob_progress: called with the progress of each blob.
 
@@ -1097,6 +1132,7 @@ class Cache:
 
         check_paths(authfile=authfile, optional=True)
         check_pair(credentials=credentials)
+        check_positive(timeout=timeout)
         check_functions(progress=progress, blob_progress=blob_progress)
         repository = parse_repository(repository)
         target = repository if target is None else parse_repository(target)
@@ -1105,7 +1141,7 @@ class Cache:
         if not names:
             raise NotInCache(f"{repository} has no tags in the cache: `cachedb ls` lists all images", name=repository)
         target_names = [name._replace(repository=target) for name in names]
-        access = Access(plain_http, tls_verify, authfile, credentials)
+        access = Access(plain_http, tls_verify, authfile, credentials, timeout)
         with closing(Target(self.directory, target_names[0], access=access)) as pushed_to:
             for name, target_name in zip(names, target_names, strict=True):
                 yield push_image(

@@ -133,6 +133,14 @@ def registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
             callback=_parse_credentials,
             help="Credentials instead of a file. Other users of this host can see them (ps): prefer `skopeo login`.",
         ),
+        click.option(
+            "--timeout",
+            metavar="TIME",
+            type=DurationParameter(),
+            default="10m",
+            show_default=True,
+            help="How long to wait for the first byte of an answer.",
+        ),
     )
     for option in reversed(options):
         command = option(command)

@@ -15,6 +15,7 @@ class Access(NamedTuple):
     tls_verify: bool | None = None  # False: any certificate, and HTTP if there is no HTTPS; None: as in registries.conf
     authfile: str | os.PathLike[str] | None = None  # a file of credentials; None: the files of podman and Docker
     credentials: tuple[str, str] | None = None  # user and password; they replace the files
+    timeout: float = 600.0  # seconds to wait for the first byte of an answer, while the connection stays open
 
     def __repr__(self) -> str:
         return f"Access(plain_http={self.plain_http!r}, tls_verify={self.tls_verify!r}, ...)"  # not the password

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -17,6 +18,7 @@ __all__ = ["drain_after", "is_encoded", "read_body", "read_error_detail", "to_on
 
 
 _ERROR_LIMIT = 1024 * 1024  # bytes of an error document
+_BODY_SECONDS = 60.0  # from the first piece of a body to its end
 _OBJECT_REPR = re.compile(r"^(?:<.*>|\w+\(host=[^)]*\)): ")  # the repr that urllib3 puts before a message
 
 
@@ -32,15 +34,23 @@ def drain_after(response: urllib3.BaseHTTPResponse) -> Iterator[urllib3.BaseHTTP
 def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> bytes:
     """Read the body of an answer, and decode it if it is encoded.
 
+    Args:
+        response: the answer.
+        limit: the most bytes that the body may have.
+        what: the name of the body in error messages.
+
     Raises:
-        RegistryError: if it has more than ``limit`` bytes, or is interrupted.
+        RegistryError: if it is too large or too slow, or is interrupted.
     """
+    data, deadline = b"", float("inf")
     try:
-        data = b""
-        while chunk := response.read(min(CHUNK_BYTES, limit + 1 - len(data))):
+        while chunk := response.read1(min(CHUNK_BYTES, limit + 1 - len(data))):
             data += chunk
             if len(data) > limit:
                 raise RegistryError(f"{what} is over {limit} bytes")
+            deadline = min(deadline, time.monotonic() + _BODY_SECONDS)
+            if time.monotonic() > deadline:
+                raise RegistryUnavailable(f"{what} took over {_BODY_SECONDS:g} seconds; try again")
     except HTTPError as error:
         raise RegistryUnavailable(f"{what} was interrupted: {to_one_line(error)}; try again") from None
     return data
@@ -61,10 +71,10 @@ def read_error_detail(response: urllib3.BaseHTTPResponse) -> str:
     The distribution specification defines them in "Error Codes".
     """
     try:
-        document = json.loads(response.read(_ERROR_LIMIT))
+        document = json.loads(read_body(response, _ERROR_LIMIT, "the error"))
         error = document["errors"][0]
         return f" {to_one_line(error['code'])}: {to_one_line(error.get('message', ''))}"
-    except (HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (RegistryError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
 
 

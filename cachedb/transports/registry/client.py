@@ -18,7 +18,14 @@ from typing import Final
 from urllib.parse import urljoin
 
 import urllib3
-from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, SSLError
+from urllib3.exceptions import (
+    HTTPError,
+    NameResolutionError,
+    NewConnectionError,
+    ProtocolError,
+    ReadTimeoutError,
+    SSLError,
+)
 from urllib3.util import Timeout
 
 from cachedb.errors import RegistryError, RegistryUnavailable
@@ -27,6 +34,7 @@ from cachedb.transports.registry.answers import read_error_detail, to_one_line
 from cachedb.transports.registry.authorization import Authorization
 from cachedb.transports.registry.challenges import Challenge, parse_challenges
 from cachedb.transports.registry.connections import Connections
+from cachedb.transports.registry.heads import SlowHead
 from cachedb.transports.registry.places import Place
 from cachedb.transports.registry.tls import advise_on_tls
 from cachedb.transports.registry.urls import origin
@@ -37,8 +45,9 @@ __all__ = ["TRIES", "Client"]
 TRIES: Final = 5
 """How many times a request is sent in total, if its failures may be temporary."""
 
-_TIMEOUT = Timeout(connect=10, read=60)  # seconds; `read` applies to each read from the socket
-_BODY_TIMEOUT = Timeout(connect=60, read=600)  # a registry may take long to store a body
+_CONNECT_SECONDS = 10.0
+_MAX_TIMEOUT_SECONDS = 1e6  # the system takes no number of milliseconds over 2**31
+_WRITE_SECONDS = 60.0  # for each write of a body to the socket
 _FIRST_PAUSE_SECONDS = 0.5  # before the first retry; it doubles each time, and a longer Retry-After is respected
 _MAX_PAUSE_SECONDS = 60.0  # a registry that asks for more time counts as unavailable
 _MAX_REDIRECTS = 5
@@ -69,6 +78,7 @@ class Client:
             tries: how many times a request is sent in total, if its failures may be temporary.
         """
         self.place, self.tries = place, tries
+        self._timeout = min(access.timeout, _MAX_TIMEOUT_SECONDS)
         self._guard = threading.RLock()
         self._base_challenges: list[Challenge] | None = None
         self._is_open = False  # whether the registry has answered without authorization
@@ -221,7 +231,7 @@ class Client:
                     headers={"User-Agent": "cachedb", "Accept-Encoding": "identity", **headers, **secret},
                     redirect=False,
                     retries=False,
-                    timeout=_TIMEOUT if body is None else _BODY_TIMEOUT,
+                    timeout=Timeout(connect=_CONNECT_SECONDS if body is None else _WRITE_SECONDS, read=self._timeout),
                     preload_content=False,
                 )
             except HTTPError as error:
@@ -279,6 +289,10 @@ class Client:
             certificates = self._connections.find_certificates(failure.url, is_ours=is_ours)
             advice = advise_on_tls(host, certificates, error)
             return RegistryError(f"{host} cannot be trusted: {to_one_line(reason)}; {advice}")
+        if isinstance(error, ReadTimeoutError):
+            return RegistryUnavailable(
+                f"{host} sent no answer in {self._timeout:g} seconds: wait longer with --timeout"
+            )
         if isinstance(error, NameResolutionError):
             return RegistryUnavailable(f"{host} cannot be resolved: check the name and the network")
         return RegistryUnavailable(f"{host} cannot be reached: {to_one_line(reason)}")
@@ -307,10 +321,12 @@ def _sleep(seconds: float, stopped: threading.Event) -> None:
 
 
 def _is_final(error: HTTPError) -> bool:
-    """Return whether a retry would fail too.
+    """Return whether a retry would fail too, or would wait too long again.
 
     An SSLError that only reports a closed connection is not final.
     """
     if isinstance(error, SSLError):
         return not any(isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) for cause in error.args)
-    return isinstance(error, NewConnectionError)
+    if isinstance(error, ProtocolError):
+        return any(isinstance(cause, SlowHead) for cause in error.args)
+    return isinstance(error, (NewConnectionError, ReadTimeoutError))

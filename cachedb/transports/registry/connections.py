@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import Final
+from typing import Any, Final
 from weakref import WeakSet
 
 import urllib3
@@ -25,6 +25,14 @@ __all__ = ["Connections"]
 
 _POLL_SECONDS: Final = 0.05  # between checks for a stop
 _MAX_CONNECTIONS: Final = 16  # kept open to one host
+# The kernel finds out in a minute that the server is gone, while a slow answer may take many minutes.
+_SOCKET_OPTIONS: Final = [
+    *HTTPConnection.default_socket_options,
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+]
 
 
 class Connections:
@@ -81,14 +89,13 @@ class Connections:
         key = certificates, scheme, proxy
         with self._guard:
             if key not in self._pools:
-                context = make_tls_context(certificates, verify=self._verify) if certificates else None
+                options: dict[str, Any] = {"maxsize": _MAX_CONNECTIONS, "socket_options": _SOCKET_OPTIONS}
+                options["ssl_context"] = make_tls_context(certificates, verify=self._verify) if certificates else None
                 if proxy:
                     login = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
-                    pool: urllib3.PoolManager = urllib3.ProxyManager(
-                        proxy.url, proxy_headers=login, maxsize=_MAX_CONNECTIONS, ssl_context=context
-                    )
+                    pool: urllib3.PoolManager = urllib3.ProxyManager(proxy.url, proxy_headers=login, **options)
                 else:
-                    pool = urllib3.PoolManager(maxsize=_MAX_CONNECTIONS, ssl_context=context)
+                    pool = urllib3.PoolManager(**options)
                 pool.pool_classes_by_scheme = self._pool_classes
                 self._pools[key] = pool
             return self._pools[key]

@@ -20,6 +20,7 @@ __all__ = ["Download"]
 
 _MIN_BYTES_PER_SECOND = 1024  # over a minute; a slower download has stalled
 _MINUTE = 60.0  # seconds
+_SHORT_WAIT_SECONDS = 5.0  # for a first byte
 _LOOK_SECONDS = 5.0  # between two calls of a download's `look`
 
 
@@ -72,6 +73,7 @@ class Download:
         """How many bytes before the offset were not requested; 0 if the registry sent the blob from its beginning."""
         self._has_begun, self._url = False, url
         self._failed, self._since, self._received = 0, time.monotonic(), 0  # bytes since then
+        self._opened: float | None = None  # when the last request was sent; None after the first byte of its body
         self._decodes = False  # whether the body is encoded
 
     def close(self) -> None:
@@ -94,6 +96,7 @@ class Download:
                     self._open()
                 assert self._response is not None
                 data = self._response.read1(len(buffer), decode_content=self._decodes)
+                self._note_begin()
                 if not data and self._at < self._size:
                     raise HTTPError("the response ended too early")
                 self._check_speed(len(data))
@@ -112,6 +115,7 @@ class Download:
             return len(data)
 
     def _open(self) -> None:
+        self._opened = time.monotonic()
         self._response, begins = self._repository.open_blob(self._digest, self._size, self._at, self._url)
         if not self._has_begun:
             self.resumed, self._has_begun = begins, True
@@ -125,6 +129,13 @@ class Download:
             begins += len(data)
             self._since = time.monotonic()  # skipping is not a stall
             self._report_speed(len(data))
+
+    def _note_begin(self) -> None:
+        """Do not count a long wait for the first byte: the registry may get the blob from elsewhere first."""
+        if self._opened is not None:
+            waited, self._opened = time.monotonic() - self._opened, None
+            if waited > _SHORT_WAIT_SECONDS:
+                self._since += waited
 
     def _check_speed(self, count: int) -> None:
         """Count received bytes; raise if a minute brings too few, and reset the failures if enough came."""

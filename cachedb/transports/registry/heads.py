@@ -8,27 +8,46 @@ from __future__ import annotations
 
 import http.client
 import io
+import socket
+import time
 from email.parser import Parser
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["Response"]
+from cachedb.errors import ignore_os_errors
+
+__all__ = ["Response", "SlowHead"]
 
 
 _MAX_BYTES: Final = 1024 * 1024  # of one head
+_HEAD_SECONDS: Final = 60.0  # from the first byte to the last
+_READ_SECONDS: Final = 60.0  # for each further read from the socket
 _MAX_INTERIM_ANSWERS: Final = 100
 _SWITCHING_PROTOCOLS: Final = b"101"  # the one status below 200 that is final
 # The headers that say where the body ends, and whether the connection stays open.
 _FRAMING: Final = (b"connection:", b"content-length:", b"keep-alive:", b"proxy-connection:", b"transfer-encoding:")
 
 
+class SlowHead(http.client.HTTPException):
+    """The head of an answer comes too slowly."""
+
+
 class Response(http.client.HTTPResponse):
-    """An answer with any number of headers, after any interim answers."""
+    """An answer with any number of headers, after any interim answers.
+
+    The timeout of the socket is for the first byte of the head, and of the body. After that, each read has a shorter
+    one, and a head has a limit.
+    """
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - of http.client
+        super().__init__(sock, *arguments, **named)
+        self._socket, self._first_byte_seconds, self._has_begun = sock, sock.gettimeout(), False
 
     def begin(self) -> None:
         """Read the head.
 
         Raises:
-            http.client.HTTPException: if it is too large, or is none.
+            http.client.HTTPException: if it is too large, too slow, or none.
+            TimeoutError: if its first byte does not come in time.
             ConnectionError: if the server closes the connection before its end.
         """
         if self.headers is not None:
@@ -40,6 +59,8 @@ class Response(http.client.HTTPResponse):
             super().begin()
         finally:
             self.fp = body
+        if self.status in (200, 206):
+            self._socket.settimeout(self._first_byte_seconds)
         text = b"".join(lines).decode("iso-8859-1")
         self.headers = self.msg = Parser(_class=http.client.HTTPMessage).parsestr(text)
 
@@ -54,19 +75,51 @@ class Response(http.client.HTTPResponse):
 
     def _read_head(self) -> list[bytes]:
         """Return the status line and the header lines; only the first line if it is no status line."""
-        lines, size = list[bytes](), 0
-        while not lines or lines[-1].strip(b"\r\n"):
-            line = self.fp.readline(_MAX_BYTES + 1 - size)
-            size += len(line)
+        self._socket.settimeout(self._first_byte_seconds)
+        if not self.fp.peek(1):
+            raise http.client.RemoteDisconnected("Remote end closed connection without response")
+        self._socket.settimeout(_READ_SECONDS)
+        lines, size, deadline = [b""], 0, time.monotonic() + _HEAD_SECONDS
+        while lines[-1] not in (b"\r\n", b"\n"):
+            data = self._peek()
+            data = self.fp.read(data.find(b"\n") + 1 or len(data))
+            if not data:
+                raise http.client.RemoteDisconnected("Remote end closed connection in the middle of the headers")
+            size += len(data)
             if size > _MAX_BYTES:
                 raise http.client.LineTooLong("header")
-            if not line.endswith(b"\n"):
-                where = "in the middle of the headers" if size else "without response"
-                raise http.client.RemoteDisconnected(f"Remote end closed connection {where}")
-            lines.append(line)
-            if not lines[0].startswith(b"HTTP/"):
+            if time.monotonic() > deadline:
+                raise SlowHead(f"the headers took over {_HEAD_SECONDS:g} seconds")
+            if lines[-1].endswith(b"\n"):
+                lines.append(data)
+            else:
+                lines[-1] += data
+            if lines[0].endswith(b"\n") and not lines[0].startswith(b"HTTP/"):
                 break
         return lines
+
+    def _peek(self) -> bytes:
+        """Return received bytes, without taking them; wait for one."""
+        try:
+            return self.fp.peek(1)
+        except TimeoutError:
+            raise SlowHead(f"the headers stopped for {_READ_SECONDS:g} seconds") from None
+
+    def read(self, amt: int | None = None) -> bytes:
+        """Read from the body."""
+        return self._note_begin(super().read(amt))
+
+    def read1(self, n: int = -1) -> bytes:
+        """Read from the body with one read from the socket at most."""
+        return self._note_begin(super().read1(n))
+
+    def _note_begin(self, data: bytes) -> bytes:
+        """Wait for a shorter time once the body has begun."""
+        if data and not self._has_begun:
+            self._has_begun = True
+            with ignore_os_errors():  # the socket may be closed by now
+                self._socket.settimeout(_READ_SECONDS)
+        return data
 
 
 def _is_framing(line: bytes) -> bool:

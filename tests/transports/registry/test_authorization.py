@@ -208,6 +208,7 @@ def test_given_credentials_replace_the_files(cachedb: Run, guarded: Registry, tm
     good = f"--creds={USER}:{PASSWORD}"
     assert cachedb("pull", "-q", "--authfile", authfile, name).returncode == 1
     assert cachedb("pull", "-q", "--authfile", authfile, good, name).returncode == 0
+    assert cachedb("pull", "-q", "--dry-run", "--authfile", authfile, good, name).returncode == 0
     assert cachedb("push", "-q", good, name, f"{guarded.host}/new:1").returncode == 0
     assert cachedb("push", "-q", "--all-tags", good, f"{guarded.host}/app", f"{guarded.host}/all").returncode == 0
     for wrong in ("secret-word", ":secret-word"):

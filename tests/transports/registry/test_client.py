@@ -98,6 +98,21 @@ def test_a_download_that_is_just_too_slow_is_retried_and_fails(monkeypatch: pyte
     assert remote.requests == client.TRIES
 
 
+def test_a_long_wait_for_the_first_byte_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    data = make.random_bytes(1024 * 60 * 3, 1)
+    remote = SlowRepository(clock, data, 1024)
+    open_blob = remote.open_blob
+
+    def open_late(digest: Digest, size: int, offset: int, url: str | None) -> tuple[Any, int]:
+        clock.now += 300
+        return open_blob(digest, size, offset, url)
+
+    monkeypatch.setattr(remote, "open_blob", open_late)
+    assert read_slowly(remote, data) == data
+    assert remote.requests == 1
+
+
 def test_each_try_of_a_download_gets_a_full_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     data = make.random_bytes(1000 * 61 * 2 + 1024 * 60 * 5, 1)

@@ -30,12 +30,16 @@ class Socket:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
+        self.timeout: float | None = 600
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(io.BytesIO(self._data))
 
+    def gettimeout(self) -> float | None:
+        return self.timeout
+
     def settimeout(self, seconds: float | None) -> None:
-        pass
+        self.timeout = seconds
 
 
 def read(data: bytes, method: str = "GET") -> Response:
