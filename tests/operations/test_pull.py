@@ -1079,8 +1079,9 @@ def test_connection_errors_are_printed_without_python_objects(
     monkeypatch.setenv("https_proxy", "http://somebody:secret@127.0.0.1:1")
     with pytest.raises(RegistryError) as raised:
         cache.pull("registry.example.org/app:1")
-    reason = "Unable to connect to proxy: Failed to establish a new connection: [Errno 111] Connection refused"
-    assert str(raised.value) == f"registry.example.org cannot be reached: {reason}"
+    reason = "Failed to establish a new connection: [Errno 111] Connection refused"
+    advice = "check https_proxy, or add the host to no_proxy"
+    assert str(raised.value) == f"127.0.0.1:1 (proxy for registry.example.org) fails: {reason}; {advice}"
 
 
 # The command line

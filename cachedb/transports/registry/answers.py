@@ -13,6 +13,7 @@ from urllib3.exceptions import HTTPError, ProtocolError, ProxyError
 
 from cachedb.disk.writer import CHUNK_BYTES
 from cachedb.errors import RegistryError, RegistryUnavailable
+from cachedb.transports.registry.redaction import redact
 
 __all__ = ["drain_after", "is_encoded", "read_body", "read_error_detail", "to_one_line"]
 
@@ -79,10 +80,11 @@ def read_error_detail(response: urllib3.BaseHTTPResponse) -> str:
 
 
 def to_one_line(text: object) -> str:
-    """Return untrusted text on one line of at most 200 characters, without urllib3's object reprs."""
+    """Return untrusted text on one line of at most 200 characters, without secrets and urllib3's object reprs."""
     if isinstance(text, (ProtocolError, ProxyError)) and len(text.args) == 2:
         what, cause = text.args
         text = what if str(cause) in str(what) else f"{str(what).rstrip('.')}: {to_one_line(cause)}"
-    line = " ".join(_OBJECT_REPR.sub("", str(text), count=1).split())
+    line = redact(_OBJECT_REPR.sub("", str(text), count=1))
+    line = redact(" ".join(line.split()))
     line = "".join(char if char.isprintable() else "?" for char in line)
     return line if len(line) <= 200 else f"{line[:200]}..."

@@ -21,6 +21,7 @@ from cachedb.transports.registry.answers import read_body
 from cachedb.transports.registry.challenges import Challenge
 from cachedb.transports.registry.credentials import Credentials, find
 from cachedb.transports.registry.places import Place
+from cachedb.transports.registry.redaction import redact, remember, remember_briefly
 from cachedb.transports.registry.urls import origin, with_query
 
 __all__ = ["Authorization"]
@@ -98,8 +99,12 @@ class Authorization:
 
     def _find_login(self) -> Credentials | None:
         if self._access.credentials:
-            return Credentials(*self._access.credentials, identity_token="")
-        return find(self._place.registry, self._place.repository, self._access.authfile, stopped=self._stopped)
+            login: Credentials | None = Credentials(*self._access.credentials, identity_token="")
+        else:
+            login = find(self._place.registry, self._place.repository, self._access.authfile, stopped=self._stopped)
+        for secret in login[1:] if login else ():
+            remember(secret)
+        return login
 
     def _answer(self, url: str, challenges: Sequence[Challenge], login: Credentials | None) -> str:
         """Return the authorization that answers one of the challenges; empty if there is none."""
@@ -121,7 +126,7 @@ class Authorization:
         scheme, host, _ = origin(realm)
         if scheme not in ("http", "https") or (origin(url)[0] == "https" and scheme != "https"):
             raise RegistryError(
-                f"{self._place.registry}: the scheme of the token server {shorten(realm)} is not allowed"
+                f"{self._place.registry}: the scheme of the token server {shorten(redact(realm))} is not allowed"
             )
         service = [("service", challenge["service"])] if "service" in challenge else []
         read_scope = f"repository:{self._place.repository}:pull"
@@ -149,8 +154,11 @@ class Authorization:
             token = None
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
             raise RegistryError(f"{host} sent no usable token") from None
+        remember_briefly(token)
         return token
 
 
 def _format_basic(login: Credentials) -> str:
-    return "Basic " + base64.b64encode(f"{login.username}:{login.password}".encode()).decode()
+    encoded = base64.b64encode(f"{login.username}:{login.password}".encode()).decode()
+    remember(encoded)
+    return f"Basic {encoded}"

@@ -8,39 +8,42 @@ appear in an error.
 from __future__ import annotations
 
 import email.utils
+import logging
 import random
-import ssl
+import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Final
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin
 
 import urllib3
-from urllib3.exceptions import (
-    HTTPError,
-    NameResolutionError,
-    NewConnectionError,
-    ProtocolError,
-    ReadTimeoutError,
-    SSLError,
-)
+from urllib3.exceptions import HTTPError
 from urllib3.util import Timeout
 
-from cachedb.errors import RegistryError, RegistryUnavailable
+from cachedb.errors import RegistryError
 from cachedb.transports.registry.access import Access
-from cachedb.transports.registry.answers import read_error_detail, to_one_line
+from cachedb.transports.registry.answers import to_one_line
 from cachedb.transports.registry.authorization import Authorization
 from cachedb.transports.registry.challenges import Challenge, parse_challenges
 from cachedb.transports.registry.connections import Connections
-from cachedb.transports.registry.heads import SlowHead
+from cachedb.transports.registry.explain import (
+    RETRY_STATUSES,
+    NoAnswer,
+    explain_no_answer,
+    explain_refusal,
+    is_final,
+)
 from cachedb.transports.registry.places import Place
-from cachedb.transports.registry.tls import advise_on_tls
+from cachedb.transports.registry.redaction import remember_briefly
+from cachedb.transports.registry.tls import Certificates
 from cachedb.transports.registry.urls import origin
 
 __all__ = ["TRIES", "Client"]
 
+
+LOG = logging.getLogger("cachedb")
 
 TRIES: Final = 5
 """How many times a request is sent in total, if its failures may be temporary."""
@@ -51,18 +54,12 @@ _WRITE_SECONDS = 60.0  # for each write of a body to the socket
 _FIRST_PAUSE_SECONDS = 0.5  # before the first retry; it doubles each time, and a longer Retry-After is respected
 _MAX_PAUSE_SECONDS = 60.0  # a registry that asks for more time counts as unavailable
 _MAX_REDIRECTS = 5
-_RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504, *range(520, 525)})  # 520 to 524 are Cloudflare's
+_MIN_SIGNATURE = 16  # characters
+_MAX_WARNINGS = 20  # of one registry
+_WARNING = re.compile(r'(?:^|[\s,])299[ \t]+\S+[ \t]+"((?:[^"\\]|\\.)*+)"')  # RFC 7234, 5.5
 
 Body = bytes | str | Iterable[bytes]
 """The body of a request. An iterable must start again at each iteration, because a retry sends the body again."""
-
-
-class _NoAnswer(Exception):
-    """A request to a URL got no answer."""
-
-    def __init__(self, url: str, error: HTTPError) -> None:
-        super().__init__(url, error)
-        self.url, self.error = url, error
 
 
 class Client:
@@ -81,6 +78,7 @@ class Client:
         self._timeout = min(access.timeout, _MAX_TIMEOUT_SECONDS)
         self._guard = threading.RLock()
         self._base_challenges: list[Challenge] | None = None
+        self._warnings = set[str]()  # that were shown
         self._is_open = False  # whether the registry has answered without authorization
         self._connections = Connections(place.registry, verify=place.is_verified)
         self._authorization = Authorization(place, access, self.request, self._connections.stopped, push=push)
@@ -103,7 +101,7 @@ class Client:
                 url = self.place.url
                 try:
                     self._send("GET", f"{url}/v2/", {}, "", None)[0].close()
-                except _NoAnswer:
+                except NoAnswer:
                     url = f"http://{url.partition('://')[2]}"
                 self.place = self.place._replace(url=url, allows_http=False)
             return self.place.url
@@ -141,20 +139,23 @@ class Client:
             RegistryUnavailable: if the registry is unreachable or overloaded.
             RegistryError: if the registry refuses the request, or does not have the requested thing.
         """
-        tries, has_asked = failed or 0, login is not None
+        is_token = login is not None
+        tries, has_asked = failed or 0, is_token
         limit = self.tries if max_tries is None else max_tries
         while True:
             tries += 1
             sent = self._authorization.header if login is None else login
             try:
-                response, is_ours = self._send(method, url, headers, sent, body, is_token=login is not None)
-            except _NoAnswer as failure:
-                if tries >= limit or _is_final(failure.error):
-                    raise self._explain_unreachable(failure) from None  # urllib3's error may contain credentials
+                response, is_ours = self._send(method, url, headers, sent, body, is_token=is_token)
+            except NoAnswer as failure:
+                if tries >= limit or is_final(failure.error):
+                    raise self._explain(failure, is_token=is_token) from None  # urllib3's error may contain credentials
                 self.pause(tries, None)
                 if failed is not None:
-                    raise self._explain_unreachable(failure) from None
+                    raise self._explain(failure, is_token=is_token) from None
                 continue
+            if is_ours:
+                self._show_warnings(response)
             # Only the registry itself may name a token server, not the target of a redirect.
             may_ask = is_ours and not has_asked and tries < TRIES
             challenges = self._find_challenges(response, sent, good) if may_ask else []
@@ -167,10 +168,10 @@ class Client:
                         raise self.refusal(self.place.repository, response)
                     has_asked = outcome == "renewed"
                     continue
-                if response.status not in _RETRY_STATUSES or tries >= limit or not self.pause(tries, response):
-                    raise self.refusal(what, response)
+                if response.status not in RETRY_STATUSES or tries >= limit or not self.pause(tries, response):
+                    raise self.refusal(what, response, is_token=is_token)
                 if failed is not None:
-                    raise self.refusal(what, response)
+                    raise self.refusal(what, response, is_token=is_token)
 
     def _find_challenges(self, response: urllib3.BaseHTTPResponse, sent: str, good: tuple[int, ...]) -> list[Challenge]:
         """Return the challenges of an answer of the registry; empty if it need not be repeated with authorization.
@@ -199,7 +200,7 @@ class Client:
         with self._guard:
             if self._base_challenges is None:
                 self._base_challenges = []
-                with suppress(_NoAnswer), self._send("GET", f"{self.place.url}/v2/", {}, "", None)[0] as response:
+                with suppress(NoAnswer), self._send("GET", f"{self.place.url}/v2/", {}, "", None)[0] as response:
                     if response.status == 401:
                         self._base_challenges = parse_challenges(response.headers.getlist("WWW-Authenticate"))
             return self._base_challenges
@@ -235,7 +236,8 @@ class Client:
                     preload_content=False,
                 )
             except HTTPError as error:
-                raise _NoAnswer(url, error) from error
+                raise NoAnswer(url, error) from error
+            response.url = url
             location = response.get_redirect_location()
             if not location:
                 with suppress(KeyError, ValueError):  # Location is relative to the URL that answered
@@ -243,6 +245,9 @@ class Client:
                 return response, is_ours
             response.close()
             url = self.follow(url, location)
+            for value in filter(None, re.split("[?&;=]", url.partition("?")[2])):  # it may be a signature
+                if len(value) >= _MIN_SIGNATURE:
+                    remember_briefly(unquote(value))
             if is_token and body is not None and origin(url) != owner:
                 raise RegistryError(f"{self.place.registry}: its token server redirects a secret to another host")
         raise RegistryError(f"{self.place.registry} redirects more than {_MAX_REDIRECTS} times")
@@ -280,53 +285,32 @@ class Client:
         _sleep(seconds, self._connections.stopped)
         return True
 
-    def _explain_unreachable(self, failure: _NoAnswer) -> RegistryError:
-        """Return the error for a request without an answer."""
-        host, error = self.place.registry, failure.error
-        reason = getattr(error, "reason", None) or error
-        if isinstance(error, SSLError) and _is_final(error):
-            is_ours = origin(failure.url) == origin(self.place.url)
-            certificates = self._connections.find_certificates(failure.url, is_ours=is_ours)
-            advice = advise_on_tls(host, certificates, error)
-            return RegistryError(f"{host} cannot be trusted: {to_one_line(reason)}; {advice}")
-        if isinstance(error, ReadTimeoutError):
-            return RegistryUnavailable(
-                f"{host} sent no answer in {self._timeout:g} seconds: wait longer with --timeout"
-            )
-        if isinstance(error, NameResolutionError):
-            return RegistryUnavailable(f"{host} cannot be resolved: check the name and the network")
-        return RegistryUnavailable(f"{host} cannot be reached: {to_one_line(reason)}")
+    def refusal(self, what: str, response: urllib3.BaseHTTPResponse, *, is_token: bool = False) -> RegistryError:
+        """Return the error for an answer with an unexpected status.
 
-    def refusal(self, what: str, response: urllib3.BaseHTTPResponse) -> RegistryError:
-        """Return the error for an answer with an unexpected status; ``what`` names the requested thing."""
-        host, detail = self.place.registry, f"{response.status}{read_error_detail(response)}"
-        if response.status in (401, 403):
-            return RegistryError(
-                f"{host} refuses {what} ({detail}); log in with `skopeo login {host}` or `docker login {host}`, "
-                "or name a file of credentials with --authfile"
-            )
-        if response.status == 404:
-            return RegistryError(f"{host} has no {what} ({detail})")
-        if response.status in _RETRY_STATUSES:
-            return RegistryUnavailable(f"{host} is overloaded, or failing ({detail}); try again later")
-        if response.status == 405:
-            return RegistryError(f"{host} does not accept {what} ({detail}); it may be read-only or a mirror")
-        # A server that expects HTTPS answers 400 to HTTP, without a registry's error document.
-        advice = "; if it speaks HTTPS, use --tls" if detail == "400" and self.place.url.startswith("http:") else ""
-        return RegistryError(f"{host} answers {detail} to a request for {what}{advice}")
+        Args:
+            what: the name of the requested thing.
+            response: the answer.
+            is_token: whether a token was requested.
+        """
+        return explain_refusal(self.place, what, response, is_token=is_token)
+
+    def _explain(self, failure: NoAnswer, *, is_token: bool) -> RegistryError:
+        """Return the error for a request without an answer."""
+        return explain_no_answer(self.place, failure, self._find_certificates, self._timeout, is_token=is_token)
+
+    def _find_certificates(self, url: str) -> Certificates:
+        return self._connections.find_certificates(url, is_ours=origin(url) == origin(self.place.url))
+
+    def _show_warnings(self, response: urllib3.BaseHTTPResponse) -> None:
+        """Log the warnings of the registry (distribution specification, "Warnings"), each once."""
+        for header in response.headers.getlist("Warning"):
+            for quoted in _WARNING.findall(header):
+                text = to_one_line(re.sub(r"\\(.)", r"\1", quoted))
+                if text and text not in self._warnings and len(self._warnings) < _MAX_WARNINGS:
+                    self._warnings.add(text)
+                    LOG.warning("%s warns: %s", self.place.registry, text)
 
 
 def _sleep(seconds: float, stopped: threading.Event) -> None:
     stopped.wait(seconds)
-
-
-def _is_final(error: HTTPError) -> bool:
-    """Return whether a retry would fail too, or would wait too long again.
-
-    An SSLError that only reports a closed connection is not final.
-    """
-    if isinstance(error, SSLError):
-        return not any(isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) for cause in error.args)
-    if isinstance(error, ProtocolError):
-        return any(isinstance(cause, SlowHead) for cause in error.args)
-    return isinstance(error, (NewConnectionError, ReadTimeoutError))

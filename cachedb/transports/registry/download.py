@@ -13,6 +13,7 @@ from cachedb.disk.writer import CHUNK_BYTES
 from cachedb.errors import RegistryUnavailable
 from cachedb.oci.digests import Digest
 from cachedb.transports.registry.answers import is_encoded, to_one_line
+from cachedb.transports.registry.explain import name_host
 from cachedb.transports.registry.places import Place
 
 __all__ = ["Download"]
@@ -74,6 +75,7 @@ class Download:
         self._has_begun, self._url = False, url
         self._failed, self._since, self._received = 0, time.monotonic(), 0  # bytes since then
         self._opened: float | None = None  # when the last request was sent; None after the first byte of its body
+        self._sender = repository.place.url  # the URL that answered
         self._decodes = False  # whether the body is encoded
 
     def close(self) -> None:
@@ -104,9 +106,9 @@ class Download:
                 self.close()
                 self._failed += 1
                 if self._failed >= self._repository.tries:
+                    host = name_host(self._repository.place, self._sender)
                     raise RegistryUnavailable(
-                        f"{self._repository.place.registry} keeps interrupting the download of {self._digest}: "
-                        f"{to_one_line(error)}; try again"
+                        f"{host} keeps interrupting the download of {self._digest}: {to_one_line(error)}; try again"
                     ) from None
                 self._repository.pause(self._failed)
                 continue
@@ -119,6 +121,7 @@ class Download:
         self._response, begins = self._repository.open_blob(self._digest, self._size, self._at, self._url)
         if not self._has_begun:
             self.resumed, self._has_begun = begins, True
+        self._sender = self._response.url or self._sender
         # Some stores call a compressed blob an encoded one; then its length is the blob's size.
         has_size = self._response.headers.get("Content-Length") == str(self._size)
         self._decodes = self._response.status == 200 and is_encoded(self._response) and not has_size

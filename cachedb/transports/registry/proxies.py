@@ -16,6 +16,7 @@ from urllib.parse import unquote
 from urllib3.util import parse_url
 
 from cachedb.errors import RegistryError
+from cachedb.transports.registry.redaction import remember
 
 __all__ = ["Proxy", "find_proxy"]
 
@@ -73,7 +74,10 @@ def _parse_proxy(variable: str, value: str) -> Proxy:
     login = ""
     if parts.auth:
         user, _, password = parts.auth.partition(":")
-        login = "Basic " + base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
+        encoded = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
+        for secret in (unquote(password), encoded):
+            remember(secret)
+        login = f"Basic {encoded}"
     return Proxy(parts._replace(auth=None, path=None, query=None, fragment=None).url, login, variable)
 
 

@@ -40,7 +40,7 @@ class Clock:
 class SlowRepository:
     """A registry that sends one piece of a blob a second; a response ends early after `cut` pieces."""
 
-    place = SimpleNamespace(registry="slow.test")
+    place = places.Place("https://slow.test", "slow.test", "app")
     tries = client.TRIES
 
     def __init__(self, clock: Clock, data: bytes, piece: int, cut: int | None = None) -> None:
@@ -60,14 +60,16 @@ class SlowRepository:
             start, at = at, min(at + min(self._piece, size), len(self._data))
             return self._data[start:at]
 
-        return SimpleNamespace(read1=read1, close=lambda: None, headers={}, status=200), offset
+        return SimpleNamespace(
+            read1=read1, close=lambda: None, headers={}, status=200, url="https://slow.test/"
+        ), offset
 
     def pause(self, tries: int) -> None:
         self.pauses += 1
 
 
 def read_slowly(repository: SlowRepository, data: bytes) -> bytes:
-    blob = Download(repository, Digest(make.digest_of(data)), len(data), 0)  # type: ignore[arg-type]
+    blob = Download(repository, Digest(make.digest_of(data)), len(data), 0)
     buffer, found = memoryview(bytearray(64 * 1024)), b""
     while count := blob.readinto(buffer):
         found += buffer[:count]
@@ -84,9 +86,9 @@ def test_a_download_that_is_just_fast_enough_is_one_request(monkeypatch: pytest.
 def test_a_complete_download_sends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     remote = SlowRepository(Clock(monkeypatch), b"data", 1024)
     digest, buffer = Digest(make.digest_of(b"data")), memoryview(bytearray(10))
-    assert Download(remote, digest, 4, 4).readinto(buffer) == 0  # type: ignore[arg-type]
+    assert Download(remote, digest, 4, 4).readinto(buffer) == 0
     assert remote.requests == 0
-    assert Download(remote, digest, 4, 3).readinto(buffer) == 1  # type: ignore[arg-type]
+    assert Download(remote, digest, 4, 3).readinto(buffer) == 1
     assert remote.requests == 1
 
 
