@@ -267,5 +267,16 @@ def walk(
 
 
 def choose_among(digests: Container[Digest]) -> Callable[[list[Descriptor]], list[Descriptor]]:
-    """Return a ``choose`` function that keeps the children among the digests, or all if none is."""
-    return lambda children: [child for child in children if child.digest in digests] or children
+    """Return a ``choose`` function that keeps the children among the digests, or all if none is.
+
+    It also keeps what no image can do without: its config, and its layers except foreign ones.
+    """
+
+    def choose(children: list[Descriptor]) -> list[Descriptor]:
+        return [child for child in children if child.digest in digests or _is_required(child)] or children
+
+    return choose
+
+
+def _is_required(child: Descriptor) -> bool:
+    return child.role in ("config", "layer") and not child.is_foreign

@@ -85,7 +85,8 @@ class Descriptor(NamedTuple):
 
         Its media type is one of layer.md, "Non-Distributable Layers", or Docker's type of a foreign layer.
         """
-        return bool(self.urls) and (".nondistributable." in self.media_type or ".foreign." in self.media_type)
+        is_foreign_type = ".nondistributable." in self.media_type or ".foreign." in self.media_type
+        return self.role == "layer" and bool(self.urls) and is_foreign_type
 
 
 def load_json(data: bytes, what: str, error: type[CacheError] = InvalidManifest) -> Any:  # noqa: ANN401

@@ -83,6 +83,16 @@ def test_an_index_is_rebuilt_without_its_absent_manifests() -> None:
     assert pruned.root.size == len(pruned.documents[pruned.root.digest])
 
 
+def test_only_foreign_layers_and_children_of_indexes_may_be_left_out() -> None:
+    foreign = {"mediaType": "application/vnd.example.foreign.layer", "urls": ["https://example.com/"]}
+    document = json.loads(AMD)
+    document["layers"] += [{**document["layers"][0], **foreign, "digest": digest_of(b"foreign")}]
+    data = json.dumps(document).encode()
+    root = oci.root_descriptor(digest_of(data), len(data), oci.OCI_MANIFEST)
+    closure = oci.read_closure(root, lambda _: data, oci.choose_among({digest_of(b"config 1")}))
+    assert [blob.digest for blob in closure.blobs[1:]] == [digest_of(b"config 1"), digest_of(b"layer 1")]
+
+
 def test_a_platform_is_found_in_a_nested_index() -> None:
     closure, _ = read_closure()
     chosen = closure.for_platform(NAME, "linux/arm64", refuse_config)

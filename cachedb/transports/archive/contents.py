@@ -42,9 +42,11 @@ class Contents:
         """
         self._find, self._platform, self._has_end = find, platform, has_end
         self._embedded: dict[Digest, str] = {}  # base64
-        self._descriptor_count = 0
+        self._embedded_length = 0  # characters
+        self._decoded: dict[Digest, Section] = {}
+        self._descriptor_count = self._blob_count = 0
         self._documents: dict[Digest, _Document] = {}
-        self._present: dict[Digest, bool] = {}
+        self._present: dict[tuple[Digest, str], bool] = {}  # by digest and role: a manifest may also be a layer
         self.other_platforms: set[str] = set()
         """The platforms of the images that are not for the wanted one."""
 
@@ -56,14 +58,15 @@ class Contents:
             InvalidManifest: if a manifest is invalid.
             DigestMismatch: if a manifest does not match its digest or size.
         """
-        if not self.is_present(root):
-            missing = self._find_missing(root)
-            raise InvalidArchive(f"{_describe(missing)} is referenced in the archive, but is not in it")
-        if self._platform and root.role == "manifest":
+        # An image that index.json says is for another platform may be absent.
+        if self._platform and root.role == "manifest" and (root.platform or self.is_present(root)):
             label = self.read_platform(root)
             if label and not oci.is_for(label, self._platform):
                 self.other_platforms.add(label)
                 return None
+        if not self.is_present(root):
+            missing = self._find_missing(root)
+            raise InvalidArchive(f"{_describe(missing)} is referenced in the archive, but is not in it")
         chosen = self._expand(root, self._choose)
         if any(not found and self._read(blob).children for blob, found in chosen.items()):
             return None
@@ -90,7 +93,10 @@ class Contents:
 
     def _list_blobs(self, root: Descriptor, chosen: dict[Descriptor, list[Descriptor]]) -> list[ArchivedBlob]:
         children = {blob.digest: found for blob, found in chosen.items()}
-        return [self.find_blob(blob) for blob in dict.fromkeys(Closure(root, {}, children).blobs)]
+        listed = dict.fromkeys(Closure(root, {}, children).blobs)
+        self._blob_count += len(listed)
+        check_blob_count(self._blob_count)  # images may share blobs, so that these are more than the descriptors
+        return [self.find_blob(blob) for blob in listed]
 
     def is_present(self, blob: Descriptor, depth: int = 0) -> bool:
         """Return whether a blob is in the archive, and enough of its closure.
@@ -99,9 +105,10 @@ class Contents:
         """
         if depth > _NESTING_LIMIT:
             raise InvalidArchive(f"the archive has indexes that are nested more than {_NESTING_LIMIT} deep")
-        if blob.digest not in self._present:
-            self._present[blob.digest] = self._has(blob) and self._has_children(blob, depth)
-        return self._present[blob.digest]
+        key = blob.digest, blob.role
+        if key not in self._present:
+            self._present[key] = self._has(blob) and self._has_children(blob, depth)
+        return self._present[key]
 
     def _has_children(self, blob: Descriptor, depth: int) -> bool:
         if blob.role not in ("manifest", "index"):
@@ -158,17 +165,18 @@ class Contents:
 
     def find_blob(self, blob: Descriptor) -> ArchivedBlob:
         """Return a blob that is present."""
-        section = self._find(blob)
+        section = self._find(blob) or self._decoded.get(blob.digest)
         if section is None:
             data = _decode(self._embedded[blob.digest], blob)
-            section = Section(data, 0, len(data))
+            section = self._decoded[blob.digest] = Section(data, 0, len(data))
         return ArchivedBlob(section, _describe(blob), blob.size, blob.digest, blob.media_type, blob.role)
 
     def add_embedded(self, value: object) -> None:
         """Note the content that a JSON descriptor embeds (descriptor.md, "Embedded Content")."""
         if isinstance(value, dict) and isinstance(value.get("data"), str) and isinstance(value.get("digest"), str):
+            self._embedded_length += len(value["data"])
             self._embedded.setdefault(Digest(value["digest"]), value["data"])
-            if sum(map(len, self._embedded.values())) > _EMBEDDED_LIMIT:
+            if self._embedded_length > _EMBEDDED_LIMIT:
                 raise InvalidArchive(f"the manifests in the archive embed more than {_EMBEDDED_LIMIT} bytes of data")
 
     def _read(self, root: Descriptor) -> _Document:

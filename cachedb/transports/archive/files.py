@@ -11,7 +11,7 @@ import posixpath
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -183,10 +183,16 @@ class Tar:
             raise InvalidArchive(f"{shorten(member.name)} in the archive is neither a file, a folder nor a link")
 
 
+def _is_file_name(name: str) -> bool:
+    with suppress(UnicodeEncodeError):  # JSON can have half of a surrogate pair
+        return len(os.fsencode(name)) <= _NAME_LIMIT and "\0" not in name
+    return False
+
+
 def _normalize_name(name: str, link: str | None = None) -> str:
     """Return a member's name in its normal form; raise if it leads out of the archive."""
     what = f"{shorten(name)} in the archive" if link is None else f"the link {shorten(link)} in the archive"
-    if len(os.fsencode(name)) > _NAME_LIMIT or "\0" in name:
+    if not _is_file_name(name):
         raise InvalidArchive(f"{what} has an invalid file name")
     normal = posixpath.normpath(name)
     # A link may contain ".." if it stays inside the archive; a name may not contain it.

@@ -121,7 +121,9 @@ def _add_platform(entry: dict[str, Any], contents: Contents) -> dict[str, Any]:
 def _join(group: list[FoundImage], entries: list[dict[str, Any]], section: Section) -> FoundImage:
     """Return one image whose index has these entries, which list the manifests of several images."""
     data = section.head(section.size)
-    if load_json(data, "index.json").get("manifests") != entries:
+    document = load_json(data, "index.json")
+    fields = [document.get("schemaVersion"), document.get("mediaType", oci.OCI_INDEX), document.get("manifests")]
+    if fields != [2, oci.OCI_INDEX, entries]:
         data = oci.build_index(entries)
     root = oci.root_descriptor(digest_of(data), len(data), oci.OCI_INDEX)
     index = ArchivedBlob(Section(data, 0, len(data)), "the index", root.size, root.digest, root.media_type, "index")
@@ -203,12 +205,19 @@ def _attach_referrers(contents: Contents, found: list[FoundImage], listed: list[
 
 
 def _list_referrers(contents: Contents, listed: list[_Listed]) -> list[tuple[Descriptor, Digest]]:
-    """Return the manifests that refer to another one, each with its subject."""
+    """Return the manifests that refer to another one, each with its subject; warn about those that are not whole."""
     found = []
     for item in listed:
         if subject := contents.read_subject(item.root):
             found.append((item.root, subject))
         # An index that has a fallback tag only lists referrers.
-        roots = contents.read_children(item.root) if item.root.role == "index" else [item.root]
-        found += [(root, subject) for subject in item.subjects for root in roots if contents.is_present(root)]
-    return list(dict.fromkeys(found))
+        is_list = item.root.role == "index" and contents.is_present(item.root)
+        roots = contents.read_children(item.root) if is_list else [item.root]
+        found += [(root, subject) for subject in item.subjects for root in roots]
+    whole = []
+    for root, subject in dict.fromkeys(found):
+        if contents.is_present(root):
+            whole.append((root, subject))
+        else:
+            LOG.warning("not imported: %s refers to %s, and is not whole in the archive", root.digest, subject)
+    return whole

@@ -125,6 +125,30 @@ def test_indexes_that_are_nested_too_deep_are_refused(cache: Cache) -> None:
         import_files(cache, layout_of(named(data, "app:1", OCI_INDEX), blobs=blobs))
 
 
+def test_a_platform_whose_manifest_is_also_a_layer_needs_its_own_layers(cache: Cache) -> None:
+    bundle = artifact(make.descriptor(b"{}", make.EMPTY_TYPE), make.descriptor(ARM.manifest, OCI_MANIFEST))
+    index = make.index(make.ImageContent(bundle, b"{}", []), ARM)
+    blobs = [index, bundle, b"{}", ARM.manifest, ARM.config]
+    import_files(cache, layout_of(named(index, "app:1", OCI_INDEX), blobs=blobs))
+    assert list_platforms(cache, "app:1") == {"linux/amd64": True, "linux/arm64": False}
+    assert not cache.is_image_complete("app:1")
+    with pytest.raises(InvalidArchive, match=f"layer {digest_of(ARM.layers[0])} is referenced"):
+        import_files(cache, layout_of(named(bundle, "a:1"), named(ARM.manifest, "b:1"), blobs=blobs))
+
+
+def test_the_blobs_of_images_that_share_them_have_a_limit(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachedb.transports.archive.model._BLOBS_LIMIT", 12)
+    indexes = [json.dumps({**json.loads(BOTH), "annotations": {"n": str(n)}}).encode() for n in range(2)]
+    blobs = [*indexes, *AMD.blobs.values(), *ARM.blobs.values()]
+    entries = [named(index, f"app:{n}", OCI_INDEX) for n, index in enumerate(indexes)]
+    assert import_files(cache, layout_of(entries[0], blobs=blobs)) == ["app:0"]
+    read = []
+    monkeypatch.setattr("cachedb.transports.archive.layout._attach_referrers", lambda *_: read.append(1))
+    with pytest.raises(InvalidArchive, match="have more than 12 blobs"):
+        import_files(cache, layout_of(*entries, blobs=blobs))
+    assert not read  # refused before all lists of blobs are in memory
+
+
 # Platforms
 
 
@@ -151,6 +175,18 @@ def test_images_for_other_platforms_are_not_imported(cache: Cache) -> None:
         import_files(cache, docker, platform="linux/s390x")
 
 
+def test_a_manifest_for_another_platform_may_be_absent(cache: Cache) -> None:
+    entries = [
+        {**named(child.manifest, "app:1"), "platform": {"os": "linux", "architecture": architecture}}
+        for child, architecture in ((AMD, "amd64"), (ARM, "arm64"))
+    ]
+    files = layout_of(*entries, blobs=[*AMD.blobs.values()])
+    with pytest.raises(InvalidArchive, match=f"manifest {ARM.digest} is referenced"):
+        import_files(cache, files)
+    assert import_files(cache, files, platform="linux/amd64") == ["app:1"]
+    assert cache.get_image("app:1").digest == AMD.digest
+
+
 def test_manifests_for_several_platforms_become_one_image_under_a_given_name(cache: Cache) -> None:
     entries = [
         make.descriptor(child.manifest, OCI_MANIFEST, platform={"os": "linux", "architecture": architecture})
@@ -167,6 +203,19 @@ def test_manifests_with_one_name_become_one_image_with_the_platforms_of_their_co
     files = layout_of(*entries, blobs=[*AMD.blobs.values(), *ARM.blobs.values()])
     assert import_files(cache, files) == ["app:1"]
     assert list_platforms(cache, "app:1") == {"linux/amd64": True, "linux/arm64": True}
+
+
+@pytest.mark.parametrize("more", [{"schemaVersion": None}, {"mediaType": "application/example"}])
+def test_an_index_json_that_is_no_index_is_replaced_by_one(cache: Cache, more: dict[str, Any]) -> None:
+    entries = [
+        make.descriptor(child.manifest, OCI_MANIFEST, platform={"os": "linux", "architecture": architecture})
+        for child, architecture in ((AMD, "amd64"), (ARM, "arm64"))
+    ]
+    files = layout_of(*entries, blobs=[*AMD.blobs.values(), *ARM.blobs.values()])
+    expected = files["index.json"]
+    files["index.json"] = json.dumps({**json.loads(expected), **more}).encode()
+    import_files(cache, files, "app:1")
+    assert json.loads(cache.get_manifest("app:1")) == json.loads(expected)
 
 
 def test_two_manifests_for_one_platform_do_not_become_one_image(cache: Cache) -> None:
@@ -221,6 +270,14 @@ def test_a_layer_without_urls_may_not_be_absent(cache: Cache) -> None:
     manifest, config = windows_image(b"Windows", urls=[])
     with pytest.raises(InvalidArchive, match="is referenced in the archive, but is not in it"):
         import_files(cache, layout_of(named(manifest, "win:1"), blobs=[manifest, config, make.layer(2)]))
+
+
+def test_a_config_is_never_foreign(cache: Cache) -> None:
+    document = json.loads(AMD.manifest)
+    document["config"] |= {"mediaType": "application/vnd.example.foreign.config", "urls": ["https://example.com/"]}
+    manifest = json.dumps(document).encode()
+    with pytest.raises(InvalidArchive, match=f"config {digest_of(AMD.config)} is referenced"):
+        import_files(cache, layout_of(named(manifest, "app:1"), blobs=[manifest, *AMD.layers]))
 
 
 # What index.json lists besides images
@@ -278,6 +335,21 @@ def test_a_referrers_list_without_its_subject_is_left_out_with_a_warning(
     assert f"not imported: {digest_of(sbom)} refers to {ARM.digest}, which is not imported" in caplog.messages
 
 
+@pytest.mark.parametrize("present", [[], ["manifest"], ["manifest", "listing"], ["listing"]])
+@pytest.mark.parametrize("entry", ["listing", "manifest"])
+def test_a_referrer_that_is_not_whole_is_left_out_with_a_warning(
+    cache: Cache, caplog: pytest.LogCaptureFixture, present: list[str], entry: str
+) -> None:
+    sbom = referrer_of(AMD.manifest)
+    listing = json.dumps({"schemaVersion": 2, "manifests": [make.descriptor(sbom, OCI_MANIFEST)]}).encode()
+    data, media_type = {"listing": (listing, OCI_INDEX), "manifest": (sbom, OCI_MANIFEST)}[entry]
+    entries = [named(AMD.manifest, "app:1"), named(data, AMD.digest.replace(":", "-"), media_type)]
+    blobs = [*AMD.blobs.values(), b"{}", *({"manifest": sbom, "listing": listing}[name] for name in present)]
+    assert import_files(cache, layout_of(*entries, blobs=blobs)) == ["app:1"]
+    assert list_digests(cache, "app:1") == list(AMD.blobs)
+    assert f"refers to {AMD.digest}, and is not whole in the archive" in caplog.text
+
+
 # Embedded content
 
 
@@ -286,8 +358,8 @@ def embedded(data: bytes, content: bytes | None = None) -> dict[str, Any]:
     return {**make.descriptor(data, "application/vnd.oci.empty.v1+json"), "data": text}
 
 
-def artifact(config: dict[str, Any]) -> bytes:
-    return json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": []}).encode()
+def artifact(config: dict[str, Any], *layers: dict[str, Any]) -> bytes:
+    return json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers}).encode()
 
 
 def test_content_that_a_descriptor_embeds_need_not_be_in_the_archive(cache: Cache) -> None:
@@ -310,3 +382,18 @@ def test_embedded_content_has_a_limit(cache: Cache, monkeypatch: pytest.MonkeyPa
     manifest = artifact(embedded(b"x" * 100))
     with pytest.raises(InvalidArchive, match="embed more than 100 bytes"):
         import_files(cache, layout_of(named(manifest, "art:1"), blobs=[manifest]))
+
+
+def test_embedded_content_is_decoded_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, decode = [], base64.b64decode
+
+    def count(text: str, *, validate: bool) -> bytes:
+        decoded.append(text)
+        return decode(text, validate=validate)
+
+    monkeypatch.setattr("base64.b64decode", count)
+    manifests = [artifact(embedded(b"{}"), make.descriptor(b"x" * n, "text/plain")) for n in range(3)]
+    blobs = [*manifests, *(b"x" * n for n in range(3))]
+    entries = [named(manifest, f"art:{n}") for n, manifest in enumerate(manifests)]
+    assert len(import_files(cache, layout_of(*entries, blobs=blobs))) == 3
+    assert len(decoded) == 1

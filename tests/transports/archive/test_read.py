@@ -1038,6 +1038,15 @@ def test_a_value_that_is_nested_too_deeply_to_be_quoted_is_refused(unchanged: Ca
 # Refused content
 
 
+@pytest.mark.parametrize("suffix", ["", ".tar"])
+@pytest.mark.parametrize("name", ["\ud800", "x\0", "x" * 5000])
+def test_an_invalid_file_name_in_a_document_is_refused(cache: Cache, tmp_path: Path, suffix: str, name: str) -> None:
+    entries = [{"Config": name, "RepoTags": ["app:1"], "Layers": []}]
+    path = make.write(tmp_path / f"archive{suffix}", {"manifest.json": json.dumps(entries).encode()})
+    with pytest.raises(InvalidArchive, match="has an invalid file name"):
+        cache.cache_from_tar(path)
+
+
 @pytest.mark.parametrize("files", [tiny_docker(), tiny_oci()], ids=["docker", "oci"])
 @pytest.mark.parametrize("folder", [False, True])
 def test_the_error_of_a_missing_file_names_it(
