@@ -100,7 +100,7 @@ def _find_replaced(
     row = images.look_up(connection, name)
     if row is None or row.digest == digest:
         return None
-    if item.is_bare:
+    if name in item.bare:
         raise NameInUse(
             f"the archive gives the tag {str(name).partition(':')[0]!r} without a repository, and {name} is another "
             "image in the cache: give a repository with `cachedb import SOURCE REPOSITORY:`"

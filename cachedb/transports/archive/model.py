@@ -90,7 +90,7 @@ class NamedImage(NamedTuple):
     image: ArchivedImage
     names: list[Name]
     repository: str | None = None  # where its name is its digest, if it has no other name
-    is_bare: bool = False  # whether its names are tags that the archive gives without a repository
+    bare: tuple[Name, ...] = ()  # of its names, the tags that the archive gives without a repository
 
 
 def list_digests(blobs: list[ArchivedBlob]) -> frozenset[Digest]:

@@ -63,12 +63,14 @@ def qualify(text: str) -> str:
 
 def _select(found: list[FoundImage], text: str) -> FoundImage:
     """Return the image with a name or a digest; an image that is selected by a name keeps only this one."""
-    for item in found:
-        for name in item.names:
-            if text == name or qualify(text) == qualify(name):
-                return item._replace(names=[name], tags=[])
-        if text in item.tags:
-            return item._replace(names=[], tags=[text])
+    named = {item.image.identity: kept for item in found if (kept := _keep_name(item, text))}
+    if len(named) > 1:
+        raise InvalidArchive(
+            f"{len(named)} images in the archive have the name {shorten(text)}: select one by its digest: "
+            f"{_list_images([item._replace(names=[], tags=[]) for item in named.values()])}"
+        )
+    if named:
+        return next(iter(named.values()))
     tagged = [(item, name) for item in found for name in item.names if name.rpartition(":")[2] == text]
     if len(tagged) == 1:  # skopeo selects an image by its tag alone
         return tagged[0][0]._replace(names=[tagged[0][1]], tags=[])
@@ -82,6 +84,14 @@ def _select(found: list[FoundImage], text: str) -> FoundImage:
                 f"{len(chosen)} images in the archive have the digest {shorten(text)}: give more digits"
             )
     raise InvalidArchive(f"the archive has no image {shorten(text)}: select one of {_list_images(found)}")
+
+
+def _keep_name(item: FoundImage, text: str) -> FoundImage | None:
+    """Return an image with only this name; None if it has another name."""
+    for name in item.names:
+        if text == name or qualify(text) == qualify(name):
+            return item._replace(names=[name], tags=[])
+    return item._replace(names=[], tags=[text]) if text in item.tags else None
 
 
 def _has_digest(item: FoundImage, prefix: str) -> bool:
@@ -108,9 +118,10 @@ def _identify(item: FoundImage) -> str:
 def _name_image(item: FoundImage, repository: str | None) -> NamedImage:
     """Return an image with the names that the archive gives it; none if it has no name."""
     names = _parse_names(item.names)
-    if item.tags and repository is None:
-        return NamedImage(item.image, [*names, *_parse_names(item.tags)], is_bare=not names)
-    names += _parse_names(f"{repository}:{tag}" for tag in item.tags)
+    if repository is None:
+        bare = [name for name in _parse_names(item.tags) if name not in names]
+        return NamedImage(item.image, [*names, *bare], bare=tuple(bare))
+    names += _parse_names(f"{repository}:{tag}" for text in item.tags for tag in text.split(","))
     return NamedImage(item.image, list(dict.fromkeys(names)), repository if not names else None)
 
 

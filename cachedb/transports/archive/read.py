@@ -59,7 +59,7 @@ def _find_images(files: Files, wanted: Wanted) -> tuple[list[FoundImage], set[st
             "`docker save`, `podman save` or `skopeo copy`"
         )
     document = read_document(manifest, "manifest.json") if manifest else []
-    if manifest and isinstance(document, dict):
+    if manifest and index is None and isinstance(document, dict):
         contents, root = open_directory(files, manifest, wanted.platform)
         image = contents.read_image(root)
         return [] if image is None else [FoundImage(image, [], [])], contents.other_platforms
@@ -74,6 +74,8 @@ def _find_images(files: Files, wanted: Wanted) -> tuple[list[FoundImage], set[st
     tags = {config: [text for entry in found for text in read_repo_tags(entry)] for config, found in entries.items()}
     covered = {blob.digest for item in found for blob in item.image.blobs}
     found = _add_repo_tags(found, tags)
+    if wanted.name is None and wanted.select is None:
+        _check_repo_tags(found, {config: names for config, names in tags.items() if config in covered})
     for config, repeated in entries.items():
         if config not in covered:
             for entry in repeated:
@@ -100,11 +102,20 @@ def _add_repo_tags(found: list[FoundImage], tags: dict[Digest, list[str]]) -> li
     for item in found:
         names = [spelled.get(qualify(text), text) for text in item.names]
         configs = [digest for digest in {blob.digest: None for blob in item.image.blobs} if digest in tags]
-        if all(reached[config] == 1 for config in configs):
-            names += [text for config in configs for text in tags[config]]
+        names += [text for config in configs if reached[config] == 1 for text in tags[config]]
         # Docker writes the tag alone to index.json, and the whole name to manifest.json.
         whole = {text.rpartition(":")[2] for text in names}
         result.append(
             item._replace(names=list(dict.fromkeys(names)), tags=[tag for tag in item.tags if tag not in whole])
         )
     return result
+
+
+def _check_repo_tags(found: list[FoundImage], tags: dict[Digest, list[str]]) -> None:
+    """Raise `InvalidArchive` if no image has got a name in manifest.json, because several have its config."""
+    known = {qualify(text) for item in found for text in item.names}
+    for text in (text for texts in tags.values() for text in texts if qualify(text) not in known):
+        raise InvalidArchive(
+            f"manifest.json gives the name {shorten(text)} to several images in index.json, which have one config: "
+            "choose one with --select DIGEST, and give NAME"
+        )

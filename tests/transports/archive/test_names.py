@@ -118,6 +118,34 @@ def test_names_of_both_tables_are_imported(cache: Cache) -> None:
     assert import_files(cache, files) == ["app:1", "registry.example.com/app:2"]
 
 
+@pytest.mark.parametrize("extra", [[], ["other:1"]])
+def test_a_name_that_manifest_json_gives_to_several_images_is_not_lost(cache: Cache, extra: list[str]) -> None:
+    second = json.dumps({**json.loads(ONE.manifest), "annotations": {"n": "2"}}).encode()
+    entry = {
+        "Config": f"blobs/sha256/{hex_of(ONE.config)}",
+        "RepoTags": ["app:1", "app:2", *extra],
+        "Layers": [f"blobs/sha256/{hex_of(layer)}" for layer in ONE.layers],
+    }
+    entries = [named(ONE.manifest, "app:1"), named(second, "docker.io/library/app:2")]
+    files = layout_of(*entries, blobs=[*ONE.blobs.values(), second]) | {"manifest.json": json.dumps([entry]).encode()}
+    if extra:
+        with pytest.raises(InvalidArchive, match="the name 'other:1' to several images"):
+            import_files(cache, files)
+        assert import_files(cache, files, "other:1", select=ONE.digest) == ["other:1"]
+    else:
+        assert import_files(cache, files) == ["app:1", "app:2"]
+
+
+def test_an_index_json_beside_a_manifest_in_manifest_json_is_refused(cache: Cache) -> None:
+    files = make.oci_files({"app:1": ONE}) | {
+        "version": b"Directory Transport Version: 1.1\n",
+        "manifest.json": TWO.manifest,
+        **{hex_of(data): data for data in (TWO.config, *TWO.layers)},
+    }
+    with pytest.raises(InvalidArchive, match="is not a list of images"):
+        import_files(cache, files, "app:1")
+
+
 # Tags without a repository
 
 
@@ -133,6 +161,19 @@ def test_a_bare_tag_never_replaces_another_image(cache: Cache) -> None:
         import_files(cache, make.oci_files({"latest": TWO}))
     assert cache.get_image("latest:latest").digest == ONE.digest
     assert import_files(cache, make.oci_files({"latest": TWO}), repository="two") == ["two:latest"]
+
+
+def test_a_bare_tag_beside_a_name_replaces_no_other_image(cache: Cache) -> None:
+    import_files(cache, make.oci_files({"latest": ONE}))
+    files = layout_of(*(named(TWO.manifest, name) for name in ("app:1", "latest")), blobs=list(TWO.blobs.values()))
+    with pytest.raises(NameInUse, match="the tag 'latest' without a repository"):
+        import_files(cache, files)
+    assert import_files(cache, files, repository="app") == ["app:1", "app:latest"]
+
+
+def test_bare_tags_may_be_joined_by_commas(cache: Cache) -> None:
+    files = make.oci_files({"1.0,1.1": ONE})
+    assert import_files(cache, files, repository="team/app") == ["team/app:1.0", "team/app:1.1"]
 
 
 @pytest.mark.parametrize("repository", ["", "Team", "app:1", "app@sha256"])
@@ -200,6 +241,16 @@ def test_one_of_several_platform_manifests_can_be_selected(cache: Cache) -> None
     )
     assert import_files(cache, files, "app:1", select=arm.digest) == ["app:1"]
     assert cache.get_image("app:1").digest == arm.digest
+
+
+def test_a_name_of_several_images_selects_none(cache: Cache) -> None:
+    files = layout_of(
+        *(named(made.manifest, "app:1") for made in (ONE, TWO, ONE)), blobs=[*ONE.blobs.values(), *TWO.blobs.values()]
+    )
+    with pytest.raises(InvalidArchive, match=f"2 images .* have the name 'app:1': .* digest: {ONE.digest[:19]}, "):
+        import_files(cache, files, select="app:1")
+    assert import_files(cache, files, select=TWO.digest) == ["app:1"]
+    assert cache.get_image("app:1").digest == TWO.digest
 
 
 @pytest.mark.parametrize("select", ["app:3", "sha256:" + "0" * 64, TWO.digest[7:18], ""])
