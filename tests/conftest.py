@@ -85,10 +85,19 @@ def cachedb(directory: Path, command_server: CommandServer) -> Run:
     return run
 
 
+GO_PEERS = {
+    line.rpartition("/")[2].partition("@")[0]: line
+    for line in (Path(__file__).parent / "peers" / "go.txt").read_text().splitlines()
+}
+"""The peers that Debian lacks: a Go module and its version by the name of the program."""
+
+
 def find_peer(program: str, install: str = "") -> str:
     """Return a peer's path; without it, skip the test, or fail if CACHEDB_REQUIRE_PEERS is set."""
     path = shutil.which(program)
     if path is None:
+        if program in GO_PEERS:
+            install = f"go install {GO_PEERS[program]}, and put $(go env GOPATH)/bin on the PATH"
         message = f"{program} is not installed: {install or f'apt-get install {program}'}"
         if os.environ.get("CACHEDB_REQUIRE_PEERS"):
             pytest.fail(message)

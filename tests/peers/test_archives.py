@@ -53,6 +53,7 @@ class Tools:
         settings = home / ".config" / "containers"
         if not settings.exists():
             settings.mkdir(parents=True)
+            (home / ".runtime").mkdir(mode=0o700)
             (settings / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
             # Without root, buildah and podman ignore `graphroot`, and skopeo does not.
             (home / "storage.conf").write_text(
@@ -64,6 +65,7 @@ class Tools:
         """Run a peer and return its output; fail the test if the peer fails."""
         program, *arguments = map(str, command)
         environment = {
+            "XDG_RUNTIME_DIR": str(self.home / ".runtime"),  # else they look for credentials in root's /run/containers
             **os.environ,
             "HOME": str(self.home),
             "STORAGE_DRIVER": "vfs",
@@ -75,12 +77,6 @@ class Tools:
         done: subprocess.CompletedProcess[bytes] = subprocess.run(line, capture_output=True, check=False, **options)
         assert done.returncode == 0, f"{line}: {done.stderr.decode()}"
         return done.stdout.decode().strip()
-
-
-@pytest.fixture
-def tools(tmp_path: Path, peer: Callable[[str], str]) -> Tools:
-    """Return a runner of peers with an empty storage."""
-    return Tools(tmp_path / "home", peer)
 
 
 @pytest.fixture
@@ -386,6 +382,7 @@ def test_a_reader_of_docker_archives_gets_the_hosts_platform_of_an_exported_inde
 
 
 @pytest.mark.parametrize(("form", "transport"), [(form, kind) for form, kind in TRANSPORTS if kind != "docker-archive"])
+@pytest.mark.usefixtures("in_folder")
 def test_peers_read_the_image_of_an_export_with_referrers(
     cache: Cache, tools: Tools, tmp_path: Path, form: Format, transport: str
 ) -> None:
@@ -397,7 +394,7 @@ def test_peers_read_the_image_of_an_export_with_referrers(
     if form == "docker":
         assert tools("podman", "load", "--quiet", "--input", exported).endswith("/app:1")
     else:  # `podman load` cannot be told which image of several to load
-        assert tools("podman", "pull", "--quiet", f"{transport}:{exported}:app:1")
+        assert tools("podman", "pull", "--quiet", f"{transport}:{exported.name}:app:1")
     if form == "oci-dir":
         assert tools("umoci", "ls", "--layout", exported) == "app:1"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,21 @@ from tests.operations.test_push import make_referrer
 from tests.peers.test_archives import Tools, copy_rootfs
 from tests.support import make
 from tests.support.make import ImageContent, descriptor, digest_of, save, save_index
-from tests.support.promises import check
-from tests.support.registries import HTPASSWD, PASSWORD, USER, certificate, docker_registry, isolate_client  # noqa: F401 - isolate_client is a fixture
+from tests.support.registries import (  # noqa: F401 - isolate_client is a fixture
+    HTPASSWD,
+    PASSWORD,
+    REGISTRIES,
+    USER,
+    certificate,
+    docker_registry,
+    isolate_client,
+)
 
 PLAIN = "--tls-verify=false"
+
+every_registry = pytest.mark.parametrize("host", REGISTRIES, indirect=True)
+every_release = pytest.mark.parametrize("host", ["docker-registry", "distribution-3"], indirect=True)
+"""Without the registry of crane, whose repositories share all blobs, and which lists no tags of an empty one."""
 
 
 def as_docker(image: ImageContent) -> ImageContent:
@@ -69,40 +79,6 @@ def _host_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
 
 
-@pytest.fixture
-def cache(directory: Path) -> Iterator[Cache]:
-    with Cache.open(directory) as opened:
-        yield opened
-    check(directory)
-
-
-@pytest.fixture
-def fresh(tmp_path: Path) -> Iterator[Cache]:
-    """Open a second, empty cache."""
-    with Cache.open(tmp_path / "fresh") as opened:
-        yield opened
-    check(tmp_path / "fresh")
-
-
-@pytest.fixture
-def tools(tmp_path: Path, peer: Callable[[str], str]) -> Tools:
-    return Tools(tmp_path / "home", peer)
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[str]:
-    """Run Debian's docker-registry, empty."""
-    with docker_registry(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def other_host(tmp_path: Path) -> Iterator[str]:
-    (tmp_path / "other").mkdir()
-    with docker_registry(tmp_path / "other") as running:
-        yield running
-
-
 def ask(host: str, method: str, path: str, body: bytes | None = None, **headers: str) -> urllib3.BaseHTTPResponse:
     """Send one request to a registry without cachedb; the path may be a URL, such as that of an upload."""
     with urllib3.PoolManager() as pool:
@@ -115,7 +91,8 @@ def put_image(host: str, repository: str, image: ImageContent, tag: str | None =
     """Push an image or an artifact without cachedb."""
     for data in {image.config, *image.layers}:
         location = ask(host, "POST", f"{repository}/blobs/uploads/").headers["Location"]
-        assert ask(host, "PUT", f"{location}&digest={digest_of(data)}", data).status == 201
+        separator = "&" if "?" in location else "?"
+        assert ask(host, "PUT", f"{location}{separator}digest={digest_of(data)}", data).status == 201
     put_manifest(host, repository, image.manifest, tag)
 
 
@@ -143,6 +120,7 @@ def assert_is_stored(cache: Cache, name: str, digest: str) -> None:
 # Other tools pull what cachedb pushes
 
 
+@every_registry
 @pytest.mark.parametrize("kind", IMAGES)
 def test_skopeo_copies_a_pushed_image_with_its_digest(
     cache: Cache, tools: Tools, host: str, tmp_path: Path, kind: str
@@ -273,6 +251,7 @@ def test_an_index_that_buildah_pushed_is_pulled_with_all_platforms(
 # From one registry to another
 
 
+@every_registry
 @pytest.mark.parametrize("image", [*IMAGES.values(), *ODD.values()], ids=[*IMAGES, *ODD])
 def test_an_image_is_copied_between_registries_with_its_digest(
     cache: Cache, tools: Tools, host: str, other_host: str, image: ImageContent
@@ -284,6 +263,7 @@ def test_an_image_is_copied_between_registries_with_its_digest(
     assert inspect(tools, f"{host}/app:1") == inspect(tools, f"{other_host}/copies/app:2") == image.digest
 
 
+@every_release
 def test_an_image_pushed_by_digest_has_no_tag(cache: Cache, tools: Tools, host: str) -> None:
     save(cache, "app:1", FIRST)
     cache.push("app:1", f"{host}/app@{FIRST.digest}")
@@ -313,6 +293,7 @@ def put_multi(host: str, repository: str, tag: str) -> None:
     put_manifest(host, repository, MULTI, tag)
 
 
+@every_registry
 @pytest.mark.slow
 def test_an_index_is_copied_between_registries_with_all_platforms(
     cachedb: Run, tools: Tools, host: str, other_host: str
@@ -462,6 +443,7 @@ def test_the_error_of_a_deleted_layer_is_one_line(cachedb: Run, host: str) -> No
 # Several repositories and tags of one registry
 
 
+@every_release
 def test_blobs_of_another_repository_are_mounted(cache: Cache, tools: Tools, host: str) -> None:
     save(cache, f"{host}/one/app:1", FIRST)
     assert cache.push(f"{host}/one/app:1").blobs == 3
@@ -485,6 +467,7 @@ def test_a_blob_that_cannot_be_mounted_is_sent(cache: Cache, tools: Tools, host:
     assert inspect(tools, f"{host}/two/app:1") == FIRST.digest
 
 
+@every_registry
 def test_push_all_tags_sends_shared_blobs_once(cachedb: Run, cache: Cache, tools: Tools, host: str) -> None:
     save(cache, "app:1", FIRST)
     save(cache, "app:2", SECOND)
@@ -544,6 +527,7 @@ def closure(*images: ImageContent) -> set[str]:
     return {digest for image in images for digest in image.blobs}
 
 
+@every_registry
 def test_referrers_are_copied_between_registries(
     cache: Cache, fresh: Cache, tools: Tools, host: str, other_host: str
 ) -> None:
@@ -583,6 +567,7 @@ def test_a_second_push_lists_no_referrer_twice_and_keeps_those_of_others(
         assert read_referrers(other_host, "app", FIRST.manifest) == [list_entry(SIGNED), list_entry(BILL)]
 
 
+@every_registry
 def test_referrers_of_an_index_and_its_platforms_are_copied(
     cache: Cache, fresh: Cache, host: str, other_host: str
 ) -> None:
@@ -624,6 +609,7 @@ def test_a_referrer_added_later_is_pulled(cache: Cache, host: str) -> None:
     assert list_digests(cache, f"{host}/app:1") == closure(FIRST, SIGNED)
 
 
+@every_registry
 def test_an_artifact_is_pulled_and_pushed_by_its_own_name(cache: Cache, host: str, other_host: str) -> None:
     put_image(host, "app", FIRST, "1")
     put_referrers(host, "app", FIRST.manifest, BILL)

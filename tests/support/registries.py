@@ -1,4 +1,4 @@
-"""Registries for the tests: one in memory, with faults on request, and Debian's docker-registry.
+"""Registries for the tests: one in memory, with faults on request, and real ones.
 
 The one in memory follows the OCI distribution specification v1.1, and Docker's token authentication for bearer tokens.
 """
@@ -13,7 +13,8 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -28,6 +29,7 @@ from tests.support.make import ImageContent, digest_of
 
 USER, PASSWORD, REFRESH_TOKEN = "user", "secret", "identity-token"
 HTPASSWD = f"{USER}:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n"  # bcrypt of PASSWORD
+CRANE_LOG = "crane.log"
 BINARY = {"Content-Type": "application/octet-stream"}
 
 _PATH = re.compile(r"/v2/(.+?)/(manifests|blobs/uploads|blobs|tags|referrers)/([^/]*)")
@@ -403,15 +405,17 @@ def certificate(directory: Path, host: str = "localhost") -> tuple[Path, Path, P
 def docker_registry(
     tmp_path: Path,
     *,
+    program: str = "docker-registry",
     htpasswd: str | None = None,
     delete: bool = True,
     tls: tuple[Path, Path] | None = None,
     proxy: str | None = None,
 ) -> Iterator[str]:
-    """Run Debian's docker-registry during the block, and yield its host and port.
+    """Run the registry of distribution during the block, and yield its host and port.
 
     Args:
         tmp_path: the folder for its files.
+        program: "docker-registry", which is Debian's release 2, or "registry", which is release 3.
         htpasswd: the content of an htpasswd file with bcrypt hashes, such as HTPASSWD.
         delete: whether it allows deletion.
         tls: paths of a certificate and its key.
@@ -432,12 +436,30 @@ def docker_registry(
     if proxy is not None:
         settings["proxy"] = {"remoteurl": proxy}
     (folder / "config.yml").write_text(json.dumps(settings))  # JSON is YAML too
-    command = [find_peer("docker-registry"), "serve", str(folder / "config.yml")]
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    command = [find_peer(program), "serve", str(folder / "config.yml")]
+    with _serve(command, folder / "log", r'listening on ([\d.:]+)[",]') as host:
+        yield host
+
+
+@contextmanager
+def crane_registry(tmp_path: Path) -> Iterator[str]:
+    """Run the registry of crane, in memory, during the block, and yield its host and port.
+
+    Args:
+        tmp_path: the folder for its log, which has a line for each request.
+    """
+    command = [find_peer("crane"), "registry", "serve", "--address", "127.0.0.1:0"]
+    with _serve(command, tmp_path / CRANE_LOG, r"serving on port (\d+)\n") as port:
+        yield f"127.0.0.1:{port}"
+
+
+@contextmanager
+def _serve(command: list[str], path: Path, pattern: str) -> Iterator[str]:
+    """Run a server that chooses a port, and logs it once the port is open; yield what the pattern matches."""
+    with path.open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
-            # It chooses a port, and logs it once the port is open.
             end = time.monotonic() + 30
-            while not (match := re.search(r'listening on ([\d.:]+)[",]', text := (folder / "log").read_text())):
+            while not (match := re.search(pattern, text := path.read_text())):
                 assert process.poll() is None, text
                 assert time.monotonic() < end, text
                 time.sleep(0.02)
@@ -448,3 +470,11 @@ def docker_registry(
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+REGISTRIES: dict[str, Callable[[Path], AbstractContextManager[str]]] = {
+    "docker-registry": docker_registry,
+    "distribution-3": partial(docker_registry, program="registry"),
+    "crane": crane_registry,
+}
+"""The real registries, by the name of the test's parameter."""
