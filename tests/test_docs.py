@@ -20,7 +20,9 @@ import pytest
 import cachedb
 from cachedb import Cache, errors
 from cachedb.cli.main import cli
+from tests.conftest import GO_PEERS
 from tests.support.make import image
+from tests.support.registries import REGISTRIES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -172,6 +174,34 @@ def test_the_page_of_exit_codes_has_those_of_the_help() -> None:
     (listed,) = re.findall(r"Exit codes: (.*?)\.$", cli.help, re.MULTILINE)
     codes = {code.partition(" ")[0] for code in listed.split("; ")}
     assert codes <= set(table("reference/exit-codes.md", "Exit codes"))
+
+
+PEERS = {
+    f"{heading}: {command}": (command.split()[0], cells)
+    for heading in ("Archives and layouts", "Commands with registries")
+    for command, cells in table("reference/peers.md", heading).items()
+}
+
+
+@pytest.mark.parametrize(("program", "cells"), PEERS.values(), ids=PEERS)
+def test_the_page_of_other_tools_names_a_test_that_runs_the_tool(program: str, cells: list[str]) -> None:
+    (file,) = re.findall(r"`(\w+\.py)`", cells[-1])
+    source = (ROOT / "tests" / "peers" / file).read_text()
+    assert re.search(rf"[\"'{{]{program}[\"' ]", source)
+    if program in GO_PEERS:
+        assert cells[0] == version_of(program)
+
+
+def version_of(program: str) -> str:
+    """Return the version of a peer that CI builds."""
+    return GO_PEERS[program].rpartition("@v")[2]
+
+
+def test_the_page_of_other_tools_has_every_registry_and_every_tool_that_ci_builds() -> None:
+    registries = table("reference/peers.md", "Registries")
+    assert set(registries) == set(REGISTRIES)
+    assert registries["distribution-3"][1] == version_of("registry")
+    assert GO_PEERS.keys() - {"registry"} <= {program for program, _ in PEERS.values()}
 
 
 # JSON
