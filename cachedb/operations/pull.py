@@ -292,7 +292,8 @@ class _Pull:
         def save_all(connection: Connection) -> ImageInfo:
             for hold in self._holds:
                 self._session.release(connection, hold)
-            among = (chosen - left_out) | self._find_stored_before(connection, root.digest)
+            stored = save.find_stored_part(connection, self._database.directory, self._name, root.digest)
+            among = (chosen - left_out) | stored
             is_part = left_out or (self._source.wanted_platform and top.role == "index")
             image_id = save.save_image(
                 connection,
@@ -389,14 +390,6 @@ class _Pull:
         """Return whether an image without an index has the wanted platform, or an unknown one."""
         label = info.platform
         return not (self._platform and root.role == "manifest" and label and not oci.is_for(label, self._platform))
-
-    def _find_stored_before(self, connection: Connection, digest: Digest) -> set[Digest]:
-        """Return the stored blobs of an index that was pulled before, for another platform."""
-        found = images.look_up(connection, self._name)
-        if found is None or found.digest != digest:
-            return set()
-        contents = images.read_image_blobs(connection, self._database.directory, found.id)
-        return {blob.digest for blob in contents if blob.stored}
 
     def _fetch(self, blob: Descriptor, advance: Advance) -> None:
         """Download a blob, or wait for another process that downloads it, and hold it."""

@@ -335,7 +335,8 @@ MUTATIONS = [
     Mutation("progress counts a shared blob once", "cachedb/operations/adopt.py", "is_first = self._is_first(digest)\n", "is_first = True\n", "tests/operations/test_adopt.py"),
     # Registries
     Mutation("credentials are not sent to another host", "cachedb/transports/registry/client.py", 'if authorization and origin(url) == owner else {}', 'if authorization else {}', "tests/operations/test_pull.py"),
-    Mutation("a redirect from HTTPS to HTTP is refused", "cachedb/transports/registry/client.py", 'not in ({"https"} if origin(url)[0] == "https" else {"http", "https"})', 'not in {"http", "https"}', "tests/operations/test_pull.py"),
+    Mutation("a redirect from HTTPS to HTTP is refused", "cachedb/transports/registry/client.py", '("https",) if origin(url)[0] == "https" else ("http", "https")', '("http", "https")', "tests/operations/test_pull.py"),
+    Mutation("an HTTPS registry names no token server with HTTP", "cachedb/transports/registry/authorization.py", '("https",) if origin(url)[0] == "https" else ("http", "https")', '("http", "https")', "tests/operations/test_pull.py"),
     Mutation("loopback has no proxy", "cachedb/transports/registry/proxies.py", '    if host == "localhost" or (address and address.is_loopback):\n', '    if host == "localhost":\n', "tests/transports/registry/test_proxies.py"),
     Mutation("a port in no_proxy is compared", "cachedb/transports/registry/proxies.py", "    if wanted and int(wanted) != port:\n", "    if False:\n", "tests/transports/registry/test_proxies.py"),
     Mutation("no_proxy lists networks", "cachedb/transports/registry/proxies.py", "return address is not None and address in ip_network(entry, strict=False)", "return False", "tests/transports/registry/test_proxies.py"),

@@ -944,11 +944,11 @@ def test_an_https_registry_cannot_lead_to_http(cache: Cache, tmp_path: Path, mon
     with Registry() as other, Registry(auth="bearer", tls=(certified, key)) as remote:
         name, authfile = remote.add(FIRST, "app", "1"), write_login(tmp_path / "auth.json", remote.host)
         remote.realm = f"{other.url}/token"
-        with pytest.raises(RegistryError, match=r": the scheme of the token server .* is not allowed$"):
+        with pytest.raises(RegistryError, match=r"token server .* is not allowed: .* must name a server with https$"):
             cache.pull(name, plain_http=False, authfile=authfile)
         remote.realm = f"{remote.url}/token"
         remote.fault(redirect(other.url), method="GET", path="/blobs/", times=99)
-        with pytest.raises(RegistryError, match="redirect to a URL whose scheme is not allowed"):
+        with pytest.raises(RegistryError, match=r"whose scheme is not allowed: its operator must redirect to https$"):
             cache.pull(name, plain_http=False, authfile=authfile)
         assert other.requests == []
 
@@ -956,13 +956,13 @@ def test_an_https_registry_cannot_lead_to_http(cache: Cache, tmp_path: Path, mon
 def test_the_error_of_an_https_registry_on_an_http_port_names_tls(cache: Cache, remote: Registry) -> None:
     # The answer of Go's HTTPS servers to an HTTP request. Its body is not JSON.
     remote.fault(answer(400, body=b"Client sent an HTTP request to an HTTPS server.\n"), times=9)
-    with pytest.raises(RegistryError, match=r"answers 400 to a request for app[^ ]+; if it speaks HTTPS, use --tls$"):
+    with pytest.raises(RegistryError, match=r"answers 400 to a request for app[^ ]+: if it speaks HTTPS, use --tls$"):
         cache.pull(f"{remote.host}/app:1")
 
 
 def test_an_endless_redirect_fails(cache: Cache, remote: Registry) -> None:
     remote.fault(redirect(remote.url), method="GET", path="/blobs/", times=99)
-    with pytest.raises(RegistryError, match="redirects more than 5 times"):
+    with pytest.raises(RegistryError, match="more than 5 redirects"):
         cache.pull(f"{remote.host}/app:1")
 
 
@@ -1055,10 +1055,10 @@ def test_a_tls_error_says_what_to_do(
 ) -> None:
     ca, certified, key = certificate(tmp_path / "tls", "localhost")
     monkeypatch.setenv("SSL_CERT_FILE", str(ca))
-    advice = r"cannot be trusted: .* mismatch.*; use a host name that its certificate contains$"
+    advice = r"cannot be trusted: .* mismatch.*: use a host name that its certificate contains$"
     with Registry(tls=(certified, key)) as other, pytest.raises(RegistryError, match=advice):
         cache.pull(f"{other.host}/app:1", plain_http=False)
-    with pytest.raises(RegistryError, match=r"cannot be trusted: .*; use --plain-http if it speaks HTTP$"):
+    with pytest.raises(RegistryError, match=r"cannot be trusted: .*: use --plain-http if it speaks HTTP$"):
         cache.pull(f"{remote.host}/app:1", plain_http=False)
     out_of_date = ssl.SSLCertVerificationError("certificate has expired")
     out_of_date.verify_code = 10
@@ -1074,14 +1074,14 @@ def test_connection_errors_are_printed_without_python_objects(
     reason = "Connection aborted: Remote end closed connection without response"
     assert str(raised.value) == f"{remote.host} cannot be reached: {reason}"
     remote.fault(change_answer(cut=10), method="GET", path="/blobs/", times=99)
-    with pytest.raises(RegistryError, match=r"broken: IncompleteRead\(10 bytes read, \d+ more expected\); try"):
+    with pytest.raises(RegistryError, match=r"broken: IncompleteRead\(10 bytes read, \d+ more expected\): try"):
         cache.pull(f"{remote.host}/app@{FIRST.digest}")
     monkeypatch.setenv("https_proxy", "http://somebody:secret@127.0.0.1:1")
     with pytest.raises(RegistryError) as raised:
         cache.pull("registry.example.org/app:1")
     reason = "Failed to establish a new connection: [Errno 111] Connection refused"
     advice = "check https_proxy, or add the host to no_proxy"
-    assert str(raised.value) == f"127.0.0.1:1 (proxy for registry.example.org) fails: {reason}; {advice}"
+    assert str(raised.value) == f"127.0.0.1:1 (proxy for registry.example.org) fails: {reason}: {advice}"
 
 
 # The command line

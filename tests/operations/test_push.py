@@ -667,7 +667,7 @@ def test_an_upload_continues_at_the_host_of_its_redirect(cache: Cache, remote: R
 
 def test_the_error_of_a_read_only_registry_says_so(cache: Cache, remote: Registry) -> None:
     remote.fault(answer(405), method="POST", times=99)
-    with pytest.raises(RegistryError, match=r"does not accept repository app \(405\); it may be read-only or a mirror"):
+    with pytest.raises(RegistryError, match=r"does not accept repository app \(405\): check that it is neither"):
         cache.push("app:1", f"{remote.host}/app:1")
 
 

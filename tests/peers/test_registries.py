@@ -381,7 +381,7 @@ def test_a_private_authority_is_trusted_if_it_is_in_certs_d(
         authfile, trust = tmp_path / "auth.json", f"--cert-dir={authority.parent}"
         tools("skopeo", "login", trust, "--authfile", authfile, "--username", USER, "--password", PASSWORD, host)
         for plain, match in (
-            (None, "answers 400 .*; if it speaks HTTPS, use --tls"),
+            (None, "answers 400 .*: if it speaks HTTPS, use --tls"),
             (False, rf"certs\.d/{host}/ca\.crt"),
         ):
             with pytest.raises(RegistryError, match=match):

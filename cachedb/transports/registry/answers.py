@@ -51,9 +51,9 @@ def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> byte
                 raise RegistryError(f"{what} is over {limit} bytes")
             deadline = min(deadline, time.monotonic() + _BODY_SECONDS)
             if time.monotonic() > deadline:
-                raise RegistryUnavailable(f"{what} took over {_BODY_SECONDS:g} seconds; try again")
+                raise RegistryUnavailable(f"{what} took over {_BODY_SECONDS:g} seconds: try again")
     except HTTPError as error:
-        raise RegistryUnavailable(f"{what} was interrupted: {to_one_line(error)}; try again") from None
+        raise RegistryUnavailable(f"{what} was interrupted: {to_one_line(error)}: try again") from None
     return data
 
 

@@ -124,9 +124,11 @@ class Authorization:
         """
         realm = challenge["realm"]
         scheme, host, _ = origin(realm)
-        if scheme not in ("http", "https") or (origin(url)[0] == "https" and scheme != "https"):
+        allowed = ("https",) if origin(url)[0] == "https" else ("http", "https")
+        if scheme not in allowed:
             raise RegistryError(
-                f"{self._place.registry}: the scheme of the token server {shorten(redact(realm))} is not allowed"
+                f"{self._place.registry}: the scheme of the token server {shorten(redact(realm))} is not allowed: "
+                f"its operator must name a server with {' or '.join(allowed)}"
             )
         service = [("service", challenge["service"])] if "service" in challenge else []
         read_scope = f"repository:{self._place.repository}:pull"
@@ -153,7 +155,7 @@ class Authorization:
         except (ValueError, AttributeError, RecursionError):
             token = None
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
-            raise RegistryError(f"{host} sent no usable token") from None
+            raise RegistryError(f"{host} sent no usable token: check that it is the registry's token server") from None
         remember_briefly(token)
         return token
 

@@ -250,7 +250,7 @@ class Client:
                     remember_briefly(unquote(value))
             if is_token and body is not None and origin(url) != owner:
                 raise RegistryError(f"{self.place.registry}: its token server redirects a secret to another host")
-        raise RegistryError(f"{self.place.registry} redirects more than {_MAX_REDIRECTS} times")
+        raise RegistryError(f"{self.place.registry}: more than {_MAX_REDIRECTS} redirects: check that it is a registry")
 
     def follow(self, url: str, location: str) -> str:
         """Return the absolute URL of a Location header.
@@ -264,9 +264,15 @@ class Client:
         try:
             following = urljoin(url, location)
         except ValueError:
-            raise RegistryError(f"{self.place.registry}: redirect to an invalid URL") from None
-        if origin(following)[0] not in ({"https"} if origin(url)[0] == "https" else {"http", "https"}):
-            raise RegistryError(f"{self.place.registry}: redirect to a URL whose scheme is not allowed")
+            raise RegistryError(
+                f"{self.place.registry}: redirect to an invalid URL: check that it is a registry"
+            ) from None
+        allowed = ("https",) if origin(url)[0] == "https" else ("http", "https")
+        if origin(following)[0] not in allowed:
+            raise RegistryError(
+                f"{self.place.registry}: redirect to a URL whose scheme is not allowed: "
+                f"its operator must redirect to {' or '.join(allowed)}"
+            )
         return following
 
     def pause(self, tries: int, response: urllib3.BaseHTTPResponse | None) -> bool:

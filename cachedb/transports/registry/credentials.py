@@ -98,7 +98,7 @@ def _load(file: str) -> dict[str, Any] | None:
         return None
     except OSError as error:
         advice = "make it readable, or name another file in REGISTRY_AUTH_FILE"
-        raise RegistryError(f"cannot read the credentials in {file!r}: {error.strerror}; {advice}") from error
+        raise RegistryError(f"cannot read the credentials in {file!r}: {error.strerror}: {advice}") from error
     document = _parse_json_object(data) if len(data) <= _FILE_LIMIT else None
     if document is None or not all(isinstance(document.get(name) or {}, dict) for name in ("auths", "credHelpers")):
         what = f"{file!r} is not a JSON object of at most {_FILE_LIMIT} bytes whose auths and credHelpers are objects"
@@ -208,7 +208,7 @@ def _run_helper(program: str, server: str, file: str, stopped: threading.Event) 
         )
     except OSError as error:
         advice = f"install {program}, or take it out of {file!r}"
-        raise RegistryError(f"cannot run {program}: {error.strerror}; {advice}") from error
+        raise RegistryError(f"cannot run {program}: {error.strerror}: {advice}") from error
     with process, selectors.DefaultSelector() as selector:
         assert process.stdin
         assert process.stdout

@@ -108,7 +108,7 @@ class Download:
                 if self._failed >= self._repository.tries:
                     host = name_host(self._repository.place, self._sender)
                     raise RegistryUnavailable(
-                        f"{host} keeps interrupting the download of {self._digest}: {to_one_line(error)}; try again"
+                        f"{host} keeps interrupting the download of {self._digest}: {to_one_line(error)}: try again"
                     ) from None
                 self._repository.pause(self._failed)
                 continue

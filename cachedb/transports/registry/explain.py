@@ -103,7 +103,7 @@ def explain_no_answer(
     reason = to_one_line(getattr(error, "reason", None) or error)
     if isinstance(error, SSLError) and is_final(error):
         advice = advise_on_tls(host.address, certificates(failure.url), error)
-        return RegistryError(f"{host.name} cannot be trusted: {reason}; {advice}")
+        return RegistryError(f"{host.name} cannot be trusted: {reason}: {advice}")
     if isinstance(error, ReadTimeoutError):
         return RegistryUnavailable(f"{host.name} sent no answer in {seconds:g} seconds: wait longer with --timeout")
     if isinstance(error, NameResolutionError):
@@ -114,8 +114,8 @@ def explain_no_answer(
 def _explain_proxy(proxy: Proxy, host: _Host, reason: str) -> RegistryError:
     name = f"{host_of(proxy.url)} (proxy for {host.address})"
     if "407" in reason:
-        return RegistryError(f"{name} refuses: {reason}; put USER:PASSWORD@ before its host in {proxy.variable}")
-    return RegistryUnavailable(f"{name} fails: {reason}; check {proxy.variable}, or add the host to no_proxy")
+        return RegistryError(f"{name} refuses: {reason}: put USER:PASSWORD@ before its host in {proxy.variable}")
+    return RegistryUnavailable(f"{name} fails: {reason}: check {proxy.variable}, or add the host to no_proxy")
 
 
 def explain_refusal(place: Place, what: str, response: urllib3.BaseHTTPResponse, *, is_token: bool) -> RegistryError:
@@ -132,18 +132,20 @@ def explain_refusal(place: Place, what: str, response: urllib3.BaseHTTPResponse,
     if response.status == 407 and (proxy := find_proxy(url)):
         return _explain_proxy(proxy, host, detail)
     if response.status in (401, 403) and host.role == "other host":
-        return RegistryError(f"{host.name} refuses {what} ({detail}); its link may have expired, or the clock is wrong")
+        return RegistryError(f"{host.name} refuses {what} ({detail}): its link may have expired, or the clock is wrong")
     if response.status in (401, 403):
         return RegistryError(
-            f"{host.name} refuses {what} ({detail}); log in with `skopeo login {registry}` or "
+            f"{host.name} refuses {what} ({detail}): log in with `skopeo login {registry}` or "
             f"`docker login {registry}`, or name a file of credentials with --authfile"
         )
     if response.status == 404:
         return RegistryError(f"{host.name} has no {what} ({detail})")
     if response.status in RETRY_STATUSES:
-        return RegistryUnavailable(f"{host.name} is overloaded, or failing ({detail}); try again later")
+        return RegistryUnavailable(f"{host.name} is overloaded, or failing ({detail}): try again later")
     if response.status == 405:
-        return RegistryError(f"{host.name} does not accept {what} ({detail}); it may be read-only or a mirror")
+        return RegistryError(
+            f"{host.name} does not accept {what} ({detail}): check that it is neither read-only nor a mirror"
+        )
     # A server that expects HTTPS answers 400 to HTTP, without a registry's error document.
-    advice = "; if it speaks HTTPS, use --tls" if detail == "400" and url.startswith("http:") else ""
+    advice = ": if it speaks HTTPS, use --tls" if detail == "400" and url.startswith("http:") else ""
     return RegistryError(f"{host.name} answers {detail} to a request for {what}{advice}")

@@ -113,7 +113,7 @@ def _load(file: str) -> dict[str, Any]:
         with open(file, "rb") as opened:
             return tomllib.load(opened)
     except OSError as error:
-        raise RegistryError(f"cannot read {file!r}: {error.strerror}; make it readable, or remove it") from error
+        raise RegistryError(f"cannot read {file!r}: {error.strerror}: make it readable, or remove it") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _invalid(file, str(error)) from error
 

@@ -218,7 +218,8 @@ class Repository:
             pages += 1
             if max(len(found), pages) > _MAX_REFERRERS:
                 raise RegistryError(
-                    f"{self.place.registry} lists more than {_MAX_REFERRERS} referrers, or pages of them, for {digest}"
+                    f"{self.place.registry} lists more than {_MAX_REFERRERS} referrers, or pages of them, for "
+                    f"{digest}: pull without --referrers"
                 )
         return found if pages else descriptors(self._read_referrers_index(digest), OCI_INDEX, what)
 

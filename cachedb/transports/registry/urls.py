@@ -22,7 +22,7 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
         # Parse with urllib3, as the connection does: another parser may find another host.
         parts = parse_url(url)
     except ValueError:
-        raise RegistryError("a registry sent an invalid URL") from None
+        raise RegistryError("a registry sent an invalid URL: check that it is a registry") from None
     scheme = parts.scheme or ""
     return scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(scheme)
 

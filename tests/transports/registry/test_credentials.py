@@ -472,7 +472,7 @@ def test_the_error_of_an_unreadable_file_names_it(home: Path, monkeypatch: pytes
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
 
     monkeypatch.setattr(credentials, "open", refuse, raising=False)
-    with pytest.raises(RegistryError, match=r"auth\.json': Permission denied; make it readable"):
+    with pytest.raises(RegistryError, match=r"auth\.json': Permission denied: make it readable"):
         find(REGISTRY, "app")
 
 

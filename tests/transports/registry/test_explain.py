@@ -38,7 +38,7 @@ def test_a_redirect_target_that_is_down_is_named(cache: Cache, remote: Registry)
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(403, r"refuses blob .*\(403\); its link may have expired"), (404, "has no blob"), (503, "is overloaded")],
+    [(403, r"refuses blob .*\(403\): its link may have expired"), (404, "has no blob"), (503, "is overloaded")],
 )
 def test_a_redirect_target_that_refuses_is_named(cache: Cache, remote: Registry, status: int, message: str) -> None:
     with Server() as store:
@@ -99,7 +99,7 @@ def test_a_proxy_that_wants_a_login_is_named_at_once(
     with Proxy() as proxy:
         monkeypatch.setenv(f"{scheme}_proxy", proxy.host)
         message = (
-            rf"^{proxy.host} \(proxy for registry.test\) refuses: .*407.*; put USER:PASSWORD@ .* in {scheme}_proxy"
+            rf"^{proxy.host} \(proxy for registry.test\) refuses: .*407.*: put USER:PASSWORD@ .* in {scheme}_proxy"
         )
         with pytest.raises(RegistryError, match=message):
             cache.pull("registry.test/app:1", plain_http=scheme == "http")

@@ -137,7 +137,7 @@ def test_a_document_without_an_end_is_an_error(
         name, authfile = remote.add(IMAGE, "app", "1"), tmp_path / "auth.json"
         authfile.write_text(json.dumps({"auths": {remote.host: {"username": USER, "password": PASSWORD}}}))
         remote.fault(change_answer(drip=0.01), method="GET", path=path)
-        with pytest.raises(RegistryUnavailable, match=r"took over 0\.1 seconds; try again$"):
+        with pytest.raises(RegistryUnavailable, match=r"took over 0\.1 seconds: try again$"):
             cache.pull(name, authfile=authfile)
 
 
