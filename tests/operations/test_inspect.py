@@ -15,7 +15,7 @@ from tests.conftest import Run
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, change_headers, corrupt_body
 from tests.support.promises import check
-from tests.support.registries import Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
+from tests.support.registries import PASSWORD, USER, Registry, isolate_client  # noqa: F401 - isolate_client is a fixture
 
 IMAGE = make.image(1, 2, compression="gzip")
 ARM = make.image(3, architecture="arm64")
@@ -117,6 +117,18 @@ def test_endless_pages_of_tags_are_an_error(cache: Cache, remote: Registry, monk
     remote.fault(change_headers({"Link": '</v2/app/tags/list>; rel="next"'}), path="/tags/list", times=99)
     with pytest.raises(RegistryError, match="more than 3 pages of tags of app"):
         cache.list_remote_tags(f"{remote.host}/app")
+
+
+def test_credentials_are_sent_to_a_registry_that_asks_for_them(cache: Cache) -> None:
+    with Registry(auth="basic") as remote:
+        remote.add(IMAGE, "app", "1")
+        name, login = f"{remote.host}/app:1", (USER, PASSWORD)
+        assert cache.get_remote_digest(name, credentials=login) == IMAGE.digest
+        assert cache.list_remote_tags(f"{remote.host}/app", credentials=login) == ["1"]
+        assert cache.inspect_remote(name, credentials=login).digest == IMAGE.digest
+        assert cache.plan_pull(name, credentials=login).blobs == 3
+        with pytest.raises(RegistryError, match="refuses"):
+            cache.get_remote_digest(name)
 
 
 def test_the_commands_print_what_the_registry_has(cachedb: Run, remote: Registry) -> None:
