@@ -480,6 +480,7 @@ MUTATIONS = [
     Mutation("a list of referrers may be absent", "cachedb/transports/archive/layout.py", 'item.root.role == "index" and contents.is_present(item.root)', 'item.root.role == "index"', "tests/transports/archive/test_layout.py -k not_whole"),
     Mutation("a joined image has a valid index", "cachedb/transports/archive/layout.py", "    if fields != [2, oci.OCI_INDEX, entries]:\n", "    if fields[2] != entries:\n", "tests/transports/archive/test_layout.py -k no_index_is"),
     Mutation("a name in manifest.json is not lost", "cachedb/transports/archive/read.py", "    for text in (text for texts", "    for text in () and (text for texts", "tests/transports/archive/test_names.py -k not_lost"),
+    Mutation("signatures of a folder for dir: are reported", "cachedb/transports/archive/directory.py", 'if files.find("signature-1") is not None:', "if False:", "tests/transports/archive/test_directory.py -k signatures"),
     Mutation("manifest.json is a list beside index.json", "cachedb/transports/archive/read.py", "if manifest and index is None and", "if manifest and", "tests/transports/archive/test_names.py -k beside"),
     Mutation("a bare tag beside a name replaces no image", "cachedb/transports/archive/names.py", "bare=tuple(bare))", "bare=() if names else tuple(bare))", "tests/transports/archive/test_names.py -k bare_tag"),
     Mutation("a name of several images selects none", "cachedb/transports/archive/names.py", "    if len(named) > 1:\n", "    if False:\n", "tests/transports/archive/test_names.py -k several_images_selects"),

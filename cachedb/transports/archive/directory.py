@@ -7,6 +7,7 @@ https://github.com/containers/image/blob/main/docs/containers-transports.5.md
 from __future__ import annotations
 
 from cachedb import oci
+from cachedb.disk.waiting import LOG
 from cachedb.errors import InvalidArchive, InvalidManifest
 from cachedb.oci.digests import digest_of, split_digest
 from cachedb.oci.manifests import Descriptor
@@ -31,6 +32,8 @@ def open_directory(files: Files, manifest: Section, platform: str | None) -> tup
     version = files.find("version")
     if version is None or not version.head(len(_VERSION)).startswith(_VERSION):
         raise InvalidArchive("the folder has a manifest, but no file `version` of Directory Transport Version 1.x")
+    if files.find("signature-1") is not None:
+        LOG.warning("not imported: the signatures in the folder (signature-1, ...)")
     data = read_small(manifest, "manifest.json", InvalidManifest)
     root = oci.root_descriptor(digest_of(data), len(data), oci.manifest_media_type(data))
 

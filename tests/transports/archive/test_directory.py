@@ -47,6 +47,15 @@ def test_a_blob_with_another_digest_is_refused(cache: Cache, tmp_path: Path) -> 
         cache.cache_from_tar(folder, "app:1")
 
 
+def test_signatures_are_left_out_with_a_warning(cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_directory(tmp_path / "app", AMD.manifest, AMD)
+    cache.cache_from_tar(folder, "app:1")
+    assert caplog.messages == []
+    (folder / "signature-1").write_bytes(b"signature")
+    cache.cache_from_tar(folder, "app:1")
+    assert caplog.messages == ["not imported: the signatures in the folder (signature-1, ...)"]
+
+
 @pytest.mark.parametrize("version", [None, b"Directory Transport Version: 2.0\n", b""])
 def test_a_folder_of_another_version_is_refused(cache: Cache, tmp_path: Path, version: bytes | None) -> None:
     folder = write_directory(tmp_path / "app", AMD.manifest, AMD)
