@@ -411,7 +411,7 @@ def test_a_deleted_manifest_is_not_found_until_it_is_pushed_again(
     for option in ([], ["--allow-stale"]):  # the registry is available and answers 404
         gone = cachedb("pull", *option, name)
         assert (gone.returncode, gone.stdout) == (1, "")
-        assert gone.stderr == f"cachedb: {host} has no app:1 (404)\n"
+        assert gone.stderr == f"cachedb: {host} has no app:1 (404 MANIFEST_UNKNOWN: manifest unknown)\n"
     cache.pull(name, if_missing=True)
     assert_is_stored(cache, name, FIRST.digest)
     pushed = cache.push(name)
