@@ -1,9 +1,9 @@
 """The index's database: connections and transactions.
 
-One write lock serialises every change of the index and every rename into or out of ``blobs/``. It is a
-lock file instead of SQLite's own lock, because a wait for it is fair and bounded, while SQLite's busy
-handler may starve. It also keeps our writers and checkpoints apart, which avoids the WAL-reset bug of
-SQLite 3.7.0 to 3.51.2. Readers take no lock: they see the last commit.
+One write lock serialises every change of the index and every rename into or out of ``blobs/``. It is a lock file
+instead of SQLite's own lock, because a wait for it is fair and bounded, while SQLite's busy handler may starve. It also
+keeps our writers and checkpoints apart, which avoids the WAL-reset bug of SQLite 3.7.0 to 3.51.2. Readers take no lock:
+they see the last commit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from cachedb.index.sqlite.revision import (
     read_own_revision,
     schema_error,
 )
-from cachedb.index.sqlite.transaction import begin, driver_of, ensure_wal, immediate, transaction
+from cachedb.index.sqlite.transaction import begin, driver_of, ensure_wal, immediate, read_first, transaction
 from cachedb.index.tables import REVISION
 from cachedb.reentry import holding, is_held, not_reentered
 
@@ -61,10 +61,10 @@ CLOSED = "this cache is closed: open it again with Cache.open"
 class Database:
     """The ``index.db`` of a cache directory. Usable from several threads, and in a forked child.
 
-    SQLite records in memory which locks its process holds on a file. A child that is forked while a connection
-    is open inherits the record without the locks, and loses its commits when its parent closes. So a fork waits
-    until no other thread is in a transaction, and closes all connections first. A transaction waits for other
-    processes before it begins, and not within, so a fork never waits for another process.
+    SQLite records in memory which locks its process holds on a file. A child that is forked while a connection is open
+    inherits the record without the locks, and loses its commits when its parent closes. So a fork waits until no other
+    thread is in a transaction, and closes all connections first. A transaction waits for other processes before it
+    begins, and not within, so a fork never waits for another process.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Database:
 
     def look(self) -> AbstractContextManager[Connection]:
         """Begin a read transaction, whatever the schema."""
-        return self._reading(_read_first)
+        return self._reading(read_first)
 
     @contextmanager
     def _reading(self, first: Callable[[Connection], object]) -> Iterator[Connection]:
@@ -452,13 +452,14 @@ class Database:
             stack.enter_context(forks.no_fork())
             connection = stack.enter_context(self._engine.connect())
             driver = driver_of(connection)
+            assert isinstance(driver, CacheConnection)
             with sqlite_errors(self.path, self.directory):
                 # Neither can be changed in a transaction; the WAL mode is stored in the file.
                 ensure_wal(driver)
                 if schema:
                     stack.callback(connection.invalidate)
                     driver.execute("PRAGMA foreign_keys = OFF")
-            stack.enter_context(transaction(immediate(connection), turn, _cache_connection(connection).check_memory))
+            stack.enter_context(transaction(immediate(connection), turn, driver.check_memory))
             yield connection
 
     def _on_error(self, context: ExceptionContext) -> None:
@@ -494,13 +495,3 @@ class Database:
         if not self.read_only:
             self.reserve.keep()
         self.access.close()
-
-
-def _cache_connection(connection: Connection) -> CacheConnection:
-    found = driver_of(connection)
-    assert isinstance(found, CacheConnection)
-    return found
-
-
-def _read_first(connection: Connection) -> None:
-    connection.exec_driver_sql("PRAGMA schema_version")  # this begins the transaction, or raises Busy

@@ -32,13 +32,7 @@ _FORK_WAIT_SECONDS = 0.1  # a fork waits this long for the first try of a query;
 _IN_MEMORY_BYTES = 4 * 1024 * 1024  # a larger result goes to a temporary file
 _BATCH_BYTES = 64 * 1024  # rows are written to that file in batches of about this size
 _STORAGE_CODES = frozenset(
-    {
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_NOTADB,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_CANTOPEN,
-    }
+    {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}
 )
 _ALLOWED_ACTIONS = frozenset(
     {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION}

@@ -13,7 +13,7 @@ from cachedb.errors import CacheReplaced
 from cachedb.index.sqlite.revision import is_compatible, read_oldest, read_revision
 from cachedb.index.tables import REVISION
 
-__all__ = ["begin", "driver_of", "ensure_wal", "immediate", "transaction"]
+__all__ = ["begin", "driver_of", "ensure_wal", "immediate", "read_first", "transaction"]
 
 
 @contextmanager
@@ -86,3 +86,8 @@ def immediate(connection: Connection) -> Connection:
 def begin(connection: Connection) -> None:
     """Begin a transaction; the handler of SQLAlchemy's ``begin`` event."""
     connection.exec_driver_sql(connection.get_execution_options().get("cachedb_begin", "BEGIN"))
+
+
+def read_first(connection: Connection) -> None:
+    """Begin a read transaction with a read that fits any schema; raises `Busy` if the index is locked."""
+    connection.exec_driver_sql("PRAGMA schema_version")

@@ -158,16 +158,26 @@ def _check_names(images: list[NamedImage]) -> None:
 
 
 def _parse_names(texts: Iterable[str]) -> list[Name]:
-    names = []
+    """Return the valid names of an image; warn about the others.
+
+    Raises:
+        InvalidArchive: if all are invalid.
+    """
+    names: list[Name] = []
+    errors: list[InvalidName] = []
     for text in texts:
         for part in text.split(","):  # BuildKit joins several names
             try:
                 names.append(Name.parse(_without_digest(part)))
             except InvalidName as error:
-                raise InvalidArchive(
-                    f"a name in the archive is invalid: {error}: give another name as NAME, with --select if the "
-                    "archive has several images"
-                ) from error
+                errors.append(error)
+    if errors and not names:
+        raise InvalidArchive(
+            f"a name in the archive is invalid: {errors[0]}: give another name as NAME, with --select if the "
+            "archive has several images"
+        ) from errors[0]
+    for invalid in errors:
+        LOG.warning("not imported: a name in the archive is invalid: %s", invalid)
     return list(dict.fromkeys(names))
 
 

@@ -200,6 +200,13 @@ def test_several_names_may_be_joined_by_commas(cache: Cache) -> None:
     assert import_files(cache, make.oci_files({"team/app:1,team/app:2": ONE})) == ["team/app:1", "team/app:2"]
 
 
+def test_an_invalid_name_beside_a_valid_one_is_reported(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+    """`regctl image export ocidir://app:1` writes such a name to index.json, and a valid one to manifest.json."""
+    entries = [named(ONE.manifest, name) for name in ("ocidir://app:1", "localhost/app:1")]
+    assert import_files(cache, layout_of(*entries, blobs=list(ONE.blobs.values()))) == ["localhost/app:1"]
+    assert "not imported: a name in the archive is invalid: 'ocidir://app:1' is not a name" in caplog.text
+
+
 # Selection
 
 
