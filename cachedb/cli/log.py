@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 from cachedb.text import printable
 
-__all__ = ["log_above", "show_log"]
+__all__ = ["log_above", "print_line", "show_log"]
 
 
 class _Log(logging.Handler):
@@ -37,11 +37,13 @@ class _Log(logging.Handler):
             sys.stderr.write(f"{clear}{text}" + ("" if self._waiting or not text else "\n"))
             sys.stderr.flush()
         elif record.levelno >= logging.WARNING or (self._verbose and wait != "on"):
-            (self.print_above or _print_line)(line)
+            (self.print_above or print_line)(line)
 
 
-def _print_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def print_line(line: str) -> None:
+    """Print a line on stderr."""
+    sys.stderr.write(f"{line}\n")  # one write, so that the lines of several threads do not mix
+    sys.stderr.flush()
 
 
 _handlers: list[_Log] = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from cachedb.cli.log import print_line
 from cachedb.text import format_size, shorten_digest
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def show_downloads(action: str, *, quiet: bool) -> Iterator[dict[str, Any]]:
     def show(digest: str, done: int, total: int) -> None:
         if done >= total and digest not in printed:
             printed.add(digest)
-            print(f"cachedb: downloaded {shorten_digest(digest)}, {format_size(total)}", file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # stderr may be closed
+                print_line(f"cachedb: downloaded {shorten_digest(digest)}, {format_size(total)}")
 
     yield {"blob_progress": show}
 

@@ -434,7 +434,7 @@ def test_the_error_of_a_deleted_layer_is_one_line(cachedb: Run, host: str) -> No
     layer = digest_of(FIRST.layers[1])
     put_image(host, "app", FIRST, "1")
     assert ask(host, "DELETE", f"app/blobs/{layer}").status == 202
-    failed = cachedb("pull", f"{host}/app:1")
+    failed = cachedb("pull", "-q", f"{host}/app:1")
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
     assert failed.stderr.startswith(f"cachedb: {host} has no blob {layer} (404")
     assert cachedb("ls", "-q").stdout == ""

@@ -77,7 +77,7 @@ def test_a_token_server_is_named(cache: Cache) -> None:
 def test_a_proxy_that_is_down_is_named_at_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", f"http://user:pass-word@{DEAD}")
-        message = rf"^{DEAD} \(proxy for registry.test\) fails: .*refused; check {scheme}_proxy, or add"
+        message = rf"^{DEAD} \(proxy for registry.test\) fails: .*refused: check {scheme}_proxy, or add"
         with pytest.raises(RegistryUnavailable, match=message) as raised:
             cache.pull("registry.test/app:1", plain_http=scheme == "http")
         assert "pass-word" not in str(raised.value)

@@ -144,7 +144,7 @@ def test_a_file_without_a_certificate_is_named_and_the_others_are_used(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     make.write(certs_d, {f"{remote.host}/a.crt": b"no certificate"})
-    with pytest.raises(RegistryError, match=rf"cannot be trusted: .*; repair '{certs_d}/{remote.host}/a.crt'"):
+    with pytest.raises(RegistryError, match=rf"cannot be trusted: .*: repair '{certs_d}/{remote.host}/a.crt'"):
         cache.pull(f"{remote.host}/app:1", plain_http=False, authfile=authfile)
     shutil.copy(pair[0], certs_d / remote.host / "ca.crt")
     caplog.clear()
