@@ -49,8 +49,8 @@ def import_archive(
         raise CacheError("a name and a repository were given: give one of them")
     max_bytes = files.read_max_unpacked() if max_unpacked is None else max_unpacked
     with files.open_files(source, session.new_file, max_bytes) as opened_files:
-        images = read_images(opened_files, wanted)
-        saved = _import(database, session, images, progress, max_bytes, replace=replace, link=link)
+        found = read_images(opened_files, wanted)
+        saved = _import(database, session, found, progress, max_bytes, replace=replace, link=link)
     for image in saved:
         if image.replaced:
             LOG.warning("replaced %s, which was %s", image.name, image.replaced)

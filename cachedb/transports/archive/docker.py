@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from cachedb import oci
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive
@@ -13,7 +13,7 @@ from cachedb.transports.archive.compression import MAGIC_LENGTH, detect_compress
 from cachedb.transports.archive.files import Files, Section
 from cachedb.transports.archive.model import ArchivedBlob, ArchivedImage, check_image_count, read_small
 
-__all__ = ["read_config_digest", "read_docker", "read_entries", "read_repo_tags"]
+__all__ = ["Config", "read_config", "read_config_digest", "read_docker", "read_entries", "read_repo_tags"]
 
 
 def read_entries(entries: object) -> list[dict[str, Any]]:
@@ -39,9 +39,9 @@ def read_repo_tags(entry: dict[str, Any]) -> list[str]:
     return [text for text in entry.get("RepoTags") or [] if text not in ("", "<none>:<none>")]
 
 
-def read_config_digest(files: Files, entry: dict[str, Any]) -> Digest:
-    """Return the digest of the config of an entry of manifest.json."""
-    return digest_of(read_small(_find_required(files, entry["Config"]), "the config", InvalidArchive))
+def read_config_digest(files: Files, path: str) -> Digest:
+    """Return the digest of the config with a path in the archive."""
+    return digest_of(read_small(_find_required(files, path), "the config", InvalidArchive))
 
 
 def _find_required(files: Files, name: str) -> Section:
@@ -51,24 +51,37 @@ def _find_required(files: Files, name: str) -> Section:
     return section
 
 
-def read_docker(files: Files, entry: dict[str, Any]) -> tuple[ArchivedImage, str | None]:
-    """Return the image of one entry of manifest.json, and its platform if the config states it."""
-    section = _find_required(files, entry["Config"])
+class Config(NamedTuple):
+    """A config in the archive, which several entries of manifest.json may name."""
+
+    blob: ArchivedBlob
+    diff_ids: object  # of the layers, unchecked; None if the config has none
+    platform: str | None
+
+
+def read_config(files: Files, path: str) -> Config:
+    """Return the config with a path in the archive."""
+    section = _find_required(files, path)
     data = read_small(section, "the config", InvalidArchive)
     config = load_json(data, "the config", InvalidArchive)
-    rootfs = config.get("rootfs") if isinstance(config, dict) else None
-    diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-    if diff_ids is None and not entry["Layers"]:
-        diff_ids = []
-    if not isinstance(diff_ids, list) or len(diff_ids) != len(entry["Layers"]):
-        raise InvalidArchive("the config (rootfs.diff_ids) and manifest.json have different numbers of layers")
     digest = digest_of(data)
     # Docker names the config's file by its digest. If the name is a digest, it must match.
-    stem = entry["Config"].rpartition("/")[2].removesuffix(".json").removeprefix("sha256:")
+    stem = path.rpartition("/")[2].removesuffix(".json").removeprefix("sha256:")
     if len(stem) == 64 and set(stem) <= set("0123456789abcdef") and stem != split_digest(digest)[1]:
-        raise DigestMismatch(f"the config {shorten(entry['Config'])} has digest {digest}")
-    blobs = [ArchivedBlob(section, "the config", len(data), digest, oci.OCI_CONFIG, "config")]
-    for name, diff_id in zip(entry["Layers"], diff_ids, strict=True):
+        raise DigestMismatch(f"the config {shorten(path)} has digest {digest}")
+    rootfs = config.get("rootfs") if isinstance(config, dict) else None
+    diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    blob = ArchivedBlob(section, "the config", len(data), digest, oci.OCI_CONFIG, "config")
+    return Config(blob, diff_ids, oci.platform_label(config))
+
+
+def read_docker(files: Files, layers: list[str], config: Config) -> ArchivedImage:
+    """Return the image with these layers, by their paths in the archive, and a config."""
+    diff_ids = [] if config.diff_ids is None and not layers else config.diff_ids
+    if not isinstance(diff_ids, list) or len(diff_ids) != len(layers):
+        raise InvalidArchive("the config (rootfs.diff_ids) and manifest.json have different numbers of layers")
+    blobs = [config.blob]
+    for name, diff_id in zip(layers, diff_ids, strict=True):
         try:
             expected = parse_digest(diff_id)
         except CacheError as error:
@@ -82,4 +95,4 @@ def read_docker(files: Files, entry: dict[str, Any]) -> tuple[ArchivedImage, str
             blobs.append(ArchivedBlob(layer, what, layer.size, None, media_type, "layer", (compression, expected)))
         else:
             raise InvalidArchive(f"{what} is compressed with {compression}: use gzip, zstd or no compression")
-    return ArchivedImage(None, blobs), oci.platform_label(config)
+    return ArchivedImage(None, blobs)

@@ -170,7 +170,7 @@ def _read_annotations(annotations: object, item: _Listed) -> None:
         item.names.append(reference)
     elif isinstance(full, str):
         item.names.append(full)
-    elif isinstance(reference, str):
+    elif isinstance(reference, str) and reference:
         item.tags.append(reference)
 
 

@@ -14,7 +14,7 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.platforms import is_for
 from cachedb.text import shorten
 from cachedb.transports.archive.directory import open_directory
-from cachedb.transports.archive.docker import read_config_digest, read_docker, read_entries, read_repo_tags
+from cachedb.transports.archive.docker import read_config, read_config_digest, read_docker, read_entries, read_repo_tags
 from cachedb.transports.archive.files import Files
 from cachedb.transports.archive.layout import open_layout, read_layout
 from cachedb.transports.archive.model import FoundImage, NamedImage, read_document
@@ -68,23 +68,42 @@ def _find_images(files: Files, wanted: Wanted) -> tuple[list[FoundImage], set[st
     if index is not None:
         # The manifests of several platforms become one image, unless one of them is selected.
         found = read_layout(contents, index, as_one=wanted.name is not None and wanted.select is None)
-    entries: dict[Digest, list[dict[str, Any]]] = {}
+    return _add_docker_images(files, found, document, wanted, contents.other_platforms), contents.other_platforms
+
+
+def _add_docker_images(
+    files: Files, found: list[FoundImage], document: object, wanted: Wanted, other_platforms: set[str]
+) -> list[FoundImage]:
+    """Return the images of index.json with their names in manifest.json, and the images that only the latter lists.
+
+    Args:
+        files: the files of the archive.
+        found: the images in index.json.
+        document: manifest.json.
+        wanted: which images to import.
+        other_platforms: this function adds the platforms of images that are not for the wanted platform.
+    """
+    entries: dict[str, list[dict[str, Any]]] = {}  # by the path of the config
     for entry in read_entries(document):
-        entries.setdefault(read_config_digest(files, entry), []).append(entry)
-    tags = {config: [text for entry in found for text in read_repo_tags(entry)] for config, found in entries.items()}
+        entries.setdefault(entry["Config"], []).append(entry)
+    digests = {path: read_config_digest(files, path) for path in entries}
+    tags: dict[Digest, list[str]] = {}
+    for path, named in entries.items():
+        tags.setdefault(digests[path], []).extend(text for entry in named for text in read_repo_tags(entry))
     covered = {blob.digest for item in found for blob in item.image.blobs}
     found = _add_repo_tags(found, tags)
     if wanted.name is None and wanted.select is None:
         _check_repo_tags(found, {config: names for config, names in tags.items() if config in covered})
-    for config, repeated in entries.items():
-        if config not in covered:
-            for entry in repeated:
-                image, platform = read_docker(files, entry)
-                if wanted.platform and platform and not is_for(platform, wanted.platform):
-                    contents.other_platforms.add(platform)
-                else:
-                    found.append(FoundImage(image, read_repo_tags(entry), []))
-    return found, contents.other_platforms
+    for path, named in entries.items():
+        if digests[path] in covered:
+            continue
+        config = read_config(files, path)
+        if wanted.platform and config.platform and not is_for(config.platform, wanted.platform):
+            other_platforms.add(config.platform)
+            continue
+        for entry in named:
+            found.append(FoundImage(read_docker(files, entry["Layers"], config), read_repo_tags(entry), []))
+    return found
 
 
 def _add_repo_tags(found: list[FoundImage], tags: dict[Digest, list[str]]) -> list[FoundImage]:

@@ -9,7 +9,8 @@ import pytest
 
 from cachedb import Cache
 from cachedb.errors import CacheError, InvalidArchive, InvalidName, NameInUse
-from cachedb.oci.manifests import OCI_MANIFEST
+from cachedb.oci.manifests import OCI_MANIFEST, load_json
+from cachedb.transports.archive import docker
 from tests.support import make
 from tests.support.make import digest_of, hex_of
 from tests.transports.archive.test_layout import import_files, layout_of, named
@@ -94,6 +95,21 @@ def test_an_image_that_only_manifest_json_lists_is_imported(cache: Cache) -> Non
     ]
 
 
+def test_a_config_that_many_entries_name_is_parsed_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = make.docker_files({"app:0": ONE})
+    (entry,) = json.loads(files["manifest.json"])
+    entries = [{**entry, "RepoTags": [f"app:{number}"]} for number in range(100)]
+    parsed = list[str]()
+
+    def load(data: bytes, what: str, error: type[CacheError]) -> object:
+        parsed.append(what)
+        return load_json(data, what, error)
+
+    monkeypatch.setattr(docker, "load_json", load)
+    names = import_files(cache, {**files, "manifest.json": json.dumps(entries).encode()})
+    assert (len(names), len(parsed)) == (100, 1)
+
+
 def test_an_unnamed_image_that_only_manifest_json_lists_is_reported(
     cache: Cache, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,6 +190,13 @@ def test_a_bare_tag_beside_a_name_replaces_no_other_image(cache: Cache) -> None:
 def test_bare_tags_may_be_joined_by_commas(cache: Cache) -> None:
     files = make.oci_files({"1.0,1.1": ONE})
     assert import_files(cache, files, repository="team/app") == ["team/app:1.0", "team/app:1.1"]
+
+
+def test_an_empty_tag_is_no_name(cache: Cache) -> None:
+    files = layout_of(named(ONE.manifest, ""), blobs=list(ONE.blobs.values()))
+    assert import_files(cache, files, "app:1") == ["app:1"]
+    with pytest.raises(InvalidArchive, match="the image in the archive has no name"):
+        import_files(cache, files)
 
 
 @pytest.mark.parametrize("repository", ["", "Team", "app:1", "app@sha256"])
