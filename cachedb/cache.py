@@ -1172,8 +1172,7 @@ class Cache:
         """Import the images of an archive: a docker-archive, an OCI archive, or a folder with an image layout.
 
         A folder may also have skopeo's ``dir:`` format. All images are saved in one transaction, or none. Every blob is
-        verified, even if it is stored already. The log has a warning for each part that is not imported, and for each
-        name that is replaced.
+        verified, even if it is stored already. The log has a warning for each part that is not imported.
 
         Args:
             source: a path, or a file open for reading in binary mode, which need not be seekable.

@@ -117,6 +117,9 @@ def import_(
             max_unpacked=max_unpacked,
             progress=progress,
         )
+    for image in found:
+        if image.replaced:
+            click.echo(f"cachedb: replaced {image.name}, which was {image.replaced}", err=True)
     if form == "json" and not quiet:
         print_json([{**image._asdict(), "replaced": image.replaced} for image in found])
     else:

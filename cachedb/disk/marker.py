@@ -160,11 +160,15 @@ def refresh(folder: int, settle: Callable[[int], object], found: Marker) -> None
 
 def count_links(folder: int, status: os.stat_result) -> int:
     """Return how many names a marker has, not counting the names of unfinished markers."""
-    if status.st_nlink == 1:
-        return 1
-    with os.scandir(folder) as entries:
-        unfinished = [entry for entry in entries if UNFINISHED_MARKER.fullmatch(entry.name)]
-        return status.st_nlink - sum(entry.inode() == status.st_ino for entry in unfinished)
+    while status.st_nlink > 1:
+        with os.scandir(folder) as entries:
+            unfinished = [entry for entry in entries if UNFINISHED_MARKER.fullmatch(entry.name)]
+            count = status.st_nlink - sum(entry.inode() == status.st_ino for entry in unfinished)
+        before, status = status, os.stat(MARKER, dir_fd=folder, follow_symlinks=False)
+        # Otherwise another process has finished the marker meanwhile.
+        if (status.st_ino, status.st_nlink) == (before.st_ino, before.st_nlink):
+            return count
+    return 1
 
 
 def _replace(folder: int, settle: Callable[[int], object], cache_id: str) -> None:

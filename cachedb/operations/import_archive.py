@@ -13,7 +13,6 @@ from cachedb import oci
 from cachedb.content import publish
 from cachedb.content.save import attach, find_stored_part, save_image
 from cachedb.content.session import Hold, Session
-from cachedb.disk.waiting import LOG
 from cachedb.disk.writer import Received
 from cachedb.errors import CacheError, NameInUse, os_errors
 from cachedb.index import images
@@ -50,11 +49,7 @@ def import_archive(
     max_bytes = files.read_max_unpacked() if max_unpacked is None else max_unpacked
     with files.open_files(source, session.new_file, max_bytes) as opened_files:
         found = read_images(opened_files, wanted)
-        saved = _import(database, session, found, progress, max_bytes, replace=replace, link=link)
-    for image in saved:
-        if image.replaced:
-            LOG.warning("replaced %s, which was %s", image.name, image.replaced)
-    return saved
+        return _import(database, session, found, progress, max_bytes, replace=replace, link=link)
 
 
 def _import(

@@ -346,6 +346,23 @@ def test_a_link_of_the_index_alone_is_noticed(directory: Path, tmp_path: Path) -
         cache.add_blob(b"")
 
 
+def test_a_marker_that_another_process_is_finishing_is_no_copy(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cache.open(directory).close()
+    second = directory / f".cachedb-{'0' * 16}.marker"
+    os.link(directory / "cachedb.json", second)
+    real = os.scandir
+
+    def scan(folder: int) -> object:
+        second.unlink(missing_ok=True)  # after its links were counted, and before its names are
+        return real(folder)
+
+    monkeypatch.setattr("cachedb.disk.marker.os.scandir", scan)
+    with Cache.open(directory) as cache:
+        cache.add_blob(b"")
+
+
 def test_a_second_link_left_by_a_killed_marker_writer_is_no_copy(directory: Path) -> None:
     Cache.open(directory).close()
     os.link(directory / "cachedb.json", directory / f".cachedb-{'0' * 16}.marker")

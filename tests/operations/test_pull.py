@@ -873,6 +873,19 @@ def test_an_unavailable_mirror_is_asked_once_in_five_minutes(
         assert mirror.requests
 
 
+def test_a_mirror_that_hangs_is_waited_for_a_minute(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_MIRROR_SECONDS", 0.2)
+    with Registry() as mirror:
+        mirror.fault(change_answer(delay=10), times=99)
+        monkeypatch.setenv("CACHEDB_MIRRORS", f"{remote.host}={mirror.host}")
+        begun = time.monotonic()
+        cache.pull(f"{remote.host}/app:1")
+        assert time.monotonic() - begun < 8
+        assert_is_stored(cache, f"{remote.host}/app:1", FIRST)
+
+
 def test_a_mirror_that_lacks_an_image_is_asked_again(
     cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,8 +83,7 @@ def write_layout(
             strange = [name for name in os.listdir(destination) if not parts.fullmatch(name)]
             marker, index, *others = files
             if strange and not _has_marker(destination, marker):
-                what = "an OCI image layout" if index.path == "index.json" else "a folder of skopeo's dir: transport"
-                raise CacheError(f"{str(destination)!r} is neither empty nor {what}: name another folder")
+                raise _refuse_folder(destination, index)
             for folder in (destination / "blobs", *destination.glob("blobs/*")):
                 if folder.is_symlink():
                     raise CacheError(f"{str(folder)!r} is a symbolic link: name a layout whose folders are its own")
@@ -123,6 +122,15 @@ def write_layout(
             raise
         if index.path == "manifest.json":
             _remove_replaced(destination, {entry.path for entry in files})
+
+
+def _refuse_folder(destination: Path, index: Entry) -> CacheError:
+    """Return the error for a folder that holds something else than the format of its index."""
+    if index.path == "index.json":
+        return CacheError(f"{str(destination)!r} is neither empty nor an OCI image layout: name another folder")
+    return CacheError(
+        f"{str(destination)!r} is neither empty nor a folder of skopeo's dir: transport: name another one"
+    )
 
 
 def _has_marker(destination: Path, marker: Entry) -> bool:

@@ -28,6 +28,7 @@ __all__ = ["Root", "Source"]
 
 
 _MANIFEST_BYTES = 64 * 1024 * 1024  # the limit for all manifests of an image, which are kept in memory
+_MIRROR_SECONDS = 60.0  # to wait for the first byte of a mirror's answer
 
 T = TypeVar("T")
 
@@ -75,8 +76,11 @@ class Source:
         """The bytes of the manifests and indexes read so far, from the registry or the cache."""
         *mirrors, registry = pull_routes(wanted.exact_name, access)
         self.registry = Repository(*registry)
-        # A mirror is tried once, because there is another place to ask.
-        self._mirrors = [Repository(*mirror, tries=1) for mirror in mirrors]
+        # A mirror is tried once, and not for long, because there is another place to ask.
+        self._mirrors = [
+            Repository(where, how._replace(timeout=min(how.timeout, _MIRROR_SECONDS)), tries=1)
+            for where, how in mirrors
+        ]
         self._skipped = {mirror for mirror in self._mirrors if failures.has_failed(directory, _failure_key(mirror))}
         self._directory = directory
         self.resumed: dict[Digest, int] = {}
