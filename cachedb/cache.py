@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from cachedb.reports.usage import Usage
     from cachedb.reports.views import View
     from cachedb.transports.archive.formats import Format
+    from cachedb.transports.registry.access import Access
 
 __all__ = ["Cache", "Progress"]
 
@@ -848,12 +849,9 @@ class Cache:
             DigestMismatch: if downloaded content has a wrong digest or size.
         """
         from cachedb.operations.pull import pull
-        from cachedb.transports.registry.access import Access
 
         check_text(platform=platform, optional=True)
-        check_paths(authfile=authfile, optional=True)
-        check_pair(credentials=credentials)
-        check_positive(timeout=timeout)
+        access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         check_functions(progress=progress, blob_progress=blob_progress)
         wanted = RemoteName.parse(name)
         pulled = pull(
@@ -866,7 +864,7 @@ class Cache:
             allow_stale=allow_stale,
             referrers=referrers,
             foreign_layers=foreign_layers,
-            access=Access(plain_http, tls_verify, authfile, credentials, timeout),
+            access=access,
             progress=progress,
             blob_progress=blob_progress,
         )
@@ -907,12 +905,9 @@ class Cache:
             InvalidManifest: if one of the image's manifests is invalid.
         """
         from cachedb.operations.pull import plan_pull
-        from cachedb.transports.registry.access import Access
 
         check_text(platform=platform, optional=True)
-        check_paths(authfile=authfile, optional=True)
-        check_pair(credentials=credentials)
-        check_positive(timeout=timeout)
+        access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         return plan_pull(
             self._database,
             self._session,
@@ -921,7 +916,7 @@ class Cache:
             all_platforms=all_platforms,
             referrers=referrers,
             foreign_layers=foreign_layers,
-            access=Access(plain_http, tls_verify, authfile, credentials, timeout),
+            access=access,
         )
 
     def get_remote_digest(
@@ -949,13 +944,9 @@ class Cache:
             DigestMismatch: if the manifest has another digest than the name.
         """
         from cachedb.operations.inspect import resolve_digest
-        from cachedb.transports.registry.access import Access
 
-        check_paths(authfile=authfile, optional=True)
-        check_pair(credentials=credentials)
-        check_positive(timeout=timeout)
+        access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         self._check_open()
-        access = Access(plain_http, tls_verify, authfile, credentials, timeout)
         return resolve_digest(self.directory, RemoteName.parse(name), access)
 
     def list_remote_tags(
@@ -983,15 +974,10 @@ class Cache:
             RegistryError: if the registry refuses or fails, or has no such repository.
         """
         from cachedb.operations.inspect import list_tags
-        from cachedb.transports.registry.access import Access
 
-        check_paths(authfile=authfile, optional=True)
-        check_pair(credentials=credentials)
-        check_positive(timeout=timeout)
+        access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         self._check_open()
-        return list_tags(
-            self.directory, parse_repository(repository), Access(plain_http, tls_verify, authfile, credentials, timeout)
-        )
+        return list_tags(self.directory, parse_repository(repository), access)
 
     def inspect_remote(
         self,
@@ -1022,14 +1008,10 @@ class Cache:
             DigestMismatch: if downloaded content has a wrong digest or size.
         """
         from cachedb.operations.inspect import inspect_image
-        from cachedb.transports.registry.access import Access
 
         check_text(platform=platform, optional=True)
-        check_paths(authfile=authfile, optional=True)
-        check_pair(credentials=credentials)
-        check_positive(timeout=timeout)
+        access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         self._check_open()
-        access = Access(plain_http, tls_verify, authfile, credentials, timeout)
         return inspect_image(self.directory, RemoteName.parse(name), platform, access)
 
     def push(
@@ -1073,16 +1055,12 @@ class Cache:
             RegistryError: if the registry refuses or fails.
         """
         from cachedb.operations.push import Target, push_image
-        from cachedb.transports.registry.access import Access
 
         check_text(platform=platform, optional=True)
-        check_paths(authfile=authfile, optional=True)
-        check_pair(credentials=credentials)
-        check_positive(timeout=timeout)
+        access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         check_functions(progress=progress, blob_progress=blob_progress)
         source = Name.parse(name)
         pushed_name = Name.parse(strip_transport(target)) if target is not None else source
-        access = Access(plain_http, tls_verify, authfile, credentials, timeout)
         with closing(Target(self.directory, pushed_name, access=access)) as pushed_to:
             return push_image(
                 self._database,
@@ -1128,11 +1106,8 @@ class Cache:
             RegistryError: as for `push`.
         """
         from cachedb.operations.push import Target, push_image
-        from cachedb.transports.registry.access import Access
 
-        check_paths(authfile=authfile, optional=True)
-        check_pair(credentials=credentials)
-        check_positive(timeout=timeout)
+        access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         check_functions(progress=progress, blob_progress=blob_progress)
         repository = parse_repository(repository)
         target = repository if target is None else parse_repository(target)
@@ -1141,7 +1116,6 @@ class Cache:
         if not names:
             raise NotInCache(f"{repository} has no tags in the cache: `cachedb ls` lists all images", name=repository)
         target_names = [name._replace(repository=target) for name in names]
-        access = Access(plain_http, tls_verify, authfile, credentials, timeout)
         with closing(Target(self.directory, target_names[0], access=access)) as pushed_to:
             for name, target_name in zip(names, target_names, strict=True):
                 yield push_image(
@@ -1287,3 +1261,19 @@ class Cache:
             convert=convert,
             progress=progress,
         )
+
+
+def _check_access(
+    plain_http: bool | None,
+    tls_verify: bool | None,
+    authfile: str | os.PathLike[str] | None,
+    credentials: tuple[str, str] | None,
+    timeout: float,
+) -> Access:
+    """Return how to reach a registry, after a check of the arguments that say so."""
+    from cachedb.transports.registry.access import Access
+
+    check_paths(authfile=authfile, optional=True)
+    check_pair(credentials=credentials)
+    check_positive(timeout=timeout)
+    return Access(plain_http, tls_verify, authfile, credentials, timeout)
