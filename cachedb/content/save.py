@@ -62,6 +62,7 @@ __all__ = [
     "T",
     "associate_waiting",
     "attach",
+    "attach_referrers",
     "closure",
     "find_stored_part",
     "platform_choice",
@@ -183,6 +184,13 @@ def save_image(
     image_id, new = point_name(connection, name, known[digest].id, media_type, 1 if choose else None)
     _associate(connection, directory, image_id, found, known, new=new)
     return image_id
+
+
+def attach_referrers(connection: Connection, directory: Path, name: Name, blobs: Iterable[Descriptor]) -> None:
+    """Attach the closures of an image's referrers, whose blobs are stored, to the image."""
+    for blob in blobs:
+        role = blob.role if blob.role in ("manifest", "index") else "other"
+        attach(connection, directory, name, blob.digest, role, blob.media_type)
 
 
 def find_stored_part(connection: Connection, directory: Path, name: Name, digest: Digest) -> set[Digest]:

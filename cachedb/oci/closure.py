@@ -18,6 +18,7 @@ from cachedb.oci.manifests import (
     load_json,
     read_descriptors,
     read_media_type,
+    replace_entry,
     subject_of,
 )
 from cachedb.oci.names import Name
@@ -93,10 +94,7 @@ class Closure:
             entries = [
                 entry for entry, child in zip(document["manifests"], listed, strict=True) if child.digest in present
             ]
-            entries = [
-                {**entry, "digest": child.digest, "size": child.size}
-                for entry, child in zip(entries, kept, strict=True)
-            ]
+            entries = [replace_entry(entry, child) for entry, child in zip(entries, kept, strict=True)]
             data = json.dumps({**document, "manifests": entries}, separators=(",", ":")).encode()
             digest = digest_of(data)
             documents[digest], children[digest] = data, kept

@@ -18,6 +18,7 @@ from cachedb.oci.manifests import (
     Descriptor,
     load_json,
     read_descriptors,
+    replace_entry,
 )
 
 __all__ = ["convert_to_oci"]
@@ -88,17 +89,11 @@ def _rewrite(document: dict[str, Any], media_type: str, found: list[Descriptor])
     is_index = "manifests" in document
     # Go writes an empty list as null.
     listed = (document["manifests"] or []) if is_index else [document["config"], *(document["layers"] or [])]
-    entries = [_replace(entry, child) for entry, child in zip(listed, found, strict=True)]
+    entries = [replace_entry(entry, child) for entry, child in zip(listed, found, strict=True)]
     if not is_index:
         return {**document, "mediaType": media_type, "config": entries[0], "layers": entries[1:]}
     digests = {entry["digest"]: child.digest for entry, child in zip(listed, found, strict=True)}
     return {**document, "mediaType": media_type, "manifests": [_update_attested(entry, digests) for entry in entries]}
-
-
-def _replace(entry: dict[str, Any], child: Descriptor) -> dict[str, Any]:
-    """Return the entry of a child with its new media type, digest and size."""
-    kept = {key: value for key, value in entry.items() if key != "data" or entry["digest"] == child.digest}
-    return {**kept, "mediaType": child.media_type, "digest": child.digest, "size": child.size}
 
 
 def _update_attested(entry: dict[str, Any], digests: dict[str, Digest]) -> dict[str, Any]:

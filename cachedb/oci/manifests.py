@@ -41,6 +41,8 @@ __all__ = [
     "parse_entry",
     "read_descriptors",
     "read_media_type",
+    "read_subject",
+    "replace_entry",
     "role_of",
     "root_descriptor",
     "subject_of",
@@ -235,8 +237,16 @@ def root_descriptor(digest: Digest, size: int, media_type: str) -> Descriptor:
 def subject_of(data: bytes) -> Digest | None:
     """Return the digest of the subject of a manifest or index (manifest.md, "subject"), or None."""
     try:
-        return parse_digest(load_json(data, "the manifest")["subject"]["digest"])
-    except (InvalidManifest, InvalidDigest, LookupError, TypeError):
+        return read_subject(load_json(data, "the manifest"))
+    except InvalidManifest:
+        return None
+
+
+def read_subject(document: Any) -> Digest | None:  # noqa: ANN401
+    """Return the digest of the subject of a parsed manifest or index; see `subject_of`."""
+    try:
+        return parse_digest(document["subject"]["digest"])
+    except (InvalidDigest, LookupError, TypeError):
         return None
 
 
@@ -263,6 +273,15 @@ def build_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:
         "layers": [entry(layer) for layer in layers],
     }
     return json.dumps(document, separators=(",", ":")).encode()
+
+
+def replace_entry(entry: dict[str, Any], child: Descriptor) -> dict[str, Any]:
+    """Return an entry of a manifest or index for a child that replaces the one it lists.
+
+    The content that the entry embeds is that of the old child, so it is left out.
+    """
+    kept = {key: value for key, value in entry.items() if key != "data" or entry["digest"] == child.digest}
+    return {**kept, "mediaType": child.media_type, "digest": child.digest, "size": child.size}
 
 
 def build_index(entries: list[dict[str, Any]]) -> bytes:

@@ -96,7 +96,9 @@ def _check_options(format: str, tag: str | None, *, link: bool, referrers: bool,
     if tag is not None and format == "dir":
         raise CacheError(f"the format dir has no place for the tag {shorten(tag)}: leave it out")
     if link and format not in FOLDER_FORMATS:
-        raise CacheError("only a folder can have links: use the format oci-dir, or leave out --link")
+        raise CacheError(
+            f"only a folder can have links: use the format {' or '.join(FOLDER_FORMATS)}, or leave out --link"
+        )
     if convert not in (None, "oci"):
         raise CacheError(f"images cannot be converted to {shorten(convert)}: only to oci")
     if convert and format == "docker-archive":

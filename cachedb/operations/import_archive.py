@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from cachedb import oci
 from cachedb.content import publish
-from cachedb.content.save import attach, find_stored_part, save_image
+from cachedb.content.save import attach_referrers, find_stored_part, save_image
 from cachedb.content.session import Hold, Session
 from cachedb.disk.writer import Received
 from cachedb.errors import CacheError, NameInUse, os_errors
@@ -19,6 +19,7 @@ from cachedb.index import images
 from cachedb.index.records import ImageInfo, ImportedImage
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
+from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
 from cachedb.progress import Advance, Progress, sum_progress
 from cachedb.threads import in_threads
@@ -63,12 +64,12 @@ def _import(
     link: bool,
 ) -> list[ImportedImage]:
     # Images may share a blob. Its key is its digest or its place in the archive.
-    wanted = {blob.key: blob for item in found for blob in (*item.image.blobs, *item.image.referrers)}
-    digests = {blob.digest for blob in wanted.values() if blob.digest}
+    blobs = {blob.key: blob for item in found for blob in (*item.image.blobs, *item.image.referrers)}
+    digests = {blob.digest for blob in blobs.values() if blob.digest}
     roots: list[tuple[Digest, str]] = []
 
     def receive(hold: Hold, received: dict[object, Received]) -> None:
-        _receive(session, wanted, hold, received, progress, max_bytes, link=link)
+        _receive(session, blobs, hold, received, progress, max_bytes, link=link)
         roots.extend(_find_root(session, item.image, received) for item in found)
 
     def save_all(connection: Connection) -> list[ImportedImage]:
@@ -113,16 +114,16 @@ def _save(
     if image.chosen is not None:
         choose = oci.choose_among(image.chosen | find_stored_part(connection, directory, name, digest))
     image_id = save_image(connection, directory, name, digest, media_type, choose)
-    for blob in image.referrers:
-        if blob.digest:
-            role = blob.role if blob.role in ("manifest", "index") else "other"
-            attach(connection, directory, name, blob.digest, role, blob.media_type)
+    referrers = [
+        Descriptor(blob.digest, blob.size, blob.media_type, blob.role) for blob in image.referrers if blob.digest
+    ]
+    attach_referrers(connection, directory, name, referrers)
     return images.read_image(connection, directory, image_id)[0]
 
 
 def _receive(
     session: Session,
-    wanted: dict[object, model.ArchivedBlob],
+    blobs: dict[object, model.ArchivedBlob],
     hold: Hold,
     received: dict[object, Received],
     progress: Progress | None,
@@ -131,7 +132,7 @@ def _receive(
     link: bool,
 ) -> None:
     """Receive an archive's blobs in several threads; blobs that are stored already are only verified."""
-    compressed = sum(blob.size for blob in wanted.values() if blob.diff_id)
+    compressed = sum(blob.size for blob in blobs.values() if blob.diff_id)
     limit = files.UnpackLimit("the layers in the archive unpack", compressed, max_bytes)
 
     def receive_linked(blob: model.ArchivedBlob, digest: Digest, path: Path, advance: Advance) -> Received:
@@ -166,7 +167,7 @@ def _receive(
             diff_id.check()
 
     # Large blobs first, so that all threads finish at about the same time.
-    order = sorted(wanted.values(), key=lambda blob: -blob.size)
+    order = sorted(blobs.values(), key=lambda blob: -blob.size)
     in_threads(receive, order, sum_progress(sum(blob.size for blob in order), progress))
 
 

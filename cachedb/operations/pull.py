@@ -303,9 +303,7 @@ class _Pull:
                 root.media_type,
                 oci.choose_among(among) if is_part else None,
             )
-            for blob in attached:
-                role = blob.role if blob.role in ("manifest", "index") else "other"
-                save.attach(connection, self._database.directory, self._name, blob.digest, role, blob.media_type)
+            save.attach_referrers(connection, self._database.directory, self._name, attached)
             info = images.read_image(connection, self._database.directory, image_id)[0]
             if not self._has_wanted_platform(top, info):
                 asked = shorten(self._platform)

@@ -613,7 +613,7 @@ MUTATIONS = [
     Mutation("a layout lists a referrer once", "cachedb/transports/archive/write_layout.py", "if _read_name(entry) != name and not _is_listed(entry, listed)]", "if _read_name(entry) != name]", "tests/transports/archive/test_write.py -k referrer"),
     Mutation("an attestation names the converted manifest", "cachedb/oci/conversion.py", "[_update_attested(entry, digests) for entry in entries]", "entries", "tests/oci/test_conversion.py"),
     Mutation("an invalid annotation of an index is not converted", "cachedb/oci/conversion.py", "not isinstance(attested, str) or ", "", "tests/oci/test_conversion.py"),
-    Mutation("an embedded copy of a converted manifest is dropped", "cachedb/oci/conversion.py", ' if key != "data" or entry["digest"] == child.digest}', "}", "tests/oci/test_conversion.py"),
+    Mutation("an embedded copy of a converted manifest is dropped", "cachedb/oci/manifests.py", ' if key != "data" or entry["digest"] == child.digest}', "}", "tests/oci/test_conversion.py tests/oci/test_closure.py"),
     Mutation("a manifest that is a layer is not converted", "cachedb/oci/conversion.py", '_CONTENT_TYPES.get(blob.media_type, blob.media_type)', '{**_CONTENT_TYPES, **_DOCUMENT_TYPES}.get(blob.media_type, blob.media_type)', "tests/oci/test_conversion.py"),
     Mutation("converted manifests are not read from the cache", "cachedb/oci/conversion.py", "        made.add(digest)\n", "", "tests/transports/archive/test_write.py -k conver"),
     Mutation("an export tells of Docker media types", "cachedb/operations/export_archive.py", "        elif format not in MANIFEST_FORMATS and closure.root.media_type in", "        elif False and closure.root.media_type in", "tests/transports/archive/test_write.py -k docker_manifest"),

@@ -83,6 +83,18 @@ def test_an_index_is_rebuilt_without_its_absent_manifests() -> None:
     assert pruned.root.size == len(pruned.documents[pruned.root.digest])
 
 
+def test_an_index_that_is_rebuilt_embeds_no_content_of_an_old_child() -> None:
+    document = json.loads(OUTER)
+    document["manifests"] = [{**entry, "data": "old"} for entry in document["manifests"]]
+    outer = json.dumps(document).encode()
+    stored, present = {**STORED, digest_of(outer): outer}, {digest_of(outer), digest_of(AMD), digest_of(INNER)}
+    root = oci.root_descriptor(digest_of(outer), len(outer), oci.OCI_INDEX)
+    closure = oci.read_closure(root, lambda blob: stored[blob.digest], oci.choose_among(present))
+    pruned = closure.keep_present(present)
+    same, rebuilt = json.loads(pruned.documents[pruned.root.digest])["manifests"]
+    assert (same["data"], rebuilt.get("data")) == ("old", None)
+
+
 def test_only_foreign_layers_and_children_of_indexes_may_be_left_out() -> None:
     foreign = {"mediaType": "application/vnd.example.foreign.layer", "urls": ["https://example.com/"]}
     document = json.loads(AMD)

@@ -13,7 +13,7 @@ from cachedb import oci
 from cachedb.errors import DigestMismatch, InvalidArchive, InvalidManifest
 from cachedb.oci.closure import Closure
 from cachedb.oci.digests import Digest, digest_of
-from cachedb.oci.manifests import Descriptor, load_json, read_descriptors, read_media_type
+from cachedb.oci.manifests import Descriptor, load_json, read_descriptors, read_media_type, read_subject
 from cachedb.transports.archive.files import Section
 from cachedb.transports.archive.model import ArchivedBlob, ArchivedImage, check_blob_count, list_digests, read_small
 
@@ -191,7 +191,7 @@ class Contents:
         check_blob_count(self._descriptor_count)
         for value in _list_descriptors(document):
             self.add_embedded(value)
-        self._documents[root.digest] = _Document(children, oci.subject_of(data))
+        self._documents[root.digest] = _Document(children, read_subject(document))
         return self._documents[root.digest]
 
     def _read_verified(self, blob: Descriptor) -> bytes:

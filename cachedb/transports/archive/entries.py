@@ -70,9 +70,10 @@ def list_entries(
             Entry("manifest.json", len(manifest), manifest),
             *(blob._replace(path=split_digest(digest)[1]) for digest, blob in blobs.items() if digest != root.digest),
         ]
+    index = _build_index(name, ref_name or str(name), root, referrers)
     found = [
         json_entry("oci-layout", {"imageLayoutVersion": "1.0.0"}),
-        json_entry("index.json", _index(name, ref_name or str(name), root, referrers)),
+        Entry("index.json", len(index), index),
     ]
     if format == "docker" and docker_image is not None:
         config, *layers = closure.children[docker_image.digest]
@@ -106,13 +107,9 @@ def _suffix(media_type: str) -> str:
     return ".tar.zst" if media_type.endswith("zstd") else ".tar"
 
 
-def _index(name: Name, ref_name: str, root: Descriptor, referrers: list[Closure]) -> dict[str, Any]:
+def _build_index(name: Name, ref_name: str, root: Descriptor, referrers: list[Closure]) -> bytes:
     annotations = {CONTAINERD_NAME: name.qualified(), REF_NAME: ref_name}
-    return {
-        "schemaVersion": 2,
-        "mediaType": oci.OCI_INDEX,
-        "manifests": [{**_descriptor(root), "annotations": annotations}, *map(_describe_referrer, referrers)],
-    }
+    return oci.build_index([{**_descriptor(root), "annotations": annotations}, *map(_describe_referrer, referrers)])
 
 
 def _descriptor(blob: Descriptor) -> dict[str, Any]:

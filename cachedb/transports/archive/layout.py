@@ -175,7 +175,10 @@ def _read_annotations(annotations: object, item: _Listed) -> None:
 
 
 def _is_only_referrer(contents: Contents, item: _Listed) -> bool:
-    """Return whether an entry is no image of its own: it has no name, and refers to a manifest in the archive."""
+    """Return whether an entry without a name only refers to another manifest.
+
+    Its annotations state the subject, or the subject is in the archive.
+    """
     if item.names or item.tags:
         return False
     subject = contents.read_subject(item.root)

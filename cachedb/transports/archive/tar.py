@@ -87,7 +87,10 @@ def read_members(descriptor: int) -> Iterator[Member]:
 
 
 def has_end(descriptor: int, offset: int) -> bool:
-    """Return whether the two blocks of zeros that end a tar follow; GNU tar and Docker also read a tar without them."""
+    """Return whether two blocks follow the last member; `read_members` has checked that they are zeros.
+
+    They end every tar, but GNU tar and Docker also read a tar without them.
+    """
     return len(os.pread(descriptor, 2 * BLOCK, offset)) == 2 * BLOCK
 
 
