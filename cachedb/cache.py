@@ -893,9 +893,9 @@ class Cache:
             all_platforms: as for `pull`.
             referrers: as for `pull`.
             foreign_layers: as for `pull`.
-            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            plain_http: as for `pull`.
             tls_verify: as for `pull`.
-            authfile: a file of credentials; the default is the files of podman and Docker.
+            authfile: as for `pull`.
             credentials: as for `pull`.
             timeout: as for `pull`.
 
@@ -933,9 +933,9 @@ class Cache:
 
         Args:
             name: as for `pull`. If it has a digest, the manifest is downloaded and verified.
-            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            plain_http: as for `pull`.
             tls_verify: as for `pull`.
-            authfile: a file of credentials; the default is the files of podman and Docker.
+            authfile: as for `pull`.
             credentials: as for `pull`.
             timeout: as for `pull`.
 
@@ -963,9 +963,9 @@ class Cache:
 
         Args:
             repository: the repository, without a tag; ``docker://`` may precede it.
-            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            plain_http: as for `pull`.
             tls_verify: as for `pull`.
-            authfile: a file of credentials; the default is the files of podman and Docker.
+            authfile: as for `pull`.
             credentials: as for `pull`.
             timeout: as for `pull`.
 
@@ -995,9 +995,9 @@ class Cache:
         Args:
             name: as for `pull`.
             platform: ``os/architecture[/variant]`` of the image to describe; the default is the host's.
-            plain_http: use HTTP if True, HTTPS if False; the default is HTTP only for localhost.
+            plain_http: as for `pull`.
             tls_verify: as for `pull`.
-            authfile: a file of credentials; the default is the files of podman and Docker.
+            authfile: as for `pull`.
             credentials: as for `pull`.
             timeout: as for `pull`.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from cachedb.cli.log import print_line
+from cachedb.cli.log import log_above, print_line
 from cachedb.text import format_size, shorten_digest
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ def _show_bars(*, quiet: bool = False) -> Iterator[rich.progress.Progress | None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    from cachedb.cli.log import log_above
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with (

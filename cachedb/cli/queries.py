@@ -15,7 +15,7 @@ from cachedb.cli.options import format_examples, parameters_option, row_format_o
 from cachedb.cli.output import print_rows, print_table
 from cachedb.cli.signals import received_signals
 from cachedb.cli.step_watcher import StepWatcher
-from cachedb.cli.streams import closed_streams, get_stdout
+from cachedb.cli.streams import get_stdout, read_text
 from cachedb.errors import InvalidQuery, explain
 from cachedb.text import printable
 
@@ -55,7 +55,7 @@ def sql(
                 click.echo(definition)
         return
     if query == "-" or file is not None:
-        query = _read_query("-" if file is None else file)
+        query = read_text("-" if file is None else file, "the query")
     if query is None:
         with open_cache(existing=True) as cache:
             views = cache.list_views()
@@ -66,17 +66,6 @@ def sql(
             print_rows(("view", "description", "columns"), rows, form)
         return
     _run_query(query, {name: parse_number(value) for name, value in parameters.items()}, form, seconds)
-
-
-def _read_query(file: str) -> str:
-    if file == "-" and "stdin" in closed_streams:
-        raise click.UsageError("stdin is closed: send the query to it or name a file")
-    try:
-        with open(0 if file == "-" else file, encoding="utf-8-sig") as opened:  # skip an editor's byte order mark
-            return opened.read()
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise click.UsageError(f"cannot read {file!r}: {reason}") from error
 
 
 @contextmanager

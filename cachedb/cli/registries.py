@@ -10,7 +10,7 @@ from cachedb.cli.context import open_cache
 from cachedb.cli.options import NAME, format_examples, format_option, quiet_option, registry_options
 from cachedb.cli.output import print_json, print_table
 from cachedb.cli.progress import show_downloads, show_transfer
-from cachedb.cli.streams import closed_streams
+from cachedb.cli.streams import read_text
 from cachedb.errors import CacheError
 from cachedb.text import format_size, printable, shorten_digest
 from cachedb.threads import in_threads
@@ -130,14 +130,7 @@ def pull(
 
 def _read_names(file: str) -> list[str]:
     """Return the names in a file, or on stdin for ``-``; ``#`` starts a comment."""
-    if file == "-" and "stdin" in closed_streams:
-        raise click.UsageError("stdin is closed: send the names to it or name a file")
-    try:
-        with open(0 if file == "-" else file, encoding="utf-8-sig") as opened:
-            lines = [line.partition("#")[0].strip() for line in opened]
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise click.UsageError(f"cannot read {file!r}: {reason}") from error
+    lines = [line.partition("#")[0].strip() for line in read_text(file, "the names").split("\n")]
     return [line for line in lines if line]
 
 

@@ -8,7 +8,7 @@ from typing import IO
 
 import click
 
-__all__ = ["closed_streams", "discard_output", "get_stdin", "get_stdout", "open_standard_files"]
+__all__ = ["closed_streams", "discard_output", "get_stdin", "get_stdout", "open_standard_files", "read_text"]
 
 
 closed_streams: set[str] = set()  # those of "stdin", "stdout" and "stderr" that were closed at the start
@@ -36,6 +36,23 @@ def get_stdin() -> IO[bytes]:
     if sys.stdin.isatty():
         raise click.UsageError("stdin is a terminal: send the content to it or name a file")
     return sys.stdin.buffer
+
+
+def read_text(file: str, what: str) -> str:
+    """Return the text of a file, or of stdin for ``-``; raise a usage error if it cannot be read.
+
+    Args:
+        file: the path, or ``-``.
+        what: the name of the content in errors.
+    """
+    if file == "-" and "stdin" in closed_streams:
+        raise click.UsageError(f"stdin is closed: send {what} to it or name a file")
+    try:
+        with open(0 if file == "-" else file, encoding="utf-8-sig") as opened:  # skip an editor's byte order mark
+            return opened.read()
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise click.UsageError(f"cannot read {file!r}: {reason}") from error
 
 
 def get_stdout() -> IO[bytes]:

@@ -45,7 +45,7 @@ def note_failure(directory: Path, key: str) -> None:
 
 
 def has_failed(directory: Path, key: str) -> bool:
-    """Return whether a failure was noted in the last five minutes; False for a file with a time to come."""
+    """Return whether a failure was noted in the last five minutes; False for a file whose time is in the future."""
     with ignore_os_errors():
         return _is_recent((directory / "locks" / _file_name(key)).lstat())
     return False

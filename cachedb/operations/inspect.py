@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from cachedb import oci
 from cachedb.errors import InvalidManifest
+from cachedb.index.tables import TEXT_LIMIT
 from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name, RemoteName
@@ -19,7 +20,6 @@ __all__ = ["RemoteBlob", "RemoteImage", "RemotePlatform", "inspect_image", "list
 
 
 _MAX_DEPTH = 8  # of indexes in indexes
-_MAX_TEXT = 64 * 1024  # characters of a label
 
 
 class RemotePlatform(NamedTuple):
@@ -128,7 +128,7 @@ def _describe(
     """Return the description of an image from its manifest's children: the config and the layers."""
     config, *layers = children
     data = source.read_config(config) if config.media_type in oci.CONFIG_TYPES else b"{}"
-    found = oci.parse_config(data, _MAX_TEXT)
+    found = oci.parse_config(data, TEXT_LIMIT)
     return RemoteImage(
         name=name,
         digest=root.digest,

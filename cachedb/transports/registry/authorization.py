@@ -22,7 +22,7 @@ from cachedb.transports.registry.challenges import Challenge
 from cachedb.transports.registry.credentials import Credentials, find
 from cachedb.transports.registry.places import Place
 from cachedb.transports.registry.redaction import redact, remember, remember_briefly
-from cachedb.transports.registry.urls import origin, with_query
+from cachedb.transports.registry.urls import allowed_schemes, origin, with_query
 
 __all__ = ["Authorization"]
 
@@ -124,7 +124,7 @@ class Authorization:
         """
         realm = challenge["realm"]
         scheme, host, _ = origin(realm)
-        allowed = ("https",) if origin(url)[0] == "https" else ("http", "https")
+        allowed = allowed_schemes(url)
         if scheme not in allowed:
             raise RegistryError(
                 f"{self._place.registry}: the scheme of the token server {shorten(redact(realm))} is not allowed: "

@@ -15,7 +15,7 @@ _PART: Final = re.compile(rf'({_WORD})[ \t]*+=[ \t]*+(?:"((?:[^"\\]|\\.)*+)"?|([
 
 
 class Challenge(NamedTuple):
-    """A challenge: how a server wants to be shown who sends a request."""
+    """A way in which a server asks for authorization (RFC 9110, section 11.3)."""
 
     scheme: str  # in lower case
     parameters: Mapping[str, str]  # the keys are in lower case

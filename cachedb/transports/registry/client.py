@@ -38,7 +38,7 @@ from cachedb.transports.registry.explain import (
 from cachedb.transports.registry.places import Place
 from cachedb.transports.registry.redaction import remember_briefly
 from cachedb.transports.registry.tls import Certificates
-from cachedb.transports.registry.urls import origin
+from cachedb.transports.registry.urls import allowed_schemes, origin
 
 __all__ = ["TRIES", "Client"]
 
@@ -267,7 +267,7 @@ class Client:
             raise RegistryError(
                 f"{self.place.registry}: redirect to an invalid URL: check that it is a registry"
             ) from None
-        allowed = ("https",) if origin(url)[0] == "https" else ("http", "https")
+        allowed = allowed_schemes(url)
         if origin(following)[0] not in allowed:
             raise RegistryError(
                 f"{self.place.registry}: redirect to a URL whose scheme is not allowed: "

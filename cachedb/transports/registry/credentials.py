@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from cachedb.errors import CacheError, RegistryError
+from cachedb.oci.names import HUB, HUB_HOSTS
 from cachedb.text import shorten
 
 __all__ = ["Credentials", "find"]
@@ -32,8 +33,6 @@ _TIMEOUT_SECONDS = 30.0  # for a helper
 _POLL_SECONDS = 0.1  # between checks for a stop
 _HELPER = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _NOT_FOUND = b"credentials not found in native keychain"
-_HUB = "docker.io"
-_HUB_HOSTS = {_HUB, "index.docker.io", "registry-1.docker.io"}
 _HUB_URL = "https://index.docker.io/v1/"
 
 
@@ -151,7 +150,7 @@ def _parse_registry(key: str) -> str:
     """
     rest = key.removeprefix("http://").removeprefix("https://")
     host = rest if rest == key else rest.partition("/")[0]
-    return _HUB if host in _HUB_HOSTS else host
+    return HUB if host in HUB_HOSTS else host
 
 
 def _decode(entry: object, registry: str, file: str) -> Credentials | None:
@@ -184,7 +183,7 @@ def _ask_helper(helper: object, registry: str, file: str, stopped: threading.Eve
         what = f"{file!r} has {shorten(helper)} as a credential helper"
         raise RegistryError(f"{what}: give what follows docker-credential- in the program's name")
     program = f"docker-credential-{helper}"
-    server = _HUB_URL if registry == _HUB else registry
+    server = _HUB_URL if registry == HUB else registry
     status, answer = _run_helper(program, server, file, stopped)
     if status != 0 and answer.strip() == _NOT_FOUND:
         return None

@@ -64,7 +64,7 @@ def _has_secret(run: str, secrets: list[str], encoded: list[bytes]) -> bool:
 
 
 def _decode(run: str) -> Iterator[bytes]:
-    """Yield what a run may be the base64 or the hexadecimal form of, wherever that begins in it."""
+    """Yield the decodings of a run of characters as base64 and as hexadecimal, from each possible start."""
     standard = run.replace("-", "+").replace("_", "/")
     for start in range(4):
         part = standard[start:]

@@ -74,7 +74,7 @@ class Repository:
         """
         self.place = place
         self._client = Client(place, access, push=push, tries=tries)
-        self._fetched: dict[str, Fetched] = {}  # manifests that only their digest was wanted of, by digest
+        self._fetched: dict[str, Fetched] = {}  # manifests that `digest` has downloaded, by digest
         # What the registry can do, until a refusal shows otherwise.
         self._accepts_whole_blobs = self._deletes_uploads = self._has_referrers_api = True
 

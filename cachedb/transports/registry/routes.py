@@ -93,9 +93,7 @@ def _secure(where: Place, access: Access, *, insecure: bool) -> Place:
 
     An insecure place is asked over HTTPS without verification, and over HTTP if that fails, as by skopeo and podman.
     """
-    if access.tls_verify is None and not insecure:
-        return where
-    if access.tls_verify:
+    if access.tls_verify or (access.tls_verify is None and not insecure):
         return where
     if access.plain_http is not None:
         return where._replace(is_verified=False)

@@ -179,9 +179,9 @@ class Source:
                 f"manifest {blob.digest} is {blob.size} bytes; more than {DOCUMENT_LIMIT} are refused"
             )
         data = self.documents.get(blob.digest)
-        if data is None and sum(map(len, self.documents.values())) + blob.size > _MANIFEST_BYTES:
-            raise InvalidManifest(f"the manifests of {self.name} have more than {_MANIFEST_BYTES} bytes together")
         if data is None:
+            if sum(map(len, self.documents.values())) + blob.size > _MANIFEST_BYTES:
+                raise InvalidManifest(f"the manifests of {self.name} have more than {_MANIFEST_BYTES} bytes together")
             data = stored(blob.digest)
         if data is None:
             data = self.ask(lambda repository: _verify(blob, repository.manifest(blob.digest).data))

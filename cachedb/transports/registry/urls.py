@@ -9,7 +9,7 @@ from urllib3.util import parse_url
 
 from cachedb.errors import RegistryError
 
-__all__ = ["host_of", "origin", "with_query"]
+__all__ = ["allowed_schemes", "host_of", "origin", "with_query"]
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
@@ -25,6 +25,11 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
         raise RegistryError("a registry sent an invalid URL: check that it is a registry") from None
     scheme = parts.scheme or ""
     return scheme, parts.host, parts.port or {"http": 80, "https": 443}.get(scheme)
+
+
+def allowed_schemes(url: str) -> tuple[str, ...]:
+    """Return the schemes of URLs that an answer from this URL may lead to: HTTPS never leads to HTTP."""
+    return ("https",) if origin(url)[0] == "https" else ("http", "https")
 
 
 def host_of(url: str) -> str:
