@@ -105,7 +105,7 @@ def _write_cache(directory: Path, count: int) -> None:
             ((blob, _digest(blob), len(_content(blob)), TIME) for blob in range(1, count * BLOBS + 1)),
         )
         shell.executemany(
-            "INSERT INTO images (id, repository, reference, manifest_id, media_type, created_at, last_used_at) "
+            "INSERT INTO images (id, repository, reference, manifest_id, media_type, added_at, last_used_at) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
             ((number + 1, *name_of(number), number * BLOBS + 1, MANIFEST, TIME, TIME) for number in numbers),
         )

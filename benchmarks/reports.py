@@ -101,7 +101,7 @@ def _write_index(directory: Path, count: int) -> int:
     with shell:
         shell.executemany("INSERT INTO blobs (id, digest, size, stored_at) VALUES (?, ?, ?, ?)", blobs)
         shell.executemany(
-            "INSERT INTO images (id, repository, reference, manifest_id, media_type, created_at, last_used_at, "
+            "INSERT INTO images (id, repository, reference, manifest_id, media_type, added_at, last_used_at, "
             "architecture, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             images,
         )

@@ -1,4 +1,8 @@
-"""Offer the ORM models of the index under their public name; see `cachedb.index.models`."""
+"""Offer the ORM classes of the index under their public name; see `cachedb.index.models` and `cachedb.index.views`."""
 
 from cachedb.index.models import *  # noqa: F403
-from cachedb.index.models import __all__ as __all__
+from cachedb.index.models import __all__ as _tables
+from cachedb.index.views import *  # noqa: F403
+from cachedb.index.views import __all__ as _views
+
+__all__ = [*_tables, *_views]

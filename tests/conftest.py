@@ -134,7 +134,16 @@ def snapshot(directory: Path) -> dict[str, object]:
     try:
         tables = {
             table: sorted(connection.execute(f"SELECT * FROM {table}"), key=repr)
-            for table in ("images", "blobs", "image_blobs", "image_labels", "leases", "holds", "trash")
+            for table in (
+                "images",
+                "blobs",
+                "image_blobs",
+                "image_labels",
+                "image_platforms",
+                "leases",
+                "lasting_holds",
+                "trash",
+            )
         }
     finally:
         connection.close()

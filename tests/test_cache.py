@@ -75,7 +75,7 @@ def test_saving_a_name_again_moves_it_and_frees_the_old_image(cache: Cache, dire
     save(cache, "app:1", new)
     after = cache.get_image("app:1")
     assert (after.digest, len(cache.list_manifests())) == (new.digest, 1)
-    assert after.created_at > before.created_at
+    assert after.added_at > before.added_at
     gone = {digest: len(data) for digest, data in old.blobs.items() if digest not in new.blobs}
     assert cache.collect_garbage() == Collected(len(gone), sum(gone.values()))
     assert files_of(directory) == stored_rows(directory) == {d: len(data) for d, data in new.blobs.items()}

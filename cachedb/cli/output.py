@@ -219,12 +219,12 @@ def print_images(found: list[ImageInfo], form: str, *, quiet: bool) -> None:
                 str(image.name),
                 shorten_digest(image.digest),
                 format_size(image.size),
-                format_age(image.created_at),
+                format_age(image.added_at),
                 "complete" if image.complete else "incomplete",
             )
             for image in found
         )
-        print_table(("NAME", "DIGEST", "SIZE", "CREATED", "STATE"), rows, right=("SIZE",))
+        print_table(("NAME", "DIGEST", "SIZE", "ADDED", "STATE"), rows, right=("SIZE",))
 
 
 def print_collected(freed: Collected, form: str, *, dry_run: bool) -> None:

@@ -26,7 +26,7 @@ __all__ = []
     epilog=format_examples(
         "cachedb sql",
         "cachedb sql 'SELECT name, human(unique_size) FROM image_usage ORDER BY unique_size DESC LIMIT 5'",
-        "cachedb sql --format csv -p days=30 'SELECT name FROM image_ages WHERE unused_days > :days'",
+        "cachedb sql --format csv -p days=30 'SELECT name FROM image_usage WHERE unused_days > :days'",
     )
 )
 @click.argument("query", required=False)
@@ -62,7 +62,7 @@ def sql(
         if form == "table":
             print_table(("VIEW", "DESCRIPTION"), [(view.name, view.description) for view in views])
         else:
-            rows = [(view.name, view.description, " ".join(view.columns)) for view in views]
+            rows = [(view.name, view.description, " ".join(column.name for column in view.columns)) for view in views]
             print_rows(("view", "description", "columns"), rows, form)
         return
     _run_query(query, {name: parse_number(value) for name, value in parameters.items()}, form, seconds)

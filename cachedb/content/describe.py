@@ -1,13 +1,15 @@
-"""Copy the data of configs into the index: platform, build time, author, labels, layer commands.
+"""Copy the data of configs into the index: platforms, build time, author, labels, layer commands.
 
 An image is described when it is saved, and again when a missing config arrives. An image of several platforms gets
-the values on which the configs of all its platforms agree.
+the values on which the configs of all its platforms agree. The platform that an index states wins over the config's.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,62 +21,68 @@ from cachedb.index.descriptions import (
     ATTRIBUTES,
     Association,
     Description,
+    Platform,
     build_layer_update,
     read_associations,
     read_backfill,
     read_labels,
+    read_platforms,
     select_attributes,
     write,
 )
 from cachedb.index.tables import TEXT_LIMIT
 from cachedb.oci.configs import ImageConfig, parse_config
 from cachedb.oci.digests import Digest, digest_of
-from cachedb.oci.manifests import CONFIG_TYPES, DOCUMENT_LIMIT
+from cachedb.oci.manifests import CONFIG_TYPES, DOCUMENT_LIMIT, descriptors
 
-__all__ = ["Unreadable", "describe", "find_stored_configs", "matches_configs", "read_configs", "read_description"]
+__all__ = ["Unreadable", "describe", "find_stored_documents", "matches_configs", "read_description", "read_documents"]
 
+
+_Document = ImageConfig | dict[Digest, str]
+"""A parsed config, or the platforms that an index states for its children."""
 
 _RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process lacks them; the file may be sound
 
 
 class Unreadable(NamedTuple):
-    """A stored config that cannot be read."""
+    """A stored config or index that cannot be read."""
 
     digest: Digest
     detail: str
 
 
-def find_stored_configs(connection: Connection, image_id: int) -> dict[Digest, int]:
-    """Return the stored configs that describe an image, with their sizes in bytes."""
-    return {config.digest: config.size for config, _ in _configs(read_associations(connection, image_id))}
+def find_stored_documents(connection: Connection, image_id: int) -> list[Association]:
+    """Return the stored configs and indexes that describe an image."""
+    contents = read_associations(connection, image_id)
+    return [*_indexes(contents), *(config for config, _ in _configs(contents))]
 
 
-def read_configs(directory: Path, digests: Iterable[Digest]) -> dict[Digest, ImageConfig | InvalidManifest]:
-    """Read configs for `describe` without the write lock; return the configs and the errors.
+def read_documents(directory: Path, documents: Iterable[Association]) -> dict[Digest, _Document | InvalidManifest]:
+    """Read configs and indexes for `describe` without the write lock; return what they state, and the errors.
 
-    The result has an error only for an invalid config. It lacks configs whose files are lost, damaged or unreadable:
-    `describe` tries those again.
+    The result has an error only for an invalid document. It lacks documents whose files are lost, damaged or
+    unreadable: `describe` tries those again.
 
     Raises:
         StorageError: if this process lacks file descriptors or memory to read them.
     """
-    found = {digest: _read(directory, digest) for digest in digests}
-    return {digest: read for digest, read in found.items() if isinstance(read, ImageConfig | InvalidManifest)}
+    found = {document.digest: _read(directory, document) for document in documents}
+    return {digest: read for digest, read in found.items() if isinstance(read, ImageConfig | dict | InvalidManifest)}
 
 
 def describe(
     connection: Connection,
     directory: Path,
     image_id: int,
-    known: Mapping[Digest, ImageConfig | InvalidManifest] | None = None,
+    known: Mapping[Digest, _Document | InvalidManifest] | None = None,
 ) -> list[Unreadable]:
-    """Write what an image's stored configs say to its rows; return the configs that cannot be read.
+    """Write what an image's stored configs and indexes say to its rows; return those that cannot be read.
 
     Args:
         connection: in a write transaction.
         directory: of the cache.
         image_id: of the image.
-        known: configs that were read before; those of other images are ignored.
+        known: configs and indexes that were read before; those of other images are ignored.
 
     Raises:
         StorageError: if this process lacks file descriptors or memory to read them.
@@ -91,16 +99,16 @@ def describe(
 
 
 def matches_configs(connection: Connection, directory: Path, image_id: int) -> bool:
-    """Return whether the index matches an image's configs.
+    """Return whether the index matches an image's configs and indexes.
 
-    It is True if a config is not stored or its file cannot be read, and until the backfill has read the configs.
+    It is True if one of them is not stored or its file cannot be read, and until the backfill has read them.
 
     Raises:
         StorageError: if this process lacks file descriptors or memory to read them.
     """
     last_read = read_backfill(connection)
     contents = read_associations(connection, image_id)
-    wanted = [blob for blob in contents if blob.role == "config" and blob.media_type in CONFIG_TYPES]
+    wanted = [blob for blob in contents if blob.role == "index" or _is_config(blob)]
     if (last_read is not None and image_id > last_read) or not wanted or not all(blob.stored for blob in wanted):
         return True
     described = read_description(directory, contents)
@@ -111,6 +119,7 @@ def matches_configs(connection: Connection, directory: Path, image_id: int) -> b
     return (
         row._asdict() == described.values
         and read_labels(connection, image_id) == described.labels
+        and read_platforms(connection, image_id) == described.platforms
         and all(layers[position] == layer for position, layer in described.layers.items())
     )
 
@@ -118,60 +127,118 @@ def matches_configs(connection: Connection, directory: Path, image_id: int) -> b
 def read_description(
     directory: Path,
     contents: list[Association],
-    known: Mapping[Digest, ImageConfig | InvalidManifest] | None = None,
+    known: Mapping[Digest, _Document | InvalidManifest] | None = None,
 ) -> Description:
-    """Return what the stored configs of an image with these blobs say.
+    """Return what the stored configs and indexes of an image with these blobs say.
 
     Args:
         directory: of the cache.
         contents: the image's associations, by position.
-        known: configs that were read before.
+        known: configs and indexes that were read before.
 
     Raises:
         StorageError: if this process lacks file descriptors or memory to read them.
     """
-    found: list[ImageConfig] = []
+    configs: dict[int, ImageConfig] = {}  # by position
     layers: dict[int, tuple[Digest | None, str | None]] = {}
+    stated: dict[Digest, str] = {}
     unreadable: dict[Digest, CacheError] = {}
+
+    def read(blob: Association) -> _Document | None:
+        found = known[blob.digest] if known and blob.digest in known else _read(directory, blob)
+        if isinstance(found, CacheError):
+            unreadable[blob.digest] = found
+            return None
+        return found
+
+    for index in _indexes(contents):
+        if isinstance(platforms := read(index), dict):
+            stated.update(platforms)
     for config, positions in _configs(contents):
-        read = (known or {}).get(config.digest) or _read(directory, config.digest)
-        if isinstance(read, CacheError):
-            unreadable[config.digest] = read
+        if isinstance(found := read(config), ImageConfig):
+            configs[config.position] = found
+            if len(found.layers) <= len(positions):  # layers that a user attached follow those of the config
+                layers.update(zip(positions, found.layers, strict=False))
+    # Builders give the system "unknown" to attestations, which are not images.
+    images = [config for config in configs.values() if config.os != "unknown"]
+    values = {name: _agreed([getattr(config, name) for config in images]) for name in ATTRIBUTES}
+    common = set.intersection(*(set(config.labels.items()) for config in images)) if images else set()
+    return Description(values, dict(common), list(_find_platforms(contents, configs, stated)), layers, unreadable)
+
+
+def _find_platforms(
+    contents: list[Association], configs: Mapping[int, ImageConfig], stated: Mapping[Digest, str]
+) -> Iterator[Platform]:
+    """Yield the platforms of an image.
+
+    Args:
+        contents: the image's associations, by position.
+        configs: the configs that could be read, by position.
+        stated: the platforms that indexes state for manifests.
+    """
+    for index, (manifest, config) in enumerate(pairwise(contents)):
+        if manifest.role != "manifest" or not _is_config(config):
             continue
-        if read.os != "unknown":  # builders give this name to attestations, which are not images
-            found.append(read)
-        if len(read.layers) <= len(positions):  # layers that a user attached follow those of the config
-            layers.update(zip(positions, read.layers, strict=False))
-    values = {name: _agreed([getattr(config, name) for config in found]) for name in ATTRIBUTES}
-    common = set.intersection(*(set(config.labels.items()) for config in found)) if found else set()
-    return Description(values, dict(common), layers, unreadable)
+        found = configs.get(config.position)
+        parts = stated.get(manifest.digest, "").split("/")
+        if len(parts) > 1:
+            os, architecture, variant = (*parts, None)[:3]
+        elif found is not None:
+            os, architecture, variant = found.os, found.architecture, found.variant
+        else:
+            continue
+        if os == "unknown" or (os or architecture) is None:
+            continue
+        layers = _find_layers(contents, index + 1)
+        if found is not None and len(found.layers) <= len(layers):
+            layers = layers[: len(found.layers)]
+        yield Platform(manifest.position, [config.position, *layers][-1], os, architecture, variant)
+
+
+def _indexes(contents: list[Association]) -> list[Association]:
+    """Return the stored indexes of an image."""
+    return [blob for blob in contents if blob.role == "index" and blob.stored]
 
 
 def _configs(contents: list[Association]) -> Iterator[tuple[Association, list[int]]]:
     """Yield each stored config of an image, with the positions of the layers that follow it."""
-    for index, config in enumerate(contents):
-        if config.role != "config" or not config.stored or config.media_type not in CONFIG_TYPES:
-            continue
-        positions = []
-        for blob in contents[index + 1 :]:
-            if blob.role != "layer":
-                break
-            positions.append(blob.position)
-        yield config, positions
+    for index, blob in enumerate(contents):
+        if _is_config(blob) and blob.stored:
+            yield blob, _find_layers(contents, index)
 
 
-def _read(directory: Path, digest: Digest) -> ImageConfig | CacheError:
-    """Return a parsed config, or the error if it cannot be read."""
+def _is_config(blob: Association) -> bool:
+    return blob.role == "config" and blob.media_type in CONFIG_TYPES
+
+
+def _find_layers(contents: list[Association], config: int) -> list[int]:
+    """Return the positions of the layers that follow the config with this number."""
+    following = islice(contents, config + 1, None)
+    return [blob.position for blob in takewhile(lambda blob: blob.role == "layer", following)]
+
+
+def _read(directory: Path, blob: Association) -> _Document | CacheError:
+    """Return what a config or an index states, or the error if it cannot be read."""
+    parse: Callable[[bytes], _Document]
+    parse = partial(_parse_index, media_type=blob.media_type) if blob.role == "index" else _parse_config
     try:
-        with reader.open_blob(directory, digest) as file, os_errors("read a config"):
+        with reader.open_blob(directory, blob.digest) as file, os_errors(f"read the {blob.role} {blob.digest}"):
             data = file.read(DOCUMENT_LIMIT + 1)
-        if len(data) <= DOCUMENT_LIMIT and digest_of(data, digest) != digest:
+        if len(data) <= DOCUMENT_LIMIT and digest_of(data, blob.digest) != blob.digest:
             return DigestMismatch("its file is damaged: run `cachedb verify`")
-        return parse_config(data, TEXT_LIMIT)
+        return parse(data)
     except CacheError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in _RESOURCE_ERRNOS:
             raise
         return error
+
+
+def _parse_config(data: bytes) -> ImageConfig:
+    return parse_config(data, TEXT_LIMIT)
+
+
+def _parse_index(data: bytes, *, media_type: str) -> dict[Digest, str]:
+    return {child.digest: child.platform for child in descriptors(data, media_type) if child.platform}
 
 
 def _agreed(values: list[Any]) -> Any:  # noqa: ANN401

@@ -87,7 +87,7 @@ class SavedImage(NamedTuple):
 
     digest: Digest
     media_type: str
-    created_at: datetime  # UTC
+    added_at: datetime  # UTC
     last_used_at: datetime  # UTC
     some_platforms: int | None  # 1 if its closure lacks platforms of its index, or foreign layers
     contents: list[Descriptor]  # by position
@@ -247,17 +247,18 @@ def _insert_new(
     known: dict[Digest, BlobRow],
 ) -> None:
     now = datetime.now(UTC)
-    rows, wanted, labels = [], {}, {}
+    rows, wanted, labels, platforms = [], {}, {}, {}
     for image in new:
         wanted[image.name] = _associations(contents[image.name], known)
         description = _describe(directory, wanted[image.name])
         values = {"manifest_id": known[image.digest].id, "media_type": image.media_type, **description.values}
-        rows.append({**image.name._asdict(), **values, "created_at": now, "last_used_at": now})
-        labels[image.name] = description.labels
+        rows.append({**image.name._asdict(), **values, "added_at": now, "last_used_at": now})
+        labels[image.name], platforms[image.name] = description.labels, description.platforms
     connection.execute(build_images_insert(), rows)
     ids = {name: row.id for name, row in look_up_all(connection, wanted).items()}
     insert_associations(connection, {ids[name]: blobs for name, blobs in wanted.items()})
     descriptions.add_labels(connection, {ids[name]: pairs for name, pairs in labels.items()})
+    descriptions.add_platforms(connection, {ids[name]: found for name, found in platforms.items()})
 
 
 def closure(
@@ -387,7 +388,7 @@ def restore_image(connection: Connection, directory: Path, name: Name, saved: Sa
         "manifest_id": known[saved.digest].id,
         "media_type": saved.media_type,
         "some_platforms": saved.some_platforms,
-        "created_at": saved.created_at,
+        "added_at": saved.added_at,
         "last_used_at": saved.last_used_at,
     }
     image_id = connection.execute(build_image_insert(), values).scalar_one()
@@ -477,5 +478,5 @@ def attach(connection: Connection, directory: Path, name: Name, digest: Digest, 
             media_type=media_type,
         )
     )
-    if role == "config":
+    if role in ("config", "layer"):
         describe.describe(connection, directory, image.id)

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-REVISION = "0005"
+REVISION = "0006"
 """The newest migration, whose schema `cachedb.index.tables` describes; here for readers without SQLAlchemy."""
 
 UNFINISHED_INDEX = ".cachedb-copy"

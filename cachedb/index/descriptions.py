@@ -1,15 +1,15 @@
-"""Read and write what the index copies from configs: attributes, labels, commands and diff ids."""
+"""Read and write what the index copies from configs: attributes, labels, platforms, commands and diff ids."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Delete, Insert, Select, Update, bindparam, delete, insert, select, update
 
 from cachedb.errors import CacheError
-from cachedb.index.tables import BACKFILLS, BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGES
+from cachedb.index.tables import BACKFILLS, BLOBS, IMAGE_BLOBS, IMAGE_LABELS, IMAGE_PLATFORMS, IMAGES
 from cachedb.oci.digests import Digest
 
 __all__ = [
@@ -17,19 +17,22 @@ __all__ = [
     "BACKFILL",
     "Association",
     "Description",
+    "Platform",
     "add_labels",
+    "add_platforms",
     "build_layer_update",
     "copy",
     "read_associations",
     "read_backfill",
     "read_labels",
+    "read_platforms",
     "select_attributes",
     "write",
 ]
 
 
-BACKFILL: Final = "0003"
-"""The migration whose backfill reads the configs of existing images."""
+BACKFILL: Final = "0006"
+"""The migration whose backfill reads the configs and indexes of existing images."""
 ATTRIBUTES = ("architecture", "os", "variant", "created", "author")
 
 
@@ -47,21 +50,34 @@ class Association(NamedTuple):
     created_by: str | None = None
 
 
+class Platform(NamedTuple):
+    """A platform of an image."""
+
+    position: int  # of its manifest
+    last_position: int  # of its last layer; its config and its layers follow its manifest
+    os: str | None
+    architecture: str | None
+    variant: str | None
+
+
 class Description(NamedTuple):
     """The data of an image's configs that the index keeps."""
 
     values: dict[str, Any]  # the image's attributes, by column
     labels: dict[str, str]
+    platforms: list[Platform]
     layers: dict[int, tuple[Digest | None, str | None]]  # diff id and command, by position
     unreadable: dict[Digest, CacheError]
 
 
 def write(connection: Connection, image_id: int, description: Description, *, new: bool = False) -> None:
-    """Write an image's attributes and labels; ``new`` means that it has no labels to replace."""
+    """Write an image's attributes, labels and platforms; ``new`` means that it has none to replace."""
     connection.execute(_build_attributes_update(), {"of": image_id, **description.values})
     if not new:
         connection.execute(_build_labels_delete(), {"of": image_id})
+        connection.execute(_build_platforms_delete(), {"of": image_id})
     add_labels(connection, {image_id: description.labels})
+    add_platforms(connection, {image_id: description.platforms})
 
 
 def add_labels(connection: Connection, labels: Mapping[int, Mapping[str, str]]) -> None:
@@ -73,6 +89,17 @@ def add_labels(connection: Connection, labels: Mapping[int, Mapping[str, str]]) 
     ]
     if rows:
         connection.execute(_build_labels_insert(), rows)
+
+
+def add_platforms(connection: Connection, platforms: Mapping[int, Iterable[Platform]]) -> None:
+    """Insert the platforms of images that have none yet, given by image id."""
+    rows = [
+        {"image_id": image_id, **platform._asdict()}
+        for image_id, platforms_of_image in platforms.items()
+        for platform in platforms_of_image
+    ]
+    if rows:
+        connection.execute(_build_platforms_insert(), rows)
 
 
 def read_backfill(connection: Connection) -> int | None:
@@ -128,6 +155,22 @@ def _build_labels_insert() -> Insert:
 
 
 @cache
+def _build_platforms_delete() -> Delete:
+    return delete(IMAGE_PLATFORMS).where(IMAGE_PLATFORMS.c.image_id == bindparam("of"))
+
+
+@cache
+def _select_platforms() -> Select[*tuple[Any, ...]]:
+    query = select(*(IMAGE_PLATFORMS.c[name] for name in Platform._fields))
+    return query.where(IMAGE_PLATFORMS.c.image_id == bindparam("of")).order_by(IMAGE_PLATFORMS.c.position)
+
+
+@cache
+def _build_platforms_insert() -> Insert:
+    return insert(IMAGE_PLATFORMS)
+
+
+@cache
 def build_layer_update() -> Update:
     """Return the statement that sets the command and the diff id of a layer."""
     update_one = update(IMAGE_BLOBS).where(
@@ -142,14 +185,20 @@ def read_associations(connection: Connection, image_id: int) -> list[Association
 
 
 def copy(connection: Connection, source_id: int, target_id: int) -> None:
-    """Copy attributes and labels from an image with the same manifest.
+    """Copy attributes, labels and platforms from an image with the same manifest.
 
     The caller has copied the associations, which include the layers' commands and diff ids.
     """
     row = connection.execute(select_attributes(), {"of": source_id}).one()
-    write(connection, target_id, Description(row._asdict(), read_labels(connection, source_id), {}, {}))
+    labels, platforms = read_labels(connection, source_id), read_platforms(connection, source_id)
+    write(connection, target_id, Description(row._asdict(), labels, platforms, {}, {}))
 
 
 def read_labels(connection: Connection, image_id: int) -> dict[str, str]:
     """Return an image's labels, sorted by key."""
     return {row.key: row.value for row in connection.execute(_select_labels(), {"of": image_id})}
+
+
+def read_platforms(connection: Connection, image_id: int) -> list[Platform]:
+    """Return an image's platforms by position."""
+    return [Platform(*row) for row in connection.execute(_select_platforms(), {"of": image_id})]

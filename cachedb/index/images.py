@@ -79,7 +79,7 @@ _ASSOCIATION_COLUMNS = ("position", "blob_id", "role", "media_type", "diff_id", 
 
 
 _IMAGE_COLUMNS = (
-    IMAGES.c.created_at,
+    IMAGES.c.added_at,
     IMAGES.c.last_used_at,
     IMAGES.c.architecture,
     IMAGES.c.os,
@@ -260,7 +260,7 @@ def _build_image_delete() -> Delete:
 
 @cache
 def _build_manifest_update() -> Update:
-    manifest_id, now = bindparam("manifest_id", type_=Integer), bindparam("created_at", type_=UtcTime)
+    manifest_id, now = bindparam("manifest_id", type_=Integer), bindparam("added_at", type_=UtcTime)
     return (
         update(IMAGES)
         .where(IMAGES.c.id == bindparam("of"))
@@ -268,7 +268,7 @@ def _build_manifest_update() -> Update:
             manifest_id=manifest_id,
             media_type=bindparam("media_type"),
             some_platforms=bindparam("some_platforms"),
-            created_at=case((IMAGES.c.manifest_id == manifest_id, IMAGES.c.created_at), else_=now),
+            added_at=case((IMAGES.c.manifest_id == manifest_id, IMAGES.c.added_at), else_=now),
             last_used_at=bindparam("last_used_at"),
         )
     )
@@ -389,7 +389,7 @@ def point_name(
         "manifest_id": manifest_id,
         "media_type": media_type,
         "some_platforms": some_platforms,
-        "created_at": now,
+        "added_at": now,
         "last_used_at": now,
     }
     row = look_up(connection, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ class ImageInfo(NamedTuple):
     media_type: str  # of the manifest or index
     size: int  # bytes of all its blobs, each counted once
     complete: bool  # whether all its blobs are stored
-    created_at: datetime  # UTC; when the name began to point to this manifest
+    added_at: datetime  # UTC; when the name began to point to this manifest
     last_used_at: datetime  # UTC
     # From the config; for several platforms, the values on which all of them agree.
     architecture: str | None
@@ -34,6 +35,12 @@ class ImageInfo(NamedTuple):
     def name(self) -> Name:
         """The image's name."""
         return Name(self.repository, self.reference)
+
+    @property
+    def created_at(self) -> datetime:
+        """The old name of `added_at`."""
+        warnings.warn("ImageInfo.created_at is now ImageInfo.added_at", DeprecationWarning, stacklevel=2)
+        return self.added_at
 
     @property
     def platform(self) -> str:

@@ -38,8 +38,10 @@ __all__ = [
     "IMAGES",
     "IMAGE_BLOBS",
     "IMAGE_LABELS",
+    "IMAGE_PLATFORMS",
     "LEASES",
     "METADATA",
+    "OLD_NAMES",
     "REVISION",
     "TEXT_LIMIT",
     "TRASH",
@@ -47,6 +49,8 @@ __all__ = [
 ]
 
 
+OLD_NAMES = {"lasting_holds": "holds", "added_at": "created_at"}
+"""The names that tables and columns had before revision 0006, for readers of an older index."""
 TEXT_LIMIT = 65536
 """The most characters of a text from an image's config; a longer text is not copied into the index."""
 
@@ -127,7 +131,7 @@ class _Images(TypedColumns):
     reference = Column(Text, nullable=False)  # a tag or a digest
     manifest_id = Column(_INTEGER, ForeignKey("blobs.id", ondelete="RESTRICT"), nullable=False)
     media_type = Column(Text, nullable=False)
-    created_at = Column(UtcTime, nullable=False)  # when the name began to point to this manifest
+    added_at = Column(UtcTime, nullable=False)  # when the name began to point to this manifest
     last_used_at = Column(UtcTime, nullable=False)
     some_platforms = Column(
         _INTEGER, CheckConstraint("some_platforms = 1", "some_platforms")
@@ -151,7 +155,7 @@ IMAGES = Table(
     CheckConstraint("length(repository) BETWEEN 1 AND 255", "repository"),
     CheckConstraint("length(reference) BETWEEN 1 AND 135", "reference"),
     CheckConstraint("media_type LIKE '_%/_%'", "media_type"),
-    CheckConstraint(_is_time("created_at"), "created_at"),
+    CheckConstraint(_is_time("added_at"), "created_at"),  # a renamed column keeps the name of its constraint
     CheckConstraint(_is_time("last_used_at"), "last_used_at"),
     sqlite_strict=True,
 )
@@ -202,9 +206,33 @@ IMAGE_LABELS = Table(
 """A label of an image's config; for several platforms, a label that all of them have."""
 
 
+class _ImagePlatforms(TypedColumns):
+    image_id = Column(_INTEGER, ForeignKey("images.id", ondelete="CASCADE"), primary_key=True)
+    position = Column(_INTEGER, primary_key=True)  # of the platform's manifest, in image_blobs
+    last_position = Column(_INTEGER, nullable=False)  # of its last layer
+    os = Column(Text)
+    architecture = Column(Text)
+    variant = Column(Text)
+
+
+IMAGE_PLATFORMS = Table(
+    "image_platforms",
+    METADATA,
+    _ImagePlatforms,
+    CheckConstraint("last_position > position", "last_position"),
+    CheckConstraint("length(os) BETWEEN 1 AND 64", "os"),
+    CheckConstraint("length(architecture) BETWEEN 1 AND 64", "architecture"),
+    CheckConstraint("length(variant) BETWEEN 1 AND 64", "variant"),
+    CheckConstraint("os IS NOT NULL OR architecture IS NOT NULL", "known"),
+    sqlite_strict=True,
+    sqlite_with_rowid=False,
+)
+"""A platform of an image: its manifest, its config and its layers are at consecutive positions."""
+
+
 class _Leases(TypedColumns):
     digest = Column(Text, primary_key=True)
-    session = Column(Text, primary_key=True)  # or the id of a row in holds
+    session = Column(Text, primary_key=True)  # or the id of a row in lasting_holds
     hold = Column(_INTEGER, primary_key=True)  # distinguishes the holds of a session
 
 
@@ -228,7 +256,7 @@ class _Holds(TypedColumns):
 
 
 HOLDS = Table(
-    "holds",
+    "lasting_holds",
     METADATA,
     _Holds,
     CheckConstraint("id LIKE 'hold-____________'", "id"),

@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Column, Connection, Table, Text, func, insert, select, type_coerce
+from sqlalchemy import ColumnClause, Connection, Table, Text, column, func, insert, select, type_coerce
+from sqlalchemy import table as lightweight_table
 from sqlalchemy.exc import IntegrityError
 
 from cachedb.content import save
@@ -26,7 +27,7 @@ from cachedb.errors import (
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import find_faults
-from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES, METADATA, UtcTime
+from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES, METADATA, OLD_NAMES, UtcTime
 from cachedb.oci.digests import Digest, parse_digest
 from cachedb.oci.manifests import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, descriptors, manifest_media_type
 from cachedb.oci.names import Name
@@ -38,8 +39,8 @@ __all__ = ["insert_rows", "name_unnamed", "read_rows", "rebuild"]
 RECOVERED = "recovered"
 """The repository of images whose names are lost."""
 
-_TABLES = ("blobs", "images", "image_blobs", "holds", "leases")  # the other tables are not salvaged
-_LOSSES = {"image_blobs": "blobs attached to images", "holds": "holds", "leases": "leases of holds"}
+_TABLES = ("blobs", "images", "image_blobs", "lasting_holds", "leases")  # the other tables are not salvaged
+_LOSSES = {"image_blobs": "blobs attached to images", "lasting_holds": "holds", "leases": "leases of holds"}
 
 
 class Salvage(NamedTuple):
@@ -114,7 +115,7 @@ def _read_index(database: Database) -> Salvage:
             saved[Name.parse(Name(row["repository"], row["reference"]))] = save.SavedImage(
                 parse_digest(stored[row["manifest_id"]]["digest"]),
                 row["media_type"],
-                datetime.fromisoformat(row["created_at"]),
+                datetime.fromisoformat(row["added_at"]),
                 datetime.fromisoformat(row["last_used_at"]),
                 row.get("some_platforms"),
                 contents.get(row["id"], []),
@@ -126,7 +127,7 @@ def _read_index(database: Database) -> Salvage:
         has_all = has_all and connection.execute(select(func.count()).select_from(IMAGES)).scalar_one() <= len(rows)
     database.close()
     losses = [what for name, what in _LOSSES.items() if not found[name][1]]
-    return Salvage(saved, {name: found[name][0] for name in ("holds", "leases")}, has_all, losses)
+    return Salvage(saved, {name: found[name][0] for name in ("lasting_holds", "leases")}, has_all, losses)
 
 
 def _to_number(value: object) -> int:
@@ -138,26 +139,37 @@ def read_rows(database: Database, table: Table) -> tuple[list[dict[str, Any]], b
 
     After damage, the table is also read from its end.
     """
-    columns_here = _read_columns(database, table)
+    here = _find_columns(database, table)
     # Read times as text, because a damaged time must not end the read.
-    columns = [type_coerce(c, Text).label(c.name) if isinstance(c.type, UtcTime) else c for c in columns_here]
-    key = list(table.primary_key)
+    columns = [
+        (type_coerce(column, Text) if isinstance(column.type, UtcTime) else column).label(name)
+        for name, column in here.items()
+    ]
+    key = [column.name for column in table.primary_key]
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for order in ([column.asc() for column in key], [column.desc() for column in key]):
+    for order in ([here[name].asc() for name in key], [here[name].desc() for name in key]):
         with suppress(CacheError), database.look() as connection:
             result = connection.execute(select(*columns).order_by(*order)).mappings()
             while (row := result.fetchone()) is not None:
-                found[tuple(row[column.name] for column in key)] = dict(row)
+                found[tuple(row[name] for name in key)] = dict(row)
             return list(found.values()), True
     return list(found.values()), False
 
 
-def _read_columns(database: Database, table: Table) -> list[Column[Any]]:
-    """Return the columns of a table that exist in an index, whose schema may be older."""
+def _find_columns(database: Database, table: Table) -> dict[str, ColumnClause[Any]]:
+    """Return the columns of a table that exist in an index, by their names today; its schema may be older."""
     with suppress(CacheError), database.look() as connection:
-        names = {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table.name})")}
-        return [column for column in table.columns if column.name in names] or list(table.columns)
-    return list(table.columns)
+        for name in filter(None, (table.name, OLD_NAMES.get(table.name))):
+            names = {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({name})")}
+            here = {
+                known.name: column(there, known.type)
+                for known in table.columns
+                for there in names & {known.name, OLD_NAMES.get(known.name)}
+            }
+            if here:
+                lightweight_table(name, *here.values())  # each column then names its table
+                return here
+    return dict(table.columns.items())
 
 
 def _write_index(connection: Connection, directory: Path, files: dict[Digest, int], salvage: Salvage) -> Iterator[str]:

@@ -166,7 +166,7 @@ def _match_cache(connection: Connection, database: Database) -> Restored:
     connection.execute(delete(TRASH))
     connection.execute(delete(LEASES))
     connection.execute(delete(HOLDS))
-    for name in ("holds", "leases"):
+    for name in ("lasting_holds", "leases"):
         found, _ = read_rows(database, METADATA.tables[name])
         insert_rows(connection, name, found)
     database.close()

@@ -43,14 +43,14 @@ __all__ = ["Change", "Unread", "back_up", "backfill", "downgrade", "prepare", "u
 
 # A batch holds the write lock for a few hundredths of a second.
 _BATCH = 50  # images
-_BATCH_BYTES = 1024 * 1024  # bytes of configs
+_BATCH_BYTES = 1024 * 1024  # bytes of configs and indexes
 
 
 class Unread(NamedTuple):
-    """A config that the backfill could not read."""
+    """A config or index that the backfill could not read."""
 
     name: Name  # of the image
-    digest: Digest  # of the config
+    digest: Digest  # of the config or index
     detail: str
 
 
@@ -208,9 +208,9 @@ def backfill(database: Database, progress: Progress | None = None) -> list[Unrea
 
 
 def _read_configs(database: Database, progress: Progress | None) -> list[Unread]:
-    """Backfill images from their configs in batches, starting where the last backfill stopped.
+    """Backfill images from their configs and indexes in batches, starting where the last backfill stopped.
 
-    Configs are read without the write lock. Under the lock, each image is looked up again.
+    The documents are read without the write lock. Under the lock, each image is looked up again.
     """
     unread: list[Unread] = []
     with database.read() as connection:
@@ -221,8 +221,8 @@ def _read_configs(database: Database, progress: Progress | None) -> list[Unread]
             begin = descriptions.read_backfill(connection)
             if begin is None:
                 break  # another process may have finished it
-            last, digests = _select_batch(connection, begin)
-        known = describe.read_configs(database.directory, digests)
+            last, documents = _select_batch(connection, begin)
+        known = describe.read_documents(database.directory, documents)
         with database.write() as connection:
             if descriptions.read_backfill(connection) != begin:
                 continue  # another process has done this batch
@@ -243,15 +243,15 @@ def _read_configs(database: Database, progress: Progress | None) -> list[Unread]
     return unread
 
 
-def _select_batch(connection: Connection, begin: int) -> tuple[int, set[Digest]]:
-    """Return the last image id of the next batch, or ``begin``, and the digests of its configs."""
+def _select_batch(connection: Connection, begin: int) -> tuple[int, list[descriptions.Association]]:
+    """Return the last image id of the next batch, or ``begin``, and its configs and indexes."""
     query = select(IMAGES.c.id).where(IMAGES.c.id > begin).order_by(IMAGES.c.id).limit(_BATCH)
-    last, digests, size = begin, set[Digest](), 0
+    last, documents, size = begin, dict[Digest, descriptions.Association](), 0
     for image_id in connection.execute(query).scalars().all():
-        found = describe.find_stored_configs(connection, image_id)
-        size += sum(found.values())
+        found = {blob.digest: blob for blob in describe.find_stored_documents(connection, image_id)}
+        size += sum(blob.size for blob in found.values())
         if size > _BATCH_BYTES and last > begin:
             break
         last = image_id
-        digests.update(found)
-    return last, digests
+        documents.update(found)
+    return last, list(documents.values())

@@ -472,11 +472,11 @@ def _compare_image(connection: Connection, directory: Path, image_id: int, bad: 
     recorded = [(blob.digest, blob.role, blob.media_type) for blob in contents[: len(closure)]]
     if recorded != [(blob.digest, blob.role, blob.media_type) for blob in closure]:
         problems.append(problem(root.digest, "its blobs in the index differ from those in its manifest"))
+    elif not describe.matches_configs(connection, directory, image_id):
+        problems.append(problem(root.digest, "its description in the index differs from its config"))
     sizes = {blob.digest: blob.size for blob in contents if blob.stored and blob.digest not in bad}
     for blob in closure:
         if sizes.get(blob.digest, blob.size) != blob.size:
             detail = f"{blob.digest} has {sizes[blob.digest]} bytes, but {blob.size} in the manifest"
             problems.append(problem(blob.digest, detail))
-    if not describe.matches_configs(connection, directory, image_id):
-        problems.append(problem(root.digest, "its description in the index differs from its config"))
     return problems

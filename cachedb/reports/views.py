@@ -5,16 +5,31 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from sqlalchemy import Connection
+
 from cachedb.index.sqlite.database import Database
 
-__all__ = ["View", "list_views"]
+__all__ = ["Column", "View", "list_views"]
+
+
+_COLUMN_LINE = re.compile(r"^    (.+) AS (\w+),? -- (.*)$", re.MULTILINE)
+_CAST = re.compile(r"CAST\(.* AS (\w+)\)")
+_TYPES = {"INT": "INTEGER", "NUM": "NUMERIC"}
+
+
+class Column(NamedTuple):
+    """A column of a view."""
+
+    name: str
+    type: str  # INTEGER, REAL or TEXT
+    description: str
 
 
 class View(NamedTuple):
     """A view of the index that users can query."""
 
     name: str
-    columns: tuple[str, ...]
+    columns: tuple[Column, ...]
     description: str
     definition: str  # SQL
 
@@ -26,6 +41,17 @@ def list_views(database: Database) -> list[View]:
         rows = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE type = 'view' ORDER BY name")
         for name, sql in rows.all():
             comment = re.search(r"^-- (.*)$", sql, re.MULTILINE)
-            info = connection.exec_driver_sql("SELECT name FROM pragma_table_info(?)", (name,))
-            found.append(View(name, tuple(info.scalars()), comment[1] if comment else "", sql))
+            found.append(View(name, _read_columns(connection, name, sql), comment[1] if comment else "", sql))
     return found
+
+
+def _read_columns(connection: Connection, view: str, sql: str) -> tuple[Column, ...]:
+    """Return the columns of a view, each with its description from a line ``expression AS name, -- description``."""
+    described = {name: (expression, text) for expression, name, text in _COLUMN_LINE.findall(sql)}
+    columns = []
+    for name, declared in connection.exec_driver_sql("SELECT name, type FROM pragma_table_info(?)", (view,)):
+        expression, text = described.get(name, ("", ""))
+        # Before version 3.41, SQLite does not report the type of a CAST.
+        cast = _CAST.fullmatch(expression)
+        columns.append(Column(name, _TYPES.get(declared, declared) or (cast[1] if cast else ""), text))
+    return tuple(columns)

@@ -99,7 +99,7 @@ def check_either_schema(cache: Path) -> None:
         associations = shell.execute("SELECT count(*) FROM image_blobs").fetchone()
     finally:
         shell.close()
-    assert (revision, "holds" in tables) in (("0001", False), (REVISION, True))
+    assert (revision, "lasting_holds" in tables) in (("0001", False), (REVISION, True))
     assert (images, associations) == ([("gone",), ("kept",)], (8,))
 
 

@@ -30,7 +30,7 @@ from tests.support import make
 
 MADE = make.image(1, 2, compression="gzip")
 IMAGE_KEYS = [
-    "repository", "reference", "digest", "media_type", "size", "complete", "created_at", "last_used_at",
+    "repository", "reference", "digest", "media_type", "size", "complete", "added_at", "last_used_at",
     "architecture", "os", "variant", "created", "author",
 ]  # fmt: skip
 BLOB_KEYS = [
@@ -52,7 +52,7 @@ def test_an_image_is_imported_listed_shown_and_removed(cachedb: Run, archive: Pa
     assert (image["repository"], image["reference"], image["complete"]) == ("app", "1", True)
     assert image["digest"] == MADE.digest
     assert image["size"] == sum(map(len, MADE.blobs.values()))
-    for key in ("created_at", "last_used_at"):
+    for key in ("added_at", "last_used_at"):
         assert image[key].endswith("Z")
         assert datetime.fromisoformat(image[key]).utcoffset() == timedelta(0)
     assert json.loads(cachedb("ls", "--format", "json").stdout) == [image]

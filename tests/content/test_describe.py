@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import sqlite3
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachedb import Cache, CacheError, StorageError
+from cachedb.content import describe
 from cachedb.disk import reader
+from cachedb.index.descriptions import BACKFILL
 from cachedb.index.tables import TEXT_LIMIT
 from cachedb.oci.configs import CONFIG_LIMIT, parse_config
 from cachedb.oci.digests import Digest
@@ -138,6 +141,69 @@ def test_an_index_is_described_by_the_values_that_its_platforms_share(cache: Cac
     assert [blob.created_by for blob in layers] == ["RUN make 1", "RUN make 2"]
 
 
+def read_platforms(cache: Cache, name: str) -> list[tuple[Any, ...]]:
+    """Return the platforms of an image, each with the number of its layers."""
+    query = """
+        SELECT p.os, p.architecture, p.variant, last_position - position - 1
+        FROM image_platforms AS p JOIN images AS i ON i.id = p.image_id
+        WHERE i.repository || ':' || i.reference = ? ORDER BY position
+    """
+    with closing(sqlite3.connect(cache.directory / "index.db")) as shell:
+        return shell.execute(query, (name,)).fetchall()
+
+
+def test_an_image_has_the_platform_of_its_config(cache: Cache) -> None:
+    save(cache, "app:1", make_image(make_config(1, 2), 1, 2))
+    save(cache, "other:1", make_image({"config": {}}, 1))
+    cache.tag("app:1", "app:2")
+    assert read_platforms(cache, "app:1") == read_platforms(cache, "app:2") == [("linux", "arm", "v7", 2)]
+    assert read_platforms(cache, "other:1") == []
+    cache.tag("other:1", "app:2")
+    assert read_platforms(cache, "app:2") == []
+
+
+def test_the_platform_that_an_index_states_wins_over_that_of_the_config(cache: Cache) -> None:
+    first, second, third = (make_image(make_config(seed), seed) for seed in (1, 2, 3))
+    stated = [{"os": "linux", "architecture": "arm"}, {}, {"os": "windows", "architecture": "amd64", "variant": "v2"}]
+    save_index(cache, "app:1", first, second, third, platforms=stated)
+    assert read_platforms(cache, "app:1") == [
+        ("linux", "arm", None, 1),
+        ("linux", "arm", "v7", 1),
+        ("windows", "amd64", "v2", 1),
+    ]
+
+
+def test_an_index_states_a_platform_before_its_config_is_stored(cache: Cache) -> None:
+    made = make_image(make_config(1), 1)
+    save_index(cache, "app:1", made)
+    lost = cache.get_image_blobs("app:1")[2].path
+    assert lost is not None
+    lost.unlink()
+    cache.verify(repair=True)
+    cache.save_manifest("app:1", index(made))
+    assert read_platforms(cache, "app:1") == [("linux", "amd64", None, 1)]
+
+
+def test_an_index_that_cannot_be_read_leaves_the_platforms_of_the_configs(cache: Cache) -> None:
+    made = make_image(make_config(1), 1)
+    save_index(cache, "app:1", made)
+    path = cache.get_image_blobs("app:1")[0].path
+    assert path is not None
+    path.chmod(0o600)
+    path.write_bytes(b"x" * path.stat().st_size)
+    with cache._database.write() as connection:
+        (unreadable,) = describe.describe(connection, cache.directory, 1)
+        assert describe.matches_configs(connection, cache.directory, 1)
+    assert unreadable.digest == cache.get_image("app:1").digest
+    assert read_platforms(cache, "app:1") == [("linux", "arm", "v7", 1)]
+
+
+def test_attached_layers_belong_to_no_platform(cache: Cache) -> None:
+    save(cache, "app:1", make_image(make_config(1), 1))
+    cache.associate_blob_with_image("app:1", cache.add_blob(b"more"), role="layer", media_type=OCI_LAYER)
+    assert read_platforms(cache, "app:1") == [("linux", "arm", "v7", 1)]
+
+
 def test_a_platform_stored_later_changes_the_shared_values(cache: Cache) -> None:
     first, second = make_image(make_config(1), 1), make_image(make_config(2, architecture="amd64"), 2)
     cache.save_manifest("app:1", index(first, second))
@@ -150,8 +216,11 @@ def test_a_platform_stored_later_changes_the_shared_values(cache: Cache) -> None
 def test_an_attestation_does_not_describe_its_image(cache: Cache) -> None:
     made = make_image(make_config(1), 1)
     attestation = make_image({"os": "unknown", "architecture": "unknown", "config": {}}, 9)
-    save_index(cache, "app:1", made, attestation)
+    save_index(cache, "app:1", made, attestation, platforms=[{}, {"os": "unknown", "architecture": "unknown"}])
     assert read_description(cache, "app:1") == DESCRIPTION
+    assert read_platforms(cache, "app:1") == [("linux", "arm", "v7", 1)]
+    save_index(cache, "app:2", made, attestation, platforms=[{}, {}])
+    assert read_platforms(cache, "app:2") == [("linux", "arm", "v7", 1)]
 
 
 def test_an_attached_layer_gets_no_command_from_the_config(cache: Cache) -> None:
@@ -308,6 +377,9 @@ def test_verify_describes_an_image_whose_config_could_not_be_read_before(
         "DELETE FROM image_labels",
         "UPDATE image_blobs SET created_by = NULL",
         "UPDATE image_blobs SET diff_id = NULL",
+        "UPDATE image_platforms SET architecture = 'arm64'",
+        "UPDATE image_platforms SET last_position = 1",
+        "DELETE FROM image_platforms",
     ],
 )
 def test_verify_repairs_values_that_differ_from_the_config(cache: Cache, sql: str) -> None:
@@ -317,13 +389,14 @@ def test_verify_repairs_values_that_differ_from_the_config(cache: Cache, sql: st
     assert [problem.kind for problem in cache.verify().problems] == ["index"]
     cache.verify(repair=True)
     assert (read_description(cache, "app:1"), cache.get_image_blobs("app:1")) == (DESCRIPTION, contents)
+    assert read_platforms(cache, "app:1") == [("linux", "arm", "v7", 1)]
     assert cache.verify().problems == []
 
 
 def test_verify_skips_descriptions_that_a_backfill_has_not_reached(cache: Cache) -> None:
     save(cache, "app:1", make_image(make_config(1), 1))
     change_index(cache.directory, "UPDATE images SET author = NULL")
-    change_index(cache.directory, "INSERT INTO backfills VALUES ('0003', 0)")
+    change_index(cache.directory, f"INSERT INTO backfills VALUES ('{BACKFILL}', 0)")
     assert cache.verify().problems == []
     change_index(cache.directory, "UPDATE backfills SET image_id = 1")
     assert [problem.kind for problem in cache.verify().problems] == ["index"]

@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from cachedb import Cache, CacheError, Name, NotInCache
 from cachedb.index.sqlite.database import Database
 from tests.conftest import Run, files_of, run_python, snapshot
+from tests.index.test_schema import change_index
 from tests.support import make
 from tests.support.make import save
 from tests.support.promises import check
@@ -43,7 +45,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> SetClock:
 
 def list_hold_ids(directory: Path) -> set[str]:
     """Return the ids of all holds in the index, expired ones included."""
-    rows = snapshot(directory)["holds"]
+    rows = snapshot(directory)["lasting_holds"]
     assert isinstance(rows, list)
     return {row[0] for row in rows}
 
@@ -199,7 +201,7 @@ def test_more_holds_than_a_statement_has_variables_can_be_deleted(
             for ends, first in (("'1971-01-01T00:00:00.000000Z'", 0), ("NULL", 10_000)):
                 numbers = f"WITH RECURSIVE n(i) AS (SELECT {first} UNION ALL SELECT i + 1 FROM n LIMIT 1200)"
                 row = f"printf('hold-%012x', i), 'app:2', '1970-01-01T00:00:00.000000Z', {ends}"
-                connection.exec_driver_sql(f"{numbers} INSERT INTO holds SELECT {row} FROM n")
+                connection.exec_driver_sql(f"{numbers} INSERT INTO lasting_holds SELECT {row} FROM n")
                 row = f"'{MADE.digest}', printf('hold-%012x', i), 0"
                 connection.exec_driver_sql(f"{numbers} INSERT INTO leases SELECT {row} FROM n")
         Cache.open(directory).close()
@@ -220,7 +222,7 @@ def test_a_clock_that_jumps_back_makes_holds_longer_and_breaks_nothing(
     (late,) = cache.add_hold("old:1", seconds=HOUR)
     assert late.created_at.year == year
     assert [hold.name for hold in cache.list_holds()] == ["old:1", "app:1"]
-    assert [image.created_at.year for image in cache.list_manifests()] == [year, year]
+    assert [image.added_at.year for image in cache.list_manifests()] == [year, year]
     assert cache.verify().problems == []
     cache.collect_garbage()
     assert MADE.blobs.keys() <= files_of(directory).keys()
@@ -238,6 +240,21 @@ def test_future_times_are_printed_as_just_now(cache: Cache, cachedb: Run, set_cl
     cache.add_hold("app:1")
     assert "just now" in cachedb("ls").stdout
     assert "just now" in cachedb("holds").stdout
+
+
+def test_an_expired_hold_is_not_in_the_view(cache: Cache, directory: Path) -> None:
+    save(cache, "app:1", MADE)
+    cache.add_hold("app:1")
+    cache.add_hold("app:1", seconds=HOUR)
+    query = "SELECT name, blobs, size FROM holds"
+    assert read_all(directory, query) == [("app:1", 4, sum(map(len, MADE.blobs.values())))] * 2
+    change_index(directory, "UPDATE lasting_holds SET expires_at = '2026-01-31T23:59:59.123456Z' WHERE expires_at > ''")
+    assert len(read_all(directory, query)) == 1
+
+
+def read_all(directory: Path, query: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(directory / "index.db")) as shell:
+        return shell.execute(query).fetchall()
 
 
 # The command line

@@ -32,9 +32,10 @@ from tests.support.make import digest_of, image
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TABLES = {
-    "alembic_version", "images", "blobs", "image_blobs", "image_labels", "holds", "leases", "trash", "backfills"
+    "alembic_version", "images", "blobs", "image_blobs", "image_labels", "image_platforms", "lasting_holds", "leases",
+    "trash", "backfills",
 }  # fmt: skip
-FIRST = TABLES - {"holds", "image_labels", "backfills"}
+FIRST = TABLES - {"lasting_holds", "image_labels", "image_platforms", "backfills"}
 
 
 def alembic(*arguments: str, checkout: Path = CHECKOUT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -201,7 +202,7 @@ def test_an_older_schema_is_upgraded_only_when_asked(directory: Path) -> None:
     assert alembic("downgrade", "0001", CACHEDB_DIR=str(directory)).returncode == 0
     assert list_tables(directory) == FIRST
     before = content(directory)
-    with pytest.raises(SchemaMismatch, match=r"schema 0001, .* needs 0005: run `cachedb db upgrade`, set "):
+    with pytest.raises(SchemaMismatch, match=rf"schema 0001, .* needs {REVISION}: run `cachedb db upgrade`, set "):
         Cache.open(directory)
     assert content(directory) == before
     with Cache.open(directory, upgrade=True) as cache:
@@ -377,17 +378,18 @@ IMAGE = {
     "reference": "1",
     "manifest_id": 1,
     "media_type": "application/json",
-    "created_at": TIME,
+    "added_at": TIME,
     "last_used_at": TIME,
 }
+PLATFORM = {"image_id": 1, "position": 7, "last_position": 8, "os": "linux", "architecture": "amd64", "variant": None}
 LABEL = {"image_id": 1, "key": "version", "value": ""}
 ASSOCIATION = {"image_id": 1, "position": 7, "blob_id": 1, "role": "layer", "media_type": "application/json"}
 LEASE = {"digest": DIGEST, "session": "1-abc", "hold": 1}
 TRASH = {"digest": DIGEST, "size": 0}
 HOLD = {"id": "hold-0123456789ab", "name": "app:1", "created_at": TIME, "expires_at": None}
 VALID: dict[str, dict[str, Any]] = {
-    "blobs": BLOB, "images": IMAGE, "image_blobs": ASSOCIATION, "image_labels": LABEL, "leases": LEASE, "holds": HOLD,
-    "trash": TRASH
+    "blobs": BLOB, "images": IMAGE, "image_blobs": ASSOCIATION, "image_labels": LABEL, "image_platforms": PLATFORM,
+    "leases": LEASE, "lasting_holds": HOLD, "trash": TRASH
 }  # fmt: skip
 
 INVALID_DIGESTS = [
@@ -423,7 +425,7 @@ INVALID = [
     *((table, "digest", value) for table in ("blobs", "leases", "trash") for value in INVALID_DIGESTS),
     *((table, "size", value) for table in ("blobs", "trash") for value in (-1, None, 1.5, "many")),
     *(("blobs", "stored_at", value) for value in INVALID_TIMES),
-    *(("images", column, value) for column in ("created_at", "last_used_at") for value in [*INVALID_TIMES, None]),
+    *(("images", column, value) for column in ("added_at", "last_used_at") for value in [*INVALID_TIMES, None]),
     *((table, "media_type", value) for table in ("images", "image_blobs") for value in INVALID_MEDIA_TYPES),
     *(("images", "repository", value) for value in ("", "a" * 256, None)),
     *(("images", "reference", value) for value in ("", "a" * 136, None)),
@@ -432,11 +434,14 @@ INVALID = [
     *(("image_blobs", "position", value) for value in (-1, None, "first")),
     *(("image_blobs", column, value) for column in ("image_id", "blob_id") for value in (99, None)),
     *(("leases", column, None) for column in ("session", "hold")),
-    *(("holds", "id", value) for value in ("", "hold-", "hold-0123456789abc", "1-abc", None)),
-    *(("holds", "name", value) for value in ("", "a" * 401, None)),
-    *(("holds", "created_at", value) for value in [*INVALID_TIMES, None]),
-    *(("holds", "expires_at", value) for value in INVALID_TIMES),
+    *(("lasting_holds", "id", value) for value in ("", "hold-", "hold-0123456789abc", "1-abc", None)),
+    *(("lasting_holds", "name", value) for value in ("", "a" * 401, None)),
+    *(("lasting_holds", "created_at", value) for value in [*INVALID_TIMES, None]),
+    *(("lasting_holds", "expires_at", value) for value in INVALID_TIMES),
     *(("images", column, value) for column in ("architecture", "os", "variant") for value in ("", "a" * 65, b"x")),
+    *(("image_platforms", column, "a" * 65) for column in ("architecture", "os", "variant")),
+    *(("image_platforms", column, "") for column in ("architecture", "os", "variant")),
+    *(("image_platforms", "last_position", value) for value in (7, None)),
     *(("images", "created", value) for value in INVALID_TIMES),
     *(("images", "author", value) for value in ("", "a" * 65537)),
     *(("images", "some_platforms", value) for value in (0, 2, "all")),

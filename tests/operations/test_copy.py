@@ -104,7 +104,7 @@ def test_leases_of_processes_and_trash_stay_behind_and_holds_are_copied(cache: C
     cache.copy(target)
     assert snapshot(cache.directory) == before, "the copy left its own leases"
     left: dict[str, Any] = {**read_tables(target)}
-    assert {row[1] for row in left["leases"]} == {row[0] for row in left["holds"]} != set()
+    assert {row[1] for row in left["leases"]} == {row[0] for row in left["lasting_holds"]} != set()
     assert left["trash"] == []
     assert loose in files_of(target), "a blob stored at the snapshot is missing"
     check(target)
@@ -114,7 +114,9 @@ def test_leases_of_processes_and_trash_stay_behind_and_holds_are_copied(cache: C
 def read_tables(directory: Path) -> dict[str, list[tuple[object, ...]]]:
     shell = sqlite3.connect(directory / "index.db")
     try:
-        return {name: shell.execute(f"SELECT * FROM {name}").fetchall() for name in ("leases", "holds", "trash")}
+        return {
+            name: shell.execute(f"SELECT * FROM {name}").fetchall() for name in ("leases", "lasting_holds", "trash")
+        }
     finally:
         shell.close()
 

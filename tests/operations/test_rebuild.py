@@ -129,7 +129,7 @@ def test_without_backups_images_are_recovered_under_their_digests(made: Path) ->
 
 def test_names_are_restored_from_the_newest_backup_and_newer_images_recovered(made: Path) -> None:
     with Cache.open(made) as cache:
-        before = {image.name: (image.created_at, image.last_used_at) for image in cache.list_manifests()}
+        before = {image.name: (image.added_at, image.last_used_at) for image in cache.list_manifests()}
     back_up(made, "000002-newest.db")
     change_index(made, "UPDATE images SET repository = 'older' WHERE repository = 'many'")
     back_up(made, "000001-older.db")
@@ -142,7 +142,7 @@ def test_names_are_restored_from_the_newest_backup_and_newer_images_recovered(ma
     with Cache.open(made) as cache:
         for one in cache.list_manifests():
             if one.repository != "recovered":
-                assert (one.created_at, one.last_used_at) == before[one.name]
+                assert (one.added_at, one.last_used_at) == before[one.name]
         assert cache.get_image_blobs(NAMES[0])[-1].media_type == "text/x-signature"
     check(made)
 
@@ -289,10 +289,10 @@ def test_an_index_with_a_changed_byte_in_its_header_is_rebuilt(made: Path, place
         "DROP TABLE images",
         "DROP TABLE image_blobs",
         "DROP TABLE leases",
-        "DROP TABLE holds",
+        "DROP TABLE lasting_holds",
         "PRAGMA application_id = 77",
-        "INSERT INTO images (id, repository, reference, manifest_id, media_type, created_at, last_used_at) "
-        "SELECT 999, 'broken', 'x', 99999, media_type, created_at, last_used_at FROM images LIMIT 1",
+        "INSERT INTO images (id, repository, reference, manifest_id, media_type, added_at, last_used_at) "
+        "SELECT 999, 'broken', 'x', 99999, media_type, added_at, last_used_at FROM images LIMIT 1",
         "DELETE FROM blobs WHERE id = (SELECT manifest_id FROM images WHERE repository = 'many')",
         "UPDATE images SET manifest_id = 99999 WHERE repository = 'many'",
     ],
@@ -313,7 +313,7 @@ def test_an_index_that_a_statement_broke_is_rebuilt(made: Path, statement: str) 
     "assignment",
     [
         "media_type = 'nonsense'",
-        "created_at = '2026-99-99T99:99:99.000000Z'",
+        "added_at = '2026-99-99T99:99:99.000000Z'",
         "manifest_id = (SELECT id FROM blobs WHERE id NOT IN (SELECT manifest_id FROM images) LIMIT 1)",
         "repository = 'Not A Name'",
         "repository = CAST(x'ff41' AS TEXT)",
@@ -375,7 +375,7 @@ def test_readable_holds_times_and_attached_blobs_survive(made: Path) -> None:
     check(made)
 
 
-@pytest.mark.parametrize("table", ["image_blobs", "holds"])
+@pytest.mark.parametrize("table", ["image_blobs", "lasting_holds"])
 def test_rows_that_cannot_be_restored_are_reported(made: Path, table: str) -> None:
     change_index(made, f"DROP TABLE {table}")
     found = repair_cache(made)
@@ -800,7 +800,7 @@ def test_holds_survive_an_interrupted_rebuild(made: Path) -> None:
 def test_an_index_of_a_newer_schema_is_not_rebuilt(made: Path) -> None:
     status = (made / "index.db").stat()
     with Cache.open(made) as cache:
-        change_index(made, "ALTER TABLE holds RENAME COLUMN name TO names")
+        change_index(made, "ALTER TABLE lasting_holds RENAME COLUMN name TO names")
         change_index(made, "UPDATE alembic_version SET version_num = '9999'")
         change_index(made, "PRAGMA user_version = 9999")
         with pytest.raises(SchemaMismatch, match="newer release"):
@@ -816,7 +816,7 @@ def test_a_damaged_index_is_rebuilt_though_a_folder_is_missing(made: Path) -> No
 
 
 def test_an_invalid_time_is_damage(made: Path) -> None:
-    change_index(made, "UPDATE images SET created_at = '2026-99-99T00:00:00.000000Z' WHERE id = 1")
+    change_index(made, "UPDATE images SET added_at = '2026-99-99T00:00:00.000000Z' WHERE id = 1")
     with Cache.open(made) as cache, pytest.raises(DamagedIndex, match="has the invalid time"):
         cache.list_manifests()
     repair_cache(made)

@@ -43,6 +43,7 @@ from cachedb.content import describe
 from cachedb.disk import reader
 from cachedb.index import drift as drift_module
 from cachedb.index import schema
+from cachedb.index.descriptions import BACKFILL
 from cachedb.index.sqlite import backups
 from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.prepare import prepare
@@ -66,7 +67,18 @@ OPERATIONS: dict[str, Callable[..., object]] = {
 }
 FROZEN = Path(__file__).parents[1] / "frozen"
 REVISIONS = [f"{number:04}" for number in range(1, int(REVISION) + 1)]
-ADDED = {"some_platforms", "architecture", "os", "variant", "created", "author", "diff_id", "created_by"}
+ADDED = {
+    "created_at",
+    "added_at",
+    "some_platforms",
+    "architecture",
+    "os",
+    "variant",
+    "created",
+    "author",
+    "diff_id",
+    "created_by",
+}
 
 
 # The tests of pytest-alembic for all migrations. Its plugin does not work with pytest 9, but its tests do.
@@ -143,6 +155,40 @@ def test_a_cache_of_any_release_keeps_rows_and_blobs_in_upgrades_and_downgrades(
     assert list_tables(directory) - {"alembic_version"} == all_rows.keys()
     assert files_of(directory) == files
     upgrade.upgrade(directory)
+    check(directory)
+
+
+def test_an_upgrade_finds_the_platforms_of_images(tmp_path: Path) -> None:
+    directory = unpack_frozen_cache("0005", tmp_path / "cache")
+    upgrade.upgrade(directory)
+    with Cache.open(directory) as cache:
+        with cache.sql("SELECT name, os, architecture, complete FROM platforms WHERE name LIKE 's%'") as found:
+            rows = sorted(found.rows)
+        size = sum(blob.size for blob in cache.get_image_blobs("several:1")[1:5])
+        with cache.sql("SELECT size FROM platforms WHERE name = 'several:1' AND architecture = 'amd64'") as found:
+            assert list(found.rows) == [(size,)]
+    assert rows == [
+        ("several:1", "linux", "amd64", 1),
+        ("several:1", "linux", "arm64", 1),
+        ("some:1", "linux", "arm64", 1),
+    ]
+
+
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+def test_an_index_that_lost_its_older_schema_keeps_names_times_and_holds(revision: str, tmp_path: Path) -> None:
+    directory = unpack_frozen_cache(revision, tmp_path / "cache")
+    shell = sqlite3.connect(directory / "index.db")
+    shell.execute("DROP TABLE alembic_version")
+    query = "SELECT repository, reference, {}, last_used_at FROM images ORDER BY repository, reference"
+    images = shell.execute(query.format("created_at")).fetchall()
+    holds = shell.execute("SELECT * FROM holds").fetchall() if revision > "0001" else []
+    shell.close()
+    with Cache.open(directory, damaged=True) as cache:
+        assert any("rebuilt" in (problem.repair or "") for problem in cache.verify(repair=True).problems)
+    shell = sqlite3.connect(directory / "index.db")
+    assert shell.execute(query.format("added_at")).fetchall() == images
+    assert shell.execute("SELECT * FROM lasting_holds").fetchall() == holds
+    shell.close()
     check(directory)
 
 
@@ -224,12 +270,12 @@ def list_backups(directory: Path) -> list[str]:
 def test_an_upgrade_makes_a_backup_with_all_rows(old: Path) -> None:
     before = read_rows(old)
     changed = upgrade.upgrade(old)
-    assert changed.backup == old / "backups" / "000001-0001-before-0005.db"
+    assert changed.backup == old / "backups" / f"000001-0001-before-{REVISION}.db"
     assert changed.backup.stat().st_mode & 0o777 == old.stat().st_mode & 0o666
     shutil.copy(changed.backup, old.parent / "index.db")
     assert read_rows(old.parent) == before
     assert upgrade.upgrade(old) == (REVISION, REVISION, None, [])
-    assert list_backups(old) == ["000001-0001-before-0005.db"]
+    assert list_backups(old) == [f"000001-0001-before-{REVISION}.db"]
 
 
 def test_a_backup_is_synced_before_it_has_its_name(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +304,9 @@ def test_the_newest_automatic_backups_and_all_manual_ones_are_kept(old: Path) ->
         upgrade.downgrade(old, "0001")
     assert list_backups(old) == [
         manual.name,
-        "000005-0005-before-0001.db",
-        "000006-0001-before-0005.db",
-        "000007-0005-before-0001.db",
+        f"000005-{REVISION}-before-0001.db",
+        f"000006-0001-before-{REVISION}.db",
+        f"000007-{REVISION}-before-0001.db",
     ]
 
 
@@ -283,6 +329,7 @@ def test_failed_and_killed_changes_do_not_accumulate_backups(old: Path, monkeypa
         import os, sys
         from pathlib import Path
         from cachedb.index import schema
+from cachedb.index.descriptions import BACKFILL
         from cachedb.operations import upgrade
 
         schema.run_migrations = lambda *_, **__: os.kill(os.getpid(), 9)
@@ -298,7 +345,7 @@ def test_failed_and_killed_changes_do_not_accumulate_backups(old: Path, monkeypa
 
 def test_the_error_of_an_old_backup_that_cannot_be_deleted_names_it(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(backups.KEPT):
-        (old / "backups" / f"{number + 1:06}-0001-before-0005.db").touch()
+        (old / "backups" / f"{number + 1:06}-0001-before-{REVISION}.db").touch()
     real = os.unlink
 
     def refuse(path: str, **options: Any) -> None:
@@ -386,7 +433,7 @@ def test_one_of_many_processes_upgrades_and_all_continue(old: Path) -> None:
         old,
     )
     assert output == "{0}\n"
-    assert list_backups(old) == ["000001-0001-before-0005.db"]
+    assert list_backups(old) == [f"000001-0001-before-{REVISION}.db"]
     check(old)
 
 
@@ -558,7 +605,7 @@ def test_a_backfill_of_another_migration_is_left_pending(old: Path, pending: boo
     upgrade.upgrade(old)
     change_index(old, "INSERT INTO backfills VALUES ('0004', 3)")
     if pending:
-        change_index(old, "INSERT INTO backfills VALUES ('0003', 1)")
+        change_index(old, f"INSERT INTO backfills VALUES ('{BACKFILL}', 1)")
     calls: list[tuple[str, int, int]] = []
     upgrade.upgrade(old, progress=lambda *step: calls.append(step))
     assert calls == ([("reading configs", 6, 6), ("reading configs", 6, 6)] if pending else [])
@@ -589,15 +636,15 @@ def test_large_configs_are_written_in_separate_transactions(old: Path, monkeypat
 
 def run_during_reading(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
     """Call `work` after the first configs are read and before their values are written."""
-    read = describe.read_configs
+    read = describe.read_documents
 
     def read_and_work(*arguments: Any) -> Any:
         found = read(*arguments)
-        monkeypatch.setattr(describe, "read_configs", read)
+        monkeypatch.setattr(describe, "read_documents", read)
         work()
         return found
 
-    monkeypatch.setattr(describe, "read_configs", read_and_work)
+    monkeypatch.setattr(describe, "read_documents", read_and_work)
 
 
 def test_an_image_that_changes_during_a_backfill_gets_its_new_description(
@@ -815,7 +862,7 @@ def test_the_error_of_a_trigger_that_blocks_a_change_quotes_it(cachedb: Run, old
         change_index(old, "DROP TRIGGER mine")
     change_index(old, f"CREATE TRIGGER mine BEFORE UPDATE ON images {refuse.format('ABORT')}")
     with pytest.raises(
-        StorageError, match=r"schema is 0005, but .* not on a Friday: continue it with `cachedb db upgrade`"
+        StorageError, match=rf"schema is {REVISION}, but .* not on a Friday: continue it with `cachedb db upgrade`"
     ):
         upgrade.upgrade(old)
     with pytest.raises(StorageError, match="not on a Friday"):
@@ -898,8 +945,8 @@ def test_a_second_row_of_alembic_version_is_drift_and_blocks_changes(directory: 
     change_index(directory, f"INSERT INTO alembic_version VALUES ('{version}')")
     assert [drift[:2] for drift in drift_module.check(directory)] == [("row", "alembic_version")]
     if version == "0002":
-        change_index(directory, "DELETE FROM alembic_version WHERE version_num = '0005'")
-        change_index(directory, "INSERT INTO alembic_version VALUES ('0005')")
+        change_index(directory, f"DELETE FROM alembic_version WHERE version_num = '{REVISION}'")
+        change_index(directory, f"INSERT INTO alembic_version VALUES ('{REVISION}')")
         with pytest.raises(SchemaMismatch, match="2 rows"):
             upgrade.upgrade(directory)
     with pytest.raises(SchemaMismatch, match="2 rows"):
@@ -1390,7 +1437,7 @@ def test_the_db_commands_print_json(cachedb: Run, old: Path) -> None:
     assert [(entry["revision"], entry["current"]) for entry in run("history")][-1] == ("0001", True)
     assert "run `cachedb db upgrade`" in run("check", code=1)
     changed = run("upgrade")
-    assert changed["backup"] == str(old / "backups" / "000001-0001-before-0005.db")
+    assert changed["backup"] == str(old / "backups" / f"000001-0001-before-{REVISION}.db")
     assert [entry["name"] for entry in changed["unread"]] == ["broken:1"]
     assert run("check") == []
     assert run("backup")["size"] > 0
@@ -1413,10 +1460,10 @@ def test_the_db_commands_print_text(cachedb: Run, old: Path, tmp_path: Path) -> 
     assert "run `cachedb db upgrade`" in run("current")
     assert "holds that outlive a process" in run("history")
     done = cachedb("--dir", old, "db", "upgrade")
-    assert done.stdout.startswith("schema 0001 became 0005; the old index is ")
+    assert done.stdout.startswith(f"schema 0001 became {REVISION}; the old index is ")
     assert "skipped the config" in done.stderr
-    assert run("upgrade") == "the cache already has schema 0005\n"
-    assert run("current") == "0005, the newest\n"
+    assert run("upgrade") == f"the cache already has schema {REVISION}\n"
+    assert run("current") == f"{REVISION}, the newest\n"
     assert run("check") == "no differences\n"
     path = run("backup").strip()
     assert run("restore", path).startswith("images: 7, incomplete: 1; ")

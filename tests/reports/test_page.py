@@ -56,7 +56,7 @@ def fill(directory: Path, images: int, seed: int = 1) -> None:
         layers = [bases[number % 3], *own]
         time = some_time()
         shell.execute(
-            "INSERT INTO images (id, repository, reference, manifest_id, media_type, created_at, last_used_at, os, "
+            "INSERT INTO images (id, repository, reference, manifest_id, media_type, added_at, last_used_at, os, "
             "architecture, author) VALUES (?, ?, ?, ?, ?, ?, ?, 'linux', 'amd64', ?)",
             (number, repository, f"1.{number}", blob(700), OCI_MANIFEST, time, time, HOSTILE if number == 1 else None),
         )

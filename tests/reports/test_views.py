@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachedb import Cache, oci
+from cachedb import Cache, ImageInfo, oci
 from cachedb.content.save import save_image
 from cachedb.index.sqlite.database import Database
 from cachedb.oci.digests import Digest
-from cachedb.oci.manifests import OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from cachedb.oci.manifests import CONFIG_TYPES, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from cachedb.oci.names import Name
 from cachedb.reports import named as report
 from tests.conftest import files_of
@@ -49,6 +50,8 @@ IMAGES = [
 def index_of(*children: bytes) -> bytes:
     kinds = [OCI_INDEX if "manifests" in json.loads(child) else OCI_MANIFEST for child in children]
     entries = [descriptor(child, kind) for child, kind in zip(children, kinds, strict=True)]
+    if len(entries) > 1:  # the index states some platforms, and leaves others to the configs
+        entries[0]["platform"] = {"os": "linux", "architecture": "arm", "variant": "v7"}
     return json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).encode()
 
 
@@ -276,6 +279,7 @@ class Expected:
     def __init__(self, world: World, cache: Cache, times: dict[str, str], now: datetime) -> None:
         self.world, self.times, self.now = world, times, now
         self.files = files_of(world.directory)
+        self.cache_holds = cache.list_holds()
         self.known = {str(image.name): image for image in cache.list_manifests()}
         self.contents = {name: world.contents(name) for name in world.entries}
         self.sets = {name: {part.digest for part in parts} for name, parts in self.contents.items()}
@@ -350,12 +354,49 @@ class Expected:
                 "variant": common_value("variant"),
                 "author": common_value("author"),
                 "created": f"{created[:26]}Z" if created else None,
-                "created_at": text(image.created_at),
+                "created_at": text(image.added_at),
                 "last_used_at": text(image.last_used_at),
                 "complete": found <= self.files.keys(),
                 "blobs": len(found),
                 **self.usage(found, others),
+                "added_at": text(image.added_at),
+                **self.ages(image),
             }
+
+    def ages(self, image: ImageInfo) -> Row:
+        return {
+            "built_days": pytest.approx(self.days(image.created), abs=0.01) if image.created else None,
+            "added_days": pytest.approx(self.days(image.added_at), abs=0.01),
+            "unused_days": pytest.approx(self.days(image.last_used_at), abs=0.01),
+        }
+
+    def platforms(self) -> Iterator[Row]:
+        for name, parts in self.contents.items():
+            stated = {
+                entry["digest"]: entry["platform"]
+                for part in parts
+                if part.role == "index" and (data := self.world.read(part.digest)) is not None
+                for entry in json.loads(data)["manifests"]
+                if "platform" in entry
+            }
+            for place, (manifest, config) in enumerate(pairwise(parts)):
+                if manifest.role != "manifest" or config.role != "config" or config.media_type not in CONFIG_TYPES:
+                    continue
+                data = self.world.read(config.digest)
+                document = json.loads(data) if data is not None and data.startswith(b"{") else {}
+                platform = stated.get(manifest.digest, document)
+                if not platform.get("os"):
+                    continue
+                layers = list(takewhile(lambda part: part.role == "layer", parts[place + 2 :]))
+                known = len(document["rootfs"]["diff_ids"]) if document else None
+                found = {part.digest for part in [manifest, config, *layers[:known]]}
+                yield {
+                    "name": name,
+                    **{key: platform.get(key) for key in ("os", "architecture", "variant")},
+                    "digest": manifest.digest,
+                    "size": self.size(found),
+                    "complete": found <= self.files.keys(),
+                }
 
     def image_contents(self) -> Iterator[Row]:
         for name, parts in self.contents.items():
@@ -381,12 +422,9 @@ class Expected:
 
     def image_ages(self) -> Iterator[Row]:
         for row in self.image_usage():
-            image = self.known[row["name"]]
             yield {
                 **{key: row[key] for key in ("name", "created", "created_at", "last_used_at")},
-                "built_days": pytest.approx(self.days(image.created), abs=0.01) if image.created else None,
-                "added_days": pytest.approx(self.days(image.created_at), abs=0.01),
-                "unused_days": pytest.approx(self.days(image.last_used_at), abs=0.01),
+                **self.ages(self.known[row["name"]]),
             }
 
     def image_bases(self) -> Iterator[Row]:
@@ -452,18 +490,27 @@ class Expected:
             if row["stored"] and not row["images"] and not row["held"]:
                 yield {key: row[key] for key in ("digest", "size", "stored_at")}
 
+    def lasting_holds(self) -> Iterator[Row]:
+        for hold in self.cache_holds:
+            yield {
+                **{key: getattr(hold, key) for key in ("id", "name", "blobs", "size")},
+                "created_at": text(hold.created_at),
+                "expires_at": None,
+            }
+
     def growth(self) -> Iterator[Row]:
         blobs = Counter(self.times[digest][:10] for digest in self.files)
         sizes: Counter[str] = Counter()
         for digest, size in self.files.items():
             sizes[self.times[digest][:10]] += size
-        added = Counter(text(image.created_at)[:10] for image in self.known.values())
+        added = Counter(text(image.added_at)[:10] for image in self.known.values())
         for day in blobs.keys() | added.keys():
             yield {"day": day, "images": added[day], "blobs": blobs[day], "size": sizes[day]}
 
     def views(self) -> dict[str, Callable[[], Iterator[Row]]]:
         return {
             "image_usage": self.image_usage,
+            "platforms": self.platforms,
             "image_contents": self.image_contents,
             "labels": self.labels,
             "image_ages": self.image_ages,
@@ -475,6 +522,7 @@ class Expected:
             "repository_usage": self.repository_usage,
             "missing_blobs": self.missing_blobs,
             "garbage": self.garbage,
+            "holds": self.lasting_holds,
             "growth": self.growth,
         }
 
@@ -496,7 +544,7 @@ def spread_over_days(directory: Path) -> None:
         day = "'2026-0' || (1 + {} % 3) || '-0' || (1 + {} % 2) || 'T01:02:03.456789Z'"
         time = day.format("id", "id")
         shell.execute(f"UPDATE blobs SET stored_at = {time} WHERE stored_at IS NOT NULL")
-        shell.execute(f"UPDATE images SET created_at = {time}, last_used_at = {day.format('(id + 1)', 'id')}")
+        shell.execute(f"UPDATE images SET added_at = {time}, last_used_at = {day.format('(id + 1)', 'id')}")
 
 
 def in_order(rows: list[Row]) -> list[Row]:
@@ -609,11 +657,11 @@ def test_the_reference_lists_exactly_the_views_and_their_columns_in_order(cache:
 def test_the_example_queries_of_the_reference_run(cache: Cache) -> None:
     (queries,) = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
     statements = queries.strip().split(";\n\n")
-    assert len(statements) == 7
+    assert len(statements) == 8
     cache.save_manifest("debian:12", IMAGES[0].manifest)
     cache.save_manifest("app:1", IMAGES[1].manifest)
     found = [query_rows(cache.directory, statement.rstrip(";")) for statement in statements]
-    assert [len(rows) for rows in found] == [0, 1, 0, 1, 1, 2, 1]
+    assert [len(rows) for rows in found] == [0, 1, 0, 0, 1, 1, 2, 1]
 
 
 # How the views are computed.
@@ -621,7 +669,7 @@ def test_the_example_queries_of_the_reference_run(cache: Cache) -> None:
 KEY_COLUMNS = {
     "image_usage": "name", "image_contents": "name", "labels": "name", "image_ages": "name", "blob_usage": "digest",
     "layers": "digest", "shared_layers": "digest", "common_layers": "name", "repository_usage": "repository",
-    "garbage": "digest",
+    "garbage": "digest", "platforms": "name",
 }  # fmt: skip
 """The column by which each view is queried for one thing; the other views always read everything."""
 
@@ -638,8 +686,8 @@ def large(place: Path) -> Iterator[sqlite3.Connection]:
             for number in range(296):
                 values = {"new": number + 10, "of": 1 + number % 4, "reference": str(number)}
                 shell.execute(
-                    "INSERT INTO images (id, repository, reference, manifest_id, media_type, created_at, last_used_at) "
-                    "SELECT :new, 'app', :reference, manifest_id, media_type, created_at, last_used_at "
+                    "INSERT INTO images (id, repository, reference, manifest_id, media_type, added_at, last_used_at) "
+                    "SELECT :new, 'app', :reference, manifest_id, media_type, added_at, last_used_at "
                     "FROM images WHERE id = :of",
                     values,
                 )

@@ -234,12 +234,14 @@ def attach(cache: Cache, name: str, *artifacts: ImageContent) -> None:
             cache.associate_blob_with_image(name, digest, role=role, media_type=media_type)
 
 
-def save_index(cache: Cache, name: str, *children: ImageContent) -> bytes:
+def save_index(
+    cache: Cache, name: str, *children: ImageContent, platforms: list[dict[str, str]] | None = None
+) -> bytes:
     """Save images and an index over them in a cache; return the index."""
     for child in children:
         for digest, data in child.blobs.items():
             cache.save_blob(digest, data)
-    manifest = index(*children)
+    manifest = index(*children, platforms=platforms)
     cache.save_manifest(name, manifest)
     return manifest
 

@@ -28,7 +28,7 @@ def check(directory: Path) -> None:
         left: dict[str, Any] = snapshot(directory)
         used, leased = {row[2] for row in left["image_blobs"]}, {row[0] for row in left["leases"]}
         assert all(row[0] in used or row[1] in leased for row in left["blobs"]), "P6: no unreferenced blob is left"
-        assert {row[1] for row in left["leases"]} <= {row[0] for row in left["holds"]}, "only holds have leases"
+        assert {row[1] for row in left["leases"]} <= {row[0] for row in left["lasting_holds"]}, "only holds have leases"
         assert (left["trash"], set(left["ingest"]) - {"partial"}) == ([], set())
         kept = {name for name in left["locks"] if lock_kind(name) != "failure"}
         assert kept <= {"write.lock", "write.queue"}

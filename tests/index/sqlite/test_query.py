@@ -224,8 +224,15 @@ def test_a_read_only_cache_can_be_queried(cache: Cache, monkeypatch: pytest.Monk
 
 def test_views_are_listed_with_columns_and_descriptions(cache: Cache) -> None:
     found = {view.name: view for view in cache.list_views()}
-    assert found["garbage"].columns == ("digest", "size", "stored_at")
+    assert found["garbage"].columns == (
+        ("digest", "TEXT", "digest of the blob"),
+        ("size", "INTEGER", "bytes"),
+        ("stored_at", "TEXT", "time at which it was stored"),
+    )
     assert all(view.description and view.definition.startswith("CREATE VIEW") for view in found.values())
+    columns = [column for view in found.values() for column in view.columns]
+    assert {column.type for column in columns} == {"INTEGER", "REAL", "TEXT"}
+    assert all(column.description for column in columns)
 
 
 # Functions and limits
