@@ -77,7 +77,7 @@ def test_an_image_is_imported_listed_shown_and_removed(cachedb: Run, archive: Pa
 def test_the_default_output_is_a_readable_table(cachedb: Run, archive: Path) -> None:
     assert "app:1" in cachedb("import", archive).stdout
     heading, row = cachedb("ls").stdout.splitlines()
-    assert heading.split() == ["NAME", "DIGEST", "SIZE", "CREATED", "STATE"]
+    assert heading.split() == ["NAME", "DIGEST", "SIZE", "ADDED", "STATE"]
     assert re.fullmatch(r"app:1  sha256:[0-9a-f]{12}  [0-9.]+ kB  just now  complete", row)
     shown = cachedb("show", "app:1").stdout
     assert shown.count("sha256:") == 5
