@@ -189,7 +189,7 @@ def save_image(
 def attach_referrers(connection: Connection, directory: Path, name: Name, blobs: Iterable[Descriptor]) -> None:
     """Attach the closures of an image's referrers, whose blobs are stored, to the image."""
     for blob in blobs:
-        role = blob.role if blob.role in ("manifest", "index") else "other"
+        role = blob.role if blob.is_document else "other"
         attach(connection, directory, name, blob.digest, role, blob.media_type)
 
 

@@ -57,7 +57,7 @@ class Closure:
         while stack:
             blob = stack.pop()
             found.append(blob)
-            if blob.role in ("manifest", "index") and blob.digest not in expanded:
+            if blob.is_document and blob.digest not in expanded:
                 expanded.add(blob.digest)
                 stack.extend(reversed(self.children.get(blob.digest, [])))
         return found
@@ -213,7 +213,7 @@ def read_closure(
     stack = [root]
     while stack:
         blob = stack.pop()
-        if blob.role not in ("manifest", "index") or blob.digest in documents:
+        if not blob.is_document or blob.digest in documents:
             continue
         documents[blob.digest] = read(blob)
         found = _parse_children(blob, documents[blob.digest])
@@ -255,7 +255,7 @@ def walk(
     while stack:
         blob = stack.pop()
         yield blob
-        if blob.role not in ("manifest", "index") or blob.digest in expanded:
+        if not blob.is_document or blob.digest in expanded:
             continue
         expanded.add(blob.digest)
         data = read(blob)

@@ -54,7 +54,7 @@ def convert_to_oci(closure: Closure) -> Closure:
 
     def convert(blob: Descriptor) -> Descriptor:
         if blob not in converted:
-            is_document = blob.role in ("manifest", "index")
+            is_document = blob.is_document
             converted[blob] = convert_document(blob) if is_document else _convert_content(blob)
         return converted[blob]
 

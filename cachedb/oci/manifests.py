@@ -35,6 +35,7 @@ __all__ = [
     "build_manifest",
     "check_media_type",
     "descriptors",
+    "find_compression",
     "is_compressed",
     "load_json",
     "manifest_media_type",
@@ -68,7 +69,10 @@ ROLES: Final = ("manifest", "index", "config", "layer", "other")
 DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 """The largest accepted manifest, index or config in bytes; registries have the same limit."""
 _SIZE_LIMIT = 16 * 1024**4  # bytes: no file is larger, and sums of sizes stay within 64 bits
-_MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
+_UNKNOWN_TYPE = "application/octet-stream"  # of content whose media type says nothing (RFC 2046, section 4.5.1)
+_MEDIA_TYPE = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}(?:[ \t]*;[ -~]{0,255})?"
+)
 
 
 class Descriptor(NamedTuple):
@@ -80,6 +84,11 @@ class Descriptor(NamedTuple):
     role: str
     platform: str | None = None  # os/architecture[/variant], if an index states it
     urls: tuple[str, ...] = ()  # where else to download the blob
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is a manifest or index, which references other blobs."""
+        return self.role in ("manifest", "index")
 
     @property
     def is_foreign(self) -> bool:
@@ -117,7 +126,10 @@ def _refuse_constant(constant: str) -> None:
 
 
 def check_media_type(value: object, what: str) -> str:
-    """Return ``value`` if it is a media type (RFC 6838, section 4.2), else raise `InvalidManifest`."""
+    """Return ``value`` if it is a media type, which may have parameters, else raise `InvalidManifest`.
+
+    RFC 6838, section 4.2, defines media types, and RFC 2045, section 5.1, their parameters.
+    """
     if not isinstance(value, str) or not _MEDIA_TYPE.fullmatch(value):
         raise InvalidManifest(f"{what} has the invalid media type {shorten(value)}")
     return value
@@ -125,7 +137,13 @@ def check_media_type(value: object, what: str) -> str:
 
 def is_compressed(media_type: str) -> bool:
     """Return whether a layer of this media type is compressed."""
-    return media_type.endswith(("gzip", "zstd"))
+    return find_compression(media_type) is not None
+
+
+def find_compression(media_type: str) -> str | None:
+    """Return the compression that a layer's media type names, ``gzip`` or ``zstd``, or None."""
+    kind = media_type.partition(";")[0].rstrip()
+    return next((name for name in ("gzip", "zstd") if kind.endswith(name)), None)
 
 
 def role_of(media_type: str) -> str:
@@ -219,7 +237,18 @@ def _parse_descriptor(value: object, role: str, what: str) -> Descriptor:
         raise InvalidManifest(f"{what}: {error}") from error
     urls = value.get("urls")
     texts = tuple(url for url in urls if isinstance(url, str)) if isinstance(urls, list) else ()
-    return Descriptor(digest, size, check_media_type(value.get("mediaType"), what), role, urls=texts)
+    return Descriptor(digest, size, _read_content_type(value.get("mediaType"), what), role, urls=texts)
+
+
+def _read_content_type(value: object, what: str) -> str:
+    """Return the media type in a descriptor, as far as it says what the content is.
+
+    Its role follows from its place in the manifest. So podman, skopeo and containerd read images whose layers have an
+    empty or odd media type.
+    """
+    if value is not None and not isinstance(value, str):
+        raise InvalidManifest(f"{what} has the invalid media type {shorten(value)}")
+    return value if value and _MEDIA_TYPE.fullmatch(value) else _UNKNOWN_TYPE
 
 
 def parse_entry(value: object, what: str) -> Descriptor:

@@ -354,7 +354,7 @@ class _Pull:
     def _find_referrers(self, closure: list[Descriptor]) -> list[Descriptor]:
         """Return the blobs of the referrers (signatures, SBOMs) of a closure, and of their own referrers."""
         found: list[Descriptor] = []
-        pending = [blob for blob in closure if blob.role in ("manifest", "index")]
+        pending = [blob for blob in closure if blob.is_document]
         known = {blob.digest for blob in pending}
         while pending:
             subject = pending.pop().digest

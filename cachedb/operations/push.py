@@ -164,8 +164,8 @@ def push(
     repository = target.repository
     blobs, documents = _add_referrers(closure, contents, read)
     # Divide by role: a manifest may also be a layer of another one.
-    wanted = {blob.digest: blob for blob in blobs if _is_document(blob)}
-    parts = {blob.digest: blob for blob in blobs if not _is_document(blob)}
+    wanted = {blob.digest: blob for blob in blobs if blob.is_document}
+    parts = {blob.digest: blob for blob in blobs if not blob.is_document}
     for blob in wanted.values():
         if blob.digest not in documents and not repository.has("manifests", blob.digest):
             raise IncompleteImage(
@@ -203,10 +203,6 @@ def push(
         mounted=count["mounted"],
         existing=count["existing"],
     )
-
-
-def _is_document(blob: Descriptor) -> bool:
-    return blob.role in ("manifest", "index")
 
 
 def _add_referrers(

@@ -131,6 +131,34 @@ def test_an_invalid_media_type_is_refused(media_type: object) -> None:
         oci.check_media_type(media_type, "the blob")
 
 
+@pytest.mark.parametrize("media_type", ["text/plain;x=1", "application/json; charset=utf-8", f"{OCI_LAYER}+gzip ; a=b"])
+def test_a_media_type_may_have_parameters(media_type: str) -> None:
+    assert oci.check_media_type(media_type, "the blob") == media_type
+    manifest = encode({"schemaVersion": 2, "config": entry(1, OCI_CONFIG), "layers": [entry(2, media_type)]})
+    (layer,) = oci.descriptors(manifest, OCI_MANIFEST)[1:]
+    assert (layer.media_type, layer.role) == (media_type, "layer")
+
+
+def test_the_compression_of_a_layer_does_not_depend_on_parameters() -> None:
+    assert oci.is_compressed(f"{OCI_LAYER}+gzip; charset=x")
+    assert not oci.is_compressed(f"{OCI_LAYER}; was=gzip")
+
+
+@pytest.mark.parametrize("media_type", [None, "", "x", "a/b\n", "a b/c", "a/" + "b" * 128, "/", "a/\u00e9"])
+def test_a_layer_with_an_empty_or_odd_media_type_has_unknown_content(media_type: object) -> None:
+    layer = make.descriptor(b"layer", "") | {"mediaType": media_type}
+    manifest = encode({"schemaVersion": 2, "config": entry(1, OCI_CONFIG), "layers": [layer]})
+    (found,) = oci.descriptors(manifest, OCI_MANIFEST)[1:]
+    assert (found.media_type, found.role) == ("application/octet-stream", "layer")
+
+
+@pytest.mark.parametrize("media_type", [1, [], {}, True])
+def test_a_descriptor_whose_media_type_is_no_text_is_refused(media_type: object) -> None:
+    layer = make.descriptor(b"layer", "") | {"mediaType": media_type}
+    with pytest.raises(InvalidManifest, match="invalid media type"):
+        oci.descriptors(encode({"schemaVersion": 2, "config": entry(1, OCI_CONFIG), "layers": [layer]}), OCI_MANIFEST)
+
+
 def test_a_manifest_with_the_largest_sizes_can_be_listed(cache: Cache) -> None:
     layers = [entry(number) | {"size": 16 * 1024**4} for number in range(1000)]
     document = {"schemaVersion": 2, "config": entry(1000), "layers": layers}

@@ -86,7 +86,7 @@ class Contents:
         stack = [root]
         while stack:
             blob = stack.pop()
-            if blob.role in ("manifest", "index") and blob not in chosen:
+            if blob.is_document and blob not in chosen:
                 chosen[blob] = choose(blob)
                 stack.extend(chosen[blob])
         return chosen
@@ -111,7 +111,7 @@ class Contents:
         return self._present[key]
 
     def _has_children(self, blob: Descriptor, depth: int) -> bool:
-        if blob.role not in ("manifest", "index"):
+        if not blob.is_document:
             return True
         children = self._read(blob).children
         present = [self.is_present(child, depth + 1) or child.is_foreign for child in children]

@@ -41,6 +41,6 @@ def open_directory(files: Files, manifest: Section, platform: str | None) -> tup
         if blob.digest == root.digest:
             return manifest
         encoded = split_digest(blob.digest)[1]
-        return files.find(f"{encoded}.manifest.json" if blob.role in ("manifest", "index") else encoded)
+        return files.find(f"{encoded}.manifest.json" if blob.is_document else encoded)
 
     return Contents(find, platform, has_end=files.has_end), root

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from cachedb import oci
 from cachedb.oci.closure import Closure
 from cachedb.oci.digests import Digest, split_digest
-from cachedb.oci.manifests import Descriptor
+from cachedb.oci.manifests import Descriptor, find_compression
 from cachedb.oci.names import Name
 from cachedb.transports.archive.model import CONTAINERD_NAME, REF_NAME, path_in_layout
 
@@ -102,9 +102,7 @@ def _manifest_json(name: Name, config: str, layers: list[str]) -> Entry:
 
 
 def _suffix(media_type: str) -> str:
-    if media_type.endswith("gzip"):
-        return ".tar.gz"
-    return ".tar.zst" if media_type.endswith("zstd") else ".tar"
+    return {"gzip": ".tar.gz", "zstd": ".tar.zst"}.get(find_compression(media_type) or "", ".tar")
 
 
 def _build_index(name: Name, ref_name: str, root: Descriptor, referrers: list[Closure]) -> bytes:

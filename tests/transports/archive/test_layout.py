@@ -397,3 +397,18 @@ def test_embedded_content_is_decoded_once(cache: Cache, monkeypatch: pytest.Monk
     entries = [named(manifest, f"art:{n}") for n, manifest in enumerate(manifests)]
     assert len(import_files(cache, layout_of(*entries, blobs=blobs))) == 3
     assert len(decoded) == 1
+
+
+@pytest.mark.parametrize("media_type", ["application/vnd.oci.image.layer.v1.tar+gzip; charset=x", "text/plain;x=1", ""])
+def test_a_layer_with_an_odd_media_type_is_imported_and_exported(cache: Cache, media_type: str, tmp_path: Path) -> None:
+    image = make.image(1, compression="gzip")
+    document = json.loads(image.manifest)
+    document["layers"][0]["mediaType"] = media_type
+    manifest = json.dumps(document).encode()
+    files = layout_of(named(manifest, "app:1"), blobs=[manifest, image.config, *image.layers])
+    assert import_files(cache, files) == ["app:1"]
+    assert list_digests(cache, "app:1") == [digest_of(data) for data in (manifest, image.config, *image.layers)]
+    cache.export("app:1", tmp_path / "app.tar")
+    with Cache.open(tmp_path / "other") as other:
+        (imported,) = other.cache_from_tar(tmp_path / "app.tar")
+        assert imported.digest == digest_of(manifest)
