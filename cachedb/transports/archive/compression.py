@@ -10,32 +10,41 @@ from typing import Any
 from cachedb.disk.writer import CHUNK_BYTES
 from cachedb.errors import InvalidArchive
 
-__all__ = ["MAGIC", "MAGIC_LENGTH", "Decompressor", "detect_compression"]
+__all__ = ["MAGIC_LENGTH", "Decompressor", "detect_compression"]
 
 
 _SLICE_BYTES = 64 * 1024  # given to a decompressor at a time; it may return most of them unused
-MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
+_MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
 # Not only "BZh": a file name, and so an uncompressed tar, may begin with it.
-MAGIC |= {b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)}
+_MAGIC |= {b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)}
 # A zstd stream may begin with a skippable frame (RFC 8878, section 3.1.2); pzstd writes one.
-MAGIC |= {bytes([0x50 + kind]) + b"\x2a\x4d\x18": "zstd" for kind in range(16)}
-MAGIC_LENGTH = max(map(len, MAGIC))
+_MAGIC |= {bytes([0x50 + kind]) + b"\x2a\x4d\x18": "zstd" for kind in range(16)}
+MAGIC_LENGTH = max(map(len, _MAGIC))
 """The number of first bytes that `detect_compression` needs."""
 
 
 def detect_compression(head: bytes) -> str | None:
-    """Return the compression of content with these first bytes (a value of `MAGIC`), or None."""
-    return next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
+    """Return the compression of content with these first bytes (a value of `_MAGIC`), or None."""
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
 
 
 class Decompressor:
     """Decompressor of one stream, which may have several members or frames, into parts of bounded size."""
 
-    def __init__(self, compression: str) -> None:
-        self._compression = compression
+    def __init__(self, compression: str, *, may_have_garbage: bool = False) -> None:
+        """Create it.
+
+        Args:
+            compression: as from `detect_compression`.
+            may_have_garbage: ignore what follows a complete member and is no member, as gzip(1) does.
+        """
+        self._compression, self._may_have_garbage = compression, may_have_garbage
         self._stream: Any = None
+        self._has_member = False  # whether one is complete
         self.ended = False
         """Whether the stream may end here, at the end of a member."""
+        self.has_garbage = False
+        """Whether something was ignored."""
 
     def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
         """Decompress the next bytes, and yield the result in parts.
@@ -48,13 +57,14 @@ class Decompressor:
 
     def _feed(self, pending: bytes) -> Iterator[bytes]:
         try:
-            while True:
+            while not self.has_garbage:
                 if self._stream is None or self.ended:
                     if not pending.lstrip(b"\0"):  # some tools pad the end with zeros
                         return
                     self._stream, self.ended = self._create_stream(), False
                 part = self._stream.decompress(pending, CHUNK_BYTES)
                 self.ended = self._stream.eof
+                self._has_member |= self.ended
                 pending = self._stream.unused_data if self.ended else self._take_unconsumed()
                 if part:
                     yield part
@@ -63,6 +73,9 @@ class Decompressor:
         except InvalidArchive:
             raise
         except Exception as error:  # each library raises its own kinds of errors
+            if self._may_have_garbage and self._has_member:
+                self.ended = self.has_garbage = True
+                return
             raise InvalidArchive(f"{self._compression} data in the archive is damaged: {error}") from error
 
     def _create_stream(self) -> Any:  # noqa: ANN401

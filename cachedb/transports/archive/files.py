@@ -10,12 +10,13 @@ import os
 import posixpath
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from cachedb.disk.waiting import LOG
 from cachedb.disk.writer import CHUNK_BYTES, write_all
 from cachedb.errors import CacheError, InvalidArchive, StorageError, os_errors
 from cachedb.text import format_size, parse_size, shorten
@@ -135,28 +136,39 @@ class Folder:
 
 
 class Tar:
-    """The files in a tar, which one pass over its headers finds."""
+    """The files in a tar, which one pass over its headers finds.
+
+    Warnings tell of links and names that other readers may take in another way.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._files: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
+        self._outside: set[str] = set()  # links that lead out of the archive, which are never followed
+        self._targets_from_top: dict[str, str] = {}  # of symbolic links, if they were relative to the whole archive
+        self._absolute: list[str] = []
         name_characters = end = 0
         for member in tar.read_members(descriptor):
             name_characters += len(member.name) + len(member.link)
-            if len(self._files) + len(self._links) >= _MEMBERS_LIMIT:
+            if len(self._files) + len(self._links) + len(self._outside) >= _MEMBERS_LIMIT:
                 raise InvalidArchive(f"the archive has more than {_MEMBERS_LIMIT} members: not an image")
             if name_characters > _NAMES_LIMIT:
                 raise InvalidArchive(f"the archive has names of more than {_NAMES_LIMIT} characters: not an image")
             self._add_member(member)
             end = member.end
         self.has_end = tar.has_end(descriptor, end)
-        for name in self._links:
-            self._follow_links(name)  # raises if they form a circle
+        _warn_of(self._absolute, "the / at the start of names is left out")
+        _warn_of(self._outside, "links that lead out of the archive are not followed")
+        _warn_of(self._mend_links(), "links are followed from the top of the archive, because they lead nowhere else")
+        self._folder = self._find_folder()
 
     def find(self, name: str) -> Section | None:
         """Return the content of a file or link, or None if there is no such file."""
-        place = self._files.get(self._follow_links(_normalize_name(name)))
+        last = self._follow_links(f"{self._folder}{_normalize_name(name)}")
+        if last in self._outside:
+            raise InvalidArchive(f"the link {shorten(last)} in the archive leads out of it: put the file in its place")
+        place = self._files.get(last)
         return None if place is None else Section(self._descriptor, *place)
 
     def _follow_links(self, name: str) -> str:
@@ -167,20 +179,67 @@ class Tar:
             name = self._links[name]
         raise InvalidArchive(f"links in the archive form a loop, or a chain that is too long, at {shorten(name)}")
 
+    def _mend_links(self) -> list[str]:
+        """Let the links that lead nowhere lead to a file from the top of the archive, and return their names.
+
+        Some vendors write a layer so. It must have its diff id, as every layer.
+
+        Raises:
+            InvalidArchive: if links form a loop.
+        """
+        mended = []
+        for name in self._links:
+            target = self._targets_from_top.get(name)
+            if self._follow_links(name) not in self._files and target in self._files:
+                self._links[name] = target
+                mended.append(name)
+        return mended
+
+    def _find_folder(self) -> str:
+        """Return the folder that holds all files, with a slash, if it is an image layout, else an empty text.
+
+        ``tar -cf app.tar layout/`` makes such an archive.
+        """
+        names = self._files.keys() | self._links.keys()
+        folder = next(iter(names), "").partition("/")[0]
+        if {f"{folder}/oci-layout", f"{folder}/index.json"} <= names and all(
+            name.startswith(f"{folder}/") for name in names
+        ):
+            LOG.warning("the image layout is read from the folder %s in the archive", shorten(folder))
+            return f"{folder}/"
+        return ""
+
     def _add_member(self, member: tar.Member) -> None:
-        name = _normalize_name(member.name)
-        if member.kind == tar.HARD_LINK and name in self._files and name == _normalize_name(member.link, link=name):
+        name = _normalize_name(member.name.lstrip("/"))
+        if member.name.startswith("/"):
+            self._absolute.append(name)
+        if member.kind == tar.HARD_LINK and name in self._files and name == _resolve_link(name, member.link):
             return  # GNU tar writes this for a file that it was given twice
-        self._files.pop(name, None)  # a later member replaces an earlier one of the same name
-        self._links.pop(name, None)
+        # A later member replaces an earlier one of the same name.
+        for known in (self._files, self._links, self._targets_from_top):
+            known.pop(name, None)
+        self._outside.discard(name)
         if member.kind == tar.SYMBOLIC_LINK:
-            self._links[name] = _normalize_name(posixpath.join(posixpath.dirname(name), member.link), link=name)
+            self._add_link(name, posixpath.join(posixpath.dirname(name), member.link))
+            self._targets_from_top[name] = posixpath.normpath(member.link)
         elif member.kind == tar.HARD_LINK:
-            self._links[name] = _normalize_name(member.link, link=name)
+            self._add_link(name, member.link.lstrip("/"))  # GNU tar and Docker leave out the slash here, too
         elif member.kind in tar.REGULAR:
             self._files[name] = (member.offset, member.size)
         elif member.kind != tar.FOLDER:
             raise InvalidArchive(f"{shorten(member.name)} in the archive is neither a file, a folder nor a link")
+
+    def _add_link(self, name: str, target: str) -> None:
+        resolved = _resolve_link(name, target)
+        if resolved is None:
+            self._outside.add(name)
+        else:
+            self._links[name] = resolved
+
+
+def _warn_of(names: Collection[str], what: str) -> None:
+    if names:
+        LOG.warning("%s: %s%s", what, shorten(next(iter(names))), ", ..." if len(names) > 1 else "")
 
 
 def _is_file_name(name: str) -> bool:
@@ -189,17 +248,26 @@ def _is_file_name(name: str) -> bool:
     return False
 
 
-def _normalize_name(name: str, link: str | None = None) -> str:
+def _normalize_name(name: str) -> str:
     """Return a member's name in its normal form; raise if it leads out of the archive."""
-    what = f"{shorten(name)} in the archive" if link is None else f"the link {shorten(link)} in the archive"
     if not _is_file_name(name):
-        raise InvalidArchive(f"{what} has an invalid file name")
-    normal = posixpath.normpath(name)
-    # A link may contain ".." if it stays inside the archive; a name may not contain it.
-    climbs = normal.startswith("../") or normal == ".." if link else ".." in name.split("/")
-    if posixpath.isabs(name) or climbs:
-        raise InvalidArchive(f"{what} leads out of it")
-    return normal
+        raise InvalidArchive(f"{shorten(name)} in the archive has an invalid file name")
+    if posixpath.isabs(name) or ".." in name.split("/"):
+        raise InvalidArchive(f"{shorten(name)} in the archive leads out of it")
+    return posixpath.normpath(name)
+
+
+def _resolve_link(name: str, target: str) -> str | None:
+    """Return the name that a link leads to, or None if that is outside the archive.
+
+    Args:
+        name: of the link.
+        target: a path from the top of the archive; it may contain "..".
+    """
+    if not _is_file_name(target):
+        raise InvalidArchive(f"the link {shorten(name)} in the archive has an invalid file name")
+    normal = posixpath.normpath(target)
+    return None if posixpath.isabs(normal) or normal == ".." or normal.startswith("../") else normal
 
 
 def read_max_unpacked() -> int | None:
@@ -278,12 +346,15 @@ def open_files(source: Path | BinaryIO, new_spool: Callable[[], FileIO], most: i
                 files: Files = Folder(source)
             else:
                 file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
+                has_garbage = False
                 if not _is_regular(file) or detect_compression(os.pread(file.fileno(), MAGIC_LENGTH, 0)):
                     # The file is unbuffered, so that closing it cannot fail on a full disk.
                     spooled = stack.enter_context(new_spool())
-                    _copy_decompressed(file, spooled, most)
+                    has_garbage = _copy_decompressed(file, spooled, most)
                     file = spooled
                 files = Tar(file.fileno())
+                if has_garbage and not files.has_end:
+                    raise InvalidArchive("the gzip compressed archive is damaged, or cut short")
         yield files
 
 
@@ -295,13 +366,13 @@ def _is_regular(file: BinaryIO, *, anywhere: bool = False) -> bool:
         return False
 
 
-def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) -> None:
-    """Copy a stream to a file, and decompress it if it is compressed."""
+def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) -> bool:
+    """Copy a stream to a file, and decompress it if it is compressed; return whether it has garbage at its end."""
     chunk = b""
     while len(chunk) < MAGIC_LENGTH and (more := source.read(CHUNK_BYTES)):
         chunk += more  # a pipe may return fewer bytes than requested
     compression = detect_compression(chunk)
-    unpack = Decompressor(compression) if compression else None
+    unpack = Decompressor(compression, may_have_garbage=compression == "gzip") if compression else None
     compressed = os.fstat(source.fileno()).st_size if _is_regular(source, anywhere=True) else 0
     limit = UnpackLimit(f"the {compression} compressed archive unpacks", compressed, most)
     checked = 0  # bytes written at the last check of the free space
@@ -321,6 +392,10 @@ def _copy_decompressed(source: BinaryIO, target: RawIOBase, most: int | None) ->
         chunk = source.read(CHUNK_BYTES)
     if unpack and not unpack.ended:
         raise InvalidArchive(f"the {compression} compressed archive is cut short")
+    if unpack and unpack.has_garbage:
+        LOG.warning("the garbage at the end of the gzip compressed archive is not read")
+        return True
+    return False
 
 
 def _check_space(file: int, written: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Any, NamedTuple
 
 from cachedb import oci
+from cachedb.disk.waiting import LOG
 from cachedb.errors import CacheError, InvalidArchive
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import Descriptor, load_json
@@ -118,7 +120,12 @@ def check_image_count(images: list[Any]) -> None:
 
 def read_document(section: Section, what: str, error: type[CacheError] = InvalidArchive) -> Any:  # noqa: ANN401
     """Return a parsed JSON document of an archive; raise ``error`` if it is too large or invalid."""
-    return load_json(read_small(section, what, error), what, error)
+    data = read_small(section, what, error)
+    if data.startswith(codecs.BOM_UTF8):
+        # A parser may ignore it (RFC 8259, section 8.1). Some editors and shells of Windows write it.
+        LOG.warning("the byte order mark at the start of %s is ignored; other tools may refuse it", what)
+        data = data.removeprefix(codecs.BOM_UTF8)
+    return load_json(data, what, error)
 
 
 def read_small(section: Section, what: str, error: type[CacheError]) -> bytes:

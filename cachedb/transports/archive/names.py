@@ -118,6 +118,11 @@ def _identify(item: FoundImage) -> str:
 def _name_image(item: FoundImage, repository: str | None) -> NamedImage:
     """Return an image with the names that the archive gives it; none if it has no name."""
     names = _parse_names(item.names)
+    if item.image.root is None and (by_digest := [name for name in names if name.digest]):
+        names = [name for name in names if not name.digest]
+        LOG.warning("the archive lacks the manifest of %s: the image gets a digest of its own", by_digest[0])
+        if not (names or item.tags):
+            return NamedImage(item.image, [], by_digest[0].repository)
     if repository is None:
         bare = [name for name in _parse_names(item.tags) if name not in names]
         return NamedImage(item.image, [*names, *bare], bare=tuple(bare))

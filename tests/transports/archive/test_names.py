@@ -12,7 +12,7 @@ from cachedb.errors import CacheError, InvalidArchive, InvalidName, NameInUse
 from cachedb.oci.manifests import OCI_MANIFEST, load_json
 from cachedb.transports.archive import docker
 from tests.support import make
-from tests.support.make import digest_of, hex_of
+from tests.support.make import digest_of, hex_of, tar_of
 from tests.transports.archive.test_layout import import_files, layout_of, named
 
 ONE, TWO = make.image(1), make.image(2)
@@ -301,3 +301,15 @@ def test_a_replaced_name_is_reported_or_refused(cache: Cache) -> None:
     for replaced in (ONE.digest, None):
         (image,) = cache.cache_from_tar(io.BytesIO(make.tar_of(make.oci_files({"app:1": TWO}))))
         assert image.replaced == replaced
+
+
+def test_a_digest_in_manifest_json_names_another_manifest(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+    """A docker-archive has no manifest, so its image gets another digest."""
+    by_digest = "app@sha256:" + "0" * 64
+    files = make.docker_files({by_digest: make.image(1)})
+    (imported,) = cache.cache_from_tar(io.BytesIO(tar_of(files)))
+    assert imported.name == f"app@{imported.digest}"
+    assert f"the archive lacks the manifest of {by_digest}" in caplog.text
+    (entry,) = json.loads(files["manifest.json"])
+    files["manifest.json"] = json.dumps([entry | {"RepoTags": [by_digest, "app:1"]}]).encode()
+    assert [image.name for image in cache.cache_from_tar(io.BytesIO(tar_of(files)))] == ["app:1"]
