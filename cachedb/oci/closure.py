@@ -25,9 +25,11 @@ from cachedb.oci.names import Name
 from cachedb.oci.platforms import choose_platform, host_platform, platform_label
 from cachedb.text import shorten
 
-__all__ = ["Closure", "choose", "choose_among", "read_closure", "walk"]
+__all__ = ["NESTING_LIMIT", "Closure", "choose", "choose_among", "read_closure", "walk"]
 
 
+NESTING_LIMIT: Final = 128
+"""The most indexes in each other; real images have two."""
 _EMPTY_CONFIG: Final = digest_of(
     b"{}"
 )  # of an artifact without a config (manifest.md, "Guidance for an Empty Descriptor")
@@ -230,10 +232,40 @@ def _parse_children(blob: Descriptor, data: bytes) -> list[Descriptor]:
     return read_descriptors(document, blob.media_type, f"manifest {blob.digest}")
 
 
-def choose(children: list[Descriptor], wanted: str) -> list[Descriptor]:
-    """Return an index's best child for a platform; if none matches, the children without a platform."""
-    best = choose_platform([(child, child.platform) for child in children], wanted)
-    return [best] if best else [child for child in children if child.platform is None]
+def choose(
+    children: list[Descriptor],
+    wanted: str,
+    list_children: Callable[[Descriptor], list[Descriptor]] | None = None,
+) -> list[Descriptor]:
+    """Return an index's best child for a platform; if none matches, the children without a platform.
+
+    Args:
+        children: of the index.
+        wanted: ``os/architecture[/variant]``.
+        list_children: returns the children of an index without a platform. Such an index is chosen only if it reaches
+            the wanted platform, or a manifest without one. None chooses all such indexes.
+
+    Raises:
+        InvalidManifest: if indexes are nested too deeply.
+    """
+    reaches = dict[Digest, bool]()
+
+    def choose_from(children: list[Descriptor], depth: int) -> list[Descriptor]:
+        if depth > NESTING_LIMIT:
+            raise InvalidManifest(f"the indexes are nested more than {NESTING_LIMIT} deep")
+        best = choose_platform([(child, child.platform) for child in children], wanted)
+        if best:
+            return [best]
+        return [child for child in children if child.platform is None and is_useful(child, depth)]
+
+    def is_useful(child: Descriptor, depth: int) -> bool:
+        if list_children is None or child.role != "index":
+            return True
+        if child.digest not in reaches:
+            reaches[child.digest] = bool(choose_from(list_children(child), depth + 1))
+        return reaches[child.digest]
+
+    return choose_from(children, 0)
 
 
 def walk(

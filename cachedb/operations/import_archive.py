@@ -175,7 +175,7 @@ def _find_root(session: Session, image: model.ArchivedImage, received: dict[obje
     """Return the digest and media type of an image's root; build the manifest that a docker-archive lacks."""
     if image.root:
         return image.root.digest, image.root.media_type
-    manifest = image.manifest([received[blob.key].digest for blob in image.blobs])
+    manifest = image.build_manifest([received[blob.key].digest for blob in image.blobs])
     built = publish.receive(session, io.BytesIO(manifest))
     # An archive may list an image twice. Then its manifest is built twice, so only the path is a unique key.
     received[built.path] = built

@@ -106,13 +106,17 @@ def inspect_image(directory: Path, wanted: RemoteName, platform: str | None, acc
     """
     with closing(Source(directory, wanted, platform=platform, access=access)) as source:
         root = source.root(source.digest())
+
+        def list_children(index: Descriptor) -> list[Descriptor]:
+            return oci.descriptors(source.child(index, lambda _: None), index.media_type)
+
         blob, data, platforms = root.descriptor, root.data, list[RemotePlatform]()
         for _ in range(_MAX_DEPTH):
             children = oci.descriptors(data, oci.manifest_media_type(data, blob.media_type))
             if blob.role == "manifest":
                 return _describe(source, wanted.name, root.descriptor, platforms, blob, children)
             platforms = platforms or [RemotePlatform(child.platform, child.digest, child.size) for child in children]
-            blob = next((child for child in source.choose(children) if child.role != "other"), blob)
+            blob = next((child for child in source.choose(children, list_children) if child.role != "other"), blob)
             data = source.child(blob, lambda _: None)
     raise InvalidManifest(f"{wanted} is an index without an image, or too many indexes in each other")
 

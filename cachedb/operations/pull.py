@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing, suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -235,7 +236,8 @@ class _Pull:
             root = images.read_root(connection, found.id)
             known = {blob.digest for blob in contents if blob.stored}
             with suppress(InvalidManifest, NotInCache):
-                closure = save.closure(connection, self._database.directory, root, self._source.choose)
+                choose = partial(self._source.choose, list_children=self._list_stored_children)
+                closure = save.closure(connection, self._database.directory, root, choose)
                 return (
                     info
                     if known.issuperset(blob.digest for blob in closure if self._is_needed(blob))
@@ -243,6 +245,11 @@ class _Pull:
                     else None
                 )
         return None
+
+    def _list_stored_children(self, index: Descriptor) -> list[Descriptor]:
+        """Return the children of an index; none if it is not stored, because then no platform of it is."""
+        data = reader.read_small_blob(self._database.directory, index.digest, index.size)
+        return [] if data is None else oci.descriptors(data, index.media_type)
 
     def _is_needed(self, blob: Descriptor) -> bool:
         """Return whether an image without the blob is not complete for this pull."""
@@ -336,11 +343,19 @@ class _Pull:
         top, chosen = root.descriptor, set[Digest]()
 
         def choose(children: list[Descriptor]) -> list[Descriptor]:
-            found = self._source.choose(children)
+            found = self._source.choose(children, self._list_children)
             chosen.update(child.digest for child in found)
             return found
 
-        return list(oci.walk(top, lambda blob: root.data if blob is top else self._read_child(blob), choose)), chosen
+        closure = list(oci.walk(top, lambda blob: root.data if blob is top else self._read_child(blob), choose))
+        reached = {blob.digest for blob in closure}
+        for digest in self._source.documents.keys() - reached:
+            del self._source.documents[digest]  # an index without the platform; `receive` stores all of `documents`
+        return closure, chosen
+
+    def _list_children(self, index: Descriptor) -> list[Descriptor]:
+        """Return the children of an index inside an index."""
+        return oci.descriptors(self._read_child(index), index.media_type)
 
     def _give_up(self, error: BaseException) -> None:
         """Release the stored blobs after a failure; on a full disk also delete partial downloads."""

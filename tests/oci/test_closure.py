@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 
 from cachedb import NotInCache, oci
+from cachedb.errors import InvalidManifest
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name
@@ -129,3 +131,29 @@ def test_a_better_platform_that_is_not_stored_is_not_replaced_by_another() -> No
     with pytest.raises(NotInCache, match="'linux/amd64/v3' is not in the cache: pull it"):
         closure.for_platform(NAME, "linux/amd64/v3", refuse_config)
     assert closure.for_platform(NAME, "linux/amd64/v2", refuse_config).root.digest == digest_of(AMD)
+
+
+def test_nested_indexes_are_searched_for_a_platform_once_and_to_a_limit() -> None:
+    """Each of many levels has two indexes, which list both of the next level."""
+
+    def descriptor(level: int, number: int, *, depth: int) -> Descriptor:
+        role, platform = ("manifest", f"linux/{number}") if level == depth else ("index", None)
+        return Descriptor(digest_of(b"%d %d" % (level, number)), 1, oci.OCI_INDEX, role, platform)
+
+    def choose(depth: int) -> list[Descriptor]:
+        levels = {
+            descriptor(level, number, depth=depth): [descriptor(level + 1, other, depth=depth) for other in (0, 1)]
+            for level in range(depth)
+            for number in (0, 1)
+        }
+        calls = itertools.count()
+
+        def list_children(blob: Descriptor) -> list[Descriptor]:
+            assert next(calls) < 2 * depth
+            return levels[blob]
+
+        return oci.choose([descriptor(0, number, depth=depth) for number in (0, 1)], "linux/s390x", list_children)
+
+    assert choose(100) == []
+    with pytest.raises(InvalidManifest, match="nested more than 128 deep"):
+        choose(200)

@@ -60,14 +60,16 @@ def test_an_index_is_described_with_the_wanted_platform(cache: Cache, remote: Re
 
 
 def test_indexes_in_each_other_end(cache: Cache, remote: Registry) -> None:
-    data = make.index()
+    data = make.index(IMAGE, platforms=[{"os": "linux", "architecture": "s390x"}])
     for _ in range(20):
         remote.add_manifest(data, "app", "deep")
         entry = make.descriptor(data, json.loads(data)["mediaType"])
         data = json.dumps({**json.loads(data), "manifests": [entry]}).encode()
     remote.add_manifest(data, "app", "deep")
     with pytest.raises(InvalidManifest, match="too many indexes"):
-        cache.inspect_remote(f"{remote.host}/app:deep")
+        cache.inspect_remote(f"{remote.host}/app:deep", platform="linux/s390x")
+    with pytest.raises(NotInCache, match="is not for platform 'linux/arm64'"):
+        cache.inspect_remote(f"{remote.host}/app:deep", platform="linux/arm64")
 
 
 def test_a_config_is_verified(cache: Cache, remote: Registry) -> None:

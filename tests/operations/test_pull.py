@@ -36,6 +36,7 @@ from cachedb import (
 from cachedb.disk import downloads
 from cachedb.disk.writer import receive
 from cachedb.oci.digests import Digest
+from cachedb.oci.manifests import OCI_INDEX
 from cachedb.oci.names import Name
 from cachedb.text import format_size, shorten_digest
 from cachedb.transports.registry import download, places, source, tls
@@ -247,6 +248,35 @@ def test_all_platforms_are_pulled_if_asked_for(cache: Cache, several: str) -> No
     assert pulled.image.complete
     digests = {blob.digest for blob in cache.get_image_blobs(several)}
     assert digests == {pulled.image.digest, *FIRST.blobs, *ARM.blobs, *ODD.blobs}
+
+
+def test_the_hosts_platform_of_an_index_of_indexes_is_pulled(
+    cache: Cache, remote: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    inner = [
+        make.index(child, platforms=[{"os": "linux", "architecture": architecture}])
+        for child, architecture in ((ARM, "arm64"), (FIRST, "amd64"))
+    ]
+    entries = [make.descriptor(data, OCI_INDEX) for data in inner]
+    outer = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).encode()
+    for child in (FIRST, ARM):
+        remote.add(child, "nested")
+    for data in inner:
+        remote.add_manifest(data, "nested")
+    name = f"{remote.host}/nested:1"
+    remote.add_manifest(outer, "nested", "1")
+    pulled = cache.pull(name)
+    assert pulled.image.complete
+    wanted = {make.digest_of(outer), make.digest_of(inner[1]), *FIRST.blobs}
+    assert {blob.digest for blob in cache.get_image_blobs(name)} == wanted
+    assert cache.get_stats().blob_count == len(wanted), "the other index is not stored"
+    take_requests(remote)
+    assert cache.pull(name, if_missing=True).up_to_date
+    assert take_requests(remote) == []
+    assert cache.inspect_remote(name).manifest == FIRST.digest
+    with pytest.raises(NotInCache, match="not for platform 'linux/s390x', but for linux/amd64, linux/arm64"):
+        cache.pull(name, platform="linux/s390x")
 
 
 def test_the_error_of_an_unknown_platform_names_the_known_ones(cache: Cache, several: str) -> None:

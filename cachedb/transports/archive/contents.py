@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from cachedb import oci
 from cachedb.errors import DigestMismatch, InvalidArchive, InvalidManifest
-from cachedb.oci.closure import Closure
+from cachedb.oci.closure import NESTING_LIMIT, Closure
 from cachedb.oci.digests import Digest, digest_of
 from cachedb.oci.manifests import Descriptor, load_json, read_descriptors, read_media_type, read_subject
 from cachedb.transports.archive.files import Section
@@ -21,7 +21,6 @@ __all__ = ["Contents"]
 
 
 _EMBEDDED_LIMIT = 16 * 1024 * 1024  # bytes of base64 in all descriptors
-_NESTING_LIMIT = 128  # indexes in indexes; real images have two levels
 
 
 class _Document(NamedTuple):
@@ -103,8 +102,8 @@ class Contents:
 
         A manifest needs all its blobs except foreign layers. An index needs one of its children.
         """
-        if depth > _NESTING_LIMIT:
-            raise InvalidArchive(f"the archive has indexes that are nested more than {_NESTING_LIMIT} deep")
+        if depth > NESTING_LIMIT:
+            raise InvalidArchive(f"the archive has indexes that are nested more than {NESTING_LIMIT} deep")
         key = blob.digest, blob.role
         if key not in self._present:
             self._present[key] = self._has(blob) and self._has_children(blob, depth)
@@ -137,9 +136,10 @@ class Contents:
         present = self._find_present(blob)
         if self._platform is None or blob.role != "index":
             return present
-        found = oci.choose(present, self._platform)
+        found = oci.choose(present, self._platform, self._find_present)
         if not found:
-            self.other_platforms.update(child.platform for child in present if child.platform)
+            reached = self._expand(blob, self._find_present).values()
+            self.other_platforms.update(child.platform for listed in reached for child in listed if child.platform)
         return found
 
     def read_platform(self, root: Descriptor) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 from cachedb import oci
@@ -13,7 +14,7 @@ from cachedb.transports.archive.compression import MAGIC_LENGTH, detect_compress
 from cachedb.transports.archive.files import Files, Section
 from cachedb.transports.archive.model import ArchivedBlob, ArchivedImage, check_image_count, read_small
 
-__all__ = ["Config", "read_config", "read_config_digest", "read_docker", "read_entries", "read_repo_tags"]
+__all__ = ["Config", "read_config", "read_docker", "read_entries", "read_repo_tags"]
 
 
 def read_entries(entries: object) -> list[dict[str, Any]]:
@@ -39,11 +40,6 @@ def read_repo_tags(entry: dict[str, Any]) -> list[str]:
     return [text for text in entry.get("RepoTags") or [] if text not in ("", "<none>:<none>")]
 
 
-def read_config_digest(files: Files, path: str) -> Digest:
-    """Return the digest of the config with a path in the archive."""
-    return digest_of(read_small(_find_required(files, path), "the config", InvalidArchive))
-
-
 def _find_required(files: Files, name: str) -> Section:
     section = files.find(name)
     if section is None:
@@ -54,25 +50,28 @@ def _find_required(files: Files, name: str) -> Section:
 class Config(NamedTuple):
     """A config in the archive, which several entries of manifest.json may name."""
 
+    digest: Digest
     blob: ArchivedBlob
-    diff_ids: object  # of the layers, unchecked; None if the config has none
-    platform: str | None
+    diff_ids: object = None  # of the layers, unchecked; None if the config has none
+    platform: str | None = None
 
 
-def read_config(files: Files, path: str) -> Config:
-    """Return the config with a path in the archive."""
+def read_config(files: Files, path: str, known: Container[Digest | None]) -> Config:
+    """Return the config with a path in the archive; only its blob if its digest is known."""
     section = _find_required(files, path)
     data = read_small(section, "the config", InvalidArchive)
-    config = load_json(data, "the config", InvalidArchive)
     digest = digest_of(data)
+    blob = ArchivedBlob(section, "the config", len(data), digest, oci.OCI_CONFIG, "config")
+    if digest in known:
+        return Config(digest, blob)
+    config = load_json(data, "the config", InvalidArchive)
     # Docker names the config's file by its digest. If the name is a digest, it must match.
     stem = path.rpartition("/")[2].removesuffix(".json").removeprefix("sha256:")
     if len(stem) == 64 and set(stem) <= set("0123456789abcdef") and stem != split_digest(digest)[1]:
         raise DigestMismatch(f"the config {shorten(path)} has digest {digest}")
     rootfs = config.get("rootfs") if isinstance(config, dict) else None
     diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-    blob = ArchivedBlob(section, "the config", len(data), digest, oci.OCI_CONFIG, "config")
-    return Config(blob, diff_ids, oci.platform_label(config))
+    return Config(digest, blob, diff_ids, oci.platform_label(config))
 
 
 def read_docker(files: Files, layers: list[str], config: Config) -> ArchivedImage:

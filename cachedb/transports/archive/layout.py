@@ -15,8 +15,8 @@ from cachedb.transports.archive.contents import Contents
 from cachedb.transports.archive.files import Files, Section
 from cachedb.transports.archive.model import (
     CONTAINERD_NAME,
+    DAMAGE_ERRORS,
     REF_NAME,
-    REFERRER_SUBJECT,
     ArchivedBlob,
     ArchivedImage,
     FoundImage,
@@ -26,9 +26,10 @@ from cachedb.transports.archive.model import (
     read_document,
 )
 
-__all__ = ["open_layout", "read_layout"]
+__all__ = ["find_children", "open_layout", "read_layout"]
 
 
+_REFERRER_SUBJECT = "org.opencontainers.image.referrer.subject"  # a digest, written by regctl for a referrers list
 _FALLBACK_TAG = re.compile(
     r"(?:.*:)?(sha256|sha512)-([0-9a-f]{64,128})"
 )  # distribution specification, "Referrers Tag Schema"
@@ -54,72 +55,108 @@ def open_layout(files: Files, platform: str | None) -> Contents:
     return Contents(lambda blob: files.find(path_in_layout(blob.digest)), platform, has_end=files.has_end)
 
 
-def read_layout(contents: Contents, section: Section, *, as_one: bool) -> list[FoundImage]:
+def read_layout(contents: Contents, section: Section, *, as_one: bool, may_be_damaged: bool) -> list[FoundImage]:
     """Return the images in index.json with their names and referrers.
 
     Args:
         contents: the blobs of the layout.
         section: index.json.
         as_one: return manifests for several platforms, which have no name, as one image.
+        may_be_damaged: return an image that is damaged or incomplete with its error, instead of raising the error.
     """
     index = read_document(section, "index.json")
     entries = (index.get("manifests") or []) if isinstance(index, dict) else [] if index is None else None
     if not isinstance(entries, list):
         raise InvalidArchive("index.json is not an image index: it has no list of manifests")
     check_image_count(entries)
-    listed = _read_entries(contents, entries)
-    found = [
-        FoundImage(image, item.names, item.tags, item.entry)
-        for item in listed
-        if not _is_only_referrer(contents, item) and (image := contents.read_image(item.root)) is not None
-    ]
+    listed, images = list[_Listed](), list[tuple[_Listed, ArchivedImage | None]]()
+    damaged: list[FoundImage] = []
+    for item in _read_entries(contents, entries):
+        try:
+            if not _is_only_referrer(contents, item):
+                images.append((item, contents.read_image(item.root)))
+            listed.append(item)
+        except DAMAGE_ERRORS as error:
+            if not may_be_damaged:
+                raise
+            damaged.append(FoundImage(ArchivedImage(item.root, []), item.names, item.tags, error))
     # Some tools list the children of an index beside it. Without a name they are not separate images.
-    reachable = {blob.digest for item in found for blob in item.image.blobs[1:]}
-    found = [item for item in found if item.names or item.tags or item.image.identity not in reachable]
-    found = _join_platforms(contents, found, section, as_one=as_one)
-    return _attach_referrers(contents, found, listed)
+    reachable = {blob.digest for _, image in images if image for blob in image.blobs[1:]}
+    images = [pair for pair in images if pair[0].names or pair[0].tags or pair[0].root.digest not in reachable]
+    found = _join_platforms(contents, images, section, as_one=as_one)
+    referrers = _list_referrers(contents, listed, may_be_damaged=may_be_damaged)
+    return [*_attach_referrers(contents, found, referrers), *damaged]
 
 
-def _join_platforms(contents: Contents, found: list[FoundImage], section: Section, *, as_one: bool) -> list[FoundImage]:
+def find_children(contents: Contents, found: list[FoundImage], prefix: str) -> list[FoundImage]:
+    """Return the manifests and indexes inside the images whose digests begin with a text, as images without a name."""
+    roots = {
+        blob.digest: Descriptor(blob.digest, blob.size, blob.media_type, blob.role)
+        for item in found
+        for blob in item.image.blobs[1:]
+        if blob.digest and blob.digest.startswith(prefix)
+    }
+    known = {item.image.identity for item in found}
+    images = [contents.read_image(root) for root in roots.values() if root.is_document and root.digest not in known]
+    return [FoundImage(image, [], []) for image in images if image]
+
+
+def _join_platforms(
+    contents: Contents, images: list[tuple[_Listed, ArchivedImage | None]], section: Section, *, as_one: bool
+) -> list[FoundImage]:
     """Return the images; manifests for several platforms with the same names become one image.
 
     Args:
         contents: the blobs of the layout.
-        found: the images.
+        images: the manifests and indexes in index.json; without an image if they are not for the wanted platform.
         section: index.json, which is the joined image's index if it lists nothing else.
         as_one: also join the manifests that have no name.
     """
-    groups: dict[object, list[FoundImage]] = {}
-    for item in found:
-        groups.setdefault((tuple(item.names), tuple(item.tags)), []).append(item)
+    groups: dict[object, list[tuple[_Listed, ArchivedImage | None]]] = {}
+    for item, image in images:
+        groups.setdefault((tuple(item.names), tuple(item.tags)), []).append((item, image))
     joined = []
     for group in groups.values():
-        is_named = bool(group[0].names or group[0].tags)
-        if len(group) > 1 and (is_named or as_one) and _are_for_different_platforms(contents, group):
-            entries = [_add_platform(item.entry or {}, contents) for item in group]
-            joined.append(_join(group, entries, section))
+        listed, wanted = [item for item, _ in group], [image for _, image in group if image]
+        is_named = bool(listed[0].names or listed[0].tags)
+        if wanted and len(group) > 1 and (is_named or as_one) and _are_for_different_platforms(contents, listed):
+            entries = [_add_platform(item, contents) for item in listed]
+            is_whole = len(wanted) == len(group) and all(image.chosen is None for image in wanted)
+            image = _join(wanted, entries, section, is_whole=is_whole)
+            joined.append(FoundImage(image, listed[0].names, listed[0].tags))
         else:
-            joined += group
+            joined += [FoundImage(image, item.names, item.tags) for item, image in group if image]
     return joined
 
 
-def _are_for_different_platforms(contents: Contents, group: list[FoundImage]) -> bool:
-    roots = [item.image.root for item in group if item.image.root]
-    platforms = {contents.read_platform(root) if root.role == "manifest" else None for root in roots}
+def _are_for_different_platforms(contents: Contents, group: list[_Listed]) -> bool:
+    try:
+        platforms = {contents.read_platform(item.root) if item.root.role == "manifest" else None for item in group}
+    except DAMAGE_ERRORS:
+        return False  # a config is damaged, which the import finds out if it needs it
     return len(platforms) == len(group) and None not in platforms
 
 
-def _add_platform(entry: dict[str, Any], contents: Contents) -> dict[str, Any]:
+def _add_platform(item: _Listed, contents: Contents) -> dict[str, Any]:
     """Return an entry of an index with its platform, from the config if the entry does not state it."""
-    root = oci.parse_entry(entry, "index.json")
-    if root.platform:
-        return entry
-    fields = zip(("os", "architecture", "variant"), (contents.read_platform(root) or "").split("/"), strict=False)
-    return {**entry, "platform": dict(fields)}
+    if item.root.platform:
+        return item.entry
+    label = contents.read_platform(item.root) or ""
+    fields = zip(("os", "architecture", "variant"), label.split("/"), strict=False)
+    return {**item.entry, "platform": dict(fields)}
 
 
-def _join(group: list[FoundImage], entries: list[dict[str, Any]], section: Section) -> FoundImage:
-    """Return one image whose index has these entries, which list the manifests of several images."""
+def _join(
+    images: list[ArchivedImage], entries: list[dict[str, Any]], section: Section, *, is_whole: bool
+) -> ArchivedImage:
+    """Return one image of several; its index has these entries.
+
+    Args:
+        images: those to import.
+        entries: of all platforms.
+        section: index.json.
+        is_whole: whether nothing is left out.
+    """
     data = section.head(section.size)
     document = load_json(data, "index.json")
     fields = [document.get("schemaVersion"), document.get("mediaType", oci.OCI_INDEX), document.get("manifests")]
@@ -127,10 +164,8 @@ def _join(group: list[FoundImage], entries: list[dict[str, Any]], section: Secti
         data = oci.build_index(entries)
     root = oci.root_descriptor(digest_of(data), len(data), oci.OCI_INDEX)
     index = ArchivedBlob(Section(data, 0, len(data)), "the index", root.size, root.digest, root.media_type, "index")
-    blobs = [index, *dict.fromkeys(blob for item in group for blob in item.image.blobs)]
-    is_whole = all(item.image.chosen is None for item in group)
-    image = ArchivedImage(root, blobs, None if is_whole else list_digests(blobs))
-    return FoundImage(image, group[0].names, group[0].tags)
+    blobs = [index, *dict.fromkeys(blob for image in images for blob in image.blobs)]
+    return ArchivedImage(root, blobs, None if is_whole else list_digests(blobs))
 
 
 def _read_entries(contents: Contents, entries: list[Any]) -> list[_Listed]:
@@ -158,7 +193,7 @@ def _read_annotations(annotations: object, item: _Listed) -> None:
     if not isinstance(annotations, dict):
         return
     reference, full = annotations.get(REF_NAME), annotations.get(CONTAINERD_NAME)
-    subject = annotations.get(REFERRER_SUBJECT)
+    subject = annotations.get(_REFERRER_SUBJECT)
     if isinstance(reference, str) and (fallback := _FALLBACK_TAG.fullmatch(reference)):
         subject = ":".join(fallback.groups())
     if isinstance(subject, str):
@@ -185,9 +220,10 @@ def _is_only_referrer(contents: Contents, item: _Listed) -> bool:
     return bool(item.subjects) or (subject is not None and contents.has_manifest(subject))
 
 
-def _attach_referrers(contents: Contents, found: list[FoundImage], listed: list[_Listed]) -> list[FoundImage]:
+def _attach_referrers(
+    contents: Contents, found: list[FoundImage], referrers: list[tuple[Descriptor, Digest]]
+) -> list[FoundImage]:
     """Return the images with the referrers of their manifests, and the referrers of those."""
-    referrers = _list_referrers(contents, listed)
     attached = set[Digest]()
     result = []
     for item in found:
@@ -207,19 +243,30 @@ def _attach_referrers(contents: Contents, found: list[FoundImage], listed: list[
     return result
 
 
-def _list_referrers(contents: Contents, listed: list[_Listed]) -> list[tuple[Descriptor, Digest]]:
+def _list_referrers(
+    contents: Contents, listed: list[_Listed], *, may_be_damaged: bool
+) -> list[tuple[Descriptor, Digest]]:
     """Return the manifests that refer to another one, each with its subject; warn about those that are not whole."""
+
+    def is_whole(root: Descriptor) -> bool:
+        try:
+            return contents.is_present(root)
+        except DAMAGE_ERRORS:
+            if not may_be_damaged:
+                raise
+            return False
+
     found = []
     for item in listed:
         if subject := contents.read_subject(item.root):
             found.append((item.root, subject))
         # An index that has a fallback tag only lists referrers.
-        is_list = item.root.role == "index" and contents.is_present(item.root)
+        is_list = item.root.role == "index" and is_whole(item.root)
         roots = contents.read_children(item.root) if is_list else [item.root]
         found += [(root, subject) for subject in item.subjects for root in roots]
     whole = []
     for root, subject in dict.fromkeys(found):
-        if contents.is_present(root):
+        if is_whole(root):
             whole.append((root, subject))
         else:
             LOG.warning("not imported: %s refers to %s, and is not whole in the archive", root.digest, subject)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from cachedb import oci
 from cachedb.disk.waiting import LOG
-from cachedb.errors import CacheError, InvalidArchive
+from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest
 from cachedb.oci.digests import Digest, split_digest
 from cachedb.oci.manifests import Descriptor, load_json
 from cachedb.oci.names import Name
@@ -15,7 +15,7 @@ from cachedb.transports.archive.files import Section
 
 __all__ = [
     "CONTAINERD_NAME",
-    "REFERRER_SUBJECT",
+    "DAMAGE_ERRORS",
     "REF_NAME",
     "ArchivedBlob",
     "ArchivedImage",
@@ -32,7 +32,8 @@ __all__ = [
 
 REF_NAME = "org.opencontainers.image.ref.name"  # image specification, annotations.md
 CONTAINERD_NAME = "io.containerd.image.name"  # the full name, written by containerd and Docker
-REFERRER_SUBJECT = "org.opencontainers.image.referrer.subject"  # a digest, written by regctl for a referrers list
+DAMAGE_ERRORS = (InvalidArchive, InvalidManifest, DigestMismatch)
+"""The errors of an image that is damaged or incomplete."""
 
 _BLOBS_LIMIT = 100_000  # blobs in an archive's images, counted once for each name of an image
 _IMAGES_LIMIT = 1000
@@ -68,7 +69,7 @@ class ArchivedImage(NamedTuple):
         """The digest of the root, or the keys of all blobs; the same identity means the same image."""
         return self.root.digest if self.root else tuple(blob.key for blob in self.blobs)
 
-    def manifest(self, digests: list[Digest]) -> bytes:
+    def build_manifest(self, digests: list[Digest]) -> bytes:
         """Build the manifest that a docker-archive lacks, from the digests of the blobs."""
         config, *layers = (
             Descriptor(digest, blob.size, blob.media_type, "layer")
@@ -78,12 +79,15 @@ class ArchivedImage(NamedTuple):
 
 
 class FoundImage(NamedTuple):
-    """An image in an archive, with its names as the archive spells them."""
+    """An image in an archive, with its names as the archive spells them.
+
+    An image with an error has no blobs.
+    """
 
     image: ArchivedImage
     names: list[str]
     tags: list[str]  # without a repository
-    entry: dict[str, Any] | None = None  # its descriptor in index.json
+    error: CacheError | None = None  # why it cannot be imported
 
 
 class NamedImage(NamedTuple):

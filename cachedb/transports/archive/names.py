@@ -12,7 +12,7 @@ from cachedb.oci.names import Name
 from cachedb.text import shorten, shorten_digest
 from cachedb.transports.archive.model import FoundImage, NamedImage, check_blob_count
 
-__all__ = ["Wanted", "name_images", "qualify"]
+__all__ = ["Wanted", "name_images", "parse_digest_prefix", "qualify"]
 
 
 _DIGEST_PREFIX = re.compile(r"(?:sha256:)?([0-9a-f]{12,64})|sha512:[0-9a-f]{12,128}")
@@ -38,7 +38,13 @@ def name_images(found: list[FoundImage], wanted: Wanted) -> list[NamedImage]:
             images, or none for images without a name; if no image was selected.
     """
     if wanted.select is not None:
-        found = [_select(found, wanted.select)]
+        selected = _select(found, wanted.select)
+        if selected.error:
+            raise selected.error
+        for item in found:
+            if item.error:
+                LOG.warning("not imported: %s: %s", _identify(item), item.error)
+        found = [selected]
     if wanted.name is not None:
         if len(found) > 1:
             raise InvalidArchive(
@@ -74,8 +80,10 @@ def _select(found: list[FoundImage], text: str) -> FoundImage:
     tagged = [(item, name) for item in found for name in item.names if name.rpartition(":")[2] == text]
     if len(tagged) == 1:  # skopeo selects an image by its tag alone
         return tagged[0][0]._replace(names=[tagged[0][1]], tags=[])
-    if match := _DIGEST_PREFIX.fullmatch(text):
-        prefix = f"sha256:{match[1]}" if match[1] else text
+    if tagged:
+        names = ", ".join(shorten(name) for _, name in tagged[:_LISTED_LIMIT])
+        raise InvalidArchive(f"{len(tagged)} names in the archive have the tag {shorten(text)}: select one of {names}")
+    if prefix := parse_digest_prefix(text):
         chosen = [item for item in found if _has_digest(item, prefix)]
         if len(chosen) == 1:
             return chosen[0]
@@ -84,6 +92,12 @@ def _select(found: list[FoundImage], text: str) -> FoundImage:
                 f"{len(chosen)} images in the archive have the digest {shorten(text)}: give more digits"
             )
     raise InvalidArchive(f"the archive has no image {shorten(text)}: select one of {_list_images(found)}")
+
+
+def parse_digest_prefix(text: str) -> str | None:
+    """Return the start of a digest, with its algorithm, that a text selects images by; None if it is none."""
+    match = _DIGEST_PREFIX.fullmatch(text)
+    return match and (f"sha256:{match[1]}" if match[1] else text)
 
 
 def _keep_name(item: FoundImage, text: str) -> FoundImage | None:
@@ -111,8 +125,8 @@ def _identify(item: FoundImage) -> str:
     """Return a name of an image, or the start of its digest, which `--select` takes too."""
     if names := item.names or item.tags:
         return shorten(names[0])
-    root, config = item.image.root, item.image.blobs[0]
-    return shorten_digest(root.digest if root else str(config.digest))
+    digest = item.image.root.digest if item.image.root else next((blob.digest for blob in item.image.blobs), None)
+    return shorten_digest(digest) if digest else "an image without a name"
 
 
 def _name_image(item: FoundImage, repository: str | None) -> NamedImage:

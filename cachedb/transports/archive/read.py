@@ -14,11 +14,11 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.platforms import is_for
 from cachedb.text import shorten
 from cachedb.transports.archive.directory import open_directory
-from cachedb.transports.archive.docker import read_config, read_config_digest, read_docker, read_entries, read_repo_tags
+from cachedb.transports.archive.docker import read_config, read_docker, read_entries, read_repo_tags
 from cachedb.transports.archive.files import Files
-from cachedb.transports.archive.layout import open_layout, read_layout
-from cachedb.transports.archive.model import FoundImage, NamedImage, read_document
-from cachedb.transports.archive.names import Wanted, name_images, qualify
+from cachedb.transports.archive.layout import find_children, open_layout, read_layout
+from cachedb.transports.archive.model import DAMAGE_ERRORS, ArchivedImage, FoundImage, NamedImage, read_document
+from cachedb.transports.archive.names import Wanted, name_images, parse_digest_prefix, qualify
 
 __all__ = ["read_images"]
 
@@ -67,8 +67,12 @@ def _find_images(files: Files, wanted: Wanted) -> tuple[list[FoundImage], set[st
     found: list[FoundImage] = []
     if index is not None:
         # The manifests of several platforms become one image, unless one of them is selected.
-        found = read_layout(contents, index, as_one=wanted.name is not None and wanted.select is None)
-    return _add_docker_images(files, found, document, wanted, contents.other_platforms), contents.other_platforms
+        as_one, may_be_damaged = wanted.name is not None and wanted.select is None, wanted.select is not None
+        found = read_layout(contents, index, as_one=as_one, may_be_damaged=may_be_damaged)
+    found = _add_docker_images(files, found, document, wanted, contents.other_platforms)
+    if wanted.select and (prefix := parse_digest_prefix(wanted.select)):
+        found += find_children(contents, found, prefix)
+    return found, contents.other_platforms
 
 
 def _add_docker_images(
@@ -86,24 +90,30 @@ def _add_docker_images(
     entries: dict[str, list[dict[str, Any]]] = {}  # by the path of the config
     for entry in read_entries(document):
         entries.setdefault(entry["Config"], []).append(entry)
-    digests = {path: read_config_digest(files, path) for path in entries}
-    tags: dict[Digest, list[str]] = {}
-    for path, named in entries.items():
-        tags.setdefault(digests[path], []).extend(text for entry in named for text in read_repo_tags(entry))
     covered = {blob.digest for item in found for blob in item.image.blobs}
-    found = _add_repo_tags(found, tags)
-    if wanted.name is None and wanted.select is None:
-        _check_repo_tags(found, {config: names for config, names in tags.items() if config in covered})
+    tags: dict[Digest, list[str]] = {}
+    others: list[FoundImage] = []
     for path, named in entries.items():
-        if digests[path] in covered:
-            continue
-        config = read_config(files, path)
-        if wanted.platform and config.platform and not is_for(config.platform, wanted.platform):
-            other_platforms.add(config.platform)
-            continue
-        for entry in named:
-            found.append(FoundImage(read_docker(files, entry["Layers"], config), read_repo_tags(entry), []))
-    return found
+        texts = [text for entry in named for text in read_repo_tags(entry)]
+        try:
+            config = read_config(files, path, covered)
+            if config.digest in covered:
+                tags.setdefault(config.digest, []).extend(texts)
+            elif wanted.platform and config.platform and not is_for(config.platform, wanted.platform):
+                other_platforms.add(config.platform)
+            else:
+                others += [
+                    FoundImage(read_docker(files, entry["Layers"], config), read_repo_tags(entry), [])
+                    for entry in named
+                ]
+        except DAMAGE_ERRORS as error:
+            if wanted.select is None:
+                raise
+            others.append(FoundImage(ArchivedImage(None, []), texts, [], error))
+    named_images = _add_repo_tags(found, tags)
+    if wanted.name is None and wanted.select is None:
+        _check_repo_tags(named_images, tags)
+    return [*named_images, *others]
 
 
 def _add_repo_tags(found: list[FoundImage], tags: dict[Digest, list[str]]) -> list[FoundImage]:

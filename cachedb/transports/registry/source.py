@@ -224,17 +224,24 @@ class Source:
 
         return self.ask(fetch)
 
-    def choose(self, children: list[Descriptor]) -> list[Descriptor]:
+    def choose(
+        self, children: list[Descriptor], list_children: Callable[[Descriptor], list[Descriptor]]
+    ) -> list[Descriptor]:
         """Return the children of an index for the wanted platform.
+
+        Args:
+            children: the children of the index.
+            list_children: returns the children of an index inside it, as for `oci.choose`.
 
         Raises:
             NotInCache: if there is none.
         """
         if self.wanted_platform is None:
             return children
-        chosen = oci.choose(children, self.wanted_platform)
+        chosen = oci.choose(children, self.wanted_platform, list_children)
         if not chosen:
-            known = ", ".join(sorted({child.platform or "unknown" for child in children})) or "none"
+            inner = [found for child in children if child.role == "index" for found in list_children(child)]
+            known = ", ".join(sorted({child.platform or "unknown" for child in inner or children})) or "none"
             asked = shorten(self.wanted_platform)
             raise NotInCache(f"{self.name} is not for platform {asked}, but for {known}: choose one with --platform")
         return chosen

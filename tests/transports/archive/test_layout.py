@@ -175,16 +175,49 @@ def test_images_for_other_platforms_are_not_imported(cache: Cache) -> None:
         import_files(cache, docker, platform="linux/s390x")
 
 
-def test_a_manifest_for_another_platform_may_be_absent(cache: Cache) -> None:
-    entries = [
-        {**named(child.manifest, "app:1"), "platform": {"os": "linux", "architecture": architecture}}
-        for child, architecture in ((AMD, "amd64"), (ARM, "arm64"))
+def entries_by_platform(*names: str) -> list[dict[str, Any]]:
+    """Return an entry of index.json for each architecture, with these names."""
+    return [
+        {**(named(child.manifest, name) if name else make.descriptor(child.manifest, OCI_MANIFEST)), "platform": label}
+        for child, name, label in zip((AMD, ARM), names, LABELS, strict=True)
     ]
-    files = layout_of(*entries, blobs=[*AMD.blobs.values()])
+
+
+LABELS = [{"os": "linux", "architecture": architecture} for architecture in ("amd64", "arm64")]
+
+
+def test_a_manifest_for_another_platform_may_be_absent(cache: Cache) -> None:
+    files = layout_of(*entries_by_platform("app:1", "other:1"), blobs=[*AMD.blobs.values()])
     with pytest.raises(InvalidArchive, match=f"manifest {ARM.digest} is referenced"):
         import_files(cache, files)
     assert import_files(cache, files, platform="linux/amd64") == ["app:1"]
     assert cache.get_image("app:1").digest == AMD.digest
+
+
+@pytest.mark.parametrize("name", ["app:1", ""])
+def test_manifests_for_several_platforms_become_one_image_for_one_of_them(cache: Cache, name: str) -> None:
+    """An absent platform is absent, as after a pull."""
+    files = layout_of(*entries_by_platform(name, name), blobs=[*AMD.blobs.values()])
+    assert import_files(cache, files, None if name else "app:1", platform="linux/amd64") == ["app:1"]
+    assert cache.get_image("app:1").digest == digest_of(files["index.json"])
+    assert list_platforms(cache, "app:1") == {"linux/amd64": True, "linux/arm64": False}
+    assert cache.is_image_complete("app:1")
+    with pytest.raises(InvalidArchive, match="no image for platform 'linux/s390x', but for linux/amd64, linux/arm64"):
+        import_files(cache, files, "app:2", platform="linux/s390x")
+
+
+def test_an_index_of_indexes_is_imported_for_one_platform(cache: Cache) -> None:
+    inner = [make.index(child, platforms=[label]) for child, label in zip((AMD, ARM), LABELS, strict=True)]
+    outer = json.dumps(
+        {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [make.descriptor(data, OCI_INDEX) for data in inner]}
+    ).encode()
+    blobs = [outer, *inner, *AMD.blobs.values(), *ARM.blobs.values()]
+    files = layout_of(named(outer, "app:1", OCI_INDEX), blobs=blobs)
+    assert import_files(cache, files, platform="linux/arm64") == ["app:1"]
+    assert list_digests(cache, "app:1") == [digest_of(outer), digest_of(inner[1]), *ARM.blobs]
+    assert cache.is_image_complete("app:1")
+    with pytest.raises(InvalidArchive, match="no image for platform 'linux/s390x', but for linux/amd64, linux/arm64"):
+        import_files(cache, files, platform="linux/s390x")
 
 
 def test_manifests_for_several_platforms_become_one_image_under_a_given_name(cache: Cache) -> None:

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from cachedb import Cache
-from cachedb.errors import CacheError, InvalidArchive, InvalidName, NameInUse
+from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidName, NameInUse
 from cachedb.oci.manifests import OCI_MANIFEST, load_json
 from cachedb.transports.archive import docker
 from tests.support import make
@@ -246,8 +246,12 @@ def test_one_image_is_selected_by_name_or_digest(cache: Cache, select: str) -> N
 def test_an_image_is_selected_by_its_tag_if_no_other_has_it(cache: Cache) -> None:
     files = make.oci_files({"app:1": ONE, "app:2": TWO})
     assert import_files(cache, files, select="2") == ["app:2"]
-    with pytest.raises(InvalidArchive, match="has no image '2'"):
+    with pytest.raises(
+        InvalidArchive, match="2 names in the archive have the tag '2': select one of 'app:2', 'other:2'"
+    ):
         import_files(cache, make.oci_files({"app:2": ONE, "other:2": TWO}), select="2")
+    with pytest.raises(InvalidArchive, match="has no image '3'"):
+        import_files(cache, files, select="3")
 
 
 def test_an_image_of_a_docker_archive_is_selected_by_its_id(cache: Cache) -> None:
@@ -313,3 +317,38 @@ def test_a_digest_in_manifest_json_names_another_manifest(cache: Cache, caplog: 
     (entry,) = json.loads(files["manifest.json"])
     files["manifest.json"] = json.dumps([entry | {"RepoTags": [by_digest, "app:1"]}]).encode()
     assert [image.name for image in cache.cache_from_tar(io.BytesIO(tar_of(files)))] == ["app:1"]
+
+
+def test_an_image_is_selected_although_others_are_damaged(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+    files = make.oci_files({"app:1": ONE, "app:2": TWO})
+    files[f"blobs/sha256/{hex_of(TWO.manifest)}"] = b"{}"
+    with pytest.raises(DigestMismatch):
+        import_files(cache, files)
+    assert import_files(cache, files, select="app:1") == ["app:1"]
+    assert "not imported: 'app:2': manifest sha256:" in caplog.text
+    for select in ("app:2", "2", TWO.digest):
+        with pytest.raises(DigestMismatch, match=TWO.digest):
+            import_files(cache, files, select=select)
+
+
+def test_an_image_of_a_docker_archive_is_selected_although_others_are_incomplete(cache: Cache) -> None:
+    files = make.docker_files({"app:1": ONE, "app:2": TWO})
+    del files[f"{hex_of(TWO.config)}.json"]
+    assert import_files(cache, files, select="app:1") == ["app:1"]
+    for select in ("app:2", "2"):
+        with pytest.raises(InvalidArchive, match="but is not in the archive"):
+            import_files(cache, files, select=select)
+    with pytest.raises(InvalidArchive, match="but is not in the archive"):
+        import_files(cache, files)
+
+
+def test_a_manifest_in_an_index_is_selected_by_its_digest(cache: Cache) -> None:
+    index = make.index(ONE, TWO)
+    files = make.oci_files({"one": ONE, "two": TWO}, {"app:1": index})
+    assert import_files(cache, files, "two:1", select=TWO.digest) == ["two:1"]
+    assert cache.get_image("two:1").digest == TWO.digest
+    assert import_files(cache, files, select=TWO.digest[:19], repository="two") == [f"two@{TWO.digest}"]
+    with pytest.raises(InvalidArchive, match="has no name"):
+        import_files(cache, files, select=TWO.digest)
+    with pytest.raises(InvalidArchive, match="has no image"):
+        import_files(cache, files, select="sha256:" + "0" * 64)
