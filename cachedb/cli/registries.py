@@ -87,7 +87,7 @@ def pull(
     A NAME without a registry belongs to Docker Hub. localhost is contacted over HTTP. The image is stored under NAME as
     given; docker:// may precede it. REPOSITORY:TAG@DIGEST pulls the digest, and stores it under the tag. Only the
     host's platform of a multi-platform image is pulled, unless --platform or --all-platforms is given.
-    With --from or several --jobs, a name that fails stops no other, and the exit code at the end is 1.
+    With --from, --dry-run or several --jobs, a name that fails stops no other, and the exit code at the end is 1.
     CACHEDB_MIRRORS="REGISTRY=[http://]HOST[:PORT][/PREFIX] ..." lists mirrors to try first.
     Mirrors, locations and aliases of podman's registries.conf are used too.
     """
@@ -111,7 +111,10 @@ def pull(
     }
     with open_cache() as cache:
         if dry_run:
-            _print_plans([cache.plan_pull(name, **options) for name in wanted], form, quiet=quiet)
+            plans = _plan_all(cache, wanted, options)
+            _print_plans(plans, form, quiet=quiet)
+            if len(plans) < len(wanted):
+                click.get_current_context().exit(1)
             return
         options |= {"if_missing": if_missing, "allow_stale": allow_stale}
         found: dict[str, Pulled] = {}
@@ -156,6 +159,19 @@ def _pull_all(
                 click.echo(f"cachedb: {printable(name)}: {printable(str(error))}", err=True)
 
         in_threads(pull_one, names, lambda _: None, threads=jobs)
+
+
+def _plan_all(cache: Cache, names: list[str], options: dict[str, Any]) -> list[PullPlan]:
+    """Return the plans of several pulls; a failure is printed and stops no other."""
+    plans = []
+    for name in names:
+        try:
+            plans.append(cache.plan_pull(name, **options))
+        except CacheError as error:
+            if len(names) == 1:
+                raise
+            click.echo(f"cachedb: {printable(name)}: {printable(str(error))}", err=True)
+    return plans
 
 
 def _print_plans(plans: list[PullPlan], form: str, *, quiet: bool) -> None:

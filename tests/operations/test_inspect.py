@@ -187,6 +187,13 @@ def test_one_name_that_fails_stops_no_other(cachedb: Run, directory: Path, remot
     assert cachedb("pull").returncode == 2
 
 
+def test_a_dry_run_reports_all_names(cachedb: Run, remote: Registry) -> None:
+    name = f"{remote.host}/app:1"
+    done = cachedb("pull", "-q", "--dry-run", f"{remote.host}/app:absent", name)
+    assert (done.returncode, done.stdout) == (1, f"{name}\n")
+    assert done.stderr.startswith(f"cachedb: {remote.host}/app:absent: ")
+
+
 def test_a_dry_run_stores_nothing(cachedb: Run, directory: Path, remote: Registry) -> None:
     name = f"{remote.host}/app:1"
     (plan,) = json.loads(cachedb("pull", "--dry-run", "--format", "json", name).stdout)

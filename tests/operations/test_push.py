@@ -333,7 +333,9 @@ def test_all_pages_of_a_list_of_referrers_are_read(cache: Cache, remote: Registr
 
 
 @pytest.mark.parametrize("status", [303, 400, 401, 403, 404, 405, 406, 410, 415, 429, 500, 501])
-def test_the_tag_lists_the_referrers_if_the_registry_refuses_to(cache: Cache, remote: Registry, status: int) -> None:
+def test_the_tag_lists_the_referrers_if_the_registry_refuses_to(
+    cache: Cache, remote: Registry, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
     name, signature = remote.add(FIRST, "app", "1"), make_referrer(FIRST.manifest)
     remote.add(signature, "app")
     list_by_tag(remote, "app", FIRST, signature)
@@ -344,6 +346,38 @@ def test_the_tag_lists_the_referrers_if_the_registry_refuses_to(cache: Cache, re
         cache.pull(name, referrers=True)
     assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs, *signature.blobs}
     assert remote.count(path="/referrers/") <= 5, "one failing request for all manifests"
+    assert "referrers" not in caplog.text
+
+
+@pytest.mark.parametrize("status", [404, 429, 500, 503])
+def test_a_list_of_referrers_that_fails_is_not_taken_for_an_empty_one_silently(
+    cache: Cache, remote: Registry, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = remote.add(FIRST, "app", "1")
+    remote.fault(answer(status), path="/referrers/", times=99)
+    assert cache.pull(name, referrers=True).image.complete
+    warning = (
+        f"{remote.host} may have referrers that it does not list: {remote.host} is overloaded, or failing ({status}"
+    )
+    assert (warning in caplog.text) == (status != 404)
+
+
+def test_another_host_that_fails_to_list_referrers_is_not_asked_again(cache: Cache, remote: Registry) -> None:
+    """ghcr.io redirects to such a host."""
+    name = remote.add(FIRST, "app", "1")
+    with Registry() as other:
+        other.fault(answer(429), times=99)
+        remote.fault(redirect(other.url, 303), path="/referrers/", times=99)
+        cache.pull(name, referrers=True)
+        assert len(other.requests) == 1
+
+
+def test_a_list_of_referrers_is_asked_for_again_after_a_temporary_failure(cache: Cache, remote: Registry) -> None:
+    name, signature = remote.add(FIRST, "app", "1"), make_referrer(FIRST.manifest)
+    remote.add(signature, "app")
+    remote.fault(answer(503), path="/referrers/", times=4)
+    cache.pull(name, referrers=True)
+    assert {blob.digest for blob in cache.get_image_blobs(name)} == {*FIRST.blobs, *signature.blobs}
 
 
 def test_a_later_page_of_referrers_that_fails_is_an_error(cache: Cache, remote: Registry) -> None:

@@ -1,7 +1,7 @@
 """Read containers-registries.conf(5), the configuration of registries that podman, skopeo and buildah share.
 
-This reads mirrors, locations, blocked and insecure registries, and aliases of short names. It ignores
-``unqualified-search-registries``: a name without a registry belongs to Docker Hub.
+This reads mirrors, locations, blocked and insecure registries, and aliases of short names, also from files of version
+1. It ignores ``unqualified-search-registries``: a name without a registry belongs to Docker Hub.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Mirror(NamedTuple):
 class Registry(NamedTuple):
     """A table of registries.conf for the names with a prefix."""
 
-    prefix: str  # HOST[:PORT][/NAMESPACE...], or *.DOMAIN
+    prefix: str  # HOST[:PORT][/NAMESPACE...][:TAG|@DIGEST], or *.DOMAIN[/NAMESPACE...]
     location: str  # replaces the prefix; empty to keep it
     insecure: bool
     blocked: bool
@@ -44,12 +44,18 @@ class Registry(NamedTuple):
         """Return how many characters of a name its prefix matches; 0 if the name has another prefix.
 
         Args:
-            name: ``registry/repository``.
+            name: ``registry/repository``, with its tag or digest.
         """
-        if self.prefix.startswith("*."):
+        prefix = self.prefix
+        if prefix.startswith("*."):
+            domain, slash, path = prefix[1:].partition("/")
             host = name.partition("/")[0]
-            return len(host) if host.partition(":")[0].endswith(self.prefix[1:]) else 0
-        return len(self.prefix) if f"{name}/".startswith(f"{self.prefix}/") else 0
+            if not (host if ":" in domain else host.partition(":")[0]).endswith(domain):
+                return 0
+            prefix = f"{host}{slash}{path}"
+        # A colon after a host starts a port, and after a repository a tag.
+        ends = ("", "/", "@", ":") if "/" in prefix else ("", "/")
+        return len(prefix) if name.startswith(prefix) and name[len(prefix) : len(prefix) + 1] in ends else 0
 
 
 class Configuration(NamedTuple):
@@ -59,7 +65,7 @@ class Configuration(NamedTuple):
     aliases: Mapping[str, str]  # registry/repository by short name
 
     def find(self, name: str) -> Registry | None:
-        """Return the registry with the longest prefix of a name, ``registry/repository``."""
+        """Return the registry with the longest prefix of a name: ``registry/repository`` with its tag or digest."""
         found = max(self.registries.values(), key=lambda registry: _rank(registry, name), default=None)
         return found if found and found.match(name) else None
 
@@ -82,8 +88,7 @@ def read_configuration() -> Configuration:
     registries, aliases = dict[str, Registry](), dict[str, str]()
     for file in _list_files():
         document = _load(file)
-        for table in _tables(document, "registry", file):
-            registry = _parse_registry(table, file)
+        for registry in (*_parse_version_1(document, file), *_parse_tables(document, file)):
             registries[registry.prefix] = registry
         given = document.get("aliases", {})
         if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
@@ -127,6 +132,25 @@ def _tables(document: Mapping[str, Any], key: str, file: str) -> list[dict[str, 
     if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
         raise _invalid(file, f"{key} is not a list of tables")
     return found
+
+
+def _parse_version_1(document: Mapping[str, Any], file: str) -> Iterator[Registry]:
+    """Yield the registries of a file of version 1: a table of lists, which older distributions install."""
+    given = document.get("registries", {})
+    listed = {}
+    for kind in ("insecure", "block"):
+        hosts = given.get(kind, {}) if isinstance(given, dict) else None
+        hosts = hosts.get("registries", []) if isinstance(hosts, dict) else None
+        if not isinstance(hosts, list) or not all(isinstance(host, str) and host.strip("/") for host in hosts):
+            raise _invalid(file, f"registries.{kind} has no list of registries")
+        listed[kind] = [host.rstrip("/") for host in hosts]
+    for host in dict.fromkeys([*listed["insecure"], *listed["block"]]):
+        yield Registry(host, host, host in listed["insecure"], host in listed["block"], (), file)
+
+
+def _parse_tables(document: Mapping[str, Any], file: str) -> Iterator[Registry]:
+    for table in _tables(document, "registry", file):
+        yield _parse_registry(table, file)
 
 
 def _parse_registry(table: Mapping[str, Any], file: str) -> Registry:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import urllib3
 
+from cachedb.disk.waiting import LOG
 from cachedb.errors import InvalidDigest, RegistryError, RegistryUnavailable
 from cachedb.oci.digests import Digest, digest_of, parse_digest, split_digest
 from cachedb.oci.manifests import (
@@ -33,9 +34,10 @@ from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
 from cachedb.transports.registry.answers import drain_after, is_encoded, read_body
 from cachedb.transports.registry.client import TRIES, Client
 from cachedb.transports.registry.download import Download
+from cachedb.transports.registry.explain import RETRY_STATUSES
 from cachedb.transports.registry.places import Place
 from cachedb.transports.registry.upload import Part, VerifiedFile
-from cachedb.transports.registry.urls import with_query
+from cachedb.transports.registry.urls import origin, with_query
 
 __all__ = ["Fetched", "Repository"]
 
@@ -199,17 +201,15 @@ class Repository:
             InvalidManifest: if the answer is not an index.
         """
         what, found, pages = f"referrers of {digest} at {self.place.registry}", list[Descriptor](), 0
+        failure: RegistryError | None = None
         url: str | None = self._build_url(f"referrers/{digest}") if self._has_referrers_api else None
         while url:
             try:
-                response = self._client.request("GET", url, what, {"Accept": OCI_INDEX})
-                if _read_media_type(response.headers) != OCI_INDEX:
-                    with response:
-                        raise self._client.refusal(what, response)
-            except RegistryError:
+                response = self._request_referrers(url, what)
+            except RegistryError as error:
                 if pages:
                     raise
-                self._has_referrers_api = False  # registries without this API answer in various ways
+                self._has_referrers_api, failure = False, error  # registries without this API answer in various ways
                 break
             with drain_after(response):
                 found += descriptors(read_body(response, DOCUMENT_LIMIT, what), OCI_INDEX, what)
@@ -221,7 +221,29 @@ class Repository:
                     f"{self.place.registry} lists more than {_MAX_REFERRERS} referrers, or pages of them, for "
                     f"{digest}: pull without --referrers"
                 )
-        return found if pages else descriptors(self._read_referrers_index(digest), OCI_INDEX, what)
+        if pages:
+            return found
+        found = descriptors(self._read_referrers_index(digest), OCI_INDEX, what)
+        if not found and isinstance(failure, RegistryUnavailable):
+            LOG.warning("%s may have referrers that it does not list: %s", self.place.registry, failure)
+        return found
+
+    def _request_referrers(self, url: str, what: str) -> urllib3.BaseHTTPResponse:
+        """Request a page of referrers; raise `RegistryError` if the answer is no index.
+
+        A registry without the API may redirect to a host that answers 429 each time. So only the registry itself is
+        asked again after a failure.
+        """
+        headers = {"Accept": OCI_INDEX}
+        response = self._client.request("GET", url, what, headers, good=_ANSWERS)
+        is_ours = origin(response.url or url) == origin(url)
+        if response.status in RETRY_STATUSES and is_ours and self.tries > 1 and self._client.pause(1, response):
+            response.close()
+            response = self._client.request("GET", url, what, headers, max_tries=self.tries - 1)
+        if response.status != 200 or _read_media_type(response.headers) != OCI_INDEX:
+            with response:
+                raise self._client.refusal(what, response)
+        return response
 
     def _read_referrers_index(self, digest: Digest) -> bytes:
         """Return the index under the referrers tag, for a registry without the API ("Referrers Tag Schema")."""

@@ -38,7 +38,7 @@ def pull_routes(name: Name, access: Access) -> list[Route]:
     configuration = read_configuration()
     name = _resolve_alias(name, configuration)
     origin = place(name, plain_http=access.plain_http)
-    full = f"{origin.registry}/{origin.repository}"
+    full = _format_reference(origin, name)
     registry, found, is_insecure = _find_allowed(configuration, full), mirrors(name), False
     # Mirrors have their own settings, but --tls-verify=true is for all.
     of_mirrors = access._replace(plain_http=None, tls_verify=access.tls_verify or None, credentials=None)
@@ -46,10 +46,10 @@ def pull_routes(name: Name, access: Access) -> list[Route]:
         is_insecure, rest = registry.insecure, full[registry.match(full) :]
         for mirror in registry.mirrors:
             if mirror.pull_by in ("all", "digest-only" if name.digest else "tag-only"):
-                where = _locate(f"{mirror.location}{rest}", registry, plain_http=None)
+                where = _locate(f"{mirror.location}{rest}", name, registry, plain_http=None)
                 found.append(_secure(where, of_mirrors, insecure=mirror.insecure))
         if registry.location:
-            origin = _locate(f"{registry.location}{rest}", registry, plain_http=access.plain_http)
+            origin = _locate(f"{registry.location}{rest}", name, registry, plain_http=access.plain_http)
     routes = [Route(where, of_mirrors) for where in found]
     return [*routes, Route(_secure(origin, access, insecure=is_insecure), access)]
 
@@ -62,7 +62,7 @@ def push_place(name: Name, access: Access) -> Place:
         RegistryError: if registries.conf is invalid, or blocks the registry.
     """
     origin = place(name, plain_http=access.plain_http)
-    registry = _find_allowed(read_configuration(), f"{origin.registry}/{origin.repository}")
+    registry = _find_allowed(read_configuration(), _format_reference(origin, name))
     return _secure(origin, access, insecure=bool(registry and registry.insecure))
 
 
@@ -71,18 +71,38 @@ def _resolve_alias(name: Name, configuration: Configuration) -> Name:
     return name if alias is None else name._replace(repository=alias)
 
 
+def _format_reference(where: Place, name: Name) -> str:
+    """Return ``registry/repository`` with a tag or a digest, as registries.conf may name it."""
+    return f"{where.registry}/{where.repository}{_format_suffix(name)}"
+
+
+def _format_suffix(name: Name) -> str:
+    return f"{'@' if name.digest else ':'}{name.reference}"
+
+
 def _find_allowed(configuration: Configuration, full: str) -> Registry | None:
-    """Return the configuration of ``registry/repository``, or None if there is none; raise if it is blocked."""
+    """Return the configuration of a name, or None if there is none; raise if it is blocked."""
     registry = configuration.find(full)
     if registry and registry.blocked:
-        raise RegistryError(f"{full} is blocked: {registry.file!r} blocks {registry.prefix!r}")
+        raise RegistryError(
+            f"{full} is blocked: {registry.file!r} blocks {registry.prefix!r}: use another registry, or change the file"
+        )
     return registry
 
 
-def _locate(location: str, registry: Registry, *, plain_http: bool | None) -> Place:
-    """Return the place of ``registry/repository`` in registries.conf."""
-    host, _, repository = location.partition("/")
+def _locate(location: str, name: Name, registry: Registry, *, plain_http: bool | None) -> Place:
+    """Return the place of a location in registries.conf.
+
+    Args:
+        location: ``registry/repository``, with a tag or a digest unless the prefix has one.
+        name: the image's name.
+        registry: its table of registries.conf.
+        plain_http: as for `place`.
+    """
+    host, _, repository = location.removesuffix(_format_suffix(name)).partition("/")
     try:
+        if ":" in repository or "@" in repository:
+            raise InvalidName(f"{shorten(location)} is for another tag or digest: leave the tag out of the location")
         return build_place(host, repository, plain_http=plain_http)
     except InvalidName as error:
         raise RegistryError(f"{registry.file!r} has the location {shorten(location)}: {error}") from None

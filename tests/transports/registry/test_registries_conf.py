@@ -52,6 +52,44 @@ def test_the_longest_prefix_counts(etc: Path) -> None:
     assert {name: find_prefix(name) for name in expected} == expected
 
 
+def test_a_prefix_may_have_a_tag_or_a_digest_and_a_domain_a_namespace(etc: Path) -> None:
+    prefixes = "quay.io/app", "quay.io/app:1", "quay.io/app@sha256:0", "*.example.test/team", "*.example.test:5000"
+    (etc / "registries.conf").write_text("".join(f'[[registry]]\nprefix = "{prefix}"\n' for prefix in prefixes))
+    expected = {
+        "quay.io/app:1": "quay.io/app:1",
+        "quay.io/app:11": "quay.io/app",
+        "quay.io/app:2": "quay.io/app",
+        "quay.io/app2:1": None,
+        "quay.io/app@sha256:0": "quay.io/app@sha256:0",
+        "quay.io/app@sha256:1": "quay.io/app",
+        "a.example.test/team/app:1": "*.example.test/team",
+        "a.example.test/team:1": "*.example.test/team",
+        "a.example.test/teams:1": None,
+        "a.example.test/app:1": None,
+        "a.example.test:5000/app:1": "*.example.test:5000",
+    }
+    assert {name: find_prefix(name) for name in expected} == expected
+
+
+def test_a_file_of_version_1_is_read(etc: Path) -> None:
+    (etc / "registries.conf").write_text(
+        """
+        [registries.search]
+        registries = ["docker.io"]
+        [registries.insecure]
+        registries = ["old.test:5000", "both.test/"]
+        [registries.block]
+        registries = ["both.test", "bad.test"]
+        """
+    )
+    found = read_configuration().registries
+    assert {prefix: (registry.insecure, registry.blocked) for prefix, registry in found.items()} == {
+        "old.test:5000": (True, False),
+        "both.test": (True, True),
+        "bad.test": (False, True),
+    }
+
+
 def test_a_registry_has_all_its_settings(etc: Path) -> None:
     (etc / "registries.conf").write_text(
         """
@@ -136,6 +174,9 @@ def test_the_files_are_read_in_order(etc: Path, user: Path, tmp_path: Path, monk
             '[[registry]]\nprefix = "a.test"\n[[registry.mirror]]\nlocation = "b.test"\npull-from-mirror = "no"',
             "pull-from-mirror is 'no': expected one of all, digest-only, tag-only",
         ),
+        ("registries = 1", "registries.insecure has no list of registries"),
+        ("[registries]\ninsecure = []", "registries.insecure has no list of registries"),
+        ("[registries.block]\nregistries = [1]", "registries.block has no list of registries"),
         ("aliases = 1", "aliases are not a table of strings"),
         ("[aliases]\na = 1", "aliases are not a table of strings"),
         ("\xff", "can't decode"),

@@ -62,6 +62,30 @@ def find_urls(name: str, access: Access = DEFAULT_ACCESS) -> list[str]:
 # Places
 
 
+def test_a_prefix_with_a_tag_is_for_this_tag(configuration: Path) -> None:
+    configuration.write_text(
+        """
+        [[registry]]
+        prefix = "quay.io/team/app:1"
+        location = "one.test/app"
+        [[registry.mirror]]
+        location = "mirror.test/app:1"
+        [[registry]]
+        prefix = "quay.io/team/app:2"
+        location = "two.test/app:3"
+        [[registry]]
+        prefix = "quay.io/team/app:4"
+        blocked = true
+        """
+    )
+    assert find_urls("quay.io/team/app:1") == ["https://mirror.test/app", "https://one.test/app"]
+    assert find_urls("quay.io/team/app:5") == ["https://quay.io/team/app"]
+    with pytest.raises(RegistryError, match="is for another tag or digest: leave the tag out of the location"):
+        find("quay.io/team/app:2")
+    with pytest.raises(RegistryError, match=r"quay.io/team/app:4 is blocked: .* use another registry"):
+        push_place(Name.parse("quay.io/team/app:4"), DEFAULT_ACCESS)
+
+
 def test_mirrors_come_before_the_location_of_a_registry(configuration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configuration.write_text(
         """
@@ -106,7 +130,7 @@ def test_a_blocked_registry_is_refused(configuration: Path) -> None:
     configuration.write_text('[[registry]]\nprefix = "a.test/team"\nblocked = true\n')
     for refused in (find, lambda name: push_place(Name.parse(name), DEFAULT_ACCESS)):
         with pytest.raises(
-            RegistryError, match=rf"^a.test/team/app is blocked: '{configuration}' blocks 'a.test/team'"
+            RegistryError, match=rf"^a.test/team/app:1 is blocked: '{configuration}' blocks 'a.test/team'"
         ):
             refused("a.test/team/app:1")
     assert find_urls("a.test/other") == ["https://a.test/other"]
@@ -114,7 +138,9 @@ def test_a_blocked_registry_is_refused(configuration: Path) -> None:
 
 def test_a_location_with_an_invalid_port_is_named(configuration: Path) -> None:
     configuration.write_text('[[registry]]\nprefix = "a.test"\nlocation = "b.test:99999"\n')
-    with pytest.raises(RegistryError, match=rf"^'{configuration}' has the location 'b.test:99999/app': .* above 65535"):
+    with pytest.raises(
+        RegistryError, match=rf"^'{configuration}' has the location 'b.test:99999/app:latest': .* above 65535"
+    ):
         find("a.test/app")
 
 
