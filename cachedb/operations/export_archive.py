@@ -48,7 +48,7 @@ def export_archive(
     progress: Progress | None,
 ) -> None:
     """Export an image, as `Cache.export` does."""
-    _check_options(format, tag, link=link, referrers=referrers, convert=convert)
+    _check_options(format, destination, tag, link=link, referrers=referrers, convert=convert)
     named = name if tag is None else _parse_tag(name, tag, format)
     read = partial(read_document, database.directory)
     with hold_images(database, session, name) as ((info, blobs),):
@@ -82,17 +82,20 @@ def export_archive(
         advance = sum_progress(sum(entry.size for entry in files if isinstance(entry.content, str)), progress)
         if format not in FOLDER_FORMATS:
             write_tar(database.directory, files, destination, advance)
-        elif isinstance(destination, Path):
-            seconds = database.wait_seconds
-            write_layout(database.directory, files, destination, link=link, wait_seconds=seconds, progress=advance)
-        else:
-            raise CacheError(f"the format {format} writes a folder: give its path")
+            return
+        assert isinstance(destination, Path)
+        seconds = database.wait_seconds
+        write_layout(database.directory, files, destination, link=link, wait_seconds=seconds, progress=advance)
 
 
-def _check_options(format: str, tag: str | None, *, link: bool, referrers: bool, convert: str | None) -> None:
+def _check_options(
+    format: str, destination: object, tag: str | None, *, link: bool, referrers: bool, convert: str | None
+) -> None:
     """Raise `CacheError` if there is no such format or conversion, or the format does not allow an option."""
     if format not in FORMATS:
         raise CacheError(f"{shorten(format)} is not a format: use one of {', '.join(FORMATS)}")
+    if format in FOLDER_FORMATS and not isinstance(destination, Path):
+        raise CacheError(f"the format {format} writes a folder: give its path")
     if tag is not None and format == "dir":
         raise CacheError(f"the format dir has no place for the tag {shorten(tag)}: leave it out")
     if link and format not in FOLDER_FORMATS:
@@ -145,7 +148,7 @@ def _choose_docker_image(closure: Closure, read: Callable[[Digest], bytes]) -> D
 def _find_referrers(
     directory: Path, name: Name, whole: Closure, exported: Closure, blobs: list[BlobInfo]
 ) -> list[Closure]:
-    """Return the referrers of an image to export; warn of those whose subject is not exported.
+    """Return the referrers of an image to export; warn of those whose subject is not exported, and of other blobs.
 
     Args:
         directory: of the cache.
@@ -159,13 +162,14 @@ def _find_referrers(
         InvalidManifest: if a referrer's manifest is invalid.
     """
     attached = read_attached(whole, blobs, partial(read_document, directory))
-    found = exported.find_referrers(attached)
-    _warn_of_left_out(name, len(whole.find_referrers(attached)) - len(found), "their subjects are not exported")
+    found, referrers = exported.find_referrers(attached), whole.find_referrers(attached)
+    _warn_of_left_out(name, len(referrers) - len(found), "referrer", "their subjects are not exported")
+    _warn_of_others(name, whole, referrers, blobs)
     return found
 
 
 def _warn_of_referrers(directory: Path, name: Name, closure: Closure, blobs: list[BlobInfo], format: str) -> None:
-    """Warn of the referrers of an image that are not exported."""
+    """Warn of the referrers of an image, and of other attached blobs, that are not exported."""
     sizes = {blob.digest: blob.size for blob in blobs}
 
     def read(digest: Digest) -> bytes:
@@ -173,9 +177,18 @@ def _warn_of_referrers(directory: Path, name: Name, closure: Closure, blobs: lis
 
     hint = f"a {format} cannot hold them" if format in MANIFEST_FORMATS else "add them with --referrers"
     with suppress(InvalidManifest):
-        _warn_of_left_out(name, len(closure.find_referrers(read_attached(closure, blobs, read))), hint)
+        referrers = closure.find_referrers(read_attached(closure, blobs, read))
+        _warn_of_left_out(name, len(referrers), "referrer", hint)
+        _warn_of_others(name, closure, referrers, blobs)
 
 
-def _warn_of_left_out(name: Name, count: int, hint: str) -> None:
+def _warn_of_others(name: Name, closure: Closure, referrers: list[Closure], blobs: list[BlobInfo]) -> None:
+    """Warn of the blobs of an image that neither its closure nor a referrer reaches."""
+    known = {blob.digest for part in (closure, *referrers) for blob in part.blobs}
+    hint = "no format has a place for them: save them with `cachedb blob cat`"
+    _warn_of_left_out(name, len({blob.digest for blob in blobs} - known), "other attached blob", hint)
+
+
+def _warn_of_left_out(name: Name, count: int, what: str, hint: str) -> None:
     if count:
-        LOG.warning("the export of %s lacks %d referrer%s: %s", name, count, "s" if count > 1 else "", hint)
+        LOG.warning("the export of %s lacks %d %s%s: %s", name, count, what, "s" if count > 1 else "", hint)

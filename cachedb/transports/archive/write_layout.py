@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from cachedb import oci
 from cachedb.disk.durable import (
     PART_NAME,
     atomic_file,
@@ -34,8 +32,8 @@ from cachedb.transports.archive.copy_blob import (
     copy_in_threads,
     read_blob,
 )
-from cachedb.transports.archive.entries import Entry, json_entry
-from cachedb.transports.archive.model import REF_NAME
+from cachedb.transports.archive.entries import Entry
+from cachedb.transports.archive.merge_index import merge_index
 
 __all__ = ["write_layout"]
 
@@ -115,7 +113,7 @@ def write_layout(
                 sync_folder(folder)
             # Everything that the index references is on disk now.
             path = destination / index.path
-            _write_document(_merge_index(path, index) if index.path == "index.json" else index, path)
+            _write_document(merge_index(destination, index) if index.path == "index.json" else index, path)
             sync_folder(destination)
         except BaseException:
             _remove(made)
@@ -244,29 +242,3 @@ def _link(directory: Path, entry: Entry, path: Path, progress: Advance) -> bool:
     finally:
         discard(part)  # a rename over another link of the same file leaves both names
     return True
-
-
-def _merge_index(path: Path, entry: Entry) -> Entry:
-    """Return the layout's index with the image and its referrers added; it replaces an image of the same name."""
-    assert isinstance(entry.content, bytes)
-    try:
-        old = oci.load_json(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        return entry
-    new = json.loads(entry.content)
-    if not isinstance(old, dict) or not isinstance(old.get("manifests"), list):
-        raise CacheError(f"{str(path)!r} is not an image index: name another folder")
-
-    name, listed = _read_name(new["manifests"][0]), {entry["digest"] for entry in new["manifests"][1:]}
-    kept = [entry for entry in old["manifests"] if _read_name(entry) != name and not _is_listed(entry, listed)]
-    return json_entry("index.json", {**old, "manifests": kept + new["manifests"]})
-
-
-def _read_name(entry: object) -> object:
-    annotations = entry.get("annotations") if isinstance(entry, dict) else None
-    return annotations.get(REF_NAME) if isinstance(annotations, dict) else None
-
-
-def _is_listed(entry: object, digests: set[str]) -> bool:
-    """Return whether an entry lists one of these manifests without a name, as an earlier export of it did."""
-    return isinstance(entry, dict) and _read_name(entry) is None and entry.get("digest") in digests

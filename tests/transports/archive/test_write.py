@@ -1086,12 +1086,40 @@ def test_a_second_export_into_a_layout_lists_referrers_once(signed: Cache, tmp_p
     assert [entry["digest"] for entry in entries] == [IMAGE.digest, SIGNATURE.digest, ABOUT.digest]
 
 
+def test_an_image_in_a_layout_is_replaced_with_its_referrers(signed: Cache, tmp_path: Path) -> None:
+    layout, newer = tmp_path / "layout", make.image(7)
+
+    def export(name: str, **options: Any) -> list[str]:
+        signed.export(name, layout, format="oci-dir", **options)
+        return [entry["digest"] for entry in json.loads((layout / "index.json").read_bytes())["manifests"]]
+
+    for name in ("app:1", "kept:1"):
+        export("app:1", referrers=True, tag=name)
+    make.save(signed, "app:1", newer)
+    kept = [IMAGE.digest, SIGNATURE.digest, ABOUT.digest]
+    assert export("app:1") == [*kept, newer.digest], "another name still has the referrers"
+    make.save(signed, "kept:1", newer)
+    assert export("kept:1") == [newer.digest] * 2
+
+
+def test_a_replaced_index_takes_along_the_referrers_of_its_manifests(cache: Cache, tmp_path: Path) -> None:
+    make.save_index(cache, "app:1", AMD, ARM)
+    make.attach(cache, "app:1", make.artifact("application/vnd.example.signature", subject=ARM.manifest))
+    cache.export("app:1", tmp_path / "layout", format="oci-dir", referrers=True)
+    make.save(cache, "app:1", AMD)
+    cache.export("app:1", tmp_path / "layout", format="oci-dir")
+    entries = json.loads((tmp_path / "layout" / "index.json").read_bytes())["manifests"]
+    assert [entry["digest"] for entry in entries] == [AMD.digest]
+
+
 def test_an_attached_manifest_of_another_subject_is_no_referrer(cachedb: Run, cache: Cache, tmp_path: Path) -> None:
     make.save(cache, "app:1", IMAGE)
     make.attach(cache, "app:1", make.artifact("application/vnd.example.note", subject=AMD.manifest))
-    done = cachedb("export", "--referrers", "app:1", tmp_path / "out")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(json.loads(read_contents(tmp_path / "out")["index.json"])["manifests"]) == 1
+    lacks = "the export of app:1 lacks 3 other attached blobs: no format has a place for them"
+    for option in ("--referrers", "--format=dir"):
+        done = cachedb("export", option, "app:1", tmp_path / f"out{option[:3]}")
+        assert (done.returncode, done.stderr) == (0, f"cachedb: {lacks}: save them with `cachedb blob cat`\n")
+    assert len(json.loads(read_contents(tmp_path / "out--r")["index.json"])["manifests"]) == 1
 
 
 # Conversion
