@@ -13,11 +13,12 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from sqlalchemy import Connection
 
 from cachedb import oci
-from cachedb.content.save import T, associate_waiting, save_image
+from cachedb.content.save import associate_waiting, save_image
 from cachedb.content.session import NO_HOLD, Hold, Session
 from cachedb.disk import writer
 from cachedb.disk.layout import blob_file, received_digest
@@ -56,6 +57,9 @@ __all__ = [
     "store_blob",
     "store_manifest",
 ]
+
+
+T = TypeVar("T")
 
 
 _NO_HARD_LINK_ERRNOS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)

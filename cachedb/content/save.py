@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from sqlalchemy import (
     Connection,
@@ -59,7 +59,6 @@ from cachedb.oci.names import Name
 __all__ = [
     "NewImage",
     "SavedImage",
-    "T",
     "associate_waiting",
     "attach",
     "attach_referrers",
@@ -75,8 +74,6 @@ __all__ = [
     "tag",
 ]
 
-
-T = TypeVar("T")
 
 Choice = Callable[[list[Descriptor]], list[Descriptor]]
 """A function that returns the children of an index that belong to an image's closure."""
@@ -182,7 +179,9 @@ def save_image(
     found = closure(connection, directory, root, choose, known=known)
     _ensure_rows(connection, found, known)
     image_id, new = point_name(connection, name, known[digest].id, media_type, 1 if choose else None)
-    _associate(connection, directory, image_id, found, known, new=new)
+    # What the closure leaves out is not attached, though the image may have had it.
+    left_out = {blob.digest for blob in closure(connection, directory, root, strict=False)} if choose else set()
+    _associate(connection, directory, image_id, found, known, left_out, new=new)
     return image_id
 
 
@@ -343,13 +342,28 @@ def _associate(
     image_id: int,
     found: list[Descriptor],
     known: dict[Digest, BlobRow],
+    left_out: Container[Digest] = (),
     *,
     new: bool = False,
 ) -> None:
-    """Associate an image with its closure, followed by its attached blobs, and write its description."""
+    """Associate an image with its closure, followed by its attached blobs, and write its description.
+
+    Args:
+        connection: in a write transaction.
+        directory: of the cache.
+        image_id: of the image.
+        found: its closure.
+        known: the rows of the closure's blobs.
+        left_out: blobs that are not attached if they are not stored.
+        new: whether the image has no associations yet.
+    """
     old = [] if new else descriptions.read_associations(connection, image_id)
     reached = _associations(found, known)
-    attached = [blob._replace(diff_id=None, created_by=None) for blob in old if blob.digest not in known]
+    attached = [
+        blob._replace(diff_id=None, created_by=None)
+        for blob in old
+        if blob.digest not in known and (blob.stored or blob.digest not in left_out)
+    ]
     wanted = [blob._replace(position=position) for position, blob in enumerate([*reached, *attached])]
     description = _describe(directory, wanted)
     if wanted != old:

@@ -445,3 +445,17 @@ def test_a_layer_with_an_odd_media_type_is_imported_and_exported(cache: Cache, m
     with Cache.open(tmp_path / "other") as other:
         (imported,) = other.cache_from_tar(tmp_path / "app.tar")
         assert imported.digest == digest_of(manifest)
+
+
+def test_a_partial_import_completes_an_image_that_lacks_other_platforms(cache: Cache) -> None:
+    files = layout_of(named(BOTH, "app:1", OCI_INDEX), blobs=[BOTH, *AMD.blobs.values()])
+    for data in (BOTH, *AMD.blobs.values()):
+        cache.add_blob(data)
+    cache.save_manifest("app:1", BOTH)
+    note = cache.add_blob(b"a note")
+    cache.associate_blob_with_image("app:1", note)
+    assert not cache.is_image_complete("app:1")
+    assert import_files(cache, files) == ["app:1"]
+    assert cache.is_image_complete("app:1")
+    assert list_platforms(cache, "app:1") == {"linux/amd64": True, "linux/arm64": False}
+    assert list_digests(cache, "app:1")[-1] == note, "attached blobs stay attached"
