@@ -19,6 +19,7 @@ __all__ = [
     "Report",
     "find_report_folder",
     "list_reports",
+    "load_built_in",
     "load_report",
     "parse_number",
 ]
@@ -106,6 +107,11 @@ def load_report(name: str) -> Report:
         if name and os.sep not in name and path.is_file():
             return _read_report(path)
     raise NotInCache(f"there is no report {name!r}: `cachedb report --list` lists all reports")
+
+
+def load_built_in(name: str) -> Report:
+    """Return a built-in report, even if the user has one of the same name."""
+    return _read_report(_BUILT_IN_FOLDER / f"{name}.sql")
 
 
 def _read_report(path: Path) -> Report:

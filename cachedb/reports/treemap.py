@@ -1,24 +1,26 @@
-"""Lay out blobs, images and repositories as rectangles for the HTML page."""
+"""Lay out a treemap: rectangles whose areas are proportional to bytes, and their names."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Final, NamedTuple
 
-from sqlalchemy import Connection
+from cachedb.reports.words import shorten_path
+from cachedb.text import truncate
 
-from cachedb.reports.words import Row, clean_text, fetch_rows, find_age_group, format_command, format_count
-from cachedb.text import shorten_digest, truncate
-
-__all__ = ["lay_out_treemap"]
+__all__ = ["Box", "Tile", "lay_out", "squarify"]
 
 
-_TILES: Final = 2000  # content smaller than the stored bytes divided by this is merged into one tile
 _WIDTH_PIXELS, _HEIGHT_PIXELS = 1200.0, 620.0  # an estimate; tiles are drawn in percent
+_LETTER_PIXELS: Final = 6.6  # the width of a letter, on average
+_BOLD_LETTER_PIXELS: Final = 7.4  # of the name of a namespace or repository
+_HEADING_LETTER_PIXELS: Final = 8.6  # at depth 1, where letters are bold and larger
+_LINE_PIXELS: Final = 15
+_HEADING_LINE_PIXELS: Final = 18
+_MARGIN_PIXELS: Final = 5
+_LEAST_LETTERS: Final = 6  # a longer name is not cut to fewer letters, but left out
 
 
 class Box(NamedTuple):
@@ -42,10 +44,15 @@ class Tile:
     kind: str  # determines the colour
     detail: str = ""
     inside: list[Tile] = field(default_factory=list)
+    title: str = ""  # the full name of an image or repository, if the name is only a part of it
+    image: str = ""  # the image, if the tile is one
+    repository: str = ""  # the repository, if the tile is one
     percent: Box = _WHOLE  # relative to the enclosing tile
     label: str = ""  # the part of the name that fits
+    label_y: float = 0  # the base line of the label, in pixels below the top of the tile
     depth: int = 0
     drawn: bool = True
+    is_path: bool = False  # whether the name loses its first parts if it is too long, in place of its end
 
 
 def squarify(sizes: Sequence[int], width: float, height: float) -> list[Box]:
@@ -81,148 +88,52 @@ def squarify(sizes: Sequence[int], width: float, height: float) -> list[Box]:
     return boxes
 
 
-def lay_out_treemap(
-    connection: Connection, totals: dict[str, int], repositories: Sequence[Row], ages: Sequence[Row], now: datetime
-) -> list[Tile]:
-    """Return tiles that show each stored byte once: repositories contain images, which contain layers.
-
-    As in the views, the tile of a repository or image has the bytes that only this repository or image uses. Bytes that
-    several repositories use have a separate tile.
-    """
-    # Smaller blobs are not read but merged into one tile, so this is fast even with millions of blobs.
-    min_bytes = max(1, totals["stored"] // _TILES)
-    blobs = _make_blob_tiles(connection, min_bytes)
-    images = _make_image_tiles(connection, blobs, ages, min_bytes, now)
-    small = [row.unique_size for row in repositories if row.unique_size < min_bytes]
-    in_several = totals["unique"] + totals["shared"] - sum(row.unique_size for row in repositories)
-    others = [
-        Tile(format_count(len(small), "smaller repository", "smaller repositories"), sum(small), "rest"),
-        Tile("shared by several repositories", in_several, "shared", "each byte is drawn once", blobs[("shared",)]),
-        Tile("garbage", totals["garbage"], "garbage", "`cachedb gc` frees it", blobs[("garbage",)]),
-        Tile("held, in no image", totals["held"], "held", "by a hold or a process", blobs[("held",)]),
-    ]
-    for tile in others:
-        _add_rest(tile, "smaller layers, configs and manifests", tile.kind)
-    tiles = _make_repository_tiles(repositories, blobs, images, ages, min_bytes)
-    tiles += [tile for tile in others if tile.size]
-    _lay_out(tiles, _WIDTH_PIXELS, _HEIGHT_PIXELS, _WIDTH_PIXELS * _HEIGHT_PIXELS / max(1, totals["stored"]), 1)
-    return tiles
+def lay_out(tiles: list[Tile]) -> None:
+    """Set the place of each tile, and its label if it fits."""
+    area = Box(0, 0, _WIDTH_PIXELS, _HEIGHT_PIXELS)
+    _lay_out(tiles, area, area.width * area.height / max(1, sum(tile.size for tile in tiles)), [], 1)
 
 
-def _make_blob_tiles(connection: Connection, min_bytes: int) -> dict[tuple[str, ...], list[Tile]]:
-    """Return the blobs of at least ``min_bytes`` bytes, by the kind and name of the tile they belong to."""
-    rows = fetch_rows(
-        connection,
-        """
-        SELECT b.digest, b.size, count(DISTINCT i.id) AS images, count(DISTINCT i.repository) AS repositories,
-            min(i.repository) AS repository, min(i.reference) AS reference, min(o.role) AS role,
-            substr(min(o.created_by), 1, 200) AS created_by, max(CASE WHEN l.digest IS NULL THEN 0 ELSE 1 END) AS held
-        FROM blobs AS b LEFT JOIN image_blobs AS o ON o.blob_id = b.id LEFT JOIN images AS i ON i.id = o.image_id
-            LEFT JOIN (SELECT DISTINCT digest FROM leases) AS l ON l.digest = b.digest
-        WHERE b.stored_at IS NOT NULL AND b.size >= :min_bytes
-        GROUP BY b.id, b.digest, b.size
-        """,
-        min_bytes=min_bytes,
-    )
-    found: dict[tuple[str, ...], list[Tile]] = defaultdict(list)
-    for blob in rows:
-        place: tuple[str, ...]
-        if blob.images == 1:
-            place = "image", blob.repository, blob.reference
-        elif blob.repositories == 1:
-            place = "inner", blob.repository
-        elif blob.images:
-            place = ("shared",)
-        else:
-            place = ("held" if blob.held else "garbage",)
-        where = f"in {blob.images:,} images" if blob.images > 1 else ""
-        if blob.repositories > 1:
-            where += f" of {blob.repositories:,} repositories"
-        detail = "\n".join(filter(None, (clean_text(blob.created_by or ""), blob.digest, where)))
-        name = format_command(blob.created_by) or blob.role or shorten_digest(blob.digest)
-        found[place].append(Tile(name, blob.size, place[0], detail))
-    return found
-
-
-def _make_image_tiles(
-    connection: Connection,
-    blobs: dict[tuple[str, ...], list[Tile]],
-    ages: Sequence[Row],
-    min_bytes: int,
-    now: datetime,
-) -> dict[str, list[Tile]]:
-    """Return the images by repository, each with its unique bytes and the colour of its age."""
-    found: dict[str, list[Tile]] = defaultdict(list)
-    for image in fetch_rows(
-        connection,
-        "SELECT name, repository, reference, unique_size, last_used_at "
-        "FROM image_usage WHERE unique_size >= :min_bytes",
-        min_bytes=min_bytes,
-    ):
-        kind = f"age{find_age_group(image.last_used_at, now)}"
-        detail = f"{clean_text(image.name)}\nonly in this image\nlast used {image.last_used_at[:10]}"
-        layers = blobs["image", image.repository, image.reference]
-        tile = Tile(clean_text(image.reference), image.unique_size, kind, detail, layers)
-        for layer in tile.inside:
-            layer.kind = kind
-        _add_rest(tile, "smaller layers, configs and manifests", kind)
-        found[image.repository].append(tile)
-    for age in ages:
-        kind = f"age{age.age}"
-        drawn = [tile for tile in found[age.repository] if tile.kind == kind]
-        # Many small images share one tile per age.
-        if (rest := age.unique_size - sum(tile.size for tile in drawn)) >= max(1, min_bytes // 4):
-            found[age.repository].append(Tile(format_count(age.images - len(drawn), "smaller image"), rest, kind))
-    return found
-
-
-def _make_repository_tiles(
-    repositories: Sequence[Row],
-    blobs: dict[tuple[str, ...], list[Tile]],
-    images: dict[str, list[Tile]],
-    ages: Sequence[Row],
-    min_bytes: int,
-) -> list[Tile]:
-    """Return the tiles of repositories of at least ``min_bytes`` bytes, with their images inside."""
-    inner = {row.repository: row.unique_size for row in repositories}
-    for age in ages:
-        inner[age.repository] -= age.unique_size
-    tiles: list[Tile] = []
-    for repository in repositories:
-        name = repository.repository
-        if repository.unique_size < min_bytes:
-            continue  # the caller merges it into one tile
-        inside = images[name]
-        if inner[name] >= max(1, min_bytes // 4):
-            detail = "by images of this repository"
-            shared = Tile("shared within the repository", inner[name], "inner", detail, blobs["inner", name])
-            _add_rest(shared, "smaller layers", "inner")
-            inside.append(shared)
-        detail = f"{format_count(repository.images, 'image')}; not in other repositories"
-        tile = Tile(clean_text(name), repository.unique_size, "repository", detail, inside)
-        _add_rest(tile, "smaller images", "rest")
-        tiles.append(tile)
-    return tiles
-
-
-def _add_rest(tile: Tile, name: str, kind: str) -> None:
-    """Add a tile for the bytes of a tile that its inner tiles do not cover, if it has inner tiles."""
-    rest = tile.size - sum(inside.size for inside in tile.inside)
-    if tile.inside and rest > 0:
-        tile.inside.append(Tile(name, rest, kind))
-
-
-def _lay_out(tiles: list[Tile], width: float, height: float, scale: float, depth: int) -> None:
-    """Set the place of each tile, and its label if it fits; the label's position depends on the depth."""
+def _lay_out(tiles: list[Tile], area: Box, scale: float, headings: list[Box], depth: int) -> None:
     tiles.sort(key=lambda tile: (-tile.size, tile.name))
-    for tile, box in zip(tiles, squarify([tile.size for tile in tiles], width, height), strict=True):
+    boxes = squarify([tile.size for tile in tiles], area.width, area.height)
+    for tile, box in zip(tiles, boxes, strict=True):
+        across, down = 100 / area.width, 100 / area.height
         tile.depth = depth
-        across, down = 100 / width, 100 / height
         tile.percent = Box(box.x * across, box.y * down, box.width * across, box.height * down)
         # A tile smaller than a pixel is not drawn: the enclosing tile shows through.
         tile.drawn = depth == 1 or tile.size * scale >= 1
-        letters = int((box.width - 12) / (8 if depth == 1 else 6.6))
-        needed = (22, 22 if box.y > 20 else 40, 60)[depth - 1]
-        if letters >= min(len(tile.name), 6) and box.height >= needed:
-            tile.label = truncate(tile.name, letters)
-        _lay_out(tile.inside, box.width, box.height, scale, depth + 1)
+        place = Box(area.x + box.x, area.y + box.y, box.width, box.height)
+        label = _place_label(tile, place, headings)
+        _lay_out(tile.inside, place, scale, [*headings, label] if label else headings, depth + 1)
+
+
+def _place_label(tile: Tile, place: Box, headings: list[Box]) -> Box | None:
+    """Set the label of a tile, below the headings that cover the tile's upper edge; return where it is.
+
+    The script of the page does the same for the true size of the window.
+    """
+    is_bold = tile.kind in ("namespace", "repository")
+    letter = _HEADING_LETTER_PIXELS if tile.depth == 1 else _BOLD_LETTER_PIXELS if is_bold else _LETTER_PIXELS
+    line = _HEADING_LINE_PIXELS if tile.depth == 1 else _LINE_PIXELS
+    letters = int((place.width - 2 * _MARGIN_PIXELS) / letter)
+    if letters < min(len(tile.name), _LEAST_LETTERS):
+        return None
+    words = shorten_path(tile.name, letters) if tile.is_path else truncate(tile.name, letters)
+    label = Box(place.x + _MARGIN_PIXELS, place.y + 3, len(words) * letter, line)
+    for heading in sorted(headings, key=lambda heading: heading.y):
+        if _overlap(label, heading):
+            label = label._replace(y=heading.y + heading.height)
+    if label.y + line > place.y + place.height:
+        return None
+    tile.label, tile.label_y = words, label.y - place.y + line - 4
+    return label
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return (
+        one.x < other.x + other.width
+        and other.x < one.x + one.width
+        and one.y < other.y + other.height
+        and other.y < one.y + one.height
+    )

@@ -16,10 +16,12 @@ __all__ = [
     "build_age_expression",
     "clean_text",
     "fetch_rows",
-    "find_age_group",
+    "format_age_group",
     "format_command",
     "format_count",
     "format_platform",
+    "format_time",
+    "shorten_path",
 ]
 
 
@@ -44,6 +46,23 @@ def clean_text(words: str, length: int = _TEXT_CHARACTERS) -> str:
     return printable(truncate(words, length))
 
 
+def shorten_path(name: str, letters: int) -> str:
+    """Shorten a name to a number of letters: drop its first path parts, then letters amid its last part.
+
+    Names in a cache often begin alike, so that their ends tell them apart.
+    """
+    if len(name) <= letters:
+        return name
+    parts = name.split("/")
+    for first in range(1, len(parts)):
+        if len(rest := "/".join(parts[first:])) + 2 <= letters:
+            return f"…/{rest}"
+    last = parts[-1]
+    if len(last) <= letters:
+        return last
+    return f"{last[: letters // 2]}…{last[len(last) - (letters - 1) // 2 :]}"
+
+
 def format_command(created_by: str | None) -> str:
     """Return a layer's command without the prefixes that builders add to every command."""
     words = created_by or ""
@@ -54,21 +73,25 @@ def format_command(created_by: str | None) -> str:
 
 def format_platform(row: Row) -> str:
     """Format an image's platform as `docker pull --platform` expects it."""
-    return clean_text("/".join(filter(None, (row.os, row.architecture, row.variant)))) or "unknown, or several"
+    return clean_text("/".join(filter(None, (row.os, row.architecture, row.variant)))) or "unknown"
 
 
-def find_age_group(last_used_at: str, now: datetime) -> int:
-    """Return the number of the age group that a time belongs to; 0 is the most recent."""
-    return sum(last_used_at < _format_time(now - timedelta(days=days)) for days in AGE_DAYS)
+def format_age_group(number: int) -> str:
+    """Return a word for an age group, which the search of the page finds: ``7-30d``."""
+    if number == 0:
+        return f"0-{AGE_DAYS[0]}d"
+    if number == len(AGE_DAYS):
+        return f"{AGE_DAYS[-1]}d+"
+    return f"{AGE_DAYS[number - 1]}-{AGE_DAYS[number]}d"
 
 
 def build_age_expression(column: str, now: datetime) -> tuple[str, dict[str, str]]:
     """Return an SQL expression that computes the age group of a column, and its parameters."""
     cases = " ".join(f"WHEN {column} >= :limit{age} THEN {age}" for age in range(len(AGE_DAYS)))
-    limits = {f"limit{age}": _format_time(now - timedelta(days=days)) for age, days in enumerate(AGE_DAYS)}
+    limits = {f"limit{age}": format_time(now - timedelta(days=days)) for age, days in enumerate(AGE_DAYS)}
     return f"CASE {cases} ELSE {len(AGE_DAYS)} END", limits
 
 
-def _format_time(time: datetime) -> str:
+def format_time(time: datetime) -> str:
     """Format a time as in the index."""
     return f"{time.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"

@@ -588,6 +588,15 @@ MUTATIONS = [
     Mutation("a terminal gets no escape sequence in a cell", "cachedb/cli/output.py", "return printable(value) if is_terminal else value", "return value", "tests/index/sqlite/test_query.py -k terminal"),
     Mutation("a connection for queries is read-only", "cachedb/index/sqlite/query.py", '    connection.execute("PRAGMA query_only = ON")\n', "", "tests/index/sqlite/test_query.py"),
     Mutation("noting a use waits for no lock", "cachedb/index/sqlite/database.py", "else locks.acquire(self.write_lock, wait=False)\n", "else locks.acquire(self.write_lock)\n", "tests/content/test_last_used.py"),
+    # The HTML page
+    Mutation("a held image is not proposed for removal", "cachedb/reports/cleanup.py", " AND NOT EXISTS (SELECT 1 FROM leases AS l WHERE l.digest = m.digest)\n", "\n", "tests/reports/test_cleanup.py"),
+    Mutation("a held blob does not count as freed", "cachedb/reports/cleanup.py", "            AND NOT EXISTS (SELECT 1 FROM leases AS l WHERE l.digest = b.digest)\n", "", "tests/reports/test_cleanup.py -k frees_what"),
+    Mutation("a blob of a kept image does not count as freed", "cachedb/reports/cleanup.py", "            AND NOT EXISTS (SELECT 1 FROM image_blobs AS p WHERE p.blob_id = b.id AND p.image_id NOT IN :chosen)\n", "", "tests/reports/test_cleanup.py -k frees_what"),
+    Mutation("a name that `rm` refuses is not proposed", "cachedb/reports/cleanup.py", '        return name if str(Name.parse(name)) == name else ""\n    except InvalidName:\n        return ""\n', "        return name\n    except InvalidName:\n        return name\n", "tests/reports/test_cleanup.py -k refuses"),
+    Mutation("a command with a control character is not shown", "cachedb/reports/cleanup.py", "    if not all(word.isprintable() for word in words):\n", "    if False:\n", "tests/reports/test_cleanup.py -k quoted"),
+    Mutation("the words of a command are quoted", "cachedb/reports/cleanup.py", "*map(shlex.quote, names)]", "*names]", "tests/reports/test_cleanup.py -k quoted"),
+    Mutation("the data of the page's search ends no script", "cachedb/reports/page.py", '.replace("<", "\\\\u003c")', "", "tests/reports/test_page.py -k hostile"),
+    Mutation("no name in the map covers a heading", "cachedb/reports/treemap.py", "        if _overlap(label, heading):\n", "        if False:\n", "tests/reports/test_treemap.py"),
     # Results of the library
     Mutation("unreferenced blobs are counted", "cachedb/reports/usage.py", "if used < known else Collected(0, 0)", "if False else Collected(0, 0)", "tests/test_cache.py"),
     Mutation("incomplete images are counted", "cachedb/reports/usage.py", "if blob_count < known else 0", "if False else 0", "tests/test_cache.py"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import random
+import json
 import re
 import socket
 import sqlite3
@@ -12,163 +12,35 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime, timedelta
-from html.parser import HTMLParser
-from itertools import combinations
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cachedb import Cache
-from cachedb.index.sqlite.database import Database
-from cachedb.oci.manifests import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST
-from cachedb.reports import page, treemap
-from tests.support.make import digest_of, image, save
-
-HOSTILE = "</title></script><script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}\u202e\x07\n"
-
-
-def fill(directory: Path, images: int, seed: int = 1) -> None:
-    """Make a cache whose index has images with shared, missing and held blobs; it has no files of blobs."""
-    Cache.open(directory).close()
-    draw = random.Random(seed)
-    shell = sqlite3.connect(directory / "index.db")
-    count = 0
-
-    def some_time() -> str:
-        time = datetime.now(UTC) - timedelta(days=draw.choice([draw.uniform(0, 7), draw.uniform(0, 300)]))
-        return f"{time.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
-
-    def blob(size: int, *, stored: bool = True) -> int:
-        nonlocal count
-        count += 1
-        time = some_time() if stored else None
-        shell.execute("INSERT INTO blobs VALUES (?, ?, ?, ?)", (count, digest_of(b"%d" % count), size, time))
-        return count
-
-    bases = [blob(draw.randrange(10**6, 10**8)) for _ in range(3)]
-    for number in range(1, images + 1):
-        repository = f"team/app-{number % 7}"
-        own = [blob(draw.randrange(1, 10**7), stored=draw.random() > 0.1) for _ in range(3)]
-        layers = [bases[number % 3], *own]
-        time = some_time()
-        shell.execute(
-            "INSERT INTO images (id, repository, reference, manifest_id, media_type, added_at, last_used_at, os, "
-            "architecture, author) VALUES (?, ?, ?, ?, ?, ?, ?, 'linux', 'amd64', ?)",
-            (number, repository, f"1.{number}", blob(700), OCI_MANIFEST, time, time, HOSTILE if number == 1 else None),
-        )
-        associations: list[tuple[int, str, str, str | None]]
-        associations = [(count, "manifest", OCI_MANIFEST, None), (blob(300), "config", OCI_CONFIG, None)]
-        associations += [(layer, "layer", OCI_LAYER, f"RUN make {layer} {HOSTILE}") for layer in layers]
-        for position, association in enumerate(associations):
-            shell.execute(
-                "INSERT INTO image_blobs (image_id, position, blob_id, role, media_type, created_by) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (number, position, *association),
-            )
-        for key in (f"key{HOSTILE}", "version"):
-            shell.execute("INSERT INTO image_labels VALUES (?, ?, ?)", (number, key, f"{number} {HOSTILE}"))
-    for _ in range(3):
-        blob(draw.randrange(10**5, 10**7))
-    shell.execute("INSERT INTO leases VALUES (?, 'hold-abcdefabcdef', 1)", (digest_of(b"%d" % blob(123456)),))
-    shell.commit()
-    shell.close()
-
-
-def render(directory: Path) -> str:
-    with closing(Database(directory)) as index, index.read() as connection:
-        return page.render(connection, directory)
+from cachedb.reports import charts, image_table, tiles
+from cachedb.text import printable as clean
+from tests.support.make import image, save
+from tests.support.pages import (
+    HOSTILE,
+    add_hostile_names,
+    card_of,
+    exact,
+    fill,
+    name_of,
+    only,
+    parse,
+    render,
+    rows_of,
+    text_of,
+)
 
 
 @pytest.fixture
 def made(directory: Path) -> str:
     fill(directory, 40)
     return render(directory)
-
-
-@given(st.lists(st.integers(1, 10**12), min_size=1, max_size=60), st.floats(10, 2000), st.floats(10, 2000))
-def test_areas_are_to_scale_and_fill_the_whole_without_overlap(sizes: list[int], width: float, height: float) -> None:
-    sizes.sort(reverse=True)
-    boxes = treemap.squarify(sizes, width, height)
-    assert len(boxes) == len(sizes)
-    near = 1e-6 * (width + height)
-    for size, box in zip(sizes, boxes, strict=True):
-        assert box.width * box.height == pytest.approx(width * height * size / sum(sizes), rel=1e-6, abs=1e-9)
-        assert box.x >= -near
-        assert box.y >= -near
-        assert box.x + box.width <= width + near
-        assert box.y + box.height <= height + near
-    # The areas add up to the whole, so they fill it if none overlap.
-    for one, other in combinations(boxes, 2):
-        beside = one.x + one.width <= other.x + near or other.x + other.width <= one.x + near
-        above = one.y + one.height <= other.y + near or other.y + other.height <= one.y + near
-        assert beside or above
-
-
-def test_areas_are_nearly_square_if_possible() -> None:
-    assert {(round(box.width), round(box.height)) for box in treemap.squarify([1] * 16, 80, 80)} == {(20, 20)}
-    for box in treemap.squarify([6, 6, 4, 3, 2, 2, 1], 600, 400):  # the example of the algorithm's authors
-        assert max(box.width / box.height, box.height / box.width) < 3
-
-
-class _Parser(HTMLParser):
-    """A strict parser of HTML: every element must be closed, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.builder, self.open = ElementTree.TreeBuilder(), list[str]()
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        names = [name for name, _ in attributes]
-        assert len(names) == len(set(names)), (tag, names)
-        self.builder.start(tag, {name: value or "" for name, value in attributes})
-        if tag in ("meta", "link", "input", "wbr"):
-            self.builder.end(tag)
-        else:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        self.builder.end(tag)
-
-    def handle_data(self, data: str) -> None:
-        if self.open:
-            self.builder.data(data)
-
-
-def parse(html: str) -> ElementTree.Element:
-    parser = _Parser()
-    parser.feed(html)
-    parser.close()
-    assert parser.open == []
-    return parser.builder.close()
-
-
-def only(element: ElementTree.Element, path: str) -> ElementTree.Element:
-    (found,) = element.findall(path)
-    return found
-
-
-def exact(title: str) -> int:
-    """Return the exact number of bytes in a title."""
-    (found,) = re.findall(r"([\d,]+) bytes", title)
-    return int(found.replace(",", ""))
-
-
-def rows_of(html: str, section: str) -> list[list[ElementTree.Element]]:
-    """Return the cells of the rows of a section's table."""
-    return [list(row) for row in parse(html).findall(f".//section[@id='{section}']//tbody/tr")]
-
-
-def text_of(element: ElementTree.Element) -> str:
-    return "".join(element.itertext())
 
 
 def test_the_treemap_has_each_stored_byte_once(made: str, directory: Path) -> None:
@@ -223,7 +95,7 @@ def test_the_numbers_are_those_of_the_views(made: str, directory: Path) -> None:
         ("repositories", (2, 3, 4), "SELECT repository, size, unique_size, shared_size FROM repository_usage"),
     ):
         rows = [
-            (text_of(only(cells[0], "bdi")), *(exact(cells[column].attrib["title"]) for column in columns))
+            (name_of(cells[0]), *(exact(cells[column].attrib["title"]) for column in columns))
             for cells in rows_of(made, section)
         ]
         assert rows == shell.execute(f"{query} ORDER BY 2 DESC, 1").fetchall()
@@ -254,24 +126,131 @@ def test_the_savings_of_sharing_equal_those_of_df_and_layers_are_shown_separatel
 
 def test_text_from_images_is_escaped(made: str) -> None:
     root = parse(made)
-    assert len(root.findall(".//script")) == 1
+    assert len(root.findall(".//script")) == 2
     assert root.findall(".//img") == []
     assert not any(name.startswith("on") for element in root.iter() for name in element.attrib)
     assert not re.search("[\x00-\x09\x0b-\x1f\u202a-\u202e\u2066-\u2069]", made)
-    (image_1,) = (cells for cells in rows_of(made, "images") if text_of(only(cells[0], "bdi")) == "team/app-1:1.1")
-    details = text_of(image_1[9])
+    (image_1,) = (cells for cells in rows_of(made, "images") if name_of(cells[0]) == "team/app-1:1.1")
+    details = text_of(image_1[0])
     shown = HOSTILE.replace("\u202e", "\\u202e").replace("\x07", "\\x07").replace("\n", "\\n")
     assert f"Author: {shown}" in details
     assert f"key{shown}"[:60] in details
     assert f"=1 {shown}"[:60] in details
-    assert any(shown in text_of(cells[3]) for cells in rows_of(made, "layers"))
+    assert any(shown in text_of(cells[4]) for cells in rows_of(made, "layers"))
     assert any("<script>" in text_of(title) for title in root.findall(".//svg//title"))
+
+
+def test_hostile_names_are_escaped_everywhere(made: str, directory: Path) -> None:
+    add_hostile_names(directory)
+    html = render(directory)
+    root = parse(html)
+    assert len(root.findall(".//script")) == 2
+    assert root.findall(".//img") == []
+    assert not any(name.startswith("on") for element in root.iter() for name in element.attrib)
+    assert not re.search("[\x00-\x09\x0b-\x1f\u202a-\u202e\u2066-\u2069]", html)
+    assert html.count("</script>") == 2
+    # The name is in each of these places, so the checks above are about them.
+    shown = clean(HOSTILE)
+    for identifier in ("holds", "incomplete", "duplicates", "outdated"):
+        card = card_of(root, identifier)
+        assert shown in text_of(card) or shown[-20:] in text_of(card)
+    assert any(shown in element.attrib.get("data-find", "") for element in root.iter("a"))
+    assert any(shown in text_of(cells[0]) for cells in rows_of(html, "repositories"))
+    assert any(shown in text_of(title) for title in root.findall(".//svg//title"))
+    assert any(shown in repository for repository in read_data(html)["repositories"])
+    assert "hostile/<" not in text_of(card_of(root, "removal"))
+
+
+def read_data(html: str) -> dict[str, Any]:
+    """Return the data of the page's search."""
+    (found,) = parse(html).findall(".//script[@type='application/json']")
+    data: dict[str, Any] = json.loads(text_of(found))
+    return data
+
+
+def test_the_data_of_the_search_has_all_images(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(directory, 40)
+    monkeypatch.setattr(image_table, "TABLE_ROWS", 5)
+    html = render(directory)
+    data = read_data(html)
+    found = [
+        (data["repositories"][row[0]] + row[1], row[4], row[5], row[6], row[7], bool(row[12] & 1))
+        for row in data["images"]
+    ]
+    with closing(sqlite3.connect(directory / "index.db")) as shell:
+        expected = shell.execute(
+            "SELECT name, size, missing_size, unique_size, shared_size, NOT complete FROM image_usage "
+            "ORDER BY size DESC, name"
+        ).fetchall()
+        images = dict(shell.execute("SELECT digest, images FROM layers ORDER BY size DESC, digest LIMIT 5"))
+    assert found == expected
+    assert [name_of(cells[0]) for cells in rows_of(html, "images")] == [name for name, *_ in expected[:5]]
+    counts = [sum(layer in row[14] for row in data["images"]) for layer in range(5)]
+    assert counts == list(images.values())
+
+
+def test_each_counter_says_how_many_images_its_search_finds(made: str, directory: Path) -> None:
+    add_hostile_names(directory)
+    html = render(directory)
+    data = read_data(html)
+    found: dict[str, int] = {}
+    for one in data["images"]:
+        words = [f"is:{fact}" for bit, fact in enumerate(data["facts"]) if one[12] >> bit & 1]
+        words += [f"platform:{data['platforms'][platform]}" for platform in one[3]]
+        words += [f"layer:{data['layers'][layer]}" for layer in one[14]]
+        words += [f"repository:{data['repositories'][one[0]]}", f"used:{data['ages'][one[11]]}"]
+        words += [f"base:{data['bases'][one[13]]}"]
+        words += [f"is:outdated {words[-1]}"] if "is:outdated" in words else []
+        for token in words:
+            found[token] = found.get(token, 0) + 1
+    counters = [
+        (link.attrib["data-find"], int(digits[0].replace(",", "")))
+        for link in parse(html).findall(".//a[@data-find]")
+        if (digits := re.findall(r"^[\d,]+", text_of(link))) and "manifest" not in text_of(link)
+    ]
+    kinds = {search.partition(":")[0] for search, _ in counters}
+    assert kinds == {"is", "platform", "layer", "repository", "used", "base"}
+    for search, count in counters:
+        assert found[search] == count, search
+
+
+def test_names_link_the_tables_and_the_map(made: str) -> None:
+    root = parse(made)
+    links = {element.attrib["href"] for element in root.iter("a")}
+    rows = {row.attrib["id"] for row in root.iter("tr") if "id" in row.attrib}
+    tiles_of_rows = {tile.attrib["id"] for tile in root.findall(".//svg[@id]")} - {"map"}
+    assert {f"#{identifier}" for identifier in tiles_of_rows} <= links  # from the tables to the map
+    assert {f"#{identifier.removeprefix('map-')}" for identifier in tiles_of_rows} <= links  # and back
+    assert len(tiles_of_rows) > 30
+    layers = {identifier for identifier in rows if identifier.startswith("layer-")}
+    assert {link[1:] for link in links if link.startswith("#layer-")} == layers  # from images to layers
+    for cells in rows_of(made, "layers"):  # and back
+        (link,) = cells[3].findall("a")
+        assert link.attrib["href"][1:] in rows
+
+
+def test_tooltips_of_the_map_name_the_image(made: str, directory: Path) -> None:
+    with closing(sqlite3.connect(directory / "index.db")) as shell:
+        names = {name for (name,) in shell.execute("SELECT name FROM image_usage")}
+    root = parse(made)
+    found = 0
+    for tile in root.findall(".//svg[@data-name]"):
+        if tile.attrib.get("id", "").startswith("map-image-"):
+            name = text_of(only(tile, "title")).splitlines()[0]
+            assert name in names
+            for inside in tile.findall("svg"):
+                assert f"in {name}" in text_of(only(inside, "title")).splitlines()
+                found += 1
+    assert found > 50
 
 
 def test_the_page_loads_nothing_and_runs_one_script(made: str) -> None:
     root = parse(made)
     policy = only(root, ".//meta[@http-equiv='Content-Security-Policy']").attrib["content"]
-    script = text_of(only(root, ".//script"))
+    data, code = root.findall(".//script")
+    script = text_of(code)
+    assert data.attrib["type"] == "application/json"  # a browser runs no such element
+    assert "type" not in code.attrib
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert "default-src 'none'" in policy
     assert f"script-src 'sha256-{digest}'" in policy
@@ -297,8 +276,8 @@ def test_the_page_is_accessible(made: str) -> None:
 
 def test_long_tables_and_small_tiles_are_cut(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(directory, 40)
-    monkeypatch.setattr(page, "_TABLE_ROWS", 5)
-    monkeypatch.setattr(treemap, "_TILES", 5)
+    monkeypatch.setattr(image_table, "TABLE_ROWS", 5)
+    monkeypatch.setattr(tiles, "_TILES", 5)
     html = render(directory)
     assert [len(rows_of(html, section)) for section in ("images", "layers", "repositories")] == [5, 5, 5]
     found = re.findall(r"there are ([\d,]+) more. All of them: <code>([^<]*)</code>", html)
@@ -306,11 +285,20 @@ def test_long_tables_and_small_tiles_are_cut(directory: Path, monkeypatch: pytes
     assert [int(more) + 5 for more, _ in found] == [len(shell.execute(query).fetchall()) for _, query in found]
     ((stored,),) = shell.execute("SELECT sum(size) FROM blob_usage WHERE stored")
     shell.close()
-    for tiles in (5, 1):
-        monkeypatch.setattr(treemap, "_TILES", tiles)
+    for number in (5, 1):
+        monkeypatch.setattr(tiles, "_TILES", number)
         top = only(parse(render(directory)), ".//svg[@id='map']").findall("svg")
         assert any("smaller repositor" in tile.attrib["data-name"] for tile in top)
         assert sum(exact(text_of(only(tile, "title"))) for tile in top) == stored
+
+
+@pytest.mark.slow
+def test_the_page_of_20_000_images_is_small(directory: Path) -> None:
+    fill(directory, 20_000, repositories=1000)
+    html = render(directory)
+    assert len(html.encode()) < 7_000_000
+    (data,) = re.findall(r'id="all-images">(.*?)</script>', html)
+    assert len(json.loads(data)["images"]) == 20_000
 
 
 def test_an_empty_cache_has_a_page(cache: Cache, directory: Path) -> None:
@@ -328,8 +316,8 @@ def test_the_page_shows_a_complete_and_an_incomplete_image(cache: Cache, directo
     cache.save_manifest("lost:1", image(2, 3).manifest)
     html = render(directory)
     sharing = rows_of(html, "sharing")
-    states = {text_of(only(cells[0], "bdi")): text_of(cells[0]) for cells in rows_of(html, "images")}
-    assert states["app:1"] == "app:1"
+    states = {name_of(cells[0]): text_of(cells[0]) for cells in rows_of(html, "images")}
+    assert "incomplete" not in states["app:1"]
     assert "incomplete, " in states["lost:1"]
     common = len(made.layers[1])
     assert [exact(cells[column].attrib["title"]) for column, cells in ((2, sharing[0]), (1, sharing[1]))] == [
@@ -338,13 +326,13 @@ def test_the_page_shows_a_complete_and_an_incomplete_image(cache: Cache, directo
 
 
 def test_missing_blobs_of_a_repository_do_not_count_as_shared(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "_MATRIX_ROWS", 2)
+    monkeypatch.setattr(charts, "_MATRIX_ROWS", 2)
     for name in ("app:1", "other:1"):
         save(cache, name, image(1))
     cache.save_manifest("lost:1", image(2, 3).manifest)
     html = render(cache.directory)
-    assert {text_of(cells[0])[2:] for cells in rows_of(html, "sharing")} == {"app", "other"}
-    assert {text_of(cells[0]): exact(cells[4].attrib["title"]) for cells in rows_of(html, "repositories")}["lost"] == 0
+    assert {name_of(cells[0]) for cells in rows_of(html, "sharing")} == {"app", "other"}
+    assert {name_of(cells[0]): exact(cells[4].attrib["title"]) for cells in rows_of(html, "repositories")}["lost"] == 0
 
 
 @contextmanager
@@ -416,14 +404,132 @@ def test_in_a_browser_the_page_sorts_searches_and_zooms_without_requests(
         path.write_text(allowed, encoding="utf-8")
         shown = browse(chromium, path, port)
         assert requests == [b"GET http://picture.invalid/x.png HTTP/1.1"]  # without the policy, the request is made
-    before = [int(cells[3].attrib["data-v"]) for cells in rows_of(made, "images")]
+    before = [exact(cells[3].attrib["title"]) for cells in rows_of(made, "images")]
     (headings,) = re.findall(r'<section id="images">.*?<thead>(.*?)</thead>', shown, re.DOTALL)
     assert re.findall(r'aria-sort="(\w+)"><button>([^<]*)', headings) == [("descending", "Unique")]
-    body = shown.split('<section id="images">')[1].split("<tbody>")[1].split("</tbody>")[0]
-    after = [int(row.split('data-v="')[2].split('"')[0]) for row in body.split("<tr>")[1:]]
+    after = [exact(cells[3].attrib["title"]) for cells in rows_of(shown, "images")]
     assert before != after == sorted(before, reverse=True)
-    repositories = shown.split('<section id="repositories">')[1]
-    assert "1 of 7" in repositories
-    assert repositories.count("<tr hidden") == 6
+    assert "1 of 7" in shown.split('<section id="repositories">')[1]
+    assert [name_of(cells[0]) for cells in rows_of(shown, "repositories")] == ["team/app-3"]
     assert re.search(r'<body data-out="\d+\.\d+%">', shown)
-    assert re.search(r'<svg x="0" y="0" width="100%" height="100%"[^>]*data-name="team/app-1"', shown)
+    assert re.search(r'<svg [^>]*x="0" y="0" width="100%" height="100%"[^>]*data-name="team/app-1"', shown)
+
+
+def act(chromium: str, path: Path, html: str, script: str) -> str:
+    """Open a page without its policy, run a script in it, and return the resulting document."""
+    allowed = re.sub(r"<meta http-equiv[^>]*>", "", html).replace("</body>", f"<script>{script}</script></body>")
+    path.write_text(allowed, encoding="utf-8")
+    with proxy() as (port, _):
+        return browse(chromium, path, port)
+
+
+@pytest.mark.slow
+def test_in_a_browser_the_search_and_the_counters_find_images_that_are_not_listed(
+    directory: Path, tmp_path: Path, peer: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chromium, path = peer("chromium"), tmp_path / "page.html"
+    monkeypatch.setattr(image_table, "TABLE_ROWS", 5)
+    fill(directory, 40)
+    add_hostile_names(directory)
+    html = render(directory)
+    with closing(sqlite3.connect(directory / "index.db")) as shell:
+        ((smallest, size),) = shell.execute("SELECT name, size FROM image_usage ORDER BY size LIMIT 1")
+        ((used,),) = shell.execute("SELECT last_used_at FROM image_usage ORDER BY size LIMIT 1")
+        incomplete = {name for (name,) in shell.execute("SELECT name FROM image_usage WHERE NOT complete")}
+        app_3 = {name for (name,) in shell.execute("SELECT name FROM image_usage WHERE repository = 'team/app-3'")}
+    search = f"""
+        const find = document.querySelector("#images input");
+        find.value = "{smallest.upper()} is:nothing";
+        find.dispatchEvent(new Event("input"));
+        const none = document.querySelectorAll("#images tbody tr").length;
+        find.value = "{smallest.upper()}";
+        find.dispatchEvent(new Event("input"));
+        document.body.dataset.none = none;
+    """
+    shown = act(chromium, path, html, search)
+    assert 'data-none="0"' in shown
+    ((cells),) = rows_of(shown, "images")
+    assert (name_of(cells[0]), exact(cells[2].attrib["title"])) == (smallest, size)
+    assert text_of(cells[8]) == used[:10]
+    assert "1 of 44" in shown
+
+    def filter_by(words: str) -> list[str]:
+        click = f"document.querySelector(\"a[data-find='{words}']\").click();"
+        shown = act(chromium, path, html, f"{click} document.querySelector('#images thead button').click();")
+        assert f" of {44}" in shown
+        return [name_of(cells[0]) for cells in rows_of(shown, "images")]
+
+    assert len(incomplete) > 5
+    shown_names = {clean(name) for name in incomplete}
+    found = filter_by("is:incomplete")
+    assert set(found) <= shown_names
+    assert found == sorted(shown_names)[:5]  # sorted by name, among all images
+    assert filter_by("repository:team/app-3") == sorted(app_3)[:5]
+    hostile = filter_by("is:held")
+    assert len(hostile) == 3
+    assert all(name.startswith(clean(f"hostile/{HOSTILE}")) for name in hostile)
+
+
+@pytest.mark.slow
+def test_in_a_browser_links_show_rows_and_tiles_that_were_filtered_or_zoomed_away(
+    made: str, tmp_path: Path, peer: Callable[[str], str]
+) -> None:
+    chromium, path = peer("chromium"), tmp_path / "page.html"
+    (row, *_), *_ = [cells for cells in rows_of(made, "images") if cells[0].find(".//a[@class='to']") is not None]
+    target = row.find(".//a[@class='to']")
+    assert target is not None
+    tile = target.attrib["href"][1:]
+    script = f"""
+        const find = document.querySelector("#images input");
+        find.value = "no such image";
+        find.dispatchEvent(new Event("input"));
+        const rows = () => document.querySelectorAll("#images tbody tr").length;
+        const before = rows();
+        document.querySelector("#map a[href^='#image-']").dispatchEvent(new MouseEvent("click", {{bubbles: true}}));
+        document.body.dataset.rows = before + " " + rows();
+        document.querySelector("a[href='#{tile}']").click();
+        document.body.dataset.zoomed = document.querySelector("#{tile}").parentNode.getAttribute("width");
+        document.querySelector(".command button").click();
+    """
+    shown = act(chromium, path, made, script)
+    assert 'data-rows="0 40"' in shown
+    assert 'data-zoomed="100%"' in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("repositories", [7, 40])
+def test_in_a_browser_nothing_is_wider_than_the_window_and_no_label_covers_another(
+    directory: Path, tmp_path: Path, peer: Callable[[str], str], width: int, repositories: int
+) -> None:
+    chromium = peer("chromium")
+    fill(directory, 120, repositories=repositories)
+    script = """
+        for (const details of document.querySelectorAll("details")) details.open = true;
+        const wide = [document.documentElement, ...document.querySelectorAll(".scroll, pre")]
+            .filter(element => element.scrollWidth > element.clientWidth).map(element => element.className || "page");
+        const boxes = [...document.querySelectorAll("#map text")].filter(text => text.textContent).map(text => {
+            const box = text.getBoundingClientRect(), tile = text.closest("svg").firstElementChild;
+            return [text.textContent, box, tile.getBoundingClientRect()];
+        });
+        const covered = boxes.flatMap(([name, one, tile], number) => boxes.slice(number + 1).filter(
+            ([, other, outer]) =>
+                Math.min(one.right, tile.right, other.right, outer.right) - Math.max(one.left, other.left) > 1 &&
+                Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top) > 3
+        ).map(([other]) => name + " and " + other));
+        parent.postMessage(JSON.stringify({width: innerWidth, wide, covered, labels: boxes.length}), "*");
+    """
+    inner, path = tmp_path / "inner.html", tmp_path / "page.html"
+    html = re.sub(r"<meta http-equiv[^>]*>", "", render(directory))
+    inner.write_text(html.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    # A window of a browser is at least 500 pixels wide, but a frame may be narrower.
+    path.write_text(
+        "<script>addEventListener('message', event => document.title = event.data)</script>"
+        f"<iframe src='{inner.as_uri()}' style='border: 0; width: {width}px; height: 900px'></iframe>"
+    )
+    with proxy() as (port, _):
+        shown = browse(chromium, path, port)
+    (title,) = re.findall(r"<title>([^<]*)</title>", shown)
+    found = json.loads(title)
+    assert found.pop("labels") > (10 if width == 400 else 50)
+    assert found == {"width": width, "wide": [], "covered": []}
