@@ -17,9 +17,9 @@ __all__ = [
     "Base",
     "compute_sharing",
     "count_bases",
+    "count_platforms",
     "fetch_growth",
     "fetch_label_keys",
-    "fetch_platforms",
     "fetch_uses",
 ]
 
@@ -129,14 +129,14 @@ def count_bases(bases: Iterable[Row]) -> list[Base]:
     return sorted(found, key=lambda base: (-base.images, base))[:LIST_ROWS]
 
 
-def fetch_platforms(connection: Connection) -> Sequence[Row]:
-    """Return the most frequent platforms, each with its number of images."""
-    return fetch_rows(
-        connection,
-        "SELECT os, architecture, variant, count(*) AS images FROM images "
-        "GROUP BY os, architecture, variant ORDER BY images DESC, os, architecture, variant LIMIT :limit",
-        limit=LIST_ROWS,
-    )
+def count_platforms(platforms: Iterable[Iterable[str]]) -> list[tuple[str, int]]:
+    """Return the most frequent platforms, each with its number of images.
+
+    Args:
+        platforms: the platforms of each image.
+    """
+    counted = Counter(platform for those in platforms for platform in those)
+    return sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:LIST_ROWS]
 
 
 def fetch_label_keys(connection: Connection) -> list[dict[str, Any]]:

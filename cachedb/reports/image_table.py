@@ -14,6 +14,7 @@ from sqlalchemy import Connection, bindparam, text
 from cachedb.reports.image_rows import ImageRow
 from cachedb.reports.words import (
     AGE_DAYS,
+    UNKNOWN_PLATFORM,
     Row,
     clean_text,
     fetch_rows,
@@ -57,6 +58,7 @@ class Images(NamedTuple):
     layers: list[ListedLayer]
     numbers: dict[str, int]  # the index of each listed image
     names: set[str]  # of all images
+    platforms: list[list[str]]  # of each image
     by_digest: dict[str, list[str]]  # the names of each manifest
     held: int  # images that a hold or a process keeps
     data: dict[str, Any]  # for the search; see `_make_data`
@@ -100,7 +102,9 @@ def fetch_images(
         facts = [fact for fact, is_so in zip(FACTS, has, strict=True) if is_so]
         base = base_of.get(row.name, "")
         name = row.repository, row.reference
-        images.append(ListedImage(row, platforms[row.name], labels_of[name], layers_of[name], facts, base))
+        images.append(
+            ListedImage(row, platforms.get(row.name, [UNKNOWN_PLATFORM]), labels_of[name], layers_of[name], facts, base)
+        )
     names_of: dict[int, str] = {}
     for image in images:
         for layer in image.layers:
@@ -110,6 +114,7 @@ def fetch_images(
         [ListedLayer(row, names_of.get(number, "")) for number, row in enumerate(layers)],
         {image.usage.name: number for number, image in enumerate(images[:TABLE_ROWS])},
         {image.usage.name for image in images},
+        [image.platforms for image in images],
         by_digest,
         sum("held" in image.facts for image in images),
         _make_data(images, layers),
@@ -124,9 +129,10 @@ def _group(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _fetch_platforms(connection: Connection) -> dict[str, list[str]]:
-    """Return the platforms of each image, by its name."""
-    rows = fetch_rows(connection, "SELECT name, os, architecture, variant FROM image_usage")
-    return _group((row.name, format_platform(row)) for row in rows)
+    """Return the platforms of each image of which one is known, by the image's name."""
+    rows = fetch_rows(connection, "SELECT name, os, architecture, variant FROM platforms")
+    found = _group((row.name, format_platform(row)) for row in rows)
+    return {name: sorted(set(platforms)) for name, platforms in found.items()}
 
 
 def _fetch_layers_of_images(connection: Connection, layers: Sequence[Row]) -> dict[tuple[str, str], list[int]]:

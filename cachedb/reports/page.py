@@ -28,7 +28,6 @@ from cachedb.reports.words import (
     fetch_rows,
     format_age_group,
     format_count,
-    format_platform,
     shorten_path,
 )
 from cachedb.text import format_size, shorten_digest
@@ -76,7 +75,7 @@ def render(connection: Connection, directory: Path) -> str:
             "ORDER BY saved_size DESC, digest LIMIT :limit",
             limit=LIST_ROWS,
         ),
-        platforms=charts.fetch_platforms(connection),
+        platforms=charts.count_platforms(images.platforms),
         labels=charts.fetch_label_keys(connection),
         images=images,
         details=image_table.LINKED,
@@ -113,7 +112,6 @@ def _load_template() -> Template:
         grouped=lambda number: f"{number:,}",
         format_size=format_size,
         json=_format_json,
-        platform=format_platform,
         policy=_make_policy,
         shorten_digest=shorten_digest,
         shorten_path=shorten_path,

@@ -12,6 +12,7 @@ from cachedb.text import printable, truncate
 
 __all__ = [
     "AGE_DAYS",
+    "UNKNOWN_PLATFORM",
     "Row",
     "build_age_expression",
     "clean_text",
@@ -27,6 +28,8 @@ __all__ = [
 
 _TEXT_CHARACTERS: Final = 160  # the shown part of an untrusted text; queries read 200 characters
 AGE_DAYS: Final = (7, 30, 90, 180)  # days since the last use, where one age group ends and the next begins
+
+UNKNOWN_PLATFORM: Final = "unknown"
 
 Row = Any  # a row of SQLAlchemy, with the columns of a view as attributes
 
@@ -72,8 +75,9 @@ def format_command(created_by: str | None) -> str:
 
 
 def format_platform(row: Row) -> str:
-    """Format an image's platform as `docker pull --platform` expects it."""
-    return clean_text("/".join(filter(None, (row.os, row.architecture, row.variant)))) or "unknown"
+    """Format a platform as `docker pull --platform` expects it."""
+    words = clean_text("/".join(filter(None, (row.os, row.architecture, row.variant))))
+    return words.replace(" ", "_") or UNKNOWN_PLATFORM  # a space would end a word of the page's search
 
 
 def format_age_group(number: int) -> str:

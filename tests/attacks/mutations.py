@@ -596,6 +596,7 @@ MUTATIONS = [
     Mutation("a command with a control character is not shown", "cachedb/reports/cleanup.py", "    if not all(word.isprintable() for word in words):\n", "    if False:\n", "tests/reports/test_cleanup.py -k quoted"),
     Mutation("the words of a command are quoted", "cachedb/reports/cleanup.py", "*map(shlex.quote, names)]", "*names]", "tests/reports/test_cleanup.py -k quoted"),
     Mutation("the data of the page's search ends no script", "cachedb/reports/page.py", '.replace("<", "\\\\u003c")', "", "tests/reports/test_page.py -k hostile"),
+    Mutation("the page shows each platform of an image", "cachedb/reports/image_table.py", '"SELECT name, os, architecture, variant FROM platforms"', '"SELECT name, os, architecture, variant FROM image_usage"', "tests/reports/test_page.py -k several_platforms"),
     Mutation("no name in the map covers a heading", "cachedb/reports/treemap.py", "        if _overlap(label, heading):\n", "        if False:\n", "tests/reports/test_treemap.py"),
     # Results of the library
     Mutation("unreferenced blobs are counted", "cachedb/reports/usage.py", "if used < known else Collected(0, 0)", "if False else Collected(0, 0)", "tests/test_cache.py"),

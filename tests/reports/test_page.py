@@ -21,7 +21,7 @@ import pytest
 from cachedb import Cache
 from cachedb.reports import charts, image_table, tiles
 from cachedb.text import printable as clean
-from tests.support.make import image, save
+from tests.support.make import image, save, save_index
 from tests.support.pages import (
     HOSTILE,
     add_hostile_names,
@@ -212,6 +212,26 @@ def test_each_counter_says_how_many_images_its_search_finds(made: str, directory
     assert kinds == {"is", "platform", "layer", "repository", "used", "base"}
     for search, count in counters:
         assert found[search] == count, search
+
+
+def test_an_image_of_several_platforms_counts_for_each(cache: Cache) -> None:
+    save_index(cache, "both:1", image(1), image(2, architecture="arm64"))
+    save(cache, "one:1", image(1))
+    html = render(cache.directory)
+    platforms = {name_of(cells[0]): text_of(cells[1]) for cells in rows_of(html, "images")}
+    assert platforms == {"both:1": "linux/amd64, linux/arm64", "one:1": "linux/amd64"}
+    counts = {link.attrib["data-find"]: text_of(link) for link in parse(html).findall(".//a[@data-find]")}
+    assert {find: count for find, count in counts.items() if find.startswith("platform:")} == {
+        "platform:linux/amd64": "2",
+        "platform:linux/arm64": "1",
+    }
+
+
+def test_an_image_without_a_platform_is_shown_as_unknown(cache: Cache) -> None:
+    made = image(1)
+    cache.save_manifest("lost:1", made.manifest)
+    (cells,) = rows_of(render(cache.directory), "images")
+    assert text_of(cells[1]) == "unknown"
 
 
 def test_names_link_the_tables_and_the_map(made: str) -> None:

@@ -108,6 +108,9 @@ class _Index:
                 "VALUES (?, ?, ?, ?, ?, ?)",
                 (image, position, *association),
             )
+        self._shell.execute(
+            "INSERT INTO image_platforms VALUES (?, 0, ?, ?, 'amd64', NULL)", (image, len(associations) - 1, os)
+        )
         for key in (f"key{HOSTILE}", "version"):
             self._shell.execute("INSERT INTO image_labels VALUES (?, ?, ?)", (image, key, f"{image} {HOSTILE}"))
         return manifest
