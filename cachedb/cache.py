@@ -977,7 +977,7 @@ class Cache:
 
         access = _check_access(plain_http, tls_verify, authfile, credentials, timeout)
         self._check_open()
-        return list_tags(self.directory, parse_repository(repository), access)
+        return list_tags(parse_repository(repository), access)
 
     def inspect_remote(
         self,

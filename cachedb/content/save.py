@@ -51,6 +51,7 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import (
     DOCUMENT_LIMIT,
     Descriptor,
+    check_document_size,
     descriptors,
     manifest_media_type,
 )
@@ -293,21 +294,15 @@ def closure(
         if row is None or not row.stored:
             return None
         try:
-            if row.size > DOCUMENT_LIMIT:
-                raise InvalidManifest(
-                    f"manifest {blob.digest} has {row.size} bytes, over the limit of {DOCUMENT_LIMIT}"
-                )
+            check_document_size(row.size, f"manifest {blob.digest}")
             with reader.open_blob(directory, blob.digest) as file, os_errors("read a manifest"):
-                data = file.read()
-            if not strict:
-                descriptors(data, manifest_media_type(data, blob.media_type))
+                return file.read()
         except (InvalidManifest, NotInCache, StorageError):
             if strict:
                 raise
             return None
-        return data
 
-    return list(oci.walk(root, read, choose))
+    return list(oci.walk(root, read, choose, skip_invalid=not strict))
 
 
 def _ensure_rows(

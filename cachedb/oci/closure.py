@@ -272,6 +272,8 @@ def walk(
     root: Descriptor,
     read: Callable[[Descriptor], bytes | None],
     choose: Callable[[list[Descriptor]], list[Descriptor]] | None = None,
+    *,
+    skip_invalid: bool = False,
 ) -> Iterator[Descriptor]:
     """Yield a manifest or index and every blob that it reaches; each manifest is expanded once.
 
@@ -279,9 +281,10 @@ def walk(
         root: the manifest or index to begin with.
         read: returns a manifest's bytes, or None to leave out its children.
         choose: returns the children that belong to the closure, from those of a manifest or index; the default is all.
+        skip_invalid: leave out the children of a manifest that does not match its media type.
 
     Raises:
-        InvalidManifest: if a manifest does not match its media type.
+        InvalidManifest: if a manifest does not match its media type, unless ``skip_invalid``.
     """
     stack, expanded = [root], set[Digest]()
     while stack:
@@ -291,9 +294,13 @@ def walk(
             continue
         expanded.add(blob.digest)
         data = read(blob)
-        if data is not None:
-            found = _parse_children(blob, data)
-            stack.extend(reversed(choose(found) if choose else found))
+        try:
+            found = [] if data is None else _parse_children(blob, data)
+        except InvalidManifest:
+            if not skip_invalid:
+                raise
+            continue
+        stack.extend(reversed(choose(found) if choose else found))
 
 
 def choose_among(digests: Container[Digest]) -> Callable[[list[Descriptor]], list[Descriptor]]:

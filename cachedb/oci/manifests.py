@@ -33,6 +33,7 @@ __all__ = [
     "artifact_type",
     "build_index",
     "build_manifest",
+    "check_document_size",
     "check_media_type",
     "descriptors",
     "find_compression",
@@ -111,14 +112,19 @@ def load_json(data: bytes, what: str, error: type[CacheError] = InvalidManifest)
     Raises:
         error: if the document is larger than 4 MiB, or is not valid JSON (RFC 8259).
     """
-    if len(data) > DOCUMENT_LIMIT:
-        raise error(f"{what} is {len(data)} bytes; more than {DOCUMENT_LIMIT} are refused")
+    check_document_size(len(data), what, error)
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
         raise error(f"{what} is nested too deeply") from None
     except ValueError as problem:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
         raise error(f"{what} is not JSON: {shorten(str(problem))}") from problem
+
+
+def check_document_size(size: int, what: str, error: type[CacheError] = InvalidManifest) -> None:
+    """Raise ``error`` if a manifest, index or config has too many bytes."""
+    if size > DOCUMENT_LIMIT:
+        raise error(f"{what} is {size} bytes: more than {DOCUMENT_LIMIT} are refused")
 
 
 def _refuse_constant(constant: str) -> None:

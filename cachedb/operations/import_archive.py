@@ -44,7 +44,7 @@ def import_archive(
 ) -> list[ImportedImage]:
     """Import the images of an archive, as `Cache.cache_from_tar` does."""
     if link and not (isinstance(source, Path) and (source.is_dir() or not source.exists())):
-        raise CacheError("only an image layout folder can be imported with links: leave out --link")
+        raise CacheError("only an image layout folder can be imported with links: import an archive without them")
     if wanted.name is not None and wanted.repository is not None:
         raise CacheError("a name and a repository were given: give one of them")
     max_bytes = files.read_max_unpacked() if max_unpacked is None else max_unpacked
@@ -70,7 +70,7 @@ def _import(
 
     def receive(hold: Hold, received: dict[object, Received]) -> None:
         _receive(session, blobs, hold, received, progress, max_bytes, link=link)
-        roots.extend(_find_root(session, item.image, received) for item in found)
+        roots.extend(_find_or_build_root(session, item.image, received) for item in found)
 
     def save_all(connection: Connection) -> list[ImportedImage]:
         saved: dict[Name, ImportedImage] = {}
@@ -171,7 +171,9 @@ def _receive(
     in_threads(receive, order, sum_progress(sum(blob.size for blob in order), progress))
 
 
-def _find_root(session: Session, image: model.ArchivedImage, received: dict[object, Received]) -> tuple[Digest, str]:
+def _find_or_build_root(
+    session: Session, image: model.ArchivedImage, received: dict[object, Received]
+) -> tuple[Digest, str]:
     """Return the digest and media type of an image's root; build the manifest that a docker-archive lacks."""
     if image.root:
         return image.root.digest, image.root.media_type

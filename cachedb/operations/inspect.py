@@ -14,6 +14,8 @@ from cachedb.oci.digests import Digest
 from cachedb.oci.manifests import Descriptor
 from cachedb.oci.names import Name, RemoteName
 from cachedb.transports.registry.access import Access
+from cachedb.transports.registry.repository import Repository
+from cachedb.transports.registry.routes import pull_routes
 from cachedb.transports.registry.source import Source
 
 __all__ = ["RemoteBlob", "RemoteImage", "RemotePlatform", "inspect_image", "list_tags", "resolve_digest"]
@@ -73,20 +75,19 @@ def resolve_digest(directory: Path, wanted: RemoteName, access: Access) -> Diges
         return source.root(wanted.digest).digest if wanted.digest else source.digest()
 
 
-def list_tags(directory: Path, repository: str, access: Access) -> list[str]:
+def list_tags(repository: str, access: Access) -> list[str]:
     """Return the tags of a repository at its registry, in the registry's order.
 
     Args:
-        directory: of the cache.
         repository: the repository, without a tag.
         access: how to reach the registry.
 
     Raises:
         RegistryError: if the registry refuses or fails, or has no such repository.
     """
-    wanted = RemoteName(Name(repository, "latest"), None)
-    with closing(Source(directory, wanted, access=access)) as source:
-        return source.registry.tags()  # a mirror may have only some of them
+    registry = pull_routes(Name(repository, "latest"), access)[-1]  # a mirror may have only some of the tags
+    with closing(Repository(*registry)) as opened:
+        return opened.tags()
 
 
 def inspect_image(directory: Path, wanted: RemoteName, platform: str | None, access: Access) -> RemoteImage:

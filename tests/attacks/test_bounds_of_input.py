@@ -57,7 +57,7 @@ def test_a_manifest_and_a_config_of_the_largest_size_are_saved_exported_imported
     assert cache.verify().problems == []
     make.json_cache(tmp_path / "old", {"old/1": largest})
     assert cache.adopt(tmp_path / "old").left_out == []
-    with pytest.raises(InvalidManifest, match=f"is {DOCUMENT_LIMIT + 1} bytes; more than {DOCUMENT_LIMIT} are refused"):
+    with pytest.raises(InvalidManifest, match=f"is {DOCUMENT_LIMIT + 1} bytes: more than {DOCUMENT_LIMIT} are refused"):
         cache.save_manifest("app:2", largest.manifest + b" ")
     cache.close()
     check(directory)
@@ -188,7 +188,7 @@ def test_an_archive_may_have_100000_blobs_and_1000_images() -> None:
     model.check_image_count([None] * model._IMAGES_LIMIT)
     with pytest.raises(InvalidArchive, match="more than 100000 blobs"):
         model.check_blob_count(model._BLOBS_LIMIT + 1)
-    with pytest.raises(InvalidArchive, match="1001 images; more than 1000"):
+    with pytest.raises(InvalidArchive, match="1001 images: more than 1000"):
         model.check_image_count([None] * (model._IMAGES_LIMIT + 1))
 
 

@@ -65,7 +65,9 @@ class Contents:
                 return None
         if not self.is_present(root):
             missing = self._find_missing(root)
-            raise InvalidArchive(f"{_describe(missing)} is referenced in the archive, but is not in it")
+            raise InvalidArchive(
+                f"{_describe(missing)} is referenced in the archive, but is not in it: save the image again"
+            )
         chosen = self._expand(root, self._choose)
         if any(not found and self._read(blob).children for blob, found in chosen.items()):
             return None
@@ -119,7 +121,7 @@ class Contents:
     def _has(self, blob: Descriptor) -> bool:
         is_found = blob.digest in self._embedded or self._find(blob) is not None
         if not is_found and not self._has_end:
-            raise InvalidArchive(f"{_describe(blob)} is not in the archive, which is cut short")
+            raise InvalidArchive(f"{_describe(blob)} is not in the archive, which is cut short: copy or save it again")
         return is_found
 
     def _find_missing(self, blob: Descriptor) -> Descriptor:

@@ -10,7 +10,7 @@ from cachedb import oci
 from cachedb.disk.waiting import LOG
 from cachedb.errors import InvalidArchive, InvalidManifest
 from cachedb.oci.digests import digest_of, split_digest
-from cachedb.oci.manifests import Descriptor
+from cachedb.oci.manifests import Descriptor, read_media_type
 from cachedb.transports.archive.contents import Contents
 from cachedb.transports.archive.files import Files, Section
 from cachedb.transports.archive.model import read_small
@@ -21,21 +21,26 @@ __all__ = ["open_directory"]
 _VERSION = b"Directory Transport Version: 1."
 
 
-def open_directory(files: Files, manifest: Section, platform: str | None) -> tuple[Contents, Descriptor]:
+def open_directory(
+    files: Files, manifest: Section, document: object, platform: str | None
+) -> tuple[Contents, Descriptor]:
     """Return the blobs of the folder and its manifest or index, after a check of its version.
 
     Args:
         files: the files of the folder.
         manifest: manifest.json.
+        document: manifest.json, parsed.
         platform: the only platform to import; None for all.
     """
     version = files.find("version")
     if version is None or not version.head(len(_VERSION)).startswith(_VERSION):
-        raise InvalidArchive("the folder has a manifest, but no file `version` of Directory Transport Version 1.x")
+        raise InvalidArchive(
+            "the folder has a manifest, but no file `version` of Directory Transport Version 1.x: copy the folder whole"
+        )
     if files.find("signature-1") is not None:
         LOG.warning("not imported: the signatures in the folder (signature-1, ...)")
     data = read_small(manifest, "manifest.json", InvalidManifest)
-    root = oci.root_descriptor(digest_of(data), len(data), oci.manifest_media_type(data))
+    root = oci.root_descriptor(digest_of(data), len(data), read_media_type(document, None))
 
     def find(blob: Descriptor) -> Section | None:
         if blob.digest == root.digest:

@@ -43,7 +43,9 @@ def read_repo_tags(entry: dict[str, Any]) -> list[str]:
 def _find_required(files: Files, name: str) -> Section:
     section = files.find(name)
     if section is None:
-        raise InvalidArchive(f"{shorten(name)} is named in manifest.json, but is not in the archive")
+        raise InvalidArchive(
+            f"{shorten(name)} is named in manifest.json, but is not in the archive: save the image again"
+        )
     return section
 
 

@@ -9,7 +9,7 @@ from cachedb import oci
 from cachedb.disk.waiting import LOG
 from cachedb.errors import InvalidArchive, InvalidDigest
 from cachedb.oci.digests import Digest, digest_of, parse_digest
-from cachedb.oci.manifests import Descriptor, load_json
+from cachedb.oci.manifests import Descriptor
 from cachedb.text import shorten
 from cachedb.transports.archive.contents import Contents
 from cachedb.transports.archive.files import Files, Section
@@ -83,7 +83,7 @@ def read_layout(contents: Contents, section: Section, *, as_one: bool, may_be_da
     # Some tools list the children of an index beside it. Without a name they are not separate images.
     reachable = {blob.digest for _, image in images if image for blob in image.blobs[1:]}
     images = [pair for pair in images if pair[0].names or pair[0].tags or pair[0].root.digest not in reachable]
-    found = _join_platforms(contents, images, section, as_one=as_one)
+    found = _join_platforms(contents, images, index, section, as_one=as_one)
     referrers = _list_referrers(contents, listed, may_be_damaged=may_be_damaged)
     return [*_attach_referrers(contents, found, referrers), *damaged]
 
@@ -102,14 +102,20 @@ def find_children(contents: Contents, found: list[FoundImage], prefix: str) -> l
 
 
 def _join_platforms(
-    contents: Contents, images: list[tuple[_Listed, ArchivedImage | None]], section: Section, *, as_one: bool
+    contents: Contents,
+    images: list[tuple[_Listed, ArchivedImage | None]],
+    document: Any,  # noqa: ANN401
+    section: Section,
+    *,
+    as_one: bool,
 ) -> list[FoundImage]:
     """Return the images; manifests for several platforms with the same names become one image.
 
     Args:
         contents: the blobs of the layout.
         images: the manifests and indexes in index.json; without an image if they are not for the wanted platform.
-        section: index.json, which is the joined image's index if it lists nothing else.
+        document: index.json, parsed; it is the joined image's index if it lists nothing else.
+        section: index.json.
         as_one: also join the manifests that have no name.
     """
     groups: dict[object, list[tuple[_Listed, ArchivedImage | None]]] = {}
@@ -122,7 +128,7 @@ def _join_platforms(
         if wanted and len(group) > 1 and (is_named or as_one) and _are_for_different_platforms(contents, listed):
             entries = [_add_platform(item, contents) for item in listed]
             is_whole = len(wanted) == len(group) and all(image.chosen is None for image in wanted)
-            image = _join(wanted, entries, section, is_whole=is_whole)
+            image = _join(wanted, entries, document, section, is_whole=is_whole)
             joined.append(FoundImage(image, listed[0].names, listed[0].tags))
         else:
             joined += [FoundImage(image, item.names, item.tags) for item, image in group if image]
@@ -147,20 +153,25 @@ def _add_platform(item: _Listed, contents: Contents) -> dict[str, Any]:
 
 
 def _join(
-    images: list[ArchivedImage], entries: list[dict[str, Any]], section: Section, *, is_whole: bool
+    images: list[ArchivedImage],
+    entries: list[dict[str, Any]],
+    document: Any,  # noqa: ANN401
+    section: Section,
+    *,
+    is_whole: bool,
 ) -> ArchivedImage:
     """Return one image of several; its index has these entries.
 
     Args:
         images: those to import.
         entries: of all platforms.
+        document: index.json, parsed.
         section: index.json.
         is_whole: whether nothing is left out.
     """
-    data = section.head(section.size)
-    document = load_json(data, "index.json")
     fields = [document.get("schemaVersion"), document.get("mediaType", oci.OCI_INDEX), document.get("manifests")]
-    if fields != [2, oci.OCI_INDEX, entries]:
+    data = section.head(section.size)
+    if fields != [2, oci.OCI_INDEX, entries] or not data.lstrip().startswith(b"{"):  # it may have a byte order mark
         data = oci.build_index(entries)
     root = oci.root_descriptor(digest_of(data), len(data), oci.OCI_INDEX)
     index = ArchivedBlob(Section(data, 0, len(data)), "the index", root.size, root.digest, root.media_type, "index")

@@ -9,7 +9,7 @@ from cachedb import oci
 from cachedb.disk.waiting import LOG
 from cachedb.errors import CacheError, DigestMismatch, InvalidArchive, InvalidManifest
 from cachedb.oci.digests import Digest, split_digest
-from cachedb.oci.manifests import Descriptor, load_json
+from cachedb.oci.manifests import Descriptor, check_document_size, load_json
 from cachedb.oci.names import Name
 from cachedb.transports.archive.files import Section
 
@@ -119,7 +119,7 @@ def check_blob_count(count: int) -> None:
 def check_image_count(images: list[Any]) -> None:
     """Raise `InvalidArchive` if an archive has too many images."""
     if len(images) > _IMAGES_LIMIT:
-        raise InvalidArchive(f"the archive holds {len(images)} images; more than {_IMAGES_LIMIT} are refused")
+        raise InvalidArchive(f"the archive holds {len(images)} images: more than {_IMAGES_LIMIT} are refused")
 
 
 def read_document(section: Section, what: str, error: type[CacheError] = InvalidArchive) -> Any:  # noqa: ANN401
@@ -134,6 +134,5 @@ def read_document(section: Section, what: str, error: type[CacheError] = Invalid
 
 def read_small(section: Section, what: str, error: type[CacheError]) -> bytes:
     """Return the content of a small file of an archive; raise ``error`` if it is too large."""
-    if section.size > oci.DOCUMENT_LIMIT:
-        raise error(f"{what} is {section.size} bytes; more than {oci.DOCUMENT_LIMIT} are refused")
+    check_document_size(section.size, what, error)
     return section.head(section.size)

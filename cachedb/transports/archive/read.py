@@ -60,7 +60,7 @@ def _find_images(files: Files, wanted: Wanted) -> tuple[list[FoundImage], set[st
         )
     document = read_document(manifest, "manifest.json") if manifest else []
     if manifest and index is None and isinstance(document, dict):
-        contents, root = open_directory(files, manifest, wanted.platform)
+        contents, root = open_directory(files, manifest, document, wanted.platform)
         image = contents.read_image(root)
         return [] if image is None else [FoundImage(image, [], [])], contents.other_platforms
     contents = open_layout(files, wanted.platform)

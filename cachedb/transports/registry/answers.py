@@ -48,7 +48,7 @@ def read_body(response: urllib3.BaseHTTPResponse, limit: int, what: str) -> byte
         while chunk := response.read1(min(CHUNK_BYTES, limit + 1 - len(data))):
             data += chunk
             if len(data) > limit:
-                raise RegistryError(f"{what} is over {limit} bytes")
+                raise RegistryError(f"{what} is over {limit} bytes: check that the server is a registry")
             deadline = min(deadline, time.monotonic() + _BODY_SECONDS)
             if time.monotonic() > deadline:
                 raise RegistryUnavailable(f"{what} took over {_BODY_SECONDS:g} seconds: try again")

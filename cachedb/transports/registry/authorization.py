@@ -5,7 +5,6 @@ The token and OAuth2 specifications of distribution define the requests.
 
 from __future__ import annotations
 
-import base64
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from cachedb.transports.registry.answers import read_body
 from cachedb.transports.registry.challenges import Challenge
 from cachedb.transports.registry.credentials import Credentials, find
 from cachedb.transports.registry.places import Place
-from cachedb.transports.registry.redaction import redact, remember, remember_briefly
+from cachedb.transports.registry.redaction import format_basic, redact, remember, remember_briefly
 from cachedb.transports.registry.urls import allowed_schemes, origin, with_query
 
 __all__ = ["Authorization"]
@@ -64,6 +63,7 @@ class Authorization:
         self._place, self._access, self._push = place, access, push
         self._ask, self._stopped = ask, stopped
         self._lock = threading.RLock()
+        self._found: list[Credentials | None] = []  # the credentials, once they have been read
 
     def renew(self, url: str, challenges: Sequence[Challenge], sent: str) -> Literal["renewed", "changed", "missing"]:
         """Get the authorization for a refused request.
@@ -83,6 +83,8 @@ class Authorization:
         with self._lock:
             if self.header != sent:
                 return "changed"  # the new token may still lack our scope; then the caller asks again
+            if sent:
+                self._found.clear()  # what a helper gave may have expired
             header = self._answer(url, challenges, self._find_login())
             if not header:
                 return "missing"
@@ -95,9 +97,16 @@ class Authorization:
         Raises:
             RegistryError: if the credentials cannot be read.
         """
-        return self._find_login() is not None
+        with self._lock:
+            return self._find_login() is not None
 
     def _find_login(self) -> Credentials | None:
+        """Return the credentials, which are read once until an authorization with them is refused."""
+        if not self._found:
+            self._found.append(self._read_login())
+        return self._found[0]
+
+    def _read_login(self) -> Credentials | None:
         if self._access.credentials:
             login: Credentials | None = Credentials(*self._access.credentials, identity_token="")
         else:
@@ -114,7 +123,7 @@ class Authorization:
             if challenge.scheme == "bearer" and "realm" in challenge.parameters:
                 return f"Bearer {self._request_token(url, challenge.parameters, login)}"
         if login and login.password and any(challenge.scheme == "basic" for challenge in challenges):
-            return _format_basic(login)
+            return format_basic(login.username, login.password)
         return ""
 
     def _request_token(self, url: str, challenge: Mapping[str, str], login: Credentials | None) -> str:
@@ -145,7 +154,7 @@ class Authorization:
             body = urlencode([*service, ("scope", " ".join(scopes)), *grant, ("refresh_token", login.identity_token)])
         else:
             realm = with_query(realm, [*service, *(("scope", scope) for scope in scopes)])
-            header = _format_basic(login) if login else ""
+            header = format_basic(login.username, login.password) if login else ""
         what = f"a token for {self._place.repository}"
         with self._ask(method, realm, what, headers, login=header, body=body) as response:
             data = read_body(response, _TOKEN_LIMIT, f"the token of {host}")
@@ -158,9 +167,3 @@ class Authorization:
             raise RegistryError(f"{host} sent no usable token: check that it is the registry's token server") from None
         remember_briefly(token)
         return token
-
-
-def _format_basic(login: Credentials) -> str:
-    encoded = base64.b64encode(f"{login.username}:{login.password}".encode()).decode()
-    remember(encoded)
-    return f"Basic {encoded}"

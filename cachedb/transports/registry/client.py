@@ -249,7 +249,10 @@ class Client:
                 if len(value) >= _MIN_SIGNATURE:
                     remember_briefly(unquote(value))
             if is_token and body is not None and origin(url) != owner:
-                raise RegistryError(f"{self.place.registry}: its token server redirects a secret to another host")
+                raise RegistryError(
+                    f"{self.place.registry}: its token server redirects a secret to another host: "
+                    "its operator must name that host in the challenge"
+                )
         raise RegistryError(f"{self.place.registry}: more than {_MAX_REDIRECTS} redirects: check that it is a registry")
 
     def follow(self, url: str, location: str) -> str:

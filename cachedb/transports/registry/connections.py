@@ -49,6 +49,7 @@ class Connections:
         """Set when requests are cancelled."""
         self._registry, self._verify = registry, verify
         self._guard = threading.RLock()
+        self._certificates: dict[str | None, Certificates] = {}  # by host; None is the registry itself
         self._pools: dict[tuple[Certificates | None, str | None, Proxy | None], urllib3.PoolManager] = {}
         self._connections: WeakSet[HTTPConnection] = WeakSet()
         self._pool_classes = _create_pool_classes(self._connect)
@@ -101,8 +102,12 @@ class Connections:
             return self._pools[key]
 
     def find_certificates(self, url: str, *, is_ours: bool) -> Certificates:
-        """Return the certificates of podman and Docker for a URL; see `get_pool`."""
-        return find_certificates(self._registry, None if is_ours else host_of(url))
+        """Return the certificates of podman and Docker for a URL; see `get_pool`. Their folders are listed once."""
+        host = None if is_ours else host_of(url)
+        with self._guard:
+            if host not in self._certificates:
+                self._certificates[host] = find_certificates(self._registry, host)
+            return self._certificates[host]
 
     def _connect(self, connection: HTTPConnection, connect: Callable[[], None]) -> None:
         """Connect in a thread, which is abandoned on a stop because connecting cannot be cancelled."""

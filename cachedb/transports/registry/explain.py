@@ -147,5 +147,6 @@ def explain_refusal(place: Place, what: str, response: urllib3.BaseHTTPResponse,
             f"{host.name} does not accept {what} ({detail}): check that it is neither read-only nor a mirror"
         )
     # A server that expects HTTPS answers 400 to HTTP, without a registry's error document.
-    advice = ": if it speaks HTTPS, use --tls" if detail == "400" and url.startswith("http:") else ""
-    return RegistryError(f"{host.name} answers {detail} to a request for {what}{advice}")
+    is_tls = detail == "400" and url.startswith("http:")
+    advice = "if it speaks HTTPS, use --tls" if is_tls else "check that it is a registry"
+    return RegistryError(f"{host.name} answers {detail} to a request for {what}: {advice}")

@@ -58,8 +58,8 @@ def _has_valid_port(host: str) -> bool:
     return not port.isdecimal() or (len(port) <= len(str(_LAST_PORT)) and int(port) <= _LAST_PORT)
 
 
-def mirrors(name: Name) -> list[Place]:
-    """Return the mirrors of a name that ``CACHEDB_MIRRORS`` lists.
+def mirrors(origin: Place) -> list[Place]:
+    """Return the mirrors of a repository at its registry that ``CACHEDB_MIRRORS`` lists.
 
     Its entries are ``REGISTRY=MIRROR``, separated by spaces. A mirror is ``[http://]host[:port][/prefix]``. It is used
     like a registry, with the prefix before the repository.
@@ -67,7 +67,6 @@ def mirrors(name: Name) -> list[Place]:
     Raises:
         InvalidName: if the variable has an invalid entry.
     """
-    origin = place(name)
     found = []
     for entry in os.environ.get("CACHEDB_MIRRORS", "").split():
         registry, _, mirror = entry.partition("=")

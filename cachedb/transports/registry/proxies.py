@@ -6,7 +6,6 @@ neither networks nor ports in ``no_proxy``, and needs a scheme.
 
 from __future__ import annotations
 
-import base64
 import os
 import re
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -16,7 +15,7 @@ from urllib.parse import unquote
 from urllib3.util import parse_url
 
 from cachedb.errors import RegistryError
-from cachedb.transports.registry.redaction import remember
+from cachedb.transports.registry.redaction import format_basic
 
 __all__ = ["Proxy", "find_proxy"]
 
@@ -74,10 +73,7 @@ def _parse_proxy(variable: str, value: str) -> Proxy:
     login = ""
     if parts.auth:
         user, _, password = parts.auth.partition(":")
-        encoded = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
-        for secret in (unquote(password), encoded):
-            remember(secret)
-        login = f"Basic {encoded}"
+        login = format_basic(unquote(user), unquote(password))
     return Proxy(parts._replace(auth=None, path=None, query=None, fragment=None).url, login, variable)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 from urllib.parse import unquote_plus
 
-__all__ = ["redact", "remember", "remember_briefly"]
+__all__ = ["format_basic", "redact", "remember", "remember_briefly"]
 
 
 _HIDDEN: Final = "***"
@@ -35,6 +35,14 @@ def remember_briefly(secret: str) -> None:
     with _guard:
         if secret and secret not in _recent:
             _recent.append(secret)
+
+
+def format_basic(username: str, password: str) -> str:
+    """Return the value of a header with basic authentication (RFC 7617), and hide the secrets in it from now on."""
+    encoded = base64.b64encode(f"{username}:{password}".encode()).decode()
+    for secret in (password, encoded):
+        remember(secret)
+    return f"Basic {encoded}"
 
 
 def redact(text: str) -> str:

@@ -188,7 +188,7 @@ class Repository:
         response = self._client.request("GET", url, what, {}, good=(200, 206), max_tries=tries)
         if response.status == 206 and not _is_range(response, 0, size):
             response.close()
-            raise RegistryError(f"{self.place.registry} sent another range of {digest} than requested")
+            raise RegistryError(f"{self.place.registry} sent another range of {digest} than requested: try again later")
         return response, 0
 
     def referrers(self, digest: Digest) -> list[Descriptor]:
@@ -272,7 +272,9 @@ class Repository:
                 if not following:
                     return list(found)
                 url = self._client.follow(url, following[1])
-        raise RegistryError(f"{self.place.registry} lists more than {_MAX_TAG_PAGES} pages of {what}")
+        raise RegistryError(
+            f"{self.place.registry} lists more than {_MAX_TAG_PAGES} pages of {what}: check that it is a registry"
+        )
 
     def has(self, kind: str, digest: Digest) -> bool:
         """Return whether the repository has a digest among its ``blobs`` or ``manifests``.
@@ -416,7 +418,9 @@ class Repository:
             if response.status == 200 and stored is None:
                 raise self._client.refusal(what, response)  # the login page of a network gives such an answer
         if stored is not None and stored != digest_of(data, stored):
-            raise RegistryError(f"{self.place.registry} stored {what} as {stored}, which is not its digest")
+            raise RegistryError(
+                f"{self.place.registry} stored {what} as {stored}, which is not its digest: check that it is a registry"
+            )
         return is_listed
 
     def _add_referrer(self, subject: Digest, digest: Digest, media_type: str, data: bytes) -> None:

@@ -39,7 +39,7 @@ def pull_routes(name: Name, access: Access) -> list[Route]:
     name = _resolve_alias(name, configuration)
     origin = place(name, plain_http=access.plain_http)
     full = _format_reference(origin, name)
-    registry, found, is_insecure = _find_allowed(configuration, full), mirrors(name), False
+    registry, found, is_insecure = _find_allowed(configuration, full), mirrors(origin), False
     # Mirrors have their own settings, but --tls-verify=true is for all.
     of_mirrors = access._replace(plain_http=None, tls_verify=access.tls_verify or None, credentials=None)
     if registry:

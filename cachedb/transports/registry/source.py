@@ -15,12 +15,13 @@ from cachedb.disk.waiting import LOG
 from cachedb.disk.writer import Content, discard, receive
 from cachedb.errors import DigestMismatch, InvalidManifest, NotInCache, RegistryError, RegistryUnavailable, os_errors
 from cachedb.oci.digests import Digest, digest_of
-from cachedb.oci.manifests import DOCUMENT_LIMIT, Descriptor
+from cachedb.oci.manifests import Descriptor, check_document_size
 from cachedb.oci.names import RemoteName
 from cachedb.progress import Advance
 from cachedb.text import shorten
 from cachedb.transports.registry.access import DEFAULT_ACCESS, Access
 from cachedb.transports.registry.client import TRIES
+from cachedb.transports.registry.download import Download
 from cachedb.transports.registry.repository import Repository
 from cachedb.transports.registry.routes import pull_routes
 
@@ -174,10 +175,7 @@ class Source:
             InvalidManifest: if the child, or all manifests together, are too large.
             DigestMismatch: if the content has another digest or size.
         """
-        if blob.size > DOCUMENT_LIMIT:
-            raise InvalidManifest(
-                f"manifest {blob.digest} is {blob.size} bytes; more than {DOCUMENT_LIMIT} are refused"
-            )
+        check_document_size(blob.size, f"manifest {blob.digest}")
         data = self.documents.get(blob.digest)
         if data is None:
             if sum(map(len, self.documents.values())) + blob.size > _MANIFEST_BYTES:
@@ -196,8 +194,7 @@ class Source:
             InvalidManifest: if the config is too large.
             DigestMismatch: if the content has another digest or size.
         """
-        if blob.size > DOCUMENT_LIMIT:
-            raise InvalidManifest(f"config {blob.digest} is {blob.size} bytes; more than {DOCUMENT_LIMIT} are refused")
+        check_document_size(blob.size, f"config {blob.digest}")
 
         def fetch(repository: Repository) -> bytes:
             buffer, done = memoryview(bytearray(blob.size)), 0
@@ -283,20 +280,28 @@ class Source:
                 single_flight.show_progress(self._directory, self.key)
             single_flight.show_progress(self._directory, key)
 
-        def ask(folder: int) -> Content:
+        def fetch(repository: Repository, url: str | None = None) -> Content:
+            look(False)
+            done = downloads.find_resumable_bytes(folder, path.name, blob.size)
+            with closing(repository.blob(blob.digest, blob.size, done, look, url)) as stream:
+                content = _receive(stream, blob, folder, path.name, done, advance, look)
+            self.resumed[blob.digest] = stream.resumed
+            return content
+
+        def fetch_from_any() -> Content:
             single_flight.check_claim(self._directory, key)
             try:
-                return self.ask(
-                    lambda repository: _download(repository, blob, folder, path.name, advance, look, self.resumed)
-                )
+                return self.ask(fetch)
             except RegistryError as error:
                 urls = [url for url in blob.urls if url.startswith(("https://", "http://"))]
                 if not (self.foreign_layers and blob.is_foreign and urls):
                     raise
                 for url in urls:
                     with suppress(RegistryError):
-                        return _download(self.registry, blob, folder, path.name, advance, look, self.resumed, url)
-                raise RegistryError(f"{error}, and none of its {len(urls)} URLs has it") from error
+                        return fetch(self.registry, url)
+                raise RegistryError(
+                    f"{error}, and none of its {len(urls)} URLs has it: pull without --foreign-layers"
+                ) from error
 
         with ExitStack() as stack:
             with os_errors("write to the cache"):
@@ -305,11 +310,11 @@ class Source:
                 folder = stack.enter_context(folders.open("ingest/partial"))  # a link is refused
             has_part = downloads.find_resumable_bytes(folder, path.name, blob.size)
             try:
-                return ask(folder)
+                return fetch_from_any()
             except DigestMismatch:
                 if not has_part:
                     raise
-                return ask(folder)  # a power cut may have damaged the earlier part: start again without it
+                return fetch_from_any()  # a power cut may have damaged the earlier part: start again without it
 
 
 class _ChunkObserver:
@@ -323,19 +328,16 @@ class _ChunkObserver:
         self._look(True)
 
 
-def _download(
-    repository: Repository,
+def _receive(
+    stream: Download,
     blob: Descriptor,
     folder: int,
     file: str,
+    done: int,
     advance: Advance,
     look: Callable[[bool], None],
-    resumed: dict[Digest, int],
-    url: str | None = None,
 ) -> Content:
-    """Download a blob from one repository to a file in an open folder, resuming a partial file."""
-    look(False)
-    done = downloads.find_resumable_bytes(folder, file, blob.size)
+    """Receive a download into a file in an open folder, whose first ``done`` bytes the file has already."""
     advance(done)
 
     def count(new: int) -> None:
@@ -343,10 +345,9 @@ def _download(
         done += new
         advance(new)
 
-    source = repository.blob(blob.digest, blob.size, done, look, url)
     try:
-        content = receive(
-            source,
+        return receive(
+            stream,
             file,
             folder=folder,
             digest=blob.digest,
@@ -356,8 +357,6 @@ def _download(
             progress=count,
             what=f"blob {blob.digest}",
         )
-        resumed[blob.digest] = source.resumed
-        return content
     except single_flight.ClaimLost:
         advance(-done)
         raise
@@ -366,8 +365,6 @@ def _download(
         if not done or isinstance(error, DigestMismatch):
             discard(file, folder)
         raise
-    finally:
-        source.close()
 
 
 def _failure_key(mirror: Repository) -> str:

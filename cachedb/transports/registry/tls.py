@@ -90,7 +90,7 @@ def make_tls_context(certificates: Certificates, *, verify: bool = True) -> ssl.
             context.load_cert_chain(path, path.with_suffix(".key"), password=_refuse_passphrase)
         except (OSError, ValueError) as error:  # an SSLError is an OSError
             raise RegistryError(
-                f"{str(path)!r} and its key cannot be used: {_explain(error)}; replace or remove them"
+                f"{str(path)!r} and its key cannot be used: {_explain(error)}: replace or remove them"
             ) from None
     return context
 

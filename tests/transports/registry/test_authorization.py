@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 
 from cachedb import Cache, RegistryError
+from cachedb.oci.names import Name
+from cachedb.transports.registry import authorization, credentials
+from cachedb.transports.registry.access import Access
+from cachedb.transports.registry.places import place
+from cachedb.transports.registry.repository import Repository
 from tests.conftest import Run
 from tests.support import make
 from tests.support.faults import Answer, Call, answer, redirect
@@ -93,6 +100,36 @@ def test_an_image_that_an_open_registry_lacks_costs_one_more_request(
     remote.referrers = False
     cache.pull(f"{remote.host}/app:1", authfile=authfile, referrers=True)
     assert remote.count(path="/v2/$") == 0, "the repository is open"
+
+
+def test_credentials_are_read_once_until_they_are_refused(
+    cache: Cache, guarded: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    find = credentials.find
+
+    def note(registry: str, *arguments: Any, **options: Any) -> Any:
+        read.append(registry)
+        return find(registry, *arguments, **options)
+
+    monkeypatch.setattr(authorization, "find", note)
+    with Hiding(404) as remote:
+        name, authfile = remote.add(IMAGE, "app", "1"), write_login(tmp_path, remote)
+        cache.pull(name, authfile=authfile)
+        assert read == [remote.host]
+        read.clear()
+        remote.fault(answer(404), times=3, first=True)
+        with pytest.raises(RegistryError):
+            cache.pull(remote.add(IMAGE, "app", "2"), authfile=authfile, referrers=True)
+        assert len(read) <= 1
+    read.clear()
+    with closing(
+        Repository(place(Name(f"{guarded.host}/app", "1")), Access(authfile=write_login(tmp_path, guarded)))
+    ) as repository:
+        for count in (1, 2):
+            repository.digest("1")
+            assert len(read) == count, "a helper may have another token now"
+            guarded.tokens.clear()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from urllib3.exceptions import SSLError
 
 from cachedb import Cache, RegistryError
-from cachedb.transports.registry import tls
-from cachedb.transports.registry.tls import advise_on_tls, find_certificates, make_tls_context
+from cachedb.transports.registry import connections, tls
+from cachedb.transports.registry.tls import Certificates, advise_on_tls, find_certificates, make_tls_context
 from tests.support import make
 from tests.support.faults import Server, redirect
 from tests.support.registries import (  # noqa: F401 - isolate_client is a fixture
@@ -84,6 +84,26 @@ def test_the_authority_of_a_registry_is_trusted_for_the_hosts_that_it_leads_to(
     assert cache.is_image_complete(f"{remote.host}/app:1")
     assert other.count(path="/token")
     assert other.count(path="/blobs/")
+
+
+def test_the_folders_of_certificates_are_listed_once(
+    cache: Cache,
+    remote: Registry,
+    certs_d: Path,
+    pair: tuple[Path, Path, Path],
+    authfile: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trust(certs_d, remote, pair[0])
+    listed: list[str] = []
+
+    def note(registry: str, host: str | None = None) -> Certificates:
+        listed.append(host or registry)
+        return find_certificates(registry, host)
+
+    monkeypatch.setattr(connections, "find_certificates", note)
+    cache.pull(f"{remote.host}/app:1", plain_http=False, authfile=authfile)
+    assert listed == [remote.host]
 
 
 def test_another_host_may_have_its_own_authority(
