@@ -64,6 +64,7 @@ __all__ = [
     "attach",
     "attach_referrers",
     "closure",
+    "find_present_part",
     "find_stored_part",
     "platform_choice",
     "read_details",
@@ -385,6 +386,17 @@ def _describe(directory: Path, wanted: list[descriptions.Association]) -> descri
     return description
 
 
+def find_present_part(connection: Connection, directory: Path, root: Descriptor) -> list[Descriptor] | None:
+    """Return the closure of an index without the children that are not stored; None if it is all or nothing.
+
+    Without a record of what was chosen, what is absent counts as left out: other platforms and foreign layers.
+    """
+    whole = closure(connection, directory, root, strict=False)
+    stored = blob_rows.read_stored_sizes(connection, {blob.digest for blob in whole})
+    part = closure(connection, directory, root, oci.choose_among(stored), strict=False)
+    return part if len(part) < len(whole) else None
+
+
 def restore_image(connection: Connection, directory: Path, name: Name, saved: SavedImage) -> None:
     """Insert an image as another index records it, then associate it with the stored part of its closure."""
     size = next((blob.size for blob in saved.contents if blob.digest == saved.digest), 0)
@@ -450,10 +462,12 @@ def read_platforms(connection: Connection, directory: Path, image_id: int) -> li
     root = read_root(connection, image_id)
     if root.role != "index":
         return []
-    stored = {blob.digest for blob in read_image_blobs(connection, directory, image_id) if blob.stored}
+    blobs = {blob.digest: blob.stored for blob in read_image_blobs(connection, directory, image_id)}
 
     def is_complete(child: Descriptor) -> bool:
-        return stored.issuperset(blob.digest for blob in closure(connection, directory, child, strict=False))
+        # The image may leave out foreign layers.
+        needed = closure(connection, directory, child, strict=False)
+        return all(blobs.get(blob.digest, blob.is_foreign) for blob in needed)
 
     data = reader.read_small_blob(directory, root.digest, root.size)
     children = [] if data is None else descriptors(data, root.media_type)

@@ -29,7 +29,15 @@ from cachedb.index.sqlite.database import Database
 from cachedb.index.sqlite.inspect import find_faults
 from cachedb.index.tables import BLOBS, IMAGE_BLOBS, IMAGES, METADATA, OLD_NAMES, UtcTime
 from cachedb.oci.digests import Digest, parse_digest
-from cachedb.oci.manifests import DOCUMENT_LIMIT, ROLES, Descriptor, check_media_type, descriptors, manifest_media_type
+from cachedb.oci.manifests import (
+    DOCUMENT_LIMIT,
+    ROLES,
+    Descriptor,
+    check_media_type,
+    descriptors,
+    manifest_media_type,
+    root_descriptor,
+)
 from cachedb.oci.names import Name
 from cachedb.operations import upgrade
 
@@ -221,7 +229,9 @@ def name_unnamed(connection: Connection, directory: Path, files: dict[Digest, in
     now, names = datetime.now(UTC), []
     for digest, media_type in _find_unnamed(connection, directory, files):
         names.append(Name(RECOVERED, digest))
-        save.restore_image(connection, directory, names[-1], save.SavedImage(digest, media_type, now, now, None, []))
+        part = save.find_present_part(connection, directory, root_descriptor(digest, files[digest], media_type))
+        saved = save.SavedImage(digest, media_type, now, now, 1 if part else None, part or [])
+        save.restore_image(connection, directory, names[-1], saved)
     return names
 
 

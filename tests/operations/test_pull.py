@@ -356,7 +356,10 @@ def test_foreign_layers_are_left_out_unless_they_are_wanted(
         pulled = cache.pull(name)
         assert (pulled.image.complete, pulled.left_out, other.requests) == (True, 1, [])
         assert layer not in {blob.digest for blob in cache.get_image_blobs(name)}
+        assert all(child.complete for child in cache.get_platforms(name))
         take_requests(remote)
+        assert cache.pull(name, if_missing=True).up_to_date
+        assert take_requests(remote) == []
         assert cache.pull(name).up_to_date
         assert cache.plan_pull(name, foreign_layers=True).bytes == len(FIRST.layers[0])
         pulled = cache.pull(name, foreign_layers=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
 import shutil
@@ -125,6 +126,26 @@ def test_without_backups_images_are_recovered_under_their_digests(made: Path) ->
     assert all(any(name in problem.detail for problem in found) for name in wanted), "a recovered image is not reported"
     assert "rebuilt" in (found[0].repair or "")
     check(made)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_index_without_all_its_platforms_is_complete_if_those_that_are_here_are(
+    cache: Cache, directory: Path, lost: bool
+) -> None:
+    """Without a record of what a pull chose, an absent platform counts as left out."""
+    files = make.oci_files({"amd64": MANY[0]}, {"many:1": INDEX})
+    cache.cache_from_tar(io.BytesIO(make.tar_of(files)))
+    assert cache.is_image_complete("many:1")
+    layer = cache.get_blob_path(digest_of(MANY[0].layers[0]))
+    cache.close()
+    (directory / "index.db").unlink()
+    if lost:
+        layer.unlink()
+    repair_cache(directory)
+    with Cache.open(directory) as again:
+        (recovered,) = again.list_manifests()
+        assert (recovered.digest, recovered.complete) == (digest_of(INDEX), not lost)
+        assert [child.complete for child in again.get_platforms(str(recovered.name))] == [not lost, False]
 
 
 def test_names_are_restored_from_the_newest_backup_and_newer_images_recovered(made: Path) -> None:
